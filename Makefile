@@ -1,0 +1,35 @@
+# make demo       set up .venv, train a dictionary on the embedded language model, measure it
+# make test       set up .venv, lint, type-check, run the ordinary tests
+# make test-slow  the longer tests (random sweeps, a pretrained model, kill and resume)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test test-slow lint setup clean
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,evals]'
+	touch $@
+
+demo: $(STAMP)
+	rm -rf runs/demo
+	$(BIN)/temposae train --out runs/demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu" -n 2
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

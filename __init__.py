@@ -1,0 +1,41 @@
+"""temposae: train and study sparse autoencoders on language-model activations, without losing their positions."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .engine.checkpoint import load as load
+    from .engine.checkpoint import save as save
+    from .engine.config import SAEConfig as SAEConfig
+    from .engine.config import StreamConfig as StreamConfig
+    from .engine.config import TrainConfig as TrainConfig
+    from .engine.sae import SparseAutoencoder as SparseAutoencoder
+    from .engine.stream import ActivationStream as ActivationStream
+    from .engine.train import train as train
+
+_WHERE = {
+    "ActivationStream": ".engine.stream",
+    "SAEConfig": ".engine.config",
+    "SparseAutoencoder": ".engine.sae",
+    "StreamConfig": ".engine.config",
+    "TrainConfig": ".engine.config",
+    "load": ".engine.checkpoint",
+    "save": ".engine.checkpoint",
+    "train": ".engine.train",
+}
+
+__all__ = [*sorted(_WHERE), "__version__"]
+
+
+def __getattr__(name: str) -> Any:  # torch is imported only when something that needs it is asked for
+    if name not in _WHERE:
+        raise AttributeError(f"module 'temposae' has no attribute {name!r}")
+    value = getattr(import_module(_WHERE[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
