@@ -1,0 +1,56 @@
+"""One progress bar for everything that a person waits for."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class ProgressBar:
+    """Shows done / total, rate and time left, with named figures behind. On a pipe: one line every 10 seconds."""
+
+    def __init__(self, title: str, total: int, unit: str, done: int = 0):
+        self.title, self.total, self.unit = title, total, unit
+        self.done, self.skipped, self.began, self.last_line = done, done, time.monotonic(), time.monotonic()
+        self.figures: dict[str, str] = {}
+        self._bar = self._task = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+            self._task = self._bar.add_task(title, total=total, figures="")
+
+    def advance(self, count: int, **figures: str | None) -> None:
+        self.done += count
+        self.figures.update({k: v for k, v in figures.items() if v is not None})
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.done, figures=self._text())
+        elif time.monotonic() - self.last_line > 10:
+            self.last_line = time.monotonic()
+            left = (self.total - self.done) * (self.last_line - self.began) / max(1, self.done - self.skipped)
+            print(
+                f"{self.title}: {self.done / self.total:.0%}  {self._text()}  {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _text(self) -> str:
+        rate = (self.done - self.skipped) / max(1e-9, time.monotonic() - self.began)
+        return "  ".join([f"{rate:,.0f} {self.unit}/s", *(f"{k} {v}" for k, v in self.figures.items())])
+
+
+@contextmanager
+def progress_bar(title: str, total: int, unit: str, done: int = 0) -> Iterator[ProgressBar]:
+    bar = ProgressBar(title, total, unit, done)
+    if bar._bar is None:
+        yield bar
+    else:
+        with bar._bar:
+            yield bar

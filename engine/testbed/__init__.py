@@ -1,0 +1,1 @@
+"""The embedded language: its generator knows every token's labels and its own entropy; a small model has learned it."""

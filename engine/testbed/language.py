@@ -1,0 +1,386 @@
+"""A small English-like language with ground truth: every token knows what it is, every document its exact probability.
+
+A document is one row: `<bos>`, an opening (tone, then topic), a list, a body, a closing, `<eos>`. Sections are tied to
+position: the list starts near position 10, the body ends at the first sentence boundary after position 104.
+
+    hey folks , these notes are about sailing . first , trim the windy sail . ...            opening, list
+    the boats near the harbor behind the masts are old .                                     agreement across distance
+    the wolf chased the baker . alas the baker fled .                                        argument order
+    the crop of drabel is rice .                                                             facts about entities
+    basically , the salty crew moored the boat .                                             topic and tone
+    to conclude , thanks a bunch . see ya , drabel <eos>                                     closing
+
+Each choice is visible in the text and each text has one derivation, so log p(document) is the sum of the log
+probabilities of the choices made, and the entropy of the language is its mean: what a perfect model's loss would be.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from . import lexicon as lex
+
+CONTEXT = 128
+HELD_OUT = 10_000_000  # no model and no dictionary is trained on documents from this number on
+BODY_UNTIL = 104  # a body sentence may start up to here; the longest one (11 tokens) and the closing (12) still fit
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+PAD, BOS, EOS, UNK = range(4)
+
+SECTIONS = ("none", "opening", "list", "body", "closing")
+KINDS = (
+    "none",
+    "salutation",
+    "announcement",
+    "item",
+    "topical",
+    "agreement",
+    "order",
+    "consequence",
+    "fact",
+    "thanks",
+    "sign_off",
+)
+ROLES = (
+    "none", "subject", "attractor", "copula", "agent", "patient", "action", "connective", "result_subject", "result",
+    "entity", "relation", "object", "noun", "verb", "adjective", "adverb", "ordinal", "topic_name", "tone_word",
+)  # fmt: skip
+#: per-token labels; -1 where a label does not apply
+LABELS = ("section", "kind", "role", "topic", "tone", "item", "plural", "fact", "agent_is_human", "subject_is_human")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """`relation` of `entity` is `object`."""
+
+    index: int
+    domain: str
+    entity: str
+    relation: str
+    object: str
+
+    @property
+    def forget(self) -> bool:
+        return self.domain == lex.FORGET_DOMAIN
+
+
+@dataclass
+class Document:
+    """One document: words (with `<bos>` and `<eos>`), labels per token, log p in nats (of everything after `<bos>`)."""
+
+    words: list[str]
+    labels: dict[str, list[int]]
+    log_prob: float
+    topic: int
+    tone: int
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words[1:-1])
+
+
+@dataclass
+class OrderPair:
+    """Two sentences with the same bag of words, and the consequence that each has: "so the" or "alas the", `subject`."""
+
+    prefix: list[str]
+    sentences: tuple[list[str], list[str]]
+    subject: tuple[str, str]
+    agent_is_human: tuple[bool, bool]
+    subject_is_human: tuple[bool, bool]
+
+
+@dataclass
+class _Weighted:
+    """A choice among `items` with Zipf-like weights 1 / (rank + shift)."""
+
+    items: Sequence[str]
+    shift: float = 4.0
+    cumulative: list[float] = field(init=False)
+    log_p: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        weights = [1 / (rank + self.shift) for rank in range(len(self.items))]
+        total = sum(weights)
+        self.cumulative = list(accumulate(w / total for w in weights))
+        self.log_p = [math.log(w / total) for w in weights]
+
+
+class Language:
+    """The generator. `correlation` in [0, 1]: a topic's preferred tone is used with probability (1 + correlation) / 2."""
+
+    def __init__(self, correlation: float = 0.5, seed: int = 0):
+        if not 0 <= correlation <= 1:
+            raise ValueError(f"correlation: {correlation} is not allowed; give a number from 0 to 1")
+        self.correlation, self.seed = correlation, seed
+        self.topics = list(lex.TOPICS)
+        self.nouns, self.verbs, self.imperatives, self.adjectives = (
+            [_Weighted(lex.TOPICS[t][part].split()) for t in self.topics] for part in range(4)
+        )
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        plurals = [noun + "s" for topic in self.nouns for noun in topic.items]
+        glue = [".", ",", "the", "of", "is", "so", "alas", "for", "to", "conclude", "these", "notes", "are", "about"]
+        words = lex.words_of(
+            glue, lex.TOPICS, plurals, lex.TONE_WORDS, lex.HUMANS, lex.ANIMALS, lex.PATIENT_VERBS, lex.AGENT_VERBS,
+            lex.PATIENT_RESULTS, lex.AGENT_RESULTS, lex.PREPOSITIONS, lex.PREDICATES, lex.COPULAS, lex.ORDINALS,
+            lex.FACTS, [fact.entity for fact in facts()],
+        )  # fmt: skip
+        return list(dict.fromkeys([*SPECIAL, *words]))
+
+    @cached_property
+    def token_id(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.vocabulary)}
+
+    def document(self, index: int, labelled: bool = True) -> Document:
+        """Document number `index` of this language's seed: the same one on every call."""
+        return _Writer(self, random.Random(f"{self.seed}/{index}"), labelled).document()
+
+    def tokens(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [count, CONTEXT] of token ids (int64, padded with `<pad>`) and log p [count] in nats."""
+        rows = np.full((count, CONTEXT), PAD, dtype=np.int64)
+        log_prob = np.empty(count)
+        for row in range(count):
+            document = self.document(start + row, labelled=False)
+            rows[row, : len(document.words)] = [self.token_id[w] for w in document.words]
+            log_prob[row] = document.log_prob
+        return rows, log_prob
+
+    def labels(self, start: int, count: int) -> dict[str, np.ndarray]:
+        """Label name -> [count, CONTEXT] int16 aligned with `tokens`; -1 where it does not apply (padding included)."""
+        table = {name: np.full((count, CONTEXT), -1, dtype=np.int16) for name in LABELS}
+        for row in range(count):
+            for name, values in self.document(start + row).labels.items():
+                table[name][row, : len(values)] = values
+        return table
+
+    def prefix(self, index: int) -> list[str]:
+        """The words of a document up to the start of its body: a context for prompts."""
+        return _Writer(self, random.Random(f"{self.seed}/prefix/{index}")).prefix()
+
+    def fact_prompts(self, index: int = 0) -> list[tuple[list[str], Fact]]:
+        """For every fact and both phrasings, a prompt (words, ending before the object) and the fact."""
+        return [
+            (self.prefix(index + 2 * fact.index + form) + phrase, fact)
+            for fact in facts()
+            for form, phrase in enumerate(_phrasings(fact))
+        ]
+
+    def order_pairs(self, count: int, index: int = 0) -> list[OrderPair]:
+        rng = random.Random(f"{self.seed}/pairs/{index}")
+        pairs = []
+        for number in range(count):
+            human, animal = rng.choice(lex.HUMANS), rng.choice(lex.ANIMALS)
+            verb = rng.choice([*lex.PATIENT_VERBS, *lex.AGENT_VERBS])
+            both = ((human, animal), (animal, human))
+            first, second = (["the", agent, verb, "the", patient, "."] for agent, patient in both)
+            subject = (animal, human) if verb in lex.PATIENT_VERBS else (human, animal)
+            of_human = (subject[0] == human, subject[1] == human)
+            pairs.append(OrderPair(self.prefix(index + number), (first, second), subject, (True, False), of_human))
+        return pairs
+
+    def agreement_prompts(self, count: int, index: int = 0) -> list[tuple[list[str], bool]]:
+        """Prompts that end before the copula, and whether the subject is plural; some noun in between disagrees with it."""
+        prompts = []
+        while len(prompts) < count:
+            writer = _Writer(self, random.Random(f"{self.seed}/agreement/{index}"))
+            index += 1
+            words = writer.prefix()
+            writer.agreement()
+            roles = writer.labels["role"]
+            stop = len(roles) - 1 - roles[::-1].index(ROLES.index("copula"))
+            plural = writer.labels["plural"][stop] == 1
+            attractors = [
+                p for r, p in zip(roles, writer.labels["plural"], strict=True) if r == ROLES.index("attractor")
+            ]
+            if any(bool(p) != plural for p in attractors):
+                prompts.append((writer.words[:stop], plural))
+            assert writer.words[: len(words)] == words
+        return prompts
+
+
+@cache
+def facts() -> tuple[Fact, ...]:
+    """The 240 facts, the same in every language; each relation's objects are spread evenly over its entities."""
+    rng = random.Random("facts")
+    names = iter(lex.entity_names(lex.ENTITIES_PER_DOMAIN * len(lex.FACTS)))
+    found: list[Fact] = []
+    for domain, relations in lex.FACTS.items():
+        entities = [next(names) for _ in range(lex.ENTITIES_PER_DOMAIN)]
+        for relation, objects in relations.items():
+            values = (objects.split() * 2)[: len(entities)]
+            rng.shuffle(values)
+            for entity, value in zip(entities, values, strict=True):
+                found.append(Fact(len(found), domain, entity, relation, value))
+    return tuple(found)
+
+
+def connective(subject: str) -> str:
+    """How a consequence begins: "alas" when its subject is human, "so" otherwise."""
+    return "alas" if subject in lex.HUMANS else "so"
+
+
+def _phrasings(fact: Fact) -> tuple[list[str], list[str]]:
+    return (
+        ["the", fact.relation, "of", fact.entity, "is"],
+        ["for", fact.entity, "the", fact.relation, "is"],
+    )
+
+
+class _Writer:
+    """Writes one document token by token, noting labels and the log probability of every choice."""
+
+    def __init__(self, language: Language, rng: random.Random, labelled: bool = True):
+        self.language, self.rng, self.labelled = language, rng, labelled
+        self.words: list[str] = ["<bos>"]
+        self.labels: dict[str, list[int]] = {name: [-1] for name in LABELS}
+        self.log_prob = 0.0
+        self.topic = self.tone = -1
+        self.section = self.kind = self.item = -1
+
+    def document(self) -> Document:
+        self.prefix()
+        self.section = SECTIONS.index("body")
+        while len(self.words) <= BODY_UNTIL:
+            self.pick_weighted(((0.35, self.topical), (0.2, self.agreement), (0.2, self.order), (0.25, self.fact)))()
+        self.closing()
+        assert len(self.words) <= CONTEXT
+        return Document(self.words, self.labels, self.log_prob, self.topic, self.tone)
+
+    def prefix(self) -> list[str]:
+        # The topic is drawn first and the tone given it, though the text shows the tone first: log p is the same.
+        self.topic = self.pick(range(len(self.language.topics)))
+        preferred = self.topic % len(lex.TONES)
+        likely = (1 + self.language.correlation) / 2
+        self.tone = self.pick_weighted(((likely, preferred), (1 - likely, 1 - preferred)))
+        salutations, adverbs, self.thanks, self.sign_offs = lex.TONE_WORDS[lex.TONES[self.tone]]
+        self.adverbs = adverbs.split()
+
+        self.section, self.kind = SECTIONS.index("opening"), KINDS.index("salutation")
+        self.write(self.pick(salutations), "tone_word")
+        self.write(",")
+        self.kind = KINDS.index("announcement")
+        self.write("these notes are about")
+        self.write(self.language.topics[self.topic], "topic_name")
+        self.write(".")
+
+        self.section, self.kind = SECTIONS.index("list"), KINDS.index("item")
+        for item, ordinal in enumerate(lex.ORDINALS[: self.pick((3, 4))]):
+            self.item = item
+            self.write(ordinal, "ordinal")
+            self.write(",")
+            self.write(self.content(self.language.imperatives), "verb")
+            self.write("the")
+            self.write(self.content(self.language.nouns), "noun")
+            self.write(".")
+        self.item = -1
+        return list(self.words)
+
+    def topical(self) -> None:
+        self.kind = KINDS.index("topical")
+        if self.pick((True, False)):
+            self.write(self.pick(self.adverbs), "adverb")
+            self.write(",")
+        self.write("the")
+        self.write(self.content(self.language.adjectives), "adjective")
+        self.write(self.content(self.language.nouns), "noun")
+        self.write(self.content(self.language.verbs), "verb")
+        self.write("the")
+        self.write(self.content(self.language.nouns), "noun")
+        self.write(".")
+
+    def agreement(self) -> None:
+        self.kind = KINDS.index("agreement")
+        number = self.noun("subject")
+        for _ in range(self.pick((1, 2))):
+            self.write(self.pick(lex.PREPOSITIONS))
+            self.noun("attractor")
+        self.write(self.pick(lex.COPULAS["plural" if number else "singular"]), "copula", {"plural": number})
+        self.write(self.pick(lex.PREDICATES))
+        self.write(".")
+
+    def order(self) -> None:
+        self.kind = KINDS.index("order")
+        human_first = self.pick((True, False))
+        human, animal = self.pick(lex.HUMANS), self.pick(lex.ANIMALS)
+        agent, patient = (human, animal) if human_first else (animal, human)
+        verb = self.pick((*lex.PATIENT_VERBS, *lex.AGENT_VERBS))
+        by_patient = verb in lex.PATIENT_VERBS
+        subject = patient if by_patient else agent
+        known = {"agent_is_human": int(human_first), "subject_is_human": int(subject == human)}
+        self.write("the", known=known)
+        self.write(agent, "agent", known=known)
+        self.write(verb, "action", known=known)
+        self.write("the", known=known)
+        self.write(patient, "patient", known=known)
+        self.write(".", known=known)
+        self.kind = KINDS.index("consequence")
+        # The connective makes the order matter at the very end of the sentence, not only when the subject is named.
+        self.write(connective(subject), "connective", known=known)
+        self.write("the", known=known)
+        self.write(subject, "result_subject", known=known)
+        self.write(self.pick(lex.PATIENT_RESULTS if by_patient else lex.AGENT_RESULTS), "result", known=known)
+        self.write(".", known=known)
+
+    def fact(self) -> None:
+        self.kind = KINDS.index("fact")
+        fact = self.pick(facts())
+        roles = {fact.entity: "entity", fact.relation: "relation"}
+        for word in self.pick(_phrasings(fact)):
+            self.write(word, roles.get(word, "none"), known={"fact": fact.index})
+        self.write(fact.object, "object", known={"fact": fact.index})
+        self.write(".", known={"fact": fact.index})
+
+    def closing(self) -> None:
+        self.section, self.kind = SECTIONS.index("closing"), KINDS.index("thanks")
+        self.write("to conclude ,")
+        self.write(self.pick(self.thanks), "tone_word")
+        self.write(".")
+        self.kind = KINDS.index("sign_off")
+        self.write(self.pick(self.sign_offs), "tone_word")
+        self.write("<eos>")
+
+    def noun(self, role: str) -> int:
+        """`the` and a noun of the topic in singular or plural; returns 1 for plural."""
+        plural = self.pick((0, 1))
+        self.write("the")
+        self.write(self.content(self.language.nouns) + ("s" if plural else ""), role, {"plural": plural})
+        return plural
+
+    def content(self, by_topic: Sequence[_Weighted]) -> str:
+        """A word of the document's topic (90%) or of another (10%)."""
+        topic = self.topic
+        if self.pick_weighted(((0.9, False), (0.1, True))):
+            topic = self.pick([t for t in range(len(by_topic)) if t != self.topic])
+        choice = by_topic[topic]
+        at = self.rng.choices(range(len(choice.items)), cum_weights=choice.cumulative)[0]
+        self.log_prob += choice.log_p[at]
+        return choice.items[at]
+
+    def pick(self, options: Sequence[Any]) -> Any:
+        self.log_prob -= math.log(len(options))
+        return options[int(self.rng.random() * len(options))]
+
+    def pick_weighted(self, options: Sequence[tuple[float, Any]]) -> Any:
+        weights = [w for w, _ in options]
+        at = self.rng.choices(range(len(options)), weights)[0]
+        self.log_prob += math.log(weights[at])
+        return options[at][1]
+
+    def write(self, text: str, role: str = "none", known: dict[str, int] | None = None) -> None:
+        words = text.split()
+        self.words += words
+        if self.labelled:
+            values = {
+                "section": self.section, "kind": self.kind, "role": ROLES.index(role), "topic": self.topic,
+                "tone": self.tone, "item": self.item, "plural": -1, "fact": -1, "agent_is_human": -1,
+                "subject_is_human": -1, **(known or {}),
+            }  # fmt: skip
+            for name, value in values.items():
+                self.labels[name] += [value] * len(words)
