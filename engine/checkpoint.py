@@ -1,0 +1,164 @@
+"""Checkpoints: a folder of safetensors and JSON, written beside its place and moved there, so that it is whole or absent.
+
+step_00000500/
+  checkpoint.json        format, step, settings, and the size and SHA-256 of every other file
+  sae.safetensors        W_enc [D, F], W_dec [F, D], b_enc, b_dec, mask.*; fp32, for activations as the model gives them
+  random.safetensors     the random control trained beside it, if any
+  state.safetensors      what resuming needs: moments, counters, random states, buffer
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import RunConfig, SAEConfig
+from .errors import UserError
+from .sae import SparseAutoencoder
+
+FORMAT = "temposae/1"
+MANIFEST = "checkpoint.json"
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint on disk: its folder and its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    @property
+    def run(self) -> RunConfig | None:
+        """Settings of the run that made it; None for a dictionary that was saved by itself."""
+        found = self.manifest.get("run")
+        return RunConfig(**found) if found else None
+
+    @property
+    def dictionaries(self) -> list[str]:
+        return list(self.manifest["dictionaries"])
+
+    def dictionary(self, name: str = "sae") -> SparseAutoencoder:
+        """The dictionary `name`: `sae`, or `random` for the control trained beside it."""
+        if name not in self.manifest["dictionaries"]:
+            raise UserError(f"checkpoint: {self.folder} holds no {name!r}; it holds {', '.join(self.dictionaries)}")
+        sae = SparseAutoencoder(SAEConfig(**self.manifest["dictionaries"][name]))
+        try:
+            sae.load_state_dict(self.tensors(name))
+        except RuntimeError as error:
+            raise UserError(
+                f"checkpoint: {self.folder / name}.safetensors does not fit its settings: {error}"
+            ) from None
+        return sae
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file, after checking that it is the file that was written."""
+        path = self.folder / f"{name}.safetensors"
+        expected = self.manifest["files"].get(path.name)
+        try:
+            if expected is None or path.stat().st_size != expected["bytes"]:
+                raise UserError(
+                    f"checkpoint: {path} is damaged or missing; it must have {(expected or {}).get('bytes')} bytes"
+                )
+            if _sha256(path) != expected["sha256"]:
+                raise UserError(f"checkpoint: {path} is damaged; its contents are not what was written")
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"checkpoint: {path} can't be read ({error})") from None
+
+
+def write(
+    folder: Path,
+    step: int,
+    dictionaries: dict[str, SparseAutoencoder],
+    run: RunConfig | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint to `folder`, which must not exist: all of it or nothing. Raises UserError if the disk refuses."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            raise UserError(f"checkpoint: {folder} already exists; nothing is overwritten")
+        fresh = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+        try:
+            files = {f"{name}.safetensors": sae.state_dict() for name, sae in dictionaries.items()}
+            if state is not None:
+                files["state.safetensors"] = state
+            for name, tensors in files.items():
+                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh / name)
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "dictionaries": {name: sae.cfg.model_dump() for name, sae in dictionaries.items()},
+                "run": run.model_dump() if run else None,
+                "files": {n: {"bytes": (fresh / n).stat().st_size, "sha256": _sha256(fresh / n)} for n in files},
+            }
+            (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            for path in fresh.iterdir():
+                _flush(path)
+            os.rename(fresh, folder)
+            _flush(folder.parent)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"out: the checkpoint {folder} can't be written ({error}); what was saved before is untouched"
+        ) from None
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, or the last one of the run folder at `path`."""
+    if not path.exists():
+        raise UserError(f"sae: {path} does not exist; give a run folder or a checkpoint folder")
+    folder = path
+    if not (path / MANIFEST).is_file():
+        steps = all_in(path)
+        if not steps:
+            raise UserError(f"sae: {path} is neither a checkpoint (no {MANIFEST}) nor a run (no checkpoints/step_*)")
+        folder = steps[-1]
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise UserError(f"checkpoint: {folder} has format {manifest['format']!r}; this version reads {FORMAT}")
+        return Checkpoint(folder, {key: manifest[key] for key in ("format", "step", "dictionaries", "run", "files")})
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"checkpoint: {folder / MANIFEST} is damaged ({error})") from None
+
+
+def all_in(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step_*") if (p / MANIFEST).is_file())
+
+
+def save(sae: SparseAutoencoder, folder: str | Path) -> None:
+    """Save one dictionary as a checkpoint folder, which must not exist yet."""
+    write(Path(folder), 0, {"sae": sae})
+
+
+def load(path: str | Path) -> SparseAutoencoder:
+    """The dictionary in a checkpoint folder, or in the last checkpoint of a run folder. float32, on the CPU."""
+    return find(Path(path).expanduser()).dictionary()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

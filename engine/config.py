@@ -1,0 +1,147 @@
+"""Typed, validated settings of a run. A wrong value names the field, the value, and what is allowed."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError, one_line
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise one_line(error, _SECTION.get(type(self).__name__, "")) from None
+
+
+class MaskConfig(Config):
+    """Weights over positions: f = acts * mask[pos].
+
+    `random`: each (position, latent) is on with probability `fraction`, fixed. `ranges`: latent j is on in one of
+    `ranges` equal runs of positions. `soft`: sigmoid(logits / temperature), logits learned, drawn from U(0, 1).
+    `gaussian`: exp(-(p - centre_j)^2 / (2 sigma^2)), centres spread evenly, sigma T / 8 unless given.
+    Positions from `positions` on follow `beyond`.
+    """
+
+    kind: Literal["none", "random", "ranges", "soft", "gaussian"] = "none"
+    positions: Count = 128
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    ranges: Count = 4
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    sigma: Annotated[float, Field(gt=0)] | None = None
+    beyond: Literal["clamp", "wrap", "error"] = "clamp"
+
+    @model_validator(mode="after")
+    def _ranges_fit(self) -> "MaskConfig":
+        if self.kind == "ranges" and self.ranges > self.positions:
+            raise ValueError(f"ranges: {self.ranges} is not allowed; it must be at most positions ({self.positions})")
+        return self
+
+    def check_context(self, positions: int) -> None:
+        """Refuse contexts that the mask does not cover, unless `beyond` says what to do there."""
+        if self.kind != "none" and self.beyond == "error" and positions > self.positions:
+            raise UserError(
+                f"mask.positions: {self.positions} is not allowed; positions go up to {positions - 1} "
+                f"(give at least {positions}, or set mask.beyond to clamp or wrap)"
+            )
+
+
+class SAEConfig(Config):
+    """One dictionary. `d_in` is D, `d_sae` is F.
+
+    `topk`: relu, then the `k` largest per token; `aux_k` dead latents model the residual, weighted `aux_coefficient`.
+    `relu`: every positive activation, with `l1_coefficient` times their sum in the loss.
+    `decoder="random"` freezes the random unit-norm decoder: the control.
+    """
+
+    d_in: Count
+    d_sae: Count
+    activation: Literal["topk", "relu"] = "topk"
+    k: Count = 32
+    l1_coefficient: Annotated[float, Field(ge=0)] = 0.04
+    aux_k: Annotated[int, Field(ge=0)] = 64
+    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    decoder: Literal["learned", "random"] = "learned"
+    mask: MaskConfig = MaskConfig()
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> "SAEConfig":
+        if self.activation == "topk" and self.k > self.d_sae:
+            raise ValueError(f"k: {self.k} is not allowed; it must be at most d_sae ({self.d_sae})")
+        return self
+
+
+class StreamConfig(Config):
+    """Where activations come from: a language model, a place in it, and text.
+
+    `model`: `testbed`, `smollm2`, a hub name or a local Hugging Face folder. `hook`: a transformer_lens hook name; the
+    residual stream after the middle layer unless given. `data`: a .txt or .jsonl file, a dataset's name or folder;
+    the embedded language for `testbed`.
+    """
+
+    model: str = "testbed"
+    hook: str | None = None
+    data: str | None = None
+    context: Annotated[int, Field(ge=2)] = 128
+    rows_per_forward: Count = 32
+    buffer_tokens: Count = 65536
+    buffer_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    drop_bos: bool = True
+
+
+class TrainConfig(Config):
+    """How a dictionary is trained. Counts are in tokens or in steps of `batch` tokens, as their names say.
+
+    `lr`: 2e-4 * sqrt(2^14 / F) unless given. `dead_after_tokens`: a latent that has not fired for so many tokens is
+    dead; a tenth of the run, at most 10M, unless given.
+    """
+
+    tokens: Count = 1_000_000
+    batch: Count = 1024
+    lr: Annotated[float, Field(gt=0)] | None = None
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    warmup: Share = 0.05
+    decay: Share = 0.3
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    dead_after_tokens: Count | None = None
+    log_every_steps: Count = 50
+    checkpoint_every_steps: Count = 500
+    control: bool = True
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def steps(self) -> int:
+        return -(-self.tokens // self.batch)
+
+
+class RunConfig(Config):
+    """A whole run, as `config.yaml` holds it."""
+
+    stream: StreamConfig = StreamConfig()
+    sae: SAEConfig
+    train: TrainConfig = TrainConfig()
+
+
+_SECTION = {"SAEConfig": "sae", "StreamConfig": "stream", "TrainConfig": "train", "MaskConfig": "mask"}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file; a missing or malformed file is a UserError."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"config: {path} can't be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config: {path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"config: {path} must hold sections (stream, sae, train), not {type(found).__name__}")
+    return found

@@ -1,0 +1,231 @@
+"""Autograd functions over the kernels: the differentiable steps a dictionary is trained with.
+
+Products run in the dtype of the activations. Parameters may be wider (float32 beside bfloat16 activations): they are cast
+for the product and receive gradients in their own dtype. Every gradient is summed in a fixed order: two identical calls
+give identical bits. None of the functions can be differentiated twice.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..kernels.code import SparseCode
+from ..kernels.decode import decode, decode_values_grad
+from ..kernels.encode import encode
+from ..kernels.loss import PositionSums
+from ..kernels.loss import position_loss as position_sums
+from ..kernels.numerics import sum_by
+from ..kernels.select import select_topk
+from ..kernels.weight_grad import weight_grad
+
+
+def encode_dense(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    center: Tensor | None = None,
+    mask: Tensor | None = None,
+    pos: Tensor | None = None,
+) -> Tensor:
+    """acts [N, F] = relu((x - center) @ W_enc + b_enc) * mask[pos], with gradients for all but pos.
+
+    Shapes as in `kernels.encode`. A mask that requires grad must be positive wherever it is to learn: its gradient is
+    recovered from the activations, and is zero where it is zero.
+    """
+    return _EncodeDense.apply(x, W_enc, b_enc, center, mask, pos)
+
+
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    center: Tensor | None = None,
+    mask: Tensor | None = None,
+    pos: Tensor | None = None,
+    *,
+    k: int,
+    latents: Tensor | None = None,
+    aux_k: int = 0,
+    aux_latents: Tensor | None = None,
+) -> tuple[SparseCode, SparseCode | None]:
+    """The k largest activations of each token, and from the same product the aux_k largest among `aux_latents`.
+
+    latents, aux_latents  bool [F]: the latents to choose from (None: all). The others count as zero, so a token with
+    fewer eligible latents than k is filled up with zero values, which receive no gradient.
+
+    Returns (code, aux_code), aux_code None when aux_k is 0. Their values carry gradients for x, W_enc, b_enc, center and
+    mask (see `encode_dense` for masks); the gradient of W_enc comes latent-major, as the [D, F] view of a contiguous
+    [F, D]. The [N, F] activations do not outlive the call.
+    """
+    layouts, aux_layouts = {}, {}
+    values, indices, aux_values, aux_indices = _EncodeTopK.apply(
+        x, W_enc, b_enc, center, mask, pos, k, latents, aux_k, aux_latents, layouts, aux_layouts
+    )
+    code = SparseCode(values, indices, W_enc.shape[1], layouts=layouts)
+    if aux_values is None:
+        return code, None
+    return code, SparseCode(aux_values, aux_indices, W_enc.shape[1], layouts=aux_layouts)
+
+
+def decode_sparse(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None = None) -> Tensor:
+    """x_hat [N, D], or the residual target - x_hat, with gradients for code.values, W_dec and b_dec (not the target).
+
+    Shapes as in `kernels.decode`. The gradient of W_dec has W_dec's strides.
+    """
+    return _DecodeSparse.apply(code.values, W_dec, b_dec, target, code.with_values(code.values.detach()))
+
+
+def position_loss(residual: Tensor, values: SparseCode | Tensor, pos: Tensor, n_positions: int) -> PositionSums:
+    """Sums per position as in `kernels.loss`; squared_error carries a gradient for the residual, l1 one for the values."""
+    if isinstance(values, SparseCode):
+        code = values.with_values(values.values.detach())
+        return PositionSums(*_PositionLoss.apply(residual, values.values, pos, n_positions, code))
+    return PositionSums(*_PositionLoss.apply(residual, values, pos, n_positions, None))
+
+
+class _EncodeDense(Function):
+    @staticmethod
+    def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos):
+        acts = encode(x, W_enc.to(x.dtype), b_enc, center=center, mask=mask, pos=pos)
+        ctx.b_dtype = b_enc.dtype
+        ctx.save_for_backward(x, W_enc, center, mask, pos, acts)
+        return acts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dacts):
+        x, W_enc, center, mask, pos, acts = ctx.saved_tensors
+        need_x, need_w, _, need_center, need_mask, _ = ctx.needs_input_grad
+        dx = dw = dcenter = dmask = None
+        dpre = torch.where(acts <= 0, 0, dacts)
+        if mask is not None:
+            gate = mask.index_select(0, pos)
+            if need_mask:
+                dmask = sum_by(pos, _divide(dpre * acts, gate), mask.shape[0]).to(mask.dtype)
+            dpre = (dpre * gate).to(x.dtype)
+        if need_w:
+            dw = (dpre.T @ _centered(x, center)).T.to(W_enc.dtype)
+        db = dpre.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        if need_center:
+            dcenter = -(W_enc @ db.to(W_enc.dtype)).to(center.dtype)
+        if need_x:
+            dx = dpre @ W_enc.to(x.dtype).T
+        return dx, dw, db.to(ctx.b_dtype), dcenter, dmask, None
+
+
+class _EncodeTopK(Function):
+    @staticmethod
+    def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos, k, latents, aux_k, aux_latents, layouts, aux_layouts):
+        acts = encode(x, W_enc.to(x.dtype), b_enc, center=center, mask=mask, pos=pos)
+        code = select_topk(acts if latents is None else acts * latents, k)
+        picked = [code.values, code.indices, None, None]
+        if aux_k:
+            if aux_latents is not None:
+                acts.masked_fill_(~aux_latents, 0)  # nobody else holds acts, and the main code is taken
+            aux = select_topk(acts, aux_k)
+            picked[2:] = aux.values, aux.indices
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in picked[1::2] if t is not None))
+        ctx.layouts, ctx.b_dtype = (layouts, aux_layouts), b_enc.dtype
+        ctx.save_for_backward(x, W_enc, center, mask, pos, *picked)
+        return tuple(picked)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dvalues, _, daux_values, __):
+        x, W_enc, center, mask, pos, values, indices, aux_values, aux_indices = ctx.saved_tensors
+        need_x, need_w, _, need_center, need_mask, *_ = ctx.needs_input_grad
+        dx = dw = db = dcenter = dmask = None
+        centered = _centered(x, center) if need_w else None
+        picks = ((values, indices, dvalues), (aux_values, aux_indices, daux_values))
+        for (values, indices, grad), layouts in zip(picks, ctx.layouts, strict=True):
+            if grad is None:
+                continue
+            dpre = torch.where(values <= 0, 0, grad)
+            if mask is not None:
+                where = pos.long()[:, None] * mask.shape[1] + indices
+                gate = mask.reshape(-1)[where]
+                if need_mask:
+                    moved = _divide(dpre * values, gate)
+                    dmask = _add(dmask, sum_by(where.flatten(), moved.flatten(), mask.numel()))
+                dpre = (dpre * gate).to(x.dtype)
+            code = SparseCode(dpre, indices, W_enc.shape[1], layouts=layouts)
+            db = _add(db, weight_grad(code, dpre, x.new_ones(x.shape[0], 1)))
+            if centered is not None:
+                dw = _add(dw, weight_grad(code, dpre, centered))
+            if need_x:
+                dx = _add(dx, decode(code, W_enc.to(x.dtype).T, x.new_zeros(x.shape[1])))
+        if need_center and db is not None:
+            dcenter = -(W_enc @ db[:, 0].to(W_enc.dtype)).to(center.dtype)
+        dw = None if dw is None else dw.to(W_enc.dtype).T
+        db = None if db is None else db[:, 0].to(ctx.b_dtype)
+        dmask = None if dmask is None else dmask.view(mask.shape).to(mask.dtype)
+        return dx, dw, db, dcenter, dmask, *(None,) * 7
+
+
+class _DecodeSparse(Function):
+    @staticmethod
+    def forward(ctx: Any, values, W_dec, b_dec, target, code):
+        narrow = W_dec.to(values.dtype)
+        ctx.code, ctx.sign = code, 1 if target is None else -1
+        ctx.w_stride, ctx.w_dtype, ctx.b_dtype = W_dec.stride(), W_dec.dtype, b_dec.dtype
+        ctx.save_for_backward(narrow)
+        return decode(code, narrow, b_dec, target=target)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout):
+        (W_dec,), code = ctx.saved_tensors, ctx.code
+        need_values, need_w, need_b, *_ = ctx.needs_input_grad
+        dvalues = dw = db = None
+        if need_values:
+            dvalues = ctx.sign * decode_values_grad(code, W_dec, dout)
+        if need_w:
+            dw = weight_grad(code, ctx.sign * code.values, dout).to(ctx.w_dtype)
+            if dw.stride() != ctx.w_stride:
+                dw = dw.new_empty_strided(dw.shape, ctx.w_stride).copy_(dw)
+        if need_b:
+            db = (ctx.sign * dout.sum(0, dtype=torch.promote_types(dout.dtype, torch.float32))).to(ctx.b_dtype)
+        return dvalues, dw, db, None, None
+
+
+class _PositionLoss(Function):
+    @staticmethod
+    def forward(ctx: Any, residual, values, pos, n_positions, code):
+        sums = position_sums(residual, values if code is None else code, pos, n_positions)
+        ctx.code = code
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(sums.count, sums.l0)
+        ctx.save_for_backward(residual, values, pos)
+        return tuple(sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _, dsquared_error, dl1, __):
+        residual, values, pos = ctx.saved_tensors
+        dresidual = dvalues = None
+        if ctx.needs_input_grad[0] and dsquared_error is not None:
+            dresidual = (2 * dsquared_error[pos, None] * residual).to(residual.dtype)
+        if ctx.needs_input_grad[1] and dl1 is not None:
+            per_token = dl1[pos]
+            if ctx.code is not None and ctx.code.ragged:
+                dvalues = ctx.code.live(per_token[ctx.code.rows] * values.sign()).to(values.dtype)
+            else:
+                dvalues = (per_token[:, None] * values.sign()).to(values.dtype)
+        return dresidual, dvalues, None, None, None
+
+
+def _centered(x: Tensor, center: Tensor | None) -> Tensor:
+    return x if center is None else (x - center).to(x.dtype)
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b where b > 0, else zero."""
+    return torch.where(b > 0, a / b, 0)
+
+
+def _add(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total.add_(term)

@@ -1,0 +1,135 @@
+"""One training step for one dictionary: gradient projection, clipping, Adam, renormalisation, and what is counted."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..kernels.loss import PositionSums
+from .config import TrainConfig
+from .sae import SparseAutoencoder
+from .stream import Batch
+
+
+def default_lr(d_sae: int) -> float:
+    """2e-4 * sqrt(2^14 / F), the power law of Gao et al. (arXiv 2406.04093, figure 3)."""
+    return 2e-4 * math.sqrt(2**14 / d_sae)
+
+
+def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
+    """Factor on the learning rate at `step` of `steps`: linear up over the first `warmup` of the run, linear down to zero
+    over the last `decay` of it."""
+    rising = (step + 1) / max(1.0, warmup * steps)
+    falling = (steps - step) / max(1.0, decay * steps)
+    return min(1.0, rising, falling)
+
+
+class Learner:
+    """A dictionary in training: the optimiser, the step count, dead latents, and sums between two reports.
+
+    Activations are scaled by `scale`, the power of two nearest to sqrt(D) / mean |x|, so that one learning rate serves
+    every model; being a power of two, it can be folded into the biases and taken out again without any rounding.
+    `step` takes a batch and never waits for the device; `report` does.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, config: TrainConfig, mean: Tensor, mean_norm: float, n_positions: int):
+        self.sae, self.config, self.n_positions = sae, config, n_positions
+        self.scale = 2.0 ** round(math.log2(math.sqrt(sae.cfg.d_in) / max(mean_norm, 1e-30)))
+        self.mean = mean * self.scale
+        sae.initialise_bias(self.mean)
+        device = self.mean.device
+        self.lr = config.lr if config.lr is not None else default_lr(sae.cfg.d_sae)
+        parameters = [p for p in sae.parameters() if p.requires_grad]
+        self.adam = torch.optim.Adam(parameters, lr=self.lr, betas=(config.beta1, config.beta2), fused=True)
+        self.dead_after = config.dead_after_tokens or min(10_000_000, max(1, config.tokens // 10))
+        self.idle_tokens = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
+        self.steps_done = 0
+        self.any_dead = False  # AuxK is skipped while there is nothing for it to do; looked at when reporting
+        self._reset()
+
+    def _reset(self) -> None:
+        T, device = self.n_positions, self.mean.device
+        self._sums = PositionSums(*(torch.zeros(T, device=device) for _ in PositionSums._fields))
+        self._spread = torch.zeros((), device=device)
+        self._losses = torch.zeros(3, device=device)  # loss without AuxK, AuxK, gradient norm
+        self._steps = 0
+
+    def step(self, batch: Batch) -> None:
+        """One update on batch.x [N, D] at batch.pos [N]."""
+        config = self.config
+        x = batch.x.to(self.sae.b_dec.dtype) * self.scale
+        dead = self.idle_tokens >= self.dead_after if self.any_dead else None
+        found = self.sae.objective(x, batch.pos, self.n_positions, dead)
+        self.adam.zero_grad()
+        found.loss.backward()
+        self.sae.project_decoder_gradient()
+        limit = config.clip_norm if config.clip_norm is not None else math.inf
+        norm = torch.nn.utils.clip_grad_norm_([p for p in self.sae.parameters() if p.requires_grad], limit)
+        for group in self.adam.param_groups:
+            group["lr"] = self.lr * schedule(self.steps_done, config.steps, config.warmup, config.decay)
+        self.adam.step()
+        self.sae.normalise_decoder()
+
+        self.idle_tokens.add_(len(x)).masked_fill_(found.fired, 0)
+        self.steps_done += 1
+        self._steps += 1
+        self._sums = PositionSums(*(a + b.detach() for a, b in zip(self._sums, found.sums, strict=True)))
+        self._spread += (x - self.mean).square().sum()
+        aux = found.aux_loss if found.aux_loss is not None else torch.zeros_like(norm)
+        self._losses += torch.stack([found.loss.detach() - aux, aux, norm])
+
+    def report(self) -> dict[str, float]:
+        """Means since the last report. Waits for the device.
+
+        `loss`: squared error per token (scaled activations) and L1 term; `aux_loss`: what AuxK adds to it in training;
+        `fvu`: squared error over that of predicting the mean; `dead`: latents idle for `dead_after` tokens.
+        """
+        tokens = float(self._sums.count.sum())
+        loss, aux, norm = (self._losses / max(1, self._steps)).tolist()
+        dead = int((self.idle_tokens >= self.dead_after).sum())
+        found = {
+            "loss": loss,
+            "aux_loss": aux,
+            "fvu": float(self._sums.squared_error.sum() / self._spread),
+            "l0": float(self._sums.l0.sum()) / tokens,
+            "l1": float(self._sums.l1.sum()) / tokens / self.scale,
+            "dead": dead,
+            "dead_fraction": dead / self.sae.cfg.d_sae,
+            "gradient_norm": norm,
+            "lr": self.adam.param_groups[0]["lr"],
+        }
+        self.any_dead = dead > 0
+        self._reset()
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments, counters and sums: all that the weights don't hold."""
+        found = {"idle_tokens": self.idle_tokens, "mean": self.mean, "spread": self._spread, "losses": self._losses}
+        found |= {f"sums.{key}": value for key, value in self._sums._asdict().items()}
+        numbers = {"scale": self.scale, "steps_done": self.steps_done, "steps": self._steps, "any_dead": self.any_dead}
+        found |= {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
+        for name, parameter in self.sae.named_parameters():
+            for key, value in self.adam.state.get(parameter, {}).items():
+                found[f"adam.{name}.{key}"] = value
+        return found
+
+    def load_state(self, state: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+        """Go on from `state`, with the dictionary's `weights` in units of x."""
+        self.sae.load_state_dict(weights)
+        self.scale = float(state["scale"])
+        self.sae.scale_(self.scale)
+        self.mean.copy_(state["mean"])
+        self.idle_tokens.copy_(state["idle_tokens"])
+        self._spread.copy_(state["spread"])
+        self._losses.copy_(state["losses"])
+        for key, value in self._sums._asdict().items():
+            value.copy_(state[f"sums.{key}"])
+        self.steps_done, self._steps = int(state["steps_done"]), int(state["steps"])
+        self.any_dead = bool(state["any_dead"])
+        for name, parameter in self.sae.named_parameters():
+            saved = {k.rsplit(".", 1)[1]: v for k, v in state.items() if k.startswith(f"adam.{name}.")}
+            if saved:
+                self.adam.state[parameter] = {
+                    key: value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
+                    for key, value in saved.items()
+                }

@@ -1,0 +1,163 @@
+"""The dictionary: parameters, what it computes, and what it is trained to do."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.code import SparseCode
+from ..kernels.decode import decode
+from ..kernels.encode import encode
+from ..kernels.loss import PositionSums
+from ..kernels.select import select_threshold, select_topk
+from .config import SAEConfig
+from .errors import UserError
+from .functions import decode_sparse, encode_dense, encode_topk, position_loss
+from .masks import PositionMask
+
+
+@dataclass
+class Objective:
+    """One batch seen by a dictionary.
+
+    `loss`: scalar, to be minimised. `sums`: squared error, L1, L0 and count per position. `fired` [F]: which latents
+    were active on some token. `aux_loss`: the AuxK part of `loss`, or None.
+    """
+
+    loss: Tensor
+    sums: PositionSums
+    fired: Tensor
+    aux_loss: Tensor | None = None
+
+
+class SparseAutoencoder(nn.Module):
+    """A sparse autoencoder over activations x [..., D] at positions pos [...].
+
+        pre   = (x - b_dec) W_enc + b_enc                       W_enc [D, F], b_enc [F], b_dec [D]
+        f     = relu(pre) * mask[pos], for topk its K largest    f [..., F]
+        x_hat = f W_dec + b_dec                                  W_dec [F, D], rows of unit norm
+
+    Parameters are float32. The decoder starts as random unit rows, the encoder as its transpose. In memory both matrices
+    are latent-major: W_enc.T and W_dec are contiguous [F, D]. `encode` gives the dense f, `encode_sparse` the same as a
+    `SparseCode`; a dictionary without a mask needs no positions.
+    """
+
+    def __init__(self, config: SAEConfig, *, seed: int = 0):
+        super().__init__()
+        self.cfg = config
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(config.d_sae, config.d_in, generator=generator)
+        directions /= directions.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(directions, requires_grad=config.decoder == "learned")
+        self.W_enc = nn.Parameter(directions.clone().T)
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        self.mask = PositionMask(config.mask, config.d_sae, generator)
+
+    def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        """f [..., F], in the dtype of x. Not differentiable: training goes through `objective`."""
+        return self.encode_sparse(x, pos).to_dense().view(*x.shape[:-1], self.cfg.d_sae)
+
+    @torch.no_grad()
+    def encode_sparse(self, x: Tensor, pos: Tensor | None = None) -> SparseCode:
+        """f as a SparseCode over the flattened tokens: K per token for topk, ragged for relu."""
+        x, rows, weights = self._inputs(x, pos)
+        W_enc, b_enc, b_dec = (p.to(x.dtype) for p in (self.W_enc, self.b_enc, self.b_dec))
+        acts = encode(x, W_enc, b_enc, center=b_dec, mask=weights, pos=rows)
+        return select_topk(acts, self.cfg.k) if self.cfg.activation == "topk" else select_threshold(acts)
+
+    @torch.no_grad()
+    def decode(self, f: Tensor | SparseCode) -> Tensor:
+        """x_hat: [..., D] from dense f, [N, D] from a SparseCode."""
+        if isinstance(f, SparseCode):
+            return decode(f, self.W_dec.to(f.values.dtype), self.b_dec.to(f.values.dtype))
+        return f @ self.W_dec.to(f.dtype) + self.b_dec.to(f.dtype)
+
+    def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        """x_hat [..., D] for x [..., D]. Not differentiable: training goes through `objective`."""
+        return self.decode(self.encode_sparse(x, pos)).view(x.shape)
+
+    def objective(self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None) -> Objective:
+        """Loss of a batch x [N, D] at pos [N], with gradients for every parameter.
+
+        loss = sum_p squared_error_p / N + l1_coefficient * sum_p l1_p / N (relu)
+             + aux_coefficient * (|e - e_hat|^2 / |e - mean e|^2) * |x - mean x|^2 / N (topk)
+
+        where e is the residual, held constant, and e_hat its reconstruction by the `aux_k` most active of the `dead`
+        latents [F]; the last factor is a constant that undoes the normalisation of the first term in the source (Gao et
+        al., arXiv 2406.04093). The auxiliary gradient reaches encoder and decoder.
+        """
+        x, rows, weights = self._inputs(x, pos)
+        if self.cfg.activation == "relu":
+            acts = encode_dense(x, self.W_enc, self.b_enc, self.b_dec, weights, rows)
+            x_hat = torch.addmm(self.b_dec.to(x.dtype), acts, self.W_dec.to(x.dtype))
+            sums = position_loss(x - x_hat, acts, pos, n_positions)
+            loss = (sums.squared_error.sum() + self.cfg.l1_coefficient * sums.l1.sum()) / len(x)
+            return Objective(loss, sums, (acts.detach() > 0).any(0))
+        aux_k = min(self.cfg.aux_k, self.cfg.d_sae) if dead is not None and self.cfg.aux_coefficient > 0 else 0
+        code, aux = encode_topk(
+            x, self.W_enc, self.b_enc, self.b_dec, weights, rows, k=self.cfg.k, aux_k=aux_k, aux_latents=dead
+        )
+        residual = decode_sparse(code, self.W_dec, self.b_dec, x)
+        sums = position_loss(residual, code, pos, n_positions)
+        loss = sums.squared_error.sum() / len(x)
+        fired = _fired(code)
+        if aux is None:
+            return Objective(loss, sums, fired)
+        target = residual.detach()
+        left = decode_sparse(aux, self.W_dec, torch.zeros_like(self.b_dec), target).float().square().sum()
+        smallest = torch.finfo(torch.float32).tiny
+        weight = _spread(x) / _spread(target).clamp_min(smallest) / len(x)
+        aux_loss = self.cfg.aux_coefficient * left * weight
+        return Objective(loss + aux_loss, sums, fired, aux_loss.detach())
+
+    @torch.no_grad()
+    def initialise_bias(self, mean: Tensor) -> None:
+        """b_dec starts as the mean activation [D]."""
+        self.b_dec.copy_(mean)
+
+    @torch.no_grad()
+    def scale_(self, factor: float) -> None:
+        """Turn a dictionary for x into the same dictionary for factor * x. Exact where `factor` is a power of two:
+        relu and top-k commute with positive scaling, so only the biases change."""
+        if not (factor > 0 and math.isfinite(factor)):
+            raise UserError(f"factor: {factor} is not allowed; it must be positive")
+        self.b_enc.mul_(factor)
+        self.b_dec.mul_(factor)
+
+    @torch.no_grad()
+    def project_decoder_gradient(self) -> None:
+        """Take from each decoder row's gradient the part along the row: that part would only change its norm."""
+        if self.W_dec.grad is not None:
+            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
+            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        if self.W_dec.requires_grad:
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+
+    def _inputs(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x as [N, D], the mask's row of each token and the mask [T, F]; the last two are None without a mask."""
+        if x.shape[-1] != self.cfg.d_in:
+            raise UserError(f"x: width {x.shape[-1]} is not allowed; this dictionary has d_in = {self.cfg.d_in}")
+        weights = self.mask.weights()
+        if weights is None:
+            return x.reshape(-1, self.cfg.d_in), None, None
+        if pos is None:
+            raise UserError(f"pos: needed, because this dictionary has a mask over positions ({self.cfg.mask.kind})")
+        return x.reshape(-1, self.cfg.d_in), self.mask.rows(pos.reshape(-1)), weights
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Sum of squares around the batch mean, a constant."""
+    x = x.detach().float()
+    return (x - x.mean(0)).square().sum()
+
+
+def _fired(code: SparseCode) -> Tensor:
+    """Which latents [F] are positive somewhere in a fixed-K code, without a sync."""
+    counts = torch.zeros(code.n_latents, dtype=torch.int32, device=code.values.device)
+    active = (code.values.detach() > 0).flatten().int()
+    return counts.scatter_add_(0, code.indices.flatten().long(), active) > 0

@@ -1,0 +1,111 @@
+"""Masks over positions, and what they do to gradients."""
+
+import pytest
+import torch
+from temposae.engine.config import MaskConfig, SAEConfig
+from temposae.engine.errors import UserError
+from temposae.engine.masks import PositionMask
+from temposae.engine.sae import SparseAutoencoder
+
+D, F, T, N = 12, 40, 16, 64
+
+
+def mask_of(**settings) -> PositionMask:
+    return PositionMask(MaskConfig(positions=T, **settings), F, torch.Generator().manual_seed(0))
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(N, D, generator=generator), torch.randint(0, T, (N,), generator=generator, dtype=torch.int32)
+
+
+def test_random_masks_are_on_as_often_as_told():
+    assert mask_of(kind="none").weights() is None
+    for fraction in (0.1, 0.5):
+        assert mask_of(kind="random", fraction=fraction).weights().float().mean() == pytest.approx(fraction, abs=0.06)
+    assert mask_of(kind="random", fraction=1.0).weights().all()
+    assert torch.equal(mask_of(kind="random").weights(), mask_of(kind="random").weights())
+
+
+def test_ranges_part_the_context():
+    weights = mask_of(kind="ranges", ranges=4).weights()
+    for latent in range(F):
+        on = weights[:, latent].nonzero().flatten()
+        assert len(on) == T // 4
+        assert int(on[-1] - on[0]) == T // 4 - 1  # contiguous
+    assert (weights.sum(1) == F // 4).all()
+
+
+def test_gaussians_have_their_centre_and_width():
+    weights = mask_of(kind="gaussian", sigma=3.0).weights()
+    centre = torch.linspace(0, T - 1, F)
+    for p, j in ((0, 0), (5, 20), (15, 39)):
+        assert weights[p, j] == pytest.approx(float(torch.exp(-((p - centre[j]) ** 2) / 18)), rel=1e-5)
+    assert mask_of(kind="gaussian").weights()[0, -1] == pytest.approx(
+        float(torch.exp(torch.tensor(-(15.0**2) / 8))), rel=1e-4
+    )
+
+
+def test_soft_masks_sharpen_as_the_temperature_falls():
+    mask = mask_of(kind="soft")
+    assert 0.5 <= float(mask.weights().min()) <= float(mask.weights().max()) < 0.74  # sigmoid of U(0, 1)
+    mask.temperature = 0.01
+    assert mask.weights().quantile(0.1) > 0.99
+
+
+@pytest.mark.parametrize(("beyond", "expected"), [("clamp", [3, 15, 15]), ("wrap", [3, 0, 4])])
+def test_positions_beyond_the_mask(beyond, expected):
+    assert mask_of(kind="random", beyond=beyond).rows(torch.tensor([3, 16, 20])).tolist() == expected
+    with pytest.raises(UserError, match="mask.positions: 16 is not allowed; positions go up to 20"):
+        mask_of(kind="random", beyond="error").rows(torch.tensor([3, 20]))
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_no_gradient_comes_from_where_a_hard_mask_is_off(activation):
+    """Gradients of a batch equal those of the batch without the tokens at which the latent is off."""
+    x, pos = batch()
+    mask = MaskConfig(kind="ranges", ranges=2, positions=T)
+    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=8, activation=activation, mask=mask))
+    sae.objective(x, pos, T).loss.backward()
+    early = pos < T // 2
+    whole = {"W_enc": sae.W_enc.grad.T.clone(), "W_dec": sae.W_dec.grad.clone(), "b_enc": sae.b_enc.grad.clone()}
+    sae.zero_grad()
+    sae.objective(x[early], pos[early], T).loss.backward()
+    first_half = slice(0, F // 2)  # on at early positions only
+    for name, value in whole.items():
+        part = getattr(sae, name).grad
+        part = part.T if name == "W_enc" else part
+        assert torch.allclose(value[first_half] * N, part[first_half] * int(early.sum()), rtol=1e-4, atol=1e-5), name
+        assert (part[F // 2 :] == 0).all(), name
+        assert value[F // 2 :].abs().max() > 0
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_a_mask_of_ones_is_the_plain_dictionary_bit_for_bit(activation):
+    x, pos = batch()
+    plain, masked = (
+        SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=8, activation=activation, mask=mask))
+        for mask in (MaskConfig(), MaskConfig(kind="random", fraction=1.0, positions=T))
+    )
+    for sae in (plain, masked):
+        sae.objective(x, pos, T).loss.backward()
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        assert torch.equal(getattr(plain, name).grad, getattr(masked, name).grad), name
+    assert torch.equal(plain(x, pos), masked(x, pos))
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_soft_masks_learn(activation):
+    x, pos = batch()
+    config = SAEConfig(d_in=D, d_sae=F, k=8, activation=activation, mask=MaskConfig(kind="soft", positions=T))
+    sae = SparseAutoencoder(config)
+    sae.objective(x, pos, T).loss.backward()
+    seen = torch.bincount(pos, minlength=T) > 0
+    assert (sae.mask.logits.grad[seen].abs().sum(1) > 0).all()
+    assert (sae.mask.logits.grad[~seen] == 0).all()
+
+
+def test_a_masked_dictionary_needs_positions():
+    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=8, mask=MaskConfig(kind="soft", positions=T)))
+    with pytest.raises(UserError, match="pos: needed"):
+        sae.encode(torch.randn(3, D))

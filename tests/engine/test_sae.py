@@ -1,0 +1,224 @@
+"""The dictionary against its formulas, written out in float64."""
+
+import copy
+
+import pytest
+import torch
+from temposae.engine.config import MaskConfig, SAEConfig, TrainConfig
+from temposae.engine.errors import UserError
+from temposae.engine.optim import Learner, schedule
+from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.stream import Batch
+
+D, F, K, T, N = 10, 36, 5, 8, 50
+
+
+def make(seed: int = 0, **settings) -> SparseAutoencoder:
+    sae = SparseAutoencoder(SAEConfig(**{"d_in": D, "d_sae": F, "k": K, **settings}), seed=seed)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():  # away from the symmetric start
+        sae.W_enc += 0.3 * torch.randn(D, F, generator=generator)
+        sae.b_enc += 0.3 * torch.randn(F, generator=generator)
+        sae.b_dec += torch.randn(D, generator=generator)
+    return sae
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return 2 * torch.randn(N, D, generator=generator), torch.randint(0, T, (N,), generator=generator)
+
+
+def by_formula(sae: SparseAutoencoder, x, pos, dead=None):
+    """(loss, parameters) in float64, plain autograd over dense tensors."""
+    p = {name: value.detach().double().requires_grad_() for name, value in sae.named_parameters()}
+    x, cfg = x.double(), sae.cfg
+    mask = torch.ones(T, F, dtype=torch.float64)
+    if cfg.mask.kind == "soft":
+        mask = torch.sigmoid(p["mask.logits"] / cfg.mask.temperature)
+    elif cfg.mask.kind != "none":
+        mask = sae.mask.fixed.double()
+    acts = torch.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]) * mask[pos]
+    if cfg.activation == "relu":
+        e = x - acts @ p["W_dec"] - p["b_dec"]
+        return (e.square().sum() + cfg.l1_coefficient * acts.sum()) / N, p
+    f = torch.zeros_like(acts).scatter(1, acts.topk(K).indices, 1.0) * acts
+    e = x - f @ p["W_dec"] - p["b_dec"]
+    loss = e.square().sum() / N
+    if dead is not None:
+        among = acts * dead
+        chosen = torch.zeros_like(acts).scatter(1, among.topk(cfg.aux_k).indices, 1.0) * among
+        target = e.detach()
+        left = (target - chosen @ p["W_dec"]).square().sum()
+        variance = [(v - v.mean(0)).square().sum() for v in (x, target)]
+        loss = loss + cfg.aux_coefficient * left / variance[1] * variance[0] / N
+    return loss, p
+
+
+CASES = {
+    "topk": {},
+    "topk, random mask": {"mask": MaskConfig(kind="random", positions=T)},
+    "topk, soft mask": {"mask": MaskConfig(kind="soft", positions=T, temperature=0.7)},
+    "topk, gaussian mask": {"mask": MaskConfig(kind="gaussian", positions=T)},
+    "topk, auxk": {"aux_k": 4},
+    "topk, auxk, soft mask": {"aux_k": 4, "mask": MaskConfig(kind="soft", positions=T)},
+    "relu": {"activation": "relu"},
+    "relu, soft mask": {"activation": "relu", "mask": MaskConfig(kind="soft", positions=T)},
+    "frozen decoder": {"decoder": "random"},
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_equal_the_formula(case, backend, assert_close, monkeypatch):
+    monkeypatch.setenv("TEMPOSAE_BACKEND", backend)
+    sae, (x, pos) = make(**CASES[case]), data()
+    dead = (torch.arange(F) % 3 == 0) if "auxk" in case else None
+    found = sae.objective(x, pos, T, dead)
+    found.loss.backward()
+    expected, parameters = by_formula(sae, x, pos, dead)
+    expected.backward()
+    assert_close(found.loss, expected, name="loss")
+    for name, parameter in sae.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None
+            continue
+        assert_close(parameter.grad, parameters[name].grad, name=name)
+
+
+def test_auxk_reaches_encoder_and_decoder_of_dead_latents():
+    sae, (x, pos) = make(aux_k=4), data()
+    with torch.no_grad():
+        sae.b_enc[:6] -= 3  # rarely positive, never among the K largest
+    before = sae.objective(x, pos, T).fired
+    dead = ~before
+    assert dead.any()
+    sae.objective(x, pos, T, dead).loss.backward()
+    assert sae.W_enc.grad[:, dead].abs().max() > 0
+    assert sae.W_dec.grad[dead].abs().max() > 0
+    sae.zero_grad()
+    sae.objective(x, pos, T).loss.backward()
+    assert sae.W_enc.grad[:, dead].abs().max() == 0
+
+
+def test_encode_decode_and_forward_agree():
+    for settings in ({}, {"activation": "relu"}):
+        sae, (x, _) = make(**settings), data()
+        f = sae.encode(x)
+        pre = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+        if sae.cfg.activation == "topk":
+            assert ((f > 0).sum(1) <= K).all()
+            assert torch.allclose(f.sum(1), pre.topk(K).values.sum(1), rtol=1e-5)
+        else:
+            assert torch.allclose(f, pre, atol=1e-6)
+        x_hat = f @ sae.W_dec + sae.b_dec
+        assert torch.allclose(sae(x), x_hat, atol=1e-5)
+        assert torch.allclose(sae.decode(f), sae.decode(sae.encode_sparse(x)), atol=1e-5)
+        assert sae(x.view(5, 10, D)).shape == (5, 10, D)
+        assert sae.encode(x.view(5, 10, D)).shape == (5, 10, F)
+    with pytest.raises(UserError, match="width 3 is not allowed; .* d_in = 10"):
+        sae(torch.zeros(4, 3))
+
+
+def test_parameters_start_tied_unit_norm_and_latent_major():
+    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=K))
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(F))
+    assert sae.W_enc.T.is_contiguous()
+    assert sae.W_dec.is_contiguous()
+    for other in (copy.deepcopy(sae), sae.float()):
+        assert other.W_enc.T.is_contiguous()
+
+
+def test_scaling_is_exact_for_powers_of_two():
+    sae, (x, _) = make(), data()
+    f, x_hat, before = sae.encode(x), sae(x), copy.deepcopy(sae.state_dict())
+    sae.scale_(0.25)
+    assert torch.equal(sae.encode(0.25 * x), 0.25 * f)
+    assert torch.equal(sae(0.25 * x), 0.25 * x_hat)
+    sae.scale_(4)
+    assert all(torch.equal(before[name], value) for name, value in sae.state_dict().items())
+
+
+def learner(**settings) -> Learner:
+    x, _ = data()
+    config = TrainConfig(tokens=N * 20, batch=N, lr=1e-2, dead_after_tokens=2 * N, **settings)
+    return Learner(make(aux_k=4), config, x.mean(0), float(x.norm(dim=1).mean()), T)
+
+
+def batch() -> Batch:
+    x, pos = data()
+    return Batch(x.bfloat16(), pos.int(), pos.int(), pos)
+
+
+def test_decoder_rows_stay_unit_and_their_gradient_orthogonal():
+    one = learner()
+    one.step(batch())
+    assert torch.allclose(one.sae.W_dec.norm(dim=1), torch.ones(F), atol=1e-6)
+    sae, (x, pos) = make(), data()
+    sae.normalise_decoder()
+    sae.objective(x, pos, T).loss.backward()
+    assert ((sae.W_dec.grad * sae.W_dec).sum(1)).abs().max() > 1e-2
+    sae.project_decoder_gradient()
+    assert ((sae.W_dec.grad * sae.W_dec).sum(1)).abs().max() < 1e-6
+
+
+def test_bias_starts_at_the_mean_and_scale_is_a_power_of_two():
+    x, _ = data()
+    one = learner()
+    assert torch.equal(one.sae.b_dec, x.mean(0) * one.scale)
+    assert 0.7 < one.scale * float(x.norm(dim=1).mean()) / D**0.5 < 1.42
+
+
+def test_dead_latents_are_counted_in_tokens():
+    one = learner()
+    fires = one.sae.objective(batch().x.float() * one.scale, batch().pos, T).fired
+    never = int((~fires).nonzero()[0])
+    with torch.no_grad():
+        one.sae.b_enc[never] = -1e4
+    one.step(batch())
+    assert int(one.idle_tokens[never]) == N
+    assert int(one.idle_tokens[fires].min()) == 0
+    assert one.report()["dead"] == 0
+    one.step(batch())
+    assert one.report()["dead"] >= 1  # 2 N tokens without it
+    assert one.any_dead
+
+
+def test_the_gradient_is_clipped_to_the_norm_told():
+    free, clipped = learner(clip_norm=None), learner(clip_norm=1e-3)
+    for one in (free, clipped):
+        one.step(batch())
+        grads = [p.grad for p in one.sae.parameters() if p.grad is not None]
+        total = torch.stack([g.norm() for g in grads]).norm()
+        assert (total <= 1.01e-3) == (one is clipped)
+        assert one.report()["gradient_norm"] > 0.1  # what is reported is the norm before
+
+
+def test_schedule_rises_holds_and_falls():
+    factors = [schedule(step, 100, 0.1, 0.2) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:80] == [1.0] * 71
+    assert factors[90] == pytest.approx(0.5)
+    assert factors[-1] == pytest.approx(0.05)
+    assert [schedule(step, 5, 0, 0) for step in range(5)] == [1.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": 37}, r"sae: k: 37 is not allowed; it must be at most d_sae \(36\)"),
+        ({"k": 0}, "sae.k: 0 is not allowed"),
+        ({"l1_coefficient": -0.1}, "sae.l1_coefficient: -0.1 is not allowed"),
+        ({"l1_coefficient": float("nan")}, "sae.l1_coefficient: nan is not allowed"),
+        ({"aux_coefficient": float("inf")}, "sae.aux_coefficient: inf is not allowed"),
+        ({"activation": "gelu"}, "sae.activation: 'gelu' is not allowed; it must be 'topk' or 'relu'"),
+        ({"widht": 3}, "sae.widht: no such setting"),
+        ({"mask": {"kind": "ranges", "ranges": 9, "positions": 8}}, "ranges: 9 is not allowed"),
+        ({"mask": {"temperature": 0}}, "mask.temperature: 0 is not allowed"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_name_field_value_and_what_is_allowed(settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        SAEConfig(**{"d_in": D, "d_sae": F, "k": K, **settings})
+    assert "\n" not in str(error.value)
