@@ -1,0 +1,294 @@
+"""The command line. Heavy imports wait until a command needs them, so that --help is quick."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_plain: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
+app = typer.Typer(help="Train and study sparse autoencoders on language-model activations.", **_plain)
+eval_app = typer.Typer(help="Measure a trained dictionary, beside its controls.", **_plain)
+testbed_app = typer.Typer(help="The embedded language and the small language model that learned it.", **_plain)
+app.add_typer(eval_app, name="eval")
+app.add_typer(testbed_app, name="testbed")
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="testbed, smollm2, a hub name (google/gemma-2-2b) or a local Hugging Face folder. [testbed]"),
+]
+Layer = Annotated[int | None, typer.Option(help="Train on the residual stream after this layer. [the middle one]")]
+Hook = Annotated[str | None, typer.Option(help="Train at this transformer_lens hook instead.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="A .txt or .jsonl file, or a dataset's name or folder. [the embedded language, for testbed]"),
+]
+
+
+def main() -> None:
+    """Entry point: runs the command; a user's mistake becomes one line and exit code 2."""
+    from .engine.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def train(
+    model: Model = None,
+    layer: Layer = None,
+    hook: Hook = None,
+    data: Data = None,
+    d_sae: Annotated[int | None, typer.Option(help="F, the number of latents. [8 times the model's width]")] = None,
+    k: Annotated[int | None, typer.Option(help="Latents kept per token. [32]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [2e-4 * sqrt(2^14 / F)]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [1000000]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, text order and mixing. [0]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to make. [runs/MODEL-DATE-TIME]")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML with sections stream, sae, train; options given here win over it.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Train a dictionary, with its random control beside it; measure both; draw the figures."""
+    from .engine import checkpoint
+    from .engine.config import RunConfig, read_yaml
+    from .engine.errors import UserError
+    from .engine.stream import ActivationStream, LanguageModel
+    from .engine.train import CONFIG, check_free, read_run
+    from .engine.train import train as train_run
+    from .evals.run import evaluate
+
+    began = time.monotonic()
+    _check_json(json_file)
+    given = {
+        "stream": {"model": model, "hook": hook, "data": data},
+        "sae": {"d_sae": d_sae, "k": k},
+        "train": {"lr": lr, "tokens": tokens, "seed": seed},
+    }
+    if resume:
+        if out is None or not (out / CONFIG).is_file():
+            raise UserError(f"resume: --out must name a run folder; {out} holds no {CONFIG}")
+        if (
+            config is not None
+            or layer is not None
+            or any(v is not None for part in given.values() for v in part.values())
+        ):
+            raise UserError("resume: a run goes on with its own settings; give --out and --resume alone")
+        settings: dict[str, Any] = read_run(out).model_dump()
+    else:
+        settings = _merge(read_yaml(config) if config else {}, given)
+    early = _early_checks(settings)
+    folder = out or Path("runs") / f"{Path(early.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not resume:
+        check_free(folder)
+
+    lm = LanguageModel(early.model, hook=early.hook, layer=layer)
+    sae = {"d_in": lm.d_model, "d_sae": 8 * lm.d_model} | settings.get("sae", {})
+    run = RunConfig(**(settings | {"sae": sae}))
+    stream = ActivationStream(run.stream, tokens=run.train.tokens, seed=run.train.seed, model=lm)
+    train_run(stream, run.sae, run.train, out=folder, resume=resume)
+
+    found = checkpoint.find(folder)
+    result = evaluate(found, stream, folder)
+    scores = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
+    summary: dict[str, Any] = {key: result[key] for key in scores}
+    summary["seconds"] = round(time.monotonic() - began, 1)
+    summary["controls"] = {name: {key: r[key] for key in scores} for name, r in result["controls"].items()}
+    summary |= {"run": str(folder), "model": lm.name, "hook": lm.hook, "tokens": run.train.steps * run.train.batch}
+    _write_json(folder / "summary.json", summary)
+    _write_json(json_file, summary)
+    _core_table(result, f"{run.sae.activation}, F = {run.sae.d_sae}, at {lm.hook} of {lm.name}")
+    print(f"run folder: {folder}   figures: {folder / 'figures'}   {summary['seconds']:.0f} s")
+
+
+@eval_app.command("core")
+def eval_core(
+    sae: Annotated[Path, typer.Option(help="A run folder or a checkpoint folder.")],
+    model: Annotated[
+        str | None, typer.Option(help="Evaluate in this model instead of the one it was trained on.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Evaluate after this layer.")] = None,
+    hook: Annotated[str | None, typer.Option(help="Evaluate at this hook.")] = None,
+    data: Annotated[str | None, typer.Option(help="Evaluate on this text.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Explained variance, CE recovered, L0 and dead latents, overall and per position, beside both controls."""
+    from .engine import checkpoint
+    from .engine.config import StreamConfig
+    from .engine.errors import UserError
+    from .engine.stream import ActivationStream, LanguageModel
+    from .evals.run import evaluate
+
+    _check_json(json_file)
+    found = checkpoint.find(sae)
+    if found.run is None and model is None:
+        raise UserError(
+            f"model: {found.folder} does not say what it was trained on; give --model, and --hook or --layer"
+        )
+    trained_on = found.run.stream if found.run is not None else StreamConfig()
+    own_place: dict[str, Any] = {"hook": trained_on.hook} if model is None and layer is None else {}
+    changes: dict[str, Any] = own_place | {
+        k: v for k, v in {"model": model, "hook": hook, "data": data}.items() if v is not None
+    }
+    stream_config = StreamConfig(**(trained_on.model_dump(exclude={"hook"}) | changes))
+    lm = LanguageModel(stream_config.model, hook=stream_config.hook, layer=layer)
+    seed = found.run.train.seed if found.run is not None else 0
+    stream = ActivationStream(stream_config, tokens=100_000, seed=seed, model=lm)
+    is_run = sae != found.folder and not changes.keys() - own_place.keys() and layer is None
+    result = evaluate(found, stream, sae if is_run else None)
+    _write_json(json_file, result)
+    _core_table(result, f"{found.folder} at {lm.hook} of {lm.name}")
+
+
+@testbed_app.command("train")
+def testbed_train(
+    out: Annotated[Path | None, typer.Option(help="Folder for model and tokenizer. [the package's own]")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of 16 documents.")] = 3000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Train the embedded language model from nothing (about 12 minutes on 2 cores; a GPU is used if there is one)."""
+    from .engine.stream.model import TESTBED
+    from .engine.testbed.training import train as train_model
+
+    _check_json(json_file)
+    quality = train_model(out or TESTBED, steps=steps, seed=seed)
+    _write_json(json_file, quality)
+    _figures(quality)
+
+
+@testbed_app.command("quality")
+def testbed_quality(json_file: JsonFile = None) -> None:
+    """Measure what the embedded language model knows: loss against the language's entropy, facts, order, agreement."""
+    from .engine.stream.model import LanguageModel
+    from .engine.testbed.language import HELD_OUT, Language
+    from .engine.testbed.quality import measure
+
+    _check_json(json_file)
+    quality = measure(LanguageModel("testbed").bridge, Language(), HELD_OUT)
+    _write_json(json_file, quality)
+    _figures(quality)
+
+
+@testbed_app.command("sample")
+def testbed_sample(
+    count: Annotated[int, typer.Option(min=1, help="How many documents.")] = 3,
+    start: Annotated[int, typer.Option(min=0, help="Number of the first one.")] = 0,
+    correlation: Annotated[float, typer.Option(help="How strongly topic and tone go together, 0 to 1.")] = 0.5,
+    json_file: JsonFile = None,
+) -> None:
+    """Print documents of the embedded language; --json adds every token's labels."""
+    from .engine.testbed.language import Language
+
+    _check_json(json_file)
+    language = Language(correlation)
+    documents = [language.document(start + i) for i in range(count)]
+    for document in documents:
+        print(document.text, end="\n\n")
+    _write_json(json_file, {"documents": [vars(document) for document in documents]})
+
+
+@app.command()
+def doctor(json_file: JsonFile = None) -> None:
+    """Versions, GPU, Triton, and which backend would run here and why."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from .kernels.backend import why
+
+    _check_json(json_file)
+    found: dict[str, Any] = {"temposae": version("temposae"), "python": platform.python_version()}
+    for package in ("torch", "triton", "transformer-lens", "transformers", "datasets", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    found["gpu"] = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        found["gpu"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    found["threads"] = torch.get_num_threads()
+    try:
+        found["backend"], found["why"] = why()
+    except ValueError as error:
+        found["backend"], found["why"] = None, str(error)
+    _write_json(json_file, found)
+    _figures(found)
+    if found["backend"] is None:
+        raise typer.Exit(2)
+
+
+def _merge(settings: dict[str, Any], given: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Settings of a file, with the options that were given on top."""
+    from .engine.errors import UserError
+
+    merged = dict(settings)
+    for section, options in given.items():
+        base = merged.get(section) or {}
+        if not isinstance(base, dict):
+            raise UserError(f"{section}: {base!r} is not allowed; it must be a section of settings")
+        merged[section] = base | {key: value for key, value in options.items() if value is not None}
+    return merged
+
+
+def _early_checks(settings: dict[str, Any]) -> Any:
+    """Validate all that can be validated before the language model is loaded; gives the stream's settings."""
+    from .engine.config import RunConfig, SAEConfig
+
+    sae = settings.get("sae", {})
+    if "d_sae" not in sae:  # its default depends on the model's width: check the rest with one that allows every k
+        sae = sae | {"d_sae": 2**31}
+    SAEConfig(**({"d_in": 1} | sae))
+    return RunConfig(**(settings | {"sae": {"d_in": 1} | sae})).stream
+
+
+def _check_json(path: Path | None) -> None:
+    from .engine.errors import UserError
+
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"json: {path} can't be written; give a file in a folder that exists")
+
+
+def _write_json(path: Path | None, values: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(values, indent=1, default=str) + "\n")
+
+
+def _core_table(result: dict[str, Any], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "explained variance", "CE recovered", "over mean ablation", "L0", "dead"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, scores in {"dictionary": result, **result["controls"]}.items():
+        cells = (scores["explained_variance"], scores["ce_recovered"], scores["ce_recovered_over_mean"])
+        table.add_row(
+            name if name == "dictionary" else f"control: {name}",
+            *("-" if value is None else f"{value:.4f}" for value in cells),
+            f"{scores['l0']:.1f}",
+            "-" if name == "mean" else f"{scores['dead_fraction']:.1%}",
+        )
+    Console().print(table)
+
+
+def _figures(values: dict[str, Any]) -> None:
+    width = max(map(len, values))
+    for key, value in values.items():
+        print(f"{key:{width}}  {value if not isinstance(value, float) else format(value, '.4f')}")
+
+
+if __name__ == "__main__":
+    main()

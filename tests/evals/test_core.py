@@ -1,0 +1,155 @@
+"""Core metrics on dictionaries whose scores are known beforehand."""
+
+import pytest
+import torch
+from temposae.engine.checkpoint import find, save
+from temposae.engine.config import SAEConfig, TrainConfig
+from temposae.engine.errors import UserError
+from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.train import train
+from temposae.evals.core import core
+from temposae.evals.run import evaluate
+
+D = 128
+FIGURES = (
+    "explained_variance",
+    "ce_recovered",
+    "ce_recovered_over_mean",
+    "l0",
+    "dead_fraction",
+    "per_position",
+    "controls",
+)
+
+
+def identity() -> SparseAutoencoder:
+    """Latents +x_i and -x_i: it reconstructs everything."""
+    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=2 * D, activation="relu"))
+    with torch.no_grad():
+        both = torch.cat([torch.eye(D), -torch.eye(D)])
+        sae.W_dec.copy_(both)
+        sae.W_enc.copy_(both.T)
+    return sae
+
+
+def constant(value: torch.Tensor) -> SparseAutoencoder:
+    """No latent ever fires; b_dec is all that comes out."""
+    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=8, k=2))
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e6)
+        sae.b_dec.copy_(value)
+    return sae
+
+
+def test_an_identity_dictionary_scores_one(stream_of):
+    found = core(stream_of(), identity(), {}, rows=16, ce_rows=8)
+    assert found["explained_variance"] == pytest.approx(1, abs=1e-6)
+    assert found["ce_recovered"] == pytest.approx(1, abs=1e-5)
+    assert found["ce_recovered_over_mean"] == pytest.approx(1, abs=1e-5)
+    assert found["l0"] == pytest.approx(D, abs=1)
+    assert found["dead_fraction"] == 0
+    per = found["per_position"]
+    assert per["tokens"][0] == 0  # <bos>
+    assert per["explained_variance"][0] is None
+    assert all(v == pytest.approx(1, abs=1e-4) for v in per["explained_variance"] if v is not None)
+    assert all(v == pytest.approx(1, abs=1e-2) for v in per["ce_recovered"] if v is not None)
+
+
+def test_a_zero_dictionary_recovers_nothing_and_is_dead(stream_of):
+    found = core(stream_of(), constant(torch.zeros(D)), {}, rows=16, ce_rows=8)
+    assert found["ce_recovered"] == pytest.approx(0, abs=1e-6)
+    assert found["explained_variance"] < 0
+    assert (found["l0"], found["dead_fraction"]) == (0, 1)
+    assert found["firing_rates"]["never"] == 8
+
+
+def test_predicting_the_mean_scores_zero(stream_of):
+    stream = stream_of()
+    x = torch.cat([stream.model.activations(r.tokens)[stream.keep(r)] for r in stream.held_out(16)])
+    found = core(stream, constant(x.mean(0)), {}, rows=16, ce_rows=8)
+    assert found["explained_variance"] == pytest.approx(0, abs=1e-6)
+    assert found["ce_recovered_over_mean"] == pytest.approx(0, abs=1e-4)
+    mean = found["controls"]["mean"]
+    for key in ("explained_variance", "ce_recovered", "ce_recovered_over_mean"):
+        assert mean[key] == pytest.approx(found[key], abs=1e-4)
+
+
+def test_figures_are_those_of_the_formulas(stream_of):
+    """Against a plain computation over one batch of rows."""
+    stream = stream_of()
+    sae = train(stream, SAEConfig(d_in=D, d_sae=64, k=4), TrainConfig(tokens=4096, batch=256, control=False)).sae
+    found = core(stream, sae, {}, rows=12, ce_rows=12)
+    rows = stream.text.rows(0, 12, held_out=True)
+    kept = stream.keep(rows)
+    full = stream.model.activations(rows.tokens)
+    x = full[kept]
+    f = sae.encode(x)
+    x_hat = f @ sae.W_dec + sae.b_dec
+    spread = (x - x.mean(0)).square().sum()
+    assert found["explained_variance"] == pytest.approx(float(1 - (x - x_hat).square().sum() / spread), abs=1e-5)
+    assert found["l0"] == pytest.approx(float((f > 0).sum(1).float().mean()), abs=1e-6)
+    assert found["dead_fraction"] == pytest.approx(float((~(f > 0).any(0)).float().mean()), abs=1e-6)
+    assert found["tokens"] == int(kept.sum())
+
+    follows = torch.arange(1, 128) < rows.length[:, None]
+
+    def ce(value: torch.Tensor | None) -> float:
+        spliced = full.clone()
+        if value is not None:
+            spliced[kept] = value
+        losses = stream.model.losses(rows.tokens, lambda _: spliced)
+        return float(losses[kept[:, :-1] & follows].mean())
+
+    clean, zero, own = ce(None), ce(torch.zeros_like(x)), ce(x_hat.detach())
+    assert found["ce"]["clean"] == pytest.approx(clean, rel=1e-5)
+    assert found["ce_recovered"] == pytest.approx((zero - own) / (zero - clean), abs=1e-4)
+
+    at = 40
+    here = torch.arange(128).expand(kept.shape)[kept] == at
+    mine = 1 - (x - x_hat)[here].square().sum() / (x - x.mean(0))[here].square().sum()
+    assert found["per_position"]["explained_variance"][at] == pytest.approx(float(mine), abs=1e-4)
+    assert found["per_position"]["l0"][at] == pytest.approx(float((f[here] > 0).sum(1).float().mean()), abs=1e-5)
+    dead_here = float((~(f[here] > 0).any(0)).float().mean())
+    assert found["per_position"]["dead_fraction"][at] == pytest.approx(dead_here, abs=1e-6)
+
+
+def test_results_do_not_depend_on_how_rows_are_batched(stream_of):
+    found = [core(stream_of(rows_per_forward=n), identity(), {}, rows=12, ce_rows=7) for n in (3, 12)]
+    for key in FIGURES[:5]:
+        assert found[0][key] == pytest.approx(found[1][key], abs=1e-6)
+    assert found[0]["ce_rows"] == found[1]["ce_rows"] == 7
+    assert found[0]["tokens"] == found[1]["tokens"]
+
+
+def test_evaluating_a_run_writes_results_and_figures(stream_of, tmp_path):
+    stream = stream_of()
+    settings = TrainConfig(tokens=8192, batch=256, log_every_steps=4)
+    train(stream, SAEConfig(d_in=D, d_sae=64, k=4), settings, out=tmp_path / "run")
+    found = evaluate(find(tmp_path / "run"), stream, tmp_path / "run")
+    assert set(found["controls"]) == {"random", "mean"}
+    assert found["explained_variance"] > found["controls"]["random"]["explained_variance"] > 0
+    figures = {p.name: p.stat().st_size for p in (tmp_path / "run" / "figures").iterdir()}
+    assert set(figures) == {"loss_curve.png", "position_explained_variance.png", "firing_rates.png"}
+    assert min(figures.values()) > 5000
+    again = evaluate(find(tmp_path / "run"), stream_of(), None)
+    assert {k: again[k] for k in FIGURES} == {k: found[k] for k in FIGURES}
+
+
+def test_a_dictionary_without_its_control_gets_one(stream_of, tmp_path, monkeypatch):
+    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=64, k=4))
+    save(sae, tmp_path / "saved")
+    asked = []
+
+    def short(stream, config, settings):
+        asked.append((config.decoder, settings))
+        return train(stream, config, TrainConfig(tokens=2048, batch=256))
+
+    monkeypatch.setattr("temposae.evals.run.train", short)
+    found = evaluate(find(tmp_path / "saved"), stream_of(), None)
+    assert asked == [("random", None)]
+    assert set(found["controls"]) == {"random", "mean"}
+
+
+def test_a_dictionary_of_another_width_is_refused(stream_of):
+    with pytest.raises(UserError, match="sae: d_in = 64 does not fit; .* width 128"):
+        core(stream_of(), SparseAutoencoder(SAEConfig(d_in=64, d_sae=8, k=2)), {})
