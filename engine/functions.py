@@ -100,7 +100,7 @@ class _EncodeDense(Function):
         x, W_enc, center, mask, pos, acts = ctx.saved_tensors
         need_x, need_w, _, need_center, need_mask, _ = ctx.needs_input_grad
         dx = dw = dcenter = dmask = None
-        dpre = torch.where(acts <= 0, 0, dacts)
+        dpre = torch.ops.aten.threshold_backward(dacts, acts, 0)  # the backward of relu, in one pass
         if mask is not None:
             gate = mask.index_select(0, pos)
             if need_mask:
@@ -144,7 +144,7 @@ class _EncodeTopK(Function):
         for (values, indices, grad), layouts in zip(picks, ctx.layouts, strict=True):
             if grad is None:
                 continue
-            dpre = torch.where(values <= 0, 0, grad)
+            dpre = torch.ops.aten.threshold_backward(grad, values, 0)
             if mask is not None:
                 where = pos.long()[:, None] * mask.shape[1] + indices
                 gate = mask.reshape(-1)[where]
@@ -162,7 +162,7 @@ class _EncodeTopK(Function):
             dcenter = -(W_enc @ db[:, 0].to(W_enc.dtype)).to(center.dtype)
         dw = None if dw is None else dw.to(W_enc.dtype).T
         db = None if db is None else db[:, 0].to(ctx.b_dtype)
-        dmask = None if dmask is None else dmask.view(mask.shape).to(mask.dtype)
+        dmask = None if mask is None or dmask is None else dmask.view(mask.shape).to(mask.dtype)
         return dx, dw, db, dcenter, dmask, *(None,) * 7
 
 

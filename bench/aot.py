@@ -1,0 +1,182 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and read registers, spills and tensor-core use off the binary.
+
+`python -m temposae.bench.aot` prints a table, with `--json` the same as JSON. Needs Triton, and TRITON_INTERPRET unset.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..kernels.backend import config_row
+
+ARCHS = (80, 90, 100)
+# mma.sync, wgmma and tcgen05, as the disassembler spells them
+TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
+
+
+class Spec(NamedTuple):
+    """One kernel as training launches it: every pointer and every size a multiple of 16, unless `aligned` is false."""
+
+    kernel: str  # op and function
+    config: str  # entry of the config table
+    pointers: dict[str, str]  # dtype of each pointer
+    flags: dict[str, bool] = {}
+    hot: bool = True
+    unit: tuple[str, ...] = ()  # integers that are 1, which Triton compiles in
+    aligned: bool = True
+
+
+def _encode(dtype: str, *, masked: bool, ragged: bool = False) -> Spec:
+    pointers = dict(x=dtype, w=dtype, b="fp32", center="fp32", mask="u8", pos="i64", acts=dtype)
+    flags = dict(RELU=True, HAS_CENTER=masked, HAS_MASK=masked, EVEN_D=not ragged)
+    config = "encode_small" if dtype == "fp32" or ragged else "encode"
+    return Spec(
+        "encode.encode_kernel", config, pointers, flags, hot=not ragged, unit=("stride_wd",), aligned=not ragged
+    )
+
+
+def _select(kernel: str, config: str, dtype: str, **pointers: str) -> Spec:
+    flags = {} if config == "topk" else dict(PER_LATENT=True)
+    return Spec(f"select.{kernel}", config, dict(acts=dtype) | pointers, flags, unit=("stride_f",))
+
+
+def _sparse(kernel: str, config: str, *, ragged: bool, **pointers: str) -> Spec:
+    flags = dict(RAGGED=ragged) | (dict(RESIDUAL=True) if config == "decode" else {})
+    return Spec(kernel, config, dict(offsets="i64") | pointers, flags)
+
+
+def _specs(dtype: str) -> dict[str, Spec]:
+    """Kernels whose operands have this dtype; gradients and sums are fp32."""
+    specs = {
+        "encode": _encode(dtype, masked=False),
+        "encode, centred and masked": _encode(dtype, masked=True),
+        "encode, unaligned": _encode(dtype, masked=True, ragged=True),
+        "topk": _select("topk_kernel", "topk", dtype, values=dtype, indices="i32"),
+        "threshold count": _select("count_kernel", "threshold", dtype, threshold="fp32", counts="i64"),
+        "threshold fill": _select(
+            "fill_kernel", "threshold", dtype, threshold="fp32", offsets="i64", values=dtype, indices="i32"
+        ),
+        "weight_grad": Spec(
+            "weight_grad.weight_grad_kernel",
+            "weight_grad",
+            dict(values=dtype, order="i64", tokens="i32", offsets="i64", rows=dtype, out="fp32"),
+        ),
+    }
+    for ragged in (False, True):
+        kind = "ragged" if ragged else "fixed K"
+        code = dict(values=dtype, indices="i32")
+        specs |= {
+            f"decode, {kind}": _sparse(
+                "decode.decode_kernel", "decode", ragged=ragged, w=dtype, b="fp32", target=dtype, out=dtype, **code
+            ),
+            f"values_grad, {kind}": _sparse(
+                "decode.values_grad_kernel", "values_grad", ragged=ragged, indices="i32", w=dtype, grad=dtype, out=dtype
+            ),
+            f"token_loss, {kind}": _sparse(
+                "loss.token_loss_kernel", "token_loss", ragged=ragged, residual=dtype, values=dtype, stats="fp32"
+            ),
+        }
+    return {f"{name} {dtype}": spec for name, spec in specs.items()}
+
+
+SPECS = {
+    **_specs("bf16"),
+    **_specs("fp32"),
+    "position_sum": Spec(
+        "loss.position_sum_kernel", "position_sum", dict(stats="fp32", order="i64", offsets="i64", sums="fp32")
+    ),
+}
+
+
+def report(archs: Sequence[int] = ARCHS, names: Sequence[str] = tuple(SPECS)) -> list[dict[str, Any]]:
+    """Compile the kernels `names` of SPECS for each sm in `archs`. One dict per kernel and sm:
+
+    name, arch, hot           which; hot kernels run in every training step
+    registers                 per thread
+    spill_bytes               local memory per thread, zero unless registers did not suffice
+    shared_bytes              per block
+    tensor_core_instructions  in the binary
+
+    Raises RuntimeError under Triton's interpreter, which has nothing to compile.
+    """
+    return [{"name": name, "arch": arch, "hot": SPECS[name].hot, **_measure(SPECS[name], arch)}
+            for arch in archs for name in names]  # fmt: skip
+
+
+def _measure(spec: Spec, arch: int) -> dict[str, int]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    op, function = spec.kernel.split(".")
+    kernel = getattr(import_module(f"..kernels.{op}.triton", __package__), function)
+    if not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError("TRITON_INTERPRET is set, so there are no kernels to compile; unset it")
+    config = config_row(arch)[spec.config]
+    constants = {**spec.flags, **dict.fromkeys(spec.unit, 1)} | {k: v for k, v in config.items() if k.isupper()}
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        pointer = name.endswith("_ptr")
+        signature[name] = f"*{spec.pointers[name[:-4]]}" if pointer else "fp32" if name == "threshold" else "i32"
+        if spec.aligned and signature[name] != "fp32":
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    options = {k: v for k, v in config.items() if not k.isupper()} | {"enable_fp_fusion": True}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", arch, 32), options=options
+    )
+    usage, assembly = _disassemble(compiled.asm["cubin"])
+    return {
+        "registers": int(usage["REG"]),
+        "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_core_instructions": len(re.findall(TENSOR_CORE[arch], assembly)),
+    }
+
+
+def _disassemble(cubin: bytes) -> tuple[dict[str, str], str]:
+    """Resource usage and assembly, by the tools that come with Triton."""
+    import triton.backends.nvidia
+
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage, assembly = (
+            subprocess.run([tools / tool, flag, path], check=True, capture_output=True, text=True).stdout
+            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    return dict(re.findall(r"(\w+):(\d+)", usage)), assembly
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m temposae.bench.aot", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="sm numbers, default %(default)s")
+    parser.add_argument("--kernel", nargs="+", default=list(SPECS), choices=SPECS, metavar="NAME", help="default all")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="leave out kernels of the other dtype")
+    arguments = parser.parse_args()
+    other = {"bf16": "fp32", "fp32": "bf16"}.get(arguments.dtype, "none")
+    try:
+        rows = report(arguments.arch, [name for name in arguments.kernel if not name.endswith(other)])
+    except RuntimeError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    print(f"{'kernel':36} {'sm':>4} {'registers':>9} {'spill':>6} {'shared':>7} {'tensor-core':>11}")
+    for row in rows:
+        print(f"{row['name']:36} {row['arch']:4} {row['registers']:9} {row['spill_bytes']:6} {row['shared_bytes']:7} "
+              f"{row['tensor_core_instructions']:11}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

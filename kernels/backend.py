@@ -1,0 +1,120 @@
+"""Which implementation runs an op, and with which launch configuration."""
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .configs import CONFIGS
+from .cost import Cost
+
+BACKENDS = ("torch", "triton")
+VARIABLE = "TEMPOSAE_BACKEND"
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Nominal rates of one H100 for 2- and 4-byte elements. They are only compared with each other, never reported: cuBLAS
+# against a Triton GEMM with IEEE float32, and one memory for both.
+_FLOPS_PER_SECOND = {"torch": {2: 660e12, 4: 50e12}, "triton": {2: 520e12, 4: 30e12}}
+_BYTES_PER_SECOND = 3.0e12
+
+
+def choose(op: str, *tensors: Tensor, cost: Callable[[str], Cost] | None = None, backend: str | None = None) -> str:
+    """The backend, "torch" or "triton", for `op` on these tensors; see `why`."""
+    return why(op, *tensors, cost=cost, backend=backend)[0]
+
+
+def why(
+    op: str = "ops", *tensors: Tensor, cost: Callable[[str], Cost] | None = None, backend: str | None = None
+) -> tuple[str, str]:
+    """The backend for `op` and the reason for it, in words.
+
+    First the argument, then the environment variable TEMPOSAE_BACKEND (torch, triton or auto), then the device: CUDA
+    tensors take triton if it is installed, handles their dtype, and `cost(backend)` does not favour torch. Without
+    tensors: the choice for this machine's default device.
+
+    Raises ValueError for a name that is not a backend, and for a forced triton that cannot run.
+    """
+    forced, source = (backend, "the backend argument") if backend else (os.environ.get(VARIABLE, ""), VARIABLE)
+    if forced not in ("", "auto", *BACKENDS):
+        raise ValueError(f"{source} is {forced!r}; allowed: {', '.join(BACKENDS)}, auto")
+    if forced == "torch":
+        return "torch", f"{source} says so"
+    obstacle = _obstacle(tensors)
+    if forced == "triton":
+        if obstacle:
+            raise ValueError(f"{source} asks for triton for {op}, but {obstacle}")
+        return "triton", f"{source} says so"
+    if obstacle:
+        return "torch", obstacle
+    if _device(tensors).type != "cuda":
+        return "torch", "Triton's interpreter is for tests: it runs when asked for by name"
+    if cost is not None:
+        itemsize = min(4, max(2, tensors[0].element_size())) if tensors else 2
+        torch_s, triton_s = (cost(b).seconds(_FLOPS_PER_SECOND[b][itemsize], _BYTES_PER_SECOND) for b in BACKENDS)
+        verdict = f"the cost model expects {1e6 * triton_s:.0f} us with triton and {1e6 * torch_s:.0f} us with torch"
+        return ("torch" if torch_s < triton_s else "triton"), verdict
+    return "triton", "CUDA tensors, and triton is installed"
+
+
+def _device(tensors: tuple[Tensor, ...]) -> torch.device:
+    return tensors[0].device if tensors else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
+    """Why triton cannot run on these tensors, or None."""
+    if not _triton_installed():
+        return "triton is not installed (it needs Linux)"
+    for tensor in tensors:
+        if tensor.dtype.is_floating_point and tensor.dtype not in TRITON_DTYPES:
+            return f"the kernels take float32, float16 and bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
+    device = _device(tensors)
+    if device.type == "cuda":
+        if torch.version.cuda is None:
+            return "this torch build is not for NVIDIA GPUs"
+        if _arch(device) < min(CONFIGS):
+            return f"sm_{_arch(device)} is older than sm_{min(CONFIGS)}"
+    elif not _interpreting():
+        return f"the tensors are on {device.type}, where triton runs only through its interpreter (TRITON_INTERPRET=1)"
+    return None
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache  # so that the warning comes once per GPU generation
+def config_row(arch: int) -> dict[str, dict[str, int]]:
+    """The launch configurations for sm_`arch`: its own row, or the nearest lower one with one warning.
+
+    Raises ValueError below the lowest row.
+    """
+    if arch in CONFIGS:
+        return CONFIGS[arch]
+    lower = [known for known in CONFIGS if known < arch]
+    if not lower:
+        raise ValueError(f"sm_{arch} is older than sm_{min(CONFIGS)}, the oldest with launch configurations")
+    warnings.warn(f"no launch configurations for sm_{arch}; using those of sm_{max(lower)}", stacklevel=2)
+    return CONFIGS[max(lower)]
+
+
+def launch_options(op: str, tensor: Tensor) -> dict[str, Any]:
+    """Keyword arguments for launching the kernel of `op` on the tensor's device: block sizes, warps, stages."""
+    row = config_row(_arch(tensor.device)) if tensor.is_cuda else CONFIGS[min(CONFIGS)]
+    # Triton's default for FP fusion is about to change; contracting a*b+c only makes the sums more accurate.
+    return {**row[op], "enable_fp_fusion": True}

@@ -1,0 +1,38 @@
+"""Argument checks shared by the ops: metadata only, so they never wait for a device."""
+
+import torch
+from torch import Tensor
+
+POSITION_DTYPES = (torch.int32, torch.int64)
+
+
+def check_shape(name: str, tensor: Tensor, **dims: int) -> None:
+    """Raise unless `tensor` has exactly these dimensions, given in order as symbol=size."""
+    if tuple(tensor.shape) != tuple(dims.values()):
+        wanted = f"[{', '.join(dims)}] = {list(dims.values())}"
+        raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """Raise unless every tensor given is of a floating dtype."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.dtype.is_floating_point:
+            raise ValueError(f"{name} must have a floating dtype, got {tensor.dtype}")
+
+
+def check_positions(pos: Tensor, n_tokens: int, n_positions: int) -> None:
+    """Raise unless `pos` is an int32 or int64 [N]; on the CPU, where looking is free, also unless 0 <= pos < T."""
+    check_shape("pos", pos, N=n_tokens)
+    if pos.dtype not in POSITION_DTYPES:
+        raise ValueError(f"pos must be int32 or int64, got {pos.dtype}")
+    if pos.device.type == "cpu" and n_tokens:
+        low, high = (int(v) for v in pos.aminmax())
+        if low < 0 or high >= n_positions:
+            raise ValueError(f"pos must lie in [0, T) = [0, {n_positions}), got values from {low} to {high}")
+
+
+def check_one_device(**tensors: Tensor | None) -> None:
+    """Raise unless all tensors given are on one device."""
+    devices = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"arguments must be on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}")

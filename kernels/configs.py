@@ -1,0 +1,24 @@
+"""Launch configurations, one row per GPU generation (sm = 10 * major + minor). Data, not code: nothing is autotuned.
+
+A row also serves GPUs between it and the next (sm_86 and sm_89 take sm_80's, sm_120 takes sm_100's), and those have
+99 KB of shared memory per block: no entry may need more. `bench/aot.py` reports registers, spills and shared memory of all.
+"""
+
+CONFIGS: dict[int, dict[str, dict[str, int]]] = {
+    80: {
+        "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=32, GROUP_N=8, num_warps=8, num_stages=3),
+        # float32, and D no multiple of the tile: pointers element by element, so smaller tiles or registers spill
+        "encode_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, num_warps=8, num_stages=3),
+        "topk": dict(BLOCK_F=2048, num_warps=8),
+        "threshold": dict(BLOCK_F=2048, num_warps=8),
+        "decode": dict(BLOCK_K=8, BLOCK_D=256, STAGES=3, num_warps=4),
+        "values_grad": dict(BLOCK_K=8, BLOCK_D=256, STAGES=3, num_warps=4),
+        "weight_grad": dict(BLOCK_E=8, BLOCK_D=256, STAGES=3, num_warps=4),
+        "token_loss": dict(BLOCK=1024, num_warps=4),
+        "position_sum": dict(BLOCK_N=256, num_warps=4),
+    },
+}
+CONFIGS[90] = CONFIGS[80] | {
+    "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, num_warps=8, num_stages=3),
+}
+CONFIGS[100] = CONFIGS[90] | {}

@@ -1,0 +1,103 @@
+"""decode as Triton kernels: one program per token (and tile of D), gathering the rows of W_dec that fired."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backend import launch_options
+from ..code import SparseCode
+
+
+@triton.jit
+def decode_kernel(
+    values_ptr, indices_ptr, offsets_ptr, w_ptr, b_ptr, target_ptr, out_ptr,
+    D, K, stride_w, stride_target,
+    RAGGED: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # Tokens are the fast axis of the grid: programs that run together read the same columns of W_dec, and [F, BLOCK_D] of
+    # it stays in L2 when all of it would not.
+    token = tl.program_id(0).to(tl.int64)
+    dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if RAGGED:
+        first = tl.load(offsets_ptr + token)
+        count = (tl.load(offsets_ptr + token + 1) - first).to(tl.int32)
+    else:
+        first = token * K
+        count = K
+
+    acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    for start in tl.range(0, count, BLOCK_K, num_stages=STAGES):
+        nth = start + tl.arange(0, BLOCK_K)
+        latents = tl.load(indices_ptr + first + nth, mask=nth < count, other=0).to(tl.int64)
+        values = tl.load(values_ptr + first + nth, mask=nth < count, other=0.0).to(tl.float32)
+        w_ptrs = w_ptr + latents[:, None] * stride_w + dims[None, :]
+        w = tl.load(w_ptrs, mask=(nth < count)[:, None] & (dims < D)[None, :], other=0.0)
+        acc += values[:, None] * w.to(tl.float32)
+
+    x_hat = tl.sum(acc, 0) + tl.load(b_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        target = tl.load(target_ptr + token * stride_target + dims, mask=dims < D, other=0.0)
+        x_hat = target.to(tl.float32) - x_hat
+    tl.store(out_ptr + token * D + dims, x_hat.to(out_ptr.dtype.element_ty), mask=dims < D)
+
+
+@triton.jit
+def values_grad_kernel(
+    indices_ptr, offsets_ptr, w_ptr, grad_ptr, out_ptr,
+    D, K, stride_w, stride_grad,
+    RAGGED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    if RAGGED:
+        first = tl.load(offsets_ptr + token)
+        count = (tl.load(offsets_ptr + token + 1) - first).to(tl.int32)
+    else:
+        first = token * K
+        count = K
+
+    for start in range(0, count, BLOCK_K):
+        nth = start + tl.arange(0, BLOCK_K)
+        latents = tl.load(indices_ptr + first + nth, mask=nth < count, other=0).to(tl.int64)
+        acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+        for tile in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+            dims = tile + tl.arange(0, BLOCK_D)
+            grad = tl.load(grad_ptr + token * stride_grad + dims, mask=dims < D, other=0.0)
+            w_ptrs = w_ptr + latents[:, None] * stride_w + dims[None, :]
+            w = tl.load(w_ptrs, mask=(nth < count)[:, None] & (dims < D)[None, :], other=0.0)
+            acc += w.to(tl.float32) * grad.to(tl.float32)[None, :]
+        tl.store(out_ptr + first + nth, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=nth < count)
+
+
+def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None) -> Tensor:
+    n, d = code.n_tokens, W_dec.shape[1]
+    W_dec = _with_unit_stride(W_dec)
+    target = None if target is None else _with_unit_stride(target)
+    out = torch.empty((n, d), dtype=(W_dec if target is None else target).dtype, device=W_dec.device)
+    options = launch_options("decode", W_dec)
+    decode_kernel[(n, triton.cdiv(d, options["BLOCK_D"]))](
+        code.values.contiguous(), code.indices.contiguous(), code.indices if code.offsets is None else code.offsets,
+        W_dec, b_dec.contiguous(), W_dec if target is None else target, out,
+        d, 0 if code.ragged else code.values.shape[1], W_dec.stride(0), 0 if target is None else target.stride(0),
+        RAGGED=code.ragged, RESIDUAL=target is not None,
+        **options,
+    )  # fmt: skip
+    return out
+
+
+def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor) -> Tensor:
+    W_dec, grad = _with_unit_stride(W_dec), _with_unit_stride(grad)
+    make = torch.zeros if code.ragged else torch.empty  # unused entries are not written
+    out = make(code.values.shape, dtype=code.values.dtype, device=W_dec.device)
+    values_grad_kernel[(code.n_tokens,)](
+        code.indices.contiguous(), code.indices if code.offsets is None else code.offsets, W_dec, grad, out,
+        W_dec.shape[1], 0 if code.ragged else code.values.shape[1], W_dec.stride(0), grad.stride(0),
+        RAGGED=code.ragged,
+        **launch_options("values_grad", W_dec),
+    )  # fmt: skip
+    return out
+
+
+def _with_unit_stride(rows: Tensor) -> Tensor:
+    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -1,0 +1,27 @@
+"""What the references share: the dtype to accumulate in, and two sums in a fixed order."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 stays float64; everything else accumulates in float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def sum_by(index: Tensor, rows: Tensor, size: int) -> Tensor:
+    """out[i] = sum of rows[j] over index[j] == i, in the order of j: the same bits every time. Returns [size, ...]."""
+    out = rows.new_zeros((size, *rows.shape[1:]))
+    if rows.is_cuda:  # index_add_ would use atomics there; index_put_ sorts
+        return out.index_put_((index.long(),), rows, accumulate=True)
+    return out.index_add_(0, index, rows)
+
+
+def weighted_bags(table: Tensor, index: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
+    """out[b] = sum of weights[e] * table[index[e]] over the entries e in starts[b]:starts[b + 1], to the end for the last b.
+
+    `embedding_bag` never materialises the gathered rows: on two CPU cores at N = 1024, K = 32 it takes a seventh or less
+    of the time of a dense product at F = 1024, of `index_add_`, or of gather and reduce, for D from 128 to 768.
+    """
+    return F.embedding_bag(index, table, starts.to(index.dtype), mode="sum", per_sample_weights=weights)

@@ -1,0 +1,72 @@
+"""select: from activations of every latent to a SparseCode, by rank (top-k) or by value (threshold)."""
+
+from torch import Tensor
+
+from ..backend import choose
+from ..checks import check_floating, check_one_device, check_shape
+from ..code import SparseCode
+from ..cost import Cost
+from . import reference
+
+
+def select_topk(acts: Tensor, k: int, *, backend: str | None = None) -> SparseCode:
+    """The k largest activations of each token, exactly.
+
+    acts [N, F], any floating dtype. Returns a fixed-K code in acts' dtype, each token's entries by ascending latent.
+    Equal values go to the lower latent, NaN counts as the largest value, -0 equals 0: the result is unique, so every
+    backend returns the same entries. The torch backend waits for the device, to look for ties.
+
+    Raises ValueError unless acts is floating [N, F] and 1 <= k <= F.
+    """
+    _check(acts)
+    if not 1 <= k <= acts.shape[1]:
+        raise ValueError(f"k must lie in [1, F] = [1, {acts.shape[1]}], got {k}")
+    n, f = acts.shape
+
+    def cost_of(backend: str) -> Cost:
+        return cost(n, f, k, itemsize=acts.element_size(), backend=backend)
+
+    if choose("select_topk", acts, cost=cost_of, backend=backend) == "triton":
+        from . import triton
+
+        return triton.select_topk(acts, k)
+    return reference.select_topk(acts, k)
+
+
+def select_threshold(
+    acts: Tensor, threshold: float | Tensor = 0.0, capacity: int | None = None, *, backend: str | None = None
+) -> SparseCode:
+    """Every activation above its threshold: acts[n, j] > threshold[j]. NaN is kept, so that it is seen.
+
+    acts [N, F], any floating dtype; threshold a number or a floating [F]. Returns a ragged code in acts' dtype, each
+    token's entries by ascending latent. Without a capacity, nothing is lost: the entries are counted first, which waits
+    for the device once. With one, nothing waits: the first `capacity` entries are stored, unused ones are zero, and
+    `overflow` says on the device whether any were left out.
+
+    Raises ValueError for other shapes or dtypes and for capacity < 0.
+    """
+    _check(acts)
+    if isinstance(threshold, Tensor):
+        check_shape("threshold", threshold, F=acts.shape[1])
+        check_floating(threshold=threshold)
+        check_one_device(acts=acts, threshold=threshold)
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"capacity must be at least 0, got {capacity}")
+    tensors = (acts, threshold) if isinstance(threshold, Tensor) else (acts,)
+    if choose("select_threshold", *tensors, backend=backend) == "triton":
+        from . import triton
+
+        return triton.select_threshold(acts, threshold, capacity)
+    return reference.select_threshold(acts, threshold, capacity)
+
+
+def cost(n: int, f: int, k: float, *, itemsize: int = 2, backend: str = "triton") -> Cost:
+    """Passes over acts (one for each byte of the key and one to collect, against twice that) and k entries a token."""
+    passes = (itemsize + 1) * (1 if backend == "triton" else 2)
+    return Cost(0.0, passes * itemsize * n * f + n * k * (itemsize + 4))
+
+
+def _check(acts: Tensor) -> None:
+    if acts.dim() != 2:
+        raise ValueError(f"acts must have shape [N, F], got {list(acts.shape)}")
+    check_floating(acts=acts)

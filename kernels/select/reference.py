@@ -1,0 +1,80 @@
+"""select in plain torch."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..code import SparseCode
+from ..numerics import accumulation_dtype
+
+
+def select_topk(acts: Tensor, k: int) -> SparseCode:
+    with torch.no_grad():
+        indices = _topk(acts, k)
+    return SparseCode(acts.gather(1, indices), indices.int(), acts.shape[1])
+
+
+def _topk(acts: Tensor, k: int) -> Tensor:
+    """Latents [N, k] of the k largest values in ascending order.
+
+    torch.topk costs more than the encoder's product and leaves ties open. Here the k-th largest of the maxima of a few
+    groups of latents, which k values reach, bounds the k-th largest value from below; hardly more than k values a token
+    pass that bound, and only they are ranked.
+    """
+    n, f = acts.shape
+    size = max(1, f // (4 * k))
+    groups = f // size
+    maxima = acts[:, : size * groups].unflatten(1, (size, groups)).amax(1)
+    maxima = torch.cat([maxima, acts[:, size * groups :]], 1)
+    if maxima.isnan().any():  # a sort is the definition, ties and NaN included, but slow
+        return acts.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
+
+    flat = _nonzero(acts >= _kth_largest(maxima, k))  # by token and latent
+    starts = torch.searchsorted(flat, f * torch.arange(n + 1, device=acts.device))
+    most = int(starts.diff().max())
+    if 2 * most > f:  # ties crowd the bound: zeros, mostly
+        return (_nonzero(_keep(acts, k)) % f).view(n, k)
+    entries = starts[:-1, None] + torch.arange(most, device=acts.device)
+    passed = flat[entries.clamp(max=len(flat) - 1)]  # [N, most]
+    candidates = torch.where(entries < starts[1:, None], acts.flatten()[passed], -torch.inf)
+    return (passed[_keep(candidates, k)] % f).view(n, k)
+
+
+def _keep(x: Tensor, k: int) -> Tensor:
+    """Which elements are the k largest of their row, the first ones among equals; no NaN."""
+    last = _kth_largest(x, k)
+    above, equal = x > last, x == last
+    room = k - above.sum(1, keepdim=True, dtype=torch.int32)  # an int64 sum would widen all of x first
+    return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
+
+
+def _kth_largest(x: Tensor, k: int) -> Tensor:
+    """The k-th largest value [N, 1] of each row; no NaN."""
+    if x.is_cuda:
+        return x.topk(k).values[:, -1:]
+    wide = x.to(accumulation_dtype(x))  # numpy has no bfloat16
+    return -torch.from_numpy(np.partition(-wide.numpy(), k - 1, axis=1)[:, k - 1 : k]).to(x.dtype)
+
+
+def _nonzero(flags: Tensor) -> Tensor:
+    """Positions of the true elements in row-major order; numpy finds few among many twice as fast as torch."""
+    if flags.is_cuda:
+        return flags.flatten().nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(flags.numpy()))
+
+
+def select_threshold(acts: Tensor, threshold: float | Tensor, capacity: int | None) -> SparseCode:
+    n, f = acts.shape
+    wide = acts.detach().to(accumulation_dtype(acts))  # a threshold is not rounded to acts' dtype
+    fired = ~(wide <= threshold)  # rather than >, so that NaN fires
+    running = torch.cat([fired.new_zeros(1, dtype=torch.int64), fired.sum(1, dtype=torch.int32)]).cumsum(0)
+    if capacity is None:
+        where = _nonzero(fired)
+        return SparseCode(acts.flatten()[where], (where % f).int(), f, running)
+    nth = torch.arange(1, capacity + 1, device=acts.device)
+    where = torch.searchsorted(fired.flatten().cumsum(0), nth)  # the position of the nth that fired, or N * F
+    used = where < n * f
+    where = torch.where(used, where, 0)
+    values = torch.where(used, acts.flatten()[where], 0)
+    indices = torch.where(used, where % f, 0).int()
+    return SparseCode(values, indices, f, running.clamp(max=capacity), running[-1] > capacity)

@@ -1,0 +1,144 @@
+"""select as Triton kernels, one program per token: radix select for top-k, count and fill for thresholds."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backend import launch_options
+from ..code import SparseCode
+
+
+@triton.jit
+def sortable_key(value):
+    """Bits of a float as an unsigned number in [0, 2**bits) that orders like the float: -0 as 0, NaN above all."""
+    bits: tl.constexpr = value.dtype.primitive_bitwidth
+    value = tl.where(value == 0, 0.0, value).to(value.dtype)
+    if bits == 16:
+        raw = value.to(tl.uint16, bitcast=True).to(tl.uint32)
+    else:
+        raw = value.to(tl.uint32, bitcast=True)
+    sign: tl.constexpr = 1 << (bits - 1)
+    all_ones: tl.constexpr = (1 << bits) - 1
+    key = tl.where((raw & sign) != 0, raw ^ all_ones, raw | sign)
+    return tl.where(value != value, all_ones, key).to(tl.uint32)
+
+
+@triton.jit
+def topk_kernel(
+    acts_ptr, values_ptr, indices_ptr,
+    F, K, stride_n, stride_f,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    acts_ptr += token * stride_n
+    bits: tl.constexpr = acts_ptr.dtype.element_ty.primitive_bitwidth
+    digits = tl.arange(0, 256)
+
+    # Find the K-th largest key digit by digit: of the keys that agree with `kth` so far, count each value of the next
+    # digit, and take the largest from which on at least `wanted` keys lie.
+    kth = tl.zeros((), dtype=tl.uint32)
+    wanted = K
+    for shift in tl.static_range(bits - 8, -8, -8):
+        counts = tl.zeros((256,), dtype=tl.int32)
+        for start in range(0, F, BLOCK_F):
+            latents = start + tl.arange(0, BLOCK_F)
+            inside = latents < F
+            key = sortable_key(tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=inside, other=0.0))
+            if shift < bits - 8:
+                inside = inside & ((key >> (shift + 8)) == (kth >> (shift + 8)))
+            counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=inside)
+        at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
+        digit = tl.max(tl.where(at_least >= wanted, digits, 0), 0)
+        wanted -= tl.sum(tl.where(digits > digit, counts, 0), 0)
+        kth |= digit.to(tl.uint32) << shift
+
+    # Collect in ascending latent order everything above the K-th key, and the first `wanted` of those equal to it.
+    kept = 0
+    for start in range(0, F, BLOCK_F):
+        latents = start + tl.arange(0, BLOCK_F)
+        inside = latents < F
+        value = tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=inside, other=0.0)
+        key = sortable_key(value)
+        equal = (inside & (key == kth)).to(tl.int32)
+        keep = (inside & (key > kth)) | ((equal != 0) & (tl.cumsum(equal, 0) <= wanted))
+        ones = keep.to(tl.int32)
+        slot = token * K + kept + tl.cumsum(ones, 0) - 1
+        tl.store(values_ptr + slot, value, mask=keep)
+        tl.store(indices_ptr + slot, latents, mask=keep)
+        wanted -= tl.sum(equal, 0)
+        kept += tl.sum(ones, 0)
+
+
+@triton.jit
+def above(acts_ptr, threshold_ptr, threshold, latents, F, stride_f, PER_LATENT: tl.constexpr):
+    """The activations of these latents, and which of them exist and are not at or below their threshold."""
+    value = tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=latents < F, other=0.0)
+    if PER_LATENT:
+        limit = tl.load(threshold_ptr + latents, mask=latents < F, other=0.0).to(tl.float32)
+    else:
+        limit = threshold
+    at_or_below = value.to(tl.float32) <= limit
+    return value, (latents < F) & (at_or_below == 0)
+
+
+@triton.jit
+def count_kernel(
+    acts_ptr, threshold_ptr, counts_ptr,
+    threshold, F, stride_n, stride_f,
+    PER_LATENT: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    acts_ptr += token * stride_n
+    count = tl.zeros((BLOCK_F,), dtype=tl.int32)
+    for start in range(0, F, BLOCK_F):
+        _, fired = above(acts_ptr, threshold_ptr, threshold, start + tl.arange(0, BLOCK_F), F, stride_f, PER_LATENT)
+        count += fired.to(tl.int32)
+    tl.store(counts_ptr + token, tl.sum(count, 0).to(tl.int64))
+
+
+@triton.jit
+def fill_kernel(
+    acts_ptr, threshold_ptr, offsets_ptr, values_ptr, indices_ptr,
+    threshold, F, capacity, stride_n, stride_f,
+    PER_LATENT: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    acts_ptr += token * stride_n
+    slot = tl.load(offsets_ptr + token)
+    for start in range(0, F, BLOCK_F):
+        latents = start + tl.arange(0, BLOCK_F)
+        value, fired = above(acts_ptr, threshold_ptr, threshold, latents, F, stride_f, PER_LATENT)
+        ones = fired.to(tl.int32)
+        slots = slot + tl.cumsum(ones, 0) - 1
+        keep = fired & (slots < capacity)
+        tl.store(values_ptr + slots, value, mask=keep)
+        tl.store(indices_ptr + slots, latents, mask=keep)
+        slot += tl.sum(ones, 0)
+
+
+def select_topk(acts: Tensor, k: int) -> SparseCode:
+    n, f = acts.shape
+    values = torch.empty((n, k), dtype=acts.dtype, device=acts.device)
+    indices = torch.empty((n, k), dtype=torch.int32, device=acts.device)
+    topk_kernel[(n,)](acts, values, indices, f, k, *acts.stride(), **launch_options("topk", acts))
+    return SparseCode(values, indices, f)
+
+
+def select_threshold(acts: Tensor, threshold: float | Tensor, capacity: int | None) -> SparseCode:
+    n, f = acts.shape
+    options = launch_options("threshold", acts)
+    per_latent = isinstance(threshold, Tensor)
+    limits, limit = (threshold.contiguous(), 0.0) if per_latent else (acts, float(threshold))
+    counts = torch.empty(n, dtype=torch.int64, device=acts.device)
+    count_kernel[(n,)](acts, limits, counts, limit, f, *acts.stride(), PER_LATENT=per_latent, **options)
+    running = torch.cat([counts.new_zeros(1), counts]).cumsum(0)
+    size = int(running[-1]) if capacity is None else capacity
+    values = torch.zeros(size, dtype=acts.dtype, device=acts.device)
+    indices = torch.zeros(size, dtype=torch.int32, device=acts.device)
+    fill_kernel[(n,)](
+        acts, limits, running, values, indices, limit, f, size, *acts.stride(), PER_LATENT=per_latent, **options
+    )
+    if capacity is None:
+        return SparseCode(values, indices, f, running)
+    return SparseCode(values, indices, f, running.clamp(max=capacity), running[-1] > capacity)

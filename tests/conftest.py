@@ -1,0 +1,66 @@
+"""Shared by all tests: threads, Triton on the CPU, and how close is close."""
+
+import os
+import re
+from collections.abc import Callable
+
+# Before torch loads OpenMP: with a test worker on every core, threads that spin while they wait cost milliseconds each time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+from torch import Tensor
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton reads this when it is first imported. Without a GPU its interpreter runs the kernels; `-m gpu` compiles them.
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def assert_close() -> Callable[..., None]:
+    """assert_close(out, reference, limit=1e-5): ||out - reference|| / ||reference|| <= limit, which NaN never meets."""
+
+    def check(out: Tensor, reference: Tensor, limit: float = 1e-5, name: str = "output") -> None:
+        assert out.shape == reference.shape, f"{name}: shape {list(out.shape)}, expected {list(reference.shape)}"
+        out, reference = out.detach().double().cpu(), reference.detach().double().cpu()
+        error, size = (out - reference).norm().item(), reference.norm().item()
+        assert error <= limit * size, f"{name}: error {error:.3e} of {size:.3e} exceeds the ratio {limit:.0e}"
+
+    return check
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tensors from torch.empty hold NaN (floating) or -1 (integers), so that an element nobody writes shows."""
+    empty = torch.empty
+
+    def poisoned_empty(*args, **kwargs) -> Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else -1)
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+@pytest.fixture(scope="session")
+def testbed():
+    """The embedded language model, on the CPU."""
+    from temposae.engine.stream import LanguageModel
+
+    return LanguageModel("testbed", device="cpu")
+
+
+@pytest.fixture
+def stream_of(testbed) -> Callable:
+    """stream_of(seed=0, **settings): a stream with a small buffer over the embedded model."""
+    from temposae.engine.config import StreamConfig
+    from temposae.engine.stream import ActivationStream
+
+    def make(seed: int = 0, **settings) -> ActivationStream:
+        config = StreamConfig(**{"buffer_tokens": 4096, "rows_per_forward": 16, **settings})
+        return ActivationStream(config, model=testbed, seed=seed)
+
+    return make

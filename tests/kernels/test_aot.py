@@ -1,0 +1,45 @@
+"""Every kernel compiles for every GPU generation, without a GPU; the binaries of hot ones are what they should be."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHARED_BYTES = 99 * 1024  # what a block may have on the GPUs that borrow a row (sm_86, sm_89, sm_120)
+
+
+def compile_report(arch: int, dtype: str) -> list[dict]:
+    """In a process of its own, because this one interprets kernels instead of compiling them."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "temposae.bench.aot", "--json", "--arch", str(arch), "--dtype", dtype]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
+def test_kernels_compile_without_spills_and_with_tensor_cores(arch, dtype):
+    rows = compile_report(arch, dtype)
+    kernels = {row["name"].split(",")[0].removesuffix(f" {dtype}") for row in rows}
+    assert kernels == {
+        "encode", "topk", "threshold count", "threshold fill", "decode", "values_grad", "token_loss", "position_sum",
+        "weight_grad",
+    }  # fmt: skip
+    assert [row["name"] for row in rows if row["hot"] and row["spill_bytes"]] == []
+    assert [row["name"] for row in rows if row["shared_bytes"] > SHARED_BYTES] == []
+    if dtype == "bf16":
+        assert all(row["tensor_core_instructions"] > 0 for row in rows if row["name"].startswith("encode"))
+
+
+def test_the_interpreter_is_named():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "temposae.bench.aot", "--arch", "80", "--kernel", "position_sum"]
+    run = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode != 0
+    assert "TRITON_INTERPRET is set" in run.stderr
