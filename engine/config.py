@@ -84,7 +84,8 @@ class StreamConfig(Config):
 
     `model`: `testbed`, `smollm2`, a hub name or a local Hugging Face folder. `hook`: a transformer_lens hook name; the
     residual stream after the middle layer unless given. `data`: a .txt or .jsonl file, a dataset's name or folder;
-    the embedded language for `testbed`.
+    the embedded language for `testbed`. `buffer_tokens`: what is mixed at a time; as many as the run has, between 2048
+    and 65536, unless given.
     """
 
     model: str = "testbed"
@@ -92,7 +93,7 @@ class StreamConfig(Config):
     data: str | None = None
     context: Annotated[int, Field(ge=2)] = 128
     rows_per_forward: Count = 32
-    buffer_tokens: Count = 65536
+    buffer_tokens: Count | None = None
     buffer_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     drop_bos: bool = True
 
@@ -100,8 +101,9 @@ class StreamConfig(Config):
 class TrainConfig(Config):
     """How a dictionary is trained. Counts are in tokens or in steps of `batch` tokens, as their names say.
 
-    `lr`: 2e-4 * sqrt(2^14 / F) unless given. `dead_after_tokens`: a latent that has not fired for so many tokens is
-    dead; a tenth of the run, at most 10M, unless given.
+    `lr`: 2e-4 * sqrt(2^14 / F) unless given. `dead_after_tokens`: a latent that has not fired for so many tokens is dead;
+    a tenth of the run, at least 10 batches, at most 10M, unless given. `log_every_steps`: a twentieth of the run, at most
+    50, unless given. `warmup` and `decay` are shares of the run.
     """
 
     tokens: Count = 1_000_000
@@ -113,7 +115,7 @@ class TrainConfig(Config):
     decay: Share = 0.3
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     dead_after_tokens: Count | None = None
-    log_every_steps: Count = 50
+    log_every_steps: Count | None = None
     checkpoint_every_steps: Count = 500
     control: bool = True
     seed: Annotated[int, Field(ge=0)] = 0
@@ -121,6 +123,10 @@ class TrainConfig(Config):
     @property
     def steps(self) -> int:
         return -(-self.tokens // self.batch)
+
+    @property
+    def report_steps(self) -> int:
+        return self.log_every_steps or max(1, min(50, self.steps // 20))
 
 
 class RunConfig(Config):

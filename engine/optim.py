@@ -41,7 +41,7 @@ class Learner:
         self.lr = config.lr if config.lr is not None else default_lr(sae.cfg.d_sae)
         parameters = [p for p in sae.parameters() if p.requires_grad]
         self.adam = torch.optim.Adam(parameters, lr=self.lr, betas=(config.beta1, config.beta2), fused=True)
-        self.dead_after = config.dead_after_tokens or min(10_000_000, max(1, config.tokens // 10))
+        self.dead_after = config.dead_after_tokens or min(10_000_000, max(config.tokens // 10, 10 * config.batch))
         self.idle_tokens = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
         self.steps_done = 0
         self.any_dead = False  # AuxK is skipped while there is nothing for it to do; looked at when reporting

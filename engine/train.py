@@ -58,10 +58,10 @@ def train(
         raise UserError(
             f"sae.d_in: {sae.d_in} is not allowed; {stream.model.hook} of {stream.model.name} has width {stream.d_in}"
         )
-    if 2 * config.batch > stream.config.buffer_tokens:
+    if 2 * config.batch > stream.buffer_tokens:
         raise UserError(
             f"train.batch: {config.batch} is not allowed; it must be at most half of "
-            f"stream.buffer_tokens ({stream.config.buffer_tokens})"
+            f"stream.buffer_tokens ({stream.buffer_tokens})"
         )
     sae.mask.check_context(stream.positions)
     run = RunConfig(stream=stream.config, sae=sae, train=config)
@@ -79,7 +79,7 @@ def train(
                 learner.step(batch)
             done = step + 1
             bar.advance(config.batch)
-            if done % config.log_every_steps == 0 or done == config.steps:
+            if done % config.report_steps == 0 or done == config.steps:
                 line = _report(learners, config) | {"seconds": round(time.monotonic() - began, 2)}
                 metrics.append(line)
                 if folder is not None:

