@@ -70,6 +70,7 @@ def train(
 
     began = time.monotonic()
     _check_json(json_file)
+    _check_backend()
     given = {
         "stream": {"model": model, "hook": hook, "data": data},
         "sae": {"d_sae": d_sae, "k": k},
@@ -130,6 +131,7 @@ def eval_core(
     from .evals.run import evaluate
 
     _check_json(json_file)
+    _check_backend()
     found = checkpoint.find(sae)
     if found.run is None and model is None:
         raise UserError(
@@ -195,7 +197,7 @@ def testbed_sample(
     documents = [language.document(start + i) for i in range(count)]
     for document in documents:
         print(document.text, end="\n\n")
-    _write_json(json_file, {"documents": [vars(document) for document in documents]})
+    _write_json(json_file, {"documents": [vars(document) | {"text": document.text} for document in documents]})
 
 
 @app.command()
@@ -254,11 +256,31 @@ def _early_checks(settings: dict[str, Any]) -> Any:
     return RunConfig(**(settings | {"sae": {"d_in": 1} | sae})).stream
 
 
+def _check_backend() -> None:
+    """A wrong TEMPOSAE_BACKEND, or one that can't run here, is said before anything is loaded."""
+    from .engine.errors import UserError
+    from .kernels.backend import why
+
+    try:
+        why()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def _check_json(path: Path | None) -> None:
     from .engine.errors import UserError
 
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UserError(f"json: {path} can't be written; give a file in a folder that exists")
+    if path is None:
+        return
+    new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(
+            f"json: {path} can't be written ({error.strerror}); give a file in a folder that exists"
+        ) from None
+    if new:
+        path.unlink()
 
 
 def _write_json(path: Path | None, values: Any) -> None:

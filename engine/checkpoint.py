@@ -56,21 +56,22 @@ class Checkpoint:
         sae = SparseAutoencoder(SAEConfig(**self.manifest["dictionaries"][name]))
         try:
             sae.load_state_dict(self.tensors(name))
-        except RuntimeError as error:
-            raise UserError(
-                f"checkpoint: {self.folder / name}.safetensors does not fit its settings: {error}"
-            ) from None
+        except RuntimeError:
+            path = self.folder / f"{name}.safetensors"
+            raise UserError(f"checkpoint: {path} does not fit its settings in {MANIFEST}") from None
         return sae
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one file, after checking that it is the file that was written."""
         path = self.folder / f"{name}.safetensors"
         expected = self.manifest["files"].get(path.name)
+        if expected is None:
+            raise UserError(
+                f"checkpoint: {path.name} is not in {self.folder}; it holds {', '.join(self.manifest['files'])}"
+            )
         try:
-            if expected is None or path.stat().st_size != expected["bytes"]:
-                raise UserError(
-                    f"checkpoint: {path} is damaged or missing; it must have {(expected or {}).get('bytes')} bytes"
-                )
+            if not path.is_file() or path.stat().st_size != expected["bytes"]:
+                raise UserError(f"checkpoint: {path} is damaged or missing; it must have {expected['bytes']} bytes")
             if _sha256(path) != expected["sha256"]:
                 raise UserError(f"checkpoint: {path} is damaged; its contents are not what was written")
             return load_file(path)
@@ -132,8 +133,10 @@ def find(path: Path) -> Checkpoint:
         if manifest["format"] != FORMAT:
             raise UserError(f"checkpoint: {folder} has format {manifest['format']!r}; this version reads {FORMAT}")
         return Checkpoint(folder, {key: manifest[key] for key in ("format", "step", "dictionaries", "run", "files")})
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"checkpoint: {folder / MANIFEST} is damaged ({error})") from None
+    except UserError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint: {folder / MANIFEST} is damaged ({type(error).__name__}: {error})") from None
 
 
 def all_in(run: Path) -> list[Path]:

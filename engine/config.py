@@ -19,7 +19,7 @@ class Config(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise one_line(error, _SECTION.get(type(self).__name__, "")) from None
+            raise one_line(error, _SECTION.get(type(self).__name__, ""), type(self).model_fields) from None
 
 
 class MaskConfig(Config):
@@ -49,8 +49,8 @@ class MaskConfig(Config):
         """Refuse contexts that the mask does not cover, unless `beyond` says what to do there."""
         if self.kind != "none" and self.beyond == "error" and positions > self.positions:
             raise UserError(
-                f"mask.positions: {self.positions} is not allowed; positions go up to {positions - 1} "
-                f"(give at least {positions}, or set mask.beyond to clamp or wrap)"
+                f"sae.mask.positions: {self.positions} is not allowed; positions go up to {positions - 1} "
+                f"(give at least {positions}, or set sae.mask.beyond to clamp or wrap)"
             )
 
 
@@ -137,7 +137,7 @@ class RunConfig(Config):
     train: TrainConfig = TrainConfig()
 
 
-_SECTION = {"SAEConfig": "sae", "StreamConfig": "stream", "TrainConfig": "train", "MaskConfig": "mask"}
+_SECTION = {"SAEConfig": "sae", "StreamConfig": "stream", "TrainConfig": "train", "MaskConfig": "sae.mask"}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

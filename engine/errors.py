@@ -17,13 +17,19 @@ def near(value: str, allowed: Iterable[str], most: int = 5) -> str:
     return f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(names[:most])}, ..."
 
 
-def one_line(error: ValidationError, what: str = "") -> UserError:
-    """The first problem that pydantic found, as `field: value is not allowed; what is`."""
+def one_line(error: ValidationError, section: str, fields: Iterable[str]) -> UserError:
+    """The first problem that pydantic found, as `section.field: value is not allowed; what is`."""
     problem = error.errors()[0]
-    place = ".".join(str(part) for part in (*([what] if what else []), *problem["loc"]))
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):  # from a section within this one, already worded
+        return cause
+    prefix = f"{section}." if section else ""
+    if cause is not None:  # from a validator of ours: "field: ..."
+        return UserError(f"{prefix}{cause}")
+    place = prefix + ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return UserError(f"{place}: no such setting")
-    if problem["type"] == "value_error":
-        return UserError(f"{place + ': ' if place else ''}{problem.get('ctx', {}).get('error', problem['msg'])}")
+        return UserError(f"{place}: no such setting; {near(str(problem['loc'][-1]), fields)}")
+    if problem["type"] == "missing":
+        return UserError(f"{place}: missing; it must be given")
     message = problem["msg"].replace("Input should be", "it must be")
     return UserError(f"{place}: {problem['input']!r} is not allowed; {message}")

@@ -56,12 +56,7 @@ def core(
     metrics of `sae`, `per_position` lists, a histogram of firing rates, and under `controls` the metrics of each.
     """
     for name, dictionary in {"sae": sae, **controls}.items():
-        if dictionary.cfg.d_in != stream.d_in:
-            raise UserError(
-                f"{name}: d_in = {dictionary.cfg.d_in} does not fit; {stream.model.hook} of {stream.model.name} "
-                f"has width {stream.d_in}"
-            )
-        dictionary.cfg.mask.check_context(stream.positions)
+        check_fits(name, dictionary, stream)
     began = time.monotonic()
     T, device = stream.positions, stream.model.device
     dictionaries = {name: d.to(device) for name, d in {"sae": sae, **controls}.items()}
@@ -119,6 +114,16 @@ def core(
         "firing_rates": _histogram(rate.cpu(), total),
         "seconds": round(time.monotonic() - began, 2),
     }
+
+
+def check_fits(name: str, dictionary: SparseAutoencoder, stream: ActivationStream) -> None:
+    """Refuse a dictionary that is not for the stream's activations."""
+    if dictionary.cfg.d_in != stream.d_in:
+        raise UserError(
+            f"{name}: d_in = {dictionary.cfg.d_in} does not fit; {stream.model.hook} of {stream.model.name} "
+            f"has width {stream.d_in}"
+        )
+    dictionary.cfg.mask.check_context(stream.positions)
 
 
 @torch.no_grad()

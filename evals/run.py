@@ -8,7 +8,7 @@ from ..engine.checkpoint import Checkpoint
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream
 from ..engine.train import read_metrics, train
-from .core import core
+from .core import check_fits, core
 from .figures import draw
 
 
@@ -18,6 +18,7 @@ def evaluate(found: Checkpoint, stream: ActivationStream, run: Path | None) -> d
     The random control is the one trained beside the dictionary; where there is none, it is trained now on as many tokens.
     """
     sae = found.dictionary()
+    check_fits("sae", sae, stream)
     controls = {} if sae.cfg.decoder == "random" else {"random": _control(found, sae, stream)}
     result = core(stream, sae, controls)
     if run is not None:

@@ -1,4 +1,4 @@
-"""The documented runs, as compositions of the engine's parts. So far: those that are a mask over positions and an L1 term."""
+"""The documented runs, as compositions of the engine's parts. So far: those that are a mask and an L1 term."""
 
 from ..engine.config import SAEConfig
 from ..engine.errors import UserError, near

@@ -114,7 +114,8 @@ def _boot(name: str, device: torch.device, dtype: torch.dtype) -> Any:
                 bridge = TransformerBridge.boot_transformers(where, device=device, dtype=dtype)
     except Exception as error:  # whatever the libraries raise for a name that can't be had, the person gets one line
         reason = " ".join(str(error).split())[:200]
-        hint = "" if looks_local or name in BUILT_IN else f"; {near(name, _known_names())}"
+        known = [] if looks_local or name in BUILT_IN else _known_names()
+        hint = f"; {near(name, known)}" if known and name not in known else ""
         raise UserError(f"model: {name!r} can't be loaded{hint} ({type(error).__name__}: {reason})") from error
     return bridge.eval()
 

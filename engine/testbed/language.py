@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
 from . import lexicon as lex
 
 CONTEXT = 128
@@ -116,7 +117,7 @@ class Language:
 
     def __init__(self, correlation: float = 0.5, seed: int = 0):
         if not 0 <= correlation <= 1:
-            raise ValueError(f"correlation: {correlation} is not allowed; give a number from 0 to 1")
+            raise UserError(f"correlation: {correlation} is not allowed; give a number from 0 to 1")
         self.correlation, self.seed = correlation, seed
         self.topics = list(lex.TOPICS)
         self.nouns, self.verbs, self.imperatives, self.adjectives = (

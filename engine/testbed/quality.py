@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from . import lexicon as lex
 from .language import PAD, Language, connective
 
-
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # tokens [B, T] -> logits [B, T, V]
 
 

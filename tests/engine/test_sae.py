@@ -157,9 +157,9 @@ def test_decoder_rows_stay_unit_and_their_gradient_orthogonal():
     sae, (x, pos) = make(), data()
     sae.normalise_decoder()
     sae.objective(x, pos, T).loss.backward()
-    assert ((sae.W_dec.grad * sae.W_dec).sum(1)).abs().max() > 1e-2
+    assert ((sae.W_dec.grad * sae.W_dec).sum(1)).abs().max() > 1
     sae.project_decoder_gradient()
-    assert ((sae.W_dec.grad * sae.W_dec).sum(1)).abs().max() < 1e-6
+    assert ((sae.W_dec.grad * sae.W_dec).sum(1)).abs().max() < 1e-5
 
 
 def test_bias_starts_at_the_mean_and_scale_is_a_power_of_two():
@@ -206,15 +206,15 @@ def test_schedule_rises_holds_and_falls():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": 37}, r"sae: k: 37 is not allowed; it must be at most d_sae \(36\)"),
+        ({"k": 37}, r"sae.k: 37 is not allowed; it must be at most d_sae \(36\)"),
         ({"k": 0}, "sae.k: 0 is not allowed"),
         ({"l1_coefficient": -0.1}, "sae.l1_coefficient: -0.1 is not allowed"),
         ({"l1_coefficient": float("nan")}, "sae.l1_coefficient: nan is not allowed"),
         ({"aux_coefficient": float("inf")}, "sae.aux_coefficient: inf is not allowed"),
         ({"activation": "gelu"}, "sae.activation: 'gelu' is not allowed; it must be 'topk' or 'relu'"),
-        ({"widht": 3}, "sae.widht: no such setting"),
-        ({"mask": {"kind": "ranges", "ranges": 9, "positions": 8}}, "ranges: 9 is not allowed"),
-        ({"mask": {"temperature": 0}}, "mask.temperature: 0 is not allowed"),
+        ({"aux": 3}, "sae.aux: no such setting; did you mean aux_k"),
+        ({"mask": {"kind": "ranges", "ranges": 9, "positions": 8}}, "sae.mask.ranges: 9 is not allowed"),
+        ({"mask": {"temperature": 0}}, "sae.mask.temperature: 0 is not allowed"),
     ],
     ids=str,
 )

@@ -104,7 +104,7 @@ def make_code(request: pytest.FixtureRequest):
     """make_code(shape, dtype) -> SparseCode.
 
     Latent 0 fires on every token, some entries are zero, some latents never fire. The ragged one has about K entries a
-    token, tokens without any, and unused entries that hold NaN and impossible latents.
+    token, tokens without any, and unused entries that hold NaN, fives and impossible latents.
     """
 
     def make(shape: Shape, dtype: torch.dtype = torch.float32) -> SparseCode:
@@ -118,8 +118,8 @@ def make_code(request: pytest.FixtureRequest):
             return SparseCode(values.to(dtype), indices, f)
         keep = torch.rand(n, k, generator=generator) < 0.7
         keep[::3] = False
-        unused = 11
-        values = torch.cat([values[keep], torch.full((unused,), torch.nan)])
+        unused = 12
+        values = torch.cat([values[keep], torch.tensor([torch.nan, 5.0] * (unused // 2))])
         indices = torch.cat([indices[keep], torch.full((unused,), 2**31 - 1, dtype=torch.int32)])
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)])
         return SparseCode(values.to(dtype), indices, f, offsets)

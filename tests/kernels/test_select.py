@@ -21,7 +21,8 @@ def draw(n, f, kind, generator):
     elif kind == "zeros of both signs":
         acts = torch.where(acts < 0, -0.0, 0.0)
     elif kind == "with NaN":
-        acts = torch.where(torch.rand(n, f, generator=generator) < 0.4, torch.nan, acts)
+        nan = torch.full((), torch.nan).copysign(torch.randn(n, f, generator=generator))
+        acts = torch.where(torch.rand(n, f, generator=generator) < 0.4, nan, acts)
     elif kind == "infinite":
         acts = torch.where(acts > 0.5, torch.inf, torch.where(acts < -0.5, -torch.inf, acts))
     return acts

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from temposae.engine.config import TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.train import train
