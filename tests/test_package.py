@@ -127,6 +127,10 @@ def test_help_does_not_import_torch(command: list[str]) -> None:
     assert "Usage:" in python("-c", code, *command, "--help")
 
 
+def test_public_names_are_those_that_are_loaded_lazily() -> None:
+    assert set(temposae.__all__) == {*temposae._WHERE, "__version__"}
+
+
 @pytest.mark.parametrize("name", temposae.__all__)
 def test_public_name_resolves(name: str) -> None:
     value = getattr(temposae, name)
