@@ -26,7 +26,17 @@ _WHERE = {
     "train": ".engine.train",
 }
 
-__all__ = [*sorted(_WHERE), "__version__"]
+__all__ = [
+    "ActivationStream",
+    "SAEConfig",
+    "SparseAutoencoder",
+    "StreamConfig",
+    "TrainConfig",
+    "__version__",
+    "load",
+    "save",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:  # torch is imported only when something that needs it is asked for

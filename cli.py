@@ -37,6 +37,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a disk that fills up, a file that goes away
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @app.command()
@@ -251,7 +254,7 @@ def _early_checks(settings: dict[str, Any]) -> Any:
 
     sae = settings.get("sae", {})
     if "d_sae" not in sae:  # its default depends on the model's width: check the rest with one that allows every k
-        sae = sae | {"d_sae": 2**31}
+        sae = sae | {"d_sae": 2**31 - 1}
     SAEConfig(**({"d_in": 1} | sae))
     return RunConfig(**(settings | {"sae": {"d_in": 1} | sae})).stream
 
@@ -284,8 +287,13 @@ def _check_json(path: Path | None) -> None:
 
 
 def _write_json(path: Path | None, values: Any) -> None:
+    from .engine.errors import UserError
+
     if path is not None:
-        path.write_text(json.dumps(values, indent=1, default=str) + "\n")
+        try:
+            path.write_text(json.dumps(values, indent=1, default=str) + "\n")
+        except OSError as error:
+            raise UserError(f"json: {path} can't be written ({error.strerror})") from None
 
 
 def _core_table(result: dict[str, Any], title: str) -> None:

@@ -62,12 +62,10 @@ def _specs(dtype: str) -> dict[str, Spec]:
         "threshold fill": _select(
             "fill_kernel", "threshold", dtype, threshold="fp32", offsets="i64", values=dtype, indices="i32"
         ),
-        "weight_grad": Spec(
-            "weight_grad.weight_grad_kernel",
-            "weight_grad",
-            dict(values=dtype, order="i64", tokens="i32", offsets="i64", rows=dtype, out="fp32"),
-        ),
     }
+    pointers = dict(values=dtype, order="i64", tokens="i32", offsets="i64", rows=dtype, out="fp32")
+    for name, unit in (("weight_grad", ()), ("weight_grad, D = 1 (biases)", ("D", "stride_row"))):
+        specs[name] = Spec("weight_grad.weight_grad_kernel", "weight_grad", pointers, unit=unit)
     for ragged in (False, True):
         kind = "ragged" if ragged else "fixed K"
         code = dict(values=dtype, indices="i32")

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .errors import UserError, one_line
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+Latents = Annotated[int, Field(ge=1, lt=2**31)]  # a SparseCode's indices are int32
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -62,8 +63,8 @@ class SAEConfig(Config):
     `decoder="random"` freezes the random unit-norm decoder: the control.
     """
 
-    d_in: Count
-    d_sae: Count
+    d_in: Latents
+    d_sae: Latents
     activation: Literal["topk", "relu"] = "topk"
     k: Count = 32
     l1_coefficient: Annotated[float, Field(ge=0)] = 0.04
@@ -118,7 +119,7 @@ class TrainConfig(Config):
     log_every_steps: Count | None = None
     checkpoint_every_steps: Count = 500
     control: bool = True
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @property
     def steps(self) -> int:
@@ -150,4 +151,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config: {path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict):
         raise UserError(f"config: {path} must hold sections (stream, sae, train), not {type(found).__name__}")
-    return found
+    return _text_keys(found)
+
+
+def _text_keys(value: Any) -> Any:
+    """YAML has keys that are numbers; settings have names."""
+    return {str(k): _text_keys(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,6 +154,7 @@ def _open_folder(folder: Path, run: RunConfig, resume: bool) -> checkpoint.Check
         return checkpoint.find(folder) if checkpoint.all_in(folder) else None
     check_free(folder)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         place.write_text(settings)
     except OSError as error:
         raise UserError(f"out: {folder} can't be written ({error.strerror})") from None
@@ -161,15 +162,14 @@ def _open_folder(folder: Path, run: RunConfig, resume: bool) -> checkpoint.Check
 
 
 def check_free(folder: Path) -> None:
-    """Make an empty run folder; refuse one that holds something already, or that can't be made."""
+    """Refuse a run folder that holds something already, or that can't be made. Leaves nothing behind."""
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
                 f"out: {folder} exists and is not empty; give a new folder, or --resume to go on with that run"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"out: {folder} can't be written; give a folder that you may write to")
+        above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        Path(tempfile.mkdtemp(prefix=".temposae-", dir=above)).rmdir()
     except OSError as error:
         raise UserError(
             f"out: {folder} can't be written ({error.strerror}); give a folder that you may write to"

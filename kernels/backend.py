@@ -79,7 +79,7 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
         if _arch(device) < min(CONFIGS):
             return f"sm_{_arch(device)} is older than sm_{min(CONFIGS)}"
     elif not _interpreting():
-        return f"the tensors are on {device.type}, where triton runs only through its interpreter (TRITON_INTERPRET=1)"
+        return f"on {device.type} triton runs only through its interpreter (TRITON_INTERPRET=1)"
     return None
 
 

@@ -86,14 +86,17 @@ OPTIONS = {
     "negative layer": ("--layer -1", ("layer", "-1", f"0 to {LAYERS - 1}")),
     "layer too high": ("--layer 99", ("layer", "99", f"0 to {LAYERS - 1}")),
     "layer and hook": ("--layer 1 --hook blocks.1.hook_resid_post", ("hook", "layer", "not both")),
-    "k above d_sae": ("--k 65 --d-sae 64", ("sae", "k: 65", "at most", "d_sae (64)")),
-    "k above the default d_sae": ("--k 2000", ("sae", "k: 2000", "at most", f"d_sae ({8 * WIDTH})")),
+    "k above d_sae": ("--k 65 --d-sae 64", ("sae.k: 65", "at most", "d_sae (64)")),
+    "k above the default d_sae": ("--k 2000", ("sae.k: 2000", "at most", f"d_sae ({8 * WIDTH})")),
     "k zero": ("--k 0", ("sae.k: 0", "greater than or equal to 1")),
     "d_sae zero": ("--d-sae 0", ("sae.d_sae: 0", "greater than or equal to 1")),
     "lr nan": ("--lr nan", ("train.lr: nan", "finite")),
     "lr inf": ("--lr inf", ("train.lr: inf", "finite")),
     "lr zero": ("--lr 0", ("train.lr: 0", "greater than 0")),
     "negative tokens": ("--tokens -5", ("train.tokens: -5", "greater than or equal to 1")),
+    "tokens beyond count": (f"--tokens {10**400}", ("train.tokens: 1000", "less than")),
+    "seed beyond count": (f"--seed {10**30}", ("train.seed: 1000", "less than")),
+    "d_sae beyond memory": (f"--d-sae {10**13}", ("d_sae",)),
     "negative seed": ("--seed -1", ("train.seed: -1", "greater than or equal to 0")),
     "batch above half the buffer": ("--config batch.yaml", ("train.batch: 4096", "at most half", "buffer_tokens (4096)")),
     "config missing": ("--config nowhere.yaml", ("config", "nowhere.yaml", "No such file")),
@@ -139,6 +142,11 @@ def test_train_refuses_to_write_where_it_may_not(option: str, path: str, place: 
     )
 
 
+def test_refused_train_leaves_no_folder_behind(place: Path) -> None:
+    refused(place, ("train", "--layer", "99", "--out", "fresh"), ("layer",))
+    assert not (place / "fresh").exists()
+
+
 def test_hub_model_offline_is_not_taken_for_a_typing_error(place: Path) -> None:
     argv = ("train", "--model", "google/gemma-2-2b", "--out", "fresh")
     refused(place, argv, ("model", "'google/gemma-2-2b'", "can't be loaded"))
@@ -175,9 +183,11 @@ CONFIGS = {
     "unknown section": ("trian: {batch: 256}", ("trian", "no such", "train")),
     "unknown setting": ("train: {bacth: 256}", ("train.bacth", "no such setting", "did you mean batch")),
     "unknown setting of a mask": ("sae: {mask: {knid: soft}}", ("sae.mask.knid", "no such setting", "did you mean kind")),
+    "number for a section": ("1: 2", ("1", "no such setting", "train")),
+    "number for a setting": ("sae: {1: 2}", ("sae.1", "no such setting")),
     "unknown activation": ("sae: {activation: topkk}", ("sae.activation: 'topkk'", "'topk'", "'relu'")),
     "d_in of another model": ("sae: {d_in: 7}", ("sae.d_in: 7", "hook_resid_post", f"width {WIDTH}")),
-    "k above d_sae": ("sae: {d_sae: 64, k: 65}", ("sae", "k: 65", "at most", "d_sae (64)")),
+    "k above d_sae": ("sae: {d_sae: 64, k: 65}", ("sae.k: 65", "at most", "d_sae (64)")),
     "k is text": ("sae: {k: many}", ("sae.k: 'many'", "integer")),
     "negative coefficient": (
         "sae: {activation: relu, l1_coefficient: -0.1}", ("sae.l1_coefficient: -0.1", "greater than or equal to 0"),
@@ -185,12 +195,14 @@ CONFIGS = {
     "nan coefficient": ("sae: {aux_coefficient: .nan}", ("sae.aux_coefficient: nan", "finite")),
     "infinite coefficient": ("sae: {l1_coefficient: .inf}", ("sae.l1_coefficient: inf", "finite")),
     "positions beyond the mask": (
-        "sae: {mask: {kind: ranges, positions: 64, beyond: error}}", ("mask.positions: 64", "at least 128", "clamp or wrap"),
+        "sae: {mask: {kind: ranges, positions: 64, beyond: error}}",
+        ("sae.mask.positions: 64", "at least 128", "clamp or wrap"),
     ),
     "more ranges than positions": (
-        "sae: {mask: {kind: ranges, positions: 2, ranges: 3}}", ("mask", "ranges: 3", "at most positions (2)"),
+        "sae: {mask: {kind: ranges, positions: 2, ranges: 3}}", ("sae.mask.ranges: 3", "at most positions (2)"),
     ),
     "context longer than the model's": ("stream: {context: 129}", ("stream.context: 129", f"at most {LONGEST}")),
+    "buffer beyond memory": (f"stream: {{buffer_tokens: {10**13}}}", ("buffer_tokens",)),
     "context of one token": ("stream: {context: 1}", ("stream.context: 1", "greater than or equal to 2")),
     "batch above half the buffer": (
         "{stream: {buffer_tokens: 512}, train: {batch: 257}}", ("train.batch: 257", "at most half", "buffer_tokens (512)"),
@@ -411,6 +423,11 @@ def test_doctor(tmp_path: Path) -> None:
     assert found.keys() >= {"temposae", "python", "torch", "triton", "gpu", "backend", "why"}
     assert found["temposae"] == temposae.__version__
     assert all(key in out for key in found)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full disk")
+def test_full_disk(place: Path) -> None:
+    refused(place, ("doctor", "--json", "/dev/full"), ("json", "/dev/full", "No space left"))
 
 
 def test_testbed_sample(tmp_path: Path) -> None:

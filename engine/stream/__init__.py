@@ -48,7 +48,14 @@ class ActivationStream:
         self.row = 0  # the next row of text to be read
         self._generator = torch.Generator().manual_seed(seed)
         dtype = getattr(torch, config.buffer_dtype)
-        self._buffer = RingBuffer(self.buffer_tokens, self.d_in, dtype, self.model.device, self._harvest)
+        try:
+            self._buffer = RingBuffer(self.buffer_tokens, self.d_in, dtype, self.model.device, self._harvest)
+        except RuntimeError:  # torch's word for out of memory
+            size = self.buffer_tokens * (self.d_in * dtype.itemsize + 24) / 2**30
+            raise UserError(
+                f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; "
+                f"it takes {size:,.1f} GiB, more than {self.model.device} has"
+            ) from None
 
     def next(self, n: int) -> Batch:
         """The next `n` activations, without replacement from the buffer."""

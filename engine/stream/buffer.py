@@ -27,7 +27,7 @@ class Batch:
 class RingBuffer:
     """Serves its slots in random order; when half are served, those are filled again and everything is permuted anew.
 
-    `fill(n)` gives at least n fresh rows. Memory is taken once: capacity * (D * bytes + 16). A batch may not be larger
+    `fill(n)` gives at least n fresh rows. Memory is taken once: capacity * (D * bytes + 24). A batch may not be larger
     than half the capacity, so that a served token is drawn from at least capacity / 2.
     """
 

@@ -28,8 +28,9 @@ def encode(
     mask    [T, F]  bool or floating: which latents may fire at which position (needs pos)
     pos     [N]     int32 or int64 in [0, T): the position of each token; not looked at without a mask
 
-    Returns acts [N, F] in x's dtype, accumulated in float32 (float64 for float64) and rounded once. `relu=False` leaves
-    out the rectifier. NaN propagates. Raises ValueError for shapes, dtypes or devices that do not fit.
+    Returns acts [N, F] in x's dtype, accumulated in float32 (float64 for float64) and rounded once, except that torch on
+    CUDA rounds half precision before the mask. `relu=False` leaves out the rectifier. NaN propagates. Raises ValueError
+    for shapes, dtypes or devices that do not fit.
     """
     n, d, f = *_matrix("x", x), _matrix("W_enc", W_enc)[1]
     check_shape("W_enc", W_enc, D=d, F=f)

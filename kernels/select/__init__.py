@@ -14,7 +14,7 @@ def select_topk(acts: Tensor, k: int, *, backend: str | None = None) -> SparseCo
 
     acts [N, F], any floating dtype. Returns a fixed-K code in acts' dtype, each token's entries by ascending latent.
     Equal values go to the lower latent, NaN counts as the largest value, -0 equals 0: the result is unique, so every
-    backend returns the same entries. The torch backend waits for the device, to look for ties.
+    backend returns the same entries. The torch backend waits for the device.
 
     Raises ValueError unless acts is floating [N, F] and 1 <= k <= F.
     """

@@ -1,0 +1,172 @@
+"""The Triton kernels on a CUDA GPU at real sizes: against float64, against the definition, and against themselves.
+
+Run with `pytest -m gpu`; without the marker Triton is interpreted and these tests are skipped.
+"""
+
+import os
+
+import pytest
+import torch
+from temposae.engine.functions import decode_sparse, encode_topk, position_loss
+from temposae.kernels.code import SparseCode
+from temposae.kernels.decode import decode, decode_values_grad
+from temposae.kernels.encode import encode
+from temposae.kernels.select import select_threshold, select_topk
+from temposae.kernels.weight_grad import weight_grad
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiled kernels need `pytest -m gpu`"),
+]
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+DTYPES = pytest.mark.parametrize("dtype", LIMIT, ids=["fp32", "bf16"])
+SHAPES = pytest.mark.parametrize(
+    ("n", "d", "f", "k"),
+    [(1, 5, 7, 7), (1000, 770, 5003, 33), (513, 100, 999, 50), (4096, 2304, 16384, 64)],
+    ids=lambda size: str(size),
+)
+POSITIONS = 127
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch, poisoned):
+    monkeypatch.setenv("TEMPOSAE_BACKEND", "triton")
+
+
+def normal(*size, dtype=torch.float32, seed=0):
+    """Drawn on the CPU, so the same on every GPU; representable in `dtype`."""
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+
+
+def positions(n):
+    return torch.arange(n, device="cuda") * 7 % POSITIONS
+
+
+def draw_code(n, f, k, dtype, ragged):
+    """Latent 0 fires on every token; the ragged code has tokens without entries and unused entries of NaN."""
+    indices = normal(n, f, seed=1)[:, 1:].topk(k - 1).indices + 1
+    indices = torch.cat([indices.new_zeros(n, 1), indices.sort(1).values], 1).int()
+    values = normal(n, k, dtype=dtype, seed=2)
+    if not ragged:
+        return SparseCode(values, indices, f)
+    keep = normal(n, k, seed=3) > -0.5
+    keep[::3] = False
+    values = torch.cat([values[keep], values.new_full((100,), torch.nan)])
+    indices = torch.cat([indices[keep], indices.new_full((100,), 2**31 - 1)])
+    offsets = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)])
+    return SparseCode(values, indices, f, offsets)
+
+
+@SHAPES
+@DTYPES
+def test_encode(n, d, f, k, dtype, assert_close):
+    x, W_enc = normal(n, d, dtype=dtype), normal(f, d, dtype=dtype, seed=1).T
+    b_enc, center = normal(f, seed=2), normal(d, dtype=dtype, seed=3)
+    mask, pos = normal(POSITIONS, f, seed=4) > 0, positions(n)
+    pre = (x - center).double() @ W_enc.double() + b_enc.double()
+    expected = pre.relu() * mask[pos]
+    for layout in (W_enc, W_enc.contiguous(), W_enc.repeat_interleave(2, 1)[:, ::2]):
+        assert_close(encode(x, layout, b_enc, center=center, mask=mask, pos=pos), expected, LIMIT[dtype])
+    x[-1, -1] = torch.nan
+    acts = encode(x, W_enc, b_enc)
+    assert acts[-1].isnan().all()
+    assert not acts[:-1].isnan().any()
+
+
+@pytest.mark.parametrize(("n", "f"), [(1, 7), (300, 5003), (100, 65536)], ids=["N1-F7", "N300-F5003", "N100-F65536"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["normal", "rectified", "few levels", "with NaN"])
+def test_topk_is_exact(n, f, dtype, kind):
+    acts = normal(n, f, dtype=dtype)
+    if kind == "rectified":
+        acts = (acts - 2).relu()
+    elif kind == "few levels":
+        acts = acts.round()
+    elif kind == "with NaN":
+        acts = torch.where(normal(n, f, seed=1) > 1.5, torch.full_like(acts, torch.nan).copysign(acts), acts)
+    for k in (1, min(f, 64), f // 2, f):
+        code = select_topk(acts, k)
+        expected = acts.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
+        assert torch.equal(code.indices, expected.int())
+        assert torch.equal(code.values.nan_to_num(99), acts.gather(1, expected).nan_to_num(99))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_threshold(dtype):
+    acts, threshold = normal(1000, 5003, dtype=dtype), normal(5003, seed=1).abs()
+    fired = acts.float() > threshold
+    total = int(fired.sum())
+    for capacity in (None, total - 10, total + 10):
+        code = select_threshold(acts, threshold, capacity)
+        stored = total if capacity is None else min(total, capacity)
+        assert (capacity is not None and capacity < total) == (code.overflow is not None and bool(code.overflow))
+        assert torch.equal(code.values[:stored], acts[fired][:stored])
+        assert torch.equal(code.indices[:stored], fired.nonzero()[:stored, 1].int())
+        assert torch.equal(code.offsets[1:], fired.sum(1).cumsum(0).clamp(max=stored))
+
+
+@SHAPES
+@DTYPES
+@pytest.mark.parametrize("ragged", [False, True], ids=["fixed K", "ragged"])
+def test_sparse_ops(n, d, f, k, dtype, ragged, assert_close):
+    code, limit = draw_code(n, f, k, dtype, ragged), LIMIT[dtype]
+    W_dec, b_dec, rows = normal(f, d, dtype=dtype, seed=4), normal(d, seed=5), normal(n, d, dtype=dtype, seed=6)
+    dense = code.to_dense().double()
+    x_hat = dense @ W_dec.double() + b_dec.double()
+    assert_close(decode(code, W_dec, b_dec), x_hat, limit)
+    assert_close(decode(code, W_dec, b_dec, target=rows), rows.double() - x_hat, limit)
+    assert_close(weight_grad(code, code.values, rows), dense.T @ rows.double())
+
+    used = code.values.numel() if code.offsets is None else int(code.offsets[-1])
+    grad = decode_values_grad(code, W_dec, rows).flatten()
+    where = code.rows.flatten()[:used], code.indices.flatten()[:used].long()
+    assert_close(grad[:used], (rows.double() @ W_dec.double().T)[where], limit)
+    assert (grad[used:] == 0).all()
+
+    pos = positions(n)
+    sums = position_loss(rows, code, pos, POSITIONS)
+    at = torch.nn.functional.one_hot(pos, POSITIONS).T.double()
+    by_token = torch.stack([torch.ones(n, device="cuda"), rows.double().square().sum(1), dense.abs().sum(1),
+                            (dense != 0).sum(1)], 1)  # fmt: skip
+    for name, out, expected in zip(sums._fields, sums, (at @ by_token.double()).T, strict=True):
+        assert_close(out, expected, name=name)
+
+
+@SHAPES
+@DTYPES
+def test_step_gradients_and_the_same_bits_twice(n, d, f, k, dtype, assert_close):
+    pos, target = positions(n), normal(n, d, dtype=dtype, seed=5)
+    x = normal(n, d, dtype=dtype)
+    shapes = dict(W_enc=(f, d), b_enc=(f,), center=(d,), W_dec=(f, d), b_dec=(d,), mask=(POSITIONS, f))
+    parameters = {
+        name: normal(*size, dtype=dtype, seed=seed).float() for seed, (name, size) in enumerate(shapes.items())
+    }
+    parameters["W_enc"] = parameters["W_enc"].T / 2 ** round(d**0.5).bit_length()
+    parameters["mask"] = (parameters["mask"].abs() + 0.125).to(dtype).float()
+    aux_latents = torch.arange(f, device="cuda") % 3 == 0
+
+    def step():
+        p = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+        code, aux = encode_topk(
+            x, p["W_enc"], p["b_enc"], p["center"], p["mask"], pos, k=k, aux_k=k // 2, aux_latents=aux_latents
+        )
+        residual = decode_sparse(code, p["W_dec"], p["b_dec"], target)
+        left = decode_sparse(aux, p["W_dec"], torch.zeros_like(p["b_dec"]), residual.detach())
+        sums = position_loss(residual, code, pos, POSITIONS)
+        loss = sums.squared_error.sum() + sums.l1.sum() + left.float().square().sum()
+        return [loss.detach(), *torch.autograd.grad(loss, list(p.values()))], code, aux
+
+    (loss, *grads), code, aux = step()
+    p = {name: parameter.double().requires_grad_() for name, parameter in parameters.items()}
+    centred = (x.double() - p["center"]).to(dtype).double()
+    acts = torch.relu(centred @ p["W_enc"] + p["b_enc"]) * p["mask"][pos]
+    chosen, aux_chosen = (c.with_values((c.values > 0).double()).to_dense() for c in (code, aux))
+    residual = target.double() - (acts * chosen) @ p["W_dec"] - p["b_dec"]
+    left = residual.detach() - (acts * aux_chosen) @ p["W_dec"]
+    expected = residual.square().sum() + (acts * chosen).sum() + left.square().sum()
+    assert_close(loss, expected, LIMIT[dtype], "loss")
+    for name, grad, reference in zip(p, grads, torch.autograd.grad(expected, list(p.values())), strict=True):
+        assert_close(grad, reference, LIMIT[dtype], f"gradient of {name}")
+
+    assert all(torch.equal(a, b) for a, b in zip([loss, *grads], step()[0], strict=True))
