@@ -1,6 +1,7 @@
 """The command line. Heavy imports wait until a command needs them, so that --help is quick."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,9 @@ def main() -> None:
     """Entry point: runs the command; a user's mistake becomes one line and exit code 2."""
     from .engine.errors import UserError
 
+    # OpenMP threads that spin while they wait make a step ten times slower as soon as another program wants a core. Read
+    # when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except UserError as error:

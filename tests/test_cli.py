@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import temposae
+import torch
 import yaml
 from temposae.cli import main
 
@@ -145,6 +146,15 @@ def test_train_refuses_to_write_where_it_may_not(option: str, path: str, place: 
 def test_refused_train_leaves_no_folder_behind(place: Path) -> None:
     refused(place, ("train", "--layer", "99", "--out", "fresh"), ("layer",))
     assert not (place / "fresh").exists()
+
+
+def test_out_of_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee the documentation.")
+
+    monkeypatch.setattr("temposae.engine.sae.SparseAutoencoder.__init__", full)
+    argv = ("train", "--config", "tiny.yaml", *TINY_FLAGS, "--out", "fresh")
+    refused(place, argv, ("memory", "smaller", "sae.d_sae"))
 
 
 def test_hub_model_offline_is_not_taken_for_a_typing_error(place: Path) -> None:
