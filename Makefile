@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	rm -rf runs/demo
-	$(BIN)/temposae train --k 16 --out runs/demo
+	$(BIN)/temposae train --k 16 --tokens 700000 --out runs/demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

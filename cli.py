@@ -305,12 +305,12 @@ def _core_table(result: dict[str, Any], title: str) -> None:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for heading in ("", "explained variance", "CE recovered", "over mean ablation", "L0", "dead"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    for heading in ("", "explained variance", "CE recovered", "over mean", "L0", "dead"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for name, scores in {"dictionary": result, **result["controls"]}.items():
         cells = (scores["explained_variance"], scores["ce_recovered"], scores["ce_recovered_over_mean"])
         table.add_row(
-            name if name == "dictionary" else f"control: {name}",
+            name if name == "dictionary" else f"{name} control",
             *("-" if value is None else f"{value:.4f}" for value in cells),
             f"{scores['l0']:.1f}",
             "-" if name == "mean" else f"{scores['dead_fraction']:.1%}",
