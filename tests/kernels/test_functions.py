@@ -41,8 +41,8 @@ def in_float64(inputs):
     }
 
 
-def dense_acts(i):
-    acts = torch.relu((i["x"] - i["center"]) @ i["W_enc"] + i["b_enc"])
+def dense_acts(i, dtype=torch.float64):
+    acts = torch.relu((i["x"] - i["center"]).to(dtype).double() @ i["W_enc"] + i["b_enc"])
     return acts if i["mask"] is None else acts * i["mask"][i["pos"]]
 
 
@@ -134,11 +134,13 @@ def test_sparse_decoder_of_any_code(step_shape, backend, make_code, dense, asser
 
 def test_float32_parameters_beside_float16_activations(step_shape, backend, assert_close):
     inputs = draw(step_shape)
-    for name in ("x", "target"):
-        inputs[name] = inputs[name].detach().half().requires_grad_(name == "x")
+    for name in ("x", "target", "W_enc", "W_dec"):
+        rounded = inputs[name].detach().half()  # so that the products of both sides have the same operands
+        inputs[name] = rounded if name in ("x", "target") else rounded.float()
+        inputs[name].requires_grad_(name != "target")
     loss, code, _ = sparse_loss(inputs, step_shape.K)
     reference = in_float64(inputs)
-    loss64 = dense_loss(reference, dense_acts(reference), chosen_by(code))
+    loss64 = dense_loss(reference, dense_acts(reference, torch.float16), chosen_by(code))
     check_gradients(inputs, loss, reference, loss64, assert_close, limit=5e-3)
 
 
