@@ -68,6 +68,8 @@ def train(
     folder = Path(out).expanduser() if out is not None else None
     last = _open_folder(folder, run, resume) if folder is not None else None
     learners = _learners(stream, run, last)
+    if folder is not None:
+        _begin(folder, run)
     main = learners["sae"]
     metrics = _rewind_metrics(folder, main.steps_done) if folder is not None and resume else []
 
@@ -145,20 +147,25 @@ def _checkpoint(
 
 
 def _open_folder(folder: Path, run: RunConfig, resume: bool) -> checkpoint.Checkpoint | None:
-    """Make the run folder, or go back into one; gives the checkpoint to go on from."""
-    settings = yaml.safe_dump(run.model_dump(), sort_keys=False)
+    """See that a new run may go there, or go back into one; gives the checkpoint to go on from."""
     place = folder / CONFIG
     if resume and place.is_file():
         if read_run(folder) != run:
             raise UserError(f"resume: the settings differ from {place}; resume with the ones that the run began with")
         return checkpoint.find(folder) if checkpoint.all_in(folder) else None
     check_free(folder)
+    return None
+
+
+def _begin(folder: Path, run: RunConfig) -> None:
+    """Make the run folder, with its settings in it; a resumed run has them."""
+    if (folder / CONFIG).exists():
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        place.write_text(settings)
+        (folder / CONFIG).write_text(yaml.safe_dump(run.model_dump(), sort_keys=False))
     except OSError as error:
         raise UserError(f"out: {folder} can't be written ({error.strerror})") from None
-    return None
 
 
 def check_free(folder: Path) -> None:
