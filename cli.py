@@ -42,8 +42,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
-        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):  # torch's, which is not imported here
-            raise
+        named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")  # torch's, which is not imported here
+        if not named and "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise  # on the CPU torch raises a plain RuntimeError
         print("error: out of memory; try a smaller sae.d_sae, train.batch or stream.buffer_tokens", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a disk that fills up, a file that goes away

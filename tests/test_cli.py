@@ -148,9 +148,20 @@ def test_refused_train_leaves_no_folder_behind(place: Path) -> None:
     assert not (place / "fresh").exists()
 
 
-def test_out_of_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee the documentation."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: 9 bytes."
+        ),
+        MemoryError(),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
+def test_out_of_memory(error: Exception, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee the documentation.")
+        raise error
 
     monkeypatch.setattr("temposae.engine.sae.SparseAutoencoder.__init__", full)
     argv = ("train", "--config", "tiny.yaml", *TINY_FLAGS, "--out", "fresh")
