@@ -16,8 +16,8 @@ OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py
 ALLOWED = {
     "kernels": set(),
     "engine": {"kernels"},
-    "variants": {"engine", "kernels", "evals"},
-    "evals": {"engine", "kernels", "variants"},
+    "variants": {"engine", "kernels"},
+    "evals": {"engine", "kernels"},
     "bench": {"engine", "kernels", "variants", "evals"},
     "__init__": {"engine", "kernels", "variants", "evals"},
     "cli": set(PARTS),
