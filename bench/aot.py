@@ -17,6 +17,7 @@ from ..kernels.backend import config_row
 
 ARCHS = (80, 90, 100)
 # mma.sync, wgmma and tcgen05, as the disassembler spells them
+FLOATS = ("threshold", "beta1", "beta2", "eps")  # scalar arguments that are not integers
 TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
 
 
@@ -26,19 +27,22 @@ class Spec(NamedTuple):
     kernel: str  # op and function
     config: str  # entry of the config table
     pointers: dict[str, str]  # dtype of each pointer
-    flags: dict[str, bool] = {}
+    flags: dict[str, int] = {}
     hot: bool = True
     unit: tuple[str, ...] = ()  # integers that are 1, which Triton compiles in
     aligned: bool = True
 
 
-def _encode(dtype: str, *, masked: bool, ragged: bool = False) -> Spec:
-    pointers = dict(x=dtype, w=dtype, b="fp32", center="fp32", mask="u8", pos="i64", acts=dtype)
-    flags = dict(RELU=True, HAS_CENTER=masked, HAS_MASK=masked, EVEN_D=not ragged)
-    config = "encode_small" if dtype == "fp32" or ragged else "encode"
-    return Spec(
-        "encode.encode_kernel", config, pointers, flags, hot=not ragged, unit=("stride_wd",), aligned=not ragged
-    )
+def _encode(kernel: str, dtype: str, *, masked: bool, ragged: bool = False, **keep: int) -> Spec:
+    pointers = dict(x=dtype, w=dtype, b="fp32", mask="u8", pos="i64", acts=dtype)
+    pointers |= dict(aux_latents="u8", candidates="i32", aux_candidates="i32")
+    flags = dict(HAS_MASK=masked, EVEN_D=not ragged, **(keep or dict(RELU=True)))
+    if keep:
+        flags["HAS_AUX_LATENTS"] = keep["AUX_KEEP"] > 0
+    config = "encode_topk" if keep else "encode"
+    if dtype == "fp32" or ragged:
+        config += "_small"
+    return Spec(f"encode.{kernel}", config, pointers, flags, hot=not ragged, unit=("stride_wd",), aligned=not ragged)
 
 
 def _select(kernel: str, config: str, dtype: str, **pointers: str) -> Spec:
@@ -47,25 +51,56 @@ def _select(kernel: str, config: str, dtype: str, **pointers: str) -> Spec:
 
 
 def _sparse(kernel: str, config: str, *, ragged: bool, **pointers: str) -> Spec:
-    flags = dict(RAGGED=ragged) | (dict(RESIDUAL=True) if config == "decode" else {})
+    more: dict[str, dict[str, int]] = {"decode": dict(RESIDUAL=True), "token_loss": dict(SQUARED=False)}
+    flags = dict(RAGGED=ragged) | more.get(config, {})
     return Spec(kernel, config, dict(offsets="i64") | pointers, flags)
 
 
 def _specs(dtype: str) -> dict[str, Spec]:
     """Kernels whose operands have this dtype; gradients and sums are fp32."""
+    candidates = dict(candidates="i32", values="fp32", indices="i32", unsure="i8")
+    operands = dict(x=dtype, w=dtype, b="fp32", mask="u8", pos="i64", aux_latents="u8")
+    tile = config_row(min(ARCHS))["encode_topk"]["BLOCK_F"]
     specs = {
-        "encode": _encode(dtype, masked=False),
-        "encode, centred and masked": _encode(dtype, masked=True),
-        "encode, unaligned": _encode(dtype, masked=True, ragged=True),
+        "encode": _encode("encode_kernel", dtype, masked=False),
+        "encode, masked": _encode("encode_kernel", dtype, masked=True),
+        "encode, unaligned": _encode("encode_kernel", dtype, masked=True, ragged=True),
+        "candidates": _encode("candidates_kernel", dtype, masked=False, KEEP=4, AUX_KEEP=0),
+        "candidates, masked": _encode("candidates_kernel", dtype, masked=True, KEEP=4, AUX_KEEP=0),
+        "candidates, two codes": _encode("candidates_kernel", dtype, masked=False, KEEP=4, AUX_KEEP=4),
+        "candidates, unaligned": _encode("candidates_kernel", dtype, masked=True, ragged=True, KEEP=4, AUX_KEEP=4),
+        "rescan": Spec(
+            "encode.rescan_kernel", "rescan", operands | candidates,
+            dict(HAS_MASK=True, ONLY_AUX=False, KEEP=4, BLOCK_F=tile, BLOCK_K=64), hot=False, unit=("stride_wd",),
+        ),
+        "fold": Spec("encode.fold_kernel", "fold", operands | dict(center="fp32", out="fp32"), unit=("stride_wd",)),
         "topk": _select("topk_kernel", "topk", dtype, values=dtype, indices="i32"),
         "threshold count": _select("count_kernel", "threshold", dtype, threshold="fp32", counts="i64"),
         "threshold fill": _select(
             "fill_kernel", "threshold", dtype, threshold="fp32", offsets="i64", values=dtype, indices="i32"
         ),
-    }
-    pointers = dict(values=dtype, order="i64", tokens="i32", offsets="i64", rows=dtype, out="fp32")
-    for name, unit in (("weight_grad", ()), ("weight_grad, D = 1 (biases)", ("D", "stride_row"))):
-        specs[name] = Spec("weight_grad.weight_grad_kernel", "weight_grad", pointers, unit=unit)
+    }  # fmt: skip
+    entries = dict(values="fp32", order="i64", latents="i32", tokens="i32", offsets="i64", rows=dtype, windows="fp32")
+    entries |= dict(center="fp32", ones="fp32", out="fp32")
+    split = config_row(min(ARCHS))["windows"]["SPLIT"]
+    for name, unit in (("weight_grad", ()), ("weight_grad, D = 1 (biases)", ("M", "D", "stride_row"))):
+        specs[name] = Spec(
+            "weight_grad.weight_grad_kernel", "weight_grad", entries, dict(HAS_CENTER=not unit, SPLIT=split), unit=unit
+        )
+    specs["windows"] = Spec("weight_grad.windows_kernel", "windows", entries)
+    state = dict(w="fp32", m="fp32", v="fp32", shadow=dtype, norms="fp32")
+    state |= dict.fromkeys(("step_size", "correction", "factor"), "fp32")
+    for width in (768, 2304, 3584, 4096):
+        high = 1 << (width - 1).bit_length() - 1
+        pieces = dict(HIGH=high, LOW=1 << (width - high - 1).bit_length(), SPLIT=split)
+        for name, flags in {
+            "decoder": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=True, HAS_SHADOW=True),
+            "encoder": dict(HAS_CENTER=True, UNIT_NORM=False, UPDATE=True, HAS_SHADOW=True),
+            "norms": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=False, HAS_SHADOW=False),
+        }.items():
+            specs[f"adam_rows, {name}, D = {width}"] = Spec(
+                "adam.adam_rows_kernel", "adam_rows", entries | state, flags | pieces
+            )
     for ragged in (False, True):
         kind = "ragged" if ragged else "fixed K"
         code = dict(values=dtype, indices="i32")
@@ -73,23 +108,38 @@ def _specs(dtype: str) -> dict[str, Spec]:
             f"decode, {kind}": _sparse(
                 "decode.decode_kernel", "decode", ragged=ragged, w=dtype, b="fp32", target=dtype, out=dtype, **code
             ),
+            f"reconstruct, {kind}": Spec(
+                "decode.reconstruct_kernel", "reconstruct",
+                dict(offsets="i64", w=dtype, b="fp32", target=dtype, residual=dtype, error="fp32", projection="fp32")
+                | code | dict(values="fp32"),
+                dict(RAGGED=ragged, ONCE=not ragged),
+            ),
             f"values_grad, {kind}": _sparse(
                 "decode.values_grad_kernel", "values_grad", ragged=ragged, indices="i32", w=dtype, grad=dtype, out=dtype
             ),
             f"token_loss, {kind}": _sparse(
                 "loss.token_loss_kernel", "token_loss", ragged=ragged, residual=dtype, values=dtype, stats="fp32"
             ),
-        }
+        }  # fmt: skip
     return {f"{name} {dtype}": spec for name, spec in specs.items()}
 
 
 SPECS = {
     **_specs("bf16"),
     **_specs("fp32"),
-    "position_sum": Spec(
-        "loss.position_sum_kernel", "position_sum", dict(stats="fp32", order="i64", offsets="i64", sums="fp32")
+    "merge": Spec(
+        "encode.merge_kernel", "merge", dict(candidates="i32", values="fp32", indices="i32", unsure="i8"),
+        dict(KEEP=4, BLOCK_F=128),
     ),
-}
+    "adam": Spec(
+        "adam.adam_kernel", "adam",
+        dict.fromkeys(("w", "grad", "m", "v", "shadow", "step_size", "correction", "factor"), "fp32"),
+        dict(HAS_SHADOW=True),
+    ),
+    "position_sum": Spec(
+        "loss.position_sum_kernel", "position_sum", dict(stats="fp32", pos="i64", sums="fp32")
+    ),
+}  # fmt: skip
 
 
 def report(archs: Sequence[int] = ARCHS, names: Sequence[str] = tuple(SPECS)) -> list[dict[str, Any]]:
@@ -124,7 +174,7 @@ def _measure(spec: Spec, arch: int) -> dict[str, int]:
             signature[name] = "constexpr"
             continue
         pointer = name.endswith("_ptr")
-        signature[name] = f"*{spec.pointers[name[:-4]]}" if pointer else "fp32" if name == "threshold" else "i32"
+        signature[name] = f"*{spec.pointers[name[:-4]]}" if pointer else "fp32" if name in FLOATS else "i32"
         if spec.aligned and signature[name] != "fp32":
             attributes[(position,)] = [["tt.divisibility", 16]]
     options = {k: v for k, v in config.items() if not k.isupper()} | {"enable_fp_fusion": True}

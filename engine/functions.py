@@ -14,11 +14,12 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.code import SparseCode
 from ..kernels.decode import decode, decode_values_grad
+from ..kernels.decode import reconstruct as reconstruct_op
 from ..kernels.encode import encode
+from ..kernels.encode import encode_topk as encode_topk_op
 from ..kernels.loss import PositionSums
 from ..kernels.loss import position_loss as position_sums
 from ..kernels.numerics import sum_by
-from ..kernels.select import select_topk
 from ..kernels.weight_grad import weight_grad
 
 
@@ -47,22 +48,18 @@ def encode_topk(
     pos: Tensor | None = None,
     *,
     k: int,
-    latents: Tensor | None = None,
     aux_k: int = 0,
     aux_latents: Tensor | None = None,
 ) -> tuple[SparseCode, SparseCode | None]:
-    """The k largest activations of each token, and from the same product the aux_k largest among `aux_latents`.
+    """The k largest activations of each token, and from the same product the aux_k largest among `aux_latents`: see
+    `kernels.encode.encode_topk`.
 
-    latents, aux_latents  bool [F]: the latents to choose from (None: all). The others count as zero, so a token with
-    fewer eligible latents than k is filled up with zero values, which receive no gradient.
-
-    Returns (code, aux_code), aux_code None when aux_k is 0. Their values carry gradients for x, W_enc, b_enc, center and
-    mask (see `encode_dense` for masks); the gradient of W_enc comes latent-major, as the [D, F] view of a contiguous
-    [F, D]. The [N, F] activations do not outlive the call.
+    The values carry gradients for x, W_enc, b_enc, center and mask (see `encode_dense` for masks), zero values none; the
+    gradient of W_enc comes latent-major, as the [D, F] view of a contiguous [F, D].
     """
     layouts, aux_layouts = {}, {}
     values, indices, aux_values, aux_indices = _EncodeTopK.apply(
-        x, W_enc, b_enc, center, mask, pos, k, latents, aux_k, aux_latents, layouts, aux_layouts
+        x, W_enc, b_enc, center, mask, pos, k, aux_k, aux_latents, layouts, aux_layouts
     )
     code = SparseCode(values, indices, W_enc.shape[1], layouts=layouts)
     if aux_values is None:
@@ -73,9 +70,19 @@ def encode_topk(
 def decode_sparse(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None = None) -> Tensor:
     """x_hat [N, D], or the residual target - x_hat, with gradients for code.values, W_dec and b_dec (not the target).
 
-    Shapes as in `kernels.decode`. The gradient of W_dec has W_dec's strides.
+    Shapes as in `kernels.decode`; the product runs in the target's dtype, or without one in W_dec's. The gradient of W_dec
+    has W_dec's strides. For the squared error alone, `reconstruct` does less.
     """
     return _DecodeSparse.apply(code.values, W_dec, b_dec, target, code.with_values(code.values.detach()))
+
+
+def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(squared_error [N], residual [N, D]) of the target [N, D], as in `kernels.decode.reconstruct`.
+
+    The squared error carries gradients for code.values, W_dec and b_dec, not for the target; the residual is a constant.
+    The product runs in the target's dtype. The gradient of W_dec has W_dec's strides.
+    """
+    return _Reconstruct.apply(code.values, W_dec, b_dec, target, code.with_values(code.values.detach()))
 
 
 def position_loss(residual: Tensor, values: SparseCode | Tensor, pos: Tensor, n_positions: int) -> PositionSums:
@@ -118,15 +125,11 @@ class _EncodeDense(Function):
 
 class _EncodeTopK(Function):
     @staticmethod
-    def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos, k, latents, aux_k, aux_latents, layouts, aux_layouts):
-        acts = encode(x, W_enc.to(x.dtype), b_enc, center=center, mask=mask, pos=pos)
-        code = select_topk(acts if latents is None else acts * latents, k)
-        picked = [code.values, code.indices, None, None]
-        if aux_k:
-            if aux_latents is not None:
-                acts.masked_fill_(~aux_latents, 0)  # nobody else holds acts, and the main code is taken
-            aux = select_topk(acts, aux_k)
-            picked[2:] = aux.values, aux.indices
+    def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos, k, aux_k, aux_latents, layouts, aux_layouts):
+        code, aux = encode_topk_op(
+            x, W_enc.to(x.dtype), b_enc, k, center=center, mask=mask, pos=pos, aux_k=aux_k, aux_latents=aux_latents
+        )
+        picked = [code.values, code.indices, *((None, None) if aux is None else (aux.values, aux.indices))]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in picked[1::2] if t is not None))
         ctx.layouts, ctx.b_dtype = (layouts, aux_layouts), b_enc.dtype
@@ -139,7 +142,6 @@ class _EncodeTopK(Function):
         x, W_enc, center, mask, pos, values, indices, aux_values, aux_indices = ctx.saved_tensors
         need_x, need_w, _, need_center, need_mask, *_ = ctx.needs_input_grad
         dx = dw = db = dcenter = dmask = None
-        centered = _centered(x, center) if need_w else None
         picks = ((values, indices, dvalues), (aux_values, aux_indices, daux_values))
         for (values, indices, grad), layouts in zip(picks, ctx.layouts, strict=True):
             if grad is None:
@@ -151,11 +153,12 @@ class _EncodeTopK(Function):
                 if need_mask:
                     moved = _divide(dpre * values, gate)
                     dmask = _add(dmask, sum_by(where.flatten(), moved.flatten(), mask.numel()))
-                dpre = (dpre * gate).to(x.dtype)
+                dpre = dpre * gate
             code = SparseCode(dpre, indices, W_enc.shape[1], layouts=layouts)
-            db = _add(db, weight_grad(code, dpre, x.new_ones(x.shape[0], 1)))
-            if centered is not None:
-                dw = _add(dw, weight_grad(code, dpre, centered))
+            entries = code.transpose()
+            db = _add(db, weight_grad(entries, dpre, dpre.new_ones(1, 1)))
+            if need_w:
+                dw = _add(dw, weight_grad(entries, dpre, x, center=center))
             if need_x:
                 dx = _add(dx, decode(code, W_enc.to(x.dtype).T, x.new_zeros(x.shape[1])))
         if need_center and db is not None:
@@ -163,13 +166,13 @@ class _EncodeTopK(Function):
         dw = None if dw is None else dw.to(W_enc.dtype).T
         db = None if db is None else db[:, 0].to(ctx.b_dtype)
         dmask = None if mask is None or dmask is None else dmask.view(mask.shape).to(mask.dtype)
-        return dx, dw, db, dcenter, dmask, *(None,) * 7
+        return dx, dw, db, dcenter, dmask, *(None,) * 6
 
 
 class _DecodeSparse(Function):
     @staticmethod
     def forward(ctx: Any, values, W_dec, b_dec, target, code):
-        narrow = W_dec.to(values.dtype)
+        narrow = W_dec if target is None else W_dec.to(target.dtype)
         ctx.code, ctx.sign = code, 1 if target is None else -1
         ctx.w_stride, ctx.w_dtype, ctx.b_dtype = W_dec.stride(), W_dec.dtype, b_dec.dtype
         ctx.save_for_backward(narrow)
@@ -184,11 +187,38 @@ class _DecodeSparse(Function):
         if need_values:
             dvalues = ctx.sign * decode_values_grad(code, W_dec, dout)
         if need_w:
-            dw = weight_grad(code, ctx.sign * code.values, dout).to(ctx.w_dtype)
-            if dw.stride() != ctx.w_stride:
-                dw = dw.new_empty_strided(dw.shape, ctx.w_stride).copy_(dw)
+            dw = weight_grad(code.transpose(), ctx.sign * code.values, dout).to(ctx.w_dtype)
+            dw = _strided(dw, ctx.w_stride)
         if need_b:
             db = (ctx.sign * dout.sum(0, dtype=torch.promote_types(dout.dtype, torch.float32))).to(ctx.b_dtype)
+        return dvalues, dw, db, None, None
+
+
+class _Reconstruct(Function):
+    @staticmethod
+    def forward(ctx: Any, values, W_dec, b_dec, target, code):
+        found = reconstruct_op(code, W_dec.to(target.dtype), b_dec, target)
+        ctx.code = code
+        ctx.w_stride, ctx.w_dtype, ctx.b_dtype = W_dec.stride(), W_dec.dtype, b_dec.dtype
+        ctx.mark_non_differentiable(found.residual)
+        ctx.save_for_backward(found.residual, found.projection)
+        return found.squared_error, found.residual
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, derror, _):
+        (residual, projection), code = ctx.saved_tensors, ctx.code
+        need_values, need_w, need_b, *_ = ctx.needs_input_grad
+        dvalues = dw = db = None
+        scale = -2 * derror
+        per_entry = scale[code.rows]
+        if need_values:
+            dvalues = (per_entry * projection).to(code.values.dtype)
+        if need_w:
+            dw = weight_grad(code.transpose(), per_entry * code.values, residual).to(ctx.w_dtype)
+            dw = _strided(dw, ctx.w_stride)
+        if need_b:
+            db = (scale @ residual.to(scale.dtype)).to(ctx.b_dtype)
         return dvalues, dw, db, None, None
 
 
@@ -208,7 +238,10 @@ class _PositionLoss(Function):
         residual, values, pos = ctx.saved_tensors
         dresidual = dvalues = None
         if ctx.needs_input_grad[0] and dsquared_error is not None:
-            dresidual = (2 * dsquared_error[pos, None] * residual).to(residual.dtype)
+            dresidual = dsquared_error[pos]
+            if residual.dim() == 2:
+                dresidual = 2 * dresidual[:, None] * residual
+            dresidual = dresidual.to(residual.dtype)
         if ctx.needs_input_grad[1] and dl1 is not None:
             per_token = dl1[pos]
             if ctx.code is not None and ctx.code.ragged:
@@ -220,6 +253,11 @@ class _PositionLoss(Function):
 
 def _centered(x: Tensor, center: Tensor | None) -> Tensor:
     return x if center is None else (x - center).to(x.dtype)
+
+
+def _strided(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The tensor with these strides; a copy only if they differ."""
+    return tensor if tensor.stride() == stride else tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:

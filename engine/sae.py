@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from ..kernels.code import SparseCode
 from ..kernels.decode import decode
 from ..kernels.encode import encode
+from ..kernels.encode import encode_topk as encode_topk_op
 from ..kernels.loss import PositionSums
-from ..kernels.select import select_threshold, select_topk
+from ..kernels.select import select_threshold
 from .config import SAEConfig
 from .errors import UserError
-from .functions import decode_sparse, encode_dense, encode_topk, position_loss
+from .functions import encode_dense, encode_topk, position_loss, reconstruct
 from .masks import PositionMask
 
 
@@ -57,15 +58,16 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         """f [..., F], in the dtype of x. Not differentiable: training goes through `objective`."""
-        return self.encode_sparse(x, pos).to_dense().view(*x.shape[:-1], self.cfg.d_sae)
+        return self.encode_sparse(x, pos).to_dense().to(x.dtype).view(*x.shape[:-1], self.cfg.d_sae)
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, pos: Tensor | None = None) -> SparseCode:
         """f as a SparseCode over the flattened tokens: K per token for topk, ragged for relu."""
         x, rows, weights = self._inputs(x, pos)
-        W_enc, b_enc, b_dec = (p.to(x.dtype) for p in (self.W_enc, self.b_enc, self.b_dec))
-        acts = encode(x, W_enc, b_enc, center=b_dec, mask=weights, pos=rows)
-        return select_topk(acts, self.cfg.k) if self.cfg.activation == "topk" else select_threshold(acts)
+        W_enc = self.W_enc.to(x.dtype)
+        if self.cfg.activation == "topk":
+            return encode_topk_op(x, W_enc, self.b_enc, self.cfg.k, center=self.b_dec, mask=weights, pos=rows)[0]
+        return select_threshold(encode(x, W_enc, self.b_enc, center=self.b_dec, mask=weights, pos=rows))
 
     @torch.no_grad()
     def decode(self, f: Tensor | SparseCode) -> Tensor:
@@ -76,7 +78,7 @@ class SparseAutoencoder(nn.Module):
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         """x_hat [..., D] for x [..., D]. Not differentiable: training goes through `objective`."""
-        return self.decode(self.encode_sparse(x, pos)).view(x.shape)
+        return self.decode(self.encode_sparse(x, pos)).to(x.dtype).view(x.shape)
 
     def objective(self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None) -> Objective:
         """Loss of a batch x [N, D] at pos [N], with gradients for every parameter.
@@ -99,17 +101,17 @@ class SparseAutoencoder(nn.Module):
         code, aux = encode_topk(
             x, self.W_enc, self.b_enc, self.b_dec, weights, rows, k=self.cfg.k, aux_k=aux_k, aux_latents=dead
         )
-        residual = decode_sparse(code, self.W_dec, self.b_dec, x)
-        sums = position_loss(residual, code, pos, n_positions)
-        loss = sums.squared_error.sum() / len(x)
+        squared_error, residual = reconstruct(code, self.W_dec, self.b_dec, x)
+        with torch.no_grad():
+            sums = position_loss(squared_error, code, pos, n_positions)
+        loss = squared_error.sum() / len(x)
         fired = _fired(code)
         if aux is None:
             return Objective(loss, sums, fired)
-        target = residual.detach()
-        left = decode_sparse(aux, self.W_dec, torch.zeros_like(self.b_dec), target).float().square().sum()
+        left, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
         smallest = torch.finfo(torch.float32).tiny
-        weight = _spread(x) / _spread(target).clamp_min(smallest) / len(x)
-        aux_loss = self.cfg.aux_coefficient * left * weight
+        weight = _spread(x) / _spread(residual).clamp_min(smallest) / len(x)
+        aux_loss = self.cfg.aux_coefficient * left.sum() * weight
         return Objective(loss + aux_loss, sums, fired, aux_loss.detach())
 
     @torch.no_grad()

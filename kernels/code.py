@@ -9,16 +9,26 @@ from torch import Tensor
 
 
 class LatentMajor(NamedTuple):
-    """The entries of a code sorted stably by (latent, token): latent j owns `latent_offsets[j]:latent_offsets[j + 1]`.
+    """Entries sorted stably by latent: latent j owns `latent_offsets[j]:latent_offsets[j + 1]`, by ascending token.
 
-    order           int64 [C]    position of each sorted entry in the flattened code
+    order           int64 [C]    place of each sorted entry in the flattened code
+    latents         int32 [C]    latent of each sorted entry; F for the unused ones of a ragged code, which come last
     tokens          int32 [C]    token of each sorted entry
-    latent_offsets  int64 [F+1]  unused tail entries of a ragged code sort behind `latent_offsets[F]`
+    latent_offsets  int64 [F+1]
     """
 
     order: Tensor
+    latents: Tensor
     tokens: Tensor
     latent_offsets: Tensor
+
+    @classmethod
+    def of(cls, latents: Tensor, tokens: Tensor, n_latents: int) -> "LatentMajor":
+        """Sort entries given as latents int32 [C] in [0, F], F for unused ones, and tokens [C]."""
+        order = _stable_argsort(latents, n_latents)
+        latents = latents[order]
+        bounds = torch.arange(n_latents + 1, device=latents.device, dtype=latents.dtype)
+        return cls(order, latents, tokens[order].int(), torch.searchsorted(latents, bounds))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +110,7 @@ class SparseCode:
         """The latent-major view, computed once per set of indices."""
         if "latent_major" not in self.layouts:
             latents = self.live(self.indices, unused=self.n_latents).flatten()
-            order = _stable_argsort(latents, self.n_latents)
-            bounds = torch.arange(self.n_latents + 1, device=latents.device, dtype=latents.dtype)
-            self.layouts["latent_major"] = LatentMajor(
-                order=order,
-                tokens=self.rows.flatten()[order].int(),
-                latent_offsets=torch.searchsorted(latents[order], bounds),
-            )
+            self.layouts["latent_major"] = LatentMajor.of(latents, self.rows.flatten(), self.n_latents)
         return self.layouts["latent_major"]
 
 

@@ -9,16 +9,26 @@ CONFIGS: dict[int, dict[str, dict[str, int]]] = {
         "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=32, GROUP_N=8, num_warps=8, num_stages=3),
         # float32, and D no multiple of the tile: pointers element by element, so smaller tiles or registers spill
         "encode_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, num_warps=8, num_stages=3),
+        "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=32, GROUP_N=8, num_warps=8, num_stages=3),
+        "encode_topk_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, num_warps=8, num_stages=3),
+        "merge": dict(BLOCK=2048, num_warps=4),
+        "rescan": dict(BLOCK_D=64, BLOCK_T=1024, num_warps=4),
+        "fold": dict(BLOCK_F=8, BLOCK_D=256, num_warps=4),
         "topk": dict(BLOCK_F=2048, num_warps=8),
         "threshold": dict(BLOCK_F=2048, num_warps=8),
         "decode": dict(BLOCK_K=8, BLOCK_D=256, STAGES=3, num_warps=4),
+        "reconstruct": dict(BLOCK_K=64, BLOCK_D=256, num_warps=4),
         "values_grad": dict(BLOCK_K=8, BLOCK_D=256, STAGES=3, num_warps=4),
         "weight_grad": dict(BLOCK_E=8, BLOCK_D=256, STAGES=3, num_warps=4),
+        "windows": dict(SPLIT=256, BLOCK_E=8, BLOCK_D=256, STAGES=3, num_warps=4),
+        "adam_rows": dict(BLOCK_E=2, STAGES=2, num_warps=8),
+        "adam": dict(BLOCK=1024, num_warps=4),
         "token_loss": dict(BLOCK=1024, num_warps=4),
-        "position_sum": dict(BLOCK_N=256, num_warps=4),
+        "position_sum": dict(BLOCK_N=1024, num_warps=4),
     },
 }
 CONFIGS[90] = CONFIGS[80] | {
     "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, num_warps=8, num_stages=3),
+    "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, num_warps=8, num_stages=3),
 }
 CONFIGS[100] = CONFIGS[90] | {}

@@ -76,7 +76,7 @@ def test_reader_resolves_imports() -> None:
         ("temposae.triton", True, False, 5),
     ]
     assert len(FILES) > 30
-    assert {"encode", "select", "decode", "loss", "weight_grad"} <= set(OPS)
+    assert {"encode", "select", "decode", "loss", "weight_grad", "adam"} <= set(OPS)
 
 
 @every_file

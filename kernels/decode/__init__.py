@@ -1,5 +1,7 @@
 """decode: from a SparseCode back to activations, or to what is missing from them; and its gradient in the values."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from ..backend import choose
@@ -35,6 +37,41 @@ def decode(
 
         return triton.decode(code, W_dec, b_dec, target)
     return reference.decode(code, W_dec, b_dec, target)
+
+
+class Reconstruction(NamedTuple):
+    """residual [N, D], squared_error [N] and projection (of the code's shape); see `reconstruct`."""
+
+    residual: Tensor
+    squared_error: Tensor
+    projection: Tensor
+
+
+def reconstruct(
+    code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor, *, backend: str | None = None
+) -> Reconstruction:
+    """What training needs of the decoder, with each row of W_dec gathered once where a token has few:
+
+    residual[n]       target[n] - b_dec - sum of values[n, k] * W_dec[indices[n, k]]
+    squared_error[n]  |residual[n]|^2
+    projection[n, k]  <residual[n], W_dec[indices[n, k]]>; -2 times it is the squared error's gradient in values[n, k]
+
+    Arguments as in `decode`. The residual has the target's dtype; the rest is float32 (float64 for float64), worked out
+    from the residual before rounding. Unused entries of a ragged code get zero. Raises ValueError for shapes, dtypes or
+    devices that do not fit.
+    """
+    d = _check_decoder(code, W_dec)
+    check_shape("b_dec", b_dec, D=d)
+    check_floating(b_dec=b_dec, target=target)
+    check_shape("target", target, N=code.n_tokens, D=d)
+    check_one_device(code=code.values, W_dec=W_dec, b_dec=b_dec, target=target)
+    cost = _cost_of(code, W_dec)
+    run = reference.reconstruct
+    if choose("reconstruct", W_dec, code.values, b_dec, target, cost=cost, backend=backend) == "triton":
+        from . import triton
+
+        run = triton.reconstruct
+    return Reconstruction(*run(code, W_dec, b_dec, target))
 
 
 def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor, *, backend: str | None = None) -> Tensor:

@@ -8,22 +8,37 @@ from ..numerics import accumulation_dtype, weighted_bags
 
 
 def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None) -> Tensor:
-    wide = accumulation_dtype(W_dec)
-    values = code.live(code.values).flatten().to(wide)
-    x_hat = weighted_bags(W_dec.to(wide), code.live(code.indices).flatten(), values, _starts(code)) + b_dec.to(wide)
+    x_hat = _decode(code, W_dec, b_dec)
     if target is None:
         return x_hat.to(W_dec.dtype)
-    return (target.to(wide) - x_hat).to(target.dtype)
+    return (target.to(x_hat.dtype) - x_hat).to(target.dtype)
+
+
+def _decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    wide = accumulation_dtype(W_dec)
+    values = code.live(code.values).flatten().to(wide)
+    return weighted_bags(W_dec.to(wide), code.live(code.indices).flatten(), values, _starts(code)) + b_dec.to(wide)
+
+
+def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x_hat = _decode(code, W_dec, b_dec)
+    residual = target.to(x_hat.dtype) - x_hat
+    return residual.to(target.dtype), residual.square().sum(1), _dots(code, W_dec, residual)
 
 
 def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor) -> Tensor:
+    return _dots(code, W_dec, grad).to(code.values.dtype)
+
+
+def _dots(code: SparseCode, W_dec: Tensor, rows: Tensor) -> Tensor:
+    """<rows[n], W_dec[indices[n, k]]> of every entry, in the wider dtype."""
     wide = accumulation_dtype(W_dec)
-    index, rows, starts = code.live(code.indices).flatten(), code.rows.flatten().int(), _starts(code).int()
+    index, tokens, starts = code.live(code.indices).flatten(), code.rows.flatten().int(), _starts(code).int()
     # The backward of embedding_bag in its weights, without its forward: a dot product per entry and no [N, K, D] gather.
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad.to(wide), W_dec.to(wide), index, starts, rows, 0
+        rows.to(wide), W_dec.to(wide), index, starts, tokens, 0
     )
-    return code.live(dots.to(code.values.dtype).view(code.values.shape))
+    return code.live(dots.view(code.values.shape))
 
 
 def _starts(code: SparseCode) -> Tensor:

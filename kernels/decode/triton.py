@@ -10,6 +10,27 @@ from ..code import SparseCode
 
 
 @triton.jit
+def entries_of(token, offsets_ptr, K, RAGGED: tl.constexpr):
+    """First entry of a token, and how many it has."""
+    if RAGGED:
+        first = tl.load(offsets_ptr + token)
+        count = (tl.load(offsets_ptr + token + 1) - first).to(tl.int32)
+    else:
+        first = token * K
+        count = K
+    return first, count
+
+
+@triton.jit
+def gather(values_ptr, indices_ptr, w_ptr, first, nth, count, dims, D, stride_w):
+    """values [BLOCK_K] and rows of W_dec [BLOCK_K, BLOCK_D] of some of a token's entries."""
+    latents = tl.load(indices_ptr + first + nth, mask=nth < count, other=0).to(tl.int64)
+    values = tl.load(values_ptr + first + nth, mask=nth < count, other=0.0).to(tl.float32)
+    w_ptrs = w_ptr + latents[:, None] * stride_w + dims[None, :]
+    return values, tl.load(w_ptrs, mask=(nth < count)[:, None] & (dims < D)[None, :], other=0.0)
+
+
+@triton.jit
 def decode_kernel(
     values_ptr, indices_ptr, offsets_ptr, w_ptr, b_ptr, target_ptr, out_ptr,
     D, K, stride_w, stride_target,
@@ -20,20 +41,12 @@ def decode_kernel(
     # it stays in L2 when all of it would not.
     token = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if RAGGED:
-        first = tl.load(offsets_ptr + token)
-        count = (tl.load(offsets_ptr + token + 1) - first).to(tl.int32)
-    else:
-        first = token * K
-        count = K
+    first, count = entries_of(token, offsets_ptr, K, RAGGED)
 
     acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     for start in tl.range(0, count, BLOCK_K, num_stages=STAGES):
         nth = start + tl.arange(0, BLOCK_K)
-        latents = tl.load(indices_ptr + first + nth, mask=nth < count, other=0).to(tl.int64)
-        values = tl.load(values_ptr + first + nth, mask=nth < count, other=0.0).to(tl.float32)
-        w_ptrs = w_ptr + latents[:, None] * stride_w + dims[None, :]
-        w = tl.load(w_ptrs, mask=(nth < count)[:, None] & (dims < D)[None, :], other=0.0)
+        values, w = gather(values_ptr, indices_ptr, w_ptr, first, nth, count, dims, D, stride_w)
         acc += values[:, None] * w.to(tl.float32)
 
     x_hat = tl.sum(acc, 0) + tl.load(b_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
@@ -44,19 +57,50 @@ def decode_kernel(
 
 
 @triton.jit
+def reconstruct_kernel(
+    values_ptr, indices_ptr, offsets_ptr, w_ptr, b_ptr, target_ptr, residual_ptr, error_ptr, projection_ptr,
+    N, D, K, CAPACITY, stride_w, stride_target,
+    RAGGED: tl.constexpr, ONCE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1).to(tl.int64)
+    dims = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+    first, count = entries_of(token, offsets_ptr, K, RAGGED)
+    nth = tl.arange(0, BLOCK_K)
+
+    if ONCE:  # all rows of the token at once: gathered for x_hat, they are there for the projection too
+        values, w = gather(values_ptr, indices_ptr, w_ptr, first, nth, count, dims, D, stride_w)
+        x_hat = tl.sum(values[:, None] * w.to(tl.float32), 0)
+    else:
+        acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+        for start in range(0, count, BLOCK_K):
+            values, w = gather(values_ptr, indices_ptr, w_ptr, first, start + nth, count, dims, D, stride_w)
+            acc += values[:, None] * w.to(tl.float32)
+        x_hat = tl.sum(acc, 0)
+    x_hat += tl.load(b_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
+    target = tl.load(target_ptr + token * stride_target + dims, mask=dims < D, other=0.0).to(tl.float32)
+    residual = tl.where(dims < D, target - x_hat, 0.0)
+    tl.store(residual_ptr + token * D + dims, residual.to(residual_ptr.dtype.element_ty), mask=dims < D)
+    tl.store(error_ptr + tile * N + token, tl.sum(residual * residual, 0))
+
+    projection_ptr += tile * CAPACITY + first
+    if ONCE:
+        tl.store(projection_ptr + nth, tl.sum(w.to(tl.float32) * residual[None, :], 1), mask=nth < count)
+    else:
+        for start in range(0, count, BLOCK_K):
+            values, w = gather(values_ptr, indices_ptr, w_ptr, first, start + nth, count, dims, D, stride_w)
+            dots = tl.sum(w.to(tl.float32) * residual[None, :], 1)
+            tl.store(projection_ptr + start + nth, dots, mask=start + nth < count)
+
+
+@triton.jit
 def values_grad_kernel(
     indices_ptr, offsets_ptr, w_ptr, grad_ptr, out_ptr,
     D, K, stride_w, stride_grad,
     RAGGED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    if RAGGED:
-        first = tl.load(offsets_ptr + token)
-        count = (tl.load(offsets_ptr + token + 1) - first).to(tl.int32)
-    else:
-        first = token * K
-        count = K
-
+    first, count = entries_of(token, offsets_ptr, K, RAGGED)
     for start in range(0, count, BLOCK_K):
         nth = start + tl.arange(0, BLOCK_K)
         latents = tl.load(indices_ptr + first + nth, mask=nth < count, other=0).to(tl.int64)
@@ -84,6 +128,27 @@ def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None
         **options,
     )  # fmt: skip
     return out
+
+
+def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n, d = target.shape
+    W_dec, target = _with_unit_stride(W_dec), _with_unit_stride(target)
+    options = launch_options("reconstruct", W_dec)
+    tiles, capacity = triton.cdiv(d, options["BLOCK_D"]), code.values.numel()
+    k = 0 if code.ragged else code.values.shape[1]
+    residual = torch.empty((n, d), dtype=target.dtype, device=target.device)
+    errors = torch.empty((tiles, n), dtype=torch.float32, device=target.device)
+    # Unused entries of a ragged code are not written.
+    make = torch.zeros if code.ragged else torch.empty
+    projections = make((tiles, *code.values.shape), dtype=torch.float32, device=target.device)
+    reconstruct_kernel[(n, tiles)](
+        code.values.contiguous(), code.indices.contiguous(), code.indices if code.offsets is None else code.offsets,
+        W_dec, b_dec.contiguous(), target, residual, errors, projections,
+        n, d, k, capacity, W_dec.stride(0), target.stride(0),
+        RAGGED=code.ragged, ONCE=0 < k <= options["BLOCK_K"],
+        **options,
+    )  # fmt: skip
+    return residual, errors.sum(0), projections.sum(0)
 
 
 def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor) -> Tensor:

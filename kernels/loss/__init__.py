@@ -30,7 +30,7 @@ def position_loss(
     l1[t]             sum of |values[n, k]|
     l0[t]             number of values[n, k] other than 0
 
-    residual  [N, D]  any floating dtype
+    residual  [N, D]  any floating dtype; or [N], its squared norms where they are known already
     values    a SparseCode of N tokens, or dense activations [N, F]
     pos       [N]     int32 or int64 in [0, T)
 
@@ -39,8 +39,8 @@ def position_loss(
     """
     entries = values.values if isinstance(values, SparseCode) else values
     n_tokens = values.n_tokens if isinstance(values, SparseCode) else values.shape[0]
-    if residual.dim() != 2 or residual.shape[0] != n_tokens:
-        raise ValueError(f"residual must have shape [N, D] with N = {n_tokens}, got {list(residual.shape)}")
+    if residual.dim() not in (1, 2) or residual.shape[0] != n_tokens:
+        raise ValueError(f"residual must have shape [N, D] or [N] with N = {n_tokens}, got {list(residual.shape)}")
     if not isinstance(values, SparseCode) and values.dim() != 2:
         raise ValueError(f"values must be a SparseCode or have shape [N, F], got {list(values.shape)}")
     check_floating(residual=residual, values=entries)

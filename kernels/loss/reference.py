@@ -16,5 +16,5 @@ def position_loss(residual: Tensor, values: SparseCode | Tensor, pos: Tensor, n_
         dense = values.values if isinstance(values, SparseCode) else values
         l1 = dense.to(wide).abs().sum(-1)
         l0 = (dense != 0).sum(-1).to(wide)
-    squared_error = residual.to(wide).square().sum(-1)
+    squared_error = residual.to(wide).square().sum(-1) if residual.dim() == 2 else residual.to(wide)
     return [sum_by(pos, stat, n_positions) for stat in (torch.ones_like(squared_error), squared_error, l1, l0)]

@@ -25,6 +25,44 @@ def sortable_key(value):
 
 
 @triton.jit
+def load_key(ptr, entries, inside, stride, PACKED: tl.constexpr):
+    """Keys that order like the values at `entries`, and which of them exist: of floats, or of encode's packed candidates
+    (24 bits of value above 7 of column; negative where a tile had none left)."""
+    if PACKED:
+        packed = tl.load(ptr + entries, mask=inside, other=-1)
+        return (packed >> 7).to(tl.uint32), packed >= 0
+    return sortable_key(tl.load(ptr + entries.to(tl.int64) * stride, mask=inside, other=0.0)), inside
+
+
+@triton.jit
+def kth_largest(ptr, LENGTH, K, stride, PACKED: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The K-th largest key of a row, and how many keys equal to it are among the K largest.
+
+    Digit by digit: of the keys that agree with `kth` so far, count each value of the next digit, and take the largest
+    from which on at least `wanted` keys lie.
+    """
+    digits = tl.arange(0, 256)
+    kth = tl.zeros((), dtype=tl.uint32)
+    wanted = K
+    for shift in tl.static_range(BITS - 8, -8, -8):
+        counts = tl.zeros((256,), dtype=tl.int32)
+        for start in range(0, LENGTH, BLOCK):
+            entries = start + tl.arange(0, BLOCK)
+            key, counted = load_key(ptr, entries, entries < LENGTH, stride, PACKED)
+            if shift < BITS - 8:
+                counted = counted & ((key >> (shift + 8)) == (kth >> (shift + 8)))
+            # Every key is put in a bin, and those that don't count are taken out of the lowest again: histograms have
+            # no mask before Triton 3.4.
+            counts += tl.histogram(tl.where(counted, (key >> shift) & 255, 0).to(tl.int32), 256)
+            counts -= tl.where(digits == 0, BLOCK - tl.sum(counted.to(tl.int32), 0), 0)
+        at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
+        digit = tl.max(tl.where(at_least >= wanted, digits, 0), 0)
+        wanted -= tl.sum(tl.where(digits > digit, counts, 0), 0)
+        kth |= digit.to(tl.uint32) << shift
+    return kth, wanted
+
+
+@triton.jit
 def topk_kernel(
     acts_ptr, values_ptr, indices_ptr,
     F, K, stride_n, stride_f,
@@ -33,25 +71,7 @@ def topk_kernel(
     token = tl.program_id(0).to(tl.int64)
     acts_ptr += token * stride_n
     bits: tl.constexpr = acts_ptr.dtype.element_ty.primitive_bitwidth
-    digits = tl.arange(0, 256)
-
-    # Find the K-th largest key digit by digit: of the keys that agree with `kth` so far, count each value of the next
-    # digit, and take the largest from which on at least `wanted` keys lie.
-    kth = tl.zeros((), dtype=tl.uint32)
-    wanted = K
-    for shift in tl.static_range(bits - 8, -8, -8):
-        counts = tl.zeros((256,), dtype=tl.int32)
-        for start in range(0, F, BLOCK_F):
-            latents = start + tl.arange(0, BLOCK_F)
-            inside = latents < F
-            key = sortable_key(tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=inside, other=0.0))
-            if shift < bits - 8:
-                inside = inside & ((key >> (shift + 8)) == (kth >> (shift + 8)))
-            counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=inside)
-        at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-        digit = tl.max(tl.where(at_least >= wanted, digits, 0), 0)
-        wanted -= tl.sum(tl.where(digits > digit, counts, 0), 0)
-        kth |= digit.to(tl.uint32) << shift
+    kth, wanted = kth_largest(acts_ptr, F, K, stride_f, False, bits, BLOCK_F)
 
     # Collect in ascending latent order everything above the K-th key, and the first `wanted` of those equal to it.
     kept = 0

@@ -15,7 +15,7 @@ from temposae.kernels.code import SparseCode
 from temposae.kernels.configs import CONFIGS
 from torch import Tensor
 
-SMALL_BLOCKS = dict(BLOCK_N=16, BLOCK_F=32, BLOCK_D=32, GROUP_N=2, BLOCK_K=4, BLOCK_E=4, BLOCK=16)
+SMALL_BLOCKS = dict(BLOCK_N=16, BLOCK_F=32, BLOCK_D=32, GROUP_N=2, BLOCK_K=4, BLOCK_E=4, BLOCK=16, BLOCK_T=4, SPLIT=8)
 RANDOM_SHAPES = 25
 
 

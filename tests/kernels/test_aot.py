@@ -26,13 +26,15 @@ def test_kernels_compile_without_spills_and_with_tensor_cores(arch, dtype):
     rows = compile_report(arch, dtype)
     kernels = {row["name"].split(",")[0].removesuffix(f" {dtype}") for row in rows}
     assert kernels == {
-        "encode", "topk", "threshold count", "threshold fill", "decode", "values_grad", "token_loss", "position_sum",
-        "weight_grad",
+        "encode", "candidates", "merge", "rescan", "fold", "topk", "threshold count", "threshold fill", "decode",
+        "reconstruct", "values_grad", "token_loss", "position_sum", "weight_grad", "windows", "adam", "adam_rows",
     }  # fmt: skip
     assert [row["name"] for row in rows if row["hot"] and row["spill_bytes"]] == []
     assert [row["name"] for row in rows if row["shared_bytes"] > SHARED_BYTES] == []
     if dtype == "bf16":
-        assert all(row["tensor_core_instructions"] > 0 for row in rows if row["name"].startswith("encode"))
+        assert all(
+            row["tensor_core_instructions"] > 0 for row in rows if row["name"].startswith(("encode", "candidates"))
+        )
 
 
 def test_the_interpreter_is_named():

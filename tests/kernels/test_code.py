@@ -26,11 +26,12 @@ def test_dense_rows_and_l0(shape, make_code, dense):
 def test_transpose_sorts_by_latent_then_token(shape, make_code, many):
     code = make_code(shape)
     code = SparseCode(code.values, code.indices, code.n_latents + many, code.offsets)
-    order, tokens, latent_offsets = code.transpose()
+    order, latents, tokens, latent_offsets = code.transpose()
     bounds = offsets_of(code)
     entries = [(latent, e) for e, latent in enumerate(code.indices.flatten().tolist()[: bounds[-1]])]
     entries.sort()
     assert order[: len(entries)].tolist() == [e for _, e in entries]
+    assert latents.tolist() == [j for j, _ in entries] + [code.n_latents] * (code.values.numel() - len(entries))
     assert tokens[: len(entries)].tolist() == code.rows.flatten()[order[: len(entries)]].tolist()
     assert sorted(order.tolist()) == list(range(code.values.numel()))
     assert latent_offsets.tolist() == [sum(j < f for j, _ in entries) for f in range(shape.F)] + [len(entries)] * (

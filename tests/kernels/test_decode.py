@@ -3,7 +3,7 @@
 import pytest
 import torch
 from temposae.kernels.code import SparseCode
-from temposae.kernels.decode import decode, decode_values_grad
+from temposae.kernels.decode import decode, decode_values_grad, reconstruct
 
 LIMIT = {torch.float32: 1e-5, torch.float16: 1e-3}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -42,6 +42,22 @@ def test_values_grad(shape, backend, make_code, assert_close, dtype):
     assert out.dtype == dtype
     assert_close(out.flatten()[:used], expected, LIMIT[dtype])
     assert (out.flatten()[used:] == 0).all()
+
+
+@DTYPES
+def test_reconstruct_is_decode_and_its_gradient(shape, backend, make_code, dense, assert_close, dtype):
+    code, (W_dec, b_dec, target) = make_code(shape), inputs(shape, dtype)
+    found = reconstruct(code, W_dec, b_dec, target.T.contiguous().T, backend=backend)
+    residual = target.double() - dense(code) @ W_dec.double() - b_dec.double()
+    used = code.values.numel() if code.offsets is None else int(code.offsets[-1])
+    where = code.rows.flatten()[:used], code.indices.flatten()[:used].long()
+    assert found.residual.dtype == dtype
+    assert_close(found.residual, residual, LIMIT[dtype], "residual")
+    assert_close(found.squared_error, residual.square().sum(1), name="squared error")
+    assert found.projection.shape == code.values.shape
+    projection = found.projection.flatten()
+    assert_close(projection[:used], (residual @ W_dec.double().T)[where], name="projection")
+    assert (projection[used:] == 0).all()
 
 
 def test_a_token_without_entries_decodes_to_the_bias(backend_name):

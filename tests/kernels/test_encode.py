@@ -20,7 +20,7 @@ def inputs(shape, dtype, layout="latent-major", mask_dtype=torch.bool):
 
 
 def formula(x, W_enc, b_enc, center=None, mask=None, pos=None, relu=True):
-    x = x.double() if center is None else (x - center.to(x.dtype)).double()
+    x = x.double() if center is None else x.double() - center.double()
     pre = x @ W_enc.double() + b_enc.double()
     acts = pre.clamp_min(0) if relu else pre
     return acts if mask is None else acts * mask[pos.long()].double()
@@ -29,7 +29,6 @@ def formula(x, W_enc, b_enc, center=None, mask=None, pos=None, relu=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_centred_and_masked(shape, backend, dtype, assert_close):
     x, W_enc, b_enc, center, mask, pos = inputs(shape, dtype)
-    center = center.to(dtype)
     out = encode(x, W_enc, b_enc, center=center, mask=mask, pos=pos, backend=backend)
     assert out.dtype == dtype
     assert_close(out, formula(x, W_enc, b_enc, center, mask, pos), LIMIT[dtype])

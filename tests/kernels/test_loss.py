@@ -37,10 +37,19 @@ def test_dense(shape, backend, assert_close):
         assert_close(out, reference, name=name)
 
 
+def test_squared_norms_instead_of_the_residual(shape, backend, make_code, assert_close):
+    code, (residual, pos) = make_code(shape), inputs(shape, torch.float32)
+    squared = residual.square().sum(1)
+    for given, out in zip(
+        position_loss(residual, code, pos, shape.T), position_loss(squared, code, pos, shape.T), strict=True
+    ):
+        assert_close(out, given)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(residual=torch.ones(3, 4)), r"residual must have shape \[N, D\] with N = 2, got \[3, 4\]"),
+        (dict(residual=torch.ones(3, 4)), r"residual must have shape \[N, D\] or \[N\] with N = 2, got \[3, 4\]"),
         (dict(pos=torch.tensor([0, 5])), r"pos must lie in \[0, T\) = \[0, 5\), got values from 0 to 5"),
         (dict(pos=torch.tensor([0])), r"pos must have shape \[N\] = \[2\], got \[1\]"),
         (dict(values=torch.ones(2, 3).long()), "values must have a floating dtype"),

@@ -11,33 +11,34 @@ def test_sums_over_tokens(shape, backend, make_code, dense, assert_close, dtype)
     code = make_code(shape, dtype)
     values = torch.randn(code.values.shape, generator=shape.generator).to(dtype)
     rows = torch.randn(shape.N, shape.D, generator=shape.generator).to(dtype)
-    out = weight_grad(code, values, rows, backend=backend)
+    out = weight_grad(code.transpose(), values, rows, backend=backend)
     assert out.dtype == torch.float32
     assert_close(out, dense(code, values).T @ rows.double())  # even for fp16, which is summed and returned in fp32
 
 
-def test_any_strides(shape, backend, make_code, dense, assert_close):
+def test_any_strides_and_centred(shape, backend, make_code, dense, assert_close):
     code = make_code(shape)
     rows = torch.randn(shape.D, shape.N, generator=shape.generator).T
-    out = weight_grad(code, code.values, rows, backend=backend)
-    assert_close(out, dense(code).T @ rows.double())
+    center = torch.randn(shape.D, generator=shape.generator)
+    out = weight_grad(code.transpose(), code.values, rows, center=center, backend=backend)
+    assert_close(out, dense(code).T @ (rows.double() - center.double()))
 
 
 def test_the_reference_is_differentiable():
     code = SparseCode(torch.randn(3, 2).double(), torch.tensor([[0, 2], [1, 2], [0, 3]], dtype=torch.int32), 5)
     leaves = [torch.randn(3, 2).double().requires_grad_(), torch.randn(3, 4).double().requires_grad_()]
-    assert torch.autograd.gradcheck(lambda values, rows: weight_grad(code, values, rows), leaves)
+    assert torch.autograd.gradcheck(lambda values, rows: weight_grad(code.transpose(), values, rows), leaves)
 
 
 @pytest.mark.parametrize(
     ("values", "rows", "message"),
     [
-        (torch.ones(2, 2), torch.ones(2, 5), r"values must have the code's shape \[2, 1\], got \[2, 2\]"),
-        (torch.ones(2, 1), torch.ones(3, 5), r"rows must have shape \[N, D\] with N = 2, got \[3, 5\]"),
+        (torch.ones(2, 2), torch.ones(2, 5), "values must have one element for each of 2 entries, got 4"),
+        (torch.ones(2, 1), torch.ones(5), r"rows must have shape \[M, D\], got \[5\]"),
         (torch.ones(2, 1), torch.ones(2, 5).int(), "rows must have a floating dtype"),
     ],
 )
 def test_what_does_not_fit_is_named(values, rows, message):
     code = SparseCode(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32), 4)
     with pytest.raises(ValueError, match=message):
-        weight_grad(code, values, rows)
+        weight_grad(code.transpose(), values, rows)
