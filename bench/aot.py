@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Spec(NamedTuple):
     kernel: str  # op and function
     config: str  # entry of the config table
     pointers: dict[str, str]  # dtype of each pointer
-    flags: dict[str, int] = {}
+    flags: Mapping[str, int] = {}
     hot: bool = True
     unit: tuple[str, ...] = ()  # integers that are 1, which Triton compiles in
     aligned: bool = True

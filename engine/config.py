@@ -104,7 +104,8 @@ class TrainConfig(Config):
 
     `lr`: 2e-4 * sqrt(2^14 / F) unless given. `dead_after_tokens`: a latent that has not fired for so many tokens is dead;
     a tenth of the run, at least 10 batches, at most 10M, unless given. `log_every_steps`: a twentieth of the run, at most
-    50, unless given. `warmup` and `decay` are shares of the run.
+    50, unless given. `warmup` and `decay` are shares of the run. `dtype`: of the products; bfloat16 on a GPU and
+    float32 elsewhere, unless given. Weights and their moments are float32.
     """
 
     tokens: Count = 1_000_000
@@ -118,6 +119,7 @@ class TrainConfig(Config):
     dead_after_tokens: Count | None = None
     log_every_steps: Count | None = None
     checkpoint_every_steps: Count = 500
+    dtype: Literal["float32", "bfloat16"] | None = None
     control: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..kernels.loss import PositionSums
 from .config import TrainConfig
-from .sae import SparseAutoencoder
+from .sae import Objective, SparseAutoencoder
+from .step import FusedStep, fits
 from .stream import Batch
 
 
@@ -41,6 +42,8 @@ class Learner:
         self.lr = config.lr if config.lr is not None else default_lr(sae.cfg.d_sae)
         parameters = [p for p in sae.parameters() if p.requires_grad]
         self.adam = torch.optim.Adam(parameters, lr=self.lr, betas=(config.beta1, config.beta2), fused=True)
+        self.dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+        self.fused = FusedStep(sae, self.adam.state, config, self.dtype) if fits(sae) else None
         self.dead_after = config.dead_after_tokens or min(10_000_000, max(config.tokens // 10, 10 * config.batch))
         self.idle_tokens = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
         self.steps_done = 0
@@ -57,26 +60,35 @@ class Learner:
     def step(self, batch: Batch) -> None:
         """One update on batch.x [N, D] at batch.pos [N]."""
         config = self.config
-        x = batch.x.to(self.sae.b_dec.dtype) * self.scale
+        x = batch.x.to(self.dtype) * self.scale
         dead = self.idle_tokens >= self.dead_after if self.any_dead else None
-        found = self.sae.objective(x, batch.pos, self.n_positions, dead)
-        self.adam.zero_grad()
-        found.loss.backward()
-        self.sae.project_decoder_gradient()
-        limit = config.clip_norm if config.clip_norm is not None else math.inf
-        norm = torch.nn.utils.clip_grad_norm_([p for p in self.sae.parameters() if p.requires_grad], limit)
-        for group in self.adam.param_groups:
-            group["lr"] = self.lr * schedule(self.steps_done, config.steps, config.warmup, config.decay)
-        self.adam.step()
-        self.sae.normalise_decoder()
+        lr = self.lr * schedule(self.steps_done, config.steps, config.warmup, config.decay)
+        self.adam.param_groups[0]["lr"] = lr
+        if self.fused is not None:
+            found, norm = self.fused(x, batch.pos, self.n_positions, dead, lr=lr, step=self.steps_done + 1)
+        else:
+            found, norm = self._unfused_step(x, batch.pos, dead)
 
         self.idle_tokens.add_(len(x)).masked_fill_(found.fired, 0)
         self.steps_done += 1
         self._steps += 1
         self._sums = PositionSums(*(a + b.detach() for a, b in zip(self._sums, found.sums, strict=True)))
         self._spread += (x - self.mean).square().sum()
-        aux = found.aux_loss if found.aux_loss is not None else torch.zeros_like(norm)
-        self._losses += torch.stack([found.loss.detach() - aux, aux, norm])
+        loss = found.loss.detach()
+        aux = found.aux_loss if found.aux_loss is not None else torch.zeros_like(loss)
+        self._losses += torch.stack([loss - aux, aux, norm])
+
+    def _unfused_step(self, x: Tensor, pos: Tensor, dead: Tensor | None) -> tuple[Objective, Tensor]:
+        """The update by autograd and torch's Adam: for every dictionary and device, and what the fused one must equal."""
+        found = self.sae.objective(x, pos, self.n_positions, dead)
+        self.adam.zero_grad()
+        found.loss.backward()
+        self.sae.project_decoder_gradient()
+        limit = self.config.clip_norm if self.config.clip_norm is not None else math.inf
+        norm = torch.nn.utils.clip_grad_norm_([p for p in self.sae.parameters() if p.requires_grad], limit)
+        self.adam.step()
+        self.sae.normalise_decoder()
+        return found, norm
 
     def report(self) -> dict[str, float]:
         """Means since the last report. Waits for the device.
@@ -109,6 +121,8 @@ class Learner:
         numbers = {"scale": self.scale, "steps_done": self.steps_done, "steps": self._steps, "any_dead": self.any_dead}
         found |= {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
         for name, parameter in self.sae.named_parameters():
+            if parameter in self.adam.state:
+                self.adam.state[parameter]["step"].fill_(self.steps_done)  # the fused step doesn't count
             for key, value in self.adam.state.get(parameter, {}).items():
                 found[f"adam.{name}.{key}"] = value
         return found
@@ -133,3 +147,5 @@ class Learner:
                     key: value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
                     for key, value in saved.items()
                 }
+        if self.fused is not None:
+            self.fused.refresh()

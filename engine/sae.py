@@ -63,7 +63,7 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, pos: Tensor | None = None) -> SparseCode:
         """f as a SparseCode over the flattened tokens: K per token for topk, ragged for relu."""
-        x, rows, weights = self._inputs(x, pos)
+        x, rows, weights = self.inputs(x, pos)
         W_enc = self.W_enc.to(x.dtype)
         if self.cfg.activation == "topk":
             return encode_topk_op(x, W_enc, self.b_enc, self.cfg.k, center=self.b_dec, mask=weights, pos=rows)[0]
@@ -90,29 +90,36 @@ class SparseAutoencoder(nn.Module):
         latents [F]; the last factor is a constant that undoes the normalisation of the first term in the source (Gao et
         al., arXiv 2406.04093). The auxiliary gradient reaches encoder and decoder.
         """
-        x, rows, weights = self._inputs(x, pos)
+        x, rows, weights = self.inputs(x, pos)
         if self.cfg.activation == "relu":
             acts = encode_dense(x, self.W_enc, self.b_enc, self.b_dec, weights, rows)
             x_hat = torch.addmm(self.b_dec.to(x.dtype), acts, self.W_dec.to(x.dtype))
             sums = position_loss(x - x_hat, acts, pos, n_positions)
             loss = (sums.squared_error.sum() + self.cfg.l1_coefficient * sums.l1.sum()) / len(x)
             return Objective(loss, sums, (acts.detach() > 0).any(0))
-        aux_k = min(self.cfg.aux_k, self.cfg.d_sae) if dead is not None and self.cfg.aux_coefficient > 0 else 0
         code, aux = encode_topk(
-            x, self.W_enc, self.b_enc, self.b_dec, weights, rows, k=self.cfg.k, aux_k=aux_k, aux_latents=dead
-        )
+            x, self.W_enc, self.b_enc, self.b_dec, weights, rows,
+            k=self.cfg.k, aux_k=self.aux_k(dead), aux_latents=dead,
+        )  # fmt: skip
         squared_error, residual = reconstruct(code, self.W_dec, self.b_dec, x)
         with torch.no_grad():
             sums = position_loss(squared_error, code, pos, n_positions)
         loss = squared_error.sum() / len(x)
-        fired = _fired(code)
+        fired = has_fired(code)
         if aux is None:
             return Objective(loss, sums, fired)
         left, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
-        smallest = torch.finfo(torch.float32).tiny
-        weight = _spread(x) / _spread(residual).clamp_min(smallest) / len(x)
-        aux_loss = self.cfg.aux_coefficient * left.sum() * weight
+        aux_loss = self.aux_weight(x, residual) * left.sum()
         return Objective(loss + aux_loss, sums, fired, aux_loss.detach())
+
+    def aux_k(self, dead: Tensor | None) -> int:
+        """How many of the dead latents take part in AuxK; 0 for no AuxK."""
+        return min(self.cfg.aux_k, self.cfg.d_sae) if dead is not None and self.cfg.aux_coefficient > 0 else 0
+
+    def aux_weight(self, x: Tensor, residual: Tensor) -> Tensor:
+        """What AuxK's squared error counts in the loss: aux_coefficient * |x - mean x|^2 / |e - mean e|^2 / N."""
+        smallest = torch.finfo(torch.float32).tiny
+        return self.cfg.aux_coefficient * _spread(x) / _spread(residual).clamp_min(smallest) / len(x)
 
     @torch.no_grad()
     def initialise_bias(self, mean: Tensor) -> None:
@@ -140,7 +147,7 @@ class SparseAutoencoder(nn.Module):
         if self.W_dec.requires_grad:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
 
-    def _inputs(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def inputs(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x as [N, D], the mask's row of each token and the mask [T, F]; the last two are None without a mask."""
         if x.shape[-1] != self.cfg.d_in:
             raise UserError(f"x: width {x.shape[-1]} is not allowed; this dictionary has d_in = {self.cfg.d_in}")
@@ -158,7 +165,7 @@ def _spread(x: Tensor) -> Tensor:
     return (x - x.mean(0)).square().sum()
 
 
-def _fired(code: SparseCode) -> Tensor:
+def has_fired(code: SparseCode) -> Tensor:
     """Which latents [F] are positive somewhere in a fixed-K code, without a sync."""
     counts = torch.zeros(code.n_latents, dtype=torch.int32, device=code.values.device)
     active = (code.values.detach() > 0).flatten().int()
