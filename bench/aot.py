@@ -75,6 +75,18 @@ def _specs(dtype: str) -> dict[str, Spec]:
         ),
         "fold": Spec("encode.fold_kernel", "fold", operands | dict(center="fp32", out="fp32"), unit=("stride_wd",)),
         "topk": _select("topk_kernel", "topk", dtype, values=dtype, indices="i32"),
+        "batch digits": Spec(
+            "select.batch_digits_kernel", "threshold", dict(acts=dtype, kth="i64", counts="i64"), dict(SHIFT=0),
+            unit=("stride_f",),
+        ),
+        "batch count": Spec(
+            "select.batch_count_kernel", "threshold", dict(acts=dtype, kth="i64", above="i64", equal="i64"),
+            unit=("stride_f",),
+        ),
+        "batch fill": Spec(
+            "select.batch_fill_kernel", "threshold",
+            dict(acts=dtype, kth="i64", wanted="i64", offsets="i64", values=dtype, indices="i32"), unit=("stride_f",),
+        ),
         "threshold count": _select("count_kernel", "threshold", dtype, threshold="fp32", counts="i64"),
         "threshold fill": _select(
             "fill_kernel", "threshold", dtype, threshold="fp32", offsets="i64", values=dtype, indices="i32"

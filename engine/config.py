@@ -58,16 +58,24 @@ class MaskConfig(Config):
 class SAEConfig(Config):
     """One dictionary. `d_in` is D, `d_sae` is F.
 
-    `topk`: relu, then the `k` largest per token; `aux_k` dead latents model the residual, weighted `aux_coefficient`.
+    `topk`: relu, then the `k` largest per token; `batchtopk`: as many in all, wherever in the batch they fall, and beyond
+    training those above a running threshold. In both `aux_k` dead latents model the residual, weighted `aux_coefficient`.
     `relu`: every positive activation, with `l1_coefficient` times their sum in the loss.
+    `jumprelu`: activations above a learned threshold for each latent, with `l0_coefficient` times their number in the loss.
+    Thresholds begin at `initial_threshold`, or where 4 `k` activations per token of the first batch exceed them, and learn
+    from activations within `bandwidth` / 2 of them. The three are in units of the activations' mean norm (the coefficient
+    of its square), which training scales to about sqrt(D).
     `decoder="random"` freezes the random unit-norm decoder: the control.
     """
 
     d_in: Latents
     d_sae: Latents
-    activation: Literal["topk", "relu"] = "topk"
+    activation: Literal["topk", "batchtopk", "relu", "jumprelu"] = "topk"
     k: Count = 32
     l1_coefficient: Annotated[float, Field(ge=0)] = 0.04
+    l0_coefficient: Annotated[float, Field(ge=0)] = 0.001
+    initial_threshold: Annotated[float, Field(gt=0)] | None = None
+    bandwidth: Annotated[float, Field(gt=0)] = 0.1
     aux_k: Annotated[int, Field(ge=0)] = 64
     aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
     decoder: Literal["learned", "random"] = "learned"
@@ -75,7 +83,7 @@ class SAEConfig(Config):
 
     @model_validator(mode="after")
     def _k_fits(self) -> "SAEConfig":
-        if self.activation == "topk" and self.k > self.d_sae:
+        if self.activation != "relu" and self.k > self.d_sae:
             raise ValueError(f"k: {self.k} is not allowed; it must be at most d_sae ({self.d_sae})")
         return self
 

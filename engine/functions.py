@@ -5,6 +5,7 @@ for the product and receive gradients in their own dtype. Every gradient is summ
 give identical bits. None of the functions can be differentiated twice.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..kernels.encode import encode_topk as encode_topk_op
 from ..kernels.loss import PositionSums
 from ..kernels.loss import position_loss as position_sums
 from ..kernels.numerics import sum_by
+from ..kernels.select import select_threshold
 from ..kernels.weight_grad import weight_grad
 
 
@@ -50,21 +52,44 @@ def encode_topk(
     k: int,
     aux_k: int = 0,
     aux_latents: Tensor | None = None,
+    across_batch: bool = False,
 ) -> tuple[SparseCode, SparseCode | None]:
-    """The k largest activations of each token, and from the same product the aux_k largest among `aux_latents`: see
-    `kernels.encode.encode_topk`.
+    """The k largest activations of each token, or the N * k largest of the batch, and from the same product the aux_k
+    largest of each token among `aux_latents`: see `kernels.encode.encode_topk`.
 
     The values carry gradients for x, W_enc, b_enc, center and mask (see `encode_dense` for masks), zero values none; the
     gradient of W_enc comes latent-major, as the [D, F] view of a contiguous [F, D].
     """
-    layouts, aux_layouts = {}, {}
-    values, indices, aux_values, aux_indices = _EncodeTopK.apply(
-        x, W_enc, b_enc, center, mask, pos, k, aux_k, aux_latents, layouts, aux_layouts
-    )
-    code = SparseCode(values, indices, W_enc.shape[1], layouts=layouts)
-    if aux_values is None:
-        return code, None
-    return code, SparseCode(aux_values, aux_indices, W_enc.shape[1], layouts=aux_layouts)
+    codes: list[SparseCode] = []  # filled by the function, because autograd passes nothing but tensors
+    settings = dict(k=k, aux_k=aux_k, aux_latents=aux_latents, across_batch=across_batch)
+    values = _EncodeTopK.apply(x, W_enc, b_enc, center, mask, pos, settings, codes)
+    code, *aux = (code.with_values(v) for code, v in zip(codes, values, strict=True))
+    return code, aux[0] if aux else None
+
+
+def encode_jumprelu(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    center: Tensor | None = None,
+    mask: Tensor | None = None,
+    pos: Tensor | None = None,
+    *,
+    bandwidth: float,
+) -> tuple[SparseCode, Tensor]:
+    """f = pre * (pre > threshold) * mask[pos] with pre = relu((x - center) @ W_enc + b_enc), as a ragged code, and its L0.
+
+    threshold [F], not negative; other arguments as in `encode_dense`. The values carry gradients for all but pos; the L0, a
+    float32 scalar, counts pre > threshold where the mask is not zero and carries a gradient for the threshold. Gradients for
+    the threshold are straight-through estimates with a rectangle of width `bandwidth` around it, in units of x
+    (Rajamanoharan et al., arXiv 2407.14435): inside, df/dthreshold = -threshold / bandwidth and
+    dL0/dthreshold = -1 / bandwidth; outside, zero. Entries inside the rectangle but below the threshold are kept in the
+    code, with value zero. Waits for the device.
+    """
+    codes: list[SparseCode] = []
+    values, l0 = _EncodeJumpReLU.apply(x, W_enc, b_enc, threshold, center, mask, pos, bandwidth, codes)
+    return codes[0].with_values(values), l0
 
 
 def decode_sparse(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None = None) -> Tensor:
@@ -125,48 +150,108 @@ class _EncodeDense(Function):
 
 class _EncodeTopK(Function):
     @staticmethod
-    def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos, k, aux_k, aux_latents, layouts, aux_layouts):
-        code, aux = encode_topk_op(
-            x, W_enc.to(x.dtype), b_enc, k, center=center, mask=mask, pos=pos, aux_k=aux_k, aux_latents=aux_latents
-        )
-        picked = [code.values, code.indices, *((None, None) if aux is None else (aux.values, aux.indices))]
+    def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos, settings, codes):
+        picked = encode_topk_op(x, W_enc.to(x.dtype), b_enc, center=center, mask=mask, pos=pos, **settings)
+        codes += [code for code in picked if code is not None]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(t for t in picked[1::2] if t is not None))
-        ctx.layouts, ctx.b_dtype = (layouts, aux_layouts), b_enc.dtype
-        ctx.save_for_backward(x, W_enc, center, mask, pos, *picked)
-        return tuple(picked)
+        ctx.codes = [code.with_values(code.values.detach()) for code in codes]
+        ctx.save_for_backward(x, W_enc, b_enc, center, mask, pos)
+        return tuple(code.values for code in codes)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dvalues, _, daux_values, __):
-        x, W_enc, center, mask, pos, values, indices, aux_values, aux_indices = ctx.saved_tensors
-        need_x, need_w, _, need_center, need_mask, *_ = ctx.needs_input_grad
-        dx = dw = db = dcenter = dmask = None
-        picks = ((values, indices, dvalues), (aux_values, aux_indices, daux_values))
-        for (values, indices, grad), layouts in zip(picks, ctx.layouts, strict=True):
+    def backward(ctx: Any, *grads):
+        x, W_enc, b_enc, center, mask, pos = ctx.saved_tensors
+        dmask, gradients = None, []
+        for code, grad in zip(ctx.codes, grads, strict=True):
             if grad is None:
                 continue
-            dpre = torch.ops.aten.threshold_backward(grad, values, 0)
+            dpre = torch.ops.aten.threshold_backward(grad, code.values, 0)
             if mask is not None:
-                where = pos.long()[:, None] * mask.shape[1] + indices
-                gate = mask.reshape(-1)[where]
-                if need_mask:
-                    moved = _divide(dpre * values, gate)
-                    dmask = _add(dmask, sum_by(where.flatten(), moved.flatten(), mask.numel()))
+                where, gate = _gate(code, mask, pos)
+                if ctx.needs_input_grad[4]:
+                    dmask = _add(dmask, _mask_gradient(_divide(dpre * code.values, gate), where, mask))
                 dpre = dpre * gate
-            code = SparseCode(dpre, indices, W_enc.shape[1], layouts=layouts)
-            entries = code.transpose()
-            db = _add(db, weight_grad(entries, dpre, dpre.new_ones(1, 1)))
-            if need_w:
-                dw = _add(dw, weight_grad(entries, dpre, x, center=center))
-            if need_x:
-                dx = _add(dx, decode(code, W_enc.to(x.dtype).T, x.new_zeros(x.shape[1])))
-        if need_center and db is not None:
-            dcenter = -(W_enc @ db[:, 0].to(W_enc.dtype)).to(center.dtype)
-        dw = None if dw is None else dw.to(W_enc.dtype).T
-        db = None if db is None else db[:, 0].to(ctx.b_dtype)
-        dmask = None if mask is None or dmask is None else dmask.view(mask.shape).to(mask.dtype)
-        return dx, dw, db, dcenter, dmask, *(None,) * 6
+            gradients.append(code.with_values(dpre))
+        grads = _encoder_gradients(ctx.needs_input_grad, x, W_enc, b_enc, center, gradients)
+        return *grads, dmask, None, None, None
+
+
+class _EncodeJumpReLU(Function):
+    @staticmethod
+    def forward(ctx: Any, x, W_enc, b_enc, threshold, center, mask, pos, bandwidth, codes):
+        acts = encode(x, W_enc.to(x.dtype), b_enc, center=center)
+        # A hard mask shuts latents out beforehand; nothing of them is needed.
+        if mask is not None and mask.dtype == torch.bool:
+            acts *= mask.index_select(0, pos)
+        band = select_threshold(acts, (threshold - bandwidth / 2).clamp_min(0))
+        del acts
+        pre, limit = band.values.float(), threshold.float()[band.indices]
+        is_open, gate = pre > limit, None
+        values = pre * is_open
+        if mask is not None:
+            _, gate = _gate(band, mask, pos)
+            values, is_open = values * gate, is_open & (gate != 0)
+        codes.append(band.with_values(values))
+        ctx.set_materialize_grads(False)
+        ctx.code, ctx.bandwidth = band.with_values(values.detach()), bandwidth
+        ctx.save_for_backward(x, W_enc, b_enc, threshold, center, mask, pos, pre, limit, gate)
+        return values, is_open.sum().float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dvalues, dl0):
+        x, W_enc, b_enc, threshold, center, mask, pos, pre, limit, gate = ctx.saved_tensors
+        code, needs = ctx.code, list(ctx.needs_input_grad)
+        if dvalues is None:
+            dvalues = torch.zeros_like(pre)
+        is_open = pre > limit
+        dmask = None
+        if mask is not None:
+            where, _ = _gate(code, mask, pos)
+            if needs.pop(5):
+                dmask = _mask_gradient(dvalues * pre * is_open, where, mask)
+            dvalues = dvalues * gate
+        dthreshold = None
+        if needs.pop(3):
+            moved = -limit * dvalues
+            if dl0 is not None:
+                moved = moved - (dl0 if gate is None else dl0 * (gate != 0))
+            moved = moved * ((pre - limit).abs() < ctx.bandwidth / 2) / ctx.bandwidth
+            dthreshold = weight_grad(code.transpose(), moved, moved.new_ones(1, 1))[:, 0].to(threshold.dtype)
+        gradients = [code.with_values(dvalues * is_open)]
+        dx, dw, db, dcenter = _encoder_gradients(needs, x, W_enc, b_enc, center, gradients)
+        return dx, dw, db, dthreshold, dcenter, dmask, None, None, None
+
+
+def _gate(code: SparseCode, mask: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in the flattened mask each entry's weight lies, and the weight."""
+    where = pos.long()[code.rows] * mask.shape[1] + code.live(code.indices)
+    return where, mask.reshape(-1)[where]
+
+
+def _mask_gradient(moved: Tensor, where: Tensor, mask: Tensor) -> Tensor:
+    return sum_by(where.flatten(), moved.flatten(), mask.numel()).view(mask.shape).to(mask.dtype)
+
+
+def _encoder_gradients(
+    needs: Sequence[bool], x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, gradients: list[SparseCode]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, W_enc, b_enc and center from those of the pre-activations, given as codes."""
+    need_x, need_w, _, need_center, *_ = needs
+    dx = dw = db = dcenter = None
+    for code in gradients:
+        entries = code.transpose()
+        db = _add(db, weight_grad(entries, code.values, code.values.new_ones(1, 1)))
+        if need_w:
+            dw = _add(dw, weight_grad(entries, code.values, x, center=center))
+        if need_x:
+            dx = _add(dx, decode(code, W_enc.to(x.dtype).T, x.new_zeros(x.shape[1])))
+    if db is None:
+        return None, None, None, None
+    if need_center and center is not None:
+        dcenter = -(W_enc @ db[:, 0].to(W_enc.dtype)).to(center.dtype)
+    return dx, None if dw is None else dw.to(W_enc.dtype).T, db[:, 0].to(b_enc.dtype), dcenter
 
 
 class _DecodeSparse(Function):

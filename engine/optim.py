@@ -40,8 +40,10 @@ class Learner:
         sae.initialise_bias(self.mean)
         device = self.mean.device
         self.lr = config.lr if config.lr is not None else default_lr(sae.cfg.d_sae)
-        parameters = [p for p in sae.parameters() if p.requires_grad]
-        self.adam = torch.optim.Adam(parameters, lr=self.lr, betas=(config.beta1, config.beta2), fused=True)
+        # Thresholds are of the order of |x| ~ sqrt(D), and learn at that pace.
+        pace = {id(sae.threshold): math.sqrt(sae.cfg.d_in)} if sae.cfg.activation == "jumprelu" else {}
+        groups = [{"params": [p], "pace": pace.get(id(p), 1.0)} for p in sae.parameters() if p.requires_grad]
+        self.adam = torch.optim.Adam(groups, lr=self.lr, betas=(config.beta1, config.beta2), fused=True)
         self.dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
         self.fused = FusedStep(sae, self.adam.state, config, self.dtype) if fits(sae) else None
         self.dead_after = config.dead_after_tokens or min(10_000_000, max(config.tokens // 10, 10 * config.batch))
@@ -61,14 +63,18 @@ class Learner:
         """One update on batch.x [N, D] at batch.pos [N]."""
         config = self.config
         x = batch.x.to(self.dtype) * self.scale
+        if self.steps_done == 0:
+            self.sae.initialise_threshold(x, batch.pos)
         dead = self.idle_tokens >= self.dead_after if self.any_dead else None
         lr = self.lr * schedule(self.steps_done, config.steps, config.warmup, config.decay)
-        self.adam.param_groups[0]["lr"] = lr
+        for group in self.adam.param_groups:
+            group["lr"] = group["pace"] * lr
         if self.fused is not None:
             found, norm = self.fused(x, batch.pos, self.n_positions, dead, lr=lr, step=self.steps_done + 1)
         else:
             found, norm = self._unfused_step(x, batch.pos, dead)
 
+        self.sae.follow(found.least_kept)
         self.idle_tokens.add_(len(x)).masked_fill_(found.fired, 0)
         self.steps_done += 1
         self._steps += 1
@@ -87,7 +93,7 @@ class Learner:
         limit = self.config.clip_norm if self.config.clip_norm is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_([p for p in self.sae.parameters() if p.requires_grad], limit)
         self.adam.step()
-        self.sae.normalise_decoder()
+        self.sae.constrain()
         return found, norm
 
     def report(self) -> dict[str, float]:

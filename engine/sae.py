@@ -14,7 +14,7 @@ from ..kernels.loss import PositionSums
 from ..kernels.select import select_threshold
 from .config import SAEConfig
 from .errors import UserError
-from .functions import encode_dense, encode_topk, position_loss, reconstruct
+from .functions import encode_dense, encode_jumprelu, encode_topk, position_loss, reconstruct
 from .masks import PositionMask
 
 
@@ -23,26 +23,29 @@ class Objective:
     """One batch seen by a dictionary.
 
     `loss`: scalar, to be minimised. `sums`: squared error, L1, L0 and count per position. `fired` [F]: which latents
-    were active on some token. `aux_loss`: the AuxK part of `loss`, or None.
+    were active on some token. `aux_loss`: the AuxK part of `loss`, or None. `least_kept`: see `follow`.
     """
 
     loss: Tensor
     sums: PositionSums
     fired: Tensor
     aux_loss: Tensor | None = None
+    least_kept: Tensor | None = None
 
 
 class SparseAutoencoder(nn.Module):
     """A sparse autoencoder over activations x [..., D] at positions pos [...].
 
-        pre   = (x - b_dec) W_enc + b_enc                       W_enc [D, F], b_enc [F], b_dec [D]
-        f     = relu(pre) * mask[pos], for topk its K largest    f [..., F]
+        pre   = relu((x - b_dec) W_enc + b_enc)                 W_enc [D, F], b_enc [F], b_dec [D]
+        f     = pre * mask[pos]                                  f [..., F]; see `SAEConfig` for what is kept of it
         x_hat = f W_dec + b_dec                                  W_dec [F, D], rows of unit norm
 
     Parameters are float32. The decoder starts as random unit rows, the encoder as its transpose. In memory both matrices
     are latent-major: W_enc.T and W_dec are contiguous [F, D]. `encode` gives the dense f, `encode_sparse` the same as a
     `SparseCode`; a dictionary without a mask needs no positions.
     """
+
+    threshold: Tensor  # jumprelu: of each latent, learned; batchtopk: of all, followed
 
     def __init__(self, config: SAEConfig, *, seed: int = 0):
         super().__init__()
@@ -54,6 +57,12 @@ class SparseAutoencoder(nn.Module):
         self.W_enc = nn.Parameter(directions.clone().T)
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        if config.activation == "jumprelu":
+            self.threshold = nn.Parameter(
+                torch.full((config.d_sae,), (config.initial_threshold or 0.0) * math.sqrt(config.d_in))
+            )
+        elif config.activation == "batchtopk":
+            self.register_buffer("threshold", torch.zeros(()))
         self.mask = PositionMask(config.mask, config.d_sae, generator)
 
     def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
@@ -62,12 +71,18 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, pos: Tensor | None = None) -> SparseCode:
-        """f as a SparseCode over the flattened tokens: K per token for topk, ragged for relu."""
+        """f as a SparseCode over the flattened tokens: K per token for topk, ragged for the others."""
         x, rows, weights = self.inputs(x, pos)
         W_enc = self.W_enc.to(x.dtype)
         if self.cfg.activation == "topk":
             return encode_topk_op(x, W_enc, self.b_enc, self.cfg.k, center=self.b_dec, mask=weights, pos=rows)[0]
-        return select_threshold(encode(x, W_enc, self.b_enc, center=self.b_dec, mask=weights, pos=rows))
+        if self.cfg.activation == "jumprelu":
+            code, _ = encode_jumprelu(
+                x, W_enc, self.b_enc, self.threshold, self.b_dec, weights, rows, bandwidth=self.bandwidth
+            )
+            return code
+        threshold = self.threshold.item() if self.cfg.activation == "batchtopk" else 0.0
+        return select_threshold(encode(x, W_enc, self.b_enc, center=self.b_dec, mask=weights, pos=rows), threshold)
 
     @torch.no_grad()
     def decode(self, f: Tensor | SparseCode) -> Tensor:
@@ -84,7 +99,8 @@ class SparseAutoencoder(nn.Module):
         """Loss of a batch x [N, D] at pos [N], with gradients for every parameter.
 
         loss = sum_p squared_error_p / N + l1_coefficient * sum_p l1_p / N (relu)
-             + aux_coefficient * (|e - e_hat|^2 / |e - mean e|^2) * |x - mean x|^2 / N (topk)
+             + aux_coefficient * (|e - e_hat|^2 / |e - mean e|^2) * |x - mean x|^2 / N (topk, batchtopk)
+             + l0_coefficient * D * L0 / N (jumprelu)
 
         where e is the residual, held constant, and e_hat its reconstruction by the `aux_k` most active of the `dead`
         latents [F]; the last factor is a constant that undoes the normalisation of the first term in the source (Gao et
@@ -97,20 +113,32 @@ class SparseAutoencoder(nn.Module):
             sums = position_loss(x - x_hat, acts, pos, n_positions)
             loss = (sums.squared_error.sum() + self.cfg.l1_coefficient * sums.l1.sum()) / len(x)
             return Objective(loss, sums, (acts.detach() > 0).any(0))
-        code, aux = encode_topk(
-            x, self.W_enc, self.b_enc, self.b_dec, weights, rows,
-            k=self.cfg.k, aux_k=self.aux_k(dead), aux_latents=dead,
-        )  # fmt: skip
+        l0, aux = None, None
+        if self.cfg.activation == "jumprelu":
+            code, l0 = encode_jumprelu(
+                x, self.W_enc, self.b_enc, self.threshold, self.b_dec, weights, rows, bandwidth=self.bandwidth
+            )
+        else:
+            code, aux = encode_topk(
+                x, self.W_enc, self.b_enc, self.b_dec, weights, rows,
+                k=self.cfg.k, aux_k=self.aux_k(dead), aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
+            )  # fmt: skip
         squared_error, residual = reconstruct(code, self.W_dec, self.b_dec, x)
         with torch.no_grad():
             sums = position_loss(squared_error, code, pos, n_positions)
         loss = squared_error.sum() / len(x)
+        if l0 is not None:
+            loss = loss + self.cfg.l0_coefficient * self.cfg.d_in * l0 / len(x)
         fired = has_fired(code)
         if aux is None:
-            return Objective(loss, sums, fired)
+            return Objective(loss, sums, fired, least_kept=self.least_kept(code))
         left, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
         aux_loss = self.aux_weight(x, residual) * left.sum()
-        return Objective(loss + aux_loss, sums, fired, aux_loss.detach())
+        return Objective(loss + aux_loss, sums, fired, aux_loss.detach(), self.least_kept(code))
+
+    @property
+    def bandwidth(self) -> float:
+        return self.cfg.bandwidth * math.sqrt(self.cfg.d_in)
 
     def aux_k(self, dead: Tensor | None) -> int:
         """How many of the dead latents take part in AuxK; 0 for no AuxK."""
@@ -127,13 +155,27 @@ class SparseAutoencoder(nn.Module):
         self.b_dec.copy_(mean)
 
     @torch.no_grad()
+    def initialise_threshold(self, x: Tensor, pos: Tensor) -> None:
+        """jumprelu's thresholds, unless given, start as the least of the 4 N k largest activations of x [N, D]."""
+        if self.cfg.activation == "jumprelu" and self.cfg.initial_threshold is None:
+            x, rows, weights = self.inputs(x, pos)
+            code, _ = encode_topk_op(
+                x, self.W_enc.to(x.dtype), self.b_enc, min(4 * self.cfg.k, self.cfg.d_sae),
+                center=self.b_dec, mask=weights, pos=rows, across_batch=True,
+            )  # fmt: skip
+            values = code.live(code.values)
+            self.threshold.copy_(torch.where(values > 0, values, values.amax()).amin().expand(self.cfg.d_sae))
+
+    @torch.no_grad()
     def scale_(self, factor: float) -> None:
         """Turn a dictionary for x into the same dictionary for factor * x. Exact where `factor` is a power of two:
-        relu and top-k commute with positive scaling, so only the biases change."""
+        relu and top-k commute with positive scaling, so only biases and thresholds change."""
         if not (factor > 0 and math.isfinite(factor)):
             raise UserError(f"factor: {factor} is not allowed; it must be positive")
         self.b_enc.mul_(factor)
         self.b_dec.mul_(factor)
+        if self.cfg.activation in ("jumprelu", "batchtopk"):
+            self.threshold.mul_(factor)
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:
@@ -143,9 +185,26 @@ class SparseAutoencoder(nn.Module):
             self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
 
     @torch.no_grad()
-    def normalise_decoder(self) -> None:
+    def constrain(self) -> None:
+        """After an update: decoder rows of norm 1, thresholds not negative."""
         if self.W_dec.requires_grad:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+        if self.cfg.activation == "jumprelu":
+            self.threshold.clamp_min_(0)
+
+    def least_kept(self, code: SparseCode) -> Tensor | None:
+        """For batchtopk, the least activation that was kept of a batch; infinite if none was."""
+        if self.cfg.activation != "batchtopk":
+            return None
+        values = code.live(code.values.detach())
+        return torch.where(values > 0, values, torch.inf).amin()
+
+    @torch.no_grad()
+    def follow(self, least: Tensor | None) -> None:
+        """After an update, let batchtopk's threshold follow the least activation kept: a mean over about 100 batches."""
+        if least is not None:
+            pace = torch.where(self.threshold > 0, 0.01, 1.0)
+            self.threshold.lerp_(torch.where(least.isfinite(), least, self.threshold), pace)
 
     def inputs(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x as [N, D], the mask's row of each token and the mask [T, F]; the last two are None without a mask."""
@@ -166,7 +225,7 @@ def _spread(x: Tensor) -> Tensor:
 
 
 def has_fired(code: SparseCode) -> Tensor:
-    """Which latents [F] are positive somewhere in a fixed-K code, without a sync."""
+    """Which latents [F] are positive somewhere in the code, without a sync."""
     counts = torch.zeros(code.n_latents, dtype=torch.int32, device=code.values.device)
-    active = (code.values.detach() > 0).flatten().int()
-    return counts.scatter_add_(0, code.indices.flatten().long(), active) > 0
+    active = (code.live(code.values.detach()) > 0).flatten().int()
+    return counts.scatter_add_(0, code.live(code.indices).flatten().long(), active) > 0

@@ -1,5 +1,5 @@
-"""A TopK training step straight through the kernels: what autograd, clipping and Adam do to a dictionary, with the
-gradients of its two large weights never in memory."""
+"""A TopK or BatchTopK training step straight through the kernels: what autograd, clipping and Adam do to a dictionary, with
+the gradients of its two large weights never in memory."""
 
 from typing import Any
 
@@ -20,12 +20,13 @@ from .sae import Objective, SparseAutoencoder, has_fired
 
 def fits(sae: SparseAutoencoder) -> bool:
     """Whether `FusedStep` can train this dictionary, and its kernels run here."""
-    return sae.cfg.activation == "topk" and sae.mask.logits is None and choose("train_step", sae.W_enc) == "triton"
+    known = sae.cfg.activation in ("topk", "batchtopk") and sae.mask.logits is None
+    return known and choose("train_step", sae.W_enc) == "triton"
 
 
 class FusedStep:
     """Updates a dictionary in place, as `sae.objective`, backward, `project_decoder_gradient`, clip_grad_norm_, Adam and
-    `normalise_decoder` do one after the other, within rounding. Never waits for the device.
+    `constrain` do one after the other, within rounding. Never waits for the device.
 
     `state` is Adam's, by parameter, as torch.optim.Adam keeps it. With products in bfloat16, a bfloat16 copy of each large
     weight is kept beside the float32 one; `refresh` makes it anew after the weights were changed from outside.
@@ -62,7 +63,7 @@ class FusedStep:
         with record_function("temposae::encode"):
             code, aux = encode_topk(
                 x, W_enc, sae.b_enc, sae.cfg.k, center=sae.b_dec, mask=mask, pos=rows,
-                aux_k=sae.aux_k(dead), aux_latents=dead,
+                aux_k=sae.aux_k(dead), aux_latents=dead, across_batch=sae.cfg.activation == "batchtopk",
             )  # fmt: skip
         with record_function("temposae::decode"):
             found = reconstruct(code, W_dec, sae.b_dec, x)
@@ -78,14 +79,15 @@ class FusedStep:
                 entries.append(_weighed(aux, left.projection, -2 * weight, mask, rows))
                 residual = torch.cat([residual, left.residual])  # the rows of the second code's N tokens
         with record_function("temposae::sort"):
-            latents = torch.cat([c.indices.flatten() for c in (code, aux) if c is not None])
-            tokens = torch.cat([c.rows.flatten() + i * n for i, c in enumerate((code, aux)) if c is not None])
+            codes = [code] if aux is None else [code, aux]
+            latents = torch.cat([c.live(c.indices, unused=c.n_latents).flatten() for c in codes])
+            tokens = torch.cat([c.rows.flatten() + i * n for i, c in enumerate(codes)])
             by_latent = LatentMajor.of(latents, tokens, sae.cfg.d_sae)
             values, dpre = (torch.cat(parts) for parts in zip(*entries, strict=True))
         with record_function("temposae::update"):
             norm = self._update(x, found.residual, residual, by_latent, values, dpre, lr, step)
         total = loss if aux_loss is None else loss + aux_loss
-        return Objective(total, sums, has_fired(code), aux_loss), norm
+        return Objective(total, sums, has_fired(code), aux_loss, sae.least_kept(code)), norm
 
     def _update(
         self, x: Tensor, residual: Tensor, rows: Tensor, by_latent: LatentMajor, values: Tensor, dpre: Tensor,
@@ -139,7 +141,7 @@ def _weighed(
     """What weighs each entry, flattened: its residual in the gradient of W_dec, and its x in that of W_enc."""
     dpre = scale * projection * (code.values > 0)
     if mask is not None and rows is not None:
-        dpre = dpre * mask.reshape(-1)[rows.long()[:, None] * mask.shape[1] + code.indices]
+        dpre = dpre * mask.reshape(-1)[rows.long()[code.rows] * mask.shape[1] + code.live(code.indices)]
     return (scale * code.values).flatten(), dpre.flatten()
 
 

@@ -55,6 +55,7 @@ def encode_topk(
     pos: Tensor | None = None,
     aux_k: int = 0,
     aux_latents: Tensor | None = None,
+    across_batch: bool = False,
     exact: bool = True,
     backend: str | None = None,
 ) -> tuple[SparseCode, SparseCode | None]:
@@ -64,16 +65,18 @@ def encode_topk(
     x, W_enc, b_enc, center, mask, pos  as in `encode`; a mask must not be negative
     k, aux_k     in [1, F]; aux_k = 0 for no second code
     aux_latents  bool [F]; None for all
+    across_batch the N * k largest positive of the batch instead of k of each token (BatchTopK)
 
-    Returns (code, aux code or None), both of fixed K, their values in float32 (float64 for float64), the entries of a token
-    in no particular order. A token with fewer positive activations than k is filled up with zeros at other latents; which
-    ones is left open. Equal values go to the lower latent, NaN counts as the largest.
+    Returns (code, aux code or None), their values in float32 (float64 for float64), the entries of a token in no particular
+    order; both of fixed K, or with `across_batch` the first one ragged, as `select_batch_topk` has it. A token with fewer
+    positive activations than k is filled up with zeros at other latents; which ones is left open. Equal values go to the
+    lower latent, NaN counts as the largest.
 
-    Triton never holds [N, F] where F is large beside k: each tile of latents keeps its few largest, their values rounded to
-    17 significant bits, and the largest of those are exact unless a tile had more among them than it kept. `exact` looks
-    for such tiles and computes them again, on the device, for the tokens that need it; `exact=False` doesn't, and may miss
-    entries where many of a token's largest activations lie in one tile (about one token in a hundred misses one when
-    latents are in random order).
+    Triton never holds [N, F] where F is large beside k and each token is on its own: each tile of latents keeps its few
+    largest, their values rounded to 17 significant bits, and the largest of those are exact unless a tile had more among
+    them than it kept. `exact` looks for such tiles and computes them again, on the device, for the tokens that need it;
+    `exact=False` doesn't, and may miss entries where many of a token's largest activations lie in one tile (about one token
+    in a hundred misses one when latents are in random order).
 
     Raises ValueError for shapes, dtypes or devices that do not fit and for k or aux_k out of range.
     """
@@ -90,8 +93,8 @@ def encode_topk(
     if _choose("encode_topk", x, W_enc, b_enc, center, mask, cost=cost_topk, backend=backend) == "triton":
         from . import triton
 
-        return triton.encode_topk(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, exact)
-    return reference.encode_topk(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents)
+        return triton.encode_topk(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, across_batch, exact)
+    return reference.encode_topk(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, across_batch)
 
 
 def cost(n: int, d: int, f: int, *, itemsize: int = 2, masked: bool = False, backend: str = "triton") -> Cost:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..code import SparseCode
 from ..numerics import accumulation_dtype
-from ..select.reference import select_topk
+from ..select.reference import select_batch_topk, select_topk
 
 
 def encode(
@@ -34,21 +34,22 @@ def _encode(
 
 def encode_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, center: Tensor | None, mask: Tensor | None, pos: Tensor | None,
-    aux_k: int, aux_latents: Tensor | None,
+    aux_k: int, aux_latents: Tensor | None, across_batch: bool,
 ) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
     acts = _encode(x, W_enc, b_enc, center, mask, pos, True)
-    return select_both(acts, k, aux_k, aux_latents, select_topk)
+    return select_both(acts, k, aux_k, aux_latents, across_batch, select_topk, select_batch_topk)
 
 
 def select_both(
-    acts: Tensor, k: int, aux_k: int, aux_latents: Tensor | None, select_topk: Callable[[Tensor, int], SparseCode]
-) -> tuple[SparseCode, SparseCode | None]:
+    acts: Tensor, k: int, aux_k: int, aux_latents: Tensor | None, across_batch: bool,
+    select_topk: Callable[[Tensor, int], SparseCode], select_batch_topk: Callable[[Tensor, int], SparseCode],
+) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
     """Both selections of `encode_topk` from activations that nobody else holds."""
 
     def widened(code: SparseCode) -> SparseCode:
         return code.with_values(code.values.to(accumulation_dtype(acts)))
 
-    code = widened(select_topk(acts, k))
+    code = widened(select_batch_topk(acts, len(acts) * k) if across_batch else select_topk(acts, k))
     if not aux_k:
         return code, None
     if aux_latents is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backend import launch_options
 from ..code import SparseCode
-from ..select.triton import kth_largest, select_topk
+from ..select.triton import kth_largest, select_batch_topk, select_topk
 from .reference import select_both
 
 _VALUE_BITS = tl.constexpr(-128)  # a mask
@@ -274,15 +274,15 @@ def encode(
 
 def encode_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, center: Tensor | None, mask: Tensor | None, pos: Tensor | None,
-    aux_k: int, aux_latents: Tensor | None, exact: bool,
+    aux_k: int, aux_latents: Tensor | None, across_batch: bool, exact: bool,
 ) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
     (n, d), f = x.shape, W_enc.shape[1]
     options = _options("encode_topk", x)
     keep = candidates_per_tile(f, k, options["BLOCK_F"])
     aux_keep = candidates_per_tile(f, aux_k, options["BLOCK_F"]) if aux_k else 0
-    if keep is None or aux_keep is None:
+    if keep is None or aux_keep is None or across_batch:
         acts = encode(x, W_enc, b_enc, center, mask, pos, True)
-        return select_both(acts, k, aux_k, aux_latents, select_topk)
+        return select_both(acts, k, aux_k, aux_latents, across_batch, select_topk, select_batch_topk)
 
     x, W_enc, bias, mask = _prepared(x, W_enc, b_enc, center, mask)
     tiles = triton.cdiv(f, options["BLOCK_F"])

@@ -1,4 +1,4 @@
-"""select: from activations of every latent to a SparseCode, by rank (top-k) or by value (threshold)."""
+"""select: from activations of every latent to a SparseCode, by rank (in a token or in the batch) or by value (threshold)."""
 
 from torch import Tensor
 
@@ -31,6 +31,31 @@ def select_topk(acts: Tensor, k: int, *, backend: str | None = None) -> SparseCo
 
         return triton.select_topk(acts, k)
     return reference.select_topk(acts, k)
+
+
+def select_batch_topk(acts: Tensor, total: int, *, backend: str | None = None) -> SparseCode:
+    """The `total` largest positive activations of the whole batch, exactly, however they fall on tokens (Bussmann et al.,
+    arXiv 2412.06410, with total = N * K).
+
+    acts [N, F], any floating dtype. Returns a ragged code of capacity `total` in acts' dtype, each token's entries by
+    ascending latent; entries beyond the number of positive activations are unused. Equal values go to the lower token,
+    then the lower latent; NaN counts as the largest value. Triton does not wait for the device.
+
+    Raises ValueError unless acts is floating [N, F] and 1 <= total <= N * F.
+    """
+    _check(acts)
+    if not 1 <= total <= acts.numel():
+        raise ValueError(f"total must lie in [1, N * F] = [1, {acts.numel()}], got {total}")
+    n, f = acts.shape
+
+    def cost_of(backend: str) -> Cost:
+        return cost(n, f, total / n, itemsize=acts.element_size(), backend=backend)
+
+    if choose("select_batch_topk", acts, cost=cost_of, backend=backend) == "triton":
+        from . import triton
+
+        return triton.select_batch_topk(acts, total)
+    return reference.select_batch_topk(acts, total)
 
 
 def select_threshold(

@@ -63,6 +63,20 @@ def _nonzero(flags: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(flags.numpy()))
 
 
+def select_batch_topk(acts: Tensor, total: int) -> SparseCode:
+    n, f = acts.shape
+    with torch.no_grad():
+        flat = acts.flatten()
+        where = _nonzero(~(flat <= 0))  # rather than >, so that NaN is seen
+        if len(where) > total:
+            ranked = flat[where].nan_to_num(nan=torch.inf, posinf=torch.inf)
+            where = where[_keep(ranked[None], total)[0]]
+        offsets = torch.searchsorted(where, f * torch.arange(n + 1, device=acts.device))
+        unused = total - len(where)
+        indices = torch.cat([(where % f).int(), where.new_zeros(unused, dtype=torch.int32)])
+    return SparseCode(torch.cat([flat[where], flat.new_zeros(unused)]), indices, f, offsets)
+
+
 def select_threshold(acts: Tensor, threshold: float | Tensor, capacity: int | None) -> SparseCode:
     n, f = acts.shape
     wide = acts.detach().to(accumulation_dtype(acts))  # a threshold is not rounded to acts' dtype

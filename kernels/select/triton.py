@@ -91,6 +91,79 @@ def topk_kernel(
 
 
 @triton.jit
+def batch_digits_kernel(
+    acts_ptr, kth_ptr, counts_ptr,
+    F, stride_n, stride_f,
+    SHIFT: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """How often each value of a digit occurs, in the whole batch, among the positive keys that agree with kth above it."""
+    acts_ptr += tl.program_id(0).to(tl.int64) * stride_n
+    bits: tl.constexpr = acts_ptr.dtype.element_ty.primitive_bitwidth
+    digits = tl.arange(0, 256)
+    kth = tl.load(kth_ptr).to(tl.uint32)
+    counts = tl.zeros((256,), dtype=tl.int32)
+    for start in range(0, F, BLOCK_F):
+        latents = start + tl.arange(0, BLOCK_F)
+        key, counted = positive_key(acts_ptr, latents, F, stride_f)
+        if bits - 8 > SHIFT:
+            counted = counted & ((key >> (SHIFT + 8)) == (kth >> (SHIFT + 8)))
+        counts += tl.histogram(tl.where(counted, (key >> SHIFT) & 255, 0).to(tl.int32), 256)
+        counts -= tl.where(digits == 0, BLOCK_F - tl.sum(counted.to(tl.int32), 0), 0)
+    tl.atomic_add(counts_ptr + digits, counts.to(tl.int64))
+
+
+@triton.jit
+def positive_key(acts_ptr, latents, F, stride_f):
+    """Sortable keys of these latents, and which of them are positive or NaN."""
+    bits: tl.constexpr = acts_ptr.dtype.element_ty.primitive_bitwidth
+    key = sortable_key(tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=latents < F, other=0.0))
+    return key, key > (1 << (bits - 1))  # the key of zero
+
+
+@triton.jit
+def batch_count_kernel(
+    acts_ptr, kth_ptr, above_ptr, equal_ptr,
+    F, stride_n, stride_f,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    kth = tl.load(kth_ptr).to(tl.uint32)
+    above = tl.zeros((BLOCK_F,), dtype=tl.int32)
+    equal = tl.zeros((BLOCK_F,), dtype=tl.int32)
+    for start in range(0, F, BLOCK_F):
+        key, positive = positive_key(acts_ptr + token * stride_n, start + tl.arange(0, BLOCK_F), F, stride_f)
+        above += (positive & (key > kth)).to(tl.int32)
+        equal += (positive & (key == kth)).to(tl.int32)
+    tl.store(above_ptr + token, tl.sum(above, 0).to(tl.int64))
+    tl.store(equal_ptr + token, tl.sum(equal, 0).to(tl.int64))
+
+
+@triton.jit
+def batch_fill_kernel(
+    acts_ptr, kth_ptr, wanted_ptr, offsets_ptr, values_ptr, indices_ptr,
+    F, stride_n, stride_f,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    acts_ptr += token * stride_n
+    kth = tl.load(kth_ptr).to(tl.uint32)
+    wanted = tl.load(wanted_ptr + token)
+    slot = tl.load(offsets_ptr + token)
+    for start in range(0, F, BLOCK_F):
+        latents = start + tl.arange(0, BLOCK_F)
+        key, positive = positive_key(acts_ptr, latents, F, stride_f)
+        equal = (positive & (key == kth)).to(tl.int32)
+        keep = (positive & (key > kth)) | ((equal != 0) & (tl.cumsum(equal, 0) <= wanted))
+        ones = keep.to(tl.int32)
+        slots = slot + tl.cumsum(ones, 0) - 1
+        value = tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=keep, other=0.0)
+        tl.store(values_ptr + slots, value, mask=keep)
+        tl.store(indices_ptr + slots, latents, mask=keep)
+        wanted -= tl.sum(equal, 0)
+        slot += tl.sum(ones, 0)
+
+
+@triton.jit
 def above(acts_ptr, threshold_ptr, threshold, latents, F, stride_f, PER_LATENT: tl.constexpr):
     """The activations of these latents, and which of them exist and are not at or below their threshold."""
     value = tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=latents < F, other=0.0)
@@ -143,6 +216,28 @@ def select_topk(acts: Tensor, k: int) -> SparseCode:
     indices = torch.empty((n, k), dtype=torch.int32, device=acts.device)
     topk_kernel[(n,)](acts, values, indices, f, k, *acts.stride(), **launch_options("topk", acts))
     return SparseCode(values, indices, f)
+
+
+def select_batch_topk(acts: Tensor, total: int) -> SparseCode:
+    (n, f), device = acts.shape, acts.device
+    options, strides = launch_options("threshold", acts), acts.stride()
+    kth = torch.zeros((), dtype=torch.int64, device=device)
+    wanted = torch.full((), total, dtype=torch.int64, device=device)
+    for shift in range(8 * acts.element_size() - 8, -8, -8):
+        counts = torch.zeros(257, dtype=torch.int64, device=device)
+        batch_digits_kernel[(n,)](acts, kth, counts, f, *strides, SHIFT=shift, **options)
+        at_least = counts.flip(0).cumsum(0).flip(0)
+        digit = ((at_least[:256] >= wanted).sum() - 1).clamp_min(0)
+        wanted = wanted - at_least[digit + 1]
+        kth = kth + (digit << shift)
+    above, equal = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
+    batch_count_kernel[(n,)](acts, kth, above, equal, f, *strides, **options)
+    of_equal = torch.minimum((wanted - equal.cumsum(0) + equal).clamp_min(0), equal)
+    offsets = torch.cat([equal.new_zeros(1), (above + of_equal).cumsum(0)])
+    values = torch.zeros(total, dtype=acts.dtype, device=device)
+    indices = torch.zeros(total, dtype=torch.int32, device=device)
+    batch_fill_kernel[(n,)](acts, kth, of_equal, offsets, values, indices, f, *strides, **options)
+    return SparseCode(values, indices, f, offsets)
 
 
 def select_threshold(acts: Tensor, threshold: float | Tensor, capacity: int | None) -> SparseCode:

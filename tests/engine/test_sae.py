@@ -38,10 +38,24 @@ def by_formula(sae: SparseAutoencoder, x, pos, dead=None):
     elif cfg.mask.kind != "none":
         mask = sae.mask.fixed.double()
     acts = torch.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]) * mask[pos]
+    if cfg.activation == "jumprelu":
+        # straight-through: what is inside the rectangle moves with the threshold
+        pre, theta = torch.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]), p["threshold"]
+        width = cfg.bandwidth * D**0.5
+        inside, moved = ((pre - theta).abs() < width / 2).double(), theta - theta.detach()
+        jump = (pre > theta).double()
+        f = mask[pos] * (pre * jump - moved * theta.detach() / width * inside)
+        l0 = ((mask[pos] != 0) * (jump - moved / width * inside)).sum()
+        e = x - f @ p["W_dec"] - p["b_dec"]
+        return (e.square().sum() + cfg.l0_coefficient * D * l0) / N, p
     if cfg.activation == "relu":
         e = x - acts @ p["W_dec"] - p["b_dec"]
         return (e.square().sum() + cfg.l1_coefficient * acts.sum()) / N, p
-    f = torch.zeros_like(acts).scatter(1, acts.topk(K).indices, 1.0) * acts
+    if cfg.activation == "batchtopk":
+        chosen = torch.zeros_like(acts).flatten().scatter(0, acts.flatten().topk(N * K).indices, 1.0).view_as(acts)
+        f = chosen * acts
+    else:
+        f = torch.zeros_like(acts).scatter(1, acts.topk(K).indices, 1.0) * acts
     e = x - f @ p["W_dec"] - p["b_dec"]
     loss = e.square().sum() / N
     if dead is not None:
@@ -54,6 +68,7 @@ def by_formula(sae: SparseAutoencoder, x, pos, dead=None):
     return loss, p
 
 
+JUMP = {"activation": "jumprelu", "initial_threshold": 0.3, "bandwidth": 0.2, "l0_coefficient": 0.05}
 CASES = {
     "topk": {},
     "topk, random mask": {"mask": MaskConfig(kind="random", positions=T)},
@@ -61,6 +76,15 @@ CASES = {
     "topk, gaussian mask": {"mask": MaskConfig(kind="gaussian", positions=T)},
     "topk, auxk": {"aux_k": 4},
     "topk, auxk, soft mask": {"aux_k": 4, "mask": MaskConfig(kind="soft", positions=T)},
+    "batchtopk": {"activation": "batchtopk"},
+    "batchtopk, auxk, soft mask": {
+        "activation": "batchtopk",
+        "aux_k": 4,
+        "mask": MaskConfig(kind="soft", positions=T),
+    },
+    "jumprelu": JUMP,
+    "jumprelu, random mask": JUMP | {"mask": MaskConfig(kind="random", positions=T)},
+    "jumprelu, soft mask": JUMP | {"mask": MaskConfig(kind="soft", positions=T)},
     "relu": {"activation": "relu"},
     "relu, soft mask": {"activation": "relu", "mask": MaskConfig(kind="soft", positions=T)},
     "frozen decoder": {"decoder": "random"},
@@ -85,6 +109,31 @@ def test_loss_and_gradients_equal_the_formula(case, backend, assert_close, monke
         assert_close(parameter.grad, parameters[name].grad, name=name)
 
 
+def test_jumprelu_thresholds_start_where_4k_activations_exceed_them():
+    sae, (x, pos) = make(activation="jumprelu", k=2), data()
+    sae.initialise_threshold(x, pos)
+    pre = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    assert int((pre >= sae.threshold * (1 - 1e-5)).sum()) == N * 4 * 2
+    given = make(activation="jumprelu", initial_threshold=0.3)
+    given.initialise_threshold(x, pos)
+    assert torch.allclose(given.threshold, torch.tensor(0.3 * D**0.5))
+
+
+def test_batchtopk_keeps_what_exceeds_its_threshold_after_training():
+    sae, (x, pos) = make(activation="batchtopk"), data()
+    assert sae.objective(x, pos, T).sums.l0.sum() == N * K
+    least = sae.objective(x, pos, T).least_kept
+    sae.follow(least)
+    assert sae.threshold == least
+    code = sae.encode_sparse(x)
+    assert code.l0().sum() in (N * K - 1, N * K)  # the least itself is not above the threshold
+    assert code.l0().max() > K > code.l0().min()
+    sae.follow(least + 1)
+    assert torch.allclose(sae.threshold, least + 0.01)
+    sae.follow(torch.tensor(torch.inf))  # nothing was kept
+    assert torch.allclose(sae.threshold, least + 0.01)
+
+
 def test_auxk_reaches_encoder_and_decoder_of_dead_latents():
     sae, (x, pos) = make(aux_k=4), data()
     with torch.no_grad():
@@ -101,10 +150,12 @@ def test_auxk_reaches_encoder_and_decoder_of_dead_latents():
 
 
 def test_encode_decode_and_forward_agree():
-    for settings in ({}, {"activation": "relu"}):
+    for settings in ({}, {"activation": "relu"}, JUMP):
         sae, (x, _) = make(**settings), data()
         f = sae.encode(x)
         pre = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+        if sae.cfg.activation == "jumprelu":
+            pre = pre * (pre > sae.threshold)
         if sae.cfg.activation == "topk":
             assert ((f > 0).sum(1) <= K).all()
             assert torch.allclose(f.sum(1), pre.topk(K).values.sum(1), rtol=1e-5)
@@ -155,7 +206,7 @@ def test_decoder_rows_stay_unit_and_their_gradient_orthogonal():
     one.step(batch())
     assert torch.allclose(one.sae.W_dec.norm(dim=1), torch.ones(F), atol=1e-6)
     sae, (x, pos) = make(), data()
-    sae.normalise_decoder()
+    sae.constrain()
     sae.objective(x, pos, T).loss.backward()
     assert ((sae.W_dec.grad * sae.W_dec).sum(1)).abs().max() > 1
     sae.project_decoder_gradient()
@@ -211,7 +262,14 @@ def test_schedule_rises_holds_and_falls():
         ({"l1_coefficient": -0.1}, "sae.l1_coefficient: -0.1 is not allowed"),
         ({"l1_coefficient": float("nan")}, "sae.l1_coefficient: nan is not allowed"),
         ({"aux_coefficient": float("inf")}, "sae.aux_coefficient: inf is not allowed"),
-        ({"activation": "gelu"}, "sae.activation: 'gelu' is not allowed; it must be 'topk' or 'relu'"),
+        (
+            {"activation": "gelu"},
+            "sae.activation: 'gelu' is not allowed; it must be 'topk', 'batchtopk', 'relu' or 'jumprelu'",
+        ),
+        ({"activation": "jumprelu", "bandwidth": 0}, "sae.bandwidth: 0 is not allowed"),
+        ({"activation": "jumprelu", "initial_threshold": -1}, "sae.initial_threshold: -1 is not allowed"),
+        ({"activation": "jumprelu", "l0_coefficient": -1}, "sae.l0_coefficient: -1 is not allowed"),
+        ({"activation": "batchtopk", "k": 37}, r"sae.k: 37 is not allowed; it must be at most d_sae"),
         ({"aux": 3}, "sae.aux: no such setting; did you mean aux_k"),
         ({"mask": {"kind": "ranges", "ranges": 9, "positions": 8}}, "sae.mask.ranges: 9 is not allowed"),
         ({"mask": {"temperature": 0}}, "sae.mask.temperature: 0 is not allowed"),

@@ -15,6 +15,7 @@ CASES = {
     "with AuxK": dict(aux_k=5),
     "ranges": dict(mask=MaskConfig(kind="ranges", ranges=3, positions=T)),
     "random mask and AuxK": dict(mask=MaskConfig(kind="random", positions=T), aux_k=7),
+    "batchtopk and AuxK": dict(activation="batchtopk", aux_k=5),
     "gaussian": dict(mask=MaskConfig(kind="gaussian", positions=T)),
     "random decoder": dict(decoder="random"),
 }

@@ -76,9 +76,8 @@ def test_the_same_seed_gives_the_same_run(whole, stream_of):
     assert timeless(other.metrics) != timeless(run.metrics)
 
 
-@pytest.mark.parametrize("steps", [3, 12, 24, 40], ids="stopped_at_{}".format)
-def test_a_stopped_run_resumes_to_the_same_weights_and_metrics(whole, stream_of, tmp_path, monkeypatch, steps):
-    run, folder = whole
+def stop_and_resume(stream_of, sae, settings, folder, steps, monkeypatch):
+    """A run that was interrupted after so many steps, and went on."""
     real = Learner.step
 
     def stop(self, batch):
@@ -88,9 +87,15 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_metrics(whole, stream_of,
 
     monkeypatch.setattr(Learner, "step", stop)
     with pytest.raises(KeyboardInterrupt):
-        train(stream_of(), SAE, SETTINGS, out=tmp_path / "half")
+        train(stream_of(), sae, settings, out=folder)
     monkeypatch.setattr(Learner, "step", real)
-    resumed = train(stream_of(), SAE, SETTINGS, out=tmp_path / "half", resume=True)
+    return train(stream_of(), sae, settings, out=folder, resume=True)
+
+
+@pytest.mark.parametrize("steps", [3, 12, 24, 40], ids="stopped_at_{}".format)
+def test_a_stopped_run_resumes_to_the_same_weights_and_metrics(whole, stream_of, tmp_path, monkeypatch, steps):
+    run, folder = whole
+    resumed = stop_and_resume(stream_of, SAE, SETTINGS, tmp_path / "half", steps, monkeypatch)
     for name, value in run.sae.state_dict().items():
         assert torch.equal(value, resumed.sae.state_dict()[name]), name
     for name in ("sae", "random", "state"):
@@ -99,7 +104,18 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_metrics(whole, stream_of,
     assert timeless(read_metrics(tmp_path / "half")) == timeless(read_metrics(folder))
 
 
-@pytest.mark.parametrize("activation", ["topk", "relu"])
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_thresholds_survive_a_stop(stream_of, tmp_path, monkeypatch, activation):
+    sae, settings = SAE.model_copy(update={"activation": activation}), SETTINGS.model_copy(update={"control": False})
+    expected = train(stream_of(), sae, settings).sae
+    stop_and_resume(stream_of, sae, settings, tmp_path / "half", 30, monkeypatch)
+    found = load(tmp_path / "half")
+    assert (expected.threshold > 0).all()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu", "relu"])
 @pytest.mark.parametrize("kind", ["none", "random", "ranges", "soft", "gaussian"])
 def test_every_activation_and_mask_learns(stream_of, activation, kind):
     sae = SAE.model_copy(update={"activation": activation, "mask": MaskConfig(kind=kind)})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from temposae.kernels.select import select_threshold, select_topk
+from temposae.kernels.select import select_batch_topk, select_threshold, select_topk
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 KINDS = ("normal", "rectified", "all ties", "few levels", "all negative", "zeros of both signs", "with NaN", "infinite")
@@ -44,6 +44,30 @@ def topk_by_sorting(acts, k):
 
 def same(a, b):
     return torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0)) and torch.equal(a.isnan(), b.isnan())
+
+
+def batch_topk_by_sorting(acts, total):
+    """[N, F] bool: the first `total` of a stable sort of what is positive or NaN."""
+    rank = acts.double().nan_to_num(nan=torch.inf, posinf=torch.inf).flatten()
+    order = rank.sort(descending=True, stable=True).indices
+    order = order[~(acts.flatten()[order] <= 0)][:total]
+    return torch.zeros(acts.numel(), dtype=torch.bool).scatter_(0, order, True).view_as(acts)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["few levels", "rectified", "all kinds"])
+def test_batch_topk_is_exact(shape, backend, dtype, kind):
+    generator = shape.generator
+    acts = rows_of_all_kinds(shape, dtype) if kind == "all kinds" else draw(shape.N, shape.F, kind, generator).to(dtype)
+    for total in (1, shape.N * shape.K, acts.numel()):
+        code = select_batch_topk(acts, total, backend=backend)
+        kept = batch_topk_by_sorting(acts.where(~acts.isinf(), acts.sign() * 1000), total)
+        stored = int(kept.sum())
+        assert code.values.shape == (total,)
+        assert code.offsets.tolist() == [0, *kept.sum(1).cumsum(0).tolist()]
+        assert torch.equal(code.indices[:stored], kept.nonzero()[:, 1].int())
+        assert same(code.values[:stored], acts[kept])
+        assert (code.values[stored:] == 0).all()
 
 
 @DTYPES
@@ -109,6 +133,7 @@ def test_threshold_with_a_capacity(shape, backend, slack):
         (lambda: select_topk(torch.ones(2, 3), 4), "got 4"),
         (lambda: select_topk(torch.ones(3), 1), r"acts must have shape \[N, F\]"),
         (lambda: select_topk(torch.ones(2, 3).int(), 1), "acts must have a floating dtype"),
+        (lambda: select_batch_topk(torch.ones(2, 3), 7), r"total must lie in \[1, N \* F\] = \[1, 6\], got 7"),
         (lambda: select_threshold(torch.ones(2, 3), torch.ones(2)), r"threshold must have shape \[F\] = \[3\]"),
         (lambda: select_threshold(torch.ones(2, 3), 0.0, -1), "capacity must be at least 0, got -1"),
     ],
