@@ -209,3 +209,22 @@ def test_report_measures_first_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPa
     left_out = {"train_step's": "reason", "encode's": "reason"}
     assert report._measure_here() == [dict(cases=cases, left_out=left_out)]
     assert asked == [(name, [HEADLINE], "cuda", "bf16") for name in ("train_step", "encode")]
+
+
+@pytest.mark.parametrize("command", ["bench", "bench step", "bench ops", "bench report", "bench table", "profile"])
+def test_help_comes_without_torch(command: str) -> None:
+    code = (
+        "import sys; from temposae.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split(), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
