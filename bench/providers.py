@@ -69,9 +69,8 @@ def make_learner(job: Job) -> Learner:
     n, d, f, k = job.shape
     settings: dict[str, Any] = dict(tokens=n * LONG_RUN, batch=n, control=False)
     if not job.own:
-        settings |= dict(lr=job.lr, warmup=0.0, decay=0.0, clip_norm=job.clip)
-        if "dtype" in TrainConfig.model_fields:
-            settings["dtype"] = str(DTYPES[job.dtype]).removeprefix("torch.")
+        dtype = str(DTYPES[job.dtype]).removeprefix("torch.")
+        settings |= dict(lr=job.lr, warmup=0.0, decay=0.0, clip_norm=job.clip, dtype=dtype)
     sae = SparseAutoencoder(SAEConfig(d_in=d, d_sae=f, k=k)).to(job.device)
     return Learner(sae, TrainConfig(**settings), job.tokens.mean, job.tokens.mean_norm, POSITIONS)
 
@@ -83,7 +82,7 @@ def temposae(job: Job) -> Trainee:
         step=lambda i: learner.step(batches[i % len(batches)]),
         reconstruct=lambda x: learner.sae(x * learner.scale) / learner.scale,
         optimizer="Adam",
-        dtype=next(name for name, dtype in DTYPES.items() if dtype == getattr(learner, "dtype", torch.float32)),
+        dtype=next(name for name, dtype in DTYPES.items() if dtype == learner.dtype),
         clip=learner.config.clip_norm,
     )
 
