@@ -9,12 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
+from .bench.cli import bench_app, profile
+
 _plain: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
 app = typer.Typer(help="Train and study sparse autoencoders on language-model activations.", **_plain)
 eval_app = typer.Typer(help="Measure a trained dictionary, beside its controls.", **_plain)
 testbed_app = typer.Typer(help="The embedded language and the small language model that learned it.", **_plain)
 app.add_typer(eval_app, name="eval")
 app.add_typer(testbed_app, name="testbed")
+app.add_typer(bench_app, name="bench")
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 Model = Annotated[
@@ -243,6 +246,9 @@ def doctor(json_file: JsonFile = None) -> None:
     _figures(found)
     if found["backend"] is None:
         raise typer.Exit(2)
+
+
+app.command()(profile)
 
 
 def _merge(settings: dict[str, Any], given: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""Commands of the bench suite: `temposae bench ...` and `temposae profile`. Heavy imports wait until a command runs."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+bench_app = typer.Typer(
+    help="Time ops and training steps beside other libraries and beside what the device could do.",
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+)  # fmt: skip
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+Preset = Annotated[str | None, typer.Option(help="tiny, cpu, gpu or sweep: shapes to measure. [gpu or cpu, by device]")]
+N = Annotated[str | None, typer.Option("--n", help="Tokens in a batch; several parted by commas.")]
+D = Annotated[str | None, typer.Option("--d", help="Width of the activations; several parted by commas.")]
+F = Annotated[str | None, typer.Option("--f", help="Latents; several parted by commas.")]
+K = Annotated[str | None, typer.Option("--k", help="Latents kept per token; several parted by commas.")]
+Dtype = Annotated[str | None, typer.Option(help="Of products: fp32 or bf16. [bf16 on a GPU, fp32 on a CPU]")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. [cuda if there is one]")]
+
+
+@bench_app.command()
+def step(
+    preset: Preset = None,
+    n: N = None,
+    d: D = None,
+    f: F = None,
+    k: K = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="temposae, eai-sparsify, SAELens, ...; may be given again. [all]")
+    ] = None,
+    own: Annotated[bool, typer.Option("--own", help="Everyone by their own defaults, too.")] = False,
+    rounds: Annotated[int, typer.Option(help="Samples of everyone.")] = 20,
+    clip: Annotated[float | None, typer.Option(help="Clip gradient norms, where that can be chosen. [no]")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time a whole training step (forward, backward, Adam) of every library in one run, on the same tokens.
+
+    The headline: all with fused Adam at one constant learning rate. Everyone takes turns, medians are compared, and each
+    must learn. Libraries that aren't installed are left out.
+    """
+    where, kind, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
+    from . import step as steps
+    from .providers import PROVIDERS
+    from .results import record
+
+    entrants = steps.contenders(provider or PROVIDERS, own)
+    _finish(
+        record(*steps.measure(shapes, entrants, device=where, dtype=kind, rounds=rounds, clip=clip), where), json_file
+    )
+
+
+@bench_app.command()
+def ops(
+    preset: Preset = None,
+    n: N = None,
+    d: D = None,
+    f: F = None,
+    k: K = None,
+    op: Annotated[list[str] | None, typer.Option(help="encode, select_topk, ...; may be given again. [all]")] = None,
+    repeats: Annotated[int, typer.Option(help="Samples of each op.")] = 20,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [bf16 on a GPU, fp32 on a CPU]")] = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time each op, with its FLOPs, its bytes, and the floor that they set."""
+    where, kind, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
+    from . import ops as suite
+    from .results import record
+
+    _finish(
+        record(*suite.measure(shapes, op or suite.OPS, device=where, dtype=kind, repeats=repeats), where), json_file
+    )
+
+
+@bench_app.command()
+def table(
+    files: Annotated[list[Path], typer.Argument(help="Files written by `bench step` or `bench ops`, --json.")],
+) -> None:
+    """Print measured results as Markdown."""
+    from .results import read
+    from .results import table as markdown
+
+    print("\n".join(markdown(read(path)) for path in files), end="")
+
+
+@bench_app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder for report.md, report.json and the figures.")] = Path(
+        "bench-report"
+    ),
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Measured results; may be given again. [those that come with the package]")
+    ] = None,
+    arch: Annotated[
+        list[int] | None, typer.Option(help="Compile for this sm; may be given again. [80, 90, 100]")
+    ] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Compile this kernel; may be given again. [all]")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compile every kernel ahead of time, set what was measured against the floors, and draw both. Needs no GPU.
+
+    On a machine with a GPU, the ops and temposae's step are measured first.
+    """
+    _quiet()
+    from .report import write as write_report
+    from .results import check_writable, write
+
+    check_writable(json_file)
+    found, paths = write_report(out, results=results, archs=arch, kernels=kernel)
+    write(json_file, found)
+    print((out / "report.md").read_text(), end="")
+    print("\nwritten: " + "  ".join(map(str, paths)))
+
+
+def profile(
+    preset: Preset = None,
+    n: N = None,
+    d: D = None,
+    f: F = None,
+    k: K = None,
+    steps: Annotated[int, typer.Option(help="How many steps.")] = 5,
+    trace: Annotated[Path, typer.Option(help="Chrome trace to write; open it in ui.perfetto.dev.")] = Path(
+        "trace.json"
+    ),
+    dtype: Dtype = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Show where the time of a training step goes, and write a trace of it."""
+    where, kind, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
+    from .profile import run
+    from .profile import table as stages
+    from .results import check_writable, commit, device_name, write
+
+    check_writable(trace, "trace")
+    found = run(shapes[0], device=where, dtype=kind, steps=steps, trace=trace)
+    found |= {"device": device_name(where), "commit": commit(), "trace": str(trace)}
+    write(json_file, found)
+    print(stages(found), end="")
+    print(f"trace: {trace}")
+
+
+def _begin(
+    json_file: Path | None, device: str | None, dtype: str | None, preset: str | None,
+    n: str | None, d: str | None, f: str | None, k: str | None,
+) -> tuple[str, str, Any]:  # fmt: skip
+    """Device, dtype and shapes; what can be refused is refused here."""
+    _quiet()
+    import torch
+
+    from ..engine.errors import UserError
+    from ..kernels.backend import why
+    from .data import DTYPES, shapes
+    from .results import check_writable
+
+    check_writable(json_file)
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"device: {device!r} is not allowed; it must be cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' is not allowed; torch finds no GPU here")
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype: {dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}")
+    try:
+        why()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own_preset, own_dtype = ("gpu", "bf16") if where == "cuda" else ("cpu", "fp32")
+    return where, dtype or own_dtype, shapes(preset or own_preset, N=n, D=d, F=f, K=k)
+
+
+def _finish(found: dict[str, Any], json_file: Path | None) -> None:
+    from .results import table as markdown
+    from .results import write
+
+    write(json_file, found)
+    print(markdown(found), end="")
+
+
+def _quiet() -> None:
+    """The profiler, which counts memory on a CPU, tells the terminal about its stages. Read when torch is imported."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -1,0 +1,121 @@
+"""What everything is measured on: a shape, and tokens in which there is something to learn."""
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine.errors import UserError
+from ..engine.stream import Batch
+
+POSITIONS = 128  # of a context
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Shape(NamedTuple):
+    """N tokens in a batch, width D, F latents, K kept per token."""
+
+    N: int
+    D: int
+    F: int
+    K: int
+
+    def check(self) -> "Shape":
+        """Itself. Raises UserError for sizes below 1 and for K above F."""
+        for name, size in self._asdict().items():
+            if size < 1:
+                raise UserError(f"{name}: {size} is not allowed; it must be at least 1")
+        if self.K > self.F:
+            raise UserError(f"K: {self.K} is not allowed; it must be at most F ({self.F})")
+        return self
+
+    def __str__(self) -> str:
+        return "-".join(f"{name}{size}" for name, size in self._asdict().items())
+
+
+HEADLINE = Shape(N=8192, D=2304, F=65536, K=64)  # Gemma-2-2B's width
+
+#: `sweep` changes one size of the headline's at a time
+PRESETS = {
+    "tiny": [Shape(256, 64, 512, 8)],
+    "cpu": [Shape(1024, 768, f, 32) for f in (4096, 16384)],
+    "gpu": [HEADLINE._replace(F=f) for f in (16384, 65536, 131072)],
+    "sweep": [
+        *(HEADLINE._replace(F=2**power) for power in range(14, 21)),
+        *(HEADLINE._replace(N=n) for n in (1024, 2048, 4096, 16384, 32768)),
+        *(HEADLINE._replace(K=k) for k in (16, 32, 128, 256)),
+        *(HEADLINE._replace(D=d) for d in (768, 3584, 4096)),
+    ],
+}
+
+
+def shapes(preset: str, **sizes: str | None) -> list[Shape]:
+    """The shapes of a preset; with `sizes` (N="1024,8192" and so on) every combination of those, the rest as in the preset's
+    first shape. Raises UserError for an unknown preset and for sizes that are no numbers or not allowed."""
+    if preset not in PRESETS:
+        raise UserError(f"preset: {preset!r} is not allowed; there are {', '.join(PRESETS)}")
+    if all(size is None for size in sizes.values()):
+        return PRESETS[preset]
+    choices = []
+    for name, default in PRESETS[preset][0]._asdict().items():
+        text = sizes.get(name)
+        try:
+            choices.append([default] if text is None else [int(part) for part in text.split(",")])
+        except ValueError:
+            raise UserError(f"{name}: {text!r} is not allowed; give numbers, parted by commas") from None
+    return [Shape(*chosen).check() for chosen in itertools.product(*choices)]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Batches that everyone trains on in the same order, and one that nobody does.
+
+    batches   x [N, D] in the stream's dtype (bfloat16 on a GPU), pos, token, document
+    wide      the x of each batch in float32: the same values, for those who take them so
+    held_out  [min(N, 1024), D] float32
+    mean      [D] float32; mean_norm the mean |x|, near sqrt(D)
+    """
+
+    batches: list[Batch]
+    wide: list[Tensor]
+    held_out: Tensor
+    mean: Tensor
+    mean_norm: float
+
+
+def tokens(shape: Shape, device: str, dtype: torch.dtype, *, count: int = 8, seed: int = 0) -> Tokens:
+    """`count` batches of sparse combinations of hidden directions.
+
+        x = offset + sum_j c_j u_{g_j} + noise,  j < 16, scaled so that |x| is near sqrt(D)
+
+    The 2D unit directions u are random, coefficients c exponential. Direction g is drawn with density ~ 1 / sqrt(g), so that
+    some are common and most are rare, as features of language models are. White noise would give a dictionary nothing to
+    learn and every latent the same rate.
+    """
+    draw = torch.Generator(device=device).manual_seed(seed)
+    n_directions, active = 2 * shape.D, 16
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=draw, device=device)
+
+    directions = torch.nn.functional.normalize(normal(n_directions, shape.D), dim=1)
+    offset = torch.nn.functional.normalize(normal(shape.D), dim=0)
+
+    def rows(n: int) -> Tensor:
+        which = (n_directions * torch.rand(n, active, generator=draw, device=device).square()).long()
+        strength = torch.empty(n, active, device=device).exponential_(generator=draw)
+        x = torch.nn.functional.embedding_bag(which, directions, per_sample_weights=strength, mode="sum")
+        x += offset + 0.3 / shape.D**0.5 * normal(n, shape.D)
+        return x * (shape.D / (2 * active + 1)) ** 0.5  # E c^2 = 2
+
+    def integers(limit: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.randint(limit, (shape.N,), generator=draw, device=device, dtype=dtype)
+
+    batches = [
+        Batch(rows(shape.N).to(dtype), integers(POSITIONS), integers(50_000), integers(1000, torch.int64))
+        for _ in range(count)
+    ]
+    wide = [batch.x.float() for batch in batches]
+    return Tokens(batches, wide, rows(min(shape.N, 1024)), wide[0].mean(0), float(wide[0].norm(dim=1).mean()))

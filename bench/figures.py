@@ -1,0 +1,125 @@
+"""Figures of the report: roofline, step times, scaling. What was not measured is drawn grey and says so."""
+
+from typing import Any
+
+from .data import HEADLINE, Shape
+from .floors import FLOOR_NAMES, KNOWN, Rates, step_floors
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+COLOURS = {
+    "temposae": "#0072B2", "eai-sparsify": "#D55E00", "SAELens": "#009E73", "dictionary_learning": "#CC79A7",
+    "torch": "#E69F00", "torch.compile": "#56B4E9",
+}  # fmt: skip
+
+
+def _axes(n: int = 1) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    figure = Figure(figsize=(max(5.6, 4.6 * n), 3.8), layout="constrained")
+    axes = figure.subplots(1, n, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return figure, list(axes)
+
+
+def _rates(result: dict[str, Any]) -> Rates:
+    return Rates(**(result["rates"] | {"flops": {int(size): rate for size, rate in result["rates"]["flops"].items()}}))
+
+
+def roofline(measured: list[dict[str, Any]]) -> Any:
+    """FLOP/s over FLOP/byte: roofs of each device, measured ops below. Without measurements, the ops on an H100's roof."""
+    from .ops import OPS, work
+
+    roofs: dict[str, tuple[Rates, int]] = {}
+    points: list[tuple[str, float, float]] = []  # op, FLOP per byte, FLOP/s
+    for result in measured:
+        rates = _rates(result)
+        for case in result["cases"]:
+            if case["op"] in OPS and case["flops"]:
+                roofs[f"{rates.device} {case['dtype']}"] = rates, _itemsize(case)
+                points.append((case["op"], case["flops"] / case["bytes"], 1e3 * case["flops"] / case["ms"]))
+    title, colour = "Ops, measured", COLOURS["temposae"]
+    if not points:
+        title, colour, rates = "Where ops could be on an H100 (not measured)", "#999999", KNOWN["H100"]
+        roofs = {"H100 bf16": (rates, 2)}
+        for name in OPS:
+            todo = work(name, HEADLINE, "bf16", "cpu", rates, backend="triton")
+            if todo.flops:
+                points.append((name, todo.flops / todo.bytes, 1e3 * todo.flops / todo.floor_ms))
+    figure, (axes,) = _axes()
+    for name, (rates, itemsize) in roofs.items():
+        top = rates.flops[itemsize]
+        corner = top / rates.bytes_per_s
+        ends = [corner / 2**12, corner, corner * 2**6]
+        reached = [min(top, rates.bytes_per_s * x) for x in ends]
+        axes.plot(ends, reached, label=name, linewidth=1.2, color="#333333", linestyle="-" if itemsize == 2 else "--")
+    markers = dict(zip(dict.fromkeys(name for name, *_ in points), "osD^v<>PX*hp" * 9, strict=False))
+    for name, marker in markers.items():
+        at = [(x, y) for op, x, y in points if op == name]
+        axes.plot(*zip(*at, strict=True), marker, markersize=4, color=colour, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="FLOP/s", title=title)
+    axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _itemsize(case: dict[str, Any]) -> int:
+    return 4 if case["dtype"] == "fp32" else 2
+
+
+def _steps(measured: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    return [(result, case) for result in measured for case in result["cases"] if case["op"] == "train_step"]
+
+
+def bars(measured: list[dict[str, Any]]) -> Any:
+    """Median step times with p20 to p80, and the floor; one panel a device and shape. Without measurements, the floors."""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for result, case in _steps(measured):
+        shape = Shape(*(case[name] for name in "NDFK"))
+        panels.setdefault(f"{result['device']}\n{shape}", []).append(case)
+    if not panels:
+        figure, axes = _axes(len(KNOWN))
+        for axis, (card, rates) in zip(axes, KNOWN.items(), strict=True):
+            axis.bar(list(FLOOR_NAMES.values()), step_floors(*HEADLINE, rates=rates), color="#999999")
+            axis.tick_params(axis="x", labelrotation=25, labelsize=7)
+            axis.set(ylabel="ms", title=f"{card}, {HEADLINE}\nfloors (not measured)")
+        return figure
+    panels = dict(list(panels.items())[:6])
+    figure, axes = _axes(len(panels))
+    for axis, (title, cases) in zip(axes, panels.items(), strict=True):
+        cases = sorted(cases, key=lambda case: case["ms"], reverse=True)
+        names = [case["provider"] + (", own" if case.get("settings") == "own" else "") for case in cases]
+        times = [case["ms"] for case in cases]
+        spread = [[abs(case.get(key, case["ms"]) - case["ms"]) for case in cases] for key in ("ms_p20", "ms_p80")]
+        axis.barh(names, times, xerr=spread, color=[COLOURS.get(case["provider"], "#999999") for case in cases])
+        axis.axvline(min(case["floor_ms"] for case in cases), color="#333333", linestyle=":", label="floor (fused)")
+        axis.tick_params(axis="y", labelsize=7)
+        axis.set(xlabel="ms a step", title=title)
+        axis.title.set_fontsize(8)
+        axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def scaling(measured: list[dict[str, Any]]) -> Any:
+    """Step time over F: floors as lines, measured steps as points; at the headline's N, D and K or those measured most."""
+    figure, (axes,) = _axes()
+    steps = [(result, case) for result, case in _steps(measured) if case.get("settings") != "own"]
+    at = [(case["N"], case["D"], case["K"]) for _, case in steps]
+    n, d, k = max(set(at), key=at.count) if at else (HEADLINE.N, HEADLINE.D, HEADLINE.K)
+    shown = [(result, case) for result, case in steps if (case["N"], case["D"], case["K"]) == (n, d, k)]
+    rates, itemsize = (_rates(shown[0][0]), _itemsize(shown[0][1])) if shown else (KNOWN["H100"], 2)
+    measured_at = sorted({case["F"] for _, case in shown}) or [2**14, 2**20]
+    first, last = measured_at[0] / 2, measured_at[-1] * 2
+    sizes = [round(first * (last / first) ** (i / 30)) for i in range(31)]
+    styles = {"dense": ":", "materialised": "--", "fused": "-"}
+    for field, style in styles.items():
+        times = [getattr(step_floors(n, d, size, k, rates, itemsize), field) for size in sizes]
+        axes.plot(sizes, times, label=f"floor: {FLOOR_NAMES[field]}", color="#999999", linestyle=style)
+    for provider in dict.fromkeys(case["provider"] for _, case in shown):
+        points = sorted((case["F"], case["ms"]) for _, case in shown if case["provider"] == provider)
+        axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=provider, color=COLOURS.get(provider))
+    where = shown[0][0]["device"] if shown else "H100 (not measured)"
+    axes.set(xscale="log", yscale="log", xlabel="F", ylabel="ms a step", title=f"{where}, N = {n}, D = {d}, K = {k}")
+    axes.title.set_fontsize(9)
+    axes.legend(frameon=False, fontsize=7)
+    return figure

@@ -1,0 +1,133 @@
+"""How fast a training step and an op could be: bytes and FLOPs over what the device can do.
+
+A floor is arithmetic, not a measurement. Times in milliseconds; rates per second.
+"""
+
+import functools
+import re
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..kernels.cost import Cost
+from .timing import samples
+
+TILE, CANDIDATES = 128, 4  # latents a tile of the fused encode, and how many it keeps of them
+SORT_MS = 0.05  # of the code's entries by latent; a GPU's, and next to nothing beside a CPU's step
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device reaches, not what its data sheet says.
+
+    flops           by itemsize of the operands: matrix products, FLOP/s
+    bytes_per_s     device memory, read plus written
+    l2_bytes_per_s  the cache that gathers hit
+    source          "table", "measured here" or where else the figures are from
+    """
+
+    device: str
+    flops: dict[int, float]
+    bytes_per_s: float
+    l2_bytes_per_s: float
+    source: str
+
+
+# bfloat16 products and large copies as reached on such cards; gathers from L2 are an assumption. float32 is not listed.
+KNOWN = {
+    "H100": Rates("H100", {2: 660e12}, 3.0e12, 5.5e12, "table"),
+    "H200": Rates("H200", {2: 790e12}, 4.3e12, 5.5e12, "table"),
+}
+
+
+class StepFloors(NamedTuple):
+    """Milliseconds of one TopK step: (i), (ii), (iii) with moments in float32, (iii) with moments in bfloat16."""
+
+    dense: float
+    materialised: float
+    fused: float
+    fused_bf16_moments: float
+
+
+FLOOR_NAMES = dict(zip(StepFloors._fields, ("dense", "materialised", "fused", "fused, bf16 moments"), strict=True))
+
+
+def step_floors(n: int, d: int, f: int, k: int, rates: Rates, itemsize: int = 2) -> StepFloors:
+    """Floors of one step on N tokens, with B bytes an operand (`itemsize`), P = 2DF parameters and G = BNKD:
+
+        E = 2NDF / FLOPs                         one matrix product
+        S = G / BW + 3G / L2                     four gathers of K rows a token, one of which misses the cache
+        (i)   dense          6E + (aP + 4BNF) / BW        activations and their gradient written and read
+        (ii)  materialised   E + BNF / BW + S + (a + 4)P / BW
+        (iii) fused          E + (NF / 4) / BW + S + 0.05 ms + cP / BW
+
+    Every parameter costs c = 8 + 16 + s bytes: fp32 weight and two fp32 moments read and written (bf16 moments: 8 instead
+    of 16), and a shadow of s = B bytes written where operands are narrower than fp32. a = c + 8 adds a gradient written and
+    read, (ii) 4 more to fill it with zeros. NF / 4: of 128 latents 4 candidates of 4 bytes stay, written and read.
+    """
+    e, g, p = 1e3 * 2 * n * d * f / rates.flops[itemsize], itemsize * n * k * d, 2 * d * f
+    per_ms = rates.bytes_per_s / 1e3
+    s = g / per_ms + 3 * g / (rates.l2_bytes_per_s / 1e3)
+    shadow = itemsize if itemsize < 4 else 0
+    fused, narrow = 8 + 16 + shadow, 8 + 8 + shadow
+    candidates = n * f * CANDIDATES * 4 * 2 / TILE
+    unfused = fused + 8
+    return StepFloors(
+        dense=6 * e + (unfused * p + 4 * itemsize * n * f) / per_ms,
+        materialised=e + itemsize * n * f / per_ms + s + (unfused + 4) * p / per_ms,
+        fused=e + candidates / per_ms + s + SORT_MS + fused * p / per_ms,
+        fused_bf16_moments=e + candidates / per_ms + s + SORT_MS + narrow * p / per_ms,
+    )
+
+
+def op_floor(cost: Cost, rates: Rates, itemsize: int) -> float:
+    """Milliseconds: the longer of arithmetic and traffic (the roofline).
+
+    `Cost.bytes` counts gathers as if they missed the cache, so an op that gathers can beat its floor.
+    """
+    return 1e3 * max(cost.flops / rates.flops[itemsize], cost.bytes / rates.bytes_per_s)
+
+
+def rates_of(device: str, *itemsizes: int) -> Rates:
+    """The rates of torch device `device` ("cpu", "cuda") for operands of these sizes: 2 is bfloat16, 4 float32.
+
+    From the table where the card is in it, else measured, each once in a process. GPUs: TF32 is off, as is torch's default.
+    """
+    import torch
+
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
+    known = known_card(name)
+    known_flops = known.flops if known is not None else {}
+    flops = {size: known_flops.get(size) or _matmul_rate(device, size) for size in itemsizes}
+    if known is not None:
+        return replace(known, flops=flops)
+    bandwidth = _copy_rate(device)
+    # Caches are not measured: all gathers count as traffic.
+    return Rates(name, flops, bandwidth, bandwidth, "measured here")
+
+
+def known_card(name: str) -> Rates | None:
+    """The table's row for a card of this name. Slower kinds of the same chip (PCIe, NVL, a slice) are other cards."""
+    if re.search(r"PCIe|NVL|MIG", name):
+        return None
+    return next((rates for chip, rates in KNOWN.items() if re.search(rf"\b{chip}\b", name)), None)
+
+
+@functools.cache
+def _copy_rate(device: str) -> float:
+    """Bytes a second, read plus written, of a copy beyond any cache: 1 GiB, on a CPU 128 MiB."""
+    import torch
+
+    source = torch.randn(2**28 if torch.device(device).type == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    return 1e3 * 2 * 4 * source.numel() / min(samples(lambda: target.copy_(source), device, repeats=7))
+
+
+@functools.cache
+def _matmul_rate(device: str, itemsize: int) -> float:
+    """FLOP/s of a large product of random matrices (of zeros it would be faster)."""
+    import torch
+
+    side = 8192 if torch.device(device).type == "cuda" else 2048
+    dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2e3 * side**3 / min(samples(lambda: a @ b, device, repeats=5))

@@ -1,0 +1,320 @@
+"""Where the time of a training step goes: a trace to look at, and a table of its stages.
+
+A stage is a range that the step opens with `torch.profiler.record_function("temposae::NAME")`. Where the step opens none,
+the kernels' ops, the optimiser and the work on the decoder are wrapped from here. Time outside of all stages goes by the
+autograd node that it was spent in, if any.
+"""
+
+import contextlib
+import functools
+import json
+import sys
+import tempfile
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ..engine.errors import UserError
+from ..engine.host import tune_host
+from ..engine.optim import Learner
+from ..engine.progress import progress_bar
+from ..kernels import adam, decode, encode, loss, select, weight_grad
+from ..kernels.code import SparseCode
+from .data import DTYPES, Shape, tokens
+from .floors import Rates, rates_of
+from .ops import OPS, work
+from .providers import Job, make_learner
+from .results import markdown
+from .timing import synchronise
+
+STAGE, STEP = "temposae::", "temposae-bench-step"
+OUTSIDE = "outside of stages"
+# what torch names by itself
+NODE, OPTIMIZER = "autograd::engine::evaluate_function: ", "Optimizer.step#"
+GPU_WORK, LAUNCHES = ("kernel", "gpu_memcpy", "gpu_memset"), ("cuda_runtime", "cuda_driver")
+# the ops that a stage runs in a step by default, where that is not one of its own name
+STAGE_OPS = {
+    "encode": ("encode_topk",),
+    "decode": ("reconstruct",),
+    "loss": ("position_loss",),
+    "sort": ("transpose",),
+    "update": ("row_norms", "row_norms", "adam_rows", "adam_rows"),  # W_enc and W_dec, with clipping
+    "weight_grad": ("weight_grad", "weight_grad"),
+}
+ADAM_BYTES = 28  # a parameter: weight, gradient and both moments read, all but the gradient written, in float32
+
+
+def run(shape: Shape, *, device: str, dtype: str, steps: int, trace: Path) -> dict[str, Any]:
+    """Profile `steps` training steps, by the defaults of `temposae train`, and write a Chrome trace to `trace`.
+
+    Returns what `summary` makes of it; `stages` have, where a cost is known, gb_per_s, gflop_per_s and floor_ms too. Times
+    are those with the profiler running, which slows short ops down. Raises UserError for sizes that are not allowed.
+    """
+    if dtype not in ("fp32", "bf16"):
+        raise UserError(f"dtype: {dtype!r} is not allowed; it must be fp32 or bf16")
+    if steps < 1:
+        raise UserError(f"steps: {steps} is not allowed; it must be at least 1")
+    tune_host()
+    given = tokens(shape.check(), device, DTYPES[dtype], count=4)
+    learner = make_learner(Job(shape, device, dtype, 0.0, given, own=True))
+    with progress_bar("profiling", total=steps + 3, unit="steps") as bar:
+
+        def step(i: int) -> None:
+            learner.step(given.batches[i % len(given.batches)])
+            bar.advance(1)
+
+        step(0)
+        step(1)
+        first = _traced(lambda: step(2), device)
+        named = any(str(e.get("name")).startswith(STAGE) for e in first)
+
+        def all_steps() -> None:
+            for i in range(steps):
+                with record_function(STEP):
+                    step(i)
+            synchronise(device)
+
+        with contextlib.nullcontext() if named else _wrapped(learner):
+            events = _traced(all_steps, device, trace)
+    found = summary(events)
+    rates = rates_of(device, DTYPES[dtype].itemsize)
+    parameters = sum(p.numel() for p in learner.sae.parameters() if p.requires_grad)
+    for stage in found["stages"]:
+        _add_rates(stage, shape, dtype, device, rates, parameters)
+    return {"shape": shape._asdict(), "dtype": dtype, "named_by": "the step" if named else "the bench suite"} | found
+
+
+class Span(NamedTuple):
+    """A piece of a trace, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+def summary(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """From the events of a Chrome trace with steps marked `STEP`:
+
+    step_ms   a step's time: on a GPU from the first kernel to the last, over the steps
+    stages    [{stage, ms, calls, share}], ms and calls a step, longest first. A stage's time is without the stages inside;
+              GPU work counts where it was launched. What is in no stage is `OUTSIDE`.
+    idle_ms   a step's time in which the GPU, or on a CPU torch, does nothing
+    gaps      [{ms, after, before}]: where most of that is, ms a step, by the stages around it
+
+    Raises ValueError for a trace without steps.
+    """
+    events = [e for e in events if e.get("ph") == "X"]
+    labels: dict[Any, list[Span]] = defaultdict(list)
+    calls: dict[str, int] = defaultdict(int)
+    for event in events:
+        name = _label(event)
+        if name is not None:
+            labels[event["tid"]].append(_span(event, name))
+    places = {thread: _innermost(spans) for thread, spans in labels.items()}
+    steps = [_span(e, STEP) for e in events if e["name"] == STEP and e["cat"] == "user_annotation"]
+    if not steps:
+        raise ValueError(f"the trace has no range {STEP}")
+    for spans in labels.values():
+        for span in spans:
+            calls[span.name] += any(step.start <= span.start < step.end for step in steps)
+
+    gpu = [e for e in events if e["cat"] in GPU_WORK]
+    if gpu:
+        launches = {e["args"].get("correlation"): e for e in events if e["cat"] in LAUNCHES}
+        busy = []
+        for event in gpu:
+            launch = launches.get(event["args"].get("correlation"), event)
+            busy.append(_span(event, _at(places.get(launch["tid"]), launch["ts"])))
+        window = [Span("", min(s.start for s in busy), max(s.end for s in busy))]
+        pieces = busy
+    else:
+        busy = [_span(e, _at(places.get(e["tid"]), e["ts"])) for e in events if e["cat"] == "cpu_op"]
+        window = steps
+        pieces = [_clip(piece, step) for step in steps for place in places.values() for piece in place]
+    times: dict[str, float] = defaultdict(float)
+    for piece in pieces:
+        times[piece.name] += max(0.0, piece.end - piece.start)
+    total = sum(span.end - span.start for span in window)
+    between: dict[tuple[str, str], float] = defaultdict(float)
+    for span in window:
+        for after, before, ms in _gaps(busy, span):
+            between[after, before] += ms
+    idle = sum(between.values())
+    if not gpu:  # what no label covers; on a GPU such work is labelled OUTSIDE already, and the rest is idle
+        times[OUTSIDE] += total - sum(times.values())
+    n = len(steps)
+    return {
+        "steps": n,
+        "step_ms": total / n / 1e3,
+        "stages": [
+            {"stage": name, "ms": time / n / 1e3, "calls": calls[name] / n, "share": time / total}
+            for name, time in sorted(times.items(), key=lambda item: -item[1])
+            if time > 0
+        ],
+        "idle_ms": idle / n,
+        "idle_share": 1e3 * idle / total,
+        "gaps": [
+            {"ms": ms / n, "after": after, "before": before}
+            for (after, before), ms in sorted(between.items(), key=lambda item: -item[1])[:5]
+        ],
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The stages as Markdown, then idle time and the longest gaps."""
+    rows = [("stage", "ms a step", "share", "calls", "GB/s", "GFLOP/s", "of floor")]
+    for stage in found["stages"]:
+        known = "floor_ms" in stage
+        rows.append((
+            stage["stage"],
+            f"{stage['ms']:.3f}",
+            f"{stage['share']:.1%}",
+            f"{stage['calls']:g}",
+            f"{stage['gb_per_s']:.3g}" if known else "-",
+            f"{stage['gflop_per_s']:.3g}" if known else "-",
+            f"{stage['floor_ms'] / stage['ms']:.0%}" if known else "-",
+        ))  # fmt: skip
+    lines = markdown(rows)
+    lines += [
+        "",
+        f"a step: {found['step_ms']:.3f} ms, of which idle {found['idle_ms']:.3f} ms ({found['idle_share']:.1%})",
+    ]
+    lines += [f"idle {gap['ms']:.3f} ms a step after {gap['after']}, before {gap['before']}" for gap in found["gaps"]]
+    return "\n".join(lines) + "\n"
+
+
+def _label(event: dict[str, Any]) -> str | None:
+    """The stage or, failing that, the part of torch that a host event names."""
+    name, kind = event["name"], event["cat"]
+    if kind == "user_annotation" and name.startswith(STAGE):
+        return name.removeprefix(STAGE)
+    if kind == "user_annotation" and name.startswith(OPTIMIZER):
+        return name.removeprefix(OPTIMIZER)
+    if kind == "cpu_op" and name.startswith(NODE):
+        return f"backward: {name.removeprefix(NODE)}"
+    return None
+
+
+def _span(event: dict[str, Any], name: str) -> Span:
+    return Span(name, float(event["ts"]), float(event["ts"]) + float(event["dur"]))
+
+
+def _innermost(spans: list[Span]) -> list[Span]:
+    """Nested spans of one thread, cut so that each moment belongs to the innermost one."""
+    found: list[Span] = []
+    open_: list[Span] = []
+    at = 0.0
+
+    def cut(end: float) -> None:
+        nonlocal at
+        if end > at:
+            found.append(Span(open_[-1].name, at, end))
+            at = end
+
+    for span in sorted(spans, key=lambda s: (s.start, -s.end)):
+        while open_ and open_[-1].end <= span.start:
+            cut(open_[-1].end)
+            open_.pop()
+        if open_:
+            cut(span.start)
+        open_.append(span)
+        at = max(at, span.start)
+    while open_:
+        cut(open_[-1].end)
+        open_.pop()
+    return found
+
+
+def _at(place: list[Span] | None, moment: float) -> str:
+    """The name that covers `moment` among disjoint spans in order."""
+    if not place:
+        return OUTSIDE
+    i = bisect_right(place, moment, key=lambda span: span.start) - 1
+    return place[i].name if i >= 0 and moment <= place[i].end else OUTSIDE
+
+
+def _clip(piece: Span, to: Span) -> Span:
+    return Span(piece.name, max(piece.start, to.start), min(piece.end, to.end))
+
+
+def _gaps(busy: list[Span], window: Span) -> Iterator[tuple[str, str, float]]:
+    """Where no span of `busy` runs within the window: the names around each gap, and its milliseconds."""
+    at, after = window.start, "the start"
+    for span in sorted(busy, key=lambda s: s.start):
+        if span.end <= window.start or span.start >= window.end:
+            continue
+        if span.start > at:
+            yield after, span.name, (span.start - at) / 1e3
+        if span.end > at:
+            at, after = span.end, span.name
+    if at < window.end:
+        yield after, "the end", (window.end - at) / 1e3
+
+
+def _add_rates(stage: dict[str, Any], shape: Shape, dtype: str, device: str, rates: Rates, parameters: int) -> None:
+    """What the stage moved and computed a second, where its name is that of an op with a cost model, or Adam's."""
+    name = stage["stage"]
+    names = STAGE_OPS.get(name, (name,) if name in OPS else ())
+    if names:
+        todo = [work(op, shape, dtype, device, rates) for op in names]
+        flops, traffic, floor = (
+            sum(column) for column in zip(*((w.flops, w.bytes, w.floor_ms) for w in todo), strict=True)
+        )
+    elif name == "Adam.step":
+        flops, traffic = 0.0, float(ADAM_BYTES * parameters)
+        floor = 1e3 * traffic / rates.bytes_per_s
+    else:
+        return
+    seconds = stage["ms"] / 1e3
+    stage["gb_per_s"], stage["gflop_per_s"] = traffic / seconds / 1e9, flops / seconds / 1e9
+    stage["floor_ms"] = floor
+
+
+def _traced(call: Callable[[], Any], device: str, keep: Path | None = None) -> list[dict[str, Any]]:
+    """The events of a trace of `call`, which is also written to `keep`."""
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.device(device).type == "cuda" else [])
+    with profile(activities=kinds, acc_events=False) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = keep or Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())["traceEvents"]
+
+
+@contextlib.contextmanager
+def _wrapped(learner: Learner) -> Iterator[None]:
+    """Ranges around the ops wherever the engine calls them, and around what else a step is made of."""
+    ops = (
+        encode.encode, encode.encode_topk, select.select_topk, select.select_threshold, decode.decode, decode.reconstruct,
+        decode.decode_values_grad, loss.position_loss, weight_grad.weight_grad, adam.adam_rows, adam.row_norms,
+    )  # fmt: skip
+    engine = __package__.rpartition(".")[0] + ".engine" if __package__ else ""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(engine)]
+    targets = [(m, name) for m in modules for name, value in list(vars(m).items()) if any(value is op for op in ops)]
+    targets += [(SparseCode, "transpose"), (torch.nn.utils, "clip_grad_norm_")]
+    targets += [
+        (learner.sae, name) for name in ("project_decoder_gradient", "normalise_decoder") if hasattr(learner.sae, name)
+    ]
+    with contextlib.ExitStack() as undo:
+        for owner, name in targets:
+            function = getattr(owner, name)
+            setattr(owner, name, _ranged(function))
+            if owner is learner.sae:
+                undo.callback(delattr, owner, name)  # the method of its class shows again
+            else:
+                undo.callback(setattr, owner, name, function)
+        yield
+
+
+def _ranged(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def ranged(*args: Any, **kwargs: Any) -> Any:
+        with record_function(STAGE + function.__name__.strip("_")):
+            return function(*args, **kwargs)
+
+    return ranged

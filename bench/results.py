@@ -1,0 +1,208 @@
+"""Measured results: what a file of them holds, and the Markdown tables that are made from it."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..engine.errors import UserError
+
+FOLDER = Path(__file__).parent / "results"  # one file a run
+NEEDED = ("provider", "op", "dtype", "N", "D", "F", "K", "ms", "floor_ms", "peak_bytes")
+
+
+def record(cases: list[dict[str, Any]], left_out: dict[str, str], device: str) -> dict[str, Any]:
+    """A run's results as they are written: what was measured, and on what.
+
+    device, versions, commit, rates, cases  and threads, when, left_out; times in milliseconds, memory in bytes.
+    """
+    import torch
+
+    from .data import DTYPES
+    from .floors import rates_of
+    from .providers import versions
+
+    return {
+        "device": device_name(device),
+        "versions": {"python": platform.python_version()} | versions(),
+        "commit": commit(),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+        "rates": asdict(rates_of(device, *sorted({DTYPES[case["dtype"]].itemsize for case in cases}))),
+        "left_out": left_out,
+        "cases": cases,
+    }
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit that the package's files are of, with -dirty where they were changed since. Where there is no clone, what
+    TEMPOSAE_COMMIT says, or None."""
+    root = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--match=", "--dirty"]
+    try:
+        if (root / ".git").exists():  # else git would name the commit of whatever lies around the package
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return os.environ.get("TEMPOSAE_COMMIT")
+
+
+def check_writable(path: Path | None, option: str = "json") -> None:
+    """Raises UserError if no file can be written at `path`, the value of `option`; said before the work, not after it."""
+    if path is None:
+        return
+    new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(
+            f"{option}: {path} can't be written ({error.strerror}); give a file in a folder that exists"
+        ) from None
+    if new:
+        path.unlink()
+
+
+def write(path: Path | None, found: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results in a file. Raises UserError for what is not a file of results."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"results: {path} can't be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"results: {path} is not JSON") from None
+    if not isinstance(found, dict) or not isinstance(found.get("cases"), list):
+        raise UserError(
+            f"results: {path} must hold device, versions, commit and cases, as `temposae bench` writes them"
+        )
+    for case in found["cases"]:
+        lacking = [key for key in NEEDED if not isinstance(case, dict) or key not in case]
+        if lacking:
+            raise UserError(f"results: a case in {path} lacks {', '.join(lacking)}")
+    return found
+
+
+def kept() -> list[Path]:
+    """The result files that come with the package, in order of their names."""
+    return sorted(FOLDER.glob("*.json"))
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: one line that says what was measured on, then a table of steps per shape, then one of ops."""
+    versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items() if version)
+    short = re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", str(found.get("commit")))
+    lines = [f"{found.get('device')}; {versions}; commit {short}"]
+    steps = [case for case in found["cases"] if case["op"] == "train_step"]
+    for shape in dict.fromkeys(_shape(case) for case in steps):
+        lines += ["", _in_words(shape), "", *_steps([case for case in steps if _shape(case) == shape])]
+    ops = [case for case in found["cases"] if case["op"] != "train_step"]
+    if ops:
+        lines += ["", *_ops(ops)]
+    lines += [f"\nLeft out: {name} ({reason})" for name, reason in found.get("left_out", {}).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _steps(cases: list[dict[str, Any]]) -> list[str]:
+    """Fastest first; the last column but one compares with temposae's fastest headline step."""
+    ours = min((c["ms"] for c in cases if c["provider"] == "temposae" and _headline(c)), default=None)
+    rows = [
+        ("provider", "optimizer", "dtype", "clip", "ms (p20 to p80)", "x temposae", "peak GiB", "of floor", "learns")
+    ]
+    for case in sorted(cases, key=lambda c: (not _headline(c), c["ms"])):
+        rows.append((
+            case["provider"] + ("" if _headline(case) else ", own defaults"),
+            str(case.get("optimizer", "")),
+            case["dtype"],
+            "-" if case.get("clip") is None else f"{case['clip']:g}",
+            _times(case),
+            "-" if ours is None else f"{case['ms'] / ours:.2f}",
+            f"{case['peak_bytes'] / 2**30:.3g}",
+            _percent(case),
+            "yes" if case.get("loss_falls") else "NO",
+        ))  # fmt: skip
+    return markdown(rows)
+
+
+def _ops(cases: list[dict[str, Any]]) -> list[str]:
+    rows = [("op", "shape", "dtype", "backend", "ms (p20 to p80)", "GB", "GFLOP", "floor ms", "of floor", "peak GiB")]
+    for case in cases:
+        rows.append((
+            case["op"],
+            "-".join(f"{name}{case[name]}" for name in "NDFK"),
+            case["dtype"],
+            case.get("backend", ""),
+            _times(case),
+            f"{case.get('bytes', 0) / 1e9:.3g}",
+            f"{case.get('flops', 0) / 1e9:.3g}",
+            f"{case['floor_ms']:.3g}",
+            _percent(case),
+            f"{case['peak_bytes'] / 2**30:.3g}",
+        ))  # fmt: skip
+    return markdown(rows)
+
+
+def markdown(rows: list[tuple[str, ...]]) -> list[str]:
+    """A table whose columns also line up on a terminal. The first row is the heading; columns of figures go to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    right = [all(not row[i] or row[i][0] in "0123456789-?" for row in rows[1:]) for i in range(len(widths))]
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    def padded(row: tuple[str, ...]) -> Iterable[str]:
+        return (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+
+    rule = line("-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True))
+    return [line(padded(rows[0])), rule, *(line(padded(row)) for row in rows[1:])]
+
+
+def _headline(case: dict[str, Any]) -> bool:
+    return case.get("settings", "headline") == "headline"
+
+
+def _shape(case: dict[str, Any]) -> tuple[int, int, int, int]:
+    return case["N"], case["D"], case["F"], case["K"]
+
+
+def _in_words(shape: tuple[int, int, int, int]) -> str:
+    return "A training step, {}:".format(", ".join(f"{n} = {size}" for n, size in zip("NDFK", shape, strict=True)))
+
+
+def _times(case: dict[str, Any]) -> str:
+    spread = (
+        f" ({_digits(case['ms_p20'])} to {_digits(case['ms_p80'])})" if "ms_p20" in case and "ms_p80" in case else ""
+    )
+    return f"{_digits(case['ms'])}{spread}"
+
+
+def _digits(value: float) -> str:
+    """Three digits that count, and never an exponent above one."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _percent(case: dict[str, Any]) -> str:
+    """Of the floor: 100% is as fast as the arithmetic allows."""
+    return f"{case['floor_ms'] / case['ms']:.0%}"

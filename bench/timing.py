@@ -1,0 +1,122 @@
+"""Time and memory of a call: events on a GPU, a clock on a CPU; quantiles, never one number alone."""
+
+import gc
+import json
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Quantiles(NamedTuple):
+    """Milliseconds: the 20th, 50th and 80th percentile of so many `samples`."""
+
+    ms_p20: float
+    ms: float
+    ms_p80: float
+    samples: int
+
+
+def quantiles(times: list[float]) -> Quantiles:
+    """Raises ValueError without samples."""
+    if not times:
+        raise ValueError("no samples")
+    at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(at).tolist()
+    return Quantiles(p20, p50, p80, len(times))
+
+
+def synchronise(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def sample(call: Callable[[], Any], device: str, inner: int = 1) -> float:
+    """Milliseconds a call, over `inner` calls in a row.
+
+    A GPU's queue is empty before and after, so calls that never wait are launched ahead of the device, as in training.
+    """
+    if torch.device(device).type != "cuda":
+        began = time.perf_counter()
+        for _ in range(inner):
+            call()
+        return 1e3 * (time.perf_counter() - began) / inner
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    for _ in range(inner):
+        call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / inner
+
+
+def samples(
+    call: Callable[[], Any], device: str, *, repeats: int, inner: int = 1, warm: int = 2, seconds: float = 60.0
+) -> list[float]:
+    """Up to `repeats` samples after `warm` calls; fewer where they would take longer than `seconds`, but at least one."""
+    for _ in range(warm):
+        call()
+    times: list[float] = []
+    began = time.monotonic()
+    while len(times) < repeats and (not times or time.monotonic() - began < seconds):
+        times.append(sample(call, device, inner))
+    return times
+
+
+def inner_calls(call: Callable[[], Any], device: str, least_ms: float) -> int:
+    """How many calls in a row take `least_ms`: short ones are lost in the clock's grain and in launch gaps. At most 100."""
+    return max(1, min(100, round(least_ms / max(1e-3, sample(call, device)))))
+
+
+class Memory(NamedTuple):
+    """Bytes on the device beyond what was there before: the most during a call, and what it left behind."""
+
+    peak: int
+    held: int
+
+
+def memory(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
+    """What `call` returns, and the memory that it took.
+
+    As torch's allocator counts: what was handed out, without the blocks that it keeps in store. On a CPU, memory that was
+    taken before the call and is given back during it does not count as given back.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        peak, held = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        return result, Memory(peak - before, held - before)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
+        result = call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    held = list(accumulate((change for _, change in changes), initial=0))
+    return result, Memory(max(held), held[-1])
+
+
+def free_bytes(device: str) -> float:
+    """What is still to be had on the device; infinite where the system does not say."""
+    if torch.device(device).type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return 1024 * int(found[1]) if found else math.inf
