@@ -1,6 +1,5 @@
 """The command line. Heavy imports wait until a command needs them, so that --help is quick."""
 
-import json
 import os
 import sys
 import time
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .bench.cli import bench_app, profile
+from .engine.files import check_writable, write_json
 
 _plain: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
 app = typer.Typer(help="Train and study sparse autoencoders on language-model activations.", **_plain)
@@ -85,7 +85,7 @@ def train(
     from .evals.run import evaluate
 
     began = time.monotonic()
-    _check_json(json_file)
+    check_writable(json_file)
     _check_backend()
     given = {
         "stream": {"model": model, "hook": hook, "data": data},
@@ -122,8 +122,8 @@ def train(
     summary["seconds"] = round(time.monotonic() - began, 1)
     summary["controls"] = {name: {key: r[key] for key in scores} for name, r in result["controls"].items()}
     summary |= {"run": str(folder), "model": lm.name, "hook": lm.hook, "tokens": run.train.steps * run.train.batch}
-    _write_json(folder / "summary.json", summary)
-    _write_json(json_file, summary)
+    write_json(folder / "summary.json", summary)
+    write_json(json_file, summary)
     _core_table(result, f"{run.sae.activation}, F = {run.sae.d_sae}, at {lm.hook} of {lm.name}")
     print(f"run folder: {folder}   figures: {folder / 'figures'}   {summary['seconds']:.0f} s")
 
@@ -146,7 +146,7 @@ def eval_core(
     from .engine.stream import ActivationStream, LanguageModel
     from .evals.run import evaluate
 
-    _check_json(json_file)
+    check_writable(json_file)
     _check_backend()
     found = checkpoint.find(sae)
     if found.run is None and model is None:
@@ -164,7 +164,7 @@ def eval_core(
     stream = ActivationStream(stream_config, tokens=100_000, seed=seed, model=lm)
     is_run = sae != found.folder and not changes.keys() - own_place.keys() and layer is None
     result = evaluate(found, stream, sae if is_run else None)
-    _write_json(json_file, result)
+    write_json(json_file, result)
     _core_table(result, f"{found.folder} at {lm.hook} of {lm.name}")
 
 
@@ -179,9 +179,9 @@ def testbed_train(
     from .engine.stream.model import TESTBED
     from .engine.testbed.training import train as train_model
 
-    _check_json(json_file)
+    check_writable(json_file)
     quality = train_model(out or TESTBED, steps=steps, seed=seed)
-    _write_json(json_file, quality)
+    write_json(json_file, quality)
     _figures(quality)
 
 
@@ -192,9 +192,9 @@ def testbed_quality(json_file: JsonFile = None) -> None:
     from .engine.testbed.language import HELD_OUT, Language
     from .engine.testbed.quality import measure
 
-    _check_json(json_file)
+    check_writable(json_file)
     quality = measure(LanguageModel("testbed").bridge, Language(), HELD_OUT)
-    _write_json(json_file, quality)
+    write_json(json_file, quality)
     _figures(quality)
 
 
@@ -208,12 +208,12 @@ def testbed_sample(
     """Print documents of the embedded language; --json adds every token's labels."""
     from .engine.testbed.language import Language
 
-    _check_json(json_file)
+    check_writable(json_file)
     language = Language(correlation)
     documents = [language.document(start + i) for i in range(count)]
     for document in documents:
         print(document.text, end="\n\n")
-    _write_json(json_file, {"documents": [vars(document) | {"text": document.text} for document in documents]})
+    write_json(json_file, {"documents": [vars(document) | {"text": document.text} for document in documents]})
 
 
 @app.command()
@@ -226,7 +226,7 @@ def doctor(json_file: JsonFile = None) -> None:
 
     from .kernels.backend import why
 
-    _check_json(json_file)
+    check_writable(json_file)
     found: dict[str, Any] = {"temposae": version("temposae"), "python": platform.python_version()}
     for package in ("torch", "triton", "transformer-lens", "transformers", "datasets", "safetensors"):
         try:
@@ -242,7 +242,7 @@ def doctor(json_file: JsonFile = None) -> None:
         found["backend"], found["why"] = why()
     except ValueError as error:
         found["backend"], found["why"] = None, str(error)
-    _write_json(json_file, found)
+    write_json(json_file, found)
     _figures(found)
     if found["backend"] is None:
         raise typer.Exit(2)
@@ -284,32 +284,6 @@ def _check_backend() -> None:
         why()
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def _check_json(path: Path | None) -> None:
-    from .engine.errors import UserError
-
-    if path is None:
-        return
-    new = not path.exists()
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise UserError(
-            f"json: {path} can't be written ({error.strerror}); give a file in a folder that exists"
-        ) from None
-    if new:
-        path.unlink()
-
-
-def _write_json(path: Path | None, values: Any) -> None:
-    from .engine.errors import UserError
-
-    if path is not None:
-        try:
-            path.write_text(json.dumps(values, indent=1, default=str) + "\n")
-        except OSError as error:
-            raise UserError(f"json: {path} can't be written ({error.strerror})") from None
 
 
 def _core_table(result: dict[str, Any], title: str) -> None:

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..engine.files import check_writable, write_json
+
 bench_app = typer.Typer(
     help="Time ops and training steps beside other libraries and beside what the device could do.",
     no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -108,11 +110,10 @@ def report(
     """
     _quiet()
     from .report import write as write_report
-    from .results import check_writable, write
 
     check_writable(json_file)
     found, paths = write_report(out, results=results, archs=arch, kernels=kernel)
-    write(json_file, found)
+    write_json(json_file, found)
     print((out / "report.md").read_text(), end="")
     print("\nwritten: " + "  ".join(map(str, paths)))
 
@@ -135,12 +136,12 @@ def profile(
     where, kind, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
     from .profile import run
     from .profile import table as stages
-    from .results import check_writable, commit, device_name, write
+    from .results import commit, device_name
 
     check_writable(trace, "trace")
     found = run(shapes[0], device=where, dtype=kind, steps=steps, trace=trace)
     found |= {"device": device_name(where), "commit": commit(), "trace": str(trace)}
-    write(json_file, found)
+    write_json(json_file, found)
     print(stages(found), end="")
     print(f"trace: {trace}")
 
@@ -156,7 +157,6 @@ def _begin(
     from ..engine.errors import UserError
     from ..kernels.backend import why
     from .data import DTYPES, shapes
-    from .results import check_writable
 
     check_writable(json_file)
     if device not in (None, "cpu", "cuda"):
@@ -176,9 +176,8 @@ def _begin(
 
 def _finish(found: dict[str, Any], json_file: Path | None) -> None:
     from .results import table as markdown
-    from .results import write
 
-    write(json_file, found)
+    write_json(json_file, found)
     print(markdown(found), end="")
 
 

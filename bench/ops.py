@@ -106,6 +106,11 @@ def _select_topk(i: Inputs) -> Call:
     return lambda: select.select_topk(acts, k)
 
 
+def _select_batch_topk(i: Inputs) -> Call:
+    acts, total = i.acts, i.shape.N * i.shape.K
+    return lambda: select.select_batch_topk(acts, total)
+
+
 def _select_threshold(i: Inputs) -> Call:
     # About K a token, from a threshold for all, into a code that holds them all: nothing waits.
     acts, threshold = i.acts, float(i.code.values.min(1).values.mean())
@@ -243,6 +248,7 @@ OPS = {
     "encode": Op("forward", _encode, _encode_cost, _encode_cost),
     "encode_topk": Op("forward", _encode_topk, _encode_topk_cost, _encode_topk_cost),
     "select_topk": Op("forward", _select_topk, _select_topk_cost, _select_topk_cost),
+    "select_batch_topk": Op("forward", _select_batch_topk, _select_topk_cost, _select_topk_cost),
     "select_threshold": Op("forward", _select_threshold, _select_threshold_cost),
     "decode": Op("forward", _decode, _decode_cost, _decode_cost),
     "reconstruct": Op("forward", _reconstruct, _reconstruct_cost, _decode_cost),

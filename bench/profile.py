@@ -290,16 +290,15 @@ def _traced(call: Callable[[], Any], device: str, keep: Path | None = None) -> l
 def _wrapped(learner: Learner) -> Iterator[None]:
     """Ranges around the ops wherever the engine calls them, and around what else a step is made of."""
     ops = (
-        encode.encode, encode.encode_topk, select.select_topk, select.select_threshold, decode.decode, decode.reconstruct,
+        encode.encode, encode.encode_topk, select.select_topk, select.select_batch_topk,
+        select.select_threshold, decode.decode, decode.reconstruct,
         decode.decode_values_grad, loss.position_loss, weight_grad.weight_grad, adam.adam_rows, adam.row_norms,
     )  # fmt: skip
     engine = __package__.rpartition(".")[0] + ".engine" if __package__ else ""
     modules = [module for name, module in list(sys.modules.items()) if name.startswith(engine)]
     targets = [(m, name) for m in modules for name, value in list(vars(m).items()) if any(value is op for op in ops)]
     targets += [(SparseCode, "transpose"), (torch.nn.utils, "clip_grad_norm_")]
-    targets += [
-        (learner.sae, name) for name in ("project_decoder_gradient", "normalise_decoder") if hasattr(learner.sae, name)
-    ]
+    targets += [(learner.sae, name) for name in ("project_decoder_gradient", "constrain")]
     with contextlib.ExitStack() as undo:
         for owner, name in targets:
             function = getattr(owner, name)

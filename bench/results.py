@@ -66,26 +66,6 @@ def commit() -> str | None:
     return os.environ.get("TEMPOSAE_COMMIT")
 
 
-def check_writable(path: Path | None, option: str = "json") -> None:
-    """Raises UserError if no file can be written at `path`, the value of `option`; said before the work, not after it."""
-    if path is None:
-        return
-    new = not path.exists()
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise UserError(
-            f"{option}: {path} can't be written ({error.strerror}); give a file in a folder that exists"
-        ) from None
-    if new:
-        path.unlink()
-
-
-def write(path: Path | None, found: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(found, indent=1) + "\n")
-
-
 def read(path: Path) -> dict[str, Any]:
     """The results in a file. Raises UserError for what is not a file of results."""
     try:

@@ -40,6 +40,10 @@ def test_ops_do_what_they_are_named_after(inputs: Inputs, assert_close: Any) -> 
     assert_close((results["encode"] * (f > 0)), f)
     assert_close(results["encode_topk"].to_dense(), f)
     assert_close(results["select_topk"].to_dense(), f)
+    acts = results["encode"]
+    assert_close(
+        results["select_batch_topk"].to_dense(), acts * (acts >= acts.flatten().topk(SHAPE.K * SHAPE.N).values[-1])
+    )
     kept = results["select_threshold"]
     assert 0.5 * SHAPE.K * SHAPE.N < int(kept.offsets[-1]) < 2 * SHAPE.K * SHAPE.N
     assert not kept.overflow

@@ -10,6 +10,7 @@ import pytest
 from temposae.bench import results
 from temposae.bench.results import kept, read, table
 from temposae.engine.errors import UserError
+from temposae.engine.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"<!-- temposae bench table (\S+) -->\n(.*?)\n*<!-- end of table -->", re.DOTALL)
@@ -147,5 +148,5 @@ def test_blocks_are_found() -> None:
 
 def test_json_of_a_run_can_be_read_back(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    results.write(path, result(case("torch", 1.0)))
+    write_json(path, result(case("torch", 1.0)))
     assert read(path) == json.loads(path.read_text()) == result(case("torch", 1.0))

@@ -1,0 +1,31 @@
+"""Files of figures that a user asks for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+def check_writable(path: Path | None, option: str = "json") -> None:
+    """Raises UserError if no file can be written at `path`, the value of `option`: before the work, not after it."""
+    if path is None:
+        return
+    new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(
+            f"{option}: {path} can't be written ({error.strerror}); give a file in a folder that exists"
+        ) from None
+    if new:
+        path.unlink()
+
+
+def write_json(path: Path | None, values: Any) -> None:
+    """Write `values`, if a path is given. Raises UserError where that fails."""
+    if path is not None:
+        try:
+            path.write_text(json.dumps(values, indent=1, default=str) + "\n")
+        except OSError as error:
+            raise UserError(f"json: {path} can't be written ({error.strerror})") from None
