@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..kernels.adam import Moments
 from ..kernels.loss import PositionSums
 from .config import TrainConfig
 from .sae import Objective, SparseAutoencoder
@@ -40,12 +41,23 @@ class Learner:
         sae.initialise_bias(self.mean)
         device = self.mean.device
         self.lr = config.lr if config.lr is not None else default_lr(sae.cfg.d_sae)
+        # Adam sees W_enc as it lies in memory, [F, D]: on a CPU it takes three times as long over a transposed view.
+        self.leaves = {
+            name: p if p.is_contiguous() else torch.nn.Parameter(p.detach().T)
+            for name, p in sae.named_parameters()
+            if p.requires_grad
+        }
         # Thresholds are of the order of |x| ~ sqrt(D), and learn at that pace.
-        pace = {id(sae.threshold): math.sqrt(sae.cfg.d_in)} if sae.cfg.activation == "jumprelu" else {}
-        groups = [{"params": [p], "pace": pace.get(id(p), 1.0)} for p in sae.parameters() if p.requires_grad]
+        groups = [
+            {"params": [leaf], "pace": math.sqrt(sae.cfg.d_in) if name == "threshold" else 1.0}
+            for name, leaf in self.leaves.items()
+        ]
         self.adam = torch.optim.Adam(groups, lr=self.lr, betas=(config.beta1, config.beta2), fused=True)
         self.dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-        self.fused = FusedStep(sae, self.adam.state, config, self.dtype) if fits(sae) else None
+        for leaf in self.leaves.values():  # as torch begins them, but for the fused step as well
+            moments = {key: torch.zeros_like(leaf) for key in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[leaf] = {"step": torch.zeros((), device=device), **moments}
+        self.fused = FusedStep(sae, self.moments(), config, self.dtype) if fits(sae) else None
         self.dead_after = config.dead_after_tokens or min(10_000_000, max(config.tokens // 10, 10 * config.batch))
         self.idle_tokens = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
         self.steps_done = 0
@@ -82,25 +94,38 @@ class Learner:
         self._spread += (x - self.mean).square().sum()
         loss = found.loss.detach()
         aux = found.aux_loss if found.aux_loss is not None else torch.zeros_like(loss)
-        self._losses += torch.stack([loss - aux, aux, norm])
+        self._losses += torch.stack([loss - aux, aux, torch.zeros_like(norm) if config.clip_norm is None else norm])
 
     def _unfused_step(self, x: Tensor, pos: Tensor, dead: Tensor | None) -> tuple[Objective, Tensor]:
         """The update by autograd and torch's Adam: for every dictionary and device, and what the fused one must equal."""
         found = self.sae.objective(x, pos, self.n_positions, dead)
-        self.adam.zero_grad()
         found.loss.backward()
         self.sae.project_decoder_gradient()
-        limit = self.config.clip_norm if self.config.clip_norm is not None else math.inf
-        norm = torch.nn.utils.clip_grad_norm_([p for p in self.sae.parameters() if p.requires_grad], limit)
+        for name, parameter in self.sae.named_parameters():
+            if name in self.leaves and self.leaves[name] is not parameter and parameter.grad is not None:
+                self.leaves[name].grad = parameter.grad.T
+        norm = torch.zeros_like(found.loss)
+        if self.config.clip_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(list(self.leaves.values()), self.config.clip_norm)
         self.adam.step()
+        self.adam.zero_grad()
+        self.sae.zero_grad()
         self.sae.constrain()
         return found, norm
+
+    def moments(self) -> dict[str, Moments]:
+        """Adam's moments by parameter, in the layout of `leaves`."""
+        return {
+            name: Moments(*(self.adam.state[leaf][key] for key in Moments._fields))
+            for name, leaf in self.leaves.items()
+        }
 
     def report(self) -> dict[str, float]:
         """Means since the last report. Waits for the device.
 
         `loss`: squared error per token (scaled activations) and L1 term; `aux_loss`: what AuxK adds to it in training;
-        `fvu`: squared error over that of predicting the mean; `dead`: latents idle for `dead_after` tokens.
+        `fvu`: squared error over that of predicting the mean; `dead`: latents idle for `dead_after` tokens;
+        `gradient_norm`: before clipping, where that is asked for.
         """
         tokens = float(self._sums.count.sum())
         loss, aux, norm = (self._losses / max(1, self._steps)).tolist()
@@ -113,9 +138,10 @@ class Learner:
             "l1": float(self._sums.l1.sum()) / tokens / self.scale,
             "dead": dead,
             "dead_fraction": dead / self.sae.cfg.d_sae,
-            "gradient_norm": norm,
             "lr": self.adam.param_groups[0]["lr"],
         }
+        if self.config.clip_norm is not None:
+            found["gradient_norm"] = norm
         self.any_dead = dead > 0
         self._reset()
         return found
@@ -126,11 +152,9 @@ class Learner:
         found |= {f"sums.{key}": value for key, value in self._sums._asdict().items()}
         numbers = {"scale": self.scale, "steps_done": self.steps_done, "steps": self._steps, "any_dead": self.any_dead}
         found |= {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
-        for name, parameter in self.sae.named_parameters():
-            if parameter in self.adam.state:
-                self.adam.state[parameter]["step"].fill_(self.steps_done)  # the fused step doesn't count
-            for key, value in self.adam.state.get(parameter, {}).items():
-                found[f"adam.{name}.{key}"] = value
+        for name, leaf in self.leaves.items():
+            self.adam.state[leaf]["step"].fill_(self.steps_done)  # the fused step doesn't count
+            found |= {f"adam.{name}.{key}": value for key, value in self.adam.state[leaf].items()}
         return found
 
     def load_state(self, state: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
@@ -146,12 +170,8 @@ class Learner:
             value.copy_(state[f"sums.{key}"])
         self.steps_done, self._steps = int(state["steps_done"]), int(state["steps"])
         self.any_dead = bool(state["any_dead"])
-        for name, parameter in self.sae.named_parameters():
-            saved = {k.rsplit(".", 1)[1]: v for k, v in state.items() if k.startswith(f"adam.{name}.")}
-            if saved:
-                self.adam.state[parameter] = {
-                    key: value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
-                    for key, value in saved.items()
-                }
+        for name, leaf in self.leaves.items():
+            for key, value in self.adam.state[leaf].items():
+                value.copy_(state[f"adam.{name}.{key}"])
         if self.fused is not None:
             self.fused.refresh()

@@ -1,8 +1,6 @@
 """A TopK or BatchTopK training step straight through the kernels: what autograd, clipping and Adam do to a dictionary, with
 the gradients of its two large weights never in memory."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.profiler import record_function
@@ -28,19 +26,13 @@ class FusedStep:
     """Updates a dictionary in place, as `sae.objective`, backward, `project_decoder_gradient`, clip_grad_norm_, Adam and
     `constrain` do one after the other, within rounding. Never waits for the device.
 
-    `state` is Adam's, by parameter, as torch.optim.Adam keeps it. With products in bfloat16, a bfloat16 copy of each large
+    `moments` are Adam's, by parameter; that of W_enc is [F, D]. With products in bfloat16, a bfloat16 copy of each large
     weight is kept beside the float32 one; `refresh` makes it anew after the weights were changed from outside.
     """
 
-    def __init__(
-        self, sae: SparseAutoencoder, state: dict[Any, dict[str, Tensor]], config: TrainConfig, dtype: torch.dtype
-    ):
-        self.sae, self.state, self.config, self.dtype = sae, state, config, dtype
+    def __init__(self, sae: SparseAutoencoder, moments: dict[str, Moments], config: TrainConfig, dtype: torch.dtype):
+        self.sae, self.moments, self.config, self.dtype = sae, moments, config, dtype
         device = sae.b_dec.device
-        for parameter in sae.parameters():
-            if parameter.requires_grad:
-                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-                state[parameter] = {"step": torch.zeros((), device=device), **moments}
         self._shadows = {}
         if dtype != torch.float32:
             self._shadows = {w: torch.empty_like(w, dtype=dtype) for w in (sae.W_enc, sae.W_dec)}
@@ -113,25 +105,22 @@ class FusedStep:
             torch.clamp(config.clip_norm / (norm + 1e-6), max=1, out=factor)  # as clip_grad_norm_ does
         rates = Rates(step_size, correction, factor, config.beta1, config.beta2)
 
-        def moments(parameter: Tensor) -> Moments:
-            return Moments(*(self.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")))
-
         shadow = self._shadows.get(sae.W_enc)
         norms = [
             adam_rows(
-                W_enc, by_latent, dpre, x, Moments(*(m.T for m in moments(sae.W_enc))), rates,
+                W_enc, by_latent, dpre, x, self.moments["W_enc"], rates,
                 center=b_dec, shadow=None if shadow is None else shadow.T,
             )
         ]  # fmt: skip
         if learned:
             norms.append(
                 adam_rows(
-                    W_dec, by_latent, values, rows, moments(sae.W_dec), rates,
+                    W_dec, by_latent, values, rows, self.moments["W_dec"], rates,
                     unit_norm=True, shadow=self._shadows.get(sae.W_dec),
                 )
             )  # fmt: skip
-        adam(b_enc, db_enc, moments(sae.b_enc), rates)
-        adam(b_dec, db_dec, moments(sae.b_dec), rates)
+        adam(b_enc, db_enc, self.moments["b_enc"], rates)
+        adam(b_dec, db_dec, self.moments["b_dec"], rates)
         return _total([*norms, db_enc.square(), db_dec.square()])
 
 

@@ -119,7 +119,7 @@ def _report(learners: dict[str, Learner], config: TrainConfig) -> dict[str, Any]
     for name, learner in learners.items():
         if name != "sae":
             found[name] = learner.report()
-    bad = [key for key in ("loss", "gradient_norm") if not math.isfinite(found[key])]
+    bad = [key for key in ("loss", "gradient_norm") if not math.isfinite(found.get(key, 0))]
     if bad:
         raise UserError(
             f"train.lr: {learners['sae'].lr:g} made {bad[0]} {found[bad[0]]} by step {steps}; "

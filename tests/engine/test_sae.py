@@ -236,13 +236,14 @@ def test_dead_latents_are_counted_in_tokens():
 
 
 def test_the_gradient_is_clipped_to_the_norm_told():
-    free, clipped = learner(clip_norm=None), learner(clip_norm=1e-3)
+    free, clipped, used_freely = learner(clip_norm=None), learner(clip_norm=1e-3), None
     for one in (free, clipped):
         one.step(batch())
-        grads = [p.grad for p in one.sae.parameters() if p.grad is not None]
-        total = torch.stack([g.norm() for g in grads]).norm()
-        assert (total <= 1.01e-3) == (one is clipped)
-        assert one.report()["gradient_norm"] > 0.1  # what is reported is the norm before
+        used = torch.stack([m.exp_avg.norm() for m in one.moments().values()]).norm() / (1 - one.config.beta1)
+        assert (used <= 1.01e-3) == (one is clipped)
+        used_freely = used if one is free else used_freely
+    assert clipped.report()["gradient_norm"] == pytest.approx(float(used_freely), rel=1e-4)  # what it was before
+    assert "gradient_norm" not in free.report()
 
 
 def test_schedule_rises_holds_and_falls():
