@@ -16,7 +16,7 @@ from temposae.kernels.configs import CONFIGS
 from torch import Tensor
 
 SMALL_BLOCKS = dict(BLOCK_N=16, BLOCK_F=32, BLOCK_D=32, GROUP_N=2, BLOCK_K=4, BLOCK_E=4, BLOCK=16, BLOCK_T=4, SPLIT=8)
-RANDOM_SHAPES = 25
+RANDOM_SHAPES = 50
 
 
 class Shape(NamedTuple):
@@ -62,7 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _parametrize(metafunc: pytest.Metafunc, name: str, ordinary, triton: str, extra=()) -> None:
     shapes = [(shape, str(shape), ()) for shape in ordinary]
     # A step interprets a dozen kernels: fewer of them.
-    count = RANDOM_SHAPES if name == "shape" else RANDOM_SHAPES // 5
+    count = RANDOM_SHAPES if name == "shape" else RANDOM_SHAPES // 10
     shapes += [(s, f"{seed}-{s}", pytest.mark.slow) for seed, s in enumerate(map(_random_shape, range(count)))]
     if "backend" not in metafunc.fixturenames:
         metafunc.parametrize(name, [pytest.param(shape, id=label, marks=marks) for shape, label, marks in shapes])
