@@ -49,6 +49,18 @@ class FusedStep:
     ) -> tuple[Objective, Tensor]:
         """One step, the `step`-th, on x [N, D] at pos [N]; other arguments as in `sae.objective`. Gives the objective before
         it, and the norm of the gradient before clipping."""
+        self.set_rates(lr, step)
+        return self.run(x, pos, n_positions, dead)
+
+    def set_rates(self, lr: float, step: int) -> None:
+        """What changes from step to step besides the data, written where the kernels read it."""
+        step_size, correction, _ = self._rates
+        step_size.fill_(lr / (1 - self.config.beta1**step))
+        correction.fill_((1 - self.config.beta2**step) ** 0.5)
+
+    @torch.no_grad()
+    def run(self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None) -> tuple[Objective, Tensor]:
+        """The step itself; nothing in it depends on the host, so that a CUDA graph can hold it."""
         sae, n = self.sae, len(x)
         x, rows, mask = sae.inputs(x, pos)
         W_enc, W_dec = (self._shadows.get(w, w).detach() for w in (sae.W_enc, sae.W_dec))
@@ -77,13 +89,12 @@ class FusedStep:
             by_latent = LatentMajor.of(latents, tokens, sae.cfg.d_sae)
             values, dpre = (torch.cat(parts) for parts in zip(*entries, strict=True))
         with record_function("temposae::update"):
-            norm = self._update(x, found.residual, residual, by_latent, values, dpre, lr, step)
+            norm = self._update(x, found.residual, residual, by_latent, values, dpre)
         total = loss if aux_loss is None else loss + aux_loss
         return Objective(total, sums, has_fired(code), aux_loss, sae.least_kept(code)), norm
 
     def _update(
         self, x: Tensor, residual: Tensor, rows: Tensor, by_latent: LatentMajor, values: Tensor, dpre: Tensor,
-        lr: float, step: int,
     ) -> Tensor:  # fmt: skip
         """Gradients and Adam for all parameters; gives the norm of the gradient."""
         sae, config = self.sae, self.config
@@ -94,8 +105,6 @@ class FusedStep:
         db_dec = residual.sum(0, dtype=torch.float32).mul_(-2 / len(x)).sub_(W_enc.T @ db_enc)
 
         step_size, correction, factor = self._rates
-        step_size.fill_(lr / (1 - config.beta1**step))
-        correction.fill_((1 - config.beta2**step) ** 0.5)
         factor.fill_(1)
         if config.clip_norm is not None:
             norms = [row_norms(by_latent, dpre, x, center=b_dec)]

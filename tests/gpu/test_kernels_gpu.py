@@ -7,11 +7,14 @@ import os
 
 import pytest
 import torch
-from temposae.engine.functions import decode_sparse, encode_topk, position_loss
+from temposae.engine.functions import encode_topk, position_loss, reconstruct
+from temposae.kernels.adam import Moments, Rates, adam_rows, row_norms
 from temposae.kernels.code import SparseCode
 from temposae.kernels.decode import decode, decode_values_grad
+from temposae.kernels.decode import reconstruct as reconstruct_op
 from temposae.kernels.encode import encode
-from temposae.kernels.select import select_threshold, select_topk
+from temposae.kernels.encode import encode_topk as encode_topk_op
+from temposae.kernels.select import select_batch_topk, select_threshold, select_topk
 from temposae.kernels.weight_grad import weight_grad
 
 pytestmark = [
@@ -64,7 +67,7 @@ def test_encode(n, d, f, k, dtype, assert_close):
     x, W_enc = normal(n, d, dtype=dtype), normal(f, d, dtype=dtype, seed=1).T
     b_enc, center = normal(f, seed=2), normal(d, dtype=dtype, seed=3)
     mask, pos = normal(POSITIONS, f, seed=4) > 0, positions(n)
-    pre = (x - center).double() @ W_enc.double() + b_enc.double()
+    pre = (x.double() - center.double()) @ W_enc.double() + b_enc.double()
     expected = pre.relu() * mask[pos]
     for layout in (W_enc, W_enc.contiguous(), W_enc.repeat_interleave(2, 1)[:, ::2]):
         assert_close(encode(x, layout, b_enc, center=center, mask=mask, pos=pos), expected, LIMIT[dtype])
@@ -92,6 +95,99 @@ def test_topk_is_exact(n, f, dtype, kind):
         assert torch.equal(code.values.nan_to_num(99), acts.gather(1, expected).nan_to_num(99))
 
 
+def largest(acts, k):
+    """[N, F] with the k largest of each row, the first among equals, and zeros elsewhere."""
+    where = acts.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(acts).scatter(1, where, acts.gather(1, where))
+
+
+@pytest.mark.parametrize(("n", "d", "f", "k"), [(700, 770, 5003, 33), (513, 96, 70_000, 50), (1000, 2304, 16384, 64)])
+@pytest.mark.parametrize("kind", ["whole numbers", "random", "all in one tile"])
+@DTYPES
+def test_encoded_topk_is_exact(n, d, f, k, kind, dtype, assert_close):
+    """Small whole numbers: every product and sum is exact, and there are ties; the set must be the one of the definition."""
+    x, W_enc, b_enc = normal(n, d, dtype=dtype), normal(f, d, dtype=dtype, seed=1).T / 4, normal(f, seed=2)
+    if kind == "whole numbers":
+        x, W_enc, b_enc = x.round(), (4 * W_enc).round(), b_enc.round()
+    if kind == "all in one tile":
+        b_enc[256:384] += 1000
+    aux_latents = torch.arange(f, device="cuda") % 5 == 0
+    code, aux = encode_topk_op(x, W_enc, b_enc, k, aux_k=k // 2, aux_latents=aux_latents)
+    acts = (x.double() @ W_enc.double() + b_enc.double()).relu()
+    for found, expected in ((code, largest(acts, k)), (aux, largest(acts * aux_latents, k // 2))):
+        dense = found.to_dense()
+        if kind == "whole numbers":
+            assert torch.equal(dense > 0, expected > 0)
+        else:  # near ties may fall either way, so their values count
+            assert ((dense > 0) == (expected > 0)).double().mean() > 0.9999
+            assert_close(dense.sort(1).values, expected.sort(1).values, LIMIT[dtype])
+        at = found.indices.long()
+        assert_close(found.values, acts.gather(1, at) * (found.values > 0), LIMIT[dtype])
+    again, _ = encode_topk_op(x, W_enc, b_enc, k, aux_k=k // 2, aux_latents=aux_latents)
+    assert torch.equal(again.values, code.values)
+    assert torch.equal(again.indices, code.indices)
+
+
+@DTYPES
+def test_batch_topk_is_exact(dtype):
+    acts = normal(1000, 5003, dtype=dtype).relu()
+    for total in (1, 33_333, 10**6, acts.numel()):
+        code = select_batch_topk(acts, total)
+        order = acts.flatten().sort(descending=True, stable=True).indices[:total]
+        kept = torch.zeros(acts.numel(), dtype=torch.bool, device="cuda").scatter_(0, order, True).view_as(acts) & (
+            acts > 0
+        )
+        stored = int(kept.sum())
+        assert torch.equal(code.indices[:stored], kept.nonzero()[:, 1].int())
+        assert torch.equal(code.values[:stored], acts[kept])
+        assert torch.equal(code.offsets[1:], kept.sum(1).cumsum(0))
+
+
+@SHAPES
+@DTYPES
+@pytest.mark.parametrize("ragged", [False, True], ids=["fixed K", "ragged"])
+def test_reconstruction_and_update(n, d, f, k, dtype, ragged, assert_close):
+    code, limit = draw_code(n, f, k, torch.float32, ragged), LIMIT[dtype]
+    W_dec, b_dec, x = normal(f, d, dtype=dtype, seed=4), normal(d, seed=5), normal(n, d, dtype=dtype, seed=6)
+    dense = code.to_dense().double()
+    found = reconstruct_op(code, W_dec, b_dec, x)
+    residual = x.double() - dense @ W_dec.double() - b_dec.double()
+    used = code.values.numel() if code.offsets is None else int(code.offsets[-1])
+    where = code.rows.flatten()[:used], code.indices.flatten()[:used].long()
+    assert_close(found.residual, residual, limit)
+    assert_close(found.squared_error, residual.square().sum(1))
+    assert_close(found.projection.flatten()[:used], (residual @ W_dec.double().T)[where])
+    assert (found.projection.flatten()[used:] == 0).all()
+
+    entries, center = code.transpose(), normal(d, seed=7)
+    for unit_norm in (False, True):
+        W = torch.nn.functional.normalize(normal(f, d, seed=8), dim=1)
+        grad = dense.T @ (x.double() - center.double())
+        if unit_norm:
+            grad -= (grad * W.double()).sum(1, keepdim=True) * W.double()
+        norms = row_norms(entries, code.values, x, center=center, W=W if unit_norm else None)
+        assert_close(norms, grad.square().sum(1))
+        results = []
+        for _ in range(2):
+            updated, shadow = W.clone(), torch.empty_like(W, dtype=torch.bfloat16)
+            moments = Moments(*(0.1 * torch.ones_like(W) for _ in range(2)))
+            rates = Rates(*(torch.tensor(v, device="cuda") for v in (0.01, 0.3, 0.5)))
+            adam_rows(
+                updated, entries, code.values, x, moments, rates, center=center, unit_norm=unit_norm, shadow=shadow
+            )
+            results.append((updated, *moments, shadow))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        mean, square = 0.09 + 0.1 * 0.5 * grad, 0.0999 + 0.001 * (0.5 * grad).square()
+        expected = W.double() - 0.01 * mean / (square.sqrt() / 0.3 + 1e-8)
+        if unit_norm:
+            expected /= expected.norm(dim=1, keepdim=True)
+        updated, exp_avg, exp_avg_sq, shadow = results[0]
+        assert_close(exp_avg, mean)
+        assert_close(exp_avg_sq, square)
+        assert_close(updated, expected)
+        assert torch.equal(shadow, updated.bfloat16())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_threshold(dtype):
     acts, threshold = normal(1000, 5003, dtype=dtype), normal(5003, seed=1).abs()
@@ -116,7 +212,7 @@ def test_sparse_ops(n, d, f, k, dtype, ragged, assert_close):
     x_hat = dense @ W_dec.double() + b_dec.double()
     assert_close(decode(code, W_dec, b_dec), x_hat, limit)
     assert_close(decode(code, W_dec, b_dec, target=rows), rows.double() - x_hat, limit)
-    assert_close(weight_grad(code, code.values, rows), dense.T @ rows.double())
+    assert_close(weight_grad(code.transpose(), code.values, rows), dense.T @ rows.double())
 
     used = code.values.numel() if code.offsets is None else int(code.offsets[-1])
     grad = decode_values_grad(code, W_dec, rows).flatten()
@@ -151,16 +247,15 @@ def test_step_gradients_and_the_same_bits_twice(n, d, f, k, dtype, assert_close)
         code, aux = encode_topk(
             x, p["W_enc"], p["b_enc"], p["center"], p["mask"], pos, k=k, aux_k=k // 2, aux_latents=aux_latents
         )
-        residual = decode_sparse(code, p["W_dec"], p["b_dec"], target)
-        left = decode_sparse(aux, p["W_dec"], torch.zeros_like(p["b_dec"]), residual.detach())
-        sums = position_loss(residual, code, pos, POSITIONS)
-        loss = sums.squared_error.sum() + sums.l1.sum() + left.float().square().sum()
+        squared_error, residual = reconstruct(code, p["W_dec"], p["b_dec"], target)
+        left, _ = reconstruct(aux, p["W_dec"], torch.zeros_like(p["b_dec"]), residual)
+        sums = position_loss(squared_error, code, pos, POSITIONS)
+        loss = sums.squared_error.sum() + sums.l1.sum() + left.sum()
         return [loss.detach(), *torch.autograd.grad(loss, list(p.values()))], code, aux
 
     (loss, *grads), code, aux = step()
     p = {name: parameter.double().requires_grad_() for name, parameter in parameters.items()}
-    centred = (x.double() - p["center"]).to(dtype).double()
-    acts = torch.relu(centred @ p["W_enc"] + p["b_enc"]) * p["mask"][pos]
+    acts = torch.relu((x.double() - p["center"]) @ p["W_enc"] + p["b_enc"]) * p["mask"][pos]
     chosen, aux_chosen = (c.with_values((c.values > 0).double()).to_dense() for c in (code, aux))
     residual = target.double() - (acts * chosen) @ p["W_dec"] - p["b_dec"]
     left = residual.detach() - (acts * aux_chosen) @ p["W_dec"]

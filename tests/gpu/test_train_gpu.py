@@ -28,6 +28,32 @@ def test_a_step_never_waits_for_the_device(aux):
     assert one.report()["loss"] > 0
 
 
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_the_fused_step_equals_the_unfused_one(activation, assert_close):
+    N, D, F, T = 512, 256, 4096, 64
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(300, D, generator=generator)
+    made = []
+    for fused in (True, False):
+        sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=16, aux_k=32, activation=activation), seed=1).cuda()
+        settings = TrainConfig(tokens=N * 10, batch=N, dtype="float32", dead_after_tokens=1)
+        one = Learner(sae, settings, torch.zeros(D, device="cuda"), D**0.5, T)
+        assert one.fused is not None
+        one.fused = one.fused if fused else None
+        one.any_dead = True
+        draw = torch.Generator().manual_seed(2)
+        for _ in range(3):
+            x = torch.rand(N, 300, generator=draw).pow(8) @ directions
+            others = (torch.randint(0, T, (N,), generator=draw, dtype=torch.int32).cuda() for _ in range(3))
+            one.step(Batch(x.cuda(), *others))
+        made.append(one)
+    first = SparseAutoencoder(made[0].sae.cfg, seed=1).cuda()
+    for name, expected in made[1].sae.named_parameters():
+        found, start = getattr(made[0].sae, name), getattr(first, name)
+        assert_close(found - start, expected - start, 1e-3, f"change of {name}")
+    assert made[0].report() == pytest.approx(made[1].report(), rel=1e-3)
+
+
 def test_the_embedded_model_trains_as_on_a_cpu():
     stream = ActivationStream(StreamConfig(buffer_tokens=16384))
     assert stream.model.device.type == "cuda"
