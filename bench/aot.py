@@ -35,8 +35,8 @@ class Spec(NamedTuple):
 
 def _encode(kernel: str, dtype: str, *, masked: bool, ragged: bool = False, **keep: int) -> Spec:
     pointers = dict(x=dtype, w=dtype, b="fp32", mask="u8", pos="i64", acts=dtype)
-    pointers |= dict(aux_latents="u8", candidates="i32", aux_candidates="i32")
-    flags = dict(HAS_MASK=masked, EVEN_D=not ragged, **(keep or dict(RELU=True)))
+    pointers |= dict(used="i32", aux_latents="u8", candidates="i32", aux_candidates="i32")
+    flags = dict(HAS_MASK=masked, HARD=masked, EVEN_D=not ragged, **(keep or dict(RELU=True)))
     if keep:
         flags["HAS_AUX_LATENTS"] = keep["AUX_KEEP"] > 0
     config = "encode_topk" if keep else "encode"

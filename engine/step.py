@@ -62,6 +62,10 @@ class FusedStep:
     def run(self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None) -> tuple[Objective, Tensor]:
         """The step itself; nothing in it depends on the host, so that a CUDA graph can hold it."""
         sae, n = self.sae, len(x)
+        if sae.mask.fixed is not None:
+            # Tokens side by side are then at few positions, and tiles that a mask over ranges empties are left out.
+            pos, order = pos.sort(stable=True)
+            x = x[order]
         x, rows, mask = sae.inputs(x, pos)
         W_enc, W_dec = (self._shadows.get(w, w).detach() for w in (sae.W_enc, sae.W_dec))
         with record_function("temposae::encode"):

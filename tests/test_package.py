@@ -51,11 +51,12 @@ def target(wheel: Path) -> Path:
     return folder
 
 
-def test_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> None:
+def test_wheel_holds_every_module_the_embedded_model_and_measured_results(wheel: Path) -> None:
     shipped = {name for name in ZipFile(wheel).namelist() if name.startswith("temposae/")}
     model = [path.relative_to(ROOT) for path in (ROOT / "engine/testbed/model").iterdir()]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in model}
-    assert shipped == {f"temposae/{path}" for path in [*source_files("*.py"), *model, "py.typed"]}
+    results = [path.relative_to(ROOT) for path in (ROOT / "bench/results").iterdir()]
+    assert shipped == {f"temposae/{path}" for path in [*source_files("*.py"), *model, *results, "py.typed"]}
 
 
 def test_wheel_makes_nothing_but_temposae_importable(target: Path) -> None:

@@ -69,17 +69,33 @@ def masked(acts, mask_ptr, pos_ptr, rows, cols, N, F):
 
 
 @triton.jit
+def is_empty(used_ptr, pos_ptr, rows, tile_f, N, F, BLOCK_F: tl.constexpr):
+    """Whether a hard mask is off for the whole tile. `used` [T + 1, tiles] counts the positions below each at which some
+    latent of the tile is on; the tile's tokens are taken to be at all positions from its least to its greatest."""
+    tiles_f = tl.cdiv(F, BLOCK_F)
+    positions = tl.load(pos_ptr + rows, mask=rows < N, other=0).to(tl.int64)
+    first = tl.min(tl.where(rows < N, positions, 0x7FFFFFFF), 0)
+    last = tl.max(positions, 0)
+    return tl.load(used_ptr + first * tiles_f + tile_f) == tl.load(used_ptr + (last + 1) * tiles_f + tile_f)
+
+
+@triton.jit
 def encode_kernel(
-    x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, acts_ptr,
+    x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, used_ptr, acts_ptr,
     N, D, F,
     stride_x, stride_wd, stride_wf,
-    RELU: tl.constexpr, HAS_MASK: tl.constexpr, EVEN_D: tl.constexpr,
+    RELU: tl.constexpr, HAS_MASK: tl.constexpr, HARD: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
     tile_n, tile_f = tile_of(tl.program_id(0), N, F, BLOCK_N, BLOCK_F, GROUP_N)
     rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
-    acts = product(x_ptr, w_ptr, rows, cols, N, D, F, stride_x, stride_wd, stride_wf, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D)
+    depth = D
+    if HARD:
+        depth = tl.where(is_empty(used_ptr, pos_ptr, rows, tile_f, N, F, BLOCK_F), 0, D)  # no turn of the main loop
+    acts = product(
+        x_ptr, w_ptr, rows, cols, N, depth, F, stride_x, stride_wd, stride_wf, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D
+    )
     acts += tl.load(b_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
     if RELU:
         acts = tl.where(acts < 0, 0.0, acts)  # unlike maximum, lets NaN through
@@ -108,17 +124,22 @@ def store_largest(packed, ptrs, inside, KEEP: tl.constexpr):
 
 @triton.jit
 def candidates_kernel(
-    x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, aux_latents_ptr, candidates_ptr, aux_candidates_ptr,
+    x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, aux_latents_ptr, used_ptr, candidates_ptr, aux_candidates_ptr,
     N, D, F,
     stride_x, stride_wd, stride_wf,
-    HAS_MASK: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_MASK: tl.constexpr, HARD: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr, EVEN_D: tl.constexpr,
     KEEP: tl.constexpr, AUX_KEEP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
     tile_n, tile_f = tile_of(tl.program_id(0), N, F, BLOCK_N, BLOCK_F, GROUP_N)
     rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
-    acts = product(x_ptr, w_ptr, rows, cols, N, D, F, stride_x, stride_wd, stride_wf, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D)
+    depth = D
+    if HARD:
+        depth = tl.where(is_empty(used_ptr, pos_ptr, rows, tile_f, N, F, BLOCK_F), 0, D)  # no turn of the main loop
+    acts = product(
+        x_ptr, w_ptr, rows, cols, N, depth, F, stride_x, stride_wd, stride_wf, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D
+    )
     acts += tl.load(b_ptr + cols, mask=cols < F, other=0.0)[None, :]
     if HAS_MASK:
         acts = masked(acts, mask_ptr, pos_ptr, rows, cols, N, F)
@@ -263,10 +284,12 @@ def encode(
     x, W_enc, bias, mask = _prepared(x, W_enc, b_enc, center, mask)
     acts = torch.empty((n, f), dtype=x.dtype, device=x.device)
     options = _options("encode", x)
+    used = _used(mask, options["BLOCK_F"])
     encode_kernel[_grid(n, f, options)](
-        x, W_enc, bias, x if mask is None else mask, x if pos is None else pos.contiguous(), acts,
+        x, W_enc, bias, x if mask is None else mask, x if pos is None else pos.contiguous(),
+        x if used is None else used, acts,
         n, d, f, x.stride(0), *W_enc.stride(),
-        RELU=relu, HAS_MASK=mask is not None, EVEN_D=d % options["BLOCK_D"] == 0,
+        RELU=relu, HAS_MASK=mask is not None, HARD=used is not None, EVEN_D=d % options["BLOCK_D"] == 0,
         **options,
     )  # fmt: skip
     return acts
@@ -285,7 +308,7 @@ def encode_topk(
         return select_both(acts, k, aux_k, aux_latents, across_batch, select_topk, select_batch_topk)
 
     x, W_enc, bias, mask = _prepared(x, W_enc, b_enc, center, mask)
-    tiles = triton.cdiv(f, options["BLOCK_F"])
+    tiles, used = triton.cdiv(f, options["BLOCK_F"]), _used(mask, options["BLOCK_F"])
     candidates, aux_candidates = (
         torch.empty((n, tiles * kept), dtype=torch.int32, device=x.device) for kept in (keep, aux_keep)
     )
@@ -293,10 +316,10 @@ def encode_topk(
     operands = (x, W_enc, bias, x if mask is None else mask, x if pos is None else pos.contiguous(), is_aux)
     sizes, strides = (n, d, f), (x.stride(0), *W_enc.stride())
     candidates_kernel[_grid(n, f, options)](
-        *operands, candidates, aux_candidates,
+        *operands, x if used is None else used, candidates, aux_candidates,
         *sizes, *strides,
-        HAS_MASK=mask is not None, HAS_AUX_LATENTS=aux_latents is not None, EVEN_D=d % options["BLOCK_D"] == 0,
-        KEEP=keep, AUX_KEEP=aux_keep,
+        HAS_MASK=mask is not None, HARD=used is not None, HAS_AUX_LATENTS=aux_latents is not None,
+        EVEN_D=d % options["BLOCK_D"] == 0, KEEP=keep, AUX_KEEP=aux_keep,
         **options,
     )  # fmt: skip
 
@@ -352,6 +375,15 @@ def _prepared(x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, ma
     if mask is not None:
         mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).contiguous()
     return x, W_enc, bias, mask
+
+
+def _used(mask: Tensor | None, tile: int) -> Tensor | None:
+    """What `is_empty` reads, for a hard mask as `_prepared` gives it; None for others."""
+    if mask is None or mask.dtype != torch.uint8:
+        return None
+    t, f = mask.shape
+    on = torch.nn.functional.pad(mask, (0, -f % tile)).view(t, -1, tile).amax(2)
+    return torch.cat([on.new_zeros(1, on.shape[1], dtype=torch.int32), on.cumsum(0, dtype=torch.int32)])
 
 
 def _options(op: str, x: Tensor) -> dict:

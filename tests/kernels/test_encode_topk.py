@@ -3,7 +3,7 @@
 import pytest
 import torch
 from temposae.kernels.configs import CONFIGS
-from temposae.kernels.encode import encode_topk
+from temposae.kernels.encode import encode, encode_topk
 
 from .conftest import SMALL_BLOCKS, Shape
 
@@ -107,6 +107,27 @@ def test_aux_code_is_exact_when_all_of_it_lies_in_one_tile(wide_backend, assert_
     acts = activations(x, W_enc, b_enc, center)
     check(code, largest(acts, WIDE.K), assert_close)
     check(aux, largest(acts * aux_latents, WIDE.K), assert_close, "aux code")
+
+
+@pytest.mark.parametrize("wide_backend", ["triton in small blocks"], indirect=True)
+def test_tiles_that_a_hard_mask_empties_are_left_out(wide_backend, assert_close):
+    """Weights of NaN would show, even where they are masked, if they were multiplied with."""
+    shape = WIDE._replace(N=40, T=8)
+    x, W_enc, b_enc, _ = inputs(shape)
+    pos = (torch.arange(shape.N) * shape.T) // shape.N
+    mask = (torch.arange(shape.T) < 4)[:, None] == (torch.arange(shape.F) < 128)[None, :]
+    expected = largest(activations(x, W_enc, b_enc, torch.zeros(shape.D), mask, pos), shape.K)
+    broken = W_enc.clone()
+    broken[:, 128:] = torch.nan
+    first, second = slice(0, 16), slice(16, 40)  # tiles of 16 tokens: only the first lies in the first half for good
+    found = {name: encode_topk(x, w, b_enc, shape.K, mask=mask, pos=pos, backend=wide_backend)[0].to_dense()
+             for name, w in (("whole", W_enc), ("broken", broken))}  # fmt: skip
+    assert_close(found["whole"], expected)
+    assert_close(found["broken"][first], expected[first])
+    assert found["broken"][second].isnan().any()
+    acts = encode(x, broken, b_enc, mask=mask, pos=pos, backend=wide_backend)
+    assert not acts[first].isnan().any()
+    assert acts[second].isnan().any()
 
 
 def test_nan_shows_in_its_own_row_only(wide_backend, assert_close):
