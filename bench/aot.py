@@ -123,7 +123,7 @@ def _specs(dtype: str) -> dict[str, Spec]:
                 "decode.decode_kernel", "decode", ragged=ragged, w=dtype, b="fp32", target=dtype, out=dtype, **code
             ),
             f"reconstruct, {kind}": Spec(
-                "decode.reconstruct_kernel", "reconstruct",
+                "decode.reconstruct_kernel", "reconstruct_loop" if ragged else "reconstruct",
                 dict(offsets="i64", w=dtype, b="fp32", target=dtype, residual=dtype, error="fp32", projection="fp32")
                 | code | dict(values="fp32"),
                 dict(RAGGED=ragged, ONCE=not ragged),

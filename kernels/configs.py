@@ -18,6 +18,7 @@ CONFIGS: dict[int, dict[str, dict[str, int]]] = {
         "threshold": dict(BLOCK_F=2048, num_warps=8),
         "decode": dict(BLOCK_K=8, BLOCK_D=256, STAGES=3, num_warps=4),
         "reconstruct": dict(BLOCK_K=64, BLOCK_D=256, num_warps=8),
+        "reconstruct_loop": dict(BLOCK_K=8, BLOCK_D=256, num_warps=4),
         "values_grad": dict(BLOCK_K=8, BLOCK_D=256, STAGES=3, num_warps=4),
         "weight_grad": dict(BLOCK_E=8, BLOCK_D=256, STAGES=3, num_warps=4),
         "windows": dict(SPLIT=256, BLOCK_E=8, BLOCK_D=256, STAGES=3, num_warps=4),

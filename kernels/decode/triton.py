@@ -133,9 +133,12 @@ def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None
 def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n, d = target.shape
     W_dec, target = _with_unit_stride(W_dec), _with_unit_stride(target)
-    options = launch_options("reconstruct", W_dec)
-    tiles, capacity = triton.cdiv(d, options["BLOCK_D"]), code.values.numel()
     k = 0 if code.ragged else code.values.shape[1]
+    options = launch_options("reconstruct", W_dec)
+    once = 0 < k <= options["BLOCK_K"]
+    if not once:
+        options = launch_options("reconstruct_loop", W_dec)
+    tiles, capacity = triton.cdiv(d, options["BLOCK_D"]), code.values.numel()
     residual = torch.empty((n, d), dtype=target.dtype, device=target.device)
     errors = torch.empty((tiles, n), dtype=torch.float32, device=target.device)
     # Unused entries of a ragged code are not written.
@@ -145,7 +148,7 @@ def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) 
         code.values.contiguous(), code.indices.contiguous(), code.indices if code.offsets is None else code.offsets,
         W_dec, b_dec.contiguous(), target, residual, errors, projections,
         n, d, k, capacity, W_dec.stride(0), target.stride(0),
-        RAGGED=code.ragged, ONCE=0 < k <= options["BLOCK_K"],
+        RAGGED=code.ragged, ONCE=once,
         **options,
     )  # fmt: skip
     return residual, errors.sum(0), projections.sum(0)
