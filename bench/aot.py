@@ -102,9 +102,9 @@ def _specs(dtype: str) -> dict[str, Spec]:
     specs["windows"] = Spec("weight_grad.windows_kernel", "windows", entries)
     state = dict(w="fp32", m="fp32", v="fp32", shadow=dtype, norms="fp32")
     state |= dict.fromkeys(("step_size", "correction", "factor"), "fp32")
-    for width in (768, 2304, 3584, 4096)[
-        : 4 if dtype == "bf16" else 2
-    ]:  # training in float32 at full width is nobody's aim
+    config = "adam_rows" if dtype == "bf16" else "adam_rows_small"
+    # training in float32 at full width is nobody's aim
+    for width in (768, 2304, 3584, 4096)[: 4 if dtype == "bf16" else 2]:
         high = 1 << (width - 1).bit_length() - 1
         pieces = dict(HIGH=high, LOW=1 << (width - high - 1).bit_length(), SPLIT=split)
         for name, flags in {
@@ -113,7 +113,7 @@ def _specs(dtype: str) -> dict[str, Spec]:
             "norms": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=False, HAS_SHADOW=False),
         }.items():
             specs[f"adam_rows, {name}, D = {width}"] = Spec(
-                "adam.adam_rows_kernel", "adam_rows", entries | state, flags | pieces
+                "adam.adam_rows_kernel", config, entries | state, flags | pieces
             )
     for ragged in (False, True):
         kind = "ragged" if ragged else "fixed K"

@@ -145,11 +145,12 @@ def _launch(
     windows, split = sum_windows(entries, values, rows)
     norms = torch.empty(f, dtype=torch.float32, device=rows.device)
     high, low = pieces(d)
+    options = launch_options("adam_rows_small" if rows.dtype == torch.float32 else "adam_rows", rows)
     adam_rows_kernel[(f,)](
         values, entries.order, entries.tokens, entries.latent_offsets, rows, windows,
         rows if center is None else center.contiguous(), sums,
         *tensors, norms, m, d, rows.stride(0), *numbers,
-        HAS_CENTER=center is not None, HIGH=high, LOW=low, SPLIT=split, **flags, **launch_options("adam_rows", rows),
+        HAS_CENTER=center is not None, HIGH=high, LOW=low, SPLIT=split, **flags, **options,
     )  # fmt: skip
     return norms
 

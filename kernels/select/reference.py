@@ -69,8 +69,12 @@ def select_batch_topk(acts: Tensor, total: int) -> SparseCode:
         flat = acts.flatten()
         where = _nonzero(~(flat <= 0))  # rather than >, so that NaN is seen
         if len(where) > total:
-            ranked = flat[where].nan_to_num(nan=torch.inf, posinf=torch.inf)
-            where = where[_keep(ranked[None], total)[0]]
+            found = flat[where]
+            missing = found.isnan()
+            if missing.any():  # NaN counts as larger than infinity, and ranks of numbers don't depend on their size
+                found = found.nan_to_num(nan=0).unique(return_inverse=True)[1]
+                found = torch.where(missing, len(flat), found).double()
+            where = where[_keep(found[None], total)[0]]
         offsets = torch.searchsorted(where, f * torch.arange(n + 1, device=acts.device))
         unused = total - len(where)
         indices = torch.cat([(where % f).int(), where.new_zeros(unused, dtype=torch.int32)])
