@@ -17,7 +17,7 @@ from ..kernels.backend import config_row
 
 ARCHS = (80, 90, 100)
 # mma.sync, wgmma and tcgen05, as the disassembler spells them
-FLOATS = ("threshold", "beta1", "beta2", "eps")  # scalar arguments that are not integers
+FLOATS = ("threshold", "sharpness", "beta1", "beta2", "eps")  # scalar arguments that are not integers
 TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
 
 
@@ -33,16 +33,14 @@ class Spec(NamedTuple):
     aligned: bool = True
 
 
-def _encode(kernel: str, dtype: str, *, masked: bool, ragged: bool = False, **keep: int) -> Spec:
-    pointers = dict(x=dtype, w=dtype, b="fp32", mask="u8", pos="i64", acts=dtype)
-    pointers |= dict(used="i32", aux_latents="u8", candidates="i32", aux_candidates="i32")
-    flags = dict(HAS_MASK=masked, HARD=masked, EVEN_D=not ragged, **(keep or dict(RELU=True)))
-    if keep:
-        flags["HAS_AUX_LATENTS"] = keep["AUX_KEEP"] > 0
-    config = "encode_topk" if keep else "encode"
+def _encode(kernel: str, config: str, dtype: str, *, mask: int = 0, ragged: bool = False, **flags: int) -> Spec:
+    """`mask` is a kind as `kernels.encode.triton` numbers them: none, bits, table, Gaussians."""
+    pointers = dict(x=dtype, w=dtype, b="fp32", mask="i32" if mask == 1 else "fp32", pos="i64", used="i32", acts=dtype)
+    pointers |= dict(threshold="fp32", aux_latents="u8", candidates="i32", aux_candidates="i32")
     if dtype == "fp32" or ragged:
         config += "_small"
-    return Spec(f"encode.{kernel}", config, pointers, flags, hot=not ragged, unit=("stride_wd",), aligned=not ragged)
+    flags |= dict(MASK=mask, EVEN_D=not ragged)
+    return Spec(f"encode{kernel}", config, pointers, flags, hot=not ragged, unit=("stride_wd",), aligned=not ragged)
 
 
 def _select(kernel: str, config: str, dtype: str, **pointers: str) -> Spec:
@@ -59,20 +57,43 @@ def _sparse(kernel: str, config: str, *, ragged: bool, **pointers: str) -> Spec:
 def _specs(dtype: str) -> dict[str, Spec]:
     """Kernels whose operands have this dtype; gradients and sums are fp32."""
     candidates = dict(candidates="i32", values="fp32", indices="i32", unsure="i8")
-    operands = dict(x=dtype, w=dtype, b="fp32", mask="u8", pos="i64", aux_latents="u8")
+    candidates |= dict(cut="i64", least="i64", above="i64", equal="i64", threshold="fp32")
+    operands = dict(x=dtype, w=dtype, b="fp32", mask="i32", pos="i64", aux_latents="u8")
     tile = config_row(min(ARCHS))["encode_topk"]["BLOCK_F"]
+
+    def picked(keep: int, aux_keep: int = 0, *, mask: int = 0, ragged: bool = False, threshold: bool = False) -> Spec:
+        return _encode(
+            "_sparse.candidates_kernel", "encode_topk", dtype, mask=mask, ragged=ragged,
+            HAS_THRESHOLD=threshold, HAS_AUX_LATENTS=aux_keep > 0, KEEP=keep, AUX_KEEP=aux_keep,
+        )  # fmt: skip
+
+    def again(kernel: str, config: str, **flags: int) -> Spec:
+        return Spec(
+            f"encode_sparse.{kernel}", config, operands | candidates, dict(MASK=1, KEEP=4, BLOCK_F=tile) | flags,
+            hot=False, unit=("stride_wd",),
+        )  # fmt: skip
+
+    modes = {"digits": 0, "count": 1, "fill": 2}
     specs = {
-        "encode": _encode("encode_kernel", dtype, masked=False),
-        "encode, masked": _encode("encode_kernel", dtype, masked=True),
-        "encode, unaligned": _encode("encode_kernel", dtype, masked=True, ragged=True),
-        "candidates": _encode("candidates_kernel", dtype, masked=False, KEEP=4, AUX_KEEP=0),
-        "candidates, masked": _encode("candidates_kernel", dtype, masked=True, KEEP=4, AUX_KEEP=0),
-        "candidates, two codes": _encode("candidates_kernel", dtype, masked=False, KEEP=4, AUX_KEEP=4),
-        "candidates, unaligned": _encode("candidates_kernel", dtype, masked=True, ragged=True, KEEP=4, AUX_KEEP=4),
-        "rescan": Spec(
-            "encode.rescan_kernel", "rescan", operands | candidates,
-            dict(HAS_MASK=True, ONLY_AUX=False, KEEP=4, BLOCK_F=tile, BLOCK_K=64), hot=False, unit=("stride_wd",),
-        ),
+        "encode": _encode(".encode_kernel", "encode", dtype, RELU=True),
+        "encode, hard mask": _encode(".encode_kernel", "encode", dtype, RELU=True, mask=1),
+        "encode, soft mask": _encode(".encode_kernel", "encode", dtype, RELU=True, mask=2),
+        "encode, unaligned": _encode(".encode_kernel", "encode", dtype, RELU=True, mask=2, ragged=True),
+        "candidates": picked(4),
+        "candidates, 8 of a tile": picked(8),
+        "candidates, thresholds": picked(4, threshold=True),
+        "candidates, hard mask": picked(4, mask=1),
+        "candidates, soft mask": picked(4, mask=2),
+        "candidates, Gaussians": picked(4, mask=3),
+        "candidates, two codes": picked(4, 4),
+        "candidates, unaligned": picked(4, 4, mask=2, ragged=True),
+        "rescan": again("rescan_kernel", "rescan", HAS_AUX_LATENTS=False, BLOCK_K=64),
+    } | {
+        f"above_cut, {name}": again(
+            "above_cut_kernel", "above_cut", HAS_THRESHOLD=False, MODE=mode, SHIFT=8, AGAIN=True
+        )
+        for name, mode in modes.items()
+    } | {
         "fold": Spec("encode.fold_kernel", "fold", operands | dict(center="fp32", out="fp32"), unit=("stride_wd",)),
         "topk": _select("topk_kernel", "topk", dtype, values=dtype, indices="i32"),
         "batch digits": Spec(
@@ -142,7 +163,7 @@ SPECS = {
     **_specs("bf16"),
     **_specs("fp32"),
     "merge": Spec(
-        "encode.merge_kernel", "merge", dict(candidates="i32", values="fp32", indices="i32", unsure="i8"),
+        "encode_sparse.merge_kernel", "merge", dict(candidates="i32", values="fp32", indices="i32", unsure="i8"),
         dict(KEEP=4, BLOCK_F=128),
     ),
     "adam": Spec(

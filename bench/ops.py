@@ -15,7 +15,7 @@ from ..engine.errors import UserError
 from ..engine.host import tune_host
 from ..engine.progress import progress_bar
 from ..engine.sae import SparseAutoencoder
-from ..kernels import adam, decode, encode, loss, select, weight_grad
+from ..kernels import adam, decode, encode, encode_sparse, loss, select, weight_grad
 from ..kernels.backend import why
 from ..kernels.code import LatentMajor, SparseCode
 from ..kernels.cost import Cost
@@ -98,7 +98,7 @@ def _encode(i: Inputs) -> Call:
 
 def _encode_topk(i: Inputs) -> Call:
     x, w, (b_enc, b_dec), k = i.x, i.W_enc, i.biases, i.shape.K
-    return lambda: encode.encode_topk(x, w, b_enc, k, center=b_dec)[0]
+    return lambda: encode_sparse.encode_topk(x, w, b_enc, k, center=b_dec)[0]
 
 
 def _select_topk(i: Inputs) -> Call:
@@ -187,7 +187,7 @@ def _encode_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:
 
 
 def _encode_topk_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:
-    return [encode.cost_topk(s.N, s.D, s.F, itemsize=itemsize, backend=backend)]
+    return [encode_sparse.cost(s.N, s.D, s.F, itemsize=itemsize, backend=backend)]
 
 
 def _select_topk_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:

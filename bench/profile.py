@@ -23,7 +23,7 @@ from ..engine.errors import UserError
 from ..engine.host import tune_host
 from ..engine.optim import Learner
 from ..engine.progress import progress_bar
-from ..kernels import adam, decode, encode, loss, select, weight_grad
+from ..kernels import adam, decode, encode, encode_sparse, loss, select, weight_grad
 from ..kernels.code import SparseCode
 from .data import DTYPES, Shape, tokens
 from .floors import Rates, rates_of
@@ -290,8 +290,8 @@ def _traced(call: Callable[[], Any], device: str, keep: Path | None = None) -> l
 def _wrapped(learner: Learner) -> Iterator[None]:
     """Ranges around the ops wherever the engine calls them, and around what else a step is made of."""
     ops = (
-        encode.encode, encode.encode_topk, select.select_topk, select.select_batch_topk,
-        select.select_threshold, decode.decode, decode.reconstruct,
+        encode.encode, encode_sparse.encode_topk, encode_sparse.encode_threshold,
+        select.select_topk, select.select_batch_topk, select.select_threshold, decode.decode, decode.reconstruct,
         decode.decode_values_grad, loss.position_loss, weight_grad.weight_grad, adam.adam_rows, adam.row_norms,
     )  # fmt: skip
     engine = __package__.rpartition(".")[0] + ".engine" if __package__ else ""

@@ -6,7 +6,7 @@ give identical bits. None of the functions can be differentiated twice.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from ..kernels.code import SparseCode
 from ..kernels.decode import decode, decode_values_grad
 from ..kernels.decode import reconstruct as reconstruct_op
 from ..kernels.encode import encode
-from ..kernels.encode import encode_topk as encode_topk_op
+from ..kernels.encode_sparse import encode_threshold
+from ..kernels.encode_sparse import encode_topk as encode_topk_op
 from ..kernels.loss import PositionSums
 from ..kernels.loss import position_loss as position_sums
+from ..kernels.masks import Mask, weights_at, weights_of
 from ..kernels.numerics import sum_by
-from ..kernels.select import select_threshold
 from ..kernels.weight_grad import weight_grad
 
 
@@ -30,7 +31,7 @@ def encode_dense(
     W_enc: Tensor,
     b_enc: Tensor,
     center: Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: Mask | None = None,
     pos: Tensor | None = None,
 ) -> Tensor:
     """acts [N, F] = relu((x - center) @ W_enc + b_enc) * mask[pos], with gradients for all but pos.
@@ -46,7 +47,7 @@ def encode_topk(
     W_enc: Tensor,
     b_enc: Tensor,
     center: Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: Mask | None = None,
     pos: Tensor | None = None,
     *,
     k: int,
@@ -73,14 +74,16 @@ def encode_jumprelu(
     b_enc: Tensor,
     threshold: Tensor,
     center: Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: Mask | None = None,
     pos: Tensor | None = None,
     *,
     bandwidth: float,
+    expected: int = 64,
 ) -> tuple[SparseCode, Tensor]:
     """f = pre * (pre > threshold) * mask[pos] with pre = relu((x - center) @ W_enc + b_enc), as a ragged code, and its L0.
 
-    threshold [F], not negative; other arguments as in `encode_dense`. The values carry gradients for all but pos; the L0, a
+    threshold [F], not negative; `expected` as in `kernels.encode_sparse.encode_threshold`; other arguments as in
+    `encode_dense`. The values carry gradients for all but pos; the L0, a
     float32 scalar, counts pre > threshold where the mask is not zero and carries a gradient for the threshold. Gradients for
     the threshold are straight-through estimates with a rectangle of width `bandwidth` around it, in units of x
     (Rajamanoharan et al., arXiv 2407.14435): inside, df/dthreshold = -threshold / bandwidth and
@@ -88,7 +91,8 @@ def encode_jumprelu(
     code, with value zero. Waits for the device.
     """
     codes: list[SparseCode] = []
-    values, l0 = _EncodeJumpReLU.apply(x, W_enc, b_enc, threshold, center, mask, pos, bandwidth, codes)
+    settings = dict(bandwidth=bandwidth, expected=expected)
+    values, l0 = _EncodeJumpReLU.apply(x, W_enc, b_enc, threshold, center, mask, pos, settings, codes)
     return codes[0].with_values(values), l0
 
 
@@ -122,19 +126,19 @@ class _EncodeDense(Function):
     @staticmethod
     def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos):
         acts = encode(x, W_enc.to(x.dtype), b_enc, center=center, mask=mask, pos=pos)
-        ctx.b_dtype = b_enc.dtype
-        ctx.save_for_backward(x, W_enc, center, mask, pos, acts)
+        ctx.b_dtype, ctx.mask = b_enc.dtype, mask
+        ctx.save_for_backward(x, W_enc, center, pos, acts)
         return acts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dacts):
-        x, W_enc, center, mask, pos, acts = ctx.saved_tensors
+        (x, W_enc, center, pos, acts), mask = ctx.saved_tensors, ctx.mask
         need_x, need_w, _, need_center, need_mask, _ = ctx.needs_input_grad
         dx = dw = dcenter = dmask = None
         dpre = torch.ops.aten.threshold_backward(dacts, acts, 0)  # the backward of relu, in one pass
         if mask is not None:
-            gate = mask.index_select(0, pos)
+            gate = weights_at(mask, pos)
             if need_mask:
                 dmask = sum_by(pos, _divide(dpre * acts, gate), mask.shape[0]).to(mask.dtype)
             dpre = (dpre * gate).to(x.dtype)
@@ -154,23 +158,23 @@ class _EncodeTopK(Function):
         picked = encode_topk_op(x, W_enc.to(x.dtype), b_enc, center=center, mask=mask, pos=pos, **settings)
         codes += [code for code in picked if code is not None]
         ctx.set_materialize_grads(False)
-        ctx.codes = [code.with_values(code.values.detach()) for code in codes]
-        ctx.save_for_backward(x, W_enc, b_enc, center, mask, pos)
+        ctx.codes, ctx.mask = [code.with_values(code.values.detach()) for code in codes], mask
+        ctx.save_for_backward(x, W_enc, b_enc, center, pos)
         return tuple(code.values for code in codes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads):
-        x, W_enc, b_enc, center, mask, pos = ctx.saved_tensors
+        (x, W_enc, b_enc, center, pos), mask = ctx.saved_tensors, ctx.mask
         dmask, gradients = None, []
         for code, grad in zip(ctx.codes, grads, strict=True):
             if grad is None:
                 continue
             dpre = torch.ops.aten.threshold_backward(grad, code.values, 0)
             if mask is not None:
-                where, gate = _gate(code, mask, pos)
+                gate = gate_of(code, mask, pos)
                 if ctx.needs_input_grad[4]:
-                    dmask = _add(dmask, _mask_gradient(_divide(dpre * code.values, gate), where, mask))
+                    dmask = _add(dmask, mask_gradient(code, _divide(dpre * code.values, gate), mask, pos))
                 dpre = dpre * gate
             gradients.append(code.with_values(dpre))
         grads = _encoder_gradients(ctx.needs_input_grad, x, W_enc, b_enc, center, gradients)
@@ -179,59 +183,79 @@ class _EncodeTopK(Function):
 
 class _EncodeJumpReLU(Function):
     @staticmethod
-    def forward(ctx: Any, x, W_enc, b_enc, threshold, center, mask, pos, bandwidth, codes):
-        acts = encode(x, W_enc.to(x.dtype), b_enc, center=center)
-        # A hard mask shuts latents out beforehand; nothing of them is needed.
-        if mask is not None and mask.dtype == torch.bool:
-            acts *= mask.index_select(0, pos)
-        band = select_threshold(acts, (threshold - bandwidth / 2).clamp_min(0))
-        del acts
-        pre, limit = band.values.float(), threshold.float()[band.indices]
-        is_open, gate = pre > limit, None
-        values = pre * is_open
-        if mask is not None:
-            _, gate = _gate(band, mask, pos)
-            values, is_open = values * gate, is_open & (gate != 0)
-        codes.append(band.with_values(values))
+    def forward(ctx: Any, x, W_enc, b_enc, threshold, center, mask, pos, settings, codes):
+        band = jumprelu_band(x, W_enc.to(x.dtype), b_enc, threshold, center, mask, pos, **settings)
+        codes.append(band.code)
         ctx.set_materialize_grads(False)
-        ctx.code, ctx.bandwidth = band.with_values(values.detach()), bandwidth
-        ctx.save_for_backward(x, W_enc, b_enc, threshold, center, mask, pos, pre, limit, gate)
-        return values, is_open.sum().float()
+        ctx.band, ctx.mask = band._replace(code=band.code.with_values(band.code.values.detach())), mask
+        ctx.save_for_backward(x, W_enc, b_enc, threshold, center, pos)
+        return band.code.values, band.is_open.sum().float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dvalues, dl0):
-        x, W_enc, b_enc, threshold, center, mask, pos, pre, limit, gate = ctx.saved_tensors
-        code, needs = ctx.code, list(ctx.needs_input_grad)
+        (x, W_enc, b_enc, threshold, center, pos), band = ctx.saved_tensors, ctx.band
+        needs = list(ctx.needs_input_grad)
         if dvalues is None:
-            dvalues = torch.zeros_like(pre)
-        is_open = pre > limit
-        dmask = None
-        if mask is not None:
-            where, _ = _gate(code, mask, pos)
-            if needs.pop(5):
-                dmask = _mask_gradient(dvalues * pre * is_open, where, mask)
-            dvalues = dvalues * gate
+            dvalues = torch.zeros_like(band.pre)
+        dpre, moved = band.gradients(dvalues, dl0)
+        dmask = mask_gradient(band.code, dvalues * band.pre * band.is_open, ctx.mask, pos) if needs.pop(5) else None
         dthreshold = None
         if needs.pop(3):
-            moved = -limit * dvalues
-            if dl0 is not None:
-                moved = moved - (dl0 if gate is None else dl0 * (gate != 0))
-            moved = moved * ((pre - limit).abs() < ctx.bandwidth / 2) / ctx.bandwidth
-            dthreshold = weight_grad(code.transpose(), moved, moved.new_ones(1, 1))[:, 0].to(threshold.dtype)
-        gradients = [code.with_values(dvalues * is_open)]
-        dx, dw, db, dcenter = _encoder_gradients(needs, x, W_enc, b_enc, center, gradients)
+            dthreshold = weight_grad(band.code.transpose(), moved, moved.new_ones(1, 1))[:, 0].to(threshold.dtype)
+        dx, dw, db, dcenter = _encoder_gradients(needs, x, W_enc, b_enc, center, [band.code.with_values(dpre)])
         return dx, dw, db, dthreshold, dcenter, dmask, None, None, None
 
 
-def _gate(code: SparseCode, mask: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-    """Where in the flattened mask each entry's weight lies, and the weight."""
+class Band(NamedTuple):
+    """JumpReLU's entries: those above their threshold, and those below that its gradient needs. All but the code, which
+    holds the activations f, have the shape of its values; unused entries don't exist."""
+
+    code: SparseCode
+    pre: Tensor
+    limit: Tensor  # the threshold
+    gate: Tensor | None  # the mask's weight
+    is_open: Tensor  # bool
+    bandwidth: float
+
+    def gradients(self, dvalues: Tensor, dl0: Tensor | float | None) -> tuple[Tensor, Tensor]:
+        """Gradients of the pre-activations and, to be summed by latent, of the thresholds."""
+        gated = dvalues if self.gate is None else dvalues * self.gate
+        moved = -self.limit * gated
+        if dl0 is not None:
+            moved = moved - (dl0 if self.gate is None else dl0 * (self.gate != 0))
+        moved = moved * ((self.pre - self.limit).abs() < self.bandwidth / 2) / self.bandwidth
+        return gated * self.is_open, moved
+
+
+def jumprelu_band(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, center: Tensor | None, mask: Mask | None,
+    pos: Tensor | None, *, bandwidth: float, expected: int,
+) -> Band:  # fmt: skip
+    """The entries of `encode_jumprelu`, which says what they are."""
+    is_hard = isinstance(mask, Tensor) and mask.dtype == torch.bool  # shuts latents out beforehand
+    found = encode_threshold(
+        x, W_enc, b_enc, (threshold - bandwidth / 2).clamp_min(0), center=center, mask=mask if is_hard else None, pos=pos,
+        expected=expected,
+    )  # fmt: skip
+    pre, limit = found.values, threshold.to(found.values.dtype)[found.indices]
+    is_open, gate = pre > limit, None
+    values = pre * is_open
+    if mask is not None and pos is not None and not is_hard:
+        gate = gate_of(found, mask, pos)
+        values, is_open = values * gate, is_open & (gate != 0)
+    return Band(found.with_values(values), pre, limit, gate, is_open, bandwidth)
+
+
+def gate_of(code: SparseCode, mask: Mask, pos: Tensor) -> Tensor:
+    """The mask's weight of each entry."""
+    return weights_of(mask, pos[code.rows], code.live(code.indices))
+
+
+def mask_gradient(code: SparseCode, moved: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+    """The gradient of a mask [T, F] from what each entry contributes to it."""
     where = pos.long()[code.rows] * mask.shape[1] + code.live(code.indices)
-    return where, mask.reshape(-1)[where]
-
-
-def _mask_gradient(moved: Tensor, where: Tensor, mask: Tensor) -> Tensor:
-    return sum_by(where.flatten(), moved.flatten(), mask.numel()).view(mask.shape).to(mask.dtype)
+    return sum_by(where.flatten(), code.live(moved).flatten(), mask.numel()).view(mask.shape).to(mask.dtype)
 
 
 def _encoder_gradients(

@@ -7,17 +7,19 @@ follow: where a hard mask is off, neither the latent's rows nor its bias learn a
 import torch
 from torch import Tensor, nn
 
+from ..kernels.masks import GaussianMask, Mask
 from .config import MaskConfig
 
 
 class PositionMask(nn.Module):
-    """A mask [T, F] that lies in a buffer (fixed) or is computed from learned logits (`soft`).
+    """A mask that lies in a buffer (hard ones), is worked out from its centres (`gaussian`) or from learned logits (`soft`).
 
-    `weights()` is the mask: bool for hard ones, float in (0, 1] for soft ones, or None for no mask. `rows(pos)` maps
+    `weights()` is the mask: bool [T, F], a GaussianMask, float [T, F] in (0, 1), or None for no mask. `rows(pos)` maps
     positions to rows of it, as `beyond` says for positions from T on.
     """
 
     fixed: Tensor | None
+    centre: Tensor | None
     logits: Tensor | None
 
     def __init__(self, config: MaskConfig, d_sae: int, generator: torch.Generator):
@@ -25,7 +27,7 @@ class PositionMask(nn.Module):
         self.config = config
         self.temperature = config.temperature  # tau; a schedule may change it between steps
         T, F = config.positions, d_sae
-        fixed = logits = None
+        fixed = centre = logits = None
         if config.kind == "random":
             fixed = torch.rand(T, F, generator=generator) < config.fraction
         elif config.kind == "ranges":
@@ -33,17 +35,19 @@ class PositionMask(nn.Module):
             of_position = torch.arange(T) * config.ranges // T
             fixed = of_position[:, None] == of_latent
         elif config.kind == "gaussian":
-            sigma = config.sigma if config.sigma is not None else T / 8
             centre = torch.linspace(0, T - 1, F) if F > 1 else torch.tensor([(T - 1) / 2])
-            fixed = torch.exp(-((torch.arange(T)[:, None] - centre) ** 2) / (2 * sigma**2))
         elif config.kind == "soft":
             logits = nn.Parameter(torch.rand(T, F, generator=generator))
         self.register_buffer("fixed", fixed)
+        self.register_buffer("centre", centre)
         self.register_parameter("logits", logits)
 
-    def weights(self) -> Tensor | None:
+    def weights(self) -> Mask | None:
         if self.logits is not None:
             return torch.sigmoid(self.logits / self.temperature)
+        if self.centre is not None:
+            sigma = self.config.sigma
+            return GaussianMask(self.centre, self.config.positions / 8 if sigma is None else sigma)
         return self.fixed
 
     def rows(self, pos: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from ..kernels.adam import Moments
 from ..kernels.loss import PositionSums
 from .config import TrainConfig
 from .sae import Objective, SparseAutoencoder
-from .step import FusedStep, fits
+from .step import DENSE_FROM, FusedStep, fits
 from .stream import Batch
 
 
@@ -48,20 +48,21 @@ class Learner:
             if p.requires_grad
         }
         # Thresholds are of the order of |x| ~ sqrt(D), and learn at that pace.
-        groups = [
-            {"params": [leaf], "pace": math.sqrt(sae.cfg.d_in) if name == "threshold" else 1.0}
-            for name, leaf in self.leaves.items()
-        ]
+        self.paces = {name: math.sqrt(sae.cfg.d_in) if name == "threshold" else 1.0 for name in self.leaves}
+        groups = [{"params": [leaf], "pace": self.paces[name]} for name, leaf in self.leaves.items()]
         self.adam = torch.optim.Adam(groups, lr=self.lr, betas=(config.beta1, config.beta2), fused=True)
         self.dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
         for leaf in self.leaves.values():  # as torch begins them, but for the fused step as well
             moments = {key: torch.zeros_like(leaf) for key in ("exp_avg", "exp_avg_sq")}
             self.adam.state[leaf] = {"step": torch.zeros((), device=device), **moments}
-        self.fused = FusedStep(sae, self.moments(), config, self.dtype) if fits(sae) else None
+        self.fused = FusedStep(sae, self.moments(), self.paces, config, self.dtype) if fits(sae) else None
         self.dead_after = config.dead_after_tokens or min(10_000_000, max(config.tokens // 10, 10 * config.batch))
         self.idle_tokens = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
         self.steps_done = 0
-        self.any_dead = False  # AuxK is skipped while there is nothing for it to do; looked at when reporting
+        # Looked at when reporting: AuxK is skipped while there is nothing for it to do, and a relu dictionary, which begins
+        # with half of its latents active, takes the dense path until few are.
+        self.any_dead = False
+        self.l0 = float(sae.cfg.d_sae if sae.cfg.activation == "relu" else sae.expected)
         self._reset()
 
     def _reset(self) -> None:
@@ -81,8 +82,9 @@ class Learner:
         lr = self.lr * schedule(self.steps_done, config.steps, config.warmup, config.decay)
         for group in self.adam.param_groups:
             group["lr"] = group["pace"] * lr
-        if self.fused is not None:
-            found, norm = self.fused(x, batch.pos, self.n_positions, dead, lr=lr, step=self.steps_done + 1)
+        if self.fused is not None and not self.is_dense:
+            expected = self.sae.expected if self.sae.cfg.activation != "relu" else max(1, math.ceil(self.l0))
+            found, norm = self.fused(x, batch.pos, self.n_positions, dead, expected, lr=lr, step=self.steps_done + 1)
         else:
             found, norm = self._unfused_step(x, batch.pos, dead)
 
@@ -95,6 +97,11 @@ class Learner:
         loss = found.loss.detach()
         aux = found.aux_loss if found.aux_loss is not None else torch.zeros_like(loss)
         self._losses += torch.stack([loss - aux, aux, torch.zeros_like(norm) if config.clip_norm is None else norm])
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether so many latents are active that dense products are faster; only relu dictionaries have a path for that."""
+        return self.sae.cfg.activation == "relu" and self.l0 > DENSE_FROM * self.sae.cfg.d_sae
 
     def _unfused_step(self, x: Tensor, pos: Tensor, dead: Tensor | None) -> tuple[Objective, Tensor]:
         """The update by autograd and torch's Adam: for every dictionary and device, and what the fused one must equal."""
@@ -143,6 +150,9 @@ class Learner:
         if self.config.clip_norm is not None:
             found["gradient_norm"] = norm
         self.any_dead = dead > 0
+        was_dense, self.l0 = self.is_dense, found["l0"]
+        if was_dense and self.fused is not None:
+            self.fused.refresh()
         self._reset()
         return found
 
@@ -150,7 +160,13 @@ class Learner:
         """Moments, counters and sums: all that the weights don't hold."""
         found = {"idle_tokens": self.idle_tokens, "mean": self.mean, "spread": self._spread, "losses": self._losses}
         found |= {f"sums.{key}": value for key, value in self._sums._asdict().items()}
-        numbers = {"scale": self.scale, "steps_done": self.steps_done, "steps": self._steps, "any_dead": self.any_dead}
+        numbers = {
+            "scale": self.scale,
+            "steps_done": self.steps_done,
+            "steps": self._steps,
+            "any_dead": self.any_dead,
+            "l0": self.l0,
+        }
         found |= {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
         for name, leaf in self.leaves.items():
             self.adam.state[leaf]["step"].fill_(self.steps_done)  # the fused step doesn't count
@@ -169,7 +185,7 @@ class Learner:
         for key, value in self._sums._asdict().items():
             value.copy_(state[f"sums.{key}"])
         self.steps_done, self._steps = int(state["steps_done"]), int(state["steps"])
-        self.any_dead = bool(state["any_dead"])
+        self.any_dead, self.l0 = bool(state["any_dead"]), float(state["l0"])
         for name, leaf in self.leaves.items():
             for key, value in self.adam.state[leaf].items():
                 value.copy_(state[f"adam.{name}.{key}"])

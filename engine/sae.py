@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from ..kernels.code import SparseCode
 from ..kernels.decode import decode
-from ..kernels.encode import encode
-from ..kernels.encode import encode_topk as encode_topk_op
+from ..kernels.encode_sparse import encode_threshold
+from ..kernels.encode_sparse import encode_topk as encode_topk_op
 from ..kernels.loss import PositionSums
-from ..kernels.select import select_threshold
+from ..kernels.masks import Mask
 from .config import SAEConfig
 from .errors import UserError
-from .functions import encode_dense, encode_jumprelu, encode_topk, position_loss, reconstruct
+from .functions import encode_dense, encode_jumprelu, encode_topk, jumprelu_band, position_loss, reconstruct
 from .masks import PositionMask
 
 
@@ -77,12 +77,14 @@ class SparseAutoencoder(nn.Module):
         if self.cfg.activation == "topk":
             return encode_topk_op(x, W_enc, self.b_enc, self.cfg.k, center=self.b_dec, mask=weights, pos=rows)[0]
         if self.cfg.activation == "jumprelu":
-            code, _ = encode_jumprelu(
-                x, W_enc, self.b_enc, self.threshold, self.b_dec, weights, rows, bandwidth=self.bandwidth
-            )
-            return code
-        threshold = self.threshold.item() if self.cfg.activation == "batchtopk" else 0.0
-        return select_threshold(encode(x, W_enc, self.b_enc, center=self.b_dec, mask=weights, pos=rows), threshold)
+            return jumprelu_band(
+                x, W_enc, self.b_enc, self.threshold, self.b_dec, weights, rows,
+                bandwidth=self.bandwidth, expected=self.expected,
+            ).code  # fmt: skip
+        threshold = self.threshold.expand(self.cfg.d_sae) if self.cfg.activation == "batchtopk" else None
+        return encode_threshold(
+            x, W_enc, self.b_enc, threshold, center=self.b_dec, mask=weights, pos=rows, expected=self.expected
+        )
 
     @torch.no_grad()
     def decode(self, f: Tensor | SparseCode) -> Tensor:
@@ -116,8 +118,9 @@ class SparseAutoencoder(nn.Module):
         l0, aux = None, None
         if self.cfg.activation == "jumprelu":
             code, l0 = encode_jumprelu(
-                x, self.W_enc, self.b_enc, self.threshold, self.b_dec, weights, rows, bandwidth=self.bandwidth
-            )
+                x, self.W_enc, self.b_enc, self.threshold, self.b_dec, weights, rows,
+                bandwidth=self.bandwidth, expected=self.expected,
+            )  # fmt: skip
         else:
             code, aux = encode_topk(
                 x, self.W_enc, self.b_enc, self.b_dec, weights, rows,
@@ -139,6 +142,11 @@ class SparseAutoencoder(nn.Module):
     @property
     def bandwidth(self) -> float:
         return self.cfg.bandwidth * math.sqrt(self.cfg.d_in)
+
+    @property
+    def expected(self) -> int:
+        """About how many latents of a token are looked at: speed depends on it. Of a relu dictionary, any number."""
+        return min(4 * self.cfg.k, self.cfg.d_sae) if self.cfg.activation != "relu" else self.cfg.d_sae
 
     def aux_k(self, dead: Tensor | None) -> int:
         """How many of the dead latents take part in AuxK; 0 for no AuxK."""
@@ -189,6 +197,10 @@ class SparseAutoencoder(nn.Module):
         """After an update: decoder rows of norm 1, thresholds not negative."""
         if self.W_dec.requires_grad:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+        self.constrain_threshold()
+
+    @torch.no_grad()
+    def constrain_threshold(self) -> None:
         if self.cfg.activation == "jumprelu":
             self.threshold.clamp_min_(0)
 
@@ -206,8 +218,8 @@ class SparseAutoencoder(nn.Module):
             pace = torch.where(self.threshold > 0, 0.01, 1.0)
             self.threshold.lerp_(torch.where(least.isfinite(), least, self.threshold), pace)
 
-    def inputs(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x as [N, D], the mask's row of each token and the mask [T, F]; the last two are None without a mask."""
+    def inputs(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor | None, Mask | None]:
+        """x as [N, D], the mask's row of each token and the mask; the last two are None without a mask."""
         if x.shape[-1] != self.cfg.d_in:
             raise UserError(f"x: width {x.shape[-1]} is not allowed; this dictionary has d_in = {self.cfg.d_in}")
         weights = self.mask.weights()

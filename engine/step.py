@@ -1,5 +1,7 @@
-"""A TopK or BatchTopK training step straight through the kernels: what autograd, clipping and Adam do to a dictionary, with
-the gradients of its two large weights never in memory."""
+"""A training step straight through the kernels: what autograd, clipping and Adam do to a dictionary, with the gradients of
+its two large weights never in memory."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,29 +11,48 @@ from ..kernels.adam import Moments, Rates, adam, adam_rows, row_norms
 from ..kernels.backend import choose
 from ..kernels.code import LatentMajor, SparseCode
 from ..kernels.decode import reconstruct
-from ..kernels.encode import encode_topk
+from ..kernels.encode_sparse import encode_threshold, encode_topk
 from ..kernels.loss import position_loss
+from ..kernels.masks import Mask
 from ..kernels.weight_grad import weight_grad
 from .config import TrainConfig
+from .functions import Band, gate_of, jumprelu_band, mask_gradient
 from .sae import Objective, SparseAutoencoder, has_fired
+
+# Of all latents, the share in use on a token from which on dense products take less time than gathers: 5 products of 2 D F
+# FLOP at 660 TFLOP/s against 4 gathers of 2 D bytes for each latent in use at 5.5 TB/s (an H100; its rates as in
+# bench/floors.py).
+DENSE_FROM = 1 / 96
 
 
 def fits(sae: SparseAutoencoder) -> bool:
-    """Whether `FusedStep` can train this dictionary, and its kernels run here."""
-    known = sae.cfg.activation in ("topk", "batchtopk") and sae.mask.logits is None
-    return known and choose("train_step", sae.W_enc) == "triton"
+    """Whether the kernels of `FusedStep` run here."""
+    return choose("train_step", sae.W_enc) == "triton"
+
+
+class Part(NamedTuple):
+    """What a code contributes to the gradients: a weight for each entry, flattened, and the mask's gradient [T, F]."""
+
+    of_row: Tensor  # of the entry's residual, in the gradient of W_dec
+    of_x: Tensor  # of its x, in the gradient of W_enc
+    dmask: Tensor | None
 
 
 class FusedStep:
     """Updates a dictionary in place, as `sae.objective`, backward, `project_decoder_gradient`, clip_grad_norm_, Adam and
-    `constrain` do one after the other, within rounding. Never waits for the device.
+    `constrain` do one after the other, within rounding. Waits for the device only to know how many latents of a relu or
+    jumprelu dictionary are active.
 
-    `moments` are Adam's, by parameter; that of W_enc is [F, D]. With products in bfloat16, a bfloat16 copy of each large
-    weight is kept beside the float32 one; `refresh` makes it anew after the weights were changed from outside.
+    `moments` are Adam's, by parameter; that of W_enc is [F, D]. `paces` are factors on the learning rate. With products in
+    bfloat16, a bfloat16 copy of each large weight is kept beside the float32 one; `refresh` makes it anew after the weights
+    were changed from outside.
     """
 
-    def __init__(self, sae: SparseAutoencoder, moments: dict[str, Moments], config: TrainConfig, dtype: torch.dtype):
-        self.sae, self.moments, self.config, self.dtype = sae, moments, config, dtype
+    def __init__(
+        self, sae: SparseAutoencoder, moments: dict[str, Moments], paces: dict[str, float],
+        config: TrainConfig, dtype: torch.dtype,
+    ):  # fmt: skip
+        self.sae, self.moments, self.paces, self.config, self.dtype = sae, moments, paces, config, dtype
         device = sae.b_dec.device
         self._shadows = {}
         if dtype != torch.float32:
@@ -45,12 +66,12 @@ class FusedStep:
 
     @torch.no_grad()
     def __call__(
-        self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None, *, lr: float, step: int
+        self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None, expected: int, *, lr: float, step: int
     ) -> tuple[Objective, Tensor]:
-        """One step, the `step`-th, on x [N, D] at pos [N]; other arguments as in `sae.objective`. Gives the objective before
-        it, and the norm of the gradient before clipping."""
+        """One step, the `step`-th, on x [N, D] at pos [N]; other arguments as in `sae.objective`, and `expected` as in
+        `encode_threshold`. Gives the objective before it, and the norm of the gradient before clipping."""
         self.set_rates(lr, step)
-        return self.run(x, pos, n_positions, dead)
+        return self.run(x, pos, n_positions, dead, expected)
 
     def set_rates(self, lr: float, step: int) -> None:
         """What changes from step to step besides the data, written where the kernels read it."""
@@ -59,8 +80,10 @@ class FusedStep:
         correction.fill_((1 - self.config.beta2**step) ** 0.5)
 
     @torch.no_grad()
-    def run(self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None) -> tuple[Objective, Tensor]:
-        """The step itself; nothing in it depends on the host, so that a CUDA graph can hold it."""
+    def run(
+        self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None, expected: int = 64
+    ) -> tuple[Objective, Tensor]:
+        """The step itself. For topk and batchtopk nothing in it depends on the host, so that a CUDA graph can hold it."""
         sae, n = self.sae, len(x)
         if sae.mask.fixed is not None:
             # Tokens side by side are then at few positions, and tiles that a mask over ranges empties are left out.
@@ -69,82 +92,136 @@ class FusedStep:
         x, rows, mask = sae.inputs(x, pos)
         W_enc, W_dec = (self._shadows.get(w, w).detach() for w in (sae.W_enc, sae.W_dec))
         with record_function("temposae::encode"):
-            code, aux = encode_topk(
-                x, W_enc, sae.b_enc, sae.cfg.k, center=sae.b_dec, mask=mask, pos=rows,
-                aux_k=sae.aux_k(dead), aux_latents=dead, across_batch=sae.cfg.activation == "batchtopk",
-            )  # fmt: skip
+            code, aux, band = self._encode(x, W_enc, mask, rows, dead, expected)
         with record_function("temposae::decode"):
             found = reconstruct(code, W_dec, sae.b_dec, x)
         with record_function("temposae::loss"):
             sums = position_loss(found.squared_error, code, pos, n_positions)
             loss, aux_loss = found.squared_error.sum() / n, None
-        residual, entries = found.residual, [_weighed(code, found.projection, -2 / n, mask, rows)]
+            scale, penalty = -2 / n, 0.0
+            if sae.cfg.activation == "relu":
+                penalty = sae.cfg.l1_coefficient / n
+                loss = loss + penalty * sums.l1.sum()
+            elif band is not None:
+                penalty = sae.cfg.l0_coefficient * sae.cfg.d_in / n
+                loss = loss + penalty * band.is_open.sum()
+        residual = found.residual
+        parts = [self._part(code, scale, found.projection, mask, rows, 0.0 if band is not None else penalty, band)]
         if aux is not None:
             with record_function("temposae::aux"):
                 left = reconstruct(aux, W_dec, torch.zeros_like(sae.b_dec), residual)
                 weight = sae.aux_weight(x, residual)
                 aux_loss = weight * left.squared_error.sum()
-                entries.append(_weighed(aux, left.projection, -2 * weight, mask, rows))
+                parts.append(self._part(aux, -2 * weight, left.projection, mask, rows))
                 residual = torch.cat([residual, left.residual])  # the rows of the second code's N tokens
         with record_function("temposae::sort"):
             codes = [code] if aux is None else [code, aux]
             latents = torch.cat([c.live(c.indices, unused=c.n_latents).flatten() for c in codes])
             tokens = torch.cat([c.rows.flatten() + i * n for i, c in enumerate(codes)])
             by_latent = LatentMajor.of(latents, tokens, sae.cfg.d_sae)
-            values, dpre = (torch.cat(parts) for parts in zip(*entries, strict=True))
         with record_function("temposae::update"):
-            norm = self._update(x, found.residual, residual, by_latent, values, dpre)
+            small = {}
+            if band is not None:
+                _, moved = band.gradients(scale * found.projection, penalty)
+                small["threshold"] = weight_grad(by_latent, moved, moved.new_ones(1, 1))[:, 0]
+            if sae.mask.logits is not None and isinstance(mask, Tensor):
+                dmask = sum(part.dmask for part in parts if part.dmask is not None)
+                small["mask.logits"] = dmask * mask * (1 - mask) / sae.mask.temperature
+            norm = self._update(x, found.residual, residual, by_latent, parts, small)
+            sae.constrain_threshold()
         total = loss if aux_loss is None else loss + aux_loss
         return Objective(total, sums, has_fired(code), aux_loss, sae.least_kept(code)), norm
 
+    def _encode(
+        self, x: Tensor, W_enc: Tensor, mask: Mask | None, rows: Tensor | None, dead: Tensor | None, expected: int
+    ) -> tuple[SparseCode, SparseCode | None, Band | None]:
+        """The code, that of AuxK, and JumpReLU's band."""
+        sae = self.sae
+        if sae.cfg.activation == "jumprelu":
+            band = jumprelu_band(
+                x,
+                W_enc,
+                sae.b_enc,
+                sae.threshold.detach(),
+                sae.b_dec,
+                mask,
+                rows,
+                bandwidth=sae.bandwidth,
+                expected=expected,
+            )
+            return band.code, None, band
+        if sae.cfg.activation == "relu":
+            code = encode_threshold(x, W_enc, sae.b_enc, center=sae.b_dec, mask=mask, pos=rows, expected=expected)
+            return code, None, None
+        code, aux = encode_topk(
+            x, W_enc, sae.b_enc, sae.cfg.k, center=sae.b_dec, mask=mask, pos=rows,
+            aux_k=sae.aux_k(dead), aux_latents=dead, across_batch=sae.cfg.activation == "batchtopk",
+        )  # fmt: skip
+        return code, aux, None
+
+    def _part(
+        self, code: SparseCode, scale: float | Tensor, projection: Tensor, mask: Mask | None, rows: Tensor | None,
+        l1: float = 0.0, band: Band | None = None,
+    ) -> Part:  # fmt: skip
+        """`scale` * projection is the squared error's gradient in the values; `l1` that of a penalty on their sum."""
+        dvalues, active = scale * projection + l1, code.values > 0
+        dmask, learned = None, self.sae.mask.logits is not None
+        if band is not None:
+            dpre, _ = band.gradients(dvalues, None)
+            moved = dvalues * band.pre * band.is_open if learned else None
+        else:
+            dpre, moved = dvalues * active, None
+            if mask is not None and rows is not None:
+                gate = gate_of(code, mask, rows)
+                moved = torch.where(active, dvalues * code.values / gate, 0) if learned else None
+                dpre = dpre * gate
+        if moved is not None and isinstance(mask, Tensor) and rows is not None:
+            dmask = mask_gradient(code, moved, mask, rows)
+        return Part((scale * code.values).flatten(), dpre.flatten(), dmask)
+
     def _update(
-        self, x: Tensor, residual: Tensor, rows: Tensor, by_latent: LatentMajor, values: Tensor, dpre: Tensor,
+        self, x: Tensor, residual: Tensor, rows: Tensor, by_latent: LatentMajor, parts: list[Part], small: dict[str, Tensor]
     ) -> Tensor:  # fmt: skip
-        """Gradients and Adam for all parameters; gives the norm of the gradient."""
+        """Gradients and Adam for all parameters; gives the norm of the gradient. `small` has those of the parameters that
+        only some dictionaries have."""
         sae, config = self.sae, self.config
+        of_row, of_x = (torch.cat(parts) for parts in list(zip(*parts, strict=True))[:2])
         W_enc, W_dec, learned = sae.W_enc.detach().T, sae.W_dec.detach(), sae.W_dec.requires_grad
-        b_enc, b_dec = sae.b_enc.detach(), sae.b_dec.detach()
-        db_enc = weight_grad(by_latent, dpre, dpre.new_ones(1, 1))[:, 0]
+        b_dec = sae.b_dec.detach()
+        small["b_enc"] = weight_grad(by_latent, of_x, of_x.new_ones(1, 1))[:, 0]
         # b_dec is the decoder's bias and the encoder's centre
-        db_dec = residual.sum(0, dtype=torch.float32).mul_(-2 / len(x)).sub_(W_enc.T @ db_enc)
+        small["b_dec"] = residual.sum(0, dtype=torch.float32).mul_(-2 / len(x)).sub_(W_enc.T @ small["b_enc"])
+        squares = [grad.square() for grad in small.values()]
 
         step_size, correction, factor = self._rates
         factor.fill_(1)
         if config.clip_norm is not None:
-            norms = [row_norms(by_latent, dpre, x, center=b_dec)]
+            norms = [row_norms(by_latent, of_x, x, center=b_dec)]
             if learned:
-                norms.append(row_norms(by_latent, values, rows, W=W_dec))
-            norm = _total([*norms, db_enc.square(), db_dec.square()])
+                norms.append(row_norms(by_latent, of_row, rows, W=W_dec))
+            norm = _total([*norms, *squares])
             torch.clamp(config.clip_norm / (norm + 1e-6), max=1, out=factor)  # as clip_grad_norm_ does
         rates = Rates(step_size, correction, factor, config.beta1, config.beta2)
 
         shadow = self._shadows.get(sae.W_enc)
         norms = [
             adam_rows(
-                W_enc, by_latent, dpre, x, self.moments["W_enc"], rates,
+                W_enc, by_latent, of_x, x, self.moments["W_enc"], rates,
                 center=b_dec, shadow=None if shadow is None else shadow.T,
             )
         ]  # fmt: skip
         if learned:
             norms.append(
                 adam_rows(
-                    W_dec, by_latent, values, rows, self.moments["W_dec"], rates,
+                    W_dec, by_latent, of_row, rows, self.moments["W_dec"], rates,
                     unit_norm=True, shadow=self._shadows.get(sae.W_dec),
                 )
             )  # fmt: skip
-        adam(b_enc, db_enc, self.moments["b_enc"], rates)
-        adam(b_dec, db_dec, self.moments["b_dec"], rates)
-        return _total([*norms, db_enc.square(), db_dec.square()])
-
-
-def _weighed(
-    code: SparseCode, projection: Tensor, scale: float | Tensor, mask: Tensor | None, rows: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """What weighs each entry, flattened: its residual in the gradient of W_dec, and its x in that of W_enc."""
-    dpre = scale * projection * (code.values > 0)
-    if mask is not None and rows is not None:
-        dpre = dpre * mask.reshape(-1)[rows.long()[code.rows] * mask.shape[1] + code.live(code.indices)]
-    return (scale * code.values).flatten(), dpre.flatten()
+        for name, grad in small.items():
+            pace = self.paces[name]
+            paced = rates if pace == 1 else rates._replace(step_size=pace * step_size)
+            adam(sae.get_parameter(name).detach(), grad, self.moments[name], paced)
+        return _total([*norms, *squares])
 
 
 def _total(squares: list[Tensor]) -> Tensor:

@@ -20,12 +20,12 @@ def check_floating(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must have a floating dtype, got {tensor.dtype}")
 
 
-def check_positions(pos: Tensor, n_tokens: int, n_positions: int) -> None:
-    """Raise unless `pos` is an int32 or int64 [N]; on the CPU, where looking is free, also unless 0 <= pos < T."""
+def check_positions(pos: Tensor, n_tokens: int, n_positions: int | None = None) -> None:
+    """Raise unless `pos` is an int32 or int64 [N]; on the CPU, where looking is free, also unless 0 <= pos (< T)."""
     check_shape("pos", pos, N=n_tokens)
     if pos.dtype not in POSITION_DTYPES:
         raise ValueError(f"pos must be int32 or int64, got {pos.dtype}")
-    if pos.device.type == "cpu" and n_tokens:
+    if n_positions is not None and pos.device.type == "cpu" and n_tokens:
         low, high = (int(v) for v in pos.aminmax())
         if low < 0 or high >= n_positions:
             raise ValueError(f"pos must lie in [0, T) = [0, {n_positions}), got values from {low} to {high}")

@@ -12,6 +12,7 @@ CONFIGS: dict[int, dict[str, dict[str, int]]] = {
         "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=32, GROUP_N=8, num_warps=8, num_stages=3),
         "encode_topk_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, num_warps=8, num_stages=3),
         "merge": dict(BLOCK=2048, num_warps=4),
+        "above_cut": dict(BLOCK_D=64, BLOCK_T=1024, BLOCK=2048, num_warps=4),
         "rescan": dict(BLOCK_D=64, BLOCK_T=1024, num_warps=4),
         "fold": dict(BLOCK_F=8, BLOCK_D=256, num_warps=4),
         "topk": dict(BLOCK_F=2048, num_warps=8),

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ def _boot(name: str, device: torch.device, dtype: torch.dtype) -> Any:
         raise UserError(f"model: {name!r} is not a Hugging Face folder; it has no config.json")
     if name not in BUILT_IN and not looks_local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"model: {name!r} is not allowed; give testbed, smollm2, a hub name or a folder")
+    if not looks_local and name not in BUILT_IN and (close := get_close_matches(name, BUILT_IN, 1, 0.8)):
+        raise UserError(f"model: {name!r} is not allowed; did you mean {close[0]}?")  # no need to ask over a network
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformer_lens.model_bridge import TransformerBridge
     from transformers.utils import logging

@@ -6,6 +6,7 @@ from temposae.engine.config import MaskConfig, SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.masks import PositionMask
 from temposae.engine.sae import SparseAutoencoder
+from temposae.kernels.masks import weights_at
 
 D, F, T, N = 12, 40, 16, 64
 
@@ -37,13 +38,13 @@ def test_ranges_part_the_context():
 
 
 def test_gaussians_have_their_centre_and_width():
-    weights = mask_of(kind="gaussian", sigma=3.0).weights()
+    everywhere = torch.arange(T)
+    weights = weights_at(mask_of(kind="gaussian", sigma=3.0).weights(), everywhere)
     centre = torch.linspace(0, T - 1, F)
     for p, j in ((0, 0), (5, 20), (15, 39)):
         assert weights[p, j] == pytest.approx(float(torch.exp(-((p - centre[j]) ** 2) / 18)), rel=1e-5)
-    assert mask_of(kind="gaussian").weights()[0, -1] == pytest.approx(
-        float(torch.exp(torch.tensor(-(15.0**2) / 8))), rel=1e-4
-    )
+    narrow = weights_at(mask_of(kind="gaussian").weights(), everywhere)
+    assert narrow[0, -1] == pytest.approx(float(torch.exp(torch.tensor(-(15.0**2) / 8))), rel=1e-4)
 
 
 def test_soft_masks_sharpen_as_the_temperature_falls():

@@ -9,6 +9,7 @@ from temposae.engine.errors import UserError
 from temposae.engine.optim import Learner, schedule
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import Batch
+from temposae.kernels.masks import weights_at
 
 D, F, K, T, N = 10, 36, 5, 8, 50
 
@@ -36,7 +37,7 @@ def by_formula(sae: SparseAutoencoder, x, pos, dead=None):
     if cfg.mask.kind == "soft":
         mask = torch.sigmoid(p["mask.logits"] / cfg.mask.temperature)
     elif cfg.mask.kind != "none":
-        mask = sae.mask.fixed.double()
+        mask = weights_at(sae.mask.weights(), torch.arange(T)).double()
     acts = torch.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]) * mask[pos]
     if cfg.activation == "jumprelu":
         # straight-through: what is inside the rectangle moves with the threshold

@@ -18,6 +18,12 @@ CASES = {
     "batchtopk and AuxK": dict(activation="batchtopk", aux_k=5),
     "gaussian": dict(mask=MaskConfig(kind="gaussian", positions=T)),
     "random decoder": dict(decoder="random"),
+    "soft mask and AuxK": dict(mask=MaskConfig(kind="soft", positions=T, temperature=0.5), aux_k=5),
+    "jumprelu": dict(activation="jumprelu", l0_coefficient=0.01),
+    "jumprelu, soft mask": dict(activation="jumprelu", l0_coefficient=0.01, mask=MaskConfig(kind="soft", positions=T)),
+    "jumprelu, ranges": dict(activation="jumprelu", mask=MaskConfig(kind="ranges", ranges=3, positions=T)),
+    "relu": dict(activation="relu"),
+    "relu, soft mask": dict(activation="relu", mask=MaskConfig(kind="soft", positions=T)),
 }
 
 
@@ -31,7 +37,12 @@ def learner(changes, dtype="float32"):
     mean = torch.randn(D, generator=torch.Generator().manual_seed(2))
     made = Learner(sae, TrainConfig(**training), mean, 4.0, T)
     made.any_dead = "aux_k" in changes
+    made.l0 = 0.3  # few enough for a relu dictionary to take the sparse path
     return made
+
+
+def fused_step(made, dtype=torch.float32):
+    return FusedStep(made.sae, made.moments(), made.paces, made.config, dtype)
 
 
 def batches():
@@ -51,7 +62,10 @@ def after_training(made):
 @pytest.mark.parametrize(
     ("changes", "backend"),
     [pytest.param(case, "torch", id=f"{name}-torch") for name, case in CASES.items()]
-    + [pytest.param(CASES[name], "triton", id=f"{name}-triton") for name in ("plain", "random mask and AuxK")],
+    + [
+        pytest.param(CASES[name], "triton", id=f"{name}-triton")
+        for name in ("plain", "random mask and AuxK", "batchtopk and AuxK", "jumprelu, soft mask", "relu")
+    ],
 )
 def test_equals_the_unfused_step(changes, backend, monkeypatch, poisoned, assert_close):
     if backend == "triton":
@@ -64,7 +78,7 @@ def test_equals_the_unfused_step(changes, backend, monkeypatch, poisoned, assert
     monkeypatch.setenv("TEMPOSAE_BACKEND", backend)
     fused = learner(changes)
     assert (fused.fused is not None) == (backend == "triton")
-    fused.fused = FusedStep(fused.sae, fused.moments(), fused.config, torch.float32)
+    fused.fused = fused_step(fused)
     fused_weights, fused_state, fused_report = after_training(fused)
 
     for name, expected in weights.items():
@@ -90,7 +104,7 @@ def test_goes_on_from_a_checkpoint_of_the_other_step(monkeypatch, assert_close):
     for fused in (False, True):
         made = learner({})
         if fused:
-            made.fused = FusedStep(made.sae, made.moments(), made.config, torch.float32)
+            made.fused = fused_step(made)
         made.load_state(state, weights)
         results.append(after_training(made)[0])
     for name, expected in results[0].items():
@@ -99,7 +113,7 @@ def test_goes_on_from_a_checkpoint_of_the_other_step(monkeypatch, assert_close):
 
 def test_copies_in_half_precision_follow_the_weights():
     made = learner({}, dtype="bfloat16")
-    made.fused = FusedStep(made.sae, made.moments(), made.config, torch.bfloat16)
+    made.fused = fused_step(made, torch.bfloat16)
     for batch in batches():
         made.step(batch)
     for weight, shadow in made.fused._shadows.items():
@@ -107,9 +121,25 @@ def test_copies_in_half_precision_follow_the_weights():
         assert shadow.stride() == weight.stride()
 
 
-def test_soft_masks_and_relu_are_left_to_autograd(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TEMPOSAE_BACKEND", "triton")
-    assert learner(dict(mask=MaskConfig(kind="soft", positions=T))).fused is None
-    assert learner(dict(activation="relu")).fused is None
-    assert learner({}).fused is not None
+def test_a_relu_dictionary_is_dense_until_few_latents_are_active():
+    """The two paths meet at a report, and what the sparse one trains in half precision has not fallen behind."""
+    made = learner(dict(activation="relu"), dtype="bfloat16")
+    made.fused = fused_step(made, torch.bfloat16)
+    taken = []
+    made.fused.run = lambda *args: taken.append(made.steps_done) or FusedStep.run(made.fused, *args)
+    made.l0 = float(made.sae.cfg.d_sae)
+    batch = next(batches())
+    made.step(batch)
+    assert made.report()["l0"] > 1
+    with torch.no_grad():
+        made.sae.b_enc -= 100
+    made.step(batch)
+    assert taken == []
+    assert made.report()["l0"] == 0
+    for weight, shadow in made.fused._shadows.items():
+        assert torch.equal(shadow, weight.detach().bfloat16())
+    made.step(batch)
+    assert taken == [2]
+    resumed = learner(dict(activation="relu"), dtype="bfloat16")
+    resumed.load_state(made.state(), made.sae.state_dict())
+    assert resumed.l0 == made.l0

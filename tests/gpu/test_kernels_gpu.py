@@ -13,7 +13,7 @@ from temposae.kernels.code import SparseCode
 from temposae.kernels.decode import decode, decode_values_grad
 from temposae.kernels.decode import reconstruct as reconstruct_op
 from temposae.kernels.encode import encode
-from temposae.kernels.encode import encode_topk as encode_topk_op
+from temposae.kernels.encode_sparse import encode_topk as encode_topk_op
 from temposae.kernels.select import select_batch_topk, select_threshold, select_topk
 from temposae.kernels.weight_grad import weight_grad
 

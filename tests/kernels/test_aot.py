@@ -26,7 +26,7 @@ def test_kernels_compile_without_spills_and_with_tensor_cores(arch, dtype):
     rows = compile_report(arch, dtype)
     kernels = {row["name"].split(",")[0].removesuffix(f" {dtype}") for row in rows}
     assert kernels == {
-        "encode", "candidates", "merge", "rescan", "fold", "topk", "batch digits", "batch count",
+        "encode", "candidates", "merge", "rescan", "above_cut", "fold", "topk", "batch digits", "batch count",
         "batch fill", "threshold count", "threshold fill", "decode",
         "reconstruct", "values_grad", "token_loss", "position_sum", "weight_grad", "windows", "adam", "adam_rows",
     }  # fmt: skip

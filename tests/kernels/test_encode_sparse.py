@@ -1,9 +1,11 @@
-"""encode_topk against a float64 encoder and a stable sort: as a set, with the values at the chosen latents."""
+"""encode_topk and encode_threshold against a float64 encoder and a stable sort: as a set, with the values at its latents."""
 
 import pytest
 import torch
 from temposae.kernels.configs import CONFIGS
-from temposae.kernels.encode import encode, encode_topk
+from temposae.kernels.encode import encode
+from temposae.kernels.encode_sparse import encode_threshold, encode_topk
+from temposae.kernels.masks import GaussianMask, weights_at
 
 from .conftest import SMALL_BLOCKS, Shape
 
@@ -32,7 +34,19 @@ def inputs(shape, *, whole=False):
 
 def activations(x, W_enc, b_enc, center, mask=None, pos=None):
     acts = ((x.double() - center.double()) @ W_enc.double() + b_enc.double()).relu()
-    return acts if mask is None else acts * mask[pos].double()
+    return acts if mask is None else acts * weights_at(mask, pos).double()
+
+
+def mask_of(kind, shape):
+    """A mask of a kind for these T and F, or None, and a position for each token."""
+    pos = torch.randint(0, shape.T, (shape.N,), generator=shape.generator)
+    weights = torch.rand(shape.T, shape.F, generator=shape.generator)
+    masks = {"hard mask": weights > 0.3, "soft mask": weights}
+    masks["Gaussians"] = GaussianMask(weights[0] * shape.T, 0.5 + shape.T / 4)
+    return masks.get(kind), pos
+
+
+MASKS = pytest.mark.parametrize("mask_kind", ["no mask", "hard mask", "soft mask", "Gaussians"])
 
 
 def largest(acts, k):
@@ -44,18 +58,17 @@ def largest(acts, k):
 def check(code, expected, assert_close, name="code"):
     assert code.values.dtype == torch.float32
     assert (code.values >= 0).all()
-    assert (code.indices.sort(1).values.diff(dim=1) > 0).all(), f"{name}: a latent named twice"
+    where = code.rows * code.n_latents + code.indices
+    used = where.numel() if code.offsets is None else int(code.offsets[-1])
+    assert (where.flatten()[:used].sort().values.diff() > 0).all(), f"{name}: a latent named twice"
     dense = code.to_dense()
     assert torch.equal(dense > 0, expected > 0), f"{name}: other latents"
     assert_close(dense, expected, name=name)
 
 
-@pytest.mark.parametrize("mask_kind", ["no mask", "hard mask", "soft mask"])
+@MASKS
 def test_both_codes(shape, backend, mask_kind, assert_close):
-    arguments = inputs(shape)
-    pos = torch.randint(0, shape.T, (shape.N,), generator=shape.generator)
-    mask = torch.rand(shape.T, shape.F, generator=shape.generator) if mask_kind != "no mask" else None
-    mask = mask > 0.3 if mask_kind == "hard mask" else mask
+    arguments, (mask, pos) = inputs(shape), mask_of(mask_kind, shape)
     aux_latents = torch.rand(shape.F, generator=shape.generator) < 0.5
     x, W_enc, b_enc, center = arguments
     code, aux = encode_topk(
@@ -65,6 +78,64 @@ def test_both_codes(shape, backend, mask_kind, assert_close):
     acts = activations(*arguments, mask, pos)
     check(code, largest(acts, shape.K), assert_close)
     check(aux, largest(acts * aux_latents, max(1, shape.K // 2)), assert_close, "aux code")
+
+
+def largest_of_batch(acts, total):
+    """[N, F] with the `total` largest positive ones, and zeros elsewhere."""
+    where = acts.flatten().topk(total).indices
+    return torch.zeros_like(acts).flatten().scatter(0, where, acts.flatten()[where]).view_as(acts)
+
+
+@MASKS
+def test_largest_of_the_batch(shape, backend, mask_kind, assert_close):
+    arguments, (mask, pos) = inputs(shape), mask_of(mask_kind, shape)
+    x, W_enc, b_enc, center = arguments
+    code, _ = encode_topk(
+        x, W_enc, b_enc, shape.K, center=center, mask=mask, pos=pos, across_batch=True, backend=backend
+    )
+    assert code.values.shape == (shape.N * shape.K,)
+    check(code, largest_of_batch(activations(*arguments, mask, pos), shape.N * shape.K), assert_close)
+
+
+@MASKS
+@pytest.mark.parametrize("thresholded", [False, True], ids=["above zero", "above thresholds"])
+def test_above_a_threshold(shape, backend, mask_kind, thresholded, assert_close):
+    arguments, (mask, pos) = inputs(shape), mask_of(mask_kind, shape)
+    x, W_enc, b_enc, center = arguments
+    threshold = 2 * torch.rand(shape.F, generator=shape.generator) if thresholded else None
+    acts = activations(*arguments, mask, pos)
+    expected = acts if threshold is None else acts * (acts > threshold)
+    code = encode_threshold(
+        x, W_enc, b_enc, threshold, center=center, mask=mask, pos=pos, expected=shape.K, backend=backend
+    )
+    assert len(code.values) == int((expected > 0).sum())
+    check(code, expected, assert_close)
+
+
+@pytest.mark.parametrize("kind", ["random", "all in one tile", "one token has most", "none positive", "a value twice"])
+def test_ragged_codes_are_exact(wide_backend, kind, assert_close):
+    x, W_enc, b_enc, center = inputs(WIDE)
+    if kind == "all in one tile":
+        b_enc[64:96] += 8
+    elif kind == "one token has most":
+        x[2] *= 20
+    elif kind == "none positive":
+        b_enc -= 100
+    elif kind == "a value twice":  # at the cut, which takes one of them
+        x = x[:1].repeat(WIDE.N, 1)
+    acts, total = activations(x, W_enc, b_enc, center), WIDE.N * WIDE.K
+    if kind == "a value twice":
+        total += 4
+        code = encode_topk(x, W_enc, b_enc, 1, center=center, across_batch=True, backend=wide_backend)[0]
+        best = acts[0].argmax()
+        assert (code.indices == best).all()
+        assert code.offsets.diff().tolist() == [1] * WIDE.N
+    else:
+        code = encode_topk(x, W_enc, b_enc, WIDE.K, center=center, across_batch=True, backend=wide_backend)[0]
+        check(code, largest_of_batch(acts, total), assert_close)
+    threshold = torch.full((WIDE.F,), 1.5)
+    code = encode_threshold(x, W_enc, b_enc, threshold, center=center, expected=4, backend=wide_backend)
+    check(code, acts * (acts > 1.5), assert_close)
 
 
 @pytest.mark.parametrize("kind", ["random", "all in one tile", "ties", "few positive", "none positive", "K = F"])
@@ -136,20 +207,28 @@ def test_nan_shows_in_its_own_row_only(wide_backend, assert_close):
     code, _ = encode_topk(x, W_enc, b_enc, WIDE.K, center=center, backend=wide_backend)
     others = torch.arange(WIDE.N) != 3
     assert code.values[3].isnan().all()
+    threshold = encode_threshold(x, W_enc, b_enc, center=center, expected=4, backend=wide_backend)
+    in_row = threshold.rows == 3
+    assert in_row.any()
+    assert threshold.values[in_row].isnan().all()
+    assert not threshold.values[~in_row].isnan().any()
     assert_close(code.to_dense()[others], largest(activations(x, W_enc, b_enc, center)[others], WIDE.K))
 
 
 def test_same_bits_twice(wide_backend):
     x, W_enc, b_enc, _ = inputs(WIDE)
     b_enc[64:96] += 8
-    one, two = (encode_topk(x, W_enc, b_enc, WIDE.K, backend=wide_backend)[0] for _ in range(2))
-    assert torch.equal(one.values, two.values)
-    assert torch.equal(one.indices, two.indices)
+    for across_batch in (False, True):
+        one, two = (
+            encode_topk(x, W_enc, b_enc, WIDE.K, across_batch=across_batch, backend=wide_backend)[0] for _ in range(2)
+        )
+        assert torch.equal(one.values, two.values)
+        assert torch.equal(one.indices, two.indices)
 
 
 def test_candidates_suffice_for_all_but_one_row_in_a_hundred():
     pytest.importorskip("triton")
-    from temposae.kernels.encode.triton import candidates_per_tile
+    from temposae.kernels.encode_sparse.triton import candidates_per_tile
 
     generator = torch.Generator().manual_seed(0)
     for f, k in ((65536, 64), (16384, 64), (16384, 32), (131072, 64), (4096, 8)):

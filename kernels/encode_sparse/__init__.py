@@ -1,0 +1,109 @@
+"""encode_sparse: the activations that are kept of each token or of the batch, without those that aren't in between."""
+
+import torch
+from torch import Tensor
+
+from ..checks import check_floating, check_one_device, check_shape
+from ..code import SparseCode
+from ..cost import Cost
+from ..encode import check_encoder, choose_encoder
+from ..encode import cost as cost_dense
+from ..masks import Mask
+from . import reference
+
+
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    center: Tensor | None = None,
+    mask: Mask | None = None,
+    pos: Tensor | None = None,
+    aux_k: int = 0,
+    aux_latents: Tensor | None = None,
+    across_batch: bool = False,
+    exact: bool = True,
+    backend: str | None = None,
+) -> tuple[SparseCode, SparseCode | None]:
+    """The k largest of acts = relu((x - center) @ W_enc + b_enc) * mask[pos] for each token, and from the same product the
+    aux_k largest among `aux_latents`.
+
+    x, W_enc, b_enc, center, mask, pos  as in `encode`; a mask must not be negative
+    k, aux_k     in [1, F]; aux_k = 0 for no second code
+    aux_latents  bool [F]; None for all
+    across_batch the N * k largest positive of the batch instead of k of each token (BatchTopK)
+
+    Returns (code, aux code or None), their values in float32 (float64 for float64), the entries of a token in no particular
+    order; both of fixed K, or with `across_batch` the first one ragged, as `select_batch_topk` has it. A token with fewer
+    positive activations than k is filled up with zeros at other latents; which ones is left open. Of equal values, which
+    are kept follows from the inputs alone (of a token, the lower latent). NaN counts as the largest.
+
+    Triton never holds [N, F] where F is large beside k: each tile of latents keeps its few largest, their values rounded to
+    17 significant bits, and the largest of those are exact unless a tile had more among them than it kept. `exact` looks
+    for such tiles and computes them again, on the device, for the tokens that need it; `exact=False` doesn't, and may miss
+    entries where many of a token's largest activations lie in one tile (about one token in a hundred misses one when
+    latents are in random order). Doesn't wait for the device.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit and for k or aux_k out of range.
+    """
+    f = check_encoder(x, W_enc, b_enc, center, mask, pos)
+    if not 1 <= k <= f:
+        raise ValueError(f"k must lie in [1, F] = [1, {f}], got {k}")
+    if not 0 <= aux_k <= f:
+        raise ValueError(f"aux_k must lie in [0, F] = [0, {f}], got {aux_k}")
+    if aux_latents is not None:
+        check_shape("aux_latents", aux_latents, F=f)
+        check_one_device(x=x, aux_latents=aux_latents)
+        if aux_latents.dtype != torch.bool:
+            raise ValueError(f"aux_latents must be bool, got {aux_latents.dtype}")
+    if choose_encoder("encode_topk", x, W_enc, b_enc, center, mask, cost=cost, backend=backend) == "triton":
+        from . import triton
+
+        return triton.encode_topk(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, across_batch, exact)
+    return reference.encode_topk(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, across_batch)
+
+
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor | None = None,
+    *,
+    center: Tensor | None = None,
+    mask: Mask | None = None,
+    pos: Tensor | None = None,
+    expected: int = 64,
+    backend: str | None = None,
+) -> SparseCode:
+    """Every activation acts = relu((x - center) @ W_enc + b_enc) * mask[pos] above its latent's threshold.
+
+    x, W_enc, b_enc, center, mask, pos  as in `encode`; a mask must not be negative
+    threshold  [F], any floating dtype, not negative; None for zero
+    expected   about how many a token has; speed depends on it, the result doesn't
+
+    Returns a ragged code with values in float32 (float64 for float64), the entries of a token in no particular order,
+    however many there are. NaN is kept, so that it is seen. Triton rounds values to 17 significant bits after the
+    comparison and, unless `expected` is a large part of F, never holds [N, F]: see `encode_topk`. Waits for the device
+    once, to know how many there are. Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    f = check_encoder(x, W_enc, b_enc, center, mask, pos)
+    if threshold is not None:
+        check_shape("threshold", threshold, F=f)
+        check_floating(threshold=threshold)
+        check_one_device(x=x, threshold=threshold)
+    if expected < 1:
+        raise ValueError(f"expected must be at least 1, got {expected}")
+    if choose_encoder("encode_threshold", x, W_enc, b_enc, center, mask, cost=cost, backend=backend) == "triton":
+        from . import triton
+
+        return triton.encode_threshold(x, W_enc, b_enc, threshold, center, mask, pos, expected)
+    return reference.encode_threshold(x, W_enc, b_enc, threshold, center, mask, pos)
+
+
+def cost(n: int, d: int, f: int, *, itemsize: int = 2, masked: bool = False, backend: str = "triton") -> Cost:
+    """The product, and where triton writes and reads 4 candidates of 4 bytes for every 128 activations, torch writes the
+    activations and selects from them in about 6 passes."""
+    flops, bytes = cost_dense(n, d, f, itemsize=itemsize, masked=masked, backend=backend)
+    return Cost(flops, bytes + (n * f / 4 - itemsize * n * f if backend == "triton" else 6 * itemsize * n * f))

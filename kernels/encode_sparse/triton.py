@@ -1,0 +1,435 @@
+"""encode_sparse as Triton kernels. A GEMM keeps a few candidates of each tile of latents; what is wanted is chosen among
+them, and a tile that may have dropped some of it is computed again for the tokens that it matters to.
+
+A candidate is an int32: the float's bits rounded to 24 of them, which order like the values because none is negative,
+above 7 bits that name its column, the first column highest. A tile with nothing left gives -1.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backend import launch_options
+from ..code import SparseCode
+from ..encode.triton import Operands, encode, masked, operands, preactivations
+from ..masks import Mask
+from ..select.triton import kth_largest, select_batch_topk, select_threshold, select_topk
+from .reference import select_both, widened
+
+_VALUE_BITS = tl.constexpr(-128)  # a mask
+_LEAST_POSITIVE = tl.constexpr(128)
+_NAN = tl.constexpr(0x7F800080)  # the lowest NaN that rounding keeps
+
+
+@triton.jit
+def pack(acts, cols, F, BLOCK_F: tl.constexpr):
+    """Candidates [rows, BLOCK_F] of a tile; what isn't positive counts as zero, NaN as the largest."""
+    bits = tl.where(acts == acts, tl.maximum(acts.to(tl.int32, bitcast=True), 0), _NAN)
+    packed = ((bits + _LEAST_POSITIVE // 2) & _VALUE_BITS) | (BLOCK_F - 1 - cols % BLOCK_F)[None, :]
+    return tl.where((cols < F)[None, :], packed, -1)
+
+
+@triton.jit
+def store_largest(packed, ptrs, inside, KEEP: tl.constexpr):
+    """The KEEP largest of each row, the largest first."""
+    for nth in tl.static_range(KEEP):
+        largest = tl.max(packed, 1)
+        tl.store(ptrs + nth, largest, mask=inside)
+        packed = tl.where(packed == largest[:, None], -1, packed)
+
+
+@triton.jit
+def only_aux(packed, aux_latents_ptr, cols, F):
+    """Latents that don't take part count as zero."""
+    is_aux = tl.load(aux_latents_ptr + cols, mask=cols < F, other=0)
+    return tl.where((is_aux != 0)[None, :] | (packed < 0), packed, packed & ~_VALUE_BITS)
+
+
+@triton.jit
+def above_threshold(acts, threshold_ptr, cols, F):
+    """acts where they are above their latent's threshold, else zero; NaN stays."""
+    limit = tl.load(threshold_ptr + cols, mask=cols < F, other=0.0)
+    return tl.where(acts <= limit[None, :], 0.0, acts)
+
+
+@triton.jit
+def candidates_kernel(
+    x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, used_ptr, threshold_ptr, aux_latents_ptr, candidates_ptr, aux_candidates_ptr,
+    N, D, F, sharpness, stride_x, stride_wd, stride_wf,
+    MASK: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr, EVEN_D: tl.constexpr,
+    KEEP: tl.constexpr, AUX_KEEP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
+):  # fmt: skip
+    acts, rows, cols, tile_f = preactivations(
+        x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, N, D, F, stride_x, stride_wd, stride_wf,
+        MASK, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
+    )  # fmt: skip
+    acts = masked(acts, mask_ptr, sharpness, pos_ptr, rows, cols, tile_f, N, F, MASK, BLOCK_F)
+    if HAS_THRESHOLD:
+        acts = above_threshold(acts, threshold_ptr, cols, F)
+    packed = pack(acts, cols, F, BLOCK_F)
+    first = rows.to(tl.int64) * tl.cdiv(F, BLOCK_F) + tile_f
+    store_largest(packed, candidates_ptr + first * KEEP, rows < N, KEEP)
+    if AUX_KEEP > 0:
+        if HAS_AUX_LATENTS:
+            packed = only_aux(packed, aux_latents_ptr, cols, F)
+        store_largest(packed, aux_candidates_ptr + first * AUX_KEEP, rows < N, AUX_KEEP)
+
+
+@triton.jit
+def latents_of(entries, packed, KEEP: tl.constexpr, BLOCK_F: tl.constexpr):
+    """The latents of a token's candidates, given by their places."""
+    return entries // KEEP * BLOCK_F + (BLOCK_F - 1 - packed % BLOCK_F)
+
+
+@triton.jit
+def may_have_more(last, least):
+    """Whether a tile may have dropped something of key `least` or more, by the last and least of its candidates. A tile
+    full of NaN need not be looked at again."""
+    return (last >= _LEAST_POSITIVE) & (last >> 7 >= least) & (last < _NAN)
+
+
+@triton.jit
+def dropped_by(
+    tile, token, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, threshold_ptr, aux_latents_ptr, candidates_ptr,
+    D, F, stride_x, stride_wd, stride_wf,
+    MASK: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The latents of a tile, and their candidates for one token computed again; -1 for those that the tile has given.
+    `candidates_ptr` points to the token's."""
+    cols = tile * BLOCK_F + tl.arange(0, BLOCK_F)
+    acts = tl.zeros((BLOCK_F,), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        depth = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + token * stride_x + depth, mask=depth < D, other=0.0).to(tl.float32)
+        w_ptrs = w_ptr + depth[:, None].to(tl.int64) * stride_wd + cols[None, :].to(tl.int64) * stride_wf
+        w = tl.load(w_ptrs, mask=(depth < D)[:, None] & (cols < F)[None, :], other=0.0).to(tl.float32)
+        acts += tl.sum(x[:, None] * w, 0)
+    acts = (acts + tl.load(b_ptr + cols, mask=cols < F, other=0.0))[None, :]
+    rows = token + tl.arange(0, 1)
+    acts = masked(acts, mask_ptr, sharpness, pos_ptr, rows, cols, tile, token + 1, F, MASK, BLOCK_F)
+    if HAS_THRESHOLD:
+        acts = above_threshold(acts, threshold_ptr, cols, F)
+    packed = pack(acts, cols, F, BLOCK_F)
+    if HAS_AUX_LATENTS:
+        packed = only_aux(packed, aux_latents_ptr, cols, F)
+    packed = tl.max(packed, 0)
+    for nth in tl.static_range(KEEP):  # by column: its value may differ in the last bit
+        given = BLOCK_F - 1 - tl.load(candidates_ptr + tile * KEEP + nth) % BLOCK_F
+        packed = tl.where(cols == tile * BLOCK_F + given, -1, packed)
+    return packed, cols
+
+
+@triton.jit
+def merge_kernel(
+    candidates_ptr, values_ptr, indices_ptr, unsure_ptr,
+    LENGTH, K,
+    KEEP: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The K largest of a token's candidates, and whether a tile may have had more of them than it gave."""
+    token = tl.program_id(0).to(tl.int64)
+    candidates_ptr += token * LENGTH
+    kth, wanted = kth_largest(candidates_ptr, LENGTH, K, 1, True, 32 - 8, BLOCK)
+    kth = kth.to(tl.int32)
+
+    kept = 0
+    unsure = 0
+    for start in range(0, LENGTH, BLOCK):
+        entries = start + tl.arange(0, BLOCK)
+        packed = tl.load(candidates_ptr + entries, mask=entries < LENGTH, other=-1)
+        key = packed >> 7
+        equal = (key == kth).to(tl.int32)
+        keep = (key > kth) | ((equal != 0) & (tl.cumsum(equal, 0) <= wanted))
+        ones = keep.to(tl.int32)
+        slot = token * K + kept + tl.cumsum(ones, 0) - 1
+        tl.store(values_ptr + slot, (packed & _VALUE_BITS).to(tl.float32, bitcast=True), mask=keep)
+        tl.store(indices_ptr + slot, latents_of(entries, packed, KEEP, BLOCK_F), mask=keep)
+        wanted -= tl.sum(equal, 0)
+        kept += tl.sum(ones, 0)
+        more = (entries % KEEP == KEEP - 1) & may_have_more(packed, kth)  # which zeros are kept is all one
+        unsure |= tl.max(more.to(tl.int32), 0)
+    tl.store(unsure_ptr + token, unsure.to(tl.int8))
+
+
+@triton.jit
+def ranked(packed, latents):
+    """Candidates as int64 keys that order by value, then by the lower latent; -1 for those that aren't positive."""
+    key = ((packed & _VALUE_BITS).to(tl.int64) << 32) | (0x7FFFFFFF - latents).to(tl.int64)
+    return tl.where(packed >= _LEAST_POSITIVE, key, -1)
+
+
+@triton.jit
+def rescan_kernel(
+    x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, aux_latents_ptr, candidates_ptr, unsure_ptr, values_ptr, indices_ptr,
+    D, F, sharpness, stride_x, stride_wd, stride_wf, K,
+    MASK: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """For a token with unsure tiles: compute each of those tiles again, and let what it dropped replace lesser entries."""
+    token = tl.program_id(0).to(tl.int64)
+    if tl.load(unsure_ptr + token) == 0:
+        return
+    slots = tl.arange(0, BLOCK_K)
+    value = tl.load(values_ptr + token * K + slots, mask=slots < K, other=0.0)
+    latent = tl.load(indices_ptr + token * K + slots, mask=slots < K, other=0)
+    best = tl.where(slots < K, ranked(value.to(tl.int32, bitcast=True), latent), 0x7FFFFFFFFFFFFFFF)
+    # Entries of value zero are the first to go. Each needs a key of its own, below all others.
+    best = tl.where(best < 0, -2 - slots.to(tl.int64), best)
+    tiles = tl.cdiv(F, BLOCK_F)
+    candidates_ptr += token * tiles * KEEP
+    least_key = (tl.min(best, 0) >> 39).to(tl.int32)
+
+    for first in range(0, tiles, BLOCK_T):
+        numbers = first + tl.arange(0, BLOCK_T)
+        last = tl.load(candidates_ptr + numbers * KEEP + KEEP - 1, mask=numbers < tiles, other=-1)
+        pending = tl.where(may_have_more(last, least_key), numbers, -1)
+        tile = tl.max(pending, 0)
+        while tile >= 0:
+            packed, cols = dropped_by(
+                tile, token, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, x_ptr, aux_latents_ptr, candidates_ptr,
+                D, F, stride_x, stride_wd, stride_wf, MASK, False, HAS_AUX_LATENTS, KEEP, BLOCK_F, BLOCK_D,
+            )  # fmt: skip
+            dropped = ranked(packed, cols)
+            largest = tl.max(dropped, 0)
+            least = tl.min(best, 0)
+            while largest > least:
+                best = tl.where(best == least, largest, best)
+                dropped = tl.where(dropped == largest, -1, dropped)
+                largest = tl.max(dropped, 0)
+                least = tl.min(best, 0)
+            pending = tl.where(numbers == tile, -1, pending)
+            tile = tl.max(pending, 0)
+
+    value = tl.where(best < 0, 0.0, (best >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+    latent = tl.where(best < 0, latent, 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32))
+    tl.store(values_ptr + token * K + slots, value, mask=slots < K)
+    tl.store(indices_ptr + token * K + slots, latent, mask=slots < K)
+
+
+# what `above_cut_kernel` does with the positive candidates whose key is `cut` or more
+_DIGITS, _COUNT, _FILL = (tl.constexpr(mode) for mode in range(3))
+
+
+@triton.jit
+def seen(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE: tl.constexpr, SHIFT: tl.constexpr):
+    """Take note of some candidates. DIGITS: `first` counts the values of a digit of keys that agree with `cut` above it.
+    COUNT: `first` counts those above the cut, `second` those at it. FILL: `first` is the next slot before `end`, and
+    `second` how many at the cut are still wanted."""
+    key = packed >> 7
+    positive = packed >= _LEAST_POSITIVE
+    if MODE == _DIGITS:
+        counted = positive & (key >> (SHIFT + 8) == cut >> (SHIFT + 8))
+        # What doesn't count is put into the lowest bin and taken out again: histograms have no mask before Triton 3.4.
+        first += tl.histogram(tl.where(counted, (key >> SHIFT) & 255, 0), 256)
+        first -= tl.where(tl.arange(0, 256) == 0, tl.sum((counted == 0).to(tl.int32), 0), 0)
+    else:
+        above = (positive & (key > cut)).to(tl.int32)
+        equal = (positive & (key == cut)).to(tl.int32)
+        if MODE == _COUNT:
+            first += tl.sum(above, 0)
+            second += tl.sum(equal, 0)
+        else:
+            keep = (above != 0) | ((equal != 0) & (tl.cumsum(equal, 0) <= second))
+            ones = keep.to(tl.int32)
+            slots = first + tl.cumsum(ones, 0) - 1
+            inside = keep & (slots < end)
+            tl.store(values_ptr + slots, (packed & _VALUE_BITS).to(tl.float32, bitcast=True), mask=inside)
+            tl.store(indices_ptr + slots, latents, mask=inside)
+            first += tl.sum(ones, 0)
+            second -= tl.sum(equal, 0)
+    return first, second
+
+
+@triton.jit
+def above_cut_kernel(
+    x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, threshold_ptr, candidates_ptr, cut_ptr, least_ptr,
+    above_ptr, equal_ptr, values_ptr, indices_ptr,
+    D, F, sharpness, stride_x, stride_wd, stride_wf,
+    MASK: tl.constexpr, HAS_THRESHOLD: tl.constexpr, KEEP: tl.constexpr, MODE: tl.constexpr, SHIFT: tl.constexpr,
+    AGAIN: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A token's candidates and, with AGAIN, what was dropped by tiles that may have dropped keys of `least` or more."""
+    token = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(F, BLOCK_F)
+    candidates_ptr += token * tiles * KEEP
+    cut = tl.load(cut_ptr).to(tl.int32)
+    second = 0
+    end = 0
+    if MODE == _DIGITS:
+        first = tl.zeros((256,), dtype=tl.int32)
+    elif MODE == _COUNT:
+        first = 0
+    else:
+        first = tl.load(above_ptr + token)
+        second = tl.load(equal_ptr + token).to(tl.int32)
+        end = tl.load(above_ptr + token + 1)
+    for start in range(0, tiles * KEEP, BLOCK):
+        entries = start + tl.arange(0, BLOCK)
+        packed = tl.load(candidates_ptr + entries, mask=entries < tiles * KEEP, other=-1)
+        latents = latents_of(entries, packed, KEEP, BLOCK_F)
+        first, second = seen(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT)
+    if AGAIN:
+        least = tl.load(least_ptr).to(tl.int32)
+        for start in range(0, tiles, BLOCK_T):
+            numbers = start + tl.arange(0, BLOCK_T)
+            last = tl.load(candidates_ptr + numbers * KEEP + KEEP - 1, mask=numbers < tiles, other=-1)
+            pending = tl.where(may_have_more(last, least), numbers, -1)
+            tile = tl.max(pending, 0)
+            while tile >= 0:
+                packed, latents = dropped_by(
+                    tile, token, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, threshold_ptr, x_ptr, candidates_ptr,
+                    D, F, stride_x, stride_wd, stride_wf, MASK, HAS_THRESHOLD, False, KEEP, BLOCK_F, BLOCK_D,
+                )  # fmt: skip
+                first, second = seen(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT)
+                pending = tl.where(numbers == tile, -1, pending)
+                tile = tl.max(pending, 0)
+    if MODE == _DIGITS:
+        tl.atomic_add(above_ptr + tl.arange(0, 256), first.to(tl.int64))
+    elif MODE == _COUNT:
+        tl.store(above_ptr + token, first.to(tl.int64))
+        tl.store(equal_ptr + token, second.to(tl.int64))
+
+
+class Candidates:
+    """The candidates of every token, and the ways to choose among them."""
+
+    def __init__(self, given: Operands, keep: int, aux_keep: int = 0,
+                 aux_latents: Tensor | None = None, threshold: Tensor | None = None):  # fmt: skip
+        x, f = given.x, given.W_enc.shape[1]
+        self.given, self.n_latents, self.tile = given, f, given.options["BLOCK_F"]
+        self.threshold, self.keep, self.aux_keep = threshold, keep, aux_keep
+        self.aux_latents = None if aux_latents is None else aux_latents.view(torch.uint8).contiguous()
+        tiles = triton.cdiv(f, self.tile)
+        self.packed, self.aux_packed = (
+            torch.empty((len(x), tiles * kept), dtype=torch.int32, device=x.device) for kept in (keep, aux_keep)
+        )
+        candidates_kernel[given.grid](
+            *given.tensors, x if threshold is None else threshold,
+            x if self.aux_latents is None else self.aux_latents, self.packed, self.aux_packed,
+            *given.numbers,
+            HAS_THRESHOLD=threshold is not None, HAS_AUX_LATENTS=aux_latents is not None,
+            KEEP=keep, AUX_KEEP=aux_keep, **given.settings,
+        )  # fmt: skip
+
+    def largest(self, k: int, exact: bool, aux: bool = False) -> SparseCode:
+        """The k largest of each token; of those that take part in AuxK, with `aux`."""
+        x, n = self.given.x, len(self.given.x)
+        packed, keep = (self.aux_packed, self.aux_keep) if aux else (self.packed, self.keep)
+        aux_latents = self.aux_latents if aux else None
+        values = torch.empty((n, k), dtype=torch.float32, device=x.device)
+        indices = torch.empty((n, k), dtype=torch.int32, device=x.device)
+        unsure = torch.empty(n, dtype=torch.int8, device=x.device)
+        merge_kernel[(n,)](
+            packed, values, indices, unsure, packed.shape[1], k,
+            KEEP=keep, BLOCK_F=self.tile, **launch_options("merge", x),
+        )  # fmt: skip
+        if exact:
+            rescan_kernel[(n,)](
+                *self.given.tensors[:5], x if aux_latents is None else aux_latents, packed, unsure, values, indices,
+                *self.given.numbers[1:], k,
+                MASK=self.given.MASK, HAS_AUX_LATENTS=aux_latents is not None, KEEP=keep,
+                BLOCK_F=self.tile, BLOCK_K=triton.next_power_of_2(k), **launch_options("rescan", x),
+            )  # fmt: skip
+        return SparseCode(values, indices, self.n_latents)
+
+    def largest_of_batch(self, total: int, exact: bool) -> SparseCode:
+        """The `total` largest of the batch. The cut among candidates bounds the true one from below: only tiles that may
+        have dropped something above it are computed again, on the way to the true one."""
+        cut = self._cut(total, None)
+        if exact:
+            cut = self._cut(total, cut[0])
+        return self._above(*cut, exact, capacity=total)
+
+    def above_threshold(self) -> SparseCode:
+        """All that isn't zero. Waits for the device, to know how many there are."""
+        zero = torch.zeros((), dtype=torch.int64, device=self.packed.device)
+        return self._above(zero, zero, True, capacity=None)
+
+    def _cut(self, total: int, least: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The total-th largest key, and how many keys equal to it are among the largest; 0 if fewer are positive."""
+        device = self.packed.device
+        cut = torch.zeros((), dtype=torch.int64, device=device)
+        wanted = torch.full((), total, dtype=torch.int64, device=device)
+        for shift in (16, 8, 0):
+            counts = torch.zeros(257, dtype=torch.int64, device=device)
+            self._see(cut, least, counts, counts, counts, counts, MODE=_DIGITS.value, SHIFT=shift)
+            at_least = counts.flip(0).cumsum(0).flip(0)
+            digit = ((at_least[:256] >= wanted).sum() - 1).clamp_min(0)
+            wanted = wanted - at_least[digit + 1]
+            cut = cut + (digit << shift)
+        return cut, wanted
+
+    def _above(self, cut: Tensor, wanted: Tensor, exact: bool, capacity: int | None) -> SparseCode:
+        """All above the cut, and the first `wanted` at it."""
+        x, n, least = self.given.x, len(self.given.x), cut if exact else None
+        above, equal = (torch.empty(n, dtype=torch.int64, device=x.device) for _ in range(2))
+        self._see(cut, least, above, equal, above, above, MODE=_COUNT.value)
+        of_equal = torch.minimum((wanted - equal.cumsum(0) + equal).clamp_min(0), equal)
+        offsets = torch.cat([equal.new_zeros(1), (above + of_equal).cumsum(0)])
+        size = int(offsets[-1]) if capacity is None else capacity
+        values = torch.zeros(size, dtype=torch.float32, device=x.device)
+        indices = torch.zeros(size, dtype=torch.int32, device=x.device)
+        self._see(cut, least, offsets, of_equal, values, indices, MODE=_FILL.value)
+        return SparseCode(values, indices, self.n_latents, offsets)
+
+    def _see(self, cut: Tensor, least: Tensor | None, *tensors: Tensor, MODE: int, SHIFT: int = 0) -> None:
+        given, x = self.given, self.given.x
+        above_cut_kernel[(len(x),)](
+            *given.tensors[:5], x if self.threshold is None else self.threshold,
+            self.packed, cut, cut if least is None else least, *tensors,
+            *given.numbers[1:],
+            MASK=given.MASK, HAS_THRESHOLD=self.threshold is not None, KEEP=self.keep, MODE=MODE, SHIFT=SHIFT,
+            AGAIN=least is not None, BLOCK_F=self.tile, **launch_options("above_cut", x),
+        )  # fmt: skip
+
+
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, center: Tensor | None, mask: Mask | None, pos: Tensor | None,
+    aux_k: int, aux_latents: Tensor | None, across_batch: bool, exact: bool,
+) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
+    given, f = operands("encode_topk", x, W_enc, b_enc, center, mask, pos), W_enc.shape[1]
+    # Tokens of a batch differ in how many they have.
+    keep = candidates_per_tile(f, min(2 * k, f) if across_batch else k, given.options["BLOCK_F"])
+    aux_keep = candidates_per_tile(f, aux_k, given.options["BLOCK_F"]) if aux_k else 0
+    if keep is None or aux_keep is None:
+        acts = encode(x, W_enc, b_enc, center, mask, pos, True)
+        return select_both(acts, k, aux_k, aux_latents, across_batch, select_topk, select_batch_topk)
+    found = Candidates(given, keep, aux_keep, aux_latents)
+    code = found.largest_of_batch(len(x) * k, exact) if across_batch else found.largest(k, exact)
+    return code, found.largest(aux_k, exact, aux=True) if aux_k else None
+
+
+def encode_threshold(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None,
+    center: Tensor | None, mask: Mask | None, pos: Tensor | None, expected: int,
+) -> SparseCode:  # fmt: skip
+    given, f = operands("encode_topk", x, W_enc, b_enc, center, mask, pos), W_enc.shape[1]
+    threshold = None if threshold is None else threshold.float().contiguous()
+    keep = candidates_per_tile(f, min(expected, f), given.options["BLOCK_F"])
+    if keep is None:
+        acts = encode(x, W_enc, b_enc, center, mask, pos, True)
+        return widened(select_threshold(acts, 0.0 if threshold is None else threshold, None))
+    return Candidates(given, keep, threshold=threshold).above_threshold()
+
+
+@functools.cache
+def candidates_per_tile(f: int, k: int, tile: int) -> int | None:
+    """How many of each tile of latents to keep, so that one row in a hundred has a tile with as many among its k largest
+    when latents are in random order; None if that takes more than 16, when writing all activations costs less."""
+    tiles = -(-f // tile)
+    mean = k / tiles
+    term = math.exp(-mean)  # Poisson
+    at_least = 1.0 - term
+    for keep in range(1, 17):
+        rarely_more = tiles * at_least <= 0.01 or keep >= k
+        if rarely_more and (tiles - 1) * min(keep, tile) + min(keep, f - (tiles - 1) * tile) >= k:
+            return keep
+        term *= mean / keep
+        at_least -= term
+    return None

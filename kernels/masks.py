@@ -1,0 +1,41 @@
+"""Masks over positions, as encode takes them: what each latent's activation is multiplied by at a token's position."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class GaussianMask(NamedTuple):
+    """weight[p, j] = exp(-(p - centre[j])^2 / (2 sigma^2)), worked out where it is needed and never stored.
+
+    centre [F], float32, in positions; sigma > 0, in positions.
+    """
+
+    centre: Tensor
+    sigma: float
+
+    @property
+    def sharpness(self) -> float:
+        return 1 / (2 * self.sigma**2)
+
+
+Mask = Tensor | GaussianMask
+
+
+def weights_at(mask: Mask, pos: Tensor) -> Tensor:
+    """The mask's weight of every latent at each position, [N, F] for pos [N]."""
+    if isinstance(mask, Tensor):
+        return mask.index_select(0, pos)
+    return _gaussian(pos[:, None] - mask.centre, mask)
+
+
+def weights_of(mask: Mask, pos: Tensor, latents: Tensor) -> Tensor:
+    """The mask's weight of each of `latents` at the position of the same place in `pos`."""
+    if isinstance(mask, Tensor):
+        return mask.reshape(-1)[pos.long() * mask.shape[1] + latents]
+    return _gaussian(pos - mask.centre[latents.long()], mask)
+
+
+def _gaussian(distance: Tensor, mask: GaussianMask) -> Tensor:
+    return torch.exp(-mask.sharpness * distance.square())
