@@ -52,6 +52,11 @@ REFUSED = {
     "step in fp16": ("bench step --dtype fp16", ("dtype: 'fp16'", "fp32 or bf16")),
     "unknown device": ("bench step --device tpu", ("device: 'tpu'", "cpu or cuda")),
     "step's json nowhere": ("bench step --json nowhere/f.json", ("json: nowhere/f.json", "folder that exists")),
+    "unknown activation": ("bench step --activation topkk", ("activation: 'topkk'", "topk, batchtopk, jumprelu, relu")),
+    "AuxK where there is none": (
+        "bench step --auxk --activation relu",
+        ("auxk", "activation relu", "topk and batchtopk"),
+    ),
     "ops' json nowhere": ("bench ops --json nowhere/f.json", ("json: nowhere/f.json", "folder that exists")),
     "profile's json nowhere": ("profile --json nowhere/f.json", ("json: nowhere/f.json", "folder that exists")),
     "profile's trace nowhere": ("profile --trace nowhere/t.json", ("trace: nowhere/t.json", "folder that exists")),
