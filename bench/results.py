@@ -141,10 +141,13 @@ def _steps(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def _ops(cases: list[dict[str, Any]]) -> list[str]:
-    rows = [("op", "shape", "dtype", "backend", "ms (p20 to p80)", "GB", "GFLOP", "floor ms", "of floor", "peak GiB")]
+    rows = [(
+        "op", "direction", "shape", "dtype", "backend", "ms (p20 to p80)", "GB", "GFLOP", "floor ms", "of floor", "peak GiB",
+    )]  # fmt: skip
     for case in cases:
         rows.append((
             case["op"],
+            case.get("direction", ""),
             "-".join(f"{name}{case[name]}" for name in "NDFK"),
             case["dtype"],
             case.get("backend", ""),

@@ -84,6 +84,15 @@ def test_calls_can_be_repeated(name: str, inputs: Inputs, assert_close: Any) -> 
         assert_close(a, b, limit=1e-6)  # the decoder is divided by norms of 1 once more
 
 
+def test_every_op_is_forward_or_backward_and_the_objective_is_both() -> None:
+    directions = {name: op.direction for name, op in OPS.items()}
+    assert set(directions.values()) == {"forward", "backward", "full"}
+    for part in ("forward", "backward", "full"):
+        assert directions[f"objective_{part}"] == part
+    backward = {"decode_values_grad", "transpose", "weight_grad", "row_norms", "adam_rows", "objective_backward"}
+    assert {name for name, direction in directions.items() if direction == "backward"} == backward
+
+
 def test_work_of_known_ops() -> None:
     rates = KNOWN["H100"]
     n, d, f, k = HEADLINE

@@ -82,9 +82,12 @@ def test_step_table_of_other_activations() -> None:
 
 
 def test_op_table() -> None:
-    found = table(result(case("temposae", 4.0, op="encode", backend="triton", flops=3e12, bytes=2e9)))
+    found = table(
+        result(case("temposae", 4.0, op="encode", direction="forward", backend="triton", flops=3e12, bytes=2e9))
+    )
     assert cells(found)[2] == [
         "encode",
+        "forward",
         "N8-D4-F16-K2",
         "bf16",
         "triton",

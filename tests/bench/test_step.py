@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from temposae.bench import providers, step
-from temposae.bench.data import PRESETS, Shape, shapes, tokens
+from temposae.bench.data import HEADLINE, PRESETS, Shape, shapes, tokens
 from temposae.bench.floors import step_floors
 from temposae.bench.providers import PROVIDERS, Absent, Job, Provider, Trainee
 from temposae.bench.step import Contender, contenders, measure
@@ -366,7 +366,11 @@ def test_shapes_are_a_preset_or_every_combination_of_what_is_given() -> None:
     swept = PRESETS["sweep"]
     assert {shape.F for shape in swept} == {2**power for power in range(14, 21)}
     assert {shape.D for shape in swept} == {768, 2304, 3584, 4096}
+    assert {shape.N for shape in swept} == {2**power for power in range(10, 16)}
+    assert {shape.K for shape in swept} == {2**power for power in range(4, 9)}
     assert len(set(swept)) == len(swept)
+    # one size at a time, so that each shows what it alone does
+    assert all(sum(a != b for a, b in zip(shape, HEADLINE, strict=True)) <= 1 for shape in swept)
 
 
 def test_contenders_come_once_and_by_their_own_defaults_where_those_differ() -> None:
