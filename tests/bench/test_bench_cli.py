@@ -1,37 +1,17 @@
 """`temposae bench` and `temposae profile`: what they print and write; a mistake gets one line before any long work."""
 
-import io
 import json
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from commandline import run
 from temposae.bench.results import read
-from temposae.cli import main
 
 TINY = ("--n", "32", "--d", "16", "--f", "48", "--k", "4", "--device", "cpu")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(*argv: str | Path) -> Result:
-    """`temposae ARGV`, in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["temposae", *map(str, argv)])
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(autouse=True)
