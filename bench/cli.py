@@ -132,6 +132,27 @@ def report(
     print("\nwritten: " + "  ".join(map(str, paths)))
 
 
+@bench_app.command()
+def tune(
+    entry: Annotated[
+        list[str] | None, typer.Option(help="Entry of the table: encode, merge, ...; may be given again. [all]")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time a small grid of launch settings on this GPU, and write the best ones to its row of kernels/configs.py.
+
+    At N = 8192, D = 2304, F = 65536, K = 64, mostly in bf16. Takes minutes; run the GPU tests afterwards.
+    """
+    _quiet()
+    check_writable(json_file)
+    from . import tune as tuning
+
+    choices = tuning.run(entry)
+    write_json(json_file, [choice._asdict() for choice in choices])
+    print(tuning.summary(choices), end="")
+    print(f"written: {tuning.FILE}")
+
+
 def profile(
     preset: Preset = None,
     n: N = None,

@@ -153,12 +153,16 @@ def _row_norms(i: Inputs) -> Call:
     return lambda: adam.row_norms(entries, values, residual, W=w)
 
 
-def _adam_rows(i: Inputs) -> Call:
-    """The decoder's update, with a step of size zero: the work of any step, and the next call finds the same weights."""
-    w, entries, values, residual = i.sae.W_dec.detach(), i.entries, i.code.values, i.found.residual
-    moments = adam.Moments(torch.zeros_like(w), torch.zeros_like(w))
+def resting(w: Tensor) -> tuple[adam.Moments, adam.Rates]:
+    """For an update of w with a step of size zero: the work of any step, and the next call finds the same weights."""
     zero, one = torch.zeros((), device=w.device), torch.ones((), device=w.device)
-    rates = adam.Rates(zero, one, one.clone())
+    return adam.Moments(torch.zeros_like(w), torch.zeros_like(w)), adam.Rates(zero, one, one.clone())
+
+
+def _adam_rows(i: Inputs) -> Call:
+    """The decoder's update, on a copy: it works in place."""
+    w, entries, values, residual = i.sae.W_dec.detach().clone(), i.entries, i.code.values, i.found.residual
+    moments, rates = resting(w)
     shadow = None if i.dtype == torch.float32 else w.to(i.dtype)
     return lambda: adam.adam_rows(w, entries, values, residual, moments, rates, unit_norm=True, shadow=shadow)
 

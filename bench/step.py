@@ -133,7 +133,7 @@ def _line_up(
         except Exception as error:
             if contender.provider == "temposae" and not _out_of_memory(error):
                 raise
-            reason, memory_short = _in_one_line(error), _out_of_memory(error)
+            reason, memory_short = in_one_line(error), _out_of_memory(error)
         if reason:
             entry = None
             _release(job.device)  # not earlier: the exception held on to the memory
@@ -177,7 +177,7 @@ def _round(entries: list[Entry], job: Job, left_out: dict[str, str], bar: Progre
         except Exception as error:
             if entry.contender.provider == "temposae" and not _out_of_memory(error):
                 raise
-            left_out[f"{entry.contender} at {job}"] = _in_one_line(error)
+            left_out[f"{entry.contender} at {job}"] = in_one_line(error)
             entries.remove(entry)
         bar.advance(1, now=str(entry.contender))
 
@@ -232,6 +232,6 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"

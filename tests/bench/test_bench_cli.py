@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from commandline import run
 from temposae.bench.results import read
+from temposae.kernels import configs
 
 TINY = ("--n", "32", "--d", "16", "--f", "48", "--k", "4", "--device", "cpu")
 
@@ -43,6 +44,8 @@ REFUSED = {
     "profile without steps": ("profile --steps 0", ("steps: 0", "at least 1")),
     "table of nothing": ("bench table nowhere.json", ("results: nowhere.json", "No such file")),
     "report on nothing": ("bench report --results nowhere.json", ("results: nowhere.json", "No such file")),
+    "tune's json nowhere": ("bench tune --json nowhere/f.json", ("json: nowhere/f.json", "folder that exists")),
+    "tune an unknown entry": ("bench tune --entry mege", ("entry: 'mege'", "did you mean merge")),
     "report's json nowhere": ("bench report --json nowhere/f.json", ("json: nowhere/f.json", "folder that exists")),
     "report into a file": ("bench report --kernel position_sum --out file.txt", ("out: file.txt", "folder")),
     "unknown arch": ("bench report --arch 70", ("arch: 70", "80, 90, 100")),
@@ -67,6 +70,17 @@ def test_gpu_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> N
     code, _, err = run("bench", "step", "--device", "cuda")
     assert code != 0
     assert err == "error: device: 'cuda' is not allowed; torch finds no GPU here\n"
+
+
+def test_tune_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = configs.__file__ and Path(configs.__file__).read_text()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, out, err = run("bench", "tune")
+    assert (code, out) == (2, "")
+    assert (
+        err == "error: device: 'cpu' is not allowed; `bench tune` times kernels on a GPU, and torch finds none here\n"
+    )
+    assert Path(configs.__file__).read_text() == before
 
 
 def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +210,9 @@ def test_report_measures_first_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPa
     assert asked == [(name, [HEADLINE], "cuda", "bf16") for name in ("train_step", "encode")]
 
 
-@pytest.mark.parametrize("command", ["bench", "bench step", "bench ops", "bench report", "bench table", "profile"])
+@pytest.mark.parametrize(
+    "command", ["bench", "bench step", "bench ops", "bench tune", "bench report", "bench table", "profile"]
+)
 def test_help_comes_without_torch(command: str) -> None:
     code = (
         "import sys; from temposae.cli import main\n"
