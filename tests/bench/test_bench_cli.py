@@ -73,7 +73,7 @@ def test_gpu_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_tune_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = configs.__file__ and Path(configs.__file__).read_text()
+    before = Path(configs.__file__).read_text()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, out, err = run("bench", "tune")
     assert (code, out) == (2, "")
