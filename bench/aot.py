@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from ..kernels.backend import config_row
 
 ARCHS = (80, 90, 100)
-# mma.sync, wgmma and tcgen05, as the disassembler spells them
 FLOATS = ("threshold", "sharpness", "beta1", "beta2", "eps")  # scalar arguments that are not integers
+# mma.sync (on all others as well), wgmma and tcgen05, as the disassembler spells them
 TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
 
 
@@ -221,7 +221,7 @@ def _measure(spec: Spec, arch: int) -> dict[str, int]:
         "registers": int(usage["REG"]),
         "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
         "shared_bytes": compiled.metadata.shared,
-        "tensor_core_instructions": len(re.findall(TENSOR_CORE[arch], assembly)),
+        "tensor_core_instructions": len(re.findall(TENSOR_CORE.get(arch, TENSOR_CORE[80]), assembly)),
     }
 
 

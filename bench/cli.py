@@ -33,6 +33,12 @@ def step(
     provider: Annotated[
         list[str] | None, typer.Option(help="temposae, eai-sparsify, SAELens, ...; may be given again. [all]")
     ] = None,
+    activation: Annotated[
+        list[str] | None, typer.Option(help="topk, batchtopk, jumprelu or relu; may be given again. [topk]")
+    ] = None,
+    auxk: Annotated[
+        bool, typer.Option("--auxk", help="With AuxK, every fourth latent dead (topk and batchtopk).")
+    ] = False,
     own: Annotated[bool, typer.Option("--own", help="Everyone by their own defaults, too.")] = False,
     rounds: Annotated[int, typer.Option(help="Samples of everyone.")] = 20,
     clip: Annotated[float | None, typer.Option(help="Clip gradient norms, where that can be chosen. [no]")] = None,
@@ -43,7 +49,7 @@ def step(
     """Time a whole training step (forward, backward, Adam) of every library in one run, on the same tokens.
 
     The headline: all with fused Adam at one constant learning rate. Everyone takes turns, medians are compared, and each
-    must learn. Libraries that aren't installed are left out.
+    must learn. Libraries that aren't installed, or don't have the activation, are left out.
     """
     where, kind, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
     from . import step as steps
@@ -51,9 +57,17 @@ def step(
     from .results import record
 
     entrants = steps.contenders(provider or PROVIDERS, own)
-    _finish(
-        record(*steps.measure(shapes, entrants, device=where, dtype=kind, rounds=rounds, clip=clip), where), json_file
+    measured = steps.measure(
+        shapes,
+        entrants,
+        device=where,
+        dtype=kind,
+        rounds=rounds,
+        clip=clip,
+        activations=activation or ["topk"],
+        auxk=auxk,
     )
+    _finish(record(*measured, where), json_file)
 
 
 @bench_app.command()
@@ -116,6 +130,27 @@ def report(
     write_json(json_file, found)
     print((out / "report.md").read_text(), end="")
     print("\nwritten: " + "  ".join(map(str, paths)))
+
+
+@bench_app.command()
+def tune(
+    entry: Annotated[
+        list[str] | None, typer.Option(help="Entry of the table: encode, merge, ...; may be given again. [all]")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time a small grid of launch settings on this GPU, and write the best ones to its row of kernels/configs.py.
+
+    At N = 8192, D = 2304, F = 65536, K = 64, mostly in bf16. Takes minutes; run the GPU tests afterwards.
+    """
+    _quiet()
+    check_writable(json_file)
+    from . import tune as tuning
+
+    choices = tuning.run(entry)
+    write_json(json_file, [choice._asdict() for choice in choices])
+    print(tuning.summary(choices), end="")
+    print(f"written: {tuning.FILE}")
 
 
 def profile(

@@ -4,6 +4,7 @@ from typing import Any
 
 from .data import HEADLINE, Shape
 from .floors import FLOOR_NAMES, KNOWN, Rates, step_floors
+from .results import activation
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 COLOURS = {
@@ -76,7 +77,8 @@ def bars(measured: list[dict[str, Any]]) -> Any:
     panels: dict[str, list[dict[str, Any]]] = {}
     for result, case in _steps(measured):
         shape = Shape(*(case[name] for name in "NDFK"))
-        panels.setdefault(f"{result['device']}\n{shape}", []).append(case)
+        what = "" if activation(case) == "topk" else f", {activation(case)}"
+        panels.setdefault(f"{result['device']}\n{shape}{what}", []).append(case)
     if not panels:
         figure, axes = _axes(len(KNOWN))
         for axis, (card, rates) in zip(axes, KNOWN.items(), strict=True):
@@ -101,9 +103,13 @@ def bars(measured: list[dict[str, Any]]) -> Any:
 
 
 def scaling(measured: list[dict[str, Any]]) -> Any:
-    """Step time over F: floors as lines, measured steps as points; at the headline's N, D and K or those measured most."""
+    """TopK's step time over F: floors as lines, measured as points; at the headline's N, D and K or those measured most."""
     figure, (axes,) = _axes()
-    steps = [(result, case) for result, case in _steps(measured) if case.get("settings") != "own"]
+    steps = [
+        (result, case)
+        for result, case in _steps(measured)
+        if case.get("settings") != "own" and activation(case) == "topk"
+    ]
     at = [(case["N"], case["D"], case["K"]) for _, case in steps]
     n, d, k = max(set(at), key=at.count) if at else (HEADLINE.N, HEADLINE.D, HEADLINE.K)
     shown = [(result, case) for result, case in steps if (case["N"], case["D"], case["K"]) == (n, d, k)]

@@ -51,7 +51,7 @@ class StepFloors(NamedTuple):
 FLOOR_NAMES = dict(zip(StepFloors._fields, ("dense", "materialised", "fused", "fused, bf16 moments"), strict=True))
 
 
-def step_floors(n: int, d: int, f: int, k: int, rates: Rates, itemsize: int = 2) -> StepFloors:
+def step_floors(n: int, d: int, f: int, k: float, rates: Rates, itemsize: int = 2) -> StepFloors:
     """Floors of one step on N tokens, with B bytes an operand (`itemsize`), P = 2DF parameters and G = BNKD:
 
         E = 2NDF / FLOPs                         one matrix product
@@ -77,6 +77,28 @@ def step_floors(n: int, d: int, f: int, k: int, rates: Rates, itemsize: int = 2)
         fused=e + candidates / per_ms + s + SORT_MS + fused * p / per_ms,
         fused_bf16_moments=e + candidates / per_ms + s + SORT_MS + narrow * p / per_ms,
     )
+
+
+class StepWork(NamedTuple):
+    """The least that a step has to do: FLOP, bytes of device memory, and milliseconds for both."""
+
+    flops: float
+    bytes: float
+    floor_ms: float
+
+
+def step_work(n: int, d: int, f: int, k: float, rates: Rates, itemsize: int = 2, *, bounded: bool = True) -> StepWork:
+    """What floor (iii) stands for, with the gathers' multiply-adds; k latents a token on average, those of AuxK included.
+
+    ReLU, JumpReLU and AuxK may keep so many that gathering their rows takes longer than multiplying all: unless k is
+    `bounded`, it is floor (i) where that is less.
+    """
+    floors, p = step_floors(n, d, f, k, rates, itemsize), 2 * d * f
+    state = (24 + (itemsize if itemsize < 4 else 0)) * p
+    if bounded or floors.fused <= floors.dense:
+        moved = n * f * CANDIDATES * 4 * 2 / TILE + 4 * itemsize * n * k * d + state
+        return StepWork(2.0 * n * d * f + 8.0 * n * k * d, moved, floors.fused)
+    return StepWork(12.0 * n * d * f, state + 8 * p + 4 * itemsize * n * f, floors.dense)
 
 
 def op_floor(cost: Cost, rates: Rates, itemsize: int) -> float:

@@ -67,6 +67,11 @@ class Inputs:
         return SparseCode(values.float(), indices.int(), self.shape.F)
 
     @cached_property
+    def threshold(self) -> Tensor:
+        """One for all latents, above which lie about K activations a token."""
+        return self.code.values.min(1).values.mean()
+
+    @cached_property
     def entries(self) -> LatentMajor:
         return self.code.transpose()
 
@@ -101,6 +106,16 @@ def _encode_topk(i: Inputs) -> Call:
     return lambda: encode_sparse.encode_topk(x, w, b_enc, k, center=b_dec)[0]
 
 
+def _encode_batch_topk(i: Inputs) -> Call:
+    x, w, (b_enc, b_dec), k = i.x, i.W_enc, i.biases, i.shape.K
+    return lambda: encode_sparse.encode_topk(x, w, b_enc, k, center=b_dec, across_batch=True)[0]
+
+
+def _encode_threshold(i: Inputs) -> Call:
+    x, w, (b_enc, b_dec), threshold, k = i.x, i.W_enc, i.biases, i.threshold.expand(i.shape.F), i.shape.K
+    return lambda: encode_sparse.encode_threshold(x, w, b_enc, threshold, center=b_dec, expected=k)
+
+
 def _select_topk(i: Inputs) -> Call:
     acts, k = i.acts, i.shape.K
     return lambda: select.select_topk(acts, k)
@@ -112,8 +127,8 @@ def _select_batch_topk(i: Inputs) -> Call:
 
 
 def _select_threshold(i: Inputs) -> Call:
-    # About K a token, from a threshold for all, into a code that holds them all: nothing waits.
-    acts, threshold = i.acts, float(i.code.values.min(1).values.mean())
+    # Into a code that holds them all: nothing waits.
+    acts, threshold = i.acts, float(i.threshold)
     capacity = 2 * i.code.values.numel()
     return lambda: select.select_threshold(acts, threshold, capacity)
 
@@ -153,12 +168,16 @@ def _row_norms(i: Inputs) -> Call:
     return lambda: adam.row_norms(entries, values, residual, W=w)
 
 
-def _adam_rows(i: Inputs) -> Call:
-    """The decoder's update, with a step of size zero: the work of any step, and the next call finds the same weights."""
-    w, entries, values, residual = i.sae.W_dec.detach(), i.entries, i.code.values, i.found.residual
-    moments = adam.Moments(torch.zeros_like(w), torch.zeros_like(w))
+def resting(w: Tensor) -> tuple[adam.Moments, adam.Rates]:
+    """For an update of w with a step of size zero: the work of any step, and the next call finds the same weights."""
     zero, one = torch.zeros((), device=w.device), torch.ones((), device=w.device)
-    rates = adam.Rates(zero, one, one.clone())
+    return adam.Moments(torch.zeros_like(w), torch.zeros_like(w)), adam.Rates(zero, one, one.clone())
+
+
+def _adam_rows(i: Inputs) -> Call:
+    """The decoder's update, on a copy: it works in place."""
+    w, entries, values, residual = i.sae.W_dec.detach().clone(), i.entries, i.code.values, i.found.residual
+    moments, rates = resting(w)
     shadow = None if i.dtype == torch.float32 else w.to(i.dtype)
     return lambda: adam.adam_rows(w, entries, values, residual, moments, rates, unit_norm=True, shadow=shadow)
 
@@ -247,6 +266,8 @@ _BACKWARD = _all(_transpose_cost, _weight_grad_cost, _weight_grad_cost)
 OPS = {
     "encode": Op("forward", _encode, _encode_cost, _encode_cost),
     "encode_topk": Op("forward", _encode_topk, _encode_topk_cost, _encode_topk_cost),
+    "encode_batch_topk": Op("forward", _encode_batch_topk, _encode_topk_cost, _encode_topk_cost),
+    "encode_threshold": Op("forward", _encode_threshold, _encode_topk_cost, _encode_topk_cost),
     "select_topk": Op("forward", _select_topk, _select_topk_cost, _select_topk_cost),
     "select_batch_topk": Op("forward", _select_batch_topk, _select_topk_cost, _select_topk_cost),
     "select_threshold": Op("forward", _select_threshold, _select_threshold_cost),

@@ -70,7 +70,7 @@ def run(shape: Shape, *, device: str, dtype: str, steps: int, trace: Path) -> di
 
         step(0)
         step(1)
-        first = _traced(lambda: step(2), device)
+        first = traced(lambda: step(2), device)
         named = any(str(e.get("name")).startswith(STAGE) for e in first)
 
         def all_steps() -> None:
@@ -80,7 +80,7 @@ def run(shape: Shape, *, device: str, dtype: str, steps: int, trace: Path) -> di
             synchronise(device)
 
         with contextlib.nullcontext() if named else _wrapped(learner):
-            events = _traced(all_steps, device, trace)
+            events = traced(all_steps, device, trace)
     found = summary(events)
     rates = rates_of(device, DTYPES[dtype].itemsize)
     parameters = sum(p.numel() for p in learner.sae.parameters() if p.requires_grad)
@@ -275,7 +275,7 @@ def _add_rates(stage: dict[str, Any], shape: Shape, dtype: str, device: str, rat
     stage["floor_ms"] = floor
 
 
-def _traced(call: Callable[[], Any], device: str, keep: Path | None = None) -> list[dict[str, Any]]:
+def traced(call: Callable[[], Any], device: str, keep: Path | None = None) -> list[dict[str, Any]]:
     """The events of a trace of `call`, which is also written to `keep`."""
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.device(device).type == "cuda" else [])
     with profile(activities=kinds, acc_events=False) as profiler:

@@ -3,6 +3,10 @@
 Each provider is a function from a `Job` to a `Trainee`. With `own` it runs as its users run it by default; else, for the
 headline, with torch's fused Adam at the job's learning rate, which stays constant, and products in the job's dtype. What a
 library does in every step (waiting for the loss, clipping, counting dead latents) it also does here.
+
+With AuxK, every fourth latent is dead: its encoder row starts so small that no token keeps it, and before every step the
+trainer's own count of idle tokens says so again. For the headline, all give D / 2 of them to each token, as the libraries
+do, and take the coefficients of L1 and L0 from temposae's defaults where their losses have the same term.
 """
 
 import contextlib
@@ -25,9 +29,13 @@ from torch import Tensor, nn
 from ..engine.config import SAEConfig, TrainConfig
 from ..engine.optim import Learner
 from ..engine.sae import SparseAutoencoder
+from ..kernels.code import SparseCode
+from ..kernels.encode_sparse import encode_topk
 from .data import DTYPES, POSITIONS, Shape, Tokens
 
 LONG_RUN = 100_000  # steps that learning-rate schedules are told of: what is measured lies far from their end
+ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu")
+DEAD = slice(None, None, 4)  # which latents are, where AuxK is to have work
 
 
 class Absent(Exception):
@@ -37,7 +45,7 @@ class Absent(Exception):
 class Job(NamedTuple):
     """What a provider is to train: `dtype` "fp32" or "bf16" is that of products; parameters and moments are float32.
 
-    `clip`: largest gradient norm, or None, for the providers that leave the choice.
+    `clip`: largest gradient norm, or None, for the providers that leave the choice. `auxk`: with dead latents, and AuxK.
     """
 
     shape: Shape
@@ -47,13 +55,29 @@ class Job(NamedTuple):
     tokens: Tokens
     own: bool = False
     clip: float | None = None
+    activation: str = "topk"
+    auxk: bool = False
+
+    @property
+    def n_dead(self) -> int:
+        return len(range(self.shape.F)[DEAD]) if self.auxk else 0
+
+    @property
+    def aux_k(self) -> int:
+        """Dead latents that AuxK gives to a token, by the rule that the other libraries share: at most D / 2."""
+        return min(self.shape.D // 2, self.n_dead)
+
+    def __str__(self) -> str:
+        plain = self.activation == "topk" and not self.auxk
+        return str(self.shape) if plain else f"{self.shape}, {self.activation}{' with AuxK' if self.auxk else ''}"
 
 
 @dataclass
 class Trainee:
     """`step(i)` trains on batch i; `reconstruct(x)` gives x_hat [N, D] for x [N, D] float32.
 
-    `aux_k`: how many dead latents take part in the measured steps. None do: nothing has had the time to die.
+    `aux_k`: how many dead latents AuxK gives to a token in the measured steps. `l0(x)`: active latents a token, on average,
+    where the activation does not fix it.
     """
 
     step: Callable[[int], Any]
@@ -62,52 +86,135 @@ class Trainee:
     dtype: str
     clip: float | None
     aux_k: int = 0
+    l0: Callable[[Tensor], float] | None = None
+
+
+def sae_config(job: Job) -> SAEConfig:
+    """temposae's dictionary for the job. Own: `SAEConfig`'s defaults."""
+    _, d, f, k = job.shape
+    aux = dict(aux_k=job.aux_k) if job.auxk and not job.own else {}
+    return SAEConfig(d_in=d, d_sae=f, k=min(k, f), activation=job.activation, **aux)  # pyright: ignore[reportArgumentType]
 
 
 def make_learner(job: Job) -> Learner:
     """What `temposae train` steps with, on a new dictionary. Own: `TrainConfig`'s defaults."""
-    n, d, f, k = job.shape
+    n = job.shape.N
     settings: dict[str, Any] = dict(tokens=n * LONG_RUN, batch=n, control=False)
     if not job.own:
         dtype = str(DTYPES[job.dtype]).removeprefix("torch.")
         settings |= dict(lr=job.lr, warmup=0.0, decay=0.0, clip_norm=job.clip, dtype=dtype)
-    sae = SparseAutoencoder(SAEConfig(d_in=d, d_sae=f, k=k)).to(job.device)
+    sae = SparseAutoencoder(sae_config(job)).to(job.device)
+    if job.auxk:
+        let_die(sae.W_enc.T)
     return Learner(sae, TrainConfig(**settings), job.tokens.mean, job.tokens.mean_norm, POSITIONS)
 
 
 def temposae(job: Job) -> Trainee:
     """The training step that `temposae train` runs, on tokens as its stream gives them. Own: its defaults, which clip."""
     learner, batches = make_learner(job), job.tokens.batches
+    sae, scale = learner.sae, learner.scale
+    # before the first step too, so that what is learned is compared with where training starts
+    sae.initialise_threshold(batches[0].x.to(learner.dtype) * scale, batches[0].pos)
+    learner.any_dead = job.auxk
+
+    def step(i: int) -> None:
+        if job.auxk:
+            learner.idle_tokens[DEAD] = learner.dead_after
+        learner.step(batches[i % len(batches)])
+
+    def encode(x: Tensor) -> SparseCode:
+        if job.activation == "batchtopk":  # as in training; the threshold for later use follows slowly
+            return encode_topk(x * scale, sae.W_enc, sae.b_enc, sae.cfg.k, center=sae.b_dec, across_batch=True)[0]
+        return sae.encode_sparse(x * scale)
+
+    def l0(x: Tensor) -> float:
+        code = encode(x)
+        return int((code.live(code.values) > 0).sum()) / len(x)
+
     return Trainee(
-        step=lambda i: learner.step(batches[i % len(batches)]),
-        reconstruct=lambda x: learner.sae(x * learner.scale) / learner.scale,
+        step=step,
+        reconstruct=lambda x: sae.decode(encode(x)) / scale,
         optimizer="Adam",
         dtype=next(name for name, dtype in DTYPES.items() if dtype == learner.dtype),
         clip=learner.config.clip_norm,
+        aux_k=min(sae.cfg.aux_k, job.n_dead),
+        l0=None if fixes_l0(job.activation) else l0,
     )
 
 
-class Dense(nn.Module):
-    """The TopK SAE as one writes it in plain torch: pre-activations, topk, scatter, a dense product back.
+class Jump(torch.autograd.Function):
+    """(acts where they exceed their latent's threshold, how many do), with straight-through gradients for the threshold from
+    activations within bandwidth / 2 of it."""
 
-    loss = sum (x - x_hat)^2 / N. Tied start, decoder rows of unit norm, their gradient without its radial part.
+    @staticmethod
+    def forward(ctx: Any, acts: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(acts, threshold)
+        ctx.bandwidth = bandwidth
+        is_open = acts > threshold
+        return acts * is_open, is_open.sum().float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (acts, threshold), (dkept, dl0) = ctx.saved_tensors, grads
+        near = (acts > 0) & ((acts - threshold).abs() < ctx.bandwidth / 2)
+        return dkept * (acts > threshold), -((threshold * dkept + dl0) * near).sum(0) / ctx.bandwidth, None
+
+
+class Dense(nn.Module):
+    """The SAE as one writes it in plain torch: pre-activations, topk, scatter, a dense product back. For the loss, see
+    `SparseAutoencoder.objective`. Tied start, decoder rows of unit norm, their gradient without its radial part.
+
+    `dead` [F]: the latents that AuxK takes, given once and not counted.
     """
 
-    def __init__(self, shape: Shape, device: str):
+    dead: Tensor
+
+    def __init__(self, config: SAEConfig, device: str, dead: Tensor | None = None):
         super().__init__()
-        rows = nn.functional.normalize(torch.randn(shape.F, shape.D, device=device), dim=1)
-        self.k = shape.K
+        rows = nn.functional.normalize(torch.randn(config.d_sae, config.d_in, device=device), dim=1)
+        self.config = config
         self.W_enc, self.W_dec = nn.Parameter(rows.T.contiguous()), nn.Parameter(rows.clone())
-        self.b_enc = nn.Parameter(torch.zeros(shape.F, device=device))
-        self.b_dec = nn.Parameter(torch.zeros(shape.D, device=device))
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in, device=device))
+        if config.activation == "jumprelu":
+            self.threshold = nn.Parameter(torch.zeros(config.d_sae, device=device))
+        self.has_aux = dead is not None
+        if dead is not None:
+            self.register_buffer("dead", dead)
+
+    def acts(self, x: Tensor) -> Tensor:
+        return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
+
+    def keep(self, acts: Tensor) -> tuple[Tensor, Tensor | float]:
+        """What is kept of acts [N, F], and the penalty on it, summed over tokens."""
+        c = self.config
+        if c.activation == "relu":
+            return acts, c.l1_coefficient * acts.float().sum()
+        if c.activation == "jumprelu":
+            kept, l0 = Jump.apply(acts, self.threshold, c.bandwidth * c.d_in**0.5)  # pyright: ignore[reportGeneralTypeIssues]
+            return kept, c.l0_coefficient * c.d_in * l0
+        flat, k = (acts.flatten()[None], len(acts) * c.k) if c.activation == "batchtopk" else (acts, c.k)
+        top = flat.topk(k, dim=1, sorted=False)
+        return torch.zeros_like(flat).scatter(1, top.indices, top.values).view_as(acts), 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        acts = torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
-        top = acts.topk(self.k, dim=1, sorted=False)
-        return torch.zeros_like(acts).scatter(1, top.indices, top.values) @ self.W_dec + self.b_dec
+        return self.keep(self.acts(x))[0] @ self.W_dec + self.b_dec
+
+    def l0(self, x: Tensor) -> float:
+        return mean_l0(self.keep(self.acts(x))[0])
 
     def loss(self, x: Tensor) -> Tensor:
-        return (x - self(x)).float().square().sum() / len(x)
+        acts = self.acts(x)
+        kept, penalty = self.keep(acts)
+        residual = x - kept @ self.W_dec - self.b_dec
+        loss = residual.float().square().sum() + penalty
+        return (loss + self.aux_loss(x, acts, residual.detach()) if self.has_aux else loss) / len(x)
+
+    def aux_loss(self, x: Tensor, acts: Tensor, residual: Tensor) -> Tensor:
+        top = acts.where(self.dead, -torch.inf).topk(self.config.aux_k, dim=1, sorted=False)
+        left = residual - torch.zeros_like(acts).scatter(1, top.indices, top.values) @ self.W_dec
+        spread, spread_left = ((y - y.mean(0)).float().square().sum() for y in (x, residual))
+        return self.config.aux_coefficient * spread / spread_left * left.float().square().sum()
 
     @torch.no_grad()
     def project(self) -> None:
@@ -118,15 +225,27 @@ class Dense(nn.Module):
     @torch.no_grad()
     def normalise(self) -> None:
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+        if self.config.activation == "jumprelu":
+            self.threshold.clamp_min_(0)
 
 
 def plain_torch(job: Job, prepare: Callable[[Any], Any] = lambda function: function) -> Trainee:
     """`Dense` with ordinary autograd, autocast where products are to be bfloat16, and torch's fused Adam."""
     torch.manual_seed(0)
-    sae = Dense(job.shape, job.device)
+    dead = torch.zeros(job.shape.F, dtype=torch.bool, device=job.device)
+    dead[DEAD] = True
+    sae = Dense(sae_config(job), job.device, dead if job.auxk else None)
+    if job.auxk:
+        let_die(sae.W_enc.T)
+    rates = [{"params": [p], "lr": job.lr} for p in sae.parameters()]
     with torch.no_grad():
         sae.b_dec.copy_(job.tokens.mean)
-    adam = torch.optim.Adam(sae.parameters(), lr=job.lr, fused=True)
+        if job.activation == "jumprelu":  # as temposae begins, and at its pace: thresholds are of the order of |x|
+            total = min(4 * job.shape.K, job.shape.F) * job.shape.N
+            largest = sae.acts(job.tokens.wide[0]).flatten().topk(total, sorted=False).values
+            sae.threshold.fill_(float(largest[largest > 0].min()))
+            rates = [r | {"lr": job.lr * job.shape.D**0.5} if r["params"][0] is sae.threshold else r for r in rates]
+    adam = torch.optim.Adam(rates, fused=True)
     loss, project, normalise = map(prepare, (sae.loss, sae.project, sae.normalise))
 
     def step(i: int) -> None:
@@ -140,7 +259,7 @@ def plain_torch(job: Job, prepare: Callable[[Any], Any] = lambda function: funct
         adam.step()
         normalise()
 
-    return Trainee(step, sae, "Adam", job.dtype, job.clip)
+    return Trainee(step, sae, "Adam", job.dtype, job.clip, job.aux_k, None if fixes_l0(job.activation) else sae.l0)
 
 
 def compiled_torch(job: Job) -> Trainee:
@@ -152,6 +271,8 @@ def compiled_torch(job: Job) -> Trainee:
 def sparsify(job: Job) -> Trainee:
     """eai-sparsify's SparseCoder in the order of its Trainer.fit. Own: signum under a schedule-free wrapper, the default.
 
+    AuxK is off by default; if it is on, it counts 1 / 32, as in Gao et al.
+
     On a GPU its forward runs under bfloat16 autocast, whatever is asked for. Without Triton's GPU it needs telling so before
     it is imported.
     """
@@ -162,6 +283,8 @@ def sparsify(job: Job) -> Trainee:
     torch.manual_seed(0)
     coder = library.SparseCoder(d, library.SparseCoderConfig(num_latents=f, k=k), job.device, torch.float32)
     coder.b_dec.data = job.tokens.mean.clone()
+    if job.auxk:
+        let_die(coder.encoder.weight)
     if job.own:
         inner = load("sparsify.sign_sgd").SignSGD(coder.parameters(), lr=5e-3 / (f / 2**14) ** 0.5)
         optimizer: Any = load("schedulefree").ScheduleFreeWrapper(inner, momentum=0.95)
@@ -170,15 +293,21 @@ def sparsify(job: Job) -> Trainee:
         optimizer = torch.optim.Adam(coder.parameters(), lr=job.lr, fused=True)
     idle = torch.zeros(f, device=job.device, dtype=torch.long)
     fired = torch.zeros(f, device=job.device, dtype=torch.bool)
+    dead_after = 10_000_000
 
     def step(i: int) -> None:
+        if job.auxk:
+            idle[DEAD] = dead_after + 1
         x = job.tokens.wide[i % len(job.tokens.wide)]
         with matmul_precision("high"):  # as its fit() sets it
             coder.set_decoder_norm_to_unit_norm()
-            out = coder(x, total_variance=(x - x.mean(0)).pow(2).sum())
+            dead = idle > dead_after if job.auxk else None
+            out = coder(x, total_variance=(x - x.mean(0)).pow(2).sum(), dead_mask=dead)
             fired[out.latent_indices.flatten()] = True
             float(out.fvu.detach())
-            out.fvu.backward()
+            if job.auxk:
+                float(out.auxk_loss.detach())
+            (out.fvu + out.auxk_loss / 32 if job.auxk else out.fvu).backward()
             coder.remove_gradient_parallel_to_decoder_directions()
             optimizer.step()
             optimizer.zero_grad()
@@ -195,15 +324,26 @@ def sparsify(job: Job) -> Trainee:
         return x_hat
 
     dtype = "bf16" if torch.device(job.device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return Trainee(step, reconstruct, "signum" if job.own else "Adam", dtype, None)
+    return Trainee(step, reconstruct, "signum" if job.own else "Adam", dtype, None, job.aux_k)
 
 
 def sae_lens(job: Job) -> Trainee:
-    """SAELens' TopKTrainingSAE in its SAETrainer, which always clips at 1. Own: its defaults of Adam, lr and dtype."""
+    """SAELens' training SAE in its SAETrainer, which always clips at 1. Own: its Adam, lr, dtype and coefficients."""
     library = load("sae_lens")
     n, d, f, k = job.shape
+    ours = sae_config(job)
+    name, sizes, same = {
+        "topk": ("TopK", dict(k=k), {}),
+        "batchtopk": ("BatchTopK", dict(k=float(k)), {}),
+        "jumprelu": ("JumpReLU", {}, dict(l0_coefficient=ours.l0_coefficient * d)),
+        "relu": ("Standard", {}, dict(l1_coefficient=ours.l1_coefficient)),
+    }[job.activation]
+    sizes |= {} if job.own else same
     torch.manual_seed(0)
-    sae = library.TopKTrainingSAE(library.TopKTrainingSAEConfig(d_in=d, d_sae=f, k=k, device=job.device))
+    config = getattr(library, f"{name}TrainingSAEConfig")(d_in=d, d_sae=f, device=job.device, **sizes)
+    sae = getattr(library, f"{name}TrainingSAE")(config)
+    if job.auxk:
+        let_die(sae.W_enc.T)
     settings: dict[str, Any] = dict(total_training_samples=n * LONG_RUN, train_batch_size_samples=n, device=job.device)
     settings |= dict(lr_end=3e-5) if job.own else dict(lr=job.lr, lr_end=job.lr, autocast=job.dtype == "bf16")
     config = load("sae_lens.config").SAETrainerConfig(**settings)
@@ -212,20 +352,37 @@ def sae_lens(job: Job) -> Trainee:
         fuse(trainer.optimizer)
 
     def step(i: int) -> None:
+        if job.auxk:
+            trainer.n_forward_passes_since_fired[DEAD] = trainer.cfg.dead_feature_window + 1
         trainer.maybe_reset_sparsity()
         trainer.step(job.tokens.wide[i % len(job.tokens.wide)])
         trainer.n_training_steps += 1
 
-    return Trainee(step, sae, optimizer_name(trainer.optimizer), "fp32" if job.own else job.dtype, 1.0)
+    dtype = "fp32" if job.own else job.dtype
+    l0 = None if fixes_l0(job.activation) else lambda x: mean_l0(sae.encode(x))
+    return Trainee(step, sae, optimizer_name(trainer.optimizer), dtype, 1.0, job.aux_k, l0)
 
 
 def dictionary_learning(job: Job) -> Trainee:
-    """dictionary_learning's TopKTrainer.update, which always clips at 1. Own: its Adam, lr, warm-up and dtype."""
+    """The `update` of dictionary_learning's trainer, which always clips at 1, but not for ReLU. JumpReLU aims at an L0 of K.
+    Own: its Adam, lr, warm-ups, dtype, coefficient of L1 and aim for L0."""
     skip_init("dictionary_learning", unless="nnsight")
-    settings: dict[str, Any] = dict(activation_dim=job.shape.D, dict_size=job.shape.F, k=job.shape.K, steps=LONG_RUN)
+    k = job.shape.K
+    module, name, sizes, same = {
+        "topk": ("top_k", "TopKTrainer", dict(k=k), {}),
+        "batchtopk": ("batch_top_k", "BatchTopKTrainer", dict(k=k), {}),
+        "jumprelu": ("jumprelu", "JumpReluTrainer", {}, dict(target_l0=float(k), sparsity_warmup_steps=0)),
+        "relu": (
+            "standard", "StandardTrainer", {}, dict(l1_penalty=sae_config(job).l1_coefficient, sparsity_warmup_steps=0),
+        ),
+    }[job.activation]  # fmt: skip
+    settings: dict[str, Any] = dict(activation_dim=job.shape.D, dict_size=job.shape.F, steps=LONG_RUN, **sizes)
     settings |= dict(layer=0, lm_name="none", seed=0, device=job.device)
-    settings |= {} if job.own else dict(lr=job.lr, warmup_steps=0)
-    trainer = load("dictionary_learning.trainers.top_k").TopKTrainer(**settings)
+    settings |= {} if job.own else dict(lr=job.lr, warmup_steps=0, **same)
+    torch.manual_seed(0)  # not all of them do
+    trainer = getattr(load(f"dictionary_learning.trainers.{module}"), name)(**settings)
+    if job.auxk:
+        let_die(trainer.ae.encoder.weight)
     if not job.own:
         fuse(trainer.optimizer)
     narrow = not job.own and job.dtype == "bf16"
@@ -233,24 +390,36 @@ def dictionary_learning(job: Job) -> Trainee:
     count = itertools.count()  # step 0 sets the bias
 
     def step(i: int) -> None:
+        if job.auxk:
+            trainer.num_tokens_since_fired[DEAD] = trainer.dead_feature_threshold
         with autocast(job, narrow):
             trainer.update(next(count), xs[i % len(xs)])
 
-    dtype = "bf16" if narrow else "fp32"
-    return Trainee(step, trainer.ae, optimizer_name(trainer.optimizer), dtype, 1.0)
+    def reconstruct(x: Tensor) -> Tensor:
+        if job.activation == "batchtopk":  # as in training; the threshold for later use follows slowly
+            return trainer.ae.decode(trainer.ae.encode(x, use_threshold=False))
+        return trainer.ae(x)
+
+    dtype, clip = "bf16" if narrow else "fp32", None if job.activation == "relu" else 1.0
+    l0 = None if fixes_l0(job.activation) else lambda x: mean_l0(trainer.ae.encode(x))
+    return Trainee(step, reconstruct, optimizer_name(trainer.optimizer), dtype, clip, job.aux_k, l0)
 
 
 class Provider(NamedTuple):
-    """`own`: whether its defaults differ from the headline's settings. `package`: where its version is looked up."""
+    """`own`: whether its defaults differ from the headline's settings. `package`: where its version is looked up.
+
+    Who has TopK or BatchTopK also has AuxK for it.
+    """
 
     build: Callable[[Job], Trainee]
     own: bool
     package: str
+    activations: tuple[str, ...] = ACTIVATIONS
 
 
 PROVIDERS = {
     "temposae": Provider(temposae, True, "temposae"),
-    "eai-sparsify": Provider(sparsify, True, "eai-sparsify"),
+    "eai-sparsify": Provider(sparsify, True, "eai-sparsify", ("topk",)),
     "SAELens": Provider(sae_lens, True, "sae-lens"),
     "dictionary_learning": Provider(dictionary_learning, True, "dictionary-learning"),
     "torch": Provider(plain_torch, False, "torch"),
@@ -285,6 +454,21 @@ def skip_init(package: str, unless: str) -> None:
     if spec is not None:
         sys.modules[package] = bare = types.ModuleType(package)
         bare.__spec__, bare.__path__ = spec, list(spec.submodule_search_locations or ())
+
+
+def fixes_l0(activation: str) -> bool:
+    """Whether a token has K active latents, by itself or on average; only then is there AuxK."""
+    return activation in ("topk", "batchtopk")
+
+
+def mean_l0(kept: Tensor) -> float:
+    return int((kept > 0).sum()) / len(kept)
+
+
+@torch.no_grad()
+def let_die(W_enc: Tensor) -> None:
+    """Make the dead latents' encoder rows [F, D] too small to be kept: positive, so that AuxK has something to work on."""
+    W_enc[DEAD] *= 0.01
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> None:

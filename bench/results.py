@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,13 +91,16 @@ def kept() -> list[Path]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: one line that says what was measured on, then a table of steps per shape, then one of ops."""
+    """Markdown: one line that says what was measured on, then a table of steps per shape and activation, then one of ops."""
     versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items() if version)
     short = re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", str(found.get("commit")))
     lines = [f"{found.get('device')}; {versions}; commit {short}"]
     steps = [case for case in found["cases"] if case["op"] == "train_step"]
-    for shape in dict.fromkeys(_shape(case) for case in steps):
-        lines += ["", _in_words(shape), "", *_steps([case for case in steps if _shape(case) == shape])]
+    races: dict[str, list[dict[str, Any]]] = {}
+    for case in steps:
+        races.setdefault(_in_words(case, any(activation(other) != "topk" for other in steps)), []).append(case)
+    for words, cases in races.items():
+        lines += ["", words, "", *_steps(cases)]
     ops = [case for case in found["cases"] if case["op"] != "train_step"]
     if ops:
         lines += ["", *_ops(ops)]
@@ -106,11 +109,21 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _steps(cases: list[dict[str, Any]]) -> list[str]:
-    """Fastest first; the last column but one compares with temposae's fastest headline step."""
+    """Fastest first; *x temposae* compares with its fastest headline step. What not every step has gets a column where
+    one of these has it."""
     ours = min((c["ms"] for c in cases if c["provider"] == "temposae" and _headline(c)), default=None)
-    rows = [
-        ("provider", "optimizer", "dtype", "clip", "ms (p20 to p80)", "x temposae", "peak GiB", "of floor", "learns")
-    ]
+    extra: dict[str, Callable[[dict[str, Any]], str]] = {}
+    if any(case.get("auxk") for case in cases):
+        extra["AuxK"] = lambda case: str(case.get("auxk", ""))
+    if any(case.get("l0") is not None for case in cases):
+        extra["L0"] = lambda case: "-" if case.get("l0") is None else _digits(case["l0"])
+    if any("flops" in case for case in cases):
+        extra["GB"] = lambda case: f"{case.get('bytes', 0) / 1e9:.3g}"
+        extra["GFLOP"] = lambda case: f"{case.get('flops', 0) / 1e9:.3g}"
+        extra["floor ms"] = lambda case: f"{case['floor_ms']:.3g}"
+    rows = [(
+        "provider", "optimizer", "dtype", "clip", "ms (p20 to p80)", "x temposae", "peak GiB", *extra, "of floor", "learns",
+    )]  # fmt: skip
     for case in sorted(cases, key=lambda c: (not _headline(c), c["ms"])):
         rows.append((
             case["provider"] + ("" if _headline(case) else ", own defaults"),
@@ -120,6 +133,7 @@ def _steps(cases: list[dict[str, Any]]) -> list[str]:
             _times(case),
             "-" if ours is None else f"{case['ms'] / ours:.2f}",
             f"{case['peak_bytes'] / 2**30:.3g}",
+            *(column(case) for column in extra.values()),
             _percent(case),
             "yes" if case.get("loss_falls") else "NO",
         ))  # fmt: skip
@@ -127,10 +141,13 @@ def _steps(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def _ops(cases: list[dict[str, Any]]) -> list[str]:
-    rows = [("op", "shape", "dtype", "backend", "ms (p20 to p80)", "GB", "GFLOP", "floor ms", "of floor", "peak GiB")]
+    rows = [(
+        "op", "direction", "shape", "dtype", "backend", "ms (p20 to p80)", "GB", "GFLOP", "floor ms", "of floor", "peak GiB",
+    )]  # fmt: skip
     for case in cases:
         rows.append((
             case["op"],
+            case.get("direction", ""),
             "-".join(f"{name}{case[name]}" for name in "NDFK"),
             case["dtype"],
             case.get("backend", ""),
@@ -163,12 +180,14 @@ def _headline(case: dict[str, Any]) -> bool:
     return case.get("settings", "headline") == "headline"
 
 
-def _shape(case: dict[str, Any]) -> tuple[int, int, int, int]:
-    return case["N"], case["D"], case["F"], case["K"]
+def activation(case: dict[str, Any]) -> str:
+    """Of a step, with AuxK where that had work; the first results were all of TopK without it."""
+    return case.get("activation", "topk") + (" with AuxK" if case.get("auxk") else "")
 
 
-def _in_words(shape: tuple[int, int, int, int]) -> str:
-    return "A training step, {}:".format(", ".join(f"{n} = {size}" for n, size in zip("NDFK", shape, strict=True)))
+def _in_words(case: dict[str, Any], name: bool) -> str:
+    sizes = ", ".join(f"{n} = {case[n]}" for n in "NDFK")
+    return f"A training step, {f'{activation(case)}, ' if name else ''}{sizes}:"
 
 
 def _times(case: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ from ..engine.errors import UserError
 from ..engine.host import tune_host
 from ..engine.progress import ProgressBar, progress_bar
 from .data import DTYPES, Shape, Tokens, tokens
-from .floors import rates_of, step_floors
-from .providers import PROVIDERS, Absent, Job, Trainee
+from .floors import rates_of, step_floors, step_work
+from .providers import ACTIVATIONS, PROVIDERS, Absent, Job, Trainee, fixes_l0
 from .timing import free_bytes, inner_calls, memory, quantiles, sample, synchronise
 
 SAMPLE_MS = 30.0  # a sample on a GPU lasts at least as long
@@ -64,38 +64,51 @@ def measure(
     rounds: int = 20,
     clip: float | None = None,
     lr: float = 3e-4,
+    activations: Iterable[str] = ("topk",),
+    auxk: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Time a training step of each contender at each shape. Returns the cases and, by contender, why it was left out.
+    """Time a training step of each contender at each shape, a race for each of `activations`; with `auxk`, every fourth
+    latent is dead. Returns the cases and, by contender, why it was left out.
 
     Round robin: each round takes a sample of everyone in turn, so that a busy machine hurts all alike. Contenders that don't
     fit into memory beside each other race in several heats (`heat` in the case). A case holds, beside shape, settings, time
     quantiles and peak memory, `fvu_start` and `fvu_end`: the share of variance unexplained on tokens that nobody trains on,
-    before the first and after the last step, and `loss_falls`: whether it has fallen.
+    before the first and after the last step, and `loss_falls`: whether it has fallen. Where the activation does not fix it,
+    `l0` is the number of active latents a token after the last step; the floor is that of so many.
 
-    Raises UserError for sizes that are not allowed. An exception of temposae's own step is not caught.
+    Raises UserError for sizes and activations that are not allowed, and for AuxK where there is none. An exception of
+    temposae's own step is not caught.
     """
     shapes = [shape.check() for shape in shapes]
     if dtype not in ("fp32", "bf16"):
         raise UserError(f"dtype: {dtype!r} is not allowed; it must be fp32 or bf16")
     if rounds < 1:
         raise UserError(f"rounds: {rounds} is not allowed; it must be at least 1")
+    activations = list(dict.fromkeys(activations))
+    for activation in activations:
+        if activation not in ACTIVATIONS:
+            raise UserError(f"activation: {activation!r} is not allowed; there are {', '.join(ACTIVATIONS)}")
+        if auxk and not fixes_l0(activation):
+            raise UserError(f"auxk: not allowed with activation {activation}; only topk and batchtopk have AuxK")
     tune_host()
     rates_of(device, DTYPES[dtype].itemsize)  # measured while nothing else is there
     cases: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
-    with progress_bar("steps", total=len(shapes) * len(entrants) * (rounds + 1), unit="samples") as bar:
+    races = len(shapes) * len(activations)
+    with progress_bar("steps", total=races * len(entrants) * (rounds + 1), unit="samples") as bar:
         for shape in shapes:
             given = tokens(shape, device, DTYPES[dtype])
-            job = Job(shape, device, dtype, lr, given, clip=clip)
-            waiting, heat = list(entrants), 0
-            while waiting:
-                entries, waiting = _line_up(job, waiting, left_out, bar)
-                for _ in range(rounds):
-                    _round(entries, job, left_out, bar)
-                cases += [_case(entry, job, heat) for entry in entries]
-                heat += 1
-                del entries
-                _release(device)
+            for activation in activations:
+                job = Job(shape, device, dtype, lr, given, clip=clip, activation=activation, auxk=auxk)
+                waiting, heat = list(entrants), 0
+                while waiting:
+                    entries, waiting = _line_up(job, waiting, left_out, bar)
+                    for _ in range(rounds):
+                        _round(entries, job, left_out, bar)
+                    cases += [_case(entry, job, heat) for entry in entries]
+                    heat += 1
+                    del entries
+                    _release(device)
     return cases, left_out
 
 
@@ -106,6 +119,10 @@ def _line_up(
     entries: list[Entry] = []
     for place, contender in enumerate(waiting):
         bar.advance(0, now=f"building {contender}")
+        if job.activation not in PROVIDERS[contender.provider].activations:
+            left_out[f"{contender.provider}, {job.activation}"] = f"it has no {job.activation}"
+            bar.advance(1)
+            continue
         entry, reason, memory_short = None, "", False
         try:
             _check_room(job, entries, 16 * 2 * job.shape.D * job.shape.F)  # weights, gradients, moments
@@ -116,13 +133,13 @@ def _line_up(
         except Exception as error:
             if contender.provider == "temposae" and not _out_of_memory(error):
                 raise
-            reason, memory_short = _in_one_line(error), _out_of_memory(error)
+            reason, memory_short = in_one_line(error), _out_of_memory(error)
         if reason:
             entry = None
             _release(job.device)  # not earlier: the exception held on to the memory
             if memory_short and entries:
                 return entries, waiting[place:]
-            left_out[f"{contender} at {job.shape}"] = reason
+            left_out[f"{contender} at {job}"] = reason
         elif entry is not None:
             entries.append(entry)
         bar.advance(1)
@@ -160,21 +177,25 @@ def _round(entries: list[Entry], job: Job, left_out: dict[str, str], bar: Progre
         except Exception as error:
             if entry.contender.provider == "temposae" and not _out_of_memory(error):
                 raise
-            left_out[f"{entry.contender} at {job.shape}"] = _in_one_line(error)
+            left_out[f"{entry.contender} at {job}"] = in_one_line(error)
             entries.remove(entry)
         bar.advance(1, now=str(entry.contender))
 
 
+@torch.no_grad()
 def _case(entry: Entry, job: Job, heat: int) -> dict[str, Any]:
     fvu, trainee = _fvu(entry.trainee, job.tokens), entry.trainee
     itemsize = DTYPES[trainee.dtype].itemsize
-    floors = step_floors(*job.shape, rates=rates_of(job.device, itemsize), itemsize=itemsize)
+    n, d, f, k = job.shape
+    l0 = None if trainee.l0 is None else trainee.l0(job.tokens.held_out)
+    rates, kept = rates_of(job.device, itemsize), (k if l0 is None else l0) + trainee.aux_k
+    work = step_work(n, d, f, kept, rates, itemsize, bounded=fixes_l0(job.activation) and not job.auxk)
     return {
         "provider": entry.contender.provider,
         "settings": "own" if entry.contender.own else "headline",
         "op": "train_step",
         "direction": "full",
-        "activation": "topk",
+        "activation": job.activation,
         "dtype": trainee.dtype,
         "optimizer": trainee.optimizer,
         "clip": trainee.clip,
@@ -182,8 +203,9 @@ def _case(entry: Entry, job: Job, heat: int) -> dict[str, Any]:
         **job.shape._asdict(),
         **quantiles(entry.times)._asdict(),
         "peak_bytes": entry.peak,
-        "floor_ms": floors.fused,
-        "floors": floors._asdict(),
+        **work._asdict(),
+        "floors": step_floors(n, d, f, kept, rates, itemsize)._asdict(),
+        "l0": l0,
         "steps": entry.done,
         "fvu_start": entry.fvu_start,
         "fvu_end": fvu,
@@ -210,6 +232,6 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"

@@ -1,6 +1,5 @@
 """The command line. A mistake gets one line that names the field and what is allowed, and harms nothing."""
 
-import io
 import json
 import os
 import re
@@ -8,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,31 +14,14 @@ import pytest
 import temposae
 import torch
 import yaml
-from temposae.cli import main
+
+from .commandline import Result, run
 
 TINY = {"stream": {"context": 32, "buffer_tokens": 4096}, "train": {"batch": 256, "log_every_steps": 4}}
 TINY_FLAGS = ("--tokens", "4096", "--d-sae", "64", "--k", "4")
 SCORES = ("explained_variance", "ce_recovered", "l0", "dead_fraction")
 LAYERS, WIDTH, LONGEST = 4, 128, 128  # of the testbed's model
 needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder where nobody may write")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(*argv: str | Path) -> Result:
-    """`temposae ARGV`, in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["temposae", *map(str, argv)])
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 def files(folder: Path) -> dict[str, bytes]:

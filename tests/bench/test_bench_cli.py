@@ -1,37 +1,19 @@
 """`temposae bench` and `temposae profile`: what they print and write; a mistake gets one line before any long work."""
 
-import io
 import json
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from temposae.bench.results import read
-from temposae.cli import main
+from temposae.kernels import configs
+
+from ..commandline import run
 
 TINY = ("--n", "32", "--d", "16", "--f", "48", "--k", "4", "--device", "cpu")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(*argv: str | Path) -> Result:
-    """`temposae ARGV`, in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["temposae", *map(str, argv)])
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +34,19 @@ REFUSED = {
     "step in fp16": ("bench step --dtype fp16", ("dtype: 'fp16'", "fp32 or bf16")),
     "unknown device": ("bench step --device tpu", ("device: 'tpu'", "cpu or cuda")),
     "step's json nowhere": ("bench step --json nowhere/f.json", ("json: nowhere/f.json", "folder that exists")),
+    "unknown activation": ("bench step --activation topkk", ("activation: 'topkk'", "topk, batchtopk, jumprelu, relu")),
+    "AuxK where there is none": (
+        "bench step --auxk --activation relu",
+        ("auxk", "activation relu", "topk and batchtopk"),
+    ),
     "ops' json nowhere": ("bench ops --json nowhere/f.json", ("json: nowhere/f.json", "folder that exists")),
     "profile's json nowhere": ("profile --json nowhere/f.json", ("json: nowhere/f.json", "folder that exists")),
     "profile's trace nowhere": ("profile --trace nowhere/t.json", ("trace: nowhere/t.json", "folder that exists")),
     "profile without steps": ("profile --steps 0", ("steps: 0", "at least 1")),
     "table of nothing": ("bench table nowhere.json", ("results: nowhere.json", "No such file")),
     "report on nothing": ("bench report --results nowhere.json", ("results: nowhere.json", "No such file")),
+    "tune's json nowhere": ("bench tune --json nowhere/f.json", ("json: nowhere/f.json", "folder that exists")),
+    "tune an unknown entry": ("bench tune --entry mege", ("entry: 'mege'", "did you mean merge")),
     "report's json nowhere": ("bench report --json nowhere/f.json", ("json: nowhere/f.json", "folder that exists")),
     "report into a file": ("bench report --kernel position_sum --out file.txt", ("out: file.txt", "folder")),
     "unknown arch": ("bench report --arch 70", ("arch: 70", "80, 90, 100")),
@@ -82,6 +71,17 @@ def test_gpu_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> N
     code, _, err = run("bench", "step", "--device", "cuda")
     assert code != 0
     assert err == "error: device: 'cuda' is not allowed; torch finds no GPU here\n"
+
+
+def test_tune_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Path(configs.__file__).read_text()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, out, err = run("bench", "tune")
+    assert (code, out) == (2, "")
+    assert (
+        err == "error: device: 'cpu' is not allowed; `bench tune` times kernels on a GPU, and torch finds none here\n"
+    )
+    assert Path(configs.__file__).read_text() == before
 
 
 def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,9 @@ def test_report_measures_first_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPa
     assert asked == [(name, [HEADLINE], "cuda", "bf16") for name in ("train_step", "encode")]
 
 
-@pytest.mark.parametrize("command", ["bench", "bench step", "bench ops", "bench report", "bench table", "profile"])
+@pytest.mark.parametrize(
+    "command", ["bench", "bench step", "bench ops", "bench tune", "bench report", "bench table", "profile"]
+)
 def test_help_comes_without_torch(command: str) -> None:
     code = (
         "import sys; from temposae.cli import main\n"

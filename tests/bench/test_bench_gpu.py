@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from temposae.bench import ops, step, timing
+from temposae.bench import ops, step, timing, tune
 from temposae.bench.data import Shape
 from temposae.bench.profile import run
 from temposae.bench.step import contenders
@@ -46,6 +46,15 @@ def test_steps_and_ops_are_measured() -> None:
     measured, left_out = ops.measure([SHAPE], device="cuda", dtype="bf16", repeats=3, seconds=1)
     assert left_out == {}
     assert [case["op"] for case in measured] == list(ops.OPS)
+
+
+def test_tuning_times_an_entrys_kernels_alone() -> None:
+    major, minor = torch.cuda.get_device_capability()
+    (choice,) = tune.tune(10 * major + minor, ["merge"], SHAPE, "cuda", tune.kernel_ms, lambda entry, arch: "")
+    assert choice.tried > 4
+    assert 0 < choice.after_ms <= choice.before_ms < 1
+    with pytest.raises(RuntimeError, match="none of adam_kernel ran"):
+        tune.kernel_ms(tune.TRIALS["merge"].call(tune.Inputs(SHAPE, torch.bfloat16, "cuda")), {"adam_kernel"})
 
 
 def test_stages_of_a_step_are_its_kernels(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from temposae.bench import floors
-from temposae.bench.floors import KNOWN, Rates, known_card, op_floor, step_floors
+from temposae.bench.floors import KNOWN, Rates, known_card, op_floor, step_floors, step_work
 from temposae.kernels.cost import Cost
 
 # ms of a step at N = 8192, D = 2304, K = 64, to the printed digit: dense, materialised, fused, fused with bf16 moments
@@ -36,6 +36,21 @@ def test_floor_of_a_step_small_enough_to_work_out_by_hand() -> None:
     wide = step_floors(20, 2, 10, 2, rates, itemsize=4)
     assert wide.fused == pytest.approx(2 * e + 200e-6 / 4 + 2 * s + 0.05 + 24 * 40e-6)
     assert wide.dense == pytest.approx(12 * e + (32 * 40 + 16 * 200) * 1e-6)
+
+
+def test_work_of_a_step_is_what_its_floor_stands_for() -> None:
+    rates = Rates("round numbers", {2: 1e12}, 1e9, 1e9, "a test")
+    n, d, f, k = 1000, 10, 100, 2
+    found = step_work(n, d, f, k, rates)
+    assert found.flops == 2 * n * d * f + 4 * 2 * n * k * d  # one product, and four gathers' multiply-adds
+    assert found.bytes == n * f / 4 + 4 * 2 * n * k * d + 26 * 2 * d * f
+    assert found.floor_ms == step_floors(n, d, f, k, rates).fused
+    # where half of all latents are active, six products of matrices take less time than the gathers
+    half = step_work(n, d, f, f / 2, rates, bounded=False)
+    assert half.flops == 6 * 2 * n * d * f
+    assert half.bytes == 34 * 2 * d * f + 4 * 2 * n * f
+    assert half.floor_ms == step_floors(n, d, f, f / 2, rates).dense < step_floors(n, d, f, f / 2, rates).fused
+    assert step_work(n, d, f, 0, rates, bounded=False).floor_ms == step_floors(n, d, f, 0, rates).fused
 
 
 def test_op_floor_is_the_slower_of_arithmetic_and_traffic() -> None:

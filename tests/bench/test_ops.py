@@ -44,6 +44,8 @@ def test_ops_do_what_they_are_named_after(inputs: Inputs, assert_close: Any) -> 
     assert_close(
         results["select_batch_topk"].to_dense(), acts * (acts >= acts.flatten().topk(SHAPE.K * SHAPE.N).values[-1])
     )
+    assert torch.equal(results["encode_batch_topk"].to_dense() > 0, results["select_batch_topk"].to_dense() > 0)
+    assert torch.equal(results["encode_threshold"].to_dense() > 0, results["select_threshold"].to_dense() > 0)
     kept = results["select_threshold"]
     assert 0.5 * SHAPE.K * SHAPE.N < int(kept.offsets[-1]) < 2 * SHAPE.K * SHAPE.N
     assert not kept.overflow
@@ -82,6 +84,15 @@ def test_calls_can_be_repeated(name: str, inputs: Inputs, assert_close: Any) -> 
     first = [t.clone() for t in tensors(call())]
     for a, b in zip(first, tensors(call()), strict=True):
         assert_close(a, b, limit=1e-6)  # the decoder is divided by norms of 1 once more
+
+
+def test_every_op_is_forward_or_backward_and_the_objective_is_both() -> None:
+    directions = {name: op.direction for name, op in OPS.items()}
+    assert set(directions.values()) == {"forward", "backward", "full"}
+    for part in ("forward", "backward", "full"):
+        assert directions[f"objective_{part}"] == part
+    backward = {"decode_values_grad", "transpose", "weight_grad", "row_norms", "adam_rows", "objective_backward"}
+    assert {name for name, direction in directions.items() if direction == "backward"} == backward
 
 
 def test_work_of_known_ops() -> None:

@@ -56,10 +56,38 @@ def test_step_table() -> None:
     )
 
 
+def test_step_table_of_other_activations() -> None:
+    """What was written before there were others is of TopK; columns are there for what a race's steps have."""
+    work = dict(flops=2e9, bytes=3e9)
+    found = table(result(
+        case("torch", 10.0),
+        case("temposae", 5.0, activation="relu", l0=812.4, **work),
+        case("eai-sparsify", 4.0, activation="topk", auxk=64, **work),
+        case("temposae", 2.0, activation="topk", auxk=32, **work),
+    ))  # fmt: skip
+    titles = [line for line in found.splitlines() if line.startswith("A training step")]
+    sizes = "N = 8, D = 4, F = 16, K = 2:"
+    assert titles == [f"A training step, {name}, {sizes}" for name in ("topk", "relu", "topk with AuxK")]
+    rows = cells(found)
+    assert rows[0] == [
+        "provider", "optimizer", "dtype", "clip", "ms (p20 to p80)", "x temposae", "peak GiB", "of floor", "learns",
+    ]  # fmt: skip
+    assert rows[3][6:] == ["peak GiB", "L0", "GB", "GFLOP", "floor ms", "of floor", "learns"]
+    assert rows[5][6:] == ["0.5", "812", "3", "2", "2", "40%", "yes"]
+    assert rows[6][6:9] == ["peak GiB", "AuxK", "GB"]
+    assert [(row[0], row[5], row[7]) for row in rows[8:]] == [
+        ("temposae", "1.00", "32"),
+        ("eai-sparsify", "2.00", "64"),
+    ]
+
+
 def test_op_table() -> None:
-    found = table(result(case("temposae", 4.0, op="encode", backend="triton", flops=3e12, bytes=2e9)))
+    found = table(
+        result(case("temposae", 4.0, op="encode", direction="forward", backend="triton", flops=3e12, bytes=2e9))
+    )
     assert cells(found)[2] == [
         "encode",
+        "forward",
         "N8-D4-F16-K2",
         "bf16",
         "triton",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from temposae.bench import providers, step
-from temposae.bench.data import PRESETS, Shape, shapes, tokens
+from temposae.bench.data import HEADLINE, PRESETS, Shape, shapes, tokens
 from temposae.bench.floors import step_floors
 from temposae.bench.providers import PROVIDERS, Absent, Job, Provider, Trainee
 from temposae.bench.step import Contender, contenders, measure
@@ -21,6 +21,17 @@ BUILT_IN = ("temposae", "torch")
 
 def job(shape: Shape = SHAPE, **changes: Any) -> Job:
     return Job(shape, "cpu", "fp32", 3e-3, tokens(shape, "cpu", torch.float32))._replace(**changes)
+
+
+def installed(name: str) -> None:
+    if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+        pytest.skip(f"{PACKAGES[name]} is not installed")
+
+
+every_kind = pytest.mark.parametrize(
+    ("activation", "auxk"),
+    [*((activation, False) for activation in providers.ACTIVATIONS), ("topk", True), ("batchtopk", True)],
+)
 
 
 def fvu(trainee: Trainee, x: torch.Tensor) -> float:
@@ -55,28 +66,93 @@ def test_tokens_have_structure_and_are_the_same_every_time() -> None:
         pytest.param("torch.compile", False, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_every_provider_learns(name: str, own: bool) -> None:
+@every_kind
+def test_every_provider_learns(name: str, own: bool, activation: str, auxk: bool) -> None:
     """On data with structure; the one that doesn't learn would be the fastest of all."""
-    if name in PACKAGES and find_spec(PACKAGES[name]) is None:
-        pytest.skip(f"{PACKAGES[name]} is not installed")
-    given = job(own=own)
+    installed(name)
+    if activation not in PROVIDERS[name].activations:
+        pytest.skip(f"{name} has no {activation}")
+    given = job(own=own, activation=activation, auxk=auxk)
     trainee = PROVIDERS[name].build(given)
     start = fvu(trainee, given.tokens.held_out)
     for i in range(60):
         trainee.step(i)
     # schedule-free averages, warm-ups and small rates of their own make for smaller steps
     assert fvu(trainee, given.tokens.held_out) < (0.999 if own else 0.85) * start
+    l0 = None if trainee.l0 is None else trainee.l0(given.tokens.held_out)
+    assert (l0 is None) == (activation in ("topk", "batchtopk"))
+    assert l0 is None or 0 < l0 < SHAPE.F
+    assert (trainee.aux_k > 0) == auxk
 
 
-def test_temposae_and_plain_torch_are_the_same_training() -> None:
+@every_kind
+def test_temposae_and_plain_torch_are_the_same_training(activation: str, auxk: bool) -> None:
     """Same start, same loss, same projection and optimiser, written twice: the weights must stay together."""
-    given = job()
+    given = job(activation=activation, auxk=auxk)
     ours, plain = (PROVIDERS[name].build(given) for name in BUILT_IN)
     x = given.tokens.held_out
     for i in range(5):
         ours.step(i)
         plain.step(i)
         assert fvu(ours, x) == pytest.approx(fvu(plain, x), rel=1e-3)
+    assert ours.aux_k == plain.aux_k == (SHAPE.D // 2 if auxk else 0)
+    if ours.l0 is not None and plain.l0 is not None:
+        assert ours.l0(x) == pytest.approx(plain.l0(x), abs=0.1)
+
+
+@pytest.mark.parametrize("auxk", [False, True])
+def test_dead_latents_learn_by_auxk_alone(auxk: bool) -> None:
+    given = job(auxk=True)
+    learner = providers.make_learner(given)
+    dead = torch.zeros(SHAPE.F, dtype=torch.bool)
+    dead[providers.DEAD] = True
+    learner.any_dead = auxk
+    learner.idle_tokens[dead] = learner.dead_after
+    before = learner.sae.W_enc.detach().clone()
+    learner.step(given.tokens.batches[0])
+    moved = (learner.sae.W_enc.detach() - before).abs().amax(0)
+    assert bool(moved[~dead].max() > 0)
+    assert bool((moved[dead] > 0).any()) == auxk
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("eai-sparsify", "sparsify.SparseCoder.forward"),
+        ("SAELens", "sae_lens.TopKTrainingSAE.calculate_topk_aux_loss"),
+        ("dictionary_learning", "get_auxiliary_loss"),
+    ],
+)
+def test_auxk_of_the_libraries_has_work(
+    name: str, place: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every step their own code finds dead latents, and a loss that isn't zero."""
+    installed(name)
+    if activation not in PROVIDERS[name].activations:
+        pytest.skip(f"{name} has no {activation}")
+    if name == "dictionary_learning":
+        providers.skip_init(name, unless="nnsight")
+        trainer = {"topk": "top_k.TopKTrainer", "batchtopk": "batch_top_k.BatchTopKTrainer"}[activation]
+        place = f"dictionary_learning.trainers.{trainer}.{place}"
+    given = job(activation=activation, auxk=True)
+    trainee = PROVIDERS[name].build(given)
+    owner, method = place.rsplit(".", 1)
+    module, cls = owner.rsplit(".", 1)
+    original = getattr(getattr(providers.load(module), cls), method)
+    losses: list[float] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        losses.append(float(getattr(found, "auxk_loss", found).detach()))
+        return found
+
+    monkeypatch.setattr(getattr(providers.load(module), cls), method, watched)
+    for i in range(4):
+        trainee.step(i)
+    assert len(losses) == 4
+    assert min(losses) > 0
 
 
 def test_clipping_reaches_those_who_leave_the_choice() -> None:
@@ -104,7 +180,7 @@ def test_clipping_limits_the_gradient(clip: float | None) -> None:
 
 
 def test_dense_gradient_is_tangent_to_the_decoder() -> None:
-    sae = providers.Dense(SHAPE, "cpu")
+    sae = providers.Dense(providers.sae_config(job()), "cpu")
     sae.loss(torch.randn(SHAPE.N, SHAPE.D)).backward()
     sae.project()
     assert sae.W_dec.grad is not None
@@ -174,6 +250,35 @@ def test_a_case_holds_all_that_the_tables_need(made_up_rates: Any) -> None:
     assert 4 * 4 * 2 * SHAPE.D * SHAPE.F < case["peak_bytes"] < 40 * 4 * 2 * SHAPE.D * SHAPE.F
 
 
+def test_each_activation_is_a_race_of_its_own(made_up_rates: Any) -> None:
+    cases, left_out = race("temposae", "eai-sparsify", activations=["batchtopk", "relu"], rounds=1)
+    assert [(case["provider"], case["activation"]) for case in cases] == [
+        ("temposae", "batchtopk"),
+        ("temposae", "relu"),
+    ]
+    assert left_out == {
+        "eai-sparsify, batchtopk": "it has no batchtopk",
+        "eai-sparsify, relu": "it has no relu",
+    }
+    assert [case["auxk"] for case in cases] == [0, 0]
+    assert cases[0]["l0"] is None
+    l0 = cases[1]["l0"]
+    assert SHAPE.K < l0 < SHAPE.F
+    n, d, f, _ = SHAPE
+    assert cases[0]["floor_ms"] == step_floors(*SHAPE, rates=made_up_rates, itemsize=4).fused
+    floors = step_floors(n, d, f, l0, rates=made_up_rates, itemsize=4)
+    assert cases[1]["floor_ms"] == min(floors.fused, floors.dense)
+
+
+def test_a_case_with_auxk_says_how_many_latents_take_part(made_up_rates: Any) -> None:
+    (case,), _ = race("temposae", rounds=1, auxk=True)
+    assert (case["activation"], case["auxk"]) == ("topk", SHAPE.D // 2)
+    n, d, f, k = SHAPE
+    floors = step_floors(n, d, f, k + SHAPE.D // 2, rates=made_up_rates, itemsize=4)
+    assert case["floors"] == floors._asdict()
+    assert case["floor_ms"] == min(floors.fused, floors.dense)
+
+
 def test_a_broken_peer_is_left_out_and_a_broken_temposae_is_not(stub: Callable[..., list[str]]) -> None:
     def broken(given: Job) -> Trainee:
         raise RuntimeError("no such kernel\nsecond line")
@@ -240,6 +345,8 @@ def test_what_never_fits_is_left_out(stub: Callable[..., list[str]], monkeypatch
     [
         (lambda: contenders(["temposea"], False), ("provider: 'temposea'", "temposae, eai-sparsify")),
         (lambda: race("temposae", rounds=0), ("rounds: 0", "at least 1")),
+        (lambda: race("temposae", activations=["topkk"]), ("activation: 'topkk'", "topk, batchtopk, jumprelu, relu")),
+        (lambda: race("temposae", activations=["relu"], auxk=True), ("auxk", "activation relu", "topk and batchtopk")),
         (lambda: measure([SHAPE], [], device="cpu", dtype="fp16"), ("dtype: 'fp16'", "fp32 or bf16")),
         (lambda: measure([Shape(4, 4, 4, 5)], [], device="cpu", dtype="fp32"), ("K: 5", "at most F (4)")),
         (lambda: shapes("gpuu"), ("preset: 'gpuu'", "tiny, cpu, gpu, sweep")),
@@ -259,7 +366,11 @@ def test_shapes_are_a_preset_or_every_combination_of_what_is_given() -> None:
     swept = PRESETS["sweep"]
     assert {shape.F for shape in swept} == {2**power for power in range(14, 21)}
     assert {shape.D for shape in swept} == {768, 2304, 3584, 4096}
+    assert {shape.N for shape in swept} == {2**power for power in range(10, 16)}
+    assert {shape.K for shape in swept} == {2**power for power in range(4, 9)}
     assert len(set(swept)) == len(swept)
+    # one size at a time, so that each shows what it alone does
+    assert all(sum(a != b for a, b in zip(shape, HEADLINE, strict=True)) <= 1 for shape in swept)
 
 
 def test_contenders_come_once_and_by_their_own_defaults_where_those_differ() -> None:
