@@ -1,5 +1,6 @@
 """Typed, validated settings of a run. A wrong value names the field, the value, and what is allowed."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,6 +66,8 @@ class SAEConfig(Config):
     Thresholds begin at `initial_threshold`, or where 4 `k` activations per token of the first batch exceed them, and learn
     from activations within `bandwidth` / 2 of them. The three are in units of the activations' mean norm (the coefficient
     of its square), which training scales to about sqrt(D).
+    `prefixes` (Matryoshka; Bussmann et al., arXiv 2503.17547; topk and batchtopk): ascending numbers of latents, the last
+    one d_sae; the loss is the mean over prefixes of the squared error with no more than the first so many latents.
     `decoder="random"` freezes the random unit-norm decoder: the control.
     """
 
@@ -78,6 +81,7 @@ class SAEConfig(Config):
     bandwidth: Annotated[float, Field(gt=0)] = 0.1
     aux_k: Annotated[int, Field(ge=0)] = 64
     aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    prefixes: tuple[Latents, ...] | None = None
     decoder: Literal["learned", "random"] = "learned"
     mask: MaskConfig = MaskConfig()
 
@@ -85,6 +89,17 @@ class SAEConfig(Config):
     def _k_fits(self) -> "SAEConfig":
         if self.activation != "relu" and self.k > self.d_sae:
             raise ValueError(f"k: {self.k} is not allowed; it must be at most d_sae ({self.d_sae})")
+        return self
+
+    @model_validator(mode="after")
+    def _prefixes_fit(self) -> "SAEConfig":
+        ends = self.prefixes
+        if ends is None:
+            return self
+        if self.activation not in ("topk", "batchtopk"):
+            raise ValueError(f"prefixes: not allowed with activation {self.activation}; it must be topk or batchtopk")
+        if not ends or ends[-1] != self.d_sae or any(a >= b for a, b in pairwise(ends)):
+            raise ValueError(f"prefixes: {list(ends)} is not allowed; it must ascend and end with d_sae ({self.d_sae})")
         return self
 
 

@@ -5,7 +5,7 @@ for the product and receive gradients in their own dtype. Every gradient is summ
 give identical bits. None of the functions can be differentiated twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,6 +112,30 @@ def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) 
     The product runs in the target's dtype. The gradient of W_dec has W_dec's strides.
     """
     return _Reconstruct.apply(code.values, W_dec, b_dec, target, code.with_values(code.values.detach()))
+
+
+def matryoshka(
+    code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, squared_error [N], residual [N, D]): the mean, over tokens and over the prefixes of latents that end at `ends`
+    [G], of the squared error, which carries gradients for code.values, W_dec and b_dec; and, as constants, the squared
+    error of all latents and what they leave. Other arguments as in `reconstruct`; float32, and [G, N, D] in memory.
+    """
+    parted, order = code.grouped(ends)
+    residuals = matryoshka_residuals(
+        decode_sparse, parted.with_values(code.values.flatten()[order]), W_dec, b_dec, target
+    )
+    squared_errors = residuals.square().sum(-1)
+    return squared_errors.sum() / squared_errors.numel(), squared_errors[-1].detach(), residuals[-1].detach()
+
+
+def matryoshka_residuals(
+    decode: Callable[..., Tensor], parted: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor
+) -> Tensor:
+    """[G, N, D]: what each prefix leaves of the target, from a code parted by groups. Summed in float32 or wider."""
+    zeros = target.new_zeros((1, target.shape[1]), dtype=torch.promote_types(target.dtype, torch.float32))
+    minus_parts = decode(parted, W_dec, torch.zeros_like(b_dec), target=zeros.expand(parted.n_tokens, -1))
+    return (target - b_dec) + minus_parts.unflatten(0, (-1, len(target))).cumsum(0)
 
 
 def position_loss(residual: Tensor, values: SparseCode | Tensor, pos: Tensor, n_positions: int) -> PositionSums:

@@ -14,7 +14,15 @@ from ..kernels.loss import PositionSums
 from ..kernels.masks import Mask
 from .config import SAEConfig
 from .errors import UserError
-from .functions import encode_dense, encode_jumprelu, encode_topk, jumprelu_band, position_loss, reconstruct
+from .functions import (
+    encode_dense,
+    encode_jumprelu,
+    encode_topk,
+    jumprelu_band,
+    matryoshka,
+    position_loss,
+    reconstruct,
+)
 from .masks import PositionMask
 
 
@@ -104,8 +112,9 @@ class SparseAutoencoder(nn.Module):
              + aux_coefficient * (|e - e_hat|^2 / |e - mean e|^2) * |x - mean x|^2 / N (topk, batchtopk)
              + l0_coefficient * D * L0 / N (jumprelu)
 
-        where e is the residual, held constant, and e_hat its reconstruction by the `aux_k` most active of the `dead`
-        latents [F]; the last factor is a constant that undoes the normalisation of the first term in the source (Gao et
+        (for a Matryoshka dictionary, the mean over its prefixes in place of the first term; `sums` are those of all latents)
+        where e is the residual, held constant, and e_hat its reconstruction by the `aux_k` most active of the `dead` latents
+        [F]; the last factor is a constant that undoes the normalisation of the first term in the source (Gao et
         al., arXiv 2406.04093). The auxiliary gradient reaches encoder and decoder.
         """
         x, rows, weights = self.inputs(x, pos)
@@ -126,10 +135,14 @@ class SparseAutoencoder(nn.Module):
                 x, self.W_enc, self.b_enc, self.b_dec, weights, rows,
                 k=self.cfg.k, aux_k=self.aux_k(dead), aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
             )  # fmt: skip
-        squared_error, residual = reconstruct(code, self.W_dec, self.b_dec, x)
+        if self.cfg.prefixes is None:
+            squared_error, residual = reconstruct(code, self.W_dec, self.b_dec, x)
+            loss = squared_error.sum() / len(x)
+        else:
+            ends = torch.tensor(self.cfg.prefixes, device=x.device)
+            loss, squared_error, residual = matryoshka(code, self.W_dec, self.b_dec, x, ends)
         with torch.no_grad():
             sums = position_loss(squared_error, code, pos, n_positions)
-        loss = squared_error.sum() / len(x)
         if l0 is not None:
             loss = loss + self.cfg.l0_coefficient * self.cfg.d_in * l0 / len(x)
         fired = has_fired(code)

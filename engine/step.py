@@ -10,13 +10,13 @@ from torch.profiler import record_function
 from ..kernels.adam import Moments, Rates, adam, adam_rows, row_norms
 from ..kernels.backend import choose
 from ..kernels.code import LatentMajor, SparseCode
-from ..kernels.decode import reconstruct
+from ..kernels.decode import decode, decode_values_grad, reconstruct
 from ..kernels.encode_sparse import encode_threshold, encode_topk
 from ..kernels.loss import position_loss
 from ..kernels.masks import Mask
 from ..kernels.weight_grad import weight_grad
 from .config import TrainConfig
-from .functions import Band, gate_of, jumprelu_band, mask_gradient
+from .functions import Band, gate_of, jumprelu_band, mask_gradient, matryoshka_residuals
 from .sae import Objective, SparseAutoencoder, has_fired
 
 # Of all latents, the share in use on a token from which on dense products take less time than gathers: 5 products of 2 D F
@@ -28,6 +28,19 @@ DENSE_FROM = 1 / 96
 def fits(sae: SparseAutoencoder) -> bool:
     """Whether the kernels of `FusedStep` run here."""
     return choose("train_step", sae.W_enc) == "triton"
+
+
+class Decoded(NamedTuple):
+    """A code decoded. Of a Matryoshka dictionary with G prefixes, the code is parted: its token g * N + n owns what token n
+    has in group g."""
+
+    code: SparseCode
+    rows: Tensor | None  # of the mask, for each of the code's tokens
+    loss: Tensor
+    squared_error: Tensor  # [N]
+    residual: Tensor  # [N, D]
+    of_entries: Tensor  # [N, D] or [G N, D]: the residual that the entries of each of the code's tokens see
+    projection: Tensor  # of that on the entries' rows of W_dec
 
 
 class Part(NamedTuple):
@@ -57,6 +70,7 @@ class FusedStep:
         self._shadows = {}
         if dtype != torch.float32:
             self._shadows = {w: torch.empty_like(w, dtype=dtype) for w in (sae.W_enc, sae.W_dec)}
+        self.ends = None if sae.cfg.prefixes is None else torch.tensor(sae.cfg.prefixes, device=device)
         self._rates = [torch.zeros((), device=device) for _ in range(3)]
         self.refresh()
 
@@ -94,30 +108,29 @@ class FusedStep:
         with record_function("temposae::encode"):
             code, aux, band = self._encode(x, W_enc, mask, rows, dead, expected)
         with record_function("temposae::decode"):
-            found = reconstruct(code, W_dec, sae.b_dec, x)
+            found = self._decode(code, W_dec, x, rows)
         with record_function("temposae::loss"):
             sums = position_loss(found.squared_error, code, pos, n_positions)
-            loss, aux_loss = found.squared_error.sum() / n, None
-            scale, penalty = -2 / n, 0.0
+            loss, aux_loss, scale, penalty = found.loss, None, -2 / n, 0.0
             if sae.cfg.activation == "relu":
                 penalty = sae.cfg.l1_coefficient / n
                 loss = loss + penalty * sums.l1.sum()
             elif band is not None:
                 penalty = sae.cfg.l0_coefficient * sae.cfg.d_in / n
                 loss = loss + penalty * band.is_open.sum()
-        residual = found.residual
-        parts = [self._part(code, scale, found.projection, mask, rows, 0.0 if band is not None else penalty, band)]
+        residuals, codes = found.of_entries, [found.code]
+        parts = [self._part(found.code, scale, found.projection, mask, found.rows, 0.0 if band else penalty, band)]
         if aux is not None:
             with record_function("temposae::aux"):
-                left = reconstruct(aux, W_dec, torch.zeros_like(sae.b_dec), residual)
-                weight = sae.aux_weight(x, residual)
+                left = reconstruct(aux, W_dec, torch.zeros_like(sae.b_dec), found.residual)
+                weight = sae.aux_weight(x, found.residual)
                 aux_loss = weight * left.squared_error.sum()
                 parts.append(self._part(aux, -2 * weight, left.projection, mask, rows))
-                residual = torch.cat([residual, left.residual])  # the rows of the second code's N tokens
+                codes.append(aux)
+                residuals = torch.cat([residuals, left.residual])  # what the second code's N tokens name
         with record_function("temposae::sort"):
-            codes = [code] if aux is None else [code, aux]
             latents = torch.cat([c.live(c.indices, unused=c.n_latents).flatten() for c in codes])
-            tokens = torch.cat([c.rows.flatten() + i * n for i, c in enumerate(codes)])
+            tokens = torch.cat([c.rows.flatten() + i * len(found.of_entries) for i, c in enumerate(codes)])
             by_latent = LatentMajor.of(latents, tokens, sae.cfg.d_sae)
         with record_function("temposae::update"):
             small = {}
@@ -127,7 +140,7 @@ class FusedStep:
             if sae.mask.logits is not None and isinstance(mask, Tensor):
                 dmask = sum(part.dmask for part in parts if part.dmask is not None)
                 small["mask.logits"] = dmask * mask * (1 - mask) / sae.mask.temperature
-            norm = self._update(x, found.residual, residual, by_latent, parts, small)
+            norm = self._update(x, residuals, by_latent, parts, small)
             sae.constrain_threshold()
         total = loss if aux_loss is None else loss + aux_loss
         return Objective(total, sums, has_fired(code), aux_loss, sae.least_kept(code)), norm
@@ -159,6 +172,24 @@ class FusedStep:
         )  # fmt: skip
         return code, aux, None
 
+    def _decode(self, code: SparseCode, W_dec: Tensor, x: Tensor, rows: Tensor | None) -> Decoded:
+        """Loss and residual, and what gradients need of them. With g the groups between the ends of a Matryoshka
+        dictionary's prefixes, and r_g what the g-th prefix leaves, the loss is mean_g |r_g|^2 / N; an entry of group g sees
+        sum_{h >= g} r_h / G where that of another dictionary sees the residual."""
+        n, b_dec = len(x), self.sae.b_dec.detach()
+        if self.ends is None:
+            found = reconstruct(code, W_dec, b_dec, x)
+            loss = found.squared_error.sum() / n
+            return Decoded(code, rows, loss, found.squared_error, found.residual, found.residual, found.projection)
+        parted, _ = code.grouped(self.ends)
+        residuals = matryoshka_residuals(decode, parted, W_dec, b_dec, x)
+        squared_errors = residuals.square().sum(-1)
+        seen = (residuals.flip(0).cumsum(0).flip(0) / len(self.ends)).flatten(0, 1).to(x.dtype)
+        return Decoded(
+            parted, None if rows is None else rows.repeat(len(self.ends)), squared_errors.mean(0).sum() / n,
+            squared_errors[-1], residuals[-1].to(x.dtype), seen, decode_values_grad(parted, W_dec, seen),
+        )  # fmt: skip
+
     def _part(
         self, code: SparseCode, scale: float | Tensor, projection: Tensor, mask: Mask | None, rows: Tensor | None,
         l1: float = 0.0, band: Band | None = None,
@@ -180,9 +211,10 @@ class FusedStep:
         return Part((scale * code.values).flatten(), dpre.flatten(), dmask)
 
     def _update(
-        self, x: Tensor, residual: Tensor, rows: Tensor, by_latent: LatentMajor, parts: list[Part], small: dict[str, Tensor]
+        self, x: Tensor, rows: Tensor, by_latent: LatentMajor, parts: list[Part], small: dict[str, Tensor]
     ) -> Tensor:  # fmt: skip
-        """Gradients and Adam for all parameters; gives the norm of the gradient. `small` has those of the parameters that
+        """Gradients and Adam for all parameters; gives the norm of the gradient. `rows` are residuals; the first N are those
+        that b_dec sees. `small` has those of the parameters that
         only some dictionaries have."""
         sae, config = self.sae, self.config
         of_row, of_x = (torch.cat(parts) for parts in list(zip(*parts, strict=True))[:2])
@@ -190,7 +222,7 @@ class FusedStep:
         b_dec = sae.b_dec.detach()
         small["b_enc"] = weight_grad(by_latent, of_x, of_x.new_ones(1, 1))[:, 0]
         # b_dec is the decoder's bias and the encoder's centre
-        small["b_dec"] = residual.sum(0, dtype=torch.float32).mul_(-2 / len(x)).sub_(W_enc.T @ small["b_enc"])
+        small["b_dec"] = rows[: len(x)].sum(0, dtype=torch.float32).mul_(-2 / len(x)).sub_(W_enc.T @ small["b_enc"])
         squares = [grad.square() for grad in small.values()]
 
         step_size, correction, factor = self._rates

@@ -106,6 +106,20 @@ class SparseCode:
         """The same entries with other values; layouts computed for one code serve both."""
         return replace(self, values=values)
 
+    def grouped(self, ends: Tensor) -> tuple["SparseCode", Tensor]:
+        """The entries parted by groups of latents, the g-th of which are those from `ends[g - 1]` (or 0) up to `ends[g]`.
+
+        ends int [G], ascending, the last one F. Returns a ragged code over G * N tokens, where token g * N + n owns what
+        token n has in group g, and the place in the flattened code from which each of its entries comes, int64 [C].
+        """
+        n, rows, latents = self.n_tokens, self.rows.flatten(), self.live(self.indices).flatten()
+        owners = torch.searchsorted(ends, latents, right=True) * n + rows
+        owners = self.live(owners.view(self.indices.shape), unused=len(ends) * n).flatten()
+        owners, order = owners.sort(stable=True)
+        offsets = torch.searchsorted(owners, torch.arange(len(ends) * n + 1, device=owners.device))
+        flat = self.values.flatten()[order], self.indices.flatten()[order]
+        return SparseCode(*flat, self.n_latents, offsets), order
+
     def transpose(self) -> LatentMajor:
         """The latent-major view, computed once per set of indices."""
         if "latent_major" not in self.layouts:

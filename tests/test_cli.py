@@ -190,6 +190,14 @@ CONFIGS = {
     "unknown activation": ("sae: {activation: topkk}", ("sae.activation: 'topkk'", "'topk'", "'relu'")),
     "d_in of another model": ("sae: {d_in: 7}", ("sae.d_in: 7", "hook_resid_post", f"width {WIDTH}")),
     "k above d_sae": ("sae: {d_sae: 64, k: 65}", ("sae.k: 65", "at most", "d_sae (64)")),
+    "prefixes don't end with d_sae": (
+        "sae: {d_sae: 64, k: 4, prefixes: [8, 32]}",
+        ("sae.prefixes: [8, 32]", "ascend", "d_sae (64)"),
+    ),
+    "prefixes of a relu dictionary": (
+        "sae: {d_sae: 64, activation: relu, prefixes: [8, 64]}",
+        ("sae.prefixes", "relu", "topk or batchtopk"),
+    ),
     "k is text": ("sae: {k: many}", ("sae.k: 'many'", "integer")),
     "negative coefficient": (
         "sae: {activation: relu, l1_coefficient: -0.1}", ("sae.l1_coefficient: -0.1", "greater than or equal to 0"),

@@ -57,8 +57,10 @@ def by_formula(sae: SparseAutoencoder, x, pos, dead=None):
         f = chosen * acts
     else:
         f = torch.zeros_like(acts).scatter(1, acts.topk(K).indices, 1.0) * acts
-    e = x - f @ p["W_dec"] - p["b_dec"]
-    loss = e.square().sum() / N
+    loss = torch.zeros(())
+    for end in cfg.prefixes or [F]:
+        e = x - f[:, :end] @ p["W_dec"][:end] - p["b_dec"]
+        loss = loss + e.square().sum() / N / len(cfg.prefixes or [F])
     if dead is not None:
         among = acts * dead
         chosen = torch.zeros_like(acts).scatter(1, among.topk(cfg.aux_k).indices, 1.0) * among
@@ -89,6 +91,13 @@ CASES = {
     "relu": {"activation": "relu"},
     "relu, soft mask": {"activation": "relu", "mask": MaskConfig(kind="soft", positions=T)},
     "frozen decoder": {"decoder": "random"},
+    "matryoshka": {"prefixes": (F // 4, F // 2, F)},
+    "matryoshka batchtopk, auxk, soft mask": {
+        "activation": "batchtopk",
+        "prefixes": (3, F),
+        "aux_k": 4,
+        "mask": MaskConfig(kind="soft", positions=T),
+    },
 }
 
 

@@ -22,9 +22,17 @@ CASES = {
     "jumprelu": dict(activation="jumprelu", l0_coefficient=0.01),
     "jumprelu, soft mask": dict(activation="jumprelu", l0_coefficient=0.01, mask=MaskConfig(kind="soft", positions=T)),
     "jumprelu, ranges": dict(activation="jumprelu", mask=MaskConfig(kind="ranges", ranges=3, positions=T)),
+    "matryoshka and AuxK": dict(prefixes=(5, 11, 37), aux_k=5),
+    "matryoshka batchtopk, ranges": dict(
+        activation="batchtopk", prefixes=(5, 11, 37), mask=MaskConfig(kind="ranges", ranges=3, positions=T)
+    ),
     "relu": dict(activation="relu"),
     "relu, soft mask": dict(activation="relu", mask=MaskConfig(kind="soft", positions=T)),
 }
+
+THROUGH_TRITON = (
+    "plain", "random mask and AuxK", "batchtopk and AuxK", "jumprelu, soft mask", "relu", "matryoshka and AuxK"
+)  # fmt: skip
 
 
 def learner(changes, dtype="float32"):
@@ -62,10 +70,7 @@ def after_training(made):
 @pytest.mark.parametrize(
     ("changes", "backend"),
     [pytest.param(case, "torch", id=f"{name}-torch") for name, case in CASES.items()]
-    + [
-        pytest.param(CASES[name], "triton", id=f"{name}-triton")
-        for name in ("plain", "random mask and AuxK", "batchtopk and AuxK", "jumprelu, soft mask", "relu")
-    ],
+    + [pytest.param(CASES[name], "triton", id=f"{name}-triton") for name in THROUGH_TRITON],
 )
 def test_equals_the_unfused_step(changes, backend, monkeypatch, poisoned, assert_close):
     if backend == "triton":

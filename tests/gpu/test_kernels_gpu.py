@@ -13,6 +13,7 @@ from temposae.kernels.code import SparseCode
 from temposae.kernels.decode import decode, decode_values_grad
 from temposae.kernels.decode import reconstruct as reconstruct_op
 from temposae.kernels.encode import encode
+from temposae.kernels.encode_sparse import encode_threshold
 from temposae.kernels.encode_sparse import encode_topk as encode_topk_op
 from temposae.kernels.select import select_batch_topk, select_threshold, select_topk
 from temposae.kernels.weight_grad import weight_grad
@@ -126,6 +127,35 @@ def test_encoded_topk_is_exact(n, d, f, k, kind, dtype, assert_close):
     again, _ = encode_topk_op(x, W_enc, b_enc, k, aux_k=k // 2, aux_latents=aux_latents)
     assert torch.equal(again.values, code.values)
     assert torch.equal(again.indices, code.indices)
+
+
+@pytest.mark.parametrize(("n", "d", "f", "k"), [(700, 770, 5003, 33), (1000, 2304, 16384, 64)])
+@pytest.mark.parametrize("kind", ["whole numbers", "random", "all in one tile"])
+@DTYPES
+def test_encoded_ragged_codes_are_exact(n, d, f, k, kind, dtype, assert_close):
+    x, W_enc, b_enc = normal(n, d, dtype=dtype), normal(f, d, dtype=dtype, seed=1).T / 4, normal(f, seed=2)
+    if kind == "whole numbers":
+        x, W_enc, b_enc = x.round(), (4 * W_enc).round(), b_enc.round()
+    if kind == "all in one tile":
+        b_enc[256:384] += 1000
+    mask, pos = normal(POSITIONS, f, seed=4) > 0, positions(n)
+    acts = (x.double() @ W_enc.double() + b_enc.double()).relu() * mask[pos]
+    cut = acts.flatten().topk(n * k).values[-1]
+    codes = [encode_topk_op(x, W_enc, b_enc, k, mask=mask, pos=pos, across_batch=True)[0] for _ in range(2)]
+    codes += [
+        encode_threshold(x, W_enc, b_enc, cut.float().expand(f), mask=mask, pos=pos, expected=k) for _ in range(2)
+    ]
+    for code, again in (codes[:2], codes[2:]):
+        assert torch.equal(code.values, again.values)
+        assert torch.equal(code.indices, again.indices)
+        dense = code.to_dense()
+        assert (
+            (dense > 0) == (acts >= cut)
+        ).double().mean() > 0.999  # near ties and ties at the cut may fall either way
+        assert_close(dense[dense > 0], acts[dense > 0], LIMIT[dtype])
+        assert (acts[dense > 0] >= cut * (1 - 0.02)).all()
+        assert (acts[dense == 0] <= cut * (1 + 0.02)).all()
+    assert codes[0].offsets[-1] == n * k
 
 
 @DTYPES

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from temposae.engine.config import SAEConfig, StreamConfig, TrainConfig
+from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.optim import Learner
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, Batch
@@ -29,18 +29,63 @@ def test_a_step_never_waits_for_the_device(aux):
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
-def test_the_fused_step_equals_the_unfused_one(activation, assert_close):
+def test_a_step_can_be_captured_and_replayed(activation):
+    """A CUDA graph of the step, replayed on other tokens, does what the step does, bit for bit."""
+    N, D, F, T = 512, 256, 4096, 64
+    draw = torch.Generator("cuda").manual_seed(0)
+    xs = torch.randn(4, N, D, device="cuda", generator=draw).bfloat16()
+    pos = torch.randint(0, T, (N,), device="cuda", dtype=torch.int32, generator=draw)
+    trained = []
+    for captured in (False, True):
+        sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=16, activation=activation), seed=1).cuda()
+        fused = Learner(sae, TrainConfig(tokens=N * 10, batch=N), xs[0].float().mean(0), D**0.5, T).fused
+        x, graph = xs[0].clone(), torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles, as a capture wants it
+            fused(x, pos, T, None, sae.expected, lr=1e-3, step=1)
+        torch.cuda.current_stream().wait_stream(side)
+        if captured:
+            with torch.cuda.graph(graph):
+                fused.run(x, pos, T, None, sae.expected)
+        for step, given in enumerate(xs[1:], 2):
+            x.copy_(given)
+            fused.set_rates(1e-3, step)
+            if captured:
+                graph.replay()
+            else:
+                fused.run(x, pos, T, None, sae.expected)
+        trained.append({name: value.clone() for name, value in sae.state_dict().items()})
+    for name, expected in trained[0].items():
+        assert torch.equal(trained[1][name], expected), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(activation="batchtopk"),
+        dict(activation="jumprelu"),
+        dict(activation="relu"),
+        dict(prefixes=(500, 4096)),
+        dict(mask=MaskConfig(kind="soft", positions=64)),
+        dict(mask=MaskConfig(kind="ranges", positions=64)),
+        dict(mask=MaskConfig(kind="gaussian", positions=64)),
+    ],
+    ids=lambda changes: str(*changes.values())[:30] or "topk",
+)
+def test_the_fused_step_equals_the_unfused_one(changes, assert_close):
     N, D, F, T = 512, 256, 4096, 64
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(300, D, generator=generator)
     made = []
     for fused in (True, False):
-        sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=16, aux_k=32, activation=activation), seed=1).cuda()
+        sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=16, aux_k=32, **changes), seed=1).cuda()
         settings = TrainConfig(tokens=N * 10, batch=N, dtype="float32", dead_after_tokens=1)
         one = Learner(sae, settings, torch.zeros(D, device="cuda"), D**0.5, T)
         assert one.fused is not None
         one.fused = one.fused if fused else None
-        one.any_dead = True
+        one.any_dead, one.l0 = True, min(one.l0, F / 100)
         draw = torch.Generator().manual_seed(2)
         for _ in range(3):
             x = torch.rand(N, 300, generator=draw).pow(8) @ directions
@@ -49,7 +94,7 @@ def test_the_fused_step_equals_the_unfused_one(activation, assert_close):
         made.append(one)
     first = SparseAutoencoder(made[0].sae.cfg, seed=1).cuda()
     for name, expected in made[1].sae.named_parameters():
-        found, start = getattr(made[0].sae, name), getattr(first, name)
+        found, start = made[0].sae.get_parameter(name), first.get_parameter(name)
         assert_close(found - start, expected - start, 1e-3, f"change of {name}")
     assert made[0].report() == pytest.approx(made[1].report(), rel=1e-3)
 
