@@ -373,6 +373,8 @@ class Candidates:
         of_equal = torch.minimum((wanted - equal.cumsum(0) + equal).clamp_min(0), equal)
         offsets = torch.cat([equal.new_zeros(1), (above + of_equal).cumsum(0)])
         size = int(offsets[-1]) if capacity is None else capacity
+        # A value computed again on the cut's very edge may round to another side in another kernel. Nothing runs over.
+        offsets.clamp_(max=size)
         values = torch.zeros(size, dtype=torch.float32, device=x.device)
         indices = torch.zeros(size, dtype=torch.int32, device=x.device)
         self._see(cut, least, offsets, of_equal, values, indices, MODE=_FILL.value)
