@@ -15,6 +15,15 @@ from ..kernels.weight_grad import weight_grad
 from .config import TrainConfig
 from .sae import Objective, SparseAutoencoder, has_fired
 
+LARGE = ("W_dec", "W_enc")  # the weights whose moments `TrainConfig.moments` narrows
+
+
+def rounding_seed(name: str, step: int) -> int:
+    """`Rates.seed` for the large weight `name` at a step. Multiples of 2^32 by the golden ratio keep their distance: about
+    2^30 / F steps go by before a row has the random bits that some row had before, and that would do no harm."""
+    nth = (len(LARGE) * step + LARGE.index(name)) * 0x9E3779B9
+    return (nth + 2**31) % 2**32 - 2**31
+
 
 def fits(sae: SparseAutoencoder) -> bool:
     """Whether `FusedStep` can train this dictionary, and its kernels run here."""
@@ -37,6 +46,8 @@ class FusedStep:
         if dtype != torch.float32:
             self._shadows = {w: torch.empty_like(w, dtype=dtype) for w in (sae.W_enc, sae.W_dec)}
         self._rates = [torch.zeros((), device=device) for _ in range(3)]
+        rounded = LARGE if config.moments != "float32" else ()
+        self._seeds = {name: torch.zeros((), dtype=torch.int32, device=device) for name in rounded}
         self.refresh()
 
     def refresh(self) -> None:
@@ -57,6 +68,8 @@ class FusedStep:
         step_size, correction, _ = self._rates
         step_size.fill_(lr / (1 - self.config.beta1**step))
         correction.fill_((1 - self.config.beta2**step) ** 0.5)
+        for name, seed in self._seeds.items():
+            seed.fill_(rounding_seed(name, step))
 
     @torch.no_grad()
     def run(self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None) -> tuple[Objective, Tensor]:
@@ -121,14 +134,14 @@ class FusedStep:
         shadow = self._shadows.get(sae.W_enc)
         norms = [
             adam_rows(
-                W_enc, by_latent, dpre, x, self.moments["W_enc"], rates,
+                W_enc, by_latent, dpre, x, self.moments["W_enc"], rates._replace(seed=self._seeds.get("W_enc")),
                 center=b_dec, shadow=None if shadow is None else shadow.T,
             )
         ]  # fmt: skip
         if learned:
             norms.append(
                 adam_rows(
-                    W_dec, by_latent, values, rows, self.moments["W_dec"], rates,
+                    W_dec, by_latent, values, rows, self.moments["W_dec"], rates._replace(seed=self._seeds.get("W_dec")),
                     unit_norm=True, shadow=self._shadows.get(sae.W_dec),
                 )
             )  # fmt: skip

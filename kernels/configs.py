@@ -25,6 +25,7 @@ CONFIGS: dict[int, dict[str, dict[str, int]]] = {
         "adam_rows": dict(BLOCK_E=2, STAGES=2, num_warps=8),
         "adam_rows_small": dict(BLOCK_E=1, STAGES=3, num_warps=8),  # float32, or registers spill
         "adam": dict(BLOCK=1024, num_warps=4),
+        "adam_narrow": dict(num_warps=8),
         "token_loss": dict(BLOCK=1024, num_warps=4),
         "position_sum": dict(BLOCK_N=1024, num_warps=4),
     },

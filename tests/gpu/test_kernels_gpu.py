@@ -175,7 +175,7 @@ def test_reconstruction_and_update(n, d, f, k, dtype, ragged, assert_close):
             adam_rows(
                 updated, entries, code.values, x, moments, rates, center=center, unit_norm=unit_norm, shadow=shadow
             )
-            results.append((updated, *moments, shadow))
+            results.append((updated, *moments[:2], shadow))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         mean, square = 0.09 + 0.1 * 0.5 * grad, 0.0999 + 0.001 * (0.5 * grad).square()
         expected = W.double() - 0.01 * mean / (square.sqrt() / 0.3 + 1e-8)
