@@ -243,9 +243,9 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(rows))
         return
-    print(f"{'kernel':36} {'sm':>4} {'registers':>9} {'spill':>6} {'shared':>7} {'tensor-core':>11}")
+    print(f"{'kernel':47} {'sm':>4} {'registers':>9} {'spill':>6} {'shared':>7} {'tensor-core':>11}")
     for row in rows:
-        print(f"{row['name']:36} {row['arch']:4} {row['registers']:9} {row['spill_bytes']:6} {row['shared_bytes']:7} "
+        print(f"{row['name']:47} {row['arch']:4} {row['registers']:9} {row['spill_bytes']:6} {row['shared_bytes']:7} "
               f"{row['tensor_core_instructions']:11}")  # fmt: skip
 
 
