@@ -79,8 +79,8 @@ def store_moments(m, v, m_ptrs, v_ptrs, m_inverse, v_inverse, seed_ptr, row, col
         code = code_of(v, v_inverse, bits >> 16 & 0xFFFF, SQUARE_ZERO, SQUARE_LARGEST)
         tl.store(v_ptrs, tl.maximum(code, (v > 0).to(tl.int32)).to(tl.uint8), mask=inside)
     elif BITS == 16:
-        tl.store(m_ptrs, rounded(m, bits & 0xFFFF).to(tl.bfloat16), mask=inside)
         tl.store(v_ptrs, rounded(v, bits >> 16 & 0xFFFF).to(tl.bfloat16), mask=inside)
+        tl.store(m_ptrs, rounded(m, bits & 0xFFFF).to(tl.bfloat16), mask=inside)
     else:
         tl.store(m_ptrs, m, mask=inside)
         tl.store(v_ptrs, v, mask=inside)
