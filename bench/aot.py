@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from ..kernels.backend import config_row
 
 ARCHS = (80, 90, 100)
-FLOATS = ("threshold", "sharpness", "beta1", "beta2", "eps")  # scalar arguments that are not integers
+# scalar arguments that are not integers
+FLOATS = ("threshold", "sharpness", "beta1", "beta2", "new1", "new2", "eps")
 # mma.sync (on all others as well), wgmma and tcgen05, as the disassembler spells them
 TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
 
@@ -52,6 +53,13 @@ def _sparse(kernel: str, config: str, *, ragged: bool, **pointers: str) -> Spec:
     more: dict[str, dict[str, int]] = {"decode": dict(RESIDUAL=True), "token_loss": dict(SQUARED=False)}
     flags = dict(RAGGED=ragged) | more.get(config, {})
     return Spec(kernel, config, dict(offsets="i64") | pointers, flags)
+
+
+def _adam(bits: int, dtype: str) -> dict[str, str]:
+    """A parameter with moments of so many bits, and a copy of this dtype."""
+    m, v = {32: ("fp32", "fp32"), 16: ("bf16", "bf16"), 8: ("i8", "u8")}[bits]
+    single = ("w", "scales", "step_size", "correction", "factor", "norms")
+    return dict.fromkeys(single, "fp32") | dict(m=m, v=v, shadow=dtype, seed="i32")
 
 
 def _specs(dtype: str) -> dict[str, Spec]:
@@ -121,8 +129,6 @@ def _specs(dtype: str) -> dict[str, Spec]:
             "weight_grad.weight_grad_kernel", "weight_grad", entries, dict(HAS_CENTER=not unit, SPLIT=split), unit=unit
         )
     specs["windows"] = Spec("weight_grad.windows_kernel", "windows", entries)
-    state = dict(w="fp32", m="fp32", v="fp32", shadow=dtype, norms="fp32")
-    state |= dict.fromkeys(("step_size", "correction", "factor"), "fp32")
     config = "adam_rows" if dtype == "bf16" else "adam_rows_small"
     # training in float32 at full width is nobody's aim
     for width in (768, 2304, 3584, 4096)[: 4 if dtype == "bf16" else 2]:
@@ -133,9 +139,10 @@ def _specs(dtype: str) -> dict[str, Spec]:
             "encoder": dict(HAS_CENTER=True, UNIT_NORM=False, UPDATE=True, HAS_SHADOW=True),
             "norms": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=False, HAS_SHADOW=False),
         }.items():
-            specs[f"adam_rows, {name}, D = {width}"] = Spec(
-                "adam.adam_rows_kernel", config, entries | state, flags | pieces
-            )
+            for bits in (32, 16, 8) if dtype == "bf16" and name != "norms" else (32,):
+                specs[f"adam_rows, {name}, D = {width}" + (f", {bits}-bit moments" if bits < 32 else "")] = Spec(
+                    "adam.adam_rows_kernel", config, entries | _adam(bits, dtype), flags | pieces | dict(BITS=bits)
+                )
     for ragged in (False, True):
         kind = "ragged" if ragged else "fixed K"
         code = dict(values=dtype, indices="i32")
@@ -166,11 +173,14 @@ SPECS = {
         "encode_sparse.merge_kernel", "merge", dict(candidates="i32", values="fp32", indices="i32", unsure="i8"),
         dict(KEEP=4, BLOCK_F=128),
     ),
-    "adam": Spec(
-        "adam.adam_kernel", "adam",
-        dict.fromkeys(("w", "grad", "m", "v", "shadow", "step_size", "correction", "factor"), "fp32"),
-        dict(HAS_SHADOW=True),
-    ),
+    "adam": Spec("adam.adam_kernel", "adam", _adam(32, "fp32") | dict(grad="fp32"), dict(HAS_SHADOW=True)),
+    **{
+        f"adam, {bits}-bit moments": Spec(
+            "adam.adam_narrow_kernel", "adam_narrow", _adam(bits, "fp32") | dict(grad="fp32"),
+            dict(HAS_SHADOW=False, BITS=bits, HIGH=2048, LOW=2048),
+        )
+        for bits in (16, 8)
+    },
     "position_sum": Spec(
         "loss.position_sum_kernel", "position_sum", dict(stats="fp32", pos="i64", sums="fp32")
     ),
@@ -255,9 +265,9 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(rows))
         return
-    print(f"{'kernel':36} {'sm':>4} {'registers':>9} {'spill':>6} {'shared':>7} {'tensor-core':>11}")
+    print(f"{'kernel':47} {'sm':>4} {'registers':>9} {'spill':>6} {'shared':>7} {'tensor-core':>11}")
     for row in rows:
-        print(f"{row['name']:36} {row['arch']:4} {row['registers']:9} {row['spill_bytes']:6} {row['shared_bytes']:7} "
+        print(f"{row['name']:47} {row['arch']:4} {row['registers']:9} {row['spill_bytes']:6} {row['shared_bytes']:7} "
               f"{row['tensor_core_instructions']:11}")  # fmt: skip
 
 

@@ -4,7 +4,7 @@ step_00000500/
   checkpoint.json        format, step, settings, and the size and SHA-256 of every other file
   sae.safetensors        W_enc [D, F], W_dec [F, D], b_enc, b_dec, mask.*; fp32, for activations as the model gives them
   random.safetensors     the random control trained beside it, if any
-  state.safetensors      what resuming needs: moments, counters, random states, buffer
+  state.safetensors      what resuming needs: moments (of `train.moments`' kind), counters, random states, buffer
 """
 
 import hashlib

@@ -128,7 +128,9 @@ class TrainConfig(Config):
     `lr`: 2e-4 * sqrt(2^14 / F) unless given. `dead_after_tokens`: a latent that has not fired for so many tokens is dead;
     a tenth of the run, at least 10 batches, at most 10M, unless given. `log_every_steps`: a twentieth of the run, at most
     50, unless given. `warmup` and `decay` are shares of the run. `dtype`: of the products; bfloat16 on a GPU and
-    float32 elsewhere, unless given. Weights and their moments are float32.
+    float32 elsewhere, unless given. Weights are float32. `moments`: what holds Adam's two moments of W_enc and W_dec, 8, 4
+    or 2 bytes a parameter in all; narrow ones are rounded stochastically (`kernels.adam.Moments`), and the other parameters'
+    stay float32.
     """
 
     tokens: Count = 1_000_000
@@ -143,6 +145,7 @@ class TrainConfig(Config):
     log_every_steps: Count | None = None
     checkpoint_every_steps: Count = 500
     dtype: Literal["float32", "bfloat16"] | None = None
+    moments: Literal["float32", "bfloat16", "8bit"] = "float32"
     control: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 

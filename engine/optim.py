@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels.adam import Moments
+from ..kernels.adam import Moments, Rates, adam
 from ..kernels.loss import PositionSums
 from .config import TrainConfig
+from .errors import UserError
 from .sae import Objective, SparseAutoencoder
-from .step import DENSE_FROM, FusedStep, fits
+from .step import DENSE_FROM, LARGE, FusedStep, fits, rounding_seed
 from .stream import Batch
 
 
@@ -47,12 +48,20 @@ class Learner:
             for name, p in sae.named_parameters()
             if p.requires_grad
         }
+        self.narrow = {}  # moments that torch's Adam can't hold
+        if config.moments != "float32":
+            self.narrow = {n: Moments.zeros(self.leaves[n], config.moments) for n in LARGE if n in self.leaves}
         # Thresholds are of the order of |x| ~ sqrt(D), and learn at that pace.
         self.paces = {name: math.sqrt(sae.cfg.d_in) if name == "threshold" else 1.0 for name in self.leaves}
-        groups = [{"params": [leaf], "pace": self.paces[name]} for name, leaf in self.leaves.items()]
+        groups = [
+            {"params": [leaf], "pace": self.paces[name]}
+            for name, leaf in self.leaves.items()
+            if name not in self.narrow
+        ]
         self.adam = torch.optim.Adam(groups, lr=self.lr, betas=(config.beta1, config.beta2), fused=True)
         self.dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-        for leaf in self.leaves.values():  # as torch begins them, but for the fused step as well
+        for group in groups:  # as torch begins them, but for the fused step as well
+            (leaf,) = group["params"]
             moments = {key: torch.zeros_like(leaf) for key in ("exp_avg", "exp_avg_sq")}
             self.adam.state[leaf] = {"step": torch.zeros((), device=device), **moments}
         self.fused = FusedStep(sae, self.moments(), self.paces, config, self.dtype) if fits(sae) else None
@@ -86,7 +95,7 @@ class Learner:
             expected = self.sae.expected if self.sae.cfg.activation != "relu" else max(1, math.ceil(self.l0))
             found, norm = self.fused(x, batch.pos, self.n_positions, dead, expected, lr=lr, step=self.steps_done + 1)
         else:
-            found, norm = self._unfused_step(x, batch.pos, dead)
+            found, norm = self._unfused_step(x, batch.pos, dead, lr)
 
         self.sae.follow(found.least_kept)
         self.idle_tokens.add_(len(x)).masked_fill_(found.fired, 0)
@@ -103,8 +112,9 @@ class Learner:
         """Whether so many latents are active that dense products are faster; only relu dictionaries have a path for that."""
         return self.sae.cfg.activation == "relu" and self.l0 > DENSE_FROM * self.sae.cfg.d_sae
 
-    def _unfused_step(self, x: Tensor, pos: Tensor, dead: Tensor | None) -> tuple[Objective, Tensor]:
-        """The update by autograd and torch's Adam: for every dictionary and device, and what the fused one must equal."""
+    def _unfused_step(self, x: Tensor, pos: Tensor, dead: Tensor | None, lr: float) -> tuple[Objective, Tensor]:
+        """The update by autograd and torch's Adam (ours for narrow moments): for every dictionary and device, and what the
+        fused one must equal."""
         found = self.sae.objective(x, pos, self.n_positions, dead)
         found.loss.backward()
         self.sae.project_decoder_gradient()
@@ -115,17 +125,36 @@ class Learner:
         if self.config.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(list(self.leaves.values()), self.config.clip_norm)
         self.adam.step()
-        self.adam.zero_grad()
+        for name, moments in self.narrow.items():
+            leaf = self.leaves[name]
+            if leaf.grad is not None:
+                adam(leaf.detach(), leaf.grad, moments, self._rates(name, lr))
+        for leaf in self.leaves.values():
+            leaf.grad = None
         self.sae.zero_grad()
         self.sae.constrain()
         return found, norm
 
+    def _rates(self, name: str, lr: float) -> Rates:
+        """Adam's settings for a parameter in this step, its gradient being clipped already."""
+        beta1, beta2, step, device = self.config.beta1, self.config.beta2, self.steps_done + 1, self.mean.device
+        numbers = (lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, 1.0)
+        step_size, correction, factor = (torch.full((), number, device=device) for number in numbers)
+        seed = torch.full((), rounding_seed(name, step), dtype=torch.int32, device=device)
+        return Rates(step_size, correction, factor, beta1, beta2, seed=seed)
+
     def moments(self) -> dict[str, Moments]:
         """Adam's moments by parameter, in the layout of `leaves`."""
-        return {
-            name: Moments(*(self.adam.state[leaf][key] for key in Moments._fields))
-            for name, leaf in self.leaves.items()
-        }
+        held = {name: self.adam.state[leaf] for name, leaf in self.leaves.items() if name not in self.narrow}
+        return {name: Moments(state["exp_avg"], state["exp_avg_sq"]) for name, state in held.items()} | self.narrow
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """The moments of all parameters and torch's step counts, as checkpoints name them."""
+        found = {}
+        for name, leaf in self.leaves.items():
+            held = self.narrow[name]._asdict() if name in self.narrow else self.adam.state[leaf]
+            found |= {f"adam.{name}.{key}": value for key, value in held.items() if value is not None}
+        return found
 
     def report(self) -> dict[str, float]:
         """Means since the last report. Waits for the device.
@@ -168,13 +197,22 @@ class Learner:
             "l0": self.l0,
         }
         found |= {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
-        for name, leaf in self.leaves.items():
-            self.adam.state[leaf]["step"].fill_(self.steps_done)  # the fused step doesn't count
-            found |= {f"adam.{name}.{key}": value for key, value in self.adam.state[leaf].items()}
-        return found
+        for held in self.adam.state.values():
+            held["step"].fill_(self.steps_done)  # the fused step doesn't count
+        return found | self._optimizer_state()
 
     def load_state(self, state: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-        """Go on from `state`, with the dictionary's `weights` in units of x."""
+        """Go on from `state`, with the dictionary's `weights` in units of x.
+
+        Raises UserError for moments of another kind than `config.moments`: they are not converted.
+        """
+        held = self._optimizer_state()
+        kinds = {torch.bfloat16: "bfloat16", torch.int8: "8bit"}
+        saved = kinds.get(state["adam.W_enc.exp_avg"].dtype, "float32")
+        if saved != self.config.moments:
+            raise UserError(
+                f"train.moments: {self.config.moments} is not allowed; the checkpoint's are {saved}, and are not converted"
+            )
         self.sae.load_state_dict(weights)
         self.scale = float(state["scale"])
         self.sae.scale_(self.scale)
@@ -186,8 +224,7 @@ class Learner:
             value.copy_(state[f"sums.{key}"])
         self.steps_done, self._steps = int(state["steps_done"]), int(state["steps"])
         self.any_dead, self.l0 = bool(state["any_dead"]), float(state["l0"])
-        for name, leaf in self.leaves.items():
-            for key, value in self.adam.state[leaf].items():
-                value.copy_(state[f"adam.{name}.{key}"])
+        for key, value in held.items():
+            value.copy_(state[key])
         if self.fused is not None:
             self.fused.refresh()

@@ -23,6 +23,14 @@ from .sae import Objective, SparseAutoencoder, has_fired
 # FLOP at 660 TFLOP/s against 4 gathers of 2 D bytes for each latent in use at 5.5 TB/s (an H100; its rates as in
 # bench/floors.py).
 DENSE_FROM = 1 / 96
+LARGE = ("W_dec", "W_enc")  # the weights whose moments `TrainConfig.moments` narrows
+
+
+def rounding_seed(name: str, step: int) -> int:
+    """`Rates.seed` for the large weight `name` at a step. Multiples of 2^32 by the golden ratio keep their distance: about
+    2^30 / F steps go by before a row has the random bits that some row had before, and that would do no harm."""
+    nth = (len(LARGE) * step + LARGE.index(name)) * 0x9E3779B9
+    return (nth + 2**31) % 2**32 - 2**31
 
 
 def fits(sae: SparseAutoencoder) -> bool:
@@ -72,6 +80,8 @@ class FusedStep:
             self._shadows = {w: torch.empty_like(w, dtype=dtype) for w in (sae.W_enc, sae.W_dec)}
         self.ends = None if sae.cfg.prefixes is None else torch.tensor(sae.cfg.prefixes, device=device)
         self._rates = [torch.zeros((), device=device) for _ in range(3)]
+        rounded = LARGE if config.moments != "float32" else ()
+        self._seeds = {name: torch.zeros((), dtype=torch.int32, device=device) for name in rounded}
         self.refresh()
 
     def refresh(self) -> None:
@@ -92,6 +102,8 @@ class FusedStep:
         step_size, correction, _ = self._rates
         step_size.fill_(lr / (1 - self.config.beta1**step))
         correction.fill_((1 - self.config.beta2**step) ** 0.5)
+        for name, seed in self._seeds.items():
+            seed.fill_(rounding_seed(name, step))
 
     @torch.no_grad()
     def run(
@@ -238,14 +250,15 @@ class FusedStep:
         shadow = self._shadows.get(sae.W_enc)
         norms = [
             adam_rows(
-                W_enc, by_latent, of_x, x, self.moments["W_enc"], rates,
+                W_enc, by_latent, of_x, x, self.moments["W_enc"], rates._replace(seed=self._seeds.get("W_enc")),
                 center=b_dec, shadow=None if shadow is None else shadow.T,
             )
         ]  # fmt: skip
         if learned:
             norms.append(
                 adam_rows(
-                    W_dec, by_latent, of_row, rows, self.moments["W_dec"], rates,
+                    W_dec, by_latent, of_row, rows, self.moments["W_dec"],
+                    rates._replace(seed=self._seeds.get("W_dec")),
                     unit_norm=True, shadow=self._shadows.get(sae.W_dec),
                 )
             )  # fmt: skip

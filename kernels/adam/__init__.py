@@ -3,6 +3,7 @@ and of any parameter from its gradient."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..backend import choose
@@ -14,10 +15,42 @@ from . import reference
 
 
 class Moments(NamedTuple):
-    """Adam's running means of the gradient and of its square, each of the parameter's shape, float32 or bfloat16."""
+    """Adam's running means of the gradient and of its square, each of the parameter's shape, in one of three kinds:
+
+                exp_avg             exp_avg_sq          scales
+    float32     float32             float32             None            or the parameter's dtype
+    bfloat16    bfloat16            bfloat16            None            parameter [F, D]
+    8bit        int8                uint8               float32 [F, 2]  parameter [F, D]
+
+    bfloat16 and 8-bit moments are rounded stochastically, to one of the two neighbours and in expectation to the value
+    itself: beta2 = 0.999 moves exp_avg_sq by less than half a step of bfloat16, so rounding to nearest would stop it.
+
+    8-bit codes share a scale in each row, as in the block-wise optimizers of Dettmers et al. (arXiv 2110.02861), but are
+    small floating-point numbers, so that encoding takes integer operations only. The code c = 8 e + m >= 0 stands for
+
+        scale * (2^(e - z) * (1 + m / 8) - 2^-z)
+
+    and the largest of a row has the largest code. exp_avg: z = 15 and a sign, |c| <= 127. exp_avg_sq: z = 31, c <= 255, so
+    its square root has the same range. Steps are 1/16 to 1/8 of the value, and even below scale * 2^-z. An exp_avg_sq above
+    zero never becomes zero, which would leave eps alone under exp_avg, but at least 2^-35 of the row's largest. A row whose
+    gradient is zero keeps its codes and decays by its scales.
+    """
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    scales: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, parameter: Tensor, kind: str = "float32") -> "Moments":
+        """Moments of `kind` ("float32", "bfloat16", "8bit") before the first step on `parameter`."""
+        if kind == "8bit":
+            first, second = (torch.zeros_like(parameter, dtype=dtype) for dtype in (torch.int8, torch.uint8))
+            return cls(first, second, torch.zeros(len(parameter), 2, device=parameter.device))
+        return cls(*(torch.zeros_like(parameter, dtype=getattr(torch, kind)) for _ in range(2)))
+
+    def widened(self) -> tuple[Tensor, Tensor]:
+        """The values that the moments stand for; those of 8-bit ones in float32."""
+        return reference.widen(self)
 
 
 class Rates(NamedTuple):
@@ -27,6 +60,9 @@ class Rates(NamedTuple):
     step_size   scalar tensor: lr / (1 - beta1^t)
     correction  scalar tensor: sqrt(1 - beta2^t)
     factor      scalar tensor: what the gradient is multiplied by first, for clipping
+    seed        scalar tensor, int32, for narrow moments only: another one in each step and for each parameter. An element's
+                random bits follow from seed + row and from its column; rows of a larger parameter from the r-th on are
+                rounded as there with seed + r.
     """
 
     step_size: Tensor
@@ -35,6 +71,7 @@ class Rates(NamedTuple):
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    seed: Tensor | None = None
 
 
 def adam(
@@ -54,7 +91,8 @@ def adam(
     parameter  -= step_size * exp_avg / (sqrt(exp_avg_sq) / correction + eps)
 
     parameter float32 (or float64), contiguous; grad of its shape, any floating dtype; shadow of its shape, any floating
-    dtype, is given the new values. Raises ValueError for shapes or devices that do not fit.
+    dtype, is given the new values. Narrow `Moments` are rounded after the parameter has moved. Raises ValueError for shapes,
+    dtypes or devices that do not fit.
     """
     _check(parameter, moments, rates, shadow)
     if grad.shape != parameter.shape:
@@ -121,15 +159,24 @@ def row_norms(
 def cost(
     m: int, d: int, f: int, nnz: int, *, itemsize: int = 2, moment_itemsize: int = 4, backend: str = "triton"
 ) -> Cost:
-    """A multiply-add and an element of rows for each entry and each of D; weights and moments read and written and a half-
-    precision shadow written. Torch writes the gradient, reads it again, and goes over the weights twice more."""
-    state = f * d * (8 + 4 * moment_itemsize + 2)
+    """A multiply-add and an element of rows for each entry and each of D; weights and moments (of `moment_itemsize` bytes,
+    8-bit ones with scales) read and written and a half-precision shadow written. Torch writes the gradient, reads it again,
+    and goes over the weights twice more."""
+    state = f * d * (8 + 4 * moment_itemsize + 2) + (16 * f if moment_itemsize == 1 else 0)
     again = 0 if backend == "triton" else f * d * (8 + 16)
     return Cost(2.0 * nnz * d + 12.0 * f * d, nnz * (d * itemsize + 16) + state + again)
 
 
 def _check(parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None) -> None:
     tensors = {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq, "shadow": shadow}
+    dtypes = moments.exp_avg.dtype, moments.exp_avg_sq.dtype
+    if dtypes in ((torch.bfloat16, torch.bfloat16), (torch.int8, torch.uint8)):
+        _check_narrow(parameter, moments, rates)
+    elif dtypes != (parameter.dtype, parameter.dtype):
+        raise ValueError(
+            f"moments must be two of the parameter's dtype ({parameter.dtype}), two of torch.bfloat16, or torch.int8 "
+            f"and torch.uint8, got {dtypes[0]} and {dtypes[1]}"
+        )
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape != parameter.shape:
             raise ValueError(
@@ -138,4 +185,15 @@ def _check(parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | N
     for name, tensor in {"parameter": parameter, **tensors}.items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    check_one_device(parameter=parameter, **tensors, step_size=rates.step_size)
+    check_one_device(parameter=parameter, **tensors, scales=moments.scales, step_size=rates.step_size, seed=rates.seed)
+
+
+def _check_narrow(parameter: Tensor, moments: Moments, rates: Rates) -> None:
+    if parameter.ndim != 2:
+        raise ValueError(f"parameter must be [F, D] for {moments.exp_avg.dtype} moments, got {list(parameter.shape)}")
+    if rates.seed is None or rates.seed.dtype != torch.int32:
+        raise ValueError(f"rates.seed must be an int32 scalar for {moments.exp_avg.dtype} moments, got {rates.seed}")
+    if (moments.scales is not None) != (moments.exp_avg.dtype == torch.int8):
+        raise ValueError("scales must be given for 8-bit moments, and for no others")
+    if moments.scales is not None:
+        check_shape("scales", moments.scales, F=len(parameter), scales=2)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..code import LatentMajor
@@ -10,15 +11,19 @@ from ..weight_grad.reference import weight_grad
 if TYPE_CHECKING:
     from . import Moments, Rates
 
+# The codes of 8-bit moments: exponents of the values that stand for zero, the largest code, and the least of a row's maxima.
+MEAN_ZERO, MEAN_LARGEST = -15, 127
+SQUARE_ZERO, SQUARE_LARGEST = -31, 255
+LEAST = 1e-30
+
 
 def adam(parameter: Tensor, grad: Tensor, moments: "Moments", rates: "Rates", shadow: Tensor | None) -> None:
     grad = grad.to(parameter.dtype) * rates.factor
-    mean, square = (moment.to(parameter.dtype) for moment in moments)
+    mean, square = (moment.to(parameter.dtype) for moment in widen(moments))
     mean = rates.beta1 * mean + (1 - rates.beta1) * grad
     square = rates.beta2 * square + (1 - rates.beta2) * grad.square()
     parameter -= rates.step_size * mean / (square.sqrt() / rates.correction + rates.eps)
-    moments.exp_avg.copy_(mean)
-    moments.exp_avg_sq.copy_(square)
+    _store(moments, mean, square, rates.seed)
     if shadow is not None:
         shadow.copy_(parameter)
 
@@ -38,6 +43,61 @@ def adam_rows(
 
 def row_norms(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None) -> Tensor:
     return _gradient(entries, values, rows, center, W).square().sum(1)
+
+
+def widen(moments: "Moments") -> tuple[Tensor, Tensor]:
+    """What the moments stand for; 8-bit ones in float32."""
+    if moments.scales is None:
+        return moments.exp_avg, moments.exp_avg_sq
+    mean, square = moments.exp_avg.int(), moments.exp_avg_sq.int()
+    of_mean, of_square = moments.scales.split(1, dim=1)
+    return mean.sign() * _size(mean.abs(), MEAN_ZERO) * of_mean, _size(square, SQUARE_ZERO) * of_square
+
+
+def _store(moments: "Moments", mean: Tensor, square: Tensor, seed: Tensor | None) -> None:
+    if seed is None or moments.exp_avg.dtype in (torch.float32, torch.float64):
+        moments.exp_avg.copy_(mean)
+        moments.exp_avg_sq.copy_(square)
+        return
+    mean, square = mean.float(), square.float()
+    bits = _random_bits(seed, *mean.shape)
+    for_mean, for_square = bits & 0xFFFF, bits >> 16 & 0xFFFF
+    if moments.scales is None:
+        for moment, value, added in ((moments.exp_avg, mean, for_mean), (moments.exp_avg_sq, square, for_square)):
+            moment.copy_((value.view(torch.int32) + added & -0x10000).view(torch.float32))
+        return
+    for scale, value, zero in zip(moments.scales.T, (mean, square), (MEAN_ZERO, SQUARE_ZERO), strict=True):
+        scale.copy_(value.abs().amax(1).clamp_min(LEAST) / (1.875 - 2.0**zero))
+    of_mean, of_square = moments.scales.split(1, dim=1)
+    code = _code(mean.abs(), of_mean, for_mean, MEAN_ZERO, MEAN_LARGEST)
+    moments.exp_avg.copy_(torch.where(mean < 0, -code, code))
+    code = _code(square, of_square, for_square, SQUARE_ZERO, SQUARE_LARGEST)
+    moments.exp_avg_sq.copy_(torch.maximum(code, (square > 0).int()))
+
+
+def _size(code: Tensor, zero: int) -> Tensor:
+    return (code + (127 + zero << 3) << 20).view(torch.float32) - 2.0**zero
+
+
+def _code(size: Tensor, scale: Tensor, bits: Tensor, zero: int, largest: int) -> Tensor:
+    """int32, one of the two codes around size / scale. The 16 bits decide over 20: 8 is half of what they can't."""
+    found = (size * (1 / scale) + 2.0**zero).view(torch.int32)
+    return ((found + (bits << 4) + 8 >> 20) - (127 + zero << 3)).clamp_max(largest)
+
+
+def _random_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
+    """int32 [rows, columns]."""
+    row, column = (torch.arange(size, dtype=torch.int32, device=seed.device) for size in (rows, columns))
+    return _mix(_mix(seed + row)[:, None] ^ column)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The hash lowbias32 of C. Wellons' hash-prospector, in int32, which wraps around."""
+    x = x ^ (x >> 16 & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15 & 0x1FFFF)
+    x = x * -0x7B935975
+    return x ^ (x >> 16 & 0xFFFF)
 
 
 def _gradient(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None) -> Tensor:

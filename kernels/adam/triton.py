@@ -11,49 +11,187 @@ from ..backend import launch_options
 from ..code import LatentMajor
 from ..weight_grad.triton import sum_latent, sum_windows
 from ..weight_grad.triton import weight_grad as weight_grad_of
+from . import reference
 
 if TYPE_CHECKING:
     from . import Moments, Rates
 
 
+# as in reference.py, which says more
+MEAN_ZERO, MEAN_LARGEST = tl.constexpr(reference.MEAN_ZERO), tl.constexpr(reference.MEAN_LARGEST)
+SQUARE_ZERO, SQUARE_LARGEST = tl.constexpr(reference.SQUARE_ZERO), tl.constexpr(reference.SQUARE_LARGEST)
+LEAST = tl.constexpr(reference.LEAST)
+
+
 @triton.jit
-def step(w, grad, m_ptrs, v_ptrs, inside, step_size, correction, factor, beta1, beta2, eps):
-    """The new weights; the moments are written."""
+def step(w, grad, m, v, inside, step_size, correction, factor, beta1, beta2, new1, new2, eps):
+    """The new weights and moments. new = 1 - beta, worked out in float64: of 0.999 it would lose five digits here."""
     grad = tl.where(inside, grad * factor, 0.0)
-    m = tl.load(m_ptrs, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(v_ptrs, mask=inside, other=0.0).to(tl.float32)
-    m = beta1 * m + (1 - beta1) * grad
-    v = beta2 * v + (1 - beta2) * grad * grad
-    tl.store(m_ptrs, m.to(m_ptrs.dtype.element_ty), mask=inside)
-    tl.store(v_ptrs, v.to(v_ptrs.dtype.element_ty), mask=inside)
-    return w - step_size * m / (tl.sqrt(v) / correction + eps)
+    m = beta1 * m + new1 * grad
+    v = beta2 * v + new2 * (grad * grad)
+    return w - step_size * m / (tl.sqrt(v) / correction + eps), m, v
+
+
+@triton.jit
+def mix(x):
+    x = x ^ (x >> 16 & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15 & 0x1FFFF)
+    x = x * -0x7B935975
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+@triton.jit
+def size_of(code, ZERO: tl.constexpr):
+    return (code + (127 + ZERO << 3) << 20).to(tl.float32, bitcast=True) - 2.0**ZERO
+
+
+@triton.jit
+def code_of(size, inverse, bits, ZERO: tl.constexpr, LARGEST: tl.constexpr):
+    found = (size * inverse + 2.0**ZERO).to(tl.int32, bitcast=True)
+    return tl.minimum((found + (bits << 4) + 8 >> 20) - (127 + ZERO << 3), LARGEST)
+
+
+@triton.jit
+def rounded(x, bits):
+    """float32 to a neighbour in bfloat16, by 16 random bits."""
+    return (x.to(tl.int32, bitcast=True) + bits & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_moments(m_ptrs, v_ptrs, m_scale, v_scale, inside, BITS: tl.constexpr):
+    m = tl.load(m_ptrs, mask=inside, other=0)
+    v = tl.load(v_ptrs, mask=inside, other=0)
+    if BITS == 8:
+        size = size_of(tl.abs(m.to(tl.int32)), MEAN_ZERO) * m_scale
+        return tl.where(m < 0, -size, size), size_of(v.to(tl.int32), SQUARE_ZERO) * v_scale
+    else:
+        return m.to(tl.float32), v.to(tl.float32)
+
+
+@triton.jit
+def store_moments(m, v, m_ptrs, v_ptrs, m_inverse, v_inverse, seed_ptr, row, columns, inside, BITS: tl.constexpr):
+    if BITS < 32:
+        bits = mix(mix(tl.load(seed_ptr) + row.to(tl.int32)) ^ columns)
+    if BITS == 8:
+        code = code_of(tl.abs(m), m_inverse, bits & 0xFFFF, MEAN_ZERO, MEAN_LARGEST)
+        tl.store(m_ptrs, tl.where(m < 0, -code, code).to(tl.int8), mask=inside)
+        code = code_of(v, v_inverse, bits >> 16 & 0xFFFF, SQUARE_ZERO, SQUARE_LARGEST)
+        tl.store(v_ptrs, tl.maximum(code, (v > 0).to(tl.int32)).to(tl.uint8), mask=inside)
+    elif BITS == 16:
+        tl.store(v_ptrs, rounded(v, bits >> 16 & 0xFFFF).to(tl.bfloat16), mask=inside)
+        tl.store(m_ptrs, rounded(m, bits & 0xFFFF).to(tl.bfloat16), mask=inside)
+    else:
+        tl.store(m_ptrs, m, mask=inside)
+        tl.store(v_ptrs, v, mask=inside)
+
+
+@triton.jit
+def update_row(
+    row, w_high, w_low, grad_high, grad_low, high, low,
+    w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
+    D, beta1, beta2, new1, new2, eps,
+    UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Adam on one row of weights [F, D], in two pieces of columns."""
+    step_size = tl.load(step_size_ptr)
+    correction = tl.load(correction_ptr)
+    factor = tl.load(factor_ptr)
+    m_ptr += row * D
+    v_ptr += row * D
+    m_scale = 1.0
+    v_scale = 1.0
+    if BITS == 8:
+        m_scale = tl.load(scales_ptr + 2 * row)
+        v_scale = tl.load(scales_ptr + 2 * row + 1)
+    m_high, v_high = load_moments(m_ptr + high, v_ptr + high, m_scale, v_scale, high < D, BITS)
+    w_high, m_high, v_high = step(
+        w_high, grad_high, m_high, v_high, high < D,
+        step_size, correction, factor, beta1, beta2, new1, new2, eps,
+    )  # fmt: skip
+    if BITS > 8:  # there is no scale to wait for, and their registers are wanted
+        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, 1.0, 1.0, seed_ptr, row, high, high < D, BITS)
+    m_low, v_low = load_moments(m_ptr + low, v_ptr + low, m_scale, v_scale, low < D, BITS)
+    w_low, m_low, v_low = step(
+        w_low, grad_low, m_low, v_low, low < D,
+        step_size, correction, factor, beta1, beta2, new1, new2, eps,
+    )  # fmt: skip
+    if BITS > 8:
+        store_moments(m_low, v_low, m_ptr + low, v_ptr + low, 1.0, 1.0, seed_ptr, row, low, low < D, BITS)
+    else:
+        largest = tl.maximum(tl.max(tl.abs(m_high), 0), tl.max(tl.abs(m_low), 0))
+        m_scale = tl.maximum(largest, LEAST) / (1.875 - 2.0**MEAN_ZERO)
+        largest = tl.maximum(tl.max(v_high, 0), tl.max(v_low, 0))
+        v_scale = tl.maximum(largest, LEAST) / (1.875 - 2.0**SQUARE_ZERO)
+        tl.store(scales_ptr + 2 * row, m_scale)
+        tl.store(scales_ptr + 2 * row + 1, v_scale)
+        m_inverse = 1 / m_scale
+        v_inverse = 1 / v_scale
+        store_moments(
+            m_high, v_high, m_ptr + high, v_ptr + high, m_inverse, v_inverse, seed_ptr, row, high, high < D, BITS
+        )
+        store_moments(m_low, v_low, m_ptr + low, v_ptr + low, m_inverse, v_inverse, seed_ptr, row, low, low < D, BITS)
+    if UNIT_NORM:
+        norm = tl.sqrt(tl.sum(w_high * w_high, 0) + tl.sum(w_low * w_low, 0))
+        w_high = w_high / norm
+        w_low = w_low / norm
+    tl.store(w_ptr + row * D + high, w_high, mask=high < D)
+    tl.store(w_ptr + row * D + low, w_low, mask=low < D)
+    if HAS_SHADOW:
+        shadow_ptr += row * D
+        tl.store(shadow_ptr + high, w_high.to(shadow_ptr.dtype.element_ty), mask=high < D)
+        tl.store(shadow_ptr + low, w_low.to(shadow_ptr.dtype.element_ty), mask=low < D)
 
 
 @triton.jit
 def adam_kernel(
     w_ptr, grad_ptr, m_ptr, v_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr,
-    SIZE, beta1, beta2, eps,
+    SIZE, beta1, beta2, new1, new2, eps,
     HAS_SHADOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE
     w = tl.load(w_ptr + at, mask=inside, other=0.0)
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    w = step(
-        w, grad, m_ptr + at, v_ptr + at, inside,
-        tl.load(step_size_ptr), tl.load(correction_ptr), tl.load(factor_ptr), beta1, beta2, eps,
+    m, v = load_moments(m_ptr + at, v_ptr + at, 1.0, 1.0, inside, 32)
+    w, m, v = step(
+        w, grad, m, v, inside,
+        tl.load(step_size_ptr), tl.load(correction_ptr), tl.load(factor_ptr), beta1, beta2, new1, new2, eps,
     )  # fmt: skip
+    store_moments(m, v, m_ptr + at, v_ptr + at, 1.0, 1.0, w_ptr, at, at, inside, 32)
     tl.store(w_ptr + at, w, mask=inside)
     if HAS_SHADOW:
         tl.store(shadow_ptr + at, w.to(shadow_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
+def adam_narrow_kernel(
+    w_ptr, grad_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
+    D, beta1, beta2, new1, new2, eps,
+    HAS_SHADOW: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    high = tl.arange(0, HIGH)
+    low = HIGH + tl.arange(0, LOW)
+    update_row(
+        row,
+        tl.load(w_ptr + row * D + high, mask=high < D, other=0.0),
+        tl.load(w_ptr + row * D + low, mask=low < D, other=0.0),
+        tl.load(grad_ptr + row * D + high, mask=high < D, other=0.0).to(tl.float32),
+        tl.load(grad_ptr + row * D + low, mask=low < D, other=0.0).to(tl.float32),
+        high, low,
+        w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
+        D, beta1, beta2, new1, new2, eps, False, HAS_SHADOW, BITS,
+    )  # fmt: skip
+
+
+@triton.jit
 def adam_rows_kernel(
     values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, center_ptr, ones_ptr,
-    w_ptr, m_ptr, v_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, norms_ptr,
-    M, D, stride_row, beta1, beta2, eps,
+    w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, norms_ptr,
+    M, D, stride_row, beta1, beta2, new1, new2, eps,
     HAS_CENTER: tl.constexpr, UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_SHADOW: tl.constexpr,
+    BITS: tl.constexpr,
     HIGH: tl.constexpr, LOW: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -82,60 +220,60 @@ def adam_rows_kernel(
         grad_low -= along * w_low
     tl.store(norms_ptr + latent, tl.sum(grad_high * grad_high, 0) + tl.sum(grad_low * grad_low, 0))
     if UPDATE:
-        step_size = tl.load(step_size_ptr)
-        correction = tl.load(correction_ptr)
-        factor = tl.load(factor_ptr)
-        m_ptr += latent * D
-        v_ptr += latent * D
-        w_high = step(
-            w_high, grad_high, m_ptr + high, v_ptr + high, high < D, step_size, correction, factor, beta1, beta2, eps
-        )
-        w_low = step(
-            w_low, grad_low, m_ptr + low, v_ptr + low, low < D, step_size, correction, factor, beta1, beta2, eps
-        )
-        if UNIT_NORM:
-            norm = tl.sqrt(tl.sum(w_high * w_high, 0) + tl.sum(w_low * w_low, 0))
-            w_high = w_high / norm
-            w_low = w_low / norm
-        tl.store(w_ptr + latent * D + high, w_high, mask=high < D)
-        tl.store(w_ptr + latent * D + low, w_low, mask=low < D)
-        if HAS_SHADOW:
-            shadow_ptr += latent * D
-            tl.store(shadow_ptr + high, w_high.to(shadow_ptr.dtype.element_ty), mask=high < D)
-            tl.store(shadow_ptr + low, w_low.to(shadow_ptr.dtype.element_ty), mask=low < D)
+        update_row(
+            latent, w_high, w_low, grad_high, grad_low, high, low,
+            w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
+            D, beta1, beta2, new1, new2, eps, UNIT_NORM, HAS_SHADOW, BITS,
+        )  # fmt: skip
 
 
 def adam(parameter: Tensor, grad: Tensor, moments: "Moments", rates: "Rates", shadow: Tensor | None) -> None:
-    options = launch_options("adam", parameter)
-    adam_kernel[(triton.cdiv(parameter.numel(), options["BLOCK"]),)](
-        parameter, grad.contiguous(), *moments, parameter if shadow is None else shadow,
-        rates.step_size, rates.correction, rates.factor,
-        parameter.numel(), rates.beta1, rates.beta2, rates.eps,
-        HAS_SHADOW=shadow is not None, **options,
-    )  # fmt: skip
+    tensors, numbers, flags = _arguments(parameter, moments, rates, shadow)
+    if flags["BITS"] == 32:
+        options = launch_options("adam", parameter)
+        w, m, v, _, shadow_or_w, *scalars, _ = tensors
+        adam_kernel[(triton.cdiv(parameter.numel(), options["BLOCK"]),)](
+            w, grad.contiguous(), m, v, shadow_or_w, *scalars, parameter.numel(), *numbers,
+            HAS_SHADOW=flags["HAS_SHADOW"], **options,
+        )  # fmt: skip
+    elif parameter.numel():
+        f, d = parameter.shape
+        high, low = pieces(d)
+        adam_narrow_kernel[(f,)](
+            parameter, grad.contiguous(), *tensors[1:], d, *numbers, **flags, HIGH=high, LOW=low,
+            **launch_options("adam_narrow", parameter),
+        )  # fmt: skip
 
 
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: "Moments", rates: "Rates",
     center: Tensor | None, unit_norm: bool, shadow: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    return _launch(
-        entries, values, rows, center,
-        (W, *moments, W if shadow is None else shadow, rates.step_size, rates.correction, rates.factor),
-        (rates.beta1, rates.beta2, rates.eps),
-        UNIT_NORM=unit_norm, UPDATE=True, HAS_SHADOW=shadow is not None,
-    )  # fmt: skip
+    tensors, numbers, flags = _arguments(W, moments, rates, shadow)
+    return _launch(entries, values, rows, center, tensors, numbers, UNIT_NORM=unit_norm, UPDATE=True, **flags)
 
 
 def row_norms(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None) -> Tensor:
     return _launch(
-        entries, values, rows, center, (rows if W is None else W, *[rows] * 6), (0.0, 0.0, 0.0),
-        UNIT_NORM=W is not None, UPDATE=False, HAS_SHADOW=False,
+        entries, values, rows, center, (rows if W is None else W, *[rows] * 8), (0.0,) * 5,
+        UNIT_NORM=W is not None, UPDATE=False, HAS_SHADOW=False, BITS=32,
     )  # fmt: skip
 
 
+def _arguments(
+    W: Tensor, moments: "Moments", rates: "Rates", shadow: Tensor | None
+) -> tuple[tuple[Tensor, ...], tuple[float, ...], dict[str, int]]:
+    """What the kernels take, in their order: pointers, numbers, flags. W stands for what isn't there."""
+    exp_avg, exp_avg_sq, scales, shadow_or_w, seed = (
+        W if tensor is None else tensor for tensor in (*moments, shadow, rates.seed)
+    )
+    tensors = (W, exp_avg, exp_avg_sq, scales, shadow_or_w, rates.step_size, rates.correction, rates.factor, seed)
+    numbers = (rates.beta1, rates.beta2, 1 - rates.beta1, 1 - rates.beta2, rates.eps)
+    return tensors, numbers, dict(HAS_SHADOW=shadow is not None, BITS=8 * exp_avg.element_size())
+
+
 def _launch(
-    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, tensors: tuple, numbers: tuple, **flags: bool
+    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, tensors: tuple, numbers: tuple, **flags: int
 ) -> Tensor:  # fmt: skip
     """Runs adam_rows_kernel; gives the squared norm of each row of the gradient."""
     (m, d), f = rows.shape, entries.latent_offsets.numel() - 1

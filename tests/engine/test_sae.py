@@ -291,3 +291,10 @@ def test_wrong_settings_name_field_value_and_what_is_allowed(settings, message):
     with pytest.raises(UserError, match=message) as error:
         SAEConfig(**{"d_in": D, "d_sae": F, "k": K, **settings})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["fp8", 8, None])
+def test_moments_of_no_known_kind_are_named(value):
+    allowed = "it must be 'float32', 'bfloat16' or '8bit'"
+    with pytest.raises(UserError, match=f"^train.moments: {value!r} is not allowed; {allowed}$"):
+        TrainConfig(moments=value)

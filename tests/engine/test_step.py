@@ -3,6 +3,7 @@
 import pytest
 import torch
 from temposae.engine.config import MaskConfig, SAEConfig, TrainConfig
+from temposae.engine.errors import UserError
 from temposae.engine.optim import Learner
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.step import FusedStep
@@ -28,10 +29,14 @@ CASES = {
     ),
     "relu": dict(activation="relu"),
     "relu, soft mask": dict(activation="relu", mask=MaskConfig(kind="soft", positions=T)),
+    "bfloat16 moments": dict(moments="bfloat16", aux_k=5),
+    "8-bit moments": dict(moments="8bit"),
+    "8-bit moments, random decoder": dict(moments="8bit", decoder="random"),
 }
 
 THROUGH_TRITON = (
-    "plain", "random mask and AuxK", "batchtopk and AuxK", "jumprelu, soft mask", "relu", "matryoshka and AuxK"
+    "plain", "random mask and AuxK", "batchtopk and AuxK", "jumprelu, soft mask", "relu", "matryoshka and AuxK",
+    "bfloat16 moments", "8-bit moments",
 )  # fmt: skip
 
 
@@ -39,8 +44,9 @@ def learner(changes, dtype="float32"):
     changes = dict(changes)
     # A gradient norm of about 5: clipped to 1, so that clipping is tried too.
     training = dict(
-        clip_norm=changes.pop("clip_norm", 1.0), tokens=100 * N, batch=N, dead_after_tokens=1, lr=0.01, dtype=dtype
-    )
+        clip_norm=changes.pop("clip_norm", 1.0), moments=changes.pop("moments", "float32"),
+        tokens=100 * N, batch=N, dead_after_tokens=1, lr=0.01, dtype=dtype,
+    )  # fmt: skip
     sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=37, k=5, **changes), seed=1)
     mean = torch.randn(D, generator=torch.Generator().manual_seed(2))
     made = Learner(sae, TrainConfig(**training), mean, 4.0, T)
@@ -67,6 +73,20 @@ def after_training(made):
     return made.sae.state_dict(), made.state(), made.report()
 
 
+def rounded_otherwise(name, found, expected):
+    """Elements [F, D] with a narrow moment that is another neighbour than expected; False for moments in float32.
+
+    Both ways draw the same random bits, but their gradients differ by up to 1e-5: 1e-5 * 2^8 steps of bfloat16, which is the
+    chance to fall to another side, in each of two moments and two steps.
+    """
+    pairs = [(found[key], expected[key]) for key in expected if key.startswith(f"adam.{name}.exp_avg")]
+    if not pairs or pairs[0][0].dtype == torch.float32:
+        return torch.zeros(1, 1, dtype=torch.bool)
+    other = torch.stack([a != b for a, b in pairs]).any(0)
+    assert other.double().mean() < 4 * 1e-5 * 2**8
+    return other
+
+
 @pytest.mark.parametrize(
     ("changes", "backend"),
     [pytest.param(case, "torch", id=f"{name}-torch") for name, case in CASES.items()]
@@ -86,34 +106,90 @@ def test_equals_the_unfused_step(changes, backend, monkeypatch, poisoned, assert
     fused.fused = fused_step(fused)
     fused_weights, fused_state, fused_report = after_training(fused)
 
+    assert fused_state.keys() == state.keys()
+    other = {name: rounded_otherwise(name, fused_state, state) for name in ("W_enc", "W_dec")}
+    for name, expected in state.items():
+        found, (_, *parameter) = fused_state[name], name.split(".")
+        if parameter and parameter[-1].startswith("exp_avg") and parameter[0] in other:
+            found = torch.where(other[parameter[0]], expected, found)
+        assert_close(found, expected, 1e-4, name)
     for name, expected in weights.items():
         if expected.dtype.is_floating_point:
-            assert_close(fused_weights[name] - start[name], expected - start[name], 1e-4, f"change of {name}")
-    assert fused_state.keys() == state.keys()
-    for name, expected in state.items():
-        assert_close(fused_state[name], expected, 1e-4, name)
+            change, expected = fused_weights[name] - start[name], expected - start[name]
+            if name in other:
+                change = torch.where(other[name].T if name == "W_enc" else other[name], expected, change)
+            assert_close(change, expected, 1e-4, f"change of {name}")
     assert fused_report == pytest.approx(report, rel=1e-4)
     assert (report["aux_loss"] > 0) == ("aux_k" in changes)
     assert report.get("gradient_norm", 3) > 2
     assert ("gradient_norm" in report) == (changes.get("clip_norm", 1) is not None)
 
 
-def test_goes_on_from_a_checkpoint_of_the_other_step(monkeypatch, assert_close):
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
+def test_goes_on_from_a_checkpoint_of_the_other_step(moments, assert_close):
     """State and weights of the unfused step load into the fused one, and the next steps agree."""
-    first = learner({})
+    first = learner(dict(moments=moments))
     after_training(first)
     first.sae.scale_(1 / first.scale)
     weights, state = first.sae.state_dict(), first.state()
     weights, state = ({name: tensor.clone() for name, tensor in d.items()} for d in (weights, state))
     results = []
     for fused in (False, True):
-        made = learner({})
+        made = learner(dict(moments=moments))
         if fused:
             made.fused = fused_step(made)
         made.load_state(state, weights)
         results.append(after_training(made)[0])
     for name, expected in results[0].items():
         assert_close(results[1][name], expected, name=name)
+
+
+@pytest.mark.parametrize("saved", ["float32", "bfloat16", "8bit"])
+@pytest.mark.parametrize("asked", ["float32", "bfloat16", "8bit"])
+def test_moments_of_another_kind_are_refused(saved, asked):
+    first, second = learner(dict(moments=saved)), learner(dict(moments=asked))
+    after_training(first)
+    if saved == asked:
+        second.load_state(first.state(), first.sae.state_dict())
+        return
+    untouched = {key: value.clone() for key, value in second.state().items()}
+    with pytest.raises(UserError, match=f"^train.moments: {asked} is not allowed; the checkpoint's are {saved}, and"):
+        second.load_state(first.state(), first.sae.state_dict())
+    assert all(torch.equal(value, untouched[key]) for key, value in second.state().items())
+
+
+@pytest.mark.parametrize(("moments", "bytes_each"), [("float32", 8), ("bfloat16", 4), ("8bit", 2)])
+def test_moments_take_as_much_memory_as_they_should(moments, bytes_each):
+    made = learner(dict(moments=moments))
+    after_training(made)
+    for name in ("W_enc", "W_dec"):
+        held = [value for key, value in made.state().items() if key.startswith(f"adam.{name}.")]
+        scales = 8 * 37 if moments == "8bit" else 0
+        steps = 4 if moments == "float32" else 0
+        assert sum(value.nbytes for value in held) == bytes_each * 37 * D + scales + steps
+    assert {m.exp_avg.dtype for name, m in made.moments().items() if name.startswith("b_")} == {torch.float32}
+    assert made.leaves["W_enc"].grad is None
+
+
+def test_narrow_moments_learn_as_well_as_wide_ones():
+    """Sparse sums of 64 directions, some common and most rare: at the end as little is unexplained, within 2%."""
+    fvu = {}
+    for moments in ("float32", "bfloat16", "8bit"):
+        generator = torch.Generator().manual_seed(3)
+        directions = torch.nn.functional.normalize(torch.randn(64, D, generator=generator), dim=1)
+        settings = TrainConfig(tokens=300 * 256, batch=256, dead_after_tokens=20 * 256, moments=moments)
+        sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=96, k=6, aux_k=16), seed=1)
+        made, reports = Learner(sae, settings, torch.zeros(D), 2.0, 1), []
+        for step in range(settings.steps):
+            on = torch.rand(256, 64, generator=generator) < torch.logspace(-2.5, -0.5, 64)
+            x = (on * torch.rand(256, 64, generator=generator)) @ directions
+            made.step(Batch(x, *torch.zeros(3, 256, dtype=torch.int32)))
+            if step in (9, 249, 299):
+                reports.append(made.report()["fvu"])
+        assert reports[2] < 0.5 * reports[0]
+        fvu[moments] = reports[2]
+    assert fvu["bfloat16"] < 1.02 * fvu["float32"]
+    assert fvu["8bit"] < 1.02 * fvu["float32"]
 
 
 def test_copies_in_half_precision_follow_the_weights():

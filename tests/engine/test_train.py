@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from temposae.engine import checkpoint
 from temposae.engine.checkpoint import load, save
 from temposae.engine.config import MaskConfig, SAEConfig, TrainConfig
@@ -113,6 +114,24 @@ def test_thresholds_survive_a_stop(stream_of, tmp_path, monkeypatch, activation)
     assert (expected.threshold > 0).all()
     for name, value in expected.state_dict().items():
         assert torch.equal(value, found.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("moments", "dtypes"), [("bfloat16", ("BF16", "BF16")), ("8bit", ("I8", "U8"))])
+def test_narrow_moments_survive_a_stop(stream_of, tmp_path, monkeypatch, moments, dtypes):
+    settings = SETTINGS.model_copy(update={"moments": moments, "tokens": 8000})
+    train(stream_of(), SAE, settings, out=tmp_path / "whole")
+    stop_and_resume(stream_of, SAE, settings, tmp_path / "half", 17, monkeypatch)
+    for name in ("sae", "random", "state"):
+        expected, found = (checkpoint.find(tmp_path / folder).tensors(name) for folder in ("whole", "half"))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(value, found[key]) for key, value in expected.items())
+    with safe_open(checkpoint.find(tmp_path / "half").folder / "state.safetensors", "pt") as file:
+        for name in ("sae.adam.W_enc", "sae.adam.W_dec", "random.adam.W_enc"):
+            keys = (f"{name}.exp_avg", f"{name}.exp_avg_sq")
+            assert tuple(file.get_slice(key).get_dtype() for key in keys) == dtypes
+            assert all(file.get_tensor(key).any() for key in keys)
+    with pytest.raises(UserError, match="resume: the settings differ"):
+        train(stream_of(), SAE, settings.model_copy(update={"moments": "float32"}), out=tmp_path / "half", resume=True)
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu", "relu"])

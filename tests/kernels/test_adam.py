@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from temposae.kernels.adam import Moments, Rates, adam, adam_rows, row_norms
+from temposae.kernels.adam import Moments, Rates, adam, adam_rows, cost, row_norms
 from temposae.kernels.code import SparseCode
 from temposae.kernels.configs import CONFIGS
 
 
-def rates(step=3, lr=0.01, factor=0.7, dtype=torch.float32):
+def rates(step=3, lr=0.01, factor=0.7, seed=None):
     numbers = (lr / (1 - 0.9**step), (1 - 0.999**step) ** 0.5, factor)
-    return Rates(*(torch.tensor(number, dtype=dtype) for number in numbers))
+    return Rates(*map(torch.tensor, numbers), seed=None if seed is None else torch.tensor(seed, dtype=torch.int32))
 
 
 def moments(like, generator):
@@ -98,8 +98,194 @@ def test_same_bits_twice_with_a_latent_on_every_token(backend, make_code, shape,
     for _ in range(2):
         code, (W, rows, _, state) = make_code(shape), drawn(shape, True)
         adam_rows(W, code.transpose(), code.values, rows, state, rates(), unit_norm=True, backend=backend)
-        results.append((W, *state))
+        results.append((W, *state[:2]))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+NARROW = pytest.mark.parametrize("kind", ["bfloat16", "8bit"])
+
+
+def narrow_moments(grads, kind, seed=0):
+    """Moments after steps on grads [steps, F, D], by the reference."""
+    state, W = Moments.zeros(grads[0], kind), torch.zeros_like(grads[0])
+    for nth, grad in enumerate(grads):
+        adam(W, grad, state, rates(nth + 1, seed=seed + 1000 * nth), backend="torch")
+    return state
+
+
+def spread(*size, seed=0):
+    """Normal numbers, of sizes from 1e-3 to 1 by column."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-3, 0, size[-1])
+
+
+@NARROW
+def test_narrow_rows_move_as_in_float64_and_round_to_a_neighbour(shape, backend, make_code, dense, kind, assert_close):
+    code, (W, rows, center, _) = make_code(shape), drawn(shape, unit_norm=True)
+    state = narrow_moments(torch.stack([0.1 * spread(*W.shape, seed=seed) for seed in range(3)]), kind)
+    old_mean, old_square = (moment.double() for moment in state.widened())
+    grad = 0.7 * expected_gradient(dense(code), W, rows, center, unit_norm=True)
+    mean, square = 0.9 * old_mean + 0.1 * grad, 0.999 * old_square + 0.001 * grad.square()
+    moved = W.double() - 0.01 / (1 - 0.9**3) * mean / (square.sqrt() / (1 - 0.999**3) ** 0.5 + 1e-8)
+    moved = moved / moved.norm(dim=1, keepdim=True)
+    before, shadow = W.clone(), torch.empty_like(W, dtype=torch.float16)
+    norms = adam_rows(
+        W, code.transpose(), code.values, rows, state, rates(seed=5), center=center, unit_norm=True, shadow=shadow,
+        backend=backend,
+    )  # fmt: skip
+    assert_close(norms, (grad / 0.7).square().sum(1), name="norms")
+    assert_close(W - before, moved - before.double(), 1e-4, name="step")
+    assert torch.equal(shadow, W.half())
+    new_mean, new_square = (moment.double() for moment in state.widened())
+    # a step is at most an eighth of the value (bfloat16: 2^-7), and near zero an even one
+    step, even = (2**-7, 0) if kind == "bfloat16" else (2**-3, 2**-18)
+    largest = mean.abs().amax(1, keepdim=True)
+    assert ((new_mean - mean).abs() <= 1.01 * (step * mean.abs() + even * largest) + 1e-7 * largest).all()
+    largest = square.amax(1, keepdim=True)
+    assert ((new_square - square).abs() <= 1.01 * (step * square + even * 2**-16 * largest) + 1e-30).all()
+    assert ((new_square > 0) == (square > 0)).all()
+
+
+@NARROW
+@pytest.mark.parametrize("d", [1, 7, 270])
+def test_backends_round_with_the_same_bits(kind, d, assert_close):
+    """Given the gradient, moments by the kernel and the reference agree to the bit, after steps on end."""
+    pytest.importorskip("triton")
+    results = []
+    for backend in ("torch", "triton"):
+        W, state, shadow = torch.ones(5, d), Moments.zeros(torch.ones(5, d), kind), torch.empty(5, d).half()
+        for nth in range(4):
+            grad = spread(5, d, seed=nth)
+            grad[3] = 0
+            adam(W, grad, state, rates(nth + 1, seed=7 * nth - 9), shadow=shadow, backend=backend)
+        assert torch.equal(shadow, W.half())
+        results.append((W - 1, *state[:2], *state.widened()))
+    (moved, *ours), (expected, *theirs) = results
+    assert_close(moved, expected, 1e-6 / 0.01)  # float32 around 1, beside steps of 0.01
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@NARROW
+def test_rounding_is_right_in_expectation(kind):
+    """The same row many times, so that only the random bits differ: their mean is Adam's in float64."""
+    copies, d = 20_000, 24
+    start = narrow_moments(torch.stack([spread(1, d, seed=seed) for seed in range(3)]), kind)
+    state = Moments(*(None if t is None else t.repeat(copies, 1) for t in start))
+    old_mean, old_square = (moment[0].double() for moment in start.widened())
+    grad = spread(1, d, seed=9).expand(copies, d).contiguous()
+    adam(torch.zeros(copies, d), grad, state, rates(seed=3), backend="torch")
+    g = 0.7 * grad[0].double()
+    expected = (0.9 * old_mean + 0.1 * g, 0.999 * old_square + 0.001 * g.square())
+    deviations = []
+    for found, exact in zip(state.widened(), expected, strict=True):
+        deviation = found.double() - exact
+        noise = deviation.std(0)
+        assert (deviation.mean(0).abs() <= 5 * noise / copies**0.5 + 2e-6 * exact.abs()).all()
+        random = noise > 1e-6 * exact.abs()  # all but what a code hits, such as the largest
+        assert random.double().mean() > 0.8
+        deviations.append(torch.where(random, deviation / noise, 0.0))
+    together = (deviations[0] * deviations[1]).mean(0)  # the two moments are rounded independently
+    assert (together.abs() <= 5 / copies**0.5).all()
+
+
+@NARROW
+def test_exp_avg_sq_does_not_stall(kind):
+    """A gradient of constant size: exp_avg_sq tends to its square. Rounded to nearest in bfloat16, it stops at a third."""
+    size = torch.logspace(-4, 0, 500).expand(4, -1).contiguous()
+    state, W, nearest = Moments.zeros(size, kind), torch.zeros_like(size), torch.zeros_like(size).bfloat16()
+    ratios = []
+    for nth in range(3000):
+        adam(W, size, state, rates(nth + 1, factor=1.0, seed=nth), backend="torch")
+        nearest = (0.999 * nearest.float() + 0.001 * size.square()).bfloat16()
+        if nth >= 2500:
+            ratios.append(state.widened()[1] / size.square() / (1 - 0.999 ** (nth + 1)))
+    ratio = torch.stack(ratios).mean(0)
+    assert ratio.mean() == pytest.approx(1, abs=0.02)
+    assert ((ratio > 0.3) & (ratio < 2)).all()
+    assert (nearest.float() / size.square()).mean() < 0.5
+
+
+@NARROW
+def test_rows_without_gradient_decay_and_zero_stays_zero(kind, backend_name):
+    state = narrow_moments(torch.stack([spread(6, 30, seed=seed) for seed in range(3)]), kind)
+    for tensor in state:
+        if tensor is not None:
+            tensor[::2] = 0  # never fired
+    codes = [moment.clone() for moment in state[:2]]
+    means, squares = (moment[1::2].double() for moment in state.widened())
+    W = torch.ones(6, 30)
+    for nth in range(10):
+        adam(W, torch.zeros(6, 30), state, rates(nth + 4, seed=nth), backend=backend_name)
+    assert (W[::2] == 1).all()
+    for moment, before, decay in zip(state.widened(), (means, squares), (0.9**10, 0.999**10), strict=True):
+        assert (moment[::2] == 0).all()
+        ratio = moment[1::2].double().abs().sum() / before.abs().sum()
+        assert ratio == pytest.approx(decay, rel=1e-5 if kind == "8bit" else 1e-2)
+    if kind == "8bit":  # by its scales alone
+        assert all(torch.equal(before, after) for before, after in zip(codes, state[:2], strict=True))
+    if state.scales is not None:
+        state.scales.fill_(1e-37)  # as after ages; float32 hardly holds what follows
+    for _ in range(3):
+        adam(W, torch.zeros(6, 30), state, rates(100, seed=1), backend=backend_name)
+    assert W.isfinite().all()
+
+
+@NARROW
+def test_a_tiny_second_moment_beside_a_huge_one(kind, backend_name):
+    """Gradients of 1e-7 beside one of 1: exp_avg_sq in between must not vanish, or exp_avg / eps would be the step."""
+    grad = torch.full((3, 50), 1e-7)
+    grad[:, 0] = 1
+    state, W = Moments.zeros(grad, kind), torch.zeros_like(grad)
+    for nth in range(20):
+        adam(W, grad, state, rates(nth + 1, lr=0.01, factor=1.0, seed=nth), backend=backend_name)
+    assert W.abs().max() < 1.5 * 20 * 0.01
+    assert (W[:, 0] + 0.2).abs().max() < 0.02
+
+
+@NARROW
+def test_rounding_follows_seed_row_and_column_alone(kind):
+    """Rows from the second on of a larger parameter are rounded as there; another seed rounds otherwise."""
+    grads = torch.stack([spread(6, 20, seed=seed) for seed in range(3)])
+    whole, again, other = (narrow_moments(grads, kind, seed) for seed in (4, 4, 5))
+    part = narrow_moments(grads[:, 2:], kind, 6)
+    for nth in range(2):
+        assert torch.equal(whole[nth], again[nth])
+        assert not torch.equal(whole[nth], other[nth])
+        assert torch.equal(whole[nth][2:], part[nth])
+
+
+def test_narrow_moments_are_smaller():
+    W = torch.zeros(64, 2304)
+    for kind, per_parameter in (("float32", 8), ("bfloat16", 4), ("8bit", 2)):
+        held = sum(t.untyped_storage().nbytes() for t in Moments.zeros(W, kind) if t is not None)
+        assert per_parameter * W.numel() <= held <= 1.01 * per_parameter * W.numel()
+    sizes = {size: cost(1, 2304, 64, 0, moment_itemsize=size).bytes / W.numel() for size in (4, 2, 1)}
+    assert sizes == {4: 26, 2: 18, 1: pytest.approx(14, rel=1e-3)}  # weight, two moments, and a copy in half precision
+
+
+@pytest.mark.parametrize(
+    ("parameter", "state", "seed", "message"),
+    [
+        (
+            (4, 5),
+            ("bfloat16", "bfloat16"),
+            None,
+            r"rates.seed must be an int32 scalar for torch.bfloat16 moments, got N",
+        ),
+        ((20,), ("bfloat16", "bfloat16"), 1, r"parameter must be \[F, D\] for torch.bfloat16 moments, got \[20\]"),
+        ((4, 5), ("float32", "bfloat16"), 1, "moments must be .* got torch.float32 and torch.bfloat16"),
+        ((4, 5), ("float16", "float16"), 1, "moments must be .* got torch.float16 and torch.float16"),
+        ((4, 5), ("int8", "uint8"), 1, "scales must be given for 8-bit moments, and for no others"),
+    ],
+)
+def test_narrow_moments_that_do_not_fit_are_named(parameter, state, seed, message, backend_name):
+    W = torch.ones(parameter)
+    state = Moments(*(torch.zeros_like(W, dtype=getattr(torch, name)) for name in state))
+    with pytest.raises(ValueError, match=message):
+        adam(W, W, state, rates(seed=seed), backend=backend_name)
+    W = torch.ones(4, 5)
+    for scales in (torch.zeros(4), torch.zeros(4, 1)):
+        with pytest.raises(ValueError, match=r"scales must have shape \[F, scales\] = \[4, 2\]"):
+            adam(W, W, Moments.zeros(W, "8bit")._replace(scales=scales), rates(seed=1), backend=backend_name)
 
 
 @pytest.mark.parametrize(
