@@ -18,8 +18,8 @@ from ..kernels.backend import config_row
 ARCHS = (80, 90, 100)
 # scalar arguments that are not integers
 FLOATS = ("threshold", "sharpness", "beta1", "beta2", "new1", "new2", "eps")
-# mma.sync (on all others as well), wgmma and tcgen05, as the disassembler spells them
-TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
+# mma.sync (on all others as well), wgmma (half precision and fp8) and tcgen05, as the disassembler spells them
+TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\b[HQ]GMMA\.", 100: r"\bUTC\w*MMA\b"}
 
 
 class Spec(NamedTuple):
@@ -32,12 +32,15 @@ class Spec(NamedTuple):
     hot: bool = True
     unit: tuple[str, ...] = ()  # integers that are 1, which Triton compiles in
     aligned: bool = True
+    since: int = 80  # the first sm that has what it needs
 
 
 def _encode(kernel: str, config: str, dtype: str, *, mask: int = 0, ragged: bool = False, **flags: int) -> Spec:
     """`mask` is a kind as `kernels.encode.triton` numbers them: none, bits, table, Gaussians."""
     pointers = dict(x=dtype, w=dtype, b="fp32", mask="i32" if mask == 1 else "fp32", pos="i64", used="i32", acts=dtype)
-    pointers |= dict(threshold="fp32", aux_latents="u8", candidates="i32", aux_candidates="i32")
+    pointers |= dict(
+        x_scale="fp32", w_scale="fp32", threshold="fp32", aux_latents="u8", candidates="i32", aux_candidates="i32"
+    )
     if dtype == "fp32" or ragged:
         config += "_small"
     flags |= dict(MASK=mask, EVEN_D=not ragged)
@@ -71,7 +74,7 @@ def _specs(dtype: str) -> dict[str, Spec]:
 
     def picked(keep: int, aux_keep: int = 0, *, mask: int = 0, ragged: bool = False, threshold: bool = False) -> Spec:
         return _encode(
-            "_sparse.candidates_kernel", "encode_topk", dtype, mask=mask, ragged=ragged,
+            "_sparse.candidates_kernel", "encode_topk", dtype, mask=mask, ragged=ragged, SCALED=False,
             HAS_THRESHOLD=threshold, HAS_AUX_LATENTS=aux_keep > 0, KEEP=keep, AUX_KEEP=aux_keep,
         )  # fmt: skip
 
@@ -169,6 +172,10 @@ def _specs(dtype: str) -> dict[str, Spec]:
 SPECS = {
     **_specs("bf16"),
     **_specs("fp32"),
+    "candidates fp8": _encode(
+        "_sparse.candidates_kernel", "encode_fp8", "fp8e4nv", SCALED=True,
+        HAS_THRESHOLD=False, HAS_AUX_LATENTS=False, KEEP=4, AUX_KEEP=0,
+    )._replace(since=89),
     "merge": Spec(
         "encode_sparse.merge_kernel", "merge", dict(candidates="i32", values="fp32", indices="i32", unsure="i8"),
         dict(KEEP=4, BLOCK_F=128),
@@ -188,7 +195,7 @@ SPECS = {
 
 
 def report(archs: Sequence[int] = ARCHS, names: Sequence[str] = tuple(SPECS)) -> list[dict[str, Any]]:
-    """Compile the kernels `names` of SPECS for each sm in `archs`. One dict per kernel and sm:
+    """Compile the kernels `names` of SPECS for each sm in `archs` that can have them. One dict per kernel and sm:
 
     name, arch, hot           which; hot kernels run in every training step
     registers                 per thread
@@ -199,7 +206,7 @@ def report(archs: Sequence[int] = ARCHS, names: Sequence[str] = tuple(SPECS)) ->
     Raises RuntimeError under Triton's interpreter, which has nothing to compile.
     """
     return [{"name": name, "arch": arch, "hot": SPECS[name].hot, **_measure(SPECS[name], arch)}
-            for arch in archs for name in names]  # fmt: skip
+            for arch in archs for name in names if arch >= SPECS[name].since]  # fmt: skip
 
 
 def _measure(spec: Spec, arch: int) -> dict[str, int]:

@@ -17,7 +17,7 @@ import torch
 from ..engine.errors import UserError, near
 from ..engine.files import check_writable
 from ..engine.progress import progress_bar
-from ..kernels import adam, configs, decode, select
+from ..kernels import adam, configs, decode, encode_sparse, select
 from ..kernels.backend import VARIABLE, config_row
 from . import aot
 from .data import DTYPES, HEADLINE, Shape
@@ -46,6 +46,11 @@ class Trial(NamedTuple):
     dtype: str
     call: Callable[[Inputs], Call]
     grid: Grid
+
+
+def _encode_fp8(i: Inputs) -> Call:
+    x, w, (b_enc, b_dec), k = i.x, i.W_enc, i.biases, i.shape.K
+    return lambda: encode_sparse.encode_topk(x, w, b_enc, k, center=b_dec, fp8=True)[0]
 
 
 def _select_threshold(i: Inputs) -> Call:
@@ -84,6 +89,7 @@ _GATHERS: Grid = dict(BLOCK_D=(256, 512), STAGES=(2, 3), num_warps=(4, 8))
 TRIALS = {
     "encode": Trial("bf16", _ENCODE, {**_TILES, "BLOCK_F": (128, 256)}),
     "encode_topk": Trial("bf16", _ENCODE_TOPK, _TILES),
+    "encode_fp8": Trial("bf16", _encode_fp8, {**_TILES, "BLOCK_D": (64, 128)}),
     "merge": Trial("bf16", _ENCODE_TOPK, dict(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8))),
     "above_cut": Trial(
         "bf16", OPS["encode_batch_topk"].call, dict(BLOCK_D=(32, 64, 128), BLOCK=(1024, 2048, 4096), num_warps=(4, 8))

@@ -130,7 +130,8 @@ class TrainConfig(Config):
     50, unless given. `warmup` and `decay` are shares of the run. `dtype`: of the products; bfloat16 on a GPU and
     float32 elsewhere, unless given. Weights are float32. `moments`: what holds Adam's two moments of W_enc and W_dec, 8, 4
     or 2 bytes a parameter in all; narrow ones are rounded stochastically (`kernels.adam.Moments`), and the other parameters'
-    stay float32.
+    stay float32. `fp8` looks for a topk dictionary's latents by a product in e4m3 and works out those again that it finds
+    (`kernels.encode_sparse.encode_topk`); on a GPU from sm_89 on.
     """
 
     tokens: Count = 1_000_000
@@ -146,6 +147,7 @@ class TrainConfig(Config):
     checkpoint_every_steps: Count = 500
     dtype: Literal["float32", "bfloat16"] | None = None
     moments: Literal["float32", "bfloat16", "8bit"] = "float32"
+    fp8: bool = False
     control: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 

@@ -27,6 +27,11 @@ def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
     return min(1.0, rising, falling)
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether products in e4m3 run there; Triton's interpreter has them, too."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 class Learner:
     """A dictionary in training: the optimiser, the step count, dead latents, and sums between two reports.
 
@@ -65,6 +70,8 @@ class Learner:
             moments = {key: torch.zeros_like(leaf) for key in ("exp_avg", "exp_avg_sq")}
             self.adam.state[leaf] = {"step": torch.zeros((), device=device), **moments}
         self.fused = FusedStep(sae, self.moments(), self.paces, config, self.dtype) if fits(sae) else None
+        if config.fp8 and not (self.fused is not None and sae.cfg.activation == "topk" and has_fp8(device)):
+            raise UserError("train.fp8: true is not allowed; it needs sae.activation topk and a GPU from sm_89 on")
         self.dead_after = config.dead_after_tokens or min(10_000_000, max(config.tokens // 10, 10 * config.batch))
         self.idle_tokens = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
         self.steps_done = 0

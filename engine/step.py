@@ -180,7 +180,7 @@ class FusedStep:
             return code, None, None
         code, aux = encode_topk(
             x, W_enc, sae.b_enc, sae.cfg.k, center=sae.b_dec, mask=mask, pos=rows,
-            aux_k=sae.aux_k(dead), aux_latents=dead, across_batch=sae.cfg.activation == "batchtopk",
+            aux_k=sae.aux_k(dead), aux_latents=dead, across_batch=sae.cfg.activation == "batchtopk", fp8=self.config.fp8,
         )  # fmt: skip
         return code, aux, None
 

@@ -39,13 +39,13 @@ def is_empty(used_ptr, pos_ptr, rows, tile_f, N, F, BLOCK_F: tl.constexpr):
 
 @triton.jit
 def preactivations(
-    x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr,
+    x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, x_scale_ptr, w_scale_ptr,
     N, D, F, stride_x, stride_wd, stride_wf,
-    MASK: tl.constexpr, EVEN_D: tl.constexpr,
+    MASK: tl.constexpr, SCALED: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
-    """x @ W_enc + b for this program's tile, in float32, with its rows, columns and place among the tiles of latents.
-    Where a hard mask is off for the whole tile, without the product."""
+    """x @ W_enc + b for this program's tile, in float32, with its rows, columns and place among the tiles of latents. With
+    SCALED, x and W_enc have a scale for each row and latent. Where a hard mask is off for all of the tile, no product."""
     tile_n, tile_f = tile_of(tl.program_id(0), N, F, BLOCK_N, BLOCK_F, GROUP_N)
     rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -69,6 +69,9 @@ def preactivations(
         acc = tl.dot(x, w, acc, input_precision="ieee")
         x_ptrs += BLOCK_D
         w_ptrs += BLOCK_D * stride_wd
+    if SCALED:
+        x_scale = tl.load(x_scale_ptr + rows, mask=rows < N, other=0.0)
+        acc *= x_scale[:, None] * tl.load(w_scale_ptr + cols, mask=cols < F, other=0.0)[None, :]
     bias = tl.load(b_ptr + cols, mask=cols < F, other=0.0)
     return acc + bias[None, :], rows, cols, tile_f
 
@@ -76,24 +79,24 @@ def preactivations(
 @triton.jit
 def masked(acts, mask_ptr, sharpness, pos_ptr, rows, cols, tile_f, N, F, MASK: tl.constexpr, BLOCK_F: tl.constexpr):
     """acts * mask[pos] for a tile."""
-    positions = tl.load(pos_ptr + rows, mask=rows < N, other=0).to(tl.int64)
-    if MASK == BITS:
-        WORDS: tl.constexpr = BLOCK_F // 32
-        row_words = tl.cdiv(F, 32)
-        word = tile_f * WORDS + tl.arange(0, WORDS)
-        word_ptrs = mask_ptr + positions[:, None] * row_words + word[None, :]
-        words = tl.load(word_ptrs, mask=(rows < N)[:, None] & (word < row_words)[None, :], other=0)
-        bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-        return acts * tl.reshape(bits, acts.shape).to(tl.float32)
-    elif MASK == TABLE:
-        mask_ptrs = mask_ptr + positions[:, None] * F + cols[None, :]
-        return acts * tl.load(mask_ptrs, mask=(rows < N)[:, None] & (cols < F)[None, :], other=0).to(tl.float32)
-    elif MASK == GAUSSIAN:
-        centre = tl.load(mask_ptr + cols, mask=cols < F, other=0.0)
-        distance = positions.to(tl.float32)[:, None] - centre[None, :]
-        return acts * tl.exp(-sharpness * distance * distance)
-    else:
-        return acts
+    if MASK != NO_MASK:
+        positions = tl.load(pos_ptr + rows, mask=rows < N, other=0).to(tl.int64)
+        if MASK == BITS:
+            WORDS: tl.constexpr = BLOCK_F // 32
+            row_words = tl.cdiv(F, 32)
+            word = tile_f * WORDS + tl.arange(0, WORDS)
+            word_ptrs = mask_ptr + positions[:, None] * row_words + word[None, :]
+            words = tl.load(word_ptrs, mask=(rows < N)[:, None] & (word < row_words)[None, :], other=0)
+            bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+            acts *= tl.reshape(bits, acts.shape).to(tl.float32)
+        elif MASK == TABLE:
+            mask_ptrs = mask_ptr + positions[:, None] * F + cols[None, :]
+            acts *= tl.load(mask_ptrs, mask=(rows < N)[:, None] & (cols < F)[None, :], other=0).to(tl.float32)
+        else:  # GAUSSIAN
+            centre = tl.load(mask_ptr + cols, mask=cols < F, other=0.0)
+            distance = positions.to(tl.float32)[:, None] - centre[None, :]
+            acts *= tl.exp(-sharpness * distance * distance)
+    return acts
 
 
 @triton.jit
@@ -104,8 +107,8 @@ def encode_kernel(
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
     acts, rows, cols, tile_f = preactivations(
-        x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, N, D, F, stride_x, stride_wd, stride_wf,
-        MASK, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
+        x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, x_ptr, w_ptr, N, D, F, stride_x, stride_wd, stride_wf,
+        MASK, False, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
     )  # fmt: skip
     if RELU:
         acts = tl.where(acts < 0, 0.0, acts)  # unlike maximum, lets NaN through
@@ -168,9 +171,10 @@ class Operands(NamedTuple):
 def operands(
     config: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Mask | None, pos: Tensor | None
 ) -> Operands:
-    """Unit strides, `center` folded into the bias, a hard mask in bits; launched as `config` says."""
+    """Unit strides, `center` folded into the bias, a hard mask in bits; launched as `config` says, and in small tiles where
+    it takes them (fp8 doesn't)."""
     options = launch_options(config, x)
-    if x.dtype == torch.float32 or x.shape[1] % options["BLOCK_D"]:
+    if x.dtype == torch.float32 or (x.element_size() > 1 and x.shape[1] % options["BLOCK_D"]):
         options = launch_options(f"{config}_small", x)
     x = x if x.stride(1) == 1 else x.contiguous()
     W_enc = W_enc if 1 in W_enc.stride() else W_enc.contiguous()

@@ -1,7 +1,9 @@
 """encode_sparse in plain torch: encode, then select."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..code import SparseCode
@@ -25,6 +27,32 @@ def encode_threshold(
 ) -> SparseCode:  # fmt: skip
     acts = encode(x, W_enc, b_enc, center, mask, pos, True)
     return widened(select_threshold(acts, 0.0 if threshold is None else threshold, None))
+
+
+class Fp8Rows(NamedTuple):
+    """rows [M, D] in float8_e4m3fn, D filled up with zeros to a multiple of 128, to be multiplied by their scale [M]."""
+
+    rows: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Fp8Rows":
+        """Each row scaled so that its largest element becomes 448, the largest that e4m3 has."""
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        scale = x.abs().amax(1).float().clamp_min(torch.finfo(torch.float32).tiny * largest) / largest
+        rows = torch.nn.functional.pad(x.float() / scale[:, None], (0, -x.shape[1] % 128))
+        return cls(rows.to(torch.float8_e4m3fn), scale)
+
+    def widened(self) -> Tensor:
+        return self.rows.float() * self.scale[:, None]
+
+
+def preselect(
+    x: Fp8Rows, W_enc: Fp8Rows, b_enc: Tensor, k: int, mask: Mask | None, pos: Tensor | None,
+    aux_k: int, aux_latents: Tensor | None,
+) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
+    """The k largest by the product in fp8."""
+    return encode_topk(x.widened(), W_enc.widened().T, b_enc, k, None, mask, pos, aux_k, aux_latents, False)
 
 
 def select_both(

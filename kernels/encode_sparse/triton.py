@@ -18,7 +18,8 @@ from ..code import SparseCode
 from ..encode.triton import Operands, encode, masked, operands, preactivations
 from ..masks import Mask
 from ..select.triton import kth_largest, select_batch_topk, select_threshold, select_topk
-from .reference import select_both, widened
+from . import reference
+from .reference import Fp8Rows, select_both, widened
 
 _VALUE_BITS = tl.constexpr(-128)  # a mask
 _LEAST_POSITIVE = tl.constexpr(128)
@@ -58,15 +59,16 @@ def above_threshold(acts, threshold_ptr, cols, F):
 
 @triton.jit
 def candidates_kernel(
-    x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, used_ptr, threshold_ptr, aux_latents_ptr, candidates_ptr, aux_candidates_ptr,
+    x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, used_ptr, x_scale_ptr, w_scale_ptr,
+    threshold_ptr, aux_latents_ptr, candidates_ptr, aux_candidates_ptr,
     N, D, F, sharpness, stride_x, stride_wd, stride_wf,
-    MASK: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr, EVEN_D: tl.constexpr,
-    KEEP: tl.constexpr, AUX_KEEP: tl.constexpr,
+    MASK: tl.constexpr, SCALED: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr,
+    EVEN_D: tl.constexpr, KEEP: tl.constexpr, AUX_KEEP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
     acts, rows, cols, tile_f = preactivations(
-        x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, N, D, F, stride_x, stride_wd, stride_wf,
-        MASK, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
+        x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, x_scale_ptr, w_scale_ptr, N, D, F, stride_x, stride_wd, stride_wf,
+        MASK, SCALED, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
     )  # fmt: skip
     acts = masked(acts, mask_ptr, sharpness, pos_ptr, rows, cols, tile_f, N, F, MASK, BLOCK_F)
     if HAS_THRESHOLD:
@@ -299,8 +301,8 @@ def above_cut_kernel(
 class Candidates:
     """The candidates of every token, and the ways to choose among them."""
 
-    def __init__(self, given: Operands, keep: int, aux_keep: int = 0,
-                 aux_latents: Tensor | None = None, threshold: Tensor | None = None):  # fmt: skip
+    def __init__(self, given: Operands, keep: int, aux_keep: int = 0, aux_latents: Tensor | None = None,
+                 threshold: Tensor | None = None, scales: tuple[Tensor, Tensor] | None = None):  # fmt: skip
         x, f = given.x, given.W_enc.shape[1]
         self.given, self.n_latents, self.tile = given, f, given.options["BLOCK_F"]
         self.threshold, self.keep, self.aux_keep = threshold, keep, aux_keep
@@ -310,10 +312,10 @@ class Candidates:
             torch.empty((len(x), tiles * kept), dtype=torch.int32, device=x.device) for kept in (keep, aux_keep)
         )
         candidates_kernel[given.grid](
-            *given.tensors, x if threshold is None else threshold,
+            *given.tensors, *(scales or (x, x)), x if threshold is None else threshold,
             x if self.aux_latents is None else self.aux_latents, self.packed, self.aux_packed,
             *given.numbers,
-            HAS_THRESHOLD=threshold is not None, HAS_AUX_LATENTS=aux_latents is not None,
+            SCALED=scales is not None, HAS_THRESHOLD=threshold is not None, HAS_AUX_LATENTS=aux_latents is not None,
             KEEP=keep, AUX_KEEP=aux_keep, **given.settings,
         )  # fmt: skip
 
@@ -405,6 +407,19 @@ def encode_topk(
     found = Candidates(given, keep, aux_keep, aux_latents)
     code = found.largest_of_batch(len(x) * k, exact) if across_batch else found.largest(k, exact)
     return code, found.largest(aux_k, exact, aux=True) if aux_k else None
+
+
+def preselect(
+    x: Fp8Rows, W_enc: Fp8Rows, b_enc: Tensor, k: int, mask: Mask | None, pos: Tensor | None,
+    aux_k: int, aux_latents: Tensor | None,
+) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
+    f = len(W_enc.rows)
+    given = operands("encode_fp8", x.rows, W_enc.rows.T, b_enc, None, mask, pos)
+    keep, aux_keep = (candidates_per_tile(f, k_, given.options["BLOCK_F"]) if k_ else 0 for k_ in (k, aux_k))
+    if keep is None or aux_keep is None:
+        return reference.preselect(x, W_enc, b_enc, k, mask, pos, aux_k, aux_latents)
+    found = Candidates(given, keep, aux_keep, aux_latents, scales=(x.scale, W_enc.scale))
+    return found.largest(k, False), found.largest(aux_k, False, aux=True) if aux_k else None
 
 
 def encode_threshold(

@@ -8,6 +8,7 @@ from temposae.engine.optim import Learner
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.step import FusedStep
 from temposae.engine.stream import Batch
+from temposae.kernels.encode_sparse import _encode_fp8
 
 D, T, N, STEPS = 24, 6, 16, 2
 CASES = {
@@ -44,7 +45,7 @@ def learner(changes, dtype="float32"):
     changes = dict(changes)
     # A gradient norm of about 5: clipped to 1, so that clipping is tried too.
     training = dict(
-        clip_norm=changes.pop("clip_norm", 1.0), moments=changes.pop("moments", "float32"),
+        clip_norm=changes.pop("clip_norm", 1.0), moments=changes.pop("moments", "float32"), fp8=changes.pop("fp8", False),
         tokens=100 * N, batch=N, dead_after_tokens=1, lr=0.01, dtype=dtype,
     )  # fmt: skip
     sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=37, k=5, **changes), seed=1)
@@ -200,6 +201,25 @@ def test_copies_in_half_precision_follow_the_weights():
     for weight, shadow in made.fused._shadows.items():
         assert torch.equal(shadow, weight.detach().bfloat16())
         assert shadow.stride() == weight.stride()
+
+
+def test_fp8_trains_almost_the_same(monkeypatch, assert_close):
+    """Where e4m3 finds the same latents, nothing differs; it finds nearly all."""
+    pytest.importorskip("triton")
+    with pytest.raises(UserError, match="train.fp8: true is not allowed; it needs sae.activation topk and a GPU"):
+        learner(dict(fp8=True))
+    monkeypatch.setenv("TEMPOSAE_BACKEND", "triton")
+    with pytest.raises(UserError, match="train.fp8"):
+        learner(dict(fp8=True, activation="batchtopk"))
+    products = []
+    monkeypatch.setattr(
+        "temposae.kernels.encode_sparse._encode_fp8", lambda *args: products.append(args) or _encode_fp8(*args)
+    )
+    exact = after_training(learner(dict()))[2]
+    assert products == []
+    found = after_training(learner(dict(fp8=True)))[2]
+    assert len(products) == STEPS
+    assert found["loss"] == pytest.approx(exact["loss"], rel=0.02)
 
 
 def test_a_relu_dictionary_is_dense_until_few_latents_are_active():

@@ -169,6 +169,41 @@ def test_what_exact_is_for(wide_backend):
     assert 0.4 < recall[False] < 0.95
 
 
+@MASKS
+def test_fp8_finds_almost_all_and_gives_exact_values(wide_backend, mask_kind, assert_close):
+    shape = WIDE._replace(N=40)
+    arguments, (mask, pos) = inputs(shape), mask_of(mask_kind, shape)
+    x, W_enc, b_enc, center = arguments
+    aux_latents = torch.arange(shape.F) % 2 == 0
+    codes = encode_topk(
+        x, W_enc, b_enc, shape.K, center=center, mask=mask, pos=pos, aux_k=6, aux_latents=aux_latents, fp8=True,
+        backend=wide_backend,
+    )  # fmt: skip
+    acts = activations(*arguments, mask, pos)
+    for code, k, of in ((codes[0], shape.K, acts), (codes[1], 6, acts * aux_latents)):
+        dense = code.to_dense()
+        assert_close(dense, of * (dense > 0), name="values")
+        assert (code.indices.sort(1).values.diff(dim=1) > 0).all()
+        wanted = largest(of, k) > 0
+        assert ((dense > 0) & wanted).sum() >= 0.97 * wanted.sum()
+        assert (code.l0() == wanted.sum(1)).all()
+
+
+@pytest.mark.parametrize("wide_backend", ["triton in small blocks"], indirect=True)
+def test_the_product_is_in_fp8(wide_backend, assert_close):
+    """What is preselected are the largest by the product of what e4m3 makes of x and W_enc, and no others."""
+    from temposae.kernels.encode_sparse import triton
+    from temposae.kernels.encode_sparse.reference import Fp8Rows
+
+    x, W_enc, b_enc, _ = inputs(WIDE)
+    rows = Fp8Rows.of(x), Fp8Rows.of(W_enc.T)
+    assert rows[0].rows.float().abs().amax(1).tolist() == [448.0] * WIDE.N
+    x8, w8 = (operand.widened()[:, : WIDE.D] for operand in rows)
+    assert_close(x8, x, 0.04)
+    code, _ = triton.preselect(*rows, b_enc, WIDE.K, None, None, 0, None)
+    check(code, largest(activations(x8, w8.T, b_enc, torch.zeros(WIDE.D)), WIDE.K), assert_close)
+
+
 def test_aux_code_is_exact_when_all_of_it_lies_in_one_tile(wide_backend, assert_close):
     x, W_enc, b_enc, center = inputs(WIDE)
     aux_latents = torch.arange(WIDE.F) // 32 == 3
@@ -247,6 +282,7 @@ def test_candidates_suffice_for_all_but_one_row_in_a_hundred():
         (dict(k=0), r"k must lie in \[1, F\] = \[1, 6\], got 0"),
         (dict(k=7), "got 7"),
         (dict(aux_k=7), r"aux_k must lie in \[0, F\] = \[0, 6\], got 7"),
+        (dict(fp8=True, across_batch=True), "fp8 is for the k largest of each token"),
         (dict(aux_latents=torch.ones(5).bool()), r"aux_latents must have shape \[F\] = \[6\]"),
         (dict(aux_latents=torch.ones(6)), "aux_latents must be bool, got torch.float32"),
         (dict(b_enc=torch.ones(5)), r"b_enc must have shape \[F\]"),
