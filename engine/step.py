@@ -164,16 +164,9 @@ class FusedStep:
         sae = self.sae
         if sae.cfg.activation == "jumprelu":
             band = jumprelu_band(
-                x,
-                W_enc,
-                sae.b_enc,
-                sae.threshold.detach(),
-                sae.b_dec,
-                mask,
-                rows,
-                bandwidth=sae.bandwidth,
-                expected=expected,
-            )
+                x, W_enc, sae.b_enc, sae.threshold.detach(), sae.b_dec, mask, rows,
+                bandwidth=sae.bandwidth, expected=expected,
+            )  # fmt: skip
             return band.code, None, band
         if sae.cfg.activation == "relu":
             code = encode_threshold(x, W_enc, sae.b_enc, center=sae.b_dec, mask=mask, pos=rows, expected=expected)
@@ -225,9 +218,8 @@ class FusedStep:
     def _update(
         self, x: Tensor, rows: Tensor, by_latent: LatentMajor, parts: list[Part], small: dict[str, Tensor]
     ) -> Tensor:  # fmt: skip
-        """Gradients and Adam for all parameters; gives the norm of the gradient. `rows` are residuals; the first N are those
-        that b_dec sees. `small` has those of the parameters that
-        only some dictionaries have."""
+        """Gradients and Adam for all parameters; gives the norm of the gradient. `rows` are residuals, the first N of them
+        those that b_dec sees; `small` has the gradients of the parameters that only some dictionaries have."""
         sae, config = self.sae, self.config
         of_row, of_x = (torch.cat(parts) for parts in list(zip(*parts, strict=True))[:2])
         W_enc, W_dec, learned = sae.W_enc.detach().T, sae.W_dec.detach(), sae.W_dec.requires_grad
