@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from temposae.kernels import adam, backend, decode, encode, loss, select, weight_grad
+from temposae.kernels import adam, backend, decode, encode, encode_sparse, loss, select, weight_grad
 from temposae.kernels.backend import choose, config_row, why
 from temposae.kernels.configs import CONFIGS
 from temposae.kernels.cost import Cost
@@ -72,7 +72,7 @@ def test_cuda_tensors_go_where_the_cost_model_says(on_gpu):
     "cost",
     [
         lambda **k: encode.cost(8192, 2304, 16384, **k),
-        lambda **k: encode.cost_topk(8192, 2304, 16384, **k),
+        lambda **k: encode_sparse.cost(8192, 2304, 16384, **k),
         lambda **k: adam.cost(8192, 2304, 16384, 8192 * 64, **k),
         lambda **k: select.cost(8192, 16384, 64, **k),
         lambda **k: decode.cost(8192, 2304, 16384, 8192 * 64, **k),

@@ -86,7 +86,7 @@ def largest_of_batch(acts, total):
     return torch.zeros_like(acts).flatten().scatter(0, where, acts.flatten()[where]).view_as(acts)
 
 
-@MASKS
+@pytest.mark.parametrize("mask_kind", ["no mask", "hard mask"])
 def test_largest_of_the_batch(shape, backend, mask_kind, assert_close):
     arguments, (mask, pos) = inputs(shape), mask_of(mask_kind, shape)
     x, W_enc, b_enc, center = arguments
@@ -97,9 +97,12 @@ def test_largest_of_the_batch(shape, backend, mask_kind, assert_close):
     check(code, largest_of_batch(activations(*arguments, mask, pos), shape.N * shape.K), assert_close)
 
 
-@MASKS
-@pytest.mark.parametrize("thresholded", [False, True], ids=["above zero", "above thresholds"])
-def test_above_a_threshold(shape, backend, mask_kind, thresholded, assert_close):
+@pytest.mark.parametrize(
+    ("thresholded", "mask_kind"),
+    [(False, "soft mask"), (True, "no mask"), (True, "hard mask")],
+    ids=["above zero-soft mask", "above thresholds-no mask", "above thresholds-hard mask"],
+)
+def test_above_a_threshold(shape, backend, thresholded, mask_kind, assert_close):
     arguments, (mask, pos) = inputs(shape), mask_of(mask_kind, shape)
     x, W_enc, b_enc, center = arguments
     threshold = 2 * torch.rand(shape.F, generator=shape.generator) if thresholded else None
