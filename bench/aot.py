@@ -62,7 +62,7 @@ def _adam(bits: int, dtype: str) -> dict[str, str]:
     """A parameter with moments of so many bits, and a copy of this dtype."""
     m, v = {32: ("fp32", "fp32"), 16: ("bf16", "bf16"), 8: ("i8", "u8")}[bits]
     single = ("w", "scales", "step_size", "correction", "factor", "norms")
-    return dict.fromkeys(single, "fp32") | dict(m=m, v=v, shadow=dtype, seed="i32")
+    return dict.fromkeys(single, "fp32") | dict(m=m, v=v, shadow=dtype, seed="i32", skip="i1")
 
 
 def _specs(dtype: str) -> dict[str, Spec]:
@@ -138,9 +138,9 @@ def _specs(dtype: str) -> dict[str, Spec]:
         high = 1 << (width - 1).bit_length() - 1
         pieces = dict(HIGH=high, LOW=1 << (width - high - 1).bit_length(), SPLIT=split)
         for name, flags in {
-            "decoder": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=True, HAS_SHADOW=True),
-            "encoder": dict(HAS_CENTER=True, UNIT_NORM=False, UPDATE=True, HAS_SHADOW=True),
-            "norms": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=False, HAS_SHADOW=False),
+            "decoder": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True),
+            "encoder": dict(HAS_CENTER=True, UNIT_NORM=False, UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True),
+            "norms": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False),
         }.items():
             for bits in (32, 16, 8) if dtype == "bf16" and name != "norms" else (32,):
                 specs[f"adam_rows, {name}, D = {width}" + (f", {bits}-bit moments" if bits < 32 else "")] = Spec(
@@ -180,13 +180,15 @@ SPECS = {
         "encode_sparse.merge_kernel", "merge", dict(candidates="i32", values="fp32", indices="i32", unsure="i8"),
         dict(KEEP=4, BLOCK_F=128),
     ),
-    "adam": Spec("adam.adam_kernel", "adam", _adam(32, "fp32") | dict(grad="fp32"), dict(HAS_SHADOW=True)),
+    "adam": Spec(
+        "adam.adam_kernel", "adam", _adam(32, "fp32") | dict(grad="fp32"), dict(HAS_SHADOW=True, HAS_SKIP=True)
+    ),
     **{
-        f"adam, {bits}-bit moments": Spec(
-            "adam.adam_narrow_kernel", "adam_narrow", _adam(bits, "fp32") | dict(grad="fp32"),
-            dict(HAS_SHADOW=False, BITS=bits, HIGH=2048, LOW=2048),
+        f"adam, matrix, {bits}-bit moments": Spec(
+            "adam.adam_matrix_kernel", "adam_matrix", _adam(bits, "bf16") | dict(grad="fp32"),
+            dict(UNIT_NORM=True, HAS_SHADOW=True, HAS_SKIP=True, BITS=bits, HIGH=2048, LOW=2048),
         )
-        for bits in (16, 8)
+        for bits in (32, 16, 8)
     },
     "position_sum": Spec(
         "loss.position_sum_kernel", "position_sum", dict(stats="fp32", pos="i64", sums="fp32")

@@ -119,7 +119,7 @@ def temposae(job: Job) -> Trainee:
 
     def step(i: int) -> None:
         if job.auxk:
-            learner.idle_tokens[DEAD] = learner.dead_after
+            learner.counts.idle_tokens[:, DEAD] = learner.dead_after
         learner.step(batches[i % len(batches)])
 
     def encode(x: Tensor) -> SparseCode:

@@ -71,7 +71,7 @@ def _adam(i: Inputs) -> Call:
     return lambda: adam.adam(b_enc, grad, moments, rates)
 
 
-def _adam_narrow(i: Inputs) -> Call:
+def _adam_matrix(i: Inputs) -> Call:
     w = i.sae.W_dec.detach().clone()
     rates = resting(w)[1]._replace(seed=torch.zeros((), dtype=torch.int32, device=w.device))
     moments, grad = adam.Moments.zeros(w, "bfloat16"), torch.ones_like(w)
@@ -108,7 +108,7 @@ TRIALS = {
     "windows": Trial("bf16", _WEIGHT_GRAD, _GATHERS | dict(BLOCK_E=(4, 8, 16))),
     "adam_rows": Trial("bf16", _ADAM_ROWS, dict(BLOCK_E=(1, 2, 4), STAGES=(2, 3), num_warps=(4, 8, 16))),
     "adam": Trial("bf16", _adam, dict(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4, 8))),
-    "adam_narrow": Trial("bf16", _adam_narrow, dict(num_warps=(4, 8, 16))),
+    "adam_matrix": Trial("bf16", _adam_matrix, dict(num_warps=(4, 8, 16))),
     "token_loss": Trial("bf16", _LOSS, dict(BLOCK=(64, 256, 1024), num_warps=(1, 2, 4))),
     "position_sum": Trial("bf16", _LOSS, dict(BLOCK_N=(512, 1024, 2048), num_warps=(4, 8))),
     "encode_small": Trial("fp32", _ENCODE, {**_SMALL_TILES, "BLOCK_F": (64, 128)}),

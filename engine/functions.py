@@ -254,19 +254,19 @@ class Band(NamedTuple):
 
 def jumprelu_band(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, center: Tensor | None, mask: Mask | None,
-    pos: Tensor | None, *, bandwidth: float, expected: int,
+    pos: Tensor | None, *, bandwidth: float, expected: int, capacity: int | None = None, dictionaries: int = 1,
 ) -> Band:  # fmt: skip
-    """The entries of `encode_jumprelu`, which says what they are."""
+    """The entries of `encode_jumprelu`, which says what they are; of several dictionaries as in `encode_threshold`."""
     is_hard = isinstance(mask, Tensor) and mask.dtype == torch.bool  # shuts latents out beforehand
     found = encode_threshold(
         x, W_enc, b_enc, (threshold - bandwidth / 2).clamp_min(0), center=center, mask=mask if is_hard else None, pos=pos,
-        expected=expected,
+        expected=expected, capacity=capacity, dictionaries=dictionaries,
     )  # fmt: skip
     pre, limit = found.values, threshold.to(found.values.dtype)[found.indices]
     is_open, gate = pre > limit, None
     values = pre * is_open
     if mask is not None and pos is not None and not is_hard:
-        gate = gate_of(found, mask, pos)
+        gate = gate_of(found, mask, pos.repeat(dictionaries))
         values, is_open = values * gate, is_open & (gate != 0)
     return Band(found.with_values(values), pre, limit, gate, is_open, bandwidth)
 

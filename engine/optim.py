@@ -1,6 +1,10 @@
-"""One training step for one dictionary: gradient projection, clipping, Adam, renormalisation, and what is counted."""
+"""Training steps: gradient projection, clipping, Adam, renormalisation, and what is counted; for one dictionary, or for
+several of one size at a time."""
 
+import functools
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +13,8 @@ from ..kernels.adam import Moments, Rates, adam
 from ..kernels.loss import PositionSums
 from .config import TrainConfig
 from .errors import UserError
-from .sae import Objective, SparseAutoencoder
-from .step import DENSE_FROM, LARGE, FusedStep, fits, rounding_seed
+from .sae import SparseAutoencoder
+from .step import DENSE_FROM, LARGE, FusedStep, Outcome, fits, rounding_seed, side_by_side
 from .stream import Batch
 
 
@@ -32,12 +36,34 @@ def has_fp8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+ROOM = 1.5  # for entries, of those that the last code of unknown size had
+
+
+class Counts(NamedTuple):
+    """What is counted of S dictionaries."""
+
+    idle_tokens: Tensor  # int64 [S, F]: since each latent was last active
+    sums: Tensor  # [S, 4, T]: `PositionSums` since the last report
+    spread: Tensor  # [S]: squared distance of activations from their mean since then
+    losses: Tensor  # [S, 3]: loss without AuxK, AuxK and gradient norm since then
+
+    def add(self, n: int, spread: Tensor, found: Outcome) -> None:
+        """Count a batch of n tokens."""
+        self.idle_tokens.add_(n).masked_fill_(found.fired, 0)
+        self.sums.add_(torch.stack([total.detach() for total in found.sums], 1))
+        self.spread.add_(spread)
+        loss = found.loss.detach()
+        aux = torch.zeros_like(loss) if found.aux_loss is None else found.aux_loss
+        self.losses.add_(torch.stack([loss - aux, aux, found.norm], 1))
+
+
 class Learner:
     """A dictionary in training: the optimiser, the step count, dead latents, and sums between two reports.
 
     Activations are scaled by `scale`, the power of two nearest to sqrt(D) / mean |x|, so that one learning rate serves
     every model; being a power of two, it can be folded into the biases and taken out again without any rounding.
-    `step` takes a batch and never waits for the device; `report` does.
+    `step` takes a batch and never waits for what was just launched; `report` does. Where the kernels run, the work is
+    done by a `Cohort`, of this dictionary alone unless it was put into a larger one.
     """
 
     def __init__(self, sae: SparseAutoencoder, config: TrainConfig, mean: Tensor, mean_norm: float, n_positions: int):
@@ -69,57 +95,68 @@ class Learner:
             (leaf,) = group["params"]
             moments = {key: torch.zeros_like(leaf) for key in ("exp_avg", "exp_avg_sq")}
             self.adam.state[leaf] = {"step": torch.zeros((), device=device), **moments}
-        self.fused = FusedStep(sae, self.moments(), self.paces, config, self.dtype) if fits(sae) else None
-        if config.fp8 and not (self.fused is not None and sae.cfg.activation == "topk" and has_fp8(device)):
+        if config.fp8 and not (fits(sae) and sae.cfg.activation == "topk" and has_fp8(device)):
             raise UserError("train.fp8: true is not allowed; it needs sae.activation topk and a GPU from sm_89 on")
         self.dead_after = config.dead_after_tokens or min(10_000_000, max(config.tokens // 10, 10 * config.batch))
-        self.idle_tokens = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
+        idle_tokens = torch.zeros(1, sae.cfg.d_sae, dtype=torch.int64, device=device)
+        sums = torch.zeros(1, len(PositionSums._fields), n_positions, device=device)
+        self.counts = Counts(idle_tokens, sums, torch.zeros(1, device=device), torch.zeros(1, 3, device=device))
         self.steps_done = 0
+        self._steps = 0  # since the last report
         # Looked at when reporting: AuxK is skipped while there is nothing for it to do, and a relu dictionary, which begins
         # with half of its latents active, takes the dense path until few are.
         self.any_dead = False
         self.l0 = float(sae.cfg.d_sae if sae.cfg.activation == "relu" else sae.expected)
-        self._reset()
-
-    def _reset(self) -> None:
-        T, device = self.n_positions, self.mean.device
-        self._sums = PositionSums(*(torch.zeros(T, device=device) for _ in PositionSums._fields))
-        self._spread = torch.zeros((), device=device)
-        self._losses = torch.zeros(3, device=device)  # loss without AuxK, AuxK, gradient norm
-        self._steps = 0
+        self.cohort = Cohort([self]) if fits(sae) else None
 
     def step(self, batch: Batch) -> None:
         """One update on batch.x [N, D] at batch.pos [N]."""
+        if self.cohort is not None and not self.is_unfused:
+            self.cohort.step(batch)
+            return
+        x, dead = self.scaled(batch.x), self.dead
+        found = self._unfused_step(x, batch.pos, dead, self.begin_step(x, batch.pos))
+        self.counts.add(len(x), (x - self.mean).square().sum(), found)
+        self.sae.follow(None if found.least_kept is None else found.least_kept[0])
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """x as the dictionary sees it."""
+        return x.to(self.dtype) * self.scale
+
+    def begin_step(self, x: Tensor, pos: Tensor) -> float:
+        """The learning rate of a step on scaled x, which from now on counts as done."""
         config = self.config
-        x = batch.x.to(self.dtype) * self.scale
         if self.steps_done == 0:
-            self.sae.initialise_threshold(x, batch.pos)
-        dead = self.idle_tokens >= self.dead_after if self.any_dead else None
+            self.sae.initialise_threshold(x, pos)
         lr = self.lr * schedule(self.steps_done, config.steps, config.warmup, config.decay)
         for group in self.adam.param_groups:
             group["lr"] = group["pace"] * lr
-        if self.fused is not None and not self.is_dense:
-            expected = self.sae.expected if self.sae.cfg.activation != "relu" else max(1, math.ceil(self.l0))
-            found, norm = self.fused(x, batch.pos, self.n_positions, dead, expected, lr=lr, step=self.steps_done + 1)
-        else:
-            found, norm = self._unfused_step(x, batch.pos, dead, lr)
-
-        self.sae.follow(found.least_kept)
-        self.idle_tokens.add_(len(x)).masked_fill_(found.fired, 0)
         self.steps_done += 1
         self._steps += 1
-        self._sums = PositionSums(*(a + b.detach() for a, b in zip(self._sums, found.sums, strict=True)))
-        self._spread += (x - self.mean).square().sum()
-        loss = found.loss.detach()
-        aux = found.aux_loss if found.aux_loss is not None else torch.zeros_like(loss)
-        self._losses += torch.stack([loss - aux, aux, torch.zeros_like(norm) if config.clip_norm is None else norm])
+        return lr
+
+    @property
+    def dead(self) -> Tensor | None:
+        """Which latents [F] AuxK is for; None for none."""
+        return (self.counts.idle_tokens >= self.dead_after)[0] if self.any_dead else None
+
+    @property
+    def expected(self) -> int:
+        """About how many latents of a token are active."""
+        return max(1, math.ceil(self.l0)) if self.sae.cfg.activation == "relu" else self.sae.expected
 
     @property
     def is_dense(self) -> bool:
-        """Whether so many latents are active that dense products are faster; only relu dictionaries have a path for that."""
-        return self.sae.cfg.activation == "relu" and self.l0 > DENSE_FROM * self.sae.cfg.d_sae
+        """Whether so many latents are in use on a token that dense products are faster than gathers."""
+        used = self.sae.cfg.k if self.sae.cfg.activation in ("topk", "batchtopk") else self.l0
+        return used > DENSE_FROM * self.sae.cfg.d_sae and self.sae.cfg.prefixes is None
 
-    def _unfused_step(self, x: Tensor, pos: Tensor, dead: Tensor | None, lr: float) -> tuple[Objective, Tensor]:
+    @property
+    def is_unfused(self) -> bool:
+        """Whether a step is dense and goes by autograd even where there are kernels: those take a code to begin with."""
+        return self.is_dense and self.sae.cfg.activation == "relu"
+
+    def _unfused_step(self, x: Tensor, pos: Tensor, dead: Tensor | None, lr: float) -> Outcome:
         """The update by autograd and torch's Adam (ours for narrow moments): for every dictionary and device, and what the
         fused one must equal."""
         found = self.sae.objective(x, pos, self.n_positions, dead)
@@ -128,7 +165,7 @@ class Learner:
         for name, parameter in self.sae.named_parameters():
             if name in self.leaves and self.leaves[name] is not parameter and parameter.grad is not None:
                 self.leaves[name].grad = parameter.grad.T
-        norm = torch.zeros_like(found.loss)
+        norm = torch.zeros_like(found.loss.detach())
         if self.config.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(list(self.leaves.values()), self.config.clip_norm)
         self.adam.step()
@@ -140,11 +177,13 @@ class Learner:
             leaf.grad = None
         self.sae.zero_grad()
         self.sae.constrain()
-        return found, norm
+        aux, least = (None if one is None else one[None] for one in (found.aux_loss, found.least_kept))
+        sums = PositionSums(*(total[None] for total in found.sums))
+        return Outcome(found.loss.detach()[None], aux, norm[None], sums, found.fired[None], least)
 
     def _rates(self, name: str, lr: float) -> Rates:
         """Adam's settings for a parameter in this step, its gradient being clipped already."""
-        beta1, beta2, step, device = self.config.beta1, self.config.beta2, self.steps_done + 1, self.mean.device
+        beta1, beta2, step, device = self.config.beta1, self.config.beta2, self.steps_done, self.mean.device
         numbers = (lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, 1.0)
         step_size, correction, factor = (torch.full((), number, device=device) for number in numbers)
         seed = torch.full((), rounding_seed(name, step), dtype=torch.int32, device=device)
@@ -170,15 +209,18 @@ class Learner:
         `fvu`: squared error over that of predicting the mean; `dead`: latents idle for `dead_after` tokens;
         `gradient_norm`: before clipping, where that is asked for.
         """
-        tokens = float(self._sums.count.sum())
-        loss, aux, norm = (self._losses / max(1, self._steps)).tolist()
-        dead = int((self.idle_tokens >= self.dead_after).sum())
+        if self.cohort is not None:
+            self.cohort.settle()
+        sums = PositionSums(*self.counts.sums[0])
+        tokens = float(sums.count.sum())
+        loss, aux, norm = (self.counts.losses[0] / max(1, self._steps)).tolist()
+        dead = int((self.counts.idle_tokens >= self.dead_after).sum())
         found = {
             "loss": loss,
             "aux_loss": aux,
-            "fvu": float(self._sums.squared_error.sum() / self._spread),
-            "l0": float(self._sums.l0.sum()) / tokens,
-            "l1": float(self._sums.l1.sum()) / tokens / self.scale,
+            "fvu": float(sums.squared_error.sum() / self.counts.spread[0]),
+            "l0": float(sums.l0.sum()) / tokens,
+            "l1": float(sums.l1.sum()) / tokens / self.scale,
             "dead": dead,
             "dead_fraction": dead / self.sae.cfg.d_sae,
             "lr": self.adam.param_groups[0]["lr"],
@@ -186,16 +228,20 @@ class Learner:
         if self.config.clip_norm is not None:
             found["gradient_norm"] = norm
         self.any_dead = dead > 0
-        was_dense, self.l0 = self.is_dense, found["l0"]
-        if was_dense and self.fused is not None:
-            self.fused.refresh()
-        self._reset()
+        was_unfused, self.l0 = self.is_unfused, found["l0"]
+        if self.cohort is not None:
+            self.cohort.capacity = None  # by and by other than needed
+            if was_unfused:
+                self.cohort.fused.refresh()
+        for count in (self.counts.sums, self.counts.spread, self.counts.losses):
+            count.zero_()
+        self._steps = 0
         return found
 
     def state(self) -> dict[str, Tensor]:
         """Moments, counters and sums: all that the weights don't hold."""
-        found = {"idle_tokens": self.idle_tokens, "mean": self.mean, "spread": self._spread, "losses": self._losses}
-        found |= {f"sums.{key}": value for key, value in self._sums._asdict().items()}
+        if self.cohort is not None:
+            self.cohort.settle()
         numbers = {
             "scale": self.scale,
             "steps_done": self.steps_done,
@@ -203,17 +249,23 @@ class Learner:
             "any_dead": self.any_dead,
             "l0": self.l0,
         }
-        found |= {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
+        found = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
         for held in self.adam.state.values():
             held["step"].fill_(self.steps_done)  # the fused step doesn't count
-        return found | self._optimizer_state()
+        return found | self._counted() | self._optimizer_state()
+
+    def _counted(self) -> dict[str, Tensor]:
+        """The counts, as checkpoints name them, and the mean."""
+        idle_tokens, sums, spread, losses = (count[0] for count in self.counts)
+        found = {"idle_tokens": idle_tokens, "mean": self.mean, "spread": spread, "losses": losses}
+        return found | {f"sums.{key}": value for key, value in zip(PositionSums._fields, sums, strict=True)}
 
     def load_state(self, state: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
         """Go on from `state`, with the dictionary's `weights` in units of x.
 
         Raises UserError for moments of another kind than `config.moments`: they are not converted.
         """
-        held = self._optimizer_state()
+        held = self._optimizer_state() | self._counted()
         kinds = {torch.bfloat16: "bfloat16", torch.int8: "8bit"}
         saved = kinds.get(state["adam.W_enc.exp_avg"].dtype, "float32")
         if saved != self.config.moments:
@@ -223,15 +275,86 @@ class Learner:
         self.sae.load_state_dict(weights)
         self.scale = float(state["scale"])
         self.sae.scale_(self.scale)
-        self.mean.copy_(state["mean"])
-        self.idle_tokens.copy_(state["idle_tokens"])
-        self._spread.copy_(state["spread"])
-        self._losses.copy_(state["losses"])
-        for key, value in self._sums._asdict().items():
-            value.copy_(state[f"sums.{key}"])
         self.steps_done, self._steps = int(state["steps_done"]), int(state["steps"])
         self.any_dead, self.l0 = bool(state["any_dead"]), float(state["l0"])
         for key, value in held.items():
             value.copy_(state[key])
-        if self.fused is not None:
-            self.fused.refresh()
+        if self.cohort is not None:
+            self.cohort.fused.refresh()
+
+
+class Cohort:
+    """Dictionaries of one size that train on the same batches, with one launch of each kernel for all of them.
+
+    They have one configuration; seeds and learning rates may differ. Their parameters, moments and counts become views of
+    tensors that hold them all, so that `Learner` reports and saves each as ever.
+    """
+
+    def __init__(self, learners: Sequence[Learner]):
+        self.learners, first = list(learners), learners[0]
+        self.fused = FusedStep(
+            [learner.sae for learner in learners], [learner.leaves for learner in learners],
+            [learner.moments() for learner in learners], first.paces, first.config, first.dtype,
+        )  # fmt: skip
+        self.counts = Counts(
+            *(side_by_side(of_each) for of_each in zip(*(one.counts for one in learners), strict=True))
+        )
+        self.capacity: int | None = None  # of codes whose size isn't known beforehand
+        self._pending: Callable[[], None] | None = None
+        for learner in learners:
+            learner.cohort = self
+
+    def step(self, batch: Batch) -> None:
+        """One update of each on batch.x [N, D] at batch.pos [N]. Whether the code of jumprelu and relu dictionaries had room
+        for all entries, the host looks when the next step begins or a report is made, and does the step again if not."""
+        self.settle()
+        first = self.learners[0]
+        x = first.scaled(batch.x)
+        dead = None
+        if any(learner.any_dead for learner in self.learners):
+            alive = torch.tensor([[not learner.any_dead] for learner in self.learners], device=x.device)
+            dead = (self.counts.idle_tokens >= first.dead_after) & ~alive
+        self.fused.dense = first.is_dense
+        lrs = [learner.begin_step(x, batch.pos) for learner in self.learners]
+        run = functools.partial(
+            self.fused, x, batch.pos, first.n_positions, dead, first.expected, lrs=lrs, step=first.steps_done
+        )
+        spread = (x - first.mean).square().sum()
+        capacity = None if first.sae.cfg.activation in ("topk", "batchtopk") else self.capacity
+        self._pending = functools.partial(self._count, run, run(capacity=capacity), len(x), spread)
+        if capacity is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """See to it that the last step was done and is counted."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending()
+
+    def _count(self, run: Callable[..., Outcome], found: Outcome, n: int, spread: Tensor) -> None:
+        if found.overflow:
+            found = run(capacity=None)
+            self.capacity = None
+        if self.capacity is None and found.entries is not None and found.least_kept is None:
+            self.capacity = math.ceil(ROOM * int(found.entries)) + n
+        self.counts.add(n, spread, found)
+        if found.least_kept is not None:
+            for learner, least in zip(self.learners, found.least_kept, strict=True):
+                learner.sae.follow(least)
+
+
+def together(learners: Iterable[Learner]) -> list[Cohort | Learner]:
+    """Those that can be put into cohorts, and the rest as they are; each of the list takes a step for all in it."""
+    found: list[Cohort | Learner] = []
+    alike: dict[object, list[Learner]] = {}
+    for learner in learners:
+        cfg, config = learner.sae.cfg, learner.config.model_copy(update={"lr": None, "seed": 0})
+        fit = learner.cohort is not None and cfg.activation != "relu" and cfg.prefixes is None and not config.fp8
+        if fit and cfg.mask.kind != "soft":
+            key = repr((cfg, config, learner.scale, learner.steps_done, learner.dtype, learner.mean.device))
+            alike.setdefault(key, []).append(learner)
+        else:
+            found.append(learner)
+    for group in alike.values():
+        found.append(Cohort(group) if len(group) > 1 else group[0])
+    return found

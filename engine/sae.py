@@ -146,11 +146,12 @@ class SparseAutoencoder(nn.Module):
         if l0 is not None:
             loss = loss + self.cfg.l0_coefficient * self.cfg.d_in * l0 / len(x)
         fired = has_fired(code)
-        if aux is None:
-            return Objective(loss, sums, fired, least_kept=self.least_kept(code))
+        least = least_kept(code)[0] if self.cfg.activation == "batchtopk" else None
+        if aux is None or dead is None:
+            return Objective(loss, sums, fired, least_kept=least)
         left, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
-        aux_loss = self.aux_weight(x, residual) * left.sum()
-        return Objective(loss + aux_loss, sums, fired, aux_loss.detach(), self.least_kept(code))
+        aux_loss = self.aux_weight(x, residual, dead) * left.sum()
+        return Objective(loss + aux_loss, sums, fired, aux_loss.detach(), least)
 
     @property
     def bandwidth(self) -> float:
@@ -165,10 +166,12 @@ class SparseAutoencoder(nn.Module):
         """How many of the dead latents take part in AuxK; 0 for no AuxK."""
         return min(self.cfg.aux_k, self.cfg.d_sae) if dead is not None and self.cfg.aux_coefficient > 0 else 0
 
-    def aux_weight(self, x: Tensor, residual: Tensor) -> Tensor:
-        """What AuxK's squared error counts in the loss: aux_coefficient * |x - mean x|^2 / |e - mean e|^2 / N."""
+    def aux_weight(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+        """What AuxK's squared error counts in the loss: aux_coefficient * |x - mean x|^2 / |e - mean e|^2 / N, or nothing
+        if no latent is dead. Of several dictionaries, residual [S, N, D] and dead [S, F]: [S]."""
         smallest = torch.finfo(torch.float32).tiny
-        return self.cfg.aux_coefficient * _spread(x) / _spread(residual).clamp_min(smallest) / len(x)
+        spreads = _spread(x) / _spread(residual).clamp_min(smallest)
+        return self.cfg.aux_coefficient / len(x) * spreads * dead.any(-1)
 
     @torch.no_grad()
     def initialise_bias(self, mean: Tensor) -> None:
@@ -217,13 +220,6 @@ class SparseAutoencoder(nn.Module):
         if self.cfg.activation == "jumprelu":
             self.threshold.clamp_min_(0)
 
-    def least_kept(self, code: SparseCode) -> Tensor | None:
-        """For batchtopk, the least activation that was kept of a batch; infinite if none was."""
-        if self.cfg.activation != "batchtopk":
-            return None
-        values = code.live(code.values.detach())
-        return torch.where(values > 0, values, torch.inf).amin()
-
     @torch.no_grad()
     def follow(self, least: Tensor | None) -> None:
         """After an update, let batchtopk's threshold follow the least activation kept: a mean over about 100 batches."""
@@ -244,9 +240,19 @@ class SparseAutoencoder(nn.Module):
 
 
 def _spread(x: Tensor) -> Tensor:
-    """Sum of squares around the batch mean, a constant."""
+    """Sum of squares around the batch mean, a constant; x [..., N, D]."""
     x = x.detach().float()
-    return (x - x.mean(0)).square().sum()
+    return (x - x.mean(-2, keepdim=True)).square().sum((-2, -1))
+
+
+def least_kept(code: SparseCode, dictionaries: int = 1) -> Tensor:
+    """The least positive activation in the ragged code of each of S dictionaries [S]; infinite if there is none."""
+    values = code.live(code.values.detach())
+    positive = torch.where(values > 0, values, torch.inf)
+    if dictionaries == 1 or code.offsets is None:
+        return positive.amin().expand(1)
+    firsts = code.offsets[:: code.n_tokens // dictionaries].contiguous()
+    return torch.segment_reduce(positive, "min", offsets=firsts, unsafe=True)
 
 
 def has_fired(code: SparseCode) -> Tensor:

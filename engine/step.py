@@ -1,6 +1,8 @@
 """A training step straight through the kernels: what autograd, clipping and Adam do to a dictionary, with the gradients of
-its two large weights never in memory."""
+its two large weights never in memory; of one dictionary, or of several of one size that share the batch."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,14 +12,14 @@ from torch.profiler import record_function
 from ..kernels.adam import Moments, Rates, adam, adam_rows, row_norms
 from ..kernels.backend import choose
 from ..kernels.code import LatentMajor, SparseCode
-from ..kernels.decode import decode, decode_values_grad, reconstruct
+from ..kernels.decode import Reconstruction, decode, decode_values_grad, reconstruct
 from ..kernels.encode_sparse import encode_threshold, encode_topk
-from ..kernels.loss import position_loss
-from ..kernels.masks import Mask
+from ..kernels.loss import PositionSums, position_loss
+from ..kernels.masks import GaussianMask, Mask
 from ..kernels.weight_grad import weight_grad
 from .config import TrainConfig
 from .functions import Band, gate_of, jumprelu_band, mask_gradient, matryoshka_residuals
-from .sae import Objective, SparseAutoencoder, has_fired
+from .sae import SparseAutoencoder, has_fired, least_kept
 
 # Of all latents, the share in use on a token from which on dense products take less time than gathers: 5 products of 2 D F
 # FLOP at 660 TFLOP/s against 4 gathers of 2 D bytes for each latent in use at 5.5 TB/s (an H100; its rates as in
@@ -38,142 +40,229 @@ def fits(sae: SparseAutoencoder) -> bool:
     return choose("train_step", sae.W_enc) == "triton"
 
 
+@torch.no_grad()
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors one below the other. If there are several, they are views of that from now on."""
+    if len(tensors) == 1:
+        return tensors[0].detach()
+    whole = torch.cat([tensor.detach() for tensor in tensors])
+    for tensor, part in zip(tensors, whole.chunk(len(tensors)), strict=True):
+        tensor.data = part
+    return whole
+
+
+def _moments(of_each: Sequence[Moments]) -> Moments:
+    scales = [moments.scales for moments in of_each if moments.scales is not None]
+    first, second = (side_by_side(of) for of in ([m.exp_avg for m in of_each], [m.exp_avg_sq for m in of_each]))
+    return Moments(first, second, side_by_side(scales) if scales else None)
+
+
+class Flag:
+    """A bool on the device that the host looks at later, without waiting for what was launched in between."""
+
+    def __init__(self, value: Tensor):
+        self._value, self._event = value, None
+        if value.is_cuda and not torch.cuda.is_current_stream_capturing():
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def __bool__(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._value)
+
+
+class Outcome(NamedTuple):
+    """What a step tells of S dictionaries, before their update."""
+
+    loss: Tensor  # [S]
+    aux_loss: Tensor | None  # [S], in the loss
+    norm: Tensor  # [S], of the gradient before clipping; zero without
+    sums: PositionSums  # [S, T]
+    fired: Tensor  # [S, F]: which latents were active on some token
+    least_kept: Tensor | None = None  # [S]; see `SparseAutoencoder.follow`
+    entries: Tensor | None = None  # scalar: how many the code has, if it is ragged
+    overflow: Flag | None = None  # whether they were more than it had room for, and nothing was updated
+
+
 class Decoded(NamedTuple):
     """A code decoded. Of a Matryoshka dictionary with G prefixes, the code is parted: its token g * N + n owns what token n
     has in group g."""
 
     code: SparseCode
     rows: Tensor | None  # of the mask, for each of the code's tokens
-    loss: Tensor
-    squared_error: Tensor  # [N]
-    residual: Tensor  # [N, D]
-    of_entries: Tensor  # [N, D] or [G N, D]: the residual that the entries of each of the code's tokens see
-    projection: Tensor  # of that on the entries' rows of W_dec
+    squared_error: Tensor  # [S N], as in the loss
+    found: Reconstruction  # of all latents; its projection is of the code's entries on what they see
+    of_entries: Tensor  # [S N, D] or [G N, D]: the residual that the entries of each of the code's tokens see
 
 
 class Part(NamedTuple):
-    """What a code contributes to the gradients: a weight for each entry, flattened, and the mask's gradient [T, F]."""
+    """What a code contributes to the gradients: a weight for each entry and the mask's gradient [T, F]."""
 
+    code: SparseCode
+    residual: Tensor
     of_row: Tensor  # of the entry's residual, in the gradient of W_dec
     of_x: Tensor  # of its x, in the gradient of W_enc
     dmask: Tensor | None
 
 
 class FusedStep:
-    """Updates a dictionary in place, as `sae.objective`, backward, `project_decoder_gradient`, clip_grad_norm_, Adam and
-    `constrain` do one after the other, within rounding. Waits for the device only to know how many latents of a relu or
-    jumprelu dictionary are active.
+    """Updates S dictionaries of one configuration in place, each as `sae.objective`, backward, `project_decoder_gradient`,
+    clip_grad_norm_, Adam and `constrain` do one after the other, within rounding. Nothing waits for the device, unless a
+    jumprelu or relu dictionary's code is given no `capacity`.
 
-    `moments` are Adam's, by parameter; that of W_enc is [F, D]. `paces` are factors on the learning rate. With products in
+    `leaves` are each dictionary's learned parameters and `moments` Adam's, by name; that of W_enc is [F, D]. Parameters and
+    moments of several dictionaries become views of tensors that hold them all, latents s F to (s + 1) F being those of the
+    s-th; token s N + n of their code is token n as it sees it. `paces` are factors on the learning rate. With products in
     bfloat16, a bfloat16 copy of each large weight is kept beside the float32 one; `refresh` makes it anew after the weights
     were changed from outside.
+
+    `dense` replaces gathers from a code and its transpose by dense products [S, N, F]; the gradients of the large weights
+    are then in memory, in the products' dtype.
     """
 
     def __init__(
-        self, sae: SparseAutoencoder, moments: dict[str, Moments], paces: dict[str, float],
-        config: TrainConfig, dtype: torch.dtype,
+        self, saes: Sequence[SparseAutoencoder], leaves: Sequence[Mapping[str, Tensor]],
+        moments: Sequence[Mapping[str, Moments]], paces: Mapping[str, float], config: TrainConfig, dtype: torch.dtype,
     ):  # fmt: skip
-        self.sae, self.moments, self.paces, self.config, self.dtype = sae, moments, paces, config, dtype
-        device = sae.b_dec.device
+        self.sae, self.paces, self.config, self.dtype, self.dense = saes[0], paces, config, dtype, False
+        self.count, device = len(saes), saes[0].b_dec.device
+        self._weights = {name: side_by_side([held[name] for held in leaves]) for name in leaves[0]}
+        if "W_dec" not in self._weights:  # a random one
+            self._weights["W_dec"] = side_by_side([sae.W_dec for sae in saes])
+        if self.count > 1:
+            for sae, held in zip(saes, leaves, strict=True):
+                sae.W_enc.data = held["W_enc"].detach().T
+        self._weights["b_dec"] = self._weights["b_dec"].view(self.count, -1)
+        self.moments = {name: _moments([held[name] for held in moments]) for name in moments[0]}
+        self.moments["b_dec"] = Moments(*(m.view(self.count, -1) for m in self.moments["b_dec"][:2]))
+        self._masks = [sae.mask for sae in saes]
+        self._fixed = None
+        if self.count > 1 and saes[0].mask.fixed is not None:  # they don't change
+            self._fixed = torch.cat([mask.fixed for mask in self._masks if mask.fixed is not None], 1)
         self._shadows = {}
         if dtype != torch.float32:
-            self._shadows = {w: torch.empty_like(w, dtype=dtype) for w in (sae.W_enc, sae.W_dec)}
-        self.ends = None if sae.cfg.prefixes is None else torch.tensor(sae.cfg.prefixes, device=device)
-        self._rates = [torch.zeros((), device=device) for _ in range(3)]
+            self._shadows = {name: torch.empty_like(self._weights[name], dtype=dtype) for name in LARGE}
+        self.ends = None if self.sae.cfg.prefixes is None else torch.tensor(self.sae.cfg.prefixes, device=device)
+        self._rates = [torch.zeros(self.count, device=device) for _ in range(3)]
         rounded = LARGE if config.moments != "float32" else ()
-        self._seeds = {name: torch.zeros((), dtype=torch.int32, device=device) for name in rounded}
+        self._seeds = {name: torch.zeros(self.count, dtype=torch.int32, device=device) for name in rounded}
         self.refresh()
 
     def refresh(self) -> None:
-        for weight, shadow in self._shadows.items():
-            shadow.copy_(weight.detach())
+        for name, shadow in self._shadows.items():
+            shadow.copy_(self._weights[name])
 
     @torch.no_grad()
     def __call__(
-        self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None, expected: int, *, lr: float, step: int
-    ) -> tuple[Objective, Tensor]:
-        """One step, the `step`-th, on x [N, D] at pos [N]; other arguments as in `sae.objective`, and `expected` as in
-        `encode_threshold`. Gives the objective before it, and the norm of the gradient before clipping."""
-        self.set_rates(lr, step)
-        return self.run(x, pos, n_positions, dead, expected)
+        self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None, expected: int, capacity: int | None = None,
+        *, lrs: Sequence[float], step: int,
+    ) -> Outcome:  # fmt: skip
+        """One step, the `step`-th, with a learning rate for each dictionary; the rest as in `run`."""
+        self.set_rates(lrs, step)
+        return self.run(x, pos, n_positions, dead, expected, capacity)
 
-    def set_rates(self, lr: float, step: int) -> None:
+    def set_rates(self, lrs: Sequence[float], step: int) -> None:
         """What changes from step to step besides the data, written where the kernels read it."""
         step_size, correction, _ = self._rates
-        step_size.fill_(lr / (1 - self.config.beta1**step))
+        step_size.copy_(torch.tensor([lr / (1 - self.config.beta1**step) for lr in lrs]), non_blocking=True)
         correction.fill_((1 - self.config.beta2**step) ** 0.5)
         for name, seed in self._seeds.items():
             seed.fill_(rounding_seed(name, step))
 
     @torch.no_grad()
     def run(
-        self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None, expected: int = 64
-    ) -> tuple[Objective, Tensor]:
-        """The step itself. For topk and batchtopk nothing in it depends on the host, so that a CUDA graph can hold it."""
-        sae, n = self.sae, len(x)
+        self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None, expected: int = 64,
+        capacity: int | None = None,
+    ) -> Outcome:  # fmt: skip
+        """The step itself, on x [N, D] at pos [N]. `dead` bool [S, F]: the latents for AuxK, or None for no AuxK; a
+        dictionary without any has none. `expected` and `capacity` (of all dictionaries together) as in `encode_threshold`;
+        entries that don't fit make the step one that changes nothing. With a capacity, and for topk and batchtopk in any
+        case, nothing depends on the host, so that a CUDA graph can hold it."""
+        sae, s, n = self.sae, self.count, len(x)
         if sae.mask.fixed is not None:
             # Tokens side by side are then at few positions, and tiles that a mask over ranges empties are left out.
             pos, order = pos.sort(stable=True)
             x = x[order]
         x, rows, mask = sae.inputs(x, pos)
-        W_enc, W_dec = (self._shadows.get(w, w).detach() for w in (sae.W_enc, sae.W_dec))
+        mask = self._mask(mask)
+        weights = {name: self._shadows.get(name, weight) for name, weight in self._weights.items()}
         with record_function("temposae::encode"):
-            code, aux, band = self._encode(x, W_enc, mask, rows, dead, expected)
+            code, aux, band = self._encode(x, weights["W_enc"].T, mask, rows, dead, expected, capacity)
+        overflow = None if code.overflow is None else Flag(code.overflow)
+        of_tokens = None if rows is None else rows.repeat(s)
         with record_function("temposae::decode"):
-            found = self._decode(code, W_dec, x, rows)
+            decoded = self._decode(code, weights["W_dec"], x, of_tokens)
         with record_function("temposae::loss"):
-            sums = position_loss(found.squared_error, code, pos, n_positions)
-            loss, aux_loss, scale, penalty = found.loss, None, -2 / n, 0.0
+            apart = torch.arange(s, device=pos.device)[:, None] * n_positions
+            sums = position_loss(decoded.found.squared_error, code, (pos + apart).flatten(), s * n_positions)
+            sums = PositionSums(*(total.view(s, n_positions) for total in sums))
+            loss, aux_loss, scale, penalty = decoded.squared_error.view(s, n).sum(1) / n, None, -2 / n, 0.0
             if sae.cfg.activation == "relu":
                 penalty = sae.cfg.l1_coefficient / n
-                loss = loss + penalty * sums.l1.sum()
+                loss = loss + penalty * sums.l1.sum(1)
             elif band is not None:
                 penalty = sae.cfg.l0_coefficient * sae.cfg.d_in / n
-                loss = loss + penalty * band.is_open.sum()
-        residuals, codes = found.of_entries, [found.code]
-        parts = [self._part(found.code, scale, found.projection, mask, found.rows, 0.0 if band else penalty, band)]
-        if aux is not None:
+                loss = loss + penalty * sums.l0.sum(1)
+        projection = decoded.found.projection
+        l1 = 0.0 if band else penalty
+        parts = [self._part(decoded.code, decoded.of_entries, scale, projection, mask, decoded.rows, l1, band)]
+        if aux is not None and dead is not None:
             with record_function("temposae::aux"):
-                left = reconstruct(aux, W_dec, torch.zeros_like(sae.b_dec), found.residual)
-                weight = sae.aux_weight(x, found.residual)
-                aux_loss = weight * left.squared_error.sum()
-                parts.append(self._part(aux, -2 * weight, left.projection, mask, rows))
-                codes.append(aux)
-                residuals = torch.cat([residuals, left.residual])  # what the second code's N tokens name
+                of_all = decoded.found.residual
+                left = self._reconstruct(aux, weights["W_dec"], torch.zeros_like(self._weights["b_dec"]), of_all)
+                weight = sae.aux_weight(x, of_all.view(s, n, -1), dead)
+                aux_loss = weight * left.squared_error.view(s, n).sum(1)
+                of_each = -2 * weight.repeat_interleave(n)[:, None]
+                parts.append(self._part(aux, left.residual, of_each, left.projection, mask, of_tokens))
         with record_function("temposae::sort"):
-            latents = torch.cat([c.live(c.indices, unused=c.n_latents).flatten() for c in codes])
-            tokens = torch.cat([c.rows.flatten() + i * len(found.of_entries) for i, c in enumerate(codes)])
-            by_latent = LatentMajor.of(latents, tokens, sae.cfg.d_sae)
+            by_latent = None if self.dense else self._by_latent(parts)
         with record_function("temposae::update"):
             small = {}
             if band is not None:
-                _, moved = band.gradients(scale * found.projection, penalty)
-                small["threshold"] = weight_grad(by_latent, moved, moved.new_ones(1, 1))[:, 0]
+                _, moved = band.gradients(scale * projection, penalty)
+                small["threshold"] = self._sum_by_latent(by_latent, parts, [moved])
             if sae.mask.logits is not None and isinstance(mask, Tensor):
                 dmask = sum(part.dmask for part in parts if part.dmask is not None)
                 small["mask.logits"] = dmask * mask * (1 - mask) / sae.mask.temperature
-            norm = self._update(x, residuals, by_latent, parts, small)
-            sae.constrain_threshold()
-        total = loss if aux_loss is None else loss + aux_loss
-        return Objective(total, sums, has_fired(code), aux_loss, sae.least_kept(code)), norm
+            norm = self._update(x, by_latent, parts, small, code.overflow)
+        if aux_loss is not None:
+            loss = loss + aux_loss
+        least = least_kept(code, s) if sae.cfg.activation == "batchtopk" else None
+        entries = None if code.offsets is None else code.offsets[-1]
+        return Outcome(loss, aux_loss, norm, sums, has_fired(code).view(s, -1), least, entries, overflow)
+
+    def _mask(self, mask: Mask | None) -> Mask | None:
+        """That of all dictionaries, given the first one's."""
+        if self._fixed is not None:
+            return self._fixed
+        if isinstance(mask, GaussianMask) and self.count > 1:
+            return mask._replace(centre=torch.cat([each.centre for each in self._masks if each.centre is not None]))
+        return mask
 
     def _encode(
-        self, x: Tensor, W_enc: Tensor, mask: Mask | None, rows: Tensor | None, dead: Tensor | None, expected: int
-    ) -> tuple[SparseCode, SparseCode | None, Band | None]:
+        self, x: Tensor, W_enc: Tensor, mask: Mask | None, rows: Tensor | None, dead: Tensor | None, expected: int,
+        capacity: int | None,
+    ) -> tuple[SparseCode, SparseCode | None, Band | None]:  # fmt: skip
         """The code, that of AuxK, and JumpReLU's band."""
-        sae = self.sae
+        sae, b_enc, b_dec = self.sae, self._weights["b_enc"], self._weights["b_dec"]
         if sae.cfg.activation == "jumprelu":
             band = jumprelu_band(
-                x, W_enc, sae.b_enc, sae.threshold.detach(), sae.b_dec, mask, rows,
-                bandwidth=sae.bandwidth, expected=expected,
+                x, W_enc, b_enc, self._weights["threshold"], b_dec, mask, rows,
+                bandwidth=sae.bandwidth, expected=expected, capacity=capacity, dictionaries=self.count,
             )  # fmt: skip
             return band.code, None, band
         if sae.cfg.activation == "relu":
-            code = encode_threshold(x, W_enc, sae.b_enc, center=sae.b_dec, mask=mask, pos=rows, expected=expected)
+            code = encode_threshold(
+                x, W_enc, b_enc, center=b_dec, mask=mask, pos=rows, expected=expected, capacity=capacity,
+                dictionaries=self.count,
+            )  # fmt: skip
             return code, None, None
         code, aux = encode_topk(
-            x, W_enc, sae.b_enc, sae.cfg.k, center=sae.b_dec, mask=mask, pos=rows,
-            aux_k=sae.aux_k(dead), aux_latents=dead, across_batch=sae.cfg.activation == "batchtopk", fp8=self.config.fp8,
+            x, W_enc, b_enc, sae.cfg.k, center=b_dec, mask=mask, pos=rows,
+            aux_k=sae.aux_k(dead), aux_latents=None if dead is None else dead.flatten(),
+            across_batch=sae.cfg.activation == "batchtopk", fp8=self.config.fp8, dictionaries=self.count,
         )  # fmt: skip
         return code, aux, None
 
@@ -181,23 +270,38 @@ class FusedStep:
         """Loss and residual, and what gradients need of them. With g the groups between the ends of a Matryoshka
         dictionary's prefixes, and r_g what the g-th prefix leaves, the loss is mean_g |r_g|^2 / N; an entry of group g sees
         sum_{h >= g} r_h / G where that of another dictionary sees the residual."""
-        n, b_dec = len(x), self.sae.b_dec.detach()
+        b_dec = self._weights["b_dec"]
         if self.ends is None:
-            found = reconstruct(code, W_dec, b_dec, x)
-            loss = found.squared_error.sum() / n
-            return Decoded(code, rows, loss, found.squared_error, found.residual, found.residual, found.projection)
+            found = self._reconstruct(code, W_dec, b_dec, x)
+            return Decoded(code, rows, found.squared_error, found, found.residual)
         parted, _ = code.grouped(self.ends)
-        residuals = matryoshka_residuals(decode, parted, W_dec, b_dec, x)
+        residuals = matryoshka_residuals(decode, parted, W_dec, b_dec[0], x)
         squared_errors = residuals.square().sum(-1)
         seen = (residuals.flip(0).cumsum(0).flip(0) / len(self.ends)).flatten(0, 1).to(x.dtype)
-        return Decoded(
-            parted, None if rows is None else rows.repeat(len(self.ends)), squared_errors.mean(0).sum() / n,
-            squared_errors[-1], residuals[-1].to(x.dtype), seen, decode_values_grad(parted, W_dec, seen),
-        )  # fmt: skip
+        found = Reconstruction(residuals[-1].to(x.dtype), squared_errors[-1], decode_values_grad(parted, W_dec, seen))
+        rows = None if rows is None else rows.repeat(len(self.ends))
+        return Decoded(parted, rows, squared_errors.mean(0), found, seen)
+
+    def _reconstruct(self, code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Reconstruction:
+        """`reconstruct`, with dense products if they are asked for."""
+        if not self.dense:
+            return reconstruct(code, W_dec, b_dec, target)
+        s, (f, d) = self.count, (self.sae.cfg.d_sae, target.shape[1])
+        of_each, W_dec = target.view(-1, code.n_tokens // s, d) - b_dec.view(s, 1, d), W_dec.view(s, f, d)
+        residual = torch.baddbmm(of_each.to(target.dtype), self._spread(code, code.values), W_dec, alpha=-1)
+        projection = torch.bmm(residual, W_dec.mT).flatten()[code.rows * f + code.live(code.indices) % f]
+        squared_error = torch.linalg.vector_norm(residual, dim=2, dtype=torch.float32).square()
+        return Reconstruction(residual.flatten(0, 1), squared_error.flatten(), code.live(projection.float()))
+
+    def _spread(self, code: SparseCode, values: Tensor) -> Tensor:
+        """Values of the code's entries as [S, N, F], in the products' dtype."""
+        f = self.sae.cfg.d_sae
+        own = replace(code, values=values.to(self.dtype), indices=code.indices % f, n_latents=f, layouts={})
+        return own.to_dense().view(self.count, -1, f)
 
     def _part(
-        self, code: SparseCode, scale: float | Tensor, projection: Tensor, mask: Mask | None, rows: Tensor | None,
-        l1: float = 0.0, band: Band | None = None,
+        self, code: SparseCode, residual: Tensor, scale: float | Tensor, projection: Tensor, mask: Mask | None,
+        rows: Tensor | None, l1: float = 0.0, band: Band | None = None,
     ) -> Part:  # fmt: skip
         """`scale` * projection is the squared error's gradient in the values; `l1` that of a penalty on their sum."""
         dvalues, active = scale * projection + l1, code.values > 0
@@ -213,53 +317,105 @@ class FusedStep:
                 dpre = dpre * gate
         if moved is not None and isinstance(mask, Tensor) and rows is not None:
             dmask = mask_gradient(code, moved, mask, rows)
-        return Part((scale * code.values).flatten(), dpre.flatten(), dmask)
+        return Part(code, residual, scale * code.values, dpre, dmask)
+
+    def _by_latent(self, parts: Sequence[Part]) -> LatentMajor:
+        """The entries of all parts. Tokens of the second are numbered on from the first's, as their residuals are."""
+        firsts = [0, parts[0].code.n_tokens]
+        latents = torch.cat([p.code.live(p.code.indices, unused=p.code.n_latents).flatten() for p in parts])
+        tokens = torch.cat([p.code.rows.flatten() + first for p, first in zip(parts, firsts, strict=False)])
+        return LatentMajor.of(latents, tokens, parts[0].code.n_latents)
+
+    def _sum_by_latent(
+        self, by_latent: LatentMajor | None, parts: Sequence[Part], values: Sequence[Tensor]
+    ) -> Tensor:  # fmt: skip
+        """[S F]: the sums over each latent's entries of all parts, in float32."""
+        if by_latent is None:
+            sums = [self._spread(p.code, v).sum(1, dtype=torch.float32) for p, v in zip(parts, values, strict=True)]
+            return torch.stack(sums).sum(0).flatten()
+        flat = torch.cat([v.flatten() for v in values])
+        return weight_grad(by_latent, flat, flat.new_ones(1, 1))[:, 0]
 
     def _update(
-        self, x: Tensor, rows: Tensor, by_latent: LatentMajor, parts: list[Part], small: dict[str, Tensor]
+        self, x: Tensor, by_latent: LatentMajor | None, parts: Sequence[Part], small: dict[str, Tensor],
+        skip: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """Gradients and Adam for all parameters; gives the norm of the gradient. `rows` are residuals, the first N of them
-        those that b_dec sees; `small` has the gradients of the parameters that only some dictionaries have."""
-        sae, config = self.sae, self.config
-        of_row, of_x = (torch.cat(parts) for parts in list(zip(*parts, strict=True))[:2])
-        W_enc, W_dec, learned = sae.W_enc.detach().T, sae.W_dec.detach(), sae.W_dec.requires_grad
-        b_dec = sae.b_dec.detach()
-        small["b_enc"] = weight_grad(by_latent, of_x, of_x.new_ones(1, 1))[:, 0]
+        """Gradients and Adam for all parameters; gives the norms of the gradients. `small` has the gradients of the
+        parameters that only some dictionaries have."""
+        s, config, learned = self.count, self.config, "W_dec" in self.moments
+        W_enc, b_dec = self._weights["W_enc"], self._weights["b_dec"]
+        small["b_enc"] = self._sum_by_latent(by_latent, parts, [part.of_x for part in parts])
         # b_dec is the decoder's bias and the encoder's centre
-        small["b_dec"] = rows[: len(x)].sum(0, dtype=torch.float32).mul_(-2 / len(x)).sub_(W_enc.T @ small["b_enc"])
-        squares = [grad.square() for grad in small.values()]
+        seen = parts[0].residual[: s * len(x)].view(s, len(x), -1).sum(1, dtype=torch.float32)
+        through_center = torch.bmm(small["b_enc"].view(s, 1, -1), W_enc.view(s, -1, x.shape[1]))[:, 0]
+        small["b_dec"] = seen.mul_(-2 / len(x)).sub_(through_center)
+
+        gradients: dict[str, _Sparse | _Dense] = {}
+        if by_latent is None:
+            centred = (x - b_dec[:, None]).to(x.dtype)
+            gradients = {"W_enc": _Dense([(self._spread(p.code, p.of_x), centred) for p in parts], None)}
+            if learned:
+                of_rows = [(self._spread(p.code, p.of_row), p.residual.view_as(centred)) for p in parts]
+                gradients["W_dec"] = _Dense(of_rows, self._weights["W_dec"])
+        else:
+            of_x = torch.cat([part.of_x.flatten() for part in parts])
+            gradients = {"W_enc": _Sparse(by_latent, of_x, x, b_dec, None)}
+            if learned:
+                of_row = torch.cat([part.of_row.flatten() for part in parts])
+                residuals = torch.cat([part.residual for part in parts]) if len(parts) > 1 else parts[0].residual
+                gradients["W_dec"] = _Sparse(by_latent, of_row, residuals, None, self._weights["W_dec"])
 
         step_size, correction, factor = self._rates
-        factor.fill_(1)
+        norm = factor.fill_(1).new_zeros(s)
         if config.clip_norm is not None:
-            norms = [row_norms(by_latent, of_x, x, center=b_dec)]
-            if learned:
-                norms.append(row_norms(by_latent, of_row, rows, W=W_dec))
-            norm = _total([*norms, *squares])
+            squares = [grad.norms() for grad in gradients.values()] + [grad.square() for grad in small.values()]
+            norm = torch.stack([square.view(s, -1).sum(1) for square in squares]).sum(0).sqrt()
             torch.clamp(config.clip_norm / (norm + 1e-6), max=1, out=factor)  # as clip_grad_norm_ does
-        rates = Rates(step_size, correction, factor, config.beta1, config.beta2)
-
-        shadow = self._shadows.get(sae.W_enc)
-        norms = [
-            adam_rows(
-                W_enc, by_latent, of_x, x, self.moments["W_enc"], rates._replace(seed=self._seeds.get("W_enc")),
-                center=b_dec, shadow=None if shadow is None else shadow.T,
-            )
-        ]  # fmt: skip
-        if learned:
-            norms.append(
-                adam_rows(
-                    W_dec, by_latent, of_row, rows, self.moments["W_dec"],
-                    rates._replace(seed=self._seeds.get("W_dec")),
-                    unit_norm=True, shadow=self._shadows.get(sae.W_dec),
-                )
-            )  # fmt: skip
+        rates = Rates(step_size, correction, factor, config.beta1, config.beta2, skip=skip)
+        for name, grad in gradients.items():
+            rounded = rates._replace(seed=self._seeds.get(name))
+            grad.update(self._weights[name], self.moments[name], rounded, self._shadows.get(name))
         for name, grad in small.items():
-            pace = self.paces[name]
-            paced = rates if pace == 1 else rates._replace(step_size=pace * step_size)
-            adam(sae.get_parameter(name).detach(), grad, self.moments[name], paced)
-        return _total([*norms, *squares])
+            paced = rates if self.paces[name] == 1 else rates._replace(step_size=self.paces[name] * step_size)
+            adam(self._weights[name], grad, self.moments[name], paced)
+        if "threshold" in small:
+            self._weights["threshold"].clamp_min_(0)
+        return norm
 
 
-def _total(squares: list[Tensor]) -> Tensor:
-    return torch.stack([part.sum() for part in squares]).sum().sqrt()
+class _Sparse(NamedTuple):
+    """The gradient of a large weight [S F, D] by its entries; with W, of unit rows, only what is across them counts.
+    `norms` are squared, [S F]."""
+
+    entries: LatentMajor
+    values: Tensor
+    rows: Tensor
+    center: Tensor | None
+    W: Tensor | None
+
+    def norms(self) -> Tensor:
+        return row_norms(self.entries, self.values, self.rows, center=self.center, W=self.W)
+
+    def update(self, weight: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None) -> None:
+        adam_rows(
+            weight, self.entries, self.values, self.rows, moments, rates,
+            center=self.center, unit_norm=self.W is not None, shadow=shadow,
+        )  # fmt: skip
+
+
+class _Dense:
+    """The same as a sum of products a^T b, of a [S, N, F] and b [S, N, D]."""
+
+    def __init__(self, products: Sequence[tuple[Tensor, Tensor]], W: Tensor | None):
+        (a, b), *others = products
+        grad = torch.bmm(a.mT, b)
+        for a, b in others:
+            grad.baddbmm_(a.mT, b)
+        self.grad, self.W = grad.flatten(0, 1), W
+
+    def norms(self) -> Tensor:
+        squares = torch.linalg.vector_norm(self.grad, dim=1, dtype=torch.float32).square()
+        return squares if self.W is None else (squares - (self.grad * self.W).sum(1).square()).clamp_min(0)
+
+    def update(self, weight: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None) -> None:
+        adam(weight, self.grad, moments, rates, unit_norm=self.W is not None, shadow=shadow)

@@ -13,6 +13,14 @@ def check_shape(name: str, tensor: Tensor, **dims: int) -> None:
         raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
 
 
+def check_runs(name: str, tensor: Tensor, d: int, rows: int) -> None:
+    """Raise unless `tensor` is [D], or [S, D] with one row for each of S equal runs of so many rows."""
+    if tensor.dim() != 2 or not len(tensor) or rows % len(tensor):
+        check_shape(name, tensor, D=d)
+    else:
+        check_shape(name, tensor, S=len(tensor), D=d)
+
+
 def check_floating(**tensors: Tensor | None) -> None:
     """Raise unless every tensor given is of a floating dtype."""
     for name, tensor in tensors.items():

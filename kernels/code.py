@@ -62,6 +62,26 @@ class SparseCode:
         if self.offsets is not None and (self.offsets.dtype != torch.int64 or self.offsets.dim() != 1):
             raise ValueError(f"offsets must be int64 [N+1], got {self.offsets.dtype} {list(self.offsets.shape)}")
 
+    @classmethod
+    def side_by_side(cls, codes: list["SparseCode"]) -> "SparseCode":
+        """Codes of S dictionaries of F latents on the same N tokens as one over S F latents and S N tokens, token s N + n
+        being the n-th as the s-th dictionary sees it."""
+        if len(codes) == 1:
+            return codes[0]
+        f = codes[0].n_latents
+        values = torch.cat([code.values for code in codes])
+        indices = torch.cat([code.indices + nth * f for nth, code in enumerate(codes)])
+        offsets = overflow = None
+        if codes[0].offsets is not None:
+            unused = torch.cat([code.live(torch.zeros_like(code.indices), unused=1) for code in codes])
+            order = unused.sort(stable=True).indices  # they come last
+            values, indices = values[order], indices[order]
+            counts = torch.cat([code.offsets.diff() for code in codes if code.offsets is not None])
+            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            flags = [code.overflow for code in codes if code.overflow is not None]
+            overflow = torch.stack(flags).any() if flags else None
+        return cls(values, indices, len(codes) * f, offsets, overflow)
+
     @property
     def ragged(self) -> bool:
         return self.offsets is not None

@@ -30,7 +30,7 @@ CONFIGS[80] = {
     "adam_rows": dict(BLOCK_E=2, STAGES=2, num_warps=8),
     "adam_rows_small": dict(BLOCK_E=1, STAGES=3, num_warps=8),
     "adam": dict(BLOCK=1024, num_warps=4),
-    "adam_narrow": dict(num_warps=8),
+    "adam_matrix": dict(num_warps=8),
     "token_loss": dict(BLOCK=1024, num_warps=4),
     "position_sum": dict(BLOCK_N=1024, num_warps=4),
 }

@@ -55,14 +55,15 @@ class Moments(NamedTuple):
 
 class Rates(NamedTuple):
     """Adam's settings for one step. Those that change from step to step lie on the device, so that a captured graph of the
-    step can be replayed.
+    step can be replayed. Of S dictionaries one below the other, each has its own: [S] for S equal runs of rows.
 
-    step_size   scalar tensor: lr / (1 - beta1^t)
-    correction  scalar tensor: sqrt(1 - beta2^t)
-    factor      scalar tensor: what the gradient is multiplied by first, for clipping
-    seed        scalar tensor, int32, for narrow moments only: another one in each step and for each parameter. An element's
-                random bits follow from seed + row and from its column; rows of a larger parameter from the r-th on are
-                rounded as there with seed + r.
+    step_size   scalar tensor, or [S]: lr / (1 - beta1^t)
+    correction  the same: sqrt(1 - beta2^t)
+    factor      the same: what the gradient is multiplied by first, for clipping
+    seed        the same, int32, for narrow moments only: another one in each step and for each parameter. An element's
+                random bits follow from seed + row (of its run) and from its column; rows of a larger parameter from the
+                r-th on are rounded as there with seed + r.
+    skip        scalar tensor, bool: if true, nothing is changed; None for false
     """
 
     step_size: Tensor
@@ -72,6 +73,7 @@ class Rates(NamedTuple):
     beta2: float = 0.999
     eps: float = 1e-8
     seed: Tensor | None = None
+    skip: Tensor | None = None
 
 
 def adam(
@@ -80,6 +82,7 @@ def adam(
     moments: Moments,
     rates: Rates,
     *,
+    unit_norm: bool = False,
     shadow: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
@@ -91,18 +94,20 @@ def adam(
     parameter  -= step_size * exp_avg / (sqrt(exp_avg_sq) / correction + eps)
 
     parameter float32 (or float64), contiguous; grad of its shape, any floating dtype; shadow of its shape, any floating
-    dtype, is given the new values. Narrow `Moments` are rounded after the parameter has moved. Raises ValueError for shapes,
-    dtypes or devices that do not fit.
+    dtype, is given the new values. Narrow `Moments` are rounded after the parameter has moved. With `unit_norm`, the rows of
+    a parameter [F, D] have norm 1 and keep it: the part of each row's gradient g along the row w, <g, w> w, is taken away
+    before the step, and the row is divided by its norm after. Raises ValueError for shapes, dtypes or devices that do not
+    fit.
     """
-    _check(parameter, moments, rates, shadow)
+    _check(parameter, moments, rates, shadow, matrix=unit_norm)
     if grad.shape != parameter.shape:
         raise ValueError(f"grad must have the parameter's shape {list(parameter.shape)}, got {list(grad.shape)}")
     if choose("adam", parameter, grad, backend=backend) == "triton":
         from . import triton
 
-        triton.adam(parameter, grad, moments, rates, shadow)
+        triton.adam(parameter, grad, moments, rates, unit_norm, shadow)
     else:
-        reference.adam(parameter, grad, moments, rates, shadow)
+        reference.adam(parameter, grad, moments, rates, unit_norm, shadow)
 
 
 def adam_rows(
@@ -120,9 +125,8 @@ def adam_rows(
 ) -> Tensor:
     """`adam` on W [F, D] with the gradient weight_grad(entries, values, rows, center=center), without storing it.
 
-    With `unit_norm`, the rows of W have norm 1 and keep it: the part of each row's gradient g along the row, <g, W[j]> W[j],
-    is taken away before the step, and the row is divided by its norm after. Latents without entries have a zero gradient;
-    their moments decay and they move on as plain Adam has it. Returns |g_j|^2 [F], as `row_norms`.
+    Latents without entries have a zero gradient; their moments decay and they move on as plain Adam has it. Returns
+    |g_j|^2 [F], as `row_norms`; if `rates.skip` is true, nothing of use.
     """
     _check(W, moments, rates, shadow)
     check_entries(entries, values, rows, center)
@@ -167,11 +171,12 @@ def cost(
     return Cost(2.0 * nnz * d + 12.0 * f * d, nnz * (d * itemsize + 16) + state + again)
 
 
-def _check(parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None) -> None:
+def _check(parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None, matrix: bool = False) -> None:
     tensors = {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq, "shadow": shadow}
     dtypes = moments.exp_avg.dtype, moments.exp_avg_sq.dtype
     if dtypes in ((torch.bfloat16, torch.bfloat16), (torch.int8, torch.uint8)):
         _check_narrow(parameter, moments, rates)
+        matrix = True
     elif dtypes != (parameter.dtype, parameter.dtype):
         raise ValueError(
             f"moments must be two of the parameter's dtype ({parameter.dtype}), two of torch.bfloat16, or torch.int8 "
@@ -185,14 +190,19 @@ def _check(parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | N
     for name, tensor in {"parameter": parameter, **tensors}.items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    check_one_device(parameter=parameter, **tensors, scales=moments.scales, step_size=rates.step_size, seed=rates.seed)
+    if matrix and parameter.ndim != 2:
+        raise ValueError(f"parameter must be [F, D] for unit_norm and for narrow moments, got {list(parameter.shape)}")
+    runs = {rate.shape for rate in (*rates[:3], rates.seed) if rate is not None}
+    rows = len(parameter) if parameter.ndim else 1
+    if len(runs) > 1 or any(len(run) > 1 or (run and (not run[0] or rows % run[0])) for run in runs):
+        raise ValueError(f"rates must be scalars, or [S] with S a divisor of {rows}, got {[list(run) for run in runs]}")
+    tensors |= dict(scales=moments.scales, step_size=rates.step_size, seed=rates.seed, skip=rates.skip)
+    check_one_device(parameter=parameter, **tensors)
 
 
 def _check_narrow(parameter: Tensor, moments: Moments, rates: Rates) -> None:
-    if parameter.ndim != 2:
-        raise ValueError(f"parameter must be [F, D] for {moments.exp_avg.dtype} moments, got {list(parameter.shape)}")
     if rates.seed is None or rates.seed.dtype != torch.int32:
-        raise ValueError(f"rates.seed must be an int32 scalar for {moments.exp_avg.dtype} moments, got {rates.seed}")
+        raise ValueError(f"rates.seed must be int32 for {moments.exp_avg.dtype} moments, got {rates.seed}")
     if (moments.scales is not None) != (moments.exp_avg.dtype == torch.int8):
         raise ValueError("scales must be given for 8-bit moments, and for no others")
     if moments.scales is not None:

@@ -17,13 +17,21 @@ SQUARE_ZERO, SQUARE_LARGEST = -31, 255
 LEAST = 1e-30
 
 
-def adam(parameter: Tensor, grad: Tensor, moments: "Moments", rates: "Rates", shadow: Tensor | None) -> None:
-    grad = grad.to(parameter.dtype) * rates.factor
+def adam(
+    parameter: Tensor, grad: Tensor, moments: "Moments", rates: "Rates", unit_norm: bool, shadow: Tensor | None
+) -> None:
+    if rates.skip is not None and rates.skip:
+        return
+    grad = _across(grad.to(parameter.dtype), parameter) if unit_norm else grad.to(parameter.dtype)
+    step_size, correction, factor = (_of_elements(rate, parameter) for rate in rates[:3])
+    grad = grad * factor
     mean, square = (moment.to(parameter.dtype) for moment in widen(moments))
     mean = rates.beta1 * mean + (1 - rates.beta1) * grad
     square = rates.beta2 * square + (1 - rates.beta2) * grad.square()
-    parameter -= rates.step_size * mean / (square.sqrt() / rates.correction + rates.eps)
+    parameter -= step_size * mean / (square.sqrt() / correction + rates.eps)
     _store(moments, mean, square, rates.seed)
+    if unit_norm:
+        parameter /= parameter.norm(dim=1, keepdim=True)
     if shadow is not None:
         shadow.copy_(parameter)
 
@@ -32,17 +40,15 @@ def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: "Moments", rates: "Rates",
     center: Tensor | None, unit_norm: bool, shadow: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    grad = _gradient(entries, values, rows, center, W if unit_norm else None)
-    adam(W, grad, moments, rates, None)
-    if unit_norm:
-        W /= W.norm(dim=1, keepdim=True)
-    if shadow is not None:
-        shadow.copy_(W)
-    return grad.square().sum(1)
+    grad = weight_grad(entries, values, rows, center)
+    norms = (_across(grad, W) if unit_norm else grad).square().sum(1)
+    adam(W, grad, moments, rates, unit_norm, shadow)
+    return norms
 
 
 def row_norms(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None) -> Tensor:
-    return _gradient(entries, values, rows, center, W).square().sum(1)
+    grad = weight_grad(entries, values, rows, center)
+    return (grad if W is None else _across(grad, W)).square().sum(1)
 
 
 def widen(moments: "Moments") -> tuple[Tensor, Tensor]:
@@ -60,7 +66,7 @@ def _store(moments: "Moments", mean: Tensor, square: Tensor, seed: Tensor | None
         moments.exp_avg_sq.copy_(square)
         return
     mean, square = mean.float(), square.float()
-    bits = _random_bits(seed, *mean.shape)
+    bits = torch.cat([_random_bits(run, len(mean) // seed.numel(), mean.shape[1]) for run in seed.view(-1)])
     for_mean, for_square = bits & 0xFFFF, bits >> 16 & 0xFFFF
     if moments.scales is None:
         for moment, value, added in ((moments.exp_avg, mean, for_mean), (moments.exp_avg_sq, square, for_square)):
@@ -100,8 +106,13 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16 & 0xFFFF)
 
 
-def _gradient(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None) -> Tensor:
-    grad = weight_grad(entries, values, rows, center)
-    if W is None:
-        return grad
+def _across(grad: Tensor, W: Tensor) -> Tensor:
+    """The gradient without the part along each row of W."""
     return grad - (grad * W).sum(1, keepdim=True) * W
+
+
+def _of_elements(rate: Tensor, parameter: Tensor) -> Tensor:
+    """The rate of each element, for one rate or one for each of S equal runs of rows."""
+    if rate.dim() == 0:
+        return rate
+    return rate.repeat_interleave(len(parameter) // len(rate)).view(-1, *[1] * (parameter.dim() - 1))

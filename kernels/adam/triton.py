@@ -70,9 +70,9 @@ def load_moments(m_ptrs, v_ptrs, m_scale, v_scale, inside, BITS: tl.constexpr):
 
 
 @triton.jit
-def store_moments(m, v, m_ptrs, v_ptrs, m_inverse, v_inverse, seed_ptr, row, columns, inside, BITS: tl.constexpr):
+def store_moments(m, v, m_ptrs, v_ptrs, m_inverse, v_inverse, of_row, columns, inside, BITS: tl.constexpr):
     if BITS < 32:
-        bits = mix(mix(tl.load(seed_ptr) + row.to(tl.int32)) ^ columns)
+        bits = mix(of_row ^ columns)
     if BITS == 8:
         code = code_of(tl.abs(m), m_inverse, bits & 0xFFFF, MEAN_ZERO, MEAN_LARGEST)
         tl.store(m_ptrs, tl.where(m < 0, -code, code).to(tl.int8), mask=inside)
@@ -90,13 +90,17 @@ def store_moments(m, v, m_ptrs, v_ptrs, m_inverse, v_inverse, seed_ptr, row, col
 def update_row(
     row, w_high, w_low, grad_high, grad_low, high, low,
     w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
-    D, beta1, beta2, new1, new2, eps,
+    D, RUN, beta1, beta2, new1, new2, eps,
     UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Adam on one row of weights [F, D], in two pieces of columns."""
-    step_size = tl.load(step_size_ptr)
-    correction = tl.load(correction_ptr)
-    factor = tl.load(factor_ptr)
+    """Adam on one row of weights [F, D], in two pieces of columns. Runs of RUN rows have rates of their own."""
+    run = row.to(tl.int32) // RUN
+    step_size = tl.load(step_size_ptr + run)
+    correction = tl.load(correction_ptr + run)
+    factor = tl.load(factor_ptr + run)
+    of_row = 0
+    if BITS < 32:
+        of_row = mix(tl.load(seed_ptr + run) + row.to(tl.int32) % RUN)
     m_ptr += row * D
     v_ptr += row * D
     m_scale = 1.0
@@ -110,14 +114,14 @@ def update_row(
         step_size, correction, factor, beta1, beta2, new1, new2, eps,
     )  # fmt: skip
     if BITS > 8:  # there is no scale to wait for, and their registers are wanted
-        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, 1.0, 1.0, seed_ptr, row, high, high < D, BITS)
+        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, 1.0, 1.0, of_row, high, high < D, BITS)
     m_low, v_low = load_moments(m_ptr + low, v_ptr + low, m_scale, v_scale, low < D, BITS)
     w_low, m_low, v_low = step(
         w_low, grad_low, m_low, v_low, low < D,
         step_size, correction, factor, beta1, beta2, new1, new2, eps,
     )  # fmt: skip
     if BITS > 8:
-        store_moments(m_low, v_low, m_ptr + low, v_ptr + low, 1.0, 1.0, seed_ptr, row, low, low < D, BITS)
+        store_moments(m_low, v_low, m_ptr + low, v_ptr + low, 1.0, 1.0, of_row, low, low < D, BITS)
     else:
         largest = tl.maximum(tl.max(tl.abs(m_high), 0), tl.max(tl.abs(m_low), 0))
         m_scale = tl.maximum(largest, LEAST) / (1.875 - 2.0**MEAN_ZERO)
@@ -127,10 +131,8 @@ def update_row(
         tl.store(scales_ptr + 2 * row + 1, v_scale)
         m_inverse = 1 / m_scale
         v_inverse = 1 / v_scale
-        store_moments(
-            m_high, v_high, m_ptr + high, v_ptr + high, m_inverse, v_inverse, seed_ptr, row, high, high < D, BITS
-        )
-        store_moments(m_low, v_low, m_ptr + low, v_ptr + low, m_inverse, v_inverse, seed_ptr, row, low, low < D, BITS)
+        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, m_inverse, v_inverse, of_row, high, high < D, BITS)
+        store_moments(m_low, v_low, m_ptr + low, v_ptr + low, m_inverse, v_inverse, of_row, low, low < D, BITS)
     if UNIT_NORM:
         norm = tl.sqrt(tl.sum(w_high * w_high, 0) + tl.sum(w_low * w_low, 0))
         w_high = w_high / norm
@@ -145,56 +147,70 @@ def update_row(
 
 @triton.jit
 def adam_kernel(
-    w_ptr, grad_ptr, m_ptr, v_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr,
-    SIZE, beta1, beta2, new1, new2, eps,
-    HAS_SHADOW: tl.constexpr, BLOCK: tl.constexpr,
+    w_ptr, grad_ptr, m_ptr, v_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, skip_ptr,
+    SIZE, RUN, beta1, beta2, new1, new2, eps,
+    HAS_SHADOW: tl.constexpr, HAS_SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    if HAS_SKIP:  # noqa: SIM102 - known when compiling
+        if tl.load(skip_ptr) != 0:
+            return
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    run = (at // RUN).to(tl.int32)
     inside = at < SIZE
     w = tl.load(w_ptr + at, mask=inside, other=0.0)
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     m, v = load_moments(m_ptr + at, v_ptr + at, 1.0, 1.0, inside, 32)
-    w, m, v = step(
-        w, grad, m, v, inside,
-        tl.load(step_size_ptr), tl.load(correction_ptr), tl.load(factor_ptr), beta1, beta2, new1, new2, eps,
-    )  # fmt: skip
-    store_moments(m, v, m_ptr + at, v_ptr + at, 1.0, 1.0, w_ptr, at, at, inside, 32)
+    step_size = tl.load(step_size_ptr + run, mask=inside, other=0.0)
+    correction = tl.load(correction_ptr + run, mask=inside, other=1.0)
+    factor = tl.load(factor_ptr + run, mask=inside, other=0.0)
+    w, m, v = step(w, grad, m, v, inside, step_size, correction, factor, beta1, beta2, new1, new2, eps)
+    store_moments(m, v, m_ptr + at, v_ptr + at, 1.0, 1.0, 0, at, inside, 32)
     tl.store(w_ptr + at, w, mask=inside)
     if HAS_SHADOW:
         tl.store(shadow_ptr + at, w.to(shadow_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def adam_narrow_kernel(
-    w_ptr, grad_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
-    D, beta1, beta2, new1, new2, eps,
-    HAS_SHADOW: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+def adam_matrix_kernel(
+    w_ptr, grad_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr,
+    D, RUN, beta1, beta2, new1, new2, eps,
+    UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_SKIP: tl.constexpr, BITS: tl.constexpr,
+    HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
+    if HAS_SKIP:  # noqa: SIM102 - known when compiling
+        if tl.load(skip_ptr) != 0:
+            return
     row = tl.program_id(0).to(tl.int64)
     high = tl.arange(0, HIGH)
     low = HIGH + tl.arange(0, LOW)
+    w_high = tl.load(w_ptr + row * D + high, mask=high < D, other=0.0)
+    w_low = tl.load(w_ptr + row * D + low, mask=low < D, other=0.0)
+    grad_high = tl.load(grad_ptr + row * D + high, mask=high < D, other=0.0).to(tl.float32)
+    grad_low = tl.load(grad_ptr + row * D + low, mask=low < D, other=0.0).to(tl.float32)
+    if UNIT_NORM:
+        along = tl.sum(grad_high * w_high, 0) + tl.sum(grad_low * w_low, 0)
+        grad_high -= along * w_high
+        grad_low -= along * w_low
     update_row(
-        row,
-        tl.load(w_ptr + row * D + high, mask=high < D, other=0.0),
-        tl.load(w_ptr + row * D + low, mask=low < D, other=0.0),
-        tl.load(grad_ptr + row * D + high, mask=high < D, other=0.0).to(tl.float32),
-        tl.load(grad_ptr + row * D + low, mask=low < D, other=0.0).to(tl.float32),
-        high, low,
+        row, w_high, w_low, grad_high, grad_low, high, low,
         w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
-        D, beta1, beta2, new1, new2, eps, False, HAS_SHADOW, BITS,
+        D, RUN, beta1, beta2, new1, new2, eps, UNIT_NORM, HAS_SHADOW, BITS,
     )  # fmt: skip
 
 
 @triton.jit
 def adam_rows_kernel(
     values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, center_ptr, ones_ptr,
-    w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, norms_ptr,
-    M, D, stride_row, beta1, beta2, new1, new2, eps,
+    w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr, norms_ptr,
+    M, D, stride_row, CENTER_RUN, RUN, beta1, beta2, new1, new2, eps,
     HAS_CENTER: tl.constexpr, UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_SHADOW: tl.constexpr,
-    BITS: tl.constexpr,
+    HAS_SKIP: tl.constexpr, BITS: tl.constexpr,
     HIGH: tl.constexpr, LOW: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    if HAS_SKIP:  # noqa: SIM102 - known when compiling
+        if tl.load(skip_ptr) != 0:
+            return
     # A row lies in two pieces, HIGH and LOW wide, both powers of two: 2304 = 2048 + 256 wastes nothing.
     latent = tl.program_id(0).to(tl.int64)
     high = tl.arange(0, HIGH)
@@ -209,6 +225,7 @@ def adam_rows_kernel(
     )  # fmt: skip
     if HAS_CENTER:
         ones = tl.load(ones_ptr + latent)
+        center_ptr += tl.program_id(0) // CENTER_RUN * D
         grad_high -= ones * tl.load(center_ptr + high, mask=high < D, other=0.0).to(tl.float32)
         grad_low -= ones * tl.load(center_ptr + low, mask=low < D, other=0.0).to(tl.float32)
     if UPDATE | UNIT_NORM:
@@ -223,25 +240,29 @@ def adam_rows_kernel(
         update_row(
             latent, w_high, w_low, grad_high, grad_low, high, low,
             w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
-            D, beta1, beta2, new1, new2, eps, UNIT_NORM, HAS_SHADOW, BITS,
+            D, RUN, beta1, beta2, new1, new2, eps, UNIT_NORM, HAS_SHADOW, BITS,
         )  # fmt: skip
 
 
-def adam(parameter: Tensor, grad: Tensor, moments: "Moments", rates: "Rates", shadow: Tensor | None) -> None:
+def adam(
+    parameter: Tensor, grad: Tensor, moments: "Moments", rates: "Rates", unit_norm: bool, shadow: Tensor | None
+) -> None:
+    if not parameter.numel():
+        return
     tensors, numbers, flags = _arguments(parameter, moments, rates, shadow)
-    if flags["BITS"] == 32:
-        options = launch_options("adam", parameter)
-        w, m, v, _, shadow_or_w, *scalars, _ = tensors
-        adam_kernel[(triton.cdiv(parameter.numel(), options["BLOCK"]),)](
-            w, grad.contiguous(), m, v, shadow_or_w, *scalars, parameter.numel(), *numbers,
-            HAS_SHADOW=flags["HAS_SHADOW"], **options,
-        )  # fmt: skip
-    elif parameter.numel():
+    size, runs, grad = parameter.numel(), rates.step_size.numel(), grad.contiguous()
+    if unit_norm or flags["BITS"] < 32:
         f, d = parameter.shape
         high, low = pieces(d)
-        adam_narrow_kernel[(f,)](
-            parameter, grad.contiguous(), *tensors[1:], d, *numbers, **flags, HIGH=high, LOW=low,
-            **launch_options("adam_narrow", parameter),
+        adam_matrix_kernel[(f,)](
+            parameter, grad, *tensors[1:], d, f // runs, *numbers,
+            UNIT_NORM=unit_norm, **flags, HIGH=high, LOW=low, **launch_options("adam_matrix", parameter),
+        )  # fmt: skip
+    else:
+        options, (w, m, v, _, shadow_or_w, *rates_of_runs, _, skip) = launch_options("adam", parameter), tensors
+        adam_kernel[(triton.cdiv(size, options["BLOCK"]),)](
+            w, grad, m, v, shadow_or_w, *rates_of_runs, skip, size, size // runs, *numbers,
+            HAS_SHADOW=flags["HAS_SHADOW"], HAS_SKIP=flags["HAS_SKIP"], **options,
         )  # fmt: skip
 
 
@@ -250,13 +271,14 @@ def adam_rows(
     center: Tensor | None, unit_norm: bool, shadow: Tensor | None,
 ) -> Tensor:  # fmt: skip
     tensors, numbers, flags = _arguments(W, moments, rates, shadow)
+    numbers = (len(W) // rates.step_size.numel(), *numbers)
     return _launch(entries, values, rows, center, tensors, numbers, UNIT_NORM=unit_norm, UPDATE=True, **flags)
 
 
 def row_norms(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None) -> Tensor:
     return _launch(
-        entries, values, rows, center, (rows if W is None else W, *[rows] * 8), (0.0,) * 5,
-        UNIT_NORM=W is not None, UPDATE=False, HAS_SHADOW=False, BITS=32,
+        entries, values, rows, center, (rows if W is None else W, *[rows] * 9), (1, *[0.0] * 5),
+        UNIT_NORM=W is not None, UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False, BITS=32,
     )  # fmt: skip
 
 
@@ -264,12 +286,13 @@ def _arguments(
     W: Tensor, moments: "Moments", rates: "Rates", shadow: Tensor | None
 ) -> tuple[tuple[Tensor, ...], tuple[float, ...], dict[str, int]]:
     """What the kernels take, in their order: pointers, numbers, flags. W stands for what isn't there."""
-    exp_avg, exp_avg_sq, scales, shadow_or_w, seed = (
-        W if tensor is None else tensor for tensor in (*moments, shadow, rates.seed)
+    exp_avg, exp_avg_sq, scales, shadow_or_w, seed, skip = (
+        W if tensor is None else tensor for tensor in (*moments, shadow, rates.seed, rates.skip)
     )
-    tensors = (W, exp_avg, exp_avg_sq, scales, shadow_or_w, rates.step_size, rates.correction, rates.factor, seed)
+    tensors = (W, exp_avg, exp_avg_sq, scales, shadow_or_w, rates.step_size, rates.correction, rates.factor, seed, skip)
     numbers = (rates.beta1, rates.beta2, 1 - rates.beta1, 1 - rates.beta2, rates.eps)
-    return tensors, numbers, dict(HAS_SHADOW=shadow is not None, BITS=8 * exp_avg.element_size())
+    flags = dict(HAS_SHADOW=shadow is not None, HAS_SKIP=rates.skip is not None, BITS=8 * exp_avg.element_size())
+    return tensors, numbers, flags
 
 
 def _launch(
@@ -287,7 +310,7 @@ def _launch(
     adam_rows_kernel[(f,)](
         values, entries.order, entries.tokens, entries.latent_offsets, rows, windows,
         rows if center is None else center.contiguous(), sums,
-        *tensors, norms, m, d, rows.stride(0), *numbers,
+        *tensors, norms, m, d, rows.stride(0), f // (1 if center is None else center.numel() // d), *numbers,
         HAS_CENTER=center is not None, HIGH=high, LOW=low, SPLIT=split, **flags, **options,
     )  # fmt: skip
     return norms

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import check_floating, check_one_device, check_shape
+from ..checks import check_floating, check_one_device, check_runs, check_shape
 from ..code import SparseCode
 from ..cost import Cost
 from . import reference
@@ -18,18 +18,18 @@ def decode(
 
     code    fixed K or ragged, over F latents
     W_dec   [F, D]  any floating dtype; read row by row, so fastest when contiguous
-    b_dec   [D]     any floating dtype
-    target  [N, D]  any floating dtype
+    b_dec   [D], any floating dtype; or [S, D]: one for each of S equal runs of tokens
+    target  [N, D], any floating dtype; or [M, D], M a divisor of N: token n's is row n modulo M
 
     Returns x_hat [N, D] in W_dec's dtype, or with a target the residual target - x_hat in the target's dtype. Summed and
     subtracted in float32 (float64 for float64) and rounded once. A token without entries decodes to b_dec. Indices are
     trusted to lie in [0, F). Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     d = _check_decoder(code, W_dec)
-    check_shape("b_dec", b_dec, D=d)
+    check_runs("b_dec", b_dec, d, code.n_tokens)
     check_floating(b_dec=b_dec, target=target)
     if target is not None:
-        check_shape("target", target, N=code.n_tokens, D=d)
+        _check_target(code, target, d)
     check_one_device(code=code.values, W_dec=W_dec, b_dec=b_dec, target=target)
     tensors = [t for t in (W_dec, code.values, b_dec, target) if t is not None]
     if choose("decode", *tensors, cost=_cost_of(code, W_dec), backend=backend) == "triton":
@@ -61,9 +61,9 @@ def reconstruct(
     devices that do not fit.
     """
     d = _check_decoder(code, W_dec)
-    check_shape("b_dec", b_dec, D=d)
+    check_runs("b_dec", b_dec, d, code.n_tokens)
     check_floating(b_dec=b_dec, target=target)
-    check_shape("target", target, N=code.n_tokens, D=d)
+    _check_target(code, target, d)
     check_one_device(code=code.values, W_dec=W_dec, b_dec=b_dec, target=target)
     cost = _cost_of(code, W_dec)
     run = reference.reconstruct
@@ -97,6 +97,13 @@ def cost(n: int, d: int, f: int, nnz: int, *, itemsize: int = 2, backend: str = 
     widened = 0 if backend == "triton" or itemsize >= 4 else f * d * (itemsize + 4)
     element = itemsize if backend == "triton" else max(itemsize, 4)
     return Cost(2.0 * nnz * d, nnz * (d * element + 4 + itemsize) + 2 * n * d * itemsize + widened)
+
+
+def _check_target(code: SparseCode, target: Tensor, d: int) -> None:
+    n = code.n_tokens
+    if target.dim() != 2 or not len(target) or n % len(target):
+        check_shape("target", target, N=n, D=d)
+    check_shape("target", target, M=len(target), D=d)
 
 
 def _cost_of(code: SparseCode, W_dec: Tensor):

@@ -11,18 +11,26 @@ def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None
     x_hat = _decode(code, W_dec, b_dec)
     if target is None:
         return x_hat.to(W_dec.dtype)
-    return (target.to(x_hat.dtype) - x_hat).to(target.dtype)
+    return (_for_each(x_hat, target) - x_hat).to(target.dtype)
 
 
 def _decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     wide = accumulation_dtype(W_dec)
     values = code.live(code.values).flatten().to(wide)
-    return weighted_bags(W_dec.to(wide), code.live(code.indices).flatten(), values, _starts(code)) + b_dec.to(wide)
+    x_hat = weighted_bags(W_dec.to(wide), code.live(code.indices).flatten(), values, _starts(code))
+    if b_dec.dim() == 2:
+        b_dec = b_dec.repeat_interleave(code.n_tokens // len(b_dec), 0)
+    return x_hat + b_dec.to(wide)
+
+
+def _for_each(x_hat: Tensor, target: Tensor) -> Tensor:
+    """The target of every row of x_hat."""
+    return target.to(x_hat.dtype).repeat(len(x_hat) // len(target), 1)
 
 
 def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x_hat = _decode(code, W_dec, b_dec)
-    residual = target.to(x_hat.dtype) - x_hat
+    residual = _for_each(x_hat, target) - x_hat
     return residual.to(target.dtype), residual.square().sum(1), _dots(code, W_dec, residual)
 
 

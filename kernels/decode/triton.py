@@ -33,7 +33,7 @@ def gather(values_ptr, indices_ptr, w_ptr, first, nth, count, dims, D, stride_w)
 @triton.jit
 def decode_kernel(
     values_ptr, indices_ptr, offsets_ptr, w_ptr, b_ptr, target_ptr, out_ptr,
-    D, K, stride_w, stride_target,
+    M, RUN, D, K, stride_w, stride_target,
     RAGGED: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -49,9 +49,10 @@ def decode_kernel(
         values, w = gather(values_ptr, indices_ptr, w_ptr, first, nth, count, dims, D, stride_w)
         acc += values[:, None] * w.to(tl.float32)
 
+    b_ptr += token // RUN * D
     x_hat = tl.sum(acc, 0) + tl.load(b_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
     if RESIDUAL:
-        target = tl.load(target_ptr + token * stride_target + dims, mask=dims < D, other=0.0)
+        target = tl.load(target_ptr + token % M * stride_target + dims, mask=dims < D, other=0.0)
         x_hat = target.to(tl.float32) - x_hat
     tl.store(out_ptr + token * D + dims, x_hat.to(out_ptr.dtype.element_ty), mask=dims < D)
 
@@ -59,7 +60,7 @@ def decode_kernel(
 @triton.jit
 def reconstruct_kernel(
     values_ptr, indices_ptr, offsets_ptr, w_ptr, b_ptr, target_ptr, residual_ptr, error_ptr, projection_ptr,
-    N, D, K, CAPACITY, stride_w, stride_target,
+    N, M, RUN, D, K, CAPACITY, stride_w, stride_target,
     RAGGED: tl.constexpr, ONCE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -77,8 +78,8 @@ def reconstruct_kernel(
             values, w = gather(values_ptr, indices_ptr, w_ptr, first, start + nth, count, dims, D, stride_w)
             acc += values[:, None] * w.to(tl.float32)
         x_hat = tl.sum(acc, 0)
-    x_hat += tl.load(b_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
-    target = tl.load(target_ptr + token * stride_target + dims, mask=dims < D, other=0.0).to(tl.float32)
+    x_hat += tl.load(b_ptr + token // RUN * D + dims, mask=dims < D, other=0.0).to(tl.float32)
+    target = tl.load(target_ptr + token % M * stride_target + dims, mask=dims < D, other=0.0).to(tl.float32)
     residual = tl.where(dims < D, target - x_hat, 0.0)
     tl.store(residual_ptr + token * D + dims, residual.to(residual_ptr.dtype.element_ty), mask=dims < D)
     tl.store(error_ptr + tile * N + token, tl.sum(residual * residual, 0))
@@ -123,7 +124,8 @@ def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None
     decode_kernel[(n, triton.cdiv(d, options["BLOCK_D"]))](
         code.values.contiguous(), code.indices.contiguous(), code.indices if code.offsets is None else code.offsets,
         W_dec, b_dec.contiguous(), W_dec if target is None else target, out,
-        d, 0 if code.ragged else code.values.shape[1], W_dec.stride(0), 0 if target is None else target.stride(0),
+        n if target is None else len(target), n // (b_dec.numel() // d), d, 0 if code.ragged else code.values.shape[1],
+        W_dec.stride(0), 0 if target is None else target.stride(0),
         RAGGED=code.ragged, RESIDUAL=target is not None,
         **options,
     )  # fmt: skip
@@ -131,7 +133,7 @@ def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None
 
 
 def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, d = target.shape
+    n, (m, d) = code.n_tokens, target.shape
     W_dec, target = _with_unit_stride(W_dec), _with_unit_stride(target)
     k = 0 if code.ragged else code.values.shape[1]
     options = launch_options("reconstruct", W_dec)
@@ -147,7 +149,7 @@ def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) 
     reconstruct_kernel[(n, tiles)](
         code.values.contiguous(), code.indices.contiguous(), code.indices if code.offsets is None else code.offsets,
         W_dec, b_dec.contiguous(), target, residual, errors, projections,
-        n, d, k, capacity, W_dec.stride(0), target.stride(0),
+        n, m, n // (b_dec.numel() // d), d, k, capacity, W_dec.stride(0), target.stride(0),
         RAGGED=code.ragged, ONCE=once,
         **options,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import check_floating, check_one_device, check_positions, check_shape
+from ..checks import check_floating, check_one_device, check_positions, check_runs, check_shape
 from ..cost import Cost
 from ..masks import GaussianMask, Mask
 from . import reference
@@ -27,7 +27,7 @@ def encode(
     x       [N, D]  activations, any floating dtype
     W_enc   [D, F]  of x's dtype; any strides, fastest when latent-major (W_enc.T contiguous)
     b_enc   [F]     any floating dtype, added in float32
-    center  [D]     any floating dtype
+    center  [D], any floating dtype; or [S, D]: one for each of S equal runs of latents
     mask    [T, F]  bool or floating: which latents may fire at which position (needs pos); or a `GaussianMask`.
                     A bool one is kept in bits while it isn't changed, and tiles of the product that it empties are left out
     pos     [N]     int32 or int64 in [0, T): the position of each token; not looked at without a mask
@@ -61,7 +61,7 @@ def check_encoder(
     if W_enc.dtype != x.dtype:
         raise ValueError(f"W_enc must have x's dtype {x.dtype}, got {W_enc.dtype}")
     if center is not None:
-        check_shape("center", center, D=d)
+        check_runs("center", center, d, f)
     if mask is not None:
         if pos is None:
             raise ValueError("mask needs pos, the position of each token")

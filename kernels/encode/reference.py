@@ -11,6 +11,10 @@ def encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Mask | None, pos: Tensor | None, relu: bool
 ) -> Tensor:
     """Not rounded to x's dtype yet, where it was accumulated in a wider one."""
+    if center is not None and center.dim() == 2:
+        of_each = zip(W_enc.chunk(len(center), 1), b_enc.chunk(len(center)), center, strict=True)
+        acts = torch.cat([encode(x, W, b, one, None, None, relu) for W, b, one in of_each], 1)
+        return acts if mask is None or pos is None else acts * weights_at(mask, pos)
     wide = accumulation_dtype(x)
     if x.is_cuda:  # a half-precision product on CUDA accumulates in float32 by itself, from operands in half precision
         wide = x.dtype

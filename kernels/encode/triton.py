@@ -120,20 +120,22 @@ def encode_kernel(
 @triton.jit
 def fold_kernel(
     w_ptr, b_ptr, center_ptr, out_ptr,
-    D, F, stride_wd, stride_wf,
+    D, RUN, stride_wd, stride_wf,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The bias that centres x: b_enc - center @ W_enc, [F] in float32."""
-    cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    """The bias that centres x: b_enc - center @ W_enc, [F] in float32; each RUN of latents has a centre of its own."""
+    nth = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    cols = tl.program_id(1) * RUN + nth
+    center_ptr += tl.program_id(1) * D
     acc = tl.zeros((BLOCK_F, BLOCK_D), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         depth = start + tl.arange(0, BLOCK_D)
         center = tl.load(center_ptr + depth, mask=depth < D, other=0.0).to(tl.float32)
         w_ptrs = w_ptr + cols[:, None].to(tl.int64) * stride_wf + depth[None, :].to(tl.int64) * stride_wd
-        w = tl.load(w_ptrs, mask=(cols < F)[:, None] & (depth < D)[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=(nth < RUN)[:, None] & (depth < D)[None, :], other=0.0)
         acc += w.to(tl.float32) * center[None, :]
-    b = tl.load(b_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)
-    tl.store(out_ptr + cols, b - tl.sum(acc, 1), mask=cols < F)
+    b = tl.load(b_ptr + cols, mask=nth < RUN, other=0.0).to(tl.float32)
+    tl.store(out_ptr + cols, b - tl.sum(acc, 1), mask=nth < RUN)
 
 
 class Operands(NamedTuple):
@@ -181,9 +183,9 @@ def operands(
     bias = b_enc.float().contiguous()
     if center is not None:
         (d, f), bias = W_enc.shape, torch.empty_like(bias)
-        fold = launch_options("fold", x)
-        fold_kernel[(triton.cdiv(f, fold["BLOCK_F"]),)](
-            W_enc, b_enc.contiguous(), center.contiguous(), bias, d, f, *W_enc.stride(), **fold
+        run, fold = f * d // center.numel(), launch_options("fold", x)
+        fold_kernel[(triton.cdiv(run, fold["BLOCK_F"]), f // run)](
+            W_enc, b_enc.contiguous(), center.contiguous(), bias, d, run, *W_enc.stride(), **fold
         )
     kind, stored, used, sharpness = NO_MASK, x, x, 0.0
     if isinstance(mask, GaussianMask):

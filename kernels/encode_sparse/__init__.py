@@ -30,6 +30,7 @@ def encode_topk(
     across_batch: bool = False,
     exact: bool = True,
     fp8: bool = False,
+    dictionaries: int = 1,
     backend: str | None = None,
 ) -> tuple[SparseCode, SparseCode | None]:
     """The k largest of acts = relu((x - center) @ W_enc + b_enc) * mask[pos] for each token, and from the same product the
@@ -39,6 +40,9 @@ def encode_topk(
     k, aux_k     in [1, F]; aux_k = 0 for no second code
     aux_latents  bool [F]; None for all
     across_batch the N * k largest positive of the batch instead of k of each token (BatchTopK)
+    dictionaries S > 1: so many dictionaries of F latents side by side, W_enc being [D, S F], and all else that has an F too;
+                 center [D] or [S, D]. Each chooses by itself. The codes are over S F latents and S N tokens: s N + n is
+                 token n as the s-th dictionary sees it
 
     Returns (code, aux code or None), their values in float32 (float64 for float64), the entries of a token in no particular
     order; both of fixed K, or with `across_batch` the first one ragged, as `select_batch_topk` has it. A token with fewer
@@ -58,13 +62,13 @@ def encode_topk(
     Raises ValueError for shapes, dtypes or devices that do not fit, for k or aux_k out of range, and for `fp8` across the
     batch or on an older GPU.
     """
-    f = check_encoder(x, W_enc, b_enc, center, mask, pos)
+    f = _latents_of_each(check_encoder(x, W_enc, b_enc, center, mask, pos), dictionaries)
     if not 1 <= k <= f:
         raise ValueError(f"k must lie in [1, F] = [1, {f}], got {k}")
     if not 0 <= aux_k <= f:
         raise ValueError(f"aux_k must lie in [0, F] = [0, {f}], got {aux_k}")
     if aux_latents is not None:
-        check_shape("aux_latents", aux_latents, F=f)
+        check_shape("aux_latents", aux_latents, F=dictionaries * f)
         check_one_device(x=x, aux_latents=aux_latents)
         if aux_latents.dtype != torch.bool:
             raise ValueError(f"aux_latents must be bool, got {aux_latents.dtype}")
@@ -72,14 +76,24 @@ def encode_topk(
     if fp8:
         if across_batch:
             raise ValueError("fp8 is for the k largest of each token, not across_batch")
+        if dictionaries > 1:
+            raise ValueError(f"fp8 is for one dictionary, got {dictionaries}")
         if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
             raise ValueError("fp8 needs a GPU of sm_89 or later")
         return _encode_fp8(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, chosen)
     if chosen == "triton":
         from . import triton
 
-        return triton.encode_topk(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, across_batch, exact)
-    return reference.encode_topk(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, across_batch)
+        return triton.encode_topk(
+            x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, across_batch, exact, dictionaries
+        )
+    return reference.encode_topk(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, across_batch, dictionaries)
+
+
+def _latents_of_each(f: int, dictionaries: int) -> int:
+    if dictionaries < 1 or f % dictionaries:
+        raise ValueError(f"dictionaries must divide the {f} latents, got {dictionaries}")
+    return f // dictionaries
 
 
 def _encode_fp8(
@@ -120,6 +134,8 @@ def encode_threshold(
     mask: Mask | None = None,
     pos: Tensor | None = None,
     expected: int = 64,
+    capacity: int | None = None,
+    dictionaries: int = 1,
     backend: str | None = None,
 ) -> SparseCode:
     """Every activation acts = relu((x - center) @ W_enc + b_enc) * mask[pos] above its latent's threshold.
@@ -127,24 +143,30 @@ def encode_threshold(
     x, W_enc, b_enc, center, mask, pos  as in `encode`; a mask must not be negative
     threshold  [F], any floating dtype, not negative; None for zero
     expected   about how many a token has; speed depends on it, the result doesn't
+    capacity   how many entries the code has room for; its `overflow` is true if there are more, and then entries are
+               missing. None for as many as there are
+    dictionaries  S, as in `encode_topk`
 
     Returns a ragged code with values in float32 (float64 for float64), the entries of a token in no particular order,
     however many there are. NaN is kept, so that it is seen. Triton rounds values to 17 significant bits after the
-    comparison and, unless `expected` is a large part of F, never holds [N, F]: see `encode_topk`. Waits for the device
-    once, to know how many there are. Raises ValueError for shapes, dtypes or devices that do not fit.
+    comparison and, unless `expected` is a large part of F, never holds [N, F]: see `encode_topk`. Without a capacity, waits
+    for the device once, to know how many there are. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     f = check_encoder(x, W_enc, b_enc, center, mask, pos)
+    _latents_of_each(f, dictionaries)
     if threshold is not None:
         check_shape("threshold", threshold, F=f)
         check_floating(threshold=threshold)
         check_one_device(x=x, threshold=threshold)
     if expected < 1:
         raise ValueError(f"expected must be at least 1, got {expected}")
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity must be at least 1, got {capacity}")
     if choose_encoder("encode_threshold", x, W_enc, b_enc, center, mask, cost=cost, backend=backend) == "triton":
         from . import triton
 
-        return triton.encode_threshold(x, W_enc, b_enc, threshold, center, mask, pos, expected)
-    return reference.encode_threshold(x, W_enc, b_enc, threshold, center, mask, pos)
+        return triton.encode_threshold(x, W_enc, b_enc, threshold, center, mask, pos, expected, capacity, dictionaries)
+    return reference.encode_threshold(x, W_enc, b_enc, threshold, center, mask, pos, capacity, dictionaries)
 
 
 def cost(n: int, d: int, f: int, *, itemsize: int = 2, masked: bool = False, backend: str = "triton") -> Cost:

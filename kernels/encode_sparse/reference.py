@@ -15,18 +15,18 @@ from ..select.reference import select_batch_topk, select_threshold, select_topk
 
 def encode_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, center: Tensor | None, mask: Mask | None, pos: Tensor | None,
-    aux_k: int, aux_latents: Tensor | None, across_batch: bool,
+    aux_k: int, aux_latents: Tensor | None, across_batch: bool, dictionaries: int,
 ) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
     acts = encode(x, W_enc, b_enc, center, mask, pos, True)
-    return select_both(acts, k, aux_k, aux_latents, across_batch, select_topk, select_batch_topk)
+    return select_both(acts, k, aux_k, aux_latents, across_batch, dictionaries, select_topk, select_batch_topk)
 
 
 def encode_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None,
-    center: Tensor | None, mask: Mask | None, pos: Tensor | None,
+    center: Tensor | None, mask: Mask | None, pos: Tensor | None, capacity: int | None, dictionaries: int,
 ) -> SparseCode:  # fmt: skip
     acts = encode(x, W_enc, b_enc, center, mask, pos, True)
-    return widened(select_threshold(acts, 0.0 if threshold is None else threshold, None))
+    return select_above(acts, threshold, capacity, dictionaries, select_threshold)
 
 
 class Fp8Rows(NamedTuple):
@@ -52,21 +52,34 @@ def preselect(
     aux_k: int, aux_latents: Tensor | None,
 ) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
     """The k largest by the product in fp8."""
-    return encode_topk(x.widened(), W_enc.widened().T, b_enc, k, None, mask, pos, aux_k, aux_latents, False)
+    return encode_topk(x.widened(), W_enc.widened().T, b_enc, k, None, mask, pos, aux_k, aux_latents, False, 1)
 
 
 def select_both(
-    acts: Tensor, k: int, aux_k: int, aux_latents: Tensor | None, across_batch: bool,
+    acts: Tensor, k: int, aux_k: int, aux_latents: Tensor | None, across_batch: bool, dictionaries: int,
     select_topk: Callable[[Tensor, int], SparseCode], select_batch_topk: Callable[[Tensor, int], SparseCode],
 ) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
     """Both selections of `encode_topk` from activations that nobody else holds."""
-    code = widened(select_batch_topk(acts, len(acts) * k) if across_batch else select_topk(acts, k))
+    of_each = acts.chunk(dictionaries, 1)
+    codes = [select_batch_topk(one, len(one) * k) if across_batch else select_topk(one, k) for one in of_each]
     if not aux_k:
-        return code, None
+        return _together(codes), None
     if aux_latents is not None:
         acts.masked_fill_(~aux_latents, 0)
-    return code, widened(select_topk(acts, aux_k))
+    return _together(codes), _together([select_topk(one, aux_k) for one in of_each])
 
 
-def widened(code: SparseCode) -> SparseCode:
+def select_above(
+    acts: Tensor, threshold: Tensor | None, capacity: int | None, dictionaries: int,
+    select_threshold: Callable[[Tensor, float | Tensor, int | None], SparseCode],
+) -> SparseCode:  # fmt: skip
+    """The selection of `encode_threshold` from activations; each dictionary has an equal part of the capacity."""
+    thresholds = [0.0] * dictionaries if threshold is None else threshold.chunk(dictionaries)
+    room = None if capacity is None else capacity // dictionaries
+    of_each = zip(acts.chunk(dictionaries, 1), thresholds, strict=True)
+    return _together([select_threshold(one, limit, room) for one, limit in of_each])
+
+
+def _together(codes: list[SparseCode]) -> SparseCode:
+    code = SparseCode.side_by_side(codes)
     return code.with_values(code.values.to(accumulation_dtype(code.values)))

@@ -3,6 +3,9 @@ them, and a tile that may have dropped some of it is computed again for the toke
 
 A candidate is an int32: the float's bits rounded to 24 of them, which order like the values because none is negative,
 above 7 bits that name its column, the first column highest. A tile with nothing left gives -1.
+
+Of S dictionaries side by side, each has TILES tiles of its own, and token s N + n is the n-th as the s-th dictionary sees
+it: kernels that choose among candidates have a program for each of them.
 """
 
 import functools
@@ -19,7 +22,7 @@ from ..encode.triton import Operands, encode, masked, operands, preactivations
 from ..masks import Mask
 from ..select.triton import kth_largest, select_batch_topk, select_threshold, select_topk
 from . import reference
-from .reference import Fp8Rows, select_both, widened
+from .reference import Fp8Rows, select_above, select_both
 
 _VALUE_BITS = tl.constexpr(-128)  # a mask
 _LEAST_POSITIVE = tl.constexpr(128)
@@ -61,7 +64,7 @@ def above_threshold(acts, threshold_ptr, cols, F):
 def candidates_kernel(
     x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, used_ptr, x_scale_ptr, w_scale_ptr,
     threshold_ptr, aux_latents_ptr, candidates_ptr, aux_candidates_ptr,
-    N, D, F, sharpness, stride_x, stride_wd, stride_wf,
+    N, D, F, sharpness, stride_x, stride_wd, stride_wf, TILES,
     MASK: tl.constexpr, SCALED: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr,
     EVEN_D: tl.constexpr, KEEP: tl.constexpr, AUX_KEEP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
@@ -74,7 +77,7 @@ def candidates_kernel(
     if HAS_THRESHOLD:
         acts = above_threshold(acts, threshold_ptr, cols, F)
     packed = pack(acts, cols, F, BLOCK_F)
-    first = rows.to(tl.int64) * tl.cdiv(F, BLOCK_F) + tile_f
+    first = (rows.to(tl.int64) + tile_f // TILES * N) * TILES + tile_f % TILES
     store_largest(packed, candidates_ptr + first * KEEP, rows < N, KEEP)
     if AUX_KEEP > 0:
         if HAS_AUX_LATENTS:
@@ -83,9 +86,9 @@ def candidates_kernel(
 
 
 @triton.jit
-def latents_of(entries, packed, KEEP: tl.constexpr, BLOCK_F: tl.constexpr):
+def latents_of(entries, packed, first_tile, KEEP: tl.constexpr, BLOCK_F: tl.constexpr):
     """The latents of a token's candidates, given by their places."""
-    return entries // KEEP * BLOCK_F + (BLOCK_F - 1 - packed % BLOCK_F)
+    return (first_tile + entries // KEEP) * BLOCK_F + (BLOCK_F - 1 - packed % BLOCK_F)
 
 
 @triton.jit
@@ -97,24 +100,26 @@ def may_have_more(last, least):
 
 @triton.jit
 def dropped_by(
-    tile, token, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, threshold_ptr, aux_latents_ptr, candidates_ptr,
-    D, F, stride_x, stride_wd, stride_wf,
+    tile, first_tile, row, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, threshold_ptr, aux_latents_ptr,
+    candidates_ptr, D, F, stride_x, stride_wd, stride_wf,
     MASK: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr,
     KEEP: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The latents of a tile, and their candidates for one token computed again; -1 for those that the tile has given.
-    `candidates_ptr` points to the token's."""
+    """The latents of a tile, and their candidates for one row of x computed again; -1 for those that the tile has given.
+    `candidates_ptr` points to the token's, `tile` counts from its first."""
+    nth_tile = tile
+    tile += first_tile
     cols = tile * BLOCK_F + tl.arange(0, BLOCK_F)
     acts = tl.zeros((BLOCK_F,), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         depth = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + token * stride_x + depth, mask=depth < D, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row.to(tl.int64) * stride_x + depth, mask=depth < D, other=0.0).to(tl.float32)
         w_ptrs = w_ptr + depth[:, None].to(tl.int64) * stride_wd + cols[None, :].to(tl.int64) * stride_wf
         w = tl.load(w_ptrs, mask=(depth < D)[:, None] & (cols < F)[None, :], other=0.0).to(tl.float32)
         acts += tl.sum(x[:, None] * w, 0)
     acts = (acts + tl.load(b_ptr + cols, mask=cols < F, other=0.0))[None, :]
-    rows = token + tl.arange(0, 1)
-    acts = masked(acts, mask_ptr, sharpness, pos_ptr, rows, cols, tile, token + 1, F, MASK, BLOCK_F)
+    rows = row + tl.arange(0, 1)
+    acts = masked(acts, mask_ptr, sharpness, pos_ptr, rows, cols, tile, row + 1, F, MASK, BLOCK_F)
     if HAS_THRESHOLD:
         acts = above_threshold(acts, threshold_ptr, cols, F)
     packed = pack(acts, cols, F, BLOCK_F)
@@ -122,7 +127,7 @@ def dropped_by(
         packed = only_aux(packed, aux_latents_ptr, cols, F)
     packed = tl.max(packed, 0)
     for nth in tl.static_range(KEEP):  # by column: its value may differ in the last bit
-        given = BLOCK_F - 1 - tl.load(candidates_ptr + tile * KEEP + nth) % BLOCK_F
+        given = BLOCK_F - 1 - tl.load(candidates_ptr + nth_tile * KEEP + nth) % BLOCK_F
         packed = tl.where(cols == tile * BLOCK_F + given, -1, packed)
     return packed, cols
 
@@ -130,11 +135,13 @@ def dropped_by(
 @triton.jit
 def merge_kernel(
     candidates_ptr, values_ptr, indices_ptr, unsure_ptr,
-    LENGTH, K,
+    N, TILES, K,
     KEEP: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The K largest of a token's candidates, and whether a tile may have had more of them than it gave."""
     token = tl.program_id(0).to(tl.int64)
+    first_tile = tl.program_id(0) // N * TILES
+    LENGTH = TILES * KEEP
     candidates_ptr += token * LENGTH
     kth, wanted = kth_largest(candidates_ptr, LENGTH, K, 1, True, 32 - 8, BLOCK)
     kth = kth.to(tl.int32)
@@ -150,7 +157,7 @@ def merge_kernel(
         ones = keep.to(tl.int32)
         slot = token * K + kept + tl.cumsum(ones, 0) - 1
         tl.store(values_ptr + slot, (packed & _VALUE_BITS).to(tl.float32, bitcast=True), mask=keep)
-        tl.store(indices_ptr + slot, latents_of(entries, packed, KEEP, BLOCK_F), mask=keep)
+        tl.store(indices_ptr + slot, latents_of(entries, packed, first_tile, KEEP, BLOCK_F), mask=keep)
         wanted -= tl.sum(equal, 0)
         kept += tl.sum(ones, 0)
         more = (entries % KEEP == KEEP - 1) & may_have_more(packed, kth)  # which zeros are kept is all one
@@ -168,7 +175,7 @@ def ranked(packed, latents):
 @triton.jit
 def rescan_kernel(
     x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, aux_latents_ptr, candidates_ptr, unsure_ptr, values_ptr, indices_ptr,
-    D, F, sharpness, stride_x, stride_wd, stride_wf, K,
+    N, D, F, sharpness, stride_x, stride_wd, stride_wf, TILES, K,
     MASK: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -182,19 +189,20 @@ def rescan_kernel(
     best = tl.where(slots < K, ranked(value.to(tl.int32, bitcast=True), latent), 0x7FFFFFFFFFFFFFFF)
     # Entries of value zero are the first to go. Each needs a key of its own, below all others.
     best = tl.where(best < 0, -2 - slots.to(tl.int64), best)
-    tiles = tl.cdiv(F, BLOCK_F)
-    candidates_ptr += token * tiles * KEEP
+    first_tile = tl.program_id(0) // N * TILES
+    candidates_ptr += token * TILES * KEEP
     least_key = (tl.min(best, 0) >> 39).to(tl.int32)
 
-    for first in range(0, tiles, BLOCK_T):
+    for first in range(0, TILES, BLOCK_T):
         numbers = first + tl.arange(0, BLOCK_T)
-        last = tl.load(candidates_ptr + numbers * KEEP + KEEP - 1, mask=numbers < tiles, other=-1)
+        last = tl.load(candidates_ptr + numbers * KEEP + KEEP - 1, mask=numbers < TILES, other=-1)
         pending = tl.where(may_have_more(last, least_key), numbers, -1)
         tile = tl.max(pending, 0)
         while tile >= 0:
             packed, cols = dropped_by(
-                tile, token, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, x_ptr, aux_latents_ptr, candidates_ptr,
-                D, F, stride_x, stride_wd, stride_wf, MASK, False, HAS_AUX_LATENTS, KEEP, BLOCK_F, BLOCK_D,
+                tile, first_tile, tl.program_id(0) % N, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, x_ptr,
+                aux_latents_ptr, candidates_ptr, D, F, stride_x, stride_wd, stride_wf,
+                MASK, False, HAS_AUX_LATENTS, KEEP, BLOCK_F, BLOCK_D,
             )  # fmt: skip
             dropped = ranked(packed, cols)
             largest = tl.max(dropped, 0)
@@ -251,16 +259,18 @@ def seen(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE
 def above_cut_kernel(
     x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, threshold_ptr, candidates_ptr, cut_ptr, least_ptr,
     above_ptr, equal_ptr, values_ptr, indices_ptr,
-    D, F, sharpness, stride_x, stride_wd, stride_wf,
+    N, D, F, sharpness, stride_x, stride_wd, stride_wf, TILES,
     MASK: tl.constexpr, HAS_THRESHOLD: tl.constexpr, KEEP: tl.constexpr, MODE: tl.constexpr, SHIFT: tl.constexpr,
     AGAIN: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A token's candidates and, with AGAIN, what was dropped by tiles that may have dropped keys of `least` or more."""
+    """A token's candidates and, with AGAIN, what was dropped by tiles that may have dropped keys of `least` or more. Each
+    dictionary has a cut of its own."""
     token = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(F, BLOCK_F)
-    candidates_ptr += token * tiles * KEEP
-    cut = tl.load(cut_ptr).to(tl.int32)
+    dictionary = tl.program_id(0) // N
+    first_tile = dictionary * TILES
+    candidates_ptr += token * TILES * KEEP
+    cut = tl.load(cut_ptr + dictionary).to(tl.int32)
     second = 0
     end = 0
     if MODE == _DIGITS:
@@ -271,28 +281,29 @@ def above_cut_kernel(
         first = tl.load(above_ptr + token)
         second = tl.load(equal_ptr + token).to(tl.int32)
         end = tl.load(above_ptr + token + 1)
-    for start in range(0, tiles * KEEP, BLOCK):
+    for start in range(0, TILES * KEEP, BLOCK):
         entries = start + tl.arange(0, BLOCK)
-        packed = tl.load(candidates_ptr + entries, mask=entries < tiles * KEEP, other=-1)
-        latents = latents_of(entries, packed, KEEP, BLOCK_F)
+        packed = tl.load(candidates_ptr + entries, mask=entries < TILES * KEEP, other=-1)
+        latents = latents_of(entries, packed, first_tile, KEEP, BLOCK_F)
         first, second = seen(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT)
     if AGAIN:
-        least = tl.load(least_ptr).to(tl.int32)
-        for start in range(0, tiles, BLOCK_T):
+        least = tl.load(least_ptr + dictionary).to(tl.int32)
+        for start in range(0, TILES, BLOCK_T):
             numbers = start + tl.arange(0, BLOCK_T)
-            last = tl.load(candidates_ptr + numbers * KEEP + KEEP - 1, mask=numbers < tiles, other=-1)
+            last = tl.load(candidates_ptr + numbers * KEEP + KEEP - 1, mask=numbers < TILES, other=-1)
             pending = tl.where(may_have_more(last, least), numbers, -1)
             tile = tl.max(pending, 0)
             while tile >= 0:
                 packed, latents = dropped_by(
-                    tile, token, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, threshold_ptr, x_ptr, candidates_ptr,
-                    D, F, stride_x, stride_wd, stride_wf, MASK, HAS_THRESHOLD, False, KEEP, BLOCK_F, BLOCK_D,
+                    tile, first_tile, tl.program_id(0) % N, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr,
+                    threshold_ptr, x_ptr, candidates_ptr, D, F, stride_x, stride_wd, stride_wf,
+                    MASK, HAS_THRESHOLD, False, KEEP, BLOCK_F, BLOCK_D,
                 )  # fmt: skip
                 first, second = seen(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT)
                 pending = tl.where(numbers == tile, -1, pending)
                 tile = tl.max(pending, 0)
     if MODE == _DIGITS:
-        tl.atomic_add(above_ptr + tl.arange(0, 256), first.to(tl.int64))
+        tl.atomic_add(above_ptr + dictionary * 257 + tl.arange(0, 256), first.to(tl.int64))
     elif MODE == _COUNT:
         tl.store(above_ptr + token, first.to(tl.int64))
         tl.store(equal_ptr + token, second.to(tl.int64))
@@ -301,93 +312,100 @@ def above_cut_kernel(
 class Candidates:
     """The candidates of every token, and the ways to choose among them."""
 
-    def __init__(self, given: Operands, keep: int, aux_keep: int = 0, aux_latents: Tensor | None = None,
-                 threshold: Tensor | None = None, scales: tuple[Tensor, Tensor] | None = None):  # fmt: skip
+    def __init__(
+        self, given: Operands, keep: int, aux_keep: int = 0, aux_latents: Tensor | None = None,
+        threshold: Tensor | None = None, scales: tuple[Tensor, Tensor] | None = None, dictionaries: int = 1,
+    ):  # fmt: skip
         x, f = given.x, given.W_enc.shape[1]
         self.given, self.n_latents, self.tile = given, f, given.options["BLOCK_F"]
+        self.dictionaries, self.n_tokens = dictionaries, dictionaries * len(x)
         self.threshold, self.keep, self.aux_keep = threshold, keep, aux_keep
         self.aux_latents = None if aux_latents is None else aux_latents.view(torch.uint8).contiguous()
-        tiles = triton.cdiv(f, self.tile)
+        self.tiles = triton.cdiv(f // dictionaries, self.tile)
         self.packed, self.aux_packed = (
-            torch.empty((len(x), tiles * kept), dtype=torch.int32, device=x.device) for kept in (keep, aux_keep)
+            torch.empty((self.n_tokens, self.tiles * kept), dtype=torch.int32, device=x.device)
+            for kept in (keep, aux_keep)
         )
         candidates_kernel[given.grid](
             *given.tensors, *(scales or (x, x)), x if threshold is None else threshold,
             x if self.aux_latents is None else self.aux_latents, self.packed, self.aux_packed,
-            *given.numbers,
+            *given.numbers, self.tiles,
             SCALED=scales is not None, HAS_THRESHOLD=threshold is not None, HAS_AUX_LATENTS=aux_latents is not None,
             KEEP=keep, AUX_KEEP=aux_keep, **given.settings,
         )  # fmt: skip
 
     def largest(self, k: int, exact: bool, aux: bool = False) -> SparseCode:
         """The k largest of each token; of those that take part in AuxK, with `aux`."""
-        x, n = self.given.x, len(self.given.x)
+        x, n = self.given.x, self.n_tokens
         packed, keep = (self.aux_packed, self.aux_keep) if aux else (self.packed, self.keep)
         aux_latents = self.aux_latents if aux else None
         values = torch.empty((n, k), dtype=torch.float32, device=x.device)
         indices = torch.empty((n, k), dtype=torch.int32, device=x.device)
         unsure = torch.empty(n, dtype=torch.int8, device=x.device)
         merge_kernel[(n,)](
-            packed, values, indices, unsure, packed.shape[1], k,
+            packed, values, indices, unsure, len(x), self.tiles, k,
             KEEP=keep, BLOCK_F=self.tile, **launch_options("merge", x),
         )  # fmt: skip
         if exact:
             rescan_kernel[(n,)](
                 *self.given.tensors[:5], x if aux_latents is None else aux_latents, packed, unsure, values, indices,
-                *self.given.numbers[1:], k,
+                *self.given.numbers, self.tiles, k,
                 MASK=self.given.MASK, HAS_AUX_LATENTS=aux_latents is not None, KEEP=keep,
                 BLOCK_F=self.tile, BLOCK_K=triton.next_power_of_2(k), **launch_options("rescan", x),
             )  # fmt: skip
         return SparseCode(values, indices, self.n_latents)
 
     def largest_of_batch(self, total: int, exact: bool) -> SparseCode:
-        """The `total` largest of the batch. The cut among candidates bounds the true one from below: only tiles that may
-        have dropped something above it are computed again, on the way to the true one."""
+        """The `total` largest of the batch, for each dictionary. The cut among candidates bounds the true one from below:
+        only tiles that may have dropped something above it are computed again, on the way to the true one."""
         cut = self._cut(total, None)
         if exact:
             cut = self._cut(total, cut[0])
-        return self._above(*cut, exact, capacity=total)
+        return self._above(*cut, exact, capacity=self.dictionaries * total)
 
-    def above_threshold(self) -> SparseCode:
-        """All that isn't zero. Waits for the device, to know how many there are."""
-        zero = torch.zeros((), dtype=torch.int64, device=self.packed.device)
-        return self._above(zero, zero, True, capacity=None)
+    def above_threshold(self, capacity: int | None) -> SparseCode:
+        """All that isn't zero. Without a capacity, waits for the device to know how many there are."""
+        zeros = torch.zeros(self.dictionaries, dtype=torch.int64, device=self.packed.device)
+        return self._above(zeros, zeros, True, capacity, may_overflow=capacity is not None)
 
     def _cut(self, total: int, least: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The total-th largest key, and how many keys equal to it are among the largest; 0 if fewer are positive."""
-        device = self.packed.device
-        cut = torch.zeros((), dtype=torch.int64, device=device)
-        wanted = torch.full((), total, dtype=torch.int64, device=device)
+        """The total-th largest key, and how many keys equal to it are among the largest; 0 if fewer are positive. [S]."""
+        s, device = self.dictionaries, self.packed.device
+        cut = torch.zeros(s, dtype=torch.int64, device=device)
+        wanted = torch.full((s,), total, dtype=torch.int64, device=device)
         for shift in (16, 8, 0):
-            counts = torch.zeros(257, dtype=torch.int64, device=device)
+            counts = torch.zeros(s, 257, dtype=torch.int64, device=device)
             self._see(cut, least, counts, counts, counts, counts, MODE=_DIGITS.value, SHIFT=shift)
-            at_least = counts.flip(0).cumsum(0).flip(0)
-            digit = ((at_least[:256] >= wanted).sum() - 1).clamp_min(0)
-            wanted = wanted - at_least[digit + 1]
+            at_least = counts.flip(1).cumsum(1).flip(1)
+            digit = ((at_least[:, :256] >= wanted[:, None]).sum(1) - 1).clamp_min(0)
+            wanted = wanted - at_least.gather(1, digit[:, None] + 1)[:, 0]
             cut = cut + (digit << shift)
         return cut, wanted
 
-    def _above(self, cut: Tensor, wanted: Tensor, exact: bool, capacity: int | None) -> SparseCode:
+    def _above(
+        self, cut: Tensor, wanted: Tensor, exact: bool, capacity: int | None, may_overflow: bool = False
+    ) -> SparseCode:
         """All above the cut, and the first `wanted` at it."""
-        x, n, least = self.given.x, len(self.given.x), cut if exact else None
-        above, equal = (torch.empty(n, dtype=torch.int64, device=x.device) for _ in range(2))
+        x, s, least = self.given.x, self.dictionaries, cut if exact else None
+        above, equal = (torch.empty(s, len(x), dtype=torch.int64, device=x.device) for _ in range(2))
         self._see(cut, least, above, equal, above, above, MODE=_COUNT.value)
-        of_equal = torch.minimum((wanted - equal.cumsum(0) + equal).clamp_min(0), equal)
-        offsets = torch.cat([equal.new_zeros(1), (above + of_equal).cumsum(0)])
+        of_equal = torch.minimum((wanted[:, None] - equal.cumsum(1) + equal).clamp_min(0), equal)
+        offsets = torch.cat([equal.new_zeros(1), (above + of_equal).flatten().cumsum(0)])
         size = int(offsets[-1]) if capacity is None else capacity
+        overflow = offsets[-1] > size if may_overflow else None
         # A value computed again on the cut's very edge may round to another side in another kernel. Nothing runs over.
         offsets.clamp_(max=size)
         values = torch.zeros(size, dtype=torch.float32, device=x.device)
         indices = torch.zeros(size, dtype=torch.int32, device=x.device)
         self._see(cut, least, offsets, of_equal, values, indices, MODE=_FILL.value)
-        return SparseCode(values, indices, self.n_latents, offsets)
+        return SparseCode(values, indices, self.n_latents, offsets, overflow)
 
     def _see(self, cut: Tensor, least: Tensor | None, *tensors: Tensor, MODE: int, SHIFT: int = 0) -> None:
         given, x = self.given, self.given.x
-        above_cut_kernel[(len(x),)](
+        above_cut_kernel[(self.n_tokens,)](
             *given.tensors[:5], x if self.threshold is None else self.threshold,
             self.packed, cut, cut if least is None else least, *tensors,
-            *given.numbers[1:],
+            *given.numbers, self.tiles,
             MASK=given.MASK, HAS_THRESHOLD=self.threshold is not None, KEEP=self.keep, MODE=MODE, SHIFT=SHIFT,
             AGAIN=least is not None, BLOCK_F=self.tile, **launch_options("above_cut", x),
         )  # fmt: skip
@@ -395,16 +413,17 @@ class Candidates:
 
 def encode_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, center: Tensor | None, mask: Mask | None, pos: Tensor | None,
-    aux_k: int, aux_latents: Tensor | None, across_batch: bool, exact: bool,
+    aux_k: int, aux_latents: Tensor | None, across_batch: bool, exact: bool, dictionaries: int,
 ) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
-    given, f = operands("encode_topk", x, W_enc, b_enc, center, mask, pos), W_enc.shape[1]
+    given, f = operands("encode_topk", x, W_enc, b_enc, center, mask, pos), W_enc.shape[1] // dictionaries
     # Tokens of a batch differ in how many they have.
-    keep = candidates_per_tile(f, min(2 * k, f) if across_batch else k, given.options["BLOCK_F"])
-    aux_keep = candidates_per_tile(f, aux_k, given.options["BLOCK_F"]) if aux_k else 0
-    if keep is None or aux_keep is None:
+    tile = given.options["BLOCK_F"]
+    keep = candidates_per_tile(f, min(2 * k, f) if across_batch else k, tile)
+    aux_keep = candidates_per_tile(f, aux_k, tile) if aux_k else 0
+    if keep is None or aux_keep is None or (dictionaries > 1 and f % tile):  # a tile is of one dictionary
         acts = encode(x, W_enc, b_enc, center, mask, pos, True)
-        return select_both(acts, k, aux_k, aux_latents, across_batch, select_topk, select_batch_topk)
-    found = Candidates(given, keep, aux_keep, aux_latents)
+        return select_both(acts, k, aux_k, aux_latents, across_batch, dictionaries, select_topk, select_batch_topk)
+    found = Candidates(given, keep, aux_keep, aux_latents, dictionaries=dictionaries)
     code = found.largest_of_batch(len(x) * k, exact) if across_batch else found.largest(k, exact)
     return code, found.largest(aux_k, exact, aux=True) if aux_k else None
 
@@ -424,15 +443,15 @@ def preselect(
 
 def encode_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None,
-    center: Tensor | None, mask: Mask | None, pos: Tensor | None, expected: int,
+    center: Tensor | None, mask: Mask | None, pos: Tensor | None, expected: int, capacity: int | None, dictionaries: int,
 ) -> SparseCode:  # fmt: skip
-    given, f = operands("encode_topk", x, W_enc, b_enc, center, mask, pos), W_enc.shape[1]
+    given, f = operands("encode_topk", x, W_enc, b_enc, center, mask, pos), W_enc.shape[1] // dictionaries
     threshold = None if threshold is None else threshold.float().contiguous()
     keep = candidates_per_tile(f, min(expected, f), given.options["BLOCK_F"])
-    if keep is None:
+    if keep is None or (dictionaries > 1 and f % given.options["BLOCK_F"]):
         acts = encode(x, W_enc, b_enc, center, mask, pos, True)
-        return widened(select_threshold(acts, 0.0 if threshold is None else threshold, None))
-    return Candidates(given, keep, threshold=threshold).above_threshold()
+        return select_above(acts, threshold, capacity, dictionaries, select_threshold)
+    return Candidates(given, keep, threshold=threshold, dictionaries=dictionaries).above_threshold(capacity)
 
 
 @functools.cache

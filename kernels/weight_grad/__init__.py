@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import check_floating, check_one_device, check_shape
+from ..checks import check_floating, check_one_device, check_runs
 from ..code import LatentMajor
 from ..cost import Cost
 from . import reference
@@ -17,7 +17,7 @@ def weight_grad(
     entries  `code.transpose()`, C entries over F latents
     values   [C], or any shape of C elements, in the code's order; any floating dtype: what weighs each entry
     rows     [M, D]  any floating dtype
-    center   [D]     any floating dtype
+    center   [D], any floating dtype; or [S, D]: one for each of S equal runs of latents
 
     Returns dW [F, D] in float32, or float64 if rows are float64; zero for latents that never fired. Each latent's entries
     are added in a fixed order, so the same inputs give the same bits. Raises ValueError for shapes, dtypes or devices that
@@ -53,6 +53,6 @@ def check_entries(entries: LatentMajor, values: Tensor, rows: Tensor, center: Te
     if rows.dim() != 2:
         raise ValueError(f"rows must have shape [M, D], got {list(rows.shape)}")
     if center is not None:
-        check_shape("center", center, D=rows.shape[1])
+        check_runs("center", center, rows.shape[1], entries.latent_offsets.numel() - 1)
     check_floating(values=values, rows=rows, center=center)
     check_one_device(entries=entries.order, values=values, rows=rows, center=center)

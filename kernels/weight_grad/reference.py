@@ -8,9 +8,15 @@ from ..numerics import accumulation_dtype, weighted_bags
 
 
 def weight_grad(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None) -> Tensor:
-    wide = accumulation_dtype(rows)
-    rows = rows.to(wide) if center is None else rows.to(wide) - center
+    wide, f = accumulation_dtype(rows), entries.latent_offsets.numel() - 1
+    rows, index = rows.to(wide), entries.tokens % len(rows)
+    if center is not None and center.dim() == 2:
+        run = f // len(center)
+        index = index + entries.latents.clamp(max=f - 1) // run * len(rows)
+        rows = (rows - center[:, None]).flatten(0, 1)
+    elif center is not None:
+        rows = rows - center
     # Unused entries come last; they are given no weight, because the last latent takes in all that follow.
     used = torch.arange(values.numel(), device=rows.device) < entries.latent_offsets[-1]
     weights = torch.where(used, values.flatten()[entries.order].to(wide), 0)
-    return weighted_bags(rows, entries.tokens % rows.shape[0], weights, entries.latent_offsets[:-1])
+    return weighted_bags(rows, index, weights, entries.latent_offsets[:-1])

@@ -87,7 +87,7 @@ def windows_kernel(
 @triton.jit
 def weight_grad_kernel(
     values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, center_ptr, ones_ptr, out_ptr,
-    M, D, stride_row,
+    M, D, stride_row, CENTER_RUN,
     HAS_CENTER: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def weight_grad_kernel(
         SPLIT, BLOCK_E, BLOCK_D, STAGES,
     )  # fmt: skip
     if HAS_CENTER:
-        center = tl.load(center_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
+        center = tl.load(center_ptr + latent // CENTER_RUN * D + dims, mask=dims < D, other=0.0).to(tl.float32)
         acc -= tl.load(ones_ptr + latent) * center
     tl.store(out_ptr + latent * D + dims, acc, mask=dims < D)
 
@@ -127,7 +127,7 @@ def weight_grad(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tens
     weight_grad_kernel[(f, triton.cdiv(d, options["BLOCK_D"]))](
         values, entries.order, entries.tokens, entries.latent_offsets, rows, windows,
         rows if center is None else center.contiguous(), rows if sums is None else sums, out,
-        m, d, rows.stride(0),
+        m, d, rows.stride(0), f // (1 if center is None else center.numel() // d),
         HAS_CENTER=center is not None, SPLIT=split, **options,
     )  # fmt: skip
     return out

@@ -107,7 +107,7 @@ def test_dead_latents_learn_by_auxk_alone(auxk: bool) -> None:
     dead = torch.zeros(SHAPE.F, dtype=torch.bool)
     dead[providers.DEAD] = True
     learner.any_dead = auxk
-    learner.idle_tokens[dead] = learner.dead_after
+    learner.counts.idle_tokens[:, dead] = learner.dead_after
     before = learner.sae.W_enc.detach().clone()
     learner.step(given.tokens.batches[0])
     moved = (learner.sae.W_enc.detach() - before).abs().amax(0)

@@ -237,8 +237,8 @@ def test_dead_latents_are_counted_in_tokens():
     with torch.no_grad():
         one.sae.b_enc[never] = -1e4
     one.step(batch())
-    assert int(one.idle_tokens[never]) == N
-    assert int(one.idle_tokens[fires].min()) == 0
+    assert int(one.counts.idle_tokens[0, never]) == N
+    assert int(one.counts.idle_tokens[0, fires].min()) == 0
     assert one.report()["dead"] == 0
     one.step(batch())
     assert one.report()["dead"] >= 1  # 2 N tokens without it

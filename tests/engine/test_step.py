@@ -1,10 +1,10 @@
-"""The fused step against autograd, clip_grad_norm_ and torch's Adam, step after step."""
+"""The fused step against autograd, clip_grad_norm_ and torch's Adam, step after step; alone and side by side."""
 
 import pytest
 import torch
 from temposae.engine.config import MaskConfig, SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.optim import Learner
+from temposae.engine.optim import Cohort, Learner, together
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.step import FusedStep
 from temposae.engine.stream import Batch
@@ -37,25 +37,32 @@ CASES = {
 
 THROUGH_TRITON = ("plain", "random mask and AuxK", "jumprelu, soft mask")
 SLOWLY = ("batchtopk and AuxK", "relu", "matryoshka and AuxK", "bfloat16 moments", "8-bit moments")
+DENSE = [name for name, case in CASES.items() if case.get("activation") != "relu" and "prefixes" not in case]
 
 
-def learner(changes, dtype="float32"):
+@pytest.fixture(autouse=True)
+def sparse(monkeypatch):
+    """Here the dictionaries are so small that dense products would always be faster."""
+    take(monkeypatch, "sparse")
+
+
+def take(monkeypatch, way):
+    monkeypatch.setattr("temposae.engine.optim.DENSE_FROM", {"dense": 0.0, "sparse": 1.0}[way])
+
+
+def learner(changes, dtype="float32", seed=1, lr=0.01):
     changes = dict(changes)
     # A gradient norm of about 5: clipped to 1, so that clipping is tried too.
     training = dict(
         clip_norm=changes.pop("clip_norm", 1.0), moments=changes.pop("moments", "float32"), fp8=changes.pop("fp8", False),
-        tokens=100 * N, batch=N, dead_after_tokens=1, lr=0.01, dtype=dtype,
+        tokens=100 * N, batch=N, dead_after_tokens=1, lr=lr, dtype=dtype, seed=seed,
     )  # fmt: skip
-    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=37, k=5, **changes), seed=1)
+    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=37, k=5, **changes), seed=seed)
     mean = torch.randn(D, generator=torch.Generator().manual_seed(2))
     made = Learner(sae, TrainConfig(**training), mean, 4.0, T)
     made.any_dead = "aux_k" in changes
     made.l0 = 0.3  # few enough for a relu dictionary to take the sparse path
     return made
-
-
-def fused_step(made, dtype=torch.float32):
-    return FusedStep(made.sae, made.moments(), made.paces, made.config, dtype)
 
 
 def batches():
@@ -87,23 +94,30 @@ def rounded_otherwise(name, found, expected):
 
 
 @pytest.mark.parametrize(
-    ("changes", "backend"),
-    [pytest.param(case, "torch", id=f"{name}-torch") for name, case in CASES.items()]
-    + [pytest.param(CASES[name], "triton", id=f"{name}-triton") for name in THROUGH_TRITON]
-    + [pytest.param(CASES[name], "triton", id=f"{name}-triton", marks=pytest.mark.slow) for name in SLOWLY],
+    ("changes", "backend", "way"),
+    [pytest.param(case, "torch", "sparse", id=f"{name}-torch") for name, case in CASES.items()]
+    + [pytest.param(CASES[name], "torch", "dense", id=f"{name}-torch-dense") for name in DENSE]
+    + [pytest.param(CASES[name], "triton", "sparse", id=f"{name}-triton") for name in THROUGH_TRITON]
+    + [pytest.param(CASES["plain"], "triton", "dense", id="plain-triton-dense")]
+    + [pytest.param(CASES[name], "triton", "sparse", id=f"{name}-triton", marks=pytest.mark.slow) for name in SLOWLY],
 )
-def test_equals_the_unfused_step(changes, backend, monkeypatch, poisoned, assert_close):
+def test_equals_the_unfused_step(changes, backend, way, monkeypatch, poisoned, assert_close):
     if backend == "triton":
         pytest.importorskip("triton")
     reference = learner(changes)
-    assert reference.fused is None
+    assert reference.cohort is None
     start = {name: tensor.clone() for name, tensor in reference.sae.state_dict().items()}
     weights, state, report = after_training(reference)
 
     monkeypatch.setenv("TEMPOSAE_BACKEND", backend)
     fused = learner(changes)
-    assert (fused.fused is not None) == (backend == "triton")
-    fused.fused = fused_step(fused)
+    assert (fused.cohort is not None) == (backend == "triton")
+    dense = []
+    monkeypatch.setattr(
+        "temposae.engine.step.torch.bmm", lambda *args: dense.append(args[0].shape[1:]) or torch.ops.aten.bmm(*args)
+    )
+    take(monkeypatch, way)
+    Cohort([fused])
     fused_weights, fused_state, fused_report = after_training(fused)
 
     assert fused_state.keys() == state.keys()
@@ -120,6 +134,7 @@ def test_equals_the_unfused_step(changes, backend, monkeypatch, poisoned, assert
                 change = torch.where(other[name].T if name == "W_enc" else other[name], expected, change)
             assert_close(change, expected, 1e-4, f"change of {name}")
     assert fused_report == pytest.approx(report, rel=1e-4)
+    assert (way == "dense") == ((N, D) in dense)
     assert (report["aux_loss"] > 0) == ("aux_k" in changes)
     assert report.get("gradient_norm", 3) > 2
     assert ("gradient_norm" in report) == (changes.get("clip_norm", 1) is not None)
@@ -137,7 +152,7 @@ def test_goes_on_from_a_checkpoint_of_the_other_step(moments, assert_close):
     for fused in (False, True):
         made = learner(dict(moments=moments))
         if fused:
-            made.fused = fused_step(made)
+            Cohort([made])
         made.load_state(state, weights)
         results.append(after_training(made)[0])
     for name, expected in results[0].items():
@@ -194,12 +209,11 @@ def test_narrow_moments_learn_as_well_as_wide_ones():
 
 def test_copies_in_half_precision_follow_the_weights():
     made = learner({}, dtype="bfloat16")
-    made.fused = fused_step(made, torch.bfloat16)
+    Cohort([made])
     for batch in batches():
         made.step(batch)
-    for weight, shadow in made.fused._shadows.items():
-        assert torch.equal(shadow, weight.detach().bfloat16())
-        assert shadow.stride() == weight.stride()
+    for name, shadow in made.cohort.fused._shadows.items():
+        assert torch.equal(shadow, made.leaves[name].detach().bfloat16())
 
 
 def test_fp8_trains_almost_the_same(monkeypatch, assert_close):
@@ -221,12 +235,13 @@ def test_fp8_trains_almost_the_same(monkeypatch, assert_close):
     assert found["loss"] == pytest.approx(exact["loss"], rel=0.02)
 
 
-def test_a_relu_dictionary_is_dense_until_few_latents_are_active():
+def test_a_relu_dictionary_is_dense_until_few_latents_are_active(monkeypatch):
     """The two paths meet at a report, and what the sparse one trains in half precision has not fallen behind."""
     made = learner(dict(activation="relu"), dtype="bfloat16")
-    made.fused = fused_step(made, torch.bfloat16)
+    monkeypatch.setattr("temposae.engine.optim.DENSE_FROM", 1 / 96)
+    fused = Cohort([made]).fused
     taken = []
-    made.fused.run = lambda *args: taken.append(made.steps_done) or FusedStep.run(made.fused, *args)
+    fused.run = lambda *args: taken.append(made.steps_done) or FusedStep.run(fused, *args)
     made.l0 = float(made.sae.cfg.d_sae)
     batch = next(batches())
     made.step(batch)
@@ -236,10 +251,114 @@ def test_a_relu_dictionary_is_dense_until_few_latents_are_active():
     made.step(batch)
     assert taken == []
     assert made.report()["l0"] == 0
-    for weight, shadow in made.fused._shadows.items():
-        assert torch.equal(shadow, weight.detach().bfloat16())
+    for name, shadow in fused._shadows.items():
+        assert torch.equal(shadow, made.leaves[name].detach().bfloat16())
     made.step(batch)
-    assert taken == [2]
+    assert taken == [3]
     resumed = learner(dict(activation="relu"), dtype="bfloat16")
     resumed.load_state(made.state(), made.sae.state_dict())
     assert resumed.l0 == made.l0
+
+
+TOGETHER = ("plain", "with AuxK", "batchtopk and AuxK", "jumprelu", "jumprelu, ranges", "gaussian", "random mask and AuxK",
+            "random decoder", "8-bit moments")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "way"),
+    [pytest.param(name, "torch", way, id=f"{name}-torch-{way}") for name in TOGETHER for way in ("sparse", "dense")]
+    + [
+        pytest.param(name, "triton", way, id=f"{name}-triton-{way}", marks=pytest.mark.slow)
+        for name in ("with AuxK", "batchtopk and AuxK", "jumprelu, ranges", "gaussian", "8-bit moments")
+        for way in (("sparse", "dense") if name == "with AuxK" else ("sparse",))
+    ],
+)
+def test_dictionaries_side_by_side_train_as_each_would_alone(name, backend, way, monkeypatch, poisoned, assert_close):
+    """Of three with other seeds and learning rates, two of them with nothing dead; and they save what they would alone."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TEMPOSAE_BACKEND", backend)
+    take(monkeypatch, way)
+
+    def made():
+        found = [learner(CASES[name], seed=seed, lr=0.01 / seed) for seed in (1, 2, 3)]
+        for one in found:
+            one.any_dead = one.any_dead and one is found[0]
+        return found
+
+    alone = made()
+    for one in alone:
+        Cohort([one])
+        for batch in batches():
+            one.step(batch)
+    side = made()
+    cohort = Cohort(side)
+    for batch in batches():
+        cohort.step(batch)
+    assert side[1].sae.W_enc.untyped_storage().data_ptr() == side[0].sae.W_enc.untyped_storage().data_ptr()
+    for one, other in zip(alone, side, strict=True):
+        for found, expected in ((other.state(), one.state()), (other.sae.state_dict(), one.sae.state_dict())):
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                assert_close(found[key], value, 1e-4, f"{key} of {other.config.seed}")
+        assert other.report() == pytest.approx(one.report(), rel=1e-4)
+    changes = [(one.sae.W_dec - learner(CASES[name], seed=one.config.seed).sae.W_dec).norm() for one in side]
+    assert CASES[name].get("decoder") == "random" or changes[0] > 1.5 * changes[1] > 0
+
+
+def test_only_dictionaries_of_one_kind_go_together(monkeypatch):
+    pytest.importorskip("triton")
+    assert [len(together([learner(dict()), learner(dict(), seed=2)]))] == [2]  # no kernels here
+    monkeypatch.setenv("TEMPOSAE_BACKEND", "triton")
+    plain = [learner(dict(), seed=seed, lr=seed) for seed in (1, 2)]
+    others = [
+        learner(changes)
+        for changes in (dict(aux_k=5), dict(activation="relu"), dict(mask=MaskConfig(kind="soft", positions=T)),
+                        dict(prefixes=(5, 37)), dict(clip_norm=None))
+    ]  # fmt: skip
+    found = together([plain[0], *others, plain[1]])
+    assert [one.learners for one in found if isinstance(one, Cohort)] == [plain]
+    assert {id(one) for one in found if isinstance(one, Learner)} == {id(one) for one in others}
+    assert all(one.cohort.learners == [one] for one in others)
+
+
+@pytest.mark.parametrize("changes", [dict(activation="relu"), dict(activation="jumprelu")], ids=["relu", "jumprelu"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+def test_a_code_that_has_no_room_is_made_again(changes, backend, monkeypatch, poisoned):
+    """Whatever the room, and whether it sufficed, the same bits; and the host looks at the size of one code only."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TEMPOSAE_BACKEND", backend)
+    results, asked = [], []
+    for room in (None, 3, 10_000):
+        made = learner(changes)
+        cohort = Cohort([made])
+        run = cohort.fused.run
+        cohort.fused.run = lambda *args, run=run: asked.append(args[-1]) or run(*args)
+        for nth, batch in enumerate(batches()):
+            if nth == 0:
+                cohort.capacity = room
+            made.step(batch)
+        cohort.settle()
+        results.append({**made.state(), **made.sae.state_dict()})
+    first, *others = results
+    assert all(torch.equal(value, other[key]) for key, value in first.items() for other in others)
+    grown = asked[1]
+    assert asked == [None, grown, 3, None, grown, 10_000, 10_000]
+    assert grown > 3
+
+
+def test_nothing_changes_where_there_is_no_room(monkeypatch, poisoned):
+    pytest.importorskip("triton")
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("TEMPOSAE_BACKEND", backend)
+        made = learner(dict(activation="jumprelu"))
+        fused, batch = Cohort([made]).fused, next(batches())
+        made.sae.initialise_threshold(batch.x, batch.pos)
+        before = {key: value.clone() for key, value in {**made.state(), **made.sae.state_dict()}.items()}
+        found = fused(batch.x, batch.pos, T, None, 20, capacity=3, lrs=[0.01], step=1)
+        assert found.overflow
+        after = {**made.state(), **made.sae.state_dict()}
+        assert all(torch.equal(value, before[key]) for key, value in after.items())
+        assert not fused(batch.x, batch.pos, T, None, 20, capacity=N * 37, lrs=[0.01], step=1).overflow
+        assert not torch.equal(made.sae.W_dec, before["W_dec"])

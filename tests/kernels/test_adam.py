@@ -5,6 +5,7 @@ import torch
 from temposae.kernels.adam import Moments, Rates, adam, adam_rows, cost, row_norms
 from temposae.kernels.code import SparseCode
 from temposae.kernels.configs import CONFIGS
+from temposae.kernels.weight_grad import weight_grad
 
 
 def rates(step=3, lr=0.01, factor=0.7, seed=None):
@@ -100,6 +101,74 @@ def test_same_bits_twice_with_a_latent_on_every_token(backend, make_code, shape,
         adam_rows(W, code.transpose(), code.values, rows, state, rates(), unit_norm=True, backend=backend)
         results.append((W, *state[:2]))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+KINDS = ["float32", "bfloat16", "8bit"]
+
+
+def rates_of_two(seeded, skip=None):
+    both = [rates(step, lr, factor, seed=step) for step, lr, factor in ((3, 0.01, 0.7), (5, 0.1, 0.2))]
+    together = Rates(*(torch.stack(pair) for pair in list(zip(*both, strict=True))[:3]), skip=skip)
+    return both, together._replace(seed=torch.stack([one.seed for one in both]) if seeded else None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_of_rows_have_rates_of_their_own(backend_name, kind, unit_norm):
+    """The same bits as one after the other."""
+    start, grad = torch.nn.functional.normalize(spread(10, 33), dim=1), spread(10, 33, seed=1)
+    both, together = rates_of_two(kind != "float32")
+    W, state = start.clone(), Moments.zeros(start, kind)
+    adam(W, grad, state, together, unit_norm=unit_norm, backend=backend_name)
+    for nth, one in enumerate(both):
+        run = slice(5 * nth, 5 * nth + 5)
+        w, alone = start[run].clone(), Moments.zeros(start[run], kind)
+        adam(w, grad[run], alone, one, unit_norm=unit_norm, backend=backend_name)
+        assert torch.equal(W[run], w)
+        assert not torch.equal(w, start[run])
+        for found, expected in zip(state, alone, strict=True):
+            assert (found is None and expected is None) or torch.equal(found[run], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_entries_and_a_gradient_say_the_same(backend_name, kind, unit_norm, assert_close):
+    """adam_rows and adam on the gradient of two runs of latents, each with its centre and rates."""
+    generator = torch.Generator().manual_seed(0)
+    code = SparseCode(torch.rand(16, 3, generator=generator),
+                      torch.randint(0, 10, (16, 3), generator=generator, dtype=torch.int32), 10)  # fmt: skip
+    rows, center = (torch.randn(n, 33, generator=generator) for n in (8, 2))
+    _, together = rates_of_two(kind != "float32")
+    start = torch.nn.functional.normalize(spread(10, 33), dim=1)
+    results = []
+    for _ in range(2):
+        W, state, shadow = start.clone(), Moments.zeros(start, kind), torch.empty(10, 33, dtype=torch.float16)
+        settings = dict(unit_norm=unit_norm, shadow=shadow, backend=backend_name)
+        if results:
+            grad = weight_grad(code.transpose(), code.values, rows, center=center, backend="torch")
+            adam(W, grad, state, together, **settings)
+        else:
+            adam_rows(W, code.transpose(), code.values, rows, state, together, center=center, **settings)
+        assert torch.equal(shadow, W.half())
+        results.append(W - start)
+    assert_close(*results, 1e-4)
+    assert (results[0].norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_to_skip_changes_nothing(backend_name, kind, unit_norm):
+    code = SparseCode(torch.ones(4, 1), torch.arange(4, dtype=torch.int32)[:, None] * 2, 10)
+    start, grad = torch.nn.functional.normalize(spread(10, 33), dim=1), spread(10, 33, seed=1)
+    for skip in (True, False):
+        _, together = rates_of_two(kind != "float32", skip=torch.tensor(skip))
+        for by_entries in (True, False):
+            W, state, shadow = start.clone(), Moments.zeros(start, kind), torch.zeros_like(start)
+            settings = dict(unit_norm=unit_norm, shadow=shadow, backend=backend_name)
+            if by_entries:
+                adam_rows(W, code.transpose(), code.values, grad[:4], state, together, **settings)
+            else:
+                adam(W, grad, state, together, **settings)
+            before = (start, *Moments.zeros(start, kind), torch.zeros_like(start))
+            found = [now is None or torch.equal(now, old) for now, old in zip((W, *state, shadow), before, strict=True)]
+            assert all(found) if skip else not any(found[:3])
 
 
 NARROW = pytest.mark.parametrize("kind", ["bfloat16", "8bit"])
@@ -269,9 +338,14 @@ def test_narrow_moments_are_smaller():
             (4, 5),
             ("bfloat16", "bfloat16"),
             None,
-            r"rates.seed must be an int32 scalar for torch.bfloat16 moments, got N",
+            r"rates.seed must be int32 for torch.bfloat16 moments, got None",
         ),
-        ((20,), ("bfloat16", "bfloat16"), 1, r"parameter must be \[F, D\] for torch.bfloat16 moments, got \[20\]"),
+        (
+            (20,),
+            ("bfloat16", "bfloat16"),
+            1,
+            r"parameter must be \[F, D\] for unit_norm and for narrow moments, got \[20\]",
+        ),
         ((4, 5), ("float32", "bfloat16"), 1, "moments must be .* got torch.float32 and torch.bfloat16"),
         ((4, 5), ("float16", "float16"), 1, "moments must be .* got torch.float16 and torch.float16"),
         ((4, 5), ("int8", "uint8"), 1, "scales must be given for 8-bit moments, and for no others"),

@@ -60,6 +60,19 @@ def test_reconstruct_is_decode_and_its_gradient(shape, backend, make_code, dense
     assert (projection[used:] == 0).all()
 
 
+def test_runs_of_tokens_with_a_bias_each_and_targets_in_common(shape, backend, make_code, dense, assert_close):
+    """Two dictionaries, one token after another as the first sees it, then as the second does."""
+    W_dec, _, target = inputs(shape)
+    code, b_dec = make_code(shape._replace(N=2 * shape.N)), torch.randn(2, shape.D, generator=shape.generator)
+    x_hat = dense(code) @ W_dec.double() + b_dec.double().repeat_interleave(shape.N, 0)
+    residual = target.double().repeat(2, 1) - x_hat
+    assert_close(decode(code, W_dec, b_dec, backend=backend), x_hat)
+    assert_close(decode(code, W_dec, b_dec, target=target, backend=backend), residual)
+    found = reconstruct(code, W_dec, b_dec, target, backend=backend)
+    assert_close(found.residual, residual)
+    assert_close(found.squared_error, residual.square().sum(1))
+
+
 def test_a_token_without_entries_decodes_to_the_bias(backend_name):
     code = SparseCode(torch.ones(0), torch.ones(0, dtype=torch.int32), 4, torch.zeros(3, dtype=torch.int64))
     out = decode(code, torch.randn(4, 5), torch.arange(5.0), backend=backend_name)
@@ -87,6 +100,9 @@ def test_the_reference_is_differentiable():
     [
         (dict(W_dec=torch.ones(3, 5)), r"W_dec must have shape \[F, D\] with F = 4, got \[3, 5\]"),
         (dict(b_dec=torch.ones(4)), r"b_dec must have shape \[D\] = \[5\], got \[4\]"),
+        (dict(b_dec=torch.ones(2, 4)), r"b_dec must have shape \[S, D\] = \[2, 5\], got \[2, 4\]"),
+        (dict(b_dec=torch.ones(3, 5)), r"b_dec must have shape \[D\] = \[5\], got \[3, 5\]"),
+        (dict(target=torch.ones(1, 4)), r"target must have shape \[M, D\] = \[1, 5\], got \[1, 4\]"),
         (dict(target=torch.ones(3, 5)), r"target must have shape \[N, D\] = \[2, 5\], got \[3, 5\]"),
         (dict(target=torch.ones(2, 5, dtype=torch.int32)), "target must have a floating dtype"),
         (dict(target=torch.ones(2, 5, device="meta")), "one device"),

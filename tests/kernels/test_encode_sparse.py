@@ -172,6 +172,86 @@ def test_what_exact_is_for(wide_backend):
     assert 0.4 < recall[False] < 0.95
 
 
+S = 2
+
+
+def several(shape, mask_kind="no mask"):
+    """Arguments for S dictionaries side by side, and the activations of each, float64 [S, N, F]."""
+    each = [inputs(shape._replace(T=shape.T + nth)) for nth in range(S)]
+    x, (_, pos) = each[0][0], mask_of(mask_kind, shape)
+    W_enc, b_enc = torch.cat([one[1] for one in each], 1), torch.cat([one[2] for one in each])
+    centers = torch.stack([one[3] for one in each])
+    masks = [mask_of(mask_kind, shape._replace(K=shape.K + nth))[0] for nth in range(S)]
+    acts = torch.stack([activations(x, *one[1:], mask, pos) for one, mask in zip(each, masks, strict=True)])
+    if mask_kind == "no mask":
+        mask = None
+    elif mask_kind == "Gaussians":
+        mask = masks[0]._replace(centre=torch.cat([one.centre for one in masks]))
+    else:
+        mask = torch.cat(masks, 1)
+    return x, W_enc, b_enc, dict(center=centers, mask=mask, pos=pos, dictionaries=S), acts
+
+
+def apart(acts):
+    """[S N, S F]: what each dictionary says of each token, and zeros for the latents of the others."""
+    return torch.block_diag(*acts)
+
+
+def check_several(shape, mask_kind, backend, assert_close):
+    x, W_enc, b_enc, settings, acts = several(shape, mask_kind)
+    aux_latents = torch.rand(S, shape.F, generator=shape.generator) < 0.5
+    settings["backend"] = backend
+    code, aux = encode_topk(
+        x, W_enc, b_enc, shape.K, aux_k=max(1, shape.K // 2), aux_latents=aux_latents.flatten(), **settings
+    )
+    check(code, apart([largest(one, shape.K) for one in acts]), assert_close)
+    of_aux = [largest(one * on, max(1, shape.K // 2)) for one, on in zip(acts, aux_latents, strict=True)]
+    check(aux, apart(of_aux), assert_close, "aux code")
+    code, _ = encode_topk(x, W_enc, b_enc, shape.K, across_batch=True, **settings)
+    assert len(code.values) == S * shape.N * shape.K
+    check(code, apart([largest_of_batch(one, shape.N * shape.K) for one in acts]), assert_close, "of the batch")
+    threshold = torch.rand(S, shape.F, generator=shape.generator)
+    expected = apart(acts * (acts > threshold[:, None]))
+    size = int((expected > 0).sum())
+    code = encode_threshold(x, W_enc, b_enc, threshold.flatten(), expected=shape.K, **settings)
+    assert len(code.values) == size
+    check(code, expected, assert_close, "above thresholds")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask_kind", ["no mask", "soft mask"])
+def test_dictionaries_side_by_side(shape, backend, mask_kind, assert_close):
+    check_several(shape, mask_kind, backend, assert_close)
+
+
+@pytest.mark.parametrize(
+    "mask_kind",
+    ["hard mask", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("no mask", "soft mask", "Gaussians"))],
+)
+def test_dictionaries_side_by_side_in_tiles_of_their_own(wide_backend, mask_kind, assert_close):
+    check_several(WIDE._replace(N=4, F=128, K=9), mask_kind, wide_backend, assert_close)
+
+
+@pytest.mark.parametrize("dictionaries", [1, 2])
+def test_a_code_that_is_too_small_says_so(wide_backend, dictionaries, assert_close):
+    x, W_enc, b_enc, center = inputs(WIDE._replace(N=4, F=128))
+    acts = activations(x, W_enc, b_enc, center)
+    size = int((acts > 0).sum())
+    for capacity in (size - 1, size, 3 * size):
+        code = encode_threshold(
+            x, W_enc, b_enc, center=center, expected=4, capacity=capacity, dictionaries=dictionaries,
+            backend=wide_backend,
+        )  # fmt: skip
+        if capacity >= 2 * size or (dictionaries == 1 and capacity >= size):
+            assert not code.overflow
+            expected = acts if dictionaries == 1 else apart(torch.stack(acts.chunk(2, 1)))
+            check(code, expected, assert_close)
+            assert len(code.values) == capacity
+        elif capacity < size:
+            assert code.overflow
+            assert int(code.offsets[-1]) <= capacity
+
+
 @MASKS
 def test_fp8_finds_almost_all_and_gives_exact_values(wide_backend, mask_kind, assert_close):
     shape = WIDE._replace(N=40)

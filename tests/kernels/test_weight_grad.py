@@ -24,6 +24,18 @@ def test_any_strides_and_centred(shape, backend, make_code, dense, assert_close)
     assert_close(out, dense(code).T @ (rows.double() - center.double()))
 
 
+def test_runs_of_latents_with_a_centre_each(shape, backend, make_code, dense, assert_close):
+    code, rows = make_code(shape._replace(F=2 * shape.F)), torch.randn(shape.N, shape.D, generator=shape.generator)
+    center = torch.randn(2, shape.D, generator=shape.generator)
+    out = weight_grad(code.transpose(), code.values, rows, center=center, backend=backend)
+    of_each = (dense(code)[:, nth].T @ (rows.double() - one) for nth, one in zip(halves(shape.F), center, strict=True))
+    assert_close(out, torch.cat(list(of_each)))
+
+
+def halves(f):
+    return slice(0, f), slice(f, 2 * f)
+
+
 def test_the_reference_is_differentiable():
     code = SparseCode(torch.randn(3, 2).double(), torch.tensor([[0, 2], [1, 2], [0, 3]], dtype=torch.int32), 5)
     leaves = [torch.randn(3, 2).double().requires_grad_(), torch.randn(3, 4).double().requires_grad_()]
