@@ -39,6 +39,9 @@ def step(
     auxk: Annotated[
         bool, typer.Option("--auxk", help="With AuxK, every fourth latent dead (topk and batchtopk).")
     ] = False,
+    dictionaries: Annotated[
+        int, typer.Option(help="So many on the same tokens: temposae's step together, the others' one after another.")
+    ] = 1,
     own: Annotated[bool, typer.Option("--own", help="Everyone by their own defaults, too.")] = False,
     rounds: Annotated[int, typer.Option(help="Samples of everyone.")] = 20,
     clip: Annotated[float | None, typer.Option(help="Clip gradient norms, where that can be chosen. [no]")] = None,
@@ -66,6 +69,7 @@ def step(
         clip=clip,
         activations=activation or ["topk"],
         auxk=auxk,
+        dictionaries=dictionaries,
     )
     _finish(record(*measured, where), json_file)
 

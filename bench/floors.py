@@ -87,15 +87,13 @@ class StepWork(NamedTuple):
     floor_ms: float
 
 
-def step_work(n: int, d: int, f: int, k: float, rates: Rates, itemsize: int = 2, *, bounded: bool = True) -> StepWork:
+def step_work(n: int, d: int, f: int, k: float, rates: Rates, itemsize: int = 2) -> StepWork:
     """What floor (iii) stands for, with the gathers' multiply-adds; k latents a token on average, those of AuxK included.
-
-    ReLU, JumpReLU and AuxK may keep so many that gathering their rows takes longer than multiplying all: unless k is
-    `bounded`, it is floor (i) where that is less.
+    Floor (i) where that is less: of few latents, or of many active ones, gathering rows takes longer than multiplying all.
     """
     floors, p = step_floors(n, d, f, k, rates, itemsize), 2 * d * f
     state = (24 + (itemsize if itemsize < 4 else 0)) * p
-    if bounded or floors.fused <= floors.dense:
+    if floors.fused <= floors.dense:
         moved = n * f * CANDIDATES * 4 * 2 / TILE + 4 * itemsize * n * k * d + state
         return StepWork(2.0 * n * d * f + 8.0 * n * k * d, moved, floors.fused)
     return StepWork(12.0 * n * d * f, state + 8 * p + 4 * itemsize * n * f, floors.dense)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.config import SAEConfig, TrainConfig
-from ..engine.optim import Learner
+from ..engine.optim import Learner, together
 from ..engine.sae import SparseAutoencoder
 from ..kernels.code import SparseCode
 from ..kernels.encode_sparse import encode_topk
@@ -46,6 +46,7 @@ class Job(NamedTuple):
     """What a provider is to train: `dtype` "fp32" or "bf16" is that of products; parameters and moments are float32.
 
     `clip`: largest gradient norm, or None, for the providers that leave the choice. `auxk`: with dead latents, and AuxK.
+    `dictionaries`: how many temposae is to train at a time.
     """
 
     shape: Shape
@@ -57,6 +58,7 @@ class Job(NamedTuple):
     clip: float | None = None
     activation: str = "topk"
     auxk: bool = False
+    dictionaries: int = 1
 
     @property
     def n_dead(self) -> int:
@@ -69,7 +71,8 @@ class Job(NamedTuple):
 
     def __str__(self) -> str:
         plain = self.activation == "topk" and not self.auxk
-        return str(self.shape) if plain else f"{self.shape}, {self.activation}{' with AuxK' if self.auxk else ''}"
+        named = str(self.shape) if plain else f"{self.shape}, {self.activation}{' with AuxK' if self.auxk else ''}"
+        return named if self.dictionaries == 1 else f"{self.dictionaries} of {named}"
 
 
 @dataclass
@@ -96,14 +99,14 @@ def sae_config(job: Job) -> SAEConfig:
     return SAEConfig(d_in=d, d_sae=f, k=min(k, f), activation=job.activation, **aux)  # pyright: ignore[reportArgumentType]
 
 
-def make_learner(job: Job) -> Learner:
+def make_learner(job: Job, seed: int = 0) -> Learner:
     """What `temposae train` steps with, on a new dictionary. Own: `TrainConfig`'s defaults."""
     n = job.shape.N
     settings: dict[str, Any] = dict(tokens=n * LONG_RUN, batch=n, control=False)
     if not job.own:
         dtype = str(DTYPES[job.dtype]).removeprefix("torch.")
         settings |= dict(lr=job.lr, warmup=0.0, decay=0.0, clip_norm=job.clip, dtype=dtype)
-    sae = SparseAutoencoder(sae_config(job)).to(job.device)
+    sae = SparseAutoencoder(sae_config(job), seed=seed).to(job.device)
     if job.auxk:
         let_die(sae.W_enc.T)
     return Learner(sae, TrainConfig(**settings), job.tokens.mean, job.tokens.mean_norm, POSITIONS)
@@ -111,16 +114,20 @@ def make_learner(job: Job) -> Learner:
 
 def temposae(job: Job) -> Trainee:
     """The training step that `temposae train` runs, on tokens as its stream gives them. Own: its defaults, which clip."""
-    learner, batches = make_learner(job), job.tokens.batches
+    learners, batches = [make_learner(job, seed) for seed in range(job.dictionaries)], job.tokens.batches
+    learner, steppers = learners[0], together(learners)
     sae, scale = learner.sae, learner.scale
     # before the first step too, so that what is learned is compared with where training starts
-    sae.initialise_threshold(batches[0].x.to(learner.dtype) * scale, batches[0].pos)
-    learner.any_dead = job.auxk
+    sae.initialise_threshold(learner.scaled(batches[0].x), batches[0].pos)
+    for one in learners:
+        one.any_dead = job.auxk
 
     def step(i: int) -> None:
         if job.auxk:
-            learner.counts.idle_tokens[:, DEAD] = learner.dead_after
-        learner.step(batches[i % len(batches)])
+            for one in learners:
+                one.counts.idle_tokens[:, DEAD] = one.dead_after
+        for stepper in steppers:
+            stepper.step(batches[i % len(batches)])
 
     def encode(x: Tensor) -> SparseCode:
         if job.activation == "batchtopk":  # as in training; the threshold for later use follows slowly

@@ -187,7 +187,9 @@ def activation(case: dict[str, Any]) -> str:
 
 def _in_words(case: dict[str, Any], name: bool) -> str:
     sizes = ", ".join(f"{n} = {case[n]}" for n in "NDFK")
-    return f"A training step, {f'{activation(case)}, ' if name else ''}{sizes}:"
+    several = case.get("dictionaries", 1)
+    of = "A training step" if several == 1 else f"A training step of each of {several} dictionaries"
+    return f"{of}, {f'{activation(case)}, ' if name else ''}{sizes}:"
 
 
 def _times(case: dict[str, Any]) -> str:

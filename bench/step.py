@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -66,15 +66,18 @@ def measure(
     lr: float = 3e-4,
     activations: Iterable[str] = ("topk",),
     auxk: bool = False,
+    dictionaries: int = 1,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Time a training step of each contender at each shape, a race for each of `activations`; with `auxk`, every fourth
-    latent is dead. Returns the cases and, by contender, why it was left out.
+    latent is dead. A step is one of each of so many `dictionaries` on the same tokens, temposae's together and the others'
+    one after another. Returns the cases and, by contender, why it was left out.
 
     Round robin: each round takes a sample of everyone in turn, so that a busy machine hurts all alike. Contenders that don't
     fit into memory beside each other race in several heats (`heat` in the case). A case holds, beside shape, settings, time
     quantiles and peak memory, `fvu_start` and `fvu_end`: the share of variance unexplained on tokens that nobody trains on,
     before the first and after the last step, and `loss_falls`: whether it has fallen. Where the activation does not fix it,
-    `l0` is the number of active latents a token after the last step; the floor is that of so many.
+    `l0` is the number of active latents a token after the last step; the floor is that of so many. Of several dictionaries,
+    all that tells what was learned is the first one's.
 
     Raises UserError for sizes and activations that are not allowed, and for AuxK where there is none. An exception of
     temposae's own step is not caught.
@@ -84,6 +87,8 @@ def measure(
         raise UserError(f"dtype: {dtype!r} is not allowed; it must be fp32 or bf16")
     if rounds < 1:
         raise UserError(f"rounds: {rounds} is not allowed; it must be at least 1")
+    if dictionaries < 1:
+        raise UserError(f"dictionaries: {dictionaries} is not allowed; it must be at least 1")
     activations = list(dict.fromkeys(activations))
     for activation in activations:
         if activation not in ACTIVATIONS:
@@ -99,7 +104,10 @@ def measure(
         for shape in shapes:
             given = tokens(shape, device, DTYPES[dtype])
             for activation in activations:
-                job = Job(shape, device, dtype, lr, given, clip=clip, activation=activation, auxk=auxk)
+                job = Job(
+                    shape, device, dtype, lr, given,
+                    clip=clip, activation=activation, auxk=auxk, dictionaries=dictionaries,
+                )  # fmt: skip
                 waiting, heat = list(entrants), 0
                 while waiting:
                     entries, waiting = _line_up(job, waiting, left_out, bar)
@@ -125,7 +133,8 @@ def _line_up(
             continue
         entry, reason, memory_short = None, "", False
         try:
-            _check_room(job, entries, 16 * 2 * job.shape.D * job.shape.F)  # weights, gradients, moments
+            weights = job.dictionaries * 2 * job.shape.D * job.shape.F
+            _check_room(job, entries, 16 * weights)  # they, gradients, moments
             entry = _enter(job, contender)
             _check_room(job, [*entries, entry] if entries else [], 0)
         except Absent as absent:
@@ -155,7 +164,7 @@ def _check_room(job: Job, entries: list[Entry], more: int) -> None:
 
 def _enter(job: Job, contender: Contender) -> Entry:
     job = job._replace(own=contender.own)
-    trainee, built = memory(lambda: PROVIDERS[contender.provider].build(job), job.device)
+    trainee, built = memory(lambda: _build(job, contender.provider), job.device)
     entry = Entry(contender, trainee, 0, _fvu(trainee, job.tokens))
 
     def warm() -> None:
@@ -165,6 +174,19 @@ def _enter(job: Job, contender: Contender) -> Entry:
     _, stepped = memory(warm, job.device)
     entry.peak = max(built.peak, built.held + stepped.peak)
     return entry
+
+
+def _build(job: Job, provider: str) -> Trainee:
+    build = PROVIDERS[provider].build
+    if provider == "temposae":  # which knows what to do with several
+        return build(job)
+    each = [build(job) for _ in range(job.dictionaries)]
+
+    def step(i: int) -> None:
+        for trainee in each:
+            trainee.step(i)
+
+    return replace(each[0], step=step)
 
 
 def _round(entries: list[Entry], job: Job, left_out: dict[str, str], bar: ProgressBar) -> None:
@@ -189,7 +211,8 @@ def _case(entry: Entry, job: Job, heat: int) -> dict[str, Any]:
     n, d, f, k = job.shape
     l0 = None if trainee.l0 is None else trainee.l0(job.tokens.held_out)
     rates, kept = rates_of(job.device, itemsize), (k if l0 is None else l0) + trainee.aux_k
-    work = step_work(n, d, f, kept, rates, itemsize, bounded=fixes_l0(job.activation) and not job.auxk)
+    work = step_work(n, d, f, kept, rates, itemsize)
+    work = work._replace(**{name: job.dictionaries * value for name, value in work._asdict().items()})
     return {
         "provider": entry.contender.provider,
         "settings": "own" if entry.contender.own else "headline",
@@ -200,6 +223,7 @@ def _case(entry: Entry, job: Job, heat: int) -> dict[str, Any]:
         "optimizer": trainee.optimizer,
         "clip": trainee.clip,
         "auxk": trainee.aux_k,
+        "dictionaries": job.dictionaries,
         **job.shape._asdict(),
         **quantiles(entry.times)._asdict(),
         "peak_bytes": entry.peak,

@@ -310,10 +310,11 @@ class Cohort:
         self.settle()
         first = self.learners[0]
         x = first.scaled(batch.x)
-        dead = None
-        if any(learner.any_dead for learner in self.learners):
-            alive = torch.tensor([[not learner.any_dead] for learner in self.learners], device=x.device)
-            dead = (self.counts.idle_tokens >= first.dead_after) & ~alive
+        dead, any_dead = None, [learner.any_dead for learner in self.learners]
+        if any(any_dead):
+            dead = self.counts.idle_tokens >= first.dead_after
+            if not all(any_dead):
+                dead &= torch.tensor(any_dead)[:, None].to(x.device, non_blocking=True)
         self.fused.dense = first.is_dense
         lrs = [learner.begin_step(x, batch.pos) for learner in self.learners]
         run = functools.partial(

@@ -46,11 +46,11 @@ def test_work_of_a_step_is_what_its_floor_stands_for() -> None:
     assert found.bytes == n * f / 4 + 4 * 2 * n * k * d + 26 * 2 * d * f
     assert found.floor_ms == step_floors(n, d, f, k, rates).fused
     # where half of all latents are active, six products of matrices take less time than the gathers
-    half = step_work(n, d, f, f / 2, rates, bounded=False)
+    half = step_work(n, d, f, f / 2, rates)
     assert half.flops == 6 * 2 * n * d * f
     assert half.bytes == 34 * 2 * d * f + 4 * 2 * n * f
     assert half.floor_ms == step_floors(n, d, f, f / 2, rates).dense < step_floors(n, d, f, f / 2, rates).fused
-    assert step_work(n, d, f, 0, rates, bounded=False).floor_ms == step_floors(n, d, f, 0, rates).fused
+    assert step_work(n, d, f, 0, rates).floor_ms == step_floors(n, d, f, 0, rates).fused
 
 
 def test_op_floor_is_the_slower_of_arithmetic_and_traffic() -> None:

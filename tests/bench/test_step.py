@@ -244,7 +244,8 @@ def test_a_case_holds_all_that_the_tables_need(made_up_rates: Any) -> None:
         op="train_step", activation="topk", dtype="fp32", optimizer="Adam", clip=None, auxk=0, N=64, D=16, F=48, K=4
     )
     assert case.items() >= expected.items()
-    assert case["floor_ms"] == step_floors(*SHAPE, rates=made_up_rates, itemsize=4).fused
+    floors = step_floors(*SHAPE, rates=made_up_rates, itemsize=4)
+    assert case["floor_ms"] == min(floors.fused, floors.dense)
     assert 0 < case["ms_p20"] <= case["ms"] <= case["ms_p80"]
     # weights, both moments and gradients at least, and no more than a few times that at so small a size
     assert 4 * 4 * 2 * SHAPE.D * SHAPE.F < case["peak_bytes"] < 40 * 4 * 2 * SHAPE.D * SHAPE.F
@@ -265,9 +266,9 @@ def test_each_activation_is_a_race_of_its_own(made_up_rates: Any) -> None:
     l0 = cases[1]["l0"]
     assert SHAPE.K < l0 < SHAPE.F
     n, d, f, _ = SHAPE
-    assert cases[0]["floor_ms"] == step_floors(*SHAPE, rates=made_up_rates, itemsize=4).fused
-    floors = step_floors(n, d, f, l0, rates=made_up_rates, itemsize=4)
-    assert cases[1]["floor_ms"] == min(floors.fused, floors.dense)
+    for case, kept in zip(cases, (SHAPE.K, l0), strict=True):
+        floors = step_floors(n, d, f, kept, rates=made_up_rates, itemsize=4)
+        assert case["floor_ms"] == min(floors.fused, floors.dense)
 
 
 def test_a_case_with_auxk_says_how_many_latents_take_part(made_up_rates: Any) -> None:
@@ -277,6 +278,22 @@ def test_a_case_with_auxk_says_how_many_latents_take_part(made_up_rates: Any) ->
     floors = step_floors(n, d, f, k + SHAPE.D // 2, rates=made_up_rates, itemsize=4)
     assert case["floors"] == floors._asdict()
     assert case["floor_ms"] == min(floors.fused, floors.dense)
+
+
+def test_several_dictionaries_are_so_many_steps(made_up_rates: Any, stub: Callable[..., list[str]]) -> None:
+    """Of ours they go together, of the others one after another; the floor is that of all."""
+    (one,), _ = race("temposae", rounds=1)
+    cases, _ = race("temposae", rounds=1, dictionaries=3)
+    assert [case["dictionaries"] for case in (one, *cases)] == [1, 3]
+    assert cases[0]["floor_ms"] == pytest.approx(3 * one["floor_ms"])
+    assert cases[0]["flops"] == pytest.approx(3 * one["flops"])
+    assert cases[0]["loss_falls"]
+    with pytest.raises(UserError, match="^dictionaries: 0 is not allowed; it must be at least 1"):
+        race("temposae", dictionaries=0)
+    log = stub(temposae=None, peer=None)
+    race("temposae", "peer", rounds=1, dictionaries=2)
+    warm = ["temposae0", "temposae1", "peer0", "peer0", "peer1", "peer1"]
+    assert log == [*warm, "temposae2", "peer2", "peer2"]
 
 
 def test_a_broken_peer_is_left_out_and_a_broken_temposae_is_not(stub: Callable[..., list[str]]) -> None:

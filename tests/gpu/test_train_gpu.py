@@ -3,7 +3,7 @@
 import pytest
 import torch
 from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig, TrainConfig
-from temposae.engine.optim import Learner
+from temposae.engine.optim import Learner, together
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, Batch
 from temposae.engine.train import train
@@ -11,12 +11,17 @@ from temposae.engine.train import train
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-@pytest.mark.parametrize("aux", [False, True], ids=["plain", "auxk"])
-def test_a_step_never_waits_for_the_device(aux):
-    N, D, F, T = 512, 256, 4096, 64
+@pytest.mark.parametrize(
+    ("activation", "aux", "F"),
+    [("topk", False, 4096), ("topk", True, 4096), ("topk", True, 1024), ("batchtopk", True, 4096),
+     ("jumprelu", False, 4096), ("jumprelu", False, 8192)],
+)  # fmt: skip
+def test_a_step_never_waits_for_the_device(activation, aux, F):
+    """Those of F = 1024 and the first jumprelu one are dense."""
+    N, D, T = 512, 256, 64
     x = torch.randn(N, D, device="cuda")
     batch = Batch(x.bfloat16(), *(torch.randint(0, T, (N,), device="cuda", dtype=torch.int32) for _ in range(3)))
-    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=16, aux_k=32)).cuda()
+    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=16, aux_k=32, activation=activation)).cuda()
     one = Learner(sae, TrainConfig(tokens=N * 10, batch=N), x.mean(0), float(x.norm(dim=1).mean()), T)
     one.any_dead = aux
     one.step(batch)  # compiles
@@ -28,7 +33,7 @@ def test_a_step_never_waits_for_the_device(aux):
     assert one.report()["loss"] > 0
 
 
-@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
 def test_a_step_can_be_captured_and_replayed(activation):
     """A CUDA graph of the step, replayed on other tokens, does what the step does, bit for bit."""
     N, D, F, T = 512, 256, 4096, 64
@@ -38,23 +43,26 @@ def test_a_step_can_be_captured_and_replayed(activation):
     trained = []
     for captured in (False, True):
         sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=16, activation=activation), seed=1).cuda()
-        fused = Learner(sae, TrainConfig(tokens=N * 10, batch=N), xs[0].float().mean(0), D**0.5, T).fused
+        cohort = Learner(sae, TrainConfig(tokens=N * 10, batch=N), xs[0].float().mean(0), D**0.5, T).cohort
+        assert cohort is not None
+        fused, capacity = cohort.fused, None if activation in ("topk", "batchtopk") else N * 200
+        sae.initialise_threshold(xs[0], pos)
         x, graph = xs[0].clone(), torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles, as a capture wants it
-            fused(x, pos, T, None, sae.expected, lr=1e-3, step=1)
+            fused(x, pos, T, None, 64, capacity, lrs=[1e-3], step=1)
         torch.cuda.current_stream().wait_stream(side)
         if captured:
             with torch.cuda.graph(graph):
-                fused.run(x, pos, T, None, sae.expected)
+                fused.run(x, pos, T, None, 64, capacity)
         for step, given in enumerate(xs[1:], 2):
             x.copy_(given)
-            fused.set_rates(1e-3, step)
+            fused.set_rates([1e-3], step)
             if captured:
                 graph.replay()
             else:
-                fused.run(x, pos, T, None, sae.expected)
+                assert not fused.run(x, pos, T, None, 64, capacity).overflow
         trained.append({name: value.clone() for name, value in sae.state_dict().items()})
     for name, expected in trained[0].items():
         assert torch.equal(trained[1][name], expected), name
@@ -83,8 +91,8 @@ def test_the_fused_step_equals_the_unfused_one(changes, assert_close):
         sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=16, aux_k=32, **changes), seed=1).cuda()
         settings = TrainConfig(tokens=N * 10, batch=N, dtype="float32", dead_after_tokens=1)
         one = Learner(sae, settings, torch.zeros(D, device="cuda"), D**0.5, T)
-        assert one.fused is not None
-        one.fused = one.fused if fused else None
+        assert one.cohort is not None
+        one.cohort = one.cohort if fused else None
         one.any_dead, one.l0 = True, min(one.l0, F / 100)
         draw = torch.Generator().manual_seed(2)
         for _ in range(3):
@@ -97,6 +105,42 @@ def test_the_fused_step_equals_the_unfused_one(changes, assert_close):
         found, start = made[0].sae.get_parameter(name), first.get_parameter(name)
         assert_close(found - start, expected - start, 1e-3, f"change of {name}")
     assert made[0].report() == pytest.approx(made[1].report(), rel=1e-3)
+
+
+@pytest.mark.parametrize("F", [1024, 8192], ids=["dense", "sparse"])
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
+def test_dictionaries_side_by_side_train_as_each_would_alone(activation, F, assert_close):
+    N, D, T = 512, 256, 64
+    directions = torch.randn(300, D, generator=torch.Generator().manual_seed(0))
+    results = []
+    for alone in (True, False):
+        settings = dict(tokens=N * 10, batch=N, dtype="float32", dead_after_tokens=1)
+        config = SAEConfig(d_in=D, d_sae=F, k=16, aux_k=32, activation=activation)
+        each = [
+            Learner(
+                SparseAutoencoder(config, seed=seed).cuda(), TrainConfig(**settings, lr=1e-3 / seed, seed=seed),
+                torch.zeros(D, device="cuda"), D**0.5, T,
+            )
+            for seed in (1, 2, 3)
+        ]  # fmt: skip
+        for one in each:
+            one.any_dead = True
+        steppers = each if alone else together(each)
+        assert len(steppers) == (3 if alone else 1)
+        draw = torch.Generator().manual_seed(2)
+        for _ in range(3):
+            x = torch.rand(N, 300, generator=draw).pow(8) @ directions
+            others = (torch.randint(0, T, (N,), generator=draw, dtype=torch.int32).cuda() for _ in range(3))
+            batch = Batch(x.cuda(), *others)
+            for stepper in steppers:
+                stepper.step(batch)
+        results.append(each)
+    for one, other in zip(*results, strict=True):
+        first = SparseAutoencoder(one.sae.cfg, seed=one.config.seed).cuda()
+        for name, expected in one.sae.named_parameters():
+            found, start = other.sae.get_parameter(name), first.get_parameter(name)
+            assert_close(found - start, expected - start, 1e-3, f"change of {name}")
+        assert other.report() == pytest.approx(one.report(), rel=1e-3)
 
 
 def test_the_embedded_model_trains_as_on_a_cpu():
