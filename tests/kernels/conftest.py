@@ -1,8 +1,9 @@
 """Shapes and backends for the kernel tests.
 
-A test that takes `shape` runs at every ordinary shape and, marked slow, at random ones. One that also takes `backend` does
-so with the torch reference and with Triton's interpreter in small blocks (so that small shapes have many), and at one shape
-in the blocks of the config table. `step_shape` is the same for tests of whole steps, which take the table's blocks only.
+A test that takes `shape` runs at every ordinary shape and, marked slow, at random ones (n of them with the mark
+`random_shapes(n)`). One that also takes `backend` does so with the torch reference and with Triton's interpreter in small
+blocks (so that small shapes have many), and at one shape in the blocks of the config table. `step_shape` is the same for
+tests of whole steps, which take the table's blocks only.
 """
 
 import os
@@ -16,10 +17,9 @@ from temposae.kernels.configs import CONFIGS
 from torch import Tensor
 
 SMALL_BLOCKS = dict(BLOCK_N=16, BLOCK_F=32, BLOCK_D=32, GROUP_N=2, BLOCK_K=4, BLOCK_E=4, BLOCK=16, BLOCK_T=4, SPLIT=8)
-RANDOM_SHAPES = {
-    "torch": 8,
-    "triton": 28,
-}  # the references are simple, and each is also what the kernels are checked by
+# The references are simple, and each is also what the kernels are checked by. With these and the marks of some tests, each
+# kernel has 200 random cases and more.
+RANDOM_SHAPES = {"torch": 8, "triton": 40}
 
 
 class Shape(NamedTuple):
@@ -51,8 +51,8 @@ STEPS = (ORDINARY[0], Shape(N=9, D=12, F=30, K=4, T=3))
 
 def _random_shape(seed: int) -> Shape:
     draw = random.Random(seed)
-    f = draw.randint(1, 100)
-    return Shape(draw.randint(1, 25), draw.randint(1, 80), f, draw.randint(1, min(f, 30)), draw.randint(1, 20))
+    f = draw.randint(1, 70)
+    return Shape(draw.randint(1, 20), draw.randint(1, 70), f, draw.randint(1, min(f, 30)), draw.randint(1, 20))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -67,6 +67,9 @@ def _parametrize(metafunc: pytest.Metafunc, name: str, ordinary, triton: str, ex
     # A step interprets a dozen kernels: fewer of them.
     few = {"torch": 2, "triton": 5}
     counts = RANDOM_SHAPES if name == "shape" else few
+    mark = metafunc.definition.get_closest_marker("random_shapes")
+    if mark is not None:
+        counts = counts | {"triton": mark.args[0]}
     shapes += [
         (s, f"{seed}-{s}", pytest.mark.slow) for seed, s in enumerate(map(_random_shape, range(max(counts.values()))))
     ]

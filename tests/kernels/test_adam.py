@@ -153,6 +153,26 @@ def test_entries_and_a_gradient_say_the_same(backend_name, kind, unit_norm, asse
     assert (results[0].norm(dim=1) > 0).all()
 
 
+@pytest.mark.random_shapes(200)
+def test_any_parameter_moves_as_in_float64(shape, backend, unit_norm, assert_close):
+    W, _, _, state = drawn(shape, unit_norm)
+    before, grad, shadow = W.clone(), spread(*W.shape, seed=2), torch.empty_like(W, dtype=torch.float16)
+    across = 0.7 * grad.double()
+    if unit_norm:
+        across -= (across * W.double()).sum(1, keepdim=True) * W.double()
+    mean = 0.9 * state.exp_avg.double() + 0.1 * across
+    square = 0.999 * state.exp_avg_sq.double() + 0.001 * across.square()
+    moved = W.double() - 0.01 / (1 - 0.9**3) * mean / (square.sqrt() / (1 - 0.999**3) ** 0.5 + 1e-8)
+    if unit_norm:
+        moved = moved / moved.norm(dim=1, keepdim=True)
+    adam(W, grad, state, rates(), unit_norm=unit_norm, shadow=shadow, backend=backend)
+    assert_close(state.exp_avg, mean, name="exp_avg")
+    assert_close(state.exp_avg_sq, square, name="exp_avg_sq")
+    assert_close(W, moved, name="W")
+    assert_close(W - before, moved - before.double(), 1e-4, name="step")
+    assert torch.equal(shadow, W.half())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_to_skip_changes_nothing(backend_name, kind, unit_norm):
     code = SparseCode(torch.ones(4, 1), torch.arange(4, dtype=torch.int32)[:, None] * 2, 10)

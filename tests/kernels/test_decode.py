@@ -33,6 +33,7 @@ def test_any_strides(shape, backend, make_code, dense, assert_close):
     assert_close(out, target.double() - dense(code) @ W_dec.double() - b_dec.double())
 
 
+@pytest.mark.random_shapes(50)
 @DTYPES
 def test_values_grad(shape, backend, make_code, assert_close, dtype):
     code, (W_dec, _, grad) = make_code(shape, dtype), inputs(shape, dtype)

@@ -71,6 +71,7 @@ def test_batch_topk_is_exact(shape, backend, dtype, kind):
         assert (code.values[stored:] == 0).all()
 
 
+@pytest.mark.random_shapes(100)
 @DTYPES
 def test_topk_is_exact(shape, backend, dtype):
     acts = rows_of_all_kinds(shape, dtype)
