@@ -71,10 +71,14 @@ fi
 size=(--device cuda --n 8192 --d 2304 --k 64)
 bench headline 170 bench step "${size[@]}" --f 65536 --own --json "$out/headline.json"
 bench small 80 bench step "${size[@]}" --f 16384 --json "$out/small.json"
+ours=(--provider temposae --rounds 8)
+bench activations 40 bench step "${size[@]}" --f 65536 "${ours[@]}" --activation batchtopk --activation jumprelu \
+  --json "$out/activations.json"
+bench several 30 bench step "${size[@]}" --f 2304 "${ours[@]}" --dictionaries 8 --json "$out/several.json"
 bench ops 50 bench ops "${size[@]}" --f 65536 --json "$out/ops.json"
 bench profile 40 profile "${size[@]}" --f 65536 --steps 3 --trace "$out/trace.json" --json "$out/profile.json"
 
-for name in headline small ops; do
+for name in headline small activations several ops; do
   [ -s "$out/$name.json" ] && python3 -m temposae.cli bench table "$out/$name.json" | tee -a "$summary"
 done
 echo

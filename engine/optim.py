@@ -112,6 +112,8 @@ class Learner:
     def step(self, batch: Batch) -> None:
         """One update on batch.x [N, D] at batch.pos [N]."""
         if self.cohort is not None and not self.is_unfused:
+            if len(self.cohort.learners) > 1:
+                raise RuntimeError("this dictionary takes its steps with others: call Cohort.step")
             self.cohort.step(batch)
             return
         x, dead = self.scaled(batch.x), self.dead
