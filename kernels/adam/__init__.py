@@ -122,11 +122,10 @@ def adam_rows(
     unit_norm: bool = False,
     shadow: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> None:
     """`adam` on W [F, D] with the gradient weight_grad(entries, values, rows, center=center), without storing it.
 
-    Latents without entries have a zero gradient; their moments decay and they move on as plain Adam has it. Returns
-    |g_j|^2 [F], as `row_norms`; if `rates.skip` is true, nothing of use.
+    Latents without entries have a zero gradient; their moments decay and they move on as plain Adam has it.
     """
     _check(W, moments, rates, shadow)
     check_entries(entries, values, rows, center)
@@ -135,8 +134,9 @@ def adam_rows(
     if choose("adam_rows", W, values, rows, backend=backend) == "triton":
         from . import triton
 
-        return triton.adam_rows(W, entries, values, rows, moments, rates, center, unit_norm, shadow)
-    return reference.adam_rows(W, entries, values, rows, moments, rates, center, unit_norm, shadow)
+        triton.adam_rows(W, entries, values, rows, moments, rates, center, unit_norm, shadow)
+    else:
+        reference.adam_rows(W, entries, values, rows, moments, rates, center, unit_norm, shadow)
 
 
 def row_norms(

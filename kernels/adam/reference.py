@@ -39,11 +39,8 @@ def adam(
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: "Moments", rates: "Rates",
     center: Tensor | None, unit_norm: bool, shadow: Tensor | None,
-) -> Tensor:  # fmt: skip
-    grad = weight_grad(entries, values, rows, center)
-    norms = (_across(grad, W) if unit_norm else grad).square().sum(1)
-    adam(W, grad, moments, rates, unit_norm, shadow)
-    return norms
+) -> None:  # fmt: skip
+    adam(W, weight_grad(entries, values, rows, center), moments, rates, unit_norm, shadow)
 
 
 def row_norms(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None) -> Tensor:

@@ -235,8 +235,9 @@ def adam_rows_kernel(
         along = tl.sum(grad_high * w_high, 0) + tl.sum(grad_low * w_low, 0)
         grad_high -= along * w_high
         grad_low -= along * w_low
-    tl.store(norms_ptr + latent, tl.sum(grad_high * grad_high, 0) + tl.sum(grad_low * grad_low, 0))
-    if UPDATE:
+    if not UPDATE:
+        tl.store(norms_ptr + latent, tl.sum(grad_high * grad_high, 0) + tl.sum(grad_low * grad_low, 0))
+    else:
         update_row(
             latent, w_high, w_low, grad_high, grad_low, high, low,
             w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
@@ -269,17 +270,19 @@ def adam(
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: "Moments", rates: "Rates",
     center: Tensor | None, unit_norm: bool, shadow: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> None:  # fmt: skip
     tensors, numbers, flags = _arguments(W, moments, rates, shadow)
     numbers = (len(W) // rates.step_size.numel(), *numbers)
-    return _launch(entries, values, rows, center, tensors, numbers, UNIT_NORM=unit_norm, UPDATE=True, **flags)
+    _launch(entries, values, rows, center, (*tensors, W), numbers, UNIT_NORM=unit_norm, UPDATE=True, **flags)
 
 
 def row_norms(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None) -> Tensor:
-    return _launch(
-        entries, values, rows, center, (rows if W is None else W, *[rows] * 9), (1, *[0.0] * 5),
+    norms = torch.empty(entries.latent_offsets.numel() - 1, dtype=torch.float32, device=rows.device)
+    _launch(
+        entries, values, rows, center, (rows if W is None else W, *[rows] * 9, norms), (1, *[0.0] * 5),
         UNIT_NORM=W is not None, UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False, BITS=32,
     )  # fmt: skip
+    return norms
 
 
 def _arguments(
@@ -297,23 +300,21 @@ def _arguments(
 
 def _launch(
     entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, tensors: tuple, numbers: tuple, **flags: int
-) -> Tensor:  # fmt: skip
-    """Runs adam_rows_kernel; gives the squared norm of each row of the gradient."""
+) -> None:  # fmt: skip
+    """Runs adam_rows_kernel."""
     (m, d), f = rows.shape, entries.latent_offsets.numel() - 1
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     values = values.contiguous()
     sums = rows if center is None else weight_grad_of(entries, values, rows.new_ones(1, 1), None)
     windows, split = sum_windows(entries, values, rows)
-    norms = torch.empty(f, dtype=torch.float32, device=rows.device)
     high, low = pieces(d)
     options = launch_options("adam_rows_small" if rows.dtype == torch.float32 else "adam_rows", rows)
     adam_rows_kernel[(f,)](
         values, entries.order, entries.tokens, entries.latent_offsets, rows, windows,
         rows if center is None else center.contiguous(), sums,
-        *tensors, norms, m, d, rows.stride(0), f // (1 if center is None else center.numel() // d), *numbers,
+        *tensors, m, d, rows.stride(0), f // (1 if center is None else center.numel() // d), *numbers,
         HAS_CENTER=center is not None, HIGH=high, LOW=low, SPLIT=split, **flags, **options,
     )  # fmt: skip
-    return norms
 
 
 def pieces(d: int) -> tuple[int, int]:

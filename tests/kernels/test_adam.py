@@ -64,11 +64,10 @@ def test_rows_move_as_their_gradient_says(shape, backend, make_code, dense, unit
     if unit_norm:
         moved = moved / moved.norm(dim=1, keepdim=True)
     before, shadow = W.clone(), torch.empty_like(W, dtype=torch.float16)
-    norms = adam_rows(
+    adam_rows(
         W, code.transpose(), code.values, rows, state, rates(), center=center, unit_norm=unit_norm, shadow=shadow,
         backend=backend,
     )  # fmt: skip
-    assert_close(norms, (grad / 0.7).square().sum(1), name="norms")
     assert_close(state.exp_avg, mean, name="exp_avg")
     assert_close(state.exp_avg_sq, square, name="exp_avg_sq")
     assert_close(W, moved, name="W")
@@ -217,11 +216,10 @@ def test_narrow_rows_move_as_in_float64_and_round_to_a_neighbour(shape, backend,
     moved = W.double() - 0.01 / (1 - 0.9**3) * mean / (square.sqrt() / (1 - 0.999**3) ** 0.5 + 1e-8)
     moved = moved / moved.norm(dim=1, keepdim=True)
     before, shadow = W.clone(), torch.empty_like(W, dtype=torch.float16)
-    norms = adam_rows(
+    adam_rows(
         W, code.transpose(), code.values, rows, state, rates(seed=5), center=center, unit_norm=True, shadow=shadow,
         backend=backend,
     )  # fmt: skip
-    assert_close(norms, (grad / 0.7).square().sum(1), name="norms")
     assert_close(W - before, moved - before.double(), 1e-4, name="step")
     assert torch.equal(shadow, W.half())
     new_mean, new_square = (moment.double() for moment in state.widened())
