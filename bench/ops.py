@@ -169,17 +169,23 @@ def _row_norms(i: Inputs) -> Call:
 
 
 def resting(w: Tensor) -> tuple[adam.Moments, adam.Rates]:
-    """For an update of w with a step of size zero: the work of any step, and the next call finds the same weights."""
+    """For an update of w with a step of size zero and no memory of the first moment: the work of any step, and the next call
+    finds the same weights."""
     zero, one = torch.zeros((), device=w.device), torch.ones((), device=w.device)
-    return adam.Moments(torch.zeros_like(w), torch.zeros_like(w)), adam.Rates(zero, one, one.clone())
+    return adam.Moments(torch.zeros_like(w), torch.zeros_like(w)), adam.Rates(zero, one, one.clone(), beta1=0.0)
 
 
 def _adam_rows(i: Inputs) -> Call:
-    """The decoder's update, on a copy: it works in place."""
+    """The decoder's update, on a copy: it works in place. Gives the first moment, which is the gradient."""
     w, entries, values, residual = i.sae.W_dec.detach().clone(), i.entries, i.code.values, i.found.residual
     moments, rates = resting(w)
     shadow = None if i.dtype == torch.float32 else w.to(i.dtype)
-    return lambda: adam.adam_rows(w, entries, values, residual, moments, rates, unit_norm=True, shadow=shadow)
+
+    def call() -> torch.Tensor:
+        adam.adam_rows(w, entries, values, residual, moments, rates, unit_norm=True, shadow=shadow)
+        return moments.exp_avg
+
+    return call
 
 
 def _objective(i: Inputs, direction: str) -> Call:
