@@ -34,7 +34,7 @@ Data = Annotated[
 
 def main() -> None:
     """Entry point: runs the command; a user's mistake becomes one line and exit code 2."""
-    from .engine.errors import UserError
+    from .engine.errors import Stopped, UserError
 
     # OpenMP threads that spin while they wait make a step ten times slower as soon as another program wants a core. Read
     # when torch is imported.
@@ -44,6 +44,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signal)
     except (RuntimeError, MemoryError) as error:
         named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")  # torch's, which is not imported here
         if not named and "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
@@ -57,6 +60,14 @@ def main() -> None:
 
 @app.command()
 def train(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            show_default=False,
+            help="YAML with sections stream, sae, train; with sweep or dictionaries for several on one stream. "
+            "Options win over it.",
+        ),
+    ] = None,
     model: Model = None,
     layer: Layer = None,
     hook: Hook = None,
@@ -67,64 +78,53 @@ def train(
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [1000000]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, text order and mixing. [0]")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make. [runs/MODEL-DATE-TIME]")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML with sections stream, sae, train; options given here win over it.")
-    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Train a dictionary, with its random control beside it; measure both; draw the figures."""
-    from .engine import checkpoint
-    from .engine.config import RunConfig, read_yaml
+    """Train a dictionary, with its random control beside it; measure both; draw the figures.
+
+    With a section sweep (k: [16, 32]) or dictionaries in the file, train several on one stream and compare them.
+    """
+    from .engine.config import read_yaml
     from .engine.errors import UserError
-    from .engine.stream import ActivationStream, LanguageModel
-    from .engine.train import CONFIG, check_free, read_run
-    from .engine.train import train as train_run
-    from .evals.run import evaluate
+    from .engine.folder import CONFIG, check_free, read_settings
+    from .engine.stream import ActivationStream
+    from .engine.sweep import expand, resolve
+    from .engine.train import train_together
+    from .evals.run import evaluate_runs
 
     began = time.monotonic()
     check_writable(json_file)
     _check_backend()
     given = {
-        "stream": {"model": model, "hook": hook, "data": data},
+        "stream": {"model": model, "hook": hook, "layer": layer, "data": data},
         "sae": {"d_sae": d_sae, "k": k},
         "train": {"lr": lr, "tokens": tokens, "seed": seed},
     }
     if resume:
         if out is None or not (out / CONFIG).is_file():
             raise UserError(f"resume: --out must name a run folder; {out} holds no {CONFIG}")
-        if (
-            config is not None
-            or layer is not None
-            or any(v is not None for part in given.values() for v in part.values())
-        ):
+        if config is not None or any(v is not None for part in given.values() for v in part.values()):
             raise UserError("resume: a run goes on with its own settings; give --out and --resume alone")
-        settings: dict[str, Any] = read_run(out).model_dump()
+        settings = {name: run.model_dump() for name, run in read_settings(out).by_name().items()}
     else:
-        settings = _merge(read_yaml(config) if config else {}, given)
-    early = _early_checks(settings)
-    folder = out or Path("runs") / f"{Path(early.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        settings = expand(_merge(read_yaml(config) if config else {}, given))
+    first = next(iter(settings.values())).get("stream") or {}
+    folder = out or Path("runs") / f"{Path(first.get('model', 'testbed')).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not resume:
         check_free(folder)
-
-    lm = LanguageModel(early.model, hook=early.hook, layer=layer)
-    sae = {"d_in": lm.d_model, "d_sae": 8 * lm.d_model} | settings.get("sae", {})
-    run = RunConfig(**(settings | {"sae": sae}))
-    stream = ActivationStream(run.stream, tokens=run.train.tokens, seed=run.train.seed, model=lm)
-    train_run(stream, run.sae, run.train, out=folder, resume=resume)
-
-    found = checkpoint.find(folder)
-    result = evaluate(found, stream, folder)
-    scores = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
-    summary: dict[str, Any] = {key: result[key] for key in scores}
-    summary["seconds"] = round(time.monotonic() - began, 1)
-    summary["controls"] = {name: {key: r[key] for key in scores} for name, r in result["controls"].items()}
-    summary |= {"run": str(folder), "model": lm.name, "hook": lm.hook, "tokens": run.train.steps * run.train.batch}
+    lm, runs = resolve(settings)
+    one = next(iter(runs.values()))
+    most = max(run.train.tokens for run in runs.values())
+    stream = ActivationStream(one.stream, tokens=most, seed=one.train.seed, model=lm)
+    trained = train_together(stream, runs, out=folder, resume=resume)
+    summary = evaluate_runs(folder, trained, stream)
+    summary |= {"run": str(folder), "model": lm.name, "seconds": round(time.monotonic() - began, 1)}
     write_json(folder / "summary.json", summary)
     write_json(json_file, summary)
-    _core_table(result, f"{run.sae.activation}, F = {run.sae.d_sae}, at {lm.hook} of {lm.name}")
+    _runs_table(summary)
     print(f"run folder: {folder}   figures: {folder / 'figures'}   {summary['seconds']:.0f} s")
 
 
@@ -264,17 +264,6 @@ def _merge(settings: dict[str, Any], given: dict[str, dict[str, Any]]) -> dict[s
     return merged
 
 
-def _early_checks(settings: dict[str, Any]) -> Any:
-    """Validate all that can be validated before the language model is loaded; gives the stream's settings."""
-    from .engine.config import RunConfig, SAEConfig
-
-    sae = settings.get("sae", {})
-    if "d_sae" not in sae:  # its default depends on the model's width: check the rest with one that allows every k
-        sae = sae | {"d_sae": 2**31 - 1}
-    SAEConfig(**({"d_in": 1} | sae))
-    return RunConfig(**(settings | {"sae": {"d_in": 1} | sae})).stream
-
-
 def _check_backend() -> None:
     """A wrong TEMPOSAE_BACKEND, or one that can't run here, is said before anything is loaded."""
     from .engine.errors import UserError
@@ -287,20 +276,45 @@ def _check_backend() -> None:
 
 
 def _core_table(result: dict[str, Any], title: str) -> None:
+    """The scores of a dictionary, and of its controls."""
+    _table({"dictionary": result} | {f"{name} control": scores for name, scores in result["controls"].items()}, title)
+
+
+def _runs_table(summary: dict[str, Any]) -> None:
+    """What `train` leaves behind: a dictionary beside its controls, or several, each beside its random control."""
+    several = summary.get("dictionaries")
+    if several is None:
+        _core_table(
+            summary, f"{summary['activation']}, F = {summary['d_sae']}, at {summary['hook']} of {summary['model']}"
+        )
+        return
+    whole = {name: scores for name, scores in several.items() if "failed" not in scores}
+    controls = {name: scores["controls"].get("random", {}).get("explained_variance") for name, scores in whole.items()}
+    _table(whole, f"{len(several)} dictionaries of {summary['model']}", {"random control's EV": controls})
+    for name, scores in several.items():
+        if "failed" in scores:
+            print(f"{name} was stopped: {scores['failed']}")
+
+
+def _table(
+    lines: dict[str, dict[str, Any]], title: str, more: dict[str, dict[str, float | None]] | None = None
+) -> None:
+    """Core scores, a line each, with further columns `more`: heading -> line -> value."""
     from rich.console import Console
     from rich.table import Table
 
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    more = more or {}
     table = Table(title=title, title_justify="left")
-    for heading in ("", "explained variance", "CE recovered", "over mean", "L0", "dead"):
+    for heading in ("", "explained variance", "CE recovered", "over mean", "L0", "dead", *more):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
-    for name, scores in {"dictionary": result, **result["controls"]}.items():
-        cells = (scores["explained_variance"], scores["ce_recovered"], scores["ce_recovered_over_mean"])
-        table.add_row(
-            name if name == "dictionary" else f"{name} control",
-            *("-" if value is None else f"{value:.4f}" for value in cells),
-            f"{scores['l0']:.1f}",
-            "-" if name == "mean" else f"{scores['dead_fraction']:.1%}",
-        )
+    for name, scores in lines.items():
+        keys = ("explained_variance", "ce_recovered", "ce_recovered_over_mean")
+        dead = "-" if name == "mean control" else f"{scores['dead_fraction']:.1%}"
+        others = (number(column[name]) for column in more.values())
+        table.add_row(name, *(number(scores[key]) for key in keys), f"{scores['l0']:.1f}", dead, *others)
     Console().print(table)
 
 

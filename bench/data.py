@@ -110,12 +110,9 @@ def tokens(shape: Shape, device: str, dtype: torch.dtype, *, count: int = 8, see
         x += offset + 0.3 / shape.D**0.5 * normal(n, shape.D)
         return x * (shape.D / (2 * active + 1)) ** 0.5  # E c^2 = 2
 
-    def integers(limit: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.randint(limit, (shape.N,), generator=draw, device=device, dtype=dtype)
+    def positions() -> Tensor:
+        return torch.randint(POSITIONS, (shape.N,), generator=draw, device=device)
 
-    batches = [
-        Batch(rows(shape.N).to(dtype), integers(POSITIONS), integers(50_000), integers(1000, torch.int64))
-        for _ in range(count)
-    ]
+    batches = [Batch.of(rows(shape.N).to(dtype), positions()) for _ in range(count)]
     wide = [batch.x.float() for batch in batches]
     return Tokens(batches, wide, rows(min(shape.N, 1024)), wide[0].mean(0), float(wide[0].norm(dim=1).mean()))

@@ -4,7 +4,11 @@ step_00000500/
   checkpoint.json        format, step, settings, and the size and SHA-256 of every other file
   sae.safetensors        W_enc [D, F], W_dec [F, D], b_enc, b_dec, mask.*; fp32, for activations as the model gives them
   random.safetensors     the random control trained beside it, if any
-  state.safetensors      what resuming needs: moments (of `train.moments`' kind), counters, random states, buffer
+  state.safetensors      what resuming needs of the learner: moments (of `train.moments`' kind), counters
+  stream.safetensors     and of the stream: buffer, random state, place in the text
+
+Of several dictionaries on a stream, each has a checkpoint of its own without stream.safetensors, and the run's folder has
+one with that alone, which is written last and names what belongs to it.
 """
 
 import hashlib
@@ -26,6 +30,8 @@ from .sae import SparseAutoencoder
 
 FORMAT = "temposae/1"
 MANIFEST = "checkpoint.json"
+KEYS = ("format", "step", "dictionaries", "run", "status", "files")
+KEEP = 2  # checkpoints of a run that stay on disk
 
 
 @dataclass
@@ -52,7 +58,8 @@ class Checkpoint:
     def dictionary(self, name: str = "sae") -> SparseAutoencoder:
         """The dictionary `name`: `sae`, or `random` for the control trained beside it."""
         if name not in self.manifest["dictionaries"]:
-            raise UserError(f"checkpoint: {self.folder} holds no {name!r}; it holds {', '.join(self.dictionaries)}")
+            held = ", ".join(self.dictionaries) or f"the stream of {', '.join(self.manifest['status'] or {})}"
+            raise UserError(f"checkpoint: {self.folder} holds no {name!r}; it holds {held}")
         sae = SparseAutoencoder(SAEConfig(**self.manifest["dictionaries"][name]))
         try:
             sae.load_state_dict(self.tensors(name))
@@ -84,9 +91,11 @@ def write(
     step: int,
     dictionaries: dict[str, SparseAutoencoder],
     run: RunConfig | None = None,
-    state: dict[str, Tensor] | None = None,
+    others: dict[str, dict[str, Tensor]] | None = None,
+    status: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint to `folder`, which must not exist: all of it or nothing. Raises UserError if the disk refuses."""
+    """Write a checkpoint to `folder`, which must not exist: all of it or nothing. `others` are files of tensors by name,
+    `status` is kept in the manifest. Raises UserError if the disk refuses."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
@@ -94,8 +103,7 @@ def write(
         fresh = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
         try:
             files = {f"{name}.safetensors": sae.state_dict() for name, sae in dictionaries.items()}
-            if state is not None:
-                files["state.safetensors"] = state
+            files |= {f"{name}.safetensors": tensors for name, tensors in (others or {}).items()}
             for name, tensors in files.items():
                 save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh / name)
             manifest = {
@@ -103,6 +111,7 @@ def write(
                 "step": step,
                 "dictionaries": {name: sae.cfg.model_dump() for name, sae in dictionaries.items()},
                 "run": run.model_dump() if run else None,
+                "status": status,
                 "files": {n: {"bytes": (fresh / n).stat().st_size, "sha256": _sha256(fresh / n)} for n in files},
             }
             (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -132,11 +141,22 @@ def find(path: Path) -> Checkpoint:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             raise UserError(f"checkpoint: {folder} has format {manifest['format']!r}; this version reads {FORMAT}")
-        return Checkpoint(folder, {key: manifest[key] for key in ("format", "step", "dictionaries", "run", "files")})
+        return Checkpoint(folder, {key: manifest[key] for key in KEYS})
     except UserError:
         raise
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint: {folder / MANIFEST} is damaged ({type(error).__name__}: {error})") from None
+
+
+def place(run: Path, step: int) -> Path:
+    """Where a run's checkpoint at `step` is."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def keep_last(run: Path) -> None:
+    """Remove all but the last `KEEP` checkpoints of a run."""
+    for old in all_in(run)[:-KEEP]:
+        shutil.rmtree(old)
 
 
 def all_in(run: Path) -> list[Path]:

@@ -107,19 +107,40 @@ class StreamConfig(Config):
     """Where activations come from: a language model, a place in it, and text.
 
     `model`: `testbed`, `smollm2`, a hub name or a local Hugging Face folder. `hook`: a transformer_lens hook name; the
-    residual stream after the middle layer unless given. `data`: a .txt or .jsonl file, a dataset's name or folder;
-    the embedded language for `testbed`. `buffer_tokens`: what is mixed at a time; as many as the run has, between 2048
-    and 65536, unless given.
+    residual stream after the middle layer unless given. `data`: a .txt, .jsonl, .parquet or .npy file, a dataset's name or
+    folder; the embedded language for `testbed`. Documents are in the field `text_field`, or tokenised already in `tokens` or
+    `input_ids`. A row has `context` tokens of one document or, with `packing`, of as many as fit. A text that ends
+    begins again (`repeat`), or ends the run. Left out are padding, the tokenizer's special tokens (`drop_special`) and, with
+    `max_norm`, activations whose norm is more than so many times the median.
+
+    `mode`: batches of single tokens; the same in order of position (`grouped`); or whole rows (`sequences`).
+    `buffer_tokens` or `buffer_gb` (10^9 bytes): what is mixed at a time; as many tokens as the run has, between 2048 and
+    65536, unless given. `attention` of the language model: the fastest that gives the same numbers, unless given.
+    `compile` the part of it that is needed with torch.compile.
     """
 
     model: str = "testbed"
     hook: str | None = None
     data: str | None = None
+    text_field: str = "text"
     context: Annotated[int, Field(ge=2)] = 128
+    packing: bool = False
+    repeat: bool = True
+    drop_special: bool = True
+    max_norm: Annotated[float, Field(gt=1)] | None = None
+    mode: Literal["tokens", "grouped", "sequences"] = "tokens"
     rows_per_forward: Count = 32
+    attention: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"
+    compile: bool = False
     buffer_tokens: Count | None = None
+    buffer_gb: Annotated[float, Field(gt=0)] | None = None
     buffer_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    drop_bos: bool = True
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "StreamConfig":
+        if self.buffer_tokens is not None and self.buffer_gb is not None:
+            raise ValueError(f"buffer_gb: {self.buffer_gb} is not allowed with buffer_tokens; give one of the two")
+        return self
 
 
 class TrainConfig(Config):
@@ -127,24 +148,38 @@ class TrainConfig(Config):
 
     `lr`: 2e-4 * sqrt(2^14 / F) unless given. `dead_after_tokens`: a latent that has not fired for so many tokens is dead;
     a tenth of the run, at least 10 batches, at most 10M, unless given. `log_every_steps`: a twentieth of the run, at most
-    50, unless given. `warmup` and `decay` are shares of the run. `dtype`: of the products; bfloat16 on a GPU and
-    float32 elsewhere, unless given. Weights are float32. `moments`: what holds Adam's two moments of W_enc and W_dec, 8, 4
-    or 2 bytes a parameter in all; narrow ones are rounded stochastically (`kernels.adam.Moments`), and the other parameters'
-    stay float32. `fp8` looks for a topk dictionary's latents by a product in e4m3 and works out those again that it finds
-    (`kernels.encode_sparse.encode_topk`); on a GPU from sm_89 on.
+    50, unless given. `checkpoint_every_steps`: every ten minutes unless given, and at the end. `warmup` and `decay` are
+    shares of the run. `dtype`: of the products; bfloat16 on a GPU and float32 elsewhere, unless given. Weights are float32.
+    `moments`: what holds Adam's two moments of W_enc and W_dec, 8, 4 or 2 bytes a parameter in all; narrow ones are rounded
+    stochastically (`kernels.adam.Moments`), and the other parameters' stay float32. `fp8` looks for a topk dictionary's
+    latents by a product in e4m3 and works out those again that it finds (`kernels.encode_sparse.encode_topk`); on a GPU
+    from sm_89 on.
+
+    `k_start`: topk and batchtopk keep so many in the beginning, and go down to k in 16 steps over the first `k_anneal` of
+    the run. `sparsity_warmup`: share of the run over which l1_coefficient and l0_coefficient rise from zero.
+    `accumulate`: a batch is gone through in so many parts, to save memory (batchtopk selects in each). `bias`: what b_dec
+    starts from. `resample_every_steps` (relu; Bricken et al., Towards Monosemanticity, 2023): after so many steps dead
+    latents begin again as tokens that are reconstructed badly. `init`: go on from this dictionary, a run or a checkpoint.
     """
 
     tokens: Count = 1_000_000
     batch: Count = 1024
     lr: Annotated[float, Field(gt=0)] | None = None
+    k_start: Count | None = None
+    k_anneal: Share = 0.2
+    sparsity_warmup: Share = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     warmup: Share = 0.05
     decay: Share = 0.3
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    accumulate: Count = 1
+    bias: Literal["mean", "geometric_median", "zero"] = "mean"
+    resample_every_steps: Count | None = None
+    init: str | None = None
     dead_after_tokens: Count | None = None
     log_every_steps: Count | None = None
-    checkpoint_every_steps: Count = 500
+    checkpoint_every_steps: Count | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     moments: Literal["float32", "bfloat16", "8bit"] = "float32"
     fp8: bool = False
@@ -166,6 +201,36 @@ class RunConfig(Config):
     stream: StreamConfig = StreamConfig()
     sae: SAEConfig
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "RunConfig":
+        sae, train = self.sae, self.train
+        if train.k_start is not None and not sae.k <= train.k_start <= sae.d_sae:
+            between = f"it must be between k ({sae.k}) and d_sae ({sae.d_sae})"
+            raise UserError(f"train.k_start: {train.k_start} is not allowed; {between}")
+        for name, activations in (("k_start", ("topk", "batchtopk")), ("resample_every_steps", ("relu",))):
+            value = getattr(train, name)
+            if value is not None and sae.activation not in activations:
+                one_of = " or ".join(activations)
+                raise UserError(f"train.{name}: {value} is not allowed with {sae.activation}; it is for {one_of}")
+        if train.batch % train.accumulate:
+            raise UserError(
+                f"train.accumulate: {train.accumulate} is not allowed; it must divide batch ({train.batch})"
+            )
+        return self
+
+    def by_name(self) -> dict[str, "RunConfig"]:
+        """The one dictionary, as `SweepConfig` has several."""
+        return {"": self}
+
+
+class SweepConfig(Config):
+    """Several runs on one stream, by name, as the `config.yaml` above their folders holds them."""
+
+    dictionaries: dict[str, RunConfig]
+
+    def by_name(self) -> dict[str, RunConfig]:
+        return self.dictionaries
 
 
 _SECTION = {"SAEConfig": "sae", "StreamConfig": "stream", "TrainConfig": "train", "MaskConfig": "sae.mask"}

@@ -10,6 +10,14 @@ class UserError(ValueError):
     """A mistake in the input. The message is one line for the person who made it; the command line exits with 2."""
 
 
+class Stopped(Exception):
+    """A run was told to stop by a signal, and saved what it had."""
+
+    def __init__(self, signal: int, message: str):
+        super().__init__(message)
+        self.signal = signal
+
+
 def near(value: str, allowed: Iterable[str], most: int = 5) -> str:
     """The allowed names nearest to `value`, for a message: "did you mean a, b?" or the first few that there are."""
     names = list(allowed)

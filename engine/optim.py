@@ -4,6 +4,7 @@ several of one size at a time."""
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from ..kernels.adam import Moments, Rates, adam
 from ..kernels.loss import PositionSums
 from .config import TrainConfig
 from .errors import UserError
-from .sae import SparseAutoencoder
+from .sae import Objective, SparseAutoencoder
 from .step import DENSE_FROM, LARGE, FusedStep, Outcome, fits, rounding_seed, side_by_side
 from .stream import Batch
 
@@ -29,6 +30,13 @@ def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
     rising = (step + 1) / max(1.0, warmup * steps)
     falling = (steps - step) / max(1.0, decay * steps)
     return min(1.0, rising, falling)
+
+
+def annealed(step: int, steps: int, share: float, start: int, end: int) -> int:
+    """A number of latents that goes from `start` to `end` over the first `share` of the run, in 16 steps: a kernel is
+    compiled for each."""
+    done = min(16, int(16 * step / max(1e-9, share * steps)))
+    return round(start + (end - start) * done / 16)
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -66,11 +74,19 @@ class Learner:
     done by a `Cohort`, of this dictionary alone unless it was put into a larger one.
     """
 
-    def __init__(self, sae: SparseAutoencoder, config: TrainConfig, mean: Tensor, mean_norm: float, n_positions: int):
+    def __init__(
+        self, sae: SparseAutoencoder, config: TrainConfig, mean: Tensor, mean_norm: float, n_positions: int,
+        b_dec: Tensor | None = None, *, trained: bool = False,
+    ):  # fmt: skip
+        """b_dec starts as `b_dec` [D], or the mean, unless the dictionary is `trained` already, in units of x."""
         self.sae, self.config, self.n_positions = sae, config, n_positions
         self.scale = 2.0 ** round(math.log2(math.sqrt(sae.cfg.d_in) / max(mean_norm, 1e-30)))
         self.mean = mean * self.scale
-        sae.initialise_bias(self.mean)
+        self._is_new = not trained
+        if trained:
+            sae.scale_(self.scale)
+        else:
+            sae.initialise_bias(self.mean if b_dec is None else b_dec * self.scale)
         device = self.mean.device
         self.lr = config.lr if config.lr is not None else default_lr(sae.cfg.d_sae)
         # Adam sees W_enc as it lies in memory, [F, D]: on a CPU it takes three times as long over a transposed view.
@@ -101,13 +117,13 @@ class Learner:
         idle_tokens = torch.zeros(1, sae.cfg.d_sae, dtype=torch.int64, device=device)
         sums = torch.zeros(1, len(PositionSums._fields), n_positions, device=device)
         self.counts = Counts(idle_tokens, sums, torch.zeros(1, device=device), torch.zeros(1, 3, device=device))
-        self.steps_done = 0
+        self.steps_done = self.tokens_done = 0
         self._steps = 0  # since the last report
         # Looked at when reporting: AuxK is skipped while there is nothing for it to do, and a relu dictionary, which begins
         # with half of its latents active, takes the dense path until few are.
         self.any_dead = False
         self.l0 = float(sae.cfg.d_sae if sae.cfg.activation == "relu" else sae.expected)
-        self.cohort = Cohort([self]) if fits(sae) else None
+        self.cohort = Cohort([self]) if fits(sae) and config.accumulate == 1 else None
 
     def step(self, batch: Batch) -> None:
         """One update on batch.x [N, D] at batch.pos [N]."""
@@ -115,11 +131,14 @@ class Learner:
             if len(self.cohort.learners) > 1:
                 raise RuntimeError("this dictionary takes its steps with others: call Cohort.step")
             self.cohort.step(batch)
-            return
-        x, dead = self.scaled(batch.x), self.dead
-        found = self._unfused_step(x, batch.pos, dead, self.begin_step(x, batch.pos))
-        self.counts.add(len(x), (x - self.mean).square().sum(), found)
-        self.sae.follow(None if found.least_kept is None else found.least_kept[0])
+        else:
+            x, dead = self.scaled(batch.x), self.dead
+            found = self._unfused_step(x, batch.pos, dead, self.begin_step(x, batch.pos))
+            self.counts.add(len(x), (x - self.mean).square().sum(), found)
+            self.sae.follow(None if found.least_kept is None else found.least_kept[0])
+        every = self.config.resample_every_steps
+        if every is not None and self.steps_done % every == 0:
+            self._resample(self.scaled(batch.x), batch.pos)
 
     def scaled(self, x: Tensor) -> Tensor:
         """x as the dictionary sees it."""
@@ -128,12 +147,16 @@ class Learner:
     def begin_step(self, x: Tensor, pos: Tensor) -> float:
         """The learning rate of a step on scaled x, which from now on counts as done."""
         config = self.config
-        if self.steps_done == 0:
+        if self.steps_done == 0 and self._is_new:
             self.sae.initialise_threshold(x, pos)
         lr = self.lr * schedule(self.steps_done, config.steps, config.warmup, config.decay)
+        if config.k_start is not None:
+            self.sae.k = annealed(self.steps_done, config.steps, config.k_anneal, config.k_start, self.sae.cfg.k)
+        self.sae.pressure = min(1.0, (self.steps_done + 1) / max(1.0, config.sparsity_warmup * config.steps))
         for group in self.adam.param_groups:
             group["lr"] = group["pace"] * lr
         self.steps_done += 1
+        self.tokens_done += len(x)
         self._steps += 1
         return lr
 
@@ -150,7 +173,7 @@ class Learner:
     @property
     def is_dense(self) -> bool:
         """Whether so many latents are in use on a token that dense products are faster than gathers."""
-        used = self.sae.cfg.k if self.sae.cfg.activation in ("topk", "batchtopk") else self.l0
+        used = self.sae.k if self.sae.cfg.activation in ("topk", "batchtopk") else self.l0
         return used > DENSE_FROM * self.sae.cfg.d_sae and self.sae.cfg.prefixes is None
 
     @property
@@ -161,8 +184,7 @@ class Learner:
     def _unfused_step(self, x: Tensor, pos: Tensor, dead: Tensor | None, lr: float) -> Outcome:
         """The update by autograd and torch's Adam (ours for narrow moments): for every dictionary and device, and what the
         fused one must equal."""
-        found = self.sae.objective(x, pos, self.n_positions, dead)
-        found.loss.backward()
+        found = self._gradients(x, pos, dead)
         self.sae.project_decoder_gradient()
         for name, parameter in self.sae.named_parameters():
             if name in self.leaves and self.leaves[name] is not parameter and parameter.grad is not None:
@@ -182,6 +204,43 @@ class Learner:
         aux, least = (None if one is None else one[None] for one in (found.aux_loss, found.least_kept))
         sums = PositionSums(*(total[None] for total in found.sums))
         return Outcome(found.loss.detach()[None], aux, norm[None], sums, found.fired[None], least)
+
+    def _gradients(self, x: Tensor, pos: Tensor, dead: Tensor | None) -> Objective:
+        """The objective and its gradients, in `accumulate` parts of the batch."""
+        found: list[Objective] = []
+        for x_of, pos_of in zip(x.chunk(self.config.accumulate), pos.chunk(self.config.accumulate), strict=True):
+            one = self.sae.objective(x_of, pos_of, self.n_positions, dead)
+            share = len(x_of) / len(x)
+            (one.loss * share).backward()
+            aux = None if one.aux_loss is None else one.aux_loss * share
+            found.append(replace(one, loss=one.loss.detach() * share, aux_loss=aux))
+        return functools.reduce(Objective.add, found)
+
+    @torch.no_grad()
+    def _resample(self, x: Tensor, pos: Tensor) -> None:
+        """Let dead latents begin again as tokens of a batch, chosen in proportion to their squared error, squared."""
+        if self.cohort is not None:
+            self.cohort.settle()
+        dead = (self.counts.idle_tokens[0] >= self.dead_after).nonzero().flatten()
+        if not len(dead):
+            return
+        error = (x - self.sae(x, pos)).float().square().sum(1).square()
+        draw = torch.Generator().manual_seed((1_000_003 * self.config.seed + self.steps_done) % 2**63)
+        chosen = torch.multinomial(error.double().cpu(), len(dead), replacement=True, generator=draw).to(x.device)
+        rows = torch.nn.functional.normalize(x[chosen].float() - self.sae.b_dec, dim=1)
+        encoder, alive = self.leaves["W_enc"].data, self.counts.idle_tokens[0] < self.dead_after
+        size = 0.2 * encoder[alive].norm(dim=1).mean() if bool(alive.any()) else 0.2
+        encoder[dead] = size * rows
+        if "W_dec" in self.leaves:
+            self.leaves["W_dec"].data[dead] = rows
+        self.leaves["b_enc"].data[dead] = 0
+        for name, moments in self.moments().items():
+            if name in ("W_enc", "W_dec", "b_enc"):
+                for moment in moments[:2]:
+                    moment[dead] = 0
+        self.counts.idle_tokens[0, dead] = 0
+        if self.cohort is not None:
+            self.cohort.fused.refresh()
 
     def _rates(self, name: str, lr: float) -> Rates:
         """Adam's settings for a parameter in this step, its gradient being clipped already."""
@@ -203,6 +262,17 @@ class Learner:
             held = self.narrow[name]._asdict() if name in self.narrow else self.adam.state[leaf]
             found |= {f"adam.{name}.{key}": value for key, value in held.items() if value is not None}
         return found
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there were steps since the last report."""
+        return self._steps > 0
+
+    def is_finite(self) -> bool:
+        """Whether every loss since the last report was. Waits for the device."""
+        if self.cohort is not None:
+            self.cohort.settle()
+        return bool(self.counts.losses.isfinite().all())
 
     def report(self) -> dict[str, float]:
         """Means since the last report. Waits for the device.
@@ -247,6 +317,7 @@ class Learner:
         numbers = {
             "scale": self.scale,
             "steps_done": self.steps_done,
+            "tokens_done": self.tokens_done,
             "steps": self._steps,
             "any_dead": self.any_dead,
             "l0": self.l0,
@@ -278,6 +349,7 @@ class Learner:
         self.scale = float(state["scale"])
         self.sae.scale_(self.scale)
         self.steps_done, self._steps = int(state["steps_done"]), int(state["steps"])
+        self.tokens_done = int(state["tokens_done"])
         self.any_dead, self.l0 = bool(state["any_dead"]), float(state["l0"])
         for key, value in held.items():
             value.copy_(state[key])

@@ -41,6 +41,13 @@ class ProgressBar:
                 flush=True,
             )
 
+    def note(self, text: str) -> None:
+        """Say something that stays on the screen."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def _text(self) -> str:
         rate = (self.done - self.skipped) / max(1e-9, time.monotonic() - self.began)
         return "  ".join([f"{rate:,.0f} {self.unit}/s", *(f"{k} {v}" for k, v in self.figures.items())])

@@ -40,6 +40,15 @@ class Objective:
     aux_loss: Tensor | None = None
     least_kept: Tensor | None = None
 
+    def add(self, other: "Objective") -> "Objective":
+        """Of two parts of a batch, with losses that count as much as their parts do."""
+        aux = None if self.aux_loss is None or other.aux_loss is None else self.aux_loss + other.aux_loss
+        least = (
+            None if self.least_kept is None or other.least_kept is None else self.least_kept.minimum(other.least_kept)
+        )
+        sums = PositionSums(*(a + b for a, b in zip(self.sums, other.sums, strict=True)))
+        return Objective(self.loss + other.loss, sums, self.fired | other.fired, aux, least)
+
 
 class SparseAutoencoder(nn.Module):
     """A sparse autoencoder over activations x [..., D] at positions pos [...].
@@ -72,6 +81,8 @@ class SparseAutoencoder(nn.Module):
         elif config.activation == "batchtopk":
             self.register_buffer("threshold", torch.zeros(()))
         self.mask = PositionMask(config.mask, config.d_sae, generator)
+        # What training has now of the number of latents kept, and as a factor on the sparsity coefficients.
+        self.k, self.pressure = config.k, 1.0
 
     def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         """f [..., F], in the dtype of x. Not differentiable: training goes through `objective`."""
@@ -83,7 +94,7 @@ class SparseAutoencoder(nn.Module):
         x, rows, weights = self.inputs(x, pos)
         W_enc = self.W_enc.to(x.dtype)
         if self.cfg.activation == "topk":
-            return encode_topk_op(x, W_enc, self.b_enc, self.cfg.k, center=self.b_dec, mask=weights, pos=rows)[0]
+            return encode_topk_op(x, W_enc, self.b_enc, self.k, center=self.b_dec, mask=weights, pos=rows)[0]
         if self.cfg.activation == "jumprelu":
             return jumprelu_band(
                 x, W_enc, self.b_enc, self.threshold, self.b_dec, weights, rows,
@@ -122,7 +133,7 @@ class SparseAutoencoder(nn.Module):
             acts = encode_dense(x, self.W_enc, self.b_enc, self.b_dec, weights, rows)
             x_hat = torch.addmm(self.b_dec.to(x.dtype), acts, self.W_dec.to(x.dtype))
             sums = position_loss(x - x_hat, acts, pos, n_positions)
-            loss = (sums.squared_error.sum() + self.cfg.l1_coefficient * sums.l1.sum()) / len(x)
+            loss = (sums.squared_error.sum() + self.pressure * self.cfg.l1_coefficient * sums.l1.sum()) / len(x)
             return Objective(loss, sums, (acts.detach() > 0).any(0))
         l0, aux = None, None
         if self.cfg.activation == "jumprelu":
@@ -133,7 +144,7 @@ class SparseAutoencoder(nn.Module):
         else:
             code, aux = encode_topk(
                 x, self.W_enc, self.b_enc, self.b_dec, weights, rows,
-                k=self.cfg.k, aux_k=self.aux_k(dead), aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
+                k=self.k, aux_k=self.aux_k(dead), aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
             )  # fmt: skip
         if self.cfg.prefixes is None:
             squared_error, residual = reconstruct(code, self.W_dec, self.b_dec, x)
@@ -144,7 +155,7 @@ class SparseAutoencoder(nn.Module):
         with torch.no_grad():
             sums = position_loss(squared_error, code, pos, n_positions)
         if l0 is not None:
-            loss = loss + self.cfg.l0_coefficient * self.cfg.d_in * l0 / len(x)
+            loss = loss + self.pressure * self.cfg.l0_coefficient * self.cfg.d_in * l0 / len(x)
         fired = has_fired(code)
         least = least_kept(code)[0] if self.cfg.activation == "batchtopk" else None
         if aux is None or dead is None:
@@ -160,7 +171,7 @@ class SparseAutoencoder(nn.Module):
     @property
     def expected(self) -> int:
         """About how many latents of a token are looked at: speed depends on it. Of a relu dictionary, any number."""
-        return min(4 * self.cfg.k, self.cfg.d_sae) if self.cfg.activation != "relu" else self.cfg.d_sae
+        return min(4 * self.k, self.cfg.d_sae) if self.cfg.activation != "relu" else self.cfg.d_sae
 
     def aux_k(self, dead: Tensor | None) -> int:
         """How many of the dead latents take part in AuxK; 0 for no AuxK."""
@@ -175,7 +186,7 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def initialise_bias(self, mean: Tensor) -> None:
-        """b_dec starts as the mean activation [D]."""
+        """b_dec starts as some mean activation [D]."""
         self.b_dec.copy_(mean)
 
     @torch.no_grad()

@@ -200,10 +200,10 @@ class FusedStep:
             sums = PositionSums(*(total.view(s, n_positions) for total in sums))
             loss, aux_loss, scale, penalty = decoded.squared_error.view(s, n).sum(1) / n, None, -2 / n, 0.0
             if sae.cfg.activation == "relu":
-                penalty = sae.cfg.l1_coefficient / n
+                penalty = sae.pressure * sae.cfg.l1_coefficient / n
                 loss = loss + penalty * sums.l1.sum(1)
             elif band is not None:
-                penalty = sae.cfg.l0_coefficient * sae.cfg.d_in / n
+                penalty = sae.pressure * sae.cfg.l0_coefficient * sae.cfg.d_in / n
                 loss = loss + penalty * sums.l0.sum(1)
         projection = decoded.found.projection
         l1 = 0.0 if band else penalty
@@ -260,7 +260,7 @@ class FusedStep:
             )  # fmt: skip
             return code, None, None
         code, aux = encode_topk(
-            x, W_enc, b_enc, sae.cfg.k, center=b_dec, mask=mask, pos=rows,
+            x, W_enc, b_enc, sae.k, center=b_dec, mask=mask, pos=rows,
             aux_k=sae.aux_k(dead), aux_latents=None if dead is None else dead.flatten(),
             across_batch=sae.cfg.activation == "batchtopk", fp8=self.config.fp8, dictionaries=self.count,
         )  # fmt: skip

@@ -1,36 +1,41 @@
-"""Training: a stream in, a run folder out."""
+"""Training: a stream in, dictionaries and their run folders out."""
 
-import json
 import math
 import shutil
-import tempfile
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from torch import Tensor
 
 from . import checkpoint
-from .config import RunConfig, SAEConfig, TrainConfig, read_yaml
-from .errors import UserError
-from .optim import Learner
+from .center import center
+from .config import RunConfig, SAEConfig, SweepConfig, TrainConfig
+from .errors import Stopped, UserError
+from .folder import CONFIG, begin, check_free, read_settings, report, rewind
+from .optim import Cohort, Learner, together
 from .progress import progress_bar
 from .sae import SparseAutoencoder
 from .stream import ActivationStream
 
-CONFIG, METRICS = "config.yaml", "metrics.jsonl"
-KEEP = 2  # checkpoints that stay on disk
+CHECKPOINT_SECONDS = 600  # between checkpoints, where the settings don't say how many steps
 
 
 @dataclass
 class Run:
-    """What `train` gives back. `metrics`: one dict per report, as in metrics.jsonl. `random`: the control, if trained."""
+    """What `train` gives back. `metrics`: one dict per report, as in metrics.jsonl. `random`: the control, if trained.
+    `failed`: why it was stopped before its end, if it was."""
 
     sae: SparseAutoencoder
     random: SparseAutoencoder | None
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    failed: str | None = None
 
 
 def train(
@@ -48,176 +53,319 @@ def train(
 
     With `out`, a run folder is written: config.yaml (resolved), metrics.jsonl (a line every `log_every_steps`), and
     checkpoints/ (the last two). With `resume`, the run in `out` goes on from its last checkpoint and ends with the weights
-    that it would have had without the stop. The same seed gives the same metrics, fields named `seconds` apart.
+    that it would have had without the stop. The same seed gives the same metrics, fields that tell times apart. On SIGINT
+    and SIGTERM a run with a folder writes a checkpoint and raises Stopped.
 
     Raises UserError for a width that is not the stream's, for an `out` that can't be written or holds a run already,
-    and for activations that are not finite.
+    for activations that are not finite, and for a loss that isn't.
     """
-    config = config or TrainConfig()
-    if sae.d_in != stream.d_in:
-        raise UserError(
-            f"sae.d_in: {sae.d_in} is not allowed; {stream.model.hook} of {stream.model.name} has width {stream.d_in}"
-        )
-    if 2 * config.batch > stream.buffer_tokens:
-        raise UserError(
-            f"train.batch: {config.batch} is not allowed; it must be at most half of "
-            f"stream.buffer_tokens ({stream.buffer_tokens})"
-        )
-    sae.mask.check_context(stream.positions)
-    run = RunConfig(stream=stream.config, sae=sae, train=config)
-    folder = Path(out).expanduser() if out is not None else None
-    last = _open_folder(folder, run, resume) if folder is not None else None
-    learners = _learners(stream, run, last)
-    if folder is not None:
-        _begin(folder, run)
-    main = learners["sae"]
-    metrics = _rewind_metrics(folder, main.steps_done) if folder is not None and resume else []
-
-    began = time.monotonic()
-    with progress_bar("training", total=config.tokens, unit="tokens", done=main.steps_done * config.batch) as bar:
-        for step in range(main.steps_done, config.steps):
-            batch = stream.next(config.batch)
-            for learner in learners.values():
-                learner.step(batch)
-            done = step + 1
-            bar.advance(config.batch)
-            if done % config.report_steps == 0 or done == config.steps:
-                line = _report(learners, config) | {"seconds": round(time.monotonic() - began, 2)}
-                metrics.append(line)
-                if folder is not None:
-                    _append(folder / METRICS, line)
-                shown = {"loss": f"{line['loss']:.3g}", "L0": f"{line['l0']:.1f}", "EV": f"{1 - line['fvu']:.3f}"}
-                bar.advance(0, **shown, dead=f"{line['dead_fraction']:.1%}")
-            if folder is not None and (done % config.checkpoint_every_steps == 0 or done == config.steps):
-                _checkpoint(folder, run, learners, stream, done)
-    for learner in learners.values():
-        learner.sae.scale_(1 / learner.scale)
-    return Run(main.sae, learners["random"].sae if "random" in learners else None, metrics)
+    run = RunConfig(stream=stream.config, sae=sae, train=config or TrainConfig())
+    return _Training(stream, {"": run}, out, resume).run()[""]
 
 
-def _learners(stream: ActivationStream, run: RunConfig, last: checkpoint.Checkpoint | None) -> dict[str, Learner]:
-    """The dictionary and its control, new or as `last` left them (the stream's place in the text with them)."""
-    configs = {"sae": run.sae}
-    if run.train.control and run.sae.decoder == "learned":
-        configs["random"] = run.sae.model_copy(update={"decoder": "random"})
-    state = last.tensors("state") if last is not None else {}
-    if last is not None:
-        stream.load_state(_under("stream.", state))
-    mean, mean_norm = stream.moments()
-    learners = {}
-    for name, config in configs.items():
-        sae = SparseAutoencoder(config, seed=run.train.seed).to(stream.model.device)
-        learners[name] = Learner(sae, run.train, mean, mean_norm, stream.positions)
-        if last is not None:
-            learners[name].load_state(_under(f"{name}.", state), last.tensors(name))
-    return learners
+def train_together(
+    stream: ActivationStream, dictionaries: dict[str, RunConfig], *, out: str | Path | None = None, resume: bool = False
+) -> dict[str, Run]:
+    """Train several dictionaries, each with a control as `train` does, on the same batches of one stream.
+
+    They may be of any shape and at any of the stream's hooks (`stream.hook` of each says which), with learning rates,
+    schedules, seeds and numbers of tokens of their own; `train.batch` and `train.checkpoint_every_steps` are common to all.
+    Those of one configuration step together. Each has a run folder `out`/NAME, and `out` keeps the place in the stream. One
+    whose loss is no longer finite is stopped and named in its `Run.failed`, and the others go on.
+    """
+    return _Training(stream, dictionaries, out, resume).run()
 
 
-def _report(learners: dict[str, Learner], config: TrainConfig) -> dict[str, Any]:
-    steps = learners["sae"].steps_done
-    found: dict[str, Any] = {"step": steps, "tokens": steps * config.batch} | learners["sae"].report()
-    for name, learner in learners.items():
-        if name != "sae":
-            found[name] = learner.report()
-    bad = [key for key in ("loss", "gradient_norm") if not math.isfinite(found.get(key, 0))]
-    if bad:
-        raise UserError(
-            f"train.lr: {learners['sae'].lr:g} made {bad[0]} {found[bad[0]]} by step {steps}; "
-            "try a smaller one (the last checkpoint is untouched)"
-        )
-    return found
+class _Trainee:
+    """One of the dictionaries in training, with its control."""
 
-
-def _checkpoint(
-    folder: Path, run: RunConfig, learners: dict[str, Learner], stream: ActivationStream, step: int
-) -> None:
-    """Write a checkpoint, in the units of the activations, and drop all but the last `KEEP`."""
-    state = {f"stream.{key}": value for key, value in stream.state().items()}
-    for name, learner in learners.items():
-        state |= {f"{name}.{key}": value for key, value in learner.state().items()}
-        learner.sae.scale_(1 / learner.scale)
-    target = folder / "checkpoints" / f"step_{step:08d}"
-    try:
-        checkpoint.write(target, step, {name: learner.sae for name, learner in learners.items()}, run, state)
-    finally:
-        for learner in learners.values():
-            learner.sae.scale_(learner.scale)
-    for old in checkpoint.all_in(folder)[:-KEEP]:
-        shutil.rmtree(old)
-
-
-def _open_folder(folder: Path, run: RunConfig, resume: bool) -> checkpoint.Checkpoint | None:
-    """See that a new run may go there, or go back into one; gives the checkpoint to go on from."""
-    place = folder / CONFIG
-    if resume and place.is_file():
-        if read_run(folder) != run:
-            raise UserError(f"resume: the settings differ from {place}; resume with the ones that the run began with")
-        return checkpoint.find(folder) if checkpoint.all_in(folder) else None
-    check_free(folder)
-    return None
-
-
-def _begin(folder: Path, run: RunConfig) -> None:
-    """Make the run folder, with its settings in it; a resumed run has them."""
-    if (folder / CONFIG).exists():
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(yaml.safe_dump(run.model_dump(), sort_keys=False))
-    except OSError as error:
-        raise UserError(f"out: {folder} can't be written ({error.strerror})") from None
-
-
-def check_free(folder: Path) -> None:
-    """Refuse a run folder that holds something already, or that can't be made. Leaves nothing behind."""
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(
-                f"out: {folder} exists and is not empty; give a new folder, or --resume to go on with that run"
+    def __init__(self, name: str, run: RunConfig, stream: ActivationStream, folder: Path | None):
+        self.name, self.run, self.folder = name, run, folder
+        self.hook = str(run.stream.hook)
+        configs = {"sae": run.sae}
+        if run.train.control and run.sae.decoder == "learned":
+            configs["random"] = run.sae.model_copy(update={"decoder": "random"})
+        x = stream.sample().acts[self.hook]
+        mean, mean_norm = center(x, "mean"), float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).mean())
+        start = center(x, run.train.bias)
+        self.learners: dict[str, Learner] = {}
+        for part, config in configs.items():
+            sae = SparseAutoencoder(config, seed=run.train.seed)
+            trained = run.train.init is not None and part == "sae"
+            if trained:
+                _take_over(sae, Path(str(run.train.init)).expanduser())
+            self.learners[part] = Learner(
+                sae.to(x.device), run.train, mean, mean_norm, stream.positions, start, trained=trained
             )
-        above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        Path(tempfile.mkdtemp(prefix=".temposae-", dir=above)).rmdir()
-    except OSError as error:
-        raise UserError(
-            f"out: {folder} can't be written ({error.strerror}); give a folder that you may write to"
-        ) from None
+        self.metrics: list[dict[str, Any]] = []
+        self.failed: str | None = None
+        self.saved_step = 0
 
+    @property
+    def main(self) -> Learner:
+        return self.learners["sae"]
 
-def read_run(folder: Path) -> RunConfig:
-    """The settings of the run in `folder`."""
-    return RunConfig(**read_yaml(folder / CONFIG))
+    @property
+    def has_ended(self) -> bool:
+        return self.failed is not None or self.main.steps_done >= self.run.train.steps
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a report is to be made after the step just done."""
+        return self.main.steps_done % self.run.train.report_steps == 0 or self.has_ended
 
-def read_metrics(folder: Path, until: int | None = None) -> list[dict[str, Any]]:
-    """The reports in a run's metrics.jsonl up to step `until`; a line cut short by a kill ends them."""
-    path = folder / METRICS
-    kept = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
+    def report(self, **more: Any) -> dict[str, Any]:
+        """A line of metrics since the last one, kept and written. Sets `failed` where a loss isn't finite."""
+        line: dict[str, Any] = {"step": self.main.steps_done, "tokens": self.main.tokens_done} | self.main.report()
+        line |= {part: learner.report() for part, learner in self.learners.items() if part != "sae"} | more
+        for found in (line, line.get("random", {})):
+            for key in ("loss", "gradient_norm"):
+                if self.failed is None and not math.isfinite(found.get(key, 0)):
+                    self.failed = line["failed"] = (
+                        f"train.lr: {self.main.lr:g} made {key} {found[key]} by step {line['step']}; "
+                        "try a smaller one (the last checkpoint is untouched)"
+                    )
+        self.metrics.append(line)
+        if self.folder is not None:
+            report(self.folder, line)
+        return line
+
+    def save(self, folder: Path, others: dict[str, dict[str, Tensor]]) -> None:
+        """Write a checkpoint, in the units of the activations, with `others` in files of their own."""
+        state = {f"{part}.{key}": value for part, one in self.learners.items() for key, value in one.state().items()}
+        step = self.main.steps_done
+        self._scale(-1)
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            break
-        if until is not None and line["step"] > until:
-            break
-        kept.append(line)
-    return kept
+            dictionaries = {part: learner.sae for part, learner in self.learners.items()}
+            checkpoint.write(checkpoint.place(folder, step), step, dictionaries, self.run, {"state": state, **others})
+        finally:
+            self._scale(1)
+        self.saved_step = step
+        checkpoint.keep_last(folder)
+
+    def load(self, last: checkpoint.Checkpoint) -> None:
+        state = last.tensors("state")
+        for part, learner in self.learners.items():
+            learner.load_state(_under(f"{part}.", state), last.tensors(part))
+        self.saved_step = last.step
+
+    def end(self) -> Run:
+        self._scale(-1)
+        control = self.learners.get("random")
+        return Run(self.main.sae, control.sae if control is not None else None, self.metrics, self.failed)
+
+    def _scale(self, power: int) -> None:
+        for learner in self.learners.values():
+            learner.sae.scale_(learner.scale**power)
 
 
-def _rewind_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Take what was reported after `step` out of metrics.jsonl; give the rest."""
-    kept = read_metrics(folder, step)
-    fresh = (folder / METRICS).with_suffix(".tmp")
-    fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    fresh.replace(folder / METRICS)
-    return kept
+class _Training:
+    """Dictionaries by name on one stream. A single one has the name "", and the whole folder for itself."""
+
+    def __init__(
+        self, stream: ActivationStream, dictionaries: dict[str, RunConfig], out: str | Path | None, resume: bool
+    ):
+        own = {name: stream.config_at(run.stream.hook or stream.model.hook) for name, run in dictionaries.items()}
+        dictionaries = {name: run.model_copy(update={"stream": own[name]}) for name, run in dictionaries.items()}
+        self.stream, self.runs = stream, dictionaries
+        self.folder = Path(out).expanduser() if out is not None else None
+        self.config = next(iter(dictionaries.values())).train
+        _check(stream, dictionaries)
+        settings = dictionaries.get("") or SweepConfig(dictionaries=dictionaries)
+        last = self._open(settings, resume)
+        if last is not None:
+            stream.load_state(last.tensors("stream"))
+        self.trainees: list[_Trainee] = []
+        for name, run in dictionaries.items():
+            trainee = _Trainee(name, run, stream, self.folder / name if self.folder is not None else None)
+            if last is not None:
+                self._go_on(trainee, last)
+            self.trainees.append(trainee)
+        self._begin(settings, resume)
+        self.step = self.saved_step = last.step if last is not None else 0
+        self.epoch = stream.counts.get("epoch", 0)
+        self._together: tuple[list[str], list[tuple[str, Cohort | Learner]]] = ([], [])
+        self.began = self.saved = time.monotonic()
+
+    def _open(self, settings: RunConfig | SweepConfig, resume: bool) -> checkpoint.Checkpoint | None:
+        """See that a new run may go there, or go back into one; gives the checkpoint to go on from."""
+        if self.folder is None:
+            return None
+        place = self.folder / CONFIG
+        if not resume or not place.is_file():
+            check_free(self.folder)
+            return None
+        if read_settings(self.folder) != settings:
+            raise UserError(f"resume: the settings differ from {place}; resume with the ones that the run began with")
+        return checkpoint.find(self.folder) if checkpoint.all_in(self.folder) else None
+
+    def _go_on(self, trainee: _Trainee, last: checkpoint.Checkpoint) -> None:
+        """Take a dictionary to where it was at `last`; what it wrote after that is made again."""
+        if trainee.folder == self.folder:
+            trainee.load(last)
+            return
+        assert trainee.folder is not None
+        status = last.manifest["status"][trainee.name]
+        trainee.failed = status["failed"]
+        place = checkpoint.place(trainee.folder, status["step"])
+        for later in checkpoint.all_in(trainee.folder):
+            if later > place:
+                shutil.rmtree(later)
+        if status["step"]:
+            trainee.load(checkpoint.find(place))
+
+    def _begin(self, settings: RunConfig | SweepConfig, resume: bool) -> None:
+        if self.folder is None:
+            return
+        begin(self.folder, settings)
+        for one in self.trainees:
+            assert one.folder is not None
+            begin(one.folder, one.run)
+            if resume:
+                one.metrics = rewind(one.folder, one.main.steps_done)
+
+    def run(self) -> dict[str, Run]:
+        total = max(run.train.steps for run in self.runs.values()) * self.config.batch
+        done = self.step * self.config.batch
+        with progress_bar("training", total, "tokens", done) as self._bar, _stop_signals(self.folder) as stop:
+            while active := [one for one in self.trainees if not one.has_ended]:
+                batch = self.stream.next(self.config.batch).flat()
+                if len(batch):
+                    with self.stream.watch("sae"):
+                        for hook, cohort in self._cohorts(active):
+                            cohort.step(batch.at(hook))
+                    self.step += 1
+                    self._bar.advance(len(batch))
+                    self._report([one for one in active if one.is_due])
+                else:
+                    self._end_early(active)
+                self._save(len(batch) == 0 or bool(stop) or any(one.has_ended for one in active))
+                if stop:
+                    raise Stopped(stop[0], f"stopped at step {self.step}; --resume goes on from there")
+                if not len(batch):
+                    break
+        if all(one.failed for one in self.trainees):
+            raise UserError(self.trainees[0].failed)
+        return {one.name: one.end() for one in self.trainees}
+
+    def _cohorts(self, active: list[_Trainee]) -> list[tuple[str, Cohort | Learner]]:
+        """What takes steps, with the hook that it looks at; made anew when one of the dictionaries has ended."""
+        names = [one.name for one in active]
+        if names != self._together[0]:
+            found: list[tuple[str, Cohort | Learner]] = []
+            for hook in dict.fromkeys(one.hook for one in active):
+                learners = [learner for one in active if one.hook == hook for learner in one.learners.values()]
+                found += [(hook, cohort) for cohort in together(learners)]
+            self._together = names, found
+        return self._together[1]
+
+    def _report(self, due: list[_Trainee]) -> None:
+        if not due:
+            return
+        times = {"seconds": round(time.monotonic() - self.began, 2), "time": self.stream.watch.shares()}
+        lines = [one.report(**times) for one in due]
+        for one in due:
+            if one.failed and one.name:
+                self._bar.note(f"{one.name} is stopped: {one.failed}")
+        best = min(lines, key=lambda line: line["fvu"] if math.isfinite(line["fvu"]) else math.inf)
+        shown = {"loss": f"{best['loss']:.3g}", "L0": f"{best['l0']:.1f}", "EV": f"{1 - best['fvu']:.3f}"}
+        shown |= {"dead": f"{best['dead_fraction']:.1%}"}
+        shown |= {section: f"{share:.0%}" for section, share in times["time"].items()}
+        if len(self.trainees) > 1:
+            shown = {"in training": str(sum(not one.has_ended for one in self.trainees)), **shown}
+        self._bar.advance(0, **shown)
+        epoch = self.stream.counts.get("epoch", 0)
+        if epoch > self.epoch:
+            self._bar.note(f"data: {self.stream.text.name} has ended and begins again (so often now: {epoch})")
+            self.epoch = epoch
+
+    def _end_early(self, active: list[_Trainee]) -> None:
+        """The text has ended before the run."""
+        done = active[0].main.tokens_done
+        self._bar.note(f"data: {self.stream.text.name} ended after {done:,} of {self.config.tokens:,} tokens")
+        self._report([one for one in active if one.main.has_news])
+
+    def _save(self, now: bool) -> None:
+        """Write a checkpoint of all, `now` or where it is time. It counts once the stream's is there, which comes last."""
+        if self.folder is None or self.saved_step == self.step:
+            return
+        every = self.config.checkpoint_every_steps
+        is_time = self.step % every == 0 if every else time.monotonic() - self.saved > CHECKPOINT_SECONDS
+        if not (now or is_time):
+            return
+        news = [one for one in self.trainees if one.failed is None and one.saved_step < one.main.steps_done]
+        self._report([one for one in news if not one.main.is_finite()])  # which stops them
+        stream = {"stream": self.stream.state()}
+        for one in news:
+            if one.failed is None and one.folder is not None:
+                one.save(one.folder, stream if one.folder == self.folder else {})
+        if "" not in self.runs:
+            status = {one.name: {"step": one.saved_step, "failed": one.failed} for one in self.trainees}
+            checkpoint.write(checkpoint.place(self.folder, self.step), self.step, {}, None, stream, status)
+            checkpoint.keep_last(self.folder)
+        self.saved_step, self.saved = self.step, time.monotonic()
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
+def _take_over(sae: SparseAutoencoder, path: Path) -> None:
+    """Let a new dictionary begin as the one at `path`."""
+    found = checkpoint.load(path)
+    own, theirs = (one.cfg.model_dump(include={"d_in", "d_sae", "activation", "mask"}) for one in (sae, found))
+    for name, value in own.items():
+        if theirs[name] != value:
+            raise UserError(f"train.init: {path} is not allowed; its {name} is {theirs[name]}, and sae.{name} {value}")
+    sae.load_state_dict(found.state_dict())
+
+
+def _check(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> None:
+    """Refuse what does not go together, before any work."""
+    first = next(iter(dictionaries.values())).train
+    for name, run in dictionaries.items():
+        inside = f"{name}: " if name else ""
+        hook = str(run.stream.hook)
+        if hook not in stream.source.widths:
+            raise UserError(
+                f"{inside}stream.hook: {hook} is not allowed; the stream has {', '.join(stream.source.widths)}"
+            )
+        if run.sae.d_in != stream.source.widths[hook]:
+            raise UserError(
+                f"{inside}sae.d_in: {run.sae.d_in} is not allowed; {hook} of {stream.model.name} has width "
+                f"{stream.source.widths[hook]}"
+            )
+        if 2 * run.train.batch > stream.buffer_tokens:
+            raise UserError(
+                f"{inside}train.batch: {run.train.batch} is not allowed; it must be at most half of "
+                f"stream.buffer_tokens ({stream.buffer_tokens})"
+            )
+        for common in ("batch", "checkpoint_every_steps"):
+            if getattr(run.train, common) != getattr(first, common):
+                raise UserError(
+                    f"{inside}train.{common}: {getattr(run.train, common)} is not allowed; it is "
+                    f"{getattr(first, common)} for all dictionaries of a stream"
+                )
+        run.sae.mask.check_context(stream.positions)
+
+
+@contextmanager
+def _stop_signals(folder: Path | None) -> Iterator[list[int]]:
+    """A list that SIGINT or SIGTERM is put into, where there is a folder to save to; a second one stops at once."""
+    got: list[int] = []
+    if folder is None or threading.current_thread() is not threading.main_thread():
+        yield got
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        got.append(number)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    for number in before:
+        signal.signal(number, note)
     try:
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise UserError(f"out: {path} can't be written ({error.strerror}); the checkpoints are untouched") from None
+        yield got
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+SEVERAL = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+MARKERS = "os^Dv<>p*h"
 COLOURS = {"sae": "#0072B2", "random": "#D55E00", "mean": "#999999"}
 
 
@@ -18,6 +20,48 @@ def draw(folder: Path, metrics: list[dict[str, Any]], result: dict[str, Any]) ->
         figure.savefig(path, dpi=160)
         paths.append(path)
     return paths
+
+
+def draw_pareto(folder: Path, scores: dict[str, dict[str, Any]]) -> Path:
+    """Write pareto.png: L0 against FVU of several dictionaries and their random controls, a colour for each activation and
+    hook, a marker for each F, and a line through those that no other is better than in both."""
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = _axes()
+    kinds = list(dict.fromkeys((one["activation"], one["hook"]) for one in scores.values()))
+    sizes = sorted({one["d_sae"] for one in scores.values()})
+    hooks = {hook for _, hook in kinds}
+    labelled: set[str] = set()
+    for one in scores.values():
+        kind, size = (one["activation"], one["hook"]), one["d_sae"]
+        label = f"{kind[0]}{f' at {kind[1]}' if len(hooks) > 1 else ''}, F = {size}"
+        style = {
+            "color": SEVERAL[kinds.index(kind) % len(SEVERAL)],
+            "marker": MARKERS[sizes.index(size) % len(MARKERS)],
+        }
+        axes.plot(
+            one["l0"], 1 - one["explained_variance"], linestyle="", label="" if label in labelled else label, **style
+        )
+        labelled.add(label)
+        if control := one["controls"].get("random"):
+            label = "" if "random" in labelled else "random control"
+            point = (control["l0"], 1 - control["explained_variance"])
+            axes.plot(*point, linestyle="", marker="x", color=COLOURS["mean"], label=label, zorder=1)
+            labelled.add("random")
+    points = sorted((one["l0"], 1 - one["explained_variance"]) for one in scores.values())
+    front = [point for i, point in enumerate(points) if all(point[1] < other[1] for other in points[:i])]
+    axes.plot(*zip(*front, strict=True), color="#bbbbbb", linewidth=1, zorder=0)
+    axes.set(
+        xlabel="L0 (latents per token)", ylabel="fraction of variance unexplained", xscale="log", yscale="log",
+        title="Sparsity against error, on held-out text",
+    )  # fmt: skip
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
+    axes.legend(frameon=False, fontsize=7)
+    figure.savefig(folder / "pareto.png", dpi=160)
+    return folder / "pareto.png"
 
 
 def _axes() -> tuple[Any, Any]:

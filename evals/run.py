@@ -4,12 +4,43 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..engine import checkpoint
 from ..engine.checkpoint import Checkpoint
+from ..engine.folder import read_metrics
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream
-from ..engine.train import read_metrics, train
+from ..engine.train import Run, train
 from .core import check_fits, core
-from .figures import draw
+from .figures import draw, draw_pareto
+
+SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
+
+
+def evaluate_runs(folder: Path, runs: dict[str, Run], stream: ActivationStream) -> dict[str, Any]:
+    """Core scores of the dictionaries trained in `folder`, by name; of a single one, named "", just its scores.
+
+    Several are compared in figures/pareto.png. One that failed is there with the reason, and nothing else.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, run in runs.items():
+        if run.failed is not None:
+            found[name] = {"failed": run.failed}
+            continue
+        last = checkpoint.find(folder / name)
+        assert last.run is not None
+        stream.model.use(hooks=[str(last.run.stream.hook)])
+        result = evaluate(last, stream, folder / name)
+        found[name] = {key: result[key] for key in SCORES} | {
+            "controls": {control: {key: r[key] for key in SCORES} for control, r in result["controls"].items()},
+            "hook": last.run.stream.hook,
+            "activation": last.run.sae.activation,
+            "d_sae": last.run.sae.d_sae,
+            "tokens": run.metrics[-1]["tokens"],
+        }
+    if "" in found:
+        return found[""]
+    draw_pareto(folder / "figures", {name: scores for name, scores in found.items() if "failed" not in scores})
+    return {"dictionaries": found}
 
 
 def evaluate(found: Checkpoint, stream: ActivationStream, run: Path | None) -> dict[str, Any]:

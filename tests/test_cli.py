@@ -80,16 +80,16 @@ OPTIONS = {
     "seed beyond count": (f"--seed {10**30}", ("train.seed: 1000", "less than")),
     "d_sae beyond memory": (f"--d-sae {10**13}", ("d_sae",)),
     "negative seed": ("--seed -1", ("train.seed: -1", "greater than or equal to 0")),
-    "batch above half the buffer": ("--config batch.yaml", ("train.batch: 4096", "at most half", "buffer_tokens (4096)")),
-    "config missing": ("--config nowhere.yaml", ("config", "nowhere.yaml", "No such file")),
-    "config is a folder": ("--config folder", ("config", "folder", "directory")),
-    "config is binary": ("--config binary.txt", ("config", "binary.txt", "not YAML")),
+    "batch above half the buffer": ("batch.yaml", ("train.batch: 4096", "at most half", "buffer_tokens (4096)")),
+    "config missing": ("nowhere.yaml", ("config", "nowhere.yaml", "No such file")),
+    "config is a folder": ("folder", ("config", "folder", "directory")),
+    "config is binary": ("binary.txt", ("config", "binary.txt", "not YAML")),
     "data empty": ("--data empty.txt", ("data", "empty.txt", "must hold text")),
     "data missing": ("--data shirt.txt", ("data", "shirt.txt", "does not exist", "did you mean short.txt")),
     "data missing, by its path": ("--data ./shirt.txt", ("data", "./shirt.txt", "does not exist", "short.txt")),
     "data folder without a dataset": ("--data folder", ("data", "folder")),
     "data without text field": ("--data no_text.jsonl", ("data", "no_text.jsonl line 2", '"text" field')),
-    "data with a number for text": ("--data number.jsonl", ("data", "number.jsonl line 2", '"text"')),
+    "data with a number for text": ("--data number.jsonl", ("data", "number.jsonl line 2", "field text", "token ids")),
     "data not json": ("--data not_json.jsonl", ("data", "not_json.jsonl line 1", "JSON")),
     "data binary": ("--data binary.txt", ("data", "binary.txt", "UTF-8")),
     "data binary jsonl": ("--data binary.jsonl", ("data", "binary.jsonl", "line 1")),
@@ -110,7 +110,7 @@ OPTIONS = {
 def test_train_refuses(options: str, words: tuple[str, ...], place: Path) -> None:
     (place / "batch.yaml").write_text("stream: {buffer_tokens: 4096}\ntrain: {batch: 4096}\n")
     argv = options.split()
-    config = [] if {"--config", "--resume"} & set(argv) else ["--config", "tiny.yaml"]
+    config = [] if "--resume" in argv or not argv[0].startswith("--") else ["tiny.yaml"]
     out = [] if {"--out", "--resume"} & set(argv) else ["--out", "fresh"]
     refused(place, ("train", *argv, *config, *out), words)
 
@@ -119,9 +119,7 @@ def test_train_refuses(options: str, words: tuple[str, ...], place: Path) -> Non
 @pytest.mark.parametrize(("option", "path"), [("out", "/proc/run"), ("json", "/proc/f.json")])
 def test_train_refuses_to_write_where_it_may_not(option: str, path: str, place: Path) -> None:
     """Root may write everywhere else; /proc refuses even root. Refused before the work, not when the result is there."""
-    refused(
-        place, ("train", "--config", "tiny.yaml", *TINY_FLAGS, f"--{option}", path), (option, path, "can't be written")
-    )
+    refused(place, ("train", "tiny.yaml", *TINY_FLAGS, f"--{option}", path), (option, path, "can't be written"))
 
 
 def test_refused_train_leaves_no_folder_behind(place: Path) -> None:
@@ -145,7 +143,7 @@ def test_out_of_memory(error: Exception, place: Path, monkeypatch: pytest.Monkey
         raise error
 
     monkeypatch.setattr("temposae.engine.sae.SparseAutoencoder.__init__", full)
-    argv = ("train", "--config", "tiny.yaml", *TINY_FLAGS, "--out", "fresh")
+    argv = ("train", "tiny.yaml", *TINY_FLAGS, "--out", "fresh")
     refused(place, argv, ("memory", "smaller", "sae.d_sae"))
 
 
@@ -158,7 +156,7 @@ def test_hub_model_offline_is_not_taken_for_a_typing_error(place: Path) -> None:
 def test_unknown_backend(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEMPOSAE_BACKEND", "tritn")
     words = ("TEMPOSAE_BACKEND", "'tritn'", "torch, triton, auto")
-    refused(place, ("train", "--config", "tiny.yaml", *TINY_FLAGS, "--out", "fresh"), words)
+    refused(place, ("train", "tiny.yaml", *TINY_FLAGS, "--out", "fresh"), words)
     code, out, _ = run("doctor")
     assert code != 0
     assert all(word in out for word in words), out
@@ -223,7 +221,7 @@ CONFIGS = {
 @pytest.mark.parametrize(("text", "words"), CONFIGS.values(), ids=CONFIGS)
 def test_train_refuses_config(text: str, words: tuple[str, ...], place: Path) -> None:
     (place / "bad.yaml").write_text(text)
-    refused(place, ("train", "--config", "bad.yaml", "--out", "fresh"), words)
+    refused(place, ("train", "bad.yaml", "--out", "fresh"), words)
 
 
 # --- a run, and what is made of it
@@ -241,7 +239,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     place = tmp_path_factory.mktemp("trained")
     (place / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     flags = ("--out", place / "run", "--json", place / "figures.json")
-    result = run("train", "--config", place / "tiny.yaml", *TINY_FLAGS, *flags)
+    result = run("train", place / "tiny.yaml", *TINY_FLAGS, *flags)
     assert result.code == 0, result.err
     return Trained(place / "run", place / "figures.json", result)
 
@@ -261,7 +259,7 @@ def test_train_writes_a_run(trained: Trained) -> None:
         "summary.json",
         "evals/core.json",
         *(f"figures/{name}.png" for name in ("loss_curve", "position_explained_variance", "firing_rates")),
-        *(f"checkpoints/step_00000016/{name}.safetensors" for name in ("sae", "random", "state")),
+        *(f"checkpoints/step_00000016/{name}.safetensors" for name in ("sae", "random", "state", "stream")),
         "checkpoints/step_00000016/checkpoint.json",
     }
     assert all(data[:4] == b"\x89PNG" for name, data in files(trained.folder / "figures").items()), run_files

@@ -1,6 +1,7 @@
 """Tokens -> language model -> ring buffer -> batches, positions kept all the way."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,7 +9,10 @@ from torch import Tensor
 from ..config import StreamConfig
 from ..errors import UserError
 from ..host import tune_host
+from ..progress import ProgressBar, progress_bar
+from ..stopwatch import Stopwatch
 from .buffer import Batch, RingBuffer
+from .live import Live, is_text
 from .model import LanguageModel
 from .text import RowSource, TokenRows, open_text
 
@@ -16,14 +20,15 @@ __all__ = ["ActivationStream", "Batch", "LanguageModel", "TokenRows"]
 
 
 class ActivationStream:
-    """Activations of a language model at one hook, mixed over documents, each with its position, token and document.
+    """Activations of a language model at one or more hooks, mixed over documents, each with its place.
 
-        stream = ActivationStream(StreamConfig(model="testbed"), tokens=1_000_000)
-        batch = stream.next(1024)          # batch.x [1024, D], batch.pos, batch.token, batch.document
+        stream = ActivationStream(StreamConfig(model="testbed"))
+        batch = stream.next(1024)          # batch.x [1024, D], batch.pos, batch.token, batch.document, batch.row
 
-    The same config and seed give the same batches. `tokens` says for how many tokens text should be read ahead; a text
-    that ends sooner begins again. The first token of a row is left out where it is `<bos>` (`drop_bos`), padding always.
-    A ready `model` or source of `rows` may be given; else both are loaded as the config says.
+    The same config and seed give the same batches. Left out are padding, the tokenizer's special tokens (`drop_special`) and
+    activations of extreme norm (`max_norm`). With `mode="sequences"` a batch holds whole rows, x [B, T, D], and `batch.kept`
+    says which tokens those filters leave. A batch is overwritten by the next one. A ready `model` or source of `rows` may be
+    given; else both are loaded as the config says.
     """
 
     def __init__(
@@ -34,88 +39,146 @@ class ActivationStream:
         seed: int = 0,
         model: LanguageModel | None = None,
         rows: RowSource | None = None,
+        hooks: Sequence[str] = (),
     ):
         tune_host()
-        self.model = model or LanguageModel(config.model, hook=config.hook)
+        self.model = model or LanguageModel(
+            config.model, hook=config.hook, attention=config.attention, compile=config.compile
+        )
+        if hooks:
+            self.model.use(hooks=hooks)
         if config.context > self.model.context:
             raise UserError(
                 f"stream.context: {config.context} is not allowed; {config.model} has at most {self.model.context}"
             )
-        self.buffer_tokens = config.buffer_tokens or min(65536, max(2048, tokens))
-        self.config = config.model_copy(update={"hook": self.model.hook, "buffer_tokens": self.buffer_tokens})
-        self.text = rows or open_text(config.data, config.model, self.model.tokenizer, config.context, tokens, seed)
+        self.text = rows or open_text(
+            config.data, config.model, self.model.tokenizer, config.context,
+            seed=seed, packing=config.packing, text_field=config.text_field, repeat=config.repeat,
+        )  # fmt: skip
+        self.source = Live(self.model, self.text, config.context, config.rows_per_forward)
         self.d_in, self.positions = self.model.d_model, config.context
-        self.row = 0  # the next row of text to be read
+        item = sum(self.source.widths.values()) * getattr(torch, config.buffer_dtype).itemsize + 24  # bytes of a token
+        if config.buffer_gb is not None:
+            self.buffer_tokens = int(config.buffer_gb * 1e9 / item)
+        else:
+            self.buffer_tokens = config.buffer_tokens or min(65536, max(2048, tokens))
+        if config.mode == "sequences" and self.buffer_tokens < 2 * config.context:
+            raise UserError(
+                f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must hold at least two sequences "
+                f"({2 * config.context})"
+            )
+        self.config = config.model_copy(
+            update={"hook": self.model.hook, "buffer_tokens": self.buffer_tokens, "buffer_gb": None}
+        )
+        self.watch = Stopwatch(self.source.device)
+        self._sequences = config.mode == "sequences"
+        self.dropped = {"special": 0, "high_norm": 0}
+        self._filling: ProgressBar | None = None
         self._generator = torch.Generator().manual_seed(seed)
-        dtype = getattr(torch, config.buffer_dtype)
         try:
-            self._buffer = RingBuffer(self.buffer_tokens, self.d_in, dtype, self.model.device, self._harvest)
+            self._buffer = RingBuffer(
+                self.buffer_tokens // (self.positions if self._sequences else 1), self.source.widths,
+                getattr(torch, config.buffer_dtype), self.source.device, self._fill, self._generator,
+                context=self.positions if self._sequences else None, grouped=config.mode == "grouped",
+            )  # fmt: skip
         except RuntimeError:  # torch's word for out of memory
-            size = self.buffer_tokens * (self.d_in * dtype.itemsize + 24) / 2**30
             raise UserError(
                 f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; "
-                f"it takes {size:,.1f} GiB, more than {self.model.device} has"
+                f"it takes {self.buffer_tokens * item / 2**30:,.1f} GiB, more than {self.model.device} has"
             ) from None
 
+    def config_at(self, hook: str) -> StreamConfig:
+        """The settings, with the place that a dictionary looks at."""
+        return self.config.model_copy(update={"hook": hook})
+
     def next(self, n: int) -> Batch:
-        """The next `n` activations, without replacement from the buffer."""
+        """The next `n` tokens (in sequences: n // T rows), without replacement from the buffer; fewer, or none, where the
+        text has ended."""
         if n > self.buffer_tokens // 2:
             raise UserError(
                 f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must be at least twice the batch ({n})"
             )
-        return self._buffer.next(n, self._generator)
+        self._begin()
+        return self._buffer.next(max(1, n // self.positions) if self._sequences else n)
 
-    def moments(self) -> tuple[Tensor, float]:
-        """Mean activation [D] and mean norm, fp32, of what the buffer holds. Changes nothing in what comes."""
-        self._buffer.next(0, self._generator)  # fills it if nothing has
-        x = self._buffer.contents().x.float()
-        return x.mean(0), float(x.norm(dim=1).mean())
+    def sample(self) -> Batch:
+        """What the buffer holds, [N, D]: for means and the like. Changes nothing in what comes."""
+        self._begin()
+        return self._buffer.contents().flat()
 
     def held_out(self, rows: int) -> Iterator[TokenRows]:
         """Rows of text that training never sees, `rows_per_forward` at a time: `rows` of them, or all that there are."""
-        step = self.config.rows_per_forward
-        rows = rows if self.text.held_out_rows is None else min(rows, self.text.held_out_rows)
-        for start in range(0, rows, step):
-            yield self.text.rows(start, min(step, rows - start), held_out=True)
+        return self.text.held_out(rows, self.config.rows_per_forward)
 
     def keep(self, rows: TokenRows) -> Tensor:
-        """Which positions [B, T] count: no padding, and no `<bos>` in front where `drop_bos`."""
-        kept = torch.arange(rows.tokens.shape[1]) < rows.length[:, None]
-        if self.config.drop_bos and self.text.bos is not None:
-            kept[:, 0] &= rows.tokens[:, 0] != self.text.bos
+        """Which positions [B, T] count: no padding, and no special tokens where `drop_special`."""
+        kept = is_text(rows)
+        return kept & ~torch.isin(rows.tokens, self.source.special) if self.config.drop_special else kept
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was read and what was left out so far: documents, rows, tokens, special, high_norm."""
+        return self.source.counts | self.dropped
+
+    def _begin(self) -> None:
+        """Fill the buffer for the first time."""
+        if not self._buffer.begun:
+            with progress_bar("filling the buffer", total=self.buffer_tokens, unit="tokens") as self._filling:
+                self._buffer.contents()
+            self._filling = None
+
+    def _fill(self) -> Batch | None:
+        """The source's next activations, filtered; sequences in rows of T."""
+        with self.watch("model"):
+            fresh = self.source.next()
+        if fresh is None:
+            return None
+        kept = self._kept(fresh)
+        if not bool(kept.any()):
+            rows = f"rows {int(fresh.row.min())} to {int(fresh.row.max())}"
+            raise UserError(f"data: {rows} hold no token to train on (see stream.drop_special and stream.max_norm)")
+        if self._filling is not None:
+            self._filling.advance(int(kept.sum()))
+        fresh = replace(fresh, kept=kept)
+        return self._in_rows(fresh) if self._sequences else fresh.flat()
+
+    def _kept(self, fresh: Batch) -> Tensor:
+        """Which tokens [M] the filters leave, on the CPU."""
+        kept = torch.ones(len(fresh), dtype=torch.bool)
+        if self.config.drop_special and fresh.kept is not None:
+            kept = fresh.kept
+            self.dropped["special"] += int((~kept).sum())
+        if self.config.max_norm is not None:
+            for x in fresh.acts.values():
+                norm = x.float().norm(dim=1).cpu()
+                high = kept & (norm > self.config.max_norm * norm[kept].median())
+                self.dropped["high_norm"] += int(high.sum())
+                kept = kept & ~high
         return kept
 
-    def _harvest(self, wanted: int) -> Batch:
-        """At least `wanted` kept activations, from as many whole rows as that takes."""
-        parts: list[Batch] = []
-        while sum(map(len, parts)) < wanted:
-            rows = self.text.rows(self.row, self.config.rows_per_forward)
-            self.row += self.config.rows_per_forward
-            kept = self.keep(rows)
-            if not bool(kept.any()):
-                raise UserError(f"data: rows {self.row - len(kept)} to {self.row - 1} hold no token to train on")
-            pos = torch.arange(kept.shape[1], dtype=torch.int32).expand(kept.shape)[kept]
-            document = rows.document[:, None].expand(kept.shape)[kept]
-            x = self.model.activations(rows.tokens)[kept.to(self.model.device)]
-            self._refuse_nan(x, pos, document)
-            device = self.model.device
-            parts.append(Batch(x, pos.to(device), rows.tokens[kept].int().to(device), document.to(device)))
-        return Batch(*(torch.cat([getattr(p, name) for p in parts]) for name in ("x", "pos", "token", "document")))
+    def _in_rows(self, fresh: Batch) -> Batch:
+        """[M] tokens of some rows as [B, T], zeros where there are none."""
+        _, row = fresh.row.cpu().unique_consecutive(return_inverse=True)
+        at = row * self.positions + fresh.pos.cpu()
+        count = int(row[-1]) + 1
 
-    def _refuse_nan(self, x: Tensor, pos: Tensor, document: Tensor) -> None:
-        bad = ~torch.isfinite(x).all(dim=1)
-        if bool(bad.any()):  # one sync per forward pass of the language model
-            first = int(bad.nonzero()[0])
-            raise UserError(
-                f"activations: {int(bad.sum())} of {len(x)} at {self.model.hook} are NaN or infinite, the first at "
-                f"position {int(pos[first])} of document {int(document[first])}; they must be finite"
-            )
+        def spread(value: Tensor) -> Tensor:
+            empty = value.new_zeros(count * self.positions, *value.shape[1:])
+            return empty.index_copy_(0, at.to(value.device), value).unflatten(0, (count, self.positions))
+
+        return fresh.each(spread)
 
     def state(self) -> dict[str, Tensor]:
-        """All that is needed to go on exactly here: buffer, order, random state, row of text."""
-        return self._buffer.state() | {"random": self._generator.get_state(), "row": torch.tensor(self.row)}
+        """All that is needed to go on exactly here: buffer, order, random state, place in the text."""
+        found = self._buffer.state() | {f"source.{key}": value for key, value in self.source.state().items()}
+        return found | {
+            "random": self._generator.get_state(), "dropped": torch.tensor(list(self.dropped.values()))
+        }  # fmt: skip
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._buffer.load_state(state)
+        self.source.load_state(
+            {key.removeprefix("source."): value for key, value in state.items() if key.startswith("source.")}
+        )
         self._generator.set_state(state["random"].cpu())
-        self.row = int(state["row"])
+        self.dropped = dict(zip(self.dropped, state["dropped"].tolist(), strict=True))

@@ -1,86 +1,219 @@
-"""The ring buffer: a fixed set of slots, mixed, in which every activation keeps its position, token and document."""
+"""The ring buffer: a fixed set of slots, mixed, in which every activation keeps its position, token, document and row."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
+PLACES = {"pos": torch.int32, "token": torch.int32, "document": torch.int64, "row": torch.int64}
+
 
 @dataclass
 class Batch:
-    """`x` [N, D]; `pos`, `token` [N] int32; `document` [N] int64: row n of x is the activation of `token[n]` at position
-    `pos[n]` of a row of text of `document[n]`."""
+    """Activations and where each came from.
 
-    x: Tensor
+    `acts`: hook -> [N, D]; `pos`, `token` [N] int32; `document`, `row` [N] int64: item n is the activation of `token[n]` at
+    position `pos[n]` of row `row[n]` of the text, and the token is part of `document[n]`. A batch of sequences has [B, T]
+    in place of [N]. `kept`, bool and on the CPU, says which of its tokens count: not padding, nor filtered out.
+    """
+
+    acts: dict[str, Tensor]
     pos: Tensor
     token: Tensor
     document: Tensor
+    row: Tensor
+    kept: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, pos: Tensor) -> "Batch":
+        """Activations x [..., D] at pos [...] of unknown tokens: token and document are -1, each item a row of its own."""
+        nowhere = torch.full_like(pos, -1)
+        row = torch.arange(pos.numel(), device=pos.device).view(pos.shape)
+        return cls({"x": x}, pos.int(), nowhere.int(), nowhere.long(), row)
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.pos)
+
+    @property
+    def x(self) -> Tensor:
+        """The activations at the first hook."""
+        return next(iter(self.acts.values()))
+
+    def at(self, *hooks: str) -> "Batch":
+        """The same with these hooks only, in this order."""
+        return replace(self, acts={hook: self.acts[hook] for hook in hooks})
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """`change` done to every tensor."""
+        acts = {hook: change(x) for hook, x in self.acts.items()}
+        kept = None if self.kept is None else change(self.kept)
+        return Batch(acts, *(change(getattr(self, name)) for name in PLACES), kept=kept)
 
     def __getitem__(self, at: Tensor | slice) -> "Batch":
-        return Batch(*(getattr(self, f.name)[at] for f in fields(self)))
+        return self.each(lambda value: value[at])
+
+    def clone(self) -> "Batch":
+        """A copy that the next batch doesn't overwrite."""
+        return self.each(Tensor.clone)
+
+    def flat(self) -> "Batch":
+        """The tokens that are `kept`, [N]; those of sequences row after row."""
+        if self.kept is None:
+            return self
+        dims = self.kept.ndim - 1
+        kept = self.kept.flatten().nonzero().flatten().to(self.pos.device, non_blocking=True)
+        return replace(self, kept=None).each(lambda value: value.flatten(0, dims)[kept])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, activations as `acts.HOOK`; `from_tensors` undoes it."""
+        found = {f"acts.{hook}": x for hook, x in self.acts.items()} | {name: getattr(self, name) for name in PLACES}
+        return found if self.kept is None else found | {"kept": self.kept}
+
+    @classmethod
+    def from_tensors(cls, found: dict[str, Tensor]) -> "Batch":
+        acts = {key.removeprefix("acts."): value for key, value in found.items() if key.startswith("acts.")}
+        return cls(acts, *(found[name] for name in PLACES), kept=found.get("kept"))
 
 
 class RingBuffer:
-    """Serves its slots in random order; when half are served, those are filled again and everything is permuted anew.
+    """Serves its slots in random order; when half are served, those have been filled again, and all are permuted anew.
 
-    `fill(n)` gives at least n fresh rows. Memory is taken once: capacity * (D * bytes + 24). A batch may not be larger
-    than half the capacity, so that a served token is drawn from at least capacity / 2.
+    `fill` gives fresh items, some at a time, or None when there are no more: then what is left is served to its end. An item
+    is an activation or, with `context`, a whole sequence. Memory is taken once: capacity * (bytes of an item); batches are
+    gathered into memory that is used again, with `grouped` in order of their positions. Served slots are filled while the
+    others are being served; on a GPU by a stream of its own, so that the language model runs beside the training step, and
+    nothing waits but a permutation.
     """
 
-    def __init__(self, capacity: int, d: int, dtype: torch.dtype, device: torch.device, fill: Callable[[int], Batch]):
-        self.capacity, self._fill = capacity, fill
-        integers = {"pos": torch.int32, "token": torch.int32, "document": torch.int64}
-        self._slots = Batch(
-            torch.empty(capacity, d, dtype=dtype, device=device),
-            **{name: torch.empty(capacity, dtype=kind, device=device) for name, kind in integers.items()},
-        )
-        self._left: Batch | None = None  # fresh rows for which there was no slot
-        self._order = torch.arange(capacity, device=device)
-        self._at = capacity  # how many of _order are served; all of them: nothing is filled yet
+    def __init__(
+        self, capacity: int, widths: dict[str, int], dtype: torch.dtype, device: torch.device,
+        fill: Callable[[], Batch | None], generator: torch.Generator, *, context: int | None = None, grouped: bool = False,
+    ):  # fmt: skip
+        self.capacity, self._fill, self._generator, self._grouped = capacity, fill, generator, grouped
+        self._device, self._dtype, self._widths = device, dtype, widths
+        self._shape = () if context is None else (context,)
+        self._slots = self._empty(capacity)
+        self._out: Batch | None = None
+        self._left: Batch | None = None  # fresh items for which there was no slot
+        # Of the order, _at items are served, and as many as _filled of their slots hold fresh ones again.
+        self._order = torch.arange(capacity)
+        self._order_there = self._order.to(device)
+        self._at, self._filled = capacity, 0
+        self._chunk = 0  # items that `fill` gave last
+        self.begun = self._ended = False
+        self._finite = torch.ones((), dtype=torch.bool, device=device)  # all that was filled since the permutation
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def next(self, n: int, generator: torch.Generator) -> Batch:
-        if self._at >= self.capacity // 2:
-            self._refill(generator)
-        batch = self._slots[self._order[self._at : self._at + n]]
-        self._at += n
+    def next(self, n: int) -> Batch:
+        """The next n items, without replacement; fewer, or none, at the end. Overwritten by the next call."""
+        last = len(self._order) // 2 if not self._ended else len(self._order) - n + 1
+        if not self.begun or self._at >= last:
+            self._permute()
+        at = slice(self._at, min(self._at + n, len(self._order)))
+        batch = self._gather(at)
+        self._at = at.stop
+        self._refill(self._at - self._chunk)
         return batch
 
     def contents(self) -> Batch:
-        """Every slot, in slot order. Not a copy."""
-        return self._slots
+        """Every item, in slot order. Fills the buffer if nothing has."""
+        if not self.begun:
+            self._permute()
+        return self._slots if len(self._order) == self.capacity else self._slots[self._order_there.sort().values]
 
-    def _refill(self, generator: torch.Generator) -> None:
-        free = self._order[: self._at]
-        done = 0
-        while done < len(free):
-            fresh = self._left if self._left is not None else self._fill(len(free) - done)
-            count = min(len(fresh), len(free) - done)
-            at = free[done : done + count]
-            for f in fields(Batch):
-                value = getattr(fresh, f.name)[:count]
-                slots = getattr(self._slots, f.name)
-                slots.index_copy_(0, at, value.to(slots.dtype))
+    def _empty(self, n: int) -> Batch:
+        shape = (n, *self._shape)
+        acts = {
+            hook: torch.empty(*shape, d, dtype=self._dtype, device=self._device) for hook, d in self._widths.items()
+        }
+        places = {name: torch.empty(shape, dtype=kind, device=self._device) for name, kind in PLACES.items()}
+        return Batch(acts, **places, kept=torch.zeros(shape, dtype=torch.bool) if self._shape else None)
+
+    def _gather(self, at: slice) -> Batch:
+        n = at.stop - at.start
+        if self._out is None or len(self._out) < n:
+            self._out = self._empty(n)
+        here, there = self._order[at], self._order_there[at]
+        if self._grouped:
+            there = there[self._slots.pos[there].argsort(stable=True)]
+        batch = self._out[slice(n)]
+        for (name, slots), out in zip(self._slots.tensors().items(), batch.tensors().values(), strict=True):
+            torch.index_select(slots, 0, here if name == "kept" else there, out=out)
+        return batch
+
+    def _refill(self, until: int) -> None:
+        """Fill served slots until so many of them are, if there is so much that is fresh."""
+        if self._filled >= until or self._ended:
+            return
+        if self._side is None:
+            self._put(until)
+        else:  # the slots have been read by what was launched before, and by nothing after
+            self._side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._side):
+                self._put(until)
+
+    def _put(self, until: int) -> None:
+        while self._filled < until:
+            fresh = self._left if self._left is not None else self._fill()
+            if fresh is None:
+                self._ended = True
+                return
+            self._chunk = len(fresh)
+            count = min(len(fresh), self._at - self._filled)
+            here, there = (order[self._filled : self._filled + count] for order in (self._order, self._order_there))
+            for (name, slots), value in zip(self._slots.tensors().items(), fresh.tensors().values(), strict=True):
+                slots.index_copy_(0, here if name == "kept" else there, value[:count].to(slots.dtype))
+                if name.startswith("acts."):
+                    self._finite &= value.isfinite().all()
             self._left = fresh[slice(count, None)] if count < len(fresh) else None
-            done += count
-        self._order = torch.randperm(self.capacity, generator=generator).to(self._order.device)
-        self._at = 0
+            self._filled += count
+
+    def _permute(self) -> None:
+        """Fill what is free, and put all that is there into a new order."""
+        self._refill(self._at)
+        if self._side is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
+        filled = torch.cat([self._order[: self._filled], self._order[self._at :]]).sort().values
+        self._order = filled[torch.randperm(len(filled), generator=self._generator)]
+        self._order_there = self._order.to(self._device)
+        self._at, self._filled, self.begun = 0, 0, True
+        if not self._finite:
+            self._refuse(filled)
+
+    def _refuse(self, filled: Tensor) -> None:
+        """Name the first activations that are not finite, by row and position."""
+        items = self._slots[filled.to(self._device)] if self._slots.kept is None else self._slots
+        for hook, x in items.acts.items():
+            bad = ~x.isfinite().all(-1)
+            if bool(bad.any()):
+                row, pos, document = (value[bad] for value in (items.row, items.pos, items.document))
+                first = int((row * 2**31 + pos).argmin())
+                raise UserError(
+                    f"activations: {int(bad.sum())} of {bad.numel()} at {hook} are NaN or infinite, the first at "
+                    f"position {int(pos[first])} of document {int(document[first])}; they must be finite"
+                )
 
     def state(self) -> dict[str, Tensor]:
         """Everything that is needed to go on exactly here."""
-        found = {f"slots.{f.name}": getattr(self._slots, f.name) for f in fields(Batch)}
+        if self._side is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
+        found = {f"slots.{key}": value for key, value in self._slots.tensors().items()}
         if self._left is not None:
-            found |= {f"left.{f.name}": getattr(self._left, f.name).contiguous() for f in fields(Batch)}
-        return found | {"order": self._order, "at": torch.tensor(self._at)}
+            found |= {f"left.{key}": value for key, value in self._left.tensors().items()}
+        numbers = (self._at, self._filled, self._chunk, self.begun, self._ended)
+        return found | {"order": self._order, "numbers": torch.tensor(numbers)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for f in fields(Batch):
-            getattr(self._slots, f.name).copy_(state[f"slots.{f.name}"])
-        device = self._order.device
-        left = [state[f"left.{f.name}"].to(device) for f in fields(Batch) if f"left.{f.name}" in state]
-        self._left = Batch(*left) if left else None
-        self._order = state["order"].to(device)
-        self._at = int(state["at"])
+        left = {key: value for key, value in state.items() if key.startswith("left.")}
+        for key, slots in self._slots.tensors().items():
+            slots.copy_(state[f"slots.{key}"])
+        there = {"left.kept": torch.device("cpu")}
+        found = {k.removeprefix("left."): value.to(there.get(k, self._device)) for k, value in left.items()}
+        self._left = Batch.from_tensors(found) if found else None
+        self._order = state["order"]
+        self._order_there = self._order.to(self._device)
+        self._at, self._filled, self._chunk, begun, ended = state["numbers"].tolist()
+        self.begun, self._ended = bool(begun), bool(ended)

@@ -1,44 +1,76 @@
-"""Rows of tokens: one document per row (a long one in several), each row with its length and its document's number."""
+"""Rows of tokens, read as they are needed: one document per row (a long one in several), or packed without a gap."""
 
-import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError, near
-from ..progress import progress_bar
+from ..errors import UserError
 from ..testbed import language as lang
+from .documents import Document, Documents, Listed, open_documents
 
 HELD_OUT_EVERY = 20  # of a text, every 20th row is kept for evaluation
+COUNTS: tuple[str, ...] = ("documents", "empty_documents", "rows", "tokens")
+_BATCH = 64  # documents tokenised at once, fewer where they are long
+_BATCH_LENGTH = 2**20  # characters
 
 
 @dataclass
 class TokenRows:
-    """`tokens` [B, T] int64, padded behind; `length` [B]; `document` [B] int64."""
+    """`tokens` [B, T] int64, padded behind; `length` [B]; `document` [B, T] of each token, -1 on padding; `row` [B].
+
+    Documents and rows are numbered from 0 in the text, rows over training and held-out ones alike. All are int64.
+    """
 
     tokens: Tensor
     length: Tensor
     document: Tensor
+    row: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 class RowSource(Protocol):
-    """Rows by number, the same at every call, without end: a finite text begins again.
+    """Rows of a text one after the other, from a place that can be gone back to.
 
-    `bos` is the token that rows begin with, if any; `held_out_rows` how many rows are held out, None for any number.
+    `bos` is the token that rows begin with, if any; `held_out_rows` how many rows `held_out` can give at most, None where
+    that is unknown or without end; `epoch` how often the text has begun again. `counts` are of what `next` has read since
+    the start, over all epochs: `documents` (those with tokens) and `empty_documents` that have ended, `rows` given and
+    `tokens` in them (`<bos>` included, padding not).
     """
 
+    name: str
     bos: int | None
     held_out_rows: int | None
+    epoch: int
+    counts: dict[str, int]
 
-    def rows(self, start: int, count: int, *, held_out: bool = False) -> TokenRows: ...
+    def next(self, count: int) -> TokenRows:
+        """The next `count` training rows. At its end a text begins again or, if it doesn't repeat, gives what is left."""
+        ...
+
+    def held_out(self, count: int, size: int) -> Iterator[TokenRows]:
+        """Up to `count` rows that training never sees, `size` at a time, always the first ones. Disturbs nothing."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is needed to go on exactly here: a few numbers."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
 class TestbedRows:
-    """Documents of the embedded language, made as they are asked for. Evaluation starts where no training ever gets."""
+    """Documents of the embedded language, made as they are asked for, one in each row; numbers of both are the same.
+
+    Evaluation starts where no training ever gets.
+    """
 
     bos: int | None = lang.BOS
     held_out_rows: int | None = None
@@ -48,110 +80,247 @@ class TestbedRows:
             raise UserError(
                 f"stream.context: {context} is not allowed; the embedded language has at most {lang.CONTEXT}"
             )
+        self.name, self.context, self.epoch = "the embedded language", context, 0
         self.language = language or lang.Language(seed=seed)
-        self.context = context
+        self.counts = dict.fromkeys(COUNTS, 0)
 
-    def rows(self, start: int, count: int, *, held_out: bool = False) -> TokenRows:
-        start += lang.HELD_OUT if held_out else 0
+    def next(self, count: int) -> TokenRows:
+        rows = self._rows(self.counts["rows"], count)
+        self.counts["rows"] += count
+        self.counts["documents"] += count
+        self.counts["tokens"] += int(rows.length.sum())
+        return rows
+
+    def held_out(self, count: int, size: int) -> Iterator[TokenRows]:
+        for start in range(0, count, size):
+            yield self._rows(lang.HELD_OUT + start, min(size, count - start))
+
+    def _rows(self, start: int, count: int) -> TokenRows:
         tokens = torch.from_numpy(self.language.tokens(start, count)[0])[:, : self.context]
-        return TokenRows(tokens, (tokens != lang.PAD).sum(1), torch.arange(start, start + count))
+        row = torch.arange(start, start + count)
+        real = tokens != lang.PAD
+        return TokenRows(tokens, real.sum(1), torch.where(real, row[:, None], -1), row)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"counts": torch.tensor([self.counts[name] for name in COUNTS])}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.counts.update(zip(COUNTS, state["counts"].tolist(), strict=True))
 
 
 class TextRows:
-    """Documents of a text, cut into rows of `context` tokens that each begin with `<bos>` where the tokenizer has one."""
+    """Documents of a text, cut into rows of `context` tokens that each begin with `<bos>` where the tokenizer has one.
 
-    def __init__(self, texts: Iterable[str], tokenizer: Any, context: int, enough_tokens: int, name: str):
-        self.bos: int | None = tokenizer.bos_token_id
-        start = [] if self.bos is None else [self.bos]
-        room = context - len(start)
-        rows: list[list[int]] = []
-        documents: list[int] = []
-        seen = 0
-        with progress_bar(f"tokenizing {name}", total=enough_tokens, unit="tokens") as bar:
-            for number, text in enumerate(texts):
-                ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-                for at in range(0, len(ids), room):
-                    rows.append(start + ids[at : at + room])
-                    documents.append(number)
-                seen += len(ids)
-                bar.advance(len(ids))
-                if seen > enough_tokens * HELD_OUT_EVERY / (HELD_OUT_EVERY - 1):
-                    break
-        if len(rows) < 2:
-            raise UserError(f"data: {name} gives {seen} tokens in {len(rows)} rows; at least 2 rows of text are needed")
-        pad = tokenizer.pad_token_id or 0
-        self._length = torch.tensor([len(row) for row in rows])
-        self._tokens = torch.full((len(rows), context), pad, dtype=torch.int32)
-        for number, row in enumerate(rows):
-            self._tokens[number, : len(row)] = torch.tensor(row, dtype=torch.int32)
-        self._document = torch.tensor(documents)
-        kept = torch.zeros(len(rows), dtype=torch.bool)
-        kept[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] = True
-        kept[-1] |= not bool(kept.any())
-        self._held_out, self._train = kept.nonzero().flatten(), (~kept).nonzero().flatten()
-        self.held_out_rows: int | None = len(self._held_out)
+    A row holds one document or a part of it; with `packing` it is filled up with those that follow, each of which begins
+    with `<bos>`, and only the text's last row is padded. A document of token ids may bring its `<bos>` along. Every 20th
+    row is held out, of fewer rows the last.
+    """
 
-    def rows(self, start: int, count: int, *, held_out: bool = False) -> TokenRows:
-        among = self._held_out if held_out else self._train
-        at = among[torch.arange(start, start + count) % len(among)]
-        return TokenRows(self._tokens[at].long(), self._length[at], self._document[at])
-
-
-def open_text(data: str | None, model: str, tokenizer: Any, context: int, enough_tokens: int, seed: int) -> RowSource:
-    """`data` as rows: a .txt file (documents parted by blank lines), a .jsonl file or a dataset (their `text` field)."""
-    if data is None:
-        if model == "testbed":
-            return TestbedRows(context, seed)
-        raise UserError(f"data: {model} needs text: give a .txt or .jsonl file, or a dataset's name or folder")
-    path = Path(data).expanduser()
-    if path.is_file():
-        texts: Iterable[str] = _jsonl(path) if path.suffix == ".jsonl" else _plain(path)
-    else:
-        texts = _dataset(data, path)
-    return TextRows(texts, tokenizer, context, enough_tokens, data)
-
-
-def _plain(path: Path) -> Iterator[str]:
-    try:
-        content = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data: {path} can't be read as UTF-8 text ({error})") from None
-    if not content.strip():
-        raise UserError(f"data: {path} is empty; it must hold text")
-    yield from (part for part in content.split("\n\n") if part.strip())
-
-
-def _jsonl(path: Path) -> Iterator[str]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f'data: {path} line {number} is not a JSON object with a "text" field (UTF-8)'
-                ) from None
-            yield text
-
-
-def _dataset(name: str, path: Path) -> Iterator[str]:
-    if (name.startswith((".", "/", "~")) and not path.exists()) or (
-        "." in path.name and not path.exists() and "/" not in name
+    def __init__(
+        self,
+        documents: Documents | Iterable[Any],
+        tokenizer: Any,
+        context: int,
+        *,
+        packing: bool = False,
+        repeat: bool = True,
+        name: str = "the text",
     ):
-        here = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
-        raise UserError(f"data: {name} does not exist{'; ' + near(path.name, here) if here else ''}")
-    import datasets
+        self.documents = documents if isinstance(documents, Documents) else Listed(documents, name)
+        self.name, self.tokenizer, self.context = self.documents.name, tokenizer, context
+        self.packing, self.repeat = packing, repeat
+        self.bos: int | None = tokenizer.bos_token_id
+        self.pad: int = tokenizer.pad_token_id or 0
+        self.vocabulary = len(tokenizer)
+        self.epoch = 0
+        self.counts = dict.fromkeys(COUNTS, 0)
+        ended = Counter[str]()
+        first = list(islice(_Pass(self, ended), HELD_OUT_EVERY))
+        if len(first) < 2:
+            if not ended.total():
+                raise UserError(f"data: {self.name} is empty; it must hold text")
+            seen = sum(row.length for row in first)
+            raise UserError(
+                f"data: {self.name} gives {seen} tokens in {len(first)} rows; at least 2 rows of text are needed"
+            )
+        short = len(first) < HELD_OUT_EVERY
+        self._held_out = len(first) - 1 if short else HELD_OUT_EVERY - 1  # the first row that is held out
+        self.held_out_rows: int | None = 1 if short else None
+        self._pass = _Pass(self, self.counts)
 
+    def next(self, count: int) -> TokenRows:
+        rows: list[_Row] = []
+        while len(rows) < count:
+            row = next(self._pass, None)
+            if row is not None:
+                if not self._is_held_out(row):
+                    rows.append(row)
+                continue
+            if self._pass.row <= self._held_out:  # no text to begin again with
+                raise UserError(f"data: {self.name} has changed: it holds no more than {self._pass.row} rows")
+            if not self.repeat:
+                break
+            self.epoch += 1
+            self._pass = _Pass(self, self.counts)
+        self.counts["rows"] += len(rows)
+        self.counts["tokens"] += sum(row.length for row in rows)
+        return self._together(rows)
+
+    def held_out(self, count: int, size: int) -> Iterator[TokenRows]:
+        rows = islice(filter(self._is_held_out, _Pass(self, Counter())), count)
+        while part := list(islice(rows, size)):
+            yield self._together(part)
+
+    def _is_held_out(self, row: "_Row") -> bool:
+        return row.number % HELD_OUT_EVERY == self._held_out
+
+    def _together(self, rows: "list[_Row]") -> TokenRows:
+        tokens = np.array([row.tokens for row in rows], np.int64).reshape(-1, self.context)
+        document = np.array([row.document for row in rows], np.int64).reshape(-1, self.context)
+        length, number = np.array([(row.length, row.number) for row in rows], np.int64).reshape(-1, 2).T.copy()
+        return TokenRows(*map(torch.from_numpy, (tokens, length, document, number)))
+
+    def state(self) -> dict[str, Tensor]:
+        place = (self._pass.document, self._pass.used, self._pass.row, self.epoch)
+        return {"place": torch.tensor(place), "counts": torch.tensor([self.counts[name] for name in COUNTS])}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        document, used, row, self.epoch = state["place"].tolist()
+        self.counts.update(zip(COUNTS, state["counts"].tolist(), strict=True))
+        self._pass = _Pass(self, self.counts, document, used, row)
+
+
+@dataclass
+class _Row:
+    """`tokens` [T] and `document` [T], both int64."""
+
+    tokens: np.ndarray
+    document: np.ndarray
+    length: int
+    number: int
+
+
+class _Pass:
+    """Rows of a text from a place on: the next is number `row` and goes on after `used` tokens of document `document`.
+
+    Between two rows these three numbers are all there is to know. `counts` is told of documents when they have ended.
+    """
+
+    def __init__(self, text: TextRows, counts: dict[str, int], document: int = 0, used: int = 0, row: int = 0):
+        self.text, self.counts = text, counts
+        self.document, self.used, self.row = document, used, row
+        self._contents = self._tokenised()
+        self._ids: np.ndarray | None = None  # all of document number `document`, once it is needed
+
+    def __iter__(self) -> "_Pass":
+        return self
+
+    def __next__(self) -> _Row:
+        text = self.text
+        tokens, document = np.full(text.context, text.pad), np.full(text.context, -1)
+        at = 0
+        while at < text.context and (ids := self._current()) is not None:
+            start = at
+            if text.bos is not None and (at == 0 or self.used == 0):
+                tokens[at] = text.bos
+                at += 1
+            piece = ids[self.used : self.used + text.context - at]
+            tokens[at : at + len(piece)] = self._checked(piece)
+            at += len(piece)
+            document[start:at] = self.document
+            self.used += len(piece)
+            if self.used == len(ids):
+                self._end("documents")
+            if not text.packing:
+                break
+        if at == 0:
+            raise StopIteration
+        self.row += 1
+        return _Row(tokens, document, at, self.row - 1)
+
+    def _current(self) -> np.ndarray | None:
+        """The tokens of document number `document`, empty ones passed over; None at the text's end."""
+        while self._ids is None:
+            self._ids = next(self._contents, None)
+            if self.used and (self._ids is None or len(self._ids) <= self.used):  # only where a state has been loaded
+                raise UserError(
+                    f"data: {self.text.name} has changed: document {self.document} had more than {self.used} tokens"
+                )
+            if self._ids is None:
+                return None
+            if not len(self._ids):
+                self._end("empty_documents")
+        return self._ids
+
+    def _end(self, kind: str) -> None:
+        self.counts[kind] += 1
+        self.document, self.used, self._ids = self.document + 1, 0, None
+
+    def _checked(self, piece: np.ndarray) -> np.ndarray:
+        wrong = piece[(piece < 0) | (piece >= self.text.vocabulary)]
+        if len(wrong):
+            raise UserError(
+                f"data: {self.text.name} document {self.document} holds token {wrong[0]}, which is not allowed; "
+                f"the tokenizer has 0 to {self.text.vocabulary - 1}"
+            )
+        return piece
+
+    def _tokenised(self) -> Iterator[np.ndarray]:
+        """Token ids [n] of each document from number `document` on, without the `<bos>` that one may begin with."""
+        documents = self.text.documents.read(self.document)
+        while batch := _batch(documents):
+            texts = [_whole(document) for document in batch if isinstance(document, str)]
+            found = iter(())
+            if texts:
+                found = iter(self.text.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+            for document in batch:
+                ids = np.asarray(next(found), np.int64) if isinstance(document, str) else document
+                yield ids[1:] if len(ids) and ids[0] == self.text.bos else ids
+
+
+def open_text(
+    data: str | None,
+    model: str,
+    tokenizer: Any,
+    context: int,
+    *,
+    seed: int,
+    packing: bool = False,
+    text_field: str = "text",
+    repeat: bool = True,
+) -> RowSource:
+    """`data` as rows of `context` tokens; without it, for `testbed`, documents of the embedded language of that `seed`.
+
+    `data` is a .txt file (documents parted by blank lines), a .jsonl or .parquet file, a folder of such, or a dataset's
+    name: their `text_field`, else the token ids in their `tokens` or `input_ids`. Or an .npy file of token ids, a document
+    in each row.
+    """
+    if data is not None:
+        return TextRows(open_documents(data, text_field), tokenizer, context, packing=packing, repeat=repeat)
+    if model != "testbed":
+        raise UserError(
+            f"data: {model} needs text: give a .txt, .jsonl, .parquet or .npy file, or a dataset's name or folder"
+        )
+    if packing:
+        raise UserError(
+            "stream.packing: True is not allowed without data; a document of the embedded language is a row"
+        )
+    return TestbedRows(context, seed)
+
+
+def _batch(documents: Iterator[Document]) -> list[Document]:
+    batch: list[Document] = []
+    length = 0
+    while len(batch) < _BATCH and length < _BATCH_LENGTH and (document := next(documents, None)) is not None:
+        batch.append(document)
+        length += len(document)
+    return batch
+
+
+def _whole(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON may hold and no tokenizer takes."""
     try:
-        found = datasets.load_dataset(str(path) if path.is_dir() else name, split="train", streaming=True)
-        first = next(iter(found), None)
-    except Exception as error:  # as for models: one line, whatever was raised
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data: {name!r} can't be loaded ({type(error).__name__}: {reason})") from error
-    if first is None or "text" not in first:
-        raise UserError(f'data: {name} has no "text" field; it has {", ".join(first or {}) or "no rows"}')
-    for row in found:
-        yield row["text"]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

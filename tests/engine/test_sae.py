@@ -208,7 +208,7 @@ def learner(**settings) -> Learner:
 
 def batch() -> Batch:
     x, pos = data()
-    return Batch(x.bfloat16(), pos.int(), pos.int(), pos)
+    return Batch.of(x.bfloat16(), pos)
 
 
 def test_decoder_rows_stay_unit_and_their_gradient_orthogonal():

@@ -77,7 +77,7 @@ def batches():
     directions = torch.randn(30, D, generator=generator)
     for _ in range(STEPS):
         x = torch.rand(N, 30, generator=generator).pow(8) @ directions
-        yield Batch(x, torch.randint(0, T, (N,), generator=generator), torch.zeros(N).int(), torch.zeros(N).int())
+        yield Batch.of(x, torch.randint(0, T, (N,), generator=generator))
 
 
 def after_training(made):
@@ -205,7 +205,7 @@ def test_narrow_moments_learn_as_well_as_wide_ones():
         for step in range(settings.steps):
             on = torch.rand(256, 64, generator=generator) < torch.logspace(-2.5, -0.5, 64)
             x = (on * torch.rand(256, 64, generator=generator)) @ directions
-            made.step(Batch(x, *torch.zeros(3, 256, dtype=torch.int32)))
+            made.step(Batch.of(x, torch.zeros(256)))
             if step in (9, 249, 299):
                 reports.append(made.report()["fvu"])
         assert reports[2] < 0.5 * reports[0]

@@ -1,4 +1,4 @@
-"""Streams: positions that are true, batches that are mixed, places that can be gone back to."""
+"""Streams: positions that are true, filters that count, batches that are mixed, places that can be gone back to."""
 
 import json
 from types import SimpleNamespace
@@ -7,36 +7,131 @@ import pytest
 import torch
 from temposae.engine.config import StreamConfig
 from temposae.engine.errors import UserError
-from temposae.engine.stream import ActivationStream
-from temposae.engine.stream.text import TextRows, open_text
-from temposae.engine.testbed.language import BOS, HELD_OUT, PAD
+from temposae.engine.stream import ActivationStream, Batch
+from temposae.engine.stream.text import RowSource, TextRows
+from temposae.engine.testbed.language import BOS, HELD_OUT, Language
+
+HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
+MODES = ("tokens", "grouped", "sequences")
 
 
-def test_every_row_is_the_activation_it_says(stream_of):
-    """Read the stated document again: at the stated position stand the stated token and that activation (bf16)."""
-    stream = stream_of()
-    for _ in range(12):  # past two refills
-        batch = stream.next(512)
-    for document in batch.document.unique():
-        rows = stream.text.rows(int(document), 1)
-        x = stream.model.activations(rows.tokens)[0]
-        mine = batch[batch.document == document]
-        assert torch.equal(mine.token.long(), rows.tokens[0, mine.pos.long()])
-        assert torch.equal(mine.x, x[mine.pos.long()].bfloat16())
+def batches(stream: ActivationStream, n: int, count: int) -> list[Batch]:
+    return [stream.next(n).clone() for _ in range(count)]
 
 
-def test_every_token_is_served_once_and_bos_and_padding_never(stream_of):
-    stream = stream_of()
-    batches = [stream.next(512) for _ in range(30)]
-    place = torch.cat([b.document * 128 + b.pos for b in batches])
-    assert len(place.unique()) == len(place) == 30 * 512
-    token, pos = torch.cat([b.token for b in batches]), torch.cat([b.pos for b in batches])
-    assert int(pos.min()) == 1
-    assert BOS not in token
-    assert PAD not in token
-    with_bos = stream_of(drop_bos=False).next(512)
-    assert (with_bos.token[with_bos.pos == 0] == BOS).all()
-    assert (with_bos.pos == 0).any()
+def all_of(served: list[Batch]) -> Batch:
+    """One flat batch of many."""
+    flat = [batch.flat().tensors() for batch in served]
+    return Batch.from_tensors({key: torch.cat([one[key] for one in flat]) for key in flat[0]})
+
+
+def equal(one: Batch, two: Batch) -> bool:
+    return all(torch.equal(value, two.tensors()[key]) for key, value in one.tensors().items())
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Documents of 1 to 400 tokens, longer than a row and shorter."""
+    language = Language()
+    return [
+        " ".join(" ".join(language.document(3 * i + j).text for j in range(3)).split()[: 1 + 17 * i % 397])
+        for i in range(300)
+    ]
+
+
+@pytest.fixture
+def over(testbed, texts):
+    """over(hooks, **settings): a stream over those documents, and a source that reads them from the beginning."""
+
+    def make(hooks=HOOKS, packing=False, repeat=True, **settings) -> tuple[ActivationStream, RowSource]:
+        source, again = (
+            TextRows(texts, testbed.tokenizer, 64, packing=packing, repeat=repeat, name="texts") for _ in range(2)
+        )
+        config = {"buffer_tokens": 4096, "rows_per_forward": 16, "context": 64, "repeat": repeat} | settings
+        return ActivationStream(StreamConfig(**config), model=testbed, rows=source, hooks=hooks), again
+
+    yield make
+    testbed.use(layers=[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("packing", [False, True], ids=["", "packed"])
+def test_ten_thousand_activations_are_what_they_say(over, mode, packing):
+    """Read the text again, run the model on the stated row: at the stated position are the stated token, of the stated
+    document, and that activation at each hook."""
+    stream, again = over(packing=packing, mode=mode)
+    served = all_of(batches(stream, 1024, 14))
+    pick = torch.randperm(len(served), generator=torch.Generator().manual_seed(0))[:10_000]
+    assert len(pick) == 10_000
+    served = served[pick]
+    rows = again.next(1000)
+    place = torch.full((int(rows.row.max()) + 1,), -1).scatter_(0, rows.row, torch.arange(1000))[served.row]
+    assert int(place.min()) >= 0  # a training row
+    pos = served.pos.long()
+    assert torch.equal(rows.tokens[place, pos].int(), served.token)
+    assert torch.equal(rows.document[place, pos], served.document)
+    assert (pos < rows.length[place]).all()
+    used = place.unique()
+    known = {hook: torch.cat([stream.model.harvest(t)[hook] for t in rows.tokens[used].split(16)]) for hook in HOOKS}
+    for hook in HOOKS:
+        expected = known[hook][torch.searchsorted(used, place), pos].bfloat16()
+        assert torch.allclose(served.acts[hook].float(), expected.float(), rtol=2**-7, atol=1e-3)
+        assert (
+            served.acts[hook] == expected
+        ).float().mean() > 0.99  # but for rounding, another batch being another sum
+    assert torch.bincount(pos).gt(0).sum() == 63
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_token_is_served_once_in_an_epoch(over, mode):
+    """A text read once, to its end: its training tokens, no more and no less, and the counts say so."""
+    stream, again = over(mode=mode, repeat=False)
+    served = []
+    while len(batch := stream.next(500)):
+        served.append(batch.clone())
+    found = all_of(served)
+    rows = again.next(10**6)
+    assert len((found.row * 64 + found.pos).unique()) == len(found)
+    special = torch.isin(rows.tokens, torch.tensor(stream.model.tokenizer.all_special_ids))
+    text = torch.arange(64) < rows.length[:, None]
+    assert len(found) == int((text & ~special).sum())
+    assert torch.equal(found.token.long().sort().values, rows.tokens[text & ~special].sort().values)
+    counts = stream.counts
+    assert counts["tokens"] == int(text.sum()) == len(found) + counts["special"]
+    assert counts["rows"] == len(rows)
+    assert counts["high_norm"] == 0
+    assert len(stream.next(500)) == 0
+
+
+def test_special_tokens_are_left_out_unless_asked_for(over):
+    kept, _ = over()
+    assert not torch.isin(
+        all_of(batches(kept, 512, 10)).token, torch.tensor(kept.model.tokenizer.all_special_ids)
+    ).any()
+    whole, again = over(drop_special=False)
+    found = all_of(batches(whole, 512, 10))
+    assert (found.token[found.pos == 0] == BOS).all()
+    assert (found.pos == 0).any()
+    assert whole.counts["special"] == 0
+    rows = again.next(64)
+    assert torch.equal(whole.keep(rows), torch.arange(64) < rows.length[:, None])
+    assert not kept.keep(rows)[:, 0].any()
+
+
+def test_activations_of_extreme_norm_are_left_out_and_counted(over, monkeypatch):
+    stream, _ = over(hooks=HOOKS[:1], max_norm=5.0)
+    real = stream.model.harvest
+
+    def with_sinks(tokens):
+        x = real(tokens)[HOOKS[0]].clone()
+        x[:, 7] *= 100
+        return {HOOKS[0]: x}
+
+    monkeypatch.setattr(stream.model, "harvest", with_sinks)
+    found = all_of(batches(stream, 512, 10))
+    assert not (found.pos == 7).any()
+    assert (found.pos == 8).any()
+    assert 0 < stream.counts["high_norm"] < stream.counts["rows"]
 
 
 def test_batches_are_mixed_over_documents(stream_of):
@@ -45,136 +140,106 @@ def test_batches_are_mixed_over_documents(stream_of):
     assert (batch.pos.diff() == 1).float().mean() < 0.1
 
 
+def test_pairs_of_a_document_are_no_more_than_in_a_uniform_draw(over):
+    """How often two tokens of a batch are of one document, over the chance of it in a uniform draw from the buffer, and
+    over that in a shuffle of the whole text."""
+    stream, _ = over(hooks=HOOKS[:1])
+    n, met, drawn, everything = 256, 0.0, 0.0, []
+
+    def pairs(document: torch.Tensor) -> float:
+        count = torch.bincount(document).double()
+        return float((count * (count - 1)).sum() / (len(document) * (len(document) - 1)))
+
+    for _ in range(60):
+        batch = stream.next(n)
+        held = stream.sample().document
+        met, drawn = met + pairs(batch.document), drawn + pairs(held)
+        everything.append(batch.document.clone())
+    assert met / drawn <= 1.2
+    assert met / drawn >= 0.8
+    full_shuffle = met / (60 * pairs(torch.cat(everything)))
+    print(json.dumps({"over_uniform": round(met / drawn, 3), "over_full_shuffle": round(full_shuffle, 2)}))
+    assert full_shuffle > 1  # the buffer is smaller than the text
+
+
 def test_the_same_seed_gives_the_same_batches(stream_of):
     first, second, other = stream_of(seed=1), stream_of(seed=1), stream_of(seed=2)
     for _ in range(6):
         a, b, c = first.next(1000), second.next(1000), other.next(1000)
-        assert torch.equal(a.x, b.x)
-        assert torch.equal(a.pos, b.pos)
+        assert equal(a, b)
         assert not torch.equal(a.x, c.x)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("served", [0, 1, 5], ids="served{}".format)
-def test_a_state_goes_on_where_it_was_taken(stream_of, served):
-    stream, fresh = stream_of(), stream_of()
-    for _ in range(served):
-        stream.next(700)
+def test_a_state_goes_on_where_it_was_taken(over, mode, served):
+    stream, fresh = over(mode=mode)[0], over(mode=mode)[0]
+    batches(stream, 700, served)
     state = {key: value.clone() for key, value in stream.state().items()}
-    expected = [stream.next(700) for _ in range(6)]
+    expected = batches(stream, 700, 6)
     fresh.next(999)  # it has been elsewhere
     fresh.load_state(state)
-    for batch in expected:
-        again = fresh.next(700)
-        assert all(
-            torch.equal(getattr(batch, name), getattr(again, name)) for name in ("x", "pos", "token", "document")
-        )
+    assert all(equal(batch, fresh.next(700)) for batch in expected)
+    assert fresh.counts == stream.counts
 
 
-def test_looking_at_the_moments_changes_nothing(stream_of):
+def test_looking_at_a_sample_changes_nothing(stream_of):
     stream, other = stream_of(), stream_of()
-    mean, norm = stream.moments()
-    x = stream._buffer.contents().x.double()
-    assert mean == pytest.approx(x.mean(0).float(), rel=1e-4, abs=1e-4)
-    assert norm == pytest.approx(float(x.norm(dim=1).mean()), rel=1e-5)
+    assert len(stream.sample()) == 4096
     assert torch.equal(stream.next(100).x, other.next(100).x)
 
 
-def test_nan_is_named_with_its_place(stream_of, monkeypatch):
-    stream = stream_of()
-    real = stream.model.activations
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_is_named_with_its_place(over, monkeypatch, mode):
+    stream, _ = over(mode=mode)
+    real = stream.model.harvest
 
     def broken(tokens):
-        x = real(tokens).clone()
-        x[2, 5, 7] = torch.nan
-        return x
+        found = {hook: x.clone() for hook, x in real(tokens).items()}
+        found[HOOKS[1]][3, 5, 7] = torch.nan
+        return found
 
-    monkeypatch.setattr(stream.model, "activations", broken)
-    with pytest.raises(UserError, match="1 of .* NaN or infinite, the first at position 5 of document 2"):
+    monkeypatch.setattr(stream.model, "harvest", broken)
+    with pytest.raises(
+        UserError, match=rf"of .* at {HOOKS[1]} are NaN or infinite, the first at position 5 of document"
+    ):
         stream.next(10)
 
 
-def test_the_batch_must_fit_the_buffer_and_the_context_the_model(stream_of):
+def test_what_does_not_fit_is_named(stream_of):
     with pytest.raises(UserError, match=r"stream.buffer_tokens: 4096 is not allowed.*twice"):
         stream_of().next(2049)
     with pytest.raises(UserError, match="stream.context: 256 is not allowed"):
         stream_of(context=256)
+    with pytest.raises(UserError, match=r"stream.buffer_tokens: 100 is not allowed.*256"):
+        stream_of(mode="sequences", buffer_tokens=100)
+    with pytest.raises(UserError, match=r"buffer_gb: 0.001 is not allowed with buffer_tokens"):
+        stream_of(buffer_gb=0.001)
     assert int(stream_of(context=20).next(1000).pos.max()) == 19
+
+
+def test_memory_can_be_given_in_bytes(stream_of):
+    stream = stream_of(buffer_tokens=None, buffer_gb=0.001)
+    assert stream.buffer_tokens == int(1e6) // (128 * 2 + 24)
+    held = sum(value.nbytes for value in stream._buffer._slots.tensors().values())
+    assert held <= 1e6
+    assert stream.config.buffer_tokens == stream.buffer_tokens
 
 
 def test_held_out_rows_are_never_trained_on(stream_of):
     held_out = list(stream_of().held_out(20))
     assert sum(len(rows.tokens) for rows in held_out) == 20
-    assert all((rows.document >= HELD_OUT).all() for rows in held_out)
+    assert all((rows.document[rows.document >= 0] >= HELD_OUT).all() for rows in held_out)
 
 
-class Letters:
-    """A tokenizer of single characters."""
-
-    bos_token_id, pad_token_id = 1, 0
-
-    def encode(self, text, **_):
-        return [ord(c) for c in text]
-
-
-@pytest.mark.parametrize("bos", [1, None])
-def test_text_is_cut_into_rows_that_lose_nothing(bos):
-    texts = [chr(97 + i) * n for i, n in enumerate((3, 25, 1, 0, 9, 10) * 6)]
-    tokenizer = Letters()
-    tokenizer.bos_token_id = bos
-    rows = TextRows(texts, tokenizer, 10, enough_tokens=10**6, name="letters")
-    read = {}
-    for held_out, count in ((False, len(rows._train)), (True, len(rows._held_out))):
-        part = rows.rows(0, count, held_out=held_out)
-        for tokens, length, document in zip(part.tokens, part.length, part.document, strict=True):
-            ids = tokens[:length].tolist()
-            if bos is not None:
-                assert ids.pop(0) == bos
-            assert (tokens[length:] == 0).all()
-            read[int(document)] = read.get(int(document), 0) + len(ids)
-            assert set(ids) == {97 + int(document)}
-    assert read == {i: len(text) for i, text in enumerate(texts) if text}
-    assert len(rows._held_out) == (len(rows._train) + len(rows._held_out)) // 20
-    again = rows.rows(len(rows._train), 3)
-    assert torch.equal(again.tokens, rows.rows(0, 3).tokens)
-
-
-def test_reading_stops_when_there_is_enough():
-    def endless():
-        while True:
-            yield "abcdefghij" * 5
-
-    rows = TextRows(endless(), Letters(), 10, enough_tokens=1000, name="endless")
-    assert int(rows._length[rows._train].sum()) >= 1000
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.txt", " \n\n ", "is empty"),
-        ("short.txt", "one", "at least 2 rows"),
-        ("bad.jsonl", '{"text": "a"}\n{"words": "b"}\n', 'line 2 is not a JSON object with a "text" field'),
-        ("list.jsonl", "[1]\n", "line 1"),
-        ("binary.txt", b"\xff\xfe\x00", "UTF-8"),
-        ("binary.jsonl", b'{"text": "\xff"}', "UTF-8"),
-    ],
-)
-def test_text_that_cannot_be_used_is_named(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=message) as error:
-        open_text(str(path), "other", Letters(), 10, 1000, 0)
-    assert str(path) in str(error.value)
-
-
-def test_jsonl_and_dataset_folders_are_read(tmp_path):
-    lines = "".join(json.dumps({"text": "abc" * 20 + str(i)}) + "\n" for i in range(30))
-    (tmp_path / "part.jsonl").write_text(lines)
-    direct = open_text(str(tmp_path / "part.jsonl"), "other", Letters(), 10, 10**4, 0).rows(0, 20)
-    folder = open_text(str(tmp_path), "other", Letters(), 10, 10**4, 0).rows(0, 20)
-    assert torch.equal(direct.tokens, folder.tokens)
+def test_rows_without_a_token_to_train_on_are_named(over):
+    stream, _ = over(max_norm=1.5)
+    stream.source.special = torch.arange(10**5)
+    with pytest.raises(UserError, match="data: rows 0 to 15 hold no token to train on"):
+        stream.next(10)
 
 
 def test_a_model_without_text_asks_for_it(testbed):
-    model = SimpleNamespace(**{**vars(testbed), "context": 128, "tokenizer": Letters(), "d_model": 4})
+    model = SimpleNamespace(**{**vars(testbed), "context": 128, "tokenizer": None, "d_model": 4})
     with pytest.raises(UserError, match="data: gemma needs text"):
         ActivationStream(StreamConfig(model="gemma"), model=model)

@@ -15,16 +15,17 @@ from temposae.engine import checkpoint
 from temposae.engine.checkpoint import load, save
 from temposae.engine.config import MaskConfig, SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
+from temposae.engine.folder import read_metrics
 from temposae.engine.optim import Learner
 from temposae.engine.sae import SparseAutoencoder
-from temposae.engine.train import read_metrics, train
+from temposae.engine.train import train
 
 SAE = SAEConfig(d_in=128, d_sae=96, k=4, aux_k=8)
 SETTINGS = TrainConfig(tokens=12_000, batch=256, log_every_steps=5, checkpoint_every_steps=12, dead_after_tokens=2000)
 
 
 def timeless(metrics: list[dict]) -> list[dict]:
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in metrics]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "time")} for line in metrics]
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_what_does_not_fit_is_refused_before_any_work(stream_of, tmp_path):
         with pytest.raises(UserError, match=message):
             train(stream, sae, settings, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    assert stream.row == 0
+    assert stream.counts["rows"] == 0
 
 
 def test_nothing_is_overwritten(whole, stream_of, tmp_path):
@@ -235,8 +236,8 @@ def test_kill_9_and_resume_by_command(tmp_path):
     config.write_text(yaml.safe_dump(settings | {"sae": {"d_sae": 128, "k": 8}}))
     command = [sys.executable, "-m", "temposae.cli", "train"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    subprocess.run([*command, "--config", config, "--out", tmp_path / "whole"], env=environment, check=True)
-    process = subprocess.Popen([*command, "--config", config, "--out", tmp_path / "killed"], env=environment)
+    subprocess.run([*command, config, "--out", tmp_path / "whole"], env=environment, check=True)
+    process = subprocess.Popen([*command, config, "--out", tmp_path / "killed"], env=environment)
     while not checkpoint.all_in(tmp_path / "killed") and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

@@ -79,7 +79,7 @@ def test_figures_are_those_of_the_formulas(stream_of):
     stream = stream_of()
     sae = train(stream, SAEConfig(d_in=D, d_sae=64, k=4), TrainConfig(tokens=4096, batch=256, control=False)).sae
     found = core(stream, sae, {}, rows=12, ce_rows=12)
-    rows = stream.text.rows(0, 12, held_out=True)
+    rows = next(stream.text.held_out(12, 12))
     kept = stream.keep(rows)
     full = stream.model.activations(rows.tokens)
     x = full[kept]

@@ -7,6 +7,7 @@ from temposae.engine.optim import Learner, together
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, Batch
 from temposae.engine.train import train
+from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -20,7 +21,7 @@ def test_a_step_never_waits_for_the_device(activation, aux, F):
     """Those of F = 1024 and the first jumprelu one are dense."""
     N, D, T = 512, 256, 64
     x = torch.randn(N, D, device="cuda")
-    batch = Batch(x.bfloat16(), *(torch.randint(0, T, (N,), device="cuda", dtype=torch.int32) for _ in range(3)))
+    batch = Batch.of(x.bfloat16(), torch.randint(0, T, (N,), device="cuda"))
     sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=16, aux_k=32, activation=activation)).cuda()
     one = Learner(sae, TrainConfig(tokens=N * 10, batch=N), x.mean(0), float(x.norm(dim=1).mean()), T)
     one.any_dead = aux
@@ -97,8 +98,7 @@ def test_the_fused_step_equals_the_unfused_one(changes, assert_close):
         draw = torch.Generator().manual_seed(2)
         for _ in range(3):
             x = torch.rand(N, 300, generator=draw).pow(8) @ directions
-            others = (torch.randint(0, T, (N,), generator=draw, dtype=torch.int32).cuda() for _ in range(3))
-            one.step(Batch(x.cuda(), *others))
+            one.step(Batch.of(x, torch.randint(0, T, (N,), generator=draw)).each(Tensor.cuda))
         made.append(one)
     first = SparseAutoencoder(made[0].sae.cfg, seed=1).cuda()
     for name, expected in made[1].sae.named_parameters():
@@ -130,8 +130,7 @@ def test_dictionaries_side_by_side_train_as_each_would_alone(activation, F, asse
         draw = torch.Generator().manual_seed(2)
         for _ in range(3):
             x = torch.rand(N, 300, generator=draw).pow(8) @ directions
-            others = (torch.randint(0, T, (N,), generator=draw, dtype=torch.int32).cuda() for _ in range(3))
-            batch = Batch(x.cuda(), *others)
+            batch = Batch.of(x, torch.randint(0, T, (N,), generator=draw)).each(Tensor.cuda)
             for stepper in steppers:
                 stepper.step(batch)
         results.append(each)

@@ -1,0 +1,25 @@
+"""Where a dictionary's b_dec starts from."""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def center(x: Tensor, kind: str) -> Tensor:
+    """The `mean`, `geometric_median` or `zero` of activations x [N, D], float32 [D].
+
+    The geometric median is the point with the least sum of distances to all; outliers hardly move it. Weiszfeld's
+    iteration, y <- sum_n x_n / |x_n - y| / sum_n 1 / |x_n - y|, until it moves by less than 1e-6 of the mean distance.
+    """
+    x = x.float()
+    found = x.mean(0)
+    if kind == "zero":
+        return torch.zeros_like(found)
+    for _ in range(200 if kind == "geometric_median" else 0):
+        distance = (x - found).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        weight = 1 / distance
+        moved = (weight @ x) / weight.sum()
+        step, found = (moved - found).norm(), moved
+        if step < 1e-6 * distance.mean():
+            break
+    return found

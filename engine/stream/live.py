@@ -1,0 +1,67 @@
+"""Where activations come from: a language model as it reads its text."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .buffer import Batch
+from .model import LanguageModel
+from .text import RowSource, TokenRows
+
+
+class Source(Protocol):
+    """Activations in the order of the text.
+
+    `next` gives those of some whole rows, [M, D] for each hook, every token but padding, with `kept` [M] false for the
+    tokenizer's own tokens (`<bos>` and the like); None when there are no more. `counts` are of what was read so far. `state`
+    is all that is needed to go on exactly here.
+    """
+
+    widths: dict[str, int]
+    positions: int
+    device: torch.device
+
+    @property
+    def counts(self) -> dict[str, int]: ...
+    def next(self) -> Batch | None: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+class Live:
+    """A language model over rows of text, `rows_per_forward` at a time."""
+
+    def __init__(self, model: LanguageModel, text: RowSource, positions: int, rows_per_forward: int):
+        self.model, self.text, self.positions, self.rows_per_forward = model, text, positions, rows_per_forward
+        self.widths, self.device = model.widths, model.device
+        self.special = torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.int64)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.text.counts | {"epoch": self.text.epoch}
+
+    def next(self) -> Batch | None:
+        rows = self.text.next(self.rows_per_forward)
+        B, T = rows.tokens.shape
+        if B == 0:
+            return None
+        # Where the tokens lie is worked out on the CPU: of the device it would have to be waited for.
+        at = is_text(rows).flatten().nonzero().flatten()
+        pos = torch.arange(T, dtype=torch.int32).expand(B, T)
+        places = (pos, rows.tokens.int(), rows.document, rows.row[:, None].expand(B, T))
+        there = at.to(self.device, non_blocking=True)
+        acts = {hook: x.flatten(0, 1)[there] for hook, x in self.model.harvest(rows.tokens).items()}
+        kept = ~torch.isin(rows.tokens.flatten()[at], self.special)
+        return Batch(acts, *(place.flatten()[at].to(self.device, non_blocking=True) for place in places), kept=kept)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.text.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.text.load_state(state)
+
+
+def is_text(rows: TokenRows) -> Tensor:
+    """Which positions [B, T] are not padding."""
+    return torch.arange(rows.tokens.shape[1]) < rows.length[:, None]

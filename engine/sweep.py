@@ -1,0 +1,140 @@
+"""Sweeps: one file of settings made into many dictionaries for one stream."""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from .config import MaskConfig, RunConfig, SAEConfig, StreamConfig, TrainConfig
+from .errors import UserError, near
+from .stream import LanguageModel
+
+#: where a setting that may differ between the dictionaries of a stream belongs
+_PLACES = (
+    {name: ("sae", name) for name in SAEConfig.model_fields if name != "mask"}
+    | {name: ("train", name) for name in TrainConfig.model_fields if name not in ("batch", "checkpoint_every_steps")}
+    | {f"mask.{name}": ("sae", "mask", name) for name in MaskConfig.model_fields}
+    | {"hook": ("stream", "hook"), "layer": ("stream", "layer")}
+)
+
+
+def expand(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of each dictionary by name, {stream, sae, train}, from those of a file.
+
+    `sweep: {k: [16, 32], lr: [1e-4, 3e-4]}` stands for every combination of its lists. `dictionaries: [{k: 16}, {k: 32,
+    layer: 2, name: deep}]` lists them one by one; with both, each of the list is taken in every combination. What may differ
+    are the settings of sae and train (but train.batch and train.checkpoint_every_steps), `mask.*`, and `layer` or `hook`.
+    Names follow from what differs (`k16_lr0.0003`), unless given. Without either section there is one dictionary, "".
+    """
+    common = {key: value for key, value in settings.items() if key not in ("sweep", "dictionaries")}
+    lists, listed = settings.get("sweep", {}), settings.get("dictionaries", [{}])
+    if not isinstance(lists, dict):
+        raise UserError(f"sweep: {lists!r} is not allowed; it must be a section of settings with lists of values")
+    if not isinstance(listed, list) or not listed or not all(isinstance(one, dict) for one in listed):
+        raise UserError(f"dictionaries: {listed!r} is not allowed; it must be a list of sections of settings")
+    for key, values in lists.items():
+        _place("sweep", key)
+        if not isinstance(values, list) or not values:
+            raise UserError(f"sweep.{key}: {values!r} is not allowed; it must be a list of values, such as [{values}]")
+    found: dict[str, dict[str, Any]] = {}
+    for one in listed:
+        given = {key: value for key, value in one.items() if key != "name"}
+        for values in itertools.product(*lists.values()):
+            chosen = dict(zip(lists, values, strict=True))
+            if both := given.keys() & chosen.keys():
+                raise UserError(
+                    f"dictionaries: {min(both)} is not allowed there and in sweep; give it in one of the two"
+                )
+            own = [str(one["name"])] if "name" in one else [_label(setting) for setting in given.items()]
+            name = "_".join([*own, *map(_label, chosen.items())])
+            if name in found:
+                raise UserError(f"dictionaries: {name!r} comes twice; give names that differ")
+            if not re.fullmatch(r"[\w.+-]*", name) or name in ("checkpoints", "figures", "evals", ".", ".."):
+                raise UserError(f"dictionaries.name: {name!r} is not allowed; it must do as a folder's name")
+            found[name] = _merged(common, given | chosen)
+    return found
+
+
+def _place(section: str, key: str) -> tuple[str, ...]:
+    if key not in _PLACES:
+        if key in ("batch", "checkpoint_every_steps"):
+            raise UserError(f"{section}.{key}: not allowed; it is one for all dictionaries of a stream")
+        raise UserError(f"{section}.{key}: no setting that may differ between dictionaries; {near(str(key), _PLACES)}")
+    return _PLACES[key]
+
+
+def _label(setting: tuple[str, Any]) -> str:
+    key, value = setting
+    key = key.rpartition(".")[2]
+    if isinstance(value, bool):
+        return key if value else f"no-{key}"
+    if isinstance(value, list):
+        value = "-".join(map(str, value))
+    return value if isinstance(value, str) else f"{key}{value}"
+
+
+def _merged(common: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """`common` with the chosen settings put in their places; the sections on the way are copies."""
+    found = dict(common)
+    for key, value in chosen.items():
+        *sections, last = _place("dictionaries", key)
+        inner = found
+        for section in sections:
+            under = inner.get(section) or {}
+            if not isinstance(under, dict):
+                raise UserError(f"{section}: {under!r} is not allowed; it must be a section of settings")
+            inner[section] = dict(under)
+            inner = inner[section]
+        inner[last] = value
+        if key in ("hook", "layer"):  # one replaces the other
+            inner.pop("layer" if key == "hook" else "hook", None)
+    return found
+
+
+def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel, dict[str, RunConfig]]:
+    """The language model and the settings of each dictionary, those of `expand` with what the model's width and layers
+    decide. All that can be refused without the model is refused before it is loaded."""
+    layers: dict[str, int | None] = {}
+    streams: dict[str, StreamConfig] = {}
+    for name, given in settings.items():
+        with _named(name):
+            stream = given.get("stream") or {}
+            layers[name] = stream.get("layer")
+            streams[name] = StreamConfig(**{key: value for key, value in stream.items() if key != "layer"})
+            if layers[name] is not None and streams[name].hook is not None:
+                raise UserError("stream.hook: give a hook or a layer, not both")
+            _run(given, streams[name], d_in=1)
+    first = next(iter(streams.values()))
+    model = LanguageModel(first.model, attention=first.attention, compile=first.compile)
+    hooks: dict[str, str] = {}
+    for name, stream in streams.items():
+        with _named(name):
+            hooks[name] = model.place(stream.hook, layers[name])
+    model.use(hooks=list(hooks.values()))
+    found = {}
+    for name, given in settings.items():
+        with _named(name):
+            stream = streams[name].model_copy(update={"hook": hooks[name]})
+            found[name] = _run(given, stream, d_in=model.widths[hooks[name]])
+    return model, found
+
+
+def _run(given: Mapping[str, Any], stream: StreamConfig, d_in: int) -> RunConfig:
+    """A dictionary has 8 times as many latents as the model's width, unless its settings say how many."""
+    others = {key: value for key, value in given.items() if key not in ("stream", "sae")}
+    sae = given.get("sae") or {}
+    if not isinstance(sae, dict):
+        raise UserError(f"sae: {sae!r} is not allowed; it must be a section of settings")
+    # before the width is known, so many that every k fits
+    unresolved: dict[str, Any] = {"d_in": d_in, "d_sae": 2**31 - 1 if d_in == 1 else 8 * d_in}
+    return RunConfig(stream=stream, sae=SAEConfig(**(unresolved | sae)), **others)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A mistake in one of several dictionaries begins with its name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}" if name else str(error)) from None

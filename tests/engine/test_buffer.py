@@ -1,0 +1,170 @@
+"""The ring buffer: nothing lost or doubled, well mixed, and a place to go back to at any point."""
+
+import pytest
+import torch
+from temposae.engine.errors import UserError
+from temposae.engine.stream.buffer import Batch, RingBuffer
+
+WIDTHS = {"a": 3, "b": 5}
+
+
+def counted(chunk: int = 37, end: int | None = None, context: int | None = None):
+    """A source of numbered items: `row` is the number, every activation holds it."""
+    at = 0
+
+    def fill() -> Batch | None:
+        nonlocal at
+        numbers = torch.arange(at, at + chunk if end is None else min(at + chunk, end))
+        at += len(numbers)
+        if not len(numbers):
+            return None
+        if context is not None:
+            numbers = numbers[:, None].expand(-1, context)
+        acts = {hook: numbers[..., None].expand(*numbers.shape, d).float() for hook, d in WIDTHS.items()}
+        kept = None if context is None else (torch.arange(context) <= numbers % context)
+        return Batch(acts, (numbers % 11).int(), numbers.int(), numbers // 7, numbers, kept)
+
+    return fill
+
+
+def ring(capacity: int = 100, seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> RingBuffer:
+    fill = counted(
+        **{key: options.pop(key) for key in ("chunk", "end") if key in options}, context=options.get("context")
+    )
+    generator = torch.Generator().manual_seed(seed)
+    return RingBuffer(capacity, WIDTHS, dtype, torch.device("cpu"), fill, generator, **options)
+
+
+def served(buffer: RingBuffer, n: int, times: int) -> list[Batch]:
+    return [buffer.next(n).clone() for _ in range(times)]
+
+
+@pytest.mark.parametrize(("n", "chunk"), [(10, 37), (50, 1), (7, 300), (33, 100)])
+def test_every_item_is_served_once_with_all_that_belongs_to_it(n, chunk):
+    buffer = ring(chunk=chunk)
+    batches = served(buffer, n, 60)
+    rows = torch.cat([batch.row for batch in batches])
+    assert len(rows) == 60 * n
+    assert len(rows.unique()) == len(rows)
+    assert int(rows.max()) < 60 * n + 100  # no item is passed over for longer than the buffer is deep
+    for batch in batches:
+        assert list(batch.acts) == ["a", "b"]
+        assert all((x == batch.row[:, None]).all() for x in batch.acts.values())
+        assert torch.equal(batch.pos.long(), batch.row % 11)
+        assert torch.equal(batch.token.long(), batch.row)
+        assert torch.equal(batch.document, batch.row // 7)
+
+
+def test_a_finite_source_is_served_to_its_end_and_no_further():
+    for end in (1, 40, 100, 101, 149, 250, 1000):
+        buffer = ring(end=end)
+        batches = served(buffer, 10, 120)
+        sizes = [len(batch) for batch in batches]
+        assert sum(sizes) == end
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(torch.cat([batch.row for batch in batches]).unique()) == end
+
+
+def test_batches_are_drawn_evenly_from_the_buffer():
+    """Of two items of one group in the buffer, a batch holds both as often as a uniform draw does."""
+    buffer, n, capacity, pairs, expected = ring(1000), 100, 1000, 0, 0.0
+    for _ in range(300):
+        batch = buffer.next(n)
+        of_group = torch.bincount(batch.document)
+        pairs += int((of_group * (of_group - 1) // 2).sum())
+        held = torch.bincount(buffer.contents().document)
+        expected += float((held * (held - 1) // 2).sum()) * n * (n - 1) / (capacity * (capacity - 1))
+    assert pairs == pytest.approx(expected, rel=0.1)
+    in_order = next(iter(served(ring(1000, chunk=1000), 100, 1)))
+    assert not torch.equal(in_order.row.sort().values, in_order.row)
+
+
+@pytest.mark.parametrize("options", [{}, {"grouped": True}, {"context": 6}], ids=["tokens", "grouped", "sequences"])
+@pytest.mark.parametrize("end", [None, 333])
+def test_a_state_goes_on_where_it_was_taken(options, end):
+    """At every point: the buffer's own state, with the source put where it was."""
+    for before in range(0, 30, 3):
+        buffer = ring(end=end, **options)
+        served(buffer, 13, before)
+        state = {key: value.clone() for key, value in buffer.state().items()}
+        random = buffer._generator.get_state()
+        other = ring(seed=9, end=end, **options)
+        served(other, 20, 3)
+        other.load_state(state)
+        other._generator.set_state(random)
+        other._fill = buffer._fill  # the source goes on for whoever asks
+        resumed = served(other, 13, 25)
+        again = ring(end=end, **options)
+        expected = served(again, 13, before + 25)[before:]
+        for one, two in zip(resumed, expected, strict=True):
+            assert all(torch.equal(value, two.tensors()[key]) for key, value in one.tensors().items())
+
+
+def test_grouped_batches_are_the_same_in_order_of_position():
+    plain, grouped = served(ring(), 20, 12), served(ring(grouped=True), 20, 12)
+    for one, two in zip(plain, grouped, strict=True):
+        assert (two.pos.diff() >= 0).all()
+        assert torch.equal(one.row.sort().values, two.row.sort().values)
+        assert all((x == two.row[:, None]).all() for x in two.acts.values())
+        assert (one.pos.diff() < 0).any()
+
+
+def test_sequences_stay_whole_and_say_which_tokens_count():
+    for batch in served(ring(context=6), 10, 12):
+        assert batch.x.shape == (10, 6, 3)
+        assert (batch.x == batch.row[:, :1, None]).all()
+        flat = batch.flat()
+        assert len(flat) == int((batch.row[:, 0] % 6 + 1).sum())
+        assert flat.x.shape == (len(flat), 3)
+        assert (flat.x == flat.row[:, None]).all()
+        assert flat.kept is None
+
+
+def test_memory_is_taken_once_and_batches_are_overwritten():
+    buffer = ring()
+    first = buffer.next(20)
+    places = [value.data_ptr() for value in first.tensors().values()]
+    kept = first.clone()
+    for _ in range(20):
+        batch = buffer.next(20)
+        assert [value.data_ptr() for value in batch.tensors().values()] == places
+        assert buffer.contents().x.data_ptr() == buffer._slots.x.data_ptr()
+    assert not torch.equal(kept.row, first.row)
+
+
+def test_slots_are_filled_while_others_are_served():
+    """Not all at once: after each batch, at most one filling is outstanding."""
+    calls: list[int] = []
+    buffer = ring(1000, chunk=50)
+    inner = buffer._fill
+    buffer._fill = lambda: calls.append(1) or inner()
+    buffer.next(10)
+    per_batch = []
+    for _ in range(200):
+        before = len(calls)
+        buffer.next(10)
+        per_batch.append(len(calls) - before)
+    assert max(per_batch) <= 2
+    assert sum(per_batch) == pytest.approx(200 * 10 / 50, abs=2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("context", [None, 6])
+def test_what_is_not_finite_is_named_before_it_is_served(value, context):
+    inner = counted(context=context)
+
+    def broken() -> Batch:
+        batch = inner()
+        assert batch is not None
+        batch = batch.clone()
+        bad = batch.row == 60
+        batch.acts["b"][bad] = value
+        return batch
+
+    buffer = ring(context=context)
+    buffer._fill = broken
+    with pytest.raises(
+        UserError,
+        match=r"activations: (1 of 100|6 of 600) at b are NaN or infinite, the first at position 5 of document 8",
+    ):
+        buffer.next(10)
