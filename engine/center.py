@@ -16,10 +16,13 @@ def center(x: Tensor, kind: str) -> Tensor:
     if kind == "zero":
         return torch.zeros_like(found)
     for _ in range(200 if kind == "geometric_median" else 0):
-        distance = (x - found).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        weight = 1 / distance
+        distance = (x - found).norm(dim=1)
+        mean = distance.mean()
+        if mean == 0:
+            break
+        weight = 1 / distance.clamp_min(1e-6 * mean)
         moved = (weight @ x) / weight.sum()
         step, found = (moved - found).norm(), moved
-        if step < 1e-6 * distance.mean():
+        if step < 1e-6 * mean:
             break
     return found
