@@ -32,6 +32,7 @@ FORMAT = "temposae/1"
 MANIFEST = "checkpoint.json"
 KEYS = ("format", "step", "dictionaries", "run", "status", "files")
 KEEP = 2  # checkpoints of a run that stay on disk
+UNFINISHED = ".writing-"  # begins the names of files and folders that a kill may leave behind
 
 
 @dataclass
@@ -100,7 +101,7 @@ def write(
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
             raise UserError(f"checkpoint: {folder} already exists; nothing is overwritten")
-        fresh = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+        fresh = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
         try:
             files = {f"{name}.safetensors": sae.state_dict() for name, sae in dictionaries.items()}
             files |= {f"{name}.safetensors": tensors for name, tensors in (others or {}).items()}
@@ -154,8 +155,8 @@ def place(run: Path, step: int) -> Path:
 
 
 def keep_last(run: Path) -> None:
-    """Remove all but the last `KEEP` checkpoints of a run."""
-    for old in all_in(run)[:-KEEP]:
+    """Remove all but the last `KEEP` checkpoints of a run, and what was never finished."""
+    for old in [*all_in(run)[:-KEEP], *(run / "checkpoints").glob(f"{UNFINISHED}*")]:
         shutil.rmtree(old)
 
 

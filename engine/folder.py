@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from .checkpoint import UNFINISHED
 from .config import Config, RunConfig, SweepConfig, read_yaml
 from .errors import UserError
 
@@ -20,7 +21,9 @@ def begin(folder: Path, settings: Config) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+        fresh = folder / f"{UNFINISHED}{CONFIG}"
+        fresh.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+        fresh.replace(folder / CONFIG)
     except OSError as error:
         raise UserError(f"out: {folder} can't be written ({error.strerror})") from None
 
@@ -28,7 +31,9 @@ def begin(folder: Path, settings: Config) -> None:
 def check_free(folder: Path) -> None:
     """Refuse a run folder that holds something already, or that can't be made. Leaves nothing behind."""
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (
+            not folder.is_dir() or any(not p.name.startswith(UNFINISHED) for p in folder.iterdir())
+        ):
             raise UserError(
                 f"out: {folder} exists and is not empty; give a new folder, or --resume to go on with that run"
             )
@@ -64,7 +69,7 @@ def read_metrics(folder: Path, until: int | None = None) -> list[dict[str, Any]]
 def rewind(folder: Path, step: int) -> list[dict[str, Any]]:
     """Take what was reported after `step` out of metrics.jsonl; give the rest."""
     kept = read_metrics(folder, step)
-    fresh = (folder / METRICS).with_suffix(".tmp")
+    fresh = folder / f"{UNFINISHED}{METRICS}"
     fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
     fresh.replace(folder / METRICS)
     return kept

@@ -1,0 +1,157 @@
+"""Runs that are killed at any moment, or told to stop: they go on to the very bits of a run that wasn't."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from temposae.engine import checkpoint
+from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
+from temposae.engine.errors import Stopped
+from temposae.engine.folder import read_metrics
+from temposae.engine.optim import Learner
+from temposae.engine.stream import ActivationStream
+from temposae.engine.train import train, train_together
+
+PROCESSES = multiprocessing.get_context("forkserver")  # with everything imported, so that a run begins at once
+PROCESSES.set_forkserver_preload(["temposae.engine.train", "transformer_lens.model_bridge", "transformers"])
+MODES = ("tokens", "grouped", "sequences")
+
+
+def settings(mode: str, name: str = "") -> RunConfig:
+    activation = {"": "batchtopk", "a": "topk", "b": "jumprelu"}[name]
+    return RunConfig(
+        stream=StreamConfig(mode=mode, buffer_tokens=2048, rows_per_forward=8),
+        sae=SAEConfig(d_in=128, d_sae=64, k=4, aux_k=8, activation=activation),
+        train=TrainConfig(
+            tokens=9000,
+            batch=256,
+            checkpoint_every_steps=3,
+            log_every_steps=2,
+            dead_after_tokens=1500,
+            moments="bfloat16",
+        ),
+    )
+
+
+def job(mode: str, folder: Path, several: bool) -> None:
+    """A run, or what is left of it."""
+    torch.set_num_threads(1)
+    run = settings(mode)
+    stream = ActivationStream(run.stream)
+    if several:
+        train_together(stream, {name: settings(mode, name) for name in "ab"}, out=folder, resume=True)
+    else:
+        train(stream, run.sae, run.train, out=folder, resume=True)
+
+
+def run(mode: str, folder: Path, several: bool, seconds: float | None = None) -> int | None:
+    """The exit code of a run that is killed after so many seconds, unless it has ended."""
+    process = PROCESSES.Process(target=job, args=(mode, folder, several))
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    return process.exitcode
+
+
+def same(one: Path, two: Path) -> None:
+    """Everything saved, and everything reported but times."""
+    for folder in (one, *(path.parent for path in one.glob("*/config.yaml"))):
+        other = two / folder.relative_to(one)
+        first, second = checkpoint.find(folder), checkpoint.find(other)
+        assert first.manifest["files"] == second.manifest["files"]
+        assert [p.name for p in checkpoint.all_in(folder)] == [p.name for p in checkpoint.all_in(other)]
+        lines = [[{**line, "seconds": 0, "time": 0} for line in read_metrics(place)] for place in (folder, other)]
+        assert lines[0] == lines[1]
+    left = [str(path) for path in two.rglob("*") if path.name.startswith(checkpoint.UNFINISHED)]
+    assert left == []
+
+
+def killed_and_resumed(mode: str, several: bool, kills: int, folder: Path) -> None:
+    warm = PROCESSES.Process(target=torch.get_num_threads)  # the first process waits for all that is imported
+    warm.start()
+    warm.join()
+    began = time.monotonic()
+    assert run(mode, folder / "whole", several) == 0
+    takes, draw, killed, place = time.monotonic() - began, random.Random(kills), 0, folder / "killed"
+    for _ in range(4 * kills):
+        if killed == kills:
+            break
+        code = run(mode, place, several, draw.uniform(0.1, 0.9) * takes)
+        killed += code == -signal.SIGKILL
+        if code == 0:  # it got to its end: once more from the beginning
+            same(folder / "whole", place)
+            place = folder / f"killed{killed}"
+        else:
+            assert code == -signal.SIGKILL
+    assert killed == kills
+    assert run(mode, place, several) == 0
+    same(folder / "whole", place)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, mode):
+    killed_and_resumed(mode, False, 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_killed_twenty_times_ends_with_the_same_bits(tmp_path, mode, several):
+    killed_and_resumed(mode, several, 20, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_and_the_run_goes_on(stream_of, tmp_path, monkeypatch, number):
+    config = settings("tokens")
+    training = config.train.model_copy(update={"checkpoint_every_steps": None})
+    whole = train(stream_of(), config.sae, training)
+    real, before = Learner.step, signal.getsignal(number)
+
+    def step(self, batch):
+        real(self, batch)
+        if self.steps_done == 10 and self.sae.cfg.decoder == "learned":
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Learner, "step", step)
+    with pytest.raises(Stopped, match="stopped at step 10; --resume goes on") as stopped:
+        train(stream_of(), config.sae, training, out=tmp_path / "run")
+    assert stopped.value.signal == number
+    assert signal.getsignal(number) == before
+    assert checkpoint.find(tmp_path / "run").step == 10
+    monkeypatch.setattr(Learner, "step", real)
+    again = train(stream_of(), config.sae, training, out=tmp_path / "run", resume=True)
+    assert all(torch.equal(value, again.sae.state_dict()[name]) for name, value in whole.sae.state_dict().items())
+
+
+def test_a_second_signal_stops_at_once(stream_of, tmp_path, monkeypatch):
+    config, real = settings("tokens"), Learner.step
+
+    def step(self, batch):
+        real(self, batch)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Learner, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(stream_of(), config.sae, config.train, out=tmp_path / "run")
+    assert checkpoint.all_in(tmp_path / "run") == []
+
+
+def test_without_a_folder_a_signal_is_python_s_own(stream_of, monkeypatch):
+    config, real = settings("tokens"), Learner.step
+
+    def step(self, batch):
+        real(self, batch)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Learner, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(stream_of(), config.sae, config.train)
