@@ -115,7 +115,8 @@ class StreamConfig(Config):
 
     `mode`: batches of single tokens; the same in order of position (`grouped`); or whole rows (`sequences`).
     `buffer_tokens` or `buffer_gb` (10^9 bytes): what is mixed at a time; as many tokens as the run has, between 2048 and
-    65536, unless given. `attention` of the language model: the fastest that gives the same numbers, unless given.
+    65536, unless given. `buffer_dtype` int8 and fp8 (e4m3) take one byte, with a scale for each activation; metrics tell the
+    error (`buffer_error`). `attention` of the language model: the fastest that gives the same numbers, unless given.
     `compile` the part of it that is needed with torch.compile.
     """
 
@@ -134,7 +135,7 @@ class StreamConfig(Config):
     compile: bool = False
     buffer_tokens: Count | None = None
     buffer_gb: Annotated[float, Field(gt=0)] | None = None
-    buffer_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    buffer_dtype: Literal["float32", "bfloat16", "int8", "fp8"] = "bfloat16"
 
     @model_validator(mode="after")
     def _one_size(self) -> "StreamConfig":
@@ -160,6 +161,7 @@ class TrainConfig(Config):
     `accumulate`: a batch is gone through in so many parts, to save memory (batchtopk selects in each). `bias`: what b_dec
     starts from. `resample_every_steps` (relu; Bricken et al., Towards Monosemanticity, 2023): after so many steps dead
     latents begin again as tokens that are reconstructed badly. `init`: go on from this dictionary, a run or a checkpoint.
+    `log`: where metrics go besides metrics.jsonl.
     """
 
     tokens: Count = 1_000_000
@@ -177,6 +179,7 @@ class TrainConfig(Config):
     bias: Literal["mean", "geometric_median", "zero"] = "mean"
     resample_every_steps: Count | None = None
     init: str | None = None
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     dead_after_tokens: Count | None = None
     log_every_steps: Count | None = None
     checkpoint_every_steps: Count | None = None

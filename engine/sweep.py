@@ -10,10 +10,15 @@ from .config import MaskConfig, RunConfig, SAEConfig, StreamConfig, TrainConfig
 from .errors import UserError, near
 from .stream import LanguageModel
 
+_COMMON = (
+    "batch",
+    "checkpoint_every_steps",
+    "log",
+)  # settings of `train` that are one for all dictionaries of a stream
 #: where a setting that may differ between the dictionaries of a stream belongs
 _PLACES = (
     {name: ("sae", name) for name in SAEConfig.model_fields if name != "mask"}
-    | {name: ("train", name) for name in TrainConfig.model_fields if name not in ("batch", "checkpoint_every_steps")}
+    | {name: ("train", name) for name in TrainConfig.model_fields if name not in _COMMON}
     | {f"mask.{name}": ("sae", "mask", name) for name in MaskConfig.model_fields}
     | {"hook": ("stream", "hook"), "layer": ("stream", "layer")}
 )
@@ -24,8 +29,8 @@ def expand(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
     `sweep: {k: [16, 32], lr: [1e-4, 3e-4]}` stands for every combination of its lists. `dictionaries: [{k: 16}, {k: 32,
     layer: 2, name: deep}]` lists them one by one; with both, each of the list is taken in every combination. What may differ
-    are the settings of sae and train (but train.batch and train.checkpoint_every_steps), `mask.*`, and `layer` or `hook`.
-    Names follow from what differs (`k16_lr0.0003`), unless given. Without either section there is one dictionary, "".
+    are the settings of sae and train (but batch, checkpoint_every_steps and log), `mask.*`, and `layer` or `hook`. Names
+    follow from what differs (`k16_lr0.0003`), unless given. Without either section there is one dictionary, named "".
     """
     common = {key: value for key, value in settings.items() if key not in ("sweep", "dictionaries")}
     lists, listed = settings.get("sweep", {}), settings.get("dictionaries", [{}])
@@ -58,7 +63,7 @@ def expand(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _place(section: str, key: str) -> tuple[str, ...]:
     if key not in _PLACES:
-        if key in ("batch", "checkpoint_every_steps"):
+        if key in _COMMON:
             raise UserError(f"{section}.{key}: not allowed; it is one for all dictionaries of a stream")
         raise UserError(f"{section}.{key}: no setting that may differ between dictionaries; {near(str(key), _PLACES)}")
     return _PLACES[key]

@@ -1,12 +1,13 @@
 """Training: a stream in, dictionaries and their run folders out."""
 
+import itertools
 import math
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .center import center
 from .config import RunConfig, SAEConfig, SweepConfig, TrainConfig
 from .errors import Stopped, UserError
 from .folder import CONFIG, begin, check_free, read_settings, report, rewind
+from .loggers import open_loggers
 from .optim import Cohort, Learner, together
 from .progress import progress_bar
 from .sae import SparseAutoencoder
@@ -181,6 +183,7 @@ class _Training:
             if last is not None:
                 self._go_on(trainee, last)
             self.trainees.append(trainee)
+        self.loggers = open_loggers(self.config.log, self.folder, settings.model_dump(mode="json"))
         self._begin(settings, resume)
         self.step = self.saved_step = last.step if last is not None else 0
         self.epoch = stream.counts.get("epoch", 0)
@@ -225,6 +228,15 @@ class _Training:
                 one.metrics = rewind(one.folder, one.main.steps_done)
 
     def run(self) -> dict[str, Run]:
+        with ExitStack() as closing:
+            for logger in self.loggers:
+                closing.callback(logger.close)
+            self._train()
+        if all(one.failed for one in self.trainees):
+            raise UserError(self.trainees[0].failed)
+        return {one.name: one.end() for one in self.trainees}
+
+    def _train(self) -> None:
         total = max(run.train.steps for run in self.runs.values()) * self.config.batch
         done = self.step * self.config.batch
         with progress_bar("training", total, "tokens", done) as self._bar, _stop_signals(self.folder) as stop:
@@ -244,9 +256,6 @@ class _Training:
                     raise Stopped(stop[0], f"stopped at step {self.step}; --resume goes on from there")
                 if not len(batch):
                     break
-        if all(one.failed for one in self.trainees):
-            raise UserError(self.trainees[0].failed)
-        return {one.name: one.end() for one in self.trainees}
 
     def _cohorts(self, active: list[_Trainee]) -> list[tuple[str, Cohort | Learner]]:
         """What takes steps, with the hook that it looks at; made anew when one of the dictionaries has ended."""
@@ -262,8 +271,12 @@ class _Training:
     def _report(self, due: list[_Trainee]) -> None:
         if not due:
             return
-        times = {"seconds": round(time.monotonic() - self.began, 2), "time": self.stream.watch.shares()}
+        times: dict[str, Any] = {"seconds": round(time.monotonic() - self.began, 2), "time": self.stream.watch.shares()}
+        if self.stream.buffer_error is not None:
+            times["buffer_error"] = self.stream.buffer_error
         lines = [one.report(**times) for one in due]
+        for logger, (one, line) in itertools.product(self.loggers, zip(due, lines, strict=True)):
+            logger.log(f"{one.name}/" if one.name else "", line)
         for one in due:
             if one.failed and one.name:
                 self._bar.note(f"{one.name} is stopped: {one.failed}")
@@ -336,7 +349,7 @@ def _check(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> None
                 f"{inside}train.batch: {run.train.batch} is not allowed; it must be at most half of "
                 f"stream.buffer_tokens ({stream.buffer_tokens})"
             )
-        for common in ("batch", "checkpoint_every_steps"):
+        for common in ("batch", "checkpoint_every_steps", "log"):
             if getattr(run.train, common) != getattr(first, common):
                 raise UserError(
                     f"{inside}train.{common}: {getattr(run.train, common)} is not allowed; it is "

@@ -14,6 +14,7 @@ from ..stopwatch import Stopwatch
 from .buffer import Batch, RingBuffer
 from .live import Live, is_text
 from .model import LanguageModel
+from .narrow import LARGEST
 from .text import RowSource, TokenRows, open_text
 
 __all__ = ["ActivationStream", "Batch", "LanguageModel", "TokenRows"]
@@ -57,7 +58,9 @@ class ActivationStream:
         )  # fmt: skip
         self.source = Live(self.model, self.text, config.context, config.rows_per_forward)
         self.d_in, self.positions = self.model.d_model, config.context
-        item = sum(self.source.widths.values()) * getattr(torch, config.buffer_dtype).itemsize + 24  # bytes of a token
+        dtype = torch.float8_e4m3fn if config.buffer_dtype == "fp8" else getattr(torch, config.buffer_dtype)
+        scale = 4 if dtype in LARGEST else 0
+        item = sum(width * dtype.itemsize + scale for width in self.source.widths.values()) + 24  # bytes of a token
         if config.buffer_gb is not None:
             self.buffer_tokens = int(config.buffer_gb * 1e9 / item)
         else:
@@ -78,7 +81,7 @@ class ActivationStream:
         try:
             self._buffer = RingBuffer(
                 self.buffer_tokens // (self.positions if self._sequences else 1), self.source.widths,
-                getattr(torch, config.buffer_dtype), self.source.device, self._fill, self._generator,
+                dtype, self.source.device, self._fill, self._generator,
                 context=self.positions if self._sequences else None, grouped=config.mode == "grouped",
             )  # fmt: skip
         except RuntimeError:  # torch's word for out of memory
@@ -114,6 +117,11 @@ class ActivationStream:
         """Which positions [B, T] count: no padding, and no special tokens where `drop_special`."""
         kept = is_text(rows)
         return kept & ~torch.isin(rows.tokens, self.source.special) if self.config.drop_special else kept
+
+    @property
+    def buffer_error(self) -> float | None:
+        """Squared error of activations kept in one byte, over their squared norm; None where they aren't."""
+        return self._buffer.rounding if self.config.buffer_dtype in ("int8", "fp8") else None
 
     @property
     def counts(self) -> dict[str, int]:

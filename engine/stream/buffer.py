@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .narrow import LARGEST, narrowed, raw, widen_
 
 PLACES = {"pos": torch.int32, "token": torch.int32, "document": torch.int64, "row": torch.int64}
 
@@ -83,9 +84,10 @@ class RingBuffer:
 
     `fill` gives fresh items, some at a time, or None when there are no more: then what is left is served to its end. An item
     is an activation or, with `context`, a whole sequence. Memory is taken once: capacity * (bytes of an item); batches are
-    gathered into memory that is used again, with `grouped` in order of their positions. Served slots are filled while the
-    others are being served; on a GPU by a stream of its own, so that the language model runs beside the training step, and
-    nothing waits but a permutation.
+    gathered into memory that is used again, with `grouped` in order of their positions. With `dtype` int8 or float8_e4m3fn
+    slots hold codes and scales (`narrow`), and batches are bfloat16. Served slots are filled while the others are being
+    served; on a GPU by a stream of its own, so that the language model runs beside the training step, and nothing waits but
+    a permutation.
     """
 
     def __init__(
@@ -95,7 +97,14 @@ class RingBuffer:
         self.capacity, self._fill, self._generator, self._grouped = capacity, fill, generator, grouped
         self._device, self._dtype, self._widths = device, dtype, widths
         self._shape = () if context is None else (context,)
-        self._slots = self._empty(capacity)
+        self._slots = self._empty(capacity, dtype)
+        self._scales: dict[str, Tensor] = {}
+        if dtype in LARGEST:
+            self._dtype = torch.bfloat16
+            self._scales = {hook: torch.zeros(capacity, *self._shape, device=device) for hook in widths}
+        self._squares = torch.zeros(
+            2, dtype=torch.float64, device=device
+        )  # of rounding errors, and of what was rounded
         self._out: Batch | None = None
         self._left: Batch | None = None  # fresh items for which there was no slot
         # Of the order, _at items are served, and as many as _filled of their slots hold fresh ones again.
@@ -122,27 +131,48 @@ class RingBuffer:
         """Every item, in slot order. Fills the buffer if nothing has."""
         if not self.begun:
             self._permute()
-        return self._slots if len(self._order) == self.capacity else self._slots[self._order_there.sort().values]
+        there = self._order_there.sort().values
+        if not self._scales:
+            return self._slots if len(there) == self.capacity else self._slots[there]
+        out = self._empty(len(there), self._dtype)
+        self._take(self._order.sort().values, there, out)
+        return out
 
-    def _empty(self, n: int) -> Batch:
+    @property
+    def rounding(self) -> float:
+        """Squared error of what the slots hold over the squared norm of what was given, so far. Waits for the device."""
+        error, size = self._squares.tolist()
+        return error / size if size else 0.0
+
+    def _empty(self, n: int, dtype: torch.dtype) -> Batch:
         shape = (n, *self._shape)
-        acts = {
-            hook: torch.empty(*shape, d, dtype=self._dtype, device=self._device) for hook, d in self._widths.items()
-        }
+        acts = {hook: torch.empty(*shape, d, dtype=dtype, device=self._device) for hook, d in self._widths.items()}
         places = {name: torch.empty(shape, dtype=kind, device=self._device) for name, kind in PLACES.items()}
         return Batch(acts, **places, kept=torch.zeros(shape, dtype=torch.bool) if self._shape else None)
 
     def _gather(self, at: slice) -> Batch:
         n = at.stop - at.start
         if self._out is None or len(self._out) < n:
-            self._out = self._empty(n)
+            self._out = self._empty(n, self._dtype)
         here, there = self._order[at], self._order_there[at]
         if self._grouped:
             there = there[self._slots.pos[there].argsort(stable=True)]
         batch = self._out[slice(n)]
-        for (name, slots), out in zip(self._slots.tensors().items(), batch.tensors().values(), strict=True):
-            torch.index_select(slots, 0, here if name == "kept" else there, out=out)
+        self._take(here, there, batch)
         return batch
+
+    def _take(self, here: Tensor, there: Tensor, batch: Batch) -> None:
+        """Gather slots into `batch`; their numbers on the CPU and on the device."""
+        for hook, slots in self._slots.acts.items():
+            if self._scales:
+                codes = raw(slots)[there].view(slots.dtype)
+                widen_(batch.acts[hook], codes, self._scales[hook][there])
+            else:
+                torch.index_select(slots, 0, there, out=batch.acts[hook])
+        for name in PLACES:
+            torch.index_select(getattr(self._slots, name), 0, there, out=getattr(batch, name))
+        if self._slots.kept is not None and batch.kept is not None:
+            torch.index_select(self._slots.kept, 0, here, out=batch.kept)
 
     def _refill(self, until: int) -> None:
         """Fill served slots until so many of them are, if there is so much that is fresh."""
@@ -164,10 +194,21 @@ class RingBuffer:
             self._chunk = len(fresh)
             count = min(len(fresh), self._at - self._filled)
             here, there = (order[self._filled : self._filled + count] for order in (self._order, self._order_there))
-            for (name, slots), value in zip(self._slots.tensors().items(), fresh.tensors().values(), strict=True):
-                slots.index_copy_(0, here if name == "kept" else there, value[:count].to(slots.dtype))
-                if name.startswith("acts."):
-                    self._finite &= value.isfinite().all()
+            for hook, slots in self._slots.acts.items():
+                x = fresh.acts[hook][:count]
+                self._finite &= x.isfinite().all()
+                if self._scales:
+                    codes, scale = narrowed(x, slots.dtype)
+                    raw(slots).index_copy_(0, there, raw(codes))
+                    self._scales[hook].index_copy_(0, there, scale)
+                    error = codes.float() * scale[..., None] - x.float()
+                    self._squares += torch.stack([error.double().square().sum(), x.double().square().sum()])
+                else:
+                    slots.index_copy_(0, there, x.to(slots.dtype))
+            for name in PLACES:
+                getattr(self._slots, name).index_copy_(0, there, getattr(fresh, name)[:count])
+            if self._slots.kept is not None and fresh.kept is not None:
+                self._slots.kept.index_copy_(0, here, fresh.kept[:count])
             self._left = fresh[slice(count, None)] if count < len(fresh) else None
             self._filled += count
 
@@ -181,11 +222,11 @@ class RingBuffer:
         self._order_there = self._order.to(self._device)
         self._at, self._filled, self.begun = 0, 0, True
         if not self._finite:
-            self._refuse(filled)
+            self._refuse()
 
-    def _refuse(self, filled: Tensor) -> None:
+    def _refuse(self) -> None:
         """Name the first activations that are not finite, by row and position."""
-        items = self._slots[filled.to(self._device)] if self._slots.kept is None else self._slots
+        items = self.contents()
         for hook, x in items.acts.items():
             bad = ~x.isfinite().all(-1)
             if bool(bad.any()):
@@ -201,6 +242,7 @@ class RingBuffer:
         if self._side is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._side)
         found = {f"slots.{key}": value for key, value in self._slots.tensors().items()}
+        found |= {f"scales.{hook}": scale for hook, scale in self._scales.items()} | {"squares": self._squares}
         if self._left is not None:
             found |= {f"left.{key}": value for key, value in self._left.tensors().items()}
         numbers = (self._at, self._filled, self._chunk, self.begun, self._ended)
@@ -210,6 +252,9 @@ class RingBuffer:
         left = {key: value for key, value in state.items() if key.startswith("left.")}
         for key, slots in self._slots.tensors().items():
             slots.copy_(state[f"slots.{key}"])
+        for hook, scale in self._scales.items():
+            scale.copy_(state[f"scales.{hook}"])
+        self._squares.copy_(state["squares"])
         there = {"left.kept": torch.device("cpu")}
         found = {k.removeprefix("left."): value.to(there.get(k, self._device)) for k, value in left.items()}
         self._left = Batch.from_tensors(found) if found else None

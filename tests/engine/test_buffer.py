@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.stream.buffer import Batch, RingBuffer
+from temposae.engine.stream.narrow import narrowed, widen_
+from temposae.engine.train import train
 
 WIDTHS = {"a": 3, "b": 5}
 
@@ -79,7 +82,11 @@ def test_batches_are_drawn_evenly_from_the_buffer():
     assert not torch.equal(in_order.row.sort().values, in_order.row)
 
 
-@pytest.mark.parametrize("options", [{}, {"grouped": True}, {"context": 6}], ids=["tokens", "grouped", "sequences"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"grouped": True}, {"context": 6}, {"dtype": torch.int8}, {"dtype": torch.float8_e4m3fn, "context": 6}],
+    ids=["tokens", "grouped", "sequences", "int8", "fp8"],
+)
 @pytest.mark.parametrize("end", [None, 333])
 def test_a_state_goes_on_where_it_was_taken(options, end):
     """At every point: the buffer's own state, with the source put where it was."""
@@ -149,8 +156,9 @@ def test_slots_are_filled_while_others_are_served():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("context", [None, 6])
-def test_what_is_not_finite_is_named_before_it_is_served(value, context):
+def test_what_is_not_finite_is_named_before_it_is_served(value, context, dtype):
     inner = counted(context=context)
 
     def broken() -> Batch:
@@ -161,10 +169,45 @@ def test_what_is_not_finite_is_named_before_it_is_served(value, context):
         batch.acts["b"][bad] = value
         return batch
 
-    buffer = ring(context=context)
+    buffer = ring(context=context, dtype=dtype)
     buffer._fill = broken
     with pytest.raises(
         UserError,
         match=r"activations: (1 of 100|6 of 600) at b are NaN or infinite, the first at position 5 of document 8",
     ):
         buffer.next(10)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_one_byte_is_as_near_as_the_format_allows(dtype):
+    """int8: half a step of max |x| / 127. e4m3: 2^-4 of the value, or half its least step, 2^-10 of scale."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 40, generator=draw) * torch.logspace(-3, 4, 500)[:, None]
+    x[7] = 0
+    codes, scale = narrowed(x, dtype)
+    assert codes.dtype == dtype
+    error = (widen_(torch.empty_like(x), codes, scale).double() - x.double()).abs()
+    step = x.double().abs().amax(1, keepdim=True) / (127 if dtype == torch.int8 else 448)
+    allowed = step / 2 if dtype == torch.int8 else torch.maximum(x.double().abs() * 2**-4, step * 2**-10)
+    assert (error <= allowed * (1 + 1e-6)).all()
+    assert torch.equal(error[7], torch.zeros(40).double())
+    assert (codes.float().abs().amax(1)[x.abs().amax(1) > 0] == (127 if dtype == torch.int8 else 448)).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_a_buffer_of_one_byte_tells_its_error_and_trains_nearly_as_well(stream_of, dtype):
+    exact, stream = stream_of(buffer_dtype="float32"), stream_of(buffer_dtype=dtype)
+    held = sum(value.nbytes for value in stream._buffer._slots.acts.values())
+    assert held == 4096 * 128
+    one, two = exact.next(1024).clone(), stream.next(1024)
+    assert two.x.dtype == torch.bfloat16
+    assert torch.equal(one.row, two.row)
+    error = float((one.x - two.x.float()).square().sum() / one.x.square().sum())
+    assert stream.buffer_error == pytest.approx(error, rel=0.3)
+    assert 0 < stream.buffer_error < 1e-3
+    assert exact.buffer_error is None
+    sae, settings = SAEConfig(d_in=128, d_sae=96, k=4), TrainConfig(tokens=12_000, batch=256, control=False)
+    fvu = [train(stream_of(buffer_dtype=kind), sae, settings).metrics[-1] for kind in ("float32", dtype)]
+    assert fvu[1]["fvu"] == pytest.approx(fvu[0]["fvu"], rel=0.02)
+    assert 0 < fvu[1]["buffer_error"] < 1e-3
+    assert "buffer_error" not in fvu[0]
