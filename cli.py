@@ -160,6 +160,8 @@ def eval_core(
     }
     stream_config = StreamConfig(**(trained_on.model_dump(exclude={"hook"}) | changes))
     lm = LanguageModel(stream_config.model, hook=stream_config.hook, layer=layer)
+    if stream_config.target is not None:
+        lm.use(hooks=[lm.hook, lm.place(stream_config.target)])
     seed = found.run.train.seed if found.run is not None else 0
     stream = ActivationStream(stream_config, tokens=100_000, seed=seed, model=lm)
     is_run = sae != found.folder and not changes.keys() - own_place.keys() and layer is None

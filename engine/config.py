@@ -57,7 +57,8 @@ class MaskConfig(Config):
 
 
 class SAEConfig(Config):
-    """One dictionary. `d_in` is D, `d_sae` is F.
+    """One dictionary. `d_in` is D, `d_sae` is F. With `d_out` it is a transcoder: from activations at one place it gives
+    those at another, of that width, and nothing is taken from x before the encoder.
 
     `topk`: relu, then the `k` largest per token; `batchtopk`: as many in all, wherever in the batch they fall, and beyond
     training those above a running threshold. In both `aux_k` dead latents model the residual, weighted `aux_coefficient`.
@@ -73,6 +74,7 @@ class SAEConfig(Config):
 
     d_in: Latents
     d_sae: Latents
+    d_out: Latents | None = None
     activation: Literal["topk", "batchtopk", "relu", "jumprelu"] = "topk"
     k: Count = 32
     l1_coefficient: Annotated[float, Field(ge=0)] = 0.04
@@ -107,7 +109,8 @@ class StreamConfig(Config):
     """Where activations come from: a language model, a place in it, and text.
 
     `model`: `testbed`, `smollm2`, a hub name or a local Hugging Face folder. `hook`: a transformer_lens hook name; the
-    residual stream after the middle layer unless given. `data`: a .txt, .jsonl, .parquet or .npy file, a dataset's name or
+    residual stream after the middle layer unless given. `target`: of a transcoder, the hook whose value it is to give for
+    that at `hook`. `data`: a .txt, .jsonl, .parquet or .npy file, a dataset's name or
     folder; the embedded language for `testbed`. Documents are in the field `text_field`, or tokenised already in `tokens` or
     `input_ids`. A row has `context` tokens of one document or, with `packing`, of as many as fit. A text that ends
     begins again (`repeat`), or ends the run. Left out are padding, the tokenizer's special tokens (`drop_special`) and, with
@@ -122,6 +125,7 @@ class StreamConfig(Config):
 
     model: str = "testbed"
     hook: str | None = None
+    target: str | None = None
     data: str | None = None
     text_field: str = "text"
     context: Annotated[int, Field(ge=2)] = 128
@@ -137,8 +141,15 @@ class StreamConfig(Config):
     buffer_gb: Annotated[float, Field(gt=0)] | None = None
     buffer_dtype: Literal["float32", "bfloat16", "int8", "fp8"] = "bfloat16"
 
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Those that a dictionary looks at, where they are known."""
+        return tuple(hook for hook in (self.hook, self.target) if hook is not None)
+
     @model_validator(mode="after")
-    def _one_size(self) -> "StreamConfig":
+    def _goes_together(self) -> "StreamConfig":
+        if self.target is not None and self.target == self.hook:
+            raise ValueError(f"target: {self.target} is not allowed; it is the hook itself")
         if self.buffer_tokens is not None and self.buffer_gb is not None:
             raise ValueError(f"buffer_gb: {self.buffer_gb} is not allowed with buffer_tokens; give one of the two")
         return self

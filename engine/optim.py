@@ -78,7 +78,8 @@ class Learner:
         self, sae: SparseAutoencoder, config: TrainConfig, mean: Tensor, mean_norm: float, n_positions: int,
         b_dec: Tensor | None = None, *, trained: bool = False,
     ):  # fmt: skip
-        """b_dec starts as `b_dec` [D], or the mean, unless the dictionary is `trained` already, in units of x."""
+        """`mean` is that of what is to be given, `mean_norm` that of x. b_dec starts as `b_dec`, or the mean, unless the
+        dictionary is `trained` already, in units of x."""
         self.sae, self.config, self.n_positions = sae, config, n_positions
         self.scale = 2.0 ** round(math.log2(math.sqrt(sae.cfg.d_in) / max(mean_norm, 1e-30)))
         self.mean = mean * self.scale
@@ -126,19 +127,19 @@ class Learner:
         self.cohort = Cohort([self]) if fits(sae) and config.accumulate == 1 else None
 
     def step(self, batch: Batch) -> None:
-        """One update on batch.x [N, D] at batch.pos [N]."""
+        """One update on batch.x [N, D] at batch.pos [N], towards batch.target."""
         if self.cohort is not None and not self.is_unfused:
             if len(self.cohort.learners) > 1:
                 raise RuntimeError("this dictionary takes its steps with others: call Cohort.step")
             self.cohort.step(batch)
         else:
-            x, dead = self.scaled(batch.x), self.dead
-            found = self._unfused_step(x, batch.pos, dead, self.begin_step(x, batch.pos))
-            self.counts.add(len(x), (x - self.mean).square().sum(), found)
+            x, target, dead = self.scaled(batch.x), self.scaled(batch.target), self.dead
+            found = self._unfused_step(x, batch.pos, dead, self.begin_step(x, batch.pos), target)
+            self.counts.add(len(x), (target - self.mean).square().sum(), found)
             self.sae.follow(None if found.least_kept is None else found.least_kept[0])
         every = self.config.resample_every_steps
         if every is not None and self.steps_done % every == 0:
-            self._resample(self.scaled(batch.x), batch.pos)
+            self._resample(self.scaled(batch.x), batch.pos, self.scaled(batch.target))
 
     def scaled(self, x: Tensor) -> Tensor:
         """x as the dictionary sees it."""
@@ -181,10 +182,10 @@ class Learner:
         """Whether a step is dense and goes by autograd even where there are kernels: those take a code to begin with."""
         return self.is_dense and self.sae.cfg.activation == "relu"
 
-    def _unfused_step(self, x: Tensor, pos: Tensor, dead: Tensor | None, lr: float) -> Outcome:
+    def _unfused_step(self, x: Tensor, pos: Tensor, dead: Tensor | None, lr: float, target: Tensor) -> Outcome:
         """The update by autograd and torch's Adam (ours for narrow moments): for every dictionary and device, and what the
         fused one must equal."""
-        found = self._gradients(x, pos, dead)
+        found = self._gradients(x, pos, dead, target)
         self.sae.project_decoder_gradient()
         for name, parameter in self.sae.named_parameters():
             if name in self.leaves and self.leaves[name] is not parameter and parameter.grad is not None:
@@ -205,11 +206,12 @@ class Learner:
         sums = PositionSums(*(total[None] for total in found.sums))
         return Outcome(found.loss.detach()[None], aux, norm[None], sums, found.fired[None], least)
 
-    def _gradients(self, x: Tensor, pos: Tensor, dead: Tensor | None) -> Objective:
+    def _gradients(self, x: Tensor, pos: Tensor, dead: Tensor | None, target: Tensor) -> Objective:
         """The objective and its gradients, in `accumulate` parts of the batch."""
         found: list[Objective] = []
-        for x_of, pos_of in zip(x.chunk(self.config.accumulate), pos.chunk(self.config.accumulate), strict=True):
-            one = self.sae.objective(x_of, pos_of, self.n_positions, dead)
+        parts = zip(*(tensor.chunk(self.config.accumulate) for tensor in (x, pos, target)), strict=True)
+        for x_of, pos_of, target_of in parts:
+            one = self.sae.objective(x_of, pos_of, self.n_positions, dead, target_of)
             share = len(x_of) / len(x)
             (one.loss * share).backward()
             aux = None if one.aux_loss is None else one.aux_loss * share
@@ -217,22 +219,24 @@ class Learner:
         return functools.reduce(Objective.add, found)
 
     @torch.no_grad()
-    def _resample(self, x: Tensor, pos: Tensor) -> None:
+    def _resample(self, x: Tensor, pos: Tensor, target: Tensor) -> None:
         """Let dead latents begin again as tokens of a batch, chosen in proportion to their squared error, squared."""
         if self.cohort is not None:
             self.cohort.settle()
         dead = (self.counts.idle_tokens[0] >= self.dead_after).nonzero().flatten()
         if not len(dead):
             return
-        error = (x - self.sae(x, pos)).float().square().sum(1).square()
+        error = (target - self.sae(x, pos)).float().square().sum(1).square()
         draw = torch.Generator().manual_seed((1_000_003 * self.config.seed + self.steps_done) % 2**63)
         chosen = torch.multinomial(error.double().cpu(), len(dead), replacement=True, generator=draw).to(x.device)
-        rows = torch.nn.functional.normalize(x[chosen].float() - self.sae.b_dec, dim=1)
+        center = 0 if self.sae.center is None else self.sae.center
+        rows = torch.nn.functional.normalize(x[chosen].float() - center, dim=1)
         encoder, alive = self.leaves["W_enc"].data, self.counts.idle_tokens[0] < self.dead_after
         size = 0.2 * encoder[alive].norm(dim=1).mean() if bool(alive.any()) else 0.2
         encoder[dead] = size * rows
         if "W_dec" in self.leaves:
-            self.leaves["W_dec"].data[dead] = rows
+            toward = target[chosen].float() - self.sae.b_dec
+            self.leaves["W_dec"].data[dead] = torch.nn.functional.normalize(toward, dim=1)
         self.leaves["b_enc"].data[dead] = 0
         for name, moments in self.moments().items():
             if name in ("W_enc", "W_dec", "b_enc"):
@@ -379,11 +383,14 @@ class Cohort:
             learner.cohort = self
 
     def step(self, batch: Batch) -> None:
-        """One update of each on batch.x [N, D] at batch.pos [N]. Whether the code of jumprelu and relu dictionaries had room
-        for all entries, the host looks when the next step begins or a report is made, and does the step again if not."""
+        """One update of each on batch.x [N, D] at batch.pos [N], towards batch.target.
+
+        Whether the code of jumprelu and relu dictionaries had room for all entries, the host looks when the next step begins
+        or a report is made, and does the step again if not.
+        """
         self.settle()
         first = self.learners[0]
-        x = first.scaled(batch.x)
+        x, target = first.scaled(batch.x), first.scaled(batch.target)
         dead, any_dead = None, [learner.any_dead for learner in self.learners]
         if any(any_dead):
             dead = self.counts.idle_tokens >= first.dead_after
@@ -392,9 +399,17 @@ class Cohort:
         self.fused.dense = first.is_dense
         lrs = [learner.begin_step(x, batch.pos) for learner in self.learners]
         run = functools.partial(
-            self.fused, x, batch.pos, first.n_positions, dead, first.expected, lrs=lrs, step=first.steps_done
+            self.fused,
+            x,
+            batch.pos,
+            first.n_positions,
+            dead,
+            first.expected,
+            lrs=lrs,
+            step=first.steps_done,
+            target=target,
         )
-        spread = (x - first.mean).square().sum()
+        spread = (target - first.mean).square().sum()
         capacity = None if first.sae.cfg.activation in ("topk", "batchtopk") else self.capacity
         self._pending = functools.partial(self._count, run, run(capacity=capacity), len(x), spread)
         if capacity is None:

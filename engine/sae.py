@@ -57,8 +57,9 @@ class SparseAutoencoder(nn.Module):
         f     = pre * mask[pos]                                  f [..., F]; see `SAEConfig` for what is kept of it
         x_hat = f W_dec + b_dec                                  W_dec [F, D], rows of unit norm
 
-    Parameters are float32. The decoder starts as random unit rows, the encoder as its transpose. In memory both matrices
-    are latent-major: W_enc.T and W_dec are contiguous [F, D]. `encode` gives the dense f, `encode_sparse` the same as a
+    Parameters are float32. The decoder starts as random unit rows, the encoder as its transpose. A transcoder has W_dec
+    [F, d_out] and b_dec [d_out], does not subtract b_dec, and its encoder starts as unit rows of its own. In memory both
+    matrices are latent-major: W_enc.T and W_dec are contiguous. `encode` gives the dense f, `encode_sparse` the same as a
     `SparseCode`; a dictionary without a mask needs no positions.
     """
 
@@ -68,12 +69,16 @@ class SparseAutoencoder(nn.Module):
         super().__init__()
         self.cfg = config
         generator = torch.Generator().manual_seed(seed)
-        directions = torch.randn(config.d_sae, config.d_in, generator=generator)
-        directions /= directions.norm(dim=1, keepdim=True)
-        self.W_dec = nn.Parameter(directions, requires_grad=config.decoder == "learned")
-        self.W_enc = nn.Parameter(directions.clone().T)
+
+        def directions(d: int) -> Tensor:
+            drawn = torch.randn(config.d_sae, d, generator=generator)
+            return drawn.div_(drawn.norm(dim=1, keepdim=True))
+
+        W_dec = directions(config.d_out or config.d_in)
+        self.W_dec = nn.Parameter(W_dec, requires_grad=config.decoder == "learned")
+        self.W_enc = nn.Parameter((W_dec.clone() if config.d_out is None else directions(config.d_in)).T)
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_out or config.d_in))
         if config.activation == "jumprelu":
             self.threshold = nn.Parameter(
                 torch.full((config.d_sae,), (config.initial_threshold or 0.0) * math.sqrt(config.d_in))
@@ -83,6 +88,11 @@ class SparseAutoencoder(nn.Module):
         self.mask = PositionMask(config.mask, config.d_sae, generator)
         # What training has now of the number of latents kept, and as a factor on the sparsity coefficients.
         self.k, self.pressure = config.k, 1.0
+
+    @property
+    def center(self) -> Tensor | None:
+        """What is taken from x [D] before the encoder."""
+        return self.b_dec if self.cfg.d_out is None else None
 
     def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         """f [..., F], in the dtype of x. Not differentiable: training goes through `objective`."""
@@ -94,15 +104,15 @@ class SparseAutoencoder(nn.Module):
         x, rows, weights = self.inputs(x, pos)
         W_enc = self.W_enc.to(x.dtype)
         if self.cfg.activation == "topk":
-            return encode_topk_op(x, W_enc, self.b_enc, self.k, center=self.b_dec, mask=weights, pos=rows)[0]
+            return encode_topk_op(x, W_enc, self.b_enc, self.k, center=self.center, mask=weights, pos=rows)[0]
         if self.cfg.activation == "jumprelu":
             return jumprelu_band(
-                x, W_enc, self.b_enc, self.threshold, self.b_dec, weights, rows,
+                x, W_enc, self.b_enc, self.threshold, self.center, weights, rows,
                 bandwidth=self.bandwidth, expected=self.expected,
             ).code  # fmt: skip
         threshold = self.threshold.expand(self.cfg.d_sae) if self.cfg.activation == "batchtopk" else None
         return encode_threshold(
-            x, W_enc, self.b_enc, threshold, center=self.b_dec, mask=weights, pos=rows, expected=self.expected
+            x, W_enc, self.b_enc, threshold, center=self.center, mask=weights, pos=rows, expected=self.expected
         )
 
     @torch.no_grad()
@@ -114,10 +124,12 @@ class SparseAutoencoder(nn.Module):
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         """x_hat [..., D] for x [..., D]. Not differentiable: training goes through `objective`."""
-        return self.decode(self.encode_sparse(x, pos)).to(x.dtype).view(x.shape)
+        return self.decode(self.encode_sparse(x, pos)).to(x.dtype).view(*x.shape[:-1], -1)
 
-    def objective(self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None) -> Objective:
-        """Loss of a batch x [N, D] at pos [N], with gradients for every parameter.
+    def objective(
+        self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None, target: Tensor | None = None
+    ) -> Objective:
+        """Loss of a batch x [N, D] at pos [N], with gradients for every parameter; a transcoder's is of `target` [N, d_out].
 
         loss = sum_p squared_error_p / N + l1_coefficient * sum_p l1_p / N (relu)
              + aux_coefficient * (|e - e_hat|^2 / |e - mean e|^2) * |x - mean x|^2 / N (topk, batchtopk)
@@ -126,32 +138,33 @@ class SparseAutoencoder(nn.Module):
         (for a Matryoshka dictionary, the mean over its prefixes in place of the first term; `sums` are those of all latents)
         where e is the residual, held constant, and e_hat its reconstruction by the `aux_k` most active of the `dead` latents
         [F]; the last factor is a constant that undoes the normalisation of the first term in the source (Gao et
-        al., arXiv 2406.04093). The auxiliary gradient reaches encoder and decoder.
+        al., arXiv 2406.04093). The auxiliary gradient reaches encoder and decoder. (x stands for the target there.)
         """
         x, rows, weights = self.inputs(x, pos)
+        target = x if target is None else target
         if self.cfg.activation == "relu":
-            acts = encode_dense(x, self.W_enc, self.b_enc, self.b_dec, weights, rows)
+            acts = encode_dense(x, self.W_enc, self.b_enc, self.center, weights, rows)
             x_hat = torch.addmm(self.b_dec.to(x.dtype), acts, self.W_dec.to(x.dtype))
-            sums = position_loss(x - x_hat, acts, pos, n_positions)
+            sums = position_loss(target - x_hat, acts, pos, n_positions)
             loss = (sums.squared_error.sum() + self.pressure * self.cfg.l1_coefficient * sums.l1.sum()) / len(x)
             return Objective(loss, sums, (acts.detach() > 0).any(0))
         l0, aux = None, None
         if self.cfg.activation == "jumprelu":
             code, l0 = encode_jumprelu(
-                x, self.W_enc, self.b_enc, self.threshold, self.b_dec, weights, rows,
+                x, self.W_enc, self.b_enc, self.threshold, self.center, weights, rows,
                 bandwidth=self.bandwidth, expected=self.expected,
             )  # fmt: skip
         else:
             code, aux = encode_topk(
-                x, self.W_enc, self.b_enc, self.b_dec, weights, rows,
+                x, self.W_enc, self.b_enc, self.center, weights, rows,
                 k=self.k, aux_k=self.aux_k(dead), aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
             )  # fmt: skip
         if self.cfg.prefixes is None:
-            squared_error, residual = reconstruct(code, self.W_dec, self.b_dec, x)
+            squared_error, residual = reconstruct(code, self.W_dec, self.b_dec, target)
             loss = squared_error.sum() / len(x)
         else:
             ends = torch.tensor(self.cfg.prefixes, device=x.device)
-            loss, squared_error, residual = matryoshka(code, self.W_dec, self.b_dec, x, ends)
+            loss, squared_error, residual = matryoshka(code, self.W_dec, self.b_dec, target, ends)
         with torch.no_grad():
             sums = position_loss(squared_error, code, pos, n_positions)
         if l0 is not None:
@@ -161,7 +174,7 @@ class SparseAutoencoder(nn.Module):
         if aux is None or dead is None:
             return Objective(loss, sums, fired, least_kept=least)
         left, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
-        aux_loss = self.aux_weight(x, residual, dead) * left.sum()
+        aux_loss = self.aux_weight(target, residual, dead) * left.sum()
         return Objective(loss + aux_loss, sums, fired, aux_loss.detach(), least)
 
     @property
@@ -177,12 +190,12 @@ class SparseAutoencoder(nn.Module):
         """How many of the dead latents take part in AuxK; 0 for no AuxK."""
         return min(self.cfg.aux_k, self.cfg.d_sae) if dead is not None and self.cfg.aux_coefficient > 0 else 0
 
-    def aux_weight(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-        """What AuxK's squared error counts in the loss: aux_coefficient * |x - mean x|^2 / |e - mean e|^2 / N, or nothing
-        if no latent is dead. Of several dictionaries, residual [S, N, D] and dead [S, F]: [S]."""
+    def aux_weight(self, target: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+        """What AuxK's squared error counts in the loss: aux_coefficient * |y - mean y|^2 / |e - mean e|^2 / N, with y the
+        target, or nothing if no latent is dead. Of several dictionaries, residual [S, N, D] and dead [S, F]: [S]."""
         smallest = torch.finfo(torch.float32).tiny
-        spreads = _spread(x) / _spread(residual).clamp_min(smallest)
-        return self.cfg.aux_coefficient / len(x) * spreads * dead.any(-1)
+        spreads = _spread(target) / _spread(residual).clamp_min(smallest)
+        return self.cfg.aux_coefficient / len(target) * spreads * dead.any(-1)
 
     @torch.no_grad()
     def initialise_bias(self, mean: Tensor) -> None:
@@ -196,7 +209,7 @@ class SparseAutoencoder(nn.Module):
             x, rows, weights = self.inputs(x, pos)
             code, _ = encode_topk_op(
                 x, self.W_enc.to(x.dtype), self.b_enc, min(4 * self.cfg.k, self.cfg.d_sae),
-                center=self.b_dec, mask=weights, pos=rows, across_batch=True,
+                center=self.center, mask=weights, pos=rows, across_batch=True,
             )  # fmt: skip
             values = code.live(code.values)
             self.threshold.copy_(torch.where(values > 0, values, values.amax()).amin().expand(self.cfg.d_sae))

@@ -150,6 +150,11 @@ class FusedStep:
         self._seeds = {name: torch.zeros(self.count, dtype=torch.int32, device=device) for name in rounded}
         self.refresh()
 
+    @property
+    def _center(self) -> Tensor | None:
+        """What each dictionary takes from x [S, D]."""
+        return self._weights["b_dec"] if self.sae.center is not None else None
+
     def refresh(self) -> None:
         for name, shadow in self._shadows.items():
             shadow.copy_(self._weights[name])
@@ -157,11 +162,11 @@ class FusedStep:
     @torch.no_grad()
     def __call__(
         self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None, expected: int, capacity: int | None = None,
-        *, lrs: Sequence[float], step: int,
+        *, lrs: Sequence[float], step: int, target: Tensor | None = None,
     ) -> Outcome:  # fmt: skip
         """One step, the `step`-th, with a learning rate for each dictionary; the rest as in `run`."""
         self.set_rates(lrs, step)
-        return self.run(x, pos, n_positions, dead, expected, capacity)
+        return self.run(x, pos, n_positions, dead, expected, capacity, target)
 
     def set_rates(self, lrs: Sequence[float], step: int) -> None:
         """What changes from step to step besides the data, written where the kernels read it."""
@@ -174,26 +179,29 @@ class FusedStep:
     @torch.no_grad()
     def run(
         self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None, expected: int = 64,
-        capacity: int | None = None,
+        capacity: int | None = None, target: Tensor | None = None,
     ) -> Outcome:  # fmt: skip
-        """The step itself, on x [N, D] at pos [N]. `dead` bool [S, F]: the latents for AuxK, or None for no AuxK; a
-        dictionary without any has none. `expected` and `capacity` (of all dictionaries together) as in `encode_threshold`;
-        entries that don't fit make the step one that changes nothing. With a capacity, and for topk and batchtopk in any
-        case, nothing depends on the host, so that a CUDA graph can hold it."""
+        """The step itself, on x [N, D] at pos [N] and, of transcoders, `target` [N, d_out].
+
+        `dead` bool [S, F]: the latents for AuxK, or None for no AuxK; a dictionary without any has none. `expected` and
+        `capacity` (of all dictionaries together) as in `encode_threshold`; entries that don't fit make the step one that
+        changes nothing. With a capacity, and for topk and batchtopk in any case, nothing depends on the host, so that a CUDA
+        graph can hold it.
+        """
         sae, s, n = self.sae, self.count, len(x)
         if sae.mask.fixed is not None:
             # Tokens side by side are then at few positions, and tiles that a mask over ranges empties are left out.
             pos, order = pos.sort(stable=True)
-            x = x[order]
+            x, target = x[order], None if target is None else target[order]
         x, rows, mask = sae.inputs(x, pos)
-        mask = self._mask(mask)
+        mask, target = self._mask(mask), x if target is None else target
         weights = {name: self._shadows.get(name, weight) for name, weight in self._weights.items()}
         with record_function("temposae::encode"):
             code, aux, band = self._encode(x, weights["W_enc"].T, mask, rows, dead, expected, capacity)
         overflow = None if code.overflow is None else Flag(code.overflow)
         of_tokens = None if rows is None else rows.repeat(s)
         with record_function("temposae::decode"):
-            decoded = self._decode(code, weights["W_dec"], x, of_tokens)
+            decoded = self._decode(code, weights["W_dec"], target, of_tokens)
         with record_function("temposae::loss"):
             apart = torch.arange(s, device=pos.device)[:, None] * n_positions
             sums = position_loss(decoded.found.squared_error, code, (pos + apart).flatten(), s * n_positions)
@@ -212,7 +220,7 @@ class FusedStep:
             with record_function("temposae::aux"):
                 of_all = decoded.found.residual
                 left = self._reconstruct(aux, weights["W_dec"], torch.zeros_like(self._weights["b_dec"]), of_all)
-                weight = sae.aux_weight(x, of_all.view(s, n, -1), dead)
+                weight = sae.aux_weight(target, of_all.view(s, n, -1), dead)
                 aux_loss = weight * left.squared_error.view(s, n).sum(1)
                 of_each = -2 * weight.repeat_interleave(n)[:, None]
                 parts.append(self._part(aux, left.residual, of_each, left.projection, mask, of_tokens))
@@ -246,39 +254,41 @@ class FusedStep:
         capacity: int | None,
     ) -> tuple[SparseCode, SparseCode | None, Band | None]:  # fmt: skip
         """The code, that of AuxK, and JumpReLU's band."""
-        sae, b_enc, b_dec = self.sae, self._weights["b_enc"], self._weights["b_dec"]
+        sae, b_enc, center = self.sae, self._weights["b_enc"], self._center
         if sae.cfg.activation == "jumprelu":
             band = jumprelu_band(
-                x, W_enc, b_enc, self._weights["threshold"], b_dec, mask, rows,
+                x, W_enc, b_enc, self._weights["threshold"], center, mask, rows,
                 bandwidth=sae.bandwidth, expected=expected, capacity=capacity, dictionaries=self.count,
             )  # fmt: skip
             return band.code, None, band
         if sae.cfg.activation == "relu":
             code = encode_threshold(
-                x, W_enc, b_enc, center=b_dec, mask=mask, pos=rows, expected=expected, capacity=capacity,
+                x, W_enc, b_enc, center=center, mask=mask, pos=rows, expected=expected, capacity=capacity,
                 dictionaries=self.count,
             )  # fmt: skip
             return code, None, None
         code, aux = encode_topk(
-            x, W_enc, b_enc, sae.k, center=b_dec, mask=mask, pos=rows,
+            x, W_enc, b_enc, sae.k, center=center, mask=mask, pos=rows,
             aux_k=sae.aux_k(dead), aux_latents=None if dead is None else dead.flatten(),
             across_batch=sae.cfg.activation == "batchtopk", fp8=self.config.fp8, dictionaries=self.count,
         )  # fmt: skip
         return code, aux, None
 
-    def _decode(self, code: SparseCode, W_dec: Tensor, x: Tensor, rows: Tensor | None) -> Decoded:
+    def _decode(self, code: SparseCode, W_dec: Tensor, target: Tensor, rows: Tensor | None) -> Decoded:
         """Loss and residual, and what gradients need of them. With g the groups between the ends of a Matryoshka
         dictionary's prefixes, and r_g what the g-th prefix leaves, the loss is mean_g |r_g|^2 / N; an entry of group g sees
         sum_{h >= g} r_h / G where that of another dictionary sees the residual."""
         b_dec = self._weights["b_dec"]
         if self.ends is None:
-            found = self._reconstruct(code, W_dec, b_dec, x)
+            found = self._reconstruct(code, W_dec, b_dec, target)
             return Decoded(code, rows, found.squared_error, found, found.residual)
         parted, _ = code.grouped(self.ends)
-        residuals = matryoshka_residuals(decode, parted, W_dec, b_dec[0], x)
+        residuals = matryoshka_residuals(decode, parted, W_dec, b_dec[0], target)
         squared_errors = residuals.square().sum(-1)
-        seen = (residuals.flip(0).cumsum(0).flip(0) / len(self.ends)).flatten(0, 1).to(x.dtype)
-        found = Reconstruction(residuals[-1].to(x.dtype), squared_errors[-1], decode_values_grad(parted, W_dec, seen))
+        seen = (residuals.flip(0).cumsum(0).flip(0) / len(self.ends)).flatten(0, 1).to(target.dtype)
+        found = Reconstruction(
+            residuals[-1].to(target.dtype), squared_errors[-1], decode_values_grad(parted, W_dec, seen)
+        )
         rows = None if rows is None else rows.repeat(len(self.ends))
         return Decoded(parted, rows, squared_errors.mean(0), found, seen)
 
@@ -343,23 +353,24 @@ class FusedStep:
         """Gradients and Adam for all parameters; gives the norms of the gradients. `small` has the gradients of the
         parameters that only some dictionaries have."""
         s, config, learned = self.count, self.config, "W_dec" in self.moments
-        W_enc, b_dec = self._weights["W_enc"], self._weights["b_dec"]
+        W_enc, center = self._weights["W_enc"], self._center
         small["b_enc"] = self._sum_by_latent(by_latent, parts, [part.of_x for part in parts])
-        # b_dec is the decoder's bias and the encoder's centre
+        # b_dec is the decoder's bias and, but for transcoders, the encoder's centre
         seen = parts[0].residual[: s * len(x)].view(s, len(x), -1).sum(1, dtype=torch.float32)
-        through_center = torch.bmm(small["b_enc"].view(s, 1, -1), W_enc.view(s, -1, x.shape[1]))[:, 0]
-        small["b_dec"] = seen.mul_(-2 / len(x)).sub_(through_center)
+        small["b_dec"] = seen.mul_(-2 / len(x))
+        if center is not None:
+            small["b_dec"] -= torch.bmm(small["b_enc"].view(s, 1, -1), W_enc.view(s, -1, x.shape[1]))[:, 0]
 
         gradients: dict[str, _Sparse | _Dense] = {}
         if by_latent is None:
-            centred = (x - b_dec[:, None]).to(x.dtype)
+            centred = x.expand(s, -1, -1) if center is None else (x - center[:, None]).to(x.dtype)
             gradients = {"W_enc": _Dense([(self._spread(p.code, p.of_x), centred) for p in parts], None)}
             if learned:
-                of_rows = [(self._spread(p.code, p.of_row), p.residual.view_as(centred)) for p in parts]
+                of_rows = [(self._spread(p.code, p.of_row), p.residual.view(s, len(x), -1)) for p in parts]
                 gradients["W_dec"] = _Dense(of_rows, self._weights["W_dec"])
         else:
             of_x = torch.cat([part.of_x.flatten() for part in parts])
-            gradients = {"W_enc": _Sparse(by_latent, of_x, x, b_dec, None)}
+            gradients = {"W_enc": _Sparse(by_latent, of_x, x, center, None)}
             if learned:
                 of_row = torch.cat([part.of_row.flatten() for part in parts])
                 residuals = torch.cat([part.residual for part in parts]) if len(parts) > 1 else parts[0].residual

@@ -20,7 +20,7 @@ _PLACES = (
     {name: ("sae", name) for name in SAEConfig.model_fields if name != "mask"}
     | {name: ("train", name) for name in TrainConfig.model_fields if name not in _COMMON}
     | {f"mask.{name}": ("sae", "mask", name) for name in MaskConfig.model_fields}
-    | {"hook": ("stream", "hook"), "layer": ("stream", "layer")}
+    | {"hook": ("stream", "hook"), "layer": ("stream", "layer"), "target": ("stream", "target")}
 )
 
 
@@ -29,8 +29,8 @@ def expand(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
     `sweep: {k: [16, 32], lr: [1e-4, 3e-4]}` stands for every combination of its lists. `dictionaries: [{k: 16}, {k: 32,
     layer: 2, name: deep}]` lists them one by one; with both, each of the list is taken in every combination. What may differ
-    are the settings of sae and train (but batch, checkpoint_every_steps and log), `mask.*`, and `layer` or `hook`. Names
-    follow from what differs (`k16_lr0.0003`), unless given. Without either section there is one dictionary, named "".
+    are the settings of sae and train (but batch, checkpoint_every_steps and log), `mask.*`, `layer` or `hook`, and `target`.
+    Names follow from what differs (`k16_lr0.0003`), unless given. Without either section there is one dictionary, "".
     """
     common = {key: value for key, value in settings.items() if key not in ("sweep", "dictionaries")}
     lists, listed = settings.get("sweep", {}), settings.get("dictionaries", [{}])
@@ -109,30 +109,31 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel, d
             streams[name] = StreamConfig(**{key: value for key, value in stream.items() if key != "layer"})
             if layers[name] is not None and streams[name].hook is not None:
                 raise UserError("stream.hook: give a hook or a layer, not both")
-            _run(given, streams[name], d_in=1)
+            _run(given, streams[name], *([1] * (1 if streams[name].target is None else 2)))
     first = next(iter(streams.values()))
     model = LanguageModel(first.model, attention=first.attention, compile=first.compile)
-    hooks: dict[str, str] = {}
+    hooks: dict[str, tuple[str, ...]] = {}
     for name, stream in streams.items():
         with _named(name):
-            hooks[name] = model.place(stream.hook, layers[name])
-    model.use(hooks=list(hooks.values()))
+            target = () if stream.target is None else (model.place(stream.target),)
+            hooks[name] = (model.place(stream.hook, layers[name]), *target)
+    model.use(hooks=[hook for each in hooks.values() for hook in each])
     found = {}
     for name, given in settings.items():
         with _named(name):
-            stream = streams[name].model_copy(update={"hook": hooks[name]})
-            found[name] = _run(given, stream, d_in=model.widths[hooks[name]])
+            stream = streams[name].model_copy(update={"hook": hooks[name][0]})
+            found[name] = _run(given, stream, *(model.widths[hook] for hook in hooks[name]))
     return model, found
 
 
-def _run(given: Mapping[str, Any], stream: StreamConfig, d_in: int) -> RunConfig:
+def _run(given: Mapping[str, Any], stream: StreamConfig, d_in: int, d_out: int | None = None) -> RunConfig:
     """A dictionary has 8 times as many latents as the model's width, unless its settings say how many."""
     others = {key: value for key, value in given.items() if key not in ("stream", "sae")}
     sae = given.get("sae") or {}
     if not isinstance(sae, dict):
         raise UserError(f"sae: {sae!r} is not allowed; it must be a section of settings")
     # before the width is known, so many that every k fits
-    unresolved: dict[str, Any] = {"d_in": d_in, "d_sae": 2**31 - 1 if d_in == 1 else 8 * d_in}
+    unresolved: dict[str, Any] = {"d_in": d_in, "d_sae": 2**31 - 1 if d_in == 1 else 8 * d_in, "d_out": d_out}
     return RunConfig(stream=stream, sae=SAEConfig(**(unresolved | sae)), **others)
 
 

@@ -83,13 +83,14 @@ class _Trainee:
 
     def __init__(self, name: str, run: RunConfig, stream: ActivationStream, folder: Path | None):
         self.name, self.run, self.folder = name, run, folder
-        self.hook = str(run.stream.hook)
+        self.hooks = run.stream.hooks
         configs = {"sae": run.sae}
         if run.train.control and run.sae.decoder == "learned":
             configs["random"] = run.sae.model_copy(update={"decoder": "random"})
-        x = stream.sample().acts[self.hook]
-        mean, mean_norm = center(x, "mean"), float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).mean())
-        start = center(x, run.train.bias)
+        sample = stream.sample().at(*self.hooks)
+        x, target = sample.x, sample.target
+        mean, mean_norm = center(target, "mean"), float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).mean())
+        start = center(target, run.train.bias)
         self.learners: dict[str, Learner] = {}
         for part, config in configs.items():
             sae = SparseAutoencoder(config, seed=run.train.seed)
@@ -167,7 +168,7 @@ class _Training:
     def __init__(
         self, stream: ActivationStream, dictionaries: dict[str, RunConfig], out: str | Path | None, resume: bool
     ):
-        own = {name: stream.config_at(run.stream.hook or stream.model.hook) for name, run in dictionaries.items()}
+        own = {name: stream.config_at(run.stream.hook, run.stream.target) for name, run in dictionaries.items()}
         dictionaries = {name: run.model_copy(update={"stream": own[name]}) for name, run in dictionaries.items()}
         self.stream, self.runs = stream, dictionaries
         self.folder = Path(out).expanduser() if out is not None else None
@@ -187,7 +188,7 @@ class _Training:
         self._begin(settings, resume)
         self.step = self.saved_step = last.step if last is not None else 0
         self.epoch = stream.counts.get("epoch", 0)
-        self._together: tuple[list[str], list[tuple[str, Cohort | Learner]]] = ([], [])
+        self._together: tuple[list[str], list[tuple[tuple[str, ...], Cohort | Learner]]] = ([], [])
         self.began = self.saved = time.monotonic()
 
     def _open(self, settings: RunConfig | SweepConfig, resume: bool) -> checkpoint.Checkpoint | None:
@@ -244,8 +245,8 @@ class _Training:
                 batch = self.stream.next(self.config.batch).flat()
                 if len(batch):
                     with self.stream.watch("sae"):
-                        for hook, cohort in self._cohorts(active):
-                            cohort.step(batch.at(hook))
+                        for hooks, cohort in self._cohorts(active):
+                            cohort.step(batch.at(*hooks))
                     self.step += 1
                     self._bar.advance(len(batch))
                     self._report([one for one in active if one.is_due])
@@ -257,14 +258,14 @@ class _Training:
                 if not len(batch):
                     break
 
-    def _cohorts(self, active: list[_Trainee]) -> list[tuple[str, Cohort | Learner]]:
-        """What takes steps, with the hook that it looks at; made anew when one of the dictionaries has ended."""
+    def _cohorts(self, active: list[_Trainee]) -> list[tuple[tuple[str, ...], Cohort | Learner]]:
+        """What takes steps, with the hooks that it looks at; made anew when one of the dictionaries has ended."""
         names = [one.name for one in active]
         if names != self._together[0]:
-            found: list[tuple[str, Cohort | Learner]] = []
-            for hook in dict.fromkeys(one.hook for one in active):
-                learners = [learner for one in active if one.hook == hook for learner in one.learners.values()]
-                found += [(hook, cohort) for cohort in together(learners)]
+            found: list[tuple[tuple[str, ...], Cohort | Learner]] = []
+            for hooks in dict.fromkeys(one.hooks for one in active):
+                learners = [learner for one in active if one.hooks == hooks for learner in one.learners.values()]
+                found += [(hooks, cohort) for cohort in together(learners)]
             self._together = names, found
         return self._together[1]
 
@@ -322,7 +323,7 @@ class _Training:
 def _take_over(sae: SparseAutoencoder, path: Path) -> None:
     """Let a new dictionary begin as the one at `path`."""
     found = checkpoint.load(path)
-    own, theirs = (one.cfg.model_dump(include={"d_in", "d_sae", "activation", "mask"}) for one in (sae, found))
+    own, theirs = (one.cfg.model_dump(include={"d_in", "d_sae", "d_out", "activation", "mask"}) for one in (sae, found))
     for name, value in own.items():
         if theirs[name] != value:
             raise UserError(f"train.init: {path} is not allowed; its {name} is {theirs[name]}, and sae.{name} {value}")
@@ -334,16 +335,21 @@ def _check(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> None
     first = next(iter(dictionaries.values())).train
     for name, run in dictionaries.items():
         inside = f"{name}: " if name else ""
-        hook = str(run.stream.hook)
-        if hook not in stream.source.widths:
+        widths = stream.source.widths
+        for hook in run.stream.hooks:
+            if hook not in widths:
+                raise UserError(f"{inside}stream.hook: {hook} is not allowed; the stream has {', '.join(widths)}")
+        own = {"d_in": run.sae.d_in} | ({} if run.sae.d_out is None else {"d_out": run.sae.d_out})
+        if len(own) != len(run.stream.hooks):
             raise UserError(
-                f"{inside}stream.hook: {hook} is not allowed; the stream has {', '.join(stream.source.widths)}"
+                f"{inside}sae.d_out: {run.sae.d_out} is not allowed; "
+                "a transcoder has both sae.d_out and stream.target, others neither"
             )
-        if run.sae.d_in != stream.source.widths[hook]:
-            raise UserError(
-                f"{inside}sae.d_in: {run.sae.d_in} is not allowed; {hook} of {stream.model.name} has width "
-                f"{stream.source.widths[hook]}"
-            )
+        for (name_of, width), hook in zip(own.items(), run.stream.hooks, strict=True):
+            if width != widths[hook]:
+                raise UserError(
+                    f"{inside}sae.{name_of}: {width} is not allowed; {hook} of {stream.model.name} has width {widths[hook]}"
+                )
         if 2 * run.train.batch > stream.buffer_tokens:
             raise UserError(
                 f"{inside}train.batch: {run.train.batch} is not allowed; it must be at most half of "

@@ -34,11 +34,13 @@ _CHUNK = 4096  # tokens that are encoded at once
 
 @dataclass
 class _Part:
-    """A part of the text, its kept positions [B, T], and x [n, D], pos [n] of those."""
+    """A part of the text, its kept positions [B, T], and of those what goes in, x [n, D], what is to come out, target
+    [n, D_out], and pos [n]."""
 
     rows: TokenRows
     kept: Tensor
     x: Tensor
+    target: Tensor
     pos: Tensor
 
 
@@ -68,14 +70,15 @@ def core(
         for text in texts:
             kept = stream.keep(text).to(device)
             pos = torch.arange(T, device=device).expand(kept.shape)[kept]
-            parts.append(_Part(text, kept, stream.model.activations(text.tokens)[kept].float(), pos))
+            acts = [x[kept].float() for x in stream.model.harvest(text.tokens).values()]
+            parts.append(_Part(text, kept, acts[0], acts[-1], pos))
             bar.advance(len(text.tokens))
         count = sum((torch.bincount(p.pos, minlength=T) for p in parts), torch.zeros((), device=device))
         total = int(count.sum())
         if total < 2:
             raise UserError(f"data: {rows} held-out rows hold {total} tokens to evaluate on; at least 2 are needed")
-        mu = sum((p.x.double().sum(0) for p in parts), torch.zeros((), device=device)) / total
-        spread = _per_position(parts, lambda x, pos: mu.float().expand_as(x), T)
+        mu = sum((p.target.double().sum(0) for p in parts), torch.zeros((), device=device)) / total
+        spread = _per_position(parts, mu.float(), T)
 
         def ce(replace: Reconstruct | None) -> Tensor:
             summed = torch.zeros(2, T, dtype=torch.float64, device=device)
@@ -91,8 +94,8 @@ def core(
 
         losses = {
             "clean": ce(None),
-            "zero": ce(lambda x, pos: torch.zeros_like(x)),
-            "mean": ce(lambda x, pos: mu.to(x).expand_as(x)),
+            "zero": ce(lambda x, pos: torch.zeros_like(mu).expand(len(x), -1)),
+            "mean": ce(lambda x, pos: mu.expand(len(x), -1)),
         }
         losses |= {name: ce(dictionary) for name, dictionary in dictionaries.items()}
 
@@ -118,11 +121,11 @@ def core(
 
 def check_fits(name: str, dictionary: SparseAutoencoder, stream: ActivationStream) -> None:
     """Refuse a dictionary that is not for the stream's activations."""
-    if dictionary.cfg.d_in != stream.d_in:
-        raise UserError(
-            f"{name}: d_in = {dictionary.cfg.d_in} does not fit; {stream.model.hook} of {stream.model.name} "
-            f"has width {stream.d_in}"
-        )
+    cfg, model = dictionary.cfg, stream.model
+    own = (cfg.d_in,) if cfg.d_out is None else (cfg.d_in, cfg.d_out)
+    if own != tuple(model.widths.values()):
+        places = " and ".join(f"{hook} has width {width}" for hook, width in model.widths.items())
+        raise UserError(f"{name}: d_in = {' and d_out = '.join(map(str, own))} does not fit; {places} in {model.name}")
     dictionary.cfg.mask.check_context(stream.positions)
 
 
@@ -133,19 +136,20 @@ def _measure(sae: SparseAutoencoder, parts: list[_Part], T: int) -> dict[str, An
     l0 = torch.zeros(T, dtype=torch.float64, device=sae.b_dec.device)
     error = torch.zeros(T, dtype=torch.float64, device=sae.b_dec.device)
     for part in parts:
-        for x, pos in zip(part.x.split(_CHUNK), part.pos.split(_CHUNK), strict=True):
+        for x, target, pos in zip(*(t.split(_CHUNK) for t in (part.x, part.target, part.pos)), strict=True):
             code = sae.encode_sparse(x, pos)
-            error.index_add_(0, pos, (x - sae.decode(code)).double().square().sum(1))
+            error.index_add_(0, pos, (target - sae.decode(code)).double().square().sum(1))
             l0.index_add_(0, pos, code.l0().double())
             fired = (pos[code.rows] * sae.cfg.d_sae + code.indices).flatten()
             rate.view(-1).index_add_(0, fired, (code.live(code.values) > 0).flatten().to(rate.dtype))
     return {"squared_error": error, "l0": l0, "rate": rate}
 
 
-def _per_position(parts: list[_Part], reconstruct: Reconstruct, T: int) -> Tensor:
+def _per_position(parts: list[_Part], mu: Tensor, T: int) -> Tensor:
+    """Squared distance from mu [D_out], summed by position [T]."""
     summed = torch.zeros(T, dtype=torch.float64, device=parts[0].x.device)
     for part in parts:
-        summed.index_add_(0, part.pos, (part.x - reconstruct(part.x, part.pos)).double().square().sum(1))
+        summed.index_add_(0, part.pos, (part.target - mu).double().square().sum(1))
     return summed
 
 
@@ -156,15 +160,16 @@ def _ce(stream: ActivationStream, part: _Part, take: int, replace: Reconstruct |
     if replace is None:
         losses = stream.model.losses(tokens).double()
     else:
-        pos = torch.arange(T, device=kept.device).expand(kept.shape)[kept]
+        n = int(kept.sum())
+        chunks = zip(part.x[:n].split(_CHUNK), part.pos[:n].split(_CHUNK), strict=True)
+        given = torch.cat([replace(x, pos) for x, pos in chunks])
 
-        def splice(x: Tensor) -> Tensor:
-            chunks = zip(x[kept].split(_CHUNK), pos.split(_CHUNK), strict=True)
-            fresh = x.clone()
-            fresh[kept] = torch.cat([replace(some.float(), at).to(x.dtype) for some, at in chunks])
+        def splice(value: Tensor) -> Tensor:
+            fresh = value.clone()
+            fresh[kept] = given.to(value.dtype)
             return fresh
 
-        losses = stream.model.losses(tokens, splice).double()
+        losses = stream.model.losses(tokens, splice, hook=stream.model.hooks[-1]).double()
     counts = kept[:, :-1] & (torch.arange(1, T) < part.rows.length[:take, None]).to(kept.device)
     summed = torch.zeros(2, T, dtype=torch.float64, device=losses.device)
     summed[0, :-1] = (losses * counts).sum(0)

@@ -28,7 +28,7 @@ def evaluate_runs(folder: Path, runs: dict[str, Run], stream: ActivationStream) 
             continue
         last = checkpoint.find(folder / name)
         assert last.run is not None
-        stream.model.use(hooks=[str(last.run.stream.hook)])
+        stream.model.use(hooks=last.run.stream.hooks)
         result = evaluate(last, stream, folder / name)
         found[name] = {key: result[key] for key in SCORES} | {
             "controls": {control: {key: r[key] for key in SCORES} for control, r in result["controls"].items()},

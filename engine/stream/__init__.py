@@ -44,7 +44,7 @@ class ActivationStream:
     ):
         tune_host()
         self.model = model or LanguageModel(
-            config.model, hook=config.hook, attention=config.attention, compile=config.compile
+            config.model, hooks=config.hooks, attention=config.attention, compile=config.compile
         )
         if hooks:
             self.model.use(hooks=hooks)
@@ -90,9 +90,9 @@ class ActivationStream:
                 f"it takes {self.buffer_tokens * item / 2**30:,.1f} GiB, more than {self.model.device} has"
             ) from None
 
-    def config_at(self, hook: str) -> StreamConfig:
-        """The settings, with the place that a dictionary looks at."""
-        return self.config.model_copy(update={"hook": hook})
+    def config_at(self, hook: str | None, target: str | None) -> StreamConfig:
+        """The settings, with the places that a dictionary looks at."""
+        return self.config.model_copy(update={"hook": hook or self.model.hook, "target": target})
 
     def next(self, n: int) -> Batch:
         """The next `n` tokens (in sequences: n // T rows), without replacement from the buffer; fewer, or none, where the

@@ -43,6 +43,11 @@ class Batch:
         """The activations at the first hook."""
         return next(iter(self.acts.values()))
 
+    @property
+    def target(self) -> Tensor:
+        """Those at the last hook: what a transcoder is to give."""
+        return list(self.acts.values())[-1]
+
     def at(self, *hooks: str) -> "Batch":
         """The same with these hooks only, in this order."""
         return replace(self, acts={hook: self.acts[hook] for hook in hooks})

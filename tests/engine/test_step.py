@@ -33,6 +33,12 @@ CASES = {
     "bfloat16 moments": dict(moments="bfloat16", aux_k=5),
     "8-bit moments": dict(moments="8bit"),
     "8-bit moments, random decoder": dict(moments="8bit", decoder="random"),
+    "transcoder and AuxK": dict(d_out=7, aux_k=5),
+    "transcoder, jumprelu, random mask": dict(
+        d_out=7, activation="jumprelu", mask=MaskConfig(kind="random", positions=T)
+    ),
+    "transcoder, relu": dict(d_out=7, activation="relu"),
+    "transcoder, matryoshka": dict(d_out=7, prefixes=(10, 37)),
 }
 
 THROUGH_TRITON = ("plain", "jumprelu, soft mask")
@@ -43,6 +49,7 @@ SLOWLY = (
     "matryoshka and AuxK",
     "bfloat16 moments",
     "8-bit moments",
+    "transcoder and AuxK",
 )
 DENSE = [name for name, case in CASES.items() if case.get("activation") != "relu" and "prefixes" not in case]
 
@@ -65,23 +72,26 @@ def learner(changes, dtype="float32", seed=1, lr=0.01):
         tokens=100 * N, batch=N, dead_after_tokens=1, lr=lr, dtype=dtype, seed=seed,
     )  # fmt: skip
     sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=37, k=5, **changes), seed=seed)
-    mean = torch.randn(D, generator=torch.Generator().manual_seed(2))
+    mean = torch.randn(sae.cfg.d_out or D, generator=torch.Generator().manual_seed(2))
     made = Learner(sae, TrainConfig(**training), mean, 4.0, T)
     made.any_dead = "aux_k" in changes
     made.l0 = 0.3  # few enough for a relu dictionary to take the sparse path
     return made
 
 
-def batches():
+def batches(d_out=None):
     generator = torch.Generator().manual_seed(3)
     directions = torch.randn(30, D, generator=generator)
     for _ in range(STEPS):
         x = torch.rand(N, 30, generator=generator).pow(8) @ directions
-        yield Batch.of(x, torch.randint(0, T, (N,), generator=generator))
+        batch = Batch.of(x, torch.randint(0, T, (N,), generator=generator))
+        if d_out is not None:
+            batch.acts["y"] = (x @ directions.T[:, :d_out]).relu()
+        yield batch
 
 
 def after_training(made):
-    for batch in batches():
+    for batch in batches(made.sae.cfg.d_out):
         made.step(batch)
     return made.sae.state_dict(), made.state(), made.report()
 
@@ -141,7 +151,7 @@ def test_equals_the_unfused_step(changes, backend, way, monkeypatch, poisoned, a
                 change = torch.where(other[name].T if name == "W_enc" else other[name], expected, change)
             assert_close(change, expected, 1e-4, f"change of {name}")
     assert fused_report == pytest.approx(report, rel=1e-4)
-    assert (way == "dense") == ((N, D) in dense)
+    assert (way == "dense") == ((N, changes.get("d_out", D)) in dense)
     assert (report["aux_loss"] > 0) == ("aux_k" in changes)
     assert report.get("gradient_norm", 3) > 2
     assert ("gradient_norm" in report) == (changes.get("clip_norm", 1) is not None)
@@ -341,7 +351,7 @@ def test_a_code_that_has_no_room_is_made_again(changes, backend, monkeypatch, po
         made = learner(changes)
         cohort = Cohort([made])
         run = cohort.fused.run
-        cohort.fused.run = lambda *args, run=run: asked.append(args[-1]) or run(*args)
+        cohort.fused.run = lambda *args, run=run: asked.append(args[5]) or run(*args)
         for nth, batch in enumerate(batches()):
             if nth == 0:
                 cohort.capacity = room

@@ -4,12 +4,13 @@ import pytest
 import torch
 from temposae.engine import checkpoint
 from temposae.engine.center import center
-from temposae.engine.config import MaskConfig, RunConfig, SAEConfig, TrainConfig
+from temposae.engine.config import MaskConfig, RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.optim import Learner, annealed
 from temposae.engine.sae import SparseAutoencoder
-from temposae.engine.stream import Batch
+from temposae.engine.stream import ActivationStream, Batch
 from temposae.engine.train import train
+from temposae.evals.run import evaluate
 
 D, F, T, N = 16, 64, 5, 96
 SETTINGS = dict(tokens=40 * N, batch=N, lr=1e-2, dead_after_tokens=4 * N)
@@ -194,3 +195,82 @@ def test_fine_tuning_begins_with_the_weights_of_a_run(stream_of, tmp_path, activ
 def test_what_does_not_go_together_is_named(sae, training, message):
     with pytest.raises(UserError, match=message):
         RunConfig(sae=SAEConfig(**({"d_in": D, "d_sae": F, "k": 4} | sae)), train=TrainConfig(batch=256, **training))
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "relu", "jumprelu"])
+@pytest.mark.parametrize("prefixes", [None, (20, F)])
+def test_a_transcoder_s_loss_and_gradients_are_those_of_its_formula(activation, prefixes, assert_close):
+    """Against autograd in float64, from the latents that it kept."""
+    if prefixes is not None and activation not in ("topk", "batchtopk"):
+        return
+    out, draw = 7, torch.Generator().manual_seed(5)
+    x = torch.cat([batch.x for batch in batches(1)])
+    target = torch.randn(N, out, generator=draw)
+    config = SAEConfig(
+        d_in=D, d_sae=F, d_out=out, k=4, aux_k=0, activation=activation, prefixes=prefixes, initial_threshold=0.05
+    )
+    sae = SparseAutoencoder(config, seed=2)
+    assert (sae.W_enc.shape, sae.W_dec.shape, sae.b_dec.shape) == ((D, F), (F, out), (out,))
+    assert (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
+    sae.b_dec.data.normal_(generator=draw)
+    found = sae.objective(x, torch.zeros(N, dtype=torch.long), 1, target=target)
+    found.loss.backward()
+    wide = {name: p.detach().double().requires_grad_() for name, p in sae.named_parameters()}
+    pre = (x.double() @ wide["W_enc"] + wide["b_enc"]).relu()
+    with torch.no_grad():
+        kept = sae.encode_sparse(x).to_dense() > 0
+        if activation == "batchtopk":
+            kept = pre >= pre.flatten().topk(4 * N).values[-1]
+    f = pre * kept
+    losses = []
+    for end in prefixes or (F,):
+        losses.append((target - f[:, :end] @ wide["W_dec"][:end] - wide["b_dec"]).square().sum() / N)
+    loss = torch.stack(losses).mean()
+    if activation == "relu":
+        loss = loss + config.l1_coefficient * f.sum() / N
+    if activation == "jumprelu":
+        loss = loss + config.l0_coefficient * D * kept.sum() / N
+    loss.backward()
+    assert_close(found.loss, loss)
+    for name, p in wide.items():
+        if name != "threshold":
+            assert_close(sae.get_parameter(name).grad, p.grad, 1e-5, name)
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_a_transcoder_learns_what_an_mlp_does(testbed, tmp_path, activation):
+    """From what enters the MLP of a layer to what leaves it; saved, loaded, resumed and measured like a dictionary."""
+    hook, target = "blocks.1.ln2.hook_in", "blocks.1.hook_mlp_out"
+    stream = ActivationStream(
+        StreamConfig(hook=hook, target=target, buffer_tokens=4096), model=testbed, hooks=(hook, target)
+    )
+    sae = SAEConfig(d_in=128, d_out=128, d_sae=256, k=16, activation=activation)
+    run = train(stream, sae, TrainConfig(tokens=60_000, batch=512, lr=2e-3), out=tmp_path / "run")
+    assert run.metrics[-1]["fvu"] < 0.5 * run.metrics[0]["fvu"]
+    batch = stream.next(512)
+    y, y_hat = batch.acts[target].float(), run.sae(batch.acts[hook].float())
+    fvu = (y - y_hat).square().sum() / (y - y.mean(0)).square().sum()
+    assert float(fvu) == pytest.approx(run.metrics[-1]["fvu"], rel=0.3)
+    again = checkpoint.load(tmp_path / "run")
+    assert torch.equal(again(batch.acts[hook].float()), y_hat)
+    result = evaluate(checkpoint.find(tmp_path / "run"), stream, None)
+    assert result["explained_variance"] == pytest.approx(1 - float(fvu), abs=0.1)
+    assert 0.5 < result["ce_recovered"] <= 1.001
+    assert result["controls"]["mean"]["explained_variance"] == pytest.approx(0, abs=1e-6)
+    testbed.use(layers=[1])
+
+
+def test_a_transcoder_needs_both_its_ends(testbed):
+    hook, target = "blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"
+    stream = ActivationStream(StreamConfig(hook=hook, target=target), model=testbed, hooks=(hook, target))
+    plain = ActivationStream(StreamConfig(hook=hook), model=testbed, hooks=(hook,))
+    for where, sae, message in (
+        (stream, {}, "sae.d_out: None is not allowed; a transcoder has both"),
+        (plain, {"d_out": 128}, "sae.d_out: 128 is not allowed; a transcoder has both"),
+        (stream, {"d_out": 64}, "sae.d_out: 64 is not allowed; blocks.2.hook_mlp_out of testbed has width 128"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(where, SAEConfig(d_in=128, d_sae=64, k=4, **sae))
+    with pytest.raises(UserError, match=f"stream.target: {hook} is not allowed; it is the hook itself"):
+        StreamConfig(hook=hook, target=hook)
+    testbed.use(layers=[1])
