@@ -149,6 +149,7 @@ def eval_core(
     check_writable(json_file)
     _check_backend()
     found = checkpoint.find(sae)
+    found.expect("sae")
     if found.run is None and model is None:
         raise UserError(
             f"model: {found.folder} does not say what it was trained on; give --model, and --hook or --layer"
@@ -292,7 +293,7 @@ def _runs_table(summary: dict[str, Any]) -> None:
         return
     whole = {name: scores for name, scores in several.items() if "failed" not in scores}
     controls = {name: scores["controls"].get("random", {}).get("explained_variance") for name, scores in whole.items()}
-    _table(whole, f"{len(several)} dictionaries of {summary['model']}", {"random control's EV": controls})
+    _table(whole, f"{len(several)} dictionaries of {summary['model']}", {"random EV": controls})
     for name, scores in several.items():
         if "failed" in scores:
             print(f"{name} was stopped: {scores['failed']}")
@@ -308,9 +309,10 @@ def _table(
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"
 
+    names = ("explained variance", "CE recovered", "over mean") if more is None else ("EV", "CE", "over mean")
     more = more or {}
     table = Table(title=title, title_justify="left")
-    for heading in ("", "explained variance", "CE recovered", "over mean", "L0", "dead", *more):
+    for heading in ("", *names, "L0", "dead", *more):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for name, scores in lines.items():
         keys = ("explained_variance", "ce_recovered", "ce_recovered_over_mean")

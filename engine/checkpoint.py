@@ -56,11 +56,15 @@ class Checkpoint:
     def dictionaries(self) -> list[str]:
         return list(self.manifest["dictionaries"])
 
-    def dictionary(self, name: str = "sae") -> SparseAutoencoder:
-        """The dictionary `name`: `sae`, or `random` for the control trained beside it."""
+    def expect(self, name: str) -> None:
+        """Raise UserError if there is no dictionary `name`."""
         if name not in self.manifest["dictionaries"]:
             held = ", ".join(self.dictionaries) or f"the stream of {', '.join(self.manifest['status'] or {})}"
             raise UserError(f"checkpoint: {self.folder} holds no {name!r}; it holds {held}")
+
+    def dictionary(self, name: str = "sae") -> SparseAutoencoder:
+        """The dictionary `name`: `sae`, or `random` for the control trained beside it."""
+        self.expect(name)
         sae = SparseAutoencoder(SAEConfig(**self.manifest["dictionaries"][name]))
         try:
             sae.load_state_dict(self.tensors(name))

@@ -1,5 +1,6 @@
 """Figures of a run, from its saved numbers. Colours are Okabe and Ito's, which colour-blind readers can tell apart."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +26,37 @@ def draw(folder: Path, metrics: list[dict[str, Any]], result: dict[str, Any]) ->
 def draw_pareto(folder: Path, scores: dict[str, dict[str, Any]]) -> Path:
     """Write pareto.png: L0 against FVU of several dictionaries and their random controls, a colour for each activation and
     hook, a marker for each F, and a line through those that no other is better than in both."""
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = _axes()
+    several_hooks = len({one["hook"] for one in scores.values()}) > 1
     kinds = list(dict.fromkeys((one["activation"], one["hook"]) for one in scores.values()))
     sizes = sorted({one["d_sae"] for one in scores.values()})
-    hooks = {hook for _, hook in kinds}
-    labelled: set[str] = set()
-    for one in scores.values():
-        kind, size = (one["activation"], one["hook"]), one["d_sae"]
-        label = f"{kind[0]}{f' at {kind[1]}' if len(hooks) > 1 else ''}, F = {size}"
-        style = {
-            "color": SEVERAL[kinds.index(kind) % len(SEVERAL)],
-            "marker": MARKERS[sizes.index(size) % len(MARKERS)],
-        }
-        axes.plot(
-            one["l0"], 1 - one["explained_variance"], linestyle="", label="" if label in labelled else label, **style
-        )
-        labelled.add(label)
-        if control := one["controls"].get("random"):
-            label = "" if "random" in labelled else "random control"
-            point = (control["l0"], 1 - control["explained_variance"])
-            axes.plot(*point, linestyle="", marker="x", color=COLOURS["mean"], label=label, zorder=1)
-            labelled.add("random")
-    points = sorted((one["l0"], 1 - one["explained_variance"]) for one in scores.values())
-    front = [point for i, point in enumerate(points) if all(point[1] < other[1] for other in points[:i])]
+
+    def points(ones: list[dict[str, Any]]) -> list[tuple[float, float]]:
+        return sorted((one["l0"], 1 - one["explained_variance"]) for one in ones)
+
+    for (i, (activation, hook)), (j, size) in itertools.product(enumerate(kinds), enumerate(sizes)):
+        alike = [s for s in scores.values() if (s["activation"], s["hook"], s["d_sae"]) == (activation, hook, size)]
+        if alike:
+            style = {"color": SEVERAL[i % len(SEVERAL)], "marker": MARKERS[j % len(MARKERS)], "linestyle": ""}
+            label = f"{activation}{f' at {hook}' if several_hooks else ''}, F = {size}"
+            axes.plot(*zip(*points(alike), strict=True), label=label, **style)
+    controls = [one["controls"]["random"] for one in scores.values() if "random" in one["controls"]]
+    if controls:
+        style = {"color": COLOURS["mean"], "marker": "x", "linestyle": ""}
+        axes.plot(*zip(*points(controls), strict=True), label="random control", zorder=1, **style)
+    every = points(list(scores.values()))
+    front = [point for i, point in enumerate(every) if all(point[1] < other[1] for other in every[:i])]
     axes.plot(*zip(*front, strict=True), color="#bbbbbb", linewidth=1, zorder=0)
     axes.set(
         xlabel="L0 (latents per token)", ylabel="fraction of variance unexplained", xscale="log", yscale="log",
         title="Sparsity against error, on held-out text",
     )  # fmt: skip
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(ScalarFormatter())
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False, fontsize=7)
     figure.savefig(folder / "pareto.png", dpi=160)

@@ -458,3 +458,59 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines() == [f"error: layer: 99 is not allowed; testbed has layers 0 to {LAYERS - 1}"]
     assert done.stdout == ""
+
+
+# --- several dictionaries
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A tiny sweep, one of whose dictionaries diverges."""
+    place = tmp_path_factory.mktemp("swept")
+    bad = {"name": "bad", "lr": 1e30, "clip_norm": None}
+    several = {"dictionaries": [{"k": 4}, {"layer": 2, "activation": "batchtopk"}, bad]}
+    (place / "sweep.yaml").write_text(yaml.safe_dump(TINY | several, sort_keys=False))
+    result = run(
+        "train", place / "sweep.yaml", *TINY_FLAGS[:-2], "--out", place / "run", "--json", place / "figures.json"
+    )
+    assert result.code == 0, result.err
+    return Trained(place / "run", place / "figures.json", result)
+
+
+def test_a_sweep_leaves_a_run_for_each_and_a_comparison(swept: Trained) -> None:
+    names = ("k4", "layer2_batchtopk")
+    summary = json.loads(swept.json.read_text())
+    assert json.loads((swept.folder / "summary.json").read_text()) == summary
+    assert list(summary["dictionaries"]) == [*names, "bad"]
+    assert "train.lr: 1e+30 made" in summary["dictionaries"]["bad"]["failed"]
+    for name, layer in zip(names, (1, 2), strict=True):
+        scores = summary["dictionaries"][name]
+        assert scores["hook"] == f"blocks.{layer}.hook_resid_post"
+        assert scores["explained_variance"] > scores["controls"]["random"]["explained_variance"] > 0
+        core = json.loads((swept.folder / name / "evals" / "core.json").read_text())
+        assert core["explained_variance"] == scores["explained_variance"]
+        assert core["hook"] == scores["hook"]
+    assert (swept.folder / "figures" / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+    out = re.sub(r"\s+", " ", swept.result.out)
+    for word in (*names, "random EV", "bad was stopped: train.lr: 1e+30", "run folder:"):
+        assert word in out, out
+
+
+def test_one_of_a_sweep_is_a_run_like_any_other(swept: Trained, tmp_path: Path) -> None:
+    result = run("eval", "core", "--sae", swept.folder / "layer2_batchtopk", "--json", tmp_path / "again.json")
+    assert result.code == 0, result.err
+    again = json.loads((tmp_path / "again.json").read_text())
+    summary = json.loads(swept.json.read_text())["dictionaries"]["layer2_batchtopk"]
+    assert again["explained_variance"] == summary["explained_variance"]
+
+
+def test_a_sweep_that_is_done_can_be_resumed_to_the_same(swept: Trained, tmp_path: Path) -> None:
+    shutil.copytree(swept.folder, tmp_path / "run")
+    result = run("train", "--resume", "--out", tmp_path / "run", "--json", tmp_path / "again.json")
+    assert result.code == 0, result.err
+    first, again = (json.loads(path.read_text())["dictionaries"] for path in (swept.json, tmp_path / "again.json"))
+    assert first == again
+
+
+def test_a_sweep_as_a_whole_is_no_dictionary(swept: Trained) -> None:
+    refused(swept.folder, ("eval", "core", "--sae", swept.folder), ("holds no 'sae'", "the stream of k4"))
