@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .engine.sae import SparseAutoencoder as SparseAutoencoder
     from .engine.stream import ActivationStream as ActivationStream
     from .engine.train import train as train
+    from .evals import features as features
 
 _WHERE = {
     "ActivationStream": ".engine.stream",
@@ -21,6 +22,7 @@ _WHERE = {
     "SparseAutoencoder": ".engine.sae",
     "StreamConfig": ".engine.config",
     "TrainConfig": ".engine.config",
+    "features": ".evals.features",
     "load": ".engine.checkpoint",
     "save": ".engine.checkpoint",
     "train": ".engine.train",
@@ -33,6 +35,7 @@ __all__ = [
     "StreamConfig",
     "TrainConfig",
     "__version__",
+    "features",
     "load",
     "save",
     "train",
@@ -42,7 +45,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:  # torch is imported only when something that needs it is asked for
     if name not in _WHERE:
         raise AttributeError(f"module 'temposae' has no attribute {name!r}")
-    value = getattr(import_module(_WHERE[name], __name__), name)
+    module = import_module(_WHERE[name], __name__)
+    value = getattr(module, name, module)  # `features` is a module itself
     globals()[name] = value
     return value
 

@@ -4,12 +4,16 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .bench.cli import bench_app, profile
 from .engine.files import check_writable, write_json
+
+if TYPE_CHECKING:
+    from .engine.checkpoint import Checkpoint
+    from .engine.stream import ActivationStream
 
 _plain: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
 app = typer.Typer(help="Train and study sparse autoencoders on language-model activations.", **_plain)
@@ -141,34 +145,61 @@ def eval_core(
 ) -> None:
     """Explained variance, CE recovered, L0 and dead latents, overall and per position, beside both controls."""
     from .engine import checkpoint
-    from .engine.config import StreamConfig
-    from .engine.errors import UserError
-    from .engine.stream import ActivationStream, LanguageModel
     from .evals.run import evaluate
 
     check_writable(json_file)
     _check_backend()
     found = checkpoint.find(sae)
-    found.expect("sae")
-    if found.run is None and model is None:
-        raise UserError(
-            f"model: {found.folder} does not say what it was trained on; give --model, and --hook or --layer"
-        )
-    trained_on = found.run.stream if found.run is not None else StreamConfig()
-    own_place: dict[str, Any] = {"hook": trained_on.hook} if model is None and layer is None else {}
-    changes: dict[str, Any] = own_place | {
-        k: v for k, v in {"model": model, "hook": hook, "data": data}.items() if v is not None
-    }
-    stream_config = StreamConfig(**(trained_on.model_dump(exclude={"hook"}) | changes))
-    lm = LanguageModel(stream_config.model, hook=stream_config.hook, layer=layer)
-    if stream_config.target is not None:
-        lm.use(hooks=[lm.hook, lm.place(stream_config.target)])
-    seed = found.run.train.seed if found.run is not None else 0
-    stream = ActivationStream(stream_config, tokens=100_000, seed=seed, model=lm)
-    is_run = sae != found.folder and not changes.keys() - own_place.keys() and layer is None
+    stream = _stream_of(found, model, layer, hook, data, tokens=100_000)
+    is_run = sae != found.folder and all(option is None for option in (model, layer, hook, data))
     result = evaluate(found, stream, sae if is_run else None)
     write_json(json_file, result)
-    _core_table(result, f"{found.folder} at {lm.hook} of {lm.name}")
+    _core_table(result, f"{found.folder} at {stream.model.hook} of {stream.model.name}")
+
+
+@app.command()
+def features(
+    sae: Annotated[Path, typer.Option(help="A run folder or a checkpoint folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of the store, new or empty.")],
+    data: Annotated[str | None, typer.Option(help="Encode this text. [the one it was trained on]")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Encode so many tokens. [the whole text; needed for the embedded language]")
+    ] = None,
+    min_activation: Annotated[float, typer.Option(help="Leave out activations up to this one.")] = 0.0,
+    model: Annotated[
+        str | None, typer.Option(help="Encode activations of this model instead of the one it was trained on.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Encode what is after this layer.")] = None,
+    hook: Annotated[str | None, typer.Option(help="Encode what is at this hook.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Encode a text once, in order, into a store in Parquet: which latents are active where, and how strongly.
+
+    `temposae.features.read`, pandas and DuckDB read it.
+    """
+    from .engine import checkpoint
+    from .evals import features as store
+
+    began = time.monotonic()
+    check_writable(json_file)
+    _check_backend()
+    store.check(out, tokens, min_activation)
+    found = checkpoint.find(sae)
+    no_buffer: dict[str, Any] = {"mode": "tokens", "buffer_tokens": None, "buffer_gb": None}
+    stream = _stream_of(found, model, layer, hook, data, tokens=1, repeat=False, **no_buffer)
+    written = store.encode(found, stream, out, tokens=tokens, min_activation=min_activation)
+    seconds = time.monotonic() - began
+    command = {"seconds": round(seconds, 2), "tokens_per_s": round(written["tokens"] / seconds, 1)}
+    write_json(json_file, written | {"command": command})
+    speed = written["speed"]
+    print(
+        f"{written['tokens']:,} tokens in {written['rows']:,} rows, {written['entries']:,} entries, "
+        f"{written['entries'] / written['tokens']:.1f} a token: {out}"
+    )
+    print(
+        f"tokens/s: {speed['tokens_per_s']:,.0f} in all, {command['tokens_per_s']:,.0f} with loading; encoding alone "
+        f"{speed['sparse_tokens_per_s']:,.0f}, {speed['sparse_over_dense']:.2f} times as many as by dense activations"
+    )
 
 
 @testbed_app.command("train")
@@ -265,6 +296,31 @@ def _merge(settings: dict[str, Any], given: dict[str, dict[str, Any]]) -> dict[s
             raise UserError(f"{section}: {base!r} is not allowed; it must be a section of settings")
         merged[section] = base | {key: value for key, value in options.items() if value is not None}
     return merged
+
+
+def _stream_of(
+    found: "Checkpoint", model: str | None, layer: int | None, hook: str | None, data: str | None, *,
+    tokens: int, **settings: Any,
+) -> "ActivationStream":  # fmt: skip
+    """The stream that a dictionary was trained on, with what the options and `settings` change of it."""
+    from .engine.config import StreamConfig
+    from .engine.errors import UserError
+    from .engine.stream import ActivationStream, LanguageModel
+
+    found.expect("sae")
+    if found.run is None and model is None:
+        raise UserError(
+            f"model: {found.folder} does not say what it was trained on; give --model, and --hook or --layer"
+        )
+    trained_on = found.run.stream if found.run is not None else StreamConfig()
+    own_place: dict[str, Any] = {"hook": trained_on.hook} if model is None and layer is None else {}
+    given: dict[str, Any] = {k: v for k, v in {"model": model, "hook": hook, "data": data}.items() if v is not None}
+    config = StreamConfig(**(trained_on.model_dump(exclude={"hook"}) | own_place | given | settings))
+    lm = LanguageModel(config.model, hook=config.hook, layer=layer)
+    if config.target is not None:
+        lm.use(hooks=[lm.hook, lm.place(config.target)])
+    seed = found.run.train.seed if found.run is not None else 0
+    return ActivationStream(config, tokens=tokens, seed=seed, model=lm)
 
 
 def _check_backend() -> None:

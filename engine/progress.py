@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 
 class ProgressBar:
-    """Shows done / total, rate and time left, with named figures behind. On a pipe: one line every 10 seconds."""
+    """Shows done / total, rate and time left, with named figures behind; without a `total`, how much is done. On a pipe: one
+    line every 10 seconds."""
 
-    def __init__(self, title: str, total: int, unit: str, done: int = 0):
+    def __init__(self, title: str, total: int | None, unit: str, done: int = 0):
         self.title, self.total, self.unit = title, total, unit
         self.done, self.skipped, self.began, self.last_line = done, done, time.monotonic(), time.monotonic()
         self.figures: dict[str, str] = {}
@@ -34,12 +35,11 @@ class ProgressBar:
             self._bar.update(self._task, completed=self.done, figures=self._text())
         elif time.monotonic() - self.last_line > 10:
             self.last_line = time.monotonic()
-            left = (self.total - self.done) * (self.last_line - self.began) / max(1, self.done - self.skipped)
-            print(
-                f"{self.title}: {self.done / self.total:.0%}  {self._text()}  {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            done, left = f"{self.done:,} {self.unit}", ""
+            if self.total is not None:
+                pace = (self.last_line - self.began) / max(1, self.done - self.skipped)
+                done, left = f"{self.done / self.total:.0%}", f"  {(self.total - self.done) * pace:.0f} s left"
+            print(f"{self.title}: {done}  {self._text()}{left}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """Say something that stays on the screen."""
@@ -54,7 +54,7 @@ class ProgressBar:
 
 
 @contextmanager
-def progress_bar(title: str, total: int, unit: str, done: int = 0) -> Iterator[ProgressBar]:
+def progress_bar(title: str, total: int | None, unit: str, done: int = 0) -> Iterator[ProgressBar]:
     bar = ProgressBar(title, total, unit, done)
     if bar._bar is None:
         yield bar

@@ -1,0 +1,429 @@
+"""Which latents fire where in a text: a store of all activations above zero in Parquet, each with its place.
+
+STORE/
+  store.json                 dictionary, model, hook, text, settings, counts, speed; written last: no store without it
+  tokens.parquet             a line for each encoded token, in the order of the text
+  features/part-00000.parquet ...  a line for each active latent of a token; the next part goes on in the text
+
+Lines of a part are sorted by latent, then document, row, position, so that whoever looks for a latent reads a few row groups
+of each. `features/` is a table to pandas and DuckDB as it is:
+
+    duckdb:  select * from 'STORE/features/*.parquet' where latent = 7
+    pandas:  pandas.read_parquet("STORE/features", filters=[("latent", "==", 7)])
+"""
+
+import heapq
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine.checkpoint import Checkpoint
+from ..engine.errors import UserError
+from ..engine.folder import check_free
+from ..engine.progress import progress_bar
+from ..engine.sae import SparseAutoencoder
+from ..engine.stream import ActivationStream, TokenRows
+from ..engine.stream.text import RowSource, TestbedRows
+from ..kernels.code import SparseCode
+from ..kernels.masks import weights_at
+from .core import check_fits
+
+FORMAT = "temposae-features/1"
+MANIFEST, TOKENS, FEATURES = "store.json", "tokens.parquet", "features"
+COLUMNS = ("document", "row", "position", "token", "latent", "value")
+
+_PART = 2**22  # entries of a part, which are sorted in memory
+_GROUP = 2**17  # lines of a row group
+_DENSE = 2**26  # activations of one dense encode, which bounds how many tokens are encoded at once
+_TURNS = 5  # chunks that are encoded densely too; the first one, in which memory is taken, doesn't count
+
+
+def encode(
+    found: Checkpoint,
+    stream: ActivationStream,
+    out: Path,
+    *,
+    tokens: int | None = None,
+    min_activation: float = 0.0,
+) -> dict[str, Any]:
+    """Encode the stream's text with the dictionary of a checkpoint, into a store at `out`. Returns what store.json holds.
+
+    Every token that `stream.keep` counts is encoded once, in the order of the text, rows for evaluation included: all of
+    the text, or its first `tokens` of them. The stream should not repeat its text. Memory doesn't grow with the text.
+
+        features/*.parquet   document, row int64, position, token, latent int32, value float32; value > min_activation
+        tokens.parquet       document, row int64, position, token int32, text, active int32 (latents above 0, stored or
+                             not), squared_error = |x - x_hat|^2 and squared_norm = |x|^2 float32
+
+    `speed` gives tokens/s of the whole, and of the sparse and a dense encode (x @ W_enc, relu, then what the activation
+    keeps, by torch), which take turns on the same first activations.
+
+    Raises UserError for a dictionary that is not for these activations, a text without end or without tokens, an `out` that
+    is not empty or can't be written, and where pyarrow is missing. What fails leaves no store.
+    """
+    check(out, tokens, min_activation)
+    sae = found.dictionary()
+    check_fits("sae", sae, stream)
+    if tokens is None and isinstance(stream.text, TestbedRows):
+        raise UserError(f"tokens: needed; {stream.text.name} has no end")
+    began = time.monotonic()
+    sae = sae.to(stream.model.device)
+    existed = out.exists()
+    try:
+        (out / FEATURES).mkdir(parents=True)
+        written = _encoded(sae, stream, out, tokens, min_activation)
+        seconds = time.monotonic() - began
+        written["speed"] |= {"tokens_per_s": round(written["tokens"] / seconds, 1), "seconds": round(seconds, 2)}
+        store = {
+            "format": FORMAT,
+            "dictionary": {
+                "checkpoint": str(found.folder),
+                "sha256": found.manifest["files"]["sae.safetensors"]["sha256"],
+                "settings": sae.cfg.model_dump(),
+            },
+            "model": stream.model.name,
+            "hook": stream.model.hook,
+            "data": stream.text.name,
+            "stream": stream.config.model_dump(),
+            "asked_tokens": tokens,
+            "min_activation": min_activation,
+            **written,
+        }
+        fresh = out / f".{MANIFEST}"
+        fresh.write_text(json.dumps(store, indent=1) + "\n")
+        fresh.rename(out / MANIFEST)
+    except OSError as error:
+        _remove(out, existed)
+        raise UserError(f"out: {out} can't be written ({error.strerror or error})") from None
+    except BaseException:
+        _remove(out, existed)
+        raise
+    return store
+
+
+def read(
+    store: str | Path, *, latent: int | Sequence[int] | None = None, document: int | Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """The entries of a store, of these latents and documents only where any are given, as arrays [n] by column: `document`,
+    `row` int64, `position`, `token`, `latent` int32, `value` float32. Sorted by latent, document, row, position.
+
+        found = temposae.features.read("STORE", latent=7)
+        found["value"].max(), found["document"]
+
+    Only row groups that may hold such a latent are read. Raises UserError for what is not a whole store and for a latent
+    that the dictionary doesn't have.
+    """
+    _need_pyarrow()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = Path(store).expanduser()
+    about = info(folder)
+    latents, documents = (None if one is None else np.atleast_1d(one).tolist() for one in (latent, document))
+    highest = about["dictionary"]["settings"]["d_sae"] - 1
+    for one in latents or ():
+        if not 0 <= one <= highest:
+            raise UserError(f"latent: {one} is not allowed; the dictionary has 0 to {highest}")
+    given = {"latent": latents, "document": documents}
+    filters = [(name, "in", values) for name, values in given.items() if values is not None]
+    try:
+        parts = [
+            pq.read_table(folder / name, columns=list(COLUMNS), filters=filters or None) for name in about["parts"]
+        ]
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"store: {folder} is damaged ({str(error).splitlines()[0]})") from None
+    table = pa.concat_tables(parts)
+    found = {name: table[name].to_numpy() for name in COLUMNS}
+    order = np.argsort(found["latent"], kind="stable")  # parts come in the order of the text
+    return {name: values[order] for name, values in found.items()}
+
+
+def info(store: str | Path) -> dict[str, Any]:
+    """What store.json holds. Raises UserError for what is not a whole store."""
+    folder = Path(store).expanduser()
+    try:
+        found = json.loads((folder / MANIFEST).read_text())
+        kind = found["format"]
+    except (FileNotFoundError, NotADirectoryError):
+        reason = "it was not written to its end" if (folder / FEATURES).exists() else "`temposae features` makes one"
+        raise UserError(f"store: {folder} holds no {MANIFEST}; {reason}") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"store: {folder / MANIFEST} can't be read; it is not what `temposae features` wrote") from None
+    if kind != FORMAT:
+        raise UserError(f"store: {folder} has format {kind!r}; this version reads {FORMAT}")
+    return found
+
+
+def check(out: Path, tokens: int | None, min_activation: float) -> None:
+    """Refuse, before any work, numbers that are not allowed and a place where no store can be written."""
+    _need_pyarrow()
+    if tokens is not None and tokens < 1:
+        raise UserError(f"tokens: {tokens} is not allowed; it must be at least 1")
+    if not (math.isfinite(min_activation) and min_activation >= 0):
+        raise UserError(f"min_activation: {min_activation} is not allowed; it must be a number from 0 on")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out: {out} exists and is not empty; give a new folder")
+    check_free(out)
+
+
+def _need_pyarrow() -> None:
+    if find_spec("pyarrow") is None:
+        raise UserError("features: pyarrow is missing, which reads and writes Parquet; pip install pyarrow")
+
+
+def _remove(out: Path, keep_folder: bool) -> None:
+    """What was written of a store that won't be one."""
+    shutil.rmtree(out / FEATURES, ignore_errors=True)
+    for name in (TOKENS, MANIFEST):
+        for path in (out / name, out / f".{name}"):
+            path.unlink(missing_ok=True)
+    if not keep_folder:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _encoded(
+    sae: SparseAutoencoder, stream: ActivationStream, out: Path, tokens: int | None, min_activation: float
+) -> dict[str, Any]:
+    """Write tokens and features; returns counts, the parts' names, and the speed of encoding."""
+    words, turns = _Words(stream.model.tokenizer), _Turns(sae)
+    features, lines = _Features(out / FEATURES), _Lines(out / TOKENS)
+    counts = {"tokens": 0, "rows": 0, "documents": 0}
+    last = {"row": -1, "document": -1}
+    with progress_bar("encoding", tokens, "tokens") as bar, lines:
+        for place, x in _chunks(stream, tokens, max(1, min(4096, _DENSE // sae.cfg.d_sae))):
+            code = turns.encode(x, torch.from_numpy(place["position"]).long().to(x.device))
+            error = (x - sae.decode(code)).square().sum(1)
+            sums = torch.stack([error, x.square().sum(1)]).cpu().numpy()
+            owners, latents, values = _entries(code)
+            active = np.bincount(owners, minlength=len(x)).astype(np.int32)
+            of_token = {"active": active, "squared_error": sums[0], "squared_norm": sums[1]}
+            lines.add(place | {"text": words(place["token"])} | of_token)
+            stored = values > min_activation
+            of_entry = {name: column[owners[stored]] for name, column in place.items()}
+            features.add(of_entry | {"latent": latents[stored], "value": values[stored]})
+            counts["tokens"] += len(x)
+            for name in last:  # both ascend
+                counts[f"{name}s"] += len(np.unique(place[name])) - int(place[name][0] == last[name])
+                last[name] = int(place[name][-1])
+            bar.advance(len(x))
+        features.end()
+        if not counts["tokens"]:
+            raise UserError(f"data: {stream.text.name} holds no token to encode (see stream.drop_special)")
+        if tokens is not None and counts["tokens"] < tokens:
+            bar.note(f"data: {stream.text.name} ended after {counts['tokens']:,} of {tokens:,} tokens")
+    return {**counts, "entries": features.entries, "parts": features.parts, "speed": turns.speed()}
+
+
+def _chunks(stream: ActivationStream, tokens: int | None, size: int) -> Iterator[tuple[dict[str, np.ndarray], Tensor]]:
+    """Columns [n] that say where tokens are, and their activations x [n, D] in float32, at most `size` at a time."""
+    left = sys.maxsize if tokens is None else tokens
+    for rows in _whole_text(stream.text, stream.config.rows_per_forward):
+        kept = stream.keep(rows)
+        kept &= (kept.flatten().cumsum(0) <= left).view(kept.shape)
+        place = {
+            "document": rows.document[kept].numpy(),
+            "row": rows.row[:, None].expand(kept.shape)[kept].numpy(),
+            "position": torch.arange(kept.shape[1], dtype=torch.int32).expand(kept.shape)[kept].numpy(),
+            "token": rows.tokens[kept].int().numpy(),
+        }
+        acts = stream.model.activations(rows.tokens)
+        x = acts[kept.to(acts.device)].float()
+        for start in range(0, len(x), size):
+            yield {name: column[start : start + size] for name, column in place.items()}, x[start : start + size]
+        left -= len(x)
+        if not left:
+            return
+
+
+def _whole_text(text: RowSource, size: int) -> Iterator[TokenRows]:
+    """All rows of a text in their order, those for training and those for evaluation, `size` at a time."""
+
+    def training() -> Iterator[TokenRows]:
+        while len(rows := text.next(size)):
+            yield rows
+
+    def each(parts: Iterable[TokenRows]) -> Iterator[TokenRows]:
+        for rows in parts:
+            for i in range(len(rows)):
+                at = slice(i, i + 1)
+                yield TokenRows(rows.tokens[at], rows.length[at], rows.document[at], rows.row[at])
+
+    held_out = text.held_out(sys.maxsize, size)
+    rows = heapq.merge(each(training()), each(held_out), key=lambda one: int(one.row))
+    while part := list(islice(rows, size)):
+        yield TokenRows(
+            *(torch.cat([getattr(one, name) for one in part]) for name in ("tokens", "length", "document", "row"))
+        )
+
+
+def _entries(code: SparseCode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token int64, latent int32 and value float32 of what is above 0, [n] each, token after token."""
+    values = code.live(code.values).flatten()
+    at = (values > 0).nonzero().flatten()
+    found = (code.rows.flatten()[at], code.indices.flatten()[at], values[at])
+    owners, latents, values = (one.cpu().numpy() for one in found)
+    return owners, latents, values
+
+
+class _Words:
+    """The text of tokens, each decoded once."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.known = tokenizer, dict[int, str]()
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        unique, at = np.unique(tokens, return_inverse=True)
+        for token in unique.tolist():
+            if token not in self.known:
+                self.known[token] = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return np.array([self.known[token] for token in unique.tolist()], dtype=object)[at]
+
+
+class _Turns:
+    """Encodes, and beside it densely the first chunks, to compare the two."""
+
+    def __init__(self, sae: SparseAutoencoder):
+        self.sae = sae
+        self.sparse: list[float] = []  # seconds a token
+        self.dense: list[float] = []
+
+    def encode(self, x: Tensor, pos: Tensor) -> SparseCode:
+        if len(self.dense) == _TURNS:
+            return self.sae.encode_sparse(x, pos)
+        turns = [(self.sparse, self.sae.encode_sparse), (self.dense, self._densely)]
+        found: dict[int, Any] = {}
+        for nth in (0, 1) if len(self.dense) % 2 else (1, 0):
+            times, call = turns[nth]
+            _wait(x.device)
+            began = time.perf_counter()
+            found[nth] = call(x, pos)
+            _wait(x.device)
+            times.append((time.perf_counter() - began) / len(x))
+        return found[0]
+
+    @torch.no_grad()
+    def _densely(self, x: Tensor, pos: Tensor) -> Any:
+        """The same latents by way of all activations [N, F]."""
+        sae, (_, rows, weights) = self.sae, self.sae.inputs(x, pos)
+        acts = torch.addmm(sae.b_enc, x - sae.b_dec, sae.W_enc).relu_()
+        if weights is not None and rows is not None:
+            acts *= weights_at(weights, rows)
+        if sae.cfg.activation == "topk":
+            return acts.topk(sae.k, dim=1)
+        at = (acts > (0.0 if sae.cfg.activation == "relu" else sae.threshold)).nonzero(as_tuple=True)
+        return at, acts[at]
+
+    def speed(self) -> dict[str, float]:
+        """Tokens/s of both, medians."""
+        sparse, dense = (1 / median(times[1:] or times) for times in (self.sparse, self.dense) if times)
+        return {
+            "sparse_tokens_per_s": round(sparse, 1),
+            "dense_tokens_per_s": round(dense, 1),
+            "sparse_over_dense": round(sparse / dense, 3),
+        }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Gathered:
+    """Columns that wait until there are lines enough to be written."""
+
+    def __init__(self, enough: int, write: Callable[[dict[str, np.ndarray]], None]):
+        self.enough, self.write = enough, write
+        self.waiting: list[dict[str, np.ndarray]] = []
+
+    def add(self, columns: dict[str, np.ndarray]) -> None:
+        self.waiting.append(columns)
+        if sum(len(one["token"]) for one in self.waiting) >= self.enough:
+            self.flush(self.enough)
+
+    def flush(self, least: int = 1) -> None:
+        """Write, `enough` lines at a time, until fewer than `least` are left."""
+        if not self.waiting:
+            return
+        whole = {name: np.concatenate([one[name] for one in self.waiting]) for name in self.waiting[0]}
+        start, total = 0, len(whole["token"])
+        while total - start >= least:
+            self.write({name: column[start : start + self.enough] for name, column in whole.items()})
+            start = min(total, start + self.enough)
+        self.waiting = [{name: column[start:] for name, column in whole.items()}] if start < total else []
+
+
+class _Lines(_Gathered):
+    """tokens.parquet, a row group at a time; it gets its name when all is well at the end."""
+
+    def __init__(self, path: Path):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        super().__init__(_GROUP, self._write)
+        sums = [("squared_error", pa.float32()), ("squared_norm", pa.float32())]
+        self.schema = pa.schema([*_places(), ("text", pa.string()), ("active", pa.int32()), *sums])
+        self.path, self.fresh = path, path.with_name(f".{path.name}")
+        self.file = pq.ParquetWriter(self.fresh, self.schema, compression="zstd")
+
+    def _write(self, columns: dict[str, np.ndarray]) -> None:
+        import pyarrow as pa
+
+        self.file.write_table(pa.table(columns, schema=self.schema))
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.flush()
+        self.file.close()
+        if kind is None:
+            self.fresh.rename(self.path)
+
+
+class _Features(_Gathered):
+    """features/part-*.parquet, each sorted by itself and under its name once it is whole."""
+
+    def __init__(self, folder: Path):
+        import pyarrow as pa
+
+        super().__init__(_PART, self._write)
+        self.schema = pa.schema([*_places(), ("latent", pa.int32()), ("value", pa.float32())])
+        self.folder, self.entries = folder, 0
+        self.parts: list[str] = []
+
+    def _write(self, columns: dict[str, np.ndarray]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        order = np.argsort(columns["latent"], kind="stable")  # the text's order is that of document, row and position
+        table = pa.table({name: column[order] for name, column in columns.items()}, schema=self.schema)
+        name = f"part-{len(self.parts):05d}.parquet"
+        pq.write_table(table, self.folder / f".{name}", compression="zstd", row_group_size=_GROUP)
+        (self.folder / f".{name}").rename(self.folder / name)
+        self.parts.append(f"{FEATURES}/{name}")
+        self.entries += len(order)
+
+    def end(self) -> None:
+        """Write what is left; of no entries at all, an empty part."""
+        self.flush()
+        if not self.parts:
+            self._write({name: np.empty(0, np.int32) for name in COLUMNS})
+
+
+def _places() -> list[Any]:
+    import pyarrow as pa
+
+    return [("document", pa.int64()), ("row", pa.int64()), ("position", pa.int32()), ("token", pa.int32())]
