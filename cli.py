@@ -76,6 +76,9 @@ def train(
     layer: Layer = None,
     hook: Hook = None,
     data: Data = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Read activations from this folder, which `temposae cache` made.")
+    ] = None,
     d_sae: Annotated[int | None, typer.Option(help="F, the number of latents. [8 times the model's width]")] = None,
     k: Annotated[int | None, typer.Option(help="Latents kept per token. [32]")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [2e-4 * sqrt(2^14 / F)]")] = None,
@@ -103,7 +106,13 @@ def train(
     check_writable(json_file)
     _check_backend()
     given = {
-        "stream": {"model": model, "hook": hook, "layer": layer, "data": data},
+        "stream": {
+            "model": model,
+            "hook": hook,
+            "layer": layer,
+            "data": data,
+            "cache": None if cache is None else str(cache),
+        },
         "sae": {"d_sae": d_sae, "k": k},
         "train": {"lr": lr, "tokens": tokens, "seed": seed},
     }
@@ -116,20 +125,77 @@ def train(
     else:
         settings = expand(_merge(read_yaml(config) if config else {}, given))
     first = next(iter(settings.values())).get("stream") or {}
-    folder = out or Path("runs") / f"{Path(first.get('model', 'testbed')).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    origin = Path(first.get("cache") or first.get("model", "testbed"))
+    folder = out or Path("runs") / f"{origin.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not resume:
         check_free(folder)
     lm, runs = resolve(settings)
     one = next(iter(runs.values()))
     most = max(run.train.tokens for run in runs.values())
-    stream = ActivationStream(one.stream, tokens=most, seed=one.train.seed, model=lm)
+    hooks = [] if lm is not None else list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.hooks))
+    stream = ActivationStream(one.stream, tokens=most, seed=one.train.seed, model=lm, hooks=hooks)
     trained = train_together(stream, runs, out=folder, resume=resume)
     summary = evaluate_runs(folder, trained, stream)
-    summary |= {"run": str(folder), "model": lm.name, "seconds": round(time.monotonic() - began, 1)}
+    summary |= {"run": str(folder), "model": stream.name, "seconds": round(time.monotonic() - began, 1)}
     write_json(folder / "summary.json", summary)
     write_json(json_file, summary)
     _runs_table(summary)
     print(f"run folder: {folder}   figures: {folder / 'figures'}   {summary['seconds']:.0f} s")
+
+
+@app.command()
+def cache(
+    config: Annotated[
+        Path | None, typer.Argument(show_default=False, help="YAML with a section stream. Options win over it.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to make.")] = ...,  # pyright: ignore[reportArgumentType]
+    tokens: Annotated[int, typer.Option(help="Tokens to train on later: special ones don't count.")] = 1_000_000,
+    model: Model = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="The residual stream after this layer; may be repeated. [the middle one]")
+    ] = None,
+    hook: Annotated[list[str] | None, typer.Option(help="This transformer_lens hook; may be repeated.")] = None,
+    data: Data = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    shard_mb: Annotated[float, typer.Option(help="Size of a file, in 10^6 bytes.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the embedded language.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on behind the last whole shard; give the same settings again.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Write a model's activations, with their places, to disk once; `temposae train --cache` trains on them.
+
+    Several hooks or layers are read in one pass. A text is read once and not begun again.
+    """
+    from .engine.config import StreamConfig, read_yaml
+    from .engine.errors import UserError
+    from .engine.stream.cache import write_cache
+
+    began = time.monotonic()
+    check_writable(json_file)
+    settings = _merge(read_yaml(config) if config else {}, {"stream": {"model": model, "data": data}})["stream"]
+    hooks, layers = list(hook or []), list(layer or [])
+    if "layer" in settings and not hooks and not layers:
+        layers = [settings["layer"]]
+    if (layers and hooks) or ("layer" in settings and "hook" in settings):
+        raise UserError("stream.hook: give hooks or layers, not both")
+    left_out = {"layer"} | ({"hook"} if hooks or layers else set())
+    stream = StreamConfig(**{key: value for key, value in settings.items() if key not in left_out})
+    if stream.cache is not None:
+        raise UserError(f"stream.cache: {stream.cache} is not allowed; a cache is made from a model")
+    if dtype not in ("bfloat16", "float32"):
+        raise UserError(f"dtype: {dtype} is not allowed; it must be bfloat16 or float32")
+    manifest = write_cache(
+        out, stream, tokens, hooks=hooks, layers=layers, seed=seed, dtype=dtype, shard_mb=shard_mb, resume=resume
+    )
+    found = {
+        "cache": str(out), "model": manifest.stream.model, "hooks": list(manifest.hooks), "tokens": manifest.tokens,
+        "shards": len(manifest.shards), "bytes": sum(shard.bytes for shard in manifest.shards),
+        "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+    write_json(json_file, found)
+    _figures(found)
 
 
 @eval_app.command("core")
@@ -316,6 +382,8 @@ def _stream_of(
     own_place: dict[str, Any] = {"hook": trained_on.hook} if model is None and layer is None else {}
     given: dict[str, Any] = {k: v for k, v in {"model": model, "hook": hook, "data": data}.items() if v is not None}
     config = StreamConfig(**(trained_on.model_dump(exclude={"hook"}) | own_place | given | settings))
+    if any(option is not None for option in (model, layer, hook, data)):
+        config = config.model_copy(update={"cache": None})  # another model, place or text than it holds
     lm = LanguageModel(config.model, hook=config.hook, layer=layer)
     if config.target is not None:
         lm.use(hooks=[lm.hook, lm.place(config.target)])

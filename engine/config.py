@@ -121,12 +121,16 @@ class StreamConfig(Config):
     65536, unless given. `buffer_dtype` int8 and fp8 (e4m3) take one byte, with a scale for each activation; metrics tell the
     error (`buffer_error`). `attention` of the language model: the fastest that gives the same numbers, unless given.
     `compile` the part of it that is needed with torch.compile.
+
+    `cache`: a folder that `temposae cache` made. Activations are read from there, and it decides model, data, text_field,
+    context and packing; `hook` is one of those that it holds. The model and its text are loaded for evaluation only.
     """
 
     model: str = "testbed"
     hook: str | None = None
     target: str | None = None
     data: str | None = None
+    cache: str | None = None
     text_field: str = "text"
     context: Annotated[int, Field(ge=2)] = 128
     packing: bool = False

@@ -9,12 +9,10 @@ from typing import Any
 from .config import MaskConfig, RunConfig, SAEConfig, StreamConfig, TrainConfig
 from .errors import UserError, near
 from .stream import LanguageModel
+from .stream.cache import read_manifest
 
-_COMMON = (
-    "batch",
-    "checkpoint_every_steps",
-    "log",
-)  # settings of `train` that are one for all dictionaries of a stream
+#: settings of `train` that are one for all dictionaries of a stream
+_COMMON = ("batch", "checkpoint_every_steps", "log")
 #: where a setting that may differ between the dictionaries of a stream belongs
 _PLACES = (
     {name: ("sae", name) for name in SAEConfig.model_fields if name != "mask"}
@@ -97,9 +95,10 @@ def _merged(common: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel, dict[str, RunConfig]]:
+def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | None, dict[str, RunConfig]]:
     """The language model and the settings of each dictionary, those of `expand` with what the model's width and layers
-    decide. All that can be refused without the model is refused before it is loaded."""
+    decide. All that can be refused without the model is refused before it is loaded; with a cache, which knows them too, no
+    model is."""
     layers: dict[str, int | None] = {}
     streams: dict[str, StreamConfig] = {}
     for name, given in settings.items():
@@ -111,6 +110,13 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel, d
                 raise UserError("stream.hook: give a hook or a layer, not both")
             _run(given, streams[name], *([1] * (1 if streams[name].target is None else 2)))
     first = next(iter(streams.values()))
+    if first.cache is not None:
+        manifest = read_manifest(first.cache)
+        settled = {}
+        for name, stream in streams.items():
+            with _named(name):
+                settled[name] = manifest.settle(stream, layers[name])
+        return None, _resolved(settings, settled, manifest.hooks)
     model = LanguageModel(first.model, attention=first.attention, compile=first.compile)
     hooks: dict[str, tuple[str, ...]] = {}
     for name, stream in streams.items():
@@ -118,12 +124,19 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel, d
             target = () if stream.target is None else (model.place(stream.target),)
             hooks[name] = (model.place(stream.hook, layers[name]), *target)
     model.use(hooks=[hook for each in hooks.values() for hook in each])
+    placed = {name: stream.model_copy(update={"hook": hooks[name][0]}) for name, stream in streams.items()}
+    return model, _resolved(settings, placed, model.widths)
+
+
+def _resolved(
+    settings: Mapping[str, Mapping[str, Any]], streams: Mapping[str, StreamConfig], widths: Mapping[str, int]
+) -> dict[str, RunConfig]:
+    """The settings of each dictionary, at hooks whose widths are known."""
     found = {}
     for name, given in settings.items():
         with _named(name):
-            stream = streams[name].model_copy(update={"hook": hooks[name][0]})
-            found[name] = _run(given, stream, *(model.widths[hook] for hook in hooks[name]))
-    return model, found
+            found[name] = _run(given, streams[name], *(widths[hook] for hook in streams[name].hooks))
+    return found
 
 
 def _run(given: Mapping[str, Any], stream: StreamConfig, d_in: int, d_out: int | None = None) -> RunConfig:

@@ -290,13 +290,13 @@ class _Training:
         self._bar.advance(0, **shown)
         epoch = self.stream.counts.get("epoch", 0)
         if epoch > self.epoch:
-            self._bar.note(f"data: {self.stream.text.name} has ended and begins again (so often now: {epoch})")
+            self._bar.note(f"data: {self.stream.source.name} has ended and begins again (so often now: {epoch})")
             self.epoch = epoch
 
     def _end_early(self, active: list[_Trainee]) -> None:
         """The text has ended before the run."""
         done = active[0].main.tokens_done
-        self._bar.note(f"data: {self.stream.text.name} ended after {done:,} of {self.config.tokens:,} tokens")
+        self._bar.note(f"data: {self.stream.source.name} ended after {done:,} of {self.config.tokens:,} tokens")
         self._report([one for one in active if one.main.has_news])
 
     def _save(self, now: bool) -> None:
@@ -348,7 +348,7 @@ def _check(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> None
         for (name_of, width), hook in zip(own.items(), run.stream.hooks, strict=True):
             if width != widths[hook]:
                 raise UserError(
-                    f"{inside}sae.{name_of}: {width} is not allowed; {hook} of {stream.model.name} has width {widths[hook]}"
+                    f"{inside}sae.{name_of}: {width} is not allowed; {hook} of {stream.name} has width {widths[hook]}"
                 )
         if 2 * run.train.batch > stream.buffer_tokens:
             raise UserError(

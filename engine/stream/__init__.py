@@ -12,7 +12,8 @@ from ..host import tune_host
 from ..progress import ProgressBar, progress_bar
 from ..stopwatch import Stopwatch
 from .buffer import Batch, RingBuffer
-from .live import Live, is_text
+from .cache import Cached, read_manifest
+from .live import Live, Source, is_text
 from .model import LanguageModel
 from .narrow import LARGEST
 from .text import RowSource, TokenRows, open_text
@@ -29,7 +30,8 @@ class ActivationStream:
     The same config and seed give the same batches. Left out are padding, the tokenizer's special tokens (`drop_special`) and
     activations of extreme norm (`max_norm`). With `mode="sequences"` a batch holds whole rows, x [B, T, D], and `batch.kept`
     says which tokens those filters leave. A batch is overwritten by the next one. A ready `model` or source of `rows` may be
-    given; else both are loaded as the config says.
+    given; else both are loaded as the config says. With `config.cache` activations come from there, `hooks` are those to be
+    read (`config.hook` unless given), and `model` and `text` are loaded when they are first asked for.
     """
 
     def __init__(
@@ -43,21 +45,20 @@ class ActivationStream:
         hooks: Sequence[str] = (),
     ):
         tune_host()
-        self.model = model or LanguageModel(
-            config.model, hooks=config.hooks, attention=config.attention, compile=config.compile
-        )
-        if hooks:
-            self.model.use(hooks=hooks)
-        if config.context > self.model.context:
-            raise UserError(
-                f"stream.context: {config.context} is not allowed; {config.model} has at most {self.model.context}"
+        self._model, self._text, self._text_seed = model, rows, seed
+        if config.cache is not None:
+            manifest = read_manifest(config.cache)
+            if hooks:
+                config = config.model_copy(update={"hook": hooks[0]})
+            config, self._text_seed = manifest.settle(config), manifest.seed
+            self.source: Source = Cached(
+                str(config.cache), hooks=hooks or config.hooks, seed=seed, repeat=config.repeat
             )
-        self.text = rows or open_text(
-            config.data, config.model, self.model.tokenizer, config.context,
-            seed=seed, packing=config.packing, text_field=config.text_field, repeat=config.repeat,
-        )  # fmt: skip
-        self.source = Live(self.model, self.text, config.context, config.rows_per_forward)
-        self.d_in, self.positions = self.model.d_model, config.context
+        else:
+            self.source = self._live(config, hooks)
+            config = config.model_copy(update={"hook": self.model.hook})
+        self.config = config
+        self.d_in, self.positions = self.source.widths[str(config.hook)], config.context
         dtype = torch.float8_e4m3fn if config.buffer_dtype == "fp8" else getattr(torch, config.buffer_dtype)
         scale = 4 if dtype in LARGEST else 0
         item = sum(width * dtype.itemsize + scale for width in self.source.widths.values()) + 24  # bytes of a token
@@ -70,9 +71,7 @@ class ActivationStream:
                 f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must hold at least two sequences "
                 f"({2 * config.context})"
             )
-        self.config = config.model_copy(
-            update={"hook": self.model.hook, "buffer_tokens": self.buffer_tokens, "buffer_gb": None}
-        )
+        self.config = config.model_copy(update={"buffer_tokens": self.buffer_tokens, "buffer_gb": None})
         self.watch = Stopwatch(self.source.device)
         self._sequences = config.mode == "sequences"
         self.dropped = {"special": 0, "high_norm": 0}
@@ -87,12 +86,48 @@ class ActivationStream:
         except RuntimeError:  # torch's word for out of memory
             raise UserError(
                 f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; "
-                f"it takes {self.buffer_tokens * item / 2**30:,.1f} GiB, more than {self.model.device} has"
+                f"it takes {self.buffer_tokens * item / 2**30:,.1f} GiB, more than {self.source.device} has"
             ) from None
+
+    def _live(self, config: StreamConfig, hooks: Sequence[str]) -> Live:
+        self.config = config
+        if hooks:
+            self.model.use(hooks=hooks)
+        if config.context > self.model.context:
+            raise UserError(
+                f"stream.context: {config.context} is not allowed; {config.model} has at most {self.model.context}"
+            )
+        return Live(self.model, self.text, config.context, config.rows_per_forward)
+
+    @property
+    def model(self) -> LanguageModel:
+        """The language model; with a cache, loaded when it is first asked for."""
+        if self._model is None:
+            config = self.config
+            self._model = LanguageModel(
+                config.model, hooks=config.hooks, attention=config.attention, compile=config.compile
+            )
+        return self._model
+
+    @property
+    def text(self) -> RowSource:
+        """The rows of text; with a cache, opened when they are first asked for, at their beginning."""
+        if self._text is None:
+            config = self.config
+            self._text = open_text(
+                config.data, config.model, self.model.tokenizer, config.context, seed=self._text_seed,
+                packing=config.packing, text_field=config.text_field, repeat=config.repeat,
+            )  # fmt: skip
+        return self._text
+
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
+        return self._model.name if self._model is not None else self.config.model
 
     def config_at(self, hook: str | None, target: str | None) -> StreamConfig:
         """The settings, with the places that a dictionary looks at."""
-        return self.config.model_copy(update={"hook": hook or self.model.hook, "target": target})
+        return self.config.model_copy(update={"hook": hook or self.config.hook, "target": target})
 
     def next(self, n: int) -> Batch:
         """The next `n` tokens (in sequences: n // T rows), without replacement from the buffer; fewer, or none, where the
@@ -137,7 +172,7 @@ class ActivationStream:
 
     def _fill(self) -> Batch | None:
         """The source's next activations, filtered; sequences in rows of T."""
-        with self.watch("model"):
+        with self.watch(self.source.label):
             fresh = self.source.next()
         if fresh is None:
             return None

@@ -14,14 +14,19 @@ class Source(Protocol):
     """Activations in the order of the text.
 
     `next` gives those of some whole rows, [M, D] for each hook, every token but padding, with `kept` [M] false for the
-    tokenizer's own tokens (`<bos>` and the like); None when there are no more. `counts` are of what was read so far. `state`
-    is all that is needed to go on exactly here.
+    tokenizer's own tokens (`<bos>` and the like, `special`); None when there are no more. `counts` are of what was read so
+    far. `state` is all that is needed to go on exactly here. `name` is what messages call the text, and `label` what the
+    time spent in `next` is called.
     """
 
+    label: str
+    special: Tensor
     widths: dict[str, int]
     positions: int
     device: torch.device
 
+    @property
+    def name(self) -> str: ...
     @property
     def counts(self) -> dict[str, int]: ...
     def next(self) -> Batch | None: ...
@@ -32,10 +37,16 @@ class Source(Protocol):
 class Live:
     """A language model over rows of text, `rows_per_forward` at a time."""
 
+    label = "model"
+
     def __init__(self, model: LanguageModel, text: RowSource, positions: int, rows_per_forward: int):
         self.model, self.text, self.positions, self.rows_per_forward = model, text, positions, rows_per_forward
         self.widths, self.device = model.widths, model.device
         self.special = torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.int64)
+
+    @property
+    def name(self) -> str:
+        return self.text.name
 
     @property
     def counts(self) -> dict[str, int]:

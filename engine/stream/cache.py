@@ -1,0 +1,475 @@
+"""A disk cache: what a model gives for a text, written once, and read as often as wanted in any order.
+
+DIR/
+  cache.json                   format, settings of the stream, hooks and widths, and of every shard its size, its blocks
+                               with their checksums, and the place in the text behind it
+  shard_00000.safetensors ...  per hook acts.HOOK [M, D]; pos, token [M] int32; document, row [M] int64; kept [M] bool
+
+Every token but padding is stored, whole rows only, and `kept` is false for the tokenizer's own tokens, as a `Live` source
+gives them. A shard is read in blocks, runs of whole rows with a CRC-32 of each tensor's bytes, so that what is read is
+checked and nothing else needs to be. Files are written beside their places and moved there, cache.json after the shard that
+it names, so that a cache is whole at any moment.
+"""
+
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import Config, Count, StreamConfig
+from ..errors import UserError
+from ..progress import progress_bar
+from .buffer import PLACES, Batch
+from .live import Live
+from .model import LanguageModel
+from .text import RowSource, open_text
+
+FORMAT = "temposae-cache/1"
+MANIFEST = "cache.json"
+BLOCK = 4096  # tokens of a block, and as many more as its last row has
+_TEMPORARY = ".writing-"
+_OF_THE_TEXT = ("model", "data", "text_field", "context", "packing")  # settings that a cache decides
+_OF_THE_MODEL = ("attention", "compile")  # and those that it proposes
+_PLACES = (*PLACES, "kept")
+_DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Shard(Config):
+    """A file of `tokens` activations, `kept` of them of no special tokens, in `rows` rows. Block b ends before token
+    `ends[b]` and has CRC-32 `crc32[tensor][b]`; `header` is that of what precedes the tensors. `place`: the text's state
+    behind it."""
+
+    file: str
+    tokens: int
+    kept: int
+    rows: int
+    bytes: int
+    header: int
+    ends: tuple[int, ...]
+    crc32: dict[str, tuple[int, ...]]
+    place: dict[str, tuple[int, ...]]
+
+
+class Manifest(Config):
+    """What cache.json holds. `tokens`: those kept so far, of `wanted`; `seed` is of the text."""
+
+    format: str
+    stream: StreamConfig
+    seed: int
+    hooks: dict[str, int]
+    dtype: Literal["float32", "bfloat16"]
+    positions: int
+    special: tuple[int, ...]
+    wanted: Count
+    shard_mb: float
+    tokens: int = 0
+    complete: bool = False
+    shards: tuple[Shard, ...] = ()
+
+    def place(self, folder: str | Path, hook: str | None, layer: int | None = None) -> str:
+        """The cached hook of this name, or at the residual stream after this layer; the first if neither is given."""
+        if hook is None and layer is None:
+            return next(iter(self.hooks))
+        name = hook or f"blocks.{layer}.hook_resid_post"
+        if name not in self.hooks:
+            field = f"stream.hook: {name}" if hook else f"layer: {layer}"
+            raise UserError(f"{field} is not allowed; the cache {folder} has {', '.join(self.hooks)}")
+        return name
+
+    def settle(self, config: StreamConfig, layer: int | None = None) -> StreamConfig:
+        """`config`, whose `cache` this is, with what the cache decides. Raises UserError for what contradicts it."""
+        update: dict[str, Any] = {}
+        for name in (*_OF_THE_TEXT, *_OF_THE_MODEL):
+            own, given = getattr(self.stream, name), getattr(config, name)
+            if name not in config.model_fields_set:
+                update[name] = own
+            elif name in _OF_THE_TEXT and given != own:
+                raise UserError(
+                    f"stream.{name}: {given} is not allowed; the cache {config.cache} was made with {name} {own}"
+                )
+        if config.target is not None:
+            update["target"] = self.place(str(config.cache), config.target, None)
+        return config.model_copy(update=update | {"hook": self.place(str(config.cache), config.hook, layer)})
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The cache.json of a cache. Raises UserError for what is none, and for a damaged one."""
+    path = Path(folder).expanduser() / MANIFEST
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"cache: {folder} holds no {MANIFEST}; give a folder that `temposae cache` made") from None
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, no JSON
+        raise UserError(f"cache: {path} is damaged or can't be read ({error})") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        kind = found.get("format") if isinstance(found, dict) else type(found).__name__
+        raise UserError(f"cache: {path} has format {kind!r}; this version reads {FORMAT}")
+    try:
+        return Manifest(**found)
+    except UserError as error:
+        raise UserError(f"cache: {path} is damaged ({error})") from None
+
+
+def write_cache(
+    folder: str | Path,
+    config: StreamConfig,
+    tokens: int,
+    *,
+    hooks: Sequence[str] = (),
+    layers: Sequence[int] = (),
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    shard_mb: float = 256,
+    resume: bool = False,
+    model: LanguageModel | None = None,
+    rows: RowSource | None = None,
+) -> Manifest:
+    """Run the model over the text, once, and write what passes the hooks until `tokens` kept tokens are there.
+
+    It ends behind the forward pass that reaches that number, or where the text does. `hooks` or `layers` say what to
+    read, else `config.hook`; a shard is closed by the forward pass that makes it `shard_mb` * 10^6 bytes. With `resume`,
+    what was stopped goes on behind its last whole shard, and leaves the files that it would have left without the stop.
+
+    Raises UserError for a folder that holds anything else, for other settings than those that it began with, and for a disk
+    that refuses; what was written before stays valid.
+    """
+    folder = Path(folder).expanduser()
+    if tokens < 1:
+        raise UserError(f"tokens: {tokens} is not allowed; it must be at least 1")
+    if not (math.isfinite(shard_mb) and shard_mb > 0):
+        raise UserError(f"shard_mb: {shard_mb} is not allowed; it must be greater than 0")
+    held = _begun(folder, resume)
+    named = list(hooks) or ([config.hook] if config.hook is not None and not layers else [])
+    if model is None:
+        model = LanguageModel(
+            config.model, hooks=named, layers=layers, attention=config.attention, compile=config.compile
+        )
+    elif named or layers:
+        model.use(hooks=named, layers=layers)
+    if config.context > model.context:
+        raise UserError(f"stream.context: {config.context} is not allowed; {config.model} has at most {model.context}")
+    text = rows or open_text(
+        config.data, config.model, model.tokenizer, config.context,
+        seed=seed, packing=config.packing, text_field=config.text_field, repeat=False,
+    )  # fmt: skip
+    live = Live(model, text, config.context, config.rows_per_forward)
+    stream = config.model_copy(update={"hook": model.hook, "repeat": False, "cache": None})
+    manifest = Manifest(
+        format=FORMAT, stream=stream, seed=seed, hooks=model.widths, dtype=dtype, positions=config.context,
+        special=tuple(live.special.tolist()), wanted=tokens, shard_mb=shard_mb,
+    )  # fmt: skip
+    if held is not None:
+        _same(folder, held, manifest)
+        manifest = held
+        if manifest.shards:
+            live.load_state({key: torch.tensor(value) for key, value in manifest.shards[-1].place.items()})
+    else:
+        _write_manifest(folder, manifest)
+    with progress_bar("caching", tokens, "tokens", manifest.tokens) as bar:
+        while not manifest.complete:
+            parts: list[dict[str, Tensor]] = []
+            size, kept = 0, manifest.tokens
+            while size < shard_mb * 1e6 and kept < tokens and (batch := live.next()) is not None:
+                parts.append(_as_stored(batch, getattr(torch, dtype)))
+                size += sum(value.nbytes for value in parts[-1].values())
+                fresh = int(parts[-1]["kept"].sum())
+                kept += fresh
+                bar.advance(fresh)
+            if parts:
+                shard = _write_shard(folder, len(manifest.shards), parts, live.state())
+                manifest = manifest.model_copy(update={"shards": (*manifest.shards, shard), "tokens": kept})
+            if not parts or kept >= tokens:
+                manifest = manifest.model_copy(update={"complete": True})
+            _write_manifest(folder, manifest)
+        if manifest.tokens < tokens:
+            bar.note(f"data: {text.name} ended after {manifest.tokens:,} of {tokens:,} tokens")
+    return manifest
+
+
+class Cached:
+    """The activations of a cache, a block of whole rows at a time, in an order of all its blocks that `seed` decides.
+
+    Every epoch has an order of its own; after the first the cache begins again (`repeat`), or ends. `hooks`: those to read,
+    all unless given. Of the files only the block that is wanted is read, and its checksums are compared; sizes are compared
+    when the cache is opened. A `Source`; `counts` are rows, tokens and epoch.
+    """
+
+    label = "cache"
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        hooks: Sequence[str] = (),
+        seed: int = 0,
+        repeat: bool = True,
+        device: str | torch.device | None = None,
+    ):
+        self.folder = Path(folder).expanduser()
+        self.manifest = read_manifest(folder)
+        names = tuple(dict.fromkeys(self.manifest.place(folder, hook) for hook in hooks)) or tuple(self.manifest.hooks)
+        self.widths = {name: self.manifest.hooks[name] for name in names}
+        self.name, self.positions = f"the cache {folder}", self.manifest.positions
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.special = torch.tensor(self.manifest.special, dtype=torch.int64)
+        self.seed, self.repeat = seed, repeat
+        if not self.manifest.shards:
+            raise UserError(f"cache: {folder} holds no activations yet; `temposae cache --resume` goes on with it")
+        self._headers = [_header(self.folder / shard.file, shard) for shard in self.manifest.shards]
+        self._blocks = [(s, b) for s, shard in enumerate(self.manifest.shards) for b in range(len(shard.ends))]
+        sums = json.dumps([shard.crc32 for shard in self.manifest.shards])
+        self._identity = zlib.crc32(sums.encode())
+        self._epoch = self._at = 0  # of the epoch's order, so many blocks are served
+        self._rows = self._tokens = 0
+        self._order = self._permuted()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"rows": self._rows, "tokens": self._tokens, "epoch": self._epoch}
+
+    def next(self) -> Batch | None:
+        if self._at == len(self._order):
+            if not self.repeat:
+                return None
+            self._epoch, self._at = self._epoch + 1, 0
+            self._order = self._permuted()
+        batch = self._read(*self._blocks[self._order[self._at]])
+        self._at += 1
+        self._rows += 1 + int(batch.row.diff().count_nonzero())
+        self._tokens += len(batch)
+        kept, batch.kept = batch.kept, None
+        batch = batch.each(lambda value: value.to(self.device, non_blocking=True))
+        batch.kept = kept
+        return batch
+
+    def state(self) -> dict[str, Tensor]:
+        return {"cache": torch.tensor((self._identity, self._epoch, self._at, self._rows, self._tokens))}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        identity, self._epoch, self._at, self._rows, self._tokens = state["cache"].tolist()
+        if identity != self._identity:
+            raise UserError(f"stream.cache: {self.folder} is not the cache that the run was trained on; it has changed")
+        self._order = self._permuted()
+
+    def _permuted(self) -> list[int]:
+        return np.random.default_rng((self.seed, self._epoch)).permutation(len(self._blocks)).tolist()
+
+    def _read(self, number: int, block: int) -> Batch:
+        """One block, on the CPU. Read and not mapped: a map of a file that is cut meanwhile kills the process."""
+        shard, header = self.manifest.shards[number], self._headers[number]
+        path = self.folder / shard.file
+        start, end = shard.ends[block - 1] if block else 0, shard.ends[block]
+        found: dict[str, Tensor] = {}
+        try:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                for name in (*(f"acts.{hook}" for hook in self.widths), *_PLACES):
+                    at, dtype, shape = header[name]
+                    value = torch.empty(end - start, *shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+                    raw = _bytes(value)
+                    step = len(raw) // (end - start)
+                    if not _fill(handle, raw, at + start * step) or zlib.crc32(raw) != shard.crc32[name][block]:
+                        raise UserError(
+                            f"cache: {path} is damaged in block {block} ({name}); it is not what was written there, "
+                            "and the cache must be made again"
+                        )
+                    found[name] = value
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise UserError(f"cache: {path} can't be read ({error.strerror})") from None
+        return Batch.from_tensors(found)
+
+
+class _Stored(NamedTuple):
+    """Where a tensor begins in its file, its dtype, and its shape but for the first dimension."""
+
+    at: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def _header(path: Path, shard: Shard) -> dict[str, _Stored]:
+    """Where the tensors of a shard lie, once it has the size and the header that it was written with."""
+    try:
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise UserError(f"cache: {path} is damaged; it has {size} bytes of {shard.bytes}")
+        with path.open("rb") as file:
+            length = file.read(8)
+            text = file.read(min(int.from_bytes(length, "little"), size))
+    except FileNotFoundError:
+        raise UserError(f"cache: {path} is missing; it must be there with {shard.bytes} bytes") from None
+    except OSError as error:
+        raise UserError(f"cache: {path} can't be read ({error.strerror})") from None
+    if zlib.crc32(length + text) != shard.header:
+        raise UserError(f"cache: {path} is damaged in its header; the cache must be made again")
+    behind = 8 + len(text)
+    return {
+        name: _Stored(behind + value["data_offsets"][0], _DTYPES[value["dtype"]], tuple(value["shape"][1:]))
+        for name, value in json.loads(text).items()
+    }
+
+
+def _begun(folder: Path, resume: bool) -> Manifest | None:
+    """The cache to go on with, if any, cleared of what a kill left half done. Refuses a folder that holds anything else."""
+    try:
+        if not folder.exists():
+            folder.mkdir(parents=True)
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"out: {folder} can't be written ({error.strerror}); give a folder to make") from None
+    if names and not resume:
+        hint = "--resume goes on with it" if MANIFEST in names else "give a new folder"
+        raise UserError(f"out: {folder} exists and is not empty; {hint}")
+    held = read_manifest(folder) if MANIFEST in names else None
+    shards = held.shards if held is not None else ()
+    for shard in shards:
+        _header(folder / shard.file, shard)
+    # the next shard may be there without being in cache.json yet
+    half_done = [name for name in names if name.startswith(_TEMPORARY) or name == _shard_name(len(shards))]
+    known = {MANIFEST, *(shard.file for shard in shards), *half_done}
+    if others := [name for name in names if name not in known]:
+        raise UserError(f"out: {folder} holds {others[0]}, which is no part of a cache; give a new folder")
+    for name in half_done:
+        (folder / name).unlink()
+    return held
+
+
+def _same(folder: Path, held: Manifest, wanted: Manifest) -> None:
+    """Refuse to go on with other settings than a cache began with, by the first that differs."""
+    for name in ("seed", "hooks", "dtype", "shard_mb", "positions", "wanted", "special"):
+        own, given = getattr(held, name), getattr(wanted, name)
+        if own != given or (name == "hooks" and list(own) != list(given)):
+            label = "tokens" if name == "wanted" else name
+            own, given = (", ".join(v) if isinstance(v, Mapping) else v for v in (own, given))
+            raise UserError(f"resume: {label} {given} is not allowed; {folder} began with {own}")
+    for name, own in held.stream:
+        given = getattr(wanted.stream, name)
+        if own != given:
+            raise UserError(f"resume: stream.{name} {given} is not allowed; {folder} began with {own}")
+
+
+def _as_stored(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A batch's tensors by name, on the CPU, activations in the cache's dtype."""
+    return {
+        name: (value.to(dtype) if name.startswith("acts.") else value).cpu().contiguous()
+        for name, value in batch.tensors().items()
+    }
+
+
+def _write_shard(folder: Path, number: int, parts: list[dict[str, Tensor]], place: dict[str, Tensor]) -> Shard:
+    """Write a shard of these parts, which it takes apart as it goes, so that no second copy is held."""
+    file = _shard_name(number)
+    row, kept = (torch.cat([part[name] for part in parts]) for name in ("row", "kept"))
+    ends = _ends(row)
+    header: dict[str, Any] = {}
+    at = 0
+    # the widest elements first, so that each is aligned: what safetensors does, too
+    for name in sorted(parts[0], key=lambda name: (-parts[0][name].itemsize, name)):
+        first = parts[0][name]
+        size = sum(part[name].nbytes for part in parts)
+        shape = [len(row), *first.shape[1:]]
+        header[name] = {"dtype": _NAMES[first.dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    crc32: dict[str, tuple[int, ...]] = {}
+
+    def chunks():
+        yield head
+        for name in header:
+            raw = _bytes(torch.cat([part.pop(name) for part in parts]))
+            step = len(raw) // len(row)
+            crc32[name] = tuple(zlib.crc32(raw[a * step : b * step]) for a, b in zip((0, *ends), ends, strict=False))
+            yield raw
+
+    size = _write(folder, file, chunks())
+    return Shard(
+        file=file, tokens=len(row), kept=int(kept.sum()), rows=1 + int(row.diff().count_nonzero()), bytes=size,
+        header=zlib.crc32(head), ends=ends, crc32=crc32,
+        place={key: tuple(value.tolist()) for key, value in place.items()},
+    )  # fmt: skip
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    found = manifest.model_dump(mode="json")
+    shards = ",".join("\n  " + json.dumps(shard, separators=(",", ":")) for shard in found.pop("shards"))
+    text = json.dumps(found, indent=1).removesuffix("\n}") + f',\n "shards": [{shards}\n ]\n}}\n'
+    _write(folder, MANIFEST, [text.encode()])
+
+
+def _write(folder: Path, file: str, chunks: Any) -> int:
+    """Write a file beside its place and move it there once it is on the disk; gives its size."""
+    path, fresh = folder / file, folder / (_TEMPORARY + file)
+    try:
+        try:
+            with fresh.open("wb") as out:
+                for chunk in chunks:
+                    out.write(chunk)
+                out.flush()
+                os.fsync(out.fileno())
+                size = out.tell()
+            os.replace(fresh, path)
+            _flush(folder)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"out: {path} can't be written ({error.strerror}); what was written before is whole, and --resume goes on "
+            "from there"
+        ) from None
+    return size
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _ends(row: Tensor) -> tuple[int, ...]:
+    """Where the blocks of these rows [M] end: each at the end of a row, with `BLOCK` tokens or more."""
+    edges = [*(row.diff().nonzero().flatten() + 1).tolist(), len(row)]
+    ends, start = [], 0
+    for edge in edges:
+        if edge - start >= BLOCK:
+            ends.append(edge)
+            start = edge
+    if ends and len(row) - start < BLOCK // 2:  # a small rest goes with the last one
+        ends.pop()
+    return (*ends, len(row)) if not ends or ends[-1] != len(row) else tuple(ends)
+
+
+def _shard_name(number: int) -> str:
+    return f"shard_{number:05d}.safetensors"
+
+
+def _bytes(value: Tensor) -> memoryview:
+    """The bytes of a tensor [N, ...], in its own memory."""
+    return value.view(torch.uint8).flatten().numpy().data
+
+
+def _fill(handle: int, into: memoryview, at: int) -> bool:
+    """Fill `into` with a file's bytes from `at` on; whether there were so many."""
+    done = 0
+    while done < len(into):
+        count = os.preadv(handle, [into[done:]], at + done)
+        if not count:
+            return False
+        done += count
+    return True
