@@ -79,6 +79,10 @@ def train(
     cache: Annotated[
         Path | None, typer.Option(help="Read activations from this folder, which `temposae cache` made.")
     ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(help="Train on the activations in this .npy, .safetensors or .pt file, without a model."),
+    ] = None,
     d_sae: Annotated[int | None, typer.Option(help="F, the number of latents. [8 times the model's width]")] = None,
     k: Annotated[int | None, typer.Option(help="Latents kept per token. [32]")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [2e-4 * sqrt(2^14 / F)]")] = None,
@@ -112,6 +116,7 @@ def train(
             "layer": layer,
             "data": data,
             "cache": None if cache is None else str(cache),
+            "activations": None if activations is None else str(activations),
         },
         "sae": {"d_sae": d_sae, "k": k},
         "train": {"lr": lr, "tokens": tokens, "seed": seed},
@@ -125,7 +130,7 @@ def train(
     else:
         settings = expand(_merge(read_yaml(config) if config else {}, given))
     first = next(iter(settings.values())).get("stream") or {}
-    origin = Path(first.get("cache") or first.get("model", "testbed"))
+    origin = Path(first.get("cache") or first.get("activations") or first.get("model", "testbed"))
     folder = out or Path("runs") / f"{origin.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not resume:
         check_free(folder)
@@ -140,6 +145,8 @@ def train(
     write_json(folder / "summary.json", summary)
     write_json(json_file, summary)
     _runs_table(summary)
+    if stream.own is not None:
+        print("CE recovered needs a language model; the other figures are of the activations alone")
     print(f"run folder: {folder}   figures: {folder / 'figures'}   {summary['seconds']:.0f} s")
 
 
@@ -374,6 +381,11 @@ def _stream_of(
     from .engine.stream import ActivationStream, LanguageModel
 
     found.expect("sae")
+    if found.run is not None and found.run.stream.activations is not None and model is None:
+        raise UserError(
+            f"model: {found.folder} was trained on {found.run.stream.activations}, without a model; give --model, and "
+            "--hook or --layer"
+        )
     if found.run is None and model is None:
         raise UserError(
             f"model: {found.folder} does not say what it was trained on; give --model, and --hook or --layer"

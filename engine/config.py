@@ -124,6 +124,7 @@ class StreamConfig(Config):
 
     `cache`: a folder that `temposae cache` made. Activations are read from there, and it decides model, data, text_field,
     context and packing; `hook` is one of those that it holds. The model and its text are loaded for evaluation only.
+    `activations`: a .npy, .safetensors or .pt file of activations from anywhere, [M, D] or [R, T, D], in place of a model.
     """
 
     model: str = "testbed"
@@ -131,6 +132,7 @@ class StreamConfig(Config):
     target: str | None = None
     data: str | None = None
     cache: str | None = None
+    activations: str | None = None
     text_field: str = "text"
     context: Annotated[int, Field(ge=2)] = 128
     packing: bool = False

@@ -10,6 +10,7 @@ from .config import MaskConfig, RunConfig, SAEConfig, StreamConfig, TrainConfig
 from .errors import UserError, near
 from .stream import LanguageModel
 from .stream.cache import read_manifest
+from .stream.own import open_file, settle
 
 #: settings of `train` that are one for all dictionaries of a stream
 _COMMON = ("batch", "checkpoint_every_steps", "log")
@@ -110,6 +111,15 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | 
                 raise UserError("stream.hook: give a hook or a layer, not both")
             _run(given, streams[name], *([1] * (1 if streams[name].target is None else 2)))
     first = next(iter(streams.values()))
+    if first.activations is not None:
+        source = open_file(first.activations)
+        settled = {}
+        for name, stream in streams.items():
+            with _named(name):
+                if layers[name] is not None:
+                    raise UserError(f"layer: {layers[name]} is not allowed with activations, which have no model")
+                settled[name] = settle(stream, source)
+        return None, _resolved(settings, settled, source.widths)
     if first.cache is not None:
         manifest = read_manifest(first.cache)
         settled = {}

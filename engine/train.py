@@ -17,14 +17,15 @@ from torch import Tensor
 
 from . import checkpoint
 from .center import center
-from .config import RunConfig, SAEConfig, SweepConfig, TrainConfig
+from .config import RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig
 from .errors import Stopped, UserError
 from .folder import CONFIG, begin, check_free, read_settings, report, rewind
 from .loggers import open_loggers
 from .optim import Cohort, Learner, together
 from .progress import progress_bar
 from .sae import SparseAutoencoder
-from .stream import ActivationStream
+from .stream import ActivationStream, Own
+from .stream.own import held_out_scores
 
 CHECKPOINT_SECONDS = 600  # between checkpoints, where the settings don't say how many steps
 
@@ -32,16 +33,18 @@ CHECKPOINT_SECONDS = 600  # between checkpoints, where the settings don't say ho
 @dataclass
 class Run:
     """What `train` gives back. `metrics`: one dict per report, as in metrics.jsonl. `random`: the control, if trained.
-    `failed`: why it was stopped before its end, if it was."""
+    `failed`: why it was stopped before its end, if it was. `held_out`: of arrays, the scores of both on
+    the rows kept apart."""
 
     sae: SparseAutoencoder
     random: SparseAutoencoder | None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     failed: str | None = None
+    held_out: dict[str, dict[str, float]] | None = None
 
 
 def train(
-    stream: ActivationStream,
+    stream: ActivationStream | Any,
     sae: SAEConfig,
     config: TrainConfig | None = None,
     *,
@@ -53,6 +56,9 @@ def train(
 
         run = train(ActivationStream(StreamConfig(model="testbed")), SAEConfig(d_in=128, d_sae=1024))
 
+    In place of a stream may be activations from anywhere: a tensor, an array or a memory map [M, D] or [R, T, D], a dict of
+    `x`, `pos` and the like, or an iterable of chunks (`Own` says more).
+
     With `out`, a run folder is written: config.yaml (resolved), metrics.jsonl (a line every `log_every_steps`), and
     checkpoints/ (the last two). With `resume`, the run in `out` goes on from its last checkpoint and ends with the weights
     that it would have had without the stop. The same seed gives the same metrics, fields that tell times apart. On SIGINT
@@ -61,8 +67,18 @@ def train(
     Raises UserError for a width that is not the stream's, for an `out` that can't be written or holds a run already,
     for activations that are not finite, and for a loss that isn't.
     """
-    run = RunConfig(stream=stream.config, sae=sae, train=config or TrainConfig())
-    return _Training(stream, {"": run}, out, resume).run()[""]
+    config = config or TrainConfig()
+    if not isinstance(stream, ActivationStream):
+        own = stream if isinstance(stream, Own) else Own(stream, seed=config.seed)
+        most = max(config.tokens, 2 * config.batch)
+        stream = ActivationStream(StreamConfig(), tokens=most, seed=config.seed, own=own)
+    run = RunConfig(stream=stream.config, sae=sae, train=config)
+    trained = _Training(stream, {"": run}, out, resume).run()[""]
+    if stream.own is not None:
+        parts = {"sae": trained.sae} | ({"random": trained.random} if trained.random is not None else {})
+        scores = {part: held_out_scores(one, stream.own) for part, one in parts.items()}
+        trained.held_out = {part: found for part, found in scores.items() if found is not None} or None
+    return trained
 
 
 def train_together(
@@ -361,7 +377,7 @@ def _check(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> None
                     f"{inside}train.{common}: {getattr(run.train, common)} is not allowed; it is "
                     f"{getattr(first, common)} for all dictionaries of a stream"
                 )
-        run.sae.mask.check_context(stream.positions)
+        stream.check_mask(run.sae.mask)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from ..engine import checkpoint
 from ..engine.checkpoint import Checkpoint
 from ..engine.folder import read_metrics
 from ..engine.sae import SparseAutoencoder
-from ..engine.stream import ActivationStream
+from ..engine.stream import ActivationStream, Own
+from ..engine.stream.own import held_out_scores
 from ..engine.train import Run, train
 from .core import check_fits, core
 from .figures import draw, draw_pareto
@@ -28,19 +29,39 @@ def evaluate_runs(folder: Path, runs: dict[str, Run], stream: ActivationStream) 
             continue
         last = checkpoint.find(folder / name)
         assert last.run is not None
-        stream.model.use(hooks=last.run.stream.hooks)
-        result = evaluate(last, stream, folder / name)
-        found[name] = {key: result[key] for key in SCORES} | {
-            "controls": {control: {key: r[key] for key in SCORES} for control, r in result["controls"].items()},
+        settings = {
             "hook": last.run.stream.hook,
             "activation": last.run.sae.activation,
             "d_sae": last.run.sae.d_sae,
             "tokens": run.metrics[-1]["tokens"],
         }
+        if stream.own is not None:
+            found[name] = _without_model(run, stream.own) | settings
+            continue
+        stream.model.use(hooks=last.run.stream.hooks)
+        result = evaluate(last, stream, folder / name)
+        controls = {control: {key: r[key] for key in SCORES} for control, r in result["controls"].items()}
+        found[name] = {key: result[key] for key in SCORES} | {"controls": controls} | settings
     if "" in found:
         return found[""]
     draw_pareto(folder / "figures", {name: scores for name, scores in found.items() if "failed" not in scores})
     return {"dictionaries": found}
+
+
+def _without_model(run: Run, own: Own) -> dict[str, Any]:
+    """Scores on the activations held out, else those of training's last report; CE needs a model and is None."""
+
+    def scores(sae: SparseAutoencoder, line: dict[str, Any]) -> dict[str, Any]:
+        held_out = held_out_scores(sae, own)
+        measured = held_out or {"explained_variance": 1 - line["fvu"], **line}
+        found = {key: measured.get(key) for key in SCORES}
+        return found | {"measured_on": "held-out rows" if held_out else "training"}
+
+    last = run.metrics[-1]
+    found = scores(run.sae, last)
+    controls = {} if run.random is None else {"random": scores(run.random, last["random"])}
+    mean = dict.fromkeys(SCORES) | {"explained_variance": 0.0, "l0": 0.0, "dead_fraction": 1.0}
+    return found | {"controls": {**controls, "mean": mean}}
 
 
 def evaluate(found: Checkpoint, stream: ActivationStream, run: Path | None) -> dict[str, Any]:

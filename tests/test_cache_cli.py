@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from temposae.engine.stream.cache import read_manifest
@@ -124,7 +125,7 @@ def test_a_damaged_shard_stops_training_with_one_line(place):
 
 @pytest.mark.slow
 def test_kill_9_and_resume_leaves_the_same_files(tmp_path):
-    command = [sys.executable, "-m", "temposae.cli", "cache", "--tokens", "60000", "--shard-mb", "1", "--out"]
+    command = [sys.executable, "-m", "temposae.cli", "cache", "--tokens", "25000", "--shard-mb", "1", "--out"]
     subprocess.run([*command, tmp_path / "whole"], check=True)
     kills = 0
     while True:
@@ -143,3 +144,24 @@ def test_kill_9_and_resume_leaves_the_same_files(tmp_path):
     assert kills >= 2
     expected, found = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "killed"))
     assert found == expected
+
+
+def test_train_on_activations_of_ones_own(place):
+    np.save("mine.npy", np.random.default_rng(0).normal(size=(200, 16, 24)).astype(np.float32))
+    code, out, err = run("train", "tiny.yaml", "--activations", "mine.npy", *FLAGS, "--out", "own")
+    assert code == 0, err
+    assert "CE recovered needs a language model" in out
+    assert "random control" in out
+    summary = json.loads((place / "own" / "summary.json").read_text())
+    assert summary["measured_on"] == "held-out rows"
+    assert summary["ce_recovered"] is None
+    code, _, err = run("train", "--out", "own", "--resume")
+    assert code == 0, err
+    again = json.loads((place / "own" / "summary.json").read_text())
+    assert again["explained_variance"] == summary["explained_variance"]
+    code, _, err = run("eval", "core", "--sae", "own")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "without a model; give --model" in err
+    code, _, err = run("train", "tiny.yaml", "--activations", "mine.npy", "--model", "testbed", "--out", "other")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "stream.model: testbed is not allowed with activations" in err

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..config import StreamConfig
+from ..config import MaskConfig, StreamConfig
 from ..errors import UserError
 from ..host import tune_host
 from ..progress import ProgressBar, progress_bar
@@ -16,9 +16,10 @@ from .cache import Cached, read_manifest
 from .live import Live, Source, is_text
 from .model import LanguageModel
 from .narrow import LARGEST
+from .own import Own, open_file, settle
 from .text import RowSource, TokenRows, open_text
 
-__all__ = ["ActivationStream", "Batch", "LanguageModel", "TokenRows"]
+__all__ = ["ActivationStream", "Batch", "LanguageModel", "Own", "TokenRows"]
 
 
 class ActivationStream:
@@ -32,6 +33,7 @@ class ActivationStream:
     says which tokens those filters leave. A batch is overwritten by the next one. A ready `model` or source of `rows` may be
     given; else both are loaded as the config says. With `config.cache` activations come from there, `hooks` are those to be
     read (`config.hook` unless given), and `model` and `text` are loaded when they are first asked for.
+    With `config.activations`, or `own` ones in hand, there are neither.
     """
 
     def __init__(
@@ -43,22 +45,27 @@ class ActivationStream:
         model: LanguageModel | None = None,
         rows: RowSource | None = None,
         hooks: Sequence[str] = (),
+        own: Own | None = None,
     ):
         tune_host()
         self._model, self._text, self._text_seed = model, rows, seed
-        if config.cache is not None:
+        if own is None and config.activations is not None:
+            own = open_file(config.activations, seed=seed, repeat=config.repeat)
+        self.own = own
+        if own is not None:
+            config = settle(config, own)
+            self.source: Source = own
+        elif config.cache is not None:
             manifest = read_manifest(config.cache)
             if hooks:
                 config = config.model_copy(update={"hook": hooks[0]})
             config, self._text_seed = manifest.settle(config), manifest.seed
-            self.source: Source = Cached(
-                str(config.cache), hooks=hooks or config.hooks, seed=seed, repeat=config.repeat
-            )
+            self.source = Cached(str(config.cache), hooks=hooks or config.hooks, seed=seed, repeat=config.repeat)
         else:
             self.source = self._live(config, hooks)
             config = config.model_copy(update={"hook": self.model.hook})
         self.config = config
-        self.d_in, self.positions = self.source.widths[str(config.hook)], config.context
+        self.d_in, self.positions = self.source.widths[str(config.hook)], self.source.positions
         dtype = torch.float8_e4m3fn if config.buffer_dtype == "fp8" else getattr(torch, config.buffer_dtype)
         scale = 4 if dtype in LARGEST else 0
         item = sum(width * dtype.itemsize + scale for width in self.source.widths.values()) + 24  # bytes of a token
@@ -102,6 +109,8 @@ class ActivationStream:
     @property
     def model(self) -> LanguageModel:
         """The language model; with a cache, loaded when it is first asked for."""
+        if self.own is not None:
+            raise UserError(f"model: {self.own.name} has no language model; what needs one can't be had of it")
         if self._model is None:
             config = self.config
             self._model = LanguageModel(
@@ -123,7 +132,15 @@ class ActivationStream:
     @property
     def name(self) -> str:
         """What messages call the model."""
+        if self.own is not None:
+            return self.own.name
         return self._model.name if self._model is not None else self.config.model
+
+    def check_mask(self, mask: MaskConfig) -> None:
+        """Refuse a mask that does not fit the stream's positions, or that finds none."""
+        if mask.kind != "none" and self.own is not None and not self.own.has_positions:
+            raise UserError(f"sae.mask.kind: {mask.kind} is not allowed; {self.own.name} has no positions")
+        mask.check_context(self.positions)
 
     def config_at(self, hook: str | None, target: str | None) -> StreamConfig:
         """The settings, with the places that a dictionary looks at."""

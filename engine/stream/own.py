@@ -1,0 +1,354 @@
+"""A person's own activations: arrays, files of them, or chunks one after the other. No language model is needed."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..config import StreamConfig
+from ..errors import UserError
+from ..sae import SparseAutoencoder
+from .buffer import PLACES, Batch
+
+CHUNK = 4096  # tokens that are read at once
+HELD_OUT = 20  # of so many rows of an array, the last one is held out
+HOOK = "x"  # what the place of the activations is called
+_OTHERS = ("pos", "token", "document")
+
+
+class _Array(Protocol):
+    """A tensor, an array, a memory map or a slice of a file: what can be cut along its first dimension."""
+
+    def __getitem__(self, at: slice) -> Any: ...
+
+
+class Own:
+    """Activations in hand as a `Source`, all at the one hook `x`.
+
+    `x` is [M, D], or [R, T, D] for R rows with positions 0 to T - 1: a tensor, an array or a memory map of floats, of which
+    chunks of rows are read in an order that `seed` and the epoch decide, and of which the last twentieth of the rows is held
+    out. A dict adds `pos`, `token`, `document`, of shape [M] or [R, T]. Or an iterable of such chunks, of pairs (x, pos) or
+    dicts, taken in their order, again and again where it can be iterated over again; nothing is held out. Without positions
+    all have position 0. `positions` is how many there can be, where only later chunks would say.
+
+    Raises UserError for what is not finite, by its row, and for a shape, a width or a dtype that doesn't fit.
+    """
+
+    label = "activations"
+
+    def __init__(
+        self,
+        x: Any,
+        *,
+        name: str = "the activations",
+        seed: int = 0,
+        repeat: bool = True,
+        positions: int | None = None,
+        device: str | torch.device | None = None,
+    ):
+        self.name, self.seed, self.repeat = name, seed, repeat
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.special = torch.zeros(0, dtype=torch.int64)
+        self._arrays: dict[str, _Array] | None = None
+        self._chunks: Iterable[Any] = ()
+        self._at = self._epoch = self._rows = self._tokens = 0
+        self._first_row = 0  # of the next chunk of an iterable
+        if _is_array(x) or isinstance(x, Mapping):
+            self._arrays = dict(x) if isinstance(x, Mapping) else {"x": x}
+            shape = self._checked(self._arrays)
+            self._rows_there, self._row_shape = shape[0], shape[1:-1]
+            if shape[0] < 2:
+                raise UserError(f"activations: {name} holds {shape[0]} rows; at least 2 are needed")
+            self._held_out = max(1, shape[0] // HELD_OUT)
+            self._in_chunk = max(1, CHUNK // math.prod(self._row_shape))
+            self.has_positions = bool(self._row_shape) or "pos" in self._arrays
+            last = self._last_position() if positions is None else positions - 1
+            self._order = self._permuted()
+        elif isinstance(x, Iterable) and not isinstance(x, str | bytes):
+            self._chunks = x
+            self._once = iter(x) is x
+            self._iterator = iter(x)
+            self._next_chunk = next(self._iterator, None)
+            if self._next_chunk is None:
+                raise UserError(f"activations: {name} is empty; it must give chunks of activations")
+            first = _named(self._next_chunk)
+            shape = self._checked(first)
+            self.has_positions = len(shape) == 3 or "pos" in first
+            last = (
+                shape[1] - 1 if len(shape) == 3 else int(torch.as_tensor(first["pos"]).max()) if "pos" in first else 0
+            )
+            last = last if positions is None else positions - 1
+        else:
+            raise UserError(
+                f"activations: a {type(x).__name__} is not allowed; give a tensor, an array, or an iterable of them"
+            )
+        self.widths = {HOOK: int(shape[-1])}
+        self.positions = last + 1
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"rows": self._rows, "tokens": self._tokens, "epoch": self._epoch}
+
+    def next(self) -> Batch | None:
+        batch = self._from_array() if self._arrays is not None else self._from_chunks()
+        if batch is not None:
+            self._tokens += len(batch)
+            batch = batch.each(lambda value: value.to(self.device, non_blocking=True))
+        return batch
+
+    def held_out(self) -> Iterator[Batch]:
+        """The rows that training never sees, a chunk at a time; none of an iterable."""
+        if self._arrays is not None:
+            for start in range(self._rows_there - self._held_out, self._rows_there, self._in_chunk):
+                batch = self._cut(start, min(start + self._in_chunk, self._rows_there))
+                yield batch.each(lambda value: value.to(self.device))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"own": torch.tensor((self._at, self._epoch, self._rows, self._tokens, self._first_row))}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go back to a place; chunks that were taken before it are taken again and passed over."""
+        self._at, self._epoch, self._rows, self._tokens, self._first_row = state["own"].tolist()
+        if self._arrays is not None:
+            self._order = self._permuted()
+            return
+        if not self._once:
+            self._iterator = iter(self._chunks)
+            self._next_chunk = next(self._iterator, None)
+        for _ in range(self._at):
+            if self._next_chunk is None:
+                raise UserError(
+                    f"activations: {self.name} has changed; it gave {self._at} chunks before, and fewer now"
+                )
+            self._next_chunk = next(self._iterator, None)
+
+    def _from_array(self) -> Batch | None:
+        if self._at == len(self._order):
+            if not self.repeat:
+                return None
+            self._epoch, self._at = self._epoch + 1, 0
+            self._order = self._permuted()
+        start = self._order[self._at] * self._in_chunk
+        stop = min(start + self._in_chunk, self._rows_there - self._held_out)
+        self._at += 1
+        self._rows += stop - start
+        return self._cut(start, stop)
+
+    def _from_chunks(self) -> Batch | None:
+        if self._next_chunk is None:
+            if self._once or not self.repeat:
+                return None
+            self._epoch, self._at, self._first_row = self._epoch + 1, 0, 0
+            self._iterator = iter(self._chunks)
+            self._next_chunk = next(self._iterator, None)
+            if self._next_chunk is None:
+                raise UserError(f"activations: {self.name} gives nothing the second time; make it iterable again")
+        found = _named(self._next_chunk)
+        shape = self._checked(found, self.widths[HOOK])
+        batch = self._batch(found, self._first_row)
+        self._at += 1
+        self._rows += shape[0]
+        self._first_row += shape[0]
+        self._next_chunk = next(self._iterator, None)
+        return batch
+
+    def _permuted(self) -> list[int]:
+        count = -(-(self._rows_there - self._held_out) // self._in_chunk)
+        return np.random.default_rng((self.seed, self._epoch)).permutation(count).tolist()
+
+    def _cut(self, start: int, stop: int) -> Batch:
+        assert self._arrays is not None
+        return self._batch({name: value[start:stop] for name, value in self._arrays.items()}, start)
+
+    def _batch(self, found: Mapping[str, Any], first_row: int) -> Batch:
+        x = _tensor(found["x"])
+        x = x if x.dtype in (torch.bfloat16, torch.float16) else x.float()
+        shape = x.shape[:-1]
+        if not bool(x.sum(dtype=torch.float32).isfinite()):
+            bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten()
+            if len(bad):
+                row = first_row + int(bad[0])
+                raise UserError(
+                    f"activations: row {row} of {self.name} holds NaN or infinite values; all must be finite"
+                )
+        places = {name: torch.full(shape, -1, dtype=kind) for name, kind in PLACES.items()}
+        row = torch.arange(first_row, first_row + shape[0])
+        places["row"] = row[:, None].expand(shape) if len(shape) == 2 else row
+        places["pos"] = torch.arange(shape[-1]).expand(shape) if len(shape) == 2 else torch.zeros(shape)
+        for name in _OTHERS:
+            if name in found:
+                places[name] = _tensor(found[name])
+        pos = places["pos"]
+        if pos.numel() and not (int(pos.min()) >= 0 and int(pos.max()) < self.positions):
+            wrong = int(pos[(pos < 0) | (pos >= self.positions)][0])
+            raise UserError(
+                f"activations: position {wrong} in {self.name} is not allowed; it must be 0 to {self.positions - 1} "
+                "(`positions` of Own says how many there are)"
+            )
+        flat = {name: value.to(PLACES[name]).reshape(-1) for name, value in places.items()}
+        return Batch({HOOK: x.reshape(-1, x.shape[-1])}, **flat)
+
+    def _checked(self, found: Mapping[str, Any], width: int | None = None) -> tuple[int, ...]:
+        """The shape of x, once all shapes and dtypes are right."""
+        if "x" not in found:
+            raise UserError(f"activations: {self.name} has {', '.join(map(str, found)) or 'nothing'}; it must have x")
+        shapes = {name: tuple(int(n) for n in found[name].shape) for name in ("x", *_OTHERS) if name in found}
+        shape = shapes["x"]
+        if len(shape) not in (2, 3):
+            raise UserError(
+                f"activations: {list(shape)} of {self.name} is not allowed; x must have shape [M, D] or [R, T, D]"
+            )
+        if 0 in shape:
+            raise UserError(f"activations: {list(shape)} of {self.name} is not allowed; it holds no activations")
+        kind = _kind(found["x"])
+        if "float" not in kind and kind not in ("F16", "BF16", "F32", "F64"):
+            raise UserError(f"activations: {kind} of {self.name} is not allowed; x must be floating point")
+        for name in _OTHERS:
+            if name in shapes and shapes[name] != shape[:-1]:
+                raise UserError(
+                    f"activations: {name} of {self.name} has shape {list(shapes[name])}; x needs {list(shape[:-1])}"
+                )
+            if (
+                name in shapes
+                and "int" not in (kind := _kind(found[name]))
+                and kind not in ("I64", "I32", "I16", "I8", "U8")
+            ):
+                raise UserError(
+                    f"activations: {name} of {self.name} is {kind}, which is not allowed; it must be integer"
+                )
+        if width is not None and shape[-1] != width:
+            raise UserError(
+                f"activations: a chunk of {self.name} has width {shape[-1]}, which is not allowed; the first has {width}"
+            )
+        return shape
+
+    def _last_position(self) -> int:
+        assert self._arrays is not None
+        if "pos" in self._arrays:
+            return int(_tensor(self._arrays["pos"][0 : self._rows_there]).max())
+        return self._row_shape[0] - 1 if self._row_shape else 0
+
+
+def open_file(path: str, **options: Any) -> Own:
+    """The activations in a .npy file, a .safetensors file (`x`, optional `pos`, `token`, `document`) or a .pt file (a tensor
+    or a dict of those names), memory-mapped. Raises UserError for what is none of them, or would have to be unpickled."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"activations: {path} does not exist; give a .npy, .safetensors or .pt file")
+    if not file.stat().st_size:
+        raise UserError(f"activations: {path} is empty; it must hold activations")
+    try:
+        match file.suffix.lower():
+            case ".npy":
+                found: Any = np.load(file, mmap_mode="r", allow_pickle=False)
+            case ".safetensors":
+                opened = safe_open(file, "pt")  # kept open by its slices
+                found = {name: _Stored(opened, name) for name in ("x", *_OTHERS) if name in opened.keys()}  # noqa: SIM118
+            case ".pt":
+                found = torch.load(file, map_location="cpu", weights_only=True)
+            case suffix:
+                raise UserError(
+                    f"activations: {path} is not allowed; it must end with .npy, .safetensors or .pt, not {suffix}"
+                )
+    except UserError:
+        raise
+    except Exception as error:  # torch's unpickler raises whatever it stumbles on
+        reason = (
+            "it is no array, or one of pickled objects"
+            if "ickle" in str(error) or "weights_only" in str(error)
+            else None
+        )
+        raise UserError(
+            f"activations: {path} can't be read ({reason or ' '.join(str(error).split())[:120]}); it must hold arrays"
+        ) from None
+    if isinstance(found, Mapping):
+        found = {name: found[name] for name in ("x", *_OTHERS) if name in found}
+    elif not _is_array(found):
+        raise UserError(
+            f"activations: {path} holds a {type(found).__name__}, which is not allowed; it must be a tensor"
+        )
+    return Own(found, name=path, **options)
+
+
+def settle(config: StreamConfig, source: Own) -> StreamConfig:
+    """`config` over a person's own activations, which have no model. Raises UserError for settings that need one."""
+    for name, nothing in (("model", "none"), ("hook", HOOK), ("data", None), ("cache", None)):
+        value = getattr(config, name)
+        if name in config.model_fields_set and value not in (nothing, None):
+            raise UserError(
+                f"stream.{name}: {value} is not allowed with activations, which have no model; leave it out"
+            )
+    if config.mode == "sequences":
+        raise UserError("stream.mode: sequences is not allowed with activations; it must be tokens or grouped")
+    update = {"model": "none", "hook": HOOK, "context": max(2, source.positions)}
+    return config.model_copy(update=update)
+
+
+@torch.no_grad()
+def held_out_scores(sae: SparseAutoencoder, source: Own) -> dict[str, float] | None:
+    """`explained_variance`, `fvu`, `l0` and `dead_fraction` of a dictionary on the rows held out, which have `tokens`
+    tokens; None where there are none. FVU = sum |x - x_hat|^2 / sum |x - mu|^2, mu the mean of the same rows."""
+    error = squares = l0 = 0.0
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=source.device)
+    sae = sae.to(source.device)
+    for batch in source.held_out():
+        x = batch.x.float()
+        code = sae.encode_sparse(x, batch.pos)
+        error += float((x - sae.decode(code)).double().square().sum())
+        squares += float(x.double().square().sum())
+        total = total.to(x.device) + x.double().sum(0)
+        l0 += float(code.l0().double().sum())
+        fired[code.indices[code.live(code.values) > 0].long()] = True
+        tokens += len(x)
+    if not tokens:
+        return None
+    fvu = error / max(squares - float(total.square().sum()) / tokens, 1e-300)
+    dead = float((~fired).double().mean())
+    return {"explained_variance": 1 - fvu, "fvu": fvu, "l0": l0 / tokens, "dead_fraction": dead, "tokens": tokens}
+
+
+class _Stored:
+    """A tensor in a safetensors file, read where it is cut."""
+
+    def __init__(self, file: Any, name: str):
+        self._slice = file.get_slice(name)
+        self.shape, self.dtype = tuple(self._slice.get_shape()), self._slice.get_dtype()
+
+    def __getitem__(self, at: slice) -> Tensor:
+        return self._slice[at]
+
+
+def _kind(value: Any) -> str:
+    """The name of a dtype, without its byte order."""
+    return getattr(value.dtype, "name", str(value.dtype)).removeprefix("torch.")
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, Tensor | np.ndarray | _Stored)
+
+
+def _named(chunk: Any) -> dict[str, Any]:
+    """A chunk of an iterable as a dict of arrays."""
+    if isinstance(chunk, Mapping):
+        return dict(chunk)
+    if isinstance(chunk, tuple | list) and len(chunk) == 2 and all(map(_is_array, chunk)):
+        return {"x": chunk[0], "pos": chunk[1]}
+    if not _is_array(chunk):
+        raise UserError(
+            f"activations: a chunk that is a {type(chunk).__name__} is not allowed; give x, (x, pos) or a dict"
+        )
+    return {"x": chunk}
+
+
+def _tensor(value: Any) -> Tensor:
+    """A tensor on the CPU of a piece of an array, in memory of its own where it was mapped."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    array = np.asarray(value)
+    return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
