@@ -258,11 +258,8 @@ def open_file(path: str, **options: Any) -> Own:
     except UserError:
         raise
     except Exception as error:  # torch's unpickler raises whatever it stumbles on
-        reason = (
-            "it is no array, or one of pickled objects"
-            if "ickle" in str(error) or "weights_only" in str(error)
-            else None
-        )
+        pickled = any(word in str(error) for word in ("ickle", "weights_only", "objects"))
+        reason = "it is no array, or one of pickled objects" if pickled else None
         raise UserError(
             f"activations: {path} can't be read ({reason or ' '.join(str(error).split())[:120]}); it must hold arrays"
         ) from None
