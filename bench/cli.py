@@ -98,6 +98,29 @@ def ops(
 
 
 @bench_app.command()
+def streams(
+    preset: Annotated[
+        str | None, typer.Option(help="tiny, cpu or gpu: sizes to measure. [gpu or cpu, by device]")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Another language model, at its middle layer.")] = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time what a stream costs beside its language model: harvesting, the buffer, training 1, 8 and 32 dictionaries.
+
+    All as ratios of what takes turns in one run. On a GPU, a model of Gemma-2-2B's shape with random weights.
+    """
+    _quiet()
+    check_writable(json_file)
+    where = _where(device)
+    from . import streams as suite
+
+    found = suite.measure(suite.sizes(preset or ("gpu" if where == "cuda" else "cpu"), model), device=where)
+    write_json(json_file, found)
+    print(suite.table(found), end="")
+
+
+@bench_app.command()
 def table(
     files: Annotated[list[Path], typer.Argument(help="Files written by `bench step` or `bench ops`, --json.")],
 ) -> None:
@@ -191,26 +214,33 @@ def _begin(
 ) -> tuple[str, str, Any]:  # fmt: skip
     """Device, dtype and shapes; what can be refused is refused here."""
     _quiet()
+    check_writable(json_file)
+    where = _where(device)
+    from ..engine.errors import UserError
+    from .data import DTYPES, shapes
+
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype: {dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}")
+    own_preset, own_dtype = ("gpu", "bf16") if where == "cuda" else ("cpu", "fp32")
+    return where, dtype or own_dtype, shapes(preset or own_preset, N=n, D=d, F=f, K=k)
+
+
+def _where(device: str | None) -> str:
+    """The device that was asked for, or the one that there is; and a backend that can run there."""
     import torch
 
     from ..engine.errors import UserError
     from ..kernels.backend import why
-    from .data import DTYPES, shapes
 
-    check_writable(json_file)
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"device: {device!r} is not allowed; it must be cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' is not allowed; torch finds no GPU here")
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"dtype: {dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}")
     try:
         why()
     except ValueError as error:
         raise UserError(str(error)) from None
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    own_preset, own_dtype = ("gpu", "bf16") if where == "cuda" else ("cpu", "fp32")
-    return where, dtype or own_dtype, shapes(preset or own_preset, N=n, D=d, F=f, K=k)
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _finish(found: dict[str, Any], json_file: Path | None) -> None:

@@ -22,10 +22,17 @@ def record(cases: list[dict[str, Any]], left_out: dict[str, str], device: str) -
 
     device, versions, commit, rates, cases  and threads, when, left_out; times in milliseconds, memory in bytes.
     """
-    import torch
-
     from .data import DTYPES
     from .floors import rates_of
+
+    rates = rates_of(device, *sorted({DTYPES[case["dtype"]].itemsize for case in cases}))
+    return about(device) | {"rates": asdict(rates), "left_out": left_out, "cases": cases}
+
+
+def about(device: str) -> dict[str, Any]:
+    """What something was measured on: device, versions, commit, when, threads."""
+    import torch
+
     from .providers import versions
 
     return {
@@ -34,9 +41,6 @@ def record(cases: list[dict[str, Any]], left_out: dict[str, str], device: str) -
         "commit": commit(),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
-        "rates": asdict(rates_of(device, *sorted({DTYPES[case["dtype"]].itemsize for case in cases}))),
-        "left_out": left_out,
-        "cases": cases,
     }
 
 

@@ -1,0 +1,36 @@
+"""Memory: a run of many steps takes no more than its first part did."""
+
+from pathlib import Path
+
+import pytest
+from temposae.engine.config import SAEConfig, TrainConfig
+from temposae.engine.train import train
+
+STEPS, EARLY, BATCH = 50_000, 1_000, 32
+STATUS = Path("/proc/self/status")
+
+
+def resident() -> int:
+    """KiB of memory that this process holds."""
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmRSS"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STATUS.is_file(), reason="reads the memory held from /proc")
+def test_memory_after_50k_steps_is_that_after_1k(stream_of, monkeypatch):
+    stream = stream_of(buffer_tokens=2048)
+    held: dict[int, int] = {}
+    serve, steps = stream.next, 0
+
+    def counted(n):
+        nonlocal steps
+        if steps in (EARLY, STEPS // 2, STEPS - 1):
+            held[steps] = resident()
+        steps += 1
+        return serve(n)
+
+    monkeypatch.setattr(stream, "next", counted)
+    settings = TrainConfig(tokens=STEPS * BATCH, batch=BATCH, control=False, log_every_steps=500)
+    train(stream, SAEConfig(d_in=128, d_sae=32, k=2), settings)
+    assert steps == STEPS
+    assert held[STEPS - 1] <= 1.01 * held[EARLY], held
