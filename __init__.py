@@ -8,16 +8,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .engine.checkpoint import load as load
     from .engine.checkpoint import save as save
+    from .engine.config import RunConfig as RunConfig
     from .engine.config import SAEConfig as SAEConfig
     from .engine.config import StreamConfig as StreamConfig
     from .engine.config import TrainConfig as TrainConfig
     from .engine.sae import SparseAutoencoder as SparseAutoencoder
     from .engine.stream import ActivationStream as ActivationStream
     from .engine.train import train as train
+    from .engine.train import train_together as train_together
     from .evals import features as features
 
 _WHERE = {
     "ActivationStream": ".engine.stream",
+    "RunConfig": ".engine.config",
     "SAEConfig": ".engine.config",
     "SparseAutoencoder": ".engine.sae",
     "StreamConfig": ".engine.config",
@@ -26,10 +29,12 @@ _WHERE = {
     "load": ".engine.checkpoint",
     "save": ".engine.checkpoint",
     "train": ".engine.train",
+    "train_together": ".engine.train",
 }
 
 __all__ = [
     "ActivationStream",
+    "RunConfig",
     "SAEConfig",
     "SparseAutoencoder",
     "StreamConfig",
@@ -39,6 +44,7 @@ __all__ = [
     "load",
     "save",
     "train",
+    "train_together",
 ]
 
 

@@ -387,7 +387,8 @@ def _stop_signals(folder: Path | None) -> Iterator[list[int]]:
     if folder is None or threading.current_thread() is not threading.main_thread():
         yield got
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def note(number: int, frame: object) -> None:
         got.append(number)

@@ -65,7 +65,8 @@ def encode(
 
         features/*.parquet   document, row int64, position, token, latent int32, value float32; value > min_activation
         tokens.parquet       document, row int64, position, token int32, text, active int32 (latents above 0, stored or
-                             not), squared_error = |x - x_hat|^2 and squared_norm = |x|^2 float32
+                             not), squared_error = |x - x_hat|^2 and squared_norm = |x|^2 float32 (of a transcoder: of its
+                             target)
 
     `speed` gives tokens/s of the whole, and of the sparse and a dense encode (x @ W_enc, relu, then what the activation
     keeps, by torch), which take turns on the same first activations.
@@ -202,10 +203,10 @@ def _encoded(
     counts = {"tokens": 0, "rows": 0, "documents": 0}
     last = {"row": -1, "document": -1}
     with progress_bar("encoding", tokens, "tokens") as bar, lines:
-        for place, x in _chunks(stream, tokens, max(1, min(4096, _DENSE // sae.cfg.d_sae))):
+        for place, x, target in _chunks(stream, tokens, max(1, min(4096, _DENSE // sae.cfg.d_sae))):
             code = turns.encode(x, torch.from_numpy(place["position"]).long().to(x.device))
-            error = (x - sae.decode(code)).square().sum(1)
-            sums = torch.stack([error, x.square().sum(1)]).cpu().numpy()
+            error = (target - sae.decode(code)).square().sum(1)
+            sums = torch.stack([error, target.square().sum(1)]).cpu().numpy()
             owners, latents, values = _entries(code)
             active = np.bincount(owners, minlength=len(x)).astype(np.int32)
             of_token = {"active": active, "squared_error": sums[0], "squared_norm": sums[1]}
@@ -226,8 +227,11 @@ def _encoded(
     return {**counts, "entries": features.entries, "parts": features.parts, "speed": turns.speed()}
 
 
-def _chunks(stream: ActivationStream, tokens: int | None, size: int) -> Iterator[tuple[dict[str, np.ndarray], Tensor]]:
-    """Columns [n] that say where tokens are, and their activations x [n, D] in float32, at most `size` at a time."""
+def _chunks(
+    stream: ActivationStream, tokens: int | None, size: int
+) -> Iterator[tuple[dict[str, np.ndarray], Tensor, Tensor]]:
+    """Columns [n] that say where tokens are, their activations x [n, D] in float32, and those that a transcoder is to give
+    (else x again), at most `size` at a time."""
     left = sys.maxsize if tokens is None else tokens
     for rows in _whole_text(stream.text, stream.config.rows_per_forward):
         kept = stream.keep(rows)
@@ -238,10 +242,11 @@ def _chunks(stream: ActivationStream, tokens: int | None, size: int) -> Iterator
             "position": torch.arange(kept.shape[1], dtype=torch.int32).expand(kept.shape)[kept].numpy(),
             "token": rows.tokens[kept].int().numpy(),
         }
-        acts = stream.model.activations(rows.tokens)
-        x = acts[kept.to(acts.device)].float()
+        x, *others = (acts[kept.to(acts.device)].float() for acts in stream.model.harvest(rows.tokens).values())
+        target = others[-1] if others else x
         for start in range(0, len(x), size):
-            yield {name: column[start : start + size] for name, column in place.items()}, x[start : start + size]
+            at = slice(start, start + size)
+            yield {name: column[at] for name, column in place.items()}, x[at], target[at]
         left -= len(x)
         if not left:
             return
@@ -317,7 +322,7 @@ class _Turns:
     def _densely(self, x: Tensor, pos: Tensor) -> Any:
         """The same latents by way of all activations [N, F]."""
         sae, (_, rows, weights) = self.sae, self.sae.inputs(x, pos)
-        acts = torch.addmm(sae.b_enc, x - sae.b_dec, sae.W_enc).relu_()
+        acts = torch.addmm(sae.b_enc, x if sae.center is None else x - sae.center, sae.W_enc).relu_()
         if weights is not None and rows is not None:
             acts *= weights_at(weights, rows)
         if sae.cfg.activation == "topk":

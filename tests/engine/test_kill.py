@@ -96,7 +96,7 @@ def killed_and_resumed(mode: str, several: bool, kills: int, folder: Path) -> No
     same(folder / "whole", place)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["tokens", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, mode):
     killed_and_resumed(mode, False, 2, tmp_path)
 
@@ -108,8 +108,29 @@ def test_a_run_killed_many_times_ends_with_the_same_bits(tmp_path, mode, several
     killed_and_resumed(mode, several, 6 if several else 20, tmp_path)
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a foreground process; where tests run in the background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_is_ignored_stays_so(stream_of, tmp_path, monkeypatch, interruptible):
+    config, real = settings("tokens"), Learner.step
+    training = config.train.model_copy(update={"tokens": 512, "control": False})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def step(self, batch):
+        real(self, batch)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Learner, "step", step)
+    assert len(train(stream_of(), config.sae, training, out=tmp_path / "run").metrics) > 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_stops_and_the_run_goes_on(stream_of, tmp_path, monkeypatch, number):
+def test_a_signal_saves_and_stops_and_the_run_goes_on(stream_of, tmp_path, monkeypatch, interruptible, number):
     config = settings("tokens")
     training = config.train.model_copy(update={"checkpoint_every_steps": None})
     whole = train(stream_of(), config.sae, training)
@@ -131,7 +152,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(stream_of, tmp_path, monke
     assert all(torch.equal(value, again.sae.state_dict()[name]) for name, value in whole.sae.state_dict().items())
 
 
-def test_a_second_signal_stops_at_once(stream_of, tmp_path, monkeypatch):
+def test_a_second_signal_stops_at_once(stream_of, tmp_path, monkeypatch, interruptible):
     config, real = settings("tokens"), Learner.step
 
     def step(self, batch):
@@ -145,7 +166,7 @@ def test_a_second_signal_stops_at_once(stream_of, tmp_path, monkeypatch):
     assert checkpoint.all_in(tmp_path / "run") == []
 
 
-def test_without_a_folder_a_signal_is_python_s_own(stream_of, monkeypatch):
+def test_without_a_folder_a_signal_is_python_s_own(stream_of, monkeypatch, interruptible):
     config, real = settings("tokens"), Learner.step
 
     def step(self, batch):

@@ -1,5 +1,6 @@
 """What training can do beside its plain steps: schedules, parts of a batch, other beginnings, a second life for the dead."""
 
+import pandas
 import pytest
 import torch
 from temposae.engine import checkpoint
@@ -10,6 +11,7 @@ from temposae.engine.optim import Learner, annealed
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, Batch
 from temposae.engine.train import train
+from temposae.evals import features
 from temposae.evals.run import evaluate
 
 D, F, T, N = 16, 64, 5, 96
@@ -257,6 +259,13 @@ def test_a_transcoder_learns_what_an_mlp_does(testbed, tmp_path, activation):
     assert result["explained_variance"] == pytest.approx(1 - float(fvu), abs=0.1)
     assert 0.5 < result["ce_recovered"] <= 1.001
     assert result["controls"]["mean"]["explained_variance"] == pytest.approx(0, abs=1e-6)
+    text = stream.text.next(4)
+    stream.text.counts["rows"] -= 4  # they are read again
+    features.encode(checkpoint.find(tmp_path / "run"), stream, tmp_path / "store", tokens=300)
+    acts = {name: value[stream.keep(text)][:300] for name, value in stream.model.harvest(text.tokens).items()}
+    stored = pandas.read_parquet(tmp_path / "store" / "tokens.parquet")
+    error = (acts[target] - run.sae(acts[hook])).square().sum(1)
+    assert stored["squared_error"].to_numpy() == pytest.approx(error.numpy(), rel=1e-4)
     testbed.use(layers=[1])
 
 

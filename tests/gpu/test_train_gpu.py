@@ -5,7 +5,7 @@ import torch
 from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.optim import Learner, together
 from temposae.engine.sae import SparseAutoencoder
-from temposae.engine.stream import ActivationStream, Batch
+from temposae.engine.stream import ActivationStream, Batch, LanguageModel
 from temposae.engine.train import train
 from torch import Tensor
 
@@ -148,3 +148,37 @@ def test_the_embedded_model_trains_as_on_a_cpu():
     run = train(stream, SAEConfig(d_in=128, d_sae=1024, k=16), TrainConfig(tokens=300_000))
     assert run.metrics[-1]["fvu"] < 0.03  # 0.015 on a CPU
     assert run.metrics[-1]["random"]["fvu"] > 0.2
+
+
+@pytest.mark.parametrize("mode", ["tokens", "grouped", "sequences"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "fp8"])
+def test_a_stream_serves_what_it_does_on_a_cpu(mode, dtype):
+    """Places are the very same; activations within bfloat16, although slots are filled beside other work."""
+    hooks = ("blocks.0.hook_resid_post", "blocks.2.hook_mlp_out")
+    config = StreamConfig(buffer_tokens=8192, rows_per_forward=16, mode=mode, buffer_dtype=dtype)
+    streams = [
+        ActivationStream(config, model=LanguageModel("testbed", device=device, hooks=hooks))
+        for device in ("cuda", "cpu")
+    ]
+    busy = torch.randn(2048, 2048, device="cuda")
+    for _ in range(12):
+        there, here = (stream.next(2048) for stream in streams)
+        for _ in range(20):
+            busy = busy @ busy / 50  # a step that takes its time, so that filling goes on beside it
+        for name in ("pos", "token", "document", "row"):
+            assert torch.equal(getattr(there, name).cpu(), getattr(here, name))
+        for hook in hooks:
+            a, b = there.flat().acts[hook].float().cpu(), here.flat().acts[hook].float()
+            assert (a - b).norm() <= 0.05 * b.norm()
+
+
+def test_serving_a_batch_does_not_wait_for_the_device():
+    """But for a permutation, of which there is none here."""
+    stream = ActivationStream(StreamConfig(buffer_tokens=65536), model=LanguageModel("testbed", device="cuda"))
+    stream.next(1024)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = stream._buffer._gather(slice(1024, 2048))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(batch) == 1024
