@@ -64,6 +64,7 @@ def test_train_evaluate_and_resume_from_a_cache(place):
     assert len(again["per_position"]["position"]) == 48
 
 
+@pytest.mark.slow
 def test_a_sweep_over_the_cached_layers(place):
     (place / "sweep.yaml").write_text(yaml.safe_dump({**TINY, "sweep": {"layer": [0, 2]}}))
     code, _, err = run("train", "sweep.yaml", "--cache", "cache", *FLAGS, "--out", "runs")

@@ -504,6 +504,7 @@ def test_one_of_a_sweep_is_a_run_like_any_other(swept: Trained, tmp_path: Path) 
     assert again["explained_variance"] == summary["explained_variance"]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_done_can_be_resumed_to_the_same(swept: Trained, tmp_path: Path) -> None:
     shutil.copytree(swept.folder, tmp_path / "run")
     result = run("train", "--resume", "--out", tmp_path / "run", "--json", tmp_path / "again.json")

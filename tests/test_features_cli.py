@@ -102,6 +102,7 @@ def test_another_place_in_the_model(place: Path) -> None:
     assert not norms[0].equals(norms[1])
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle(place: Path) -> None:
     """Without warning, once it encodes: no reader takes what is left for a store."""
     code = "import sys; from temposae.evals import features; features._PART = 2000; "

@@ -180,7 +180,7 @@ def test_every_entry_has_a_grid_of_settings_that_it_takes() -> None:
             assert len({tuple(setting.items()) for setting in grid}) == len(grid)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.slow), "fp32"])
 def test_every_call_launches_its_entry_and_leaves_the_weights(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the interpreter: the entry's setting is asked for, and the weights are as before."""
     monkeypatch.setenv("TEMPOSAE_BACKEND", "triton")

@@ -90,7 +90,10 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(form, id=name, marks=() if name == "array" else pytest.mark.slow) for name, form in FORMS.items()],
+)
 def test_a_stopped_run_resumes_to_the_same_weights(x, tmp_path, monkeypatch, form):
     whole = train(form(x), SAE, SETTINGS, out=tmp_path / "whole")
     assert whole.metrics[-1]["fvu"] < 0.7 * whole.metrics[0]["fvu"]

@@ -101,8 +101,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("case", CASES)
+THROUGH_TRITON = ("topk", "topk, auxk", "batchtopk", "jumprelu", "frozen decoder")
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [(case, "torch") for case in CASES]
+    + [pytest.param(case, "triton", marks=() if case in THROUGH_TRITON else pytest.mark.slow) for case in CASES],
+)
 def test_loss_and_gradients_equal_the_formula(case, backend, assert_close, monkeypatch):
     monkeypatch.setenv("TEMPOSAE_BACKEND", backend)
     sae, (x, pos) = make(**CASES[case]), data()

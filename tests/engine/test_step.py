@@ -41,7 +41,7 @@ CASES = {
     "transcoder, matryoshka": dict(d_out=7, prefixes=(10, 37)),
 }
 
-THROUGH_TRITON = ("plain", "jumprelu, soft mask")
+THROUGH_TRITON = ("plain",)
 SLOWLY = (
     "random mask and AuxK",
     "batchtopk and AuxK",
@@ -50,6 +50,7 @@ SLOWLY = (
     "bfloat16 moments",
     "8-bit moments",
     "transcoder and AuxK",
+    "jumprelu, soft mask",
 )
 DENSE = [name for name, case in CASES.items() if case.get("activation") != "relu" and "prefixes" not in case]
 
@@ -233,6 +234,7 @@ def test_copies_in_half_precision_follow_the_weights():
         assert torch.equal(shadow, made.leaves[name].detach().bfloat16())
 
 
+@pytest.mark.slow
 def test_fp8_trains_almost_the_same(monkeypatch, assert_close):
     """Where e4m3 finds the same latents, nothing differs; it finds nearly all."""
     pytest.importorskip("triton")

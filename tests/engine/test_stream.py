@@ -54,8 +54,14 @@ def over(testbed, texts):
     testbed.use(layers=[1])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("packing", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize(
+    ("mode", "packing"),
+    [("tokens", True), ("sequences", False)]
+    + [
+        pytest.param(mode, packing, marks=pytest.mark.slow)
+        for mode, packing in (("tokens", False), ("grouped", False), ("grouped", True), ("sequences", True))
+    ],
+)
 def test_ten_thousand_activations_are_what_they_say(over, mode, packing):
     """Read the text again, run the model on the stated row: at the stated position are the stated token, of the stated
     document, and that activation at each hook."""
@@ -82,7 +88,7 @@ def test_ten_thousand_activations_are_what_they_say(over, mode, packing):
     assert torch.bincount(pos).gt(0).sum() == 63
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["tokens", pytest.param("grouped", marks=pytest.mark.slow), "sequences"])
 def test_every_token_is_served_once_in_an_epoch(over, mode):
     """A text read once, to its end: its training tokens, no more and no less, and the counts say so."""
     stream, again = over(mode=mode, repeat=False)
@@ -171,7 +177,9 @@ def test_the_same_seed_gives_the_same_batches(stream_of):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("served", [0, 1, 5], ids="served{}".format)
+@pytest.mark.parametrize(
+    "served", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_a_state_goes_on_where_it_was_taken(over, mode, served):
     stream, fresh = over(mode=mode)[0], over(mode=mode)[0]
     batches(stream, 700, served)

@@ -82,7 +82,11 @@ def test_each_has_a_folder_that_can_be_used_by_itself(together):
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("steps", [3, 8, 12, 13, 14, 31], ids="stopped_at_{}".format)
+@pytest.mark.parametrize(
+    "steps",
+    [3, 13, 31, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (8, 12, 14))],
+    ids="stopped_at_{}".format,
+)
 def test_all_go_on_from_a_stop(together, stream, tmp_path, monkeypatch, steps):
     """Before the first checkpoint, at one, and on both sides of the end (at 13) of the shortest."""
     real = Learner.step

@@ -239,7 +239,7 @@ def test_a_transcoder_s_loss_and_gradients_are_those_of_its_formula(activation, 
             assert_close(sae.get_parameter(name).grad, p.grad, 1e-5, name)
 
 
-@pytest.mark.parametrize("activation", ["topk", "relu"])
+@pytest.mark.parametrize("activation", ["topk", pytest.param("relu", marks=pytest.mark.slow)])
 def test_a_transcoder_learns_what_an_mlp_does(testbed, tmp_path, activation):
     """From what enters the MLP of a layer to what leaves it; saved, loaded, resumed and measured like a dictionary."""
     hook, target = "blocks.1.ln2.hook_in", "blocks.1.hook_mlp_out"
@@ -247,7 +247,7 @@ def test_a_transcoder_learns_what_an_mlp_does(testbed, tmp_path, activation):
         StreamConfig(hook=hook, target=target, buffer_tokens=4096), model=testbed, hooks=(hook, target)
     )
     sae = SAEConfig(d_in=128, d_out=128, d_sae=256, k=16, activation=activation)
-    run = train(stream, sae, TrainConfig(tokens=60_000, batch=512, lr=2e-3), out=tmp_path / "run")
+    run = train(stream, sae, TrainConfig(tokens=40_000, batch=512, lr=2e-3), out=tmp_path / "run")
     assert run.metrics[-1]["fvu"] < 0.5 * run.metrics[0]["fvu"]
     batch = stream.next(512)
     y, y_hat = batch.acts[target].float(), run.sae(batch.acts[hook].float())

@@ -88,7 +88,13 @@ def by_hand(stream: ActivationStream, rows: TokenRows, sae: SparseAutoencoder) -
     return pd.DataFrame(places, columns=PLACE), torch.cat(codes)
 
 
-@pytest.mark.parametrize(("name", "packing"), [*((name, False) for name in SAES), ("topk", True)])
+@pytest.mark.parametrize(
+    ("name", "packing"),
+    [
+        pytest.param(name, packing, marks=() if packing or name == "jumprelu" else pytest.mark.slow)
+        for name, packing in [*((name, False) for name in SAES), ("topk", True)]
+    ],
+)
 def test_a_store_is_the_dense_code(over, tmp_path, monkeypatch, name, packing):
     monkeypatch.setattr(features, "_PART", most := 6000 if SAES[name].activation == "relu" else 1000)
     monkeypatch.setattr(features, "_GROUP", 500)
@@ -247,14 +253,14 @@ def test_the_dense_encode_it_is_compared_with_finds_the_same(over, tmp_path, nam
 def test_what_fails_leaves_no_store(over, tmp_path, monkeypatch):
     stream, _ = over()
     calls = iter(range(10))
-    read = stream.model.activations
+    read = stream.model.harvest
 
     def breaks(tokens):
         if next(calls) == 3:
             raise KeyboardInterrupt
         return read(tokens)
 
-    monkeypatch.setattr(stream.model, "activations", breaks)
+    monkeypatch.setattr(stream.model, "harvest", breaks)
     found = saved(SAES["topk"], tmp_path)
     with pytest.raises(KeyboardInterrupt):
         features.encode(found, stream, tmp_path / "new")

@@ -23,6 +23,23 @@ def compile_report(arch: int, dtype: str, names: list[str]) -> list[dict]:
     return json.loads(run.stdout)
 
 
+@pytest.mark.parametrize("arch", [80, 100], ids="sm_{}".format)
+def test_hot_kernels_compile_without_spills(arch):
+    """On sm_90 the ordinary tests compile every kernel, here those that take the time; `make test-slow` all of them."""
+    names = [
+        name
+        for name, spec in SPECS.items()
+        if spec.hot and arch >= spec.since and (not (width := re.search(r"D = (\d{3,})", name)) or width[1] == "2304")
+    ]
+    rows = compile_report(arch, "bf16", names)
+    assert len(rows) > 30
+    assert [row["name"] for row in rows if row["spill_bytes"]] == []
+    assert [row["name"] for row in rows if row["shared_bytes"] > SHARED_BYTES] == []
+    gemms = [row for row in rows if row["name"].startswith(("encode", "candidates"))]
+    assert gemms
+    assert all(row["tensor_core_instructions"] > 0 for row in gemms)
+
+
 @pytest.mark.parametrize(
     ("dtype", "widths"),
     [
@@ -31,7 +48,11 @@ def compile_report(arch: int, dtype: str, names: list[str]) -> list[dict]:
         pytest.param("fp32", ("768", "2304"), id="fp32", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
+@pytest.mark.parametrize(
+    "arch",
+    [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)],
+    ids="sm_{}".format,
+)
 def test_kernels_compile_without_spills_and_with_tensor_cores(arch, dtype, widths):
     names = [name for name in SPECS if not (width := re.search(r"D = (\d{3,})", name)) or width[1] in widths]
     rows = compile_report(arch, dtype, names)

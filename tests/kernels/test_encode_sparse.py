@@ -46,7 +46,8 @@ def mask_of(kind, shape):
     return masks.get(kind), pos
 
 
-MASKS = pytest.mark.parametrize("mask_kind", ["no mask", "hard mask", "soft mask", "Gaussians"])
+MASK_KINDS = ("no mask", "hard mask", "soft mask", "Gaussians")
+MASKS = pytest.mark.parametrize("mask_kind", MASK_KINDS)
 
 
 def largest(acts, k):
@@ -115,7 +116,14 @@ def test_above_a_threshold(shape, backend, thresholded, mask_kind, assert_close)
     check(code, expected, assert_close)
 
 
-@pytest.mark.parametrize("kind", ["random", "all in one tile", "one token has most", "none positive", "a value twice"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "all in one tile",
+        "none positive",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("random", "one token has most", "a value twice")),
+    ],
+)
 def test_ragged_codes_are_exact(wide_backend, kind, assert_close):
     x, W_enc, b_enc, center = inputs(WIDE)
     if kind == "all in one tile":
@@ -252,7 +260,15 @@ def test_a_code_that_is_too_small_says_so(wide_backend, dictionaries, assert_clo
             assert int(code.offsets[-1]) <= capacity
 
 
-@MASKS
+@pytest.mark.parametrize(
+    ("mask_kind", "wide_backend"),
+    [
+        pytest.param(kind, backend, marks=() if backend == "torch" or kind == "no mask" else pytest.mark.slow)
+        for kind in MASK_KINDS
+        for backend in ("torch", "triton")
+    ],
+    indirect=["wide_backend"],
+)
 def test_fp8_finds_almost_all_and_gives_exact_values(wide_backend, mask_kind, assert_close):
     shape = WIDE._replace(N=40)
     arguments, (mask, pos) = inputs(shape), mask_of(mask_kind, shape)
