@@ -26,13 +26,13 @@ from torch import Tensor
 
 from .config import RunConfig, SAEConfig
 from .errors import UserError
+from .files import UNFINISHED, flush
 from .sae import SparseAutoencoder
 
 FORMAT = "temposae/1"
 MANIFEST = "checkpoint.json"
 KEYS = ("format", "step", "dictionaries", "run", "status", "files")
 KEEP = 2  # checkpoints of a run that stay on disk
-UNFINISHED = ".writing-"  # begins the names of files and folders that a kill may leave behind
 
 
 @dataclass
@@ -121,9 +121,9 @@ def write(
             }
             (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             for path in fresh.iterdir():
-                _flush(path)
+                flush(path)
             os.rename(fresh, folder)
-            _flush(folder.parent)
+            flush(folder.parent)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -182,11 +182,3 @@ def load(path: str | Path) -> SparseAutoencoder:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

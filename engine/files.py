@@ -1,10 +1,22 @@
-"""Files of figures that a user asks for."""
+"""Files: written whole or not at all, and figures that a user asks for."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+
+UNFINISHED = ".writing-"  # begins the names of files and folders that a kill may leave behind
+
+
+def flush(path: Path) -> None:
+    """See that a file, or what a folder lists, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_writable(path: Path | None, option: str = "json") -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from .checkpoint import UNFINISHED
 from .config import Config, RunConfig, SweepConfig, read_yaml
 from .errors import UserError
+from .files import UNFINISHED
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..config import Config, Count, StreamConfig
 from ..errors import UserError
+from ..files import UNFINISHED, flush
 from ..progress import progress_bar
 from .buffer import PLACES, Batch
 from .live import Live
@@ -35,7 +36,6 @@ from .text import RowSource, open_text
 FORMAT = "temposae-cache/1"
 MANIFEST = "cache.json"
 BLOCK = 4096  # tokens of a block, and as many more as its last row has
-_TEMPORARY = ".writing-"
 _OF_THE_TEXT = ("model", "data", "text_field", "context", "packing")  # settings that a cache decides
 _OF_THE_MODEL = ("attention", "compile")  # and those that it proposes
 _PLACES = (*PLACES, "kept")
@@ -338,7 +338,7 @@ def _begun(folder: Path, resume: bool) -> Manifest | None:
     for shard in shards:
         _header(folder / shard.file, shard)
     # the next shard may be there without being in cache.json yet
-    half_done = [name for name in names if name.startswith(_TEMPORARY) or name == _shard_name(len(shards))]
+    half_done = [name for name in names if name.startswith(UNFINISHED) or name == _shard_name(len(shards))]
     known = {MANIFEST, *(shard.file for shard in shards), *half_done}
     if others := [name for name in names if name not in known]:
         raise UserError(f"out: {folder} holds {others[0]}, which is no part of a cache; give a new folder")
@@ -413,7 +413,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _write(folder: Path, file: str, chunks: Any) -> int:
     """Write a file beside its place and move it there once it is on the disk; gives its size."""
-    path, fresh = folder / file, folder / (_TEMPORARY + file)
+    path, fresh = folder / file, folder / (UNFINISHED + file)
     try:
         try:
             with fresh.open("wb") as out:
@@ -423,7 +423,7 @@ def _write(folder: Path, file: str, chunks: Any) -> int:
                 os.fsync(out.fileno())
                 size = out.tell()
             os.replace(fresh, path)
-            _flush(folder)
+            flush(folder)
         finally:
             fresh.unlink(missing_ok=True)
     except OSError as error:
@@ -432,14 +432,6 @@ def _write(folder: Path, file: str, chunks: Any) -> int:
             "from there"
         ) from None
     return size
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _ends(row: Tensor) -> tuple[int, ...]:

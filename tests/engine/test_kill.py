@@ -12,6 +12,7 @@ import torch
 from temposae.engine import checkpoint
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import Stopped
+from temposae.engine.files import UNFINISHED
 from temposae.engine.folder import read_metrics
 from temposae.engine.optim import Learner
 from temposae.engine.stream import ActivationStream
@@ -70,7 +71,7 @@ def same(one: Path, two: Path) -> None:
         assert [p.name for p in checkpoint.all_in(folder)] == [p.name for p in checkpoint.all_in(other)]
         lines = [[{**line, "seconds": 0, "time": 0} for line in read_metrics(place)] for place in (folder, other)]
         assert lines[0] == lines[1]
-    left = [str(path) for path in two.rglob("*") if path.name.startswith(checkpoint.UNFINISHED)]
+    left = [str(path) for path in two.rglob("*") if path.name.startswith(UNFINISHED)]
     assert left == []
 
 
