@@ -157,9 +157,9 @@ class ActivationStream:
         return self._buffer.next(max(1, n // self.positions) if self._sequences else n)
 
     def sample(self) -> Batch:
-        """What the buffer holds, [N, D]: for means and the like. Changes nothing in what comes."""
+        """What the buffer holds, [N, D], at most 65536 items: for means and the like. Changes nothing in what comes."""
         self._begin()
-        return self._buffer.contents().flat()
+        return self._buffer.contents(65536 // (self.positions if self._sequences else 1)).flat()
 
     def held_out(self, rows: int) -> Iterator[TokenRows]:
         """Rows of text that training never sees, `rows_per_forward` at a time: `rows` of them, or all that there are."""

@@ -132,15 +132,15 @@ class RingBuffer:
         self._refill(self._at - self._chunk)
         return batch
 
-    def contents(self) -> Batch:
-        """Every item, in slot order. Fills the buffer if nothing has."""
+    def contents(self, most: int | None = None) -> Batch:
+        """Every item, or so many of them, in slot order. Fills the buffer if nothing has."""
         if not self.begun:
             self._permute()
-        there = self._order_there.sort().values
-        if not self._scales:
-            return self._slots if len(there) == self.capacity else self._slots[there]
-        out = self._empty(len(there), self._dtype)
-        self._take(self._order.sort().values, there, out)
+        here = self._order.sort().values[:most]
+        if not self._scales and len(here) == self.capacity:
+            return self._slots
+        out = self._empty(len(here), self._dtype)
+        self._take(here, here.to(self._device), out)
         return out
 
     @property
