@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from .model import LanguageModel
 from .narrow import LARGEST
 from .own import Own, open_file, settle
 from .text import RowSource, TokenRows, open_text
+
+GIVE_UP = 2**20  # tokens read one after the other of which the filters leave none
 
 __all__ = ["ActivationStream", "Batch", "LanguageModel", "Own", "TokenRows"]
 
@@ -184,23 +187,33 @@ class ActivationStream:
         """Fill the buffer for the first time."""
         if not self._buffer.begun:
             with progress_bar("filling the buffer", total=self.buffer_tokens, unit="tokens") as self._filling:
-                self._buffer.contents()
+                found = self._buffer.contents()
             self._filling = None
+            if not len(found):
+                self._refuse(self.counts.get("tokens", 0))
 
     def _fill(self) -> Batch | None:
         """The source's next activations, filtered; sequences in rows of T."""
-        with self.watch(self.source.label):
-            fresh = self.source.next()
-        if fresh is None:
-            return None
-        kept = self._kept(fresh)
-        if not bool(kept.any()):
-            rows = f"rows {int(fresh.row.min())} to {int(fresh.row.max())}"
-            raise UserError(f"data: {rows} hold no token to train on (see stream.drop_special and stream.max_norm)")
+        read, epoch = 0, self.source.counts["epoch"]
+        while True:
+            with self.watch(self.source.label):
+                fresh = self.source.next()
+            if fresh is None:
+                return None
+            kept = self._kept(fresh)
+            if bool(kept.any()):
+                break
+            read += len(fresh)
+            if read > GIVE_UP or self.source.counts["epoch"] > epoch + 1:
+                self._refuse(read)
         if self._filling is not None:
             self._filling.advance(int(kept.sum()))
         fresh = replace(fresh, kept=kept)
         return self._in_rows(fresh) if self._sequences else fresh.flat()
+
+    def _refuse(self, read: int) -> NoReturn:
+        filters = "(see stream.drop_special and stream.max_norm)"
+        raise UserError(f"data: {self.source.name} holds no token to train on, {read:,} read {filters}")
 
     def _kept(self, fresh: Batch) -> Tensor:
         """Which tokens [M] the filters leave, on the CPU."""

@@ -1,6 +1,6 @@
 """Where activations come from: a language model as it reads its text."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Live:
     def __init__(self, model: LanguageModel, text: RowSource, positions: int, rows_per_forward: int):
         self.model, self.text, self.positions, self.rows_per_forward = model, text, positions, rows_per_forward
         self.widths, self.device = model.widths, model.device
-        self.special = torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.int64)
+        self.special = special_tokens(model.tokenizer)
 
     @property
     def name(self) -> str:
@@ -71,6 +71,16 @@ class Live:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.text.load_state(state)
+
+
+def special_tokens(tokenizer: Any) -> Tensor:
+    """Ids [n] of the tokenizer's own tokens, in order. One that stands for unknown words alone is not among them: that is
+    text."""
+    found, unknown = set(tokenizer.all_special_ids), tokenizer.unk_token_id
+    others = ("bos", "eos", "pad", "sep", "cls", "mask")
+    if unknown not in [getattr(tokenizer, f"{other}_token_id") for other in others]:
+        found.discard(unknown)
+    return torch.tensor(sorted(found), dtype=torch.int64)
 
 
 def is_text(rows: TokenRows) -> Tensor:

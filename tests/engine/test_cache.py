@@ -17,9 +17,9 @@ from temposae.engine.errors import UserError
 from temposae.engine.folder import CONFIG
 from temposae.engine.stream import ActivationStream, Batch, cache
 from temposae.engine.stream.cache import MANIFEST, Cached, read_manifest, write_cache
+from temposae.engine.stream.live import special_tokens
 from temposae.engine.stream.text import TextRows
 from temposae.engine.sweep import expand, resolve
-from temposae.engine.testbed.language import Language
 from temposae.engine.train import train
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
@@ -27,16 +27,6 @@ MODES = ("tokens", "grouped", "sequences")
 CONTEXT = 64
 TOKENS = 24_000
 SHARD_MB = 3  # of about 5600 tokens, and with them more than one block
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    """Documents of 1 to 400 tokens, longer than a row and shorter."""
-    language = Language()
-    return [
-        " ".join(" ".join(language.document(3 * i + j).text for j in range(3)).split()[: 1 + 17 * i % 397])
-        for i in range(300)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +101,7 @@ def test_shards_hold_the_text_in_order_with_the_model_s_activations(made, testbe
     assert torch.equal(found.document, rows.document[text])
     assert torch.equal(found.row, rows.row[:, None].expand(text.shape)[text])
     assert torch.equal(found.pos.long(), torch.arange(CONTEXT).expand(text.shape)[text])
-    assert torch.equal(found.kept, ~torch.isin(rows.tokens[text], torch.tensor(testbed.tokenizer.all_special_ids)))
+    assert torch.equal(found.kept, ~torch.isin(rows.tokens[text], special_tokens(testbed.tokenizer)))
     testbed.use(hooks=HOOKS)
     for hook in HOOKS:
         expected = torch.cat([testbed.harvest(tokens)[hook] for tokens in rows.tokens.split(16)])[text].bfloat16()

@@ -8,8 +8,12 @@ import torch
 from temposae.engine.config import StreamConfig
 from temposae.engine.errors import UserError
 from temposae.engine.stream import ActivationStream, Batch
+from temposae.engine.stream.live import special_tokens
 from temposae.engine.stream.text import RowSource, TextRows
 from temposae.engine.testbed.language import BOS, HELD_OUT, Language
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
 MODES = ("tokens", "grouped", "sequences")
@@ -27,16 +31,6 @@ def all_of(served: list[Batch]) -> Batch:
 
 def equal(one: Batch, two: Batch) -> bool:
     return all(torch.equal(value, two.tensors()[key]) for key, value in one.tensors().items())
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    """Documents of 1 to 400 tokens, longer than a row and shorter."""
-    language = Language()
-    return [
-        " ".join(" ".join(language.document(3 * i + j).text for j in range(3)).split()[: 1 + 17 * i % 397])
-        for i in range(300)
-    ]
 
 
 @pytest.fixture
@@ -98,7 +92,7 @@ def test_every_token_is_served_once_in_an_epoch(over, mode):
     found = all_of(served)
     rows = again.next(10**6)
     assert len((found.row * 64 + found.pos).unique()) == len(found)
-    special = torch.isin(rows.tokens, torch.tensor(stream.model.tokenizer.all_special_ids))
+    special = torch.isin(rows.tokens, special_tokens(stream.model.tokenizer))
     text = torch.arange(64) < rows.length[:, None]
     assert len(found) == int((text & ~special).sum())
     assert torch.equal(found.token.long().sort().values, rows.tokens[text & ~special].sort().values)
@@ -111,9 +105,7 @@ def test_every_token_is_served_once_in_an_epoch(over, mode):
 
 def test_special_tokens_are_left_out_unless_asked_for(over):
     kept, _ = over()
-    assert not torch.isin(
-        all_of(batches(kept, 512, 10)).token, torch.tensor(kept.model.tokenizer.all_special_ids)
-    ).any()
+    assert not torch.isin(all_of(batches(kept, 512, 10)).token, special_tokens(kept.model.tokenizer)).any()
     whole, again = over(drop_special=False)
     found = all_of(batches(whole, 512, 10))
     assert (found.token[found.pos == 0] == BOS).all()
@@ -240,11 +232,40 @@ def test_held_out_rows_are_never_trained_on(stream_of):
     assert all((rows.document[rows.document >= 0] >= HELD_OUT).all() for rows in held_out)
 
 
-def test_rows_without_a_token_to_train_on_are_named(over):
-    stream, _ = over(max_norm=1.5)
+def test_rows_without_a_token_to_train_on_are_passed_over(testbed, tmp_path):
+    """However many there are between two that have one; in sequences as well."""
+    path = tmp_path / "texts.txt"
+    texts = [" ".join(Language().document(i).text.split()[:4]) for i in range(2)]
+    path.write_text("\n\n".join(["<eos> " * 10] * 100 + texts + ["<pad> " * 5] * 50))
+    for mode in ("tokens", "sequences"):
+        config = StreamConfig(data=str(path), context=16, rows_per_forward=8, buffer_tokens=64, mode=mode, repeat=False)
+        stream = ActivationStream(config, model=testbed)
+        served = []
+        while len(batch := stream.next(32)):
+            served.append(batch.clone().flat())
+        found = all_of(served)
+        words = testbed.tokenizer.convert_ids_to_tokens(found.token.tolist())
+        assert sorted(words) == sorted(testbed.tokenizer.tokenize(" ".join(texts)))
+        assert stream.counts["special"] == stream.counts["tokens"] - len(words)
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+def test_a_text_without_a_token_to_train_on_is_named(over, repeat):
+    stream, _ = over(max_norm=1.5, repeat=repeat)
     stream.source.special = torch.arange(10**5)
-    with pytest.raises(UserError, match="data: rows 0 to 15 hold no token to train on"):
+    with pytest.raises(UserError, match=r"^data: .*texts.* holds no token to train on, [0-9,]+ read \(see"):
         stream.next(10)
+    assert stream.source.counts["epoch"] == 2 * repeat
+
+
+@pytest.mark.parametrize(
+    ("unknown", "expected"), [("<unk>", [1, 2]), ("<eos>", [1, 2]), ("<bos>", [1, 2]), (None, [1, 2])]
+)
+def test_unknown_words_are_text(unknown, expected):
+    """Unless what stands for them has another meaning too, as GPT-2's <|endoftext|> has."""
+    core = Tokenizer(WordLevel({"<unk>": 0, "<bos>": 1, "<eos>": 2, "word": 3}, unk_token=unknown or "<eos>"))
+    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", unk_token=unknown)
+    assert special_tokens(made).tolist() == expected
 
 
 def test_a_model_without_text_asks_for_it(testbed):
