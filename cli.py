@@ -44,12 +44,17 @@ def main() -> None:
     # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and sys.argv[1:2] not in (["train"], ["--help"]):
+            given = " ".join(sys.argv[1:2])
+            raise UserError(f"torchrun: temposae {given} is not allowed; only temposae train runs in several processes")
         app()
     except UserError as error:
+        _leave_to_the_first()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started: all of them have
+            print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal)
     except (RuntimeError, MemoryError) as error:
         named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")  # torch's, which is not imported here
@@ -60,6 +65,13 @@ def main() -> None:
     except OSError as error:  # a disk that fills up, a file that goes away
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _leave_to_the_first() -> None:
+    """Of several processes that torchrun started, the first tells what all have met; the others wait until torchrun ends
+    them, or tell what only they have."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
 
 
 @app.command()
@@ -97,10 +109,12 @@ def train(
     """Train a dictionary, with its random control beside it; measure both; draw the figures.
 
     With a section sweep (k: [16, 32]) or dictionaries in the file, train several on one stream and compare them.
+    With several GPUs: torchrun --nproc-per-node 8 -m temposae train ..., each with a share of the text and of the latents.
     """
     from .engine.config import read_yaml
     from .engine.errors import UserError
     from .engine.folder import CONFIG, check_free, read_settings
+    from .engine.ranks import Ranks
     from .engine.stream import ActivationStream
     from .engine.sweep import expand, resolve
     from .engine.train import train_together
@@ -109,6 +123,7 @@ def train(
     began = time.monotonic()
     check_writable(json_file)
     _check_backend()
+    ranks = Ranks.start()
     given = {
         "stream": {
             "model": model,
@@ -131,15 +146,20 @@ def train(
         settings = expand(_merge(read_yaml(config) if config else {}, given))
     first = next(iter(settings.values())).get("stream") or {}
     origin = Path(first.get("cache") or first.get("activations") or first.get("model", "testbed"))
-    folder = out or Path("runs") / f"{origin.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    now = time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.largest(int(time.time()))))
+    folder = out or Path("runs") / f"{origin.name}-{now}"
     if not resume:
         check_free(folder)
     lm, runs = resolve(settings)
     one = next(iter(runs.values()))
     most = max(run.train.tokens for run in runs.values())
     hooks = [] if lm is not None else list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.hooks))
-    stream = ActivationStream(one.stream, tokens=most, seed=one.train.seed, model=lm, hooks=hooks)
+    stream = ActivationStream(one.stream, tokens=most, seed=one.train.seed, model=lm, hooks=hooks, ranks=ranks)
     trained = train_together(stream, runs, out=folder, resume=resume)
+    ranks.end()
+    if not ranks.is_first:
+        return
+    stream.alone()
     summary = evaluate_runs(folder, trained, stream)
     summary |= {"run": str(folder), "model": stream.name, "seconds": round(time.monotonic() - began, 1)}
     write_json(folder / "summary.json", summary)

@@ -94,27 +94,28 @@ class Checkpoint:
 def write(
     folder: Path,
     step: int,
-    dictionaries: dict[str, SparseAutoencoder],
+    dictionaries: dict[str, tuple[SAEConfig, dict[str, Tensor]]],
     run: RunConfig | None = None,
     others: dict[str, dict[str, Tensor]] | None = None,
     status: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint to `folder`, which must not exist: all of it or nothing. `others` are files of tensors by name,
-    `status` is kept in the manifest. Raises UserError if the disk refuses."""
+    """Write a checkpoint to `folder`, which must not exist: all of it or nothing. `dictionaries` are settings and
+    `state_dict`, `others` files of tensors by name, and `status` is kept in the manifest. Raises UserError if the disk
+    refuses."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
             raise UserError(f"checkpoint: {folder} already exists; nothing is overwritten")
         fresh = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
         try:
-            files = {f"{name}.safetensors": sae.state_dict() for name, sae in dictionaries.items()}
+            files = {f"{name}.safetensors": weights for name, (_, weights) in dictionaries.items()}
             files |= {f"{name}.safetensors": tensors for name, tensors in (others or {}).items()}
             for name, tensors in files.items():
                 save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh / name)
             manifest = {
                 "format": FORMAT,
                 "step": step,
-                "dictionaries": {name: sae.cfg.model_dump() for name, sae in dictionaries.items()},
+                "dictionaries": {name: cfg.model_dump() for name, (cfg, _) in dictionaries.items()},
                 "run": run.model_dump() if run else None,
                 "status": status,
                 "files": {n: {"bytes": (fresh / n).stat().st_size, "sha256": _sha256(fresh / n)} for n in files},
@@ -171,7 +172,7 @@ def all_in(run: Path) -> list[Path]:
 
 def save(sae: SparseAutoencoder, folder: str | Path) -> None:
     """Save one dictionary as a checkpoint folder, which must not exist yet."""
-    write(Path(folder), 0, {"sae": sae})
+    write(Path(folder), 0, {"sae": (sae.cfg, sae.state_dict())})
 
 
 def load(path: str | Path) -> SparseAutoencoder:

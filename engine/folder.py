@@ -66,13 +66,11 @@ def read_metrics(folder: Path, until: int | None = None) -> list[dict[str, Any]]
     return kept
 
 
-def rewind(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Take what was reported after `step` out of metrics.jsonl; give the rest."""
-    kept = read_metrics(folder, step)
+def rewind(folder: Path, kept: list[dict[str, Any]]) -> None:
+    """Leave in metrics.jsonl what is to be `kept`."""
     fresh = folder / f"{UNFINISHED}{METRICS}"
     fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
     fresh.replace(folder / METRICS)
-    return kept
 
 
 def report(folder: Path, line: dict[str, Any]) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..kernels.adam import Moments, Rates, adam
 from ..kernels.loss import PositionSums
-from .config import TrainConfig
+from .config import SAEConfig, TrainConfig
 from .errors import UserError
-from .sae import Objective, SparseAutoencoder
+from .ranks import ALONE, Ranks
+from .sae import WITH_X, Objective, SparseAutoencoder
 from .step import DENSE_FROM, LARGE, FusedStep, Outcome, fits, rounding_seed, side_by_side
 from .stream import Batch
 
@@ -76,11 +77,13 @@ class Learner:
 
     def __init__(
         self, sae: SparseAutoencoder, config: TrainConfig, mean: Tensor, mean_norm: float, n_positions: int,
-        b_dec: Tensor | None = None, *, trained: bool = False,
+        b_dec: Tensor | None = None, *, trained: bool = False, ranks: Ranks = ALONE,
     ):  # fmt: skip
         """`mean` is that of what is to be given, `mean_norm` that of x. b_dec starts as `b_dec`, or the mean, unless the
-        dictionary is `trained` already, in units of x."""
-        self.sae, self.config, self.n_positions = sae, config, n_positions
+        dictionary is `trained` already, in units of x. Of several `ranks`, `sae` becomes this one's part of it."""
+        self.cfg: SAEConfig = sae.cfg  # of the whole dictionary
+        sae = sae.part(ranks).to(mean.device)
+        self.sae, self.config, self.n_positions, self.ranks = sae, config, n_positions, ranks
         self.scale = 2.0 ** round(math.log2(math.sqrt(sae.cfg.d_in) / max(mean_norm, 1e-30)))
         self.mean = mean * self.scale
         self._is_new = not trained
@@ -89,7 +92,7 @@ class Learner:
         else:
             sae.initialise_bias(self.mean if b_dec is None else b_dec * self.scale)
         device = self.mean.device
-        self.lr = config.lr if config.lr is not None else default_lr(sae.cfg.d_sae)
+        self.lr = config.lr if config.lr is not None else default_lr(self.cfg.d_sae)
         # Adam sees W_enc as it lies in memory, [F, D]: on a CPU it takes three times as long over a transposed view.
         self.leaves = {
             name: p if p.is_contiguous() else torch.nn.Parameter(p.detach().T)
@@ -123,8 +126,8 @@ class Learner:
         # Looked at when reporting: AuxK is skipped while there is nothing for it to do, and a relu dictionary, which begins
         # with half of its latents active, takes the dense path until few are.
         self.any_dead = False
-        self.l0 = float(sae.cfg.d_sae if sae.cfg.activation == "relu" else sae.expected)
-        self.cohort = Cohort([self]) if fits(sae) and config.accumulate == 1 else None
+        self.l0 = float(self.cfg.d_sae if sae.cfg.activation == "relu" else sae.expected)
+        self.cohort = Cohort([self]) if (fits(sae) and config.accumulate == 1) or ranks.size > 1 else None
 
     def step(self, batch: Batch) -> None:
         """One update on batch.x [N, D] at batch.pos [N], towards batch.target."""
@@ -149,10 +152,10 @@ class Learner:
         """The learning rate of a step on scaled x, which from now on counts as done."""
         config = self.config
         if self.steps_done == 0 and self._is_new:
-            self.sae.initialise_threshold(x, pos)
+            self.sae.initialise_threshold(x, pos, self.ranks)
         lr = self.lr * schedule(self.steps_done, config.steps, config.warmup, config.decay)
         if config.k_start is not None:
-            self.sae.k = annealed(self.steps_done, config.steps, config.k_anneal, config.k_start, self.sae.cfg.k)
+            self.sae.k = annealed(self.steps_done, config.steps, config.k_anneal, config.k_start, self.cfg.k)
         self.sae.pressure = min(1.0, (self.steps_done + 1) / max(1.0, config.sparsity_warmup * config.steps))
         for group in self.adam.param_groups:
             group["lr"] = group["pace"] * lr
@@ -169,13 +172,13 @@ class Learner:
     @property
     def expected(self) -> int:
         """About how many latents of a token are active."""
-        return max(1, math.ceil(self.l0)) if self.sae.cfg.activation == "relu" else self.sae.expected
+        return max(1, math.ceil(self.l0 / self.ranks.size)) if self.sae.cfg.activation == "relu" else self.sae.expected
 
     @property
     def is_dense(self) -> bool:
         """Whether so many latents are in use on a token that dense products are faster than gathers."""
-        used = self.sae.k if self.sae.cfg.activation in ("topk", "batchtopk") else self.l0
-        return used > DENSE_FROM * self.sae.cfg.d_sae and self.sae.cfg.prefixes is None
+        used = self.sae.k if self.cfg.activation in ("topk", "batchtopk") else self.l0
+        return used > DENSE_FROM * self.cfg.d_sae and self.cfg.prefixes is None and self.ranks.size == 1
 
     @property
     def is_unfused(self) -> bool:
@@ -290,7 +293,7 @@ class Learner:
         sums = PositionSums(*self.counts.sums[0])
         tokens = float(sums.count.sum())
         loss, aux, norm = (self.counts.losses[0] / max(1, self._steps)).tolist()
-        dead = int((self.counts.idle_tokens >= self.dead_after).sum())
+        dead = int(self.ranks.sum_((self.counts.idle_tokens >= self.dead_after).sum()))
         found = {
             "loss": loss,
             "aux_loss": aux,
@@ -298,7 +301,7 @@ class Learner:
             "l0": float(sums.l0.sum()) / tokens,
             "l1": float(sums.l1.sum()) / tokens / self.scale,
             "dead": dead,
-            "dead_fraction": dead / self.sae.cfg.d_sae,
+            "dead_fraction": dead / self.cfg.d_sae,
             "lr": self.adam.param_groups[0]["lr"],
         }
         if self.config.clip_norm is not None:
@@ -314,8 +317,22 @@ class Learner:
         self._steps = 0
         return found
 
+    def weights(self) -> dict[str, Tensor]:
+        """The `state_dict` of the whole dictionary, in units of x."""
+        whole = self.ranks.whole_state(self.sae.state_dict(), self.sae.latent_dims)
+        return {name: x / self.scale if name in WITH_X else x for name, x in whole.items()}
+
+    def end(self) -> SparseAutoencoder:
+        """The whole dictionary, in units of x. There are no more steps after it."""
+        if self.ranks.size == 1:
+            self.sae.scale_(1 / self.scale)
+            return self.sae
+        whole = SparseAutoencoder(self.cfg)
+        whole.load_state_dict(self.weights())
+        return whole.to(self.mean.device)
+
     def state(self) -> dict[str, Tensor]:
-        """Moments, counters and sums: all that the weights don't hold."""
+        """Moments, counters and sums: all that the weights don't hold, of the whole dictionary."""
         if self.cohort is not None:
             self.cohort.settle()
         numbers = {
@@ -329,7 +346,17 @@ class Learner:
         found = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
         for held in self.adam.state.values():
             held["step"].fill_(self.steps_done)  # the fused step doesn't count
-        return found | self._counted() | self._optimizer_state()
+        return found | self.ranks.whole_state(self._counted() | self._optimizer_state(), self._latent_dims)
+
+    @property
+    def _latent_dims(self) -> dict[str, int]:
+        """As `SparseAutoencoder.latent_dims`, of counts and moments."""
+        own = [
+            name
+            for name in self._optimizer_state()
+            if not name.startswith("adam.b_dec") and name.split(".")[-1] != "step"
+        ]
+        return {"idle_tokens": 0} | {name: int(name.startswith("adam.mask.logits")) for name in own}
 
     def _counted(self) -> dict[str, Tensor]:
         """The counts, as checkpoints name them, and the mean."""
@@ -349,14 +376,14 @@ class Learner:
             raise UserError(
                 f"train.moments: {self.config.moments} is not allowed; the checkpoint's are {saved}, and are not converted"
             )
-        self.sae.load_state_dict(weights)
+        self.sae.load_state_dict(self.ranks.own_state(weights, self.sae.latent_dims))
         self.scale = float(state["scale"])
         self.sae.scale_(self.scale)
         self.steps_done, self._steps = int(state["steps_done"]), int(state["steps"])
         self.tokens_done = int(state["tokens_done"])
         self.any_dead, self.l0 = bool(state["any_dead"]), float(state["l0"])
-        for key, value in held.items():
-            value.copy_(state[key])
+        for key, value in self.ranks.own_state({key: state[key] for key in held}, self._latent_dims).items():
+            held[key].copy_(value)
         if self.cohort is not None:
             self.cohort.fused.refresh()
 
@@ -372,7 +399,7 @@ class Cohort:
         self.learners, first = list(learners), learners[0]
         self.fused = FusedStep(
             [learner.sae for learner in learners], [learner.leaves for learner in learners],
-            [learner.moments() for learner in learners], first.paces, first.config, first.dtype,
+            [learner.moments() for learner in learners], first.paces, first.config, first.dtype, first.ranks,
         )  # fmt: skip
         self.counts = Counts(
             *(side_by_side(of_each) for of_each in zip(*(one.counts for one in learners), strict=True))
@@ -410,7 +437,8 @@ class Cohort:
             target=target,
         )
         spread = (target - first.mean).square().sum()
-        capacity = None if first.sae.cfg.activation in ("topk", "batchtopk") else self.capacity
+        unknown = first.cfg.activation not in ("topk", "batchtopk") and first.ranks.size == 1
+        capacity = self.capacity if unknown else None
         self._pending = functools.partial(self._count, run, run(capacity=capacity), len(x), spread)
         if capacity is None:
             self.settle()
@@ -440,6 +468,7 @@ def together(learners: Iterable[Learner]) -> list[Cohort | Learner]:
     for learner in learners:
         cfg, config = learner.sae.cfg, learner.config.model_copy(update={"lr": None, "seed": 0})
         fit = learner.cohort is not None and cfg.activation != "relu" and cfg.prefixes is None and not config.fp8
+        fit = fit and learner.ranks.size == 1
         if fit and cfg.mask.kind != "soft":
             key = repr((cfg, config, learner.scale, learner.steps_done, learner.dtype, learner.mean.device))
             alike.setdefault(key, []).append(learner)

@@ -1,5 +1,6 @@
 """One progress bar for everything that a person waits for."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ class ProgressBar:
         self.done, self.skipped, self.began, self.last_line = done, done, time.monotonic(), time.monotonic()
         self.figures: dict[str, str] = {}
         self._bar = self._task = None
-        if sys.stderr.isatty():
+        self._quiet = os.environ.get("RANK", "0") != "0"  # one of several processes that torchrun started
+        if sys.stderr.isatty() and not self._quiet:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -33,7 +35,7 @@ class ProgressBar:
         self.figures.update({k: v for k, v in figures.items() if v is not None})
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, figures=self._text())
-        elif time.monotonic() - self.last_line > 10:
+        elif not self._quiet and time.monotonic() - self.last_line > 10:
             self.last_line = time.monotonic()
             done, left = f"{self.done:,} {self.unit}", ""
             if self.total is not None:
@@ -45,7 +47,7 @@ class ProgressBar:
         """Say something that stays on the screen."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
-        else:
+        elif not self._quiet:
             print(text, file=sys.stderr, flush=True)
 
     def _text(self) -> str:

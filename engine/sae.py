@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from .functions import (
     reconstruct,
 )
 from .masks import PositionMask
+from .ranks import ALONE, Ranks
+
+WITH_X = ("b_enc", "b_dec", "threshold")  # what grows with the activations that a dictionary is for
 
 
 @dataclass
@@ -93,6 +97,24 @@ class SparseAutoencoder(nn.Module):
     def center(self) -> Tensor | None:
         """What is taken from x [D] before the encoder."""
         return self.b_dec if self.cfg.d_out is None else None
+
+    @property
+    def latent_dims(self) -> dict[str, int]:
+        """Of the tensors in `state_dict` that have something of each latent, the dimension that counts latents."""
+        dims = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "mask.fixed": 1, "mask.centre": 0, "mask.logits": 1}
+        return dims | ({"threshold": 0} if self.cfg.activation == "jumprelu" else {})
+
+    def part(self, ranks: Ranks) -> "SparseAutoencoder":
+        """The dictionary of the latents that this process has of it: of F / size of them, from `rank` times so many on."""
+        if ranks.size == 1:
+            return self
+        f = self.cfg.d_sae // ranks.size
+        changes: dict[str, Any] = {"d_sae": f}
+        if self.cfg.prefixes is not None:
+            changes["prefixes"] = tuple(min(max(0, end - ranks.rank * f), f) for end in self.cfg.prefixes)
+        found = SparseAutoencoder(self.cfg.model_copy(update=changes))
+        found.load_state_dict(ranks.own_state(self.state_dict(), self.latent_dims))
+        return found
 
     def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         """f [..., F], in the dtype of x. Not differentiable: training goes through `objective`."""
@@ -203,16 +225,18 @@ class SparseAutoencoder(nn.Module):
         self.b_dec.copy_(mean)
 
     @torch.no_grad()
-    def initialise_threshold(self, x: Tensor, pos: Tensor) -> None:
-        """jumprelu's thresholds, unless given, start as the least of the 4 N k largest activations of x [N, D]."""
+    def initialise_threshold(self, x: Tensor, pos: Tensor, ranks: Ranks = ALONE) -> None:
+        """jumprelu's thresholds, unless given, start as the least of the 4 N k largest activations of x [N, D], `ranks`
+        having a part of the latents each."""
         if self.cfg.activation == "jumprelu" and self.cfg.initial_threshold is None:
             x, rows, weights = self.inputs(x, pos)
             code, _ = encode_topk_op(
                 x, self.W_enc.to(x.dtype), self.b_enc, min(4 * self.cfg.k, self.cfg.d_sae),
                 center=self.center, mask=weights, pos=rows, across_batch=True,
             )  # fmt: skip
-            values = code.live(code.values)
-            self.threshold.copy_(torch.where(values > 0, values, values.amax()).amin().expand(self.cfg.d_sae))
+            code = ranks.kept(code, len(x) * min(4 * self.cfg.k, self.cfg.d_sae * ranks.size))
+            least = ranks.least_(least_kept(code).clone())
+            self.threshold.copy_(torch.where(least.isfinite(), least, 0).expand(self.cfg.d_sae))
 
     @torch.no_grad()
     def scale_(self, factor: float) -> None:
@@ -220,10 +244,9 @@ class SparseAutoencoder(nn.Module):
         relu and top-k commute with positive scaling, so only biases and thresholds change."""
         if not (factor > 0 and math.isfinite(factor)):
             raise UserError(f"factor: {factor} is not allowed; it must be positive")
-        self.b_enc.mul_(factor)
-        self.b_dec.mul_(factor)
-        if self.cfg.activation in ("jumprelu", "batchtopk"):
-            self.threshold.mul_(factor)
+        for name, tensor in self.state_dict().items():
+            if name in WITH_X:
+                tensor.mul_(factor)
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:

@@ -19,6 +19,7 @@ from ..kernels.masks import GaussianMask, Mask
 from ..kernels.weight_grad import weight_grad
 from .config import TrainConfig
 from .functions import Band, gate_of, jumprelu_band, mask_gradient, matryoshka_residuals
+from .ranks import ALONE, Ranks
 from .sae import SparseAutoencoder, has_fired, least_kept
 
 # Of all latents, the share in use on a token from which on dense products take less time than gathers: 5 products of 2 D F
@@ -28,11 +29,12 @@ DENSE_FROM = 1 / 96
 LARGE = ("W_dec", "W_enc")  # the weights whose moments `TrainConfig.moments` narrows
 
 
-def rounding_seed(name: str, step: int) -> int:
-    """`Rates.seed` for the large weight `name` at a step. Multiples of 2^32 by the golden ratio keep their distance: about
-    2^30 / F steps go by before a row has the random bits that some row had before, and that would do no harm."""
+def rounding_seed(name: str, step: int, row: int = 0) -> int:
+    """`Rates.seed` for the large weight `name` from a row on, at a step. Multiples of 2^32 by the golden ratio keep their
+    distance: about 2^30 / F steps go by before a row has the random bits that some row had before, and that would do no
+    harm."""
     nth = (len(LARGE) * step + LARGE.index(name)) * 0x9E3779B9
-    return (nth + 2**31) % 2**32 - 2**31
+    return (nth + row + 2**31) % 2**32 - 2**31
 
 
 def fits(sae: SparseAutoencoder) -> bool:
@@ -120,14 +122,19 @@ class FusedStep:
 
     `dense` replaces gathers from a code and its transpose by dense products [S, N, F]; the gradients of the large weights
     are then in memory, in the products' dtype.
+
+    With several `ranks`, S is 1 and the dictionary the part of the latents that this process has (`SparseAutoencoder.part`);
+    all see the same batch, and b_dec is everyone's. What they tell each other in a step: their candidates for the code
+    (topk, batchtopk), what they reconstruct [N, D] in float32, and a few sums of a width of D and T.
     """
 
     def __init__(
         self, saes: Sequence[SparseAutoencoder], leaves: Sequence[Mapping[str, Tensor]],
         moments: Sequence[Mapping[str, Moments]], paces: Mapping[str, float], config: TrainConfig, dtype: torch.dtype,
+        ranks: Ranks = ALONE,
     ):  # fmt: skip
         self.sae, self.paces, self.config, self.dtype, self.dense = saes[0], paces, config, dtype, False
-        self.count, device = len(saes), saes[0].b_dec.device
+        self.ranks, self.count, device = ranks, len(saes), saes[0].b_dec.device
         self._weights = {name: side_by_side([held[name] for held in leaves]) for name in leaves[0]}
         if "W_dec" not in self._weights:  # a random one
             self._weights["W_dec"] = side_by_side([sae.W_dec for sae in saes])
@@ -174,7 +181,7 @@ class FusedStep:
         step_size.copy_(torch.tensor([lr / (1 - self.config.beta1**step) for lr in lrs]), non_blocking=True)
         correction.fill_((1 - self.config.beta2**step) ** 0.5)
         for name, seed in self._seeds.items():
-            seed.fill_(rounding_seed(name, step))
+            seed.fill_(rounding_seed(name, step, self.ranks.rank * self.sae.cfg.d_sae))
 
     @torch.no_grad()
     def run(
@@ -205,6 +212,8 @@ class FusedStep:
         with record_function("temposae::loss"):
             apart = torch.arange(s, device=pos.device)[:, None] * n_positions
             sums = position_loss(decoded.found.squared_error, code, (pos + apart).flatten(), s * n_positions)
+            for of_latents in (sums.l1, sums.l0):
+                self.ranks.sum_(of_latents)
             sums = PositionSums(*(total.view(s, n_positions) for total in sums))
             loss, aux_loss, scale, penalty = decoded.squared_error.view(s, n).sum(1) / n, None, -2 / n, 0.0
             if sae.cfg.activation == "relu":
@@ -220,9 +229,11 @@ class FusedStep:
             with record_function("temposae::aux"):
                 of_all = decoded.found.residual
                 left = self._reconstruct(aux, weights["W_dec"], torch.zeros_like(self._weights["b_dec"]), of_all)
-                weight = sae.aux_weight(target, of_all.view(s, n, -1), dead)
+                anywhere = self.ranks.sum_(dead.sum(1, keepdim=True)) > 0
+                weight = sae.aux_weight(target, of_all.view(s, n, -1), anywhere)
                 aux_loss = weight * left.squared_error.view(s, n).sum(1)
-                of_each = -2 * weight.repeat_interleave(n)[:, None]
+                of_each = -2 * weight.repeat_interleave(n)
+                of_each = of_each[aux.rows] if aux.ragged else of_each[:, None]
                 parts.append(self._part(aux, left.residual, of_each, left.projection, mask, of_tokens))
         with record_function("temposae::sort"):
             by_latent = None if self.dense else self._by_latent(parts)
@@ -237,7 +248,7 @@ class FusedStep:
             norm = self._update(x, by_latent, parts, small, code.overflow)
         if aux_loss is not None:
             loss = loss + aux_loss
-        least = least_kept(code, s) if sae.cfg.activation == "batchtopk" else None
+        least = self.ranks.least_(least_kept(code, s)) if sae.cfg.activation == "batchtopk" else None
         entries = None if code.offsets is None else code.offsets[-1]
         return Outcome(loss, aux_loss, norm, sums, has_fired(code).view(s, -1), least, entries, overflow)
 
@@ -267,12 +278,14 @@ class FusedStep:
                 dictionaries=self.count,
             )  # fmt: skip
             return code, None, None
+        across_batch, aux_k = sae.cfg.activation == "batchtopk", sae.aux_k(dead)
         code, aux = encode_topk(
-            x, W_enc, b_enc, sae.k, center=center, mask=mask, pos=rows,
-            aux_k=sae.aux_k(dead), aux_latents=None if dead is None else dead.flatten(),
-            across_batch=sae.cfg.activation == "batchtopk", fp8=self.config.fp8, dictionaries=self.count,
+            x, W_enc, b_enc, min(sae.k, sae.cfg.d_sae), center=center, mask=mask, pos=rows,
+            aux_k=aux_k, aux_latents=None if dead is None else dead.flatten(),
+            across_batch=across_batch, fp8=self.config.fp8, dictionaries=self.count,
         )  # fmt: skip
-        return code, aux, None
+        code = self.ranks.kept(code, sae.k * (len(x) if across_batch else 1))
+        return code, None if aux is None else self.ranks.kept(aux, sae.cfg.aux_k), None
 
     def _decode(self, code: SparseCode, W_dec: Tensor, target: Tensor, rows: Tensor | None) -> Decoded:
         """Loss and residual, and what gradients need of them. With g the groups between the ends of a Matryoshka
@@ -283,7 +296,7 @@ class FusedStep:
             found = self._reconstruct(code, W_dec, b_dec, target)
             return Decoded(code, rows, found.squared_error, found, found.residual)
         parted, _ = code.grouped(self.ends)
-        residuals = matryoshka_residuals(decode, parted, W_dec, b_dec[0], target)
+        residuals = matryoshka_residuals(self._decoded_by_all, parted, W_dec, b_dec[0], target)
         squared_errors = residuals.square().sum(-1)
         seen = (residuals.flip(0).cumsum(0).flip(0) / len(self.ends)).flatten(0, 1).to(target.dtype)
         found = Reconstruction(
@@ -293,7 +306,13 @@ class FusedStep:
         return Decoded(parted, rows, squared_errors.mean(0), found, seen)
 
     def _reconstruct(self, code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Reconstruction:
-        """`reconstruct`, with dense products if they are asked for."""
+        """`reconstruct`, by all ranks, with dense products if they are asked for."""
+        if self.ranks.size > 1:
+            zeros = target.new_zeros((1, target.shape[1]), dtype=torch.float32).expand(len(target), -1)
+            residual = target - b_dec + self._decoded_by_all(code, W_dec, torch.zeros_like(b_dec), target=zeros)
+            squared_error = residual.square().sum(1)
+            residual = residual.to(target.dtype)
+            return Reconstruction(residual, squared_error, decode_values_grad(code, W_dec, residual))
         if not self.dense:
             return reconstruct(code, W_dec, b_dec, target)
         s, (f, d) = self.count, (self.sae.cfg.d_sae, target.shape[1])
@@ -302,6 +321,10 @@ class FusedStep:
         projection = torch.bmm(residual, W_dec.mT).flatten()[code.rows * f + code.live(code.indices) % f]
         squared_error = torch.linalg.vector_norm(residual, dim=2, dtype=torch.float32).square()
         return Reconstruction(residual.flatten(0, 1), squared_error.flatten(), code.live(projection.float()))
+
+    def _decoded_by_all(self, code: SparseCode, W_dec: Tensor, b_dec: Tensor, *, target: Tensor) -> Tensor:
+        """`decode` of everyone's latents, for a `b_dec` and a `target` of zeros."""
+        return self.ranks.sum_(decode(code, W_dec, b_dec, target=target))
 
     def _spread(self, code: SparseCode, values: Tensor) -> Tensor:
         """Values of the code's entries as [S, N, F], in the products' dtype."""
@@ -359,7 +382,8 @@ class FusedStep:
         seen = parts[0].residual[: s * len(x)].view(s, len(x), -1).sum(1, dtype=torch.float32)
         small["b_dec"] = seen.mul_(-2 / len(x))
         if center is not None:
-            small["b_dec"] -= torch.bmm(small["b_enc"].view(s, 1, -1), W_enc.view(s, -1, x.shape[1]))[:, 0]
+            of_center = torch.bmm(small["b_enc"].view(s, 1, -1), W_enc.view(s, -1, x.shape[1]))[:, 0]
+            small["b_dec"] -= self.ranks.sum_(of_center)
 
         gradients: dict[str, _Sparse | _Dense] = {}
         if by_latent is None:
@@ -379,8 +403,10 @@ class FusedStep:
         step_size, correction, factor = self._rates
         norm = factor.fill_(1).new_zeros(s)
         if config.clip_norm is not None:
-            squares = [grad.norms() for grad in gradients.values()] + [grad.square() for grad in small.values()]
-            norm = torch.stack([square.view(s, -1).sum(1) for square in squares]).sum(0).sqrt()
+            squares = [grad.norms() for grad in gradients.values()]
+            squares += [grad.square() for name, grad in small.items() if name != "b_dec"]
+            of_latents = torch.stack([square.view(s, -1).sum(1) for square in squares]).sum(0)
+            norm = (self.ranks.sum_(of_latents) + small["b_dec"].square().sum(1)).sqrt()
             torch.clamp(config.clip_norm / (norm + 1e-6), max=1, out=factor)  # as clip_grad_norm_ does
         rates = Rates(step_size, correction, factor, config.beta1, config.beta2, skip=skip)
         for name, grad in gradients.items():

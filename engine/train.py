@@ -19,8 +19,8 @@ from . import checkpoint
 from .center import center
 from .config import RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig
 from .errors import Stopped, UserError
-from .folder import CONFIG, begin, check_free, read_settings, report, rewind
-from .loggers import open_loggers
+from .folder import CONFIG, begin, check_free, read_metrics, read_settings, report, rewind
+from .loggers import Logger, open_loggers
 from .optim import Cohort, Learner, together
 from .progress import progress_bar
 from .sae import SparseAutoencoder
@@ -98,7 +98,7 @@ class _Trainee:
     """One of the dictionaries in training, with its control."""
 
     def __init__(self, name: str, run: RunConfig, stream: ActivationStream, folder: Path | None):
-        self.name, self.run, self.folder = name, run, folder
+        self.name, self.run, self.folder, self.writes = name, run, folder, stream.ranks.is_first
         self.hooks = run.stream.hooks
         configs = {"sae": run.sae}
         if run.train.control and run.sae.decoder == "learned":
@@ -114,7 +114,7 @@ class _Trainee:
             if trained:
                 _take_over(sae, Path(str(run.train.init)).expanduser())
             self.learners[part] = Learner(
-                sae.to(x.device), run.train, mean, mean_norm, stream.positions, start, trained=trained
+                sae, run.train, mean, mean_norm, stream.positions, start, trained=trained, ranks=stream.ranks
             )
         self.metrics: list[dict[str, Any]] = []
         self.failed: str | None = None
@@ -145,22 +145,19 @@ class _Trainee:
                         "try a smaller one (the last checkpoint is untouched)"
                     )
         self.metrics.append(line)
-        if self.folder is not None:
+        if self.folder is not None and self.writes:
             report(self.folder, line)
         return line
 
     def save(self, folder: Path, others: dict[str, dict[str, Tensor]]) -> None:
         """Write a checkpoint, in the units of the activations, with `others` in files of their own."""
         state = {f"{part}.{key}": value for part, one in self.learners.items() for key, value in one.state().items()}
-        step = self.main.steps_done
-        self._scale(-1)
-        try:
-            dictionaries = {part: learner.sae for part, learner in self.learners.items()}
-            checkpoint.write(checkpoint.place(folder, step), step, dictionaries, self.run, {"state": state, **others})
-        finally:
-            self._scale(1)
-        self.saved_step = step
-        checkpoint.keep_last(folder)
+        dictionaries = {part: (learner.cfg, learner.weights()) for part, learner in self.learners.items()}
+        self.saved_step = self.main.steps_done
+        if self.writes:
+            there = checkpoint.place(folder, self.saved_step)
+            checkpoint.write(there, self.saved_step, dictionaries, self.run, {"state": state, **others})
+            checkpoint.keep_last(folder)
 
     def load(self, last: checkpoint.Checkpoint) -> None:
         state = last.tensors("state")
@@ -169,13 +166,8 @@ class _Trainee:
         self.saved_step = last.step
 
     def end(self) -> Run:
-        self._scale(-1)
-        control = self.learners.get("random")
-        return Run(self.main.sae, control.sae if control is not None else None, self.metrics, self.failed)
-
-    def _scale(self, power: int) -> None:
-        for learner in self.learners.values():
-            learner.sae.scale_(learner.scale**power)
+        ended = {part: learner.end() for part, learner in self.learners.items()}
+        return Run(ended["sae"], ended.get("random"), self.metrics, self.failed)
 
 
 class _Training:
@@ -186,7 +178,7 @@ class _Training:
     ):
         own = {name: stream.config_at(run.stream.hook, run.stream.target) for name, run in dictionaries.items()}
         dictionaries = {name: run.model_copy(update={"stream": own[name]}) for name, run in dictionaries.items()}
-        self.stream, self.runs = stream, dictionaries
+        self.stream, self.runs, self.ranks = stream, dictionaries, stream.ranks
         self.folder = Path(out).expanduser() if out is not None else None
         self.config = next(iter(dictionaries.values())).train
         _check(stream, dictionaries)
@@ -200,7 +192,9 @@ class _Training:
             if last is not None:
                 self._go_on(trainee, last)
             self.trainees.append(trainee)
-        self.loggers = open_loggers(self.config.log, self.folder, settings.model_dump(mode="json"))
+        self.loggers: list[Logger] = []
+        if self.ranks.is_first:
+            self.loggers = open_loggers(self.config.log, self.folder, settings.model_dump(mode="json"))
         self._begin(settings, resume)
         self.step = self.saved_step = last.step if last is not None else 0
         self.epoch = stream.counts.get("epoch", 0)
@@ -237,12 +231,17 @@ class _Training:
     def _begin(self, settings: RunConfig | SweepConfig, resume: bool) -> None:
         if self.folder is None:
             return
-        begin(self.folder, settings)
+        self.ranks.wait()  # until all have looked at the folder
+        if self.ranks.is_first:
+            begin(self.folder, settings)
         for one in self.trainees:
             assert one.folder is not None
-            begin(one.folder, one.run)
+            if self.ranks.is_first:
+                begin(one.folder, one.run)
             if resume:
-                one.metrics = rewind(one.folder, one.main.steps_done)
+                one.metrics = read_metrics(one.folder, one.main.steps_done)
+                if self.ranks.is_first:
+                    rewind(one.folder, one.metrics)
 
     def run(self) -> dict[str, Run]:
         with ExitStack() as closing:
@@ -256,7 +255,8 @@ class _Training:
     def _train(self) -> None:
         total = max(run.train.steps for run in self.runs.values()) * self.config.batch
         done = self.step * self.config.batch
-        with progress_bar("training", total, "tokens", done) as self._bar, _stop_signals(self.folder) as stop:
+        patient = self.ranks.size > 1  # torchrun passes on what the terminal has sent already
+        with progress_bar("training", total, "tokens", done) as self._bar, _stop_signals(self.folder, patient) as got:
             while active := [one for one in self.trainees if not one.has_ended]:
                 batch = self.stream.next(self.config.batch).flat()
                 if len(batch):
@@ -268,9 +268,10 @@ class _Training:
                     self._report([one for one in active if one.is_due])
                 else:
                     self._end_early(active)
+                stop = self.ranks.largest(got[0] if got else 0)
                 self._save(len(batch) == 0 or bool(stop) or any(one.has_ended for one in active))
                 if stop:
-                    raise Stopped(stop[0], f"stopped at step {self.step}; --resume goes on from there")
+                    raise Stopped(stop, f"stopped at step {self.step}; --resume goes on from there")
                 if not len(batch):
                     break
 
@@ -321,7 +322,7 @@ class _Training:
             return
         every = self.config.checkpoint_every_steps
         is_time = self.step % every == 0 if every else time.monotonic() - self.saved > CHECKPOINT_SECONDS
-        if not (now or is_time):
+        if not (now or self.ranks.largest(int(is_time))):
             return
         news = [one for one in self.trainees if one.failed is None and one.saved_step < one.main.steps_done]
         self._report([one for one in news if not one.main.is_finite()])  # which stops them
@@ -329,7 +330,7 @@ class _Training:
         for one in news:
             if one.failed is None and one.folder is not None:
                 one.save(one.folder, stream if one.folder == self.folder else {})
-        if "" not in self.runs:
+        if "" not in self.runs and self.ranks.is_first:
             status = {one.name: {"step": one.saved_step, "failed": one.failed} for one in self.trainees}
             checkpoint.write(checkpoint.place(self.folder, self.step), self.step, {}, None, stream, status)
             checkpoint.keep_last(self.folder)
@@ -378,11 +379,20 @@ def _check(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> None
                     f"{getattr(first, common)} for all dictionaries of a stream"
                 )
         stream.check_mask(run.sae.mask)
+        if (size := stream.ranks.size) > 1:
+            if run.sae.d_sae % size:
+                raise UserError(f"{inside}sae.d_sae: {run.sae.d_sae} is not allowed; {size} processes must divide it")
+            if run.train.accumulate > 1 or run.train.resample_every_steps is not None:
+                name_of = "accumulate" if run.train.accumulate > 1 else "resample_every_steps"
+                raise UserError(
+                    f"{inside}train.{name_of}: {getattr(run.train, name_of)} is not allowed; there are {size} processes"
+                )
 
 
 @contextmanager
-def _stop_signals(folder: Path | None) -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM is put into, where there is a folder to save to; a second one stops at once."""
+def _stop_signals(folder: Path | None, patient: bool) -> Iterator[list[int]]:
+    """A list that SIGINT or SIGTERM is put into, where there is a folder to save to; a second one stops at once, unless
+    we are `patient`."""
     got: list[int] = []
     if folder is None or threading.current_thread() is not threading.main_thread():
         yield got
@@ -392,7 +402,7 @@ def _stop_signals(folder: Path | None) -> Iterator[list[int]]:
 
     def note(number: int, frame: object) -> None:
         got.append(number)
-        for one, handler in before.items():
+        for one, handler in () if patient else before.items():
             signal.signal(one, handler)
 
     for number in before:

@@ -126,6 +126,15 @@ class SparseCode:
         """The same entries with other values; layouts computed for one code serve both."""
         return replace(self, values=values)
 
+    def only(self, kept: Tensor) -> "SparseCode":
+        """The entries for which `kept`, bool of the shape of `values`, is true; ragged, with the room there was."""
+        kept = self.live(kept, unused=False).flatten()
+        counts = torch.zeros(self.n_tokens, dtype=torch.int64, device=kept.device)
+        counts.index_add_(0, self.rows.flatten(), kept.long())
+        order = (~kept).sort(stable=True).indices  # unused ones come last
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return SparseCode(self.values.flatten()[order], self.indices.flatten()[order], self.n_latents, offsets)
+
     def grouped(self, ends: Tensor) -> tuple["SparseCode", Tensor]:
         """The entries parted by groups of latents, the g-th of which are those from `ends[g - 1]` (or 0) up to `ends[g]`.
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from .closeness import assert_close
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
 
 
@@ -42,17 +44,9 @@ def _patch_once() -> None:
     InterpretedFunction.__call__ = call
 
 
-@pytest.fixture(scope="session")
-def assert_close() -> Callable[..., None]:
-    """assert_close(out, reference, limit=1e-5): ||out - reference|| / ||reference|| <= limit, which NaN never meets."""
-
-    def check(out: Tensor, reference: Tensor, limit: float = 1e-5, name: str = "output") -> None:
-        assert out.shape == reference.shape, f"{name}: shape {list(out.shape)}, expected {list(reference.shape)}"
-        out, reference = out.detach().double().cpu(), reference.detach().double().cpu()
-        error, size = (out - reference).norm().item(), reference.norm().item()
-        assert error <= limit * size, f"{name}: error {error:.3e} of {size:.3e} exceeds the ratio {limit:.0e}"
-
-    return check
+@pytest.fixture(scope="session", name="assert_close")
+def the_comparison() -> Callable[..., None]:
+    return assert_close
 
 
 @pytest.fixture
@@ -86,3 +80,15 @@ def stream_of(testbed) -> Callable:
         return ActivationStream(config, model=testbed, seed=seed)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Documents of 1 to 400 tokens, longer than a row and shorter."""
+    from temposae.engine.testbed.language import Language
+
+    language = Language()
+    return [
+        " ".join(" ".join(language.document(3 * i + j).text for j in range(3)).split()[: 1 + 17 * i % 397])
+        for i in range(300)
+    ]

@@ -11,6 +11,7 @@ from ..config import MaskConfig, StreamConfig
 from ..errors import UserError
 from ..host import tune_host
 from ..progress import ProgressBar, progress_bar
+from ..ranks import ALONE, Ranks
 from ..stopwatch import Stopwatch
 from .buffer import Batch, RingBuffer
 from .cache import Cached, read_manifest
@@ -37,6 +38,10 @@ class ActivationStream:
     given; else both are loaded as the config says. With `config.cache` activations come from there, `hooks` are those to be
     read (`config.hook` unless given), and `model` and `text` are loaded when they are first asked for.
     With `config.activations`, or `own` ones in hand, there are neither.
+
+    Where torch.distributed runs with several processes (`ranks`, those unless given), each runs the model on an equal share
+    of the text and all have the same buffer, the one that a single process would have; a cache and own activations each
+    reads for itself.
     """
 
     def __init__(
@@ -49,8 +54,10 @@ class ActivationStream:
         rows: RowSource | None = None,
         hooks: Sequence[str] = (),
         own: Own | None = None,
+        ranks: Ranks | None = None,
     ):
         tune_host()
+        self.ranks = Ranks.here() if ranks is None else ranks
         self._model, self._text, self._text_seed = model, rows, seed
         if own is None and config.activations is not None:
             own = open_file(config.activations, seed=seed, repeat=config.repeat)
@@ -107,7 +114,7 @@ class ActivationStream:
             raise UserError(
                 f"stream.context: {config.context} is not allowed; {config.model} has at most {self.model.context}"
             )
-        return Live(self.model, self.text, config.context, config.rows_per_forward)
+        return Live(self.model, self.text, config.context, config.rows_per_forward, self.ranks)
 
     @property
     def model(self) -> LanguageModel:
@@ -240,6 +247,12 @@ class ActivationStream:
             return empty.index_copy_(0, at.to(value.device), value).unflatten(0, (count, self.positions))
 
         return fresh.each(spread)
+
+    def alone(self) -> None:
+        """Go on in this process by itself."""
+        self.ranks = ALONE
+        if isinstance(self.source, Live):
+            self.source.ranks = ALONE
 
     def state(self) -> dict[str, Tensor]:
         """All that is needed to go on exactly here: buffer, order, random state, place in the text."""

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..ranks import ALONE, Ranks
 from .buffer import Batch
 from .model import LanguageModel
 from .text import RowSource, TokenRows
@@ -35,11 +36,15 @@ class Source(Protocol):
 
 
 class Live:
-    """A language model over rows of text, `rows_per_forward` at a time."""
+    """A language model over rows of text, `rows_per_forward` at a time. Of several `ranks`, each takes so many of the rows,
+    and all get the activations of all."""
 
     label = "model"
 
-    def __init__(self, model: LanguageModel, text: RowSource, positions: int, rows_per_forward: int):
+    def __init__(
+        self, model: LanguageModel, text: RowSource, positions: int, rows_per_forward: int, ranks: Ranks = ALONE
+    ):
+        self.ranks = ranks.apart()  # from training, beside which a GPU reads on
         self.model, self.text, self.positions, self.rows_per_forward = model, text, positions, rows_per_forward
         self.widths, self.device = model.widths, model.device
         self.special = special_tokens(model.tokenizer)
@@ -53,7 +58,7 @@ class Live:
         return self.text.counts | {"epoch": self.text.epoch}
 
     def next(self) -> Batch | None:
-        rows = self.text.next(self.rows_per_forward)
+        rows = self.text.next(self.rows_per_forward * self.ranks.size)
         B, T = rows.tokens.shape
         if B == 0:
             return None
@@ -61,10 +66,19 @@ class Live:
         at = is_text(rows).flatten().nonzero().flatten()
         pos = torch.arange(T, dtype=torch.int32).expand(B, T)
         places = (pos, rows.tokens.int(), rows.document, rows.row[:, None].expand(B, T))
-        there = at.to(self.device, non_blocking=True)
-        acts = {hook: x.flatten(0, 1)[there] for hook, x in self.model.harvest(rows.tokens).items()}
+        acts = self._harvest(rows.tokens, at)
         kept = ~torch.isin(rows.tokens.flatten()[at], self.special)
         return Batch(acts, *(place.flatten()[at].to(self.device, non_blocking=True) for place in places), kept=kept)
+
+    def _harvest(self, tokens: Tensor, at: Tensor) -> dict[str, Tensor]:
+        """Activations [M, D] at the places `at` [M] of the flattened tokens [B, T]."""
+        rank, share = self.ranks.rank, self.rows_per_forward * tokens.shape[1]
+        owner = at // share
+        mine = (at[owner == rank] - rank * share).to(self.device, non_blocking=True)
+        own = tokens[rank * self.rows_per_forward :][: self.rows_per_forward]
+        found = self.model.harvest(own if len(own) else tokens[:1])  # at the text's end there may be none
+        counts = owner.bincount(minlength=self.ranks.size).tolist()
+        return {hook: self.ranks.rows(x.flatten(0, 1)[mine], counts) for hook, x in found.items()}
 
     def state(self) -> dict[str, Tensor]:
         return self.text.state()

@@ -7,6 +7,7 @@ import torch
 from temposae.engine.config import MaskConfig, SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.optim import Cohort, Learner, together
+from temposae.engine.ranks import ALONE
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.step import FusedStep
 from temposae.engine.stream import Batch
@@ -68,16 +69,16 @@ def take(monkeypatch, way):
     monkeypatch.setattr("temposae.engine.optim.DENSE_FROM", {"dense": 0.0, "sparse": 1.0}[way])
 
 
-def learner(changes, dtype="float32", seed=1, lr=0.01):
+def learner(changes, dtype="float32", seed=1, lr=0.01, d_sae=37, ranks=ALONE):
     changes = dict(changes)
     # A gradient norm of about 5: clipped to 1, so that clipping is tried too.
     training = dict(
         clip_norm=changes.pop("clip_norm", 1.0), moments=changes.pop("moments", "float32"), fp8=changes.pop("fp8", False),
         tokens=100 * N, batch=N, dead_after_tokens=1, lr=lr, dtype=dtype, seed=seed,
     )  # fmt: skip
-    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=37, k=5, **changes), seed=seed)
+    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=d_sae, k=5, **changes), seed=seed)
     mean = torch.randn(sae.cfg.d_out or D, generator=torch.Generator().manual_seed(2))
-    made = Learner(sae, TrainConfig(**training), mean, 4.0, T)
+    made = Learner(sae, TrainConfig(**training), mean, 4.0, T, ranks=ranks)
     made.any_dead = "aux_k" in changes
     made.l0 = 0.3  # few enough for a relu dictionary to take the sparse path
     return made
@@ -114,8 +115,8 @@ def rounded_otherwise(name, found, expected):
     return other
 
 
-def assert_trained_alike(found, expected, start, assert_close):
-    """(weights, state) of two ways to train from `start`: every moment, and every change of a weight, within 1e-4."""
+def assert_trained_alike(found, expected, start, assert_close, limit=1e-4):
+    """(weights, state) of two ways to train from `start`: every moment, and every change of a weight, within the limit."""
     (weights, state), (expected_weights, expected_state) = found, expected
     assert weights.keys() == expected_weights.keys()
     assert state.keys() == expected_state.keys()
@@ -124,13 +125,13 @@ def assert_trained_alike(found, expected, start, assert_close):
         found, (_, *parameter) = state[name], name.split(".")
         if parameter and parameter[-1].startswith("exp_avg") and parameter[0] in other:
             found = torch.where(other[parameter[0]], value, found)
-        assert_close(found, value, 1e-4, name)
+        assert_close(found, value, limit, name)
     for name, value in expected_weights.items():
         if value.dtype.is_floating_point:
             change, value = weights[name] - start[name], value - start[name]
             if name in other:
                 change = torch.where(other[name].T if name == "W_enc" else other[name], value, change)
-            assert_close(change, value, 1e-4, f"change of {name}")
+            assert_close(change, value, limit, f"change of {name}")
 
 
 @pytest.mark.parametrize(
