@@ -77,6 +77,8 @@ def trained(ranks: Ranks, names: list[str]) -> None:
             changes["prefixes"] = (*changes["prefixes"][:-1], F)
         alone, shared = (learner(changes, d_sae=F, ranks=each) for each in (ALONE, ranks))
         assert shared.sae.W_dec.shape[0] == F // ranks.size
+        alone.counts.idle_tokens[0, 0] = 1  # dead to begin with is a latent of the first process alone
+        shared.counts.idle_tokens[0, 0] = int(ranks.is_first)
         start, found = {key: value.clone() for key, value in alone.weights().items()}, []
         for one in (shared, alone):
             for batch in batches(one.sae.cfg.d_out):
