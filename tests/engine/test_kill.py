@@ -16,6 +16,7 @@ from temposae.engine.files import UNFINISHED
 from temposae.engine.folder import read_metrics
 from temposae.engine.optim import Learner
 from temposae.engine.stream import ActivationStream
+from temposae.engine.stream.cache import write_cache
 from temposae.engine.train import train, train_together
 
 PROCESSES = multiprocessing.get_context("forkserver")  # with everything imported, so that a run begins at once
@@ -39,20 +40,20 @@ def settings(mode: str, name: str = "") -> RunConfig:
     )
 
 
-def job(mode: str, folder: Path, several: bool) -> None:
+def job(mode: str, folder: Path, several: bool, cache: Path | None) -> None:
     """A run, or what is left of it."""
     torch.set_num_threads(1)
     run = settings(mode)
-    stream = ActivationStream(run.stream)
+    stream = ActivationStream(run.stream.model_copy(update={"cache": cache and str(cache)}))
     if several:
         train_together(stream, {name: settings(mode, name) for name in "ab"}, out=folder, resume=True)
     else:
         train(stream, run.sae, run.train, out=folder, resume=True)
 
 
-def run(mode: str, folder: Path, several: bool, seconds: float | None = None) -> int | None:
-    """The exit code of a run that is killed after so many seconds, unless it has ended."""
-    process = PROCESSES.Process(target=job, args=(mode, folder, several))
+def run(seconds: float | None, *args) -> int | None:
+    """The exit code of a `job` that is killed after so many seconds, unless it has ended."""
+    process = PROCESSES.Process(target=job, args=args)
     process.start()
     process.join(seconds)
     if process.is_alive():
@@ -75,17 +76,17 @@ def same(one: Path, two: Path) -> None:
     assert left == []
 
 
-def killed_and_resumed(mode: str, several: bool, kills: int, folder: Path) -> None:
+def killed_and_resumed(mode: str, several: bool, kills: int, folder: Path, cache: Path | None = None) -> None:
     warm = PROCESSES.Process(target=torch.get_num_threads)  # the first process waits for all that is imported
     warm.start()
     warm.join()
     began = time.monotonic()
-    assert run(mode, folder / "whole", several) == 0
+    assert run(None, mode, folder / "whole", several, cache) == 0
     takes, draw, killed, place = time.monotonic() - began, random.Random(kills), 0, folder / "killed"
     for _ in range(10 * kills):
         if killed == kills:
             break
-        code = run(mode, place, several, draw.uniform(0.1, 0.9) * takes)
+        code = run(draw.uniform(0.1, 0.9) * takes, mode, place, several, cache)
         killed += code == -signal.SIGKILL
         if code == 0:  # it got to its end: once more from the beginning
             same(folder / "whole", place)
@@ -93,7 +94,7 @@ def killed_and_resumed(mode: str, several: bool, kills: int, folder: Path) -> No
         else:
             assert code == -signal.SIGKILL
     assert killed == kills
-    assert run(mode, place, several) == 0
+    assert run(None, mode, place, several, cache) == 0
     same(folder / "whole", place)
 
 
@@ -107,6 +108,14 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_killed_many_times_ends_with_the_same_bits(tmp_path, mode, several):
     killed_and_resumed(mode, several, 6 if several else 20, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kills"), [("grouped", 2), *(pytest.param(mode, 20, marks=pytest.mark.slow) for mode in MODES)]
+)
+def test_a_killed_run_over_a_cache_ends_with_the_same_bits(tmp_path, mode, kills):
+    write_cache(tmp_path / "cache", StreamConfig(rows_per_forward=8), 6000, shard_mb=0.5)  # one and a half epochs
+    killed_and_resumed(mode, False, kills, tmp_path, tmp_path / "cache")
 
 
 @pytest.fixture
