@@ -17,6 +17,7 @@ import os
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -233,6 +234,8 @@ class Cached:
         self._epoch = self._at = 0  # of the epoch's order, so many blocks are served
         self._rows = self._tokens = 0
         self._order = self._permuted()
+        self._thread = ThreadPoolExecutor(1, "cache")
+        self._ahead: tuple[tuple[int, int], Future[Batch]] | tuple[None, None] = (None, None)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -244,7 +247,7 @@ class Cached:
                 return None
             self._epoch, self._at = self._epoch + 1, 0
             self._order = self._permuted()
-        batch = self._read(*self._blocks[self._order[self._at]])
+        batch = self._read_ahead(self._at)
         self._at += 1
         self._rows += 1 + int(batch.row.diff().count_nonzero())
         self._tokens += len(batch)
@@ -264,6 +267,14 @@ class Cached:
 
     def _permuted(self) -> list[int]:
         return np.random.default_rng((self.seed, self._epoch)).permutation(len(self._blocks)).tolist()
+
+    def _read_ahead(self, at: int) -> Batch:
+        """Block number `at` of the order; the one behind it is read by a thread meanwhile."""
+        wanted, *behind = (self._blocks[nth] for nth in self._order[at : at + 2])
+        known, reading = self._ahead
+        batch = reading.result() if reading is not None and known == wanted else self._read(*wanted)
+        self._ahead = (behind[0], self._thread.submit(self._read, *behind[0])) if behind else (None, None)
+        return batch
 
     def _read(self, number: int, block: int) -> Batch:
         """One block, on the CPU. Read and not mapped: a map of a file that is cut meanwhile kills the process."""

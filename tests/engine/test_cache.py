@@ -341,14 +341,14 @@ def test_a_shard_of_another_size_or_header_or_none_is_named_at_opening(copy):
         Cached(copy)
 
 
-def test_a_shard_cut_while_it_is_in_use_is_named(copy):
-    source = Cached(copy, repeat=False)
+def test_a_shard_cut_or_removed_while_it_is_in_use_is_named(copy):
+    first, second = Cached(copy, repeat=False), Cached(copy, repeat=False)
     os.truncate(copy / "shard_00000.safetensors", 1000)
     with pytest.raises(UserError, match=r"cache: .*shard_00000.safetensors is damaged in block"):
-        everything(source)
+        everything(first)
     (copy / "shard_00000.safetensors").unlink()
     with pytest.raises(UserError, match=r"cache: .*shard_00000.safetensors can't be read \(No such file"):
-        everything(source)
+        everything(second)
 
 
 def test_a_cut_or_foreign_manifest_is_named(copy, tmp_path):
