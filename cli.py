@@ -160,7 +160,10 @@ def train(
     if not ranks.is_first:
         return
     stream.alone()
-    summary = evaluate_runs(folder, trained, stream)
+    try:
+        summary = evaluate_runs(folder, trained, stream)
+    except UserError as error:
+        raise UserError(f"{error}; {folder} is trained, and temposae eval core --sae {folder} measures it") from None
     summary |= {"run": str(folder), "model": stream.name, "seconds": round(time.monotonic() - began, 1)}
     write_json(folder / "summary.json", summary)
     write_json(json_file, summary)

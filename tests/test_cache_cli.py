@@ -166,3 +166,21 @@ def test_train_on_activations_of_ones_own(place):
     code, _, err = run("train", "tiny.yaml", "--activations", "mine.npy", "--model", "testbed", "--out", "other")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "stream.model: testbed is not allowed with activations" in err
+
+
+def test_a_run_whose_text_is_gone_is_trained_and_measured_later(place):
+    text = place / "text.txt"
+    text.write_text("\n\n".join("one two three , . the a cat and dog" for _ in range(200)))
+    code, _, err = run("cache", "--out", "of-text", "--tokens", "1500", "--data", text)
+    assert code == 0, err
+    words = text.read_text()
+    text.unlink()
+    code, _, err = run("train", "tiny.yaml", "--cache", "of-text", *FLAGS, "--out", "run")
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last.startswith(f"error: data: {text} does not exist")
+    assert last.endswith("; run is trained, and temposae eval core --sae run measures it")
+    text.write_text(words)
+    code, out, err = run("eval", "core", "--sae", "run")
+    assert code == 0, err
+    assert "explained variance" in out

@@ -16,6 +16,7 @@ probabilities of the choices made, and the entropy of the language is its mean: 
 
 import math
 import random
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -360,7 +361,7 @@ class _Writer:
         if self.pick_weighted(((0.9, False), (0.1, True))):
             topic = self.pick([t for t in range(len(by_topic)) if t != self.topic])
         choice = by_topic[topic]
-        at = self.rng.choices(range(len(choice.items)), cum_weights=choice.cumulative)[0]
+        at = self.draw(choice.cumulative)
         self.log_prob += choice.log_p[at]
         return choice.items[at]
 
@@ -369,10 +370,13 @@ class _Writer:
         return options[int(self.rng.random() * len(options))]
 
     def pick_weighted(self, options: Sequence[tuple[float, Any]]) -> Any:
-        weights = [w for w, _ in options]
-        at = self.rng.choices(range(len(options)), weights)[0]
-        self.log_prob += math.log(weights[at])
+        at = self.draw(list(accumulate(weight for weight, _ in options)))
+        self.log_prob += math.log(options[at][0])
         return options[at][1]
+
+    def draw(self, cumulative: Sequence[float]) -> int:
+        """As `Random.choices` draws one: a third of its time."""
+        return bisect(cumulative, self.rng.random() * cumulative[-1], 0, len(cumulative) - 1)
 
     def write(self, text: str, role: str = "none", known: dict[str, int] | None = None) -> None:
         words = text.split()
