@@ -223,8 +223,10 @@ class RingBuffer:
         self._refill(self._at)
         if self._side is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._side)
-        filled = torch.cat([self._order[: self._filled], self._order[self._at :]]).sort().values
-        self._order = filled[torch.randperm(len(filled), generator=self._generator)]
+        filled = torch.cat([self._order[: self._filled], self._order[self._at :]])
+        self._order = torch.randperm(len(filled), generator=self._generator)
+        if len(filled) < self.capacity:  # else they are all there are
+            self._order = filled.sort().values[self._order]
         self._order_there = self._order.to(self._device)
         self._at, self._filled, self.begun = 0, 0, True
         if not self._finite:
