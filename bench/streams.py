@@ -32,7 +32,7 @@ GEMMA = "gemma-2-2b-shaped"  # random weights, made here
 class Sizes(NamedTuple):
     """Language model and layer (None: the middle one), dictionaries of F latents that keep K, `batch` tokens a step; rows of
     `context` tokens, `rows` of them a forward pass; tokens in the buffer; and how often everything takes its turn (training
-    a third as often)."""
+    at most three times)."""
 
     model: str
     layer: int | None
@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
 
 PRESETS = {
     "tiny": Sizes("testbed", None, 64, 4, 256, 64, 8, 2048, 2),
-    "cpu": Sizes("testbed", None, 1024, 16, 1024, 128, 32, 16384, 9),
+    "cpu": Sizes("testbed", None, 1024, 16, 1024, 128, 32, 16384, 45),
     "gpu": Sizes(GEMMA, 12, 16384, 64, 8192, 1024, 16, 262144, 7),
 }
 
@@ -258,7 +258,7 @@ def _text(given: Sizes, model: LanguageModel) -> RowSource:
 
 
 def _few(rounds: int) -> int:
-    return -(-rounds // 3)
+    return min(3, rounds)
 
 
 def _skip(text: RowSource, rows: int, at_once: int) -> None:
