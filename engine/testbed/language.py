@@ -99,18 +99,27 @@ class OrderPair:
 
 @dataclass
 class _Weighted:
-    """A choice among `items` with Zipf-like weights 1 / (rank + shift)."""
+    """A choice among `items` with these probabilities."""
 
-    items: Sequence[str]
-    shift: float = 4.0
+    items: Sequence[Any]
+    probabilities: Sequence[float]
     cumulative: list[float] = field(init=False)
     log_p: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        weights = [1 / (rank + self.shift) for rank in range(len(self.items))]
+        self.cumulative = list(accumulate(self.probabilities))
+        self.log_p = [math.log(p) if p else -math.inf for p in self.probabilities]
+
+    @classmethod
+    def zipf(cls, items: Sequence[Any], shift: float = 4.0) -> "_Weighted":
+        """In proportion to 1 / (rank + shift)."""
+        weights = [1 / (rank + shift) for rank in range(len(items))]
         total = sum(weights)
-        self.cumulative = list(accumulate(w / total for w in weights))
-        self.log_p = [math.log(w / total) for w in weights]
+        return cls(items, [weight / total for weight in weights])
+
+
+_SENTENCES = _Weighted(("topical", "agreement", "order", "fact"), (0.35, 0.2, 0.2, 0.25))
+_OF_ANOTHER_TOPIC = _Weighted((False, True), (0.9, 0.1))
 
 
 class Language:
@@ -122,8 +131,10 @@ class Language:
         self.correlation, self.seed = correlation, seed
         self.topics = list(lex.TOPICS)
         self.nouns, self.verbs, self.imperatives, self.adjectives = (
-            [_Weighted(lex.TOPICS[t][part].split()) for t in self.topics] for part in range(4)
+            [_Weighted.zipf(lex.TOPICS[t][part].split()) for t in self.topics] for part in range(4)
         )
+        likely = (1 + correlation) / 2
+        self.has_preferred_tone = _Weighted((True, False), (likely, 1 - likely))
 
     @cached_property
     def vocabulary(self) -> list[str]:
@@ -239,7 +250,7 @@ class _Writer:
     """Writes one document token by token, noting labels and the log probability of every choice."""
 
     def __init__(self, language: Language, rng: random.Random, labelled: bool = True):
-        self.language, self.rng, self.labelled = language, rng, labelled
+        self.language, self.random, self.labelled = language, rng.random, labelled
         self.words: list[str] = ["<bos>"]
         self.labels: dict[str, list[int]] = {name: [-1] for name in LABELS}
         self.log_prob = 0.0
@@ -250,7 +261,7 @@ class _Writer:
         self.prefix()
         self.section = SECTIONS.index("body")
         while len(self.words) <= BODY_UNTIL:
-            self.pick_weighted(((0.35, self.topical), (0.2, self.agreement), (0.2, self.order), (0.25, self.fact)))()
+            getattr(self, self.draw(_SENTENCES))()
         self.closing()
         assert len(self.words) <= CONTEXT
         return Document(self.words, self.labels, self.log_prob, self.topic, self.tone)
@@ -259,8 +270,7 @@ class _Writer:
         # The topic is drawn first and the tone given it, though the text shows the tone first: log p is the same.
         self.topic = self.pick(range(len(self.language.topics)))
         preferred = self.topic % len(lex.TONES)
-        likely = (1 + self.language.correlation) / 2
-        self.tone = self.pick_weighted(((likely, preferred), (1 - likely, 1 - preferred)))
+        self.tone = preferred if self.draw(self.language.has_preferred_tone) else 1 - preferred
         salutations, adverbs, self.thanks, self.sign_offs = lex.TONE_WORDS[lex.TONES[self.tone]]
         self.adverbs = adverbs.split()
 
@@ -358,28 +368,23 @@ class _Writer:
     def content(self, by_topic: Sequence[_Weighted]) -> str:
         """A word of the document's topic (90%) or of another (10%)."""
         topic = self.topic
-        if self.pick_weighted(((0.9, False), (0.1, True))):
+        if self.draw(_OF_ANOTHER_TOPIC):
             topic = self.pick([t for t in range(len(by_topic)) if t != self.topic])
-        choice = by_topic[topic]
-        at = self.draw(choice.cumulative)
-        self.log_prob += choice.log_p[at]
-        return choice.items[at]
+        return self.draw(by_topic[topic])
 
     def pick(self, options: Sequence[Any]) -> Any:
         self.log_prob -= math.log(len(options))
-        return options[int(self.rng.random() * len(options))]
+        return options[int(self.random() * len(options))]
 
-    def pick_weighted(self, options: Sequence[tuple[float, Any]]) -> Any:
-        at = self.draw(list(accumulate(weight for weight, _ in options)))
-        self.log_prob += math.log(options[at][0])
-        return options[at][1]
-
-    def draw(self, cumulative: Sequence[float]) -> int:
-        """As `Random.choices` draws one: a third of its time."""
-        return bisect(cumulative, self.rng.random() * cumulative[-1], 0, len(cumulative) - 1)
+    def draw(self, choice: _Weighted) -> Any:
+        """As `Random.choices` does it, in a third of its time."""
+        cumulative = choice.cumulative
+        at = bisect(cumulative, self.random() * cumulative[-1], 0, len(cumulative) - 1)
+        self.log_prob += choice.log_p[at]
+        return choice.items[at]
 
     def write(self, text: str, role: str = "none", known: dict[str, int] | None = None) -> None:
-        words = text.split()
+        words = text.split() if " " in text else (text,)
         self.words += words
         if self.labelled:
             values = {
