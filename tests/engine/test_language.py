@@ -133,12 +133,12 @@ def test_log_prob_is_the_sum_of_the_choices(language):
             assert self.log_prob - before == pytest.approx(-np.log(len(options)))
             return chosen
 
-        def pick_weighted(self, options):
+        def draw(self, choice):
             nonlocal total
             before = self.log_prob
-            chosen = super().pick_weighted(options)
-            total += self.log_prob - before
-            assert sum(weight for weight, _ in options) == pytest.approx(1)
+            chosen = super().draw(choice)
+            total += (self.log_prob - before) * (len(choice.items) <= 4)  # words of a topic are counted below
+            assert sum(choice.probabilities) == pytest.approx(1)
             return chosen
 
     written = Spy(language, random.Random(f"0/{index}")).document()
