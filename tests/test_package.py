@@ -55,7 +55,7 @@ def test_wheel_holds_every_module_the_embedded_model_and_measured_results(wheel:
     shipped = {name for name in ZipFile(wheel).namelist() if name.startswith("temposae/")}
     model = [path.relative_to(ROOT) for path in (ROOT / "engine/testbed/model").iterdir()]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in model}
-    results = [path.relative_to(ROOT) for path in (ROOT / "bench/results").iterdir()]
+    results = [path.relative_to(ROOT) for path in (ROOT / "bench/results").rglob("*.json")]
     assert shipped == {f"temposae/{path}" for path in [*source_files("*.py"), *model, *results, "py.typed"]}
 
 
