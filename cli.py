@@ -485,7 +485,3 @@ def _figures(values: dict[str, Any]) -> None:
     width = max(map(len, values))
     for key, value in values.items():
         print(f"{key:{width}}  {value if not isinstance(value, float) else format(value, '.4f')}")
-
-
-if __name__ == "__main__":
-    main()

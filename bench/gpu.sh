@@ -57,7 +57,7 @@ print("missing:", ", ".join(missing) or "nothing")
 PYTHON
 
 has() { python3 -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
-bench() { local name=$1 limit=$2; shift 2; part "$name" "$limit" python3 -m temposae.cli "$@"; }
+bench() { local name=$1 limit=$2; shift 2; part "$name" "$limit" python3 -m temposae "$@"; }
 
 if has pytest; then
   options=(-q -m gpu -p no:cacheprovider --ignore=tests/bench/test_ops.py) # ops are timed below
@@ -79,7 +79,7 @@ bench ops 50 bench ops "${size[@]}" --f 65536 --json "$out/ops.json"
 bench profile 40 profile "${size[@]}" --f 65536 --steps 3 --trace "$out/trace.json" --json "$out/profile.json"
 
 for name in headline small activations several ops; do
-  [ -s "$out/$name.json" ] && python3 -m temposae.cli bench table "$out/$name.json" | tee -a "$summary"
+  [ -s "$out/$name.json" ] && python3 -m temposae bench table "$out/$name.json" | tee -a "$summary"
 done
 echo
 head -n 12 "$summary" | grep -E '^[a-z]+: |; python'

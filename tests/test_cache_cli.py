@@ -126,7 +126,7 @@ def test_a_damaged_shard_stops_training_with_one_line(place):
 
 @pytest.mark.slow
 def test_kill_9_and_resume_leaves_the_same_files(tmp_path):
-    command = [sys.executable, "-m", "temposae.cli", "cache", "--tokens", "25000", "--shard-mb", "1", "--out"]
+    command = [sys.executable, "-m", "temposae", "cache", "--tokens", "25000", "--shard-mb", "1", "--out"]
     subprocess.run([*command, tmp_path / "whole"], check=True)
     kills = 0
     while True:

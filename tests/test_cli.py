@@ -453,7 +453,7 @@ def test_testbed_sample_refuses(place: Path) -> None:
 
 def test_as_a_program(tmp_path: Path) -> None:
     """Nothing that a library prints or warns about comes between the person and the one line."""
-    argv = [sys.executable, "-m", "temposae.cli", "train", "--layer", "99", "--out", str(tmp_path / "run")]
+    argv = [sys.executable, "-m", "temposae", "train", "--layer", "99", "--out", str(tmp_path / "run")]
     done = subprocess.run(argv, capture_output=True, text=True, env=dict(os.environ), timeout=120)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [f"error: layer: 99 is not allowed; testbed has layers 0 to {LAYERS - 1}"]

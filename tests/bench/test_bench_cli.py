@@ -166,7 +166,7 @@ def test_report_without_a_gpu(tmp_path: Path) -> None:
     argv = ["bench", "report", "--out", "made/here", "--arch", "80", "--kernel", "position_sum", "--results", "r.json"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "temposae.cli", *argv, "--json", "f.json"],
+        [sys.executable, "-m", "temposae", *argv, "--json", "f.json"],
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

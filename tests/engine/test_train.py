@@ -234,7 +234,7 @@ def test_kill_9_and_resume_by_command(tmp_path):
         "stream": {"buffer_tokens": 8192},
     }
     config.write_text(yaml.safe_dump(settings | {"sae": {"d_sae": 128, "k": 8}}))
-    command = [sys.executable, "-m", "temposae.cli", "train"]
+    command = [sys.executable, "-m", "temposae", "train"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     subprocess.run([*command, config, "--out", tmp_path / "whole"], env=environment, check=True)
     process = subprocess.Popen([*command, config, "--out", tmp_path / "killed"], env=environment)
