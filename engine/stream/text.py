@@ -85,7 +85,7 @@ class TestbedRows:
         self.counts = dict.fromkeys(COUNTS, 0)
 
     def next(self, count: int) -> TokenRows:
-        rows = self._rows(self.counts["rows"], count)
+        rows = self.documents(self.counts["rows"], count)
         self.counts["rows"] += count
         self.counts["documents"] += count
         self.counts["tokens"] += int(rows.length.sum())
@@ -93,9 +93,10 @@ class TestbedRows:
 
     def held_out(self, count: int, size: int) -> Iterator[TokenRows]:
         for start in range(0, count, size):
-            yield self._rows(lang.HELD_OUT + start, min(size, count - start))
+            yield self.documents(lang.HELD_OUT + start, min(size, count - start))
 
-    def _rows(self, start: int, count: int) -> TokenRows:
+    def documents(self, start: int, count: int) -> TokenRows:
+        """Documents by their numbers."""
         tokens = torch.from_numpy(self.language.tokens(start, count)[0])[:, : self.context]
         row = torch.arange(start, start + count)
         real = tokens != lang.PAD

@@ -1,0 +1,192 @@
+"""What the evals share: texts run through the model once, their activations with rows and positions, and every coder's code.
+
+A coder is a dictionary, or what stands beside one as a control: anything with `encode_sparse`, `decode` and `W_dec`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine.errors import UserError
+from ..engine.progress import progress_bar
+from ..engine.sae import SparseAutoencoder
+from ..engine.stream import ActivationStream, TokenRows
+from ..engine.stream.text import TestbedRows
+from ..engine.testbed.language import HELD_OUT
+from ..kernels.code import SparseCode
+
+CHUNK = 4096  # tokens that are encoded at once
+LABELLED = HELD_OUT + 1_000_000  # evals with labels read documents from this one on; `core` reads those before
+
+
+class Coder(Protocol):
+    """Latents of activations x [n, D] at pos [n], and back. W_dec [F, D]: what each latent adds to the activation."""
+
+    @property
+    def W_dec(self) -> Tensor: ...
+    def encode_sparse(self, x: Tensor, pos: Tensor) -> SparseCode: ...
+    def decode(self, f: SparseCode) -> Tensor: ...
+
+
+class Neurons:
+    """Control `lm_neurons`: the model's own D activations as latents, of each token the k largest in absolute value."""
+
+    def __init__(self, d: int, k: int):
+        self.W_dec, self.k = torch.eye(d), min(k, d)
+
+    def encode_sparse(self, x: Tensor, pos: Tensor) -> SparseCode:
+        indices = x.abs().topk(self.k, dim=1).indices
+        return SparseCode(x.gather(1, indices), indices.int(), x.shape[1])
+
+    def decode(self, f: SparseCode) -> Tensor:
+        return f.to_dense()
+
+
+class Mean:
+    """Control `mean`: one latent, which is on at every token and stands for the mean activation [D]."""
+
+    def __init__(self, mean: Tensor):
+        self.W_dec = mean[None]
+
+    def encode_sparse(self, x: Tensor, pos: Tensor) -> SparseCode:
+        return SparseCode(x.new_ones(len(x), 1), torch.zeros(len(x), 1, dtype=torch.int32, device=x.device), 1)
+
+    def decode(self, f: SparseCode) -> Tensor:
+        return self.W_dec.to(f.values.device).expand(f.n_tokens, -1)
+
+
+@dataclass
+class Collected:
+    """R rows of text, and what the model has at the hook on the n of their tokens that are kept, row after row.
+
+    `tokens` and `kept` [R, T]; `x` float32 [n, D]; `pos` and `row` int64 [n]: place in the row, and which of the R it is.
+    `labels`: name -> int16 [R, T], -1 where it does not apply, of the embedded language.
+    """
+
+    tokens: Tensor
+    kept: Tensor
+    x: Tensor
+    pos: Tensor
+    row: Tensor
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
+    _codes: dict[int, tuple[Coder, SparseCode]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def mean(self) -> Tensor:
+        """[D], of all kept tokens."""
+        return self.x.double().mean(0).float()
+
+    def label(self, name: str) -> Tensor:
+        """A label of each kept token, int64 [n]."""
+        return torch.from_numpy(self.labels[name]).long()[self.kept.cpu()]
+
+    def of_rows(self, name: str) -> Tensor:
+        """A label that a row has one value of, int64 [R]: the largest of its tokens'."""
+        return torch.from_numpy(self.labels[name]).long().amax(1)
+
+    def code(self, coder: Coder) -> SparseCode:
+        """A coder's code of all n tokens, ragged, worked out once."""
+        if id(coder) not in self._codes:
+            parts = [coder.encode_sparse(x, pos) for x, pos in self.chunks()]
+            self._codes[id(coder)] = coder, joined(parts)
+        return self._codes[id(coder)][1]
+
+    def pooled(self, coder: Coder | None) -> Tensor:
+        """Each latent's mean over the kept tokens of a row, float32 [R, F]; without a coder, the activations' [R, D]."""
+        counts = torch.bincount(self.row, minlength=len(self)).clamp_min(1)[:, None]
+        if coder is None:
+            return self.x.new_zeros(len(self), self.x.shape[1]).index_add_(0, self.row, self.x) / counts
+        code = self.code(coder)
+        where = self.row[code.rows] * code.n_latents + code.indices
+        sums = code.values.new_zeros(len(self) * code.n_latents).index_add_(0, where, code.values)
+        return sums.view(len(self), -1) / counts
+
+    def chunks(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """x and pos of at most `CHUNK` tokens at a time."""
+        return zip(self.x.split(CHUNK), self.pos.split(CHUNK), strict=True)
+
+
+@torch.no_grad()
+def collect(stream: ActivationStream, texts: Iterable[TokenRows], total: int | None = None) -> Collected:
+    """Run the model over rows of text and keep what is at the stream's hook, but for padding and special tokens."""
+    model, found = stream.model, []
+    with progress_bar("collecting activations", total=total, unit="rows") as bar:
+        for rows in texts:
+            kept = stream.keep(rows)
+            x = model.activations(rows.tokens)[kept.to(model.device)].float()
+            found.append((rows.tokens, kept, x, rows.row))
+            bar.advance(len(rows))
+    if not found or not any(len(x) for _, _, x, _ in found):
+        raise UserError("data: no text holds a token to evaluate on")
+    tokens, kept, x, _ = (torch.cat(parts) for parts in zip(*found, strict=True))
+    row, pos = kept.nonzero(as_tuple=True)
+    return Collected(tokens, kept, x, pos.to(x.device), row.to(x.device))
+
+
+def joined(parts: list[SparseCode]) -> SparseCode:
+    """Codes of one dictionary on tokens one after the other, as one ragged code of their entries above or below zero."""
+    counts, values, indices = [], [], []
+    for code in parts:
+        used = (code.live(code.values) != 0).flatten()
+        counts.append(torch.bincount(code.rows.flatten()[used], minlength=code.n_tokens))
+        values.append(code.values.flatten()[used])
+        indices.append(code.indices.flatten()[used])
+    offsets = torch.cat([counts[0].new_zeros(1), torch.cat(counts).cumsum(0)])
+    return SparseCode(torch.cat(values), torch.cat(indices), parts[0].n_latents, offsets)
+
+
+class Evaluation:
+    """A dictionary, its controls, and the texts that they are measured on.
+
+    `controls` are `random` (the control trained beside the dictionary), `lm_neurons` and `mean`. Whatever is drawn at random
+    follows from `seed` and from what it is drawn for, never from what was evaluated before.
+    """
+
+    def __init__(
+        self, stream: ActivationStream, sae: SparseAutoencoder, random: SparseAutoencoder | None, seed: int = 0
+    ):
+        self.stream, self.sae, self.seed = stream, sae.to(stream.model.device), seed
+        self.random = None if random is None else random.to(stream.model.device)
+        self._labelled: dict[int, Collected] = {}
+
+    @property
+    def is_testbed(self) -> bool:
+        """Whether the text is the embedded language, of which every token's labels are known."""
+        return isinstance(self.stream.text, TestbedRows)
+
+    def generator(self, purpose: str) -> np.random.Generator:
+        """Random numbers for one purpose, the same whenever they are asked for."""
+        return np.random.default_rng([self.seed, *purpose.encode()])
+
+    def labelled(self, rows: int) -> Collected:
+        """Held-out documents of the embedded language with their labels, always the first `rows`; collected once.
+
+        Raises UserError for another text.
+        """
+        if not isinstance(self.stream.text, TestbedRows):
+            raise UserError(f"data: {self.stream.text.name} has no labels; this is measured on the embedded language")
+        if rows not in self._labelled:
+            text, size = self.stream.text, self.stream.config.rows_per_forward
+            texts = (text.documents(LABELLED + at, min(size, rows - at)) for at in range(0, rows, size))
+            found = collect(self.stream, texts, rows)
+            labels = text.language.labels(LABELLED, rows)
+            found.labels = {name: values[:, : found.tokens.shape[1]] for name, values in labels.items()}
+            self._labelled[rows] = found
+        return self._labelled[rows]
+
+    def coders(self, collected: Collected) -> dict[str, Coder]:
+        """The dictionary, as `sae`, and its controls, by name."""
+        found: dict[str, Coder] = {"sae": self.sae}
+        if self.random is not None:
+            found["random"] = self.random
+        device = collected.x.device
+        neurons, mean = Neurons(collected.x.shape[1], self.sae.cfg.k), Mean(collected.mean)
+        neurons.W_dec = neurons.W_dec.to(device)
+        return found | {"lm_neurons": neurons, "mean": mean}
