@@ -6,8 +6,18 @@ mean next-token loss in nats when the hook's value is replaced:
     explained variance = 1 - sum |x - x_hat|^2 / sum |x - mu|^2         a dictionary that predicts the mean scores 0
     CE recovered       = (CE_zero - CE_sae) / (CE_zero - CE_clean)      0: as bad as zeros; 1: as good as the model
     CE recovered over mean ablation: the same with CE_mean, from mu in place of x
+    KL recovered       = (KL_zero - KL_sae) / KL_zero                   KL(p_clean || p) per token, in nats
     L0                 = latents above zero per token
     dead fraction      = share of latents that fire on no evaluated token
+
+    mse                = E |x - x_hat|^2 / D
+    cosine             = E <x, x_hat> / |x| |x_hat|
+    l2_ratio           = E |x_hat| / |x|
+    relative_reconstruction_bias = E |x_hat|^2 / E <x, x_hat>           (arXiv 2404.16014, equation 10)
+
+`saebench` holds two figures as SAEBench 0.6.0 works them out, which calls both of them explained variance:
+1 - E |x - x_hat|^2 / (E |x|^2 - (E_d E x_d^2)^2), whose last term is not a mean but a mean square and so says nothing of
+variance; and (legacy) the mean over tokens of 1 - |x - x_hat|^2 / |x - mu|^2, which tokens near mu dominate.
 
 Per position both sums run over the tokens at that position (mu stays the overall mean), and "dead" is at that position.
 `<bos>` and padding are neither reconstructed nor counted, and keep their own activation when the others are replaced.
@@ -23,13 +33,15 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
-from ..engine.progress import progress_bar
+from ..engine.progress import ProgressBar, progress_bar
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, TokenRows
+from ..engine.stream.model import next_token_losses
 
 #: x [n, D], pos [n] -> x_hat [n, D]
 Reconstruct = Callable[[Tensor, Tensor], Tensor]
 _CHUNK = 4096  # tokens that are encoded at once
+LOGITS = 2**29  # that are held at once
 
 
 @dataclass
@@ -80,32 +92,26 @@ def core(
         mu = sum((p.target.double().sum(0) for p in parts), torch.zeros((), device=device)) / total
         spread = _per_position(parts, mu.float(), T)
 
-        def ce(replace: Reconstruct | None) -> Tensor:
-            summed = torch.zeros(2, T, dtype=torch.float64, device=device)
-            seen = 0
-            for part in parts:
-                if seen >= ce_rows:
-                    break
-                take = min(len(part.kept), ce_rows - seen)
-                summed += _ce(stream, part, take, replace)
-                seen += take
-                bar.advance(take)
-            return summed
-
-        losses = {
-            "clean": ce(None),
-            "zero": ce(lambda x, pos: torch.zeros_like(mu).expand(len(x), -1)),
-            "mean": ce(lambda x, pos: mu.expand(len(x), -1)),
+        replacements: dict[str, Reconstruct] = {
+            "zero": lambda x, pos: torch.zeros_like(mu).expand(len(x), -1),
+            "mean": lambda x, pos: mu.float().expand(len(x), -1),
         }
-        losses |= {name: ce(dictionary) for name, dictionary in dictionaries.items()}
+        losses: dict[str, Tensor] = {}
+        left = ce_rows
+        for part in parts:
+            take = min(len(part.kept), left)
+            left -= take
+            for name, summed in _behaviour(stream, part, take, replacements | dictionaries, bar).items():
+                losses[name] = losses.get(name, 0) + summed
 
-    found = {name: _measure(d, parts, T) for name, d in dictionaries.items()}
-    found["mean"] = {"squared_error": spread, "l0": torch.zeros(T), "rate": None}
+    found = {name: _measure(d, parts, mu.float(), T) for name, d in dictionaries.items()}
+    found["mean"] = {"squared_error": spread, "l0": torch.zeros(T), "rate": None, "quality": None}
     results = {name: _scores(name, values, spread, count, losses) for name, values in found.items()}
     rate = found["sae"]["rate"].sum(0) / total
     return {
         **results["sae"],
         "ce": {name: _mean(value) for name, value in losses.items()},
+        "kl": {name: float(value[2].sum() / value[1].sum()) for name, value in losses.items() if name != "clean"},
         "tokens": total,
         "rows": rows,
         "ce_rows": ce_rows,
@@ -130,19 +136,51 @@ def check_fits(name: str, dictionary: SparseAutoencoder, stream: ActivationStrea
 
 
 @torch.no_grad()
-def _measure(sae: SparseAutoencoder, parts: list[_Part], T: int) -> dict[str, Any]:
-    """Squared error [T], L0 [T] (sums), and how often each latent fired at each position [T, F]."""
+def _measure(sae: SparseAutoencoder, parts: list[_Part], mu: Tensor, T: int) -> dict[str, Any]:
+    """Squared error [T], L0 [T] (sums), how often each latent fired at each position [T, F], and of all tokens `quality`."""
     rate = torch.zeros(T, sae.cfg.d_sae, device=sae.b_dec.device)
     l0 = torch.zeros(T, dtype=torch.float64, device=sae.b_dec.device)
     error = torch.zeros(T, dtype=torch.float64, device=sae.b_dec.device)
+    sums = torch.zeros(9, dtype=torch.float64, device=sae.b_dec.device)
+    squares = torch.zeros_like(mu, dtype=torch.float64)  # of each dimension
     for part in parts:
         for x, target, pos in zip(*(t.split(_CHUNK) for t in (part.x, part.target, part.pos)), strict=True):
             code = sae.encode_sparse(x, pos)
-            error.index_add_(0, pos, (target - sae.decode(code)).double().square().sum(1))
+            x_hat = sae.decode(code)
+            errors = (target - x_hat).double().square().sum(1)
+            error.index_add_(0, pos, errors)
+            y, y_hat = target.double(), x_hat.double()
+            size, size_hat, dot = y.norm(dim=1), y_hat.norm(dim=1), (y * y_hat).sum(1)
+            squares += y.square().sum(0)
+            legacy = 1 - errors / (target - mu).double().square().sum(1)
+            nonzero = (size * size_hat).clamp_min(torch.finfo(torch.float32).tiny)
+            of_token = (
+                errors,
+                size,
+                size_hat,
+                size_hat / size.clamp_min(1e-12),
+                dot / nonzero,
+                dot,
+                size_hat**2,
+                legacy,
+            )
+            l1 = code.live(code.values).double().sum()
+            sums += torch.stack([*(value.sum() for value in of_token), l1])
             l0.index_add_(0, pos, code.l0().double())
             fired = (pos[code.rows] * sae.cfg.d_sae + code.indices).flatten()
             rate.view(-1).index_add_(0, fired, (code.live(code.values) > 0).flatten().to(rate.dtype))
-    return {"squared_error": error, "l0": l0, "rate": rate}
+    n = sum(len(part.x) for part in parts)
+    errors, size, size_hat, ratio, cosine, dot, square_hat, legacy, l1 = (sums / n).tolist()
+    per_dimension = squares / n
+    quality = {
+        "mse": errors / len(mu), "cosine": cosine, "l1": l1, "l2_norm_in": size, "l2_norm_out": size_hat,
+        "l2_ratio": ratio, "relative_reconstruction_bias": square_hat / dot if dot else None,
+        "saebench": {
+            "explained_variance": float(1 - errors / (per_dimension.sum() - per_dimension.mean() ** 2)),
+            "explained_variance_legacy": legacy,
+        },
+    }  # fmt: skip
+    return {"squared_error": error, "l0": l0, "rate": rate, "quality": quality}
 
 
 def _per_position(parts: list[_Part], mu: Tensor, T: int) -> Tensor:
@@ -153,28 +191,42 @@ def _per_position(parts: list[_Part], mu: Tensor, T: int) -> Tensor:
     return summed
 
 
-def _ce(stream: ActivationStream, part: _Part, take: int, replace: Reconstruct | None) -> Tensor:
-    """Sum of the loss and number of predictions per position, [2, T], over the first `take` rows of a part."""
-    kept, tokens = part.kept[:take], part.rows.tokens[:take]
-    T = kept.shape[1]
-    if replace is None:
-        losses = stream.model.losses(tokens).double()
-    else:
-        n = int(kept.sum())
-        chunks = zip(part.x[:n].split(_CHUNK), part.pos[:n].split(_CHUNK), strict=True)
-        given = torch.cat([replace(x, pos) for x, pos in chunks])
+def _behaviour(
+    stream: ActivationStream, part: _Part, take: int, replacements: dict[str, Reconstruct], bar: ProgressBar
+) -> dict[str, Tensor]:
+    """[3, T] for `clean` and for each replacement, over the first `take` rows of a part: per position the sum of the
+    losses, the number of predictions, and the sum of KL(p_clean || p). As many rows at once as `LOGITS` allows."""
+    T, V = part.kept.shape[1], len(stream.model.tokenizer)
+    size = max(1, LOGITS // (T * V))
+    found = {name: torch.zeros(3, T, dtype=torch.float64) for name in ("clean", *replacements)}
+    first = part.kept.flatten(1).sum(1).cumsum(0).tolist()
+    for at in range(0, take, size):
+        rows = slice(at, min(at + size, take))
+        kept, tokens = part.kept[rows], part.rows.tokens[rows]
+        tokens_before = slice(first[at - 1] if at else 0, first[rows.stop - 1])
+        x, pos = part.x[tokens_before], part.pos[tokens_before]
+        counts = kept[:, :-1] & (torch.arange(1, T) < part.rows.length[rows, None]).to(kept.device)
+        log_p = None
+        for name in found:
+            if name == "clean":
+                logits = stream.model.logits(tokens)
+            else:
+                chunks = zip(x.split(_CHUNK), pos.split(_CHUNK), strict=True)
+                given = torch.cat([replacements[name](*chunk) for chunk in chunks])
 
-        def splice(value: Tensor) -> Tensor:
-            fresh = value.clone()
-            fresh[kept] = given.to(value.dtype)
-            return fresh
+                def splice(value: Tensor, kept: Tensor = kept, given: Tensor = given) -> Tensor:
+                    fresh = value.clone()
+                    fresh[kept] = given.to(value.dtype)
+                    return fresh
 
-        losses = stream.model.losses(tokens, splice, hook=stream.model.hooks[-1]).double()
-    counts = kept[:, :-1] & (torch.arange(1, T) < part.rows.length[:take, None]).to(kept.device)
-    summed = torch.zeros(2, T, dtype=torch.float64, device=losses.device)
-    summed[0, :-1] = (losses * counts).sum(0)
-    summed[1, :-1] = counts.sum(0)
-    return summed
+                logits = stream.model.logits(tokens, splice, hook=stream.model.hooks[-1])
+            losses = next_token_losses(logits, tokens).double() * counts
+            log_q = logits[:, :-1].float().log_softmax(-1)
+            log_p = log_q if log_p is None else log_p
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1).double() * counts
+            found[name][:, :-1] += torch.stack([losses.sum(0), counts.sum(0).double(), kl.sum(0)]).cpu()
+            bar.advance(len(tokens))
+    return found
 
 
 def _scores(
@@ -183,10 +235,13 @@ def _scores(
     total = count.sum()
     rate = found["rate"]
     here = {key: losses[key][0] / losses[key][1] for key in ("clean", "zero", name)}
+    kl, kl_zero = (float(losses[key][2].sum()) for key in (name, "zero"))
     return {
         "explained_variance": 1 - float(found["squared_error"].sum() / spread.sum()),
         "ce_recovered": _recovered(losses, "zero", name),
         "ce_recovered_over_mean": _recovered(losses, "mean", name),
+        "kl_recovered": (kl_zero - kl) / kl_zero if kl_zero > 0 else None,
+        **(found["quality"] or {}),
         "l0": float(found["l0"].sum() / total),
         "dead_fraction": 1.0 if rate is None else float((rate.sum(0) == 0).double().mean()),
         "per_position": {

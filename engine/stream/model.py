@@ -122,19 +122,21 @@ class LanguageModel:
         return self._read(tokens, self.hooks)
 
     @torch.no_grad()
+    def logits(
+        self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None, hook: str | None = None
+    ) -> Tensor:
+        """Logits of every next token [B, T, V], with the value x at `hook` (the first) becoming replace(x)."""
+        tokens, bridge = tokens.to(self.device), self.bridge
+        if replace is None:
+            return bridge(tokens)
+        (place,) = self._names([hook or self.hook], ())
+        return bridge.run_with_hooks(tokens, fwd_hooks=[(place, lambda x, hook: replace(x))])
+
     def losses(
         self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None, hook: str | None = None
     ) -> Tensor:
-        """Loss of every next token, [B, T - 1] in nats, with the value x at `hook` (the first) becoming replace(x)."""
-        tokens, bridge = tokens.to(self.device), self.bridge
-        if replace is None:
-            logits = bridge(tokens)
-        else:
-            (place,) = self._names([hook or self.hook], ())
-            logits = bridge.run_with_hooks(tokens, fwd_hooks=[(place, lambda x, hook: replace(x))])
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(
-            tokens.shape[0], -1
-        )
+        """Loss of every next token, [B, T - 1] in nats; the rest as in `logits`."""
+        return next_token_losses(self.logits(tokens, replace, hook), tokens)
 
     def _read(self, tokens: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
         if self._reader is not None:
@@ -217,6 +219,12 @@ class LanguageModel:
             if not 0 <= layer < self.n_layers:
                 raise UserError(f"layer: {layer} is not allowed; {self.name} has layers 0 to {self.n_layers - 1}")
         return tuple(dict.fromkeys([*hooks, *(f"blocks.{layer}.hook_resid_post" for layer in layers)]))
+
+
+def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """-log p of every next token, [B, T - 1] in nats, of logits [B, T, V] and tokens [B, T]."""
+    given, wanted = logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().to(logits.device)
+    return F.cross_entropy(given, wanted, reduction="none").view(tokens.shape[0], -1)
 
 
 def _device(name: str) -> torch.device:

@@ -46,6 +46,10 @@ def test_an_identity_dictionary_scores_one(stream_of):
     assert found["explained_variance"] == pytest.approx(1, abs=1e-6)
     assert found["ce_recovered"] == pytest.approx(1, abs=1e-5)
     assert found["ce_recovered_over_mean"] == pytest.approx(1, abs=1e-5)
+    assert found["kl_recovered"] == pytest.approx(1, abs=1e-5)
+    assert (found["mse"], found["l2_ratio"], found["cosine"]) == pytest.approx((0, 1, 1), abs=1e-5)
+    assert found["relative_reconstruction_bias"] == pytest.approx(1, abs=1e-5)
+    assert found["saebench"]["explained_variance"] == pytest.approx(1, abs=1e-5)
     assert found["l0"] == pytest.approx(D, abs=1)
     assert found["dead_fraction"] == 0
     per = found["per_position"]
@@ -58,6 +62,9 @@ def test_an_identity_dictionary_scores_one(stream_of):
 def test_a_zero_dictionary_recovers_nothing_and_is_dead(stream_of):
     found = core(stream_of(), constant(torch.zeros(D)), {}, rows=16, ce_rows=8)
     assert found["ce_recovered"] == pytest.approx(0, abs=1e-6)
+    assert found["kl_recovered"] == pytest.approx(0, abs=1e-6)
+    assert (found["l1"], found["l2_norm_out"], found["cosine"]) == (0, 0, 0)
+    assert found["relative_reconstruction_bias"] is None
     assert found["explained_variance"] < 0
     assert (found["l0"], found["dead_fraction"]) == (0, 1)
     assert found["firing_rates"]["never"] == 8
@@ -84,14 +91,34 @@ def test_figures_are_those_of_the_formulas(stream_of):
     full = stream.model.activations(rows.tokens)
     x = full[kept]
     f = sae.encode(x)
-    x_hat = f @ sae.W_dec + sae.b_dec
+    x_hat = (f @ sae.W_dec + sae.b_dec).detach()
     spread = (x - x.mean(0)).square().sum()
     assert found["explained_variance"] == pytest.approx(float(1 - (x - x_hat).square().sum() / spread), abs=1e-5)
     assert found["l0"] == pytest.approx(float((f > 0).sum(1).float().mean()), abs=1e-6)
     assert found["dead_fraction"] == pytest.approx(float((~(f > 0).any(0)).float().mean()), abs=1e-6)
     assert found["tokens"] == int(kept.sum())
 
+    errors, mu = (x - x_hat).square().sum(1), x.mean(0)
+    assert found["mse"] == pytest.approx(float((x - x_hat).square().mean()), rel=1e-4)
+    assert found["l1"] == pytest.approx(float(f.sum(1).mean()), rel=1e-4)
+    assert found["l2_ratio"] == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-4)
+    assert found["cosine"] == pytest.approx(float(torch.cosine_similarity(x, x_hat).mean()), rel=1e-4)
+    bias = x_hat.square().sum(1).mean() / (x * x_hat).sum(1).mean()
+    assert found["relative_reconstruction_bias"] == pytest.approx(float(bias), rel=1e-4)
+    wrong = 1 - errors.mean() / (x.square().sum(1).mean() - x.square().mean() ** 2)
+    legacy = (1 - errors / (x - mu).square().sum(1)).mean()
+    assert tuple(found["saebench"].values()) == pytest.approx((float(wrong), float(legacy)), abs=1e-4)
+
     follows = torch.arange(1, 128) < rows.length[:, None]
+    counted = kept[:, :-1] & follows
+    probabilities = [
+        stream.model.logits(rows.tokens, lambda _, value=value: value)[:, :-1][counted].log_softmax(-1)
+        for value in (full, full.masked_scatter(kept[..., None], x_hat), full * ~kept[..., None])
+    ]
+    clean, own, zero = probabilities
+    kl = [float((clean.exp() * (clean - other)).sum(-1).mean()) for other in (own, zero)]
+    assert (found["kl"]["sae"], found["kl"]["zero"]) == pytest.approx(kl, rel=1e-3)
+    assert found["kl_recovered"] == pytest.approx(1 - kl[0] / kl[1], abs=1e-4)
 
     def ce(value: torch.Tensor | None) -> float:
         spliced = full.clone()
@@ -113,8 +140,11 @@ def test_figures_are_those_of_the_formulas(stream_of):
     assert found["per_position"]["dead_fraction"][at] == pytest.approx(dead_here, abs=1e-6)
 
 
-def test_results_do_not_depend_on_how_rows_are_batched(stream_of):
-    found = [core(stream_of(rows_per_forward=n), identity(), {}, rows=12, ce_rows=7) for n in (3, 12)]
+def test_results_do_not_depend_on_how_rows_are_batched(stream_of, monkeypatch):
+    found = []
+    for n, logits in ((3, 2**29), (12, 300_000)):
+        monkeypatch.setattr("temposae.evals.core.LOGITS", logits)
+        found.append(core(stream_of(rows_per_forward=n), identity(), {}, rows=12, ce_rows=7))
     for key in FIGURES[:5]:
         assert found[0][key] == pytest.approx(found[1][key], abs=1e-6)
     assert found[0]["ce_rows"] == found[1]["ce_rows"] == 7
