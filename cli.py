@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 _plain: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
 app = typer.Typer(help="Train and study sparse autoencoders on language-model activations.", **_plain)
-eval_app = typer.Typer(help="Measure a trained dictionary, beside its controls.", **_plain)
 testbed_app = typer.Typer(help="The embedded language and the small language model that learned it.", **_plain)
-app.add_typer(eval_app, name="eval")
 app.add_typer(testbed_app, name="testbed")
 app.add_typer(bench_app, name="bench")
 
@@ -228,8 +226,9 @@ def cache(
     _figures(found)
 
 
-@eval_app.command("core")
-def eval_core(
+@app.command("eval")
+def evaluate(
+    name: Annotated[str, typer.Argument(help="One of EVALS, or all of them: all.", show_default=False)],
     sae: Annotated[Path, typer.Option(help="A run folder or a checkpoint folder.")],
     model: Annotated[
         str | None, typer.Option(help="Evaluate in this model instead of the one it was trained on.")
@@ -237,20 +236,35 @@ def eval_core(
     layer: Annotated[int | None, typer.Option(help="Evaluate after this layer.")] = None,
     hook: Annotated[str | None, typer.Option(help="Evaluate at this hook.")] = None,
     data: Annotated[str | None, typer.Option(help="Evaluate on this text.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of whatever is drawn at random.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the run folder holds already.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Explained variance, CE recovered, L0 and dead latents, overall and per position, beside both controls."""
+    """Measure a dictionary, beside its controls. Results of a run are kept in its folder's evals/.
+
+    core: explained variance, CE and KL recovered, L0, dead latents, overall and per position.
+    """
     from .engine import checkpoint
     from .evals.run import evaluate
+    from .evals.suite import EVALS, load_eval
 
     check_writable(json_file)
     _check_backend()
+    names = list(EVALS) if name == "all" else [name]
+    load_eval(names[0])
     found = checkpoint.find(sae)
     stream = _stream_of(found, model, layer, hook, data, tokens=100_000)
     is_run = sae != found.folder and all(option is None for option in (model, layer, hook, data))
-    result = evaluate(found, stream, sae if is_run else None)
-    write_json(json_file, result)
-    _core_table(result, f"{found.folder} at {stream.model.hook} of {stream.model.name}")
+    results = evaluate(found, stream, sae if is_run else None, names, seed=seed, fresh=fresh)
+    write_json(json_file, results if name == "all" else results[name])
+    for each, result in results.items():
+        title = f"{each}: {found.folder} at {stream.model.hook} of {stream.model.name}"
+        if "skipped" in result:
+            print(f"{each}: skipped; {result['skipped']}")
+        elif each == "core":
+            _core_table(result, title)
+        else:
+            _scores_table(result, title)
 
 
 @app.command()
@@ -440,6 +454,27 @@ def _check_backend() -> None:
 def _core_table(result: dict[str, Any], title: str) -> None:
     """The scores of a dictionary, and of its controls."""
     _table({"dictionary": result} | {f"{name} control": scores for name, scores in result["controls"].items()}, title)
+
+
+def _scores_table(result: dict[str, Any], title: str) -> None:
+    """Every score of an eval, a line each, with a column for each control that has it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    controls = {name: scores for name, scores in result.get("controls", {}).items() if isinstance(scores, dict)}
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "dictionary", *controls):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for key, value in result.items():
+        if isinstance(value, float) and key != "seconds":
+            others = (scores.get(key) for scores in controls.values())
+            cells = (f"{x:.4f}" if isinstance(x, float) else "-" for x in (value, *others))
+            table.add_row(key.replace("_", " "), *cells)
+    Console().print(table)
+    for warning in result.get("warnings", []):
+        print(f"warning: {warning}")
+    if reached := result.get("reached_by"):
+        print(f"a control does as well: {', '.join(reached)}")
 
 
 def _runs_table(summary: dict[str, Any]) -> None:

@@ -1,19 +1,26 @@
 """Evaluate a checkpoint where it stands: its own stream, its own control, results and figures into its run folder."""
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..engine import checkpoint
 from ..engine.checkpoint import Checkpoint
+from ..engine.errors import UserError
+from ..engine.files import UNFINISHED
 from ..engine.folder import read_metrics
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, Own
 from ..engine.stream.own import held_out_scores
 from ..engine.train import Run, train
-from .core import check_fits, core
+from .collect import Evaluation
+from .core import check_fits
 from .figures import draw, draw_pareto
+from .suite import load_eval
 
+VERSION = 1  # of the evals: results of another one are not taken for today's
 SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
 
 
@@ -39,7 +46,7 @@ def evaluate_runs(folder: Path, runs: dict[str, Run], stream: ActivationStream) 
             found[name] = _without_model(run, stream.own) | settings
             continue
         stream.model.use(hooks=last.run.stream.hooks)
-        result = evaluate(last, stream, folder / name)
+        result = evaluate(last, stream, folder / name)["core"]
         controls = {control: {key: r[key] for key in SCORES} for control, r in result["controls"].items()}
         found[name] = {key: result[key] for key in SCORES} | {"controls": controls} | settings
     if "" in found:
@@ -64,20 +71,59 @@ def _without_model(run: Run, own: Own) -> dict[str, Any]:
     return found | {"controls": {**controls, "mean": mean}}
 
 
-def evaluate(found: Checkpoint, stream: ActivationStream, run: Path | None) -> dict[str, Any]:
-    """Core metrics of a checkpoint and its controls; with `run`, also written there as evals/core.json and figures/.
+def evaluate(
+    found: Checkpoint,
+    stream: ActivationStream,
+    run: Path | None,
+    names: Sequence[str] = ("core",),
+    *,
+    seed: int = 0,
+    fresh: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """The evals of these `names` of a checkpoint, by name, each with its controls and the `seconds` that it took.
 
-    The random control is the one trained beside the dictionary; where there is none, it is trained now on as many tokens.
+    With `run`, each is kept there as evals/NAME.json, where a later call finds it unless it asks for `fresh` ones or is of
+    another dictionary, seed or version; core draws figures/ as well. The random control is the one trained beside the
+    dictionary; where there is none, it is trained now on as many tokens. Of several evals, one that can't be had of this
+    model or text has `skipped` in its place: why. Of a single one, that is a UserError.
     """
-    sae = found.dictionary()
-    check_fits("sae", sae, stream)
-    controls = {} if sae.cfg.decoder == "random" else {"random": _control(found, sae, stream)}
-    result = core(stream, sae, controls)
-    if run is not None:
-        (run / "evals").mkdir(exist_ok=True)
-        (run / "evals" / "core.json").write_text(json.dumps(result, indent=1) + "\n")
+    key = {"dictionary": found.manifest["files"]["sae.safetensors"]["sha256"], "seed": seed, "version": VERSION}
+    results = {} if run is None or fresh else {name: kept for name in names if (kept := _kept(run, name, key))}
+    if missing := [name for name in names if name not in results]:
+        sae = found.dictionary()
+        check_fits("sae", sae, stream)
+        random = None if sae.cfg.decoder == "random" else _control(found, sae, stream)
+        evaluation = Evaluation(stream, sae, random, seed)
+        for name in missing:
+            began = time.monotonic()
+            try:
+                result = load_eval(name)(evaluation)
+            except UserError as error:
+                if len(names) == 1:
+                    raise
+                result = {"skipped": str(error)}
+            results[name] = result | {"seconds": round(time.monotonic() - began, 2), "of": key}
+            if run is not None:
+                _keep(run, name, results[name])
+    return {name: results[name] for name in names}
+
+
+def _kept(run: Path, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        found = json.loads((run / "evals" / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("of") == key else None
+
+
+def _keep(run: Path, name: str, result: dict[str, Any]) -> None:
+    folder = run / "evals"
+    folder.mkdir(exist_ok=True)
+    fresh = folder / f"{UNFINISHED}{name}.json"
+    fresh.write_text(json.dumps(result, indent=1) + "\n")
+    fresh.replace(folder / f"{name}.json")
+    if name == "core" and "skipped" not in result:
         draw(run / "figures", read_metrics(run), result)
-    return result
 
 
 def _control(found: Checkpoint, sae: SparseAutoencoder, stream: ActivationStream) -> SparseAutoencoder:

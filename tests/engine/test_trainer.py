@@ -255,7 +255,7 @@ def test_a_transcoder_learns_what_an_mlp_does(testbed, tmp_path, activation):
     assert float(fvu) == pytest.approx(run.metrics[-1]["fvu"], rel=0.3)
     again = checkpoint.load(tmp_path / "run")
     assert torch.equal(again(batch.acts[hook].float()), y_hat)
-    result = evaluate(checkpoint.find(tmp_path / "run"), stream, None)
+    result = evaluate(checkpoint.find(tmp_path / "run"), stream, None)["core"]
     assert result["explained_variance"] == pytest.approx(1 - float(fvu), abs=0.1)
     assert 0.5 < result["ce_recovered"] <= 1.001
     assert result["controls"]["mean"]["explained_variance"] == pytest.approx(0, abs=1e-6)

@@ -155,13 +155,13 @@ def test_evaluating_a_run_writes_results_and_figures(stream_of, tmp_path):
     stream = stream_of()
     settings = TrainConfig(tokens=8192, batch=256, log_every_steps=4)
     train(stream, SAEConfig(d_in=D, d_sae=64, k=4), settings, out=tmp_path / "run")
-    found = evaluate(find(tmp_path / "run"), stream, tmp_path / "run")
+    found = evaluate(find(tmp_path / "run"), stream, tmp_path / "run")["core"]
     assert set(found["controls"]) == {"random", "mean"}
     assert found["explained_variance"] > found["controls"]["random"]["explained_variance"] > 0
     figures = {p.name: p.stat().st_size for p in (tmp_path / "run" / "figures").iterdir()}
     assert set(figures) == {"loss_curve.png", "position_explained_variance.png", "firing_rates.png"}
     assert min(figures.values()) > 5000
-    again = evaluate(find(tmp_path / "run"), stream_of(), None)
+    again = evaluate(find(tmp_path / "run"), stream_of(), None)["core"]
     assert {k: again[k] for k in FIGURES} == {k: found[k] for k in FIGURES}
 
 
@@ -175,7 +175,7 @@ def test_a_dictionary_without_its_control_gets_one(stream_of, tmp_path, monkeypa
         return train(stream, config, TrainConfig(tokens=2048, batch=256))
 
     monkeypatch.setattr("temposae.evals.run.train", short)
-    found = evaluate(find(tmp_path / "saved"), stream_of(), None)
+    found = evaluate(find(tmp_path / "saved"), stream_of(), None)["core"]
     assert asked == [("random", None)]
     assert set(found["controls"]) == {"random", "mean"}
 

@@ -1,0 +1,35 @@
+"""The evals by name, in the order in which `all` runs them."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from ..engine.errors import UserError
+from .collect import Evaluation
+
+Eval = Callable[[Evaluation], dict[str, Any]]
+
+#: name -> the module and the function in it; imported when they are needed
+EVALS = {
+    "core": ("suite", "_core"),
+}
+
+
+def load_eval(name: str) -> Eval:
+    """The eval of this name. Raises UserError if there is none."""
+    if name not in EVALS:
+        raise UserError(f"eval: {name} is not allowed; there are {', '.join(EVALS)} and all")
+    module, function = EVALS[name]
+    try:
+        return getattr(import_module(f".{module}", __package__), function)
+    except ModuleNotFoundError as error:
+        if error.name not in ("sklearn", "scipy"):
+            raise
+        raise UserError(f"eval: {name} needs {error.name}; pip install 'temposae[evals]'") from None
+
+
+def _core(evaluation: Evaluation) -> dict[str, Any]:
+    from .core import core
+
+    controls = {} if evaluation.random is None else {"random": evaluation.random}
+    return core(evaluation.stream, evaluation.sae, controls)

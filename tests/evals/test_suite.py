@@ -1,0 +1,80 @@
+"""Several evals of a run: kept in its folder, found again there, and one that can't be had doesn't stop the others."""
+
+import json
+
+import pytest
+from temposae.engine.checkpoint import find
+from temposae.engine.config import SAEConfig, TrainConfig
+from temposae.engine.errors import UserError
+from temposae.engine.train import train
+from temposae.evals import run, suite
+from temposae.evals.run import evaluate
+
+
+@pytest.fixture
+def trained(stream_of, tmp_path, monkeypatch):
+    """trained(): a run folder; evals `coin` (a draw) and `never` are there to be had."""
+    stream = stream_of()
+    train(stream, SAEConfig(d_in=128, d_sae=32, k=2), TrainConfig(tokens=1024, batch=256), out=tmp_path / "run")
+    calls = []
+
+    def coin(evaluation):
+        calls.append(evaluation.seed)
+        return {"draw": float(evaluation.generator("coin").random()), "controls": {}}
+
+    def never(evaluation):
+        raise UserError("data: there is none")
+
+    monkeypatch.setattr(suite, "EVALS", {"coin": ("suite", "coin"), "never": ("suite", "never")})
+    monkeypatch.setattr(suite, "coin", coin, raising=False)
+    monkeypatch.setattr(suite, "never", never, raising=False)
+    return tmp_path / "run", stream, calls
+
+
+def test_a_result_is_kept_and_found_again(trained):
+    folder, stream, calls = trained
+    first = evaluate(find(folder), stream, folder, ["coin"])
+    assert json.loads((folder / "evals" / "coin.json").read_text()) == first["coin"]
+    assert evaluate(find(folder), stream, folder, ["coin"]) == first
+    assert calls == [0]
+    (folder / "evals" / "coin.json").write_text("{")  # cut short: measured again
+    assert evaluate(find(folder), stream, folder, ["coin"])["coin"]["draw"] == first["coin"]["draw"]
+    other = evaluate(find(folder), stream, folder, ["coin"], seed=1)
+    assert other["coin"]["draw"] != first["coin"]["draw"]
+    evaluate(find(folder), stream, folder, ["coin"], seed=1, fresh=True)
+    assert calls == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("change", ["version", "dictionary"])
+def test_a_result_of_something_else_is_not_taken(trained, monkeypatch, change):
+    folder, stream, calls = trained
+    evaluate(find(folder), stream, folder, ["coin"])
+    found = find(folder)
+    if change == "version":
+        monkeypatch.setattr(run, "VERSION", run.VERSION + 1)
+    else:
+        path = folder / "evals" / "coin.json"
+        kept = json.loads(path.read_text())
+        kept["of"]["dictionary"] = "0" * 64
+        path.write_text(json.dumps(kept))
+    evaluate(found, stream, folder, ["coin"])
+    assert calls == [0, 0]
+
+
+def test_an_eval_that_cannot_be_had_is_named_and_the_others_go_on(trained):
+    folder, stream, _ = trained
+    found = evaluate(find(folder), stream, folder, ["never", "coin"])
+    assert list(found) == ["never", "coin"]
+    assert found["never"]["skipped"] == "data: there is none"
+    assert 0 <= found["coin"]["draw"] < 1
+    with pytest.raises(UserError, match="^data: there is none$"):
+        evaluate(find(folder), stream, None, ["never"])
+    with pytest.raises(UserError, match="^eval: other is not allowed; there are coin, never and all$"):
+        evaluate(find(folder), stream, None, ["other"])
+
+
+def test_what_is_drawn_depends_on_seed_and_purpose_alone(trained):
+    folder, stream, _ = trained
+    found = find(folder)
+    one, two = (evaluate(found, stream, None, names)["coin"]["draw"] for names in (["coin"], ["never", "coin"]))
+    assert one == two
