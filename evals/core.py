@@ -67,7 +67,8 @@ def core(
     """Core metrics of `sae` on `rows` held-out rows of the stream's text (CE on the first `ce_rows` of them).
 
     `controls` are dictionaries to be measured in the same way (`random`); `mean` is always added. The result holds the
-    metrics of `sae`, `per_position` lists, a histogram of firing rates, and under `controls` the metrics of each.
+    metrics of `sae`, `per_position` lists, a histogram of firing rates, of each of its `latents` the firing rate and on how
+    many tokens of a row it fires where it does, and under `controls` the metrics of each.
     """
     for name, dictionary in {"sae": sae, **controls}.items():
         check_fits(name, dictionary, stream)
@@ -107,12 +108,13 @@ def core(
     found = {name: _measure(d, parts, mu.float(), T) for name, d in dictionaries.items()}
     found["mean"] = {"squared_error": spread, "l0": torch.zeros(T), "rate": None, "quality": None}
     results = {name: _scores(name, values, spread, count, losses) for name, values in found.items()}
-    rate = found["sae"]["rate"].sum(0) / total
+    rate, fired_in = found["sae"]["rate"].sum(0) / total, found["sae"]["rows"].clamp_min(1)
     return {
         **results["sae"],
         "ce": {name: _mean(value) for name, value in losses.items()},
         "kl": {name: float(value[2].sum() / value[1].sum()) for name, value in losses.items() if name != "clean"},
         "tokens": total,
+        "ce_tokens": int(losses["clean"][1].sum()),
         "rows": rows,
         "ce_rows": ce_rows,
         "model": stream.model.name,
@@ -121,6 +123,10 @@ def core(
             name: {k: v for k, v in r.items() if k != "firing_rates"} for name, r in results.items() if name != "sae"
         },
         "firing_rates": _histogram(rate.cpu(), total),
+        "latents": {
+            "firing_rate": [round(value, 8) for value in rate.tolist()],
+            "tokens_per_row": [round(value, 4) for value in (rate * total / fired_in).tolist()],
+        },
         "seconds": round(time.monotonic() - began, 2),
     }
 
@@ -141,10 +147,14 @@ def _measure(sae: SparseAutoencoder, parts: list[_Part], mu: Tensor, T: int) -> 
     rate = torch.zeros(T, sae.cfg.d_sae, device=sae.b_dec.device)
     l0 = torch.zeros(T, dtype=torch.float64, device=sae.b_dec.device)
     error = torch.zeros(T, dtype=torch.float64, device=sae.b_dec.device)
+    in_rows = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.b_dec.device)
     sums = torch.zeros(9, dtype=torch.float64, device=sae.b_dec.device)
     squares = torch.zeros_like(mu, dtype=torch.float64)  # of each dimension
     for part in parts:
-        for x, target, pos in zip(*(t.split(_CHUNK) for t in (part.x, part.target, part.pos)), strict=True):
+        row = part.kept.nonzero()[:, 0]
+        seen = torch.zeros(len(part.kept) * sae.cfg.d_sae, dtype=torch.bool, device=rate.device)
+        tokens = (part.x, part.target, part.pos, row)
+        for x, target, pos, of in zip(*(tensor.split(_CHUNK) for tensor in tokens), strict=True):
             code = sae.encode_sparse(x, pos)
             x_hat = sae.decode(code)
             errors = (target - x_hat).double().square().sum(1)
@@ -167,8 +177,11 @@ def _measure(sae: SparseAutoencoder, parts: list[_Part], mu: Tensor, T: int) -> 
             l1 = code.live(code.values).double().sum()
             sums += torch.stack([*(value.sum() for value in of_token), l1])
             l0.index_add_(0, pos, code.l0().double())
+            active = (code.live(code.values) > 0).flatten()
             fired = (pos[code.rows] * sae.cfg.d_sae + code.indices).flatten()
-            rate.view(-1).index_add_(0, fired, (code.live(code.values) > 0).flatten().to(rate.dtype))
+            rate.view(-1).index_add_(0, fired, active.to(rate.dtype))
+            seen[(of[code.rows] * sae.cfg.d_sae + code.indices).flatten()[active]] = True
+        in_rows += seen.view(len(part.kept), -1).sum(0)
     n = sum(len(part.x) for part in parts)
     errors, size, size_hat, ratio, cosine, dot, square_hat, legacy, l1 = (sums / n).tolist()
     per_dimension = squares / n
@@ -180,7 +193,7 @@ def _measure(sae: SparseAutoencoder, parts: list[_Part], mu: Tensor, T: int) -> 
             "explained_variance_legacy": legacy,
         },
     }  # fmt: skip
-    return {"squared_error": error, "l0": l0, "rate": rate, "quality": quality}
+    return {"squared_error": error, "l0": l0, "rate": rate, "rows": in_rows, "quality": quality}
 
 
 def _per_position(parts: list[_Part], mu: Tensor, T: int) -> Tensor:

@@ -18,6 +18,7 @@ from ..engine.train import Run, train
 from .collect import Evaluation
 from .core import check_fits
 from .figures import draw, draw_pareto
+from .saebench import file_name, output
 from .suite import load_eval
 
 VERSION = 1  # of the evals: results of another one are not taken for today's
@@ -82,7 +83,7 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """The evals of these `names` of a checkpoint, by name, each with its controls and the `seconds` that it took.
 
-    With `run`, each is kept there as evals/NAME.json, where a later call finds it unless it asks for `fresh` ones or is of
+    With `run`, each is kept there as evals/NAME.json (and in SAEBench's format in evals/saebench/), where a later call finds it unless it asks for `fresh` ones or is of
     another dictionary, seed or version; core draws figures/ as well. The random control is the one trained beside the
     dictionary; where there is none, it is trained now on as many tokens. Of several evals, one that can't be had of this
     model or text has `skipped` in its place: why. Of a single one, that is a UserError.
@@ -105,6 +106,8 @@ def evaluate(
             results[name] = result | {"seconds": round(time.monotonic() - began, 2), "of": key}
             if run is not None:
                 _keep(run, name, results[name])
+                if (theirs := output(name, results[name], sae, stream.config, sae_id=run.name, seed=seed)) is not None:
+                    _write(run / "evals" / "saebench" / name / file_name("temposae", run.name), theirs)
     return {name: results[name] for name in names}
 
 
@@ -117,13 +120,16 @@ def _kept(run: Path, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _keep(run: Path, name: str, result: dict[str, Any]) -> None:
-    folder = run / "evals"
-    folder.mkdir(exist_ok=True)
-    fresh = folder / f"{UNFINISHED}{name}.json"
-    fresh.write_text(json.dumps(result, indent=1) + "\n")
-    fresh.replace(folder / f"{name}.json")
+    _write(run / "evals" / f"{name}.json", result)
     if name == "core" and "skipped" not in result:
         draw(run / "figures", read_metrics(run), result)
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{UNFINISHED}{path.name}")
+    fresh.write_text(json.dumps(found, indent=1) + "\n")
+    fresh.replace(path)
 
 
 def _control(found: Checkpoint, sae: SparseAutoencoder, stream: ActivationStream) -> SparseAutoencoder:

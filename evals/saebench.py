@@ -1,0 +1,139 @@
+"""Results as SAEBench 0.6.0 writes them: the keys of its eval outputs (https://github.com/adamkarvonen/SAEBench), one file
+an eval, so that its tools read ours beside theirs. What it has no place for is in `eval_result_unstructured`.
+"""
+
+import time
+import uuid
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.config import StreamConfig
+from ..engine.sae import SparseAutoencoder
+
+ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "batchtopk", "jumprelu": "jumprelu"}
+
+
+def file_name(release: str, sae_id: str) -> str:
+    """What SAEBench calls the result of a dictionary."""
+    return f"{release}_{sae_id}_eval_results.json".replace("/", "_")
+
+
+def output(
+    name: str, result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig, *, sae_id: str, seed: int = 0
+) -> dict[str, Any] | None:
+    """The result of the eval `name` of a dictionary as SAEBench would write it; None for one that it doesn't have."""
+    makers = {"core": _core}
+    if name not in makers or "skipped" in result:
+        return None
+    metrics, details, config = makers[name](result, sae)
+    of = result.get("of", {})
+    return {
+        "eval_type_id": name,
+        "eval_config": {"model_name": stream.model, "llm_dtype": "float32"} | config(seed, stream),
+        # the same result has the same name, whenever it is written
+        "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {sorted(of.items())} {sae_id}")),
+        "datetime_epoch_millis": int(1000 * time.time()),
+        "eval_result_metrics": metrics,
+        "eval_result_details": details,
+        "sae_bench_commit_hash": "temposae",
+        "sae_lens_id": sae_id,
+        "sae_lens_release_id": "temposae",
+        "sae_lens_version": None,
+        "sae_cfg_dict": {
+            "model_name": stream.model, "hook_name": stream.hook, "hook_layer": _layer(stream.hook),
+            "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae, "architecture": ARCHITECTURES[sae.cfg.activation],
+            "dtype": "float32", "prepend_bos": True, "context_size": stream.context, "hook_head_index": None,
+        },
+        "eval_result_unstructured": {"controls": result.get("controls", {}), "seconds": result.get("seconds")},
+    }  # fmt: skip
+
+
+def _core(result: dict[str, Any], sae: SparseAutoencoder) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:
+    rate = torch.tensor(result["latents"]["firing_rate"])
+    W_enc, W_dec = (w.detach().float().cpu() for w in (sae.W_enc.T, sae.W_dec))
+    nearest = {"encoder": _nearest(W_enc), "decoder": _nearest(W_dec)}
+    metrics = {
+        "model_behavior_preservation": {
+            "kl_div_score": result["kl_recovered"],
+            "kl_div_with_ablation": result["kl"]["zero"],
+            "kl_div_with_sae": result["kl"]["sae"],
+        },
+        "model_performance_preservation": {
+            "ce_loss_score": result["ce_recovered"],
+            "ce_loss_with_ablation": result["ce"]["zero"],
+            "ce_loss_with_sae": result["ce"]["sae"],
+            "ce_loss_without_sae": result["ce"]["clean"],
+        },
+        "reconstruction_quality": {**result["saebench"], "mse": result["mse"], "cossim": result["cosine"]},
+        "shrinkage": {
+            key: result[key] for key in ("l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias")
+        },
+        "sparsity": {"l0": result["l0"], "l1": result["l1"]},
+        "token_stats": {
+            "total_tokens_eval_reconstruction": result["ce_tokens"],
+            "total_tokens_eval_sparsity_variance": result["tokens"],
+        },
+        "misc_metrics": {
+            "freq_over_1_percent": float((rate > 0.01).float().mean()),
+            "freq_over_10_percent": float((rate > 0.1).float().mean()),
+            "normalized_freq_over_1_percent": _share(rate, 0.01),
+            "normalized_freq_over_10_percent": _share(rate, 0.1),
+            "average_max_encoder_cosine_sim": float(nearest["encoder"].mean()),
+            "average_max_decoder_cosine_sim": float(nearest["decoder"].mean()),
+            "frac_alive": float((rate > 0).float().mean()),
+        },
+    }
+    norms, between = W_enc.norm(dim=1), torch.cosine_similarity(W_enc, W_dec) if W_enc.shape == W_dec.shape else None
+    bias = sae.b_enc.tolist()
+    details = [
+        {
+            "index": index,
+            "feature_density": result["latents"]["firing_rate"][index],
+            "consistent_activation_heuristic": result["latents"]["tokens_per_row"][index],
+            "encoder_bias": bias[index],
+            "encoder_norm": float(norms[index]),
+            "encoder_decoder_cosine_sim": 0.0 if between is None else float(between[index]),
+            "max_decoder_cosine_sim": float(nearest["decoder"][index]),
+            "max_encoder_cosine_sim": float(nearest["encoder"][index]),
+        }
+        for index in range(sae.cfg.d_sae)
+    ]
+
+    def config(seed: int, stream: StreamConfig) -> dict[str, Any]:
+        measured = dict.fromkeys(
+            (
+                "compute_kl", "compute_ce_loss", "compute_l2_norms", "compute_sparsity_metrics",
+                "compute_variance_metrics", "compute_featurewise_density_statistics",
+                "compute_featurewise_weight_based_metrics", "exclude_special_tokens_from_reconstruction",
+            ),
+            True,
+        )  # fmt: skip
+        text = stream.data or f"the embedded language of {stream.model}"
+        return measured | {"dataset": text, "context_size": stream.context}
+
+    return metrics, details, config
+
+
+def _share(rate: Tensor, limit: float) -> float:
+    """Of all activations, the share that latents have which fire more often than that."""
+    total = float(rate.sum())
+    return float(rate[rate > limit].sum()) / total if total else 0.0
+
+
+def _nearest(W: Tensor) -> Tensor:
+    """The largest cosine of each row [F, D] with another row [F], a few thousand rows at a time."""
+    unit = torch.nn.functional.normalize(W, dim=1)
+    found = []
+    for at in range(0, len(unit), 2048):
+        cosine = unit[at : at + 2048] @ unit.T
+        here = torch.arange(len(cosine))
+        cosine[here, at + here] = -1
+        found.append(cosine.amax(1))
+    return torch.cat(found)
+
+
+def _layer(hook: str | None) -> int:
+    parts = (hook or "").split(".")
+    return int(parts[1]) if len(parts) > 1 and parts[1].isdecimal() else 0

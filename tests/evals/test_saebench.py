@@ -1,0 +1,81 @@
+"""Results in SAEBench's format, against SAEBench's own types."""
+
+import json
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from temposae.engine.config import SAEConfig, StreamConfig
+from temposae.engine.sae import SparseAutoencoder
+from temposae.evals.core import core
+from temposae.evals.saebench import file_name, output
+
+
+def check(cls: type, result: dict[str, Any]) -> Any:
+    """The result as SAEBench's type; nothing that it has no field for is in it, since that would be dropped silently."""
+    found = TypeAdapter(cls).validate_python(result)
+    unknown(found, result, "")
+    return found
+
+
+def unknown(found: Any, given: Any, place: str) -> None:
+    if is_dataclass(found):
+        names = {field.name for field in fields(found)}
+        assert set(given) <= names, f"{place}: {set(given) - names}"
+        for name, value in given.items():
+            unknown(getattr(found, name), value, f"{place}.{name}")
+    elif isinstance(found, list):
+        for nth, (one, other) in enumerate(zip(found, given, strict=True)):
+            unknown(one, other, f"{place}[{nth}]")
+
+
+@pytest.fixture(scope="module")
+def sae() -> SparseAutoencoder:
+    return SparseAutoencoder(SAEConfig(d_in=128, d_sae=48, k=4), seed=1)
+
+
+def test_core_is_what_saebench_reads(stream_of, sae):
+    types = pytest.importorskip("sae_bench.evals.core.eval_output", reason="pip install --no-deps sae-bench")
+    stream = stream_of()
+    result = core(stream, sae, {"random": sae}, rows=12, ce_rows=6)
+    found = output("core", result, sae, stream.config, sae_id="run")
+    json.dumps(found, allow_nan=False)
+    read = check(types.CoreEvalOutput, found).eval_result_metrics
+    assert read.model_performance_preservation.ce_loss_score == result["ce_recovered"]
+    assert read.reconstruction_quality.explained_variance == result["saebench"]["explained_variance"]
+    assert read.sparsity.l0 == pytest.approx(4, abs=0.5)
+    assert 0 < read.misc_metrics.frac_alive <= 1
+    found["eval_result_metrics"]["sparsity"]["l2"] = 1.0
+    with pytest.raises(AssertionError, match="eval_result_metrics.sparsity: {'l2'}"):
+        check(types.CoreEvalOutput, found)
+
+
+def test_figures_of_the_weights_are_right(stream_of, sae):
+    stream = stream_of()
+    result = core(stream, sae, {}, rows=6, ce_rows=3)
+    found = output("core", result, sae, stream.config, sae_id="run")
+    unit = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
+    cosine = (unit @ unit.T).fill_diagonal_(-1)
+    for index in (0, 17, 47):
+        detail = found["eval_result_details"][index]
+        assert detail["max_decoder_cosine_sim"] == pytest.approx(float(cosine[index].max()), abs=1e-5)
+        assert detail["encoder_decoder_cosine_sim"] == pytest.approx(1, abs=1e-5)  # before training
+        assert detail["encoder_norm"] == pytest.approx(1, abs=1e-5)
+    rows = next(stream.text.held_out(6, 6))
+    kept = stream.keep(rows)
+    f = torch.zeros(6, 128, 48)
+    f[kept] = sae.encode(stream.model.activations(rows.tokens)[kept])
+    active = (f > 0).sum(1)
+    for index in (0, 17, 47):
+        detail = found["eval_result_details"][index]
+        assert detail["feature_density"] == pytest.approx(float(active[:, index].sum()) / int(kept.sum()), abs=1e-6)
+        of_rows = float(active[:, index].sum()) / max(1, int((active[:, index] > 0).sum()))
+        assert detail["consistent_activation_heuristic"] == pytest.approx(of_rows, rel=1e-3)
+
+
+def test_names_and_what_saebench_does_not_have(sae):
+    assert file_name("google/gemma-2-2b", "blocks.1/x") == "google_gemma-2-2b_blocks.1_x_eval_results.json"
+    for name, result in (("clusters", {}), ("core", {"skipped": "why"})):
+        assert output(name, result, sae, StreamConfig(), sae_id="run") is None
