@@ -1,0 +1,157 @@
+"""Positional fidelity: whether a dictionary and what it gives back are as good late in a row as early.
+
+    profile = sum_j w_j (1 - JSD_2(q_j, q'_j)) / sum_j w_j
+
+with q_j(bin) the share of latent j's activation (its absolute value) that lies in a position bin, q'_j the same when the
+model runs with the reconstruction in place of the activation, so that it is the reconstruction that is encoded, and w_j
+the firings of both; a latent that fires in only one of them counts 0. Bins are those of `positions`. Further:
+
+    explained variance, CE recovered   as in `core`, in each bin; their mean and their worst bin
+    shift s   of the latents that are active at a token, those that are when its text stands s tokens later, behind another
+              row's text: share that stay |A & B| / |A|, and Jaccard |A & B| / |A | B|; means over tokens
+
+At shift 0 nothing but the text before changes; what is lost beyond that is lost to position.
+"""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine.errors import UserError
+from ..kernels.code import SparseCode
+from .collect import Collected, Evaluation
+from .positions import Drawn, held_out, xlogx
+
+SHIFTS = (0, 16, 64)
+BEFORE = 16  # tokens of its own row that stand before text that is shifted
+ROWS = 32  # rows that the model reads at once
+
+
+@torch.no_grad()
+def fidelity(
+    evaluation: Evaluation, *, rows: int = 1024, bins: int = 16, ce_rows: int = 64, shift_rows: int = 64
+) -> dict[str, Any]:
+    """Positional fidelity of the dictionary and its controls: activation profiles and explained variance on `rows`
+    held-out rows, CE (of text predicted from text) on the first `ce_rows`, shifts on `shift_rows`.
+
+    Raises UserError for a transcoder, whose output can't be encoded again, and for rows too short for the shifts.
+    """
+    began = time.monotonic()
+    if evaluation.sae.cfg.d_out is not None:
+        raise UserError(f"sae.d_out: {evaluation.sae.cfg.d_out} is not allowed; a transcoder's output can't be encoded")
+    collected = held_out(evaluation, rows)
+    drawn = Drawn.of(evaluation, collected, bins, 0, evaluation.generator("fidelity"))
+    before, shifted = _shifted(evaluation, collected, shift_rows)
+    clean, zero = (_ce(evaluation, collected, drawn, ce_rows, x) for x in (None, torch.zeros_like(collected.x)))
+    bin_ = torch.from_numpy(drawn.of_position).to(collected.x.device)[collected.pos]
+
+    def by_bin(squares: Tensor) -> Tensor:
+        return squares.new_zeros(bins + 1).index_add_(0, bin_ + 1, squares)[1:].cpu()
+
+    spread = by_bin((collected.x - collected.mean).double().square().sum(1))
+    figures: dict[str, dict[str, Any]] = {}
+    for name, coder in evaluation.coders(collected).items():
+        if name == "mean":
+            continue
+        x_hat = coder.decode(collected.code(coder))
+        again = Collected(collected.tokens, collected.kept, x_hat, collected.pos, collected.row).code(coder)
+        recovered = [
+            (z - o) / (z - c) if z > c else None
+            for z, o, c in zip(zero, _ce(evaluation, collected, drawn, ce_rows, x_hat), clean, strict=True)
+        ]
+        old = before.code(coder)
+        figures[name] = {
+            "profile": _alike(collected.code(coder), again, drawn),
+            "explained_variance": _over_bins(
+                (1 - by_bin((collected.x - x_hat).double().square().sum(1)) / spread).tolist()
+            ),
+            "ce_recovered": _over_bins(recovered),
+            "shifts": {str(shift): _overlap(old, later.code(coder)) for shift, later in shifted.items()},
+        }
+    ends = [np.flatnonzero(drawn.of_position == b)[[0, -1]].tolist() for b in range(bins)]
+    own = figures.pop("sae")
+    return {**own, "controls": figures, "bins": ends, "seconds": round(time.monotonic() - began, 2)}
+
+
+def _alike(code: SparseCode, again: SparseCode, drawn: Drawn) -> float | None:
+    """1 - JSD in bits of the two codes' profiles over bins, weighted by firings; None where nothing fires."""
+    q, weights = [], 0
+    for one in (code, again):
+        latent, token, value = drawn.entries(one)
+        sums = np.bincount(latent * drawn.bins + drawn.bin[token], np.abs(value), minlength=one.n_latents * drawn.bins)
+        sums = sums.reshape(one.n_latents, -1)
+        q.append(sums / np.where(sums > 0, sums.sum(1, keepdims=True), 1))
+        weights = weights + np.bincount(latent, minlength=one.n_latents)
+    jsd = (xlogx(q[0]) / 2 + xlogx(q[1]) / 2 - xlogx((q[0] + q[1]) / 2)).sum(1) / math.log(2)
+    jsd = np.where((q[0].sum(1) > 0) & (q[1].sum(1) > 0), jsd, 1)  # a latent that is gone, or that is new
+    return float(np.average(1 - jsd, weights=weights)) if np.any(weights) else None
+
+
+def _ce(evaluation: Evaluation, collected: Collected, drawn: Drawn, rows: int, given: Tensor | None) -> list[float]:
+    """Mean loss in each bin, of text tokens after text tokens in the first rows, with x [n, D] given at the hook."""
+    model, summed, used = evaluation.stream.model, torch.zeros(2, drawn.bins + 1, dtype=torch.float64), 0
+    bin_ = torch.from_numpy(drawn.of_position)[:-1] + 1
+    for tokens, kept in zip(collected.tokens[:rows].split(ROWS), collected.kept[:rows].split(ROWS), strict=True):
+        here, used = slice(used, used + int(kept.sum())), used + int(kept.sum())
+
+        def splice(value: Tensor, kept: Tensor = kept, here: slice = here) -> Tensor:
+            fresh = value.clone()
+            if given is not None:
+                fresh[kept.to(value.device)] = given[here].to(value.dtype)
+            return fresh
+
+        losses = model.losses(tokens, None if given is None else splice).double().cpu()
+        counts = (kept[:, :-1] & kept[:, 1:]).cpu().double()
+        summed[0].index_add_(0, bin_, (losses * counts).sum(0))
+        summed[1].index_add_(0, bin_, counts.sum(0))
+    return (summed[0] / summed[1])[1:].tolist()
+
+
+def _over_bins(values: list[float | None]) -> dict[str, Any]:
+    values = [value if value is not None and math.isfinite(value) else None for value in values]
+    known = [value for value in values if value is not None]
+    return {
+        "by_bin": values,
+        "mean": sum(known) / len(known) if known else None,
+        "worst": min(known, default=None),
+    }
+
+
+def _shifted(evaluation: Evaluation, collected: Collected, rows: int) -> tuple[Collected, dict[int, Collected]]:
+    """Text of some rows where it stands, and behind other rows' text, later by each of `SHIFTS`."""
+    T = collected.tokens.shape[1]
+    width = T - 1 - BEFORE - max(SHIFTS)  # tokens of text that are shifted
+    full = collected.kept[:, 1 : max(T - width, 1 + BEFORE + width)].all(1).nonzero().flatten()[: rows + 1]
+    if width < 1 or len(full) < 2:
+        raise UserError(
+            f"stream.context: {T} is not allowed; shifts need two rows of {BEFORE + max(SHIFTS) + 2} tokens"
+        )
+    own, other = collected.tokens[full[:-1]], collected.tokens[full[1:]]
+
+    def placed(before: Tensor) -> Collected:
+        tokens = torch.cat([own[:, :1], before, own[:, 1 + BEFORE :][:, :width]], 1)
+        kept = torch.zeros_like(tokens, dtype=torch.bool)
+        kept[:, -width:] = True
+        model = evaluation.stream.model
+        parts = zip(tokens.split(ROWS), kept.split(ROWS), strict=True)
+        x = torch.cat([model.activations(part)[where.to(model.device)].float() for part, where in parts])
+        row, pos = kept.nonzero(as_tuple=True)
+        return Collected(tokens, kept, x, pos.to(x.device), row.to(x.device))
+
+    return placed(own[:, 1 : 1 + BEFORE]), {s: placed(other[:, 1 : 1 + BEFORE + s]) for s in SHIFTS}
+
+
+def _overlap(old: SparseCode, new: SparseCode) -> dict[str, float | None]:
+    """Latents of the same tokens in two codes: the share of the old ones that stay, and that of both in either."""
+    F, n = old.n_latents, old.n_tokens
+    sets = [(code.rows * F + code.indices).cpu() for code in (old, new)]
+    both = torch.bincount(sets[0][torch.isin(*sets)] // F, minlength=n).double()
+    first, second = (torch.bincount(entries // F, minlength=n) for entries in sets)
+    stay, jaccard = (both / first)[first > 0], (both / (first + second - both))[first + second > 0]
+    return {
+        name: float(values.mean()) if len(values) else None for name, values in (("stay", stay), ("jaccard", jaccard))
+    }

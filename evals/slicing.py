@@ -1,0 +1,40 @@
+"""Static slicing: dictionaries whose latents are tied to positions beforehand, with nothing learned about it.
+
+Whether a trained division of latents over positions is worth anything shows beside divisions that took no training:
+
+    ranges    latent j is on in range floor(j R / F) of R equal ranges of positions; its specialization is the most there is
+    random    each latent is on at a position with probability 1 / R, drawn once: as many latents a position, no ranges
+    none      every latent is on everywhere
+
+All have the same parameters and the same K. Slicing has the most specialization there is, and trivially: the figure says
+nothing without order probing, fidelity, explained variance and CE beside it.
+"""
+
+from ..engine.config import MaskConfig
+from ..engine.errors import UserError
+from ..engine.sae import SparseAutoencoder
+
+
+def slicings(sae: SparseAutoencoder, positions: int, *, ranges: int = 4, seed: int = 0) -> dict[str, SparseAutoencoder]:
+    """Copies of a dictionary without a mask, for rows of `positions` tokens, by the names above.
+
+    `seed` draws the random one. Raises UserError for a dictionary that has a mask and for more ranges than positions.
+    """
+    if sae.cfg.mask.kind != "none":
+        raise UserError(
+            f"sae.mask.kind: {sae.cfg.mask.kind} is not allowed; only a dictionary without a mask is sliced"
+        )
+    if not 1 <= ranges <= positions:
+        raise UserError(f"ranges: {ranges} is not allowed; give 1 to {positions}, the positions of a row")
+    masks = {
+        "ranges": MaskConfig(kind="ranges", positions=positions, ranges=ranges),
+        "random": MaskConfig(kind="random", positions=positions, fraction=1 / ranges),
+        "none": MaskConfig(),
+    }
+    return {name: _masked(sae, mask, seed) for name, mask in masks.items()}
+
+
+def _masked(sae: SparseAutoencoder, mask: MaskConfig, seed: int) -> SparseAutoencoder:
+    found = SparseAutoencoder(sae.cfg.model_copy(update={"mask": mask}), seed=seed)
+    found.load_state_dict(found.state_dict() | sae.state_dict())
+    return found.to(sae.b_dec.device)
