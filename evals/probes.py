@@ -5,6 +5,7 @@ columns of X [n, F], the k with the largest |mean of class 1 - mean of class 0| 
 LogisticRegression (L2, C = 1, at most 1000 iterations, columns as they are) on those; accuracy on the test rows.
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -46,13 +47,14 @@ def balanced(y: np.ndarray, draw: np.random.Generator, *, groups: np.ndarray | N
     return draw.permutation(np.concatenate([draw.permutation(positive)[:count], evenly[:count]]))
 
 
-def halves(X: np.ndarray, y: np.ndarray, rows: np.ndarray, draw: np.random.Generator) -> Split:
-    """The balanced `rows`, half of each class for training and half for testing."""
-    sides = [np.array_split(draw.permutation(rows[y[rows] == side]), 2) for side in (True, False)]
-    train, test = (np.concatenate(parts) for parts in zip(*sides, strict=True))
-    if min(len(train), len(test)) < 2:
+def halves(X: np.ndarray, y: np.ndarray, rows: np.ndarray, draw: np.random.Generator, *, train: float = 0.5) -> Split:
+    """The balanced `rows`, half of each class for training and half for testing, or another share for `train`."""
+    of_class = [draw.permutation(rows[y[rows] == side]) for side in (True, False)]
+    sides = [np.split(part, [math.ceil(train * len(part))]) for part in of_class]
+    for_train, for_test = (np.concatenate(parts) for parts in zip(*sides, strict=True))
+    if min(len(for_train), len(for_test)) < 2:
         raise UserError(f"labels: {len(rows)} rows are too few to train a probe on one half and test it on the other")
-    return Split(X[train], y[train], X[test], y[test])
+    return Split(X[for_train], y[for_train], X[for_test], y[for_test])
 
 
 def columns(split: Split, k: int) -> np.ndarray:

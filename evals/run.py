@@ -83,10 +83,10 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """The evals of these `names` of a checkpoint, by name, each with its controls and the `seconds` that it took.
 
-    With `run`, each is kept there as evals/NAME.json (and in SAEBench's format in evals/saebench/), where a later call finds it unless it asks for `fresh` ones or is of
-    another dictionary, seed or version; core draws figures/ as well. The random control is the one trained beside the
-    dictionary; where there is none, it is trained now on as many tokens. Of several evals, one that can't be had of this
-    model or text has `skipped` in its place: why. Of a single one, that is a UserError.
+    With `run`, each is kept there as evals/NAME.json (and in SAEBench's format in evals/saebench/), where a later call finds
+    it unless it asks for `fresh` ones or is of another dictionary, seed or version; core draws figures/ as well. The random
+    control is the one trained beside the dictionary; where there is none, it is trained now on as many tokens. Of several
+    evals, one that can't be had of this model or text has `skipped` in its place: why. Of a single one, that is a UserError.
     """
     key = {"dictionary": found.manifest["files"]["sae.safetensors"]["sha256"], "seed": seed, "version": VERSION}
     results = {} if run is None or fresh else {name: kept for name in names if (kept := _kept(run, name, key))}
@@ -103,7 +103,8 @@ def evaluate(
                 if len(names) == 1:
                     raise
                 result = {"skipped": str(error)}
-            results[name] = result | {"seconds": round(time.monotonic() - began, 2), "of": key}
+            result |= {"seconds": round(time.monotonic() - began, 2), "of": key}
+            results[name] = json.loads(json.dumps(result, allow_nan=False))  # as it is read again
             if run is not None:
                 _keep(run, name, results[name])
                 if (theirs := output(name, results[name], sae, stream.config, sae_id=run.name, seed=seed)) is not None:

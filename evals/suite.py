@@ -12,6 +12,14 @@ Eval = Callable[[Evaluation], dict[str, Any]]
 #: name -> the module and the function in it; imported when they are needed
 EVALS = {
     "core": ("suite", "_core"),
+    "sparse_probing": ("sparse_probing", "sparse_probing"),
+    "positions": ("suite", "_positions"),
+    "ground_truth": ("ground_truth", "ground_truth"),
+    "unlearning": ("unlearning", "unlearning"),
+    "scr": ("scr_tpp", "scr"),
+    "tpp": ("scr_tpp", "tpp"),
+    "clusters": ("clusters", "clusters"),
+    "absorption": ("absorption", "absorption"),
 }
 
 
@@ -33,3 +41,15 @@ def _core(evaluation: Evaluation) -> dict[str, Any]:
 
     controls = {} if evaluation.random is None else {"random": evaluation.random}
     return core(evaluation.stream, evaluation.sae, controls)
+
+
+def _positions(evaluation: Evaluation) -> dict[str, Any]:
+    from .fidelity import fidelity
+    from .order import order_probing
+    from .positions import positions
+
+    found = positions(evaluation) | {"fidelity": fidelity(evaluation)}
+    try:
+        return found | {"order_probing": order_probing(evaluation)}
+    except UserError as error:
+        return found | {"order_probing": {"skipped": str(error)}}

@@ -1,0 +1,195 @@
+"""Clusters of latents by where in a text they are active, and whether the same clusters are found again.
+
+The profile of a latent is its activity by position: the mean of its activation over the tokens in each of `BINS` position
+bins, as shares that sum to 1 (a latent that is active alike everywhere has 1 / `BINS` in each, however many tokens a bin
+has). Latents that fired at least `FIRINGS` times are clustered by average linkage over the Jensen-Shannon distance
+
+    d(p, q) = sqrt((KL(p | m) + KL(q | m)) / (2 ln 2)),  m = (p + q) / 2          0: the same; 1: never in the same bin
+
+The tree is cut where the mean silhouette (Rousseeuw 1987) of the clusters is largest. Stability is the adjusted Rand index
+(Hubert and Arabie 1985) of the clusters found on one half of the rows and on the other: 1 is the same, 0 is chance. Position
+as an axis along which latents differ: Voita et al., arXiv 2309.04827.
+"""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import pdist, squareform
+from sklearn.metrics import adjusted_rand_score
+
+from ..engine.errors import UserError
+from ..engine.sae import SparseAutoencoder
+from .collect import Collected, Evaluation, collect
+
+BINS = 16
+FIRINGS = 100  # of a latent, fewer than which make a profile of noise; in one half of the rows half as many
+ROWS, HALVES = 1024, 3
+COUNTS = range(2, 9)  # numbers of clusters to choose from
+SAME = 0.7  # latents of two dictionaries whose decoder rows have this cosine are taken to be the same
+
+
+@torch.no_grad()
+def clusters(
+    evaluation: Evaluation, other: SparseAutoencoder | None = None, *, count: int | None = None
+) -> dict[str, Any]:
+    """Cluster the dictionary's latents by position into `count` clusters, or as many as have the largest silhouette.
+
+    Returns `count`, `latents` (how many were clustered), `silhouette` {number: value}, `clusters` (size and mean profile
+    [BINS], the earliest first), the mean distance `within` and `between` clusters, `stability` (adjusted Rand index over
+    random halves of the rows), `seeds` (the same against an `other` dictionary, latents matched by decoder cosine), and
+    `controls`: `random`, and `shuffled`, where positions are permuted within each row. With too few latents that fire
+    these are None. Raises UserError for a count below 2.
+    """
+    if count is not None and count < 2:
+        raise UserError(f"count: {count} is not allowed; give at least 2 clusters, or none to choose by silhouette")
+    began = time.monotonic()
+    stream = evaluation.stream
+    collected = evaluation.labelled(ROWS) if evaluation.is_testbed else collect(stream, stream.held_out(ROWS), ROWS)
+    own = _measure(evaluation, evaluation.sae, collected, collected.pos, count)
+    labels = own.pop("labels")
+    controls = {"shuffled": (evaluation.sae, _shuffled(collected, evaluation.generator("clusters shuffled")))}
+    if evaluation.random is not None:
+        controls["random"] = (evaluation.random, collected.pos)
+    found = {name: _measure(evaluation, d, collected, pos, count) for name, (d, pos) in controls.items()}
+    return {
+        **own,
+        "seeds": None if other is None else _matched(evaluation, other, collected, labels),
+        "controls": {name: {k: v for k, v in values.items() if k != "labels"} for name, values in found.items()},
+        "bins": BINS,
+        "rows": len(collected),
+        "seconds": round(time.monotonic() - began, 2),
+    }
+
+
+def _measure(
+    evaluation: Evaluation, sae: SparseAutoencoder, collected: Collected, pos: torch.Tensor, count: int | None
+) -> dict[str, Any]:
+    sums, firings, tokens = _activity(sae, collected, pos, torch.zeros(len(collected), dtype=torch.int64))
+    used = np.flatnonzero(firings[0] >= FIRINGS)
+    labels = np.full(sae.cfg.d_sae, -1)
+    if len(used) < max(count or 0, COUNTS[0]) + 1:
+        empty = dict.fromkeys(("count", "silhouette", "clusters", "within", "between", "stability"))
+        return {**empty, "latents": len(used), "labels": labels}
+    profiles = _profiles(sums[0][used], tokens[0])
+    distances = _distances(profiles)
+    by_count = {
+        n: _silhouette(squareform(distances), _cut(distances, n))
+        for n in ([count] if count else COUNTS)
+        if n < len(used)
+    }
+    count = max(by_count, key=lambda n: by_count[n])
+    labels[used] = _cut(distances, count)
+    mine = labels[used]
+    parts = [profiles[mine == c] for c in np.unique(mine)]
+    parts.sort(key=lambda part: float(part.mean(0) @ np.arange(part.shape[1])))
+    pairs = mine[:, None] == mine[None]
+    upper = np.triu(np.ones_like(pairs), 1)
+    square = squareform(distances)
+    return {
+        "count": len(parts),
+        "latents": len(used),
+        "silhouette": by_count,
+        "clusters": [{"size": len(part), "profile": part.mean(0).tolist()} for part in parts],
+        "within": _mean(square[pairs & upper]),
+        "between": _mean(square[~pairs & upper]),
+        "stability": _stability(evaluation, sae, collected, pos, count),
+        "labels": labels,
+    }
+
+
+def _stability(
+    evaluation: Evaluation, sae: SparseAutoencoder, collected: Collected, pos: torch.Tensor, count: int
+) -> dict[str, Any] | None:
+    """Adjusted Rand index of the clusters of two random halves of the rows, `HALVES` times."""
+    draw, found = evaluation.generator("clusters halves"), []
+    for _ in range(HALVES):
+        half = torch.from_numpy(draw.permutation(np.arange(len(collected)) % 2))
+        sums, firings, tokens = _activity(sae, collected, pos, half)
+        used = (firings >= FIRINGS / 2).all(0)
+        if used.sum() <= count:
+            return None
+        sides = (_cut(_distances(_profiles(sums[side][used], tokens[side])), count) for side in (0, 1))
+        found.append(float(adjusted_rand_score(*sides)))
+    return {"adjusted_rand": float(np.mean(found)), "spread": float(np.std(found, ddof=1)), "halves": HALVES}
+
+
+def _matched(
+    evaluation: Evaluation, other: SparseAutoencoder, collected: Collected, labels: np.ndarray
+) -> dict[str, Any]:
+    """Adjusted Rand index of the two dictionaries' clusters, as many of each, over latents that are each other's nearest by
+    decoder cosine."""
+    if other.cfg.d_in != evaluation.sae.cfg.d_in:
+        raise UserError(f"other: d_in = {other.cfg.d_in} is not allowed; the dictionary has {evaluation.sae.cfg.d_in}")
+    other = other.to(collected.x.device)
+    mine, count = np.flatnonzero(labels >= 0), len(np.unique(labels[labels >= 0]))
+    if not count:
+        return {"adjusted_rand": None, "matched": 0}
+    theirs = _measure(evaluation, other, collected, collected.pos, count)["labels"]
+    used = np.flatnonzero(theirs >= 0)
+    if not len(used):
+        return {"adjusted_rand": None, "matched": 0}
+    rows = [
+        torch.nn.functional.normalize(d.W_dec.detach()[u], dim=1) for d, u in ((evaluation.sae, mine), (other, used))
+    ]
+    cosine = (rows[0] @ rows[1].T).cpu().numpy()
+    best, back = cosine.argmax(1), cosine.argmax(0)
+    pair = (back[best] == np.arange(len(mine))) & (cosine.max(1) >= SAME)
+    agreed = adjusted_rand_score(labels[mine[pair]], theirs[used[best[pair]]]) if pair.sum() > count else None
+    return {"adjusted_rand": None if agreed is None else float(agreed), "matched": int(pair.sum())}
+
+
+def _activity(
+    sae: SparseAutoencoder, collected: Collected, pos: torch.Tensor, part: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each part of the rows, of which `part` [R] gives the number: summed activation [P, F, BINS], firings [P, F] and
+    tokens [P, BINS]."""
+    code, T = collected.code(sae), collected.kept.shape[1]
+    of_token = part.to(pos.device)[collected.row]
+    where, F, P = pos * BINS // T, code.n_latents, int(part.max()) + 1
+    latent = of_token[code.rows] * F + code.indices
+    sums = torch.bincount(latent * BINS + where[code.rows], code.values.double(), P * F * BINS)
+    firings, tokens = torch.bincount(latent, minlength=P * F), torch.bincount(of_token * BINS + where, None, P * BINS)
+    return sums.view(P, F, BINS).cpu().numpy(), firings.view(P, F).cpu().numpy(), tokens.view(P, BINS).cpu().numpy()
+
+
+def _profiles(sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Shares of activity [F, BINS] from its sums, per token of a bin; a bin without tokens has none."""
+    rate = sums / np.maximum(tokens, 1)
+    return rate / rate.sum(1, keepdims=True)
+
+
+def _distances(profiles: np.ndarray) -> np.ndarray:
+    return pdist(profiles, "jensenshannon") / math.sqrt(math.log(2))
+
+
+def _cut(distances: np.ndarray, count: int) -> np.ndarray:
+    return fcluster(linkage(distances, "average"), count, "maxclust")
+
+
+def _silhouette(square: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over latents of (b - a) / max(a, b): a the mean distance to the others of its cluster, b to those of the nearest
+    other cluster. A latent alone in its cluster has 0."""
+    kinds, member = np.unique(labels, return_inverse=True)
+    if len(kinds) < 2:
+        return 0.0
+    inside = np.eye(len(kinds))[member]
+    sizes, sums = inside.sum(0), square @ inside
+    own = sums[np.arange(len(member)), member] / np.maximum(sizes[member] - 1, 1)
+    means = np.where(inside > 0, np.inf, sums / sizes)
+    nearest = means.min(1)
+    values = (nearest - own) / np.maximum(np.maximum(nearest, own), 1e-300)
+    return float(np.where(sizes[member] > 1, values, 0).mean())
+
+
+def _shuffled(collected: Collected, draw: np.random.Generator) -> torch.Tensor:
+    """Positions [n] permuted within each row."""
+    order = np.lexsort((draw.random(len(collected.row)), collected.row.cpu().numpy()))
+    return collected.pos[torch.from_numpy(order).to(collected.pos.device)]
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None

@@ -1,0 +1,177 @@
+"""Ground truth: how well single latents, and small sets of them, name what is known about every token of the language.
+
+A variable is a yes or no that the embedded language knows of its tokens ("topic=sailing", "plural"). Over the tokens where
+it applies, with a latent's firing as the prediction:
+
+    precision = fired and true / fired      recall = fired and true / true      F1 = 2 fired and true / (fired + true)
+
+The latent with the best F1 on one half of the documents is scored on the other half. `recovered` is the share of variables
+with F1 >= 0.8. `top_5` is the accuracy of the probe of `probes.py` on five latents, over as many true tokens as false ones
+of the same halves; 0.5 is chance. F1's own chance level is not 0 (always firing scores 2p / (1 + p) where p is the share of
+true tokens): the control `shuffled`, which learns from permuted labels, shows it.
+
+Scoring latents by F1 against known properties: Gao et al., arXiv 2406.04093, and Karvonen et al., arXiv 2408.00113, who
+had probes and board states where here every token's truth is known.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from ..engine.errors import UserError
+from ..engine.testbed import lexicon as lex
+from ..engine.testbed.language import KINDS, ROLES, SECTIONS, facts
+from .collect import Coder, Collected, Evaluation
+from .probes import Split, balanced, top_k
+
+RECOVERED = 0.8
+LEAST = 25  # tokens of either side, in either half, that a variable needs
+MOST = 500  # tokens of either side, in either half, that a probe sees
+_VALUES = {
+    "section": SECTIONS, "kind": KINDS, "role": ROLES, "topic": tuple(lex.TOPICS), "tone": lex.TONES,
+    "item": lex.ORDINALS,
+}  # fmt: skip
+
+
+def ground_truth(evaluation: Evaluation, *, rows: int = 1024) -> dict[str, Any]:
+    """Best single latent and top-5 probe for every known variable, on `rows` held-out documents.
+
+    `variables` holds of each variable the latent, its f1, precision and recall (None where it never fires) on the half it
+    was not chosen on, the probe's accuracy `top_5` and the number of tokens; `recovered_at` the share of variables at every
+    F1 from 0.5 to 0.95; `controls` the means of the random dictionary, of the model's own neurons and of shuffled labels.
+
+    Raises UserError for a text that is not the embedded language, and for too few rows.
+    """
+    began = time.monotonic()
+    collected = evaluation.labelled(rows)
+    half = evaluation.generator("ground truth halves").permutation(len(collected)) % 2 == 0
+    choosing = half[collected.row.cpu().numpy()]
+    truth = variables(collected, choosing)
+    if not truth:
+        raise UserError(
+            f"rows: {rows} is not allowed; so few documents hold no variable often enough, give 100 or more"
+        )
+    coders = evaluation.coders(collected)
+    found = {
+        name: _scores(evaluation, collected, coder, truth, choosing)
+        for name, coder in coders.items()
+        if name != "mean"  # it is always on and tells nothing apart
+    }
+    found["shuffled"] = _scores(evaluation, collected, coders["sae"], truth, choosing, shuffled=True)
+    own = found.pop("sae")
+    f1 = np.array([variable["f1"] for variable in own.values()])
+    levels = [round(0.5 + 0.05 * step, 2) for step in range(10)]
+    return {
+        **_summary(own),
+        "recovered_at": [{"f1": level, "share": float((f1 >= level).mean())} for level in levels],
+        "variables": own,
+        "controls": {name: _summary(control) for name, control in found.items()},
+        "tokens": len(collected.x),
+        "rows": len(collected),
+        "seconds": round(time.monotonic() - began, 2),
+    }
+
+
+def variables(collected: Collected, choosing: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Name -> (applies, true), bool [n] each, of the variables with at least `LEAST` true and `LEAST` false tokens of those
+    `choosing` [n], and of the others."""
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for label, names in _VALUES.items():
+        values = collected.label(label).numpy()
+        for value, name in enumerate(names):
+            if name != "none":
+                found[f"{label}={name}"] = values >= 0, values == value
+    plural, fact = collected.label("plural").numpy(), collected.label("fact").numpy()
+    noun = collected.label("role").numpy() != ROLES.index("copula")
+    forget = np.array([known.forget for known in facts()])
+    found["plural noun"] = (plural >= 0) & noun, plural == 1
+    found["fact to forget"] = fact >= 0, forget[fact]
+    for label in ("agent_is_human", "subject_is_human"):
+        values = collected.label(label).numpy()
+        found[label] = values >= 0, values == 1
+    return {
+        name: (applies, applies & true)
+        for name, (applies, true) in found.items()
+        if min((applies & y & side).sum() for y in (true, ~true) for side in (choosing, ~choosing)) >= LEAST
+    }
+
+
+def best_latents(
+    fired: csr_array, applies: np.ndarray, learned: np.ndarray, true: np.ndarray, choosing: np.ndarray
+) -> list[dict[str, Any]]:
+    """For each of V variables the latent with the best F1 on the tokens `choosing` [n], scored on the others.
+
+    `fired` is 1 where a latent fires [n, F]; `applies`, `learned` (the labels to choose by) and `true` bool [V, n]. Of
+    equal latents the first is taken. Returns latent, f1, precision and recall of each variable.
+    """
+    hits, counts = _counts(fired, learned & choosing), _counts(fired, applies & choosing)
+    latents = (2 * hits / (counts + (learned & choosing).sum(1, keepdims=True)).clip(1)).argmax(1)
+    at = np.arange(len(latents)), latents
+    hits, counts = _counts(fired, true & ~choosing)[at], _counts(fired, applies & ~choosing)[at]
+    positives = (true & ~choosing).sum(1)
+    return [
+        {
+            "latent": int(latent),
+            "f1": float(2 * hit / max(count + positive, 1)),
+            "precision": float(hit / count) if count else None,
+            "recall": float(hit / positive) if positive else None,
+        }
+        for latent, hit, count, positive in zip(latents, hits, counts, positives, strict=True)
+    ]
+
+
+def _counts(fired: csr_array, where: np.ndarray) -> np.ndarray:
+    """How often each latent fires where [V, n] is true: [V, F]."""
+    return (fired.T @ where.T.astype(np.float64)).T
+
+
+def _scores(
+    evaluation: Evaluation,
+    collected: Collected,
+    coder: Coder,
+    truth: dict[str, tuple[np.ndarray, np.ndarray]],
+    choosing: np.ndarray,
+    *,
+    shuffled: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Of every variable, what the module's head says; with `shuffled`, learned from permuted labels."""
+    code = collected.code(coder)
+    assert code.offsets is not None
+    shape = len(collected.x), code.n_latents
+    parts = [part.cpu().numpy() for part in (code.values, code.indices, code.offsets)]
+    acts = csr_array((parts[0], parts[1], parts[2]), shape=shape)
+    # A latent fires above zero; neurons are also negative.
+    fired = csr_array(((parts[0] > 0).astype(np.float64), parts[1], parts[2]), shape=shape)
+    applies, true = (np.stack(side) for side in zip(*truth.values(), strict=True))
+    learned = true.copy()
+    if shuffled:
+        for nth, name in enumerate(truth):
+            draw, here = evaluation.generator(f"ground truth shuffled {name}"), applies[nth] & choosing
+            learned[nth, here] = draw.permutation(learned[nth, here])
+    found = dict(zip(truth, best_latents(fired, applies, learned, true, choosing), strict=True))
+    for name, (where, y) in truth.items():
+        draw = evaluation.generator(f"ground truth probe {name}")
+        train, test = (_drawn(y, where & side, draw) for side in (choosing, ~choosing))
+        split = Split(acts[train].toarray(), y[train], acts[test].toarray(), y[test])
+        if shuffled:
+            split = split.shuffled(draw)
+        found[name] |= {"top_5": top_k(split, (5,))[5], "tokens": int(where.sum())}
+    return found
+
+
+def _drawn(y: np.ndarray, where: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Indices of equally many true and false tokens of those in `where` [n], at most `MOST` of each."""
+    among = np.flatnonzero(where)
+    rows = among[balanced(y[among], draw)]
+    return np.concatenate([rows[y[rows]][:MOST], rows[~y[rows]][:MOST]])
+
+
+def _summary(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    f1 = np.array([variable["f1"] for variable in found.values()])
+    return {
+        "recovered": float((f1 >= RECOVERED).mean()),
+        "mean_f1": float(f1.mean()),
+        "mean_top_5": float(np.mean([variable["top_5"] for variable in found.values()])),
+    }

@@ -1,0 +1,257 @@
+"""Labelled texts for probing: a .csv or .jsonl file of one's own, or one of eight published data sets.
+
+The eight are those that SAEBench probes on (https://github.com/adamkarvonen/SAEBench, v0.6.0), under the names used there.
+All lie on the Hugging Face hub as parquet files, and are read as such, whether their repository also has a loading script
+or not. The folder of a downloaded copy stands in for the hub: "fancyzhx/ag_news?path=FOLDER".
+
+Of each class at most `PER_CLASS` texts are taken, of as many women as men, or of as many good reviews as bad ones, where
+a set says which.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+
+from ..engine.errors import UserError, near
+
+PER_CLASS = (
+    2500  # half of the protocol's 4000 rows for training and 1000 for testing; the other half are other classes'
+)
+EMBEDDED = ("topic", "tone")  # labels of the embedded language's documents; nothing has to be loaded for these
+_SHUFFLED = 10_000  # rows of a published set among which the next is drawn
+_TRAIN = "data/train-*.parquet"
+
+#: text, class (None: not one that is wanted), and the side of what is to be even within a class
+_Row = tuple[str, str | None, Any]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts and the class of each, under a name for the results. Raises UserError where the two do not fit."""
+
+    name: str
+    texts: list[str]
+    labels: list[str]
+
+    def __post_init__(self) -> None:
+        if len(self.texts) != len(self.labels):
+            raise UserError(
+                f"sets: {self.name} has {len(self.texts)} texts and {len(self.labels)} labels; give one each"
+            )
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A data set on the hub. `parts`: parquet files, and the classes that are taken from them. `sides`: how many sides
+    there are of what is to be even within a class."""
+
+    repo: str
+    rows: Callable[[dict[str, Any]], Iterable[_Row]]
+    parts: dict[str, tuple[str, ...]]
+    sides: int = 1
+
+
+def load_labelled(source: str, draw: np.random.Generator) -> Labelled:
+    """The texts of `source`, in an order that follows from `draw`; empty ones are left out.
+
+    Either a file, "reviews.csv" or "reviews.jsonl", with columns `text` and `label` or others, "FILE?text=body&label=stars".
+    Or a name of `PUBLISHED`, with "?path=FOLDER" for a copy of its repository. "per_class=200" takes fewer of each class.
+    Raises UserError for a source that is neither, or that cannot be read.
+    """
+    name, _, query = source.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    file, published = Path(name).expanduser(), PUBLISHED.get(name)
+    if published is None and file.suffix.lower() not in (".csv", ".jsonl"):
+        raise UserError(
+            f"sets: {name} is not allowed; give a .csv or .jsonl file or a set's name; {near(name, (*EMBEDDED, *PUBLISHED))}"
+        )
+    allowed = ("per_class", "text", "label") if published is None else ("per_class", "path")
+    for option in options:
+        if option not in allowed:
+            raise UserError(f"sets: {source} has no option {option!r}; it can have {', '.join(allowed)}")
+    count = options.get("per_class", str(PER_CLASS))
+    if not count.isdecimal() or int(count) < 1:
+        raise UserError(f"sets: {source} has per_class = {count!r}, which is not allowed; give a number of texts")
+    if published is None:
+        rows = list(_from_file(file, options.get("text", "text"), options.get("label", "label")))
+        shuffled = (rows[at] for at in draw.permutation(len(rows)))
+        found, name = _first(shuffled, {label for _, label, _ in rows if label is not None}, int(count), 1), file.name
+    else:
+        found = _from_hub(name, published, options.get("path"), int(count), draw)
+    return Labelled(name, [text for text, _ in found], [label for _, label in found])
+
+
+def _first(rows: Iterable[_Row], classes: Iterable[str], per_class: int, sides: int) -> list[tuple[str, str]]:
+    """The first texts of each class, as many of each side. Reads no further than it must."""
+    found: list[tuple[str, str]] = []
+    most = -(-per_class // sides)
+    open_classes = set(classes)
+    taken: Counter[tuple[str, Any]] = Counter()
+    for text, label, side in rows:
+        if label in open_classes and taken[label, side] < most and text.strip():
+            found.append((text, label))
+            taken[label, side] += 1
+            if sum(count == most for (of, _), count in taken.items() if of == label) == sides:
+                open_classes.remove(label)
+        if not open_classes:
+            break
+    return found
+
+
+def _from_file(path: Path, text: str, label: str) -> Iterator[_Row]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            for number, row in _csv(lines) if path.suffix.lower() == ".csv" else _jsonl(lines):
+                for column in (text, label):
+                    if row.get(column) is None:
+                        raise UserError(
+                            f"sets: {path} line {number} has no {column!r}; it has {', '.join(map(str, row))}"
+                        )
+                yield str(row[text]), _key(row[label]), None
+    except UserError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"sets: {path} can't be read: {' '.join(str(error).split())}") from None
+
+
+def _csv(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(2**30)  # texts may be longer than the 128 KiB that are usual
+    reader = csv.DictReader(lines)
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _jsonl(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not a JSON object")
+            # halves of surrogate pairs, which no tokenizer takes
+            yield number, {key: _whole(value) if isinstance(value, str) else value for key, value in row.items()}
+
+
+def _whole(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _key(value: Any) -> str:
+    """A label as text: 1, 1.0 and "1" are the same."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _from_hub(
+    name: str, published: _Published, folder: str | None, per_class: int, draw: np.random.Generator
+) -> list[tuple[str, str]]:
+    import datasets
+
+    root = f"hf://datasets/{published.repo}" if folder is None else Path(folder).expanduser()
+    found: list[tuple[str, str]] = []
+    for files, classes in published.parts.items():
+        try:
+            stored = datasets.load_dataset("parquet", data_files=f"{root}/{files}", split="train", streaming=True)
+            rows = (row for stored_row in stored for row in published.rows(stored_row) if row[1] in classes)
+            found += _first(_drawn(rows, draw), classes, per_class, published.sides)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(
+                f"sets: {name} can't be read from {root} ({reason}); download {published.repo} with its folders, "
+                f"and give {name}?path=FOLDER"
+            ) from error
+    for label in (label for classes in published.parts.values() for label in classes):
+        if not any(label == has for _, has in found):
+            raise UserError(f"sets: {name} has no text of class {label} in {root}/{', '.join(published.parts)}")
+    return found
+
+
+def _drawn(rows: Iterable[_Row], draw: np.random.Generator) -> Iterator[_Row]:
+    """All rows, the next one always drawn from `_SHUFFLED` of them: a set may lie there class by class."""
+    held: list[_Row] = []
+    for row in rows:
+        if len(held) < _SHUFFLED:
+            held.append(row)
+            continue
+        at = int(draw.integers(_SHUFFLED))
+        yield held[at]
+        held[at] = row
+    yield from (held[at] for at in draw.permutation(len(held)))
+
+
+def _columns(
+    text: str, label: str, classes: dict[str, str], side: str | None = None
+) -> Callable[[dict[str, Any]], Iterable[_Row]]:
+    """Rows of a set that has its classes in a column, by their ids there."""
+
+    def rows(stored: dict[str, Any]) -> Iterable[_Row]:
+        return [(stored[text], classes.get(_key(stored[label])), None if side is None else stored[side])]
+
+    return rows
+
+
+def _by_ending(stored: dict[str, Any]) -> Iterable[_Row]:
+    """A source file, whose language shows in its name."""
+    return [(stored["content"], _ENDINGS.get(PurePosixPath(stored["path"]).suffix), None)]
+
+
+def _translations(stored: dict[str, Any]) -> Iterable[_Row]:
+    return [(text, language, None) for language, text in stored["translation"].items()]
+
+
+_ENDINGS = {
+    ".c": "C", ".h": "C", ".py": "Python", ".html": "HTML", ".java": "Java",
+    ".php": "PHP", ".php3": "PHP", ".php4": "PHP", ".php5": "PHP", ".phps": "PHP", ".phpt": "PHP",
+}  # fmt: skip
+_TOPICS = {"0": "World", "1": "Sports", "2": "Business", "3": "Sci/Tech"}
+_CATEGORIES = {
+    "1": "Toys_and_Games",
+    "2": "Cell_Phones_and_Accessories",
+    "3": "Industrial_and_Scientific",
+    "5": "Musical_Instruments",
+    "6": "Electronics",
+}
+_RATINGS = {"1": "negative", "5": "positive"}
+_PROFESSIONS = (
+    {"0": "accountant", "1": "architect", "2": "attorney", "6": "dentist", "9": "filmmaker"},
+    {"11": "journalist", "13": "nurse", "14": "painter", "18": "photographer", "19": "physician"},
+    {"20": "poet", "21": "professor", "22": "psychologist", "25": "surgeon", "26": "teacher"},
+)
+_AMAZON = "canrager/amazon_reviews_mcauley_1and5"
+
+
+def _in_columns(repo: str, text: str, label: str, classes: dict[str, str], side: str | None = None) -> _Published:
+    parts = {_TRAIN: tuple(classes.values())}
+    return _Published(repo, _columns(text, label, classes, side), parts, 1 if side is None else 2)
+
+
+#: name -> where it is, how it is read, and its classes
+PUBLISHED: dict[str, _Published] = {
+    **{
+        f"LabHC/bias_in_bios_class_set{number}": _in_columns(
+            "LabHC/bias_in_bios", "hard_text", "profession", classes, "gender"
+        )
+        for number, classes in enumerate(_PROFESSIONS, 1)
+    },
+    _AMAZON: _in_columns(_AMAZON, "text", "category", _CATEGORIES, "rating"),
+    f"{_AMAZON}_sentiment": _in_columns(_AMAZON, "text", "rating", _RATINGS),
+    "codeparrot/github-code": _Published(
+        "codeparrot/github-code", _by_ending, {_TRAIN: ("C", "Python", "HTML", "Java", "PHP")}
+    ),
+    "fancyzhx/ag_news": _in_columns("fancyzhx/ag_news", "text", "label", _TOPICS),
+    "Helsinki-NLP/europarl": _Published(
+        "Helsinki-NLP/europarl",
+        _translations,
+        {
+            "en-fr/train-*.parquet": ("en", "fr"),
+            "de-en/train-*.parquet": ("de",),
+            "en-es/train-*.parquet": ("es",),
+            "en-nl/train-*.parquet": ("nl",),
+        },
+    ),
+}

@@ -1,0 +1,228 @@
+"""Multiple-choice questions: what was learned of the embedded language's facts, or files in the layout of WMDP and MMLU.
+
+A question is a prompt and four candidates for the next token, one of them right. A model answers with the candidate that it
+gives the largest logit, which is the one with the largest log-probability. Files hold rows of `question`, `choices` (four)
+and `answer` (the index of the right one), as cais/wmdp and cais/mmlu do; the prompt is the model's own chat template around
+question and choices, then "Answer:", and the candidates are " A" to " D".
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine.errors import UserError
+from ..engine.stream import ActivationStream, LanguageModel
+from ..engine.stream.text import TokenRows, open_text
+from ..engine.testbed import lexicon as lex
+from ..engine.testbed.language import BOS, PAD, Language
+
+LETTERS = "ABCD"
+
+#: numbers of B prompts, ascending, and T -> what is added to their activations [B, T, D]
+Change = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Q prompts: `tokens` [Q, T] padded behind, `length` [Q]; `candidates` [Q, 4] token ids, `right` [Q] which of them;
+    `forget` bool [Q]: whether this is to be unlearned, or to be kept."""
+
+    tokens: Tensor
+    length: Tensor
+    candidates: Tensor
+    right: Tensor
+    forget: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def only(self, rows: Tensor) -> "Questions":
+        """Those questions, given by number or by bool [Q]."""
+        found = replace(self, **{name: value[rows] for name, value in vars(self).items()})
+        longest = int(found.length.max()) if len(found) else 0
+        return replace(found, tokens=found.tokens[:, :longest])
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[Sequence[int]], candidates: Any, right: Sequence[int], forget: Sequence[bool], pad: int
+    ) -> "Questions":
+        longest = max(map(len, prompts), default=0)
+        tokens = torch.tensor([[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts], dtype=torch.int64)
+        tokens = tokens.view(len(prompts), longest)
+        length = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
+        answer = torch.tensor(right, dtype=torch.int64)
+        return cls(tokens, length, torch.as_tensor(candidates), answer, torch.tensor(forget, dtype=torch.bool))
+
+
+@torch.no_grad()
+def answers(model: LanguageModel, questions: Questions, size: int, change: Change | None = None) -> Tensor:
+    """Which candidate the model takes, int64 [Q], `size` questions at a time; with `change`, after adding it at the hook."""
+    found = []
+    for start in range(0, len(questions), size):
+        rows = torch.arange(start, min(start + size, len(questions)))
+        part = questions.only(rows)
+        tokens = part.tokens.to(model.device)
+        hooks = []
+        if change is not None:
+            given = change(rows, tokens.shape[1])
+            hooks.append((model.hook, lambda x, hook, given=given: x + given.to(x)))
+        logits = model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+        last = logits[torch.arange(len(part)), part.length - 1].float().cpu()
+        found.append(last.gather(1, part.candidates).argmax(1))
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+
+
+def fact_questions(language: Language, start: int, draw: np.random.Generator) -> Questions:
+    """Every fact of the embedded language in both phrasings: its object, and three others of the same relation."""
+    prompts, candidates, right, forget = [], [], [], []
+    for words, fact in language.fact_prompts(start):
+        others = [name for name in lex.FACTS[fact.domain][fact.relation].split() if name != fact.object]
+        choices = [fact.object, *draw.choice(others, 3, replace=False).tolist()]
+        order = draw.permutation(4)
+        prompts.append([language.token_id[word] for word in words])
+        candidates.append([language.token_id[choices[at]] for at in order])
+        right.append(int(order.argmin()))
+        forget.append(fact.forget)
+    assert all(prompt[0] == BOS for prompt in prompts)
+    return Questions.of(prompts, candidates, right, forget, PAD)
+
+
+def known(model: LanguageModel, questions: Questions, size: int) -> Questions:
+    """Those that the model gets right."""
+    return questions.only(answers(model, questions, size) == questions.right)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Questions and texts on disk: .parquet or .jsonl of multiple-choice questions, .txt, .jsonl or .parquet of text."""
+
+    forget_questions: str
+    retain_questions: tuple[str, ...]
+    forget_text: str
+    retain_text: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """A question of a file: four choices, of which `answer` is right."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    forget: bool
+
+
+def read_questions(path: str, *, forget: bool) -> list[Written]:
+    """The questions of a .jsonl or .parquet file. Raises UserError naming the file, the row and what is wrong with it."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(
+            f"questions: {path} does not exist; give a .parquet or .jsonl file in the layout of WMDP or MMLU"
+        )
+    found = []
+    for at, row in enumerate(_rows(file), 1):
+        match row:
+            case {"question": str(question), "choices": [_, _, _, _] as choices, "answer": int(answer)} if (
+                0 <= answer < len(LETTERS) and all(isinstance(choice, str) for choice in choices)
+            ):
+                found.append(Written(question, tuple(choices), answer, forget))
+            case _:
+                raise UserError(
+                    f"questions: {path} row {at} is not allowed; it must have question, choices (four) and answer (0 to 3)"
+                )
+    if not found:
+        raise UserError(f"questions: {path} holds none")
+    return found
+
+
+def _rows(file: Path) -> Iterable[Any]:
+    if file.suffix.lower() == ".parquet":
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+
+        try:
+            return parquet.read_table(file).to_pylist()
+        except arrow.ArrowInvalid as error:
+            raise UserError(f"questions: {file} is not a Parquet file ({str(error).splitlines()[0]})") from error
+    if file.suffix.lower() != ".jsonl":
+        raise UserError(f"questions: {file} is not allowed; it must be a .parquet or a .jsonl file")
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    except ValueError as error:
+        raise UserError(f"questions: {file} is not JSON on every line ({error})") from error
+
+
+def read_texts(stream: ActivationStream, path: str, rows: int) -> list[TokenRows]:
+    """At most `rows` rows of a text on disk."""
+    if not Path(path).expanduser().exists():
+        raise UserError(
+            f"text: {path} does not exist; WMDP's bio corpus is gated: ask for cais/wmdp-bio-forget-corpus on the hub and "
+            "give the file that you get"
+        )
+    source = open_text(
+        path, stream.model.name, stream.model.tokenizer, stream.positions, seed=0, repeat=False,
+        text_field=stream.config.text_field,
+    )  # fmt: skip
+    found: list[TokenRows] = []
+    left = rows
+    while left and len(part := source.next(min(left, stream.config.rows_per_forward))):
+        found.append(part)
+        left -= len(part)
+    return found
+
+
+def known_in_every_order(model: LanguageModel, written: Sequence[Written], size: int) -> Questions:
+    """The questions that the model gets right in all 24 orders of their choices, with the choices in the file's order.
+
+    Raises UserError for a model without a chat template. Prompts longer than the model's context count as not known.
+    """
+    if not getattr(model.tokenizer, "chat_template", None):
+        raise UserError(
+            f"model: {model.name} has no chat template; multiple-choice questions need an instruction-tuned model"
+        )
+    left = list(written)
+    for order in permutations(range(len(LETTERS))):
+        left, asked = _in_order(model, left, order)
+        right = (answers(model, asked, size) == asked.right).tolist()
+        left = [item for item, kept in zip(left, right, strict=True) if kept]
+    return _in_order(model, left, range(len(LETTERS)))[1]
+
+
+def _in_order(
+    model: LanguageModel, written: Sequence[Written], order: Sequence[int]
+) -> tuple[list[Written], Questions]:
+    """The questions whose prompts fit the model's context, and these prompts with the choices in this order."""
+    prompts = [(item, _prompt(model.tokenizer, item, order)) for item in written]
+    prompts = [(item, prompt) for item, prompt in prompts if len(prompt) <= model.context]
+    items = [item for item, _ in prompts]
+    asked = Questions.of(
+        [prompt for _, prompt in prompts],
+        [_letters(model.tokenizer)] * len(items),
+        [order.index(item.answer) for item in items],
+        [item.forget for item in items],
+        model.tokenizer.pad_token_id or 0,
+    )
+    return items, asked
+
+
+def _prompt(tokenizer: Any, item: Written, order: Sequence[int]) -> list[int]:
+    choices = "\n".join(f"{letter}. {item.choices[at]}" for letter, at in zip(LETTERS, order, strict=True))
+    message = f"{item.question}\n\n{choices}\n\nSay which one is right: A, B, C or D."
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer(text + "Answer:", add_special_tokens=False)["input_ids"]
+
+
+def _letters(tokenizer: Any) -> list[int]:
+    found = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"] for letter in LETTERS]
+    if any(len(ids) != 1 for ids in found):
+        raise UserError("model: its tokenizer has no token for each of ' A' to ' D'; the answers can't be compared")
+    return [ids[0] for ids in found]

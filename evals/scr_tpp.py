@@ -1,0 +1,262 @@
+"""Targeted probe perturbation and spurious correlation removal: what is lost where a few latents are ablated.
+
+Both follow the public description of SAEBench (https://github.com/adamkarvonen/SAEBench) and of the paper behind it
+(Karvonen et al., arXiv 2411.18895). With x [R, D] a document's mean activation, f [R, F] its mean latents and (w, b) a
+logistic regression on x that tells a class from others:
+
+    effect_j = (mean of f_j over the class - mean of f_j over the others) * (w . W_dec_j)
+    x'       = x - sum over the ablated j of f_j W_dec_j                     the reconstruction's error is kept
+    TPP      = accuracy lost by the class whose n strongest latents are ablated - mean accuracy lost by the other classes
+    SCR      = (A_ablated - A_base) / (A_clean - A_base)
+
+Ablating in every token and then taking the mean is the same as taking the mean first, as x' is linear in x and f. TPP takes
+latents with a positive effect, the strongest first, SCR those strongest in absolute value; those without are never taken.
+
+Of the embedded language TPP tells its topics apart. SCR trains a probe on documents of two topics, each in its preferred
+tone only, so that topic and tone are one; A_base is what it scores on documents where they are independent. A_clean is the
+score of a probe trained on such. dir1 ablates the latents of the tone and scores the topic, dir2 the other way round, and
+scr_metric is the one whose A_base is lower: the attribute that the probe missed. Where A_clean - A_base is below `GAP`
+there is nothing to remove, and SCR is None.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from ..engine.errors import UserError
+from ..engine.testbed.lexicon import TOPICS
+from .collect import Coder, Collected, Evaluation
+from .probes import balanced
+
+THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)  # numbers of latents to ablate
+ROWS, SEEDS = 1024, 3
+GAP = 0.05  # of two accuracies on some sixty documents; below that their difference is noise
+SCR_AT, TPP_AT = 20, 10  # the threshold whose figure is the score
+
+
+@torch.no_grad()
+def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_padding: bool = False) -> dict[str, Any]:
+    """Targeted probe perturbation by topic on `rows` labelled documents; each of the `seeds` splits them anew.
+
+    Returns `tpp` {n: {total_metric, intended_diff_only, unintended_diff_only}}, `spread` {n: standard deviation of the total
+    over seeds}, `score` (the total at n = 10 or the largest n below), `clean_accuracy` of the probes, `controls` with the
+    same of each, and `reached_by`, the controls that score as much. With `pool_padding` the mean is over all positions as
+    in SAEBench: those left out count as activations of zero, and what the dictionary makes of zeros counts too. Raises
+    UserError for a text without labels, too few rows or seeds.
+    """
+    began, collected = time.monotonic(), _labelled(evaluation, rows, seeds)
+    topic = collected.of_rows("topic").numpy()
+    classes = range(len(TOPICS))
+    x, coders = _pooled(collected, None, pool_padding), _coders(evaluation, collected, pool_padding)
+    ns = _thresholds(evaluation)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in coders}  # of each seed [n, 3]
+    clean: list[float] = []
+    for seed in range(seeds):
+        draw = evaluation.generator(f"tpp {seed}")
+        sides = map(np.concatenate, zip(*_halves(topic, classes, draw), strict=True))
+        train, test = ([side[balanced(topic[side] == c, draw, groups=topic[side])] for c in classes] for side in sides)
+        W, b = _probes([(x[r], topic[r] == c) for r, c in zip(train, classes, strict=True)])
+        logits = x @ W.T + b
+
+        def accuracy(logits: np.ndarray, test: list[np.ndarray] = test) -> np.ndarray:
+            return np.array([np.mean((logits[r, j] > 0) == (topic[r] == classes[j])) for j, r in enumerate(test)])
+
+        whole = accuracy(logits)
+        clean.append(float(whole.mean()))
+        for name, (f, W_dec) in coders.items():
+            change, lost = _ablation(f, W_dec, W), np.empty((len(ns), len(classes), len(classes)))
+            for i, r in enumerate(train):
+                effects = _effects(f, W_dec, W[i], r, topic[r] == classes[i])
+                if name == "shuffled":
+                    effects = draw.permutation(effects)
+                order = _strongest(effects)
+                for at, n in enumerate(ns):
+                    lost[at, i] = whole - accuracy(logits - change(order[:n]))
+            own = np.einsum("nii->n", lost) / len(classes)
+            others = (lost.sum((1, 2)) - own * len(classes)) / (len(classes) * (len(classes) - 1))
+            found[name].append(np.stack([own - others, own, others], 1))
+
+    def figures(by_seed: list[np.ndarray]) -> dict[str, Any]:
+        mean = np.mean(by_seed, 0)
+        names = ("total_metric", "intended_diff_only", "unintended_diff_only")
+        by_n = {n: dict(zip(names, map(float, mean[at]), strict=True)) for at, n in enumerate(ns)}
+        spread = np.std(by_seed, 0, ddof=1)[:, 0]
+        score = by_n[max([ns[0], *(n for n in ns if n <= TPP_AT)])]["total_metric"]
+        return {"tpp": by_n, "spread": dict(zip(ns, map(float, spread), strict=True)), "score": score}
+
+    result = {name: figures(by_seed) for name, by_seed in found.items()}
+    found_with = {
+        "clean_accuracy": float(np.mean(clean)),
+        "classes": [list(TOPICS)[c] for c in classes],
+        "seeds": seeds,
+    }
+    return found_with | _beside(result, len(collected), pool_padding, began)
+
+
+@torch.no_grad()
+def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_padding: bool = False) -> dict[str, Any]:
+    """Spurious correlation removal on pairs of topics, of `rows` labelled documents; each of the `seeds` splits them anew.
+
+    Returns `scr_metric`, `scr_dir1`, `scr_dir2` {n: mean over pairs and seeds, or None}, `spread` {n: standard deviation of
+    scr_metric over seeds}, `score` (scr_metric at n = 20 or the largest n below), `sets` {pair: the accuracies, and
+    scr_metric by n}, `controls` with the same of each but the sets, and `reached_by`. `pool_padding`, errors: as in `tpp`.
+    """
+    began, collected = time.monotonic(), _labelled(evaluation, rows, seeds)
+    topic, tone = collected.of_rows("topic").numpy(), collected.of_rows("tone").numpy()
+    x, coders = _pooled(collected, None, pool_padding), _coders(evaluation, collected, pool_padding)
+    ns, pairs = _thresholds(evaluation), [(a, a + 1) for a in range(0, len(TOPICS), 2)]
+    scores = {name: np.full((seeds, len(pairs), 3, len(ns)), np.nan) for name in coders}  # dir1, dir2, metric
+    accuracies = np.empty((seeds, len(pairs), 4))
+    for seed in range(seeds):
+        for at, pair in enumerate(pairs):
+            draw = evaluation.generator(f"scr {seed} {at}")
+            groups = _halves(2 * topic + tone, (2 * t + manner for t in pair for manner in (0, 1)), draw)
+            # the first topic of a pair prefers the first tone, the second the second
+            biased = _evenly([groups[0][0], groups[3][0]])
+            train, test = (_evenly([group[side] for group in groups]) for side in (0, 1))
+            labels = [topic == pair[1], tone == 1]
+            W, b = _probes([(x[biased], labels[0][biased]), *((x[train], y[train]) for y in labels)])
+            logits = x @ W.T + b
+
+            def accuracy(logits: np.ndarray, y: np.ndarray, test: np.ndarray = test) -> float:
+                return float(np.mean((logits[test] > 0) == y[test]))
+
+            clean = [accuracy(logits[:, 1 + i], y) for i, y in enumerate(labels)]
+            base = [accuracy(logits[:, 0], y) for y in labels]
+            accuracies[seed, at] = [*clean, *base]
+            for name, (f, W_dec) in coders.items():
+                change, here = _ablation(f, W_dec, W[:1]), scores[name][seed, at]
+                for scored, ablated in ((0, 1), (1, 0)):
+                    effects = np.abs(_effects(f, W_dec, W[1 + ablated], train, labels[ablated][train]))
+                    if name == "shuffled":
+                        effects = draw.permutation(effects)
+                    order, gap = _strongest(effects), clean[scored] - base[scored]
+                    if gap >= GAP:
+                        kept = [accuracy(logits[:, 0] - change(order[:n])[:, 0], labels[scored]) for n in ns]
+                        here[scored] = (np.array(kept) - base[scored]) / gap
+                here[2] = here[0 if base[0] < base[1] else 1]
+
+    def figures(found: np.ndarray) -> dict[str, Any]:
+        by_seed = [[_mean(found[seed, :, 2, n]) for n in range(len(ns))] for seed in range(seeds)]
+        metric = _by_n(ns, found[:, :, 2])
+        return {
+            "scr_metric": metric,
+            "scr_dir1": _by_n(ns, found[:, :, 0]),
+            "scr_dir2": _by_n(ns, found[:, :, 1]),
+            "spread": {n: _deviation([values[i] for values in by_seed]) for i, n in enumerate(ns)},
+            "score": metric[max([ns[0], *(n for n in ns if n <= SCR_AT)])],
+        }
+
+    names = ("clean_topic", "clean_tone", "base_topic", "base_tone")
+    sets = {
+        "/".join(list(TOPICS)[t] for t in pair): {
+            **dict(zip(names, map(float, accuracies[:, at].mean(0)), strict=True)),
+            "scr_metric": _by_n(ns, scores["sae"][:, at : at + 1, 2]),
+        }
+        for at, pair in enumerate(pairs)
+    }
+    result = {name: figures(found) for name, found in scores.items()}
+    return {"sets": sets, "seeds": seeds} | _beside(result, len(collected), pool_padding, began)
+
+
+def _labelled(evaluation: Evaluation, rows: int, seeds: int) -> Collected:
+    if seeds < 2:
+        raise UserError(f"seeds: {seeds} is not allowed; the spread needs at least 2")
+    return evaluation.labelled(rows)
+
+
+def _pooled(collected: Collected, coder: Coder | None, padding: bool) -> np.ndarray:
+    """Mean latents (or activations) of each row; with `padding` over all T positions, x being zero where not kept."""
+    pooled = collected.pooled(coder)
+    if padding:
+        kept = collected.kept.to(pooled.device)
+        T = kept.shape[1]
+        pooled = pooled * (kept.sum(1, keepdim=True) / T)
+        if coder is not None:
+            pos = torch.arange(T, device=pooled.device)
+            zeros = coder.encode_sparse(collected.x.new_zeros(T, collected.x.shape[1]), pos).to_dense()
+            pooled = pooled + (~kept).to(zeros.dtype) @ zeros / T
+    return pooled.double().cpu().numpy()
+
+
+def _coders(evaluation: Evaluation, collected: Collected, padding: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Mean latents and W_dec by name. `shuffled` is the dictionary, whose effects are to be permuted over its latents."""
+    found = {
+        name: (_pooled(collected, coder, padding), coder.W_dec.detach().double().cpu().numpy())
+        for name, coder in evaluation.coders(collected).items()
+    }
+    return found | {"shuffled": found["sae"]}
+
+
+def _thresholds(evaluation: Evaluation) -> list[int]:
+    f = evaluation.sae.cfg.d_sae
+    return [n for n in THRESHOLDS if n <= f] or [f]
+
+
+def _halves(labels: np.ndarray, kinds: Iterable[int], draw: np.random.Generator) -> list[list[np.ndarray]]:
+    """The rows of each kind, half of them for training and half for testing."""
+    found = [draw.permutation(np.flatnonzero(labels == kind)) for kind in kinds]
+    if min(map(len, found)) < 4:
+        raise UserError(f"rows: {len(labels)} is not allowed; every topic (in every tone) needs 4 documents: give more")
+    return [np.array_split(rows, 2) for rows in found]
+
+
+def _evenly(groups: list[np.ndarray]) -> np.ndarray:
+    """As many rows of each group as there are of the smallest."""
+    count = min(map(len, groups))
+    return np.concatenate([group[:count] for group in groups])
+
+
+def _probes(tasks: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """W [C, D] and b [C] of a logistic regression for each of C tasks (X, y)."""
+    fitted = [LogisticRegression(max_iter=1000).fit(X, y) for X, y in tasks]
+    return np.concatenate([p.coef_ for p in fitted]), np.concatenate([p.intercept_ for p in fitted])
+
+
+def _effects(f: np.ndarray, W_dec: np.ndarray, w: np.ndarray, rows: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of each latent [F], how much it adds to the probe's logit for the class over the others."""
+    return (f[rows[y]].mean(0) - f[rows[~y]].mean(0)) * (W_dec @ w)
+
+
+def _strongest(effects: np.ndarray) -> np.ndarray:
+    """Latents with an effect above rounding, the largest first."""
+    order = np.argsort(-effects, kind="stable")
+    return order[effects[order] > 1e-12 * max(np.abs(effects).max(), 1e-300)]
+
+
+def _ablation(f: np.ndarray, W_dec: np.ndarray, W: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Latents to ablate -> what the probes' logits [R, C] lose."""
+    written = W_dec @ W.T
+    return lambda chosen: f[:, chosen] @ written[chosen]
+
+
+def _beside(result: dict[str, dict[str, Any]], rows: int, pool_padding: bool, began: float) -> dict[str, Any]:
+    """The dictionary's figures, with those of the controls and which of them it does not surpass."""
+    own, controls = result["sae"], {name: found for name, found in result.items() if name != "sae"}
+    score = own["score"]
+    reached = [
+        name
+        for name, found in controls.items()
+        if score is not None and found["score"] is not None and found["score"] >= score
+    ]
+    settings = {"rows": rows, "pool_padding": pool_padding, "seconds": round(time.monotonic() - began, 2)}
+    return {**own, "controls": controls, "reached_by": reached, **settings}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def _deviation(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.std(known, ddof=1)) if len(known) > 1 else None
+
+
+def _by_n(ns: list[int], found: np.ndarray) -> dict[int, float | None]:
+    """Means of [seeds, pairs, n] by n."""
+    return {n: _mean(found[..., i]) for i, n in enumerate(ns)}

@@ -1,0 +1,151 @@
+"""Clusters by position of latents whose places are known."""
+
+import json
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import jensenshannon
+from sklearn.metrics import silhouette_score
+from temposae.engine.config import SAEConfig
+from temposae.engine.errors import UserError
+from temposae.engine.sae import SparseAutoencoder
+from temposae.evals.clusters import BINS, _distances, _silhouette, clusters
+from temposae.evals.collect import Collected, Evaluation
+
+R, T = 64, 32
+EARLY, LATE, SELDOM = 5, 7, 2
+D = EARLY + LATE + SELDOM
+
+
+def documents(ragged: bool = True) -> Collected:
+    """Coordinates are on now and then: the first at the first quarter of the positions, the next at the last, and the rest
+    in one row only. Rows have 4 places padding each, and where `ragged` half of them 8 more."""
+    draw = np.random.default_rng(0)
+    on = draw.random((R, T, D)) * (draw.random((R, T, D)) < 0.8)
+    on[:, T // 4 :, :EARLY] = 0
+    on[:, : T // 2, EARLY : EARLY + LATE] = 0
+    on[1:, :, EARLY + LATE :] = 0
+    kept = torch.ones(R, T, dtype=torch.bool)
+    kept[:, T - 4 :] = False
+    if ragged:
+        kept[::2, T - 12 :] = False
+    row, pos = kept.nonzero(as_tuple=True)
+    x = torch.from_numpy(on).float()[row, pos]
+    return Collected(torch.zeros(R, T, dtype=torch.int64), kept, x, pos, row)
+
+
+def dictionary(order: torch.Tensor | None = None) -> SparseAutoencoder:
+    """A latent of each coordinate, in this order."""
+    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=D, activation="relu", k=4))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.eye(D) if order is None else torch.eye(D)[order])
+        sae.W_enc.copy_(sae.W_dec.T)
+    return sae
+
+
+class Planted(Evaluation):
+    is_testbed = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+    def __init__(self, collected: Collected, random: SparseAutoencoder | None = None):
+        super().__init__(cast(Any, SimpleNamespace(model=SimpleNamespace(device="cpu"))), dictionary(), random)
+        self.collected = collected
+
+    def labelled(self, rows: int) -> Collected:
+        return self.collected
+
+
+def test_two_groups_of_latents_are_found():
+    found = clusters(Planted(documents()))
+    assert (found["count"], found["latents"]) == (2, EARLY + LATE)
+    assert [c["size"] for c in found["clusters"]] == [EARLY, LATE]
+    early, late = (np.array(c["profile"]) for c in found["clusters"])
+    assert early[: BINS // 4].sum() == pytest.approx(1)
+    assert late[BINS // 2 :].sum() == pytest.approx(1)
+    assert found["between"] == pytest.approx(1)  # never in the same bin
+    assert found["within"] < 0.2
+    assert found["stability"] == {"adjusted_rand": 1, "spread": 0, "halves": 3}
+    assert found["silhouette"][2] == max(found["silhouette"].values())
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_profile_does_not_depend_on_how_many_tokens_a_bin_has():
+    """Half of the rows end early, and yet latents of the second half of positions are as active in each of its bins."""
+    late = clusters(Planted(documents()))["clusters"][1]["profile"]
+    assert late[BINS // 2 : BINS - 2] == pytest.approx([1 / 6] * 6, abs=0.02)
+    assert late[BINS - 2 :] == [0, 0]  # padding
+
+
+def test_groups_are_gone_where_positions_are_shuffled():
+    found = clusters(Planted(documents(ragged=False), dictionary()))
+    shuffled = found["controls"]["shuffled"]
+    assert shuffled["between"] < 0.3
+    assert shuffled["stability"]["adjusted_rand"] < 0.5
+    own = {key: found[key] for key in ("count", "latents", "clusters", "between", "stability")}
+    assert {key: found["controls"]["random"][key] for key in own} == own  # it was given the same dictionary
+
+
+def test_another_dictionary_is_matched_by_its_decoder():
+    evaluation = Planted(documents())
+    order = torch.randperm(D, generator=torch.Generator().manual_seed(1))
+    assert clusters(evaluation, dictionary(order))["seeds"] == {"adjusted_rand": 1, "matched": EARLY + LATE}
+    # one early latent and one late one read what the other does, so that each sits in the wrong cluster
+    swapped = dictionary()
+    with torch.no_grad():
+        swapped.W_enc[:, [0, EARLY]] = swapped.W_enc[:, [EARLY, 0]]
+    found = clusters(evaluation, swapped)["seeds"]
+    # pairs: 10 + 21 in the same cluster; 6 + 15 of them are left together, 4 early and 6 late latents having stayed
+    together, total, same = 6 + 15, 66, 10 + 21
+    by_chance = same * same / total
+    assert found["matched"] == EARLY + LATE
+    assert found["adjusted_rand"] == pytest.approx((together - by_chance) / (same - by_chance))
+    unlike = dictionary()
+    with torch.no_grad():
+        unlike.W_dec.copy_(-torch.eye(D))
+    assert clusters(evaluation, unlike)["seeds"] == {"adjusted_rand": None, "matched": 0}
+
+
+def test_distance_and_silhouette_are_those_of_their_formulas():
+    draw = np.random.default_rng(5)
+    profiles, labels = draw.dirichlet(np.ones(BINS), 12), np.array([1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 4])
+    found = _distances(profiles)
+    assert found[0] == pytest.approx(jensenshannon(profiles[0], profiles[1], base=2))
+    square = np.zeros((12, 12))
+    square[np.triu_indices(12, 1)] = found
+    square += square.T
+    assert _silhouette(square, labels) == pytest.approx(silhouette_score(square, labels, metric="precomputed"))
+    assert _silhouette(square, np.ones(12)) == 0
+
+
+def test_as_many_clusters_as_asked_for_and_the_same_again():
+    evaluation = Planted(documents())
+    found = clusters(evaluation, count=4)
+    assert (found["count"], len(found["clusters"]), list(found["silhouette"])) == (4, 4, [4])
+    again = clusters(Planted(documents()), count=4)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in found.items() if k != "seconds"}
+    with pytest.raises(UserError, match="count: 1 is not allowed"):
+        clusters(evaluation, count=1)
+
+
+def test_a_dictionary_that_never_fires_has_no_clusters():
+    evaluation = Planted(documents())
+    with torch.no_grad():
+        evaluation.sae.b_enc.fill_(-1e6)
+    found = clusters(evaluation, dictionary())
+    assert (found["latents"], found["count"], found["clusters"], found["stability"]) == (0, None, None, None)
+    assert found["seeds"] == {"adjusted_rand": None, "matched": 0}
+    with pytest.raises(UserError, match="other: d_in = 8 is not allowed"):
+        clusters(evaluation, SparseAutoencoder(SAEConfig(d_in=8, d_sae=8, k=2)))
+
+
+def test_another_text_is_read_where_there_are_no_labels(stream_of, texts):
+    stream = stream_of()
+    sae = SparseAutoencoder(SAEConfig(d_in=128, d_sae=32, k=4))
+    evaluation = Evaluation(stream, sae, None)
+    evaluation.__class__ = type("Plain", (Evaluation,), {"is_testbed": False})
+    stream.held_out = lambda count: iter(list(type(stream).held_out(stream, 32)))  # pyright: ignore[reportAttributeAccessIssue]
+    found = clusters(evaluation)
+    assert found["rows"] == 32
+    assert found["latents"] > 2

@@ -1,0 +1,164 @@
+"""Recovery of known variables, on dictionaries of which every score is known beforehand."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_array
+from temposae.engine.config import SAEConfig, StreamConfig
+from temposae.engine.errors import UserError
+from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.stream import ActivationStream
+from temposae.evals.collect import Evaluation
+from temposae.evals.ground_truth import best_latents, ground_truth, variables
+from temposae.kernels.code import SparseCode
+
+D, ROWS = 128, 96
+
+
+class Told:
+    """A coder whose latents are given beforehand: acts [n, F] of exactly the tokens that it is shown, in order."""
+
+    def __init__(self, acts: np.ndarray):
+        self.acts, self.at, self.W_dec = torch.from_numpy(acts).float(), 0, torch.zeros(acts.shape[1], D)
+
+    def encode_sparse(self, x, pos):
+        part = self.acts[self.at : self.at + len(x)]
+        self.at += len(x)
+        indices = torch.arange(part.shape[1], dtype=torch.int32).expand(part.shape).contiguous()
+        return SparseCode(part, indices, part.shape[1])
+
+    def decode(self, f):
+        raise AssertionError("no reconstruction is needed here")
+
+
+@pytest.fixture(scope="module")
+def evaluation(testbed):
+    stream = ActivationStream(StreamConfig(buffer_tokens=4096, rows_per_forward=16), model=testbed)
+    return Evaluation(stream, SparseAutoencoder(SAEConfig(d_in=D, d_sae=8, k=4)), None)
+
+
+def told(evaluation: Evaluation, acts: np.ndarray, monkeypatch) -> dict:
+    coder = Told(acts)
+    monkeypatch.setattr(evaluation, "coders", lambda collected: {"sae": coder})
+    return ground_truth(evaluation, rows=ROWS)
+
+
+def half(evaluation: Evaluation) -> np.ndarray:
+    """Which of the documents a latent is chosen on."""
+    return evaluation.generator("ground truth halves").permutation(ROWS) % 2 == 0
+
+
+def truths(evaluation: Evaluation) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    collected = evaluation.labelled(ROWS)
+    return variables(collected, half(evaluation)[collected.row.numpy()])
+
+
+def test_variables_are_what_the_text_says(evaluation):
+    """Against the words themselves."""
+    collected = evaluation.labelled(ROWS)
+    words = np.array(evaluation.stream.text.language.vocabulary)[collected.tokens[collected.kept].numpy()]
+    found = truths(evaluation)
+    assert set(words[found["role=topic_name"][1]]) <= set(evaluation.stream.text.language.topics)
+    assert set(words[found["role=ordinal"][1]]) == {"first", "second", "third", "fourth"}
+    assert set(words[found["role=connective"][1]]) == {"so", "alas"}
+    applies, plural = found["plural noun"]
+    assert {str(word).endswith("s") for word in words[plural]} == {True}
+    assert not {"is", "was", "are", "were"} & set(words[applies])
+    applies, forget = found["fact to forget"]
+    domains = {"source", "target", "antidote"}, {"crop", "metal", "pet", "hobby", "theme"}
+    assert domains[0] <= set(words[forget])
+    assert not domains[1] & set(words[forget])
+    assert domains[1] <= set(words[applies])
+    casual, formal = (found[f"tone={tone}"] for tone in ("casual", "formal"))
+    assert (casual[1] == ~formal[1]).all()
+    assert "role=none" not in found
+    assert all(min(true.sum(), (applies & ~true).sum()) >= 50 for applies, true in found.values())
+
+
+def test_latents_that_are_the_labels_recover_everything(evaluation, monkeypatch):
+    truth = truths(evaluation)
+    acts = np.stack([true for _, true in truth.values()], 1) * 3.0
+    found = told(evaluation, acts, monkeypatch)
+    assert found["recovered"] == found["mean_f1"] == 1
+    for name, variable in found["variables"].items():
+        column = acts[:, variable["latent"]] > 0
+        applies, true = truth[name]
+        assert (column[applies] == true[applies]).all()
+    assert [level["share"] for level in found["recovered_at"]] == [1] * 10
+    shuffled = found["controls"]["shuffled"]
+    assert shuffled["recovered"] < 0.1  # section=body is most of the tokens: F1 of all of them is above 0.8
+    assert shuffled["mean_f1"] < 0.5
+    assert shuffled["mean_top_5"] < 0.7
+
+
+def test_scores_are_those_of_the_formula(evaluation, monkeypatch):
+    """One latent fires on the true tokens at even places and on all false tokens at places that are multiples of 10."""
+    truth = truths(evaluation)
+    _, true = truth["role=relation"]
+    even, tenth = np.arange(len(true)) % 2 == 0, np.arange(len(true)) % 10 == 0
+    fires = (true & even) | (~true & tenth)
+    found = told(evaluation, np.stack([fires, np.zeros_like(fires)], 1) * 1.0, monkeypatch)["variables"][
+        "role=relation"
+    ]
+    scored = ~half(evaluation)[evaluation.labelled(ROWS).row.numpy()]
+    hit = (fires & true & scored).sum()
+    assert found["precision"] == pytest.approx(hit / (fires & scored).sum())
+    assert found["recall"] == pytest.approx(hit / (true & scored).sum())
+    assert found["f1"] == pytest.approx(2 / (1 / found["precision"] + 1 / found["recall"]))
+    assert found["latent"] == 0
+
+
+def test_the_latent_is_chosen_on_one_half_and_scored_on_the_other():
+    """Latent 0 is right where the choice is made and never where it is scored; latent 1 the other way round."""
+    true, choosing = np.arange(40) % 2 == 0, np.arange(40) < 20
+    fired = csr_array(np.stack([true & choosing, true & ~choosing], 1).astype(float))
+    (found,) = best_latents(fired, np.ones((1, 40), bool), true[None], true[None], choosing)
+    assert found == {"latent": 0, "f1": 0.0, "precision": None, "recall": 0.0}
+    (found,) = best_latents(fired, np.ones((1, 40), bool), true[None], true[None], ~choosing)
+    assert (found["latent"], found["f1"]) == (1, 0.0)
+
+
+def test_tokens_to_which_a_variable_does_not_apply_count_nowhere():
+    applies, true = np.arange(40) % 4 < 2, np.arange(40) % 4 == 0
+    fired = csr_array((true | ~applies).astype(float)[:, None])
+    (found,) = best_latents(fired, applies[None], true[None], true[None], np.arange(40) < 20)
+    assert found == {"latent": 0, "f1": 1.0, "precision": 1.0, "recall": 1.0}
+
+
+def test_only_activations_above_zero_fire(evaluation, monkeypatch):
+    """Neurons are also negative: latent 0 is negative on the wrong tokens, positive on the right ones."""
+    _, true = truths(evaluation)["role=ordinal"]
+    found = told(evaluation, np.where(true, 2.0, -2.0)[:, None], monkeypatch)["variables"]["role=ordinal"]
+    assert (found["f1"], found["top_5"]) == (1, 1)
+
+
+def test_a_dictionary_that_never_fires_recovers_nothing(evaluation, monkeypatch):
+    found = told(evaluation, np.zeros((len(evaluation.labelled(ROWS).x), 6)), monkeypatch)
+    assert (found["recovered"], found["mean_f1"], found["mean_top_5"]) == (0, 0, 0.5)
+
+
+def test_a_rerun_gives_the_same_whatever_came_before(stream_of):
+    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=32, k=4))
+    first = Evaluation(stream_of(), sae, None)
+    again = Evaluation(stream_of(rows_per_forward=5), sae, None)
+    again.generator("something else").random(10)
+    again.labelled(8)
+    found = [ground_truth(e, rows=24) for e in (first, again)]
+    for result in found:
+        del result["seconds"]
+    assert found[0] == found[1]
+    assert set(found[0]["controls"]) == {"lm_neurons", "shuffled"}
+    assert 0 < found[0]["mean_f1"] < 1
+
+
+def test_too_few_documents_are_refused(evaluation):
+    with pytest.raises(UserError, match="rows: 1 is not allowed; .* give 100 or more"):
+        ground_truth(evaluation, rows=1)
+
+
+def test_other_text_is_refused(stream_of, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(["the boat is old ."] * 40))
+    evaluation = Evaluation(stream_of(data=str(file)), SparseAutoencoder(SAEConfig(d_in=D, d_sae=8, k=4)), None)
+    with pytest.raises(UserError, match="text.txt has no labels; this is measured on the embedded language"):
+        ground_truth(evaluation)

@@ -1,0 +1,331 @@
+"""Unlearning where it is known what clamping does: a stub model, and dictionaries that are the facts' own words."""
+
+import json
+from types import SimpleNamespace
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from temposae.engine.config import SAEConfig, StreamConfig
+from temposae.engine.errors import UserError
+from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.stream import ActivationStream, LanguageModel
+from temposae.engine.testbed.language import facts
+from temposae.evals.collect import LABELLED, Evaluation, Neurons
+from temposae.evals.questions import Files, fact_questions, read_questions
+from temposae.evals.unlearning import clamp, unlearning
+
+D = 128
+ONE = {"thresholds": (0.001,), "latents": (20,), "multipliers": (25,)}  # one setting, for speed
+EMBEDDING = "blocks.0.hook_resid_pre"
+
+
+def dictionary(directions: torch.Tensor, thresholds: torch.Tensor) -> SparseAutoencoder:
+    """Latent j fires where x along the unit direction j exceeds threshold j."""
+    F, width = directions.shape
+    sae = SparseAutoencoder(SAEConfig(d_in=width, d_sae=F, k=min(F, 4), activation="relu"))
+    with torch.no_grad():
+        sae.W_dec.copy_(directions)
+        sae.W_enc.copy_(directions.T)
+        sae.b_enc.copy_(-thresholds)
+    return sae
+
+
+def without_time(found: dict) -> dict:
+    return {key: value for key, value in found.items() if key != "seconds"}
+
+
+class Words:
+    """A tokenizer of words parted by spaces, with a chat template."""
+
+    bos_token_id, pad_token_id, chat_template = 1, 0, "a template"
+
+    def __init__(self):
+        self.ids = {"<pad>": 0, "<bos>": 1}
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def __call__(self, text, add_special_tokens=True, **_):
+        assert not add_special_tokens
+        if isinstance(text, list):
+            return {"input_ids": [self(part, add_special_tokens=False)["input_ids"] for part in text]}
+        return {"input_ids": [self.ids.setdefault(word, len(self.ids)) for word in text.split()]}
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert add_generation_prompt
+        assert not tokenize
+        return f"<bos> user {messages[0]['content']} model "
+
+
+class Stub:
+    """A model with x = (toxin or <bos>, 1): it picks the choice "right", and the letter after it once x_0 < 0 at some token.
+
+    Questions with the word "guess" it answers with A. Its loss is -x_0.
+    """
+
+    name, hook, hooks, widths, context = "stub", "place", ("place",), {"place": 2}, 64
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.tokenizer, self.bridge = Words(), self
+
+    def activations(self, tokens):
+        toxin = self.tokenizer.ids.get("toxin", -1)
+        return torch.stack([((tokens == toxin) | (tokens == 1)).float(), torch.ones(tokens.shape)], 2)
+
+    def run_with_hooks(self, tokens, fwd_hooks):
+        x = self.activations(tokens)
+        for place, replace in fwd_hooks:
+            assert place == "place"
+            x = replace(x, hook=None)
+        logits = torch.zeros(*tokens.shape, 1000)
+        name = {number: word for word, number in self.tokenizer.ids.items()}
+        for row, ids in enumerate(tokens.tolist()):
+            words = [name[number] for number in ids if number]
+            assert words[-1] == "Answer:"
+            letter = "A" if "guess" in words else words[words.index("right") - 1][0]
+            if (x[row, :, 0] < 0).any():
+                letter = "ABCD"[("ABCD".index(letter) + 1) % 4]
+            logits[row, len(words) - 1, self.tokenizer.ids[letter]] = 1
+        return logits
+
+    def losses(self, tokens, replace=None, hook=None):
+        x = self.activations(tokens)
+        return -(x if replace is None else replace(x))[:, :-1, 0]
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """An evaluation of the stub, with a latent for the toxin, one that always fires and one that never does; its files."""
+    stream = SimpleNamespace(
+        model=Stub(), text=SimpleNamespace(name="text.jsonl"), positions=16,
+        config=SimpleNamespace(rows_per_forward=7, text_field="text"), keep=lambda rows: rows.tokens > 1,
+    )  # fmt: skip
+    sae = dictionary(torch.tensor([[1.0, 0], [0, 1], [0, -1]]), torch.zeros(3))
+
+    def row(question: str, answer: int) -> dict:
+        return {
+            "question": question,
+            "choices": ["right" if at == answer else f"wrong{at}" for at in range(4)],
+            "answer": answer,
+        }
+
+    forget = [row(f"which toxin {n}", n % 4) for n in range(8)] + [row("guess which toxin", 0)]
+    retain = [row(f"which star {n}", n % 4) for n in range(12)] + [row("guess which star", 0)]
+    parquet.write_table(arrow.Table.from_pylist(forget), tmp_path / "forget.parquet")
+    (tmp_path / "retain.jsonl").write_text("\n".join(map(json.dumps, retain)))
+    (tmp_path / "bio.txt").write_text("\n\n".join(["one toxin here"] * 21))
+    # Of the retain text only the last row names the toxin: it is measured on, and not looked at before.
+    lines = ["a star there"] * 40 + ["a star there and toxin there"]
+    (tmp_path / "other.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    names = ("forget.parquet", "retain.jsonl", "bio.txt", "other.jsonl")
+    paths = [str(tmp_path / name) for name in names]
+    return Evaluation(stream, sae, None), Files(paths[0], (paths[1],), paths[2], paths[3])  # type: ignore[arg-type]
+
+
+def test_a_latent_for_what_is_to_be_forgotten_scores_one(stub):
+    evaluation, files = stub
+    found = unlearning(evaluation, files)
+    assert (found["score"], found["retained"], found["reason"]) == (1, 1, None)
+    assert found["questions"] == {"forget": 8, "retain": 12}  # a guess is not right in all orders
+    assert found["answer_orders"] == 24
+    assert len(found["settings"]) == 16
+    assert all(s["taken"] == 1 and s["forget_accuracy"] == 0 and s["counts"] for s in found["settings"])
+    assert found["setting"] == found["settings"][0]
+    assert found["controls"]["lm_neurons"]["score"] == 1  # the first neuron is that latent
+    assert any("only 1 latents pass" in warning for warning in found["warnings"])
+    # Rows of the retain text: 39 of 41, as two are held out; of the last 9, one has 6 tokens and 8 have 3. Within it x_0
+    # of the toxin goes from 1 to -25, which the loss of the token after it shows.
+    assert found["loss_increase"] == pytest.approx(26 / (8 * 3 + 6))
+
+
+def test_a_latent_that_fires_on_the_retain_text_is_dropped(stub):
+    """With every threshold above 1 the latent that always fires is taken too, and turns no answer; with 0 none is."""
+    evaluation, files = stub
+    found = unlearning(evaluation, files, thresholds=(0.0, 1.1), latents=(1, 2), multipliers=(25,))
+    assert [setting["taken"] for setting in found["settings"]] == [0, 0, 1, 2]
+    assert [setting["forget_accuracy"] for setting in found["settings"]] == [1, 1, 1, 0]
+
+
+def test_why_a_score_is_zero_is_said(stub):
+    evaluation, files = stub
+    found = unlearning(evaluation, files, multipliers=(0.0,))
+    assert (found["score"], found["retained"]) == (0, 1)
+    assert found["reason"] == "no setting that keeps 0.99 of the answers to retain turns an answer to forget"
+
+    found = unlearning(evaluation, Files(files.forget_questions, (files.forget_questions,), *_texts(files)))
+    assert (found["score"], found["retained"], found["setting"], found["loss_increase"]) == (0, None, None, None)
+    assert found["reason"] == "every setting takes retain accuracy below 0.99"
+    assert found["settings"][0]["retain_accuracy"] == 0
+
+    dead = dictionary(torch.eye(2), torch.full((2,), 1e6))
+    found = unlearning(Evaluation(evaluation.stream, dead, None), files)
+    assert (found["score"], found["retained"], found["loss_increase"]) == (0, 1, 0)
+    assert found["reason"] == "no latent that fires on the text to forget is below a retain threshold"
+    assert found["controls"]["shuffled"]["score"] == 0
+
+
+def _texts(files: Files) -> tuple[str, str]:
+    return files.forget_text, files.retain_text
+
+
+def test_clamping_leaves_error_and_other_latents_alone(stream_of):
+    """Against x' = (x - decode(f)) + decode(f') with dense f'."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(64, D, generator=generator), dim=1)
+    sae = dictionary(directions, torch.zeros(64))
+    with torch.no_grad():
+        sae.b_dec.copy_(torch.randn(D, generator=generator))
+    collected = Evaluation(stream_of(), sae, None).labelled(6)
+    chosen = torch.tensor([3, 8, 50])
+    for coder in (sae, Neurons(D, 16)):
+        f = coder.encode_sparse(collected.x, collected.pos).to_dense()
+        changed = f.clone()
+        changed[:, chosen] = torch.where(f[:, chosen] > 0, -40.0, f[:, chosen])
+        decode = sae.decode if coder is sae else (lambda f: f)
+        expected = (collected.x - decode(f)) + decode(changed)
+        added = clamp(coder, collected, chosen.numpy(), 40).added(torch.arange(6), collected.tokens.shape[1])
+        assert (collected.x + added[collected.kept] - expected).abs().max() < 1e-4
+        assert (added[collected.kept].abs().amax(1) > 1).any()
+        assert not added[~collected.kept].any()
+        some = clamp(coder, collected, chosen.numpy(), 40).added(torch.tensor([1, 4]), collected.tokens.shape[1])
+        assert torch.equal(some, added[[1, 4]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LanguageModel("testbed", hook=EMBEDDING, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def by_word(model):
+    """evaluation(**settings): a dictionary of one latent for each entity of the domain to forget, which fires there only."""
+    names = list(dict.fromkeys(fact.entity for fact in facts() if fact.forget))
+
+    def make(**settings) -> Evaluation:
+        stream = ActivationStream(StreamConfig(hook=EMBEDDING, buffer_tokens=4096, **settings), model=model)
+        vocabulary = stream.text.language.vocabulary
+        x = model.activations(torch.arange(len(vocabulary))[:, None])[:, 0]
+        own = torch.tensor([vocabulary.index(name) for name in names])
+        sae = dictionary(torch.nn.functional.normalize(x[own], dim=1), torch.zeros(len(own)))
+        detectors = torch.linalg.solve(x.T @ x, x[own].T)  # whitened, or words of large norm would fire as well
+        along = x @ detectors
+        others = along.clone()
+        others[own, torch.arange(len(own))] = -torch.inf
+        highest = along[own, torch.arange(len(own))]
+        assert (others.amax(0) < 0.9 * highest).all()
+        with torch.no_grad():
+            sae.W_enc.copy_(detectors)
+            sae.b_enc.copy_(-(others.amax(0) + highest) / 2)
+        return Evaluation(stream, sae, None)
+
+    return make
+
+
+def test_facts_of_clamped_entities_are_forgotten_and_no_others(by_word, model):
+    """The score against one from a plain run of the model with those words' embeddings replaced."""
+    evaluation = by_word()
+    found = unlearning(evaluation, rows=256, **ONE)
+    assert found["retained"] == 1
+    assert found["setting"]["taken"] == 20
+    assert found["loss_increase"] < 0.05
+    assert found["answer_orders"] == 1
+
+    language = evaluation.stream.text.language
+    asked = fact_questions(language, LABELLED, evaluation.generator("unlearning questions"))
+    prompts = [(nth, *prompt) for nth, prompt in enumerate(language.fact_prompts(LABELLED)) if prompt[1].forget]
+    numbers = torch.tensor([nth for nth, _, _ in prompts])
+    rows, last = torch.arange(len(prompts)), torch.tensor([len(words) - 1 for _, words, _ in prompts])
+    at = torch.tensor([words.index(fact.entity) for _, words, fact in prompts])
+    objects = torch.tensor([language.token_id[fact.object] for _, _, fact in prompts])
+    sae = evaluation.sae
+
+    def replace(x, hook):
+        x = x.clone()
+        f = sae.encode(x[rows, at])
+        x[rows, at] += sae.decode(torch.where(f > 0, -25.0, f)) - sae.decode(f)
+        return x
+
+    right = {}
+    for untouched, hooks in {True: [], False: [(EMBEDDING, replace)]}.items():
+        log_p = model.bridge.run_with_hooks(asked.tokens[numbers], fwd_hooks=hooks)[rows, last].log_softmax(1)
+        candidates = asked.candidates[numbers]
+        choice = candidates[rows, log_p.gather(1, candidates).argmax(1)]
+        right[untouched] = (choice == objects).tolist()
+    kept = sum(after for before, after in zip(right[True], right[False], strict=True) if before)
+    assert found["questions"]["forget"] == sum(right[True]) > 100
+    assert found["score"] == pytest.approx(1 - kept / sum(right[True]))
+    assert found["score"] > 0.5
+
+
+def test_a_rerun_gives_the_same_whatever_came_before(by_word):
+    first, again = by_word(), by_word(rows_per_forward=48)
+    again.generator("something else").random(10)
+    found = [without_time(unlearning(e, rows=32, **ONE)) for e in (first, again)]
+    assert found[0].pop("loss_increase") == pytest.approx(found[1].pop("loss_increase"), rel=1e-3)
+    assert found[0].pop("activation_norm") == pytest.approx(found[1].pop("activation_norm"), rel=1e-6)
+    assert found[0] == found[1]
+    json.dumps(found[0], allow_nan=False)
+
+
+def test_candidates_are_the_object_and_three_others_of_its_relation(by_word):
+    evaluation = by_word()
+    language = evaluation.stream.text.language
+    asked = fact_questions(language, 7, evaluation.generator("unlearning questions"))
+    others: dict[str, set[str]] = {}
+    for fact in facts():
+        others.setdefault(fact.relation, set()).add(fact.object)
+    for (words, fact), candidates, right, length, forget in zip(
+        language.fact_prompts(7), asked.candidates, asked.right, asked.length, asked.forget, strict=True
+    ):
+        choices = [language.vocabulary[number] for number in candidates]
+        assert choices[right] == fact.object
+        assert len(set(choices)) == 4
+        assert set(choices) <= others[fact.relation]
+        assert (length, bool(forget)) == (len(words), fact.domain == "poisons")
+    assert asked.right.bincount().min() > 80  # no place is the right one more often than by chance
+
+
+def test_what_is_missing_is_said_in_one_line(stub, stream_of, tmp_path):
+    evaluation, files = stub
+    with pytest.raises(UserError, match="text.jsonl says nothing of what to forget; give files"):
+        unlearning(evaluation)
+    with pytest.raises(UserError, match=r"text: gone.txt does not exist; WMDP's bio corpus is gated"):
+        unlearning(evaluation, Files(files.forget_questions, files.retain_questions, "gone.txt", files.retain_text))
+    plain = Evaluation(stream_of(), SparseAutoencoder(SAEConfig(d_in=D, d_sae=8, k=2)), None)
+    with pytest.raises(UserError, match="testbed has no chat template; .* need an instruction-tuned model"):
+        unlearning(plain, files)
+    coder = SparseAutoencoder(SAEConfig(d_in=2, d_out=2, d_sae=4, k=2))
+    with pytest.raises(UserError, match="sae: "):
+        unlearning(Evaluation(evaluation.stream, coder, None), files)
+    unknown = tmp_path / "unknown.jsonl"
+    unknown.write_text(json.dumps({"question": "guess", "choices": ["w", "right", "x", "y"], "answer": 1}))
+    with pytest.raises(UserError, match="the untouched model knows none of those to forget"):
+        unlearning(evaluation, Files(str(unknown), files.retain_questions, *_texts(files)))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"question": "q", "choices": ["a", "b", "c"], "answer": 0}', "row 2 is not allowed; it must have question"),
+        ('{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 4}', "row 2 is not allowed"),
+        ('{"question": "q", "choices": ["a", "b", "c", "d"]}', "row 2 is not allowed"),
+        ("{", "is not JSON on every line"),
+    ],
+)
+def test_a_file_that_is_no_list_of_questions_is_refused(tmp_path, row, message):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 3}\n' + row)
+    with pytest.raises(UserError, match=message):
+        read_questions(str(file), forget=True)
+
+
+def test_files_that_are_not_there_or_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(UserError, match="questions: nowhere.parquet does not exist"):
+        read_questions("nowhere.parquet", forget=True)
+    for name, message in {"a.csv": "must be a .parquet or a .jsonl file", "a.parquet": "is not a Parquet file"}.items():
+        (tmp_path / name).write_text("question,choices,answer")
+        with pytest.raises(UserError, match=message):
+            read_questions(str(tmp_path / name), forget=True)
