@@ -228,7 +228,7 @@ def cache(
 
 @app.command("eval")
 def evaluate(
-    name: Annotated[str, typer.Argument(help="One of EVALS, or all of them: all.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One of those above, or all.", show_default=False)],
     sae: Annotated[Path, typer.Option(help="A run folder or a checkpoint folder.")],
     model: Annotated[
         str | None, typer.Option(help="Evaluate in this model instead of the one it was trained on.")
@@ -237,12 +237,31 @@ def evaluate(
     hook: Annotated[str | None, typer.Option(help="Evaluate at this hook.")] = None,
     data: Annotated[str | None, typer.Option(help="Evaluate on this text.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of whatever is drawn at random.")] = 0,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="sparse_probing: labelled texts, a .csv or .jsonl file with columns text and label, or a published set "
+            "(ag_news?path=FOLDER); may be repeated. [the embedded language's topics]",
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the run folder holds already.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Measure a dictionary, beside its controls. Results of a run are kept in its folder's evals/.
 
-    core: explained variance, CE and KL recovered, L0, dead latents, overall and per position.
+    \b
+    core            explained variance, CE and KL recovered, L0, dead latents, overall and per position
+    sparse_probing  probes on the k latents that tell classes of text best
+    positions       what latents tell of position, what reconstruction keeps of it, what is told by word order alone
+    ground_truth    which known variables of the embedded language single latents name
+    unlearning      can one subject's answers be turned while all others are kept
+    scr, tpp        removing a spurious attribute, or one class, by ablating a few latents
+    clusters        latents grouped by where in a row they are active
+    absorption      first letters that a latent stands for, but for some words
+
+    Without labels, questions or texts of its own, an eval uses the embedded language's; on another text it says what to
+    give.
     """
     from .engine import checkpoint
     from .evals.run import evaluate
@@ -255,7 +274,7 @@ def evaluate(
     found = checkpoint.find(sae)
     stream = _stream_of(found, model, layer, hook, data, tokens=100_000)
     is_run = sae != found.folder and all(option is None for option in (model, layer, hook, data))
-    results = evaluate(found, stream, sae if is_run else None, names, seed=seed, fresh=fresh)
+    results = evaluate(found, stream, sae if is_run else None, names, seed=seed, sets=sets or (), fresh=fresh)
     write_json(json_file, results if name == "all" else results[name])
     for each, result in results.items():
         title = f"{each}: {found.folder} at {stream.model.hook} of {stream.model.name}"
@@ -457,19 +476,23 @@ def _core_table(result: dict[str, Any], title: str) -> None:
 
 
 def _scores_table(result: dict[str, Any], title: str) -> None:
-    """Every score of an eval, a line each, with a column for each control that has it."""
+    """Every score of an eval, and of each of its parts, a line each, with a column for each control that has it."""
     from rich.console import Console
     from rich.table import Table
 
-    controls = {name: scores for name, scores in result.get("controls", {}).items() if isinstance(scores, dict)}
+    parts = {"": result} | {
+        k: v for k, v in result.items() if isinstance(v, dict) and isinstance(v.get("controls"), dict)
+    }
+    names = list(dict.fromkeys(name for part in parts.values() for name in part.get("controls", {})))
     table = Table(title=title, title_justify="left")
-    for heading in ("", "dictionary", *controls):
+    for heading in ("", "dictionary", *names):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for key, value in result.items():
-        if isinstance(value, float) and key != "seconds":
-            others = (scores.get(key) for scores in controls.values())
-            cells = (f"{x:.4f}" if isinstance(x, float) else "-" for x in (value, *others))
-            table.add_row(key.replace("_", " "), *cells)
+    for part, scores in parts.items():
+        for key, value in scores.items():
+            if isinstance(value, float) and key != "seconds":
+                others = (scores.get("controls", {}).get(name, {}).get(key) for name in names)
+                cells = (f"{x:.4f}" if isinstance(x, float) else "-" for x in (value, *others))
+                table.add_row(f"{part} {key}".replace("_", " ").strip(), *cells)
     Console().print(table)
     for warning in result.get("warnings", []):
         print(f"warning: {warning}")

@@ -3,7 +3,7 @@
 A coder is a dictionary, or what stands beside one as a control: anything with `encode_sparse`, `decode` and `W_dec`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -146,13 +146,19 @@ class Evaluation:
     """A dictionary, its controls, and the texts that they are measured on.
 
     `controls` are `random` (the control trained beside the dictionary), `lm_neurons` and `mean`. Whatever is drawn at random
-    follows from `seed` and from what it is drawn for, never from what was evaluated before.
+    follows from `seed` and from what it is drawn for, never from what was evaluated before. `sets` are labelled texts for
+    sparse probing.
     """
 
     def __init__(
-        self, stream: ActivationStream, sae: SparseAutoencoder, random: SparseAutoencoder | None, seed: int = 0
+        self,
+        stream: ActivationStream,
+        sae: SparseAutoencoder,
+        random: SparseAutoencoder | None,
+        seed: int = 0,
+        sets: Sequence[str] = (),
     ):
-        self.stream, self.sae, self.seed = stream, sae.to(stream.model.device), seed
+        self.stream, self.sae, self.seed, self.sets = stream, sae.to(stream.model.device), seed, tuple(sets)
         self.random = None if random is None else random.to(stream.model.device)
         self._labelled: dict[int, Collected] = {}
 

@@ -79,6 +79,7 @@ def evaluate(
     names: Sequence[str] = ("core",),
     *,
     seed: int = 0,
+    sets: Sequence[str] = (),
     fresh: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """The evals of these `names` of a checkpoint, by name, each with its controls and the `seconds` that it took.
@@ -88,13 +89,14 @@ def evaluate(
     control is the one trained beside the dictionary; where there is none, it is trained now on as many tokens. Of several
     evals, one that can't be had of this model or text has `skipped` in its place: why. Of a single one, that is a UserError.
     """
-    key = {"dictionary": found.manifest["files"]["sae.safetensors"]["sha256"], "seed": seed, "version": VERSION}
+    key: dict[str, Any] = {"dictionary": found.manifest["files"]["sae.safetensors"]["sha256"], "seed": seed}
+    key |= {"sets": list(sets), "version": VERSION}
     results = {} if run is None or fresh else {name: kept for name in names if (kept := _kept(run, name, key))}
     if missing := [name for name in names if name not in results]:
         sae = found.dictionary()
         check_fits("sae", sae, stream)
         random = None if sae.cfg.decoder == "random" else _control(found, sae, stream)
-        evaluation = Evaluation(stream, sae, random, seed)
+        evaluation = Evaluation(stream, sae, random, seed, sets)
         for name in missing:
             began = time.monotonic()
             try:

@@ -24,14 +24,18 @@ def output(
     name: str, result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig, *, sae_id: str, seed: int = 0
 ) -> dict[str, Any] | None:
     """The result of the eval `name` of a dictionary as SAEBench would write it; None for one that it doesn't have."""
-    makers = {"core": _core}
+    makers = {
+        "core": _core, "sparse_probing": _sparse_probing, "unlearning": _unlearning, "scr": _scr, "tpp": _tpp,
+    }  # fmt: skip
     if name not in makers or "skipped" in result:
         return None
-    metrics, details, config = makers[name](result, sae)
+    metrics, details, config = makers[name](result, sae, stream)
     of = result.get("of", {})
     return {
         "eval_type_id": name,
-        "eval_config": {"model_name": stream.model, "llm_dtype": "float32"} | config(seed, stream),
+        "eval_config": {"model_name": stream.model, "llm_dtype": "float32"}
+        | config
+        | ({} if name == "core" else {"random_seed": seed}),
         # the same result has the same name, whenever it is written
         "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {sorted(of.items())} {sae_id}")),
         "datetime_epoch_millis": int(1000 * time.time()),
@@ -50,7 +54,11 @@ def output(
     }  # fmt: skip
 
 
-def _core(result: dict[str, Any], sae: SparseAutoencoder) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:
+#: metrics by category, details, and the settings that SAEBench has a name for
+Made = tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]
+
+
+def _core(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) -> Made:
     rate = torch.tensor(result["latents"]["firing_rate"])
     W_enc, W_dec = (w.detach().float().cpu() for w in (sae.W_enc.T, sae.W_dec))
     nearest = {"encoder": _nearest(W_enc), "decoder": _nearest(W_dec)}
@@ -100,20 +108,48 @@ def _core(result: dict[str, Any], sae: SparseAutoencoder) -> tuple[dict[str, Any
         }
         for index in range(sae.cfg.d_sae)
     ]
+    measured = (
+        "compute_kl", "compute_ce_loss", "compute_l2_norms", "compute_sparsity_metrics", "compute_variance_metrics",
+        "compute_featurewise_density_statistics", "compute_featurewise_weight_based_metrics",
+        "exclude_special_tokens_from_reconstruction",
+    )  # fmt: skip
+    text = stream.data or f"the embedded language of {stream.model}"
+    return metrics, details, dict.fromkeys(measured, True) | {"dataset": text, "context_size": stream.context}
 
-    def config(seed: int, stream: StreamConfig) -> dict[str, Any]:
-        measured = dict.fromkeys(
-            (
-                "compute_kl", "compute_ce_loss", "compute_l2_norms", "compute_sparsity_metrics",
-                "compute_variance_metrics", "compute_featurewise_density_statistics",
-                "compute_featurewise_weight_based_metrics", "exclude_special_tokens_from_reconstruction",
-            ),
-            True,
-        )  # fmt: skip
-        text = stream.data or f"the embedded language of {stream.model}"
-        return measured | {"dataset": text, "context_size": stream.context}
 
-    return metrics, details, config
+def _sparse_probing(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) -> Made:
+    def named(scores: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found = {f"{prefix}_{key}": scores[key] for key in ("test_accuracy",) if scores.get(key) is not None}
+        tops = (key for key in scores if key.startswith("top_") and key.removeprefix("top_").isdecimal())
+        return found | {f"{prefix}_{key}_test_accuracy": scores[key] for key in tops if scores[key] is not None}
+
+    details = [
+        {"dataset_name": f"{name}_results"} | named(of["llm"], "llm") | named(of, "sae")
+        for name, of in result["sets"].items()
+    ]
+    config = {"dataset_names": list(result["sets"]), "context_length": stream.context}
+    return {"llm": named(result["llm"], "llm"), "sae": named(result, "sae")}, details, config
+
+
+def _unlearning(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) -> Made:
+    names = {"retain_thresholds": "retain_threshold", "n_features_list": "latents", "multipliers": "multiplier"}
+    config = {name: sorted({setting[own] for setting in result["settings"]}) for name, own in names.items()}
+    return {"unlearning": {"unlearning_score": result["score"]}}, [], config
+
+
+def _scr(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) -> Made:
+    def named(scores: dict[str, Any]) -> dict[str, Any]:
+        keys = [key for key in ("scr_dir1", "scr_metric", "scr_dir2") if key in scores]
+        values = {f"{key}_threshold_{n}": value for key in keys for n, value in scores[key].items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    details = [{"dataset_name": f"{name}_results"} | named(of) for name, of in result["sets"].items()]
+    return {"scr_metrics": named(result)}, details, {"perform_scr": True, "dataset_names": list(result["sets"])}
+
+
+def _tpp(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) -> Made:
+    metrics = {f"tpp_threshold_{n}_{key}": value for n, of in result["tpp"].items() for key, value in of.items()}
+    return {"tpp_metrics": metrics}, [], {"perform_scr": False, "n_values": [int(n) for n in result["tpp"]]}
 
 
 def _share(rate: Tensor, limit: float) -> float:

@@ -12,7 +12,7 @@ Eval = Callable[[Evaluation], dict[str, Any]]
 #: name -> the module and the function in it; imported when they are needed
 EVALS = {
     "core": ("suite", "_core"),
-    "sparse_probing": ("sparse_probing", "sparse_probing"),
+    "sparse_probing": ("suite", "_sparse_probing"),
     "positions": ("suite", "_positions"),
     "ground_truth": ("ground_truth", "ground_truth"),
     "unlearning": ("unlearning", "unlearning"),
@@ -41,6 +41,12 @@ def _core(evaluation: Evaluation) -> dict[str, Any]:
 
     controls = {} if evaluation.random is None else {"random": evaluation.random}
     return core(evaluation.stream, evaluation.sae, controls)
+
+
+def _sparse_probing(evaluation: Evaluation) -> dict[str, Any]:
+    from .sparse_probing import sparse_probing
+
+    return sparse_probing(evaluation, list(evaluation.sets) or None)
 
 
 def _positions(evaluation: Evaluation) -> dict[str, Any]:

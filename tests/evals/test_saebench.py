@@ -79,3 +79,50 @@ def test_names_and_what_saebench_does_not_have(sae):
     assert file_name("google/gemma-2-2b", "blocks.1/x") == "google_gemma-2-2b_blocks.1_x_eval_results.json"
     for name, result in (("clusters", {}), ("core", {"skipped": "why"})):
         assert output(name, result, sae, StreamConfig(), sae_id="run") is None
+
+
+TOPS = {f"top_{k}": 0.9 for k in (1, 2, 5, 10, 20, 50)}
+RESULTS = {
+    "sparse_probing": {
+        **TOPS, "test_accuracy": 0.95, "top_1_error": 0.01, "llm": TOPS | {"test_accuracy": 0.99},
+        "sets": {"topic": {**TOPS, "test_accuracy": None, "llm": TOPS | {"test_accuracy": 0.99}, "controls": {}}},
+    },
+    "unlearning": {
+        "score": 0.4, "retained": 0.995,
+        "settings": [{"retain_threshold": t, "latents": 10, "multiplier": 25} for t in (0.01, 0.001)],
+    },
+    "scr": {
+        "scr_metric": {"2": 0.1, "20": 0.3}, "scr_dir1": {"2": None, "20": None}, "scr_dir2": {"2": 0.1, "20": 0.3},
+        "sets": {"sailing/cooking": {"clean_topic": 1.0, "scr_metric": {"2": 0.1, "20": None}}},
+    },
+    "tpp": {"tpp": {"2": {"total_metric": 0.2, "intended_diff_only": 0.3, "unintended_diff_only": 0.1}}},
+}  # fmt: skip
+TYPES = {
+    "sparse_probing": ("sparse_probing.eval_output", "SparseProbingEvalOutput"),
+    "unlearning": ("unlearning.eval_output", "UnlearningEvalOutput"),
+    "scr": ("scr_and_tpp.eval_output", "ScrEvalOutput"),
+    "tpp": ("scr_and_tpp.eval_output", "TppEvalOutput"),
+}
+WHERE = {
+    "sparse_probing": ("sae.sae_top_5_test_accuracy", 0.9),
+    "unlearning": ("unlearning.unlearning_score", 0.4),
+    "scr": ("scr_metrics.scr_metric_threshold_20", 0.3),
+    "tpp": ("tpp_metrics.tpp_threshold_2_total_metric", 0.2),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_others_are_what_saebench_reads(sae, name):
+    module, cls = TYPES[name]
+    types = pytest.importorskip(f"sae_bench.evals.{module}", reason="pip install --no-deps sae-bench")
+    given = RESULTS[name] | {"controls": {"random": {}}, "seconds": 1.0}
+    found = output(name, given, sae, StreamConfig(hook="blocks.1.hook_resid_post"), sae_id="run", seed=3)
+    json.dumps(found, allow_nan=False)
+    read = check(getattr(types, cls), found)
+    assert read.eval_type_id == name
+    assert read.eval_config.random_seed == 3
+    value: Any = read.eval_result_metrics
+    where, expected = WHERE[name]
+    for part in where.split("."):
+        value = getattr(value, part)
+    assert value == expected
