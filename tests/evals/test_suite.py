@@ -78,3 +78,13 @@ def test_what_is_drawn_depends_on_seed_and_purpose_alone(trained):
     found = find(folder)
     one, two = (evaluate(found, stream, None, names)["coin"]["draw"] for names in (["coin"], ["never", "coin"]))
     assert one == two
+
+
+def test_every_eval_loads_and_is_in_the_help():
+    from ..commandline import run as command
+
+    code, out, _ = command("eval", "--help")
+    assert code == 0
+    for name in suite.EVALS:
+        assert callable(suite.load_eval(name))
+        assert f" {name} " in out or f" {name}," in out or f", {name} " in out
