@@ -258,6 +258,7 @@ def test_train_writes_a_run(trained: Trained) -> None:
         "metrics.jsonl",
         "summary.json",
         "evals/core.json",
+        f"evals/saebench/core/temposae_{trained.folder.name}_eval_results.json",
         *(f"figures/{name}.png" for name in ("loss_curve", "position_explained_variance", "firing_rates")),
         *(f"checkpoints/step_00000016/{name}.safetensors" for name in ("sae", "random", "state", "stream")),
         "checkpoints/step_00000016/checkpoint.json",
@@ -302,19 +303,22 @@ def test_train_prints_a_table(trained: Trained) -> None:
 
 def test_eval_gives_the_figures_of_the_run(trained: Trained, tmp_path: Path) -> None:
     before = files(trained.folder)
-    result = run("eval", "core", "--sae", trained.folder, "--json", tmp_path / "again.json")
+    result = run("eval", "core", "--sae", trained.folder, "--fresh", "--json", tmp_path / "again.json")
     assert result.code == 0, result.err
     again, first = (
         without_seconds(data) for data in ((tmp_path / "again.json").read_bytes(), before["evals/core.json"])
     )
     assert again == first
     written = files(trained.folder)
-    assert without_seconds(written.pop("evals/core.json")) == without_seconds(before.pop("evals/core.json"))
+    for name in ("evals/core.json", f"evals/saebench/core/temposae_{trained.folder.name}_eval_results.json"):
+        assert without_seconds(written.pop(name)) == without_seconds(before.pop(name))
     assert written == before
 
 
 def without_seconds(data: bytes) -> dict[str, Any]:
-    return {key: value for key, value in json.loads(data).items() if key != "seconds"}
+    found = json.loads(data)
+    found.get("eval_result_unstructured", {}).pop("seconds", None)
+    return {key: value for key, value in found.items() if key not in ("seconds", "datetime_epoch_millis")}
 
 
 def test_train_refuses_to_overwrite_a_run(trained: Trained) -> None:

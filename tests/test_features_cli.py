@@ -27,7 +27,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, width in (("sae", 128), ("narrow", 64)):
         sae = SparseAutoencoder(SAEConfig(d_in=width, d_sae=32, k=2))
         settings = RunConfig(stream=StreamConfig(hook="blocks.1.hook_resid_post", context=32), sae=sae.cfg)
-        checkpoint.write(tmp_path / name, 0, {"sae": sae}, settings)
+        checkpoint.write(tmp_path / name, 0, {"sae": (sae.cfg, sae.state_dict())}, settings)
     checkpoint.save(sae, tmp_path / "alone")
     (tmp_path / "text.txt").write_text("the boats near the harbor are old .\n\n" * 40)
     (tmp_path / "full").mkdir()

@@ -83,14 +83,14 @@ def killed_and_resumed(mode: str, several: bool, kills: int, folder: Path, cache
     began = time.monotonic()
     assert run(None, mode, folder / "whole", several, cache) == 0
     takes, draw, killed, place = time.monotonic() - began, random.Random(kills), 0, folder / "killed"
-    for _ in range(10 * kills):
+    for nth in range(10 * kills):
         if killed == kills:
             break
         code = run(draw.uniform(0.1, 0.9) * takes, mode, place, several, cache)
         killed += code == -signal.SIGKILL
         if code == 0:  # it got to its end: once more from the beginning
             same(folder / "whole", place)
-            place, takes = folder / f"killed{killed}", 0.9 * takes
+            place, takes = folder / f"killed{nth}", 0.9 * takes
         else:
             assert code == -signal.SIGKILL
     assert killed == kills
