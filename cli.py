@@ -242,7 +242,7 @@ def evaluate(
         typer.Option(
             "--set",
             help="sparse_probing: labelled texts, a .csv or .jsonl file with columns text and label, or a published set "
-            "(ag_news?path=FOLDER); may be repeated. [the embedded language's topics]",
+            "(fancyzhx/ag_news?path=FOLDER); may be repeated. [the embedded language's topics]",
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the run folder holds already.")] = False,

@@ -1,8 +1,6 @@
 """Absorption in a dictionary of which it is known which words another latent has taken over."""
 
 import json
-from types import SimpleNamespace
-from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,7 +10,9 @@ from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.testbed.language import ROLES, Language
 from temposae.evals.absorption import absorption
-from temposae.evals.collect import Collected, Evaluation
+from temposae.evals.collect import Collected
+
+from .planted import Planted
 
 ROWS, SIZE, FEW = 16, 20, 7
 B, S, TAKEN, D = 0, 1, 2, 6  # directions: of the letters, of words that were taken over, and three to spare
@@ -52,15 +52,6 @@ def dictionary(*writes: list[float], misses: bool = True) -> SparseAutoencoder:
             sae.W_enc[TAKEN, 2 + nth] = 1
             sae.W_dec[2 + nth] = torch.tensor(row)
     return sae
-
-
-class Planted(Evaluation):
-    def __init__(self, sae: SparseAutoencoder, collected: Collected, random: SparseAutoencoder | None = None):
-        super().__init__(cast(Any, SimpleNamespace(model=SimpleNamespace(device="cpu"))), sae, random)
-        self.collected = collected
-
-    def labelled(self, rows: int) -> Collected:
-        return self.collected
 
 
 WHOLE = [0.0, 1.0, 1.0, 0.0, 0.0, 0.0]  # the letter's direction and the word's own

@@ -1,8 +1,6 @@
 """TPP and SCR of dictionaries that hold a class, an attribute, or nothing, on documents made for it."""
 
 import json
-from types import SimpleNamespace
-from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +12,8 @@ from temposae.engine.sae import SparseAutoencoder
 from temposae.evals.collect import Collected, Evaluation
 from temposae.evals.probes import balanced
 from temposae.evals.scr_tpp import _halves, _pooled, scr, tpp
+
+from .planted import Planted
 
 TOPICS, R, T = 8, 256, 6
 D = 2 * TOPICS + 2  # two directions of each topic, which come together, and one of each tone
@@ -52,15 +52,6 @@ def dictionary(directions: torch.Tensor) -> SparseAutoencoder:
         sae.W_dec.copy_(directions)
         sae.W_enc.copy_(directions.T)
     return sae
-
-
-class Planted(Evaluation):
-    def __init__(self, sae: SparseAutoencoder, collected: Collected, random: SparseAutoencoder | None = None):
-        super().__init__(cast(Any, SimpleNamespace(model=SimpleNamespace(device="cpu"))), sae, random)
-        self.collected = collected
-
-    def labelled(self, rows: int) -> Collected:
-        return self.collected
 
 
 def test_latents_of_one_class_each_perturb_that_class_only():

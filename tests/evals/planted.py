@@ -1,0 +1,16 @@
+"""An evaluation of activations that a test has made itself."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+from temposae.engine.sae import SparseAutoencoder
+from temposae.evals.collect import Collected, Evaluation
+
+
+class Planted(Evaluation):
+    def __init__(self, sae: SparseAutoencoder, collected: Collected, random: SparseAutoencoder | None = None):
+        super().__init__(cast(Any, SimpleNamespace(model=SimpleNamespace(device="cpu"))), sae, random)
+        self.collected = collected
+
+    def labelled(self, rows: int) -> Collected:
+        return self.collected
