@@ -27,6 +27,7 @@ PER_CLASS = (
 EMBEDDED = ("topic", "tone")  # labels of the embedded language's documents; nothing has to be loaded for these
 _SHUFFLED = 10_000  # rows of a published set among which the next is drawn
 _TRAIN = "data/train-*.parquet"
+_LICENCE, _LONG = 150, 384  # characters of a source file that are left out, and that there must be besides
 
 #: text, class (None: not one that is wanted), and the side of what is to be even within a class
 _Row = tuple[str, str | None, Any]
@@ -196,8 +197,11 @@ def _columns(
 
 
 def _by_ending(stored: dict[str, Any]) -> Iterable[_Row]:
-    """A source file, whose language shows in its name."""
-    return [(stored["content"], _ENDINGS.get(PurePosixPath(stored["path"]).suffix), None)]
+    """A source file, whose language shows in its name, without its beginning, which would be the licence."""
+    code = stored["content"]
+    if len(code) <= _LICENCE + _LONG:
+        return []
+    return [(code[_LICENCE:], _ENDINGS.get(PurePosixPath(stored["path"]).suffix), None)]
 
 
 def _translations(stored: dict[str, Any]) -> Iterable[_Row]:
@@ -248,10 +252,11 @@ PUBLISHED: dict[str, _Published] = {
         "Helsinki-NLP/europarl",
         _translations,
         {
-            "en-fr/train-*.parquet": ("en", "fr"),
+            "en-fr/train-*.parquet": ("en",),
+            "fr-it/train-*.parquet": ("fr",),
             "de-en/train-*.parquet": ("de",),
-            "en-es/train-*.parquet": ("es",),
-            "en-nl/train-*.parquet": ("nl",),
+            "es-fr/train-*.parquet": ("es",),
+            "nl-pt/train-*.parquet": ("nl",),
         },
     ),
 }

@@ -5,12 +5,13 @@ Both follow the public description of SAEBench (https://github.com/adamkarvonen/
 logistic regression on x that tells a class from others:
 
     effect_j = (mean of f_j over the class - mean of f_j over the others) * (w . W_dec_j)
+               0 for TPP where the class has less of latent j than the others; its absolute value for SCR
     x'       = x - sum over the ablated j of f_j W_dec_j                     the reconstruction's error is kept
     TPP      = accuracy lost by the class whose n strongest latents are ablated - mean accuracy lost by the other classes
     SCR      = (A_ablated - A_base) / (A_clean - A_base)
 
-Ablating in every token and then taking the mean is the same as taking the mean first, as x' is linear in x and f. TPP takes
-latents with a positive effect, the strongest first, SCR those strongest in absolute value; those without are never taken.
+Ablating in every token and then taking the mean is the same as taking the mean first, as x' is linear in x and f. Latents
+with the largest effects are taken first, and those with none never.
 
 Of the embedded language TPP tells its topics apart. SCR trains a probe on documents of two topics, each in its preferred
 tone only, so that topic and tone are one; A_base is what it scores on documents where they are independent. A_clean is the
@@ -70,7 +71,7 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
         for name, (f, W_dec) in coders.items():
             change, lost = _ablation(f, W_dec, W), np.empty((len(ns), len(classes), len(classes)))
             for i, r in enumerate(train):
-                effects = _effects(f, W_dec, W[i], r, topic[r] == classes[i])
+                effects = _difference(f, r, topic[r] == classes[i]).clip(0) * (W_dec @ W[i])
                 if name == "shuffled":
                     effects = draw.permutation(effects)
                 order = _strongest(effects)
@@ -131,7 +132,7 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
             for name, (f, W_dec) in coders.items():
                 change, here = _ablation(f, W_dec, W[:1]), scores[name][seed, at]
                 for scored, ablated in ((0, 1), (1, 0)):
-                    effects = np.abs(_effects(f, W_dec, W[1 + ablated], train, labels[ablated][train]))
+                    effects = np.abs(_difference(f, train, labels[ablated][train]) * (W_dec @ W[1 + ablated]))
                     if name == "shuffled":
                         effects = draw.permutation(effects)
                     order, gap = _strongest(effects), clean[scored] - base[scored]
@@ -217,15 +218,15 @@ def _probes(tasks: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
     return np.concatenate([p.coef_ for p in fitted]), np.concatenate([p.intercept_ for p in fitted])
 
 
-def _effects(f: np.ndarray, W_dec: np.ndarray, w: np.ndarray, rows: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Of each latent [F], how much it adds to the probe's logit for the class over the others."""
-    return (f[rows[y]].mean(0) - f[rows[~y]].mean(0)) * (W_dec @ w)
+def _difference(f: np.ndarray, rows: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of each latent [F], by how much its mean over the class is above that over the others."""
+    return f[rows[y]].mean(0) - f[rows[~y]].mean(0)
 
 
 def _strongest(effects: np.ndarray) -> np.ndarray:
-    """Latents with an effect above rounding, the largest first."""
+    """Latents with an effect that isn't rounding, the largest first and those below zero last."""
     order = np.argsort(-effects, kind="stable")
-    return order[effects[order] > 1e-12 * max(np.abs(effects).max(), 1e-300)]
+    return order[np.abs(effects[order]) > 1e-12 * max(np.abs(effects).max(), 1e-300)]
 
 
 def _ablation(f: np.ndarray, W_dec: np.ndarray, W: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

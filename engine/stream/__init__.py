@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import MaskConfig, StreamConfig
 from ..errors import UserError
-from ..host import tune_host
+from ..host import trim_host, tune_host
 from ..progress import ProgressBar, progress_bar
 from ..ranks import ALONE, Ranks
 from ..stopwatch import Stopwatch
@@ -201,6 +201,7 @@ class ActivationStream:
 
     def _fill(self) -> Batch | None:
         """The source's next activations, filtered; sequences in rows of T."""
+        trim_host()
         read, epoch = 0, self.source.counts["epoch"]
         while True:
             with self.watch(self.source.label):

@@ -127,11 +127,12 @@ def test_reviews_are_told_by_category_or_by_rating(tmp_path):
 
 
 def test_source_files_are_told_by_their_ending_beside_a_loading_script(tmp_path):
+    """Without their first 150 characters, a licence; those of no more than 384 besides are left out."""
     endings = {"C": "c", "Python": "py", "HTML": "html", "Java": "java", "PHP": "php", "JavaScript": "js", "C++": "cpp"}
-    for shard in range(2):
+    for shard in range(3):
         rows = [
             {
-                "content": f"{language} {shard}", "repo_name": "me/it", "path": f"src.d/x.{ending}", "license": "mit",
+                "content": "(c)" * 50 + f"{language} {shard} ".ljust(384 + (shard < 2), "."), "repo_name": "me/it", "path": f"src.d/x.{ending}", "license": "mit",
                 "size": 3,
             }
             for language, ending in endings.items()
@@ -140,7 +141,8 @@ def test_source_files_are_told_by_their_ending_beside_a_loading_script(tmp_path)
     (tmp_path / "github-code.py").write_text("raise RuntimeError('a script was run')\n")
     found = load(f"codeparrot/github-code?path={tmp_path}")
     wanted = ("C", "Python", "HTML", "Java", "PHP")
-    assert pairs(found) == {(f"{language} {shard}", language) for language in wanted for shard in range(2)}
+    told = {(tuple(text.strip(".").split()), label) for text, label in pairs(found)}
+    assert told == {((language, str(shard)), language) for language in wanted for shard in range(2)}
 
 
 @pytest.mark.parametrize("held", [8, 10_000])
@@ -156,13 +158,13 @@ def test_news_are_told_by_topic(tmp_path, monkeypatch, held):
 
 
 def test_each_language_is_read_from_one_pair(tmp_path):
-    for pair in ("en-fr", "de-en", "en-es", "en-nl", "da-en"):
+    for pair in ("en-fr", "fr-it", "de-en", "es-fr", "nl-pt", "da-en"):
         rows = [
             {"translation": {language: f"{language} of {pair} {n}" for language in pair.split("-")}} for n in range(5)
         ]
         put(tmp_path, rows, f"{pair}/train-00000-of-00001.parquet")
     found = load(f"Helsinki-NLP/europarl?path={tmp_path}")
-    source = {"en": "en-fr", "fr": "en-fr", "de": "de-en", "es": "en-es", "nl": "en-nl"}
+    source = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
     assert pairs(found) == {(f"{lang} of {pair} {n}", lang) for lang, pair in source.items() for n in range(5)}
 
 

@@ -59,10 +59,9 @@ def test_latents_of_one_class_each_perturb_that_class_only():
     assert found["clean_accuracy"] == 1
     # without its two latents a class gets the answer of all the others, and half of the test documents are its own
     assert found["tpp"][2] == {"total_metric": 0.5, "intended_diff_only": 0.5, "unintended_diff_only": 0}
-    assert found["tpp"][10]["intended_diff_only"] == 0.5
-    # four more topics' latents are gone, so that of seven other classes four score 0.5 as well
-    assert found["tpp"][10]["unintended_diff_only"] == pytest.approx(4 / 7 * 0.5)
-    assert found["score"] == found["tpp"][10]["total_metric"] == pytest.approx(0.5 - 4 / 7 * 0.5)
+    # other topics' latents, which speak against the class, are never taken
+    assert found["tpp"][10] == pytest.approx(found["tpp"][2])
+    assert found["score"] == found["tpp"][10]["total_metric"]
     assert list(found["tpp"]) == [2, 5, 10]
     assert found["controls"]["mean"]["tpp"][2]["intended_diff_only"] == 0
     json.dumps(found, allow_nan=False)
@@ -114,7 +113,7 @@ def test_ablating_in_every_token_gives_the_same():
             W_dec = sae.W_dec.detach().double()
             of_class = topic[train] == c
             difference = pooled[train][of_class].mean(0) - pooled[train][~of_class].mean(0)
-            effect = difference * (W_dec.numpy() @ probe.coef_[0])
+            effect = difference.clip(0) * (W_dec.numpy() @ probe.coef_[0])
             chosen = np.argsort(-effect)[:2]
             assert effect[chosen].min() > 0
             error = collected.x.double() - f @ W_dec
