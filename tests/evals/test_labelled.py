@@ -132,11 +132,13 @@ def test_source_files_are_told_by_their_ending_beside_a_loading_script(tmp_path)
     for shard in range(3):
         rows = [
             {
-                "content": "(c)" * 50 + f"{language} {shard} ".ljust(384 + (shard < 2), "."), "repo_name": "me/it", "path": f"src.d/x.{ending}", "license": "mit",
-                "size": 3,
+                "content": "(c)" * 50 + f"{language} {shard} ".ljust(384 + (shard < 2), "."),
+                "repo_name": "me/it",
+                "path": f"src.d/x.{ending}",
+                "license": "mit",
             }
             for language, ending in endings.items()
-        ]  # fmt: skip
+        ]
         put(tmp_path, rows, f"data/train-{shard:05d}-of-01126.parquet")
     (tmp_path / "github-code.py").write_text("raise RuntimeError('a script was run')\n")
     found = load(f"codeparrot/github-code?path={tmp_path}")

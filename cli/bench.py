@@ -7,13 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from ..engine.files import check_writable, write_json
+from .options import PLAIN, JsonFile
 
 bench_app = typer.Typer(
     help="Time ops and training steps beside other libraries and beside what the device could do.",
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-)  # fmt: skip
+    **PLAIN,
+)
 
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 Preset = Annotated[str | None, typer.Option(help="tiny, cpu, gpu or sweep: shapes to measure. [gpu or cpu, by device]")]
 N = Annotated[str | None, typer.Option("--n", help="Tokens in a batch; several parted by commas.")]
 D = Annotated[str | None, typer.Option("--d", help="Width of the activations; several parted by commas.")]
@@ -55,9 +55,9 @@ def step(
     must learn. Libraries that aren't installed, or don't have the activation, are left out.
     """
     where, kind, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
-    from . import step as steps
-    from .providers import PROVIDERS
-    from .results import record
+    from ..bench import step as steps
+    from ..bench.providers import PROVIDERS
+    from ..bench.results import record
 
     entrants = steps.contenders(provider or PROVIDERS, own)
     measured = steps.measure(
@@ -89,8 +89,8 @@ def ops(
 ) -> None:
     """Time each op, with its FLOPs, its bytes, and the floor that they set."""
     where, kind, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
-    from . import ops as suite
-    from .results import record
+    from ..bench import ops as suite
+    from ..bench.results import record
 
     _finish(
         record(*suite.measure(shapes, op or suite.OPS, device=where, dtype=kind, repeats=repeats), where), json_file
@@ -113,7 +113,7 @@ def streams(
     _quiet()
     check_writable(json_file)
     where = _where(device)
-    from . import streams as suite
+    from ..bench import streams as suite
 
     found = suite.measure(suite.sizes(preset or ("gpu" if where == "cuda" else "cpu"), model), device=where)
     write_json(json_file, found)
@@ -125,8 +125,8 @@ def table(
     files: Annotated[list[Path], typer.Argument(help="Files written by `bench step` or `bench ops`, --json.")],
 ) -> None:
     """Print measured results as Markdown."""
-    from .results import read
-    from .results import table as markdown
+    from ..bench.results import read
+    from ..bench.results import table as markdown
 
     print("\n".join(markdown(read(path)) for path in files), end="")
 
@@ -150,7 +150,7 @@ def report(
     On a machine with a GPU, the ops and temposae's step are measured first.
     """
     _quiet()
-    from .report import write as write_report
+    from ..bench.report import write as write_report
 
     check_writable(json_file)
     found, paths = write_report(out, results=results, archs=arch, kernels=kernel)
@@ -172,7 +172,7 @@ def tune(
     """
     _quiet()
     check_writable(json_file)
-    from . import tune as tuning
+    from ..bench import tune as tuning
 
     choices = tuning.run(entry)
     write_json(json_file, [choice._asdict() for choice in choices])
@@ -196,9 +196,9 @@ def profile(
 ) -> None:
     """Show where the time of a training step goes, and write a trace of it."""
     where, kind, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
-    from .profile import run
-    from .profile import table as stages
-    from .results import commit, device_name
+    from ..bench.profile import run
+    from ..bench.profile import table as stages
+    from ..bench.results import commit, device_name
 
     check_writable(trace, "trace")
     found = run(shapes[0], device=where, dtype=kind, steps=steps, trace=trace)
@@ -216,8 +216,8 @@ def _begin(
     _quiet()
     check_writable(json_file)
     where = _where(device)
+    from ..bench.data import DTYPES, shapes
     from ..engine.errors import UserError
-    from .data import DTYPES, shapes
 
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype: {dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}")
@@ -244,7 +244,7 @@ def _where(device: str | None) -> str:
 
 
 def _finish(found: dict[str, Any], json_file: Path | None) -> None:
-    from .results import table as markdown
+    from ..bench.results import table as markdown
 
     write_json(json_file, found)
     print(markdown(found), end="")

@@ -1,0 +1,95 @@
+"""The command line. Heavy imports wait until a command needs them, so that --help is quick."""
+
+import os
+import sys
+import time
+from typing import Any
+
+import typer
+
+from ..engine.files import check_writable, write_json
+from .bench import bench_app, profile
+from .options import PLAIN, JsonFile
+from .study import evaluate, features
+from .tables import figures
+from .testbed import testbed_app
+from .train import cache, train
+
+app = typer.Typer(help="Train and study sparse autoencoders on language-model activations.", **PLAIN)
+app.command()(train)
+app.command()(cache)
+app.command("eval")(evaluate)
+app.command()(features)
+app.add_typer(testbed_app, name="testbed")
+app.add_typer(bench_app, name="bench")
+app.command()(profile)
+
+
+def main() -> None:
+    """Entry point: runs the command; a user's mistake becomes one line and exit code 2."""
+    from ..engine.errors import Stopped, UserError
+
+    # OpenMP threads that spin while they wait make a step ten times slower as soon as another program wants a core. Read
+    # when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and sys.argv[1:2] not in (["train"], ["--help"]):
+            given = " ".join(sys.argv[1:2])
+            raise UserError(f"torchrun: temposae {given} is not allowed; only temposae train runs in several processes")
+        app()
+    except UserError as error:
+        _leave_to_the_first()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started: all of them have
+            print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signal)
+    except (RuntimeError, MemoryError) as error:
+        named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")  # torch's, which is not imported here
+        if not named and "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise  # on the CPU torch raises a plain RuntimeError
+        print("error: out of memory; try a smaller sae.d_sae, train.batch or stream.buffer_tokens", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a disk that fills up, a file that goes away
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _leave_to_the_first() -> None:
+    """Of several processes that torchrun started, the first tells what all have met; the others wait until torchrun ends
+    them, or tell what only they have."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
+
+
+@app.command()
+def doctor(json_file: JsonFile = None) -> None:
+    """Versions, GPU, Triton, and which backend would run here and why."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from ..kernels.backend import why
+
+    check_writable(json_file)
+    found: dict[str, Any] = {"temposae": version("temposae"), "python": platform.python_version()}
+    for package in ("torch", "triton", "transformer-lens", "transformers", "datasets", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    found["gpu"] = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        found["gpu"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    found["threads"] = torch.get_num_threads()
+    try:
+        found["backend"], found["why"] = why()
+    except ValueError as error:
+        found["backend"], found["why"] = None, str(error)
+    write_json(json_file, found)
+    figures(found)
+    if found["backend"] is None:
+        raise typer.Exit(2)

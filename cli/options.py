@@ -1,0 +1,44 @@
+"""What several commands share: options, settings from a file and from options, the backend."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="testbed, smollm2, a hub name (google/gemma-2-2b) or a local Hugging Face folder. [testbed]"),
+]
+Layer = Annotated[int | None, typer.Option(help="Train on the residual stream after this layer. [the middle one]")]
+Hook = Annotated[str | None, typer.Option(help="Train at this transformer_lens hook instead.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="A .txt or .jsonl file, or a dataset's name or folder. [the embedded language, for testbed]"),
+]
+
+
+def merge(settings: dict[str, Any], given: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Settings of a file, with the options that were given on top."""
+    from ..engine.errors import UserError
+
+    merged = dict(settings)
+    for section, options in given.items():
+        base = merged.get(section) or {}
+        if not isinstance(base, dict):
+            raise UserError(f"{section}: {base!r} is not allowed; it must be a section of settings")
+        merged[section] = base | {key: value for key, value in options.items() if value is not None}
+    return merged
+
+
+def check_backend() -> None:
+    """A wrong TEMPOSAE_BACKEND, or one that can't run here, is said before anything is loaded."""
+    from ..engine.errors import UserError
+    from ..kernels.backend import why
+
+    try:
+        why()
+    except ValueError as error:
+        raise UserError(str(error)) from None

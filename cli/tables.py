@@ -1,0 +1,78 @@
+"""What commands print."""
+
+from typing import Any
+
+
+def core_table(result: dict[str, Any], title: str) -> None:
+    """The scores of a dictionary, and of its controls."""
+    _table({"dictionary": result} | {f"{name} control": scores for name, scores in result["controls"].items()}, title)
+
+
+def scores_table(result: dict[str, Any], title: str) -> None:
+    """Every score of an eval, and of each of its parts, a line each, with a column for each control that has it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parts = {"": result} | {
+        k: v for k, v in result.items() if isinstance(v, dict) and isinstance(v.get("controls"), dict)
+    }
+    names = list(dict.fromkeys(name for part in parts.values() for name in part.get("controls", {})))
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "dictionary", *names):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for part, scores in parts.items():
+        for key, value in scores.items():
+            if isinstance(value, float) and key != "seconds":
+                others = (scores.get("controls", {}).get(name, {}).get(key) for name in names)
+                cells = (f"{x:.4f}" if isinstance(x, float) else "-" for x in (value, *others))
+                table.add_row(f"{part} {key}".replace("_", " ").strip(), *cells)
+    Console().print(table)
+    for warning in result.get("warnings", []):
+        print(f"warning: {warning}")
+    if reached := result.get("reached_by"):
+        print(f"a control does as well: {', '.join(reached)}")
+
+
+def runs_table(summary: dict[str, Any]) -> None:
+    """What `train` leaves behind: a dictionary beside its controls, or several, each beside its random control."""
+    several = summary.get("dictionaries")
+    if several is None:
+        core_table(
+            summary, f"{summary['activation']}, F = {summary['d_sae']}, at {summary['hook']} of {summary['model']}"
+        )
+        return
+    whole = {name: scores for name, scores in several.items() if "failed" not in scores}
+    controls = {name: scores["controls"].get("random", {}).get("explained_variance") for name, scores in whole.items()}
+    _table(whole, f"{len(several)} dictionaries of {summary['model']}", {"random EV": controls})
+    for name, scores in several.items():
+        if "failed" in scores:
+            print(f"{name} was stopped: {scores['failed']}")
+
+
+def _table(
+    lines: dict[str, dict[str, Any]], title: str, more: dict[str, dict[str, float | None]] | None = None
+) -> None:
+    """Core scores, a line each, with further columns `more`: heading -> line -> value."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    names = ("explained variance", "CE recovered", "over mean") if more is None else ("EV", "CE", "over mean")
+    more = more or {}
+    table = Table(title=title, title_justify="left")
+    for heading in ("", *names, "L0", "dead", *more):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+    for name, scores in lines.items():
+        keys = ("explained_variance", "ce_recovered", "ce_recovered_over_mean")
+        dead = "-" if name == "mean control" else f"{scores['dead_fraction']:.1%}"
+        others = (number(column[name]) for column in more.values())
+        table.add_row(name, *(number(scores[key]) for key in keys), f"{scores['l0']:.1f}", dead, *others)
+    Console().print(table)
+
+
+def figures(values: dict[str, Any]) -> None:
+    width = max(map(len, values))
+    for key, value in values.items():
+        print(f"{key:{width}}  {value if not isinstance(value, float) else format(value, '.4f')}")

@@ -1,0 +1,60 @@
+"""`temposae testbed`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..engine.files import check_writable, write_json
+from .options import PLAIN, JsonFile
+from .tables import figures
+
+testbed_app = typer.Typer(help="The embedded language and the small language model that learned it.", **PLAIN)
+
+
+@testbed_app.command("train")
+def train(
+    out: Annotated[Path | None, typer.Option(help="Folder for model and tokenizer. [the package's own]")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of 16 documents.")] = 3000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Train the embedded language model from nothing (about 12 minutes on 2 cores; a GPU is used if there is one)."""
+    from ..engine.stream.model import TESTBED
+    from ..engine.testbed.training import train as train_model
+
+    check_writable(json_file)
+    quality = train_model(out or TESTBED, steps=steps, seed=seed)
+    write_json(json_file, quality)
+    figures(quality)
+
+
+@testbed_app.command("quality")
+def quality(json_file: JsonFile = None) -> None:
+    """Measure what the embedded language model knows: loss against the language's entropy, facts, order, agreement."""
+    from ..engine.stream.model import LanguageModel
+    from ..engine.testbed.language import HELD_OUT, Language
+    from ..engine.testbed.quality import measure
+
+    check_writable(json_file)
+    quality = measure(LanguageModel("testbed").bridge, Language(), HELD_OUT)
+    write_json(json_file, quality)
+    figures(quality)
+
+
+@testbed_app.command("sample")
+def sample(
+    count: Annotated[int, typer.Option(min=1, help="How many documents.")] = 3,
+    start: Annotated[int, typer.Option(min=0, help="Number of the first one.")] = 0,
+    correlation: Annotated[float, typer.Option(help="How strongly topic and tone go together, 0 to 1.")] = 0.5,
+    json_file: JsonFile = None,
+) -> None:
+    """Print documents of the embedded language; --json adds every token's labels."""
+    from ..engine.testbed.language import Language
+
+    check_writable(json_file)
+    language = Language(correlation)
+    documents = [language.document(start + i) for i in range(count)]
+    for document in documents:
+        print(document.text, end="\n\n")
+    write_json(json_file, {"documents": [vars(document) | {"text": document.text} for document in documents]})

@@ -1,0 +1,163 @@
+"""`temposae train` and `temposae cache`."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..engine.files import check_writable, write_json
+from .options import Data, Hook, JsonFile, Layer, Model, check_backend, merge
+from .tables import figures, runs_table
+
+
+def train(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            show_default=False,
+            help="YAML with sections stream, sae, train; with sweep or dictionaries for several on one stream. "
+            "Options win over it.",
+        ),
+    ] = None,
+    model: Model = None,
+    layer: Layer = None,
+    hook: Hook = None,
+    data: Data = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Read activations from this folder, which `temposae cache` made.")
+    ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(help="Train on the activations in this .npy, .safetensors or .pt file, without a model."),
+    ] = None,
+    d_sae: Annotated[int | None, typer.Option(help="F, the number of latents. [8 times the model's width]")] = None,
+    k: Annotated[int | None, typer.Option(help="Latents kept per token. [32]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [2e-4 * sqrt(2^14 / F)]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [1000000]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, text order and mixing. [0]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to make. [runs/MODEL-DATE-TIME]")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Train a dictionary, with its random control beside it; measure both; draw the figures.
+
+    With a section sweep (k: [16, 32]) or dictionaries in the file, train several on one stream and compare them.
+    With several GPUs: torchrun --nproc-per-node 8 -m temposae train ..., each with a share of the text and of the latents.
+    """
+    from ..engine.config import read_yaml
+    from ..engine.errors import UserError
+    from ..engine.folder import CONFIG, check_free, read_settings
+    from ..engine.ranks import Ranks
+    from ..engine.stream import ActivationStream
+    from ..engine.sweep import expand, resolve
+    from ..engine.train import train_together
+    from ..evals.run import evaluate_runs
+
+    began = time.monotonic()
+    check_writable(json_file)
+    check_backend()
+    ranks = Ranks.start()
+    given = {
+        "stream": {
+            "model": model,
+            "hook": hook,
+            "layer": layer,
+            "data": data,
+            "cache": None if cache is None else str(cache),
+            "activations": None if activations is None else str(activations),
+        },
+        "sae": {"d_sae": d_sae, "k": k},
+        "train": {"lr": lr, "tokens": tokens, "seed": seed},
+    }
+    if resume:
+        if out is None or not (out / CONFIG).is_file():
+            raise UserError(f"resume: --out must name a run folder; {out} holds no {CONFIG}")
+        if config is not None or any(v is not None for part in given.values() for v in part.values()):
+            raise UserError("resume: a run goes on with its own settings; give --out and --resume alone")
+        settings = {name: run.model_dump() for name, run in read_settings(out).by_name().items()}
+    else:
+        settings = expand(merge(read_yaml(config) if config else {}, given))
+    first = next(iter(settings.values())).get("stream") or {}
+    origin = Path(first.get("cache") or first.get("activations") or first.get("model", "testbed"))
+    now = time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.largest(int(time.time()))))
+    folder = out or Path("runs") / f"{origin.name}-{now}"
+    if not resume:
+        check_free(folder)
+    lm, runs = resolve(settings)
+    one = next(iter(runs.values()))
+    most = max(run.train.tokens for run in runs.values())
+    hooks = [] if lm is not None else list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.hooks))
+    stream = ActivationStream(one.stream, tokens=most, seed=one.train.seed, model=lm, hooks=hooks, ranks=ranks)
+    trained = train_together(stream, runs, out=folder, resume=resume)
+    ranks.end()
+    if not ranks.is_first:
+        return
+    stream.alone()
+    try:
+        summary = evaluate_runs(folder, trained, stream)
+    except UserError as error:
+        raise UserError(f"{error}; {folder} is trained, and temposae eval core --sae {folder} measures it") from None
+    summary |= {"run": str(folder), "model": stream.name, "seconds": round(time.monotonic() - began, 1)}
+    write_json(folder / "summary.json", summary)
+    write_json(json_file, summary)
+    runs_table(summary)
+    if stream.own is not None:
+        print("CE recovered needs a language model; the other figures are of the activations alone")
+    print(f"run folder: {folder}   figures: {folder / 'figures'}   {summary['seconds']:.0f} s")
+
+
+def cache(
+    config: Annotated[
+        Path | None, typer.Argument(show_default=False, help="YAML with a section stream. Options win over it.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to make.")] = ...,  # pyright: ignore[reportArgumentType]
+    tokens: Annotated[int, typer.Option(help="Tokens to train on later: special ones don't count.")] = 1_000_000,
+    model: Model = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="The residual stream after this layer; may be repeated. [the middle one]")
+    ] = None,
+    hook: Annotated[list[str] | None, typer.Option(help="This transformer_lens hook; may be repeated.")] = None,
+    data: Data = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    shard_mb: Annotated[float, typer.Option(help="Size of a file, in 10^6 bytes.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the embedded language.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on behind the last whole shard; give the same settings again.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Write a model's activations, with their places, to disk once; `temposae train --cache` trains on them.
+
+    Several hooks or layers are read in one pass. A text is read once and not begun again.
+    """
+    from ..engine.config import StreamConfig, read_yaml
+    from ..engine.errors import UserError
+    from ..engine.stream.cache import write_cache
+
+    began = time.monotonic()
+    check_writable(json_file)
+    settings = merge(read_yaml(config) if config else {}, {"stream": {"model": model, "data": data}})["stream"]
+    hooks, layers = list(hook or []), list(layer or [])
+    if "layer" in settings and not hooks and not layers:
+        layers = [settings["layer"]]
+    if (layers and hooks) or ("layer" in settings and "hook" in settings):
+        raise UserError("stream.hook: give hooks or layers, not both")
+    left_out = {"layer"} | ({"hook"} if hooks or layers else set())
+    stream = StreamConfig(**{key: value for key, value in settings.items() if key not in left_out})
+    if stream.cache is not None:
+        raise UserError(f"stream.cache: {stream.cache} is not allowed; a cache is made from a model")
+    if dtype not in ("bfloat16", "float32"):
+        raise UserError(f"dtype: {dtype} is not allowed; it must be bfloat16 or float32")
+    manifest = write_cache(
+        out, stream, tokens, hooks=hooks, layers=layers, seed=seed, dtype=dtype, shard_mb=shard_mb, resume=resume
+    )
+    found = {
+        "cache": str(out), "model": manifest.stream.model, "hooks": list(manifest.hooks), "tokens": manifest.tokens,
+        "shards": len(manifest.shards), "bytes": sum(shard.bytes for shard in manifest.shards),
+        "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+    write_json(json_file, found)
+    figures(found)
