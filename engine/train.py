@@ -234,10 +234,12 @@ class _Training:
         self.ranks.wait()  # until all have looked at the folder
         if self.ranks.is_first:
             begin(self.folder, settings)
+            checkpoint.keep_last(self.folder)  # a kill may have come between writing one and this
         for one in self.trainees:
             assert one.folder is not None
             if self.ranks.is_first:
                 begin(one.folder, one.run)
+                checkpoint.keep_last(one.folder)
             if resume:
                 one.metrics = read_metrics(one.folder, one.main.steps_done)
                 if self.ranks.is_first:

@@ -1,21 +1,28 @@
 """Feature absorption: words that the latents of their first letter miss because another latent has taken them over.
 
-After the description of Chanin et al. (arXiv 2409.14507). With x the activation of a word's token and p the unit direction
-of a logistic regression that tells words of a letter from others, for each letter:
+After Chanin et al. (arXiv 2409.14507) and SAEBench 0.6.0 (https://github.com/adamkarvonen/SAEBench). With x the activation
+of a word's token, p the unit direction of a logistic regression that tells words of a letter from others, and
+a_j = f_j (W_dec_j . p) what latent j adds along p, for each letter:
 
     main latents   the k that are most above their mean on other words; k grows while the F1 of a logistic regression on
                    them grows by more than `SPLIT`, which is the letter's feature having been split
-    missed         the regression on x knows the word, and no main latent fires
-    absorbed       missed, and of all latents f that fire the one with the largest f_j (W_dec_j . p) has a decoder cosine
-                   of at least `COSINE` with p and at least `SHARE` of what all that point along p add together
-    absorption     absorbed / words that the regression on x knows
+    known          the regression on x knows the word: only these words are looked at
+    absorbed       no main latent fires, and the latent with the largest a_j has a decoder cosine of at least `COSINE` with p
+                   and a_j >= `SHARE` x . p
+    fraction       with m the main latents' a_j added up and r those of the `MOST_ABSORBING` largest of other latents whose
+                   cosine is at least `FRACTION_COSINE`: 0 where m >= x . p or r < `SHARE` x . p, else 1 where m <= 0, else
+                   s / (s + m) with s = min(r, x . p - m)
+    absorption     absorbed words / known words;  absorption_fraction: mean fraction of known words
 
-Tokens of the embedded language are whole words, so that a model knows the letter only as a set of words it has seen. Words
-are the same in training and test documents, and a dictionary with a latent for each word, and none for the letter, scores
-high: the figure is for comparison with the controls and between dictionaries.
+A model is asked for words of its vocabulary in sentences like "tartan has the first letter: T"; training and test words
+differ. Tokens of the embedded language are whole words, so that its model knows the letter only as a set of words that it
+has seen: there, words of held-out documents are taken, the same ones for training and for testing. A dictionary with a
+latent for each word and none for the letter scores high, so that the figure is for comparison with the controls and between
+dictionaries.
 """
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,76 +31,97 @@ from sklearn.linear_model import LogisticRegression
 
 from ..engine.errors import UserError
 from ..engine.testbed.language import ROLES, Language
-from .collect import CHUNK, Coder, Collected, Evaluation, joined
+from .collect import CHUNK, Coder, Collected, Evaluation, collect, joined, padded
 from .probes import Split
 
 ROWS, TIMES = 1024, 12  # documents, and how often a word is used at most, half for training and half for testing
 WORDS = 8  # of a letter, fewer than which are left out
-SPLIT, COSINE, SHARE = 0.03, 0.025, 0.4
-MOST = 10  # main latents
+PER_LETTER = 400  # words of a vocabulary, half for training and half for testing
+EXAMPLES = 10  # in a prompt, before the word that is asked for
+KNOWN = 0.6  # F1 of the regression on x, up to which a letter counts for no mean: the model doesn't tell it
+SPLIT, MOST = 0.03, 10  # main latents
+COSINE, SHARE = 0.025, 0.4
+FRACTION_COSINE, MOST_ABSORBING = 0.1, 3
+LITTLE = 0.5  # F1 of the main latents, below which there is hardly a latent of a letter to be absorbed
 CONTENT = (
     "subject", "attractor", "agent", "patient", "action", "result", "entity", "object", "noun", "verb", "adjective",
     "adverb",
 )  # fmt: skip
 
 
+@dataclass
+class _Words:
+    """Tokens of words: x [n, D] at pos [n], each one's word and first letter [n], and which are for training and testing."""
+
+    x: torch.Tensor
+    pos: torch.Tensor
+    word: np.ndarray
+    letter: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
+
+
 @torch.no_grad()
 def absorption(evaluation: Evaluation, *, rows: int = ROWS) -> dict[str, Any]:
-    """Absorption of the first letters of content words in `rows` documents of the embedded language.
+    """Absorption of first letters; in the embedded language of content words in `rows` documents.
 
-    Returns `mean_absorption` (over letters, None where no word was known), `mean_main_f1` (low where no latents stand for
-    letters, so that there is little to be absorbed), `letters` {letter: words, probe_f1, main (latents), main_f1, known,
-    missed, absorbed, absorption} with counts of test tokens, and `controls` with the means of each. Raises UserError for a
-    text without labels, or where no two letters have `WORDS` words.
+    Returns `mean_absorption`, `mean_absorption_fraction`, `mean_split` (main latents of a letter) and `mean_main_f1`, over
+    the letters that the regression on x tells with an F1 above `KNOWN` (None where there is none); `letters` {letter: words,
+    probe_f1, main (latents), main_f1, known, missed, absorbed, absorption, absorption_fraction}, counts being of test
+    tokens; `controls` with the means of each; `warnings`; `settings`. Raises UserError where no two letters have `WORDS`
+    words.
     """
-    began, collected = time.monotonic(), evaluation.labelled(rows)
-    train, test, words, letter = _words(collected, evaluation.generator("absorption"))
-    size = {a: len(np.unique(words[train][letter[train] == a])) for a in np.unique(letter[train])}
-    letters = [a for a, count in size.items() if count >= WORDS]
+    began = time.monotonic()
+    given = _of_language(evaluation, rows) if evaluation.is_testbed else _of_vocabulary(evaluation)
+    train, test, letter = given.train, given.test, given.letter
+    size = {a: len(np.unique(given.word[train][letter[train] == a])) for a in np.unique(letter[train])}
+    letters = [a for a, count in size.items() if count >= WORDS and (letter[test] == a).any()]
     if len(letters) < 2:
-        raise UserError(f"rows: {rows} is not allowed; at least 2 letters need {WORDS} words each: give more documents")
-    x = collected.x.cpu().numpy()
+        what = f"rows: {rows}" if evaluation.is_testbed else f"model: {evaluation.stream.model.name}"
+        raise UserError(f"{what} is not allowed; at least 2 letters need {WORDS} words each")
+    x = given.x.cpu().numpy()
     probes = {a: _fit(x[train], letter[train] == a) for a in letters}
-    used = np.concatenate([train, test])
+    knows = {a: np.asarray(probe.predict(x[test])) & (letter[test] == a) for a, probe in probes.items()}
+    probe_f1 = {a: _f1(letter[test] == a, np.asarray(probe.predict(x[test]))) for a, probe in probes.items()}
+    whole = Collected(torch.zeros(0, 0), torch.zeros(0, 0), given.x, given.pos, given.pos)
     results: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, coder in evaluation.coders(collected).items():
-        f, W_dec = _latents(coder, collected, used), coder.W_dec.detach().cpu().numpy()
-        half = f[: len(train)], f[len(train) :]
+    for name, coder in evaluation.coders(whole).items():
+        f, W_dec = _latents(coder, given), coder.W_dec.detach().cpu().numpy()
         results[name] = {}
         for a, probe in probes.items():
-            y = letter[train] == a, letter[test] == a
-            knows = np.asarray(probe.predict(x[test]))
-            main, main_f1 = _main(Split(half[0], y[0], half[1], y[1]))
-            missed, absorbed = _absorbed(half[1][knows & y[1]], W_dec, probe.coef_[0], main)
-            known = int((knows & y[1]).sum())
+            main, main_f1 = _main(Split(f[train], letter[train] == a, f[test], letter[test] == a))
+            chosen = test[knows[a]]
             results[name][str(a)] = {
                 "words": size[a],
-                "probe_f1": _f1(y[1], knows),
+                "probe_f1": probe_f1[a],
                 "main": main.tolist(),
                 "main_f1": main_f1,
-                "known": known,
-                "missed": missed,
-                "absorbed": absorbed,
-                "absorption": absorbed / known if known else None,
+                "known": len(chosen),
+                **_absorbed(x[chosen], f[chosen], W_dec, probe.coef_[0], main),
             }
-    means = {
-        name: {"mean_absorption": _mean(found, "absorption"), "mean_main_f1": _mean(found, "main_f1")}
-        for name, found in results.items()
-    }
+    means = {name: _means(found) for name, found in results.items()}
+    own = means.pop("sae")
+    f1, warnings = own["mean_main_f1"], []
+    if f1 is None:
+        warnings.append(f"no letter is told with an F1 above {KNOWN} by the model's own activations")
+    elif f1 < LITTLE:
+        warnings.append(f"letters have hardly a latent (F1 {f1:.2f} in the mean), so that little can be absorbed")
     return {
-        **means.pop("sae"),
+        **own,
         "letters": results["sae"],
         "controls": means,
-        "rows": len(collected),
+        "warnings": warnings,
+        "settings": {"min_GT_probe_f1": KNOWN, "f1_jump_threshold": SPLIT, "max_k_value": MOST},  # SAEBench's names
+        "tokens": len(train) + len(test),
         "seconds": round(time.monotonic() - began, 2),
     }
 
 
-def _words(collected: Collected, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens for training and for testing, from different documents, and of all n tokens the word and its first letter."""
-    vocabulary = Language().vocabulary
+def _of_language(evaluation: Evaluation, rows: int) -> _Words:
+    """Content words of the embedded language's documents; training and testing on different documents."""
+    collected, draw = evaluation.labelled(rows), evaluation.generator("absorption")
     words = collected.tokens[collected.kept].cpu().numpy()
-    letter = np.array([word[0] for word in vocabulary])[words]
+    letter = np.array([word[0] for word in Language().vocabulary])[words]
     wanted = np.isin(collected.label("role").numpy(), [ROLES.index(role) for role in CONTENT])
     of_test = draw.permutation(np.arange(len(collected)) % 2)[collected.row.cpu().numpy()]
     order = draw.permutation(np.flatnonzero(wanted))
@@ -102,13 +130,57 @@ def _words(collected: Collected, draw: np.random.Generator) -> tuple[np.ndarray,
         mine = order[words[order] == word]
         for side in (0, 1):
             sides[side].append(mine[of_test[mine] == side][: TIMES // 2])
-    return np.concatenate(sides[0]), np.concatenate(sides[1]), words, letter
+    return _Words(collected.x, collected.pos, words, letter, *map(np.concatenate, sides))
 
 
-def _latents(coder: Coder, collected: Collected, used: np.ndarray) -> np.ndarray:
-    """A coder's latents of some of the tokens, dense."""
-    at = torch.from_numpy(used).to(collected.x.device).split(CHUNK)
-    return joined([coder.encode_sparse(collected.x[i], collected.pos[i]) for i in at]).to_dense().cpu().numpy()
+def _of_vocabulary(evaluation: Evaluation) -> _Words:
+    """Words that are one token, each in a prompt that asks for its first letter; training and testing on different words."""
+    stream, draw = evaluation.stream, evaluation.generator("absorption")
+    by_letter: dict[str, list[tuple[int, str]]] = {}
+    for token in range(len(stream.model.tokenizer)):
+        word = stream.model.tokenizer.decode([token])
+        bare = word.removeprefix(" ")
+        if len(bare) > 1 and bare != word and bare.isascii() and bare.isalpha():
+            by_letter.setdefault(bare[0].lower(), []).append((token, bare))
+    words, of_test = [], []
+    for own in (by_letter[a] for a in sorted(by_letter)):
+        chosen = [own[at] for at in draw.permutation(len(own))[:PER_LETTER]]
+        words += chosen
+        of_test += [at % 2 for at in range(len(chosen))]
+    if not words:
+        raise UserError(f"model: {stream.model.name} is not allowed; its tokenizer has no words to ask for")
+    prompts = [_prompt(evaluation, words, number, draw) for number in range(len(words))]
+    at_word = torch.tensor([at for _, at in prompts])
+    ids = [prompt[: stream.positions] for prompt, _ in prompts]
+    collected = collect(stream, padded(ids, stream), len(words))
+    chosen = (collected.pos == at_word.to(collected.pos.device)[collected.row]).nonzero()[:, 0]
+    letter, side = np.array([word[0].lower() for _, word in words]), np.array(of_test)
+    number = collected.row[chosen].cpu().numpy()  # a prompt longer than the context has lost its word
+    return _Words(
+        collected.x[chosen], collected.pos[chosen], number, letter[number],
+        np.flatnonzero(side[number] == 0), np.flatnonzero(side[number] == 1),
+    )  # fmt: skip
+
+
+def _prompt(
+    evaluation: Evaluation, words: list[tuple[int, str]], number: int, draw: np.random.Generator
+) -> tuple[list[int], int]:
+    """Token ids of examples and of the word, and where the word is; an example may not be the word itself."""
+    tokenizer = evaluation.stream.model.tokenizer
+    others = [at for at in draw.choice(len(words), min(len(words), EXAMPLES + 1), replace=False) if at != number]
+    examples = (f" {words[at][1]} has the first letter: {words[at][1][0].upper()}\n" for at in others[:EXAMPLES])
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    before = bos + tokenizer("".join(examples), add_special_tokens=False)["input_ids"]
+    after = tokenizer(" has the first letter:", add_special_tokens=False)["input_ids"]
+    return [*before, words[number][0], *after], len(before)
+
+
+def _latents(coder: Coder, given: _Words) -> np.ndarray:
+    """A coder's latents of the tokens that are used, dense [n, F]; zero for others."""
+    used = torch.from_numpy(np.concatenate([given.train, given.test])).to(given.x.device)
+    code = joined([coder.encode_sparse(given.x[i], given.pos[i]) for i in used.split(CHUNK)]).to_dense()
+    found = code.new_zeros(len(given.x), code.shape[1])
+    return found.index_copy_(0, used, code).cpu().numpy()
 
 
 def _main(split: Split) -> tuple[np.ndarray, float]:
@@ -127,16 +199,29 @@ def _main(split: Split) -> tuple[np.ndarray, float]:
     return order[:k], best
 
 
-def _absorbed(f: np.ndarray, W_dec: np.ndarray, w: np.ndarray, main: np.ndarray) -> tuple[int, int]:
-    """Of words [n, F] known by the direction w [D]: how many the main latents miss, and how many of those are absorbed."""
-    missed = f[(f[:, main] == 0).all(1)]
-    along = W_dec @ (w / max(np.linalg.norm(w), 1e-12))
-    added = missed * along
-    strongest = added.argmax(1)
-    most = added[np.arange(len(missed)), strongest]
+def _absorbed(x: np.ndarray, f: np.ndarray, W_dec: np.ndarray, w: np.ndarray, main: np.ndarray) -> dict[str, Any]:
+    """Of known words x [n, D], f [n, F] and the regression's w [D]: how many are missed and absorbed, and the fraction."""
+    p = w / max(np.linalg.norm(w), 1e-12)
+    along, whole = W_dec @ p, x @ p
     cosine = along / np.maximum(np.linalg.norm(W_dec, axis=1), 1e-12)
-    absorbed = (most > 0) & (cosine[strongest] >= COSINE) & (most >= SHARE * added.clip(0).sum(1))
-    return len(missed), int(absorbed.sum())
+    added = f * along
+    missed = (f[:, main] == 0).all(1)
+    strongest = added.argmax(1)
+    most = added[np.arange(len(f)), strongest]
+    absorbed = missed & (cosine[strongest] >= COSINE) & (whole > 0) & (most > 0) & (most >= SHARE * whole)
+    m = added[:, main].sum(1)
+    others = np.where(cosine >= FRACTION_COSINE, added, 0).clip(0)
+    others[:, main] = 0
+    r = np.sort(others, axis=1)[:, -MOST_ABSORBING:].sum(1)
+    s = np.minimum(r, whole - m)
+    shared = np.where(m <= 0, 1, s / np.where(s + m > 0, s + m, 1))
+    fraction = np.where((m >= whole) | (r < SHARE * whole) | (whole <= 0), 0, shared.clip(0, 1))
+    return {
+        "missed": int(missed.sum()),
+        "absorbed": int(absorbed.sum()),
+        "absorption": float(absorbed.mean()) if len(f) else None,
+        "absorption_fraction": float(fraction.mean()) if len(f) else None,
+    }
 
 
 def _fit(X: np.ndarray, y: np.ndarray) -> LogisticRegression:
@@ -148,6 +233,12 @@ def _f1(y: np.ndarray, found: np.ndarray) -> float:
     return float(2 * (y & found).sum() / max(y.sum() + found.sum(), 1))
 
 
-def _mean(letters: dict[str, dict[str, Any]], key: str) -> float | None:
-    values = [found[key] for found in letters.values() if found[key] is not None]
-    return float(np.mean(values)) if values else None
+def _means(letters: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    told = [of for of in letters.values() if of["probe_f1"] > KNOWN and of["known"]]
+    figures = {
+        "mean_absorption": [of["absorption"] for of in told],
+        "mean_absorption_fraction": [of["absorption_fraction"] for of in told],
+        "mean_split": [len(of["main"]) for of in told],
+        "mean_main_f1": [of["main_f1"] for of in told],
+    }
+    return {name: float(np.mean(values)) if values else None for name, values in figures.items()}

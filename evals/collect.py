@@ -3,7 +3,7 @@
 A coder is a dictionary, or what stands beside one as a control: anything with `encode_sparse`, `decode` and `W_dec`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -128,6 +128,17 @@ def collect(stream: ActivationStream, texts: Iterable[TokenRows], total: int | N
     tokens, kept, x, _ = (torch.cat(parts) for parts in zip(*found, strict=True))
     row, pos = kept.nonzero(as_tuple=True)
     return Collected(tokens, kept, x, pos.to(x.device), row.to(x.device))
+
+
+def padded(ids: Sequence[Sequence[int]], stream: ActivationStream) -> Iterator[TokenRows]:
+    """Token ids of texts as rows, which are padded behind to the longest text, `rows_per_forward` at a time."""
+    length = torch.tensor([len(one) for one in ids])
+    tokens = torch.full((len(ids), int(length.max())), stream.model.tokenizer.pad_token_id or 0)
+    for row, one in zip(tokens, ids, strict=True):
+        row[: len(one)] = torch.tensor(one, dtype=torch.long)
+    number, size = torch.arange(len(ids)), stream.config.rows_per_forward
+    document = torch.where(torch.arange(tokens.shape[1]) < length[:, None], number[:, None], -1)
+    return (TokenRows(*part) for part in zip(*(t.split(size) for t in (tokens, length, document, number)), strict=True))
 
 
 def joined(parts: list[SparseCode]) -> SparseCode:

@@ -31,13 +31,11 @@ import numpy as np
 import torch
 
 from ..engine.errors import UserError
-from ..engine.stream import TokenRows
 from ..engine.testbed.language import Language
-from .collect import Collected, Evaluation, collect
+from .collect import Collected, Evaluation, collect, padded
 from .probes import Split, accuracy, ailing, top_k
 
 READINGS = ("mean_pooled", "last_token")
-ROWS = 32  # texts that the model reads at once
 
 
 @dataclass
@@ -189,14 +187,9 @@ def _readings(evaluation: Evaluation, task: Task) -> tuple[Collected, Collected]
     stream = evaluation.stream
     bos = [] if stream.text.bos is None else [stream.text.bos]
     wholes = [(bos + c + t)[: stream.positions] for c, t in zip(task.context, task.texts, strict=True)]
-    length = torch.tensor([len(whole) for whole in wholes])
-    T = int(length.max())
-    tokens = torch.tensor([whole + [0] * (T - len(whole)) for whole in wholes])
-    row = torch.arange(len(wholes))
-    parts = [torch.arange(at, min(at + ROWS, len(row))) for at in range(0, len(row), ROWS)]
-    found = collect(stream, (TokenRows(tokens[p], length[p], row[p, None].expand(-1, T), p) for p in parts))
+    found = collect(stream, padded(wholes, stream), len(wholes))
     start = torch.tensor([len(bos) + len(context) for context in task.context])
-    column = torch.arange(T)
+    column = torch.arange(found.tokens.shape[1])
     text = found.kept & (column >= start[:, None])
     last = torch.where(text, column, -1).amax(1)
     if bool((last < 0).any()):
@@ -205,7 +198,7 @@ def _readings(evaluation: Evaluation, task: Task) -> tuple[Collected, Collected]
 
     def only(inside: torch.Tensor) -> Collected:
         chosen = inside[found.kept].to(found.x.device)
-        return Collected(tokens, inside, found.x[chosen], found.pos[chosen], found.row[chosen])
+        return Collected(found.tokens, inside, found.x[chosen], found.pos[chosen], found.row[chosen])
 
     return only(text), only(text & (column == last[:, None]))
 

@@ -1,15 +1,21 @@
-"""Results as SAEBench 0.6.0 writes them: the keys of its eval outputs (https://github.com/adamkarvonen/SAEBench), one file
-an eval, so that its tools read ours beside theirs. What it has no place for is in `eval_result_unstructured`.
+"""Both ways to SAEBench 0.6.0 (https://github.com/adamkarvonen/SAEBench): our results in the form in which it writes its
+own, one file an eval, so that its tools read them beside theirs; and `ForSAEBench`, with which its runners take our
+dictionaries. What it has no place for is in `eval_result_unstructured`.
 """
 
+import statistics
 import time
 import uuid
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..engine import checkpoint
 from ..engine.config import StreamConfig
+from ..engine.errors import UserError
 from ..engine.sae import SparseAutoencoder
 
 ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "batchtopk", "jumprelu": "jumprelu"}
@@ -23,16 +29,18 @@ def file_name(release: str, sae_id: str) -> str:
 def output(
     name: str, result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig, *, sae_id: str, seed: int = 0
 ) -> dict[str, Any] | None:
-    """The result of the eval `name` of a dictionary as SAEBench would write it; None for one that it doesn't have."""
+    """The result of the eval `name` of a dictionary as SAEBench would write it; None for one that it doesn't have, or that
+    found nothing to measure."""
     makers = {
         "core": _core, "sparse_probing": _sparse_probing, "unlearning": _unlearning, "scr": _scr, "tpp": _tpp,
+        "absorption": _absorption,
     }  # fmt: skip
-    if name not in makers or "skipped" in result:
+    if name not in makers or "skipped" in result or (made := makers[name](result, sae, stream)) is None:
         return None
-    metrics, details, config = makers[name](result, sae, stream)
+    metrics, details, config = made
     of = result.get("of", {})
     return {
-        "eval_type_id": name,
+        "eval_type_id": "absorption_first_letter" if name == "absorption" else name,
         "eval_config": {"model_name": stream.model, "llm_dtype": "float32"}
         | config
         | ({} if name == "core" else {"random_seed": seed}),
@@ -45,11 +53,7 @@ def output(
         "sae_lens_id": sae_id,
         "sae_lens_release_id": "temposae",
         "sae_lens_version": None,
-        "sae_cfg_dict": {
-            "model_name": stream.model, "hook_name": stream.hook, "hook_layer": _layer(stream.hook),
-            "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae, "architecture": ARCHITECTURES[sae.cfg.activation],
-            "dtype": "float32", "prepend_bos": True, "context_size": stream.context, "hook_head_index": None,
-        },
+        "sae_cfg_dict": _config(sae, stream),
         "eval_result_unstructured": {"controls": result.get("controls", {}), "seconds": result.get("seconds")},
     }  # fmt: skip
 
@@ -152,6 +156,33 @@ def _tpp(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) -
     return {"tpp_metrics": metrics}, [], {"perform_scr": False, "n_values": [int(n) for n in result["tpp"]]}
 
 
+def _absorption(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) -> Made | None:
+    config = {name: result["settings"][name] for name in ("min_GT_probe_f1", "f1_jump_threshold", "max_k_value")}
+    told = {a: of for a, of in result["letters"].items() if of["probe_f1"] > config["min_GT_probe_f1"] and of["known"]}
+    if not told:
+        return None
+    details = [
+        {
+            "first_letter": letter,
+            "mean_absorption_fraction": of["absorption_fraction"],
+            "full_absorption_rate": of["absorption"],
+            "num_full_absorption": of["absorbed"],
+            "num_probe_true_positives": of["known"],
+            "num_split_features": len(of["main"]),
+        }
+        for letter, of in told.items()
+    ]
+    names = {
+        "absorption_fraction_score": "mean_absorption_fraction",
+        "full_absorption_score": "full_absorption_rate",
+        "num_split_features": "num_split_features",
+    }
+    columns = {name: [detail[key] for detail in details] for name, key in names.items()}
+    means = {f"mean_{name}": float(statistics.fmean(values)) for name, values in columns.items()}
+    spreads = {f"std_dev_{name}": statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in columns.items()}
+    return {"mean": means | spreads}, details, config
+
+
 def _share(rate: Tensor, limit: float) -> float:
     """Of all activations, the share that latents have which fire more often than that."""
     total = float(rate.sum())
@@ -168,6 +199,99 @@ def _nearest(W: Tensor) -> Tensor:
         cosine[here, at + here] = -1
         found.append(cosine.amax(1))
     return torch.cat(found)
+
+
+def _config(sae: SparseAutoencoder, stream: StreamConfig) -> dict[str, Any]:
+    """What SAEBench wants to know of a dictionary."""
+    return {
+        "model_name": stream.model, "hook_name": stream.hook, "hook_layer": _layer(stream.hook),
+        "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae, "architecture": ARCHITECTURES[sae.cfg.activation],
+        "dtype": "float32", "prepend_bos": True, "context_size": stream.context, "hook_head_index": None,
+    }  # fmt: skip
+
+
+class _Config(SimpleNamespace):
+    """Settings that SAEBench reads, and adds to."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "metadata"}
+
+
+class ForSAEBench(nn.Module):
+    """A dictionary for SAEBench's runners: `run_eval(config, [("mine", ForSAEBench.load("runs/demo"))], device, ...)`.
+
+    Rows of W_dec [F, D] have norm 1, as its evals expect, and latents are as much larger: f_j |W_dec_j|; x_hat is the same.
+    Activations x come as whole rows [B, T, D], of which the places are the positions; a dictionary without a mask over
+    positions takes [n, D], too, which SAEBench's absorption gives. Weights stay in their own precision; `dtype` is that of
+    results. Raises UserError for a transcoder.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, stream: StreamConfig):
+        super().__init__()
+        if sae.cfg.d_out is not None:
+            raise UserError("sae: a transcoder is not allowed; SAEBench reconstructs the activations that were encoded")
+        self.sae, self.dtype = sae, torch.float32
+        unused: dict[str, Any] = {
+            "training_tokens": -1,
+            "model_from_pretrained_kwargs": {},
+            "normalize_activations": "none",
+        }
+        unused |= {"dataset_path": "", "dataset_trust_remote_code": False, "seqpos_slice": (None,)}
+        self.cfg = _Config(**_config(sae, stream), **unused, device=str(self.device))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ForSAEBench":
+        """The dictionary of a run folder or of a checkpoint with its settings."""
+        found = checkpoint.find(Path(path))
+        if found.run is None:
+            raise UserError(f"{path} does not say what it was trained on; use ForSAEBench(sae, StreamConfig(...))")
+        return cls(found.dictionary(), found.run.stream)
+
+    @property
+    def device(self) -> torch.device:
+        return self.sae.W_dec.device
+
+    @property
+    def _norm(self) -> Tensor:
+        norm = self.sae.W_dec.detach().norm(dim=1)
+        return torch.where(norm > 0, norm, 1)
+
+    @property
+    def W_enc(self) -> Tensor:
+        """[D, F]"""
+        return (self.sae.W_enc.detach() * self._norm).to(self.dtype)
+
+    @property
+    def W_dec(self) -> Tensor:
+        """[F, D], rows of norm 1; of norm 0 where a latent has no direction"""
+        return (self.sae.W_dec.detach() / self._norm[:, None]).to(self.dtype)
+
+    @property
+    def b_enc(self) -> Tensor:
+        return (self.sae.b_enc.detach() * self._norm).to(self.dtype)
+
+    @property
+    def b_dec(self) -> Tensor:
+        return self.sae.b_dec.detach().to(self.dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """f [..., F] of x [B, T, D] or [n, D], in the dtype of x."""
+        pos = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if x.ndim == 3 else None
+        return self.sae.encode(x, pos) * self._norm.to(x.dtype)
+
+    def decode(self, f: Tensor) -> Tensor:
+        """x_hat [..., D] of f [..., F], in the dtype of f."""
+        return self.sae.decode(f / self._norm.to(f.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
+    def to(self, *args: Any, **kwargs: Any) -> "ForSAEBench":
+        wanted = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
+        self.dtype = wanted.dtype
+        self.sae.to(wanted.device)
+        self.cfg.dtype, self.cfg.device = str(self.dtype).removeprefix("torch."), str(wanted.device)
+        return self
 
 
 def _layer(hook: str | None) -> int:

@@ -30,11 +30,12 @@ from ..engine.progress import progress_bar
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.text import TestbedRows
 from ..engine.testbed.lexicon import TONES
-from .collect import Collected, Evaluation, collect
+from .collect import Collected, Evaluation, collect, padded
 from .labelled import EMBEDDED, Labelled, load_labelled
 from .probes import Split, ailing, balanced, halves, top_k
 
 CONTEXT = 128
+KS = (1, 2, 5, 10, 20, 50)
 ROWS = 1024  # documents of the embedded language
 LEAST = 10  # texts of a class: with fewer, one test row is worth more than the differences of interest
 _PART = 1024  # texts whose activations are held at once
@@ -54,16 +55,17 @@ def sparse_probing(
     evaluation: Evaluation,
     sets: Sequence[str | Path | Labelled] | None = None,
     *,
-    ks: tuple[int, ...] = (1, 2, 5, 10, 20, 50),
+    ks: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
-    """Test accuracies of probes on the k best latents, for each of `ks` (1 is always measured) and on all.
+    """Test accuracies of probes on the k best latents, for each of `ks` (1 is always measured) and on all. Without `ks`
+    those of `KS`, as far as there are latents.
 
     `sets`: `topic` (the default there) and `tone` of the embedded language, files and published sets as `load_labelled`
     takes them, or `Labelled` texts. Latents that are dead or too small for a probe are told in `warnings`, and have no
     scores. Raises UserError where k is above F, or a set has one class, or too few texts of a class.
     """
-    ks = tuple(sorted({1, *ks}))
     F = evaluation.sae.cfg.d_sae
+    ks = tuple(sorted({1, *(ks or (k for k in KS if k <= F))}))
     if ks[0] < 1 or ks[-1] > F:
         raise UserError(f"ks: {ks[0] if ks[0] < 1 else ks[-1]} is not allowed; the dictionary has F = {F} latents")
     if sets is None and not evaluation.is_testbed:
@@ -108,19 +110,12 @@ def _opened(evaluation: Evaluation, sets: Sequence[str | Path | Labelled]) -> It
 
 
 def token_rows(stream: ActivationStream, texts: Sequence[str]) -> Iterator[TokenRows]:
-    """The beginning of each text as a row, `<bos>` first where the tokenizer has one, `rows_per_forward` at a time. Rows are
-    as long as the longest text, of at most 128 tokens."""
-    tokenizer, size = stream.model.tokenizer, stream.config.rows_per_forward
+    """The beginning of each text as a row of at most 128 tokens, `<bos>` first where the tokenizer has one."""
+    tokenizer = stream.model.tokenizer
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     T = min(CONTEXT, stream.positions)
     ids = [(bos + one)[:T] for one in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
-    length = torch.tensor([len(one) for one in ids])
-    tokens = torch.full((len(ids), int(length.max())), tokenizer.pad_token_id or 0)
-    for row, one in zip(tokens, ids, strict=True):
-        row[: len(one)] = torch.tensor(one, dtype=torch.long)
-    number = torch.arange(len(ids))
-    document = torch.where(torch.arange(tokens.shape[1]) < length[:, None], number[:, None], -1)
-    return (TokenRows(*part) for part in zip(*(t.split(size) for t in (tokens, length, document, number)), strict=True))
+    return padded(ids, stream)
 
 
 def _pooled(evaluation: Evaluation, parts: Iterable[Collected]) -> dict[str, np.ndarray]:

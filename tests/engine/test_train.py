@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from temposae.engine import checkpoint
 from temposae.engine.checkpoint import load, save
 from temposae.engine.config import MaskConfig, SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
+from temposae.engine.files import UNFINISHED
 from temposae.engine.folder import read_metrics
 from temposae.engine.optim import Learner
 from temposae.engine.sae import SparseAutoencoder
@@ -104,6 +106,17 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_metrics(whole, stream_of,
         expected, found = (checkpoint.find(f).tensors(name) for f in (folder, tmp_path / "half"))
         assert all(torch.equal(expected[key], found[key]) for key in expected | found)
     assert timeless(read_metrics(tmp_path / "half")) == timeless(read_metrics(folder))
+
+
+def test_a_resumed_run_tidies_what_a_kill_left(whole, stream_of, tmp_path):
+    """Killed behind its last checkpoint, before the older ones were removed, or while it wrote one."""
+    folder = tmp_path / "killed"
+    shutil.copytree(whole[1], folder)
+    kept = checkpoint.all_in(folder)
+    shutil.copytree(kept[0], checkpoint.place(folder, 1))
+    (folder / "checkpoints" / f"{UNFINISHED}x").mkdir()
+    train(stream_of(), SAE, SETTINGS, out=folder, resume=True)
+    assert sorted((folder / "checkpoints").iterdir()) == kept
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])

@@ -8,6 +8,8 @@ from temposae.evals.collect import Collected, Evaluation
 
 
 class Planted(Evaluation):
+    is_testbed = True
+
     def __init__(self, sae: SparseAutoencoder, collected: Collected, random: SparseAutoencoder | None = None):
         super().__init__(cast(Any, SimpleNamespace(model=SimpleNamespace(device="cpu"))), sae, random)
         self.collected = collected

@@ -1,6 +1,10 @@
 """Absorption in a dictionary of which it is known which words another latent has taken over."""
 
 import json
+import re
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -9,8 +13,8 @@ from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.testbed.language import ROLES, Language
-from temposae.evals.absorption import absorption
-from temposae.evals.collect import Collected
+from temposae.evals.absorption import _absorbed, _of_vocabulary, absorption
+from temposae.evals.collect import Collected, Evaluation
 
 from .planted import Planted
 
@@ -66,8 +70,14 @@ def test_a_latent_that_takes_over_a_word_gives_its_share_of_the_words():
     assert (s["missed"], s["absorbed"], s["absorption"]) == (6, 6, 1 / SIZE)
     assert s["main_f1"] == pytest.approx(2 * 0.95 / 1.95)  # all that it finds is right, and it finds 19 of 20
     assert (b["main"], b["main_f1"], b["missed"], b["absorption"]) == ([B], 1, 0, 0)
+    # without its main latent, the word's own is all that stands for the letter
+    assert (s["absorption_fraction"], b["absorption_fraction"]) == (pytest.approx(1 / SIZE), 0)
     assert (found["mean_absorption"], found["mean_main_f1"]) == (1 / SIZE / 2, (s["main_f1"] + 1) / 2)
-    assert found["controls"]["random"] == {"mean_absorption": 0, "mean_main_f1": 1}  # nothing is missed
+    assert (found["mean_absorption_fraction"], found["mean_split"]) == (pytest.approx(1 / SIZE / 2), 1)
+    nothing = {"mean_absorption": 0, "mean_absorption_fraction": 0, "mean_split": 1, "mean_main_f1": 1}
+    # nothing is missed; the regression leans on the word's own direction by a thousandth
+    assert found["controls"]["random"] == pytest.approx(nothing, abs=2e-3)
+    assert found["warnings"] == []
     assert set(found["controls"]) == {"random", "lm_neurons", "mean"}
     json.dumps(found, allow_nan=False)
 
@@ -81,11 +91,11 @@ def test_a_letter_that_two_latents_share_is_split_and_not_absorbed():
     ("writes", "absorbed"),
     [
         pytest.param([], 0, id="nothing fires"),
-        pytest.param([[0, 0.01, 0, 1, 0, 0]], 0, id="cosine below 0.025"),
-        pytest.param([[0, 0.1, 0, 1, 0, 0]], 6, id="cosine above 0.025"),
+        pytest.param([[0, 0.5, 0, 50, 0, 0]], 0, id="cosine below 0.025"),
+        pytest.param([[0, 0.5, 0, 10, 0, 0]], 6, id="cosine above 0.025"),
         pytest.param([[0, -1, 0, 0, 0, 0]], 0, id="against the letter"),
-        pytest.param([WHOLE, WHOLE], 6, id="half of it"),
-        pytest.param([WHOLE, WHOLE, WHOLE], 0, id="a third of it"),
+        pytest.param([[0, 0.45, 1, 0, 0, 0]], 6, id="45% of it"),
+        pytest.param([[0, 0.3, 1, 0, 0, 0]], 0, id="30% of it"),
     ],
 )
 def test_a_word_is_absorbed_by_a_latent_that_stands_for_most_of_the_letter(writes, absorbed):
@@ -110,3 +120,110 @@ def test_the_same_figures_again():
 def test_too_few_words_are_refused():
     with pytest.raises(UserError, match="rows: 1024 is not allowed; at least 2 letters need 8 words each"):
         absorption(Planted(dictionary(WHOLE), documents(taken=1, letters="s")))
+
+
+def fraction(*a: float, cosine: float = 0.5) -> float:
+    """Of a word with x . p = 1 whose main latent adds a[0] along p, and others a[1], a[2], ..., of that cosine."""
+    directions = np.array([[1, 0], *[[cosine, np.sqrt(1 - cosine**2)]] * (len(a) - 1)])
+    f = np.array([[a[0], *(value / cosine for value in a[1:])]])
+    found = _absorbed(np.array([[1.0, 0.0]]), f, directions, np.array([3.0, 0.0]), np.array([0]))
+    return found["absorption_fraction"]
+
+
+def test_the_fraction_is_what_others_stand_in_for():
+    assert fraction(0.0, 0.5) == 1
+    assert fraction(1.0, 0.5) == 0  # the main latent does it all
+    assert fraction(0.5, 0.5) == pytest.approx(0.5)
+    assert fraction(0.75, 0.5) == pytest.approx(0.25)  # no more than what the main latent leaves
+    assert fraction(0.25, 0.5) == pytest.approx(0.5 / 0.75)
+    assert fraction(0.5, 0.3) == 0  # below the share
+    assert fraction(0.5, 0.15, 0.15, 0.15) == pytest.approx(0.45 / 0.95)
+    assert fraction(0.5, 0.1, 0.1, 0.1, 0.1, 0.1) == 0  # the three largest only
+    assert fraction(0.5, 0.5, cosine=0.09) == 0
+
+
+def test_a_letter_that_the_model_does_not_tell_counts_for_no_mean():
+    """Words of "b" and of "s" look alike at random, so that the regression on x is at chance."""
+    collected = documents(taken=0)
+    collected.x = torch.randn(collected.x.shape, generator=torch.Generator().manual_seed(0))
+    found = absorption(Planted(dictionary(), collected))
+    assert max(of["probe_f1"] for of in found["letters"].values()) < 0.6
+    assert (found["mean_absorption"], found["mean_main_f1"]) == (None, None)
+    assert found["warnings"] == ["no letter is told with an F1 above 0.6 by the model's own activations"]
+
+
+def test_a_dictionary_without_latents_of_letters_is_told_so():
+    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=1, activation="relu", k=1))
+    with torch.no_grad():
+        sae.W_enc.zero_()
+        sae.W_enc[TAKEN, 0] = 1
+    found = absorption(Planted(sae, documents(taken=1)))
+    assert found["mean_main_f1"] < 0.5
+    f1 = f"{found['mean_main_f1']:.2f}"
+    assert found["warnings"] == [f"letters have hardly a latent (F1 {f1} in the mean), so that little can be absorbed"]
+
+
+class Spelling:
+    """A tokenizer of 20 words with "a" and 20 with "b", what a prompt has beside them, and what is no word to ask for."""
+
+    bos_token_id, pad_token_id = 0, 0
+
+    def __init__(self):
+        words = [f" {letter}{chr(97 + n)}x" for letter in "ab" for n in range(20)]
+        of_prompts = (" has", " the", " first", " letter:", " A", " B", " F", " H", " T", "\n")
+        self.vocabulary = ["<bos>", *words, *of_prompts, "apart", " a", " b2", " \u00e4h"]
+
+    def __len__(self):
+        return len(self.vocabulary)
+
+    def decode(self, ids):
+        return "".join(self.vocabulary[i] for i in ids)
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [self.vocabulary.index(part) for part in re.findall(r"\n| ?[^ \n]+", text)]}
+
+
+def asked(context: int = 128) -> tuple[Evaluation, list[torch.Tensor]]:
+    """An evaluation whose activations are the token ids, and the rows that the model was given."""
+    given: list[torch.Tensor] = []
+
+    def activations(tokens):
+        given.extend(tokens)
+        return tokens[..., None].float()
+
+    model = SimpleNamespace(name="speller", tokenizer=Spelling(), device="cpu", activations=activations)
+    stream = SimpleNamespace(
+        text=None,
+        model=model,
+        positions=context,
+        config=SimpleNamespace(rows_per_forward=16),
+        keep=lambda rows: rows.document >= 0,
+    )
+    sae = SparseAutoencoder(SAEConfig(d_in=1, d_sae=4, activation="relu", k=1))
+    return Evaluation(cast(Any, stream), sae, None), given
+
+
+def test_a_model_is_asked_for_the_words_of_its_vocabulary():
+    evaluation, rows = asked()
+    given = _of_vocabulary(evaluation)
+    spelling = Spelling()
+    assert sorted(given.x[:, 0].tolist()) == list(
+        range(1, 44)
+    )  # each word once, and those of prompts, where they stand
+    assert set(given.x[given.train, 0].tolist()).isdisjoint(given.x[given.test, 0].tolist())
+    assert Counter(given.letter[given.train]) == {"a": 10, "b": 10, "f": 1, "h": 1, "t": 1}
+    assert Counter(given.letter[given.test]) == {"a": 10, "b": 10}
+    for row, x, pos, letter in zip(rows, given.x[:, 0].int().tolist(), given.pos.tolist(), given.letter, strict=True):
+        assert spelling.decode([x])[1] == letter
+        *examples, last = spelling.decode(row.tolist()).removeprefix("<bos>").split("\n")
+        assert (len(examples), last) == (10, f"{spelling.decode([x])} has the first letter:")
+        assert all(re.fullmatch(r" .+ has the first letter: (.)", e)[1] == e[1].upper() for e in examples)
+        assert row[pos] == x
+        assert not any(example.startswith(f"{spelling.decode([x])} ") for example in examples)
+
+
+def test_a_context_too_short_for_the_prompts_is_refused():
+    evaluation, _ = asked(context=40)
+    with pytest.raises(UserError, match="model: speller is not allowed; at least 2 letters need 8 words each"):
+        absorption(evaluation)
