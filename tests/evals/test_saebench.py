@@ -77,7 +77,8 @@ def test_figures_of_the_weights_are_right(stream_of, sae):
 
 def test_names_and_what_saebench_does_not_have(sae):
     assert file_name("google/gemma-2-2b", "blocks.1/x") == "google_gemma-2-2b_blocks.1_x_eval_results.json"
-    for name, result in (("clusters", {}), ("core", {"skipped": "why"})):
+    nothing = {"letters": {}, "settings": RESULTS["absorption"]["settings"]}
+    for name, result in (("clusters", {}), ("core", {"skipped": "why"}), ("absorption", nothing)):
         assert output(name, result, sae, StreamConfig(), sae_id="run") is None
 
 
@@ -95,6 +96,15 @@ RESULTS = {
         "scr_metric": {"2": 0.1, "20": 0.3}, "scr_dir1": {"2": None, "20": None}, "scr_dir2": {"2": 0.1, "20": 0.3},
         "sets": {"sailing/cooking": {"clean_topic": 1.0, "scr_metric": {"2": 0.1, "20": None}}},
     },
+    "absorption": {
+        "settings": {"min_GT_probe_f1": 0.6, "f1_jump_threshold": 0.03, "max_k_value": 10},
+        "letters": {
+            letter: {
+                "probe_f1": f1, "main": [3, 4], "known": 40, "absorbed": 4, "absorption": share, "absorption_fraction": 0.2,
+            }
+            for letter, f1, share in (("a", 0.9, 0.1), ("b", 0.8, 0.3), ("c", 0.5, 0.9))
+        },
+    },
     "tpp": {"tpp": {"2": {"total_metric": 0.2, "intended_diff_only": 0.3, "unintended_diff_only": 0.1}}},
 }  # fmt: skip
 TYPES = {
@@ -102,12 +112,14 @@ TYPES = {
     "unlearning": ("unlearning.eval_output", "UnlearningEvalOutput"),
     "scr": ("scr_and_tpp.eval_output", "ScrEvalOutput"),
     "tpp": ("scr_and_tpp.eval_output", "TppEvalOutput"),
+    "absorption": ("absorption.eval_output", "AbsorptionEvalOutput"),
 }
 WHERE = {
     "sparse_probing": ("sae.sae_top_5_test_accuracy", 0.9),
     "unlearning": ("unlearning.unlearning_score", 0.4),
     "scr": ("scr_metrics.scr_metric_threshold_20", 0.3),
     "tpp": ("tpp_metrics.tpp_threshold_2_total_metric", 0.2),
+    "absorption": ("mean.mean_full_absorption_score", 0.2),  # "c" is not told by the model
 }
 
 
@@ -119,10 +131,10 @@ def test_the_others_are_what_saebench_reads(sae, name):
     found = output(name, given, sae, StreamConfig(hook="blocks.1.hook_resid_post"), sae_id="run", seed=3)
     json.dumps(found, allow_nan=False)
     read = check(getattr(types, cls), found)
-    assert read.eval_type_id == name
+    assert read.eval_type_id == type(read).eval_type_id
     assert read.eval_config.random_seed == 3
     value: Any = read.eval_result_metrics
     where, expected = WHERE[name]
     for part in where.split("."):
         value = getattr(value, part)
-    assert value == expected
+    assert value == pytest.approx(expected)

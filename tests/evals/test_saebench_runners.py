@@ -1,0 +1,195 @@
+"""SAEBench's own functions on our dictionaries: they take them as they are, and find what our evals find."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig
+from temposae.engine.errors import UserError
+from temposae.engine.sae import SparseAutoencoder
+from temposae.evals.collect import collect
+from temposae.evals.core import core
+from temposae.evals.saebench import ForSAEBench
+from temposae.evals.scr_tpp import _difference
+from temposae.evals.unlearning import clamp
+
+NAMES = {
+    "sae_lens": ("SAE",),
+    "sae_lens.loading": (),
+    "sae_lens.loading.pretrained_saes_directory": ("get_pretrained_saes_directory",),
+    "sae_lens.saes": (),
+    "sae_lens.saes.sae": ("SAEMetadata",),
+    "sae_lens.training": (),
+    "sae_lens.training.activations_store": ("ActivationsStore",),
+    "tabulate": ("tabulate",),
+}
+
+
+@pytest.fixture(scope="module")
+def saebench():
+    """saebench("evals.core.main"): a module of SAEBench, which is installed without what it needs besides; of SAELens it
+    needs names only."""
+    pytest.importorskip("sae_bench", reason="pip install --no-deps sae-bench")
+    before = set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, members in NAMES.items():
+            module = ModuleType(name)
+            module.__path__, module.__spec__ = [], ModuleSpec(name, None)
+            for member in members:
+                setattr(module, member, type(member, (dict,), {}))
+            patch.setitem(sys.modules, name, module)
+        yield lambda name: importlib.import_module(f"sae_bench.{name}")
+    for name in set(sys.modules) - before:
+        if name.startswith("sae_bench."):
+            del sys.modules[name]  # it holds our stand-ins
+
+
+def dictionary(**settings) -> SparseAutoencoder:
+    """With decoder rows of every length, and a bias that matters."""
+    sae = SparseAutoencoder(SAEConfig(**{"d_in": 128, "d_sae": 64, "k": 6, "activation": "relu", **settings}), seed=1)
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.rand(64, 1, generator=draw) * 3 + 0.1)
+        sae.b_dec.copy_(torch.randn(128, generator=draw))
+    return sae
+
+
+@pytest.fixture
+def rows(stream_of) -> Callable[..., Any]:
+    """rows(n): a stream, and its first n held-out rows with the activations [n, T, D] that SAEBench would work with, which
+    are zero where it looks at nothing."""
+
+    def make(n: int):
+        stream = stream_of()
+        found = next(stream.held_out(n))
+        acts = stream.model.activations(found.tokens)
+        return stream, found, acts * stream.keep(found)[..., None]
+
+    return make
+
+
+@pytest.mark.parametrize("settings", [{}, {"activation": "topk"}, {"mask": MaskConfig(kind="ranges", positions=128)}])
+def test_the_dictionary_is_the_same_with_a_decoder_of_norm_one(settings, saebench, capfd):
+    sae = dictionary(**settings)
+    x = torch.randn(3, 128, 128, generator=torch.Generator().manual_seed(0))
+    name, found, sparsity = saebench("sae_bench_utils.general_utils").load_and_format_sae(
+        "mine", ForSAEBench(sae, StreamConfig(hook="blocks.1.hook_resid_post")), "cpu"
+    )
+    assert "not normalized" not in capfd.readouterr().err
+    assert (name, sparsity) == ("custom_sae", None)
+    assert (found.cfg.hook_layer, found.cfg.hook_name, found.cfg.model_name) == (
+        1,
+        "blocks.1.hook_resid_post",
+        "testbed",
+    )
+    assert found.cfg.to_dict()["architecture_str"] == settings.get("activation", "standard")
+    pos = torch.arange(128).expand(3, 128)
+    torch.testing.assert_close(found(x), sae(x, pos), rtol=1e-5, atol=1e-5)
+    f, scale = sae.encode(x, pos), sae.W_dec.norm(dim=1)
+    torch.testing.assert_close(found.encode(x), f * scale)
+    torch.testing.assert_close(found.W_dec * scale[:, None], sae.W_dec.detach())
+    if not settings:  # relu: what is encoded follows from the weights alone
+        torch.testing.assert_close(
+            torch.relu((x - (0 if sae.center is None else sae.b_dec)) @ found.W_enc + found.b_enc), found.encode(x),
+            rtol=1e-4, atol=1e-4,
+        )  # fmt: skip
+    assert found.to(device="cpu", dtype=torch.bfloat16) is found
+    assert {found.dtype, found.W_enc.dtype, found.W_dec.dtype, found.encode(x.bfloat16()).dtype} == {torch.bfloat16}
+    assert (found.cfg.dtype, sae.W_dec.dtype) == ("bfloat16", torch.float32)
+
+
+def test_core_finds_what_ours_finds(saebench, stream_of):
+    sae, stream = dictionary(activation="topk"), stream_of(rows_per_forward=12)
+    ours = core(stream, sae, {}, rows=12, ce_rows=6)
+    texts = next(stream.held_out(12))
+    special = set(stream.source.special.tolist()) | {stream.model.tokenizer.pad_token_id}
+    theirs, of_latents = saebench("evals.core.main").get_sparsity_and_variance_metrics(
+        ForSAEBench(sae, stream.config), stream.model.bridge, SimpleNamespace(get_batch_tokens=lambda n: texts.tokens), 1,
+        compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
+        compute_featurewise_density_statistics=True, eval_batch_size_prompts=12, model_kwargs={}, ignore_tokens=special,
+    )  # fmt: skip
+    found = {**ours, **ours["saebench"], "cossim": ours["cosine"]}
+    for name in (
+        "l0", "l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias", "explained_variance",
+        "explained_variance_legacy", "cossim",
+    ):  # fmt: skip
+        assert found[name] == pytest.approx(theirs[name], rel=1e-4), name
+    assert ours["latents"]["firing_rate"] == pytest.approx(of_latents["feature_density"], abs=1e-6)
+
+
+def test_mean_latents_are_those_that_ours_are_probed_on(saebench, rows):
+    stream, texts, x = rows(8)
+    sae = dictionary(activation="topk")
+    found = saebench("sae_bench_utils.activation_collection").get_sae_meaned_activations(
+        {"class": x}, ForSAEBench(sae, stream.config), 3
+    )["class"]
+    pooled = collect(stream, [texts]).pooled(sae) * sae.W_dec.detach().norm(dim=1)
+    torch.testing.assert_close(found, pooled, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_scr", [False, True])
+def test_latents_have_the_effects_that_ours_have(is_scr, saebench, rows):
+    """The rule by which latents are chosen for TPP and SCR, and what is left without them."""
+    stream, texts, x = rows(12)
+    sae = dictionary(activation="topk")
+    adapter, module = ForSAEBench(sae, stream.config), saebench("evals.scr_and_tpp.main")
+    w = torch.randn(1, 128, generator=torch.Generator().manual_seed(4))
+    probe = SimpleNamespace(net=SimpleNamespace(weight=w))
+    names = ("male_professor / female_nurse", "female_nurse_data_only") if is_scr else ("0", "1")
+    collected = collect(stream, [texts])
+    f, y = collected.pooled(sae).double().numpy(), np.arange(12) < 6
+    with pytest.MonkeyPatch.context() as patch:
+        data = lambda acts, class_idx, perform_scr: (x, torch.from_numpy(y).long())
+        patch.setattr(saebench("evals.sparse_probing.probe_training"), "prepare_probe_data", data)
+        theirs = module.get_effects_per_class_precomputed_acts(adapter, probe, names[0], {}, is_scr, 5).numpy()
+    written = sae.W_dec.detach().double().numpy() @ w[0].double().numpy()
+    difference = _difference(f, np.arange(12), y)
+    ours = np.abs(difference * written) if is_scr else difference.clip(0) * written
+    assert (difference < 0).any()
+    np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-5)
+    ablated = np.argsort(-ours)[:5]
+    chosen = torch.zeros(64, dtype=torch.bool)
+    chosen[ablated] = True
+    left = module.ablated_precomputed_activations(x, adapter, chosen, 5)
+    # theirs also takes from the mean what the ablated latents make of the places that are left out, which are zeros there
+    kept = stream.keep(texts).sum(1, keepdim=True).numpy()
+    f += (x.shape[1] - kept) / kept * sae.encode(torch.zeros(1, 128)).double().numpy()
+    means = collected.pooled(None).double().numpy() - f[:, ablated] @ sae.W_dec.detach().double().numpy()[ablated]
+    np.testing.assert_allclose(left.numpy(), means, rtol=1e-3, atol=1e-4)
+
+
+def test_clamping_changes_activations_as_ours_does(saebench, rows):
+    stream, texts, _ = rows(6)
+    sae = dictionary(activation="topk")
+    with torch.no_grad():
+        sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))  # clamped values are in units of the decoder's rows
+    x, latents = stream.model.activations(texts.tokens), np.array([3, 17, 40])
+    theirs = saebench("evals.unlearning.utils.intervention").anthropic_clamp_resid_SAE_features(
+        x.clone(), None, ForSAEBench(sae, stream.config), latents.tolist(), multiplier=25
+    )
+    collected = collect(stream, [texts])
+    ours = x + clamp(sae, collected, latents, 25).added(torch.arange(6), x.shape[1])
+    kept = collected.kept
+    assert not torch.equal(x[kept], ours[kept])
+    torch.testing.assert_close(theirs[kept], ours[kept], rtol=1e-4, atol=1e-4)
+
+
+def test_absorption_gives_single_activations(saebench, rows):
+    stream, _, x = rows(2)
+    module = saebench("evals.absorption.k_sparse_probing")
+    adapter = ForSAEBench(dictionary(), stream.config)
+    torch.testing.assert_close(module._get_sae_acts(adapter, x[0]), adapter.encode(x[:1])[0])
+    masked = ForSAEBench(dictionary(mask=MaskConfig(kind="ranges", positions=128)), stream.config)
+    with pytest.raises(UserError, match="pos: needed, because this dictionary has a mask over positions"):
+        module._get_sae_acts(masked, x[0])
+
+
+def test_what_cannot_be_taken_is_refused(tmp_path):
+    with pytest.raises(UserError, match="sae: a transcoder is not allowed"):
+        ForSAEBench(SparseAutoencoder(SAEConfig(d_in=8, d_sae=4, k=1, d_out=4)), StreamConfig())
