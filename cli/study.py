@@ -33,6 +33,15 @@ def evaluate(
             "(fancyzhx/ag_news?path=FOLDER); may be repeated. [the embedded language's topics]",
         ),
     ] = None,
+    files: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--file",
+            metavar="NAME=PATH",
+            help="unlearning: forget_questions, retain_questions (WMDP's and MMLU's layout), forget_text and retain_text, "
+            "all four; positions: blimp, senteval. [the embedded language's own]",
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the run folder holds already.")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -53,16 +62,19 @@ def evaluate(
     """
     from ..engine import checkpoint
     from ..evals.run import evaluate
-    from ..evals.suite import EVALS, load_eval
+    from ..evals.suite import EVALS, load_eval, named_files
 
     check_writable(json_file)
     check_backend()
+    by_name = named_files(files or ())
     names = list(EVALS) if name == "all" else [name]
     load_eval(names[0])
     found = checkpoint.find(sae)
     stream = _stream_of(found, model, layer, hook, data, tokens=100_000)
     is_run = sae != found.folder and all(option is None for option in (model, layer, hook, data))
-    results = evaluate(found, stream, sae if is_run else None, names, seed=seed, sets=sets or (), fresh=fresh)
+    results = evaluate(
+        found, stream, sae if is_run else None, names, seed=seed, sets=sets or (), files=by_name, fresh=fresh
+    )
     write_json(json_file, results if name == "all" else results[name])
     for each, result in results.items():
         title = f"{each}: {found.folder} at {stream.model.hook} of {stream.model.name}"

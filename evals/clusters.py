@@ -23,6 +23,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from ..engine.errors import UserError
 from ..engine.sae import SparseAutoencoder
+from ..kernels.numerics import sum_by
 from .collect import Collected, Evaluation, collect
 
 BINS = 16
@@ -151,7 +152,7 @@ def _activity(
     of_token = part.to(pos.device)[collected.row]
     where, F, P = pos * BINS // T, code.n_latents, int(part.max()) + 1
     latent = of_token[code.rows] * F + code.indices
-    sums = torch.bincount(latent * BINS + where[code.rows], code.values.double(), P * F * BINS)
+    sums = sum_by(latent * BINS + where[code.rows], code.values.double(), P * F * BINS)
     firings, tokens = torch.bincount(latent, minlength=P * F), torch.bincount(of_token * BINS + where, None, P * BINS)
     return sums.view(P, F, BINS).cpu().numpy(), firings.view(P, F).cpu().numpy(), tokens.view(P, BINS).cpu().numpy()
 

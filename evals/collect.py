@@ -3,7 +3,7 @@
 A coder is a dictionary, or what stands beside one as a control: anything with `encode_sparse`, `decode` and `W_dec`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.text import TestbedRows
 from ..engine.testbed.language import HELD_OUT
 from ..kernels.code import SparseCode
+from ..kernels.numerics import sum_by
 
 CHUNK = 4096  # tokens that are encoded at once
 LABELLED = HELD_OUT + 1_000_000  # evals with labels read documents from this one on; `core` reads those before
@@ -102,11 +103,10 @@ class Collected:
         """Each latent's mean over the kept tokens of a row, float32 [R, F]; without a coder, the activations' [R, D]."""
         counts = torch.bincount(self.row, minlength=len(self)).clamp_min(1)[:, None]
         if coder is None:
-            return self.x.new_zeros(len(self), self.x.shape[1]).index_add_(0, self.row, self.x) / counts
+            return sum_by(self.row, self.x, len(self)) / counts
         code = self.code(coder)
         where = self.row[code.rows] * code.n_latents + code.indices
-        sums = code.values.new_zeros(len(self) * code.n_latents).index_add_(0, where, code.values)
-        return sums.view(len(self), -1) / counts
+        return sum_by(where, code.values, len(self) * code.n_latents).view(len(self), -1) / counts
 
     def chunks(self) -> Iterable[tuple[Tensor, Tensor]]:
         """x and pos of at most `CHUNK` tokens at a time."""
@@ -158,7 +158,7 @@ class Evaluation:
 
     `controls` are `random` (the control trained beside the dictionary), `lm_neurons` and `mean`. Whatever is drawn at random
     follows from `seed` and from what it is drawn for, never from what was evaluated before. `sets` are labelled texts for
-    sparse probing.
+    sparse probing, `files` by name what unlearning and order probing read (`suite.FILES`).
     """
 
     def __init__(
@@ -168,8 +168,10 @@ class Evaluation:
         random: SparseAutoencoder | None,
         seed: int = 0,
         sets: Sequence[str] = (),
+        files: Mapping[str, Sequence[str]] | None = None,
     ):
         self.stream, self.sae, self.seed, self.sets = stream, sae.to(stream.model.device), seed, tuple(sets)
+        self.files = files or {}
         self.random = None if random is None else random.to(stream.model.device)
         self._labelled: dict[int, Collected] = {}
 

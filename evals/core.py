@@ -37,6 +37,7 @@ from ..engine.progress import ProgressBar, progress_bar
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.model import next_token_losses
+from ..kernels.numerics import sum_by
 
 #: x [n, D], pos [n] -> x_hat [n, D]
 Reconstruct = Callable[[Tensor, Tensor], Tensor]
@@ -158,7 +159,7 @@ def _measure(sae: SparseAutoencoder, parts: list[_Part], mu: Tensor, T: int) -> 
             code = sae.encode_sparse(x, pos)
             x_hat = sae.decode(code)
             errors = (target - x_hat).double().square().sum(1)
-            error.index_add_(0, pos, errors)
+            error += sum_by(pos, errors, T)
             y, y_hat = target.double(), x_hat.double()
             size, size_hat, dot = y.norm(dim=1), y_hat.norm(dim=1), (y * y_hat).sum(1)
             squares += y.square().sum(0)
@@ -176,7 +177,7 @@ def _measure(sae: SparseAutoencoder, parts: list[_Part], mu: Tensor, T: int) -> 
             )
             l1 = code.live(code.values).double().sum()
             sums += torch.stack([*(value.sum() for value in of_token), l1])
-            l0.index_add_(0, pos, code.l0().double())
+            l0 += sum_by(pos, code.l0().double(), T)
             active = (code.live(code.values) > 0).flatten()
             fired = (pos[code.rows] * sae.cfg.d_sae + code.indices).flatten()
             rate.view(-1).index_add_(0, fired, active.to(rate.dtype))
@@ -200,7 +201,7 @@ def _per_position(parts: list[_Part], mu: Tensor, T: int) -> Tensor:
     """Squared distance from mu [D_out], summed by position [T]."""
     summed = torch.zeros(T, dtype=torch.float64, device=parts[0].x.device)
     for part in parts:
-        summed.index_add_(0, part.pos, (part.target - mu).double().square().sum(1))
+        summed += sum_by(part.pos, (part.target - mu).double().square().sum(1), T)
     return summed
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..engine.errors import UserError
 from ..kernels.code import SparseCode
+from ..kernels.numerics import sum_by
 from .collect import Collected, Evaluation
 from .positions import Drawn, held_out, xlogx
 
@@ -50,7 +51,7 @@ def fidelity(
     bin_ = torch.from_numpy(drawn.of_position).to(collected.x.device)[collected.pos]
 
     def by_bin(squares: Tensor) -> Tensor:
-        return squares.new_zeros(bins + 1).index_add_(0, bin_ + 1, squares)[1:].cpu()
+        return sum_by(bin_ + 1, squares, bins + 1)[1:].cpu()
 
     spread = by_bin((collected.x - collected.mean).double().square().sum(1))
     figures: dict[str, dict[str, Any]] = {}

@@ -22,7 +22,7 @@ which is no control.
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,6 @@ def order_probing(
     *,
     pairs: int = 512,
     k: int = 5,
-    blimp: Sequence[Path] = (),
-    senteval: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Test accuracy of probes on k latents, by task and in the mean over tasks, of the dictionary and its controls.
 
@@ -79,12 +77,13 @@ def order_probing(
         tasks["agent"] = Task.of_pairs(_agents(language, pairs), evaluation.generator("order agent"))
         tasks["agreement"] = Task.of_pairs(_agreements(language, pairs), evaluation.generator("order agreement"))
     tokenizer = evaluation.stream.model.tokenizer
-    for path in map(Path, blimp):
+    for path in map(Path, evaluation.files.get("blimp", ())):
         tasks[path.stem] = read_blimp(path, tokenizer, pairs, evaluation.generator(f"order {path.stem}"))
-    for path in map(Path, senteval):
+    for path in map(Path, evaluation.files.get("senteval", ())):
         tasks[path.stem] = read_senteval(path, tokenizer, pairs, evaluation.generator(f"order {path.stem}"))
     if not tasks:
-        raise UserError(f"order: {evaluation.stream.name} has no tasks of its own; give files (blimp, senteval)")
+        name = evaluation.stream.name
+        raise UserError(f"order: {name} has no tasks of its own; give --file blimp=PATH or --file senteval=PATH")
     by_coder: dict[str, dict[str, Any]] = {}
     for name, task in tasks.items():
         for coder, scores in _probe(evaluation, name, task, k).items():

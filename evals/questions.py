@@ -7,8 +7,8 @@ question and choices, then "Answer:", and the candidates are " A" to " D".
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,17 @@ class Files:
     retain_questions: tuple[str, ...]
     forget_text: str
     retain_text: str
+
+    @classmethod
+    def of(cls, given: Mapping[str, Sequence[str]]) -> "Files | None":
+        """Those among files by name; None where none is there. Raises UserError where only some are."""
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if name not in given]
+        if len(missing) == len(names):
+            return None
+        if missing:
+            raise UserError(f"file: {', '.join(missing)} not given; unlearning needs all of {', '.join(names)}")
+        return cls(given["forget_questions"][0], tuple(given["retain_questions"]), *(given[n][0] for n in names[2:]))
 
 
 @dataclass(frozen=True)

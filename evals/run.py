@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .figures import draw, draw_pareto
 from .saebench import file_name, output
 from .suite import load_eval
 
-VERSION = 1  # of the evals: results of another one are not taken for today's
+VERSION = 2  # of the evals: results of another one are not taken for today's
 SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
 
 
@@ -80,23 +80,25 @@ def evaluate(
     *,
     seed: int = 0,
     sets: Sequence[str] = (),
+    files: Mapping[str, Sequence[str]] | None = None,
     fresh: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """The evals of these `names` of a checkpoint, by name, each with its controls and the `seconds` that it took.
 
     With `run`, each is kept there as evals/NAME.json (and in SAEBench's format in evals/saebench/), where a later call finds
-    it unless it asks for `fresh` ones or is of another dictionary, seed or version; core draws figures/ as well. The random
-    control is the one trained beside the dictionary; where there is none, it is trained now on as many tokens. Of several
-    evals, one that can't be had of this model or text has `skipped` in its place: why. Of a single one, that is a UserError.
+    it unless it asks for `fresh` ones or is of another dictionary, seed, version, `sets` or `files`; core draws figures/ as
+    well. The random control is the one trained beside the dictionary; where there is none, it is trained now on as many
+    tokens. Of several evals, one that can't be had of this model or text has `skipped` in its place: why. Of a single one,
+    that is a UserError.
     """
     key: dict[str, Any] = {"dictionary": found.manifest["files"]["sae.safetensors"]["sha256"], "seed": seed}
-    key |= {"sets": list(sets), "version": VERSION}
+    key |= {"sets": list(sets), "files": {n: list(paths) for n, paths in (files or {}).items()}, "version": VERSION}
     results = {} if run is None or fresh else {name: kept for name in names if (kept := _kept(run, name, key))}
     if missing := [name for name in names if name not in results]:
         sae = found.dictionary()
         check_fits("sae", sae, stream)
         random = None if sae.cfg.decoder == "random" else _control(found, sae, stream)
-        evaluation = Evaluation(stream, sae, random, seed, sets)
+        evaluation = Evaluation(stream, sae, random, seed, sets, files)
         for name in missing:
             began = time.monotonic()
             try:
@@ -119,7 +121,7 @@ def _kept(run: Path, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
         found = json.loads((run / "evals" / f"{name}.json").read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("of") == key else None
+    return found if isinstance(found, dict) and found.get("of") == key and "skipped" not in found else None
 
 
 def _keep(run: Path, name: str, result: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The evals by name, in the order in which `all` runs them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -21,6 +21,30 @@ EVALS = {
     "clusters": ("clusters", "clusters"),
     "absorption": ("absorption", "absorption"),
 }
+
+
+#: what evals read from disk where the text isn't the embedded language's -> whether there may be several
+FILES = {
+    "forget_questions": False,
+    "retain_questions": True,
+    "forget_text": False,
+    "retain_text": False,
+    "blimp": True,
+    "senteval": True,
+}
+
+
+def named_files(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """NAME=PATH, by name. Raises UserError for a name that is none of `FILES`, or that is given too often."""
+    found: dict[str, tuple[str, ...]] = {}
+    for one in given:
+        name, _, path = one.partition("=")
+        if name not in FILES or not path:
+            raise UserError(f"file: {one} is not allowed; give NAME=PATH, of which NAME is {', '.join(FILES)}")
+        if name in found and not FILES[name]:
+            raise UserError(f"file: {one} is not allowed; there is one {name} already, {found[name][0]}")
+        found[name] = (*found.get(name, ()), path)
+    return found
 
 
 def load_eval(name: str) -> Eval:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..engine.errors import UserError
 from ..engine.testbed.language import facts
+from ..kernels.numerics import sum_by
 from .collect import LABELLED, Coder, Collected, Evaluation, collect
 from .core import check_fits
 from .questions import (
@@ -74,9 +75,8 @@ class Clamp:
         """Of the rows of these numbers (ascending): [len(rows), width, D]."""
         rows = rows.to(self.row.device)
         here = torch.isin(self.row, rows)
-        at = torch.searchsorted(rows, self.row[here]), self.pos[here]
-        empty = self.change.new_zeros(len(rows), width, self.change.shape[1])
-        return empty.index_put_(at, self.change[here], accumulate=True)
+        at = torch.searchsorted(rows, self.row[here]) * width + self.pos[here]
+        return sum_by(at, self.change[here], len(rows) * width).view(len(rows), width, -1)
 
 
 @torch.no_grad()
@@ -94,14 +94,13 @@ def clamp(coder: Coder, collected: Collected, latents: np.ndarray, multiplier: f
 
 def unlearning(
     evaluation: Evaluation,
-    files: Files | None = None,
     *,
     rows: int = 1024,
     thresholds: tuple[float, ...] = (0.001, 0.01),
     latents: tuple[int, ...] = (10, 20),
     multipliers: tuple[float, ...] = (25, 50, 100, 200),
 ) -> dict[str, Any]:
-    """Unlearning score of the dictionary; `files` for a model other than the embedded one, `rows` of text at most.
+    """Unlearning score of the dictionary, with the evaluation's `files` where there are some; `rows` of text at most.
 
     `setting` is the one that gives the score, `settings` are all; `loss_increase` is what that setting adds to the loss in
     nats per token of text to retain. `controls` are the random dictionary, the model's own neurons, and as many latents
@@ -113,6 +112,7 @@ def unlearning(
     check_fits("sae", evaluation.sae, evaluation.stream)
     if evaluation.sae.cfg.d_out is not None:
         raise UserError("sae: a transcoder is not allowed; unlearning changes the activations that were encoded")
+    files = Files.of(evaluation.files)
     task = _of_language(evaluation, rows) if files is None else _of_files(evaluation, files, rows)
     coders = evaluation.coders(task.text)
     draw = evaluation.generator("unlearning shuffled")
@@ -160,7 +160,8 @@ def _of_language(evaluation: Evaluation, rows: int) -> _Task:
     if not evaluation.is_testbed:
         raise UserError(
             f"unlearning: {text.name} says nothing of what to forget; give files of questions and of text to forget and "
-            "to retain, such as WMDP-bio's and MMLU's"
+            "to retain, such as WMDP-bio's and MMLU's: --file forget_questions=PATH --file retain_questions=PATH "
+            "--file forget_text=PATH --file retain_text=PATH"
         )
     collected = evaluation.labelled(rows)
     fact = torch.from_numpy(collected.labels["fact"]).long()

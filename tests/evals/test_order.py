@@ -131,7 +131,7 @@ def test_results_are_the_same_again_and_whatever_was_probed_before(stream_of, tm
     (tmp_path / "more.jsonl").write_text(blimp(8))
     sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=64, k=4))
     one = order_probing(Evaluation(stream_of(), sae, None), pairs=30)
-    two = order_probing(Evaluation(stream_of(), sae, None), pairs=30, blimp=[tmp_path / "more.jsonl"])
+    two = order_probing(Evaluation(stream_of(), sae, None, files={"blimp": [str(tmp_path / "more.jsonl")]}), pairs=30)
     assert two["tasks"].pop("more")["texts"] == 16
     assert two["tasks"] == one["tasks"]
 
@@ -193,12 +193,13 @@ def test_text_of_ones_own_takes_files(testbed, tmp_path):
     text = TextRows(["the dog hid . " * 9] * 30, testbed.tokenizer, 16)
     stream = ActivationStream(StreamConfig(context=16, buffer_tokens=64), model=testbed, rows=text)
     evaluation = Evaluation(stream, SparseAutoencoder(SAEConfig(d_in=D, d_sae=64, k=4)), None)
-    with pytest.raises(UserError, match="order: testbed has no tasks of its own; give files"):
+    with pytest.raises(UserError, match="order: testbed has no tasks of its own; give --file blimp=PATH or"):
         order_probing(evaluation)
     (tmp_path / "order.jsonl").write_text(blimp(8))
     lines = [f"{side}\t{n % 2}\t{'the dog hid' if n % 2 else 'hid the dog'}" for side in ("tr", "te") for n in range(8)]
     (tmp_path / "shift.txt").write_text("\n".join(lines))
-    found = order_probing(evaluation, blimp=[tmp_path / "order.jsonl"], senteval=[tmp_path / "shift.txt"])
+    evaluation.files = {"blimp": [str(tmp_path / "order.jsonl")], "senteval": [str(tmp_path / "shift.txt")]}
+    found = order_probing(evaluation)
     assert list(found["tasks"]) == ["order", "shift"]
     assert found["tasks"]["shift"]["lm"] == {"mean_pooled": 1, "last_token": 1}
     assert found["tasks"]["shift"]["bow"] == 0.5

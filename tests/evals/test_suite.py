@@ -73,6 +73,32 @@ def test_an_eval_that_cannot_be_had_is_named_and_the_others_go_on(trained):
         evaluate(find(folder), stream, None, ["other"])
 
 
+def test_what_was_skipped_is_tried_again(trained, monkeypatch):
+    folder, stream, _ = trained
+    evaluate(find(folder), stream, folder, ["never", "coin"])
+    monkeypatch.setattr(suite, "never", lambda evaluation: {"there": 1.0, "controls": {}})
+    assert evaluate(find(folder), stream, folder, ["never", "coin"])["never"]["there"] == 1
+
+
+def test_files_are_given_by_name_and_a_result_of_others_is_not_taken(trained):
+    folder, stream, calls = trained
+    for given in (["blimp=a.jsonl"], ["blimp=a.jsonl", "blimp=b.jsonl"], ["blimp=a.jsonl"]):
+        evaluate(find(folder), stream, folder, ["coin"], files=suite.named_files(given))
+    assert calls == [0, 0, 0]
+    files = suite.named_files(["blimp=a=b", "forget_text=c", "blimp=d"])
+    assert files == {"blimp": ("a=b", "d"), "forget_text": ("c",)}
+    for given, message in (
+        (["forget=x"], "^file: forget=x is not allowed; give NAME=PATH, of which NAME is forget_questions, retain_q"),
+        (["blimp"], "^file: blimp is not allowed; give NAME=PATH"),
+        (
+            ["forget_text=a", "forget_text=b"],
+            "^file: forget_text=b is not allowed; there is one forget_text already, a$",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            suite.named_files(given)
+
+
 def test_what_is_drawn_depends_on_seed_and_purpose_alone(trained):
     folder, stream, _ = trained
     found = find(folder)

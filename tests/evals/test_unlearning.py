@@ -13,7 +13,7 @@ from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, LanguageModel
 from temposae.engine.testbed.language import facts
 from temposae.evals.collect import LABELLED, Evaluation, Neurons
-from temposae.evals.questions import Files, fact_questions, read_questions
+from temposae.evals.questions import fact_questions, read_questions
 from temposae.evals.unlearning import clamp, unlearning
 
 D = 128
@@ -122,12 +122,19 @@ def stub(tmp_path):
     (tmp_path / "other.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
     names = ("forget.parquet", "retain.jsonl", "bio.txt", "other.jsonl")
     paths = [str(tmp_path / name) for name in names]
-    return Evaluation(stream, sae, None), Files(paths[0], (paths[1],), paths[2], paths[3])  # type: ignore[arg-type]
+    given = dict(zip(("forget_questions", "retain_questions", "forget_text", "retain_text"), paths, strict=True))
+    return Evaluation(stream, sae, None, files={name: [path] for name, path in given.items()})  # type: ignore[arg-type]
+
+
+def with_files(evaluation: Evaluation, **files: str) -> Evaluation:
+    """The same with other files."""
+    others = evaluation.files | {name: [path] for name, path in files.items()}
+    return Evaluation(evaluation.stream, evaluation.sae, None, files=others)
 
 
 def test_a_latent_for_what_is_to_be_forgotten_scores_one(stub):
-    evaluation, files = stub
-    found = unlearning(evaluation, files)
+    evaluation = stub
+    found = unlearning(evaluation)
     assert (found["score"], found["retained"], found["reason"]) == (1, 1, None)
     assert found["questions"] == {"forget": 8, "retain": 12}  # a guess is not right in all orders
     assert found["answer_orders"] == 24
@@ -143,32 +150,28 @@ def test_a_latent_for_what_is_to_be_forgotten_scores_one(stub):
 
 def test_a_latent_that_fires_on_the_retain_text_is_dropped(stub):
     """With every threshold above 1 the latent that always fires is taken too, and turns no answer; with 0 none is."""
-    evaluation, files = stub
-    found = unlearning(evaluation, files, thresholds=(0.0, 1.1), latents=(1, 2), multipliers=(25,))
+    evaluation = stub
+    found = unlearning(evaluation, thresholds=(0.0, 1.1), latents=(1, 2), multipliers=(25,))
     assert [setting["taken"] for setting in found["settings"]] == [0, 0, 1, 2]
     assert [setting["forget_accuracy"] for setting in found["settings"]] == [1, 1, 1, 0]
 
 
 def test_why_a_score_is_zero_is_said(stub):
-    evaluation, files = stub
-    found = unlearning(evaluation, files, multipliers=(0.0,))
+    evaluation = stub
+    found = unlearning(evaluation, multipliers=(0.0,))
     assert (found["score"], found["retained"]) == (0, 1)
     assert found["reason"] == "no setting that keeps 0.99 of the answers to retain turns an answer to forget"
 
-    found = unlearning(evaluation, Files(files.forget_questions, (files.forget_questions,), *_texts(files)))
+    found = unlearning(with_files(evaluation, retain_questions=evaluation.files["forget_questions"][0]))
     assert (found["score"], found["retained"], found["setting"], found["loss_increase"]) == (0, None, None, None)
     assert found["reason"] == "every setting takes retain accuracy below 0.99"
     assert found["settings"][0]["retain_accuracy"] == 0
 
     dead = dictionary(torch.eye(2), torch.full((2,), 1e6))
-    found = unlearning(Evaluation(evaluation.stream, dead, None), files)
+    found = unlearning(Evaluation(evaluation.stream, dead, None, files=evaluation.files))
     assert (found["score"], found["retained"], found["loss_increase"]) == (0, 1, 0)
     assert found["reason"] == "no latent that fires on the text to forget is below a retain threshold"
     assert found["controls"]["shuffled"]["score"] == 0
-
-
-def _texts(files: Files) -> tuple[str, str]:
-    return files.forget_text, files.retain_text
 
 
 def test_clamping_leaves_error_and_other_latents_alone(stream_of):
@@ -289,21 +292,24 @@ def test_candidates_are_the_object_and_three_others_of_its_relation(by_word):
 
 
 def test_what_is_missing_is_said_in_one_line(stub, stream_of, tmp_path):
-    evaluation, files = stub
+    evaluation = stub
     with pytest.raises(UserError, match="text.jsonl says nothing of what to forget; give files"):
-        unlearning(evaluation)
+        unlearning(Evaluation(evaluation.stream, evaluation.sae, None))
     with pytest.raises(UserError, match=r"text: gone.txt does not exist; WMDP's bio corpus is gated"):
-        unlearning(evaluation, Files(files.forget_questions, files.retain_questions, "gone.txt", files.retain_text))
-    plain = Evaluation(stream_of(), SparseAutoencoder(SAEConfig(d_in=D, d_sae=8, k=2)), None)
+        unlearning(with_files(evaluation, forget_text="gone.txt"))
+    plain = Evaluation(stream_of(), SparseAutoencoder(SAEConfig(d_in=D, d_sae=8, k=2)), None, files=evaluation.files)
     with pytest.raises(UserError, match="testbed has no chat template; .* need an instruction-tuned model"):
-        unlearning(plain, files)
+        unlearning(plain)
     coder = SparseAutoencoder(SAEConfig(d_in=2, d_out=2, d_sae=4, k=2))
     with pytest.raises(UserError, match="sae: "):
-        unlearning(Evaluation(evaluation.stream, coder, None), files)
+        unlearning(Evaluation(evaluation.stream, coder, None, files=evaluation.files))
     unknown = tmp_path / "unknown.jsonl"
     unknown.write_text(json.dumps({"question": "guess", "choices": ["w", "right", "x", "y"], "answer": 1}))
     with pytest.raises(UserError, match="the untouched model knows none of those to forget"):
-        unlearning(evaluation, Files(str(unknown), files.retain_questions, *_texts(files)))
+        unlearning(with_files(evaluation, forget_questions=str(unknown)))
+    some = Evaluation(evaluation.stream, evaluation.sae, None, files={"forget_text": ["a.txt"]})
+    with pytest.raises(UserError, match="^file: forget_questions, retain_questions, retain_text not given; "):
+        unlearning(some)
 
 
 @pytest.mark.parametrize(
