@@ -10,7 +10,7 @@ import typer
 from ..engine.files import check_writable, write_json
 from .bench import bench_app, profile
 from .options import PLAIN, JsonFile
-from .study import evaluate, features
+from .study import dashboard, evaluate, features
 from .tables import figures
 from .testbed import testbed_app
 from .train import cache, train
@@ -20,6 +20,7 @@ app.command()(train)
 app.command()(cache)
 app.command("eval")(evaluate)
 app.command()(features)
+app.command()(dashboard)
 app.add_typer(testbed_app, name="testbed")
 app.add_typer(bench_app, name="bench")
 app.command()(profile)

@@ -1,4 +1,4 @@
-"""`temposae eval` and `temposae features`: what is done with a trained dictionary."""
+"""`temposae eval`, `temposae features` and `temposae dashboard`: what is done with a trained dictionary."""
 
 import time
 from pathlib import Path
@@ -128,6 +128,49 @@ def features(
         f"tokens/s: {speed['tokens_per_s']:,.0f} in all, {command['tokens_per_s']:,.0f} with loading; encoding alone "
         f"{speed['sparse_tokens_per_s']:,.0f}, {speed['sparse_over_dense']:.2f} times as many as by dense activations"
     )
+
+
+def dashboard(
+    sae: Annotated[Path, typer.Option(help="A run folder or a checkpoint folder.")],
+    latents: Annotated[
+        str | None,
+        typer.Option(help="Numbers of latents, as in 3,17. [--count of them, over the ranks of firing rate]"),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many latents, where none are named.")] = 100,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of held-out text to look at.")] = 1024,
+    out: Annotated[Path | None, typer.Option(help="The page. [dashboard.html in the run folder]")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Look at activations of this model instead of the one it was trained on.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Look after this layer.")] = None,
+    hook: Annotated[str | None, typer.Option(help="Look at this hook.")] = None,
+    data: Annotated[str | None, typer.Option(help="Look at this text. [what it was trained on, rows held out]")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Make a page to look at latents one by one, a single HTML file.
+
+    Of each: how often and where in a row it fires, the texts that it fires on most and some ordinary ones, and the tokens
+    that it raises and lowers.
+    """
+    from ..engine import checkpoint
+    from ..engine.errors import UserError
+    from ..evals import dashboard as board
+
+    check_backend()
+    found = checkpoint.find(sae)
+    dictionary = found.dictionary()
+    if out is None and sae == found.folder:
+        raise UserError(f"out: needed; {sae} is not a run folder, give the page to write, as in dashboard.html")
+    page = out or sae / "dashboard.html"
+    check_writable(page, "out")
+    check_writable(json_file)
+    wanted = None if latents is None else board.numbers(latents, dictionary.cfg.d_sae)
+    no_buffer: dict[str, Any] = {"mode": "tokens", "buffer_tokens": None, "buffer_gb": None}
+    stream = _stream_of(found, model, layer, hook, data, tokens=1, **no_buffer)
+    shown = board.dashboard(stream, dictionary, name=sae.resolve().name, latents=wanted, count=count, rows=rows)
+    write_json(json_file, shown)
+    board.write(page, shown)
+    print(f"{len(shown['latents'])} of {shown['d_sae']:,} latents on {shown['tokens']:,} tokens: {page}")
 
 
 def _stream_of(

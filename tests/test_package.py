@@ -51,12 +51,13 @@ def target(wheel: Path) -> Path:
     return folder
 
 
-def test_wheel_holds_every_module_the_embedded_model_and_measured_results(wheel: Path) -> None:
+def test_wheel_holds_every_module_the_embedded_model_the_page_and_measured_results(wheel: Path) -> None:
     shipped = {name for name in ZipFile(wheel).namelist() if name.startswith("temposae/")}
     model = [path.relative_to(ROOT) for path in (ROOT / "engine/testbed/model").iterdir()]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in model}
     results = [path.relative_to(ROOT) for path in (ROOT / "bench/results").rglob("*.json")]
-    assert shipped == {f"temposae/{path}" for path in [*source_files("*.py"), *model, *results, "py.typed"]}
+    others = [*model, *results, "evals/dashboard.html", "py.typed"]
+    assert shipped == {f"temposae/{path}" for path in [*source_files("*.py"), *others]}
 
 
 def test_wheel_makes_nothing_but_temposae_importable(target: Path) -> None:
@@ -117,7 +118,9 @@ def test_import_is_quick_and_without_torch() -> None:
     assert min(float(seconds) for seconds, *_ in outputs) < 0.3
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval", "core"], ["testbed", "sample"], ["doctor"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["eval", "core"], ["dashboard"], ["testbed", "sample"], ["doctor"]], ids=" ".join
+)
 def test_help_does_not_import_torch(command: list[str]) -> None:
     code = (
         "import sys; from temposae.cli import main\n"

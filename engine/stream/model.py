@@ -138,6 +138,21 @@ class LanguageModel:
         """Loss of every next token, [B, T - 1] in nats; the rest as in `logits`."""
         return next_token_losses(self.logits(tokens, replace, hook), tokens)
 
+    @torch.no_grad()
+    def direct_logits(self, directions: Tensor) -> Tensor | None:
+        """What directions [n, D] of the residual stream do to the logits where nothing else is there, float32 [n, V].
+
+            unembed(ln_final(direction)) - unembed(ln_final(0))        without soft-capping
+
+        None where D is not the residual stream's width, or the model has no such two modules.
+        """
+        norm, unembed = (getattr(self.bridge, name, None) for name in ("ln_final", "unembed"))
+        if directions.shape[1] != self.bridge.cfg.d_model or norm is None or unembed is None:
+            return None
+        x = directions.to(self.device, self.dtype)[:, None]
+        with_it, without = (unembed(norm(each)).float()[:, 0] for each in (x, torch.zeros_like(x[:1])))
+        return with_it - without
+
     def _read(self, tokens: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
         if self._reader is not None:
             found = self._reader.read(tokens.to(self.device), hooks)

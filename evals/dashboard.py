@@ -1,0 +1,276 @@
+"""A page to look at latents one by one: how often, where in a row, on which tokens, and what each adds to the logits.
+
+`dashboard` measures on held-out text, `page` puts what it found into one HTML file that asks nothing of a network.
+
+    firing rate    = share of tokens on which the latent is above zero
+    mean           = mean activation over those tokens
+    profile        = both by position in the row, in at most 32 bins of equal width
+    peak           = the bin with the largest activation per token, of those that have tokens enough to tell
+    direct logits  = unembed(ln_final(W_dec_j)) - unembed(ln_final(0)), see `LanguageModel.direct_logits`
+
+The strongest contexts flatter a latent (Bolukbasi et al., arXiv 2104.07143), so a few stand beside them that are drawn
+from the middle of its activations.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine.errors import UserError
+from ..engine.files import UNFINISHED
+from ..engine.progress import progress_bar
+from ..engine.sae import SparseAutoencoder
+from ..engine.stream import ActivationStream, TokenRows
+from ..engine.stream.model import LanguageModel
+from .collect import collect
+from .core import check_fits
+
+FORMAT = "temposae-dashboard/1"
+TEMPLATE = Path(__file__).with_name("dashboard.html")
+DATA = "{{data}}"  # what stands for the figures in the template
+
+BINS = 32
+SCARCE = 0.1  # bins with fewer than this share of the mean bin's tokens can't be a latent's peak
+BEFORE, AFTER = 24, 12  # tokens of a context on either side
+STRONGEST, ORDINARY = 12, 4  # contexts of each kind
+MIDDLE = (0.4, 0.6)  # quantiles of a latent's activations between which ordinary ones are drawn
+LOGITS = 10  # tokens at either end
+_AT_ONCE = 2**26  # logits that are held at once
+
+
+def numbers(given: str, n_latents: int) -> list[int]:
+    """Latents as a user writes them, "3,17", each once. Raises UserError for what is not the number of a latent."""
+    found = []
+    for word in given.split(","):
+        if not (word.strip().isdecimal() and int(word) < n_latents):
+            raise UserError(
+                f"latents: {word.strip()!r} is not allowed; give numbers from 0 to {n_latents - 1}, as in 3,17"
+            )
+        found.append(int(word))
+    return list(dict.fromkeys(found))
+
+
+@torch.no_grad()
+def dashboard(
+    stream: ActivationStream,
+    sae: SparseAutoencoder,
+    *,
+    name: str,
+    latents: Sequence[int] | None = None,
+    count: int = 100,
+    rows: int = 1024,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Figures and contexts of `latents`, or of `count` spread evenly over ranks of firing rate, on held-out `rows`.
+
+    Returns what the page shows, in plain numbers: `name`, `model`, `hook`, `tokens`, `dead_fraction` (of all F, on this
+    text) and the like; `bins`, each as first position, last position and tokens; `vocabulary`, token id -> text; and
+    `latents`, each with `firing_rate`, `mean`, `max`, `peak` (first and last position), `profile`, its contexts
+    `strongest` (one of a row at most) and `ordinary` (drawn by `seed`), and `logits`, [token, value] at both ends. Means
+    are None where a latent never fires, values in contexts where a token isn't counted, and `logits` where the decoder
+    isn't as wide as the residual stream. Raises UserError for a dictionary that doesn't fit the stream and for text
+    without tokens.
+    """
+    check_fits("sae", sae, stream)
+    sae = sae.to(stream.model.device)
+    text, entries = _read(stream, sae, rows)
+    firings = np.diff(entries.offsets)
+    chosen = _spread(firings, count) if latents is None else list(latents)
+    logits = _logits(stream.model, sae.W_dec.detach()[chosen])
+    bins = text.bins()
+    found: list[dict[str, Any]] = []
+    with progress_bar("gathering contexts", len(chosen), "latents") as bar:
+        for nth, latent in enumerate(chosen):
+            token, value = entries.of(latent)
+            figures = _figures(text, bins, token, value)
+            contexts = _contexts(text, token, value, np.random.default_rng([seed, latent]))
+            found.append({"latent": latent, **figures, **contexts, "logits": logits and logits[nth]})
+            bar.advance(1)
+    return {
+        "format": FORMAT,
+        "name": name,
+        "model": stream.model.name,
+        "hook": stream.model.hook,
+        "data": stream.text.name,
+        "d_sae": sae.cfg.d_sae,
+        "activation": sae.cfg.activation,
+        "k": sae.cfg.k if sae.cfg.activation in ("topk", "batchtopk") else None,
+        "l0": _short(len(entries.value) / len(text.pos)),
+        "dead_fraction": float((firings == 0).mean()),
+        "tokens": len(text.pos),
+        "rows": len(text.tokens),
+        "context": text.tokens.shape[1],
+        "bins": bins.tolist(),
+        "vocabulary": _vocabulary(stream.model.tokenizer, found),
+        "latents": found,
+    }
+
+
+def page(found: dict[str, Any]) -> str:
+    """One HTML file of what `dashboard` returned, with style, script and figures in it."""
+    # Whatever a token holds, the element that holds the figures must not end in it: no "<" is left, and JSON reads \u003c.
+    figures = json.dumps(found, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return TEMPLATE.read_text(encoding="utf-8").replace(DATA, figures)
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Write the page to `path`: all of it or nothing. Raises UserError if the disk refuses."""
+    fresh = path.with_name(f"{UNFINISHED}{path.name}")
+    try:
+        fresh.write_text(page(found), encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise UserError(f"out: {path} can't be written ({error.strerror})") from None
+
+
+@dataclass
+class _Text:
+    """R rows of text: `tokens`, `kept`, `document` [R, T], `number` [R] in the text; `row`, `pos` [n] of the kept tokens."""
+
+    tokens: np.ndarray
+    kept: np.ndarray
+    document: np.ndarray
+    number: np.ndarray
+    row: np.ndarray
+    pos: np.ndarray
+
+    def bins(self) -> np.ndarray:
+        """First position, last position and tokens of each bin, int64 [B, 3]."""
+        T = self.tokens.shape[1]
+        B = min(BINS, T)
+        first = -(-np.arange(B + 1) * T // B)
+        return np.stack([first[:-1], first[1:] - 1, np.bincount(self.pos * B // T, minlength=B)], 1)
+
+
+@dataclass
+class _Entries:
+    """A code by latent: the j-th owns `offsets[j]:offsets[j + 1]` of `token` (of the n, ascending) and `value`."""
+
+    token: np.ndarray
+    value: np.ndarray
+    offsets: np.ndarray
+
+    def of(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
+        own = slice(self.offsets[latent], self.offsets[latent + 1])
+        return self.token[own], self.value[own]
+
+
+def _read(stream: ActivationStream, sae: SparseAutoencoder, rows: int) -> tuple[_Text, _Entries]:
+    numbers: list[tuple[Tensor, Tensor]] = []
+
+    def noted() -> Iterator[TokenRows]:
+        for part in stream.held_out(rows):
+            numbers.append((part.document, part.row))
+            yield part
+
+    collected = collect(stream, noted(), rows)
+    code = collected.code(sae)
+    by_latent = code.transpose()
+    parts = (by_latent.tokens, code.values[by_latent.order], by_latent.latent_offsets)
+    document, number = (torch.cat(each) for each in zip(*numbers, strict=True))
+    places = (collected.tokens, collected.kept, document, number, collected.row, collected.pos)
+    return _Text(*(each.cpu().numpy() for each in places)), _Entries(*(each.cpu().numpy() for each in parts))
+
+
+def _spread(firings: np.ndarray, count: int) -> list[int]:
+    """`count` latents evenly over the ranks of how often they fire, the most frequent first; all if there are fewer."""
+    ranked = np.argsort(-firings, kind="stable")[: (firings > 0).sum()]
+    at = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
+    return ranked[at].tolist()
+
+
+def _figures(text: _Text, bins: np.ndarray, token: np.ndarray, value: np.ndarray) -> dict[str, Any]:
+    """Of a latent that is on at these tokens, of the n, with these values."""
+    B, T = len(bins), text.tokens.shape[1]
+    tokens, where = bins[:, 2], text.pos[token] * B // T
+    fired = np.bincount(where, minlength=B)
+    sums = np.bincount(where, value.astype(np.float64), minlength=B)
+    per_token = np.where(tokens >= SCARCE * tokens.mean(), sums / np.maximum(tokens, 1), 0)
+    peak = bins[per_token.argmax(), :2].tolist() if per_token.any() else None
+    return {
+        "firing_rate": _short(len(token) / len(text.pos)),
+        "mean": _short(value.mean(dtype=np.float64)) if len(value) else None,
+        "max": _short(value.max()) if len(value) else None,
+        "peak": peak,
+        "profile": {
+            "firing_rate": [_short(f / n) if n else None for f, n in zip(fired, tokens, strict=True)],
+            "mean": [_short(s / f) if f else None for s, f in zip(sums, fired, strict=True)],
+        },
+    }
+
+
+def _contexts(text: _Text, token: np.ndarray, value: np.ndarray, draw: np.random.Generator) -> dict[str, Any]:
+    rows = text.row[token]
+    strongest = _one_a_row(np.argsort(-value, kind="stable"), rows)[:STRONGEST]
+    low, high = np.quantile(value, MIDDLE) if len(value) else (0, 0)
+    ordinary = draw.permutation(np.flatnonzero((value >= low) & (value <= high)))
+    ordinary = _one_a_row(ordinary[~np.isin(rows[ordinary], rows[strongest])], rows)[:ORDINARY]
+    acts = np.where(text.kept, 0, np.nan)
+    acts[rows, text.pos[token]] = value
+
+    def context(at: int) -> dict[str, Any]:
+        row, pos = rows[at], text.pos[token[at]]
+        end = min(pos + AFTER, np.flatnonzero(text.kept[row])[-1]) + 1
+        window = slice(max(0, pos - BEFORE), end)
+        return {
+            "value": _short(value[at]),
+            "position": int(pos),
+            "document": int(text.document[row, pos]),
+            "row": int(text.number[row]),
+            "peak": int(pos - window.start),
+            "tokens": text.tokens[row, window].tolist(),
+            "values": [None if np.isnan(a) else _short(a) for a in acts[row, window]],
+        }
+
+    return {"strongest": [context(at) for at in strongest], "ordinary": [context(at) for at in ordinary]}
+
+
+def _one_a_row(order: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Of places in a certain order, the first of each row."""
+    return order[np.sort(np.unique(rows[order], return_index=True)[1])]
+
+
+def _logits(model: LanguageModel, directions: Tensor) -> list[dict[str, Any]] | None:
+    """The tokens at both ends of each direction's logits [n, V], as [token, value], the furthest first."""
+    found: list[dict[str, Any]] = []
+    words = len(model.tokenizer)  # models may have more logits than there are tokens
+    for part in directions.split(max(1, _AT_ONCE // words)):
+        logits = model.direct_logits(part)
+        if logits is None:
+            return None
+        ends = [logits[:, :words].topk(min(LOGITS, words), largest=largest) for largest in (True, False)]
+        pairs = [
+            [
+                list(zip(ids, map(_short, values), strict=True))
+                for values, ids in zip(*map(Tensor.tolist, end), strict=True)
+            ]
+            for end in ends
+        ]
+        found += [{"top": top, "bottom": bottom} for top, bottom in zip(*pairs, strict=True)]
+    return found
+
+
+def _vocabulary(tokenizer: Any, latents: list[dict[str, Any]]) -> dict[str, str]:
+    """The text of every token that is shown."""
+    contexts = (context for latent in latents for kind in ("strongest", "ordinary") for context in latent[kind])
+    shown = {token for context in contexts for token in context["tokens"]}
+    shown |= {token for latent in latents for end in (latent["logits"] or {}).values() for token, _ in end}
+    return {str(token): _word(tokenizer, token) for token in sorted(shown)}
+
+
+def _word(tokenizer: Any, token: int) -> str:
+    """What a token adds to a text: some tokenizers drop the space before the first one, others put one between any two."""
+    alone, twice = (tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
+    return (twice.removeprefix(alone) if twice.startswith(alone) else "") or alone
+
+
+def _short(value: float) -> float:
+    """As much of a number as a page needs."""
+    return float(f"{value:.5g}")
