@@ -139,9 +139,10 @@ def test_a_bin_of_few_tokens_is_no_peak(monkeypatch: pytest.MonkeyPatch):
     assert found["peak"][0] <= 20 <= found["peak"][1]
 
 
-def test_strongest_contexts_come_from_different_rows():
-    found, acts, kept = planted(latents=[OFTEN])
-    own = np.where(kept, acts[:, :, OFTEN], 0)
+@pytest.mark.parametrize("latent", [OFTEN, LATE])
+def test_strongest_contexts_come_from_different_rows(latent: int):
+    found, acts, kept = planted(latents=[latent])
+    own = np.where(kept, acts[:, :, latent], 0)
     contexts = found["latents"][0]["strongest"]
     rows = np.argsort(-own.max(1))[:12]
     assert [c["row"] for c in contexts] == (rows + 100).tolist()
@@ -154,7 +155,10 @@ def test_strongest_contexts_come_from_different_rows():
         expected = np.where(kept, own, np.nan)[row, start:end]
         assert np.array(c["values"], float) == pytest.approx(expected, rel=1e-4, nan_ok=True)
         assert {found["vocabulary"][str(t)] for t in c["tokens"]} == {f" w{t}" for t in c["tokens"]}
-    assert None in {v for c in contexts for v in c["values"]}  # the special token before a row
+    if latent == OFTEN:
+        assert None in {v for c in contexts for v in c["values"]}  # the special token before a row
+    else:
+        assert min(len(c["tokens"]) - c["peak"] for c in contexts) < 13  # one ends with its row
 
 
 def test_ordinary_contexts_are_of_the_middle_and_drawn_by_the_seed():
@@ -190,13 +194,13 @@ def test_a_dead_latent_that_is_asked_for_is_shown_as_dead():
 
 
 def test_logits_are_the_ends_and_of_words_only():
-    found, _, _ = planted(latents=[LATE])
-    ends = found["latents"][0]["logits"]
-    top = [t for t in range(R * T - 1, 0, -1) if t % 7 == LATE][:10]
-    bottom = [t for t in range(R * T - 1, 0, -1) if t % 7 != LATE][:10]
-    assert [list(pair) for pair in ends["top"]] == [[t, t] for t in top]
-    assert [list(pair) for pair in ends["bottom"]] == [[t, -t / 2] for t in bottom]
-    assert {str(t) for t in top + bottom} <= found["vocabulary"].keys()
+    found, _, _ = planted(latents=[LATE, EARLY])
+    for j, one in zip((LATE, EARLY), found["latents"], strict=True):
+        top = [t for t in range(R * T - 1, 0, -1) if t % 7 == j][:10]
+        bottom = [t for t in range(R * T - 1, 0, -1) if t % 7 != j][:10]
+        assert [list(pair) for pair in one["logits"]["top"]] == [[t, t] for t in top]
+        assert [list(pair) for pair in one["logits"]["bottom"]] == [[t, -t / 2] for t in bottom]
+        assert {str(t) for t in top + bottom} <= found["vocabulary"].keys()
 
 
 @pytest.mark.parametrize("given", ["3,x", "6", "-1", "1.5", "", "3,,4", "²"])
@@ -336,8 +340,11 @@ HOSTILE = {
 
 
 def hostile() -> dict[str, Any]:
-    """Five latents, of which the second is dead; the first is active on tokens that would break a page."""
+    """Five latents, of which the second is dead; the first is active on tokens that would break a page. No token has a
+    digit: token 12 is wbc."""
     found = planted(latents=[EARLY, DEAD, OFTEN, SELDOM, LATE])[0]
+    letters = str.maketrans("0123456789", "abcdefghij")
+    found["vocabulary"] = {token: text.translate(letters) for token, text in found["vocabulary"].items()}
     found["name"] = "<b>run</b>"
     context = found["latents"][0]["strongest"][0]
     for i, text in HOSTILE.items():
@@ -415,10 +422,10 @@ look("end");
 said.dead = box.textContent;
 box.focus(); press("ArrowUp"); look("reading"); box.blur();
 all("th button")[0].click(); look("clicked"); all("th button")[0].click(); look("twice");
-press("s"); look("s"); press("s"); look("ss");
+press("s"); look("s"); press("s"); look("ss"); all("th button")[2].click(); look("up again");
 press("/"); said.typing = document.activeElement.id;
-type("w1"); look("search"); press("j"); look("typed j");
-type("2"); look("number");
+type("wbc"); look("search"); press("k"); look("typed k");
+type("wbjeb"); look("logit"); type("2"); look("number");
 type("<SCRIPT>DOCUMENT"); look("hostile"); press("Enter"); look("enter");
 said.count = document.getElementById("count").textContent;
 press("Escape"); look("cleared"); said.field = field.value; press("Escape"); said.left = document.activeElement.id;
@@ -478,8 +485,9 @@ def test_the_page_in_a_browser_begins_with_the_most_frequent_latent(said: dict[s
     ]  # fmt: skip
     profile = hostile()["latents"][2]["profile"]
     assert [bars for _, bars, _ in said["charts"]] == [sum(map(bool, profile[k])) for k in ("firing_rate", "mean")]
+    words = {token: text.strip() for token, text in hostile()["vocabulary"].items()}
     for shown, end in zip(said["logits"], hostile()["latents"][2]["logits"].values(), strict=True):
-        assert shown == "".join(f"·w{t}{'+' if v > 0 else '−'}{abs(v):.2f}" for t, v in end)
+        assert shown == "".join(f"·{words[str(t)]}{'+' if v > 0 else '−'}{abs(v):.2f}" for t, v in end)
 
 
 @needs_browser
@@ -500,6 +508,8 @@ def test_columns_sort_both_ways_and_the_dead_stay_last(said: dict[str, Any]):
     means = {str(one["latent"]): one["mean"] or 0 for one in hostile()["latents"]}
     assert (said["ss"]["list"], said["ss"]["sorted"]) == (sorted(means, key=lambda j: -means[j]), "Mean descending")
     assert said["ss"]["list"][-1] == "1"
+    alive = sorted(means.keys() - {"1"}, key=lambda j: means[j])
+    assert (said["up again"]["list"], said["up again"]["sorted"]) == ([*alive, "1"], "Mean ascending")
     assert {said[name]["now"] for name in ("clicked", "twice", "s", "ss")} == {"1"}
 
 
@@ -507,16 +517,17 @@ def test_columns_sort_both_ways_and_the_dead_stay_last(said: dict[str, Any]):
 def test_the_search_filters_and_is_cleared(said: dict[str, Any]):
     found = hostile()
 
-    def holds(one: dict[str, Any], text: str) -> bool:
-        ends = [t for end in one["logits"].values() for t, _ in end]
-        active = [t for c in one["strongest"] for t, v in zip(c["tokens"], c["values"], strict=True) if v]
-        return any(text in found["vocabulary"][str(t)] for t in ends + active)
+    def holds(one: dict[str, Any], text: str, least: float) -> bool:
+        pairs = [pair for c in one["strongest"] for pair in zip(c["tokens"], c["values"], strict=True)]
+        return any(text in found["vocabulary"][str(token)] for token, value in pairs if (value or 0) >= least)
 
-    right = {str(one["latent"]) for one in found["latents"] if holds(one, "w1")}
-    assert set(said["search"]["list"]) == right
+    active = {str(one["latent"]) for one in found["latents"] if holds(one, "wbc", 0.001)}
+    assert active < {str(one["latent"]) for one in found["latents"] if holds(one, "wbc", 0)}
+    assert set(said["search"]["list"]) == active == {"0", "2", "3"}
+    assert said["logit"]["list"] == ["2"]  # 1941 = 2 modulo 7, and not one of the ten largest
     assert said["typing"] == "search"
-    assert said["typed j"] == said["search"]
-    assert "2" in said["number"]["list"]
+    assert said["typed k"] == said["search"]
+    assert said["number"]["list"] == ["2"]
     assert (said["hostile"]["list"], said["hostile"]["now"]) == (["0"], "1")
     assert said["enter"]["now"] == "0"
     assert said["count"] == "1 of 5"
