@@ -41,6 +41,7 @@ BEFORE, AFTER = 24, 12  # tokens of a context on either side
 STRONGEST, ORDINARY = 12, 4  # contexts of each kind
 MIDDLE = (0.4, 0.6)  # quantiles of a latent's activations between which ordinary ones are drawn
 LOGITS = 10  # tokens at either end
+PART = "\ufffd"  # what decoding gives for a part of a character
 _AT_ONCE = 2**26  # logits that are held at once
 
 
@@ -70,11 +71,11 @@ def dashboard(
     """Figures and contexts of `latents`, or of `count` spread evenly over ranks of firing rate, on held-out `rows`.
 
     Returns what the page shows, in plain numbers: `name`, `model`, `hook`, `tokens`, `dead_fraction` (of all F, on this
-    text) and the like; `bins`, each as first position, last position and tokens; `vocabulary`, token id -> text; and
-    `latents`, each with `firing_rate`, `mean`, `max`, `peak` (first and last position), `profile`, its contexts
-    `strongest` (one of a row at most) and `ordinary` (drawn by `seed`), and `logits`, [token, value] at both ends. Means
-    are None where a latent never fires, values in contexts where a token isn't counted, and `logits` where the decoder
-    isn't as wide as the residual stream. Raises UserError for a dictionary that doesn't fit the stream and for text
+    text) and the like; `bins`, each as first position, last position and tokens; and `latents`, each with
+    `firing_rate`, `mean`, `max`, `peak` (first and last position), `profile`, its contexts `strongest` (one of a row at
+    most) and `ordinary` (drawn by `seed`), and `logits`, [token, value] at both ends. Tokens are texts. Means are None
+    where a latent never fires, values in contexts where a token isn't counted, and `logits` where the decoder isn't as
+    wide as the residual stream. Raises UserError for a dictionary that doesn't fit the stream and for text
     without tokens.
     """
     check_fits("sae", sae, stream)
@@ -82,14 +83,14 @@ def dashboard(
     text, entries = _read(stream, sae, rows)
     firings = np.diff(entries.offsets)
     chosen = _spread(firings, count) if latents is None else list(latents)
-    logits = _logits(stream.model, sae.W_dec.detach()[chosen])
-    bins = text.bins()
+    words, bins = _Words(stream.model.tokenizer), text.bins()
+    logits = _logits(stream.model, sae.W_dec.detach()[chosen], words)
     found: list[dict[str, Any]] = []
     with progress_bar("gathering contexts", len(chosen), "latents") as bar:
         for nth, latent in enumerate(chosen):
             token, value = entries.of(latent)
             figures = _figures(text, bins, token, value)
-            contexts = _contexts(text, token, value, np.random.default_rng([seed, latent]))
+            contexts = _contexts(text, token, value, np.random.default_rng([seed, latent]), words)
             found.append({"latent": latent, **figures, **contexts, "logits": logits and logits[nth]})
             bar.advance(1)
     return {
@@ -107,7 +108,6 @@ def dashboard(
         "rows": len(text.tokens),
         "context": text.tokens.shape[1],
         "bins": bins.tolist(),
-        "vocabulary": _vocabulary(stream.model.tokenizer, found),
         "latents": found,
     }
 
@@ -206,7 +206,37 @@ def _figures(text: _Text, bins: np.ndarray, token: np.ndarray, value: np.ndarray
     }
 
 
-def _contexts(text: _Text, token: np.ndarray, value: np.ndarray, draw: np.random.Generator) -> dict[str, Any]:
+class _Words:
+    """The texts of tokens, each decoded once."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.known = tokenizer, dict[int, str]()
+
+    def of(self, token: int) -> str:
+        """What a token adds to a text: some tokenizers drop the space before the first one, others put one between any
+        two."""
+        if token not in self.known:
+            alone, twice = self._decode([token]), self._decode([token] * 2)
+            self.known[token] = (twice.removeprefix(alone) if twice.startswith(alone) else "") or alone
+        return self.known[token]
+
+    def along(self, tokens: list[int]) -> list[str]:
+        """The texts of tokens that follow each other. A character of several tokens is the last one's, the others have
+        none."""
+        found = [self.of(token) for token in tokens]
+        for i in range(len(tokens)):
+            for end in range(i + 2, min(i + 4, len(tokens)) + 1):
+                if PART in found[i] and PART not in (whole := self._decode(tokens[i:end])):
+                    found[i:end] = [""] * (end - i - 1) + [whole]
+        return found
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+
+def _contexts(
+    text: _Text, token: np.ndarray, value: np.ndarray, draw: np.random.Generator, words: _Words
+) -> dict[str, Any]:
     rows = text.row[token]
     strongest = _one_a_row(np.argsort(-value, kind="stable"), rows)[:STRONGEST]
     low, high = np.quantile(value, MIDDLE) if len(value) else (0, 0)
@@ -225,7 +255,7 @@ def _contexts(text: _Text, token: np.ndarray, value: np.ndarray, draw: np.random
             "document": int(text.document[row, pos]),
             "row": int(text.number[row]),
             "peak": int(pos - window.start),
-            "tokens": text.tokens[row, window].tolist(),
+            "tokens": words.along(text.tokens[row, window].tolist()),
             "values": [None if np.isnan(a) else _short(a) for a in acts[row, window]],
         }
 
@@ -237,38 +267,24 @@ def _one_a_row(order: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return order[np.sort(np.unique(rows[order], return_index=True)[1])]
 
 
-def _logits(model: LanguageModel, directions: Tensor) -> list[dict[str, Any]] | None:
+def _logits(model: LanguageModel, directions: Tensor, words: _Words) -> list[dict[str, Any]] | None:
     """The tokens at both ends of each direction's logits [n, V], as [token, value], the furthest first."""
     found: list[dict[str, Any]] = []
-    words = len(model.tokenizer)  # models may have more logits than there are tokens
-    for part in directions.split(max(1, _AT_ONCE // words)):
+    V = len(model.tokenizer)  # models may have more logits than there are tokens
+    for part in directions.split(max(1, _AT_ONCE // V)):
         logits = model.direct_logits(part)
         if logits is None:
             return None
-        ends = [logits[:, :words].topk(min(LOGITS, words), largest=largest) for largest in (True, False)]
+        ends = [logits[:, :V].topk(min(LOGITS, V), largest=largest) for largest in (True, False)]
         pairs = [
             [
-                list(zip(ids, map(_short, values), strict=True))
+                list(zip(map(words.of, ids), map(_short, values), strict=True))
                 for values, ids in zip(*map(Tensor.tolist, end), strict=True)
             ]
             for end in ends
         ]
         found += [{"top": top, "bottom": bottom} for top, bottom in zip(*pairs, strict=True)]
     return found
-
-
-def _vocabulary(tokenizer: Any, latents: list[dict[str, Any]]) -> dict[str, str]:
-    """The text of every token that is shown."""
-    contexts = (context for latent in latents for kind in ("strongest", "ordinary") for context in latent[kind])
-    shown = {token for context in contexts for token in context["tokens"]}
-    shown |= {token for latent in latents for end in (latent["logits"] or {}).values() for token, _ in end}
-    return {str(token): _word(tokenizer, token) for token in sorted(shown)}
-
-
-def _word(tokenizer: Any, token: int) -> str:
-    """What a token adds to a text: some tokenizers drop the space before the first one, others put one between any two."""
-    alone, twice = (tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
-    return (twice.removeprefix(alone) if twice.startswith(alone) else "") or alone
 
 
 def _short(value: float) -> float:

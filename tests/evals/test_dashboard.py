@@ -20,7 +20,7 @@ from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, LanguageModel, TokenRows
 from temposae.engine.stream.model import TESTBED
 from temposae.engine.testbed.language import HELD_OUT
-from temposae.evals.dashboard import dashboard, numbers, page
+from temposae.evals.dashboard import _Words, dashboard, numbers, page
 
 from ..commandline import run
 
@@ -151,10 +151,9 @@ def test_strongest_contexts_come_from_different_rows(latent: int):
         pos = int(own[row].argmax())
         start, end = max(0, pos - 24), min(pos + 13, np.flatnonzero(kept[row])[-1] + 1)
         assert (c["position"], c["document"], c["peak"]) == (pos, 2 * (row + 100), pos - start)
-        assert c["tokens"] == list(range(row * T + start, row * T + end))
+        assert c["tokens"] == [f" w{t}" for t in range(row * T + start, row * T + end)]
         expected = np.where(kept, own, np.nan)[row, start:end]
         assert np.array(c["values"], float) == pytest.approx(expected, rel=1e-4, nan_ok=True)
-        assert {found["vocabulary"][str(t)] for t in c["tokens"]} == {f" w{t}" for t in c["tokens"]}
     if latent == OFTEN:
         assert None in {v for c in contexts for v in c["values"]}  # the special token before a row
     else:
@@ -198,9 +197,22 @@ def test_logits_are_the_ends_and_of_words_only():
     for j, one in zip((LATE, EARLY), found["latents"], strict=True):
         top = [t for t in range(R * T - 1, 0, -1) if t % 7 == j][:10]
         bottom = [t for t in range(R * T - 1, 0, -1) if t % 7 != j][:10]
-        assert [list(pair) for pair in one["logits"]["top"]] == [[t, t] for t in top]
-        assert [list(pair) for pair in one["logits"]["bottom"]] == [[t, -t / 2] for t in bottom]
-        assert {str(t) for t in top + bottom} <= found["vocabulary"].keys()
+        assert [list(pair) for pair in one["logits"]["top"]] == [[f" w{t}", t] for t in top]
+        assert [list(pair) for pair in one["logits"]["bottom"]] == [[f" w{t}", -t / 2] for t in bottom]
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def test_a_character_of_several_tokens_is_the_last_one_s():
+    tokens = list("aé日🎉b".encode())
+    assert _Words(Bytes()).along(tokens) == ["a", "", "é", "", "", "日", "", "", "", "🎉", "b"]
+    broken = [*tokens[4:6], *tokens[6:10]]  # a character without its first byte, then a whole one
+    assert _Words(Bytes()).along(broken) == ["\ufffd", "\ufffd", "", "", "", "🎉"]
 
 
 @pytest.mark.parametrize("given", ["3,x", "6", "-1", "1.5", "", "3,,4", "²"])
@@ -262,8 +274,9 @@ def test_of_the_embedded_model(stream_of):
         assert context["document"] == context["row"]
         code = own.encode(stream.model.activations(rows.tokens)[row, pos][None])
         assert context["value"] == pytest.approx(float(code[0, found["latents"][0]["latent"]]), rel=1e-3)
-        text = "".join(found["vocabulary"][str(token)] for token in context["tokens"])
-        assert text.strip() == stream.model.tokenizer.decode(context["tokens"])
+        start = pos - context["peak"]
+        ids = rows.tokens[row, start : start + len(context["tokens"])]
+        assert "".join(context["tokens"]).strip() == stream.model.tokenizer.decode(ids)
     narrow = SparseAutoencoder(SAEConfig(d_in=64, d_sae=8, k=2))
     with pytest.raises(UserError, match="sae: d_in = 64 does not fit"):
         dashboard(stream, narrow, name="run")
@@ -344,12 +357,17 @@ def hostile() -> dict[str, Any]:
     digit: token 12 is wbc."""
     found = planted(latents=[EARLY, DEAD, OFTEN, SELDOM, LATE])[0]
     letters = str.maketrans("0123456789", "abcdefghij")
-    found["vocabulary"] = {token: text.translate(letters) for token, text in found["vocabulary"].items()}
+    for one in found["latents"]:
+        for context in one["strongest"] + one["ordinary"]:
+            context["tokens"] = [token.translate(letters) for token in context["tokens"]]
+        one["logits"] = {
+            end: [(token.translate(letters), value) for token, value in pairs] for end, pairs in one["logits"].items()
+        }
     found["name"] = "<b>run</b>"
     context = found["latents"][0]["strongest"][0]
     for i, text in HOSTILE.items():
         context["values"][i] = 1.0
-        found["vocabulary"][str(context["tokens"][i])] = text
+        context["tokens"][i] = text
     context["peak"] = 0
     return found
 
@@ -485,9 +503,8 @@ def test_the_page_in_a_browser_begins_with_the_most_frequent_latent(said: dict[s
     ]  # fmt: skip
     profile = hostile()["latents"][2]["profile"]
     assert [bars for _, bars, _ in said["charts"]] == [sum(map(bool, profile[k])) for k in ("firing_rate", "mean")]
-    words = {token: text.strip() for token, text in hostile()["vocabulary"].items()}
     for shown, end in zip(said["logits"], hostile()["latents"][2]["logits"].values(), strict=True):
-        assert shown == "".join(f"·{words[str(t)]}{'+' if v > 0 else '−'}{abs(v):.2f}" for t, v in end)
+        assert shown == "".join(f"·{t.strip()}{'+' if v > 0 else '−'}{abs(v):.2f}" for t, v in end)
 
 
 @needs_browser
@@ -519,7 +536,7 @@ def test_the_search_filters_and_is_cleared(said: dict[str, Any]):
 
     def holds(one: dict[str, Any], text: str, least: float) -> bool:
         pairs = [pair for c in one["strongest"] for pair in zip(c["tokens"], c["values"], strict=True)]
-        return any(text in found["vocabulary"][str(token)] for token, value in pairs if (value or 0) >= least)
+        return any(text in token for token, value in pairs if (value or 0) >= least)
 
     active = {str(one["latent"]) for one in found["latents"] if holds(one, "wbc", 0.001)}
     assert active < {str(one["latent"]) for one in found["latents"] if holds(one, "wbc", 0)}
