@@ -201,6 +201,14 @@ def test_logits_are_the_ends_and_of_words_only():
         assert [list(pair) for pair in one["logits"]["bottom"]] == [[f" w{t}", -t / 2] for t in bottom]
 
 
+def test_there_are_no_logits_where_the_model_has_none():
+    stream = Planted(activations())
+    stream.model.direct_logits = lambda directions: None
+    found = dashboard(cast(Any, stream), sae(), name="run", latents=[LATE])["latents"][0]
+    assert found["logits"] is None
+    assert found["strongest"] == planted(latents=[LATE])[0]["latents"][0]["strongest"]
+
+
 class Bytes:
     """A tokenizer whose tokens are bytes."""
 
