@@ -114,7 +114,7 @@ def dashboard(
 
 def page(found: dict[str, Any]) -> str:
     """One HTML file of what `dashboard` returned, with style, script and figures in it."""
-    # Whatever a token holds, the element that holds the figures must not end in it: no "<" is left, and JSON reads \u003c.
+    # No token may end the element that holds the figures: there is no "<" in it, and JSON reads \u003c.
     figures = json.dumps(found, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace(DATA, figures)
 
@@ -132,7 +132,7 @@ def write(path: Path, found: dict[str, Any]) -> None:
 
 @dataclass
 class _Text:
-    """R rows of text: `tokens`, `kept`, `document` [R, T], `number` [R] in the text; `row`, `pos` [n] of the kept tokens."""
+    """R rows of text: `tokens`, `kept`, `document` [R, T], `number` [R] in the text; `row`, `pos` [n] of what is kept."""
 
     tokens: np.ndarray
     kept: np.ndarray

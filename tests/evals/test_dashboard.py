@@ -50,8 +50,8 @@ class Words:
 
 
 class Planted:
-    """A stream of R rows of T tokens, each token a word of its own, in which `acts` are found. The first token of a row is
-    special; the last rows end early."""
+    """A stream of R rows of T tokens, each token a word of its own, in which `acts` are found. The first token of a row
+    is special; the last rows end early."""
 
     def __init__(self, acts: np.ndarray):
         x = torch.from_numpy(acts).flatten(0, 1)
