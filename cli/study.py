@@ -84,6 +84,8 @@ def evaluate(
             core_table(result, title)
         else:
             scores_table(result, title)
+    if is_run:
+        print(f"report: {sae / 'report.html'}   {sae / 'report.md'}")
 
 
 def features(

@@ -9,18 +9,10 @@ MARKERS = "os^Dv<>p*h"
 COLOURS = {"sae": "#0072B2", "random": "#D55E00", "mean": "#999999"}
 
 
-def draw(folder: Path, metrics: list[dict[str, Any]], result: dict[str, Any]) -> list[Path]:
-    """Write loss_curve.png, position_explained_variance.png and firing_rates.png to `folder`; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = {"position_explained_variance": _positions(result), "firing_rates": _firing(result)}
-    if metrics:
-        drawn["loss_curve"] = _loss(metrics)
-    paths = []
-    for name, figure in drawn.items():
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=160)
-        paths.append(path)
-    return paths
+def core_figures(metrics: list[dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
+    """Figures of core's result, by name, and of training where there are its `metrics`."""
+    found = {"position_explained_variance": _positions(result), "firing_rates": _firing(result)}
+    return found | ({"loss_curve": _loss(metrics)} if metrics else {})
 
 
 def draw_pareto(folder: Path, scores: dict[str, dict[str, Any]]) -> Path:
@@ -29,7 +21,7 @@ def draw_pareto(folder: Path, scores: dict[str, dict[str, Any]]) -> Path:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     folder.mkdir(parents=True, exist_ok=True)
-    figure, axes = _axes()
+    figure, axes = new_axes()
     several_hooks = len({one["hook"] for one in scores.values()}) > 1
     kinds = list(dict.fromkeys((one["activation"], one["hook"]) for one in scores.values()))
     sizes = sorted({one["d_sae"] for one in scores.values()})
@@ -63,10 +55,11 @@ def draw_pareto(folder: Path, scores: dict[str, dict[str, Any]]) -> Path:
     return folder / "pareto.png"
 
 
-def _axes() -> tuple[Any, Any]:
+def new_axes(height: float = 3.4) -> tuple[Any, Any]:
+    """A figure, so many inches high, and its axes."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(5.2, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
@@ -76,7 +69,7 @@ def _axes() -> tuple[Any, Any]:
 def _loss(metrics: list[dict[str, Any]]) -> Any:
     from matplotlib.ticker import EngFormatter
 
-    figure, axes = _axes()
+    figure, axes = new_axes()
     tokens = [line["tokens"] for line in metrics]
     axes.plot(tokens, [line["fvu"] for line in metrics], color=COLOURS["sae"], label="dictionary")
     if "random" in metrics[0]:
@@ -88,7 +81,7 @@ def _loss(metrics: list[dict[str, Any]]) -> Any:
 
 
 def _positions(result: dict[str, Any]) -> Any:
-    figure, axes = _axes()
+    figure, axes = new_axes()
     every = {"sae": result, **result["controls"]}
     labels = {"sae": "dictionary", "random": "random control", "mean": "mean control"}
     for name, scores in every.items():
@@ -103,7 +96,7 @@ def _positions(result: dict[str, Any]) -> Any:
 
 
 def _firing(result: dict[str, Any]) -> Any:
-    figure, axes = _axes()
+    figure, axes = new_axes()
     rates = result["firing_rates"]
     axes.stairs(rates["latents"], rates["log10_edges"], fill=True, color=COLOURS["sae"])
     axes.set(

@@ -10,14 +10,14 @@ from ..engine import checkpoint
 from ..engine.checkpoint import Checkpoint
 from ..engine.errors import UserError
 from ..engine.files import UNFINISHED
-from ..engine.folder import read_metrics
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, Own
 from ..engine.stream.own import held_out_scores
 from ..engine.train import Run, train
 from .collect import Evaluation
 from .core import check_fits
-from .figures import draw, draw_pareto
+from .figures import draw_pareto
+from .report import write_report
 from .saebench import file_name, output
 from .suite import load_eval
 
@@ -86,10 +86,10 @@ def evaluate(
     """The evals of these `names` of a checkpoint, by name, each with its controls and the `seconds` that it took.
 
     With `run`, each is kept there as evals/NAME.json (and in SAEBench's format in evals/saebench/), where a later call finds
-    it unless it asks for `fresh` ones or is of another dictionary, seed, version, `sets` or `files`; core draws figures/ as
-    well. The random control is the one trained beside the dictionary; where there is none, it is trained now on as many
-    tokens. Of several evals, one that can't be had of this model or text has `skipped` in its place: why. Of a single one,
-    that is a UserError.
+    it unless it asks for `fresh` ones or is of another dictionary, seed, version, `sets` or `files`; and report.md,
+    report.html and figures/ show all that is kept there of this dictionary. The random control is the one trained beside the
+    dictionary; where there is none, it is trained now on as many tokens. Of several evals, one that can't be had of this
+    model or text has `skipped` in its place: why. Of a single one, that is a UserError.
     """
     key: dict[str, Any] = {"dictionary": found.manifest["files"]["sae.safetensors"]["sha256"], "seed": seed}
     key |= {"sets": list(sets), "files": {n: list(paths) for n, paths in (files or {}).items()}, "version": VERSION}
@@ -110,9 +110,11 @@ def evaluate(
             result |= {"seconds": round(time.monotonic() - began, 2), "of": key}
             results[name] = json.loads(json.dumps(result, allow_nan=False))  # as it is read again
             if run is not None:
-                _keep(run, name, results[name])
+                _write(run / "evals" / f"{name}.json", results[name])
                 if (theirs := output(name, results[name], sae, stream.config, sae_id=run.name, seed=seed)) is not None:
                     _write(run / "evals" / "saebench" / name / file_name("temposae", run.name), theirs)
+    if run is not None:
+        write_report(run, found, VERSION)
     return {name: results[name] for name in names}
 
 
@@ -122,12 +124,6 @@ def _kept(run: Path, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and found.get("of") == key and "skipped" not in found else None
-
-
-def _keep(run: Path, name: str, result: dict[str, Any]) -> None:
-    _write(run / "evals" / f"{name}.json", result)
-    if name == "core" and "skipped" not in result:
-        draw(run / "figures", read_metrics(run), result)
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:

@@ -1,0 +1,196 @@
+"""Figures of the evals, from their kept results: what a table of the same numbers doesn't show at a glance."""
+
+from pathlib import Path
+from typing import Any
+
+from .figures import COLOURS, MARKERS, SEVERAL, core_figures, new_axes
+
+LABELS = {"sae": "dictionary", "llm": "LM activations"}
+CODERS = COLOURS | {"lm_neurons": "#E69F00", "shuffled": "#CC79A7", "llm": "#000000"}
+SHAPES = {"sae": "o", "random": "s", "lm_neurons": "^", "mean": "x", "shuffled": "v", "llm": "D"}
+RETAINED = 0.99  # of the answers to retain: what a setting of unlearning must keep in order to count
+RECOVERED = 0.8  # the F1 from which on a variable is recovered
+
+
+def draw_evals(
+    folder: Path, results: dict[str, dict[str, Any]], metrics: list[dict[str, Any]]
+) -> dict[str, dict[str, str]]:
+    """Write the figures of these results, by eval, to `folder`; those of core show the `metrics` of training, too.
+
+    Returns of each eval the titles of its figures by the names of their files. A figure that a result has nothing for is not
+    among them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    makers = {
+        "core": lambda result: core_figures(metrics, result),
+        "sparse_probing": _probing, "positions": _order, "ground_truth": _truth, "unlearning": _unlearning,
+        "scr": _removed, "tpp": _perturbed, "clusters": _clusters,
+    }  # fmt: skip
+    drawn: dict[str, dict[str, str]] = {}
+    for name in (name for name in makers if name in results):
+        for file, figure in makers[name](results[name]).items():
+            figure.savefig(folder / f"{file}.png", dpi=160)
+            drawn.setdefault(name, {})[f"{file}.png"] = figure.axes[0].get_title()
+    return drawn
+
+
+def _probing(result: dict[str, Any]) -> dict[str, Any]:
+    every = {"sae": result, **result["controls"], "llm": result["llm"]}
+    ks = sorted(int(key.removeprefix("top_")) for key in result if key.removeprefix("top_").isdecimal())
+    lines = {name: [scores.get(f"top_{k}") for k in ks] for name, scores in every.items()}
+    labels = (
+        "k (latents that the probe sees)", "test accuracy (0.5 is chance)", "Probes on the k best latents, mean of classes"
+    )  # fmt: skip
+    return _curves("sparse_probing", ks, lines, None, 0.5, labels)
+
+
+def _removed(result: dict[str, Any]) -> dict[str, Any]:
+    every = {"sae": result, **result["controls"]}
+    lines = {name: list(scores["scr_metric"].values()) for name, scores in every.items()}
+    labels = ("n (latents ablated)", "share of the gap closed", "Spurious correlation removed by ablating n latents")
+    return _curves("scr", [int(n) for n in result["scr_metric"]], lines, _spread(every), 0, labels)
+
+
+def _perturbed(result: dict[str, Any]) -> dict[str, Any]:
+    every = {"sae": result, **result["controls"]}
+    lines = {name: [at["total_metric"] for at in scores["tpp"].values()] for name, scores in every.items()}
+    labels = (
+        "n (latents ablated)", "accuracy lost: the class - others", "One class perturbed by ablating its n latents"
+    )  # fmt: skip
+    return _curves("tpp", [int(n) for n in result["tpp"]], lines, _spread(every), 0, labels)
+
+
+def _spread(every: dict[str, dict[str, Any]]) -> dict[str, list[float | None]]:
+    return {name: list(scores["spread"].values()) for name, scores in every.items()}
+
+
+def _curves(
+    name: str,
+    xs: list[int],
+    lines: dict[str, list[float | None]],
+    spread: dict[str, list[float | None]] | None,
+    base: float,
+    labels: tuple[str, str, str],
+) -> dict[str, Any]:
+    """A line a coder over numbers of latents, with bands of `spread` about them; nothing where no coder has a figure."""
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    if all(value is None for line in lines.values() for value in line):
+        return {}
+    figure, axes = new_axes(3.7)
+    axes.axhline(base, color="#bbbbbb", linewidth=1, zorder=0)
+    for coder, line in lines.items():
+        known = [(i, value) for i, value in enumerate(line) if value is not None]
+        x, y = [xs[i] for i, _ in known], [value for _, value in known]
+        style = {"color": CODERS.get(coder, "#777777"), "zorder": 3 if coder == "sae" else 2}
+        axes.plot(x, y, marker=SHAPES.get(coder, "."), markersize=4.5, label=LABELS.get(coder, coder), **style)
+        if spread is not None:
+            low, high = ([value + sign * (spread[coder][i] or 0) for i, value in known] for sign in (-1, 1))
+            axes.fill_between(x, low, high, alpha=0.18, linewidth=0, **style)
+    axes.set(xlabel=labels[0], ylabel=labels[1], title=labels[2], xscale="log")
+    axes.xaxis.set_major_locator(FixedLocator(xs))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    _legend(figure, "band: one standard deviation over seeds" if spread else None)
+    return {name: figure}
+
+
+def _unlearning(result: dict[str, Any]) -> dict[str, Any]:
+    figure, axes = new_axes(4.0)
+    axes.axvspan(RETAINED, 1.005, color="#009E73", alpha=0.12, linewidth=0)
+    axes.axvline(RETAINED, color="#009E73", linewidth=1, linestyle="--", label=f"{RETAINED} retained: settings count")
+    kinds = list(dict.fromkeys((s["retain_threshold"], s["latents"]) for s in result["settings"]))
+    for i, (threshold, n) in enumerate(kinds):
+        own = [s for s in result["settings"] if (s["retain_threshold"], s["latents"]) == (threshold, n)]
+        x, y = ([s[f"{side}_accuracy"] for s in own] for side in ("retain", "forget"))
+        style = {"color": SEVERAL[i % len(SEVERAL)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        axes.plot(x, y, linewidth=1, label=f"{n} latents, threshold {threshold:g}", alpha=0.85, **style)
+    for name, control in result["controls"].items():
+        if (best := control["setting"]) is not None:
+            axes.plot(
+                best["retain_accuracy"], best["forget_accuracy"], linestyle="", marker=SHAPES.get(name, "."), mfc="none",
+                color=CODERS.get(name, "#777777"), label=f"{name}, best setting",
+            )  # fmt: skip
+    if (best := result["setting"]) is not None:
+        axes.plot(
+            best["retain_accuracy"], best["forget_accuracy"], linestyle="", marker="o", markersize=12,
+            markerfacecolor="none", markeredgecolor="black", label="the setting that gives the score",
+        )  # fmt: skip
+    axes.set_xlim(right=1.005)
+    axes.set(
+        xlabel="retain accuracy (other answers still right)", ylabel="forget accuracy (lower is better)",
+        title="Unlearning: every setting, multipliers along a line",
+    )  # fmt: skip
+    _legend(figure, columns=2)
+    return {"unlearning": figure}
+
+
+def _truth(result: dict[str, Any]) -> dict[str, Any]:
+    variables = sorted(result["variables"].items(), key=lambda item: item[1]["f1"])
+    figure, axes = new_axes(1.3 + 0.15 * len(variables))
+    rows = range(len(variables))
+    f1, top = ([variable[key] for _, variable in variables] for key in ("f1", "top_5"))
+    axes.hlines(rows, f1, top, color="#dddddd", linewidth=1.2, zorder=1)
+    axes.plot(f1, rows, "o", color=COLOURS["sae"], markersize=4.5, label="F1 of the best latent")
+    axes.plot(top, rows, "D", color=SEVERAL[1], markersize=3.5, label="accuracy of a probe on 5 latents")
+    for key, linestyle, what in (("mean_f1", "--", "F1"), ("mean_top_5", ":", "accuracy")):
+        if "random" in result["controls"]:
+            axes.axvline(
+                result["controls"]["random"][key], color=COLOURS["random"], linewidth=1, linestyle=linestyle,
+                zorder=0, label=f"random's mean {what}",
+            )  # fmt: skip
+    axes.axvline(RECOVERED, color="#888888", linewidth=1, zorder=0, label=f"recovered (F1 of {RECOVERED})")
+    axes.set_yticks(rows, [name for name, _ in variables], fontsize=6.5)
+    axes.set(xlim=(0, 1.02), ylim=(-1, len(variables)), xlabel="F1, or accuracy (0.5 is chance)")
+    axes.set_title("Which known variables latents name")
+    _legend(figure, columns=2)
+    return {"ground_truth": figure}
+
+
+def _order(result: dict[str, Any]) -> dict[str, Any]:
+    found = result.get("order_probing", {"skipped": ""})
+    if "skipped" in found:
+        return {}
+    parts = {**found["tasks"], "mean over tasks": found}
+    rows = [(part, reading) for part in parts for reading in ("mean_pooled", "last_token")][::-1]
+    figure, axes = new_axes(1.7 + 0.3 * len(rows))
+
+    def points(label: str, values: list[float | None], **style: Any) -> None:
+        axes.plot(values, range(len(rows)), linestyle="", label=label, **style)
+
+    points("bag of words", [parts[p]["bow"] for p, _ in rows], marker="|", color="#999999", markersize=14, mew=2)
+    points("LM activations", [parts[p]["lm"][r] for p, r in rows], marker="|", color="#000000", markersize=14, mew=2)
+    for name, control in found["controls"].items():
+        means = [control[r] if p == "mean over tasks" else None for p, r in rows]
+        points(name, means, marker=SHAPES.get(name, "."), color=CODERS.get(name, "#777777"), markersize=5)
+    points("1 latent", [parts[p]["top_1"][r] for p, r in rows], marker="o", color=COLOURS["sae"], mfc="white")
+    points(f"{found['k']} latents", [parts[p][r] for p, r in rows], marker="o", color=COLOURS["sae"], markersize=6.5)
+    axes.set_yticks(
+        range(len(rows)), [f"{part}, {reading.replace('_', ' ')}" for part, reading in rows], parse_math=False
+    )
+    axes.set(xlabel="test accuracy", ylim=(-0.6, len(rows) - 0.4), title="What is told by word order alone")
+    _legend(figure, columns=3)
+    return {"order_probing": figure}
+
+
+def _clusters(result: dict[str, Any]) -> dict[str, Any]:
+    if not result["clusters"]:
+        return {}
+    figure, axes = new_axes(1.5 + 0.3 * len(result["clusters"]))
+    profiles = [cluster["profile"] for cluster in result["clusters"]]
+    image = axes.imshow(profiles, aspect="auto", cmap="Blues", vmin=0)
+    axes.grid(False)
+    sizes = [f"{i}: {cluster['size']:,} latents" for i, cluster in enumerate(result["clusters"], 1)]
+    axes.set_yticks(range(len(sizes)), sizes)
+    axes.set_xticks(range(0, len(profiles[0]), 2), [str(1 + at) for at in range(0, len(profiles[0]), 2)])
+    axes.set(xlabel="position bin (sixteenths of a row)", title="Where in a row each cluster's latents are active")
+    figure.colorbar(image, label="share of activity", pad=0.02)
+    return {"clusters": figure}
+
+
+def _legend(figure: Any, note: str | None = None, columns: int = 3) -> None:
+    """The legend, and a note, below the axes, where they cover nothing."""
+    figure.legend(
+        loc="outside lower center", ncols=columns, frameon=False, fontsize=7.5, title=note, title_fontsize=7.5
+    )
+    return figure
