@@ -17,12 +17,11 @@ from temposae.engine import checkpoint
 from temposae.engine.checkpoint import find, place
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.sae import SparseAutoencoder
-from temposae.evals import clusters, eval_figures, sparse_probing, suite, unlearning
-from temposae.evals.absorption import absorption
+from temposae.evals import absorption, clusters, eval_figures, sparse_probing, suite, unlearning
+from temposae.evals import ground_truth as truth
 from temposae.evals.collect import Evaluation
 from temposae.evals.core import core
 from temposae.evals.fidelity import fidelity
-from temposae.evals.ground_truth import ground_truth
 from temposae.evals.order import order_probing
 from temposae.evals.page import html, number, plain, table
 from temposae.evals.positions import positions
@@ -47,13 +46,15 @@ def measured(testbed) -> dict[str, dict[str, Any]]:
 
     def few(*given: Any) -> Any:
         asked = fact_questions(*given)
-        return asked.only(torch.arange(0, len(asked.forget), 8))
+        return asked.only(torch.arange(0, len(asked.forget), 16))
 
     stream = ActivationStream(StreamConfig(buffer_tokens=4096, rows_per_forward=32), model=testbed)
     evaluation = Evaluation(stream, SparseAutoencoder(CFG), SparseAutoencoder(CFG))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_probing, "ROWS", ROWS)
-        patch.setattr(sparse_probing, "full_width", lambda split, draw: 0.5)  # the slow part
+        patch.setattr(sparse_probing, "full_width", lambda split, draw: 0.5)  # the slow parts
+        patch.setattr(truth, "MOST", 25)
+        patch.setattr(absorption, "TIMES", 4)
         patch.setattr(clusters, "ROWS", ROWS)
         patch.setattr(unlearning, "fact_questions", few)
         position = positions(evaluation, rows=ROWS, bins=4, shuffles=1)
@@ -62,14 +63,14 @@ def measured(testbed) -> dict[str, dict[str, Any]]:
             "core": core(stream, evaluation.sae, {"random": SparseAutoencoder(CFG)}, rows=16, ce_rows=4),
             "sparse_probing": sparse_probing.sparse_probing(evaluation, ["topic", "tone"], ks=(1, 5)),
             "positions": position | {"order_probing": order_probing(evaluation, pairs=16)},
-            "ground_truth": ground_truth(evaluation, rows=ROWS),
+            "ground_truth": truth.ground_truth(evaluation, rows=ROWS),
             "unlearning": unlearning.unlearning(
                 evaluation, rows=ROWS, thresholds=(0.01, 1.0), latents=(2,), multipliers=(1, 25)
             ),
             "scr": scr(evaluation, rows=ROWS, seeds=2),
             "tpp": tpp(evaluation, rows=ROWS, seeds=2),
             "clusters": clusters.clusters(evaluation),
-            "absorption": absorption(evaluation, rows=ROWS),
+            "absorption": absorption.absorption(evaluation, rows=ROWS),
         }  # fmt: skip
     assert list(found) == list(EVALS)
     return json.loads(json.dumps(found))
@@ -105,6 +106,12 @@ def folder(report, tmp_path) -> Path:
 def keep(run: Path, name: str, result: dict[str, Any]) -> None:
     digest = find(run).manifest["files"]["sae.safetensors"]["sha256"]
     (run / "evals" / f"{name}.json").write_text(json.dumps(result | {"of": {"dictionary": digest} | result["of"]}))
+
+
+def only(run: Path, *names: str) -> None:
+    for path in (run / "evals").iterdir():
+        if path.stem not in names:
+            path.unlink()
 
 
 def kept(run: Path, name: str) -> dict[str, Any]:
@@ -163,11 +170,11 @@ def test_a_score_that_a_control_reaches_is_marked_and_told_first(results):
     results["scr"] |= {"score": 0.5, "reached_by": []}
     results["tpp"] |= {"score": 0.1, "reached_by": ["lm_neurons"]}
     results["tpp"]["controls"]["lm_neurons"]["score"] = 0.25
-    truth = results["ground_truth"] | {"recovered": 0.5, "mean_f1": 0.5}
-    for control in truth["controls"].values():
+    known = results["ground_truth"] | {"recovered": 0.5, "mean_f1": 0.5}
+    for control in known["controls"].values():
         control |= {"recovered": 0.4, "mean_f1": 0.4}
-    truth["controls"]["random"]["mean_f1"] = 0.5  # as good
-    _, markdown = compose(FACTS, results | {"ground_truth": truth}, {}, {})
+    known["controls"]["random"]["mean_f1"] = 0.5  # as good
+    _, markdown = compose(FACTS, results | {"ground_truth": known}, {}, {})
     rows = glance(markdown)
     assert rows["tpp: score"][0] == f"{MARK} 0.1000"
     assert (rows["tpp: score"][2], rows["tpp: score"][-1]) == ("**0.2500**", "lm_neurons")
@@ -311,6 +318,7 @@ def test_a_name_is_text_wherever_it_stands(results, tmp_path, name):
 
 
 def test_what_was_skipped_is_named_with_the_reason(folder):
+    only(folder, "positions", "unlearning", "absorption")
     for name in ("unlearning", "absorption"):
         of = kept(folder, name)["of"]
         keep(folder, name, {"skipped": f"data: {name} needs labels", "seconds": 0.1, "of": of})
@@ -327,6 +335,7 @@ def test_what_was_skipped_is_named_with_the_reason(folder):
 
 
 def test_results_of_something_else_are_left_out_and_named(folder):
+    only(folder, "tpp", "scr", "clusters", "absorption")
     for name, change in (("tpp", {"dictionary": "f" * 64}), ("scr", {"version": VERSION - 1})):
         result = kept(folder, name)
         keep(folder, name, result | {"of": result["of"] | change})
@@ -336,7 +345,9 @@ def test_results_of_something_else_are_left_out_and_named(folder):
     for name in ("tpp", "scr", "clusters"):
         assert f"## {name}" not in markdown
         assert f"figures/{name}.png" not in markdown
-    assert "Not measured: scr, tpp, clusters." in markdown
+    assert markdown.endswith(
+        "\nNot measured: core, sparse_probing, positions, ground_truth, unlearning, scr, tpp, clusters.\n"
+    )
     assert told(markdown)[-3:] == [
         "- The result of **clusters** is left out: it can't be read",
         f"- The result of **scr** is left out: it is of version {VERSION - 1} of the evals, not {VERSION}",
@@ -423,12 +434,12 @@ def test_figures_show_the_numbers_and_their_legends_cover_none(results):
     perturbed = eval_figures._perturbed(results["tpp"])["tpp"]
     totals = [of["total_metric"] for of in results["tpp"]["tpp"].values()]
     assert points(perturbed.axes[0])["dictionary"][1] == totals
-    truth = eval_figures._truth(results["ground_truth"])["ground_truth"]
-    names = [text.get_text() for text in truth.axes[0].get_yticklabels()]
-    named = dict(zip(names, points(truth.axes[0])["F1 of the best latent"][0], strict=True))
+    known = eval_figures._truth(results["ground_truth"])["ground_truth"]
+    names = [text.get_text() for text in known.axes[0].get_yticklabels()]
+    named = dict(zip(names, points(known.axes[0])["F1 of the best latent"][0], strict=True))
     assert named == {name: of["f1"] for name, of in results["ground_truth"]["variables"].items()}
     order = eval_figures._order(results["positions"])["order_probing"]
-    for drawn in (figure, unlearned, perturbed, truth, order):
+    for drawn in (figure, unlearned, perturbed, known, order):
         drawn.savefig("/dev/null", format="png")
         (legend,) = drawn.legends
         assert not legend.get_window_extent().overlaps(drawn.axes[0].get_window_extent())
