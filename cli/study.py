@@ -45,7 +45,8 @@ def evaluate(
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the run folder holds already.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure a dictionary, beside its controls. Results of a run are kept in its folder's evals/.
+    """Measure a dictionary, beside its controls. Results of a run are kept in its folder's evals/; report.html there shows
+    them all.
 
     \b
     core            explained variance, CE and KL recovered, L0, dead latents, overall and per position

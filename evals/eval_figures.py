@@ -72,7 +72,8 @@ def _curves(
     base: float,
     labels: tuple[str, str, str],
 ) -> dict[str, Any]:
-    """A line a coder over numbers of latents, with bands of `spread` about them; nothing where no coder has a figure."""
+    """A line a coder over numbers of latents, with bands of `spread`, and one across at `base`; nothing where no coder has a
+    figure. `labels`: of x, of y, and the title."""
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     if all(value is None for line in lines.values() for value in line):

@@ -237,7 +237,7 @@ def _glance(lines: dict[str, list[Line]]) -> list[str]:
     return [
         table(headings, rows, (0, 1, len(headings) - 1)),
         f"{MARK} A control (bold) is as good: the score says nothing about the dictionary. L0, retained and absorption are "
-        f"never marked, as neither more nor less of them is better. {NOTHING} There is no such figure.",
+        f"never marked, as neither more nor less of them is better. {NOTHING} stands for a figure that there is not.",
     ]
 
 

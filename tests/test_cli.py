@@ -257,6 +257,8 @@ def test_train_writes_a_run(trained: Trained) -> None:
         "config.yaml",
         "metrics.jsonl",
         "summary.json",
+        "report.md",
+        "report.html",
         "evals/core.json",
         f"evals/saebench/core/temposae_{trained.folder.name}_eval_results.json",
         *(f"figures/{name}.png" for name in ("loss_curve", "position_explained_variance", "firing_rates")),
@@ -312,6 +314,8 @@ def test_eval_gives_the_figures_of_the_run(trained: Trained, tmp_path: Path) -> 
     written = files(trained.folder)
     for name in ("evals/core.json", f"evals/saebench/core/temposae_{trained.folder.name}_eval_results.json"):
         assert without_seconds(written.pop(name)) == without_seconds(before.pop(name))
+    for name, time in (("report.md", b"## Time"), ("report.html", b'id="time"')):  # what it took stands at the end
+        assert written.pop(name).rpartition(time)[0] == before.pop(name).rpartition(time)[0] != b""
     assert written == before
 
 
