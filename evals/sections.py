@@ -74,17 +74,11 @@ def _core(result: dict[str, Any]) -> list[str]:
         "explained variance": "explained_variance",
         "explained variance, as SAEBench works it out": "saebench.explained_variance",
         "explained variance, SAEBench's legacy one": "saebench.explained_variance_legacy",
-        "CE recovered": "ce_recovered",
-        "CE recovered over mean ablation": "ce_recovered_over_mean",
-        "KL recovered": "kl_recovered",
-        "L0 (latents a token)": "l0",
-        "dead latents (share)": "dead_fraction",
-        "MSE": "mse",
-        "cosine of x and x_hat": "cosine",
-        "norm of x_hat / norm of x": "l2_ratio",
-        "relative reconstruction bias": "relative_reconstruction_bias",
-        "L1": "l1",
-    }
+        "CE recovered": "ce_recovered", "CE recovered over mean ablation": "ce_recovered_over_mean",
+        "KL recovered": "kl_recovered", "L0 (latents a token)": "l0", "dead latents (share)": "dead_fraction",
+        "MSE": "mse", "cosine of x and x_hat": "cosine", "norm of x_hat / norm of x": "l2_ratio",
+        "relative reconstruction bias": "relative_reconstruction_bias", "L1": "l1",
+    }  # fmt: skip
     places = {
         "clean": "nothing: the model as it is", "zero": "zeros", "mean": "the mean", "sae": "the dictionary's",
         "random": "random's",
@@ -236,12 +230,8 @@ def _unlearning(result: dict[str, Any]) -> list[str]:
 
 
 def _setting(setting: dict[str, Any]) -> tuple[str, ...]:
-    shares = (number(setting[f"{side}_accuracy"]) for side in ("forget", "retain"))
-    return (
-        f"{setting['retain_threshold']:g}",
-        *(f"{setting[k]:g}" for k in ("latents", "taken", "multiplier")),
-        *shares,
-    )
+    exact = (f"{setting[key]:g}" for key in ("retain_threshold", "latents", "taken", "multiplier"))
+    return (*exact, *(number(setting[f"{side}_accuracy"]) for side in ("forget", "retain")))
 
 
 def _scr(result: dict[str, Any]) -> list[str]:
@@ -257,7 +247,8 @@ def _scr(result: dict[str, Any]) -> list[str]:
         _by_n(result, lambda scores, n: scores["scr_metric"][n]),
         PICTURES,
         "### By pair",
-        "Accuracies of the probe on all data (clean) and on data where the two attributes are one (base), and the metric.",
+        "Accuracies where topic and tone are independent: clean, of a probe trained where they are, too; base, of one "
+        "trained where they are one. Then the metric.",
         table(("pair", *headings), pairs),
     ]
 

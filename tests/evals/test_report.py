@@ -170,6 +170,8 @@ def test_a_score_that_a_control_reaches_is_marked_and_told_first(results):
     results["scr"] |= {"score": 0.5, "reached_by": []}
     results["tpp"] |= {"score": 0.1, "reached_by": ["lm_neurons"]}
     results["tpp"]["controls"]["lm_neurons"]["score"] = 0.25
+    results["sparse_probing"] |= {"top_1": 0.9, "reached_by": ["random"]}  # within its standard error
+    results["sparse_probing"]["controls"]["random"]["top_1"] = 0.89
     known = results["ground_truth"] | {"recovered": 0.5, "mean_f1": 0.5}
     for control in known["controls"].values():
         control |= {"recovered": 0.4, "mean_f1": 0.4}
@@ -181,6 +183,7 @@ def test_a_score_that_a_control_reaches_is_marked_and_told_first(results):
     assert (rows["scr: score"][0], rows["scr: score"][-1]) == ("0.5000", "")
     assert rows["ground_truth: mean F1"][:2] == [f"{MARK} 0.5000", "**0.5000**"]
     assert rows["ground_truth: recovered"][:2] == ["0.5000", "0.4000"]
+    assert rows["sparse_probing: top 1"][:2] == [f"{MARK} 0.9000", "**0.8900**"]
     reached = [i for i, line in enumerate(told(markdown)) if "a control does as well" in line]
     assert reached == list(range(len(reached)))  # before everything else
     assert "- **tpp**: a control does as well at score (lm_neurons)" in told(markdown)
