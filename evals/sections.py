@@ -308,12 +308,21 @@ def _absorption(result: dict[str, Any]) -> list[str]:
         (
             plain(letter), number(of["words"]), number(of["probe_f1"]), ", ".join(map(str, of["main"])),
             number(of["main_f1"]), *(number(of[key]) for key in counts), number(of["absorption"]),
+            number(of["absorption_fraction"]),
         )
         for letter, of in result["letters"].items()
     ]  # fmt: skip
-    headings = ("letter", "words", "probe's F1", "main latents", "their F1", *counts, "absorption")
+    headings = ("letter", "words", "probe's F1", "main latents", "their F1", *counts, "absorption", "fraction")
     return [
-        _beside(result, {"mean absorption": "mean_absorption", "mean F1 of the main latents": "mean_main_f1"}),
+        _beside(
+            result,
+            {
+                "mean absorption": "mean_absorption",
+                "mean fraction": "mean_absorption_fraction",
+                "main latents of a letter": "mean_split",
+                "mean F1 of the main latents": "mean_main_f1",
+            },
+        ),
         "### By letter",
         table(headings, rows),
     ]

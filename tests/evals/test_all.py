@@ -1,0 +1,99 @@
+"""`temposae eval all` on the dictionary that `make demo` trains: what holds there, and that it holds again."""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from temposae.engine import checkpoint
+from temposae.engine.stream import ActivationStream
+from temposae.evals.run import evaluate
+from temposae.evals.suite import EVALS
+
+from ..commandline import run
+
+pytestmark = pytest.mark.slow
+CONTROLS = {"random", "lm_neurons", "shuffled", "mean"}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    command = re.search(r"temposae (train .*)\n", (Path(__file__).parents[2] / "Makefile").read_text())
+    assert command is not None
+    code, _, err = run(*command[1].replace("runs/demo", str(folder)).split())
+    assert code == 0, err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(demo) -> dict[str, Any]:
+    code, out, err = run("eval", "all", "--sae", demo, "--json", demo / "all.json")
+    assert code == 0, err
+    assert f"report: {demo / 'report.html'}" in out
+    return json.loads((demo / "all.json").read_text())
+
+
+def test_the_demo_dictionary_scores_above_its_controls(found):
+    assert list(found) == list(EVALS)
+    assert all("skipped" not in result and result["seconds"] > 0 for result in found.values())
+    assert {"explained_variance", "ce_recovered", "l0", "controls"} <= set(found["core"])
+    probing = found["sparse_probing"]
+    assert set(probing["controls"]) == CONTROLS
+    assert probing["top_1"] >= 0.85
+    assert probing["top_1"] > probing["controls"]["random"]["top_1"] + 2 * probing["top_1_error"]
+    assert probing["controls"]["mean"]["top_1"] == 0.5
+    assert abs(probing["controls"]["shuffled"]["top_1"] - 0.5) < 0.06
+    unlearning = found["unlearning"]
+    assert unlearning["score"] > 0.3
+    assert unlearning["retained"] >= 0.99
+    assert all(control["score"] < 0.1 for control in unlearning["controls"].values())
+    order = found["positions"]["order_probing"]
+    assert order["last_token"] >= order["bow"] + 0.2
+    assert {"mean_pooled", "last_token", "bow", "lm"} <= set(order)
+    assert {"specialization", "order_probing", "fidelity"} <= set(found["positions"])
+    assert 0 < found["ground_truth"]["recovered"] <= 1
+    for name in ("scr", "tpp"):
+        score = found[name]["score"]
+        assert all(score > control["score"] + 0.02 for control in found[name]["controls"].values()), name
+    assert found["clusters"]["count"] >= 2
+
+
+def test_a_second_call_finds_the_first_one_s_results(demo, found):
+    began = time.monotonic()
+    assert run("eval", "all", "--sae", demo, "--json", demo / "again.json").code == 0
+    assert time.monotonic() - began < 60
+    assert json.loads((demo / "again.json").read_text()) == found
+
+
+def test_a_call_cut_short_goes_on(demo, found):
+    for name in ("positions", "unlearning"):
+        (demo / "evals" / f"{name}.json").unlink()
+    code, out, _ = run("eval", "all", "--sae", demo, "--json", demo / "again.json")
+    assert (code, "skipped" in out) == (0, False)
+    again = json.loads((demo / "again.json").read_text())
+    assert {name for name in EVALS if again[name] == found[name]} == set(EVALS) - {"positions", "unlearning"}
+    assert figures(again) == pytest.approx(figures(found), rel=1e-12)
+
+
+def test_results_do_not_depend_on_batch_size(demo, found):
+    last = checkpoint.find(demo)
+    assert last.run is not None
+    config = last.run.stream.model_copy(update={"rows_per_forward": 20})
+    stream = ActivationStream(config, tokens=100_000, seed=last.run.train.seed)
+    again = json.loads(json.dumps(evaluate(last, stream, None, list(EVALS))))
+    assert figures(again) == pytest.approx(figures(found), rel=1e-9, abs=1e-9)
+
+
+def figures(value: Any, place: str = "") -> dict[str, float]:
+    """Every number of a result by its place, but times."""
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, list):
+        parts = enumerate(value)
+    else:
+        number = isinstance(value, (int, float)) and not place.endswith("/seconds")
+        return {place: value} if number else {}
+    return {key: number for name, one in parts for key, number in figures(one, f"{place}/{name}").items()}
