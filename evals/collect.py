@@ -36,8 +36,8 @@ class Coder(Protocol):
 class Neurons:
     """Control `lm_neurons`: the model's own D activations as latents, of each token the k largest in absolute value."""
 
-    def __init__(self, d: int, k: int):
-        self.W_dec, self.k = torch.eye(d), min(k, d)
+    def __init__(self, d: int, k: int, device: torch.device | str = "cpu"):
+        self.W_dec, self.k = torch.eye(d, device=device), min(k, d)
 
     def encode_sparse(self, x: Tensor, pos: Tensor) -> SparseCode:
         indices = x.abs().topk(self.k, dim=1).indices
@@ -206,6 +206,6 @@ class Evaluation:
         if self.random is not None:
             found["random"] = self.random
         device = collected.x.device
-        neurons, mean = Neurons(collected.x.shape[1], self.sae.cfg.k), Mean(collected.mean)
-        neurons.W_dec = neurons.W_dec.to(device)
-        return found | {"lm_neurons": neurons, "mean": mean}
+        return found | {
+            "lm_neurons": Neurons(collected.x.shape[1], self.sae.cfg.k, device), "mean": Mean(collected.mean)
+        }  # fmt: skip

@@ -27,6 +27,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,10 +39,10 @@ from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.model import next_token_losses
 from ..kernels.numerics import sum_by
+from .collect import CHUNK, Coder, Neurons
 
 #: x [n, D], pos [n] -> x_hat [n, D]
 Reconstruct = Callable[[Tensor, Tensor], Tensor]
-_CHUNK = 4096  # tokens that are encoded at once
 LOGITS = 2**29  # that are held at once
 
 
@@ -67,19 +68,22 @@ def core(
 ) -> dict[str, Any]:
     """Core metrics of `sae` on `rows` held-out rows of the stream's text (CE on the first `ce_rows` of them).
 
-    `controls` are dictionaries to be measured in the same way (`random`); `mean` is always added. The result holds the
-    metrics of `sae`, `per_position` lists, a histogram of firing rates, of each of its `latents` the firing rate and on how
+    `controls` are dictionaries to be measured in the same way (`random`); `mean` is always added, and `lm_neurons`, each
+    activation with its K largest parts alone, unless `sae` is a transcoder. The result holds the metrics of `sae`,
+    `per_position` lists, a histogram of firing rates, of each of its `latents` the firing rate and on how
     many tokens of a row it fires where it does, and under `controls` the metrics of each.
     """
     for name, dictionary in {"sae": sae, **controls}.items():
         check_fits(name, dictionary, stream)
     began = time.monotonic()
     T, device = stream.positions, stream.model.device
-    dictionaries = {name: d.to(device) for name, d in {"sae": sae, **controls}.items()}
+    coders: dict[str, Coder] = {name: d.to(device) for name, d in {"sae": sae, **controls}.items()}
+    if sae.cfg.d_out is None:
+        coders["lm_neurons"] = Neurons(sae.cfg.d_in, sae.cfg.k, device)
     texts = list(stream.held_out(rows))
     rows = sum(len(text.tokens) for text in texts)
     ce_rows = min(ce_rows, rows)
-    with progress_bar("evaluating", total=rows + (len(dictionaries) + 3) * ce_rows, unit="rows") as bar:
+    with progress_bar("evaluating", total=rows + (len(coders) + 3) * ce_rows, unit="rows") as bar:
         parts: list[_Part] = []
         for text in texts:
             kept = stream.keep(text).to(device)
@@ -97,16 +101,17 @@ def core(
         replacements: dict[str, Reconstruct] = {
             "zero": lambda x, pos: torch.zeros_like(mu).expand(len(x), -1),
             "mean": lambda x, pos: mu.float().expand(len(x), -1),
+            **{name: partial(_reconstruct, coder) for name, coder in coders.items()},
         }
         losses: dict[str, Tensor] = {}
         left = ce_rows
         for part in parts:
             take = min(len(part.kept), left)
             left -= take
-            for name, summed in _behaviour(stream, part, take, replacements | dictionaries, bar).items():
+            for name, summed in _behaviour(stream, part, take, replacements, bar).items():
                 losses[name] = losses.get(name, 0) + summed
 
-    found = {name: _measure(d, parts, mu.float(), T) for name, d in dictionaries.items()}
+    found = {name: _measure(coder, parts, mu.float(), T) for name, coder in coders.items()}
     found["mean"] = {"squared_error": spread, "l0": torch.zeros(T), "rate": None, "quality": None}
     results = {name: _scores(name, values, spread, count, losses) for name, values in found.items()}
     rate, fired_in = found["sae"]["rate"].sum(0) / total, found["sae"]["rows"].clamp_min(1)
@@ -143,21 +148,27 @@ def check_fits(name: str, dictionary: SparseAutoencoder, stream: ActivationStrea
 
 
 @torch.no_grad()
-def _measure(sae: SparseAutoencoder, parts: list[_Part], mu: Tensor, T: int) -> dict[str, Any]:
+def _reconstruct(coder: Coder, x: Tensor, pos: Tensor) -> Tensor:
+    return coder.decode(coder.encode_sparse(x, pos))
+
+
+@torch.no_grad()
+def _measure(coder: Coder, parts: list[_Part], mu: Tensor, T: int) -> dict[str, Any]:
     """Squared error [T], L0 [T] (sums), how often each latent fired at each position [T, F], and of all tokens `quality`."""
-    rate = torch.zeros(T, sae.cfg.d_sae, device=sae.b_dec.device)
-    l0 = torch.zeros(T, dtype=torch.float64, device=sae.b_dec.device)
-    error = torch.zeros(T, dtype=torch.float64, device=sae.b_dec.device)
-    in_rows = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.b_dec.device)
-    sums = torch.zeros(9, dtype=torch.float64, device=sae.b_dec.device)
+    F, device = len(coder.W_dec), parts[0].x.device
+    rate = torch.zeros(T, F, device=device)
+    l0 = torch.zeros(T, dtype=torch.float64, device=device)
+    error = torch.zeros(T, dtype=torch.float64, device=device)
+    in_rows = torch.zeros(F, dtype=torch.int64, device=device)
+    sums = torch.zeros(9, dtype=torch.float64, device=device)
     squares = torch.zeros_like(mu, dtype=torch.float64)  # of each dimension
     for part in parts:
         row = part.kept.nonzero()[:, 0]
-        seen = torch.zeros(len(part.kept) * sae.cfg.d_sae, dtype=torch.bool, device=rate.device)
+        seen = torch.zeros(len(part.kept) * F, dtype=torch.bool, device=rate.device)
         tokens = (part.x, part.target, part.pos, row)
-        for x, target, pos, of in zip(*(tensor.split(_CHUNK) for tensor in tokens), strict=True):
-            code = sae.encode_sparse(x, pos)
-            x_hat = sae.decode(code)
+        for x, target, pos, of in zip(*(tensor.split(CHUNK) for tensor in tokens), strict=True):
+            code = coder.encode_sparse(x, pos)
+            x_hat = coder.decode(code)
             errors = (target - x_hat).double().square().sum(1)
             error += sum_by(pos, errors, T)
             y, y_hat = target.double(), x_hat.double()
@@ -179,9 +190,9 @@ def _measure(sae: SparseAutoencoder, parts: list[_Part], mu: Tensor, T: int) -> 
             sums += torch.stack([*(value.sum() for value in of_token), l1])
             l0 += sum_by(pos, code.l0().double(), T)
             active = (code.live(code.values) > 0).flatten()
-            fired = (pos[code.rows] * sae.cfg.d_sae + code.indices).flatten()
+            fired = (pos[code.rows] * F + code.indices).flatten()
             rate.view(-1).index_add_(0, fired, active.to(rate.dtype))
-            seen[(of[code.rows] * sae.cfg.d_sae + code.indices).flatten()[active]] = True
+            seen[(of[code.rows] * F + code.indices).flatten()[active]] = True
         in_rows += seen.view(len(part.kept), -1).sum(0)
     n = sum(len(part.x) for part in parts)
     errors, size, size_hat, ratio, cosine, dot, square_hat, legacy, l1 = (sums / n).tolist()
@@ -225,7 +236,7 @@ def _behaviour(
             if name == "clean":
                 logits = stream.model.logits(tokens)
             else:
-                chunks = zip(x.split(_CHUNK), pos.split(_CHUNK), strict=True)
+                chunks = zip(x.split(CHUNK), pos.split(CHUNK), strict=True)
                 given = torch.cat([replacements[name](*chunk) for chunk in chunks])
 
                 def splice(value: Tensor, kept: Tensor = kept, given: Tensor = given) -> Tensor:

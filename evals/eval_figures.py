@@ -6,7 +6,7 @@ from typing import Any
 from .figures import COLOURS, MARKERS, SEVERAL, core_figures, new_axes
 
 LABELS = {"sae": "dictionary", "llm": "LM activations"}
-CODERS = COLOURS | {"lm_neurons": "#E69F00", "shuffled": "#CC79A7", "llm": "#000000"}
+CODERS = COLOURS | {"shuffled": "#CC79A7", "llm": "#000000"}
 SHAPES = {"sae": "o", "random": "s", "lm_neurons": "^", "mean": "x", "shuffled": "v", "llm": "D"}
 RETAINED = 0.99  # of the answers to retain: what a setting of unlearning must keep in order to count
 RECOVERED = 0.8  # the F1 from which on a variable is recovered

@@ -6,7 +6,7 @@ from typing import Any
 
 SEVERAL = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MARKERS = "os^Dv<>p*h"
-COLOURS = {"sae": "#0072B2", "random": "#D55E00", "mean": "#999999"}
+COLOURS = {"sae": "#0072B2", "random": "#D55E00", "lm_neurons": "#E69F00", "mean": "#999999"}
 
 
 def core_figures(metrics: list[dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +83,12 @@ def _loss(metrics: list[dict[str, Any]]) -> Any:
 def _positions(result: dict[str, Any]) -> Any:
     figure, axes = new_axes()
     every = {"sae": result, **result["controls"]}
-    labels = {"sae": "dictionary", "random": "random control", "mean": "mean control"}
+    labels = {
+        "sae": "dictionary",
+        "random": "random control",
+        "lm_neurons": "K largest neurons",
+        "mean": "mean control",
+    }
     for name, scores in every.items():
         at = scores["per_position"]
         points = [(p, v) for p, v in zip(at["position"], at["explained_variance"], strict=True) if v is not None]

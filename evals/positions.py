@@ -62,7 +62,7 @@ def positions(
         shuffled = [drawn.shuffled(draw) for _ in range(shuffles)]
         for name, coder in coders.items():
             latents = information(collected.code(coder), drawn, shuffled)
-            found = _summary(latents)
+            found = summary(latents)
             figures[name] |= {"after_first_8": found} if first else found | {"tokens": len(drawn.at)}
             if not first:
                 score[name] = latents["specialization"]
@@ -183,8 +183,8 @@ def held_out(evaluation: Evaluation, rows: int) -> Collected:
     return collect(evaluation.stream, evaluation.stream.held_out(rows), rows)
 
 
-def _summary(latents: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Over the latents that fire; nats per firing weighted by firings."""
+def summary(latents: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Of what `information` gives, over the latents that fire; nats per firing weighted by firings."""
     alive = latents["firings"] > 0
     of = {name: values[alive] for name, values in latents.items()}
 

@@ -138,6 +138,15 @@ def _positions(result: dict[str, Any]) -> list[str]:
             f"Of the reference's specialization {number(kept['value'])} is retained; {number(kept['matched'])} of its "
             "latents have a match."
         )
+    if (sliced := result.get("slicing")) is not None:
+        keys = ("specialization", "explained_variance", "l0")
+        rows = [(name, *(number(of[key]) for key in keys)) for name, of in sliced.items()]
+        found += [
+            "### Slicing: specialization without training",
+            "The dictionary with each latent shut off but for one range of positions, but for positions drawn at random, "
+            "and as it is. Specialization that costs more explained variance than slicing is worth nothing.",
+            table(("slices", "specialization", "explained variance", "L0"), rows),
+        ]
     if (fidelity := result.get("fidelity")) is not None:
         found += ["### Fidelity: as good late in a row as early?", *_fidelity(fidelity)]
     if (order := result.get("order_probing")) is not None:

@@ -77,8 +77,9 @@ def _positions(evaluation: Evaluation) -> dict[str, Any]:
     from .fidelity import fidelity
     from .order import order_probing
     from .positions import positions
+    from .slicing import slicing
 
-    found = positions(evaluation) | {"fidelity": fidelity(evaluation)}
+    found = positions(evaluation) | {"fidelity": fidelity(evaluation), "slicing": slicing(evaluation)}
     try:
         return found | {"order_probing": order_probing(evaluation)}
     except UserError as error:

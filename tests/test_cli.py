@@ -285,7 +285,7 @@ def test_train_reports_metrics(trained: Trained) -> None:
 def test_summary(trained: Trained) -> None:
     summary = json.loads((trained.folder / "summary.json").read_text())
     assert summary.keys() >= {*SCORES, "seconds", "controls"}
-    assert summary["controls"].keys() == {"random", "mean"}
+    assert summary["controls"].keys() == {"random", "lm_neurons", "mean"}
     assert all(scores.keys() >= set(SCORES) for scores in summary["controls"].values())
     assert json.loads(trained.json.read_text()) == summary
     core = json.loads((trained.folder / "evals" / "core.json").read_text())

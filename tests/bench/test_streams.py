@@ -41,6 +41,7 @@ def test_a_slow_source_harvests_less(monkeypatch: pytest.MonkeyPatch) -> None:
     assert streams.measure(TINY, device="cpu")["harvest_ratio"] < 0.5
 
 
+@pytest.mark.slow
 def test_a_slow_buffer_costs_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "DICTIONARIES", (1,))
     slower(monkeypatch, RingBuffer, "_gather", 0.2)

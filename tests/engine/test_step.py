@@ -215,6 +215,7 @@ def test_moments_take_as_much_memory_as_they_should(moments, bytes_each):
     assert made.leaves["W_enc"].grad is None
 
 
+@pytest.mark.slow
 def test_narrow_moments_learn_as_well_as_wide_ones():
     """Sparse sums of 64 directions, some common and most rare: at the end as little is unexplained, within 2%."""
     fvu = {}

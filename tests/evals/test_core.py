@@ -156,7 +156,7 @@ def test_evaluating_a_run_writes_results_and_figures(stream_of, tmp_path):
     settings = TrainConfig(tokens=8192, batch=256, log_every_steps=4)
     train(stream, SAEConfig(d_in=D, d_sae=64, k=4), settings, out=tmp_path / "run")
     found = evaluate(find(tmp_path / "run"), stream, tmp_path / "run")["core"]
-    assert set(found["controls"]) == {"random", "mean"}
+    assert set(found["controls"]) == {"random", "lm_neurons", "mean"}
     assert found["explained_variance"] > found["controls"]["random"]["explained_variance"] > 0
     figures = {p.name: p.stat().st_size for p in (tmp_path / "run" / "figures").iterdir()}
     assert set(figures) == {"loss_curve.png", "position_explained_variance.png", "firing_rates.png"}
@@ -177,7 +177,7 @@ def test_a_dictionary_without_its_control_gets_one(stream_of, tmp_path, monkeypa
     monkeypatch.setattr("temposae.evals.run.train", short)
     found = evaluate(find(tmp_path / "saved"), stream_of(), None)["core"]
     assert asked == [("random", None)]
-    assert set(found["controls"]) == {"random", "mean"}
+    assert set(found["controls"]) == {"random", "lm_neurons", "mean"}
 
 
 def test_a_dictionary_of_another_width_is_refused(stream_of):

@@ -10,7 +10,7 @@ from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.evals.collect import Collected, Evaluation
 from temposae.evals.positions import Drawn, information
-from temposae.evals.slicing import slicings
+from temposae.evals.slicing import slicing, slicings
 
 D, F, T = 128, 64, 128
 
@@ -70,3 +70,21 @@ def test_what_is_refused(sae):
         slicings(sae, T, ranges=129)
     with pytest.raises(UserError, match=r"sae\.mask\.kind: ranges is not allowed"):
         slicings(slicings(sae, T)["ranges"], T)
+
+
+def test_slices_of_a_dictionary_are_measured_beside_it(stream_of, sae):
+    evaluation = Evaluation(stream_of(), sae, None)
+    found = slicing(evaluation, rows=40)
+    assert found is not None
+    assert list(found) == ["ranges", "random", "none"]
+    # always on but for the mask: position tells all of the ranges, and little of the others
+    assert found["ranges"]["specialization"] > 0.7
+    assert found["none"]["specialization"] == 0
+    assert found["random"]["specialization"] < 0.3
+    assert (found["none"]["l0"], found["ranges"]["l0"]) == (F, pytest.approx(F / 4, rel=0.01))
+    collected = evaluation.labelled(40)
+    error = (collected.x - sae(collected.x)).double().square().sum()
+    spread = (collected.x.double() - collected.x.double().mean(0)).square().sum()
+    assert found["none"]["explained_variance"] == pytest.approx(float(1 - error / spread), rel=1e-6)
+    masked = slicings(sae, T)["ranges"]
+    assert slicing(Evaluation(stream_of(), masked, None), rows=40) is None

@@ -165,6 +165,7 @@ def test_pooled_latents_are_means_over_a_text_s_own_tokens(stream_of):
         assert given.labels[at] == BY_LENGTH.labels[at]
 
 
+@pytest.mark.slow
 def test_results_follow_from_the_seed_alone(stream_of, monkeypatch):
     """Not from batches, nor from what was probed before."""
     monkeypatch.setattr(module, "ROWS", 64)

@@ -263,6 +263,7 @@ def test_facts_of_clamped_entities_are_forgotten_and_no_others(by_word, model):
     assert found["score"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_rerun_gives_the_same_whatever_came_before(by_word):
     first, again = by_word(), by_word(rows_per_forward=48)
     again.generator("something else").random(10)

@@ -349,6 +349,7 @@ def test_nan_shows_in_its_own_row_only(wide_backend, assert_close):
     assert_close(code.to_dense()[others], largest(activations(x, W_enc, b_enc, center)[others], WIDE.K))
 
 
+@pytest.mark.parametrize("wide_backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
 def test_same_bits_twice(wide_backend):
     x, W_enc, b_enc, _ = inputs(WIDE)
     b_enc[64:96] += 8
