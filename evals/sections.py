@@ -81,7 +81,7 @@ def _core(result: dict[str, Any]) -> list[str]:
     }  # fmt: skip
     places = {
         "clean": "nothing: the model as it is", "zero": "zeros", "mean": "the mean", "sae": "the dictionary's",
-        "random": "random's",
+        "random": "random's", "lm_neurons": "the K largest neurons",
     }  # fmt: skip
     spliced = [
         (places.get(name, plain(name)), number(ce), number(at(result, f"kl.{name}")))
