@@ -5,7 +5,9 @@ from typing import Any
 
 def core_table(result: dict[str, Any], title: str) -> None:
     """The scores of a dictionary, and of its controls."""
-    _table({"dictionary": result} | {f"{name} control": scores for name, scores in result["controls"].items()}, title)
+    named = {"lm_neurons": "LM neurons"}
+    controls = {named.get(name, f"{name} control"): scores for name, scores in result["controls"].items()}
+    _table({"dictionary": result} | controls, title)
 
 
 def scores_table(result: dict[str, Any], title: str) -> None:
