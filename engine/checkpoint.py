@@ -11,7 +11,6 @@ Of several dictionaries on a stream, each has a checkpoint of its own without st
 one with that alone, which is written last and names what belongs to it.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from .config import RunConfig, SAEConfig
 from .errors import UserError
-from .files import UNFINISHED, flush
+from .files import UNFINISHED, digest, flush
 from .sae import SparseAutoencoder
 
 FORMAT = "temposae/1"
@@ -84,7 +83,7 @@ class Checkpoint:
         try:
             if not path.is_file() or path.stat().st_size != expected["bytes"]:
                 raise UserError(f"checkpoint: {path} is damaged or missing; it must have {expected['bytes']} bytes")
-            if _sha256(path) != expected["sha256"]:
+            if digest(path) != expected["sha256"]:
                 raise UserError(f"checkpoint: {path} is damaged; its contents are not what was written")
             return load_file(path)
         except (OSError, SafetensorError) as error:
@@ -118,7 +117,7 @@ def write(
                 "dictionaries": {name: cfg.model_dump() for name, (cfg, _) in dictionaries.items()},
                 "run": run.model_dump() if run else None,
                 "status": status,
-                "files": {n: {"bytes": (fresh / n).stat().st_size, "sha256": _sha256(fresh / n)} for n in files},
+                "files": {n: {"bytes": (fresh / n).stat().st_size, "sha256": digest(fresh / n)} for n in files},
             }
             (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             for path in fresh.iterdir():
@@ -178,8 +177,3 @@ def save(sae: SparseAutoencoder, folder: str | Path) -> None:
 def load(path: str | Path) -> SparseAutoencoder:
     """The dictionary in a checkpoint folder, or in the last checkpoint of a run folder. float32, on the CPU."""
     return find(Path(path).expanduser()).dictionary()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
-"""Files: written whole or not at all, and figures that a user asks for."""
+"""Files: written whole or not at all, known by what is in them, and figures that a user asks for."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,19 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of_folder(path: Path) -> str:
+    """SHA-256 over the names, sizes and times of change of a folder's files: quick for large ones, unlike their contents."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    seen = [f"{file.relative_to(path)} {(stat := file.stat()).st_size} {stat.st_mtime_ns}\n" for file in files]
+    return hashlib.sha256("".join(seen).encode()).hexdigest()
 
 
 def check_writable(path: Path | None, option: str = "json") -> None:

@@ -89,6 +89,15 @@ def load_labelled(source: str, draw: np.random.Generator) -> Labelled:
     return Labelled(name, [text for text, _ in found], [label for _, label in found])
 
 
+def stored_at(source: str) -> Path | None:
+    """The file or folder that a source is read from; None for one that is on the hub, or of the embedded language."""
+    name, _, query = source.partition("?")
+    folder = dict(parse_qsl(query)).get("path")
+    if folder is not None:
+        return Path(folder).expanduser()
+    return None if name in EMBEDDED or name in PUBLISHED else Path(name).expanduser()
+
+
 def _first(rows: Iterable[_Row], classes: Iterable[str], per_class: int, sides: int) -> list[tuple[str, str]]:
     """The first texts of each class, as many of each side. Reads no further than it must."""
     found: list[tuple[str, str]] = []

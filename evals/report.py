@@ -247,7 +247,7 @@ def _time(results: dict[str, dict[str, Any]]) -> list[str]:
             plain(name),
             f"{result['seconds']:.1f}",
             str(result["of"]["seed"]),
-            plain(", ".join(result["of"].get("sets", ()))),
+            plain(", ".join(result["of"]["given"])),
         )
         for name, result in results.items()
     ]
@@ -255,6 +255,6 @@ def _time(results: dict[str, dict[str, Any]]) -> list[str]:
     rows.append(("all", f"{total:.1f}", "", ""))
     missing = [name for name in EVALS if name not in results]
     return [
-        table(("eval", "seconds", "seed", "labelled texts given"), rows, (0, 3)),
+        table(("eval", "seconds", "seed", "given"), rows, (0, 3)),
         f"Not measured: {', '.join(missing)}." if missing else "",
     ]

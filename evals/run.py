@@ -19,9 +19,9 @@ from .core import check_fits
 from .figures import draw_pareto
 from .report import write_report
 from .saebench import file_name, output
-from .suite import load_eval
+from .suite import given_to, load_eval
 
-VERSION = 2  # of the evals: results of another one are not taken for today's
+VERSION = 3  # of the evals: results of another one are not taken for today's
 SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
 
 
@@ -86,14 +86,14 @@ def evaluate(
     """The evals of these `names` of a checkpoint, by name, each with its controls and the `seconds` that it took.
 
     With `run`, each is kept there as evals/NAME.json (and in SAEBench's format in evals/saebench/), where a later call finds
-    it unless it asks for `fresh` ones or is of another dictionary, seed, version, `sets` or `files`; and report.md,
-    report.html and figures/ show all that is kept there of this dictionary. The random control is the one trained beside the
-    dictionary; where there is none, it is trained now on as many tokens. Of several evals, one that can't be had of this
-    model or text has `skipped` in its place: why. Of a single one, that is a UserError.
+    it unless it asks for `fresh` ones or is of another dictionary, seed, version, or of other sets or files `given` to this
+    eval; and report.md, report.html and figures/ show all that is kept there of this dictionary. The random control is the
+    one trained beside the dictionary; where there is none, it is trained now on as many tokens. Of several evals, one that
+    can't be had of this model or text has `skipped` in its place: why. Of a single one, that is a UserError.
     """
-    key: dict[str, Any] = {"dictionary": found.manifest["files"]["sae.safetensors"]["sha256"], "seed": seed}
-    key |= {"sets": list(sets), "files": {n: list(paths) for n, paths in (files or {}).items()}, "version": VERSION}
-    results = {} if run is None or fresh else {name: kept for name in names if (kept := _kept(run, name, key))}
+    common = {"dictionary": found.manifest["files"]["sae.safetensors"]["sha256"], "seed": seed, "version": VERSION}
+    keys = {name: common | {"given": given_to(name, sets, files or {})} for name in names}
+    results = {} if run is None or fresh else {name: kept for name in names if (kept := _kept(run, name, keys[name]))}
     if missing := [name for name in names if name not in results]:
         sae = found.dictionary()
         check_fits("sae", sae, stream)
@@ -107,7 +107,7 @@ def evaluate(
                 if len(names) == 1:
                     raise
                 result = {"skipped": str(error)}
-            result |= {"seconds": round(time.monotonic() - began, 2), "of": key}
+            result |= {"seconds": round(time.monotonic() - began, 2), "of": keys[name]}
             results[name] = json.loads(json.dumps(result, allow_nan=False))  # as it is read again
             if run is not None:
                 _write(run / "evals" / f"{name}.json", results[name])

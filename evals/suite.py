@@ -1,11 +1,14 @@
 """The evals by name, in the order in which `all` runs them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from ..engine.errors import UserError
+from ..engine.files import digest, digest_of_folder
 from .collect import Evaluation
+from .labelled import stored_at
 
 Eval = Callable[[Evaluation], dict[str, Any]]
 
@@ -23,14 +26,14 @@ EVALS = {
 }
 
 
-#: what evals read from disk where the text isn't the embedded language's -> whether there may be several
+#: what is read from disk where the text isn't the embedded language's -> the eval that reads it, and whether several may be
 FILES = {
-    "forget_questions": False,
-    "retain_questions": True,
-    "forget_text": False,
-    "retain_text": False,
-    "blimp": True,
-    "senteval": True,
+    "forget_questions": ("unlearning", False),
+    "retain_questions": ("unlearning", True),
+    "forget_text": ("unlearning", False),
+    "retain_text": ("unlearning", False),
+    "blimp": ("positions", True),
+    "senteval": ("positions", True),
 }
 
 
@@ -41,10 +44,24 @@ def named_files(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
         name, _, path = one.partition("=")
         if name not in FILES or not path:
             raise UserError(f"file: {one} is not allowed; give NAME=PATH, of which NAME is {', '.join(FILES)}")
-        if name in found and not FILES[name]:
+        if name in found and not FILES[name][1]:
             raise UserError(f"file: {one} is not allowed; there is one {name} already, {found[name][0]}")
         found[name] = (*found.get(name, ()), path)
     return found
+
+
+def given_to(name: str, sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
+    """What the eval `name` reads of these labelled sets and files, as it was given -> the digest of what lies there."""
+    if name == "sparse_probing":
+        paths = {source: stored_at(source) for source in sets}
+    else:
+        mine = [kind for kind, (reader, _) in FILES.items() if reader == name]
+        paths = {f"{kind}={path}": Path(path).expanduser() for kind in mine for path in files.get(kind, ())}
+    return {given: None if path is None or not path.exists() else _digest(path) for given, path in paths.items()}
+
+
+def _digest(path: Path) -> str:
+    return digest_of_folder(path) if path.is_dir() else digest(path)
 
 
 def load_eval(name: str) -> Eval:

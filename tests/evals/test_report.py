@@ -79,7 +79,7 @@ def measured(testbed) -> dict[str, dict[str, Any]]:
 @pytest.fixture
 def results(measured) -> dict[str, dict[str, Any]]:
     """The same, to be changed, as they are kept."""
-    of = {"dictionary": "0" * 64, "seed": 0, "sets": [], "version": VERSION}
+    of = {"dictionary": "0" * 64, "seed": 0, "given": {}, "version": VERSION}
     return {name: copy.deepcopy(result) | {"seconds": 1.25, "of": of} for name, result in measured.items()}
 
 
@@ -91,7 +91,7 @@ def report(measured, tmp_path_factory) -> Path:
     (run / "metrics.jsonl").write_text('{"step": 4, "tokens": 1024, "fvu": 0.5}\n')
     (run / "evals").mkdir()
     for name, result in measured.items():
-        keep(run, name, result | {"seconds": 1.25, "of": {"seed": 0, "sets": [], "version": VERSION}})
+        keep(run, name, result | {"seconds": 1.25, "of": {"seed": 0, "given": {}, "version": VERSION}})
     write_report(run, find(run), VERSION)
     return run
 
@@ -381,7 +381,7 @@ def test_figures_that_there_are_not_are_dashes(folder, results):
         scores |= {"scr_metric": nothing(scores["scr_metric"])}
     found["scr"] |= {"score": None, "reached_by": []}
     for name, result in found.items():
-        keep(folder, name, result | {"of": {"seed": 0, "version": VERSION}})
+        keep(folder, name, result | {"of": {"seed": 0, "given": {}, "version": VERSION}})
     markdown, _ = written(folder)
     rows = glance(markdown)
     for row in ("sparse_probing: top 1", "scr: score", "clusters: stability", "unlearning: retained"):
@@ -396,7 +396,7 @@ def test_figures_that_there_are_not_are_dashes(folder, results):
 
 
 def test_an_eval_that_is_not_known_here_has_its_plain_figures(tmp_path):
-    of = {"dictionary": "0", "seed": 3, "version": VERSION}
+    of = {"dictionary": "0", "seed": 3, "given": {}, "version": VERSION}
     result = {
         "draw": 0.25,
         "rows": 7,

@@ -80,11 +80,37 @@ def test_what_was_skipped_is_tried_again(trained, monkeypatch):
     assert evaluate(find(folder), stream, folder, ["never", "coin"])["never"]["there"] == 1
 
 
-def test_files_are_given_by_name_and_a_result_of_others_is_not_taken(trained):
+def test_a_result_of_other_files_is_not_taken(trained, tmp_path, monkeypatch):
     folder, stream, calls = trained
-    for given in (["blimp=a.jsonl"], ["blimp=a.jsonl", "blimp=b.jsonl"], ["blimp=a.jsonl"]):
+    monkeypatch.setattr(suite, "FILES", {"coins": ("coin", True), "other": ("never", True)})
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("heads")
+    two.mkdir()
+    (two / "part").write_text("heads")
+
+    def measured(*given: str) -> int:
+        before = len(calls)
         evaluate(find(folder), stream, folder, ["coin"], files=suite.named_files(given))
-    assert calls == [0, 0, 0]
+        return len(calls) - before
+
+    assert (measured(f"coins={one}"), measured(f"coins={one}"), measured(f"coins={one}", "other=x")) == (1, 0, 0)
+    assert (measured(f"coins={one}", f"coins={two}"), measured(f"coins={one}", f"coins={two}")) == (1, 0)
+    (two / "part").write_text("heads, tails")
+    assert (measured(f"coins={one}", f"coins={two}"), measured(f"coins={one}")) == (1, 1)
+    one.write_text("tails")
+    assert (measured(f"coins={one}"), measured()) == (1, 1)
+
+
+def test_what_sparse_probing_reads(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\n")
+    file, folder = f"{tmp_path}/a.csv?text=body", f"fancyzhx/ag_news?path={tmp_path}"
+    sources = ("topic", "fancyzhx/ag_news", file, folder, f"{tmp_path}/absent.csv")
+    found = suite.given_to("sparse_probing", sources, {})
+    assert [given for given, digest in found.items() if digest is not None] == [file, folder]
+    assert suite.given_to("core", sources, {"blimp": ("a",)}) == {}
+
+
+def test_files_are_given_by_name():
     files = suite.named_files(["blimp=a=b", "forget_text=c", "blimp=d"])
     assert files == {"blimp": ("a=b", "d"), "forget_text": ("c",)}
     for given, message in (
