@@ -22,11 +22,14 @@ dictionaries.
 """
 
 import time
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from ..engine.errors import UserError
@@ -68,53 +71,71 @@ def absorption(evaluation: Evaluation, *, rows: int = ROWS) -> dict[str, Any]:
     Returns `mean_absorption`, `mean_absorption_fraction`, `mean_split` (main latents of a letter) and `mean_main_f1`, over
     the letters that the regression on x tells with an F1 above `KNOWN` (None where there is none); `letters` {letter: words,
     probe_f1, main (latents), main_f1, known, missed, absorbed, absorption, absorption_fraction}, counts being of test
-    tokens; `controls` with the means of each; `warnings`; `settings`. Raises UserError where no two letters have `WORDS`
-    words.
+    tokens; `controls` with the means of each, `shuffled` among them, where words have each other's letters; `warnings`;
+    `settings`. Raises UserError where no two letters have `WORDS` words.
     """
     began = time.monotonic()
     given = _of_language(evaluation, rows) if evaluation.is_testbed else _of_vocabulary(evaluation)
-    train, test, letter = given.train, given.test, given.letter
-    size = {a: len(np.unique(given.word[train][letter[train] == a])) for a in np.unique(letter[train])}
-    letters = [a for a, count in size.items() if count >= WORDS and (letter[test] == a).any()]
-    if len(letters) < 2:
+    if len(_letters(given)) < 2:
         what = f"rows: {rows}" if evaluation.is_testbed else f"model: {evaluation.stream.model.name}"
         raise UserError(f"{what} is not allowed; at least 2 letters need {WORDS} words each")
+    whole = Collected(torch.zeros(0, 0), torch.zeros(0, 0), given.x, given.pos, given.pos)
+    coders = evaluation.coders(whole)
+    any_letter = _shuffled(given, evaluation.generator("absorption shuffled"))
+    results = _by_letter(given, coders) | _by_letter(any_letter, {"shuffled": coders["sae"]})
+    means = {name: _means(found) for name, found in results.items()}
+    own = means.pop("sae")
+    f1, told = own["mean_main_f1"], []
+    if f1 is None:
+        told.append(f"no letter is told with an F1 above {KNOWN} by the model's own activations")
+    elif f1 < LITTLE:
+        told.append(f"letters have hardly a latent (F1 {f1:.2f} in the mean), so that little can be absorbed")
+    return {
+        **own,
+        "letters": results["sae"],
+        "controls": means,
+        "warnings": told,
+        "settings": {"min_GT_probe_f1": KNOWN, "f1_jump_threshold": SPLIT, "max_k_value": MOST},  # SAEBench's names
+        "tokens": len(given.train) + len(given.test),
+        "seconds": round(time.monotonic() - began, 2),
+    }
+
+
+def _letters(given: _Words) -> dict[str, int]:
+    """The letters with enough words for training, and some for testing -> how many words."""
+    own, tested = given.letter[given.train], set(given.letter[given.test])
+    size = {str(a): len(np.unique(given.word[given.train][own == a])) for a in np.unique(own)}
+    return {a: count for a, count in size.items() if count >= WORDS and a in tested}
+
+
+def _by_letter(given: _Words, coders: Mapping[str, Coder]) -> dict[str, dict[str, dict[str, Any]]]:
+    """What each coder has by letter, as `absorption` returns it of the dictionary."""
+    train, test, letter, letters = given.train, given.test, given.letter, _letters(given)
     x = given.x.cpu().numpy()
     probes = {a: _fit(x[train], letter[train] == a) for a in letters}
-    knows = {a: np.asarray(probe.predict(x[test])) & (letter[test] == a) for a, probe in probes.items()}
-    probe_f1 = {a: _f1(letter[test] == a, np.asarray(probe.predict(x[test]))) for a, probe in probes.items()}
-    whole = Collected(torch.zeros(0, 0), torch.zeros(0, 0), given.x, given.pos, given.pos)
+    told = {a: np.asarray(probe.predict(x[test])) for a, probe in probes.items()}
     results: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, coder in evaluation.coders(whole).items():
+    for name, coder in coders.items():
         f, W_dec = _latents(coder, given), coder.W_dec.detach().cpu().numpy()
         results[name] = {}
         for a, probe in probes.items():
             main, main_f1 = _main(Split(f[train], letter[train] == a, f[test], letter[test] == a))
-            chosen = test[knows[a]]
-            results[name][str(a)] = {
-                "words": size[a],
-                "probe_f1": probe_f1[a],
+            chosen = test[told[a] & (letter[test] == a)]
+            results[name][a] = {
+                "words": letters[a],
+                "probe_f1": _f1(letter[test] == a, told[a]),
                 "main": main.tolist(),
                 "main_f1": main_f1,
                 "known": len(chosen),
                 **_absorbed(x[chosen], f[chosen], W_dec, probe.coef_[0], main),
             }
-    means = {name: _means(found) for name, found in results.items()}
-    own = means.pop("sae")
-    f1, warnings = own["mean_main_f1"], []
-    if f1 is None:
-        warnings.append(f"no letter is told with an F1 above {KNOWN} by the model's own activations")
-    elif f1 < LITTLE:
-        warnings.append(f"letters have hardly a latent (F1 {f1:.2f} in the mean), so that little can be absorbed")
-    return {
-        **own,
-        "letters": results["sae"],
-        "controls": means,
-        "warnings": warnings,
-        "settings": {"min_GT_probe_f1": KNOWN, "f1_jump_threshold": SPLIT, "max_k_value": MOST},  # SAEBench's names
-        "tokens": len(train) + len(test),
-        "seconds": round(time.monotonic() - began, 2),
-    }
+    return results
+
+
+def _shuffled(given: _Words, draw: np.random.Generator) -> _Words:
+    """The same words with each other's letters."""
+    _, first, word = np.unique(given.word, return_index=True, return_inverse=True)
+    return replace(given, letter=draw.permutation(given.letter[first])[word])
 
 
 def _of_language(evaluation: Evaluation, rows: int) -> _Words:
@@ -226,7 +247,9 @@ def _absorbed(x: np.ndarray, f: np.ndarray, W_dec: np.ndarray, w: np.ndarray, ma
 
 def _fit(X: np.ndarray, y: np.ndarray) -> LogisticRegression:
     """Words of a letter are few, and count as much as the others do."""
-    return LogisticRegression(solver="newton-cholesky", class_weight="balanced").fit(X, y)  # few columns, many rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of its line search, after which it goes on with lbfgs
+        return LogisticRegression(solver="newton-cholesky", class_weight="balanced").fit(X, y)  # few columns, many rows
 
 
 def _f1(y: np.ndarray, found: np.ndarray) -> float:

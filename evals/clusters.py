@@ -24,7 +24,7 @@ from sklearn.metrics import adjusted_rand_score
 from ..engine.errors import UserError
 from ..engine.sae import SparseAutoencoder
 from ..kernels.numerics import sum_by
-from .collect import Collected, Evaluation, collect
+from .collect import Coder, Collected, Evaluation, collect
 
 BINS = 16
 FIRINGS = 100  # of a latent, fewer than which make a profile of noise; in one half of the rows half as many
@@ -42,8 +42,8 @@ def clusters(
     Returns `count`, `latents` (how many were clustered), `silhouette` {number: value}, `clusters` (size and mean profile
     [BINS], the earliest first), the mean distance `within` and `between` clusters, `stability` (adjusted Rand index over
     random halves of the rows), `seeds` (the same against an `other` dictionary, latents matched by decoder cosine), and
-    `controls`: `random`, and `shuffled`, where positions are permuted within each row. With too few latents that fire
-    these are None. Raises UserError for a count below 2.
+    `controls`: `random`, `lm_neurons` (their absolute values), and `shuffled`, where positions are permuted within each row.
+    With too few latents that fire these are None. Raises UserError for a count below 2.
     """
     if count is not None and count < 2:
         raise UserError(f"count: {count} is not allowed; give at least 2 clusters, or none to choose by silhouette")
@@ -52,10 +52,10 @@ def clusters(
     collected = evaluation.labelled(ROWS) if evaluation.is_testbed else collect(stream, stream.held_out(ROWS), ROWS)
     own = _measure(evaluation, evaluation.sae, collected, collected.pos, count)
     labels = own.pop("labels")
-    controls = {"shuffled": (evaluation.sae, _shuffled(collected, evaluation.generator("clusters shuffled")))}
-    if evaluation.random is not None:
-        controls["random"] = (evaluation.random, collected.pos)
-    found = {name: _measure(evaluation, d, collected, pos, count) for name, (d, pos) in controls.items()}
+    coders = evaluation.coders(collected)
+    controls = {name: (coder, collected.pos) for name, coder in coders.items() if name not in ("sae", "mean")}
+    controls["shuffled"] = evaluation.sae, _shuffled(collected, evaluation.generator("clusters shuffled"))
+    found = {name: _measure(evaluation, coder, collected, pos, count) for name, (coder, pos) in controls.items()}
     return {
         **own,
         "seeds": None if other is None else _matched(evaluation, other, collected, labels),
@@ -67,11 +67,11 @@ def clusters(
 
 
 def _measure(
-    evaluation: Evaluation, sae: SparseAutoencoder, collected: Collected, pos: torch.Tensor, count: int | None
+    evaluation: Evaluation, coder: Coder, collected: Collected, pos: torch.Tensor, count: int | None
 ) -> dict[str, Any]:
-    sums, firings, tokens = _activity(sae, collected, pos, torch.zeros(len(collected), dtype=torch.int64))
+    sums, firings, tokens = _activity(coder, collected, pos, torch.zeros(len(collected), dtype=torch.int64))
     used = np.flatnonzero(firings[0] >= FIRINGS)
-    labels = np.full(sae.cfg.d_sae, -1)
+    labels = np.full(firings.shape[1], -1)
     if len(used) < max(count or 0, COUNTS[0]) + 1:
         empty = dict.fromkeys(("count", "silhouette", "clusters", "within", "between", "stability"))
         return {**empty, "latents": len(used), "labels": labels}
@@ -97,19 +97,19 @@ def _measure(
         "clusters": [{"size": len(part), "profile": part.mean(0).tolist()} for part in parts],
         "within": _mean(square[pairs & upper]),
         "between": _mean(square[~pairs & upper]),
-        "stability": _stability(evaluation, sae, collected, pos, count),
+        "stability": _stability(evaluation, coder, collected, pos, count),
         "labels": labels,
     }
 
 
 def _stability(
-    evaluation: Evaluation, sae: SparseAutoencoder, collected: Collected, pos: torch.Tensor, count: int
+    evaluation: Evaluation, coder: Coder, collected: Collected, pos: torch.Tensor, count: int
 ) -> dict[str, Any] | None:
     """Adjusted Rand index of the clusters of two random halves of the rows, `HALVES` times."""
     draw, found = evaluation.generator("clusters halves"), []
     for _ in range(HALVES):
         half = torch.from_numpy(draw.permutation(np.arange(len(collected)) % 2))
-        sums, firings, tokens = _activity(sae, collected, pos, half)
+        sums, firings, tokens = _activity(coder, collected, pos, half)
         used = (firings >= FIRINGS / 2).all(0)
         if used.sum() <= count:
             return None
@@ -144,15 +144,15 @@ def _matched(
 
 
 def _activity(
-    sae: SparseAutoencoder, collected: Collected, pos: torch.Tensor, part: torch.Tensor
+    coder: Coder, collected: Collected, pos: torch.Tensor, part: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each part of the rows, of which `part` [R] gives the number: summed activation [P, F, BINS], firings [P, F] and
     tokens [P, BINS]."""
-    code, T = collected.code(sae), collected.kept.shape[1]
+    code, T = collected.code(coder), collected.kept.shape[1]
     of_token = part.to(pos.device)[collected.row]
     where, F, P = pos * BINS // T, code.n_latents, int(part.max()) + 1
     latent = of_token[code.rows] * F + code.indices
-    sums = sum_by(latent * BINS + where[code.rows], code.values.double(), P * F * BINS)
+    sums = sum_by(latent * BINS + where[code.rows], code.values.abs().double(), P * F * BINS)
     firings, tokens = torch.bincount(latent, minlength=P * F), torch.bincount(of_token * BINS + where, None, P * BINS)
     return sums.view(P, F, BINS).cpu().numpy(), firings.view(P, F).cpu().numpy(), tokens.view(P, BINS).cpu().numpy()
 

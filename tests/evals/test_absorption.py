@@ -78,8 +78,16 @@ def test_a_latent_that_takes_over_a_word_gives_its_share_of_the_words():
     # nothing is missed; the regression leans on the word's own direction by a thousandth
     assert found["controls"]["random"] == pytest.approx(nothing, abs=2e-3)
     assert found["warnings"] == []
-    assert set(found["controls"]) == {"random", "lm_neurons", "mean"}
+    assert set(found["controls"]) == {"random", "lm_neurons", "mean", "shuffled"}
     json.dumps(found, allow_nan=False)
+
+
+def test_words_with_each_other_s_letters_have_no_main_latent():
+    found = absorption(Planted(dictionary(), documents(taken=0)))
+    shuffled = found["controls"]["shuffled"]
+    assert found["mean_main_f1"] == 1
+    # the regression can't tell them either, or a latent of 40 words is right about half of the time
+    assert shuffled["mean_main_f1"] is None or shuffled["mean_main_f1"] < 0.75
 
 
 def test_a_letter_that_two_latents_share_is_split_and_not_absorbed():

@@ -85,6 +85,8 @@ def test_groups_are_gone_where_positions_are_shuffled():
     assert shuffled["stability"]["adjusted_rand"] < 0.5
     own = {key: found[key] for key in ("count", "latents", "clusters", "between", "stability")}
     assert {key: found["controls"]["random"][key] for key in own} == own  # it was given the same dictionary
+    # the model's own neurons are what the dictionary reads, each token's four largest
+    assert found["controls"]["lm_neurons"]["between"] > 0.9
 
 
 def test_another_dictionary_is_matched_by_its_decoder():
