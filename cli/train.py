@@ -31,6 +31,7 @@ def train(
         Path | None,
         typer.Option(help="Train on the activations in this .npy, .safetensors or .pt file, without a model."),
     ] = None,
+    activation: Annotated[str | None, typer.Option(help="topk, batchtopk, relu or jumprelu. [topk]")] = None,
     d_sae: Annotated[int | None, typer.Option(help="F, the number of latents. [8 times the model's width]")] = None,
     k: Annotated[int | None, typer.Option(help="Latents kept per token. [32]")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [2e-4 * sqrt(2^14 / F)]")] = None,
@@ -69,7 +70,7 @@ def train(
             "cache": None if cache is None else str(cache),
             "activations": None if activations is None else str(activations),
         },
-        "sae": {"d_sae": d_sae, "k": k},
+        "sae": {"activation": activation, "d_sae": d_sae, "k": k},
         "train": {"lr": lr, "tokens": tokens, "seed": seed},
     }
     if resume:

@@ -68,6 +68,7 @@ OPTIONS = {
     "negative layer": ("--layer -1", ("layer", "-1", f"0 to {LAYERS - 1}")),
     "layer too high": ("--layer 99", ("layer", "99", f"0 to {LAYERS - 1}")),
     "layer and hook": ("--layer 1 --hook blocks.1.hook_resid_post", ("hook", "layer", "not both")),
+    "misspelt activation": ("--activation topkk", ("sae.activation: 'topkk'", "'topk'", "'relu'")),
     "k above d_sae": ("--k 65 --d-sae 64", ("sae.k: 65", "at most", "d_sae (64)")),
     "k above the default d_sae": ("--k 2000", ("sae.k: 2000", "at most", f"d_sae ({8 * WIDTH})")),
     "k zero": ("--k 0", ("sae.k: 0", "greater than or equal to 1")),

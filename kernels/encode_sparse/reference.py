@@ -64,9 +64,26 @@ def select_both(
     codes = [select_batch_topk(one, len(one) * k) if across_batch else select_topk(one, k) for one in of_each]
     if not aux_k:
         return _together(codes), None
+    if aux_latents is not None and not acts.is_cuda:
+        among = zip(of_each, aux_latents.chunk(dictionaries), strict=True)
+        return _together(codes), _together([_select_among(one, latents, aux_k, select_topk) for one, latents in among])
     if aux_latents is not None:
         acts.masked_fill_(~aux_latents, 0)
     return _together(codes), _together([select_topk(one, aux_k) for one in of_each])
+
+
+def _select_among(
+    acts: Tensor, latents: Tensor, k: int, select_topk: Callable[[Tensor, int], SparseCode]
+) -> SparseCode:
+    """The k largest of activations [N, F] among `latents` bool [F], the only ones to be looked at: a GPU would have to wait
+    to know which. Where there are fewer than k, zeros of others."""
+    columns = latents.nonzero()[:, 0]
+    if len(columns) > k:
+        code = select_topk(acts[:, columns], k)
+        return SparseCode(code.values, columns[code.indices].int(), len(latents))
+    others = (~latents).nonzero()[: k - len(columns), 0]
+    values = torch.cat([acts[:, columns], acts.new_zeros(len(acts), len(others))], 1)
+    return SparseCode(values, torch.cat([columns, others]).int().expand(len(acts), -1).contiguous(), len(latents))
 
 
 def select_above(

@@ -67,7 +67,8 @@ def select_batch_topk(acts: Tensor, total: int) -> SparseCode:
     n, f = acts.shape
     with torch.no_grad():
         flat = acts.flatten()
-        where = _nonzero(~(flat <= 0))  # rather than >, so that NaN is seen
+        bound = _bound(flat, total)
+        where = _nonzero(flat >= bound if bound > 0 else ~(flat <= 0))  # rather than > 0, so that NaN is seen
         if len(where) > total:
             found = flat[where]
             missing = found.isnan()
@@ -79,6 +80,18 @@ def select_batch_topk(acts: Tensor, total: int) -> SparseCode:
         unused = total - len(where)
         indices = torch.cat([(where % f).int(), where.new_zeros(unused, dtype=torch.int32)])
     return SparseCode(torch.cat([flat[where], flat.new_zeros(unused)]), indices, f, offsets)
+
+
+def _bound(flat: Tensor, total: int) -> float:
+    """What the `total` largest values reach, as in `_topk`; zero where there are not so many above zero, or NaN."""
+    size = max(1, len(flat) // (4 * total))
+    groups = len(flat) // size
+    if groups < total:
+        return 0.0
+    maxima = flat[: size * groups].view(size, groups).amax(0)
+    return (
+        0.0 if maxima.isnan().any() or flat[size * groups :].isnan().any() else float(_kth_largest(maxima[None], total))
+    )
 
 
 def select_threshold(acts: Tensor, threshold: float | Tensor, capacity: int | None) -> SparseCode:

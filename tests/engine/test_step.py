@@ -305,16 +305,17 @@ TOGETHER = ("plain", "with AuxK", "batchtopk and AuxK", "jumprelu", "jumprelu, r
     ],
 )
 def test_dictionaries_side_by_side_train_as_each_would_alone(name, backend, way, monkeypatch, poisoned, assert_close):
-    """Of three with other seeds and learning rates, two of them with nothing dead; and they save what they would alone."""
+    """With other seeds and learning rates, all but the first with nothing dead; and they save what they would alone."""
     if backend == "triton":
         pytest.importorskip("triton")
         monkeypatch.setenv("TEMPOSAE_BACKEND", backend)
     take(monkeypatch, way)
+    seeds = (1, 2) if backend == "triton" else (1, 2, 3)  # the interpreter is slow
     # With the usual 1e-8, a gradient that cancels to next to nothing makes a step out of its rounding errors.
     monkeypatch.setattr("temposae.engine.step.Rates", functools.partial(Rates, eps=1e-4))
 
     def made():
-        found = [learner(CASES[name], seed=seed, lr=0.01 / seed) for seed in (1, 2, 3)]
+        found = [learner(CASES[name], seed=seed, lr=0.01 / seed) for seed in seeds]
         for one in found:
             one.any_dead = one.any_dead and one is found[0]
         return found

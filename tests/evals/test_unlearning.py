@@ -14,7 +14,7 @@ from temposae.engine.stream import ActivationStream, LanguageModel
 from temposae.engine.testbed.language import facts
 from temposae.evals.collect import LABELLED, Evaluation, Neurons
 from temposae.evals.questions import fact_questions, read_questions
-from temposae.evals.unlearning import clamp, unlearning
+from temposae.evals.unlearning import _fractions, _of_language, clamp, unlearning
 
 D = 128
 ONE = {"thresholds": (0.001,), "latents": (20,), "multipliers": (25,)}  # one setting, for speed
@@ -195,6 +195,23 @@ def test_clamping_leaves_error_and_other_latents_alone(stream_of):
         assert not added[~collected.kept].any()
         some = clamp(coder, collected, chosen.numpy(), 40).added(torch.tensor([1, 4]), collected.tokens.shape[1])
         assert torch.equal(some, added[[1, 4]])
+
+
+def test_latents_are_ranked_on_facts_to_forget_and_other_facts(stream_of):
+    """Against shares counted from labels; sentences that state no fact don't count, nor do the rows kept for the loss."""
+    directions = torch.nn.functional.normalize(torch.randn(64, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    evaluation = Evaluation(stream_of(), dictionary(directions, torch.ones(64)), None)
+    task = _of_language(evaluation, 96)
+    text, fact = task.text, task.text.label("fact")
+    fires = evaluation.sae.encode_sparse(text.x, text.pos).to_dense() > 0
+    with_other_facts = {int(row) for row in text.row[(fact >= 0) & ~task.forget[text.kept]]}
+    looked_at = text.row < 96 - len(with_other_facts) // 4
+    forget = torch.tensor([known.forget for known in facts()])[fact]
+    forgotten, other = fires[looked_at & (fact >= 0) & forget], fires[looked_at & (fact >= 0) & ~forget]
+    expected = torch.stack([forgotten.double().mean(0), other.double().mean(0)])
+    assert len(forgotten) > 100 < len(other)
+    assert _fractions(evaluation.sae, task) == pytest.approx(expected.numpy())
+    assert 0 < expected.mean() < 0.5
 
 
 @pytest.fixture(scope="module")
