@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps sae-bench
 	touch $@
 
-# one thread: sums in one order, and so the same figures on any number of cores; two would save an eighth of the time
+# one thread: sums in one order, and so the same figures on any number of cores
 demo: $(STAMP)
 	rm -rf runs/demo
 	OMP_NUM_THREADS=1 $(BIN)/temposae train --activation batchtopk --d-sae 2048 --k 16 --tokens 1000000 --out runs/demo

@@ -164,7 +164,8 @@ def _profiles(sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def _distances(profiles: np.ndarray) -> np.ndarray:
-    return pdist(profiles, "jensenshannon") / math.sqrt(math.log(2))
+    found = pdist(profiles, "jensenshannon") / math.sqrt(math.log(2))
+    return np.where(np.isnan(found), 0, found)  # the root of a rounding error below zero: two profiles are the same
 
 
 def _cut(distances: np.ndarray, count: int) -> np.ndarray:

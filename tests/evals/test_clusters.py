@@ -121,6 +121,15 @@ def test_distance_and_silhouette_are_those_of_their_formulas():
     assert _silhouette(square, np.ones(12)) == 0
 
 
+def test_profiles_that_differ_in_rounding_have_no_distance():
+    profiles = np.random.default_rng(0).dirichlet(np.ones(BINS), 300)
+    again = profiles * 3 / (profiles * 3).sum(1, keepdims=True)
+    square = np.zeros((600, 600))
+    square[np.triu_indices(600, 1)] = _distances(np.concatenate([profiles, again]))
+    assert 0 <= np.diagonal(square, 300).max() < 1e-7
+    assert square[0, 1] > 0.1
+
+
 def test_as_many_clusters_as_asked_for_and_the_same_again():
     evaluation = Planted(documents())
     found = clusters(evaluation, count=4)
