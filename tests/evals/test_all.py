@@ -50,9 +50,7 @@ def test_the_demo_dictionary_scores_above_its_controls(found):
     unlearning = found["unlearning"]
     assert unlearning["score"] > 0.3
     assert unlearning["retained"] >= 0.99
-    # the random dictionary's trained encoder finds poisons, too, and pushing along any direction turns some answers
-    assert all(control["score"] < unlearning["score"] - 0.1 for control in unlearning["controls"].values())
-    assert unlearning["controls"]["shuffled"]["score"] < 0.1
+    assert all(control["score"] < 0.1 for control in unlearning["controls"].values())
     order = found["positions"]["order_probing"]
     assert order["last_token"] >= order["bow"] + 0.2
     assert {"mean_pooled", "last_token", "bow", "lm"} <= set(order)
