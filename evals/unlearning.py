@@ -12,16 +12,21 @@ latents x 4 multipliers) counts if retain accuracy stays at 0.99 or more:
 
     score = 1 - least forget accuracy among the settings that count       `retained` = that setting's retain accuracy
 
-Offline the subject is the embedded language's facts about poisons: text to forget are the sentences that state one, text to
-retain those that state another fact, and the questions ask for the object of every fact. There an answer has no order
-(`answer_orders` 1), and what is neither text counts for the loss only.
+Offline the subject is the embedded language's facts about poisons, and the questions ask for the object of every fact. Text
+to forget are the words at which such a fact must be known: the last before each object, where a question ends too. Text to
+retain are those of the other facts, and what is neither counts for the loss only. (Of whole sentences, latents of the word
+for a relation would come first, but the model is done with that word when it answers.) An answer has no order
+(`answer_orders` 1).
 Chance is 1 answer in 4, so forgetting alone gives about 0.75; beyond that, answers are turned away from the right one.
-Multipliers are absolute, in the unit of the latents, as in the source: compare them with `activation_norm`, the mean |x|.
+
+Multipliers are in the unit of the latents. Those for files are the source's, 25 to 200. Offline they are shares of
+`activation_norm`, the mean |x|, and end at a half: further out a push drowns what was there in whatever direction it goes,
+which the random control shows (docs/evals.md).
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -30,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
-from ..engine.testbed.language import facts
+from ..engine.testbed.language import ROLES, facts
 from ..kernels.numerics import sum_by
 from .collect import LABELLED, Coder, Collected, Evaluation, collect
 from .core import check_fits
@@ -47,6 +52,8 @@ from .questions import (
 
 RETAINED = 0.99
 FEW = 20  # questions below which a share says little
+MULTIPLIERS = (25, 50, 100, 200)
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the mean |x|, to whole numbers: multipliers on the embedded language
 LOSS_ROWS = 64  # the last rows of text to retain: not for choosing latents, but for the loss
 
 #: retain threshold, number of latents -> the latents
@@ -55,14 +62,18 @@ Choice = Callable[[float, int], np.ndarray]
 
 @dataclass
 class _Task:
-    """Questions that the untouched model knows, and text of which `forget` and `retain`, bool [R, T], are these two."""
+    """Questions that the untouched model knows, text of which `forget` and `retain`, bool [R, T], are these two, the tokens
+    [R, T] whose loss is to stay as it is (`told`), and the mean |x| of that text."""
 
     questions: Questions
     asked: Collected
     text: Collected
     forget: Tensor
     retain: Tensor
+    told: Tensor
+    norm: float
     answer_orders: int
+    multipliers: tuple[float, ...]
 
 
 @dataclass
@@ -100,9 +111,10 @@ def unlearning(
     rows: int = 1024,
     thresholds: tuple[float, ...] = (0.001, 0.01),
     latents: tuple[int, ...] = (10, 20),
-    multipliers: tuple[float, ...] = (25, 50, 100, 200),
+    multipliers: tuple[float, ...] | None = None,
 ) -> dict[str, Any]:
-    """Unlearning score of the dictionary, with the evaluation's `files` where there are some; `rows` of text at most.
+    """Unlearning score of the dictionary, with the evaluation's `files` where there are some; `rows` of text at most, and
+    these `multipliers` where the usual ones won't do.
 
     `setting` is the one that gives the score, `settings` are all; `loss_increase` is what that setting adds to the loss in
     nats per token of text that isn't to be forgotten. `controls` are the random dictionary, the model's own neurons, and as
@@ -125,7 +137,7 @@ def unlearning(
     def shuffled(threshold: float, n: int) -> np.ndarray:
         return order[: len(ranking["sae"](threshold, n))]
 
-    grid = list(product(thresholds, latents, multipliers))
+    grid = list(product(thresholds, latents, multipliers or task.multipliers))
     own = _scores(evaluation, coders["sae"], task, ranking["sae"], grid, whole=True)
     controls = {name: (coders[name], choice) for name, choice in ranking.items() if name != "sae"}
     controls["shuffled"] = coders["sae"], shuffled
@@ -141,7 +153,7 @@ def unlearning(
         **own,
         "answer_orders": task.answer_orders,
         "questions": counts,
-        "activation_norm": float(task.text.x.norm(dim=1).mean()),
+        "activation_norm": task.norm,
         "loss_increase": None
         if best is None or chosen is None
         else _loss_increase(evaluation, coders["sae"], task, chosen, best["multiplier"]),
@@ -167,12 +179,15 @@ def _of_language(evaluation: Evaluation, rows: int) -> _Task:
             "--file forget_text=PATH --file retain_text=PATH"
         )
     collected = evaluation.labelled(rows)
-    fact = torch.from_numpy(collected.labels["fact"]).long()
-    states = fact >= 0
-    forget = torch.tensor([known.forget for known in facts()])[fact] & states
+    fact, role = (torch.from_numpy(collected.labels[name]).long() for name in ("fact", "role"))
+    asks = torch.zeros_like(collected.kept.cpu())
+    asks[:, :-1] = role[:, 1:] == ROLES.index("object")
+    states = torch.tensor([known.forget for known in facts()])[fact] & (fact >= 0)
+    forget = states & asks
     asked = fact_questions(text.language, LABELLED, evaluation.generator("unlearning questions"))  # pyright: ignore
     questions = known(evaluation.stream.model, asked, evaluation.stream.config.rows_per_forward)
-    return _task(evaluation, questions, collected, forget, states & ~forget, 1)
+    task = _task(evaluation, questions, collected, forget, asks & ~forget, ~states, 1)
+    return replace(task, multipliers=tuple(max(1, round(share * task.norm)) for share in SHARES))
 
 
 def _of_files(evaluation: Evaluation, files: Files, rows: int) -> _Task:
@@ -185,11 +200,17 @@ def _of_files(evaluation: Evaluation, files: Files, rows: int) -> _Task:
     collected = collect(evaluation.stream, [part for side in parts for part in side])
     forget = torch.zeros_like(collected.kept)
     forget[: sum(map(len, parts[0]))] = True
-    return _task(evaluation, questions, collected, forget, ~forget, 24)
+    return _task(evaluation, questions, collected, forget, ~forget, ~forget, 24)
 
 
 def _task(
-    evaluation: Evaluation, questions: Questions, text: Collected, forget: Tensor, retain: Tensor, answer_orders: int
+    evaluation: Evaluation,
+    questions: Questions,
+    text: Collected,
+    forget: Tensor,
+    retain: Tensor,
+    told: Tensor,
+    answer_orders: int,
 ) -> _Task:
     for name, here in (("forget", questions.forget), ("retain", ~questions.forget)):
         if not here.any():
@@ -202,7 +223,8 @@ def _task(
     parts = zip(questions.tokens.split(size), kept.to(model.device).split(size), strict=True)
     x = torch.cat([model.activations(tokens)[here].float() for tokens, here in parts])
     row, pos = kept.to(model.device).nonzero(as_tuple=True)
-    return _Task(questions, Collected(questions.tokens, kept, x, pos, row), text, forget, retain, answer_orders)
+    asked, norm = Collected(questions.tokens, kept, x, pos, row), float(text.x.norm(dim=1).mean())
+    return _Task(questions, asked, text, forget, retain, told, norm, answer_orders, MULTIPLIERS)
 
 
 def _fractions(coder: Coder, task: _Task) -> np.ndarray:
@@ -311,7 +333,7 @@ def _loss_increase(
     summed, count = 0.0, 0
     for rows in torch.arange(_first_loss_row(task), len(text)).split(evaluation.stream.config.rows_per_forward):
         given = clamped.added(rows, text.tokens.shape[1])
-        told = (text.kept.cpu()[rows] & ~task.forget[rows])[:, 1:].to(model.device)
+        told = (text.kept.cpu() & task.told)[rows, 1:].to(model.device)
         before, after = (
             model.losses(text.tokens[rows], replace) for replace in (None, lambda x, given=given: x + given.to(x))
         )

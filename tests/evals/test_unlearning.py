@@ -11,14 +11,15 @@ from temposae.engine.config import SAEConfig, StreamConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, LanguageModel
-from temposae.engine.testbed.language import facts
+from temposae.engine.testbed import lexicon as lex
+from temposae.engine.testbed.language import ROLES, facts
 from temposae.evals.collect import LABELLED, Evaluation, Neurons
 from temposae.evals.questions import fact_questions, read_questions
 from temposae.evals.unlearning import _fractions, _of_language, clamp, unlearning
 
 D = 128
 ONE = {"thresholds": (0.001,), "latents": (20,), "multipliers": (25,)}  # one setting, for speed
-EMBEDDING = "blocks.0.hook_resid_pre"
+MIDDLE = "blocks.1.hook_resid_post"
 
 
 def dictionary(directions: torch.Tensor, thresholds: torch.Tensor) -> SparseAutoencoder:
@@ -198,58 +199,68 @@ def test_clamping_leaves_error_and_other_latents_alone(stream_of):
 
 
 def test_latents_are_ranked_on_facts_to_forget_and_other_facts(stream_of):
-    """Against shares counted from labels; sentences that state no fact don't count, nor do the rows kept for the loss."""
+    """Against shares counted from the documents' words: only those before an object count, and no row kept for the loss."""
     directions = torch.nn.functional.normalize(torch.randn(64, D, generator=torch.Generator().manual_seed(0)), dim=1)
     evaluation = Evaluation(stream_of(), dictionary(directions, torch.ones(64)), None)
     task = _of_language(evaluation, 96)
-    text, fact = task.text, task.text.label("fact")
-    fires = evaluation.sae.encode_sparse(text.x, text.pos).to_dense() > 0
-    with_other_facts = {int(row) for row in text.row[(fact >= 0) & ~task.forget[text.kept]]}
-    looked_at = text.row < 96 - len(with_other_facts) // 4
-    forget = torch.tensor([known.forget for known in facts()])[fact]
-    forgotten, other = fires[looked_at & (fact >= 0) & forget], fires[looked_at & (fact >= 0) & ~forget]
-    expected = torch.stack([forgotten.double().mean(0), other.double().mean(0)])
-    assert len(forgotten) > 100 < len(other)
+    text, language = task.text, evaluation.stream.text.language  # pyright: ignore[reportAttributeAccessIssue]
+    fires = torch.zeros(*text.kept.shape, 64)
+    fires[text.kept] = (evaluation.sae.encode_sparse(text.x, text.pos).to_dense() > 0).float()
+    asked = []  # row, place of the word before an object, whether it is to be forgotten
+    for row in range(96):
+        labels = language.document(LABELLED + row).labels
+        places = [at for at, role in enumerate(labels["role"]) if ROLES[role] == "object" and role >= 0]
+        asked += [(row, at - 1, facts()[labels["fact"][at]].forget) for at in places]
+    looked_at = 96 - len({row for row, _, forget in asked if not forget}) // 4
+    sides = [
+        torch.stack([fires[row, at] for row, at, forget in asked if row < looked_at and forget == side])
+        for side in (True, False)
+    ]
+    expected = torch.stack([side.double().mean(0) for side in sides])
+    assert len(sides[0]) > 20 < len(sides[1])
     assert _fractions(evaluation.sae, task) == pytest.approx(expected.numpy())
     assert 0 < expected.mean() < 0.5
 
 
 @pytest.fixture(scope="module")
 def model():
-    return LanguageModel("testbed", hook=EMBEDDING, device="cpu")
+    return LanguageModel("testbed", hook=MIDDLE, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def by_word(model):
-    """evaluation(**settings): a dictionary of one latent for each entity of the domain to forget, which fires there only."""
-    names = list(dict.fromkeys(fact.entity for fact in facts() if fact.forget))
+def by_relation(model):
+    """evaluation(**settings): a dictionary of a latent for each relation to forget, firing only where it is asked for."""
 
     def make(**settings) -> Evaluation:
-        stream = ActivationStream(StreamConfig(hook=EMBEDDING, buffer_tokens=4096, **settings), model=model)
-        vocabulary = stream.text.language.vocabulary
-        x = model.activations(torch.arange(len(vocabulary))[:, None])[:, 0]
-        own = torch.tensor([vocabulary.index(name) for name in names])
-        sae = dictionary(torch.nn.functional.normalize(x[own], dim=1), torch.zeros(len(own)))
-        detectors = torch.linalg.solve(x.T @ x, x[own].T)  # whitened, or words of large norm would fire as well
-        along = x @ detectors
-        others = along.clone()
-        others[own, torch.arange(len(own))] = -torch.inf
-        highest = along[own, torch.arange(len(own))]
-        assert (others.amax(0) < 0.9 * highest).all()
+        stream = ActivationStream(StreamConfig(hook=MIDDLE, buffer_tokens=4096, **settings), model=model)
+        text = Evaluation(stream, SparseAutoencoder(SAEConfig(d_in=D, d_sae=8, k=2)), None).labelled(256)
+        role, fact = (torch.from_numpy(text.labels[name]).long() for name in ("role", "fact"))
+        names = list(lex.FACTS[lex.FORGET_DOMAIN])
+        number = torch.tensor([names.index(fact.relation) if fact.forget else -1 for fact in facts()])
+        relation = torch.full_like(role, -1)
+        relation[:, :-1] = torch.where(role[:, 1:] == ROLES.index("object"), number[fact[:, 1:]], -1)
+        own = relation[text.kept][:, None] == torch.arange(len(names))
+        x = torch.cat([text.x, torch.ones(len(text.x), 1)], 1).double()
+        fitted = torch.linalg.lstsq(x, own.double()).solution.float()
+        along = text.x @ fitted[:-1]
+        threshold = along.masked_fill(own, -torch.inf).amax(0)  # fires nowhere else
+        assert ((along > threshold) & own).sum() > 0.5 * own.sum()
+        means = torch.stack([text.x[mine].mean(0) for mine in own.T])
+        sae = dictionary(torch.nn.functional.normalize(means, dim=1), torch.zeros(len(names)))
         with torch.no_grad():
-            sae.W_enc.copy_(detectors)
-            sae.b_enc.copy_(-(others.amax(0) + highest) / 2)
+            sae.W_enc.copy_(fitted[:-1])
+            sae.b_enc.copy_(-threshold)
         return Evaluation(stream, sae, None)
 
     return make
 
 
-def test_facts_of_clamped_entities_are_forgotten_and_no_others(by_word, model):
-    """The score against one from a plain run of the model with those words' embeddings replaced."""
-    evaluation = by_word()
-    found = unlearning(evaluation, rows=256, **ONE)
+def test_clamped_facts_are_forgotten_and_no_others(by_relation, model):
+    """The score against one from a plain run of the model with the activations of the prompts replaced."""
+    evaluation = by_relation()
+    found = unlearning(evaluation, rows=256, thresholds=(0.001,), latents=(20,), multipliers=(200,))
     assert found["retained"] == 1
-    assert found["setting"]["taken"] == 20
+    assert found["setting"]["taken"] == 3
     assert found["loss_increase"] < 0.05
     assert found["answer_orders"] == 1
 
@@ -258,18 +269,17 @@ def test_facts_of_clamped_entities_are_forgotten_and_no_others(by_word, model):
     prompts = [(nth, *prompt) for nth, prompt in enumerate(language.fact_prompts(LABELLED)) if prompt[1].forget]
     numbers = torch.tensor([nth for nth, _, _ in prompts])
     rows, last = torch.arange(len(prompts)), torch.tensor([len(words) - 1 for _, words, _ in prompts])
-    at = torch.tensor([words.index(fact.entity) for _, words, fact in prompts])
     objects = torch.tensor([language.token_id[fact.object] for _, _, fact in prompts])
-    sae = evaluation.sae
+    sae, multiplier = evaluation.sae, found["setting"]["multiplier"]
 
     def replace(x, hook):
         x = x.clone()
-        f = sae.encode(x[rows, at])
-        x[rows, at] += sae.decode(torch.where(f > 0, -25.0, f)) - sae.decode(f)
+        f = sae.encode(x[rows, last])
+        x[rows, last] += sae.decode(torch.where(f > 0, -multiplier, f)) - sae.decode(f)
         return x
 
     right = {}
-    for untouched, hooks in {True: [], False: [(EMBEDDING, replace)]}.items():
+    for untouched, hooks in {True: [], False: [(MIDDLE, replace)]}.items():
         log_p = model.bridge.run_with_hooks(asked.tokens[numbers], fwd_hooks=hooks)[rows, last].log_softmax(1)
         candidates = asked.candidates[numbers]
         choice = candidates[rows, log_p.gather(1, candidates).argmax(1)]
@@ -280,9 +290,17 @@ def test_facts_of_clamped_entities_are_forgotten_and_no_others(by_word, model):
     assert found["score"] > 0.5
 
 
+def test_multipliers_are_shares_of_the_activations_norm(by_relation):
+    found = unlearning(by_relation(), rows=32, thresholds=(0.001,), latents=(20,))
+    norm = found["activation_norm"]
+    expected = [round(norm / 16), round(norm / 8), round(norm / 4), round(norm / 2)]
+    assert [setting["multiplier"] for setting in found["settings"]] == expected
+    assert 10 < norm < 60
+
+
 @pytest.mark.slow
-def test_a_rerun_gives_the_same_whatever_came_before(by_word):
-    first, again = by_word(), by_word(rows_per_forward=48)
+def test_a_rerun_gives_the_same_whatever_came_before(by_relation):
+    first, again = by_relation(), by_relation(rows_per_forward=48)
     again.generator("something else").random(10)
     found = [without_time(unlearning(e, rows=32, **ONE)) for e in (first, again)]
     assert found[0].pop("loss_increase") == pytest.approx(found[1].pop("loss_increase"), rel=1e-3)
@@ -291,8 +309,8 @@ def test_a_rerun_gives_the_same_whatever_came_before(by_word):
     json.dumps(found[0], allow_nan=False)
 
 
-def test_candidates_are_the_object_and_three_others_of_its_relation(by_word):
-    evaluation = by_word()
+def test_candidates_are_the_object_and_three_others_of_its_relation(by_relation):
+    evaluation = by_relation()
     language = evaluation.stream.text.language
     asked = fact_questions(language, 7, evaluation.generator("unlearning questions"))
     others: dict[str, set[str]] = {}
