@@ -15,9 +15,15 @@ if TYPE_CHECKING:
     from ..engine.stream import ActivationStream
 
 
+Dictionary = Annotated[
+    Path,
+    typer.Option(help="A run folder, a checkpoint folder, or a folder of SAELens, dictionary_learning or sparsify."),
+]
+
+
 def evaluate(
     name: Annotated[str, typer.Argument(metavar="NAME", help="One of those above, or all.", show_default=False)],
-    sae: Annotated[Path, typer.Option(help="A run folder or a checkpoint folder.")],
+    sae: Dictionary,
     model: Annotated[
         str | None, typer.Option(help="Evaluate in this model instead of the one it was trained on.")
     ] = None,
@@ -90,7 +96,7 @@ def evaluate(
 
 
 def features(
-    sae: Annotated[Path, typer.Option(help="A run folder or a checkpoint folder.")],
+    sae: Dictionary,
     out: Annotated[Path, typer.Option(help="Folder of the store, new or empty.")],
     data: Annotated[str | None, typer.Option(help="Encode this text. [the one it was trained on]")] = None,
     tokens: Annotated[
@@ -134,7 +140,7 @@ def features(
 
 
 def dashboard(
-    sae: Annotated[Path, typer.Option(help="A run folder or a checkpoint folder.")],
+    sae: Dictionary,
     latents: Annotated[
         str | None,
         typer.Option(help="Numbers of latents, as in 3,17. [--count of them, over the ranks of firing rate]"),

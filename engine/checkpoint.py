@@ -133,14 +133,21 @@ def write(
 
 
 def find(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, or the last one of the run folder at `path`."""
+    """The checkpoint at `path`, the last one of the run folder at `path`, or the dictionary in another library's folder."""
     if not path.exists():
         raise UserError(f"sae: {path} does not exist; give a run folder or a checkpoint folder")
     folder = path
     if not (path / MANIFEST).is_file():
         steps = all_in(path)
         if not steps:
-            raise UserError(f"sae: {path} is neither a checkpoint (no {MANIFEST}) nor a run (no checkpoints/step_*)")
+            from .foreign import find as find_foreign  # which is built on this module
+
+            if (foreign := find_foreign(path)) is not None:
+                return foreign
+            raise UserError(
+                f"sae: {path} is neither a checkpoint (no {MANIFEST}) nor a run (no checkpoints/step_*), nor a folder of "
+                "SAELens, dictionary_learning or sparsify"
+            )
         folder = steps[-1]
     try:
         manifest = json.loads((folder / MANIFEST).read_text())

@@ -1,0 +1,174 @@
+"""Dictionaries in the layouts of other libraries: what they compute, by these libraries' formulas in float64."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from temposae.engine import checkpoint
+from temposae.engine.errors import UserError
+from temposae.engine.foreign import Foreign
+
+from ..commandline import run
+
+D, F, K = 12, 40, 5
+HOOK = "blocks.2.hook_resid_post"
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(100 * len(shape) + sum(shape) + seed))
+
+
+X = 3 * drawn(64, D)
+W_ENC, W_DEC, B_ENC, B_DEC = drawn(D, F), drawn(F, D), 0.3 * drawn(F), drawn(D, seed=1)
+THRESHOLD = 2 * drawn(F, seed=2).abs()
+
+
+def saelens(folder: Path, architecture: str, *, threshold: torch.Tensor | None = None, **changes: Any) -> Path:
+    folder.mkdir()
+    cfg = {"architecture": architecture, "d_in": D, "d_sae": F, "k": K, "apply_b_dec_to_input": True, **changes}
+    cfg["metadata"] = {"model_name": "testbed", "hook_name": HOOK}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    tensors = {"W_enc": W_ENC, "W_dec": W_DEC, "b_enc": B_ENC, "b_dec": B_DEC}
+    save_file(tensors | ({} if threshold is None else {"threshold": threshold}), folder / "sae_weights.safetensors")
+    return folder
+
+
+def dictionary_learning(folder: Path, dict_class: str, tensors: dict[str, Any]) -> Path:
+    folder.mkdir()
+    place = {"lm_name": "testbed", "layer": 2, "submodule_name": "resid_post_layer_2"}
+    (folder / "config.json").write_text(json.dumps({"trainer": {"dict_class": dict_class, "k": K, **place}}))
+    torch.save(tensors, folder / "ae.pt")
+    return folder
+
+
+def linear(bias: str = "b_dec", **others: torch.Tensor) -> dict[str, torch.Tensor]:
+    names = {"encoder.weight": W_ENC.T, "encoder.bias": B_ENC, "decoder.weight": W_DEC.T, bias: B_DEC}
+    return {name: tensor.contiguous() for name, tensor in names.items()} | others
+
+
+def sparsify(folder: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    cfg = {"activation": "topk", "num_latents": F, "k": K, "transcode": False, "skip_connection": False, "d_in": D}
+    (folder / "cfg.json").write_text(json.dumps(cfg | changes))
+    tensors = {"encoder.weight": W_ENC.T, "encoder.bias": B_ENC, "W_dec": W_DEC, "b_dec": B_DEC}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "sae.safetensors")
+    return folder
+
+
+def pre(*, minus_b_dec: bool = True) -> torch.Tensor:
+    return (X.double() - minus_b_dec * B_DEC.double()) @ W_ENC.double() + B_ENC.double()
+
+
+def top(acts: torch.Tensor) -> torch.Tensor:
+    kept = acts.relu().topk(K, dim=1)
+    return torch.zeros_like(acts).scatter_(1, kept.indices, kept.values)
+
+
+def above(acts: torch.Tensor, threshold: torch.Tensor | float) -> torch.Tensor:
+    return acts.relu() * (acts > threshold)
+
+
+CASES = {
+    "saelens standard": (lambda f: saelens(f, "standard"), lambda: pre().relu()),
+    "saelens without b_dec": (
+        lambda f: saelens(f, "standard", apply_b_dec_to_input=False), lambda: pre(minus_b_dec=False).relu()
+    ),
+    "saelens topk": (lambda f: saelens(f, "topk"), lambda: top(pre())),
+    "saelens jumprelu": (
+        lambda f: saelens(f, "jumprelu", threshold=THRESHOLD, apply_b_dec_to_input=False),
+        lambda: above(pre(minus_b_dec=False), THRESHOLD.double()),
+    ),
+    "dictionary_learning standard": (
+        lambda f: dictionary_learning(f, "AutoEncoder", linear("bias")), lambda: pre().relu()
+    ),
+    "dictionary_learning topk": (
+        lambda f: dictionary_learning(f, "AutoEncoderTopK", linear(k=torch.tensor(K), threshold=torch.tensor(-1.0))),
+        lambda: top(pre()),
+    ),
+    "dictionary_learning batchtopk": (
+        lambda f: dictionary_learning(f, "BatchTopKSAE", linear(k=torch.tensor(K), threshold=torch.tensor(4.0))),
+        lambda: above(pre(), 4.0),
+    ),
+    "dictionary_learning jumprelu": (
+        lambda f: dictionary_learning(
+            f, "JumpReluAutoEncoder",
+            {"W_enc": W_ENC, "W_dec": W_DEC, "b_enc": B_ENC, "b_dec": B_DEC, "threshold": THRESHOLD},
+        ),
+        lambda: above(pre(minus_b_dec=False), THRESHOLD.double()),
+    ),
+    "sparsify": (sparsify, lambda: top(pre())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_computes_what_its_library_does(tmp_path, case):
+    write, expected = CASES[case]
+    found = checkpoint.find(write(tmp_path / "other"))
+    assert isinstance(found, Foreign)
+    sae, f = found.dictionary(), expected()
+    assert (f > 0).any(1).all()
+    assert (sae.encode(X).double() - f).abs().max() < 1e-4
+    assert (sae(X).double() - (f @ W_DEC.double() + B_DEC.double())).abs().max() < 1e-3
+    assert (sae.W_dec == W_DEC).all()
+    if case == "sparsify":
+        assert found.run is None
+    else:
+        assert found.run is not None
+        assert (found.run.stream.model, found.run.stream.hook) == ("testbed", HOOK)
+
+
+def test_rows_of_norm_one_with_latents_that_count_the_norm(tmp_path):
+    sae = checkpoint.find(saelens(tmp_path / "other", "topk", rescale_acts_by_decoder_norm=True)).dictionary()
+    norm = W_DEC.double().norm(dim=1)
+    f = top(pre() * norm)
+    assert (sae.encode(X).double() - f).abs().max() < 1e-3
+    assert (sae(X).double() - ((f / norm) @ W_DEC.double() + B_DEC.double())).abs().max() < 1e-3
+    assert sae.W_dec.norm(dim=1).sub(1).abs().max() < 1e-6
+
+
+class Other:
+    """What a pickle may hold besides tensors."""
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda f: saelens(f, "gated"), "architecture: gated is not allowed; it must be standard, topk, jumprelu"),
+        (lambda f: saelens(f, "topk", normalize_activations="layer_norm"), "normalize_activations: layer_norm is not"),
+        (lambda f: saelens(f, "jumprelu"), "other has no 'threshold' in cfg.json or sae_weights.safetensors"),
+        (lambda f: saelens(f, "jumprelu", threshold=torch.ones(3)), r"threshold has shape \[3\]; .* must be \[40\]"),
+        (lambda f: saelens(f, "topk", k=99), "k: 99 is not allowed; it must be at most d_sae"),
+        (lambda f: sparsify(f, activation="groupmax"), "activation: groupmax is not allowed; it must be topk"),
+        (lambda f: dictionary_learning(f, "GatedAutoEncoder", linear()), "dict_class: GatedAutoEncoder is not allowed"),
+        (lambda f: dictionary_learning(f, "AutoEncoderTopK", {"b_dec": Other()}), "ae.pt is damaged, or holds more than"),
+        (lambda f: dictionary_learning(f, "AutoEncoderTopK", {"k": 3}), "ae.pt is not allowed; it must hold tensors"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_said_in_one_line(tmp_path, write, message):
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.find(write(tmp_path / "other"))
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "other") in str(error.value)
+
+
+@pytest.mark.parametrize("write", [lambda f: saelens(f, "topk"), sparsify])
+def test_cut_weights_are_refused(tmp_path, write):
+    folder = write(tmp_path / "other")
+    weights = next(folder.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{weights.name} is damaged"):
+        checkpoint.find(folder)
+
+
+def test_commands_take_such_a_folder(tmp_path):
+    """Where it does not say of which model it is, that must be given."""
+    folder, store = sparsify(tmp_path / "layers.2"), tmp_path / "store"
+    code, _, err = run("features", "--sae", folder, "--out", store, "--tokens", 300)
+    assert code == 2
+    assert "does not say what it was trained on; give --model, and --hook or --layer" in err
+    code, _, err = run("features", "--sae", folder, "--out", store, "--tokens", 300, "--model", "testbed")
+    assert code == 2
+    assert "sae: d_in = 12 does not fit; blocks.1.hook_resid_post has width 128 in testbed" in err
