@@ -347,6 +347,12 @@ def _take_over(sae: SparseAutoencoder, path: Path) -> None:
         if theirs[name] != value:
             raise UserError(f"train.init: {path} is not allowed; its {name} is {theirs[name]}, and sae.{name} {value}")
     sae.load_state_dict(found.state_dict())
+    norm = sae.W_dec.detach().norm(dim=1)
+    if (norm - 1).abs().max() > 1e-3 and (norm > 0).all():
+        with torch.no_grad():  # another library's: training keeps rows at norm 1, so the latents take theirs over
+            sae.W_dec.div_(norm[:, None])
+            for tensor in (sae.W_enc, sae.b_enc, *([sae.threshold] if sae.cfg.activation == "jumprelu" else [])):
+                tensor.mul_(norm)
 
 
 def _check(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> None:

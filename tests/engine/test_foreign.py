@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from temposae.engine import checkpoint
+from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.foreign import Foreign
+from temposae.engine.train import train
 
 from ..commandline import run
 
@@ -127,6 +129,17 @@ def test_rows_of_norm_one_with_latents_that_count_the_norm(tmp_path):
     assert (sae.encode(X).double() - f).abs().max() < 1e-3
     assert (sae(X).double() - ((f / norm) @ W_DEC.double() + B_DEC.double())).abs().max() < 1e-3
     assert sae.W_dec.norm(dim=1).sub(1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("architecture", "activation"), [("standard", "relu"), ("jumprelu", "jumprelu")])
+def test_training_goes_on_from_it_with_rows_of_norm_one(tmp_path, architecture, activation):
+    threshold = THRESHOLD if architecture == "jumprelu" else None
+    folder = saelens(tmp_path / "other", architecture, threshold=threshold)
+    still = TrainConfig(tokens=64, batch=64, lr=1e-12, control=False, init=str(folder))
+    sae = train(X, SAEConfig(d_in=D, d_sae=F, k=K, activation=activation), still).sae
+    assert sae.W_dec.norm(dim=1).sub(1).abs().max() < 1e-5
+    expected = checkpoint.load(folder)(X)
+    assert (sae(X) - expected).norm() < 1e-3 * expected.norm()
 
 
 class Other:
