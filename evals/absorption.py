@@ -229,7 +229,7 @@ def _absorbed(x: np.ndarray, f: np.ndarray, W_dec: np.ndarray, w: np.ndarray, ma
     missed = (f[:, main] == 0).all(1)
     strongest = added.argmax(1)
     most = added[np.arange(len(f)), strongest]
-    absorbed = missed & (cosine[strongest] >= COSINE) & (whole > 0) & (most > 0) & (most >= SHARE * whole)
+    absorbed = missed & (cosine[strongest] >= COSINE) & (whole > 0) & (most >= SHARE * whole)
     m = added[:, main].sum(1)
     others = np.where(cosine >= FRACTION_COSINE, added, 0).clip(0)
     others[:, main] = 0

@@ -148,6 +148,7 @@ def test_the_fraction_is_what_others_stand_in_for():
     assert fraction(0.5, 0.15, 0.15, 0.15) == pytest.approx(0.45 / 0.95)
     assert fraction(0.5, 0.1, 0.1, 0.1, 0.1, 0.1) == 0  # the three largest only
     assert fraction(0.5, 0.5, cosine=0.09) == 0
+    assert fraction(0.5, 0.5, cosine=0.11) == pytest.approx(0.5)
 
 
 def test_a_letter_that_the_model_does_not_tell_counts_for_no_mean():
