@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import foreign
 from .config import RunConfig, SAEConfig
 from .errors import UserError
 from .files import UNFINISHED, digest, flush
@@ -90,6 +91,27 @@ class Checkpoint:
             raise UserError(f"checkpoint: {path} can't be read ({error})") from None
 
 
+@dataclass
+class Loaded(Checkpoint):
+    """A dictionary that another library saved, as a checkpoint of that alone."""
+
+    sae: SparseAutoencoder
+
+    @classmethod
+    def of(cls, folder: Path, other: foreign.Foreign) -> "Loaded":
+        file = {"bytes": other.weights.stat().st_size, "sha256": digest(other.weights)}
+        run = None if other.run is None else other.run.model_dump()
+        values = (other.weights.name, 0, {"sae": other.sae.cfg.model_dump()}, run, None, {"sae.safetensors": file})
+        return cls(folder, dict(zip(KEYS, values, strict=True)), other.sae)
+
+    def dictionary(self, name: str = "sae") -> SparseAutoencoder:
+        self.expect(name)
+        return self.sae
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return self.dictionary(name).state_dict()
+
+
 def write(
     folder: Path,
     step: int,
@@ -140,10 +162,8 @@ def find(path: Path) -> Checkpoint:
     if not (path / MANIFEST).is_file():
         steps = all_in(path)
         if not steps:
-            from .foreign import find as find_foreign  # which is built on this module
-
-            if (foreign := find_foreign(path)) is not None:
-                return foreign
+            if (other := foreign.read(path)) is not None:
+                return Loaded.of(path, other)
             raise UserError(
                 f"sae: {path} is neither a checkpoint (no {MANIFEST}) nor a run (no checkpoints/step_*), nor a folder of "
                 "SAELens, dictionary_learning or sparsify"

@@ -22,27 +22,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .checkpoint import KEYS, Checkpoint
 from .config import RunConfig, SAEConfig, StreamConfig
 from .errors import UserError
-from .files import digest
 from .sae import SparseAutoencoder
 
 State = dict[str, Tensor]
 
 
 @dataclass
-class Foreign(Checkpoint):
-    """One dictionary, `sae`, with what a checkpoint of ours has beside it; `run` where the model and the hook are known."""
+class Foreign:
+    """A dictionary, the file with its weights, and where it was trained, if model and hook are known."""
 
     sae: SparseAutoencoder
-
-    def dictionary(self, name: str = "sae") -> SparseAutoencoder:
-        self.expect(name)
-        return self.sae
-
-    def tensors(self, name: str) -> State:
-        return self.dictionary(name).state_dict()
+    weights: Path
+    run: RunConfig | None
 
 
 @dataclass
@@ -57,15 +50,15 @@ class _Read:
     hook: str | None = None
 
 
-def find(folder: Path) -> Foreign | None:
+def read(folder: Path) -> Foreign | None:
     """The dictionary in a folder of one of these libraries; None if it is of none of them.
 
     Raises UserError for a kind that can't be read, and for files that are damaged or don't fit.
     """
-    for settings, weights, read in _LIBRARIES:
+    for settings, weights, reader in _LIBRARIES:
         if (folder / settings).is_file() and (folder / weights).is_file():
             try:
-                found = read(json.loads((folder / settings).read_text()), _tensors(folder / weights))
+                found = reader(json.loads((folder / settings).read_text()), _tensors(folder / weights))
                 sae = _ours(found)
             except UserError as error:
                 raise UserError(f"sae: {folder}: {error}") from None
@@ -75,10 +68,8 @@ def find(folder: Path) -> Foreign | None:
                 raise UserError(f"sae: {folder} can't be read ({type(error).__name__}: {error})") from None
             run = None
             if found.model is not None and found.hook is not None:
-                run = RunConfig(stream=StreamConfig(model=found.model, hook=found.hook), sae=sae.cfg).model_dump()
-            file = {"bytes": (folder / weights).stat().st_size, "sha256": digest(folder / weights)}
-            values = (weights, 0, {"sae": sae.cfg.model_dump()}, run, None, {"sae.safetensors": file})
-            return Foreign(folder, dict(zip(KEYS, values, strict=True)), sae)
+                run = RunConfig(stream=StreamConfig(model=found.model, hook=found.hook), sae=sae.cfg)
+            return Foreign(sae, folder / weights, run)
     return None
 
 

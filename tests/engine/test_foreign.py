@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from temposae.engine import checkpoint
 from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.foreign import Foreign
 from temposae.engine.train import train
 
 from ..commandline import run
@@ -109,7 +108,7 @@ CASES = {
 def test_computes_what_its_library_does(tmp_path, case):
     write, expected = CASES[case]
     found = checkpoint.find(write(tmp_path / "other"))
-    assert isinstance(found, Foreign)
+    assert isinstance(found, checkpoint.Loaded)
     sae, f = found.dictionary(), expected()
     assert (f > 0).any(1).all()
     assert (sae.encode(X).double() - f).abs().max() < 1e-4
