@@ -90,7 +90,9 @@ def train(
     lm, runs = resolve(settings)
     one = next(iter(runs.values()))
     most = max(run.train.tokens for run in runs.values())
-    hooks = [] if lm is not None else list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.hooks))
+    hooks = (
+        [] if lm is not None else list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks))
+    )
     stream = ActivationStream(one.stream, tokens=most, seed=one.train.seed, model=lm, hooks=hooks, ranks=ranks)
     trained = train_together(stream, runs, out=folder, resume=resume)
     ranks.end()

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import foreign
+from .composed import dictionary
 from .config import RunConfig, SAEConfig
 from .errors import UserError
 from .files import UNFINISHED, digest, flush
@@ -65,7 +66,7 @@ class Checkpoint:
     def dictionary(self, name: str = "sae") -> SparseAutoencoder:
         """The dictionary `name`: `sae`, or `random` for the control trained beside it."""
         self.expect(name)
-        sae = SparseAutoencoder(SAEConfig(**self.manifest["dictionaries"][name]))
+        sae = dictionary(SAEConfig(**self.manifest["dictionaries"][name]))
         try:
             sae.load_state_dict(self.tensors(name))
         except RuntimeError:

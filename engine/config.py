@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError, one_line
 
@@ -28,24 +28,49 @@ class MaskConfig(Config):
     """Weights over positions: f = acts * mask[pos].
 
     `random`: each (position, latent) is on with probability `fraction`, fixed. `ranges`: latent j is on in one of
-    `ranges` equal runs of positions. `soft`: sigmoid(logits / temperature), logits learned, drawn from U(0, 1).
-    `gaussian`: exp(-(p - centre_j)^2 / (2 sigma^2)), centres spread evenly, sigma T / 8 unless given.
-    Positions from `positions` on follow `beyond`.
+    `ranges` equal runs of positions. `windows`: in a run of `width` positions of its own, T / 4 unless given; the runs begin
+    at evenly spread places, some before the context, so that every position has as many latents. `gaussian`:
+    exp(-(p - centre_j)^2 / (2 sigma^2)), centres spread evenly, sigma T / 8 unless given. `soft`: sigmoid(logits /
+    temperature), logits learned; they start from U(0, 1) (`uniform`), from N(0, 1) (`normal`), or as 2 and -2 where a hard
+    mask is on and off (`start`).
+
+    Over a run `temperature` falls to `temperature_end`, exponentially. With `blend`, the mask m counts as 1 - s + s m, where
+    s = sigmoid(c) goes from almost 0 to almost 1: c is a learned number, which starts as 0, plus one that rises from -6 to
+    6. Positions from `positions` on follow `beyond`.
     """
 
-    kind: Literal["none", "random", "ranges", "soft", "gaussian"] = "none"
+    kind: Literal["none", "random", "ranges", "windows", "soft", "gaussian"] = "none"
     positions: Count = 128
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     ranges: Count = 4
+    width: Count | None = None
+    start: Literal["uniform", "normal", "random", "ranges", "windows"] = "uniform"
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature_end: Annotated[float, Field(gt=0)] | None = None
+    blend: bool = False
     sigma: Annotated[float, Field(gt=0)] | None = None
     beyond: Literal["clamp", "wrap", "error"] = "clamp"
 
     @model_validator(mode="after")
-    def _ranges_fit(self) -> "MaskConfig":
-        if self.kind == "ranges" and self.ranges > self.positions:
+    def _fits(self) -> "MaskConfig":
+        if "ranges" in self.shapes and self.ranges > self.positions:
             raise ValueError(f"ranges: {self.ranges} is not allowed; it must be at most positions ({self.positions})")
+        if self.width is not None and self.width > self.positions:
+            raise ValueError(f"width: {self.width} is not allowed; it must be at most positions ({self.positions})")
+        if self.temperature_end is not None and self.kind != "soft":
+            raise ValueError(f"temperature_end: not allowed with kind {self.kind}; it is for soft")
+        if self.blend and self.kind == "none":
+            raise ValueError("blend: true is not allowed with kind none; there is no mask to blend in")
         return self
+
+    @property
+    def shapes(self) -> tuple[str, str]:
+        """What the mask looks like, and what a learned one starts as."""
+        return self.kind, self.start if self.kind == "soft" else ""
+
+    @property
+    def is_learned(self) -> bool:
+        return self.kind == "soft" or self.blend
 
     def check_context(self, positions: int) -> None:
         """Refuse contexts that the mask does not cover, unless `beyond` says what to do there."""
@@ -70,6 +95,7 @@ class SAEConfig(Config):
     `prefixes` (Matryoshka; Bussmann et al., arXiv 2503.17547; topk and batchtopk): ascending numbers of latents, the last
     one d_sae; the loss is the mean over prefixes of the squared error with no more than the first so many latents.
     `decoder="random"` freezes the random unit-norm decoder: the control.
+    `parts`: further mechanisms by name, each with its settings (`parts.Part`); not with jumprelu, d_out or prefixes.
     """
 
     d_in: Latents
@@ -86,6 +112,31 @@ class SAEConfig(Config):
     prefixes: tuple[Latents, ...] | None = None
     decoder: Literal["learned", "random"] = "learned"
     mask: MaskConfig = MaskConfig()
+    parts: tuple[dict[str, Any], ...] = ()
+
+    @field_validator("parts")
+    @classmethod
+    def _parts_are_known(cls, given: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        from .parts import settled
+
+        return settled(given) if given else given
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "SAEConfig":
+        if not self.parts:
+            return self
+        from .parts import check
+
+        kinds = ", ".join(one["kind"] for one in self.parts)
+        for name, absent in (("d_out", None), ("prefixes", None)):
+            if getattr(self, name) is not absent:
+                raise ValueError(f"{name}: {getattr(self, name)} is not allowed with parts ({kinds})")
+        if self.activation == "jumprelu":
+            raise ValueError(
+                f"activation: jumprelu is not allowed with parts ({kinds}); it must be relu, topk or batchtopk"
+            )
+        check(self)
+        return self
 
     @model_validator(mode="after")
     def _k_fits(self) -> "SAEConfig":
@@ -110,7 +161,8 @@ class StreamConfig(Config):
 
     `model`: `testbed`, `smollm2`, a hub name or a local Hugging Face folder. `hook`: a transformer_lens hook name; the
     residual stream after the middle layer unless given. `target`: of a transcoder, the hook whose value it is to give for
-    that at `hook`. `data`: a .txt, .jsonl, .parquet or .npy file, a dataset's name or
+    that at `hook`. `second`: another hook, of the same width, that a part of the dictionary looks at in training.
+    `data`: a .txt, .jsonl, .parquet or .npy file, a dataset's name or
     folder; the embedded language for `testbed`. Documents are in the field `text_field`, or tokenised already in `tokens` or
     `input_ids`. A row has `context` tokens of one document or, with `packing`, of as many as fit. A text that ends
     begins again (`repeat`), or ends the run. Left out are padding, the tokenizer's special tokens (`drop_special`) and, with
@@ -130,6 +182,7 @@ class StreamConfig(Config):
     model: str = "testbed"
     hook: str | None = None
     target: str | None = None
+    second: str | None = None
     data: str | None = None
     cache: str | None = None
     activations: str | None = None
@@ -152,10 +205,17 @@ class StreamConfig(Config):
         """Those that a dictionary looks at, where they are known."""
         return tuple(hook for hook in (self.hook, self.target) if hook is not None)
 
+    @property
+    def read_hooks(self) -> tuple[str, ...]:
+        """Those that it is trained on."""
+        return (*self.hooks, *(() if self.second is None else (self.second,)))
+
     @model_validator(mode="after")
     def _goes_together(self) -> "StreamConfig":
         if self.target is not None and self.target == self.hook:
             raise ValueError(f"target: {self.target} is not allowed; it is the hook itself")
+        if self.second is not None and (self.second == self.hook or self.target is not None):
+            raise ValueError(f"second: {self.second} is not allowed; it must be another hook, and not beside a target")
         if self.buffer_tokens is not None and self.buffer_gb is not None:
             raise ValueError(f"buffer_gb: {self.buffer_gb} is not allowed with buffer_tokens; give one of the two")
         return self
@@ -178,6 +238,7 @@ class TrainConfig(Config):
     `accumulate`: a batch is gone through in so many parts, to save memory (batchtopk selects in each). `bias`: what b_dec
     starts from. `resample_every_steps` (relu; Bricken et al., Towards Monosemanticity, 2023): after so many steps dead
     latents begin again as tokens that are reconstructed badly. `init`: go on from this dictionary, a run or a checkpoint.
+    `log_positions`: metrics tell squared error and L0 of every position.
     `log`: where metrics go besides metrics.jsonl.
     """
 
@@ -196,6 +257,7 @@ class TrainConfig(Config):
     bias: Literal["mean", "geometric_median", "zero"] = "mean"
     resample_every_steps: Count | None = None
     init: str | None = None
+    log_positions: bool = False
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     dead_after_tokens: Count | None = None
     log_every_steps: Count | None = None

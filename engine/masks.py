@@ -7,42 +7,70 @@ follow: where a hard mask is off, neither the latent's rows nor its bias learn a
 import torch
 from torch import Tensor, nn
 
-from ..kernels.masks import GaussianMask, Mask
+from ..kernels.masks import GaussianMask, Mask, weights_at
 from .config import MaskConfig
+
+BLENDED = 6.0  # sigmoid(-6) = 0.0025, sigmoid(6) = 0.9975: as good as absent, and as good as all there
+SURE = 2.0  # sigmoid(2) = 0.88: what a learned mask starts with where the mask that it starts as is on
 
 
 class PositionMask(nn.Module):
     """A mask that lies in a buffer (hard ones), is worked out from its centres (`gaussian`) or from learned logits (`soft`).
 
     `weights()` is the mask: bool [T, F], a GaussianMask, float [T, F] in (0, 1), or None for no mask. `rows(pos)` maps
-    positions to rows of it, as `beyond` says for positions from T on.
+    positions to rows of it, as `beyond` says for positions from T on. What changes over a run follows `progress`, from 0
+    to 1, which training sets and checkpoints hold.
     """
 
     fixed: Tensor | None
     centre: Tensor | None
     logits: Tensor | None
+    blend: Tensor | None
+    progress: Tensor | None
 
     def __init__(self, config: MaskConfig, d_sae: int, generator: torch.Generator):
         super().__init__()
         self.config = config
-        self.temperature = config.temperature  # tau; a schedule may change it between steps
         T, F = config.positions, d_sae
         fixed = centre = logits = None
-        if config.kind == "random":
-            fixed = torch.rand(T, F, generator=generator) < config.fraction
-        elif config.kind == "ranges":
-            of_latent = torch.arange(F) * config.ranges // F
-            of_position = torch.arange(T) * config.ranges // T
-            fixed = of_position[:, None] == of_latent
-        elif config.kind == "gaussian":
+        if config.kind == "gaussian":
             centre = torch.linspace(0, T - 1, F) if F > 1 else torch.tensor([(T - 1) / 2])
+        elif config.kind == "soft" and config.start == "uniform":
+            logits = torch.rand(T, F, generator=generator)
+        elif config.kind == "soft" and config.start == "normal":
+            logits = torch.randn(T, F, generator=generator)
         elif config.kind == "soft":
-            logits = nn.Parameter(torch.rand(T, F, generator=generator))
+            logits = torch.where(_hard(config, config.start, F, generator), SURE, -SURE)
+        elif config.kind != "none":
+            fixed = _hard(config, config.kind, F, generator)
+        changes = config.blend or config.temperature_end is not None
         self.register_buffer("fixed", fixed)
         self.register_buffer("centre", centre)
-        self.register_parameter("logits", logits)
+        self.register_parameter("logits", None if logits is None else nn.Parameter(logits))
+        self.register_parameter("blend", nn.Parameter(torch.zeros(())) if config.blend else None)
+        self.register_buffer("progress", torch.ones(()) if changes else None)
+
+    def at(self, progress: float) -> None:
+        """Go to a place of the run: 0 is its beginning, 1 its end."""
+        if self.progress is not None:
+            self.progress.fill_(progress)
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """tau = temperature * (temperature_end / temperature)^progress"""
+        start, end = self.config.temperature, self.config.temperature_end
+        return start if end is None or self.progress is None else start * (end / start) ** self.progress
 
     def weights(self) -> Mask | None:
+        found = self._unblended()
+        if found is None or self.blend is None or self.progress is None:
+            return found
+        if isinstance(found, GaussianMask):
+            found = weights_at(found, torch.arange(self.config.positions, device=found.centre.device))
+        share = torch.sigmoid(self.blend + BLENDED * (2 * self.progress - 1))
+        return 1 - share + share * found
+
+    def _unblended(self) -> Mask | None:
         if self.logits is not None:
             return torch.sigmoid(self.logits / self.temperature)
         if self.centre is not None:
@@ -58,3 +86,18 @@ class PositionMask(nn.Module):
             return pos.clamp(max=T - 1)
         self.config.check_context(int(pos.max()) + 1 if pos.numel() else 0)
         return pos
+
+
+def _hard(config: MaskConfig, kind: str, F: int, generator: torch.Generator) -> Tensor:
+    """bool [T, F]"""
+    T = config.positions
+    if kind == "random":
+        return torch.rand(T, F, generator=generator) < config.fraction
+    pos, latent = torch.arange(T), torch.arange(F)
+    if kind == "ranges":
+        return (pos * config.ranges // T)[:, None] == latent * config.ranges // F
+    width = config.width or max(1, T // 4)
+    start = latent * (T + width - 1) // F - (
+        width - 1
+    )  # from before the context on, so that no position has fewer latents
+    return (pos[:, None] >= start) & (pos[:, None] < start + width)

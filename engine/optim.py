@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from ..kernels.adam import Moments, Rates, adam
 from ..kernels.loss import PositionSums
 from .config import SAEConfig, TrainConfig
 from .errors import UserError
+from .parts import reads
 from .ranks import ALONE, Ranks
-from .sae import WITH_X, Objective, SparseAutoencoder
+from .sae import Beside, Objective, SparseAutoencoder
 from .step import DENSE_FROM, LARGE, FusedStep, Outcome, fits, rounding_seed, side_by_side
 from .stream import Batch
 
@@ -82,6 +83,7 @@ class Learner:
         """`mean` is that of what is to be given, `mean_norm` that of x. b_dec starts as `b_dec`, or the mean, unless the
         dictionary is `trained` already, in units of x. Of several `ranks`, `sae` becomes this one's part of it."""
         self.cfg: SAEConfig = sae.cfg  # of the whole dictionary
+        self.reads = reads(sae.cfg)
         sae = sae.part(ranks).to(mean.device)
         self.sae, self.config, self.n_positions, self.ranks = sae, config, n_positions, ranks
         self.scale = 2.0 ** round(math.log2(math.sqrt(sae.cfg.d_in) / max(mean_norm, 1e-30)))
@@ -102,8 +104,7 @@ class Learner:
         self.narrow = {}  # moments that torch's Adam can't hold
         if config.moments != "float32":
             self.narrow = {n: Moments.zeros(self.leaves[n], config.moments) for n in LARGE if n in self.leaves}
-        # Thresholds are of the order of |x| ~ sqrt(D), and learn at that pace.
-        self.paces = {name: math.sqrt(sae.cfg.d_in) if name == "threshold" else 1.0 for name in self.leaves}
+        self.paces = {name: sae.paces.get(name, 1.0) for name in self.leaves}
         groups = [
             {"params": [leaf], "pace": self.paces[name]}
             for name, leaf in self.leaves.items()
@@ -136,13 +137,20 @@ class Learner:
                 raise RuntimeError("this dictionary takes its steps with others: call Cohort.step")
             self.cohort.step(batch)
         else:
-            x, target, dead = self.scaled(batch.x), self.scaled(batch.target), self.dead
-            found = self._unfused_step(x, batch.pos, dead, self.begin_step(x, batch.pos), target)
+            x, dead = self.scaled(batch.x), self.dead
+            target = x if "second" in self.reads else self.scaled(batch.target)
+            beside = self._beside(batch) if self.reads else None
+            found = self._unfused_step(x, batch.pos, dead, self.begin_step(x, batch.pos), target, beside)
             self.counts.add(len(x), (target - self.mean).square().sum(), found)
             self.sae.follow(None if found.least_kept is None else found.least_kept[0])
         every = self.config.resample_every_steps
         if every is not None and self.steps_done % every == 0:
             self._resample(self.scaled(batch.x), batch.pos, self.scaled(batch.target))
+
+    def _beside(self, batch: Batch) -> Beside:
+        """What the dictionary's parts read."""
+        second = self.scaled(batch.target) if "second" in self.reads else None
+        return Beside(batch.row if "rows" in self.reads else None, batch.attribute, second)
 
     def scaled(self, x: Tensor) -> Tensor:
         """x as the dictionary sees it."""
@@ -157,6 +165,7 @@ class Learner:
         if config.k_start is not None:
             self.sae.k = annealed(self.steps_done, config.steps, config.k_anneal, config.k_start, self.cfg.k)
         self.sae.pressure = min(1.0, (self.steps_done + 1) / max(1.0, config.sparsity_warmup * config.steps))
+        self.sae.at(self.steps_done / max(1, config.steps - 1), self.steps_done, config.seed)
         for group in self.adam.param_groups:
             group["lr"] = group["pace"] * lr
         self.steps_done += 1
@@ -185,10 +194,12 @@ class Learner:
         """Whether a step is dense and goes by autograd even where there are kernels: those take a code to begin with."""
         return self.is_dense and self.sae.cfg.activation == "relu"
 
-    def _unfused_step(self, x: Tensor, pos: Tensor, dead: Tensor | None, lr: float, target: Tensor) -> Outcome:
+    def _unfused_step(
+        self, x: Tensor, pos: Tensor, dead: Tensor | None, lr: float, target: Tensor, beside: Beside | None = None
+    ) -> Outcome:
         """The update by autograd and torch's Adam (ours for narrow moments): for every dictionary and device, and what the
         fused one must equal."""
-        found = self._gradients(x, pos, dead, target)
+        found = self._gradients(x, pos, dead, target, beside)
         self.sae.project_decoder_gradient()
         for name, parameter in self.sae.named_parameters():
             if name in self.leaves and self.leaves[name] is not parameter and parameter.grad is not None:
@@ -205,16 +216,19 @@ class Learner:
             leaf.grad = None
         self.sae.zero_grad()
         self.sae.constrain()
+        self.sae.after()
         aux, least = (None if one is None else one[None] for one in (found.aux_loss, found.least_kept))
         sums = PositionSums(*(total[None] for total in found.sums))
         return Outcome(found.loss.detach()[None], aux, norm[None], sums, found.fired[None], least)
 
-    def _gradients(self, x: Tensor, pos: Tensor, dead: Tensor | None, target: Tensor) -> Objective:
+    def _gradients(
+        self, x: Tensor, pos: Tensor, dead: Tensor | None, target: Tensor, beside: Beside | None
+    ) -> Objective:
         """The objective and its gradients, in `accumulate` parts of the batch."""
         found: list[Objective] = []
         parts = zip(*(tensor.chunk(self.config.accumulate) for tensor in (x, pos, target)), strict=True)
         for x_of, pos_of, target_of in parts:
-            one = self.sae.objective(x_of, pos_of, self.n_positions, dead, target_of)
+            one = self.sae.objective(x_of, pos_of, self.n_positions, dead, target_of, beside)
             share = len(x_of) / len(x)
             (one.loss * share).backward()
             aux = None if one.aux_loss is None else one.aux_loss * share
@@ -281,12 +295,13 @@ class Learner:
             self.cohort.settle()
         return bool(self.counts.losses.isfinite().all())
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> dict[str, Any]:
         """Means since the last report. Waits for the device.
 
         `loss`: squared error per token (scaled activations) and L1 term; `aux_loss`: what AuxK adds to it in training;
         `fvu`: squared error over that of predicting the mean; `dead`: latents idle for `dead_after` tokens;
-        `gradient_norm`: before clipping, where that is asked for.
+        `gradient_norm`: before clipping, where that is asked for. `positions`: of each position, if asked for.
+        `parts`: what the parts tell.
         """
         if self.cohort is not None:
             self.cohort.settle()
@@ -306,6 +321,11 @@ class Learner:
         }
         if self.config.clip_norm is not None:
             found["gradient_norm"] = norm
+        if self.config.log_positions:
+            of_position = (sums.squared_error / sums.count, sums.l0 / sums.count)
+            found["positions"] = dict(zip(("squared_error", "l0"), map(_rounded, of_position), strict=True))
+        if parts := self.sae.part_reports():
+            found["parts"] = parts
         self.any_dead = dead > 0
         was_unfused, self.l0 = self.is_unfused, found["l0"]
         if self.cohort is not None:
@@ -320,7 +340,8 @@ class Learner:
     def weights(self) -> dict[str, Tensor]:
         """The `state_dict` of the whole dictionary, in units of x."""
         whole = self.ranks.whole_state(self.sae.state_dict(), self.sae.latent_dims)
-        return {name: x / self.scale if name in WITH_X else x for name, x in whole.items()}
+        powers = {name: self.sae.powers.get(name, 0) for name in whole}
+        return {name: x / self.scale ** powers[name] if powers[name] else x for name, x in whole.items()}
 
     def end(self) -> SparseAutoencoder:
         """The whole dictionary, in units of x. There are no more steps after it."""
@@ -386,6 +407,11 @@ class Learner:
             held[key].copy_(value)
         if self.cohort is not None:
             self.cohort.fused.refresh()
+
+
+def _rounded(values: Tensor) -> list[float | None]:
+    """Six digits; None where there is nothing."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 class Cohort:
@@ -469,7 +495,7 @@ def together(learners: Iterable[Learner]) -> list[Cohort | Learner]:
         cfg, config = learner.sae.cfg, learner.config.model_copy(update={"lr": None, "seed": 0})
         fit = learner.cohort is not None and cfg.activation != "relu" and cfg.prefixes is None and not config.fp8
         fit = fit and learner.ranks.size == 1
-        if fit and cfg.mask.kind != "soft":
+        if fit and not cfg.mask.is_learned:
             key = repr((cfg, config, learner.scale, learner.steps_done, learner.dtype, learner.mean.device))
             alike.setdefault(key, []).append(learner)
         else:

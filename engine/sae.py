@@ -1,8 +1,9 @@
 """The dictionary: parameters, what it computes, and what it is trained to do."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,13 @@ from .functions import (
 from .masks import PositionMask
 from .ranks import ALONE, Ranks
 
-WITH_X = ("b_enc", "b_dec", "threshold")  # what grows with the activations that a dictionary is for
+
+class Beside(NamedTuple):
+    """What there is of a batch besides x and pos, for a dictionary's parts; see `parts.Seen`."""
+
+    row: Tensor | None = None
+    attribute: Tensor | None = None
+    second: Tensor | None = None
 
 
 @dataclass
@@ -68,6 +75,9 @@ class SparseAutoencoder(nn.Module):
     """
 
     threshold: Tensor  # jumprelu: of each latent, learned; batchtopk: of all, followed
+    #: how tensors of the state grow with the activations that a dictionary is for: those of factor * x are factor^power
+    #: times those of x; others don't change
+    powers: Mapping[str, int] = {"b_enc": 1, "b_dec": 1, "threshold": 1}
 
     def __init__(self, config: SAEConfig, *, seed: int = 0):
         super().__init__()
@@ -92,6 +102,23 @@ class SparseAutoencoder(nn.Module):
         self.mask = PositionMask(config.mask, config.d_sae, generator)
         # What training has now of the number of latents kept, and as a factor on the sparsity coefficients.
         self.k, self.pressure = config.k, 1.0
+
+    def at(self, progress: float, step: int = 0, seed: int = 0) -> None:
+        """Go to a place of the run, `step` of the run of this `seed`: 0 is its beginning, 1 its end."""
+        self.mask.at(progress)
+
+    def after(self) -> None:
+        """After an update: what is tracked from step to step."""
+
+    def part_reports(self) -> dict[str, dict[str, object]]:
+        """Figures of the parts for a line of metrics, by kind."""
+        return {}
+
+    @property
+    def paces(self) -> dict[str, float]:
+        """Factors on the learning rate, by name of a parameter. Thresholds are of the order of |x| ~ sqrt(D), and learn at
+        that pace."""
+        return {"threshold": math.sqrt(self.cfg.d_in)}
 
     @property
     def center(self) -> Tensor | None:
@@ -149,9 +176,11 @@ class SparseAutoencoder(nn.Module):
         return self.decode(self.encode_sparse(x, pos)).to(x.dtype).view(*x.shape[:-1], -1)
 
     def objective(
-        self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None, target: Tensor | None = None
-    ) -> Objective:
+        self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None, target: Tensor | None = None,
+        beside: Beside | None = None,
+    ) -> Objective:  # fmt: skip
         """Loss of a batch x [N, D] at pos [N], with gradients for every parameter; a transcoder's is of `target` [N, d_out].
+        Only parts look at what is `beside` it.
 
         loss = sum_p squared_error_p / N + l1_coefficient * sum_p l1_p / N (relu)
              + aux_coefficient * (|e - e_hat|^2 / |e - mean e|^2) * |x - mean x|^2 / N (topk, batchtopk)
@@ -245,8 +274,8 @@ class SparseAutoencoder(nn.Module):
         if not (factor > 0 and math.isfinite(factor)):
             raise UserError(f"factor: {factor} is not allowed; it must be positive")
         for name, tensor in self.state_dict().items():
-            if name in WITH_X:
-                tensor.mul_(factor)
+            if power := self.powers.get(name):
+                tensor.mul_(factor**power)
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:

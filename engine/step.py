@@ -39,7 +39,7 @@ def rounding_seed(name: str, step: int, row: int = 0) -> int:
 
 def fits(sae: SparseAutoencoder) -> bool:
     """Whether the kernels of `FusedStep` run here."""
-    return choose("train_step", sae.W_enc) == "triton"
+    return choose("train_step", sae.W_enc) == "triton" and not sae.cfg.parts and sae.mask.blend is None
 
 
 @torch.no_grad()

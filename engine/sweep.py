@@ -19,7 +19,7 @@ _PLACES = (
     {name: ("sae", name) for name in SAEConfig.model_fields if name != "mask"}
     | {name: ("train", name) for name in TrainConfig.model_fields if name not in _COMMON}
     | {f"mask.{name}": ("sae", "mask", name) for name in MaskConfig.model_fields}
-    | {"hook": ("stream", "hook"), "layer": ("stream", "layer"), "target": ("stream", "target")}
+    | {key: ("stream", key) for key in ("hook", "layer", "target", "second")}
 )
 
 
@@ -131,8 +131,8 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | 
     hooks: dict[str, tuple[str, ...]] = {}
     for name, stream in streams.items():
         with _named(name):
-            target = () if stream.target is None else (model.place(stream.target),)
-            hooks[name] = (model.place(stream.hook, layers[name]), *target)
+            others = [model.place(hook) for hook in (stream.target, stream.second) if hook is not None]
+            hooks[name] = (model.place(stream.hook, layers[name]), *others)
     model.use(hooks=[hook for each in hooks.values() for hook in each])
     placed = {name: stream.model_copy(update={"hook": hooks[name][0]}) for name, stream in streams.items()}
     return model, _resolved(settings, placed, model.widths)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from . import checkpoint
 from .center import center
+from .composed import dictionary
 from .config import RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig
 from .errors import Stopped, UserError
 from .folder import CONFIG, begin, check_free, read_metrics, read_settings, report, rewind
 from .loggers import Logger, open_loggers
 from .optim import Cohort, Learner, together
+from .parts import reads
 from .progress import progress_bar
 from .sae import SparseAutoencoder
 from .stream import ActivationStream, Own
@@ -99,17 +101,17 @@ class _Trainee:
 
     def __init__(self, name: str, run: RunConfig, stream: ActivationStream, folder: Path | None):
         self.name, self.run, self.folder, self.writes = name, run, folder, stream.ranks.is_first
-        self.hooks = run.stream.hooks
+        self.hooks, self.reads = run.stream.read_hooks, reads(run.sae)
         configs = {"sae": run.sae}
         if run.train.control and run.sae.decoder == "learned":
             configs["random"] = run.sae.model_copy(update={"decoder": "random"})
-        sample = stream.sample().at(*self.hooks)
+        sample = stream.sample().at(*run.stream.hooks)
         x, target = sample.x, sample.target
         mean, mean_norm = center(target, "mean"), float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).mean())
         start = center(target, run.train.bias)
         self.learners: dict[str, Learner] = {}
         for part, config in configs.items():
-            sae = SparseAutoencoder(config, seed=run.train.seed)
+            sae = dictionary(config, seed=run.train.seed)
             trained = run.train.init is not None and part == "sae"
             if trained:
                 _take_over(sae, Path(str(run.train.init)).expanduser())
@@ -176,7 +178,7 @@ class _Training:
     def __init__(
         self, stream: ActivationStream, dictionaries: dict[str, RunConfig], out: str | Path | None, resume: bool
     ):
-        own = {name: stream.config_at(run.stream.hook, run.stream.target) for name, run in dictionaries.items()}
+        own = {name: stream.config_at(run.stream) for name, run in dictionaries.items()}
         dictionaries = {name: run.model_copy(update={"stream": own[name]}) for name, run in dictionaries.items()}
         self.stream, self.runs, self.ranks = stream, dictionaries, stream.ranks
         self.folder = Path(out).expanduser() if out is not None else None
@@ -262,6 +264,8 @@ class _Training:
             while active := [one for one in self.trainees if not one.has_ended]:
                 batch = self.stream.next(self.config.batch).flat()
                 if len(batch):
+                    if any("attribute" in one.reads for one in active):
+                        batch = replace(batch, attribute=self.stream.attribute(batch))
                     with self.stream.watch("sae"):
                         for hooks, cohort in self._cohorts(active):
                             cohort.step(batch.at(*hooks))
@@ -342,7 +346,8 @@ class _Training:
 def _take_over(sae: SparseAutoencoder, path: Path) -> None:
     """Let a new dictionary begin as the one at `path`."""
     found = checkpoint.load(path)
-    own, theirs = (one.cfg.model_dump(include={"d_in", "d_sae", "d_out", "activation", "mask"}) for one in (sae, found))
+    fields = {"d_in", "d_sae", "d_out", "activation", "mask", "parts"}
+    own, theirs = (one.cfg.model_dump(include=fields) for one in (sae, found))
     for name, value in own.items():
         if theirs[name] != value:
             raise UserError(f"train.init: {path} is not allowed; its {name} is {theirs[name]}, and sae.{name} {value}")
@@ -361,7 +366,7 @@ def _check(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> None
     for name, run in dictionaries.items():
         inside = f"{name}: " if name else ""
         widths = stream.source.widths
-        for hook in run.stream.hooks:
+        for hook in run.stream.read_hooks:
             if hook not in widths:
                 raise UserError(f"{inside}stream.hook: {hook} is not allowed; the stream has {', '.join(widths)}")
         own = {"d_in": run.sae.d_in} | ({} if run.sae.d_out is None else {"d_out": run.sae.d_out})
@@ -387,6 +392,7 @@ def _check(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> None
                     f"{getattr(first, common)} for all dictionaries of a stream"
                 )
         stream.check_mask(run.sae.mask)
+        _check_parts(inside, run, stream, widths)
         if (size := stream.ranks.size) > 1:
             if run.sae.d_sae % size:
                 raise UserError(f"{inside}sae.d_sae: {run.sae.d_sae} is not allowed; {size} processes must divide it")
@@ -395,6 +401,32 @@ def _check(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> None
                 raise UserError(
                     f"{inside}train.{name_of}: {getattr(run.train, name_of)} is not allowed; there are {size} processes"
                 )
+
+
+def _check_parts(inside: str, run: RunConfig, stream: ActivationStream, widths: dict[str, int]) -> None:
+    """Refuse parts that the stream or the way of training has nothing for."""
+    needs, kinds = reads(run.sae), ", ".join(one["kind"] for one in run.sae.parts)
+    if (part := needs.get("rows")) and stream.config.mode != "sequences":
+        raise UserError(
+            f"{inside}stream.mode: {stream.config.mode} is not allowed with {part}, which looks along rows of text; "
+            "it must be sequences"
+        )
+    second = run.stream.second
+    if (part := needs.get("second")) and second is None:
+        raise UserError(f"{inside}stream.second: needed by {part}; give another hook, as in blocks.0.hook_resid_post")
+    if second is not None and "second" not in needs:
+        raise UserError(f"{inside}stream.second: {second} is not allowed; no part of the dictionary looks at it")
+    if second is not None and widths[second] != run.sae.d_in:
+        raise UserError(
+            f"{inside}stream.second: {second} is not allowed; its width is {widths[second]}, and that of "
+            f"{run.stream.hook} {run.sae.d_in}"
+        )
+    if kinds and stream.own is not None and not stream.own.has_positions:
+        raise UserError(f"{inside}sae.parts: {kinds} is not allowed; {stream.own.name} has no positions")
+    if kinds and run.train.accumulate > 1:
+        raise UserError(f"{inside}train.accumulate: {run.train.accumulate} is not allowed with sae.parts ({kinds})")
+    if kinds and stream.ranks.size > 1:
+        raise UserError(f"{inside}sae.parts: {kinds} is not allowed; there are {stream.ranks.size} processes")
 
 
 @contextmanager

@@ -108,9 +108,23 @@ class Collected:
         where = self.row[code.rows] * code.n_latents + code.indices
         return sum_by(where, code.values, len(self) * code.n_latents).view(len(self), -1) / counts
 
-    def chunks(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """x and pos of at most `CHUNK` tokens at a time."""
-        return zip(self.x.split(CHUNK), self.pos.split(CHUNK), strict=True)
+    def chunks(self) -> Iterator[tuple[Tensor, ...]]:
+        """x and pos of some rows at a time."""
+        return in_rows(self.pos, self.x, self.pos)
+
+
+def in_rows(pos: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of tokens [n, ...] at pos [n], rows one after the other, in parts of whole rows: of about `CHUNK` tokens,
+    since a dictionary may look along the row."""
+    begins = torch.cat([pos.new_ones(1, dtype=torch.bool), pos.diff() <= 0]).nonzero().flatten().cpu()
+    ends = torch.cat([begins[1:], torch.tensor([len(pos)])])
+    sizes, first = [], 0
+    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+        if end - first > CHUNK and begin > first:
+            sizes.append(begin - first)
+            first = begin
+    sizes.append(len(pos) - first)
+    return zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.model import next_token_losses
 from ..kernels.numerics import sum_by
-from .collect import CHUNK, Coder, Neurons
+from .collect import Coder, Neurons, in_rows
 
 #: x [n, D], pos [n] -> x_hat [n, D]
 Reconstruct = Callable[[Tensor, Tensor], Tensor]
@@ -159,14 +159,14 @@ def _measure(coder: Coder, parts: list[_Part], mu: Tensor, T: int) -> dict[str, 
     rate = torch.zeros(T, F, device=device)
     l0 = torch.zeros(T, dtype=torch.float64, device=device)
     error = torch.zeros(T, dtype=torch.float64, device=device)
-    in_rows = torch.zeros(F, dtype=torch.int64, device=device)
+    rows_fired = torch.zeros(F, dtype=torch.int64, device=device)
     sums = torch.zeros(9, dtype=torch.float64, device=device)
     squares = torch.zeros_like(mu, dtype=torch.float64)  # of each dimension
     for part in parts:
         row = part.kept.nonzero()[:, 0]
         seen = torch.zeros(len(part.kept) * F, dtype=torch.bool, device=rate.device)
         tokens = (part.x, part.target, part.pos, row)
-        for x, target, pos, of in zip(*(tensor.split(CHUNK) for tensor in tokens), strict=True):
+        for x, target, pos, of in in_rows(part.pos, *tokens):
             code = coder.encode_sparse(x, pos)
             x_hat = coder.decode(code)
             errors = (target - x_hat).double().square().sum(1)
@@ -193,7 +193,7 @@ def _measure(coder: Coder, parts: list[_Part], mu: Tensor, T: int) -> dict[str, 
             fired = (pos[code.rows] * F + code.indices).flatten()
             rate.view(-1).index_add_(0, fired, active.to(rate.dtype))
             seen[(of[code.rows] * F + code.indices).flatten()[active]] = True
-        in_rows += seen.view(len(part.kept), -1).sum(0)
+        rows_fired += seen.view(len(part.kept), -1).sum(0)
     n = sum(len(part.x) for part in parts)
     errors, size, size_hat, ratio, cosine, dot, square_hat, legacy, l1 = (sums / n).tolist()
     per_dimension = squares / n
@@ -205,7 +205,7 @@ def _measure(coder: Coder, parts: list[_Part], mu: Tensor, T: int) -> dict[str, 
             "explained_variance_legacy": legacy,
         },
     }  # fmt: skip
-    return {"squared_error": error, "l0": l0, "rate": rate, "rows": in_rows, "quality": quality}
+    return {"squared_error": error, "l0": l0, "rate": rate, "rows": rows_fired, "quality": quality}
 
 
 def _per_position(parts: list[_Part], mu: Tensor, T: int) -> Tensor:
@@ -236,8 +236,7 @@ def _behaviour(
             if name == "clean":
                 logits = stream.model.logits(tokens)
             else:
-                chunks = zip(x.split(CHUNK), pos.split(CHUNK), strict=True)
-                given = torch.cat([replacements[name](*chunk) for chunk in chunks])
+                given = torch.cat([replacements[name](*chunk) for chunk in in_rows(pos, x, pos)])
 
                 def splice(value: Tensor, kept: Tensor = kept, given: Tensor = given) -> Tensor:
                     fresh = value.clone()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..engine.composed import dictionary
 from ..engine.config import MaskConfig
 from ..engine.errors import UserError
 from ..engine.sae import SparseAutoencoder
@@ -67,6 +68,6 @@ def slicings(sae: SparseAutoencoder, positions: int, *, ranges: int = 4, seed: i
 
 
 def _masked(sae: SparseAutoencoder, mask: MaskConfig, seed: int) -> SparseAutoencoder:
-    found = SparseAutoencoder(sae.cfg.model_copy(update={"mask": mask}), seed=seed)
+    found = dictionary(sae.cfg.model_copy(update={"mask": mask}), seed=seed)
     found.load_state_dict(found.state_dict() | sae.state_dict())
     return found.to(sae.b_dec.device)

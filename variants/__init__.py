@@ -1,20 +1,32 @@
-"""The documented runs, as compositions of the engine's parts. So far: those that are a mask and an L1 term."""
+"""The documented runs, as compositions of the engine's parts, and the mechanisms that they are composed of."""
 
-from ..engine.config import SAEConfig
+from typing import Any
+
 from ..engine.errors import UserError, near
-from . import log_a, log_b
+from . import baselines, log_a, log_b, log_c, log_d, log_e
+from .documented import Documented
 
-#: run -> settings of its dictionary, on top of the logs' common ground (relu, L1 0.04)
-RUNS = log_a.RUNS | log_b.RUNS
+LOGS: dict[str, dict[str, Documented]] = {
+    "A": log_a.RUNS, "B": log_b.RUNS, "C": log_c.RUNS, "D": log_d.RUNS, "E": log_e.RUNS
+}  # fmt: skip
+#: run -> what it is, those of the five logs
+RUNS: dict[str, Documented] = {name: run for log in LOGS.values() for name, run in log.items()}
+BASELINES = baselines.RUNS
 
 
-def dictionary(run: str, d_in: int, d_sae: int = 2304, positions: int = 128) -> SAEConfig:
-    """The dictionary of a documented run, for activations of width `d_in` at `positions` positions.
+def documented(run: str) -> Documented:
+    """A run of the logs, or a baseline. Raises UserError, with near matches, for one that is not there."""
+    known = RUNS | BASELINES
+    if run not in known:
+        raise UserError(f"run: {run!r} is not allowed; {near(run, known)}")
+    return known[run]
 
-    Raises UserError, with near matches, for a run that is not there.
-    """
-    if run not in RUNS:
-        raise UserError(f"run: {run!r} is not allowed; {near(run, RUNS)}")
-    settings = {"activation": "relu", "l1_coefficient": 0.04} | RUNS[run]
-    mask = {"positions": positions} | settings.pop("mask", {})
-    return SAEConfig(d_in=d_in, d_sae=d_sae, mask=mask, **settings)
+
+def settings(run: str, activation: str | None = None) -> dict[str, dict[str, Any]]:
+    """Sections stream, sae and train of a documented run's config; those of the run whose weights it looks at, for an
+    analysis. `activation` in place of the run's own."""
+    found = documented(run)
+    sections = documented(found.trained_as or run).sections()
+    if activation is not None:
+        sections["sae"]["activation"] = activation
+    return sections

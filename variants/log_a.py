@@ -1,10 +1,9 @@
-"""Log A, structured positional masking: masks per (position, latent)."""
+"""Log A, structured positional masking (`masking`)."""
 
-from typing import Any
+from .documented import Documented
 
-RUNS: dict[str, dict[str, Any]] = {
-    "A0": {},  # the unmasked baseline
-    "A1": {"mask": {"kind": "random", "fraction": 0.5}},  # hard masks, half of all (position, latent) pairs on
-    "A2": {"mask": {"kind": "soft"}},  # learned masks, logits from U(0, 1), through a sigmoid
-    "A3": {"mask": {"kind": "soft"}, "l1_coefficient": 0.2},  # A2 with strong sparsity
+RUNS = {
+    "A1": Documented("hard masks", sae={"mask": {"kind": "random", "fraction": 0.5}}),
+    "A2": Documented("soft masks", sae={"mask": {"kind": "soft"}}),
+    "A3": Documented("soft masks, strong sparsity", sae={"mask": {"kind": "soft"}, "l1_coefficient": 0.2}),
 }

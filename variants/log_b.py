@@ -1,9 +1,11 @@
-"""Log B, structured positional masking, second series: contiguous ranges and Gaussians."""
+"""Log B, structured positional masking, second series (`masking_b`)."""
 
-from typing import Any
+from .documented import Documented
 
-RUNS: dict[str, dict[str, Any]] = {
-    "B0": {},  # the unmasked baseline
-    "B1": {"mask": {"kind": "ranges", "ranges": 4}},  # each latent owns a contiguous range of positions
-    "B2": {"mask": {"kind": "gaussian"}},  # a centre per latent, sigma = T / 8
+GAUSSIAN = {"kind": "gaussian"}  # sigma T / 8
+
+RUNS = {
+    "B1": Documented("position masks", sae={"mask": {"kind": "windows"}}),
+    "B2": Documented("Gaussian masks", sae={"mask": GAUSSIAN}),
+    "B6": Documented("progressive mask", sae={"mask": {**GAUSSIAN, "blend": True}}),
 }

@@ -19,7 +19,7 @@ from .live import Live, Source, is_text
 from .model import LanguageModel
 from .narrow import LARGEST
 from .own import Own, open_file, settle
-from .text import RowSource, TokenRows, open_text
+from .text import RowSource, TestbedRows, TokenRows, open_text
 
 GIVE_UP = 2**20  # tokens read one after the other of which the filters leave none
 
@@ -59,6 +59,7 @@ class ActivationStream:
         tune_host()
         self.ranks = Ranks.here() if ranks is None else ranks
         self._model, self._text, self._text_seed = model, rows, seed
+        self._attributes: dict[int, int] = {}
         if own is None and config.activations is not None:
             own = open_file(config.activations, seed=seed, repeat=config.repeat)
         self.own = own
@@ -70,7 +71,7 @@ class ActivationStream:
             if hooks:
                 config = config.model_copy(update={"hook": hooks[0]})
             config, self._text_seed = manifest.settle(config), manifest.seed
-            self.source = Cached(str(config.cache), hooks=hooks or config.hooks, seed=seed, repeat=config.repeat)
+            self.source = Cached(str(config.cache), hooks=hooks or config.read_hooks, seed=seed, repeat=config.repeat)
         else:
             self.source = self._live(config, hooks)
             config = config.model_copy(update={"hook": self.model.hook})
@@ -124,7 +125,7 @@ class ActivationStream:
         if self._model is None:
             config = self.config
             self._model = LanguageModel(
-                config.model, hooks=config.hooks, attention=config.attention, compile=config.compile
+                config.model, hooks=config.read_hooks, attention=config.attention, compile=config.compile
             )
         return self._model
 
@@ -152,9 +153,23 @@ class ActivationStream:
             raise UserError(f"sae.mask.kind: {mask.kind} is not allowed; {self.own.name} has no positions")
         mask.check_context(self.positions)
 
-    def config_at(self, hook: str | None, target: str | None) -> StreamConfig:
-        """The settings, with the places that a dictionary looks at."""
-        return self.config.model_copy(update={"hook": hook or self.config.hook, "target": target})
+    def config_at(self, own: StreamConfig) -> StreamConfig:
+        """The settings, with the places that a dictionary of these looks at."""
+        places = {"hook": own.hook or self.config.hook, "target": own.target, "second": own.second}
+        return self.config.model_copy(update=places)
+
+    def attribute(self, batch: Batch) -> Tensor:
+        """A binary attribute of each token [N], int64, that a dictionary is not to be about: of the embedded language the
+        tone of its document, which goes with the topic; elsewhere, where nothing is labelled, whether the token is in the
+        second half of the row."""
+        if self.own is not None or not isinstance(self.text, TestbedRows):
+            return (batch.pos >= self.positions // 2).long()
+        documents, back = batch.document.cpu().unique(return_inverse=True)
+        for number in documents.tolist():
+            if number not in self._attributes:
+                self._attributes[number] = self.text.language.document(number).tone
+        found = torch.tensor([self._attributes[number] for number in documents.tolist()])
+        return found[back].to(batch.pos.device)
 
     def next(self, n: int) -> Batch:
         """The next `n` tokens (in sequences: n // T rows), without replacement from the buffer; fewer, or none, where the

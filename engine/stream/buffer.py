@@ -18,7 +18,8 @@ class Batch:
 
     `acts`: hook -> [N, D]; `pos`, `token` [N] int32; `document`, `row` [N] int64: item n is the activation of `token[n]` at
     position `pos[n]` of row `row[n]` of the text, and the token is part of `document[n]`. A batch of sequences has [B, T]
-    in place of [N]. `kept`, bool and on the CPU, says which of its tokens count: not padding, nor filtered out.
+    in place of [N]. `kept`, bool and on the CPU, says which of its tokens count: not padding, nor filtered out. `attribute`:
+    what `ActivationStream.attribute` gives, where something asks for it.
     """
 
     acts: dict[str, Tensor]
@@ -27,6 +28,7 @@ class Batch:
     document: Tensor
     row: Tensor
     kept: Tensor | None = None
+    attribute: Tensor | None = None
 
     @classmethod
     def of(cls, x: Tensor, pos: Tensor) -> "Batch":
@@ -55,8 +57,8 @@ class Batch:
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """`change` done to every tensor."""
         acts = {hook: change(x) for hook, x in self.acts.items()}
-        kept = None if self.kept is None else change(self.kept)
-        return Batch(acts, *(change(getattr(self, name)) for name in PLACES), kept=kept)
+        kept, attribute = (None if value is None else change(value) for value in (self.kept, self.attribute))
+        return Batch(acts, *(change(getattr(self, name)) for name in PLACES), kept=kept, attribute=attribute)
 
     def __getitem__(self, at: Tensor | slice) -> "Batch":
         return self.each(lambda value: value[at])

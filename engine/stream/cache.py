@@ -99,8 +99,9 @@ class Manifest(Config):
                 raise UserError(
                     f"stream.{name}: {given} is not allowed; the cache {config.cache} was made with {name} {own}"
                 )
-        if config.target is not None:
-            update["target"] = self.place(str(config.cache), config.target, None)
+        for name in ("target", "second"):
+            if (hook := getattr(config, name)) is not None:
+                update[name] = self.place(str(config.cache), hook)
         return config.model_copy(update=update | {"hook": self.place(str(config.cache), config.hook, layer)})
 
 

@@ -1,32 +1,61 @@
-"""Documented runs: they train, and their masks act."""
+"""Documented runs: they train to the end on the embedded model, and their masks act."""
 
 import pytest
 import torch
-from temposae.engine.config import TrainConfig
+from temposae.engine.config import SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.train import train
-from temposae.variants import RUNS, dictionary
+from temposae.variants import BASELINES, RUNS, settings
 
-SETTINGS = TrainConfig(tokens=10_000, batch=256, log_every_steps=10, lr=3e-3, control=False)
+TRAINED = [name for name, run in (RUNS | BASELINES).items() if run.trained_as is None]
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_it_trains_and_its_mask_acts(run, stream_of):
-    config = dictionary(run, d_in=128, d_sae=128)
-    found = train(stream_of(), config, SETTINGS)
+def made(run: str, stream_of, **changes):
+    """A short training of a documented run, with few latents."""
+    given = settings(run)
+    parts = {"log_every_steps": 10, "control": False, "batch": 512, "tokens": 20_480, "lr": 3e-3} | changes
+    stream = stream_of(**{key: value for key, value in given["stream"].items() if key != "context"})
+    sae = SAEConfig(**given["sae"] | {"d_in": 128, "d_sae": 256})
+    return train(stream, sae, TrainConfig(**given["train"] | parts)), stream
+
+
+@pytest.mark.parametrize("run", TRAINED)
+def test_it_trains_to_the_end(run, stream_of):
+    found, _ = made(run, stream_of)
+    assert found.metrics[-1]["step"] == 40
     assert found.metrics[-1]["fvu"] < found.metrics[0]["fvu"]
     assert found.metrics[-1]["l0"] > 0
-    batch = stream_of(seed=3).next(1500)
-    f = found.sae.encode(batch.x.float(), batch.pos)
-    without = found.sae.encode(batch.x.float(), batch.pos.flip(0))
-    assert torch.equal(f, without) == (config.mask.kind == "none")
+    assert 0 <= found.metrics[-1]["dead_fraction"] <= 1
+
+
+@pytest.mark.parametrize("run", [name for name in TRAINED if "mask" in (RUNS | BASELINES)[name].sae])
+def test_its_mask_acts(run, stream_of):
+    found, _ = made(run, stream_of, tokens=5120)
+    batch = stream_of(seed=3, mode="sequences").next(1500).flat()
+    f, mask = found.sae.encode(batch.x.float(), batch.pos), found.sae.mask
+    here = found.sae.encode(batch.x.float(), torch.full_like(batch.pos, 9))
+    assert not torch.equal(f[batch.pos != 9], here[batch.pos != 9])
+    if mask.fixed is not None and mask.blend is None:
+        assert (f[~mask.fixed[batch.pos.long()]] == 0).all()
 
 
 def test_a3_is_sparser_than_a2(stream_of):
-    l1 = {run: train(stream_of(), dictionary(run, 128, 128), SETTINGS).metrics[-1]["l1"] for run in ("A2", "A3")}
+    l1 = {run: made(run, stream_of)[0].metrics[-1]["l1"] for run in ("A2", "A3")}
     assert l1["A3"] < l1["A2"]
 
 
 def test_unknown_runs_are_named():
     with pytest.raises(UserError, match="run: 'A11' is not allowed; did you mean A1"):
-        dictionary("A11", 128)
+        settings("A11")
+
+
+def test_analyses_are_trained_as_their_parent():
+    assert settings("C3") == settings("C2")
+
+
+def test_settings_are_whole():
+    for run in RUNS:
+        given = settings(run)
+        StreamConfig(**given["stream"])
+        TrainConfig(**given["train"])
+        SAEConfig(**given["sae"], d_in=64)

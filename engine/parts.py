@@ -1,0 +1,265 @@
+"""Parts: mechanisms that a dictionary is composed of, beyond its encoder, mask, selection and decoder.
+
+A part has a name, settings of its own, and some of the methods below, each at one place of
+
+    x -> `input` -> (. - b_dec) W_enc + b_enc -> `pre` -> relu -> `acts` -> mask -> `latents` -> selection -> f
+    f -> f W_dec + b_dec -> squared error and L1, weighted by position as `weigh` says, + `penalty`
+
+Parts that share a place act in the order in which the settings list them. `variants` holds ours; other packages bring theirs
+in with an entry point of the group `temposae.parts`, a module that decorates them with `part("name")`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .config import Config, SAEConfig
+from .errors import UserError, near
+
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
+
+GROUP = "temposae.parts"
+_PARTS: dict[str, type["Part"]] = {}
+
+
+class PartSettings(Config):
+    """Settings of a part; `kind` is its name."""
+
+    kind: str
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except UserError as error:
+            raise UserError(f"sae.parts.{values.get('kind')}.{error}") from None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens [N] of rows of text, row after row in order of position, as [R, L] and back.
+
+    `number` int64 [N]: which row each is of, from 0 on without gaps; `pos` int64 [N]: its column. L is the largest position
+    + 1. Columns without a token (padding, what filters left out) hold zeros.
+    """
+
+    number: Tensor
+    pos: Tensor
+
+    @classmethod
+    def of(cls, pos: Tensor) -> "Rows":
+        """From positions alone: a row begins where they don't rise. Raises UserError where fewer than half of the steps are
+        to the next position, as they are in rows."""
+        pos = pos.long()
+        step = pos.diff()
+        if len(step) > 1 and int((step == 1).sum()) * 2 < len(step):
+            raise UserError(
+                f"pos: these {len(pos)} tokens are not in the order of their rows; a dictionary that looks along a row "
+                "needs whole rows, one after the other (stream.mode sequences)"
+            )
+        return cls(torch.cat([pos.new_zeros(1), (step <= 0).long()]).cumsum(0), pos)
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """R, L. Waits for the device."""
+        return int(self.number[-1]) + 1, int(self.pos.max()) + 1
+
+    @cached_property
+    def at(self) -> Tensor:
+        return self.number * self.shape[1] + self.pos
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """bool [R, L]: where there is a token."""
+        found = torch.zeros(self.shape, dtype=torch.bool, device=self.pos.device)
+        found.view(-1)[self.at] = True
+        return found
+
+    def spread(self, value: Tensor) -> Tensor:
+        """[N, ...] -> [R, L, ...]. Differentiable."""
+        rows, length = self.shape
+        empty = value.new_zeros(rows * length, *value.shape[1:])
+        return empty.index_copy(0, self.at, value).unflatten(0, (rows, length))
+
+    def gather(self, value: Tensor) -> Tensor:
+        """[R, L, ...] -> [N, ...]"""
+        return value.flatten(0, 1).index_select(0, self.at)
+
+
+@dataclass
+class Seen:
+    """A batch as parts see it, in the units that training scales activations to: |x| about sqrt(D).
+
+    x [N, D], pos int64 [N] in [0, n_positions); `target` [N, d_out], x itself unless it is a transcoder; `progress`: where
+    in the run this is, from 0 to 1; 1 outside of training. `row` [N] of the text, `attribute` int64 [N] (0 or 1, see
+    `ActivationStream.attribute`) and `second` [N, D], the activations at `stream.second`, are there in training for parts
+    that read them. Filled in on the way: `acts` [N, F] before the mask, `f` [N, F] as it is decoded, `residual` [N, d_out] =
+    target - x_hat, `squared_error` and `l1` [n_positions], sums as in `kernels.loss`. A part may set `penalised` [N, F], the
+    activations whose L1 counts in place of f's.
+    """
+
+    sae: "SparseAutoencoder"
+    x: Tensor
+    pos: Tensor
+    n_positions: int
+    progress: float = 1.0
+    training: bool = False
+    step: int = 0
+    seed: int = 0
+    target: Tensor | None = None
+    row: Tensor | None = None
+    attribute: Tensor | None = None
+    second: Tensor | None = None
+    acts: Tensor | None = None
+    f: Tensor | None = None
+    penalised: Tensor | None = None
+    residual: Tensor | None = None
+    squared_error: Tensor | None = None
+    l1: Tensor | None = None
+    l0: Tensor | None = None
+    count: Tensor | None = None
+    drawn: int = field(default=0, repr=False)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """How the tokens lie in rows."""
+        if self.row is None:
+            return Rows.of(self.pos)
+        return Rows(torch.cat([self.row.new_zeros(1), (self.row.diff() != 0).long()]).cumsum(0), self.pos)
+
+    def generator(self) -> torch.Generator:
+        """Random numbers on the CPU, others each time, that follow from the run's seed and the step."""
+        self.drawn += 1
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) * 64 + self.drawn % 64)
+
+
+class Part(nn.Module):
+    """A mechanism. Every method here does nothing; a part overrides those that it is about.
+
+    Shapes and units are those of `Seen`. What `acts` and `latents` return is never negative, and float32. `reads`: what it
+    needs in training besides x and pos: "rows" (whole rows, stream.mode sequences; outside of training, too), "attribute",
+    "second"; "f" for `seen.acts` and `seen.f`. `paces`: factors on the learning rate of its own parameters, by name.
+    `is_alone`: at most one of its kind.
+    """
+
+    kind: ClassVar[str]
+    reads: ClassVar[frozenset[str]] = frozenset()
+    is_alone: ClassVar[bool] = True
+
+    Settings: ClassVar[type[PartSettings]] = PartSettings
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__()
+        self.settings, self.cfg, self.positions = settings, sae, positions
+        self.paces: Mapping[str, float] = {}
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        """Raise ValueError("field: ...") for settings that don't go with the dictionary's."""
+
+    def initialise(self, sae: "SparseAutoencoder", generator: torch.Generator) -> None:
+        """Change how the dictionary's weights begin."""
+
+    def input(self, x: Tensor, seen: Seen) -> Tensor:
+        """What the encoder gets in place of x [N, D]."""
+        return x
+
+    def pre(self, pre: Tensor, seen: Seen) -> Tensor:
+        """Pre-activations [N, F]."""
+        return pre
+
+    def acts(self, acts: Tensor, seen: Seen) -> Tensor:
+        """Activations [N, F] before the mask."""
+        return acts
+
+    def latents(self, f: Tensor, seen: Seen) -> Tensor:
+        """Activations [N, F] after the mask, before topk and batchtopk select."""
+        return f
+
+    def weigh(self, seen: Seen) -> tuple[Tensor | None, Tensor | None]:
+        """Factors by position [n_positions] on the squared error and on L1; None for 1."""
+        return None, None
+
+    def penalty(self, seen: Seen) -> Tensor | None:
+        """A term of the loss, in units of |x|^2 ~ D, the squared error of a token."""
+        return None
+
+    def after(self, seen: Seen) -> None:
+        """Look at a step that was just taken, without gradients."""
+
+    def report(self) -> dict[str, Any]:
+        """Figures for a line of metrics."""
+        return {}
+
+    @classmethod
+    def does(cls, hook: str) -> bool:
+        """Whether it overrides the method `hook`."""
+        return getattr(cls, hook) is not getattr(Part, hook)
+
+
+P = TypeVar("P", bound=type[Part])
+
+
+def part(kind: str) -> Callable[[P], P]:
+    """Decorator: a part's name in settings."""
+
+    def register(cls: P) -> P:
+        cls.kind = kind
+        _PARTS[kind] = cls
+        return cls
+
+    return register
+
+
+def find(kind: str) -> type[Part]:
+    """The part of this name. Raises UserError, with near matches, if there is none."""
+    if kind not in _PARTS:
+        for entry in entry_points(group=GROUP):
+            entry.load()
+    if kind not in _PARTS:
+        raise UserError(f"sae.parts: {kind!r} is not allowed; {near(str(kind), sorted(_PARTS))}")
+    return _PARTS[kind]
+
+
+def settled(given: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """Settings of parts with what they leave out. Raises UserError for what a part does not have."""
+    found, seen = [], set[str]()
+    for one in given:
+        if "kind" not in one:
+            raise UserError(f"sae.parts: {one!r} is not allowed; each names its kind")
+        cls = find(one["kind"])
+        if cls.is_alone and cls.kind in seen:
+            raise UserError(f"sae.parts: {cls.kind} is not allowed twice")
+        seen.add(cls.kind)
+        found.append(cls.Settings(**one).model_dump())
+    return tuple(found)
+
+
+def check(sae: SAEConfig) -> None:
+    """Raise ValueError for parts that don't go with the dictionary's other settings."""
+    for one in sae.parts:
+        cls = find(one["kind"])
+        cls.check(cls.Settings(**one), sae)
+
+
+def reads(sae: SAEConfig) -> dict[str, str]:
+    """What the parts need besides x and pos -> the first part that does."""
+    found: dict[str, str] = {}
+    for one in sae.parts:
+        for need in find(one["kind"]).reads:
+            found.setdefault(need, one["kind"])
+    return found
+
+
+def build(sae: SAEConfig, generator: torch.Generator) -> list[Part]:
+    """The parts of a dictionary; positions are those that its mask's settings name."""
+    found = []
+    for one in sae.parts:
+        cls = find(one["kind"])
+        found.append(cls(cls.Settings(**one), sae, sae.mask.positions, generator))
+    return found
