@@ -234,11 +234,14 @@ class TrainConfig(Config):
     from sm_89 on.
 
     `k_start`: topk and batchtopk keep so many in the beginning, and go down to k in 16 steps over the first `k_anneal` of
-    the run. `sparsity_warmup`: share of the run over which l1_coefficient and l0_coefficient rise from zero.
+    the run. `sparsity_warmup`: share of the run over which l1_coefficient and l0_coefficient rise from zero. `target_l0`
+    (relu, jumprelu): from step to step those coefficients change, so that about so many latents are active on a token, as
+    makes dictionaries comparable (`optim.Learner`).
     `accumulate`: a batch is gone through in so many parts, to save memory (batchtopk selects in each). `bias`: what b_dec
     starts from. `resample_every_steps` (relu; Bricken et al., Towards Monosemanticity, 2023): after so many steps dead
     latents begin again as tokens that are reconstructed badly. `init`: go on from this dictionary, a run or a checkpoint.
-    `log_positions`: metrics tell squared error and L0 of every position.
+    `held_out_rows`: on so many rows that training never sees, FVU and L0 are measured at the start and with every report, in
+    held_out.jsonl. `log_positions`: metrics tell squared error and L0 of every position.
     `log`: where metrics go besides metrics.jsonl.
     """
 
@@ -248,6 +251,7 @@ class TrainConfig(Config):
     k_start: Count | None = None
     k_anneal: Share = 0.2
     sparsity_warmup: Share = 0.0
+    target_l0: Annotated[float, Field(gt=0)] | None = None
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     warmup: Share = 0.05
@@ -257,6 +261,7 @@ class TrainConfig(Config):
     bias: Literal["mean", "geometric_median", "zero"] = "mean"
     resample_every_steps: Count | None = None
     init: str | None = None
+    held_out_rows: Annotated[int, Field(ge=0)] = 0
     log_positions: bool = False
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     dead_after_tokens: Count | None = None
@@ -290,7 +295,9 @@ class RunConfig(Config):
         if train.k_start is not None and not sae.k <= train.k_start <= sae.d_sae:
             between = f"it must be between k ({sae.k}) and d_sae ({sae.d_sae})"
             raise UserError(f"train.k_start: {train.k_start} is not allowed; {between}")
-        for name, activations in (("k_start", ("topk", "batchtopk")), ("resample_every_steps", ("relu",))):
+        for name, activations in (
+            ("k_start", ("topk", "batchtopk")), ("resample_every_steps", ("relu",)), ("target_l0", ("relu", "jumprelu"))
+        ):  # fmt: skip
             value = getattr(train, name)
             if value is not None and sae.activation not in activations:
                 one_of = " or ".join(activations)

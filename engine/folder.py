@@ -1,4 +1,5 @@
-"""A run's folder: config.yaml (settings as resolved), metrics.jsonl (a line a report), checkpoints/."""
+"""A run's folder: config.yaml (settings as resolved), metrics.jsonl (a line a report), held_out.jsonl (the same on text held
+out, from step 0 on, where it is asked for), checkpoints/."""
 
 import json
 import math
@@ -12,7 +13,7 @@ from .config import Config, RunConfig, SweepConfig, read_yaml
 from .errors import UserError
 from .files import UNFINISHED
 
-CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+CONFIG, METRICS, HELD_OUT = "config.yaml", "metrics.jsonl", "held_out.jsonl"
 
 
 def begin(folder: Path, settings: Config) -> None:
@@ -51,9 +52,9 @@ def read_settings(folder: Path) -> RunConfig | SweepConfig:
     return SweepConfig(**found) if "dictionaries" in found else RunConfig(**found)
 
 
-def read_metrics(folder: Path, until: int | None = None) -> list[dict[str, Any]]:
+def read_metrics(folder: Path, until: int | None = None, name: str = METRICS) -> list[dict[str, Any]]:
     """The reports in a run's metrics.jsonl up to step `until`; a line cut short by a kill ends them."""
-    path = folder / METRICS
+    path = folder / name
     kept = []
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -66,16 +67,16 @@ def read_metrics(folder: Path, until: int | None = None) -> list[dict[str, Any]]
     return kept
 
 
-def rewind(folder: Path, kept: list[dict[str, Any]]) -> None:
+def rewind(folder: Path, kept: list[dict[str, Any]], name: str = METRICS) -> None:
     """Leave in metrics.jsonl what is to be `kept`."""
-    fresh = folder / f"{UNFINISHED}{METRICS}"
+    fresh = folder / f"{UNFINISHED}{name}"
     fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    fresh.replace(folder / METRICS)
+    fresh.replace(folder / name)
 
 
-def report(folder: Path, line: dict[str, Any]) -> None:
+def report(folder: Path, line: dict[str, Any], name: str = METRICS) -> None:
     """Add a line to metrics.jsonl; numbers that JSON doesn't have become null."""
-    path = folder / METRICS
+    path = folder / name
     try:
         with path.open("a") as file:
             file.write(json.dumps(_plain(line), allow_nan=False) + "\n")

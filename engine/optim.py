@@ -46,6 +46,7 @@ def has_fp8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+MATCHING = 20.0, 0.1  # of `target_l0`: how far log(sparsity coefficient) may go in a run, and how far ahead it looks
 ROOM = 1.5  # for entries, of those that the last code of unknown size had
 
 
@@ -124,6 +125,8 @@ class Learner:
         self.counts = Counts(idle_tokens, sums, torch.zeros(1, device=device), torch.zeros(1, 3, device=device))
         self.steps_done = self.tokens_done = 0
         self._steps = 0  # since the last report
+        # of `target_l0`: log of the factor on the sparsity coefficients; log(L0 / target) and its speed
+        self.matching = torch.zeros(3, device=device)
         # Looked at when reporting: AuxK is skipped while there is nothing for it to do, and a relu dictionary, which begins
         # with half of its latents active, takes the dense path until few are.
         self.any_dead = False
@@ -142,6 +145,7 @@ class Learner:
             beside = self._beside(batch) if self.reads else None
             found = self._unfused_step(x, batch.pos, dead, self.begin_step(x, batch.pos), target, beside)
             self.counts.add(len(x), (target - self.mean).square().sum(), found)
+            self.match(found.sums)
             self.sae.follow(None if found.least_kept is None else found.least_kept[0])
         every = self.config.resample_every_steps
         if every is not None and self.steps_done % every == 0:
@@ -151,6 +155,22 @@ class Learner:
         """What the dictionary's parts read."""
         second = self.scaled(batch.target) if "second" in self.reads else None
         return Beside(batch.row if "rows" in self.reads else None, batch.attribute, second)
+
+    def match(self, sums: PositionSums) -> None:
+        """Change the sparsity coefficients after a step, for `target_l0`: with u = log(L0 / target) of the step, u' how
+        fast it moves in a step (a mean over about ten), and S the run's steps,
+
+            log c += 20 / S * max(-1, min(1, u + 0.1 S u'))
+
+        Biases follow late, so that looking ahead keeps it from going too far."""
+        if self.config.target_l0 is None:
+            return
+        l0, steps = sums.l0.sum() / sums.count.sum(), self.config.steps
+        log_c, last, speed = self.matching
+        off = (l0 / self.config.target_l0).clamp_min(1e-3).log()
+        speed.lerp_((off - last) * (self.steps_done > 1), 0.1)
+        last.copy_(off)
+        log_c.add_((off + MATCHING[1] * steps * speed).clamp(-1, 1) * (MATCHING[0] / steps))
 
     def scaled(self, x: Tensor) -> Tensor:
         """x as the dictionary sees it."""
@@ -164,7 +184,8 @@ class Learner:
         lr = self.lr * schedule(self.steps_done, config.steps, config.warmup, config.decay)
         if config.k_start is not None:
             self.sae.k = annealed(self.steps_done, config.steps, config.k_anneal, config.k_start, self.cfg.k)
-        self.sae.pressure = min(1.0, (self.steps_done + 1) / max(1.0, config.sparsity_warmup * config.steps))
+        warm = min(1.0, (self.steps_done + 1) / max(1.0, config.sparsity_warmup * config.steps))
+        self.sae.pressure = warm if config.target_l0 is None else warm * self.matching[0].exp()
         self.sae.at(self.steps_done / max(1, config.steps - 1), self.steps_done, config.seed)
         for group in self.adam.param_groups:
             group["lr"] = group["pace"] * lr
@@ -299,9 +320,9 @@ class Learner:
         """Means since the last report. Waits for the device.
 
         `loss`: squared error per token (scaled activations) and L1 term; `aux_loss`: what AuxK adds to it in training;
-        `fvu`: squared error over that of predicting the mean; `dead`: latents idle for `dead_after` tokens;
-        `gradient_norm`: before clipping, where that is asked for. `positions`: of each position, if asked for.
-        `parts`: what the parts tell.
+        `fvu`: squared error over that of predicting the mean; `dead`: latents idle for `dead_after` tokens; `sparsity`:
+        factor on the sparsity coefficient, of `target_l0`; `gradient_norm`: before clipping, `positions`: of each position,
+        where those are asked for; `parts`: what the parts tell.
         """
         if self.cohort is not None:
             self.cohort.settle()
@@ -335,7 +356,27 @@ class Learner:
         for count in (self.counts.sums, self.counts.spread, self.counts.losses):
             count.zero_()
         self._steps = 0
+        if self.config.target_l0 is not None:
+            found["sparsity"] = float(self.matching[0].exp())
         return found
+
+    @torch.no_grad()
+    def held_out(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """FVU and L0 on batches of whole rows that training never sees, predicting their mean having FVU 1."""
+        error, l0, count, device = 0.0, 0.0, 0, self.mean.device
+        total, square = (
+            torch.zeros_like(self.mean, dtype=torch.float64),
+            torch.zeros((), dtype=torch.float64, device=device),
+        )
+        for batch in batches:
+            x, target = self.scaled(batch.x), self.scaled(batch.target)
+            code = self.sae.encode_sparse(x, batch.pos)
+            error = error + (target - self.sae.decode(code)).double().square().sum()
+            l0 = l0 + (code.live(code.values) > 0).sum()
+            total += target.double().sum(0)
+            square += target.double().square().sum()
+            count += len(x)
+        return {"fvu": float(error / (square - total.square().sum() / count)), "l0": float(l0) / count}
 
     def weights(self) -> dict[str, Tensor]:
         """The `state_dict` of the whole dictionary, in units of x."""
@@ -383,6 +424,8 @@ class Learner:
         """The counts, as checkpoints name them, and the mean."""
         idle_tokens, sums, spread, losses = (count[0] for count in self.counts)
         found = {"idle_tokens": idle_tokens, "mean": self.mean, "spread": spread, "losses": losses}
+        if self.config.target_l0 is not None:
+            found["matching"] = self.matching
         return found | {f"sums.{key}": value for key, value in zip(PositionSums._fields, sums, strict=True)}
 
     def load_state(self, state: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
@@ -482,6 +525,8 @@ class Cohort:
         if self.capacity is None and found.entries is not None and found.least_kept is None:
             self.capacity = math.ceil(ROOM * int(found.entries)) + n
         self.counts.add(n, spread, found)
+        for learner in self.learners:
+            learner.match(found.sums)
         if found.least_kept is not None:
             for learner, least in zip(self.learners, found.least_kept, strict=True):
                 learner.sae.follow(least)
@@ -495,7 +540,7 @@ def together(learners: Iterable[Learner]) -> list[Cohort | Learner]:
         cfg, config = learner.sae.cfg, learner.config.model_copy(update={"lr": None, "seed": 0})
         fit = learner.cohort is not None and cfg.activation != "relu" and cfg.prefixes is None and not config.fp8
         fit = fit and learner.ranks.size == 1
-        if fit and not cfg.mask.is_learned:
+        if fit and not cfg.mask.is_learned and config.target_l0 is None:
             key = repr((cfg, config, learner.scale, learner.steps_done, learner.dtype, learner.mean.device))
             alike.setdefault(key, []).append(learner)
         else:

@@ -101,7 +101,8 @@ class SparseAutoencoder(nn.Module):
             self.register_buffer("threshold", torch.zeros(()))
         self.mask = PositionMask(config.mask, config.d_sae, generator)
         # What training has now of the number of latents kept, and as a factor on the sparsity coefficients.
-        self.k, self.pressure = config.k, 1.0
+        self.k = config.k
+        self.pressure: float | Tensor = 1.0
 
     def at(self, progress: float, step: int = 0, seed: int = 0) -> None:
         """Go to a place of the run, `step` of the run of this `seed`: 0 is its beginning, 1 its end."""

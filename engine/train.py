@@ -20,13 +20,13 @@ from .center import center
 from .composed import dictionary
 from .config import RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig
 from .errors import Stopped, UserError
-from .folder import CONFIG, begin, check_free, read_metrics, read_settings, report, rewind
+from .folder import CONFIG, HELD_OUT, begin, check_free, read_metrics, read_settings, report, rewind
 from .loggers import Logger, open_loggers
 from .optim import Cohort, Learner, together
 from .parts import reads
 from .progress import progress_bar
 from .sae import SparseAutoencoder
-from .stream import ActivationStream, Own
+from .stream import ActivationStream, Batch, Own
 from .stream.own import held_out_scores
 
 CHECKPOINT_SECONDS = 600  # between checkpoints, where the settings don't say how many steps
@@ -99,7 +99,10 @@ def train_together(
 class _Trainee:
     """One of the dictionaries in training, with its control."""
 
-    def __init__(self, name: str, run: RunConfig, stream: ActivationStream, folder: Path | None):
+    def __init__(
+        self, name: str, run: RunConfig, stream: ActivationStream, folder: Path | None, apart: dict[int, list[Batch]]
+    ):
+        """`apart`: held-out rows, by how many, which all dictionaries share."""
         self.name, self.run, self.folder, self.writes = name, run, folder, stream.ranks.is_first
         self.hooks, self.reads = run.stream.read_hooks, reads(run.sae)
         configs = {"sae": run.sae}
@@ -121,6 +124,11 @@ class _Trainee:
         self.metrics: list[dict[str, Any]] = []
         self.failed: str | None = None
         self.saved_step = 0
+        self.apart: list[Batch] = []
+        if run.train.held_out_rows:
+            if run.train.held_out_rows not in apart:
+                apart[run.train.held_out_rows] = stream.held_out_batches(run.train.held_out_rows)
+            self.apart = [batch.at(*run.stream.hooks) for batch in apart[run.train.held_out_rows]]
 
     @property
     def main(self) -> Learner:
@@ -149,7 +157,14 @@ class _Trainee:
         self.metrics.append(line)
         if self.folder is not None and self.writes:
             report(self.folder, line)
+        self.look()
         return line
+
+    def look(self) -> None:
+        """Measure on the rows held out, and write it down."""
+        if self.apart and self.failed is None and self.folder is not None and self.writes:
+            places = {"step": self.main.steps_done, "tokens": self.main.tokens_done}
+            report(self.folder, places | self.main.held_out(self.apart), HELD_OUT)
 
     def save(self, folder: Path, others: dict[str, dict[str, Tensor]]) -> None:
         """Write a checkpoint, in the units of the activations, with `others` in files of their own."""
@@ -189,8 +204,9 @@ class _Training:
         if last is not None:
             stream.load_state(last.tensors("stream"))
         self.trainees: list[_Trainee] = []
+        apart: dict[int, list[Batch]] = {}
         for name, run in dictionaries.items():
-            trainee = _Trainee(name, run, stream, self.folder / name if self.folder is not None else None)
+            trainee = _Trainee(name, run, stream, self.folder / name if self.folder is not None else None, apart)
             if last is not None:
                 self._go_on(trainee, last)
             self.trainees.append(trainee)
@@ -246,6 +262,10 @@ class _Training:
                 one.metrics = read_metrics(one.folder, one.main.steps_done)
                 if self.ranks.is_first:
                     rewind(one.folder, one.metrics)
+                    if (one.folder / HELD_OUT).is_file():
+                        rewind(one.folder, read_metrics(one.folder, one.main.steps_done, HELD_OUT), HELD_OUT)
+            if one.main.steps_done == 0:
+                one.look()
 
     def run(self) -> dict[str, Run]:
         with ExitStack() as closing:
@@ -268,7 +288,7 @@ class _Training:
                         batch = replace(batch, attribute=self.stream.attribute(batch))
                     with self.stream.watch("sae"):
                         for hooks, cohort in self._cohorts(active):
-                            cohort.step(batch.at(*hooks))
+                            self._step(cohort, batch.at(*hooks), active)
                     self.step += 1
                     self._bar.advance(len(batch))
                     self._report([one for one in active if one.is_due])
@@ -280,6 +300,19 @@ class _Training:
                     raise Stopped(stop, f"stopped at step {self.step}; --resume goes on from there")
                 if not len(batch):
                     break
+
+    def _step(self, cohort: Cohort | Learner, batch: Batch, active: list[_Trainee]) -> None:
+        """A step, in which one of several dictionaries may fail, and is left out from then on."""
+        try:
+            cohort.step(batch)
+        except (RuntimeError, ValueError) as error:
+            learners = cohort.learners if isinstance(cohort, Cohort) else [cohort]
+            failed = [one for one in active if any(learner in learners for learner in one.learners.values())]
+            if len(failed) == len(self.trainees):
+                raise
+            for one in failed:
+                one.failed = f"step {one.main.steps_done + 1}: {type(error).__name__}: {str(error).splitlines()[0]}"
+                self._bar.note(f"{one.name} was stopped: {one.failed}")
 
     def _cohorts(self, active: list[_Trainee]) -> list[tuple[tuple[str, ...], Cohort | Learner]]:
         """What takes steps, with the hooks that it looks at; made anew when one of the dictionaries has ended."""
@@ -421,6 +454,9 @@ def _check_parts(inside: str, run: RunConfig, stream: ActivationStream, widths: 
             f"{inside}stream.second: {second} is not allowed; its width is {widths[second]}, and that of "
             f"{run.stream.hook} {run.sae.d_in}"
         )
+    if run.train.held_out_rows and (stream.own is not None or stream.ranks.size > 1):
+        why = "several processes" if stream.own is None else "activations without a model"
+        raise UserError(f"{inside}train.held_out_rows: {run.train.held_out_rows} is not allowed with {why}")
     if kinds and stream.own is not None and not stream.own.has_positions:
         raise UserError(f"{inside}sae.parts: {kinds} is not allowed; {stream.own.name} has no positions")
     if kinds and run.train.accumulate > 1:

@@ -190,6 +190,18 @@ class ActivationStream:
         """Rows of text that training never sees, `rows_per_forward` at a time: `rows` of them, or all that there are."""
         return self.text.held_out(rows, self.config.rows_per_forward)
 
+    def held_out_batches(self, rows: int) -> list[Batch]:
+        """The activations of such rows at the model's hooks, tokens that count, row after row."""
+        found = []
+        for text in self.held_out(rows):
+            kept = self.keep(text).to(self.source.device)
+            row, pos = kept.nonzero(as_tuple=True)
+            acts = {hook: x[kept] for hook, x in self.model.harvest(text.tokens).items()}
+            places = (value.to(kept.device)[kept] for value in (text.tokens, text.document))
+            token, document = places
+            found.append(Batch(acts, pos.int(), token.int(), document.long(), text.row.to(row.device)[row].long()))
+        return found
+
     def keep(self, rows: TokenRows) -> Tensor:
         """Which positions [B, T] count: no padding, and no special tokens where `drop_special`."""
         kept = is_text(rows)
