@@ -9,6 +9,7 @@ import typer
 
 from ..engine.files import check_writable, write_json
 from .bench import bench_app, profile
+from .campaign import campaign, plot, run
 from .options import PLAIN, JsonFile
 from .study import dashboard, evaluate, features
 from .tables import figures
@@ -21,6 +22,9 @@ app.command()(cache)
 app.command("eval")(evaluate)
 app.command()(features)
 app.command()(dashboard)
+app.command()(run)
+app.command()(campaign)
+app.command()(plot)
 app.add_typer(testbed_app, name="testbed")
 app.add_typer(bench_app, name="bench")
 app.command()(profile)

@@ -51,6 +51,36 @@ def runs_table(summary: dict[str, Any]) -> None:
             print(f"{name} was stopped: {scores['failed']}")
 
 
+def campaign_table(found: dict[str, Any]) -> None:
+    """The main scores of a campaign's runs and baselines, means over seeds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def number(value: float | None, digits: int = 3) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    table = Table(title=f"{found['model']}, {found['hook']}, {found['seeds']} seed(s)", title_justify="left")
+    for heading in ("", "FVU first", "FVU last", "L0", "dead", "EV", "of random", "probing", "of random"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, run in (found["baselines"] | found["runs"]).items():
+        if run["trained_as"]:
+            continue
+        own = [run["scores"].get(key, {}) for key in ("explained_variance", "probing")]
+        pairs = [number(x) for one in own for x in (one.get("mean"), (one.get("random") or {}).get("mean"))]
+        table.add_row(
+            name, number(run["fvu_first"]), number(run["fvu_last"]), number(run["l0"], 1),
+            number(run["dead_fraction"]), *pairs,
+        )  # fmt: skip
+    Console().print(table)
+    for name, run in found["runs"].items():
+        if run["trained_as"]:
+            print(f"{name} looks at {run['trained_as']}")
+        elif run["failed"]:
+            print(f"{name}: {next(iter(run['failed'].values()))}")
+        elif run["why_not"]:
+            print(f"{name} does not beat its random control: {run['why_not']}")
+
+
 def _table(
     lines: dict[str, dict[str, Any]], title: str, more: dict[str, dict[str, float | None]] | None = None
 ) -> None:

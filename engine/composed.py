@@ -59,6 +59,11 @@ class ComposedAutoencoder(SparseAutoencoder):
         return inside or any("f" in part.reads for part in self._parts())
 
     @property
+    def looks_along_rows(self) -> bool:
+        places = ("input", "pre", "acts", "latents")
+        return any("rows" in part.reads and any(part.does(place) for place in places) for part in self._parts())
+
+    @property
     def paces(self) -> dict[str, float]:
         named = (
             {f"parts.{i}.{name}": pace for name, pace in part.paces.items()} for i, part in enumerate(self._parts())

@@ -247,10 +247,10 @@ def check(sae: SAEConfig) -> None:
         cls.check(cls.Settings(**one), sae)
 
 
-def reads(sae: SAEConfig) -> dict[str, str]:
-    """What the parts need besides x and pos -> the first part that does."""
+def reads(sae: SAEConfig | Mapping[str, Any]) -> dict[str, str]:
+    """What the parts of a dictionary, or of its settings, need besides x and pos -> the first part that does."""
     found: dict[str, str] = {}
-    for one in sae.parts:
+    for one in sae.parts if isinstance(sae, SAEConfig) else sae.get("parts", ()):
         for need in find(one["kind"]).reads:
             found.setdefault(need, one["kind"])
     return found

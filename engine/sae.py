@@ -116,6 +116,11 @@ class SparseAutoencoder(nn.Module):
         return {}
 
     @property
+    def looks_along_rows(self) -> bool:
+        """Whether what it gives for a token depends on others of the row; they then come row after row, in order."""
+        return False
+
+    @property
     def paces(self) -> dict[str, float]:
         """Factors on the learning rate, by name of a parameter. Thresholds are of the order of |x| ~ sqrt(D), and learn at
         that pace."""

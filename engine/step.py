@@ -334,7 +334,7 @@ class FusedStep:
 
     def _part(
         self, code: SparseCode, residual: Tensor, scale: float | Tensor, projection: Tensor, mask: Mask | None,
-        rows: Tensor | None, l1: float = 0.0, band: Band | None = None,
+        rows: Tensor | None, l1: float | Tensor = 0.0, band: Band | None = None,
     ) -> Part:  # fmt: skip
         """`scale` * projection is the squared error's gradient in the values; `l1` that of a penalty on their sum."""
         dvalues, active = scale * projection + l1, code.values > 0

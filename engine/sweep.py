@@ -8,6 +8,7 @@ from typing import Any
 
 from .config import MaskConfig, RunConfig, SAEConfig, StreamConfig, TrainConfig
 from .errors import UserError, near
+from .parts import reads
 from .stream import LanguageModel
 from .stream.cache import read_manifest
 from .stream.own import open_file, settle
@@ -131,8 +132,11 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | 
     hooks: dict[str, tuple[str, ...]] = {}
     for name, stream in streams.items():
         with _named(name):
+            place = model.place(stream.hook, layers[name])
+            if stream.second is None and "second" in reads(_sae(settings[name])):
+                streams[name] = stream = stream.model_copy(update={"second": _earlier(place)})
             others = [model.place(hook) for hook in (stream.target, stream.second) if hook is not None]
-            hooks[name] = (model.place(stream.hook, layers[name]), *others)
+            hooks[name] = (place, *others)
     model.use(hooks=[hook for each in hooks.values() for hook in each])
     placed = {name: stream.model_copy(update={"hook": hooks[name][0]}) for name, stream in streams.items()}
     return model, _resolved(settings, placed, model.widths)
@@ -152,12 +156,25 @@ def _resolved(
 def _run(given: Mapping[str, Any], stream: StreamConfig, d_in: int, d_out: int | None = None) -> RunConfig:
     """A dictionary has 8 times as many latents as the model's width, unless its settings say how many."""
     others = {key: value for key, value in given.items() if key not in ("stream", "sae")}
+    # before the width is known, so many that every k fits
+    unresolved: dict[str, Any] = {"d_in": d_in, "d_sae": 2**31 - 1 if d_in == 1 else 8 * d_in, "d_out": d_out}
+    return RunConfig(stream=stream, sae=SAEConfig(**(unresolved | _sae(given))), **others)
+
+
+def _sae(given: Mapping[str, Any]) -> dict[str, Any]:
     sae = given.get("sae") or {}
     if not isinstance(sae, dict):
         raise UserError(f"sae: {sae!r} is not allowed; it must be a section of settings")
-    # before the width is known, so many that every k fits
-    unresolved: dict[str, Any] = {"d_in": d_in, "d_sae": 2**31 - 1 if d_in == 1 else 8 * d_in, "d_out": d_out}
-    return RunConfig(stream=stream, sae=SAEConfig(**(unresolved | sae)), **others)
+    return sae
+
+
+def _earlier(hook: str) -> str:
+    """The same hook a layer before, or of the first layer, one after."""
+    found = re.fullmatch(r"(\D*)(\d+)(\..*)", hook)
+    if found is None:
+        raise UserError(f"stream.second: needed; {hook} names no layer, so that another hook must be given")
+    layer = int(found[2])
+    return f"{found[1]}{layer - 1 if layer else 1}{found[3]}"
 
 
 @contextmanager

@@ -3,9 +3,9 @@
 A coder is a dictionary, or what stands beside one as a control: anything with `encode_sparse`, `decode` and `W_dec`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from ..kernels.numerics import sum_by
 
 CHUNK = 4096  # tokens that are encoded at once
 LABELLED = HELD_OUT + 1_000_000  # evals with labels read documents from this one on; `core` reads those before
+
+
+Kept = TypeVar("Kept")
 
 
 class Coder(Protocol):
@@ -65,7 +68,8 @@ class Collected:
     """R rows of text, and what the model has at the hook on the n of their tokens that are kept, row after row.
 
     `tokens` and `kept` [R, T]; `x` float32 [n, D]; `pos` and `row` int64 [n]: place in the row, and which of the R it is.
-    `labels`: name -> int16 [R, T], -1 where it does not apply, of the embedded language.
+    `labels`: name -> int16 [R, T], -1 where it does not apply, of the embedded language. `of`: whole rows of which these are
+    some tokens, and which of theirs, bool.
     """
 
     tokens: Tensor
@@ -74,6 +78,7 @@ class Collected:
     pos: Tensor
     row: Tensor
     labels: dict[str, np.ndarray] = field(default_factory=dict)
+    of: "tuple[Collected, Tensor] | None" = None
     _codes: dict[int, tuple[Coder, SparseCode]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -95,9 +100,24 @@ class Collected:
     def code(self, coder: Coder) -> SparseCode:
         """A coder's code of all n tokens, ragged, worked out once."""
         if id(coder) not in self._codes:
-            parts = [coder.encode_sparse(x, pos) for x, pos in self.chunks()]
-            self._codes[id(coder)] = coder, joined(parts)
+            if self.of is not None and getattr(coder, "looks_along_rows", False):
+                whole, chosen = self.of
+                found = of_tokens(whole.code(coder), chosen)
+            else:
+                found = joined([coder.encode_sparse(x, pos) for x, pos in self.chunks()])
+            self._codes[id(coder)] = coder, found
         return self._codes[id(coder)][1]
+
+    def only(self, inside: Tensor) -> "Collected":
+        """Those of the tokens that are `inside`, bool [R, T]. A dictionary that looks along rows still sees the others."""
+        chosen = inside[self.kept].to(self.x.device)
+        return Collected(
+            self.tokens, inside & self.kept, self.x[chosen], self.pos[chosen], self.row[chosen], of=(self, chosen)
+        )
+
+    def forget(self) -> None:
+        """Let go of all codes."""
+        self._codes.clear()
 
     def pooled(self, coder: Coder | None) -> Tensor:
         """Each latent's mean over the kept tokens of a row, float32 [R, F]; without a coder, the activations' [R, D]."""
@@ -167,12 +187,23 @@ def joined(parts: list[SparseCode]) -> SparseCode:
     return SparseCode(torch.cat(values), torch.cat(indices), parts[0].n_latents, offsets)
 
 
+def of_tokens(code: SparseCode, chosen: Tensor) -> SparseCode:
+    """A ragged code of the tokens that are `chosen`, bool [n]."""
+    assert code.offsets is not None
+    counts = code.offsets.diff()[chosen]
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    entries = chosen[code.rows]
+    return SparseCode(code.values[entries], code.indices[entries], code.n_latents, offsets)
+
+
 class Evaluation:
     """A dictionary, its controls, and the texts that they are measured on.
 
     `controls` are `random` (the control trained beside the dictionary), `lm_neurons` and `mean`. Whatever is drawn at random
     follows from `seed` and from what it is drawn for, never from what was evaluated before. `sets` are labelled texts for
-    sparse probing, `files` by name what unlearning and order probing read (`suite.FILES`).
+    sparse probing, `files` by name what unlearning and order probing read (`suite.FILES`). `share`: evals look at one in so
+    many of the rows that they look at otherwise. `reference`: a dictionary with which `positions` compares. With `neurons`
+    False, `lm_neurons` is left out, which says nothing of a dictionary that another one has not said.
     """
 
     def __init__(
@@ -183,11 +214,39 @@ class Evaluation:
         seed: int = 0,
         sets: Sequence[str] = (),
         files: Mapping[str, Sequence[str]] | None = None,
+        *,
+        share: int = 1,
+        reference: SparseAutoencoder | None = None,
+        neurons: bool = True,
     ):
         self.stream, self.sae, self.seed, self.sets = stream, sae.to(stream.model.device), seed, tuple(sets)
-        self.files = files or {}
+        self.files, self.share, self.reference, self.neurons = files or {}, share, reference, neurons
         self.random = None if random is None else random.to(stream.model.device)
-        self._labelled: dict[int, Collected] = {}
+        self._kept: dict[str, Any] = {}
+
+    def of(
+        self, sae: SparseAutoencoder, random: SparseAutoencoder | None, reference: SparseAutoencoder | None = None
+    ) -> "Evaluation":
+        """The same texts, questions and seed for another dictionary; codes of this one are forgotten."""
+        found = Evaluation(
+            self.stream, sae, random, self.seed, self.sets, self.files,
+            share=self.share, reference=reference, neurons=self.neurons,
+        )  # fmt: skip
+        found._kept = self._kept
+        for held in found._kept.values():
+            if isinstance(held, Collected):
+                held.forget()
+        return found
+
+    def once(self, name: str, make: Callable[[], Kept]) -> Kept:
+        """What `make` gives, made once for all dictionaries that are measured on these texts."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+    def rows(self, rows: int) -> int:
+        """How many rows to look at in place of `rows`."""
+        return max(1, rows // self.share)
 
     @property
     def is_testbed(self) -> bool:
@@ -199,27 +258,30 @@ class Evaluation:
         return np.random.default_rng([self.seed, *purpose.encode()])
 
     def labelled(self, rows: int) -> Collected:
-        """Held-out documents of the embedded language with their labels, always the first `rows`; collected once.
+        """Held-out documents of the embedded language with their labels, always the first `rows`, or this evaluation's
+        `share` of them; collected once.
 
         Raises UserError for another text.
         """
+        rows = self.rows(rows)
         if not isinstance(self.stream.text, TestbedRows):
             raise UserError(f"data: {self.stream.text.name} has no labels; this is measured on the embedded language")
-        if rows not in self._labelled:
-            text, size = self.stream.text, self.stream.config.rows_per_forward
+        text, size = self.stream.text, self.stream.config.rows_per_forward
+
+        def make() -> Collected:
             texts = (text.documents(LABELLED + at, min(size, rows - at)) for at in range(0, rows, size))
             found = collect(self.stream, texts, rows)
             labels = text.language.labels(LABELLED, rows)
             found.labels = {name: values[:, : found.tokens.shape[1]] for name, values in labels.items()}
-            self._labelled[rows] = found
-        return self._labelled[rows]
+            return found
+
+        return self.once(f"labelled {rows}", make)
 
     def coders(self, collected: Collected) -> dict[str, Coder]:
         """The dictionary, as `sae`, and its controls, by name."""
         found: dict[str, Coder] = {"sae": self.sae}
         if self.random is not None:
             found["random"] = self.random
-        device = collected.x.device
-        return found | {
-            "lm_neurons": Neurons(collected.x.shape[1], self.sae.cfg.k, device), "mean": Mean(collected.mean)
-        }  # fmt: skip
+        if self.neurons:
+            found["lm_neurons"] = Neurons(collected.x.shape[1], self.sae.cfg.k, collected.x.device)
+        return found | {"mean": Mean(collected.mean)}

@@ -44,6 +44,7 @@ from .collect import Coder, Neurons, in_rows
 #: x [n, D], pos [n] -> x_hat [n, D]
 Reconstruct = Callable[[Tensor, Tensor], Tensor]
 LOGITS = 2**29  # that are held at once
+ROWS, CE_ROWS = 256, 96
 
 
 @dataclass
@@ -63,14 +64,15 @@ def core(
     sae: SparseAutoencoder,
     controls: dict[str, SparseAutoencoder],
     *,
-    rows: int = 256,
-    ce_rows: int = 96,
+    rows: int = ROWS,
+    ce_rows: int = CE_ROWS,
+    neurons: bool = True,
 ) -> dict[str, Any]:
     """Core metrics of `sae` on `rows` held-out rows of the stream's text (CE on the first `ce_rows` of them).
 
     `controls` are dictionaries to be measured in the same way (`random`); `mean` is always added, and `lm_neurons`, each
-    activation with its K largest parts alone, unless `sae` is a transcoder. The result holds the metrics of `sae`,
-    `per_position` lists, a histogram of firing rates, of each of its `latents` the firing rate and on how
+    activation with its K largest parts alone, unless `sae` is a transcoder or `neurons` False. The result holds the metrics
+    of `sae`, `per_position` lists, a histogram of firing rates, of each of its `latents` the firing rate and on how
     many tokens of a row it fires where it does, and under `controls` the metrics of each.
     """
     for name, dictionary in {"sae": sae, **controls}.items():
@@ -78,7 +80,7 @@ def core(
     began = time.monotonic()
     T, device = stream.positions, stream.model.device
     coders: dict[str, Coder] = {name: d.to(device) for name, d in {"sae": sae, **controls}.items()}
-    if sae.cfg.d_out is None:
+    if sae.cfg.d_out is None and neurons:
         coders["lm_neurons"] = Neurons(sae.cfg.d_in, sae.cfg.k, device)
     texts = list(stream.held_out(rows))
     rows = sum(len(text.tokens) for text in texts)

@@ -92,7 +92,7 @@ def encode(
             "dictionary": {
                 "checkpoint": str(found.folder),
                 "sha256": found.manifest["files"]["sae.safetensors"]["sha256"],
-                "settings": sae.cfg.model_dump(),
+                "settings": sae.cfg.model_dump(mode="json"),
             },
             "model": stream.model.name,
             "hook": stream.model.hook,

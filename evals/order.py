@@ -195,11 +195,7 @@ def _readings(evaluation: Evaluation, task: Task) -> tuple[Collected, Collected]
         first = int((last < 0).nonzero()[0])
         raise UserError(f"order: text {first} has no token to read in the {stream.positions} of stream.context")
 
-    def only(inside: torch.Tensor) -> Collected:
-        chosen = inside[found.kept].to(found.x.device)
-        return Collected(found.tokens, inside, found.x[chosen], found.pos[chosen], found.row[chosen])
-
-    return only(text), only(text & (column == last[:, None]))
+    return found.only(text), found.only(text & (column == last[:, None]))
 
 
 def _probe(evaluation: Evaluation, name: str, task: Task, k: int) -> dict[str, dict[str, Any]]:

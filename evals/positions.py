@@ -180,7 +180,10 @@ def held_out(evaluation: Evaluation, rows: int) -> Collected:
     """Held-out rows; of the embedded language those that the other evals have."""
     if evaluation.is_testbed:
         return evaluation.labelled(rows)
-    return collect(evaluation.stream, evaluation.stream.held_out(rows), rows)
+    rows = evaluation.rows(rows)
+    return evaluation.once(
+        f"held out {rows}", lambda: collect(evaluation.stream, evaluation.stream.held_out(rows), rows)
+    )
 
 
 def summary(latents: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def evaluate(
     sets: Sequence[str] = (),
     files: Mapping[str, Sequence[str]] | None = None,
     fresh: bool = False,
+    like: Evaluation | None = None,
+    reference: Checkpoint | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The evals of these `names` of a checkpoint, by name, each with its controls and the `seconds` that it took.
 
@@ -90,15 +92,26 @@ def evaluate(
     eval; and report.md, report.html and figures/ show all that is kept there of this dictionary. The random control is the
     one trained beside the dictionary; where there is none, it is trained now on as many tokens. Of several evals, one that
     can't be had of this model or text has `skipped` in its place: why. Of a single one, that is a UserError.
+
+    `like`: an evaluation whose texts (and share of them) serve for this dictionary, too; then there is no report.
+    `reference`: the dictionary that `positions` compares with.
     """
     common = {"dictionary": found.manifest["files"]["sae.safetensors"]["sha256"], "seed": seed, "version": VERSION}
+    if like is not None and like.share > 1:
+        common["share"] = like.share
+    if reference is not None:
+        common["reference"] = reference.manifest["files"]["sae.safetensors"]["sha256"]
     keys = {name: common | {"given": given_to(name, sets, files or {})} for name in names}
     results = {} if run is None or fresh else {name: kept for name in names if (kept := _kept(run, name, keys[name]))}
     if missing := [name for name in names if name not in results]:
         sae = found.dictionary()
         check_fits("sae", sae, stream)
         random = None if sae.cfg.decoder == "random" else _control(found, sae, stream)
-        evaluation = Evaluation(stream, sae, random, seed, sets, files)
+        compared = None if reference is None else reference.dictionary()
+        if like is None:
+            evaluation = Evaluation(stream, sae, random, seed, sets, files, reference=compared)
+        else:
+            evaluation = like.of(sae, random, compared)
         for name in missing:
             began = time.monotonic()
             try:
@@ -113,7 +126,7 @@ def evaluate(
                 _write(run / "evals" / f"{name}.json", results[name])
                 if (theirs := output(name, results[name], sae, stream.config, sae_id=run.name, seed=seed)) is not None:
                     _write(run / "evals" / "saebench" / name / file_name("temposae", run.name), theirs)
-    if run is not None:
+    if run is not None and like is None:
         write_report(run, found, VERSION)
     return {name: results[name] for name in names}
 

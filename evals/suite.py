@@ -78,10 +78,11 @@ def load_eval(name: str) -> Eval:
 
 
 def _core(evaluation: Evaluation) -> dict[str, Any]:
-    from .core import core
+    from .core import CE_ROWS, ROWS, core
 
     controls = {} if evaluation.random is None else {"random": evaluation.random}
-    return core(evaluation.stream, evaluation.sae, controls)
+    rows, ce_rows = evaluation.rows(ROWS), evaluation.rows(CE_ROWS)
+    return core(evaluation.stream, evaluation.sae, controls, rows=rows, ce_rows=ce_rows, neurons=evaluation.neurons)
 
 
 def _sparse_probing(evaluation: Evaluation) -> dict[str, Any]:
@@ -96,7 +97,10 @@ def _positions(evaluation: Evaluation) -> dict[str, Any]:
     from .positions import positions
     from .slicing import slicing
 
-    found = positions(evaluation) | {"fidelity": fidelity(evaluation), "slicing": slicing(evaluation)}
+    found = positions(evaluation, evaluation.reference) | {
+        "fidelity": fidelity(evaluation),
+        "slicing": slicing(evaluation),
+    }
     try:
         return found | {"order_probing": order_probing(evaluation)}
     except UserError as error:

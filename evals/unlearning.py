@@ -128,7 +128,12 @@ def unlearning(
     if evaluation.sae.cfg.d_out is not None:
         raise UserError("sae: a transcoder is not allowed; unlearning changes the activations that were encoded")
     files = Files.of(evaluation.files)
-    task = _of_language(evaluation, rows) if files is None else _of_files(evaluation, files, rows)
+    rows = evaluation.rows(rows)
+    task = evaluation.once(
+        "unlearning", lambda: _of_language(evaluation, rows) if files is None else _of_files(evaluation, files, rows)
+    )
+    task.text.forget()
+    task.asked.forget()
     coders = evaluation.coders(task.text)
     draw = evaluation.generator("unlearning shuffled")
     ranking = {name: _ranking(coder, task) for name, coder in coders.items() if name != "mean"}
@@ -178,7 +183,7 @@ def _of_language(evaluation: Evaluation, rows: int) -> _Task:
             "to retain, such as WMDP-bio's and MMLU's: --file forget_questions=PATH --file retain_questions=PATH "
             "--file forget_text=PATH --file retain_text=PATH"
         )
-    collected = evaluation.labelled(rows)
+    collected = evaluation.labelled(rows * evaluation.share)
     fact, role = (torch.from_numpy(collected.labels[name]).long() for name in ("fact", "role"))
     asks = torch.zeros_like(collected.kept.cpu())
     asks[:, :-1] = role[:, 1:] == ROLES.index("object")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("bench", "cli", "engine", "evals", "kernels", "variants")
+PARTS = ("bench", "campaign", "cli", "engine", "evals", "kernels", "variants")
 FILES = sorted([*ROOT.glob("*.py"), *(path for part in PARTS for path in (ROOT / part).rglob("*.py"))])
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
 
@@ -18,9 +18,10 @@ ALLOWED = {
     "engine": {"kernels"},
     "variants": {"engine", "kernels"},
     "evals": {"engine", "kernels"},
-    "bench": {"engine", "kernels", "variants", "evals"},
+    "campaign": {"engine", "kernels", "variants", "evals"},
+    "bench": {"engine", "kernels", "variants", "evals", "campaign"},
     "__init__": {"engine", "kernels", "variants", "evals"},
-    "cli": {"bench", "engine", "evals", "kernels", "variants"},
+    "cli": {"bench", "campaign", "engine", "evals", "kernels", "variants"},
     "__main__": {"cli"},
 }
 

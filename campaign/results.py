@@ -1,0 +1,199 @@
+"""What campaign.json holds: of every run its settings, its scores over the seeds beside its random control's, and whether
+it beats that."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..engine.folder import HELD_OUT, read_metrics, read_settings
+from ..variants import LOGS, RUNS, documented
+from .config import CampaignConfig, Entry
+
+FORMAT = "temposae-campaign/1"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A figure of a dictionary: the eval that measures it and where in its result; `better` is 1 where more is better, -1
+    where less is, 0 where neither."""
+
+    label: str
+    eval: str
+    path: str
+    better: int = 1
+
+
+#: by the names that campaign.json has for them, in the order of tables
+SCORES = {
+    "explained_variance": Score("EV", "core", "explained_variance"),
+    "ce_recovered": Score("CE recovered", "core", "ce_recovered"),
+    "l0": Score("L0", "core", "l0", 0),
+    "dead_fraction": Score("dead", "core", "dead_fraction", -1),
+    "probing_1": Score("probing, top 1", "sparse_probing", "top_1"),
+    "probing_5": Score("probing, top 5", "sparse_probing", "top_5"),
+    "order_pooled": Score("order, pooled", "positions", "order_probing.mean_pooled"),
+    "order_last": Score("order, last token", "positions", "order_probing.last_token"),
+    "unlearning": Score("unlearning", "unlearning", "score"),
+    "scr": Score("SCR", "scr", "score"),
+    "tpp": Score("TPP", "tpp", "score"),
+    "specialization": Score("specialization", "positions", "specialization", 0),
+    "retention": Score("retention", "positions", "retention.value"),
+    "fidelity": Score("fidelity", "positions", "fidelity.profile"),
+}
+PROBING = ("probing_1", "probing_2", "probing_5")
+
+
+def gather(config: CampaignConfig, planned: Sequence[Entry], out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
+    """The results of a campaign in `out`, of which `failed` says what went wrong, by the name of a dictionary."""
+    labels = dict.fromkeys((one.run, one.condition, one.label) for one in planned)
+    trained = {
+        label: _of_run(run, condition, [one for one in planned if one.label == label], out, failed)
+        for run, condition, label in labels
+    }
+    found: dict[str, Any] = {"runs": {}, "baselines": {}}
+    for run, _, label in labels:
+        if run in config.baselines:
+            found["baselines"][label] = trained[label]
+    for run in config.runs:
+        parent = documented(run).trained_as
+        for other, condition, label in labels:
+            if other == (parent or run):
+                name = f"{run}-{condition}" if condition else run
+                found["runs"][name] = trained[label] | _identity(run, condition)
+    first = read_settings(out / "runs").by_name()
+    stream = next(iter(first.values())).stream
+    return {
+        "format": FORMAT,
+        "model": stream.model,
+        "hook": stream.hook,
+        "seeds": config.seeds,
+        "conditions": list(dict.fromkeys(condition for _, condition, _ in labels)),
+        "evals": list(config.evals),
+        "share": config.share,
+        **found,
+    }
+
+
+def _identity(run: str, condition: str) -> dict[str, Any]:
+    log = next((name for name, runs in LOGS.items() if run in runs), None)
+    one = documented(run)
+    return {"run": run, "title": one.title, "log": log, "condition": condition, "trained_as": one.trained_as}
+
+
+def _of_run(run: str, condition: str, planned: Sequence[Entry], out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
+    settings = read_settings(out / "runs").by_name()[planned[0].name]
+    common = _identity(run, condition) | {
+        "folders": [f"runs/{one.name}" for one in planned],
+        "failed": {one.name: failed[one.name] for one in planned if one.name in failed} or None,
+        "activation": settings.sae.activation,
+        "d_sae": settings.sae.d_sae,
+        "k": settings.sae.k,
+        "l1_coefficient": settings.sae.l1_coefficient,
+        "lr": settings.train.lr,
+        "clip_norm": settings.train.clip_norm,
+        "target_l0": settings.train.target_l0,
+        "mask": settings.sae.mask.kind,
+        "parts": [one["kind"] for one in settings.sae.parts],
+    }
+    whole = [_of_seed(out / "runs" / one.name) for one in planned if one.name not in failed]
+    if not whole:
+        return common | dict.fromkeys(("steps", "fvu_first", "fvu_last", *SCORES)) | {
+            "scores": {}, "beats_random": None, "why_not": "no seed came through: " + next(iter(failed.values()), "")
+        }  # fmt: skip
+    scores = {
+        name: _over([one["sae"].get(name) for one in whole], [one["random"].get(name) for one in whole])
+        for name in dict.fromkeys(key for one in whole for key in one["sae"])
+    }
+    found = {
+        name: scores[name]["mean"] if name in scores else None for name in ("fvu_first", "fvu_last", "loss", *SCORES)
+    }
+    beats, why_not = _against_random(scores)
+    return common | {
+        "steps": min(one["steps"] for one in whole), "tokens": min(one["tokens"] for one in whole), **found,
+        "beats_random": beats, "why_not": why_not, "scores": scores,
+    }  # fmt: skip
+
+
+def _of_seed(folder: Path) -> dict[str, Any]:
+    """Scores of one dictionary, and of its random control, by name."""
+    metrics, apart = read_metrics(folder), read_metrics(folder, name=HELD_OUT) if (folder / HELD_OUT).is_file() else []
+    last = metrics[-1]
+    found: dict[str, dict[str, float | None]] = {"sae": {"loss": last["loss"]}, "random": {}}
+    if "random" in last:
+        found["random"]["loss"] = last["random"]["loss"]
+    if apart:
+        found["sae"] |= {"fvu_first": apart[0]["fvu"], "fvu_last": apart[-1]["fvu"]}
+    results = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "evals").glob("*.json"))}
+    probing = results.get("sparse_probing", {})
+    for name, score in SCORES.items():
+        result = results.get(score.eval)
+        if result is not None and "skipped" not in result:
+            found["sae"][name] = at(result, score.path)
+            found["random"][name] = _control(result, score.path)
+    if probing and "skipped" not in probing:
+        ks = ("top_1", "top_2", "top_5")
+        for part, scores in (("sae", probing), ("random", probing.get("controls", {}).get("random", {}))):
+            known = [scores[k] for k in ks if scores.get(k) is not None]
+            found[part]["probing"] = sum(known) / len(known) if len(known) == len(ks) else None
+    return {**found, "steps": last["step"], "tokens": last["tokens"]}
+
+
+def at(result: Mapping[str, Any], path: str) -> float | None:
+    """What lies at a path of names, a number, or None."""
+    value: Any = result
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _control(result: Mapping[str, Any], path: str) -> float | None:
+    """The random control's figure: under `controls` of the part that has the score."""
+    *parts, last = path.split(".")
+    for depth in range(len(parts), -1, -1):
+        inner: Any = result
+        for name in parts[:depth]:
+            inner = inner.get(name) if isinstance(inner, Mapping) else None
+        if isinstance(inner, Mapping) and isinstance(inner.get("controls"), Mapping):
+            return at(inner["controls"].get("random", {}), ".".join([*parts[depth:], last]))
+    return None
+
+
+def _over(own: Sequence[float | None], random: Sequence[float | None]) -> dict[str, Any]:
+    return {**_summary(own), "random": _summary(random)}
+
+
+def _summary(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and spread (standard deviation, of two seeds or more) of what is there."""
+    known = [value for value in values if value is not None]
+    return {
+        "mean": statistics.fmean(known) if known else None,
+        "spread": statistics.stdev(known) if len(known) > 1 else None,
+        "values": list(values),
+    }
+
+
+def _against_random(scores: Mapping[str, Any]) -> tuple[bool | None, str | None]:
+    """Whether explained variance and sparse probing (mean of top 1, 2 and 5) are above the random control's, in the mean
+    over seeds; where not, why."""
+    reasons = []
+    for name, label in (("explained_variance", "explained variance"), ("probing", "sparse probing")):
+        own, other = (part["mean"] if part else None for part in (scores.get(name), scores.get(name, {}).get("random")))
+        if own is None or other is None:
+            reasons.append(f"{label} was not measured")
+        elif own <= other:
+            reasons.append(f"{label} is {own:.4f}, the random control's {other:.4f}")
+    return not reasons, "; ".join(reasons) or None
+
+
+def logs_of(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The runs of campaign.json by log, each by its name, of logs that have some."""
+    by_log = {log: {name: run for name, run in found["runs"].items() if run["log"] == log} for log in LOGS}
+    return {log: runs for log, runs in by_log.items() if runs}
+
+
+def order(run: str) -> int:
+    """Where a run stands in the logs."""
+    return list(RUNS).index(run)

@@ -1,0 +1,128 @@
+"""A campaign's work: train every dictionary on one stream, measure each, gather the results."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..engine import checkpoint
+from ..engine.checkpoint import Checkpoint
+from ..engine.config import RunConfig
+from ..engine.errors import UserError
+from ..engine.files import UNFINISHED, write_json
+from ..engine.folder import check_free
+from ..engine.stream import ActivationStream, LanguageModel
+from ..engine.sweep import resolve
+from ..engine.train import Run, train_together
+from ..evals.collect import Evaluation
+from ..evals.run import evaluate
+from ..variants import BASELINES
+from .config import CampaignConfig, Entry, entries
+from .results import gather
+
+SETTINGS, RESULTS = "campaign.yaml", "campaign.json"
+REFERENCE = "relu"  # the baseline whose position-specific latents `retention` looks for, of the same condition and seed
+
+
+def campaign(config: CampaignConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Train, measure, draw and report `config`'s runs into the folder `out`; returns what `campaign.json` holds.
+
+    All dictionaries are trained on the batches of one stream, each with its random control. Of each there is a folder
+    runs/NAME, as `train` leaves it; campaign.yaml, campaign.json, figures/, report.md and report.html are of all. With
+    `resume`, what was interrupted goes on: training from the last checkpoint, measuring from what is measured already. A run
+    that fails is named, with its reason, and the others go on. Raises UserError for settings that can't be, before any work.
+    """
+    from .figures import draw
+    from .report import write
+
+    began = time.monotonic()
+    planned = entries(config)
+    _open(config, out, resume)
+    model, runs = resolve({one.name: one.sections for one in planned})
+    stream = _stream(model, runs)
+    _write_settings(config, out)
+    trained = train_together(stream, runs, out=out / "runs", resume=resume)
+    failed = {name: run.failed for name, run in trained.items() if run.failed is not None}
+    seconds = {"training": round(time.monotonic() - began, 1)}
+    if stream.own is None:
+        failed |= _measure(config, planned, trained, stream, out / "runs")
+    seconds["measuring"] = round(time.monotonic() - began - seconds["training"], 1)
+    found = gather(config, planned, out, failed) | {"seconds": seconds}
+    write_json(out / RESULTS, found)
+    draw(out)
+    write(out)
+    return found
+
+
+def _open(config: CampaignConfig, out: Path, resume: bool) -> None:
+    place = out / SETTINGS
+    if not resume:
+        check_free(out)
+    elif not place.is_file():
+        raise UserError(f"resume: {out} holds no {SETTINGS}; it is not a campaign's folder")
+    elif CampaignConfig(**yaml.safe_load(place.read_text())) != config:
+        raise UserError(f"resume: the settings differ from {place}; resume with the ones that the campaign began with")
+
+
+def _write_settings(config: CampaignConfig, out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        fresh = out / f"{UNFINISHED}{SETTINGS}"
+        fresh.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        fresh.replace(out / SETTINGS)
+    except OSError as error:
+        raise UserError(f"out: {out} can't be written ({error.strerror})") from None
+
+
+def read_config(out: Path) -> CampaignConfig:
+    """The settings of the campaign in a folder. Raises UserError if there is none."""
+    place = out / SETTINGS
+    if not place.is_file():
+        raise UserError(f"{out} holds no {SETTINGS}; it is not a campaign's folder")
+    return CampaignConfig(**yaml.safe_load(place.read_text()))
+
+
+def _stream(model: LanguageModel | None, runs: Mapping[str, RunConfig]) -> ActivationStream:
+    first = next(iter(runs.values()))
+    tokens = max(run.train.tokens for run in runs.values())
+    hooks = (
+        []
+        if model is not None
+        else list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks))
+    )
+    return ActivationStream(first.stream, tokens=tokens, seed=0, model=model, hooks=hooks)
+
+
+def _measure(
+    config: CampaignConfig, planned: list[Entry], trained: Mapping[str, Run], stream: ActivationStream, runs: Path
+) -> dict[str, str]:
+    """Results of every dictionary, in its folder's evals/; returns why some have none."""
+    failed: dict[str, str] = {}
+    whole = [one for one in planned if trained[one.name].failed is None]
+    texts: dict[str, Evaluation] = {}
+    for at, one in enumerate(whole):
+        found = checkpoint.find(runs / one.name)
+        assert found.run is not None
+        hook = str(found.run.stream.hook)
+        stream.model.use(hooks=found.run.stream.hooks)
+        if hook not in texts:
+            texts[hook] = Evaluation(stream, found.dictionary(), None, share=config.share, neurons=False)
+        print(f"measuring {one.name}, {at + 1} of {len(whole)}", file=sys.stderr, flush=True)
+        try:
+            reference = _reference(one, planned, runs)
+            evaluate(found, stream, runs / one.name, config.evals, like=texts[hook], reference=reference)
+        except (UserError, RuntimeError, ValueError) as error:
+            failed[one.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            print(f"{one.name} can't be measured: {failed[one.name]}", file=sys.stderr, flush=True)
+    return failed
+
+
+def _reference(entry: Entry, planned: list[Entry], runs: Path) -> Checkpoint | None:
+    """The plain dictionary of an entry's condition and seed."""
+    for one in planned:
+        if one.run in BASELINES and one.run == REFERENCE and (one.condition, one.seed) == (entry.condition, entry.seed):
+            return checkpoint.find(runs / one.name) if checkpoint.all_in(runs / one.name) else None
+    return None

@@ -1,0 +1,139 @@
+"""`temposae run`, `temposae campaign` and `temposae plot`: the documented runs."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..engine.files import check_writable, write_json
+from .options import Data, Hook, JsonFile, Layer, Model, check_backend
+from .tables import campaign_table
+
+Out = Annotated[Path | None, typer.Option(help="Folder to make. [runs/NAME-DATE-TIME]")]
+
+
+def run(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="A1 to E9, or relu, topk, batchtopk.", show_default=False)],
+    model: Model = None,
+    layer: Layer = None,
+    hook: Hook = None,
+    data: Data = None,
+    activation: Annotated[
+        str | None, typer.Option(help="relu, topk or batchtopk in place of the run's own. [relu]")
+    ] = None,
+    d_sae: Annotated[int | None, typer.Option(help="F, the number of latents. [2304]")] = None,
+    k: Annotated[int | None, typer.Option(help="Latents kept per token, of topk and batchtopk. [32]")] = None,
+    l1: Annotated[float | None, typer.Option(help="L1 coefficient. [the run's own, mostly 0.04]")] = None,
+    target_l0: Annotated[
+        float | None, typer.Option(help="Change the L1 coefficient until so many latents are active on a token.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [the run's own, mostly 3e-4]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [the run's own]")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Train with so many seeds.")] = 1,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Train one of the documented runs, and a plain dictionary beside it; measure both; draw what the logs name.
+
+    Hyper-parameters are those of the logs. `temposae run C7` trains C6, which C7 looks at.
+    """
+    from ..variants import RUNS, documented
+
+    documented(name)
+    own = {"activation": activation, "d_sae": d_sae, "k": k, "l1_coefficient": l1}
+    stream = {"model": model, "layer": layer, "hook": hook, "data": data}
+    train = {"lr": lr, "tokens": tokens, "target_l0": target_l0}
+    given: dict[str, Any] = {
+        "runs": [name] if name in RUNS else [],
+        "baselines": ["relu"] if name in RUNS else [name],
+        "seeds": seeds,
+        "sae": {key: value for key, value in own.items() if value is not None},
+        "stream": {key: value for key, value in stream.items() if value is not None},
+        "train": {"held_out_rows": 64} | {key: value for key, value in train.items() if value is not None},
+    }
+    _campaign(given, out or _new(name), resume, json_file, out)
+
+
+def campaign(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            show_default=False,
+            help="YAML: runs, baselines, seeds, axes, stream, sae, train, evals. Options win over it.",
+        ),
+    ] = None,
+    runs: Annotated[str | None, typer.Option(help="These runs, as in A1,C2,E4. [all 42]")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Train each with so many seeds. [1]")] = None,
+    model: Model = None,
+    layer: Layer = None,
+    data: Data = None,
+    d_sae: Annotated[int | None, typer.Option(help="F, the number of latents. [2304]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [the runs' own]")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small: F = 512, 100,000 tokens, the main scores, in minutes on two cores.")
+    ] = False,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted campaign in --out.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Train all documented runs on the batches of one stream, with plain dictionaries of the same size beside them and a
+    random control for each; measure them alike; compare, draw and report."""
+    from ..campaign.config import QUICK
+    from ..engine.config import read_yaml
+    from .options import merge
+
+    given = merge(
+        read_yaml(config) if config else {},
+        {
+            "stream": {"model": model, "layer": layer, "data": data},
+            "sae": {"d_sae": d_sae},
+            "train": {"tokens": tokens},
+        },
+    )
+    if quick:
+        given = merge(QUICK, {key: given[key] for key in ("stream", "sae", "train") if key in given}) | {
+            key: value for key, value in given.items() if key not in ("stream", "sae", "train")
+        }
+    given |= {"runs": runs.split(",")} if runs is not None else {}
+    given |= {"seeds": seeds} if seeds is not None else {}
+    _campaign(given, out or _new("campaign"), resume, json_file, out)
+
+
+def plot(
+    folder: Annotated[Path, typer.Argument(metavar="RUN|CAMPAIGN", help="A folder of temposae run or campaign.")],
+) -> None:
+    """Draw the figures of a documented run or campaign again, from its saved numbers, and write its report anew."""
+    from ..campaign.figures import draw
+    from ..campaign.report import write
+    from ..campaign.run import read_config
+
+    read_config(folder)
+    for path in draw(folder):
+        print(path)
+    print(write(folder))
+
+
+def _campaign(given: dict[str, Any], folder: Path, resume: bool, json_file: Path | None, named: Path | None) -> None:
+    from ..campaign.config import CampaignConfig
+    from ..campaign.run import campaign, read_config
+    from ..engine.errors import UserError
+
+    began = time.monotonic()
+    check_writable(json_file)
+    check_backend()
+    if resume:
+        if named is None:
+            raise UserError("resume: --out must name the folder to go on with")
+        config = read_config(named)
+    else:
+        config = CampaignConfig(**given)
+    found = campaign(config, folder, resume=resume)
+    write_json(json_file, found)
+    campaign_table(found)
+    print(f"report: {folder / 'report.html'}   figures: {folder / 'figures'}   {time.monotonic() - began:.0f} s")
+
+
+def _new(name: str) -> Path:
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
