@@ -327,7 +327,7 @@ class Learner:
         if self.cohort is not None:
             self.cohort.settle()
         sums = PositionSums(*self.counts.sums[0])
-        tokens = float(sums.count.sum())
+        tokens = max(1.0, float(sums.count.sum()))  # none, where the first step since then failed
         loss, aux, norm = (self.counts.losses[0] / max(1, self._steps)).tolist()
         dead = int(self.ranks.sum_((self.counts.idle_tokens >= self.dead_after).sum()))
         found = {

@@ -91,7 +91,7 @@ def train_together(
     They may be of any shape and at any of the stream's hooks (`stream.hook` of each says which), with learning rates,
     schedules, seeds and numbers of tokens of their own; `train.batch` and `train.checkpoint_every_steps` are common to all.
     Those of one configuration step together. Each has a run folder `out`/NAME, and `out` keeps the place in the stream. One
-    whose loss is no longer finite is stopped and named in its `Run.failed`, and the others go on.
+    whose loss is no longer finite, or whose step can't be done, is stopped and named in its `Run.failed`; others go on.
     """
     return _Training(stream, dictionaries, out, resume).run()
 
@@ -311,8 +311,8 @@ class _Training:
             if len(failed) == len(self.trainees):
                 raise
             for one in failed:
-                one.failed = f"step {one.main.steps_done + 1}: {type(error).__name__}: {str(error).splitlines()[0]}"
-                self._bar.note(f"{one.name} was stopped: {one.failed}")
+                said = f"step {one.main.steps_done}: {type(error).__name__}: {str(error).splitlines()[0]}"
+                one.failed = one.failed or said
 
     def _cohorts(self, active: list[_Trainee]) -> list[tuple[tuple[str, ...], Cohort | Learner]]:
         """What takes steps, with the hooks that it looks at; made anew when one of the dictionaries has ended."""

@@ -110,3 +110,74 @@ def test_a_masked_dictionary_needs_positions():
     sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=8, mask=MaskConfig(kind="soft", positions=T)))
     with pytest.raises(UserError, match="pos: needed"):
         sae.encode(torch.randn(3, D))
+
+
+def test_windows_are_contiguous_and_serve_every_position_alike():
+    weights = mask_of(kind="windows", width=5).weights()
+    for latent in range(F):
+        on = weights[:, latent].nonzero().flatten()
+        assert 1 <= len(on) <= 5
+        assert int(on[-1] - on[0]) == len(on) - 1
+    assert weights.sum(1).max() - weights.sum(1).min() <= 1
+    assert mask_of(kind="windows").weights().sum(0).max() == T // 4
+
+
+@pytest.mark.parametrize("start", ["random", "ranges", "windows"])
+def test_learned_masks_start_as_hard_ones(start):
+    learned, hard = mask_of(kind="soft", start=start).weights(), mask_of(kind=start).weights()
+    assert torch.equal(learned > 0.5, hard)
+    assert learned.detach().unique().tolist() == pytest.approx([0.1192, 0.8808], abs=1e-4)
+
+
+def test_annealing_sharpens_a_mask():
+    mask = mask_of(kind="soft", start="normal", temperature=5.0, temperature_end=0.1)
+    sharpness = []
+    for progress in (0.0, 0.5, 1.0):
+        mask.at(progress)
+        assert float(mask.temperature) == pytest.approx(5 * (0.1 / 5) ** progress)
+        sharpness.append(float((2 * mask.weights().detach() - 1).abs().mean()))
+    assert sharpness[0] < 0.15
+    assert sharpness[0] < sharpness[1] < sharpness[2]
+    assert sharpness[2] > 0.85
+    plain = mask_of(kind="soft", start="normal", temperature=5.0)
+    assert plain.progress is None  # nothing changes, whatever the run does
+    plain.at(1.0)
+    assert float((2 * plain.weights().detach() - 1).abs().mean()) == pytest.approx(sharpness[0])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "windows", "soft"])
+def test_a_mask_is_blended_in(kind):
+    mask, whole = mask_of(kind=kind, blend=True), mask_of(kind=kind).weights()
+    whole = weights_at(whole, torch.arange(T)).float()
+    for progress, share in ((0.0, 0.00247), (0.5, 0.5), (1.0, 0.99753)):
+        mask.at(progress)
+        torch.testing.assert_close(mask.weights(), 1 - share + share * whole, atol=1e-4, rtol=0)
+
+
+def test_the_blend_is_learned_and_training_moves_it():
+    x, pos = batch()
+    mask = MaskConfig(kind="windows", blend=True, positions=T)
+    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, activation="relu", l1_coefficient=0.0, mask=mask))
+    sae.at(0.5)
+    sae.objective(x, pos, T).loss.backward()
+    step = 1e-3
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            sae.mask.blend.fill_(sign * step)
+            losses.append(float(sae.double().objective(x.double(), pos, T).loss))
+    assert float(sae.mask.blend.grad) == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "windows", "width": 17}, "sae.mask.width: 17 is not allowed; it must be at most positions"),
+        ({"kind": "ranges", "temperature_end": 0.1}, "sae.mask.temperature_end: not allowed with kind ranges"),
+        ({"blend": True}, "sae.mask.blend: true is not allowed with kind none"),
+        ({"kind": "soft", "start": "ranges", "ranges": 17}, "sae.mask.ranges: 17 is not allowed"),
+    ],
+)
+def test_masks_that_can_t_be_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        MaskConfig(positions=T, **settings)

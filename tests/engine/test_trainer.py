@@ -7,6 +7,7 @@ from temposae.engine import checkpoint
 from temposae.engine.center import center
 from temposae.engine.config import MaskConfig, RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
+from temposae.engine.folder import HELD_OUT, read_metrics
 from temposae.engine.optim import Learner, annealed
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, Batch
@@ -283,3 +284,57 @@ def test_a_transcoder_needs_both_its_ends(testbed):
     with pytest.raises(UserError, match=f"stream.target: {hook} is not allowed; it is the hook itself"):
         StreamConfig(hook=hook, target=hook)
     testbed.use(layers=[1])
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_sparsity_finds_the_l0_that_is_asked_for(activation):
+    steps, found = 400, {}
+    for target in (None, 3, 9):
+        one = learner(activation, tokens=steps * N, lr=2e-2, target_l0=target, clip_norm=None)
+        given = batches(20)
+        for step in range(steps):
+            one.step(given[step % len(given)])
+            if step == steps - 60:
+                one.report()
+        found[target] = one.report()["l0"]
+    assert found[3] == pytest.approx(3, rel=0.2)
+    assert found[9] == pytest.approx(9, rel=0.2)
+    assert min(abs(found[None] / target - 1) for target in (3, 9)) > 0.2
+
+
+def test_what_sparsity_has_become_is_resumed():
+    settings = dict(target_l0=5, tokens=40 * N)
+    whole = learner("relu", **settings)
+    after(whole, 6)
+    state, weights = ({k: v.clone() for k, v in held.items()} for held in (whole.state(), whole.weights()))
+    other = learner("relu", **settings)
+    other.load_state(state, weights)
+    for one in (whole, other):
+        for batch in batches(9)[6:]:
+            one.step(batch)
+    assert whole.report() == other.report()
+    assert torch.equal(whole.sae.W_enc, other.sae.W_enc)
+    assert float(whole.matching[0]) > 0
+
+
+def test_scores_on_rows_that_training_never_sees(stream_of, tmp_path):
+    """From the beginning on, the same as the dictionary itself gives on these rows; a run that goes on has them once."""
+    stream = stream_of()
+    config = TrainConfig(tokens=4096, batch=512, lr=3e-3, control=False, log_every_steps=4, held_out_rows=8)
+    run = train(stream, SAEConfig(d_in=128, d_sae=96, k=8), config, out=tmp_path / "run")
+    lines = read_metrics(tmp_path / "run", name=HELD_OUT)
+    assert [line["step"] for line in lines] == [0, 4, 8]
+    assert lines[0]["fvu"] > lines[1]["fvu"] > lines[2]["fvu"]
+    text = next(iter(stream.text.held_out(8, 8)))
+    kept = stream.keep(text)
+    x, pos = stream.model.activations(text.tokens)[kept], kept.nonzero()[:, 1]
+    error = (x - run.sae(x, pos)).double().square().sum() / (x - x.mean(0)).double().square().sum()
+    assert lines[2]["fvu"] == pytest.approx(float(error), rel=1e-5)
+    assert lines[2]["l0"] == pytest.approx(8, abs=0.1)
+    train(
+        stream_of(),
+        SAEConfig(d_in=128, d_sae=96, k=8),
+        config.model_copy(update={"held_out_rows": 0}),
+        out=tmp_path / "no",
+    )
+    assert not (tmp_path / "no" / HELD_OUT).exists()
