@@ -121,6 +121,34 @@ def streams(
 
 
 @bench_app.command()
+def runs(
+    preset: Annotated[
+        str | None, typer.Option(help="tiny, cpu or gpu: sizes to measure. [gpu or cpu, by device]")
+    ] = None,
+    only: Annotated[str | None, typer.Option("--runs", help="These runs, as in A1,C2,E4. [all]")] = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time a training step of every documented run beside a plain TopK step, and all on one stream beside one by one."""
+    _quiet()
+    check_writable(json_file)
+    where = _where(device)
+    from ..bench import runs as suite
+    from ..engine.errors import UserError
+    from ..variants import documented
+
+    chosen = preset or ("gpu" if where == "cuda" else "cpu")
+    if chosen not in suite.PRESETS:
+        raise UserError(f"preset: {chosen!r} is not allowed; there are {', '.join(suite.PRESETS)}")
+    names = (
+        suite.TRAINED if only is None else tuple(dict.fromkeys(documented(n).trained_as or n for n in only.split(",")))
+    )
+    found = suite.measure(suite.PRESETS[chosen], names, device=where)
+    write_json(json_file, found)
+    print(suite.table(found), end="")
+
+
+@bench_app.command()
 def table(
     files: Annotated[list[Path], typer.Argument(help="Files written by `bench step` or `bench ops`, --json.")],
 ) -> None:

@@ -4,11 +4,13 @@ from typing import Any
 
 from ..engine.errors import UserError, near
 from . import baselines, log_a, log_b, log_c, log_d, log_e
+from . import parts as parts
 from .documented import Documented
 
 LOGS: dict[str, dict[str, Documented]] = {
     "A": log_a.RUNS, "B": log_b.RUNS, "C": log_c.RUNS, "D": log_d.RUNS, "E": log_e.RUNS
 }  # fmt: skip
+
 #: run -> what it is, those of the five logs
 RUNS: dict[str, Documented] = {name: run for log in LOGS.values() for name, run in log.items()}
 BASELINES = baselines.RUNS

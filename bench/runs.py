@@ -1,0 +1,164 @@
+"""What the documented runs cost: a training step of each beside that of a plain TopK dictionary of the same size, and many
+on one stream beside the same ones trained one by one."""
+
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from ..engine.composed import dictionary
+from ..engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
+from ..engine.host import tune_host
+from ..engine.optim import Learner
+from ..engine.progress import progress_bar
+from ..engine.stream import ActivationStream, Batch, LanguageModel
+from ..engine.sweep import resolve
+from ..engine.train import train_together
+from ..variants import BASELINES, RUNS, settings
+from .results import about, markdown
+from .timing import quantiles, sample, synchronise
+
+PLAIN = "topk"
+TRAINED = tuple(name for name, run in (BASELINES | RUNS).items() if run.trained_as is None)
+
+
+class Sizes(NamedTuple):
+    """Rows of `context` tokens in a batch, width D, numbers of latents, K of topk; how often each step takes its turn; and
+    of the campaign tokens, latents and tokens in a batch."""
+
+    rows: int
+    context: int
+    D: int
+    F: tuple[int, ...]
+    K: int
+    rounds: int
+    tokens: int
+    campaign_F: int
+    campaign_batch: int
+
+
+PRESETS = {
+    "tiny": Sizes(2, 32, 32, (64,), 4, 2, 1024, 64, 256),
+    "cpu": Sizes(8, 128, 768, (2304,), 32, 5, 16384, 1024, 1024),
+    "gpu": Sizes(64, 128, 2304, (2304, 16384, 65536), 64, 20, 1_000_000, 2304, 8192),
+}
+
+
+def measure(given: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict[str, Any]:
+    """By F and run `ms` of a step (20th, 50th and 80th percentile) and `times_topk`, the median over rounds of its time over
+    that of the plain TopK step in the same round; and of the `campaign` seconds together, one by one, and their `ratio`.
+
+    A step is `Learner.step` with Adam, as `temposae run` takes it, on the same batches of made-up rows. In the campaign all
+    are trained on one stream of the embedded model, without controls; one by one, each on a stream of its own.
+    """
+    tune_host()
+    names = [PLAIN, *(run for run in runs if run != PLAIN)]
+    total = len(given.F) * (given.rounds + 2) * len(names) + len(names) + 1
+    steps: dict[str, dict[str, Any]] = {}
+    batches = [_batch(given, seed, device) for seed in range(4)]
+    with progress_bar("runs", total=total, unit="turns") as bar:
+        for F in given.F:
+            learners = {name: _learner(name, given, F, device) for name in names}
+            times: dict[str, list[float]] = {name: [] for name in names}
+            for nth in range(given.rounds + 2):
+                for name, learner in learners.items():
+                    ms = sample(lambda one=learner, nth=nth: one.step(batches[nth % 4]), device)
+                    if nth >= 2:  # the first steps compile and allocate
+                        times[name].append(ms)
+                    bar.advance(1)
+            steps[str(F)] = {
+                name: quantiles(of)._asdict()
+                | {"times_topk": median(a / b for a, b in zip(of, times[PLAIN], strict=True))}
+                for name, of in times.items()
+            }
+        campaign = _campaign(given, names, device, bar.advance)
+    return about(device) | {"runs": {"sizes": given._asdict(), "steps": steps, "campaign": campaign}}
+
+
+def _learner(name: str, given: Sizes, F: int, device: str) -> Learner:
+    sections = settings(name)
+    sae = {**sections["sae"], "d_in": given.D, "d_sae": F, "k": min(given.K, F)}
+    sae["mask"] = {**_cut(sae.get("mask", {}), given.context), "positions": given.context}
+    training = TrainConfig(**{**sections["train"], "tokens": 10**9, "batch": given.rows * given.context})
+    made = dictionary(SAEConfig(**sae)).to(device)
+    zeros = torch.zeros(given.D, device=device)
+    return Learner(made, training, zeros, given.D**0.5, given.context)
+
+
+def _cut(mask: dict[str, Any], context: int) -> dict[str, Any]:
+    """A mask's settings for a shorter context than the logs'."""
+    return {**mask, "ranges": min(mask["ranges"], context)} if "ranges" in mask else mask
+
+
+def _batch(given: Sizes, seed: int, device: str) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    pos = torch.arange(given.context).repeat(given.rows)
+    row = torch.arange(given.rows).repeat_interleave(given.context)
+    x = torch.randn(len(pos), given.D, generator=draw)
+    second = 0.8 * x + 0.6 * torch.randn(len(pos), given.D, generator=draw)
+    attribute = (torch.rand(given.rows, generator=draw) < 0.5).long()[row]
+    made = Batch({"x": x, "second": second}, pos.int(), pos.int(), row, row, attribute=attribute)
+    return made.each(lambda value: value.to(device))
+
+
+def _campaign(given: Sizes, names: Sequence[str], device: str, advance: Any) -> dict[str, Any]:
+    model = LanguageModel("testbed", device=device)
+    sections = {}
+    for name in names:
+        own = settings(name)
+        sections[name] = {
+            "stream": {**own["stream"], "mode": "sequences", "model": "testbed"},
+            "sae": {**own["sae"], "d_sae": given.campaign_F},
+            "train": {**own["train"], "tokens": given.tokens, "batch": given.campaign_batch, "control": False},
+        }
+    _, runs = resolve(sections)
+    hooks = list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks))
+
+    def trained(some: dict[str, RunConfig]) -> float:
+        model.use(hooks=hooks)
+        synchronise(device)
+        began = time.perf_counter()
+        config: StreamConfig = next(iter(some.values())).stream
+        train_together(ActivationStream(config, tokens=given.tokens, model=model, hooks=hooks), some)
+        synchronise(device)
+        advance(1)
+        return time.perf_counter() - began
+
+    together = trained(runs)
+    alone = {name: trained({name: run}) for name, run in runs.items()}
+    return {
+        "runs": len(runs), "tokens": given.tokens, "F": given.campaign_F,
+        "together_s": together, "one_by_one_s": sum(alone.values()), "ratio": sum(alone.values()) / together,
+    }  # fmt: skip
+
+
+def table(found: dict[str, Any]) -> str:
+    """The measurement as Markdown: a row per run, its step as a multiple of the plain TopK step's."""
+    runs = found["runs"]
+    sizes, steps, campaign = runs["sizes"], runs["steps"], runs["campaign"]
+    head = ("run", *(cell for F in steps for cell in (f"ms, F = {F}", "x TopK")))
+    rows = [head]
+    for name in next(iter(steps.values())):
+        cells = (
+            f"{at[name]['ms']:.1f}" if i == 0 else f"{at[name]['times_topk']:.2f}"
+            for at in steps.values()
+            for i in (0, 1)
+        )
+        rows.append((name, *cells))
+    return "\n".join(
+        [
+            f"{found['device']}; torch {found['versions'].get('torch')}, {found['threads']} threads; "
+            f"commit {found['commit']}",
+            "",
+            f"A training step, N = {sizes['rows'] * sizes['context']}, D = {sizes['D']}, K = {sizes['K']} of topk:",
+            "",
+            *markdown(rows),
+            "",
+            f"{campaign['runs']} dictionaries of F = {campaign['F']} on {campaign['tokens']:,} tokens of the embedded "
+            f"model: {campaign['together_s']:.1f} s together, {campaign['one_by_one_s']:.1f} s one by one, "
+            f"ratio {campaign['ratio']:.2f}",
+            "",
+        ]
+    )

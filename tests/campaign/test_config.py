@@ -1,0 +1,94 @@
+"""What a campaign's settings stand for: which dictionaries, in which conditions, on which stream."""
+
+import pytest
+from temposae.campaign.config import CampaignConfig, entries
+from temposae.engine.errors import UserError
+from temposae.variants import RUNS
+from temposae.variants.strictness import strict
+
+
+def made(**settings):
+    given = {"runs": ["A1"], "baselines": ["topk"], **settings}
+    return {one.name: one for one in entries(CampaignConfig(**given))}
+
+
+def test_all_runs_unless_told():
+    every = CampaignConfig()
+    assert every.runs == tuple(RUNS)
+    assert CampaignConfig(runs="all").runs == tuple(RUNS)
+    names = {one.name for one in entries(every)}
+    assert names == {"relu", "topk", "batchtopk"} | {name for name, run in RUNS.items() if run.trained_as is None}
+
+
+def test_analyses_are_trained_once_as_their_parent():
+    assert list(made(runs=["C3", "C2", "C4"])) == ["topk", "C2"]
+
+
+def test_seeds_are_dictionaries_of_their_own():
+    found = made(seeds=3)
+    assert list(found) == [f"{run}-s{seed}" for run in ("topk", "A1") for seed in range(3)]
+    assert [one.sections["train"]["seed"] for one in found.values()] == [0, 1, 2] * 2
+    assert {one.label for one in found.values()} == {"topk", "A1"}
+
+
+def test_axes_are_conditions_that_all_are_trained_in():
+    found = made(axes={"d_sae": [64, 128], "activation": ["relu", "topk"]}, sae={"k": 8})
+    assert len(found) == 8
+    one = found["A1-d_sae128_topk"]
+    assert (one.condition, one.run) == ("d_sae128_topk", "A1")
+    assert one.sections["sae"] | {"mask": None} == {
+        "d_sae": 128, "activation": "topk", "l1_coefficient": 0.04, "mask": None, "k": 8
+    }  # fmt: skip
+    assert found["topk-d_sae64_relu"].sections["sae"]["activation"] == "relu"
+
+
+def test_settings_for_all_win_over_the_logs_and_reach_only_what_has_them():
+    found = made(train={"lr": 1e-3, "target_l0": 32}, stream={"layer": 2})
+    assert found["A1"].sections["train"]["lr"] == 1e-3
+    assert found["A1"].sections["train"]["target_l0"] == 32
+    assert "target_l0" not in found["topk"].sections["train"]
+    assert found["topk"].sections["stream"]["layer"] == 2
+
+
+def test_strictness_of_masks_is_an_axis():
+    found = made(axes={"strictness": ["hard", "soft", "annealed"]})
+    assert list(found) == ["topk", "A1-hard", "A1-soft", "A1-annealed"]
+    masks = [one.sections["sae"].get("mask") for one in found.values()]
+    assert masks == [
+        None,
+        {"kind": "random", "fraction": 0.5},
+        {"kind": "soft", "fraction": 0.5, "start": "random"},
+        {"kind": "soft", "fraction": 0.5, "start": "random", "temperature": 5.0, "temperature_end": 0.1},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mask", "how", "expected"),
+    [
+        ({"kind": "gaussian", "blend": True}, "hard", {"kind": "windows", "blend": True}),
+        ({"kind": "gaussian"}, "soft", {"kind": "gaussian"}),
+        ({"kind": "soft"}, "hard", {"kind": "random"}),
+        ({"kind": "soft", "temperature": 5.0, "temperature_end": 0.1}, "soft", {"kind": "soft"}),
+        ({"kind": "ranges", "ranges": 8}, "hard", {"kind": "ranges", "ranges": 8}),
+        ({}, "hard", None),
+    ],
+)
+def test_what_a_mask_becomes(mask, how, expected):
+    assert strict(mask, how) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"runs": ["A1", "B11"]}, "runs: 'B11' is not allowed; did you mean B1"),
+        ({"baselines": ["A1"]}, "baselines: 'A1' is not allowed"),
+        ({"evals": ["sparse"]}, "evals: 'sparse' is not allowed; did you mean sparse_probing"),
+        ({"axes": {"strictness": ["firm"]}}, "axes.strictness: 'firm' is not allowed; it must be hard, soft, annealed"),
+        ({"axes": {"kk": [1]}}, "sweep.kk: no setting that may differ"),
+        ({"seeds": 0}, "seeds: 0 is not allowed"),
+        ({"run": ["A1"]}, "run: no such setting; did you mean runs"),
+    ],
+)
+def test_what_can_t_be_is_one_line(settings, message):
+    with pytest.raises(UserError, match=message):
+        made(**settings)
