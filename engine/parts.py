@@ -22,6 +22,7 @@ from .config import Config, SAEConfig
 from .errors import UserError, near
 
 if TYPE_CHECKING:
+    from .composed import ComposedAutoencoder
     from .sae import SparseAutoencoder
 
 GROUP = "temposae.parts"
@@ -103,7 +104,7 @@ class Seen:
     activations whose L1 counts in place of f's.
     """
 
-    sae: "SparseAutoencoder"
+    sae: "ComposedAutoencoder"
     x: Tensor
     pos: Tensor
     n_positions: int
@@ -135,7 +136,7 @@ class Seen:
     def generator(self) -> torch.Generator:
         """Random numbers on the CPU, others each time, that follow from the run's seed and the step."""
         self.drawn += 1
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) * 64 + self.drawn % 64)
+        return torch.Generator().manual_seed(((self.seed * 1_000_003 + self.step) * 64 + self.drawn % 64) % 2**63)
 
 
 class Part(nn.Module):
@@ -196,10 +197,9 @@ class Part(nn.Module):
         """Figures for a line of metrics."""
         return {}
 
-    @classmethod
-    def does(cls, hook: str) -> bool:
-        """Whether it overrides the method `hook`."""
-        return getattr(cls, hook) is not getattr(Part, hook)
+    def does(self, hook: str) -> bool:
+        """Whether it has something to do in the method `hook`: it overrides it."""
+        return getattr(type(self), hook) is not getattr(Part, hook)
 
 
 P = TypeVar("P", bound=type[Part])

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-#: what all logs have in common: a ReLU dictionary with L1, Adam at 3e-4; no clipping but where a run is about it
+#: what all logs have in common: a ReLU dictionary with L1, Adam at 3e-4, less than a million tokens; no clipping but where a
+#: run is about it
 COMMON: dict[str, dict[str, Any]] = {
     "sae": {"d_sae": 2304, "activation": "relu", "l1_coefficient": 0.04},
-    "train": {"lr": 3e-4, "tokens": 1_000_000, "clip_norm": None},
+    "train": {"lr": 3e-4, "tokens": 500_000, "clip_norm": None},
     "stream": {"context": 128},
 }
 

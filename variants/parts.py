@@ -1,5 +1,5 @@
 """Every mechanism that we have, by its name in settings: importing this makes them known to the engine."""
 
-from . import embeddings, weights
+from . import competition, decoder_penalties, embeddings, norms, ranges, sparsity, temporal, weights
 
-__all__ = ["embeddings", "weights"]
+__all__ = ["competition", "decoder_penalties", "embeddings", "norms", "ranges", "sparsity", "temporal", "weights"]

@@ -11,7 +11,10 @@ from temposae.variants import parts as ours  # noqa: F401 (registers them)
 
 KINDS = sorted(registry._PARTS)
 #: settings that a part needs in these small dictionaries, and those of the dictionary
-NEEDED: dict[str, dict] = {}
+NEEDED: dict[str, dict] = {
+    "l1_before_mask": {"sae": {"mask": {"kind": "gaussian"}}},
+    "range_encoders": {"sae": {"mask": {"kind": "ranges"}}},
+}
 ACTIVATIONS = ("relu", "topk", "batchtopk")
 
 
@@ -105,7 +108,7 @@ def test_it_looks_along_rows_only_if_it_says_so(kind, made, rows):
     batch, needs_rows = rows(3), "rows" in registry.find(kind).reads
     whole = sae.encode(batch.x, batch.pos)
     order = torch.randperm(len(batch.x), generator=torch.Generator().manual_seed(0))
-    if needs_rows and registry.find(kind).does("input"):
+    if needs_rows and sae.looks_along_rows:
         with pytest.raises(UserError, match="not in the order of their rows"):
             sae.encode(batch.x[order], batch.pos[order])
     elif not needs_rows:

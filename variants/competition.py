@@ -1,0 +1,78 @@
+"""Latents that are left out: at random, or because a neighbour is larger."""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..engine.config import Count, SAEConfig
+from ..engine.parts import Part, PartSettings, Seen, part
+from .norms import news
+
+WEAK = 0.1
+
+
+@part("feature_dropout")
+class FeatureDropout(Part):
+    """In training each latent of each token is dropped with probability p, the others grow by 1 / (1 - p) (run D3).
+
+    It is done after the mask and before topk and batchtopk select; the 1 / (1 - p) keeps the mean of f and of L1.
+
+    What the log tracks as a feature's importance is, decided here, the mean over tokens of |f_j W_dec[j]|, what the latent
+    contributes; decoder rows have norm 1, so it is the mean of f_j: a running mean over about 100 batches. Reported are its
+    quantiles over latents, and how many are `weak`: below a tenth of the mean over latents.
+    """
+
+    class Settings(PartSettings):
+        p: Annotated[float, Field(ge=0, lt=1)] = 0.2
+
+    importance: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.register_buffer("importance", torch.zeros(sae.d_sae))
+
+    def latents(self, f: Tensor, seen: Seen) -> Tensor:
+        if not seen.training or self.settings.p == 0:
+            return f
+        # N F numbers are drawn where f is; on the CPU they would take longer than the step.
+        generator = torch.Generator(f.device).manual_seed(seen.generator().initial_seed())
+        kept = torch.empty_like(f, dtype=torch.bool).bernoulli_(1 - self.settings.p, generator=generator)
+        return f * kept / (1 - self.settings.p)
+
+    def after(self, seen: Seen) -> None:
+        assert seen.f is not None
+        self.importance.lerp_(seen.f.mean(0), news(seen.step))
+
+    def report(self) -> dict[str, Any]:
+        shares = torch.tensor([0.1, 0.5, 0.9, 1.0], device=self.importance.device)
+        quantiles = torch.quantile(self.importance, shares).tolist()
+        found = {
+            f"importance_{share}": value for share, value in zip(("10", "50", "90", "max"), quantiles, strict=True)
+        }
+        return found | {"weak": float((self.importance < WEAK * self.importance.mean()).float().mean())}
+
+
+@part("winner_takes_all")
+class WinnerTakesAll(Part):
+    """Of each `group` neighbouring latents only the largest of a token stays, the others are 0 (run D4).
+
+    It is done after the mask and before topk and batchtopk select. The last group has what is left of F.
+    """
+
+    class Settings(PartSettings):
+        group: Annotated[Count, Field(ge=2)] = 4
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        if settings.group > sae.d_sae:
+            most = f"it must be at most d_sae ({sae.d_sae})"
+            raise ValueError(f"parts.winner_takes_all.group: {settings.group} is not allowed; {most}")
+
+    def latents(self, f: Tensor, seen: Seen) -> Tensor:
+        group = self.settings.group
+        groups = torch.nn.functional.pad(f, (0, -f.shape[1] % group)).unflatten(1, (-1, group))
+        best = groups.detach().argmax(2, keepdim=True)
+        won = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, best, True)
+        return f * won.flatten(1)[:, : f.shape[1]]

@@ -1,0 +1,60 @@
+"""Penalties on decoder rows that overlap, on a sample of M rows W [M, D] at every step.
+
+    penalty = strength D (D mean_{i != j} c_ij^2)        c = W W^T, cosines, because decoder rows have norm 1
+
+The mean over pairs of the sample estimates that over all F rows. Decided here: c^2 of random directions is 1 / D in the
+mean, so the bracket is about 1 before training, whatever F and M are, and `strength` is a share of |x|^2. A random decoder
+that is never learned (`decoder` random, the control) has no penalty.
+"""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..engine.parts import Part, PartSettings, Seen, part
+
+
+class OverlapSettings(PartSettings):
+    strength: Annotated[float, Field(ge=0)] = 0.1
+    rows: Annotated[int, Field(ge=2)] = 1024
+
+
+def cosines(settings: Any, seen: Seen) -> Tensor:
+    """c [M, M] of other rows at every step, or of all if there are no more; 0 on the diagonal."""
+    W = seen.sae.W_dec
+    if settings.rows < len(W):
+        chosen = torch.randperm(len(W), generator=seen.generator())[: settings.rows]
+        W = W.index_select(0, chosen.to(W.device, non_blocking=True))
+    return (W @ W.T).fill_diagonal_(0)
+
+
+def overlap(settings: Any, seen: Seen, c: Tensor) -> Tensor:
+    """strength D (D mean_{i != j} c_ij^2)"""
+    pairs = max(1, len(c) * (len(c) - 1))
+    return settings.strength * seen.sae.cfg.d_in**2 / pairs * c.square().sum()
+
+
+@part("decoder_separation")
+class DecoderSeparation(Part):
+    """Decoder rows are pushed apart: c counts where it is positive (run D2). Opposite directions may stay."""
+
+    Settings = OverlapSettings
+
+    def penalty(self, seen: Seen) -> Tensor | None:
+        if not seen.sae.W_dec.requires_grad:
+            return None
+        return overlap(self.settings, seen, cosines(self.settings, seen).clamp_min(0))
+
+
+@part("decoder_orthogonality")
+class DecoderOrthogonality(Part):
+    """Decoder rows are drawn towards being orthogonal, |W W^T - I|^2: c counts whatever its sign (run D4)."""
+
+    Settings = OverlapSettings
+
+    def penalty(self, seen: Seen) -> Tensor | None:
+        if not seen.sae.W_dec.requires_grad:
+            return None
+        return overlap(self.settings, seen, cosines(self.settings, seen))

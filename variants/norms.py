@@ -1,0 +1,121 @@
+"""Normalisations: of a token's latents, of each latent, of each dimension of x."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.config import SAEConfig
+from ..engine.parts import Part, PartSettings, Seen, part
+
+EPS = 1e-5
+KEPT = 0.99  # of what was seen before a step: a mean over about 100 batches
+
+
+def news(step: int) -> float:
+    """What a step counts in a running mean: as much as each before it, and 1 - KEPT at least."""
+    return max(1 - KEPT, 1 / (step + 1))
+
+
+@part("layer_norm")
+class LayerNorm(Part):
+    """Layer norm over a token's latents v [N, F], after the ReLU (`acts`, run B5) or before it (`pre`, run B8).
+
+        y_j = g_j (v_j - mean v) / sqrt(var v + 1e-5) + b_j          g, b [F] learned
+        pre:  f = relu(y)                     acts:  f = relu(y) where v > 0, else 0
+
+    Decided here: the log's norm of a ReLU's output would be zero nowhere and negative in most places, so a second ReLU cuts
+    it, and what was 0 stays 0; an activation then has to exceed the token's mean. g starts as sqrt(D / F), the size at which
+    |f| is about |x| = sqrt(D) whatever F is (1 in the logs), b as 0. With a hard mask, mean and variance are those of the
+    latents that are on at the token's position: others would get gradient from positions that are not theirs.
+    """
+
+    class Settings(PartSettings):
+        place: Literal["acts", "pre"] = "acts"
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.scale = nn.Parameter(torch.full((sae.d_sae,), math.sqrt(sae.d_in / sae.d_sae)))
+        self.shift = nn.Parameter(torch.zeros(sae.d_sae))
+
+    def does(self, hook: str) -> bool:
+        return hook == self.settings.place or (hook not in ("pre", "acts") and super().does(hook))
+
+    def pre(self, pre: Tensor, seen: Seen) -> Tensor:
+        return self._normalised(pre, seen)
+
+    def acts(self, acts: Tensor, seen: Seen) -> Tensor:
+        return torch.relu(self._normalised(acts, seen)) * (acts > 0)
+
+    def _normalised(self, v: Tensor, seen: Seen) -> Tensor:
+        mask = seen.sae.mask
+        if mask.fixed is None or mask.blend is not None:
+            return nn.functional.layer_norm(v, v.shape[1:], self.scale, self.shift, EPS)
+        on = mask.fixed.index_select(0, mask.rows(seen.pos))
+        count = on.sum(1, keepdim=True).clamp_min(1)
+        centred = (v - (v * on).sum(1, keepdim=True) / count) * on
+        size = (centred.square().sum(1, keepdim=True) / count + EPS).sqrt()
+        return (centred / size * self.scale + self.shift) * on
+
+
+@part("feature_norm")
+class FeatureNorm(Part):
+    """Each latent over its own typical size: f_j = exp(s_j) a_j / r_j, s [F] learned, from 0 on (run D2).
+
+        r_j^2 = (1 + sum_n a_nj^2) / (1 + number of n with a_nj > 0)
+
+    sums over the tokens of past batches, weighted 0.99 to the power of the batch's age: the root mean square where the
+    latent is active; the 1, a token of usual size, is for latents that hardly ever are. 0 stays 0. Decided here: r is a
+    constant to the gradient; decoder rows have norm 1, so it is exp(s) that lets latents differ in size. L1 counts what is
+    normalised.
+    """
+
+    squares: Tensor
+    active: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.log_scale = nn.Parameter(torch.zeros(sae.d_sae))
+        self.register_buffer("squares", torch.zeros(sae.d_sae))
+        self.register_buffer("active", torch.zeros(sae.d_sae))
+
+    @property
+    def size(self) -> Tensor:
+        """r [F]"""
+        return ((1 + self.squares) / (1 + self.active)).sqrt()
+
+    def acts(self, acts: Tensor, seen: Seen) -> Tensor:
+        found = acts * (self.log_scale.exp() / self.size)
+        if seen.training:
+            with torch.no_grad():
+                self.squares.mul_(KEPT).add_(torch.einsum("nf,nf->f", acts, acts))
+                self.active.mul_(KEPT).add_((acts > 0).sum(0))
+        return found
+
+
+@part("batch_norm")
+class BatchNorm(Part):
+    """Batch norm of the D features of x before the encoder, which sees (x - mean) / sqrt(var + 1e-5) of each (run D4).
+
+    Mean and variance [D] are the batch's in training and running ones, over about 100 batches, elsewhere. Decided here: no
+    scale or shift is learned, because W_enc and b_enc are both; and the encoder takes b_dec, which is about the mean of x,
+    from what it gets, so b_dec is added here. The decoder still gives x itself.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.register_buffer("mean", torch.zeros(sae.d_in))
+        self.register_buffer("variance", torch.ones(sae.d_in))
+
+    def input(self, x: Tensor, seen: Seen) -> Tensor:
+        mean, variance = self.mean, self.variance
+        if seen.training:
+            variance, mean = torch.var_mean(x, 0, correction=0)
+            with torch.no_grad():
+                self.mean.lerp_(mean, news(seen.step))
+                self.variance.lerp_(variance, news(seen.step))
+        return (x - mean) / (variance + EPS).sqrt() + seen.sae.b_dec * seen.sae.unit

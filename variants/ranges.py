@@ -1,0 +1,129 @@
+"""Encoders that differ by range of positions: R equal runs of the T positions."""
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..engine.config import Count, SAEConfig, Share
+from ..engine.parts import Part, PartSettings, Seen, part
+
+if TYPE_CHECKING:
+    from ..engine.sae import SparseAutoencoder
+
+
+def range_of(seen: Seen, ranges: int, positions: int) -> Tensor:
+    """Which of the ranges each token [N] is in; as `ranges` masks have them."""
+    return seen.sae.mask.rows(seen.pos) * ranges // positions
+
+
+@part("range_encoders")
+class RangeEncoders(Part):
+    """An encoder of its own for each range, with an input bias of its own: it sees x - c_r, c [R, D] learned (runs B7, B8).
+
+    The mask `ranges` gives each range the encoder rows and biases of its part of the dictionary, and no gradient from
+    elsewhere; with c_r each of the R encoders is complete, and the decoder is shared. c starts as N(0, scale^2), 0 unless
+    given. Decided here: B8's range embedding, a learned vector that is added to the encoder's input, is this same c with its
+    sign turned; only that it starts from random values, so that ranges differ from the beginning, makes it B8's.
+    """
+
+    class Settings(PartSettings):
+        scale: Annotated[float, Field(ge=0)] = 0.0
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.bias = nn.Parameter(settings.scale * torch.randn(sae.mask.ranges, sae.d_in, generator=generator))
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        if sae.mask.kind != "ranges":
+            raise ValueError(f"mask.kind: {sae.mask.kind} is not allowed with range_encoders; it must be ranges")
+
+    def input(self, x: Tensor, seen: Seen) -> Tensor:
+        return x - self.bias[range_of(seen, self.cfg.mask.ranges, self.positions)]
+
+
+@part("orthogonal_start")
+class OrthogonalStart(Part):
+    """W_dec begins as blocks of up to D latents whose rows are orthonormal, W_enc as its transpose (runs B8 to B10).
+
+    A random decoder that is never learned (`decoder` random, the control) stays what it is, and W_enc its transpose.
+    """
+
+    @torch.no_grad()
+    def initialise(self, sae: "SparseAutoencoder", generator: torch.Generator) -> None:
+        if not sae.W_dec.requires_grad:
+            return
+        for block in sae.W_dec.split(self.cfg.d_in):
+            columns, triangle = torch.linalg.qr(torch.randn(self.cfg.d_in, len(block), generator=generator))
+            block.copy_((columns * triangle.diagonal().sign()).T)  # the signs make it uniform among all such
+        sae.W_enc.copy_(sae.W_dec.T)
+
+
+@part("range_adapters")
+class RangeAdapters(Part):
+    """A base encoder for all positions, and an adapter for each range behind a gated residual (runs B9, B10).
+
+        pre' = pre + s sigmoid(g_r) (gelu(n W1_r + b1_r) W2_r + b2_r)     n = (x - mean x) / sqrt(var x + 1e-5), over D
+
+    W1 [R, D, h], b1 [R, h], W2 [R, h, F], b2 [R, F], g [R]; r is the token's range and h `hidden`. W1 starts as N(0, 1 / D),
+    W2 as N(0, scale^2 / h), the others as 0. The share s is 0 until `start` of the run, so that the base is trained alone,
+    and rises to 1 over the next `ramp` of it. `pace`: factor on the adapters' learning rate. `l1_from`: factor on L1 while
+    the base is alone; it goes to 1 with s.
+
+    Decided here: the adapters see x, and their layer norm has no scale and shift of its own, which W1 and b1 are. Hidden
+    units of all adapters are worked out, R h of them beside D, and those of other ranges are 0: nothing waits for tokens to
+    be sorted.
+    """
+
+    class Settings(PartSettings):
+        ranges: Count = 4
+        hidden: Count = 32
+        scale: Annotated[float, Field(gt=0)] = 0.1
+        start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+        ramp: Share = 0.0
+        pace: Annotated[float, Field(gt=0)] = 1.0
+        l1_from: Share = 1.0
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        R, h, D, F = settings.ranges, settings.hidden, sae.d_in, sae.d_sae
+        self.W1 = nn.Parameter(torch.randn(R, D, h, generator=generator) / math.sqrt(D))
+        self.b1 = nn.Parameter(torch.zeros(R, h))
+        self.W2 = nn.Parameter(torch.randn(R, h, F, generator=generator) * (settings.scale / math.sqrt(h)))
+        self.b2 = nn.Parameter(torch.zeros(R, F))
+        self.gate = nn.Parameter(torch.zeros(R))
+        self.paces = {name: settings.pace for name, _ in self.named_parameters()}
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        if settings.ranges > sae.mask.positions:
+            most = f"it must be at most mask.positions ({sae.mask.positions})"
+            raise ValueError(f"parts.range_adapters.ranges: {settings.ranges} is not allowed; {most}")
+        if settings.start + settings.ramp > 1:
+            most = f"it must be at most 1 - start ({1 - settings.start:g})"
+            raise ValueError(f"parts.range_adapters.ramp: {settings.ramp} is not allowed; {most}")
+
+    def share(self, progress: float) -> float:
+        """s"""
+        since, ramp = progress - self.settings.start, self.settings.ramp
+        return float(since >= 0) if ramp == 0 else min(1.0, max(0.0, since / ramp))
+
+    def pre(self, pre: Tensor, seen: Seen) -> Tensor:
+        r = range_of(seen, self.settings.ranges, self.positions)
+        n = nn.functional.layer_norm(seen.x.float(), seen.x.shape[1:])
+        own = r[:, None] == torch.arange(self.settings.ranges, device=r.device)  # [N, R]
+        hidden = nn.functional.gelu(torch.addmm(self.b1.flatten(), n, self.W1.transpose(0, 1).flatten(1)))
+        hidden = hidden.unflatten(1, self.b1.shape) * own[:, :, None]
+        gate = self.share(seen.progress) * torch.sigmoid(self.gate)  # with a share of 0 all that follows is exactly 0
+        inside = torch.cat([hidden.flatten(1), own.to(hidden.dtype)], 1)
+        weights = torch.cat([(gate[:, None, None] * self.W2).flatten(0, 1), gate[:, None] * self.b2])
+        return torch.addmm(pre, inside, weights)
+
+    def weigh(self, seen: Seen) -> tuple[Tensor | None, Tensor | None]:
+        if self.settings.l1_from == 1:
+            return None, None
+        factor = self.settings.l1_from + (1 - self.settings.l1_from) * self.share(seen.progress)
+        return None, torch.full((seen.n_positions,), factor, device=seen.pos.device)

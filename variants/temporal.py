@@ -1,0 +1,47 @@
+"""Convolutions along a row of text, before the encoder."""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..engine.config import Count, SAEConfig
+from ..engine.parts import Part, PartSettings, Seen, part
+
+SMALL = 0.02  # beside 1, the weight of the token itself
+
+
+@part("dilated_conv")
+class DilatedConv(Part):
+    """The encoder sees x after causal depth-wise convolutions along the row, one per dilation d, each a residual (D1, D2).
+
+        y_t <- y_t + sum_{k < kernel} w_dk * y_{t - k d}              w_d [kernel, D], N(0, 0.02^2) at the start; y = x first
+
+    Tokens before the row's first, and columns without a token, are 0 at every layer. Decided here: causal, so that a code
+    doesn't depend on what comes later; one after the other, so that three layers of kernel 3 and dilations 1, 2, 4 look back
+    14 tokens; and linear, as no nonlinearity is named. What is reconstructed is x itself.
+    """
+
+    reads = frozenset({"rows"})
+
+    class Settings(PartSettings):
+        dilations: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 4)
+        kernel: Annotated[int, Field(ge=2)] = 3
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        taps = len(settings.dilations), settings.kernel, sae.d_in
+        self.taps = nn.Parameter(SMALL * torch.randn(taps, generator=generator))
+
+    def input(self, x: Tensor, seen: Seen) -> Tensor:
+        y, kept = seen.rows.spread(x), seen.rows.kept[:, :, None]
+        length = y.shape[1]
+        for dilation, taps in zip(self.settings.dilations, self.taps, strict=True):
+            before = dilation * (self.settings.kernel - 1)
+            padded = nn.functional.pad(y, (0, 0, before, 0))
+            for k, tap in enumerate(taps):
+                first = before - k * dilation
+                y = torch.addcmul(y, padded[:, first : first + length], tap)
+            y = y * kept
+        return seen.rows.gather(y)
