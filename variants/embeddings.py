@@ -1,13 +1,16 @@
 """What the encoder is told of position."""
 
+from itertools import pairwise
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..engine.config import SAEConfig
-from ..engine.parts import Part, PartSettings, Seen, part
+from ..engine.config import Count, SAEConfig
+from ..engine.parts import Part, PartSettings, Rows, Seen, part
+from ..kernels.numerics import sum_by
+from .running import PositionMean
 
 
 @part("position_embedding")
@@ -26,3 +29,183 @@ class PositionEmbedding(Part):
 
     def input(self, x: Tensor, seen: Seen) -> Tensor:
         return x + self.embedding[seen.sae.mask.rows(seen.pos)]
+
+
+SCALES = 3  # local, medium, global
+
+
+def widths(positions: int) -> tuple[int, ...]:
+    """How many positions a window of each scale has: one; T / 16 (at least 2); T / 4 (at least 4), rounded up."""
+    return 1, max(2, -(-positions // 16)), max(4, -(-positions // 4))
+
+
+def joined(progress: float) -> list[float]:
+    """How far each scale has joined: local from the start, medium over a run's second quarter, global over its third."""
+    return [1.0, *(min(1.0, max(0.0, 4 * progress - s)) for s in range(1, SCALES))]
+
+
+def thirds(f: Tensor) -> list[Tensor]:
+    """f [N, F] by scale: latents j with 3 j // F = s, views."""
+    ends = [-(-s * f.shape[1] // SCALES) for s in range(SCALES + 1)]
+    return [f[:, start:end] for start, end in pairwise(ends)]
+
+
+@part("multi_scale")
+class MultiScale(Part):
+    """The encoder sees x + sum_s mix_s[pos] E_s[pos // w_s], position embeddings of three scales (run A9).
+
+        mix_s[p] = joined_s a_s[p] u_s / (sum over scales of the same)     a[p] = softmax(logits[p]), logits [T, 3]
+
+    E_s [T / w_s, D] learned: local, medium and global (`widths`). Scales join one after the other (`joined`). u_s is the
+    running share of activation that the latents of scale s have (`thirds`), so that mixing adapts to statistics of latents;
+    never below 0.01.
+    """
+
+    reads = frozenset({"f"})
+
+    class Settings(PartSettings):
+        scale: Annotated[float, Field(ge=0)] = 0.1
+        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+
+    share: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.widths = widths(positions)
+        self.embeddings = nn.ParameterList(
+            settings.scale * torch.randn(-(-positions // width), sae.d_in, generator=generator) for width in self.widths
+        )
+        self.logits = nn.Parameter(torch.zeros(positions, SCALES))
+        self.register_buffer("share", torch.full((SCALES,), 1 / SCALES))
+
+    def mix(self, progress: float) -> Tensor:
+        """[T, 3]"""
+        found = torch.softmax(self.logits, 1) * self.share.clamp_min(0.01)
+        found = torch.stack([share * one for share, one in zip(joined(progress), found.unbind(1), strict=True)], 1)
+        return found / found.sum(1, keepdim=True)
+
+    def input(self, x: Tensor, seen: Seen) -> Tensor:
+        at, mix = torch.arange(self.positions, device=x.device), self.mix(seen.progress)
+        embedded = [embedding[at // width] for embedding, width in zip(self.embeddings, self.widths, strict=True)]
+        embedded = (mix[:, :, None] * torch.stack(embedded, 1)).sum(1)
+        return x + embedded[seen.sae.mask.rows(seen.pos)]
+
+    def after(self, seen: Seen) -> None:
+        assert seen.f is not None
+        found = torch.stack([of_scale.sum() for of_scale in thirds(seen.f.detach())])
+        total = found.sum()
+        here = torch.where(total > 0, found / total, self.share)
+        self.share.lerp_(here.to(self.share.dtype), 1 - self.settings.decay)
+
+    def report(self) -> dict[str, Any]:
+        return {"share": [float(one) for one in self.share]}
+
+
+def window_means(x: Tensor, rows: Rows, width: int) -> Tensor:
+    """[N, D]: of each token, the mean of x over the tokens of its row in the same window of `width` positions. Windows begin
+    at multiples of `width`."""
+    if width == 1:
+        return x
+    window = rows.pos // width
+    begins = (rows.number.diff() != 0) | (window.diff() != 0)
+    nth = torch.cat([begins.new_zeros(1), begins]).cumsum(0)
+    total = sum_by(nth, x, len(x))
+    return (total / sum_by(nth, torch.ones_like(x[:, :1]), len(x)).clamp_min(1))[nth]
+
+
+@part("scale_targets")
+class ScaleTargets(Part):
+    """The latents of each scale alone are to give the activations at that scale (run A9).
+
+        penalty = coefficient * sum_s joined_s mean_n |mean_w(x)_n - b_dec - f_s W_dec_s|^2
+
+    f_s is the third of the latents that scale s has (`thirds`), mean_w(x) the mean of x over the token's window of w_s
+    positions in its row (`window_means`; w_s and joined_s as in `multi_scale`). Decided: windows that lie side by side,
+    those of the embeddings; `coefficient` 0.1, since latents whose sum is to give x can't meet all three.
+    """
+
+    reads = frozenset({"f", "rows"})
+
+    class Settings(PartSettings):
+        coefficient: Annotated[float, Field(ge=0)] = 0.1
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        if sae.d_sae < SCALES:
+            raise ValueError(f"d_sae: {sae.d_sae} is not allowed with scale_targets; it must be at least {SCALES}")
+
+    def penalty(self, seen: Seen) -> Tensor | None:
+        assert seen.f is not None
+        sae, x = seen.sae, seen.x
+        found = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        decoders = [W.T for W in thirds(sae.W_dec.T)]
+        scales = zip(widths(self.positions), joined(seen.progress), thirds(seen.f), decoders, strict=True)
+        for width, share, f, W_dec in scales:
+            if share > 0:
+                target = window_means(x.to(found.dtype), seen.rows, width)
+                given = torch.addmm(sae.b_dec.to(x.dtype), f.to(x.dtype), W_dec.to(x.dtype))
+                found = found + share * (target - given).square().sum() / len(x)
+        return self.settings.coefficient * found
+
+
+@part("residual_position")
+class ResidualPosition(Part):
+    """Pre-activations are normalised by position, and get what their position makes of them once more (run A10).
+
+        pre_n  <- c_p pre_n + sigmoid(a * s_n + c) * r_p     p = pos_n,  r = P R,  P [T, d_p], R [d_p, F],  a, c [F]
+
+    Normalisation: c_p = gain_p * std / std_p, where std_p^2 is a running mean, over the tokens at p, of the variance of
+    pre_n over latents, and std^2 its mean over positions; gain = exp(log_gain [T]) is learned. Gate: s_n is the root mean
+    square of c_p pre_n, a constant; a = 0 and c = -2 to begin with, so that an eighth of r passes.
+
+    The pathway of P and R is isolated: above, r is a constant, and P and R learn from a term of their own only, in which c_p
+    pre is a constant: r_p is to predict how pre-activations at p differ from those at all positions, with a regulariser:
+
+        penalty = D / F * mean_n (|r_p - (c_p pre_n - mean over the batch)|^2 + regulariser * |r_p|^2)
+
+    (up to a constant: it is worked out from means at positions, [T, F]). R starts as zeros, so that r changes nothing at
+    first. Decided: the deviation in place of the mean itself, which is b_enc's; the gain, without which norms that differ by
+    position could not be reconstructed; a gate for each latent.
+    """
+
+    class Settings(PartSettings):
+        width: Count = 32
+        regulariser: Annotated[float, Field(ge=0)] = 0.01
+        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.embedding = nn.Parameter(torch.randn(positions, settings.width, generator=generator))
+        self.map = nn.Parameter(torch.zeros(settings.width, sae.d_sae))
+        self.log_gain = nn.Parameter(torch.zeros(positions))
+        self.slope = nn.Parameter(torch.zeros(sae.d_sae))
+        self.offset = nn.Parameter(torch.full((sae.d_sae,), -2.0))
+        self.variance = PositionMean(positions, decay=settings.decay)
+        self._term: Tensor | None = None
+        self._variances: tuple[Tensor, Tensor] | None = None
+
+    def pre(self, pre: Tensor, seen: Seen) -> Tensor:
+        rows = seen.sae.mask.rows(seen.pos)
+        factor = self.log_gain.exp() * self.variance.relative().clamp_min(1e-4).rsqrt()
+        normal = pre * factor[rows][:, None]
+        r = self.embedding @ self.map
+        if seen.training:
+            self._look(pre.detach(), normal.detach(), r, rows)
+        size = normal.detach().square().mean(1, keepdim=True).sqrt()
+        return torch.addcmul(normal, torch.sigmoid(torch.addcmul(self.offset, size, self.slope)), r.detach()[rows])
+
+    def _look(self, pre: Tensor, normal: Tensor, r: Tensor, rows: Tensor) -> None:
+        """The pathway's own term, and the variance at each position for `after`; pre and normal [N, F] are constants."""
+        count = sum_by(rows, pre.new_ones(len(pre)), self.positions)
+        self._variances = sum_by(rows, pre.var(1, correction=0), self.positions), count
+        deviation = sum_by(rows, normal, self.positions) / count.clamp_min(1)[:, None] - normal.mean(0)
+        of_position = (r - deviation).square().sum(1) + self.settings.regulariser * r.square().sum(1)
+        self._term = self.cfg.d_in / self.cfg.d_sae * (count * of_position).sum() / len(pre)
+
+    def penalty(self, seen: Seen) -> Tensor | None:
+        term, self._term = self._term, None
+        return term
+
+    def after(self, seen: Seen) -> None:
+        if self._variances is not None:
+            self.variance.follow(*self._variances)

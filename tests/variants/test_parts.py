@@ -14,6 +14,7 @@ KINDS = sorted(registry._PARTS)
 NEEDED: dict[str, dict] = {
     "l1_before_mask": {"sae": {"mask": {"kind": "gaussian"}}},
     "range_encoders": {"sae": {"mask": {"kind": "ranges"}}},
+    "specialised_weights": {"sae": {"mask": {"kind": "soft"}}},
 }
 ACTIVATIONS = ("relu", "topk", "batchtopk")
 

@@ -1,0 +1,74 @@
+"""Terms that draw codes together or push them apart."""
+
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ..engine.config import SAEConfig
+from ..engine.parts import Part, PartSettings, Seen, part
+
+
+def pairs_by_position(pos: Tensor, size: int, n_positions: int, generator: torch.Generator) -> Tensor:
+    """Indices of at most `size` tokens of pos [N], two at each of as many positions as that gives, drawn at random; where
+    there are fewer positions, two more at each, and so on. Does not wait for the device."""
+    N = len(pos)
+    mixed = torch.randperm(N, generator=generator).to(pos.device)
+    turn = torch.randperm(n_positions, generator=generator).to(pos.device)
+    mixed = mixed[pos[mixed].argsort(stable=True)]  # by position, at random within it
+    at = pos[mixed].contiguous()
+    nth = torch.arange(N, device=pos.device) - torch.searchsorted(at, at)  # of those at its position
+    return mixed[(nth // 2 * n_positions + turn[at]).argsort(stable=True)[:size]]
+
+
+def info_nce(f: Tensor, label: Tensor, temperature: float) -> Tensor:
+    """Mean over anchors i that have another of their label of
+
+        -ln(sum_{k != i, label_k = label_i} exp(z_i z_k / temperature) / sum_{k != i} exp(z_i z_k / temperature))
+
+    with z = f / |f|, f [M, F] and label [M]; 0 if there is none.
+    """
+    z = F.normalize(f, dim=1)
+    own = torch.eye(len(f), dtype=torch.bool, device=f.device)
+    absent = torch.finfo(z.dtype).min  # in place of -inf, which has no gradient where nothing else is there
+    similar = (z @ z.T / temperature).masked_fill(own, absent)
+    positive = (label[:, None] == label) & ~own
+    is_anchor = positive.any(1)
+    of_anchor = similar.logsumexp(1) - similar.masked_fill(~positive, absent).logsumexp(1)
+    return torch.where(is_anchor, of_anchor, 0).sum() / is_anchor.sum().clamp_min(1)
+
+
+@part("position_contrast")
+class PositionContrast(Part):
+    """Codes of tokens at the same position attract, those of other positions repel (run A8).
+
+        penalty = coefficient * D * info_nce(f[sample], pos[sample], temperature)
+
+    The sample is of at most `sample` tokens, in pairs of one position, so that anchors have positives. Decided: D brings
+    nats to the units of a squared error; `coefficient` 0.01 of it leaves reconstruction the larger term.
+    """
+
+    reads = frozenset({"f"})
+
+    class Settings(PartSettings):
+        coefficient: Annotated[float, Field(ge=0)] = 0.01
+        temperature: Annotated[float, Field(gt=0)] = 0.1
+        sample: Annotated[int, Field(ge=4)] = 256
+
+    contrast: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.register_buffer("contrast", torch.zeros(()))
+
+    def penalty(self, seen: Seen) -> Tensor | None:
+        assert seen.f is not None
+        chosen = pairs_by_position(seen.pos, self.settings.sample, seen.n_positions, seen.generator())
+        found = info_nce(seen.f[chosen], seen.pos[chosen], self.settings.temperature)
+        self.contrast.copy_(found.detach())
+        return self.settings.coefficient * self.cfg.d_in * found
+
+    def report(self) -> dict[str, Any]:
+        return {"info_nce": float(self.contrast)}

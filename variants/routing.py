@@ -1,0 +1,133 @@
+"""What lets groups of latents through: attention over the groups, and a mix of global and position latents."""
+
+import math
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..engine.config import Count, SAEConfig, Share
+from ..engine.parts import Part, PartSettings, Seen, part
+from ..kernels.numerics import sum_by
+from .running import PositionMean
+
+LEAST_SHARE = 0.01  # of an equal share: a group without gradients keeps ln(0.01) * guidance = -2.3 at guidance 0.5
+
+
+@part("attention_router")
+class AttentionRouter(Part):
+    """Attention from tokens to groups of latents lets the groups through (runs A6, A7).
+
+        q   = x W_q + P[pos]                         W_q [D, d_k], P [T, d_k]
+        r   = softmax(q k^T / sqrt(d_k) + guidance * ln(G s[pos]) - 8 prior * distance[pos]^2)     k [G, d_k]
+        f_j = acts_j * G r_g(j)
+
+    G groups of F / G latents in a row; routing that is uniform changes nothing, and zeros stay zeros. r starts nearly so.
+    s [T, G] is each group's share of sum |f dL/df| at a position, a running mean, never below 1% of an equal share: routing
+    favours the group with the larger gradient share (gradient-guided specialization). `prior` is a fixed preference for
+    the groups near a position: group g is centred at its place in the context, `prior` 1 is a Gaussian of sigma T / 4. The
+    first `free` of the groups have none.
+
+    Decided: x as it is, since the router has a position embedding of its own, added to the query as wide as that;
+    `guidance` below 1, since shares grow with the gates that they open; G = 8, d_k = 64.
+    """
+
+    class Settings(PartSettings):
+        groups: Count = 8
+        width: Count = 64
+        guidance: Annotated[float, Field(ge=0, lt=1)] = 0.5
+        prior: Annotated[float, Field(ge=0)] = 0.0
+        free: Share = 0.0
+        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+
+    distance: Tensor
+    entropy: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        G, d_k = settings.groups, settings.width
+        self.W_q = nn.Parameter(torch.randn(sae.d_in, d_k, generator=generator) / math.sqrt(sae.d_in))
+        self.embedding = nn.Parameter(torch.randn(positions, d_k, generator=generator))
+        self.keys = nn.Parameter(0.1 * torch.randn(G, d_k, generator=generator))
+        self.share = PositionMean(positions, G, start=1 / G, decay=settings.decay)
+        n_free = round(settings.free * G)
+        place = (torch.arange(positions) + 0.5) / positions
+        centre = (torch.arange(G - n_free) + 0.5) / max(1, G - n_free)
+        distance = torch.cat([torch.zeros(positions, n_free), place[:, None] - centre], 1)
+        self.register_buffer("distance", distance)
+        self.register_buffer("entropy", torch.zeros(()))
+        self._gradients: Tensor | None = None
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        if sae.d_sae % settings.groups:
+            raise ValueError(f"parts.groups: {settings.groups} is not allowed; it must divide d_sae ({sae.d_sae})")
+
+    def routes(self, x: Tensor, rows: Tensor) -> Tensor:
+        """r [N, G]"""
+        q = x.to(self.W_q.dtype) @ self.W_q + self.embedding[rows]
+        G, settings = len(self.keys), self.settings
+        known = settings.guidance * (G * self.share.mean).clamp_min(LEAST_SHARE).log()
+        known = known - 8 * settings.prior * self.distance.square()
+        return torch.softmax(q @ self.keys.T / math.sqrt(settings.width) + known[rows], 1)
+
+    def acts(self, acts: Tensor, seen: Seen) -> Tensor:
+        rows = seen.sae.mask.rows(seen.pos)
+        r, G = self.routes(seen.x, rows), len(self.keys)
+        routed = (acts.unflatten(1, (G, -1)) * (G * r)[:, :, None]).flatten(1)
+        if seen.training and routed.requires_grad:
+            self.entropy.copy_(-torch.special.xlogy(r, r).sum(1).mean().detach())
+            values = routed.detach()
+
+            def look(gradient: Tensor) -> None:
+                of_token = (values * gradient).abs_().unflatten(1, (G, -1)).sum(2)
+                self._gradients = sum_by(rows, of_token, self.positions)
+
+            routed.register_hook(look)
+        return routed
+
+    def after(self, seen: Seen) -> None:
+        gradients, self._gradients = self._gradients, None
+        if gradients is not None:
+            self.share.follow(gradients, gradients.sum(1))
+
+    def report(self) -> dict[str, Any]:
+        return {"entropy": float(self.entropy)}
+
+
+@part("global_position")
+class GlobalPosition(Part):
+    """The first F // 2 latents are global, the others position latents, mixed by a gate of each position (run A7).
+
+        global:   f_j = acts_j * 2 g[pos]                             g = sigmoid(logits [T]), 1/2 to begin with
+        position: f_j = acts_j * 2 (1 - g[pos]) * ramp(progress)
+
+    ramp is 0 up to `start` of the run, so that global latents come first, and rises linearly to 1 at `full`. Decided: a
+    quarter of the run without position latents, and all of them from its half on.
+    """
+
+    class Settings(PartSettings):
+        start: Share = 0.25
+        full: Share = 0.5
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.logits = nn.Parameter(torch.zeros(positions))
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        if settings.full <= settings.start:
+            raise ValueError(f"parts.full: {settings.full} is not allowed; it must be above start ({settings.start})")
+        if sae.d_sae < 2:
+            raise ValueError("d_sae: 1 is not allowed with global_position; it must be at least 2")
+
+    def acts(self, acts: Tensor, seen: Seen) -> Tensor:
+        start, full = self.settings.start, self.settings.full
+        ramp = min(1.0, max(0.0, (seen.progress - start) / (full - start)))
+        g = torch.sigmoid(self.logits)[seen.sae.mask.rows(seen.pos)][:, None]
+        n_global = self.cfg.d_sae // 2
+        return torch.cat([acts[:, :n_global] * (2 * g), acts[:, n_global:] * (2 * ramp * (1 - g))], 1)
+
+    def report(self) -> dict[str, Any]:
+        return {"global": float(torch.sigmoid(self.logits.detach()).mean())}
