@@ -131,7 +131,7 @@ class ComposedAutoencoder(SparseAutoencoder):
             sums = position_loss(seen.residual, f, pos, n_positions)
             fired, least = (f.detach() > 0).any(0), None
         else:
-            seen.f = code.to_dense() if f is not None else None
+            seen.code, seen.f = code, code.to_dense() if f is not None else None
             error, seen.residual = reconstruct(code, self.W_dec, self.b_dec, target)
             sums = position_loss(error, code, pos, n_positions)
             fired = has_fired(code)
@@ -231,6 +231,7 @@ class ComposedAutoencoder(SparseAutoencoder):
             of_error, of_l1 = part.weigh(seen)
             by_error = of_error if by_error is None else by_error if of_error is None else by_error * of_error
             by_l1 = of_l1 if by_l1 is None else by_l1 if of_l1 is None else by_l1 * of_l1
+        seen.weights = by_error
         error = seen.squared_error if by_error is None else seen.squared_error * by_error
         if self.cfg.activation != "relu":
             return error.sum()

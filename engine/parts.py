@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels.code import SparseCode
 from .config import Config, SAEConfig
 from .errors import UserError, near
 
@@ -99,9 +100,10 @@ class Seen:
     x [N, D], pos int64 [N] in [0, n_positions); `target` [N, d_out], x itself unless it is a transcoder; `progress`: where
     in the run this is, from 0 to 1; 1 outside of training. `row` [N] of the text, `attribute` int64 [N] (0 or 1, see
     `ActivationStream.attribute`) and `second` [N, D], the activations at `stream.second`, are there in training for parts
-    that read them. Filled in on the way: `acts` [N, F] before the mask, `f` [N, F] as it is decoded, `residual` [N, d_out] =
-    target - x_hat, `squared_error` and `l1` [n_positions], sums as in `kernels.loss`. A part may set `penalised` [N, F], the
-    activations whose L1 counts in place of f's.
+    that read them. Filled in on the way: `acts` [N, F] before the mask, `f` [N, F] as it is decoded, with topk and batchtopk
+    the same as a `code`, `residual` [N, d_out] = target - x_hat, `squared_error` and `l1` [n_positions], sums as in
+    `kernels.loss`, and `weights` [n_positions], those on the squared error, if there are any. A part may set `penalised`
+    [N, F], the activations whose L1 counts in place of f's.
     """
 
     sae: "ComposedAutoencoder"
@@ -118,12 +120,14 @@ class Seen:
     second: Tensor | None = None
     acts: Tensor | None = None
     f: Tensor | None = None
+    code: SparseCode | None = None
     penalised: Tensor | None = None
     residual: Tensor | None = None
     squared_error: Tensor | None = None
     l1: Tensor | None = None
     l0: Tensor | None = None
     count: Tensor | None = None
+    weights: Tensor | None = None
     drawn: int = field(default=0, repr=False)
 
     @cached_property

@@ -1,6 +1,7 @@
 """Every mechanism that we have, by its name in settings: importing this makes them known to the engine."""
 
 from . import (
+    adversary,
     competition,
     contrast,
     decoder_penalties,
@@ -8,13 +9,16 @@ from . import (
     norms,
     ranges,
     routing,
+    similarity,
     sparsity,
     specialised,
     temporal,
+    tracking,
     weights,
 )
 
 __all__ = [
+    "adversary",
     "competition",
     "contrast",
     "decoder_penalties",
@@ -22,8 +26,10 @@ __all__ = [
     "norms",
     "ranges",
     "routing",
+    "similarity",
     "sparsity",
     "specialised",
     "temporal",
+    "tracking",
     "weights",
 ]

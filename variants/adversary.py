@@ -1,0 +1,240 @@
+"""Dictionaries that are not to be about a spurious attribute: a probe to play against, and penalties on decoder rows chosen
+by attribution or by how they go with the attribute."""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from ..engine.config import SAEConfig
+from ..engine.parts import Part, PartSettings, Seen, part
+from ..kernels.numerics import sum_by
+from .similarity import some
+from .tracking import Average
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def of_classes(attribute: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Which tokens have the attribute 0, and which 1 [2, N], as shares of their class, and whether there are any [2]; zeros
+    for a class without."""
+    member = torch.stack([attribute == 0, attribute == 1]).to(dtype)
+    count = member.sum(1, keepdim=True)
+    return member / count.clamp_min(1), count.flatten() > 0
+
+
+@part("adversary")
+class Adversary(Part):
+    """A probe learns to tell the attribute y from the codes, the dictionary to have codes across its direction (E2, E3).
+
+        probe        logit_n = stop_gradient(f_n) . w + b       w [F], b; binary cross-entropy, both classes counting alike
+        dictionary   lambda * D * mean_n |cos(f_n, stop_gradient(w))|
+                     lambda = strength * max(A - 0.5, 0.1)
+
+    Both are terms of the loss, and neither's gradient reaches the other's parameters. A is the moving average of the probe's
+    accuracy on batches before it learns from them, the mean over both classes, so that 0.5 is chance whatever their sizes;
+    batches with one class alone leave it. f . w = 0 for every token leaves the probe nothing to tell classes by. The logs
+    don't say what the cosine is taken of, how the probe learns (here: by the dictionary's optimiser, `pace` times as fast),
+    nor the decay of A.
+    """
+
+    class Settings(PartSettings):
+        strength: Annotated[float, Field(ge=0)] = 0.1
+        decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
+        pace: Annotated[float, Field(gt=0)] = 10.0
+
+    reads = frozenset({"attribute", "f"})
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.direction, self.bias = nn.Parameter(torch.zeros(sae.d_sae)), nn.Parameter(torch.zeros(()))
+        self.paces = {"direction": settings.pace, "bias": settings.pace}
+        self.accuracy = Average(settings.decay, start=0.5)
+        self.cosine = Average(settings.decay)
+        self._now: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def pressure(self) -> Tensor:
+        """lambda"""
+        return self.settings.strength * (self.accuracy.value - 0.5).clamp_min(0.1)
+
+    def penalty(self, seen: Seen) -> Tensor:
+        assert seen.attribute is not None
+        assert seen.f is not None
+        f = seen.f.to(self.direction.dtype)
+        share, there = of_classes(seen.attribute, f.dtype)
+        logit = f.detach() @ self.direction + self.bias
+        sign = 1 - 2 * (seen.attribute == 1).to(f.dtype)
+        entropy = (share * softplus(sign * logit)).sum() / 2
+        with torch.no_grad():
+            right = ((logit > 0) == (seen.attribute == 1)).to(f.dtype)
+            accuracy = (share @ right).mean()
+            w = self.direction / self.direction.norm().clamp_min(TINY)
+        cosine = ((f @ w).abs() / f.square().sum(1).clamp_min(TINY).sqrt()).mean()
+        self._now = accuracy, there.all(), cosine.detach()
+        return self.pressure * seen.x.shape[1] * cosine + entropy
+
+    def after(self, seen: Seen) -> None:
+        if self._now is not None:
+            accuracy, has_both, cosine = self._now
+            self.accuracy.add(accuracy, has_both)
+            self.cosine.add(cosine)
+            self._now = None
+
+    def report(self) -> dict[str, Any]:
+        """`cosine`: the mean of its magnitude."""
+        values = torch.stack([self.accuracy.value, self.pressure, self.cosine.value]).tolist()
+        return dict(zip(("accuracy", "lambda", "cosine"), values, strict=True))
+
+
+@part("selective_orthogonality")
+class SelectiveOrthogonality(Part):
+    """Decoder rows of the latents that the loss depends on most are made orthogonal (runs E2 and E3).
+
+    Attribution of latent j is the moving average of sum_n |f_nj dL/df_nj|, L being the whole loss. Of the latents above its
+    `percentile` at the moment, at most `sample` drawn at random, with c_ij the cosines of their decoder rows:
+
+        penalty = coefficient * D * mean_i sum_{j != i} c_ij^2
+
+    If each of them had a twin among those drawn, that would be coefficient * D. Latents without any attribution never count.
+    The logs give the percentile, neither the penalty's weight nor the decay of the attribution.
+    """
+
+    class Settings(PartSettings):
+        coefficient: Annotated[float, Field(ge=0)] = 0.1
+        percentile: Annotated[float, Field(ge=0, lt=100)] = 85.0
+        decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
+        sample: Annotated[int, Field(ge=2)] = 512
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.attribution = Average(settings.decay, sae.d_sae)
+        self.cosine = Average(settings.decay)  # mean square among those drawn
+        self._now: Tensor | None = None
+        self._cosine: Tensor | None = None
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        if sae.d_sae - int(sae.d_sae * settings.percentile / 100) < 2:
+            raise ValueError(
+                f"percentile: {settings.percentile:g} is not allowed; of {sae.d_sae} latents it leaves fewer than 2"
+            )
+
+    def penalty(self, seen: Seen) -> Tensor:
+        self._watch(seen)
+        F, D = seen.sae.W_dec.shape
+        above = self.attribution.value.topk(F - int(F * self.settings.percentile / 100)).indices
+        chosen = above[some(len(above), self.settings.sample, seen)]
+        rows, counts = seen.sae.W_dec[chosen], (self.attribution.value[chosen] > 0).float()
+        apart = counts[:, None] * counts - torch.diag(counts)
+        squares = ((rows @ rows.T).square() * apart).sum()
+        self._cosine = squares.detach() / apart.sum().clamp_min(1)
+        return self.settings.coefficient * D / len(chosen) * squares
+
+    def _watch(self, seen: Seen) -> None:
+        """Look at the gradient of the codes when it comes by."""
+        code, F = seen.code, seen.sae.cfg.d_sae
+        of = seen.f if code is None else code.values
+        assert of is not None
+        if not of.requires_grad:
+            return
+        value = of.detach()  # the graph holds the hook, so the hook must not hold the graph
+        code = None if code is None else code.with_values(value)
+
+        def see(gradient: Tensor) -> None:
+            share = (value.float() * gradient.detach().float()).abs()
+            if code is not None:
+                self._now = sum_by(code.live(code.indices).flatten().long(), code.live(share).flatten(), F)
+            else:
+                self._now = share.sum(0)
+
+        of.register_hook(see)
+
+    def after(self, seen: Seen) -> None:
+        if self._now is not None:
+            self.attribution.add(self._now)
+            self._now = None
+        if self._cosine is not None:
+            self.cosine.add(self._cosine)
+            self._cosine = None
+
+    def report(self) -> dict[str, Any]:
+        """`share`: that of all attribution which the latents above the percentile have; `cosine`: mean square among them."""
+        found, F = self.attribution.value, len(self.attribution.value)
+        above = found.topk(F - int(F * self.settings.percentile / 100)).values
+        return {"share": float(above.sum() / found.sum().clamp_min(TINY)), "cosine": float(self.cosine.value)}
+
+
+@part("spurious_contrast")
+class SpuriousContrast(Part):
+    """Decoder rows of latents that go with the attribute are pushed away from the others' (run E3).
+
+        score_j = |E[f_j | y = 1] - E[f_j | y = 0]| / std f_j
+
+    by moving averages over steps, both classes alike. The `share` of latents with the largest score are the spurious
+    ones S, the others O. With at most `sample` of each drawn at random, c_ij the cosine of their decoder rows and
+    m = 2 / sqrt(D), two standard deviations of that of random directions:
+
+        penalty = coefficient * D * |O| * mean_{i in S, j in O} relu(|c_ij| - m)^2
+
+    |O| times the mean over pairs is what a spurious row has with all others together. Random directions cost about
+    coefficient * 0.012 |O|. The logs say that spuriously correlated features are separated by a contrastive loss, no more.
+    """
+
+    class Settings(PartSettings):
+        coefficient: Annotated[float, Field(ge=0)] = 0.3
+        share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+        sample: Annotated[int, Field(ge=1)] = 512
+
+    reads = frozenset({"attribute", "f"})
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.spurious = max(1, int(settings.share * sae.d_sae))
+        self.mean, self.square = (Average(settings.decay, 2, sae.d_sae) for _ in range(2))  # of f and f^2, by class
+        self.alike = Average(settings.decay)  # mean square of the cosines
+        self._now: Tensor | None = None
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        if sae.d_sae < 2:
+            raise ValueError(f"d_sae: {sae.d_sae} is not allowed with spurious_contrast; it parts at least 2 latents")
+
+    @property
+    def score(self) -> Tensor:
+        """[F]; zero until both classes were seen."""
+        zero, one = self.mean.value
+        variance = self.square.value.mean(0) - self.mean.value.mean(0).square()
+        found = (one - zero).abs() / variance.clamp_min(0).sqrt().clamp_min(TINY)
+        return torch.where(self.mean.known.all(0) & (variance > 0), found, 0.0)
+
+    def penalty(self, seen: Seen) -> Tensor:
+        D, score = seen.sae.W_dec.shape[1], self.score
+        order = score.argsort(descending=True, stable=True)
+        inside, outside = order[: self.spurious], order[self.spurious :]
+        n_others = len(outside)
+        inside, outside = (group[some(len(group), self.settings.sample, seen)] for group in (inside, outside))
+        cosine = seen.sae.W_dec[inside] @ seen.sae.W_dec[outside].T
+        counts = (score[inside] > 0).float()[:, None]
+        self._now = (cosine.detach().square() * counts).sum() / (counts.sum() * len(outside)).clamp_min(1)
+        excess = (cosine.abs() - 2 / D**0.5).clamp_min(0).square() * counts
+        return self.settings.coefficient * D * n_others * excess.mean()
+
+    def after(self, seen: Seen) -> None:
+        assert seen.attribute is not None
+        assert seen.f is not None
+        f = seen.f.detach().to(self.mean.value.dtype)
+        share, there = of_classes(seen.attribute, f.dtype)
+        self.mean.add(share @ f, there[:, None])
+        self.square.add(share @ f.square(), there[:, None])
+        if self._now is not None:
+            self.alike.add(self._now)
+            self._now = None
+
+    def report(self) -> dict[str, Any]:
+        """`score`: mean over the spurious latents; `cosine`: mean square between them and the others."""
+        found = self.score.topk(self.spurious).values.mean()
+        return {"score": float(found), "cosine": float(self.alike.value)}

@@ -1,0 +1,99 @@
+"""What is followed from step to step: moving averages, and how losses, masks and weights differ by position."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.config import SAEConfig
+from ..engine.parts import Part, Seen, part
+from ..engine.sae import SparseAutoencoder
+from ..kernels.masks import weights_at
+
+
+class Average(nn.Module):
+    """Exponential moving average of values of some shape, each of which begins as the first that is seen of it; `start`
+    until then.
+
+    value <- decay * value + (1 - decay) * new, where there is a new one
+    """
+
+    value: Tensor
+    known: Tensor
+
+    def __init__(self, decay: float, *shape: int, start: float = 0.0):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("value", torch.full(shape, start))
+        self.register_buffer("known", torch.zeros(shape, dtype=torch.bool))
+
+    @torch.no_grad()
+    def add(self, new: Tensor, where: Tensor | None = None) -> None:
+        """Take in `new`; only `where` that is true, if given. Never waits for the device."""
+        found = torch.where(self.known, self.decay * self.value + (1 - self.decay) * new, new)
+        if where is None:
+            self.value.copy_(found)
+            self.known.fill_(True)
+        else:
+            self.value.copy_(torch.where(where, found, self.value))
+            self.known.logical_or_(where)
+
+
+@part("position_tracker")
+class PositionTracker(Part):
+    """Follows the squared error by position, and changes nothing (runs C2 to C9).
+
+    Of every step: mean, max and min over positions of the mean squared error of a token there, positions without tokens
+    apart. With each report also, by position, the mean mask weight over latents and the weight that the loss has; and the
+    sharpness of the mask, the mean of |2 m - 1| over positions and latents m: 0 for a mask of 1/2, 1 for a hard one. The
+    squared error of each position is among the metrics already (`train.log_positions`).
+    """
+
+    lines: Tensor
+    weights: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.register_buffer("lines", torch.zeros(0, 3))  # a step each, since the last report
+        self.register_buffer("weights", torch.ones(positions))  # [n_positions] from the first step on
+
+    def initialise(self, sae: SparseAutoencoder, generator: torch.Generator) -> None:
+        self._mask = (sae.mask,)  # in a tuple, so that it does not count as a module of this part
+
+    def after(self, seen: Seen) -> None:
+        assert seen.squared_error is not None
+        assert seen.count is not None
+        of_position = seen.squared_error.detach() / seen.count
+        there, nowhere = seen.count > 0, torch.zeros_like(of_position)
+        mean = torch.where(there, of_position, nowhere).sum() / there.sum()
+        most = torch.where(there, of_position, -torch.inf).amax()
+        least = torch.where(there, of_position, torch.inf).amin()
+        self.lines = torch.cat([self.lines, torch.stack([mean, most, least]).to(self.lines)[None]])
+        weights = torch.ones_like(of_position) if seen.weights is None else seen.weights.detach()
+        self.weights = weights.to(self.lines.dtype).clone()
+
+    @torch.no_grad()
+    def report(self) -> dict[str, Any]:
+        mean, most, least = (_numbers(column) for column in self.lines.T)
+        found: dict[str, Any] = {"loss_mean": mean, "loss_max": most, "loss_min": least}
+        self.lines = self.lines[:0].clone()
+        (mask,) = self._mask
+        m = mask.weights()
+        if m is not None:
+            everywhere = torch.arange(len(self.weights), device=self.weights.device)
+            m = weights_at(m, mask.rows(everywhere)).float()
+            found["mask"] = _numbers(m.mean(1))
+            found["mask_sharpness"] = float((2 * m - 1).abs().mean())
+        return {**found, "weights": _numbers(self.weights)}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        for name in ("lines", "weights"):  # whose lengths follow the run
+            if prefix + name in state_dict:
+                setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    """Six digits; None for what is not finite, which JSON does not have."""
+    finite = values.isfinite().tolist()
+    return [float(f"{value:.6g}") if is_one else None for value, is_one in zip(values.tolist(), finite, strict=True)]
