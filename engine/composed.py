@@ -44,10 +44,10 @@ class ComposedAutoencoder(SparseAutoencoder):
         self.register_buffer("progress", torch.ones(()))
         self.step_of = 0, seed
         self._last: Seen | None = None
-        for part in self._parts():
+        for part in self.parts_in():
             part.initialise(self, generator)
 
-    def _parts(self, hook: str | None = None) -> list[Part]:
+    def parts_in(self, hook: str | None = None) -> list[Part]:
         """All, or those that have something to do in `hook`."""
         found = [part for part in self.parts if isinstance(part, Part)]
         return [part for part in found if hook is None or part.does(hook)]
@@ -55,18 +55,18 @@ class ComposedAutoencoder(SparseAutoencoder):
     @property
     def is_dense(self) -> bool:
         """Whether a part needs all activations, so that nothing is selected beforehand."""
-        inside = any(self._parts(hook) for hook in ("pre", "acts", "latents"))
-        return inside or any("f" in part.reads for part in self._parts())
+        inside = any(self.parts_in(hook) for hook in ("pre", "acts", "latents"))
+        return inside or any("f" in part.reads for part in self.parts_in())
 
     @property
     def looks_along_rows(self) -> bool:
         places = ("input", "pre", "acts", "latents")
-        return any("rows" in part.reads and any(part.does(place) for place in places) for part in self._parts())
+        return any("rows" in part.reads and any(part.does(place) for place in places) for part in self.parts_in())
 
     @property
     def paces(self) -> dict[str, float]:
         named = (
-            {f"parts.{i}.{name}": pace for name, pace in part.paces.items()} for i, part in enumerate(self._parts())
+            {f"parts.{i}.{name}": pace for name, pace in part.paces.items()} for i, part in enumerate(self.parts_in())
         )
         return dict(chain.from_iterable(one.items() for one in named))
 
@@ -138,7 +138,7 @@ class ComposedAutoencoder(SparseAutoencoder):
             least = least_kept(code)[0] if self.cfg.activation == "batchtopk" else None
         seen.count, seen.squared_error, seen.l1, seen.l0 = sums
         loss = self._weighted(seen) / len(x)
-        for part in self._parts("penalty"):
+        for part in self.parts_in("penalty"):
             term = part.penalty(seen)
             loss = loss if term is None else loss + term
         aux_loss = None
@@ -154,17 +154,17 @@ class ComposedAutoencoder(SparseAutoencoder):
         """Let the parts look at the step just taken."""
         seen, self._last = self._last, None
         if seen is not None:
-            for part in self._parts("after"):
+            for part in self.parts_in("after"):
                 part.after(seen)
 
     def part_reports(self) -> dict[str, dict[str, object]]:
-        found = {part.kind: part.report() for part in self._parts("report")}
+        found = {part.kind: part.report() for part in self.parts_in("report")}
         return {kind: line for kind, line in found.items() if line}
 
     def _seen(self, x: Tensor, pos: Tensor | None) -> Seen:
         if pos is None:
             raise UserError(
-                f"pos: needed, because this dictionary has parts ({', '.join(part.kind for part in self._parts())})"
+                f"pos: needed, because this dictionary has parts ({', '.join(part.kind for part in self.parts_in())})"
             )
         x = x.reshape(-1, x.shape[-1])
         return Seen(
@@ -173,14 +173,14 @@ class ComposedAutoencoder(SparseAutoencoder):
 
     def _inputs(self, seen: Seen) -> tuple[Tensor, Tensor | None, Mask | None]:
         x = seen.x
-        for part in self._parts("input"):
+        for part in self.parts_in("input"):
             x = part.input(x.float(), seen).to(x.dtype)
         return super().inputs(x / self.unit.to(x.dtype), seen.pos)
 
     def _latents(self, seen: Seen) -> Tensor:
         """[N, F] after the mask, in units of training."""
         x, rows, weights = self._inputs(seen)
-        inside = self._parts("pre")
+        inside = self.parts_in("pre")
         if inside:
             centred = x if self.center is None else x - self.center.to(x.dtype)
             pre = torch.addmm(self.b_enc.to(x.dtype), centred, self.W_enc.to(x.dtype)).float() * self.unit
@@ -188,16 +188,16 @@ class ComposedAutoencoder(SparseAutoencoder):
                 pre = part.pre(pre, seen)
             f = torch.relu(pre)
         else:
-            early = weights if not self._parts("acts") else None
+            early = weights if not self.parts_in("acts") else None
             f = encode_dense(x, self.W_enc, self.b_enc, self.center, early, rows if early is not None else None)
             f = f.float() * self.unit
             weights = None if early is not None else weights
-        for part in self._parts("acts"):
+        for part in self.parts_in("acts"):
             f = part.acts(f, seen)
         seen.acts = f
         if weights is not None and rows is not None:
             f = f * weights_at(weights, rows)
-        for part in self._parts("latents"):
+        for part in self.parts_in("latents"):
             f = part.latents(f, seen)
         return f
 
@@ -227,7 +227,7 @@ class ComposedAutoencoder(SparseAutoencoder):
         assert seen.squared_error is not None
         assert seen.l1 is not None
         by_error, by_l1 = None, None
-        for part in self._parts("weigh"):
+        for part in self.parts_in("weigh"):
             of_error, of_l1 = part.weigh(seen)
             by_error = of_error if by_error is None else by_error if of_error is None else by_error * of_error
             by_l1 = of_l1 if by_l1 is None else by_l1 if of_l1 is None else by_l1 * of_l1

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.code import SparseCode
+from ..kernels.numerics import sum_by
 from .config import Config, SAEConfig
 from .errors import UserError, near
 
@@ -136,6 +137,15 @@ class Seen:
         if self.row is None:
             return Rows.of(self.pos)
         return Rows(torch.cat([self.row.new_zeros(1), (self.row.diff() != 0).long()]).cumsum(0), self.pos)
+
+    @torch.no_grad()
+    def summed(self, weight: Tensor) -> Tensor:
+        """sum_j f_nj weight_j [N], float32, for weight [F]; of a code where there is nothing [N, F]."""
+        if self.f is not None:
+            return self.f.float() @ weight.float()
+        assert self.code is not None
+        entries = self.code.live(self.code.values.float() * weight[self.code.live(self.code.indices)])
+        return sum_by(self.code.rows.flatten(), entries.flatten(), self.code.n_tokens)
 
     def generator(self) -> torch.Generator:
         """Random numbers on the CPU, others each time, that follow from the run's seed and the step."""

@@ -26,6 +26,9 @@ class L1BeforeMask(Part):
                 "mask.kind: none is not allowed with l1_before_mask; L1 counts what a mask has not yet cut"
             )
 
+    def does(self, hook: str) -> bool:
+        return super().does(hook) and (hook != "acts" or self.cfg.activation == "relu")
+
     def acts(self, acts: Tensor, seen: Seen) -> Tensor:
         seen.penalised = acts
         return acts

@@ -40,8 +40,6 @@ class SpecialisedWeights(Part):
     theirs. What counts is a share relative to other positions': s itself stays small as long as soft masks are nearly flat.
     """
 
-    reads = frozenset({"f"})
-
     class Settings(PartSettings):
         beta: Share = 0.5
         decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -62,10 +60,10 @@ class SpecialisedWeights(Part):
         return weights[seen.sae.mask.rows(torch.arange(seen.n_positions, device=seen.pos.device))], None
 
     def after(self, seen: Seen) -> None:
-        assert seen.f is not None
-        total = seen.f.detach().sum(1)
+        of_each = specialization(seen.sae)
+        total = seen.summed(torch.ones_like(of_each))
         is_active = total > 0
-        share = torch.where(is_active, seen.f.detach() @ specialization(seen.sae) / total, 0)
+        share = torch.where(is_active, seen.summed(of_each) / total, 0)
         rows = seen.sae.mask.rows(seen.pos)
         self.share.follow(sum_by(rows, share, self.positions), sum_by(rows, is_active.to(share.dtype), self.positions))
 

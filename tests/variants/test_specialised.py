@@ -57,7 +57,8 @@ def test_weights_follow_the_mean_share_of_specialised_latents(activation, made, 
     for step in range(3):
         batch = rows(step)[: 30 - step]  # the first rows: not as many tokens at all positions
         objective(sae, batch)
-        f = sae._last.f.detach().double()
+        seen = sae._last
+        f = (seen.code.to_dense() if seen.f is None else seen.f).detach().double()
         sae.after()
         for p in range(T):
             here = [row for row in f[batch.pos == p].tolist() if sum(row) > 0]
