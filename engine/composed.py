@@ -94,6 +94,12 @@ class ComposedAutoencoder(SparseAutoencoder):
             return select_topk(f, min(self.k, self.cfg.d_sae))
         return select_threshold(f, 0.0 if self.cfg.activation == "relu" else self.threshold.expand(self.cfg.d_sae))
 
+    def latents_of(self, x: Tensor, pos: Tensor) -> Tensor:
+        """f [N, F] of further activations, in the units of training; differentiable. Selected as in training: batchtopk
+        keeps the N k largest of these."""
+        f = self._latents(self._seen(x / self.unit.to(x.dtype), pos))
+        return f if self.cfg.activation == "relu" else self._selected(f).to_dense()
+
     def objective(
         self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None, target: Tensor | None = None,
         beside: Beside | None = None,

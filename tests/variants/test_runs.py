@@ -4,6 +4,8 @@ import pytest
 import torch
 from temposae.engine.config import SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
+from temposae.engine.parts import reads
+from temposae.engine.stream import ActivationStream, LanguageModel
 from temposae.engine.train import train
 from temposae.variants import BASELINES, RUNS, settings
 
@@ -14,7 +16,12 @@ def made(run: str, stream_of, **changes):
     """A short training of a documented run, with few latents."""
     given = settings(run)
     parts = {"log_every_steps": 10, "control": False, "batch": 512, "tokens": 20_480, "lr": 3e-3} | changes
-    stream = stream_of(**{key: value for key, value in given["stream"].items() if key != "context"})
+    own = {key: value for key, value in given["stream"].items() if key != "context"}
+    stream = stream_of(**own)
+    if "second" in reads(given["sae"]):
+        hooks = ("blocks.1.hook_resid_post", "blocks.0.hook_resid_post")
+        config = StreamConfig(buffer_tokens=4096, hook=hooks[0], second=hooks[1], **own)
+        stream = ActivationStream(config, model=LanguageModel("testbed", hooks=hooks, device="cpu"))
     sae = SAEConfig(**given["sae"] | {"d_in": 128, "d_sae": 256})
     return train(stream, sae, TrainConfig(**given["train"] | parts)), stream
 

@@ -1,0 +1,74 @@
+"""What a dictionary makes of another layer's activations."""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..engine.config import Count, SAEConfig
+from ..engine.parts import Part, PartSettings, Seen, find, part
+from .similarity import some
+
+TINY = 1e-12
+ON_THE_WAY = ("input", "pre", "acts", "latents")  # to the codes
+Weight = Annotated[float, Field(ge=0)]
+
+
+def to_units_of(x: Tensor, second: Tensor) -> Tensor:
+    """`second` [N, D], moved and scaled to the mean of x and to x's mean squared distance from it. Layers differ in both."""
+    mean, other = x.mean(0), second.mean(0)
+    spread, others = ((one - at).square().sum() for one, at in ((x, mean), (second, other)))
+    return mean + (second - other) * (spread / others.clamp_min(TINY)).sqrt()
+
+
+@part("cross_layer")
+class CrossLayer(Part):
+    """The same latents for the same token at two layers (E9; needs `stream.second`).
+
+        consistency  consistency D mean_n |f(x_n) - f(x'_n)|^2 / mean_n (|f(x_n)|^2 + |f(x'_n)|^2)
+        alignment    alignment D (1 - cos(G, G')),   G = sum_n f(x_n)^T (x_n - x_hat_n) [F, D],  G' of x' likewise
+
+    x' are the activations at the second hook, moved and scaled to x's mean and spread over the batch; f(x') comes from the
+    same encoder, mask, parts and selection. -2 G is the gradient of the squared error with respect to W_dec. It is never
+    formed: <G, G'> = sum_nm (f_n . f'_m)(r_n . r'_m), with r = x - x_hat, takes [n, n]. Over `tokens` tokens drawn from the
+    batch. Decided here: 0.1 is the weight of the consistency; its denominator, a constant, so that it is a share of what
+    there could be; the gradient with respect to W_dec; the weight of the alignment; that x' is brought to x's units.
+    """
+
+    reads = frozenset({"f", "second"})
+
+    class Settings(PartSettings):
+        consistency: Weight = 0.1
+        alignment: Weight = 0.01
+        tokens: Count = 256
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self._told: dict[str, Tensor] = {}
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        for other in (find(one["kind"]) for one in sae.parts):
+            if "rows" in other.reads and any(getattr(other, place) is not getattr(Part, place) for place in ON_THE_WAY):
+                raise ValueError(f"tokens: a sample of tokens can't be looked at along rows, as {other.kind} does")
+
+    def penalty(self, seen: Seen) -> Tensor:
+        assert seen.f is not None
+        assert seen.second is not None
+        sae, x = seen.sae, seen.x.to(seen.f.dtype)
+        drawn = some(len(x), self.settings.tokens, seen)
+        x, second = x[drawn], to_units_of(x, seen.second.to(x.dtype))[drawn]
+        f, f2 = seen.f[drawn], sae.latents_of(second.to(seen.x.dtype), seen.pos[drawn])
+        size = (f.square().sum() + f2.square().sum()).detach().clamp_min(TINY)
+        consistency = (f - f2).square().sum() / size
+        r, r2 = x - (f @ sae.W_dec + sae.b_dec), second - (f2 @ sae.W_dec + sae.b_dec)
+        both, own, others = (
+            (a @ b.T * (c @ d.T)).sum() for a, b, c, d in ((f, f2, r, r2), (f, f, r, r), (f2, f2, r2, r2))
+        )
+        cosine = both / (own.clamp_min(TINY) * others.clamp_min(TINY)).sqrt()
+        self._told = {"consistency": consistency.detach(), "cosine": cosine.detach()}
+        return self.cfg.d_in * (self.settings.consistency * consistency + self.settings.alignment * (1 - cosine))
+
+    def report(self) -> dict[str, Any]:
+        return {name: round(float(value), 6) for name, value in self._told.items()}

@@ -1,0 +1,224 @@
+"""What codes do along a row of text: attention before the encoder, and terms on how codes follow each other."""
+
+import math
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..engine.config import Count, SAEConfig
+from ..engine.parts import Part, PartSettings, Rows, Seen, part
+from .similarity import some
+
+Weight = Annotated[float, Field(ge=0)]
+TINY = 1e-6  # beside 1: variances are of codes that are 0 or of the order of 1
+
+
+def packed(rows: Rows) -> Rows:
+    """The same tokens with those of a row moved together to its beginning: columns without a token come last in it, so that
+    nothing that looks back sees one."""
+    number = rows.number
+    n_rows, length = rows.shape
+    first = torch.searchsorted(number, torch.arange(n_rows, device=number.device))
+    found = Rows(number, torch.arange(len(number), device=number.device) - first[number])
+    found.__dict__["shape"] = n_rows, length  # room enough, and the device need not be asked again
+    return found
+
+
+def follows(rows: Rows) -> Tensor:
+    """float [N - 1]: 1 where token n + 1 is at the next position of the same row as token n."""
+    return ((rows.number.diff() == 0) & (rows.pos.diff() == 1)).float()
+
+
+def mean_of(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean of those that are counted (1, others 0), 0 if none is."""
+    return (values * counted).sum() / counted.sum().clamp_min(1)
+
+
+@part("self_attention")
+class SelfAttention(Part):
+    """The encoder sees x after causal multi-head self-attention along the row, as a residual (E5).
+
+        x_t <- x_t + sum_{s <= t} softmax_s(q_t . k_s / sqrt(d)) v_s W_o          q, k, v = layer_norm(x) W_qkv, in each head
+
+    W_qkv [D, 3 H d], W_o [H d, D] with H = `heads` and H d about min(`width`, D), so that D = 2304 is affordable; W_o starts
+    at a hundredth of what keeps a norm. Tokens that were left out of a row are no keys. Decided here: all sizes; causal, so
+    that a code doesn't depend on what comes later; layer norm, because some tokens' norms are a hundred times others'; no
+    sign of position. What is reconstructed is x itself.
+    """
+
+    reads = frozenset({"rows"})
+
+    class Settings(PartSettings):
+        heads: Count = 4
+        width: Count = 256
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        width = settings.heads * (min(settings.width, sae.d_in) // settings.heads)
+        self.W_qkv = nn.Parameter(torch.randn(sae.d_in, 3 * width, generator=generator) / math.sqrt(sae.d_in))
+        self.W_o = nn.Parameter(0.01 * torch.randn(width, sae.d_in, generator=generator) / math.sqrt(width))
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        most = min(settings.width, sae.d_in)
+        if settings.heads > most:
+            raise ValueError(f"heads: {settings.heads} is not allowed; it must be at most width and d_in ({most})")
+
+    def input(self, x: Tensor, seen: Seen) -> Tensor:
+        rows = packed(seen.rows)
+        qkv = nn.functional.layer_norm(x, x.shape[1:]) @ self.W_qkv
+        heads = rows.spread(qkv).unflatten(2, (3, self.settings.heads, -1))  # [R, L, 3, H, d]
+        q, k, v = (one.transpose(1, 2) for one in heads.unbind(2))
+        found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + rows.gather(found.transpose(1, 2).flatten(2)) @ self.W_o
+
+
+class _Projected(Part):
+    """Looks at u = f P, P [F, h] fixed and random, N(0, 1 / h): |u| is about |f|."""
+
+    reads = frozenset({"rows", "f"})
+
+    class Settings(PartSettings):
+        weight: Weight = 0.01
+        width: Count = 64
+
+    projection: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        drawn = torch.randn(sae.d_sae, settings.width, generator=generator)
+        self.register_buffer("projection", drawn / math.sqrt(settings.width))
+        self._told: Tensor | None = None
+
+    def projected(self, seen: Seen) -> Tensor:
+        """u [N, h], scaled so that mean |u - mean u|^2 is 1: no term on it becomes small by making codes small."""
+        assert seen.f is not None
+        u = seen.f @ self.projection
+        return u / (u - u.mean(0)).square().sum(1).mean().clamp_min(TINY).sqrt()
+
+    def report(self) -> dict[str, Any]:
+        return {} if self._told is None else {"error": round(float(self._told), 6)}
+
+
+def _begun(module: nn.Module, width: int, generator: torch.Generator) -> Any:
+    """A module made on the meta device, where nothing is drawn from the global generator, as torch begins it: uniform within
+    1 / sqrt(width)."""
+    module = module.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_((2 * torch.rand(parameter.shape, generator=generator) - 1) / math.sqrt(width))
+    return module
+
+
+@part("velocity_gru")
+class VelocityGRU(_Projected):
+    """A two-layer GRU along the row says how codes are about to change (E5).
+
+        u = f P [N, h],   v_t = u_{t+1} - u_t,   penalty = weight D sum_t |v_t - W GRU(u_1, ..., u_t)|^2 / sum_t |v_t|^2
+
+    over tokens t whose neighbour t + 1 is there. P is fixed and random, and size and speed cancel out, so that only
+    predictable codes make it small. Decided here: h = `width`, in the GRU's layers as well, P, and the denominator. A token
+    that was left out of a row is no step of the GRU. "error" is the quotient: 1 for predicting no change.
+    """
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        h = settings.width
+        self.gru = _begun(nn.GRU(h, h, num_layers=2, batch_first=True, device="meta"), h, generator)
+        self.head = _begun(nn.Linear(h, h, device="meta"), h, generator)
+
+    def penalty(self, seen: Seen) -> Tensor:
+        u, counted, rows = self.projected(seen), follows(seen.rows), packed(seen.rows)
+        velocity = u[1:] - u[:-1]
+        states, _ = self.gru(rows.spread(u))
+        error = (velocity - self.head(rows.gather(states))[:-1]).square().sum(1)
+        size = mean_of(velocity.square().sum(1), counted).clamp_min(TINY)
+        found = mean_of(error, counted) / size
+        self._told = found.detach()
+        return self.settings.weight * self.cfg.d_in * found
+
+
+@part("temporal_consistency")
+class TemporalConsistency(_Projected):
+    """Codes change little from a token to the next (E5).
+
+        u = f P,   penalty = weight D mean_t |u_{t+1} - u_t|^2 / (2 mean_n |u_n - mean u|^2)
+
+    over tokens t whose neighbour t + 1 is there: weight D where neighbours are no more alike than other tokens. Small codes
+    don't make it small. Decided here: the scale, and P as in `velocity_gru`.
+    """
+
+    def penalty(self, seen: Seen) -> Tensor:
+        u = self.projected(seen)
+        found = mean_of((u[1:] - u[:-1]).square().sum(1), follows(seen.rows)) / 2
+        self._told = found.detach()
+        return self.settings.weight * self.cfg.d_in * found
+
+
+@part("next_step")
+class NextStep(_Projected):
+    """An MLP predicts the next token's code (E6).
+
+        u = f P,   penalty = weight D mean_t |u_{t+1} - W_2 relu(W_1 u_t + b_1) - b_2|^2 / mean_n |u_n - mean u|^2
+
+    over tokens t whose neighbour t + 1 is there; W_1 [2 h, h]. Decided here: P is fixed and random as in `velocity_gru`,
+    where a learned one could look for what is predictable alone; and one hidden layer. "error" is the quotient: 1 for
+    predicting the mean.
+    """
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        h = settings.width
+        self.hidden = _begun(nn.Linear(h, 2 * h, device="meta"), h, generator)
+        self.head = _begun(nn.Linear(2 * h, h, device="meta"), 2 * h, generator)
+
+    def penalty(self, seen: Seen) -> Tensor:
+        u = self.projected(seen)
+        error = (u[1:] - self.head(torch.relu(self.hidden(u[:-1])))).square().sum(1)
+        found = mean_of(error, follows(seen.rows))
+        self._told = found.detach()
+        return self.settings.weight * self.cfg.d_in * found
+
+
+@part("temporal_contrast")
+class TemporalContrast(Part):
+    """Codes of neighbouring tokens are told from those of other rows (E6).
+
+        z = f Q / |f Q|,   penalty = weight D mean_a -log(exp(z_a . z_{a+1} / tau) / sum_b exp(z_a . z_{b+1} / tau)) / log A
+
+    Q [F, h] is learned. Anchors a are A = `anchors` tokens drawn from the batch, and count where their neighbour a + 1 is
+    there; b is a itself and those anchors that lie in other rows. Decided here: h = `width`, tau = `temperature`, A, and
+    log A, which makes it about weight D by chance.
+    """
+
+    reads = frozenset({"rows", "f"})
+
+    class Settings(PartSettings):
+        weight: Weight = 0.01
+        width: Count = 64
+        temperature: Annotated[float, Field(gt=0)] = 0.1
+        anchors: Annotated[int, Field(ge=2)] = 256
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        drawn = torch.randn(sae.d_sae, settings.width, generator=generator)
+        self.projection = nn.Parameter(drawn / math.sqrt(settings.width))
+        self._told: Tensor | None = None
+
+    def penalty(self, seen: Seen) -> Tensor:
+        assert seen.f is not None
+        z = nn.functional.normalize(seen.f @ self.projection, dim=1)
+        anchors = some(len(z) - 1, self.settings.anchors, seen)
+        row, counted = seen.rows.number[anchors], follows(seen.rows)[anchors]
+        scores = z[anchors] @ z[anchors + 1].T / self.settings.temperature
+        beside = (row[:, None] != row) & (counted > 0)  # another's neighbour counts if it is one
+        beside.fill_diagonal_(True)
+        scores = scores.masked_fill(~beside, -torch.inf)
+        found = mean_of(scores.logsumexp(1) - scores.diagonal(), counted) / math.log(self.settings.anchors)
+        self._told = found.detach()
+        return self.settings.weight * self.cfg.d_in * found
+
+    def report(self) -> dict[str, Any]:
+        return {} if self._told is None else {"loss": round(float(self._told), 6)}

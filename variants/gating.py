@@ -1,0 +1,72 @@
+"""Gates on latents, from what is known of each."""
+
+import math
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..engine.config import SAEConfig
+from ..engine.parts import Part, PartSettings, Seen, part
+
+EPS = 0.01  # a standard deviation is taken for 0.1 at least, activations being of the order of 1
+
+
+@part("residual_gate")
+class ResidualGate(Part):
+    """Normalised activations through a gate of each latent, beside the activations themselves (E8).
+
+        theta_j = max(0, m_j + offset * s_j),    s_j = sqrt(v_j + 0.01)
+        f_j = sigmoid(g_j) [acts_j > theta_j] acts_j / s_j + skip * acts_j        before the mask
+
+    m_j and v_j are the mean and variance of acts_j over tokens, as means over steps (EMA; the first batches count alike, so
+    that where it began doesn't matter). g_j starts at 0: every gate is 0.5. skip = exp(a) is one learned number, never
+    negative. What is 0 stays 0.
+
+    Decided here: skip starts at 0.5, so that with a deviation of 1 the dictionary begins as a plain one. The mean moves the
+    threshold and isn't subtracted, because what is 0 would not stay so. offset is -0.5: a latent that is rarely active has a
+    mean that is small beside its deviation, and so threshold 0, while of one that is active on most tokens the weakest
+    activations miss the gate. They still go by `skip`, so that nothing is cut off from its gradient. Statistics carry no
+    gradient; those of latents that no longer fire go to 0, and the 0.01 keeps 1 / s_j below 10.
+    """
+
+    class Settings(PartSettings):
+        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+        offset: float = -0.5
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.gate = nn.Parameter(torch.zeros(sae.d_sae))
+        self.log_skip = nn.Parameter(torch.tensor(math.log(0.5)))
+        self.register_buffer("mean", torch.zeros(sae.d_sae))
+        self.register_buffer("variance", torch.ones(sae.d_sae))
+        self.register_buffer("batches", torch.zeros(()))
+        self._batch: tuple[Tensor, Tensor] | None = None  # mean and variance, from `acts` to `after`
+        self._open: Tensor | None = None
+
+    def acts(self, acts: Tensor, seen: Seen) -> Tensor:
+        deviation = (self.variance + EPS).sqrt()
+        is_open = acts > (self.mean + self.settings.offset * deviation).clamp_min(0)
+        if seen.training:
+            variance, mean = torch.var_mean(acts.detach(), 0, correction=0)
+            self._batch = mean, variance
+            self._open = is_open.sum() / (acts.detach() > 0).sum().clamp_min(1)
+        return acts * (is_open * (torch.sigmoid(self.gate) / deviation) + self.log_skip.exp())
+
+    def after(self, seen: Seen) -> None:
+        assert self._batch is not None
+        (mean, variance), self._batch = self._batch, None
+        self.batches += 1
+        pace = (1 / self.batches).clamp_min(1 - self.settings.decay)
+        self.mean.lerp_(mean, pace)
+        self.variance.lerp_(variance, pace)
+
+    def report(self) -> dict[str, Any]:
+        found = {"gate": torch.sigmoid(self.gate.detach()).mean(), "skip": self.log_skip.detach().exp()}
+        found |= {} if self._open is None else {"open": self._open}
+        return {name: round(float(value), 6) for name, value in found.items()}

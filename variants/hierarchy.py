@@ -1,0 +1,253 @@
+"""Latents in levels and groups, with gates that a router decides token by token."""
+
+import math
+from itertools import pairwise
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..engine.config import Count, SAEConfig
+from ..engine.parts import Part, PartSettings, Seen, part
+from .similarity import some
+
+Weight = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def widths(n: int, blocks: int) -> list[int]:
+    """Sizes of `blocks` contiguous blocks of n latents, as equal as can be."""
+    ends = [n * i // blocks for i in range(blocks + 1)]
+    return [b - a for a, b in pairwise(ends)]
+
+
+def gated(f: Tensor, gates: Tensor, sizes: list[int]) -> Tensor:
+    """f [N, F] with each block of latents times its gate [N, blocks]; what is 0 stays 0."""
+    return torch.cat([block * gates[:, i, None] for i, block in enumerate(f.split(sizes, 1))], 1)
+
+
+def outputs(seen: Seen, sizes: list[int]) -> list[Tensor]:
+    """f W_dec [N, D] of each block of latents by itself."""
+    assert seen.f is not None
+    blocks = zip(seen.f.split(sizes, 1), seen.sae.W_dec.split(sizes, 0), strict=True)
+    return [f @ W_dec for f, W_dec in blocks]
+
+
+def wanted(seen: Seen) -> Tensor:
+    """target - b_dec [N, D], a constant: what the latents are to add up to."""
+    assert seen.target is not None
+    return (seen.target.to(seen.sae.b_dec.dtype) - seen.sae.b_dec).detach()
+
+
+def centred(seen: Seen) -> Tensor:
+    """x - b_dec [N, D], as wide as b_dec: what routers look at. b_dec is a constant here."""
+    return seen.x.to(seen.sae.b_dec.dtype) - seen.sae.b_dec.detach() * seen.sae.unit
+
+
+@part("causal_levels")
+class CausalLevels(Part):
+    """Levels of latents behind a soft router, and causal latents apart from the others (E4).
+
+    The F latents are `levels` contiguous blocks, each with its own rows of W_enc. A router gates them after the mask:
+
+        r_n = softmax((x_n - b_dec) R + c) [N, L]        f_level <- L r_nl f_level        R = 0 at the start: every gate is 1
+
+    Three penalties, D being |x|^2:
+
+        entropy      D (1 - H(mean_n r_n) / log L)       the levels are used alike over the batch
+        consistency  mean_l mean_n |e_{l-1} - f_l W_dec_l|^2,  e_0 = x - b_dec,  e_l = e_{l-1} - f_l W_dec_l
+        separation   D mean_{i, j} relu(cos(W_dec_i, W_dec_j)),  i among the causal latents and j among the others
+
+    Decided here: entropy is that of the mean, and a single token's, H(r_n), is left alone, so that a router may be decided
+    but not for the same level always. A level agrees with those before it when by itself it explains what they left, which
+    is held constant, so that later levels don't change earlier ones. A latent's causality is |f_j dL/df_j|, L the squared
+    error, as a mean over up to `sampled` tokens of the batch and over steps (EMA); the upper half of the latents are the
+    causal ones. Cosines are between `sampled` / 2 latents of each half. No weights are given in the log; they are small.
+    """
+
+    reads = frozenset({"f"})
+
+    class Settings(PartSettings):
+        levels: Annotated[int, Field(ge=2)] = 3
+        entropy: Weight = 0.01
+        consistency: Weight = 0.1
+        separation: Weight = 0.1
+        decay: Decay = 0.95
+        sampled: Annotated[int, Field(ge=2)] = 256
+
+    causality: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.sizes = widths(sae.d_sae, settings.levels)
+        self.router = nn.Parameter(torch.zeros(sae.d_in, settings.levels))
+        self.router_bias = nn.Parameter(torch.zeros(settings.levels))
+        self.register_buffer("causality", torch.zeros(sae.d_sae))
+        self._log_routing: Tensor | None = None  # log r of the batch in training, from `latents` to `penalty`
+        self._told: dict[str, Tensor] = {}
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        if settings.levels > sae.d_sae:
+            raise ValueError(f"levels: {settings.levels} is not allowed; it must be at most d_sae ({sae.d_sae})")
+
+    def latents(self, f: Tensor, seen: Seen) -> Tensor:
+        log_routing = torch.log_softmax(centred(seen) @ self.router + self.router_bias, 1)
+        if seen.training:
+            self._log_routing = log_routing
+        return gated(f, self.settings.levels * log_routing.exp(), self.sizes)
+
+    def penalty(self, seen: Seen) -> Tensor:
+        log_routing, self._log_routing = self._log_routing, None
+        assert log_routing is not None
+        routing, most = log_routing.exp(), math.log(self.settings.levels)
+        mean = routing.mean(0)
+        of_mean = -torch.xlogy(mean, mean).sum()
+        of_token = -(routing * log_routing).sum(1).mean()
+        self._told = {"entropy": of_token.detach(), "entropy_of_mean": of_mean.detach(), "routing": mean.detach()}
+        left, consistency = wanted(seen), mean.new_zeros(())
+        for x_hat in outputs(seen, self.sizes):
+            consistency = consistency + (left - x_hat).square().sum(1).mean()
+            left = left - x_hat.detach()
+        entropy = self.cfg.d_in * (1 - of_mean / most)
+        return (
+            self.settings.entropy * entropy
+            + self.settings.consistency * consistency / self.settings.levels
+            + self.settings.separation * self.cfg.d_in * self._likeness(seen)
+        )
+
+    def _likeness(self, seen: Seen) -> Tensor:
+        """Mean positive cosine between rows of W_dec of latents of the two halves."""
+        order, half = self.causality.argsort(descending=True, stable=True), self.cfg.d_sae // 2
+        rows = []
+        for of_half in (order[:half], order[self.cfg.d_sae - half :]):
+            drawn = of_half[some(half, self.settings.sampled // 2, seen)]
+            rows.append(nn.functional.normalize(seen.sae.W_dec[drawn], dim=1))
+        return torch.relu(rows[0] @ rows[1].T).mean()
+
+    def after(self, seen: Seen) -> None:
+        assert seen.f is not None
+        assert seen.residual is not None
+        drawn = some(len(seen.f), self.settings.sampled, seen)
+        gradient = -2 * seen.residual[drawn].to(seen.f.dtype) @ seen.sae.W_dec.T
+        self.causality.lerp_((seen.f[drawn] * gradient).abs().mean(0), 1 - self.settings.decay)
+
+    def report(self) -> dict[str, Any]:
+        return {name: _plain(value) for name, value in self._told.items()}
+
+
+@part("level_attention")
+class LevelAttention(Part):
+    """Attention decides how groups of latents are used, level by level (E7).
+
+    The F latents are L = `levels` contiguous levels of G = `groups` contiguous groups. From activations after the mask, with
+    u_nlg their mean in a group:
+
+        a_nlg = mean_h softmax_g(q_nh . k_lgh / sqrt(d) + log m_lg + b_nlg)      q = (x - b_dec) Q, H = `heads`, d = `width`
+        routed   u'_nlg = G a_nlg u_nlg,   z_nlg = u'_nlg p_lg                    p_lg [H d]: a group's summary
+        across   c_nl = sum_g softmax_g(s_nl Q' . z_n,l-1,g K' / sqrt(H d) + log m_l-1,g) z_n,l-1,g,   s_nl = sum_g z_nlg
+        gate_nlg = G a_nlg * 2 sigmoid(c_nl V_l)_g                               for the first level without the last factor
+        f_lg <- gate_nlg f_lg
+
+    m_lg = sigmoid(logit) is the learned attention mask: how much group g takes part in its level, both as something to be
+    routed to and as something that the next level looks at. V = 0 at the start.
+
+    Adjacency: A [L G, L G] is the EMA of mean_n s_n^T s_n, where s_n is u_n over its sum; with rows that add up to one it
+    says what share other groups have where one is active, and b_n = adjacency * log(L G (s_n A) + 0.01), a constant, favours
+    groups that go with those active on this token. A starts uniform: b the same for all.
+
+    Penalty: the reconstruction by levels 0 to l alone is held to x as well,
+
+        weight * mean_{l < L - 1} mean_n |x - b_dec - sum_{m <= l} f_m W_dec_m|^2
+
+    Decided here: groups per level, their mean as what is known of a group, and all sizes but 3 levels and 8 heads.
+    """
+
+    reads = frozenset({"f"})
+
+    class Settings(PartSettings):
+        levels: Annotated[int, Field(ge=2)] = 3
+        groups: Annotated[int, Field(ge=2)] = 8
+        heads: Count = 8
+        width: Count = 16
+        adjacency: Weight = 0.1
+        weight: Weight = 0.1
+        decay: Decay = 0.95
+
+    together: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        L, G, H, d = settings.levels, settings.groups, settings.heads, settings.width
+
+        def normal(*shape: int, scale: float) -> nn.Parameter:
+            return nn.Parameter(scale * torch.randn(shape, generator=generator))
+
+        self.sizes = widths(sae.d_sae, L * G)
+        self.level_sizes = [sum(self.sizes[G * level : G * (level + 1)]) for level in range(L)]
+        self.query = normal(sae.d_in, H * d, scale=sae.d_in**-0.5)
+        self.keys = normal(L, G, H, d, scale=0.1)
+        self.mask_logits = nn.Parameter(torch.zeros(L, G))
+        self.summary = normal(L, G, H * d, scale=1.0)
+        self.across_query = normal(H * d, H * d, scale=(H * d) ** -0.5)
+        self.across_key = normal(H * d, H * d, scale=(H * d) ** -0.5)
+        self.across_gate = nn.Parameter(torch.zeros(L - 1, H * d, G))
+        self.register_buffer("together", torch.full((L * G, L * G), (L * G) ** -2.0))
+        self._shares: Tensor | None = None  # s of the batch in training, from `latents` to `after`
+        self._told: Tensor | None = None
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        if settings.levels * settings.groups > sae.d_sae:
+            raise ValueError(
+                f"groups: {settings.groups} is not allowed with {settings.levels} levels; "
+                f"there must be a latent for each (d_sae is {sae.d_sae})"
+            )
+
+    def latents(self, f: Tensor, seen: Seen) -> Tensor:
+        means = torch.stack([block.mean(1) for block in f.split(self.sizes, 1)], 1)
+        shares = (means / means.sum(1, keepdim=True).clamp_min(1e-6)).detach()
+        gates = self._gates(centred(seen), means, shares)
+        if seen.training:
+            self._shares = shares
+        return gated(f, gates.flatten(1), self.sizes)
+
+    def _gates(self, x: Tensor, means: Tensor, shares: Tensor) -> Tensor:
+        """[N, L, G], from x [N, D], the groups' mean activations and their shares [N, L G]."""
+        L, G, H, d = (getattr(self.settings, name) for name in ("levels", "groups", "heads", "width"))
+        log_mask = nn.functional.logsigmoid(self.mask_logits)
+        rows = self.together / self.together.sum(1, keepdim=True).clamp_min(1e-12)
+        bias = self.settings.adjacency * torch.log(L * G * (shares @ rows) + 0.01)
+        scores = torch.einsum("nhd,lghd->nhlg", (x @ self.query).unflatten(1, (H, d)), self.keys) / math.sqrt(d)
+        scores = scores + log_mask + bias.view(-1, 1, L, G)
+        gates = G * scores.softmax(-1).mean(1)
+        z = (gates * means.view(-1, L, G))[..., None] * self.summary
+        looking, looked_at = z[:, 1:].sum(2) @ self.across_query, z[:, :-1] @ self.across_key
+        across = torch.einsum("nlc,nlgc->nlg", looking, looked_at) / math.sqrt(H * d) + log_mask[:-1]
+        context = torch.einsum("nlg,nlgc->nlc", across.softmax(-1), z[:, :-1])
+        change = 2 * torch.sigmoid(torch.einsum("nlc,lcg->nlg", context, self.across_gate))
+        return torch.cat([gates[:, :1], gates[:, 1:] * change], 1)
+
+    def penalty(self, seen: Seen) -> Tensor:
+        left, found = wanted(seen), []
+        for x_hat in outputs(seen, self.level_sizes)[:-1]:
+            left = left - x_hat
+            found.append(left.square().sum(1).mean())
+        self._told = torch.stack(found).detach()
+        return self.settings.weight * torch.stack(found).mean()
+
+    def after(self, seen: Seen) -> None:
+        shares, self._shares = self._shares, None
+        assert shares is not None
+        self.together.lerp_(shares.T @ shares / len(shares), 1 - self.settings.decay)
+
+    def report(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"masks": _plain(torch.sigmoid(self.mask_logits).mean(1))}
+        return found if self._told is None else {**found, "squared_error_of_levels": _plain(self._told)}
+
+
+def _plain(value: Tensor) -> Any:
+    """Numbers of six digits."""
+    numbers = [float(f"{number:.6g}") for number in value.detach().double().flatten().tolist()]
+    return numbers if value.ndim else numbers[0]

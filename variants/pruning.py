@@ -1,0 +1,151 @@
+"""Fewer latents as training goes on, and a teacher that keeps what they knew."""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..engine.config import Count, SAEConfig
+from ..engine.parts import Part, PartSettings, Seen, part
+from .similarity import some
+
+COMPRESSED_BY = 0.8  # of the run
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+@part("pruning")
+class Pruning(Part):
+    """The least important latents are off, more of them as training goes on, and may come back (E9).
+
+        importance_j <- decay * importance_j + (1 - decay) * mean_n f_nj |W_dec_j|
+        every `every` steps: off are the floor(fraction * min(1, progress / 0.8) * F) latents of the least importance
+
+    f_nj is what latent j is on token n, or of one that is off what it would be: its activation, where the selection would
+    have kept that (of topk, if it is at least the token's least one kept, or fewer than k are; of batchtopk, likewise of the
+    batch; of relu, any). So the threshold, the least importance that is on, adapts to activations and to the progress of the
+    run, and a pruned latent whose importance exceeds it comes back, in place of another. Latents that are off get no
+    gradient from reconstruction. Decided here: what a pruned latent's importance is; a number of latents that grows linearly
+    up to `fraction`, and from 0.8 of the run on stays, so that the others can make up for the last ones; among equals, the
+    first are off first.
+    """
+
+    reads = frozenset({"f"})
+
+    class Settings(PartSettings):
+        fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
+        every: Count = 10
+        decay: Decay = 0.95
+
+    importance: Tensor
+    alive: Tensor
+    returned: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.register_buffer("importance", torch.zeros(sae.d_sae))
+        self.register_buffer("alive", torch.ones(sae.d_sae, dtype=torch.bool))
+        self.register_buffer("returned", torch.zeros((), dtype=torch.int64))
+        self._unpruned: Tensor | None = None  # activations [N, F], from `latents` to `after`
+
+    @classmethod
+    def check(cls, settings: Any, sae: SAEConfig) -> None:
+        left = sae.d_sae - int(settings.fraction * sae.d_sae)
+        if sae.activation != "relu" and left < sae.k:
+            raise ValueError(
+                f"fraction: {settings.fraction} is not allowed with {sae.activation}; it leaves {left} latents, "
+                f"fewer than k ({sae.k})"
+            )
+
+    def latents(self, f: Tensor, seen: Seen) -> Tensor:
+        if seen.training:
+            self._unpruned = f.detach()
+        return f * self.alive
+
+    def after(self, seen: Seen) -> None:
+        unpruned, self._unpruned = self._unpruned, None
+        assert unpruned is not None
+        assert seen.f is not None
+        if self.cfg.activation != "relu":
+            each = seen.f if self.cfg.activation == "topk" else seen.f.view(1, -1)
+            least = torch.where(each > 0, each, torch.inf).amin(1)
+            has_room = (each > 0).sum(1) < seen.sae.k * len(seen.f) // len(each)
+            unpruned = unpruned * (unpruned >= torch.where(has_room, 0, least)[:, None])
+        importance = unpruned.mean(0) * seen.sae.W_dec.norm(dim=1)
+        self.importance.lerp_(importance, 1 - self.settings.decay)
+        if seen.step % self.settings.every == 0:
+            n = int(self.settings.fraction * min(1.0, seen.progress / COMPRESSED_BY) * self.cfg.d_sae)
+            alive = torch.ones_like(self.alive)
+            alive[self.importance.argsort(stable=True)[:n]] = False
+            self.returned += (alive & ~self.alive).sum()
+            self.alive.copy_(alive)
+
+    def report(self) -> dict[str, Any]:
+        """`pruned`: share of latents that are off; `returned`: how often one came back; `threshold`: the least importance
+        that is on."""
+        threshold = torch.where(self.alive, self.importance, torch.inf).min()
+        return {
+            "pruned": round(1 - float(self.alive.float().mean()), 6),
+            "returned": int(self.returned),
+            "threshold": float(f"{float(threshold):.6g}"),
+        }
+
+
+@part("distillation")
+class Distillation(Part):
+    """The encoder stays near an average of its past, as a student to a teacher (E9).
+
+        penalty = weight D tau^2 mean_n KL(softmax(teacher_nj / tau) || softmax(acts_nj / tau))      tau = `temperature`
+
+    acts = relu((x - b_dec) W_enc + b_enc), and the teacher's likewise with W_enc and b_enc as means over steps (EMA,
+    constants; the first steps count alike): one more copy of W_enc. n and j run over `tokens` tokens and `latents` latents,
+    drawn anew each step, so nothing is larger than tokens x latents. tau^2 makes the gradient's size independent of tau.
+    Both see x as parts listed before this one leave it, and count before mask and pruning: the teacher is never compressed.
+    Decided here: what the teacher is, the sample, the weight. There is no teacher in the very first step.
+    """
+
+    class Settings(PartSettings):
+        temperature: Annotated[float, Field(gt=0)] = 2.0
+        weight: Annotated[float, Field(ge=0)] = 0.1
+        decay: Decay = 0.999
+        tokens: Count = 256
+        latents: Annotated[int, Field(ge=2)] = 4096
+
+    W_teacher: Tensor
+    b_teacher: Tensor
+    steps: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.register_buffer("W_teacher", torch.zeros(sae.d_sae, sae.d_in))  # latent-major, as W_enc lies in memory
+        self.register_buffer("b_teacher", torch.zeros(sae.d_sae))
+        self.register_buffer("steps", torch.zeros(()))
+        self._x: Tensor | None = None  # what the encoder gets, from `input` to `penalty`
+        self._told: Tensor | None = None
+
+    def input(self, x: Tensor, seen: Seen) -> Tensor:
+        if seen.training:
+            self._x = x
+        return x
+
+    def penalty(self, seen: Seen) -> Tensor:
+        x, self._x = self._x, None
+        assert x is not None
+        sae, token = seen.sae, some(len(x), self.settings.tokens, seen)
+        latent = some(self.cfg.d_sae, self.settings.latents, seen)
+        x, tau = x[token] - sae.b_dec.detach(), self.settings.temperature
+        acts = torch.relu(x @ sae.W_enc.T[latent].T + sae.b_enc[latent])
+        teacher = torch.relu(x.detach() @ self.W_teacher[latent].T + self.b_teacher[latent])
+        wanted, given = torch.log_softmax(teacher / tau, 1), torch.log_softmax(acts / tau, 1)
+        divergence = (wanted.exp() * (wanted - given)).sum(1).mean() * (self.steps > 0)
+        self._told = divergence.detach()
+        return self.settings.weight * self.cfg.d_in * tau**2 * divergence
+
+    def after(self, seen: Seen) -> None:
+        self.steps += 1
+        pace = (1 / self.steps).clamp_min(1 - self.settings.decay)
+        self.W_teacher.lerp_(seen.sae.W_enc.T, pace)
+        self.b_teacher.lerp_(seen.sae.b_enc, pace)
+
+    def report(self) -> dict[str, Any]:
+        return {} if self._told is None else {"divergence": float(f"{float(self._told):.6g}")}
