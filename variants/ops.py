@@ -40,30 +40,25 @@ def used(run: str, activation: str) -> list[str]:
     return sorted(set(found))
 
 
-def outside(run: str, activation: str) -> str:
-    """What the run does without the ops that a plain dictionary has, and why; "" for nothing."""
+def outside(run: str, activation: str) -> list[str]:
+    """What the run does without the ops that a plain dictionary has, and which parts are the reason: `encoder` where they
+    act on pre-activations, which the encoder's kernel never writes; `mask` where they act between encoder and mask, which
+    the kernel does in one; `selection` where they need all activations, which kernels that select never write."""
     sae = dictionary(_config(run, activation, 8))
     if not isinstance(sae, ComposedAutoencoder):
-        return ""
-    inside = {place: [p.kind for p in sae.parts_in(place)] for place in ("pre", "acts", "latents")}
-    reads = [p.kind for p in sae.parts_in() if "f" in p.reads]
-    reasons = []
-    if inside["pre"]:
-        reasons.append(f"encoder: {_and(inside['pre'])} acts on pre-activations, which the kernel never writes")
-    elif inside["acts"] and sae.cfg.mask.kind != "none":
-        reasons.append(f"mask: applied after the encoder's kernel, since {_and(inside['acts'])} comes before it")
-    if activation != "relu" and sae.is_dense:
-        who = dict.fromkeys([*inside["pre"], *inside["acts"], *inside["latents"], *reads])
-        reasons.append(f"selection: after all activations are there, which {_and(list(who))} needs")
-    return "; ".join(reasons)
+        return []
+    inside = {place: [part.kind for part in sae.parts_in(place)] for place in ("pre", "acts", "latents")}
+    found = {"encoder": inside["pre"], "mask": [], "selection": []}
+    if not inside["pre"] and sae.cfg.mask.kind != "none":
+        found["mask"] = inside["acts"]
+    if activation != "relu":
+        reads = [part.kind for part in sae.parts_in() if "f" in part.reads]
+        found["selection"] = [*inside["pre"], *inside["acts"], *inside["latents"], *reads]
+    return [f"{what}: {', '.join(dict.fromkeys(parts))}" for what, parts in found.items() if parts]
 
 
 def _config(run: str, activation: str, d: int) -> SAEConfig:
     return SAEConfig(**{**settings(run)["sae"], "d_in": d, "d_sae": 256, "k": 4, "activation": activation})
-
-
-def _and(names: list[str]) -> str:
-    return " and ".join(names)
 
 
 @contextmanager
