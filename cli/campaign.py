@@ -72,7 +72,11 @@ def campaign(
     d_sae: Annotated[int | None, typer.Option(help="F, the number of latents. [2304]")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [the runs' own]")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Small: F = 512, 100,000 tokens, the main scores, in minutes on two cores.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="Small: F = 512, K = 32 in place of L1, 100,000 tokens, the main scores, in minutes on two cores.",
+        ),
     ] = False,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted campaign in --out.")] = False,

@@ -15,6 +15,7 @@ from .stream.own import open_file, settle
 
 #: settings of `train` that are one for all dictionaries of a stream
 _COMMON = ("batch", "checkpoint_every_steps", "log")
+_UNKNOWN = 2**20  # a width that is not known yet, with which all goes that goes with some width
 #: where a setting that may differ between the dictionaries of a stream belongs
 _PLACES = (
     {name: ("sae", name) for name in SAEConfig.model_fields if name != "mask"}
@@ -110,7 +111,7 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | 
             streams[name] = StreamConfig(**{key: value for key, value in stream.items() if key != "layer"})
             if layers[name] is not None and streams[name].hook is not None:
                 raise UserError("stream.hook: give a hook or a layer, not both")
-            _run(given, streams[name], *([1] * (1 if streams[name].target is None else 2)))
+            _run(given, streams[name], *([_UNKNOWN] * (1 if streams[name].target is None else 2)))
     first = next(iter(streams.values()))
     if first.activations is not None:
         source = open_file(first.activations)
@@ -157,7 +158,7 @@ def _run(given: Mapping[str, Any], stream: StreamConfig, d_in: int, d_out: int |
     """A dictionary has 8 times as many latents as the model's width, unless its settings say how many."""
     others = {key: value for key, value in given.items() if key not in ("stream", "sae")}
     # before the width is known, so many that every k fits
-    unresolved: dict[str, Any] = {"d_in": d_in, "d_sae": 2**31 - 1 if d_in == 1 else 8 * d_in, "d_out": d_out}
+    unresolved: dict[str, Any] = {"d_in": d_in, "d_sae": 2**30 if d_in == _UNKNOWN else 8 * d_in, "d_out": d_out}
     return RunConfig(stream=stream, sae=SAEConfig(**(unresolved | _sae(given))), **others)
 
 
