@@ -11,8 +11,8 @@ from torch.nn.functional import softplus
 from ..engine.config import SAEConfig
 from ..engine.parts import Part, PartSettings, Seen, part
 from ..kernels.numerics import sum_by
+from .running import Average
 from .similarity import some
-from .tracking import Average
 
 TINY = torch.finfo(torch.float32).tiny
 

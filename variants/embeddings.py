@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..engine.config import Count, SAEConfig
 from ..engine.parts import Part, PartSettings, Rows, Seen, part
 from ..kernels.numerics import sum_by
-from .running import PositionMean
+from .running import Average
 
 
 @part("position_embedding")
@@ -180,7 +180,7 @@ class ResidualPosition(Part):
         self.log_gain = nn.Parameter(torch.zeros(positions))
         self.slope = nn.Parameter(torch.zeros(sae.d_sae))
         self.offset = nn.Parameter(torch.full((sae.d_sae,), -2.0))
-        self.variance = PositionMean(positions, decay=settings.decay)
+        self.variance = Average(settings.decay, positions)
         self._term: Tensor | None = None
         self._variances: tuple[Tensor, Tensor] | None = None
 
@@ -208,4 +208,4 @@ class ResidualPosition(Part):
 
     def after(self, seen: Seen) -> None:
         if self._variances is not None:
-            self.variance.follow(*self._variances)
+            self.variance.add_mean(*self._variances)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..engine.config import Count, SAEConfig, Share
 from ..engine.parts import Part, PartSettings, Seen, part
 from ..kernels.numerics import sum_by
-from .running import PositionMean
+from .running import Average
 
 LEAST_SHARE = 0.01  # of an equal share: a group without gradients keeps ln(0.01) * guidance = -2.3 at guidance 0.5
 
@@ -50,7 +50,7 @@ class AttentionRouter(Part):
         self.W_q = nn.Parameter(torch.randn(sae.d_in, d_k, generator=generator) / math.sqrt(sae.d_in))
         self.embedding = nn.Parameter(torch.randn(positions, d_k, generator=generator))
         self.keys = nn.Parameter(0.1 * torch.randn(G, d_k, generator=generator))
-        self.share = PositionMean(positions, G, start=1 / G, decay=settings.decay)
+        self.share = Average(settings.decay, positions, G, start=1 / G)
         n_free = round(settings.free * G)
         place = (torch.arange(positions) + 0.5) / positions
         centre = (torch.arange(G - n_free) + 0.5) / max(1, G - n_free)
@@ -68,7 +68,7 @@ class AttentionRouter(Part):
         """r [N, G]"""
         q = x.to(self.W_q.dtype) @ self.W_q + self.embedding[rows]
         G, settings = len(self.keys), self.settings
-        known = settings.guidance * (G * self.share.mean).clamp_min(LEAST_SHARE).log()
+        known = settings.guidance * (G * self.share.value).clamp_min(LEAST_SHARE).log()
         known = known - 8 * settings.prior * self.distance.square()
         return torch.softmax(q @ self.keys.T / math.sqrt(settings.width) + known[rows], 1)
 
@@ -90,7 +90,7 @@ class AttentionRouter(Part):
     def after(self, seen: Seen) -> None:
         gradients, self._gradients = self._gradients, None
         if gradients is not None:
-            self.share.follow(gradients, gradients.sum(1))
+            self.share.add_mean(gradients, gradients.sum(1))
 
     def report(self) -> dict[str, Any]:
         return {"entropy": float(self.entropy)}

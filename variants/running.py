@@ -4,38 +4,43 @@ import torch
 from torch import Tensor, nn
 
 
-class PositionMean(nn.Module):
-    """Running mean of something [...] at each of T positions, [T, ...].
+class Average(nn.Module):
+    """Exponential moving average of values of some shape, each of which begins as the first that is seen of it; `start`
+    until then.
 
-        mean[p] <- decay * mean[p] + (1 - decay) * total[p] / count[p]
+        value <- decay * value + (1 - decay) * new        where there is a new one
 
-    A position's first value is taken as it is, and positions that a batch does not have stay as they are. `met` bool [T]:
-    which had a value; `mean` holds `start` at the others.
+    `known`, bool of the same shape: which had one. Never waits for the device.
     """
 
-    mean: Tensor
-    met: Tensor
+    value: Tensor
+    known: Tensor
 
-    def __init__(self, positions: int, *shape: int, start: float = 1.0, decay: float = 0.99):
+    def __init__(self, decay: float, *shape: int, start: float = 0.0):
         super().__init__()
         self.decay = decay
-        self.register_buffer("mean", torch.full((positions, *shape), start))
-        self.register_buffer("met", torch.zeros(positions, dtype=torch.bool))
+        self.register_buffer("value", torch.full(shape, start))
+        self.register_buffer("known", torch.zeros(shape, dtype=torch.bool))
 
     @torch.no_grad()
-    def follow(self, total: Tensor, count: Tensor) -> None:
-        """Go on with a batch's sums at each position: total [T, ...] of count [T]."""
-        here = count > 0
-        value = (total / self._column(torch.where(here, count, 1))).to(self.mean.dtype)
-        pace = self._column(torch.where(self.met, 1 - self.decay, 1.0) * here)
-        self.mean.lerp_(value, pace.to(value.dtype))
-        self.met |= here
+    def add(self, new: Tensor, where: Tensor | None = None) -> None:
+        """Take in `new`; only `where` that is true, if given: of the value's shape, or of its first dimensions."""
+        new = new.to(self.value.dtype)
+        found = torch.where(self.known, self.decay * self.value + (1 - self.decay) * new, new)
+        if where is None:
+            self.value.copy_(found)
+            self.known.fill_(True)
+        else:
+            where = where.reshape(where.shape + (1,) * (self.value.ndim - where.ndim))
+            self.value.copy_(torch.where(where, found, self.value))
+            self.known.logical_or_(where)
+
+    def add_mean(self, total: Tensor, count: Tensor) -> None:
+        """Take in total / count, where anything was counted: total of the value's shape, count of its first dimensions."""
+        at = torch.where(count > 0, count, 1).reshape(count.shape + (1,) * (total.ndim - count.ndim))
+        self.add(total / at, count > 0)
 
     def relative(self) -> Tensor:
-        """mean[p] over its own mean over the positions met; 1 at the others, and everywhere as long as all is 0. For means
-        of one number."""
-        level = (self.mean * self.met).sum() / self.met.sum()
-        return torch.where(self.met & (level > 0), self.mean / level, 1)
-
-    def _column(self, of_position: Tensor) -> Tensor:
-        return of_position.reshape(-1, *[1] * (self.mean.ndim - 1))
+        """value over the mean of those that are known; 1 at the others, and everywhere as long as all is 0."""
+        level = (self.value * self.known).sum() / self.known.sum()
+        return torch.where(self.known & (level > 0), self.value / level, 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..engine.config import SAEConfig
 from ..engine.parts import Part, PartSettings, Seen, part
-from .tracking import Average
+from .running import Average
 
 
 def some(n: int, most: int, seen: Seen) -> Tensor:

@@ -12,7 +12,7 @@ from ..engine.parts import Part, PartSettings, Seen, part
 from ..engine.sae import SparseAutoencoder
 from ..kernels.masks import weights_at
 from ..kernels.numerics import sum_by
-from .running import PositionMean
+from .running import Average
 
 
 def specialization(sae: SparseAutoencoder) -> Tensor:
@@ -46,7 +46,7 @@ class SpecialisedWeights(Part):
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.share = PositionMean(positions, start=0.0, decay=settings.decay)
+        self.share = Average(settings.decay, positions)
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -65,7 +65,9 @@ class SpecialisedWeights(Part):
         is_active = total > 0
         share = torch.where(is_active, seen.summed(of_each) / total, 0)
         rows = seen.sae.mask.rows(seen.pos)
-        self.share.follow(sum_by(rows, share, self.positions), sum_by(rows, is_active.to(share.dtype), self.positions))
+        self.share.add_mean(
+            sum_by(rows, share, self.positions), sum_by(rows, is_active.to(share.dtype), self.positions)
+        )
 
     def report(self) -> dict[str, Any]:
-        return {"share": float((self.share.mean * self.share.met).sum() / self.share.met.sum().clamp_min(1))}
+        return {"share": float((self.share.value * self.share.known).sum() / self.share.known.sum().clamp_min(1))}

@@ -1,42 +1,14 @@
-"""What is followed from step to step: moving averages, and how losses, masks and weights differ by position."""
+"""What is followed from step to step: how losses, masks and weights differ by position."""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine.config import SAEConfig
 from ..engine.parts import Part, Seen, part
 from ..engine.sae import SparseAutoencoder
 from ..kernels.masks import weights_at
-
-
-class Average(nn.Module):
-    """Exponential moving average of values of some shape, each of which begins as the first that is seen of it; `start`
-    until then.
-
-    value <- decay * value + (1 - decay) * new, where there is a new one
-    """
-
-    value: Tensor
-    known: Tensor
-
-    def __init__(self, decay: float, *shape: int, start: float = 0.0):
-        super().__init__()
-        self.decay = decay
-        self.register_buffer("value", torch.full(shape, start))
-        self.register_buffer("known", torch.zeros(shape, dtype=torch.bool))
-
-    @torch.no_grad()
-    def add(self, new: Tensor, where: Tensor | None = None) -> None:
-        """Take in `new`; only `where` that is true, if given. Never waits for the device."""
-        found = torch.where(self.known, self.decay * self.value + (1 - self.decay) * new, new)
-        if where is None:
-            self.value.copy_(found)
-            self.known.fill_(True)
-        else:
-            self.value.copy_(torch.where(where, found, self.value))
-            self.known.logical_or_(where)
 
 
 @part("position_tracker")

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..engine.config import SAEConfig
 from ..engine.parts import Part, PartSettings, Seen, part
 from ..kernels.numerics import sum_by
-from .tracking import Average
+from .running import Average
 
 
 @part("linear_weights")
@@ -75,4 +75,4 @@ class AdaptiveWeights(Part):
         assert seen.count is not None
         rows = self._rows(seen)
         error, count = (sum_by(rows, each.detach(), self.positions) for each in (seen.squared_error, seen.count))
-        self.error.add((error / count).to(self.error.value), count > 0)
+        self.error.add_mean(error, count)

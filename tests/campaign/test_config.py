@@ -17,7 +17,9 @@ def test_all_runs_unless_told():
     assert every.runs == tuple(RUNS)
     assert CampaignConfig(runs="all").runs == tuple(RUNS)
     names = {one.name for one in entries(every)}
-    assert names == {"relu", "topk", "batchtopk"} | {name for name, run in RUNS.items() if run.trained_as is None}
+    assert names == {"relu", "topk", "batchtopk", "slices", "random_slices"} | {
+        name for name, run in RUNS.items() if run.trained_as is None
+    }
 
 
 def test_analyses_are_trained_once_as_their_parent():

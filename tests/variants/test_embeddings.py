@@ -159,14 +159,14 @@ def residual(made, **settings):
     for nth, name in enumerate(("map", "log_gain", "slope", "offset")):
         parameter = getattr(part, name)
         parameter.data.copy_(0.5 * drawn(*parameter.shape, seed=nth))
-    part.variance.follow((1 + drawn(T).square()) * 2, torch.tensor([2.0] * (T - 1) + [0.0]).double())
+    part.variance.add_mean((1 + drawn(T).square()) * 2, torch.tensor([2.0] * (T - 1) + [0.0]).double())
     return sae, part
 
 
 def test_pre_activations_are_normalised_and_get_the_gated_map_of_their_position(made, rows, assert_close):
     sae, part = residual(made)
     batch, pre = rows(), drawn(len(rows().x), F, seed=9)
-    variances = part.variance.mean.tolist()[: T - 1]  # the last position was not met
+    variances = part.variance.value.tolist()[: T - 1]  # the last position was not met
     expected = []
     for n, p in enumerate(batch.pos.tolist()):
         c = math.exp(part.log_gain[p].item())
@@ -254,15 +254,15 @@ def test_normalisation_gives_positions_equal_spread(made, rows, learner):
         batch = rows(step)
         batch.acts["x"] = batch.x * factor[batch.pos.long()][:, None]
         one.step(batch)
-    spread = sae.parts[0].variance.mean.sqrt()
+    spread = sae.parts[0].variance.value.sqrt()
     assert spread[-1] / spread[0] > 4
     x = one.scale * batch.x
     normal = sae.parts[0].pre(x @ sae.W_enc, seen_of(sae, batch))
     of_position = torch.stack([normal[batch.pos == p].var(1).mean().sqrt() for p in range(T)])
     assert of_position.max() / of_position.min() < 1.6
     seen, found = seen_of(sae, batch, training=True), x @ sae.W_enc
-    before = sae.parts[0].variance.mean.clone()
+    before = sae.parts[0].variance.value.clone()
     sae.parts[0].pre(found, seen)
     sae.parts[0].after(seen)
     now = torch.stack([found[batch.pos == p].var(1, correction=0).mean() for p in range(T)])
-    torch.testing.assert_close(sae.parts[0].variance.mean, (before + now) / 2)
+    torch.testing.assert_close(sae.parts[0].variance.value, (before + now) / 2)

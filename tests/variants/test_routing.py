@@ -20,7 +20,7 @@ def test_routing_is_attention_with_what_is_known_of_gradients_and_position(made,
     generator = torch.Generator().manual_seed(1)
     share = torch.rand(T, G, generator=generator).double()
     share[3, 2] = 0  # counts as 0.01 / G
-    router.share.mean.copy_(share / share.sum(1, keepdim=True))
+    router.share.value.copy_(share / share.sum(1, keepdim=True))
     router.keys.data.mul_(10)
     x = batch.x.double()
     expected = torch.zeros(len(x), G).double()
@@ -29,7 +29,7 @@ def test_routing_is_attention_with_what_is_known_of_gradients_and_position(made,
         for g in range(G):
             centre = (g - 2 + 0.5) / 6
             away = 0.0 if g < 2 else ((p + 0.5) / T - centre) ** 2 / (2 * 0.25**2)
-            known = 0.7 * math.log(max(G * float(router.share.mean[p, g]), 0.01)) - 2.0 * away
+            known = 0.7 * math.log(max(G * float(router.share.value[p, g]), 0.01)) - 2.0 * away
             expected[n, g] = math.exp(float((q @ router.keys[g]).detach()) / math.sqrt(5) + known)
     expected /= expected.sum(1, keepdim=True)
     assert_close(router.routes(x, batch.pos.long()), expected, 1e-7)
@@ -61,7 +61,7 @@ def test_gradient_shares_are_those_of_the_groups_at_each_position(activation, ma
     expected /= expected.sum(1, keepdim=True)
     objective(sae, batch).loss.backward()
     sae.after()
-    assert_close(sae.parts[0].share.mean, expected, 1e-5)
+    assert_close(sae.parts[0].share.value, expected, 1e-5)
 
 
 def test_routing_favours_the_group_with_the_larger_gradient_share(made, rows):
@@ -71,7 +71,7 @@ def test_routing_favours_the_group_with_the_larger_gradient_share(made, rows):
     for guidance in (0.0, 0.5):
         router = made("attention_router", guidance=guidance).parts[0]
         router.keys.data.zero_()
-        router.share.mean[3] = share
+        router.share.value[3] = share
         found[guidance] = router.routes(batch.x, pos)
     r = found[0.5]
     torch.testing.assert_close(r[pos == 3][:, 0], 2 * r[pos == 3][:, 1])  # (4 / 1)^0.5
@@ -83,11 +83,11 @@ def test_training_moves_gradient_shares_only_by_looking_at_gradients(made, rows,
     sae = made("attention_router")
     one = learner(sae)
     one.step(rows())
-    share = sae.parts[0].share.mean.clone()
+    share = sae.parts[0].share.value.clone()
     torch.testing.assert_close(share.sum(1), torch.ones(T))
     assert share.std() > 0.01
     sae.encode(rows(1).x, rows(1).pos)
-    assert torch.equal(sae.parts[0].share.mean, share)
+    assert torch.equal(sae.parts[0].share.value, share)
 
 
 def test_a_prior_favours_the_groups_of_a_position_but_for_the_free_ones(made, rows):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from temposae.engine.composed import dictionary
 from temposae.engine.config import SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
+from temposae.engine.optim import Learner
 from temposae.engine.parts import reads
-from temposae.engine.stream import ActivationStream, LanguageModel
+from temposae.engine.stream import ActivationStream, Batch, LanguageModel
 from temposae.engine.train import train
 from temposae.variants import BASELINES, RUNS, settings
 
@@ -66,3 +68,28 @@ def test_settings_are_whole():
         StreamConfig(**given["stream"])
         TrainConfig(**given["train"])
         SAEConfig(**given["sae"], d_in=64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("F", [2304, 16384, 65536])
+@pytest.mark.parametrize("run", TRAINED)
+def test_a_step_fits_at_every_size(run, F):
+    """Memory above the parameters, gradients and moments stays within a few times N x F and T x F: nothing is as large as
+    N x F x D, T x F x D or F x F, which would be 1 GB and more here."""
+    D, N, T = 32, 128, 128
+    sae = dictionary(SAEConfig(**settings(run)["sae"] | {"d_in": D, "d_sae": F}))
+    config = TrainConfig(**settings(run)["train"] | {"tokens": 10 * N, "batch": N, "control": False})
+    learner = Learner(sae, config, torch.zeros(D), D**0.5, T)
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+    pos, zeros = torch.arange(N), torch.zeros(N, dtype=torch.int64)
+    batch = Batch({"x": x, "second": 0.9 * x} if "second" in reads(sae.cfg) else {"x": x}, pos, pos, zeros, zeros)
+    batch.attribute = (pos >= 64).long()
+    before = [p.detach().clone() for p in sae.parameters()]
+    largest = 0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        learner.step(batch)
+    for event in profile.events():
+        largest = max(largest, event.cpu_memory_usage)
+    assert largest <= 8 * 4 * max(N, T) * F
+    assert any(not torch.equal(p, b) for p, b in zip(sae.parameters(), before, strict=True))
+    assert learner.report()["loss"] > 0

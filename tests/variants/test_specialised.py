@@ -6,7 +6,6 @@ import pytest
 import torch
 from temposae.engine.errors import UserError
 from temposae.engine.parts import Seen
-from temposae.variants.running import PositionMean
 from temposae.variants.specialised import specialization
 
 F, T = 24, 12
@@ -112,26 +111,9 @@ def test_tokens_without_active_latents_say_nothing(made, rows, objective):
     sae._last.f = sae._last.f.detach().clone()
     sae._last.f[batch.pos == 5] = 0
     sae.after()
-    assert not sae.parts[0].share.met[5]
-    assert sae.parts[0].share.met.sum() == T - 1
-    assert sae.parts[0].share.mean.isfinite().all()
-
-
-def test_running_means_are_those_of_what_came(assert_close):
-    mean = PositionMean(3, 2, start=5.0, decay=0.9)
-    total = torch.tensor([[2.0, 4.0], [0.0, 0.0], [9.0, 3.0]])
-    mean.follow(total, torch.tensor([2.0, 0.0, 3.0]))
-    assert mean.mean.tolist() == [[1, 2], [5, 5], [3, 1]]
-    assert mean.met.tolist() == [True, False, True]
-    mean.follow(2 * total, torch.tensor([2.0, 0.0, 0.0]))
-    assert_close(mean.mean, torch.tensor([[1.1, 2.2], [5, 5], [3, 1]]), 1e-6)
-
-
-def test_relative_means_are_one_on_average(assert_close):
-    mean = PositionMean(4)
-    assert mean.relative().tolist() == [1, 1, 1, 1]
-    mean.follow(torch.tensor([1.0, 0.0, 3.0, 2.0]), torch.tensor([1.0, 0.0, 1.0, 1.0]))
-    assert_close(mean.relative(), torch.tensor([0.5, 1, 1.5, 1]), 1e-6)
+    assert not sae.parts[0].share.known[5]
+    assert sae.parts[0].share.known.sum() == T - 1
+    assert sae.parts[0].share.value.isfinite().all()
 
 
 def test_dictionaries_without_a_mask_to_specialise_by_are_refused(made):

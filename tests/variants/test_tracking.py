@@ -7,7 +7,6 @@ import torch
 from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.train import train
 from temposae.variants import settings
-from temposae.variants.tracking import Average
 
 T = 12
 
@@ -17,17 +16,6 @@ def by_position(sae, batch) -> torch.Tensor:
     f = sae.encode(batch.x, batch.pos)
     error = (batch.x - sae.decode(f)).square().sum(1)
     return torch.stack([error[batch.pos == p].mean() for p in range(T)])
-
-
-def test_an_average_begins_as_the_first_value_and_moves_where_there_is_a_new_one():
-    average = Average(0.9, 2, start=0.5)
-    assert average.value.tolist() == [0.5, 0.5]
-    average.add(torch.tensor([2.0, math.nan]), torch.tensor([True, False]))
-    assert average.value.tolist() == [2.0, 0.5]
-    average.add(torch.tensor([3.0, 7.0]))
-    torch.testing.assert_close(average.value, torch.tensor([0.9 * 2 + 0.1 * 3, 7.0]))
-    average.add(torch.tensor([100.0, 8.0]), torch.tensor([False, True]))
-    torch.testing.assert_close(average.value, torch.tensor([2.1, 0.9 * 7 + 0.1 * 8]))
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk"])
