@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..engine.errors import UserError
 from ..engine.folder import HELD_OUT, read_metrics, read_settings
 from ..variants import LOGS, RUNS, documented
 from .config import CampaignConfig, Entry
 
 FORMAT = "temposae-campaign/1"
+RESULTS = "campaign.json"
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,14 @@ def _against_random(scores: Mapping[str, Any]) -> tuple[bool | None, str | None]
         elif own <= other:
             reasons.append(f"{label} is {own:.4f}, the random control's {other:.4f}")
     return not reasons, "; ".join(reasons) or None
+
+
+def read_results(out: Path) -> dict[str, Any]:
+    """What campaign.json of a folder holds. Raises UserError if there is none."""
+    place = out / RESULTS
+    if not place.is_file():
+        raise UserError(f"{out} holds no {RESULTS}; the campaign isn't done: go on with --resume --out {out}")
+    return json.loads(place.read_text())
 
 
 def logs_of(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

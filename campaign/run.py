@@ -21,9 +21,9 @@ from ..evals.collect import Evaluation
 from ..evals.run import evaluate
 from ..variants import BASELINES
 from .config import CampaignConfig, Entry, entries
-from .results import gather
+from .results import RESULTS, gather
 
-SETTINGS, RESULTS = "campaign.yaml", "campaign.json"
+SETTINGS = "campaign.yaml"
 REFERENCE = "relu"  # the baseline whose position-specific latents `retention` looks for, of the same condition and seed
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from ..engine.files import UNFINISHED
+
 NOTHING = "–"  # a figure that there is not
 _SPECIAL = re.compile(r"[\\`*|<>&\[\]~#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
@@ -25,8 +27,9 @@ def plain(name: object) -> str:
     return _SPECIAL.sub(lambda found: f"\\{found[0]}", line).replace("://", "\\://")  # an address is no link
 
 
-def number(value: Any) -> str:
-    """A figure for reading: 4 decimals below 10, 4 significant digits above; counts whole; None is a dash."""
+def number(value: Any, digits: int = 4) -> str:
+    """A figure for reading: 4 decimals (or `digits`) below 10, as many significant digits above; counts whole; None is a
+    dash."""
     if value is None:
         return NOTHING
     if isinstance(value, bool):
@@ -34,8 +37,8 @@ def number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if abs(value) < 10:
-        return f"{round(value, 4) + 0.0:.4f}"  # no minus before a zero
-    decimals = max(0, 4 - len(str(int(abs(value)))))
+        return f"{round(value, digits) + 0.0:.{digits}f}"  # no minus before a zero
+    decimals = max(0, digits - len(str(int(abs(value)))))
     return f"{value:,.{decimals}f}"
 
 
@@ -71,6 +74,13 @@ def html(markdown: str, folder: Path, title: str) -> str:
         f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"{md.renderer.render(tokens, md.options, {})}</main>\n</body>\n</html>\n"
     )
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    fresh = path.with_name(f"{UNFINISHED}{path.name}")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
 
 
 def anchor(heading: str) -> str:
@@ -114,13 +124,18 @@ code { font: .9em ui-monospace, monospace; }
 table { border-collapse: collapse; font-size: .875rem; line-height: 1.35; }
 th, td { padding: .32rem .65rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; border-bottom-color: var(--soft); vertical-align: bottom; }
-td:first-child, th:first-child { padding-left: 0; }
-tbody tr:hover { background: var(--tint); }
+td:first-child, th:first-child { padding-left: 0; position: sticky; left: 0; background: var(--paper); }
+tbody tr:hover, tbody tr:hover td:first-child { background: var(--tint); }
+td em { display: block; font-size: .8em; font-style: normal; color: var(--soft); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 img { display: block; width: 100%; max-width: 36rem; height: auto; padding: .4rem; background: #fff; border-radius: .5rem; }
 p:has(> img + img) { display: grid; gap: 1rem; max-width: none; }
 p:has(> img + img) { grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); }
-@media (max-width: 40rem) { main { padding: 1.25rem 1rem 3rem; } h1 { font-size: 1.35rem; } }
+@media (max-width: 40rem) {
+  main { padding: 1.25rem 1rem 3rem; }
+  h1 { font-size: 1.35rem; }
+  td:first-child { min-width: 5.5rem; max-width: 40vw; white-space: normal; overflow-wrap: break-word; }
+}
 @media print {
   :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --tint: #fff; --accent: #004d7a; }
   body { font-size: 10pt; }

@@ -16,7 +16,7 @@ from ..engine.files import UNFINISHED
 from ..engine.folder import read_metrics
 from ..engine.progress import progress_bar
 from .eval_figures import draw_evals
-from .page import NOTHING, anchor, html, number, plain, table
+from .page import NOTHING, anchor, html, number, plain, put, table
 from .sections import ASKS, CONTROLS, PICTURES, at, section, shown
 from .suite import EVALS
 
@@ -86,9 +86,7 @@ def write_report(run: Path, found: Checkpoint, version: int) -> Path:
         bar.advance(sum(map(len, figures.values())))
         title, markdown = compose(_facts(run, found, results), results, left_out, figures)
         for name, text in (("report.md", markdown), ("report.html", html(markdown, run, title))):
-            fresh = run / f"{UNFINISHED}{name}"
-            fresh.write_text(text, encoding="utf-8")
-            fresh.replace(run / name)
+            put(run / name, text)
             bar.advance(1)
     return run / "report.md"
 
