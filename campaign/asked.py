@@ -90,31 +90,22 @@ MEANINGS = {
     "fidelity": Meaning("Fidelity", "how much of the activations' positional profile reconstruction keeps"),
 }
 
-#: by the file's name without its end: what a figure shows, and the score that it shows, if it is one
+OVER_TRAINING = "Error over training, a line a run: FVU, since losses of different objectives can't be compared."
+#: by the file's name without its end: what a figure shows, and the score that claims may point at it for
 CAPTIONS: dict[str, tuple[str, str | None]] = {
-    "overview": ("Main scores of all runs.", None),
-    "conditions": ("Main scores by condition.", None),
-    "unlearning_scores": ("Unlearning score of each run of the log.", "unlearning"),
-    "loss_curves": (
-        "Loss over training, a line a run. Losses of different objectives are different quantities; only the shape of "
-        "a line says something.",
-        None,
-    ),
-    "final_metrics": ("Final loss of each run; losses of different objectives are different quantities.", None),
-    "training_progression": (
-        "Steps that each run completed, and final losses; losses of different objectives are different quantities.",
-        None,
-    ),
+    "overview": ("Explained variance of all dictionaries beside their random controls.", "explained_variance"),
+    "conditions": ("Error against sparsity, of every run in every condition.", None),
+    "unlearning_scores": ("Unlearning score of each run of the log, beside its random control.", "unlearning"),
+    "loss_curves": (OVER_TRAINING, None),
+    "final_metrics": ("What each run leaves unexplained at the end.", "explained_variance"),
+    "training_progression": ("How many steps each run completed, and its error at the end.", None),
     "hyperparameters": ("Learning rate and L1 coefficient of each run.", None),
-    "position_analysis": ("Loss by position over training and at its end, and the weights of positions.", None),
+    "position_analysis": ("Squared error by position over training and at its end, and the weights of positions.", None),
     "position_weights": ("Loss weights of positions over training, and beside how hard positions are.", None),
     "sparsity_analysis": ("Active latents by position over training and at its end, and latents by position.", None),
-    "temporal_clustering": ("Latents ordered by where in a row they are active: their tree and their profiles.", None),
+    "temporal_clustering": ("Latents in the order of a tree of where in a row they are active.", None),
     "cluster_patterns": ("Of each cluster of latents the mean profile, likeness within, and specialization.", None),
-    "comparative_analysis": (
-        "The log's runs beside each other: final loss, sparsity, loss and weight by position.",
-        None,
-    ),
-    "training_curves": ("Training of each run; losses of different objectives are different quantities.", None),
-    "feature_statistics": ("How large the dictionary of each run is.", None),
-}
+    "comparative_analysis": ("The log's runs beside each other: error, sparsity, and both by position.", None),
+    "training_curves": (OVER_TRAINING, None),
+    "feature_statistics": ("How large each run's dictionary is, and how many of its latents are alive.", "dead_fraction"),
+}  # fmt: skip

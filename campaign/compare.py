@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..engine.errors import UserError
 from ..variants.strictness import STRICTNESS
 from .results import SCORES
 
@@ -150,9 +151,14 @@ def _difference(score: str, run: str, other: str, every: Mapping[str, Run]) -> D
 
 
 def student(mean: float, spread: float, n: int) -> tuple[float, float]:
-    """Half the width of the 95% interval of a mean of n values with this standard deviation, and p of its being 0."""
-    from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats has the same, and takes a second to import
-
+    """Half the width of the 95% interval of a mean of n values with this standard deviation, and p of its being 0. Raises
+    UserError without scipy."""
+    try:
+        from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats has the same, and takes a second to import
+    except ModuleNotFoundError:
+        raise UserError(
+            "report: intervals need scipy; pip install 'temposae[evals]', then temposae plot on the campaign's folder"
+        ) from None
     error = spread / math.sqrt(n)
     return float(stdtrit(n - 1, 1 - LEVEL / 2) * error), float(2 * stdtr(n - 1, -abs(mean) / error))
 

@@ -65,15 +65,15 @@ class Findings:
         return [one for ones in self.differences.values() for one in ones if one.run in wanted]
 
     def figures(self, one: Difference) -> list[str]:
-        """Links to the figures that show a difference."""
-        log = self.every[one.run].get("log")
-        at = strictness(self.every[one.run]["condition"])[1]
-        return [
-            picture.link
-            for picture in self.pictures
-            if picture.score == one.score
-            and (picture.path == _forest(one.score, at) or f"/log_{str(log).lower()}/" in picture.path)
-        ]
+        """Links to the figures that show a difference: that of its score, and of all runs or its log's, which are of the
+        first condition that a run has."""
+        run = self.every[one.run]
+        shown = {_forest(one.score, strictness(run["condition"])[1])}
+        if one.run == next(name for name, other in self.every.items() if other["run"] == run["run"]):
+            shown |= {
+                p.path for p in self.pictures if Path(p.path).parent.as_posix() in ("figures", _folder(run["log"]))
+            }
+        return [picture.link for picture in self.pictures if picture.score == one.score and picture.path in shown]
 
 
 def gathered(out: Path, drawn: Callable[[], None]) -> Findings:
@@ -147,7 +147,7 @@ def _pictures(findings: Findings, drawn: Callable[[], None]) -> list[Picture]:
         if not path.name.startswith(".")
     )
     common = [path for path in there if Path(path).parent.name == "figures"]
-    of_logs = [path for log in LOG_TITLES for path in there if path.startswith(f"figures/log_{log.lower()}/")]
+    of_logs = [path for log in LOG_TITLES for path in there if path.startswith(f"{_folder(log)}/")]
     for path in [*common, *of_logs]:
         shows, score = CAPTIONS.get(Path(path).stem, (f"{Path(path).stem.replace('_', ' ').capitalize()}.", None))
         add(path, shows, score)
@@ -156,8 +156,11 @@ def _pictures(findings: Findings, drawn: Callable[[], None]) -> list[Picture]:
 
 def pictures_in(findings: Findings, log: str | None) -> list[Picture]:
     """The figures of a log, or those of all runs."""
-    folder = f"figures/log_{log.lower()}" if log else "figures"
-    return [picture for picture in findings.pictures if Path(picture.path).parent.as_posix() == folder]
+    return [picture for picture in findings.pictures if Path(picture.path).parent.as_posix() == _folder(log)]
+
+
+def _folder(log: str | None) -> str:
+    return f"figures/log_{log.lower()}" if log else "figures"
 
 
 def bullets(lines: Iterable[str]) -> str:

@@ -333,7 +333,7 @@ def _seen(name: str, findings: Findings) -> str:
 
 
 def _missing(findings: Findings, log: str | None) -> list[str]:
-    """Figures that were not drawn and why: a log's, or those that belong to none."""
+    """Figures that are not there, or not whole, and why: a log's, or those that belong to none."""
     path = findings.out / MISSING
     missing: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
@@ -342,7 +342,9 @@ def _missing(findings: Findings, log: str | None) -> list[str]:
 
     here = {name: why for name, why in missing.items() if belongs(name) == log}
     lines = bullets(f"`{name.replace('`', '')}`: {plain(why)}" for name, why in here.items())
-    return [f"Figures that were not drawn{f' of log {log}' if log else ''}, and why:", lines] if here else []
+    return (
+        [f"Figures {f'of log {log} ' if log else ''}that are not there, or not whole, and why:", lines] if here else []
+    )
 
 
 def _log(log: str, findings: Findings) -> list[str]:
@@ -376,10 +378,12 @@ def _log(log: str, findings: Findings) -> list[str]:
         bullets(claims) if claims else "No difference from a baseline is told.",
     ]
     for picture in pictures_in(findings, log):
-        pointing = list(dict.fromkeys(plain(one.run) for one in told if one.score == picture.score))
-        said = f"Claims that point here: {MEANINGS[picture.score].within} of {', '.join(pointing)}." if (
-            picture.score and pointing
-        ) else ""  # fmt: skip
+        pointing = names(dict.fromkeys(one.run for one in told if picture.link in findings.figures(one)))
+        said = (
+            f"Claims that point here: {MEANINGS[picture.score].within} of {pointing}."
+            if picture.score and pointing
+            else ""
+        )
         blocks += [f"### {picture.place}", picture.markdown, said]
     return [*blocks, *_missing(findings, log)]
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -437,6 +438,20 @@ def test_static_slicing_stands_beside_the_masks_that_were_trained(tmp_path, quic
     assert "positions on 4,096 tokens in 16 bins" in part(markdown, "## What to know first")
 
 
+def test_claims_point_at_figures_of_logs_only_in_the_condition_that_those_show(tmp_path, quick):
+    place = tmp_path / "figures" / "log_a" / "unlearning_scores.png"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"\x89PNG")
+    made = Made("A1", conditions=("k16", "k32"))
+    for name in ("A1-k16", "A1-k32"):
+        made.plant(name, "unlearning", 0.10, 0.11, 0.09, 0.10)
+    claims = re.findall(r"^- Unlearning: .*$", made.write(tmp_path)[0], re.M)
+    assert {tuple(re.findall(r"A1-k\d\d|unlearning-scores|by-score-unlearning", claim)) for claim in claims} == {
+        ("A1-k16", "by-score-unlearning", "unlearning-scores"), ("A1-k32", "by-score-unlearning")
+    }  # fmt: skip
+    assert "Claims that point here: unlearning of A1-k16." in (tmp_path / "report.md").read_text()
+
+
 # The pages
 
 
@@ -455,6 +470,7 @@ def test_figures_that_are_there_are_shown_and_those_that_are_not_are_named_with_
     log = part(markdown, "## Log A: structured positional masking")
     assert "](figures/log_a/unlearning_scores.png)" in log
     assert "Claims that point here: unlearning of A1." in log
+    assert "Claims that point here" not in part(markdown, "## Log C: position-aware SAEs for sequences")
     (claim,) = re.findall(r"^- Unlearning: \*\*A1\*\* helped.*$", log, re.M)
     assert len(re.findall(r"\[figure \d+\]", claim)) == 2
     assert re.search(r"\(#figure-\d+-unlearning-scores\)", claim)
@@ -531,6 +547,13 @@ def test_it_opens_in_chromium(whole):
 def test_a_folder_without_numbers_is_refused_in_a_line(tmp_path, quick):
     with pytest.raises(UserError, match=r"holds no campaign\.json"):
         write(tmp_path)
+
+
+def test_without_scipy_a_line_says_what_to_install(tmp_path, quick, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    with pytest.raises(UserError, match=r"temposae\[evals\]"):
+        Made("A1").write(tmp_path)
+    Made("A1", seeds=1).write(tmp_path)  # of which there are no intervals
 
 
 @pytest.mark.parametrize("runs", [(), ("A1",)])
