@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..evals.figures import new_axes
 from .compare import Difference
@@ -13,8 +14,14 @@ TOLD = {"helped": "better", "hurt": "worse", "rose": "more", "fell": "less", "op
 def draw_differences(
     path: Path, title: str, from_baseline: Sequence[Difference], between: Sequence[Difference] = ()
 ) -> None:
-    """Write a PNG: a line a difference, those between runs below; a point for the mean, a bar for the interval (cut where it
-    would leave the picture), and small dots for the seeds."""
+    """Write the figure of these differences as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    differences_figure(title, from_baseline, between).savefig(path, dpi=160)
+
+
+def differences_figure(title: str, from_baseline: Sequence[Difference], between: Sequence[Difference] = ()) -> Any:
+    """A line a difference, those between runs below; a point for the mean, a bar for the interval (cut where it would leave
+    the picture), and small dots for the seeds."""
     rows = [*from_baseline, *between]
     names = [one.run for one in from_baseline] + [f"{one.run} less {one.other}" for one in between]
     figure, axes = new_axes(1.3 + 0.17 * len(rows))
@@ -39,5 +46,4 @@ def draw_differences(
     axes.set_yticklabels(names, fontsize=7)
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside lower center", frameon=False, fontsize=7, ncols=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    return figure

@@ -19,12 +19,13 @@ from scipy.stats import ttest_rel
 from temposae.campaign import compare, findings
 from temposae.campaign.asked import MEANINGS, QUESTIONS
 from temposae.campaign.compare import against_baselines, baseline_of, holm, repeated, student
+from temposae.campaign.forest import differences_figure
 from temposae.campaign.report import write
 from temposae.campaign.results import SCORES, _summary
 from temposae.engine.errors import UserError
+from temposae.variants import RUNS
 
 SEEDS = 4
-RUNS = [f"{log}{n}" for log, most in {"A": 10, "B": 10, "C": 9, "D": 4, "E": 9}.items() for n in range(1, most + 1)]
 PLAIN = {
     "loss": 20.0, "fvu_first": 1.0, "fvu_last": 0.1, "explained_variance": 0.9, "ce_recovered": 0.95, "l0": 32.0,
     "dead_fraction": 0.02, "probing_1": 0.85, "probing_5": 0.9, "probing": 0.87, "order_pooled": 0.6, "order_last": 0.7,
@@ -115,16 +116,17 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
 
+def small(path: Path, *given: Any) -> None:
+    """A picture of one point."""
+    point = b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(base64.b64decode(point))
+
+
 @pytest.fixture
 def quick(monkeypatch) -> None:
-    """Pictures of one point in place of the differences' figures, of which the text is the same."""
-    point = b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
-
-    def drawn(path: Path, *given: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(point))
-
-    monkeypatch.setattr(findings, "draw_differences", drawn)
+    """Small pictures in place of the differences' figures: what is written stays the same."""
+    monkeypatch.setattr(findings, "draw_differences", small)
 
 
 def part(markdown: str, heading: str) -> str:
@@ -497,7 +499,9 @@ def whole(tmp_path_factory) -> Path:
     made.plant("B2", "explained_variance", -0.50, -0.51, -0.49, -0.50)
     made.found["runs"]["A1"]["title"] = "<script>alert(1)</script> | ![i](http://e/x.png)"
     made.found["runs"]["A7"]["failed"] = {"A7-s1": "ValueError: <b>no</b>"}
-    made.write(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(findings, "draw_differences", small)
+        made.write(out)
     return out
 
 
@@ -563,6 +567,23 @@ def test_a_campaign_of_a_baseline_or_of_one_run_has_a_report(tmp_path, quick, ru
     assert not page.open
 
 
+def test_the_figure_of_a_score_has_a_line_a_difference_with_its_interval_and_its_seeds():
+    made = Made("A1", "A2", "A5")
+    made.plant("A5", "tpp", 0.030, 0.032, 0.031, 0.033)
+    made.plant("A1", "tpp", -0.030, -0.032, -0.031, -0.033)
+    ones, between = against_baselines(made.found)["tpp"], compare.compare(made.found, [("A2", "A1")])["tpp"]
+    (axes,) = differences_figure("TPP", ones, between).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["A1", "A2", "A5", "A2 less A1"]
+    lines = [(line.get_color(), list(line.get_xdata()), set(line.get_ydata())) for line in axes.lines]
+    for at, one in enumerate([*ones, *between]):
+        colour = {"helped": "#009E73", "hurt": "#D55E00", "open": "#999999"}[one.verdict]
+        assert (colour, [one.mean - one.half, one.mean + one.half], {at}) in lines
+        assert (colour, list(one.values), {at}) in lines
+        assert (colour, [one.mean], {at}) in lines
+    assert [one.verdict for one in [*ones, *between]] == ["hurt", "open", "helped", "helped"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first on top
+
+
 # The statistics
 
 
@@ -592,7 +613,7 @@ def test_holms_correction_is_the_least_level_at_which_all_smaller_ones_stand():
 def test_of_campaigns_of_noise_one_in_twenty_makes_a_false_claim_at_most(monkeypatch):
     """12 runs that share a baseline, and differ from it by chance."""
     monkeypatch.setattr(compare, "COMPARED", ("tpp",))
-    made, draw, wrong = Made(*RUNS[:12]), np.random.default_rng(1), 0
+    made, draw, wrong = Made(*list(RUNS)[:12]), np.random.default_rng(1), 0
     for _ in range(300):
         for run in (made.found["runs"] | made.found["baselines"]).values():
             run["scores"] = {"tpp": {"mean": 0.2, "values": list(draw.normal(0.2, 0.01, SEEDS))}}
