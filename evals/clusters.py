@@ -8,7 +8,8 @@ has). Latents that fired at least `FIRINGS` times are clustered by average linka
 
 The tree is cut where the mean silhouette (Rousseeuw 1987) of the clusters is largest. Stability is the adjusted Rand index
 (Hubert and Arabie 1985) of the clusters found on one half of the rows and on the other: 1 is the same, 0 is chance. Position
-as an axis along which latents differ: Voita et al., arXiv 2309.04827.
+as an axis along which latents differ: Voita et al., arXiv 2309.04827. Specialization of a profile is 1 - H(p) / log `BINS`:
+0 for one that is the same everywhere, 1 for one in a single bin.
 """
 
 import math
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import pdist, squareform
+from scipy.special import entr
 from sklearn.metrics import adjusted_rand_score
 
 from ..engine.errors import UserError
@@ -30,6 +32,7 @@ BINS = 16
 FIRINGS = 100  # of a latent, fewer than which make a profile of noise; in one half of the rows half as many
 ROWS, HALVES = 1024, 3
 COUNTS = range(2, 9)  # numbers of clusters to choose from
+SHOWN = 512  # latents whose own profiles are kept, for figures
 SAME = 0.7  # latents of two dictionaries whose decoder rows have this cosine are taken to be the same
 
 
@@ -39,11 +42,14 @@ def clusters(
 ) -> dict[str, Any]:
     """Cluster the dictionary's latents by position into `count` clusters, or as many as have the largest silhouette.
 
-    Returns `count`, `latents` (how many were clustered), `silhouette` {number: value}, `clusters` (size and mean profile
-    [BINS], the earliest first), the mean distance `within` and `between` clusters, `stability` (adjusted Rand index over
-    random halves of the rows), `seeds` (the same against an `other` dictionary, latents matched by decoder cosine), and
-    `controls`: `random`, `lm_neurons` (their absolute values), and `shuffled`, where positions are permuted within each row.
-    With too few latents that fire these are None. Raises UserError for a count below 2.
+    Returns `count`, `latents` (how many were clustered), `silhouette` {number: value}, `clusters` (the earliest first: size,
+    mean profile [BINS], and of its latents' specialization the 5th, 25th, 50th, 75th and 95th percentile), the mean distance
+    `within` and `between` clusters, their `correlation` (mean Pearson r of a latent's profile of the one and one of the
+    other, or another of the same), `stability` (adjusted Rand index over random halves of the rows), `seeds` (the same
+    against an `other` dictionary, latents matched by decoder cosine), and `controls`: `random`, `lm_neurons` (their absolute
+    values), and `shuffled`, where positions are permuted within each row. With too few latents that fire these are None.
+    `sample`: of up to `SHOWN` latents, evenly among those clustered, profile and cluster. Raises UserError for a count
+    below 2.
     """
     if count is not None and count < 2:
         raise UserError(f"count: {count} is not allowed; give at least 2 clusters, or none to choose by silhouette")
@@ -52,6 +58,7 @@ def clusters(
     collected = evaluation.labelled(ROWS) if evaluation.is_testbed else collect(stream, stream.held_out(ROWS), ROWS)
     own = _measure(evaluation, evaluation.sae, collected, collected.pos, count)
     labels = own.pop("labels")
+    of_latents = ("labels", "sample")
     coders = evaluation.coders(collected)
     controls = {name: (coder, collected.pos) for name, coder in coders.items() if name not in ("sae", "mean")}
     controls["shuffled"] = evaluation.sae, _shuffled(collected, evaluation.generator("clusters shuffled"))
@@ -59,7 +66,7 @@ def clusters(
     return {
         **own,
         "seeds": None if other is None else _matched(evaluation, other, collected, labels),
-        "controls": {name: {k: v for k, v in values.items() if k != "labels"} for name, values in found.items()},
+        "controls": {name: {k: v for k, v in values.items() if k not in of_latents} for name, values in found.items()},
         "bins": BINS,
         "rows": len(collected),
         "seconds": round(time.monotonic() - began, 2),
@@ -73,7 +80,9 @@ def _measure(
     used = np.flatnonzero(firings[0] >= FIRINGS)
     labels = np.full(firings.shape[1], -1)
     if len(used) < max(count or 0, COUNTS[0]) + 1:
-        empty = dict.fromkeys(("count", "silhouette", "clusters", "within", "between", "stability"))
+        empty = dict.fromkeys(
+            ("count", "silhouette", "clusters", "within", "between", "correlation", "stability", "sample")
+        )
         return {**empty, "latents": len(used), "labels": labels}
     profiles = _profiles(sums[0][used], tokens[0])
     distances = _distances(profiles)
@@ -85,8 +94,8 @@ def _measure(
     count = max(by_count, key=lambda n: by_count[n])
     labels[used] = _cut(distances, count)
     mine = labels[used]
-    parts = [profiles[mine == c] for c in np.unique(mine)]
-    parts.sort(key=lambda part: float(part.mean(0) @ np.arange(part.shape[1])))
+    order = sorted(np.unique(mine), key=lambda c: float(profiles[mine == c].mean(0) @ np.arange(BINS)))
+    parts = [profiles[mine == c] for c in order]
     pairs = mine[:, None] == mine[None]
     upper = np.triu(np.ones_like(pairs), 1)
     square = squareform(distances)
@@ -94,10 +103,19 @@ def _measure(
         "count": len(parts),
         "latents": len(used),
         "silhouette": by_count,
-        "clusters": [{"size": len(part), "profile": part.mean(0).tolist()} for part in parts],
+        "clusters": [
+            {
+                "size": len(part),
+                "profile": part.mean(0).tolist(),
+                "specialization": np.percentile(_specialization(part), (5, 25, 50, 75, 95)).tolist(),
+            }
+            for part in parts
+        ],
         "within": _mean(square[pairs & upper]),
         "between": _mean(square[~pairs & upper]),
+        "correlation": _correlation(parts),
         "stability": _stability(evaluation, coder, collected, pos, count),
+        "sample": _sample(profiles, np.array([order.index(c) for c in mine])),
         "labels": labels,
     }
 
@@ -161,6 +179,37 @@ def _profiles(sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Shares of activity [F, BINS] from its sums, per token of a bin; a bin without tokens has none."""
     rate = sums / np.maximum(tokens, 1)
     return rate / rate.sum(1, keepdims=True)
+
+
+def _specialization(profiles: np.ndarray) -> np.ndarray:
+    return 1 - entr(profiles).sum(1) / math.log(profiles.shape[1])
+
+
+def _correlation(parts: list[np.ndarray]) -> list[list[float | None]]:
+    """Mean r over pairs of latents, one of each of two clusters: of the sums of their standardised profiles, as there is no
+    room for all pairs. A profile that is the same everywhere has 0 with any other; a cluster of one latent, None with
+    itself."""
+    sums, sizes, own = [], np.array([len(part) for part in parts]), []
+    for part in parts:
+        apart = part - part.mean(1, keepdims=True)
+        norm = np.linalg.norm(apart, axis=1, keepdims=True)
+        unit = np.divide(apart, norm, out=np.zeros_like(apart), where=norm > 1e-12)
+        sums.append(unit.sum(0))
+        own.append(np.square(unit).sum())  # each latent with itself, which does not count
+    total = np.stack(sums) @ np.stack(sums).T - np.diag(own)
+    pairs = np.outer(sizes, sizes) - np.diag(sizes)
+    return [[float(t / n) if n else None for t, n in zip(*row, strict=True)] for row in zip(total, pairs, strict=True)]
+
+
+def _sample(profiles: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
+    at = np.linspace(0, len(profiles) - 1, min(len(profiles), SHOWN)).astype(np.int64)
+    return {"profiles": profiles[at].round(4).tolist(), "cluster": cluster[at].tolist()}
+
+
+def tree(profiles: np.ndarray) -> np.ndarray:
+    """The merges of average linkage (as `scipy.cluster.hierarchy.linkage` gives them) of latents with these profiles
+    [n, BINS]."""
+    return linkage(_distances(profiles), "average")
 
 
 def _distances(profiles: np.ndarray) -> np.ndarray:

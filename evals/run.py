@@ -21,7 +21,7 @@ from .report import write_report
 from .saebench import file_name, output
 from .suite import given_to, load_eval
 
-VERSION = 4  # of the evals: results of another one are not taken for today's
+VERSION = 5  # of the evals: results of another one are not taken for today's
 SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import silhouette_score
 from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
-from temposae.evals.clusters import BINS, _distances, _silhouette, clusters
+from temposae.evals.clusters import BINS, _distances, _silhouette, clusters, tree
 from temposae.evals.collect import Collected, Evaluation
 
 R, T = 64, 32
@@ -76,6 +76,43 @@ def test_a_profile_does_not_depend_on_how_many_tokens_a_bin_has():
     late = clusters(Planted(documents()))["clusters"][1]["profile"]
     assert late[BINS // 2 : BINS - 2] == pytest.approx([1 / 6] * 6, abs=0.02)
     assert late[BINS - 2 :] == [0, 0]  # padding
+
+
+def test_likeness_and_specialization_of_clusters_are_those_of_their_profiles():
+    found = clusters(Planted(documents(), dictionary()))
+    assert (found["latents"], [of["size"] for of in found["clusters"]]) == (EARLY + LATE, [EARLY, LATE])
+    profiles, cluster = (np.array(found["sample"][key]) for key in ("profiles", "cluster"))
+    r = np.corrcoef(profiles)
+    for i, of in enumerate(found["clusters"]):
+        for j in range(2):
+            pairs = (cluster == i)[:, None] & (cluster == j) & ~np.eye(len(r), dtype=bool)
+            assert found["correlation"][i][j] == pytest.approx(r[pairs].mean(), abs=2e-3)  # profiles have four digits
+        p = profiles[cluster == i]
+        special = 1 + np.where(p > 0, p * np.log(np.maximum(p, 1e-9)), 0).sum(1) / np.log(BINS)
+        assert of["specialization"] == pytest.approx(np.percentile(special, (5, 25, 50, 75, 95)), abs=2e-3)
+        np.testing.assert_allclose(p.mean(0), of["profile"], atol=1e-4)
+    assert not any("sample" in control for control in found["controls"].values())
+
+
+def test_a_sample_is_of_latents_evenly_and_a_cluster_of_one_has_no_likeness_with_itself(monkeypatch):
+    whole = clusters(Planted(documents()), count=11)
+    assert sorted(of["size"] for of in whole["clusters"]) == [1] * 10 + [2]
+    profiles, cluster = (np.array(whole["sample"][key]) for key in ("profiles", "cluster"))
+    for i, of in enumerate(whole["clusters"]):
+        np.testing.assert_allclose(profiles[cluster == i].mean(0), of["profile"], atol=1e-4)
+        assert (whole["correlation"][i][i] is None) == (of["size"] == 1)
+    monkeypatch.setattr("temposae.evals.clusters.SHOWN", 4)
+    some = clusters(Planted(documents()), count=11)["sample"]
+    assert some["profiles"] == [whole["sample"]["profiles"][at] for at in (0, 3, 7, 11)]
+    assert some["cluster"] == [whole["sample"]["cluster"][at] for at in (0, 3, 7, 11)]
+
+
+def test_the_tree_merges_the_nearest_first():
+    profiles = np.zeros((3, BINS))
+    profiles[0, 0], profiles[1, :2], profiles[2, [1, 9]] = 1, 0.5, 0.5
+    near, far = (jensenshannon(profiles[1], profiles[at], base=2) for at in (0, 2))
+    assert near < far < 1  # 1: that of the first and the last, which have no bin in common
+    assert tree(profiles).tolist() == [[0, 1, pytest.approx(near), 2], [2, 3, pytest.approx((far + 1) / 2), 3]]
 
 
 def test_groups_are_gone_where_positions_are_shuffled():
