@@ -1,8 +1,83 @@
-"""Figures of a campaign, from its saved numbers."""
+"""Figures of a campaign, from its saved numbers: those that the logs name, in a folder for each log, and those of all runs
+together."""
 
+import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from ..engine.files import write_json
+from . import log_figures, overview, position_figures
+from .panels import Drawing
+from .saved import Lacking, Saved
+
+MISSING = "missing.json"
+
+#: by log: the names that the log has for its figures
+NAMED: dict[str, dict[str, Callable[[Saved], Drawing]]] = {
+    "A": {
+        "unlearning_scores": partial(log_figures.unlearning_scores, log="A"),
+        "loss_curves": partial(log_figures.training_curves, log="A"),
+        "final_metrics": partial(log_figures.final_metrics, log="A"),
+    },
+    "B": {
+        "training_progression": partial(log_figures.training_progression, log="B"),
+        "hyperparameters": partial(log_figures.hyperparameters, log="B"),
+    },
+    "C": {
+        "position_analysis": position_figures.position_analysis,
+        "position_weights": position_figures.position_weights,
+        "sparsity_analysis": position_figures.sparsity_analysis,
+        "temporal_clustering": position_figures.temporal_clustering,
+        "cluster_patterns": position_figures.cluster_patterns,
+        "comparative_analysis": position_figures.comparative_analysis,
+    },
+    "E": {
+        "unlearning_scores": partial(log_figures.unlearning_scores, log="E"),
+        "training_curves": partial(log_figures.training_curves, log="E"),
+        "feature_statistics": partial(log_figures.feature_statistics, log="E"),
+    },
+}
 
 
 def draw(out: Path) -> list[Path]:
-    """Write every figure that the logs name into figures/ of the campaign's folder."""
-    return []
+    """Write into figures/ of a campaign's folder every figure that the logs of its runs name, an overview, and one of its
+    conditions if there are several; returns where they are.
+
+    A figure, or a panel of one, whose numbers were not measured is left out; figures/missing.json has the reason by the
+    figure's name. Raises UserError where there is no campaign.json.
+    """
+    saved, folder = Saved(out), out / "figures"
+    drawn: list[Path] = []
+    why: dict[str, str] = {}
+    for name, make in _wanted(saved).items():
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            drawing = make(saved)
+        except Lacking as reason:
+            why[name] = f"not drawn: {reason}"
+            place.unlink(missing_ok=True)  # one of other numbers may be there
+            continue
+        if drawing.lacks:
+            why[name] = f"drawn without {'; without '.join(drawing.lacks)}"
+        drawing.figure.savefig(place, dpi=160)
+        drawn.append(place)
+    write_json(folder / MISSING, why)
+    return drawn
+
+
+def missing(out: Path) -> dict[str, str]:
+    """Why figures of a campaign's folder, or panels of them, were not drawn, by the figure's name."""
+    place = out / "figures" / MISSING
+    return json.loads(place.read_text()) if place.is_file() else {}
+
+
+def _wanted(saved: Saved) -> dict[str, Callable[[Saved], Drawing]]:
+    found: dict[str, Callable[[Saved], Drawing]] = {"overview.png": overview.overview}
+    if len(saved.found["conditions"]) > 1:
+        found["conditions.png"] = overview.conditions
+    for log, figures in NAMED.items():
+        if log in saved.logs:
+            found |= {f"log_{log.lower()}/{name}.png": make for name, make in figures.items()}
+    return found

@@ -1,5 +1,6 @@
 """`temposae run`, `temposae campaign` and `temposae plot`: the documented runs."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,13 +110,15 @@ def plot(
     folder: Annotated[Path, typer.Argument(metavar="RUN|CAMPAIGN", help="A folder of temposae run or campaign.")],
 ) -> None:
     """Draw the figures of a documented run or campaign again, from its saved numbers, and write its report anew."""
-    from ..campaign.figures import draw
+    from ..campaign.figures import draw, missing
     from ..campaign.report import write
     from ..campaign.run import read_config
 
     read_config(folder)
     for path in draw(folder):
         print(path)
+    for name, why in missing(folder).items():
+        print(f"{name}: {why}", file=sys.stderr)
     print(write(folder))
 
 

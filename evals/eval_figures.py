@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .figures import COLOURS, MARKERS, SEVERAL, core_figures, new_axes
+from .figures import COLOURS, MARKERS, SEVERAL, core_figures, legend_below, new_axes
 
 LABELS = {"sae": "dictionary", "llm": "LM activations"}
 CODERS = COLOURS | {"shuffled": "#CC79A7", "llm": "#000000"}
@@ -92,7 +92,7 @@ def _curves(
     axes.xaxis.set_major_locator(FixedLocator(xs))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    _legend(figure, "band: one standard deviation over seeds" if spread else None)
+    legend_below(figure, "band: one standard deviation over seeds" if spread else None)
     return {name: figure}
 
 
@@ -122,7 +122,7 @@ def _unlearning(result: dict[str, Any]) -> dict[str, Any]:
         xlabel="retain accuracy (other answers still right)", ylabel="forget accuracy (lower is better)",
         title="Unlearning: every setting, multipliers along a line",
     )  # fmt: skip
-    _legend(figure, columns=2)
+    legend_below(figure, columns=2)
     return {"unlearning": figure}
 
 
@@ -144,7 +144,7 @@ def _truth(result: dict[str, Any]) -> dict[str, Any]:
     axes.set_yticks(rows, [name for name, _ in variables], fontsize=6.5)
     axes.set(xlim=(0, 1.02), ylim=(-1, len(variables)), xlabel="F1, or accuracy (0.5 is chance)")
     axes.set_title("Which known variables latents name")
-    _legend(figure, columns=2)
+    legend_below(figure, columns=2)
     return {"ground_truth": figure}
 
 
@@ -170,7 +170,7 @@ def _order(result: dict[str, Any]) -> dict[str, Any]:
         range(len(rows)), [f"{part}, {reading.replace('_', ' ')}" for part, reading in rows], parse_math=False
     )
     axes.set(xlabel="test accuracy", ylim=(-0.6, len(rows) - 0.4), title="What is told by word order alone")
-    _legend(figure, columns=3)
+    legend_below(figure, columns=3)
     return {"order_probing": figure}
 
 
@@ -187,11 +187,3 @@ def _clusters(result: dict[str, Any]) -> dict[str, Any]:
     axes.set(xlabel="position bin (sixteenths of a row)", title="Where in a row each cluster's latents are active")
     figure.colorbar(image, label="share of activity", pad=0.02)
     return {"clusters": figure}
-
-
-def _legend(figure: Any, note: str | None = None, columns: int = 3) -> None:
-    """The legend, and a note, below the axes, where they cover nothing."""
-    figure.legend(
-        loc="outside lower center", ncols=columns, frameon=False, fontsize=7.5, title=note, title_fontsize=7.5
-    )
-    return figure

@@ -66,6 +66,13 @@ def new_axes(height: float = 3.4) -> tuple[Any, Any]:
     return figure, axes
 
 
+def legend_below(figure: Any, note: str | None = None, columns: int = 3) -> None:
+    """The legend, and a note, below the axes, where they cover nothing."""
+    figure.legend(
+        loc="outside lower center", ncols=columns, frameon=False, fontsize=7.5, title=note, title_fontsize=7.5
+    )
+
+
 def _loss(metrics: list[dict[str, Any]]) -> Any:
     from matplotlib.ticker import EngFormatter
 

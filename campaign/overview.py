@@ -1,0 +1,131 @@
+"""Figures of all runs together: each beside its random control, and error against sparsity in every condition."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..evals.figures import COLOURS, MARKERS, SEVERAL, legend_below
+from .panels import (
+    GREY,
+    HELD_OUT_FVU,
+    L0,
+    NARROW,
+    WIDE,
+    Drawing,
+    Row,
+    new_figure,
+    note,
+    of_run,
+    plain_ticks,
+    polished,
+    together,
+    whisker,
+)
+from .saved import Lacking, Saved, Seeds, final_fvu, score
+
+LOG_COLOURS = dict(zip("ABCDE", SEVERAL, strict=False))
+LEAST = -0.25  # explained variance: where what is still worse is put, with its figure
+
+
+def overview(saved: Saved) -> Drawing:
+    """Explained variance of every run beside its random control's, log by log."""
+    groups = {"Baselines": [of_run(*each, _explained, is_baseline=True) for each in saved.baselines.items()]}
+    for log in saved.logs:
+        groups[f"Log {log}"] = [of_run(*each, _explained) for each in saved.trained(log).items()]
+    if not any(row.own for group in groups.values() for row in group):
+        raise Lacking("core was not measured of any run")
+    groups = {name: group for name, group in groups.items() if group}
+    count = sum(map(len, groups.values()))
+    figure = new_figure(NARROW, 1.1 + 0.155 * (count + len(groups)))
+    axes = figure.add_subplot()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    at, ticks, labels = 0.0, [], []
+    analyses = [run for runs in saved.logs.values() for run in runs.values() if run["trained_as"]]
+    for name, group in groups.items():
+        axes.text(0, at, name, fontsize=7.5, fontweight="bold", va="center", transform=axes.get_yaxis_transform())
+        for row in group:
+            at += 1
+            colour = LOG_COLOURS.get(row.name[0], "#222222") if not row.is_baseline else "#222222"
+            _dumbbell(axes, at, row, colour)
+            ticks.append(at)
+            looked_at = ", ".join(run["run"] for run in analyses if run["trained_as"] == row.name)
+            labels.append(f"{row.label} ({looked_at})" if looked_at else row.label)
+        at += 1.4
+    axes.plot([], [], "o", color="#222222", markersize=4.5, label="dictionary")
+    axes.plot([], [], "o", color=COLOURS["random"], mfc="white", markersize=4.5, label="random control")
+    if any(_is_worse(row) for group in groups.values() for row in group):
+        axes.plot([], [], color=COLOURS["random"], linewidth=1.6, label="no better than its control")
+    axes.set_yticks(ticks, labels)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set(xlabel="explained variance on held-out text", ylim=(at - 0.4, -0.8))
+    axes.set_xlim(left=max(LEAST, axes.get_xlim()[0]))
+    polished(figure)
+    axes.tick_params(axis="y", labelsize=6.5)
+    legend_below(figure, note(saved))
+    return Drawing(figure)
+
+
+def conditions(saved: Saved) -> Drawing:
+    """Error against sparsity of every run in every condition."""
+    every = [*saved.found["baselines"].values(), *(r for r in saved.found["runs"].values() if not r["trained_as"])]
+    known = [run for run in every if final_fvu(run) and score(run, "l0")[0]]
+    if not known:
+        raise Lacking("core was not measured of any run")
+    markers = {name: MARKERS[at % len(MARKERS)] for at, name in enumerate(saved.found["conditions"])}
+
+    def draw(axes: Any) -> None:
+        for run in known:
+            l0, fvu = score(run, "l0")[0], final_fvu(run)
+            colour = LOG_COLOURS.get(run["log"], "#222222")
+            style = {"linestyle": "", "markersize": 5, "alpha": 0.85, "mew": 0.4, "mec": "white"}
+            axes.plot(l0.mean, fvu.mean, marker=markers[run["condition"]], color=colour, gid=run["run"], **style)
+            if len(fvu.values) > 1:
+                whisker(axes, l0.mean, fvu, colour)
+        for log, colour in {"baselines": "#222222", **LOG_COLOURS}.items():
+            if log == "baselines" or any(run["log"] == log for run in known):
+                axes.plot([], [], "s", color=colour, markersize=6, label=log if log == "baselines" else f"log {log}")
+        for name, marker in markers.items():
+            style = {"linestyle": "", "color": GREY, "markersize": 5, "label": _plain(name)}
+            axes.plot([], [], marker=marker, **style)
+        axes.grid(alpha=0.25)
+        axes.set(xlabel=L0, ylabel=HELD_OUT_FVU, xscale="log", yscale="log")
+        axes.set_title("Sparsity against error, every run in every condition")
+        for axis in (axes.xaxis, axes.yaxis):
+            plain_ticks(axis)
+
+    drawing = together({"conditions": lambda: draw}, 1, (WIDE, 4.2))
+    legend_below(drawing.figure, note(saved), columns=4)
+    return drawing
+
+
+def _plain(condition: str) -> str:
+    return condition.replace("_", " ") or "as documented"
+
+
+def _dumbbell(axes: Any, at: float, row: Row, colour: str) -> None:
+    if not row.own:
+        why = "failed" if row.has_failed else "none"
+        axes.text(0.01, at, why, fontsize=6.5, color=GREY, va="center", transform=axes.get_yaxis_transform())
+        return
+    ends = [(row.own, colour, colour, row.name)]
+    if row.random:
+        ends.append((row.random, COLOURS["random"], "white", f"{row.name} random"))
+        style = {"color": COLOURS["random"] if _is_worse(row) else "#cccccc", "linewidth": 1.6, "zorder": 1}
+        axes.plot([max(LEAST, seeds.mean) for seeds, *_ in ends], [at, at], gid=f"{row.name} gap", **style)
+    for seeds, edge, face, gid in ends:
+        if seeds.mean < LEAST:
+            axes.plot(LEAST, at, "<", color=edge, mfc=face, markersize=4.5, zorder=4, gid=gid, clip_on=False)
+            style = {"fontsize": 6, "va": "center", "bbox": {"facecolor": "white", "linewidth": 0, "pad": 0.8}}
+            axes.annotate(f"{seeds.mean:.2g}", (LEAST, at), (6, 0), textcoords="offset points", **style)
+            continue
+        axes.plot(seeds.mean, at, "o", color=edge, mfc=face, markersize=4.5, zorder=4, gid=gid)
+        if len(seeds.values) > 1:
+            whisker(axes, at, seeds, edge, across=True)
+
+
+def _is_worse(row: Row) -> bool:
+    return bool(row.own and row.random and row.own.mean <= row.random.mean)
+
+
+def _explained(run: Mapping[str, Any]) -> tuple[Seeds, Seeds]:
+    return score(run, "explained_variance")

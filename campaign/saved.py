@@ -1,0 +1,182 @@
+"""What a campaign's folder holds, as its figures need it: of every run the numbers of all its seeds."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engine.config import read_yaml
+from ..engine.errors import UserError
+from ..engine.folder import CONFIG, METRICS, read_metrics
+from ..variants import documented
+from .results import logs_of
+
+RESULTS = "campaign.json"
+#: by the first name of a path in metrics.jsonl: why it may not be there
+WHY_NOT = {
+    "positions": "its metrics don't tell losses by position (train.log_positions was off)",
+    "parts": "it was trained without the part position_tracker",
+}
+
+
+class Lacking(Exception):
+    """What a figure, or a panel of one, would show was not measured; the text says why."""
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """A figure of each seed, those without one left out: with the mean, and the least and largest as spread."""
+
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> "Seeds":
+        return cls(tuple(value for value in values if value is not None))
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """How far down from the mean, and up, the seeds lie."""
+        return self.mean - min(self.values), max(self.values) - self.mean
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values [seeds, S, ...] at the same steps [S] of every seed; NaN where there is none."""
+
+    steps: np.ndarray
+    of_seeds: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self._over("mean")
+
+    @property
+    def low(self) -> np.ndarray:
+        return self._over("min")
+
+    @property
+    def high(self) -> np.ndarray:
+        return self._over("max")
+
+    def __getitem__(self, at: int) -> "Curve":
+        """At one of the steps, as if positions were steps: [seeds, T]."""
+        found = self.of_seeds[:, at]
+        return Curve(np.arange(found.shape[1]), found)
+
+    def _over(self, how: str) -> np.ndarray:
+        known = np.ma.masked_invalid(self.of_seeds)
+        return np.ma.filled(getattr(known, how)(axis=0), np.nan)  # nanmean would warn where no seed has a value
+
+
+class Saved:
+    """A campaign's saved numbers. `logs` and `baselines` hold of every run, by its name, the part of campaign.json in the
+    first condition that the run has; `found` is all of it."""
+
+    def __init__(self, out: Path):
+        place = out / RESULTS
+        if not place.is_file():
+            raise UserError(
+                f"{out} holds no {RESULTS}; that campaign has not come to its end (go on with it: --resume)"
+            )
+        self.out = out
+        self.found: dict[str, Any] = json.loads(place.read_text())
+        self.logs = {log: _first(runs) for log, runs in logs_of(self.found).items()}
+        self.baselines = _first(self.found["baselines"])
+
+    def trained(self, log: str) -> dict[str, dict[str, Any]]:
+        """The runs of a log that have weights of their own; in an analysis' place the run that it looks at."""
+        found: dict[str, dict[str, Any]] = {}
+        for run in self.logs[log].values():
+            name = run["trained_as"]
+            if name is None:
+                found[run["run"]] = run
+            elif name not in self.logs[log]:
+                found[name] = run | {"run": name, "title": documented(name).title}
+        return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0])))
+
+    def weights_of(self, name: str) -> dict[str, Any]:
+        """The run whose weights are those of this one. Raises Lacking where the campaign has none."""
+        found = self.trained(name[0]).get(name) if name[0] in self.logs else None
+        if found is None:
+            raise Lacking(f"it shows {name}, which this campaign has not trained")
+        return found
+
+    def folders(self, run: Mapping[str, Any]) -> list[Path]:
+        """Of every seed that came through."""
+        found = [self.out / folder for folder in run["folders"]]
+        return [folder for folder in found if folder.name not in (run["failed"] or {})]
+
+    def settings(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of its first seed, by section, as config.yaml has them."""
+        return read_yaml(self.out / run["folders"][0] / CONFIG)
+
+    def curve(self, run: Mapping[str, Any], *path: str, file: str = METRICS) -> Curve:
+        """What every report of a run says at a path of names."""
+        seeds: list[dict[int, Any]] = []
+        for folder in self.folders(run):
+            lines = {line["step"]: _at(line, path) for line in read_metrics(folder, name=file)}
+            seeds.append({step: value for step, value in lines.items() if value is not None})
+        if not seeds:
+            raise Lacking(f"{run['run']} failed with every seed")
+        steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
+        if not steps:
+            raise Lacking(f"{run['run']}: {WHY_NOT.get(path[0], f'{file} has no {path[0]}')}")
+        return Curve(np.array(steps), np.array([[seed[step] for step in steps] for seed in seeds], dtype=float))
+
+    def steps(self, run: Mapping[str, Any]) -> Seeds:
+        """How many every seed has come to, also of those that failed."""
+        lines = [read_metrics(self.out / folder) for folder in run["folders"]]
+        return Seeds(tuple(float(of[-1]["step"]) for of in lines if of))
+
+    def results(self, run: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+        """What an eval found, of every seed."""
+        places = [folder / "evals" / f"{name}.json" for folder in self.folders(run)]
+        found = [json.loads(place.read_text()) for place in places if place.is_file()]
+        found = [one for one in found if "skipped" not in one]
+        if not found:
+            raise Lacking(f"{name} was not measured of {run['run']}")
+        return found
+
+    def per_position(self, run: Mapping[str, Any], name: str) -> Curve:
+        """What core found at each position."""
+        found = self.results(run, "core")
+        values = np.array([one["per_position"][name] for one in found], dtype=float)
+        return Curve(np.array(found[0]["per_position"]["position"]), values)
+
+
+def score(run: Mapping[str, Any], name: str) -> tuple[Seeds, Seeds]:
+    """A score of a run's seeds, and of their random controls."""
+    found = run["scores"].get(name)
+    if found is None:
+        return Seeds(()), Seeds(())
+    return Seeds.of(found["values"]), Seeds.of((found["random"] or {"values": ()})["values"])
+
+
+def final_fvu(run: Mapping[str, Any]) -> Seeds:
+    """FVU on held-out text at the end: as core has it, or as training had it last."""
+    own, _ = score(run, "explained_variance")
+    return Seeds(tuple(1 - value for value in own.values)) if own else score(run, "fvu_last")[0]
+
+
+def _first(runs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The first condition of each: a run without a mask has none of strictness, so conditions differ from run to run."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs.values():
+        found.setdefault(run["run"], run)
+    return found
+
+
+def _at(line: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        line = line.get(name) if isinstance(line, Mapping) else None
+    return line
