@@ -20,7 +20,7 @@ WIDE, NARROW = 7.0, 5.2  # inches: two columns of a paper, and one and a half
 MOST = 1.2  # FVU of predicting the mean is 1: where bars of what is still worse are cut
 GREY, LIGHT = "#888888", "#bbbbbb"
 LINES = [colour for colour in SEVERAL if colour != "#F0E442"]  # yellow is too pale for a line on white
-STROKES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
+STROKES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (8, 2)))
 POSITION, HELD_OUT_FVU, L0 = "position in the context", "FVU on held-out text", "L0 (latents per token)"
 
 
