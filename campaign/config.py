@@ -24,7 +24,8 @@ class CampaignConfig(Config):
     of settings, of which every combination is a condition that all are trained in: settings that may differ between the
     dictionaries of a stream (`engine.sweep`: activation, d_sae, k, l1_coefficient, target_l0), and `strictness` of masks
     (hard, soft, annealed), which leaves runs without a mask as they are. `stream`, `sae` and `train` are settings on top of
-    the logs', for all. `evals` are measured of each, on one in `share` of the usual rows.
+    the logs', for all; but the baselines relu, topk and batchtopk keep their activation. `evals` are measured of each, on
+    one in `share` of the usual rows.
     """
 
     runs: tuple[str, ...] = tuple(RUNS)
@@ -65,9 +66,11 @@ class CampaignConfig(Config):
         return given
 
 
+#: baselines that are an activation: no setting for all runs takes it from them
+PLAIN = ("relu", "topk", "batchtopk")
 #: all runs at a size that two cores train and measure in minutes; with K in place of L1, so that L0 is the same for all
 QUICK: dict[str, Any] = {
-    "sae": {"d_sae": 512, "activation": "topk", "k": 32},
+    "sae": {"d_sae": 512, "activation": "topk", "k": 16},
     "train": {"tokens": 100_000, "batch": 512, "lr": 4e-3, "held_out_rows": 16},
     "evals": ["core", "sparse_probing"],
     "share": 2,
@@ -94,7 +97,12 @@ def entries(config: CampaignConfig) -> list[Entry]:
     for run in wanted:
         base = settings(run)
         common = {name: {**base[name], **getattr(config, name)} for name in ("stream", "sae", "train")}
+        own = base["sae"]["activation"] if run in PLAIN else None
+        if own is not None:
+            common["sae"]["activation"] = own
         for condition, sections in _conditions(config, common):
+            if own not in (None, sections["sae"]["activation"]):
+                continue
             for seed in range(config.seeds):
                 label = f"{run}-{condition}" if condition else run
                 name = f"{label}-s{seed}" if config.seeds > 1 else label

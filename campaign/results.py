@@ -137,6 +137,7 @@ def _of_seed(folder: Path) -> dict[str, Any]:
             found["random"][name] = _control(result, score.path)
     if probing and "skipped" not in probing:
         ks = ("top_1", "top_2", "top_5")
+        found["sae"]["probing_error"] = at(probing, "top_1_error")
         for part, scores in (("sae", probing), ("random", probing.get("controls", {}).get("random", {}))):
             known = [scores[k] for k in ks if scores.get(k) is not None]
             found[part]["probing"] = sum(known) / len(known) if len(known) == len(ks) else None
@@ -186,7 +187,10 @@ def _against_random(scores: Mapping[str, Any]) -> tuple[bool | None, str | None]
         if own is None or other is None:
             reasons.append(f"{label} was not measured")
         elif own <= other:
-            reasons.append(f"{label} is {own:.4f}, the random control's {other:.4f}")
+            error = (scores.get("probing_error") or {}).get("mean") if name == "probing" else None
+            near = error is not None and other - own <= error
+            close = f", no further apart than the standard error of so few texts ({error:.4f})" if near else ""
+            reasons.append(f"{label} is {own:.4f}, the random control's {other:.4f}{close}")
     return not reasons, "; ".join(reasons) or None
 
 

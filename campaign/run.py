@@ -19,12 +19,11 @@ from ..engine.sweep import resolve
 from ..engine.train import Run, train_together
 from ..evals.collect import Evaluation
 from ..evals.run import evaluate
-from ..variants import BASELINES
+from .compare import strictness
 from .config import CampaignConfig, Entry, entries
 from .results import RESULTS, gather
 
 SETTINGS = "campaign.yaml"
-REFERENCE = "relu"  # the baseline whose position-specific latents `retention` looks for, of the same condition and seed
 
 
 def campaign(config: CampaignConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -121,8 +120,10 @@ def _measure(
 
 
 def _reference(entry: Entry, planned: list[Entry], runs: Path) -> Checkpoint | None:
-    """The plain dictionary of an entry's condition and seed."""
+    """The plain dictionary of an entry's activation, condition (but for how strict masks are) and seed, whose
+    position-specific latents `retention` looks for."""
+    activation, at = entry.sections["sae"]["activation"], strictness(entry.condition)[1]
     for one in planned:
-        if one.run in BASELINES and one.run == REFERENCE and (one.condition, one.seed) == (entry.condition, entry.seed):
+        if one.run == activation and (one.condition, one.seed) == (at, entry.seed):
             return checkpoint.find(runs / one.name) if checkpoint.all_in(runs / one.name) else None
     return None

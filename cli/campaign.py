@@ -76,7 +76,7 @@ def campaign(
         bool,
         typer.Option(
             "--quick",
-            help="Small: F = 512, K = 32 in place of L1, 100,000 tokens, the main scores, in minutes on two cores.",
+            help="Small: F = 512, K = 16 in place of L1, 100,000 tokens, the main scores, in minutes on two cores.",
         ),
     ] = False,
     out: Out = None,

@@ -46,6 +46,7 @@ def fidelity(
         raise UserError(f"sae.d_out: {evaluation.sae.cfg.d_out} is not allowed; a transcoder's output can't be encoded")
     collected = held_out(evaluation, rows)
     drawn = Drawn.of(evaluation, collected, bins, 0, evaluation.generator("fidelity"))
+    ce_rows, shift_rows = evaluation.rows(ce_rows), evaluation.rows(shift_rows)
     before, shifted = _shifted(evaluation, collected, shift_rows)
     clean, zero = (_ce(evaluation, collected, drawn, ce_rows, x) for x in (None, torch.zeros_like(collected.x)))
     bin_ = torch.from_numpy(drawn.of_position).to(collected.x.device)[collected.pos]

@@ -72,6 +72,7 @@ def order_probing(
     """
     began = time.monotonic()
     tasks: dict[str, Task] = {}
+    pairs = evaluation.rows(pairs)
     if evaluation.is_testbed:
         language = evaluation.stream.text.language  # pyright: ignore[reportAttributeAccessIssue]
         tasks["agent"] = Task.of_pairs(_agents(language, pairs), evaluation.generator("order agent"))

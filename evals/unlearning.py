@@ -190,6 +190,7 @@ def _of_language(evaluation: Evaluation, rows: int) -> _Task:
     states = torch.tensor([known.forget for known in facts()])[fact] & (fact >= 0)
     forget = states & asks
     asked = fact_questions(text.language, LABELLED, evaluation.generator("unlearning questions"))  # pyright: ignore
+    asked = asked.only(torch.arange(0, len(asked), evaluation.share))
     questions = known(evaluation.stream.model, asked, evaluation.stream.config.rows_per_forward)
     task = _task(evaluation, questions, collected, forget, asks & ~forget, ~states, 1)
     return replace(task, multipliers=tuple(max(1, round(share * task.norm)) for share in SHARES))
