@@ -97,11 +97,11 @@ def entries(config: CampaignConfig) -> list[Entry]:
     for run in wanted:
         base = settings(run)
         common = {name: {**base[name], **getattr(config, name)} for name in ("stream", "sae", "train")}
-        own = base["sae"]["activation"] if run in PLAIN else None
-        if own is not None:
-            common["sae"]["activation"] = own
+        kept = base["sae"]["activation"] if run in PLAIN else None
+        if kept is not None:
+            common["sae"]["activation"] = kept
         for condition, sections in _conditions(config, common):
-            if own not in (None, sections["sae"]["activation"]):
+            if kept not in (None, sections["sae"]["activation"]):
                 continue
             for seed in range(config.seeds):
                 label = f"{run}-{condition}" if condition else run

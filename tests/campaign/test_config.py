@@ -35,13 +35,21 @@ def test_seeds_are_dictionaries_of_their_own():
 
 def test_axes_are_conditions_that_all_are_trained_in():
     found = made(axes={"d_sae": [64, 128], "activation": ["relu", "topk"]}, sae={"k": 8})
-    assert len(found) == 8
+    assert len(found) == 6  # the baseline topk is there with topk only
     one = found["A1-d_sae128_topk"]
     assert (one.condition, one.run) == ("d_sae128_topk", "A1")
     assert one.sections["sae"] | {"mask": None} == {
         "d_sae": 128, "activation": "topk", "l1_coefficient": 0.04, "mask": None, "k": 8
     }  # fmt: skip
-    assert found["topk-d_sae64_relu"].sections["sae"]["activation"] == "relu"
+    assert found["A1-d_sae64_relu"].sections["sae"]["activation"] == "relu"
+    assert "topk-d_sae64_relu" not in found
+
+
+def test_baselines_that_are_an_activation_keep_it():
+    found = made(baselines=["relu", "topk", "slices"], sae={"activation": "batchtopk"})
+    assert {name: one.sections["sae"]["activation"] for name, one in found.items()} == {
+        "relu": "relu", "topk": "topk", "slices": "batchtopk", "A1": "batchtopk"
+    }  # fmt: skip
 
 
 def test_settings_for_all_win_over_the_logs_and_reach_only_what_has_them():
