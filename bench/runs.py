@@ -2,22 +2,23 @@
 on one stream beside the same ones trained one by one."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 
 from ..engine.composed import dictionary
-from ..engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
+from ..engine.config import RunConfig, SAEConfig, TrainConfig
 from ..engine.host import tune_host
 from ..engine.optim import Learner
 from ..engine.progress import progress_bar
-from ..engine.stream import ActivationStream, Batch, LanguageModel
+from ..engine.stream import ActivationStream, Batch
 from ..engine.sweep import resolve
 from ..engine.train import train_together
 from ..variants import BASELINES, RUNS, settings
 from .results import about, markdown
+from .streams import GEMMA, folder_of, text_of
 from .timing import quantiles, sample, synchronise
 
 PLAIN = "topk"
@@ -26,7 +27,7 @@ TRAINED = tuple(name for name, run in (BASELINES | RUNS).items() if run.trained_
 
 class Sizes(NamedTuple):
     """Rows of `context` tokens in a batch, width D, numbers of latents, K of topk; how often each step takes its turn; and
-    of the campaign tokens, latents and tokens in a batch."""
+    of the campaign the language model and layer (None: the middle one), tokens, latents and tokens in a batch."""
 
     rows: int
     context: int
@@ -34,15 +35,17 @@ class Sizes(NamedTuple):
     F: tuple[int, ...]
     K: int
     rounds: int
+    model: str
+    layer: int | None
     tokens: int
     campaign_F: int
     campaign_batch: int
 
 
 PRESETS = {
-    "tiny": Sizes(2, 32, 32, (64,), 4, 2, 1024, 64, 256),
-    "cpu": Sizes(8, 128, 768, (2304,), 32, 5, 16384, 1024, 1024),
-    "gpu": Sizes(64, 128, 2304, (2304, 16384, 65536), 64, 20, 1_000_000, 2304, 8192),
+    "tiny": Sizes(2, 32, 32, (64,), 4, 2, "testbed", None, 1024, 64, 256),
+    "cpu": Sizes(8, 128, 768, (2304,), 32, 5, "testbed", None, 16384, 1024, 1024),
+    "gpu": Sizes(64, 128, 2304, (2304, 16384, 65536), 64, 20, GEMMA, 12, 200_000, 2304, 8192),
 }
 
 
@@ -51,7 +54,7 @@ def measure(given: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict
     that of the plain TopK step in the same round; and of the `campaign` seconds together, one by one, and their `ratio`.
 
     A step is `Learner.step` with Adam, as `temposae run` takes it, on the same batches of made-up rows. In the campaign all
-    are trained on one stream of the embedded model, without controls; one by one, each on a stream of its own.
+    are trained on one stream of the language model, without controls; one by one, each on a stream of its own.
     """
     tune_host()
     names = [PLAIN, *(run for run in runs if run != PLAIN)]
@@ -73,7 +76,8 @@ def measure(given: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict
                 | {"times_topk": median(a / b for a, b in zip(of, times[PLAIN], strict=True))}
                 for name, of in times.items()
             }
-        campaign = _campaign(given, names, device, bar.advance)
+        with folder_of(given.model, device) as model:
+            campaign = _campaign(given, model, names, bar.advance)
     return about(device) | {"runs": {"sizes": given._asdict(), "steps": steps, "campaign": campaign}}
 
 
@@ -103,25 +107,27 @@ def _batch(given: Sizes, seed: int, device: str) -> Batch:
     return made.each(lambda value: value.to(device))
 
 
-def _campaign(given: Sizes, names: Sequence[str], device: str, advance: Any) -> dict[str, Any]:
-    model = LanguageModel("testbed", device=device)
+def _campaign(given: Sizes, model: str, names: Sequence[str], advance: Callable[[int], None]) -> dict[str, Any]:
     sections = {}
     for name in names:
         own = settings(name)
         sections[name] = {
-            "stream": {**own["stream"], "mode": "sequences", "model": "testbed"},
+            "stream": {**own["stream"], "mode": "sequences", "model": model, "layer": given.layer},
             "sae": {**own["sae"], "d_sae": given.campaign_F},
             "train": {**own["train"], "tokens": given.tokens, "batch": given.campaign_batch, "control": False},
         }
-    _, runs = resolve(sections)
+    lm, runs = resolve(sections)
+    assert lm is not None
     hooks = list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks))
+    device = str(lm.device)
 
     def trained(some: dict[str, RunConfig]) -> float:
-        model.use(hooks=hooks)
+        lm.use(hooks=hooks)
         synchronise(device)
         began = time.perf_counter()
-        config: StreamConfig = next(iter(some.values())).stream
-        train_together(ActivationStream(config, tokens=given.tokens, model=model, hooks=hooks), some)
+        config = next(iter(some.values())).stream
+        rows = text_of(config.context, lm)
+        train_together(ActivationStream(config, tokens=given.tokens, model=lm, rows=rows, hooks=hooks), some)
         synchronise(device)
         advance(1)
         return time.perf_counter() - began
@@ -129,7 +135,7 @@ def _campaign(given: Sizes, names: Sequence[str], device: str, advance: Any) -> 
     together = trained(runs)
     alone = {name: trained({name: run}) for name, run in runs.items()}
     return {
-        "runs": len(runs), "tokens": given.tokens, "F": given.campaign_F,
+        "runs": len(runs), "model": given.model, "tokens": given.tokens, "F": given.campaign_F,
         "together_s": together, "one_by_one_s": sum(alone.values()), "ratio": sum(alone.values()) / together,
     }  # fmt: skip
 
@@ -156,8 +162,8 @@ def table(found: dict[str, Any]) -> str:
             "",
             *markdown(rows),
             "",
-            f"{campaign['runs']} dictionaries of F = {campaign['F']} on {campaign['tokens']:,} tokens of the embedded "
-            f"model: {campaign['together_s']:.1f} s together, {campaign['one_by_one_s']:.1f} s one by one, "
+            f"{campaign['runs']} dictionaries of F = {campaign['F']} on {campaign['tokens']:,} tokens of "
+            f"{campaign['model']}: {campaign['together_s']:.1f} s together, {campaign['one_by_one_s']:.1f} s one by one, "
             f"ratio {campaign['ratio']:.2f}",
             "",
         ]

@@ -76,7 +76,7 @@ def measure(given: Sizes, *, device: str) -> dict[str, Any]:
     """
     tune_host()
     turns = 3 * (given.rounds + len(DICTIONARIES) * _few(given.rounds))
-    with _folder(given.model, device) as name, progress_bar("streams", total=turns, unit="turns") as bar:
+    with folder_of(given.model, device) as name, progress_bar("streams", total=turns, unit="turns") as bar:
         found = _measured(given._replace(model=name), device, bar)
     ratios = {key: found[key] for key in ("harvest_ratio", "buffer_overhead", "end_to_end")}
     return about(device) | {"streams": {"model": given.model} | found} | ratios
@@ -93,10 +93,10 @@ def _measured(given: Sizes, device: str, bar: ProgressBar) -> dict[str, Any]:
         rows_per_forward=given.rows,
         buffer_tokens=given.buffer,
     )
-    stream = ActivationStream(config, model=model, rows=_text(given, model))
-    live, again = (_text(given, model) for _ in range(2))
+    stream = ActivationStream(config, model=model, rows=text_of(given.context, model))
+    live, again = (text_of(given.context, model) for _ in range(2))
     source = Live(model, live, given.context, given.rows)
-    bare.check(model, _text(given, model).next(given.rows))
+    bare.check(model, text_of(given.context, model).next(given.rows))
     batches = max(1, given.buffer // 2 // given.batch)  # of one permutation
 
     def harvest() -> int:
@@ -251,10 +251,11 @@ class RandomDocuments:
             start += 1
 
 
-def _text(given: Sizes, model: LanguageModel) -> RowSource:
+def text_of(context: int, model: LanguageModel) -> RowSource:
+    """Rows for a model: the embedded language for its own, random tokens for others."""
     if model.name == "testbed":
-        return TestbedRows(given.context)
-    return TextRows(RandomDocuments(len(model.tokenizer), given.context), model.tokenizer, given.context)
+        return TestbedRows(context)
+    return TextRows(RandomDocuments(len(model.tokenizer), context), model.tokenizer, context)
 
 
 def _few(rounds: int) -> int:
@@ -305,7 +306,7 @@ def _dictionaries(count: int, given: Sizes, stream: ActivationStream) -> list[Co
 
 
 @contextmanager
-def _folder(model: str, device: str) -> Iterator[str]:
+def folder_of(model: str, device: str) -> Iterator[str]:
     """The name by which a model is loaded; one of Gemma-2-2B's shape is made first, on a GPU, and given as a folder."""
     if model != GEMMA:
         yield model
