@@ -82,18 +82,13 @@ def measure(given: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict
 
 
 def _learner(name: str, given: Sizes, F: int, device: str) -> Learner:
-    sections = settings(name)
+    sections = settings(name, context=given.context)
     sae = {**sections["sae"], "d_in": given.D, "d_sae": F, "k": min(given.K, F)}
-    sae["mask"] = {**_cut(sae.get("mask", {}), given.context), "positions": given.context}
+    sae["mask"] = {"positions": given.context, **sae.get("mask", {})}
     training = TrainConfig(**{**sections["train"], "tokens": 10**9, "batch": given.rows * given.context})
     made = dictionary(SAEConfig(**sae)).to(device)
     zeros = torch.zeros(given.D, device=device)
     return Learner(made, training, zeros, given.D**0.5, given.context)
-
-
-def _cut(mask: dict[str, Any], context: int) -> dict[str, Any]:
-    """A mask's settings for a shorter context than the logs'."""
-    return {**mask, "ranges": min(mask["ranges"], context)} if "ranges" in mask else mask
 
 
 def _batch(given: Sizes, seed: int, device: str) -> Batch:

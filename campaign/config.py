@@ -95,7 +95,7 @@ def entries(config: CampaignConfig) -> list[Entry]:
     wanted = [*config.baselines, *dict.fromkeys(documented(run).trained_as or run for run in config.runs)]
     found: list[Entry] = []
     for run in wanted:
-        base = settings(run)
+        base = settings(run, context=config.stream.get("context", 128))
         common = {name: {**base[name], **getattr(config, name)} for name in ("stream", "sae", "train")}
         kept = base["sae"]["activation"] if run in PLAIN else None
         if kept is not None:

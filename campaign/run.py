@@ -12,8 +12,8 @@ from ..engine import checkpoint
 from ..engine.checkpoint import Checkpoint
 from ..engine.config import RunConfig
 from ..engine.errors import UserError
-from ..engine.files import UNFINISHED, write_json
-from ..engine.folder import check_free
+from ..engine.files import write_json
+from ..engine.folder import begin, check_free
 from ..engine.stream import ActivationStream, LanguageModel
 from ..engine.sweep import resolve
 from ..engine.train import Run, train_together
@@ -42,7 +42,7 @@ def campaign(config: CampaignConfig, out: Path, *, resume: bool = False) -> dict
     _open(config, out, resume)
     model, runs = resolve({one.name: one.sections for one in planned})
     stream = _stream(model, runs)
-    _write_settings(config, out)
+    begin(out, config, SETTINGS)
     trained = train_together(stream, runs, out=out / "runs", resume=resume)
     failed = {name: run.failed for name, run in trained.items() if run.failed is not None}
     seconds = {"training": round(time.monotonic() - began, 1)}
@@ -64,16 +64,6 @@ def _open(config: CampaignConfig, out: Path, resume: bool) -> None:
         raise UserError(f"resume: {out} holds no {SETTINGS}; it is not a campaign's folder")
     elif CampaignConfig(**yaml.safe_load(place.read_text())) != config:
         raise UserError(f"resume: the settings differ from {place}; resume with the ones that the campaign began with")
-
-
-def _write_settings(config: CampaignConfig, out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        fresh = out / f"{UNFINISHED}{SETTINGS}"
-        fresh.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        fresh.replace(out / SETTINGS)
-    except OSError as error:
-        raise UserError(f"out: {out} can't be written ({error.strerror})") from None
 
 
 def read_config(out: Path) -> CampaignConfig:

@@ -36,7 +36,7 @@ class MaskConfig(Config):
 
     Over a run `temperature` falls to `temperature_end`, exponentially. With `blend`, the mask m counts as 1 - s + s m, where
     s = sigmoid(c) goes from almost 0 to almost 1: c is a learned number, which starts as 0, plus one that rises from -6 to
-    6. Positions from `positions` on follow `beyond`.
+    6. `positions` is T; a config file that doesn't say has those of a row. Positions from T on follow `beyond`.
     """
 
     kind: Literal["none", "random", "ranges", "windows", "soft", "gaussian"] = "none"

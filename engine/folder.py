@@ -16,15 +16,15 @@ from .files import UNFINISHED
 CONFIG, METRICS, HELD_OUT = "config.yaml", "metrics.jsonl", "held_out.jsonl"
 
 
-def begin(folder: Path, settings: Config) -> None:
+def begin(folder: Path, settings: Config, name: str = CONFIG) -> None:
     """Make the folder, with its settings in it; a run that goes on has them."""
-    if (folder / CONFIG).exists():
+    if (folder / name).exists():
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        fresh = folder / f"{UNFINISHED}{CONFIG}"
+        fresh = folder / f"{UNFINISHED}{name}"
         fresh.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
-        fresh.replace(folder / CONFIG)
+        fresh.replace(folder / name)
     except OSError as error:
         raise UserError(f"out: {folder} can't be written ({error.strerror})") from None
 

@@ -157,9 +157,12 @@ def _resolved(
 def _run(given: Mapping[str, Any], stream: StreamConfig, d_in: int, d_out: int | None = None) -> RunConfig:
     """A dictionary has 8 times as many latents as the model's width, unless its settings say how many."""
     others = {key: value for key, value in given.items() if key not in ("stream", "sae")}
+    own = dict(_sae(given))
+    if isinstance(mask := own.get("mask", {}), dict):
+        own["mask"] = {"positions": stream.context, **mask}  # as long as the rows, unless it says otherwise
     # before the width is known, so many that every k fits
     unresolved: dict[str, Any] = {"d_in": d_in, "d_sae": 2**30 if d_in == _UNKNOWN else 8 * d_in, "d_out": d_out}
-    return RunConfig(stream=stream, sae=SAEConfig(**(unresolved | _sae(given))), **others)
+    return RunConfig(stream=stream, sae=SAEConfig(**(unresolved | own)), **others)
 
 
 def _sae(given: Mapping[str, Any]) -> dict[str, Any]:

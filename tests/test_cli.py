@@ -207,6 +207,10 @@ CONFIGS = {
         "sae: {mask: {kind: ranges, positions: 64, beyond: error}}",
         ("sae.mask.positions: 64", "at least 128", "clamp or wrap"),
     ),
+    "a mask longer than the rows": (
+        "stream: {context: 64}\nsae: {mask: {kind: ranges, positions: 128}}",
+        ("sae.mask.positions: 128", "rows have 64 positions"),
+    ),
     "more ranges than positions": (
         "sae: {mask: {kind: ranges, positions: 2, ranges: 3}}", ("sae.mask.ranges: 3", "at most positions (2)"),
     ),

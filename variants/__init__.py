@@ -5,7 +5,7 @@ from typing import Any
 from ..engine.errors import UserError, near
 from . import baselines, log_a, log_b, log_c, log_d, log_e
 from . import parts as parts
-from .documented import Documented
+from .documented import EACH, Documented
 
 LOGS: dict[str, dict[str, Documented]] = {
     "A": log_a.RUNS, "B": log_b.RUNS, "C": log_c.RUNS, "D": log_d.RUNS, "E": log_e.RUNS
@@ -24,11 +24,15 @@ def documented(run: str) -> Documented:
     return known[run]
 
 
-def settings(run: str, activation: str | None = None) -> dict[str, dict[str, Any]]:
-    """Sections stream, sae and train of a documented run's config; those of the run whose weights it looks at, for an
-    analysis. `activation` in place of the run's own."""
+def settings(run: str, activation: str | None = None, context: int = 128) -> dict[str, dict[str, Any]]:
+    """Sections stream, sae and train of a documented run's config, for rows of `context` tokens; those of the run whose
+    weights it looks at, for an analysis. `activation` in place of the run's own."""
     found = documented(run)
     sections = documented(found.trained_as or run).sections()
+    sections["stream"]["context"] = context
+    if "mask" in sections["sae"]:
+        mask = {"positions": context, **sections["sae"]["mask"]}
+        sections["sae"]["mask"] = {**mask, "ranges": context} if mask.get("ranges") == EACH else mask
     if activation is not None:
         sections["sae"]["activation"] = activation
     return sections

@@ -13,6 +13,9 @@ COMMON: dict[str, dict[str, Any]] = {
 }
 
 
+EACH = "each"  # in place of a number of ranges: each position is one
+
+
 @dataclass(frozen=True)
 class Documented:
     """A run: its name in the logs and what is particular to it.

@@ -1,9 +1,9 @@
 """Log A, structured positional masking (`masking`)."""
 
-from .documented import Documented, parts
+from .documented import EACH, Documented, parts
 
 SOFT = {"kind": "soft"}
-GROUPS = {"kind": "ranges", "ranges": 128}  # F // T latents of each position, with their own encoder and decoder rows
+GROUPS = {"kind": "ranges", "ranges": EACH}  # F // T latents of each position, with their own encoder and decoder rows
 WHOLE = {"mode": "sequences"}
 
 RUNS = {

@@ -148,10 +148,15 @@ class ActivationStream:
         return self._model.name if self._model is not None else self.config.model
 
     def check_mask(self, mask: MaskConfig) -> None:
-        """Refuse a mask that does not fit the stream's positions, or that finds none."""
+        """Refuse a mask that does not fit the stream's positions, is longer than its rows, or finds no positions."""
         if mask.kind != "none" and self.own is not None and not self.own.has_positions:
             raise UserError(f"sae.mask.kind: {mask.kind} is not allowed; {self.own.name} has no positions")
         mask.check_context(self.positions)
+        if mask.kind != "none" and mask.positions > self.positions:
+            raise UserError(
+                f"sae.mask.positions: {mask.positions} is not allowed; rows have {self.positions} positions "
+                "(stream.context), and latents of those behind would never be used"
+            )
 
     def config_at(self, own: StreamConfig) -> StreamConfig:
         """The settings, with the places that a dictionary of these looks at."""

@@ -60,16 +60,26 @@ def test_settings_for_all_win_over_the_logs_and_reach_only_what_has_them():
     assert found["topk"].sections["stream"]["layer"] == 2
 
 
+def test_masks_are_as_long_as_the_rows():
+    found = made(runs=["A1", "A5"], stream={"context": 64})
+    assert found["A1"].sections["sae"]["mask"]["positions"] == 64
+    assert found["A5"].sections["sae"]["mask"] == {"kind": "ranges", "ranges": 64, "positions": 64}
+    assert found["A5"].sections["stream"]["context"] == 64
+
+
 def test_strictness_of_masks_is_an_axis():
     found = made(axes={"strictness": ["hard", "soft", "annealed"]})
     assert list(found) == ["topk", "A1-hard", "A1-soft", "A1-annealed"]
     masks = [one.sections["sae"].get("mask") for one in found.values()]
     assert masks == [
         None,
-        {"kind": "random", "fraction": 0.5},
-        {"kind": "soft", "fraction": 0.5, "start": "random"},
-        {"kind": "soft", "fraction": 0.5, "start": "random", "temperature": 5.0, "temperature_end": 0.1},
-    ]
+        {"kind": "random", "fraction": 0.5, "positions": 128},
+        {"kind": "soft", "fraction": 0.5, "start": "random", "positions": 128},
+        {
+            "kind": "soft", "fraction": 0.5, "start": "random", "positions": 128,
+            "temperature": 5.0, "temperature_end": 0.1,
+        },
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
