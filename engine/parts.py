@@ -5,13 +5,15 @@ A part has a name, settings of its own, and some of the methods below, each at o
     x -> `input` -> (. - b_dec) W_enc + b_enc -> `pre` -> relu -> `acts` -> mask -> `latents` -> selection -> f
     f -> f W_dec + b_dec -> squared error and L1, weighted by position as `weigh` says, + `penalty`
 
-Parts that share a place act in the order in which the settings list them. `variants` holds ours; other packages bring theirs
-in with an entry point of the group `temposae.parts`, a module that decorates them with `part("name")`.
+Parts that share a place act in the order in which the settings list them. Modules that decorate them with `part("name")` are
+imported when a name is first asked for: ours by its name, those of other packages by entry points of the group
+`temposae.parts`.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from .composed import ComposedAutoencoder
     from .sae import SparseAutoencoder
 
-GROUP = "temposae.parts"
+OURS, GROUP = "temposae.variants.parts", "temposae.parts"
 _PARTS: dict[str, type["Part"]] = {}
 
 
@@ -233,6 +235,7 @@ def part(kind: str) -> Callable[[P], P]:
 def find(kind: str) -> type[Part]:
     """The part of this name. Raises UserError, with near matches, if there is none."""
     if kind not in _PARTS:
+        import_module(OURS)
         for entry in entry_points(group=GROUP):
             entry.load()
     if kind not in _PARTS:

@@ -50,7 +50,7 @@ def test_parts_that_do_nothing_leave_the_plain_dictionary(nothing, place, activa
     found = [sae.objective(x, pos, T, None if activation == "relu" else dead) for sae in (plain, composed)]
     for one in found:
         one.loss.backward()
-    assert float(found[0].loss) == pytest.approx(float(found[1].loss), rel=1e-6)
+    assert found[0].loss.item() == pytest.approx(found[1].loss.item(), rel=1e-6)
     assert torch.equal(found[0].fired, found[1].fired)
     for name, parameter in plain.named_parameters():
         assert_close(dict(composed.named_parameters())[name].grad, parameter.grad, 1e-5)
@@ -86,7 +86,7 @@ def test_weights_and_penalties_make_the_loss(kinds):
     f = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * sae.mask.weights()[pos]
     error = (x - f @ sae.W_dec - sae.b_dec).square().sum(1)
     loss = (w[pos] * error).sum() / N + 0.3 * (2 * v[pos] ** 2 * f.sum(1)).sum() / N + 0.5 * sae.W_dec.abs().sum()
-    assert float(found.loss) == pytest.approx(float(loss), rel=1e-5)
+    assert found.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert float(found.sums.squared_error.sum()) == pytest.approx(float(error.sum()), rel=1e-5)  # reports don't weigh
 
 
@@ -98,7 +98,7 @@ def test_weights_by_position_on_the_sparse_way(kinds, activation):
     sae = dictionary(settings("weights", activation=activation))
     assert not sae.is_dense
     found = sae.objective(x, pos, T)
-    assert float(found.loss) == pytest.approx(float((w * found.sums.squared_error).sum() / N), rel=1e-6)
+    assert found.loss.item() == pytest.approx((w * found.sums.squared_error).sum().item() / N, rel=1e-6)
 
 
 def test_what_is_beside_a_batch_reaches_the_parts(kinds):
@@ -273,3 +273,14 @@ def test_one_that_fails_is_named_and_left_out(kinds, testbed, tmp_path):
     assert found["good"].metrics[-1]["step"] == 8
     with pytest.raises(RuntimeError, match="the third step"):
         train(ActivationStream(StreamConfig(buffer_tokens=4096), model=testbed), run("fails").sae, run().train)
+
+
+def test_parts_of_other_packages_come_by_entry_points(kinds, monkeypatch):
+    class Entry:
+        def load(self):
+            part("theirs")(type("Theirs", (Part,), {"input": lambda self, x, seen: 3 * x}))
+
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Entry()] if group == "temposae.parts" else [])
+    sae, plain = dictionary(settings("theirs")), SparseAutoencoder(settings())
+    x, pos = batch()
+    torch.testing.assert_close(sae.encode(x, pos), plain.encode(3 * x, pos))

@@ -58,7 +58,7 @@ def test_latents_are_active_about_their_centre(run, stream_of):
 def test_learned_masks_learn_and_frozen_ones_do_not(run, stream_of):
     sae = trained(run, stream_of)
     begun = SparseAutoencoder(sae.cfg)
-    moved = (sae.mask.logits - begun.mask.logits).abs()
+    moved = (sae.mask.logits - begun.mask.logits).detach().abs()
     assert float(moved.mean()) > 0.01
     assert (moved > 0).float().mean() > 0.5
 

@@ -99,7 +99,7 @@ def test_a_prior_favours_the_groups_of_a_position_but_for_the_free_ones(made, ro
     assert torch.equal(r[:, 4:].argmax(1), pos // 3)
     assert (r[:, :4] == r[:, :1]).all()
     assert (r[:, 0] >= r[:, 4:].amax(1)).all()
-    ratio = float(r[pos == 1][0, 4] / r[pos == 1][0, 7])  # 0 and 3/4 of the context away from the centres
+    ratio = float((r[pos == 1][0, 4] / r[pos == 1][0, 7]).detach())  # 0 and 3/4 of the context away from the centres
     assert ratio == pytest.approx(math.exp((0.75 / 0.25) ** 2 / 2), rel=1e-4)
     router = made("attention_router").parts[0]
     router.keys.data.zero_()
