@@ -153,6 +153,9 @@ def _sparsity(findings: Findings, trained: dict[str, dict[str, Any]]) -> list[st
     free = [
         name for name, run in every.items() if run["activation"] in ("relu", "jumprelu") and run["target_l0"] is None
     ]
+    used = {baseline_of(run, findings.found) for run in trained.values()}
+    aside = [name for name in free if name in findings.baselines and name not in used]
+    free = [name for name in free if name not in aside]
     aims = sorted({run["target_l0"] for run in every.values() if run["target_l0"] is not None})
     apart = [
         f"{plain(name)} {number(mean(run, 'l0'), 3)} beside {number(mean(findings.every[other], 'l0'), 3)}"
@@ -165,6 +168,9 @@ def _sparsity(findings: Findings, trained: dict[str, dict[str, Any]]) -> list[st
             "**L0 was not matched** (`target_l0`): each run has the L0 that its L1 coefficient gives. Explained variance "
             "and CE recovered at different L0 are not a comparison."
         )
+    if aside:
+        each = "; ".join(f"{plain(name)} {number(mean(findings.every[name], 'l0'), 3)}" for name in aside)
+        notes.append(f"Baselines with the L0 that their L1 coefficient gives, with which no run is compared: {each}.")
     if aims:
         goal = " or ".join(f"{aim:g}" for aim in aims)
         notes.append(
