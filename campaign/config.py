@@ -12,6 +12,7 @@ from ..engine.parts import reads
 from ..engine.sweep import expand
 from ..evals.suite import EVALS
 from ..variants import BASELINES, RUNS, documented, settings
+from ..variants.documented import COMMON
 from ..variants.strictness import STRICTNESS, strict
 
 MEASURED = ("core", "sparse_probing", "positions", "unlearning", "scr", "tpp", "clusters")
@@ -24,7 +25,8 @@ class CampaignConfig(Config):
     of settings, of which every combination is a condition that all are trained in: settings that may differ between the
     dictionaries of a stream (`engine.sweep`: activation, d_sae, k, l1_coefficient, target_l0), and `strictness` of masks
     (hard, soft, annealed), which leaves runs without a mask as they are. `stream`, `sae` and `train` are settings on top of
-    the logs', for all; but the baselines relu, topk and batchtopk keep their activation. `evals` are measured of each, on
+    the logs', for all; but the baselines relu, topk and batchtopk keep their activation, and runs with another learning rate
+    or L1 coefficient than the logs' usual one keep the ratio (B4 a tenth of `train.lr`). `evals` are measured of each, on
     one in `share` of the usual rows.
     """
 
@@ -68,6 +70,8 @@ class CampaignConfig(Config):
 
 #: baselines that are an activation: no setting for all runs takes it from them
 PLAIN = ("relu", "topk", "batchtopk")
+#: what some runs have more or less of than the logs' common ground: so they have beside what is set for all
+RELATIVE = (("train", "lr"), ("sae", "l1_coefficient"))
 #: all runs at a size that two cores train and measure in minutes; with K in place of L1, so that L0 is the same for all
 QUICK: dict[str, Any] = {
     "sae": {"d_sae": 512, "activation": "topk", "k": 16},
@@ -97,6 +101,9 @@ def entries(config: CampaignConfig) -> list[Entry]:
     for run in wanted:
         base = settings(run, context=config.stream.get("context", 128))
         common = {name: {**base[name], **getattr(config, name)} for name in ("stream", "sae", "train")}
+        for section, name in RELATIVE:
+            if name in getattr(config, section):
+                common[section][name] *= ratio(run, section, name)
         kept = base["sae"]["activation"] if run in PLAIN else None
         if kept is not None:
             common["sae"]["activation"] = kept
@@ -111,6 +118,11 @@ def entries(config: CampaignConfig) -> list[Entry]:
     if any("rows" in reads(one.sections["sae"]) for one in found):
         found = [_in_sequences(one) for one in found]
     return found
+
+
+def ratio(run: str, section: str, name: str) -> float:
+    """A setting of a documented run over that of the logs' common ground."""
+    return settings(run)[section][name] / COMMON[section][name]
 
 
 def _conditions(config: CampaignConfig, common: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

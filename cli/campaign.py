@@ -40,9 +40,13 @@ def run(
 
     Hyper-parameters are those of the logs. `temposae run C7` trains C6, which C7 looks at.
     """
+    from ..campaign.config import ratio
     from ..variants import RUNS, documented
 
     documented(name)
+    # what the run itself is to have; the plain dictionary beside it has the logs' usual share of that
+    l1 = None if l1 is None else l1 / ratio(name, "sae", "l1_coefficient")
+    lr = None if lr is None else lr / ratio(name, "train", "lr")
     own = {"activation": activation, "d_sae": d_sae, "k": k, "l1_coefficient": l1}
     stream = {"model": model, "layer": layer, "hook": hook, "data": data}
     train = {"lr": lr, "tokens": tokens, "target_l0": target_l0}

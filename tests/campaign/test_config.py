@@ -45,6 +45,13 @@ def test_axes_are_conditions_that_all_are_trained_in():
     assert "topk-d_sae64_relu" not in found
 
 
+def test_runs_that_differ_in_a_rate_or_coefficient_keep_the_ratio():
+    found = made(runs=["A2", "A3", "B3", "B4"], train={"lr": 1e-3}, sae={"l1_coefficient": 0.4})
+    assert [found[run].sections["train"]["lr"] for run in ("A2", "B3", "B4")] == pytest.approx([1e-3, 1e-3, 1e-4])
+    assert [found[run].sections["sae"]["l1_coefficient"] for run in ("A2", "A3")] == pytest.approx([0.4, 2.0])
+    assert made(runs=["B4"])["B4"].sections["train"]["lr"] == pytest.approx(3e-5)
+
+
 def test_baselines_that_are_an_activation_keep_it():
     found = made(baselines=["relu", "topk", "slices"], sae={"activation": "batchtopk"})
     assert {name: one.sections["sae"]["activation"] for name, one in found.items()} == {
