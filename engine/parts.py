@@ -177,7 +177,7 @@ class Part(nn.Module):
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
-        """Raise ValueError("field: ...") for settings that don't go with the dictionary's."""
+        """Raise ValueError("field: ...") for settings that don't go with the dictionary's; a field of either."""
 
     def initialise(self, sae: "SparseAutoencoder", generator: torch.Generator) -> None:
         """Change how the dictionary's weights begin."""
@@ -261,7 +261,11 @@ def check(sae: SAEConfig) -> None:
     """Raise ValueError for parts that don't go with the dictionary's other settings."""
     for one in sae.parts:
         cls = find(one["kind"])
-        cls.check(cls.Settings(**one), sae)
+        try:
+            cls.check(cls.Settings(**one), sae)
+        except ValueError as error:
+            own = str(error).partition(":")[0] in cls.Settings.model_fields
+            raise ValueError(f"parts.{cls.kind}.{error}" if own else str(error)) from None
 
 
 def reads(sae: SAEConfig | Mapping[str, Any]) -> dict[str, str]:

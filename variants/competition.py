@@ -68,7 +68,7 @@ class WinnerTakesAll(Part):
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if settings.group > sae.d_sae:
             most = f"it must be at most d_sae ({sae.d_sae})"
-            raise ValueError(f"parts.winner_takes_all.group: {settings.group} is not allowed; {most}")
+            raise ValueError(f"group: {settings.group} is not allowed; {most}")
 
     def latents(self, f: Tensor, seen: Seen) -> Tensor:
         group = self.settings.group

@@ -51,7 +51,9 @@ class CrossLayer(Part):
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         for other in (find(one["kind"]) for one in sae.parts):
             if "rows" in other.reads and any(getattr(other, place) is not getattr(Part, place) for place in ON_THE_WAY):
-                raise ValueError(f"tokens: a sample of tokens can't be looked at along rows, as {other.kind} does")
+                raise ValueError(
+                    f"parts: cross_layer is not allowed with {other.kind}, which looks along rows; it draws tokens"
+                )
 
     def penalty(self, seen: Seen) -> Tensor:
         assert seen.f is not None

@@ -101,10 +101,10 @@ class RangeAdapters(Part):
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if settings.ranges > sae.mask.positions:
             most = f"it must be at most mask.positions ({sae.mask.positions})"
-            raise ValueError(f"parts.range_adapters.ranges: {settings.ranges} is not allowed; {most}")
+            raise ValueError(f"ranges: {settings.ranges} is not allowed; {most}")
         if settings.start + settings.ramp > 1:
             most = f"it must be at most 1 - start ({1 - settings.start:g})"
-            raise ValueError(f"parts.range_adapters.ramp: {settings.ramp} is not allowed; {most}")
+            raise ValueError(f"ramp: {settings.ramp} is not allowed; {most}")
 
     def share(self, progress: float) -> float:
         """s"""

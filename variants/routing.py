@@ -62,7 +62,7 @@ class AttentionRouter(Part):
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if sae.d_sae % settings.groups:
-            raise ValueError(f"parts.groups: {settings.groups} is not allowed; it must divide d_sae ({sae.d_sae})")
+            raise ValueError(f"groups: {settings.groups} is not allowed; it must divide d_sae ({sae.d_sae})")
 
     def routes(self, x: Tensor, rows: Tensor) -> Tensor:
         """r [N, G]"""
@@ -118,7 +118,7 @@ class GlobalPosition(Part):
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if settings.full <= settings.start:
-            raise ValueError(f"parts.full: {settings.full} is not allowed; it must be above start ({settings.start})")
+            raise ValueError(f"full: {settings.full} is not allowed; it must be above start ({settings.start})")
         if sae.d_sae < 2:
             raise ValueError("d_sae: 1 is not allowed with global_position; it must be at least 2")
 
