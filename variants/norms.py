@@ -89,7 +89,7 @@ class FeatureNorm(Part):
         found = acts * (self.log_scale.exp() / self.size)
         if seen.training:
             with torch.no_grad():
-                self.squares.mul_(KEPT).add_(torch.einsum("nf,nf->f", acts, acts))
+                self.squares.mul_(KEPT).add_(acts.square().sum(0))
                 self.active.mul_(KEPT).add_((acts > 0).sum(0))
         return found
 
