@@ -1,6 +1,7 @@
 """What a campaign is: which runs, with which seeds and in which conditions, and what is measured of them."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -102,8 +103,9 @@ def entries(config: CampaignConfig) -> list[Entry]:
         base = settings(run, context=config.stream.get("context", 128))
         common = {name: {**base[name], **getattr(config, name)} for name in ("stream", "sae", "train")}
         for section, name in RELATIVE:
-            if name in getattr(config, section):
-                common[section][name] *= ratio(run, section, name)
+            with suppress(TypeError, ValueError):  # what is no number is refused later, by name
+                if name in getattr(config, section):
+                    common[section][name] = float(common[section][name]) * ratio(run, section, name)
         kept = base["sae"]["activation"] if run in PLAIN else None
         if kept is not None:
             common["sae"]["activation"] = kept

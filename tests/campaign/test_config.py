@@ -50,6 +50,10 @@ def test_runs_that_differ_in_a_rate_or_coefficient_keep_the_ratio():
     assert [found[run].sections["train"]["lr"] for run in ("A2", "B3", "B4")] == pytest.approx([1e-3, 1e-3, 1e-4])
     assert [found[run].sections["sae"]["l1_coefficient"] for run in ("A2", "A3")] == pytest.approx([0.4, 2.0])
     assert made(runs=["B4"])["B4"].sections["train"]["lr"] == pytest.approx(3e-5)
+    assert made(runs=["B4"], train={"lr": "1e-3"})["B4"].sections["train"]["lr"] == pytest.approx(
+        1e-4
+    )  # YAML has strings
+    assert made(runs=["B4"], train={"lr": "fast"})["B4"].sections["train"]["lr"] == "fast"
 
 
 def test_baselines_that_are_an_activation_keep_it():
