@@ -36,23 +36,26 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Train one of the documented runs, and a plain dictionary beside it; measure both; draw what the logs name.
+    """Train one of the documented runs, and a plain dictionary of its activation beside it; measure both; draw what the
+    logs name.
 
     Hyper-parameters are those of the logs. `temposae run C7` trains C6, which C7 looks at.
     """
-    from ..campaign.config import ratio
-    from ..variants import RUNS, documented
+    from ..campaign.config import PLAIN, ratio
+    from ..variants import RUNS, documented, settings
 
     documented(name)
     # what the run itself is to have; the plain dictionary beside it has the logs' usual share of that
     l1 = None if l1 is None else l1 / ratio(name, "sae", "l1_coefficient")
     lr = None if lr is None else lr / ratio(name, "train", "lr")
     own = {"activation": activation, "d_sae": d_sae, "k": k, "l1_coefficient": l1}
+    plain = activation or settings(name)["sae"]["activation"]
+    plain = plain if plain in PLAIN else "relu"
     stream = {"model": model, "layer": layer, "hook": hook, "data": data}
     train = {"lr": lr, "tokens": tokens, "target_l0": target_l0}
     given: dict[str, Any] = {
         "runs": [name] if name in RUNS else [],
-        "baselines": ["relu"] if name in RUNS else [name],
+        "baselines": [plain] if name in RUNS else [name],
         "seeds": seeds,
         "sae": {key: value for key, value in own.items() if value is not None},
         "stream": {key: value for key, value in stream.items() if value is not None},

@@ -63,7 +63,7 @@ def campaign_table(found: dict[str, Any]) -> None:
     for heading in ("", "FVU first", "FVU last", "L0", "dead", "EV", "of random", "probing", "of random"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, run in (found["baselines"] | found["runs"]).items():
-        if run["trained_as"]:
+        if run["trained_as"] in found["runs"]:
             continue
         own = [run["scores"].get(key, {}) for key in ("explained_variance", "probing")]
         pairs = [number(x) for one in own for x in (one.get("mean"), (one.get("random") or {}).get("mean"))]

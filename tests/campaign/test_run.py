@@ -1,6 +1,7 @@
 """A small campaign, from its settings to its results: trained on one stream, measured, resumed, and one of it failing."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -160,3 +161,28 @@ def test_conditions_have_names_of_their_own():
     assert [one.name for one in entries(config)][:4] == [
         "relu-d_sae64-s0", "relu-d_sae64-s1", "relu-d_sae128-s0", "relu-d_sae128-s1"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "baselines"),
+    [(["A2"], ["relu"]), (["A2", "--activation", "topk"], ["topk"]), (["batchtopk"], ["batchtopk"])],
+)
+def test_a_run_stands_beside_the_plain_dictionary_of_its_activation(arguments, baselines, monkeypatch):
+    cli = import_module("temposae.cli.campaign")  # temposae.cli has the command under that name
+    given = []
+    monkeypatch.setattr(cli, "_campaign", lambda settings, *others: given.append(settings))
+    assert run("run", *arguments).code == 0
+    assert given[0]["baselines"] == baselines
+
+
+def test_an_analysis_alone_has_a_line_in_the_table(made, capsys):
+    from temposae.cli.tables import campaign_table
+
+    _, found = made
+    alone = {**found, "runs": {"C7": found["runs"]["C7"]}}
+    campaign_table(alone)
+    assert "C7" in capsys.readouterr().out.split("C7 looks at C6")[0]
+    campaign_table(found)
+    shown = capsys.readouterr().out
+    assert "C7 looks at C6" in shown
+    assert "│ C7" not in shown
