@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from temposae.bench.results import markdown
 from temposae.variants import BASELINES, RUNS
-from temposae.variants.ops import outside, used
+
+from .ops import outside, used
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "variants.md"
 #: runs that are a mask, weights or penalties, and so go through the engine's ops

@@ -6,12 +6,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-
-from ..engine import composed, functions
-from ..engine.composed import ComposedAutoencoder, dictionary
-from ..engine.config import SAEConfig
-from ..engine.sae import Beside
-from . import settings
+from temposae.engine import composed, functions
+from temposae.engine.composed import ComposedAutoencoder, dictionary
+from temposae.engine.config import SAEConfig
+from temposae.engine.sae import Beside
+from temposae.variants import settings
 
 #: where the engine calls an op -> the op's name
 _CALLS = {
