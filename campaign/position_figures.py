@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..variants.analyses import distance_to_last, early_to_late, rank_correlation
 from .panels import (
     HELD_OUT_FVU,
     L0,
@@ -151,10 +152,10 @@ def _with_note(saved: Saved, drawing: Drawing, shown: str = "band", *others: str
 
 
 def _convergence(weights: Curve) -> Draw:
-    """How far the weights are from those at the end: the mean over positions of |w - w_end|."""
+    """How far the weights are from those at the end."""
     if len(weights.steps) < 3:
         raise Lacking("there are fewer than three reports")
-    apart = Curve(weights.steps[:-1], np.abs(weights.of_seeds - weights.of_seeds[:, -1:]).mean(2)[:, :-1])
+    apart = Curve(weights.steps[:-1], distance_to_last(weights.of_seeds)[:, :-1])
 
     def draw(axes: Any) -> None:
         axes.plot(apart.steps, apart.mean, color=LINES[0], linewidth=1.3, gid="distance")
@@ -172,13 +173,10 @@ def _convergence(weights: Curve) -> Draw:
 
 def _difficulty(weights: Curve, error: Curve) -> Draw:
     """Weights at the end against squared errors, a point a position, with the rank correlation."""
-    from scipy.stats import spearmanr
-
     w, e = weights.mean[-1], error.mean[-1]
-    known = np.isfinite(w) & np.isfinite(e)
-    if known.sum() < 3:
-        raise Lacking("fewer than three positions have tokens")
-    rho = float(spearmanr(w[known], e[known]).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+    known, rho = np.isfinite(w) & np.isfinite(e), rank_correlation(w, e)
+    if rho is None:
+        raise Lacking("weights or errors are the same at all positions, or fewer than three have tokens")
 
     def draw(axes: Any) -> None:
         points = axes.scatter(e[known], w[known], c=np.flatnonzero(known), cmap="viridis", s=11, linewidth=0)
@@ -207,8 +205,7 @@ def _which(saved: Saved) -> str:
 
 def _activity(result: dict[str, Any], which: str) -> Draw:
     """Latents, from those that are active early to the late ones, by position."""
-    profiles = np.array(result["sample"]["profiles"])
-    profiles = profiles[np.argsort(profiles @ np.arange(profiles.shape[1]), kind="stable")]
+    profiles = early_to_late(np.array(result["sample"]["profiles"]))
 
     def draw(axes: Any) -> None:
         heat(

@@ -28,7 +28,7 @@ from .findings import (
     reached,
     results,
 )
-from .results import SCORES, logs_of
+from .results import SCORES, found_by, logs_of
 
 KNOW, ANSWER, TABLE, AILING, MEASURED = (
     "What to know first", "The answer", "All runs, all scores", "Controls, failures and analyses", "How it was measured"
@@ -378,8 +378,13 @@ def _log(log: str, findings: Findings) -> list[str]:
     ]  # fmt: skip
     told = [one for one in findings.of(runs) if one.sign]
     claims = [claim(one, findings) for one in told]
+    analyses = [
+        f"**{plain(name)}**, {plain(run['title'])}, in {plain(run['trained_as'])}: {plain(found_by(run))}."
+        for name, run in runs.items() if run["trained_as"]
+    ]  # fmt: skip
     blocks = [
         table(headings, rows, (0, 1, 2, 3, 4)),
+        *([f"### What the analyses of log {log} find", bullets(analyses)] if analyses else []),
         f"### What is told of log {log}",
         bullets(claims) if claims else "No difference from a baseline is told.",
     ]

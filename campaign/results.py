@@ -10,7 +10,9 @@ from typing import Any
 
 from ..engine.errors import UserError
 from ..engine.folder import HELD_OUT, read_metrics, read_settings
-from ..variants import LOGS, RUNS, documented
+from ..evals.page import NOTHING, number
+from ..variants import LOGS, documented
+from ..variants.analyses import analysis, sentence
 from .config import CampaignConfig, Entry
 
 FORMAT = "temposae-campaign/1"
@@ -65,6 +67,8 @@ def gather(config: CampaignConfig, planned: Sequence[Entry], out: Path, failed: 
             if other == (parent or run):
                 name = f"{run}-{condition}" if condition else run
                 found["runs"][name] = trained[label] | _identity(run, condition)
+                if parent is not None:
+                    found["runs"][name]["analysis"] = _analysed(run, trained[label], out)
     first = read_settings(out / "runs").by_name()
     stream = next(iter(first.values())).stream
     return {
@@ -164,6 +168,40 @@ def _control(result: Mapping[str, Any], path: str) -> float | None:
     return None
 
 
+def _analysed(run: str, parent: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """What an analysis finds in the seeds of its run that came through, by figure; or why it finds nothing."""
+    folders = [out / folder for folder in parent["folders"] if Path(folder).name not in (parent["failed"] or {})]
+    try:
+        found = [analysis(run, read_metrics(folder), _clusters(folder)) for folder in folders]
+    except UserError as reason:
+        return {"why_not": str(reason)}
+    if not found:
+        return {"why_not": f"{parent['run']} failed with every seed"}
+    return {name: _summary([one[name] for one in found]) for name in found[0]}
+
+
+def _clusters(folder: Path) -> dict[str, Any] | None:
+    place = folder / "evals" / "clusters.json"
+    return json.loads(place.read_text()) if place.is_file() else None
+
+
+def found_by(run: Mapping[str, Any]) -> str:
+    """What an analysis finds, as a sentence: means over seeds with their spread; of positions and steps all that occur."""
+    figures: dict[str, Any] = run["analysis"]
+    if "why_not" in figures:
+        return f"nothing: {figures['why_not']}"
+
+    def text(name: str, of: Mapping[str, Any]) -> str:
+        known = [value for value in of["values"] if value is not None]
+        if not known:
+            return NOTHING
+        if name.endswith("_at"):
+            return " or ".join(f"{value:g}" for value in dict.fromkeys(known))
+        return number(of["mean"], 3) + ("" if of["spread"] is None else f" ± {number(of['spread'], 3)}")
+
+    return sentence(run["run"], {name: text(name, of) for name, of in figures.items()})
+
+
 def _over(own: Sequence[float | None], random: Sequence[float | None]) -> dict[str, Any]:
     return {**_summary(own), "random": _summary(random)}
 
@@ -206,8 +244,3 @@ def logs_of(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The runs of campaign.json by log, each by its name, of logs that have some."""
     by_log = {log: {name: run for name, run in found["runs"].items() if run["log"] == log} for log in LOGS}
     return {log: runs for log, runs in by_log.items() if runs}
-
-
-def order(run: str) -> int:
-    """Where a run stands in the logs."""
-    return list(RUNS).index(run)

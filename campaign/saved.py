@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..engine.config import read_yaml
-from ..engine.errors import UserError
 from ..engine.folder import CONFIG, METRICS, read_metrics
 from ..variants import documented
-from .results import logs_of
+from .results import logs_of, read_results
 
-RESULTS = "campaign.json"
 #: by the first name of a path in metrics.jsonl: why it may not be there
 WHY_NOT = {
     "positions": "its metrics don't tell losses by position (train.log_positions was off)",
@@ -83,13 +81,8 @@ class Saved:
     first condition that the run has; `found` is all of it."""
 
     def __init__(self, out: Path):
-        place = out / RESULTS
-        if not place.is_file():
-            raise UserError(
-                f"{out} holds no {RESULTS}; that campaign has not come to its end (go on with it: --resume)"
-            )
         self.out = out
-        self.found: dict[str, Any] = json.loads(place.read_text())
+        self.found: dict[str, Any] = read_results(out)
         self.logs = {log: _first(runs) for log, runs in logs_of(self.found).items()}
         self.baselines = _first(self.found["baselines"])
 

@@ -56,6 +56,8 @@ def campaign_table(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..campaign.results import found_by
+
     def number(value: float | None, digits: int = 3) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
@@ -74,7 +76,7 @@ def campaign_table(found: dict[str, Any]) -> None:
     Console().print(table)
     for name, run in found["runs"].items():
         if run["trained_as"]:
-            print(f"{name} looks at {run['trained_as']}")
+            print(f"{name}, {run['title']}, in {run['trained_as']}: {found_by(run)}")
         elif run["failed"]:
             print(f"{name}: {next(iter(run['failed'].values()))}")
         elif run["why_not"]:

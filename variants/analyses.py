@@ -1,12 +1,11 @@
-"""What runs C3 to C8 look at, worked out of the metrics of a finished run: losses, weights and sparsity by position.
+"""What the analyses of log C find in the weights of another run: C3 and C4 in C2's, C7 to C9 in C6's.
 
-`metrics` are the reports of a run trained with `train.log_positions` and a `position_tracker`, as `metrics.jsonl` holds
-them (`engine.folder.read_metrics`). S reports, T positions; NaN where a position had no tokens. C9's clusters are those of
-`evals.clusters`.
+They read what that run left: `metrics`, its reports (`metrics.jsonl`), for which it was trained with `train.log_positions`
+and a `position_tracker`, and `clusters`, what `evals.clusters` says of it. With S reports and T positions arrays are [S, T],
+NaN where a position had no tokens; positions count from 0. Errors are those of a token, |x|^2 being about D.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,111 +13,166 @@ import numpy as np
 from ..engine.errors import UserError
 
 Metrics = Sequence[Mapping[str, Any]]
+Clusters = Mapping[str, Any]
+Found = dict[str, float | None]
 CLOSE = 0.05  # a weight has converged where it stays within this share of its last value
 
 
-@dataclass(frozen=True)
-class PositionLosses:
-    """`steps` [S] and the mean squared error of a token by position at each [S, T], `final` the last [T], `hardest` the
-    positions from the largest down. `of_step`: mean, max and min over positions of every step [steps, 3]."""
-
-    steps: np.ndarray
-    loss: np.ndarray
-    final: np.ndarray
-    hardest: np.ndarray
-    of_step: np.ndarray
+def analysis(run: str, metrics: Metrics, clusters: Clusters | None = None) -> Found:
+    """The figures that an analysis finds, by name; those that end in `_at` are positions, steps or bins, so that a mean of
+    them over seeds would say nothing. Raises UserError, with the reason, where what it reads was not measured."""
+    return _ANALYSES[run][0](metrics, clusters)
 
 
-@dataclass(frozen=True)
-class WeightEvolution:
-    """`weights` [S, T] at `steps` [S]. `converged` [T]: the first step reported from which on a position's weight is within
-    5% of its last. `correlation`: Spearman's, of the last weights with the last losses, over positions that have both; None
-    if either is the same everywhere. Adaptive weights follow the losses, so that it says how well they keep up."""
-
-    steps: np.ndarray
-    weights: np.ndarray
-    converged: np.ndarray
-    correlation: float | None
+def sentence(run: str, figures: Mapping[str, str]) -> str:
+    """What an analysis says, with its figures as texts."""
+    return _ANALYSES[run][1].format_map(figures)
 
 
-@dataclass(frozen=True)
-class SparsityByPosition:
-    """L0 by position `l0` [S, T] at `steps` [S], and the last, `final` [T]. With activity: `share` [L, T], how a latent's
-    activity is spread over positions (rows sum to 1), of the `latents` [L] that are the most particular about position (the
-    least entropy), in order of their mean position."""
-
-    steps: np.ndarray
-    l0: np.ndarray
-    final: np.ndarray
-    latents: np.ndarray
-    share: np.ndarray
+def distance_to_last(weights: np.ndarray) -> np.ndarray:
+    """[..., S]: the mean over positions of |w - w_last|, of weights [..., S, T]."""
+    return np.abs(weights - weights[..., -1:, :]).mean(-1)
 
 
-def position_losses(metrics: Metrics) -> PositionLosses:
-    """C3 and C4."""
-    loss = _by_position(metrics, "positions", "squared_error")
-    tracked = [_tracked(line) for line in metrics]
-    columns = [[value for line in tracked for value in line[name]] for name in ("loss_mean", "loss_max", "loss_min")]
-    order = np.argsort(-np.where(np.isnan(loss[-1]), -np.inf, loss[-1]), kind="stable")
-    hardest = order[: int(np.isfinite(loss[-1]).sum())]
-    return PositionLosses(_steps(metrics), loss, loss[-1], hardest, _numbers(columns).T)
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's, of the entries that are finite in both; None for fewer than three, or where one is the same everywhere."""
+    from scipy.stats import spearmanr
 
-
-def weight_evolution(metrics: Metrics) -> WeightEvolution:
-    """C7."""
-    weights = _numbers([_tracked(line)["weights"] for line in metrics])
-    steps, final = _steps(metrics), weights[-1]
-    away = np.abs(weights - final) > CLOSE * np.abs(final)
-    first = np.where(away.any(0), len(away) - np.argmax(away[::-1], 0), 0)  # the report after the last that is away
-    return WeightEvolution(
-        steps, weights, steps[first], spearman(final, _by_position(metrics, "positions", "squared_error")[-1])
-    )
-
-
-def sparsity_by_position(metrics: Metrics, activity: np.ndarray | None = None, most: int = 64) -> SparsityByPosition:
-    """C8. `activity` [F, T]: of each latent at each position, as in the rate at which it is active there; at most `most`
-    latents are given back. Raises UserError for another number of positions than the metrics have."""
-    l0 = _by_position(metrics, "positions", "l0")
-    if activity is None:
-        activity = np.zeros((0, l0.shape[1]))
-    if activity.ndim != 2 or activity.shape[1] != l0.shape[1]:
-        raise UserError(f"activity: shape {list(activity.shape)} is not allowed; it must be [F, {l0.shape[1]}]")
-    used = np.flatnonzero(activity.sum(1) > 0)
-    share = activity[used] / activity[used].sum(1, keepdims=True)
-    entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(1)
-    chosen = np.argsort(entropy, kind="stable")[:most]
-    chosen = chosen[np.argsort(share[chosen] @ np.arange(l0.shape[1]), kind="stable")]
-    return SparsityByPosition(_steps(metrics), l0, l0[-1], used[chosen], share[chosen])
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Rank correlation over where both are finite; ties have the mean of their ranks. None if it is not defined."""
     both = np.isfinite(a) & np.isfinite(b)
-    first, second = (_ranks(values[both]) for values in (a, b))
-    if not both.any() or first.std() == 0 or second.std() == 0:
+    if both.sum() < 3 or np.ptp(a[both]) == 0 or np.ptp(b[both]) == 0:
         return None
-    return float(np.corrcoef(first, second)[0, 1])
+    return float(spearmanr(a[both], b[both]).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+def early_to_late(profiles: np.ndarray) -> np.ndarray:
+    """Profiles [L, BINS] in the order of their mean place."""
+    return profiles[np.argsort(profiles @ np.arange(profiles.shape[1]), kind="stable")]
 
 
-def _steps(metrics: Metrics) -> np.ndarray:
-    return np.array([line["step"] for line in metrics])
+def _position_losses(metrics: Metrics, _: Clusters | None) -> Found:
+    """C3: mean, max and min over positions, tracked every step, as they are in the last step; and where they are."""
+    last, of_step = by_position(metrics, "squared_error")[-1], _tracked(metrics)[-1]
+    mean, most, least = (of_step[name][-1] for name in ("loss_mean", "loss_max", "loss_min"))
+    return {
+        "mean": mean, "most": most, "least": least, "ratio": most / least if least else None,
+        "most_at": int(np.nanargmax(last)), "least_at": int(np.nanargmin(last)),
+    }  # fmt: skip
 
 
-def _tracked(line: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "position_tracker" not in line.get("parts", {}):
-        raise UserError("metrics: no position_tracker in them; train with that part (runs C2 to C6)")
-    return line["parts"]["position_tracker"]
+def _error_over_training(metrics: Metrics, _: Clusters | None) -> Found:
+    """C4: how far the error of each position fell, and what became of the mask."""
+    error, tracked = by_position(metrics, "squared_error"), _tracked(metrics)
+    left = error[-1] / error[0]
+    return {
+        "first": float(np.nanmean(error[0])), "last": float(np.nanmean(error[-1])),
+        "most": float(np.nanmax(left)), "most_at": int(np.nanargmax(left)),
+        "least": float(np.nanmin(left)), "least_at": int(np.nanargmin(left)),
+        "sharpness_first": tracked[0].get("mask_sharpness"), "sharpness_last": tracked[-1].get("mask_sharpness"),
+    }  # fmt: skip
 
 
-def _by_position(metrics: Metrics, section: str, name: str) -> np.ndarray:
-    if not metrics or any(section not in line for line in metrics):
+def _weight_evolution(metrics: Metrics, _: Clusters | None) -> Found:
+    """C7: the weights at the end, when they had converged, and whether they go with difficulty."""
+    steps = np.array([line["step"] for line in metrics])
+    weights = _numbers([of_report["weights"] for of_report in _tracked(metrics)])
+    final = weights[-1]
+    away = np.abs(weights - final) > CLOSE * np.abs(final)
+    settled = steps[np.where(away.any(0), len(away) - np.argmax(away[::-1], 0), 0)]  # the report after the last away
+    return {
+        "most": float(final.max()), "most_at": int(final.argmax()),
+        "least": float(final.min()), "least_at": int(final.argmin()),
+        "half_settled_at": float(np.median(settled)), "all_settled_at": float(settled.max()),
+        "correlation": rank_correlation(final, by_position(metrics, "squared_error")[-1]),
+    }  # fmt: skip
+
+
+def _sparsity(metrics: Metrics, clusters: Clusters | None) -> Found:
+    """C8: L0 by position at the end, and in which part of a row latents have most of their activity."""
+    l0 = by_position(metrics, "l0")
+    if not np.nansum(l0[-1]):
+        raise UserError("metrics: no latent is active in the last report")
+    profiles = _sample(clusters)
+    place = (profiles @ (np.arange(profiles.shape[1]) + 0.5)) / profiles.shape[1]  # 0: the row's beginning, 1: its end
+    return {
+        "most": float(np.nanmax(l0[-1])), "most_at": int(np.nanargmax(l0[-1])),
+        "least": float(np.nanmin(l0[-1])), "least_at": int(np.nanargmin(l0[-1])),
+        "deviation": float(np.nanstd(l0[-1]) / np.nanmean(l0[-1])),
+        "deviation_first": float(np.nanstd(l0[0]) / np.nanmean(l0[0])) if np.nansum(l0[0]) else None,
+        "early": float((place < 1 / 3).mean()), "late": float((place > 2 / 3).mean()),
+    }  # fmt: skip
+
+
+def _clustering(_: Metrics, clusters: Clusters | None) -> Found:
+    """C9: how many clusters there are, how much they are apart, and whether they are found again."""
+    _sample(clusters)
+    assert clusters is not None
+    return {
+        "count": clusters["count"], "latents": clusters["latents"],
+        "largest": max(one["size"] for one in clusters["clusters"]) / clusters["latents"],
+        "within": clusters["within"], "between": clusters["between"],
+        "stability": _stability(clusters), "shuffled": _stability(clusters["controls"]["shuffled"]),
+        "specialization": max(one["specialization"][2] for one in clusters["clusters"]),
+    }  # fmt: skip
+
+
+_ANALYSES: dict[str, tuple[Callable[[Metrics, Clusters | None], Found], str]] = {
+    "C3": (
+        _position_losses,
+        "in the last step the squared error of a token is {mean} in the mean over positions, {most} at the hardest and "
+        "{least} at the easiest ({ratio} times as much; hardest at position {most_at}, easiest at {least_at})",
+    ),
+    "C4": (
+        _error_over_training,
+        "from the first report to the last the squared error fell from {first} to {last}; least at position {most_at} (to "
+        "{most} of what it was), most at {least_at} (to {least}). The mask's sharpness, 1 for a hard one, went from "
+        "{sharpness_first} to {sharpness_last}",
+    ),
+    "C7": (
+        _weight_evolution,
+        "weights end between {least} (position {least_at}) and {most} (position {most_at}); half of them stay within 5% of "
+        "that from step {half_settled_at} on, all from {all_settled_at}. Their rank correlation with the squared error of "
+        "their position is {correlation}: weights follow errors by construction, so it tells how well they keep up",
+    ),
+    "C8": (
+        _sparsity,
+        "L0 ends between {least} (position {least_at}) and {most} (position {most_at}), with a standard deviation over "
+        "positions of {deviation} of its mean (at the first report {deviation_first}). A share of {early} of the latents is "
+        "active in the first third of a row in the mean, {late} in the last",
+    ),
+    "C9": (
+        _clustering,
+        "{latents} latents fall in {count} clusters by where they are active, with a share of {largest} in the largest. "
+        "Distances (0 to 1) are {within} within and {between} between clusters; clusters of random halves of the text agree "
+        "to {stability} (adjusted Rand index, 0 by chance), with positions shuffled to {shuffled}. The most particular "
+        "cluster has a median specialization of {specialization}, of at most 1",
+    ),
+}  # fmt: skip
+
+
+def by_position(metrics: Metrics, name: str) -> np.ndarray:
+    """[S, T], of `squared_error` or `l0`."""
+    if not metrics or any("positions" not in line for line in metrics):
         raise UserError("metrics: nothing by position in them; train with train.log_positions")
-    return _numbers([line[section][name] for line in metrics])
+    return _numbers([line["positions"][name] for line in metrics])
+
+
+def _tracked(metrics: Metrics) -> list[Mapping[str, Any]]:
+    if not metrics or any("position_tracker" not in line.get("parts", {}) for line in metrics):
+        raise UserError("metrics: no position_tracker in them; train with that part (runs C2 to C6)")
+    return [line["parts"]["position_tracker"] for line in metrics]
+
+
+def _sample(clusters: Clusters | None) -> np.ndarray:
+    """Profiles [L, BINS] of the latents that `evals.clusters` keeps."""
+    if clusters is None:
+        raise UserError("clusters: not among the evals that were measured")
+    if not clusters["clusters"]:
+        raise UserError(f"clusters: only {clusters['latents']} latents fire often enough")
+    return np.array(clusters["sample"]["profiles"])
+
+
+def _stability(clusters: Clusters) -> float | None:
+    return clusters["stability"] and clusters["stability"]["adjusted_rand"]
 
 
 def _numbers(values: Sequence[Sequence[float | None]]) -> np.ndarray:

@@ -104,7 +104,14 @@ def _folder(
             line["positions"] = {"squared_error": error, "l0": l0}
             mask = 0.5 + 0.4 * np.sin(np.arange(positions) / 2) * step / STEPS
             line["parts"] = {
-                "position_tracker": {"mask": mask.tolist(), "weights": weights(run, seed, positions, step).tolist()}
+                "position_tracker": {
+                    "mask": mask.tolist(),
+                    "mask_sharpness": step / STEPS,
+                    "weights": weights(run, seed, positions, step).tolist(),
+                    "loss_mean": [9.0] * EVERY,
+                    "loss_max": [20.0] * EVERY,
+                    "loss_min": [2.0] * EVERY,
+                }
             }
         lines.append(line)
     _write(folder / "metrics.jsonl", lines)

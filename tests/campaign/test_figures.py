@@ -411,7 +411,7 @@ def test_an_analysis_alone_shows_the_run_that_it_looks_at(tmp_path: Path):
 
 
 def test_a_campaign_that_has_not_ended_is_told_so(tmp_path: Path):
-    with pytest.raises(UserError, match="holds no campaign.json; that campaign has not come to its end"):
+    with pytest.raises(UserError, match="holds no campaign.json; the campaign isn't done"):
         draw(tmp_path)
 
 

@@ -340,6 +340,8 @@ def test_scores_that_are_not_there_are_dashes_and_those_that_no_run_has_are_name
 def test_analyses_are_named_with_the_run_they_look_at_and_not_counted(tmp_path, quick):
     made = Made("C2", "C1")
     looks = copy.deepcopy(made.found["runs"]["C2"]) | {"run": "C3", "title": "position-wise loss", "trained_as": "C2"}
+    looks["analysis"] = {"most": _summary([7.0, 9.0, 8.0, 8.0]), "most_at": _summary([3, 3, 3, 4])}
+    looks["analysis"] |= {name: _summary([None] * 4) for name in ("mean", "least", "ratio", "least_at")}
     made.found["runs"] = {"C3": looks, **made.found["runs"]}
     made.plant("C2", "tpp", 0.10, 0.11, 0.09, 0.10)
     made.plant("C3", "tpp", 0.10, 0.11, 0.09, 0.10)
@@ -348,6 +350,10 @@ def test_analyses_are_named_with_the_run_they_look_at_and_not_counted(tmp_path, 
     assert " in 2; [figure" in part(markdown, "### By score: TPP")
     assert "C3" not in part(markdown, "### By score: TPP")
     assert "weights of C2" in cells(markdown, "C3", "C")["run"]
+    told = part(markdown, "### What the analyses of log C find")
+    assert "**C3**, position-wise loss, in C2: in the last step" in told
+    assert "8.000 ± 0.816 at the hardest" in told
+    assert "hardest at position 3 or 4" in told
     assert {one.run for ones in against_baselines(made.found).values() for one in ones} == {"C1", "C2"}
 
 
@@ -355,9 +361,10 @@ def test_an_analysis_stands_for_weights_that_nobody_else_has(tmp_path, quick):
     made = Made("C7", "C8")
     for name in ("C7", "C8"):
         made.found["runs"][name] |= {"trained_as": "C6", "folders": [f"runs/C6-s{seed}" for seed in range(SEEDS)]}
+        made.found["runs"][name]["analysis"] = {"why_not": "not planted"}
     assert repeated(made.found) == {"C8": "C7"}
     assert {one.run for ones in against_baselines(made.found).values() for one in ones} == {"C7"}
-    made.write(tmp_path)
+    assert "in C6: nothing: not planted." in made.write(tmp_path)[0]
 
 
 def test_runs_that_came_out_the_same_are_counted_once_and_named(tmp_path, quick):

@@ -50,6 +50,10 @@ def test_every_run_is_trained_to_the_end_and_measured(made):
     assert found["runs"]["C7"]["trained_as"] == "C6"
     assert found["runs"]["C7"]["scores"] == found["runs"]["C6"]["scores"]
     assert found["runs"]["A1"]["trained_as"] is None
+    assert "analysis" not in found["runs"]["C6"]
+    evolution = found["runs"]["C7"]["analysis"]
+    assert len(evolution["correlation"]["values"]) == 2
+    assert 0 < evolution["least"]["mean"] < 1 < evolution["most"]["mean"]
 
 
 def test_scores_are_those_that_the_runs_hold(made):
@@ -181,8 +185,8 @@ def test_an_analysis_alone_has_a_line_in_the_table(made, capsys):
     _, found = made
     alone = {**found, "runs": {"C7": found["runs"]["C7"]}}
     campaign_table(alone)
-    assert "C7" in capsys.readouterr().out.split("C7 looks at C6")[0]
+    assert "C7" in capsys.readouterr().out.split("C7, weight evolution, in C6: ")[0]
     campaign_table(found)
     shown = capsys.readouterr().out
-    assert "C7 looks at C6" in shown
+    assert "C7, weight evolution, in C6: weights end between " in shown
     assert "│ C7" not in shown
