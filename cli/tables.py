@@ -53,6 +53,7 @@ def runs_table(summary: dict[str, Any]) -> None:
 
 def campaign_table(found: dict[str, Any]) -> None:
     """The main scores of a campaign's runs and baselines, means over seeds."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -61,9 +62,12 @@ def campaign_table(found: dict[str, Any]) -> None:
     def number(value: float | None, digits: int = 3) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    table = Table(title=f"{found['model']}, {found['hook']}, {found['seeds']} seed(s)", title_justify="left")
+    title = f"{found['model']}, {found['hook']}, {found['seeds']} seed(s)"
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0)
+    )  # 80 columns, with conditions' names
     for heading in ("", "FVU first", "FVU last", "L0", "dead", "EV", "of random", "probing", "of random"):
-        table.add_column(heading, justify="right" if heading else "left")
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for name, run in (found["baselines"] | found["runs"]).items():
         if run["trained_as"] in found["runs"]:
             continue

@@ -81,7 +81,7 @@ def _weight_evolution(metrics: Metrics, _: Clusters | None) -> Found:
     return {
         "most": float(final.max()), "most_at": int(final.argmax()),
         "least": float(final.min()), "least_at": int(final.argmin()),
-        "half_settled_at": float(np.median(settled)), "all_settled_at": float(settled.max()),
+        "half_settled_at": int(np.sort(settled)[(len(settled) - 1) // 2]), "all_settled_at": int(settled.max()),
         "correlation": rank_correlation(final, by_position(metrics, "squared_error")[-1]),
     }  # fmt: skip
 
@@ -91,14 +91,19 @@ def _sparsity(metrics: Metrics, clusters: Clusters | None) -> Found:
     l0 = by_position(metrics, "l0")
     if not np.nansum(l0[-1]):
         raise UserError("metrics: no latent is active in the last report")
-    profiles = _sample(clusters)
-    place = (profiles @ (np.arange(profiles.shape[1]) + 0.5)) / profiles.shape[1]  # 0: the row's beginning, 1: its end
+    early = late = None
+    if clusters is not None and clusters["clusters"]:
+        profiles = _sample(clusters)
+        place = (profiles @ (np.arange(profiles.shape[1]) + 0.5)) / profiles.shape[
+            1
+        ]  # 0: the row's beginning, 1: its end
+        early, late = float((place < 1 / 3).mean()), float((place > 2 / 3).mean())
     return {
         "most": float(np.nanmax(l0[-1])), "most_at": int(np.nanargmax(l0[-1])),
         "least": float(np.nanmin(l0[-1])), "least_at": int(np.nanargmin(l0[-1])),
         "deviation": float(np.nanstd(l0[-1]) / np.nanmean(l0[-1])),
         "deviation_first": float(np.nanstd(l0[0]) / np.nanmean(l0[0])) if np.nansum(l0[0]) else None,
-        "early": float((place < 1 / 3).mean()), "late": float((place > 2 / 3).mean()),
+        "early": early, "late": late,
     }  # fmt: skip
 
 

@@ -136,11 +136,14 @@ def test_what_was_not_measured_is_named():
     for run in ("C3", "C4", "C7"):
         with pytest.raises(UserError, match="no position_tracker"):
             analysis(run, without)
-    for run in ("C8", "C9"):
-        with pytest.raises(UserError, match="clusters: not among the evals"):
-            analysis(run, lines)
-        with pytest.raises(UserError, match="only 3 latents fire often enough"):
-            analysis(run, lines, {"clusters": None, "latents": 3})
+    with pytest.raises(UserError, match="clusters: not among the evals"):
+        analysis("C9", lines)
+    few = {"clusters": None, "latents": 3}
+    with pytest.raises(UserError, match="only 3 latents fire often enough"):
+        analysis("C9", lines, few)
+    for clusters in (None, few):
+        found = analysis("C8", lines, clusters)
+        assert (found["most"], found["early"], found["late"]) == (1.0, None, None)
 
 
 def test_every_analysis_finds_something_in_a_real_run_and_says_it(stream_of, tmp_path):
