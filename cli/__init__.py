@@ -10,6 +10,7 @@ import typer
 from ..engine.files import check_writable, write_json
 from .bench import bench_app, profile
 from .campaign import campaign, plot, run
+from .exchange import convert, upload
 from .options import PLAIN, JsonFile
 from .study import dashboard, evaluate, features
 from .tables import figures
@@ -25,6 +26,8 @@ app.command()(dashboard)
 app.command()(run)
 app.command()(campaign)
 app.command()(plot)
+app.command()(convert)
+app.command()(upload)
 app.add_typer(testbed_app, name="testbed")
 app.add_typer(bench_app, name="bench")
 app.command()(profile)

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 Dictionary = Annotated[
     Path,
-    typer.Option(help="A run folder, a checkpoint folder, or a folder of SAELens, dictionary_learning or sparsify."),
+    typer.Option(
+        help="A run folder, a checkpoint, a folder of SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium, or "
+        "one on the hub: OWNER/REPOSITORY/FOLDER."
+    ),
 ]
 
 

@@ -23,11 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import foreign
+from . import interchange
 from .composed import dictionary
 from .config import RunConfig, SAEConfig
 from .errors import UserError
 from .files import UNFINISHED, digest, flush
+from .interchange import hub
 from .sae import SparseAutoencoder
 
 FORMAT = "temposae/1"
@@ -99,7 +100,7 @@ class Loaded(Checkpoint):
     sae: SparseAutoencoder
 
     @classmethod
-    def of(cls, folder: Path, other: foreign.Foreign) -> "Loaded":
+    def of(cls, folder: Path, other: interchange.Foreign) -> "Loaded":
         file = {"bytes": other.weights.stat().st_size, "sha256": digest(other.weights)}
         run = None if other.run is None else other.run.model_dump()
         values = (other.weights.name, 0, {"sae": other.sae.cfg.model_dump()}, run, None, {"sae.safetensors": file})
@@ -156,18 +157,21 @@ def write(
 
 
 def find(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, the last one of the run folder at `path`, or the dictionary in another library's folder."""
+    """The checkpoint at `path`, the last one of the run folder at `path`, or the dictionary in another library's folder; all
+    of them also on the hub, by name (`interchange.hub`)."""
+    if not path.exists() and hub.is_name(str(path)) and not path.parent.exists():  # else it is a slip of the pen
+        path = hub.fetch(str(path))
     if not path.exists():
         raise UserError(f"sae: {path} does not exist; give a run folder or a checkpoint folder")
     folder = path
     if not (path / MANIFEST).is_file():
         steps = all_in(path)
         if not steps:
-            if (other := foreign.read(path)) is not None:
+            if (other := interchange.read(path)) is not None:
                 return Loaded.of(path, other)
             raise UserError(
                 f"sae: {path} is neither a checkpoint (no {MANIFEST}) nor a run (no checkpoints/step_*), nor a folder of "
-                "SAELens, dictionary_learning or sparsify"
+                "SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium"
             )
         folder = steps[-1]
     try:
@@ -203,5 +207,7 @@ def save(sae: SparseAutoencoder, folder: str | Path) -> None:
 
 
 def load(path: str | Path) -> SparseAutoencoder:
-    """The dictionary in a checkpoint folder, or in the last checkpoint of a run folder. float32, on the CPU."""
+    """The dictionary in a checkpoint folder, in the last checkpoint of a run folder, or in a folder of SAELens,
+    dictionary_learning, sparsify, Gemma Scope or Llamascopium; here, or on the hub as OWNER/REPOSITORY[/FOLDER][@REVISION].
+    float32, on the CPU."""
     return find(Path(path).expanduser()).dictionary()

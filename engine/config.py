@@ -83,7 +83,8 @@ class MaskConfig(Config):
 
 class SAEConfig(Config):
     """One dictionary. `d_in` is D, `d_sae` is F. With `d_out` it is a transcoder: from activations at one place it gives
-    those at another, of that width, and nothing is taken from x before the encoder.
+    those at another, of that width, and nothing is taken from x before the encoder; nor is it where `apply_b_dec_to_input`
+    is false.
 
     `topk`: relu, then the `k` largest per token; `batchtopk`: as many in all, wherever in the batch they fall, and beyond
     training those above a running threshold. In both `aux_k` dead latents model the residual, weighted `aux_coefficient`.
@@ -110,6 +111,7 @@ class SAEConfig(Config):
     aux_k: Annotated[int, Field(ge=0)] = 64
     aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
     prefixes: tuple[Latents, ...] | None = None
+    apply_b_dec_to_input: bool = True
     decoder: Literal["learned", "random"] = "learned"
     mask: MaskConfig = MaskConfig()
     parts: tuple[dict[str, Any], ...] = ()
@@ -128,7 +130,7 @@ class SAEConfig(Config):
         from .parts import check
 
         kinds = ", ".join(one["kind"] for one in self.parts)
-        for name, absent in (("d_out", None), ("prefixes", None)):
+        for name, absent in (("d_out", None), ("prefixes", None), ("apply_b_dec_to_input", True)):
             if getattr(self, name) is not absent:
                 raise ValueError(f"{name}: {getattr(self, name)} is not allowed with parts ({kinds})")
         if self.activation == "jumprelu":

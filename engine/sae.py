@@ -64,7 +64,7 @@ class Objective:
 class SparseAutoencoder(nn.Module):
     """A sparse autoencoder over activations x [..., D] at positions pos [...].
 
-        pre   = relu((x - b_dec) W_enc + b_enc)                 W_enc [D, F], b_enc [F], b_dec [D]
+        pre   = relu((x - b_dec) W_enc + b_enc)                 W_enc [D, F], b_enc [F], b_dec [D]; see `center`
         f     = pre * mask[pos]                                  f [..., F]; see `SAEConfig` for what is kept of it
         x_hat = f W_dec + b_dec                                  W_dec [F, D], rows of unit norm
 
@@ -129,7 +129,7 @@ class SparseAutoencoder(nn.Module):
     @property
     def center(self) -> Tensor | None:
         """What is taken from x [D] before the encoder."""
-        return self.b_dec if self.cfg.d_out is None else None
+        return self.b_dec if self.cfg.d_out is None and self.cfg.apply_b_dec_to_input else None
 
     @property
     def latent_dims(self) -> dict[str, int]:

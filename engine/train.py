@@ -385,6 +385,10 @@ def _take_over(sae: SparseAutoencoder, path: Path) -> None:
         if theirs[name] != value:
             raise UserError(f"train.init: {path} is not allowed; its {name} is {theirs[name]}, and sae.{name} {value}")
     sae.load_state_dict(found.state_dict())
+    if (subtracts := sae.cfg.apply_b_dec_to_input) != found.cfg.apply_b_dec_to_input:
+        with torch.no_grad():  # another library's: b_enc makes up for what is taken from x, or isn't
+            shift = sae.b_dec.double() @ sae.W_enc.double()
+            sae.b_enc.copy_(sae.b_enc.double() + (shift if subtracts else -shift))
     norm = sae.W_dec.detach().norm(dim=1)
     if (norm - 1).abs().max() > 1e-3 and (norm > 0).all():
         with torch.no_grad():  # another library's: training keeps rows at norm 1, so the latents take theirs over

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from ..commandline import run
 
 D, F, K = 12, 40, 5
 HOOK = "blocks.2.hook_resid_post"
+NORMS = {HOOK: 9.0, "blocks.2.hook_mlp_out": 5.0}  # mean |x|
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -56,6 +58,29 @@ def sparsify(folder: Path, **changes: Any) -> Path:
     (folder / "cfg.json").write_text(json.dumps(cfg | changes))
     tensors = {"encoder.weight": W_ENC.T, "encoder.bias": B_ENC, "W_dec": W_DEC, "b_dec": B_DEC}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "sae.safetensors")
+    return folder
+
+
+def gemma_scope(folder: Path) -> Path:
+    place = folder / "gemma-scope-2b-pt-res" / "layer_2" / "width_40"
+    place.mkdir(parents=True)
+    tensors = {"W_enc": W_ENC, "W_dec": W_DEC, "b_enc": B_ENC, "b_dec": B_DEC, "threshold": THRESHOLD}
+    np.savez(place / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
+    return place
+
+
+def llamascopium(folder: Path, act_fn: str, **changes: Any) -> Path:
+    folder.mkdir()
+    cfg = {
+        "sae_type": "sae", "d_model": D, "expansion_factor": F / D, "act_fn": act_fn, "top_k": K, "hook_point_in": HOOK,
+        "hook_point_out": HOOK, "use_decoder_bias": True, "norm_activation": "inference",
+        "sparsity_include_decoder_norm": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(cfg | changes))
+    tensors = {"W_E": W_ENC, "b_E": B_ENC, "W_D": W_DEC, "b_D": B_DEC}
+    tensors |= {"activation_function.log_jumprelu_threshold": THRESHOLD.log()} if act_fn == "jumprelu" else {}
+    tensors |= {f"dataset_average_activation_norm.{hook}": torch.tensor(norm) for hook, norm in NORMS.items()}
+    save_file(tensors, folder / "sae_weights.safetensors")
     return folder
 
 
@@ -101,6 +126,12 @@ CASES = {
         lambda: above(pre(minus_b_dec=False), THRESHOLD.double()),
     ),
     "sparsify": (sparsify, lambda: top(pre())),
+    "sparsify transcoder": (lambda f: sparsify(f, transcode=True), lambda: top(pre(minus_b_dec=False))),
+    "gemma-scope": (gemma_scope, lambda: above(pre(minus_b_dec=False), THRESHOLD.double())),
+    "llamascopium": (lambda f: llamascopium(f, "relu"), lambda: pre(minus_b_dec=False).relu()),
+    "llamascopium jumprelu": (
+        lambda f: llamascopium(f, "jumprelu"), lambda: above(pre(minus_b_dec=False), THRESHOLD.double())
+    ),
 }  # fmt: skip
 
 
@@ -114,7 +145,7 @@ def test_computes_what_its_library_does(tmp_path, case):
     assert (sae.encode(X).double() - f).abs().max() < 1e-4
     assert (sae(X).double() - (f @ W_DEC.double() + B_DEC.double())).abs().max() < 1e-3
     assert (sae.W_dec == W_DEC).all()
-    if case == "sparsify":
+    if case.startswith(("sparsify", "gemma-scope", "llamascopium")):
         assert found.run is None
     else:
         assert found.run is not None
@@ -128,6 +159,27 @@ def test_rows_of_norm_one_with_latents_that_count_the_norm(tmp_path):
     assert (sae.encode(X).double() - f).abs().max() < 1e-3
     assert (sae(X).double() - ((f / norm) @ W_DEC.double() + B_DEC.double())).abs().max() < 1e-3
     assert sae.W_dec.norm(dim=1).sub(1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("counts_norm", [False, True])
+@pytest.mark.parametrize("act_fn", ["relu", "topk", "jumprelu"])
+def test_llamascopium_with_activations_that_were_scaled(tmp_path, act_fn, counts_norm):
+    """What it computes by its own formulas: x scaled to norm sqrt(D), and back to the other hook's norm."""
+    target = "blocks.2.hook_mlp_out"
+    changes = {
+        "norm_activation": "dataset-wise",
+        "sparsity_include_decoder_norm": counts_norm,
+        "hook_point_out": target,
+    }
+    sae = checkpoint.find(llamascopium(tmp_path / "other", act_fn, **changes)).dictionary()
+    inside, outside = D**0.5 / NORMS[HOOK], D**0.5 / NORMS[target]
+    norm = W_DEC.double().norm(dim=1) if counts_norm else torch.ones(F, dtype=torch.float64)
+    acts = ((X.double() * inside) @ W_ENC.double() + B_ENC.double()) * norm
+    f = {"relu": acts.relu(), "topk": top(acts), "jumprelu": above(acts, THRESHOLD.double())}[act_fn] / norm
+    x_hat = (f @ W_DEC.double() + B_DEC.double()) / outside
+    assert (f > 0).any(1).all()
+    assert (sae(X).double() - x_hat).abs().max() < 1e-3
+    assert ((sae.encode(X) > 0) == (f > 0)).all()
 
 
 @pytest.mark.parametrize(("architecture", "activation"), [("standard", "relu"), ("jumprelu", "jumprelu")])
@@ -149,6 +201,8 @@ class Other:
     ("write", "message"),
     [
         (lambda f: saelens(f, "gated"), "architecture: gated is not allowed; it must be standard, topk, jumprelu"),
+        (lambda f: llamascopium(f, "batchtopk"), "act_fn: batchtopk is not allowed; it must be relu, topk, jumprelu"),
+        (lambda f: llamascopium(f, "relu", sae_type="clt"), "sae_type: clt is not allowed; it must be sae"),
         (lambda f: saelens(f, "topk", normalize_activations="layer_norm"), "normalize_activations: layer_norm is not"),
         (lambda f: saelens(f, "jumprelu"), "other has no 'threshold' in cfg.json or sae_weights.safetensors"),
         (lambda f: saelens(f, "jumprelu", threshold=torch.ones(3)), r"threshold has shape \[3\]; .* must be \[40\]"),

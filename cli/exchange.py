@@ -1,0 +1,78 @@
+"""`temposae convert` and `temposae upload`: dictionaries in other libraries' layouts, and on the hub."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..engine.checkpoint import Checkpoint
+
+LAYOUTS = "saelens, dictionary_learning, sparsify, gemma-scope or temposae"
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SRC",
+        show_default=False,
+        help="A run folder, a checkpoint, a folder of SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium, "
+        "or one on the hub: OWNER/REPOSITORY/FOLDER.",
+    ),
+]
+Layout = Annotated[str, typer.Option("--to", help=f"The layout to write: {LAYOUTS}.")]
+Which = Annotated[
+    str, typer.Option("--dictionary", help="Which dictionary of a run: sae, or random for the control beside it.")
+]
+
+
+def convert(
+    source: Source,
+    out: Annotated[Path, typer.Argument(metavar="DST", show_default=False, help="The folder to make.")],
+    to: Layout,
+    which: Which = "sae",
+) -> None:
+    """Write a dictionary in another library's layout. What comes back from there is the same, bit for bit.
+
+    A dictionary that the library can't hold, such as one with a mask over positions, is refused with the reason.
+    """
+    from ..engine import checkpoint
+
+    found = checkpoint.find(source.expanduser())
+    _write(found, which, out, to)
+    sae = found.dictionary(which).cfg
+    print(f"{out}: {sae.activation}, D = {sae.d_in}, F = {sae.d_sae}, as {to} has it")
+
+
+def upload(
+    source: Source,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", show_default=False, help="OWNER/REPOSITORY[/FOLDER] on the hub.")
+    ],
+    to: Layout = "temposae",
+    which: Which = "sae",
+    private: Annotated[bool, typer.Option("--private", help="A new repository is seen by its owner alone.")] = False,
+) -> None:
+    """Put a dictionary on the Hugging Face hub, with a model card: what it is, where it was trained, and how well it does if
+    `temposae eval core` has measured it."""
+    from ..engine import checkpoint
+    from ..engine.interchange import hub
+
+    found = checkpoint.find(source.expanduser())
+    sae = found.dictionary(which).cfg
+    core = source.expanduser() / "evals" / "core.json"
+    scores: dict[str, Any] | None = json.loads(core.read_text()) if core.is_file() and which == "sae" else None
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "out"
+        _write(found, which, folder, to)
+        print(hub.upload(folder, name, hub.card(name, to, sae, found.run, scores), private=private))
+
+
+def _write(found: "Checkpoint", which: str, out: Path, to: str) -> None:
+    from ..engine import checkpoint, interchange
+
+    sae = found.dictionary(which)
+    if to == "temposae":
+        checkpoint.write(out, found.step, {"sae": (sae.cfg, sae.state_dict())}, found.run)
+    else:
+        interchange.write(sae, out, to, found.run)

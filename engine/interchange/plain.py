@@ -1,0 +1,124 @@
+"""What the libraries' dictionaries have in common, between theirs and ours."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SAEConfig
+from ..errors import UserError
+from ..sae import SparseAutoencoder
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A dictionary by its mathematics, W_enc [D, F], W_dec [F, D], any floating dtype:
+
+        pre = (x - b_dec) W_enc + b_enc      with `subtracts`, else x W_enc + b_enc
+        f   = relu(pre) where pre > threshold [F] (jumprelu), or one for all (batchtopk); the k largest of each token (topk)
+
+    A transcoder subtracts nothing and has W_dec [F, d_out], b_dec [d_out]. `prefixes`: of a Matryoshka dictionary. `model`,
+    `hook` and `target`: where it was trained, as far as it is known.
+    """
+
+    activation: str
+    tensors: State = field(repr=False)
+    subtracts: bool = True
+    is_transcoder: bool = False
+    k: int | None = None
+    prefixes: tuple[int, ...] | None = None
+    model: str | None = None
+    hook: str | None = None
+    target: str | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """D, F and the width of what it gives."""
+        (D, F), (_, d_out) = self.tensors["W_enc"].shape, self.tensors["W_dec"].shape
+        return D, F, d_out
+
+    def checked(self) -> "Plain":
+        """The same in float32, contiguous. Raises UserError for shapes that don't fit and numbers that aren't finite."""
+        tensors = {name: tensor.float() for name, tensor in self.tensors.items()}
+        for name in ("W_enc", "W_dec"):
+            if tensors[name].ndim != 2:
+                raise UserError(f"{name} has shape {list(tensors[name].shape)}; it must be a matrix")
+        D, F = tensors["W_enc"].shape
+        d_out = tensors["W_dec"].shape[1] if self.is_transcoder else D
+        shapes = {"W_enc": (D, F), "W_dec": (F, d_out), "b_enc": (F,), "b_dec": (d_out,)}
+        if self.activation in ("jumprelu", "batchtopk"):
+            shapes["threshold"] = (F,) if self.activation == "jumprelu" else ()
+        for name, shape in shapes.items():
+            if tensors[name].shape != shape:
+                raise UserError(
+                    f"{name} has shape {list(tensors[name].shape)}; with W_enc {[D, F]} it must be {list(shape)}"
+                )
+            if not tensors[name].isfinite().all():
+                raise UserError(f"{name} holds numbers that are not finite")
+        return replace(self, tensors={name: tensors[name].contiguous() for name in shapes})
+
+    def subtracting(self, wanted: bool) -> "Plain":
+        """The same function with b_dec taken from x, or not: b_enc makes up for it.
+
+        x W_enc + b_enc = (x - b_dec) W_enc + (b_enc + b_dec W_enc), worked out in float64 and rounded once.
+        """
+        if self.is_transcoder or self.subtracts == wanted:
+            return self
+        t = self.tensors
+        shift = t["b_dec"].double() @ t["W_enc"].double()
+        b_enc = t["b_enc"].double() + (shift if wanted else -shift)
+        return replace(self, subtracts=wanted, tensors={**t, "b_enc": b_enc.to(t["b_enc"].dtype)})
+
+    def jumping(self) -> "Plain":
+        """With a threshold for each latent: of relu all 0, of batchtopk all the same. Raises UserError for topk."""
+        if self.activation == "topk":
+            raise UserError("activation: topk is not allowed here; it keeps k of each token, whatever their size")
+        if self.activation == "jumprelu":
+            return self
+        F = self.sizes[1]
+        zero = torch.zeros((), dtype=self.tensors["b_enc"].dtype)
+        threshold = self.tensors.get("threshold", zero).expand(F).clone()
+        return replace(self, activation="jumprelu", tensors={**self.tensors, "threshold": threshold})
+
+
+def of_sae(sae: SparseAutoencoder, model: str | None, hook: str | None, target: str | None) -> Plain:
+    """Ours as a plain dictionary. Raises UserError for what no other library has: positions, and parts."""
+    c = sae.cfg
+    if c.mask.kind != "none":
+        raise UserError(
+            f"mask.kind: {c.mask.kind} is not allowed; only temposae's own format has masks over positions, "
+            "and without its mask this dictionary is another one"
+        )
+    if c.parts:
+        raise UserError(
+            f"parts: {', '.join(one['kind'] for one in c.parts)} are not allowed; only temposae's own format has them"
+        )
+    tensors = {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()}
+    is_transcoder = c.d_out is not None
+    return Plain(
+        c.activation, tensors, c.apply_b_dec_to_input and not is_transcoder, is_transcoder,
+        c.k if c.activation in ("topk", "batchtopk") else None, c.prefixes, model, hook, target,
+    )  # fmt: skip
+
+
+def to_sae(plain: Plain, settings: SAEConfig | None = None) -> SparseAutoencoder:
+    """Ours, with these `settings` where they are known, as they are of what we wrote."""
+    plain = plain.checked()
+    if settings is None:
+        D, F, d_out = plain.sizes
+        given: dict[str, Any] = {"d_in": D, "d_sae": F, "activation": plain.activation, "prefixes": plain.prefixes}
+        given |= {"d_out": d_out} if plain.is_transcoder else {"apply_b_dec_to_input": plain.subtracts}
+        settings = SAEConfig(**given, k=min(32, F) if plain.k is None else plain.k)
+    tensors = dict(plain.tensors)
+    if "threshold" in tensors:
+        tensors["threshold"] = tensors["threshold"].clamp_min(0)  # what is below 0 is no activation in any case
+    if settings.activation == "batchtopk" and tensors["threshold"].ndim == 1:
+        tensors["threshold"] = tensors["threshold"][0]
+    elif settings.activation in ("relu", "topk"):
+        tensors.pop("threshold", None)
+    sae = SparseAutoencoder(settings)
+    sae.load_state_dict(tensors, strict=True)
+    return sae
