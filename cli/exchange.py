@@ -7,19 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .options import FOLDERS
+
 if TYPE_CHECKING:
     from ..engine.checkpoint import Checkpoint
 
 LAYOUTS = "saelens, dictionary_learning, sparsify, gemma-scope or temposae"
-Source = Annotated[
-    Path,
-    typer.Argument(
-        metavar="SRC",
-        show_default=False,
-        help="A run folder, a checkpoint, a folder of SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium, "
-        "or one on the hub: OWNER/REPOSITORY/FOLDER.",
-    ),
-]
+Source = Annotated[Path, typer.Argument(metavar="SRC", show_default=False, help=FOLDERS)]
 Layout = Annotated[str, typer.Option("--to", help=f"The layout to write: {LAYOUTS}.")]
 Which = Annotated[
     str, typer.Option("--dictionary", help="Which dictionary of a run: sae, or random for the control beside it.")

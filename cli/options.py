@@ -18,6 +18,10 @@ Data = Annotated[
     str | None,
     typer.Option(help="A .txt or .jsonl file, or a dataset's name or folder. [the embedded language, for testbed]"),
 ]
+FOLDERS = (
+    "A run folder, a checkpoint, a folder of SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium, or one on "
+    "the hub: OWNER/REPOSITORY/FOLDER."
+)
 
 
 def merge(settings: dict[str, Any], given: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..engine.files import check_writable, write_json
-from .options import JsonFile, check_backend
+from .options import FOLDERS, JsonFile, check_backend
 from .tables import core_table, scores_table
 
 if TYPE_CHECKING:
@@ -15,13 +15,7 @@ if TYPE_CHECKING:
     from ..engine.stream import ActivationStream
 
 
-Dictionary = Annotated[
-    Path,
-    typer.Option(
-        help="A run folder, a checkpoint, a folder of SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium, or "
-        "one on the hub: OWNER/REPOSITORY/FOLDER."
-    ),
-]
+Dictionary = Annotated[Path, typer.Option(help=FOLDERS)]
 
 
 def evaluate(
