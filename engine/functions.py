@@ -61,11 +61,25 @@ def encode_topk(
     The values carry gradients for x, W_enc, b_enc, center and mask (see `encode_dense` for masks), zero values none; the
     gradient of W_enc comes latent-major, as the [D, F] view of a contiguous [F, D].
     """
-    codes: list[SparseCode] = []  # filled by the function, because autograd passes nothing but tensors
-    settings = dict(k=k, aux_k=aux_k, aux_latents=aux_latents, across_batch=across_batch)
-    values = _EncodeTopK.apply(x, W_enc, b_enc, center, mask, pos, settings, codes)
-    code, *aux = (code.with_values(v) for code, v in zip(codes, values, strict=True))
-    return code, aux[0] if aux else None
+    with torch.no_grad():
+        code, aux = encode_topk_op(
+            x, W_enc.to(x.dtype), b_enc, center=center, mask=mask, pos=pos,
+            k=k, aux_k=aux_k, aux_latents=aux_latents, across_batch=across_batch,
+        )  # fmt: skip
+    if aux is None:
+        return differentiable([code], x, W_enc, b_enc, center, mask, pos)[0], None
+    code, aux = differentiable([code, aux], x, W_enc, b_enc, center, mask, pos)
+    return code, aux
+
+
+def differentiable(
+    codes: list[SparseCode], x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Mask | None,
+    pos: Tensor | None,
+) -> list[SparseCode]:  # fmt: skip
+    """Codes that an encoder made of these, with values that carry gradients: those of relu((x - center) @ W_enc + b_enc) *
+    mask[pos] at their entries, what decided on the entries being constant. Arguments and gradients as in `encode_topk`."""
+    values = _Encoded.apply(x, W_enc, b_enc, center, mask, pos, codes)
+    return [code.with_values(v) for code, v in zip(codes, values, strict=True)]
 
 
 def encode_jumprelu(
@@ -176,13 +190,11 @@ class _EncodeDense(Function):
         return dx, dw, db.to(ctx.b_dtype), dcenter, dmask, None
 
 
-class _EncodeTopK(Function):
+class _Encoded(Function):
     @staticmethod
-    def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos, settings, codes):
-        picked = encode_topk_op(x, W_enc.to(x.dtype), b_enc, center=center, mask=mask, pos=pos, **settings)
-        codes += [code for code in picked if code is not None]
+    def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos, codes):  # in a list: autograd passes nothing but tensors
         ctx.set_materialize_grads(False)
-        ctx.codes, ctx.mask = [code.with_values(code.values.detach()) for code in codes], mask
+        ctx.codes, ctx.mask = codes, mask
         ctx.save_for_backward(x, W_enc, b_enc, center, pos)
         return tuple(code.values for code in codes)
 
@@ -202,7 +214,7 @@ class _EncodeTopK(Function):
                 dpre = dpre * gate
             gradients.append(code.with_values(dpre))
         grads = _encoder_gradients(ctx.needs_input_grad, x, W_enc, b_enc, center, gradients)
-        return *grads, dmask, None, None, None
+        return *grads, dmask, None, None
 
 
 class _EncodeJumpReLU(Function):

@@ -1,7 +1,7 @@
 """The dictionary: parameters, what it computes, and what it is trained to do."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.code import SparseCode
-from ..kernels.decode import decode
 from ..kernels.encode_sparse import encode_threshold
 from ..kernels.encode_sparse import encode_topk as encode_topk_op
 from ..kernels.loss import PositionSums
@@ -17,6 +16,8 @@ from ..kernels.masks import Mask
 from .config import SAEConfig
 from .errors import UserError
 from .functions import (
+    decode_sparse,
+    differentiable,
     encode_dense,
     encode_jumprelu,
     encode_topk,
@@ -149,13 +150,29 @@ class SparseAutoencoder(nn.Module):
         found.load_state_dict(ranks.own_state(self.state_dict(), self.latent_dims))
         return found
 
+    @property
+    def device(self) -> torch.device:
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
+
     def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        """f [..., F], in the dtype of x. Not differentiable: training goes through `objective`."""
-        return self.encode_sparse(x, pos).to_dense().to(x.dtype).view(*x.shape[:-1], self.cfg.d_sae)
+        """f [..., F], in the dtype of x. Differentiable; what decides which latents are active is constant."""
+        return self._code(x, pos).to_dense().to(x.dtype).view(*x.shape[:-1], self.cfg.d_sae)
+
+    def _code(self, x: Tensor, pos: Tensor | None) -> SparseCode:
+        """`encode_sparse`, differentiable where gradients are wanted."""
+        code = self.encode_sparse(x, pos)
+        if not torch.is_grad_enabled():
+            return code
+        x, rows, weights = self.inputs(x, pos)
+        return differentiable([code], x, self.W_enc, self.b_enc, self.center, weights, rows)[0]
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, pos: Tensor | None = None) -> SparseCode:
-        """f as a SparseCode over the flattened tokens: K per token for topk, ragged for the others."""
+        """f as a SparseCode over the flattened tokens: K per token for topk, ragged for the others. Without gradients."""
         x, rows, weights = self.inputs(x, pos)
         W_enc = self.W_enc.to(x.dtype)
         if self.cfg.activation == "topk":
@@ -170,16 +187,45 @@ class SparseAutoencoder(nn.Module):
             x, W_enc, self.b_enc, threshold, center=self.center, mask=weights, pos=rows, expected=self.expected
         )
 
-    @torch.no_grad()
     def decode(self, f: Tensor | SparseCode) -> Tensor:
-        """x_hat: [..., D] from dense f, [N, D] from a SparseCode."""
+        """x_hat: [..., D] from dense f, [N, D] from a SparseCode. Differentiable."""
         if isinstance(f, SparseCode):
-            return decode(f, self.W_dec.to(f.values.dtype), self.b_dec.to(f.values.dtype))
+            return decode_sparse(f, self.W_dec.to(f.values.dtype), self.b_dec.to(f.values.dtype))
         return f @ self.W_dec.to(f.dtype) + self.b_dec.to(f.dtype)
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        """x_hat [..., D] for x [..., D]. Not differentiable: training goes through `objective`."""
-        return self.decode(self.encode_sparse(x, pos)).to(x.dtype).view(*x.shape[:-1], -1)
+        """x_hat [..., D] for x [..., D]. Differentiable, as `encode` is; for a loss with its sparsity see `objective`."""
+        return self.decode(self._code(x, pos)).to(x.dtype).view(*x.shape[:-1], -1)
+
+    def fwd_hooks(
+        self, hook: str, *, target: str | None = None, edit: Callable[[Tensor], Tensor] | None = None,
+        error_term: bool = True,
+    ) -> list[tuple[str, Callable[..., Tensor]]]:  # fmt: skip
+        """What puts the dictionary into a transformer_lens model: `with model.hooks(fwd_hooks=sae.fwd_hooks(hook))`.
+
+        The activations x [B, T, D] there, at positions 0 to T - 1, become x_hat; with `edit`, x_hat of edit(f), f [B, T, F].
+        `error_term` adds x - x_hat as it was before the edit, a constant: without an edit the model then computes what it
+        did. A transcoder reads at `hook`, and x is what it replaces at `target`.
+        """
+        if (target is None) != (self.cfg.d_out is None):
+            raise UserError("target: needed for a transcoder, and for nothing else; the hook whose value it gives")
+        read: list[Tensor] = []
+
+        def keep(x: Tensor, hook: Any = None) -> Tensor:
+            read[:] = [x]
+            return x
+
+        def replace(x: Tensor, hook: Any = None) -> Tensor:
+            given = read.pop() if target is not None else x
+            pos = torch.arange(given.shape[1], device=given.device).expand(given.shape[:2])
+            x_hat = self(given, pos) if edit is None else self.decode(edit(self.encode(given, pos)))
+            if not error_term:
+                return x_hat.to(x.dtype)
+            with torch.no_grad():
+                error = x - (x_hat if edit is None else self(given, pos)).to(x.dtype)
+            return x_hat.to(x.dtype) + error
+
+        return [(hook, replace)] if target is None else [(hook, keep), (target, replace)]
 
     def objective(
         self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None, target: Tensor | None = None,

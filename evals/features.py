@@ -205,7 +205,8 @@ def _encoded(
     with progress_bar("encoding", tokens, "tokens") as bar, lines:
         for place, x, target in _chunks(stream, tokens, max(1, min(4096, _DENSE // sae.cfg.d_sae))):
             code = turns.encode(x, torch.from_numpy(place["position"]).long().to(x.device))
-            error = (target - sae.decode(code)).square().sum(1)
+            with torch.no_grad():
+                error = (target - sae.decode(code)).square().sum(1)
             sums = torch.stack([error, target.square().sum(1)]).cpu().numpy()
             owners, latents, values = _entries(code)
             active = np.bincount(owners, minlength=len(x)).astype(np.int32)

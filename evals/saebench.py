@@ -274,11 +274,13 @@ class ForSAEBench(nn.Module):
     def b_dec(self) -> Tensor:
         return self.sae.b_dec.detach().to(self.dtype)
 
+    @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """f [..., F] of x [B, T, D] or [n, D], in the dtype of x."""
         pos = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if x.ndim == 3 else None
         return self.sae.encode(x, pos) * self._norm.to(x.dtype)
 
+    @torch.no_grad()
     def decode(self, f: Tensor) -> Tensor:
         """x_hat [..., D] of f [..., F], in the dtype of f."""
         return self.sae.decode(f / self._norm.to(f.dtype))

@@ -186,6 +186,36 @@ def test_encode_decode_and_forward_agree():
         sae(torch.zeros(4, 3))
 
 
+SEEN = ("topk", "topk, soft mask", "batchtopk", "jumprelu, soft mask", "relu", "relu, soft mask", "matryoshka")
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_encode_and_forward_carry_gradients_of_their_formula(case, assert_close):
+    """What is active is a constant: gradients are those of relu(...) * mask at the active entries."""
+    sae, (x, pos) = make(**CASES[case]), data()
+    if sae.cfg.activation == "batchtopk":
+        sae.threshold.fill_(1.0)
+    weight = torch.randn(N, F, generator=torch.Generator().manual_seed(5))
+    toward = torch.randn(N, D, generator=torch.Generator().manual_seed(6))
+    p = {name: value.detach().double().requires_grad_() for name, value in sae.named_parameters()}
+    mask = torch.sigmoid(p["mask.logits"] / sae.cfg.mask.temperature)[pos] if "soft" in case else 1.0
+    wide, narrow = x.double().requires_grad_(), x.clone().requires_grad_()
+    active = sae.encode(x, pos).detach() > 0
+    f = torch.relu((wide - p["b_dec"]) @ p["W_enc"] + p["b_enc"]) * mask * active
+    expected = (f * weight).sum() + ((f @ p["W_dec"] + p["b_dec"]) * toward).sum()
+    found = (sae.encode(narrow, pos) * weight).sum() + (sae(narrow, pos) * toward).sum()
+    assert_close(found, expected, name="value")
+    found.backward()
+    expected.backward()
+    assert_close(narrow.grad, wide.grad, name="x")
+    for name, parameter in sae.named_parameters():
+        if name != "threshold":
+            assert_close(parameter.grad, p[name].grad, name=name)
+    with torch.no_grad():
+        assert not sae(x, pos).requires_grad
+        assert not sae.encode(x, pos).requires_grad
+
+
 def test_parameters_start_tied_unit_norm_and_latent_major():
     sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=K))
     assert torch.equal(sae.W_enc, sae.W_dec.T)
