@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .engine import ops as ops
     from .engine.checkpoint import load as load
     from .engine.checkpoint import save as save
     from .engine.config import RunConfig as RunConfig
@@ -27,6 +28,7 @@ _WHERE = {
     "TrainConfig": ".engine.config",
     "features": ".evals.features",
     "load": ".engine.checkpoint",
+    "ops": ".engine.ops",
     "save": ".engine.checkpoint",
     "train": ".engine.train",
     "train_together": ".engine.train",
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "features",
     "load",
+    "ops",
     "save",
     "train",
     "train_together",

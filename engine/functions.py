@@ -201,20 +201,9 @@ class _Encoded(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads):
-        (x, W_enc, b_enc, center, pos), mask = ctx.saved_tensors, ctx.mask
-        dmask, gradients = None, []
-        for code, grad in zip(ctx.codes, grads, strict=True):
-            if grad is None:
-                continue
-            dpre = torch.ops.aten.threshold_backward(grad, code.values, 0)
-            if mask is not None:
-                gate = gate_of(code, mask, pos)
-                if ctx.needs_input_grad[4]:
-                    dmask = _add(dmask, mask_gradient(code, _divide(dpre * code.values, gate), mask, pos))
-                dpre = dpre * gate
-            gradients.append(code.with_values(dpre))
-        grads = _encoder_gradients(ctx.needs_input_grad, x, W_enc, b_enc, center, gradients)
-        return *grads, dmask, None, None
+        x, W_enc, b_enc, center, pos = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return *entry_gradients(needs, x, W_enc, b_enc, center, ctx.mask, pos, ctx.codes, grads), None, None
 
 
 class _EncodeJumpReLU(Function):
@@ -292,6 +281,26 @@ def mask_gradient(code: SparseCode, moved: Tensor, mask: Tensor, pos: Tensor) ->
     """The gradient of a mask [T, F] from what each entry contributes to it."""
     where = pos.long()[code.rows] * mask.shape[1] + code.live(code.indices)
     return sum_by(where.flatten(), code.live(moved).flatten(), mask.numel()).view(mask.shape).to(mask.dtype)
+
+
+def entry_gradients(
+    needs: Sequence[bool], x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Mask | None,
+    pos: Tensor | None, codes: Sequence[SparseCode], grads: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, W_enc (latent-major), b_enc, center and mask from those of the codes' values; see `differentiable`."""
+    dmask, gradients = None, []
+    for code, grad in zip(codes, grads, strict=True):
+        if grad is None:
+            continue
+        dpre = torch.ops.aten.threshold_backward(grad, code.values, 0)
+        if mask is not None and pos is not None:
+            gate = gate_of(code, mask, pos)
+            if needs[4]:
+                assert isinstance(mask, Tensor)
+                dmask = _add(dmask, mask_gradient(code, _divide(dpre * code.values, gate), mask, pos))
+            dpre = dpre * gate
+        gradients.append(code.with_values(dpre))
+    return *_encoder_gradients(needs, x, W_enc, b_enc, center, gradients), dmask
 
 
 def _encoder_gradients(
