@@ -7,6 +7,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .engine import ops as ops
+    from .engine.accelerate import accelerate as accelerate
+    from .engine.accelerate import accelerated as accelerated
+    from .engine.accelerate import deaccelerate as deaccelerate
     from .engine.checkpoint import load as load
     from .engine.checkpoint import save as save
     from .engine.config import RunConfig as RunConfig
@@ -26,6 +29,9 @@ _WHERE = {
     "SparseAutoencoder": ".engine.sae",
     "StreamConfig": ".engine.config",
     "TrainConfig": ".engine.config",
+    "accelerate": ".engine.accelerate",
+    "accelerated": ".engine.accelerate",
+    "deaccelerate": ".engine.accelerate",
     "features": ".evals.features",
     "load": ".engine.checkpoint",
     "ops": ".engine.ops",
@@ -42,6 +48,9 @@ __all__ = [
     "StreamConfig",
     "TrainConfig",
     "__version__",
+    "accelerate",
+    "accelerated",
+    "deaccelerate",
     "features",
     "load",
     "ops",
