@@ -21,7 +21,7 @@ from ..evals.collect import Evaluation
 from ..evals.run import evaluate
 from .compare import strictness
 from .config import CampaignConfig, Entry, entries
-from .results import RESULTS, gather
+from .results import RESULTS, gather, read_results
 
 SETTINGS = "campaign.yaml"
 
@@ -49,6 +49,8 @@ def campaign(config: CampaignConfig, out: Path, *, resume: bool = False) -> dict
     if stream.own is None:
         failed |= _measure(config, planned, trained, stream, out / "runs")
     seconds["measuring"] = round(time.monotonic() - began - seconds["training"], 1)
+    if resume and (out / RESULTS).is_file():  # it had come to its end, and what it took then counts
+        seconds = {what: round(took + read_results(out)["seconds"].get(what, 0), 1) for what, took in seconds.items()}
     found = gather(config, planned, out, failed) | {"seconds": seconds}
     write_json(out / RESULTS, found)
     draw(out)

@@ -125,6 +125,9 @@ def test_an_interrupted_campaign_goes_on(made, tmp_path, monkeypatch):
     assert {name: one["explained_variance"] for name, one in found["runs"].items()} == {
         name: one["explained_variance"] for name, one in made[1]["runs"].items()
     }
+    again = campaign(config, out, resume=True)  # nothing is left to do, and what it took is not forgotten
+    assert again["runs"] == found["runs"]
+    assert all(again["seconds"][what] >= took for what, took in found["seconds"].items())
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
