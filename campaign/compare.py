@@ -12,7 +12,6 @@ themselves: there a run with clearly more latents active is never told to be bet
 The intervals are over seeds, on the same text: they say nothing of other text.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -98,18 +97,24 @@ def strictness(condition: str) -> tuple[str | None, str]:
 
 def repeated(found: Mapping[str, Any]) -> dict[str, str]:
     """Runs that don't stand for themselves, by name, and whose numbers they have: analyses, and those that came out the same
-    to the last digit, since a condition makes their settings the same. They are counted once."""
+    to five digits, since a condition makes their settings the same. They are counted once."""
     first: dict[Any, str] = {}
     same: dict[str, str] = {}
     for name, run in sorted(found["runs"].items(), key=lambda item: bool(item[1]["trained_as"])):
         keys: list[Any] = [tuple(run["folders"])]
         if run["scores"]:
-            keys.append(json.dumps(run["scores"], sort_keys=True))
+            keys.append(
+                tuple((score, *map(_rounded, run["scores"][score]["values"])) for score in sorted(run["scores"]))
+            )
         known = next((first[key] for key in keys if key in first), None)
         if known is not None:
             same[name] = known
         first |= {key: name for key in keys if key not in first}
     return {name: same[name] for name in found["runs"] if name in same}  # in the order of the runs
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.4e}"
 
 
 def by_seed(run: Run, score: str) -> dict[int, float]:

@@ -106,7 +106,16 @@ def questions(found: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
             other = by.get((run, f"{less}_{rest}" if rest else less))
             if how == more and other is not None:
                 pairs[about].append((name, other))
-    return pairs
+    same = repeated(found)
+    return {about: _once(each, same) for about, each in pairs.items()}
+
+
+def _once(pairs: Iterable[tuple[str, str]], same: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Without pairs of runs that came out the same as those of another pair."""
+    first: dict[tuple[str, str], tuple[str, str]] = {}
+    for run, other in pairs:
+        first.setdefault((same.get(run, run), same.get(other, other)), (run, other))
+    return list(first.values())
 
 
 def _forest(score: str, condition: str) -> str:

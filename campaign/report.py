@@ -137,7 +137,7 @@ def _know(findings: Findings) -> list[str]:
         notes.append(f"Failed, with one seed or more: {names(failed)} ({link}).")
     if repeats := {name: other for name, other in findings.same.items() if not findings.runs[name]["trained_as"]}:
         each = "; ".join(f"{plain(name)} that of {plain(other)}" for name, other in repeats.items())
-        notes.append(f"These came out the same to the last digit, and are counted once: {each}.")
+        notes.append(f"These came out the same to five digits, and are counted once: {each}.")
     notes.append(f"Measured: {'; '.join(_extent(findings)) or 'nothing'}.")
     if found["share"] > 1:
         notes.append(f"Measured on one in {found['share']} of the usual rows: scores that count few texts are coarse.")
