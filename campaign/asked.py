@@ -94,7 +94,7 @@ OVER_TRAINING = "Error over training, a line a run: FVU, since losses of differe
 #: by the file's name without its end: what a figure shows, and the score that claims may point at it for
 CAPTIONS: dict[str, tuple[str, str | None]] = {
     "overview": ("Explained variance of all dictionaries beside their random controls.", "explained_variance"),
-    "conditions": ("Error against sparsity, of every run in every condition.", None),
+    "conditions": ("Error of every run in every condition: against sparsity, unless that is the same for all.", None),
     "unlearning_scores": ("Unlearning score of each run of the log, beside its random control.", "unlearning"),
     "loss_curves": (OVER_TRAINING, None),
     "final_metrics": ("What each run leaves unexplained at the end.", "explained_variance"),

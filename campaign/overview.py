@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..evals.figures import COLOURS, MARKERS, SEVERAL, legend_below
+from .compare import ALIKE
 from .panels import (
     GREY,
     HELD_OUT_FVU,
@@ -12,6 +13,7 @@ from .panels import (
     WIDE,
     Drawing,
     Row,
+    name_rows,
     new_figure,
     note,
     of_run,
@@ -66,21 +68,24 @@ def overview(saved: Saved) -> Drawing:
 
 
 def conditions(saved: Saved) -> Drawing:
-    """Error against sparsity of every run in every condition."""
+    """Error of every run in every condition: against sparsity, or where that is the same for all, side by side."""
     every = [*saved.found["baselines"].values(), *(r for r in saved.found["runs"].values() if not r["trained_as"])]
     known = [run for run in every if final_fvu(run) and score(run, "l0")[0]]
     if not known:
         raise Lacking("core was not measured of any run")
     markers = {name: MARKERS[at % len(MARKERS)] for at, name in enumerate(saved.found["conditions"])}
+    sparsity = [score(run, "l0")[0].mean for run in known]
+    is_matched = 0 < max(sparsity) <= ALIKE * min(sparsity)
+    names = list(dict.fromkeys(run["run"] for run in known))
 
     def draw(axes: Any) -> None:
-        for run in known:
-            l0, fvu = score(run, "l0")[0], final_fvu(run)
-            colour = LOG_COLOURS.get(run["log"], "#222222")
+        for run, l0 in zip(known, sparsity, strict=True):
+            fvu, colour = final_fvu(run), LOG_COLOURS.get(run["log"], "#222222")
+            x = names.index(run["run"]) if is_matched else l0
             style = {"linestyle": "", "markersize": 5, "alpha": 0.85, "mew": 0.4, "mec": "white"}
-            axes.plot(l0.mean, fvu.mean, marker=markers[run["condition"]], color=colour, gid=run["run"], **style)
+            axes.plot(x, fvu.mean, marker=markers[run["condition"]], color=colour, gid=run["run"], **style)
             if len(fvu.values) > 1:
-                whisker(axes, l0.mean, fvu, colour)
+                whisker(axes, x, fvu, colour)
         for log, colour in {"baselines": "#222222", **LOG_COLOURS}.items():
             if log == "baselines" or any(run["log"] == log for run in known):
                 axes.plot([], [], "s", color=colour, markersize=6, label=log if log == "baselines" else f"log {log}")
@@ -88,10 +93,15 @@ def conditions(saved: Saved) -> Drawing:
             style = {"linestyle": "", "color": GREY, "markersize": 5, "label": _plain(name)}
             axes.plot([], [], marker=marker, **style)
         axes.grid(alpha=0.25)
-        axes.set(xlabel=L0, ylabel=HELD_OUT_FVU, xscale="log", yscale="log")
-        axes.set_title("Sparsity against error, every run in every condition")
-        for axis in (axes.xaxis, axes.yaxis):
-            plain_ticks(axis)
+        axes.set(ylabel=HELD_OUT_FVU, yscale="log")
+        plain_ticks(axes.yaxis)
+        if is_matched:
+            name_rows(axes, names)
+            axes.set_title(f"Error of every run in every condition, at the same L0 ({max(sparsity):.3g})")
+        else:
+            axes.set(xlabel=L0, xscale="log")
+            plain_ticks(axes.xaxis)
+            axes.set_title("Sparsity against error, every run in every condition")
 
     drawing = together({"conditions": lambda: draw}, 1, (WIDE, 4.2))
     legend_below(drawing.figure, note(saved), columns=4)

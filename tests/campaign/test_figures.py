@@ -352,6 +352,15 @@ def test_conditions_are_apart_and_log_figures_show_the_first(tmp_path: Path):
     (other,) = {line.get_color() for line in axes.lines if line.get_gid() == "E1"}
     assert first.get_color() == second.get_color() != other
     assert "conditions.png" in [path.name for path in draw(out)]
+    for run in (results["runs"] | results["baselines"]).values():  # the same for all: then runs stand side by side
+        run["scores"]["l0"]["values"] = [16.0]
+    (out / "campaign.json").write_text(json.dumps(results))
+    (axes,) = overview.conditions(Saved(out)).figure.axes
+    places = {line.get_gid(): line.get_xdata()[0] for line in axes.lines if line.get_gid()}
+    names = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert {gid: names[at] for gid, at in places.items()} == {
+        gid: gid for gid in ("relu", "topk", "batchtopk", "A1", "E1")
+    }
 
 
 def test_one_seed_has_no_spread(tmp_path: Path):
