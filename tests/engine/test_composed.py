@@ -87,7 +87,7 @@ def test_weights_and_penalties_make_the_loss(kinds):
     error = (x - f @ sae.W_dec - sae.b_dec).square().sum(1)
     loss = (w[pos] * error).sum() / N + 0.3 * (2 * v[pos] ** 2 * f.sum(1)).sum() / N + 0.5 * sae.W_dec.abs().sum()
     assert found.loss.item() == pytest.approx(loss.item(), rel=1e-5)
-    assert float(found.sums.squared_error.sum()) == pytest.approx(float(error.sum()), rel=1e-5)  # reports don't weigh
+    assert float(found.sums.squared_error.sum()) == pytest.approx(error.sum().item(), rel=1e-5)  # reports don't weigh
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])

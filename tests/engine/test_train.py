@@ -68,7 +68,7 @@ def test_the_dictionary_is_in_units_of_the_activations(whole, stream_of):
     run, _ = whole
     batch = stream_of(seed=5).next(2000)
     x = batch.x.float()
-    error = (x - run.sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+    error = (x - run.sae(x).detach()).square().sum() / (x - x.mean(0)).square().sum()
     assert error == pytest.approx(run.metrics[-1]["fvu"], rel=0.2)
 
 

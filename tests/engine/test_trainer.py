@@ -251,7 +251,7 @@ def test_a_transcoder_learns_what_an_mlp_does(testbed, tmp_path, activation):
     run = train(stream, sae, TrainConfig(tokens=40_000, batch=512, lr=2e-3), out=tmp_path / "run")
     assert run.metrics[-1]["fvu"] < 0.5 * run.metrics[0]["fvu"]
     batch = stream.next(512)
-    y, y_hat = batch.acts[target].float(), run.sae(batch.acts[hook].float())
+    y, y_hat = batch.acts[target].float(), run.sae(batch.acts[hook].float()).detach()
     fvu = (y - y_hat).square().sum() / (y - y.mean(0)).square().sum()
     assert float(fvu) == pytest.approx(run.metrics[-1]["fvu"], rel=0.3)
     again = checkpoint.load(tmp_path / "run")
@@ -265,7 +265,7 @@ def test_a_transcoder_learns_what_an_mlp_does(testbed, tmp_path, activation):
     features.encode(checkpoint.find(tmp_path / "run"), stream, tmp_path / "store", tokens=300)
     acts = {name: value[stream.keep(text)][:300] for name, value in stream.model.harvest(text.tokens).items()}
     stored = pandas.read_parquet(tmp_path / "store" / "tokens.parquet")
-    error = (acts[target] - run.sae(acts[hook])).square().sum(1)
+    error = (acts[target] - run.sae(acts[hook]).detach()).square().sum(1)
     assert stored["squared_error"].to_numpy() == pytest.approx(error.numpy(), rel=1e-4)
     testbed.use(layers=[1])
 

@@ -159,7 +159,7 @@ def test_latents_have_the_effects_that_ours_have(is_scr, saebench, rows):
     left = module.ablated_precomputed_activations(x, adapter, chosen, 5)
     # theirs also takes from the mean what the ablated latents make of the places that are left out, which are zeros there
     kept = stream.keep(texts).sum(1, keepdim=True).numpy()
-    f += (x.shape[1] - kept) / kept * sae.encode(torch.zeros(1, 128)).double().numpy()
+    f += (x.shape[1] - kept) / kept * sae.encode(torch.zeros(1, 128)).detach().double().numpy()
     means = collected.pooled(None).double().numpy() - f[:, ablated] @ sae.W_dec.detach().double().numpy()[ablated]
     np.testing.assert_allclose(left.numpy(), means, rtol=1e-3, atol=1e-4)
 
