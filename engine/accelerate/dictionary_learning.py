@@ -1,12 +1,14 @@
 """dictionary_learning: TopK and BatchTopK, and their trainers' losses."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...kernels.code import SparseCode
 from .. import ops
-from .dense import among_dead, largest, scattered, scattered_ragged, used_rows
+from .dead import among_dead, largest
 
 
 class _Linear:
@@ -18,43 +20,48 @@ class _Linear:
         hooked = any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in layers)
         return not hooked and x.ndim == 2 and not torch.is_autocast_enabled(x.device.type)
 
-    def _decoded(self: Any, values: Tensor, indices: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def _coded(
+        self: Any, encoder: Callable[..., tuple[Tensor, ...]], x: Tensor, *settings: Any, **others: Any
+    ) -> SparseCode:
+        """The code of x [N, D] by one of our encoders."""
+        W, b = self.encoder.weight.T, self.encoder.bias
+        values, indices, *offsets = encoder(x, W, b, *settings, center=self.b_dec, **others)
+        return SparseCode(values, indices, self.dict_size, *offsets)
+
+    def _decoded(self: Any, code: SparseCode) -> Tensor:
         W_dec = self.decoder.weight.T.contiguous()  # rows are gathered many times over, and in memory they are columns
-        return ops.decode(values, indices, W_dec, self.b_dec, offsets=offsets)
+        return ops.decode(code.values, code.indices, W_dec, self.b_dec, offsets=code.offsets)
 
     def forward(self: Any, x: Tensor, output_features: bool = False) -> Any:
         code = self._kept(x) if self._is_plain(x) else None
         if code is None:
             return self.own.forward(self, x, output_features)
-        x_hat = self._decoded(*code)
-        return (x_hat, _dense(code, self.dict_size).to(x.dtype)) if output_features else x_hat
+        x_hat = self._decoded(code)
+        return (x_hat, code.to_dense().to(x.dtype)) if output_features else x_hat
 
 
 class TopK(_Linear):
     """AutoEncoderTopK"""
 
-    def _kept(self: Any, x: Tensor) -> tuple[Tensor, Tensor, None]:
-        values, indices = ops.encode_topk(x, self.encoder.weight.T, self.encoder.bias, int(self.k), center=self.b_dec)
-        return values, indices, None
+    def _kept(self: Any, x: Tensor) -> SparseCode:
+        return self._coded(ops.encode_topk, x, int(self.k))
 
     def encode(self: Any, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
         if return_topk or use_threshold or not self._is_plain(x):  # they need all activations
             return self.own.encode(self, x, return_topk, use_threshold)
-        return _dense(self._kept(x), self.dict_size).to(x.dtype)
+        return self._kept(x).to_dense().to(x.dtype)
 
 
 class BatchTopK(_Linear):
     """BatchTopKSAE: after training, what is above its threshold."""
 
-    def _kept(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        if self.threshold <= 0:  # none was followed yet: half of all latents
+    def _kept(self: Any, x: Tensor) -> SparseCode | None:
+        if self.threshold <= 0:  # none was followed yet, and half of all latents are above it
             return None
-        W, b = self.encoder.weight.T, self.encoder.bias
-        threshold = self.threshold.expand(self.dict_size)
-        return ops.encode_threshold(x, W, b, threshold, center=self.b_dec, expected=4 * int(self.k))
+        return self._coded(ops.encode_threshold, x, self.threshold.expand(self.dict_size), expected=4 * int(self.k))
 
-    def _batch(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.encode_batch_topk(x, self.encoder.weight.T, self.encoder.bias, int(self.k), center=self.b_dec)
+    def _batch(self: Any, x: Tensor) -> SparseCode:
+        return self._coded(ops.encode_batch_topk, x, int(self.k))
 
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         code = None
@@ -62,27 +69,33 @@ class BatchTopK(_Linear):
             code = self._kept(x) if use_threshold else self._batch(x)
         if code is None:
             return self.own.encode(self, x, return_active, use_threshold)
-        return _dense(code, self.dict_size).to(x.dtype)
+        return code.to_dense().to(x.dtype)
 
 
 class _Trainer:
     """Of `self`: ae, counts of idle tokens, settings of AuxK and of the threshold."""
 
-    def _codes(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _code(self: Any, x: Tensor) -> SparseCode:
+        raise NotImplementedError
+
+    def _chosen(self: Any, code: SparseCode) -> Tensor:
+        """What the threshold follows."""
+        raise NotImplementedError
+
+    def _fired(self: Any, code: SparseCode) -> Tensor:
+        """Which entries count as having fired."""
         raise NotImplementedError
 
     def loss(self: Any, x: Tensor, step: Any = None, logging: bool = False) -> Any:
         if logging or not self.ae._is_plain(x):
             return self.own.loss(self, x, step=step, logging=logging)
-        code = self._codes(x)
-        values, indices, offsets = code
-        used = torch.ones_like(values, dtype=torch.bool) if offsets is None else used_rows(values, offsets)[0]
+        code = self._code(x)
         if step > self.threshold_start_step:
-            self.update_threshold(values if offsets is None else values[used])
-        e = x - self.ae._decoded(*code)
+            self.update_threshold(self._chosen(code))
+        e = x - self.ae._decoded(code)
         self.effective_l0 = self.k
         fired = torch.zeros_like(self.num_tokens_since_fired, dtype=torch.bool)
-        fired[indices[used & self._counts(values)].long()] = True
+        fired[code.indices[self._fired(code)].long()] = True
         self.num_tokens_since_fired += len(x)
         self.num_tokens_since_fired[fired] = 0
         l2_loss = e.pow(2).sum(dim=-1).mean()
@@ -106,25 +119,26 @@ class _Trainer:
 
 
 class TopKTraining(_Trainer):
-    """TopKTrainer"""
+    """TopKTrainer, in which a zero among the k has fired."""
 
-    def _codes(self: Any, x: Tensor) -> tuple[Tensor, Tensor, None]:
+    def _code(self: Any, x: Tensor) -> SparseCode:
         return self.ae._kept(x)
 
-    def _counts(self, values: Tensor) -> Tensor:
-        return torch.ones_like(values, dtype=torch.bool)  # a zero among the k has fired, there
+    def _chosen(self: Any, code: SparseCode) -> Tensor:
+        return code.values
+
+    def _fired(self: Any, code: SparseCode) -> Tensor:
+        return torch.ones_like(code.values, dtype=torch.bool)
 
 
 class BatchTopKTraining(_Trainer):
     """BatchTopKTrainer"""
 
-    def _codes(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _code(self: Any, x: Tensor) -> SparseCode:
         return self.ae._batch(x)
 
-    def _counts(self, values: Tensor) -> Tensor:
-        return values > 0
+    def _chosen(self: Any, code: SparseCode) -> Tensor:
+        return code.live(code.values)
 
-
-def _dense(code: tuple[Tensor, Tensor, Tensor | None], F: int) -> Tensor:
-    values, indices, offsets = code
-    return scattered(values, indices, F) if offsets is None else scattered_ragged(values, indices, offsets, F)
+    def _fired(self: Any, code: SparseCode) -> Tensor:
+        return code.live(code.values) > 0

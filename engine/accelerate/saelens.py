@@ -1,13 +1,24 @@
 """SAELens: TopK, in training and after it, and BatchTopK in training."""
 
+import functools
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...kernels.code import SparseCode
 from .. import ops
-from .dense import among_dead, largest, scattered, scattered_ragged
+from .dead import among_dead, largest
+
+
+class _Coded(NamedTuple):
+    """What the encoder gets, and the code of its tokens one after the other; `norm` [F] of decoder rows, if latents count
+    them."""
+
+    sae_in: Tensor
+    code: SparseCode
+    norm: Tensor | None
 
 
 class _TopK:
@@ -18,46 +29,43 @@ class _TopK:
         points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
         if any(point._forward_hooks or point._backward_hooks for point in points):
             return False
-        return not getattr(self.cfg, "use_sparse_activations", False) and not torch.is_autocast_enabled(
-            self.device.type
-        )
+        is_dense = not getattr(self.cfg, "use_sparse_activations", False)
+        return is_dense and not torch.is_autocast_enabled(self.device.type)
 
-    def _norm(self: Any) -> Tensor | None:
-        return self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+    def _encoder(self: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """W_enc, b_enc and, where latents count the norm of their decoder row, with that in them, the norm."""
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            return self.W_enc, self.b_enc, None
+        norm = self.W_dec.norm(dim=-1)
+        return self.W_enc * norm, self.b_enc * norm, norm
 
-    def _encoder(self: Any, norm: Tensor | None) -> tuple[Tensor, Tensor]:
-        return (self.W_enc, self.b_enc) if norm is None else (self.W_enc * norm, self.b_enc * norm)
+    def _select(self: Any, x: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return ops.encode_topk(x, W, b, self.cfg.k)
 
-    def _select(self: Any, x: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return *ops.encode_topk(x, W, b, self.cfg.k), None
+    def _coded(self: Any, x: Tensor) -> _Coded:
+        sae_in = self.process_sae_in(x)
+        W, b, norm = self._encoder()
+        values, indices, *offsets = self._select(sae_in.flatten(0, -2), W, b)
+        return _Coded(sae_in, SparseCode(values, indices, self.cfg.d_sae, *offsets), norm)
 
-    def _coded(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Dense activations of the input's shape, and x_hat."""
-        sae_in, norm = self.process_sae_in(x), self._norm()
-        W, b = self._encoder(norm)
-        values, indices, offsets = self._select(sae_in.flatten(0, -2), W, b)
-        F = self.cfg.d_sae
-        acts = scattered(values, indices, F) if offsets is None else scattered_ragged(values, indices, offsets, F)
-        given = values if norm is None else values / norm[indices.long()]
-        x_hat = ops.decode(given, indices, self.W_dec, self.b_dec, offsets=offsets)
-        shape = sae_in.shape[:-1]
-        out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(x_hat.view(*shape, -1)))
-        acts = acts.to(sae_in.dtype).view(*shape, -1)
-        return acts, self.reshape_fn_out(out, self.d_head), values
+    def _acts(self: Any, coded: _Coded) -> Tensor:
+        return coded.code.to_dense().to(coded.sae_in.dtype).view(*coded.sae_in.shape[:-1], -1)
+
+    def _x_hat(self: Any, coded: _Coded) -> Tensor:
+        code, values = coded.code, coded.code.values
+        if coded.norm is not None:
+            values = values / coded.norm[code.live(code.indices).long()]
+        x_hat = ops.decode(values, code.indices, self.W_dec, self.b_dec, offsets=code.offsets)
+        x_hat = self.hook_sae_recons(x_hat.view(*coded.sae_in.shape[:-1], -1))
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(x_hat), self.d_head)
 
     def encode(self: Any, x: Tensor) -> Tensor:
-        if not self._is_plain():
-            return self.own.encode(self, x)
-        sae_in = self.process_sae_in(x)
-        values, indices, offsets = self._select(sae_in.flatten(0, -2), *self._encoder(self._norm()))
-        F = self.cfg.d_sae
-        acts = scattered(values, indices, F) if offsets is None else scattered_ragged(values, indices, offsets, F)
-        return acts.to(sae_in.dtype).view(*sae_in.shape[:-1], -1)
+        return self._acts(self._coded(x)) if self._is_plain() else self.own.encode(self, x)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if not self._is_plain() or self.use_error_term:
             return self.own.forward(self, x)
-        return self.hook_sae_output(self._coded(x)[1])
+        return self.hook_sae_output(self._x_hat(self._coded(x)))
 
 
 class TopK(_TopK):
@@ -71,11 +79,13 @@ class TopKTraining(_TopK):
         if not self._is_plain():
             return self.own.training_forward_pass(self, step_input)
         x = step_input.sae_in
-        acts, x_hat, _ = self._coded(x)
+        coded = self._coded(x)
+        x_hat = self._x_hat(coded)
         mse = self.mse_loss_fn(x_hat, x).sum(dim=-1).mean()
         aux = self._dead_loss(x, x_hat, step_input.dead_neuron_mask)
         losses = {"mse_loss": mse, "auxiliary_reconstruction_loss": aux}
-        return _output_class()(x, x_hat, acts, lambda: self.encode_with_hidden_pre(x)[1], mse + aux, losses)
+        pre = lambda: self.encode_with_hidden_pre(x)[1]
+        return _output_class()(x, x_hat, self._acts(coded), pre, mse + aux, losses)
 
     def _dead_loss(self: Any, x: Tensor, x_hat: Tensor, dead: Tensor | None) -> Tensor:
         """As SAELens' own, from the pre-activations of the dead latents alone."""
@@ -84,8 +94,7 @@ class TopKTraining(_TopK):
             return x_hat.new_tensor(0.0)
         if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
             return self.calculate_topk_aux_loss(x, x_hat, x, dead)  # which says that it can't
-        norm = self._norm()
-        W, b = self._encoder(norm)
+        W, b, norm = self._encoder()
         pre = among_dead(self.process_sae_in(x).flatten(0, -2), W, b, dead)
         most = x.shape[-1] // 2
         aux = largest(pre, min(most, n))
@@ -101,7 +110,7 @@ class BatchTopKTraining(TopKTraining):
     def _is_plain(self: Any) -> bool:
         return _TopK._is_plain(self) and self.cfg.k == int(self.cfg.k)  # ours keeps a whole number a token
 
-    def _select(self: Any, x: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _select(self: Any, x: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         return ops.encode_batch_topk(x, W, b, int(self.cfg.k))
 
     def training_forward_pass(self: Any, step_input: Any) -> Any:
@@ -112,22 +121,17 @@ class BatchTopKTraining(TopKTraining):
         return output
 
 
+@functools.cache
 def _output_class() -> type:
     """TrainStepOutput, which works out pre-activations only if somebody asks for them."""
-    if not _OUTPUT:
-        base = sys.modules["sae_lens.saes.sae"].TrainStepOutput
 
-        class Output(base):
-            @property
-            def hidden_pre(self) -> Any:
-                return self._pre() if callable(self._pre) else self._pre
+    class Output(sys.modules["sae_lens.saes.sae"].TrainStepOutput):
+        @property
+        def hidden_pre(self) -> Any:
+            return self._pre() if callable(self._pre) else self._pre
 
-            @hidden_pre.setter
-            def hidden_pre(self, value: Any) -> None:
-                self._pre = value
+        @hidden_pre.setter
+        def hidden_pre(self, value: Any) -> None:
+            self._pre = value
 
-        _OUTPUT.append(Output)
-    return _OUTPUT[0]
-
-
-_OUTPUT: list[type] = []
+    return Output

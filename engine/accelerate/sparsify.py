@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .dense import among_dead, largest
+from .dead import among_dead, largest
 
 
 class Coder:
