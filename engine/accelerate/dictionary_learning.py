@@ -20,13 +20,11 @@ class _Linear:
         hooked = any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in layers)
         return not hooked and x.ndim == 2 and not torch.is_autocast_enabled(x.device.type)
 
-    def _coded(
-        self: Any, encoder: Callable[..., tuple[Tensor, ...]], x: Tensor, *settings: Any, **others: Any
-    ) -> SparseCode:
+    def _coded(self: Any, encoder: Callable[..., Any], x: Tensor, *settings: Any, **others: Any) -> SparseCode:
         """The code of x [N, D] by one of our encoders."""
         W, b = self.encoder.weight.T, self.encoder.bias
         values, indices, *offsets = encoder(x, W, b, *settings, center=self.b_dec, **others)
-        return SparseCode(values, indices, self.dict_size, *offsets)
+        return SparseCode(values, indices, self.dict_size, offsets[0] if offsets else None)
 
     def _decoded(self: Any, code: SparseCode) -> Tensor:
         W_dec = self.decoder.weight.T.contiguous()  # rows are gathered many times over, and in memory they are columns

@@ -46,7 +46,7 @@ class _TopK:
         sae_in = self.process_sae_in(x)
         W, b, norm = self._encoder()
         values, indices, *offsets = self._select(sae_in.flatten(0, -2), W, b)
-        return _Coded(sae_in, SparseCode(values, indices, self.cfg.d_sae, *offsets), norm)
+        return _Coded(sae_in, SparseCode(values, indices, self.cfg.d_sae, offsets[0] if offsets else None), norm)
 
     def _acts(self: Any, coded: _Coded) -> Tensor:
         return coded.code.to_dense().to(coded.sae_in.dtype).view(*coded.sae_in.shape[:-1], -1)
