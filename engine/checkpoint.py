@@ -12,9 +12,7 @@ one with that alone, which is written last and names what belongs to it.
 """
 
 import json
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from . import interchange
 from .composed import dictionary
 from .config import RunConfig, SAEConfig
 from .errors import UserError
-from .files import UNFINISHED, digest, flush
+from .files import UNFINISHED, digest, whole_folder
 from .interchange import hub
 from .sae import SparseAutoencoder
 
@@ -126,11 +124,9 @@ def write(
     `state_dict`, `others` files of tensors by name, and `status` is kept in the manifest. Raises UserError if the disk
     refuses."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
             raise UserError(f"checkpoint: {folder} already exists; nothing is overwritten")
-        fresh = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
-        try:
+        with whole_folder(folder) as fresh:
             files = {f"{name}.safetensors": weights for name, (_, weights) in dictionaries.items()}
             files |= {f"{name}.safetensors": tensors for name, tensors in (others or {}).items()}
             for name, tensors in files.items():
@@ -144,12 +140,6 @@ def write(
                 "files": {n: {"bytes": (fresh / n).stat().st_size, "sha256": digest(fresh / n)} for n in files},
             }
             (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-            for path in fresh.iterdir():
-                flush(path)
-            os.rename(fresh, folder)
-            flush(folder.parent)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"out: the checkpoint {folder} can't be written ({error}); what was saved before is untouched"

@@ -3,6 +3,10 @@
 import hashlib
 import json
 import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,22 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill with files, which then stands at `folder`, with those above it: all of it or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.with_name(f"{UNFINISHED}{folder.name}-{secrets.token_hex(4)}")
+    fresh.mkdir()
+    try:
+        yield fresh
+        for path in fresh.iterdir():
+            flush(path)
+        os.rename(fresh, folder)
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def digest(path: Path) -> str:

@@ -14,9 +14,6 @@ somebody changed the weights; then they are read like any others.
 """
 
 import json
-import os
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +29,7 @@ from torch import Tensor
 
 from ..config import RunConfig, SAEConfig, StreamConfig
 from ..errors import UserError
-from ..files import UNFINISHED, digest, flush
+from ..files import digest, whole_folder
 from ..sae import SparseAutoencoder
 from .libraries import LIBRARIES, Library
 from .plain import Plain, State, of_sae, to_sae
@@ -89,19 +86,11 @@ def write(sae: SparseAutoencoder, folder: Path, to: str, run: RunConfig | None =
     if folder.exists():
         raise UserError(f"out: {folder} already exists; nothing is overwritten")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
-        try:
+        with whole_folder(folder) as fresh:
             if library.settings:
                 (fresh / library.settings).write_text(json.dumps(settings, indent=1) + "\n")
             _save({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh / library.weights)
             _remember(sae, own, library, settings, fresh)
-            for path in fresh.iterdir():
-                flush(path)
-            os.rename(fresh, folder)
-            flush(folder.parent)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"out: {folder} can't be written ({error})") from None
 
