@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..engine.accelerate import accelerate
 from ..engine.config import SAEConfig, TrainConfig
 from ..engine.optim import Learner, together
 from ..engine.sae import SparseAutoencoder
@@ -46,7 +47,7 @@ class Job(NamedTuple):
     """What a provider is to train: `dtype` "fp32" or "bf16" is that of products; parameters and moments are float32.
 
     `clip`: largest gradient norm, or None, for the providers that leave the choice. `auxk`: with dead latents, and AuxK.
-    `dictionaries`: how many temposae is to train at a time.
+    `dictionaries`: how many temposae is to train at a time. `accelerated`: other libraries' by `temposae.accelerate`.
     """
 
     shape: Shape
@@ -59,6 +60,7 @@ class Job(NamedTuple):
     activation: str = "topk"
     auxk: bool = False
     dictionaries: int = 1
+    accelerated: bool = False
 
     @property
     def n_dead(self) -> int:
@@ -290,6 +292,8 @@ def sparsify(job: Job) -> Trainee:
     torch.manual_seed(0)
     coder = library.SparseCoder(d, library.SparseCoderConfig(num_latents=f, k=k), job.device, torch.float32)
     coder.b_dec.data = job.tokens.mean.clone()
+    if job.accelerated:
+        accelerate(coder)
     if job.auxk:
         let_die(coder.encoder.weight)
     if job.own:
@@ -349,6 +353,8 @@ def sae_lens(job: Job) -> Trainee:
     torch.manual_seed(0)
     config = getattr(library, f"{name}TrainingSAEConfig")(d_in=d, d_sae=f, device=job.device, **sizes)
     sae = getattr(library, f"{name}TrainingSAE")(config)
+    if job.accelerated:
+        accelerate(sae)
     if job.auxk:
         let_die(sae.W_enc.T)
     settings: dict[str, Any] = dict(total_training_samples=n * LONG_RUN, train_batch_size_samples=n, device=job.device)
@@ -388,6 +394,8 @@ def dictionary_learning(job: Job) -> Trainee:
     settings |= {} if job.own else dict(lr=job.lr, warmup_steps=0, **same)
     torch.manual_seed(0)  # not all of them do
     trainer = getattr(load(f"dictionary_learning.trainers.{module}"), name)(**settings)
+    if job.accelerated:
+        accelerate(trainer)
     if job.auxk:
         let_die(trainer.ae.encoder.weight)
     if not job.own:
@@ -412,6 +420,11 @@ def dictionary_learning(job: Job) -> Trainee:
     return Trainee(step, reconstruct, optimizer_name(trainer.optimizer), dtype, clip, job.aux_k, l0)
 
 
+def faster(build: Callable[[Job], Trainee]) -> Callable[[Job], Trainee]:
+    """A library's training step after the one line that `temposae.accelerate` takes."""
+    return lambda job: build(job._replace(accelerated=True))
+
+
 class Provider(NamedTuple):
     """`own`: whether its defaults differ from the headline's settings. `package`: where its version is looked up.
 
@@ -429,6 +442,11 @@ PROVIDERS = {
     "eai-sparsify": Provider(sparsify, True, "eai-sparsify", ("topk",)),
     "SAELens": Provider(sae_lens, True, "sae-lens"),
     "dictionary_learning": Provider(dictionary_learning, True, "dictionary-learning"),
+    "eai-sparsify, accelerated": Provider(faster(sparsify), False, "eai-sparsify", ("topk",)),
+    "SAELens, accelerated": Provider(faster(sae_lens), False, "sae-lens", ("topk", "batchtopk")),
+    "dictionary_learning, accelerated": Provider(
+        faster(dictionary_learning), False, "dictionary-learning", ("topk", "batchtopk")
+    ),
     "torch": Provider(plain_torch, False, "torch"),
     "torch.compile": Provider(compiled_torch, False, "torch"),
 }

@@ -15,7 +15,13 @@ from temposae.bench.timing import Memory
 from temposae.engine.errors import UserError
 
 SHAPE = Shape(N=64, D=16, F=48, K=4)
-PACKAGES = {"eai-sparsify": "sparsify", "SAELens": "sae_lens", "dictionary_learning": "dictionary_learning"}
+PACKAGES = {
+    f"{name}{how}": package
+    for name, package in (
+        ("eai-sparsify", "sparsify"), ("SAELens", "sae_lens"), ("dictionary_learning", "dictionary_learning")
+    )
+    for how in ("", ", accelerated")
+}  # fmt: skip
 BUILT_IN = ("temposae", "torch")
 
 
