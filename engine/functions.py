@@ -194,7 +194,8 @@ class _Encoded(Function):
     @staticmethod
     def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos, codes):  # in a list: autograd passes nothing but tensors
         ctx.set_materialize_grads(False)
-        ctx.codes, ctx.mask = codes, mask
+        # detached: what is given back holds this context, which in turn must not hold it
+        ctx.codes, ctx.mask = [code.with_values(code.values.detach()) for code in codes], mask
         ctx.save_for_backward(x, W_enc, b_enc, center, pos)
         return tuple(code.values for code in codes)
 

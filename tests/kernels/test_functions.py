@@ -1,8 +1,18 @@
 """The differentiable steps: values and every gradient against autograd through dense float64 formulas."""
 
+import gc
+import weakref
+
 import pytest
 import torch
-from temposae.engine.functions import decode_sparse, encode_dense, encode_topk, position_loss, reconstruct
+from temposae.engine.functions import (
+    decode_sparse,
+    encode_dense,
+    encode_jumprelu,
+    encode_topk,
+    position_loss,
+    reconstruct,
+)
 
 MASKS = pytest.mark.parametrize("mask_kind", ["no mask", "hard mask", "learnable mask"])
 LEAVES = ("x", "W_enc", "b_enc", "center", "mask", "W_dec", "b_dec")
@@ -173,3 +183,34 @@ def test_activations_of_all_latents_are_not_kept():
     assert [11, 7] in kept
     assert [11, 3] in kept
     assert [11, 13] not in kept
+
+
+@pytest.mark.parametrize("kind", ["dense", "topk", "batchtopk", "jumprelu"])
+def test_a_step_leaves_nothing_for_the_garbage_collector(kind):
+    """A context that held what it gave back would keep batch after batch until cycles are looked for."""
+    generator = torch.Generator().manual_seed(0)
+    x, W_enc, W_dec = (torch.randn(shape, generator=generator) for shape in ((20, 8), (8, 30), (30, 8)))
+    W_enc.requires_grad_()
+    b_enc, b_dec = torch.zeros(30, requires_grad=True), torch.zeros(8, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        if kind == "dense":
+            values = encode_dense(x, W_enc, b_enc)
+            loss = (x - values @ W_dec).square().sum()
+        else:
+            threshold = torch.full((30,), 0.5, requires_grad=True)
+            if kind == "jumprelu":
+                code = encode_jumprelu(x, W_enc, b_enc, threshold, bandwidth=0.1)[0]
+            else:
+                code = encode_topk(x, W_enc, b_enc, k=4, across_batch=kind == "batchtopk")[0]
+            values = code.values
+            squared_error, residual = reconstruct(code, W_dec, b_dec, x)
+            loss = squared_error.sum() + decode_sparse(code, W_dec, b_dec).sum()
+            del code, squared_error, residual
+        seen = weakref.ref(values)
+        loss.backward()
+        del values, loss
+        assert seen() is None
+    finally:
+        gc.enable()
