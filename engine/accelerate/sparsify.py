@@ -16,7 +16,7 @@ class Coder:
     def _is_plain(self: Any, x: Tensor) -> bool:
         hooked = self.encoder._forward_hooks or self.encoder._forward_pre_hooks or self.encoder._backward_hooks
         topk = self.cfg.activation == "topk" and not self.cfg.multi_topk and self.W_dec is not None
-        return topk and not hooked and x.ndim == 2
+        return topk and not hooked and x.ndim == 2 and not x.is_cuda  # there its forward is under bfloat16 autocast
 
     def forward(
         self: Any, x: Tensor, y: Tensor | None = None, *, dead_mask: Tensor | None = None,
