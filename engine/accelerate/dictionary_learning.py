@@ -71,18 +71,8 @@ class BatchTopK(_Linear):
 
 
 class _Trainer:
-    """Of `self`: ae, counts of idle tokens, settings of AuxK and of the threshold."""
-
-    def _code(self: Any, x: Tensor) -> SparseCode:
-        raise NotImplementedError
-
-    def _chosen(self: Any, code: SparseCode) -> Tensor:
-        """What the threshold follows."""
-        raise NotImplementedError
-
-    def _fired(self: Any, code: SparseCode) -> Tensor:
-        """Which entries count as having fired."""
-        raise NotImplementedError
+    """Of `self`: ae, counts of idle tokens, settings of AuxK and of the threshold. Each kind has `_code` of a batch, what of
+    it the threshold follows (`_chosen`), and which entries count as having fired (`_fired`)."""
 
     def loss(self: Any, x: Tensor, step: Any = None, logging: bool = False) -> Any:
         if logging or not self.ae._is_plain(x):
