@@ -16,7 +16,7 @@ from ..engine.files import write_json
 from ..engine.folder import begin, check_free
 from ..engine.stream import ActivationStream, LanguageModel
 from ..engine.sweep import resolve
-from ..engine.train import Run, train_together
+from ..engine.train import Run, check, train_together
 from ..evals.collect import Evaluation
 from ..evals.run import evaluate
 from .compare import strictness
@@ -42,6 +42,7 @@ def campaign(config: CampaignConfig, out: Path, *, resume: bool = False) -> dict
     _open(config, out, resume)
     model, runs = resolve({one.name: one.sections for one in planned})
     stream = _stream(model, runs)
+    check(stream, runs)  # what is refused leaves no folder
     begin(out, config, SETTINGS)
     trained = train_together(stream, runs, out=out / "runs", resume=resume)
     failed = {name: run.failed for name, run in trained.items() if run.failed is not None}

@@ -198,7 +198,7 @@ class _Training:
         self.stream, self.runs, self.ranks = stream, dictionaries, stream.ranks
         self.folder = Path(out).expanduser() if out is not None else None
         self.config = next(iter(dictionaries.values())).train
-        _check(stream, dictionaries)
+        check(stream, dictionaries)
         settings = dictionaries.get("") or SweepConfig(dictionaries=dictionaries)
         last = self._open(settings, resume)
         if last is not None:
@@ -397,7 +397,7 @@ def _take_over(sae: SparseAutoencoder, path: Path) -> None:
                 tensor.mul_(norm)
 
 
-def _check(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> None:
+def check(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> None:
     """Refuse what does not go together, before any work."""
     first = next(iter(dictionaries.values())).train
     for name, run in dictionaries.items():

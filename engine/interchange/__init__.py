@@ -131,7 +131,9 @@ def tensors_in(file: Path) -> State:
     """Floating ones in float32. Nothing is run that a file may hold besides tensors."""
     try:
         found = _LOADERS[file.suffix](file)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except UnpicklingError:  # whose own words advise to load it in another way
+        raise UserError(f"{file.name} is damaged, or holds more than tensors, and then it is not read") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file.name} is damaged, or holds more than tensors ({why})") from None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):

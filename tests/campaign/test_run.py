@@ -130,6 +130,14 @@ def test_an_interrupted_campaign_goes_on(made, tmp_path, monkeypatch):
     assert all(again["seconds"][what] >= took for what, took in found["seconds"].items())
 
 
+def test_settings_that_are_refused_leave_no_folder(tmp_path):
+    changes = {"stream": {"context": 16}, "sae": {"mask": {"kind": "windows", "positions": 64}}}
+    config = CampaignConfig(runs=("A1",), baselines=(), **changes)
+    with pytest.raises(UserError, match=r"mask\.positions: 64 is not allowed; rows have 16 positions"):
+        campaign(config, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
     def fails(self, seen):
         raise RuntimeError("no weights today")

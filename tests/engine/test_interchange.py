@@ -209,7 +209,7 @@ class Other:
         (lambda f: saelens(f, "topk", k=99), "k: 99 is not allowed; it must be at most d_sae"),
         (lambda f: sparsify(f, activation="groupmax"), "activation: groupmax is not allowed; it must be topk"),
         (lambda f: dictionary_learning(f, "GatedAutoEncoder", linear()), "dict_class: GatedAutoEncoder is not allowed"),
-        (lambda f: dictionary_learning(f, "AutoEncoderTopK", {"b_dec": Other()}), "ae.pt is damaged, or holds more than"),
+        (lambda f: dictionary_learning(f, "AutoEncoderTopK", {"b_dec": Other()}), "then it is not read$"),
         (lambda f: dictionary_learning(f, "AutoEncoderTopK", {"k": 3}), "ae.pt is not allowed; it must hold tensors"),
     ],
 )  # fmt: skip
