@@ -1,33 +1,64 @@
-"""Dictionaries and trainers of other libraries, made faster in place: the same object, parameters, results and state_dict.
+"""Dictionaries, trainers and optimisers of other libraries, made faster in place: the same object, parameters, results and
+state_dict.
 
     accelerate(sae)                  from here on its encode, forward and training step go through our ops
+    accelerate(trainer)              its dictionaries, its loss, and its optimiser, which takes torch's fused step
     with accelerated(sae): ...       only within
     deaccelerate(sae)                as it was
 
 An accelerated object is of a class derived from its own, so that isinstance still holds; what is pickled or deep-copied of
 it is of its own class. Results and gradients are the same up to the order of sums. Where something needs what our ops never
-make (a hook on pre-activations, autocast), the library's own code runs, for that call.
+make (a hook on pre-activations), or so many latents are active that dense products are faster, the library's own code runs,
+for that call.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, near
+from . import optimizers
 
+_SAELENS, _LEARNING = "sae_lens.saes.", "dictionary_learning."
 #: module and class of what can be accelerated -> ours, and its mixin there
 KINDS: dict[tuple[str, str], tuple[str, str]] = {
-    ("sae_lens.saes.topk_sae", "TopKSAE"): ("saelens", "TopK"),
-    ("sae_lens.saes.topk_sae", "TopKTrainingSAE"): ("saelens", "TopKTraining"),
-    ("sae_lens.saes.batchtopk_sae", "BatchTopKTrainingSAE"): ("saelens", "BatchTopKTraining"),
-    ("dictionary_learning.trainers.top_k", "AutoEncoderTopK"): ("dictionary_learning", "TopK"),
-    ("dictionary_learning.trainers.top_k", "TopKTrainer"): ("dictionary_learning", "TopKTraining"),
-    ("dictionary_learning.trainers.batch_top_k", "BatchTopKSAE"): ("dictionary_learning", "BatchTopK"),
-    ("dictionary_learning.trainers.batch_top_k", "BatchTopKTrainer"): ("dictionary_learning", "BatchTopKTraining"),
+    (_SAELENS + "topk_sae", "TopKSAE"): ("saelens", "TopK"),
+    (_SAELENS + "jumprelu_sae", "JumpReLUSAE"): ("saelens", "JumpReLU"),
+    (_SAELENS + "standard_sae", "StandardSAE"): ("saelens", "Standard"),
+    (_SAELENS + "gated_sae", "GatedSAE"): ("saelens", "Gated"),
+    (_SAELENS + "transcoder", "Transcoder"): ("saelens", "Transcoder"),
+    (_SAELENS + "transcoder", "SkipTranscoder"): ("saelens", "Transcoder"),
+    (_SAELENS + "transcoder", "JumpReLUTranscoder"): ("saelens", "JumpReLUTranscoder"),
+    (_SAELENS + "transcoder", "JumpReLUSkipTranscoder"): ("saelens", "JumpReLUTranscoder"),
+    (_SAELENS + "topk_sae", "TopKTrainingSAE"): ("saelens_training", "TopKTraining"),
+    (_SAELENS + "batchtopk_sae", "BatchTopKTrainingSAE"): ("saelens_training", "BatchTopKTraining"),
+    (_SAELENS + "matryoshka_batchtopk_sae", "MatryoshkaBatchTopKTrainingSAE"): ("saelens_training", "MatryoshkaTraining"),
+    (_SAELENS + "jumprelu_sae", "JumpReLUTrainingSAE"): ("saelens_training", "JumpReLUTraining"),
+    (_SAELENS + "standard_sae", "StandardTrainingSAE"): ("saelens_training", "StandardTraining"),
+    (_SAELENS + "gated_sae", "GatedTrainingSAE"): ("saelens_training", "GatedTraining"),
+    ("sae_lens.training.sae_trainer", "SAETrainer"): ("saelens_training", "Trainer"),
+    (_LEARNING + "trainers.top_k", "AutoEncoderTopK"): ("dictionary_learning", "TopK"),
+    (_LEARNING + "trainers.batch_top_k", "BatchTopKSAE"): ("dictionary_learning", "BatchTopK"),
+    (_LEARNING + "trainers.matryoshka_batch_top_k", "MatryoshkaBatchTopKSAE"): ("dictionary_learning", "Matryoshka"),
+    (_LEARNING + "dictionary", "JumpReluAutoEncoder"): ("dictionary_learning", "JumpReLU"),
+    (_LEARNING + "dictionary", "AutoEncoder"): ("dictionary_learning", "Standard"),
+    (_LEARNING + "dictionary", "GatedAutoEncoder"): ("dictionary_learning", "Gated"),
+    (_LEARNING + "trainers.top_k", "TopKTrainer"): ("dictionary_learning_training", "TopK"),
+    (_LEARNING + "trainers.batch_top_k", "BatchTopKTrainer"): ("dictionary_learning_training", "BatchTopK"),
+    (_LEARNING + "trainers.matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer"): (
+        "dictionary_learning_training", "Matryoshka",
+    ),
+    (_LEARNING + "trainers.jumprelu", "JumpReluTrainer"): ("dictionary_learning_training", "JumpReLU"),
+    (_LEARNING + "trainers.standard", "StandardTrainer"): ("dictionary_learning_training", "Standard"),
+    (_LEARNING + "trainers.standard", "StandardTrainerAprilUpdate"): ("dictionary_learning_training", "April"),
+    (_LEARNING + "trainers.gdm", "GatedSAETrainer"): ("dictionary_learning_training", "Gated"),
     ("sparsify.sparse_coder", "SparseCoder"): ("sparsify", "Coder"),
+    ("sparsify.trainer", "Trainer"): ("sparsify", "Trainer"),
 }  # fmt: skip
 T = TypeVar("T")
 _MADE: dict[type, type] = {}
@@ -38,37 +69,32 @@ def is_accelerated(obj: object) -> bool:
 
 
 def accelerate(obj: T) -> T:
-    """Make a dictionary or trainer faster in place; returns it. Nothing happens to one that is already.
+    """Make a dictionary, trainer or optimiser faster in place; returns it. Nothing happens to one that is already.
 
-    Raises UserError, and leaves the object as it is, for a class that can't be accelerated, and for parameters without
-    values (meta), not contiguous, sharing memory, of several dtypes or on several devices.
+    A trainer's dictionaries and optimisers come with it; an optimiser of another kind than torch's Adam and AdamW stays as
+    it is, with a warning that names it. Raises UserError, and leaves the object as it is, for a class that can't be
+    accelerated, and for parameters without values (meta), not contiguous, sharing memory, of several dtypes or on several
+    devices.
     """
-    if is_accelerated(obj):
-        return obj
-    cls = type(obj)
-    place = KINDS.get((cls.__module__, cls.__name__))
-    if place is None:
-        known = sorted(name for _, name in KINDS)
-        raise UserError(
-            f"accelerate: {cls.__module__.partition('.')[0]}'s {cls.__name__} is not allowed; {near(cls.__name__, known)}"
-        )
-    for module in [obj] if isinstance(obj, nn.Module) else [getattr(obj, "ae", None)]:
-        if isinstance(module, nn.Module):
-            _check(module, cls.__name__)
-    if cls not in _MADE:
-        _MADE[cls] = _derived(cls, getattr(import_module(f".{place[0]}", __name__), place[1]))
-    object.__setattr__(obj, "__class__", _MADE[cls])
-    if not isinstance(obj, nn.Module):
-        accelerate(obj.ae)  # pyright: ignore[reportAttributeAccessIssue]
+    parts = _parts(obj, _mixin(obj))
+    for part in parts:
+        _check(part)
+    for part in parts:
+        if not is_accelerated(part):
+            object.__setattr__(part, "__class__", _derived_once(type(part), _mixin(part)))
+            if isinstance(part, torch.optim.Optimizer):
+                optimizers.fuse(part)
     return obj
 
 
 def deaccelerate(obj: T) -> T:
     """Let an object be of its own class again; returns it."""
     if is_accelerated(obj):
-        object.__setattr__(obj, "__class__", type(obj).own)  # pyright: ignore[reportAttributeAccessIssue]
-        if not isinstance(obj, nn.Module):
-            deaccelerate(obj.ae)  # pyright: ignore[reportAttributeAccessIssue]
+        for part in _parts(obj, type(obj)):
+            if is_accelerated(part):
+                if isinstance(part, torch.optim.Optimizer):
+                    optimizers.unfuse(part)
+                object.__setattr__(part, "__class__", type(part).own)  # pyright: ignore[reportAttributeAccessIssue]
     return obj
 
 
@@ -81,6 +107,37 @@ def accelerated(obj: T) -> Iterator[T]:
     finally:
         if not was:
             deaccelerate(obj)
+
+
+def _mixin(obj: object) -> type:
+    cls = type(obj).own if is_accelerated(obj) else type(obj)  # pyright: ignore[reportAttributeAccessIssue]
+    place = KINDS.get((cls.__module__, cls.__name__))
+    if place is not None:
+        return getattr(import_module(f".{place[0]}", __name__), place[1])
+    if isinstance(obj, (torch.optim.Adam, torch.optim.AdamW)):
+        return optimizers.Fused
+    known = sorted({name for _, name in KINDS} | {"Adam", "AdamW"})
+    raise UserError(
+        f"accelerate: {cls.__module__.partition('.')[0]}'s {cls.__name__} is not allowed; {near(cls.__name__, known)}"
+    )
+
+
+def _parts(obj: Any, mixin: type) -> list[Any]:
+    """The object, and if it is a trainer its dictionaries and its optimisers, as far as they can be faster."""
+    if not hasattr(mixin, "_parts"):
+        return [obj]
+    dictionaries, steppers = mixin._parts(obj)
+    for dictionary in dictionaries:
+        _mixin(dictionary)
+    found = [obj, *dictionaries]
+    for stepper in steppers:
+        if isinstance(stepper, (torch.optim.Adam, torch.optim.AdamW)):
+            found.append(stepper)
+        else:
+            warnings.warn(
+                f"accelerate: {type(stepper).__name__} stays as it is; Adam and AdamW are faster", stacklevel=3
+            )
+    return found
 
 
 def _derived(cls: type, mixin: type) -> type:
@@ -102,10 +159,23 @@ def _new(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
-def _check(module: nn.Module, name: str) -> None:
+def _derived_once(cls: type, mixin: type) -> type:
+    if cls not in _MADE:
+        _MADE[cls] = _derived(cls, mixin)
+    return _MADE[cls]
+
+
+def _check(part: Any) -> None:
+    name = type(part).__name__
+    if isinstance(part, torch.optim.Optimizer):
+        if why := optimizers.refusal(part):
+            raise UserError(f"accelerate: {name} with {why} is not allowed; torch's fused step can't take it")
+        return
+    if not isinstance(part, nn.Module):
+        return
     seen: dict[int, str] = {}
     first: tuple[str, Tensor] | None = None
-    for at, tensor in module.named_parameters():
+    for at, tensor in part.named_parameters():
         if tensor.is_meta:
             raise UserError(f"accelerate: {name}.{at} is on the meta device; give it values first")
         if not tensor.is_contiguous() and not tensor.T.is_contiguous():
@@ -120,5 +190,5 @@ def _check(module: nn.Module, name: str) -> None:
             first = at, tensor
         for what in ("dtype", "device"):
             own, other = getattr(tensor, what), getattr(first[1], what)
-            if own != other:
+            if own != other and not (what == "dtype" and at == "threshold"):  # SAELens holds that in float32
                 raise UserError(f"accelerate: {name}.{at} has {what} {own}, {first[0]} {other}; all must have the same")

@@ -1,6 +1,5 @@
-"""dictionary_learning: TopK and BatchTopK, and their trainers' losses."""
+"""dictionary_learning: its dictionaries."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,125 +7,154 @@ from torch import Tensor
 
 from ...kernels.code import SparseCode
 from .. import ops
-from .dead import among_dead, largest
+from .common import at_entries, bias_for_centred, coded, decoded, dense, kept_of, product_dtype
 
 
-class _Linear:
-    """Of `self`: encoder and decoder (nn.Linear), b_dec, k, threshold."""
+class Dictionary:
+    """Of `self`: how each kind names its parameters, in our terms; what is encoded is x - b_dec, or x where that is None."""
+
+    def _encoder(self: Any) -> tuple[Tensor, Tensor]:
+        """W_enc [D, F] and b_enc."""
+        return self.encoder.weight.T, self.encoder.bias
+
+    def _decoder(self: Any) -> tuple[Tensor, Tensor]:
+        """W_dec [F, D] and b_dec."""
+        return self.decoder.weight.T, self.b_dec
+
+    def _center(self: Any) -> Tensor | None:
+        return self.b_dec
+
+    def _acts_dtype(self: Any, x: Tensor) -> torch.dtype:
+        """Of activations: with nn.Linear, autocast's."""
+        return product_dtype(x)
 
     def _is_plain(self: Any, x: Tensor) -> bool:
-        """Whether no hook looks into the layers, and no autocast changes what they compute."""
-        layers = (self.encoder, self.decoder)
-        hooked = any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in layers)
-        return not hooked and x.ndim == 2 and not torch.is_autocast_enabled(x.device.type)
+        """Whether no hook looks into the layers."""
+        layers = [module for module in self.modules() if module is not self]
+        return x.ndim == 2 and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layers)
 
-    def _coded(self: Any, encoder: Callable[..., Any], x: Tensor, *settings: Any, **others: Any) -> SparseCode:
-        """The code of x [N, D] by one of our encoders."""
-        W, b = self.encoder.weight.T, self.encoder.bias
-        values, indices, *offsets = encoder(x, W, b, *settings, center=self.b_dec, **others)
-        return SparseCode(values, indices, self.dict_size, offsets[0] if offsets else None)
+    def _given(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the encoder multiplies with what, and adds."""
+        (W, b), center = self._encoder(), self._center()
+        if center is None:
+            return x, W, b
+        return x - center.detach(), W, bias_for_centred(b, center, W)
+
+    def _above(self: Any, x: Tensor, limit: Tensor | None) -> SparseCode | None:
+        """The code of activations above a limit [F] that isn't negative, or above 0; None if products are faster dense."""
+        x, W, b = self._given(x)
+        kept = kept_of(x, W, b, 0.0 if limit is None else limit)
+        return None if kept is None else coded(ops.encode_threshold, x, W, b, limit, expected=kept)
 
     def _decoded(self: Any, code: SparseCode) -> Tensor:
-        W_dec = self.decoder.weight.T.contiguous()  # rows are gathered many times over, and in memory they are columns
-        return ops.decode(code.values, code.indices, W_dec, self.b_dec, offsets=code.offsets)
+        return decoded(code, code.values, *self._decoder())
 
-    def forward(self: Any, x: Tensor, output_features: bool = False) -> Any:
-        code = self._kept(x) if self._is_plain(x) else None
+    def _acts(self: Any, x: Tensor, code: SparseCode) -> Tensor:
+        return dense(code, code.values, self._acts_dtype(x))
+
+    def forward(self: Any, x: Tensor, output_features: bool = False, **others: Any) -> Any:
+        code = self._kept(x) if self._is_plain(x) and not any(others.values()) else None
         if code is None:
-            return self.own.forward(self, x, output_features)
+            return self.own.forward(self, x, output_features, **others)
         x_hat = self._decoded(code)
-        return (x_hat, code.to_dense().to(x.dtype)) if output_features else x_hat
+        return (x_hat, self._acts(x, code)) if output_features else x_hat
 
 
-class TopK(_Linear):
+class TopK(Dictionary):
     """AutoEncoderTopK"""
 
     def _kept(self: Any, x: Tensor) -> SparseCode:
-        return self._coded(ops.encode_topk, x, int(self.k))
+        return coded(ops.encode_topk, *self._given(x), int(self.k))
 
     def encode(self: Any, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
         if return_topk or use_threshold or not self._is_plain(x):  # they need all activations
             return self.own.encode(self, x, return_topk, use_threshold)
-        return self._kept(x).to_dense().to(x.dtype)
+        return self._acts(x, self._kept(x))
 
 
-class BatchTopK(_Linear):
+class BatchTopK(Dictionary):
     """BatchTopKSAE: after training, what is above its threshold."""
 
     def _kept(self: Any, x: Tensor) -> SparseCode | None:
-        if self.threshold <= 0:  # none was followed yet, and half of all latents are above it
-            return None
-        return self._coded(ops.encode_threshold, x, self.threshold.expand(self.dict_size), expected=4 * int(self.k))
+        """None as long as no threshold was followed: half of all latents are above a negative one."""
+        return self._above(x, self.threshold.expand(self.dict_size)) if self.threshold > 0 else None
 
     def _batch(self: Any, x: Tensor) -> SparseCode:
-        return self._coded(ops.encode_batch_topk, x, int(self.k))
+        return coded(ops.encode_batch_topk, *self._given(x), int(self.k))
 
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
-        code = None
-        if not return_active and self._is_plain(x):
-            code = self._kept(x) if use_threshold else self._batch(x)
-        if code is None:
+        if return_active or use_threshold or not self._is_plain(x):
             return self.own.encode(self, x, return_active, use_threshold)
-        return code.to_dense().to(x.dtype)
+        return self._acts(x, self._batch(x))
 
 
-class _Trainer:
-    """Of `self`: ae, counts of idle tokens, settings of AuxK and of the threshold. Each kind has `_code` of a batch, what of
-    it the threshold follows (`_chosen`), and which entries count as having fired (`_fired`)."""
+class _Matrices(Dictionary):
+    """Kinds with W_enc, W_dec and biases of our names."""
 
-    def loss(self: Any, x: Tensor, step: Any = None, logging: bool = False) -> Any:
-        if logging or not self.ae._is_plain(x):
-            return self.own.loss(self, x, step=step, logging=logging)
-        code = self._code(x)
-        if step > self.threshold_start_step:
-            self.update_threshold(self._chosen(code))
-        e = x - self.ae._decoded(code)
-        self.effective_l0 = self.k
-        fired = torch.zeros_like(self.num_tokens_since_fired, dtype=torch.bool)
-        fired[code.indices[self._fired(code)].long()] = True
-        self.num_tokens_since_fired += len(x)
-        self.num_tokens_since_fired[fired] = 0
-        l2_loss = e.pow(2).sum(dim=-1).mean()
-        if self.auxk_alpha <= 0:
-            return l2_loss
-        return l2_loss + self.auxk_alpha * self._dead_loss(x, e.detach())
+    def _encoder(self: Any) -> tuple[Tensor, Tensor]:
+        return self.W_enc, self.b_enc
 
-    def _dead_loss(self: Any, x: Tensor, residual: Tensor) -> Tensor:
-        """As the library's own, from the activations of the dead latents alone."""
-        dead = self.num_tokens_since_fired >= self.dead_feature_threshold
-        self.dead_features = int(dead.sum())
-        if self.dead_features == 0:
-            self.pre_norm_auxk_loss = -1
-            return torch.tensor(0, dtype=residual.dtype, device=residual.device)
-        encoder, W_dec = self.ae.encoder, self.ae.decoder.weight.T
-        acts = among_dead(x - self.ae.b_dec, encoder.weight.T, encoder.bias, dead).relu()
-        e_hat = largest(acts, min(self.top_k_aux, self.dead_features)) @ W_dec[dead]
-        self.pre_norm_auxk_loss = (residual.float() - e_hat.float()).pow(2).sum(dim=-1).mean()
-        spread = (residual.float() - residual.mean(dim=0).float()).pow(2).sum(dim=-1).mean()
-        return (self.pre_norm_auxk_loss / spread).nan_to_num(0.0)
+    def _decoder(self: Any) -> tuple[Tensor, Tensor]:
+        return self.W_dec, self.b_dec
+
+    def _acts_dtype(self: Any, x: Tensor) -> torch.dtype:
+        return torch.promote_types(product_dtype(x), self.b_enc.dtype)
 
 
-class TopKTraining(_Trainer):
-    """TopKTrainer, in which a zero among the k has fired."""
+class Matryoshka(_Matrices, BatchTopK):
+    """MatryoshkaBatchTopKSAE with all groups active"""
 
-    def _code(self: Any, x: Tensor) -> SparseCode:
-        return self.ae._kept(x)
-
-    def _chosen(self: Any, code: SparseCode) -> Tensor:
-        return code.values
-
-    def _fired(self: Any, code: SparseCode) -> Tensor:
-        return torch.ones_like(code.values, dtype=torch.bool)
+    def _is_plain(self: Any, x: Tensor) -> bool:
+        return Dictionary._is_plain(self, x) and self.active_groups == len(self.group_sizes)
 
 
-class BatchTopKTraining(_Trainer):
-    """BatchTopKTrainer"""
+class JumpReLU(_Matrices):
+    """JumpReluAutoEncoder: the threshold only decides, and has no gradient."""
 
-    def _code(self: Any, x: Tensor) -> SparseCode:
-        return self.ae._batch(x)
+    def _center(self: Any) -> Tensor | None:
+        return self.b_dec if self.apply_b_dec_to_input else None
 
-    def _chosen(self: Any, code: SparseCode) -> Tensor:
-        return code.live(code.values)
+    def _kept(self: Any, x: Tensor) -> SparseCode | None:
+        return self._above(x, self.threshold.detach().clamp_min(0))
 
-    def _fired(self: Any, code: SparseCode) -> Tensor:
-        return code.live(code.values) > 0
+
+class Standard(Dictionary):
+    """AutoEncoder"""
+
+    def _decoder(self: Any) -> tuple[Tensor, Tensor]:
+        return self.decoder.weight.T, self.bias
+
+    def _center(self: Any) -> Tensor | None:
+        return self.bias
+
+    def _kept(self: Any, x: Tensor) -> SparseCode | None:
+        return self._above(x, None)
+
+
+class Gated(Dictionary):
+    """GatedAutoEncoder. On entries with an open gate x W_enc is known, and with it their magnitude."""
+
+    def _encoder(self: Any) -> tuple[Tensor, Tensor]:
+        return self.encoder.weight.T, self.gate_bias.detach()
+
+    def _decoder(self: Any) -> tuple[Tensor, Tensor]:
+        return self.decoder.weight.T, self.decoder_bias
+
+    def _center(self: Any) -> Tensor | None:
+        return self.decoder_bias
+
+    def _acts_dtype(self: Any, x: Tensor) -> torch.dtype:
+        return torch.promote_types(product_dtype(x), self.mag_bias.dtype)
+
+    def _gates(self: Any, x: Tensor) -> SparseCode | None:
+        """Gate activations, with gate_bias as a constant."""
+        return self._above(x, None)
+
+    def _magnitudes(self: Any, gates: SparseCode) -> SparseCode:
+        product = gates.values - at_entries(self.gate_bias.detach(), gates)
+        values = product * at_entries(self.r_mag.exp(), gates) + at_entries(self.mag_bias, gates)
+        return gates.with_values(values.relu())
+
+    def _kept(self: Any, x: Tensor) -> SparseCode | None:
+        gates = self._gates(x)
+        return None if gates is None else self._magnitudes(gates)

@@ -1,36 +1,68 @@
-"""SAELens: TopK, in training and after it, and BatchTopK in training."""
+"""SAELens: dictionaries after training, and transcoders."""
 
-import functools
-import sys
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels.code import SparseCode
 from .. import ops
-from .dead import among_dead, largest
+from .common import at_entries, bias_for_centred, coded, decoded, dense, kept_of
 
 
-class _Coded(NamedTuple):
-    """What the encoder gets, and the code of its tokens one after the other; `norm` [F] of decoder rows, if latents count
-    them."""
+class Coded(NamedTuple):
+    """What the encoder gets, with what it multiplies and adds to it, and the code of its tokens one after the other."""
 
     sae_in: Tensor
+    W: Tensor
+    b: Tensor
     code: SparseCode
-    norm: Tensor | None
+    norm: Tensor | None = None  # [F] of decoder rows, if latents count them
+    beside: Any = None  # what a kind's training needs, too
 
 
-class _TopK:
+class Dictionary:
     """Of `self`, a SAELens dictionary: cfg, W_enc [D, F], W_dec [F, D], biases, hook points."""
 
     def _is_plain(self: Any) -> bool:
         """Whether nobody looks at, or into, what our ops never make or make otherwise."""
-        points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
+        points = (self.hook_sae_input, self.hook_sae_acts_pre, self.hook_sae_acts_post)
         if any(point._forward_hooks or point._backward_hooks for point in points):
             return False
-        is_dense = not getattr(self.cfg, "use_sparse_activations", False)
-        return is_dense and not torch.is_autocast_enabled(self.device.type)
+        known = isinstance(self.activation_fn, nn.ReLU) or type(self.activation_fn).__name__ in ("TopK", "BatchTopK")
+        return known and not getattr(self.cfg, "use_sparse_activations", False)
+
+    def _given(self: Any, x: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder gets of x, and a bias for it."""
+        sae_in = self.process_sae_in(x)
+        if x.requires_grad or not self.cfg.apply_b_dec_to_input or W.shape[0] != len(self.b_dec):
+            return sae_in, b
+        return sae_in.detach(), bias_for_centred(b, self.b_dec, W)
+
+    def _acts(self: Any, coded: Coded) -> Tensor:
+        found = dense(coded.code, coded.code.values, coded.sae_in.dtype)
+        return found.view(*coded.sae_in.shape[:-1], -1)
+
+    def _x_hat(self: Any, coded: Coded) -> Tensor:
+        return self._finished(decoded(coded.code, self._values(coded), self.W_dec, self.b_dec), coded)
+
+    def _values(self: Any, coded: Coded) -> Tensor:
+        """What the decoder multiplies."""
+        values = coded.code.values
+        return values if coded.norm is None else values / at_entries(coded.norm, coded.code)
+
+    def _finished(self: Any, x_hat: Tensor, coded: Coded) -> Tensor:
+        x_hat = self.hook_sae_recons(x_hat.view(*coded.sae_in.shape[:-1], -1))
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(x_hat), self.d_head)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        coded = self._coded(x) if self._is_plain() and not self.use_error_term else None
+        if coded is None:
+            return self.own.forward(self, x)
+        return self.hook_sae_output(self._x_hat(coded))
+
+
+class TopK(Dictionary):
+    """TopKSAE"""
 
     def _encoder(self: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """W_enc, b_enc and, where latents count the norm of their decoder row, with that in them, the norm."""
@@ -39,99 +71,77 @@ class _TopK:
         norm = self.W_dec.norm(dim=-1)
         return self.W_enc * norm, self.b_enc * norm, norm
 
-    def _select(self: Any, x: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        return ops.encode_topk(x, W, b, self.cfg.k)
+    def _select(self: Any, x: Tensor, W: Tensor, b: Tensor) -> SparseCode:
+        return coded(ops.encode_topk, x, W, b, self.activation_fn.k)
 
-    def _coded(self: Any, x: Tensor) -> _Coded:
-        sae_in = self.process_sae_in(x)
+    def _coded(self: Any, x: Tensor) -> Coded:
         W, b, norm = self._encoder()
-        values, indices, *offsets = self._select(sae_in.flatten(0, -2), W, b)
-        return _Coded(sae_in, SparseCode(values, indices, self.cfg.d_sae, offsets[0] if offsets else None), norm)
-
-    def _acts(self: Any, coded: _Coded) -> Tensor:
-        return coded.code.to_dense().to(coded.sae_in.dtype).view(*coded.sae_in.shape[:-1], -1)
-
-    def _x_hat(self: Any, coded: _Coded) -> Tensor:
-        code, values = coded.code, coded.code.values
-        if coded.norm is not None:
-            values = values / coded.norm[code.live(code.indices).long()]
-        x_hat = ops.decode(values, code.indices, self.W_dec, self.b_dec, offsets=code.offsets)
-        x_hat = self.hook_sae_recons(x_hat.view(*coded.sae_in.shape[:-1], -1))
-        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(x_hat), self.d_head)
+        sae_in, b = self._given(x, W, b)
+        return Coded(sae_in, W, b, self._select(sae_in.flatten(0, -2), W, b), norm)
 
     def encode(self: Any, x: Tensor) -> Tensor:
         return self._acts(self._coded(x)) if self._is_plain() else self.own.encode(self, x)
 
+
+class Standard(Dictionary):
+    """StandardSAE; its encode, all of whose activations are asked for, is its own."""
+
+    def _limit(self: Any) -> Tensor | None:
+        return None
+
+    def _coded(self: Any, x: Tensor) -> Coded | None:
+        sae_in, b = self._given(x, self.W_enc, self.b_enc)
+        flat, limit = sae_in.flatten(0, -2), self._limit()
+        kept = kept_of(flat, self.W_enc, b, 0.0 if limit is None else limit)
+        if kept is None:
+            return None
+        code = coded(ops.encode_threshold, flat, self.W_enc, b, limit, expected=kept)
+        return Coded(sae_in, self.W_enc, b, code)
+
+
+class JumpReLU(Standard):
+    """JumpReLUSAE: the threshold only decides, and has no gradient."""
+
+    def _limit(self: Any) -> Tensor | None:
+        return self.threshold.detach().clamp_min(0)
+
+
+class Gated(Dictionary):
+    """GatedSAE. On entries with an open gate x W_enc is known, and with it their magnitude: one product instead of two."""
+
+    def _coded(self: Any, x: Tensor) -> Coded | None:
+        """Beside it, the gates: x @ W_enc + b_gate where that is above 0, with b_gate as a constant."""
+        sae_in, b = self._given(x, self.W_enc, self.b_gate.detach())
+        flat = sae_in.flatten(0, -2)
+        kept = kept_of(flat, self.W_enc, b)
+        if kept is None:
+            return None
+        gates = coded(ops.encode_threshold, flat, self.W_enc, b, expected=kept)
+        product = gates.values - at_entries(self.b_gate.detach(), gates)
+        magnitudes = (product * at_entries(self.r_mag.exp(), gates) + at_entries(self.b_mag, gates)).relu()
+        return Coded(sae_in, self.W_enc, b, gates.with_values(magnitudes), beside=gates)
+
+    def encode(self: Any, x: Tensor) -> Tensor:
+        coded = self._coded(x) if self._is_plain() else None
+        return self.own.encode(self, x) if coded is None else self._acts(coded)
+
+
+class Transcoder(Standard):
+    """Transcoder, and with W_skip SkipTranscoder"""
+
+    def _finished(self: Any, x_hat: Tensor, coded: Coded) -> Tensor:
+        return self.hook_sae_recons(x_hat.view(*coded.sae_in.shape[:-1], -1))
+
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not self._is_plain() or self.use_error_term:
+        coded = self._coded(x) if self._is_plain() else None
+        if coded is None:
             return self.own.forward(self, x)
-        return self.hook_sae_output(self._x_hat(self._coded(x)))
+        y_hat = self._x_hat(coded)
+        return y_hat + x @ self.W_skip.T.to(x.device) if hasattr(self, "W_skip") else y_hat
 
 
-class TopK(_TopK):
-    """TopKSAE"""
+class JumpReLUTranscoder(Transcoder):
+    """JumpReLUTranscoder, and with W_skip JumpReLUSkipTranscoder"""
 
-
-class TopKTraining(_TopK):
-    """TopKTrainingSAE"""
-
-    def training_forward_pass(self: Any, step_input: Any) -> Any:
-        if not self._is_plain():
-            return self.own.training_forward_pass(self, step_input)
-        x = step_input.sae_in
-        coded = self._coded(x)
-        x_hat = self._x_hat(coded)
-        mse = self.mse_loss_fn(x_hat, x).sum(dim=-1).mean()
-        aux = self._dead_loss(x, x_hat, step_input.dead_neuron_mask)
-        losses = {"mse_loss": mse, "auxiliary_reconstruction_loss": aux}
-        pre = lambda: self.encode_with_hidden_pre(x)[1]
-        return _output_class()(x, x_hat, self._acts(coded), pre, mse + aux, losses)
-
-    def _dead_loss(self: Any, x: Tensor, x_hat: Tensor, dead: Tensor | None) -> Tensor:
-        """As SAELens' own, from the pre-activations of the dead latents alone."""
-        n = 0 if dead is None else int(dead.sum())
-        if dead is None or n == 0:
-            return x_hat.new_tensor(0.0)
-        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
-            return self.calculate_topk_aux_loss(x, x_hat, x, dead)  # which says that it can't
-        W, b, norm = self._encoder()
-        pre = among_dead(self.process_sae_in(x).flatten(0, -2), W, b, dead)
-        most = x.shape[-1] // 2
-        aux = largest(pre, min(most, n))
-        aux = aux if norm is None else aux / norm[dead]
-        e_hat = (aux @ self.W_dec[dead]).view(x.shape)
-        found = (e_hat - (x - x_hat).detach()).pow(2).sum(dim=-1).mean()
-        return self.cfg.aux_loss_coefficient * min(n / most, 1.0) * found
-
-
-class BatchTopKTraining(TopKTraining):
-    """BatchTopKTrainingSAE"""
-
-    def _is_plain(self: Any) -> bool:
-        return _TopK._is_plain(self) and self.cfg.k == int(self.cfg.k)  # ours keeps a whole number a token
-
-    def _select(self: Any, x: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        return ops.encode_batch_topk(x, W, b, int(self.cfg.k))
-
-    def training_forward_pass(self: Any, step_input: Any) -> Any:
-        output = TopKTraining.training_forward_pass(self, step_input)
-        if isinstance(output, _output_class()):  # else SAELens' own has done it
-            self.update_topk_threshold(output.feature_acts)
-            output.metrics["topk_threshold"] = self.topk_threshold
-        return output
-
-
-@functools.cache
-def _output_class() -> type:
-    """TrainStepOutput, which works out pre-activations only if somebody asks for them."""
-
-    class Output(sys.modules["sae_lens.saes.sae"].TrainStepOutput):
-        @property
-        def hidden_pre(self) -> Any:
-            return self._pre() if callable(self._pre) else self._pre
-
-        @hidden_pre.setter
-        def hidden_pre(self, value: Any) -> None:
-            self._pre = value
-
-    return Output
+    def _limit(self: Any) -> Tensor | None:
+        return self.threshold.detach().clamp_min(0)

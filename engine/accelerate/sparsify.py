@@ -1,4 +1,4 @@
-"""sparsify: SparseCoder with topk."""
+"""sparsify: SparseCoder with topk, and its Trainer."""
 
 import sys
 from typing import Any
@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .dead import among_dead, largest
+from .common import among_dead, bias_for_centred, coded, decoded, largest, product_dtype
+
+
+class Trainer:
+    """Trainer"""
+
+    def _parts(self: Any) -> tuple[list[Any], list[Any]]:
+        return list(self.saes.values()), list(self.optimizers)
 
 
 class Coder:
@@ -16,7 +23,7 @@ class Coder:
     def _is_plain(self: Any, x: Tensor) -> bool:
         hooked = self.encoder._forward_hooks or self.encoder._forward_pre_hooks or self.encoder._backward_hooks
         topk = self.cfg.activation == "topk" and not self.cfg.multi_topk and self.W_dec is not None
-        return topk and not hooked and x.ndim == 2 and not x.is_cuda  # there its forward is under bfloat16 autocast
+        return topk and not hooked and x.ndim == 2
 
     def forward(
         self: Any, x: Tensor, y: Tensor | None = None, *, dead_mask: Tensor | None = None,
@@ -24,28 +31,33 @@ class Coder:
     ) -> Any:  # fmt: skip
         if not self._is_plain(x):
             return self.own.forward(self, x, y, dead_mask=dead_mask, total_variance=total_variance)
-        W, b = self.encoder.weight.T, self.encoder.bias
-        center = None if self.cfg.transcode else self.b_dec
-        target = x if y is None else y
-        values, indices = ops.encode_topk(x, W, b, self.cfg.k, center=center)
-        x_hat = ops.decode(values, indices, self.W_dec, self.b_dec)
+        # as its own is decorated
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=x.is_cuda and torch.cuda.is_bf16_supported()):
+            return self._forward(x, x if y is None else y, dead_mask, total_variance)
+
+    def _forward(self: Any, x: Tensor, target: Tensor, dead: Tensor | None, total_variance: Tensor | None) -> Any:
+        W, b, given = self.encoder.weight.T, self.encoder.bias, x
+        if not self.cfg.transcode:
+            given, b = x - self.b_dec.detach(), bias_for_centred(b, self.b_dec, W)
+        code = coded(ops.encode_topk, given, W, b, self.cfg.k)
+        with torch.autocast(x.device.type, enabled=False):  # its decoder is a kernel, in the weights' dtype
+            x_hat = decoded(code, code.values, self.W_dec, self.b_dec)
         if self.W_skip is not None:
             x_hat = x_hat + x.to(self.dtype) @ self.W_skip.mT
         e = target - x_hat
         if total_variance is None:
             total_variance = (target - target.mean(0)).pow(2).sum()
         nothing = x_hat.new_tensor(0.0)
-        aux = nothing if dead_mask is None else self._dead_loss(x, e.detach(), dead_mask, total_variance)
+        aux = nothing if dead is None else self._dead_loss(given, e.detach(), dead, total_variance)
+        acts = code.values.to(product_dtype(x))
         fvu = e.pow(2).sum() / total_variance
-        output = sys.modules[self.own.__module__].ForwardOutput
-        return output(x_hat, values.to(x.dtype), indices.long(), fvu, aux, nothing)
+        return sys.modules[self.own.__module__].ForwardOutput(x_hat, acts, code.indices.long(), fvu, aux, nothing)
 
-    def _dead_loss(self: Any, x: Tensor, e: Tensor, dead: Tensor, total_variance: Tensor) -> Tensor:
+    def _dead_loss(self: Any, given: Tensor, e: Tensor, dead: Tensor, total_variance: Tensor) -> Tensor:
         """As sparsify's own, from the activations of the dead latents alone, which get no gradient there."""
         if (n := int(dead.sum())) == 0:
             return e.new_tensor(0.0)
         with torch.no_grad():
-            given = x if self.cfg.transcode else x - self.b_dec
             acts = among_dead(given, self.encoder.weight.T, self.encoder.bias, dead).relu()
             acts = largest(acts, min(e.shape[-1] // 2, n))
         e_hat = acts.to(self.dtype) @ self.W_dec[dead]

@@ -1,0 +1,94 @@
+"""What all libraries' dictionaries have in common: our ops under autocast, and the activations of dead latents for AuxK."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.code import SparseCode
+from .. import ops
+
+PROBED = 64  # tokens whose activations are counted, at most, and one of so many in a batch
+ONE_OF = 64
+SPARSE_BELOW = 1 / 24  # of the latents are in use: products over the entries alone are faster
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What x is cast to in a matrix product: autocast's dtype where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def in_own_dtypes(x: Tensor) -> torch.autocast:
+    """A block without autocast: our ops are told what their products run in."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def coded(encoder: Callable[..., Any], x: Tensor, W: Tensor, b: Tensor, *settings: Any, **others: Any) -> SparseCode:
+    """The code of x [N, D] by one of the encoders of `ops`, its product as autocast has it."""
+    dtype = product_dtype(x)
+    with in_own_dtypes(x):
+        values, indices, *offsets = encoder(x.to(dtype), W, b, *settings, **others)
+    return SparseCode(values, indices, W.shape[1], offsets[0] if offsets else None)
+
+
+def decoded(code: SparseCode, values: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """b_dec + sum of values * W_dec [F, D] over each token's entries, its product as autocast has it."""
+    dtype, W_dec = product_dtype(W_dec), W_dec.contiguous()  # its rows are gathered many times over
+    with in_own_dtypes(W_dec):
+        if dtype == W_dec.dtype:
+            return ops.decode(values, code.indices, W_dec, b_dec, offsets=code.offsets)
+        nothing = b_dec.new_zeros(b_dec.shape, dtype=dtype)
+        return ops.decode(values, code.indices, W_dec.to(dtype), nothing, offsets=code.offsets) + b_dec
+
+
+def at_entries(of_latents: Tensor, code: SparseCode) -> Tensor:
+    """of_latents [F] for each entry of the code; carries a gradient."""
+    return of_latents[code.live(code.indices).long()]
+
+
+def dense(code: SparseCode, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Activations [N, F] of these values."""
+    return code.with_values(values).to_dense().to(dtype)
+
+
+def bias_for_centred(b: Tensor, center: Tensor, W: Tensor) -> Tensor:
+    """b for an x - center that is given as a constant: the same number, through which center gets its gradient -W db of
+    (x - center) @ W + b. A gradient of x [N, D] alone for its sum would be far more work."""
+    if not (torch.is_grad_enabled() and center.requires_grad):
+        return b
+    with in_own_dtypes(W):
+        return b - (center - center.detach()) @ W.detach()
+
+
+def prefix_reconstructions(
+    code: SparseCode, values: Tensor, W_dec: Tensor, b_dec: Tensor, ends: list[int]
+) -> Tensor:  # fmt: skip
+    """x_hat [G, N, D] from the latents below each of `ends`, which ascend to F."""
+    parted, order = code.grouped(torch.tensor(ends, device=values.device))
+    parts = decoded(parted, values.flatten()[order], W_dec, torch.zeros_like(b_dec))
+    return parts.unflatten(0, (len(ends), -1)).cumsum(0) + b_dec
+
+
+@torch.no_grad()
+def kept_of(x: Tensor, W: Tensor, b: Tensor, above: Tensor | float = 0.0) -> int | None:
+    """About how many of a token's pre-activations x @ W + b exceed `above`, from a few tokens of x [N, D]; None where they
+    are too many, or the batch is too small, for products over entries to pay. Waits for the device."""
+    few = min(PROBED, len(x) // ONE_OF)
+    if few == 0:
+        return None
+    some = x[:: len(x) // few][:few]
+    kept = float(((some @ W + b) > above).sum()) / few
+    return max(1, round(kept)) if kept < SPARSE_BELOW * W.shape[1] else None
+
+
+def among_dead(x: Tensor, W: Tensor, b: Tensor, dead: Tensor) -> Tensor:
+    """Pre-activations [N, n_dead] of the dead latents alone: x [N, D], W [D, F], b and dead [F]."""
+    return x @ W[:, dead] + b[dead]
+
+
+def largest(acts: Tensor, k: int) -> Tensor:
+    """acts [N, M] with all but the k largest of each row 0, whatever their sign."""
+    top = acts.topk(k, sorted=False)
+    return torch.zeros_like(acts).scatter(1, top.indices, top.values)

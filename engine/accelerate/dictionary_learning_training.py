@@ -1,0 +1,160 @@
+"""dictionary_learning: its trainers' losses."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.code import SparseCode
+from .. import ops
+from .common import among_dead, at_entries, coded, decoded, kept_of, largest, prefix_reconstructions
+
+
+class Training:
+    """Of `self`: ae and optimizer. Each kind has `_loss` of a batch, None where dense products are faster."""
+
+    def _parts(self: Any) -> tuple[list[Any], list[Any]]:
+        return [self.ae], [self.optimizer]
+
+    def loss(self: Any, x: Tensor, step: Any = None, logging: bool = False, **others: Any) -> Any:
+        found = self._loss(x, step) if not logging and self.ae._is_plain(x) else None
+        return self.own.loss(self, x, step=step, logging=logging, **others) if found is None else found
+
+
+class TopK(Training):
+    """TopKTrainer, in which a zero among the k has fired."""
+
+    def _code(self: Any, x: Tensor) -> SparseCode:
+        return self.ae._kept(x)
+
+    def _chosen(self: Any, code: SparseCode) -> Tensor:
+        """What the threshold follows."""
+        return code.values
+
+    def _fired(self: Any, code: SparseCode) -> Tensor:
+        """The latents of entries that count as having fired."""
+        return code.indices
+
+    def _left(self: Any, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
+        """What is left of x, and the loss that this is."""
+        e = x - self.ae._decoded(code)
+        return e, e.pow(2).sum(dim=-1).mean()
+
+    def _loss(self: Any, x: Tensor, step: int) -> Tensor:
+        code = self._code(x)
+        if step > self.threshold_start_step:
+            self.update_threshold(self._chosen(code))
+        e, loss = self._left(x, code)
+        self.effective_l0 = self.k
+        self.num_tokens_since_fired += len(x)
+        self.num_tokens_since_fired[self._fired(code).long()] = 0
+        return loss + self.auxk_alpha * self._dead_loss(x, e.detach()) if self.auxk_alpha > 0 else loss
+
+    def _dead_loss(self: Any, x: Tensor, residual: Tensor) -> Tensor:
+        """As the library's own, from the activations of the dead latents alone."""
+        dead = self.num_tokens_since_fired >= self.dead_feature_threshold
+        self.dead_features = int(dead.sum())
+        if self.dead_features == 0:
+            self.pre_norm_auxk_loss = -1
+            return torch.tensor(0, dtype=residual.dtype, device=residual.device)
+        W_dec, _ = self.ae._decoder()
+        given, W, b = self.ae._given(x)
+        acts = among_dead(given, W, b, dead).relu()
+        e_hat = largest(acts, min(self.top_k_aux, self.dead_features)) @ W_dec[dead]
+        self.pre_norm_auxk_loss = (residual.float() - e_hat.float()).pow(2).sum(dim=-1).mean()
+        spread = (residual.float() - residual.mean(dim=0).float()).pow(2).sum(dim=-1).mean()
+        return (self.pre_norm_auxk_loss / spread).nan_to_num(0.0)
+
+
+class BatchTopK(TopK):
+    """BatchTopKTrainer"""
+
+    def _code(self: Any, x: Tensor) -> SparseCode:
+        return self.ae._batch(x)
+
+    def _chosen(self: Any, code: SparseCode) -> Tensor:
+        return code.live(code.values)
+
+    def _fired(self: Any, code: SparseCode) -> Tensor:
+        return code.indices[code.live(code.values) > 0]
+
+
+class Matryoshka(BatchTopK):
+    """MatryoshkaBatchTopKTrainer: the reconstructions of all prefixes from one pass over the entries."""
+
+    def _left(self: Any, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
+        ends = [int(end) for end in self.ae.group_indices[1:]]
+        left = x - prefix_reconstructions(code, code.values, self.ae.W_dec, self.ae.b_dec, ends)
+        of_groups = left.pow(2).sum(dim=-1).mean(dim=-1)
+        return left[-1], (of_groups * of_groups.new_tensor(self.group_weights)).mean()
+
+
+class JumpReLU(Training):
+    """JumpReluTrainer, with the library's own straight-through functions on the entries that they reach. Where a threshold
+    is within half a bandwidth of 0 they reach every zero, and its own code runs."""
+
+    def _loss(self: Any, x: Tensor, step: int) -> Tensor | None:
+        ae, half = self.ae, self.bandwidth / 2
+        if bool((ae.threshold <= half).any()):
+            return None
+        x, limit = x.to(ae.W_enc.dtype), ae.threshold.detach() - half
+        kept = kept_of(x, ae.W_enc, ae.b_enc, limit)
+        if kept is None:
+            return None
+        code = coded(ops.encode_threshold, x, ae.W_enc, ae.b_enc, limit, expected=kept)
+        values, active = self._jumped(code)
+        code = code.with_values(values)
+        self.num_tokens_since_fired += len(x)
+        self.num_tokens_since_fired[code.indices[values > 0].long()] = 0
+        self.dead_features = int((self.num_tokens_since_fired > self.dead_feature_threshold).sum())
+        squared_error = (x - ae._decoded(code)).pow(2).sum(dim=-1).mean()
+        off = active.sum() / len(x) / self.target_l0 - 1
+        return squared_error + self.sparsity_coefficient * off.pow(2) * self.sparsity_warmup_fn(step)
+
+    def _jumped(self: Any, code: SparseCode) -> tuple[Tensor, Tensor]:
+        """Activations of the entries, and which of them are active."""
+        library, threshold = sys.modules[self.own.__module__], at_entries(self.ae.threshold, code)
+        acts = library.JumpReLUFunction.apply(code.values, threshold, self.bandwidth)
+        return acts, library.StepFunction.apply(acts, threshold, self.bandwidth)
+
+
+class Standard(Training):
+    """StandardTrainer"""
+
+    def _penalty(self: Any, code: SparseCode) -> Tensor:
+        return code.values.sum()
+
+    def _loss(self: Any, x: Tensor, step: int) -> Tensor | None:
+        code = self.ae._kept(x)
+        if code is None:
+            return None
+        if getattr(self, "steps_since_active", None) is not None:
+            self.steps_since_active += 1
+            self.steps_since_active[code.indices.long()] = 0
+        squared_error = (x - self.ae._decoded(code)).pow(2).sum(dim=-1).mean()
+        return squared_error + self.l1_penalty * self.sparsity_warmup_fn(step) * self._penalty(code) / len(x)
+
+
+class April(Standard):
+    """StandardTrainerAprilUpdate"""
+
+    def _penalty(self: Any, code: SparseCode) -> Tensor:
+        return (code.values * at_entries(self.ae.decoder.weight.norm(p=2, dim=0), code)).sum()
+
+
+class Gated(Training):
+    """GatedSAETrainer: the gate's own reconstruction has the same entries."""
+
+    def _loss(self: Any, x: Tensor, step: int) -> Tensor | None:
+        ae = self.ae
+        code = ae._gates(x)
+        if code is None:
+            return None
+        gates = code.values + at_entries(ae.gate_bias - ae.gate_bias.detach(), code)
+        squared_error = (x - ae._decoded(ae._magnitudes(code))).pow(2).sum(dim=-1).mean()
+        sparsity = gates.sum() / len(x)
+        W_dec, b_dec = ae._decoder()
+        via_gate = decoded(code, gates, W_dec.detach(), b_dec.detach())
+        aux = (x - via_gate).pow(2).sum(dim=-1).mean()
+        return squared_error + self.l1_penalty * sparsity * self.sparsity_warmup_fn(step) + aux

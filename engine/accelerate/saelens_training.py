@@ -1,0 +1,214 @@
+"""SAELens: dictionaries in training, and SAETrainer."""
+
+import functools
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.code import SparseCode
+from .. import ops
+from .common import among_dead, at_entries, coded, decoded, kept_of, largest, prefix_reconstructions
+from .saelens import Coded, Dictionary, Gated, Standard, TopK
+
+
+class Trainer:
+    """SAETrainer"""
+
+    def _parts(self: Any) -> tuple[list[Any], list[Any]]:
+        return [self.sae], [self.optimizer]
+
+
+class _Training(Dictionary):
+    """Each kind has `_coded` of x, None where dense products are faster, and `_losses` beside the squared error."""
+
+    def training_forward_pass(self: Any, step_input: Any) -> Any:
+        if not self._is_plain():
+            return self.own.training_forward_pass(self, step_input)
+        x = step_input.sae_in
+        coded = self._coded_in_training(x)
+        if coded is None:
+            return self.own.training_forward_pass(self, step_input)
+        x_hat = self._x_hat(coded)
+        losses = {"mse_loss": self._squared_error(x_hat, x), **self._losses(step_input, coded, x_hat)}
+        pre = lambda: self.encode_with_hidden_pre(x)[1]
+        return _output_class()(x, x_hat, self._acts(coded), pre, sum(losses.values()), losses)
+
+    def _coded_in_training(self: Any, x: Tensor) -> Coded | None:
+        return self._coded(x)
+
+    def _squared_error(self: Any, x_hat: Tensor, x: Tensor) -> Tensor:
+        return self.mse_loss_fn(x_hat, x).sum(dim=-1).mean()
+
+
+class TopKTraining(TopK, _Training):
+    """TopKTrainingSAE"""
+
+    def _losses(self: Any, step_input: Any, coded: Coded, x_hat: Tensor) -> dict[str, Tensor]:
+        x, dead, found = step_input.sae_in, step_input.dead_neuron_mask, x_hat.new_tensor(0.0)
+        if dead is not None and dead.any():
+            if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+                self.calculate_topk_aux_loss(x, x_hat, x, dead)  # which says that it can't
+            found = self.cfg.aux_loss_coefficient * self._loss_of_dead(coded, (x - x_hat).detach(), dead)
+        return {"auxiliary_reconstruction_loss": found}
+
+    def _loss_of_dead(self: Any, coded: Coded, e: Tensor, dead: Tensor) -> Tensor:
+        """As SAELens' own AuxK, of some dead latents with e as what is left, from their pre-activations alone."""
+        n, most = int(dead.sum()), e.shape[-1] // 2
+        aux = largest(among_dead(coded.sae_in.flatten(0, -2), coded.W, coded.b, dead), min(most, n))
+        aux = aux if coded.norm is None else aux / coded.norm[dead]
+        e_hat = (aux @ self.W_dec[dead]).view(e.shape)
+        return min(n / most, 1.0) * (e_hat - e).pow(2).sum(dim=-1).mean()
+
+
+class BatchTopKTraining(TopKTraining):
+    """BatchTopKTrainingSAE"""
+
+    def _is_plain(self: Any) -> bool:
+        k = self.activation_fn.k
+        return Dictionary._is_plain(self) and k == int(k)  # ours keeps a whole number a token
+
+    def _select(self: Any, x: Tensor, W: Tensor, b: Tensor) -> SparseCode:
+        return coded(ops.encode_batch_topk, x, W, b, int(self.activation_fn.k))
+
+    def training_forward_pass(self: Any, step_input: Any) -> Any:
+        output = _Training.training_forward_pass(self, step_input)
+        if isinstance(output, _output_class()):  # else SAELens' own has done it
+            self.update_topk_threshold(output.feature_acts)
+            output.metrics["topk_threshold"] = self.topk_threshold
+        return output
+
+
+class MatryoshkaTraining(BatchTopKTraining):
+    """MatryoshkaBatchTopKTrainingSAE: the reconstructions of all prefixes from one pass over the entries."""
+
+    def _is_plain(self: Any) -> bool:
+        is_scaled = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
+        return BatchTopKTraining._is_plain(self) and not is_scaled
+
+    def _coded_in_training(self: Any, x: Tensor) -> Coded:
+        coded, widths = self._coded(x), self.cfg.matryoshka_widths
+        prefixes = prefix_reconstructions(coded.code, self._values(coded), self.W_dec, self.b_dec, widths)
+        return coded._replace(beside=prefixes.view(-1, *x.shape))
+
+    def _x_hat(self: Any, coded: Coded) -> Tensor:
+        return TopK._x_hat(self, coded) if coded.beside is None else self._finished(coded.beside[-1], coded)
+
+    def _losses(self: Any, step_input: Any, coded: Coded, x_hat: Tensor) -> dict[str, Tensor]:
+        x, widths = step_input.sae_in, self.cfg.matryoshka_widths
+        by_level = self.cfg.use_matryoshka_aux_loss and step_input.dead_neuron_mask is not None
+        losses = (
+            self._losses_of_levels(step_input, coded)
+            if by_level
+            else TopKTraining._losses(self, step_input, coded, x_hat)
+        )
+        for width, prefix in zip(widths[:-1], coded.beside, strict=False):
+            losses[f"inner_mse_loss_{width}"] = self._squared_error(prefix, x)
+        return losses
+
+    def _losses_of_levels(self: Any, step_input: Any, coded: Coded) -> dict[str, Tensor]:
+        """AuxK of each level by itself, for what all up to it leave."""
+        x, dead, found = step_input.sae_in, step_input.dead_neuron_mask, coded.sae_in.new_tensor(0.0)
+        for prefix, (begin, end) in zip(coded.beside, pairwise([0, *self.cfg.matryoshka_widths]), strict=True):
+            own = torch.zeros_like(dead)
+            own[begin:end] = dead[begin:end]
+            if own.any():
+                found = found + self._loss_of_dead(coded, (x - prefix).detach(), own)
+        return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * found}
+
+
+class StandardTraining(Standard, _Training):
+    """StandardTrainingSAE"""
+
+    def _is_plain(self: Any) -> bool:
+        return Dictionary._is_plain(self) and self.cfg.lp_norm == 1
+
+    def _losses(self: Any, step_input: Any, coded: Coded, x_hat: Tensor) -> dict[str, Tensor]:
+        weighted = coded.code.values * at_entries(self.W_dec.norm(dim=1), coded.code)
+        return {"l1_loss": step_input.coefficients["l1"] * weighted.sum() / coded.code.n_tokens}
+
+
+class GatedTraining(Gated, _Training):
+    """GatedTrainingSAE: the gate's own reconstruction has the same entries."""
+
+    def _is_plain(self: Any) -> bool:
+        is_scaled = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
+        return Dictionary._is_plain(self) and not is_scaled
+
+    def _losses(self: Any, step_input: Any, coded: Coded, x_hat: Tensor) -> dict[str, Tensor]:
+        code, x = coded.beside, step_input.sae_in
+        gates = code.values + at_entries(self.b_gate - self.b_gate.detach(), code)
+        l1 = (gates * at_entries(self.W_dec.norm(dim=1), code)).sum() / code.n_tokens
+        via_gate = decoded(code, gates, self.W_dec, self.b_dec).view(x.shape)
+        return {
+            "l1_loss": step_input.coefficients["l1"] * l1,
+            "auxiliary_reconstruction_loss": (via_gate - x).pow(2).sum(dim=-1).mean(),
+        }
+
+
+class JumpReLUTraining(_Training):
+    """JumpReLUTrainingSAE. Entries are those above their threshold and those that its straight-through gradient reaches
+    below it, where pre-activations may be negative: found among pre-activations that are half a bandwidth larger."""
+
+    def training_forward_pass(self: Any, step_input: Any) -> Any:
+        with torch.no_grad():
+            self.threshold.data.clamp_(min=0.0)
+        return _Training.training_forward_pass(self, step_input)
+
+    def _coded(self: Any, x: Tensor) -> Coded | None:
+        """Beside it, the pre-activations of its entries."""
+        half, limit = self.bandwidth / 2, self.threshold.detach()
+        sae_in, b = self._given(x, self.W_enc, self.b_enc)
+        flat = sae_in.flatten(0, -2)
+        kept = kept_of(flat, self.W_enc, b + half, limit)
+        if kept is None:
+            return None
+        code = coded(ops.encode_threshold, flat, self.W_enc, b + half, limit, expected=kept)
+        pre = code.values - half
+        return Coded(sae_in, self.W_enc, b, code.with_values(self._by_entry("JumpReLU", pre, code)), beside=pre)
+
+    def _by_entry(self: Any, name: str, pre: Tensor, code: SparseCode) -> Tensor:
+        """SAELens' own function, which sums a threshold's gradient over rows: here of one entry each."""
+        function: Callable[..., Tensor] = getattr(sys.modules[self.own.__module__], name).apply
+        threshold = at_entries(self.threshold, code).to(pre.dtype)
+        return function(pre[None], threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input)[0]
+
+    def _losses(self: Any, step_input: Any, coded: Coded, x_hat: Tensor) -> dict[str, Tensor]:
+        code, config, norm = coded.code, self.cfg, self.W_dec.norm(dim=1)
+        if config.jumprelu_sparsity_loss_mode == "tanh":
+            penalty = (
+                torch.tanh(config.jumprelu_tanh_scale * code.values * at_entries(norm, code)).sum() / code.n_tokens
+            )
+        else:
+            active = self._by_entry("Step", coded.beside, code)
+            penalty = active.sum() / code.n_tokens
+            if config.jumprelu_sparsity_loss_mode == "quadratic":
+                l0 = active.new_zeros(code.n_tokens).index_add(0, code.rows, active)  # ones: exact in any order
+                penalty = (2 / config.target_l0 * (l0 - config.target_l0) ** 2).mean()
+        losses = {"l0_loss": step_input.coefficients["l0"] * penalty}
+        if config.pre_act_loss_coefficient is not None:
+            dead, found = step_input.dead_neuron_mask, coded.sae_in.new_tensor(0.0)
+            if dead is not None and dead.any():
+                pre = among_dead(coded.sae_in.flatten(0, -2), coded.W, coded.b, dead)
+                found = ((self.threshold[dead] - pre).relu() * norm[dead]).sum(dim=-1).mean()
+            losses["pre_act_loss"] = config.pre_act_loss_coefficient * found
+        return losses
+
+
+@functools.cache
+def _output_class() -> type:
+    """TrainStepOutput, which works out pre-activations only if somebody asks for them."""
+
+    class Output(sys.modules["sae_lens.saes.sae"].TrainStepOutput):
+        @property
+        def hidden_pre(self) -> Any:
+            return self._pre() if callable(self._pre) else self._pre
+
+        @hidden_pre.setter
+        def hidden_pre(self, value: Any) -> None:
+            self._pre = value
+
+    return Output
