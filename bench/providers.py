@@ -353,14 +353,14 @@ def sae_lens(job: Job) -> Trainee:
     torch.manual_seed(0)
     config = getattr(library, f"{name}TrainingSAEConfig")(d_in=d, d_sae=f, device=job.device, **sizes)
     sae = getattr(library, f"{name}TrainingSAE")(config)
-    if job.accelerated:
-        accelerate(sae)
     if job.auxk:
         let_die(sae.W_enc.T)
     settings: dict[str, Any] = dict(total_training_samples=n * LONG_RUN, train_batch_size_samples=n, device=job.device)
     settings |= dict(lr_end=3e-5) if job.own else dict(lr=job.lr, lr_end=job.lr, autocast=job.dtype == "bf16")
     config = load("sae_lens.config").SAETrainerConfig(**settings)
     trainer = library.SAETrainer(config, sae, data_provider=iter(job.tokens.wide))
+    if job.accelerated:
+        accelerate(trainer)
     if not job.own:
         fuse(trainer.optimizer)
 
@@ -443,10 +443,8 @@ PROVIDERS = {
     "SAELens": Provider(sae_lens, True, "sae-lens"),
     "dictionary_learning": Provider(dictionary_learning, True, "dictionary-learning"),
     "eai-sparsify, accelerated": Provider(faster(sparsify), False, "eai-sparsify", ("topk",)),
-    "SAELens, accelerated": Provider(faster(sae_lens), False, "sae-lens", ("topk", "batchtopk")),
-    "dictionary_learning, accelerated": Provider(
-        faster(dictionary_learning), False, "dictionary-learning", ("topk", "batchtopk")
-    ),
+    "SAELens, accelerated": Provider(faster(sae_lens), False, "sae-lens"),
+    "dictionary_learning, accelerated": Provider(faster(dictionary_learning), False, "dictionary-learning"),
     "torch": Provider(plain_torch, False, "torch"),
     "torch.compile": Provider(compiled_torch, False, "torch"),
 }

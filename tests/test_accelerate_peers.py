@@ -4,7 +4,6 @@ import contextlib
 import copy
 import pickle
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Any
 
 import pytest

@@ -152,7 +152,12 @@ def test_saelens_trainer_comes_with_its_dictionary_and_optimizer():
 
     def made() -> Any:
         torch.manual_seed(0)
-        settings: dict[str, Any] = {"total_training_samples": 6 * N, "train_batch_size_samples": N, "device": "cpu", "lr": 1e-2}
+        settings: dict[str, Any] = {
+            "total_training_samples": 6 * N,
+            "train_batch_size_samples": N,
+            "device": "cpu",
+            "lr": 1e-2,
+        }
         config = SAETrainerConfig(**settings, lr_end=1e-2, save_final_checkpoint=False)
         return SAETrainer(config, saelens("topk training"), data_provider=iter([data(i) for i in range(9)]))
 
@@ -223,6 +228,26 @@ def test_autocast_in_training_goes_through_our_ops(monkeypatch):
     own_code_is_left(monkeypatch, fast, "loss")
     with torch.autocast("cpu", torch.bfloat16):
         assert fast.update(0, data()) == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_in_saelens_training_goes_through_our_ops(kind, monkeypatch):
+    name, changes = KINDS[kind]
+    step_input = library("sae_lens", "saes.sae").TrainStepInput(
+        data(), COEFFICIENTS, torch.arange(F) % 4 == 0, 0, False
+    )
+    sae = saelens(name, **changes)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = sae.training_forward_pass(step_input)
+        fast = accelerate(sae)
+        own_code_is_left(monkeypatch, fast, "encode_with_hidden_pre")
+        found = fast.training_forward_pass(step_input)
+    for what, loss in expected.losses.items():
+        assert float(found.losses[what].detach()) == pytest.approx(float(loss.detach()), rel=2e-2), what
+    assert found.feature_acts.dtype == expected.feature_acts.dtype
+    assert found.sae_out.dtype == expected.sae_out.dtype
+    found.loss.backward()
+    assert all(p.grad is None or (p.grad.dtype == p.dtype and bool(p.grad.isfinite().all())) for p in fast.parameters())
 
 
 def test_custom_settings_of_gradients_are_refused_whole():

@@ -8,10 +8,13 @@ from torch import Tensor
 
 from ...kernels.code import SparseCode
 from .. import ops
+from ..step import DENSE_FROM
 
 PROBED = 64  # tokens whose activations are counted, at most, and one of so many in a batch
 ONE_OF = 64
-SPARSE_BELOW = 1 / 24  # of the latents are in use: products over the entries alone are faster
+# Up to this share of the latents in use, products over the entries alone are faster on a CPU: of those above a threshold,
+# and of the k largest, which the libraries look for among all. On a GPU it is `DENSE_FROM`.
+ABOVE, CHOSEN = 1 / 32, 1 / 16
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -71,6 +74,11 @@ def prefix_reconstructions(
     return parts.unflatten(0, (len(ends), -1)).cumsum(0) + b_dec
 
 
+def are_few(k: float, W: Tensor, share: float = CHOSEN) -> bool:
+    """Whether products over k latents a token are faster than over all of W [D, F]'s."""
+    return k <= (DENSE_FROM if W.is_cuda else share) * W.shape[1]
+
+
 @torch.no_grad()
 def kept_of(x: Tensor, W: Tensor, b: Tensor, above: Tensor | float = 0.0) -> int | None:
     """About how many of a token's pre-activations x @ W + b exceed `above`, from a few tokens of x [N, D]; None where they
@@ -80,7 +88,7 @@ def kept_of(x: Tensor, W: Tensor, b: Tensor, above: Tensor | float = 0.0) -> int
         return None
     some = x[:: len(x) // few][:few]
     kept = float(((some @ W + b) > above).sum()) / few
-    return max(1, round(kept)) if kept < SPARSE_BELOW * W.shape[1] else None
+    return max(1, round(kept)) if are_few(kept, W, ABOVE) else None
 
 
 def among_dead(x: Tensor, W: Tensor, b: Tensor, dead: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...kernels.code import SparseCode
 from .. import ops
-from .common import at_entries, bias_for_centred, coded, decoded, dense, kept_of, product_dtype
+from .common import are_few, at_entries, bias_for_centred, coded, decoded, dense, kept_of, product_dtype
 
 
 class Dictionary:
@@ -63,13 +63,14 @@ class Dictionary:
 class TopK(Dictionary):
     """AutoEncoderTopK"""
 
-    def _kept(self: Any, x: Tensor) -> SparseCode:
-        return coded(ops.encode_topk, *self._given(x), int(self.k))
+    def _kept(self: Any, x: Tensor) -> SparseCode | None:
+        x, W, b = self._given(x)
+        return coded(ops.encode_topk, x, W, b, int(self.k)) if are_few(int(self.k), W) else None
 
     def encode(self: Any, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
-        if return_topk or use_threshold or not self._is_plain(x):  # they need all activations
-            return self.own.encode(self, x, return_topk, use_threshold)
-        return self._acts(x, self._kept(x))
+        all_wanted = return_topk or use_threshold
+        code = self._kept(x) if not all_wanted and self._is_plain(x) else None
+        return self.own.encode(self, x, return_topk, use_threshold) if code is None else self._acts(x, code)
 
 
 class BatchTopK(Dictionary):
@@ -79,13 +80,14 @@ class BatchTopK(Dictionary):
         """None as long as no threshold was followed: half of all latents are above a negative one."""
         return self._above(x, self.threshold.expand(self.dict_size)) if self.threshold > 0 else None
 
-    def _batch(self: Any, x: Tensor) -> SparseCode:
-        return coded(ops.encode_batch_topk, *self._given(x), int(self.k))
+    def _batch(self: Any, x: Tensor) -> SparseCode | None:
+        x, W, b = self._given(x)
+        return coded(ops.encode_batch_topk, x, W, b, int(self.k)) if are_few(int(self.k), W) else None
 
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
-        if return_active or use_threshold or not self._is_plain(x):
-            return self.own.encode(self, x, return_active, use_threshold)
-        return self._acts(x, self._batch(x))
+        all_wanted = return_active or use_threshold
+        code = self._batch(x) if not all_wanted and self._is_plain(x) else None
+        return self.own.encode(self, x, return_active, use_threshold) if code is None else self._acts(x, code)
 
 
 class _Matrices(Dictionary):

@@ -25,7 +25,7 @@ class Training:
 class TopK(Training):
     """TopKTrainer, in which a zero among the k has fired."""
 
-    def _code(self: Any, x: Tensor) -> SparseCode:
+    def _code(self: Any, x: Tensor) -> SparseCode | None:
         return self.ae._kept(x)
 
     def _chosen(self: Any, code: SparseCode) -> Tensor:
@@ -41,8 +41,10 @@ class TopK(Training):
         e = x - self.ae._decoded(code)
         return e, e.pow(2).sum(dim=-1).mean()
 
-    def _loss(self: Any, x: Tensor, step: int) -> Tensor:
+    def _loss(self: Any, x: Tensor, step: int) -> Tensor | None:
         code = self._code(x)
+        if code is None:
+            return None
         if step > self.threshold_start_step:
             self.update_threshold(self._chosen(code))
         e, loss = self._left(x, code)
@@ -70,7 +72,7 @@ class TopK(Training):
 class BatchTopK(TopK):
     """BatchTopKTrainer"""
 
-    def _code(self: Any, x: Tensor) -> SparseCode:
+    def _code(self: Any, x: Tensor) -> SparseCode | None:
         return self.ae._batch(x)
 
     def _chosen(self: Any, code: SparseCode) -> Tensor:

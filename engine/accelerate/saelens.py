@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ...kernels.code import SparseCode
 from .. import ops
-from .common import at_entries, bias_for_centred, coded, decoded, dense, kept_of
+from .common import are_few, at_entries, bias_for_centred, coded, decoded, dense, kept_of
 
 
 class Coded(NamedTuple):
@@ -54,6 +54,10 @@ class Dictionary:
         x_hat = self.hook_sae_recons(x_hat.view(*coded.sae_in.shape[:-1], -1))
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(x_hat), self.d_head)
 
+    def encode(self: Any, x: Tensor) -> Tensor:
+        coded = self._coded(x) if self._is_plain() else None
+        return self.own.encode(self, x) if coded is None else self._acts(coded)
+
     def forward(self: Any, x: Tensor) -> Tensor:
         coded = self._coded(x) if self._is_plain() and not self.use_error_term else None
         if coded is None:
@@ -74,17 +78,19 @@ class TopK(Dictionary):
     def _select(self: Any, x: Tensor, W: Tensor, b: Tensor) -> SparseCode:
         return coded(ops.encode_topk, x, W, b, self.activation_fn.k)
 
-    def _coded(self: Any, x: Tensor) -> Coded:
+    def _coded(self: Any, x: Tensor) -> Coded | None:
+        if not are_few(self.activation_fn.k, self.W_enc):
+            return None
         W, b, norm = self._encoder()
         sae_in, b = self._given(x, W, b)
         return Coded(sae_in, W, b, self._select(sae_in.flatten(0, -2), W, b), norm)
 
-    def encode(self: Any, x: Tensor) -> Tensor:
-        return self._acts(self._coded(x)) if self._is_plain() else self.own.encode(self, x)
-
 
 class Standard(Dictionary):
-    """StandardSAE; its encode, all of whose activations are asked for, is its own."""
+    """StandardSAE; its encode, all of whose activations are asked for, stays its own."""
+
+    def encode(self: Any, x: Tensor) -> Tensor:
+        return self.own.encode(self, x)
 
     def _limit(self: Any) -> Tensor | None:
         return None
@@ -120,10 +126,6 @@ class Gated(Dictionary):
         product = gates.values - at_entries(self.b_gate.detach(), gates)
         magnitudes = (product * at_entries(self.r_mag.exp(), gates) + at_entries(self.b_mag, gates)).relu()
         return Coded(sae_in, self.W_enc, b, gates.with_values(magnitudes), beside=gates)
-
-    def encode(self: Any, x: Tensor) -> Tensor:
-        coded = self._coded(x) if self._is_plain() else None
-        return self.own.encode(self, x) if coded is None else self._acts(coded)
 
 
 class Transcoder(Standard):

@@ -89,8 +89,10 @@ class MatryoshkaTraining(BatchTopKTraining):
         is_scaled = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
         return BatchTopKTraining._is_plain(self) and not is_scaled
 
-    def _coded_in_training(self: Any, x: Tensor) -> Coded:
+    def _coded_in_training(self: Any, x: Tensor) -> Coded | None:
         coded, widths = self._coded(x), self.cfg.matryoshka_widths
+        if coded is None:
+            return None
         prefixes = prefix_reconstructions(coded.code, self._values(coded), self.W_dec, self.b_dec, widths)
         return coded._replace(beside=prefixes.view(-1, *x.shape))
 
