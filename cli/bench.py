@@ -149,6 +149,43 @@ def runs(
 
 
 @bench_app.command()
+def peers(
+    n: N = None,
+    d: D = None,
+    f: F = None,
+    k: K = None,
+    library: Annotated[
+        list[str] | None, typer.Option(help="saelens, dictionary_learning or sparsify; may be given again. [all]")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of a script's run, of which the median counts.")] = 30,
+    rounds: Annotated[int, typer.Option(help="Runs of each.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Time other libraries' own minimal training scripts, before and after the two lines that `accelerate` takes.
+
+    The scripts and their diffs are bench/peers; on a GPU they run under bfloat16 autocast. Libraries that aren't installed
+    are left out.
+    """
+    _quiet()
+    check_writable(json_file)
+    where = _where(None)
+    from ..bench import before_after as suite
+    from ..bench.data import shapes
+    from ..engine.errors import UserError
+
+    for name, value, least in (("steps", steps, 5), ("rounds", rounds, 1)):
+        if value < least:
+            raise UserError(f"{name}: {value} is not allowed; it must be at least {least}")
+    given = {"cpu": ("1024", "512", "4096,16384", "32"), "cuda": ("4096", "2304", "65536", "64")}[where]
+    sizes = {name: own or usual for name, own, usual in zip("NDFK", (n, d, f, k), given, strict=True)}
+    found = suite.measure(
+        shapes("cpu", **sizes), library or list(suite.LIBRARIES), device=where, steps=steps, rounds=rounds
+    )
+    write_json(json_file, found)
+    print(suite.table(found), end="")
+
+
+@bench_app.command()
 def table(
     files: Annotated[list[Path], typer.Argument(help="Files written by `bench step` or `bench ops`, --json.")],
 ) -> None:

@@ -135,7 +135,7 @@ def _parts(obj: Any, mixin: type) -> list[Any]:
             found.append(stepper)
         else:
             warnings.warn(
-                f"accelerate: {type(stepper).__name__} stays as it is; Adam and AdamW are faster", stacklevel=3
+                f"accelerate: {type(stepper).__name__} stays as it is; only Adam and AdamW change", stacklevel=3
             )
     return found
 

@@ -1,6 +1,9 @@
 """dictionary_learning: its trainers' losses."""
 
+import functools
 import sys
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +23,25 @@ class Training:
     def loss(self: Any, x: Tensor, step: Any = None, logging: bool = False, **others: Any) -> Any:
         found = self._loss(x, step) if not logging and self.ae._is_plain(x) else None
         return self.own.loss(self, x, step=step, logging=logging, **others) if found is None else found
+
+    def update(self: Any, step: int, x: Tensor) -> Any:
+        return _update_of(self.own)(self, step, x)
+
+
+@functools.cache
+def _update_of(cls: Any) -> Callable[..., Any]:
+    """The library's own `update`, with our projection of the decoder's gradient in place of its own, which takes batched
+    products of matrices with themselves: on a CPU half of the step."""
+    own = cls.update
+    named = {**own.__globals__, "remove_gradient_parallel_to_decoder_directions": _without_parallel}
+    return types.FunctionType(own.__code__, named, own.__name__, own.__defaults__, own.__closure__)
+
+
+@torch.no_grad()
+def _without_parallel(W: Tensor, grad: Tensor, activation_dim: int, d_sae: int) -> Tensor:
+    """grad [D, F], in place without its part along each column w of W, <grad, u> u with u = w / (|w| + 1e-6)."""
+    along = torch.linalg.vecdot(grad, W, dim=0) / (torch.linalg.vector_norm(W, dim=0) + 1e-6).square()
+    return grad.addcmul_(W, along, value=-1)
 
 
 class TopK(Training):
