@@ -1,7 +1,6 @@
 """Other libraries' own minimal training scripts, and the same after the few lines that `accelerate` takes: bench/peers has
 them as scripts and diffs, and here they take turns."""
 
-import os
 import re
 import subprocess
 import sys
@@ -81,9 +80,7 @@ def measure(
 
 def _step_ms(library: str, source: str, shape: Shape, steps: int) -> float:
     command = [sys.executable, "-c", RUN, *map(str, (*shape, steps))]
-    # not as our own commands wait for threads: many small products, as dictionary_learning has them, become far slower
-    as_usual = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    done = subprocess.run(command, input=source, capture_output=True, text=True, env=as_usual)
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
     match = re.search(r"^step: ([\d.]+) ms$", done.stdout, re.MULTILINE)
     if done.returncode or match is None:
         lines = done.stderr.strip().splitlines() or ["it said nothing"]

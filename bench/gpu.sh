@@ -70,6 +70,7 @@ else
 fi
 size=(--device cuda --n 8192 --d 2304 --k 64)
 bench headline 170 bench step "${size[@]}" --f 65536 --own --json "$out/headline.json"
+bench peers 100 bench peers --steps 20 --rounds 1 --json "$out/peers.json"
 bench small 80 bench step "${size[@]}" --f 16384 --json "$out/small.json"
 ours=(--provider temposae --rounds 8)
 bench activations 40 bench step "${size[@]}" --f 65536 "${ours[@]}" --activation batchtopk --activation jumprelu \

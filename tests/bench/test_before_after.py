@@ -1,6 +1,7 @@
 """Other libraries' training scripts before and after: that the diffs are small, apply and make the steps faster."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,13 @@ def test_what_was_measured_is_never_slower(path: Path):
         assert case["times_faster"] >= 0.95, case
 
 
-def test_there_are_results():
-    assert RESULTS
+def test_the_document_shows_what_was_measured():
+    root = FOLDER.parents[1]
+    text = (root / "docs" / "exchange.md").read_text()
+    shown = re.findall(r"<!-- temposae bench peers (\S+) -->\n(.*?)\n*<!-- end of table -->", text, re.DOTALL)
+    assert [root / name for name, _ in shown] == RESULTS
+    for name, block in shown:
+        assert block.strip() == before_after.table(json.loads((root / name).read_text())).strip()
 
 
 @pytest.mark.slow
