@@ -21,8 +21,9 @@ NEEDS = {"saelens": "sae_lens", "dictionary_learning": "dictionary_learning", "s
 SMALL = {
     "gemma": {
         "google/gemma-2-2b\n": "testbed\n", "blocks.12.": "blocks.1.", "  data: monology/pile-uncopyrighted\n": "",
-        "context: 1024": "context: 64", "buffer_tokens: 1000000": "buffer_tokens: 8192", "tokens: 200000000": "tokens: 16384",
-        "batch: 8192": "batch: 1024", "held_out_rows: 64": "held_out_rows: 4", "[16384, 65536]": "[64, 128]",
+        "context: 1024": "context: 64", "buffer_tokens: 1000000": "buffer_tokens: 8192",
+        "tokens: 200000000": "tokens: 16384", "batch: 8192": "batch: 1024",
+        "held_out_rows: 64": "held_out_rows: 4", "[16384, 65536]": "[64, 128]",
         "[32, 64, 128]": "[4, 8]", "d_sae=65536,k=64": "d_sae=128,k=8",
     },
     "kernels": {"--n 8192": "--n 64", "--d 2304": "--d 32", "--f 65536": "--f 128", "--k 64": "--k 4"},

@@ -60,6 +60,7 @@ KINDS: dict[tuple[str, str], tuple[str, str]] = {
     ("sparsify.sparse_coder", "SparseCoder"): ("sparsify", "Coder"),
     ("sparsify.trainer", "Trainer"): ("sparsify", "Trainer"),
 }  # fmt: skip
+_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 T = TypeVar("T")
 _MADE: dict[type, type] = {}
 
@@ -76,9 +77,13 @@ def accelerate(obj: T) -> T:
     accelerated, and for parameters without values (meta), not contiguous, sharing memory, of several dtypes or on several
     devices.
     """
-    parts = _parts(obj, _mixin(obj))
+    if is_accelerated(obj):
+        return obj
+    parts, others = _parts(obj, _mixin(obj))
     for part in parts:
         _check(part)
+    for other in others:
+        warnings.warn(f"accelerate: {type(other).__name__} stays as it is; only Adam and AdamW change", stacklevel=2)
     for part in parts:
         if not is_accelerated(part):
             object.__setattr__(part, "__class__", _derived_once(type(part), _mixin(part)))
@@ -90,7 +95,7 @@ def accelerate(obj: T) -> T:
 def deaccelerate(obj: T) -> T:
     """Let an object be of its own class again; returns it."""
     if is_accelerated(obj):
-        for part in _parts(obj, type(obj)):
+        for part in _parts(obj, type(obj))[0]:
             if is_accelerated(part):
                 if isinstance(part, torch.optim.Optimizer):
                     optimizers.unfuse(part)
@@ -114,7 +119,7 @@ def _mixin(obj: object) -> type:
     place = KINDS.get((cls.__module__, cls.__name__))
     if place is not None:
         return getattr(import_module(f".{place[0]}", __name__), place[1])
-    if isinstance(obj, (torch.optim.Adam, torch.optim.AdamW)):
+    if isinstance(obj, _ADAMS):
         return optimizers.Fused
     known = sorted({name for _, name in KINDS} | {"Adam", "AdamW"})
     raise UserError(
@@ -122,22 +127,15 @@ def _mixin(obj: object) -> type:
     )
 
 
-def _parts(obj: Any, mixin: type) -> list[Any]:
-    """The object, and if it is a trainer its dictionaries and its optimisers, as far as they can be faster."""
+def _parts(obj: Any, mixin: Any) -> tuple[list[Any], list[Any]]:
+    """The object, and if it is a trainer its dictionaries and its optimisers; and those that can't be faster."""
     if not hasattr(mixin, "_parts"):
-        return [obj]
+        return [obj], []
     dictionaries, steppers = mixin._parts(obj)
     for dictionary in dictionaries:
         _mixin(dictionary)
-    found = [obj, *dictionaries]
-    for stepper in steppers:
-        if isinstance(stepper, (torch.optim.Adam, torch.optim.AdamW)):
-            found.append(stepper)
-        else:
-            warnings.warn(
-                f"accelerate: {type(stepper).__name__} stays as it is; only Adam and AdamW change", stacklevel=3
-            )
-    return found
+    others = [one for one in steppers if not isinstance(one, _ADAMS)]
+    return [obj, *dictionaries, *(one for one in steppers if isinstance(one, _ADAMS))], others
 
 
 def _derived(cls: type, mixin: type) -> type:

@@ -34,7 +34,7 @@ class Dictionary:
     def _given(self: Any, x: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """What the encoder gets of x, and a bias for it."""
         sae_in = self.process_sae_in(x)
-        if x.requires_grad or not self.cfg.apply_b_dec_to_input or W.shape[0] != len(self.b_dec):
+        if x.requires_grad or not self.cfg.apply_b_dec_to_input:
             return sae_in, b
         return sae_in.detach(), bias_for_centred(b, self.b_dec, W)
 

@@ -35,10 +35,15 @@ class _Training(Dictionary):
         x_hat = self._x_hat(coded)
         losses = {"mse_loss": self._squared_error(x_hat, x), **self._losses(step_input, coded, x_hat)}
         pre = lambda: self.encode_with_hidden_pre(x)[1]
-        return _output_class()(x, x_hat, self._acts(coded), pre, sum(losses.values()), losses)
+        output = _output_class()(x, x_hat, self._acts(coded), pre, sum(losses.values()), losses)
+        self._after(output, coded)
+        return output
 
     def _coded_in_training(self: Any, x: Tensor) -> Coded | None:
         return self._coded(x)
+
+    def _after(self: Any, output: Any, coded: Coded) -> None:
+        pass
 
     def _squared_error(self: Any, x_hat: Tensor, x: Tensor) -> Tensor:
         return self.mse_loss_fn(x_hat, x).sum(dim=-1).mean()
@@ -74,12 +79,9 @@ class BatchTopKTraining(TopKTraining):
     def _select(self: Any, x: Tensor, W: Tensor, b: Tensor) -> SparseCode:
         return coded(ops.encode_batch_topk, x, W, b, int(self.activation_fn.k))
 
-    def training_forward_pass(self: Any, step_input: Any) -> Any:
-        output = _Training.training_forward_pass(self, step_input)
-        if isinstance(output, _output_class()):  # else SAELens' own has done it
-            self.update_topk_threshold(output.feature_acts)
-            output.metrics["topk_threshold"] = self.topk_threshold
-        return output
+    def _after(self: Any, output: Any, coded: Coded) -> None:
+        self.update_topk_threshold(coded.code.live(coded.code.values))
+        output.metrics["topk_threshold"] = self.topk_threshold
 
 
 class MatryoshkaTraining(BatchTopKTraining):
@@ -101,12 +103,10 @@ class MatryoshkaTraining(BatchTopKTraining):
 
     def _losses(self: Any, step_input: Any, coded: Coded, x_hat: Tensor) -> dict[str, Tensor]:
         x, widths = step_input.sae_in, self.cfg.matryoshka_widths
-        by_level = self.cfg.use_matryoshka_aux_loss and step_input.dead_neuron_mask is not None
-        losses = (
-            self._losses_of_levels(step_input, coded)
-            if by_level
-            else TopKTraining._losses(self, step_input, coded, x_hat)
-        )
+        if self.cfg.use_matryoshka_aux_loss and step_input.dead_neuron_mask is not None:
+            losses = self._losses_of_levels(step_input, coded)
+        else:
+            losses = TopKTraining._losses(self, step_input, coded, x_hat)
         for width, prefix in zip(widths[:-1], coded.beside, strict=False):
             losses[f"inner_mse_loss_{width}"] = self._squared_error(prefix, x)
         return losses
@@ -181,9 +181,8 @@ class JumpReLUTraining(_Training):
     def _losses(self: Any, step_input: Any, coded: Coded, x_hat: Tensor) -> dict[str, Tensor]:
         code, config, norm = coded.code, self.cfg, self.W_dec.norm(dim=1)
         if config.jumprelu_sparsity_loss_mode == "tanh":
-            penalty = (
-                torch.tanh(config.jumprelu_tanh_scale * code.values * at_entries(norm, code)).sum() / code.n_tokens
-            )
+            scaled = config.jumprelu_tanh_scale * code.values * at_entries(norm, code)
+            penalty = torch.tanh(scaled).sum() / code.n_tokens
         else:
             active = self._by_entry("Step", coded.beside, code)
             penalty = active.sum() / code.n_tokens
