@@ -12,6 +12,8 @@ import pytest
 import torch
 from temposae.bench.providers import skip_init
 
+from .commandline import run
+
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "guides"
 GUIDES = sorted(FOLDER.glob("*.md"))
 NEEDS = {"saelens": "sae_lens", "dictionary_learning": "dictionary_learning", "sparsify": "sparsify"}
@@ -20,11 +22,11 @@ NEEDS = {"saelens": "sae_lens", "dictionary_learning": "dictionary_learning", "s
 #: in place of what takes a GPU, a hub or hours: all must occur
 SMALL = {
     "gemma": {
-        "google/gemma-2-2b\n": "testbed\n", "blocks.12.": "blocks.1.", "  data: monology/pile-uncopyrighted\n": "",
+        "google/gemma-2-2b\n": "testbed\n", "blocks.12.": "blocks.1.", "monology/pile-uncopyrighted": "text.txt",
         "context: 1024": "context: 64", "buffer_tokens: 1000000": "buffer_tokens: 8192",
         "tokens: 200000000": "tokens: 16384", "batch: 8192": "batch: 1024",
         "held_out_rows: 64": "held_out_rows: 4", "[16384, 65536]": "[64, 128]",
-        "[32, 64, 128]": "[4, 8]", "d_sae=65536,k=64": "d_sae=128,k=8",
+        "[32, 64, 128]": "[4, 8]", "d_sae65536_k64": "d_sae128_k8",
     },
     "kernels": {"--n 8192": "--n 64", "--d 2304": "--d 32", "--f 65536": "--f 128", "--k 64": "--k 4"},
 }  # fmt: skip
@@ -74,6 +76,8 @@ def test_every_block_of_a_librarys_guide_runs_and_learns(name, tmp_path, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_every_block_of_a_guide_runs(name, tmp_path, monkeypatch):
+    documents = run("testbed", "sample", "--count", "600").out
+    (tmp_path / "text.txt").write_text(documents)
     run_page(shortened(name, (FOLDER / f"{name}.md").read_text()), monkeypatch, tmp_path)
     left = {"gemma": "for_saelens/cfg.json", "kernels": "trace.json"}[name]
     assert (tmp_path / left).stat().st_size > 0
