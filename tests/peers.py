@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 import torch
 from temposae.bench.providers import skip_init
+from temposae.engine.accelerate import common
 from torch import Tensor
 
 D, F, K, N = 24, 640, 8, 128
 WIDTHS = [80, 240, F]
+
+
+def no_batch_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours run on the few tokens of tests, too; sparsify, without a GPU."""
+    monkeypatch.setattr(common, "TOKENS", 1)
+    monkeypatch.setattr(common, "ACTIVATIONS", 1)
+    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
 
 
 def data(seed: int = 0, n: int = N) -> Tensor:

@@ -13,7 +13,7 @@ from temposae.engine.accelerate import KINDS, is_accelerated
 from temposae.engine.errors import UserError
 from torch import Tensor, nn
 
-from .peers import DICTIONARIES, D, F, N, data, learning, library, saelens, trainer
+from .peers import DICTIONARIES, D, F, N, data, learning, library, no_batch_is_too_small, saelens, trainer
 
 pytestmark = pytest.mark.slow
 BATCHWISE = ("saelens batchtopk training", "saelens matryoshka training")
@@ -21,7 +21,7 @@ BATCHWISE = ("saelens batchtopk training", "saelens matryoshka training")
 
 @pytest.fixture(autouse=True)
 def alike_every_time(monkeypatch):
-    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
+    no_batch_is_too_small(monkeypatch)
     torch.manual_seed(0)
 
 
@@ -152,6 +152,43 @@ def test_the_work_goes_through_our_ops(monkeypatch):
         calls.clear()
         sae(data())
         assert not calls
+
+
+def test_small_batches_are_left_to_the_library(monkeypatch):
+    from temposae.engine import ops
+
+    monkeypatch.undo()
+    calls, real = [], ops.decode
+    monkeypatch.setattr(ops, "decode", lambda *a, **k: calls.append(1) or real(*a, **k))
+    for make in (lambda: saelens("topk"), lambda: saelens("standard"), lambda: learning("topk")):
+        calls.clear()
+        sae = accelerate(make())
+        sae(data())
+        assert not calls
+        sae(data(n=4096))
+        assert calls
+
+
+def test_many_active_latents_are_looked_for_again_now_and_then(monkeypatch):
+    """After 15 calls of the library's own code."""
+    from temposae.engine.accelerate import saelens as module
+
+    looks, real = [], module.kept_of
+    monkeypatch.setattr(module, "kept_of", lambda *a: looks.append(1) or real(*a))
+    sae = accelerate(saelens("standard"))
+    with torch.no_grad():
+        sae.b_enc.add_(10)
+    for _ in range(17):
+        sae(data())
+    assert len(looks) == 2
+    with torch.no_grad():
+        sae.b_enc.sub_(10)
+    for _ in range(15):
+        sae(data())
+    assert len(looks) == 2
+    sae(data())
+    sae(data())
+    assert len(looks) == 4
 
 
 def test_hooks_are_called_as_before():

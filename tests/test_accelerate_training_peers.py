@@ -10,7 +10,7 @@ from temposae.engine.accelerate import is_accelerated
 from temposae.engine.errors import UserError
 from torch import Tensor
 
-from .peers import LEARNING, D, F, K, N, coder, data, library, saelens, trainer
+from .peers import LEARNING, D, F, K, N, coder, data, library, no_batch_is_too_small, saelens, trainer
 
 pytestmark = pytest.mark.slow
 COEFFICIENTS = {"l0": 0.2, "l1": 0.3}
@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def alike_every_time(monkeypatch):
-    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
+    no_batch_is_too_small(monkeypatch)
     torch.manual_seed(0)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,9 +13,12 @@ from ..step import DENSE_FROM
 
 PROBED = 64  # tokens whose activations are counted, at most, and one of so many in a batch
 ONE_OF = 64
-# Up to this share of the latents in use, products over the entries alone are faster on a CPU: of those above a threshold,
-# and of the k largest, which the libraries look for among all. On a GPU it is `DENSE_FROM`.
-ABOVE, CHOSEN = 1 / 32, 1 / 16
+REST = 15  # calls that go to the library after a look that found too many latents in use
+# Products over entries alone are faster on a CPU up to this share of the latents in use (on a GPU it is `DENSE_FROM`), and
+# from so many tokens and activations on: below, what surrounds them takes the time.
+SPARSE_TO = 1 / 32
+TOKENS, ACTIVATIONS = 512, 2**19
+_resting: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -74,21 +78,31 @@ def prefix_reconstructions(
     return parts.unflatten(0, (len(ends), -1)).cumsum(0) + b_dec
 
 
-def are_few(k: float, W: Tensor, share: float = CHOSEN) -> bool:
-    """Whether products over k latents a token are faster than over all of W [D, F]'s."""
-    return k <= (DENSE_FROM if W.is_cuda else share) * W.shape[1]
+def pays(k: float, x: Tensor, W: Tensor) -> bool:
+    """Whether, for x [N, D], products over k latents a token are faster than over all of W [D, F]'s."""
+    share = DENSE_FROM if W.is_cuda else SPARSE_TO
+    return k <= share * W.shape[1] and len(x) >= TOKENS and len(x) * W.shape[1] >= ACTIVATIONS
+
+
+def may_pay(owner: Any, x: Tensor, W: Tensor) -> bool:
+    """Whether x [N, D] is large enough, and no recent look at the dictionary or trainer found too many latents in use."""
+    left = _resting.get(owner, 0)
+    if left:
+        _resting[owner] = left - 1
+    return not left and pays(0, x, W)
 
 
 @torch.no_grad()
-def kept_of(x: Tensor, W: Tensor, b: Tensor, above: Tensor | float = 0.0) -> int | None:
+def kept_of(owner: Any, x: Tensor, W: Tensor, b: Tensor, above: Tensor | float = 0.0) -> int | None:
     """About how many of a token's pre-activations x @ W + b exceed `above`, from a few tokens of x [N, D]; None where they
-    are too many, or the batch is too small, for products over entries to pay. Waits for the device."""
-    few = min(PROBED, len(x) // ONE_OF)
-    if few == 0:
-        return None
+    are too many for products over entries to pay, and then the next calls rest. Waits for the device."""
+    few = min(PROBED, max(1, len(x) // ONE_OF))
     some = x[:: len(x) // few][:few]
     kept = float(((some @ W + b) > above).sum()) / few
-    return max(1, round(kept)) if are_few(kept, W, ABOVE) else None
+    if pays(kept, x, W):
+        return max(1, round(kept))
+    _resting[owner] = REST
+    return None
 
 
 def among_dead(x: Tensor, W: Tensor, b: Tensor, dead: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...kernels.code import SparseCode
 from .. import ops
-from .common import are_few, at_entries, bias_for_centred, coded, decoded, dense, kept_of, product_dtype
+from .common import at_entries, bias_for_centred, coded, decoded, dense, kept_of, may_pay, pays, product_dtype
 
 
 class Dictionary:
@@ -42,8 +42,10 @@ class Dictionary:
 
     def _above(self: Any, x: Tensor, limit: Tensor | None) -> SparseCode | None:
         """The code of activations above a limit [F] that isn't negative, or above 0; None if products are faster dense."""
+        if not may_pay(self, x, self._encoder()[0]):
+            return None
         x, W, b = self._given(x)
-        kept = kept_of(x, W, b, 0.0 if limit is None else limit)
+        kept = kept_of(self, x, W, b, 0.0 if limit is None else limit)
         return None if kept is None else coded(ops.encode_threshold, x, W, b, limit, expected=kept)
 
     def _decoded(self: Any, code: SparseCode) -> Tensor:
@@ -64,12 +66,12 @@ class TopK(Dictionary):
     """AutoEncoderTopK"""
 
     def _kept(self: Any, x: Tensor) -> SparseCode | None:
-        x, W, b = self._given(x)
-        return coded(ops.encode_topk, x, W, b, int(self.k)) if are_few(int(self.k), W) else None
+        k = int(self.k)
+        return coded(ops.encode_topk, *self._given(x), k) if pays(k, x, self._encoder()[0]) else None
 
     def encode(self: Any, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
-        all_wanted = return_topk or use_threshold
-        code = self._kept(x) if not all_wanted and self._is_plain(x) else None
+        ours = not (return_topk or use_threshold) and (x.is_cuda or torch.is_grad_enabled())  # else theirs is as fast
+        code = self._kept(x) if ours and self._is_plain(x) else None
         return self.own.encode(self, x, return_topk, use_threshold) if code is None else self._acts(x, code)
 
 
@@ -81,8 +83,8 @@ class BatchTopK(Dictionary):
         return self._above(x, self.threshold.expand(self.dict_size)) if self.threshold > 0 else None
 
     def _batch(self: Any, x: Tensor) -> SparseCode | None:
-        x, W, b = self._given(x)
-        return coded(ops.encode_batch_topk, x, W, b, int(self.k)) if are_few(int(self.k), W) else None
+        k = int(self.k)
+        return coded(ops.encode_batch_topk, *self._given(x), k) if pays(k, x, self._encoder()[0]) else None
 
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         all_wanted = return_active or use_threshold

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...kernels.code import SparseCode
 from .. import ops
-from .common import among_dead, at_entries, coded, decoded, kept_of, largest, prefix_reconstructions
+from .common import among_dead, at_entries, coded, decoded, kept_of, largest, may_pay, prefix_reconstructions
 
 
 class Training:
@@ -120,10 +120,10 @@ class JumpReLU(Training):
 
     def _loss(self: Any, x: Tensor, step: int) -> Tensor | None:
         ae, half = self.ae, self.bandwidth / 2
-        if bool((ae.threshold <= half).any()):
+        if not may_pay(self, x, ae.W_enc) or bool((ae.threshold <= half).any()):
             return None
         x, limit = x.to(ae.W_enc.dtype), ae.threshold.detach() - half
-        kept = kept_of(x, ae.W_enc, ae.b_enc, limit)
+        kept = kept_of(self, x, ae.W_enc, ae.b_enc, limit)
         if kept is None:
             return None
         code = coded(ops.encode_threshold, x, ae.W_enc, ae.b_enc, limit, expected=kept)

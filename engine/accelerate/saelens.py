@@ -2,11 +2,12 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ...kernels.code import SparseCode
 from .. import ops
-from .common import are_few, at_entries, bias_for_centred, coded, decoded, dense, kept_of
+from .common import at_entries, bias_for_centred, coded, decoded, dense, kept_of, may_pay, pays
 
 
 class Coded(NamedTuple):
@@ -79,11 +80,16 @@ class TopK(Dictionary):
         return coded(ops.encode_topk, x, W, b, self.activation_fn.k)
 
     def _coded(self: Any, x: Tensor) -> Coded | None:
-        if not are_few(self.activation_fn.k, self.W_enc):
+        if not pays(self.activation_fn.k, x.flatten(0, -2), self.W_enc):
             return None
         W, b, norm = self._encoder()
         sae_in, b = self._given(x, W, b)
         return Coded(sae_in, W, b, self._select(sae_in.flatten(0, -2), W, b), norm)
+
+    def encode(self: Any, x: Tensor) -> Tensor:
+        """On a CPU ours is faster for its gradients alone."""
+        ours = x.is_cuda or torch.is_grad_enabled()
+        return Dictionary.encode(self, x) if ours else self.own.encode(self, x)
 
 
 class Standard(Dictionary):
@@ -96,9 +102,11 @@ class Standard(Dictionary):
         return None
 
     def _coded(self: Any, x: Tensor) -> Coded | None:
+        if not may_pay(self, x.flatten(0, -2), self.W_enc):
+            return None
         sae_in, b = self._given(x, self.W_enc, self.b_enc)
         flat, limit = sae_in.flatten(0, -2), self._limit()
-        kept = kept_of(flat, self.W_enc, b, 0.0 if limit is None else limit)
+        kept = kept_of(self, flat, self.W_enc, b, 0.0 if limit is None else limit)
         if kept is None:
             return None
         code = coded(ops.encode_threshold, flat, self.W_enc, b, limit, expected=kept)
@@ -117,9 +125,11 @@ class Gated(Dictionary):
 
     def _coded(self: Any, x: Tensor) -> Coded | None:
         """Beside it, the gates: x @ W_enc + b_gate where that is above 0, with b_gate as a constant."""
+        if not may_pay(self, x.flatten(0, -2), self.W_enc):
+            return None
         sae_in, b = self._given(x, self.W_enc, self.b_gate.detach())
         flat = sae_in.flatten(0, -2)
-        kept = kept_of(flat, self.W_enc, b)
+        kept = kept_of(self, flat, self.W_enc, b)
         if kept is None:
             return None
         gates = coded(ops.encode_threshold, flat, self.W_enc, b, expected=kept)

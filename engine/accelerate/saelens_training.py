@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...kernels.code import SparseCode
 from .. import ops
-from .common import among_dead, at_entries, coded, decoded, kept_of, largest, prefix_reconstructions
+from .common import among_dead, at_entries, coded, decoded, kept_of, largest, may_pay, prefix_reconstructions
 from .saelens import Coded, Dictionary, Gated, Standard, TopK
 
 
@@ -75,6 +75,9 @@ class BatchTopKTraining(TopKTraining):
     def _is_plain(self: Any) -> bool:
         k = self.activation_fn.k
         return Dictionary._is_plain(self) and k == int(k)  # ours keeps a whole number a token
+
+    def encode(self: Any, x: Tensor) -> Tensor:
+        return Dictionary.encode(self, x)
 
     def _select(self: Any, x: Tensor, W: Tensor, b: Tensor) -> SparseCode:
         return coded(ops.encode_batch_topk, x, W, b, int(self.activation_fn.k))
@@ -151,7 +154,7 @@ class GatedTraining(Gated, _Training):
         }
 
 
-class JumpReLUTraining(_Training):
+class JumpReLUTraining(Standard, _Training):
     """JumpReLUTrainingSAE. Entries are those above their threshold and those that its straight-through gradient reaches
     below it, where pre-activations may be negative: found among pre-activations that are half a bandwidth larger."""
 
@@ -162,10 +165,12 @@ class JumpReLUTraining(_Training):
 
     def _coded(self: Any, x: Tensor) -> Coded | None:
         """Beside it, the pre-activations of its entries."""
+        if not may_pay(self, x.flatten(0, -2), self.W_enc):
+            return None
         half, limit = self.bandwidth / 2, self.threshold.detach()
         sae_in, b = self._given(x, self.W_enc, self.b_enc)
         flat = sae_in.flatten(0, -2)
-        kept = kept_of(flat, self.W_enc, b + half, limit)
+        kept = kept_of(self, flat, self.W_enc, b + half, limit)
         if kept is None:
             return None
         code = coded(ops.encode_threshold, flat, self.W_enc, b + half, limit, expected=kept)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .common import among_dead, are_few, bias_for_centred, coded, decoded, largest, product_dtype
+from .common import among_dead, bias_for_centred, coded, decoded, largest, pays, product_dtype
 
 
 class Trainer:
@@ -23,7 +23,7 @@ class Coder:
     def _is_plain(self: Any, x: Tensor) -> bool:
         hooked = self.encoder._forward_hooks or self.encoder._forward_pre_hooks or self.encoder._backward_hooks
         topk = self.cfg.activation == "topk" and not self.cfg.multi_topk and self.W_dec is not None
-        return topk and not hooked and x.ndim == 2 and are_few(self.cfg.k, self.encoder.weight.T)
+        return topk and not hooked and x.ndim == 2 and pays(self.cfg.k, x, self.encoder.weight.T)
 
     def forward(
         self: Any, x: Tensor, y: Tensor | None = None, *, dead_mask: Tensor | None = None,
