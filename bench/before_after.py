@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent / "peers"
 LIBRARIES = {"saelens": "sae_lens", "dictionary_learning": "dictionary_learning", "sparsify": "sparsify"}
 #: how a script is run: dictionary_learning without what only its streams need
 RUN = """import sys
-from temposae.bench.providers import skip_init
+from temposae.bench.libraries import skip_init
 skip_init("dictionary_learning", unless="nnsight")
 exec(compile(sys.stdin.read(), sys.argv[0], "exec"), {"__name__": "__main__"})
 """

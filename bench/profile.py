@@ -27,8 +27,9 @@ from ..kernels import adam, decode, encode, encode_sparse, loss, select, weight_
 from ..kernels.code import SparseCode
 from .data import DTYPES, Shape, tokens
 from .floors import Rates, rates_of
+from .job import Job
 from .ops import OPS, work
-from .providers import Job, make_learner
+from .providers import make_learner
 from .results import markdown
 from .timing import synchronise
 

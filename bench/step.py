@@ -12,7 +12,8 @@ from ..engine.host import tune_host
 from ..engine.progress import ProgressBar, progress_bar
 from .data import DTYPES, Shape, Tokens, tokens
 from .floors import rates_of, step_floors, step_work
-from .providers import ACTIVATIONS, PROVIDERS, Absent, Job, Trainee, fixes_l0
+from .job import ACTIVATIONS, Absent, Job, Trainee, fixes_l0
+from .providers import PROVIDERS
 from .timing import free_bytes, inner_calls, memory, quantiles, sample, synchronise
 
 SAMPLE_MS = 30.0  # a sample on a GPU lasts at least as long

@@ -164,16 +164,19 @@ class SparseAutoencoder(nn.Module):
 
     def _code(self, x: Tensor, pos: Tensor | None) -> SparseCode:
         """`encode_sparse`, differentiable where gradients are wanted."""
-        code = self.encode_sparse(x, pos)
+        x, rows, weights = self.inputs(x, pos)
+        code = self._encoded(x, rows, weights)
         if not torch.is_grad_enabled():
             return code
-        x, rows, weights = self.inputs(x, pos)
         return differentiable([code], x, self.W_enc, self.b_enc, self.center, weights, rows)[0]
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, pos: Tensor | None = None) -> SparseCode:
         """f as a SparseCode over the flattened tokens: K per token for topk, ragged for the others. Without gradients."""
-        x, rows, weights = self.inputs(x, pos)
+        return self._encoded(*self.inputs(x, pos))
+
+    @torch.no_grad()
+    def _encoded(self, x: Tensor, rows: Tensor | None, weights: Mask | None) -> SparseCode:
         W_enc = self.W_enc.to(x.dtype)
         if self.cfg.activation == "topk":
             return encode_topk_op(x, W_enc, self.b_enc, self.k, center=self.center, mask=weights, pos=rows)[0]

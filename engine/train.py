@@ -21,6 +21,7 @@ from .composed import dictionary
 from .config import RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig
 from .errors import Stopped, UserError
 from .folder import CONFIG, HELD_OUT, begin, check_free, read_metrics, read_settings, report, rewind
+from .interchange.plain import bias_where
 from .loggers import Logger, open_loggers
 from .optim import Cohort, Learner, together
 from .parts import reads
@@ -386,9 +387,8 @@ def _take_over(sae: SparseAutoencoder, path: Path) -> None:
             raise UserError(f"train.init: {path} is not allowed; its {name} is {theirs[name]}, and sae.{name} {value}")
     sae.load_state_dict(found.state_dict())
     if (subtracts := sae.cfg.apply_b_dec_to_input) != found.cfg.apply_b_dec_to_input:
-        with torch.no_grad():  # another library's: b_enc makes up for what is taken from x, or isn't
-            shift = sae.b_dec.double() @ sae.W_enc.double()
-            sae.b_enc.copy_(sae.b_enc.double() + (shift if subtracts else -shift))
+        with torch.no_grad():  # another library's
+            sae.b_enc.copy_(bias_where(subtracts, sae.b_enc, sae.b_dec, sae.W_enc))
     norm = sae.W_dec.detach().norm(dim=1)
     if (norm - 1).abs().max() > 1e-3 and (norm > 0).all():
         with torch.no_grad():  # another library's: training keeps rows at norm 1, so the latents take theirs over

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from temposae import SAEConfig, SparseAutoencoder, load
-from temposae.bench.providers import skip_init
+from temposae.bench.libraries import skip_init
 from temposae.engine import interchange
 
 pytestmark = pytest.mark.slow

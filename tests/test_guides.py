@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from temposae.bench.providers import skip_init
+from temposae.bench.libraries import skip_init
 
 from .commandline import run
 

@@ -61,16 +61,12 @@ class Plain:
         return replace(self, tensors={name: tensors[name].contiguous() for name in shapes})
 
     def subtracting(self, wanted: bool) -> "Plain":
-        """The same function with b_dec taken from x, or not: b_enc makes up for it.
-
-        x W_enc + b_enc = (x - b_dec) W_enc + (b_enc + b_dec W_enc), worked out in float64 and rounded once.
-        """
+        """The same function with b_dec taken from x, or not: b_enc makes up for it."""
         if self.is_transcoder or self.subtracts == wanted:
             return self
         t = self.tensors
-        shift = t["b_dec"].double() @ t["W_enc"].double()
-        b_enc = t["b_enc"].double() + (shift if wanted else -shift)
-        return replace(self, subtracts=wanted, tensors={**t, "b_enc": b_enc.to(t["b_enc"].dtype)})
+        b_enc = bias_where(wanted, t["b_enc"], t["b_dec"], t["W_enc"])
+        return replace(self, subtracts=wanted, tensors={**t, "b_enc": b_enc})
 
     def jumping(self) -> "Plain":
         """With a threshold for each latent: of relu all 0, of batchtopk all the same. Raises UserError for topk."""
@@ -82,6 +78,15 @@ class Plain:
         zero = torch.zeros((), dtype=self.tensors["b_enc"].dtype)
         threshold = self.tensors.get("threshold", zero).expand(F).clone()
         return replace(self, activation="jumprelu", tensors={**self.tensors, "threshold": threshold})
+
+
+def bias_where(subtracts: bool, b_enc: Tensor, b_dec: Tensor, W_enc: Tensor) -> Tensor:
+    """b_enc of the same function where b_dec is taken from x and was not, or the other way round:
+
+    x W_enc + b_enc = (x - b_dec) W_enc + (b_enc + b_dec W_enc), worked out in float64 and rounded once.
+    """
+    shift = b_dec.double() @ W_enc.double()
+    return (b_enc.double() + (shift if subtracts else -shift)).to(b_enc.dtype)
 
 
 def of_sae(sae: SparseAutoencoder, model: str | None, hook: str | None, target: str | None) -> Plain:

@@ -121,7 +121,7 @@ def test_missing_peers_are_named_and_harm_nothing(monkeypatch: pytest.MonkeyPatc
     found = __import__("importlib.util").util.find_spec
     peers = ("sparsify", "sae_lens", "dictionary_learning")
     monkeypatch.setattr(
-        "temposae.bench.providers.find_spec", lambda name: None if name.split(".")[0] in peers else found(name)
+        "temposae.bench.libraries.find_spec", lambda name: None if name.split(".")[0] in peers else found(name)
     )
     given = [
         word for name in ("eai-sparsify", "SAELens", "dictionary_learning", "temposae") for word in ("--provider", name)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from temposae.bench import providers, step
+from temposae.bench import libraries, providers, step
 from temposae.bench.data import HEADLINE, PRESETS, Shape, shapes, tokens
 from temposae.bench.floors import step_floors
-from temposae.bench.providers import PROVIDERS, Absent, Job, Provider, Trainee
+from temposae.bench.job import ACTIVATIONS, DEAD, Absent, Job, Trainee, sae_config
+from temposae.bench.plain import Dense
+from temposae.bench.providers import PROVIDERS, Provider
 from temposae.bench.step import Contender, contenders, measure
 from temposae.bench.timing import Memory
 from temposae.engine.errors import UserError
@@ -36,7 +38,7 @@ def installed(name: str) -> None:
 
 every_kind = pytest.mark.parametrize(
     ("activation", "auxk"),
-    [*((activation, False) for activation in providers.ACTIVATIONS), ("topk", True), ("batchtopk", True)],
+    [*((activation, False) for activation in ACTIVATIONS), ("topk", True), ("batchtopk", True)],
 )
 
 
@@ -111,7 +113,7 @@ def test_dead_latents_learn_by_auxk_alone(auxk: bool) -> None:
     given = job(auxk=True)
     learner = providers.make_learner(given)
     dead = torch.zeros(SHAPE.F, dtype=torch.bool)
-    dead[providers.DEAD] = True
+    dead[DEAD] = True
     learner.any_dead = auxk
     learner.counts.idle_tokens[:, dead] = learner.dead_after
     before = learner.sae.W_enc.detach().clone()
@@ -139,14 +141,14 @@ def test_auxk_of_the_libraries_has_work(
     if activation not in PROVIDERS[name].activations:
         pytest.skip(f"{name} has no {activation}")
     if name == "dictionary_learning":
-        providers.skip_init(name, unless="nnsight")
+        libraries.skip_init(name, unless="nnsight")
         trainer = {"topk": "top_k.TopKTrainer", "batchtopk": "batch_top_k.BatchTopKTrainer"}[activation]
         place = f"dictionary_learning.trainers.{trainer}.{place}"
     given = job(activation=activation, auxk=True)
     trainee = PROVIDERS[name].build(given)
     owner, method = place.rsplit(".", 1)
     module, cls = owner.rsplit(".", 1)
-    original = getattr(getattr(providers.load(module), cls), method)
+    original = getattr(getattr(libraries.load(module), cls), method)
     losses: list[float] = []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -154,7 +156,7 @@ def test_auxk_of_the_libraries_has_work(
         losses.append(float(getattr(found, "auxk_loss", found).detach()))
         return found
 
-    monkeypatch.setattr(getattr(providers.load(module), cls), method, watched)
+    monkeypatch.setattr(getattr(libraries.load(module), cls), method, watched)
     for i in range(4):
         trainee.step(i)
     assert len(losses) == 4
@@ -172,7 +174,7 @@ def test_decoder_rows_of_plain_torch_keep_unit_norm() -> None:
     trainee = PROVIDERS["torch"].build(job())
     for i in range(3):
         trainee.step(i)
-    assert isinstance(trainee.reconstruct, providers.Dense)
+    assert isinstance(trainee.reconstruct, Dense)
     assert trainee.reconstruct.W_dec.detach().norm(dim=1).tolist() == pytest.approx([1.0] * SHAPE.F, abs=1e-6)
 
 
@@ -180,13 +182,13 @@ def test_decoder_rows_of_plain_torch_keep_unit_norm() -> None:
 def test_clipping_limits_the_gradient(clip: float | None) -> None:
     trainee = PROVIDERS["torch"].build(job(clip=clip))
     trainee.step(0)
-    assert isinstance(trainee.reconstruct, providers.Dense)
+    assert isinstance(trainee.reconstruct, Dense)
     norm = torch.stack([p.grad.norm() for p in trainee.reconstruct.parameters() if p.grad is not None]).norm()
     assert (norm <= 0.5001) == (clip is not None)
 
 
 def test_dense_gradient_is_tangent_to_the_decoder() -> None:
-    sae = providers.Dense(providers.sae_config(job()), "cpu")
+    sae = Dense(sae_config(job()), "cpu")
     sae.loss(torch.randn(SHAPE.N, SHAPE.D)).backward()
     sae.project()
     assert sae.W_dec.grad is not None
@@ -194,7 +196,7 @@ def test_dense_gradient_is_tangent_to_the_decoder() -> None:
 
 
 def test_a_missing_package_is_absent_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "find_spec", lambda name: None)
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None)
     with pytest.raises(Absent, match="^sparsify is not installed$"):
         PROVIDERS["eai-sparsify"].build(job())
 

@@ -1,0 +1,206 @@
+"""Other libraries, each through its own code."""
+
+import contextlib
+import io
+import itertools
+import os
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.accelerate import accelerate
+from .job import DEAD, LONG_RUN, Absent, Job, Trainee, autocast, fixes_l0, let_die, mean_l0, sae_config
+
+
+def sparsify(job: Job) -> Trainee:
+    """eai-sparsify's SparseCoder in the order of its Trainer.fit. Own: signum under a schedule-free wrapper, the default.
+
+    AuxK is off by default; if it is on, it counts 1 / 32, as in Gao et al.
+
+    On a GPU its forward runs under bfloat16 autocast, whatever is asked for. Without Triton's GPU it needs telling so before
+    it is imported.
+    """
+    if job.device == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    library = load("sparsify")
+    n, d, f, k = job.shape
+    torch.manual_seed(0)
+    coder = library.SparseCoder(d, library.SparseCoderConfig(num_latents=f, k=k), job.device, torch.float32)
+    coder.b_dec.data = job.tokens.mean.clone()
+    if job.accelerated:
+        accelerate(coder)
+    if job.auxk:
+        let_die(coder.encoder.weight)
+    if job.own:
+        inner = load("sparsify.sign_sgd").SignSGD(coder.parameters(), lr=5e-3 / (f / 2**14) ** 0.5)
+        optimizer: Any = load("schedulefree").ScheduleFreeWrapper(inner, momentum=0.95)
+        optimizer.train()
+    else:
+        optimizer = torch.optim.Adam(coder.parameters(), lr=job.lr, fused=True)
+    idle = torch.zeros(f, device=job.device, dtype=torch.long)
+    fired = torch.zeros(f, device=job.device, dtype=torch.bool)
+    dead_after = 10_000_000
+
+    def step(i: int) -> None:
+        if job.auxk:
+            idle[DEAD] = dead_after + 1
+        x = job.tokens.wide[i % len(job.tokens.wide)]
+        with matmul_precision("high"):  # as its fit() sets it
+            coder.set_decoder_norm_to_unit_norm()
+            dead = idle > dead_after if job.auxk else None
+            out = coder(x, total_variance=(x - x.mean(0)).pow(2).sum(), dead_mask=dead)
+            fired[out.latent_indices.flatten()] = True
+            float(out.fvu.detach())
+            if job.auxk:
+                float(out.auxk_loss.detach())
+            (out.fvu + out.auxk_loss / 32 if job.auxk else out.fvu).backward()
+            coder.remove_gradient_parallel_to_decoder_directions()
+            optimizer.step()
+            optimizer.zero_grad()
+        idle.add_(n)
+        idle[fired] = 0
+        fired.zero_()
+
+    def reconstruct(x: Tensor) -> Tensor:
+        if job.own:
+            optimizer.eval()  # the weights that are kept are an average
+        x_hat = coder(x).sae_out
+        if job.own:
+            optimizer.train()
+        return x_hat
+
+    dtype = "bf16" if torch.device(job.device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return Trainee(step, reconstruct, "signum" if job.own else "Adam", dtype, None, job.aux_k)
+
+
+def sae_lens(job: Job) -> Trainee:
+    """SAELens' training SAE in its SAETrainer, which always clips at 1. Own: its Adam, lr, dtype and coefficients."""
+    library = load("sae_lens")
+    n, d, f, k = job.shape
+    ours = sae_config(job)
+    name, sizes, same = {
+        "topk": ("TopK", dict(k=k), {}),
+        "batchtopk": ("BatchTopK", dict(k=float(k)), {}),
+        "jumprelu": ("JumpReLU", {}, dict(l0_coefficient=ours.l0_coefficient * d)),
+        "relu": ("Standard", {}, dict(l1_coefficient=ours.l1_coefficient)),
+    }[job.activation]
+    sizes |= {} if job.own else same
+    torch.manual_seed(0)
+    config = getattr(library, f"{name}TrainingSAEConfig")(d_in=d, d_sae=f, device=job.device, **sizes)
+    sae = getattr(library, f"{name}TrainingSAE")(config)
+    if job.auxk:
+        let_die(sae.W_enc.T)
+    settings: dict[str, Any] = dict(total_training_samples=n * LONG_RUN, train_batch_size_samples=n, device=job.device)
+    settings |= dict(lr_end=3e-5) if job.own else dict(lr=job.lr, lr_end=job.lr, autocast=job.dtype == "bf16")
+    config = load("sae_lens.config").SAETrainerConfig(**settings)
+    trainer = library.SAETrainer(config, sae, data_provider=iter(job.tokens.wide))
+    if job.accelerated:
+        accelerate(trainer)
+    if not job.own:
+        fuse(trainer.optimizer)
+
+    def step(i: int) -> None:
+        if job.auxk:
+            trainer.n_forward_passes_since_fired[DEAD] = trainer.cfg.dead_feature_window + 1
+        trainer.maybe_reset_sparsity()
+        trainer.step(job.tokens.wide[i % len(job.tokens.wide)])
+        trainer.n_training_steps += 1
+
+    dtype = "fp32" if job.own else job.dtype
+    l0 = None if fixes_l0(job.activation) else lambda x: mean_l0(sae.encode(x))
+    return Trainee(step, sae, optimizer_name(trainer.optimizer), dtype, 1.0, job.aux_k, l0)
+
+
+def dictionary_learning(job: Job) -> Trainee:
+    """The `update` of dictionary_learning's trainer, which always clips at 1, but not for ReLU. JumpReLU aims at an L0 of K.
+    Own: its Adam, lr, warm-ups, dtype, coefficient of L1 and aim for L0."""
+    skip_init("dictionary_learning", unless="nnsight")
+    k = job.shape.K
+    module, name, sizes, same = {
+        "topk": ("top_k", "TopKTrainer", dict(k=k), {}),
+        "batchtopk": ("batch_top_k", "BatchTopKTrainer", dict(k=k), {}),
+        "jumprelu": ("jumprelu", "JumpReluTrainer", {}, dict(target_l0=float(k), sparsity_warmup_steps=0)),
+        "relu": (
+            "standard", "StandardTrainer", {}, dict(l1_penalty=sae_config(job).l1_coefficient, sparsity_warmup_steps=0),
+        ),
+    }[job.activation]  # fmt: skip
+    settings: dict[str, Any] = dict(activation_dim=job.shape.D, dict_size=job.shape.F, steps=LONG_RUN, **sizes)
+    settings |= dict(layer=0, lm_name="none", seed=0, device=job.device)
+    settings |= {} if job.own else dict(lr=job.lr, warmup_steps=0, **same)
+    torch.manual_seed(0)  # not all of them do
+    trainer = getattr(load(f"dictionary_learning.trainers.{module}"), name)(**settings)
+    if job.accelerated:
+        accelerate(trainer)
+    if job.auxk:
+        let_die(trainer.ae.encoder.weight)
+    if not job.own:
+        fuse(trainer.optimizer)
+    narrow = not job.own and job.dtype == "bf16"
+    xs = [x.bfloat16() for x in job.tokens.wide] if narrow else job.tokens.wide
+    count = itertools.count()  # step 0 sets the bias
+
+    def step(i: int) -> None:
+        if job.auxk:
+            trainer.num_tokens_since_fired[DEAD] = trainer.dead_feature_threshold
+        with autocast(job, narrow):
+            trainer.update(next(count), xs[i % len(xs)])
+
+    def reconstruct(x: Tensor) -> Tensor:
+        if job.activation == "batchtopk":  # as in training; the threshold for later use follows slowly
+            return trainer.ae.decode(trainer.ae.encode(x, use_threshold=False))
+        return trainer.ae(x)
+
+    dtype, clip = "bf16" if narrow else "fp32", None if job.activation == "relu" else 1.0
+    l0 = None if fixes_l0(job.activation) else lambda x: mean_l0(trainer.ae.encode(x))
+    return Trainee(step, reconstruct, optimizer_name(trainer.optimizer), dtype, clip, job.aux_k, l0)
+
+
+def faster(build: Callable[[Job], Trainee]) -> Callable[[Job], Trainee]:
+    """A library's training step after the one line that `temposae.accelerate` takes."""
+    return lambda job: build(job._replace(accelerated=True))
+
+
+def load(module: str) -> Any:
+    """The module. What it prints and warns about on the way is its own affair. Raises Absent if it isn't installed."""
+    package = module.partition(".")[0]
+    if find_spec(package) is None:
+        raise Absent(f"{package} is not installed")
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return import_module(module)
+
+
+def skip_init(package: str, unless: str) -> None:
+    """Let modules of `package` be imported without its own __init__, if that needs `unless` and it isn't there."""
+    spec = find_spec(package) if package not in sys.modules and find_spec(unless) is None else None
+    if spec is not None:
+        sys.modules[package] = bare = types.ModuleType(package)
+        bare.__spec__, bare.__path__ = spec, list(spec.submodule_search_locations or ())
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Make an Adam that has not stepped yet a fused one."""
+    for group in optimizer.param_groups:
+        group["fused"] = True
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    name = type(optimizer).__name__
+    return name if optimizer.param_groups[0].get("fused") else f"{name} (unfused)"
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
