@@ -90,6 +90,16 @@ def test_training_steps_of_saelens_are_the_same(kind, dead, monkeypatch):
             close(fast.state_dict()[what], own, what)
 
 
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
+def test_dead_latents_are_counted_without_auxk_where_the_library_does(kind):
+    plain, fast = (trainer(kind, auxk_alpha=0.0) for _ in range(2))
+    accelerate(fast)
+    for one in (plain, fast):
+        one.num_tokens_since_fired[::4] = one.dead_feature_threshold
+        one.update(1, data())
+    assert plain.dead_features == fast.dead_features
+
+
 @pytest.mark.parametrize("dead", [False, True])
 @pytest.mark.parametrize("kind", LEARNING)
 def test_updates_of_dictionary_learnings_trainers_are_the_same(kind, dead, monkeypatch):

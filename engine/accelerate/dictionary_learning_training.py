@@ -73,7 +73,10 @@ class TopK(Training):
         self.effective_l0 = self.k
         self.num_tokens_since_fired += len(x)
         self.num_tokens_since_fired[self._fired(code).long()] = 0
-        return loss + self.auxk_alpha * self._dead_loss(x, e.detach()) if self.auxk_alpha > 0 else loss
+        return loss + self.auxk_alpha * self._dead_loss(x, e.detach()) if self._has_aux() else loss
+
+    def _has_aux(self: Any) -> bool:
+        return self.auxk_alpha > 0
 
     def _dead_loss(self: Any, x: Tensor, residual: Tensor) -> Tensor:
         """As the library's own, from the activations of the dead latents alone."""
@@ -102,6 +105,9 @@ class BatchTopK(TopK):
 
     def _fired(self: Any, code: SparseCode) -> Tensor:
         return code.indices[code.live(code.values) > 0]
+
+    def _has_aux(self: Any) -> bool:
+        return True  # it also counts dead latents where AuxK has no weight
 
 
 class Matryoshka(BatchTopK):
