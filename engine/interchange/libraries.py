@@ -95,7 +95,9 @@ def _read_dictionary_learning(config: Settings, tensors: State, _: Path) -> Plai
     if kind not in _DICTIONARY_LEARNING:
         raise UserError(f"trainer.dict_class: {kind} is not allowed; it must be {', '.join(_DICTIONARY_LEARNING)}")
     activation = _DICTIONARY_LEARNING[kind]
-    k = trainer["k"] if activation in ("topk", "batchtopk") else None
+    k = None
+    if activation in ("topk", "batchtopk"):
+        k = int(tensors["k"]) if "k" in tensors else trainer["k"]
     prefixes = tuple(tensors["group_sizes"].cumsum(0).tolist()) if "group_sizes" in tensors else None
     if "encoder.weight" in tensors:
         bias = tensors["bias"] if kind == "AutoEncoder" else tensors["b_dec"]

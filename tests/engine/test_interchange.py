@@ -152,6 +152,13 @@ def test_computes_what_its_library_does(tmp_path, case):
         assert (found.run.stream.model, found.run.stream.hook) == ("testbed", HOOK)
 
 
+def test_the_k_beside_the_weights_is_the_one_that_counts(tmp_path):
+    """As the library's own loader has it; training may have come down from another."""
+    tensors = linear(k=torch.tensor(K - 1), threshold=torch.tensor(-1.0))
+    sae = checkpoint.find(dictionary_learning(tmp_path / "other", "AutoEncoderTopK", tensors)).dictionary()
+    assert sae.cfg.k == K - 1
+
+
 def test_rows_of_norm_one_with_latents_that_count_the_norm(tmp_path):
     sae = checkpoint.find(saelens(tmp_path / "other", "topk", rescale_acts_by_decoder_norm=True)).dictionary()
     norm = W_DEC.double().norm(dim=1)
