@@ -1,5 +1,6 @@
 # make demo       set up .venv, train a dictionary on the embedded language model, measure it
 # make test       set up .venv, lint, type-check, run the ordinary tests
+# make guides     the pages of docs/guides, block by block, with the libraries that they are about
 # make test-slow  the longer tests (random sweeps, a pretrained model, kill and resume)
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo test guides test-slow lint setup clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -30,6 +31,9 @@ lint: $(STAMP)
 # two workers of one thread each
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2
+
+guides: $(VENV)/.peers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_guides.py
 
 test-slow: $(VENV)/.smollm2 $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2

@@ -73,7 +73,6 @@ def test_every_block_of_a_librarys_guide_runs_and_learns(name, tmp_path, monkeyp
     assert names["theirs"] is not None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_every_block_of_a_guide_runs(name, tmp_path, monkeypatch):
     documents = run("testbed", "sample", "--count", "600").out
