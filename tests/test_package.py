@@ -14,13 +14,14 @@ import pytest
 import temposae
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "bench/peers"  # other libraries', shipped as files, and nobody's modules
 NOT_SHIPPED = ("tests", "docs", "build", "dist", "runs")
 PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 
 
 def source_files(pattern: str) -> list[Path]:
-    """Files of the package, relative to its root; not tests, not what was built, not virtual environments."""
-    found = (path.relative_to(ROOT) for path in ROOT.rglob(pattern))
+    """Files of the package, relative to its root; not tests, not scripts, not what was built, not virtual environments."""
+    found = (path.relative_to(ROOT) for path in ROOT.rglob(pattern) if path.parent != SCRIPTS)
     return sorted(p for p in found if p.parts[0] not in NOT_SHIPPED and not any(x.startswith(".") for x in p.parts))
 
 
@@ -56,7 +57,8 @@ def test_wheel_holds_every_module_the_embedded_model_the_page_and_measured_resul
     model = [path.relative_to(ROOT) for path in (ROOT / "engine/testbed/model").iterdir()]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in model}
     results = [path.relative_to(ROOT) for path in (ROOT / "bench/results").rglob("*.json")]
-    others = [*model, *results, "evals/dashboard.html", "py.typed"]
+    scripts = [path.relative_to(ROOT) for path in SCRIPTS.iterdir() if path.is_file()]
+    others = [*model, *results, *scripts, "evals/dashboard.html", "py.typed"]
     assert shipped == {f"temposae/{path}" for path in [*source_files("*.py"), *others]}
 
 
