@@ -166,18 +166,22 @@ class StreamConfig(Config):
     that at `hook`. `second`: another hook, of the same width, that a part of the dictionary looks at in training.
     `data`: a .txt, .jsonl, .parquet or .npy file, a dataset's name or
     folder; the embedded language for `testbed`. Documents are in the field `text_field`, or tokenised already in `tokens` or
-    `input_ids`. A row has `context` tokens of one document or, with `packing`, of as many as fit. A text that ends
-    begins again (`repeat`), or ends the run. Left out are padding, the tokenizer's special tokens (`drop_special`) and, with
-    `max_norm`, activations whose norm is more than so many times the median.
+    `input_ids`. A row holds up to `context` tokens of one document, a long one going on in the next row; `bos` says whether
+    the tokenizer's `<bos>` is put in front of each (unless given, if it has one). With `packing`, on by default for text,
+    rows of similar length go through the model together, cut to the longest, so that short documents cost no more per token
+    than long ones; each still begins at position 0 and sees no other. A text that ends begins again (`repeat`), or ends the
+    run. Left out, from training as from every measurement, are padding, the tokenizer's special tokens (`drop_special`) and
+    massive activations: those whose norm is above `max_norm` times the median; "auto" finds the limit from how widely norms
+    spread (`stream.norms.NormFilter`), null leaves out none.
 
     `mode`: batches of single tokens; the same in order of position (`grouped`); or whole rows (`sequences`).
-    `buffer_tokens` or `buffer_gb` (10^9 bytes): what is mixed at a time; as many tokens as the run has, between 2048 and
-    65536, unless given. `buffer_dtype` int8 and fp8 (e4m3) take one byte, with a scale for each activation; metrics tell the
+    `buffer_tokens` or `buffer_gb` (10^9 bytes): what is mixed at a time; an eighth of the run, between 8192 and 65536
+    tokens and at least four batches, unless given. `buffer_dtype` int8 and fp8 (e4m3) take one byte, with a scale for each activation; metrics tell the
     error (`buffer_error`). `attention` of the language model: the fastest that gives the same numbers, unless given.
     `compile` the part of it that is needed with torch.compile.
 
     `cache`: a folder that `temposae cache` made. Activations are read from there, and it decides model, data, text_field,
-    context and packing; `hook` is one of those that it holds. The model and its text are loaded for evaluation only.
+    context and bos; `hook` is one of those that it holds. The model and its text are loaded for evaluation only.
     `activations`: a .npy, .safetensors or .pt file of activations from anywhere, [M, D] or [R, T, D], in place of a model.
     """
 
@@ -190,10 +194,11 @@ class StreamConfig(Config):
     activations: str | None = None
     text_field: str = "text"
     context: Annotated[int, Field(ge=2)] = 128
-    packing: bool = False
+    bos: bool | None = None
+    packing: bool | None = None
     repeat: bool = True
     drop_special: bool = True
-    max_norm: Annotated[float, Field(gt=1)] | None = None
+    max_norm: Annotated[float, Field(gt=1)] | Literal["auto"] | None = "auto"
     mode: Literal["tokens", "grouped", "sequences"] = "tokens"
     rows_per_forward: Count = 32
     attention: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"

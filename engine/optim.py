@@ -146,7 +146,7 @@ class Learner:
             found = self._unfused_step(x, batch.pos, dead, self.begin_step(x, batch.pos), target, beside)
             self.counts.add(len(x), (target - self.mean).square().sum(), found)
             self.match(found.sums)
-            self.sae.follow(None if found.least_kept is None else found.least_kept[0])
+            self.sae.follow(None if found.least_kept is None else found.least_kept[0], self.threshold_pace)
         every = self.config.resample_every_steps
         if every is not None and self.steps_done % every == 0:
             self._resample(self.scaled(batch.x), batch.pos, self.scaled(batch.target))
@@ -193,6 +193,12 @@ class Learner:
         self.tokens_done += len(x)
         self._steps += 1
         return lr
+
+    @property
+    def threshold_pace(self) -> float:
+        """How fast batchtopk's threshold follows: a mean over the last twentieth of the run, and at most 100 batches, when
+        the learning rate has nearly come down to zero, so that it is that of the dictionary as it ends."""
+        return min(1.0, max(0.01, 20 / self.config.steps))
 
     @property
     def dead(self) -> Tensor | None:
@@ -529,7 +535,7 @@ class Cohort:
             learner.match(found.sums)
         if found.least_kept is not None:
             for learner, least in zip(self.learners, found.least_kept, strict=True):
-                learner.sae.follow(least)
+                learner.sae.follow(least, learner.threshold_pace)
 
 
 def together(learners: Iterable[Learner]) -> list[Cohort | Learner]:

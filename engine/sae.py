@@ -352,11 +352,11 @@ class SparseAutoencoder(nn.Module):
             self.threshold.clamp_min_(0)
 
     @torch.no_grad()
-    def follow(self, least: Tensor | None) -> None:
-        """After an update, let batchtopk's threshold follow the least activation kept: a mean over about 100 batches."""
+    def follow(self, least: Tensor | None, pace: float = 0.01) -> None:
+        """After an update, let batchtopk's threshold follow the least activation kept: a mean over about 1 / `pace` batches."""
         if least is not None:
-            pace = torch.where(self.threshold > 0, 0.01, 1.0)
-            self.threshold.lerp_(torch.where(least.isfinite(), least, self.threshold), pace)
+            paces = torch.where(self.threshold > 0, pace, 1.0)
+            self.threshold.lerp_(torch.where(least.isfinite(), least, self.threshold), paces)
 
     def inputs(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor | None, Mask | None]:
         """x as [N, D], the mask's row of each token and the mask; the last two are None without a mask."""

@@ -74,12 +74,12 @@ def train(
     if not isinstance(stream, ActivationStream):
         own = stream if isinstance(stream, Own) else Own(stream, seed=config.seed)
         most = max(config.tokens, 2 * config.batch)
-        stream = ActivationStream(StreamConfig(), tokens=most, seed=config.seed, own=own)
+        stream = ActivationStream(StreamConfig(), tokens=most, batch=config.batch, seed=config.seed, own=own)
     run = RunConfig(stream=stream.config, sae=sae, train=config)
     trained = _Training(stream, {"": run}, out, resume).run()[""]
     if stream.own is not None:
         parts = {"sae": trained.sae} | ({"random": trained.random} if trained.random is not None else {})
-        scores = {part: held_out_scores(one, stream.own) for part, one in parts.items()}
+        scores = {part: held_out_scores(one, stream.own_held_out()) for part, one in parts.items()}
         trained.held_out = {part: found for part, found in scores.items() if found is not None} or None
     return trained
 

@@ -149,13 +149,13 @@ def in_rows(pos: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 @torch.no_grad()
 def collect(stream: ActivationStream, texts: Iterable[TokenRows], total: int | None = None) -> Collected:
-    """Run the model over rows of text and keep what is at the stream's hook, but for padding and special tokens."""
-    model, found = stream.model, []
+    """Run the model over rows of text and keep what is at the stream's hook, of the tokens that training takes."""
+    found = []
     with progress_bar("collecting activations", total=total, unit="rows") as bar:
         for rows in texts:
-            kept = stream.keep(rows)
-            x = model.activations(rows.tokens)[kept.to(model.device)].float()
-            found.append((rows.tokens, kept, x, rows.row))
+            read, kept = stream.read(rows)
+            x = next(iter(read.values()))[kept].float()
+            found.append((rows.tokens, kept.cpu(), x, rows.row))
             bar.advance(len(rows))
     if not found or not any(len(x) for _, _, x, _ in found):
         raise UserError("data: no text holds a token to evaluate on")

@@ -20,7 +20,8 @@ mean next-token loss in nats when the hook's value is replaced:
 variance; and (legacy) the mean over tokens of 1 - |x - x_hat|^2 / |x - mu|^2, which tokens near mu dominate.
 
 Per position both sums run over the tokens at that position (mu stays the overall mean), and "dead" is at that position.
-`<bos>` and padding are neither reconstructed nor counted, and keep their own activation when the others are replaced.
+Padding, special tokens and massive activations, which training leaves out, are neither reconstructed nor counted, and keep
+their own activation when the others are replaced.
 """
 
 import math
@@ -88,9 +89,9 @@ def core(
     with progress_bar("evaluating", total=rows + (len(coders) + 3) * ce_rows, unit="rows") as bar:
         parts: list[_Part] = []
         for text in texts:
-            kept = stream.keep(text).to(device)
+            read, kept = stream.read(text)
             pos = torch.arange(T, device=device).expand(kept.shape)[kept]
-            acts = [x[kept].float() for x in stream.model.harvest(text.tokens).values()]
+            acts = [x[kept].float() for x in read.values()]
             parts.append(_Part(text, kept, acts[0], acts[-1], pos))
             bar.advance(len(text.tokens))
         count = sum((torch.bincount(p.pos, minlength=T) for p in parts), torch.zeros((), device=device))

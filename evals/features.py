@@ -235,7 +235,8 @@ def _chunks(
     (else x again), at most `size` at a time."""
     left = sys.maxsize if tokens is None else tokens
     for rows in _whole_text(stream.text, stream.config.rows_per_forward):
-        kept = stream.keep(rows)
+        read, there = stream.read(rows)
+        kept = there.cpu()
         kept &= (kept.flatten().cumsum(0) <= left).view(kept.shape)
         place = {
             "document": rows.document[kept].numpy(),
@@ -243,7 +244,7 @@ def _chunks(
             "position": torch.arange(kept.shape[1], dtype=torch.int32).expand(kept.shape)[kept].numpy(),
             "token": rows.tokens[kept].int().numpy(),
         }
-        x, *others = (acts[kept.to(acts.device)].float() for acts in stream.model.harvest(rows.tokens).values())
+        x, *others = (acts[kept.to(acts.device)].float() for acts in read.values())
         target = others[-1] if others else x
         for start in range(0, len(x), size):
             at = slice(start, start + size)

@@ -11,7 +11,7 @@ from ..engine.checkpoint import Checkpoint
 from ..engine.errors import UserError
 from ..engine.files import UNFINISHED
 from ..engine.sae import SparseAutoencoder
-from ..engine.stream import ActivationStream, Own
+from ..engine.stream import ActivationStream
 from ..engine.stream.own import held_out_scores
 from ..engine.train import Run, train
 from .collect import Evaluation
@@ -44,7 +44,7 @@ def evaluate_runs(folder: Path, runs: dict[str, Run], stream: ActivationStream) 
             "tokens": run.metrics[-1]["tokens"],
         }
         if stream.own is not None:
-            found[name] = _without_model(run, stream.own) | settings
+            found[name] = _without_model(run, stream) | settings
             continue
         stream.model.use(hooks=last.run.stream.hooks)
         result = evaluate(last, stream, folder / name)["core"]
@@ -56,11 +56,11 @@ def evaluate_runs(folder: Path, runs: dict[str, Run], stream: ActivationStream) 
     return {"dictionaries": found}
 
 
-def _without_model(run: Run, own: Own) -> dict[str, Any]:
+def _without_model(run: Run, stream: ActivationStream) -> dict[str, Any]:
     """Scores on the activations held out, else those of training's last report; CE needs a model and is None."""
 
     def scores(sae: SparseAutoencoder, line: dict[str, Any]) -> dict[str, Any]:
-        held_out = held_out_scores(sae, own)
+        held_out = held_out_scores(sae, stream.own_held_out())
         measured = held_out or {"explained_variance": 1 - line["fvu"], **line}
         found = {key: measured.get(key) for key in SCORES}
         return found | {"measured_on": "held-out rows" if held_out else "training"}

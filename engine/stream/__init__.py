@@ -1,8 +1,9 @@
 """Tokens -> language model -> ring buffer -> batches, positions kept all the way."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from ..ranks import ALONE, Ranks
 from ..stopwatch import Stopwatch
 from .buffer import Batch, RingBuffer
 from .cache import Cached, read_manifest
-from .live import Live, Source, is_text
+from .live import Live, Source, is_text, packs
 from .model import LanguageModel
 from .narrow import LARGEST
+from .norms import SAMPLE, NormFilter
 from .own import Own, open_file, settle
 from .text import RowSource, TestbedRows, TokenRows, open_text
 
@@ -33,8 +35,10 @@ class ActivationStream:
         batch = stream.next(1024)          # batch.x [1024, D], batch.pos, batch.token, batch.document, batch.row
 
     The same config and seed give the same batches. Left out are padding, the tokenizer's special tokens (`drop_special`) and
-    activations of extreme norm (`max_norm`). With `mode="sequences"` a batch holds whole rows, x [B, T, D], and `batch.kept`
-    says which tokens those filters leave. A batch is overwritten by the next one. A ready `model` or source of `rows` may be
+    massive activations (`max_norm`; `norms` says which they were). With `mode="sequences"` a batch holds whole rows,
+    x [B, T, D], and `batch.kept` says which tokens those filters leave. A batch is overwritten by the next one. `tokens` is
+    how many will be asked for: the buffer is sized by it, and reads no more text than they need (one that asks for more gets
+    more), in batches of about `batch`. A ready `model` or source of `rows` may be
     given; else both are loaded as the config says. With `config.cache` activations come from there, `hooks` are those to be
     read (`config.hook` unless given), and `model` and `text` are loaded when they are first asked for.
     With `config.activations`, or `own` ones in hand, there are neither.
@@ -49,6 +53,7 @@ class ActivationStream:
         config: StreamConfig,
         *,
         tokens: int = 1_000_000,
+        batch: int = 1024,
         seed: int = 0,
         model: LanguageModel | None = None,
         rows: RowSource | None = None,
@@ -75,6 +80,8 @@ class ActivationStream:
         else:
             self.source = self._live(config, hooks)
             config = config.model_copy(update={"hook": self.model.hook})
+        self.norms = NormFilter(config.max_norm)
+        self._ahead: deque[Batch] = deque()  # what was read to find the limits of norms, before the buffer takes it
         self.config = config
         self.d_in, self.positions = self.source.widths[str(config.hook)], self.source.positions
         dtype = torch.float8_e4m3fn if config.buffer_dtype == "fp8" else getattr(torch, config.buffer_dtype)
@@ -83,13 +90,17 @@ class ActivationStream:
         if config.buffer_gb is not None:
             self.buffer_tokens = int(config.buffer_gb * 1e9 / item)
         else:
-            self.buffer_tokens = config.buffer_tokens or min(65536, max(2048, tokens))
+            eighth = min(65536, max(8192, 4 * batch, tokens // 8))
+            self.buffer_tokens = config.buffer_tokens or min(eighth, max(2048, 2 * batch, tokens))
         if config.mode == "sequences" and self.buffer_tokens < 2 * config.context:
             raise UserError(
                 f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must hold at least two sequences "
                 f"({2 * config.context})"
             )
-        self.config = config.model_copy(update={"buffer_tokens": self.buffer_tokens, "buffer_gb": None})
+        update: dict[str, Any] = {"buffer_tokens": self.buffer_tokens, "buffer_gb": None}
+        if isinstance(self.source, Live):
+            update["packing"] = self.source.packing
+        self.config = config.model_copy(update=update)
         self.watch = Stopwatch(self.source.device)
         self._sequences = config.mode == "sequences"
         self.dropped = {"special": 0, "high_norm": 0}
@@ -97,8 +108,9 @@ class ActivationStream:
         self._generator = torch.Generator().manual_seed(seed)
         try:
             self._buffer = RingBuffer(
-                self.buffer_tokens // (self.positions if self._sequences else 1), self.source.widths,
+                self._items(self.buffer_tokens), self.source.widths,
                 dtype, self.source.device, self._fill, self._generator,
+                wanted=-(-tokens // batch) * max(1, self._items(batch)),
                 context=self.positions if self._sequences else None, grouped=config.mode == "grouped",
             )  # fmt: skip
         except RuntimeError:  # torch's word for out of memory
@@ -115,7 +127,8 @@ class ActivationStream:
             raise UserError(
                 f"stream.context: {config.context} is not allowed; {config.model} has at most {self.model.context}"
             )
-        return Live(self.model, self.text, config.context, config.rows_per_forward, self.ranks)
+        packing = packs(config, self.text)
+        return Live(self.model, self.text, config.context, config.rows_per_forward, self.ranks, packing=packing)
 
     @property
     def model(self) -> LanguageModel:
@@ -136,7 +149,7 @@ class ActivationStream:
             config = self.config
             self._text = open_text(
                 config.data, config.model, self.model.tokenizer, config.context, seed=self._text_seed,
-                packing=config.packing, text_field=config.text_field, repeat=config.repeat,
+                bos=config.bos, text_field=config.text_field, repeat=config.repeat,
             )  # fmt: skip
         return self._text
 
@@ -184,12 +197,16 @@ class ActivationStream:
                 f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must be at least twice the batch ({n})"
             )
         self._begin()
-        return self._buffer.next(max(1, n // self.positions) if self._sequences else n)
+        return self._buffer.next(max(1, self._items(n)))
 
     def sample(self) -> Batch:
         """What the buffer holds, [N, D], at most 65536 items: for means and the like. Changes nothing in what comes."""
         self._begin()
-        return self._buffer.contents(65536 // (self.positions if self._sequences else 1)).flat()
+        return self._buffer.contents(self._items(65536)).flat()
+
+    def _items(self, tokens: int) -> int:
+        """So many tokens in items of the buffer: rows of sequences, else tokens."""
+        return tokens // self.positions if self._sequences else tokens
 
     def held_out(self, rows: int) -> Iterator[TokenRows]:
         """Rows of text that training never sees, `rows_per_forward` at a time: `rows` of them, or all that there are."""
@@ -199,18 +216,50 @@ class ActivationStream:
         """The activations of such rows at the model's hooks, tokens that count, row after row."""
         found = []
         for text in self.held_out(rows):
-            kept = self.keep(text).to(self.source.device)
+            read, kept = self.read(text)
             row, pos = kept.nonzero(as_tuple=True)
-            acts = {hook: x[kept] for hook, x in self.model.harvest(text.tokens).items()}
+            acts = {hook: x[kept] for hook, x in read.items()}
             places = (value.to(kept.device)[kept] for value in (text.tokens, text.document))
             token, document = places
             found.append(Batch(acts, pos.int(), token.int(), document.long(), text.row.to(row.device)[row].long()))
         return found
 
-    def keep(self, rows: TokenRows) -> Tensor:
-        """Which positions [B, T] count: no padding, and no special tokens where `drop_special`."""
+    def read(self, rows: TokenRows) -> tuple[dict[str, Tensor], Tensor]:
+        """What the model has at its hooks for rows of text, [B, T, D] by hook, and which tokens [B, T] count: those that
+        training takes. Not padding, special tokens (`drop_special`) or massive activations (`max_norm`)."""
+        acts, kept = self._read(rows)
+        self._know_norms(acts)
+        return acts, kept & self.norms.ordinary(acts)
+
+    def _read(self, rows: TokenRows) -> tuple[dict[str, Tensor], Tensor]:
+        """As `read`, whatever the norms."""
+        acts = self.model.harvest(rows.tokens, rows.length if packs(self.config, self.text) else None)
         kept = is_text(rows)
-        return kept & ~torch.isin(rows.tokens, self.source.special) if self.config.drop_special else kept
+        if self.config.drop_special:
+            kept &= ~torch.isin(rows.tokens, self.source.special)
+        return acts, kept.to(next(iter(acts.values())).device)
+
+    def _know_norms(self, hooks: Iterable[str]) -> None:
+        """Have the limits of norms at these hooks: where training or its checkpoint has none, from held-out text."""
+        if self.norms.knows(hooks):
+            return
+        sample: list[dict[str, Tensor]] = []
+        tokens = 0
+        for rows in self.held_out(SAMPLE):
+            acts, kept = self._read(rows)
+            sample.append({hook: x[kept] for hook, x in acts.items()})
+            tokens += int(kept.sum())
+            if tokens >= SAMPLE:
+                break
+        self.norms.calibrate({hook: torch.cat([part[hook] for part in sample]) for hook in sample[0]})
+
+    def own_held_out(self) -> Iterator[Batch]:
+        """Of activations without a model, the rows that training never sees, without massive ones."""
+        assert self.own is not None
+        for batch in self.own.held_out():
+            if not self.norms.knows(batch.acts):
+                self.norms.calibrate(batch.acts)
+            yield batch[self.norms.ordinary(batch.acts)]
 
     @property
     def buffer_error(self) -> float | None:
@@ -227,6 +276,8 @@ class ActivationStream:
         if not self._buffer.begun:
             with progress_bar("filling the buffer", total=self.buffer_tokens, unit="tokens") as self._filling:
                 found = self._buffer.contents()
+                if sentence := self.norms.sentence():
+                    self._filling.note(sentence)
             self._filling = None
             if not len(found):
                 self._refuse(self.counts.get("tokens", 0))
@@ -235,9 +286,10 @@ class ActivationStream:
         """The source's next activations, filtered; sequences in rows of T."""
         trim_host()
         read, epoch = 0, self.source.counts["epoch"]
+        if not self.norms.knows(self.source.widths):
+            self._read_ahead()
         while True:
-            with self.watch(self.source.label):
-                fresh = self.source.next()
+            fresh = self._ahead.popleft() if self._ahead else self._from_source()
             if fresh is None:
                 return None
             kept = self._kept(fresh)
@@ -251,23 +303,43 @@ class ActivationStream:
         fresh = replace(fresh, kept=kept)
         return self._in_rows(fresh) if self._sequences else fresh.flat()
 
+    def _from_source(self) -> Batch | None:
+        with self.watch(self.source.label):
+            return self.source.next()
+
+    def _read_ahead(self) -> None:
+        """Read as much as it takes to tell which norms are massive; less than the buffer holds."""
+        left, sample = min(SAMPLE, self.buffer_tokens // 2), list[dict[str, Tensor]]()
+        while left > 0 and (fresh := self._from_source()) is not None:
+            self._ahead.append(fresh)
+            kept = self._candidates(fresh).to(fresh.pos.device)
+            sample.append({hook: x[kept] for hook, x in fresh.acts.items()})
+            left -= int(kept.sum())
+            if self.source.counts["epoch"] > 1:  # a text with hardly a token that counts
+                break
+        if sample:
+            self.norms.calibrate({hook: torch.cat([part[hook] for part in sample]) for hook in self.source.widths})
+
     def _refuse(self, read: int) -> NoReturn:
         filters = "(see stream.drop_special and stream.max_norm)"
         raise UserError(f"data: {self.source.name} holds no token to train on, {read:,} read {filters}")
 
     def _kept(self, fresh: Batch) -> Tensor:
         """Which tokens [M] the filters leave, on the CPU."""
-        kept = torch.ones(len(fresh), dtype=torch.bool)
+        kept = self._candidates(fresh)
+        self.dropped["special"] += int((~kept).sum())
+        if self.config.max_norm is None:
+            return kept
+        massive = kept & ~self.norms.ordinary(fresh.acts).cpu()
+        self.norms.count(int(kept.sum()), fresh.pos.cpu()[massive])
+        self.dropped["high_norm"] += int(massive.sum())
+        return kept & ~massive
+
+    def _candidates(self, fresh: Batch) -> Tensor:
+        """Which tokens [M] are the text's own, on the CPU."""
         if self.config.drop_special and fresh.kept is not None:
-            kept = fresh.kept
-            self.dropped["special"] += int((~kept).sum())
-        if self.config.max_norm is not None:
-            for x in fresh.acts.values():
-                norm = x.float().norm(dim=1).cpu()
-                high = kept & (norm > self.config.max_norm * norm[kept].median())
-                self.dropped["high_norm"] += int(high.sum())
-                kept = kept & ~high
-        return kept
+            return fresh.kept
+        return torch.ones(len(fresh), dtype=torch.bool)
 
     def _in_rows(self, fresh: Batch) -> Batch:
         """[M] tokens of some rows as [B, T], zeros where there are none."""
@@ -291,10 +363,12 @@ class ActivationStream:
         """All that is needed to go on exactly here: buffer, order, random state, place in the text."""
         found = self._buffer.state() | {f"source.{key}": value for key, value in self.source.state().items()}
         return found | {
-            "random": self._generator.get_state(), "dropped": torch.tensor(list(self.dropped.values()))
+            "random": self._generator.get_state(), "dropped": torch.tensor(list(self.dropped.values())),
+            **self.norms.state(),
         }  # fmt: skip
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.norms.load_state(state)
         self._buffer.load_state(state)
         self.source.load_state(
             {key.removeprefix("source."): value for key, value in state.items() if key.startswith("source.")}

@@ -94,13 +94,15 @@ class RingBuffer:
     gathered into memory that is used again, with `grouped` in order of their positions. With `dtype` int8 or float8_e4m3fn
     slots hold codes and scales (`narrow`), and batches are bfloat16. Served slots are filled while the others are being
     served; on a GPU by a stream of its own, so that the language model runs beside the training step, and nothing waits but
-    a permutation.
+    a permutation. Once `wanted` items have been put in, the rest is served to its end before any more are asked for.
     """
 
     def __init__(
         self, capacity: int, widths: dict[str, int], dtype: torch.dtype, device: torch.device,
         fill: Callable[[], Batch | None], generator: torch.Generator, *, context: int | None = None, grouped: bool = False,
+        wanted: int | None = None,
     ):  # fmt: skip
+        self._wanted, self._put_in = wanted, 0
         self.capacity, self._fill, self._generator, self._grouped = capacity, fill, generator, grouped
         self._device, self._dtype, self._widths = device, dtype, widths
         self._shape = () if context is None else (context,)
@@ -125,7 +127,9 @@ class RingBuffer:
 
     def next(self, n: int) -> Batch:
         """The next n items, without replacement; fewer, or none, at the end. Overwritten by the next call."""
-        last = len(self._order) // 2 if not self._ended else len(self._order) - n + 1
+        if self._has_all and self.begun and self._at + n > len(self._order) and not self._ended:
+            self._want_more()
+        last = len(self._order) // 2 if not (self._ended or self._has_all) else len(self._order) - n + 1
         if not self.begun or self._at >= last:
             self._permute()
         at = slice(self._at, min(self._at + n, len(self._order)))
@@ -144,6 +148,19 @@ class RingBuffer:
         out = self._empty(len(here), self._dtype)
         self._take(here, here.to(self._device), out)
         return out
+
+    def _want_more(self) -> None:
+        """Go on past `wanted`: from now on every free slot is filled again."""
+        left = self._order[self._at :]
+        free = torch.ones(self.capacity, dtype=torch.bool).index_fill_(0, left, False).nonzero().flatten()
+        self._order = torch.cat([free, left])
+        self._order_there = self._order.to(self._device)
+        self._at, self._filled, self._wanted = len(free), 0, None
+
+    @property
+    def _has_all(self) -> bool:
+        """Whether so many items as will be asked for have been put in."""
+        return self._wanted is not None and self._put_in >= self._wanted
 
     @property
     def rounding(self) -> float:
@@ -183,7 +200,7 @@ class RingBuffer:
 
     def _refill(self, until: int) -> None:
         """Fill served slots until so many of them are, if there is so much that is fresh."""
-        if self._filled >= until or self._ended:
+        if self._filled >= until or self._ended or self._has_all:
             return
         if self._side is None:
             self._put(until)
@@ -193,7 +210,7 @@ class RingBuffer:
                 self._put(until)
 
     def _put(self, until: int) -> None:
-        while self._filled < until:
+        while self._filled < until and not self._has_all:
             fresh = self._left if self._left is not None else self._fill()
             if fresh is None:
                 self._ended = True
@@ -219,6 +236,7 @@ class RingBuffer:
                 self._slots.kept.index_copy_(0, here, fresh.kept[:count])
             self._left = fresh[slice(count, None)] if count < len(fresh) else None
             self._filled += count
+            self._put_in += count
 
     def _permute(self) -> None:
         """Fill what is free, and put all that is there into a new order."""
@@ -256,7 +274,8 @@ class RingBuffer:
         found |= {f"scales.{hook}": scale for hook, scale in self._scales.items()} | {"squares": self._squares}
         if self._left is not None:
             found |= {f"left.{key}": value for key, value in self._left.tensors().items()}
-        numbers = (self._at, self._filled, self._chunk, self.begun, self._ended)
+        wanted = -1 if self._wanted is None else self._wanted
+        numbers = (self._at, self._filled, self._chunk, self.begun, self._ended, self._put_in, wanted)
         return found | {"order": self._order, "numbers": torch.tensor(numbers)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -271,7 +290,8 @@ class RingBuffer:
         self._left = Batch.from_tensors(found) if found else None
         self._order = state["order"]
         self._order_there = self._order.to(self._device)
-        self._at, self._filled, self._chunk, begun, ended = state["numbers"].tolist()
+        self._at, self._filled, self._chunk, begun, ended, self._put_in, wanted = state["numbers"].tolist()
+        self._wanted = None if wanted < 0 else wanted
         self.begun, self._ended = bool(begun), bool(ended)
 
 

@@ -30,14 +30,15 @@ from ..errors import UserError
 from ..files import UNFINISHED, flush
 from ..progress import progress_bar
 from .buffer import PLACES, Batch
-from .live import Live
+from .live import Live, packs
 from .model import LanguageModel
 from .text import RowSource, open_text
 
-FORMAT = "temposae-cache/1"
+FORMAT = "temposae-cache/2"
+EARLIER = "temposae-cache/1"  # the same, except that with `packing` a row could hold several documents
 MANIFEST = "cache.json"
 BLOCK = 4096  # tokens of a block, and as many more as its last row has
-_OF_THE_TEXT = ("model", "data", "text_field", "context", "packing")  # settings that a cache decides
+_OF_THE_TEXT = ("model", "data", "text_field", "context", "bos")  # settings that a cache decides
 _OF_THE_MODEL = ("attention", "compile")  # and those that it proposes
 _PLACES = (*PLACES, "kept")
 _DTYPES = {
@@ -114,6 +115,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise UserError(f"cache: {folder} holds no {MANIFEST}; give a folder that `temposae cache` made") from None
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, no JSON
         raise UserError(f"cache: {path} is damaged or can't be read ({error})") from None
+    if isinstance(found, dict) and found.get("format") == EARLIER and not (found.get("stream") or {}).get("packing"):
+        found["format"] = FORMAT
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         kind = found.get("format") if isinstance(found, dict) else type(found).__name__
         raise UserError(f"cache: {path} has format {kind!r}; this version reads {FORMAT}")
@@ -163,10 +166,12 @@ def write_cache(
         raise UserError(f"stream.context: {config.context} is not allowed; {config.model} has at most {model.context}")
     text = rows or open_text(
         config.data, config.model, model.tokenizer, config.context,
-        seed=seed, packing=config.packing, text_field=config.text_field, repeat=False,
+        seed=seed, bos=config.bos, text_field=config.text_field, repeat=False,
     )  # fmt: skip
-    live = Live(model, text, config.context, config.rows_per_forward)
-    stream = config.model_copy(update={"hook": model.hook, "repeat": False, "cache": None})
+    packing = packs(config, text)
+    live = Live(model, text, config.context, config.rows_per_forward, packing=packing)
+    update = {"hook": model.hook, "repeat": False, "cache": None, "packing": packing}
+    stream = config.model_copy(update=update)
     manifest = Manifest(
         format=FORMAT, stream=stream, seed=seed, hooks=model.widths, dtype=dtype, positions=config.context,
         special=tuple(live.special.tolist()), wanted=tokens, shard_mb=shard_mb,

@@ -5,10 +5,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..config import StreamConfig
 from ..ranks import ALONE, Ranks
 from .buffer import Batch
 from .model import LanguageModel
-from .text import RowSource, TokenRows
+from .text import RowSource, TextRows, TokenRows
+
+MOST_ROWS = 8  # times rows_per_forward that are read at once, however short they are
 
 
 class Source(Protocol):
@@ -36,16 +39,18 @@ class Source(Protocol):
 
 
 class Live:
-    """A language model over rows of text, `rows_per_forward` at a time. Of several `ranks`, each takes so many of the rows,
-    and all get the activations of all."""
+    """A language model over rows of text, `rows_per_forward` at a time; with `packing`, as many rows as hold about that many
+    full rows of tokens. Each of several `ranks` runs an equal share of the rows, and all get the activations of all."""
 
     label = "model"
 
     def __init__(
-        self, model: LanguageModel, text: RowSource, positions: int, rows_per_forward: int, ranks: Ranks = ALONE
-    ):
+        self, model: LanguageModel, text: RowSource, positions: int, rows_per_forward: int, ranks: Ranks = ALONE,
+        *, packing: bool = False,
+    ):  # fmt: skip
         self.ranks = ranks.apart()  # from training, beside which a GPU reads on
         self.model, self.text, self.positions, self.rows_per_forward = model, text, positions, rows_per_forward
+        self.packing = packing
         self.widths, self.device = model.widths, model.device
         self.special = special_tokens(model.tokenizer)
 
@@ -58,7 +63,7 @@ class Live:
         return self.text.counts | {"epoch": self.text.epoch}
 
     def next(self) -> Batch | None:
-        rows = self.text.next(self.rows_per_forward * self.ranks.size)
+        rows = self._rows()
         B, T = rows.tokens.shape
         if B == 0:
             return None
@@ -66,17 +71,30 @@ class Live:
         at = is_text(rows).flatten().nonzero().flatten()
         pos = torch.arange(T, dtype=torch.int32).expand(B, T)
         places = (pos, rows.tokens.int(), rows.document, rows.row[:, None].expand(B, T))
-        acts = self._harvest(rows.tokens, at)
+        acts = self._harvest(rows, at)
         kept = ~torch.isin(rows.tokens.flatten()[at], self.special)
         return Batch(acts, *(place.flatten()[at].to(self.device, non_blocking=True) for place in places), kept=kept)
 
-    def _harvest(self, tokens: Tensor, at: Tensor) -> dict[str, Tensor]:
+    def _rows(self) -> TokenRows:
+        """The next rows of the text, for one forward pass."""
+        count = self.rows_per_forward * self.ranks.size
+        rows = self.text.next(count)
+        if not self.packing or len(rows) < count:
+            return rows
+        tokens = max(1, int(rows.length.sum()))
+        more = min((count * self.positions - tokens) * count // tokens, (MOST_ROWS - 1) * count)
+        return rows.joined(self.text.next(more)) if more > 0 else rows
+
+    def _harvest(self, rows: TokenRows, at: Tensor) -> dict[str, Tensor]:
         """Activations [M, D] at the places `at` [M] of the flattened tokens [B, T]."""
-        rank, share = self.ranks.rank, self.rows_per_forward * tokens.shape[1]
-        owner = at // share
-        mine = (at[owner == rank] - rank * share).to(self.device, non_blocking=True)
-        own = tokens[rank * self.rows_per_forward :][: self.rows_per_forward]
-        found = self.model.harvest(own if len(own) else tokens[:1])  # at the text's end there may be none
+        rank, T = self.ranks.rank, rows.tokens.shape[1]
+        share = -(-len(rows) // self.ranks.size) if self.packing else self.rows_per_forward
+        owner = at // (share * T)
+        mine = (at[owner == rank] - rank * share * T).to(self.device, non_blocking=True)
+        own = slice(rank * share, (rank + 1) * share)
+        if not len(rows.tokens[own]):  # at the text's end there may be none
+            own = slice(1)
+        found = self.model.harvest(rows.tokens[own], rows.length[own] if self.packing else None)
         counts = owner.bincount(minlength=self.ranks.size).tolist()
         return {hook: self.ranks.rows(x.flatten(0, 1)[mine], counts) for hook, x in found.items()}
 
@@ -95,6 +113,12 @@ def special_tokens(tokenizer: Any) -> Tensor:
     if unknown not in [getattr(tokenizer, f"{other}_token_id") for other in others]:
         found.discard(unknown)
     return torch.tensor(sorted(found), dtype=torch.int64)
+
+
+def packs(config: StreamConfig, text: RowSource) -> bool:
+    """Whether rows of similar length go through the model together: unless `config` says, where the text has short ones and
+    no fixed shape is compiled for."""
+    return isinstance(text, TextRows) and not config.compile if config.packing is None else config.packing
 
 
 def is_text(rows: TokenRows) -> Tensor:

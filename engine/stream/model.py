@@ -18,6 +18,7 @@ __all__ = ["BUILT_IN", "TESTBED", "LanguageModel"]
 #: implementations of attention, in the order in which they are tried
 FASTEST = {"cuda": ("sdpa", "flex_attention", "eager"), "cpu": ("sdpa", "eager")}
 ATTENTION = ("auto", *FASTEST["cuda"])
+MOST_PADDING = 0.1  # of a group of rows that run together
 
 
 class LanguageModel:
@@ -117,9 +118,21 @@ class LanguageModel:
         """What passes the first hook, [B, T, D], for tokens [B, T]."""
         return self._read(tokens, (self.hook,))[self.hook]
 
-    def harvest(self, tokens: Tensor) -> dict[str, Tensor]:
-        """What passes each hook, [B, T, D_hook], for tokens [B, T], in one pass."""
-        return self._read(tokens, self.hooks)
+    def harvest(self, tokens: Tensor, length: Tensor | None = None) -> dict[str, Tensor]:
+        """What passes each hook, [B, T, D_hook], for tokens [B, T], in one pass.
+
+        With the `length` [B] of each row, rows of similar length run together, cut to the longest of them, which changes
+        nothing but the time: attention is causal and padding stands behind. Behind a row's end are zeros then."""
+        if length is None:
+            return self._read(tokens, self.hooks)
+        found: dict[str, Tensor] = {}
+        for rows in alike(length):
+            T = max(1, int(length[rows].max()))
+            for hook, x in self._read(tokens[rows, :T], self.hooks).items():
+                if hook not in found:
+                    found[hook] = x.new_zeros(*tokens.shape, x.shape[-1])
+                found[hook][rows.to(x.device), :T] = x
+        return found
 
     @torch.no_grad()
     def logits(
@@ -234,6 +247,22 @@ class LanguageModel:
             if not 0 <= layer < self.n_layers:
                 raise UserError(f"layer: {layer} is not allowed; {self.name} has layers 0 to {self.n_layers - 1}")
         return tuple(dict.fromkeys([*hooks, *(f"blocks.{layer}.hook_resid_post" for layer in layers)]))
+
+
+def alike(length: Tensor) -> list[Tensor]:
+    """Rows [B] in groups of similar `length`: a group ends when padding would make up more than `MOST_PADDING` of it, but not
+    before it holds an eighth of all tokens, since small forward passes are slow."""
+    order = length.argsort(descending=True, stable=True)
+    sizes = length[order].tolist()
+    groups, first, held = [], 0, 0
+    for at, size in enumerate(sizes):
+        area = sizes[first] * (at + 1 - first)
+        if at > first and area - (held + size) > MOST_PADDING * area and 8 * held >= sum(sizes):
+            groups.append(order[first:at])
+            first, held = at, 0
+        held += size
+    groups.append(order[first:])
+    return groups
 
 
 def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -287,14 +287,14 @@ def settle(config: StreamConfig, source: Own) -> StreamConfig:
 
 
 @torch.no_grad()
-def held_out_scores(sae: SparseAutoencoder, source: Own) -> dict[str, float] | None:
-    """`explained_variance`, `fvu`, `l0` and `dead_fraction` of a dictionary on the rows held out, which have `tokens`
-    tokens; None where there are none. FVU = sum |x - x_hat|^2 / sum |x - mu|^2, mu the mean of the same rows."""
+def held_out_scores(sae: SparseAutoencoder, batches: Iterable[Batch]) -> dict[str, float] | None:
+    """`explained_variance`, `fvu`, `l0` and `dead_fraction` of a dictionary on batches of held-out activations, which have
+    `tokens` tokens; None where there are none. FVU = sum |x - x_hat|^2 / sum |x - mu|^2, mu the mean of the same tokens."""
     error = squares = l0 = 0.0
     total, tokens = torch.zeros((), dtype=torch.float64), 0
-    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=source.device)
-    sae = sae.to(source.device)
-    for batch in source.held_out():
+    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
+    for batch in batches:
+        sae, fired = sae.to(batch.x.device), fired.to(batch.x.device)
         x = batch.x.float()
         code = sae.encode_sparse(x, batch.pos)
         error += float((x - sae.decode(code)).double().square().sum())

@@ -1,4 +1,4 @@
-"""Rows of tokens, read as they are needed: one document per row (a long one in several), or packed without a gap."""
+"""Rows of tokens, read as they are needed: one document in each, a long one in several."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -34,6 +34,11 @@ class TokenRows:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def joined(self, other: "TokenRows") -> "TokenRows":
+        """These rows and then the others."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("tokens", "length", "document", "row"))
+        return TokenRows(*(torch.cat(pair) for pair in pairs))
 
 
 class RowSource(Protocol):
@@ -110,11 +115,11 @@ class TestbedRows:
 
 
 class TextRows:
-    """Documents of a text, cut into rows of `context` tokens that each begin with `<bos>` where the tokenizer has one.
+    """Documents of a text, cut into rows of up to `context` tokens.
 
-    A row holds one document or a part of it; with `packing` it is filled up with those that follow, each of which begins
-    with `<bos>`, and only the text's last row is padded. A document of token ids may bring its `<bos>` along. Every 20th
-    row is held out, of fewer rows the last.
+    A row holds one document or a part of it, padded behind. It begins with `<bos>` where the tokenizer has one, unless
+    `bos` is False; True demands one. A document of token ids may bring its `<bos>` along. Every 20th row is held out, of
+    fewer rows the last.
     """
 
     def __init__(
@@ -123,14 +128,16 @@ class TextRows:
         tokenizer: Any,
         context: int,
         *,
-        packing: bool = False,
+        bos: bool | None = None,
         repeat: bool = True,
         name: str = "the text",
     ):
         self.documents = documents if isinstance(documents, Documents) else Listed(documents, name)
         self.name, self.tokenizer, self.context = self.documents.name, tokenizer, context
-        self.packing, self.repeat = packing, repeat
-        self.bos: int | None = tokenizer.bos_token_id
+        self.repeat = repeat
+        self.bos: int | None = None if bos is False else tokenizer.bos_token_id
+        if bos and self.bos is None:
+            raise UserError("stream.bos: true is not allowed; the tokenizer has no <bos> token")
         self.pad: int = tokenizer.pad_token_id or 0
         self.vocabulary = len(tokenizer)
         self.epoch = 0
@@ -218,24 +225,21 @@ class _Pass:
 
     def __next__(self) -> _Row:
         text = self.text
+        ids = self._current()
+        if ids is None:
+            raise StopIteration
         tokens, document = np.full(text.context, text.pad), np.full(text.context, -1)
         at = 0
-        while at < text.context and (ids := self._current()) is not None:
-            start = at
-            if text.bos is not None and (at == 0 or self.used == 0):
-                tokens[at] = text.bos
-                at += 1
-            piece = ids[self.used : self.used + text.context - at]
-            tokens[at : at + len(piece)] = self._checked(piece)
-            at += len(piece)
-            document[start:at] = self.document
-            self.used += len(piece)
-            if self.used == len(ids):
-                self._end("documents")
-            if not text.packing:
-                break
-        if at == 0:
-            raise StopIteration
+        if text.bos is not None:
+            tokens[0] = text.bos
+            at = 1
+        piece = ids[self.used : self.used + text.context - at]
+        at += len(piece)
+        tokens[at - len(piece) : at] = self._checked(piece)
+        document[:at] = self.document
+        self.used += len(piece)
+        if self.used == len(ids):
+            self._end("documents")
         self.row += 1
         return _Row(tokens, document, at, self.row - 1)
 
@@ -286,7 +290,7 @@ def open_text(
     context: int,
     *,
     seed: int,
-    packing: bool = False,
+    bos: bool | None = None,
     text_field: str = "text",
     repeat: bool = True,
 ) -> RowSource:
@@ -297,15 +301,13 @@ def open_text(
     in each row.
     """
     if data is not None:
-        return TextRows(open_documents(data, text_field), tokenizer, context, packing=packing, repeat=repeat)
+        return TextRows(open_documents(data, text_field), tokenizer, context, bos=bos, repeat=repeat)
     if model != "testbed":
         raise UserError(
             f"data: {model} needs text: give a .txt, .jsonl, .parquet or .npy file, or a dataset's name or folder"
         )
-    if packing:
-        raise UserError(
-            "stream.packing: True is not allowed without data; a document of the embedded language is a row"
-        )
+    if bos is False:
+        raise UserError("stream.bos: false is not allowed without data; documents of the embedded language have a <bos>")
     return TestbedRows(context, seed)
 
 

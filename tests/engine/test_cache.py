@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def write(testbed, texts):
 
     def make(folder: Path, tokens: int = TOKENS, hooks=HOOKS, stream=None, **options):
         rows = TextRows(texts, testbed.tokenizer, CONTEXT, repeat=False, name="texts")
-        config = StreamConfig(**{"context": CONTEXT, "rows_per_forward": 16, **(stream or {})})
+        config = StreamConfig(**{"context": CONTEXT, "rows_per_forward": 16, "packing": False, **(stream or {})})
         return write_cache(
             folder, config, tokens, hooks=hooks, model=testbed, rows=rows, **{"shard_mb": SHARD_MB, **options}
         )
@@ -358,9 +359,14 @@ def test_a_cut_or_foreign_manifest_is_named(copy, tmp_path):
         path.write_text(whole[:cut])
         with pytest.raises(UserError, match=r"cache: .*cache.json is damaged"):
             Cached(copy)
+    for packing, read in ((False, True), (True, False)):  # as an earlier version wrote them
+        earlier = json.loads(whole) | {"format": "temposae-cache/1"}
+        path.write_text(json.dumps(earlier | {"stream": earlier["stream"] | {"packing": packing}}))
+        with nullcontext() if read else pytest.raises(UserError, match="has format 'temposae-cache/1'"):
+            Cached(copy)
     for foreign in ("[]", "{}", '{"format": "temposae/1"}', "3"):
         path.write_text(foreign)
-        with pytest.raises(UserError, match=r"cache: .*cache.json has format .*; this version reads temposae-cache/1"):
+        with pytest.raises(UserError, match=r"cache: .*cache.json has format .*; this version reads temposae-cache/2"):
             Cached(copy)
     for key, value in (("hooks", 3), ("shards", 5), ("dtype", "int8"), ("more", 1)):
         path.write_text(json.dumps(json.loads(whole) | {key: value}))
@@ -497,7 +503,7 @@ def test_neither_model_nor_text_is_loaded_before_it_is_needed(made, monkeypatch)
         ({"context": 32}, ("stream.context: 32", "made with context 64")),
         ({"model": "smollm2"}, ("stream.model: smollm2", "made with model testbed")),
         ({"data": "other.txt"}, ("stream.data: other.txt", "made with data None")),
-        ({"packing": True}, ("stream.packing: True", "False")),
+        ({"bos": False}, ("stream.bos: False", "made with bos None")),
         ({"hook": "blocks.3.hook_resid_post"}, ("stream.hook: blocks.3.hook_resid_post", *HOOKS)),
     ],
 )

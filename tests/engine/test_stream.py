@@ -37,10 +37,8 @@ def equal(one: Batch, two: Batch) -> bool:
 def over(testbed, texts):
     """over(hooks, **settings): a stream over those documents, and a source that reads them from the beginning."""
 
-    def make(hooks=HOOKS, packing=False, repeat=True, **settings) -> tuple[ActivationStream, RowSource]:
-        source, again = (
-            TextRows(texts, testbed.tokenizer, 64, packing=packing, repeat=repeat, name="texts") for _ in range(2)
-        )
+    def make(hooks=HOOKS, repeat=True, of=texts, **settings) -> tuple[ActivationStream, RowSource]:
+        source, again = (TextRows(of, testbed.tokenizer, 64, repeat=repeat, name="texts") for _ in range(2))
         config = {"buffer_tokens": 4096, "rows_per_forward": 16, "context": 64, "repeat": repeat} | settings
         return ActivationStream(StreamConfig(**config), model=testbed, rows=source, hooks=hooks), again
 
@@ -112,16 +110,17 @@ def test_special_tokens_are_left_out_unless_asked_for(over):
     assert (found.pos == 0).any()
     assert whole.counts["special"] == 0
     rows = again.next(64)
-    assert torch.equal(whole.keep(rows), torch.arange(64) < rows.length[:, None])
-    assert not kept.keep(rows)[:, 0].any()
+    assert torch.equal(whole.read(rows)[1], torch.arange(64) < rows.length[:, None])
+    assert not kept.read(rows)[1][:, 0].any()
 
 
-def test_activations_of_extreme_norm_are_left_out_and_counted(over, monkeypatch):
-    stream, _ = over(hooks=HOOKS[:1], max_norm=5.0)
+@pytest.mark.parametrize("max_norm", [5.0, "auto"])
+def test_massive_activations_are_left_out_and_counted(over, monkeypatch, max_norm):
+    stream, again = over(hooks=HOOKS[:1], max_norm=max_norm)
     real = stream.model.harvest
 
-    def with_sinks(tokens):
-        x = real(tokens)[HOOKS[0]].clone()
+    def with_sinks(tokens, length=None):
+        x = real(tokens, length)[HOOKS[0]].clone()
         x[:, 7] *= 100
         return {HOOKS[0]: x}
 
@@ -130,6 +129,40 @@ def test_activations_of_extreme_norm_are_left_out_and_counted(over, monkeypatch)
     assert not (found.pos == 7).any()
     assert (found.pos == 8).any()
     assert 0 < stream.counts["high_norm"] < stream.counts["rows"]
+    report = stream.norms.report()
+    assert report["positions"] == {"7": stream.counts["high_norm"]}
+    assert report["share"] == pytest.approx(report["massive"] / (stream.counts["tokens"] - stream.counts["special"]))
+    assert report["variance_share"][HOOKS[0]] > 0.99
+    kept = stream.read(again.next(64))[1]  # what every eval reads
+    assert not kept[:, 7].any()
+    assert kept[:, 8].any()
+    off, again = over(hooks=HOOKS[:1], max_norm=None)
+    assert (all_of(batches(off, 512, 10)).pos == 7).any()
+    assert off.read(again.next(64))[1][:, 7].any()
+    assert off.norms.report() is None
+
+
+def test_short_rows_go_through_the_model_together_and_give_what_they_give_alone(over, texts, monkeypatch):
+    """With packing: as many tokens of text in a forward pass, hardly any padding, and positions from 0 in each document."""
+    shapes = []
+    short = [" ".join(text.split()[: 4 + 13 * i % 60]) for i, text in enumerate(texts)]
+    for packing in (False, True):
+        stream, again = over(packing=packing, max_norm=None, of=short)
+        real = stream.model._read
+        monkeypatch.setattr(stream.model, "_read", lambda tokens, hooks: shapes[-1].append(tokens.shape) or real(tokens, hooks))
+        shapes.append([])
+        batches(stream, 1024, 14)
+        monkeypatch.undo()
+        rows = again.next(100)
+        acts, kept = stream.read(rows)
+        alone = stream.model.harvest(rows.tokens)
+        for hook in HOOKS:
+            torch.testing.assert_close(acts[hook][kept], alone[hook][kept], rtol=1e-4, atol=1e-4)
+    tokens = [sum(rows * length for rows, length in passes) for passes in shapes]
+    assert tokens[1] < 0.7 * tokens[0]
+    assert len(shapes[1]) < 2 * len(shapes[0])
+    assert stream.next(1000).pos.min() == 1  # where each document's first word is, behind its <bos>
+    assert over()[0].config.packing is True  # of text, unless the settings say otherwise
 
 
 def test_batches_are_mixed_over_documents(stream_of):
@@ -194,8 +227,8 @@ def test_nan_is_named_with_its_place(over, monkeypatch, mode):
     stream, _ = over(mode=mode)
     real = stream.model.harvest
 
-    def broken(tokens):
-        found = {hook: x.clone() for hook, x in real(tokens).items()}
+    def broken(tokens, length=None):
+        found = {hook: x.clone() for hook, x in real(tokens, length).items()}
         found[HOOKS[1]][3, 5, 7] = torch.nan
         return found
 

@@ -96,11 +96,11 @@ FILES = ["txt", "jsonl", "jsonl of ids", "parquet", "parquet of ids", "npy", "np
 KINDS = [*FILES, "folder of txt", "folder of jsonl", "folder of parquet"]
 
 
-def layout(documents, bos, packing):
+def layout(documents, bos):
     """All rows of the text as [(token, document)], written token by token."""
     rows, row = [], []
     for number, ids in enumerate(ids_of(documents)):
-        if not packing and row:
+        if row:
             rows, row = [*rows, row], []
         for at, token in enumerate(ids):
             for piece in [bos, token] if bos is not None and at == 0 else [token]:
@@ -135,23 +135,20 @@ def opened(path, bos=1, **options):
 
 
 @pytest.mark.parametrize("bos", [1, None])
-@pytest.mark.parametrize("packing", [False, True], ids=["", "packing"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_is_cut_into_rows_that_lose_and_double_nothing(kind, packing, bos, tmp_path):
+def test_text_is_cut_into_rows_that_lose_and_double_nothing(kind, bos, tmp_path):
     path, documents = write(kind, tmp_path, some_documents())
-    source = opened(path, bos, packing=packing, repeat=False)
+    source = opened(path, bos, repeat=False)
     train = [source.next(13) for _ in range(30)]
     assert len(train[-1]) == 0
     train = [part for part in train if len(part)]
     assert all(len(part) == 13 for part in train[:-1])
     rows, held_out = listed(*train), listed(*source.held_out(10**6, 4))
     assert sorted(rows) == list(rows)
-    expected = layout(documents, bos, packing)
+    expected = layout(documents, bos)
     assert {**rows, **held_out} == dict(enumerate(expected))
     assert sorted(held_out) == list(range(19, len(expected), 20))
     assert not set(held_out) & set(rows)
-    if packing:
-        assert {len(row) for row in expected[:-1]} == {T}
     assert source.epoch == 0
     assert source.name == path
     assert source.counts == {
@@ -162,12 +159,11 @@ def test_text_is_cut_into_rows_that_lose_and_double_nothing(kind, packing, bos, 
     }
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["", "packing"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_goes_on_exactly_where_it_was_taken(kind, packing, tmp_path):
-    rng = random.Random(f"{kind} {packing}")
+def test_a_state_goes_on_exactly_where_it_was_taken(kind, tmp_path):
+    rng = random.Random(kind)
     path, _ = write(kind, tmp_path, some_documents())
-    source = opened(path, packing=packing)
+    source = opened(path)
     states, parts, ends = [], [], []
     while source.epoch < 2 or len(parts) < 20:
         states.append({name: value.clone() for name, value in source.state().items()})
@@ -175,7 +171,7 @@ def test_a_state_goes_on_exactly_where_it_was_taken(kind, packing, tmp_path):
         ends.append((source.epoch, dict(source.counts)))
     assert max(value.numel() for value in states[-1].values()) < 10
     for start in [0, *rng.sample(range(1, len(parts)), 4 if kind.startswith("folder") else 12)]:
-        fresh = opened(path, packing=packing)
+        fresh = opened(path)
         fresh.next(rng.randrange(7))  # it has been elsewhere
         fresh.load_state(states[start])
         for part, (epoch, counts) in list(zip(parts, ends, strict=True))[start : start + 12]:
@@ -183,22 +179,32 @@ def test_a_state_goes_on_exactly_where_it_was_taken(kind, packing, tmp_path):
             assert (fresh.epoch, fresh.counts) == (epoch, counts)
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["", "packing"])
-def test_a_state_can_be_taken_at_every_row(packing):
+def test_a_state_can_be_taken_at_every_row():
     documents = some_documents(30)
-    source = TextRows(documents, Letters(), T, packing=packing)
-    rows = [(source.state(), source.next(1)) for _ in range(2 * len(layout(documents, 1, packing)) + 3)]
+    source = TextRows(documents, Letters(), T)
+    rows = [(source.state(), source.next(1)) for _ in range(2 * len(layout(documents, 1)) + 3)]
     assert source.epoch == 2
     for (state, row), (_, after) in pairwise(rows):
-        fresh = TextRows(documents, Letters(), T, packing=packing)
+        fresh = TextRows(documents, Letters(), T)
         fresh.load_state(state)
         assert same(fresh.next(1), row)
         assert same(fresh.next(1), after)
 
 
+def test_a_setting_says_whether_bos_is_put_in_front():
+    documents = some_documents(30)
+    for bos, given in ((None, 1), (True, 1), (False, None)):
+        rows = listed(TextRows(documents, Letters(), T, bos=bos, repeat=False).next(1000))
+        expected = layout(documents, given)
+        assert {number: expected[number] for number in rows} == rows
+    assert TextRows(documents, Letters(None), T).bos is None
+    with pytest.raises(UserError, match=r"^stream.bos: true is not allowed; the tokenizer has no <bos> token$"):
+        TextRows(documents, Letters(None), T, bos=True)
+
+
 def test_a_text_begins_again_with_the_same_rows():
     source = TextRows(some_documents(), Letters(), T)
-    trained = len([row for row in range(len(layout(some_documents(), 1, False))) if row % 20 != 19])
+    trained = len([row for row in range(len(layout(some_documents(), 1))) if row % 20 != 19])
     first = source.next(trained)
     assert source.epoch == 0
     assert same(source.next(trained), first)
@@ -548,7 +554,7 @@ def test_documents_of_the_embedded_language_are_rows():
 def test_what_the_embedded_language_lacks_is_refused():
     with pytest.raises(UserError, match="stream.context: 129 is not allowed; the embedded language has at most 128"):
         open_text(None, "testbed", None, 129, seed=0)
-    with pytest.raises(UserError, match="stream.packing: True is not allowed without data"):
-        open_text(None, "testbed", None, 128, seed=0, packing=True)
+    with pytest.raises(UserError, match="stream.bos: false is not allowed without data"):
+        open_text(None, "testbed", None, 128, seed=0, bos=False)
     with pytest.raises(UserError, match="data: gemma needs text"):
         open_text(None, "gemma", None, 128, seed=0)

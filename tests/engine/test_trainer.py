@@ -263,7 +263,7 @@ def test_a_transcoder_learns_what_an_mlp_does(testbed, tmp_path, activation):
     text = stream.text.next(4)
     stream.text.counts["rows"] -= 4  # they are read again
     features.encode(checkpoint.find(tmp_path / "run"), stream, tmp_path / "store", tokens=300)
-    acts = {name: value[stream.keep(text)][:300] for name, value in stream.model.harvest(text.tokens).items()}
+    acts = {name: value[stream.read(text)[1]][:300] for name, value in stream.model.harvest(text.tokens).items()}
     stored = pandas.read_parquet(tmp_path / "store" / "tokens.parquet")
     error = (acts[target] - run.sae(acts[hook]).detach()).square().sum(1)
     assert stored["squared_error"].to_numpy() == pytest.approx(error.numpy(), rel=1e-4)
@@ -326,7 +326,7 @@ def test_scores_on_rows_that_training_never_sees(stream_of, tmp_path):
     assert [line["step"] for line in lines] == [0, 4, 8]
     assert lines[0]["fvu"] > lines[1]["fvu"] > lines[2]["fvu"]
     text = next(iter(stream.text.held_out(8, 8)))
-    kept = stream.keep(text)
+    kept = stream.read(text)[1]
     x, pos = stream.model.activations(text.tokens)[kept], kept.nonzero()[:, 1]
     error = (x - run.sae(x, pos)).double().square().sum() / (x - x.mean(0)).double().square().sum()
     assert lines[2]["fvu"] == pytest.approx(float(error), rel=1e-5)

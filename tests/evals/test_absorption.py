@@ -197,17 +197,17 @@ def asked(context: int = 128) -> tuple[Evaluation, list[torch.Tensor]]:
     """An evaluation whose activations are the token ids, and the rows that the model was given."""
     given: list[torch.Tensor] = []
 
-    def activations(tokens):
-        given.extend(tokens)
-        return tokens[..., None].float()
+    def read(rows):
+        given.extend(rows.tokens)
+        return {"somewhere": rows.tokens[..., None].float()}, rows.document >= 0
 
-    model = SimpleNamespace(name="speller", tokenizer=Spelling(), device="cpu", activations=activations)
+    model = SimpleNamespace(name="speller", tokenizer=Spelling(), device="cpu")
     stream = SimpleNamespace(
         text=None,
         model=model,
         positions=context,
         config=SimpleNamespace(rows_per_forward=16),
-        keep=lambda rows: rows.document >= 0,
+        read=read,
     )
     sae = SparseAutoencoder(SAEConfig(d_in=1, d_sae=4, activation="relu", k=1))
     return Evaluation(cast(Any, stream), sae, None), given

@@ -72,7 +72,7 @@ def test_a_zero_dictionary_recovers_nothing_and_is_dead(stream_of):
 
 def test_predicting_the_mean_scores_zero(stream_of):
     stream = stream_of()
-    x = torch.cat([stream.model.activations(r.tokens)[stream.keep(r)] for r in stream.held_out(16)])
+    x = torch.cat([stream.model.activations(r.tokens)[stream.read(r)[1]] for r in stream.held_out(16)])
     found = core(stream, constant(x.mean(0)), {}, rows=16, ce_rows=8)
     assert found["explained_variance"] == pytest.approx(0, abs=1e-6)
     assert found["ce_recovered_over_mean"] == pytest.approx(0, abs=1e-4)
@@ -87,7 +87,7 @@ def test_figures_are_those_of_the_formulas(stream_of):
     sae = train(stream, SAEConfig(d_in=D, d_sae=64, k=4), TrainConfig(tokens=4096, batch=256, control=False)).sae
     found = core(stream, sae, {}, rows=12, ce_rows=12)
     rows = next(stream.text.held_out(12, 12))
-    kept = stream.keep(rows)
+    kept = stream.read(rows)[1]
     full = stream.model.activations(rows.tokens)
     x = full[kept]
     f = sae.encode(x)

@@ -62,9 +62,9 @@ class Planted:
         self.positions = T
         self.model = SimpleNamespace(
             name="planted", hook="somewhere", device=torch.device("cpu"), widths={"somewhere": D},
-            activations=lambda tokens: x[tokens], direct_logits=self.direct_logits,
-            tokenizer=Words(),
+            direct_logits=self.direct_logits, tokenizer=Words(),
         )  # fmt: skip
+        self.x = x
 
     def direct_logits(self, directions: torch.Tensor) -> torch.Tensor:
         """Latent j raises the tokens t with t = j modulo 7 by t, and lowers the others by half of it."""
@@ -76,9 +76,9 @@ class Planted:
             number = torch.arange(R)[at] + 100
             yield TokenRows(self.tokens[at], self.length[at], (2 * number)[:, None].expand(-1, T), number)
 
-    def keep(self, rows: TokenRows) -> torch.Tensor:
+    def read(self, rows: TokenRows) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         pos = torch.arange(T)
-        return (pos > 0) & (pos < rows.length[:, None])
+        return {"somewhere": self.x[rows.tokens]}, (pos > 0) & (pos < rows.length[:, None])
 
 
 def sae() -> SparseAutoencoder:
@@ -94,7 +94,7 @@ def planted(**settings: Any) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """What is found, the activations [R, T, D], and which tokens count [R, T]."""
     stream, acts = Planted(activations()), activations()
     rows = TokenRows(stream.tokens, stream.length, stream.tokens, stream.tokens[:, 0])
-    return dashboard(cast(Any, stream), sae(), name="run", **settings), acts, stream.keep(rows).numpy()
+    return dashboard(cast(Any, stream), sae(), name="run", **settings), acts, stream.read(rows)[1].numpy()
 
 
 def test_figures_are_those_of_the_activations():
@@ -274,7 +274,7 @@ def test_of_the_embedded_model(stream_of):
     own = SparseAutoencoder(SAEConfig(d_in=128, d_sae=64, k=4))
     found = dashboard(stream, own, name="run", count=5, rows=12)
     assert (found["rows"], found["l0"], len(found["latents"])) == (12, 4, 5)
-    kept = [stream.keep(rows) for rows in stream.held_out(12)]
+    kept = [stream.read(rows)[1] for rows in stream.held_out(12)]
     assert found["tokens"] == sum(int(each.sum()) for each in kept)  # neither <bos> nor padding
     (rows,) = stream.held_out(12)
     for context in found["latents"][0]["strongest"]:

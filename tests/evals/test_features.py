@@ -58,8 +58,8 @@ def over(testbed, texts):
     """over(packing): a stream over those documents, and all of their rows in order."""
 
     def make(packing: bool = False) -> tuple[ActivationStream, TokenRows]:
-        text, again = (TextRows(texts, testbed.tokenizer, T, packing=packing, repeat=False) for _ in range(2))
-        config = StreamConfig(context=T, rows_per_forward=16, buffer_tokens=2048, repeat=False)
+        text, again = (TextRows(texts, testbed.tokenizer, T, repeat=False) for _ in range(2))
+        config = StreamConfig(context=T, rows_per_forward=16, buffer_tokens=2048, repeat=False, packing=packing)
         parts = [again.next(10_000), *again.held_out(10_000, 10_000)]
         order = torch.cat([part.row for part in parts]).argsort()
         names = ("tokens", "length", "document", "row")
@@ -125,7 +125,7 @@ def test_errors_norms_and_texts_of_tokens(over, tmp_path):
     found = saved(SAES["topk"], tmp_path)
     features.encode(found, stream, tmp_path / "store")
     tokens = pd.read_parquet(tmp_path / "store" / "tokens.parquet")
-    x = torch.cat([stream.model.activations(part) for part in rows.tokens.split(16)])[stream.keep(rows)]
+    x = torch.cat([stream.model.activations(part) for part in rows.tokens.split(16)])[stream.read(rows)[1]]
     _, code = by_hand(stream, rows, sae := found.dictionary())
     x_hat = (code @ sae.W_dec + sae.b_dec).detach()
     np.testing.assert_allclose(tokens["squared_error"], (x - x_hat).square().sum(1), rtol=1e-4)
@@ -238,8 +238,8 @@ def test_what_a_store_says_about_itself(over, tmp_path):
 def test_the_dense_encode_it_is_compared_with_finds_the_same(over, tmp_path, name):
     stream, rows = over()
     sae = dictionary(SAES[name])
-    x = stream.model.activations(rows.tokens[:16])[stream.keep(rows)[:16]]
-    pos = torch.arange(T).expand(16, T)[stream.keep(rows)[:16]]
+    x = stream.model.activations(rows.tokens[:16])[stream.read(rows)[1][:16]]
+    pos = torch.arange(T).expand(16, T)[stream.read(rows)[1][:16]]
     code = sae.encode(x, pos)
     found = features._Turns(sae)._densely(x, pos)
     dense = torch.zeros_like(code)
@@ -255,10 +255,10 @@ def test_what_fails_leaves_no_store(over, tmp_path, monkeypatch):
     calls = iter(range(10))
     read = stream.model.harvest
 
-    def breaks(tokens):
+    def breaks(tokens, length):
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return read(tokens)
+        return read(tokens, length)
 
     monkeypatch.setattr(stream.model, "harvest", breaks)
     found = saved(SAES["topk"], tmp_path)

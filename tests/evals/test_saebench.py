@@ -64,7 +64,7 @@ def test_figures_of_the_weights_are_right(stream_of, sae):
         assert detail["encoder_decoder_cosine_sim"] == pytest.approx(1, abs=1e-5)  # before training
         assert detail["encoder_norm"] == pytest.approx(1, abs=1e-5)
     rows = next(stream.text.held_out(6, 6))
-    kept = stream.keep(rows)
+    kept = stream.read(rows)[1]
     f = torch.zeros(6, 128, 48)
     f[kept] = sae.encode(stream.model.activations(rows.tokens)[kept])
     active = (f > 0).sum(1)

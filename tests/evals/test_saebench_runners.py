@@ -69,7 +69,7 @@ def rows(stream_of) -> Callable[..., Any]:
         stream = stream_of()
         found = next(stream.held_out(n))
         acts = stream.model.activations(found.tokens)
-        return stream, found, acts * stream.keep(found)[..., None]
+        return stream, found, acts * stream.read(found)[1][..., None]
 
     return make
 
@@ -158,7 +158,7 @@ def test_latents_have_the_effects_that_ours_have(is_scr, saebench, rows):
     chosen[ablated] = True
     left = module.ablated_precomputed_activations(x, adapter, chosen, 5)
     # theirs also takes from the mean what the ablated latents make of the places that are left out, which are zeros there
-    kept = stream.keep(texts).sum(1, keepdim=True).numpy()
+    kept = stream.read(texts)[1].sum(1, keepdim=True).numpy()
     f += (x.shape[1] - kept) / kept * sae.encode(torch.zeros(1, 128)).detach().double().numpy()
     means = collected.pooled(None).double().numpy() - f[:, ablated] @ sae.W_dec.detach().double().numpy()[ablated]
     np.testing.assert_allclose(left.numpy(), means, rtol=1e-3, atol=1e-4)
