@@ -160,7 +160,6 @@ def test_short_rows_go_through_the_model_together_and_give_what_they_give_alone(
             torch.testing.assert_close(acts[hook][kept], alone[hook][kept], rtol=1e-4, atol=1e-4)
     tokens = [sum(rows * length for rows, length in passes) for passes in shapes]
     assert tokens[1] < 0.7 * tokens[0]
-    assert len(shapes[1]) < 2 * len(shapes[0])
     assert stream.next(1000).pos.min() == 1  # where each document's first word is, behind its <bos>
     assert over()[0].config.packing is True  # of text, unless the settings say otherwise
 
