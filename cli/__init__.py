@@ -36,6 +36,7 @@ app.command()(profile)
 def main() -> None:
     """Entry point: runs the command; a user's mistake becomes one line and exit code 2."""
     from ..engine.errors import Stopped, UserError
+    from ..engine.signals import stop_on_signals
 
     # OpenMP threads that spin while they wait make a step ten times slower as soon as another program wants a core. Read
     # when torch is imported. Not where others are timed, too: of many small products waking threads is most of the time.
@@ -45,7 +46,8 @@ def main() -> None:
         if os.environ.get("WORLD_SIZE", "1") != "1" and sys.argv[1:2] not in (["train"], ["--help"]):
             given = " ".join(sys.argv[1:2])
             raise UserError(f"torchrun: temposae {given} is not allowed; only temposae train runs in several processes")
-        app()
+        with stop_on_signals():
+            app()
     except UserError as error:
         _leave_to_the_first()
         print(f"error: {error}", file=sys.stderr)

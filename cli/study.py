@@ -208,4 +208,7 @@ def _stream_of(
     if config.target is not None:
         lm.use(hooks=[lm.hook, lm.place(config.target)])
     seed = found.run.train.seed if found.run is not None else 0
-    return ActivationStream(config, tokens=tokens, seed=seed, model=lm)
+    stream = ActivationStream(config, tokens=tokens, seed=seed, model=lm)
+    if model is None and layer is None and hook is None:
+        stream.norms.load_report(found.massive)
+    return stream

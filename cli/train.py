@@ -52,6 +52,7 @@ def train(
     from ..engine.errors import UserError
     from ..engine.folder import CONFIG, check_free, read_settings
     from ..engine.ranks import Ranks
+    from ..engine.signals import stop_advice
     from ..engine.stream import ActivationStream
     from ..engine.sweep import expand, resolve
     from ..engine.train import train_together
@@ -93,17 +94,22 @@ def train(
     hooks = (
         [] if lm is not None else list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks))
     )
-    stream = ActivationStream(one.stream, tokens=most, seed=one.train.seed, model=lm, hooks=hooks, ranks=ranks)
+    stream = ActivationStream(
+        one.stream, tokens=most, batch=one.train.batch, seed=one.train.seed, model=lm, hooks=hooks, ranks=ranks
+    )
     trained = train_together(stream, runs, out=folder, resume=resume)
     ranks.end()
     if not ranks.is_first:
         return
     stream.alone()
+    measure = f"temposae eval core --sae {folder}"
     try:
-        summary = evaluate_runs(folder, trained, stream)
+        with stop_advice(f"stopped while measuring; {folder} is trained, and {measure} measures it"):
+            summary = evaluate_runs(folder, trained, stream)
     except UserError as error:
-        raise UserError(f"{error}; {folder} is trained, and temposae eval core --sae {folder} measures it") from None
-    summary |= {"run": str(folder), "model": stream.name, "seconds": round(time.monotonic() - began, 1)}
+        raise UserError(f"{error}; {folder} is trained, and {measure} measures it") from None
+    summary |= {"run": str(folder), "model": stream.name, "massive": stream.norms.report()}
+    summary |= {"seconds": round(time.monotonic() - began, 1)}
     write_json(folder / "summary.json", summary)
     write_json(json_file, summary)
     runs_table(summary)
@@ -138,6 +144,7 @@ def cache(
     """
     from ..engine.config import StreamConfig, read_yaml
     from ..engine.errors import UserError
+    from ..engine.signals import stop_advice
     from ..engine.stream.cache import write_cache
 
     began = time.monotonic()
@@ -154,9 +161,10 @@ def cache(
         raise UserError(f"stream.cache: {stream.cache} is not allowed; a cache is made from a model")
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype: {dtype} is not allowed; it must be bfloat16 or float32")
-    manifest = write_cache(
-        out, stream, tokens, hooks=hooks, layers=layers, seed=seed, dtype=dtype, shard_mb=shard_mb, resume=resume
-    )
+    with stop_advice(f"stopped; the same command with --resume goes on behind the last whole shard of {out}"):
+        manifest = write_cache(
+            out, stream, tokens, hooks=hooks, layers=layers, seed=seed, dtype=dtype, shard_mb=shard_mb, resume=resume
+        )
     found = {
         "cache": str(out), "model": manifest.stream.model, "hooks": list(manifest.hooks), "tokens": manifest.tokens,
         "shards": len(manifest.shards), "bytes": sum(shard.bytes for shard in manifest.shards),

@@ -1,7 +1,7 @@
 """Checkpoints: a folder of safetensors and JSON, written beside its place and moved there, so that it is whole or absent.
 
 step_00000500/
-  checkpoint.json        format, step, settings, and the size and SHA-256 of every other file
+  checkpoint.json        format, step, settings, limits of norms, and the size and SHA-256 of every other file
   sae.safetensors        W_enc [D, F], W_dec [F, D], b_enc, b_dec, mask.*; fp32, for activations as the model gives them
   random.safetensors     the random control trained beside it, if any
   state.safetensors      what resuming needs of the learner: moments (of `train.moments`' kind), counters
@@ -51,6 +51,11 @@ class Checkpoint:
         """Settings of the run that made it; None for a dictionary that was saved by itself."""
         found = self.manifest.get("run")
         return RunConfig(**found) if found else None
+
+    @property
+    def massive(self) -> dict[str, Any] | None:
+        """The limits of norms that training went by (`stream.norms.NormFilter.report`), and what they left out."""
+        return self.manifest.get("massive")
 
     @property
     def dictionaries(self) -> list[str]:
@@ -119,10 +124,11 @@ def write(
     run: RunConfig | None = None,
     others: dict[str, dict[str, Tensor]] | None = None,
     status: dict[str, Any] | None = None,
+    massive: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint to `folder`, which must not exist: all of it or nothing. `dictionaries` are settings and
-    `state_dict`, `others` files of tensors by name, and `status` is kept in the manifest. Raises UserError if the disk
-    refuses."""
+    `state_dict`, `others` files of tensors by name; `status` and `massive` are kept in the manifest. Raises UserError if the
+    disk refuses."""
     try:
         if folder.exists():
             raise UserError(f"checkpoint: {folder} already exists; nothing is overwritten")
@@ -137,6 +143,7 @@ def write(
                 "dictionaries": {name: cfg.model_dump() for name, (cfg, _) in dictionaries.items()},
                 "run": run.model_dump() if run else None,
                 "status": status,
+                "massive": massive,
                 "files": {n: {"bytes": (fresh / n).stat().st_size, "sha256": digest(fresh / n)} for n in files},
             }
             (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -168,7 +175,7 @@ def find(path: Path) -> Checkpoint:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             raise UserError(f"checkpoint: {folder} has format {manifest['format']!r}; this version reads {FORMAT}")
-        return Checkpoint(folder, {key: manifest[key] for key in KEYS})
+        return Checkpoint(folder, {"massive": manifest.get("massive")} | {key: manifest[key] for key in KEYS})
     except UserError:
         raise
     except (OSError, KeyError, TypeError, ValueError) as error:

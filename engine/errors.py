@@ -10,8 +10,9 @@ class UserError(ValueError):
     """A mistake in the input. The message is one line for the person who made it; the command line exits with 2."""
 
 
-class Stopped(Exception):
-    """A run was told to stop by a signal, and saved what it had."""
+class Stopped(BaseException):
+    """A command was told to stop by a signal; the message says what is kept and how to go on. Like KeyboardInterrupt it is
+    no Exception, so that nothing which carries on after errors carries on after it."""
 
     def __init__(self, signal: int, message: str):
         super().__init__(message)

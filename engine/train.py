@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .optim import Cohort, Learner, together
 from .parts import reads
 from .progress import progress_bar
 from .sae import SparseAutoencoder
+from .signals import SIGNALS, stop_advice
 from .stream import ActivationStream, Batch, Own
 from .stream.own import held_out_scores
 
@@ -37,13 +38,14 @@ CHECKPOINT_SECONDS = 600  # between checkpoints, where the settings don't say ho
 class Run:
     """What `train` gives back. `metrics`: one dict per report, as in metrics.jsonl. `random`: the control, if trained.
     `failed`: why it was stopped before its end, if it was. `held_out`: of arrays, the scores of both on
-    the rows kept apart."""
+    the rows kept apart. `massive`: the massive activations that were left out (`stream.norms.NormFilter.report`)."""
 
     sae: SparseAutoencoder
     random: SparseAutoencoder | None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     failed: str | None = None
     held_out: dict[str, dict[str, float]] | None = None
+    massive: dict[str, Any] | None = None
 
 
 def train(
@@ -167,14 +169,15 @@ class _Trainee:
             places = {"step": self.main.steps_done, "tokens": self.main.tokens_done}
             report(self.folder, places | self.main.held_out(self.apart), HELD_OUT)
 
-    def save(self, folder: Path, others: dict[str, dict[str, Tensor]]) -> None:
+    def save(self, folder: Path, others: dict[str, dict[str, Tensor]], massive: dict[str, Any] | None) -> None:
         """Write a checkpoint, in the units of the activations, with `others` in files of their own."""
         state = {f"{part}.{key}": value for part, one in self.learners.items() for key, value in one.state().items()}
         dictionaries = {part: (learner.cfg, learner.weights()) for part, learner in self.learners.items()}
         self.saved_step = self.main.steps_done
         if self.writes:
             there = checkpoint.place(folder, self.saved_step)
-            checkpoint.write(there, self.saved_step, dictionaries, self.run, {"state": state, **others})
+            files = {"state": state, **others}
+            checkpoint.write(there, self.saved_step, dictionaries, self.run, files, massive=massive)
             checkpoint.keep_last(folder)
 
     def load(self, last: checkpoint.Checkpoint) -> None:
@@ -205,16 +208,17 @@ class _Training:
         if last is not None:
             stream.load_state(last.tensors("stream"))
         self.trainees: list[_Trainee] = []
-        apart: dict[int, list[Batch]] = {}
-        for name, run in dictionaries.items():
-            trainee = _Trainee(name, run, stream, self.folder / name if self.folder is not None else None, apart)
-            if last is not None:
-                self._go_on(trainee, last)
-            self.trainees.append(trainee)
+        with self._claimed(settings):
+            apart: dict[int, list[Batch]] = {}
+            for name, run in dictionaries.items():
+                trainee = _Trainee(name, run, stream, self.folder / name if self.folder is not None else None, apart)
+                if last is not None:
+                    self._go_on(trainee, last)
+                self.trainees.append(trainee)
         self.loggers: list[Logger] = []
         if self.ranks.is_first:
             self.loggers = open_loggers(self.config.log, self.folder, settings.model_dump(mode="json"))
-        self._begin(settings, resume)
+        self._begin(resume)
         self.step = self.saved_step = last.step if last is not None else 0
         self.epoch = stream.counts.get("epoch", 0)
         self._together: tuple[list[str], list[tuple[tuple[str, ...], Cohort | Learner]]] = ([], [])
@@ -232,6 +236,29 @@ class _Training:
             raise UserError(f"resume: the settings differ from {place}; resume with the ones that the run began with")
         return checkpoint.find(self.folder) if checkpoint.all_in(self.folder) else None
 
+    @contextmanager
+    def _claimed(self, settings: RunConfig | SweepConfig) -> Iterator[None]:
+        """Have the folder with its settings there while the buffer fills, so that a run which is stopped meanwhile can be
+        resumed; one that is refused leaves nothing behind."""
+        self.ranks.wait()  # until all have looked at the folder
+        if self.folder is None or not self.ranks.is_first:
+            yield
+            return
+        was_there, had_settings = self.folder.is_dir(), (self.folder / CONFIG).is_file()
+        begin(self.folder, settings)
+        try:
+            with stop_advice(
+                f"stopped before the first step; temposae train --resume --out {self.folder} starts the run"
+            ):
+                yield
+        except Exception:
+            if not had_settings:
+                (self.folder / CONFIG).unlink(missing_ok=True)
+            if not was_there:
+                with suppress(OSError):  # somebody else has put something there
+                    self.folder.rmdir()
+            raise
+
     def _go_on(self, trainee: _Trainee, last: checkpoint.Checkpoint) -> None:
         """Take a dictionary to where it was at `last`; what it wrote after that is made again."""
         if trainee.folder == self.folder:
@@ -247,12 +274,10 @@ class _Training:
         if status["step"]:
             trainee.load(checkpoint.find(place))
 
-    def _begin(self, settings: RunConfig | SweepConfig, resume: bool) -> None:
+    def _begin(self, resume: bool) -> None:
         if self.folder is None:
             return
-        self.ranks.wait()  # until all have looked at the folder
         if self.ranks.is_first:
-            begin(self.folder, settings)
             checkpoint.keep_last(self.folder)  # a kill may have come between writing one and this
         for one in self.trainees:
             assert one.folder is not None
@@ -275,7 +300,10 @@ class _Training:
             self._train()
         if all(one.failed for one in self.trainees):
             raise UserError(self.trainees[0].failed)
-        return {one.name: one.end() for one in self.trainees}
+        found = {one.name: one.end() for one in self.trainees}
+        for run in found.values():
+            run.massive = self.stream.norms.report()
+        return found
 
     def _train(self) -> None:
         total = max(run.train.steps for run in self.runs.values()) * self.config.batch
@@ -369,7 +397,7 @@ class _Training:
         stream = {"stream": self.stream.state()}
         for one in news:
             if one.failed is None and one.folder is not None:
-                one.save(one.folder, stream if one.folder == self.folder else {})
+                one.save(one.folder, stream if one.folder == self.folder else {}, self.stream.norms.report())
         if "" not in self.runs and self.ranks.is_first:
             status = {one.name: {"step": one.saved_step, "failed": one.failed} for one in self.trainees}
             checkpoint.write(checkpoint.place(self.folder, self.step), self.step, {}, None, stream, status)
@@ -477,7 +505,7 @@ def _stop_signals(folder: Path | None, patient: bool) -> Iterator[list[int]]:
     if folder is None or threading.current_thread() is not threading.main_thread():
         yield got
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def note(number: int, frame: object) -> None:

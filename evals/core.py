@@ -128,6 +128,7 @@ def core(
         "ce_rows": ce_rows,
         "model": stream.model.name,
         "hook": stream.model.hook,
+        "massive": stream.norms.report(),
         "controls": {
             name: {k: v for k, v in r.items() if k != "firing_rates"} for name, r in results.items() if name != "sae"
         },

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from ..engine.stream.norms import describe
 from .page import number, plain, table
 
 CONTROLS = ("random", "lm_neurons", "mean", "shuffled")  # in the order in which they are shown
@@ -88,8 +89,10 @@ def _core(result: dict[str, Any]) -> list[str]:
         for name, ce in result["ce"].items()
     ]
     measured = f"{number(result['tokens'])} tokens of {number(result['rows'])} held-out rows"
+    massive = describe(result["massive"])
     return [
         f"Measured on {measured}; CE and KL on {number(result['ce_tokens'])} tokens.",
+        *([] if massive is None else [f"{plain(massive[0].upper() + massive[1:])}."]),
         _beside(result, scores),
         PICTURES,
         "### Loss with something else in the activation's place",

@@ -244,14 +244,16 @@ class ActivationStream:
         if self.norms.knows(hooks):
             return
         sample: list[dict[str, Tensor]] = []
-        tokens = 0
+        pos: list[Tensor] = []
         for rows in self.held_out(SAMPLE):
             acts, kept = self._read(rows)
             sample.append({hook: x[kept] for hook, x in acts.items()})
-            tokens += int(kept.sum())
-            if tokens >= SAMPLE:
+            pos.append(kept.nonzero()[:, 1])
+            if sum(map(len, pos)) >= SAMPLE:
                 break
-        self.norms.calibrate({hook: torch.cat([part[hook] for part in sample]) for hook in sample[0]})
+        ordinary = self.norms.calibrate({hook: torch.cat([part[hook] for part in sample]) for hook in sample[0]})
+        if not self.norms.tokens:  # else there are those that training left out
+            self.norms.count(len(ordinary), torch.cat(pos)[~ordinary])
 
     def own_held_out(self) -> Iterator[Batch]:
         """Of activations without a model, the rows that training never sees, without massive ones."""

@@ -43,12 +43,11 @@ class NormFilter:
         """Whether limits are there for all of these hooks, or none are needed."""
         return self.max_norm is None or all(hook in self.limits for hook in hooks)
 
-    def calibrate(self, acts: Mapping[str, Tensor]) -> None:
-        """Work out the limits of hooks that have none yet, from activations [n, D] of a sample of tokens."""
-        if self.max_norm is None:
-            return
+    def calibrate(self, acts: Mapping[str, Tensor]) -> Tensor:
+        """Work out the limits of hooks that have none yet, from activations [n, D] of a sample of tokens; which of those
+        are ordinary, bool [n]."""
         for hook, x in acts.items():
-            if hook in self.limits:
+            if self.max_norm is None or hook in self.limits:
                 continue
             norm = _norms(x)
             norm = norm[norm.isfinite()]
@@ -63,6 +62,7 @@ class NormFilter:
         for hook, x in acts.items():
             whole, rest = (_spread(x), _spread(x[ordinary]))
             self.variance_share[hook] = 1 - rest / whole if whole > 0 else 0.0
+        return ordinary
 
     def ordinary(self, acts: Mapping[str, Tensor]) -> Tensor:
         """Which tokens are not massive, bool [...], of activations [..., D]. Those that hold NaN or infinity are not: they
@@ -124,11 +124,13 @@ class NormFilter:
                 self.medians[hook], self.limits[hook], self.variance_share[hook] = value.tolist()
 
     def load_report(self, report: Mapping[str, Any] | None) -> None:
-        """Take over the limits of a run, as `report` gave them."""
+        """Take over the limits and counts of a run, as `report` gave them."""
         if report is not None and report["max_norm"] == self.max_norm:
             self.medians.update(report["median"])
             self.limits.update(report["limit"])
             self.variance_share.update(report["variance_share"])
+            self.tokens, self.massive = report["tokens"], report["massive"]
+            self.positions = Counter({int(place): count for place, count in report["positions"].items()})
 
 
 def describe(report: Mapping[str, Any] | None) -> str | None:

@@ -307,7 +307,9 @@ def open_text(
             f"data: {model} needs text: give a .txt, .jsonl, .parquet or .npy file, or a dataset's name or folder"
         )
     if bos is False:
-        raise UserError("stream.bos: false is not allowed without data; documents of the embedded language have a <bos>")
+        raise UserError(
+            "stream.bos: false is not allowed without data; documents of the embedded language have a <bos>"
+        )
     return TestbedRows(context, seed)
 
 

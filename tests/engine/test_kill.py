@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from temposae.cli import main
 from temposae.engine import checkpoint
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
-from temposae.engine.errors import Stopped
+from temposae.engine.errors import Stopped, UserError
 from temposae.engine.files import UNFINISHED
 from temposae.engine.folder import read_metrics
 from temposae.engine.optim import Learner
+from temposae.engine.signals import stop_on_signals
 from temposae.engine.stream import ActivationStream
 from temposae.engine.stream.cache import write_cache
 from temposae.engine.train import train, train_together
@@ -185,3 +187,52 @@ def test_without_a_folder_a_signal_is_python_s_own(stream_of, monkeypatch, inter
     monkeypatch.setattr(Learner, "step", step)
     with pytest.raises(KeyboardInterrupt):
         train(stream_of(), config.sae, config.train)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_buffer_fills_leaves_a_run_to_resume(
+    stream_of, tmp_path, monkeypatch, interruptible, number
+):
+    config, real = settings("tokens"), ActivationStream._fill
+    whole = train(stream_of(), config.sae, config.train)
+
+    def fill(self):
+        os.kill(os.getpid(), number)
+        return real(self)
+
+    monkeypatch.setattr(ActivationStream, "_fill", fill)
+    with (
+        stop_on_signals(),
+        pytest.raises(
+            Stopped, match=f"stopped before the first step; .*--resume --out {tmp_path / 'run'} starts"
+        ) as stopped,
+    ):
+        train(stream_of(), config.sae, config.train, out=tmp_path / "run")
+    assert stopped.value.signal == number
+    monkeypatch.undo()
+    again = train(stream_of(), config.sae, config.train, out=tmp_path / "run", resume=True)
+    assert all(torch.equal(value, again.sae.state_dict()[name]) for name, value in whole.sae.state_dict().items())
+
+
+def test_a_run_that_is_refused_while_the_buffer_fills_leaves_nothing_behind(stream_of, tmp_path, monkeypatch):
+    def refuse(self):
+        raise UserError("data: no")
+
+    monkeypatch.setattr(ActivationStream, "_fill", refuse)
+    config = settings("tokens")
+    with pytest.raises(UserError, match="data: no"):
+        train(stream_of(), config.sae, config.train, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_measuring_says_that_the_run_is_trained(tmp_path, monkeypatch, capsys, interruptible, number):
+    monkeypatch.setattr("temposae.evals.run.evaluate_runs", lambda *_, **__: os.kill(os.getpid(), number))
+    folder = tmp_path / "run"
+    monkeypatch.setattr("sys.argv", ["temposae", "train", "--d-sae", "64", "--tokens", "2048", "--out", str(folder)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 128 + number
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"stopped while measuring; {folder} is trained, and temposae eval core --sae {folder} measures it"
+    assert checkpoint.find(folder).step == 2
