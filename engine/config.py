@@ -176,8 +176,9 @@ class StreamConfig(Config):
 
     `mode`: batches of single tokens; the same in order of position (`grouped`); or whole rows (`sequences`).
     `buffer_tokens` or `buffer_gb` (10^9 bytes): what is mixed at a time; an eighth of the run, between 8192 and 65536
-    tokens and at least four batches, unless given. `buffer_dtype` int8 and fp8 (e4m3) take one byte, with a scale for each activation; metrics tell the
-    error (`buffer_error`). `attention` of the language model: the fastest that gives the same numbers, unless given.
+    tokens and at least four batches, unless given. `buffer_dtype` int8 and fp8 (e4m3) take one byte, with a scale for each
+    activation; metrics tell the error (`buffer_error`). `attention` of the language model: the fastest that gives the same
+    numbers, unless given.
     `compile` the part of it that is needed with torch.compile.
 
     `cache`: a folder that `temposae cache` made. Activations are read from there, and it decides model, data, text_field,

@@ -196,9 +196,9 @@ class Learner:
 
     @property
     def threshold_pace(self) -> float:
-        """How fast batchtopk's threshold follows: a mean over the last twentieth of the run, and at most 100 batches, when
+        """How fast batchtopk's threshold follows: a mean over the last fortieth of the run, and at most 100 batches, when
         the learning rate has nearly come down to zero, so that it is that of the dictionary as it ends."""
-        return min(1.0, max(0.01, 20 / self.config.steps))
+        return min(1.0, max(0.01, 40 / self.config.steps))
 
     @property
     def dead(self) -> Tensor | None:

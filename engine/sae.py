@@ -353,7 +353,8 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def follow(self, least: Tensor | None, pace: float = 0.01) -> None:
-        """After an update, let batchtopk's threshold follow the least activation kept: a mean over about 1 / `pace` batches."""
+        """After an update, let batchtopk's threshold follow the least activation kept: a mean over about 1 / `pace`
+        batches."""
         if least is not None:
             paces = torch.where(self.threshold > 0, pace, 1.0)
             self.threshold.lerp_(torch.where(least.isfinite(), least, self.threshold), paces)

@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to a command: one line that says what is kept and how to go on, and the signal's exit status."""
+"""What Ctrl-C and SIGTERM do to a command: one line on what is kept and how to go on, exit status 128 + signal."""
 
 import signal
 import threading

@@ -369,7 +369,9 @@ class _Training:
         best = min(lines, key=lambda line: line["fvu"] if math.isfinite(line["fvu"]) else math.inf)
         shown = {"loss": f"{best['loss']:.3g}", "L0": f"{best['l0']:.1f}", "EV": f"{1 - best['fvu']:.3f}"}
         shown |= {"dead": f"{best['dead_fraction']:.1%}"}
-        shown |= {section: f"{share:.0%}" for section, share in times["time"].items()}
+        shown |= {self.stream.source.label: "0%"} | {
+            section: f"{share:.0%}" for section, share in times["time"].items()
+        }
         if len(self.trainees) > 1:
             shown = {"in training": str(sum(not one.has_ended for one in self.trainees)), **shown}
         self._bar.advance(0, **shown)

@@ -1,7 +1,7 @@
 """Tokens -> language model -> ring buffer -> batches, positions kept all the way."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -369,7 +369,7 @@ class ActivationStream:
             **self.norms.state(),
         }  # fmt: skip
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_state(self, state: dict[str, Tensor]) -> None:
         self.norms.load_state(state)
         self._buffer.load_state(state)
         self.source.load_state(

@@ -250,8 +250,8 @@ class LanguageModel:
 
 
 def alike(length: Tensor) -> list[Tensor]:
-    """Rows [B] in groups of similar `length`: a group ends when padding would make up more than `MOST_PADDING` of it, but not
-    before it holds an eighth of all tokens, since small forward passes are slow."""
+    """Rows [B] in groups of similar `length`: a group ends when padding would make up more than `MOST_PADDING` of it, but
+    not before it holds an eighth of all tokens, since small forward passes are slow."""
     order = length.argsort(descending=True, stable=True)
     sizes = length[order].tolist()
     groups, first, held = [], 0, 0
