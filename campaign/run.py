@@ -19,6 +19,7 @@ from ..engine.sweep import resolve
 from ..engine.train import Run, check, train_together
 from ..evals.collect import Evaluation
 from ..evals.run import evaluate
+from ..evals.suite import lacks
 from .compare import strictness
 from .config import CampaignConfig, Entry, entries
 from .results import RESULTS, gather, read_results
@@ -43,6 +44,7 @@ def campaign(config: CampaignConfig, out: Path, *, resume: bool = False) -> dict
     model, runs = resolve({one.name: one.sections for one in planned})
     stream = _stream(model, runs)
     check(stream, runs)  # what is refused leaves no folder
+    _say_lacking(config, runs, stream)
     begin(out, config, SETTINGS)
     trained = train_together(stream, runs, out=out / "runs", resume=resume)
     failed = {name: run.failed for name, run in trained.items() if run.failed is not None}
@@ -67,6 +69,15 @@ def _open(config: CampaignConfig, out: Path, resume: bool) -> None:
         raise UserError(f"resume: {out} holds no {SETTINGS}; it is not a campaign's folder")
     elif CampaignConfig(**yaml.safe_load(place.read_text())) != config:
         raise UserError(f"resume: the settings differ from {place}; resume with the ones that the campaign began with")
+
+
+def _say_lacking(config: CampaignConfig, runs: Mapping[str, RunConfig], stream: ActivationStream) -> None:
+    """Before any training, say what won't be measured."""
+    if stream.own is not None or stream.config.cache is not None:  # a cache's text is loaded when it is needed
+        return
+    for name in config.evals:
+        for part, why in lacks(name, stream, next(iter(runs.values())).sae, (), {}).items():
+            print(f"will not be measured: {f'{name}, {part}' if part else name}: {why}", file=sys.stderr, flush=True)
 
 
 def read_config(out: Path) -> CampaignConfig:

@@ -11,6 +11,10 @@ from ..engine.files import check_writable, write_json
 from .options import Data, Hook, JsonFile, Layer, Model, check_backend
 from .tables import campaign_table
 
+Evals = Annotated[
+    str | None,
+    typer.Option(help="Measure these evals, as in core,positions; core always is. [the logs' seven]"),
+]
 Out = Annotated[Path | None, typer.Option(help="Folder to make. [runs/NAME-DATE-TIME]")]
 
 
@@ -32,6 +36,7 @@ def run(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [the run's own, mostly 3e-4]")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [the run's own]")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Train with so many seeds.")] = 1,
+    evals: Evals = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     json_file: JsonFile = None,
@@ -61,6 +66,7 @@ def run(
         "stream": {key: value for key, value in stream.items() if value is not None},
         "train": {"held_out_rows": 64} | {key: value for key, value in train.items() if value is not None},
     }
+    given |= {"evals": evals.split(",")} if evals is not None else {}
     _campaign(given, out or _new(name), resume, json_file, out)
 
 
@@ -79,6 +85,7 @@ def campaign(
     data: Data = None,
     d_sae: Annotated[int | None, typer.Option(help="F, the number of latents. [2304]")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [the runs' own]")] = None,
+    evals: Evals = None,
     quick: Annotated[
         bool,
         typer.Option(
@@ -110,6 +117,7 @@ def campaign(
         }
     given |= {"runs": runs.split(",")} if runs is not None else {}
     given |= {"seeds": seeds} if seeds is not None else {}
+    given |= {"evals": evals.split(",")} if evals is not None else {}
     _campaign(given, out or _new("campaign"), resume, json_file, out)
 
 

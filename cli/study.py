@@ -45,6 +45,18 @@ def evaluate(
             "all four; positions: blimp, senteval. [the embedded language's own]",
         ),
     ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="core: measure on so many rows of held-out text. [as training did, else as fit the model]"
+        ),
+    ] = None,
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control", help="Train a random control first where there is none, on as many tokens as the run."
+        ),
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the run folder holds already.")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -77,8 +89,9 @@ def evaluate(
     stream = _stream_of(found, model, layer, hook, data, tokens=100_000)
     is_run = sae != found.folder and all(option is None for option in (model, layer, hook, data))
     results = evaluate(
-        found, stream, sae if is_run else None, names, seed=seed, sets=sets or (), files=by_name, fresh=fresh
-    )
+        found, stream, sae if is_run else None, names, seed=seed, sets=sets or (), files=by_name, fresh=fresh, rows=rows,
+        control=control,
+    )  # fmt: skip
     write_json(json_file, results if name == "all" else results[name])
     for each, result in results.items():
         title = f"{each}: {found.folder} at {stream.model.hook} of {stream.model.name}"

@@ -1,17 +1,29 @@
 """What commands print."""
 
+from collections.abc import Iterable
 from typing import Any
+
+NO_CONTROL = "no random control ({})"
+#: score -> why there may be none, where something else was measured
+WHY_NONE = {
+    "explained_variance": "explained variance: the activations don't vary",
+    "ce_recovered": "CE recovered: zeros in the activation's place do not raise the loss, so that nothing can be recovered",
+    "ce_recovered_over_mean": "over mean: the mean in the activation's place does not raise the loss",
+}
 
 
 def core_table(result: dict[str, Any], title: str) -> None:
-    """The scores of a dictionary, and of its controls."""
+    """The scores of a dictionary, and of its controls; below, why some have none."""
     named = {"lm_neurons": "LM neurons"}
     controls = {named.get(name, f"{name} control"): scores for name, scores in result["controls"].items()}
     _table({"dictionary": result} | controls, title)
+    if (reason := result.get("no_random_control")) is not None:
+        print(NO_CONTROL.format(reason))
 
 
 def scores_table(result: dict[str, Any], title: str) -> None:
-    """Every score of an eval, and of each of its parts, a line each, with a column for each control that has it."""
+    """Every score of an eval, and of each of its parts, a line each, with a column for each control that has it, and for the
+    model's own activations (LLM) where they were measured; below, why some have none."""
     from rich.console import Console
     from rich.table import Table
 
@@ -19,20 +31,43 @@ def scores_table(result: dict[str, Any], title: str) -> None:
         k: v for k, v in result.items() if isinstance(v, dict) and isinstance(v.get("controls"), dict)
     }
     names = list(dict.fromkeys(name for part in parts.values() for name in part.get("controls", {})))
+    llm = ["LLM"] if any(isinstance(part.get("llm"), dict) for part in parts.values()) else []
     table = Table(title=title, title_justify="left")
-    for heading in ("", "dictionary", *names):
+    for heading in ("", "dictionary", *names, *llm):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    none: dict[str, list[str]] = {}
     for part, scores in parts.items():
-        for key, value in scores.items():
-            if isinstance(value, float) and key != "seconds":
-                others = (scores.get("controls", {}).get(name, {}).get(key) for name in names)
-                cells = (f"{x:.4f}" if isinstance(x, float) else "-" for x in (value, *others))
-                table.add_row(f"{part} {key}".replace("_", " ").strip(), *cells)
+        beside = {name: scores.get("controls", {}).get(name, {}) for name in names}
+        beside |= {name: scores.get("llm") or {} for name in llm}
+        every = {"dictionary": scores, **beside}
+        for key in _figures(every.values()):
+            label = f"{part} {key}".replace("_", " ").strip()
+            values = {name: one.get(key) for name, one in every.items()}
+            table.add_row(label, *(f"{x:.4f}" if isinstance(x, float) else "-" for x in values.values()))
+            for name, value in values.items():
+                if not isinstance(value, float):
+                    none.setdefault(name, []).append(label)
     Console().print(table)
+    for name, labels in none.items():
+        print(f"- no figure of {name} for {', '.join(labels)}")
+    for part, scores in parts.items():
+        if isinstance(scores.get("skipped"), str):
+            print(f"{part.replace('_', ' ')} was skipped: {scores['skipped']}")
+    if (reason := result.get("no_random_control")) is not None:
+        print(NO_CONTROL.format(reason))
     for warning in result.get("warnings", []):
         print(f"warning: {warning}")
     if reached := result.get("reached_by"):
         print(f"a control does as well: {', '.join(reached)}")
+
+
+def _figures(scores: Iterable[dict[str, Any]]) -> list[str]:
+    """The names under which any of these has a figure, but times and what is told elsewhere."""
+    return list(
+        dict.fromkeys(
+            key for one in scores for key, value in one.items() if isinstance(value, float) and key != "seconds"
+        )
+    )
 
 
 def runs_table(summary: dict[str, Any]) -> None:
@@ -45,7 +80,10 @@ def runs_table(summary: dict[str, Any]) -> None:
         return
     whole = {name: scores for name, scores in several.items() if "failed" not in scores}
     controls = {name: scores["controls"].get("random", {}).get("explained_variance") for name, scores in whole.items()}
-    _table(whole, f"{len(several)} dictionaries of {summary['model']}", {"random EV": controls})
+    beside = {"random EV": controls} if any("random" in scores["controls"] for scores in whole.values()) else {}
+    _table(whole, f"{len(several)} dictionaries of {summary['model']}", beside)
+    for reason in dict.fromkeys(s["no_random_control"] for s in whole.values() if s.get("no_random_control")):
+        print(NO_CONTROL.format(reason))
     for name, scores in several.items():
         if "failed" in scores:
             print(f"{name} was stopped: {scores['failed']}")
@@ -90,12 +128,13 @@ def campaign_table(found: dict[str, Any]) -> None:
 def _table(
     lines: dict[str, dict[str, Any]], title: str, more: dict[str, dict[str, float | None]] | None = None
 ) -> None:
-    """Core scores, a line each, with further columns `more`: heading -> line -> value."""
+    """Core scores with their standard errors, a line each, and further columns `more`: heading -> line -> value. Below, why
+    some are missing."""
     from rich.console import Console
     from rich.table import Table
 
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4f}"
+    def number(value: float | None, error: float | None = None) -> str:
+        return "-" if value is None else f"{value:.4f}" if error is None else f"{value:.4f} ±{error:.4f}"
 
     names = ("explained variance", "CE recovered", "over mean") if more is None else ("EV", "CE", "over mean")
     more = more or {}
@@ -103,11 +142,15 @@ def _table(
     for heading in ("", *names, "L0", "dead", *more):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for name, scores in lines.items():
-        keys = ("explained_variance", "ce_recovered", "ce_recovered_over_mean")
-        dead = "-" if name == "mean control" else f"{scores['dead_fraction']:.1%}"
-        others = (number(column[name]) for column in more.values())
-        table.add_row(name, *(number(scores[key]) for key in keys), f"{scores['l0']:.1f}", dead, *others)
+        figures = (number(scores.get(key), scores.get(f"{key}_error")) for key in WHY_NONE)
+        l0, dead = scores.get("l0"), None if name == "mean control" else scores.get("dead_fraction")
+        cells = ("-" if l0 is None else f"{l0:.1f}", "-" if dead is None else f"{dead:.1%}")
+        table.add_row(name, *figures, *cells, *(number(column.get(name)) for column in more.values()))
     Console().print(table)
+    measured = [scores for scores in lines.values() if "measured_on" not in scores]  # with a model, that is
+    for key, why in WHY_NONE.items():
+        if any(scores.get(key) is None for scores in measured):
+            print(f"- {why}")
 
 
 def figures(values: dict[str, Any]) -> None:

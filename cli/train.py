@@ -1,8 +1,9 @@
 """`temposae train` and `temposae cache`."""
 
+import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +17,7 @@ def train(
         Path | None,
         typer.Argument(
             show_default=False,
-            help="YAML with sections stream, sae, train; with sweep or dictionaries for several on one stream. "
+            help="YAML with sections stream, sae, train, eval; with sweep or dictionaries for several on one stream. "
             "Options win over it.",
         ),
     ] = None,
@@ -37,6 +38,13 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [2e-4 * sqrt(2^14 / F)]")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [1000000]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, text order and mixing. [0]")] = None,
+    eval_rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Measure on so many rows of held-out text. [as cost a fifth of the model's passes, 32 to 256]"
+        ),
+    ] = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Train only; `temposae eval` measures later.")] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder to make. [runs/MODEL-DATE-TIME]")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")
@@ -73,6 +81,7 @@ def train(
         },
         "sae": {"activation": activation, "d_sae": d_sae, "k": k},
         "train": {"lr": lr, "tokens": tokens, "seed": seed},
+        "eval": {"rows": eval_rows, "after_training": False if no_eval else None},
     }
     if resume:
         if out is None or not (out / CONFIG).is_file():
@@ -103,11 +112,8 @@ def train(
         return
     stream.alone()
     measure = f"temposae eval core --sae {folder}"
-    try:
-        with stop_advice(f"stopped while measuring; {folder} is trained, and {measure} measures it"):
-            summary = evaluate_runs(folder, trained, stream)
-    except UserError as error:
-        raise UserError(f"{error}; {folder} is trained, and {measure} measures it") from None
+    with stop_advice(f"stopped while measuring; {folder} is trained, and {measure} measures it"):
+        summary = evaluate_runs(folder, trained, stream)
     summary |= {"run": str(folder), "model": stream.name, "massive": stream.norms.report()}
     summary |= {"seconds": round(time.monotonic() - began, 1)}
     write_json(folder / "summary.json", summary)
@@ -115,7 +121,28 @@ def train(
     runs_table(summary)
     if stream.own is not None:
         print("CE recovered needs a language model; the other figures are of the activations alone")
+    failed = _say_not_measured(summary, folder)
     print(f"run folder: {folder}   figures: {folder / 'figures'}   {summary['seconds']:.0f} s")
+    if failed:
+        raise typer.Exit(2)
+
+
+def _say_not_measured(summary: dict[str, Any], folder: Path) -> bool:
+    """A line for each dictionary that isn't measured, with the command that measures it; whether any failed to be."""
+    failed = False
+    for name, scores in (summary.get("dictionaries") or {"": summary}).items():
+        if (why := scores.get("not_measured")) is None:
+            continue
+        command = f"temposae eval core --sae {folder / name}"
+        if "no-eval" in why:
+            print(
+                f"{f'{name}: ' if name else ''}not measured (--no-eval), figures are training's; {command} measures it"
+            )
+        else:
+            failed = True
+            whose = f"{name} is" if name else "the dictionary is"
+            print(f"error: {whose} trained but not measured: {why}; {command} tries again", file=sys.stderr)
+    return failed
 
 
 def cache(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -91,9 +92,18 @@ class Checkpoint:
                 raise UserError(f"checkpoint: {path} is damaged or missing; it must have {expected['bytes']} bytes")
             if digest(path) != expected["sha256"]:
                 raise UserError(f"checkpoint: {path} is damaged; its contents are not what was written")
-            return load_file(path)
+            found = load_file(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"checkpoint: {path} can't be read ({error})") from None
+        if name in self.manifest["dictionaries"]:
+            for key, tensor in found.items():
+                wrong = ~tensor.isfinite() if tensor.is_floating_point() else tensor.new_zeros(1, dtype=torch.bool)
+                if bool(wrong.any()):
+                    raise UserError(
+                        f"checkpoint: {path} is damaged; {int(wrong.sum()):,} of {tensor.numel():,} numbers of {key} are "
+                        "NaN or infinite"
+                    )
+        return found
 
 
 @dataclass

@@ -290,12 +290,23 @@ class TrainConfig(Config):
         return self.log_every_steps or max(1, min(50, self.steps // 20))
 
 
+class EvalConfig(Config):
+    """What `core` measures, after training (unless `after_training` is false) and later: explained variance, L0 and dead
+    latents on `rows` rows of held-out text, CE and KL on the first `ce_rows` of them. Unless given, as many as cost a fifth
+    of the run's passes through the model, between 32 and 256, and 8 and 96 (`evals.budget`)."""
+
+    rows: Count | None = None
+    ce_rows: Count | None = None
+    after_training: bool = True
+
+
 class RunConfig(Config):
     """A whole run, as `config.yaml` holds it."""
 
     stream: StreamConfig = StreamConfig()
     sae: SAEConfig
     train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _goes_together(self) -> "RunConfig":
@@ -330,7 +341,13 @@ class SweepConfig(Config):
         return self.dictionaries
 
 
-_SECTION = {"SAEConfig": "sae", "StreamConfig": "stream", "TrainConfig": "train", "MaskConfig": "sae.mask"}
+_SECTION = {
+    "SAEConfig": "sae",
+    "StreamConfig": "stream",
+    "TrainConfig": "train",
+    "EvalConfig": "eval",
+    "MaskConfig": "sae.mask",
+}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -342,7 +359,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config: {path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict):
-        raise UserError(f"config: {path} must hold sections (stream, sae, train), not {type(found).__name__}")
+        raise UserError(f"config: {path} must hold sections (stream, sae, train, eval), not {type(found).__name__}")
     return _text_keys(found)
 
 

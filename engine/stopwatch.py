@@ -17,6 +17,7 @@ class Stopwatch:
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._began = time.perf_counter()
+        self.total: dict[str, float] = defaultdict(float)  # seconds in each section up to the last look
 
     @contextmanager
     def __call__(self, section: str) -> Iterator[None]:
@@ -36,6 +37,8 @@ class Stopwatch:
         for section, first, last in self._events:
             last.synchronize()
             self._seconds[section] += first.elapsed_time(last) / 1000
+        for section, seconds in self._seconds.items():
+            self.total[section] += seconds
         now = time.perf_counter()
         whole, self._began = max(now - self._began, 1e-9), now
         found = {section: round(seconds / whole, 4) for section, seconds in self._seconds.items()}

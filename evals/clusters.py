@@ -26,7 +26,8 @@ from sklearn.metrics import adjusted_rand_score
 from ..engine.errors import UserError
 from ..engine.sae import SparseAutoencoder
 from ..kernels.numerics import sum_by
-from .collect import Coder, Collected, Evaluation, collect
+from .collect import Coder, Collected, Evaluation
+from .positions import held_out
 
 BINS = 16
 FIRINGS = 100  # of a latent, fewer than which make a profile of noise; in one half of the rows half as many
@@ -54,8 +55,7 @@ def clusters(
     if count is not None and count < 2:
         raise UserError(f"count: {count} is not allowed; give at least 2 clusters, or none to choose by silhouette")
     began = time.monotonic()
-    stream = evaluation.stream
-    collected = evaluation.labelled(ROWS) if evaluation.is_testbed else collect(stream, stream.held_out(ROWS), ROWS)
+    collected = held_out(evaluation, ROWS)
     own = _measure(evaluation, evaluation.sae, collected, collected.pos, count)
     labels = own.pop("labels")
     of_latents = ("labels", "sample")

@@ -19,8 +19,10 @@ from ..engine.stream.text import TestbedRows
 from ..engine.testbed.language import HELD_OUT
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
+from .budget import Sizes
 
 CHUNK = 4096  # tokens that are encoded at once
+CODES = 2**25  # dense activations of latents that are held at once while tokens are encoded
 LABELLED = HELD_OUT + 1_000_000  # evals with labels read documents from this one on; `core` reads those before
 
 
@@ -104,7 +106,8 @@ class Collected:
                 whole, chosen = self.of
                 found = of_tokens(whole.code(coder), chosen)
             else:
-                found = joined([coder.encode_sparse(x, pos) for x, pos in self.chunks()])
+                chunks = in_rows(self.pos, self.x, self.pos, latents=len(coder.W_dec))
+                found = joined([coder.encode_sparse(x, pos) for x, pos in chunks])
             self._codes[id(coder)] = coder, found
         return self._codes[id(coder)][1]
 
@@ -133,14 +136,15 @@ class Collected:
         return in_rows(self.pos, self.x, self.pos)
 
 
-def in_rows(pos: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of tokens [n, ...] at pos [n], rows one after the other, in parts of whole rows: of about `CHUNK` tokens,
-    since a dictionary may look along the row."""
+def in_rows(pos: Tensor, *tensors: Tensor, latents: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of tokens [n, ...] at pos [n], rows one after the other, in parts of whole rows, since a dictionary may look
+    along the row: of about `CHUNK` tokens, fewer where they have so many `latents` that their code needs room."""
+    chunk = min(CHUNK, CODES // max(1, latents))
     begins = torch.cat([pos.new_ones(1, dtype=torch.bool), pos.diff() <= 0]).nonzero().flatten().cpu()
     ends = torch.cat([begins[1:], torch.tensor([len(pos)])])
     sizes, first = [], 0
     for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
-        if end - first > CHUNK and begin > first:
+        if end - first > chunk and begin > first:
             sizes.append(begin - first)
             first = begin
     sizes.append(len(pos) - first)
@@ -202,8 +206,9 @@ class Evaluation:
     `controls` are `random` (the control trained beside the dictionary), `lm_neurons` and `mean`. Whatever is drawn at random
     follows from `seed` and from what it is drawn for, never from what was evaluated before. `sets` are labelled texts for
     sparse probing, `files` by name what unlearning and order probing read (`suite.FILES`). `share`: evals look at one in so
-    many of the rows that they look at otherwise. `reference`: a dictionary with which `positions` compares. With `neurons`
-    False, `lm_neurons` is left out, which says nothing of a dictionary that another one has not said.
+    many of the rows that they look at otherwise, and `sizes` says how many those are at most. `reference`: a dictionary with
+    which `positions` compares. With `neurons` False, `lm_neurons` is left out, which says nothing of a dictionary that
+    another one has not said.
     """
 
     def __init__(
@@ -218,19 +223,25 @@ class Evaluation:
         share: int = 1,
         reference: SparseAutoencoder | None = None,
         neurons: bool = True,
+        sizes: Sizes | None = None,
     ):
         self.stream, self.sae, self.seed, self.sets = stream, sae.to(stream.model.device), seed, tuple(sets)
         self.files, self.share, self.reference, self.neurons = files or {}, share, reference, neurons
+        self.sizes = sizes or Sizes()
         self.random = None if random is None else random.to(stream.model.device)
         self._kept: dict[str, Any] = {}
 
     def of(
-        self, sae: SparseAutoencoder, random: SparseAutoencoder | None, reference: SparseAutoencoder | None = None
+        self,
+        sae: SparseAutoencoder,
+        random: SparseAutoencoder | None,
+        reference: SparseAutoencoder | None = None,
+        sizes: Sizes | None = None,
     ) -> "Evaluation":
         """The same texts, questions and seed for another dictionary; codes of this one are forgotten."""
         found = Evaluation(
             self.stream, sae, random, self.seed, self.sets, self.files,
-            share=self.share, reference=reference, neurons=self.neurons,
+            share=self.share, reference=reference, neurons=self.neurons, sizes=sizes or self.sizes,
         )  # fmt: skip
         found._kept = self._kept
         for held in found._kept.values():
@@ -245,8 +256,9 @@ class Evaluation:
         return self._kept[name]
 
     def rows(self, rows: int) -> int:
-        """How many rows to look at in place of `rows`."""
-        return max(1, rows // self.share)
+        """How many rows to look at in place of `rows`: no more than `sizes` allows, and one in `share` of those."""
+        most = rows if self.sizes.others is None else min(rows, self.sizes.others)
+        return max(1, most // self.share)
 
     @property
     def is_testbed(self) -> bool:

@@ -15,18 +15,26 @@ mean next-token loss in nats when the hook's value is replaced:
     l2_ratio           = E |x_hat| / |x|
     relative_reconstruction_bias = E |x_hat|^2 / E <x, x_hat>           (arXiv 2404.16014, equation 10)
 
-`saebench` holds two figures as SAEBench 0.6.0 works them out, which calls both of them explained variance:
+A figure's `_error` is its standard error, with rows of text as the units that vary: of a ratio sum a_r / sum b_r over R
+rows, sqrt(R / (R - 1) sum (a_r - ratio b_r)^2) / |sum b_r|.
+
+`saebench` holds figures as SAEBench 0.6.0 works them out. It calls two of them explained variance:
 1 - E |x - x_hat|^2 / (E |x|^2 - (E_d E x_d^2)^2), whose last term is not a mean but a mean square and so says nothing of
-variance; and (legacy) the mean over tokens of 1 - |x - x_hat|^2 / |x - mu|^2, which tokens near mu dominate.
+variance; and (legacy) the mean over tokens of 1 - |x - x_hat|^2 / |x - mu|^2, which tokens near mu dominate. Its ablation
+zeroes every position, `<bos>` included, and its KL counts the last token of a row, too.
 
 Per position both sums run over the tokens at that position (mu stays the overall mean), and "dead" is at that position.
 Padding, special tokens and massive activations, which training leaves out, are neither reconstructed nor counted, and keep
 their own activation when the others are replaced.
+
+The text goes through the model up to the hook once, and what is there is held as far as `HELD` bytes go (the rest is read
+again when it is needed). The layers behind the hook run once for each replacement (`replaced`).
 """
 
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,29 +43,192 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
-from ..engine.progress import ProgressBar, progress_bar
+from ..engine.progress import progress_bar
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, TokenRows
-from ..engine.stream.model import next_token_losses
 from ..kernels.numerics import sum_by
+from .budget import CE_ROWS, ROWS, Cost, forecast, pace_of_training
 from .collect import Coder, Neurons, in_rows
+from .replaced import losses_and_kl, rows_at_once
 
 #: x [n, D], pos [n] -> x_hat [n, D]
 Reconstruct = Callable[[Tensor, Tensor], Tensor]
-LOGITS = 2**29  # that are held at once
-ROWS, CE_ROWS = 256, 96
+HELD = 2**29  # bytes of activations that are held at once
+EVERYWHERE = "zero_everywhere"  # SAEBench's ablation
 
 
 @dataclass
 class _Part:
-    """A part of the text, its kept positions [B, T], and of those what goes in, x [n, D], what is to come out, target
-    [n, D_out], and pos [n]."""
+    """Rows of text from number `first` on, what the model has at its hooks [B, T, D], and which tokens count, kept [B, T].
+
+    Of the n tokens that count: what goes into a dictionary, x [n, D], what is to come out, target [n, D_out], their place
+    in the row, pos [n], and the row, of all that are evaluated, row [n].
+    """
 
     rows: TokenRows
+    first: int
     kept: Tensor
-    x: Tensor
-    target: Tensor
-    pos: Tensor
+    acts: tuple[Tensor, Tensor]
+
+    @property
+    def x(self) -> Tensor:
+        return self.acts[0][self.kept].float()
+
+    @property
+    def target(self) -> Tensor:
+        return self.acts[1][self.kept].float()
+
+    @property
+    def pos(self) -> Tensor:
+        return self.kept.nonzero()[:, 1]
+
+    @property
+    def row(self) -> Tensor:
+        return self.first + self.kept.nonzero()[:, 0]
+
+
+@dataclass
+class _Effect:
+    """Of a replacement, over the tokens that have a next one: their number, losses and KL [3, T] by position, and [3, R] by
+    row; and over all `tokens`, with those that have none, KL."""
+
+    by_position: Tensor
+    by_row: Tensor
+    tokens: int = 0
+    kl_of_all: float = 0.0
+
+
+class HeldOut:
+    """The first `rows` held-out rows of a stream's text, what the model has at the stream's hooks on them, and, on the first
+    `ce_rows`, what it makes of it: read once for all dictionaries that are measured there.
+
+    count int64 [T]: tokens by position; mean float64 [D_out], spread float64 [T] and [R]: squared distance from it.
+    """
+
+    def __init__(self, stream: ActivationStream, rows: int = ROWS, ce_rows: int = CE_ROWS, latents: Sequence[int] = ()):
+        """`latents`: of the dictionaries that are to be measured, for the forecast of how long it takes."""
+        self.stream, self.hooks, self.device = stream, stream.model.hooks, stream.model.device
+        self._held: list[_Part] = []
+        self._wanted = rows
+        self.pace = pace_of_training(stream)
+        told = self.pace is not None and self._forecast(rows, ce_rows, latents)
+        T = stream.positions
+        self.count, total = torch.zeros(T, dtype=torch.int64, device=self.device), torch.zeros((), device=self.device)
+        self.rows, size = 0, 0
+        with progress_bar("evaluation: reading the text", total=rows, unit="rows") as bar:
+            began = time.monotonic()
+            for part in self._read():
+                if not told:
+                    passes = part.kept.numel() * Cost.of(stream.model).before
+                    self.pace = (time.monotonic() - began) / passes
+                    told = self._forecast(rows, ce_rows, latents)
+                self.count += torch.bincount(part.pos, minlength=T)
+                total = total + part.target.double().sum(0)
+                self.rows += len(part.rows)
+                size += sum(x.nbytes for x in {id(x): x for x in part.acts}.values())
+                if size <= HELD:
+                    self._held.append(part)
+                bar.advance(len(part.rows))
+        self.tokens, self.ce_rows = int(self.count.sum()), min(ce_rows, self.rows)
+        if self.tokens < 2:
+            raise UserError(
+                f"data: {self.rows} held-out rows hold {self.tokens} tokens to evaluate on; at least 2 are needed"
+            )
+        self.mean = total / self.tokens
+        self.spread = torch.zeros(T, dtype=torch.float64, device=self.device)
+        self.spread_of_rows = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+        self._spread_is_known = False
+        self.effects: dict[str, _Effect] = {}  # those that say nothing of one dictionary
+
+    def _forecast(self, rows: int, ce_rows: int, latents: Sequence[int]) -> bool:
+        if latents:
+            text = forecast(self.stream, rows, min(rows, ce_rows), latents, self.pace)
+            print(text, file=sys.stderr, flush=True)
+        return True
+
+    def _read(self) -> Iterator[_Part]:
+        first = 0
+        for rows in self.stream.held_out(self._wanted):
+            acts, kept = self.stream.read(rows)
+            of_hooks = list(acts.values())
+            yield _Part(rows, first, kept, (of_hooks[0], of_hooks[-1]))
+            first += len(rows)
+
+    def parts(self) -> Iterator[_Part]:
+        """All parts, one after the other: those that are held, and the others read again."""
+        yield from self._held
+        held = sum(len(part.rows) for part in self._held)
+        if held < self.rows:
+            yield from (part for part in self._read() if part.first >= held)
+
+    def measure(self, coders: Mapping[str, Coder]) -> dict[str, "_Tally"]:
+        """Reconstruction by each of the dictionaries, in one pass over the text."""
+        tallies = {name: _Tally(coder, self) for name, coder in coders.items()}
+        with progress_bar("evaluation: reconstruction", total=self.rows, unit="rows") as bar:
+            for part in self.parts():
+                if not self._spread_is_known:
+                    distance = (part.target.double() - self.mean).square().sum(1)
+                    self.spread += sum_by(part.pos, distance, len(self.spread))
+                    self.spread_of_rows += sum_by(part.row, distance, self.rows)
+                for tally in tallies.values():
+                    tally.add(part)
+                bar.advance(len(part.rows))
+        self._spread_is_known = True
+        return tallies
+
+    def replace(self, by: Mapping[str, Reconstruct]) -> dict[str, _Effect]:
+        """What the model makes of the text with the tokens that count replaced by what these functions give for them.
+        `clean`, `zero`, `mean` and zero everywhere are always there, and worked out once."""
+        fixed: dict[str, Reconstruct] = {
+            "zero": lambda x, pos: torch.zeros_like(self.mean, dtype=x.dtype).expand(len(x), -1),
+            "mean": lambda x, pos: self.mean.to(x.dtype).expand(len(x), -1),
+        }
+        known = bool(self.effects)
+        wanted = dict(by) if known else {**fixed, **by}
+        names = (*wanted, *(() if known else (EVERYWHERE,)))
+        T, R = len(self.count), self.ce_rows
+        found = {name: _Effect(torch.zeros(3, T).double(), torch.zeros(3, R).double()) for name in ("clean", *names)}
+        size = rows_at_once(self.stream.model, T, len(self.mean), len(names))
+        with progress_bar("evaluation: model behaviour", total=R * (1 + len(names)), unit="rows") as bar:
+            for part in self.parts():
+                if part.first >= R:
+                    break
+                for at in range(0, min(len(part.rows), R - part.first), size):
+                    some = slice(at, min(at + size, len(part.rows), R - part.first))
+                    self._effects_on(part, some, wanted, EVERYWHERE in names, found)
+                    bar.advance((some.stop - some.start) * (1 + len(names)))
+        if not known:
+            self.effects = {name: found[name] for name in ("clean", *fixed, EVERYWHERE)}
+        return self.effects | found
+
+    def _effects_on(
+        self, part: _Part, some: slice, by: Mapping[str, Reconstruct], everywhere: bool, found: dict[str, _Effect]
+    ) -> None:
+        longest = int(part.rows.length[some].max())
+        kept, tokens = part.kept[some, :longest], part.rows.tokens[some, :longest]
+        x, target = (acts[some, :longest] for acts in part.acts)
+        row, pos = kept.nonzero(as_tuple=True)
+        if not len(row):
+            return
+
+        def spliced(reconstruct: Reconstruct) -> Tensor:
+            fresh = target.clone()
+            fresh[kept] = reconstruct(x[kept].float(), pos).to(fresh.dtype)
+            return fresh
+
+        values: dict[str, Callable[[], Tensor]] = {name: partial(spliced, each) for name, each in by.items()}
+        if everywhere:
+            values[EVERYWHERE] = lambda: torch.zeros_like(target)
+        losses = losses_and_kl(self.stream.model, tokens, target, kept, values)
+        row, pos = row.cpu(), pos.cpu()
+        has_next = (pos + 1 < part.rows.length[some][row]).double()
+        for name, (loss, kl) in losses.items():
+            sums = torch.stack([has_next, loss * has_next, kl * has_next], 1)
+            effect = found[name]
+            effect.by_position += sum_by(pos, sums, len(self.count)).T
+            effect.by_row += sum_by(part.first + some.start + row, sums, self.ce_rows).T
+            effect.tokens += len(kl)
+            effect.kl_of_all += float(kl.sum())
 
 
 def core(
@@ -68,74 +239,46 @@ def core(
     rows: int = ROWS,
     ce_rows: int = CE_ROWS,
     neurons: bool = True,
+    held_out: HeldOut | None = None,
 ) -> dict[str, Any]:
     """Core metrics of `sae` on `rows` held-out rows of the stream's text (CE on the first `ce_rows` of them).
 
     `controls` are dictionaries to be measured in the same way (`random`); `mean` is always added, and `lm_neurons`, each
     activation with its K largest parts alone, unless `sae` is a transcoder or `neurons` False. The result holds the metrics
     of `sae`, `per_position` lists, a histogram of firing rates, of each of its `latents` the firing rate and on how
-    many tokens of a row it fires where it does, and under `controls` the metrics of each.
+    many tokens of a row it fires where it does, and under `controls` the metrics of each. `held_out`: those rows, read
+    already for another dictionary at the same hooks.
     """
     for name, dictionary in {"sae": sae, **controls}.items():
         check_fits(name, dictionary, stream)
     began = time.monotonic()
-    T, device = stream.positions, stream.model.device
+    device = stream.model.device
     coders: dict[str, Coder] = {name: d.to(device) for name, d in {"sae": sae, **controls}.items()}
     if sae.cfg.d_out is None and neurons:
         coders["lm_neurons"] = Neurons(sae.cfg.d_in, sae.cfg.k, device)
-    texts = list(stream.held_out(rows))
-    rows = sum(len(text.tokens) for text in texts)
-    ce_rows = min(ce_rows, rows)
-    with progress_bar("evaluating", total=rows + (len(coders) + 3) * ce_rows, unit="rows") as bar:
-        parts: list[_Part] = []
-        for text in texts:
-            read, kept = stream.read(text)
-            pos = torch.arange(T, device=device).expand(kept.shape)[kept]
-            acts = [x[kept].float() for x in read.values()]
-            parts.append(_Part(text, kept, acts[0], acts[-1], pos))
-            bar.advance(len(text.tokens))
-        count = sum((torch.bincount(p.pos, minlength=T) for p in parts), torch.zeros((), device=device))
-        total = int(count.sum())
-        if total < 2:
-            raise UserError(f"data: {rows} held-out rows hold {total} tokens to evaluate on; at least 2 are needed")
-        mu = sum((p.target.double().sum(0) for p in parts), torch.zeros((), device=device)) / total
-        spread = _per_position(parts, mu.float(), T)
-
-        replacements: dict[str, Reconstruct] = {
-            "zero": lambda x, pos: torch.zeros_like(mu).expand(len(x), -1),
-            "mean": lambda x, pos: mu.float().expand(len(x), -1),
-            **{name: partial(_reconstruct, coder) for name, coder in coders.items()},
-        }
-        losses: dict[str, Tensor] = {}
-        left = ce_rows
-        for part in parts:
-            take = min(len(part.kept), left)
-            left -= take
-            for name, summed in _behaviour(stream, part, take, replacements, bar).items():
-                losses[name] = losses.get(name, 0) + summed
-
-    found = {name: _measure(coder, parts, mu.float(), T) for name, coder in coders.items()}
-    found["mean"] = {"squared_error": spread, "l0": torch.zeros(T), "rate": None, "quality": None}
-    results = {name: _scores(name, values, spread, count, losses) for name, values in found.items()}
-    rate, fired_in = found["sae"]["rate"].sum(0) / total, found["sae"]["rows"].clamp_min(1)
+    text = held_out or HeldOut(stream, rows, ce_rows, [len(coder.W_dec) for coder in coders.values()])
+    tallies = text.measure(coders)
+    effects = text.replace({name: partial(_reconstruct, coder) for name, coder in coders.items()})
+    results = {name: _scores(name, tally, text, effects) for name, tally in {**tallies, "mean": None}.items()}
+    own = tallies["sae"]
+    rate = own.fired.double() / text.tokens
+    losses = {name: effect for name, effect in effects.items() if name != EVERYWHERE}
     return {
         **results["sae"],
-        "ce": {name: _mean(value) for name, value in losses.items()},
-        "kl": {name: float(value[2].sum() / value[1].sum()) for name, value in losses.items() if name != "clean"},
-        "tokens": total,
-        "ce_tokens": int(losses["clean"][1].sum()),
-        "rows": rows,
-        "ce_rows": ce_rows,
+        "ce": {name: _mean(effect, 1) for name, effect in losses.items()},
+        "kl": {name: _mean(effect, 2) for name, effect in losses.items() if name != "clean"},
+        "tokens": text.tokens,
+        "ce_tokens": int(effects["clean"].by_row[0].sum()),
+        "rows": text.rows,
+        "ce_rows": text.ce_rows,
         "model": stream.model.name,
         "hook": stream.model.hook,
         "massive": stream.norms.report(),
-        "controls": {
-            name: {k: v for k, v in r.items() if k != "firing_rates"} for name, r in results.items() if name != "sae"
-        },
-        "firing_rates": _histogram(rate.cpu(), total),
+        "controls": {name: scores for name, scores in results.items() if name != "sae"},
+        "firing_rates": _histogram(rate.cpu(), text.tokens),
         "latents": {
             "firing_rate": [round(value, 8) for value in rate.tolist()],
-            "tokens_per_row": [round(value, 4) for value in (rate * total / fired_in).tolist()],
+            "tokens_per_row": [round(value, 4) for value in (own.fired / own.rows_fired.clamp_min(1)).tolist()],
         },
         "seconds": round(time.monotonic() - began, 2),
     }
@@ -151,147 +294,128 @@ def check_fits(name: str, dictionary: SparseAutoencoder, stream: ActivationStrea
     dictionary.cfg.mask.check_context(stream.positions)
 
 
+class _Tally:
+    """What a dictionary reconstructs: squared error float64 [T] by position and [R] by row, L0 [T] (sums), on how many
+    tokens and rows each latent fired [F] and whether at each position [T, F], and sums over tokens of further qualities."""
+
+    def __init__(self, coder: Coder, text: HeldOut):
+        T, F, device = len(text.count), len(coder.W_dec), text.device
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.coder, self.mean = coder, text.mean
+        self.errors, self.l0, self.errors_of_rows = zeros(T), zeros(T), zeros(text.rows)
+        self.fired, self.rows_fired = (torch.zeros(F, dtype=torch.int64, device=device) for _ in range(2))
+        self.fired_at = torch.zeros(T, F, dtype=torch.bool, device=device)
+        self._n, self._sums, self._squares = text.tokens, zeros(9), zeros(len(text.mean))
+
+    @torch.no_grad()
+    def add(self, part: _Part) -> None:
+        F, T = self.fired_at.shape[1], len(self.errors)
+        seen = torch.zeros(len(part.kept) * F, dtype=torch.bool, device=self.fired.device)
+        places = part.pos, part.row
+        for x, target, pos, row in in_rows(part.pos, part.x, part.target, *places, latents=F):
+            code = self.coder.encode_sparse(x, pos)
+            x_hat = self.coder.decode(code)
+            y, y_hat = target.double(), x_hat.double()
+            errors = (y - y_hat).square().sum(1)
+            self.errors += sum_by(pos, errors, T)
+            self.errors_of_rows += sum_by(row, errors, len(self.errors_of_rows))
+            size, size_hat, dot = y.norm(dim=1), y_hat.norm(dim=1), (y * y_hat).sum(1)
+            self._squares += y.square().sum(0)
+            legacy = 1 - errors / (y - self.mean).square().sum(1)
+            nonzero = (size * size_hat).clamp_min(torch.finfo(torch.float32).tiny)
+            ratio = size_hat / size.clamp_min(1e-12)
+            of_token = (errors, size, size_hat, ratio, dot / nonzero, dot, size_hat**2, legacy)
+            l1 = code.live(code.values).double().sum()
+            self._sums += torch.stack([*(value.sum() for value in of_token), l1])
+            self.l0 += sum_by(pos, code.l0().double(), T)
+            active = (code.live(code.values) > 0).flatten()
+            latents = code.indices.flatten()[active].long()
+            self.fired += torch.bincount(latents, minlength=F)
+            self.fired_at[pos[code.rows].flatten()[active], latents] = True
+            seen[(row[code.rows].flatten()[active] - part.first) * F + latents] = True
+        self.rows_fired += seen.view(-1, F).sum(0)
+
+    @property
+    def dead_fraction(self) -> float:
+        return float((self.fired == 0).double().mean())
+
+    def quality(self) -> dict[str, Any]:
+        errors, size, size_hat, ratio, cosine, dot, square_hat, _, l1 = (self._sums / self._n).tolist()
+        return {
+            "mse": errors / len(self.mean), "cosine": cosine, "l1": l1, "l2_norm_in": size, "l2_norm_out": size_hat,
+            "l2_ratio": ratio, "relative_reconstruction_bias": square_hat / dot if dot else None,
+        }  # fmt: skip
+
+    def saebench(self, effects: Mapping[str, _Effect], name: str) -> dict[str, float | None]:
+        errors, legacy = (self._sums[[0, 7]] / self._n).tolist()
+        squares = self._squares / self._n
+        kl, kl_zero = (effects[each].kl_of_all / max(1, effects[each].tokens) for each in (name, EVERYWHERE))
+        return {
+            "explained_variance": float(1 - errors / (squares.sum() - squares.mean() ** 2)),
+            "explained_variance_legacy": legacy,
+            "ce_loss_with_ablation": _mean(effects[EVERYWHERE], 1),
+            "ce_loss_score": _recovered(effects, EVERYWHERE, name),
+            "kl_div_with_sae": kl,
+            "kl_div_with_ablation": kl_zero,
+            "kl_div_score": (kl_zero - kl) / kl_zero if kl_zero > 0 else None,
+        }
+
+
 @torch.no_grad()
 def _reconstruct(coder: Coder, x: Tensor, pos: Tensor) -> Tensor:
-    return coder.decode(coder.encode_sparse(x, pos))
+    chunks = in_rows(pos, x, pos, latents=len(coder.W_dec))
+    return torch.cat([coder.decode(coder.encode_sparse(*chunk)) for chunk in chunks])
 
 
-@torch.no_grad()
-def _measure(coder: Coder, parts: list[_Part], mu: Tensor, T: int) -> dict[str, Any]:
-    """Squared error [T], L0 [T] (sums), how often each latent fired at each position [T, F], and of all tokens `quality`."""
-    F, device = len(coder.W_dec), parts[0].x.device
-    rate = torch.zeros(T, F, device=device)
-    l0 = torch.zeros(T, dtype=torch.float64, device=device)
-    error = torch.zeros(T, dtype=torch.float64, device=device)
-    rows_fired = torch.zeros(F, dtype=torch.int64, device=device)
-    sums = torch.zeros(9, dtype=torch.float64, device=device)
-    squares = torch.zeros_like(mu, dtype=torch.float64)  # of each dimension
-    for part in parts:
-        row = part.kept.nonzero()[:, 0]
-        seen = torch.zeros(len(part.kept) * F, dtype=torch.bool, device=rate.device)
-        tokens = (part.x, part.target, part.pos, row)
-        for x, target, pos, of in in_rows(part.pos, *tokens):
-            code = coder.encode_sparse(x, pos)
-            x_hat = coder.decode(code)
-            errors = (target - x_hat).double().square().sum(1)
-            error += sum_by(pos, errors, T)
-            y, y_hat = target.double(), x_hat.double()
-            size, size_hat, dot = y.norm(dim=1), y_hat.norm(dim=1), (y * y_hat).sum(1)
-            squares += y.square().sum(0)
-            legacy = 1 - errors / (target - mu).double().square().sum(1)
-            nonzero = (size * size_hat).clamp_min(torch.finfo(torch.float32).tiny)
-            of_token = (
-                errors,
-                size,
-                size_hat,
-                size_hat / size.clamp_min(1e-12),
-                dot / nonzero,
-                dot,
-                size_hat**2,
-                legacy,
-            )
-            l1 = code.live(code.values).double().sum()
-            sums += torch.stack([*(value.sum() for value in of_token), l1])
-            l0 += sum_by(pos, code.l0().double(), T)
-            active = (code.live(code.values) > 0).flatten()
-            fired = (pos[code.rows] * F + code.indices).flatten()
-            rate.view(-1).index_add_(0, fired, active.to(rate.dtype))
-            seen[(of[code.rows] * F + code.indices).flatten()[active]] = True
-        rows_fired += seen.view(len(part.kept), -1).sum(0)
-    n = sum(len(part.x) for part in parts)
-    errors, size, size_hat, ratio, cosine, dot, square_hat, legacy, l1 = (sums / n).tolist()
-    per_dimension = squares / n
-    quality = {
-        "mse": errors / len(mu), "cosine": cosine, "l1": l1, "l2_norm_in": size, "l2_norm_out": size_hat,
-        "l2_ratio": ratio, "relative_reconstruction_bias": square_hat / dot if dot else None,
-        "saebench": {
-            "explained_variance": float(1 - errors / (per_dimension.sum() - per_dimension.mean() ** 2)),
-            "explained_variance_legacy": legacy,
-        },
-    }  # fmt: skip
-    return {"squared_error": error, "l0": l0, "rate": rate, "rows": rows_fired, "quality": quality}
-
-
-def _per_position(parts: list[_Part], mu: Tensor, T: int) -> Tensor:
-    """Squared distance from mu [D_out], summed by position [T]."""
-    summed = torch.zeros(T, dtype=torch.float64, device=parts[0].x.device)
-    for part in parts:
-        summed += sum_by(part.pos, (part.target - mu).double().square().sum(1), T)
-    return summed
-
-
-def _behaviour(
-    stream: ActivationStream, part: _Part, take: int, replacements: dict[str, Reconstruct], bar: ProgressBar
-) -> dict[str, Tensor]:
-    """[3, T] for `clean` and for each replacement, over the first `take` rows of a part: per position the sum of the
-    losses, the number of predictions, and the sum of KL(p_clean || p). As many rows at once as `LOGITS` allows."""
-    T, V = part.kept.shape[1], len(stream.model.tokenizer)
-    size = max(1, LOGITS // (T * V))
-    found = {name: torch.zeros(3, T, dtype=torch.float64) for name in ("clean", *replacements)}
-    first = part.kept.flatten(1).sum(1).cumsum(0).tolist()
-    for at in range(0, take, size):
-        rows = slice(at, min(at + size, take))
-        kept, tokens = part.kept[rows], part.rows.tokens[rows]
-        tokens_before = slice(first[at - 1] if at else 0, first[rows.stop - 1])
-        x, pos = part.x[tokens_before], part.pos[tokens_before]
-        counts = kept[:, :-1] & (torch.arange(1, T) < part.rows.length[rows, None]).to(kept.device)
-        log_p = None
-        for name in found:
-            if name == "clean":
-                logits = stream.model.logits(tokens)
-            else:
-                given = torch.cat([replacements[name](*chunk) for chunk in in_rows(pos, x, pos)])
-
-                def splice(value: Tensor, kept: Tensor = kept, given: Tensor = given) -> Tensor:
-                    fresh = value.clone()
-                    fresh[kept] = given.to(value.dtype)
-                    return fresh
-
-                logits = stream.model.logits(tokens, splice, hook=stream.model.hooks[-1])
-            losses = next_token_losses(logits, tokens).double() * counts
-            log_q = logits[:, :-1].float().log_softmax(-1)
-            log_p = log_q if log_p is None else log_p
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1).double() * counts
-            found[name][:, :-1] += torch.stack([losses.sum(0), counts.sum(0).double(), kl.sum(0)]).cpu()
-            bar.advance(len(tokens))
-    return found
-
-
-def _scores(
-    name: str, found: dict[str, Any], spread: Tensor, count: Tensor, losses: dict[str, Tensor]
-) -> dict[str, Any]:
-    total = count.sum()
-    rate = found["rate"]
-    here = {key: losses[key][0] / losses[key][1] for key in ("clean", "zero", name)}
-    kl, kl_zero = (float(losses[key][2].sum()) for key in (name, "zero"))
+def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str, _Effect]) -> dict[str, Any]:
+    """Of a dictionary, or without a `tally` of the mean."""
+    errors, errors_of_rows = (
+        (text.spread, text.spread_of_rows) if tally is None else (tally.errors, tally.errors_of_rows)
+    )
+    l0 = torch.zeros_like(errors) if tally is None else tally.l0
+    dead = torch.ones_like(errors) if tally is None else (~tally.fired_at).double().mean(1)
+    count, own = text.count, effects[name]
+    here = {key: effects[key].by_position[1] / effects[key].by_position[0] for key in ("clean", "zero", name)}
+    kl, kl_zero = (float(effects[key].by_row[2].sum()) for key in (name, "zero"))
+    clean, zero = effects["clean"], effects["zero"]
     return {
-        "explained_variance": 1 - float(found["squared_error"].sum() / spread.sum()),
-        "ce_recovered": _recovered(losses, "zero", name),
-        "ce_recovered_over_mean": _recovered(losses, "mean", name),
+        "explained_variance": 1 - float(errors.sum() / text.spread.sum()),
+        "explained_variance_error": _error(errors_of_rows, text.spread_of_rows),
+        "ce_recovered": _recovered(effects, "zero", name),
+        "ce_recovered_error": _error(zero.by_row[1] - own.by_row[1], zero.by_row[1] - clean.by_row[1]),
+        "ce_recovered_over_mean": _recovered(effects, "mean", name),
         "kl_recovered": (kl_zero - kl) / kl_zero if kl_zero > 0 else None,
-        **(found["quality"] or {}),
-        "l0": float(found["l0"].sum() / total),
-        "dead_fraction": 1.0 if rate is None else float((rate.sum(0) == 0).double().mean()),
+        **({} if tally is None else tally.quality() | {"saebench": tally.saebench(effects, name)}),
+        "l0": float(l0.sum() / count.sum()),
+        "dead_fraction": 1.0 if tally is None else tally.dead_fraction,
         "per_position": {
             "position": list(range(len(count))),
             "tokens": count.tolist(),
-            "explained_variance": _numbers(1 - found["squared_error"] / spread),
+            "explained_variance": _numbers(1 - errors / text.spread),
             "ce_recovered": _numbers((here["zero"] - here[name]) / (here["zero"] - here["clean"])),
-            "l0": _numbers(found["l0"].to(count.device) / count),
-            "dead_fraction": _numbers(
-                torch.where(count > 0, 1.0 if rate is None else (rate == 0).double().mean(1), torch.nan)
-            ),
+            "l0": _numbers(l0 / count),
+            "dead_fraction": _numbers(torch.where(count > 0, dead, torch.nan)),
         },
     }
 
 
-def _recovered(losses: dict[str, Tensor], floor: str, name: str) -> float | None:
-    clean, low, own = (_mean(losses[key]) for key in ("clean", floor, name))
+def _recovered(effects: Mapping[str, _Effect], floor: str, name: str) -> float | None:
+    clean, low, own = (_mean(effects[key], 1) for key in ("clean", floor, name))
     return (low - own) / (low - clean) if low > clean else None
 
 
-def _mean(summed: Tensor) -> float:
-    return float(summed[0].sum() / summed[1].sum())
+def _mean(effect: _Effect, of: int) -> float:
+    """Loss (1) or KL (2) per token, by a sum over positions first, then over what they have."""
+    return float(effect.by_position[of].sum() / effect.by_position[0].sum())
+
+
+def _error(above: Tensor, below: Tensor) -> float | None:
+    """The standard error of sum(above) / sum(below), both [R]; None of a single row."""
+    R, whole = len(above), float(below.sum())
+    if R < 2 or whole == 0:
+        return None
+    left = above - above.sum() / whole * below
+    return float((R / (R - 1) * left.square().sum()).sqrt() / abs(whole))
 
 
 def _numbers(values: Tensor) -> list[float | None]:

@@ -135,9 +135,9 @@ def _truth(result: dict[str, Any]) -> dict[str, Any]:
     axes.plot(f1, rows, "o", color=COLOURS["sae"], markersize=4.5, label="F1 of the best latent")
     axes.plot(top, rows, "D", color=SEVERAL[1], markersize=3.5, label="accuracy of a probe on 5 latents")
     for key, linestyle, what in (("mean_f1", "--", "F1"), ("mean_top_5", ":", "accuracy")):
-        if "random" in result["controls"]:
+        if (control := result["controls"].get("random", {}).get(key)) is not None:
             axes.axvline(
-                result["controls"]["random"][key], color=COLOURS["random"], linewidth=1, linestyle=linestyle,
+                control, color=COLOURS["random"], linewidth=1, linestyle=linestyle,
                 zorder=0, label=f"random's mean {what}",
             )  # fmt: skip
     axes.axvline(RECOVERED, color="#888888", linewidth=1, zorder=0, label=f"recovered (F1 of {RECOVERED})")

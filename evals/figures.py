@@ -22,6 +22,7 @@ def draw_pareto(folder: Path, scores: dict[str, dict[str, Any]]) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = new_axes()
+    scores = {name: one for name, one in scores.items() if None not in (one["l0"], one["explained_variance"])}
     several_hooks = len({one["hook"] for one in scores.values()}) > 1
     kinds = list(dict.fromkeys((one["activation"], one["hook"]) for one in scores.values()))
     sizes = sorted({one["d_sae"] for one in scores.values()})
@@ -36,12 +37,14 @@ def draw_pareto(folder: Path, scores: dict[str, dict[str, Any]]) -> Path:
             label = f"{activation}{f' at {hook}' if several_hooks else ''}, F = {size}"
             axes.plot(*zip(*points(alike), strict=True), label=label, **style)
     controls = [one["controls"]["random"] for one in scores.values() if "random" in one["controls"]]
+    controls = [one for one in controls if None not in (one["l0"], one["explained_variance"])]
     if controls:
         style = {"color": COLOURS["mean"], "marker": "x", "linestyle": ""}
         axes.plot(*zip(*points(controls), strict=True), label="random control", zorder=1, **style)
     every = points(list(scores.values()))
     front = [point for i, point in enumerate(every) if all(point[1] < other[1] for other in every[:i])]
-    axes.plot(*zip(*front, strict=True), color="#bbbbbb", linewidth=1, zorder=0)
+    if front:
+        axes.plot(*zip(*front, strict=True), color="#bbbbbb", linewidth=1, zorder=0)
     axes.set(
         xlabel="L0 (latents per token)", ylabel="fraction of variance unexplained", xscale="log", yscale="log",
         title="Sparsity against error, on held-out text",
@@ -79,8 +82,8 @@ def _loss(metrics: list[dict[str, Any]]) -> Any:
     figure, axes = new_axes()
     tokens = [line["tokens"] for line in metrics]
     axes.plot(tokens, [line["fvu"] for line in metrics], color=COLOURS["sae"], label="dictionary")
-    if "random" in metrics[0]:
-        axes.plot(tokens, [line["random"]["fvu"] for line in metrics], color=COLOURS["random"], label="random control")
+    if beside := [(line["tokens"], line["random"]["fvu"]) for line in metrics if "random" in line]:
+        axes.plot(*zip(*beside, strict=True), color=COLOURS["random"], label="random control")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(xlabel="tokens", ylabel="fraction of variance unexplained", yscale="log", title="Training")
     axes.legend(frameon=False)
@@ -99,6 +102,8 @@ def _positions(result: dict[str, Any]) -> Any:
     for name, scores in every.items():
         at = scores["per_position"]
         points = [(p, v) for p, v in zip(at["position"], at["explained_variance"], strict=True) if v is not None]
+        if not points:
+            continue
         axes.plot(*zip(*points, strict=True), color=COLOURS[name], label=labels[name], linewidth=1.2)
     axes.set(
         xlabel="position in the context", ylabel="explained variance", ylim=(-0.05, 1.02), title="Where it explains"

@@ -207,7 +207,9 @@ def _notes(results: dict[str, dict[str, Any]], lines: dict[str, list[Line]], lef
         tokens = number(at(results, "core.tokens"))
         notes.append(f"{dead:.1%} of the latents are dead: they fire on none of {tokens} held-out tokens")
     if lines and not any("random" in line.controls for of in lines.values() for line in of):
-        notes.append("There is no control `random`: how much an untrained decoder has of these scores is not known")
+        reasons = dict.fromkeys(r["no_random_control"] for r in results.values() if r.get("no_random_control"))
+        why = f" ({plain(', '.join(reasons))})" if reasons else ""
+        notes.append(f"No random control{why}: how much an untrained decoder has of these scores is not known")
     notes += [f"**{plain(n)}** was skipped: {plain(r['skipped'])}" for n, r in results.items() if "skipped" in r]
     return notes + [f"The result of **{plain(name)}** is left out: {plain(why)}" for name, why in left_out.items()]
 

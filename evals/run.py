@@ -1,6 +1,7 @@
 """Evaluate a checkpoint where it stands: its own stream, its own control, results and figures into its run folder."""
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,29 +9,35 @@ from typing import Any
 
 from ..engine import checkpoint
 from ..engine.checkpoint import Checkpoint
+from ..engine.config import EvalConfig, TrainConfig
 from ..engine.errors import UserError
 from ..engine.files import UNFINISHED
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream
 from ..engine.stream.own import held_out_scores
 from ..engine.train import Run, train
+from .budget import Sizes, row_counts
 from .collect import Evaluation
 from .core import check_fits
 from .figures import draw_pareto
 from .report import write_report
 from .saebench import file_name, output
-from .suite import given_to, load_eval
+from .suite import given_to, lacks, load_eval
 
-VERSION = 5  # of the evals: results of another one are not taken for today's
+VERSION = 6  # of the evals: results of another one are not taken for today's
 SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
+ERRORS = ("explained_variance_error", "ce_recovered_error")
 
 
 def evaluate_runs(folder: Path, runs: dict[str, Run], stream: ActivationStream) -> dict[str, Any]:
     """Core scores of the dictionaries trained in `folder`, by name; of a single one, named "", just its scores.
 
-    Several are compared in figures/pareto.png. One that failed is there with the reason, and nothing else.
+    Several are compared in figures/pareto.png. One that failed in training is there with the reason, and nothing else. Where
+    `eval.after_training` is false, and where measuring fails, the figures are those of training's last report:
+    `measured_on` says so, and `not_measured` why. A dictionary that is measured already isn't again.
     """
     found: dict[str, dict[str, Any]] = {}
+    texts: tuple[tuple[str, ...], Evaluation] | None = None
     for name, run in runs.items():
         if run.failed is not None:
             found[name] = {"failed": run.failed}
@@ -43,33 +50,65 @@ def evaluate_runs(folder: Path, runs: dict[str, Run], stream: ActivationStream) 
             "d_sae": last.run.sae.d_sae,
             "tokens": run.metrics[-1]["tokens"],
         }
+        if (reason := without_control(last)) is not None:
+            settings["no_random_control"] = reason
+        if not last.run.eval.after_training:
+            found[name] = _of_training(run) | settings | {"not_measured": "eval.after_training is false (--no-eval)"}
+            continue
         if stream.own is not None:
             found[name] = _without_model(run, stream) | settings
             continue
-        stream.model.use(hooks=last.run.stream.hooks)
-        result = evaluate(last, stream, folder / name)["core"]
-        controls = {control: {key: r[key] for key in SCORES} for control, r in result["controls"].items()}
-        found[name] = {key: result[key] for key in SCORES} | {"controls": controls} | settings
+        try:
+            stream.model.use(hooks=last.run.stream.hooks)
+            if texts is None or texts[0] != stream.model.hooks:
+                texts = stream.model.hooks, Evaluation(stream, last.dictionary(), None)
+            result = evaluate(last, stream, folder / name, like=texts[1], report=True)["core"]
+        except Exception as error:  # training is done, and its run whole, whatever goes wrong here
+            found[name] = _of_training(run) | settings | {"not_measured": _one_line(error)}
+            continue
+        keys = (*SCORES, *ERRORS, "rows", "ce_rows")
+        controls = {control: {key: r[key] for key in keys if key in r} for control, r in result["controls"].items()}
+        found[name] = {key: result[key] for key in keys} | {"controls": controls} | settings
     if "" in found:
         return found[""]
-    draw_pareto(folder / "figures", {name: scores for name, scores in found.items() if "failed" not in scores})
+    drawn = {name: scores for name, scores in found.items() if scores.get("explained_variance") is not None}
+    if drawn:
+        draw_pareto(folder / "figures", drawn)
     return {"dictionaries": found}
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def _of_training(run: Run) -> dict[str, Any]:
+    """Scores of training's last report. CE needs a pass through the model, and is None."""
+
+    def scores(line: dict[str, Any]) -> dict[str, Any]:
+        measured = {"explained_variance": 1 - line["fvu"], **line}
+        return {key: measured.get(key) for key in SCORES} | {"measured_on": "training"}
+
+    last = run.metrics[-1]
+    return scores(last) | {"controls": {"random": scores(last["random"])} if "random" in last else {}}
 
 
 def _without_model(run: Run, stream: ActivationStream) -> dict[str, Any]:
     """Scores on the activations held out, else those of training's last report; CE needs a model and is None."""
 
-    def scores(sae: SparseAutoencoder, line: dict[str, Any]) -> dict[str, Any]:
-        held_out = held_out_scores(sae, stream.own_held_out())
-        measured = held_out or {"explained_variance": 1 - line["fvu"], **line}
-        found = {key: measured.get(key) for key in SCORES}
-        return found | {"measured_on": "held-out rows" if held_out else "training"}
+    def held_out(sae: SparseAutoencoder) -> dict[str, Any] | None:
+        measured = held_out_scores(sae, stream.own_held_out())
+        if measured is None:
+            return None
+        return {key: measured.get(key) for key in SCORES} | {"measured_on": "held-out rows"}
 
-    last = run.metrics[-1]
-    found = scores(run.sae, last)
-    controls = {} if run.random is None else {"random": scores(run.random, last["random"])}
+    found = _of_training(run)
+    if (own := held_out(run.sae)) is not None:
+        found |= own
+        if run.random is not None and (control := held_out(run.random)) is not None:
+            found["controls"]["random"] = control
     mean = dict.fromkeys(SCORES) | {"explained_variance": 0.0, "l0": 0.0, "dead_fraction": 1.0}
-    return found | {"controls": {**controls, "mean": mean}}
+    return found | {"controls": {**found["controls"], "mean": mean}}
 
 
 def evaluate(
@@ -82,53 +121,110 @@ def evaluate(
     sets: Sequence[str] = (),
     files: Mapping[str, Sequence[str]] | None = None,
     fresh: bool = False,
+    rows: int | None = None,
+    control: bool = False,
     like: Evaluation | None = None,
+    report: bool | None = None,
     reference: Checkpoint | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The evals of these `names` of a checkpoint, by name, each with its controls and the `seconds` that it took.
 
     With `run`, each is kept there as evals/NAME.json (and in SAEBench's format in evals/saebench/), where a later call finds
-    it unless it asks for `fresh` ones or is of another dictionary, seed, version, or of other sets or files `given` to this
-    eval; and report.md, report.html and figures/ show all that is kept there of this dictionary. The random control is the
-    one trained beside the dictionary; where there is none, it is trained now on as many tokens. Of several evals, one that
-    can't be had of this model or text has `skipped` in its place: why. Of a single one, that is a UserError.
+    it unless it asks for `fresh` ones or is of another dictionary, seed, version, number of rows, or of other sets or files
+    `given` to this eval; and report.md, report.html and figures/ show all that is kept there of this dictionary.
 
-    `like`: an evaluation whose texts (and share of them) serve for this dictionary, too; then there is no report.
-    `reference`: the dictionary that `positions` compares with.
+    What can't be measured on this model and text is said before anything else is done, with the option that would supply
+    what is missing (`suite.lacks`). Of several evals, such a one, and one that turns out not to be possible, has `skipped`
+    in its place: why. Of a single one, that is a UserError.
+
+    The random control is the one trained beside the dictionary. Where there is none, as with `train.control: false`, results
+    have none, unless `control` asks for one to be trained now on as many tokens. `rows`: of text, in place of
+    `found.run.eval.rows` or, where that isn't given, of as many as fit the run and the model (`budget.row_counts`).
+
+    `like`: an evaluation whose texts (and share of them) serve for this dictionary, too; then there is no `report` unless
+    asked for. `reference`: the dictionary that `positions` compares with.
     """
+    sae = found.dictionary()
+    check_fits("sae", sae, stream)
+    for name in names:
+        load_eval(name)
+    trained_now = control and "random" not in found.dictionaries and sae.cfg.decoder == "learned"
     common = {"dictionary": found.manifest["files"]["sae.safetensors"]["sha256"], "seed": seed, "version": VERSION}
     if like is not None and like.share > 1:
         common["share"] = like.share
     if reference is not None:
         common["reference"] = reference.manifest["files"]["sae.safetensors"]["sha256"]
-    keys = {name: common | {"given": given_to(name, sets, files or {})} for name in names}
+    if trained_now:
+        common["control"] = "trained for evaluation"
+    sizes = _sizes(found, stream, sae, rows, "random" in found.dictionaries or trained_now, like)
+    keys = {name: common | {"given": given_to(name, sets, files or {}), "rows": sizes.of(name)} for name in names}
     results = {} if run is None or fresh else {name: kept for name in names if (kept := _kept(run, name, keys[name]))}
-    if missing := [name for name in names if name not in results]:
-        sae = found.dictionary()
-        check_fits("sae", sae, stream)
-        random = None if sae.cfg.decoder == "random" else _control(found, sae, stream)
+    missing = [name for name in names if name not in results]
+    lacking = {name: lacks(name, stream, sae.cfg, sets, files or {}) for name in missing}
+    if len(names) == 1 and missing and (why := lacking[names[0]].get("")):
+        raise UserError(f"{names[0]}: {why}")
+    if like is None:
+        for name, of in lacking.items():
+            for part, why in of.items():
+                print(
+                    f"will not be measured: {f'{name}, {part}' if part else name}: {why}", file=sys.stderr, flush=True
+                )
+    if missing:
+        random = found.dictionary("random") if "random" in found.dictionaries else None
+        if trained_now and any("" not in lacking[name] for name in missing):
+            random = _train_control(found, sae, stream)
         compared = None if reference is None else reference.dictionary()
         if like is None:
-            evaluation = Evaluation(stream, sae, random, seed, sets, files, reference=compared)
+            evaluation = Evaluation(stream, sae, random, seed, sets, files, reference=compared, sizes=sizes)
         else:
-            evaluation = like.of(sae, random, compared)
+            evaluation = like.of(sae, random, compared, sizes)
+        reason = None if trained_now else without_control(found)
         for name in missing:
             began = time.monotonic()
-            try:
-                result = load_eval(name)(evaluation)
-            except UserError as error:
-                if len(names) == 1:
-                    raise
-                result = {"skipped": str(error)}
+            if why := lacking[name].get(""):
+                result = {"skipped": why}
+            else:
+                try:
+                    result = load_eval(name)(evaluation)
+                except UserError as error:
+                    if len(names) == 1:
+                        raise
+                    result = {"skipped": str(error)}
+                    print(f"not measured: {name}: {error}", file=sys.stderr, flush=True)
+            if reason is not None and "skipped" not in result:
+                result["no_random_control"] = reason
             result |= {"seconds": round(time.monotonic() - began, 2), "of": keys[name]}
             results[name] = json.loads(json.dumps(result, allow_nan=False))  # as it is read again
             if run is not None:
                 _write(run / "evals" / f"{name}.json", results[name])
                 if (theirs := output(name, results[name], sae, stream.config, sae_id=run.name, seed=seed)) is not None:
                     _write(run / "evals" / "saebench" / name / file_name("temposae", run.name), theirs)
-    if run is not None and like is None:
+    if run is not None and (like is None if report is None else report):
         write_report(run, found, VERSION)
     return {name: results[name] for name in names}
+
+
+def _sizes(
+    found: Checkpoint, stream: ActivationStream, sae: SparseAutoencoder, rows: int | None, has_random: bool,
+    like: Evaluation | None,
+) -> Sizes:  # fmt: skip
+    config = EvalConfig() if found.run is None else found.run.eval
+    if rows is not None:
+        config = config.model_copy(update={"rows": rows})
+    tokens = (TrainConfig() if found.run is None else found.run.train).tokens
+    latents = [sae.cfg.d_sae] * (1 + has_random)
+    if sae.cfg.d_out is None and (like is None or like.neurons):
+        latents.append(sae.cfg.d_in)
+    return row_counts(stream, config, tokens, latents)
+
+
+def without_control(found: Checkpoint) -> str | None:
+    """Why a dictionary has no random control beside it; None where it has one, or is one."""
+    if "random" in found.dictionaries or found.manifest["dictionaries"]["sae"]["decoder"] == "random":
+        return None
+    if found.run is not None and not found.run.train.control:
+        return "train.control: false"
+    return f"{found.folder.name} holds none"
 
 
 def _kept(run: Path, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
@@ -146,8 +242,8 @@ def _write(path: Path, found: dict[str, Any]) -> None:
     fresh.replace(path)
 
 
-def _control(found: Checkpoint, sae: SparseAutoencoder, stream: ActivationStream) -> SparseAutoencoder:
-    if "random" in found.dictionaries:
-        return found.dictionary("random")
-    config = found.run.train if found.run is not None else None
+def _train_control(found: Checkpoint, sae: SparseAutoencoder, stream: ActivationStream) -> SparseAutoencoder:
+    config = TrainConfig() if found.run is None else found.run.train
+    print(f"control: a random one is trained first, on {config.tokens:,} tokens", file=sys.stderr, flush=True)
+    config = config.model_copy(update={"control": False, "init": None, "held_out_rows": 0, "log": ()})
     return train(stream, sae.cfg.model_copy(update={"decoder": "random"}), config).sae

@@ -66,19 +66,22 @@ def _core(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) 
     rate = torch.tensor(result["latents"]["firing_rate"])
     W_enc, W_dec = (w.detach().float().cpu() for w in (sae.W_enc.T, sae.W_dec))
     nearest = {"encoder": _nearest(W_enc), "decoder": _nearest(W_dec)}
+    theirs = result["saebench"]
     metrics = {
         "model_behavior_preservation": {
-            "kl_div_score": result["kl_recovered"],
-            "kl_div_with_ablation": result["kl"]["zero"],
-            "kl_div_with_sae": result["kl"]["sae"],
+            key: theirs[key] for key in ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae")
         },
         "model_performance_preservation": {
-            "ce_loss_score": result["ce_recovered"],
-            "ce_loss_with_ablation": result["ce"]["zero"],
+            "ce_loss_score": theirs["ce_loss_score"],
+            "ce_loss_with_ablation": theirs["ce_loss_with_ablation"],
             "ce_loss_with_sae": result["ce"]["sae"],
             "ce_loss_without_sae": result["ce"]["clean"],
         },
-        "reconstruction_quality": {**result["saebench"], "mse": result["mse"], "cossim": result["cosine"]},
+        "reconstruction_quality": {
+            **{key: theirs[key] for key in ("explained_variance", "explained_variance_legacy")},
+            "mse": result["mse"],
+            "cossim": result["cosine"],
+        },
         "shrinkage": {
             key: result[key] for key in ("l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias")
         },

@@ -1,12 +1,16 @@
 """The evals by name, in the order in which `all` runs them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..engine.config import SAEConfig
 from ..engine.errors import UserError
 from ..engine.files import digest, digest_of_folder
+from ..engine.stream import ActivationStream
+from ..engine.stream.text import TestbedRows
 from .collect import Evaluation
 from .labelled import stored_at
 
@@ -35,6 +39,93 @@ FILES = {
     "blimp": ("positions", True),
     "senteval": ("positions", True),
 }
+
+
+#: eval -> what it lacks
+Needs = Callable[["Asked"], dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an eval is asked to be measured on."""
+
+    stream: ActivationStream
+    sae: SAEConfig
+    sets: Sequence[str]
+    files: Mapping[str, Sequence[str]]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the text is the embedded language, which knows the labels of every token."""
+        return isinstance(self.stream.text, TestbedRows)
+
+
+def _labels_of_tokens(asked: Asked) -> dict[str, str]:
+    if asked.has_labels:
+        return {}
+    return {
+        "": f"{asked.stream.text.name} has no labels; it is measured on the embedded language alone (model: testbed)"
+    }
+
+
+def _labelled_texts(asked: Asked) -> dict[str, str]:
+    if not asked.has_labels and not asked.sets:
+        return {
+            "": f"{asked.stream.text.name} has no labels; give labelled texts, --set FILE?text=COLUMN&label=COLUMN (.csv or "
+            ".jsonl), or a published set, --set fancyzhx/ag_news?path=FOLDER"
+        }
+    return _absent({source: stored_at(source) for source in asked.sets}, "set")
+
+
+def _questions(asked: Asked) -> dict[str, str]:
+    if asked.sae.d_out is not None:
+        return {"": "a transcoder is not allowed; unlearning changes the activations that were encoded"}
+    names = [name for name, (reader, _) in FILES.items() if reader == "unlearning"]
+    missing = [name for name in names if name not in asked.files]
+    if missing and (len(missing) < len(names) or not asked.has_labels):
+        options = " ".join(f"--file {name}=PATH" for name in missing)
+        return {
+            "": f"{asked.stream.text.name} says nothing of what to forget; give questions and text to forget and to retain, "
+            f"such as WMDP-bio's and MMLU's: {options}"
+        }
+    if not missing and not getattr(asked.stream.model.tokenizer, "chat_template", None):
+        return {
+            "": f"{asked.stream.model.name} has no chat template; multiple-choice questions need an instruction-tuned model"
+        }
+    return _absent({path: Path(path).expanduser() for name in names for path in asked.files.get(name, ())}, "file")
+
+
+def _tasks_of_order(asked: Asked) -> dict[str, str]:
+    given = [path for name in ("blimp", "senteval") for path in asked.files.get(name, ())]
+    found = _absent({path: Path(path).expanduser() for path in given}, "file")
+    if not given and not asked.has_labels:
+        name = asked.stream.text.name
+        found["order probing"] = f"{name} has no tasks of its own; give --file blimp=PATH or --file senteval=PATH"
+    return found
+
+
+def _absent(paths: Mapping[str, Path | None], option: str) -> dict[str, str]:
+    gone = [given for given, path in paths.items() if path is not None and not path.exists()]
+    return {"": f"--{option} {gone[0]} does not exist"} if gone else {}
+
+
+#: what an eval needs of model, text and dictionary; evals that aren't here need a text, and nothing else
+NEEDS: dict[str, Needs] = {
+    "sparse_probing": _labelled_texts,
+    "positions": _tasks_of_order,
+    "ground_truth": _labels_of_tokens,
+    "unlearning": _questions,
+    "scr": _labels_of_tokens,
+    "tpp": _labels_of_tokens,
+}
+
+
+def lacks(
+    name: str, stream: ActivationStream, sae: SAEConfig, sets: Sequence[str], files: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """What keeps the eval `name` ("") or a part of it from being measured, with the option that would supply what is
+    missing; empty if nothing does. Looks at no activation, so that it can be said before anything is collected."""
+    return NEEDS[name](Asked(stream, sae, sets, files)) if name in NEEDS else {}
 
 
 def named_files(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -78,11 +169,16 @@ def load_eval(name: str) -> Eval:
 
 
 def _core(evaluation: Evaluation) -> dict[str, Any]:
-    from .core import CE_ROWS, ROWS, core
+    from .core import HeldOut, core
 
     controls = {} if evaluation.random is None else {"random": evaluation.random}
-    rows, ce_rows = evaluation.rows(ROWS), evaluation.rows(CE_ROWS)
-    return core(evaluation.stream, evaluation.sae, controls, rows=rows, ce_rows=ce_rows, neurons=evaluation.neurons)
+    stream, neurons = evaluation.stream, evaluation.neurons
+    rows, ce_rows = (max(1, most // evaluation.share) for most in (evaluation.sizes.rows, evaluation.sizes.ce_rows))
+    latents = [evaluation.sae.cfg.d_sae] * (1 + len(controls)) + [evaluation.sae.cfg.d_in] * neurons
+    held_out = evaluation.once(
+        f"core {stream.model.hooks} {rows} {ce_rows}", lambda: HeldOut(stream, rows, ce_rows, latents)
+    )
+    return core(stream, evaluation.sae, controls, neurons=neurons, held_out=held_out)
 
 
 def _sparse_probing(evaluation: Evaluation) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, near
 from .loading import BUILT_IN, TESTBED, load
-from .reader import Catch, Enough, Reader, close, places
+from .reader import Catch, Enough, Reader, Tail, close, places
 
 __all__ = ["BUILT_IN", "TESTBED", "LanguageModel"]
 
@@ -70,6 +70,7 @@ class LanguageModel:
         self.n_layers: int = self._bridge.cfg.n_layers
         self.context: int = int(self._bridge.cfg.n_ctx)
         self._reader: Reader | None = None
+        self._tails: dict[str, Tail | None] = {}
         self.use(
             hooks=[*([] if hook is None else [hook]), *hooks],
             layers=[*([] if layer is None else [layer]), *layers],
@@ -150,6 +151,38 @@ class LanguageModel:
     ) -> Tensor:
         """Loss of every next token, [B, T - 1] in nats; the rest as in `logits`."""
         return next_token_losses(self.logits(tokens, replace, hook), tokens)
+
+    def tail(self, hook: str | None = None) -> Tail | None:
+        """The model from a hook (the first) on, with which the layers before it need not run again for every replacement.
+
+        None where there is no plain model with that hook at the edge of a module, or where its logits are not those of
+        `logits` on a probe, with the hook's value as it is and with another one.
+        """
+        name = self.place(hook or self.hook)
+        if name not in self._tails:
+            self._tails[name] = self._tested_tail(name)
+        return self._tails[name]
+
+    def _tested_tail(self, hook: str) -> Tail | None:
+        found = None if self._plain is None else places(self._bridge, [hook])
+        if self._plain is None or found is None:
+            return None
+        probe = torch.randint(self._bridge.cfg.d_vocab, (2, min(48, self.context)), generator=_seeded()).to(self.device)
+        x = self._through(self.bridge, probe, [hook])[hook]
+        other = x.flip(0, 1)
+        reference = {"as it is": self.logits(probe), "replaced": self.logits(probe, lambda _: other, hook)}
+        for attention in FASTEST.get(self.device.type, FASTEST["cpu"]):
+            try:
+                tail = Tail(self._plain, found[0], found[1][hook], self.device)
+                if not tail.attend(attention):
+                    continue
+                hidden = {"as it is": tail.begin(probe, x), "replaced": tail.replaced(probe, other)}
+                logits = {name: tail.logits(h.flatten(0, 1)).view(*probe.shape, -1) for name, h in hidden.items()}
+            except Exception:  # a model that can't be cut here is one that is run whole
+                continue
+            if close(logits, reference):
+                return tail
+        return None
 
     @torch.no_grad()
     def direct_logits(self, directions: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Activations from a plain transformers model, cut behind the last layer that is needed.
+"""Parts of a plain transformers model: up to the last layer that some hooks need (`Reader`), and from a hook on (`Tail`).
 
 transformer_lens computes attention in Python with a hook at every step of it. Where a hook is the input or output of a
 module that the plain model has too, the plain model gives the same value sooner, with any implementation of attention.
@@ -114,12 +114,7 @@ class Reader:
 
     def attend(self, attention: str) -> bool:
         """Use this implementation of attention from now on; False if transformers doesn't have it for this model."""
-        model: Any = self.model
-        try:
-            model.set_attn_implementation(attention)
-        except Exception:  # not for this architecture, not in this transformers, not without some package
-            return False
-        return model.config._attn_implementation == attention
+        return _attend(self.model, attention)
 
     def compile(self) -> None:
         """torch.compile for each layer, at fixed shapes; a layer with a hook inside it stays as it is."""
@@ -145,14 +140,125 @@ class Reader:
         return catch.values
 
     def _watch(self, hook: str, catch: Catch) -> Any:
-        place = self.places[hook]
-        module = self.model.get_submodule(place.module)
-        put: Callable[[Any], None] = lambda value: catch.put(hook, value[0] if isinstance(value, tuple) else value)
-        if place.side == "out":
-            return module.register_forward_hook(lambda _, args, output: put(output))
-        return module.register_forward_pre_hook(
-            lambda _, args, kwargs: put(args or kwargs["hidden_states"]), with_kwargs=True
+        return _watch(self.model, self.places[hook], lambda value: catch.put(hook, value))
+
+
+class Tail:
+    """A plain transformers model from a hook on: the layers behind it, and the head by itself.
+
+    Parameters are shared with `plain`. `hidden` gives what the head makes logits of, [B, T, D]: with the value at the hook
+    as it is, then with others in its place. Layers before the hook run once or, where the hook is a layer's output, not at
+    all. `logits` takes as many of those vectors at a time as there is room for.
+    """
+
+    def __init__(self, plain: nn.Module, layers: str, place: Place, device: torch.device):
+        self.model: Any = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
+        held = self.model.get_submodule(layers)
+        self._base: Any = self.model.base_model
+        if not isinstance(held, nn.ModuleList) or self._base is self.model:
+            raise TypeError(f"{layers} is no list of layers, or the model has no head")
+        self._place = place
+        self._whole = (place.module, place.side) == (f"{layers}.{place.layer}", "out")
+        self._left_out = list(held[: place.layer + self._whole])
+        self._entry: Tensor | None = None  # [B, T, D], what the last of the layers left out gives
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
+
+    def attend(self, attention: str) -> bool:
+        """Use this implementation of attention from now on; False if transformers doesn't have it for this model."""
+        return _attend(self.model, attention)
+
+    @torch.no_grad()
+    def begin(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """What goes into the head, [B, T, D], of tokens [B, T] whose value at the hook is `x` [B, T, D_hook]."""
+        self._entry = None
+        if self._whole:
+            return self.replaced(tokens, x)
+        if not self._left_out:
+            return self._run(tokens)
+        found: list[Tensor] = []
+        last = self._left_out[-1].register_forward_hook(lambda _, args, output: found.append(_first(output)))
+        try:
+            hidden = self._run(tokens)
+        finally:
+            last.remove()
+        self._entry = found[0]
+        return hidden
+
+    @torch.no_grad()
+    def replaced(self, tokens: Tensor, value: Tensor) -> Tensor:
+        """The same with `value` [B, T, D_hook] at the hook, of the tokens that `begin` was given."""
+        entry = value if self._whole else self._entry
+        handles: list[Any] = []
+        for layer in self._left_out:
+            layer.forward = _passing(entry if layer is self._left_out[-1] else None)
+        if not self._whole:
+            handles.append(_splice(self.model, self._place, value))
+        try:
+            return self._run(tokens)
+        finally:
+            for layer in self._left_out:
+                del layer.forward
+            for handle in handles:
+                handle.remove()
+
+    def _run(self, tokens: Tensor) -> Tensor:
+        self._output = self._base(input_ids=tokens, use_cache=False)
+        return self._output.last_hidden_state
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, V] of `hidden` [n, D], by the model's own head with all that comes after it."""
+        output = copy.copy(self._output)
+        output["last_hidden_state"] = hidden[None]
+        self._base.forward = lambda *args, **options: output
+        try:
+            tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            return self.model(input_ids=tokens, use_cache=False).logits[0]
+        finally:
+            del self._base.forward
+
+
+def _passing(value: Tensor | None) -> Callable[..., Tensor]:
+    """In place of a layer's forward: gives on what comes in, or `value`."""
+    return lambda hidden_states, *args, **options: hidden_states if value is None else value
+
+
+def _attend(model: Any, attention: str) -> bool:
+    try:
+        model.set_attn_implementation(attention)
+    except Exception:  # not for this architecture, not in this transformers, not without some package
+        return False
+    return model.config._attn_implementation == attention
+
+
+def _first(value: Any) -> Tensor:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _watch(root: nn.Module, place: Place, put: Callable[[Tensor], None]) -> Any:
+    """A forward hook that puts the value at a place."""
+    module = root.get_submodule(place.module)
+    if place.side == "out":
+        return module.register_forward_hook(lambda _, args, output: put(_first(output)))
+    return module.register_forward_pre_hook(
+        lambda _, args, kwargs: put(_first(args or kwargs["hidden_states"])), with_kwargs=True
+    )
+
+
+def _splice(root: nn.Module, place: Place, value: Tensor) -> Any:
+    """A forward hook that replaces the value at a place."""
+    module = root.get_submodule(place.module)
+    if place.side == "out":
+        return module.register_forward_hook(
+            lambda _, args, output: (value, *output[1:]) if isinstance(output, tuple) else value
         )
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def close(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:

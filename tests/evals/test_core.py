@@ -8,7 +8,7 @@ from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.train import train
 from temposae.evals.core import core
-from temposae.evals.run import evaluate
+from temposae.evals.run import evaluate, evaluate_runs
 
 D = 128
 FIGURES = (
@@ -107,7 +107,9 @@ def test_figures_are_those_of_the_formulas(stream_of):
     assert found["relative_reconstruction_bias"] == pytest.approx(float(bias), rel=1e-4)
     wrong = 1 - errors.mean() / (x.square().sum(1).mean() - x.square().mean() ** 2)
     legacy = (1 - errors / (x - mu).square().sum(1)).mean()
-    assert tuple(found["saebench"].values()) == pytest.approx((float(wrong), float(legacy)), abs=1e-4)
+    theirs = found["saebench"]
+    assert theirs["explained_variance"] == pytest.approx(float(wrong), abs=1e-4)
+    assert theirs["explained_variance_legacy"] == pytest.approx(float(legacy), abs=1e-4)
 
     follows = torch.arange(1, 128) < rows.length[:, None]
     counted = kept[:, :-1] & follows
@@ -142,8 +144,8 @@ def test_figures_are_those_of_the_formulas(stream_of):
 
 def test_results_do_not_depend_on_how_rows_are_batched(stream_of, monkeypatch):
     found = []
-    for n, logits in ((3, 2**29), (12, 300_000)):
-        monkeypatch.setattr("temposae.evals.core.LOGITS", logits)
+    for n, logits in ((3, 2**24), (12, 50_000)):
+        monkeypatch.setattr("temposae.evals.replaced.LOGITS", logits)
         found.append(core(stream_of(rows_per_forward=n), identity(), {}, rows=12, ce_rows=7))
     for key in FIGURES[:5]:
         assert found[0][key] == pytest.approx(found[1][key], abs=1e-6)
@@ -165,19 +167,44 @@ def test_evaluating_a_run_writes_results_and_figures(stream_of, tmp_path):
     assert {k: again[k] for k in FIGURES} == {k: found[k] for k in FIGURES}
 
 
-def test_a_dictionary_without_its_control_gets_one(stream_of, tmp_path, monkeypatch):
-    sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=64, k=4))
-    save(sae, tmp_path / "saved")
+def short_training(monkeypatch) -> list[str]:
+    """From now on evaluation trains controls on few tokens; the decoders of those that it trains."""
     asked = []
 
     def short(stream, config, settings):
-        asked.append((config.decoder, settings))
-        return train(stream, config, TrainConfig(tokens=2048, batch=256))
+        asked.append((config.decoder, settings.tokens))
+        return train(stream, config, TrainConfig(tokens=2048, batch=256, control=False))
 
     monkeypatch.setattr("temposae.evals.run.train", short)
-    found = evaluate(find(tmp_path / "saved"), stream_of(), None)["core"]
-    assert asked == [("random", None)]
+    return asked
+
+
+def test_a_dictionary_without_a_control_has_none_unless_it_is_asked_for(stream_of, tmp_path, monkeypatch):
+    save(SparseAutoencoder(SAEConfig(d_in=D, d_sae=64, k=4)), tmp_path / "saved")
+    asked = short_training(monkeypatch)
+    found = evaluate(find(tmp_path / "saved"), stream_of(), None, rows=8)["core"]
+    assert (asked, set(found["controls"])) == ([], {"lm_neurons", "mean"})
+    assert found["no_random_control"] == "saved holds none"
+    found = evaluate(find(tmp_path / "saved"), stream_of(), None, rows=8, control=True)["core"]
+    assert asked == [("random", 1_000_000)]
     assert set(found["controls"]) == {"random", "lm_neurons", "mean"}
+    assert "no_random_control" not in found
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+def test_control_false_means_none_in_results_report_and_figures(stream_of, tmp_path, monkeypatch, repeat):
+    """Also where the text has ended, so that none could be trained."""
+    data = tmp_path / "text.txt"
+    data.write_text("\n\n".join(["the cat sat on the mat and the dog ran off"] * 200))
+    stream = stream_of(data=str(data), repeat=repeat, buffer_tokens=2048)
+    sae, settings = SAEConfig(d_in=D, d_sae=64, k=4), TrainConfig(tokens=512, batch=256, control=False)
+    trained = train(stream, sae, settings, out=tmp_path / "run")
+    asked = short_training(monkeypatch)
+    summary = evaluate_runs(tmp_path, {"run": trained}, stream)["dictionaries"]["run"]
+    assert asked == []
+    assert set(summary["controls"]) == {"lm_neurons", "mean"}
+    assert summary["no_random_control"] == "train.control: false"
+    assert "No random control (train.control: false)" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_a_dictionary_of_another_width_is_refused(stream_of):

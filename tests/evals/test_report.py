@@ -221,7 +221,7 @@ def test_where_there_is_nothing_to_know_a_sentence_says_so(results):
         "Nothing: no control reaches a score, every score is there, no eval warns or was skipped, and no latent is dead."
     ]
     result["controls"].pop("random")
-    assert "no control `random`" in told(compose(FACTS, {"tpp": result}, {}, {})[1])[0]
+    assert "No random control" in told(compose(FACTS, {"tpp": result}, {}, {})[1])[0]
 
 
 def test_every_eval_has_its_section_tables_and_figures(report, results):
@@ -388,7 +388,7 @@ def test_figures_that_there_are_not_are_dashes(folder, results):
         assert rows[row][0] == "–", row
         assert f"- **{row.partition(':')[0]}**: no figure for {row.partition(': ')[2]}" in told(markdown)
     assert rows["core: explained variance"][1] == "–"
-    assert any("no control `random`" in note for note in told(markdown))
+    assert any("No random control" in note for note in told(markdown))
     for name in ("sparse_probing", "scr", "clusters"):
         assert f"figures/{name}.png" not in markdown
     assert "dictionary scores 0: none" in markdown

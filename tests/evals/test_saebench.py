@@ -43,7 +43,7 @@ def test_core_is_what_saebench_reads(stream_of, sae):
     found = output("core", result, sae, stream.config, sae_id="run")
     json.dumps(found, allow_nan=False)
     read = check(types.CoreEvalOutput, found).eval_result_metrics
-    assert read.model_performance_preservation.ce_loss_score == result["ce_recovered"]
+    assert read.model_performance_preservation.ce_loss_score == result["saebench"]["ce_loss_score"]
     assert read.reconstruction_quality.explained_variance == result["saebench"]["explained_variance"]
     assert read.sparsity.l0 == pytest.approx(4, abs=0.5)
     assert 0 < read.misc_metrics.frac_alive <= 1
