@@ -1,6 +1,7 @@
 """`temposae convert` and `temposae upload`: dictionaries in other libraries' layouts, and on the hub."""
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +37,8 @@ def convert(
     _write(found, which, out, to)
     sae = found.dictionary(which).cfg
     print(f"{out}: {sae.activation}, D = {sae.d_in}, F = {sae.d_sae}, as {to} has it")
+    if found.where.get("hook") is None:
+        print(f"note: {source} does not say where it was trained, so neither does {out}", file=sys.stderr)
 
 
 def upload(
@@ -59,7 +62,7 @@ def upload(
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "out"
         _write(found, which, folder, to)
-        print(hub.upload(folder, name, hub.card(name, to, sae, found.run, scores), private=private))
+        print(hub.upload(folder, name, hub.card(name, to, sae, found.where, found.tokens, scores), private=private))
 
 
 def _write(found: "Checkpoint", which: str, out: Path, to: str) -> None:
@@ -67,6 +70,6 @@ def _write(found: "Checkpoint", which: str, out: Path, to: str) -> None:
 
     sae = found.dictionary(which)
     if to == "temposae":
-        checkpoint.write(out, found.step, {"sae": (sae.cfg, sae.state_dict())}, found.run)
+        checkpoint.write(out, found.step, {"sae": (sae.cfg, sae.state_dict())}, found.run, massive=found.massive)
     else:
-        interchange.write(sae, out, to, found.run)
+        interchange.write(sae, out, to, where=found.where, tokens=found.tokens)

@@ -196,31 +196,40 @@ def _stream_of(
     found: "Checkpoint", model: str | None, layer: int | None, hook: str | None, data: str | None, *,
     tokens: int, **settings: Any,
 ) -> "ActivationStream":  # fmt: skip
-    """The stream that a dictionary was trained on, with what the options and `settings` change of it."""
+    """The stream that a dictionary was trained on, with what the options and `settings` change of it. Where another library
+    saved it, what its folder says of model and hook is used, and told."""
+    from ..engine.checkpoint import Loaded
     from ..engine.config import StreamConfig
     from ..engine.errors import UserError
+    from ..engine.interchange.places import stream_settings
     from ..engine.stream import ActivationStream, LanguageModel
 
     found.expect("sae")
-    if found.run is not None and found.run.stream.activations is not None and model is None:
+    run, said = found.run, stream_settings(found.where)
+    if run is not None and run.stream.activations is not None and model is None:
         raise UserError(
-            f"model: {found.folder} was trained on {found.run.stream.activations}, without a model; give --model, and "
+            f"model: {found.folder} was trained on {run.stream.activations}, without a model; give --model, and "
             "--hook or --layer"
         )
-    if found.run is None and model is None:
-        raise UserError(
-            f"model: {found.folder} does not say what it was trained on; give --model, and --hook or --layer"
-        )
-    trained_on = found.run.stream if found.run is not None else StreamConfig()
-    own_place: dict[str, Any] = {"hook": trained_on.hook} if model is None and layer is None else {}
+    if model is None and said.get("model") is None:
+        at = said.get("hook")
+        unsaid = f"says {at}, but not of which model" if at else "does not say what it was trained on"
+        raise UserError(f"model: {found.folder} {unsaid}; give --model{'' if at else ', and --hook or --layer'}")
+    trained_on = run.stream if run is not None else StreamConfig(**said)
+    drop = {"activations"} | ({"hook"} if layer is not None or not said else set())
     given: dict[str, Any] = {k: v for k, v in {"model": model, "hook": hook, "data": data}.items() if v is not None}
-    config = StreamConfig(**(trained_on.model_dump(exclude={"hook"}) | own_place | given | settings))
+    config = StreamConfig(**(trained_on.model_dump(exclude=drop) | given | settings))
     if any(option is not None for option in (model, layer, hook, data)):
         config = config.model_copy(update={"cache": None})  # another model, place or text than it holds
+    if isinstance(found, Loaded):
+        used = {name: said[name] for name in ("model", "hook", "data") if said.get(name) is not None}
+        used = [f"{name} {value}" for name, value in used.items() if value == getattr(config, name)]
+        if used:
+            print(f"{found.folder} says: {', '.join(used)}")
     lm = LanguageModel(config.model, hook=config.hook, layer=layer)
     if config.target is not None:
         lm.use(hooks=[lm.hook, lm.place(config.target)])
-    seed = found.run.train.seed if found.run is not None else 0
+    seed = run.train.seed if run is not None else 0
     stream = ActivationStream(config, tokens=tokens, seed=seed, model=lm)
     if model is None and layer is None and hook is None:
         stream.norms.load_report(found.massive)

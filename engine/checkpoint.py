@@ -28,6 +28,7 @@ from .config import RunConfig, SAEConfig
 from .errors import UserError
 from .files import UNFINISHED, digest, whole_folder
 from .interchange import hub
+from .interchange.places import Where, of_stream
 from .sae import SparseAutoencoder
 
 FORMAT = "temposae/1"
@@ -52,6 +53,16 @@ class Checkpoint:
         """Settings of the run that made it; None for a dictionary that was saved by itself."""
         found = self.manifest.get("run")
         return RunConfig(**found) if found else None
+
+    @property
+    def where(self) -> Where:
+        """What is known of the model, the place and the text that it was trained on (`places.SETTINGS`)."""
+        return of_stream(self.run.stream) if self.run else {}
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens it was trained on by then; None for a dictionary that was not trained here."""
+        return min(self.run.train.tokens, self.step * self.run.train.batch) or None if self.run else None
 
     @property
     def massive(self) -> dict[str, Any] | None:
@@ -111,13 +122,18 @@ class Loaded(Checkpoint):
     """A dictionary that another library saved, as a checkpoint of that alone."""
 
     sae: SparseAutoencoder
+    said: Where
 
     @classmethod
     def of(cls, folder: Path, other: interchange.Foreign) -> "Loaded":
         file = {"bytes": other.weights.stat().st_size, "sha256": digest(other.weights)}
         run = None if other.run is None else other.run.model_dump()
         values = (other.weights.name, 0, {"sae": other.sae.cfg.model_dump()}, run, None, {"sae.safetensors": file})
-        return cls(folder, dict(zip(KEYS, values, strict=True)), other.sae)
+        return cls(folder, dict(zip(KEYS, values, strict=True)), other.sae, other.where)
+
+    @property
+    def where(self) -> Where:
+        return self.said
 
     def dictionary(self, name: str = "sae") -> SparseAutoencoder:
         self.expect(name)

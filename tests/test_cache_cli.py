@@ -163,6 +163,9 @@ def test_train_on_activations_of_ones_own(place):
     code, _, err = run("eval", "core", "--sae", "own")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "without a model; give --model" in err
+    code, _, err = run("eval", "core", "--sae", "own", "--model", "testbed", "--layer", "2")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "sae: d_in = 24 does not fit; blocks.2.hook_resid_post has width 128 in testbed" in err
     code, _, err = run("train", "tiny.yaml", "--activations", "mine.npy", "--model", "testbed", "--out", "other")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "stream.model: testbed is not allowed with activations" in err

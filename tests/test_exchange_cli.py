@@ -10,8 +10,11 @@ from .commandline import run
 def test_there_and_back(tmp_path):
     sae = SparseAutoencoder(SAEConfig(d_in=6, d_sae=20, k=3, activation="batchtopk", aux_k=5), seed=1)
     save(sae, tmp_path / "mine")
-    code, out, _ = run("convert", tmp_path / "mine", tmp_path / "theirs", "--to", "saelens")
+    code, out, err = run("convert", tmp_path / "mine", tmp_path / "theirs", "--to", "saelens")
     assert code == 0
+    assert (
+        err == f"note: {tmp_path / 'mine'} does not say where it was trained, so neither does {tmp_path / 'theirs'}\n"
+    )
     assert out.strip() == f"{tmp_path / 'theirs'}: batchtopk, D = 6, F = 20, as saelens has it"
     assert {path.name for path in (tmp_path / "theirs").iterdir()} == {
         "cfg.json", "sae_weights.safetensors", "temposae.safetensors"

@@ -8,9 +8,9 @@ sparsify             cfg.json, sae.safetensors           topk: autoencoders, and
 gemma-scope          params.npz                          jumprelu, without b_dec in the encoder
 llamascopium         config.json, sae_weights.safetensors  relu, topk, jumprelu; read only
 
-What we write has `temposae.safetensors` beside it, which the libraries don't look at: our settings and what their layout had
-to round, for the weights with the SHA-256 that it names. So what was written from ours comes back bit for bit, unless
-somebody changed the weights; then they are read like any others.
+What we write has `temposae.safetensors` beside it, which the libraries don't look at: our settings, where the dictionary was
+trained, and what their layout had to round, for the weights and settings with the SHA-256 that it names. So what was written
+from ours comes back bit for bit, unless somebody changed one of the two files; then both are read like any others.
 """
 
 import json
@@ -32,6 +32,7 @@ from ..errors import UserError
 from ..files import digest, whole_folder
 from ..sae import SparseAutoencoder
 from .libraries import LIBRARIES, Library
+from .places import Where, of_stream, stream_settings
 from .plain import Plain, State, of_sae, to_sae
 
 BESIDE = "temposae.safetensors"
@@ -40,11 +41,19 @@ WRITTEN = tuple(name for name, library in LIBRARIES.items() if library.write is 
 
 @dataclass
 class Foreign:
-    """A dictionary, the file with its weights, and where it was trained, if model and hook are known."""
+    """A dictionary, the file with its weights, and where it was trained, as far as the folder says (`places.SETTINGS`)."""
 
     sae: SparseAutoencoder
     weights: Path
-    run: RunConfig | None
+    where: Where
+
+    @property
+    def run(self) -> RunConfig | None:
+        """Model, place and text as a run has them, if model and places are known. How it was trained is not."""
+        needed = ("model", "hook", *(("target",) if self.sae.cfg.d_out is not None else ()))
+        if any(self.where.get(name) is None for name in needed):
+            return None
+        return RunConfig(stream=StreamConfig(**stream_settings(self.where)), sae=self.sae.cfg)
 
 
 def read(folder: Path) -> Foreign | None:
@@ -57,21 +66,35 @@ def read(folder: Path) -> Foreign | None:
         if (settings is None or settings.is_file()) and (folder / library.weights).is_file():
             where = f"{library.settings} or {library.weights}" if library.settings else library.weights
             try:
-                given = json.loads(settings.read_text()) if settings else {}
-                plain = library.read(given, tensors_in(folder / library.weights), folder)
-                sae = _restored(plain, folder, folder / library.weights)
+                plain = _plain(library, folder)
+                sae, where = _restored(plain, library, folder)
             except UserError as error:
                 raise UserError(f"sae: {folder}: {error}") from None
             except KeyError as error:
                 raise UserError(f"sae: {folder} has no {error} in {where}") from None
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"sae: {folder} can't be read ({type(error).__name__}: {error})") from None
-            return Foreign(sae, folder / library.weights, _run(plain, sae.cfg))
+            return Foreign(sae, folder / library.weights, where)
     return None
 
 
-def write(sae: SparseAutoencoder, folder: Path, to: str, run: RunConfig | None = None) -> None:
+def _plain(library: Library, folder: Path) -> Plain:
+    """What a library's files hold. A tensor that its reader doesn't look at is part of another function than ours."""
+    settings = json.loads((folder / library.settings).read_text()) if library.settings else {}
+    tensors = Watched(tensors_in(folder / library.weights))
+    plain = library.read(settings, tensors, folder)
+    if unread := sorted(tensors.keys() - tensors.read):
+        raise UserError(f"{library.weights} holds {', '.join(unread)}, which can't be read")
+    return plain
+
+
+def write(
+    sae: SparseAutoencoder, folder: Path, to: str, run: RunConfig | None = None, *,
+    where: Where | None = None, tokens: int | None = None,
+) -> None:  # fmt: skip
     """Write a dictionary to `folder`, which must not exist, in the layout of the library `to`: all of it or nothing.
+
+    `run` says where it was trained, or `where` as far as that is known (`places.SETTINGS`), and `tokens` on how many.
 
     Raises UserError for a library that is not known, for a dictionary that it can't hold, with the reason, and if the disk
     refuses.
@@ -80,8 +103,9 @@ def write(sae: SparseAutoencoder, folder: Path, to: str, run: RunConfig | None =
         raise UserError(f"to: {to} is not allowed; it must be {', '.join((*WRITTEN, 'temposae'))}")
     library = LIBRARIES[to]
     assert library.write is not None
-    stream = run.stream if run else None
-    own = of_sae(sae, *((stream.model, stream.hook, stream.target) if stream else (None, None, None)))
+    if where is None:
+        where = of_stream(run.stream) if run else {}
+    own = of_sae(sae, where, tokens)
     settings, tensors = library.write(own)
     if folder.exists():
         raise UserError(f"out: {folder} already exists; nothing is overwritten")
@@ -90,41 +114,51 @@ def write(sae: SparseAutoencoder, folder: Path, to: str, run: RunConfig | None =
             if library.settings:
                 (fresh / library.settings).write_text(json.dumps(settings, indent=1) + "\n")
             _save({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh / library.weights)
-            _remember(sae, own, library, settings, fresh)
+            _remember(sae, own, library, fresh)
     except (OSError, SafetensorError) as error:
         raise UserError(f"out: {folder} can't be written ({error})") from None
 
 
-def _run(plain: Plain, sae: SAEConfig) -> RunConfig | None:
-    if plain.model is None or plain.hook is None or (plain.is_transcoder and plain.target is None):
-        return None
-    return RunConfig(stream=StreamConfig(model=plain.model, hook=plain.hook, target=plain.target), sae=sae)
-
-
-def _remember(sae: SparseAutoencoder, own: Plain, library: Library, settings: dict[str, Any], folder: Path) -> None:
+def _remember(sae: SparseAutoencoder, own: Plain, library: Library, folder: Path) -> None:
     """Put beside the weights what reading them would not give back."""
-    tensors = {name: torch.as_tensor(value) for name, value in tensors_in(folder / library.weights).items()}
-    back = to_sae(library.read(settings, tensors, folder), sae.cfg).state_dict()
+    back = to_sae(_plain(library, folder), sae.cfg).state_dict()
     rounded = {name: value for name, value in own.tensors.items() if not torch.equal(back[name], value.float())}
-    about = {"sae": sae.cfg.model_dump_json(), "weights": digest(folder / library.weights)}
+    about = {"sae": sae.cfg.model_dump_json(), "where": json.dumps(own.where), **_digests(library, folder)}
     save_file({name: value.contiguous() for name, value in rounded.items()}, folder / BESIDE, metadata=about)
 
 
-def _restored(plain: Plain, folder: Path, weights: Path) -> SparseAutoencoder:
-    """As we had it, if we wrote these weights, else as they are."""
+def _digests(library: Library, folder: Path) -> dict[str, str]:
+    files = {"weights": library.weights, "settings": library.settings}
+    return {name: digest(folder / file) for name, file in files.items() if file is not None}
+
+
+def _restored(plain: Plain, library: Library, folder: Path) -> tuple[SparseAutoencoder, Where]:
+    """As we had it, if we wrote these files, else as they are."""
     place = folder / BESIDE
     if not place.is_file():
-        return to_sae(plain)
+        return to_sae(plain), plain.where
     try:
         with safe_open(place, framework="pt") as file:
             about, rounded = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{BESIDE} is damaged ({error}); without it the weights are read as they are") from None
-    if about.get("weights") != digest(weights):
-        return to_sae(plain)
+    if any(about.get(name) != value for name, value in _digests(library, folder).items()):
+        return to_sae(plain), plain.where
     sae = to_sae(plain, SAEConfig(**json.loads(about["sae"])))
     sae.load_state_dict({**sae.state_dict(), **rounded})
-    return sae
+    return sae, json.loads(about["where"])
+
+
+class Watched(dict[str, Tensor]):
+    """Tensors by name, which remembers the names that somebody looked at."""
+
+    def __init__(self, tensors: State):
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
 
 
 def tensors_in(file: Path) -> State:

@@ -5,8 +5,9 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..config import RunConfig, SAEConfig
+from ..config import SAEConfig
 from ..errors import UserError
+from .places import Where
 
 NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<folder>[^@]+?))?/?(?:@(?P<revision>[\w./-]+))?")
 MARKS = ("checkpoint.json", "cfg.json", "config.json", "params.npz")  # of which a dictionary's folder has one
@@ -18,7 +19,8 @@ def is_name(path: str) -> bool:
 
 
 def fetch(name: str) -> Path:
-    """The folder of a dictionary on the hub, copied here (or found in the cache), without what lies beside or below it.
+    """The folder of a dictionary on the hub, copied here (or found in the cache), with the config.json above it, if any, and
+    without what else lies beside or below it.
 
     Raises UserError where there is none, naming folders of the repository that have one, or no way to get it.
     """
@@ -34,7 +36,8 @@ def fetch(name: str) -> Path:
             others = sorted({str(file.parent) for file in files if file.name in MARKS} - {"."})
             told = f"; there are {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}" if others else ""
             raise UserError(f"sae: {name} is no dictionary's folder on the hub{told}")
-        patterns = [re.sub(r"([*?[])", r"[\1]", str(file)) for file in here]
+        wanted = [*here, folder.parent / "config.json"]  # where sparsify keeps the settings of a run
+        patterns = [re.sub(r"([*?[])", r"[\1]", str(file)) for file in wanted]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns)) / folder
     except UserError:
         raise
@@ -48,34 +51,43 @@ def upload(folder: Path, name: str, card: str, *, private: bool = False) -> str:
     its address. Raises UserError if the hub refuses."""
     from huggingface_hub import HfApi
 
-    found = NAME.fullmatch(name)
-    if found is None or found["revision"]:
-        raise UserError(f"to: {name!r} is not allowed; it must be OWNER/REPOSITORY or OWNER/REPOSITORY/FOLDER")
+    repo, within = _target(name)
     hub = HfApi()
     try:
-        hub.create_repo(found["repo"], private=private, exist_ok=True)
+        hub.create_repo(repo, private=private, exist_ok=True)
         (folder / "README.md").write_text(card)
-        done: Any = hub.upload_folder(repo_id=found["repo"], folder_path=folder, path_in_repo=found["folder"])
+        done: Any = hub.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=within)
     except Exception as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"to: {name} can't be written on the hub ({why})") from None
     return str(getattr(done, "repo_url", done))
 
 
-def card(name: str, to: str, sae: SAEConfig, run: RunConfig | None, scores: dict[str, Any] | None) -> str:
-    """A model card: what the dictionary is, where it was trained, how well it does (`scores`: core's), how to load it."""
-    stream = run.stream if run else None
+def _target(name: str) -> tuple[str, str | None]:
+    """The repository, and the folder in it."""
+    found = NAME.fullmatch(name)
+    if found is None or found["revision"]:
+        raise UserError(f"to: {name!r} is not allowed; it must be OWNER/REPOSITORY or OWNER/REPOSITORY/FOLDER")
+    return found["repo"], found["folder"]
+
+
+def card(
+    name: str, to: str, sae: SAEConfig, where: Where, tokens: int | None, scores: dict[str, Any] | None
+) -> str:  # fmt: skip
+    """Return a model card: what the dictionary is, `where` and on how many `tokens` it was trained as far as that is known,
+    how well it does (`scores`: core's), how to load it."""
     front: dict[str, Any] = {"library_name": to, "tags": ["sparse-autoencoder", "interpretability", "temposae"]}
-    if stream is not None and "/" in stream.model:
-        front["base_model"] = stream.model
+    model = where.get("model") or ""
+    if "/" in model and is_name(model) and not Path(model).exists():
+        front["base_model"] = model
     facts: dict[str, Any] = {
         "kind": "transcoder" if sae.d_out else "sparse autoencoder", "activation": sae.activation, "d_in (D)": sae.d_in,
         "d_sae (F)": sae.d_sae, "d_out": sae.d_out, "k": sae.k if sae.activation in ("topk", "batchtopk") else None,
         "prefixes (Matryoshka)": sae.prefixes and ", ".join(map(str, sae.prefixes)),
         "mask over positions": None if sae.mask.kind == "none" else f"{sae.mask.kind}, {sae.mask.positions} positions",
         "parts": ", ".join(one["kind"] for one in sae.parts) or None,
-        "model": stream and stream.model, "hook": stream and stream.hook, "target": stream and stream.target,
-        "text": stream and stream.data, "tokens": f"{run.train.tokens:,}" if run and run.train.tokens else None,
+        "model": model, "hook": where.get("hook"), "target": where.get("target"),
+        "text": where.get("data"), "tokens": tokens and f"{tokens:,}",
     }  # fmt: skip
     named = {
         "explained_variance": "explained variance",
@@ -89,11 +101,15 @@ def card(name: str, to: str, sae: SAEConfig, run: RunConfig | None, scores: dict
         for key, label in named.items()
         if scores is not None and key in scores
     ]
+    repo, folder = _target(name)
+    from_saelens = f'from_pretrained("{repo}", "{folder}")' if folder else f'load_from_disk("{Path(name).name}")'
     loads = {
-        "saelens": f'from sae_lens import SAE\n\nsae = SAE.load_from_disk("{Path(name).name}")  # a copy of this folder',
+        "saelens": f"from sae_lens import SAE\n\nsae = SAE.{from_saelens}"
+        + ("" if folder else "  # a copy of this folder"),
         "dictionary_learning": "from dictionary_learning.utils import load_dictionary\n\n"
         f'sae, config = load_dictionary("{Path(name).name}", device="cpu")  # a copy of this folder',
-        "sparsify": f'from sparsify import SparseCoder\n\nsae = SparseCoder.load_from_hub("{name}")',
+        "sparsify": "from sparsify import SparseCoder\n\n"
+        f'sae = SparseCoder.load_from_hub("{repo}"' + (f', hookpoint="{folder}")' if folder else ")"),
     }
     blocks = [
         "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()) + "\n---",

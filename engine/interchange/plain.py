@@ -9,6 +9,7 @@ from torch import Tensor
 from ..config import SAEConfig
 from ..errors import UserError
 from ..sae import SparseAutoencoder
+from .places import Where
 
 State = dict[str, Tensor]
 
@@ -20,8 +21,9 @@ class Plain:
         pre = (x - b_dec) W_enc + b_enc      with `subtracts`, else x W_enc + b_enc
         f   = relu(pre) where pre > threshold [F] (jumprelu), or one for all (batchtopk); the k largest of each token (topk)
 
-    A transcoder subtracts nothing and has W_dec [F, d_out], b_dec [d_out]. `prefixes`: of a Matryoshka dictionary. `model`,
-    `hook` and `target`: where it was trained, as far as it is known.
+    A transcoder subtracts nothing and has W_dec [F, d_out], b_dec [d_out]. `prefixes`: of a Matryoshka dictionary.
+    `where`: what is known of the place and the text it was trained on (`places.SETTINGS`).
+    `tokens`: how many tokens it was trained on, where that is known.
     """
 
     activation: str
@@ -30,9 +32,8 @@ class Plain:
     is_transcoder: bool = False
     k: int | None = None
     prefixes: tuple[int, ...] | None = None
-    model: str | None = None
-    hook: str | None = None
-    target: str | None = None
+    where: Where = field(default_factory=dict)
+    tokens: int | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -89,7 +90,7 @@ def bias_where(subtracts: bool, b_enc: Tensor, b_dec: Tensor, W_enc: Tensor) -> 
     return (b_enc.double() + (shift if subtracts else -shift)).to(b_enc.dtype)
 
 
-def of_sae(sae: SparseAutoencoder, model: str | None, hook: str | None, target: str | None) -> Plain:
+def of_sae(sae: SparseAutoencoder, where: Where, tokens: int | None) -> Plain:
     """Ours as a plain dictionary. Raises UserError for what no other library has: positions, and parts."""
     c = sae.cfg
     if c.mask.kind != "none":
@@ -105,7 +106,7 @@ def of_sae(sae: SparseAutoencoder, model: str | None, hook: str | None, target: 
     is_transcoder = c.d_out is not None
     return Plain(
         c.activation, tensors, c.apply_b_dec_to_input and not is_transcoder, is_transcoder,
-        c.k if c.activation in ("topk", "batchtopk") else None, c.prefixes, model, hook, target,
+        c.k if c.activation in ("topk", "batchtopk") else None, c.prefixes, where, tokens,
     )  # fmt: skip
 
 

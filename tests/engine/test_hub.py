@@ -94,6 +94,12 @@ def test_a_slip_of_the_pen_does_not_ask_the_hub(remote, tmp_path):
     assert remote.asked == []
 
 
+LOADS = {
+    "saelens": 'SAE.from_pretrained("lab/new", "layer_2")',
+    "sparsify": 'SparseCoder.load_from_hub("lab/new", hookpoint="layer_2")',
+}
+
+
 @pytest.mark.parametrize("to", ["temposae", "saelens", "dictionary_learning", "sparsify"])
 def test_what_is_uploaded_comes_back_with_a_card(remote, tmp_path, to):
     save(made(), tmp_path / "mine")
@@ -110,6 +116,9 @@ def test_what_is_uploaded_comes_back_with_a_card(remote, tmp_path, to):
     assert "| d_sae (F) | 20 |" in card
     assert 'temposae.load("lab/new/layer_2")' in card
     assert "None" not in card
+    assert "tokens" not in card  # nobody said how many
+    if to in LOADS:
+        assert LOADS[to] in card
 
 
 def test_names_that_cannot_be_are_refused(remote, tmp_path):

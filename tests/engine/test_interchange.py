@@ -145,11 +145,14 @@ def test_computes_what_its_library_does(tmp_path, case):
     assert (sae.encode(X).double() - f).abs().max() < 1e-4
     assert (sae(X).double() - (f @ W_DEC.double() + B_DEC.double())).abs().max() < 1e-3
     assert (sae.W_dec == W_DEC).all()
-    if case.startswith(("sparsify", "gemma-scope", "llamascopium")):
+    if case.startswith(("sparsify", "llamascopium")):
         assert found.run is None
+        assert found.where == ({"hook": HOOK} if case.startswith("llamascopium") else {})
     else:
+        model = "google/gemma-2-2b" if case == "gemma-scope" else "testbed"
         assert found.run is not None
-        assert (found.run.stream.model, found.run.stream.hook) == ("testbed", HOOK)
+        assert (found.run.stream.model, found.run.stream.hook) == (model, HOOK)
+        assert found.tokens is None
 
 
 def test_the_k_beside_the_weights_is_the_one_that_counts(tmp_path):
@@ -213,6 +216,15 @@ class Other:
         (lambda f: saelens(f, "topk", normalize_activations="layer_norm"), "normalize_activations: layer_norm is not"),
         (lambda f: saelens(f, "jumprelu"), "other has no 'threshold' in cfg.json or sae_weights.safetensors"),
         (lambda f: saelens(f, "jumprelu", threshold=torch.ones(3)), r"threshold has shape \[3\]; .* must be \[40\]"),
+        (lambda f: saelens(f, "standard", activation_fn_str="tanh-relu"), "activation_fn: tanh-relu is not allowed"),
+        (lambda f: saelens(f, "topk", k=None), "other has no 'k' in cfg.json"),
+        (lambda f: saelens(f, "standard", threshold=THRESHOLD), "weights.safetensors holds threshold, which can't be read"),
+        (lambda f: sparsify(f, signed=True), "signed: true is not allowed; it must be false"),
+        (lambda f: sparsify(f, skip_connection=True), "skip_connection: true is not allowed; it must be false"),
+        (
+            lambda f: dictionary_learning(f, "AutoEncoder", linear("bias", r_mag=torch.ones(F))),
+            "ae.pt holds r_mag, which can't be read",
+        ),
         (lambda f: saelens(f, "topk", k=99), "k: 99 is not allowed; it must be at most d_sae"),
         (lambda f: sparsify(f, activation="groupmax"), "activation: groupmax is not allowed; it must be topk"),
         (lambda f: dictionary_learning(f, "GatedAutoEncoder", linear()), "dict_class: GatedAutoEncoder is not allowed"),
@@ -237,11 +249,129 @@ def test_cut_weights_are_refused(tmp_path, write):
 
 
 def test_commands_take_such_a_folder(tmp_path):
-    """Where it does not say of which model it is, that must be given."""
-    folder, store = sparsify(tmp_path / "layers.2"), tmp_path / "store"
-    code, _, err = run("features", "--sae", folder, "--out", store, "--tokens", 300)
+    """Where it does not say of which model it is, that must be given; the hook is the one that it says, unless given."""
+    folder, unnamed, store = sparsify(tmp_path / "layers.2"), sparsify(tmp_path / "unnamed"), tmp_path / "store"
+    command = ("features", "--out", store, "--tokens", "300")
+    code, _, err = run(*command, "--sae", unnamed)
     assert code == 2
     assert "does not say what it was trained on; give --model, and --hook or --layer" in err
-    code, _, err = run("features", "--sae", folder, "--out", store, "--tokens", 300, "--model", "testbed")
+    code, _, err = run(*command, "--sae", folder)
     assert code == 2
-    assert "sae: d_in = 12 does not fit; blocks.1.hook_resid_post has width 128 in testbed" in err
+    assert f"{folder} says blocks.2.hook_resid_post, but not of which model; give --model\n" in err
+    for options, layer in (((), 2), (("--layer", "1"), 1), (("--hook", "blocks.0.hook_resid_post"), 0)):
+        code, _, err = run(*command, "--sae", folder, "--model", "testbed", *options)
+        assert code == 2
+        assert f"sae: d_in = 12 does not fit; blocks.{layer}.hook_resid_post has width 128 in testbed" in err
+
+
+def test_a_folder_that_says_where_it_was_trained_needs_no_options(tmp_path):
+    folder = saelens(tmp_path / "theirs", "topk")
+    tensors = {"W_enc": drawn(128, F), "W_dec": drawn(F, 128), "b_enc": B_ENC, "b_dec": drawn(128)}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    code, out, err = run("features", "--sae", folder, "--out", tmp_path / "store", "--tokens", "300")
+    assert code == 0, err
+    assert out.startswith(f"{folder} says: model testbed, hook {HOOK}\n")
+    held = json.loads((tmp_path / "store" / "store.json").read_text())
+    assert held["stream"]["hook"] == HOOK
+
+
+#: what else SAELens' files say, and what we make of it
+SAID = {
+    "context": {"context_size": 64}, "bos": {"prepend_bos": False}, "data": {"dataset_path": "some/text"},
+    "drop_special": {"exclude_special_tokens": False},
+}  # fmt: skip
+MEANT = {"context": 64, "bos": False, "data": "some/text", "drop_special": False}
+
+
+@pytest.mark.parametrize("name", SAID)
+@pytest.mark.parametrize("is_old", [False, True])
+def test_what_saelens_says_of_the_text_is_kept(tmp_path, name, is_old):
+    """From before version 6.0, what is metadata now was beside the other settings."""
+    folder = saelens(tmp_path / "other", "topk")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    about = {"model_name": "testbed", "hook_point" if is_old else "hook_name": HOOK} | SAID[name]
+    cfg = {**cfg, "metadata": None, **about} if is_old else {**cfg, "metadata": about}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    assert checkpoint.find(folder).where == {"model": "testbed", "hook": HOOK, name: MEANT[name]}
+
+
+def test_an_old_topk_of_saelens_is_one(tmp_path):
+    """It calls itself standard, and its k is an option of the activation function. Unless told, b_dec is taken from x."""
+    folder = saelens(tmp_path / "other", "standard", activation_fn_str="topk", activation_fn_kwargs={"k": 3}, k=None)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    del cfg["architecture"], cfg["apply_b_dec_to_input"]
+    (folder / "cfg.json").write_text(json.dumps(cfg | {"normalize_activations": False}))
+    sae = checkpoint.find(folder).dictionary()
+    assert (sae.cfg.activation, sae.cfg.k, sae.cfg.apply_b_dec_to_input) == ("topk", 3, True)
+
+
+@pytest.mark.parametrize("changes", [{"hook_head_index": 0}, {"hook_point_head_index": 3}])
+def test_a_head_is_not_the_whole_of_its_hook(tmp_path, changes):
+    folder = saelens(tmp_path / "other", "topk")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(cfg | {"metadata": cfg["metadata"] | changes}))
+    assert checkpoint.find(folder).where == {"model": "testbed"}
+
+
+@pytest.mark.parametrize(
+    ("name", "transcode", "place"),
+    [
+        ("layers.3", False, {"hook": "blocks.3.hook_resid_post"}),
+        ("h.3", False, {"hook": "blocks.3.hook_resid_post"}),
+        ("layers.3/seed1", False, {"hook": "blocks.3.hook_resid_post"}),
+        ("layers.3.mlp", False, {"hook": "blocks.3.mlp.hook_out"}),
+        ("layers.3.mlp", True, {"hook": "blocks.3.mlp.hook_in", "target": "blocks.3.mlp.hook_out"}),
+        ("layers.3", True, {"hook": "blocks.3.hook_resid_pre", "target": "blocks.3.hook_resid_post"}),
+        ("layers.3.self_attn", False, {"hook": "blocks.3.attn.hook_out"}),
+        ("embed_tokens", False, {}),
+    ],
+)
+def test_sparsifys_folders_are_named_by_modules_below_the_runs_settings(tmp_path, name, transcode, place):
+    above = {"model": "testbed", "dataset": "some/text", "ctx_len": 64, "sae": {}}
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps(above))
+    folder = sparsify(tmp_path / name, transcode=transcode)
+    assert checkpoint.find(folder).where == {"model": "testbed", "context": 64, "data": "some/text", **place}
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("gemma-scope-2b-pt-res/layer_5", {"model": "google/gemma-2-2b", "hook": "blocks.5.hook_resid_post"}),
+        ("gemma-scope-9b-it-mlp/layer_5", {"model": "google/gemma-2-9b-it", "hook": "blocks.5.hook_mlp_out"}),
+        ("gemma-scope-2b-pt-att/layer_5", {"model": "google/gemma-2-2b", "hook": "blocks.5.attn.hook_z"}),
+        ("gemma-scope-2b-pt-res/embedding", {"model": "google/gemma-2-2b"}),
+        (
+            "models--google--gemma-scope-2b-pt-transcoders/snapshots/0a/layer_5",
+            {
+                "model": "google/gemma-2-2b", "hook": "blocks.5.ln2.hook_normalized", "target": "blocks.5.hook_mlp_out"
+            },
+        ),
+        ("mine/layer_5", {}),
+    ],
+)  # fmt: skip
+def test_gemma_scopes_folders_say_where(tmp_path, path, place):
+    folder = gemma_scope(tmp_path / "made")
+    (tmp_path / path).parent.mkdir(parents=True)
+    folder.rename(tmp_path / path)
+    found = checkpoint.find(tmp_path / path)
+    assert found.where == place
+    assert (found.dictionary().cfg.d_out is not None) == ("target" in place)
+
+
+@pytest.mark.parametrize(
+    ("place", "hook"),
+    [
+        ({"submodule_name": "resid_post_layer_4", "layer": 4}, "blocks.4.hook_resid_post"),
+        ({"submodule_name": "blocks.4.hook_mlp_out", "layer": None}, "blocks.4.hook_mlp_out"),
+        ({"submodule_name": "mlp_layer_4", "layer": 4}, None),
+        ({"submodule_name": None, "layer": 4}, None),
+    ],
+)
+def test_dictionary_learnings_submodules_and_contexts_are_kept(tmp_path, place, hook):
+    folder = dictionary_learning(tmp_path / "other", "AutoEncoder", linear("bias"))
+    config = json.loads((folder / "config.json").read_text())
+    config = {"trainer": config["trainer"] | place, "buffer": {"ctx_len": 64}}
+    (folder / "config.json").write_text(json.dumps(config))
+    expected = {"model": "testbed", "context": 64} | ({} if hook is None else {"hook": hook})
+    assert checkpoint.find(folder).where == expected
