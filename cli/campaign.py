@@ -141,6 +141,7 @@ def _campaign(given: dict[str, Any], folder: Path, resume: bool, json_file: Path
     from ..campaign.config import CampaignConfig
     from ..campaign.run import campaign, read_config
     from ..engine.errors import UserError
+    from ..engine.signals import stop_advice
 
     began = time.monotonic()
     check_writable(json_file)
@@ -151,7 +152,8 @@ def _campaign(given: dict[str, Any], folder: Path, resume: bool, json_file: Path
         config = read_config(named)
     else:
         config = CampaignConfig(**given)
-    found = campaign(config, folder, resume=resume)
+    with stop_advice(f"stopped; --resume with --out {folder} goes on, and measures again only what was not finished"):
+        found = campaign(config, folder, resume=resume)
     write_json(json_file, found)
     campaign_table(found)
     print(f"report: {folder / 'report.html'}   figures: {folder / 'figures'}   {time.monotonic() - began:.0f} s")

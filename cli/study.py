@@ -77,6 +77,7 @@ def evaluate(
     give.
     """
     from ..engine import checkpoint
+    from ..engine.signals import stop_advice
     from ..evals.run import evaluate
     from ..evals.suite import EVALS, load_eval, named_files
 
@@ -88,10 +89,12 @@ def evaluate(
     found = checkpoint.find(sae)
     stream = _stream_of(found, model, layer, hook, data, tokens=100_000)
     is_run = sae != found.folder and all(option is None for option in (model, layer, hook, data))
-    results = evaluate(
-        found, stream, sae if is_run else None, names, seed=seed, sets=sets or (), files=by_name, fresh=fresh, rows=rows,
-        control=control,
-    )  # fmt: skip
+    kept = "the evals that were finished are kept, and the same command goes on" if is_run else "nothing is kept"
+    with stop_advice(f"stopped; {kept}"):
+        results = evaluate(
+            found, stream, sae if is_run else None, names, seed=seed, sets=sets or (), files=by_name, fresh=fresh,
+            rows=rows, control=control,
+        )  # fmt: skip
     write_json(json_file, results if name == "all" else results[name])
     for each, result in results.items():
         title = f"{each}: {found.folder} at {stream.model.hook} of {stream.model.name}"

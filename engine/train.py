@@ -247,9 +247,7 @@ class _Training:
         was_there, had_settings = self.folder.is_dir(), (self.folder / CONFIG).is_file()
         begin(self.folder, settings)
         try:
-            with stop_advice(
-                f"stopped before the first step; temposae train --resume --out {self.folder} starts the run"
-            ):
+            with stop_advice("stopped before the first step; --resume starts from there"):
                 yield
         except Exception:
             if not had_settings:

@@ -203,9 +203,7 @@ def test_a_signal_while_the_buffer_fills_leaves_a_run_to_resume(
     monkeypatch.setattr(ActivationStream, "_fill", fill)
     with (
         stop_on_signals(),
-        pytest.raises(
-            Stopped, match=f"stopped before the first step; .*--resume --out {tmp_path / 'run'} starts"
-        ) as stopped,
+        pytest.raises(Stopped, match="stopped before the first step; --resume starts") as stopped,
     ):
         train(stream_of(), config.sae, config.train, out=tmp_path / "run")
     assert stopped.value.signal == number
