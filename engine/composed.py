@@ -95,9 +95,11 @@ class ComposedAutoencoder(SparseAutoencoder):
         return select_threshold(f, 0.0 if self.cfg.activation == "relu" else self.threshold.expand(self.cfg.d_sae))
 
     def _code(self, x: Tensor, pos: Tensor | None) -> SparseCode:
-        if not self.is_dense or not torch.is_grad_enabled():
+        if not self.is_dense:
             return super()._code(x, pos)
         code = self.encode_sparse(x, pos)
+        if not torch.is_grad_enabled():
+            return code
         return self._values_of(self._latents(self._seen(x, pos)) / self.unit, code)
 
     def latents_of(self, x: Tensor, pos: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from scipy.special import entr
 from sklearn.metrics import adjusted_rand_score
 
 from ..engine.errors import UserError
-from ..engine.sae import SparseAutoencoder
+from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.numerics import sum_by
 from .collect import Coder, Collected, Evaluation
 from .positions import held_out
@@ -38,9 +38,7 @@ SAME = 0.7  # latents of two dictionaries whose decoder rows have this cosine ar
 
 
 @torch.no_grad()
-def clusters(
-    evaluation: Evaluation, other: SparseAutoencoder | None = None, *, count: int | None = None
-) -> dict[str, Any]:
+def clusters(evaluation: Evaluation, other: Dictionary | None = None, *, count: int | None = None) -> dict[str, Any]:
     """Cluster the dictionary's latents by position into `count` clusters, or as many as have the largest silhouette.
 
     Returns `count`, `latents` (how many were clustered), `silhouette` {number: value}, `clusters` (the earliest first: size,
@@ -65,7 +63,7 @@ def clusters(
     found = {name: _measure(evaluation, coder, collected, pos, count) for name, (coder, pos) in controls.items()}
     return {
         **own,
-        "seeds": None if other is None else _matched(evaluation, other, collected, labels),
+        "seeds": None if other is None else _matched(evaluation, unit_decoder(other), collected, labels),
         "controls": {name: {k: v for k, v in values.items() if k not in of_latents} for name, values in found.items()},
         "bins": BINS,
         "rows": len(collected),
@@ -136,9 +134,7 @@ def _stability(
     return {"adjusted_rand": float(np.mean(found)), "spread": float(np.std(found, ddof=1)), "halves": HALVES}
 
 
-def _matched(
-    evaluation: Evaluation, other: SparseAutoencoder, collected: Collected, labels: np.ndarray
-) -> dict[str, Any]:
+def _matched(evaluation: Evaluation, other: UnitDecoder, collected: Collected, labels: np.ndarray) -> dict[str, Any]:
     """Adjusted Rand index of the two dictionaries' clusters, as many of each, over latents that are each other's nearest by
     decoder cosine."""
     if other.cfg.d_in != evaluation.sae.cfg.d_in:
@@ -151,9 +147,7 @@ def _matched(
     used = np.flatnonzero(theirs >= 0)
     if not len(used):
         return {"adjusted_rand": None, "matched": 0}
-    rows = [
-        torch.nn.functional.normalize(d.W_dec.detach()[u], dim=1) for d, u in ((evaluation.sae, mine), (other, used))
-    ]
+    rows = [torch.nn.functional.normalize(d.W_dec[u], dim=1) for d, u in ((evaluation.sae, mine), (other, used))]
     cosine = (rows[0] @ rows[1].T).cpu().numpy()
     best, back = cosine.argmax(1), cosine.argmax(0)
     pair = (back[best] == np.arange(len(mine))) & (cosine.max(1) >= SAME)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..engine.errors import UserError
 from ..engine.progress import progress_bar
-from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.text import TestbedRows
 from ..engine.testbed.language import HELD_OUT
+from ..engine.unit_decoder import Dictionary, unit_decoder
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
 from .budget import Sizes
@@ -157,13 +157,26 @@ def collect(stream: ActivationStream, texts: Iterable[TokenRows], total: int | N
     found = []
     with progress_bar("collecting activations", total=total, unit="rows") as bar:
         for rows in texts:
-            read, kept = stream.read(rows)
-            x = next(iter(read.values()))[kept].float()
-            found.append((rows.tokens, kept.cpu(), x, rows.row))
+            found.append(_read(stream, rows))
             bar.advance(len(rows))
-    if not found or not any(len(x) for _, _, x, _ in found):
+    if not any(len(x) for _, _, x in found):
         raise UserError("data: no text holds a token to evaluate on")
-    tokens, kept, x, _ = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return _together(found)
+
+
+def collected_rows(stream: ActivationStream, rows: TokenRows) -> Collected:
+    """The same of a few rows, which may hold no token that is kept."""
+    return _together([_read(stream, rows)])
+
+
+def _read(stream: ActivationStream, rows: TokenRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and kept [B, T], and x [n, D] of what is kept."""
+    read, kept = stream.read(rows)
+    return rows.tokens, kept.cpu(), next(iter(read.values()))[kept].float()
+
+
+def _together(found: list[tuple[Tensor, Tensor, Tensor]]) -> Collected:
+    tokens, kept, x = (torch.cat(parts) for parts in zip(*found, strict=True))
     row, pos = kept.nonzero(as_tuple=True)
     return Collected(tokens, kept, x, pos.to(x.device), row.to(x.device))
 
@@ -201,7 +214,8 @@ def of_tokens(code: SparseCode, chosen: Tensor) -> SparseCode:
 
 
 class Evaluation:
-    """A dictionary, its controls, and the texts that they are measured on.
+    """A dictionary, its controls, and the texts that they are measured on. Dictionaries are read with decoder rows of norm 1
+    (`UnitDecoder`).
 
     `controls` are `random` (the control trained beside the dictionary), `lm_neurons` and `mean`. Whatever is drawn at random
     follows from `seed` and from what it is drawn for, never from what was evaluated before. `sets` are labelled texts for
@@ -214,28 +228,31 @@ class Evaluation:
     def __init__(
         self,
         stream: ActivationStream,
-        sae: SparseAutoencoder,
-        random: SparseAutoencoder | None,
+        sae: Dictionary,
+        random: Dictionary | None,
         seed: int = 0,
         sets: Sequence[str] = (),
         files: Mapping[str, Sequence[str]] | None = None,
         *,
         share: int = 1,
-        reference: SparseAutoencoder | None = None,
+        reference: Dictionary | None = None,
         neurons: bool = True,
         sizes: Sizes | None = None,
     ):
-        self.stream, self.sae, self.seed, self.sets = stream, sae.to(stream.model.device), seed, tuple(sets)
-        self.files, self.share, self.reference, self.neurons = files or {}, share, reference, neurons
+        self.stream, self.seed, self.sets = stream, seed, tuple(sets)
+        self.files, self.share, self.neurons = files or {}, share, neurons
+        device = stream.model.device
+        self.sae = unit_decoder(sae).to(device)
+        self.random = None if random is None else unit_decoder(random).to(device)
+        self.reference = None if reference is None else unit_decoder(reference).to(device)
         self.sizes = sizes or Sizes()
-        self.random = None if random is None else random.to(stream.model.device)
         self._kept: dict[str, Any] = {}
 
     def of(
         self,
-        sae: SparseAutoencoder,
-        random: SparseAutoencoder | None,
-        reference: SparseAutoencoder | None = None,
+        sae: Dictionary,
+        random: Dictionary | None,
+        reference: Dictionary | None = None,
         sizes: Sizes | None = None,
     ) -> "Evaluation":
         """The same texts, questions and seed for another dictionary; codes of this one are forgotten."""

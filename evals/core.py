@@ -20,8 +20,10 @@ rows, sqrt(R / (R - 1) sum (a_r - ratio b_r)^2) / |sum b_r|.
 
 `saebench` holds figures as SAEBench 0.6.0 works them out. It calls two of them explained variance:
 1 - E |x - x_hat|^2 / (E |x|^2 - (E_d E x_d^2)^2), whose last term is not a mean but a mean square and so says nothing of
-variance; and (legacy) the mean over tokens of 1 - |x - x_hat|^2 / |x - mu|^2, which tokens near mu dominate. Its ablation
-zeroes every position, `<bos>` included, and its KL counts the last token of a row, too.
+variance; and (legacy) the mean over tokens of 1 - |x - x_hat|^2 / |x - mu_b|^2, which tokens near mu_b dominate. Its mse is
+the mean over tokens of |x - x_hat|^2 / n_b. mu_b and n_b are mean and number of tokens of a batch, which here is
+`rows_per_forward` rows; means in the first figure, and the bias, are means over batches of a batch's. Its ablation zeroes
+every position, `<bos>` included, and its KL counts the last token of a row, too.
 
 Per position both sums run over the tokens at that position (mu stays the overall mean), and "dead" is at that position.
 Padding, special tokens and massive activations, which training leaves out, are neither reconstructed nor counted, and keep
@@ -44,8 +46,8 @@ from torch import Tensor
 
 from ..engine.errors import UserError
 from ..engine.progress import progress_bar
-from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, TokenRows
+from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.numerics import sum_by
 from .budget import CE_ROWS, ROWS, Cost, forecast, pace_of_training
 from .collect import Coder, Neurons, in_rows
@@ -233,8 +235,8 @@ class HeldOut:
 
 def core(
     stream: ActivationStream,
-    sae: SparseAutoencoder,
-    controls: dict[str, SparseAutoencoder],
+    sae: Dictionary,
+    controls: Mapping[str, Dictionary],
     *,
     rows: int = ROWS,
     ce_rows: int = CE_ROWS,
@@ -249,11 +251,9 @@ def core(
     many tokens of a row it fires where it does, and under `controls` the metrics of each. `held_out`: those rows, read
     already for another dictionary at the same hooks.
     """
-    for name, dictionary in {"sae": sae, **controls}.items():
-        check_fits(name, dictionary, stream)
+    coders: dict[str, Coder] = {name: fitted(name, d, stream) for name, d in {"sae": sae, **controls}.items()}
     began = time.monotonic()
     device = stream.model.device
-    coders: dict[str, Coder] = {name: d.to(device) for name, d in {"sae": sae, **controls}.items()}
     if sae.cfg.d_out is None and neurons:
         coders["lm_neurons"] = Neurons(sae.cfg.d_in, sae.cfg.k, device)
     text = held_out or HeldOut(stream, rows, ce_rows, [len(coder.W_dec) for coder in coders.values()])
@@ -284,14 +284,18 @@ def core(
     }
 
 
-def check_fits(name: str, dictionary: SparseAutoencoder, stream: ActivationStream) -> None:
-    """Refuse a dictionary that is not for the stream's activations."""
+def fitted(name: str, dictionary: Dictionary, stream: ActivationStream) -> UnitDecoder:
+    """A dictionary as evals take it: on the model's device, with decoder rows of norm 1.
+
+    Raises UserError for one that is not for the stream's activations.
+    """
     cfg, model = dictionary.cfg, stream.model
     own = (cfg.d_in,) if cfg.d_out is None else (cfg.d_in, cfg.d_out)
     if own != tuple(model.widths.values()):
         places = " and ".join(f"{hook} has width {width}" for hook, width in model.widths.items())
         raise UserError(f"{name}: d_in = {' and d_out = '.join(map(str, own))} does not fit; {places} in {model.name}")
-    dictionary.cfg.mask.check_context(stream.positions)
+    cfg.mask.check_context(stream.positions)
+    return unit_decoder(dictionary).to(model.device)
 
 
 class _Tally:
@@ -305,11 +309,13 @@ class _Tally:
         self.errors, self.l0, self.errors_of_rows = zeros(T), zeros(T), zeros(text.rows)
         self.fired, self.rows_fired = (torch.zeros(F, dtype=torch.int64, device=device) for _ in range(2))
         self.fired_at = torch.zeros(T, F, dtype=torch.bool, device=device)
-        self._n, self._sums, self._squares = text.tokens, zeros(9), zeros(len(text.mean))
+        self._n, self._sums = text.tokens, zeros(9)
+        self._batches: list[Tensor] = []  # of each part, as SAEBench has them of a batch
 
     @torch.no_grad()
     def add(self, part: _Part) -> None:
         F, T = self.fired_at.shape[1], len(self.errors)
+        before, squares, mean = self._sums.clone(), torch.zeros_like(self.mean), part.target.double().mean(0)
         seen = torch.zeros(len(part.kept) * F, dtype=torch.bool, device=self.fired.device)
         places = part.pos, part.row
         for x, target, pos, row in in_rows(part.pos, part.x, part.target, *places, latents=F):
@@ -320,8 +326,8 @@ class _Tally:
             self.errors += sum_by(pos, errors, T)
             self.errors_of_rows += sum_by(row, errors, len(self.errors_of_rows))
             size, size_hat, dot = y.norm(dim=1), y_hat.norm(dim=1), (y * y_hat).sum(1)
-            self._squares += y.square().sum(0)
-            legacy = 1 - errors / (y - self.mean).square().sum(1)
+            squares += y.square().sum(0)
+            legacy = 1 - errors / (y - mean).square().sum(1)
             nonzero = (size * size_hat).clamp_min(torch.finfo(torch.float32).tiny)
             ratio = size_hat / size.clamp_min(1e-12)
             of_token = (errors, size, size_hat, ratio, dot / nonzero, dot, size_hat**2, legacy)
@@ -334,6 +340,9 @@ class _Tally:
             self.fired_at[pos[code.rows].flatten()[active], latents] = True
             seen[(row[code.rows].flatten()[active] - part.first) * F + latents] = True
         self.rows_fired += seen.view(-1, F).sum(0)
+        if n := len(part.pos):
+            sums = (self._sums - before) / n
+            self._batches.append(torch.stack([sums[0], squares.sum() / n, squares.mean() / n, sums[6] / sums[5]]))
 
     @property
     def dead_fraction(self) -> float:
@@ -347,12 +356,14 @@ class _Tally:
         }  # fmt: skip
 
     def saebench(self, effects: Mapping[str, _Effect], name: str) -> dict[str, float | None]:
-        errors, legacy = (self._sums[[0, 7]] / self._n).tolist()
-        squares = self._squares / self._n
+        of_batches = torch.stack(self._batches)
+        errors, squares, per_dimension, bias = of_batches.mean(0).tolist()
         kl, kl_zero = (effects[each].kl_of_all / max(1, effects[each].tokens) for each in (name, EVERYWHERE))
         return {
-            "explained_variance": float(1 - errors / (squares.sum() - squares.mean() ** 2)),
-            "explained_variance_legacy": legacy,
+            "explained_variance": _finite(1 - errors / max(squares - per_dimension**2, 1e-300)),
+            "explained_variance_legacy": _finite(float(self._sums[7] / self._n)),
+            "mse": float(of_batches[:, 0].sum() / self._n),
+            "relative_reconstruction_bias": _finite(bias),
             "ce_loss_with_ablation": _mean(effects[EVERYWHERE], 1),
             "ce_loss_score": _recovered(effects, EVERYWHERE, name),
             "kl_div_with_sae": kl,
@@ -420,7 +431,11 @@ def _error(above: Tensor, below: Tensor) -> float | None:
 
 def _numbers(values: Tensor) -> list[float | None]:
     """For JSON: what isn't finite (a position without tokens) is null."""
-    return [v if math.isfinite(v) else None for v in values.tolist()]
+    return [_finite(value) for value in values.tolist()]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _histogram(rate: Tensor, tokens: int) -> dict[str, Any]:

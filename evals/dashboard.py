@@ -25,11 +25,11 @@ from torch import Tensor
 from ..engine.errors import UserError
 from ..engine.files import UNFINISHED
 from ..engine.progress import progress_bar
-from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.model import LanguageModel
+from ..engine.unit_decoder import Dictionary, UnitDecoder
 from .collect import collect
-from .core import check_fits
+from .core import fitted
 
 FORMAT = "temposae-dashboard/1"
 TEMPLATE = Path(__file__).with_name("dashboard.html")
@@ -60,7 +60,7 @@ def numbers(given: str, n_latents: int) -> list[int]:
 @torch.no_grad()
 def dashboard(
     stream: ActivationStream,
-    sae: SparseAutoencoder,
+    sae: Dictionary,
     *,
     name: str,
     latents: Sequence[int] | None = None,
@@ -78,13 +78,12 @@ def dashboard(
     wide as the residual stream. Raises UserError for a dictionary that doesn't fit the stream and for text
     without tokens.
     """
-    check_fits("sae", sae, stream)
-    sae = sae.to(stream.model.device)
+    sae = fitted("sae", sae, stream)
     text, entries = _read(stream, sae, rows)
     firings = np.diff(entries.offsets)
     chosen = _spread(firings, count) if latents is None else list(latents)
     words, bins = _Words(stream.model.tokenizer), text.bins()
-    logits = _logits(stream.model, sae.W_dec.detach()[chosen], words)
+    logits = _logits(stream.model, sae.W_dec[chosen], words)
     found: list[dict[str, Any]] = []
     with progress_bar("gathering contexts", len(chosen), "latents") as bar:
         for nth, latent in enumerate(chosen):
@@ -162,7 +161,7 @@ class _Entries:
         return self.token[own], self.value[own]
 
 
-def _read(stream: ActivationStream, sae: SparseAutoencoder, rows: int) -> tuple[_Text, _Entries]:
+def _read(stream: ActivationStream, sae: UnitDecoder, rows: int) -> tuple[_Text, _Entries]:
     numbers: list[tuple[Tensor, Tensor]] = []
 
     def noted() -> Iterator[TokenRows]:

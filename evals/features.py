@@ -33,12 +33,12 @@ from ..engine.checkpoint import Checkpoint
 from ..engine.errors import UserError
 from ..engine.folder import check_free
 from ..engine.progress import progress_bar
-from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.text import RowSource, TestbedRows
+from ..engine.unit_decoder import UnitDecoder
 from ..kernels.code import SparseCode
 from ..kernels.masks import weights_at
-from .core import check_fits
+from .core import fitted
 
 FORMAT = "temposae-features/1"
 MANIFEST, TOKENS, FEATURES = "store.json", "tokens.parquet", "features"
@@ -75,12 +75,10 @@ def encode(
     is not empty or can't be written, and where pyarrow is missing. What fails leaves no store.
     """
     check(out, tokens, min_activation)
-    sae = found.dictionary()
-    check_fits("sae", sae, stream)
+    sae = fitted("sae", found.dictionary(), stream)
     if tokens is None and isinstance(stream.text, TestbedRows):
         raise UserError(f"tokens: needed; {stream.text.name} has no end")
     began = time.monotonic()
-    sae = sae.to(stream.model.device)
     existed = out.exists()
     try:
         (out / FEATURES).mkdir(parents=True)
@@ -195,7 +193,7 @@ def _remove(out: Path, keep_folder: bool) -> None:
 
 
 def _encoded(
-    sae: SparseAutoencoder, stream: ActivationStream, out: Path, tokens: int | None, min_activation: float
+    sae: UnitDecoder, stream: ActivationStream, out: Path, tokens: int | None, min_activation: float
 ) -> dict[str, Any]:
     """Write tokens and features; returns counts, the parts' names, and the speed of encoding."""
     words, turns = _Words(stream.model.tokenizer), _Turns(sae)
@@ -301,7 +299,7 @@ class _Words:
 class _Turns:
     """Encodes, and beside it densely the first chunks, to compare the two."""
 
-    def __init__(self, sae: SparseAutoencoder):
+    def __init__(self, sae: UnitDecoder):
         self.sae = sae
         self.sparse: list[float] = []  # seconds a token
         self.dense: list[float] = []
@@ -322,8 +320,8 @@ class _Turns:
 
     @torch.no_grad()
     def _densely(self, x: Tensor, pos: Tensor) -> Any:
-        """The same latents by way of all activations [N, F]."""
-        sae, (_, rows, weights) = self.sae, self.sae.inputs(x, pos)
+        """The same latents by way of all activations [N, F], before norms of decoder rows."""
+        sae, (_, rows, weights) = self.sae.sae, self.sae.sae.inputs(x, pos)
         acts = torch.addmm(sae.b_enc, x if sae.center is None else x - sae.center, sae.W_enc).relu_()
         if weights is not None and rows is not None:
             acts *= weights_at(weights, rows)

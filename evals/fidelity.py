@@ -15,6 +15,7 @@ At shift 0 nothing but the text before changes; what is lost beyond that is lost
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,12 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
+from ..engine.progress import progress_bar
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
 from .collect import Collected, Evaluation
 from .positions import Drawn, held_out, xlogx
+from .replaced import losses_and_kl, rows_at_once
 
 SHIFTS = (0, 16, 64)
 BEFORE = 16  # tokens of its own row that stand before text that is shifted
@@ -46,9 +49,13 @@ def fidelity(
         raise UserError(f"sae.d_out: {evaluation.sae.cfg.d_out} is not allowed; a transcoder's output can't be encoded")
     collected = held_out(evaluation, rows)
     drawn = Drawn.of(evaluation, collected, bins, 0, evaluation.generator("fidelity"))
-    ce_rows, shift_rows = evaluation.rows(ce_rows), evaluation.rows(shift_rows)
+    ce_rows = max(1, min(ce_rows, evaluation.sizes.ce_rows) // evaluation.share)
+    shift_rows = evaluation.rows(shift_rows)
     before, shifted = _shifted(evaluation, collected, shift_rows)
-    clean, zero = (_ce(evaluation, collected, drawn, ce_rows, x) for x in (None, torch.zeros_like(collected.x)))
+    coders = {name: coder for name, coder in evaluation.coders(collected).items() if name != "mean"}
+    of_ce = int(collected.kept[:ce_rows].sum())
+    given = {name: coder.decode(collected.code(coder))[:of_ce] for name, coder in coders.items()}
+    ce = _ce(evaluation, collected, drawn, ce_rows, {"zero": torch.zeros_like(collected.x[:of_ce]), **given})
     bin_ = torch.from_numpy(drawn.of_position).to(collected.x.device)[collected.pos]
 
     def by_bin(squares: Tensor) -> Tensor:
@@ -56,14 +63,11 @@ def fidelity(
 
     spread = by_bin((collected.x - collected.mean).double().square().sum(1))
     figures: dict[str, dict[str, Any]] = {}
-    for name, coder in evaluation.coders(collected).items():
-        if name == "mean":
-            continue
+    for name, coder in coders.items():
         x_hat = coder.decode(collected.code(coder))
         again = Collected(collected.tokens, collected.kept, x_hat, collected.pos, collected.row).code(coder)
         recovered = [
-            (z - o) / (z - c) if z > c else None
-            for z, o, c in zip(zero, _ce(evaluation, collected, drawn, ce_rows, x_hat), clean, strict=True)
+            (z - o) / (z - c) if z > c else None for z, o, c in zip(ce["zero"], ce[name], ce["clean"], strict=True)
         ]
         old = before.code(coder)
         figures[name] = {
@@ -93,24 +97,37 @@ def _alike(code: SparseCode, again: SparseCode, drawn: Drawn) -> float | None:
     return float(np.average(1 - jsd, weights=weights)) if np.any(weights) else None
 
 
-def _ce(evaluation: Evaluation, collected: Collected, drawn: Drawn, rows: int, given: Tensor | None) -> list[float]:
-    """Mean loss in each bin, of text tokens after text tokens in the first rows, with x [n, D] given at the hook."""
-    model, summed, used = evaluation.stream.model, torch.zeros(2, drawn.bins + 1, dtype=torch.float64), 0
-    bin_ = torch.from_numpy(drawn.of_position)[:-1] + 1
-    for tokens, kept in zip(collected.tokens[:rows].split(ROWS), collected.kept[:rows].split(ROWS), strict=True):
-        here, used = slice(used, used + int(kept.sum())), used + int(kept.sum())
+def _ce(
+    evaluation: Evaluation, collected: Collected, drawn: Drawn, rows: int, given: dict[str, Tensor]
+) -> dict[str, list[float]]:
+    """Mean loss in each bin, of text tokens after text tokens in the first rows: of the `clean` model, and with each of the
+    given x [n, D] at the hook."""
+    model, T = evaluation.stream.model, collected.tokens.shape[1]
+    summed = {name: torch.zeros(drawn.bins + 1, dtype=torch.float64) for name in ("clean", *given)}
+    counts, used = torch.zeros(drawn.bins + 1, dtype=torch.float64), 0
+    bin_ = torch.from_numpy(drawn.of_position) + 1
+    size = min(ROWS, rows_at_once(model, T, collected.x.shape[1], len(given)))
+    parts = zip(collected.tokens[:rows].split(size), collected.kept[:rows].split(size), strict=True)
+    with progress_bar("fidelity: model behaviour", total=min(rows, len(collected)), unit="rows") as bar:
+        for tokens, kept in parts:
+            here, used = slice(used, used + int(kept.sum())), used + int(kept.sum())
+            x, there = model.activations(tokens), kept.to(model.device)
 
-        def splice(value: Tensor, kept: Tensor = kept, here: slice = here) -> Tensor:
-            fresh = value.clone()
-            if given is not None:
-                fresh[kept.to(value.device)] = given[here].to(value.dtype)
-            return fresh
+            def spliced(value: Tensor, x: Tensor = x, there: Tensor = there, here: slice = here) -> Tensor:
+                fresh = x.clone()
+                fresh[there] = value[here].to(x.dtype)
+                return fresh
 
-        losses = model.losses(tokens, None if given is None else splice).double().cpu()
-        counts = (kept[:, :-1] & kept[:, 1:]).cpu().double()
-        summed[0].index_add_(0, bin_, (losses * counts).sum(0))
-        summed[1].index_add_(0, bin_, counts.sum(0))
-    return (summed[0] / summed[1])[1:].tolist()
+            at = kept.clone()
+            at[:, :-1] &= kept[:, 1:]
+            at[:, -1] = False
+            bins = bin_[at.nonzero()[:, 1]]
+            values = {name: partial(spliced, value) for name, value in given.items()}
+            for name, (loss, _) in losses_and_kl(model, tokens, x, at, values).items():
+                summed[name].index_add_(0, bins, loss)
+            counts += torch.bincount(bins, minlength=len(counts))
+            bar.advance(len(tokens))
+    return {name: (losses / counts)[1:].tolist() for name, losses in summed.items()}
 
 
 def _over_bins(values: list[float | None]) -> dict[str, Any]:

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
-from ..engine.sae import SparseAutoencoder
+from ..engine.unit_decoder import Dictionary
 from ..kernels.code import SparseCode
 from .collect import CHUNK, Collected, Evaluation, collect
-from .core import check_fits
+from .core import fitted
 
 FIRST = 8  # positions at the beginning of a row, of which models make much: figures are given with and without them
 POSITIONAL, CORRELATED, MATCHED = 0.05, 0.4, 0.7
@@ -35,7 +35,7 @@ POSITIONAL, CORRELATED, MATCHED = 0.05, 0.4, 0.7
 
 def positions(
     evaluation: Evaluation,
-    reference: SparseAutoencoder | None = None,
+    reference: Dictionary | None = None,
     *,
     rows: int = 1024,
     bins: int = 16,
@@ -52,8 +52,7 @@ def positions(
     collected = held_out(evaluation, rows)
     coders = {name: coder for name, coder in evaluation.coders(collected).items() if name != "mean"}
     if reference is not None:
-        check_fits("reference", reference, evaluation.stream)
-        coders["reference"] = reference.to(collected.x.device)
+        coders["reference"] = fitted("reference", reference, evaluation.stream)
     figures: dict[str, dict[str, Any]] = {name: {} for name in coders}
     score: dict[str, np.ndarray] = {}
     for first in (0, FIRST):

@@ -18,13 +18,13 @@ from ..engine.stream.own import held_out_scores
 from ..engine.train import Run, train
 from .budget import Sizes, row_counts
 from .collect import Evaluation
-from .core import check_fits
+from .core import fitted
 from .figures import draw_pareto
 from .report import write_report
 from .saebench import file_name, output
 from .suite import given_to, lacks, load_eval
 
-VERSION = 6  # of the evals: results of another one are not taken for today's
+VERSION = 7  # of the evals: results of another one are not taken for today's
 SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
 ERRORS = ("explained_variance_error", "ce_recovered_error")
 
@@ -145,7 +145,7 @@ def evaluate(
     asked for. `reference`: the dictionary that `positions` compares with.
     """
     sae = found.dictionary()
-    check_fits("sae", sae, stream)
+    fitted("sae", sae, stream)
     for name in names:
         load_eval(name)
     trained_now = control and "random" not in found.dictionaries and sae.cfg.decoder == "learned"
@@ -197,8 +197,14 @@ def evaluate(
             results[name] = json.loads(json.dumps(result, allow_nan=False))  # as it is read again
             if run is not None:
                 _write(run / "evals" / f"{name}.json", results[name])
-                if (theirs := output(name, results[name], sae, stream.config, sae_id=run.name, seed=seed)) is not None:
-                    _write(run / "evals" / "saebench" / name / file_name("temposae", run.name), theirs)
+                theirs = output(
+                    name, results[name], sae, stream.config, sae_id=run.name, training_tokens=found.tokens, seed=seed,
+                    llm_dtype=str(stream.model.dtype).removeprefix("torch."),
+                )  # fmt: skip
+                place = run / "evals" / "saebench" / name / file_name("temposae", run.name)
+                place.unlink(missing_ok=True)  # of an earlier measurement
+                if theirs is not None:
+                    _write(place, theirs)
     if run is not None and (like is None if report is None else report):
         write_report(run, found, VERSION)
     return {name: results[name] for name in names}

@@ -1,11 +1,12 @@
 """Both ways to SAEBench 0.6.0 (https://github.com/adamkarvonen/SAEBench): our results in the form in which it writes its
 own, one file an eval, so that its tools read them beside theirs; and `ForSAEBench`, with which its runners take our
-dictionaries. What it has no place for is in `eval_result_unstructured`.
+dictionaries. What it has no place for, and what it works out in another way, is in `eval_result_unstructured`.
 """
 
 import statistics
 import time
 import uuid
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,35 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import checkpoint
-from ..engine.config import StreamConfig
+from ..engine.config import SAEConfig, StreamConfig
 from ..engine.errors import UserError
-from ..engine.sae import SparseAutoencoder
+from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
+from .collect import CHUNK
+from .saebench_config import (
+    AbsorptionConfig,
+    CoreConfig,
+    EvalConfig,
+    ScrAndTppConfig,
+    SparseProbingConfig,
+    UnlearningConfig,
+)
 
-ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "batchtopk", "jumprelu": "jumprelu"}
+ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "batch_topk", "jumprelu": "jumprelu"}
+TOPS = (1, 2, 5, 10, 20, 50, 100)  # numbers of latents of sparse probing
+
+#: metrics by category, details, settings, and what is measured in another way than SAEBench does
+Made = tuple[dict[str, Any], list[dict[str, Any]], EvalConfig, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class About:
+    """A dictionary and how it was measured, as every file says it. `tokens` it was trained on, None where unknown."""
+
+    sae: UnitDecoder
+    stream: StreamConfig
+    llm_dtype: str
+    seed: int
+    tokens: int | None
 
 
 def file_name(release: str, sae_id: str) -> str:
@@ -27,23 +52,25 @@ def file_name(release: str, sae_id: str) -> str:
 
 
 def output(
-    name: str, result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig, *, sae_id: str, seed: int = 0
-) -> dict[str, Any] | None:
+    name: str, result: dict[str, Any], sae: Dictionary, stream: StreamConfig, *, sae_id: str, llm_dtype: str,
+    training_tokens: int | None, seed: int = 0,
+) -> dict[str, Any] | None:  # fmt: skip
     """The result of the eval `name` of a dictionary as SAEBench would write it; None for one that it doesn't have, or that
-    found nothing to measure."""
-    makers = {
-        "core": _core, "sparse_probing": _sparse_probing, "unlearning": _unlearning, "scr": _scr, "tpp": _tpp,
-        "absorption": _absorption,
-    }  # fmt: skip
-    if name not in makers or "skipped" in result or (made := makers[name](result, sae, stream)) is None:
+    found nothing that it would write: of a transcoder, of absorption on fewer than 20 letters or on other prompts.
+
+    Every setting of SAEBench's is there, as it was used. A figure stands under SAEBench's name if it is worked out as
+    SAEBench does; others are in `eval_result_unstructured["temposae"]`.
+    """
+    if name not in MAKERS or "skipped" in result or sae.cfg.d_out is not None:
         return None
-    metrics, details, config = made
+    about = About(unit_decoder(sae), stream, llm_dtype, seed, training_tokens)
+    if (made := MAKERS[name](result, about)) is None:
+        return None
+    metrics, details, config, own = made
     of = result.get("of", {})
     return {
         "eval_type_id": "absorption_first_letter" if name == "absorption" else name,
-        "eval_config": {"model_name": stream.model, "llm_dtype": "float32"}
-        | config
-        | ({} if name == "core" else {"random_seed": seed}),
+        "eval_config": asdict(config),
         # the same result has the same name, whenever it is written
         "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {sorted(of.items())} {sae_id}")),
         "datetime_epoch_millis": int(1000 * time.time()),
@@ -53,20 +80,19 @@ def output(
         "sae_lens_id": sae_id,
         "sae_lens_release_id": "temposae",
         "sae_lens_version": None,
-        "sae_cfg_dict": _config(sae, stream),
-        "eval_result_unstructured": {"controls": result.get("controls", {}), "seconds": result.get("seconds")},
-    }  # fmt: skip
+        "sae_cfg_dict": _config(about.sae, stream, training_tokens) | {"temposae": sae.cfg.model_dump(mode="json")},
+        "eval_result_unstructured": {
+            "temposae": own | {"seconds": result.get("seconds")},
+            "controls": result.get("controls", {}),
+        },
+    }
 
 
-#: metrics by category, details, and the settings that SAEBench has a name for
-Made = tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]
-
-
-def _core(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) -> Made:
+def _core(result: dict[str, Any], about: About) -> Made | None:
+    sae, stream, theirs = about.sae, about.stream, result["saebench"]
     rate = torch.tensor(result["latents"]["firing_rate"])
-    W_enc, W_dec = (w.detach().float().cpu() for w in (sae.W_enc.T, sae.W_dec))
+    W_enc, W_dec = (w.float().cpu() for w in (sae.W_enc.T, sae.W_dec))
     nearest = {"encoder": _nearest(W_enc), "decoder": _nearest(W_dec)}
-    theirs = result["saebench"]
     metrics = {
         "model_behavior_preservation": {
             key: theirs[key] for key in ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae")
@@ -78,12 +104,12 @@ def _core(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) 
             "ce_loss_without_sae": result["ce"]["clean"],
         },
         "reconstruction_quality": {
-            **{key: theirs[key] for key in ("explained_variance", "explained_variance_legacy")},
-            "mse": result["mse"],
+            **{key: theirs[key] for key in ("explained_variance", "explained_variance_legacy", "mse")},
             "cossim": result["cosine"],
         },
         "shrinkage": {
-            key: result[key] for key in ("l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias")
+            **{key: result[key] for key in ("l2_norm_in", "l2_norm_out", "l2_ratio")},
+            "relative_reconstruction_bias": theirs["relative_reconstruction_bias"],
         },
         "sparsity": {"l0": result["l0"], "l1": result["l1"]},
         "token_stats": {
@@ -100,69 +126,166 @@ def _core(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) 
             "frac_alive": float((rate > 0).float().mean()),
         },
     }
-    norms, between = W_enc.norm(dim=1), torch.cosine_similarity(W_enc, W_dec) if W_enc.shape == W_dec.shape else None
-    bias = sae.b_enc.tolist()
+    if any(value is None for category in metrics.values() for value in category.values()):
+        return None  # one that SAEBench needs and that there is none of, such as a score where zeros do no harm
+    norms, between, bias = W_enc.norm(dim=1), torch.cosine_similarity(W_enc, W_dec), sae.b_enc.tolist()
+    tokens_per_row = result["latents"]["tokens_per_row"]
     details = [
         {
             "index": index,
-            "feature_density": result["latents"]["firing_rate"][index],
-            "consistent_activation_heuristic": result["latents"]["tokens_per_row"][index],
+            "feature_density": density,
+            "consistent_activation_heuristic": tokens_per_row[index] if density else -1.0,
             "encoder_bias": bias[index],
             "encoder_norm": float(norms[index]),
-            "encoder_decoder_cosine_sim": 0.0 if between is None else float(between[index]),
+            "encoder_decoder_cosine_sim": float(between[index]),
             "max_decoder_cosine_sim": float(nearest["decoder"][index]),
             "max_encoder_cosine_sim": float(nearest["encoder"][index]),
         }
-        for index in range(sae.cfg.d_sae)
+        for index, density in enumerate(result["latents"]["firing_rate"])
     ]
-    measured = (
-        "compute_kl", "compute_ce_loss", "compute_l2_norms", "compute_sparsity_metrics", "compute_variance_metrics",
-        "compute_featurewise_density_statistics", "compute_featurewise_weight_based_metrics",
-        "exclude_special_tokens_from_reconstruction",
-    )  # fmt: skip
-    text = stream.data or f"the embedded language of {stream.model}"
-    return metrics, details, dict.fromkeys(measured, True) | {"dataset": text, "context_size": stream.context}
+    batch = stream.rows_per_forward
+    config = CoreConfig(
+        model_name=stream.model,
+        llm_dtype=about.llm_dtype,
+        batch_size_prompts=batch,
+        n_eval_reconstruction_batches=-(-result["ce_rows"] // batch),
+        n_eval_sparsity_variance_batches=-(-result["rows"] // batch),
+        dataset=stream.data or f"the embedded language of {stream.model}",
+        context_size=len(result["per_position"]["position"]),
+        compute_kl=True,
+        compute_ce_loss=True,
+        compute_l2_norms=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+        compute_featurewise_density_statistics=True,
+        compute_featurewise_weight_based_metrics=True,
+        exclude_special_tokens_from_reconstruction=stream.drop_special,
+        verbose=False,
+    )
+    own = {
+        **{key: result[key] for key in ("explained_variance", "mse", "ce_recovered", "ce_recovered_over_mean")},
+        **{key: result[key] for key in ("kl_recovered", "relative_reconstruction_bias", "ce", "kl", "rows", "ce_rows")},
+        "max_norm": stream.max_norm,  # activations above it are left out of both reconstruction and the figures
+    }
+    return metrics, details, config, own
 
 
-def _sparse_probing(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) -> Made:
+def _sparse_probing(result: dict[str, Any], about: About) -> Made | None:
     def named(scores: dict[str, Any], prefix: str) -> dict[str, Any]:
-        found = {f"{prefix}_{key}": scores[key] for key in ("test_accuracy",) if scores.get(key) is not None}
-        tops = (key for key in scores if key.startswith("top_") and key.removeprefix("top_").isdecimal())
-        return found | {f"{prefix}_{key}_test_accuracy": scores[key] for key in tops if scores[key] is not None}
+        tops = {f"{prefix}_top_{k}_test_accuracy": scores.get(f"top_{k}") for k in TOPS}
+        return {f"{prefix}_test_accuracy": scores["best_epoch_accuracy"]} | tops
 
+    every = {"mean over sets": result, **result["sets"]}
+    if any(scores["llm"]["best_epoch_accuracy"] is None for scores in every.values()):
+        return None
     details = [
         {"dataset_name": f"{name}_results"} | named(of["llm"], "llm") | named(of, "sae")
         for name, of in result["sets"].items()
     ]
-    config = {"dataset_names": list(result["sets"]), "context_length": stream.context}
-    return {"llm": named(result["llm"], "llm"), "sae": named(result, "sae")}, details, config
+    used, T = result["protocol"], result["protocol"]["context_length"]
+    config = SparseProbingConfig(
+        model_name=about.stream.model,
+        llm_dtype=about.llm_dtype,
+        llm_batch_size=about.stream.rows_per_forward,
+        random_seed=about.seed,
+        dataset_names=used["dataset_names"],
+        probe_train_set_size=used["probe_train_set_size"],
+        probe_test_set_size=used["probe_test_set_size"],
+        context_length=T,
+        sae_batch_size=_rows_encoded(T),
+        k_values=used["k_values"],
+        lower_vram_usage=False,
+    )
+    own = {
+        name: {"sae_test_accuracy": scores["test_accuracy"], "llm_test_accuracy": scores["llm"]["test_accuracy"]}
+        for name, scores in every.items()
+    }
+    sizes = {
+        name: {label: {key: of[key] for key in ("train_rows", "test_rows")} for label, of in scores["classes"].items()}
+        for name, scores in result["sets"].items()
+    }
+    about_own = "of a probe that ends on its training loss; set sizes above are the largest of a class"
+    return {"llm": named(result["llm"], "llm"), "sae": named(result, "sae")}, details, config, {
+        "full_width_probe": own | {"about": about_own},
+        "rows": sizes,
+    }  # fmt: skip
 
 
-def _unlearning(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) -> Made:
+def _unlearning(result: dict[str, Any], about: About) -> Made | None:
     names = {"retain_thresholds": "retain_threshold", "n_features_list": "latents", "multipliers": "multiplier"}
-    config = {name: sorted({setting[own] for setting in result["settings"]}) for name, own in names.items()}
-    return {"unlearning": {"unlearning_score": result["score"]}}, [], config
+    grid = {name: sorted({setting[own] for setting in result["settings"]}) for name, own in names.items()}
+    if any(multiplier != int(multiplier) for multiplier in grid["multipliers"]):
+        return None  # SAEBench's are whole numbers
+    used = result["protocol"]
+    config = UnlearningConfig(
+        model_name=about.stream.model,
+        llm_dtype=about.llm_dtype,
+        llm_batch_size=used["llm_batch_size"],
+        random_seed=about.seed,
+        dataset_names=used["dataset_names"],
+        intervention_method="clamp_feature_activation",
+        retain_thresholds=grid["retain_thresholds"],
+        n_features_list=grid["n_features_list"],
+        multipliers=[int(multiplier) for multiplier in grid["multipliers"]],
+        dataset_size=used["dataset_size"],
+        seq_len=used["seq_len"],
+        n_batch_loss_added=0,
+        target_metric=used["target_metric"],
+        save_metrics=True,
+    )
+    keys = ("retained", "setting", "settings", "loss_increase", "answer_orders", "questions", "texts")
+    return {"unlearning": {"unlearning_score": result["score"]}}, [], config, {key: result.get(key) for key in keys}
 
 
-def _scr(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) -> Made:
-    def named(scores: dict[str, Any]) -> dict[str, Any]:
-        keys = [key for key in ("scr_dir1", "scr_metric", "scr_dir2") if key in scores]
-        values = {f"{key}_threshold_{n}": value for key in keys for n, value in scores[key].items()}
-        return {name: value for name, value in values.items() if value is not None}
-
-    details = [{"dataset_name": f"{name}_results"} | named(of) for name, of in result["sets"].items()]
-    return {"scr_metrics": named(result)}, details, {"perform_scr": True, "dataset_names": list(result["sets"])}
+def _scr(result: dict[str, Any], about: About) -> Made:
+    keys = ("scr_metric", "scr_dir1", "scr_dir2", "spread", "sets")
+    own = {key: result[key] for key in keys}
+    return {"scr_metrics": {}}, [], _scr_and_tpp(result, about, is_scr=True), own | {"about": PROBES}
 
 
-def _tpp(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) -> Made:
-    metrics = {f"tpp_threshold_{n}_{key}": value for n, of in result["tpp"].items() for key, value in of.items()}
-    return {"tpp_metrics": metrics}, [], {"perform_scr": False, "n_values": [int(n) for n in result["tpp"]]}
+def _tpp(result: dict[str, Any], about: About) -> Made:
+    own = {key: result[key] for key in ("tpp", "spread", "clean_accuracy")}
+    return {"tpp_metrics": {}}, [], _scr_and_tpp(result, about, is_scr=False), own | {"about": PROBES}
 
 
-def _absorption(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamConfig) -> Made | None:
-    config = {name: result["settings"][name] for name in ("min_GT_probe_f1", "f1_jump_threshold", "max_k_value")}
-    told = {a: of for a, of in result["letters"].items() if of["probe_f1"] > config["min_GT_probe_f1"] and of["known"]}
-    if not told:
+#: why SCR and TPP have no figure under SAEBench's names
+PROBES = (
+    "not SAEBench's figures: probes are logistic regressions (L2, C = 1, lbfgs) on all training rows, so that epochs, "
+    "learning rate, L1 penalty and patience are 0; latents without an effect are not ablated; SCR is not given where the "
+    "clean probe is less than 0.05 above the biased one. Set sizes are the largest of a probe"
+)
+
+
+def _scr_and_tpp(result: dict[str, Any], about: About, *, is_scr: bool) -> ScrAndTppConfig:
+    used, T = result["protocol"], result["protocol"]["context_length"]
+    return ScrAndTppConfig(
+        model_name=about.stream.model,
+        llm_dtype=about.llm_dtype,
+        llm_batch_size=about.stream.rows_per_forward,
+        random_seed=about.seed,
+        dataset_names=used["dataset_names"],
+        perform_scr=is_scr,
+        early_stopping_patience=0,
+        train_set_size=used["train_set_size"],
+        test_set_size=used["test_set_size"],
+        context_length=T,
+        probe_train_batch_size=used["train_set_size"],
+        probe_test_batch_size=used["test_set_size"],
+        probe_epochs=0,
+        probe_lr=0.0,
+        probe_l1_penalty=0.0,
+        sae_batch_size=_rows_encoded(T),
+        lower_vram_usage=False,
+        n_values=used["n_values"],
+        column1_vals_lookup=used["column1_vals_lookup"],
+    )
+
+
+def _absorption(result: dict[str, Any], about: About) -> Made | None:
+    used = result["protocol"]
+    of_probe = [of for of in result["letters"].values() if of["probe_f1"] > used["min_GT_probe_f1"]]
+    told = {a: of for a, of in result["letters"].items() if of in of_probe and of["known"]}
+    if used["prompt_template"] is None or len(of_probe) < used["min_feats_for_eval"] or not told:
         return None
     details = [
         {
@@ -183,7 +306,33 @@ def _absorption(result: dict[str, Any], sae: SparseAutoencoder, stream: StreamCo
     columns = {name: [detail[key] for detail in details] for name, key in names.items()}
     means = {f"mean_{name}": float(statistics.fmean(values)) for name, values in columns.items()}
     spreads = {f"std_dev_{name}": statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in columns.items()}
-    return {"mean": means | spreads}, details, config
+    config = AbsorptionConfig(
+        **used,
+        model_name=about.stream.model,
+        llm_dtype=about.llm_dtype,
+        llm_batch_size=about.stream.rows_per_forward,
+        random_seed=about.seed,
+    )
+    own = {
+        "mean_main_f1": result["mean_main_f1"],
+        "about": "the probe on activations is a logistic regression with balanced classes; half of the words train it",
+    }
+    return {"mean": means | spreads}, details, config, own
+
+
+MAKERS = {
+    "core": _core,
+    "sparse_probing": _sparse_probing,
+    "unlearning": _unlearning,
+    "scr": _scr,
+    "tpp": _tpp,
+    "absorption": _absorption,
+}
+
+
+def _rows_encoded(context: int) -> int:
+    """Rows of `context` tokens that are encoded at once."""
+    return max(1, CHUNK // context)
 
 
 def _share(rate: Tensor, limit: float) -> float:
@@ -204,13 +353,23 @@ def _nearest(W: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _config(sae: SparseAutoencoder, stream: StreamConfig) -> dict[str, Any]:
-    """What SAEBench wants to know of a dictionary."""
+def _config(sae: UnitDecoder, stream: StreamConfig, tokens: int | None) -> dict[str, Any]:
+    """What SAEBench wants to know of a dictionary, which was trained on so many `tokens`."""
     return {
         "model_name": stream.model, "hook_name": stream.hook, "hook_layer": _layer(stream.hook),
-        "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae, "architecture": ARCHITECTURES[sae.cfg.activation],
-        "dtype": "float32", "prepend_bos": True, "context_size": stream.context, "hook_head_index": None,
-    }  # fmt: skip
+        "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae, "architecture": architecture(sae.cfg),
+        "dtype": "float32", "prepend_bos": stream.bos is not False, "context_size": stream.context,
+        "hook_head_index": None,
+    } | ({} if tokens is None else {"training_tokens": tokens})  # fmt: skip
+
+
+def architecture(cfg: SAEConfig) -> str:
+    """SAEBench's name for a kind of dictionary; with what it does not have besides, which makes it another kind."""
+    name = ARCHITECTURES[cfg.activation]
+    if cfg.prefixes is not None:
+        name = f"matryoshka_{name}"
+    own = [part["kind"] for part in cfg.parts] + ([f"{cfg.mask.kind}_mask"] if cfg.mask.kind != "none" else [])
+    return "_".join([name, *own])
 
 
 class _Config(SimpleNamespace):
@@ -223,24 +382,20 @@ class _Config(SimpleNamespace):
 class ForSAEBench(nn.Module):
     """A dictionary for SAEBench's runners: `run_eval(config, [("mine", ForSAEBench.load("runs/demo"))], device, ...)`.
 
-    Rows of W_dec [F, D] have norm 1, as its evals expect, and latents are as much larger: f_j |W_dec_j|; x_hat is the same.
+    Rows of W_dec [F, D] have norm 1, as its evals expect (`UnitDecoder`); x_hat is the same.
     Activations x come as whole rows [B, T, D], of which the places are the positions; a dictionary without a mask over
     positions takes [n, D], too, which SAEBench's absorption gives. Weights stay in their own precision; `dtype` is that of
     results. Raises UserError for a transcoder.
     """
 
-    def __init__(self, sae: SparseAutoencoder, stream: StreamConfig):
+    def __init__(self, sae: Dictionary, stream: StreamConfig, training_tokens: int | None = None):
         super().__init__()
         if sae.cfg.d_out is not None:
             raise UserError("sae: a transcoder is not allowed; SAEBench reconstructs the activations that were encoded")
-        self.sae, self.dtype = sae, torch.float32
-        unused: dict[str, Any] = {
-            "training_tokens": -1,
-            "model_from_pretrained_kwargs": {},
-            "normalize_activations": "none",
-        }
+        self.sae, self.dtype = unit_decoder(sae), torch.float32
+        unused: dict[str, Any] = {"model_from_pretrained_kwargs": {}, "normalize_activations": "none"}
         unused |= {"dataset_path": "", "dataset_trust_remote_code": False, "seqpos_slice": (None,)}
-        self.cfg = _Config(**_config(sae, stream), **unused, device=str(self.device))
+        self.cfg = _Config(**_config(self.sae, stream, training_tokens), **unused, device=str(self.device))
 
     @classmethod
     def load(cls, path: str | Path) -> "ForSAEBench":
@@ -248,45 +403,40 @@ class ForSAEBench(nn.Module):
         found = checkpoint.find(Path(path))
         if found.run is None:
             raise UserError(f"{path} does not say what it was trained on; use ForSAEBench(sae, StreamConfig(...))")
-        return cls(found.dictionary(), found.run.stream)
+        return cls(found.dictionary(), found.run.stream, found.tokens)
 
     @property
     def device(self) -> torch.device:
-        return self.sae.W_dec.device
-
-    @property
-    def _norm(self) -> Tensor:
-        norm = self.sae.W_dec.detach().norm(dim=1)
-        return torch.where(norm > 0, norm, 1)
+        return self.sae.device
 
     @property
     def W_enc(self) -> Tensor:
         """[D, F]"""
-        return (self.sae.W_enc.detach() * self._norm).to(self.dtype)
+        return self.sae.W_enc.to(self.dtype)
 
     @property
     def W_dec(self) -> Tensor:
         """[F, D], rows of norm 1; of norm 0 where a latent has no direction"""
-        return (self.sae.W_dec.detach() / self._norm[:, None]).to(self.dtype)
+        return self.sae.W_dec.to(self.dtype)
 
     @property
     def b_enc(self) -> Tensor:
-        return (self.sae.b_enc.detach() * self._norm).to(self.dtype)
+        return self.sae.b_enc.to(self.dtype)
 
     @property
     def b_dec(self) -> Tensor:
-        return self.sae.b_dec.detach().to(self.dtype)
+        return self.sae.b_dec.to(self.dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """f [..., F] of x [B, T, D] or [n, D], in the dtype of x."""
         pos = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if x.ndim == 3 else None
-        return self.sae.encode(x, pos) * self._norm.to(x.dtype)
+        return self.sae.encode(x, pos)
 
     @torch.no_grad()
     def decode(self, f: Tensor) -> Tensor:
         """x_hat [..., D] of f [..., F], in the dtype of f."""
-        return self.sae.decode(f / self._norm.to(f.dtype))
+        return self.sae.decode(f)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x))

@@ -56,10 +56,12 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     ns = _thresholds(evaluation)
     found: dict[str, list[np.ndarray]] = {name: [] for name in coders}  # of each seed [n, 3]
     clean: list[float] = []
+    sizes: list[tuple[int, int]] = []  # rows for training and for testing each probe
     for seed in range(seeds):
         draw = evaluation.generator(f"tpp {seed}")
         sides = map(np.concatenate, zip(*_halves(topic, classes, draw), strict=True))
         train, test = ([side[balanced(topic[side] == c, draw, groups=topic[side])] for c in classes] for side in sides)
+        sizes += [(len(a), len(b)) for a, b in zip(train, test, strict=True)]
         W, b = _probes([(x[r], topic[r] == c) for r, c in zip(train, classes, strict=True)])
         logits = x @ W.T + b
 
@@ -91,6 +93,7 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
 
     result = {name: figures(by_seed) for name, by_seed in found.items()}
     found_with = {
+        "protocol": _protocol(collected, ns, sizes, {}),
         "clean_accuracy": float(np.mean(clean)),
         "classes": [list(TOPICS)[c] for c in classes],
         "seeds": seeds,
@@ -112,6 +115,7 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     ns, pairs = _thresholds(evaluation), [(a, a + 1) for a in range(0, len(TOPICS), 2)]
     scores = {name: np.full((seeds, len(pairs), 3, len(ns)), np.nan) for name in coders}  # dir1, dir2, metric
     accuracies = np.empty((seeds, len(pairs), 4))
+    sizes: list[tuple[int, int]] = []
     for seed in range(seeds):
         for at, pair in enumerate(pairs):
             draw = evaluation.generator(f"scr {seed} {at}")
@@ -119,6 +123,7 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
             # the first topic of a pair prefers the first tone, the second the second
             biased = _evenly([groups[0][0], groups[3][0]])
             train, test = (_evenly([group[side] for group in groups]) for side in (0, 1))
+            sizes.append((max(len(biased), len(train)), len(test)))
             labels = [topic == pair[1], tone == 1]
             W, b = _probes([(x[biased], labels[0][biased]), *((x[train], y[train]) for y in labels)])
             logits = x @ W.T + b
@@ -161,7 +166,9 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
         for at, pair in enumerate(pairs)
     }
     result = {name: figures(found) for name, found in scores.items()}
-    return {"sets": sets, "seeds": seeds} | _beside(result, len(collected), pool_padding, began)
+    names_of = {"the embedded language": [tuple(list(TOPICS)[t] for t in pair) for pair in pairs]}
+    protocol = _protocol(collected, ns, sizes, names_of)
+    return {"sets": sets, "seeds": seeds, "protocol": protocol} | _beside(result, len(collected), pool_padding, began)
 
 
 def _labelled(evaluation: Evaluation, rows: int, seeds: int) -> Collected:
@@ -233,6 +240,21 @@ def _ablation(f: np.ndarray, W_dec: np.ndarray, W: np.ndarray) -> Callable[[np.n
     """Latents to ablate -> what the probes' logits [R, C] lose."""
     written = W_dec @ W.T
     return lambda chosen: f[:, chosen] @ written[chosen]
+
+
+def _protocol(
+    collected: Collected, ns: list[int], sizes: list[tuple[int, int]], pairs: dict[str, list[Any]]
+) -> dict[str, Any]:
+    """What was used, by the names that SAEBench has for it. Probes here have no epochs, learning rate or L1 penalty."""
+    train, test = (max(side) for side in zip(*sizes, strict=True))
+    return {
+        "dataset_names": ["the embedded language"],
+        "train_set_size": train,
+        "test_set_size": test,
+        "context_length": collected.tokens.shape[1],
+        "n_values": ns,
+        "column1_vals_lookup": pairs,
+    }
 
 
 def _beside(result: dict[str, dict[str, Any]], rows: int, pool_padding: bool, began: float) -> dict[str, Any]:

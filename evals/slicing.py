@@ -18,6 +18,7 @@ from ..engine.composed import dictionary
 from ..engine.config import MaskConfig
 from ..engine.errors import UserError
 from ..engine.sae import SparseAutoencoder
+from ..engine.unit_decoder import unit_decoder
 from .collect import Evaluation
 from .positions import Drawn, held_out, information, summary
 
@@ -36,7 +37,8 @@ def slicing(evaluation: Evaluation, *, rows: int = 1024, bins: int = 16) -> dict
     shuffled = [drawn.shuffled(draw) for _ in range(SHUFFLES)]
     spread = float((collected.x - collected.mean).double().square().sum())
     found: dict[str, dict[str, float | None]] = {}
-    for name, sliced in slicings(evaluation.sae, collected.tokens.shape[1], seed=evaluation.seed).items():
+    for name, sliced in slicings(evaluation.sae.sae, collected.tokens.shape[1], seed=evaluation.seed).items():
+        sliced = unit_decoder(sliced)
         code = collected.code(sliced)
         figures: dict[str, Any] = summary(information(code, drawn, shuffled))
         error = float((collected.x - sliced.decode(code)).double().square().sum())

@@ -19,14 +19,18 @@ for a relation would come first, but the model is done with that word when it an
 (`answer_orders` 1).
 Chance is 1 answer in 4, so forgetting alone gives about 0.75; beyond that, answers are turned away from the right one.
 
+Files are taken as SAEBench 0.6.0 takes them: `ROWS` rows of `LENGTH` tokens of either text (less where the model or the
+dictionary has fewer positions), all of which count for the choice of latents; questions and answers as in `questions`. The
+loss is that of further rows of the text to retain, or of its last ones where all were needed.
+
 Multipliers are in the unit of the latents. Those for files are the source's, 25 to 200. Offline they are shares of
 `activation_norm`, the mean |x|, and end at a half: further out a push drowns what was there in whatever direction it goes,
 which the random control shows (docs/evals.md).
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -35,10 +39,12 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
+from ..engine.progress import progress_bar
+from ..engine.stream import TokenRows
 from ..engine.testbed.language import ROLES, facts
 from ..kernels.numerics import sum_by
-from .collect import LABELLED, Coder, Collected, Evaluation, collect
-from .core import check_fits
+from .collect import LABELLED, Coder, Collected, Evaluation, collected_rows
+from .core import fitted
 from .questions import (
     Files,
     Questions,
@@ -54,26 +60,42 @@ RETAINED = 0.99
 FEW = 20  # questions below which a share says little
 MULTIPLIERS = (25, 50, 100, 200)
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the mean |x|, to whole numbers: multipliers on the embedded language
-LOSS_ROWS = 64  # the last rows of text to retain: not for choosing latents, but for the loss
+LOSS_ROWS = 64  # of text to retain, for the loss
+ROWS, LENGTH = 1024, 1024  # of either text, where they are files
 
 #: retain threshold, number of latents -> the latents
 Choice = Callable[[float, int], np.ndarray]
 
 
 @dataclass
-class _Task:
-    """Questions that the untouched model knows, text of which `forget` and `retain`, bool [R, T], are these two, the tokens
-    [R, T] whose loss is to stay as it is (`told`), and the mean |x| of that text."""
+class _Part:
+    """Some rows [R, T] of a text, and which of their tokens count as what, bool [R, T]: `forget` and `retain` for the choice
+    of latents, `told` for the loss, which is to stay as it is."""
 
-    questions: Questions
-    asked: Collected
     text: Collected
     forget: Tensor
     retain: Tensor
     told: Tensor
-    norm: float
+
+
+Parts = Callable[[bool], Iterator[_Part]]
+
+
+@dataclass
+class _Task:
+    """Questions that the untouched model knows, text in parts, and SAEBench's settings as they are here (`protocol`).
+
+    `parts(False)` gives the text for choosing latents, `parts(True)` that for the loss, again at every call: what files hold
+    is not kept, as activations of so many tokens fill memory.
+    """
+
+    questions: Questions
+    asked: Collected
+    parts: Parts
     answer_orders: int
     multipliers: tuple[float, ...]
+    texts: dict[str, Any]
+    protocol: dict[str, Any]
 
 
 @dataclass
@@ -108,13 +130,14 @@ def clamp(coder: Coder, collected: Collected, latents: np.ndarray, multiplier: f
 def unlearning(
     evaluation: Evaluation,
     *,
-    rows: int = 1024,
+    rows: int = ROWS,
+    length: int = LENGTH,
     thresholds: tuple[float, ...] = (0.001, 0.01),
     latents: tuple[int, ...] = (10, 20),
     multipliers: tuple[float, ...] | None = None,
 ) -> dict[str, Any]:
-    """Unlearning score of the dictionary, with the evaluation's `files` where there are some; `rows` of text at most, and
-    these `multipliers` where the usual ones won't do.
+    """Unlearning score of the dictionary, with the evaluation's `files` where there are some; at most `rows` of text, of
+    `length` tokens where it is files, and these `multipliers` where the usual ones won't do.
 
     `setting` is the one that gives the score, `settings` are all; `loss_increase` is what that setting adds to the loss in
     nats per token of text that isn't to be forgotten. `controls` are the random dictionary, the model's own neurons, and as
@@ -124,20 +147,21 @@ def unlearning(
     Raises UserError where files, a chat template, or questions that the model knows are missing.
     """
     began = time.monotonic()
-    check_fits("sae", evaluation.sae, evaluation.stream)
+    fitted("sae", evaluation.sae, evaluation.stream)
     if evaluation.sae.cfg.d_out is not None:
         raise UserError("sae: a transcoder is not allowed; unlearning changes the activations that were encoded")
     files = Files.of(evaluation.files)
-    rows = evaluation.rows(rows)
+    rows = evaluation.rows(rows) if files is None else max(1, rows // evaluation.share)
     task = evaluation.once(
-        "unlearning", lambda: _of_language(evaluation, rows) if files is None else _of_files(evaluation, files, rows)
+        "unlearning",
+        lambda: _of_language(evaluation, rows) if files is None else _of_files(evaluation, files, rows, length),
     )
-    task.text.forget()
     task.asked.forget()
-    coders = evaluation.coders(task.text)
+    coders = {name: coder for name, coder in evaluation.coders(task.asked).items() if name != "mean"}
     draw = evaluation.generator("unlearning shuffled")
-    ranking = {name: _ranking(coder, task) for name, coder in coders.items() if name != "mean"}
-    order = draw.permutation(np.flatnonzero(_fractions(coders["sae"], task).any(0)))
+    fractions, norm = _fractions(coders, task)
+    ranking = {name: _ranking(*of) for name, of in fractions.items()}
+    order = draw.permutation(np.flatnonzero(fractions["sae"].any(0)))
 
     def shuffled(threshold: float, n: int) -> np.ndarray:
         return order[: len(ranking["sae"](threshold, n))]
@@ -158,7 +182,7 @@ def unlearning(
         **own,
         "answer_orders": task.answer_orders,
         "questions": counts,
-        "activation_norm": task.norm,
+        "activation_norm": norm,
         "loss_increase": None
         if best is None or chosen is None
         else _loss_increase(evaluation, coders["sae"], task, chosen, best["multiplier"]),
@@ -171,6 +195,8 @@ def unlearning(
             for name, (coder, choice) in controls.items()
         },
         "warnings": warnings,
+        "texts": task.texts,
+        "protocol": task.protocol,
         "seconds": round(time.monotonic() - began, 2),
     }
 
@@ -189,34 +215,81 @@ def _of_language(evaluation: Evaluation, rows: int) -> _Task:
     asks[:, :-1] = role[:, 1:] == ROLES.index("object")
     states = torch.tensor([known.forget for known in facts()])[fact] & (fact >= 0)
     forget = states & asks
+    retain = asks & ~forget
+    n = int((retain & collected.kept.cpu()).any(1).sum())
+    first = len(collected) - min(LOSS_ROWS, n // 4)  # rows from here on serve for the loss alone
+    chosen_on = (torch.arange(len(collected)) < first)[:, None]
+    part = _Part(collected, forget & chosen_on, retain & chosen_on, ~states & ~chosen_on)
     asked = fact_questions(text.language, LABELLED, evaluation.generator("unlearning questions"))  # pyright: ignore
     asked = asked.only(torch.arange(0, len(asked), evaluation.share))
-    questions = known(evaluation.stream.model, asked, evaluation.stream.config.rows_per_forward)
-    task = _task(evaluation, questions, collected, forget, asks & ~forget, ~states, 1)
-    return replace(task, multipliers=tuple(max(1, round(share * task.norm)) for share in SHARES))
+    size = evaluation.stream.config.rows_per_forward
+    questions = known(evaluation.stream.model, asked, size)
+    norm = float(collected.x.norm(dim=1).mean())
+    protocol = {
+        "dataset_names": [f"facts of the embedded language: {side}" for side in ("poisons", "all others")],
+        "dataset_size": first,
+        "seq_len": collected.tokens.shape[1],
+        "target_metric": "correct in the one order that is asked",
+        "llm_batch_size": size,
+    }
+
+    def parts(loss: bool) -> Iterator[_Part]:
+        yield part
+
+    multipliers = tuple(max(1, round(share * norm)) for share in SHARES)
+    texts = {"from": "words before an object of a fact, in documents of the embedded language", "rows": first}
+    return _task(evaluation, questions, parts, 1, multipliers, texts, protocol)
 
 
-def _of_files(evaluation: Evaluation, files: Files, rows: int) -> _Task:
-    model, size = evaluation.stream.model, evaluation.stream.config.rows_per_forward
+def _of_files(evaluation: Evaluation, files: Files, rows: int, length: int) -> _Task:
+    stream, cfg = evaluation.stream, evaluation.sae.cfg
+    length = min(length, stream.model.context)
+    if cfg.parts or (cfg.mask.kind != "none" and cfg.mask.beyond == "error"):
+        length = min(length, cfg.mask.positions)
     written = read_questions(files.forget_questions, forget=True)
     for path in files.retain_questions:
         written += read_questions(path, forget=False)
-    parts = [read_texts(evaluation.stream, path, rows) for path in (files.forget_text, files.retain_text)]
-    questions = known_in_every_order(model, written, size)
-    collected = collect(evaluation.stream, [part for side in parts for part in side])
-    forget = torch.zeros_like(collected.kept)
-    forget[: sum(map(len, parts[0]))] = True
-    return _task(evaluation, questions, collected, forget, ~forget, ~forget, 24)
+    draw = evaluation.generator("unlearning texts")
+    forget = read_texts(stream, files.forget_text, rows, length, draw, sample=rows)
+    retain = read_texts(stream, files.retain_text, rows + LOSS_ROWS, length, draw)
+    loss_from = max(0, min(rows, len(retain) - LOSS_ROWS))
+    size = max(1, stream.config.rows_per_forward * stream.positions // length)  # as many tokens as otherwise
+
+    def parts(loss: bool) -> Iterator[_Part]:
+        chosen_on = [(forget, torch.arange(len(forget))), (retain, torch.arange(min(rows, len(retain))))]
+        used = [(retain, torch.arange(loss_from, len(retain)))] if loss else chosen_on
+        with progress_bar("reading texts", total=sum(len(at) for _, at in used), unit="rows") as bar:
+            for text, numbers in used:
+                for at in numbers.split(size):
+                    here = TokenRows(text.tokens[at], text.length[at], text.document[at], text.row[at])
+                    whole, none = torch.ones_like(here.tokens).bool(), torch.zeros_like(here.tokens).bool()
+                    sides = (
+                        (none, none, whole) if loss else (whole, none, none) if text is forget else (none, whole, none)
+                    )
+                    yield _Part(collected_rows(stream, here), *sides)
+                    bar.advance(len(at))
+
+    questions = known_in_every_order(stream.model, written, stream.config.rows_per_forward)
+    protocol = {
+        "dataset_names": list(files.questions),
+        "dataset_size": rows,
+        "seq_len": length,
+        "target_metric": "correct",
+        "llm_batch_size": size,
+    }
+    counts = {"forget_rows": len(forget), "retain_rows": min(rows, len(retain)), "loss_rows": len(retain) - loss_from}
+    texts = {"forget": files.forget_text, "retain": files.retain_text, **counts}
+    return _task(evaluation, questions, parts, 24, MULTIPLIERS, texts, protocol)
 
 
 def _task(
     evaluation: Evaluation,
     questions: Questions,
-    text: Collected,
-    forget: Tensor,
-    retain: Tensor,
-    told: Tensor,
+    parts: Parts,
     answer_orders: int,
+    multipliers: tuple[float, ...],
+    texts: dict[str, Any],
+    protocol: dict[str, Any],
 ) -> _Task:
     for name, here in (("forget", questions.forget), ("retain", ~questions.forget)):
         if not here.any():
@@ -226,32 +299,34 @@ def _task(
     model, size = evaluation.stream.model, evaluation.stream.config.rows_per_forward
     places = torch.arange(questions.tokens.shape[1])
     kept = (places > 0) & (places < questions.length[:, None])
-    parts = zip(questions.tokens.split(size), kept.to(model.device).split(size), strict=True)
-    x = torch.cat([model.activations(tokens)[here].float() for tokens, here in parts])
+    batches = zip(questions.tokens.split(size), kept.to(model.device).split(size), strict=True)
+    x = torch.cat([model.activations(tokens)[here].float() for tokens, here in batches])
     row, pos = kept.to(model.device).nonzero(as_tuple=True)
-    asked, norm = Collected(questions.tokens, kept, x, pos, row), float(text.x.norm(dim=1).mean())
-    return _Task(questions, asked, text, forget, retain, told, norm, answer_orders, MULTIPLIERS)
+    asked = Collected(questions.tokens, kept, x, pos, row)
+    return _Task(questions, asked, parts, answer_orders, multipliers, texts, protocol)
 
 
-def _fractions(coder: Coder, task: _Task) -> np.ndarray:
-    """Share of the tokens to forget, and of those to retain, on which each latent fires: [2, F]."""
-    code, text, kept = task.text.code(coder), task.text, task.text.kept.cpu()
-    side = torch.where(task.forget, 0, torch.where(task.retain, 1, 2))[kept].to(text.x.device)
-    side[text.row >= _first_loss_row(task)] = 2  # neither
-    where = side[code.rows] * code.n_latents + code.indices
-    fired = torch.bincount(where[code.values > 0], minlength=3 * code.n_latents).view(3, -1)
-    tokens = torch.bincount(side, minlength=3)[:, None].clamp_min(1)
-    return (fired.double() / tokens)[:2].cpu().numpy()
+def _fractions(coders: Mapping[str, Coder], task: _Task) -> tuple[dict[str, np.ndarray], float]:
+    """Share of the tokens to forget, and of those to retain, on which each coder's latents fire, [2, F] by name, and the
+    mean |x| of all tokens; in one pass over the text."""
+    fired: dict[str, Tensor] = {}
+    tokens, norms, n = torch.zeros(2, dtype=torch.int64), 0.0, 0
+    for part in task.parts(False):
+        text, kept = part.text, part.text.kept.cpu()
+        side = torch.where(part.forget, 0, torch.where(part.retain, 1, 2))[kept]
+        tokens += torch.bincount(side, minlength=3)[:2]
+        side = side.to(text.x.device)
+        for name, coder in coders.items():
+            code = text.code(coder)
+            where = side[code.rows] * code.n_latents + code.indices
+            counts = torch.bincount(where[code.values > 0], minlength=3 * code.n_latents)
+            fired[name] = fired.get(name, 0) + counts.view(3, -1)[:2].cpu()
+        norms, n = norms + float(text.x.norm(dim=1).double().sum()), n + len(text.x)
+    shares = {name: (one.double() / tokens[:, None].clamp_min(1)).numpy() for name, one in fired.items()}
+    return shares, norms / max(n, 1)
 
 
-def _first_loss_row(task: _Task) -> int:
-    """The rows from here on serve for the loss; at most a quarter of those that have text to retain."""
-    n = int((task.retain & task.text.kept.cpu()).any(1).sum())
-    return len(task.text) - min(LOSS_ROWS, n // 4)
-
-
-def _ranking(coder: Coder, task: _Task) -> Choice:
-    forget, retain = _fractions(coder, task)
+def _ranking(forget: np.ndarray, retain: np.ndarray) -> Choice:
     order = np.argsort(-forget, kind="stable")
 
     def choice(threshold: float, n: int) -> np.ndarray:
@@ -333,16 +408,20 @@ def _accuracies(
 def _loss_increase(
     evaluation: Evaluation, coder: Coder, task: _Task, latents: np.ndarray, multiplier: float
 ) -> float | None:
-    """Nats per token that isn't to be forgotten, of rows that were not looked at when latents were chosen."""
-    model, text = evaluation.stream.model, task.text
-    clamped = clamp(coder, text, latents, multiplier)
-    summed, count = 0.0, 0
-    for rows in torch.arange(_first_loss_row(task), len(text)).split(evaluation.stream.config.rows_per_forward):
-        given = clamped.added(rows, text.tokens.shape[1])
-        told = (text.kept.cpu() & task.told)[rows, 1:].to(model.device)
-        before, after = (
-            model.losses(text.tokens[rows], replace) for replace in (None, lambda x, given=given: x + given.to(x))
-        )
-        summed += float((after - before)[told].double().sum())
-        count += int(told.sum())
+    """Nats per token that isn't to be forgotten, of rows that are kept for this where there are enough."""
+    model, summed, count = evaluation.stream.model, 0.0, 0
+    for part in task.parts(True):
+        text, told = part.text, part.told & part.text.kept.cpu()
+        used = told.any(1).nonzero().flatten()
+        if not len(used):
+            continue
+        clamped = clamp(coder, text, latents, multiplier)
+        for rows in used.split(evaluation.stream.config.rows_per_forward):
+            given = clamped.added(rows, text.tokens.shape[1])
+            here = told[rows, 1:].to(model.device)
+            before, after = (
+                model.losses(text.tokens[rows], replace) for replace in (None, lambda x, given=given: x + given.to(x))
+            )
+            summed += float((after - before)[here].double().sum())
+            count += int(here.sum())
     return summed / count if count else None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import StreamConfig
 from ..errors import UserError
-from ..sae import SparseAutoencoder
+from ..unit_decoder import Dictionary, unit_decoder
 from .buffer import PLACES, Batch
 
 CHUNK = 4096  # tokens that are read at once
@@ -287,9 +287,10 @@ def settle(config: StreamConfig, source: Own) -> StreamConfig:
 
 
 @torch.no_grad()
-def held_out_scores(sae: SparseAutoencoder, batches: Iterable[Batch]) -> dict[str, float] | None:
+def held_out_scores(sae: Dictionary, batches: Iterable[Batch]) -> dict[str, float] | None:
     """`explained_variance`, `fvu`, `l0` and `dead_fraction` of a dictionary on batches of held-out activations, which have
     `tokens` tokens; None where there are none. FVU = sum |x - x_hat|^2 / sum |x - mu|^2, mu the mean of the same tokens."""
+    sae = unit_decoder(sae)
     error = squares = l0 = 0.0
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)

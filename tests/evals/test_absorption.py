@@ -13,7 +13,7 @@ from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.testbed.language import ROLES, Language
-from temposae.evals.absorption import _absorbed, _of_vocabulary, absorption
+from temposae.evals.absorption import _absorbed, _by_letter, _of_vocabulary, _Words, absorption, l1_probe
 from temposae.evals.collect import Collected, Evaluation
 
 from .planted import Planted
@@ -80,6 +80,48 @@ def test_a_latent_that_takes_over_a_word_gives_its_share_of_the_words():
     assert found["warnings"] == []
     assert set(found["controls"]) == {"random", "lm_neurons", "mean", "shuffled"}
     json.dumps(found, allow_nan=False)
+
+
+def eight_letters(seed: int = 0) -> tuple[_Words, SparseAutoencoder]:
+    """20 words of each of 8 letters, six times each for training and for testing; latent 0 is large on every word and says
+    nothing, and latent 1 + n is the n-th letter's."""
+    draw = np.random.default_rng(seed)
+    word = np.repeat(np.arange(160), 12)
+    letter = np.array(list("abcdefgh"))[word // 20]
+    x = np.zeros((len(word), 9), np.float32)
+    x[:, 0] = draw.normal(50, 20, len(word)).clip(1)
+    x[np.arange(len(word)), 1 + word // 20] = draw.uniform(0.8, 1.2, len(word))
+    sae = SparseAutoencoder(SAEConfig(d_in=9, d_sae=9, activation="relu", k=2))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(9))
+        sae.W_dec.copy_(torch.eye(9))
+    of_test = np.arange(len(word)) % 2 == 1
+    given = _Words(
+        torch.from_numpy(x), torch.zeros(len(word), dtype=torch.int64), word, letter,
+        np.flatnonzero(~of_test), np.flatnonzero(of_test),
+    )  # fmt: skip
+    return given, sae
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_eight_letters_are_found_beside_a_large_latent_that_says_nothing(seed):
+    given, sae = eight_letters(seed)
+    found = _by_letter(given, {"sae": sae})["sae"]
+    assert {a: (of["main"], of["main_f1"]) for a, of in found.items()} == {
+        a: ([1 + n], 1.0) for n, a in enumerate("abcdefgh")
+    }
+    f = given.x.numpy()
+    above = [f[given.letter == a].mean(0) - f[given.letter != a].mean(0) for a in "abcdefgh"]
+    assert any(difference.argmax() == 0 for difference in above)  # means would be led astray
+
+
+def test_the_l1_probe_leaves_out_what_never_fires():
+    given, _ = eight_letters()
+    f = np.pad(given.x.numpy(), ((0, 0), (0, 4)))
+    weights = l1_probe(f, given.letter[:, None] == np.array(list("abcdefgh")))
+    assert weights.shape == (8, 13)
+    assert not weights[:, 9:].any()
+    assert weights.argmax(1).tolist() == list(range(1, 9))
 
 
 def test_words_with_each_other_s_letters_have_no_main_latent():

@@ -79,6 +79,6 @@ def test_another_dictionary_is_measured_on_the_same_texts(stream_of):
     other = evaluation.of(second, None)
     assert other.labelled(1024) is rows
     assert not rows._codes  # the first one's are forgotten
-    assert other.sae is second
+    assert other.sae.sae is second
     assert (other.seed, other.share) == (evaluation.seed, 64)
     assert other.once("labelled 16", lambda: None) is rows

@@ -13,10 +13,13 @@ import torch
 from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
+from temposae.evals import absorption
 from temposae.evals.collect import collect
 from temposae.evals.core import core
+from temposae.evals.probes import Split
 from temposae.evals.saebench import ForSAEBench
 from temposae.evals.scr_tpp import _difference
+from temposae.evals.sparse_probing import best_epoch
 from temposae.evals.unlearning import clamp
 
 NAMES = {
@@ -88,7 +91,8 @@ def test_the_dictionary_is_the_same_with_a_decoder_of_norm_one(settings, saebenc
         "blocks.1.hook_resid_post",
         "testbed",
     )
-    assert found.cfg.to_dict()["architecture_str"] == settings.get("activation", "standard")
+    architecture = settings.get("activation", "standard") + ("_ranges_mask" if "mask" in settings else "")
+    assert found.cfg.to_dict()["architecture_str"] == architecture
     pos = torch.arange(128).expand(3, 128)
     torch.testing.assert_close(found(x), sae(x, pos), rtol=1e-5, atol=1e-5)
     f, scale = sae.encode(x, pos), sae.W_dec.norm(dim=1)
@@ -105,19 +109,23 @@ def test_the_dictionary_is_the_same_with_a_decoder_of_norm_one(settings, saebenc
 
 
 def test_core_finds_what_ours_finds(saebench, stream_of):
-    sae, stream = dictionary(activation="topk"), stream_of(rows_per_forward=12)
+    sae, stream = dictionary(activation="topk"), stream_of(rows_per_forward=6)
     ours = core(stream, sae, {}, rows=12, ce_rows=6)
-    texts = next(stream.held_out(12))
+    batches = iter(stream.held_out(12))
     special = set(stream.source.special.tolist()) | {stream.model.tokenizer.pad_token_id}
+    store = SimpleNamespace(get_batch_tokens=lambda n: next(batches).tokens)
     theirs, of_latents = saebench("evals.core.main").get_sparsity_and_variance_metrics(
-        ForSAEBench(sae, stream.config), stream.model.bridge, SimpleNamespace(get_batch_tokens=lambda n: texts.tokens), 1,
+        ForSAEBench(sae, stream.config), stream.model.bridge, store, 2,
         compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
-        compute_featurewise_density_statistics=True, eval_batch_size_prompts=12, model_kwargs={}, ignore_tokens=special,
+        compute_featurewise_density_statistics=True, eval_batch_size_prompts=6, model_kwargs={}, ignore_tokens=special,
     )  # fmt: skip
     found = {**ours, **ours["saebench"], "cossim": ours["cosine"]}
+    assert (
+        found["relative_reconstruction_bias"] != ours["relative_reconstruction_bias"]
+    )  # theirs is a mean over batches
     for name in (
         "l0", "l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias", "explained_variance",
-        "explained_variance_legacy", "cossim",
+        "explained_variance_legacy", "cossim", "mse",
     ):  # fmt: skip
         assert found[name] == pytest.approx(theirs[name], rel=1e-4), name
     assert ours["latents"]["firing_rate"] == pytest.approx(of_latents["feature_density"], abs=1e-6)
@@ -188,6 +196,44 @@ def test_absorption_gives_single_activations(saebench, rows):
     masked = ForSAEBench(dictionary(mask=MaskConfig(kind="ranges", positions=128)), stream.config)
     with pytest.raises(UserError, match="pos: needed, because this dictionary has a mask over positions"):
         module._get_sae_acts(masked, x[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_full_width_probes_reach_what_theirs_reach(saebench, seed):
+    """On classes that overlap; their probe starts at random and shuffles in another order."""
+    draw = np.random.default_rng(seed)
+    y = draw.random(900) < 0.5
+    X = draw.normal(size=(900, 40)).astype(np.float32) + 0.25 * y[:, None]
+    split = Split(X[:600], y[:600], X[600:], y[600:])
+    torch.manual_seed(seed)
+    _, theirs = saebench("evals.sparse_probing.probe_training").train_probe_gpu(
+        *(torch.from_numpy(part) for part in (split.train_X, split.train_y.astype(int))),
+        *(torch.from_numpy(part) for part in (split.test_X, split.test_y.astype(int))),
+        dim=40, batch_size=250, epochs=100, lr=1e-2,
+    )  # fmt: skip
+    assert best_epoch(split, np.random.default_rng(0)) == pytest.approx(theirs, abs=0.02)
+
+
+def test_main_latents_have_the_weights_that_theirs_have(saebench, monkeypatch):
+    """Their probe starts at random, within 1 / sqrt(F), and ours at zero: with enough steps they end alike."""
+    monkeypatch.setattr(absorption, "BATCH", 50)
+    draw = np.random.default_rng(0)
+    letter = draw.integers(0, 5, 900)
+    y = letter[:, None] == np.arange(5)
+    f = (draw.random((900, 100)) < 0.05) * draw.exponential(2, (900, 100))
+    f[:, 0] = draw.normal(30, 10, 900).clip(0)
+    for own in range(5):  # two latents each, the second for a part of the words
+        f[letter == own, 1 + 2 * own] += 1
+        f[:, 2 + 2 * own] = (letter == own) * (draw.random(900) < 0.4)
+    torch.manual_seed(0)
+    probe = saebench("evals.absorption.k_sparse_probing").train_sparse_multi_probe(
+        torch.from_numpy(f).float(), torch.from_numpy(y).long(), torch.device("cpu"), batch_size=50, show_progress=False
+    )
+    theirs, ours = probe.weights.detach(), torch.from_numpy(absorption.l1_probe(f, y))
+    assert [set(row) for row in theirs.topk(2).indices.tolist()] == [set(row) for row in ours.topk(2).indices.tolist()]
+    of_letters = slice(0, 11)
+    off = (theirs - ours)[:, of_letters].norm() / theirs[:, of_letters].norm()
+    assert off < 0.2
 
 
 def test_what_cannot_be_taken_is_refused(tmp_path):
