@@ -148,6 +148,43 @@ def runs(
     print(suite.table(found), end="")
 
 
+@bench_app.command("lr")
+def learning_rate(
+    preset: Annotated[
+        str, typer.Option(help="tiny, cpu (synthetic, testbed) or pretrained (smollm2; needs --data).")
+    ] = "cpu",
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="synthetic:WIDTH, MODEL:LAYER or NAME=FILE.npy, with every cell of the preset; may be given again. "
+            "[the preset's]"
+        ),
+    ] = None,
+    cell: Annotated[
+        list[str] | None,
+        typer.Option(help="ACTIVATION,F,K,BATCH,STEPS, as in topk,512,16,256,100; may be given again. [the preset's]"),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="A model's text, as `train --data` takes it.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Write the figures here after each cell. Cells that it holds are not measured again."
+        ),
+    ] = None,
+) -> None:
+    """Train at the default learning rate and at a grid of others, and compare held-out FVU. On the CPU; takes minutes to
+    hours, by the preset."""
+    _quiet()
+    check_writable(json_file)
+    from ..bench import learning_rate as suite
+
+    done = suite.read(json_file) if json_file is not None and json_file.is_file() else None
+    found = suite.measure(
+        suite.plan(preset, source, cell), data=data, done=done, keep=lambda found: write_json(json_file, found)
+    )
+    print(suite.table(found), end="")
+
+
 @bench_app.command()
 def peers(
     n: N = None,

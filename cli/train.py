@@ -35,7 +35,7 @@ def train(
     activation: Annotated[str | None, typer.Option(help="topk, batchtopk, relu or jumprelu. [topk]")] = None,
     d_sae: Annotated[int | None, typer.Option(help="F, the number of latents. [8 times the model's width]")] = None,
     k: Annotated[int | None, typer.Option(help="Latents kept per token. [32]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [2e-4 * sqrt(2^14 / F)]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [by D, F, batch and steps]")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [1000000]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, text order and mixing. [0]")] = None,
     eval_rows: Annotated[

@@ -232,9 +232,10 @@ class StreamConfig(Config):
 class TrainConfig(Config):
     """How a dictionary is trained. Counts are in tokens or in steps of `batch` tokens, as their names say.
 
-    `lr`: 2e-4 * sqrt(2^14 / F) unless given. `dead_after_tokens`: a latent that has not fired for so many tokens is dead;
-    a tenth of the run, at least 10 batches, at most 10M, unless given. `log_every_steps`: a twentieth of the run, at most
-    50, unless given. `checkpoint_every_steps`: every ten minutes unless given, and at the end. `warmup` and `decay` are
+    `lr`: the peak learning rate; min(0.015, 0.6 (batch / F)^(1/6) / (D^(1/2) steps^(1/3))) unless given, and with `init` at
+    most 2e-4 sqrt(2^14 / F) (docs/learning-rate.md). `dead_after_tokens`: a latent that has not fired for so many tokens is
+    dead; a tenth of the run, at least 10 batches, at most 10M, unless given. `log_every_steps`: a twentieth of the run, at
+    most 50, unless given. `checkpoint_every_steps`: every ten minutes unless given, and at the end. `warmup` and `decay` are
     shares of the run. `dtype`: of the products; bfloat16 on a GPU and float32 elsewhere, unless given. Weights are float32.
     `moments`: what holds Adam's two moments of W_enc and W_dec, 8, 4 or 2 bytes a parameter in all; narrow ones are rounded
     stochastically (`kernels.adam.Moments`), and the other parameters' stay float32. `fp8` looks for a topk dictionary's

@@ -21,9 +21,19 @@ from .step import DENSE_FROM, LARGE, FusedStep, Outcome, fits, rounding_seed, si
 from .stream import Batch
 
 
-def default_lr(d_sae: int) -> float:
-    """2e-4 * sqrt(2^14 / F), the power law of Gao et al. (arXiv 2406.04093, figure 3)."""
-    return 2e-4 * math.sqrt(2**14 / d_sae)
+def default_lr(sae: SAEConfig, train: TrainConfig) -> float:
+    """The peak learning rate where the settings give none:
+
+        min(0.015, 0.6 (batch / F)^(1/6) / (D^(1/2) steps^(1/3)))
+
+    A step of Adam moves a unit-norm row of W_dec by about lr sqrt(D), so wide activations take a smaller rate. A short run
+    takes a larger one, because rows have fewer steps to reach their directions. docs/learning-rate.md has the grids that the
+    rule was fitted to. A dictionary that is trained already (`init`) has its directions, and a short run's rate would
+    destroy them: its rate is at most 2e-4 sqrt(2^14 / F), the power law of Gao et al. (arXiv 2406.04093, figure 3).
+    """
+    rate = 0.6 * (train.batch / sae.d_sae) ** (1 / 6) / (sae.d_in**0.5 * train.steps ** (1 / 3))
+    most = 0.015 if train.init is None else 2e-4 * math.sqrt(2**14 / sae.d_sae)
+    return min(most, rate)
 
 
 def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
@@ -95,7 +105,7 @@ class Learner:
         else:
             sae.initialise_bias(self.mean if b_dec is None else b_dec * self.scale)
         device = self.mean.device
-        self.lr = config.lr if config.lr is not None else default_lr(self.cfg.d_sae)
+        self.lr = config.lr if config.lr is not None else default_lr(self.cfg, config)
         # Adam sees W_enc as it lies in memory, [F, D]: on a CPU it takes three times as long over a transposed view.
         self.leaves = {
             name: p if p.is_contiguous() else torch.nn.Parameter(p.detach().T)
