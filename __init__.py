@@ -16,25 +16,39 @@ if TYPE_CHECKING:
     from .engine.config import SAEConfig as SAEConfig
     from .engine.config import StreamConfig as StreamConfig
     from .engine.config import TrainConfig as TrainConfig
+    from .engine.errors import UserError as UserError
+    from .engine.parts import Part as Part
+    from .engine.parts import PartSettings as PartSettings
+    from .engine.parts import part as part
     from .engine.sae import SparseAutoencoder as SparseAutoencoder
     from .engine.stream import ActivationStream as ActivationStream
+    from .engine.train import Run as Run
     from .engine.train import train as train
     from .engine.train import train_together as train_together
     from .evals import features as features
+    from .evals.study import dashboard as dashboard
+    from .evals.study import evaluate as evaluate
 
 _WHERE = {
     "ActivationStream": ".engine.stream",
+    "Part": ".engine.parts",
+    "PartSettings": ".engine.parts",
+    "Run": ".engine.train",
     "RunConfig": ".engine.config",
     "SAEConfig": ".engine.config",
     "SparseAutoencoder": ".engine.sae",
     "StreamConfig": ".engine.config",
     "TrainConfig": ".engine.config",
+    "UserError": ".engine.errors",
     "accelerate": ".engine.accelerate",
     "accelerated": ".engine.accelerate",
+    "dashboard": ".evals.study",
     "deaccelerate": ".engine.accelerate",
+    "evaluate": ".evals.study",
     "features": ".evals.features",
     "load": ".engine.checkpoint",
     "ops": ".engine.ops",
+    "part": ".engine.parts",
     "save": ".engine.checkpoint",
     "train": ".engine.train",
     "train_together": ".engine.train",
@@ -42,18 +56,25 @@ _WHERE = {
 
 __all__ = [
     "ActivationStream",
+    "Part",
+    "PartSettings",
+    "Run",
     "RunConfig",
     "SAEConfig",
     "SparseAutoencoder",
     "StreamConfig",
     "TrainConfig",
+    "UserError",
     "__version__",
     "accelerate",
     "accelerated",
+    "dashboard",
     "deaccelerate",
+    "evaluate",
     "features",
     "load",
     "ops",
+    "part",
     "save",
     "train",
     "train_together",

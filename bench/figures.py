@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ..campaign.panels import plain_ticks
+from ..evals.figures import legend_below
 from .data import HEADLINE, Shape
 from .floors import FLOOR_NAMES, KNOWN, Rates, step_floors
 from .results import activation
@@ -60,7 +62,7 @@ def roofline(measured: list[dict[str, Any]]) -> Any:
         at = [(x, y) for op, x, y in points if op == name]
         axes.plot(*zip(*at, strict=True), marker, markersize=4, color=colour, label=name)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="FLOP/s", title=title)
-    axes.legend(frameon=False, fontsize=7)
+    legend_below(figure)
     return figure
 
 
@@ -98,7 +100,7 @@ def bars(measured: list[dict[str, Any]]) -> Any:
         axis.tick_params(axis="y", labelsize=7)
         axis.set(xlabel="ms a step", title=title)
         axis.title.set_fontsize(8)
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return figure
 
 
@@ -127,5 +129,6 @@ def scaling(measured: list[dict[str, Any]]) -> Any:
     where = shown[0][0]["device"] if shown else "H100 (not measured)"
     axes.set(xscale="log", yscale="log", xlabel="F", ylabel="ms a step", title=f"{where}, N = {n}, D = {d}, K = {k}")
     axes.title.set_fontsize(9)
-    axes.legend(frameon=False, fontsize=7)
+    plain_ticks(axes.xaxis)
+    legend_below(figure)
     return figure

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import UserError, near
+from ..engine.files import write_text
 from ..engine.progress import progress_bar
+from ..evals.figures import save_figure
 from . import aot
 from .data import HEADLINE, PRESETS
 from .figures import bars, roofline, scaling
@@ -44,11 +46,11 @@ def write(
     if results is None:
         measured += _measure_here()
     found = {"kernels": compiled, "floors": _floors(), "results": measured}
-    (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
-    (out / "report.md").write_text(_text(found, obstacle))
+    write_text(out / "report.json", json.dumps(found, indent=1) + "\n")
+    write_text(out / "report.md", _text(found, obstacle))
     figures = {"roofline": roofline(measured), "steps": bars(measured), "scaling": scaling(measured)}
     for name, figure in figures.items():
-        figure.savefig(out / f"{name}.png", dpi=150)
+        save_figure(figure, out / f"{name}.png")
     return found, [out / name for name in ("report.md", "report.json", *(f"{name}.png" for name in figures))]
 
 

@@ -45,13 +45,15 @@ class Sizes(NamedTuple):
 PRESETS = {
     "tiny": Sizes(2, 32, 32, (64,), 4, 2, "testbed", None, 1024, 64, 256),
     "cpu": Sizes(8, 128, 768, (2304,), 32, 5, "testbed", None, 16384, 1024, 1024),
+    "testbed": Sizes(8, 128, 128, (2304,), 32, 5, "testbed", None, 2048, 64, 512),
     "gpu": Sizes(64, 128, 2304, (2304, 16384, 65536), 64, 20, GEMMA, 12, 200_000, 2304, 8192),
 }
 
 
 def measure(given: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict[str, Any]:
-    """By F and run `ms` of a step (20th, 50th and 80th percentile) and `times_topk`, the median over rounds of its time over
-    that of the plain TopK step in the same round; and of the `campaign` seconds together, one by one, and their `ratio`.
+    """By F and run `ms` of a step (20th, 50th and 80th percentile), `cpu_ms`, the median processor time of all threads, and
+    `times_topk`, the median over rounds of its time over that of the plain TopK step in the same round; and of the
+    `campaign` seconds together, one by one, and their `ratio`.
 
     A step is `Learner.step` with Adam, as `temposae run` takes it, on the same batches of made-up rows. In the campaign all
     are trained on one stream of the language model, without controls; one by one, each on a stream of its own.
@@ -65,14 +67,18 @@ def measure(given: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict
         for F in given.F:
             learners = {name: _learner(name, given, F, device) for name in names}
             times: dict[str, list[float]] = {name: [] for name in names}
+            busy: dict[str, list[float]] = {name: [] for name in names}
             for nth in range(given.rounds + 2):
                 for name, learner in learners.items():
+                    began = time.process_time()
                     ms = sample(lambda one=learner, nth=nth: one.step(batches[nth % 4]), device)
                     if nth >= 2:  # the first steps compile and allocate
                         times[name].append(ms)
+                        busy[name].append(1e3 * (time.process_time() - began))
                     bar.advance(1)
             steps[str(F)] = {
                 name: quantiles(of)._asdict()
+                | {"cpu_ms": median(busy[name])}
                 | {"times_topk": median(a / b for a, b in zip(of, times[PLAIN], strict=True))}
                 for name, of in times.items()
             }

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from ..engine.files import write_json
+from ..evals.figures import remove_figure, save_figure
 from . import log_figures, overview, position_figures
 from .panels import Drawing
 from .saved import Lacking, Saved
@@ -52,17 +53,17 @@ def draw(out: Path) -> list[Path]:
     why: dict[str, str] = {}
     for name, make in _wanted(saved).items():
         place = folder / name
-        place.parent.mkdir(parents=True, exist_ok=True)
         try:
             drawing = make(saved)
         except Lacking as reason:
             why[name] = f"not drawn: {reason}"
-            place.unlink(missing_ok=True)  # one of other numbers may be there
+            remove_figure(place)  # one of other numbers may be there
             continue
         if drawing.lacks:
             why[name] = f"drawn without {'; without '.join(drawing.lacks)}"
-        drawing.figure.savefig(place, dpi=160)
+        save_figure(drawing.figure, place)
         drawn.append(place)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MISSING, why)
     return drawn
 

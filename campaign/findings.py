@@ -10,7 +10,7 @@ from ..evals.page import anchor, plain
 from .asked import CAPTIONS, LOG_TITLES, MEANINGS, QUESTIONS, STRICT
 from .compare import COMPARED, Difference, Run, against_baselines, compare, mean, repeated, strictness
 from .forest import draw_differences
-from .results import SCORES, read_results
+from .results import SCORES, AgainstRandom, against_random, read_results
 
 DIFFERENCES = "figures/differences"  # the report's own figures
 
@@ -229,14 +229,16 @@ def is_known(findings: Findings, score: str) -> bool:
     return any(mean(run, score) is not None for run in findings.every.values())
 
 
+def judged(findings: Findings) -> dict[str, AgainstRandom]:
+    """The runs that stand for themselves, and have scores, beside their random controls."""
+    return {
+        name: against_random(run["scores"])
+        for name, run in findings.every.items()
+        if name not in findings.same and run["scores"]
+    }
+
+
 def below_random(findings: Findings, name: str) -> list[str]:
-    """The scores in which a run that stands for itself does not beat its random control."""
-    run = findings.every[name]
-    if name in findings.same:
-        return []
-    return [
-        label
-        for score, label in (("explained_variance", "explained variance"), ("probing", "sparse probing"))
-        if (own := mean(run, score)) is not None
-        and (control := of_random(run, score)) is not None and own <= control
-    ]  # fmt: skip
+    """In what a run that stands for itself does not beat its random control, a sentence each."""
+    found = judged(findings).get(name)
+    return [] if found is None else found.below

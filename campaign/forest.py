@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evals.figures import new_axes
+from ..evals.figures import frame, legend_below, new_axes, robust, save_figure
 from .compare import Difference
 
 COLOURS = {"helped": "#009E73", "hurt": "#D55E00", "rose": "#0072B2", "fell": "#CC79A7", "open": "#999999"}
@@ -14,9 +14,8 @@ TOLD = {"helped": "better", "hurt": "worse", "rose": "more", "fell": "less", "op
 def draw_differences(
     path: Path, title: str, from_baseline: Sequence[Difference], between: Sequence[Difference] = ()
 ) -> None:
-    """Write the figure of these differences as a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    differences_figure(title, from_baseline, between).savefig(path, dpi=160)
+    """Write the figure of these differences."""
+    save_figure(differences_figure(title, from_baseline, between), path)
 
 
 def differences_figure(title: str, from_baseline: Sequence[Difference], between: Sequence[Difference] = ()) -> Any:
@@ -45,5 +44,9 @@ def differences_figure(title: str, from_baseline: Sequence[Difference], between:
     )  # fmt: skip
     axes.set_yticklabels(names, fontsize=7)
     axes.grid(axis="y", visible=False)
-    figure.legend(loc="outside lower center", frameon=False, fontsize=7, ncols=3)
+    low, high = robust(points)
+    ends = None if low is None else min(low, 0.0), None if high is None else max(high, 0.0)
+    seeds = [(one.values, [at] * len(one.values), COLOURS[one.verdict]) for at, one in enumerate(rows)]
+    frame(axes, [*seeds, ([0.0], [0], "#444444")], x=ends)  # where there is no difference is always seen
+    legend_below(figure)
     return figure

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from ..engine.folder import HELD_OUT
+from ..engine.progress import percent
 from ..evals.figures import COLOURS, SEVERAL, legend_below
 from .panels import (
     GREY,
@@ -145,7 +146,7 @@ def feature_statistics(saved: Saved, log: str) -> Drawing:
             label = "latents alive on held-out text, and their share"
             axes.plot([], [], "o", color=COLOURS["sae"], markersize=4.5, label=label)
             for (at, row), colour in zip(known, colours, strict=True):
-                text = f"{100 * row.own.mean / sizes[at]:.0f}%"
+                text = percent(row.own.mean / sizes[at], 0)
                 low = (at, row.own.mean - row.own.reach[0])
                 axes.annotate(text, low, (0, -5), textcoords="offset points", ha="center", va="top", fontsize=6.5)
                 if len(row.own.values) > 1:

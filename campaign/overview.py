@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..evals.figures import COLOURS, MARKERS, SEVERAL, legend_below
+from ..evals.figures import COLOURS, MARKERS, SEVERAL, WORST, frame, legend_below
 from .compare import ALIKE
 from .panels import (
     GREY,
@@ -94,6 +94,12 @@ def conditions(saved: Saved) -> Drawing:
             axes.plot([], [], marker=marker, **style)
         axes.grid(alpha=0.25)
         axes.set(ylabel=HELD_OUT_FVU, yscale="log")
+        places = [names.index(run["run"]) if is_matched else l0 for run, l0 in zip(known, sparsity, strict=True)]
+        points = [
+            ((x,), (final_fvu(run).mean,), LOG_COLOURS.get(run["log"], "#222222"))
+            for x, run in zip(places, known, strict=True)
+        ]
+        frame(axes, points, y=(None, WORST))
         plain_ticks(axes.yaxis)
         if is_matched:
             name_rows(axes, names)

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ..evals.figures import COLOURS, SEVERAL
+from ..evals.figures import COLOURS, SEVERAL, WORST, frame
 from .saved import Curve, Lacking, Saved, Seeds
 
 Draw = Callable[[Any], None]
 Panel = Callable[[], Draw]
 
 WIDE, NARROW = 7.0, 5.2  # inches: two columns of a paper, and one and a half
-MOST = 1.2  # FVU of predicting the mean is 1: where bars of what is still worse are cut
+MOST = WORST
 GREY, LIGHT = "#888888", "#bbbbbb"
 LINES = [colour for colour in SEVERAL if colour != "#F0E442"]  # yellow is too pale for a line on white
 STROKES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (8, 2)))
@@ -245,6 +245,10 @@ def curves(
         axes.grid(alpha=0.25)
         axes.set(xlabel="training step", ylabel=ylabel, title=title, yscale="log")
         axes.margins(x=0)
+        drawn = {**greys, **lines}.items()
+        frame(
+            axes, [(c.steps.tolist(), c.mean.tolist(), str(styles[name]["color"])) for name, c in drawn], y=(None, MOST)
+        )
         plain_ticks(axes.yaxis)
         _name_ends(axes, ends)
 
@@ -341,6 +345,7 @@ def by_position(lines: Mapping[str, Curve], ylabel: str, title: str, *, log: boo
             axes.set_yscale("log")
             plain_ticks(axes.yaxis)
         if len(lines) > 1:
-            axes.legend(frameon=False, fontsize=7)
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.24), "ncols": min(6, len(lines))}
+            axes.legend(frameon=False, fontsize=7, handlelength=1.6, columnspacing=1.0, **below)
 
     return draw

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine.progress import progress_bar
-from ..evals.page import NOTHING, anchor, html, number, plain, put, table
+from ..engine.files import write_text
+from ..engine.progress import percent, progress_bar
+from ..evals.page import NOTHING, anchor, html, number, plain, table
 from .answer import MARK, answer, claim
 from .asked import MEANINGS
 from .compare import ALIKE, COMPARED, RISE_WITH_L0, Run, baseline_of, l0_apart, mean
@@ -21,6 +22,7 @@ from .findings import (
     count,
     gathered,
     is_known,
+    judged,
     log_heading,
     names,
     of_random,
@@ -28,7 +30,7 @@ from .findings import (
     reached,
     results,
 )
-from .results import SCORES, found_by, logs_of
+from .results import JUDGED, SCORES, AgainstRandom, found_by, logs_of
 
 KNOW, ANSWER, TABLE, AILING, MEASURED = (
     "What to know first", "The answer", "All runs, all scores", "Controls, failures and analyses", "How it was measured"
@@ -48,8 +50,8 @@ def write(out: Path) -> Path:
     with progress_bar("writing the report", total=None, unit="files") as bar:
         findings = gathered(out, lambda: bar.advance(1))
         title = f"Does position-aware structure help? {findings.found['model']}, {findings.found['hook']}"
-        put(out / "report.md", _markdown(title, findings, together=False))
-        put(out / "report.html", html(_markdown(title, findings, together=True), out, title))
+        write_text(out / "report.md", _markdown(title, findings, together=False))
+        write_text(out / "report.html", html(_markdown(title, findings, together=True), out, title))
         bar.advance(2)
     return out / "report.md"
 
@@ -114,8 +116,8 @@ def _know(findings: Findings) -> list[str]:
             f"that.{wide} The 95% intervals are each one's own, over seeds, on the same text."
         )
     notes.append(
-        "Losses of different objectives are different quantities: they are shown, and not compared. FVU and explained "
-        "variance (1 - FVU) are comparable, at the same L0."
+        "Losses of different objectives are different quantities: they are shown, and not compared. FVU is "
+        "comparable, at the same L0."
     )
     notes += _sparsity(findings, trained)
     beside = dict.fromkeys(one.other for ones in findings.differences.values() for one in ones)
@@ -126,20 +128,19 @@ def _know(findings: Findings) -> list[str]:
     ]  # fmt: skip
     if full:
         notes.append(f"The baseline has all there is to have, and nothing can do better: {'; '.join(full)}.")
-    below = [name for name in findings.every if below_random(findings, name)]
+    below = {name: one for name, one in judged(findings).items() if one.below}
     failed = [name for name, run in findings.every.items() if run["failed"] and not run["trained_as"]]
     link = f"[{AILING}](#{anchor(AILING)})"
     if below:
-        notes.append(
-            f"Not above their random control in explained variance or sparse probing: {names(below)} ({link})."
-        )
+        compared = list(dict.fromkeys(label for one in judged(findings).values() for label in _compared(one)))
+        notes.append(f"Not above their random control in {' or '.join(compared)}: {names(below)} ({link}).")
     if failed:
         notes.append(f"Failed, with one seed or more: {names(failed)} ({link}).")
     if repeats := {name: other for name, other in findings.same.items() if not findings.runs[name]["trained_as"]}:
         each = "; ".join(f"{plain(name)} that of {plain(other)}" for name, other in repeats.items())
         notes.append(f"These came out the same to five digits, and are counted once: {each}.")
     notes.append(f"Measured: {'; '.join(_extent(findings)) or 'nothing'}.")
-    if found["share"] > 1:
+    if found["share"] > 1 and _extent(findings):
         notes.append(f"Measured on one in {found['share']} of the usual rows: scores that count few texts are coarse.")
     if unknown := [SCORES[score].label for score in SCORES if not is_known(findings, score)]:
         notes.append(f"Not measured: {', '.join(map(plain, unknown))}.")
@@ -165,8 +166,8 @@ def _sparsity(findings: Findings, trained: dict[str, dict[str, Any]]) -> list[st
     notes = []
     if free:
         notes.append(
-            "**L0 was not matched** (`target_l0`): each run has the L0 that its L1 coefficient gives. Explained variance "
-            "and CE recovered at different L0 are not a comparison."
+            "**L0 was not matched** (`target_l0`): each run has the L0 that its L1 coefficient gives. "
+            f"At different L0, {_rising(findings)} can't be compared."
         )
     if aside:
         each = "; ".join(f"{plain(name)} {number(mean(findings.every[name], 'l0'), 3)}" for name in aside)
@@ -175,12 +176,12 @@ def _sparsity(findings: Findings, trained: dict[str, dict[str, Any]]) -> list[st
         goal = " or ".join(f"{aim:g}" for aim in aims)
         notes.append(
             f"L0 was matched{' in the others' if free else ''}: the L1 coefficient was changed in training until {goal} "
-            "latents were active on a token; how near it came is in the table."
+            f"latents were active on a token{'; how near it came is in the table' if is_known(findings, 'l0') else ''}."
         )
     if apart:
         notes.append(
-            f"L0 differs from the baseline's by more than a factor of {ALIKE:g}: {'; '.join(apart)}. There explained "
-            "variance and CE recovered are told to be better only with fewer latents active, and worse only with more."
+            f"L0 differs from the baseline's by more than a factor of {ALIKE:g}: {'; '.join(apart)}. There "
+            f"{_rising(findings)} can only be told as better with fewer latents active, and as worse with more."
         )
     return notes
 
@@ -287,13 +288,17 @@ def _cell(run: Run, score: str, helped: bool) -> str:
 
 
 def _ailing(findings: Findings) -> list[str]:
-    below = [name for name in findings.every if below_random(findings, name)]
+    beside = judged(findings)
+    compared = list(dict.fromkeys(label for one in beside.values() for label in _compared(one)))
+    lines = [
+        f"**{plain(name)}**: {plain('; '.join(one.below))}.{_seen(name, findings)}"
+        for name, one in beside.items() if one.below
+    ]  # fmt: skip
     unknown = {
-        name: run["why_not"]
-        for name, run in findings.every.items()
-        if not run["beats_random"] and run["scores"] and name not in below and name not in findings.same
+        name: missing
+        for name, one in beside.items()
+        if (missing := [why for why in one.unknown if why.startswith(tuple(compared))])  # others have it
     }
-    lines = [f"**{plain(name)}**: {plain(findings.every[name]['why_not'])}.{_seen(name, findings)}" for name in below]
     failed = [
         f"**{plain(folder)}**: {plain(why)}"
         for name, run in findings.every.items() if not run["trained_as"] or name not in findings.same
@@ -304,13 +309,17 @@ def _ailing(findings: Findings) -> list[str]:
         for name, run in findings.runs.items()
         if run["trained_as"]
     ]
-    whole = [name for name, run in findings.every.items() if run["beats_random"] and name not in findings.same]
+    known = [one.beats for one in beside.values() if one.beats is not None]
+    what = " and in ".join(f"{label} (mean of top 1, 2 and 5)" if "probing" in label else label for label in compared)
+    beaten = (
+        f"Beaten means: the mean over seeds is above the control's, in {what}. {sum(known)} of "
+        f"{count(len(known), 'dictionary')} do."
+    )
     return [
         "### Runs that do not beat their random control",
-        "Beaten means: the mean over seeds is above the control's, in explained variance and in sparse probing (mean of "
-        f"top 1, 2 and 5). {len(whole)} of {count(len(findings.every) - len(findings.same), 'dictionary')} do.",
-        bullets(lines) if lines else "No run that was measured is below its control.",
-        bullets(f"**{plain(name)}**: not known, {plain(why)}." for name, why in unknown.items()),
+        beaten if known else "Nothing was measured in which a run could be compared with its control.",
+        bullets(lines) if lines else "No run that was measured is below its control." if known else "",
+        bullets(f"**{plain(name)}**: {plain('; '.join(why))}." for name, why in unknown.items()),
         "### Runs that failed",
         bullets(failed) if failed else "None.",
         "### Runs that look at another's weights",
@@ -319,18 +328,29 @@ def _ailing(findings: Findings) -> list[str]:
     ]
 
 
+def _compared(one: AgainstRandom) -> list[str]:
+    """The scores in which a run and its control were both measured, in their order."""
+    return [label for label in JUDGED.values() if label in one.above or any(why.startswith(label) for why in one.below)]
+
+
+def _rising(findings: Findings) -> str:
+    """The scores that rise with L0 by themselves, of those that were measured: "explained variance and CE recovered"."""
+    scores = [score for score in RISE_WITH_L0 if is_known(findings, score)] or ["fvu_last"]
+    return " and ".join(MEANINGS[score].within for score in scores)
+
+
 def _seen(name: str, findings: Findings) -> str:
     """What else the numbers show of a run that its control beats: of use for the reason, which they don't tell."""
     run, seen = findings.every[name], []
     if None not in (run["fvu_first"], run["fvu_last"]):
         seen.append(f"FVU went from {number(run['fvu_first'], 3)} to {number(run['fvu_last'], 3)} in training")
-    if (dead := mean(run, "dead_fraction")) is not None:
-        seen.append(f"{dead:.1%} of its latents are dead")
+    if dead := mean(run, "dead_fraction"):
+        seen.append(f"{percent(dead)} of its latents are dead")
     if (l0 := mean(run, "l0")) is not None:
         aim = f" (aim {run['target_l0']:g})" if run["target_l0"] is not None else ""
         seen.append(f"L0 is {number(l0, 3)}{aim}")
     own, control = mean(run, "probing"), mean(run, "probing", control=True)
-    if "sparse probing" in below_random(findings, name) and control is not None and control >= 0.95 and own is not None:
+    if own is not None and control is not None and own <= control and control is not None and control >= 0.95:
         seen.append("the control has nearly all there is to have in sparse probing")
     other = baseline_of(run, findings.found) if name in findings.runs else None
     if other is not None and below_random(findings, other):
@@ -403,20 +423,25 @@ def _measured(findings: Findings) -> list[str]:
     found = findings.found
     rows = [
         (plain(COLUMNS[key]), f"`{SCORES[key].eval}`" if key in SCORES else "training", plain(meaning.what))
-        for key, meaning in MEANINGS.items()
-    ]
-    rises = " and ".join(MEANINGS[score].within for score in RISE_WITH_L0)
+        for key, meaning in MEANINGS.items() if is_known(findings, key)
+    ]  # fmt: skip
+    rises = (
+        f"In {_rising(findings)} nothing is told to be better with clearly more latents active, nor worse with clearly "
+        "fewer. "
+        if any(is_known(findings, score) for score in RISE_WITH_L0) else ""
+    )  # fmt: skip
+    retention = "Retention is not compared: the ReLU baseline is what it refers to, and has 1."
     took = found.get("seconds") or {}
     time = ", ".join(f"{plain(what)} {number(float(seconds), 4)} s" for what, seconds in took.items())
     return [
         "All dictionaries were trained on the same batches of one stream, each beside its random control: a frozen, "
         "unit-norm random decoder of the same size, whose encoder and biases are trained. Seeds differ in the weights that "
-        "training starts from and in what is drawn at random, not in the text. All were measured on the same rows.",
+        "training starts from and in what is drawn at random, not in the text."
+        + (" All were measured on the same rows." if _extent(findings) else ""),
         "A run is compared with the plain dictionary of its activation in its condition, seed by seed: the mean of the "
         "differences, with the 95% interval of Student's t over seeds, and p corrected by Holm's method over all runs "
-        f"compared in that score. Only what stands at 5% is told. In {rises} nothing is told to be better with clearly more "
-        "latents active, nor worse with clearly fewer. Analyses, and runs that came out the same, are counted once. "
-        "Retention is not compared: the ReLU baseline is what it refers to, and has 1.",
+        f"compared in that score. Only what stands at 5% is told. {rises}Analyses, and runs that came out the same, are "
+        f"counted once. {retention if is_known(findings, 'retention') else ''}",
         table(("column", "eval", "what it is"), rows, (0, 1, 2)),
         "Formulas and controls are in `docs/evals.md` and in the modules of `evals/`; the runs in `variants/log_a.py` to "
         "`variants/log_e.py`; these numbers in `campaign.json`, the campaign's settings in `campaign.yaml`.",

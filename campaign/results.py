@@ -1,12 +1,12 @@
 """What campaign.json holds: of every run its settings, its scores over the seeds beside its random control's, and whether
-it beats that."""
+it beats that in what was measured."""
 
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..engine.errors import UserError
 from ..engine.folder import HELD_OUT, read_metrics, read_settings
@@ -47,7 +47,8 @@ SCORES = {
     "retention": Score("retention", "positions", "retention.value"),
     "fidelity": Score("fidelity", "positions", "fidelity.profile"),
 }
-PROBING = ("probing_1", "probing_2", "probing_5")
+#: what a run is compared with its random control in
+JUDGED = {"explained_variance": "explained variance", "probing": "sparse probing"}
 
 
 def gather(config: CampaignConfig, planned: Sequence[Entry], out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
@@ -116,10 +117,11 @@ def _of_run(run: str, condition: str, planned: Sequence[Entry], out: Path, faile
     found = {
         name: scores[name]["mean"] if name in scores else None for name in ("fvu_first", "fvu_last", "loss", *SCORES)
     }
-    beats, why_not = _against_random(scores)
+    judged = against_random(scores)
+    why_not = "; ".join(judged.unknown if judged.beats is None else judged.below) or None
     return common | {
         "steps": min(one["steps"] for one in whole), "tokens": min(one["tokens"] for one in whole), **found,
-        "beats_random": beats, "why_not": why_not, "scores": scores,
+        "beats_random": judged.beats, "why_not": why_not, "scores": scores,
     }  # fmt: skip
 
 
@@ -216,20 +218,36 @@ def _summary(values: Sequence[float | None]) -> dict[str, Any]:
     }
 
 
-def _against_random(scores: Mapping[str, Any]) -> tuple[bool | None, str | None]:
-    """Whether explained variance and sparse probing (mean of top 1, 2 and 5) are above the random control's, in the mean
-    over seeds; where not, why."""
-    reasons = []
-    for name, label in (("explained_variance", "explained variance"), ("probing", "sparse probing")):
+class AgainstRandom(NamedTuple):
+    """A run beside its random control: the scores in which it is above, a sentence for each in which it is not, and one for
+    each that is not known of both."""
+
+    above: list[str]
+    below: list[str]
+    unknown: list[str]
+
+    @property
+    def beats(self) -> bool | None:
+        """Whether it is above in all that was measured; None where nothing was."""
+        return not self.below if self.above or self.below else None
+
+
+def against_random(scores: Mapping[str, Any]) -> AgainstRandom:
+    """Compare a run's scores in campaign.json with its random control's, in means over seeds: explained variance and sparse
+    probing (mean of top 1, 2 and 5), those of them that were measured."""
+    found = AgainstRandom([], [], [])
+    for name, label in JUDGED.items():
         own, other = (part["mean"] if part else None for part in (scores.get(name), scores.get(name, {}).get("random")))
         if own is None or other is None:
-            reasons.append(f"{label} was not measured")
-        elif own <= other:
+            found.unknown.append(f"{label}{'' if own is None else ' of its random control'} was not measured")
+        elif own > other:
+            found.above.append(label)
+        else:
             error = (scores.get("probing_error") or {}).get("mean") if name == "probing" else None
             near = error is not None and other - own <= error
             close = f", no further apart than the standard error of so few texts ({error:.4f})" if near else ""
-            reasons.append(f"{label} is {own:.4f}, the random control's {other:.4f}{close}")
-    return not reasons, "; ".join(reasons) or None
+            found.below.append(f"{label} is {own:.4f}, the random control's {other:.4f}{close}")
+    return found
 
 
 def read_results(out: Path) -> dict[str, Any]:

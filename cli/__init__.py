@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +18,14 @@ from .tables import figures
 from .testbed import testbed_app
 from .train import cache, train
 
-app = typer.Typer(help="Train and study sparse autoencoders on language-model activations.", **PLAIN)
+app = typer.Typer(**PLAIN)
+
+
+@app.callback()
+def temposae(_: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Train and study sparse autoencoders on language-model activations."""  # `main` prints it, for any command
+
+
 app.command()(train)
 app.command()(cache)
 app.command("eval")(evaluate)
@@ -42,8 +50,11 @@ def main() -> None:
     # when torch is imported. Not where others are timed, too: of many small products waking threads is most of the time.
     if sys.argv[1:2] != ["bench"]:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "--version" in sys.argv[1:]:
+        print(f"temposae {version('temposae')}")
+        return
     try:
-        if os.environ.get("WORLD_SIZE", "1") != "1" and sys.argv[1:2] not in (["train"], ["--help"]):
+        if os.environ.get("WORLD_SIZE", "1") != "1" and sys.argv[1:2] not in (["train"], ["--help"], ["-h"]):
             given = " ".join(sys.argv[1:2])
             raise UserError(f"torchrun: temposae {given} is not allowed; only temposae train runs in several processes")
         with stop_on_signals():
@@ -78,7 +89,7 @@ def _leave_to_the_first() -> None:
 def doctor(json_file: JsonFile = None) -> None:
     """Versions, GPU, Triton, and which backend would run here and why."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import PackageNotFoundError
 
     import torch
 

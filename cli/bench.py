@@ -123,7 +123,7 @@ def streams(
 @bench_app.command()
 def runs(
     preset: Annotated[
-        str | None, typer.Option(help="tiny, cpu or gpu: sizes to measure. [gpu or cpu, by device]")
+        str | None, typer.Option(help="tiny, cpu, testbed or gpu: sizes to measure. [gpu or cpu, by device]")
     ] = None,
     only: Annotated[str | None, typer.Option("--runs", help="These runs, as in A1,C2,E4. [all]")] = None,
     device: Device = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..engine.files import check_writable, write_json
-from .options import Data, Hook, JsonFile, Layer, Model, check_backend
+from .options import Data, Hook, JsonFile, Layer, Model, Plugin, check_backend
 from .tables import campaign_table
 
 Evals = Annotated[
@@ -95,14 +95,17 @@ def campaign(
     ] = False,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted campaign in --out.")] = False,
+    plugin: Plugin = None,
     json_file: JsonFile = None,
 ) -> None:
     """Train all documented runs on the batches of one stream, with plain dictionaries of the same size beside them and a
     random control for each; measure them alike; compare, draw and report."""
     from ..campaign.config import QUICK
     from ..engine.config import read_yaml
+    from ..engine.plugins import use
     from .options import merge
 
+    use(plugin)
     given = merge(
         read_yaml(config) if config else {},
         {
@@ -148,7 +151,7 @@ def _campaign(given: dict[str, Any], folder: Path, resume: bool, json_file: Path
     check_backend()
     if resume:
         if named is None:
-            raise UserError("resume: --out must name the folder to go on with")
+            raise UserError("resume: give --out FOLDER, the folder of the run or campaign to go on with")
         config = read_config(named)
     else:
         config = CampaignConfig(**given)

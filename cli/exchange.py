@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import FOLDERS
+from .options import FOLDERS, Plugin
 
 if TYPE_CHECKING:
     from ..engine.checkpoint import Checkpoint
@@ -26,13 +26,16 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="DST", show_default=False, help="The folder to make.")],
     to: Layout,
     which: Which = "sae",
+    plugin: Plugin = None,
 ) -> None:
     """Write a dictionary in another library's layout. What comes back from there is the same, bit for bit.
 
     A dictionary that the library can't hold, such as one with a mask over positions, is refused with the reason.
     """
     from ..engine import checkpoint
+    from ..engine.plugins import use
 
+    use(plugin)
     found = checkpoint.find(source.expanduser())
     _write(found, which, out, to)
     sae = found.dictionary(which).cfg
@@ -49,12 +52,15 @@ def upload(
     to: Layout = "temposae",
     which: Which = "sae",
     private: Annotated[bool, typer.Option("--private", help="A new repository is seen by its owner alone.")] = False,
+    plugin: Plugin = None,
 ) -> None:
     """Put a dictionary on the Hugging Face hub, with a model card: what it is, where it was trained, and how well it does if
     `temposae eval core` has measured it."""
     from ..engine import checkpoint
     from ..engine.interchange import hub
+    from ..engine.plugins import use
 
+    use(plugin)
     found = checkpoint.find(source.expanduser())
     sae = found.dictionary(which).cfg
     core = source.expanduser() / "evals" / "core.json"

@@ -5,7 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
+PLAIN: dict[str, Any] = {
+    "no_args_is_help": True, "add_completion": False, "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}  # fmt: skip
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 Model = Annotated[
@@ -14,9 +17,18 @@ Model = Annotated[
 ]
 Layer = Annotated[int | None, typer.Option(help="Train on the residual stream after this layer. [the middle one]")]
 Hook = Annotated[str | None, typer.Option(help="Train at this transformer_lens hook instead.")]
+TEXTS = "a .txt, .jsonl or .parquet file, an .npy file of token ids, or a dataset's name or folder"
 Data = Annotated[
     str | None,
-    typer.Option(help="A .txt or .jsonl file, or a dataset's name or folder. [the embedded language, for testbed]"),
+    typer.Option(help=f"Text to train on: {TEXTS}. [the embedded language, for testbed]"),
+]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE|MODULE",
+        help="Python file or module with parts of your own; its code runs. May be repeated.",
+    ),
 ]
 FOLDERS = (
     "A run folder, a checkpoint, a folder of SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium, or one on "

@@ -2,18 +2,13 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..engine.files import check_writable, write_json
-from .options import FOLDERS, JsonFile, check_backend
+from .options import FOLDERS, TEXTS, JsonFile, Plugin, check_backend
 from .tables import core_table, scores_table
-
-if TYPE_CHECKING:
-    from ..engine.checkpoint import Checkpoint
-    from ..engine.stream import ActivationStream
-
 
 Dictionary = Annotated[Path, typer.Option(help=FOLDERS)]
 
@@ -26,7 +21,7 @@ def evaluate(
     ] = None,
     layer: Annotated[int | None, typer.Option(help="Evaluate after this layer.")] = None,
     hook: Annotated[str | None, typer.Option(help="Evaluate at this hook.")] = None,
-    data: Annotated[str | None, typer.Option(help="Evaluate on this text.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"Evaluate on this text: {TEXTS}.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of whatever is drawn at random.")] = 0,
     sets: Annotated[
         list[str] | None,
@@ -41,8 +36,9 @@ def evaluate(
         typer.Option(
             "--file",
             metavar="NAME=PATH",
-            help="unlearning: forget_questions, retain_questions (WMDP's and MMLU's layout), forget_text and retain_text, "
-            "all four; positions: blimp, senteval. [the embedded language's own]",
+            help="unlearning: forget_questions, retain_questions (.jsonl or .parquet, WMDP's and MMLU's layout), "
+            "forget_text and retain_text (.txt, .jsonl or .parquet), all four; positions: blimp (.jsonl), senteval. "
+            "[the embedded language's own]",
         ),
     ] = None,
     rows: Annotated[
@@ -58,6 +54,7 @@ def evaluate(
         ),
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the run folder holds already.")] = False,
+    plugin: Plugin = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure a dictionary, beside its controls. Results of a run are kept in its folder's evals/; report.html there shows
@@ -77,17 +74,20 @@ def evaluate(
     give.
     """
     from ..engine import checkpoint
+    from ..engine.plugins import use
     from ..engine.signals import stop_advice
     from ..evals.run import evaluate
+    from ..evals.study import stream_of
     from ..evals.suite import EVALS, load_eval, named_files
 
     check_writable(json_file)
     check_backend()
+    use(plugin)
     by_name = named_files(files or ())
     names = list(EVALS) if name == "all" else [name]
     load_eval(names[0])
     found = checkpoint.find(sae)
-    stream = _stream_of(found, model, layer, hook, data, tokens=100_000)
+    stream = stream_of(found, model, layer, hook, data, tokens=100_000)
     is_run = sae != found.folder and all(option is None for option in (model, layer, hook, data))
     kept = "the evals that were finished are kept, and the same command goes on" if is_run else "nothing is kept"
     with stop_advice(f"stopped; {kept}"):
@@ -111,7 +111,7 @@ def evaluate(
 def features(
     sae: Dictionary,
     out: Annotated[Path, typer.Option(help="Folder of the store, new or empty.")],
-    data: Annotated[str | None, typer.Option(help="Encode this text. [the one it was trained on]")] = None,
+    data: Annotated[str | None, typer.Option(help=f"Encode this text: {TEXTS}. [the one it was trained on]")] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Encode so many tokens. [the whole text; needed for the embedded language]")
     ] = None,
@@ -121,6 +121,7 @@ def features(
     ] = None,
     layer: Annotated[int | None, typer.Option(help="Encode what is after this layer.")] = None,
     hook: Annotated[str | None, typer.Option(help="Encode what is at this hook.")] = None,
+    plugin: Plugin = None,
     json_file: JsonFile = None,
 ) -> None:
     """Encode a text once, in order, into a store in Parquet: which latents are active where, and how strongly.
@@ -128,15 +129,17 @@ def features(
     `temposae.features.read`, pandas and DuckDB read it.
     """
     from ..engine import checkpoint
+    from ..engine.plugins import use
     from ..evals import features as store
+    from ..evals.study import BUFFERLESS, stream_of
 
     began = time.monotonic()
     check_writable(json_file)
     check_backend()
+    use(plugin)
     store.check(out, tokens, min_activation)
     found = checkpoint.find(sae)
-    no_buffer: dict[str, Any] = {"mode": "tokens", "buffer_tokens": None, "buffer_gb": None}
-    stream = _stream_of(found, model, layer, hook, data, tokens=1, repeat=False, **no_buffer)
+    stream = stream_of(found, model, layer, hook, data, tokens=1, repeat=False, **BUFFERLESS)
     written = store.encode(found, stream, out, tokens=tokens, min_activation=min_activation)
     seconds = time.monotonic() - began
     command = {"seconds": round(seconds, 2), "tokens_per_s": round(written["tokens"] / seconds, 1)}
@@ -166,7 +169,10 @@ def dashboard(
     ] = None,
     layer: Annotated[int | None, typer.Option(help="Look after this layer.")] = None,
     hook: Annotated[str | None, typer.Option(help="Look at this hook.")] = None,
-    data: Annotated[str | None, typer.Option(help="Look at this text. [what it was trained on, rows held out]")] = None,
+    data: Annotated[
+        str | None, typer.Option(help=f"Look at this text: {TEXTS}. [what it was trained on, rows held out]")
+    ] = None,
+    plugin: Plugin = None,
     json_file: JsonFile = None,
 ) -> None:
     """Make a page to look at latents one by one, a single HTML file.
@@ -176,9 +182,12 @@ def dashboard(
     """
     from ..engine import checkpoint
     from ..engine.errors import UserError
+    from ..engine.plugins import use
     from ..evals import dashboard as board
+    from ..evals.study import BUFFERLESS, stream_of
 
     check_backend()
+    use(plugin)
     found = checkpoint.find(sae)
     dictionary = found.dictionary()
     if out is None and sae == found.folder:
@@ -187,53 +196,8 @@ def dashboard(
     check_writable(page, "out")
     check_writable(json_file)
     wanted = None if latents is None else board.numbers(latents, dictionary.cfg.d_sae)
-    no_buffer: dict[str, Any] = {"mode": "tokens", "buffer_tokens": None, "buffer_gb": None}
-    stream = _stream_of(found, model, layer, hook, data, tokens=1, **no_buffer)
+    stream = stream_of(found, model, layer, hook, data, tokens=1, **BUFFERLESS)
     shown = board.dashboard(stream, dictionary, name=sae.resolve().name, latents=wanted, count=count, rows=rows)
     write_json(json_file, shown)
     board.write(page, shown)
     print(f"{len(shown['latents'])} of {shown['d_sae']:,} latents on {shown['tokens']:,} tokens: {page}")
-
-
-def _stream_of(
-    found: "Checkpoint", model: str | None, layer: int | None, hook: str | None, data: str | None, *,
-    tokens: int, **settings: Any,
-) -> "ActivationStream":  # fmt: skip
-    """The stream that a dictionary was trained on, with what the options and `settings` change of it. Where another library
-    saved it, what its folder says of model and hook is used, and told."""
-    from ..engine.checkpoint import Loaded
-    from ..engine.config import StreamConfig
-    from ..engine.errors import UserError
-    from ..engine.interchange.places import stream_settings
-    from ..engine.stream import ActivationStream, LanguageModel
-
-    found.expect("sae")
-    run, said = found.run, stream_settings(found.where)
-    if run is not None and run.stream.activations is not None and model is None:
-        raise UserError(
-            f"model: {found.folder} was trained on {run.stream.activations}, without a model; give --model, and "
-            "--hook or --layer"
-        )
-    if model is None and said.get("model") is None:
-        at = said.get("hook")
-        unsaid = f"says {at}, but not of which model" if at else "does not say what it was trained on"
-        raise UserError(f"model: {found.folder} {unsaid}; give --model{'' if at else ', and --hook or --layer'}")
-    trained_on = run.stream if run is not None else StreamConfig(**said)
-    drop = {"activations"} | ({"hook"} if layer is not None or not said else set())
-    given: dict[str, Any] = {k: v for k, v in {"model": model, "hook": hook, "data": data}.items() if v is not None}
-    config = StreamConfig(**(trained_on.model_dump(exclude=drop) | given | settings))
-    if any(option is not None for option in (model, layer, hook, data)):
-        config = config.model_copy(update={"cache": None})  # another model, place or text than it holds
-    if isinstance(found, Loaded):
-        used = {name: said[name] for name in ("model", "hook", "data") if said.get(name) is not None}
-        used = [f"{name} {value}" for name, value in used.items() if value == getattr(config, name)]
-        if used:
-            print(f"{found.folder} says: {', '.join(used)}")
-    lm = LanguageModel(config.model, hook=config.hook, layer=layer)
-    if config.target is not None:
-        lm.use(hooks=[lm.hook, lm.place(config.target)])
-    seed = run.train.seed if run is not None else 0
-    stream = ActivationStream(config, tokens=tokens, seed=seed, model=lm)
-    if model is None and layer is None and hook is None:
-        stream.norms.load_report(found.massive)
-    return stream

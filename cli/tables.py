@@ -1,7 +1,12 @@
 """What commands print."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ..engine.progress import percent
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 NO_CONTROL = "no random control ({})"
 #: score -> why there may be none, where something else was measured
@@ -24,7 +29,6 @@ def core_table(result: dict[str, Any], title: str) -> None:
 def scores_table(result: dict[str, Any], title: str) -> None:
     """Every score of an eval, and of each of its parts, a line each, with a column for each control that has it, and for the
     model's own activations (LLM) where they were measured; below, why some have none."""
-    from rich.console import Console
     from rich.table import Table
 
     parts = {"": result} | {
@@ -47,7 +51,7 @@ def scores_table(result: dict[str, Any], title: str) -> None:
             for name, value in values.items():
                 if not isinstance(value, float):
                     none.setdefault(name, []).append(label)
-    Console().print(table)
+    _print(table)
     for name, labels in none.items():
         print(f"- no figure of {name} for {', '.join(labels)}")
     for part, scores in parts.items():
@@ -92,10 +96,9 @@ def runs_table(summary: dict[str, Any]) -> None:
 def campaign_table(found: dict[str, Any]) -> None:
     """The main scores of a campaign's runs and baselines, means over seeds."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    from ..campaign.results import found_by
+    from ..campaign.results import against_random, found_by
 
     def number(value: float | None, digits: int = 3) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
@@ -115,14 +118,14 @@ def campaign_table(found: dict[str, Any]) -> None:
             name, number(run["fvu_first"]), number(run["fvu_last"]), number(run["l0"], 1),
             number(run["dead_fraction"]), *pairs,
         )  # fmt: skip
-    Console().print(table)
+    _print(table)
     for name, run in found["runs"].items():
         if run["trained_as"]:
             print(f"{name}, {run['title']}, in {run['trained_as']}: {found_by(run)}")
         elif run["failed"]:
             print(f"{name}: {next(iter(run['failed'].values()))}")
-        elif run["why_not"]:
-            print(f"{name} does not beat its random control: {run['why_not']}")
+        elif below := against_random(run["scores"]).below:
+            print(f"{name} does not beat its random control: {'; '.join(below)}")
 
 
 def _table(
@@ -130,7 +133,6 @@ def _table(
 ) -> None:
     """Core scores with their standard errors, a line each, and further columns `more`: heading -> line -> value. Below, why
     some are missing."""
-    from rich.console import Console
     from rich.table import Table
 
     def number(value: float | None, error: float | None = None) -> str:
@@ -144,13 +146,20 @@ def _table(
     for name, scores in lines.items():
         figures = (number(scores.get(key), scores.get(f"{key}_error")) for key in WHY_NONE)
         l0, dead = scores.get("l0"), None if name == "mean control" else scores.get("dead_fraction")
-        cells = ("-" if l0 is None else f"{l0:.1f}", "-" if dead is None else f"{dead:.1%}")
+        cells = ("-" if l0 is None else f"{l0:.1f}", "-" if dead is None else percent(dead))
         table.add_row(name, *figures, *cells, *(number(column.get(name)) for column in more.values()))
-    Console().print(table)
+    _print(table)
     measured = [scores for scores in lines.values() if "measured_on" not in scores]  # with a model, that is
     for key, why in WHY_NONE.items():
         if any(scores.get(key) is None for scores in measured):
             print(f"- {why}")
+
+
+def _print(table: "Table") -> None:
+    """Names are shown as they are: brackets are no markup, colons no emoji."""
+    from rich.console import Console
+
+    Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 def figures(values: dict[str, Any]) -> None:

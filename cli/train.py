@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..engine.files import check_writable, write_json
-from .options import Data, Hook, JsonFile, Layer, Model, check_backend, merge
+from .options import Data, Hook, JsonFile, Layer, Model, Plugin, check_backend, merge
 from .tables import figures, runs_table
 
 
@@ -49,6 +49,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")
     ] = False,
+    plugin: Plugin = None,
     json_file: JsonFile = None,
 ) -> None:
     """Train a dictionary, with its random control beside it; measure both; draw the figures.
@@ -59,6 +60,7 @@ def train(
     from ..engine.config import read_yaml
     from ..engine.errors import UserError
     from ..engine.folder import CONFIG, check_free, read_settings
+    from ..engine.plugins import use
     from ..engine.ranks import Ranks
     from ..engine.signals import stop_advice
     from ..engine.stream import ActivationStream
@@ -69,6 +71,7 @@ def train(
     began = time.monotonic()
     check_writable(json_file)
     check_backend()
+    use(plugin)
     ranks = Ranks.start()
     given = {
         "stream": {
@@ -84,10 +87,12 @@ def train(
         "eval": {"rows": eval_rows, "after_training": False if no_eval else None},
     }
     if resume:
-        if out is None or not (out / CONFIG).is_file():
+        if out is None:
+            raise UserError("resume: give --out FOLDER, the folder of the run to go on with")
+        if not (out / CONFIG).is_file():
             raise UserError(f"resume: --out must name a run folder; {out} holds no {CONFIG}")
         if config is not None or any(v is not None for part in given.values() for v in part.values()):
-            raise UserError("resume: a run goes on with its own settings; give --out and --resume alone")
+            raise UserError("resume: a run goes on with its own settings; give --out and --resume alone (and --plugin)")
         settings = {name: run.model_dump() for name, run in read_settings(out).by_name().items()}
     else:
         settings = expand(merge(read_yaml(config) if config else {}, given))

@@ -29,6 +29,7 @@ from .errors import UserError
 from .files import UNFINISHED, digest, whole_folder
 from .interchange import hub
 from .interchange.places import Where, of_stream
+from .plugins import UnknownPart
 from .sae import SparseAutoencoder
 
 FORMAT = "temposae/1"
@@ -82,7 +83,11 @@ class Checkpoint:
     def dictionary(self, name: str = "sae") -> SparseAutoencoder:
         """The dictionary `name`: `sae`, or `random` for the control trained beside it."""
         self.expect(name)
-        sae = dictionary(SAEConfig(**self.manifest["dictionaries"][name]))
+        try:
+            cfg = SAEConfig(**self.manifest["dictionaries"][name])
+        except UnknownPart as error:
+            raise error.of((self.manifest.get("run") or {}).get("plugins") or ()) from None
+        sae = dictionary(cfg)
         try:
             sae.load_state_dict(self.tensors(name))
         except RuntimeError:
@@ -225,12 +230,22 @@ def all_in(run: Path) -> list[Path]:
 
 
 def save(sae: SparseAutoencoder, folder: str | Path) -> None:
-    """Save one dictionary as a checkpoint folder, which must not exist yet."""
+    """Save one dictionary as a checkpoint folder, which must not exist yet.
+
+    save(sae, "mine")
+    load("mine")  # the same, bit for bit
+    """
     write(Path(folder), 0, {"sae": (sae.cfg, sae.state_dict())})
 
 
 def load(path: str | Path) -> SparseAutoencoder:
-    """The dictionary in a checkpoint folder, in the last checkpoint of a run folder, or in a folder of SAELens,
+    """Load the dictionary in a checkpoint folder, in the last checkpoint of a run folder, or in a folder of SAELens,
     dictionary_learning, sparsify, Gemma Scope or Llamascopium; here, or on the hub as OWNER/REPOSITORY[/FOLDER][@REVISION].
-    float32, on the CPU."""
+    float32, on the CPU.
+
+        sae = load("runs/mine")
+        sae = load("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")
+
+    Raises UserError for what is no dictionary or is damaged, and for parts of one's own that are not imported yet.
+    """
     return find(Path(path).expanduser()).dictionary()

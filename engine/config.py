@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError, one_line
+from .plugins import UnknownPart
 
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 Latents = Annotated[int, Field(ge=1, lt=2**31)]  # a SparseCode's indices are int32
@@ -97,6 +98,8 @@ class SAEConfig(Config):
     one d_sae; the loss is the mean over prefixes of the squared error with no more than the first so many latents.
     `decoder="random"` freezes the random unit-norm decoder: the control.
     `parts`: further mechanisms by name, each with its settings (`parts.Part`); not with jumprelu, d_out or prefixes.
+
+        SAEConfig(d_in=768, d_sae=16384, activation="batchtopk", k=32)
     """
 
     d_in: Latents
@@ -184,6 +187,8 @@ class StreamConfig(Config):
     `cache`: a folder that `temposae cache` made. Activations are read from there, and it decides model, data, text_field,
     context and bos; `hook` is one of those that it holds. The model and its text are loaded for evaluation only.
     `activations`: a .npy, .safetensors or .pt file of activations from anywhere, [M, D] or [R, T, D], in place of a model.
+
+        StreamConfig(model="smollm2", data="text.txt", context=256)
     """
 
     model: str = "testbed"
@@ -252,6 +257,8 @@ class TrainConfig(Config):
     `held_out_rows`: on so many rows that training never sees, FVU and L0 are measured at the start and with every report, in
     held_out.jsonl. `log_positions`: metrics tell squared error and L0 of every position.
     `log`: where metrics go besides metrics.jsonl.
+
+        TrainConfig(tokens=10_000_000, batch=4096)
     """
 
     tokens: Count = 1_000_000
@@ -302,12 +309,31 @@ class EvalConfig(Config):
 
 
 class RunConfig(Config):
-    """A whole run, as `config.yaml` holds it."""
+    """A whole run, as `config.yaml` holds it. `plugins`: the files or modules that define its parts, where those are not
+    temposae's; they follow from the parts, and are to be named again when the run is loaded (`plugins`).
+
+        RunConfig(sae=SAEConfig(d_in=768, d_sae=4096), train=TrainConfig(tokens=2_000_000))
+    """
 
     stream: StreamConfig = StreamConfig()
     sae: SAEConfig
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    plugins: tuple[str, ...] = ()
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except UnknownPart as error:
+            named = values.get("plugins")
+            raise error.of(named if isinstance(named, list | tuple) else ()) from None
+
+    @model_validator(mode="after")
+    def _plugins_are_of_the_parts(self) -> "RunConfig":
+        from .parts import plugins_of
+
+        object.__setattr__(self, "plugins", plugins_of(self.sae) if self.sae.parts else ())  # it is frozen
+        return self
 
     @model_validator(mode="after")
     def _goes_together(self) -> "RunConfig":

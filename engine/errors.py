@@ -7,7 +7,13 @@ from pydantic import ValidationError
 
 
 class UserError(ValueError):
-    """A mistake in the input. The message is one line for the person who made it; the command line exits with 2."""
+    """A mistake in the input. The message is one line for the person who made it; the command line exits with 2.
+
+    try:
+        sae = ts.load(path)
+    except ts.UserError as error:
+        print(error)
+    """
 
 
 class Stopped(BaseException):

@@ -25,19 +25,65 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write, which then stands at `path`: all of it, or what was there before. Its mode follows the umask.
+
+    A link is followed. What is not a plain file, such as /dev/stdout, is written as it is.
+
+        with whole_file(folder / "report.md") as fresh:
+            fresh.write_text(text)
+    """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    fresh = path.with_name(f"{UNFINISHED}{path.name}")
+    try:
+        fresh.unlink(missing_ok=True)  # a kill may have left it
+        fresh.touch()
+        mode = fresh.stat().st_mode
+        yield fresh
+        fresh.chmod(mode)  # some libraries write to a temporary file that is only the owner's
+        flush(fresh)
+        fresh.replace(path)
+        flush(path.parent)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, all of it or nothing. Raises OSError."""
+    with whole_file(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+@contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill with files, which then stands at `folder`, with those above it: all of it or nothing."""
+    """A new folder to fill with files, which then stands at `folder`, with those above it: all of it or nothing. The files'
+    mode follows the umask."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.with_name(f"{UNFINISHED}{folder.name}-{secrets.token_hex(4)}")
     fresh.mkdir()
     try:
         yield fresh
+        follow_umask(fresh)
         for path in fresh.iterdir():
             flush(path)
         os.rename(fresh, folder)
         flush(folder.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the files of a folder the mode of a new file. safetensors writes files that only their owner may read."""
+    probe = folder / f"{UNFINISHED}mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(mode)
 
 
 def digest(path: Path) -> str:
@@ -72,6 +118,6 @@ def write_json(path: Path | None, values: Any) -> None:
     """Write `values`, if a path is given. Raises UserError where that fails."""
     if path is not None:
         try:
-            path.write_text(json.dumps(values, indent=1, default=str) + "\n")
+            write_text(path, json.dumps(values, indent=1, default=str) + "\n")
         except OSError as error:
             raise UserError(f"json: {path} can't be written ({error.strerror})") from None

@@ -11,7 +11,7 @@ import yaml
 
 from .config import Config, RunConfig, SweepConfig, read_yaml
 from .errors import UserError
-from .files import UNFINISHED
+from .files import UNFINISHED, write_text
 
 CONFIG, METRICS, HELD_OUT = "config.yaml", "metrics.jsonl", "held_out.jsonl"
 
@@ -22,9 +22,7 @@ def begin(folder: Path, settings: Config, name: str = CONFIG) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        fresh = folder / f"{UNFINISHED}{name}"
-        fresh.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
-        fresh.replace(folder / name)
+        write_text(folder / name, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     except OSError as error:
         raise UserError(f"out: {folder} can't be written ({error.strerror})") from None
 
@@ -69,9 +67,7 @@ def read_metrics(folder: Path, until: int | None = None, name: str = METRICS) ->
 
 def rewind(folder: Path, kept: list[dict[str, Any]], name: str = METRICS) -> None:
     """Leave in metrics.jsonl what is to be `kept`."""
-    fresh = folder / f"{UNFINISHED}{name}"
-    fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    fresh.replace(folder / name)
+    write_text(folder / name, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def report(folder: Path, line: dict[str, Any], name: str = METRICS) -> None:

@@ -7,7 +7,7 @@ A part has a name, settings of its own, and some of the methods below, each at o
 
 Parts that share a place act in the order in which the settings list them. Modules that decorate them with `part("name")` are
 imported when a name is first asked for: ours by its name, those of other packages by entry points of the group
-`temposae.parts`.
+`temposae.parts`. Others are plugins, which the user imports or names (`plugins`).
 """
 
 from collections.abc import Callable, Mapping
@@ -24,6 +24,7 @@ from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
 from .config import Config, SAEConfig
 from .errors import UserError, near
+from .plugins import UnknownPart, source
 
 if TYPE_CHECKING:
     from .composed import ComposedAutoencoder
@@ -31,10 +32,15 @@ if TYPE_CHECKING:
 
 OURS, GROUP = "temposae.variants.parts", "temposae.parts"
 _PARTS: dict[str, type["Part"]] = {}
+_INSTALLED: set[str] = set()  # kinds that entry points define
 
 
 class PartSettings(Config):
-    """Settings of a part; `kind` is its name."""
+    """Settings of a part; `kind` is its name.
+
+    class HalfSettings(PartSettings):
+        factor: float = 0.5
+    """
 
     kind: str
 
@@ -161,7 +167,10 @@ class Part(nn.Module):
     Shapes and units are those of `Seen`. What `acts` and `latents` return is never negative, and float32. `reads`: what it
     needs in training besides x and pos: "rows" (whole rows, stream.mode sequences; outside of training, too), "attribute",
     "second"; "f" for `seen.acts` and `seen.f`. `paces`: factors on the learning rate of its own parameters, by name.
-    `is_alone`: at most one of its kind.
+    `is_alone`: at most one of its kind. `part` shows one, docs/guides/parts.md all of the way.
+
+        @part("half")
+        class Half(Part): ...
     """
 
     kind: ClassVar[str]
@@ -222,9 +231,19 @@ P = TypeVar("P", bound=type[Part])
 
 
 def part(kind: str) -> Callable[[P], P]:
-    """Decorator: a part's name in settings."""
+    """Decorator: a part's name in settings. Raises UserError for a name that one of temposae's own parts has.
+
+    @part("half")
+    class Half(Part):
+        def acts(self, acts: Tensor, seen: Seen) -> Tensor:
+            return acts / 2
+    """
 
     def register(cls: P) -> P:
+        other = _PARTS.get(kind, cls)
+        if other.__module__ != cls.__module__ and (_is_ours(other) or _is_ours(cls)):
+            own = cls if _is_ours(other) else other
+            raise UserError(f"sae.parts: {kind} is temposae's own; {own.__module__}.{own.__name__} needs another name")
         cls.kind = kind
         _PARTS[kind] = cls
         return cls
@@ -236,11 +255,23 @@ def find(kind: str) -> type[Part]:
     """The part of this name. Raises UserError, with near matches, if there is none."""
     if kind not in _PARTS:
         import_module(OURS)
+        before = set(_PARTS)
         for entry in entry_points(group=GROUP):
             entry.load()
+        _INSTALLED.update(set(_PARTS) - before)
     if kind not in _PARTS:
-        raise UserError(f"sae.parts: {kind!r} is not allowed; {near(str(kind), sorted(_PARTS))}")
+        raise UnknownPart(str(kind), near(str(kind), sorted(_PARTS)))
     return _PARTS[kind]
+
+
+def plugins_of(sae: SAEConfig) -> tuple[str, ...]:
+    """What a user must name so that the parts of a dictionary are known: none for ours and for installed ones."""
+    own = [cls for one in sae.parts if not _is_ours(cls := find(one["kind"])) and cls.kind not in _INSTALLED]
+    return tuple(dict.fromkeys(place for cls in own if (place := source(cls)) is not None))
+
+
+def _is_ours(cls: type[Part]) -> bool:
+    return cls.__module__.startswith(OURS.rpartition(".")[0] + ".")
 
 
 def settled(given: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:

@@ -73,6 +73,9 @@ class SparseAutoencoder(nn.Module):
     [F, d_out] and b_dec [d_out], does not subtract b_dec, and its encoder starts as unit rows of its own. In memory both
     matrices are latent-major: W_enc.T and W_dec are contiguous. `encode` gives the dense f, `encode_sparse` the same as a
     `SparseCode`; a dictionary without a mask needs no positions.
+
+        sae = SparseAutoencoder(SAEConfig(d_in=768, d_sae=16384, k=32))
+        x_hat = sae(x)  # [..., D]; sae(x, pos) with a mask
     """
 
     threshold: Tensor  # jumprelu: of each latent, learned; batchtopk: of all, followed
@@ -199,6 +202,19 @@ class SparseAutoencoder(nn.Module):
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         """x_hat [..., D] for x [..., D]. Differentiable, as `encode` is; for a loss with its sparsity see `objective`."""
         return self.decode(self._code(x, pos)).to(x.dtype).view(*x.shape[:-1], -1)
+
+    def __repr__(self) -> str:
+        """Sizes in a line: SparseAutoencoder(topk, D = 768, F = 16384, K = 32, 25.2M parameters, float32 on cpu)."""
+        cfg = self.cfg
+        said = [cfg.activation, f"D = {cfg.d_in}{'' if cfg.d_out is None else f' to {cfg.d_out}'}", f"F = {cfg.d_sae}"]
+        said += [f"K = {cfg.k}"] if cfg.activation in ("topk", "batchtopk") else []
+        said += ["random decoder"] if cfg.decoder == "random" else []
+        said += [f"mask {cfg.mask.kind}"] if cfg.mask.kind != "none" else []
+        said += [f"parts {', '.join(one['kind'] for one in cfg.parts)}"] if cfg.parts else []
+        count = sum(parameter.numel() for parameter in self.parameters())
+        size = f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.1f}k"
+        said += [f"{size} parameters", f"{str(self.W_dec.dtype).removeprefix('torch.')} on {self.W_dec.device}"]
+        return f"{type(self).__name__}({', '.join(said)})"
 
     def fwd_hooks(
         self, hook: str, *, target: str | None = None, edit: Callable[[Tensor], Tensor] | None = None,

@@ -25,7 +25,7 @@ from .interchange.plain import bias_where
 from .loggers import Logger, open_loggers
 from .optim import Cohort, Learner, together
 from .parts import reads
-from .progress import progress_bar
+from .progress import percent, progress_bar
 from .sae import SparseAutoencoder
 from .signals import SIGNALS, stop_advice
 from .stream import ActivationStream, Batch, Own
@@ -38,7 +38,11 @@ CHECKPOINT_SECONDS = 600  # between checkpoints, where the settings don't say ho
 class Run:
     """What `train` gives back. `metrics`: one dict per report, as in metrics.jsonl. `random`: the control, if trained.
     `failed`: why it was stopped before its end, if it was. `held_out`: of arrays, the scores of both on
-    the rows kept apart. `massive`: the massive activations that were left out (`stream.norms.NormFilter.report`)."""
+    the rows kept apart. `massive`: the massive activations that were left out (`stream.norms.NormFilter.report`).
+
+        run = ts.train(stream, sae_config, out="runs/mine")
+        run.sae, run.random, run.metrics[-1]["fvu"]
+    """
 
     sae: SparseAutoencoder
     random: SparseAutoencoder | None
@@ -46,6 +50,20 @@ class Run:
     failed: str | None = None
     held_out: dict[str, dict[str, float]] | None = None
     massive: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        """Sizes and the last report's figures, in a line."""
+        said = [repr(self.sae)]
+        if self.metrics:
+            last = self.metrics[-1]
+            said.append(f"{last['tokens']:,} tokens in {last['step']:,} steps")
+            figures = [f"FVU {last['fvu']:.4f}", f"L0 {last['l0']:.1f}", f"{percent(last['dead_fraction'])} dead"]
+            said.append(", ".join(figures))
+            if "random" in last:
+                said.append(f"random control: FVU {last['random']['fvu']:.4f}")
+        if self.failed is not None:
+            said.append(f"failed: {self.failed}")
+        return f"Run({'; '.join(said)})"
 
 
 def train(
@@ -95,6 +113,10 @@ def train_together(
     schedules, seeds and numbers of tokens of their own; `train.batch` and `train.checkpoint_every_steps` are common to all.
     Those of one configuration step together. Each has a run folder `out`/NAME, and `out` keeps the place in the stream. One
     whose loss is no longer finite, or whose step can't be done, is stopped and named in its `Run.failed`; others go on.
+
+        sizes = {f"F{F}": RunConfig(sae=SAEConfig(d_in=stream.d_in, d_sae=F)) for F in (512, 1024)}
+        runs = train_together(stream, sizes, out="runs/sizes")
+        runs["F512"].sae
     """
     return _Training(stream, dictionaries, out, resume).run()
 
@@ -366,7 +388,7 @@ class _Training:
                 self._bar.note(f"{one.name} is stopped: {one.failed}")
         best = min(lines, key=lambda line: line["fvu"] if math.isfinite(line["fvu"]) else math.inf)
         shown = {"loss": f"{best['loss']:.3g}", "L0": f"{best['l0']:.1f}", "EV": f"{1 - best['fvu']:.3f}"}
-        shown |= {"dead": f"{best['dead_fraction']:.1%}"}
+        shown |= {"dead": percent(best["dead_fraction"])}
         shown |= {self.stream.source.label: "0%"} | {
             section: f"{share:.0%}" for section, share in times["time"].items()
         }

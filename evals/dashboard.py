@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
-from ..engine.files import UNFINISHED
+from ..engine.files import write_text
 from ..engine.progress import progress_bar
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.model import LanguageModel
@@ -120,12 +120,9 @@ def page(found: dict[str, Any]) -> str:
 
 def write(path: Path, found: dict[str, Any]) -> None:
     """Write the page to `path`: all of it or nothing. Raises UserError if the disk refuses."""
-    fresh = path.with_name(f"{UNFINISHED}{path.name}")
     try:
-        fresh.write_text(page(found), encoding="utf-8")
-        fresh.replace(path)
+        write_text(path, page(found))
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         raise UserError(f"out: {path} can't be written ({error.strerror})") from None
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .figures import COLOURS, MARKERS, SEVERAL, core_figures, legend_below, new_axes
+from .figures import COLOURS, MARKERS, SEVERAL, core_figures, frame, legend_below, new_axes, save_figure
 
 LABELS = {"sae": "dictionary", "llm": "LM activations"}
 CODERS = COLOURS | {"shuffled": "#CC79A7", "llm": "#000000"}
@@ -29,7 +29,7 @@ def draw_evals(
     drawn: dict[str, dict[str, str]] = {}
     for name in (name for name in makers if name in results):
         for file, figure in makers[name](results[name]).items():
-            figure.savefig(folder / f"{file}.png", dpi=160)
+            save_figure(figure, folder / f"{file}.png")
             drawn.setdefault(name, {})[f"{file}.png"] = figure.axes[0].get_title()
     return drawn
 
@@ -80,11 +80,13 @@ def _curves(
         return {}
     figure, axes = new_axes(3.7)
     axes.axhline(base, color="#bbbbbb", linewidth=1, zorder=0)
+    drawn = []
     for coder, line in lines.items():
         known = [(i, value) for i, value in enumerate(line) if value is not None]
         x, y = [xs[i] for i, _ in known], [value for _, value in known]
         style = {"color": CODERS.get(coder, "#777777"), "zorder": 3 if coder == "sae" else 2}
         axes.plot(x, y, marker=SHAPES.get(coder, "."), markersize=4.5, label=LABELS.get(coder, coder), **style)
+        drawn.append((x, y, style["color"]))
         if spread is not None:
             low, high = ([value + sign * (spread[coder][i] or 0) for i, value in known] for sign in (-1, 1))
             axes.fill_between(x, low, high, alpha=0.18, linewidth=0, **style)
@@ -92,6 +94,7 @@ def _curves(
     axes.xaxis.set_major_locator(FixedLocator(xs))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
+    frame(axes, drawn, y=(-1.0, 1.0))
     legend_below(figure, "band: one standard deviation over seeds" if spread else None)
     return {name: figure}
 

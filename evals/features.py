@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..engine.checkpoint import Checkpoint
 from ..engine.errors import UserError
+from ..engine.files import whole_file, write_text
 from ..engine.folder import check_free
 from ..engine.progress import progress_bar
 from ..engine.stream import ActivationStream, TokenRows
@@ -100,9 +101,7 @@ def encode(
             "min_activation": min_activation,
             **written,
         }
-        fresh = out / f".{MANIFEST}"
-        fresh.write_text(json.dumps(store, indent=1) + "\n")
-        fresh.rename(out / MANIFEST)
+        write_text(out / MANIFEST, json.dumps(store, indent=1) + "\n")
     except OSError as error:
         _remove(out, existed)
         raise UserError(f"out: {out} can't be written ({error.strerror or error})") from None
@@ -379,8 +378,8 @@ class _Lines(_Gathered):
         super().__init__(_GROUP, self._write)
         sums = [("squared_error", pa.float32()), ("squared_norm", pa.float32())]
         self.schema = pa.schema([*_places(), ("text", pa.string()), ("active", pa.int32()), *sums])
-        self.path, self.fresh = path, path.with_name(f".{path.name}")
-        self.file = pq.ParquetWriter(self.fresh, self.schema, compression="zstd")
+        self.place = whole_file(path)
+        self.file = pq.ParquetWriter(self.place.__enter__(), self.schema, compression="zstd")
 
     def _write(self, columns: dict[str, np.ndarray]) -> None:
         import pyarrow as pa
@@ -390,12 +389,11 @@ class _Lines(_Gathered):
     def __enter__(self) -> "_Lines":
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
+    def __exit__(self, *failure: Any) -> None:
+        if failure[0] is None:
             self.flush()
         self.file.close()
-        if kind is None:
-            self.fresh.rename(self.path)
+        self.place.__exit__(*failure)
 
 
 class _Features(_Gathered):
@@ -416,8 +414,8 @@ class _Features(_Gathered):
         order = np.argsort(columns["latent"], kind="stable")  # the text's order is that of document, row and position
         table = pa.table({name: column[order] for name, column in columns.items()}, schema=self.schema)
         name = f"part-{len(self.parts):05d}.parquet"
-        pq.write_table(table, self.folder / f".{name}", compression="zstd", row_group_size=_GROUP)
-        (self.folder / f".{name}").rename(self.folder / name)
+        with whole_file(self.folder / name) as fresh:
+            pq.write_table(table, fresh, compression="zstd", row_group_size=_GROUP)
         self.parts.append(f"{FEATURES}/{name}")
         self.entries += len(order)
 

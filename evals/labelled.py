@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
+from ..engine import online
 from ..engine.errors import UserError, near
 
 PER_CLASS = (
@@ -160,6 +161,7 @@ def _key(value: Any) -> str:
 def _from_hub(
     name: str, published: _Published, folder: str | None, per_class: int, draw: np.random.Generator
 ) -> list[tuple[str, str]]:
+    why = online.why_not() if folder is None else None  # asked before `datasets` reads whether it may ask the hub
     import datasets
 
     root = f"hf://datasets/{published.repo}" if folder is None else Path(folder).expanduser()
@@ -170,7 +172,7 @@ def _from_hub(
             rows = (row for stored_row in stored for row in published.rows(stored_row) if row[1] in classes)
             found += _first(_drawn(rows, draw), classes, per_class, published.sides)
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = why or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(
                 f"sets: {name} can't be read from {root} ({reason}); download {published.repo} with its folders, "
                 f"and give {name}?path=FOLDER"

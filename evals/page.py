@@ -15,8 +15,6 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from ..engine.files import UNFINISHED
-
 NOTHING = "–"  # a figure that there is not
 _SPECIAL = re.compile(r"[\\`*|<>&\[\]~#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
@@ -74,13 +72,6 @@ def html(markdown: str, folder: Path, title: str) -> str:
         f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"{md.renderer.render(tokens, md.options, {})}</main>\n</body>\n</html>\n"
     )
-
-
-def put(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    fresh = path.with_name(f"{UNFINISHED}{path.name}")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
 
 
 def anchor(heading: str) -> str:

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..engine.checkpoint import Checkpoint
-from ..engine.files import UNFINISHED
+from ..engine.files import UNFINISHED, write_text
 from ..engine.folder import read_metrics
-from ..engine.progress import progress_bar
+from ..engine.progress import percent, progress_bar
 from .eval_figures import draw_evals
-from .page import NOTHING, anchor, html, number, plain, put, table
+from .page import NOTHING, anchor, html, number, plain, table
 from .sections import ASKS, CONTROLS, PICTURES, at, section, shown
 from .suite import EVALS
 
 MARK = "†"
 KNOW = "What to know first"
+WORTH_A_WORD = 0.001  # share of dead latents from which on a reader must know of them
 
 
 class Score(NamedTuple):
@@ -86,7 +87,7 @@ def write_report(run: Path, found: Checkpoint, version: int) -> Path:
         bar.advance(sum(map(len, figures.values())))
         title, markdown = compose(_facts(run, found, results), results, left_out, figures)
         for name, text in (("report.md", markdown), ("report.html", html(markdown, run, title))):
-            put(run / name, text)
+            write_text(run / name, text)
             bar.advance(1)
     return run / "report.md"
 
@@ -111,9 +112,7 @@ def compose(
         table([plain(name) for name in facts], [[plain(value) for value in facts.values()]], range(len(facts))),
         " · ".join(f"[{plain(place)}](#{anchor(place)})" for place in places),
         f"## {KNOW}",
-        "\n".join(f"- {note}" for note in notes)
-        or "Nothing: no control reaches a score, every score is there, no eval "
-        "warns or was skipped, and no latent is dead.",
+        "\n".join(f"- {note}" for note in notes) or _nothing(results),
         "## Scores at a glance",
         *_glance(lines),
     ]
@@ -203,15 +202,25 @@ def _notes(results: dict[str, dict[str, Any]], lines: dict[str, list[Line]], lef
         warnings = [*result.get("warnings", []), order.get("ailing")]
         warnings.append(f"order probing was skipped: {order['skipped']}" if "skipped" in order else None)
         notes += [f"**{plain(name)}**: {plain(warning)}" for warning in warnings if warning]
-    if dead := at(results, "core.dead_fraction"):
+    if (dead := at(results, "core.dead_fraction")) and dead >= WORTH_A_WORD:
         tokens = number(at(results, "core.tokens"))
-        notes.append(f"{dead:.1%} of the latents are dead: they fire on none of {tokens} held-out tokens")
+        notes.append(f"{percent(dead)} of the latents are dead: they fire on none of {tokens} held-out tokens")
     if lines and not any("random" in line.controls for of in lines.values() for line in of):
         reasons = dict.fromkeys(r["no_random_control"] for r in results.values() if r.get("no_random_control"))
         why = f" ({plain(', '.join(reasons))})" if reasons else ""
         notes.append(f"No random control{why}: how much an untrained decoder has of these scores is not known")
     notes += [f"**{plain(n)}** was skipped: {plain(r['skipped'])}" for n, r in results.items() if "skipped" in r]
     return notes + [f"The result of **{plain(name)}** is left out: {plain(why)}" for name, why in left_out.items()]
+
+
+def _nothing(results: dict[str, dict[str, Any]]) -> str:
+    """That there is nothing to know first, of what was measured."""
+    if not results:
+        return "Nothing was measured."
+    said = ["no control reaches a score", "every score is there", "no eval warns or was skipped"]
+    if "core" in results:
+        said.append("no latent is dead" if not at(results, "core.dead_fraction") else "hardly a latent is dead")
+    return f"Nothing: {', '.join(said[:-1])} and {said[-1]}."
 
 
 def _glance(lines: dict[str, list[Line]]) -> list[str]:
@@ -234,11 +243,14 @@ def _glance(lines: dict[str, list[Line]]) -> list[str]:
         for i, line in enumerate(of)
     ]
     headings = ("eval", "score", "dictionary", *map(plain, controls), "reached by")
-    return [
-        table(headings, rows, (0, 1, len(headings) - 1)),
-        f"{MARK} A control (bold) is as good: the score says nothing about the dictionary. L0, retained and absorption are "
-        f"never marked, as neither more nor less of them is better. {NOTHING} stands for a figure that there is not.",
+    reached = any(line.reached_by for of in lines.values() for line in of)
+    unmarked = [s.label for name in lines for s in SCORES.get(name, ()) if not s.better]
+    legend = [
+        f"{MARK} A control (bold) is as good: the score says nothing about the dictionary." if reached else "",
+        f"Never marked, as neither more nor less is better: {', '.join(unmarked)}." if unmarked else "",
+        f"{NOTHING} stands for a figure that there is not." if lines else "",
     ]
+    return [table(headings, rows, (0, 1, len(headings) - 1)) if lines else "", " ".join(filter(None, legend))]
 
 
 def _time(results: dict[str, dict[str, Any]]) -> list[str]:

@@ -11,7 +11,7 @@ from ..engine import checkpoint
 from ..engine.checkpoint import Checkpoint
 from ..engine.config import EvalConfig, TrainConfig
 from ..engine.errors import UserError
-from ..engine.files import UNFINISHED
+from ..engine.files import write_text
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream
 from ..engine.stream.own import held_out_scores
@@ -243,9 +243,7 @@ def _kept(run: Path, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
 
 def _write(path: Path, found: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{UNFINISHED}{path.name}")
-    fresh.write_text(json.dumps(found, indent=1) + "\n")
-    fresh.replace(path)
+    write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def _train_control(found: Checkpoint, sae: SparseAutoencoder, stream: ActivationStream) -> SparseAutoencoder:

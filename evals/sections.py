@@ -114,7 +114,7 @@ def _sparse_probing(result: dict[str, Any]) -> list[str]:
         for label, of in scores["classes"].items()
     ]
     return [
-        f"The standard error of top 1 is {number(result['top_1_error'])}.",
+        "" if result["top_1_error"] is None else f"The standard error of top 1 is {number(result['top_1_error'])}.",
         table(("set", "read from", *(f"top {k}" for k in ks), "all"), rows, (0, 1)),
         PICTURES,
         "### By class",
@@ -227,8 +227,12 @@ def _unlearning(result: dict[str, Any]) -> list[str]:
     found = [
         f"Questions that the model knows: {number(questions['forget'])} to forget, {number(questions['retain'])} to "
         f"retain, each in {number(result['answer_orders'])} order(s) of answers. Mean norm of the activations: "
-        f"{number(result['activation_norm'])}. The best setting adds {number(result['loss_increase'])} nats per token "
-        "to the loss on text to retain.",
+        f"{number(result['activation_norm'])}."
+        + (
+            ""
+            if result["loss_increase"] is None
+            else f" The best setting adds {number(result['loss_increase'])} nats per token to the loss on text to retain."
+        ),
         _beside(result, {"score": "score", "retained": "retained"}),
     ]
     reasons = [f"- {plain(name)} scores 0: {plain(one['reason'])}" for name, one in every.items() if one.get("reason")]

@@ -95,13 +95,13 @@ OPTIONS = {
     "data binary": ("--data binary.txt", ("data", "binary.txt", "UTF-8")),
     "data binary jsonl": ("--data binary.jsonl", ("data", "binary.jsonl", "line 1")),
     "data too short": ("--data short.txt", ("data", "short.txt", "at least 2 rows")),
-    "dataset of the hub, offline": ("--data someone/stories", ("data", "'someone/stories'", "can't be loaded")),
+    "dataset of the hub, offline": ("--data a/stories", ("data: 'a/stories' can't be loaded", "HF_HUB_OFFLINE", "local")),
     "out not empty": ("--out full", ("out", "full", "not empty", "new folder")),
     "out is a file": ("--out short.txt", ("out", "short.txt", "new folder")),
     "out below a file": ("--out short.txt/run", ("out", "short.txt/run", "can't be written")),
     "json in a missing folder": ("--json nowhere/f.json", ("json", "nowhere/f.json", "folder that exists")),
     "json is a folder": ("--json folder", ("json", "folder", "give a file")),
-    "resume without out": ("--resume", ("resume", "--out")),
+    "resume without out": ("--resume", ("resume: give --out FOLDER", "the run to go on with")),
     "resume of what is no run": ("--resume --out full", ("resume", "full", "config.yaml")),
     "resume of nothing": ("--resume --out nowhere", ("resume", "nowhere", "config.yaml")),
 }  # fmt: skip
@@ -148,9 +148,42 @@ def test_out_of_memory(error: Exception, place: Path, monkeypatch: pytest.Monkey
     refused(place, argv, ("memory", "smaller", "sae.d_sae"))
 
 
-def test_hub_model_offline_is_not_taken_for_a_typing_error(place: Path) -> None:
+@pytest.mark.parametrize("command", ["", "train", "eval", "bench", "bench step", "testbed sample", "doctor"])
+def test_every_command_has_a_short_help_and_the_version(command: str) -> None:
+    for option, shows in (("-h", "Usage:"), ("--version", f"temposae {temposae.__version__}")):
+        code, out, err = run(*command.split(), option)
+        assert (code, err) == (0, "")
+        assert out.startswith(shows)
+
+
+@pytest.mark.parametrize("command", ["train", "cache", "eval", "features", "dashboard", "run", "campaign"])
+def test_help_names_every_kind_of_text(command: str) -> None:
+    shown = " ".join(run(command, "--help").out.split())
+    assert all(kind in shown for kind in (".txt", ".jsonl", ".parquet", ".npy", "dataset"))
+
+
+def test_names_with_brackets_and_colons_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    from temposae.cli import tables
+
+    scores = {
+        "explained_variance": 0.5,
+        "ce_recovered": 0.5,
+        "ce_recovered_over_mean": 0.5,
+        "l0": 3.0,
+        "dead_fraction": 0.0,
+    }
+    controls = {"controls": {"[red]x[/red]": {**scores, "top": 0.5}}}
+    tables.core_table(scores | controls, "of model [v2]/[/x] :smile:")
+    tables.scores_table({"top": 0.5, **controls}, "at [bold]hook")
+    tables.runs_table({"dictionaries": {"[/a]": scores | controls}, "model": "[m]"})
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("[v2]/[/x]", ":smile:", "[red]x[/red]", "at [bold]hook", "[/a]", "of [m]"))
+
+
+def test_hub_model_offline_is_refused_at_once_and_is_not_taken_for_a_typing_error(place: Path) -> None:
     argv = ("train", "--model", "google/gemma-2-2b", "--out", "fresh")
-    refused(place, argv, ("model", "'google/gemma-2-2b'", "can't be loaded"))
+    words = ("model", "'google/gemma-2-2b'", "can't be loaded", "HF_HUB_OFFLINE is set", "local", "testbed", "smollm2")
+    refused(place, argv, words)
     assert "did you mean" not in run(*argv).err
 
 

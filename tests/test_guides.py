@@ -28,6 +28,7 @@ SMALL = {
         "held_out_rows: 64": "held_out_rows: 4", "[16384, 65536]": "[64, 128]",
         "[32, 64, 128]": "[4, 8]", "d_sae65536_k64": "d_sae128_k8",
     },
+    "parts": {"d_sae: 1024": "d_sae: 64", "tokens: 500000": "tokens: 8192"},
     "kernels": {"--n 8192": "--n 64", "--d 2304": "--d 32", "--f 65536": "--f 128", "--k 64": "--k 4"},
 }  # fmt: skip
 
@@ -73,12 +74,12 @@ def test_every_block_of_a_librarys_guide_runs_and_learns(name, tmp_path, monkeyp
     assert names["theirs"] is not None
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param("parts", marks=pytest.mark.slow), "gemma", "kernels"])
 def test_every_block_of_a_guide_runs(name, tmp_path, monkeypatch):
     documents = run("testbed", "sample", "--count", "600").out
     (tmp_path / "text.txt").write_text(documents)
     run_page(shortened(name, (FOLDER / f"{name}.md").read_text()), monkeypatch, tmp_path)
-    left = {"gemma": "for_saelens/cfg.json", "kernels": "trace.json"}[name]
+    left = {"gemma": "for_saelens/cfg.json", "kernels": "trace.json", "parts": "copy/checkpoint.json"}[name]
     assert (tmp_path / left).stat().st_size > 0
 
 

@@ -76,6 +76,8 @@ def accelerate(obj: T) -> T:
     it is, with a warning that names it. Raises UserError, and leaves the object as it is, for a class that can't be
     accelerated, and for parameters without values (meta), not contiguous, sharing memory, of several dtypes or on several
     devices.
+
+        trainer = accelerate(trainer)
     """
     if is_accelerated(obj):
         return obj
@@ -93,7 +95,10 @@ def accelerate(obj: T) -> T:
 
 
 def deaccelerate(obj: T) -> T:
-    """Let an object be of its own class again; returns it."""
+    """Let an object be of its own class again; returns it.
+
+    deaccelerate(accelerate(sae))  # as it was
+    """
     if is_accelerated(obj):
         for part in _parts(obj, type(obj))[0]:
             if is_accelerated(part):
@@ -105,7 +110,11 @@ def deaccelerate(obj: T) -> T:
 
 @contextmanager
 def accelerated(obj: T) -> Iterator[T]:
-    """`accelerate` within a block; one that is accelerated already stays so."""
+    """`accelerate` within a block; one that is accelerated already stays so.
+
+    with accelerated(sae):
+        sae(x)
+    """
     was = is_accelerated(obj)
     try:
         yield accelerate(obj)

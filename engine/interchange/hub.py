@@ -5,6 +5,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .. import online
 from ..config import SAEConfig
 from ..errors import UserError
 from .places import Where
@@ -29,6 +30,7 @@ def fetch(name: str) -> Path:
     found = NAME.fullmatch(name)
     assert found is not None
     repo, folder, revision = found["repo"], PurePosixPath(found["folder"] or "."), found["revision"]
+    online.why_not()  # where it can't be reached, this fails at once
     try:
         files = [PurePosixPath(file) for file in HfApi().list_repo_files(repo, revision=revision)]
         here = [file for file in files if file.parent == folder]
@@ -42,8 +44,7 @@ def fetch(name: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # its errors are of httpx, OSError and ValueError, by turns
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"sae: {name} is no folder here, and can't be had from the hub ({why})") from None
+        raise UserError(f"sae: {name} is no folder here, and can't be had from the hub ({_reason(error)})") from None
 
 
 def upload(folder: Path, name: str, card: str, *, private: bool = False) -> str:
@@ -53,14 +54,23 @@ def upload(folder: Path, name: str, card: str, *, private: bool = False) -> str:
 
     repo, within = _target(name)
     hub = HfApi()
+    online.why_not()
     try:
         hub.create_repo(repo, private=private, exist_ok=True)
         (folder / "README.md").write_text(card)
         done: Any = hub.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=within)
     except Exception as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"to: {name} can't be written on the hub ({why})") from None
+        raise UserError(f"to: {name} can't be written on the hub ({_reason(error)})") from None
     return str(getattr(done, "repo_url", done))
+
+
+def _reason(error: Exception) -> str:
+    """Why the hub refused, in one line."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled) and (why := online.why_not()) is not None:
+        return why
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _target(name: str) -> tuple[str, str | None]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..config import Config, Count, StreamConfig
 from ..errors import UserError
-from ..files import UNFINISHED, flush
+from ..files import UNFINISHED, whole_file
 from ..progress import progress_bar
 from .buffer import PLACES, Batch
 from .live import Live, packs
@@ -430,19 +430,12 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _write(folder: Path, file: str, chunks: Any) -> int:
     """Write a file beside its place and move it there once it is on the disk; gives its size."""
-    path, fresh = folder / file, folder / (UNFINISHED + file)
+    path = folder / file
     try:
-        try:
-            with fresh.open("wb") as out:
-                for chunk in chunks:
-                    out.write(chunk)
-                out.flush()
-                os.fsync(out.fileno())
-                size = out.tell()
-            os.replace(fresh, path)
-            flush(folder)
-        finally:
-            fresh.unlink(missing_ok=True)
+        with whole_file(path) as fresh, fresh.open("wb") as out:
+            for chunk in chunks:
+                out.write(chunk)
+            size = out.tell()
     except OSError as error:
         raise UserError(
             f"out: {path} can't be written ({error.strerror}); what was written before is whole, and --resume goes on "

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from .. import online
 from ..errors import UserError, near
 
 LONGEST = 2**22  # bytes of a document in a .txt file; a file without blank lines is cut at the end of a line
@@ -186,13 +187,14 @@ class Dataset:
     """A folder or a name, as Hugging Face `datasets` streams it. In a folder of .txt files blank lines part documents."""
 
     def __init__(self, data: str, path: Path, text_field: str):
+        is_here = path.is_dir() or online.why_not() is None  # asked before `datasets` reads whether it may ask the hub
         import datasets
 
         self.name = data
         options = {}
         if path.is_dir() and {file.suffix for file in path.rglob("*")} & _FOLDER == {".txt"}:
             options["sample_by"] = "paragraph"  # without it each line is a document
-        with _reading(data, "can't be loaded"):
+        with _reading(data, "can't be loaded", is_here):
             self._rows: Any = datasets.load_dataset(
                 str(path) if path.is_dir() else data, split="train", streaming=True, **options
             )
@@ -215,13 +217,15 @@ def _shorter(name: str, start: int) -> UserError:
 
 
 @contextmanager
-def _reading(name: str, what: str = "can't be read") -> Iterator[None]:
-    """One line for whatever a library raises over a text."""
+def _reading(name: str, what: str = "can't be read", is_here: bool = True) -> Iterator[None]:
+    """One line for whatever a library raises over a text, which may be on a hub that can't be reached."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        if not is_here:
+            raise UserError(online.unreachable("data", name, "a local file or folder")) from error
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"data: {name!r} {what} ({type(error).__name__}: {reason})") from error
 

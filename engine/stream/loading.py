@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import online
 from ..errors import UserError, near
 
 TESTBED = Path(__file__).resolve().parent.parent / "testbed" / "model"
@@ -36,6 +37,11 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
         raise UserError(f"model: {name!r} is not allowed; give testbed, smollm2, a hub name or a folder")
     if not looks_local and name not in BUILT_IN and (close := get_close_matches(name, BUILT_IN, 1, 0.8)):
         raise UserError(f"model: {name!r} is not allowed; did you mean {close[0]}?")  # no need to ask over a network
+    from_hub = not looks_local and name not in BUILT_IN
+    unreachable = from_hub and online.why_not() is not None and not online.is_cached(name)
+    refusal = UserError(online.unreachable("model", name, "a local Hugging Face folder, testbed or smollm2"))
+    if unreachable and "/" in name:  # a name without one may be transformer_lens' word for a model in the cache
+        raise refusal
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformer_lens.model_bridge import TransformerBridge
     from transformers.utils import logging
@@ -57,6 +63,8 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
                     options["model_class"] = keeping
             bridge = TransformerBridge.boot_transformers(where, **options)
     except Exception as error:  # whatever the libraries raise for a name that can't be had, the person gets one line
+        if unreachable:
+            raise refusal from error
         reason = " ".join(str(error).split())[:200]
         known = [] if looks_local or name in BUILT_IN else _known_names()
         hint = f"; {near(name, known)}" if known and name not in known else ""

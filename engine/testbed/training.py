@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from ..files import follow_umask, write_text
 from ..host import tune_host
 from ..progress import progress_bar
 from . import language as lang
@@ -91,5 +92,6 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer(language).save_pretrained(out)
-    (out / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
+    follow_umask(out)
+    write_text(out / "quality.json", json.dumps(quality, indent=1) + "\n")
     return quality

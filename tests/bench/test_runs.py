@@ -23,6 +23,7 @@ def test_json_and_table(tmp_path: Path) -> None:
     for name, of in steps.items():
         assert of["samples"] == 2
         assert of["ms_p20"] <= of["ms"] <= of["ms_p80"]
+        assert of["cpu_ms"] > 0
         assert f"| {name} " in out
     assert campaign["ratio"] == pytest.approx(campaign["one_by_one_s"] / campaign["together_s"])
     assert campaign["runs"] == 3
@@ -45,4 +46,4 @@ def test_a_slow_part_shows_in_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_preset_is_named() -> None:
     code, _, err = run("bench", "runs", "--preset", "huge")
     assert code == 2
-    assert "preset: 'huge' is not allowed; there are tiny, cpu, gpu" in err
+    assert "preset: 'huge' is not allowed; there are tiny, cpu, testbed, gpu" in err

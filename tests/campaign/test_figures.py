@@ -13,6 +13,7 @@ from temposae.campaign.figures import draw, missing
 from temposae.campaign.panels import Drawing
 from temposae.campaign.saved import Saved
 from temposae.engine.errors import UserError
+from temposae.evals.figures import DPI
 
 from .. import commandline
 from . import made_up
@@ -99,8 +100,9 @@ def test_every_figure_that_the_logs_name_is_written(folder: Path):
     assert missing(folder) == {}
     for path in drawn:
         width, height = struct.unpack(">II", path.read_bytes()[16:24])
-        assert width in (5.2 * 160, 7 * 160)
-        assert 200 < height < 1000
+        assert width in (5.2 * DPI, 7 * DPI)
+        assert 1.2 * DPI < height < 6.5 * DPI
+        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
 
 
 @pytest.mark.parametrize("log", ["A", "E"])

@@ -215,10 +215,29 @@ def test_each_of_several_sets_and_every_warning_is_told(results):
     assert any(note.startswith("- 12.5% of the latents are dead") for note in notes)
 
 
+WORDS = {
+    "core": ("dead", "KL recovered"), "unlearning": ("retained", "unlearning"),
+    "absorption": ("absorption",), "sparse_probing": ("top 1", "sparse_probing"), "positions": ("specialization",),
+    "clusters": ("cluster",), "ground_truth": ("ground_truth",), "scr": ("scr",), "tpp": ("tpp",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("measured_alone", [(), *((name,) for name in WORDS), ("core", "tpp"), ("unlearning", "scr")])
+def test_nothing_is_said_of_what_was_not_measured(results, measured_alone):
+    only = {name: results[name] for name in measured_alone}
+    _, markdown = compose(FACTS, only, {}, {})
+    said = [line for line in markdown.splitlines() if not line.startswith("Not measured: ")]
+    for name in WORDS.keys() - set(measured_alone):
+        for word in WORDS[name]:
+            assert not [line for line in said if re.search(rf"\b{word}\b", line)], word
+    if not only:
+        assert "Nothing was measured." in markdown
+
+
 def test_where_there_is_nothing_to_know_a_sentence_says_so(results):
     result = results["tpp"] | {"score": 0.5, "reached_by": []}
     assert told(compose(FACTS, {"tpp": result}, {}, {})[1]) == [
-        "Nothing: no control reaches a score, every score is there, no eval warns or was skipped, and no latent is dead."
+        "Nothing: no control reaches a score, every score is there and no eval warns or was skipped."
     ]
     result["controls"].pop("random")
     assert "No random control" in told(compose(FACTS, {"tpp": result}, {}, {})[1])[0]

@@ -117,9 +117,7 @@ def test_it_looks_along_rows_only_if_it_says_so(kind, made, rows):
 
 
 def test_unknown_parts_are_named(made):
-    with pytest.raises(
-        UserError, match="sae.parts: 'position_embeding' is not allowed; did you mean position_embedding"
-    ):
+    with pytest.raises(UserError, match="sae.parts: 'position_embeding' is not known; did you mean position_embedding"):
         made("position_embeding")
     with pytest.raises(UserError, match="sae.parts.position_embedding.scale: -1 is not allowed"):
         made("position_embedding", scale=-1)

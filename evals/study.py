@@ -1,0 +1,155 @@
+"""What is done with a trained dictionary from Python: `temposae.evaluate` and `temposae.dashboard`; and where it is done."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..engine import checkpoint
+from ..engine.checkpoint import Checkpoint, Loaded
+from ..engine.config import StreamConfig
+from ..engine.errors import UserError
+from ..engine.interchange.places import stream_settings
+from ..engine.sae import SparseAutoencoder
+from ..engine.stream import ActivationStream, LanguageModel
+from ..engine.train import Run
+from . import dashboard as board
+from .run import evaluate as measure
+from .suite import EVALS, load_eval
+
+Dictionary = str | Path | SparseAutoencoder | Run
+BUFFERLESS: dict[str, Any] = {"mode": "tokens", "buffer_tokens": None, "buffer_gb": None}  # where no batch is drawn
+
+
+def evaluate(
+    sae: Dictionary,
+    evals: str | Sequence[str] = "core",
+    *,
+    stream: ActivationStream | None = None,
+    model: str | None = None,
+    layer: int | None = None,
+    hook: str | None = None,
+    data: str | None = None,
+    seed: int = 0,
+    sets: Sequence[str] = (),
+    files: Mapping[str, Sequence[str]] | None = None,
+    fresh: bool = False,
+    rows: int | None = None,
+    control: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Measure a dictionary beside its controls, as `temposae eval` does; returns the results by eval.
+
+        scores = ts.evaluate("runs/mine")["core"]
+        scores["explained_variance"], scores["controls"]["random"]["explained_variance"]
+        ts.evaluate("runs/mine", ["core", "sparse_probing"])
+        ts.evaluate(sae, stream=stream)  # a dictionary or a `Run` in hand
+
+    `sae`: a run folder, a checkpoint, another library's folder or a name on the hub (as for `load`); or a dictionary or
+    `Run` in hand, which needs a `stream`. `evals`: a name, several, or "all" (docs/evals.md lists them). `model`, `layer`,
+    `hook` and `data` say where to measure instead of where it was trained, or a `stream` does. The others are the options of
+    `temposae eval`. Results of a run folder, measured where it was trained, are kept there with
+    a report.
+
+    Raises UserError for an eval that is not known, and where a dictionary doesn't fit the stream.
+    """
+    names = list(EVALS) if evals == "all" else [evals] if isinstance(evals, str) else list(evals)
+    for name in names:
+        load_eval(name)
+    with tempfile.TemporaryDirectory() as work:
+        found = _found(sae, stream, Path(work))
+        elsewhere = stream is not None or any(option is not None for option in (model, layer, hook, data))
+        run = None if elsewhere or not isinstance(sae, str | Path) or Path(sae).expanduser() == found.folder else sae
+        where = stream or stream_of(found, model, layer, hook, data, tokens=100_000)
+        kept = None if run is None else Path(run).expanduser()
+        return measure(
+            found, where, kept, names, seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, control=control
+        )
+
+
+def dashboard(
+    sae: Dictionary,
+    out: str | Path | None = None,
+    *,
+    latents: Sequence[int] | None = None,
+    count: int = 100,
+    rows: int = 1024,
+    stream: ActivationStream | None = None,
+    model: str | None = None,
+    layer: int | None = None,
+    hook: str | None = None,
+    data: str | None = None,
+) -> dict[str, Any]:
+    """Look at latents one by one: how often and where in a row each fires, on which texts, and what it does to the logits.
+
+        ts.dashboard("runs/mine", "page.html", count=50)
+        shown = ts.dashboard(run, stream=stream, latents=[3, 17])
+        shown["latents"][0]["strongest"][0]
+
+    Returns the figures in plain numbers (`evals.dashboard.dashboard` lists them), and with `out` writes them as a page, one
+    HTML file. `latents`, or `count` of them spread over the ranks of firing rate, are looked at on held-out `rows`.
+    `evaluate` says what `sae` and the other arguments may be. Raises UserError for latents that there are not, and where a
+    dictionary doesn't fit the stream.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        found = _found(sae, stream, Path(work))
+        where = stream or stream_of(found, model, layer, hook, data, tokens=1, **BUFFERLESS)
+        held = found.dictionary()
+        chosen = None if latents is None else board.numbers(",".join(map(str, latents)), held.cfg.d_sae)
+        name = Path(sae).expanduser().resolve().name if isinstance(sae, str | Path) else type(sae).__name__
+        shown = board.dashboard(where, held, name=name, latents=chosen, count=count, rows=rows)
+    if out is not None:
+        board.write(Path(out).expanduser(), shown)
+    return shown
+
+
+def _found(sae: Dictionary, stream: ActivationStream | None, work: Path) -> Checkpoint:
+    """The checkpoint of a dictionary; one in hand is saved to `work`."""
+    if isinstance(sae, str | Path):
+        return checkpoint.find(Path(sae).expanduser())
+    if stream is None:
+        raise UserError(
+            "stream: needed for a dictionary in hand; give an ActivationStream, or a run folder in its place"
+        )
+    held = {"sae": sae.sae, "random": sae.random} if isinstance(sae, Run) else {"sae": sae}
+    checkpoint.write(
+        work / "sae", 0, {name: (one.cfg, one.state_dict()) for name, one in held.items() if one is not None}
+    )
+    return checkpoint.find(work / "sae")
+
+
+def stream_of(
+    found: Checkpoint, model: str | None, layer: int | None, hook: str | None, data: str | None, *,
+    tokens: int, **settings: Any,
+) -> ActivationStream:  # fmt: skip
+    """The stream that a dictionary was trained on, with what the options and `settings` change of it. Where another library
+    saved it, what its folder says of model and hook is used, and told."""
+    found.expect("sae")
+    run, said = found.run, stream_settings(found.where)
+    if run is not None and run.stream.activations is not None and model is None:
+        raise UserError(
+            f"model: {found.folder} was trained on {run.stream.activations}, without a model; give --model, and "
+            "--hook or --layer"
+        )
+    if model is None and said.get("model") is None:
+        at = said.get("hook")
+        unsaid = f"says {at}, but not of which model" if at else "does not say what it was trained on"
+        raise UserError(f"model: {found.folder} {unsaid}; give --model{'' if at else ', and --hook or --layer'}")
+    trained_on = run.stream if run is not None else StreamConfig(**said)
+    drop = {"activations"} | ({"hook"} if layer is not None or not said else set())
+    given: dict[str, Any] = {k: v for k, v in {"model": model, "hook": hook, "data": data}.items() if v is not None}
+    config = StreamConfig(**(trained_on.model_dump(exclude=drop) | given | settings))
+    if any(option is not None for option in (model, layer, hook, data)):
+        config = config.model_copy(update={"cache": None})  # another model, place or text than it holds
+    if isinstance(found, Loaded):
+        used = {name: said[name] for name in ("model", "hook", "data") if said.get(name) is not None}
+        used = [f"{name} {value}" for name, value in used.items() if value == getattr(config, name)]
+        if used:
+            print(f"{found.folder} says: {', '.join(used)}")
+    lm = LanguageModel(config.model, hook=config.hook, layer=layer)
+    if config.target is not None:
+        lm.use(hooks=[lm.hook, lm.place(config.target)])
+    seed = run.train.seed if run is not None else 0
+    stream = ActivationStream(config, tokens=tokens, seed=seed, model=lm)
+    if model is None and layer is None and hook is None:
+        stream.norms.load_report(found.massive)
+    return stream

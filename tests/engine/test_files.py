@@ -1,0 +1,76 @@
+"""Files are written whole or not at all, and those who may read other new files may read them."""
+
+import os
+from pathlib import Path
+
+import pytest
+from temposae import SAEConfig, SparseAutoencoder, save
+from temposae.engine import interchange
+from temposae.engine.files import UNFINISHED, whole_file, write_json, write_text
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
+def umask(request: pytest.FixtureRequest):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def modes(folder: Path) -> set[int]:
+    return {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_file_has_the_mode_of_a_new_one(umask, tmp_path):
+    sae = SparseAutoencoder(SAEConfig(d_in=6, d_sae=20, activation="jumprelu", k=3))
+    save(sae, tmp_path / "own")
+    for library in ("saelens", "dictionary_learning", "gemma-scope"):
+        interchange.write(sae, tmp_path / library, library)
+    write_json(tmp_path / "a.json", {})
+    with whole_file(tmp_path / "private") as fresh:
+        fresh.unlink()
+        os.close(os.open(fresh, os.O_CREAT | os.O_WRONLY, 0o600))  # as tempfile makes them
+    assert modes(tmp_path) == {0o666 & ~umask}
+
+
+def test_a_file_stays_as_it_was_where_writing_fails(tmp_path):
+    write_text(tmp_path / "a", "before")
+
+    def half() -> None:
+        with whole_file(tmp_path / "a") as fresh:
+            fresh.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        half()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "before"
+
+
+def test_what_a_kill_left_is_no_hindrance(tmp_path):
+    (tmp_path / f"{UNFINISHED}a").write_text("half of something longer than what comes")
+    write_text(tmp_path / "a", "after")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "after"
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    (tmp_path / "target").write_text("before")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_text(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "after"
+    write_json(Path(os.devnull), {})
+    assert Path(os.devnull).is_char_device()
+
+
+def test_nothing_else_renames_or_makes_temporary_files():
+    """One way to write a file whole: that of `engine.files`."""
+    root = Path(__file__).resolve().parents[2]
+    sources = [path for part in ("engine", "evals", "campaign", "cli") for path in (root / part).rglob("*.py")]
+    guilty = [
+        str(path.relative_to(root))
+        for path in sources
+        if path.name != "files.py"
+        and any(call in path.read_text() for call in ("os.replace(", "os.rename(", "fresh.replace(", "fresh.rename("))
+    ]
+    assert guilty == []
