@@ -24,6 +24,8 @@ def core_table(result: dict[str, Any], title: str) -> None:
     _table({"dictionary": result} | controls, title)
     if (reason := result.get("no_random_control")) is not None:
         print(NO_CONTROL.format(reason))
+    for warning in result.get("warnings", []):
+        print(f"warning: {warning}")
 
 
 def scores_table(result: dict[str, Any], title: str) -> None:
@@ -91,6 +93,8 @@ def runs_table(summary: dict[str, Any]) -> None:
     for name, scores in several.items():
         if "failed" in scores:
             print(f"{name} was stopped: {scores['failed']}")
+        for warning in scores.get("warnings", []):
+            print(f"warning: {name}: {warning}")
 
 
 def campaign_table(found: dict[str, Any]) -> None:

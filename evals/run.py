@@ -12,6 +12,7 @@ from ..engine.checkpoint import Checkpoint
 from ..engine.config import EvalConfig, TrainConfig
 from ..engine.errors import UserError
 from ..engine.files import write_text
+from ..engine.folder import read_metrics
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream
 from ..engine.stream.own import held_out_scores
@@ -26,6 +27,7 @@ from .suite import given_to, lacks, load_eval
 
 VERSION = 7  # of the evals: results of another one are not taken for today's
 SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
+L0_AGREES = 0.05  # by how much L0 on held-out text may differ from that at the end of training, without a warning
 ERRORS = ("explained_variance_error", "ce_recovered_error")
 
 
@@ -68,7 +70,8 @@ def evaluate_runs(folder: Path, runs: dict[str, Run], stream: ActivationStream) 
             continue
         keys = (*SCORES, *ERRORS, "rows", "ce_rows")
         controls = {control: {key: r[key] for key in keys if key in r} for control, r in result["controls"].items()}
-        found[name] = {key: result[key] for key in keys} | {"controls": controls} | settings
+        warnings = {"warnings": result["warnings"]} if "warnings" in result else {}
+        found[name] = {key: result[key] for key in keys} | {"controls": controls} | settings | warnings
     if "" in found:
         return found[""]
     drawn = {name: scores for name, scores in found.items() if scores.get("explained_variance") is not None}
@@ -193,6 +196,8 @@ def evaluate(
                     print(f"not measured: {name}: {error}", file=sys.stderr, flush=True)
             if reason is not None and "skipped" not in result:
                 result["no_random_control"] = reason
+            if name == "core" and run is not None and (warning := l0_warning(run, found.step, result["l0"])):
+                result["warnings"] = [warning]
             result |= {"seconds": round(time.monotonic() - began, 2), "of": keys[name]}
             results[name] = json.loads(json.dumps(result, allow_nan=False))  # as it is read again
             if run is not None:
@@ -208,6 +213,18 @@ def evaluate(
     if run is not None and (like is None if report is None else report):
         write_report(run, found, VERSION)
     return {name: results[name] for name in names}
+
+
+def l0_warning(run: Path, step: int, l0: float) -> str | None:
+    """What to say where a dictionary has another L0 on held-out text than it had at the end of training, by `step`: a
+    threshold that doesn't fit, or text of another kind. None within 5%, or where training left no metrics."""
+    trained = [line["l0"] for line in read_metrics(run, until=step) if "l0" in line][-1:]
+    if not trained or not trained[0] or abs(l0 / trained[0] - 1) <= L0_AGREES:
+        return None
+    return (
+        f"L0 is {l0:.1f} on held-out text and was {trained[0]:.1f} at the end of training ({l0 / trained[0] - 1:+.0%}); a "
+        "longer run or more tokens to a batch bring the two together"
+    )
 
 
 def _sizes(

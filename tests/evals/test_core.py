@@ -161,7 +161,8 @@ def test_evaluating_a_run_writes_results_and_figures(stream_of, tmp_path):
     assert set(found["controls"]) == {"random", "lm_neurons", "mean"}
     assert found["explained_variance"] > found["controls"]["random"]["explained_variance"] > 0
     figures = {p.name: p.stat().st_size for p in (tmp_path / "run" / "figures").iterdir()}
-    assert set(figures) == {"loss_curve.png", "position_explained_variance.png", "firing_rates.png"}
+    names = ("loss_curve", "position_explained_variance", "firing_rates")
+    assert set(figures) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert min(figures.values()) > 5000
     again = evaluate(find(tmp_path / "run"), stream_of(), None)["core"]
     assert {k: again[k] for k in FIGURES} == {k: found[k] for k in FIGURES}

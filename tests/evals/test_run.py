@@ -11,11 +11,12 @@ from temposae.engine import checkpoint
 from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.files import digest
+from temposae.engine.folder import report
 from temposae.engine.train import train
 from temposae.evals import run as evals_run
 from temposae.evals import suite
 from temposae.evals.figures import draw_pareto
-from temposae.evals.run import evaluate
+from temposae.evals.run import evaluate, l0_warning
 
 from ..commandline import run as command
 
@@ -140,3 +141,28 @@ def test_a_missing_score_leaves_the_others_beside_it(tmp_path, capsys):
     assert all(number in out for number in ("0.7500", "0.6250", "0.5000", "0.8750", "LLM"))
     assert "- no figure of dictionary for top 1" in out
     assert "- no figure of LLM for top 2" in out
+
+
+@pytest.mark.parametrize(("l0", "warns"), [(32.0, False), (33.5, False), (30.5, False), (35.0, True), (12.0, True)])
+def test_an_l0_that_is_not_training_s_is_told(tmp_path, l0, warns):
+    for step, trained in ((1, 500.0), (2, 32.0), (3, 64.0)):
+        report(tmp_path, {"step": step, "l0": trained})
+    warning = l0_warning(tmp_path, 2, l0)
+    assert (warning is not None) == warns
+    if warning is not None:
+        assert warning.startswith(f"L0 is {l0:.1f} on held-out text and was 32.0 at the end of training (")
+    assert l0_warning(tmp_path / "nowhere", 2, l0) is None
+
+
+def test_a_wrong_threshold_is_told_in_results_report_and_table(stream_of, tmp_path, capsys):
+    sae = SAEConfig(d_in=128, d_sae=64, k=4, activation="batchtopk")
+    train(stream_of(), sae, TrainConfig(tokens=2048, batch=256), out=tmp_path / "run")
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    metrics[-1]["l0"] = 1.0
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    result = evaluate(checkpoint.find(tmp_path / "run"), stream_of(), tmp_path / "run", rows=8)["core"]
+    (warning,) = result["warnings"]
+    assert "and was 1.0 at the end of training" in warning
+    assert warning.split(" (")[0] in (tmp_path / "run" / "report.md").read_text()
+    core_table(result, "title")
+    assert f"warning: {warning}" in capsys.readouterr().out
