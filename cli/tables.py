@@ -135,20 +135,21 @@ def campaign_table(found: dict[str, Any]) -> None:
 def _table(
     lines: dict[str, dict[str, Any]], title: str, more: dict[str, dict[str, float | None]] | None = None
 ) -> None:
-    """Core scores with their standard errors, a line each, and further columns `more`: heading -> line -> value. Below, why
-    some are missing."""
+    """Core scores, a line each, with their standard errors or with further columns `more`: heading -> line -> value. Below,
+    why some are missing."""
     from rich.table import Table
 
     def number(value: float | None, error: float | None = None) -> str:
         return "-" if value is None else f"{value:.4f}" if error is None else f"{value:.4f} ±{error:.4f}"
 
-    names = ("explained variance", "CE recovered", "over mean") if more is None else ("EV", "CE", "over mean")
+    narrow = more is not None  # both don't fit in 80 columns
+    names = ("EV", "CE", "over mean") if narrow else ("explained variance", "CE recovered", "over mean")
     more = more or {}
     table = Table(title=title, title_justify="left")
     for heading in ("", *names, "L0", "dead", *more):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for name, scores in lines.items():
-        figures = (number(scores.get(key), scores.get(f"{key}_error")) for key in WHY_NONE)
+        figures = (number(scores.get(key), None if narrow else scores.get(f"{key}_error")) for key in WHY_NONE)
         l0, dead = scores.get("l0"), None if name == "mean control" else scores.get("dead_fraction")
         cells = ("-" if l0 is None else f"{l0:.1f}", "-" if dead is None else percent(dead))
         table.add_row(name, *figures, *cells, *(number(column.get(name)) for column in more.values()))

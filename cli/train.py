@@ -145,8 +145,8 @@ def _say_not_measured(summary: dict[str, Any], folder: Path) -> bool:
             )
         else:
             failed = True
-            whose = f"{name} is" if name else "the dictionary is"
-            print(f"error: {whose} trained but not measured: {why}; {command} tries again", file=sys.stderr)
+            place = folder / name
+            print(f"error: {why}; {place} is trained, and {command} measures it", file=sys.stderr)
     return failed
 
 

@@ -24,6 +24,7 @@ from scipy.special import entr
 from sklearn.metrics import adjusted_rand_score
 
 from ..engine.errors import UserError
+from ..engine.progress import progress_bar
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.numerics import sum_by
 from .collect import Coder, Collected, Evaluation
@@ -54,13 +55,17 @@ def clusters(evaluation: Evaluation, other: Dictionary | None = None, *, count: 
         raise UserError(f"count: {count} is not allowed; give at least 2 clusters, or none to choose by silhouette")
     began = time.monotonic()
     collected = held_out(evaluation, ROWS)
-    own = _measure(evaluation, evaluation.sae, collected, collected.pos, count)
-    labels = own.pop("labels")
     of_latents = ("labels", "sample")
     coders = evaluation.coders(collected)
     controls = {name: (coder, collected.pos) for name, coder in coders.items() if name not in ("sae", "mean")}
     controls["shuffled"] = evaluation.sae, _shuffled(collected, evaluation.generator("clusters shuffled"))
-    found = {name: _measure(evaluation, coder, collected, pos, count) for name, (coder, pos) in controls.items()}
+    found = {}
+    with progress_bar("clustering", total=1 + len(controls), unit="dictionaries") as bar:
+        for name, (coder, pos) in {"sae": (evaluation.sae, collected.pos), **controls}.items():
+            found[name] = _measure(evaluation, coder, collected, pos, count)
+            bar.advance(1)
+    own = found.pop("sae")
+    labels = own.pop("labels")
     return {
         **own,
         "seeds": None if other is None else _matched(evaluation, unit_decoder(other), collected, labels),

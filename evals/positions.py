@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
+from ..engine.progress import progress_bar
 from ..engine.unit_decoder import Dictionary
 from ..kernels.code import SparseCode
 from .collect import CHUNK, Collected, Evaluation, collect
@@ -55,16 +56,18 @@ def positions(
         coders["reference"] = fitted("reference", reference, evaluation.stream)
     figures: dict[str, dict[str, Any]] = {name: {} for name in coders}
     score: dict[str, np.ndarray] = {}
-    for first in (0, FIRST):
-        draw = evaluation.generator(f"positions from {first}")
-        drawn = Drawn.of(evaluation, collected, bins, first, draw)
-        shuffled = [drawn.shuffled(draw) for _ in range(shuffles)]
-        for name, coder in coders.items():
-            latents = information(collected.code(coder), drawn, shuffled)
-            found = summary(latents)
-            figures[name] |= {"after_first_8": found} if first else found | {"tokens": len(drawn.at)}
-            if not first:
-                score[name] = latents["specialization"]
+    with progress_bar("positions: information", total=2 * len(coders), unit="dictionaries") as bar:
+        for first in (0, FIRST):
+            draw = evaluation.generator(f"positions from {first}")
+            drawn = Drawn.of(evaluation, collected, bins, first, draw)
+            shuffled = [drawn.shuffled(draw) for _ in range(shuffles)]
+            for name, coder in coders.items():
+                latents = information(collected.code(coder), drawn, shuffled)
+                found = summary(latents)
+                figures[name] |= {"after_first_8": found} if first else found | {"tokens": len(drawn.at)}
+                if not first:
+                    score[name] = latents["specialization"]
+                bar.advance(1)
     retention = None
     if reference is not None:
         match = matches(coders["sae"].W_dec, coders["reference"].W_dec)

@@ -182,7 +182,11 @@ def evaluate(
         else:
             evaluation = like.of(sae, random, compared, sizes)
         reason = None if trained_now else without_control(found)
+        todo = [name for name in missing if "" not in lacking[name]]
         for name in missing:
+            if len(todo) > 1 and like is None and name in todo:
+                most = "" if sizes.others is None or name == "core" else f", on at most {sizes.others} rows of text"
+                print(f"measuring {name}, {todo.index(name) + 1} of {len(todo)}{most}", file=sys.stderr, flush=True)
             began = time.monotonic()
             if why := lacking[name].get(""):
                 result = {"skipped": why}

@@ -7,7 +7,8 @@ from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.train import train
-from temposae.evals.core import core
+from temposae.evals.core import HeldOut, core
+from temposae.evals.core import _error as ratio_error
 from temposae.evals.run import evaluate, evaluate_runs
 
 D = 128
@@ -162,7 +163,7 @@ def test_evaluating_a_run_writes_results_and_figures(stream_of, tmp_path):
     assert found["explained_variance"] > found["controls"]["random"]["explained_variance"] > 0
     figures = {p.name: p.stat().st_size for p in (tmp_path / "run" / "figures").iterdir()}
     names = ("loss_curve", "position_explained_variance", "firing_rates")
-    assert set(figures) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    assert set(figures) == {f"{name}{kind}" for name in names for kind in (".png", ".pdf")}
     assert min(figures.values()) > 5000
     again = evaluate(find(tmp_path / "run"), stream_of(), None)["core"]
     assert {k: again[k] for k in FIGURES} == {k: found[k] for k in FIGURES}
@@ -211,3 +212,69 @@ def test_control_false_means_none_in_results_report_and_figures(stream_of, tmp_p
 def test_a_dictionary_of_another_width_is_refused(stream_of):
     with pytest.raises(UserError, match="sae: d_in = 64 does not fit; .* width 128"):
         core(stream_of(), SparseAutoencoder(SAEConfig(d_in=64, d_sae=8, k=2)), {})
+
+
+@pytest.mark.parametrize("how", ["read again", "run whole"])
+def test_figures_are_the_same_however_they_are_come_by(stream_of, monkeypatch, how):
+    """Text that is not held is read again; a model that can't be cut at the hook runs whole."""
+    stream, sae = stream_of(rows_per_forward=5), SparseAutoencoder(SAEConfig(d_in=D, d_sae=64, k=4), seed=1)
+    right = core(stream, sae, {}, rows=12, ce_rows=7)
+    whole = []
+    if how == "read again":
+        monkeypatch.setattr("temposae.evals.core.HELD", 0)
+    else:
+        monkeypatch.setattr(type(stream.model), "tail", lambda *_: whole.append(1))
+    found = core(stream, sae, {}, rows=12, ce_rows=7)
+    assert bool(whole) == (how == "run whole")
+    for key in ("explained_variance", "ce_recovered", "kl_recovered", "l0", "mse", "explained_variance_error"):
+        assert found[key] == pytest.approx(right[key], rel=1e-5), key
+    for key in ("ce", "kl", "saebench"):
+        assert found[key] == pytest.approx(right[key], rel=1e-4), key
+
+
+def test_the_vocabulary_does_not_decide_over_memory(stream_of, monkeypatch):
+    """No more logits at once than `LOGITS`, and of activations no more than `HELD` bytes and a pass."""
+    from temposae.engine.stream.reader import Tail
+
+    stream, sizes = stream_of(rows_per_forward=4), []
+    V, real = len(stream.model.tokenizer), Tail.logits
+    monkeypatch.setattr("temposae.evals.replaced.LOGITS", 10 * V)
+    monkeypatch.setattr(Tail, "logits", lambda self, hidden: sizes.append(len(hidden)) or real(self, hidden))
+    monkeypatch.setattr("temposae.evals.core.HELD", 4 * 128 * D * 4)
+    text = HeldOut(stream, 12, 6)
+    assert [len(part.rows) for part in text._held] == [4]
+    assert [part.first for part in text.parts()] == [0, 4, 8]
+    text.replace({})
+    assert sizes
+    assert max(sizes) == 10
+
+
+def test_saebench_zeroes_every_position_and_counts_the_last(stream_of):
+    stream, sae = stream_of(), SparseAutoencoder(SAEConfig(d_in=D, d_sae=64, k=4), seed=1)
+    found = core(stream, sae, {}, rows=6, ce_rows=6)["saebench"]
+    rows = next(stream.text.held_out(6, 6))
+    acts, kept = stream.read(rows)
+    full = next(iter(acts.values()))
+    x_hat = full.clone()
+    x_hat[kept] = sae(full[kept]).detach()
+    clean, own, zero = (
+        stream.model.logits(rows.tokens, lambda _, value=value: value).log_softmax(-1)
+        for value in (full, x_hat, torch.zeros_like(full))
+    )
+    kl = {name: (clean.exp() * (clean - other)).sum(-1)[kept].mean() for name, other in (("sae", own), ("zero", zero))}
+    assert found["kl_div_with_sae"] == pytest.approx(float(kl["sae"]), rel=1e-3)
+    assert found["kl_div_with_ablation"] == pytest.approx(float(kl["zero"]), rel=1e-3)
+    follows = kept[:, :-1] & (torch.arange(1, 128) < rows.length[:, None])
+    ce = -zero[:, :-1].gather(2, rows.tokens[:, 1:, None])[..., 0][follows].mean()
+    assert found["ce_loss_with_ablation"] == pytest.approx(float(ce), rel=1e-4)
+
+
+def test_standard_errors_are_those_of_a_ratio_over_rows(stream_of):
+    """As the jackknife has it, which leaves out a row at a time."""
+    above, below = torch.rand(200, 2, generator=torch.Generator().manual_seed(0)).double().T + 0.5
+    left_out = (above.sum() - above) / (below.sum() - below)
+    jackknife = float((199 / 200 * (left_out - left_out.mean()).square().sum()).sqrt())
+    assert ratio_error(above, below) == pytest.approx(jackknife, rel=0.02)
+    assert ratio_error(above[:1], below[:1]) is None
+    few, many = (core(stream_of(), constant(torch.ones(D)), {}, rows=n, ce_rows=n) for n in (8, 32))
+    assert many["explained_variance_error"] < few["explained_variance_error"]

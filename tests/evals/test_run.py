@@ -45,8 +45,9 @@ def test_an_error_in_measuring_leaves_summary_and_run(tmp_path, text, monkeypatc
     config.write_text(f"stream: {{data: {text}}}\nsae: {{d_sae: 32}}\ntrain: {{tokens: 2048}}\nsweep: {{k: [2, 3]}}\n")
     code, out, err = command("train", config, "--eval-rows", "4", "--out", tmp_path / "run")
     assert code == 2
-    assert f"temposae eval core --sae {tmp_path / 'run' / 'k2'} tries again" in err
-    assert "k2 is trained but not measured: RuntimeError: something unforeseen" in err
+    place = tmp_path / "run" / "k2"
+    said = f"{place} is trained, and temposae eval core --sae {place} measures it"
+    assert f"error: RuntimeError: something unforeseen; {said}\n" in err
     found = json.loads((tmp_path / "run" / "summary.json").read_text())["dictionaries"]
     assert found["k2"]["measured_on"] == "training"
     assert found["k2"]["explained_variance"] is not None
