@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.linalg import LinAlgWarning
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
@@ -301,7 +302,8 @@ def _absorbed(x: np.ndarray, f: np.ndarray, W_dec: np.ndarray, w: np.ndarray, ma
 def _fit(X: np.ndarray, y: np.ndarray) -> LogisticRegression:
     """Words of a letter are few, and count as much as the others do."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of its line search, after which it goes on with lbfgs
+        for kind in (ConvergenceWarning, LinAlgWarning):  # of its own solver, after which it goes on with lbfgs
+            warnings.simplefilter("ignore", kind)
         return LogisticRegression(solver="newton-cholesky", class_weight="balanced").fit(X, y)  # few columns, many rows
 
 

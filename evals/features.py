@@ -36,7 +36,7 @@ from ..engine.folder import check_free
 from ..engine.progress import progress_bar
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.text import RowSource, TestbedRows
-from ..engine.unit_decoder import UnitDecoder
+from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.code import SparseCode
 from ..kernels.masks import weights_at
 from .core import fitted
@@ -298,8 +298,8 @@ class _Words:
 class _Turns:
     """Encodes, and beside it densely the first chunks, to compare the two."""
 
-    def __init__(self, sae: UnitDecoder):
-        self.sae = sae
+    def __init__(self, sae: Dictionary):
+        self.sae = unit_decoder(sae)
         self.sparse: list[float] = []  # seconds a token
         self.dense: list[float] = []
 
