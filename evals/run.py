@@ -188,6 +188,7 @@ def evaluate(
                 most = "" if sizes.others is None or name == "core" else f", on at most {sizes.others} rows of text"
                 print(f"measuring {name}, {todo.index(name) + 1} of {len(todo)}{most}", file=sys.stderr, flush=True)
             began = time.monotonic()
+            result: dict[str, Any]
             if why := lacking[name].get(""):
                 result = {"skipped": why}
             else:
