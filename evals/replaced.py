@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..engine.stream import LanguageModel
 
-LOGITS = 2**24  # that are held at once, a few times over: 64 MiB in float32
+LOGITS = 2**23  # that are held at once, a few times over: 32 MiB in float32
 HIDDEN = 2**25  # numbers that go into the head, held at once over all replacements
 
 #: the value at the hook, [B, T, D], worked out when it is needed
