@@ -1,6 +1,7 @@
 """What the documented runs cost: a training step of each beside that of a plain TopK dictionary of the same size, and many
 on one stream beside the same ones trained one by one."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -17,7 +18,7 @@ from ..engine.stream import ActivationStream, Batch
 from ..engine.sweep import resolve
 from ..engine.train import train_together
 from ..variants import BASELINES, RUNS, settings
-from .results import about, markdown
+from .results import FOLDER, about, markdown
 from .streams import GEMMA, folder_of, text_of
 from .timing import quantiles, sample, synchronise
 
@@ -85,6 +86,23 @@ def measure(given: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict
         with folder_of(given.model, device) as model:
             campaign = _campaign(given, model, names, bar.advance)
     return about(device) | {"runs": {"sizes": given._asdict(), "steps": steps, "campaign": campaign}}
+
+
+def expected_seconds(name: str, d_sae: int, tokens: int, plain: str = "relu") -> tuple[float, str]:
+    """Estimate how long one core trains a documented run on the embedded model, with the plain dictionary of its activation
+    and a random control of each; and say what the estimate comes from.
+
+    It is the processor time of their steps, as measured with F = 2304, in proportion to F and tokens. The language model's
+    own time is not in it. The measurement is the newest `bench/results/documented/testbed-*.json`.
+    """
+    found = json.loads(max(FOLDER.glob("documented/testbed-*.json")).read_text())
+    ((measured_at, steps),) = found["runs"]["steps"].items()
+    trained = (BASELINES | RUNS)[name].trained_as or name
+    every = [trained] if trained in BASELINES else [trained, plain]
+    sizes = found["runs"]["sizes"]
+    ms = sum(2 * steps[each]["cpu_ms"] for each in every)
+    seconds = ms / 1e3 * tokens / (sizes["rows"] * sizes["context"]) * d_sae / int(measured_at)
+    return seconds, f"one core of an {found['device']}, torch {found['versions']['torch']}"
 
 
 def _learner(name: str, given: Sizes, F: int, device: str) -> Learner:

@@ -19,7 +19,12 @@ Out = Annotated[Path | None, typer.Option(help="Folder to make. [runs/NAME-DATE-
 
 
 def run(
-    name: Annotated[str, typer.Argument(metavar="RUN", help="A1 to E9, or relu, topk, batchtopk.", show_default=False)],
+    name: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A1 to E9, or relu, topk, batchtopk.", show_default=False)
+    ] = None,
+    listed: Annotated[
+        bool, typer.Option("--list", help="List the runs, with their settings and expected times, and stop.")
+    ] = False,
     model: Model = None,
     layer: Layer = None,
     hook: Hook = None,
@@ -47,8 +52,15 @@ def run(
     Hyper-parameters are those of the logs. `temposae run C7` trains C6, which C7 looks at.
     """
     from ..campaign.config import PLAIN, ratio
+    from ..engine.errors import UserError
     from ..variants import RUNS, documented, settings
+    from .tables import documented_list
 
+    if listed:
+        documented_list(activation, d_sae, k, tokens)
+        return
+    if name is None:
+        raise UserError("run: give one, as in temposae run A2; --list shows them all")
     documented(name)
     # what the run itself is to have; the plain dictionary beside it has the logs' usual share of that
     l1 = None if l1 is None else l1 / ratio(name, "sae", "l1_coefficient")

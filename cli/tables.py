@@ -1,5 +1,6 @@
 """What commands print."""
 
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,33 @@ def campaign_table(found: dict[str, Any]) -> None:
             print(f"{name} does not beat its random control: {'; '.join(below)}")
 
 
+def documented_list(
+    activation: str | None = None, d_sae: int | None = None, k: int | None = None, tokens: int | None = None
+) -> None:
+    """The documented runs, a line each: title, activation, F, tokens, how long training is expected to take, and the run's
+    mechanisms. The arguments are those of `temposae run`."""
+    from ..bench.runs import expected_seconds
+    from ..variants import BASELINES, RUNS, settings
+
+    print(f"{'run':13}  {'title':42}  {'activation':12}  {'F':>6}  {'tokens':>9}  {'time':>7}  mask and parts")
+    where = ""
+    for name, run in (BASELINES | RUNS).items():
+        own = settings(name, activation)
+        sae, many = own["sae"], tokens or own["train"]["tokens"]
+        size, kind = d_sae or sae["d_sae"], sae["activation"]
+        mask = sae.get("mask", {}).get("kind", "none")
+        parts = [f"mask {mask}"] * (mask != "none") + [one["kind"] for one in sae.get("parts", ())]
+        said = f"the weights of {run.trained_as}" if run.trained_as else ", ".join(parts) or "-"
+        seconds, where = expected_seconds(name, size, many, plain=kind)
+        label = kind if kind == "relu" else f"{kind} {k or sae.get('k', 32)}"
+        time = f"{max(1.0, seconds / 60):.0f} min"
+        print(f"{name:13}  {run.title:42}  {label:12}  {size:6,}  {many:9,}  {time:>7}  {said}")
+    print(
+        "time: an estimate for training the run, the plain dictionary beside it, and a random control of each, on the "
+        f"embedded model and {where}.\nMeasuring them comes on top. temposae bench runs --preset testbed measures it anew."
+    )
+
+
 def _table(
     lines: dict[str, dict[str, Any]], title: str, more: dict[str, dict[str, float | None]] | None = None
 ) -> None:
@@ -164,7 +192,8 @@ def _print(table: "Table") -> None:
     """Names are shown as they are: brackets are no markup, colons no emoji."""
     from rich.console import Console
 
-    Console(markup=False, emoji=False, highlight=False).print(table)
+    width = None if sys.stdout.isatty() else 120  # a file or a pipe has no width that a line must be broken at
+    Console(markup=False, emoji=False, highlight=False, width=width).print(table)
 
 
 def figures(values: dict[str, Any]) -> None:

@@ -125,11 +125,11 @@ def frame(axes: Any, lines: Iterable[Line], *, x: Ends = (None, None), y: Ends =
 def _cut(axes: Any, lines: Sequence[Line], of: int, ends: Ends) -> bool:
     """Set the limits of an axis (0: x, 1: y) to what lies within `ends`, if anything lies beyond; whether it does."""
     is_log = (axes.get_xscale, axes.get_yscale)[of]() == "log"
-    every = [v for line in lines for v in line[of] if v is not None and math.isfinite(v) and (v > 0 or not is_log)]
+    every = [v for line in lines for v in line[:2][of] if v is not None and math.isfinite(v) and (v > 0 or not is_log)]
     inside = [v for v in every if (ends[0] is None or v >= ends[0]) and (ends[1] is None or v <= ends[1])]
     if not inside or len(inside) == len(every):
         return False
-    least, most = (math.log10(v) if is_log else v for v in (min(inside), max(inside)))
+    least, most = (float(math.log10(v) if is_log else v) for v in (min(inside), max(inside)))
     room = 0.06 * (most - least) or 0.05
     low, high = least - room, most + room
     (axes.set_xlim, axes.set_ylim)[of](*((10**low, 10**high) if is_log else (low, high)))
@@ -191,7 +191,7 @@ def _loss(metrics: list[dict[str, Any]]) -> Any:
     lines = [(tokens, [line["fvu"] for line in metrics], COLOURS["sae"])]
     axes.plot(*lines[0][:2], color=COLOURS["sae"], label="dictionary")
     if beside := [(line["tokens"], line["random"]["fvu"]) for line in metrics if "random" in line]:
-        lines.append((*zip(*beside, strict=True), COLOURS["random"]))
+        lines.append(([at for at, _ in beside], [fvu for _, fvu in beside], COLOURS["random"]))
         axes.plot(*lines[1][:2], color=COLOURS["random"], label="random control")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(xlabel="tokens", ylabel="fraction of variance unexplained", yscale="log", title="Training")

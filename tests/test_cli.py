@@ -299,11 +299,24 @@ def test_train_writes_a_run(trained: Trained) -> None:
         "report.html",
         "evals/core.json",
         f"evals/saebench/core/temposae_{trained.folder.name}_eval_results.json",
-        *(f"figures/{name}.png" for name in ("loss_curve", "position_explained_variance", "firing_rates")),
+        *(
+            f"figures/{name}.{kind}"
+            for name in ("loss_curve", "position_explained_variance", "firing_rates")
+            for kind in ("png", "pdf")
+        ),
         *(f"checkpoints/step_00000016/{name}.safetensors" for name in ("sae", "random", "state", "stream")),
         "checkpoints/step_00000016/checkpoint.json",
     }
-    assert all(data[:4] == b"\x89PNG" for name, data in files(trained.folder / "figures").items()), run_files
+    begins = {".png": b"\x89PNG", ".pdf": b"%PDF"}
+    assert all(data[:4] == begins[Path(name).suffix] for name, data in files(trained.folder / "figures").items()), (
+        run_files
+    )
+
+
+def test_others_may_read_a_run_as_the_umask_says(trained: Trained) -> None:
+    os.umask(before := os.umask(0))
+    modes = {path.stat().st_mode & 0o777 for path in trained.folder.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~before}
 
 
 def test_train_resolves_its_config(trained: Trained) -> None:

@@ -13,7 +13,13 @@ from .test_guides import run_page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = {page: re.findall(r"^```python\n.*?^```", page.read_text(), re.M | re.S) for page in PAGES}
+PEERS = re.compile(
+    r"^(?:from|import) (?:sae_lens|dictionary_learning|sparsify)\b", re.M
+)  # tests of their own run these
+BLOCKS = {
+    page: [b for b in re.findall(r"^```python\n.*?^```", page.read_text(), re.M | re.S) if not PEERS.search(b)]
+    for page in PAGES
+}
 WITH_CODE = [page for page in PAGES if BLOCKS[page]]
 
 

@@ -154,6 +154,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["run"], "run: give one, as in temposae run A2; --list shows them all"),
         (["run", "A11"], "run: 'A11' is not allowed; did you mean A1"),
         (["campaign", "--runs", "A1,Z9"], "runs: 'Z9' is not allowed"),
         (["campaign", "--resume"], "resume: give --out FOLDER, the folder of the run or campaign"),
