@@ -237,7 +237,7 @@ class StreamConfig(Config):
 class TrainConfig(Config):
     """How a dictionary is trained. Counts are in tokens or in steps of `batch` tokens, as their names say.
 
-    `lr`: the peak learning rate; min(0.015, 0.6 (batch / F)^(1/6) / (D^(1/2) steps^(1/3))) unless given, and with `init` at
+    `lr`: the peak learning rate; min(0.016, 0.65 (batch / F)^(1/6) / (D^(1/2) steps^(1/3))) unless given, and with `init` at
     most 2e-4 sqrt(2^14 / F) (docs/learning-rate.md). `dead_after_tokens`: a latent that has not fired for so many tokens is
     dead; a tenth of the run, at least 10 batches, at most 10M, unless given. `log_every_steps`: a twentieth of the run, at
     most 50, unless given. `checkpoint_every_steps`: every ten minutes unless given, and at the end. `warmup` and `decay` are

@@ -24,15 +24,15 @@ from .stream import Batch
 def default_lr(sae: SAEConfig, train: TrainConfig) -> float:
     """The peak learning rate where the settings give none:
 
-        min(0.015, 0.6 (batch / F)^(1/6) / (D^(1/2) steps^(1/3)))
+        min(0.016, 0.65 (batch / F)^(1/6) / (D^(1/2) steps^(1/3)))
 
     A step of Adam moves a unit-norm row of W_dec by about lr sqrt(D), so wide activations take a smaller rate. A short run
     takes a larger one, because rows have fewer steps to reach their directions. docs/learning-rate.md has the grids that the
     rule was fitted to. A dictionary that is trained already (`init`) has its directions, and a short run's rate would
     destroy them: its rate is at most 2e-4 sqrt(2^14 / F), the power law of Gao et al. (arXiv 2406.04093, figure 3).
     """
-    rate = 0.6 * (train.batch / sae.d_sae) ** (1 / 6) / (sae.d_in**0.5 * train.steps ** (1 / 3))
-    most = 0.015 if train.init is None else 2e-4 * math.sqrt(2**14 / sae.d_sae)
+    rate = 0.65 * (train.batch / sae.d_sae) ** (1 / 6) / (sae.d_in**0.5 * train.steps ** (1 / 3))
+    most = 0.016 if train.init is None else 2e-4 * math.sqrt(2**14 / sae.d_sae)
     return min(most, rate)
 
 

@@ -90,7 +90,7 @@ def test_the_fused_step_equals_the_unfused_one(changes, assert_close):
     made = []
     for fused in (True, False):
         sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=16, aux_k=32, **changes), seed=1).cuda()
-        settings = TrainConfig(tokens=N * 10, batch=N, dtype="float32", dead_after_tokens=1)
+        settings = TrainConfig(tokens=N * 10, batch=N, lr=4e-4, dtype="float32", dead_after_tokens=1)
         one = Learner(sae, settings, torch.zeros(D, device="cuda"), D**0.5, T)
         assert one.cohort is not None
         one.cohort = one.cohort if fused else None
@@ -145,7 +145,7 @@ def test_dictionaries_side_by_side_train_as_each_would_alone(activation, F, asse
 def test_the_embedded_model_trains_as_on_a_cpu():
     stream = ActivationStream(StreamConfig(buffer_tokens=16384))
     assert stream.model.device.type == "cuda"
-    run = train(stream, SAEConfig(d_in=128, d_sae=1024, k=16), TrainConfig(tokens=300_000))
+    run = train(stream, SAEConfig(d_in=128, d_sae=1024, k=16), TrainConfig(tokens=300_000, lr=8e-4))
     assert run.metrics[-1]["fvu"] < 0.03  # 0.015 on a CPU
     assert run.metrics[-1]["random"]["fvu"] > 0.2
 
