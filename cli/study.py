@@ -113,7 +113,10 @@ def features(
     out: Annotated[Path, typer.Option(help="Folder of the store, new or empty.")],
     data: Annotated[str | None, typer.Option(help=f"Encode this text: {TEXTS}. [the one it was trained on]")] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Encode so many tokens. [the whole text; needed for the embedded language]")
+        int | None,
+        typer.Option(
+            help="Encode so many tokens. [as many as the run was trained on; of another --data, the whole text]"
+        ),
     ] = None,
     min_activation: Annotated[float, typer.Option(help="Leave out activations up to this one.")] = 0.0,
     model: Annotated[
@@ -139,6 +142,11 @@ def features(
     use(plugin)
     store.check(out, tokens, min_activation)
     found = checkpoint.find(sae)
+    if tokens is None and data is None and found.run is not None:
+        tokens = found.run.train.tokens
+        print(
+            f"encoding {tokens:,} tokens, as many as the run was trained on; --tokens gives another number", flush=True
+        )
     stream = stream_of(found, model, layer, hook, data, tokens=1, repeat=False, **BUFFERLESS)
     written = store.encode(found, stream, out, tokens=tokens, min_activation=min_activation)
     seconds = time.monotonic() - began
@@ -162,7 +170,9 @@ def dashboard(
         typer.Option(help="Numbers of latents, as in 3,17. [--count of them, over the ranks of firing rate]"),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many latents, where none are named.")] = 100,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of held-out text to look at.")] = 1024,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows of held-out text to look at. [1024; fewer after a short run]")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The page. [dashboard.html in the run folder]")] = None,
     model: Annotated[
         str | None, typer.Option(help="Look at activations of this model instead of the one it was trained on.")
@@ -184,7 +194,7 @@ def dashboard(
     from ..engine.errors import UserError
     from ..engine.plugins import use
     from ..evals import dashboard as board
-    from ..evals.study import BUFFERLESS, stream_of
+    from ..evals.study import BUFFERLESS, dashboard_rows, stream_of
 
     check_backend()
     use(plugin)
@@ -197,6 +207,7 @@ def dashboard(
     check_writable(json_file)
     wanted = None if latents is None else board.numbers(latents, dictionary.cfg.d_sae)
     stream = stream_of(found, model, layer, hook, data, tokens=1, **BUFFERLESS)
+    rows = rows or dashboard_rows(found, stream)
     shown = board.dashboard(stream, dictionary, name=sae.resolve().name, latents=wanted, count=count, rows=rows)
     write_json(json_file, shown)
     board.write(page, shown)

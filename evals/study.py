@@ -7,13 +7,14 @@ from typing import Any
 
 from ..engine import checkpoint
 from ..engine.checkpoint import Checkpoint, Loaded
-from ..engine.config import StreamConfig
+from ..engine.config import EvalConfig, StreamConfig, TrainConfig
 from ..engine.errors import UserError
 from ..engine.interchange.places import stream_settings
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, LanguageModel
 from ..engine.train import Run
 from . import dashboard as board
+from .budget import row_counts
 from .run import evaluate as measure
 from .suite import EVALS, load_eval
 
@@ -72,7 +73,7 @@ def dashboard(
     *,
     latents: Sequence[int] | None = None,
     count: int = 100,
-    rows: int = 1024,
+    rows: int | None = None,
     stream: ActivationStream | None = None,
     model: str | None = None,
     layer: int | None = None,
@@ -86,7 +87,8 @@ def dashboard(
         shown["latents"][0]["strongest"][0]
 
     Returns the figures in plain numbers (`evals.dashboard.dashboard` lists them), and with `out` writes them as a page, one
-    HTML file. `latents`, or `count` of them spread over the ranks of firing rate, are looked at on held-out `rows`.
+    HTML file. `latents`, or `count` of them spread over the ranks of firing rate, are looked at on held-out `rows`: as many
+    as fit the run and the model unless given (`dashboard_rows`).
     `evaluate` says what `sae` and the other arguments may be. Raises UserError for latents that there are not, and where a
     dictionary doesn't fit the stream.
     """
@@ -96,10 +98,19 @@ def dashboard(
         held = found.dictionary()
         chosen = None if latents is None else board.numbers(",".join(map(str, latents)), held.cfg.d_sae)
         name = Path(sae).expanduser().resolve().name if isinstance(sae, str | Path) else type(sae).__name__
-        shown = board.dashboard(where, held, name=name, latents=chosen, count=count, rows=rows)
+        shown = board.dashboard(
+            where, held, name=name, latents=chosen, count=count, rows=rows or dashboard_rows(found, where)
+        )
     if out is not None:
         board.write(Path(out).expanduser(), shown)
     return shown
+
+
+def dashboard_rows(found: Checkpoint, stream: ActivationStream) -> int:
+    """How many held-out rows the dashboard looks at: 1024, or as many as other evals read where the run or the model asks
+    for fewer (`budget.row_counts`)."""
+    tokens = (TrainConfig() if found.run is None else found.run.train).tokens
+    return min(1024, row_counts(stream, EvalConfig(), tokens, ()).others or 1024)
 
 
 def _found(sae: Dictionary, stream: ActivationStream | None, work: Path) -> Checkpoint:
