@@ -1,5 +1,6 @@
 """What commands print."""
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -192,7 +193,8 @@ def _print(table: "Table") -> None:
     """Names are shown as they are: brackets are no markup, colons no emoji."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 120  # a file or a pipe has no width that a line must be broken at
+    is_given = sys.stdout.isatty() or "COLUMNS" in os.environ  # else nothing says at which width to break lines
+    width = None if is_given else 120
     Console(markup=False, emoji=False, highlight=False, width=width).print(table)
 
 
