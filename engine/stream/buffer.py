@@ -130,7 +130,8 @@ class RingBuffer:
         if self._has_all and self.begun and self._at + n > len(self._order) and not self._ended:
             self._want_more()
         last = len(self._order) // 2 if not (self._ended or self._has_all) else len(self._order) - n + 1
-        if not self.begun or self._at >= last:
+        fresh_alone = self._has_all and self._filled > 0  # the last items would come by themselves, behind all others
+        if not self.begun or self._at >= last or fresh_alone:
             self._permute()
         at = slice(self._at, min(self._at + n, len(self._order)))
         batch = self._gather(at)
