@@ -222,7 +222,7 @@ def test_a_buffer_of_one_byte_tells_its_error_and_trains_nearly_as_well(stream_o
     assert stream.buffer_error == pytest.approx(error, rel=0.3)
     assert 0 < stream.buffer_error < 1e-3
     assert exact.buffer_error is None
-    sae, settings = SAEConfig(d_in=128, d_sae=96, k=4), TrainConfig(tokens=6000, batch=256, control=False)
+    sae, settings = SAEConfig(d_in=128, d_sae=96, k=4), TrainConfig(tokens=6000, batch=256, lr=2.6e-3, control=False)
     fvu = [train(stream_of(buffer_dtype=kind), sae, settings).metrics[-1] for kind in ("float32", dtype)]
     assert fvu[1]["fvu"] == pytest.approx(fvu[0]["fvu"], rel=0.02)
     assert 0 < fvu[1]["buffer_error"] < 1e-3
