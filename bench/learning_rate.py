@@ -35,11 +35,11 @@ class Cell(NamedTuple):
     batch: int
     steps: int
 
-    def configs(self, d_in: int, lr: float | None = None) -> tuple[SAEConfig, TrainConfig]:
+    def configs(self, d_in: int, lr: float | None = None, seed: int = 0) -> tuple[SAEConfig, TrainConfig]:
         target = float(self.K) if self.activation in ("relu", "jumprelu") else None
         sae = SAEConfig(d_in=d_in, d_sae=self.F, k=self.K, activation=self.activation)
         tokens = self.batch * self.steps
-        return sae, TrainConfig(tokens=tokens, batch=self.batch, lr=lr, target_l0=target, control=False)
+        return sae, TrainConfig(tokens=tokens, batch=self.batch, lr=lr, target_l0=target, control=False, seed=seed)
 
 
 SMALL = (
@@ -101,9 +101,13 @@ def activations(source: str, data: str | None = None) -> Tensor:
     return torch.cat(parts)[:TOKENS]
 
 
-def score(cell: Cell, x: Tensor, lr: float | None) -> dict[str, float]:
-    """Train at peak rate `lr` (None: the default) on all of x [M, D] but the last HELD_OUT tokens, and evaluate on those."""
-    return evaluate(train(x[:-HELD_OUT], *cell.configs(x.shape[1], lr)).sae, x[-HELD_OUT:])
+def score(cell: Cell, x: Tensor, lr: float | None, seeds: int = 1) -> dict[str, float]:
+    """Train at peak rate `lr` (None: the default) on all of x [M, D] but the last HELD_OUT tokens, and evaluate on those.
+    Means over so many seeds of weights and order."""
+    found = [
+        evaluate(train(x[:-HELD_OUT], *cell.configs(x.shape[1], lr, seed)).sae, x[-HELD_OUT:]) for seed in range(seeds)
+    ]
+    return {name: sum(one[name] for one in found) / seeds for name in found[0]}
 
 
 @torch.no_grad()
@@ -140,7 +144,7 @@ def grid(measure: Callable[[float], dict[str, float]], start: float) -> dict[flo
 
 
 def measure(
-    sources: dict[str, Sequence[Cell]], *, data: str | None = None, done: dict[str, Any] | None = None,
+    sources: dict[str, Sequence[Cell]], *, data: str | None = None, seeds: int = 1, done: dict[str, Any] | None = None,
     keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Every cell of every source: scores at the default rate and on a grid around the best one.
@@ -155,18 +159,19 @@ def measure(
             x, loaded = activations(source, data), source
         name = source.partition("=")[0]
         print(f"cell {n} of {len(missing)}: {name} {cell}", file=sys.stderr)  # each training has its own bar
-        found["cells"].append({"source": name, "D": x.shape[1]} | _scores(cell, x))
+        found["cells"].append({"source": name, "D": x.shape[1]} | _scores(cell, x, seeds))
         keep(found)
     return found
 
 
-def _scores(cell: Cell, x: Tensor) -> dict[str, Any]:
+def _scores(cell: Cell, x: Tensor, seeds: int) -> dict[str, Any]:
     rate = default_lr(*cell.configs(x.shape[1]))
     start = 1e-3 * 2.0 ** round(math.log2(rate / 1e-3))  # the grid's rates are the same whatever the default is
-    by_lr = grid(lambda lr: score(cell, x, lr), start)
+    by_lr = grid(lambda lr: score(cell, x, lr, seeds), start)
     return cell._asdict() | {
         "default_lr": rate,
-        "default": score(cell, x, None),
+        "seeds": seeds,
+        "default": score(cell, x, None, seeds),
         "grid": [{"lr": lr} | scores for lr, scores in by_lr.items()],
     }
 

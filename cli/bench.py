@@ -165,6 +165,7 @@ def learning_rate(
         typer.Option(help="ACTIVATION,F,K,BATCH,STEPS, as in topk,512,16,256,100; may be given again. [the preset's]"),
     ] = None,
     data: Annotated[str | None, typer.Option(help="A model's text, as `train --data` takes it.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Average scores over so many seeds.")] = 1,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -180,7 +181,11 @@ def learning_rate(
 
     done = suite.read(json_file) if json_file is not None and json_file.is_file() else None
     found = suite.measure(
-        suite.plan(preset, source, cell), data=data, done=done, keep=lambda found: write_json(json_file, found)
+        suite.plan(preset, source, cell),
+        data=data,
+        seeds=seeds,
+        done=done,
+        keep=lambda found: write_json(json_file, found),
     )
     print(suite.table(found), end="")
 

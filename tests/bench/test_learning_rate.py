@@ -132,6 +132,6 @@ def test_unknown_sources_are_named() -> None:
     ids=str,
 )
 def test_no_rate_of_the_grid_is_much_better_on_the_embedded_model(cell: Cell) -> None:
-    """The rule of before, 2e-4 sqrt(2^14 / F), is 80% above the best or more."""
-    (one,) = bench.measure({"testbed:1": [cell]})["cells"]
+    """Three seeds, because those of one differ by up to 4%. At 2e-4 sqrt(2^14 / F) FVU is more than twice the best."""
+    (one,) = bench.measure({"testbed:1": [cell]}, seeds=3)["cells"]
     assert excess(one) < 0.03
