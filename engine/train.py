@@ -237,9 +237,9 @@ class _Training:
                 if last is not None:
                     self._go_on(trainee, last)
                 self.trainees.append(trainee)
-        self.loggers: list[Logger] = []
-        if self.ranks.is_first:
-            self.loggers = open_loggers(self.config.log, self.folder, settings.model_dump(mode="json"))
+            self.loggers: list[Logger] = []
+            if self.ranks.is_first:
+                self.loggers = open_loggers(self.config.log, self.folder, settings.model_dump(mode="json"))
         self._begin(resume)
         self.step = self.saved_step = last.step if last is not None else 0
         self.epoch = stream.counts.get("epoch", 0)

@@ -14,9 +14,9 @@ from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, LanguageModel
 from ..engine.train import Run
 from . import dashboard as board
+from . import suite
 from .budget import row_counts
 from .run import evaluate as measure
-from .suite import EVALS, load_eval
 
 Dictionary = str | Path | SparseAutoencoder | Run
 BUFFERLESS: dict[str, Any] = {"mode": "tokens", "buffer_tokens": None, "buffer_gb": None}  # where no batch is drawn
@@ -53,9 +53,9 @@ def evaluate(
 
     Raises UserError for an eval that is not known, and where a dictionary doesn't fit the stream.
     """
-    names = list(EVALS) if evals == "all" else [evals] if isinstance(evals, str) else list(evals)
+    names = list(suite.EVALS) if evals == "all" else [evals] if isinstance(evals, str) else list(evals)
     for name in names:
-        load_eval(name)
+        suite.load_eval(name)
     with tempfile.TemporaryDirectory() as work:
         found = _found(sae, stream, Path(work))
         elsewhere = stream is not None or any(option is not None for option in (model, layer, hook, data))

@@ -112,10 +112,10 @@ def test_a_checkpoint_counts_once_the_streams_is_there(together, stream, tmp_pat
     """Killed after the dictionaries were saved, before the stream was: they go back with it."""
     real = checkpoint.write
 
-    def broken(folder, step, dictionaries, *rest):
+    def broken(folder, step, dictionaries, *rest, **more):
         if step == 16 and not dictionaries:
             raise KeyboardInterrupt
-        real(folder, step, dictionaries, *rest)
+        real(folder, step, dictionaries, *rest, **more)
 
     monkeypatch.setattr(checkpoint, "write", broken)
     with pytest.raises(KeyboardInterrupt):
