@@ -1,5 +1,6 @@
 """Typed, validated settings of a run. A wrong value names the field, the value, and what is allowed."""
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -175,7 +176,7 @@ class StreamConfig(Config):
     than long ones; each still begins at position 0 and sees no other. A text that ends begins again (`repeat`), or ends the
     run. Left out, from training as from every measurement, are padding, the tokenizer's special tokens (`drop_special`) and
     massive activations: those whose norm is above `max_norm` times the median; "auto" finds the limit from how widely norms
-    spread (`stream.norms.NormFilter`), null leaves out none.
+    spread (`stream.norms.NormFilter`), off leaves out none.
 
     `mode`: batches of single tokens; the same in order of position (`grouped`); or whole rows (`sequences`).
     `buffer_tokens` or `buffer_gb` (10^9 bytes): what is mixed at a time; an eighth of the run, between 8192 and 65536
@@ -204,7 +205,7 @@ class StreamConfig(Config):
     packing: bool | None = None
     repeat: bool = True
     drop_special: bool = True
-    max_norm: Annotated[float, Field(gt=1)] | Literal["auto"] | None = "auto"
+    max_norm: float | Literal["auto"] | None = "auto"
     mode: Literal["tokens", "grouped", "sequences"] = "tokens"
     rows_per_forward: Count = 32
     attention: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"
@@ -212,6 +213,15 @@ class StreamConfig(Config):
     buffer_tokens: Count | None = None
     buffer_gb: Annotated[float, Field(gt=0)] | None = None
     buffer_dtype: Literal["float32", "bfloat16", "int8", "fp8"] = "bfloat16"
+
+    @field_validator("max_norm", mode="before")
+    @classmethod
+    def _norms(cls, given: Any) -> Any:
+        if given in (None, "off", "auto") or given is False:  # YAML reads off as false
+            return None if given != "auto" else given
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 1 < given < math.inf:
+            raise ValueError(f"max_norm: {given!r} is not allowed; it must be auto, off, or a number greater than 1")
+        return float(given)
 
     @property
     def hooks(self) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..engine.errors import UserError
 from ..engine.progress import progress_bar
+from ..engine.stream import TokenRows
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
 from .collect import Collected, Evaluation
@@ -144,24 +145,36 @@ def _shifted(evaluation: Evaluation, collected: Collected, rows: int) -> tuple[C
     """Text of some rows where it stands, and behind other rows' text, later by each of `SHIFTS`."""
     T = collected.tokens.shape[1]
     width = T - 1 - BEFORE - max(SHIFTS)  # tokens of text that are shifted
-    full = collected.kept[:, 1 : max(T - width, 1 + BEFORE + width)].all(1).nonzero().flatten()[: rows + 1]
+    end = max(T - width, 1 + BEFORE + width)  # rows must reach so far
+    full = collected.kept[:, end - 1 :].any(1).nonzero().flatten()[: rows + 1]
     if width < 1 or len(full) < 2:
         raise UserError(
             f"stream.context: {T} is not allowed; shifts need two rows of {BEFORE + max(SHIFTS) + 2} tokens"
         )
     own, other = collected.tokens[full[:-1]], collected.tokens[full[1:]]
 
-    def placed(before: Tensor) -> Collected:
+    def placed(before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of tokens, and what the model has at the shifted ones [R, width, D], with those that count [R, width]."""
         tokens = torch.cat([own[:, :1], before, own[:, 1 + BEFORE :][:, :width]], 1)
-        kept = torch.zeros_like(tokens, dtype=torch.bool)
-        kept[:, -width:] = True
-        model = evaluation.stream.model
-        parts = zip(tokens.split(ROWS), kept.split(ROWS), strict=True)
-        x = torch.cat([model.activations(part)[where.to(model.device)].float() for part, where in parts])
-        row, pos = kept.nonzero(as_tuple=True)
-        return Collected(tokens, kept, x, pos.to(x.device), row.to(x.device))
+        length, row = torch.full((len(tokens),), tokens.shape[1]), torch.arange(len(tokens))
+        x, kept = [], []
+        for at in row.split(ROWS):
+            read, counts = evaluation.stream.read(TokenRows(tokens[at], length[at], torch.zeros_like(tokens[at]), at))
+            x.append(next(iter(read.values()))[:, -width:].float())
+            kept.append(counts[:, -width:])
+        return tokens, torch.cat(x), torch.cat(kept)
 
-    return placed(own[:, 1 : 1 + BEFORE]), {s: placed(other[:, 1 : 1 + BEFORE + s]) for s in SHIFTS}
+    found = [placed(own[:, 1 : 1 + BEFORE]), *(placed(other[:, 1 : 1 + BEFORE + s]) for s in SHIFTS)]
+    common = torch.stack([kept for _, _, kept in found]).all(0)  # that count wherever they stand
+
+    def chosen(tokens: Tensor, x: Tensor) -> Collected:
+        kept = torch.zeros_like(tokens, dtype=torch.bool)
+        kept[:, -width:] = common.to(kept.device)
+        row, pos = kept.nonzero(as_tuple=True)
+        return Collected(tokens, kept, x[common], pos.to(x.device), row.to(x.device))
+
+    here, *later = (chosen(tokens, x) for tokens, x, _ in found)
+    return here, dict(zip(SHIFTS, later, strict=True))
 
 
 def _overlap(old: SparseCode, new: SparseCode) -> dict[str, float | None]:

@@ -296,13 +296,18 @@ def _task(
             raise UserError(
                 f"questions: the untouched model knows none of those to {name}; there is nothing to measure"
             )
-    model, size = evaluation.stream.model, evaluation.stream.config.rows_per_forward
+    stream, number = evaluation.stream, torch.arange(len(questions.tokens))
     places = torch.arange(questions.tokens.shape[1])
-    kept = (places > 0) & (places < questions.length[:, None])
-    batches = zip(questions.tokens.split(size), kept.to(model.device).split(size), strict=True)
-    x = torch.cat([model.activations(tokens)[here].float() for tokens, here in batches])
-    row, pos = kept.to(model.device).nonzero(as_tuple=True)
-    asked = Collected(questions.tokens, kept, x, pos, row)
+    within = (places > 0) & (places < questions.length[:, None])
+    kept, x = torch.zeros_like(within), []
+    for at in number.split(stream.config.rows_per_forward):
+        tokens = questions.tokens[at]
+        acts, _ = stream.read(TokenRows(tokens, questions.length[at], torch.zeros_like(tokens), at))
+        here = within[at].to(stream.model.device) & stream.norms.ordinary(acts)  # tokens of the chat template as well
+        kept[at] = here.cpu()
+        x.append(next(iter(acts.values()))[here].float())
+    row, pos = kept.to(stream.model.device).nonzero(as_tuple=True)
+    asked = Collected(questions.tokens, kept, torch.cat(x), pos, row)
     return _Task(questions, asked, parts, answer_orders, multipliers, texts, protocol)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from temposae.engine import checkpoint
 from temposae.engine.config import SAEConfig, StreamConfig, TrainConfig
+from temposae.engine.errors import UserError
 from temposae.engine.stream import ActivationStream
 from temposae.engine.stream.cache import write_cache
 from temposae.engine.stream.norms import NormFilter, describe
@@ -187,3 +188,14 @@ def test_a_short_batchtopk_run_keeps_k_latents_when_it_is_evaluated(stream_of, s
     run = train(stream, sae, config)
     x = torch.cat([batch.x for batch in stream.held_out_batches(64)])
     assert float(run.sae.encode_sparse(x).l0().double().mean()) == pytest.approx(sae.k, rel=0.05)
+
+
+def test_the_setting_is_auto_off_or_a_number_above_one():
+    assert StreamConfig().max_norm == "auto"
+    assert [StreamConfig(max_norm=given).max_norm for given in ("auto", None, "off", False, 10, 2.5)] == [
+        "auto", None, None, None, 10.0, 2.5,
+    ]  # fmt: skip
+    allowed = "it must be auto, off, or a number greater than 1"
+    for given in (0.5, 1, -3, float("nan"), float("inf"), True, "ten", [4]):
+        with pytest.raises(UserError, match=rf"^stream.max_norm: .* is not allowed; {allowed}$"):
+            StreamConfig(max_norm=given)

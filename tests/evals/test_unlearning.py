@@ -12,6 +12,7 @@ from temposae.engine.config import SAEConfig, StreamConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, LanguageModel
+from temposae.engine.stream.norms import NormFilter
 from temposae.engine.testbed import lexicon as lex
 from temposae.engine.testbed.language import ROLES, facts
 from temposae.evals import unlearning as module
@@ -119,7 +120,7 @@ def stub(tmp_path):
 
     stream = SimpleNamespace(
         model=Stub(), text=SimpleNamespace(name="text.jsonl"), positions=16,
-        config=SimpleNamespace(rows_per_forward=7, text_field="text", bos=None), read=read,
+        config=SimpleNamespace(rows_per_forward=7, text_field="text", bos=None), read=read, norms=NormFilter(None),
     )  # fmt: skip
     sae = dictionary(torch.tensor([[1.0, 0], [0, 1], [0, -1]]), torch.zeros(3))
 
