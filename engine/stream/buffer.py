@@ -127,11 +127,12 @@ class RingBuffer:
 
     def next(self, n: int) -> Batch:
         """The next n items, without replacement; fewer, or none, at the end. Overwritten by the next call."""
+        if self._has_all and self._filled > 0:
+            self._permute()  # else the last items would come by themselves, behind all others
         if self._has_all and self.begun and self._at + n > len(self._order) and not self._ended:
             self._want_more()
         last = len(self._order) // 2 if not (self._ended or self._has_all) else len(self._order) - n + 1
-        fresh_alone = self._has_all and self._filled > 0  # the last items would come by themselves, behind all others
-        if not self.begun or self._at >= last or fresh_alone:
+        if not self.begun or self._at >= last:
             self._permute()
         at = slice(self._at, min(self._at + n, len(self._order)))
         batch = self._gather(at)
