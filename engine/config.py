@@ -88,8 +88,8 @@ class SAEConfig(Config):
     those at another, of that width, and nothing is taken from x before the encoder; nor is it where `apply_b_dec_to_input`
     is false.
 
-    `topk`: relu, then the `k` largest per token; `batchtopk`: as many in all, wherever in the batch they fall, and beyond
-    training those above a running threshold. In both `aux_k` dead latents model the residual, weighted `aux_coefficient`.
+    `topk`: relu, then the `k` largest per token; `batchtopk`: as many in all, wherever in the batch they fall, and after
+    training those above a threshold that keeps `k` per token of a sample of the run (`sample.RunSample`). In both `aux_k` dead latents model the residual, weighted `aux_coefficient`.
     `relu`: every positive activation, with `l1_coefficient` times their sum in the loss.
     `jumprelu`: activations above a learned threshold for each latent, with `l0_coefficient` times their number in the loss.
     Thresholds begin at `initial_threshold`, or where 4 `k` activations per token of the first batch exceed them, and learn

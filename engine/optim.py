@@ -17,6 +17,7 @@ from .errors import UserError
 from .parts import reads
 from .ranks import ALONE, Ranks
 from .sae import Beside, Objective, SparseAutoencoder
+from .sample import RunSample
 from .step import DENSE_FROM, LARGE, FusedStep, Outcome, fits, rounding_seed, side_by_side
 from .stream import Batch
 
@@ -89,12 +90,13 @@ class Learner:
 
     def __init__(
         self, sae: SparseAutoencoder, config: TrainConfig, mean: Tensor, mean_norm: float, n_positions: int,
-        b_dec: Tensor | None = None, *, trained: bool = False, ranks: Ranks = ALONE,
+        b_dec: Tensor | None = None, *, hook: str = "x", trained: bool = False, ranks: Ranks = ALONE,
     ):  # fmt: skip
-        """`mean` is that of what is to be given, `mean_norm` that of x. b_dec starts as `b_dec`, or the mean, unless the
-        dictionary is `trained` already, in units of x. Of several `ranks`, `sae` becomes this one's part of it."""
+        """`mean` is that of what is to be given, `mean_norm` that of x, the activations at `hook`. b_dec starts as `b_dec`,
+        or the mean, unless the dictionary is `trained` already, in units of x. Of several `ranks`, `sae` becomes this
+        one's part of it."""
         self.cfg: SAEConfig = sae.cfg  # of the whole dictionary
-        self.reads = reads(sae.cfg)
+        self.reads, self.hook = reads(sae.cfg), hook
         sae = sae.part(ranks).to(mean.device)
         self.sae, self.config, self.n_positions, self.ranks = sae, config, n_positions, ranks
         self.scale = 2.0 ** round(math.log2(math.sqrt(sae.cfg.d_in) / max(mean_norm, 1e-30)))
@@ -203,6 +205,15 @@ class Learner:
         self.tokens_done += len(x)
         self._steps += 1
         return lr
+
+    def fit_threshold(self, sample: RunSample) -> None:
+        """Fit batchtopk's inference threshold to a sample of the run. Parts may look along rows: a composed dictionary's
+        follows its batches instead (`threshold_pace`)."""
+        if self.cfg.activation == "batchtopk" and not self.cfg.parts and (held := sample.at(self.hook)) is not None:
+            if self.cohort is not None:
+                self.cohort.settle()
+            x, pos = held
+            self.sae.fit_threshold(self.scaled(x), pos, self.ranks)
 
     @property
     def threshold_pace(self) -> float:

@@ -329,14 +329,28 @@ class SparseAutoencoder(nn.Module):
         """jumprelu's thresholds, unless given, start as the least of the 4 N k largest activations of x [N, D], `ranks`
         having a part of the latents each."""
         if self.cfg.activation == "jumprelu" and self.cfg.initial_threshold is None:
-            x, rows, weights = self.inputs(x, pos)
-            code, _ = encode_topk_op(
-                x, self.W_enc.to(x.dtype), self.b_enc, min(4 * self.cfg.k, self.cfg.d_sae),
-                center=self.center, mask=weights, pos=rows, across_batch=True,
-            )  # fmt: skip
-            code = ranks.kept(code, len(x) * min(4 * self.cfg.k, self.cfg.d_sae * ranks.size))
-            least = ranks.least_(least_kept(code).clone())
+            least = self._least_of(x, pos, min(4 * self.cfg.k, self.cfg.d_sae * ranks.size), ranks)
             self.threshold.copy_(torch.where(least.isfinite(), least, 0).expand(self.cfg.d_sae))
+
+    @torch.no_grad()
+    def fit_threshold(self, x: Tensor, pos: Tensor, ranks: Ranks = ALONE, chunk: int = 1024) -> None:
+        """batchtopk's threshold becomes the one that keeps k latents per token of a sample x [N, D] at pos [N]: the mean of
+        those of about N / `chunk` parts of it, each of every so-many-th token."""
+        if self.cfg.activation == "batchtopk" and len(x):
+            parts = -(-len(x) // chunk)
+            found = torch.cat([self._least_of(x[at::parts], pos[at::parts], self.k, ranks) for at in range(parts)])
+            if bool(found.isfinite().all()):
+                self.threshold.copy_(found.mean())
+
+    def _least_of(self, x: Tensor, pos: Tensor, k: int, ranks: Ranks) -> Tensor:
+        """The least of the N k largest activations of x [N, D], [1]; of all `ranks` together, which have a part of the
+        latents each. Infinite if none is positive."""
+        x, rows, weights = self.inputs(x, pos)
+        code, _ = encode_topk_op(
+            x, self.W_enc.to(x.dtype), self.b_enc, min(k, self.cfg.d_sae),
+            center=self.center, mask=weights, pos=rows, across_batch=True,
+        )  # fmt: skip
+        return ranks.least_(least_kept(ranks.kept(code, len(x) * k)).clone())
 
     @torch.no_grad()
     def scale_(self, factor: float) -> None:

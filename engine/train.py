@@ -27,6 +27,7 @@ from .optim import Cohort, Learner, together
 from .parts import reads
 from .progress import percent, progress_bar
 from .sae import SparseAutoencoder
+from .sample import RunSample
 from .signals import SIGNALS, stop_advice
 from .stream import ActivationStream, Batch, Own
 from .stream.own import held_out_scores
@@ -125,9 +126,11 @@ class _Trainee:
     """One of the dictionaries in training, with its control."""
 
     def __init__(
-        self, name: str, run: RunConfig, stream: ActivationStream, folder: Path | None, apart: dict[int, list[Batch]]
-    ):
-        """`apart`: held-out rows, by how many, which all dictionaries share."""
+        self, name: str, run: RunConfig, stream: ActivationStream, folder: Path | None, apart: dict[int, list[Batch]],
+        drawn: RunSample,
+    ):  # fmt: skip
+        """`apart`: held-out rows, by how many; all dictionaries share them, and the sample of the run, `drawn`."""
+        self.sample = drawn
         self.name, self.run, self.folder, self.writes = name, run, folder, stream.ranks.is_first
         self.hooks, self.reads = run.stream.read_hooks, reads(run.sae)
         configs = {"sae": run.sae}
@@ -144,7 +147,15 @@ class _Trainee:
             if trained:
                 _take_over(sae, Path(str(run.train.init)).expanduser())
             self.learners[part] = Learner(
-                sae, run.train, mean, mean_norm, stream.positions, start, trained=trained, ranks=stream.ranks
+                sae,
+                run.train,
+                mean,
+                mean_norm,
+                stream.positions,
+                start,
+                hook=run.stream.hooks[0],
+                trained=trained,
+                ranks=stream.ranks,
             )
         self.metrics: list[dict[str, Any]] = []
         self.failed: str | None = None
@@ -188,11 +199,13 @@ class _Trainee:
     def look(self) -> None:
         """Measure on the rows held out, and write it down."""
         if self.apart and self.failed is None and self.folder is not None and self.writes:
+            self.main.fit_threshold(self.sample)
             places = {"step": self.main.steps_done, "tokens": self.main.tokens_done}
             report(self.folder, places | self.main.held_out(self.apart), HELD_OUT)
 
     def save(self, folder: Path, others: dict[str, dict[str, Tensor]], massive: dict[str, Any] | None) -> None:
         """Write a checkpoint, in the units of the activations, with `others` in files of their own."""
+        self.fit()
         state = {f"{part}.{key}": value for part, one in self.learners.items() for key, value in one.state().items()}
         dictionaries = {part: (learner.cfg, learner.weights()) for part, learner in self.learners.items()}
         self.saved_step = self.main.steps_done
@@ -208,7 +221,13 @@ class _Trainee:
             learner.load_state(_under(f"{part}.", state), last.tensors(part))
         self.saved_step = last.step
 
+    def fit(self) -> None:
+        """Fit the thresholds of what is about to be saved or given back."""
+        for learner in self.learners.values():
+            learner.fit_threshold(self.sample)
+
     def end(self) -> Run:
+        self.fit()
         ended = {part: learner.end() for part, learner in self.learners.items()}
         return Run(ended["sae"], ended.get("random"), self.metrics, self.failed)
 
@@ -227,13 +246,17 @@ class _Training:
         check(stream, dictionaries)
         settings = dictionaries.get("") or SweepConfig(dictionaries=dictionaries)
         last = self._open(settings, resume)
+        place = last.tensors("stream") if last is not None else {}
         if last is not None:
-            stream.load_state(last.tensors("stream"))
+            stream.load_state(place)
         self.trainees: list[_Trainee] = []
         with self._claimed(settings):
             apart: dict[int, list[Batch]] = {}
+            self.sample = RunSample(max(run.train.steps for run in dictionaries.values()))
+            self.sample.load_state(place, stream.source.device)
             for name, run in dictionaries.items():
-                trainee = _Trainee(name, run, stream, self.folder / name if self.folder is not None else None, apart)
+                folder = self.folder / name if self.folder is not None else None
+                trainee = _Trainee(name, run, stream, folder, apart, self.sample)
                 if last is not None:
                     self._go_on(trainee, last)
                 self.trainees.append(trainee)
@@ -338,6 +361,8 @@ class _Training:
                     with self.stream.watch("sae"):
                         for hooks, cohort in self._cohorts(active):
                             self._step(cohort, batch.at(*hooks), active)
+                    if any(one.run.sae.activation == "batchtopk" for one in active):
+                        self.sample.add(self.step, batch)
                     self.step += 1
                     self._bar.advance(len(batch))
                     self._report([one for one in active if one.is_due])
@@ -416,7 +441,7 @@ class _Training:
             return
         news = [one for one in self.trainees if one.failed is None and one.saved_step < one.main.steps_done]
         self._report([one for one in news if not one.main.is_finite()])  # which stops them
-        stream = {"stream": self.stream.state()}
+        stream = {"stream": self.stream.state() | self.sample.state()}
         for one in news:
             if one.failed is None and one.folder is not None:
                 one.save(one.folder, stream if one.folder == self.folder else {}, self.stream.norms.report())

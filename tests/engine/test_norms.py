@@ -179,17 +179,6 @@ def test_own_activations_are_filtered_in_training_and_in_held_out_scores():
     assert run.held_out["sae"]["tokens"] == 200 - 4
 
 
-@pytest.mark.parametrize("steps", [20, 98])
-def test_a_short_batchtopk_run_keeps_k_latents_when_it_is_evaluated(stream_of, steps):
-    """The threshold is that of the run's end: a mean over a hundred batches would lag behind in so few."""
-    sae, batch = SAEConfig(d_in=128, d_sae=512, k=16, activation="batchtopk"), 512
-    config = TrainConfig(tokens=steps * batch, batch=batch, lr=2e-3, control=False)
-    stream = stream_of(buffer_tokens=8192)
-    run = train(stream, sae, config)
-    x = torch.cat([batch.x for batch in stream.held_out_batches(64)])
-    assert float(run.sae.encode_sparse(x).l0().double().mean()) == pytest.approx(sae.k, rel=0.05)
-
-
 def test_the_setting_is_auto_off_or_a_number_above_one():
     assert StreamConfig().max_norm == "auto"
     assert [StreamConfig(max_norm=given).max_norm for given in ("auto", None, "off", False, 10, 2.5)] == [
