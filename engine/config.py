@@ -89,7 +89,8 @@ class SAEConfig(Config):
     is false.
 
     `topk`: relu, then the `k` largest per token; `batchtopk`: as many in all, wherever in the batch they fall, and after
-    training those above a threshold that keeps `k` per token of a sample of the run (`sample.RunSample`). In both `aux_k` dead latents model the residual, weighted `aux_coefficient`.
+    training those above a threshold that keeps `k` per token of a sample of the run (`sample.RunSample`). In both, `aux_k`
+    dead latents model the residual, weighted `aux_coefficient`.
     `relu`: every positive activation, with `l1_coefficient` times their sum in the loss.
     `jumprelu`: activations above a learned threshold for each latent, with `l0_coefficient` times their number in the loss.
     Thresholds begin at `initial_threshold`, or where 4 `k` activations per token of the first batch exceed them, and learn
