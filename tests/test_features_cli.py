@@ -44,7 +44,6 @@ REFUSED = {
     "out is a file": ("--sae sae --out file", ("out: file", "not empty", "new folder")),
     "out under a file": ("--sae sae --out file/store", ("out: file/store", "can't be written")),
     "data missing": ("--sae sae --data shirt.txt", ("data: shirt.txt", "does not exist")),
-    "no end": ("--sae sae", ("tokens: needed", "no end")),
     "no tokens": ("--sae sae --tokens 0", ("tokens: 0", "at least 1")),
     "negative threshold": ("--sae sae --tokens 5 --min-activation -1", ("min_activation: -1", "from 0 on")),
     "threshold nan": ("--sae sae --tokens 5 --min-activation nan", ("min_activation: nan", "from 0 on")),
