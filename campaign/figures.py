@@ -1,12 +1,12 @@
 """Figures of a campaign, from its saved numbers: those that the logs name, in a folder for each log, and those of all runs
 together."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..engine.files import write_json
+from ..engine.errors import UserError
+from ..engine.sealed import read_json, write_json
 from ..evals.figures import remove_figure, save_figure
 from . import log_figures, overview, position_figures
 from .panels import Drawing
@@ -64,14 +64,17 @@ def draw(out: Path) -> list[Path]:
         save_figure(drawing.figure, place)
         drawn.append(place)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MISSING, why)
+    try:
+        write_json(folder / MISSING, why)
+    except OSError as error:
+        raise UserError(f"out: {folder} can't be written ({error.strerror})") from None
     return drawn
 
 
 def missing(out: Path) -> dict[str, str]:
     """Why figures of a campaign's folder, or panels of them, were not drawn, by the figure's name."""
     place = out / "figures" / MISSING
-    return json.loads(place.read_text()) if place.is_file() else {}
+    return read_json(place, "figures", f"temposae plot {out} makes it again") if place.is_file() else {}
 
 
 def _wanted(saved: Saved) -> dict[str, Callable[[Saved], Drawing]]:

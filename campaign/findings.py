@@ -1,11 +1,11 @@
 """What a campaign's report is made from: the numbers of its folder, what follows of them, and its figures."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..evals import results as kept
 from ..evals.page import anchor, plain
 from .asked import CAPTIONS, LOG_TITLES, MEANINGS, QUESTIONS, STRICT
 from .compare import COMPARED, Difference, Run, against_baselines, compare, mean, repeated, strictness
@@ -214,8 +214,7 @@ def count(n: int, what: str) -> str:
 
 
 def result_in(findings: Findings, folder: str, name: str) -> dict[str, Any] | None:
-    path = findings.out / folder / "evals" / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return kept.read(findings.out / folder, name)
 
 
 def results(findings: Findings, name: str) -> Iterable[dict[str, Any]]:

@@ -3,7 +3,6 @@
 What is told to help or to hurt is what `compare` tells; nothing here weighs numbers in another way.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..evals.page import NOTHING, anchor, html, number, plain, table
 from .answer import MARK, answer, claim
 from .asked import MEANINGS
 from .compare import ALIKE, COMPARED, RISE_WITH_L0, Run, baseline_of, l0_apart, mean
+from .figures import missing
 from .findings import (
     Findings,
     below_random,
@@ -35,7 +35,6 @@ from .results import JUDGED, SCORES, AgainstRandom, found_by, logs_of
 KNOW, ANSWER, TABLE, AILING, MEASURED = (
     "What to know first", "The answer", "All runs, all scores", "Controls, failures and analyses", "How it was measured"
 )  # fmt: skip
-MISSING = "figures/missing.json"
 CEILING = 0.9995  # a baseline that has this much of a score of at most 1 leaves nothing to be better by
 COLUMNS = {
     "loss": "loss", "fvu_last": "FVU",
@@ -360,13 +359,12 @@ def _seen(name: str, findings: Findings) -> str:
 
 def _missing(findings: Findings, log: str | None) -> list[str]:
     """Figures that are not there, or not whole, and why: a log's, or those that belong to none."""
-    path = findings.out / MISSING
-    missing: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    absent = missing(findings.out)
 
     def belongs(name: str) -> str | None:
         return found[1].upper() if (found := re.search(r"log_([a-z])\b", name.lower())) else None
 
-    here = {name: why for name, why in missing.items() if belongs(name) == log}
+    here = {name: why for name, why in absent.items() if belongs(name) == log}
     lines = bullets(f"`{name.replace('`', '')}`: {plain(why)}" for name, why in here.items())
     return (
         [f"Figures {f'of log {log} ' if log else ''}that are not there, or not whole, and why:", lines] if here else []

@@ -1,7 +1,6 @@
 """What campaign.json holds: of every run its settings, its scores over the seeds beside its random control's, and whether
 it beats that in what was measured."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..engine.errors import UserError
-from ..engine.folder import HELD_OUT, read_metrics, read_settings
+from ..engine.folder import HELD_OUT, METRICS, read_metrics, read_settings
+from ..engine.sealed import read_json
+from ..evals import results as kept
 from ..evals.page import NOTHING, number
 from ..variants import LOGS, documented
 from ..variants.analyses import analysis, sentence
@@ -128,17 +129,19 @@ def _of_run(run: str, condition: str, planned: Sequence[Entry], out: Path, faile
 def _of_seed(folder: Path) -> dict[str, Any]:
     """Scores of one dictionary, and of its random control, by name."""
     metrics, apart = read_metrics(folder), read_metrics(folder, name=HELD_OUT) if (folder / HELD_OUT).is_file() else []
+    if not metrics:
+        raise UserError(f"campaign: {folder / METRICS} holds no report; the run must be trained again")
     last = metrics[-1]
     found: dict[str, dict[str, float | None]] = {"sae": {"loss": last["loss"]}, "random": {}}
     if "random" in last:
         found["random"]["loss"] = last["random"]["loss"]
     if apart:
         found["sae"] |= {"fvu_first": apart[0]["fvu"], "fvu_last": apart[-1]["fvu"]}
-    results = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "evals").glob("*.json"))}
+    results = {name: kept.read(folder, name) or {} for name in kept.names(folder)}
     probing = results.get("sparse_probing", {})
     for name, score in SCORES.items():
         result = results.get(score.eval)
-        if result is not None and "skipped" not in result:
+        if result and "skipped" not in result:
             found["sae"][name] = at(result, score.path)
             found["random"][name] = _control(result, score.path)
     if probing and "skipped" not in probing:
@@ -174,17 +177,12 @@ def _analysed(run: str, parent: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """What an analysis finds in the seeds of its run that came through, by figure; or why it finds nothing."""
     folders = [out / folder for folder in parent["folders"] if Path(folder).name not in (parent["failed"] or {})]
     try:
-        found = [analysis(run, read_metrics(folder), _clusters(folder)) for folder in folders]
+        found = [analysis(run, read_metrics(folder), kept.read(folder, "clusters")) for folder in folders]
     except UserError as reason:
         return {"why_not": str(reason)}
     if not found:
         return {"why_not": f"{parent['run']} failed with every seed"}
     return {name: _summary([one[name] for one in found]) for name in found[0]}
-
-
-def _clusters(folder: Path) -> dict[str, Any] | None:
-    place = folder / "evals" / "clusters.json"
-    return json.loads(place.read_text()) if place.is_file() else None
 
 
 def found_by(run: Mapping[str, Any]) -> str:
@@ -255,7 +253,8 @@ def read_results(out: Path) -> dict[str, Any]:
     place = out / RESULTS
     if not place.is_file():
         raise UserError(f"{out} holds no {RESULTS}; the campaign isn't done: go on with --resume --out {out}")
-    return json.loads(place.read_text())
+    mend = f"remove it, and temposae campaign --resume --out {out} makes it again"
+    return read_json(place, "campaign", mend, keys=dict.fromkeys(("runs", "baselines"), dict))
 
 
 def logs_of(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,20 +1,22 @@
 """A campaign's work: train every dictionary on one stream, measure each, gather the results."""
 
+import json
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..engine import checkpoint
 from ..engine.checkpoint import Checkpoint
 from ..engine.config import RunConfig
 from ..engine.errors import UserError
-from ..engine.files import write_json
-from ..engine.folder import begin, check_free
+from ..engine.files import absolute
+from ..engine.folder import begin, check_free, read_sealed_yaml
+from ..engine.lock import owned
+from ..engine.sealed import write_json
 from ..engine.stream import ActivationStream, LanguageModel
+from ..engine.stream.loading import BUILT_IN
 from ..engine.sweep import resolve
 from ..engine.train import Run, check, train_together
 from ..evals.collect import Evaluation
@@ -35,10 +37,16 @@ def campaign(config: CampaignConfig, out: Path, *, resume: bool = False) -> dict
     `resume`, what was interrupted goes on: training from the last checkpoint, measuring from what is measured already. A run
     that fails is named, with its reason, and the others go on. Raises UserError for settings that can't be, before any work.
     """
+    with owned(out):
+        return _campaign(config, out, resume)
+
+
+def _campaign(config: CampaignConfig, out: Path, resume: bool) -> dict[str, Any]:
     from .figures import draw
     from .report import write
 
     began = time.monotonic()
+    config = _with_absolute_paths(config)
     planned = entries(config)
     _open(config, out, resume)
     model, runs = resolve({one.name: one.sections for one in planned})
@@ -55,7 +63,7 @@ def campaign(config: CampaignConfig, out: Path, *, resume: bool = False) -> dict
     if resume and (out / RESULTS).is_file():  # it had come to its end, and what it took then counts
         seconds = {what: round(took + read_results(out)["seconds"].get(what, 0), 1) for what, took in seconds.items()}
     found = gather(config, planned, out, failed) | {"seconds": seconds}
-    write_json(out / RESULTS, found)
+    _write_results(out, found)
     draw(out)
     write(out)
     return found
@@ -67,7 +75,7 @@ def _open(config: CampaignConfig, out: Path, resume: bool) -> None:
         check_free(out)
     elif not place.is_file():
         raise UserError(f"resume: {out} holds no {SETTINGS}; it is not a campaign's folder")
-    elif CampaignConfig(**yaml.safe_load(place.read_text())) != config:
+    elif _with_absolute_paths(read_config(out)) != config:
         raise UserError(f"resume: the settings differ from {place}; resume with the ones that the campaign began with")
 
 
@@ -85,7 +93,28 @@ def read_config(out: Path) -> CampaignConfig:
     place = out / SETTINGS
     if not place.is_file():
         raise UserError(f"{out} holds no {SETTINGS}; it is not a campaign's folder")
-    return CampaignConfig(**yaml.safe_load(place.read_text()))
+    try:
+        return CampaignConfig(**read_sealed_yaml(place))
+    except UserError as error:
+        raise error if str(place) in str(error) else UserError(f"{place}: {error}") from None
+
+
+def _with_absolute_paths(config: CampaignConfig) -> CampaignConfig:
+    """The settings with absolute paths in place of relative ones, so that they mean the same from any folder."""
+
+    def settled(section: dict[str, Any], *names: str) -> dict[str, Any]:
+        paths = {name: section[name] for name in names if isinstance(section.get(name), str)}
+        return section | {name: absolute(path) for name, path in paths.items() if path not in BUILT_IN}
+
+    stream = settled(config.stream, "model", "data", "cache", "activations")
+    return config.model_copy(update={"stream": stream, "train": settled(config.train, "init")})
+
+
+def _write_results(out: Path, found: dict[str, Any]) -> None:
+    try:
+        write_json(out / RESULTS, json.loads(json.dumps(found, default=str)))
+    except OSError as error:
+        raise UserError(f"out: {out / RESULTS} can't be written ({error.strerror})") from None
 
 
 def _stream(model: LanguageModel | None, runs: Mapping[str, RunConfig]) -> ActivationStream:

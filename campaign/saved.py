@@ -1,6 +1,5 @@
 """What a campaign's folder holds, as its figures need it: of every run the numbers of all its seeds."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.config import read_yaml
-from ..engine.folder import CONFIG, METRICS, read_metrics
+from ..engine.folder import CONFIG, METRICS, read_metrics, read_sealed_yaml
+from ..evals import results as kept
 from ..variants import documented
 from .results import logs_of, read_results
 
@@ -111,7 +110,7 @@ class Saved:
 
     def settings(self, run: Mapping[str, Any]) -> dict[str, Any]:
         """Those of its first seed, by section, as config.yaml has them."""
-        return read_yaml(self.out / run["folders"][0] / CONFIG)
+        return read_sealed_yaml(self.out / run["folders"][0] / CONFIG)
 
     def curve(self, run: Mapping[str, Any], *path: str, file: str = METRICS) -> Curve:
         """What every report of a run says at a path of names."""
@@ -133,9 +132,8 @@ class Saved:
 
     def results(self, run: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
         """What an eval found, of every seed."""
-        places = [folder / "evals" / f"{name}.json" for folder in self.folders(run)]
-        found = [json.loads(place.read_text()) for place in places if place.is_file()]
-        found = [one for one in found if "skipped" not in one]
+        measured = [kept.read(folder, name) for folder in self.folders(run)]
+        found = [one for one in measured if one is not None and "skipped" not in one]
         if not found:
             raise Lacking(f"{name} was not measured of {run['run']}")
         return found

@@ -1,10 +1,9 @@
 """`temposae convert` and `temposae upload`: dictionaries in other libraries' layouts, and on the hub."""
 
-import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -59,12 +58,12 @@ def upload(
     from ..engine import checkpoint
     from ..engine.interchange import hub
     from ..engine.plugins import use
+    from ..evals import results as kept
 
     use(plugin)
     found = checkpoint.find(source.expanduser())
     sae = found.dictionary(which).cfg
-    core = source.expanduser() / "evals" / "core.json"
-    scores: dict[str, Any] | None = json.loads(core.read_text()) if core.is_file() and which == "sae" else None
+    scores = kept.read(source.expanduser(), "core") if which == "sae" else None
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "out"
         _write(found, which, folder, to)

@@ -203,7 +203,7 @@ def dashboard(
     if out is None and sae == found.folder:
         raise UserError(f"out: needed; {sae} is not a run folder, give the page to write, as in dashboard.html")
     page = out or sae / "dashboard.html"
-    check_writable(page, "out")
+    check_writable(page, "out", board.is_page)
     check_writable(json_file)
     wanted = None if latents is None else board.numbers(latents, dictionary.cfg.d_sae)
     stream = stream_of(found, model, layer, hook, data, tokens=1, **BUFFERLESS)

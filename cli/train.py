@@ -2,14 +2,18 @@
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..engine.files import check_writable, write_json
 from .options import Data, Hook, JsonFile, Layer, Model, Plugin, check_backend, merge
 from .tables import figures, runs_table
+
+if TYPE_CHECKING:
+    from ..engine.ranks import Ranks
 
 
 def train(
@@ -60,15 +64,11 @@ def train(
     from ..engine.config import read_yaml
     from ..engine.errors import UserError
     from ..engine.folder import CONFIG, check_free, read_settings
+    from ..engine.lock import owned
     from ..engine.plugins import use
     from ..engine.ranks import Ranks
-    from ..engine.signals import stop_advice
-    from ..engine.stream import ActivationStream
-    from ..engine.sweep import expand, resolve
-    from ..engine.train import train_together
-    from ..evals.run import evaluate_runs
+    from ..engine.sweep import expand
 
-    began = time.monotonic()
     check_writable(json_file)
     check_backend()
     use(plugin)
@@ -100,8 +100,23 @@ def train(
     origin = Path(first.get("cache") or first.get("activations") or first.get("model", "testbed"))
     now = time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.largest(int(time.time()))))
     folder = out or Path("runs") / f"{origin.name}-{now}"
-    if not resume:
-        check_free(folder)
+    with owned(folder) if ranks.is_first else nullcontext():
+        if not resume:
+            check_free(folder)
+        _train(settings, folder, resume, ranks, json_file)
+
+
+def _train(
+    settings: dict[str, dict[str, Any]], folder: Path, resume: bool, ranks: "Ranks", json_file: Path | None
+) -> None:
+    """Train the dictionaries of these settings into a folder, measure them, and say how they do."""
+    from ..engine.signals import stop_advice
+    from ..engine.stream import ActivationStream
+    from ..engine.sweep import resolve
+    from ..engine.train import train_together
+    from ..evals.run import evaluate_runs
+
+    began = time.monotonic()
     lm, runs = resolve(settings)
     one = next(iter(runs.values()))
     most = max(run.train.tokens for run in runs.values())

@@ -11,8 +11,7 @@ Of several dictionaries on a stream, each has a checkpoint of its own without st
 one with that alone, which is written last and names what belongs to it.
 """
 
-import json
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,19 @@ from . import interchange
 from .composed import dictionary
 from .config import RunConfig, SAEConfig
 from .errors import UserError
-from .files import UNFINISHED, digest, whole_folder
+from .files import UNFINISHED, digest, remove_folder, whole_folder
 from .interchange import hub
 from .interchange.places import Where, of_stream
 from .plugins import UnknownPart
 from .sae import SparseAutoencoder
+from .sealed import read_json, write_json
 
 FORMAT = "temposae/1"
 MANIFEST = "checkpoint.json"
-KEYS = ("format", "step", "dictionaries", "run", "status", "files")
+KEYS = {"format": str, "step": int, "dictionaries": dict, "run": dict | None, "status": dict | None, "files": dict}
+#: names of dictionaries and of files of tensors; with a suffix they are the names of files in the folder
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+_FILE = {"bytes": int, "sha256": str}  # of each file in the manifest
 KEEP = 2  # checkpoints of a run that stay on disk
 
 
@@ -53,7 +56,12 @@ class Checkpoint:
     def run(self) -> RunConfig | None:
         """Settings of the run that made it; None for a dictionary that was saved by itself."""
         found = self.manifest.get("run")
-        return RunConfig(**found) if found else None
+        try:
+            return RunConfig(**found) if found else None
+        except UnknownPart:
+            raise
+        except UserError as error:
+            raise UserError(f"checkpoint: {self.folder / MANIFEST} is damaged: run: {error}") from None
 
     @property
     def where(self) -> Where:
@@ -87,6 +95,8 @@ class Checkpoint:
             cfg = SAEConfig(**self.manifest["dictionaries"][name])
         except UnknownPart as error:
             raise error.of((self.manifest.get("run") or {}).get("plugins") or ()) from None
+        except UserError as error:
+            raise UserError(f"checkpoint: {self.folder / MANIFEST} is damaged: {name}: {error}") from None
         sae = dictionary(cfg)
         try:
             sae.load_state_dict(self.tensors(name))
@@ -177,7 +187,7 @@ def write(
                 "massive": massive,
                 "files": {n: {"bytes": (fresh / n).stat().st_size, "sha256": digest(fresh / n)} for n in files},
             }
-            (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            write_json(fresh / MANIFEST, manifest)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"out: the checkpoint {folder} can't be written ({error}); what was saved before is untouched"
@@ -202,15 +212,21 @@ def find(path: Path) -> Checkpoint:
                 "SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium"
             )
         folder = steps[-1]
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            raise UserError(f"checkpoint: {folder} has format {manifest['format']!r}; this version reads {FORMAT}")
-        return Checkpoint(folder, {"massive": manifest.get("massive")} | {key: manifest[key] for key in KEYS})
-    except UserError:
-        raise
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint: {folder / MANIFEST} is damaged ({type(error).__name__}: {error})") from None
+    return Checkpoint(folder, _manifest(folder))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What checkpoint.json holds, once it is what was written and of the right shape: its names become paths."""
+    path = folder / MANIFEST
+    mend = f"remove {folder} to go on from an earlier checkpoint, if the run has one"
+    found = read_json(path, "checkpoint", mend, form=FORMAT, keys=KEYS)
+    names = [*found["dictionaries"], *(name.removesuffix(".safetensors") for name in found["files"])]
+    if wrong := [name for name in names if not _NAME.fullmatch(name)]:
+        raise UserError(f"checkpoint: {path} is damaged: {wrong[0]!r} is no name of a file in it; {mend}")
+    for name, file in found["files"].items():
+        if not isinstance(file, dict) or {key: type(file.get(key)) for key in ("bytes", "sha256")} != _FILE:
+            raise UserError(f"checkpoint: {path} is damaged: files.{name} has no bytes and sha256; {mend}")
+    return {"massive": found.get("massive")} | {key: found[key] for key in KEYS}
 
 
 def place(run: Path, step: int) -> Path:
@@ -219,9 +235,11 @@ def place(run: Path, step: int) -> Path:
 
 
 def keep_last(run: Path) -> None:
-    """Remove all but the last `KEEP` checkpoints of a run, and what was never finished."""
-    for old in [*all_in(run)[:-KEEP], *(run / "checkpoints").glob(f"{UNFINISHED}*")]:
-        shutil.rmtree(old)
+    """Remove all but the last `KEEP` checkpoints of a run, and what a kill left unfinished or half removed."""
+    kept = all_in(run)[-KEEP:]
+    for old in [*(run / "checkpoints").glob("step_*"), *(run / "checkpoints").glob(f"{UNFINISHED}*")]:
+        if old not in kept:
+            remove_folder(old)
 
 
 def all_in(run: Path) -> list[Path]:

@@ -1,18 +1,21 @@
 """Files: written whole or not at all, known by what is in them, and figures that a user asks for."""
 
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
 UNFINISHED = ".writing-"  # begins the names of files and folders that a kill may leave behind
+LOCK = ".lock"  # in a folder that a process writes to
 
 
 def flush(path: Path) -> None:
@@ -28,18 +31,22 @@ def flush(path: Path) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A file to write, which then stands at `path`: all of it, or what was there before. Its mode follows the umask.
 
-    A link is followed. What is not a plain file, such as /dev/stdout, is written as it is.
+    A link is followed. What is not a regular file, such as /dev/stdout or a named pipe, is written to and never replaced.
+    An OSError names `path`.
 
         with whole_file(folder / "report.md") as fresh:
             fresh.write_text(text)
     """
     path = path.resolve() if path.is_symlink() else path
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    fresh = path.with_name(f"{UNFINISHED}{path.name}")
+    fresh = path.with_name(f"{UNFINISHED}{path.name}-{os.getpid()}")
     try:
-        fresh.unlink(missing_ok=True)  # a kill may have left it
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        for old in path.parent.glob(f"{UNFINISHED}{escape(path.name)}*"):
+            if not _is_being_written(old):
+                with suppress(FileNotFoundError):
+                    old.unlink()
         fresh.touch()
         mode = fresh.stat().st_mode
         yield fresh
@@ -47,8 +54,48 @@ def whole_file(path: Path) -> Iterator[Path]:
         flush(fresh)
         fresh.replace(path)
         flush(path.parent)
+    except OSError as error:
+        error.filename = str(path)  # a write to a full disk names no file
+        raise
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _is_being_written(unfinished: Path) -> bool:
+    """Whether another process on this computer is at work on a file that is not finished."""
+    process = unfinished.name.rpartition("-")[2]
+    if not process.isdecimal() or int(process) == os.getpid():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def contents(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without the lock of a process and the files that a kill has left unfinished."""
+    return sorted(path for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(UNFINISHED))
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder. If the process is killed meanwhile, what is left has an unfinished folder's name, not `folder`'s."""
+    if not folder.name.startswith(UNFINISHED):
+        doomed = folder.with_name(f"{UNFINISHED}removed-{folder.name}-{secrets.token_hex(4)}")
+        folder.rename(doomed)
+        folder = doomed
+    shutil.rmtree(folder)
+
+
+def absolute(name: str) -> str:
+    """The absolute path of a file or folder that exists; other names, such as a model's on the hub, as they are."""
+    path = Path(name).expanduser()
+    try:
+        return os.path.abspath(path) if path.exists() else name
+    except OSError:  # too long to be a path
+        return name
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,19 +146,34 @@ def digest_of_folder(path: Path) -> str:
     return hashlib.sha256("".join(seen).encode()).hexdigest()
 
 
-def check_writable(path: Path | None, option: str = "json") -> None:
-    """Raises UserError if no file can be written at `path`, the value of `option`: before the work, not after it."""
+def check_writable(path: Path | None, option: str = "json", kind: Callable[[Path], bool] | None = None) -> None:
+    """Raises UserError if no file can be written at `path`, the value of `option`: before the work, not after it. An
+    existing file is replaced only if it is empty or of the `kind` that is to be written, by default JSON."""
     if path is None:
         return
-    new = not path.exists()
+    is_kind = _is_json if kind is None else kind
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for its reader
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        if path.is_file() and path.stat().st_size and not is_kind(path):
+            raise UserError(f"{option}: {path} exists and is a file of another kind; give the name of a new file")
+        new = not path.exists()
         path.open("a").close()
+        if new:
+            path.resolve().unlink()
     except OSError as error:
         raise UserError(
             f"{option}: {path} can't be written ({error.strerror}); give a file in a folder that exists"
         ) from None
-    if new:
-        path.unlink()
+
+
+def _is_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(256).lstrip()[:1] in (b"{", b"[")
 
 
 def write_json(path: Path | None, values: Any) -> None:

@@ -1,9 +1,11 @@
-"""A run's folder: config.yaml (settings as resolved), metrics.jsonl (a line a report), held_out.jsonl (the same on text held
-out, from step 0 on, where it is asked for), checkpoints/."""
+"""A run's folder: config.yaml (settings as resolved), metrics.jsonl (a line a report), held_out.jsonl (the same on held-out
+text, from step 0 on, where it is asked for), checkpoints/. Paths in config.yaml are absolute."""
 
 import json
 import math
-import tempfile
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ import yaml
 
 from .config import Config, RunConfig, SweepConfig, read_yaml
 from .errors import UserError
-from .files import UNFINISHED, write_text
+from .files import absolute, contents, write_text
+from .sealed import check_yaml, sealed_yaml
+from .stream import loading
 
 CONFIG, METRICS, HELD_OUT = "config.yaml", "metrics.jsonl", "held_out.jsonl"
+#: numbers, or null where they were not finite, that every line of a log has
+_NUMBERS = {METRICS: ("loss", "fvu", "l0", "dead_fraction"), HELD_OUT: ("fvu", "l0")}
 
 
 def begin(folder: Path, settings: Config, name: str = CONFIG) -> None:
@@ -22,7 +28,8 @@ def begin(folder: Path, settings: Config, name: str = CONFIG) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / name, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+        text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+        write_text(folder / name, sealed_yaml(text))
     except OSError as error:
         raise UserError(f"out: {folder} can't be written ({error.strerror})") from None
 
@@ -30,14 +37,13 @@ def begin(folder: Path, settings: Config, name: str = CONFIG) -> None:
 def check_free(folder: Path) -> None:
     """Refuse a run folder that holds something already, or that can't be made. Leaves nothing behind."""
     try:
-        if folder.exists() and (
-            not folder.is_dir() or any(not p.name.startswith(UNFINISHED) for p in folder.iterdir())
-        ):
+        if folder.exists() and (not folder.is_dir() or contents(folder)):
             raise UserError(
                 f"out: {folder} exists and is not empty; give a new folder, or --resume to go on with that run"
             )
         above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        Path(tempfile.mkdtemp(prefix=".temposae-", dir=above)).rmdir()
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(f"out: {folder} can't be written ({above} may not be written to); give another folder")
     except OSError as error:
         raise UserError(
             f"out: {folder} can't be written ({error.strerror}); give a folder that you may write to"
@@ -46,23 +52,76 @@ def check_free(folder: Path) -> None:
 
 def read_settings(folder: Path) -> RunConfig | SweepConfig:
     """The settings of the run in `folder`, or of the several that share a stream."""
-    found = read_yaml(folder / CONFIG)
-    return SweepConfig(**found) if "dictionaries" in found else RunConfig(**found)
+    path = folder / CONFIG
+    settings = read_sealed_yaml(path)
+    try:
+        return SweepConfig(**settings) if "dictionaries" in settings else RunConfig(**settings)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_sealed_yaml(path: Path) -> dict[str, Any]:
+    """The settings that a run or a campaign wrote. Raises UserError where the file has changed since."""
+    check_yaml(path, "resume", "undo the change, or begin a new run with --out and this file")
+    return read_yaml(path)
+
+
+def with_absolute_paths(run: RunConfig) -> RunConfig:
+    """The settings with absolute paths in place of relative ones, so that they mean the same from any folder."""
+    train = {} if run.train.init is None else {"init": absolute(run.train.init)}
+    stream = loading.with_absolute_paths(run.stream)
+    return run.model_copy(update={"stream": stream, "train": run.train.model_copy(update=train)})
+
+
+def difference(old: Mapping[str, RunConfig], new: Mapping[str, RunConfig]) -> tuple[str, Any, Any] | None:
+    """The first setting that differs, with both values; None where there is none. Relative paths are those from here."""
+    if old.keys() != new.keys():
+        return "dictionaries", ", ".join(old), ", ".join(new)
+
+    def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    for name in old:
+        first, second = (dict(flat(with_absolute_paths(runs[name]).model_dump(mode="json"))) for runs in (old, new))
+        for key in {**first, **second}:
+            if first.get(key) != second.get(key):
+                return f"{name}: {key}" if name else key, first.get(key), second.get(key)
+    return None
 
 
 def read_metrics(folder: Path, until: int | None = None, name: str = METRICS) -> list[dict[str, Any]]:
-    """The reports in a run's metrics.jsonl up to step `until`; a line cut short by a kill ends them."""
+    """The reports in a run's metrics.jsonl up to step `until`. A line that can't be read, such as the last one after a kill,
+    is named on stderr and left out."""
     path = folder / name
     kept = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            break
-        if until is not None and line["step"] > until:
-            break
-        kept.append(line)
+    *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for number, raw in enumerate([*lines, rest] if rest else lines, 1):
+        line = _report(raw, _NUMBERS.get(name, ()))
+        if line is not None:
+            if until is None or line["step"] <= until:
+                kept.append(line)
+        else:
+            print(f"{path}: line {number} is damaged and left out", file=sys.stderr, flush=True)
     return kept
+
+
+def _report(raw: bytes, numbers: tuple[str, ...]) -> dict[str, Any] | None:
+    """A line of a log; None if it is none."""
+    try:
+        line = json.loads(raw.decode())
+    except (ValueError, RecursionError):
+        return None
+
+    def has_numbers(values: Any) -> bool:
+        return isinstance(values, dict) and all(isinstance(values.get(key, ""), int | float | None) for key in numbers)
+
+    if not has_numbers(line) or ("random" in line and not has_numbers(line["random"])):
+        return None
+    return line if all(type(line.get(key)) is int for key in ("step", "tokens")) else None
 
 
 def rewind(folder: Path, kept: list[dict[str, Any]], name: str = METRICS) -> None:

@@ -1,14 +1,18 @@
 """Metrics to where people watch them: TensorBoard and Weights & Biases, where installed. metrics.jsonl is always written."""
 
+import re
+import secrets
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import UserError
+from .files import write_text
 
 #: what `train.log` may name: the module to import, and the package that brings it
 LOGGERS = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
+WANDB_ID = "wandb_id"  # in the run folder
 
 
 class Logger(Protocol):
@@ -39,6 +43,15 @@ def scalars(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield f"{prefix}{key}", value
 
 
+def _id(folder: Path) -> str:
+    """What a tracker knows a run by: random, so that no two runs share it, and the same when the run is resumed."""
+    try:
+        found = (folder / WANDB_ID).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        found = ""
+    return found if re.fullmatch("[0-9a-f]{16}", found) else secrets.token_hex(8)
+
+
 class _TensorBoard:
     def __init__(self, module: Any, folder: Path | None, settings: Mapping[str, Any]):
         self._writer = module.SummaryWriter(str((folder or Path("runs")) / "tensorboard"))
@@ -53,10 +66,17 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, module: Any, folder: Path | None, settings: Mapping[str, Any]):
-        name = folder.name if folder is not None else None
-        self._run = module.init(
-            project="temposae", name=name, id=name, resume="allow", dir=folder, config=dict(settings)
-        )
+        name, own = (None, None) if folder is None else (folder.name, _id(folder))
+        try:
+            self._run = module.init(
+                project="temposae", name=name, id=own, resume="allow", dir=folder, config=dict(settings)
+            )
+        except Exception as error:  # no key, no network: whatever it raises
+            raise UserError(
+                f"train.log: wandb is not allowed; it can't start ({' '.join(str(error).split())})"
+            ) from None
+        if folder is not None and own is not None:
+            write_text(folder / WANDB_ID, own + "\n")
 
     def log(self, prefix: str, line: Mapping[str, Any]) -> None:
         self._run.log(dict(scalars(line, prefix)), step=line["step"])

@@ -2,12 +2,11 @@
 
 import itertools
 import math
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,21 @@ from .center import center
 from .composed import dictionary
 from .config import RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig
 from .errors import Stopped, UserError
-from .folder import CONFIG, HELD_OUT, begin, check_free, read_metrics, read_settings, report, rewind
+from .files import remove_folder
+from .folder import (
+    CONFIG,
+    HELD_OUT,
+    begin,
+    check_free,
+    difference,
+    read_metrics,
+    read_settings,
+    report,
+    rewind,
+    with_absolute_paths,
+)  # fmt: skip
 from .interchange.plain import bias_where
+from .lock import owned
 from .loggers import Logger, open_loggers
 from .optim import Cohort, Learner, together
 from .parts import reads
@@ -97,7 +109,7 @@ def train(
         most = max(config.tokens, 2 * config.batch)
         stream = ActivationStream(StreamConfig(), tokens=most, batch=config.batch, seed=config.seed, own=own)
     run = RunConfig(stream=stream.config, sae=sae, train=config)
-    trained = _Training(stream, {"": run}, out, resume).run()[""]
+    trained = train_together(stream, {"": run}, out=out, resume=resume)[""]
     if stream.own is not None:
         parts = {"sae": trained.sae} | ({"random": trained.random} if trained.random is not None else {})
         scores = {part: held_out_scores(one, stream.own_held_out()) for part, one in parts.items()}
@@ -119,7 +131,9 @@ def train_together(
         runs = train_together(stream, sizes, out="runs/sizes")
         runs["F512"].sae
     """
-    return _Training(stream, dictionaries, out, resume).run()
+    folder = Path(out).expanduser() if out is not None else None
+    with owned(folder) if folder is not None and stream.ranks.is_first else nullcontext():
+        return _Training(stream, dictionaries, folder, resume).run()
 
 
 class _Trainee:
@@ -160,6 +174,7 @@ class _Trainee:
         self.metrics: list[dict[str, Any]] = []
         self.failed: str | None = None
         self.saved_step = 0
+        self.failed_step: int | None = None
         self.apart: list[Batch] = []
         if run.train.held_out_rows:
             if run.train.held_out_rows not in apart:
@@ -190,6 +205,8 @@ class _Trainee:
                         f"train.lr: {self.main.lr:g} made {key} {found[key]} by step {line['step']}; "
                         "try a smaller one (the last checkpoint is untouched)"
                     )
+        if self.failed is not None and self.failed_step is None:
+            self.failed_step = self.main.steps_done
         self.metrics.append(line)
         if self.folder is not None and self.writes:
             report(self.folder, line)
@@ -235,13 +252,14 @@ class _Trainee:
 class _Training:
     """Dictionaries by name on one stream. A single one has the name "", and the whole folder for itself."""
 
-    def __init__(
-        self, stream: ActivationStream, dictionaries: dict[str, RunConfig], out: str | Path | None, resume: bool
-    ):
+    def __init__(self, stream: ActivationStream, dictionaries: dict[str, RunConfig], folder: Path | None, resume: bool):
         own = {name: stream.config_at(run.stream) for name, run in dictionaries.items()}
-        dictionaries = {name: run.model_copy(update={"stream": own[name]}) for name, run in dictionaries.items()}
+        dictionaries = {
+            name: with_absolute_paths(run.model_copy(update={"stream": own[name]}))
+            for name, run in dictionaries.items()
+        }
         self.stream, self.runs, self.ranks = stream, dictionaries, stream.ranks
-        self.folder = Path(out).expanduser() if out is not None else None
+        self.folder = folder
         self.config = next(iter(dictionaries.values())).train
         check(stream, dictionaries)
         settings = dictionaries.get("") or SweepConfig(dictionaries=dictionaries)
@@ -277,9 +295,12 @@ class _Training:
         if not resume or not place.is_file():
             check_free(self.folder)
             return None
-        if read_settings(self.folder) != settings:
-            raise UserError(f"resume: the settings differ from {place}; resume with the ones that the run began with")
-        return checkpoint.find(self.folder) if checkpoint.all_in(self.folder) else None
+        if what := difference(read_settings(self.folder).by_name(), settings.by_name()):
+            raise UserError(f"resume: {what[0]} is {what[2]}, and {what[1]} in {place}; resume with the run's settings")
+        last = checkpoint.find(self.folder) if checkpoint.all_in(self.folder) else None
+        if last is not None and last.run is not None:
+            _check_settings(place, last, settings.by_name()[""])
+        return last
 
     @contextmanager
     def _claimed(self, settings: RunConfig | SweepConfig) -> Iterator[None]:
@@ -289,7 +310,7 @@ class _Training:
         if self.folder is None or not self.ranks.is_first:
             yield
             return
-        was_there, had_settings = self.folder.is_dir(), (self.folder / CONFIG).is_file()
+        had_settings = (self.folder / CONFIG).is_file()
         begin(self.folder, settings)
         try:
             with stop_advice("stopped before the first step; --resume starts from there"):
@@ -297,9 +318,6 @@ class _Training:
         except Exception:
             if not had_settings:
                 (self.folder / CONFIG).unlink(missing_ok=True)
-            if not was_there:
-                with suppress(OSError):  # somebody else has put something there
-                    self.folder.rmdir()
             raise
 
     def _go_on(self, trainee: _Trainee, last: checkpoint.Checkpoint) -> None:
@@ -308,14 +326,18 @@ class _Training:
             trainee.load(last)
             return
         assert trainee.folder is not None
-        status = last.manifest["status"][trainee.name]
-        trainee.failed = status["failed"]
+        status = (last.manifest["status"] or {}).get(trainee.name)
+        if not isinstance(status, dict) or not isinstance(status.get("step"), int):
+            raise UserError(f"checkpoint: {last.folder / checkpoint.MANIFEST} is damaged: no status of {trainee.name}")
+        trainee.failed, trainee.failed_step = status.get("failed"), status.get("failed_step")
         place = checkpoint.place(trainee.folder, status["step"])
         for later in checkpoint.all_in(trainee.folder):
             if later > place:
-                shutil.rmtree(later)
+                remove_folder(later)
         if status["step"]:
-            trainee.load(checkpoint.find(place))
+            own = checkpoint.find(place)
+            _check_settings(self.folder / CONFIG if self.folder is not None else place, own, trainee.run)
+            trainee.load(own)
 
     def _begin(self, resume: bool) -> None:
         if self.folder is None:
@@ -328,11 +350,12 @@ class _Training:
                 begin(one.folder, one.run)
                 checkpoint.keep_last(one.folder)
             if resume:
-                one.metrics = read_metrics(one.folder, one.main.steps_done)
+                until = one.main.steps_done if one.failed_step is None else one.failed_step
+                one.metrics = read_metrics(one.folder, until)
                 if self.ranks.is_first:
                     rewind(one.folder, one.metrics)
                     if (one.folder / HELD_OUT).is_file():
-                        rewind(one.folder, read_metrics(one.folder, one.main.steps_done, HELD_OUT), HELD_OUT)
+                        rewind(one.folder, read_metrics(one.folder, until, HELD_OUT), HELD_OUT)
             if one.main.steps_done == 0:
                 one.look()
 
@@ -446,10 +469,22 @@ class _Training:
             if one.failed is None and one.folder is not None:
                 one.save(one.folder, stream if one.folder == self.folder else {}, self.stream.norms.report())
         if "" not in self.runs and self.ranks.is_first:
-            status = {one.name: {"step": one.saved_step, "failed": one.failed} for one in self.trainees}
+            status = {
+                one.name: {"step": one.saved_step, "failed": one.failed, "failed_step": one.failed_step}
+                for one in self.trainees
+            }
             checkpoint.write(checkpoint.place(self.folder, self.step), self.step, {}, None, stream, status)
             checkpoint.keep_last(self.folder)
         self.saved_step, self.saved = self.step, time.monotonic()
+
+
+def _check_settings(config: Path, last: checkpoint.Checkpoint, run: RunConfig) -> None:
+    """Refuse to go on from a checkpoint of other settings."""
+    if last.run is not None and (what := difference({"": last.run}, {"": run})):
+        raise UserError(
+            f"resume: {what[0]} is {what[2]} in {config}, and {what[1]} in {last.folder / checkpoint.MANIFEST}; "
+            "undo the change"
+        )
 
 
 def _take_over(sae: SparseAutoencoder, path: Path) -> None:

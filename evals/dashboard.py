@@ -118,6 +118,12 @@ def page(found: dict[str, Any]) -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace(DATA, figures)
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `write` wrote."""
+    with path.open("rb") as file:
+        return b"<title>Latents</title>" in file.read(2048)
+
+
 def write(path: Path, found: dict[str, Any]) -> None:
     """Write the page to `path`: all of it or nothing. Raises UserError if the disk refuses."""
     try:

@@ -13,8 +13,8 @@ of each. `features/` is a table to pandas and DuckDB as it is:
 """
 
 import heapq
-import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -31,14 +31,17 @@ from torch import Tensor
 
 from ..engine.checkpoint import Checkpoint
 from ..engine.errors import UserError
-from ..engine.files import whole_file, write_text
+from ..engine.files import contents, whole_file
 from ..engine.folder import check_free
+from ..engine.lock import owned
 from ..engine.progress import progress_bar
+from ..engine.sealed import read_json, write_json
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.text import RowSource, TestbedRows
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.code import SparseCode
 from ..kernels.masks import weights_at
+from . import checked_parquet
 from .core import fitted
 
 FORMAT = "temposae-features/1"
@@ -79,8 +82,15 @@ def encode(
     sae = fitted("sae", found.dictionary(), stream)
     if tokens is None and isinstance(stream.text, TestbedRows):
         raise UserError(f"tokens: needed; {stream.text.name} has no end")
+    with owned(out):
+        check(out, tokens, min_activation)  # nobody has made one meanwhile
+        return _stored(found, sae, stream, out, tokens, min_activation)
+
+
+def _stored(
+    found: Checkpoint, sae: UnitDecoder, stream: ActivationStream, out: Path, tokens: int | None, min_activation: float
+) -> dict[str, Any]:
     began = time.monotonic()
-    existed = out.exists()
     try:
         (out / FEATURES).mkdir(parents=True)
         written = _encoded(sae, stream, out, tokens, min_activation)
@@ -101,12 +111,12 @@ def encode(
             "min_activation": min_activation,
             **written,
         }
-        write_text(out / MANIFEST, json.dumps(store, indent=1) + "\n")
+        write_json(out / MANIFEST, store)
     except OSError as error:
-        _remove(out, existed)
+        _remove(out)
         raise UserError(f"out: {out} can't be written ({error.strerror or error})") from None
     except BaseException:
-        _remove(out, existed)
+        _remove(out)
         raise
     return store
 
@@ -125,7 +135,6 @@ def read(
     """
     _need_pyarrow()
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     folder = Path(store).expanduser()
     about = info(folder)
@@ -135,11 +144,10 @@ def read(
         if not 0 <= one <= highest:
             raise UserError(f"latent: {one} is not allowed; the dictionary has 0 to {highest}")
     given = {"latent": latents, "document": documents}
-    filters = [(name, "in", values) for name, values in given.items() if values is not None]
+    wanted = {name: values for name, values in given.items() if values is not None}
+    sums = about.get("checks", {})
     try:
-        parts = [
-            pq.read_table(folder / name, columns=list(COLUMNS), filters=filters or None) for name in about["parts"]
-        ]
+        parts = [checked_parquet.read(folder / name, COLUMNS, wanted, sums.get(name)) for name in about["parts"]]
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"store: {folder} is damaged ({str(error).splitlines()[0]})") from None
     table = pa.concat_tables(parts)
@@ -151,16 +159,17 @@ def read(
 def info(store: str | Path) -> dict[str, Any]:
     """What store.json holds. Raises UserError for what is not a whole store."""
     folder = Path(store).expanduser()
-    try:
-        found = json.loads((folder / MANIFEST).read_text())
-        kind = found["format"]
-    except (FileNotFoundError, NotADirectoryError):
+    if not (folder / MANIFEST).is_file():
         reason = "it was not written to its end" if (folder / FEATURES).exists() else "`temposae features` makes one"
-        raise UserError(f"store: {folder} holds no {MANIFEST}; {reason}") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"store: {folder / MANIFEST} can't be read; it is not what `temposae features` wrote") from None
-    if kind != FORMAT:
-        raise UserError(f"store: {folder} has format {kind!r}; this version reads {FORMAT}")
+        raise UserError(f"store: {folder} holds no {MANIFEST}; {reason}")
+    keys = {"dictionary": dict, "parts": list}
+    found = read_json(folder / MANIFEST, "store", "the store must be made again", form=FORMAT, keys=keys)
+    for name in found["parts"]:
+        if not isinstance(name, str) or not re.fullmatch(rf"{FEATURES}/part-\d+\.parquet", name):
+            raise UserError(f"store: {folder / MANIFEST} is damaged: {str(name)[:80]!r} is no part of a store")
+    settings = found["dictionary"].get("settings")
+    if not isinstance(settings, dict) or not isinstance(settings.get("d_sae"), int):
+        raise UserError(f"store: {folder / MANIFEST} is damaged: it doesn't say how many latents the dictionary has")
     return found
 
 
@@ -171,7 +180,7 @@ def check(out: Path, tokens: int | None, min_activation: float) -> None:
         raise UserError(f"tokens: {tokens} is not allowed; it must be at least 1")
     if not (math.isfinite(min_activation) and min_activation >= 0):
         raise UserError(f"min_activation: {min_activation} is not allowed; it must be a number from 0 on")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or contents(out)):
         raise UserError(f"out: {out} exists and is not empty; give a new folder")
     check_free(out)
 
@@ -181,14 +190,11 @@ def _need_pyarrow() -> None:
         raise UserError("features: pyarrow is missing, which reads and writes Parquet; pip install pyarrow")
 
 
-def _remove(out: Path, keep_folder: bool) -> None:
-    """What was written of a store that won't be one."""
+def _remove(out: Path) -> None:
+    """Remove what was written of a store that won't be one."""
     shutil.rmtree(out / FEATURES, ignore_errors=True)
     for name in (TOKENS, MANIFEST):
-        for path in (out / name, out / f".{name}"):
-            path.unlink(missing_ok=True)
-    if not keep_folder:
-        shutil.rmtree(out, ignore_errors=True)
+        (out / name).unlink(missing_ok=True)
 
 
 def _encoded(
@@ -222,7 +228,9 @@ def _encoded(
             raise UserError(f"data: {stream.text.name} holds no token to encode (see stream.drop_special)")
         if tokens is not None and counts["tokens"] < tokens:
             bar.note(f"data: {stream.text.name} ended after {counts['tokens']:,} of {tokens:,} tokens")
-    return {**counts, "entries": features.entries, "parts": features.parts, "speed": turns.speed()}
+    sums = features.checks | {TOKENS: checked_parquet.checks(out / TOKENS)}
+    parts = list(features.checks)
+    return {**counts, "entries": features.entries, "parts": parts, "checks": sums, "speed": turns.speed()}
 
 
 def _chunks(
@@ -379,7 +387,7 @@ class _Lines(_Gathered):
         sums = [("squared_error", pa.float32()), ("squared_norm", pa.float32())]
         self.schema = pa.schema([*_places(), ("text", pa.string()), ("active", pa.int32()), *sums])
         self.place = whole_file(path)
-        self.file = pq.ParquetWriter(self.place.__enter__(), self.schema, compression="zstd")
+        self.file = pq.ParquetWriter(self.place.__enter__(), self.schema, **checked_parquet.SETTINGS)
 
     def _write(self, columns: dict[str, np.ndarray]) -> None:
         import pyarrow as pa
@@ -405,7 +413,7 @@ class _Features(_Gathered):
         super().__init__(_PART, self._write)
         self.schema = pa.schema([*_places(), ("latent", pa.int32()), ("value", pa.float32())])
         self.folder, self.entries = folder, 0
-        self.parts: list[str] = []
+        self.checks: dict[str, dict[str, Any]] = {}  # of each part
 
     def _write(self, columns: dict[str, np.ndarray]) -> None:
         import pyarrow as pa
@@ -413,16 +421,16 @@ class _Features(_Gathered):
 
         order = np.argsort(columns["latent"], kind="stable")  # the text's order is that of document, row and position
         table = pa.table({name: column[order] for name, column in columns.items()}, schema=self.schema)
-        name = f"part-{len(self.parts):05d}.parquet"
+        name = f"part-{len(self.checks):05d}.parquet"
         with whole_file(self.folder / name) as fresh:
-            pq.write_table(table, fresh, compression="zstd", row_group_size=_GROUP)
-        self.parts.append(f"{FEATURES}/{name}")
+            pq.write_table(table, fresh, row_group_size=_GROUP, **checked_parquet.SETTINGS)
+            self.checks[f"{FEATURES}/{name}"] = checked_parquet.checks(fresh)
         self.entries += len(order)
 
     def end(self) -> None:
         """Write what is left; of no entries at all, an empty part."""
         self.flush()
-        if not self.parts:
+        if not self.checks:
             self._write({name: np.empty(0, np.int32) for name in COLUMNS})
 
 

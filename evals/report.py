@@ -6,15 +6,17 @@ error), else where the control's figure is the dictionary's or above. What a con
 dictionary. Figures of which neither more nor less is better (L0, absorption) are shown, and never marked.
 """
 
-import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..engine.checkpoint import Checkpoint
-from ..engine.files import UNFINISHED, write_text
+from ..engine.errors import UserError
+from ..engine.files import write_text
 from ..engine.folder import read_metrics
 from ..engine.progress import percent, progress_bar
+from . import results as kept
 from .eval_figures import draw_evals
 from .page import NOTHING, anchor, html, number, plain, table
 from .sections import ASKS, CONTROLS, PICTURES, at, section, shown
@@ -130,17 +132,20 @@ def _kept(run: Path, dictionary: str, version: int) -> tuple[dict[str, dict[str,
     """Results in the run's evals/ by name, in the order of `EVALS`, and why others are left out."""
     found: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
-    for path in sorted(path for path in (run / "evals").glob("*.json") if not path.name.startswith(UNFINISHED)):
+    for name in kept.names(run):
         try:
-            of = (result := json.loads(path.read_text()))["of"]
+            of = (result := kept.read(run, name) or {})["of"]
             if of["dictionary"] != dictionary:
-                left_out[path.stem] = f"it is of another dictionary, {of['dictionary'][:12]}"
+                left_out[name] = f"it is of another dictionary, {of['dictionary'][:12]}"
             elif of["version"] != version:
-                left_out[path.stem] = f"it is of version {of['version']} of the evals, not {version}"
+                left_out[name] = f"it is of version {of['version']} of the evals, not {version}"
             else:
-                found[path.stem] = result
-        except (OSError, ValueError, TypeError, KeyError):
-            left_out[path.stem] = "it can't be read"
+                found[name] = result
+        except UserError as error:
+            left_out[name] = "its file is damaged"
+            print(error, file=sys.stderr, flush=True)
+        except (TypeError, KeyError):
+            left_out[name] = "it doesn't say what it was measured of"
     order = {name: i for i, name in enumerate(EVALS)}
     return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order)))), left_out
 

@@ -17,6 +17,7 @@ from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream
 from ..engine.stream.own import held_out_scores
 from ..engine.train import Run, train
+from . import results as kept
 from .budget import Sizes, row_counts
 from .collect import Evaluation
 from .core import fitted
@@ -161,7 +162,8 @@ def evaluate(
         common["control"] = "trained for evaluation"
     sizes = _sizes(found, stream, sae, rows, "random" in found.dictionaries or trained_now, like)
     keys = {name: common | {"given": given_to(name, sets, files or {}), "rows": sizes.of(name)} for name in names}
-    results = {} if run is None or fresh else {name: kept for name in names if (kept := _kept(run, name, keys[name]))}
+    known = {} if run is None or fresh else {name: _kept(run, name, keys[name]) for name in names}
+    results = {name: found for name, found in known.items() if found is not None}
     missing = [name for name in names if name not in results]
     lacking = {name: lacks(name, stream, sae.cfg, sets, files or {}) for name in missing}
     if len(names) == 1 and missing and (why := lacking[names[0]].get("")):
@@ -206,7 +208,7 @@ def evaluate(
             result |= {"seconds": round(time.monotonic() - began, 2), "of": keys[name]}
             results[name] = json.loads(json.dumps(result, allow_nan=False))  # as it is read again
             if run is not None:
-                _write(run / "evals" / f"{name}.json", results[name])
+                kept.write(run, name, results[name])
                 theirs = output(
                     name, results[name], sae, stream.config, sae_id=run.name, training_tokens=found.tokens, seed=seed,
                     llm_dtype=str(stream.model.dtype).removeprefix("torch."),
@@ -214,7 +216,8 @@ def evaluate(
                 place = run / "evals" / "saebench" / name / file_name("temposae", run.name)
                 place.unlink(missing_ok=True)  # of an earlier measurement
                 if theirs is not None:
-                    _write(place, theirs)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    write_text(place, json.dumps(theirs, indent=1) + "\n")
     if run is not None and (like is None if report is None else report):
         write_report(run, found, VERSION)
     return {name: results[name] for name in names}
@@ -257,15 +260,11 @@ def without_control(found: Checkpoint) -> str | None:
 
 def _kept(run: Path, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        found = json.loads((run / "evals" / f"{name}.json").read_text())
-    except (OSError, ValueError):
+        found = kept.read(run, name)
+    except UserError as error:
+        print(f"measured again: {error}", file=sys.stderr, flush=True)
         return None
-    return found if isinstance(found, dict) and found.get("of") == key and "skipped" not in found else None
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(found, indent=1) + "\n")
+    return found if found is not None and found.get("of") == key and "skipped" not in found else None
 
 
 def _train_control(found: Checkpoint, sae: SparseAutoencoder, stream: ActivationStream) -> SparseAutoencoder:

@@ -27,10 +27,13 @@ from torch import Tensor
 
 from ..config import Config, Count, StreamConfig
 from ..errors import UserError
-from ..files import UNFINISHED, whole_file
+from ..files import LOCK, UNFINISHED, whole_file
+from ..lock import owned
 from ..progress import progress_bar
+from ..sealed import read_json, sealed_json
 from .buffer import PLACES, Batch
 from .live import Live, packs
+from .loading import with_absolute_paths
 from .model import LanguageModel
 from .text import RowSource, open_text
 
@@ -109,21 +112,22 @@ class Manifest(Config):
 def read_manifest(folder: str | Path) -> Manifest:
     """The cache.json of a cache. Raises UserError for what is none, and for a damaged one."""
     path = Path(folder).expanduser() / MANIFEST
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"cache: {folder} holds no {MANIFEST}; give a folder that `temposae cache` made") from None
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, no JSON
-        raise UserError(f"cache: {path} is damaged or can't be read ({error})") from None
-    if isinstance(found, dict) and found.get("format") == EARLIER and not (found.get("stream") or {}).get("packing"):
+    if not path.is_file():
+        raise UserError(f"cache: {folder} holds no {MANIFEST}; give a folder that `temposae cache` made")
+    found = read_json(path, "cache", "the cache must be made again")
+    stream = found.get("stream")
+    if found.get("format") == EARLIER and not (isinstance(stream, dict) and stream.get("packing")):
         found["format"] = FORMAT
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        kind = found.get("format") if isinstance(found, dict) else type(found).__name__
-        raise UserError(f"cache: {path} has format {kind!r}; this version reads {FORMAT}")
+    if found.get("format") != FORMAT:
+        raise UserError(f"cache: {path} has format {str(found.get('format'))[:80]!r}; this version reads {FORMAT}")
     try:
-        return Manifest(**found)
+        manifest = Manifest(**found)
     except UserError as error:
         raise UserError(f"cache: {path} is damaged ({error})") from None
+    for number, shard in enumerate(manifest.shards):
+        if shard.file != _shard_name(number):  # a path elsewhere would be read
+            raise UserError(f"cache: {path} is damaged (shard {number} is named {shard.file[:80]!r})")
+    return manifest
 
 
 def write_cache(
@@ -154,8 +158,17 @@ def write_cache(
         raise UserError(f"tokens: {tokens} is not allowed; it must be at least 1")
     if not (math.isfinite(shard_mb) and shard_mb > 0):
         raise UserError(f"shard_mb: {shard_mb} is not allowed; it must be greater than 0")
+    with owned(folder):
+        return _write_cache(folder, config, tokens, list(hooks), layers, seed, dtype, shard_mb, resume, model, rows)
+
+
+def _write_cache(
+    folder: Path, config: StreamConfig, tokens: int, hooks: list[str], layers: Sequence[int], seed: int,
+    dtype: Literal["float32", "bfloat16"], shard_mb: float, resume: bool, model: LanguageModel | None,
+    rows: RowSource | None,
+) -> Manifest:  # fmt: skip
     held = _begun(folder, resume)
-    named = list(hooks) or ([config.hook] if config.hook is not None and not layers else [])
+    named = hooks or ([config.hook] if config.hook is not None and not layers else [])
     if model is None:
         model = LanguageModel(
             config.model, hooks=named, layers=layers, attention=config.attention, compile=config.compile
@@ -171,7 +184,7 @@ def write_cache(
     packing = packs(config, text)
     live = Live(model, text, config.context, config.rows_per_forward, packing=packing)
     update = {"hook": model.hook, "repeat": False, "cache": None, "packing": packing}
-    stream = config.model_copy(update=update)
+    stream = with_absolute_paths(config.model_copy(update=update))
     manifest = Manifest(
         format=FORMAT, stream=stream, seed=seed, hooks=model.widths, dtype=dtype, positions=config.context,
         special=tuple(live.special.tolist()), wanted=tokens, shard_mb=shard_mb,
@@ -342,9 +355,7 @@ def _header(path: Path, shard: Shard) -> dict[str, _Stored]:
 def _begun(folder: Path, resume: bool) -> Manifest | None:
     """The cache to go on with, if any, cleared of what a kill left half done. Refuses a folder that holds anything else."""
     try:
-        if not folder.exists():
-            folder.mkdir(parents=True)
-        names = sorted(os.listdir(folder))
+        names = sorted(set(os.listdir(folder)) - {LOCK})
     except OSError as error:
         raise UserError(f"out: {folder} can't be written ({error.strerror}); give a folder to make") from None
     if names and not resume:
@@ -372,7 +383,7 @@ def _same(folder: Path, held: Manifest, wanted: Manifest) -> None:
             label = "tokens" if name == "wanted" else name
             own, given = (", ".join(v) if isinstance(v, Mapping) else v for v in (own, given))
             raise UserError(f"resume: {label} {given} is not allowed; {folder} began with {own}")
-    for name, own in held.stream:
+    for name, own in with_absolute_paths(held.stream):  # of an earlier version
         given = getattr(wanted.stream, name)
         if own != given:
             raise UserError(f"resume: stream.{name} {given} is not allowed; {folder} began with {own}")
@@ -425,7 +436,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     found = manifest.model_dump(mode="json")
     shards = ",".join("\n  " + json.dumps(shard, separators=(",", ":")) for shard in found.pop("shards"))
     text = json.dumps(found, indent=1).removesuffix("\n}") + f',\n "shards": [{shards}\n ]\n}}\n'
-    _write(folder, MANIFEST, [text.encode()])
+    _write(folder, MANIFEST, [sealed_json(text).encode()])
 
 
 def _write(folder: Path, file: str, chunks: Any) -> int:

@@ -13,10 +13,18 @@ import torch
 from torch import nn
 
 from .. import online
+from ..config import StreamConfig
 from ..errors import UserError, near
+from ..files import absolute
 
 TESTBED = Path(__file__).resolve().parent.parent / "testbed" / "model"
 BUILT_IN = ("testbed", "smollm2")
+
+
+def with_absolute_paths(config: StreamConfig) -> StreamConfig:
+    """The settings with absolute paths in place of relative ones, so that they mean the same from any folder."""
+    paths = {name: getattr(config, name) for name in ("model", "data", "cache", "activations")}
+    return config.model_copy(update={n: absolute(p) for n, p in paths.items() if p is not None and p not in BUILT_IN})
 
 
 def load(name: str, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:

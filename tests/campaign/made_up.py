@@ -95,7 +95,8 @@ def _folder(
     (folder / "config.yaml").write_text(yaml.safe_dump({"sae": {"parts": [part]}, "train": train}))
     lines = []
     for step in range(EVERY, STEPS + 1, EVERY):
-        line: dict[str, Any] = {"step": step, "loss": found["loss"], "fvu": found["fvu_last"] * 1.1}
+        line: dict[str, Any] = {"step": step, "tokens": 8 * step, "loss": found["loss"], "fvu": found["fvu_last"] * 1.1}
+        line |= {"l0": found["l0"], "dead_fraction": found["dead_fraction"]}
         if run not in ("topk", "batchtopk"):
             line["sparsity"] = 1 + step / 10
         if tracked and run[0] == "C":
@@ -115,7 +116,10 @@ def _folder(
             }
         lines.append(line)
     _write(folder / "metrics.jsonl", lines)
-    _write(folder / "held_out.jsonl", [{"step": step, "fvu": fvu, "l0": 4.0} for step, fvu in curve(run, seed)])
+    _write(
+        folder / "held_out.jsonl",
+        [{"step": step, "tokens": 8 * step, "fvu": fvu, "l0": 4.0} for step, fvu in curve(run, seed)],
+    )
     if "core" in evals:
         error = by_position(run, seed, positions, STEPS) / 300
         at = {"position": list(range(positions)), "explained_variance": [None, *(1 - error[1:])]}

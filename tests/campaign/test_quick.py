@@ -4,6 +4,8 @@ import json
 import math
 
 import pytest
+from temposae.campaign.figures import missing
+from temposae.campaign.results import read_results
 from temposae.variants import RUNS
 
 from ..commandline import run
@@ -14,7 +16,7 @@ def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("quick") / "out"
     code, printed, err = run("campaign", "--quick", "--tokens", "51200", "--out", out, "--json", out.parent / "c.json")
     assert code == 0, err
-    return out, json.loads((out / "campaign.json").read_text()), printed
+    return out, read_results(out), printed
 
 
 @pytest.mark.slow
@@ -44,7 +46,7 @@ def test_all_runs_train_to_the_end_and_stand_beside_their_controls(quick):
 @pytest.mark.timeout(1800)
 def test_it_leaves_figures_and_a_report(quick):
     out, found, _ = quick
-    missing = json.loads((out / "figures" / "missing.json").read_text())
+    absent = missing(out)
     for figure in (
         "log_a/loss_curves",
         "log_b/hyperparameters",
@@ -53,7 +55,7 @@ def test_it_leaves_figures_and_a_report(quick):
         "overview",
     ):
         assert (out / "figures" / f"{figure}.png").stat().st_size > 10_000, figure
-    assert "unlearning" in missing["log_a/unlearning_scores.png"]
+    assert "unlearning" in absent["log_a/unlearning_scores.png"]
     text = (out / "report.md").read_text()
     for name, one in found["runs"].items():
         if not one["beats_random"]:

@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 from temposae.campaign.config import CampaignConfig, entries
+from temposae.campaign.results import read_results
 from temposae.campaign.run import campaign
 from temposae.engine import checkpoint
 from temposae.engine.errors import Stopped, UserError
@@ -34,7 +35,7 @@ def made(tmp_path_factory):
 
 def test_every_run_is_trained_to_the_end_and_measured(made):
     out, found = made
-    assert found == json.loads((out / "campaign.json").read_text())
+    assert found == read_results(out)
     assert list(found["runs"]) == ["A1", "C6", "C7", "D1"]
     assert list(found["baselines"]) == ["relu"]
     for one in (found["runs"] | found["baselines"]).values():

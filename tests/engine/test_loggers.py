@@ -45,6 +45,25 @@ def test_both_get_what_metrics_jsonl_gets(stream_of, tmp_path, logged):
             assert ("time/sae", line["time"]["sae"], line["step"]) in told
 
 
+def test_a_tracker_knows_a_run_by_an_id_of_its_own_that_stays(stream_of, tmp_path, logged):
+    settings = TrainConfig(**SETTINGS, log=("wandb",))
+    for folder in (tmp_path / "a" / "run", tmp_path / "b" / "run"):
+        train(stream_of(), SAE, settings, out=folder)
+        train(stream_of(), SAE, settings, out=folder, resume=True)
+    first, again, other, _ = (told["id"] for told in logged["wandb"] if isinstance(told, dict))
+    assert first == again != other
+
+
+def test_a_tracker_that_cannot_start_is_named_and_leaves_no_folder(stream_of, tmp_path, logged, monkeypatch):
+    def refuse(**settings):
+        raise RuntimeError("no API key\nconfigured")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    with pytest.raises(UserError, match=r"train.log: wandb is not allowed; it can't start \(no API key configured\)"):
+        train(stream_of(), SAE, TrainConfig(**SETTINGS, log=("wandb",)), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_what_is_not_installed_is_named_before_any_work(stream_of, tmp_path, monkeypatch, name):
     for module in ("torch.utils.tensorboard", "wandb"):

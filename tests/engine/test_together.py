@@ -144,8 +144,11 @@ def test_one_that_fails_is_stopped_and_named_and_the_others_go_on(together, stre
     for kept in checkpoint.all_in(tmp_path / "run" / "bad"):
         tensors = checkpoint.find(kept).tensors("sae")
         assert all(value.isfinite().all() for value in tensors.values())
+    lines = (tmp_path / "run" / "bad" / "metrics.jsonl").read_text()
     again = train_together(stream(), {"bad": bad, **SEVERAL}, out=tmp_path / "run", resume=True)
     assert again["bad"].failed == runs["bad"].failed
+    assert again["bad"].metrics == runs["bad"].metrics
+    assert (tmp_path / "run" / "bad" / "metrics.jsonl").read_text() == lines
 
 
 def test_when_all_fail_the_run_does(stream):

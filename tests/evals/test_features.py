@@ -13,6 +13,7 @@ from temposae.engine.checkpoint import Checkpoint, find, save
 from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.sealed import write_json
 from temposae.engine.stream import ActivationStream
 from temposae.engine.stream.text import TextRows, TokenRows
 from temposae.engine.testbed.language import Language
@@ -217,7 +218,9 @@ def test_what_a_store_says_about_itself(over, tmp_path):
     found = saved(SAES["batchtopk"], tmp_path)
     stream, _ = over()
     about = features.encode(found, stream, tmp_path / "store", tokens=500)
-    assert about == json.loads((tmp_path / "store" / "store.json").read_text()) == features.info(tmp_path / "store")
+    held = json.loads((tmp_path / "store" / "store.json").read_text())
+    del held["sha256"]
+    assert about == held == features.info(tmp_path / "store")
     import hashlib
 
     digest = hashlib.sha256((found.folder / "sae.safetensors").read_bytes()).hexdigest()
@@ -288,7 +291,29 @@ def test_a_store_without_its_end_is_refused(over, tmp_path):
     with pytest.raises(UserError, match="format 'other'; this version reads temposae-features/1"):
         features.read(store)
     (store / "store.json").write_text("[]")
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match="holds a list"):
+        features.read(store)
+
+
+def test_a_damaged_row_group_is_named_where_it_is_read_and_a_store_of_before_is_read(over, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "_GROUP", 64)
+    about = features.encode(saved(SAES["topk"], tmp_path), over()[0], store := tmp_path / "store", tokens=300)
+    part = store / about["parts"][0]
+    latents = features.read(store)["latent"]
+    lowest, highest = int(latents.min()), int(latents.max())
+    first, last = features.read(store, latent=lowest), features.read(store, latent=highest)
+    whole = part.read_bytes()
+    part.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+    with pytest.raises(UserError, match=r"part-00000.parquet is damaged in row group 0; the store must be made again"):
+        features.read(store, latent=lowest)
+    found = features.read(store, latent=highest)  # of another row group
+    assert all(np.array_equal(found[name], last[name]) for name in last)
+    part.write_bytes(whole)
+    write_json(store / "store.json", {key: value for key, value in about.items() if key != "checks"})
+    found = features.read(store, latent=lowest)
+    assert all(np.array_equal(found[name], first[name]) for name in first)
+    write_json(store / "store.json", about | {"parts": ["../../elsewhere.parquet"]})
+    with pytest.raises(UserError, match=r"'../../elsewhere.parquet' is no part of a store"):
         features.read(store)
 
 

@@ -88,7 +88,8 @@ def report(measured, tmp_path_factory) -> Path:
     """A run folder that holds them, and their report."""
     run = tmp_path_factory.mktemp("report") / "run"
     checkpoint.write(place(run, 4), 4, {"sae": (CFG, SparseAutoencoder(CFG).state_dict())}, run=RUN)
-    (run / "metrics.jsonl").write_text('{"step": 4, "tokens": 1024, "fvu": 0.5}\n')
+    line = {"step": 4, "tokens": 1024, "loss": 1.0, "fvu": 0.5, "l0": 4.0, "dead_fraction": 0.0}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     (run / "evals").mkdir()
     for name, result in measured.items():
         keep(run, name, result | {"seconds": 1.25, "of": {"seed": 0, "given": {}, "version": VERSION}})
@@ -371,7 +372,7 @@ def test_results_of_something_else_are_left_out_and_named(folder):
         "\nNot measured: core, sparse_probing, positions, ground_truth, unlearning, scr, tpp, clusters.\n"
     )
     assert told(markdown)[-3:] == [
-        "- The result of **clusters** is left out: it can't be read",
+        "- The result of **clusters** is left out: its file is damaged",
         f"- The result of **scr** is left out: it is of version {VERSION - 1} of the evals, not {VERSION}",
         "- The result of **tpp** is left out: it is of another dictionary, ffffffffffff",
     ]

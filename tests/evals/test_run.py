@@ -79,6 +79,7 @@ def test_a_number_that_is_none_is_named_on_reading(stream_of, tmp_path, value):
     weights["W_enc"][0, 3] = value
     save_file(weights, path)
     manifest = json.loads((found.folder / "checkpoint.json").read_text())
+    del manifest["sha256"]
     manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
     (found.folder / "checkpoint.json").write_text(json.dumps(manifest))
     again = checkpoint.find(tmp_path / "run")
@@ -147,7 +148,8 @@ def test_a_missing_score_leaves_the_others_beside_it(tmp_path, capsys):
 @pytest.mark.parametrize(("l0", "warns"), [(32.0, False), (33.5, False), (30.5, False), (35.0, True), (12.0, True)])
 def test_an_l0_that_is_not_training_s_is_told(tmp_path, l0, warns):
     for step, trained in ((1, 500.0), (2, 32.0), (3, 64.0)):
-        report(tmp_path, {"step": step, "l0": trained})
+        line = {"step": step, "tokens": 8 * step, "loss": 1.0, "fvu": 0.5, "dead_fraction": 0.0}
+        report(tmp_path, line | {"l0": trained})
     warning = l0_warning(tmp_path, 2, l0)
     assert (warning is not None) == warns
     if warning is not None:

@@ -1,0 +1,100 @@
+"""Parquet files that are checked as they are read: CRC-32 of the footer and of every row group, kept by who wrote the file.
+
+Parquet's own checksums leave out the footer and the headers of pages, and few readers look at them. (They are written too,
+for those that do.) Only the row groups that are read are checked, so that looking up one latent stays quick.
+"""
+
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engine.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+#: how our files are written
+SETTINGS: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+_TAIL = 8  # bytes: the footer's length and PAR1
+
+
+def checks(path: Path) -> dict[str, Any]:
+    """Checksums of a whole file: `bytes`, `footer`, `groups`."""
+    import pyarrow.parquet as pq
+
+    with path.open("rb") as file:
+        groups = [_crc32(file.fileno(), *span) for span in _spans(pq.ParquetFile(file).metadata)]
+        size = os.fstat(file.fileno()).st_size
+        return {"bytes": size, "footer": _crc32(file.fileno(), *_footer(file.fileno(), size)), "groups": groups}
+
+
+def read(
+    path: Path, columns: Sequence[str], wanted: Mapping[str, Sequence[int]], sums: Mapping[str, Any] | None
+) -> "pa.Table":
+    """The lines of a file whose value of each column in `wanted` is one of these. `sums`: what `checks` gave, if known.
+
+    Raises UserError for a file that is damaged, and OSError or ArrowException for one that can't be read.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    with path.open("rb") as source:
+        number = source.fileno()
+        if sums is not None:
+            size = os.fstat(number).st_size
+            if size != sums["bytes"]:
+                raise UserError(f"store: {path} is damaged; it has {size} bytes of {sums['bytes']}")
+            if _crc32(number, *_footer(number, size)) != sums["footer"]:
+                raise UserError(f"store: {path} is damaged in its footer; the store must be made again")
+        file = pq.ParquetFile(source)
+        groups = [i for i in range(file.num_row_groups) if _may_hold(file.metadata.row_group(i), wanted)]
+        if sums is not None:
+            spans = _spans(file.metadata)
+            for i in groups:
+                if _crc32(number, *spans[i]) != sums["groups"][i]:
+                    raise UserError(f"store: {path} is damaged in row group {i}; the store must be made again")
+        table = file.read_row_groups(groups, columns=list(columns))
+    for name, values in wanted.items():
+        table = table.filter(pc.field(name).isin(pa.array(values, table.schema.field(name).type)))
+    return table
+
+
+def _spans(metadata: Any) -> list[tuple[int, int]]:
+    """Where each row group begins, and how many bytes it has."""
+    found = []
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        chunks = [group.column(j) for j in range(group.num_columns)]
+        starts = [c.dictionary_page_offset if c.has_dictionary_page else c.data_page_offset for c in chunks]
+        end = max(start + c.total_compressed_size for start, c in zip(starts, chunks, strict=True))
+        found.append((min(starts), end - min(starts)))
+    return found
+
+
+def _may_hold(group: Any, wanted: Mapping[str, Sequence[int]]) -> bool:
+    """Whether some line of a row group may have wanted values, by its columns' least and largest."""
+    for j in range(group.num_columns):
+        column = group.column(j)
+        values = wanted.get(column.path_in_schema)
+        limits = column.statistics
+        if values is None or limits is None or not limits.has_min_max:
+            continue
+        if not any(limits.min <= value <= limits.max for value in values):
+            return False
+    return True
+
+
+def _footer(number: int, size: int) -> tuple[int, int]:
+    """Where the footer begins, and how many bytes it has with its length and PAR1."""
+    length = int.from_bytes(os.pread(number, 4, max(0, size - _TAIL)), "little") + _TAIL
+    return max(0, size - length), min(size, length)
+
+
+def _crc32(number: int, start: int, count: int) -> int:
+    found, done = 0, 0
+    while done < count and (piece := os.pread(number, min(2**24, count - done), start + done)):
+        found, done = zlib.crc32(piece, found), done + len(piece)
+    return found
