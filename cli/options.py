@@ -31,8 +31,8 @@ Plugin = Annotated[
     ),
 ]
 FOLDERS = (
-    "A run folder, a checkpoint, a folder of SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium, or one on "
-    "the hub: OWNER/REPOSITORY/FOLDER."
+    "A run folder, a checkpoint, a folder of SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium (or the "
+    "file of weights in it), or one on the hub: OWNER/REPOSITORY/FOLDER."
 )
 
 

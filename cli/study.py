@@ -88,7 +88,7 @@ def evaluate(
     load_eval(names[0])
     found = checkpoint.find(sae)
     stream = stream_of(found, model, layer, hook, data, tokens=100_000)
-    is_run = sae != found.folder and all(option is None for option in (model, layer, hook, data))
+    is_run = found.of_run is not None and all(option is None for option in (model, layer, hook, data))
     kept = "the evals that were finished are kept, and the same command goes on" if is_run else "nothing is kept"
     with stop_advice(f"stopped; {kept}"):
         results = evaluate(
@@ -144,9 +144,8 @@ def features(
     found = checkpoint.find(sae)
     if tokens is None and data is None and found.run is not None:
         tokens = found.run.train.tokens
-        print(
-            f"encoding {tokens:,} tokens, as many as the run was trained on; --tokens gives another number", flush=True
-        )
+        as_many = "" if isinstance(found, checkpoint.Loaded) else ", as many as the run was trained on"
+        print(f"encoding {tokens:,} tokens{as_many}; --tokens gives another number", flush=True)
     stream = stream_of(found, model, layer, hook, data, tokens=1, repeat=False, **BUFFERLESS)
     written = store.encode(found, stream, out, tokens=tokens, min_activation=min_activation)
     seconds = time.monotonic() - began
@@ -200,7 +199,7 @@ def dashboard(
     use(plugin)
     found = checkpoint.find(sae)
     dictionary = found.dictionary()
-    if out is None and sae == found.folder:
+    if out is None and found.of_run is None:
         raise UserError(f"out: needed; {sae} is not a run folder, give the page to write, as in dashboard.html")
     page = out or sae / "dashboard.html"
     check_writable(page, "out", board.is_page)

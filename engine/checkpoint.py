@@ -12,7 +12,7 @@ one with that alone, which is written last and names what belongs to it.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,11 @@ KEEP = 2  # checkpoints of a run that stay on disk
 
 @dataclass
 class Checkpoint:
-    """A checkpoint on disk: its folder and its manifest."""
+    """A checkpoint on disk: its folder and its manifest. `of_run`: the run folder, if that is what was asked for."""
 
     folder: Path
     manifest: dict[str, Any]
+    of_run: Path | None = field(default=None, kw_only=True)
 
     @property
     def step(self) -> int:
@@ -140,11 +141,11 @@ class Loaded(Checkpoint):
     said: Where
 
     @classmethod
-    def of(cls, folder: Path, other: interchange.Foreign) -> "Loaded":
+    def of(cls, other: interchange.Foreign) -> "Loaded":
         file = {"bytes": other.weights.stat().st_size, "sha256": digest(other.weights)}
         run = None if other.run is None else other.run.model_dump()
         values = (other.weights.name, 0, {"sae": other.sae.cfg.model_dump()}, run, None, {"sae.safetensors": file})
-        return cls(folder, dict(zip(KEYS, values, strict=True)), other.sae, other.where)
+        return cls(other.folder, dict(zip(KEYS, values, strict=True)), other.sae, other.where)
 
     @property
     def where(self) -> Where:
@@ -196,23 +197,33 @@ def write(
 
 def find(path: Path) -> Checkpoint:
     """The checkpoint at `path`, the last one of the run folder at `path`, or the dictionary in another library's folder; all
-    of them also on the hub, by name (`interchange.hub`)."""
-    if not path.exists() and hub.is_name(str(path)) and not path.parent.exists():  # else it is a slip of the pen
+    of them also on the hub, by name (`interchange.hub`). The path of the weights, or of the settings beside them, stands for
+    their folder."""
+    is_name = not path.exists() and hub.is_name(str(path)) and not path.parent.exists()  # else it is a slip of the pen
+    if is_name:
         path = hub.fetch(str(path))
     if not path.exists():
         raise UserError(f"sae: {path} does not exist; give a run folder or a checkpoint folder")
+    of_run = None
+    if path.is_file() and (path.parent / MANIFEST).is_file():
+        if path.name not in (MANIFEST, "sae.safetensors"):
+            raise UserError(
+                f"sae: {path} is not the dictionary; give its folder {path.parent}, or sae.safetensors in it"
+            )
+        path = path.parent
     folder = path
     if not (path / MANIFEST).is_file():
         steps = all_in(path)
         if not steps:
             if (other := interchange.read(path)) is not None:
-                return Loaded.of(path, other)
+                return Loaded.of(other)
+            why_not = interchange.why_not(path if path.is_dir() else path.parent)
             raise UserError(
                 f"sae: {path} is neither a checkpoint (no {MANIFEST}) nor a run (no checkpoints/step_*), nor a folder of "
-                "SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium"
+                f"SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium{why_not}"
             )
-        folder = steps[-1]
-    return Checkpoint(folder, _manifest(folder))
+        folder, of_run = steps[-1], None if is_name else path
+    return Checkpoint(folder, _manifest(folder), of_run=of_run)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -259,9 +270,11 @@ def save(sae: SparseAutoencoder, folder: str | Path) -> None:
 def load(path: str | Path) -> SparseAutoencoder:
     """Load the dictionary in a checkpoint folder, in the last checkpoint of a run folder, or in a folder of SAELens,
     dictionary_learning, sparsify, Gemma Scope or Llamascopium; here, or on the hub as OWNER/REPOSITORY[/FOLDER][@REVISION].
-    float32, on the CPU.
+    The path of the weights stands for their folder. float32, on the CPU. docs/exchange.md says which kinds and releases of
+    other libraries are read.
 
         sae = load("runs/mine")
+        sae = load("theirs/sae_weights.safetensors")
         sae = load("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")
 
     Raises UserError for what is no dictionary or is damaged, and for parts of one's own that are not imported yet.

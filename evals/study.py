@@ -10,6 +10,7 @@ from ..engine.checkpoint import Checkpoint, Loaded
 from ..engine.config import EvalConfig, StreamConfig, TrainConfig
 from ..engine.errors import UserError
 from ..engine.interchange.places import stream_settings
+from ..engine.interchange.settings import shown
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, LanguageModel
 from ..engine.train import Run
@@ -59,9 +60,8 @@ def evaluate(
     with tempfile.TemporaryDirectory() as work:
         found = _found(sae, stream, Path(work))
         elsewhere = stream is not None or any(option is not None for option in (model, layer, hook, data))
-        run = None if elsewhere or not isinstance(sae, str | Path) or Path(sae).expanduser() == found.folder else sae
         where = stream or stream_of(found, model, layer, hook, data, tokens=100_000)
-        kept = None if run is None else Path(run).expanduser()
+        kept = None if elsewhere else found.of_run
         return measure(
             found, where, kept, names, seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, control=control
         )
@@ -152,8 +152,9 @@ def stream_of(
     if any(option is not None for option in (model, layer, hook, data)):
         config = config.model_copy(update={"cache": None})  # another model, place or text than it holds
     if isinstance(found, Loaded):
-        used = {name: said[name] for name in ("model", "hook", "data") if said.get(name) is not None}
-        used = [f"{name} {value}" for name, value in used.items() if value == getattr(config, name)]
+        told = ("model", "hook", "target", "data", "context", "bos")
+        used = {name: said[name] for name in told if said.get(name) is not None}
+        used = [f"{name} {shown(value)}" for name, value in used.items() if value == getattr(config, name)]
         if used:
             print(f"{found.folder} says: {', '.join(used)}")
     lm = LanguageModel(config.model, hook=config.hook, layer=layer)

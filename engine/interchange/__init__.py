@@ -1,31 +1,22 @@
-"""Dictionaries of other libraries, read as ours and written as theirs.
+"""Dictionaries of other libraries, read as ours and written as theirs. docs/exchange.md has a table of what is read of each.
 
-saelens              cfg.json, sae_weights.safetensors   standard, topk, jumprelu (batchtopk and Matryoshka, saved),
-                                                         transcoder, jumprelu_transcoder
-dictionary_learning  config.json, ae.pt                  AutoEncoder, AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE,
-                                                         JumpReluAutoEncoder
-sparsify             cfg.json, sae.safetensors           topk: autoencoders, and transcoders as wide on both sides
-gemma-scope          params.npz                          jumprelu, without b_dec in the encoder
-llamascopium         config.json, sae_weights.safetensors  relu, topk, jumprelu; read only
+Every library has a module, which ports its own rules for settings of older releases and for those that a file does not have.
 
 What we write has `temposae.safetensors` beside it, which the libraries don't look at: our settings, where the dictionary was
 trained, and what their layout had to round, for the weights and settings with the SHA-256 that it names. So what was written
 from ours comes back bit for bit, unless somebody changed one of the two files; then both are read like any others.
 """
 
+import hashlib
 import json
-import zipfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from ..config import RunConfig, SAEConfig, StreamConfig
 from ..errors import UserError
@@ -33,58 +24,129 @@ from ..files import digest, whole_folder
 from ..sae import SparseAutoencoder
 from .libraries import LIBRARIES, Library
 from .places import Where, of_stream, stream_settings
-from .plain import Plain, State, of_sae, to_sae
+from .plain import BESIDE, Plain, State, of_sae, to_sae
+from .settings import Settings, read_settings
+from .tensors import save as _save
+from .tensors import tensors_in
 
-BESIDE = "temposae.safetensors"
+_OTHER_WEIGHTS = (".dcp", ".safetensors", ".pt", ".npz", ".bin", ".index.json")
+_WITHOUT = "without it the weights are read as they are"
 WRITTEN = tuple(name for name, library in LIBRARIES.items() if library.write is not None)
 
 
 @dataclass
 class Foreign:
-    """A dictionary, the file with its weights, and where it was trained, as far as the folder says (`places.SETTINGS`)."""
+    """A dictionary, the folder and the file with its weights, and where it was trained, as far as the folder says
+    (`places.SETTINGS`). `run`: model, place and text as a run has them, if model and places are known; how it was trained is
+    not."""
 
     sae: SparseAutoencoder
+    folder: Path
     weights: Path
     where: Where
+    run: RunConfig | None
+
+
+@dataclass(frozen=True)
+class Files:
+    """A folder in a library's layout, with the files that count."""
+
+    library: Library
+    folder: Path
+    settings: Path | None
+    weights: Path
 
     @property
-    def run(self) -> RunConfig | None:
-        """Model, place and text as a run has them, if model and places are known. How it was trained is not."""
-        needed = ("model", "hook", *(("target",) if self.sae.cfg.d_out is not None else ()))
-        if any(self.where.get(name) is None for name in needed):
-            return None
-        return RunConfig(stream=StreamConfig(**stream_settings(self.where)), sae=self.sae.cfg)
+    def names(self) -> str:
+        held = [file for file in (self.settings, self.weights) if file is not None]
+        return " or ".join(str(file.relative_to(self.folder)) for file in held)
 
 
-def read(folder: Path) -> Foreign | None:
-    """The dictionary in a folder of one of these libraries; None if it is of none of them.
+def read(path: Path) -> Foreign | None:
+    """The dictionary in a folder of one of these libraries, given by its path or that of a file in it; None if it is of none
+    of them.
 
     Raises UserError for a kind that can't be read, and for files that are damaged or don't fit.
     """
+    files = next(_layouts(path), None)
+    if files is None:
+        return None
+    try:
+        plain = _plain(files)
+        sae, where = _restored(plain, files)
+        run = _run(sae, where)
+    except UserError as error:
+        raise UserError(f"sae: {path}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"sae: {path} has no {error} in {files.names}") from None
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise UserError(f"sae: {path} can't be read ({type(error).__name__}: {_first_line(error)})") from None
+    return Foreign(sae, files.folder, files.weights, where, run)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _run(sae: SparseAutoencoder, where: Where) -> RunConfig | None:
+    needed = ("model", "hook", *(("target",) if sae.cfg.d_out is not None else ()))
+    if any(where.get(name) is None for name in needed):
+        return None
+    return RunConfig(stream=StreamConfig(**stream_settings(where)), sae=sae.cfg)
+
+
+def why_not(folder: Path) -> str:
+    """What a folder has that keeps `read` from finding anything in it, or which of those in it to give; empty if nothing."""
+    if not folder.is_dir():
+        return ""
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
     for library in LIBRARIES.values():
-        settings = folder / library.settings if library.settings else None
-        if (settings is None or settings.is_file()) and (folder / library.weights).is_file():
-            where = f"{library.settings} or {library.weights}" if library.settings else library.weights
-            try:
-                plain = _plain(library, folder)
-                sae, where = _restored(plain, library, folder)
-            except UserError as error:
-                raise UserError(f"sae: {folder}: {error}") from None
-            except KeyError as error:
-                raise UserError(f"sae: {folder} has no {error} in {where}") from None
-            except (OSError, ValueError, TypeError, AttributeError) as error:
-                raise UserError(f"sae: {folder} can't be read ({type(error).__name__}: {error})") from None
-            return Foreign(sae, folder / library.weights, where)
-    return None
+        if library.weights in files:
+            wanted = {name for one in LIBRARIES.values() if one.weights == library.weights for name in one.all_settings}
+            return f"; it has {library.weights}, and no {' or '.join(sorted(wanted))} beside it"
+    unread = [name for name in files if name.endswith(_OTHER_WEIGHTS)]
+    for settings in ("cfg.json", "config.json"):
+        weights = sorted({one.weights for one in LIBRARIES.values() if settings in one.all_settings})
+        if settings in files and unread:
+            return f"; it has {settings} and {', '.join(unread[:3])}, where {' or '.join(weights)} is read"
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    inside = [name for name in names if next(_layouts(folder / name), None) is not None]
+    more = ", ..." if len(inside) > 5 else ""
+    return f"; give one of the folders in it: {', '.join(inside[:5])}{more}" if inside else ""
 
 
-def _plain(library: Library, folder: Path) -> Plain:
+def _layouts(path: Path) -> Iterator[Files]:
+    """The libraries whose layout the folder at a path has, or that of a file at it, which may be deeper in the folder."""
+    if path.is_file():
+        for library in LIBRARIES.values():
+            if path.name in library.all_settings:
+                yield from _layouts(path.parent)
+                return
+            for pattern in library.all_weights:
+                if path.absolute().match(pattern):
+                    deep = pattern.count("/")
+                    yield from _in_folder(library, (path.absolute() if deep else path).parents[deep], path)
+        return
+    for library in LIBRARIES.values():
+        weights = next(
+            (path / name for name in library.all_weights if "*" not in name and (path / name).is_file()), None
+        )
+        if weights is not None:
+            yield from _in_folder(library, path, weights)
+
+
+def _in_folder(library: Library, folder: Path, weights: Path) -> Iterator[Files]:
+    settings = next((folder / name for name in library.all_settings if (folder / name).is_file()), None)
+    if settings is not None or not library.all_settings or library.optional:
+        yield Files(library, folder, settings, folder / weights.absolute().relative_to(folder.absolute()))
+
+
+def _plain(files: Files) -> Plain:
     """What a library's files hold. A tensor that its reader doesn't look at is part of another function than ours."""
-    settings = json.loads((folder / library.settings).read_text()) if library.settings else {}
-    tensors = Watched(tensors_in(folder / library.weights))
-    plain = library.read(settings, tensors, folder)
-    if unread := sorted(tensors.keys() - tensors.read):
-        raise UserError(f"{library.weights} holds {', '.join(unread)}, which can't be read")
+    settings = read_settings(files.settings) if files.settings is not None else Settings()
+    tensors = tensors_in(files.weights)
+    plain = files.library.read(settings, tensors, files.folder)
+    tensors.check_all_read(files.weights.name)
     return plain
 
 
@@ -111,86 +173,56 @@ def write(
         raise UserError(f"out: {folder} already exists; nothing is overwritten")
     try:
         with whole_folder(folder) as fresh:
-            if library.settings:
+            if library.settings is not None:
                 (fresh / library.settings).write_text(json.dumps(settings, indent=1) + "\n")
             _save({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh / library.weights)
-            _remember(sae, own, library, fresh)
+            _remember(sae, own, next(_layouts(fresh)))
     except (OSError, SafetensorError) as error:
         raise UserError(f"out: {folder} can't be written ({error})") from None
 
 
-def _remember(sae: SparseAutoencoder, own: Plain, library: Library, folder: Path) -> None:
+def _remember(sae: SparseAutoencoder, own: Plain, files: Files) -> None:
     """Put beside the weights what reading them would not give back."""
-    back = to_sae(_plain(library, folder), sae.cfg).state_dict()
+    with warnings.catch_warnings(action="ignore"):  # the folder has no name yet
+        back = to_sae(_plain(files), sae.cfg).state_dict()
     rounded = {name: value for name, value in own.tensors.items() if not torch.equal(back[name], value.float())}
-    about = {"sae": sae.cfg.model_dump_json(), "where": json.dumps(own.where), **_digests(library, folder)}
-    save_file({name: value.contiguous() for name, value in rounded.items()}, folder / BESIDE, metadata=about)
+    rounded = {name: value.contiguous() for name, value in rounded.items()}
+    about = {"sae": sae.cfg.model_dump_json(), "where": json.dumps(own.where), **_digests(files)}
+    about["contents"] = _digest_of(about, rounded)
+    save_file(rounded, files.folder / BESIDE, metadata=about)
 
 
-def _digests(library: Library, folder: Path) -> dict[str, str]:
-    files = {"weights": library.weights, "settings": library.settings}
-    return {name: digest(folder / file) for name, file in files.items() if file is not None}
+def _digests(files: Files) -> dict[str, str]:
+    return {name: digest(file) for name in ("weights", "settings") if (file := getattr(files, name)) is not None}
 
 
-def _restored(plain: Plain, library: Library, folder: Path) -> tuple[SparseAutoencoder, Where]:
+def _digest_of(about: dict[str, str], tensors: State) -> str:
+    """SHA-256 of the other entries of a file's metadata, and of its tensors."""
+    found = hashlib.sha256(
+        json.dumps(sorted((name, text) for name, text in about.items() if name != "contents")).encode()
+    )
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def _restored(plain: Plain, files: Files) -> tuple[SparseAutoencoder, Where]:
     """As we had it, if we wrote these files, else as they are."""
-    place = folder / BESIDE
+    place = files.folder / BESIDE
     if not place.is_file():
         return to_sae(plain), plain.where
     try:
         with safe_open(place, framework="pt") as file:
             about, rounded = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{BESIDE} is damaged ({error}); without it the weights are read as they are") from None
-    if any(about.get(name) != value for name, value in _digests(library, folder).items()):
+        raise UserError(f"{BESIDE} is damaged ({error}); {_WITHOUT}") from None
+    if about.get("contents", "") != _digest_of(about, rounded) and "contents" in about:  # older ones have none
+        raise UserError(f"{BESIDE} is damaged; {_WITHOUT}")
+    if any(about.get(name) != value for name, value in _digests(files).items()):
+        warnings.warn(
+            f"{files.folder}: {files.names} was changed since it was written; {BESIDE} is not used", stacklevel=2
+        )
         return to_sae(plain), plain.where
     sae = to_sae(plain, SAEConfig(**json.loads(about["sae"])))
     sae.load_state_dict({**sae.state_dict(), **rounded})
     return sae, json.loads(about["where"])
-
-
-class Watched(dict[str, Tensor]):
-    """Tensors by name, which remembers the names that somebody looked at."""
-
-    def __init__(self, tensors: State):
-        super().__init__(tensors)
-        self.read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.read.add(name)
-        return super().__getitem__(name)
-
-
-def tensors_in(file: Path) -> State:
-    """Floating ones in float32. Nothing is run that a file may hold besides tensors."""
-    try:
-        found = _LOADERS[file.suffix](file)
-    except UnpicklingError:  # whose own words advise to load it in another way
-        raise UserError(f"{file.name} is damaged, or holds more than tensors, and then it is not read") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file.name} is damaged, or holds more than tensors ({why})") from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{file.name} is not allowed; it must hold tensors by name")
-    return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
-
-
-def _load_npz(file: Path) -> State:
-    with np.load(file, allow_pickle=False) as held:
-        return {name: torch.from_numpy(held[name]) for name in held.files}
-
-
-_LOADERS: dict[str, Callable[[Path], Any]] = {
-    ".safetensors": load_file,
-    ".pt": lambda file: torch.load(file, map_location="cpu", weights_only=True),
-    ".npz": _load_npz,
-}
-
-
-def _save(tensors: State, file: Path) -> None:
-    if file.suffix == ".safetensors":
-        save_file(tensors, file)
-    elif file.suffix == ".pt":
-        torch.save(tensors, file)
-    else:
-        np.savez(file, **{name: tensor.numpy() for name, tensor in tensors.items()})  # pyright: ignore[reportArgumentType]

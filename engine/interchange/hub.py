@@ -8,10 +8,13 @@ from typing import Any
 from .. import online
 from ..config import SAEConfig
 from ..errors import UserError
+from .libraries import LIBRARIES
 from .places import Where
 
 NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<folder>[^@]+?))?/?(?:@(?P<revision>[\w./-]+))?")
-MARKS = ("checkpoint.json", "cfg.json", "config.json", "params.npz")  # of which a dictionary's folder has one
+SETTINGS = {name for library in LIBRARIES.values() for name in library.all_settings}
+FILES = {*SETTINGS, "checkpoint.json", *(name for library in LIBRARIES.values() for name in library.all_weights)}
+MARKS = ("checkpoint.json", *SETTINGS, "params.npz", "params.safetensors")  # of which a dictionary's folder has one
 
 
 def is_name(path: str) -> bool:
@@ -30,10 +33,12 @@ def fetch(name: str) -> Path:
     found = NAME.fullmatch(name)
     assert found is not None
     repo, folder, revision = found["repo"], PurePosixPath(found["folder"] or "."), found["revision"]
+    folder = folder.parent if folder.name in FILES else folder  # a file stands for its folder
     online.why_not()  # where it can't be reached, this fails at once
     try:
         files = [PurePosixPath(file) for file in HfApi().list_repo_files(repo, revision=revision)]
-        here = [file for file in files if file.parent == folder]
+        below = folder / "checkpoints"  # where Llamascopium had its weights at first
+        here = [file for file in files if file.parent in (folder, below)]
         if not any(file.name in MARKS for file in here):
             others = sorted({str(file.parent) for file in files if file.name in MARKS} - {"."})
             told = f"; there are {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}" if others else ""

@@ -12,6 +12,7 @@ from ..sae import SparseAutoencoder
 from .places import Where
 
 State = dict[str, Tensor]
+BESIDE = "temposae.safetensors"  # what we keep beside a library's files
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Plain:
 
     def checked(self) -> "Plain":
         """The same in float32, contiguous. Raises UserError for shapes that don't fit and numbers that aren't finite."""
-        tensors = {name: tensor.float() for name, tensor in self.tensors.items()}
+        tensors = {name: tensor.real.float() for name, tensor in self.tensors.items()}
         for name in ("W_enc", "W_dec"):
             if tensors[name].ndim != 2:
                 raise UserError(f"{name} has shape {list(tensors[name].shape)}; it must be a matrix")
@@ -53,6 +54,8 @@ class Plain:
         if self.activation in ("jumprelu", "batchtopk"):
             shapes["threshold"] = (F,) if self.activation == "jumprelu" else ()
         for name, shape in shapes.items():
+            if not self.tensors[name].is_floating_point():
+                raise UserError(f"{name} holds {self.tensors[name].dtype} values; it must hold floating-point numbers")
             if tensors[name].shape != shape:
                 raise UserError(
                     f"{name} has shape {list(tensors[name].shape)}; with W_enc {[D, F]} it must be {list(shape)}"
@@ -79,6 +82,26 @@ class Plain:
         zero = torch.zeros((), dtype=self.tensors["b_enc"].dtype)
         threshold = self.tensors.get("threshold", zero).expand(F).clone()
         return replace(self, activation="jumprelu", tensors={**self.tensors, "threshold": threshold})
+
+
+def unit_rows(tensors: State) -> State:
+    """Tensors of the same function with rows of W_dec of norm 1, and latents that are larger by the norm that each row had.
+    A threshold in `tensors` counts the norm already. A row of zeros stays."""
+    norm = tensors["W_dec"].norm(dim=1)
+    norm = norm.where(norm > 0, 1)
+    scaled = {"W_enc": tensors["W_enc"] * norm, "b_enc": tensors["b_enc"] * norm}
+    return {**tensors, **scaled, "W_dec": tensors["W_dec"] / norm[:, None]}
+
+
+def gated(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> State:
+    """A gated encoder as one of jumprelu, which is the same function of x W_enc (Rajamanoharan et al., arXiv 2404.16014):
+
+    relu(exp(r_mag) x W_enc + b_mag) where x W_enc + b_gate > 0, that is where exp(r_mag) x W_enc + b_mag > threshold
+    threshold = b_mag - exp(r_mag) b_gate, worked out in float64 and rounded once
+    """
+    scale = r_mag.double().exp()
+    threshold = b_mag.double() - scale * b_gate.double()
+    return {"W_enc": (W_enc.double() * scale).float(), "b_enc": b_mag, "threshold": threshold.float()}
 
 
 def bias_where(subtracts: bool, b_enc: Tensor, b_dec: Tensor, W_enc: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from temposae.engine.interchange import hub
 from temposae.engine.sae import SparseAutoencoder
 
 from ..commandline import run
+from ..layouts import LLAMASCOPIUM
 
 
 class Folder:
@@ -133,3 +134,11 @@ def test_names_that_cannot_be_are_refused(remote, tmp_path):
 def test_what_may_be_a_name():
     assert all(map(hub.is_name, ("a/b", "a/b/c/d@x", "google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")))
     assert not any(map(hub.is_name, ("a", "/a/b", "../a", "~/a", "a b/c")))
+
+
+def test_a_file_on_the_hub_stands_for_its_folder(remote):
+    repo = remote.root / "lab" / "saes"
+    interchange.write(made(), repo / "layer_4", "saelens")
+    LLAMASCOPIUM["2024"].write(repo / "first")
+    assert torch.equal(load("lab/saes/layer_4/sae_weights.safetensors").W_dec, made().W_dec)
+    assert load("lab/saes/first").cfg.activation == "relu"

@@ -107,9 +107,6 @@ CASES = {
         lambda f: saelens(f, "jumprelu", threshold=THRESHOLD, apply_b_dec_to_input=False),
         lambda: above(pre(minus_b_dec=False), THRESHOLD.double()),
     ),
-    "dictionary_learning standard": (
-        lambda f: dictionary_learning(f, "AutoEncoder", linear("bias")), lambda: pre().relu()
-    ),
     "dictionary_learning topk": (
         lambda f: dictionary_learning(f, "AutoEncoderTopK", linear(k=torch.tensor(K), threshold=torch.tensor(-1.0))),
         lambda: top(pre()),
@@ -210,7 +207,8 @@ class Other:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda f: saelens(f, "gated"), "architecture: gated is not allowed; it must be standard, topk, jumprelu"),
+        (lambda f: saelens(f, "temporal"), "architecture: temporal is not allowed; it must be standard, topk, jumprelu"),
+        (lambda f: saelens(f, "gated"), "other has no 'b_gate' in cfg.json or sae_weights.safetensors"),
         (lambda f: llamascopium(f, "batchtopk"), "act_fn: batchtopk is not allowed; it must be relu, topk, jumprelu"),
         (lambda f: llamascopium(f, "relu", sae_type="clt"), "sae_type: clt is not allowed; it must be sae"),
         (lambda f: saelens(f, "topk", normalize_activations="layer_norm"), "normalize_activations: layer_norm is not"),
@@ -227,7 +225,7 @@ class Other:
         ),
         (lambda f: saelens(f, "topk", k=99), "k: 99 is not allowed; it must be at most d_sae"),
         (lambda f: sparsify(f, activation="groupmax"), "activation: groupmax is not allowed; it must be topk"),
-        (lambda f: dictionary_learning(f, "GatedAutoEncoder", linear()), "dict_class: GatedAutoEncoder is not allowed"),
+        (lambda f: dictionary_learning(f, "IdentityDict", linear()), "dict_class: IdentityDict is not allowed"),
         (lambda f: dictionary_learning(f, "AutoEncoderTopK", {"b_dec": Other()}), "then it is not read$"),
         (lambda f: dictionary_learning(f, "AutoEncoderTopK", {"k": 3}), "ae.pt is not allowed; it must hold tensors"),
     ],
@@ -265,7 +263,7 @@ def test_commands_take_such_a_folder(tmp_path):
 
 
 def test_a_folder_that_says_where_it_was_trained_needs_no_options(tmp_path):
-    folder = saelens(tmp_path / "theirs", "topk")
+    folder = saelens(tmp_path / "theirs", "topk", d_in=128)
     tensors = {"W_enc": drawn(128, F), "W_dec": drawn(F, 128), "b_enc": B_ENC, "b_dec": drawn(128)}
     save_file(tensors, folder / "sae_weights.safetensors")
     code, out, err = run("features", "--sae", folder, "--out", tmp_path / "store", "--tokens", "300")
@@ -340,7 +338,7 @@ def test_sparsifys_folders_are_named_by_modules_below_the_runs_settings(tmp_path
         ("gemma-scope-2b-pt-res/layer_5", {"model": "google/gemma-2-2b", "hook": "blocks.5.hook_resid_post"}),
         ("gemma-scope-9b-it-mlp/layer_5", {"model": "google/gemma-2-9b-it", "hook": "blocks.5.hook_mlp_out"}),
         ("gemma-scope-2b-pt-att/layer_5", {"model": "google/gemma-2-2b", "hook": "blocks.5.attn.hook_z"}),
-        ("gemma-scope-2b-pt-res/embedding", {"model": "google/gemma-2-2b"}),
+        ("gemma-scope-2b-pt-res/embedding", {"model": "google/gemma-2-2b", "hook": "hook_embed"}),
         (
             "models--google--gemma-scope-2b-pt-transcoders/snapshots/0a/layer_5",
             {

@@ -1,0 +1,136 @@
+"""dictionary_learning: config.json and ae.pt, from its first trainers (April 2024) to 0.1.
+
+TopK keeps k of each token, as its `encode` does unless told otherwise; BatchTopK keeps what is above its threshold. Decoder
+rows of an AutoEncoder are brought to norm 1, as its `from_pretrained` does. Gated dictionaries become jumprelu of the same
+function.
+"""
+
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+from .places import Where, after_layer, known, residual_layer
+from .plain import Plain, State, gated, unit_rows
+from .settings import Settings
+from .tensors import Watched
+
+_KINDS = {
+    "AutoEncoder": "relu", "AutoEncoderNew": "relu", "GatedAutoEncoder": "jumprelu", "AutoEncoderTopK": "topk",
+    "BatchTopKSAE": "batchtopk", "MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu",
+}  # fmt: skip
+_RENAMED = {"MatroyshkaBatchTopKSAE": "MatryoshkaBatchTopKSAE"}  # in January 2025
+#: what the trainers of releases without `dict_class` made
+_CLASSES = {
+    "StandardTrainer": "AutoEncoder", "PAnnealTrainer": "AutoEncoder", "StandardTrainerNew": "AutoEncoderNew",
+    "GatedSAETrainer": "GatedAutoEncoder", "GatedAnnealTrainer": "GatedAutoEncoder", "TrainerTopK": "AutoEncoderTopK",
+    "TopKTrainer": "AutoEncoderTopK",
+}  # fmt: skip
+#: by which SAEBench chooses what to load such a dictionary with
+_TRAINERS = {
+    "AutoEncoder": "StandardTrainer", "AutoEncoderTopK": "TopKTrainer", "BatchTopKSAE": "BatchTopKTrainer",
+    "MatryoshkaBatchTopKSAE": "MatryoshkaBatchTopKTrainer", "JumpReluAutoEncoder": "JumpReluTrainer",
+}  # fmt: skip
+_INSTEAD = "; other classes work in dictionary_learning alone"
+
+
+def read(config: Settings, tensors: Watched, _: Path) -> Plain:
+    trainer = config.section("trainer")
+    if not trainer:
+        raise UserError("trainer: missing; it must hold the settings of the trainer, dict_class among them")
+    kind = trainer.get("dict_class") or _CLASSES.get(str(trainer.get("trainer_class")))
+    if kind is None:
+        raise UserError("trainer.dict_class: missing; it must say which class the dictionary is of")
+    kind = trainer.one_of("trainer.dict_class", _RENAMED.get(str(kind), kind), list(_KINDS), _INSTEAD)
+    activation = _KINDS[kind]
+    own = _weights(kind, tensors)
+    _check_sizes(trainer, own)
+    k, prefixes = None, None
+    if activation in ("topk", "batchtopk"):
+        held = tensors.take("k")
+        if held is not None and (held.numel() != 1 or held.is_floating_point()):
+            raise UserError("k: it must be one whole number beside the weights")
+        k = int(held) if held is not None else trainer.whole("k")
+        if k is None:
+            raise KeyError("k")
+        threshold = tensors.take("threshold")
+        if activation == "batchtopk" and threshold is None:
+            raise UserError(
+                f"{kind} of before December 2024 has no threshold: what it keeps of a token depends on the batch; "
+                "add the tensor threshold to ae.pt, or train it again"
+            )
+        own |= {"threshold": threshold} if threshold is not None and activation == "batchtopk" else {}
+    if kind == "MatryoshkaBatchTopKSAE":
+        sizes = tensors["group_sizes"]
+        if sizes.ndim != 1 or sizes.is_floating_point() or bool((sizes <= 0).any()):
+            raise UserError("group_sizes: it must hold numbers of latents")
+        prefixes = tuple(sizes.cumsum(0).tolist())
+    subtracts = kind not in ("JumpReluAutoEncoder", "AutoEncoderNew")
+    where = _place(trainer) | known(
+        model=trainer.text("lm_name"), context=config.section("buffer").whole("ctx_len", least=2)
+    )
+    return Plain(activation, own, subtracts, k=k, prefixes=prefixes, where=where)
+
+
+def _weights(kind: str, tensors: Watched) -> State:
+    if kind == "GatedAutoEncoder":
+        own = gated(tensors["encoder.weight"].T, *(tensors[name] for name in ("gate_bias", "mag_bias", "r_mag")))
+        return own | {"W_dec": tensors["decoder.weight"].T, "b_dec": tensors["decoder_bias"]}
+    if "encoder.weight" not in tensors:
+        names = ("W_enc", "b_enc", "W_dec", "b_dec", *(("threshold",) if kind == "JumpReluAutoEncoder" else ()))
+        return {name: tensors[name] for name in names}
+    bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(kind, "b_dec")
+    own = {
+        "W_enc": tensors["encoder.weight"].T, "b_enc": tensors["encoder.bias"],
+        "W_dec": tensors["decoder.weight"].T, "b_dec": tensors[bias],
+    }  # fmt: skip
+    if kind == "AutoEncoder" and own["W_dec"].ndim == 2:
+        norms = own["W_dec"].norm(dim=1)
+        own = own if torch.allclose(norms, torch.ones_like(norms)) else unit_rows(own)
+    return own
+
+
+def _check_sizes(trainer: Settings, own: State) -> None:
+    if own["W_enc"].ndim != 2:
+        return  # which is said when shapes are checked
+    for name, size in zip(("activation_dim", "dict_size"), own["W_enc"].shape, strict=True):
+        if (said := trainer.whole(name)) is not None and said != size:
+            raise UserError(f"trainer.{name}: {said} does not fit the weights, where it is {size}")
+
+
+def _place(trainer: Settings) -> Where:
+    place, layer = trainer.text("submodule_name") or "", trainer.whole("layer", least=0)
+    if place.startswith("blocks."):  # as we write what it has no name for
+        return {"hook": place}
+    return {"hook": after_layer(layer)} if place.startswith("resid_post") and layer is not None else {}
+
+
+def write(plain: Plain) -> tuple[dict[str, object], State]:
+    if plain.is_transcoder:
+        raise UserError("d_out: not allowed; dictionary_learning has no transcoders")
+    kinds = {_KINDS[kind]: kind for kind in reversed(_TRAINERS)}
+    kind = "MatryoshkaBatchTopKSAE" if plain.prefixes and plain.activation == "batchtopk" else kinds[plain.activation]
+    plain = plain.subtracting(kind != "JumpReluAutoEncoder")
+    t = plain.tensors
+    tensors = dict(t)
+    if kind in ("AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE"):
+        bias = "bias" if kind == "AutoEncoder" else "b_dec"
+        weights = {"encoder.weight": t["W_enc"].T, "decoder.weight": t["W_dec"].T}
+        tensors = {**weights, "encoder.bias": t["b_enc"], bias: t["b_dec"]}
+    D, F, _ = plain.sizes
+    if plain.k is not None:
+        tensors["k"] = torch.tensor(plain.k, dtype=torch.int32)
+        tensors["threshold"] = t.get("threshold", torch.tensor(-1.0))  # -1: none was followed
+    if kind == "MatryoshkaBatchTopKSAE" and plain.prefixes:
+        tensors["group_sizes"] = torch.tensor(plain.prefixes).diff(prepend=torch.zeros(1, dtype=torch.int64))
+    # whoever reads `layer` takes it for the residual stream after that layer, so there is none for another place
+    layer = residual_layer(plain.where.get("hook"))
+    trainer = {
+        "trainer_class": _TRAINERS[kind], "dict_class": kind, "activation_dim": D, "dict_size": F, "k": plain.k,
+        "device": "cpu", "lm_name": plain.where.get("model"), "layer": layer,
+        "submodule_name": plain.where.get("hook") if layer is None else f"resid_post_layer_{layer}",
+    }  # fmt: skip
+    if plain.k is None:
+        del trainer["k"]
+    buffer = {"d_submodule": D, "io": "out"} | known(ctx_len=plain.where.get("context"))
+    return {"trainer": trainer, "buffer": buffer}, tensors

@@ -1,0 +1,234 @@
+"""SAELens: cfg.json and sae_weights.safetensors, from its first release to 6.54.
+
+What its loader does to the settings of older files (`handle_config_defaulting` there) is done here in the same order. A
+scaling factor of latents, which versions 3 to 5 could learn, is in W_dec here. Gated dictionaries become jumprelu of the
+same function.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .places import Where, begins_with_bos, in_hooked_transformer, known
+from .plain import Plain, State, gated, unit_rows
+from .settings import Settings, read_settings, shown
+from .tensors import Watched
+
+VERSION = "6.54.12"  # whose layout we write; a file without a version is read there as one from before 6.0
+_SAES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+_TRANSCODERS = {"transcoder": "relu", "jumprelu_transcoder": "jumprelu"}
+_TRAINED = {"batchtopk": "batchtopk", "matryoshka_batchtopk": "batchtopk"}  # as its trainer's checkpoints have them
+_READ = {**_SAES, "gated": "jumprelu", **_TRANSCODERS, **_TRAINED}
+_SCALER = "activation_scaler.json"  # beside the weights in a trainer's checkpoint
+_INSTEAD = "; other kinds work in SAELens alone"
+
+
+def read(given: Settings, tensors: Watched, folder: Path) -> Plain:
+    cfg = _defaulted(given)
+    kind = cfg.one_of("architecture", cfg.get("architecture"), list(_READ), _INSTEAD)
+    is_transcoder, activation = kind in _TRANSCODERS, _READ[kind]
+    cfg.one_of("reshape_activations", cfg.get("reshape_activations", "none"), ["none", "hook_z"])
+    own = _encoder(kind, tensors) | {"W_dec": tensors["W_dec"], "b_dec": tensors["b_dec"]}
+    _check_sizes(cfg, own)
+    if (factor := _latents_factor(cfg, tensors)) is not None:
+        own["W_dec"] = own["W_dec"] * factor[:, None]
+    counts_norms = activation in ("topk", "batchtopk") and cfg.flag("rescale_acts_by_decoder_norm", False)
+    if (scale := _activations_factor(cfg, folder)) is not None:
+        own |= {"W_enc": own["W_enc"] * scale, "W_dec": own["W_dec"] / scale, "b_dec": own["b_dec"] / scale}
+        if activation == "batchtopk" and counts_norms:
+            own["threshold"] = own["threshold"] / scale
+    if counts_norms:
+        own = unit_rows(own)
+    subtracts = not is_transcoder and cfg.flag("apply_b_dec_to_input", True)
+    k, prefixes = None, None
+    if activation == "topk":
+        if cfg.get("k", 100) is None:
+            raise KeyError("k")
+        k = cfg.whole("k", 100)  # as its class has it where the file has none
+    elif activation == "batchtopk":
+        k = max(1, round(cfg.number("k", 100) or 0))  # on average: there it may be a fraction
+        prefixes = _prefixes(cfg, own["W_enc"].shape[1]) if kind.startswith("matryoshka") else None
+    return Plain(
+        activation,
+        own,
+        subtracts,
+        is_transcoder,
+        k,
+        prefixes,
+        _place(Settings(cfg | _renamed(given.section("metadata")))),
+    )
+
+
+def _defaulted(given: Settings) -> Settings:
+    """Settings by the names of version 6, and with what older files meant where they say nothing."""
+    version = given.text("sae_lens_version") or given.section("metadata").text("sae_lens_version") or "0"
+    major = re.match(r"\d+", version)
+    if major is None:
+        raise UserError(f"sae_lens_version: {shown(version)} is not allowed; it must be a version such as {VERSION}")
+    is_old, cfg = int(major[0]) < 6, _renamed(given)
+    cfg.one_of("activation_fn", function := cfg.get("activation_fn", "relu"), ["relu", "topk"], _INSTEAD)
+    options = cfg.section("activation_fn_kwargs")
+    if options.flag("signed", False):
+        raise UserError("activation_fn_kwargs.signed: true is not allowed; it must be false")
+    if not is_old and "architecture" not in cfg:
+        raise UserError("architecture: missing; SAELens 6 has one in every file")
+    kind = cfg.get("architecture", "standard")
+    if function == "topk" and kind != "topk":
+        if not is_old:
+            raise UserError(
+                f"activation_fn: topk is not allowed with architecture {shown(kind)} in a file of SAELens 6"
+            )
+        if options.get("k") is None:
+            raise UserError("activation_fn: topk is not allowed without its k; give activation_fn_kwargs.k")
+        kind = "topk"
+    if is_old and kind == "topk" and options.get("k") is not None:
+        cfg["k"] = options["k"]
+    cfg["architecture"] = kind
+    normalised = cfg.get("normalize_activations")
+    if normalised is None or isinstance(normalised, bool):
+        cfg["normalize_activations"] = "expected_average_only_in" if normalised else "none"
+    return cfg
+
+
+def _renamed(cfg: Settings) -> Settings:
+    names = {
+        "hook_point": "hook_name",
+        "hook_point_head_index": "hook_head_index",
+        "activation_fn_str": "activation_fn",
+    }
+    return Settings({names.get(name, name): value for name, value in cfg.items()})
+
+
+def _encoder(kind: str, tensors: Watched) -> State:
+    """W_enc, b_enc and, if there is one, the threshold."""
+    if kind == "gated":
+        return gated(*(tensors[name] for name in ("W_enc", "b_gate", "b_mag", "r_mag")))
+    own = {name: tensors[name] for name in ("W_enc", "b_enc")}
+    if kind in _TRAINED:
+        return own | {"threshold": tensors["topk_threshold"].float()}
+    if _READ[kind] == "jumprelu":
+        return own | {
+            "threshold": tensors["log_threshold"].exp() if "log_threshold" in tensors else tensors["threshold"]
+        }
+    return own
+
+
+def _check_sizes(cfg: Settings, own: State) -> None:
+    """The first releases say how many times d_in the number of latents is."""
+    if own["W_enc"].ndim != 2 or own["W_dec"].ndim != 2:
+        return  # which is said when shapes are checked
+    (D, F), d_out = own["W_enc"].shape, own["W_dec"].shape[1]
+    d_sae = cfg.whole("d_sae")
+    if d_sae is None and (times := cfg.number("expansion_factor")) is not None:
+        d_sae = round(D * times)
+    for name, said, size in (("d_in", cfg.whole("d_in"), D), ("d_sae", d_sae, F), ("d_out", cfg.whole("d_out"), d_out)):
+        if said is not None and said != size:
+            raise UserError(f"{name}: {said} does not fit the weights, where it is {size}")
+
+
+def _latents_factor(cfg: Settings, tensors: Watched) -> Tensor | None:
+    """What latents are multiplied by before they are decoded [F]. For some time, files had one that nobody had trained."""
+    factor = tensors.take("scaling_factor", "finetuning_scaling_factor")
+    if factor is None or torch.allclose(factor, torch.ones_like(factor)):
+        return None
+    if not cfg.flag("finetuning_scaling_factor", False):
+        raise UserError("scaling_factor: not allowed with finetuning_scaling_factor false; it must be 1 throughout")
+    if factor.shape != tensors["b_enc" if "b_enc" in tensors else "b_mag"].shape:
+        raise UserError(f"scaling_factor has shape {list(factor.shape)}; it must have one number per latent")
+    return factor
+
+
+def _activations_factor(cfg: Settings, folder: Path) -> float | None:
+    """What activations are multiplied by. SAELens folds it in when training ends; before that it is beside the weights."""
+    normalised = cfg["normalize_activations"]
+    if normalised == "none":
+        return None
+    if normalised == "expected_average_only_in" and (folder / _SCALER).is_file():
+        factor = read_settings(folder / _SCALER).number("scaling_factor")
+        if factor is not None and factor > 0:
+            return factor
+    why = {
+        "layer_norm": "it scales each activation by its own norm, which works in SAELens alone",
+        "constant_norm_rescale": "it scales each activation by its own norm, which works in SAELens alone",
+        "expected_average_only_in": "SAELens folds it into the weights with fold_activation_norm_scaling_factor",
+        "covariance_whitening": "SAELens folds it into the weights with fold_activation_whitening",
+    }.get(str(normalised), "it must be none")
+    raise UserError(f"normalize_activations: {shown(normalised)} is not allowed; {why}")
+
+
+def _prefixes(cfg: Settings, F: int) -> tuple[int, ...]:
+    widths = cfg.get("matryoshka_widths")
+    if not isinstance(widths, list) or not widths or not all(type(width) is int for width in widths):
+        raise UserError(f"matryoshka_widths: {shown(widths)} is not allowed; it must be ascending numbers of latents")
+    return tuple(widths) if widths[-1] == F else (*widths, F)
+
+
+def _place(about: Settings) -> Where:
+    """A dictionary of one attention head is of a place that we have no name for."""
+    hook, target = about.text("hook_name"), about.text("hook_name_out")
+    if about.get("hook_head_index") is not None:
+        hook = None
+    if about.get("hook_head_index_out") is not None:
+        target = None
+    special = about.get("exclude_special_tokens")
+    return known(
+        model=about.text("model_name"), hook=hook, target=target, context=about.whole("context_size", least=2),
+        bos=None if about.get("prepend_bos") is None else about.flag("prepend_bos", True), data=about.text("dataset_path"),
+        drop_special=special if isinstance(special, bool) else None,
+    )  # fmt: skip
+
+
+def write(plain: Plain) -> tuple[dict[str, object], State]:
+    """batchtopk as jumprelu, as SAELens itself saves it."""
+    trained_as = _training(plain)
+    if plain.activation == "batchtopk":
+        plain = plain.jumping()
+    if plain.is_transcoder and plain.activation == "topk":
+        raise UserError("activation: topk is not allowed; SAELens' transcoders have relu and jumprelu")
+    kinds = _TRANSCODERS if plain.is_transcoder else _SAES
+    D, F, d_out = plain.sizes
+    is_head_output = str(plain.where.get("hook")).endswith(".hook_z")  # [heads, D / heads] there
+    cfg: dict[str, object] = {
+        "d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": plain.subtracts,
+        "normalize_activations": "none", "reshape_activations": "hook_z" if is_head_output else "none",
+        "metadata": _metadata(plain) | trained_as,
+        "architecture": next(kind for kind, activation in kinds.items() if activation == plain.activation),
+    }  # fmt: skip
+    cfg |= {"d_out": d_out} if plain.is_transcoder else {}
+    cfg |= {"k": plain.k, "rescale_acts_by_decoder_norm": False} if plain.activation == "topk" else {}
+    return cfg, plain.tensors
+
+
+def _metadata(plain: Plain) -> dict[str, object]:
+    """What SAELens says of a dictionary that it trained, as far as it is known of this one. Left out, its version in use
+    would count as the one that trained it."""
+    about: dict[str, object] = {"sae_lens_version": VERSION, "sae_lens_training_version": None}
+    where = plain.where
+    if not where:
+        return about
+    about |= {
+        "model_name": where.get("model"), "model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {},
+        "hook_name": in_hooked_transformer(where.get("hook")), "hook_head_index": None, "seqpos_slice": [None],
+        "context_size": where.get("context"), "prepend_bos": begins_with_bos(where), "dataset_path": where.get("data"),
+        "exclude_special_tokens": where.get("drop_special"), "training_tokens": plain.tokens,
+        # our rows never join documents
+        "disable_concat_sequences": None if plain.tokens is None else True, "sequence_separator_token": None,
+    }  # fmt: skip
+    if plain.is_transcoder:
+        about |= {"hook_name_out": in_hooked_transformer(where.get("target")), "hook_head_index_out": None}
+    return about
+
+
+def _training(plain: Plain) -> dict[str, object]:
+    """The kind of dictionary that was trained, which the file's architecture does not tell of a batchtopk. A jumprelu that
+    was not trained here may have been one."""
+    if plain.is_transcoder or (plain.activation == "jumprelu" and plain.tokens is None):
+        return {}
+    kind = {"relu": "standard"}.get(plain.activation, plain.activation)
+    kind = "matryoshka_batchtopk" if kind == "batchtopk" and plain.prefixes else kind
+    details: dict[str, object] = {"k": plain.k} if plain.activation == "batchtopk" else {}
+    details |= {"matryoshka_widths": list(plain.prefixes)} if plain.prefixes else {}
+    return {"training_architecture": kind, "training_architecture_details": details}

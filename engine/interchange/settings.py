@@ -1,0 +1,85 @@
+"""Settings that other libraries keep as JSON beside their weights: bounded, and each of the type that it must have."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+MOST_BYTES = 16 * 2**20  # of a settings file; those of the libraries have a few thousand
+SHOWN = 80  # characters of a value that a message repeats
+
+
+class Settings(dict[str, Any]):
+    """Settings by name. A value of the wrong type raises UserError, which names the setting, the value and what is allowed.
+
+    A setting that is missing has the value `default`; so has null, where `null` says so.
+    """
+
+    def flag(self, name: str, default: bool) -> bool:
+        return self._checked(name, default, bool, "true or false")
+
+    def whole(self, name: str, default: int | None = None, least: int = 1) -> int | None:
+        found = self.get(name)
+        if found is None:
+            return default
+        if isinstance(found, float) and found.is_integer():
+            found = int(found)
+        if isinstance(found, bool) or not isinstance(found, int) or not least <= found < 2**63:
+            raise self.refused(name, f"a whole number from {least} on")
+        return found
+
+    def number(self, name: str, default: float | None = None) -> float | None:
+        found = self.get(name)
+        if found is None:
+            return default
+        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+            raise self.refused(name, "a finite number")
+        return float(found)
+
+    def text(self, name: str) -> str | None:
+        """None where it is missing, null or empty."""
+        return None if self.get(name) is None else self._checked(name, "", str, "text") or None
+
+    def section(self, name: str) -> "Settings":
+        """Settings within these; none where they are missing or null."""
+        return Settings({} if self.get(name) is None else self._checked(name, {}, dict, "settings by name"))
+
+    def one_of(self, name: str, value: Any, allowed: list[str], instead: str = "") -> str:
+        """`value`, which the setting `name` has or means, if it is allowed; else UserError, with what to do `instead`."""
+        if not isinstance(value, str) or value not in allowed:
+            raise UserError(f"{name}: {shown(value)} is not allowed; it must be {', '.join(allowed)}{instead}")
+        return value
+
+    def refused(self, name: str, allowed: str) -> UserError:
+        return UserError(f"{name}: {shown(self[name])} is not allowed; it must be {allowed}")
+
+    def _checked(self, name: str, default: Any, kind: type, allowed: str) -> Any:
+        if not isinstance(self.get(name, default), kind):
+            raise self.refused(name, allowed)
+        return self.get(name, default)
+
+
+def read_settings(file: Path, name: str | None = None) -> Settings:
+    """The settings in a JSON file. Raises UserError, which names the file (as `name`), if it is damaged or too large."""
+    name = name or file.name
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise UserError(f"{name} has {file.stat().st_size:,} bytes; settings have at most {MOST_BYTES:,}")
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        why = "nested too deep" if isinstance(error, RecursionError) else str(error).partition("\n")[0]
+        raise UserError(f"{name} is damaged ({why})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{name} is not allowed; it must hold settings by name")
+    return Settings(found)
+
+
+def shown(value: Any) -> str:
+    """A value as JSON has it, text without quotes, cut where it is long."""
+    written = value if isinstance(value, str) else json.dumps(value)
+    written = "".join(letter if letter.isprintable() else "?" for letter in written[: SHOWN + 1])
+    return written if len(written) <= SHOWN else f"{written[:SHOWN]}..."
