@@ -1,16 +1,19 @@
 """What everything is measured on: a shape, and tokens in which there is something to learn."""
 
 import itertools
+import math
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..engine.errors import UserError
+from ..engine.errors import UserError, shown
 from ..engine.stream import Batch
 
 POSITIONS = 128  # of a context
+MOST = 1000  # shapes to measure
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,8 +28,8 @@ class Shape(NamedTuple):
     def check(self) -> "Shape":
         """Itself. Raises UserError for sizes below 1 and for K above F."""
         for name, size in self._asdict().items():
-            if size < 1:
-                raise UserError(f"{name}: {size} is not allowed; it must be at least 1")
+            if not 1 <= size < 2**31:
+                raise UserError(f"{name}: {size} is not allowed; it must be at least 1 and less than 2^31")
         if self.K > self.F:
             raise UserError(f"K: {self.K} is not allowed; it must be at most F ({self.F})")
         return self
@@ -55,16 +58,17 @@ def shapes(preset: str, **sizes: str | None) -> list[Shape]:
     """The shapes of a preset; with `sizes` (N="1024,8192" and so on) every combination of those, the rest as in the preset's
     first shape. Raises UserError for an unknown preset and for sizes that are no numbers or not allowed."""
     if preset not in PRESETS:
-        raise UserError(f"preset: {preset!r} is not allowed; there are {', '.join(PRESETS)}")
+        raise UserError(f"preset: {shown(preset)} is not allowed; there are {', '.join(PRESETS)}")
     if all(size is None for size in sizes.values()):
         return PRESETS[preset]
     choices = []
     for name, default in PRESETS[preset][0]._asdict().items():
         text = sizes.get(name)
-        try:
-            choices.append([default] if text is None else [int(part) for part in text.split(",")])
-        except ValueError:
-            raise UserError(f"{name}: {text!r} is not allowed; give numbers, parted by commas") from None
+        if text is not None and not re.fullmatch(r"[-+]?[0-9]{1,20}(,[-+]?[0-9]{1,20})*", text, re.ASCII):
+            raise UserError(f"{name}: {shown(text)} is not allowed; give whole numbers, parted by commas")
+        choices.append([default] if text is None else [int(part) for part in text.split(",")])
+    if (many := math.prod(map(len, choices))) > MOST:
+        raise UserError(f"N, D, F and K: {many:,} shapes are not allowed; at most {MOST} can be measured")
     return [Shape(*chosen).check() for chosen in itertools.product(*choices)]
 
 

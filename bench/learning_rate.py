@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..engine.config import SAEConfig, StreamConfig, TrainConfig
-from ..engine.errors import UserError
+from ..engine.errors import UserError, shown
+from ..engine.names import expand_path
 from ..engine.optim import default_lr
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream
@@ -66,13 +68,15 @@ def plan(
         raise UserError(f"preset: {preset!r} is not allowed; there are {', '.join(PRESETS)}")
     usual = PRESETS[preset]
     own = [_parsed(text) for text in cells or ()]
+    for source in sources or ():
+        _check_source(source)
     every = tuple(dict.fromkeys(cell for found in usual.values() for cell in found))
     return {source: own or usual.get(source, every) for source in sources or usual}
 
 
 def _parsed(text: str) -> Cell:
     activation, *numbers = text.split(",")
-    if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
+    if len(numbers) != 4 or not all(re.fullmatch("[0-9]{1,10}", number) for number in numbers):
         raise UserError(
             f"cell: {text} is not allowed; it must be ACTIVATION,F,K,BATCH,STEPS, as in topk,512,16,256,100"
         )
@@ -81,18 +85,28 @@ def _parsed(text: str) -> Cell:
     return cell
 
 
+def _check_source(source: str) -> None:
+    name, is_file, file = source.partition("=")
+    if is_file:
+        if not expand_path(file, "source").is_file():
+            raise UserError(f"source: {shown(source)} is not allowed; {file} does not exist")
+    elif not re.fullmatch(r".+:[0-9]{1,5}", name) or name == "synthetic:0":
+        raise UserError(
+            f"source: {shown(source)} is not allowed; it must be synthetic:WIDTH, MODEL:LAYER or NAME=FILE.npy"
+        )
+
+
 def activations(source: str, data: str | None = None) -> Tensor:
     """x [TOKENS, D] float32 of a source: `synthetic:WIDTH` (`data.tokens`), `MODEL:LAYER` (the residual stream after that
     layer, on the text `data`), or `NAME=FILE.npy`. Raises UserError for another, and for a file that is none."""
+    _check_source(source)
     name, is_file, file = source.partition("=")
     kind, _, number = name.rpartition(":")
     if is_file:
         try:
-            return torch.from_numpy(np.load(Path(file).expanduser(), allow_pickle=False)).float()
+            return torch.from_numpy(np.load(expand_path(file, "source"), allow_pickle=False)).float()
         except (OSError, ValueError) as error:
             raise UserError(f"source: {source} can't be read ({error})") from None
-    if not kind or not number.isdecimal():
-        raise UserError(f"source: {source} is not allowed; it must be synthetic:WIDTH, MODEL:LAYER or NAME=FILE.npy")
     if kind == "synthetic":
         return made_up(Shape(TOKENS, int(number), 1, 1), "cpu", torch.float32, count=1).batches[0].x
     hook = f"blocks.{number}.hook_resid_post"

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from ..engine.config import Config, Count
-from ..engine.errors import UserError, near
+from ..engine.config import Config
+from ..engine.errors import UserError, near, shown
 from ..engine.parts import reads
 from ..engine.sweep import expand
 from ..evals.suite import EVALS
@@ -33,13 +33,13 @@ class CampaignConfig(Config):
 
     runs: tuple[str, ...] = tuple(RUNS)
     baselines: tuple[str, ...] = tuple(BASELINES)
-    seeds: Count = 1
+    seeds: Annotated[int, Field(ge=1, le=1000)] = 1
     axes: dict[str, list[Any]] = {}
     stream: dict[str, Any] = {}
     sae: dict[str, Any] = {}
     train: dict[str, Any] = {}
     evals: tuple[str, ...] = MEASURED
-    share: Annotated[int, Field(ge=1)] = 1
+    share: Annotated[int, Field(ge=1, le=1000)] = 1
 
     @field_validator("runs", "baselines", mode="before")
     @classmethod
@@ -49,7 +49,7 @@ class CampaignConfig(Config):
             return tuple(known)
         for run in given if isinstance(given, list | tuple) else ():
             if run not in known:
-                raise UserError(f"{info.field_name}: {run!r} is not allowed; {near(str(run), known)}")
+                raise UserError(f"{info.field_name}: {shown(run)} is not allowed; {near(str(run), known)}")
         return given
 
     @field_validator("evals")
@@ -57,7 +57,7 @@ class CampaignConfig(Config):
     def _known(cls, given: tuple[str, ...]) -> tuple[str, ...]:
         for name in given:
             if name not in EVALS:
-                raise UserError(f"evals: {name!r} is not allowed; {near(name, EVALS)}")
+                raise UserError(f"evals: {shown(name)} is not allowed; {near(name, EVALS)}")
         return given if "core" in given else ("core", *given)
 
     @field_validator("axes")
@@ -65,7 +65,7 @@ class CampaignConfig(Config):
     def _strictness(cls, given: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for how in given.get("strictness", ()):
             if how not in STRICTNESS:
-                raise UserError(f"axes.strictness: {how!r} is not allowed; it must be {', '.join(STRICTNESS)}")
+                raise UserError(f"axes.strictness: {shown(how)} is not allowed; it must be {', '.join(STRICTNESS)}")
         return given
 
 

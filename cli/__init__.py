@@ -11,6 +11,7 @@ import typer
 from ..engine.files import check_writable, write_json
 from .bench import bench_app, profile
 from .campaign import campaign, plot, run
+from .checked import App
 from .exchange import convert, upload
 from .options import PLAIN, JsonFile
 from .study import dashboard, evaluate, features
@@ -18,7 +19,7 @@ from .tables import figures
 from .testbed import testbed_app
 from .train import cache, train
 
-app = typer.Typer(**PLAIN)
+app = App(**PLAIN)
 
 
 @app.callback()

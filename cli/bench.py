@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from ..engine.files import check_writable, write_json
+from .checked import App
 from .options import PLAIN, JsonFile
 
-bench_app = typer.Typer(
+bench_app = App(
     help="Time ops and training steps beside other libraries and beside what the device could do.",
     **PLAIN,
 )
@@ -40,11 +41,16 @@ def step(
         bool, typer.Option("--auxk", help="With AuxK, every fourth latent dead (topk and batchtopk).")
     ] = False,
     dictionaries: Annotated[
-        int, typer.Option(help="So many on the same tokens: temposae's step together, the others' one after another.")
+        int,
+        typer.Option(
+            min=1, max=1000, help="So many on the same tokens: temposae's step together, the others' one after another."
+        ),
     ] = 1,
     own: Annotated[bool, typer.Option("--own", help="Everyone by their own defaults, too.")] = False,
-    rounds: Annotated[int, typer.Option(help="Samples of everyone.")] = 20,
-    clip: Annotated[float | None, typer.Option(help="Clip gradient norms, where that can be chosen. [no]")] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Samples of everyone.")] = 20,
+    clip: Annotated[
+        float | None, typer.Option(min=1e-6, max=1e9, help="Clip gradient norms, where that can be chosen. [no]")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     json_file: JsonFile = None,
@@ -82,7 +88,7 @@ def ops(
     f: F = None,
     k: K = None,
     op: Annotated[list[str] | None, typer.Option(help="encode, select_topk, ...; may be given again. [all]")] = None,
-    repeats: Annotated[int, typer.Option(help="Samples of each op.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Samples of each op.")] = 20,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [bf16 on a GPU, fp32 on a CPU]")] = None,
     device: Device = None,
     json_file: JsonFile = None,
@@ -165,7 +171,7 @@ def learning_rate(
         typer.Option(help="ACTIVATION,F,K,BATCH,STEPS, as in topk,512,16,256,100; may be given again. [the preset's]"),
     ] = None,
     data: Annotated[str | None, typer.Option(help="A model's text, as `train --data` takes it.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Average scores over so many seeds.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Average scores over so many seeds.")] = 1,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -178,7 +184,10 @@ def learning_rate(
     _quiet()
     check_writable(json_file)
     from ..bench import learning_rate as suite
+    from ..engine.stream.documents import check_data
 
+    if data is not None:
+        check_data(data)
     done = suite.read(json_file) if json_file is not None and json_file.is_file() else None
     found = suite.measure(
         suite.plan(preset, source, cell),
@@ -199,8 +208,10 @@ def peers(
     library: Annotated[
         list[str] | None, typer.Option(help="saelens, dictionary_learning or sparsify; may be given again. [all]")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of a script's run, of which the median counts.")] = 30,
-    rounds: Annotated[int, typer.Option(help="Runs of each.")] = 3,
+    steps: Annotated[
+        int, typer.Option(min=5, max=10_000, help="Steps of a script's run, of which the median counts.")
+    ] = 30,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each.")] = 3,
     json_file: JsonFile = None,
 ) -> None:
     """Time other libraries' own minimal training scripts, before and after the two lines that `accelerate` takes.
@@ -212,16 +223,11 @@ def peers(
     check_writable(json_file)
     where = _where(None)
     from ..bench import before_after as suite
-    from ..bench.data import shapes
-    from ..engine.errors import UserError
 
-    for name, value, least in (("steps", steps, 5), ("rounds", rounds, 1)):
-        if value < least:
-            raise UserError(f"{name}: {value} is not allowed; it must be at least {least}")
     given = {"cpu": ("1024", "512", "4096,16384", "32"), "cuda": ("4096", "2304", "65536", "64")}[where]
-    sizes = {name: own or usual for name, own, usual in zip("NDFK", (n, d, f, k), given, strict=True)}
+    sizes = [own or usual for own, usual in zip((n, d, f, k), given, strict=True)]
     found = suite.measure(
-        shapes("cpu", **sizes), library or list(suite.LIBRARIES), device=where, steps=steps, rounds=rounds
+        _shapes("cpu", *sizes), library or list(suite.LIBRARIES), device=where, steps=steps, rounds=rounds
     )
     write_json(json_file, found)
     print(suite.table(found), end="")
@@ -247,7 +253,7 @@ def report(
         list[Path] | None, typer.Option(help="Measured results; may be given again. [those that come with the package]")
     ] = None,
     arch: Annotated[
-        list[int] | None, typer.Option(help="Compile for this sm; may be given again. [80, 90, 100]")
+        list[int] | None, typer.Option(min=70, max=200, help="Compile for this sm; may be given again. [80, 90, 100]")
     ] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="Compile this kernel; may be given again. [all]")] = None,
     json_file: JsonFile = None,
@@ -293,7 +299,7 @@ def profile(
     d: D = None,
     f: F = None,
     k: K = None,
-    steps: Annotated[int, typer.Option(help="How many steps.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="How many steps.")] = 5,
     trace: Annotated[Path, typer.Option(help="Chrome trace to write; open it in ui.perfetto.dev.")] = Path(
         "trace.json"
     ),
@@ -306,7 +312,12 @@ def profile(
     from ..bench.profile import run
     from ..bench.profile import table as stages
     from ..bench.results import commit, device_name
+    from ..engine.errors import UserError
 
+    if len(shapes) > 1 and (n, d, f, k) != (None,) * 4:
+        raise UserError(
+            f"--n, --d, --f, --k: {len(shapes)} shapes are not allowed; profile shows one, give a number each"
+        )
     check_writable(trace, "trace")
     found = run(shapes[0], device=where, dtype=kind, steps=steps, trace=trace)
     found |= {"device": device_name(where), "commit": commit(), "trace": str(trace)}
@@ -323,13 +334,25 @@ def _begin(
     _quiet()
     check_writable(json_file)
     where = _where(device)
-    from ..bench.data import DTYPES, shapes
+    from ..bench.data import DTYPES
     from ..engine.errors import UserError
 
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype: {dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}")
     own_preset, own_dtype = ("gpu", "bf16") if where == "cuda" else ("cpu", "fp32")
-    return where, dtype or own_dtype, shapes(preset or own_preset, N=n, D=d, F=f, K=k)
+    return where, dtype or own_dtype, _shapes(preset or own_preset, n, d, f, k)
+
+
+def _shapes(preset: str, n: str | None, d: str | None, f: str | None, k: str | None) -> Any:
+    """The shapes that the options ask for; a mistake names the option."""
+    from ..bench.data import shapes
+    from ..engine.errors import UserError
+
+    try:
+        return shapes(preset, N=n, D=d, F=f, K=k)
+    except UserError as error:
+        field, colon, rest = str(error).partition(": ")
+        raise UserError(f"--{field.lower()}{colon}{rest}" if field in ("N", "D", "F", "K") else error) from None
 
 
 def _where(device: str | None) -> str:

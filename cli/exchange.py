@@ -35,7 +35,7 @@ def convert(
     from ..engine.plugins import use
 
     use(plugin)
-    found = checkpoint.find(source.expanduser())
+    found = checkpoint.find(source)
     _write(found, which, out, to)
     sae = found.dictionary(which).cfg
     print(f"{out}: {sae.activation}, D = {sae.d_in}, F = {sae.d_sae}, as {to} has it")
@@ -61,9 +61,9 @@ def upload(
     from ..evals import results as kept
 
     use(plugin)
-    found = checkpoint.find(source.expanduser())
+    found = checkpoint.find(source)
     sae = found.dictionary(which).cfg
-    scores = kept.read(source.expanduser(), "core") if which == "sae" else None
+    scores = kept.read(source, "core") if which == "sae" else None
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "out"
         _write(found, which, folder, to)

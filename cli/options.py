@@ -38,14 +38,11 @@ FOLDERS = (
 
 def merge(settings: dict[str, Any], given: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Settings of a file, with the options that were given on top."""
-    from ..engine.errors import UserError
+    from ..engine.config import section
 
     merged = dict(settings)
-    for section, options in given.items():
-        base = merged.get(section) or {}
-        if not isinstance(base, dict):
-            raise UserError(f"{section}: {base!r} is not allowed; it must be a section of settings")
-        merged[section] = base | {key: value for key, value in options.items() if value is not None}
+    for name, options in given.items():
+        merged[name] = section(settings, name) | {key: value for key, value in options.items() if value is not None}
     return merged
 
 

@@ -22,7 +22,7 @@ def evaluate(
     layer: Annotated[int | None, typer.Option(help="Evaluate after this layer.")] = None,
     hook: Annotated[str | None, typer.Option(help="Evaluate at this hook.")] = None,
     data: Annotated[str | None, typer.Option(help=f"Evaluate on this text: {TEXTS}.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of whatever is drawn at random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of whatever is drawn at random.")] = 0,
     sets: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,7 +44,9 @@ def evaluate(
     rows: Annotated[
         int | None,
         typer.Option(
-            min=1, help="core: measure on so many rows of held-out text. [as training did, else as fit the model]"
+            min=1,
+            max=2**20,
+            help="core: measure on so many rows of held-out text. [as training did, else as fit the model]",
         ),
     ] = None,
     control: Annotated[
@@ -78,12 +80,13 @@ def evaluate(
     from ..engine.signals import stop_advice
     from ..evals.run import evaluate
     from ..evals.study import stream_of
-    from ..evals.suite import EVALS, load_eval, named_files
+    from ..evals.suite import EVALS, check_there, load_eval, named_files
 
     check_writable(json_file)
     check_backend()
     use(plugin)
     by_name = named_files(files or ())
+    check_there(sets or (), by_name)
     names = list(EVALS) if name == "all" else [name]
     load_eval(names[0])
     found = checkpoint.find(sae)
@@ -115,10 +118,12 @@ def features(
     tokens: Annotated[
         int | None,
         typer.Option(
-            help="Encode so many tokens. [as many as the run was trained on; of another --data, the whole text]"
+            min=1,
+            max=10**15,
+            help="Encode so many tokens. [as many as the run was trained on; of another --data, the whole text]",
         ),
     ] = None,
-    min_activation: Annotated[float, typer.Option(help="Leave out activations up to this one.")] = 0.0,
+    min_activation: Annotated[float, typer.Option(min=0, max=1e15, help="Leave out activations up to this one.")] = 0.0,
     model: Annotated[
         str | None, typer.Option(help="Encode activations of this model instead of the one it was trained on.")
     ] = None,
@@ -168,9 +173,10 @@ def dashboard(
         str | None,
         typer.Option(help="Numbers of latents, as in 3,17. [--count of them, over the ranks of firing rate]"),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many latents, where none are named.")] = 100,
+    count: Annotated[int, typer.Option(min=1, max=10**6, help="How many latents, where none are named.")] = 100,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows of held-out text to look at. [1024; fewer after a short run]")
+        int | None,
+        typer.Option(min=1, max=2**20, help="Rows of held-out text to look at. [1024; fewer after a short run]"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The page. [dashboard.html in the run folder]")] = None,
     model: Annotated[

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..engine.errors import printable
 from ..engine.progress import percent
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ def core_table(result: dict[str, Any], title: str) -> None:
     controls = {named.get(name, f"{name} control"): scores for name, scores in result["controls"].items()}
     _table({"dictionary": result} | controls, title)
     if (reason := result.get("no_random_control")) is not None:
-        print(NO_CONTROL.format(reason))
+        _say(NO_CONTROL.format(reason))
     for warning in result.get("warnings", []):
-        print(f"warning: {warning}")
+        _say(f"warning: {warning}")
 
 
 def scores_table(result: dict[str, Any], title: str) -> None:
@@ -40,9 +41,9 @@ def scores_table(result: dict[str, Any], title: str) -> None:
     }
     names = list(dict.fromkeys(name for part in parts.values() for name in part.get("controls", {})))
     llm = ["LLM"] if any(isinstance(part.get("llm"), dict) for part in parts.values()) else []
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     for heading in ("", "dictionary", *names, *llm):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        table.add_column(printable(heading), justify="right" if heading else "left", no_wrap=True)
     none: dict[str, list[str]] = {}
     for part, scores in parts.items():
         beside = {name: scores.get("controls", {}).get(name, {}) for name in names}
@@ -51,22 +52,22 @@ def scores_table(result: dict[str, Any], title: str) -> None:
         for key in _figures(every.values()):
             label = f"{part} {key}".replace("_", " ").strip()
             values = {name: one.get(key) for name, one in every.items()}
-            table.add_row(label, *(f"{x:.4f}" if isinstance(x, float) else "-" for x in values.values()))
+            table.add_row(printable(label), *(f"{x:.4f}" if isinstance(x, float) else "-" for x in values.values()))
             for name, value in values.items():
                 if not isinstance(value, float):
                     none.setdefault(name, []).append(label)
     _print(table)
     for name, labels in none.items():
-        print(f"- no figure of {name} for {', '.join(labels)}")
+        _say(f"- no figure of {name} for {', '.join(labels)}")
     for part, scores in parts.items():
         if isinstance(scores.get("skipped"), str):
-            print(f"{part.replace('_', ' ')} was skipped: {scores['skipped']}")
+            _say(f"{part.replace('_', ' ')} was skipped: {scores['skipped']}")
     if (reason := result.get("no_random_control")) is not None:
-        print(NO_CONTROL.format(reason))
+        _say(NO_CONTROL.format(reason))
     for warning in result.get("warnings", []):
-        print(f"warning: {warning}")
+        _say(f"warning: {warning}")
     if reached := result.get("reached_by"):
-        print(f"a control does as well: {', '.join(reached)}")
+        _say(f"a control does as well: {', '.join(reached)}")
 
 
 def _figures(scores: Iterable[dict[str, Any]]) -> list[str]:
@@ -91,12 +92,12 @@ def runs_table(summary: dict[str, Any]) -> None:
     beside = {"random EV": controls} if any("random" in scores["controls"] for scores in whole.values()) else {}
     _table(whole, f"{len(several)} dictionaries of {summary['model']}", beside)
     for reason in dict.fromkeys(s["no_random_control"] for s in whole.values() if s.get("no_random_control")):
-        print(NO_CONTROL.format(reason))
+        _say(NO_CONTROL.format(reason))
     for name, scores in several.items():
         if "failed" in scores:
-            print(f"{name} was stopped: {scores['failed']}")
+            _say(f"{name} was stopped: {scores['failed']}")
         for warning in scores.get("warnings", []):
-            print(f"warning: {name}: {warning}")
+            _say(f"warning: {name}: {warning}")
 
 
 def campaign_table(found: dict[str, Any]) -> None:
@@ -111,27 +112,27 @@ def campaign_table(found: dict[str, Any]) -> None:
 
     title = f"{found['model']}, {found['hook']}, {found['seeds']} seed(s)"
     table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0)
+        title=printable(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 0)
     )  # 80 columns, with conditions' names
     for heading in ("", "FVU first", "FVU last", "L0", "dead", "EV", "of random", "probing", "of random"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+        table.add_column(printable(heading), justify="right" if heading else "left", no_wrap=not heading)
     for name, run in (found["baselines"] | found["runs"]).items():
         if run["trained_as"] in found["runs"]:
             continue
         own = [run["scores"].get(key, {}) for key in ("explained_variance", "probing")]
         pairs = [number(x) for one in own for x in (one.get("mean"), (one.get("random") or {}).get("mean"))]
         table.add_row(
-            name, number(run["fvu_first"]), number(run["fvu_last"]), number(run["l0"], 1),
+            printable(name), number(run["fvu_first"]), number(run["fvu_last"]), number(run["l0"], 1),
             number(run["dead_fraction"]), *pairs,
         )  # fmt: skip
     _print(table)
     for name, run in found["runs"].items():
         if run["trained_as"]:
-            print(f"{name}, {run['title']}, in {run['trained_as']}: {found_by(run)}")
+            _say(f"{name}, {run['title']}, in {run['trained_as']}: {found_by(run)}")
         elif run["failed"]:
-            print(f"{name}: {next(iter(run['failed'].values()))}")
+            _say(f"{name}: {next(iter(run['failed'].values()))}")
         elif below := against_random(run["scores"]).below:
-            print(f"{name} does not beat its random control: {'; '.join(below)}")
+            _say(f"{name} does not beat its random control: {'; '.join(below)}")
 
 
 def documented_list(
@@ -174,19 +175,19 @@ def _table(
     narrow = more is not None  # both don't fit in 80 columns
     names = ("EV", "CE", "over mean") if narrow else ("explained variance", "CE recovered", "over mean")
     more = more or {}
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     for heading in ("", *names, "L0", "dead", *more):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+        table.add_column(printable(heading), justify="right" if heading else "left", no_wrap=not heading)
     for name, scores in lines.items():
         figures = (number(scores.get(key), None if narrow else scores.get(f"{key}_error")) for key in WHY_NONE)
         l0, dead = scores.get("l0"), None if name == "mean control" else scores.get("dead_fraction")
         cells = ("-" if l0 is None else f"{l0:.1f}", "-" if dead is None else percent(dead))
-        table.add_row(name, *figures, *cells, *(number(column.get(name)) for column in more.values()))
+        table.add_row(printable(name), *figures, *cells, *(number(column.get(name)) for column in more.values()))
     _print(table)
     measured = [scores for scores in lines.values() if "measured_on" not in scores]  # with a model, that is
     for key, why in WHY_NONE.items():
         if any(scores.get(key) is None for scores in measured):
-            print(f"- {why}")
+            _say(f"- {why}")
 
 
 def _print(table: "Table") -> None:
@@ -198,7 +199,11 @@ def _print(table: "Table") -> None:
     Console(markup=False, emoji=False, highlight=False, width=width).print(table)
 
 
+def _say(text: str) -> None:
+    print(printable(text))
+
+
 def figures(values: dict[str, Any]) -> None:
     width = max(map(len, values))
     for key, value in values.items():
-        print(f"{key:{width}}  {value if not isinstance(value, float) else format(value, '.4f')}")
+        _say(f"{key:{width}}  {value if not isinstance(value, float) else format(value, '.4f')}")

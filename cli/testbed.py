@@ -5,25 +5,31 @@ from typing import Annotated
 
 import typer
 
-from ..engine.files import check_writable, write_json
+from ..engine.files import check_can_make, check_writable, write_json
+from .checked import App
 from .options import PLAIN, JsonFile
 from .tables import figures
 
-testbed_app = typer.Typer(help="The embedded language and the small language model that learned it.", **PLAIN)
+testbed_app = App(help="The embedded language and the small language model that learned it.", **PLAIN)
 
 
 @testbed_app.command("train")
 def train(
     out: Annotated[Path | None, typer.Option(help="Folder for model and tokenizer. [the package's own]")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of 16 documents.")] = 3000,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=10**7, help="Steps of 16 documents.")] = 3000,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     json_file: JsonFile = None,
 ) -> None:
     """Train the embedded language model from nothing (about 12 minutes on 2 cores; a GPU is used if there is one)."""
+    from ..engine.errors import UserError
     from ..engine.stream.model import TESTBED
     from ..engine.testbed.training import train as train_model
 
     check_writable(json_file)
+    try:
+        check_can_make(out or TESTBED)
+    except OSError as error:
+        raise UserError(f"--out: {out} can't be written ({error.strerror}); give a folder to make") from None
     quality = train_model(out or TESTBED, steps=steps, seed=seed)
     write_json(json_file, quality)
     figures(quality)
@@ -44,9 +50,11 @@ def quality(json_file: JsonFile = None) -> None:
 
 @testbed_app.command("sample")
 def sample(
-    count: Annotated[int, typer.Option(min=1, help="How many documents.")] = 3,
-    start: Annotated[int, typer.Option(min=0, help="Number of the first one.")] = 0,
-    correlation: Annotated[float, typer.Option(help="How strongly topic and tone go together, 0 to 1.")] = 0.5,
+    count: Annotated[int, typer.Option(min=1, max=10**6, help="How many documents.")] = 3,
+    start: Annotated[int, typer.Option(min=0, max=2**40, help="Number of the first one.")] = 0,
+    correlation: Annotated[
+        float, typer.Option(min=0, max=1, help="How strongly topic and tone go together, 0 to 1.")
+    ] = 0.5,
     json_file: JsonFile = None,
 ) -> None:
     """Print documents of the embedded language; --json adds every token's labels."""

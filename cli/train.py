@@ -45,7 +45,9 @@ def train(
     eval_rows: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Measure on so many rows of held-out text. [as cost a fifth of the model's passes, 32 to 256]"
+            min=1,
+            max=2**20,
+            help="Measure on so many rows of held-out text. [as cost a fifth of the model's passes, 32 to 256]",
         ),
     ] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Train only; `temposae eval` measures later.")] = False,
@@ -67,7 +69,7 @@ def train(
     from ..engine.lock import owned
     from ..engine.plugins import use
     from ..engine.ranks import Ranks
-    from ..engine.sweep import expand
+    from ..engine.sweep import expand, read_streams
 
     check_writable(json_file)
     check_backend()
@@ -96,8 +98,9 @@ def train(
         settings = {name: run.model_dump() for name, run in read_settings(out).by_name().items()}
     else:
         settings = expand(merge(read_yaml(config) if config else {}, given))
-    first = next(iter(settings.values())).get("stream") or {}
-    origin = Path(first.get("cache") or first.get("activations") or first.get("model", "testbed"))
+    streams, _ = read_streams(settings)
+    first = next(iter(streams.values()))
+    origin = Path(first.cache or first.activations or first.model)
     now = time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.largest(int(time.time()))))
     folder = out or Path("runs") / f"{origin.name}-{now}"
     with owned(folder) if ranks.is_first else nullcontext():
@@ -170,7 +173,9 @@ def cache(
         Path | None, typer.Argument(show_default=False, help="YAML with a section stream. Options win over it.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to make.")] = ...,  # pyright: ignore[reportArgumentType]
-    tokens: Annotated[int, typer.Option(help="Tokens to train on later: special ones don't count.")] = 1_000_000,
+    tokens: Annotated[
+        int, typer.Option(min=1, max=10**15, help="Tokens to train on later: special ones don't count.")
+    ] = 1_000_000,
     model: Model = None,
     layer: Annotated[
         list[int] | None, typer.Option(help="The residual stream after this layer; may be repeated. [the middle one]")
@@ -178,8 +183,8 @@ def cache(
     hook: Annotated[list[str] | None, typer.Option(help="This transformer_lens hook; may be repeated.")] = None,
     data: Data = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    shard_mb: Annotated[float, typer.Option(help="Size of a file, in 10^6 bytes.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the embedded language.")] = 0,
+    shard_mb: Annotated[float, typer.Option(min=1e-3, max=1e6, help="Size of a file, in 10^6 bytes.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the embedded language.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on behind the last whole shard; give the same settings again.")
     ] = False,
@@ -189,18 +194,22 @@ def cache(
 
     Several hooks or layers are read in one pass. A text is read once and not begun again.
     """
-    from ..engine.config import StreamConfig, read_yaml
+    from ..engine.config import Layer, StreamConfig, read_yaml
     from ..engine.errors import UserError
     from ..engine.signals import stop_advice
     from ..engine.stream.cache import write_cache
 
     began = time.monotonic()
     check_writable(json_file)
-    settings = merge(read_yaml(config) if config else {}, {"stream": {"model": model, "data": data}})["stream"]
+    given = merge(read_yaml(config) if config else {}, {"stream": {"model": model, "data": data}})
+    for other in given.keys() - {"stream", "sae", "train", "eval"}:
+        raise UserError(f"{other}: no such section; a cache takes its settings from stream")
+    settings = given["stream"]
     hooks, layers = list(hook or []), list(layer or [])
-    if "layer" in settings and not hooks and not layers:
-        layers = [settings["layer"]]
-    if (layers and hooks) or ("layer" in settings and "hook" in settings):
+    own = Layer(layer=settings.get("layer")).layer
+    if own is not None and not hooks and not layers:
+        layers = [own]
+    if (layers and hooks) or (own is not None and settings.get("hook") is not None):
         raise UserError("stream.hook: give hooks or layers, not both")
     left_out = {"layer"} | ({"hook"} if hooks or layers else set())
     stream = StreamConfig(**{key: value for key, value in settings.items() if key not in left_out})

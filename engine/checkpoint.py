@@ -28,6 +28,7 @@ from .errors import UserError
 from .files import UNFINISHED, digest, remove_folder, whole_folder
 from .interchange import hub
 from .interchange.places import Where, of_stream
+from .names import expand_path
 from .plugins import UnknownPart
 from .sae import SparseAutoencoder
 from .sealed import read_json, write_json
@@ -279,4 +280,4 @@ def load(path: str | Path) -> SparseAutoencoder:
 
     Raises UserError for what is no dictionary or is damaged, and for parts of one's own that are not imported yet.
     """
-    return find(Path(path).expanduser()).dictionary()
+    return find(expand_path(path, "sae")).dictionary()

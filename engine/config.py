@@ -1,29 +1,33 @@
 """Typed, validated settings of a run. A wrong value names the field, the value, and what is allowed."""
 
-import math
+from collections.abc import Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from .errors import UserError, one_line
+from .errors import UserError, shown
+from .names import FolderName, check_distinct
 from .plugins import UnknownPart
+from .strict import Strict
+from .yaml_file import read_yaml as read_yaml
 
-Count = Annotated[int, Field(ge=1, lt=2**63)]
+Count = Annotated[int, Field(ge=1, le=10**15)]
 Latents = Annotated[int, Field(ge=1, lt=2**31)]  # a SparseCode's indices are int32
+Positions = Annotated[int, Field(ge=1, le=2**20)]
+Rows = Annotated[int, Field(ge=1, le=2**20)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Coefficient = Annotated[float, Field(ge=0, le=1e6)]
+Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+class Config(Strict):
+    """Settings of one kind: frozen, without names that it doesn't have, strict (`strict.Strict`)."""
 
-    def __init__(self, **values: Any):
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise one_line(error, _SECTION.get(type(self).__name__, ""), type(self).model_fields) from None
+    @classmethod
+    def section(cls) -> str:
+        """Where in a file these settings are."""
+        return _SECTION.get(cls.__name__, "")
 
 
 class MaskConfig(Config):
@@ -42,15 +46,15 @@ class MaskConfig(Config):
     """
 
     kind: Literal["none", "random", "ranges", "windows", "soft", "gaussian"] = "none"
-    positions: Count = 128
-    fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    ranges: Count = 4
-    width: Count | None = None
+    positions: Positions = 128
+    fraction: Annotated[float, Field(ge=1e-6, le=1)] = 0.5
+    ranges: Positions = 4
+    width: Positions | None = None
     start: Literal["uniform", "normal", "random", "ranges", "windows"] = "uniform"
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    temperature_end: Annotated[float, Field(gt=0)] | None = None
+    temperature: Temperature = 1.0
+    temperature_end: Temperature | None = None
     blend: bool = False
-    sigma: Annotated[float, Field(gt=0)] | None = None
+    sigma: Annotated[float, Field(ge=0.1, le=1e6)] | None = None
     beyond: Literal["clamp", "wrap", "error"] = "clamp"
 
     @model_validator(mode="after")
@@ -93,9 +97,9 @@ class SAEConfig(Config):
     dead latents model the residual, weighted `aux_coefficient`.
     `relu`: every positive activation, with `l1_coefficient` times their sum in the loss.
     `jumprelu`: activations above a learned threshold for each latent, with `l0_coefficient` times their number in the loss.
-    Thresholds begin at `initial_threshold`, or where 4 `k` activations per token of the first batch exceed them, and learn
-    from activations within `bandwidth` / 2 of them. The three are in units of the activations' mean norm (the coefficient
-    of its square), which training scales to about sqrt(D).
+    Thresholds begin at `initial_threshold`, at most 1, above which no activation comes, or where 4 `k` activations per token
+    of the first batch exceed them, and learn from activations within `bandwidth` / 2 of them. The three are in units of the
+    activations' mean norm (the coefficient of its square), which training scales to about sqrt(D).
     `prefixes` (Matryoshka; Bussmann et al., arXiv 2503.17547; topk and batchtopk): ascending numbers of latents, the last
     one d_sae; the loss is the mean over prefixes of the squared error with no more than the first so many latents.
     `decoder="random"` freezes the random unit-norm decoder: the control.
@@ -109,12 +113,12 @@ class SAEConfig(Config):
     d_out: Latents | None = None
     activation: Literal["topk", "batchtopk", "relu", "jumprelu"] = "topk"
     k: Count = 32
-    l1_coefficient: Annotated[float, Field(ge=0)] = 0.04
-    l0_coefficient: Annotated[float, Field(ge=0)] = 0.001
-    initial_threshold: Annotated[float, Field(gt=0)] | None = None
-    bandwidth: Annotated[float, Field(gt=0)] = 0.1
-    aux_k: Annotated[int, Field(ge=0)] = 64
-    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    l1_coefficient: Coefficient = 0.04
+    l0_coefficient: Coefficient = 0.001
+    initial_threshold: Annotated[float, Field(ge=1e-6, le=1)] | None = None
+    bandwidth: Annotated[float, Field(ge=1e-6, le=1e4)] = 0.1
+    aux_k: Annotated[int, Field(ge=0, lt=2**31)] = 64
+    aux_coefficient: Coefficient = 1 / 32
     prefixes: tuple[Latents, ...] | None = None
     apply_b_dec_to_input: bool = True
     decoder: Literal["learned", "random"] = "learned"
@@ -201,27 +205,30 @@ class StreamConfig(Config):
     cache: str | None = None
     activations: str | None = None
     text_field: str = "text"
-    context: Annotated[int, Field(ge=2)] = 128
+    context: Annotated[int, Field(ge=2, le=2**20)] = 128
     bos: bool | None = None
     packing: bool | None = None
     repeat: bool = True
     drop_special: bool = True
     max_norm: float | Literal["auto"] | None = "auto"
     mode: Literal["tokens", "grouped", "sequences"] = "tokens"
-    rows_per_forward: Count = 32
+    rows_per_forward: Annotated[int, Field(ge=1, le=2**16)] = 32
     attention: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"
     compile: bool = False
     buffer_tokens: Count | None = None
-    buffer_gb: Annotated[float, Field(gt=0)] | None = None
+    buffer_gb: Annotated[float, Field(ge=1e-6, le=1e4)] | None = None
     buffer_dtype: Literal["float32", "bfloat16", "int8", "fp8"] = "bfloat16"
 
     @field_validator("max_norm", mode="before")
     @classmethod
     def _norms(cls, given: Any) -> Any:
-        if given in (None, "off", "auto") or given is False:  # YAML reads off as false
-            return None if given != "auto" else given
-        if isinstance(given, bool) or not isinstance(given, int | float) or not 1 < given < math.inf:
-            raise ValueError(f"max_norm: {given!r} is not allowed; it must be auto, off, or a number greater than 1")
+        if given is None or given is False or given == "off":  # YAML reads off as false
+            return None
+        if given == "auto":
+            return given
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 1 < given <= 1e9:
+            allowed = "it must be auto, off, or a number greater than 1 and at most 1e9"
+            raise ValueError(f"max_norm: {shown(given)} is not allowed; {allowed}")
         return float(given)
 
     @property
@@ -243,6 +250,12 @@ class StreamConfig(Config):
         if self.buffer_tokens is not None and self.buffer_gb is not None:
             raise ValueError(f"buffer_gb: {self.buffer_gb} is not allowed with buffer_tokens; give one of the two")
         return self
+
+
+class Layer(Config):
+    """The residual stream after this layer, in place of `stream.hook`; which layers there are, the model knows."""
+
+    layer: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
 
 
 class TrainConfig(Config):
@@ -274,21 +287,21 @@ class TrainConfig(Config):
 
     tokens: Count = 1_000_000
     batch: Count = 1024
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: Annotated[float, Field(gt=0, le=10)] | None = None
     k_start: Count | None = None
     k_anneal: Share = 0.2
     sparsity_warmup: Share = 0.0
-    target_l0: Annotated[float, Field(gt=0)] | None = None
+    target_l0: Annotated[float, Field(ge=0.01, lt=2**31)] | None = None
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     warmup: Share = 0.05
     decay: Share = 0.3
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_norm: Annotated[float, Field(ge=1e-6, le=1e9)] | None = 1.0
     accumulate: Count = 1
     bias: Literal["mean", "geometric_median", "zero"] = "mean"
     resample_every_steps: Count | None = None
     init: str | None = None
-    held_out_rows: Annotated[int, Field(ge=0)] = 0
+    held_out_rows: Annotated[int, Field(ge=0, le=2**16)] = 0
     log_positions: bool = False
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     dead_after_tokens: Count | None = None
@@ -314,8 +327,8 @@ class EvalConfig(Config):
     latents on `rows` rows of held-out text, CE and KL on the first `ce_rows` of them. Unless given, as many as cost a fifth
     of the run's passes through the model, between 32 and 256, and 8 and 96 (`evals.budget`)."""
 
-    rows: Count | None = None
-    ce_rows: Count | None = None
+    rows: Rows | None = None
+    ce_rows: Rows | None = None
     after_training: bool = True
 
 
@@ -332,7 +345,7 @@ class RunConfig(Config):
     eval: EvalConfig = EvalConfig()
     plugins: tuple[str, ...] = ()
 
-    def __init__(self, **values: Any):
+    def __init__(self, /, **values: Any):
         try:
             super().__init__(**values)
         except UnknownPart as error:
@@ -359,6 +372,10 @@ class RunConfig(Config):
             if value is not None and sae.activation not in activations:
                 one_of = " or ".join(activations)
                 raise UserError(f"train.{name}: {value} is not allowed with {sae.activation}; it is for {one_of}")
+        if train.target_l0 is not None and train.target_l0 > sae.d_sae:
+            raise UserError(
+                f"train.target_l0: {train.target_l0} is not allowed; it must be at most d_sae ({sae.d_sae}), all latents"
+            )
         if train.batch % train.accumulate:
             raise UserError(
                 f"train.accumulate: {train.accumulate} is not allowed; it must divide batch ({train.batch})"
@@ -373,7 +390,15 @@ class RunConfig(Config):
 class SweepConfig(Config):
     """Several runs on one stream, by name, as the `config.yaml` above their folders holds them."""
 
-    dictionaries: dict[str, RunConfig]
+    dictionaries: dict[FolderName, RunConfig]
+
+    @field_validator("dictionaries")
+    @classmethod
+    def _are_apart(cls, given: dict[str, RunConfig]) -> dict[str, RunConfig]:
+        if not given:
+            raise ValueError("dictionaries: {} is not allowed; it must hold at least one")
+        check_distinct(given)
+        return given
 
     def by_name(self) -> dict[str, RunConfig]:
         return self.dictionaries
@@ -382,25 +407,18 @@ class SweepConfig(Config):
 _SECTION = {
     "SAEConfig": "sae",
     "StreamConfig": "stream",
+    "Layer": "stream",
     "TrainConfig": "train",
     "EvalConfig": "eval",
     "MaskConfig": "sae.mask",
 }
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file; a missing or malformed file is a UserError."""
-    try:
-        found = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"config: {path} can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config: {path} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"config: {path} must hold sections (stream, sae, train, eval), not {type(found).__name__}")
-    return _text_keys(found)
-
-
-def _text_keys(value: Any) -> Any:
-    """YAML has keys that are numbers; settings have names."""
-    return {str(k): _text_keys(v) for k, v in value.items()} if isinstance(value, dict) else value
+def section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section of settings, empty where it is left out or null. Raises UserError for what is none."""
+    found = settings.get(name)
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise UserError(f"{name}: {shown(found)} is not allowed; it must be a section of settings")
+    return found

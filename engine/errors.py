@@ -1,19 +1,43 @@
 """What a user did wrong, said in one line: the field, the value, what is allowed."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
 
 from pydantic import ValidationError
+
+SHOWN = 200  # characters of a value that a message shows
+LONGEST = 300  # and of anything without a space, such as a path
+_WHOLE = 1500  # of a message
+_BOUNDS = {
+    "gt": "greater than", "ge": "greater than or equal to", "lt": "less than", "le": "less than or equal to",
+}  # fmt: skip
+_KINDS = {
+    "string_type": "it must be text",
+    "model_type": "it must be a section of settings",
+    "dict_type": "it must be a section of settings",
+    "invalid_key": "names of settings must be text",
+    "tuple_type": "it must be a list",
+    "list_type": "it must be a list",
+    "int_parsing_size": "it must be a smaller number",
+    "finite_number": "it must be a finite number",
+}
 
 
 class UserError(ValueError):
     """A mistake in the input. The message is one line for the person who made it; the command line exits with 2.
+
+    Line breaks and terminal escapes in it are shown as \\n and \\x1b, and what is too long is cut.
 
     try:
         sae = ts.load(path)
     except ts.UserError as error:
         print(error)
     """
+
+    def __init__(self, message: object):
+        super().__init__(in_one_line(str(message)))
 
 
 class Stopped(BaseException):
@@ -25,26 +49,78 @@ class Stopped(BaseException):
         self.signal = signal
 
 
+def in_one_line(text: str) -> str:
+    """`text` without control characters, which are escaped, and without runs of more than `LONGEST` characters."""
+    text = printable(text)
+    for run in set(re.findall(rf"\S{{{LONGEST + 1},}}", text)):
+        text = text.replace(run, _cut(run, LONGEST))
+    return _cut(text, _WHOLE)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: escaped, in one line, at most `SHOWN` characters."""
+    try:
+        text = repr(value[: 2 * SHOWN]) if isinstance(value, str) else repr(value)
+    except ValueError:  # an integer with more digits than Python prints
+        text = "a number of thousands of digits"
+    except RecursionError:
+        text = f"a {type(value).__name__} within itself"
+    return _cut(printable(text), SHOWN)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, such as those that steer a terminal, written out."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
+def _cut(text: str, most: int) -> str:
+    """The beginning and the end of a text that is too long."""
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end - 3]}...{text[-end:]}"
+
+
 def near(value: str, allowed: Iterable[str], most: int = 5) -> str:
     """The allowed names nearest to `value`, for a message: "did you mean a, b?" or the first few that there are."""
     names = list(allowed)
-    close = difflib.get_close_matches(value, names, n=most, cutoff=0.5)
+    close = difflib.get_close_matches(value[:SHOWN], names, n=most, cutoff=0.5)
     return f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(names[:most])}, ..."
 
 
-def one_line(error: ValidationError, section: str, fields: Iterable[str]) -> UserError:
+def _bounds(constraints: Iterable[Any]) -> str:
+    """What a field's constraints allow: "greater than 0 and less than or equal to 10"."""
+    known = [(words, getattr(one, name, None)) for one in constraints for name, words in _BOUNDS.items()]
+    return " and ".join(f"{words} {bound}" for words, bound in known if bound is not None)
+
+
+def _constraints(annotation: Any) -> list[Any]:
+    """Those that are written within a type, as in Annotated[int, Field(ge=1)] | None."""
+    own = [one for given in getattr(annotation, "__metadata__", ()) for one in getattr(given, "metadata", ())]
+    return own + [one for inner in get_args(annotation) for one in _constraints(inner)]
+
+
+def one_line(error: ValidationError, section: str, fields: Mapping[str, Any]) -> UserError:
     """The first problem that pydantic found, as `section.field: value is not allowed; what is`."""
     problem = error.errors()[0]
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, UserError):  # from a section within this one, already worded
         return cause
     prefix = f"{section}." if section else ""
+    if "[key]" in problem["loc"]:  # a name that a section gives
+        prefix = f"{prefix}{problem['loc'][0]}."
     if cause is not None:  # from a validator of ours: "field: ..."
         return UserError(f"{prefix}{cause}")
     place = prefix + ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
+    kind = problem["type"]
+    if kind == "extra_forbidden":
         return UserError(f"{place}: no such setting; {near(str(problem['loc'][-1]), fields)}")
-    if problem["type"] == "missing":
+    if kind == "missing":
         return UserError(f"{place}: missing; it must be given")
-    message = problem["msg"].replace("Input should be", "it must be")
-    return UserError(f"{place}: {problem['input']!r} is not allowed; {message}")
+    message = _KINDS.get(kind) or problem["msg"].replace("Input should be", "it must be")
+    field = fields.get(str(problem["loc"][0])) if len(problem["loc"]) == 1 else None
+    if field is not None and kind.startswith(("greater_than", "less_than")):
+        message = f"it must be {_bounds(field.metadata or _constraints(field.annotation))}"
+    return UserError(f"{place}: {shown(problem['input'])} is not allowed; {message}")

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -174,6 +175,12 @@ def check_writable(path: Path | None, option: str = "json", kind: Callable[[Path
 def _is_json(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(256).lstrip()[:1] in (b"{", b"[")
+
+
+def check_can_make(folder: Path) -> None:
+    """Raise OSError if no folder can be made at `folder`, with those above it, or it can't be written to. Leaves nothing."""
+    above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}probe-", dir=above)).rmdir()
 
 
 def write_json(path: Path | None, values: Any) -> None:

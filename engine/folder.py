@@ -3,7 +3,6 @@ text, from step 0 on, where it is asked for), checkpoints/. Paths in config.yaml
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 
 from .config import Config, RunConfig, SweepConfig, read_yaml
 from .errors import UserError
-from .files import absolute, contents, write_text
+from .files import absolute, check_can_make, contents, write_text
 from .sealed import check_yaml, sealed_yaml
 from .stream import loading
 
@@ -41,9 +40,7 @@ def check_free(folder: Path) -> None:
             raise UserError(
                 f"out: {folder} exists and is not empty; give a new folder, or --resume to go on with that run"
             )
-        above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise UserError(f"out: {folder} can't be written ({above} may not be written to); give another folder")
+        check_can_make(folder)
     except OSError as error:
         raise UserError(
             f"out: {folder} can't be written ({error.strerror}); give a folder that you may write to"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
 from .config import Config, SAEConfig
-from .errors import UserError, near
+from .errors import UserError, near, shown
 from .plugins import UnknownPart, source
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class PartSettings(Config):
 
     kind: str
 
-    def __init__(self, **values: Any):
+    def __init__(self, /, **values: Any):
         try:
             super().__init__(**values)
         except UserError as error:
@@ -253,6 +253,8 @@ def part(kind: str) -> Callable[[P], P]:
 
 def find(kind: str) -> type[Part]:
     """The part of this name. Raises UserError, with near matches, if there is none."""
+    if not isinstance(kind, str):
+        raise UserError(f"sae.parts.kind: {shown(kind)} is not allowed; it must be the name of a part")
     if kind not in _PARTS:
         import_module(OURS)
         before = set(_PARTS)
@@ -260,7 +262,7 @@ def find(kind: str) -> type[Part]:
             entry.load()
         _INSTALLED.update(set(_PARTS) - before)
     if kind not in _PARTS:
-        raise UnknownPart(str(kind), near(str(kind), sorted(_PARTS)))
+        raise UnknownPart(kind, near(kind, sorted(_PARTS)))
     return _PARTS[kind]
 
 
@@ -278,8 +280,8 @@ def settled(given: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
     """Settings of parts with what they leave out. Raises UserError for what a part does not have."""
     found, seen = [], set[str]()
     for one in given:
-        if "kind" not in one:
-            raise UserError(f"sae.parts: {one!r} is not allowed; each names its kind")
+        if "kind" not in one or not all(isinstance(key, str) for key in one):
+            raise UserError(f"sae.parts: {shown(one)} is not allowed; each is a section that names its kind")
         cls = find(one["kind"])
         if cls.is_alone and cls.kind in seen:
             raise UserError(f"sae.parts: {cls.kind} is not allowed twice")
@@ -302,9 +304,11 @@ def check(sae: SAEConfig) -> None:
 def reads(sae: SAEConfig | Mapping[str, Any]) -> dict[str, str]:
     """What the parts of a dictionary, or of its settings, need besides x and pos -> the first part that does."""
     found: dict[str, str] = {}
-    for one in sae.parts if isinstance(sae, SAEConfig) else sae.get("parts", ()):
-        for need in find(one["kind"]).reads:
-            found.setdefault(need, one["kind"])
+    given = sae.parts if isinstance(sae, SAEConfig) else sae.get("parts")
+    for one in given if isinstance(given, list | tuple) else ():  # what is no part is refused by `settled`
+        if isinstance(one, dict) and isinstance(kind := one.get("kind"), str):
+            for need in find(kind).reads:
+                found.setdefault(need, kind)
     return found
 
 

@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from .errors import UserError
+from .errors import UserError, shown
+from .names import expand_path
 
 
 class UnknownPart(UserError):
@@ -23,7 +24,7 @@ class UnknownPart(UserError):
 
     def __init__(self, kind: str, hint: str):
         super().__init__(
-            f"sae.parts: {kind!r} is not known; {hint}{'' if hint.endswith('?') else ';'} a part of one's own needs "
+            f"sae.parts: {shown(kind)} is not known; {hint}{'' if hint.endswith('?') else ';'} a part of one's own needs "
             "--plugin FILE (in Python, import it first)"
         )
         self.kind = kind
@@ -34,8 +35,8 @@ class UnknownPart(UserError):
         if not named:
             return self
         return UserError(
-            f"sae.parts: {self.kind!r} is not known; it was trained with a plugin: give {named} (that is code, which runs "
-            "only where you name it; in Python, import it first)"
+            f"sae.parts: {shown(self.kind)} is not known; it was trained with a plugin: give {named} (that is code, which "
+            "runs only where you name it; in Python, import it first)"
         )
 
 
@@ -47,7 +48,7 @@ def use(given: Iterable[str] | None) -> None:
     for name in given or ():
         is_file = name.endswith(".py") or Path(name).is_file() or "/" in name or "\\" in name
         try:
-            _import_file(Path(name).expanduser()) if is_file else importlib.import_module(name)
+            _import_file(expand_path(name, "plugin")) if is_file else importlib.import_module(name)
         except UserError:
             raise
         except ModuleNotFoundError as error:

@@ -35,6 +35,7 @@ from .folder import (
 from .interchange.plain import bias_where
 from .lock import owned
 from .loggers import Logger, open_loggers
+from .names import check_links, expand_path
 from .optim import Cohort, Learner, together
 from .parts import reads
 from .progress import percent, progress_bar
@@ -131,7 +132,7 @@ def train_together(
         runs = train_together(stream, sizes, out="runs/sizes")
         runs["F512"].sae
     """
-    folder = Path(out).expanduser() if out is not None else None
+    folder = expand_path(out, "out") if out is not None else None
     with owned(folder) if folder is not None and stream.ranks.is_first else nullcontext():
         return _Training(stream, dictionaries, folder, resume).run()
 
@@ -159,7 +160,7 @@ class _Trainee:
             sae = dictionary(config, seed=run.train.seed)
             trained = run.train.init is not None and part == "sae"
             if trained:
-                _take_over(sae, Path(str(run.train.init)).expanduser())
+                _take_over(sae, expand_path(str(run.train.init), "train.init"))
             self.learners[part] = Learner(
                 sae,
                 run.train,
@@ -262,7 +263,7 @@ class _Training:
         self.folder = folder
         self.config = next(iter(dictionaries.values())).train
         check(stream, dictionaries)
-        settings = dictionaries.get("") or SweepConfig(dictionaries=dictionaries)
+        settings = dictionaries[""] if list(dictionaries) == [""] else SweepConfig(dictionaries=dictionaries)
         last = self._open(settings, resume)
         place = last.tensors("stream") if last is not None else {}
         if last is not None:
@@ -295,6 +296,7 @@ class _Training:
         if not resume or not place.is_file():
             check_free(self.folder)
             return None
+        check_links(self.folder)
         if what := difference(read_settings(self.folder).by_name(), settings.by_name()):
             raise UserError(f"resume: {what[0]} is {what[2]}, and {what[1]} in {place}; resume with the run's settings")
         last = checkpoint.find(self.folder) if checkpoint.all_in(self.folder) else None
@@ -489,7 +491,10 @@ def _check_settings(config: Path, last: checkpoint.Checkpoint, run: RunConfig) -
 
 def _take_over(sae: SparseAutoencoder, path: Path) -> None:
     """Let a new dictionary begin as the one at `path`."""
-    found = checkpoint.load(path)
+    try:
+        found = checkpoint.load(path)
+    except UserError as error:
+        raise UserError(f"train.init: {str(error).removeprefix('sae: ')}") from None
     fields = {"d_in", "d_sae", "d_out", "activation", "mask", "parts"}
     own, theirs = (one.cfg.model_dump(include=fields) for one in (sae, found))
     for name, value in own.items():
@@ -513,9 +518,9 @@ def check(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> None:
     for name, run in dictionaries.items():
         inside = f"{name}: " if name else ""
         widths = stream.source.widths
-        for hook in run.stream.read_hooks:
-            if hook not in widths:
-                raise UserError(f"{inside}stream.hook: {hook} is not allowed; the stream has {', '.join(widths)}")
+        for key in ("hook", "target", "second"):
+            if (hook := getattr(run.stream, key)) not in (None, *widths):
+                raise UserError(f"{inside}stream.{key}: {hook} is not allowed; the stream has {', '.join(widths)}")
         own = {"d_in": run.sae.d_in} | ({} if run.sae.d_out is None else {"d_out": run.sae.d_out})
         if len(own) != len(run.stream.hooks):
             raise UserError(

@@ -14,7 +14,6 @@ of each. `features/` is a table to pandas and DuckDB as it is:
 
 import heapq
 import math
-import re
 import shutil
 import sys
 import time
@@ -34,6 +33,7 @@ from ..engine.errors import UserError
 from ..engine.files import contents, whole_file
 from ..engine.folder import check_free
 from ..engine.lock import owned
+from ..engine.names import expand_path, file_name
 from ..engine.progress import progress_bar
 from ..engine.sealed import read_json, write_json
 from ..engine.stream import ActivationStream, TokenRows
@@ -136,7 +136,7 @@ def read(
     _need_pyarrow()
     import pyarrow as pa
 
-    folder = Path(store).expanduser()
+    folder = expand_path(store, "store")
     about = info(folder)
     latents, documents = (None if one is None else np.atleast_1d(one).tolist() for one in (latent, document))
     highest = about["dictionary"]["settings"]["d_sae"] - 1
@@ -158,15 +158,18 @@ def read(
 
 def info(store: str | Path) -> dict[str, Any]:
     """What store.json holds. Raises UserError for what is not a whole store."""
-    folder = Path(store).expanduser()
+    folder = expand_path(store, "store")
     if not (folder / MANIFEST).is_file():
         reason = "it was not written to its end" if (folder / FEATURES).exists() else "`temposae features` makes one"
         raise UserError(f"store: {folder} holds no {MANIFEST}; {reason}")
     keys = {"dictionary": dict, "parts": list}
     found = read_json(folder / MANIFEST, "store", "the store must be made again", form=FORMAT, keys=keys)
-    for name in found["parts"]:
-        if not isinstance(name, str) or not re.fullmatch(rf"{FEATURES}/part-\d+\.parquet", name):
-            raise UserError(f"store: {folder / MANIFEST} is damaged: {str(name)[:80]!r} is no part of a store")
+    for part in found["parts"]:
+        above, _, name = part.rpartition("/") if isinstance(part, str) else ("", "", "")
+        try:
+            file_name(name if above == FEATURES else f"{part}/")
+        except ValueError as error:
+            raise UserError(f"store: {folder / MANIFEST} is damaged ({error})") from None
     settings = found["dictionary"].get("settings")
     if not isinstance(settings, dict) or not isinstance(settings.get("d_sae"), int):
         raise UserError(f"store: {folder / MANIFEST} is damaged: it doesn't say how many latents the dictionary has")

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..engine import online
 from ..engine.errors import UserError, near
+from ..engine.names import expand_path
 
 PER_CLASS = (
     2500  # half of the protocol's 4000 rows for training and 1000 for testing; the other half are other classes'
@@ -69,7 +70,7 @@ def load_labelled(source: str, draw: np.random.Generator) -> Labelled:
     """
     name, _, query = source.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
-    file, published = Path(name).expanduser(), PUBLISHED.get(name)
+    file, published = expand_path(name, "set"), PUBLISHED.get(name)
     if published is None and file.suffix.lower() not in (".csv", ".jsonl"):
         raise UserError(
             f"sets: {name} is not allowed; give a .csv or .jsonl file or a set's name; {near(name, (*EMBEDDED, *PUBLISHED))}"
@@ -95,8 +96,8 @@ def stored_at(source: str) -> Path | None:
     name, _, query = source.partition("?")
     folder = dict(parse_qsl(query)).get("path")
     if folder is not None:
-        return Path(folder).expanduser()
-    return None if name in EMBEDDED or name in PUBLISHED else Path(name).expanduser()
+        return expand_path(folder, "set")
+    return None if name in EMBEDDED or name in PUBLISHED else expand_path(name, "set")
 
 
 def _first(rows: Iterable[_Row], classes: Iterable[str], per_class: int, sides: int) -> list[tuple[str, str]]:
@@ -164,7 +165,7 @@ def _from_hub(
     why = online.why_not() if folder is None else None  # asked before `datasets` reads whether it may ask the hub
     import datasets
 
-    root = f"hf://datasets/{published.repo}" if folder is None else Path(folder).expanduser()
+    root = f"hf://datasets/{published.repo}" if folder is None else expand_path(folder, "set")
     found: list[tuple[str, str]] = []
     for files, classes in published.parts.items():
         try:

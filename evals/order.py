@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from ..engine.errors import UserError
+from ..engine.names import expand_path
 from ..engine.testbed.language import Language
 from .collect import Collected, Evaluation, collect, padded
 from .probes import Split, accuracy, ailing, top_k
@@ -78,9 +79,9 @@ def order_probing(
         tasks["agent"] = Task.of_pairs(_agents(language, pairs), evaluation.generator("order agent"))
         tasks["agreement"] = Task.of_pairs(_agreements(language, pairs), evaluation.generator("order agreement"))
     tokenizer = evaluation.stream.model.tokenizer
-    for path in map(Path, evaluation.files.get("blimp", ())):
+    for path in (expand_path(given, "file") for given in evaluation.files.get("blimp", ())):
         tasks[path.stem] = read_blimp(path, tokenizer, pairs, evaluation.generator(f"order {path.stem}"))
-    for path in map(Path, evaluation.files.get("senteval", ())):
+    for path in (expand_path(given, "file") for given in evaluation.files.get("senteval", ())):
         tasks[path.stem] = read_senteval(path, tokenizer, pairs, evaluation.generator(f"order {path.stem}"))
     if not tasks:
         name = evaluation.stream.name

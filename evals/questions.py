@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
+from ..engine.names import expand_path
 from ..engine.stream import ActivationStream, LanguageModel
 from ..engine.stream.documents import Document, open_documents
 from ..engine.stream.text import TokenRows
@@ -148,7 +149,7 @@ class Written:
 
 def read_questions(path: str, *, forget: bool) -> list[Written]:
     """The questions of a .jsonl or .parquet file. Raises UserError naming the file, the row and what is wrong with it."""
-    file = Path(path).expanduser()
+    file = expand_path(path, "file")
     if not file.is_file():
         raise UserError(
             f"questions: {path} does not exist; give a .parquet or .jsonl file in the layout of WMDP or MMLU"
@@ -206,7 +207,7 @@ def read_texts(
     the place of its first token. Of the documents `sample` are drawn, or all are taken, up to `READ` times as many tokens as
     are needed. Raises UserError for a text that is missing or too short.
     """
-    if not Path(path).expanduser().exists():
+    if not expand_path(path, "file").exists():
         raise UserError(
             f"text: {path} does not exist; WMDP's bio corpus is gated: ask for cais/wmdp-bio-forget-corpus on the hub and "
             "give the file that you get"

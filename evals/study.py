@@ -8,9 +8,9 @@ from typing import Any
 from ..engine import checkpoint
 from ..engine.checkpoint import Checkpoint, Loaded
 from ..engine.config import EvalConfig, StreamConfig, TrainConfig
-from ..engine.errors import UserError
+from ..engine.errors import UserError, shown
 from ..engine.interchange.places import stream_settings
-from ..engine.interchange.settings import shown
+from ..engine.names import expand_path
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, LanguageModel
 from ..engine.train import Run
@@ -97,12 +97,12 @@ def dashboard(
         where = stream or stream_of(found, model, layer, hook, data, tokens=1, **BUFFERLESS)
         held = found.dictionary()
         chosen = None if latents is None else board.numbers(",".join(map(str, latents)), held.cfg.d_sae)
-        name = Path(sae).expanduser().resolve().name if isinstance(sae, str | Path) else type(sae).__name__
+        name = expand_path(sae, "sae").resolve().name if isinstance(sae, str | Path) else type(sae).__name__
         shown = board.dashboard(
             where, held, name=name, latents=chosen, count=count, rows=rows or dashboard_rows(found, where)
         )
     if out is not None:
-        board.write(Path(out).expanduser(), shown)
+        board.write(expand_path(out, "out"), shown)
     return shown
 
 
@@ -116,7 +116,7 @@ def dashboard_rows(found: Checkpoint, stream: ActivationStream) -> int:
 def _found(sae: Dictionary, stream: ActivationStream | None, work: Path) -> Checkpoint:
     """The checkpoint of a dictionary; one in hand is saved to `work`."""
     if isinstance(sae, str | Path):
-        return checkpoint.find(Path(sae).expanduser())
+        return checkpoint.find(expand_path(sae, "sae"))
     if stream is None:
         raise UserError(
             "stream: needed for a dictionary in hand; give an ActivationStream, or a run folder in its place"

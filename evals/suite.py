@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.config import SAEConfig
-from ..engine.errors import UserError
+from ..engine.errors import UserError, shown
 from ..engine.files import digest, digest_of_folder
+from ..engine.names import expand_path
 from ..engine.stream import ActivationStream
 from ..engine.stream.text import TestbedRows
 from .collect import Evaluation
@@ -92,12 +93,12 @@ def _questions(asked: Asked) -> dict[str, str]:
         return {
             "": f"{asked.stream.model.name} has no chat template; multiple-choice questions need an instruction-tuned model"
         }
-    return _absent({path: Path(path).expanduser() for name in names for path in asked.files.get(name, ())}, "file")
+    return _absent({path: expand_path(path, "file") for name in names for path in asked.files.get(name, ())}, "file")
 
 
 def _tasks_of_order(asked: Asked) -> dict[str, str]:
     given = [path for name in ("blimp", "senteval") for path in asked.files.get(name, ())]
-    found = _absent({path: Path(path).expanduser() for path in given}, "file")
+    found = _absent({path: expand_path(path, "file") for path in given}, "file")
     if not given and not asked.has_labels:
         name = asked.stream.text.name
         found["order probing"] = f"{name} has no tasks of its own; give --file blimp=PATH or --file senteval=PATH"
@@ -141,13 +142,23 @@ def named_files(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def check_there(sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> None:
+    """Raise UserError for labelled texts and files that aren't there."""
+    for name, path in ((name, path) for name, paths in files.items() for path in paths):
+        if not expand_path(path, f"--file {name}").exists():
+            raise UserError(f"--file {name}: {shown(path)} is not allowed; it does not exist")
+    for one in sets:
+        if (path := stored_at(one)) is not None and not path.exists():
+            raise UserError(f"--set: {shown(one)} is not allowed; {path} does not exist")
+
+
 def given_to(name: str, sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
     """What the eval `name` reads of these labelled sets and files, as it was given -> the digest of what lies there."""
     if name == "sparse_probing":
         paths = {source: stored_at(source) for source in sets}
     else:
         mine = [kind for kind, (reader, _) in FILES.items() if reader == name]
-        paths = {f"{kind}={path}": Path(path).expanduser() for kind in mine for path in files.get(kind, ())}
+        paths = {f"{kind}={path}": expand_path(path, "file") for kind in mine for path in files.get(kind, ())}
     return {given: None if path is None or not path.exists() else _digest(path) for given, path in paths.items()}
 
 
@@ -197,7 +208,6 @@ def _positions(evaluation: Evaluation) -> dict[str, Any]:
         "fidelity": fidelity(evaluation),
         "slicing": slicing(evaluation),
     }
-    try:
-        return found | {"order_probing": order_probing(evaluation)}
-    except UserError as error:
-        return found | {"order_probing": {"skipped": str(error)}}
+    asked = Asked(evaluation.stream, evaluation.sae.cfg, evaluation.sets, evaluation.files)
+    why = _tasks_of_order(asked).get("order probing")
+    return found | {"order_probing": order_probing(evaluation) if why is None else {"skipped": why}}

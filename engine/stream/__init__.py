@@ -16,6 +16,7 @@ from ..ranks import ALONE, Ranks
 from ..stopwatch import Stopwatch
 from .buffer import Batch, RingBuffer
 from .cache import Cached, read_manifest
+from .documents import check_data
 from .live import Live, Source, is_text, packs
 from .model import LanguageModel
 from .narrow import LARGEST
@@ -121,6 +122,8 @@ class ActivationStream:
 
     def _live(self, config: StreamConfig, hooks: Sequence[str]) -> Live:
         self.config = config
+        if self._text is None and config.data is not None:
+            check_data(config.data)
         if hooks:
             self.model.use(hooks=hooks)
         if config.context > self.model.context:

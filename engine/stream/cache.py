@@ -29,9 +29,11 @@ from ..config import Config, Count, StreamConfig
 from ..errors import UserError
 from ..files import LOCK, UNFINISHED, whole_file
 from ..lock import owned
+from ..names import FileName, expand_path
 from ..progress import progress_bar
 from ..sealed import read_json, sealed_json
 from .buffer import PLACES, Batch
+from .documents import check_data
 from .live import Live, packs
 from .loading import with_absolute_paths
 from .model import LanguageModel
@@ -55,7 +57,7 @@ class Shard(Config):
     `ends[b]` and has CRC-32 `crc32[tensor][b]`; `header` is that of what precedes the tensors. `place`: the text's state
     behind it."""
 
-    file: str
+    file: FileName
     tokens: int
     kept: int
     rows: int
@@ -82,14 +84,15 @@ class Manifest(Config):
     complete: bool = False
     shards: tuple[Shard, ...] = ()
 
-    def place(self, folder: str | Path, hook: str | None, layer: int | None = None) -> str:
-        """The cached hook of this name, or at the residual stream after this layer; the first if neither is given."""
+    def place(self, folder: str | Path, hook: str | None, layer: int | None = None, *, field: str = "hook") -> str:
+        """The cached hook of this name, or at the residual stream after this layer; the first if neither is given.
+        `field`: the setting of the stream that names the hook."""
         if hook is None and layer is None:
             return next(iter(self.hooks))
         name = hook or f"blocks.{layer}.hook_resid_post"
         if name not in self.hooks:
-            field = f"stream.hook: {name}" if hook else f"layer: {layer}"
-            raise UserError(f"{field} is not allowed; the cache {folder} has {', '.join(self.hooks)}")
+            given = f"stream.{field}: {name}" if hook else f"layer: {layer}"
+            raise UserError(f"{given} is not allowed; the cache {folder} has {', '.join(self.hooks)}")
         return name
 
     def settle(self, config: StreamConfig, layer: int | None = None) -> StreamConfig:
@@ -105,13 +108,13 @@ class Manifest(Config):
                 )
         for name in ("target", "second"):
             if (hook := getattr(config, name)) is not None:
-                update[name] = self.place(str(config.cache), hook)
+                update[name] = self.place(str(config.cache), hook, field=name)
         return config.model_copy(update=update | {"hook": self.place(str(config.cache), config.hook, layer)})
 
 
 def read_manifest(folder: str | Path) -> Manifest:
     """The cache.json of a cache. Raises UserError for what is none, and for a damaged one."""
-    path = Path(folder).expanduser() / MANIFEST
+    path = expand_path(folder, "cache") / MANIFEST
     if not path.is_file():
         raise UserError(f"cache: {folder} holds no {MANIFEST}; give a folder that `temposae cache` made")
     found = read_json(path, "cache", "the cache must be made again")
@@ -153,7 +156,7 @@ def write_cache(
     Raises UserError for a folder that holds anything else, for other settings than those that it began with, and for a disk
     that refuses; what was written before stays valid.
     """
-    folder = Path(folder).expanduser()
+    folder = expand_path(folder, "cache")
     if tokens < 1:
         raise UserError(f"tokens: {tokens} is not allowed; it must be at least 1")
     if not (math.isfinite(shard_mb) and shard_mb > 0):
@@ -168,6 +171,8 @@ def _write_cache(
     rows: RowSource | None,
 ) -> Manifest:  # fmt: skip
     held = _begun(folder, resume)
+    if rows is None and config.data is not None:
+        check_data(config.data)
     named = hooks or ([config.hook] if config.hook is not None and not layers else [])
     if model is None:
         model = LanguageModel(
@@ -236,7 +241,7 @@ class Cached:
         repeat: bool = True,
         device: str | torch.device | None = None,
     ):
-        self.folder = Path(folder).expanduser()
+        self.folder = expand_path(folder, "cache")
         self.manifest = read_manifest(folder)
         names = tuple(dict.fromkeys(self.manifest.place(folder, hook) for hook in hooks)) or tuple(self.manifest.hooks)
         self.widths = {name: self.manifest.hooks[name] for name in names}
@@ -443,6 +448,7 @@ def _write(folder: Path, file: str, chunks: Any) -> int:
     """Write a file beside its place and move it there once it is on the disk; gives its size."""
     path = folder / file
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as fresh, fresh.open("wb") as out:
             for chunk in chunks:
                 out.write(chunk)

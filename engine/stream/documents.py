@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import online
 from ..errors import UserError, near
+from ..names import expand_path
 
 LONGEST = 2**22  # bytes of a document in a .txt file; a file without blank lines is cut at the end of a line
 READY = ("tokens", "input_ids")  # columns that hold token ids, where there is no column of text
@@ -34,14 +35,20 @@ class Documents(Protocol):
     def read(self, start: int = 0) -> Iterator[Document]: ...
 
 
-def open_documents(data: str, text_field: str = "text") -> Documents:
-    """A .txt, .jsonl, .parquet or .npy file, a folder of the first three, or a dataset's name."""
-    path = Path(data).expanduser()
+def check_data(data: str) -> Path:
+    """The path of a text, which may also be a dataset's name. Raises UserError for a file that isn't there."""
+    path = expand_path(data, "stream.data")
     if not path.exists():
         looks_local = data.startswith((".", "/", "~")) or path.suffix.lower() in _SUFFIXES
         if looks_local or ("." in path.name and "/" not in data):
             here = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
             raise UserError(f"data: {data} does not exist{'; ' + near(path.name, here) if here else ''}")
+    return path
+
+
+def open_documents(data: str, text_field: str = "text") -> Documents:
+    """A .txt, .jsonl, .parquet or .npy file, a folder of the first three, or a dataset's name."""
+    path = check_data(data)
     if not path.is_file():
         return Dataset(data, path, text_field)
     if not path.stat().st_size:

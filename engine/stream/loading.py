@@ -16,6 +16,7 @@ from .. import online
 from ..config import StreamConfig
 from ..errors import UserError, near
 from ..files import absolute
+from ..names import expand_path
 
 TESTBED = Path(__file__).resolve().parent.parent / "testbed" / "model"
 BUILT_IN = ("testbed", "smollm2")
@@ -37,9 +38,9 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
         raise UserError("model: the embedded language model is missing; `temposae testbed train` makes it")
     if name == "smollm2":
         _require_smollm2()
-    folder = TESTBED if name == "testbed" else Path(name)
+    folder = TESTBED if name == "testbed" else expand_path(name, "model")
     looks_local = name.startswith((".", "/", "~")) or folder.is_dir()
-    if name not in BUILT_IN and looks_local and not (folder.expanduser() / "config.json").is_file():
+    if name not in BUILT_IN and looks_local and not (folder / "config.json").is_file():
         raise UserError(f"model: {name!r} is not a Hugging Face folder; it has no config.json")
     if name not in BUILT_IN and not looks_local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"model: {name!r} is not allowed; give testbed, smollm2, a hub name or a folder")
@@ -66,7 +67,7 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
                 plain.append(sharing(model))
                 where, options["hf_model"] = "HuggingFaceTB/SmolLM2-135M-Instruct", model
             else:
-                where = str(folder.expanduser()) if looks_local or name == "testbed" else name
+                where = str(folder) if looks_local or name == "testbed" else name
                 if (keeping := _keeping(plain)) is not None:
                     options["model_class"] = keeping
             bridge = TransformerBridge.boot_transformers(where, **options)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError, near
+from ..errors import UserError, near, shown
 from .loading import BUILT_IN, TESTBED, load
 from .reader import Catch, Enough, Reader, Tail, close, places
 
@@ -262,18 +262,19 @@ class LanguageModel:
         except torch.OutOfMemoryError:
             raise UserError(f"device: {self.device} is not allowed; it has too little memory for {self.name}") from None
 
-    def place(self, hook: str | None = None, layer: int | None = None) -> str:
-        """The hook of this name, or at the residual stream after this layer; after the middle one if neither is given."""
-        (name,) = self._names([] if hook is None else [hook], [] if layer is None else [layer])
+    def place(self, hook: str | None = None, layer: int | None = None, *, field: str = "hook") -> str:
+        """The hook of this name, or at the residual stream after this layer; after the middle one if neither is given.
+        `field`: the setting that names the hook."""
+        (name,) = self._names([] if hook is None else [hook], [] if layer is None else [layer], field)
         return name
 
-    def _names(self, hooks: Iterable[str], layers: Iterable[int]) -> tuple[str, ...]:
+    def _names(self, hooks: Iterable[str], layers: Iterable[int], field: str = "hook") -> tuple[str, ...]:
         hooks, layers = list(hooks), list(layers)
         if hooks and layers:
             raise UserError("hook: give a hook or a layer, not both")
         for hook in hooks:
             if hook not in self._bridge.hook_dict:
-                raise UserError(f"hook: {hook!r} is not in {self.name}; {near(hook, self._bridge.hook_dict)}")
+                raise UserError(f"{field}: {shown(hook)} is not in {self.name}; {near(hook, self._bridge.hook_dict)}")
         if not hooks and not layers:
             layers = [(self.n_layers - 1) // 2]
         for layer in layers:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..config import StreamConfig
 from ..errors import UserError
+from ..names import expand_path
 from ..unit_decoder import Dictionary, unit_decoder
 from .buffer import PLACES, Batch
 
@@ -237,7 +237,7 @@ class Own:
 def open_file(path: str, **options: Any) -> Own:
     """The activations in a .npy file, a .safetensors file (`x`, optional `pos`, `token`, `document`) or a .pt file (a tensor
     or a dict of those names), memory-mapped. Raises UserError for what is none of them, or would have to be unpickled."""
-    file = Path(path).expanduser()
+    file = expand_path(path, "stream.activations")
     if not file.is_file():
         raise UserError(f"activations: {path} does not exist; give a .npy, .safetensors or .pt file")
     if not file.stat().st_size:

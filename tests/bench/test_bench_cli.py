@@ -24,9 +24,9 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_up_rates: Any) -
 REFUSED = {
     "unknown provider": ("bench step --provider temposea", ("provider: 'temposea'", "temposae, eai-sparsify")),
     "unknown preset": ("bench step --preset gpuu", ("preset: 'gpuu'", "tiny, cpu, gpu, sweep")),
-    "k above f": ("bench step --k 5 --f 4", ("K: 5", "at most F (4)")),
-    "sizes that are no numbers": ("bench ops --n many", ("N: 'many'", "numbers")),
-    "size zero": ("bench step --n 0", ("N: 0", "at least 1")),
+    "k above f": ("bench step --k 5 --f 4", ("--k: 5", "at most F (4)")),
+    "sizes that are no numbers": ("bench ops --n many", ("--n: 'many'", "numbers")),
+    "size zero": ("bench step --n 0", ("--n: 0", "at least 1")),
     "no rounds": ("bench step --rounds 0", ("rounds: 0", "at least 1")),
     "no repeats": ("bench ops --repeats 0", ("repeats: 0", "at least 1")),
     "unknown op": ("bench ops --op encoed", ("op: 'encoed'", "encode, encode_topk")),

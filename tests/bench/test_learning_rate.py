@@ -91,8 +91,8 @@ def test_what_is_measured_is_kept_and_not_measured_again(tmp_path: Path) -> None
     ("options", "words"),
     [
         (("--preset", "huge"), ("preset: 'huge'", "tiny")),
-        (("--source", "synthetic"), ("source: synthetic", "MODEL:LAYER")),
-        (("--source", "mine=none.npy"), ("source: mine=none.npy",)),
+        (("--source", "synthetic"), ("source: 'synthetic'", "MODEL:LAYER")),
+        (("--source", "mine=none.npy"), ("source: 'mine=none.npy'",)),
         (("--cell", "topk,512,16"), ("cell: topk,512,16", "STEPS")),
         (("--cell", "topk,8,16,64,8"), ("k: 16",)),
         (("--cell", "sparse,32,4,64,8"), ("activation: ", "sparse")),
