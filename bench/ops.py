@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..engine.ambient import own_modes
 from ..engine.config import SAEConfig
 from ..engine.errors import UserError
 from ..engine.host import tune_host
@@ -313,6 +314,7 @@ def work(name: str, shape: Shape, dtype: str, device: str, rates: Rates, backend
     return Work(backend, dtype, flops, traffic, sum(op_floor(part, rates, itemsize) for part in parts))
 
 
+@own_modes()
 def measure(
     shapes: Iterable[Shape],
     names: Iterable[str] = tuple(OPS),

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ..engine.ambient import own_modes
 from ..engine.errors import UserError
 from ..engine.host import tune_host
 from ..engine.optim import Learner
@@ -50,6 +51,7 @@ STAGE_OPS = {
 ADAM_BYTES = 28  # a parameter: weight, gradient and both moments read, all but the gradient written, in float32
 
 
+@own_modes()
 def run(shape: Shape, *, device: str, dtype: str, steps: int, trace: Path) -> dict[str, Any]:
     """Profile `steps` training steps, by the defaults of `temposae train`, and write a Chrome trace to `trace`.
 

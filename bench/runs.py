@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..engine.ambient import own_modes
 from ..engine.composed import dictionary
 from ..engine.config import RunConfig, SAEConfig, TrainConfig
 from ..engine.host import tune_host
@@ -51,6 +52,7 @@ PRESETS = {
 }
 
 
+@own_modes()
 def measure(given: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict[str, Any]:
     """By F and run `ms` of a step (20th, 50th and 80th percentile), `cpu_ms`, the median processor time of all threads, and
     `times_topk`, the median over rounds of its time over that of the plain TopK step in the same round; and of the

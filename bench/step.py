@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..engine.ambient import own_modes
 from ..engine.errors import UserError
 from ..engine.host import tune_host
 from ..engine.progress import ProgressBar, progress_bar
@@ -56,6 +57,7 @@ class Entry:
         self.done += 1
 
 
+@own_modes()
 def measure(
     shapes: Iterable[Shape],
     entrants: list[Contender],

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..engine.ambient import own_modes
 from ..engine.config import SAEConfig, StreamConfig, TrainConfig
 from ..engine.errors import UserError
 from ..engine.host import tune_host
@@ -60,6 +61,7 @@ def sizes(preset: str, model: str | None = None) -> Sizes:
     return found if model is None else found._replace(model=model, layer=None)
 
 
+@own_modes()
 def measure(given: Sizes, *, device: str) -> dict[str, Any]:
     """Time everything in turns. What is compared stands side by side in a round, and the median over rounds counts.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import checkpoint
+from ..engine.ambient import own_modes
 from ..engine.checkpoint import Checkpoint
 from ..engine.config import RunConfig
 from ..engine.errors import UserError
@@ -29,6 +30,7 @@ from .results import RESULTS, gather, read_results
 SETTINGS = "campaign.yaml"
 
 
+@own_modes()
 def campaign(config: CampaignConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """Train, measure, draw and report `config`'s runs into the folder `out`; returns what `campaign.json` holds.
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import interchange
+from .ambient import own_modes
 from .composed import dictionary
 from .config import RunConfig, SAEConfig
 from .errors import UserError
@@ -90,6 +91,7 @@ class Checkpoint:
             held = ", ".join(self.dictionaries) or f"the stream of {', '.join(self.manifest['status'] or {})}"
             raise UserError(f"checkpoint: {self.folder} holds no {name!r}; it holds {held}")
 
+    @own_modes()
     def dictionary(self, name: str = "sae") -> SparseAutoencoder:
         """The dictionary `name`: `sae`, or `random` for the control trained beside it."""
         self.expect(name)
@@ -196,6 +198,7 @@ def write(
         ) from None
 
 
+@own_modes()
 def find(path: Path) -> Checkpoint:
     """The checkpoint at `path`, the last one of the run folder at `path`, or the dictionary in another library's folder; all
     of them also on the hub, by name (`interchange.hub`). The path of the weights, or of the settings beside them, stands for
@@ -259,6 +262,7 @@ def all_in(run: Path) -> list[Path]:
     return sorted(p for p in (run / "checkpoints").glob("step_*") if (p / MANIFEST).is_file())
 
 
+@own_modes()
 def save(sae: SparseAutoencoder, folder: str | Path) -> None:
     """Save one dictionary as a checkpoint folder, which must not exist yet.
 
@@ -268,6 +272,7 @@ def save(sae: SparseAutoencoder, folder: str | Path) -> None:
     write(Path(folder), 0, {"sae": (sae.cfg, sae.state_dict())})
 
 
+@own_modes()
 def load(path: str | Path) -> SparseAutoencoder:
     """Load the dictionary in a checkpoint folder, in the last checkpoint of a run folder, or in a folder of SAELens,
     dictionary_learning, sparsify, Gemma Scope or Llamascopium; here, or on the hub as OWNER/REPOSITORY[/FOLDER][@REVISION].

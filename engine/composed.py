@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..kernels.code import SparseCode
 from ..kernels.masks import weights_at
 from ..kernels.select import select_batch_topk, select_threshold, select_topk
+from .ambient import own_dtypes, own_modes
 from .config import SAEConfig
 from .errors import UserError
 from .functions import encode_dense, encode_topk, position_loss, reconstruct
@@ -36,6 +37,7 @@ class ComposedAutoencoder(SparseAutoencoder):
     progress: Tensor
     powers = {**SparseAutoencoder.powers, "unit": -1}
 
+    @own_modes()
     def __init__(self, config: SAEConfig, *, seed: int = 0):
         super().__init__(config, seed=seed)
         generator = torch.Generator().manual_seed((seed + 0x7E3705AE) % 2**63)
@@ -84,6 +86,7 @@ class ComposedAutoencoder(SparseAutoencoder):
     def inputs(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor | None, Mask | None]:
         return self._inputs(self._seen(x, pos))
 
+    @own_dtypes()
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, pos: Tensor | None = None) -> SparseCode:
         if not self.is_dense:
@@ -102,12 +105,14 @@ class ComposedAutoencoder(SparseAutoencoder):
             return code
         return self._values_of(self._latents(self._seen(x, pos)) / self.unit, code)
 
+    @own_dtypes()
     def latents_of(self, x: Tensor, pos: Tensor) -> Tensor:
         """f [N, F] of further activations, in the units of training; differentiable. Selected as in training: batchtopk
         keeps the N k largest of these."""
         f = self._latents(self._seen(x / self.unit.to(x.dtype), pos))
         return f if self.cfg.activation == "relu" else self._selected(f).to_dense()
 
+    @own_dtypes()
     def objective(
         self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None, target: Tensor | None = None,
         beside: Beside | None = None,

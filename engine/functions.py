@@ -24,6 +24,7 @@ from ..kernels.loss import position_loss as position_sums
 from ..kernels.masks import Mask, weights_at, weights_of
 from ..kernels.numerics import sum_by
 from ..kernels.weight_grad import weight_grad
+from .ambient import own_dtypes
 
 
 def encode_dense(
@@ -170,6 +171,7 @@ class _EncodeDense(Function):
 
     @staticmethod
     @once_differentiable
+    @own_dtypes()
     def backward(ctx: Any, dacts):
         (x, W_enc, center, pos, acts), mask = ctx.saved_tensors, ctx.mask
         need_x, need_w, _, need_center, need_mask, _ = ctx.needs_input_grad
@@ -201,6 +203,7 @@ class _Encoded(Function):
 
     @staticmethod
     @once_differentiable
+    @own_dtypes()
     def backward(ctx: Any, *grads):
         x, W_enc, b_enc, center, pos = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -219,6 +222,7 @@ class _EncodeJumpReLU(Function):
 
     @staticmethod
     @once_differentiable
+    @own_dtypes()
     def backward(ctx: Any, dvalues, dl0):
         (x, W_enc, b_enc, threshold, center, pos), band = ctx.saved_tensors, ctx.band
         needs = list(ctx.needs_input_grad)
@@ -335,6 +339,7 @@ class _DecodeSparse(Function):
 
     @staticmethod
     @once_differentiable
+    @own_dtypes()
     def backward(ctx: Any, dout):
         (W_dec,), code = ctx.saved_tensors, ctx.code
         need_values, need_w, need_b, *_ = ctx.needs_input_grad
@@ -361,6 +366,7 @@ class _Reconstruct(Function):
 
     @staticmethod
     @once_differentiable
+    @own_dtypes()
     def backward(ctx: Any, derror, _):
         (residual, projection), code = ctx.saved_tensors, ctx.code
         need_values, need_w, need_b, *_ = ctx.needs_input_grad
@@ -389,6 +395,7 @@ class _PositionLoss(Function):
 
     @staticmethod
     @once_differentiable
+    @own_dtypes()
     def backward(ctx: Any, _, dsquared_error, dl1, __):
         residual, values, pos = ctx.saved_tensors
         dresidual = dvalues = None

@@ -5,8 +5,6 @@ import platform
 import time
 from functools import cache
 
-import torch
-
 TRIM_SECONDS = 10
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's <malloc.h>
 _trimmed = 0.0
@@ -19,9 +17,8 @@ def _glibc() -> ctypes.CDLL | None:
 
 @cache
 def tune_host() -> None:
-    """Keep freed memory (glibc returns large blocks to the kernel at once, and every step faults them in again: a third
-    of the time when training the embedded model on 2 cores), and flush denormals to zero."""
-    torch.set_flush_denormal(True)
+    """Keep freed memory: glibc returns large blocks to the kernel at once, and every step faults them in again, which is a
+    third of the time when training the embedded model on 2 cores."""
     if libc := _glibc():
         for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
             libc.mallopt(option, 1 << 30)

@@ -8,9 +8,10 @@ parts are registered, too, and goes through torch.compile without a graph break.
     offsets int64 [N + 1] for codes with any number of entries a token, which own values[offsets[n]:offsets[n + 1]]; or None
 
 x [N, D], W_enc [D, F], W_dec [F, D], b_enc [F], b_dec [D], center [D] (what is taken from x: b_dec, mostly), mask [T, F],
-bool or floating, not negative, and pos [N], int32 or int64 in [0, T). Products run in x's dtype; parameters may be wider,
-and get gradients of their own dtype, summed in a fixed order. The backend is chosen as everywhere (`kernels.backend`). None
-of them can be differentiated twice. Raises ValueError for shapes, dtypes or devices that do not fit.
+bool or floating, not negative, and pos [N], int32 or int64 in [0, T). Products run in x's dtype, within autocast as without;
+parameters may be wider, and get gradients of their own dtype, summed in a fixed order. The backend is chosen as everywhere
+(`kernels.backend`). None of them can be differentiated twice. Raises ValueError for shapes, dtypes or devices that do not
+fit.
 """
 
 from typing import Any
@@ -27,6 +28,7 @@ from ..kernels.encode_sparse import encode_topk as encode_topk_op
 from ..kernels.loss import position_loss as position_loss_op
 from ..kernels.numerics import accumulation_dtype
 from ..kernels.weight_grad import weight_grad
+from .ambient import own_dtypes
 from .functions import entry_gradients
 
 __all__ = ["decode", "encode_batch_topk", "encode_threshold", "encode_topk", "position_loss"]
@@ -84,6 +86,7 @@ def _entries(x: Tensor, *shape: Any) -> tuple[Tensor, Tensor]:
 
 
 @custom_op("temposae::encode_topk", mutates_args=())
+@own_dtypes()
 def _encode_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Tensor | None, pos: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
@@ -97,6 +100,7 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Any, mask: Any, pos: Any,
 
 
 @custom_op("temposae::encode_batch_topk", mutates_args=())
+@own_dtypes()
 def _encode_batch_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Tensor | None, pos: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,6 +117,7 @@ def _(
 
 
 @custom_op("temposae::encode_threshold", mutates_args=())
+@own_dtypes()
 def _encode_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, center: Tensor | None, mask: Tensor | None,
     pos: Tensor | None, expected: int,
@@ -132,6 +137,7 @@ def _(
 
 
 @custom_op("temposae::encode_backward", mutates_args=())
+@own_dtypes()
 def _encode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, W_enc: Tensor, b_enc: Tensor,
     center: Tensor | None, mask: Tensor | None, pos: Tensor | None, needs: list[bool],
@@ -192,6 +198,7 @@ for encoder in (_encode_topk, _encode_batch_topk, _encode_threshold):
 
 
 @custom_op("temposae::decode", mutates_args=())
+@own_dtypes()
 def _decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, offsets: Tensor | None) -> Tensor:
     return decode_op(_code(values, indices, offsets, W_dec.shape[0]), W_dec, b_dec)
 
@@ -203,6 +210,7 @@ def _(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, offsets: Te
 
 
 @custom_op("temposae::decode_backward", mutates_args=())
+@own_dtypes()
 def _decode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, offsets: Tensor | None, needs: list[bool]
 ) -> list[Tensor]:
@@ -226,10 +234,13 @@ def _(grad: Any, values: Tensor, indices: Any, W_dec: Tensor, offsets: Any, need
 def _keep_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     values, indices, W_dec, b_dec, offsets = inputs
     ctx.b_dtype = b_dec.dtype
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(values, indices, W_dec, offsets)
 
 
-def _decode_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _decode_gradients(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None, None, None
     values, indices, W_dec, offsets = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
     given = iter(torch.ops.temposae.decode_backward(grad, values, indices, W_dec, offsets, needs) if any(needs) else ())
@@ -244,6 +255,7 @@ _decode.register_autograd(_decode_gradients, setup_context=_keep_decode)
 
 
 @custom_op("temposae::position_loss", mutates_args=())
+@own_dtypes()
 def _position_loss(residual: Tensor, pos: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
     sums = position_loss_op(residual, residual.new_zeros(len(residual), 1), pos, n_positions)
     return sums.squared_error, sums.count
@@ -258,10 +270,13 @@ def _(residual: Tensor, pos: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
 def _keep_position_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     residual, pos, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(residual, pos)
 
 
-def _position_loss_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _position_loss_gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None
     residual, pos = ctx.saved_tensors
     return (2 * grad[pos.long()][:, None] * residual).to(residual.dtype), None, None
 

@@ -13,6 +13,8 @@ from ..kernels.encode_sparse import encode_threshold
 from ..kernels.encode_sparse import encode_topk as encode_topk_op
 from ..kernels.loss import PositionSums
 from ..kernels.masks import Mask
+from . import splice
+from .ambient import own_dtypes, own_modes
 from .config import SAEConfig
 from .errors import UserError
 from .functions import (
@@ -71,7 +73,8 @@ class SparseAutoencoder(nn.Module):
 
     Parameters are float32. The decoder starts as random unit rows, the encoder as its transpose. A transcoder has W_dec
     [F, d_out] and b_dec [d_out], does not subtract b_dec, and its encoder starts as unit rows of its own. In memory both
-    matrices are latent-major: W_enc.T and W_dec are contiguous. `encode` gives the dense f, `encode_sparse` the same as a
+    matrices are latent-major: W_enc.T and W_dec are contiguous. Products run in the dtype of x, forwards and backwards,
+    within autocast as without: there, give x.float() for float32. `encode` gives the dense f, `encode_sparse` the same as a
     `SparseCode`; a dictionary without a mask needs no positions.
 
         sae = SparseAutoencoder(SAEConfig(d_in=768, d_sae=16384, k=32))
@@ -83,6 +86,7 @@ class SparseAutoencoder(nn.Module):
     #: times those of x; others don't change
     powers: Mapping[str, int] = {"b_enc": 1, "b_dec": 1, "threshold": 1}
 
+    @own_modes()
     def __init__(self, config: SAEConfig, *, seed: int = 0):
         super().__init__()
         self.cfg = config
@@ -161,6 +165,7 @@ class SparseAutoencoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.W_dec.dtype
 
+    @own_dtypes()
     def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         """f [..., F], in the dtype of x. Differentiable; what decides which latents are active is constant."""
         return self._code(x, pos).to_dense().to(x.dtype).view(*x.shape[:-1], self.cfg.d_sae)
@@ -173,6 +178,7 @@ class SparseAutoencoder(nn.Module):
             return code
         return differentiable([code], x, self.W_enc, self.b_enc, self.center, weights, rows)[0]
 
+    @own_dtypes()
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, pos: Tensor | None = None) -> SparseCode:
         """f as a SparseCode over the flattened tokens: K per token for topk, ragged for the others. Without gradients."""
@@ -193,12 +199,14 @@ class SparseAutoencoder(nn.Module):
             x, W_enc, self.b_enc, threshold, center=self.center, mask=weights, pos=rows, expected=self.expected
         )
 
+    @own_dtypes()
     def decode(self, f: Tensor | SparseCode) -> Tensor:
         """x_hat: [..., D] from dense f, [N, D] from a SparseCode. Differentiable."""
         if isinstance(f, SparseCode):
             return decode_sparse(f, self.W_dec.to(f.values.dtype), self.b_dec.to(f.values.dtype))
         return f @ self.W_dec.to(f.dtype) + self.b_dec.to(f.dtype)
 
+    @own_dtypes()
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         """x_hat [..., D] for x [..., D]. Differentiable, as `encode` is; for a loss with its sparsity see `objective`."""
         return self.decode(self._code(x, pos)).to(x.dtype).view(*x.shape[:-1], -1)
@@ -216,36 +224,34 @@ class SparseAutoencoder(nn.Module):
         said += [f"{size} parameters", f"{str(self.W_dec.dtype).removeprefix('torch.')} on {self.W_dec.device}"]
         return f"{type(self).__name__}({', '.join(said)})"
 
+    @property
+    def looks_at_positions(self) -> str | None:
+        """What of it needs to know where tokens stand, in words; None if nothing does."""
+        if self.cfg.parts:
+            return f"parts ({', '.join(one['kind'] for one in self.cfg.parts)})"
+        return None if self.cfg.mask.kind == "none" else f"a mask over positions ({self.cfg.mask.kind})"
+
     def fwd_hooks(
         self, hook: str, *, target: str | None = None, edit: Callable[[Tensor], Tensor] | None = None,
-        error_term: bool = True,
-    ) -> list[tuple[str, Callable[..., Tensor]]]:  # fmt: skip
+        error_term: bool = True, start: splice.Start | None = None,
+    ) -> splice.Hooks:  # fmt: skip
         """What puts the dictionary into a transformer_lens model: `with model.hooks(fwd_hooks=sae.fwd_hooks(hook))`.
 
-        The activations x [B, T, D] there, at positions 0 to T - 1, become x_hat; with `edit`, x_hat of edit(f), f [B, T, F].
-        `error_term` adds x - x_hat as it was before the edit, a constant: without an edit the model then computes what it
-        did. A transcoder reads at `hook`, and x is what it replaces at `target`.
+        The activations x [B, T, D] there become x_hat; with `edit`, x_hat of edit(f), f [B, T, F]. `error_term` adds
+        x - x_hat as it was before the edit, a constant: without an edit the model then computes what it did. A transcoder
+        reads at `hook`, and x is what it replaces at `target`.
+
+        Where the dictionary looks at positions, those of x are `start` to `start` + T - 1. `start` is a number, or a
+        function that gives it anew for each call. Unless it is given, positions continue after the tokens in a
+        HookedTransformer's key-value cache, as in its `generate`, and begin at 0 without one. Where that can't be known, a
+        UserError asks for `start`: for a single token with no cache in sight, as in a TransformerBridge's `generate`, and,
+        where there is a cache, at hooks before the first attention.
         """
         if (target is None) != (self.cfg.d_out is None):
             raise UserError("target: needed for a transcoder, and for nothing else; the hook whose value it gives")
-        read: list[Tensor] = []
+        return splice.hooks(self, hook, target, edit, error_term, start)
 
-        def keep(x: Tensor, hook: Any = None) -> Tensor:
-            read[:] = [x]
-            return x
-
-        def replace(x: Tensor, hook: Any = None) -> Tensor:
-            given = read.pop() if target is not None else x
-            pos = torch.arange(given.shape[1], device=given.device).expand(given.shape[:2])
-            x_hat = self(given, pos) if edit is None else self.decode(edit(self.encode(given, pos)))
-            if not error_term:
-                return x_hat.to(x.dtype)
-            with torch.no_grad():
-                error = x - (x_hat if edit is None else self(given, pos)).to(x.dtype)
-            return x_hat.to(x.dtype) + error
-
-        return [(hook, replace)] if target is None else [(hook, keep), (target, replace)]
-
+    @own_dtypes()
     def objective(
         self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None, target: Tensor | None = None,
         beside: Beside | None = None,

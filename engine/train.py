@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
+from .ambient import own_modes
 from .center import center
 from .composed import dictionary
 from .config import RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig
@@ -80,6 +81,7 @@ class Run:
         return f"Run({'; '.join(said)})"
 
 
+@own_modes()
 def train(
     stream: ActivationStream | Any,
     sae: SAEConfig,
@@ -101,6 +103,9 @@ def train(
     that it would have had without the stop. The same seed gives the same metrics, fields that tell times apart. On SIGINT
     and SIGTERM a run with a folder writes a checkpoint and raises Stopped.
 
+    What surrounds the call changes nothing: it has its own gradient mode, default dtype and device, no autocast, and uses no
+    global random state. The code of an iterable of chunks runs in these modes, too.
+
     Raises UserError for a width that is not the stream's, for an `out` that can't be written or holds a run already,
     for activations that are not finite, and for a loss that isn't.
     """
@@ -118,6 +123,7 @@ def train(
     return trained
 
 
+@own_modes()
 def train_together(
     stream: ActivationStream, dictionaries: dict[str, RunConfig], *, out: str | Path | None = None, resume: bool = False
 ) -> dict[str, Run]:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.ambient import own_modes
 from ..engine.checkpoint import Checkpoint
 from ..engine.errors import UserError
 from ..engine.files import contents, whole_file
@@ -54,6 +55,7 @@ _DENSE = 2**26  # activations of one dense encode, which bounds how many tokens 
 _TURNS = 5  # chunks that are encoded densely too; the first one, in which memory is taken, doesn't count
 
 
+@own_modes()
 def encode(
     found: Checkpoint,
     stream: ActivationStream,
@@ -121,6 +123,7 @@ def _stored(
     return store
 
 
+@own_modes()
 def read(
     store: str | Path, *, latent: int | Sequence[int] | None = None, document: int | Sequence[int] | None = None
 ) -> dict[str, np.ndarray]:

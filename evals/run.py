@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import checkpoint
+from ..engine.ambient import own_modes
 from ..engine.checkpoint import Checkpoint
 from ..engine.config import EvalConfig, TrainConfig
 from ..engine.errors import UserError
@@ -32,6 +33,7 @@ L0_AGREES = 0.05  # by how much L0 on held-out text may differ from that at the 
 ERRORS = ("explained_variance_error", "ce_recovered_error")
 
 
+@own_modes()
 def evaluate_runs(folder: Path, runs: dict[str, Run], stream: ActivationStream) -> dict[str, Any]:
     """Core scores of the dictionaries trained in `folder`, by name; of a single one, named "", just its scores.
 
@@ -115,6 +117,7 @@ def _without_model(run: Run, stream: ActivationStream) -> dict[str, Any]:
     return found | {"controls": {**found["controls"], "mean": mean}}
 
 
+@own_modes()
 def evaluate(
     found: Checkpoint,
     stream: ActivationStream,

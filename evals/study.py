@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import checkpoint
+from ..engine.ambient import own_modes
 from ..engine.checkpoint import Checkpoint, Loaded
 from ..engine.config import EvalConfig, StreamConfig, TrainConfig
-from ..engine.errors import UserError, shown
+from ..engine.errors import UserError
 from ..engine.interchange.places import stream_settings
+from ..engine.interchange.settings import shown
 from ..engine.names import expand_path
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, LanguageModel
@@ -23,6 +25,7 @@ Dictionary = str | Path | SparseAutoencoder | Run
 BUFFERLESS: dict[str, Any] = {"mode": "tokens", "buffer_tokens": None, "buffer_gb": None}  # where no batch is drawn
 
 
+@own_modes()
 def evaluate(
     sae: Dictionary,
     evals: str | Sequence[str] = "core",
@@ -67,6 +70,7 @@ def evaluate(
         )
 
 
+@own_modes()
 def dashboard(
     sae: Dictionary,
     out: str | Path | None = None,

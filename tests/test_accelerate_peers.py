@@ -146,7 +146,7 @@ def test_the_work_goes_through_our_ops(monkeypatch):
         sae = make()
         sae(data())
         assert not calls
-        with accelerated(sae):
+        with accelerated(sae), torch.no_grad():
             sae(data())
         assert calls
         calls.clear()

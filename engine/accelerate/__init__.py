@@ -7,11 +7,14 @@ state_dict.
     deaccelerate(sae)                as it was
 
 An accelerated object is of a class derived from its own, so that isinstance still holds; what is pickled or deep-copied of
-it is of its own class. Results and gradients are the same up to the order of sums. Where something needs what our ops never
-make (a hook on pre-activations), or so many latents are active that dense products are faster, the library's own code runs,
-for that call.
+it is of its own class. Results and gradients are the same up to the order of sums, second derivatives of a dictionary too.
+The library's own code runs for a call in which anything is unusual (`plain.takes`: a hook of any kind, a replaced method or
+module, torch.compile and torch.func, a single vector, ...), and where so many latents are active that dense products are
+faster.
 """
 
+import functools
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +22,11 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UserError, near
 from . import optimizers
+from .plain import obstacle
 
 _SAELENS, _LEARNING = "sae_lens.saes.", "dictionary_learning."
 #: module and class of what can be accelerated -> ours, and its mixin there
@@ -152,7 +156,7 @@ def _derived(cls: type, mixin: type) -> type:
     the methods of ours, in which `own` is the library's."""
     methods: dict[str, Any] = {}
     for base in reversed(mixin.__mro__[:-1]):
-        methods |= {name: value for name, value in vars(base).items() if callable(value)}
+        methods |= {name: _as_named(value, cls, name) for name, value in vars(base).items() if callable(value)}
 
     def reduced(self: Any, protocol: Any) -> Any:
         _, _, *others = object.__reduce_ex__(self, max(2, int(protocol)))
@@ -160,6 +164,16 @@ def _derived(cls: type, mixin: type) -> type:
 
     own = {"own": cls, "__reduce_ex__": reduced, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), methods | own)
+
+
+def _as_named(method: Any, cls: type, name: str) -> Any:
+    """A method of ours with the signature and docstring of the library's."""
+    own = getattr(cls, name, None)
+    if own is None or name[:2] == "__":
+        return method
+    fresh = types.FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
+    fresh.__kwdefaults__ = method.__kwdefaults__
+    return functools.update_wrapper(fresh, own)
 
 
 def _new(cls: Any) -> Any:
@@ -178,24 +192,5 @@ def _check(part: Any) -> None:
         if why := optimizers.refusal(part):
             raise UserError(f"accelerate: {name} with {why} is not allowed; torch's fused step can't take it")
         return
-    if not isinstance(part, nn.Module):
-        return
-    seen: dict[int, str] = {}
-    first: tuple[str, Tensor] | None = None
-    for at, tensor in part.named_parameters():
-        if tensor.is_meta:
-            raise UserError(f"accelerate: {name}.{at} is on the meta device; give it values first")
-        if not tensor.is_contiguous() and not tensor.T.is_contiguous():
-            raise UserError(f"accelerate: {name}.{at} is not contiguous; strides {tensor.stride()} are not allowed")
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in seen:
-            raise UserError(
-                f"accelerate: {name}.{at} shares its memory with {seen[storage]}; tied views are not allowed"
-            )
-        seen[storage] = at
-        if first is None:
-            first = at, tensor
-        for what in ("dtype", "device"):
-            own, other = getattr(tensor, what), getattr(first[1], what)
-            if own != other and not (what == "dtype" and at == "threshold"):  # SAELens holds that in float32
-                raise UserError(f"accelerate: {name}.{at} has {what} {own}, {first[0]} {other}; all must have the same")
+    if isinstance(part, nn.Module) and (why := obstacle(part)) is not None:
+        raise UserError(f"accelerate: {name}.{why}")

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...kernels.code import SparseCode
 from .. import ops
 from .common import at_entries, bias_for_centred, coded, decoded, dense, kept_of, may_pay, pays, product_dtype
+from .plain import fits, takes, twice
 
 
 class Dictionary:
@@ -24,14 +25,16 @@ class Dictionary:
     def _center(self: Any) -> Tensor | None:
         return self.b_dec
 
-    def _acts_dtype(self: Any, x: Tensor) -> torch.dtype:
-        """Of activations: with nn.Linear, autocast's."""
-        return product_dtype(x)
+    def _acts_dtype(self: Any) -> torch.dtype:
+        """Of activations: with nn.Linear, autocast's, else the parameters'."""
+        return product_dtype(self._encoder()[0])
 
-    def _is_plain(self: Any, x: Tensor) -> bool:
-        """Whether no hook looks into the layers."""
-        layers = [module for module in self.modules() if module is not self]
-        return x.ndim == 2 and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layers)
+    def _is_plain(self: Any, x: Any) -> bool:
+        """Whether our ops compute what is asked for."""
+        if not takes(self, x):
+            return False
+        W, _ = self._encoder()
+        return x.ndim == 2 and x.shape[1] == len(W) and fits(x, W, self._center() is not None)
 
     def _given(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the encoder multiplies with what, and adds."""
@@ -52,14 +55,19 @@ class Dictionary:
         return decoded(code, code.values, *self._decoder())
 
     def _acts(self: Any, x: Tensor, code: SparseCode) -> Tensor:
-        return dense(code, code.values, self._acts_dtype(x))
+        return dense(code, code.values, self._acts_dtype())
 
-    def forward(self: Any, x: Tensor, output_features: bool = False, **others: Any) -> Any:
-        code = self._kept(x) if self._is_plain(x) and not any(others.values()) else None
+    def forward(self: Any, x: Tensor, output_features: bool = False, *others: Any, **named: Any) -> Any:
+        code = self._kept(x) if not others and not named and self._is_plain(x) else None
         if code is None:
-            return self.own.forward(self, x, output_features, **others)
-        x_hat = self._decoded(code)
-        return (x_hat, self._acts(x, code)) if output_features else x_hat
+            return self.own.forward(self, x, output_features, *others, **named)
+        found = [self._decoded(code), *([self._acts(x, code)] if output_features else [])]
+        found = twice(self, found, x, lambda x: self.own.forward(self, x, True))
+        return tuple(found) if output_features else found[0]
+
+    def _encoded(self: Any, x: Tensor, code: SparseCode, *settings: Any) -> Tensor:
+        """Dense activations, as often differentiable as the library's, whose `encode` has these settings."""
+        return twice(self, [self._acts(x, code)], x, lambda x: [self.own.encode(self, x, *settings)])[0]
 
 
 class TopK(Dictionary):
@@ -72,7 +80,7 @@ class TopK(Dictionary):
     def encode(self: Any, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
         ours = not (return_topk or use_threshold) and (x.is_cuda or torch.is_grad_enabled())  # else theirs is as fast
         code = self._kept(x) if ours and self._is_plain(x) else None
-        return self.own.encode(self, x, return_topk, use_threshold) if code is None else self._acts(x, code)
+        return self.own.encode(self, x, return_topk, use_threshold) if code is None else self._encoded(x, code)
 
 
 class BatchTopK(Dictionary):
@@ -89,7 +97,9 @@ class BatchTopK(Dictionary):
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         all_wanted = return_active or use_threshold
         code = self._batch(x) if not all_wanted and self._is_plain(x) else None
-        return self.own.encode(self, x, return_active, use_threshold) if code is None else self._acts(x, code)
+        if code is None:
+            return self.own.encode(self, x, return_active, use_threshold)
+        return self._encoded(x, code, return_active, use_threshold)
 
 
 class _Matrices(Dictionary):
@@ -101,14 +111,14 @@ class _Matrices(Dictionary):
     def _decoder(self: Any) -> tuple[Tensor, Tensor]:
         return self.W_dec, self.b_dec
 
-    def _acts_dtype(self: Any, x: Tensor) -> torch.dtype:
-        return torch.promote_types(product_dtype(x), self.b_enc.dtype)
+    def _acts_dtype(self: Any) -> torch.dtype:
+        return torch.promote_types(product_dtype(self.b_enc), self.b_enc.dtype)
 
 
 class Matryoshka(_Matrices, BatchTopK):
     """MatryoshkaBatchTopKSAE with all groups active"""
 
-    def _is_plain(self: Any, x: Tensor) -> bool:
+    def _is_plain(self: Any, x: Any) -> bool:
         return Dictionary._is_plain(self, x) and self.active_groups == len(self.group_sizes)
 
 
@@ -147,8 +157,8 @@ class Gated(Dictionary):
     def _center(self: Any) -> Tensor | None:
         return self.decoder_bias
 
-    def _acts_dtype(self: Any, x: Tensor) -> torch.dtype:
-        return torch.promote_types(product_dtype(x), self.mag_bias.dtype)
+    def _acts_dtype(self: Any) -> torch.dtype:
+        return torch.promote_types(product_dtype(self.mag_bias), self.mag_bias.dtype)
 
     def _gates(self: Any, x: Tensor) -> SparseCode | None:
         """Gate activations, with gate_bias as a constant."""

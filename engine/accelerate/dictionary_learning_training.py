@@ -12,6 +12,7 @@ from torch import Tensor
 from ...kernels.code import SparseCode
 from .. import ops
 from .common import among_dead, at_entries, coded, decoded, kept_of, largest, may_pay, prefix_reconstructions
+from .plain import is_as_made, trains
 
 
 class Training:
@@ -21,11 +22,12 @@ class Training:
         return [self.ae], [self.optimizer]
 
     def loss(self: Any, x: Tensor, step: Any = None, logging: bool = False, **others: Any) -> Any:
-        found = self._loss(x, step) if not logging and self.ae._is_plain(x) else None
+        ours = not logging and not others and trains(self, self.ae, x)
+        found = self._loss(x, step) if ours else None
         return self.own.loss(self, x, step=step, logging=logging, **others) if found is None else found
 
     def update(self: Any, step: int, x: Tensor) -> Any:
-        return _update_of(self.own)(self, step, x)
+        return (_update_of(self.own) if is_as_made(self) else self.own.update)(self, step, x)
 
 
 @functools.cache

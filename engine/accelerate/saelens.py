@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ...kernels.code import SparseCode
 from .. import ops
 from .common import at_entries, bias_for_centred, coded, decoded, dense, kept_of, may_pay, pays
+from .plain import takes, twice
 
 
 class Coded(NamedTuple):
@@ -21,16 +22,20 @@ class Coded(NamedTuple):
     beside: Any = None  # what a kind's training needs, too
 
 
+def in_rows(flat: Tensor, x: Tensor) -> Tensor:
+    """flat [N, M] in the leading shape of x."""
+    return flat if x.ndim == 2 else flat.view(*x.shape[:-1], -1)
+
+
 class Dictionary:
     """Of `self`, a SAELens dictionary: cfg, W_enc [D, F], W_dec [F, D], biases, hook points."""
 
-    def _is_plain(self: Any) -> bool:
-        """Whether nobody looks at, or into, what our ops never make or make otherwise."""
-        points = (self.hook_sae_input, self.hook_sae_acts_pre, self.hook_sae_acts_post)
-        if any(point._forward_hooks or point._backward_hooks for point in points):
+    def _is_plain(self: Any, x: Any) -> bool:
+        """Whether our ops compute what is asked for; x may have any dtype, since it is cast to that of the parameters."""
+        if not takes(self, x) or self.dtype != self.W_enc.dtype or getattr(self, "hook_z_reshaping_mode", False):
             return False
         known = isinstance(self.activation_fn, nn.ReLU) or type(self.activation_fn).__name__ in ("TopK", "BatchTopK")
-        return known and not getattr(self.cfg, "use_sparse_activations", False)
+        return known and x.shape[-1] == len(self.W_enc) and not getattr(self.cfg, "use_sparse_activations", False)
 
     def _given(self: Any, x: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """What the encoder gets of x, and a bias for it."""
@@ -40,8 +45,7 @@ class Dictionary:
         return sae_in.detach(), bias_for_centred(b, self.b_dec, W)
 
     def _acts(self: Any, coded: Coded) -> Tensor:
-        found = dense(coded.code, coded.code.values, coded.sae_in.dtype)
-        return found.view(*coded.sae_in.shape[:-1], -1)
+        return in_rows(dense(coded.code, coded.code.values, coded.sae_in.dtype), coded.sae_in)
 
     def _x_hat(self: Any, coded: Coded) -> Tensor:
         return self._finished(decoded(coded.code, self._values(coded), self.W_dec, self.b_dec), coded)
@@ -52,18 +56,21 @@ class Dictionary:
         return values if coded.norm is None else values / at_entries(coded.norm, coded.code)
 
     def _finished(self: Any, x_hat: Tensor, coded: Coded) -> Tensor:
-        x_hat = self.hook_sae_recons(x_hat.view(*coded.sae_in.shape[:-1], -1))
-        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(x_hat), self.d_head)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(in_rows(x_hat, coded.sae_in)), self.d_head)
 
     def encode(self: Any, x: Tensor) -> Tensor:
-        coded = self._coded(x) if self._is_plain() else None
-        return self.own.encode(self, x) if coded is None else self._acts(coded)
+        coded = self._coded(x) if self._is_plain(x) else None
+        if coded is None:
+            return self.own.encode(self, x)
+        return twice(self, [self._acts(coded)], x, lambda x: [self.own.encode(self, x)])[0]
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        coded = self._coded(x) if self._is_plain() and not self.use_error_term else None
-        if coded is None:
-            return self.own.forward(self, x)
-        return self.hook_sae_output(self._x_hat(coded))
+        coded = self._coded(x) if self._is_plain(x) and not self.use_error_term else None
+        return self.own.forward(self, x) if coded is None else self._finally(coded, x)
+
+    def _finally(self: Any, coded: Coded, x: Tensor) -> Tensor:
+        """x_hat, as often differentiable as the library's."""
+        return twice(self, [self._x_hat(coded)], x, lambda x: [self.own.forward(self, x)])[0]
 
 
 class TopK(Dictionary):
@@ -142,14 +149,16 @@ class Transcoder(Standard):
     """Transcoder, and with W_skip SkipTranscoder"""
 
     def _finished(self: Any, x_hat: Tensor, coded: Coded) -> Tensor:
-        return self.hook_sae_recons(x_hat.view(*coded.sae_in.shape[:-1], -1))
+        return in_rows(x_hat, coded.sae_in)
+
+    def _finally(self: Any, coded: Coded, x: Tensor) -> Tensor:
+        y_hat = self._x_hat(coded)
+        y_hat = y_hat + x @ self.W_skip.T if hasattr(self, "W_skip") else y_hat
+        return twice(self, [y_hat], x, lambda x: [self.own.forward(self, x)])[0]
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        coded = self._coded(x) if self._is_plain() else None
-        if coded is None:
-            return self.own.forward(self, x)
-        y_hat = self._x_hat(coded)
-        return y_hat + x @ self.W_skip.T.to(x.device) if hasattr(self, "W_skip") else y_hat
+        coded = self._coded(x) if self._is_plain(x) else None
+        return self.own.forward(self, x) if coded is None else self._finally(coded, x)
 
 
 class JumpReLUTranscoder(Transcoder):

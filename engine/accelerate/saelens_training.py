@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ...kernels.code import SparseCode
 from .. import ops
+from ..errors import UserError
 from .common import among_dead, at_entries, coded, decoded, kept_of, largest, may_pay, prefix_reconstructions
 from .saelens import Coded, Dictionary, Gated, Standard, TopK
 
@@ -26,18 +28,31 @@ class _Training(Dictionary):
     """Each kind has `_coded` of x, None where dense products are faster, and `_losses` beside the squared error."""
 
     def training_forward_pass(self: Any, step_input: Any) -> Any:
-        if not self._is_plain():
-            return self.own.training_forward_pass(self, step_input)
         x = step_input.sae_in
+        if not self._is_plain(x):
+            return self.own.training_forward_pass(self, step_input)
         coded = self._coded_in_training(x)
         if coded is None:
             return self.own.training_forward_pass(self, step_input)
         x_hat = self._x_hat(coded)
         losses = {"mse_loss": self._squared_error(x_hat, x), **self._losses(step_input, coded, x_hat)}
-        pre = lambda: self.encode_with_hidden_pre(x)[1]
-        output = _output_class()(x, x_hat, self._acts(coded), pre, sum(losses.values()), losses)
+        output = _output_class()(x, x_hat, self._acts(coded), self._later(x), sum(losses.values()), losses)
         self._after(output, coded)
         return output
+
+    def _later(self: Any, x: Tensor) -> Callable[[], Tensor]:
+        """Pre-activations, worked out when somebody asks for them; which can't be done once the parameters have changed."""
+        versions = [(one, one._version) for one in self.parameters()]
+
+        def pre() -> Tensor:
+            if any(one._version != version for one, version in versions):
+                raise UserError(
+                    "hidden_pre: the parameters have changed since this step; read it before the optimizer's step, or "
+                    "deaccelerate the dictionary"
+                )
+            return self.encode_with_hidden_pre(x)[1]
+
+        return pre
 
     def _coded_in_training(self: Any, x: Tensor) -> Coded | None:
         return self._coded(x)
@@ -72,9 +87,11 @@ class TopKTraining(TopK, _Training):
 class BatchTopKTraining(TopKTraining):
     """BatchTopKTrainingSAE"""
 
-    def _is_plain(self: Any) -> bool:
+    def _is_plain(self: Any, x: Any) -> bool:
+        if not Dictionary._is_plain(self, x):
+            return False
         k = self.activation_fn.k
-        return Dictionary._is_plain(self) and k == int(k)  # ours keeps a whole number a token
+        return k == int(k)  # ours keeps a whole number a token
 
     def encode(self: Any, x: Tensor) -> Tensor:
         return Dictionary.encode(self, x)
@@ -90,9 +107,9 @@ class BatchTopKTraining(TopKTraining):
 class MatryoshkaTraining(BatchTopKTraining):
     """MatryoshkaBatchTopKTrainingSAE: the reconstructions of all prefixes from one pass over the entries."""
 
-    def _is_plain(self: Any) -> bool:
+    def _is_plain(self: Any, x: Any) -> bool:
         is_scaled = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
-        return BatchTopKTraining._is_plain(self) and not is_scaled
+        return BatchTopKTraining._is_plain(self, x) and not is_scaled
 
     def _coded_in_training(self: Any, x: Tensor) -> Coded | None:
         coded, widths = self._coded(x), self.cfg.matryoshka_widths
@@ -128,8 +145,8 @@ class MatryoshkaTraining(BatchTopKTraining):
 class StandardTraining(Standard, _Training):
     """StandardTrainingSAE"""
 
-    def _is_plain(self: Any) -> bool:
-        return Dictionary._is_plain(self) and self.cfg.lp_norm == 1
+    def _is_plain(self: Any, x: Any) -> bool:
+        return Dictionary._is_plain(self, x) and self.cfg.lp_norm == 1
 
     def _losses(self: Any, step_input: Any, coded: Coded, x_hat: Tensor) -> dict[str, Tensor]:
         weighted = coded.code.values * at_entries(self.W_dec.norm(dim=1), coded.code)
@@ -139,9 +156,9 @@ class StandardTraining(Standard, _Training):
 class GatedTraining(Gated, _Training):
     """GatedTrainingSAE: the gate's own reconstruction has the same entries."""
 
-    def _is_plain(self: Any) -> bool:
+    def _is_plain(self: Any, x: Any) -> bool:
         is_scaled = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
-        return Dictionary._is_plain(self) and not is_scaled
+        return Dictionary._is_plain(self, x) and not is_scaled
 
     def _losses(self: Any, step_input: Any, coded: Coded, x_hat: Tensor) -> dict[str, Tensor]:
         code, x = coded.beside, step_input.sae_in
@@ -162,6 +179,10 @@ class JumpReLUTraining(Standard, _Training):
         with torch.no_grad():
             self.threshold.data.clamp_(min=0.0)
         return _Training.training_forward_pass(self, step_input)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Ours without gradients alone: SAELens' straight-through functions would bring ours into second derivatives."""
+        return self.own.forward(self, x) if torch.is_grad_enabled() else Standard.forward(self, x)
 
     def _coded(self: Any, x: Tensor) -> Coded | None:
         """Beside it, the pre-activations of its entries."""
@@ -216,5 +237,8 @@ def _output_class() -> type:
         @hidden_pre.setter
         def hidden_pre(self, value: Any) -> None:
             self._pre = value
+
+        def __reduce__(self) -> Any:
+            return Output.__base__, tuple(getattr(self, one.name) for one in fields(self))
 
     return Output

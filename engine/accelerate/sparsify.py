@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from .common import among_dead, bias_for_centred, coded, decoded, largest, pays, product_dtype
+from .plain import fits, takes, twice
 
 
 class Trainer:
@@ -20,20 +21,25 @@ class Trainer:
 class Coder:
     """SparseCoder. AuxK reaches the decoder alone, as there; its groupmax and multi_topk run through its own code."""
 
-    def _is_plain(self: Any, x: Tensor) -> bool:
-        hooked = self.encoder._forward_hooks or self.encoder._forward_pre_hooks or self.encoder._backward_hooks
+    def _is_plain(self: Any, x: Any) -> bool:
         topk = self.cfg.activation == "topk" and not self.cfg.multi_topk and self.W_dec is not None
-        return topk and not hooked and x.ndim == 2 and pays(self.cfg.k, x, self.encoder.weight.T)
+        if not topk or not takes(self, x) or x.ndim != 2 or x.shape[1] != self.encoder.weight.shape[1]:
+            return False
+        W = self.encoder.weight.T
+        return fits(x, W, not self.cfg.transcode) and pays(self.cfg.k, x, W)
 
     def forward(
         self: Any, x: Tensor, y: Tensor | None = None, *, dead_mask: Tensor | None = None,
         total_variance: Tensor | None = None,
     ) -> Any:  # fmt: skip
-        if not self._is_plain(x):
+        constants = all(one is None or not one.requires_grad for one in (y, total_variance))
+        if not constants or not self._is_plain(x):
             return self.own.forward(self, x, y, dead_mask=dead_mask, total_variance=total_variance)
         # as its own is decorated
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=x.is_cuda and torch.cuda.is_bf16_supported()):
-            return self._forward(x, x if y is None else y, dead_mask, total_variance)
+            found = self._forward(x, x if y is None else y, dead_mask, total_variance)
+        again = lambda x: self.own.forward(self, x, y, dead_mask=dead_mask, total_variance=total_variance)
+        return type(found)(*twice(self, found, x, again))
 
     def _forward(self: Any, x: Tensor, target: Tensor, dead: Tensor | None, total_variance: Tensor | None) -> Any:
         W, b, given = self.encoder.weight.T, self.encoder.bias, x
@@ -49,7 +55,7 @@ class Coder:
             total_variance = (target - target.mean(0)).pow(2).sum()
         nothing = x_hat.new_tensor(0.0)
         aux = nothing if dead is None else self._dead_loss(given, e.detach(), dead, total_variance)
-        acts = code.values.to(product_dtype(x))
+        acts = code.values.to(product_dtype(given))
         fvu = e.pow(2).sum() / total_variance
         return sys.modules[self.own.__module__].ForwardOutput(x_hat, acts, code.indices.long(), fvu, aux, nothing)
 

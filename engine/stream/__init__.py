@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..ambient import own_modes
 from ..config import MaskConfig, StreamConfig
 from ..errors import UserError
 from ..host import trim_host, tune_host
@@ -49,6 +50,7 @@ class ActivationStream:
     reads for itself.
     """
 
+    @own_modes()
     def __init__(
         self,
         config: StreamConfig,
@@ -179,6 +181,7 @@ class ActivationStream:
         places = {"hook": own.hook or self.config.hook, "target": own.target, "second": own.second}
         return self.config.model_copy(update=places)
 
+    @own_modes()
     def attribute(self, batch: Batch) -> Tensor:
         """A binary attribute of each token [N], int64, that a dictionary is not to be about: of the embedded language the
         tone of its document, which goes with the topic; elsewhere, where nothing is labelled, whether the token is in the
@@ -192,6 +195,7 @@ class ActivationStream:
         found = torch.tensor([self._attributes[number] for number in documents.tolist()])
         return found[back].to(batch.pos.device)
 
+    @own_modes()
     def next(self, n: int) -> Batch:
         """The next `n` tokens (in sequences: n // T rows), without replacement from the buffer; fewer, or none, where the
         text has ended."""
@@ -202,6 +206,7 @@ class ActivationStream:
         self._begin()
         return self._buffer.next(max(1, self._items(n)))
 
+    @own_modes()
     def sample(self) -> Batch:
         """What the buffer holds, [N, D], at most 65536 items: for means and the like. Changes nothing in what comes."""
         self._begin()
@@ -215,6 +220,7 @@ class ActivationStream:
         """Rows of text that training never sees, `rows_per_forward` at a time: `rows` of them, or all that there are."""
         return self.text.held_out(rows, self.config.rows_per_forward)
 
+    @own_modes()
     def held_out_batches(self, rows: int) -> list[Batch]:
         """The activations of such rows at the model's hooks, tokens that count, row after row."""
         found = []
@@ -227,6 +233,7 @@ class ActivationStream:
             found.append(Batch(acts, pos.int(), token.int(), document.long(), text.row.to(row.device)[row].long()))
         return found
 
+    @own_modes()
     def read(self, rows: TokenRows) -> tuple[dict[str, Tensor], Tensor]:
         """What the model has at its hooks for rows of text, [B, T, D] by hook, and which tokens [B, T] count: those that
         training takes. Not padding, special tokens (`drop_special`) or massive activations (`max_norm`)."""
@@ -372,6 +379,7 @@ class ActivationStream:
             **self.norms.state(),
         }  # fmt: skip
 
+    @own_modes()
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.norms.load_state(state)
         self._buffer.load_state(state)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ambient import own_modes
 from ..errors import UserError, near, shown
 from .loading import BUILT_IN, TESTBED, load
 from .reader import Catch, Enough, Reader, Tail, close, places
@@ -40,6 +41,7 @@ class LanguageModel:
     Raises UserError for a model that can't be loaded and for a hook, a layer or an attention that it doesn't have.
     """
 
+    @own_modes()
     def __init__(
         self,
         model: str | os.PathLike[str] | Any = "testbed",
@@ -76,6 +78,7 @@ class LanguageModel:
             layers=[*([] if layer is None else [layer]), *layers],
         )
 
+    @own_modes()
     def use(self, *, hooks: Sequence[str] = (), layers: Sequence[int] = ()) -> None:
         """From now on read these hooks, or the residual stream after these layers; after the middle one unless given."""
         names = self._names(hooks, layers)
@@ -115,10 +118,12 @@ class LanguageModel:
                 self._bridge.to(self.device, print_details=False)
         return self._bridge
 
+    @own_modes()
     def activations(self, tokens: Tensor) -> Tensor:
         """What passes the first hook, [B, T, D], for tokens [B, T]."""
         return self._read(tokens, (self.hook,))[self.hook]
 
+    @own_modes()
     def harvest(self, tokens: Tensor, length: Tensor | None = None) -> dict[str, Tensor]:
         """What passes each hook, [B, T, D_hook], for tokens [B, T], in one pass.
 
@@ -135,6 +140,7 @@ class LanguageModel:
                 found[hook][rows.to(x.device), :T] = x
         return found
 
+    @own_modes()
     @torch.no_grad()
     def logits(
         self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None, hook: str | None = None
@@ -146,12 +152,14 @@ class LanguageModel:
         (place,) = self._names([hook or self.hook], ())
         return bridge.run_with_hooks(tokens, fwd_hooks=[(place, lambda x, hook: replace(x))])
 
+    @own_modes()
     def losses(
         self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None, hook: str | None = None
     ) -> Tensor:
         """Loss of every next token, [B, T - 1] in nats; the rest as in `logits`."""
         return next_token_losses(self.logits(tokens, replace, hook), tokens)
 
+    @own_modes()
     def tail(self, hook: str | None = None) -> Tail | None:
         """The model from a hook (the first) on, with which the layers before it need not run again for every replacement.
 
@@ -184,6 +192,7 @@ class LanguageModel:
                 return tail
         return None
 
+    @own_modes()
     @torch.no_grad()
     def direct_logits(self, directions: Tensor) -> Tensor | None:
         """What directions [n, D] of the residual stream do to the logits where nothing else is there, float32 [n, V].

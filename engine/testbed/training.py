@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from ..ambient import own_modes
 from ..files import follow_umask, write_text
 from ..host import tune_host
 from ..progress import progress_bar
@@ -40,6 +41,7 @@ def config(vocabulary: int) -> Gemma2Config:
     )  # fmt: skip
 
 
+@own_modes()
 def train(
     out: Path, *, steps: int = 3000, batch: int = 16, lr: float = 3e-3, seed: int = 0, device: str | None = None
 ) -> dict:

@@ -92,3 +92,102 @@ def test_a_transcoder_replaces_what_another_hook_gives(model, tokens):
         sae.fwd_hooks(MLP_IN)
     with pytest.raises(UserError, match="and for nothing else"):
         made().fwd_hooks(HOOK, target=MLP_OUT)
+
+
+def hooked(**changes):
+    """A HookedTransformer, whose `generate` has a key-value cache."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    settings = {
+        "n_layers": 2,
+        "d_model": 128,
+        "n_ctx": 32,
+        "d_head": 32,
+        "n_heads": 4,
+        "d_vocab": 200,
+        "act_fn": "gelu",
+    }
+    torch.manual_seed(3)
+    return HookedTransformer(HookedTransformerConfig(**settings, **changes)).eval()
+
+
+GENERATE = {"max_new_tokens": 5, "do_sample": False, "verbose": False, "stop_at_eos": False, "prepend_bos": False}
+BEHIND = ("blocks.0.hook_resid_post", "blocks.0.hook_mlp_out", "blocks.1.hook_resid_pre")
+
+
+@pytest.fixture(scope="module")
+def cached_model():
+    return hooked()
+
+
+def step_by_step(model, tokens, sizes, cache=None):
+    """Logits of tokens given in pieces, with a cache."""
+    cache = empty_cache(model, tokens) if cache is None else cache
+    pieces = tokens.split(sizes, 1)
+    return torch.cat([model(one, past_kv_cache=cache, attention_mask=torch.ones_like(one)) for one in pieces], 1)
+
+
+def empty_cache(model, tokens):
+    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache as Cache
+
+    return Cache.init_cache(model.cfg, "cpu", len(tokens))
+
+
+@pytest.mark.parametrize("positional", ["standard", "rotary"])
+@pytest.mark.parametrize("hook", BEHIND)
+@torch.no_grad()
+def test_positions_go_on_behind_a_key_value_cache(hook, positional, tokens):
+    model, sae = hooked(positional_embedding_type=positional), made()
+    with model.hooks(fwd_hooks=sae.fwd_hooks(hook, error_term=False)):
+        whole = model(tokens)
+        for sizes in ([T], [5, 4, 3], [5, *[1] * 7]):
+            torch.testing.assert_close(step_by_step(model, tokens, sizes), whole, rtol=1e-4, atol=1e-4)
+        again = model(tokens)
+        if positional == "rotary":  # of others, transformer_lens' own generate differs with a cache
+            by_cache = model.generate(tokens[:, :6], **GENERATE)
+            assert torch.equal(by_cache, model.generate(tokens[:, :6], use_past_kv_cache=False, **GENERATE))
+    assert torch.equal(again, whole)
+    with model.hooks(fwd_hooks=sae.fwd_hooks(hook, error_term=False, start=0)):  # as if each call began a row
+        wrong = step_by_step(model, tokens, [5, *[1] * 7])
+    assert (wrong - whole).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_the_start_can_be_given(cached_model, tokens):
+    model, sae, hook = cached_model, made(), "blocks.0.hook_resid_pre"  # before the first attention
+    with model.hooks(fwd_hooks=sae.fwd_hooks(hook, error_term=False)):
+        whole = model(tokens)
+        with pytest.raises(UserError, match="start: needed at blocks.0.hook_resid_pre.* 5 earlier tokens") as error:
+            step_by_step(model, tokens, [5, 7])
+        assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match="start: needed .*a mask over positions .windows. and a single token"):
+            step_by_step(model, tokens, [T - 1, 1])
+    cache = empty_cache(model, tokens)
+    at = sae.fwd_hooks(hook, error_term=False, start=lambda: cache[0].past_keys.shape[1])
+    with model.hooks(fwd_hooks=at):
+        found = step_by_step(model, tokens, [5, 1, 6], cache)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_single_token_without_a_cache_that_shows_is_refused(model, tokens):
+    """transformer_lens' bridge doesn't show its cache to hooks."""
+    sae = made()
+    with model.hooks(fwd_hooks=sae.fwd_hooks(HOOK, error_term=False)):
+        with pytest.raises(UserError, match=f"start: needed at {HOOK}"):
+            model.generate(tokens[:1, :4], **GENERATE)
+        model.generate(tokens[:1, :4], use_past_kv_cache=False, **GENERATE)
+    with model.hooks(fwd_hooks=sae.fwd_hooks(HOOK, error_term=False, start=0)):
+        model(tokens[:1, :1])
+    with model.hooks(fwd_hooks=made(mask=MaskConfig()).fwd_hooks(HOOK)):  # which looks at no positions
+        model.generate(tokens[:1, :4], **GENERATE)
+
+
+@torch.no_grad()
+def test_a_dictionary_that_looks_along_rows_needs_whole_rows(cached_model, tokens):
+    sae = made(activation="relu", parts=({"kind": "self_attention"},), mask=MaskConfig())
+    assert sae.looks_along_rows
+    with cached_model.hooks(fwd_hooks=sae.fwd_hooks("blocks.0.hook_resid_post", error_term=False)):
+        cached_model(tokens)
+        with pytest.raises(UserError, match="start: 5 is not allowed; .* looks along whole rows"):
+            step_by_step(cached_model, tokens, [5, 7])
