@@ -257,7 +257,7 @@ def text_of(context: int, model: LanguageModel) -> RowSource:
     """Rows for a model: the embedded language for its own, random tokens for others."""
     if model.name == "testbed":
         return TestbedRows(context)
-    return TextRows(RandomDocuments(len(model.tokenizer), context), model.tokenizer, context)
+    return TextRows(RandomDocuments(model.vocabulary, context), model.tokenizer, context, vocabulary=model.vocabulary)
 
 
 def _few(rounds: int) -> int:

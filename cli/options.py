@@ -17,11 +17,17 @@ Model = Annotated[
 ]
 Layer = Annotated[int | None, typer.Option(help="Train on the residual stream after this layer. [the middle one]")]
 Hook = Annotated[str | None, typer.Option(help="Train at this transformer_lens hook instead.")]
-TEXTS = "a .txt, .jsonl or .parquet file, an .npy file of token ids, or a dataset's name or folder"
+TEXTS = "a .txt, .jsonl, .json, .csv, .tsv or .parquet file, an .npy file of token ids, or a dataset's name or folder"
 Data = Annotated[
     str | None,
     typer.Option(help=f"Text to train on: {TEXTS}. [the embedded language, for testbed]"),
 ]
+Field = Annotated[
+    str | None,
+    typer.Option(help="Field with the text; a path with dots leads into structs. [text, tokens or input_ids]"),
+]
+Split = Annotated[str | None, typer.Option(help="Split of the dataset in --data. [train]")]
+Subset = Annotated[str | None, typer.Option(help="Subset (configuration) of the dataset in --data. [the only one]")]
 Plugin = Annotated[
     list[str] | None,
     typer.Option(

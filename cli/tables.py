@@ -15,8 +15,8 @@ NO_CONTROL = "no random control ({})"
 #: score -> why there may be none, where something else was measured
 WHY_NONE = {
     "explained_variance": "explained variance: the activations don't vary",
-    "ce_recovered": "CE recovered: zeros in the activation's place do not raise the loss, so that nothing can be recovered",
-    "ce_recovered_over_mean": "over mean: the mean in the activation's place does not raise the loss",
+    "ce_recovered": "CE recovered: no token has a next one, or zeros in the activation's place do not raise the loss",
+    "ce_recovered_over_mean": "over mean: as above, with the mean in the activation's place",
 }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..engine.files import check_writable, write_json
-from .options import Data, Hook, JsonFile, Layer, Model, Plugin, check_backend, merge
+from .options import Data, Field, Hook, JsonFile, Layer, Model, Plugin, Split, Subset, check_backend, merge
 from .tables import figures, runs_table
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ def train(
     layer: Layer = None,
     hook: Hook = None,
     data: Data = None,
+    text_field: Field = None,
+    split: Split = None,
+    subset: Subset = None,
     cache: Annotated[
         Path | None, typer.Option(help="Read activations from this folder, which `temposae cache` made.")
     ] = None,
@@ -81,6 +84,9 @@ def train(
             "hook": hook,
             "layer": layer,
             "data": data,
+            "text_field": text_field,
+            "split": split,
+            "subset": subset,
             "cache": None if cache is None else str(cache),
             "activations": None if activations is None else str(activations),
         },
@@ -113,6 +119,7 @@ def _train(
     settings: dict[str, dict[str, Any]], folder: Path, resume: bool, ranks: "Ranks", json_file: Path | None
 ) -> None:
     """Train the dictionaries of these settings into a folder, measure them, and say how they do."""
+    from ..engine.host import peak_gb
     from ..engine.signals import stop_advice
     from ..engine.stream import ActivationStream
     from ..engine.sweep import resolve
@@ -138,14 +145,15 @@ def _train(
     with stop_advice(f"stopped while measuring; {folder} is trained, and {measure} measures it"):
         summary = evaluate_runs(folder, trained, stream)
     summary |= {"run": str(folder), "model": stream.name, "massive": stream.norms.report()}
-    summary |= {"seconds": round(time.monotonic() - began, 1)}
+    summary |= {"seconds": round(time.monotonic() - began, 1), "peak_gb": peak_gb()}
     write_json(folder / "summary.json", summary)
     write_json(json_file, summary)
     runs_table(summary)
     if stream.own is not None:
         print("CE recovered needs a language model; the other figures are of the activations alone")
     failed = _say_not_measured(summary, folder)
-    print(f"run folder: {folder}   figures: {folder / 'figures'}   {summary['seconds']:.0f} s")
+    peak = "" if summary["peak_gb"] is None else f"   {summary['peak_gb']:.1f} GB of memory at most"
+    print(f"run folder: {folder}   figures: {folder / 'figures'}   {summary['seconds']:.0f} s{peak}")
     if failed:
         raise typer.Exit(2)
 
@@ -182,6 +190,9 @@ def cache(
     ] = None,
     hook: Annotated[list[str] | None, typer.Option(help="This transformer_lens hook; may be repeated.")] = None,
     data: Data = None,
+    text_field: Field = None,
+    split: Split = None,
+    subset: Subset = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     shard_mb: Annotated[float, typer.Option(min=1e-3, max=1e6, help="Size of a file, in 10^6 bytes.")] = 256,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the embedded language.")] = 0,
@@ -201,7 +212,8 @@ def cache(
 
     began = time.monotonic()
     check_writable(json_file)
-    given = merge(read_yaml(config) if config else {}, {"stream": {"model": model, "data": data}})
+    options = {"model": model, "data": data, "text_field": text_field, "split": split, "subset": subset}
+    given = merge(read_yaml(config) if config else {}, {"stream": options})
     for other in given.keys() - {"stream", "sae", "train", "eval"}:
         raise UserError(f"{other}: no such section; a cache takes its settings from stream")
     settings = given["stream"]

@@ -173,25 +173,30 @@ class StreamConfig(Config):
     `model`: `testbed`, `smollm2`, a hub name or a local Hugging Face folder. `hook`: a transformer_lens hook name; the
     residual stream after the middle layer unless given. `target`: of a transcoder, the hook whose value it is to give for
     that at `hook`. `second`: another hook, of the same width, that a part of the dictionary looks at in training.
-    `data`: a .txt, .jsonl, .parquet or .npy file, a dataset's name or
-    folder; the embedded language for `testbed`. Documents are in the field `text_field`, or tokenised already in `tokens` or
-    `input_ids`. A row holds up to `context` tokens of one document, a long one going on in the next row; `bos` says whether
-    the tokenizer's `<bos>` is put in front of each (unless given, if it has one). With `packing`, on by default for text,
-    rows of similar length go through the model together, cut to the longest, so that short documents cost no more per token
-    than long ones; each still begins at position 0 and sees no other. A text that ends begins again (`repeat`), or ends the
-    run. Left out, from training as from every measurement, are padding, the tokenizer's special tokens (`drop_special`) and
-    massive activations: those whose norm is above `max_norm` times the median; "auto" finds the limit from how widely norms
-    spread (`stream.norms.NormFilter`), off leaves out none.
+    `data`: a .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow or .npy file, a folder of them or of a saved dataset, or a
+    dataset's name; the embedded language for `testbed`. Documents are in the field `text_field`, which may be a path with
+    dots (`messages.content`); unless it is given in `text`, or tokenised already in `tokens` or `input_ids`. `split` and
+    `subset` (the configuration) of a dataset: `train`, and the only one, unless given. A row holds up to `context` tokens of
+    one document, a long one going on in the next row; `bos` says whether the tokenizer's `<bos>` is put in front of each
+    (unless given, if it has one). With `packing`, on by default for text, rows of similar length go through the model
+    together, cut to the longest, so that short documents cost no more per token than long ones; each still begins at
+    position 0 and sees no other. A text that ends begins again (`repeat`), or ends the run. Left out, from training as from
+    every measurement, are padding, the tokenizer's special tokens (`drop_special`) and massive activations: those whose norm
+    is above `max_norm` times the median; "auto" finds the limit from how widely norms spread (`stream.norms.NormFilter`),
+    off leaves out none.
 
     `mode`: batches of single tokens; the same in order of position (`grouped`); or whole rows (`sequences`).
     `buffer_tokens` or `buffer_gb` (10^9 bytes): what is mixed at a time; an eighth of the run, between 8192 and 65536
     tokens and at least four batches, unless given. `buffer_dtype` int8 and fp8 (e4m3) take one byte, with a scale for each
     activation; metrics tell the error (`buffer_error`). `attention` of the language model: the fastest that gives the same
     numbers, unless given.
-    `compile` the part of it that is needed with torch.compile.
+    `compile` the part of it that is needed with torch.compile. `memory_gb` (10^9 bytes) is what a pass through the model may
+    take beside its weights: where `rows_per_forward` isn't given, fewer than 32 rows go through at once if 32 would take
+    more, and logits of a large vocabulary are worked out in parts.
 
     `cache`: a folder that `temposae cache` made. Activations are read from there, and it decides model, data, text_field,
-    context and bos; `hook` is one of those that it holds. The model and its text are loaded for evaluation only.
+    split, subset, context and bos; `hook` is one of those that it holds. The model and its text are loaded for evaluation
+    only.
     `activations`: a .npy, .safetensors or .pt file of activations from anywhere, [M, D] or [R, T, D], in place of a model.
 
         StreamConfig(model="smollm2", data="text.txt", context=256)
@@ -204,7 +209,9 @@ class StreamConfig(Config):
     data: str | None = None
     cache: str | None = None
     activations: str | None = None
-    text_field: str = "text"
+    text_field: str | None = None
+    split: str | None = None
+    subset: str | None = None
     context: Annotated[int, Field(ge=2, le=2**20)] = 128
     bos: bool | None = None
     packing: bool | None = None
@@ -213,6 +220,7 @@ class StreamConfig(Config):
     max_norm: float | Literal["auto"] | None = "auto"
     mode: Literal["tokens", "grouped", "sequences"] = "tokens"
     rows_per_forward: Annotated[int, Field(ge=1, le=2**16)] = 32
+    memory_gb: Annotated[float, Field(ge=0.01, le=1e4)] = 2.0
     attention: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"
     compile: bool = False
     buffer_tokens: Count | None = None

@@ -24,6 +24,16 @@ def tune_host() -> None:
             libc.mallopt(option, 1 << 30)
 
 
+def peak_gb() -> float | None:
+    """The most memory that this process has held so far, in 10^9 bytes; None where the system doesn't say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
 def trim_host() -> None:
     """Give back what freed memory has become too scattered to use, at most every ten seconds (it takes some 10 ms): with
     `tune_host` alone a long run's heap goes on growing, by 3% in 50,000 steps."""

@@ -81,10 +81,13 @@ def hooks(
     read: list[Tensor] = []
 
     def keep(x: Tensor, hook: Any = None) -> Tensor:
-        read[:] = [x]
+        read[:] = [x.flatten(2)]
         return x
 
     def replace(x: Tensor, hook: Any = None) -> Tensor:
+        return replaced(x.flatten(2)).reshape(x.shape)  # heads [B, T, H, d_head], as at hook_z, side by side
+
+    def replaced(x: Tensor) -> Tensor:
         given = read.pop() if target is not None else x
         pos = () if positions is None else (positions.of(given, sae.looks_along_rows),)
         x_hat = sae(given, *pos) if edit is None else sae.decode(edit(sae.encode(given, *pos)))

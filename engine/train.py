@@ -44,6 +44,7 @@ from .sae import SparseAutoencoder
 from .sample import RunSample
 from .signals import SIGNALS, stop_advice
 from .stream import ActivationStream, Batch, Own
+from .stream.norms import check_scale, check_variance
 from .stream.own import held_out_scores
 
 CHECKPOINT_SECONDS = 600  # between checkpoints, where the settings don't say how many steps
@@ -63,7 +64,7 @@ class Run:
     random: SparseAutoencoder | None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     failed: str | None = None
-    held_out: dict[str, dict[str, float]] | None = None
+    held_out: dict[str, dict[str, Any]] | None = None
     massive: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
@@ -159,6 +160,9 @@ class _Trainee:
             configs["random"] = run.sae.model_copy(update={"decoder": "random"})
         sample = stream.sample().at(*run.stream.hooks)
         x, target = sample.x, sample.target
+        for hook, acts in zip(run.stream.hooks, (x, target), strict=False):
+            check_scale(acts, hook)
+            check_variance(acts, hook)
         mean, mean_norm = center(target, "mean"), float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).mean())
         start = center(target, run.train.bias)
         self.learners: dict[str, Learner] = {}

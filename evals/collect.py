@@ -184,7 +184,7 @@ def _together(found: list[tuple[Tensor, Tensor, Tensor]]) -> Collected:
 def padded(ids: Sequence[Sequence[int]], stream: ActivationStream) -> Iterator[TokenRows]:
     """Token ids of texts as rows, which are padded behind to the longest text, `rows_per_forward` at a time."""
     length = torch.tensor([len(one) for one in ids])
-    tokens = torch.full((len(ids), int(length.max())), stream.model.tokenizer.pad_token_id or 0)
+    tokens = torch.full((len(ids), int(length.max())), getattr(stream.model.tokenizer, "pad_token_id", None) or 0)
     for row, one in zip(tokens, ids, strict=True):
         row[: len(one)] = torch.tensor(one, dtype=torch.long)
     number, size = torch.arange(len(ids)), stream.config.rows_per_forward

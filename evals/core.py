@@ -47,6 +47,7 @@ from torch import Tensor
 from ..engine.errors import UserError
 from ..engine.progress import progress_bar
 from ..engine.stream import ActivationStream, TokenRows
+from ..engine.stream.norms import has_variance
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.numerics import sum_by
 from .budget import CE_ROWS, ROWS, Cost, forecast, pace_of_training
@@ -116,7 +117,7 @@ class HeldOut:
         told = self.pace is not None and self._forecast(rows, ce_rows, latents)
         T = stream.positions
         self.count, total = torch.zeros(T, dtype=torch.int64, device=self.device), torch.zeros((), device=self.device)
-        self.rows, size = 0, 0
+        self.rows, self.squares, size = 0, 0.0, 0
         with progress_bar("evaluation: reading the text", total=rows, unit="rows") as bar:
             began = time.monotonic()
             for part in self._read():
@@ -126,6 +127,7 @@ class HeldOut:
                     told = self._forecast(rows, ce_rows, latents)
                 self.count += torch.bincount(part.pos, minlength=T)
                 total = total + part.target.double().sum(0)
+                self.squares += float(part.target.double().square().sum())
                 self.rows += len(part.rows)
                 size += sum(x.nbytes for x in {id(x): x for x in part.acts}.values())
                 if size <= HELD:
@@ -141,6 +143,11 @@ class HeldOut:
         self.spread_of_rows = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
         self._spread_is_known = False
         self.effects: dict[str, _Effect] = {}  # those that say nothing of one dictionary
+
+    @property
+    def varies(self) -> bool:
+        """Whether there is variance to explain; known once something is measured."""
+        return has_variance(float(self.spread.sum()), self.squares)
 
     def _forecast(self, rows: int, ce_rows: int, latents: Sequence[int]) -> bool:
         if latents:
@@ -276,6 +283,7 @@ def core(
         "massive": stream.norms.report(),
         "controls": {name: scores for name, scores in results.items() if name != "sae"},
         "firing_rates": _histogram(rate.cpu(), text.tokens),
+        **({"warnings": warnings} if (warnings := _warnings(text, effects)) else {}),
         "latents": {
             "firing_rate": [round(value, 8) for value in rate.tolist()],
             "tokens_per_row": [round(value, 4) for value in (own.fired / own.rows_fired.clamp_min(1)).tolist()],
@@ -390,8 +398,8 @@ def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str
     kl, kl_zero = (float(effects[key].by_row[2].sum()) for key in (name, "zero"))
     clean, zero = effects["clean"], effects["zero"]
     return {
-        "explained_variance": 1 - float(errors.sum() / text.spread.sum()),
-        "explained_variance_error": _error(errors_of_rows, text.spread_of_rows),
+        "explained_variance": 1 - float(errors.sum() / text.spread.sum()) if text.varies else None,
+        "explained_variance_error": _error(errors_of_rows, text.spread_of_rows) if text.varies else None,
         "ce_recovered": _recovered(effects, "zero", name),
         "ce_recovered_error": _error(zero.by_row[1] - own.by_row[1], zero.by_row[1] - clean.by_row[1]),
         "ce_recovered_over_mean": _recovered(effects, "mean", name),
@@ -402,7 +410,7 @@ def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str
         "per_position": {
             "position": list(range(len(count))),
             "tokens": count.tolist(),
-            "explained_variance": _numbers(1 - errors / text.spread),
+            "explained_variance": _numbers(1 - errors / text.spread if text.varies else errors * torch.nan),
             "ce_recovered": _numbers((here["zero"] - here[name]) / (here["zero"] - here["clean"])),
             "l0": _numbers(l0 / count),
             "dead_fraction": _numbers(torch.where(count > 0, dead, torch.nan)),
@@ -410,14 +418,32 @@ def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str
     }
 
 
+def _warnings(text: HeldOut, effects: Mapping[str, _Effect]) -> list[str]:
+    """Why figures are missing."""
+    found = []
+    if not text.varies:
+        found.append(
+            f"the activations of the {text.tokens:,} held-out tokens don't vary; there is no variance to explain"
+        )
+    if not effects["clean"].by_row[0].sum() > 0:
+        found.append(
+            f"no token that counts in {text.ce_rows:,} held-out rows has a next one; CE is not measured (longer documents "
+            "have some)"
+        )
+    return found
+
+
 def _recovered(effects: Mapping[str, _Effect], floor: str, name: str) -> float | None:
     clean, low, own = (_mean(effects[key], 1) for key in ("clean", floor, name))
+    if clean is None or low is None or own is None:
+        return None
     return (low - own) / (low - clean) if low > clean else None
 
 
-def _mean(effect: _Effect, of: int) -> float:
-    """Loss (1) or KL (2) per token, by a sum over positions first, then over what they have."""
-    return float(effect.by_position[of].sum() / effect.by_position[0].sum())
+def _mean(effect: _Effect, of: int) -> float | None:
+    """Loss (1) or KL (2) per token, by a sum over positions first, then over what they have; None where there are none."""
+    tokens = effect.by_position[0].sum()
+    return float(effect.by_position[of].sum() / tokens) if tokens > 0 else None
 
 
 def _error(above: Tensor, below: Tensor) -> float | None:

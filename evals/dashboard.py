@@ -233,6 +233,8 @@ class _Words:
         return found
 
     def _decode(self, tokens: list[int]) -> str:
+        if self.tokenizer is None:  # of a model that is given ids
+            return "".join(f" {token}" for token in tokens)
         return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
 
@@ -272,7 +274,7 @@ def _one_a_row(order: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def _logits(model: LanguageModel, directions: Tensor, words: _Words) -> list[dict[str, Any]] | None:
     """The tokens at both ends of each direction's logits [n, V], as [token, value], the furthest first."""
     found: list[dict[str, Any]] = []
-    V = len(model.tokenizer)  # models may have more logits than there are tokens
+    V = model.vocabulary if model.tokenizer is None else len(model.tokenizer)  # there may be more logits than tokens
     for part in directions.split(max(1, _AT_ONCE // V)):
         logits = model.direct_logits(part)
         if logits is None:

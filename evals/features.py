@@ -305,7 +305,12 @@ class _Words:
         unique, at = np.unique(tokens, return_inverse=True)
         for token in unique.tolist():
             if token not in self.known:
-                self.known[token] = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+                text = (
+                    None
+                    if self.tokenizer is None
+                    else self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+                )
+                self.known[token] = str(token) if text is None else text
         return np.array([self.known[token] for token in unique.tolist()], dtype=object)[at]
 
 

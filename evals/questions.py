@@ -23,7 +23,8 @@ from torch import Tensor
 from ..engine.errors import UserError
 from ..engine.names import expand_path
 from ..engine.stream import ActivationStream, LanguageModel
-from ..engine.stream.documents import Document, open_documents
+from ..engine.stream.documents import open_documents
+from ..engine.stream.fields import Document
 from ..engine.stream.text import TokenRows
 from ..engine.testbed import lexicon as lex
 from ..engine.testbed.language import BOS, PAD, Language
@@ -75,15 +76,16 @@ class Questions:
 def answers(model: LanguageModel, questions: Questions, size: int, change: Change | None = None) -> Tensor:
     """Which candidate the model takes, int64 [Q], `size` questions at a time; with `change`, after adding it at the hook."""
     found = []
+    size = min(size, model.rows_with_logits(max(1, questions.tokens.shape[1])))
     for start in range(0, len(questions), size):
         rows = torch.arange(start, min(start + size, len(questions)))
         part = questions.only(rows)
         tokens = part.tokens.to(model.device)
-        hooks = []
+        replace = None
         if change is not None:
             given = change(rows, tokens.shape[1])
-            hooks.append((model.hook, lambda x, hook, given=given: x + given.to(x)))
-        logits = model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+            replace = lambda x, given=given: x + given.to(x)
+        logits = model.logits(tokens, replace)
         last = logits[torch.arange(len(part)), part.length - 1].float().cpu()
         of_each = last.gather(1, part.candidates.flatten(1)).view(len(part), 4, -1)
         found.append(of_each.amax(2).argmax(1))
@@ -224,7 +226,7 @@ def read_texts(
         for one in batch:
             ids += [
                 *([end] if ids and end is not None else []),
-                *(next(coded) if isinstance(one, str) else one.tolist()),
+                *(next(coded) if isinstance(one, str) else one[0 : len(one)].tolist()),
             ]
     if len(ids) < 2:
         raise UserError(f"text: {path} has no document of more than {SHORTEST} characters")

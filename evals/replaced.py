@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..engine.stream import LanguageModel
+from ..engine.stream.model import COPIES
 
 LOGITS = 2**23  # that are held at once, a few times over: 32 MiB in float32
 HIDDEN = 2**25  # numbers that go into the head, held at once over all replacements
@@ -24,7 +25,8 @@ def rows_at_once(model: LanguageModel, context: int, width: int, replacements: i
     """How many rows of `context` tokens are run at once: one where the model runs whole, with all of its logits."""
     if model.tail(model.hooks[-1]) is None:
         return 1
-    return max(1, HIDDEN // (context * width * (1 + replacements)))
+    most = min(HIDDEN, model.memory / 16)  # in float32, a quarter of what there is
+    return max(1, int(most // (context * width * (1 + replacements))))
 
 
 @torch.no_grad()
@@ -43,21 +45,22 @@ def losses_and_kl(
     if tail is not None:
         clean = tail.begin(tokens, x).flatten(0, 1)[at]
         hidden = {name: tail.replaced(tokens, value()).flatten(0, 1)[at] for name, value in values.items()}
-        return _compared(tail.logits, clean, hidden, wanted, len(model.tokenizer))
+        most = int(min(LOGITS, model.memory / (4 * COPIES)))
+        return _compared(tail.logits, clean, hidden, wanted, max(1, most // model.vocabulary))
     clean = model.logits(tokens).flatten(0, 1)[at]
     found: dict[str, Tensor] = {}
     for name, value in values.items():
         other = value()
         logits = model.logits(tokens, lambda _, other=other: other, hook).flatten(0, 1)[at]
-        found |= _compared(lambda logits: logits, clean, {name: logits}, wanted, clean.shape[1])
+        found |= _compared(lambda logits: logits, clean, {name: logits}, wanted, max(1, LOGITS // clean.shape[1]))
     return found
 
 
 def _compared(
-    head: Callable[[Tensor], Tensor], clean: Tensor, others: Mapping[str, Tensor], wanted: Tensor, vocabulary: int
+    head: Callable[[Tensor], Tensor], clean: Tensor, others: Mapping[str, Tensor], wanted: Tensor, size: int
 ) -> dict[str, Tensor]:
-    """Losses and KL of `others` from `clean`, each [n, ...], of which `head` makes logits [n, V]."""
-    n, size = len(clean), max(1, LOGITS // vocabulary)
+    """Losses and KL of `others` from `clean`, each [n, ...], of which `head` makes logits [n, V], `size` at a time."""
+    n = len(clean)
     found = {name: torch.zeros(2, n, dtype=torch.float64) for name in ("clean", *others)}
     for start in range(0, n, size):
         part = slice(start, min(start + size, n))

@@ -106,7 +106,8 @@ def _without_model(run: Run, stream: ActivationStream) -> dict[str, Any]:
         measured = held_out_scores(sae, stream.own_held_out())
         if measured is None:
             return None
-        return {key: measured.get(key) for key in SCORES} | {"measured_on": "held-out rows"}
+        told = {"warnings": measured["warnings"]} if "warnings" in measured else {}
+        return {key: measured.get(key) for key in SCORES} | {"measured_on": "held-out rows"} | told
 
     found = _of_training(run)
     if (own := held_out(run.sae)) is not None:
@@ -207,7 +208,7 @@ def evaluate(
             if reason is not None and "skipped" not in result:
                 result["no_random_control"] = reason
             if name == "core" and run is not None and (warning := l0_warning(run, found.step, result["l0"])):
-                result["warnings"] = [warning]
+                result["warnings"] = [*result.get("warnings", []), warning]
             result |= {"seconds": round(time.monotonic() - began, 2), "of": keys[name]}
             results[name] = json.loads(json.dumps(result, allow_nan=False))  # as it is read again
             if run is not None:

@@ -69,7 +69,15 @@ def _labels_of_tokens(asked: Asked) -> dict[str, str]:
     }
 
 
+def _no_tokenizer(asked: Asked) -> dict[str, str]:
+    if asked.stream.model.tokenizer is not None:
+        return {}
+    return {"": f"{asked.stream.model.name} has no tokenizer, and this eval reads text"}
+
+
 def _labelled_texts(asked: Asked) -> dict[str, str]:
+    if found := _no_tokenizer(asked):
+        return found
     if not asked.has_labels and not asked.sets:
         return {
             "": f"{asked.stream.text.name} has no labels; give labelled texts, --set FILE?text=COLUMN&label=COLUMN (.csv or "
@@ -79,6 +87,8 @@ def _labelled_texts(asked: Asked) -> dict[str, str]:
 
 
 def _questions(asked: Asked) -> dict[str, str]:
+    if found := _no_tokenizer(asked):
+        return found
     if asked.sae.d_out is not None:
         return {"": "a transcoder is not allowed; unlearning changes the activations that were encoded"}
     names = [name for name, (reader, _) in FILES.items() if reader == "unlearning"]
@@ -98,6 +108,8 @@ def _questions(asked: Asked) -> dict[str, str]:
 
 def _tasks_of_order(asked: Asked) -> dict[str, str]:
     given = [path for name in ("blimp", "senteval") for path in asked.files.get(name, ())]
+    if given and (lacking := _no_tokenizer(asked)):
+        return lacking
     found = _absent({path: expand_path(path, "file") for path in given}, "file")
     if not given and not asked.has_labels:
         name = asked.stream.text.name

@@ -421,7 +421,8 @@ def _loss_increase(
         if not len(used):
             continue
         clamped = clamp(coder, text, latents, multiplier)
-        for rows in used.split(evaluation.stream.config.rows_per_forward):
+        most = model.rows_with_logits(text.tokens.shape[1])
+        for rows in used.split(min(evaluation.stream.config.rows_per_forward, most)):
             given = clamped.added(rows, text.tokens.shape[1])
             here = told[rows, 1:].to(model.device)
             before, after = (

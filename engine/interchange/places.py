@@ -9,7 +9,8 @@ Where = dict[str, Any]
 
 #: what is said of a dictionary's place and text; the rest of `StreamConfig` is how activations were read
 SETTINGS = (
-    "model", "hook", "target", "second", "data", "text_field", "context", "bos", "drop_special", "max_norm"
+    "model", "hook", "target", "second", "data", "text_field", "split", "subset", "context", "bos",
+    "drop_special", "max_norm",
 )  # fmt: skip
 
 _MODULE = re.compile(r"(?:.*\.)?(?:layers|h|blocks|layer)\.(\d+)(?:\.(mlp|attn|self_attn|attention))?")

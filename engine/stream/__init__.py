@@ -1,7 +1,7 @@
 """Tokens -> language model -> ring buffer -> batches, positions kept all the way."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -17,13 +17,13 @@ from ..ranks import ALONE, Ranks
 from ..stopwatch import Stopwatch
 from .buffer import Batch, RingBuffer
 from .cache import Cached, read_manifest
-from .documents import check_data
-from .live import Live, Source, is_text, packs
+from .documents import IN_HAND, Listed, check_data
+from .live import Live, Source, bounded, is_text, packs
 from .model import LanguageModel
 from .narrow import LARGEST
 from .norms import SAMPLE, NormFilter
 from .own import Own, open_file, settle
-from .text import RowSource, TestbedRows, TokenRows, open_text
+from .text import RowSource, TestbedRows, TextRows, TokenRows, open_text
 
 GIVE_UP = 2**20  # tokens read one after the other of which the filters leave none
 
@@ -45,6 +45,10 @@ class ActivationStream:
     read (`config.hook` unless given), and `model` and `text` are loaded when they are first asked for.
     With `config.activations`, or `own` ones in hand, there are neither.
 
+    `documents` may take the place of `config.data`: strings, token ids, or dicts with the field `config.text_field`, in an
+    iterable that can be read again and again, or from a function that gives one, such as a generator function. A generator
+    itself can't go back, as held-out rows, a second epoch and a resumed run need, and is refused.
+
     Where torch.distributed runs with several processes (`ranks`, those unless given), each runs the model on an equal share
     of the text and all have the same buffer, the one that a single process would have; a cache and own activations each
     reads for itself.
@@ -60,6 +64,7 @@ class ActivationStream:
         seed: int = 0,
         model: LanguageModel | None = None,
         rows: RowSource | None = None,
+        documents: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
         hooks: Sequence[str] = (),
         own: Own | None = None,
         ranks: Ranks | None = None,
@@ -81,8 +86,10 @@ class ActivationStream:
             config, self._text_seed = manifest.settle(config), manifest.seed
             self.source = Cached(str(config.cache), hooks=hooks or config.read_hooks, seed=seed, repeat=config.repeat)
         else:
+            if documents is not None:
+                config = self._read_in_hand(config, documents, rows)
             self.source = self._live(config, hooks)
-            config = config.model_copy(update={"hook": self.model.hook})
+            config = self.config.model_copy(update={"hook": self.model.hook})
         self.norms = NormFilter(config.max_norm)
         self._ahead: deque[Batch] = deque()  # what was read to find the limits of norms, before the buffer takes it
         self.config = config
@@ -133,7 +140,20 @@ class ActivationStream:
                 f"stream.context: {config.context} is not allowed; {config.model} has at most {self.model.context}"
             )
         packing = packs(config, self.text)
+        self.config = config = bounded(config, self.model)
         return Live(self.model, self.text, config.context, config.rows_per_forward, self.ranks, packing=packing)
+
+    def _read_in_hand(self, config: StreamConfig, documents: Any, rows: RowSource | None) -> StreamConfig:
+        """Take `documents` as the text; gives the settings, which say so."""
+        given = [name for name in ("data", "split", "subset") if getattr(config, name) not in (None, IN_HAND)]
+        if given or rows is not None:
+            raise UserError(f"documents: not allowed beside {given[0] if given else 'rows'}; give one of the two")
+        self.config = config
+        self._text = TextRows(
+            Listed(documents, IN_HAND, config.text_field), self.model.tokenizer, config.context,
+            bos=config.bos, repeat=config.repeat, vocabulary=self.model.vocabulary,
+        )  # fmt: skip
+        return config.model_copy(update={"data": IN_HAND})
 
     @property
     def model(self) -> LanguageModel:
@@ -145,6 +165,7 @@ class ActivationStream:
             self._model = LanguageModel(
                 config.model, hooks=config.read_hooks, attention=config.attention, compile=config.compile
             )
+            self._model.memory = 1e9 * config.memory_gb
         return self._model
 
     @property
@@ -154,7 +175,8 @@ class ActivationStream:
             config = self.config
             self._text = open_text(
                 config.data, config.model, self.model.tokenizer, config.context, seed=self._text_seed,
-                bos=config.bos, text_field=config.text_field, repeat=config.repeat,
+                bos=config.bos, text_field=config.text_field, split=config.split, subset=config.subset,
+                repeat=config.repeat, vocabulary=self.model.vocabulary,
             )  # fmt: skip
         return self._text
 

@@ -34,7 +34,7 @@ from ..progress import progress_bar
 from ..sealed import read_json, sealed_json
 from .buffer import PLACES, Batch
 from .documents import check_data
-from .live import Live, packs
+from .live import Live, bounded, packs
 from .loading import with_absolute_paths
 from .model import LanguageModel
 from .text import RowSource, open_text
@@ -43,7 +43,7 @@ FORMAT = "temposae-cache/2"
 EARLIER = "temposae-cache/1"  # the same, except that with `packing` a row could hold several documents
 MANIFEST = "cache.json"
 BLOCK = 4096  # tokens of a block, and as many more as its last row has
-_OF_THE_TEXT = ("model", "data", "text_field", "context", "bos")  # settings that a cache decides
+_OF_THE_TEXT = ("model", "data", "text_field", "split", "subset", "context", "bos")  # settings that a cache decides
 _OF_THE_MODEL = ("attention", "compile")  # and those that it proposes
 _PLACES = (*PLACES, "kept")
 _DTYPES = {
@@ -184,9 +184,11 @@ def _write_cache(
         raise UserError(f"stream.context: {config.context} is not allowed; {config.model} has at most {model.context}")
     text = rows or open_text(
         config.data, config.model, model.tokenizer, config.context,
-        seed=seed, bos=config.bos, text_field=config.text_field, repeat=False,
+        seed=seed, bos=config.bos, text_field=config.text_field, split=config.split, subset=config.subset, repeat=False,
+        vocabulary=model.vocabulary,
     )  # fmt: skip
     packing = packs(config, text)
+    config = bounded(config, model)
     live = Live(model, text, config.context, config.rows_per_forward, packing=packing)
     update = {"hook": model.hook, "repeat": False, "cache": None, "packing": packing}
     stream = with_absolute_paths(config.model_copy(update=update))

@@ -1,33 +1,33 @@
 """Documents of a text by number, read as they are asked for: text, or token ids where a text is tokenised already."""
 
-import codecs
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
 
 from .. import online
 from ..errors import UserError, near
 from ..names import expand_path
+from .fields import Document, TextField, document
+from .stored import fingerprint
+from .text_files import READERS, Arrow, Delimited, Shorter, kind_of, open_file, reading
 
-LONGEST = 2**22  # bytes of a document in a .txt file; a file without blank lines is cut at the end of a line
-READY = ("tokens", "input_ids")  # columns that hold token ids, where there is no column of text
-_SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy")
-_FOLDER = {".txt", ".jsonl", ".parquet", ".json", ".csv", ".arrow"}  # what `datasets` takes a folder's kind from
-
-#: text, or token ids [n] of any integer dtype
-Document = str | np.ndarray
+IN_HAND = "documents given in Python"  # what `stream.data` is where they are
+LOOKED_AT = 20  # documents in hand, to tell whether they are the same
+_SAVED = ("state.json", "dataset_dict.json")  # what `datasets` leaves in a folder with save_to_disk
+_BUILDERS = ("text", "json", "csv", "parquet", "arrow")  # of `datasets`, for files of these kinds
+_SETTINGS = {"sep": (",", "\t"), "delimiter": (None,), "header": ("infer",), "names": (None,), "column_names": (None,),
+             "skiprows": (None,), "quotechar": ('"',), "quoting": (0,), "escapechar": (None,), "comment": (None,),
+             "encoding": (None, "utf-8"), "field": (None,), "features": (None,)}  # fmt: skip
 
 
 @runtime_checkable
 class Documents(Protocol):
     """Documents by number, the same at every call. `name` is what messages call them.
 
-    `read(start)` gives those from number `start` on; a text that holds fewer than `start` is a UserError.
+    `read(start)` gives those from number `start` on; a text that holds fewer than `start` is a `Shorter`, a UserError. Where
+    there is a `fingerprint()`, it is another number once the documents have changed.
     """
 
     name: str
@@ -37,256 +37,210 @@ class Documents(Protocol):
 
 def check_data(data: str) -> Path:
     """The path of a text, which may also be a dataset's name. Raises UserError for a file that isn't there."""
+    if data == IN_HAND:
+        raise UserError(f"data: the {IN_HAND} are not kept with a run; give them again, or a file of them")
     path = expand_path(data, "stream.data")
     if not path.exists():
-        looks_local = data.startswith((".", "/", "~")) or path.suffix.lower() in _SUFFIXES
+        looks_local = data.startswith((".", "/", "~")) or kind_of(path) in READERS
         if looks_local or ("." in path.name and "/" not in data):
             here = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
             raise UserError(f"data: {data} does not exist{'; ' + near(path.name, here) if here else ''}")
     return path
 
 
-def open_documents(data: str, text_field: str = "text") -> Documents:
-    """A .txt, .jsonl, .parquet or .npy file, a folder of the first three, or a dataset's name."""
-    path = check_data(data)
+def open_documents(
+    data: str, text_field: str | None = None, *, split: str | None = None, subset: str | None = None
+) -> Documents:
+    """A file, as its ending says (`text_files.READERS`), a folder of files or of a saved dataset, or a dataset's name.
+
+    `text_field` must be there if it is given; else it is `text`, or one of `tokens` and `input_ids`. `split` and `subset`
+    (the dataset's configuration) are for folders and names; the split is `train` unless given.
+    """
+    field, path = TextField(text_field), check_data(data)
+    if not path.exists():
+        return _of_hub(data, field, split, subset)
+    if path.is_dir():
+        return _of_folder(data, path, field, split, subset)
     if not path.is_file():
-        return Dataset(data, path, text_field)
-    if not path.stat().st_size:
-        raise UserError(f"data: {path} is empty; it must hold text")
-    match path.suffix.lower():
-        case ".jsonl":
-            return JsonLines(path, text_field)
-        case ".parquet":
-            return Parquet(path, text_field)
-        case ".npy":
-            return Array(path)
-        case _:
-            return PlainText(path)
+        raise UserError(f"data: {data} is not allowed; it is neither a file nor a folder")
+    for name, value in (("split", split), ("subset", subset)):
+        if value is not None:
+            raise UserError(f"stream.{name}: {value} is not allowed; {data} is a file, which has no {name}s")
+    return Files(data, [open_file(path, field)], [path])
 
 
 class Listed:
-    """Documents that can be iterated over again and again: strings, or token ids."""
+    """Documents in hand: strings, token ids, or dicts with a field of either. An iterable that can be iterated over again
+    and again, or a function without arguments that gives one, such as a generator function."""
 
-    def __init__(self, documents: Iterable[Any], name: str):
-        self.documents, self.name = documents, name
-
-    def read(self, start: int = 0) -> Iterator[Document]:
-        documents = iter(self.documents)
-        if sum(1 for _ in islice(documents, start)) < start:
-            raise _shorter(self.name, start)
-        for number, document in enumerate(documents, start):
-            yield _document(document, f"{self.name} document {number}")
-
-
-class PlainText:
-    """Documents parted by blank lines."""
-
-    def __init__(self, path: Path):
-        self.path, self.name = path, str(path)
-
-    def read(self, start: int = 0) -> Iterator[Document]:
-        number, size = 0, 0
-        part: list[str] = []
-        for at, line in enumerate(chain(_lines(self.path), [b""]), 1):
-            blank = not line.strip()
-            if not blank:
-                size += len(line)
-                if number >= start:
-                    part.append(_decoded(line, f"{self.path} line {at}").rstrip("\r\n"))
-            if size >= LONGEST or (blank and size):
-                if number >= start:
-                    yield "\n".join(part)
-                number, size, part = number + 1, 0, []
-        if number < start:
-            raise _shorter(self.name, start)
-
-
-class JsonLines:
-    """One JSON object on each line; blank lines are none."""
-
-    def __init__(self, path: Path, text_field: str):
-        self.path, self.name, self.text_field = path, str(path), text_field
-
-    def read(self, start: int = 0) -> Iterator[Document]:
-        number = 0
-        for at, line in enumerate(_lines(self.path), 1):
-            if not line.strip():
-                continue
-            if number >= start:
-                yield self._parsed(line, f"{self.path} line {at}")
-            number += 1
-        if number < start:
-            raise _shorter(self.name, start)
-
-    def _parsed(self, line: bytes, place: str) -> Document:
-        text = _decoded(line, place)
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            found = None
-        has = ""
-        if isinstance(found, dict):
-            if (field := _field(found, self.text_field)) is not None:
-                return _document(found[field], f"{place}, field {field},")
-            has = f"; it has {_listed(found)}"
-        raise UserError(
-            f'data: {place} is not a JSON object with a "{self.text_field}" field, or one of {" or ".join(READY)}{has}'
-        )
-
-
-class Parquet:
-    """One document in each row. Row groups before the place to start at are not read."""
-
-    def __init__(self, path: Path, text_field: str):
-        self.path, self.name = path, str(path)
-        with self._open() as file:
-            columns = file.schema_arrow.names
-        self.column = _column(columns, text_field, self.name)
-
-    @contextmanager
-    def _open(self) -> Iterator[Any]:
-        import pyarrow.parquet as parquet
-
-        # The buffer has a column of a row group read piece by piece, and not as a whole.
-        with _reading(self.name), parquet.ParquetFile(self.path, buffer_size=2**20) as file:
-            yield file
-
-    def read(self, start: int = 0) -> Iterator[Document]:
-        with self._open() as file:
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            if sum(sizes) < start:
-                raise _shorter(self.name, start)
-            first, number = 0, 0
-            while first < len(sizes) and number + sizes[first] <= start:
-                number += sizes[first]
-                first += 1
-            if first == len(sizes):
-                return
-            batches = file.iter_batches(batch_size=64, row_groups=range(first, len(sizes)), columns=[self.column])
-            values = chain.from_iterable(batch.column(0) for batch in batches)
-            for at, value in enumerate(islice(values, start - number, None), start):
-                ids = getattr(value, "values", None)  # of a list: an array, which takes no integers of Python's
-                content = value.as_py() if ids is None else ids.to_numpy(zero_copy_only=False)
-                yield _document(content, f"{self.name} document {at}, column {self.column},")
-
-
-class Array:
-    """Token ids in a memory-mapped .npy file: a document in each row of [documents, n], or one document [n]."""
-
-    def __init__(self, path: Path):
-        self.name = str(path)
-        with _reading(self.name):
-            ids = np.load(path, mmap_mode="r", allow_pickle=False)
-        if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
+    def __init__(
+        self, documents: Iterable[Any] | Callable[[], Iterable[Any]], name: str, text_field: str | None = None
+    ):
+        self.documents, self.name, self.field = documents, name, TextField(text_field)
+        if not callable(documents) and iter(documents) is documents:
             raise UserError(
-                f"data: {path} holds {ids.dtype} with {ids.ndim} dimensions; "
-                "it must hold integers, [documents, tokens] or [tokens]"
+                f"documents: a {type(documents).__name__} is not allowed, since it can be read only once, and held-out "
+                "rows, a second epoch and a resumed run read it again; give a list, or the function that makes it"
             )
-        self.ids = np.atleast_2d(ids).view(np.ndarray)  # still mapped; slices of a memmap take several times as long
+
+    def _all(self) -> Iterator[Any]:
+        return iter(self.documents() if callable(self.documents) else self.documents)
 
     def read(self, start: int = 0) -> Iterator[Document]:
-        if len(self.ids) < start:
-            raise _shorter(self.name, start)
-        yield from self.ids[start:]
+        documents = self._all()
+        had = sum(1 for _ in islice(documents, start))
+        if had < start:
+            raise Shorter(self.name, start, had)
+        for number, content in enumerate(documents, start):
+            place = f"{self.name} document {number}"
+            yield self.field.document(content, place) if isinstance(content, Mapping) else document(content, place)
+
+    def fingerprint(self) -> int:
+        return fingerprint(of="\0".join(str(content) for content in islice(self._all(), LOOKED_AT)))
 
 
-class Dataset:
-    """A folder or a name, as Hugging Face `datasets` streams it. In a folder of .txt files blank lines part documents."""
+class Files:
+    """The documents of files, one file after the other."""
 
-    def __init__(self, data: str, path: Path, text_field: str):
-        is_here = path.is_dir() or online.why_not() is None  # asked before `datasets` reads whether it may ask the hub
-        import datasets
+    def __init__(self, name: str, files: list[Any], paths: list[Path]):
+        self.name, self.files, self.paths = name, files, paths
 
-        self.name = data
-        options = {}
-        if path.is_dir() and {file.suffix for file in path.rglob("*")} & _FOLDER == {".txt"}:
-            options["sample_by"] = "paragraph"  # without it each line is a document
-        with _reading(data, "can't be loaded", is_here):
-            self._rows: Any = datasets.load_dataset(
-                str(path) if path.is_dir() else data, split="train", streaming=True, **options
-            )
-            first = next(iter(self._rows), None)
+    def read(self, start: int = 0) -> Iterator[Document]:
+        left = start
+        for file in self.files:
+            try:
+                yield from file.read(left)
+                left = 0
+            except Shorter as shorter:
+                left -= shorter.had
+        if left:
+            raise Shorter(self.name, start, start - left)
+
+    def fingerprint(self) -> int:
+        with reading(self.name):
+            return fingerprint(*self.paths)
+
+
+class Streamed:
+    """Rows that `datasets` streams, from a hub or from files of kinds that it alone reads."""
+
+    def __init__(self, name: str, rows: Any, field: TextField, origin: str):
+        self.name, self.field, self._rows, self._origin = name, field, rows, origin
+        first = next(iter(rows), None)
         if first is None:
-            raise UserError(f"data: {data} is empty; it must hold text")
-        self.column = _column(first, text_field, data)
+            raise UserError(f"data: {name} is empty; it must hold text")
+        self.column = field.column(first, name)
 
     def read(self, start: int = 0) -> Iterator[Document]:
-        with _reading(self.name):
+        with reading(self.name):
             rows = iter(self._rows.skip(start - 1) if start else self._rows)
             if start and next(rows, None) is None:
-                raise _shorter(self.name, start)
+                raise Shorter(self.name, start, 0)
             for number, row in enumerate(rows, start):
-                yield _document(row.get(self.column), f"{self.name} document {number}, column {self.column},")
+                place = f"{self.name} document {number}"
+                if self.field.name in (None, self.column):
+                    yield document(row.get(self.column), f"{place}, column {self.column},")
+                else:
+                    yield self.field.document(row, place)
+
+    def fingerprint(self) -> int:
+        return fingerprint(of=self._origin)
 
 
-def _shorter(name: str, start: int) -> UserError:
-    return UserError(f"data: {name} has changed: it holds fewer than the {start} documents that have been read from it")
+def _of_folder(data: str, path: Path, field: TextField, split: str | None, subset: str | None) -> Documents:
+    """A folder's files, those of a split of a subset as `datasets` tells them apart; or what `save_to_disk` left there."""
+    if any((path / name).is_file() for name in _SAVED):
+        if subset is not None:
+            raise UserError(f"stream.subset: {subset} is not allowed; {data} is a saved dataset, which has none")
+        return _saved(data, path, field, split)
+    with reading(data, "can't be loaded"):
+        builder = _builder(str(path), data, subset)
+        by_split = {
+            str(name): [str(file) for file in files] for name, files in (builder.config.data_files or {}).items()
+        }
+        root = path.absolute()
+        for file in (file for files in by_split.values() for file in files):
+            if not Path(file).absolute().is_relative_to(root) or ".." in Path(file).parts:
+                raise UserError(f"data: {data} is not allowed; its README names {file}, which lies outside of it")
+        if not by_split:
+            raise UserError(f"data: {data} holds no files of text")
+        files = by_split[_split(data, split, list(by_split))]
+        kind = str(builder.name if hasattr(builder, "name") else "")
+        if kind not in _BUILDERS:
+            raise UserError(f"data: {data} holds files of {kind}, which are not read as text")
+        plain = all(getattr(builder.config, name, values[0]) in values for name, values in _SETTINGS.items())
+        if not plain or any(kind_of(Path(file)) not in READERS for file in files):
+            rows = builder.as_streaming_dataset(split=_split(data, split, list(by_split)))
+            return Streamed(data, rows, field, "\0".join(files))
+    paths = [Path(file) for file in files]
+    return Files(data, [_open_as(kind, file, field, builder.config) for file in paths], paths)
 
 
-@contextmanager
-def _reading(name: str, what: str = "can't be read", is_here: bool = True) -> Iterator[None]:
-    """One line for whatever a library raises over a text, which may be on a hub that can't be reached."""
+def _open_as(kind: str, path: Path, field: TextField, config: Any) -> Any:
+    return Delimited(path, field, config.sep) if kind == "csv" else open_file(path, field)
+
+
+def _saved(data: str, path: Path, field: TextField, split: str | None) -> Files:
+    """A folder that `save_to_disk` made, of a dataset or of several splits."""
+    splits: list[str] = []
+    if (path / "dataset_dict.json").is_file():
+        splits = [str(name) for name in _json(path / "dataset_dict.json", "splits")]
+        path = path / _plain(_split(data, split, splits), data)
+    elif split is not None:
+        raise UserError(f"stream.split: {split} is not allowed; {data} is a saved dataset without splits")
+    names = [_plain(str(file["filename"]), data) for file in _json(path / "state.json", "_data_files")]
+    files = [path / name for name in names]
+    return Files(data, [Arrow(file, field) for file in files], files)
+
+
+def _json(path: Path, key: str) -> list[Any]:
+    with reading(str(path)):
+        value = json.loads(path.read_text())[key]
+        if not isinstance(value, list):
+            raise ValueError(f"{key} is not a list")
+        return value
+
+
+def _plain(name: str, data: str) -> str:
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"data: {data} is not allowed; it names {name[:60]}, which lies outside of it")
+    return name
+
+
+def _of_hub(data: str, field: TextField, split: str | None, subset: str | None) -> Streamed:
+    is_here = online.why_not() is None  # asked before `datasets` reads whether it may ask the hub
+    with reading(data, "can't be loaded", is_here):
+        builder = _builder(data, data, subset)
+        by_split = builder.config.data_files or {}
+        files = [str(file) for of_split in by_split.values() for file in of_split]
+        if local := next((file for file in files if "://" not in file), None):
+            raise UserError(f"data: {data} is not allowed; it names {local}, a file of this machine")
+        splits = builder.as_streaming_dataset()
+        name = _split(data, split, [str(name) for name in splits])
+        return Streamed(data, splits[name], field, "\0".join([name, *files]))
+
+
+def _builder(path: str, data: str, subset: str | None) -> Any:
+    """What `datasets` reads a folder or a name with. Code that comes with it is never run."""
+    import datasets
+
+    if subset is not None:
+        known = [str(name) for name in datasets.get_dataset_config_names(path)]
+        if subset not in known:
+            raise UserError(f"stream.subset: {subset} is not allowed; {data} has {', '.join(known[:20])}")
     try:
-        yield
-    except UserError:
+        return datasets.load_dataset_builder(path, subset)
+    except ValueError as error:
+        if subset is None and "onfig name is missing" in str(error):
+            known = [str(name) for name in datasets.get_dataset_config_names(path)]
+            raise UserError(f"stream.subset: needed for {data}; it must be one of {', '.join(known[:20])}") from None
         raise
-    except Exception as error:
-        if not is_here:
-            raise UserError(online.unreachable("data", name, "a local file or folder")) from error
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data: {name!r} {what} ({type(error).__name__}: {reason})") from error
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines as bytes, which are parted at line feeds alone; without a byte order mark."""
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines):
-                yield line if number else line.removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise UserError(f"data: {path} can't be read: {error.strerror}") from None
-
-
-def _decoded(line: bytes, place: str) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"data: {place} is not UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _field(names: Iterable[str], text_field: str) -> str | None:
-    names = set(names)
-    return next((name for name in (text_field, *READY) if name in names), None)
-
-
-def _column(columns: Iterable[str], text_field: str, name: str) -> str:
-    columns = list(columns)
-    found = _field(columns, text_field)
-    if found is None:
-        raise UserError(
-            f"data: {name} has no {text_field!r} column, nor one of {' or '.join(READY)}; it has {_listed(columns)}"
-        )
-    return found
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") if names else "none"
-
-
-def _document(content: Any, place: str) -> Document:
-    """What stands at `place`: text, a list of token ids, or nothing, which is an empty document."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    try:
-        ids = np.asarray(content)
-    except (ValueError, OverflowError):  # ragged, or beyond 64 bits
-        ids = np.empty(())
-    if ids.ndim == 1 and (ids.dtype.kind in "iu" or not ids.size):
-        return ids if ids.size else ""
-    raise UserError(f"data: {place} holds {type(content).__name__} {_short(content)}; it must hold text or token ids")
-
-
-def _short(content: Any) -> str:
-    text = " ".join(str(content).split())
-    return text if len(text) < 40 else text[:37] + "..."
+def _split(data: str, split: str | None, known: list[str]) -> str:
+    """The split to read: the one that is named, else `train`."""
+    name = split or "train"
+    if name not in known:
+        said = f"{split} is not allowed" if split is not None else "needed, since there is no train"
+        raise UserError(f"stream.split: {said}; {data} has {', '.join(known[:20]) or 'none'}")
+    return name

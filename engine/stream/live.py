@@ -107,7 +107,9 @@ class Live:
 
 def special_tokens(tokenizer: Any) -> Tensor:
     """Ids [n] of the tokenizer's own tokens, in order. One that stands for unknown words alone is not among them: that is
-    text."""
+    text. None where there is no tokenizer."""
+    if tokenizer is None:
+        return torch.zeros(0, dtype=torch.int64)
     found, unknown = set(tokenizer.all_special_ids), tokenizer.unk_token_id
     others = ("bos", "eos", "pad", "sep", "cls", "mask")
     if unknown not in [getattr(tokenizer, f"{other}_token_id") for other in others]:
@@ -119,6 +121,15 @@ def packs(config: StreamConfig, text: RowSource) -> bool:
     """Whether rows of similar length go through the model together: unless `config` says, where the text has short ones and
     no fixed shape is compiled for."""
     return isinstance(text, TextRows) and not config.compile if config.packing is None else config.packing
+
+
+def bounded(config: StreamConfig, model: LanguageModel) -> StreamConfig:
+    """The settings with as many `rows_per_forward` as `memory_gb` has room for, unless they are given."""
+    model.memory = 1e9 * config.memory_gb
+    if "rows_per_forward" in config.model_fields_set:
+        return config
+    rows = min(config.rows_per_forward, model.rows_of_activations(config.context))
+    return config if rows == config.rows_per_forward else config.model_copy(update={"rows_per_forward": rows})
 
 
 def is_text(rows: TokenRows) -> Tensor:

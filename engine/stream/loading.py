@@ -1,13 +1,15 @@
 """Language models by name or folder: what transformer_lens makes of them, and the plain transformers model beside it."""
 
 import copy
+import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,6 +22,10 @@ from ..names import expand_path
 
 TESTBED = Path(__file__).resolve().parent.parent / "testbed" / "model"
 BUILT_IN = ("testbed", "smollm2")
+#: files that tokenizers keep their words in: JSON, sentencepiece, vocab.txt, tiktoken, GGUF
+_VOCABULARY = re.compile(
+    r"tokenizer\.json|vocab[.\w-]*|.*\.(model|tiktoken|spm|vocab|bpe|gguf)|tekken\.json|source\.spm|tokenization_\w+\.py"
+)
 
 
 def with_absolute_paths(config: StreamConfig) -> StreamConfig:
@@ -46,6 +52,8 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
         raise UserError(f"model: {name!r} is not allowed; give testbed, smollm2, a hub name or a folder")
     if not looks_local and name not in BUILT_IN and (close := get_close_matches(name, BUILT_IN, 1, 0.8)):
         raise UserError(f"model: {name!r} is not allowed; did you mean {close[0]}?")  # no need to ask over a network
+    if folder.expanduser().is_dir():
+        refuse_files_elsewhere(folder.expanduser())
     from_hub = not looks_local and name not in BUILT_IN
     unreachable = from_hub and online.why_not() is not None and not online.is_cached(name)
     refusal = UserError(online.unreachable("model", name, "a local Hugging Face folder, testbed or smollm2"))
@@ -61,6 +69,7 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
         # transformer_lens and the GGUF reader print what is of no use to the person who waits
         with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
             plain: list[nn.Module] = []
+            has_no_tokenizer = False
             options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": dtype}
             if name == "smollm2":
                 model, options["tokenizer"] = _smollm2(dtype)
@@ -70,7 +79,13 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
                 where = str(folder) if looks_local or name == "testbed" else name
                 if (keeping := _keeping(plain)) is not None:
                     options["model_class"] = keeping
+                if has_no_tokenizer := Path(where).is_dir() and not _has_tokenizer(Path(where)):
+                    options["tokenizer"] = _stand_in(where)
             bridge = TransformerBridge.boot_transformers(where, **options)
+            if has_no_tokenizer:
+                bridge.tokenizer = None
+    except UserError:
+        raise
     except Exception as error:  # whatever the libraries raise for a name that can't be had, the person gets one line
         if unreachable:
             raise refusal from error
@@ -79,6 +94,40 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
         hint = f"; {near(name, known)}" if known and name not in known else ""
         raise UserError(f"model: {name!r} can't be loaded{hint} ({type(error).__name__}: {reason})") from error
     return bridge.eval(), plain[0].eval() if plain else None
+
+
+def refuse_other_tensors(name: str, loaded: Mapping[str, Any]) -> None:
+    """Refuse a model whose files don't hold the tensors that it is made of, which transformers would make up at random.
+
+    `loaded` is what transformers says of the loading: tied tensors, and those that an architecture does without, are not
+    among the `missing_keys`, nor those that it leaves aside among the `unexpected_keys`.
+    """
+    missing, others = (sorted(map(str, loaded.get(key) or ())) for key in ("missing_keys", "unexpected_keys"))
+    if not missing and not others:
+        return
+    said = [f"{kind} {_few(names)}" for kind, names in (("lacks", missing), ("has", others)) if names]
+    hint = ""
+    if any("_orig_mod." in other for other in others):
+        hint = "; torch.compile puts _orig_mod. in front of names: save the model that was compiled, not what it gave"
+    raise UserError(f"model: {name} doesn't hold the tensors of its architecture; it {' and '.join(said)}{hint}")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def refuse_files_elsewhere(folder: Path) -> None:
+    """Refuse a folder whose index names files outside of it."""
+    for index in folder.glob("*.index.json"):
+        try:
+            files = json.loads(index.read_text())["weight_map"].values()
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"model: {index} can't be read ({type(error).__name__}); it must name the files") from None
+        for file in sorted({str(file) for file in files}):
+            if file in (".", "..") or Path(file).name != file:
+                raise UserError(
+                    f"model: {index} is not allowed; it names {file[:80]}, which lies outside of its folder"
+                )
 
 
 def sharing(model: nn.Module) -> nn.Module:
@@ -104,12 +153,28 @@ def _keeping(plain: list[nn.Module]) -> type | None:
         @classmethod
         def from_pretrained(cls, where: str, **options: Any) -> nn.Module:
             kind = get_hf_model_class_for_architecture(determine_architecture_from_hf_config(options["config"]))
-            model = kind.from_pretrained(where, **options)
+            model, loaded = cast(Any, kind).from_pretrained(where, **options, output_loading_info=True)
+            refuse_other_tensors(where, loaded)
             with suppress(Exception):  # what can't be copied (quantised weights, say) is read through transformer_lens
                 plain.append(sharing(model))
             return model
 
     return Keeping
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary. Without one, transformers makes a tokenizer that knows no word."""
+    return any(file.is_file() and _VOCABULARY.fullmatch(file.name) for file in folder.iterdir())
+
+
+def _stand_in(name: str) -> Any:
+    """A tokenizer for transformer_lens, which does without none."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    special = dict.fromkeys(("unk_token", "bos_token", "eos_token", "pad_token"), "<unk>")
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, name_or_path=name, **special)
 
 
 def _known_names() -> list[str]:

@@ -19,6 +19,10 @@ __all__ = ["BUILT_IN", "TESTBED", "LanguageModel"]
 #: implementations of attention, in the order in which they are tried
 FASTEST = {"cuda": ("sdpa", "flex_attention", "eager"), "cpu": ("sdpa", "eager")}
 ATTENTION = ("auto", *FASTEST["cuda"])
+PROBE = 47  # tokens in a row of a probe; a prime, which is no model's number of heads
+MEMORY = 2e9  # bytes that a pass through the model may take beside its weights
+COPIES = 4  # of logits that are there at once: as the model gives them, in float32, their logarithms, what they become
+PROBED = 16  # logits of a probe's tokens that are there at once: two references, two results, float64 copies
 MOST_PADDING = 0.1  # of a group of rows that run together
 
 
@@ -28,6 +32,8 @@ class LanguageModel:
     `model` is testbed, smollm2, a hub name, a folder, or a TransformerBridge or HookedTransformer in hand, which keeps
     its own device and dtype (by name: float32 on a CPU, bfloat16 on a GPU). The places are transformer_lens names
     (`hook`, `hooks`) or the residual stream after layers (`layer`, `layers`); after the middle layer unless given.
+
+    Values of heads, [B, T, H, d_head] at `hook_z` and the like, are read and replaced as [B, T, H d_head], as in SAELens.
 
     `activations(tokens)` and `harvest(tokens)` give what passes the hooks, [B, T, D], and run no layer behind the last one
     needed; tokens are padded behind, if at all, and whatever stands at padding means nothing. `losses(tokens, replace)`
@@ -69,6 +75,7 @@ class LanguageModel:
             self.device, self.dtype = _where(model), next(model.parameters()).dtype
             if device is not None and torch.device(device).type != self.device.type:
                 raise UserError(f"device: {device!r} is not allowed; {self.name} is already on {self.device}")
+        self.memory: float = MEMORY
         self.n_layers: int = self._bridge.cfg.n_layers
         self.context: int = int(self._bridge.cfg.n_ctx)
         self._reader: Reader | None = None
@@ -82,7 +89,7 @@ class LanguageModel:
     def use(self, *, hooks: Sequence[str] = (), layers: Sequence[int] = ()) -> None:
         """From now on read these hooks, or the residual stream after these layers; after the middle one unless given."""
         names = self._names(hooks, layers)
-        probe = torch.randint(self._bridge.cfg.d_vocab, (2, min(48, self.context)), generator=_seeded())
+        probe = torch.randint(self._bridge.cfg.d_vocab, (2, min(PROBE, self.context)), generator=_seeded())
         try:
             reference = self._through(self._bridge, probe, names)
         except UserError:
@@ -104,7 +111,13 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> Any:
+        """What makes tokens of text; None of a model that came without."""
         return self._bridge.tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model embeds."""
+        return int(self._bridge.cfg.d_vocab)
 
     @property
     def bridge(self) -> Any:
@@ -150,14 +163,26 @@ class LanguageModel:
         if replace is None:
             return bridge(tokens)
         (place,) = self._names([hook or self.hook], ())
-        return bridge.run_with_hooks(tokens, fwd_hooks=[(place, lambda x, hook: replace(x))])
+        return bridge.run_with_hooks(tokens, fwd_hooks=[(place, lambda x, hook: _of_heads(replace, x))])
 
     @own_modes()
     def losses(
         self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None, hook: str | None = None
     ) -> Tensor:
-        """Loss of every next token, [B, T - 1] in nats; the rest as in `logits`."""
+        """Loss of every next token, [B, T - 1] in nats; the rest as in `logits`. For how many rows: `rows_with_logits`."""
         return next_token_losses(self.logits(tokens, replace, hook), tokens)
+
+    def rows_with_logits(self, T: int) -> int:
+        """How many rows of T tokens may have all of their logits at once, within `memory`; at least one."""
+        return max(1, int(self.memory / (COPIES * 4 * T * self.vocabulary)))
+
+    def rows_of_activations(self, T: int) -> int:
+        """How many rows of T tokens may go through a layer at once, within `memory`, by an estimate: three times what an MLP
+        is wide and six times the residual stream, attention's weights in float32, and what the hooks give; at least one."""
+        cfg = self._bridge.cfg
+        wide = 3 * int(getattr(cfg, "d_mlp", None) or 4 * cfg.d_model) + 6 * cfg.d_model + sum(self.widths.values())
+        attention = 0 if self.attention != "eager" else 2 * 4 * T * cfg.n_heads
+        return max(1, int(self.memory / (T * (wide * self.dtype.itemsize + attention))))
 
     @own_modes()
     def tail(self, hook: str | None = None) -> Tail | None:
@@ -175,7 +200,8 @@ class LanguageModel:
         found = None if self._plain is None else places(self._bridge, [hook])
         if self._plain is None or found is None:
             return None
-        probe = torch.randint(self._bridge.cfg.d_vocab, (2, min(48, self.context)), generator=_seeded()).to(self.device)
+        T = max(2, min(PROBE, self.context, int(self.memory / (PROBED * 2 * 4 * self.vocabulary))))
+        probe = torch.randint(self._bridge.cfg.d_vocab, (2, T), generator=_seeded()).to(self.device)
         x = self._through(self.bridge, probe, [hook])[hook]
         other = x.flip(0, 1)
         reference = {"as it is": self.logits(probe), "replaced": self.logits(probe, lambda _: other, hook)}
@@ -219,7 +245,7 @@ class LanguageModel:
         catch = Catch(hooks)
 
         def watch(name: str) -> tuple[str, Callable[..., None]]:
-            return name, lambda x, hook: catch.put(name, x)
+            return name, lambda x, hook: catch.put(name, x.flatten(2) if _has_heads(x, tokens) else x)
 
         with suppress(Enough):
             bridge.run_with_hooks(tokens.to(_where(bridge)), fwd_hooks=[watch(name) for name in hooks])
@@ -312,6 +338,16 @@ def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     """-log p of every next token, [B, T - 1] in nats, of logits [B, T, V] and tokens [B, T]."""
     given, wanted = logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().to(logits.device)
     return F.cross_entropy(given, wanted, reduction="none").view(tokens.shape[0], -1)
+
+
+def _has_heads(x: Tensor, tokens: Tensor) -> bool:
+    """Whether a hook's value is [B, T, H, d_head], for tokens [B, T]. Attention patterns, [B, H, T, T], are not."""
+    return x.ndim == 4 and x.shape[:2] == tokens.shape
+
+
+def _of_heads(replace: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A replacement of values [B, T, D] where the hook has heads."""
+    return replace(x) if x.ndim <= 3 else replace(x.flatten(2)).reshape(x.shape)
 
 
 def _device(name: str) -> torch.device:

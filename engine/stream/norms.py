@@ -14,8 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 MULTIPLE, SIGMAS = 4.0, 6.0  # of the automatic limit
 SAMPLE = 1024  # tokens at least from which limits are worked out, where there are so many
+SMALLEST, LARGEST = 1e-15, 1e15  # mean norms that float32 has room for, squares and their sums included
+LOOKED_AT = 4096  # tokens, to tell the mean norm
+ALIKE = 1e-6  # how far values may be apart, over the largest of them, where activations don't vary
+NO_VARIANCE = 1e-12  # of the squared norm: with less, a share of the variance says nothing
 _NAMED = 5  # positions that the sentence about them names
 
 
@@ -49,6 +55,7 @@ class NormFilter:
         for hook, x in acts.items():
             if self.max_norm is None or hook in self.limits:
                 continue
+            check_scale(x, hook, median=True)
             norm = _norms(x)
             norm = norm[norm.isfinite()]
             if not len(norm):
@@ -131,6 +138,36 @@ class NormFilter:
             self.variance_share.update(report["variance_share"])
             self.tokens, self.massive = report["tokens"], report["massive"]
             self.positions = Counter({int(place): count for place, count in report["positions"].items()})
+
+
+def check_scale(x: Tensor, hook: str, *, median: bool = False) -> None:
+    """Refuse activations [N, D] whose mean norm (or median) is so large or small that float32 can't square it."""
+    norm = torch.linalg.vector_norm(x[:: -(-len(x) // LOOKED_AT) or 1], dim=-1, dtype=torch.float64)
+    norm = norm[norm.isfinite()]
+    typical = float(norm.median() if median else norm.mean()) if len(norm) else 0.0
+    if typical > 0 and not SMALLEST <= typical <= LARGEST:
+        raise UserError(
+            f"activations: a typical norm of {typical:.3g} at {hook} is not allowed; it must be between {SMALLEST:g} and "
+            f"{LARGEST:g} (multiply them by a constant)"
+        )
+
+
+def check_variance(x: Tensor, hook: str) -> None:
+    """Refuse activations [N, D] that are all alike, from which nothing can be learned."""
+    if not len(x):
+        return
+    first = x[:1].float()
+    room = ALIKE * float(first.abs().max())
+    if all(float((part.float() - first).abs().max()) <= room for part in x.split(LOOKED_AT)):
+        raise UserError(
+            f"activations: those at {hook} don't vary, all {len(x):,} tokens that were looked at have the same one; "
+            "there is nothing to learn"
+        )
+
+
+def has_variance(spread: float, squares: float) -> bool:
+    """Whether a sum of squared distances from the mean is more than rounding, beside the sum of squared norms."""
+    return spread > NO_VARIANCE * squares
 
 
 def describe(report: Mapping[str, Any] | None) -> str | None:

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..config import StreamConfig
@@ -14,9 +14,12 @@ from ..errors import UserError
 from ..names import expand_path
 from ..unit_decoder import Dictionary, unit_decoder
 from .buffer import PLACES, Batch
+from .norms import has_variance
+from .stored import StoredArray, as_tensor, fingerprint
 
 CHUNK = 4096  # tokens that are read at once
 HELD_OUT = 20  # of so many rows of an array, the last one is held out
+SAMPLED = 64  # rows of arrays in hand, to tell whether they are the same
 HOOK = "x"  # what the place of the activations is called
 _OTHERS = ("pos", "token", "document")
 
@@ -24,6 +27,8 @@ _OTHERS = ("pos", "token", "document")
 class _Array(Protocol):
     """A tensor, an array, a memory map or a slice of a file: what can be cut along its first dimension."""
 
+    @property
+    def shape(self) -> Any: ...
     def __getitem__(self, at: slice) -> Any: ...
 
 
@@ -50,8 +55,10 @@ class Own:
         repeat: bool = True,
         positions: int | None = None,
         device: str | torch.device | None = None,
+        identity: int | None = None,
     ):
         self.name, self.seed, self.repeat = name, seed, repeat
+        self._identity, self._mapped = identity, dict[Path, int]()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.special = torch.zeros(0, dtype=torch.int64)
         self._arrays: dict[str, _Array] | None = None
@@ -69,6 +76,11 @@ class Own:
             self.has_positions = bool(self._row_shape) or "pos" in self._arrays
             last = self._last_position() if positions is None else positions - 1
             self._order = self._permuted()
+            for value in self._arrays.values():
+                if isinstance(value, np.memmap) and value.filename is not None:
+                    self._mapped[Path(value.filename)] = Path(value.filename).stat().st_size
+            if identity is None:
+                self._identity = self._sampled()
         elif isinstance(x, Iterable) and not isinstance(x, str | bytes):
             self._chunks = x
             self._once = iter(x) is x
@@ -109,10 +121,14 @@ class Own:
                 yield batch.each(lambda value: value.to(self.device))
 
     def state(self) -> dict[str, Tensor]:
-        return {"own": torch.tensor((self._at, self._epoch, self._rows, self._tokens, self._first_row))}
+        found = {"own": torch.tensor((self._at, self._epoch, self._rows, self._tokens, self._first_row))}
+        return found if self._identity is None else found | {"identity": torch.tensor([self._identity])}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go back to a place; chunks that were taken before it are taken again and passed over."""
+        """Go back to a place; chunks that were taken before it are taken again and passed over. Raises UserError where the
+        activations have changed."""
+        if self._identity is not None and int(state.get("identity", [self._identity])[0]) != self._identity:
+            raise UserError(f"activations: {self.name} has changed; it is not what was read before the stop")
         self._at, self._epoch, self._rows, self._tokens, self._first_row = state["own"].tolist()
         if self._arrays is not None:
             self._order = self._permuted()
@@ -162,11 +178,30 @@ class Own:
         return np.random.default_rng((self.seed, self._epoch)).permutation(count).tolist()
 
     def _cut(self, start: int, stop: int) -> Batch:
+        return self._batch(self._rows_of(start, stop), start)
+
+    def _rows_of(self, start: int, stop: int) -> dict[str, Any]:
+        """Rows of the arrays. A map of a file that has been cut would kill the process, and is not looked into."""
         assert self._arrays is not None
-        return self._batch({name: value[start:stop] for name, value in self._arrays.items()}, start)
+        for path, size in self._mapped.items():
+            try:
+                now = path.stat().st_size
+            except OSError:  # a map of a file that has been removed is whole
+                continue
+            if now < size:
+                raise UserError(f"activations: {path} has been cut since it was mapped; it has {now} bytes of {size}")
+        return {name: value[start:stop] for name, value in self._arrays.items()}
+
+    def _sampled(self) -> int:
+        """A number that tells arrays apart, by rows spread over them."""
+        assert self._arrays is not None
+        said = [str([(name, tuple(value.shape)) for name, value in self._arrays.items()])]
+        for row in sorted({row * (self._rows_there - 1) // (SAMPLED - 1) for row in range(SAMPLED)}):
+            said += [str(as_tensor(value).double().sum().item()) for value in self._rows_of(row, row + 1).values()]
+        return fingerprint(of=" ".join(said))
 
     def _batch(self, found: Mapping[str, Any], first_row: int) -> Batch:
-        x = _tensor(found["x"])
+        x = as_tensor(found["x"])
         x = x if x.dtype in (torch.bfloat16, torch.float16) else x.float()
         shape = x.shape[:-1]
         if not bool(x.sum(dtype=torch.float32).isfinite()):
@@ -182,7 +217,7 @@ class Own:
         places["pos"] = torch.arange(shape[-1]).expand(shape) if len(shape) == 2 else torch.zeros(shape)
         for name in _OTHERS:
             if name in found:
-                places[name] = _tensor(found[name])
+                places[name] = as_tensor(found[name])
         pos = places["pos"]
         if pos.numel() and not (int(pos.min()) >= 0 and int(pos.max()) < self.positions):
             wrong = int(pos[(pos < 0) | (pos >= self.positions)][0])
@@ -206,18 +241,14 @@ class Own:
         if 0 in shape:
             raise UserError(f"activations: {list(shape)} of {self.name} is not allowed; it holds no activations")
         kind = _kind(found["x"])
-        if "float" not in kind and kind not in ("F16", "BF16", "F32", "F64"):
+        if "float" not in kind:
             raise UserError(f"activations: {kind} of {self.name} is not allowed; x must be floating point")
         for name in _OTHERS:
             if name in shapes and shapes[name] != shape[:-1]:
                 raise UserError(
                     f"activations: {name} of {self.name} has shape {list(shapes[name])}; x needs {list(shape[:-1])}"
                 )
-            if (
-                name in shapes
-                and "int" not in (kind := _kind(found[name]))
-                and kind not in ("I64", "I32", "I16", "I8", "U8")
-            ):
+            if name in shapes and "int" not in (kind := _kind(found[name])):
                 raise UserError(
                     f"activations: {name} of {self.name} is {kind}, which is not allowed; it must be integer"
                 )
@@ -230,13 +261,14 @@ class Own:
     def _last_position(self) -> int:
         assert self._arrays is not None
         if "pos" in self._arrays:
-            return int(_tensor(self._arrays["pos"][0 : self._rows_there]).max())
+            return int(as_tensor(self._arrays["pos"][0 : self._rows_there]).max())
         return self._row_shape[0] - 1 if self._row_shape else 0
 
 
 def open_file(path: str, **options: Any) -> Own:
     """The activations in a .npy file, a .safetensors file (`x`, optional `pos`, `token`, `document`) or a .pt file (a tensor
-    or a dict of those names), memory-mapped. Raises UserError for what is none of them, or would have to be unpickled."""
+    or a dict of those names). Rows are read when they are needed; those of a .pt file at once. Raises UserError for what is
+    none of them, or would have to be unpickled."""
     file = expand_path(path, "stream.activations")
     if not file.is_file():
         raise UserError(f"activations: {path} does not exist; give a .npy, .safetensors or .pt file")
@@ -245,10 +277,9 @@ def open_file(path: str, **options: Any) -> Own:
     try:
         match file.suffix.lower():
             case ".npy":
-                found: Any = np.load(file, mmap_mode="r", allow_pickle=False)
+                found: Any = StoredArray.of_npy(file, "activations")
             case ".safetensors":
-                opened = safe_open(file, "pt")  # kept open by its slices
-                found = {name: _Stored(opened, name) for name in ("x", *_OTHERS) if name in opened.keys()}  # noqa: SIM118
+                found = StoredArray.of_safetensors(file, "activations", ("x", *_OTHERS))
             case ".pt":
                 found = torch.load(file, map_location="cpu", weights_only=True)
             case suffix:
@@ -269,12 +300,19 @@ def open_file(path: str, **options: Any) -> Own:
         raise UserError(
             f"activations: {path} holds a {type(found).__name__}, which is not allowed; it must be a tensor"
         )
-    return Own(found, name=path, **options)
+    return Own(found, name=path, identity=fingerprint(file), **options)
 
 
 def settle(config: StreamConfig, source: Own) -> StreamConfig:
     """`config` over a person's own activations, which have no model. Raises UserError for settings that need one."""
-    for name, nothing in (("model", "none"), ("hook", HOOK), ("data", None), ("cache", None)):
+    for name, nothing in (
+        ("model", "none"),
+        ("hook", HOOK),
+        ("data", None),
+        ("split", None),
+        ("subset", None),
+        ("cache", None),
+    ):
         value = getattr(config, name)
         if name in config.model_fields_set and value not in (nothing, None):
             raise UserError(
@@ -287,9 +325,10 @@ def settle(config: StreamConfig, source: Own) -> StreamConfig:
 
 
 @torch.no_grad()
-def held_out_scores(sae: Dictionary, batches: Iterable[Batch]) -> dict[str, float] | None:
+def held_out_scores(sae: Dictionary, batches: Iterable[Batch]) -> dict[str, Any] | None:
     """`explained_variance`, `fvu`, `l0` and `dead_fraction` of a dictionary on batches of held-out activations, which have
-    `tokens` tokens; None where there are none. FVU = sum |x - x_hat|^2 / sum |x - mu|^2, mu the mean of the same tokens."""
+    `tokens` tokens; None where there are none. FVU = sum |x - x_hat|^2 / sum |x - mu|^2, mu the mean of the same tokens.
+    Where these don't vary, both are None, and `warnings` says so."""
     sae = unit_decoder(sae)
     error = squares = l0 = 0.0
     total, tokens = torch.zeros((), dtype=torch.float64), 0
@@ -306,20 +345,12 @@ def held_out_scores(sae: Dictionary, batches: Iterable[Batch]) -> dict[str, floa
         tokens += len(x)
     if not tokens:
         return None
-    fvu = error / max(squares - float(total.square().sum()) / tokens, 1e-300)
-    dead = float((~fired).double().mean())
-    return {"explained_variance": 1 - fvu, "fvu": fvu, "l0": l0 / tokens, "dead_fraction": dead, "tokens": tokens}
-
-
-class _Stored:
-    """A tensor in a safetensors file, read where it is cut."""
-
-    def __init__(self, file: Any, name: str):
-        self._slice = file.get_slice(name)
-        self.shape, self.dtype = tuple(self._slice.get_shape()), self._slice.get_dtype()
-
-    def __getitem__(self, at: slice) -> Tensor:
-        return self._slice[at]
+    found: dict[str, Any] = {"l0": l0 / tokens, "dead_fraction": float((~fired).double().mean()), "tokens": tokens}
+    spread = squares - float(total.square().sum()) / tokens
+    if not has_variance(spread, squares):
+        warning = f"the {tokens} held-out tokens don't vary; there is no variance to explain"
+        return {"explained_variance": None, "fvu": None, **found, "warnings": [warning]}
+    return {"explained_variance": 1 - error / spread, "fvu": error / spread, **found}
 
 
 def _kind(value: Any) -> str:
@@ -328,7 +359,7 @@ def _kind(value: Any) -> str:
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, Tensor | np.ndarray | _Stored)
+    return isinstance(x, Tensor | np.ndarray | StoredArray)
 
 
 def _named(chunk: Any) -> dict[str, Any]:
@@ -342,11 +373,3 @@ def _named(chunk: Any) -> dict[str, Any]:
             f"activations: a chunk that is a {type(chunk).__name__} is not allowed; give x, (x, pos) or a dict"
         )
     return {"x": chunk}
-
-
-def _tensor(value: Any) -> Tensor:
-    """A tensor on the CPU of a piece of an array, in memory of its own where it was mapped."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    array = np.asarray(value)
-    return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..testbed import language as lang
-from .documents import Document, Documents, Listed, open_documents
+from .documents import Documents, Listed, open_documents
+from .fields import Document
+from .stored import StoredArray
 
 HELD_OUT_EVERY = 20  # of a text, every 20th row is kept for evaluation
 COUNTS: tuple[str, ...] = ("documents", "empty_documents", "rows", "tokens")
@@ -119,7 +121,8 @@ class TextRows:
 
     A row holds one document or a part of it, padded behind. It begins with `<bos>` where the tokenizer has one, unless
     `bos` is False; True demands one. A document of token ids may bring its `<bos>` along. Every 20th row is held out, of
-    fewer rows the last.
+    fewer rows the last. `vocabulary`: how many tokens the model embeds, the tokenizer's unless given; no other token is
+    let through. Without a tokenizer documents must be token ids. The state tells whether the text is still the same.
     """
 
     def __init__(
@@ -131,18 +134,27 @@ class TextRows:
         bos: bool | None = None,
         repeat: bool = True,
         name: str = "the text",
+        vocabulary: int | None = None,
     ):
         self.documents = documents if isinstance(documents, Documents) else Listed(documents, name)
         self.name, self.tokenizer, self.context = self.documents.name, tokenizer, context
         self.repeat = repeat
-        self.bos: int | None = None if bos is False else tokenizer.bos_token_id
+        self.vocabulary: int = len(tokenizer) if vocabulary is None else vocabulary
+        self.bos: int | None = None if bos is False else self._own_token("bos_token_id")
         if bos and self.bos is None:
-            raise UserError("stream.bos: true is not allowed; the tokenizer has no <bos> token")
-        self.pad: int = tokenizer.pad_token_id or 0
-        self.vocabulary = len(tokenizer)
+            has_none = getattr(tokenizer, "bos_token_id", None) is None
+            why = (
+                "the tokenizer has no <bos> token"
+                if has_none
+                else "the model has no embedding of the tokenizer's <bos>"
+            )
+            raise UserError(f"stream.bos: true is not allowed; {why}")
+        self.pad: int = self._own_token("pad_token_id") or 0
         self.epoch = 0
         self.counts = dict.fromkeys(COUNTS, 0)
         ended = Counter[str]()
+        print_of = getattr(self.documents, "fingerprint", None)
+        self._fingerprint: int | None = None if print_of is None else print_of()
         first = list(islice(_Pass(self, ended), HELD_OUT_EVERY))
         if len(first) < 2:
             if not ended.total():
@@ -151,6 +163,7 @@ class TextRows:
             raise UserError(
                 f"data: {self.name} gives {seen} tokens in {len(first)} rows; at least 2 rows of text are needed"
             )
+        self._refuse_unknown(first)
         short = len(first) < HELD_OUT_EVERY
         self._held_out = len(first) - 1 if short else HELD_OUT_EVERY - 1  # the first row that is held out
         self.held_out_rows: int | None = 1 if short else None
@@ -179,6 +192,24 @@ class TextRows:
         while part := list(islice(rows, size)):
             yield self._together(part)
 
+    def _own_token(self, name: str) -> int | None:
+        """One of the tokenizer's own tokens, if the model embeds it: transformer_lens adds some that no model knows, or that
+        stand for unknown words."""
+        found, own = getattr(self.tokenizer, name, None), name.removesuffix("_id")
+        if found is None or not 0 <= found < self.vocabulary:
+            return None
+        is_unknown = found == getattr(self.tokenizer, "unk_token_id", None)
+        same = getattr(self.tokenizer, own, None) == getattr(self.tokenizer, "unk_token", None)
+        return None if is_unknown and not same else found
+
+    def _refuse_unknown(self, rows: "list[_Row]") -> None:
+        """Refuse a text of which the tokenizer knows no word."""
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        tokens = np.concatenate([row.tokens[: row.length] for row in rows])
+        tokens = tokens if self.bos in (None, unknown) else tokens[tokens != self.bos]
+        if unknown is not None and len(tokens) and bool((tokens == unknown).all()):
+            raise UserError(f"data: the model's tokenizer knows no word of {self.name}; all of its tokens are unknown")
+
     def _is_held_out(self, row: "_Row") -> bool:
         return row.number % HELD_OUT_EVERY == self._held_out
 
@@ -190,9 +221,12 @@ class TextRows:
 
     def state(self) -> dict[str, Tensor]:
         place = (self._pass.document, self._pass.used, self._pass.row, self.epoch)
-        return {"place": torch.tensor(place), "counts": torch.tensor([self.counts[name] for name in COUNTS])}
+        found = {"place": torch.tensor(place), "counts": torch.tensor([self.counts[name] for name in COUNTS])}
+        return found if self._fingerprint is None else found | {"fingerprint": torch.tensor([self._fingerprint])}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        if self._fingerprint is not None and int(state.get("fingerprint", [self._fingerprint])[0]) != self._fingerprint:
+            raise UserError(f"data: {self.name} has changed: it is not the text that was read before the stop")
         document, used, row, self.epoch = state["place"].tolist()
         self.counts.update(zip(COUNTS, state["counts"].tolist(), strict=True))
         self._pass = _Pass(self, self.counts, document, used, row)
@@ -218,7 +252,7 @@ class _Pass:
         self.text, self.counts = text, counts
         self.document, self.used, self.row = document, used, row
         self._contents = self._tokenised()
-        self._ids: np.ndarray | None = None  # all of document number `document`, once it is needed
+        self._ids: np.ndarray | StoredArray | None = None  # all of document number `document`, once it is needed
 
     def __iter__(self) -> "_Pass":
         return self
@@ -243,7 +277,7 @@ class _Pass:
         self.row += 1
         return _Row(tokens, document, at, self.row - 1)
 
-    def _current(self) -> np.ndarray | None:
+    def _current(self) -> np.ndarray | StoredArray | None:
         """The tokens of document number `document`, empty ones passed over; None at the text's end."""
         while self._ids is None:
             self._ids = next(self._contents, None)
@@ -266,21 +300,29 @@ class _Pass:
         if len(wrong):
             raise UserError(
                 f"data: {self.text.name} document {self.document} holds token {wrong[0]}, which is not allowed; "
-                f"the tokenizer has 0 to {self.text.vocabulary - 1}"
+                f"the model has 0 to {self.text.vocabulary - 1}"
             )
         return piece
 
-    def _tokenised(self) -> Iterator[np.ndarray]:
+    def _tokenised(self) -> Iterator[np.ndarray | StoredArray]:
         """Token ids [n] of each document from number `document` on, without the `<bos>` that one may begin with."""
         documents = self.text.documents.read(self.document)
         while batch := _batch(documents):
             texts = [_whole(document) for document in batch if isinstance(document, str)]
             found = iter(())
+            if any(texts) and self.text.tokenizer is None:
+                raise UserError(
+                    f"data: {self.text.name} holds text, and the model has no tokenizer; give token ids (a .npy file, or "
+                    "a column tokens or input_ids)"
+                )
             if texts:
-                found = iter(self.text.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+                tokenizer = self.text.tokenizer or _no_tokens
+                found = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
             for document in batch:
                 ids = np.asarray(next(found), np.int64) if isinstance(document, str) else document
-                yield ids[1:] if len(ids) and ids[0] == self.text.bos else ids
+                if len(ids) and ids[0:1][0] == self.text.bos:
+                    ids = ids.behind(1) if isinstance(ids, StoredArray) else ids[1:]
+                yield ids
 
 
 def open_text(
@@ -291,21 +333,28 @@ def open_text(
     *,
     seed: int,
     bos: bool | None = None,
-    text_field: str = "text",
+    text_field: str | None = None,
+    split: str | None = None,
+    subset: str | None = None,
     repeat: bool = True,
+    vocabulary: int | None = None,
 ) -> RowSource:
     """`data` as rows of `context` tokens; without it, for `testbed`, documents of the embedded language of that `seed`.
 
-    `data` is a .txt file (documents parted by blank lines), a .jsonl or .parquet file, a folder of such, or a dataset's
-    name: their `text_field`, else the token ids in their `tokens` or `input_ids`. Or an .npy file of token ids, a document
-    in each row.
+    `data` is a file, a folder or a dataset's name, of which `text_field` is read (`documents.open_documents`).
+    `vocabulary`: how many tokens the model embeds.
     """
     if data is not None:
-        return TextRows(open_documents(data, text_field), tokenizer, context, bos=bos, repeat=repeat)
+        documents = open_documents(data, text_field, split=split, subset=subset)
+        return TextRows(documents, tokenizer, context, bos=bos, repeat=repeat, vocabulary=vocabulary)
     if model != "testbed":
         raise UserError(
-            f"data: {model} needs text: give a .txt, .jsonl, .parquet or .npy file, or a dataset's name or folder"
+            f"data: {model} needs text: give a .txt, .jsonl, .json, .csv, .tsv, .parquet or .npy file, or a dataset's name "
+            "or folder"
         )
+    for name, value in (("text_field", text_field), ("split", split), ("subset", subset)):
+        if value not in (None, "text"):
+            raise UserError(f"stream.{name}: {value} is not allowed without data; the embedded language has no {name}s")
     if bos is False:
         raise UserError(
             "stream.bos: false is not allowed without data; documents of the embedded language have a <bos>"
@@ -320,6 +369,11 @@ def _batch(documents: Iterator[Document]) -> list[Document]:
         batch.append(document)
         length += len(document)
     return batch
+
+
+def _no_tokens(texts: list[str], **_: Any) -> dict[str, Any]:
+    """Of empty documents."""
+    return {"input_ids": [[] for _ in texts]}
 
 
 def _whole(text: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from temposae.engine.config import SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
+from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, LanguageModel
 from temposae.engine.stream import model as model_module
 from temposae.engine.stream.model import TESTBED
@@ -141,6 +142,39 @@ def test_hooks_that_transformers_does_not_have_go_through_transformer_lens(testb
         assert (model.reader, model.attention) == ("transformer_lens", "eager")
         assert_close(model.harvest(rows)[hook], through_bridge(testbed.bridge, rows, hook))
         assert_close(model.activations(rows), testbed.activations(rows))
+
+
+@pytest.mark.parametrize("name", ["hook_z", "hook_q", "hook_k"])
+def test_values_of_heads_are_flattened_and_replaced_as_such(testbed, assert_close, name):
+    hook = f"blocks.1.attn.{name}"
+    rows = torch.from_numpy(Language().tokens(HELD_OUT, 2)[0])
+    wanted = through_bridge(testbed.bridge, rows, hook)
+    assert wanted.ndim == 4
+    model = LanguageModel("testbed", hook=hook, device="cpu")
+    H, d_head = wanted.shape[2:]
+    assert model.widths == {hook: H * d_head}
+    found = model.activations(rows)
+    assert_close(found, wanted.reshape(*rows.shape, H * d_head))
+    halved = model.losses(rows, lambda x: x.mul(torch.arange(x.shape[-1]) < d_head))  # the first head alone
+    first = lambda x, hook: torch.cat([x[:, :, :1], torch.zeros_like(x[:, :, 1:])], 2)
+    logits = testbed.bridge.run_with_hooks(rows, fwd_hooks=[(hook, first)])
+    assert_close(halved, model_module.next_token_losses(logits, rows))
+    tail = model.tail()
+    assert tail is not None  # what evaluation uses
+    tail.begin(rows, found)
+    replaced = tail.replaced(rows, found * (torch.arange(H * d_head) < d_head))
+    assert_close(tail.logits(replaced.flatten(0, 1)).view_as(logits), logits, 1e-4)
+
+
+def test_a_dictionary_at_the_heads_goes_into_the_model(testbed):
+    hook, rows = "blocks.1.attn.hook_z", torch.from_numpy(Language().tokens(HELD_OUT, 2)[0])
+    sae = SparseAutoencoder(SAEConfig(d_in=128, d_sae=256, k=128))
+    model = LanguageModel("testbed", hook=hook, device="cpu")
+    pos = torch.arange(rows.shape[1]).expand(rows.shape)
+    wanted = model.logits(rows, lambda x: sae(x, pos))
+    with torch.no_grad():
+        found = testbed.bridge.run_with_hooks(rows, fwd_hooks=sae.fwd_hooks(hook, error_term=False))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_reader_that_is_wrong_is_not_used(monkeypatch, testbed, assert_close):
@@ -298,7 +332,9 @@ def test_a_hooked_transformer_in_hand():
         model.losses(rows, lambda x: x), held(rows, return_type="loss", loss_per_token=True), atol=1e-5
     )
     with pytest.raises(UserError, match=r"4 dimensions, not \[B, T, D\]"):
-        model.use(hooks=["blocks.1.attn.hook_z"])
+        model.use(hooks=["blocks.1.attn.hook_pattern"])
+    model.use(hooks=["blocks.1.attn.hook_z"])
+    assert model.widths == {"blocks.1.attn.hook_z": 16}
 
 
 def test_tokenizer_reads_what_the_language_writes():
@@ -358,7 +394,7 @@ def test_hooks_and_layers_are_checked(testbed):
     with pytest.raises(UserError, match=r"not \[B, T, D\]"):
         LanguageModel("testbed", hook="blocks.1.attn.hook_pattern", device="cpu")
     with pytest.raises(UserError, match=r"4 dimensions, not \[B, T, D\]"):
-        LanguageModel("testbed", hooks=[testbed.hook, "blocks.1.attn.hook_q"], device="cpu")
+        LanguageModel("testbed", hooks=[testbed.hook, "blocks.1.attn.hook_attn_scores"], device="cpu")
     with pytest.raises(UserError, match="give a hook or a layer, not both"):
         LanguageModel("testbed", hook=testbed.hook, layers=[1], device="cpu")
     with pytest.raises(UserError, match=r"hook: 'blocks\.1\.hook_mlp_in' can't be read; .*set_use_hook_mlp_in"):

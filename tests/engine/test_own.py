@@ -189,3 +189,96 @@ def test_files_that_are_none_are_named(tmp_path, x):
     np.save(tmp_path / "x.npy", x.numpy())
     with pytest.raises(UserError, match="stream.data: a.txt is not allowed with activations"):
         ActivationStream(StreamConfig(activations=str(tmp_path / "x.npy"), data="a.txt"))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("form", ["npy", "safetensors", "memmap"])
+def test_a_file_that_is_cut_while_it_is_read_is_named(x, form, order, tmp_path):
+    """And doesn't kill the process, as reading a map of it would."""
+    path = tmp_path / f"acts.{'safetensors' if form == 'safetensors' else 'npy'}"
+    if form == "safetensors":
+        save_file({"x": x, "pos": torch.arange(M) % 7}, path)
+    else:
+        np.save(path, np.asarray(x.numpy(), order=order))
+    own = Own(np.load(path, mmap_mode="r"), repeat=False) if form == "memmap" else open_file(str(path), repeat=False)
+    whole = Own({"x": x, "pos": torch.arange(M) % 7} if form == "safetensors" else x, repeat=False)
+    assert torch.equal(own.next().x, whole.next().x)
+    assert [torch.equal(a.x, b.x) for a, b in zip(own.held_out(), whole.held_out(), strict=True)]
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 5)
+    with pytest.raises(UserError, match=r"^activations: .*acts\.\w+ has been cut since it was"):
+        list(iter(own.next, None))
+
+
+@pytest.mark.parametrize("form", ["npy", "array", "rows"])
+def test_activations_that_were_edited_are_not_gone_on_with(x, form, tmp_path):
+    def opened(values):
+        if form == "array":
+            return Own(values)
+        shaped = values[: R * T].view(R, T, D) if form == "rows" else values
+        np.save(tmp_path / "acts.npy", shaped.numpy())
+        return open_file(str(tmp_path / "acts.npy"))
+
+    state = opened(x).state()
+    opened(x.clone()).load_state(state)
+    edited = x.clone()
+    edited[0, 3] += 1
+    for other in (edited, x[25:]):
+        with pytest.raises(UserError, match="has changed; it is not what was read before the stop"):
+            opened(other).load_state(state)
+
+
+def test_headers_that_lie_about_sizes_are_named(x, tmp_path):
+    save_file({"x": x}, tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    larger = content[8 : 8 + length].replace(b"[9000,16]", b"[9999,16]")
+    for bad in (
+        (2**60).to_bytes(8, "little") + content[8:],
+        content[:8] + larger + content[8 + length :],
+        content[: len(content) // 2],
+    ):
+        (tmp_path / "a.safetensors").write_bytes(bad)
+        with pytest.raises(UserError, match=r"^activations: .*a.safetensors can't be read.*header says"):
+            open_file(str(tmp_path / "a.safetensors"))
+    np.save(tmp_path / "a.npy", x.numpy())
+    content = (tmp_path / "a.npy").read_bytes()
+    for bad in (content.replace(b"(9000, 16)", b"(9000,999)"), content[:-1]):
+        (tmp_path / "a.npy").write_bytes(bad)
+        with pytest.raises(UserError, match=r"^activations: .*a.npy can't be read; its header says"):
+            open_file(str(tmp_path / "a.npy"))
+
+
+@pytest.mark.parametrize("kind", ["constant", "zero", "a constant that is large"])
+def test_activations_that_do_not_vary_are_refused(kind, tmp_path):
+    same = {"constant": 0.3, "zero": 0.0, "a constant that is large": 1e9}[kind]
+    with pytest.raises(UserError, match=r"^activations: those at x don't vary, all [\d,]+ tokens .* nothing to learn"):
+        train(torch.full((2000, D), same), SAE, TrainConfig(tokens=2000, batch=200), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_rows_that_do_not_vary_have_no_explained_variance(x):
+    """One held-out row, or several that are alike, have no variance, whatever is reconstructed."""
+    for values in (x[:30], torch.cat([x[:400], torch.full((30, D), 0.7)])):
+        run = train(values, SAE, TrainConfig(tokens=2000, batch=100))
+        for scores in run.held_out.values():
+            assert scores["explained_variance"] is None
+            assert scores["fvu"] is None
+            assert "don't vary; there is no variance to explain" in scores["warnings"][0]
+            assert 0 < scores["l0"] <= 4
+
+
+@pytest.mark.parametrize("exponent", [-46, 46])
+def test_units_of_activations_do_not_matter(x, exponent):
+    """By a power of two, to the bit."""
+    settings = TrainConfig(tokens=4000, batch=200, log_every_steps=10)
+    fvu = [train(values, SAE, settings).metrics[-1]["fvu"] for values in (x, x * 2.0**exponent)]
+    assert fvu[0] == pytest.approx(fvu[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", ["auto", None])
+@pytest.mark.parametrize("factor", [1e19, 1e25, 1e-20, 1e-25])
+def test_norms_that_float32_cannot_square_are_named(x, factor, max_norm):
+    stream = ActivationStream(StreamConfig(max_norm=max_norm), tokens=2000, batch=200, own=Own(x * factor))
+    with pytest.raises(UserError, match=r"^activations: a typical norm of \S+ at x is not allowed; it must be between"):
+        train(stream, SAE, TrainConfig(tokens=2000, batch=200))

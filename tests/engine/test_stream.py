@@ -306,6 +306,6 @@ def test_unknown_words_are_text(unknown, expected):
 
 
 def test_a_model_without_text_asks_for_it(testbed):
-    model = SimpleNamespace(**{**vars(testbed), "context": 128, "tokenizer": None, "d_model": 4})
+    model = SimpleNamespace(**{**vars(testbed), "context": 128, "tokenizer": None, "vocabulary": 9, "d_model": 4})
     with pytest.raises(UserError, match="data: gemma needs text"):
         ActivationStream(StreamConfig(model="gemma"), model=model)

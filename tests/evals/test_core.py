@@ -1,11 +1,15 @@
 """Core metrics on dictionaries whose scores are known beforehand."""
 
+import json
+
 import pytest
 import torch
 from temposae.engine.checkpoint import find, save
-from temposae.engine.config import SAEConfig, TrainConfig
+from temposae.engine.config import SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.stream import ActivationStream, LanguageModel
+from temposae.engine.stream.text import TextRows
 from temposae.engine.train import train
 from temposae.evals.core import HeldOut, core
 from temposae.evals.core import _error as ratio_error
@@ -278,3 +282,37 @@ def test_standard_errors_are_those_of_a_ratio_over_rows(stream_of):
     assert ratio_error(above[:1], below[:1]) is None
     few, many = (core(stream_of(), constant(torch.ones(D)), {}, rows=n, ce_rows=n) for n in (8, 32))
     assert many["explained_variance_error"] < few["explained_variance_error"]
+
+
+def test_ce_of_documents_of_one_token_is_null_with_a_sentence(testbed):
+    """`<bos>` doesn't count, and the one token after it has no next one."""
+    words = testbed.tokenizer.decode(range(20, 60)).split()
+    text = TextRows([words[n % 40] for n in range(400)], testbed.tokenizer, 8, repeat=False)
+    config = StreamConfig(buffer_tokens=256, context=8)
+    stream = ActivationStream(config, model=testbed, rows=text)
+    found = core(stream, SparseAutoencoder(SAEConfig(d_in=128, d_sae=64, k=4)), {}, rows=12, ce_rows=12)
+    json.dumps(found, allow_nan=False)
+    for one in (found, *found["controls"].values()):
+        assert one["ce_recovered"] is None
+        assert one["explained_variance"] is not None
+    assert found["ce"]["clean"] is None
+    assert found["ce_tokens"] == 0
+    assert "no token that counts in 12 held-out rows has a next one; CE is not measured" in found["warnings"][0]
+
+
+def test_activations_that_do_not_vary_have_no_explained_variance(testbed):
+    """The embedding of one token, again and again."""
+    model = LanguageModel("testbed", hook="blocks.0.hook_resid_pre", device="cpu")
+    word = testbed.tokenizer.decode([30]).strip()
+    text = TextRows([" ".join([word] * 7)] * 400, model.tokenizer, 8, repeat=False)
+    stream = ActivationStream(StreamConfig(buffer_tokens=256, context=8), model=model, rows=text)
+    sae = SparseAutoencoder(SAEConfig(d_in=128, d_sae=64, k=4))
+    found = core(stream, sae, {}, rows=12, ce_rows=4)
+    json.dumps(found, allow_nan=False)
+    for one in (found, *found["controls"].values()):
+        assert one["explained_variance"] is None
+        assert one["explained_variance_error"] is None
+        assert set(one["per_position"]["explained_variance"]) == {None}
+    assert "don't vary; there is no variance to explain" in found["warnings"][0]
+    with pytest.raises(UserError, match=r"^activations: those at blocks.0.hook_resid_pre don't vary"):
+        train(stream, sae.cfg, TrainConfig(tokens=1024, batch=64))
