@@ -239,8 +239,8 @@ class SparseAutoencoder(nn.Module):
 
         The activations x [B, T, D] there become x_hat; with `edit`, x_hat of edit(f), f [B, T, F]. `error_term` adds
         x - x_hat as it was before the edit, a constant: without an edit the model then computes what it did. A transcoder
-        reads at `hook`, and x is what it replaces at `target`. Values of heads [B, T, H, d_head], as at `hook_z`, are taken as
-        [B, T, H d_head].
+        reads at `hook`, and x is what it replaces at `target`. Values of heads [B, T, H, d_head], as at `hook_z`, are taken
+        as [B, T, H d_head].
 
         Where the dictionary looks at positions, those of x are `start` to `start` + T - 1. `start` is a number, or a
         function that gives it anew for each call. Unless it is given, positions continue after the tokens in a

@@ -19,14 +19,15 @@ from typing import Any
 from .errors import UserError
 from .files import write_text
 
-_JSON = re.compile(rb'\{\s*"sha256": "([0-9a-f]{64})",(.*)', re.DOTALL)
+_JSON = re.compile(rb'\{\s*"sha256": "([0-9a-f]{64})",?(.*)', re.DOTALL)
 _YAML = re.compile(rb"# sha256 ([0-9a-f]{64})\n(.*)", re.DOTALL)
 
 
 def sealed_json(text: str) -> str:
     """A JSON object's text with its checksum as the first key."""
     rest = text.removeprefix("{")
-    return f'{{\n "sha256": "{_sha256(rest.encode())}",{rest}'
+    comma = "" if rest.startswith("}") else ","
+    return f'{{\n "sha256": "{_sha256(rest.encode())}"{comma}{rest}'
 
 
 def sealed_yaml(text: str) -> str:

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and those who may read other new files may read them."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -61,6 +62,27 @@ def test_links_and_devices_stay_what_they_are(tmp_path):
     assert (tmp_path / "target").read_text() == "after"
     write_json(Path(os.devnull), {})
     assert Path(os.devnull).is_char_device()
+
+
+def test_a_full_disk_is_named_with_the_file_and_nothing_stays(tmp_path):
+    def full() -> None:
+        with whole_file(tmp_path / "report.md") as fresh:
+            fresh.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device") as error:
+        full()
+    assert error.value.filename == str(tmp_path / "report.md")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_write_one_file_and_neither_loses_its_own(tmp_path):
+    """What another process writes at the time is left alone; what a dead one left goes."""
+    living, dead = (tmp_path / f"{UNFINISHED}a-{process}" for process in (os.getppid(), 2**22 + 1))
+    for path in (living, dead):
+        path.write_text("half")
+    write_text(tmp_path / "a", "after")
+    assert sorted(tmp_path.iterdir()) == sorted([living, tmp_path / "a"])
 
 
 def test_nothing_else_renames_or_makes_temporary_files():

@@ -13,7 +13,7 @@ from temposae.cli import main
 from temposae.engine import checkpoint
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import Stopped, UserError
-from temposae.engine.files import UNFINISHED
+from temposae.engine.files import LOCK, UNFINISHED
 from temposae.engine.folder import read_metrics
 from temposae.engine.optim import Learner
 from temposae.engine.signals import stop_on_signals
@@ -27,7 +27,8 @@ MODES = ("tokens", "grouped", "sequences")
 
 
 def settings(mode: str, name: str = "") -> RunConfig:
-    activation = {"": "batchtopk", "a": "topk", "b": "jumprelu"}[name]
+    activation = {"": "batchtopk", "a": "topk", "b": "jumprelu", "bad": "relu"}[name]
+    diverges = {"lr": 10.0, "beta2": 0.0, "clip_norm": None} if name == "bad" else {}
     return RunConfig(
         stream=StreamConfig(mode=mode, buffer_tokens=2048, rows_per_forward=8),
         sae=SAEConfig(d_in=128, d_sae=64, k=4, aux_k=8, activation=activation),
@@ -38,6 +39,7 @@ def settings(mode: str, name: str = "") -> RunConfig:
             log_every_steps=2,
             dead_after_tokens=1500,
             moments="bfloat16",
+            **diverges,
         ),
     )
 
@@ -48,7 +50,7 @@ def job(mode: str, folder: Path, several: bool, cache: Path | None) -> None:
     run = settings(mode)
     stream = ActivationStream(run.stream.model_copy(update={"cache": cache and str(cache)}))
     if several:
-        train_together(stream, {name: settings(mode, name) for name in "ab"}, out=folder, resume=True)
+        train_together(stream, {name: settings(mode, name) for name in ("a", "b", "bad")}, out=folder, resume=True)
     else:
         train(stream, run.sae, run.train, out=folder, resume=True)
 
@@ -73,8 +75,10 @@ def same(one: Path, two: Path) -> None:
         assert [p.name for p in checkpoint.all_in(folder)] == [p.name for p in checkpoint.all_in(other)]
         lines = [[{**line, "seconds": 0, "time": 0} for line in read_metrics(place)] for place in (folder, other)]
         assert lines[0] == lines[1]
-    left = [str(path) for path in two.rglob("*") if path.name.startswith(UNFINISHED)]
-    assert left == []
+    files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (one, two)]
+    assert files[0] == files[1]
+    assert not [name for name in files[1] if UNFINISHED in name or LOCK in name]
+    assert (one / "config.yaml").read_bytes() == (two / "config.yaml").read_bytes()
 
 
 def killed_and_resumed(mode: str, several: bool, kills: int, folder: Path, cache: Path | None = None) -> None:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -18,21 +19,21 @@ from ..commandline import run
 PROCESSES = multiprocessing.get_context("spawn")
 
 
-def hold(folder: Path, ready, done) -> None:
+def hold(folder: Path, ready) -> None:
     with owned(folder):
         ready.set()
-        done.wait(60)
+        time.sleep(600)
 
 
 @pytest.fixture
 def other(tmp_path):
     """Another process that owns tmp_path / run."""
-    ready, done = PROCESSES.Event(), PROCESSES.Event()
-    process = PROCESSES.Process(target=hold, args=(tmp_path / "run", ready, done))
+    ready = PROCESSES.Event()
+    process = PROCESSES.Process(target=hold, args=(tmp_path / "run", ready))
     process.start()
     assert ready.wait(60)
     yield process
-    done.set()
+    process.kill()
     process.join()
 
 

@@ -22,6 +22,9 @@ def test_what_is_written_is_read_and_is_json_to_anyone(tmp_path):
     held = json.loads((tmp_path / "a.json").read_text())
     assert len(held.pop("sha256")) == 64
     assert held == VALUES
+    write_json(tmp_path / "empty.json", {})
+    assert read_json(tmp_path / "empty.json", "checkpoint", "make it again") == {}
+    assert len(json.loads((tmp_path / "empty.json").read_text())) == 1
 
 
 def test_a_file_without_a_checksum_is_read_as_it_is(tmp_path):

@@ -217,12 +217,16 @@ def test_moments_take_as_much_memory_as_they_should(moments, bytes_each):
 
 @pytest.mark.slow
 def test_narrow_moments_learn_as_well_as_wide_ones():
-    """Sparse sums of 64 directions, some common and most rare: at the end as little is unexplained, within 2%."""
+    """Sparse sums of 64 directions, some common and most rare: at the end as little is unexplained, within 2%.
+
+    The rate is a sixth of the default, which is made for a short run's best error: there the rounding costs 1 to 2% (8bit,
+    a mean over 6 seeds), and seeds differ by more than the bound.
+    """
     fvu = {}
     for moments in ("float32", "bfloat16", "8bit"):
         generator = torch.Generator().manual_seed(3)
         directions = torch.nn.functional.normalize(torch.randn(64, D, generator=generator), dim=1)
-        settings = TrainConfig(tokens=300 * 256, batch=256, dead_after_tokens=20 * 256, moments=moments)
+        settings = TrainConfig(tokens=300 * 256, batch=256, dead_after_tokens=20 * 256, moments=moments, lr=0.0026)
         sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=96, k=6, aux_k=16), seed=1)
         made, reports = Learner(sae, settings, torch.zeros(D), 2.0, 1), []
         for step in range(settings.steps):

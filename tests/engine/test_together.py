@@ -147,7 +147,7 @@ def test_one_that_fails_is_stopped_and_named_and_the_others_go_on(together, stre
     lines = (tmp_path / "run" / "bad" / "metrics.jsonl").read_text()
     again = train_together(stream(), {"bad": bad, **SEVERAL}, out=tmp_path / "run", resume=True)
     assert again["bad"].failed == runs["bad"].failed
-    assert again["bad"].metrics == runs["bad"].metrics
+    assert [line["step"] for line in again["bad"].metrics] == [line["step"] for line in runs["bad"].metrics]
     assert (tmp_path / "run" / "bad" / "metrics.jsonl").read_text() == lines
 
 

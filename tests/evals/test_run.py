@@ -129,7 +129,7 @@ def test_a_missing_score_leaves_the_others_beside_it(tmp_path, capsys):
     core_table(missing | {"no_random_control": "train.control: false"}, "title")
     out = capsys.readouterr().out
     assert "0.2500" in out
-    assert "- CE recovered: zeros in the activation's place do not raise the loss" in out
+    assert "or zeros in the activation's place do not raise the loss" in out
     assert "no random control (train.control: false)" in out
     several = {"a": scores(explained_variance=None, l0=None, controls={"random": scores()}), "b": scores(controls={})}
     runs_table({"dictionaries": several, "model": "m"})
