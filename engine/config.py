@@ -220,7 +220,7 @@ class StreamConfig(Config):
     max_norm: float | Literal["auto"] | None = "auto"
     mode: Literal["tokens", "grouped", "sequences"] = "tokens"
     rows_per_forward: Annotated[int, Field(ge=1, le=2**16)] = 32
-    memory_gb: Annotated[float, Field(ge=0.01, le=1e4)] = 2.0
+    memory_gb: Annotated[float, Field(ge=1e-3, le=1e4)] = 2.0
     attention: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"
     compile: bool = False
     buffer_tokens: Count | None = None

@@ -54,7 +54,7 @@ def read_settings(folder: Path) -> RunConfig | SweepConfig:
     try:
         return SweepConfig(**settings) if "dictionaries" in settings else RunConfig(**settings)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{error} (in {path})") from None
 
 
 def read_sealed_yaml(path: Path) -> dict[str, Any]:

@@ -165,15 +165,16 @@ def info(store: str | Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         reason = "it was not written to its end" if (folder / FEATURES).exists() else "`temposae features` makes one"
         raise UserError(f"store: {folder} holds no {MANIFEST}; {reason}")
-    keys = {"dictionary": dict, "parts": list}
-    found = read_json(folder / MANIFEST, "store", "the store must be made again", form=FORMAT, keys=keys)
+    mend = "the store must be made again"
+    found = read_json(folder / MANIFEST, "store", mend, form=FORMAT, keys={"parts": list})
     for part in found["parts"]:
         above, _, name = part.rpartition("/") if isinstance(part, str) else ("", "", "")
         try:
             file_name(name if above == FEATURES else f"{part}/")
         except ValueError as error:
             raise UserError(f"store: {folder / MANIFEST} is damaged ({error})") from None
-    settings = found["dictionary"].get("settings")
+    about = found.get("dictionary")
+    settings = about.get("settings") if isinstance(about, dict) else None
     if not isinstance(settings, dict) or not isinstance(settings.get("d_sae"), int):
         raise UserError(f"store: {folder / MANIFEST} is damaged: it doesn't say how many latents the dictionary has")
     return found

@@ -51,7 +51,7 @@ def test_train_evaluate_and_resume_from_a_cache(place):
     assert code == 0, err
     assert f"at {HOOKS[1]} of testbed" in out
     settings = yaml.safe_load((place / "run" / "config.yaml").read_text())["stream"]
-    assert (settings["cache"], settings["context"], settings["hook"]) == ("cache", 48, HOOKS[1])
+    assert (settings["cache"], settings["context"], settings["hook"]) == (str(place / "cache"), 48, HOOKS[1])
     summary = json.loads((place / "run" / "summary.json").read_text())
     assert summary["ce_recovered"] > summary["controls"]["random"]["ce_recovered"]
     assert "cache" in json.loads((place / "run" / "metrics.jsonl").read_text().splitlines()[0])["time"]

@@ -87,6 +87,7 @@ def test_all_see_the_same_whole_rows(made):
     assert len(set(tokens.values())) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_campaign_goes_on(made, tmp_path, monkeypatch):
     """Stopped while it trains and while it measures; in the end its weights are those of one that never stopped."""
     out, config = tmp_path / "out", CampaignConfig(**SMALL)

@@ -103,7 +103,8 @@ def killed_and_resumed(mode: str, several: bool, kills: int, folder: Path, cache
     same(folder / "whole", place)
 
 
-@pytest.mark.parametrize("mode", ["tokens", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, mode):
     killed_and_resumed(mode, False, 2, tmp_path)
 

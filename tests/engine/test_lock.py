@@ -100,3 +100,12 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     for place in (tmp_path / "file" / "run", Path("/proc/run")):
         with pytest.raises(UserError, match=f"out: {place} can't be written"), owned(place):
             raise AssertionError
+
+
+def test_a_link_in_place_of_a_lock_leads_nowhere(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match=r"out: .*run can't be written"), owned(tmp_path / "run"):
+        raise AssertionError
+    assert (tmp_path / "victim").read_text() == "mine"

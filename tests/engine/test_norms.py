@@ -184,7 +184,7 @@ def test_the_setting_is_auto_off_or_a_number_above_one():
     assert [StreamConfig(max_norm=given).max_norm for given in ("auto", None, "off", False, 10, 2.5)] == [
         "auto", None, None, None, 10.0, 2.5,
     ]  # fmt: skip
-    allowed = "it must be auto, off, or a number greater than 1"
+    allowed = "it must be auto, off, or a number greater than 1 and at most 1e9"
     for given in (0.5, 1, -3, float("nan"), float("inf"), True, "ten", [4]):
         with pytest.raises(UserError, match=rf"^stream.max_norm: .* is not allowed; {allowed}$"):
             StreamConfig(max_norm=given)

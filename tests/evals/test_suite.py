@@ -7,7 +7,7 @@ from temposae.engine.checkpoint import find
 from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.train import train
-from temposae.evals import run, suite
+from temposae.evals import results, run, suite
 from temposae.evals.run import evaluate
 
 
@@ -34,7 +34,7 @@ def trained(stream_of, tmp_path, monkeypatch):
 def test_a_result_is_kept_and_found_again(trained):
     folder, stream, calls = trained
     first = evaluate(find(folder), stream, folder, ["coin"])
-    assert json.loads((folder / "evals" / "coin.json").read_text()) == first["coin"]
+    assert results.read(folder, "coin") == first["coin"]
     assert evaluate(find(folder), stream, folder, ["coin"]) == first
     assert calls == [0]
     (folder / "evals" / "coin.json").write_text("{")  # cut short: measured again
