@@ -4,8 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,12 +40,20 @@ def whole_file(path: Path) -> Iterator[Path]:
         with whole_file(folder / "report.md") as fresh:
             fresh.write_text(text)
     """
+    if (descriptor := _descriptor(path)) is not None:
+        with tempfile.TemporaryDirectory() as work:
+            fresh = Path(work) / "file"
+            yield fresh
+            sys.stdout.flush()
+            with fresh.open("rb") as file, open(descriptor, "wb", closefd=False) as out:
+                shutil.copyfileobj(file, out)
+        return
+    if path.exists() and not path.is_file():
+        yield path
+        return
     path = path.resolve() if path.is_symlink() else path
     fresh = path.with_name(f"{UNFINISHED}{path.name}-{os.getpid()}")
     try:
-        if path.exists() and not path.is_file():
-            yield path
-            return
         for old in path.parent.glob(f"{UNFINISHED}{escape(path.name)}*"):
             if not _is_being_written(old):
                 with suppress(FileNotFoundError):
@@ -60,6 +70,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of an open file that a path stands for, as /dev/stdout does. Its name may lead to a regular file, which is
+    not to be replaced while the process prints to it."""
+    streams = {"/dev/stdout": 1, "/dev/stderr": 2}
+    found = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", str(path))
+    return int(found[1]) if found else streams.get(str(path))
 
 
 def _is_being_written(unfinished: Path) -> bool:
@@ -150,7 +168,7 @@ def digest_of_folder(path: Path) -> str:
 def check_writable(path: Path | None, option: str = "json", kind: Callable[[Path], bool] | None = None) -> None:
     """Raises UserError if no file can be written at `path`, the value of `option`: before the work, not after it. An
     existing file is replaced only if it is empty or of the `kind` that is to be written, by default JSON."""
-    if path is None:
+    if path is None or _descriptor(path) is not None:
         return
     is_kind = _is_json if kind is None else kind
     try:

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,23 @@ def test_two_processes_write_one_file_and_neither_loses_its_own(tmp_path):
         path.write_text("half")
     write_text(tmp_path / "a", "after")
     assert sorted(tmp_path.iterdir()) == sorted([living, tmp_path / "a"])
+
+
+@pytest.mark.parametrize("to", ["pipe", "file"])
+def test_what_stands_for_an_open_file_is_written_to(tmp_path, to):
+    """Printed before it, written, printed behind it: in that order, also where standard output is a file."""
+    code = (
+        "from pathlib import Path; from temposae.engine.files import check_writable, write_json; print('before'); "
+        "out = Path('/dev/stdout'); check_writable(out); write_json(out, [1]); print('behind')"
+    )
+    if to == "pipe":
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    else:
+        with (tmp_path / "log").open("w") as log:
+            subprocess.run([sys.executable, "-c", code], stdout=log, check=True)
+        said = (tmp_path / "log").read_text()
+        assert [path.name for path in tmp_path.iterdir()] == ["log"]
+    assert said.split() == ["before", "[", "1", "]", "behind"]
 
 
 def test_nothing_else_renames_or_makes_temporary_files():
