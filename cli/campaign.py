@@ -51,7 +51,7 @@ def run(
 
     Hyper-parameters are those of the logs. `temposae run C7` trains C6, which C7 looks at.
     """
-    from ..campaign.config import PLAIN, ratio
+    from ..campaign.config import PLAIN, fitting_share, ratio
     from ..engine.errors import UserError
     from ..variants import RUNS, documented, settings
     from .tables import documented_list
@@ -79,6 +79,7 @@ def run(
         "train": {"held_out_rows": 64} | {key: value for key, value in train.items() if value is not None},
     }
     given |= {"evals": evals.split(",")} if evals is not None else {}
+    given |= {"share": fitting_share(tokens)} if tokens is not None else {}
     _campaign(given, out or _new(name), resume, json_file, out)
 
 
@@ -112,7 +113,7 @@ def campaign(
 ) -> None:
     """Train all documented runs on the batches of one stream, with plain dictionaries of the same size beside them and a
     random control for each; measure them alike; compare, draw and report."""
-    from ..campaign.config import QUICK
+    from ..campaign.config import QUICK, fitting_share
     from ..engine.config import read_yaml
     from ..engine.plugins import use
     from .options import merge
@@ -133,6 +134,7 @@ def campaign(
     given |= {"runs": runs.split(",")} if runs is not None else {}
     given |= {"seeds": seeds} if seeds is not None else {}
     given |= {"evals": evals.split(",")} if evals is not None else {}
+    given = {"share": fitting_share(tokens)} | given if tokens is not None else given
     _campaign(given, out or _new("campaign"), resume, json_file, out)
 
 

@@ -123,13 +123,29 @@ class Collected:
         self._codes.clear()
 
     def pooled(self, coder: Coder | None) -> Tensor:
-        """Each latent's mean over the kept tokens of a row, float32 [R, F]; without a coder, the activations' [R, D]."""
+        """Each latent's mean over the kept tokens of a row, float32 [R, F]; without a coder, the activations' [R, D].
+
+        Latents are summed some rows at a time, since the code of all tokens may be hundreds of times as large.
+        """
         counts = torch.bincount(self.row, minlength=len(self)).clamp_min(1)[:, None]
         if coder is None:
             return sum_by(self.row, self.x, len(self)) / counts
-        code = self.code(coder)
-        where = self.row[code.rows] * code.n_latents + code.indices
-        return sum_by(where, code.values, len(self) * code.n_latents).view(len(self), -1) / counts
+        F = len(coder.W_dec)
+        sums = self.x.new_zeros(len(self), F)
+        for row, code in self._codes_by_rows(coder):
+            first, n = int(row[0]), int(row[-1]) - int(row[0]) + 1
+            where = (row[code.rows] - first) * F + code.indices
+            sums[first : first + n] = sum_by(where, code.values, n * F).view(n, F)
+        return sums / counts
+
+    def _codes_by_rows(self, coder: Coder) -> Iterator[tuple[Tensor, SparseCode]]:
+        """The row of each token [n], and these tokens' code, ragged; of all tokens at once where that is at hand."""
+        if id(coder) in self._codes or (self.of is not None and getattr(coder, "looks_along_rows", False)):
+            yield self.row, self.code(coder)
+            return
+        for x, pos, row in in_rows(self.pos, self.x, self.pos, self.row, latents=len(coder.W_dec)):
+            if len(row):
+                yield row, joined([coder.encode_sparse(x, pos)])
 
     def chunks(self) -> Iterator[tuple[Tensor, ...]]:
         """x and pos of some rows at a time."""

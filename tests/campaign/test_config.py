@@ -1,7 +1,7 @@
 """What a campaign's settings stand for: which dictionaries, in which conditions, on which stream."""
 
 import pytest
-from temposae.campaign.config import CampaignConfig, entries
+from temposae.campaign.config import CampaignConfig, entries, fitting_share
 from temposae.engine.errors import UserError
 from temposae.variants import RUNS
 from temposae.variants.strictness import strict
@@ -123,3 +123,8 @@ def test_what_a_mask_becomes(mask, how, expected):
 def test_what_can_t_be_is_one_line(settings, message):
     with pytest.raises(UserError, match=message):
         made(**settings)
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(1, 8), (512, 8), (8192, 8), (20_000, 3), (65_536, 1), (10**9, 1)])
+def test_small_runs_are_measured_on_less_text(tokens, share):
+    assert fitting_share(tokens) == share

@@ -48,6 +48,21 @@ def test_codes_do_not_depend_on_how_many_rows_go_at_once(rows, chunk, monkeypatc
     torch.testing.assert_close(rows.code(whole).to_dense(), expected)
 
 
+@pytest.mark.parametrize("chunk", [1, 20, 1000])
+def test_means_over_rows_need_no_code_of_all_tokens(rows, chunk, monkeypatch):
+    """The same bits as from the whole code, which a dictionary of dense latents has no room for."""
+    whole = made()
+    rows.code(whole)
+    expected = rows.pooled(whole)
+    rows.forget()
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    assert torch.equal(rows.pooled(whole), expected)
+    assert rows._codes == {}
+    dense = whole.encode(rows.x, rows.pos)
+    by_row = torch.stack([dense[rows.row == r].mean(0) for r in range(R)])
+    torch.testing.assert_close(expected, by_row)
+
+
 def test_some_tokens_are_seen_with_their_rows(rows):
     """Of a dictionary that looks along rows, codes of chosen tokens are those that they have among all."""
     inside = torch.zeros(R, T, dtype=torch.bool)
