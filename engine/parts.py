@@ -281,7 +281,7 @@ def settled(given: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
     found, seen = [], set[str]()
     for one in given:
         if "kind" not in one or not all(isinstance(key, str) for key in one):
-            raise UserError(f"sae.parts: {shown(one)} is not allowed; each is a section that names its kind")
+            raise UserError(f"sae.parts: {shown(one)} is not allowed; it must be a section that names its kind")
         cls = find(one["kind"])
         if cls.is_alone and cls.kind in seen:
             raise UserError(f"sae.parts: {cls.kind} is not allowed twice")

@@ -80,6 +80,7 @@ def run_configs(place: Path, seed: int, count: int) -> list[tuple[Any, ...]]:
         Path("c.yaml").write_text(yaml.safe_dump(mutant.settings, sort_keys=False))
         found = refused(place, ["train", "c.yaml", "--out", "fresh"], mutant.name, {"here/c.yaml"})
         wrong += [(mutant, why) for why in found]
+    Path("c.yaml").unlink()
     return wrong
 
 
