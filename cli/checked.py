@@ -2,6 +2,7 @@
 name in the message. A mistake is one line."""
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,7 +84,9 @@ def _check(label: str, text: str, annotation: Any) -> None:
     if not (_WHOLE if int in of else _NUMBER).fullmatch(text):
         allowed = "a whole number, in the digits 0 to 9" if int in of else "a number, in the digits 0 to 9"
         raise UserError(f"{label}: {shown(text)} is not allowed; it must be {allowed}")
-    value = int(text) if int in of else float(text)
+    value = int(text) if int in of and len(text) <= 300 else float(text)
+    if math.isinf(value):
+        raise UserError(f"{label}: {shown(text)} is not allowed; it must be a finite number")
     for option in getattr(annotation, "__metadata__", ()):
         least, most = getattr(option, "min", None), getattr(option, "max", None)
         if not ((least is None or value >= least) and (most is None or value <= most)):

@@ -153,7 +153,7 @@ def test_all_get_the_batches_that_one_gets(size, mode, packing, tmp_path):
 
 CONFIG = """
 stream: {context: 64, buffer_tokens: 4096}
-train: {batch: 512, tokens: 30000, log_every_steps: 10, lr: 0.0016}
+train: {batch: 512, tokens: 30000, log_every_steps: 10}
 sae: {d_sae: 256, k: 16, aux_coefficient: 0}
 """
 
@@ -170,8 +170,7 @@ def torchrun(*command: str | Path, wait: bool = True) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_torchrun_stops_and_goes_on(tmp_path):
-    """SIGTERM saves; what goes on has the bits of a run that wasn't stopped; and one process gets nearly there, too, at a
-    rate that doesn't amplify the other order of sums."""
+    """SIGTERM saves; what goes on has the bits of a run that wasn't stopped; and one process gets nearly there, too."""
     settings = tmp_path / "run.yaml"
     settings.write_text(CONFIG)
     assert torchrun("train", settings, "--out", tmp_path / "whole").returncode == 0
