@@ -50,7 +50,8 @@ class ActivationStream:
     itself can't go back, as held-out rows, a second epoch and a resumed run need, and is refused.
 
     Where torch.distributed runs with several processes (`ranks`, those unless given), each runs the model on an equal share
-    of the text and all have the same buffer, the one that a single process would have; a cache and own activations each
+    of the text and all have the same buffer, the one that a single process would have, except that the last batches of a
+    run may mix other rows; a cache and own activations each
     reads for itself.
     """
 
