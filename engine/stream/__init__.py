@@ -50,8 +50,7 @@ class ActivationStream:
     itself can't go back, as held-out rows, a second epoch and a resumed run need, and is refused.
 
     Where torch.distributed runs with several processes (`ranks`, those unless given), each runs the model on an equal share
-    of the text and all have the same buffer, the one that a single process would have, except that the last batches of a
-    run may mix other rows; a cache and own activations each
+    of the text and all have the same buffer, the one that a single process would have; a cache and own activations each
     reads for itself.
     """
 
@@ -344,7 +343,8 @@ class ActivationStream:
 
     def _read_ahead(self) -> None:
         """Read as much as it takes to tell which norms are massive; less than the buffer holds."""
-        left, sample = min(SAMPLE, self.buffer_tokens // 2), list[dict[str, Tensor]]()
+        most = min(SAMPLE, self.buffer_tokens // 2)
+        left, sample = most, list[dict[str, Tensor]]()
         while left > 0 and (fresh := self._from_source()) is not None:
             self._ahead.append(fresh)
             kept = self._candidates(fresh).to(fresh.pos.device)
@@ -353,7 +353,8 @@ class ActivationStream:
             if self.source.counts["epoch"] > 1:  # a text with hardly a token that counts
                 break
         if sample:
-            self.norms.calibrate({hook: torch.cat([part[hook] for part in sample]) for hook in self.source.widths})
+            parts = {hook: [part[hook] for part in sample] for hook in self.source.widths}
+            self.norms.calibrate({hook: torch.cat(parts)[:most] for hook, parts in parts.items()})
 
     def _refuse(self, read: int) -> NoReturn:
         filters = "(see stream.drop_special and stream.max_norm)"

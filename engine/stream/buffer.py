@@ -94,7 +94,8 @@ class RingBuffer:
     gathered into memory that is used again, with `grouped` in order of their positions. With `dtype` int8 or float8_e4m3fn
     slots hold codes and scales (`narrow`), and batches are bfloat16. Served slots are filled while the others are being
     served; on a GPU by a stream of its own, so that the language model runs beside the training step, and nothing waits but
-    a permutation. Once `wanted` items have been put in, the rest is served to its end before any more are asked for.
+    a permutation. Once `wanted` items have been put in, the rest is served to its end before any more are asked for. What comes
+    depends on the items, not on how many `fill` gives at a time.
     """
 
     def __init__(
@@ -121,18 +122,16 @@ class RingBuffer:
         self._order_there = self._order.to(device)
         self._at, self._filled = capacity, 0
         self._chunk = 0  # items that `fill` gave last
-        self.begun = self._ended = False
+        # _ended: `fill` has no more. _final: nothing is put in before all that was there at the last permutation is served.
+        self.begun = self._ended = self._final = False
         self._finite = torch.ones((), dtype=torch.bool, device=device)  # all that was filled since the permutation
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def next(self, n: int) -> Batch:
         """The next n items, without replacement; fewer, or none, at the end. Overwritten by the next call."""
-        if self._has_all and self._filled > 0:
-            self._permute()  # else the last items would come by themselves, behind all others
-        if self._has_all and self.begun and self._at + n > len(self._order) and not self._ended:
+        if self._final and not self._ended and self._at + n > len(self._order):
             self._want_more()
-        last = len(self._order) // 2 if not (self._ended or self._has_all) else len(self._order) - n + 1
-        if not self.begun or self._at >= last:
+        if not self.begun or (not self._final and self._at >= len(self._order) // 2):
             self._permute()
         at = slice(self._at, min(self._at + n, len(self._order)))
         batch = self._gather(at)
@@ -157,12 +156,7 @@ class RingBuffer:
         free = torch.ones(self.capacity, dtype=torch.bool).index_fill_(0, left, False).nonzero().flatten()
         self._order = torch.cat([free, left])
         self._order_there = self._order.to(self._device)
-        self._at, self._filled, self._wanted = len(free), 0, None
-
-    @property
-    def _has_all(self) -> bool:
-        """Whether so many items as will be asked for have been put in."""
-        return self._wanted is not None and self._put_in >= self._wanted
+        self._at, self._filled, self._wanted, self._final = len(free), 0, None, False
 
     @property
     def rounding(self) -> float:
@@ -202,7 +196,8 @@ class RingBuffer:
 
     def _refill(self, until: int) -> None:
         """Fill served slots until so many of them are, if there is so much that is fresh."""
-        if self._filled >= until or self._ended or self._has_all:
+        until = min(until, self._filled + self._missing)
+        if self._filled >= until or self._ended:
             return
         if self._side is None:
             self._put(until)
@@ -212,13 +207,13 @@ class RingBuffer:
                 self._put(until)
 
     def _put(self, until: int) -> None:
-        while self._filled < until and not self._has_all:
+        while self._filled < until:
             fresh = self._left if self._left is not None else self._fill()
             if fresh is None:
                 self._ended = True
                 return
             self._chunk = len(fresh)
-            count = min(len(fresh), self._at - self._filled)
+            count = min(len(fresh), self._at - self._filled, self._missing)
             here, there = (order[self._filled : self._filled + count] for order in (self._order, self._order_there))
             for hook, slots in self._slots.acts.items():
                 x = fresh.acts[hook][:count]
@@ -240,9 +235,15 @@ class RingBuffer:
             self._filled += count
             self._put_in += count
 
+    @property
+    def _missing(self) -> int:
+        """How many items are yet to be put in, of those wanted."""
+        return self.capacity if self._wanted is None else self._wanted - self._put_in
+
     def _permute(self) -> None:
         """Fill what is free, and put all that is there into a new order."""
         self._refill(self._at)
+        self._final = self._ended or not self._missing
         if self._side is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._side)
         filled = torch.cat([self._order[: self._filled], self._order[self._at :]])
@@ -277,7 +278,7 @@ class RingBuffer:
         if self._left is not None:
             found |= {f"left.{key}": value for key, value in self._left.tensors().items()}
         wanted = -1 if self._wanted is None else self._wanted
-        numbers = (self._at, self._filled, self._chunk, self.begun, self._ended, self._put_in, wanted)
+        numbers = (self._at, self._filled, self._chunk, self.begun, self._ended, self._put_in, wanted, self._final)
         return found | {"order": self._order, "numbers": torch.tensor(numbers)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -292,9 +293,9 @@ class RingBuffer:
         self._left = Batch.from_tensors(found) if found else None
         self._order = state["order"]
         self._order_there = self._order.to(self._device)
-        self._at, self._filled, self._chunk, begun, ended, self._put_in, wanted = state["numbers"].tolist()
+        self._at, self._filled, self._chunk, begun, ended, self._put_in, wanted, final = state["numbers"].tolist()
         self._wanted = None if wanted < 0 else wanted
-        self.begun, self._ended = bool(begun), bool(ended)
+        self.begun, self._ended, self._final = bool(begun), bool(ended), bool(final)
 
 
 def _wide(items: Tensor) -> Tensor:

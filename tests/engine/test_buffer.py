@@ -84,6 +84,14 @@ def test_a_finite_source_is_served_to_its_end_and_no_further():
         assert len(torch.cat([batch.row for batch in batches]).unique()) == end
 
 
+@pytest.mark.parametrize("options", [{}, {"end": 333}, {"wanted": 500}, {"wanted": 60}, {"context": 6, "wanted": 500}])
+def test_what_comes_does_not_depend_on_how_many_items_come_at_a_time(options):
+    """Several processes read larger chunks than one does, and are to have its batches."""
+    expected = [batch.row.tolist() for batch in served(ring(chunk=1, **options), 13, 60)]
+    for chunk in (7, 20, 37, 99, 300):
+        assert [batch.row.tolist() for batch in served(ring(chunk=chunk, **options), 13, 60)] == expected, chunk
+
+
 def test_batches_are_drawn_evenly_from_the_buffer():
     """Of two items of one group in the buffer, a batch holds both as often as a uniform draw does."""
     buffer, n, capacity, pairs, expected = ring(1000), 100, 1000, 0, 0.0
