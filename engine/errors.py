@@ -53,8 +53,8 @@ def in_one_line(text: str) -> str:
     """`text` without control characters, which are escaped, and without runs of more than `LONGEST` characters."""
     text = printable(text)
     for run in set(re.findall(rf"\S{{{LONGEST + 1},}}", text)):
-        text = text.replace(run, _cut(run, LONGEST))
-    return _cut(text, _WHOLE)
+        text = text.replace(run, cut(run, LONGEST))
+    return cut(text, _WHOLE)
 
 
 def shown(value: Any) -> str:
@@ -65,7 +65,7 @@ def shown(value: Any) -> str:
         text = "a number of thousands of digits"
     except RecursionError:
         text = f"a {type(value).__name__} within itself"
-    return _cut(printable(text), SHOWN)
+    return cut(printable(text), SHOWN)
 
 
 def printable(text: str) -> str:
@@ -75,7 +75,7 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
-def _cut(text: str, most: int) -> str:
+def cut(text: str, most: int) -> str:
     """The beginning and the end of a text that is too long."""
     if len(text) <= most:
         return text

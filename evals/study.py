@@ -11,7 +11,7 @@ from ..engine.checkpoint import Checkpoint, Loaded
 from ..engine.config import EvalConfig, StreamConfig, TrainConfig
 from ..engine.errors import UserError
 from ..engine.interchange.places import stream_settings
-from ..engine.interchange.settings import shown
+from ..engine.interchange.settings import as_json
 from ..engine.names import expand_path
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, LanguageModel
@@ -158,7 +158,7 @@ def stream_of(
     if isinstance(found, Loaded):
         told = ("model", "hook", "target", "data", "context", "bos")
         used = {name: said[name] for name in told if said.get(name) is not None}
-        used = [f"{name} {shown(value)}" for name, value in used.items() if value == getattr(config, name)]
+        used = [f"{name} {as_json(value)}" for name, value in used.items() if value == getattr(config, name)]
         if used:
             print(f"{found.folder} says: {', '.join(used)}")
     lm = LanguageModel(config.model, hook=config.hook, layer=layer)

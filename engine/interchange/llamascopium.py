@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from .places import known
 from .plain import Plain, State, unit_rows
-from .settings import Settings, shown
+from .settings import Settings, as_json
 from .tensors import Watched
 
 FIRST = "hyperparams.json"
@@ -61,7 +61,7 @@ def read(cfg: Settings, tensors: Watched, folder: Path) -> Plain:
     is_transcoder = hook != target
     subtracts = cfg.flag("apply_decoder_bias_to_pre_encoder", is_first)
     if is_transcoder and subtracts:
-        raise UserError(f"apply_decoder_bias_to_pre_encoder: true is not allowed with hook_point_out {shown(target)}")
+        raise UserError(f"apply_decoder_bias_to_pre_encoder: true is not allowed with hook_point_out {as_json(target)}")
     where = known(hook=hook, target=target if is_transcoder else None)
     return Plain(activation, t, subtracts, is_transcoder, k, where=where)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from .places import Where, begins_with_bos, in_hooked_transformer, known
 from .plain import Plain, State, gated, unit_rows
-from .settings import Settings, read_settings, shown
+from .settings import Settings, as_json, read_settings
 from .tensors import Watched
 
 VERSION = "6.54.12"  # whose layout we write; a file without a version is read there as one from before 6.0
@@ -67,7 +67,7 @@ def _defaulted(given: Settings) -> Settings:
     version = given.text("sae_lens_version") or given.section("metadata").text("sae_lens_version") or "0"
     major = re.match(r"\d+", version)
     if major is None:
-        raise UserError(f"sae_lens_version: {shown(version)} is not allowed; it must be a version such as {VERSION}")
+        raise UserError(f"sae_lens_version: {as_json(version)} is not allowed; it must be a version such as {VERSION}")
     is_old, cfg = int(major[0]) < 6, _renamed(given)
     cfg.one_of("activation_fn", function := cfg.get("activation_fn", "relu"), ["relu", "topk"], _INSTEAD)
     options = cfg.section("activation_fn_kwargs")
@@ -79,7 +79,7 @@ def _defaulted(given: Settings) -> Settings:
     if function == "topk" and kind != "topk":
         if not is_old:
             raise UserError(
-                f"activation_fn: topk is not allowed with architecture {shown(kind)} in a file of SAELens 6"
+                f"activation_fn: topk is not allowed with architecture {as_json(kind)} in a file of SAELens 6"
             )
         if options.get("k") is None:
             raise UserError("activation_fn: topk is not allowed without its k; give activation_fn_kwargs.k")
@@ -156,13 +156,13 @@ def _activations_factor(cfg: Settings, folder: Path) -> float | None:
         "expected_average_only_in": "SAELens folds it into the weights with fold_activation_norm_scaling_factor",
         "covariance_whitening": "SAELens folds it into the weights with fold_activation_whitening",
     }.get(str(normalised), "it must be none")
-    raise UserError(f"normalize_activations: {shown(normalised)} is not allowed; {why}")
+    raise UserError(f"normalize_activations: {as_json(normalised)} is not allowed; {why}")
 
 
 def _prefixes(cfg: Settings, F: int) -> tuple[int, ...]:
     widths = cfg.get("matryoshka_widths")
     if not isinstance(widths, list) or not widths or not all(type(width) is int for width in widths):
-        raise UserError(f"matryoshka_widths: {shown(widths)} is not allowed; it must be ascending numbers of latents")
+        raise UserError(f"matryoshka_widths: {as_json(widths)} is not allowed; it must be ascending numbers of latents")
     return tuple(widths) if widths[-1] == F else (*widths, F)
 
 

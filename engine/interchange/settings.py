@@ -5,10 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import SHOWN, UserError, cut, printable
 
 MOST_BYTES = 16 * 2**20  # of a settings file; those of the libraries have a few thousand
-SHOWN = 80  # characters of a value that a message repeats
 
 
 class Settings(dict[str, Any]):
@@ -49,11 +48,11 @@ class Settings(dict[str, Any]):
     def one_of(self, name: str, value: Any, allowed: list[str], instead: str = "") -> str:
         """`value`, which the setting `name` has or means, if it is allowed; else UserError, with what to do `instead`."""
         if not isinstance(value, str) or value not in allowed:
-            raise UserError(f"{name}: {shown(value)} is not allowed; it must be {', '.join(allowed)}{instead}")
+            raise UserError(f"{name}: {as_json(value)} is not allowed; it must be {', '.join(allowed)}{instead}")
         return value
 
     def refused(self, name: str, allowed: str) -> UserError:
-        return UserError(f"{name}: {shown(self[name])} is not allowed; it must be {allowed}")
+        return UserError(f"{name}: {as_json(self[name])} is not allowed; it must be {allowed}")
 
     def _checked(self, name: str, default: Any, kind: type, allowed: str) -> Any:
         if not isinstance(self.get(name, default), kind):
@@ -78,8 +77,6 @@ def read_settings(file: Path, name: str | None = None) -> Settings:
     return Settings(found)
 
 
-def shown(value: Any) -> str:
-    """A value as JSON has it, text without quotes, cut where it is long."""
-    written = value if isinstance(value, str) else json.dumps(value)
-    written = "".join(letter if letter.isprintable() else "?" for letter in written[: SHOWN + 1])
-    return written if len(written) <= SHOWN else f"{written[:SHOWN]}..."
+def as_json(value: Any) -> str:
+    """A value as the file has it, text without quotes, as a message shows it."""
+    return cut(printable(value if isinstance(value, str) else json.dumps(value)), SHOWN)

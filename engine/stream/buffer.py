@@ -94,8 +94,8 @@ class RingBuffer:
     gathered into memory that is used again, with `grouped` in order of their positions. With `dtype` int8 or float8_e4m3fn
     slots hold codes and scales (`narrow`), and batches are bfloat16. Served slots are filled while the others are being
     served; on a GPU by a stream of its own, so that the language model runs beside the training step, and nothing waits but
-    a permutation. Once `wanted` items have been put in, the rest is served to its end before any more are asked for. What comes
-    depends on the items, not on how many `fill` gives at a time.
+    a permutation. Once `wanted` items have been put in, the rest is served to its end before any more are asked for. What
+    comes depends on the items, not on how many `fill` gives at a time.
     """
 
     def __init__(
