@@ -31,7 +31,7 @@ lint: $(STAMP)
 
 # two workers of one thread each; `make guides` runs the guides
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadscope --ignore tests/test_guides.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder --ignore tests/test_guides.py
 
 guides: $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_guides.py

@@ -120,7 +120,10 @@ def folder(place: Path, kind: type) -> tuple[str, str]:
     return str(place), str(text)
 
 
-@pytest.mark.parametrize("kind", [GPT2Config, LlamaConfig, Gemma3TextConfig])
+@pytest.mark.parametrize(
+    "kind",
+    [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (GPT2Config, LlamaConfig)), Gemma3TextConfig],
+)
 def test_training_and_measuring_agree_on_ordinary_tokens(tmp_path, kind):
     """Every source and every measurement leaves the same tokens out, with <bos> or without; off, they spoil the scores."""
     name, text = folder(tmp_path / "model", kind)

@@ -286,7 +286,7 @@ def test_rows_without_a_token_to_train_on_are_passed_over(testbed, tmp_path):
         assert stream.counts["special"] == stream.counts["tokens"] - len(words)
 
 
-@pytest.mark.parametrize("repeat", [True, False])
+@pytest.mark.parametrize("repeat", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_text_without_a_token_to_train_on_is_named(over, repeat):
     stream, _ = over(max_norm=1.5, repeat=repeat)
     stream.source.special = torch.arange(10**5)

@@ -248,7 +248,7 @@ def test_a_transcoder_learns_what_an_mlp_does(testbed, tmp_path, activation):
         StreamConfig(hook=hook, target=target, buffer_tokens=4096), model=testbed, hooks=(hook, target)
     )
     sae = SAEConfig(d_in=128, d_out=128, d_sae=256, k=16, activation=activation)
-    run = train(stream, sae, TrainConfig(tokens=40_000, batch=512, lr=2e-3), out=tmp_path / "run")
+    run = train(stream, sae, TrainConfig(tokens=20_000, batch=512, lr=2e-3, log_every_steps=10), out=tmp_path / "run")
     assert run.metrics[-1]["fvu"] < 0.5 * run.metrics[0]["fvu"]
     batch = stream.next(512)
     y, y_hat = batch.acts[target].float(), run.sae(batch.acts[hook].float()).detach()
@@ -286,7 +286,7 @@ def test_a_transcoder_needs_both_its_ends(testbed):
     testbed.use(layers=[1])
 
 
-@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+@pytest.mark.parametrize("activation", [pytest.param("relu", marks=pytest.mark.slow), "jumprelu"])
 def test_sparsity_finds_the_l0_that_is_asked_for(activation):
     steps, found = 400, {}
     for target in (None, 3, 9):

@@ -430,6 +430,7 @@ def test_an_eval_that_is_not_known_here_has_its_plain_figures(tmp_path):
     assert "| draw | 0.2500 | 1.5000 |" in markdown
 
 
+@pytest.mark.slow
 def test_the_same_results_make_the_same_bytes(folder):
     def bytes_of() -> dict[str, bytes]:
         return {str(p): p.read_bytes() for p in folder.rglob("*") if p.suffix in (".md", ".html", ".png")}

@@ -413,6 +413,7 @@ def test_clamped_facts_are_forgotten_and_no_others(by_relation, model):
     assert found["score"] > 0.5
 
 
+@pytest.mark.slow
 def test_multipliers_are_shares_of_the_activations_norm(by_relation):
     found = unlearning(by_relation(), rows=32, thresholds=(0.001,), latents=(20,))
     norm = found["activation_norm"]

@@ -25,14 +25,18 @@ def compile_report(arch: int, dtype: str, names: list[str]) -> list[dict]:
 
 @pytest.mark.parametrize("arch", [80, 100], ids="sm_{}".format)
 def test_hot_kernels_compile_without_spills(arch):
-    """On sm_90 the ordinary tests compile every kernel, here those that take the time; `make test-slow` all of them."""
+    """On sm_90 the ordinary tests compile every kernel, here those that take the time, without a mask and aligned;
+    `make test-slow` all of them."""
     names = [
         name
         for name, spec in SPECS.items()
-        if spec.hot and arch >= spec.since and (not (width := re.search(r"D = (\d{3,})", name)) or width[1] == "2304")
+        if spec.hot
+        and arch >= spec.since
+        and not name.endswith(("mask", "Gaussians", "unaligned"))
+        and (not (width := re.search(r"D = (\d{3,})", name)) or width[1] == "2304")
     ]
     rows = compile_report(arch, "bf16", names)
-    assert len(rows) > 30
+    assert len(rows) > 20
     assert [row["name"] for row in rows if row["spill_bytes"]] == []
     assert [row["name"] for row in rows if row["shared_bytes"] > SHARED_BYTES] == []
     gemms = [row for row in rows if row["name"].startswith(("encode", "candidates"))]

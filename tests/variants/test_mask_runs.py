@@ -33,7 +33,14 @@ def profile(sae: SparseAutoencoder, stream_of) -> torch.Tensor:
     return found / torch.bincount(batch.pos.long(), minlength=128).clamp_min(1)[:, None]
 
 
-@pytest.mark.parametrize(("run", "share"), [("A1", 0.5), ("slices", 0.25), ("random_slices", 0.25), ("B7", 0.25)])
+@pytest.mark.parametrize(
+    ("run", "share"),
+    [
+        ("A1", 0.5),
+        ("B7", 0.25),
+        *(pytest.param(run, 0.25, marks=pytest.mark.slow) for run in ("slices", "random_slices")),
+    ],
+)
 def test_hard_masks_leave_a_position_its_share_of_the_latents(run, share, stream_of):
     active = (profile(trained(run, stream_of), stream_of) > 0).float()[2:110].mean()
     free = (profile(trained(run, stream_of, {"kind": "none"}), stream_of) > 0).float()[2:110].mean()

@@ -17,7 +17,7 @@ TRAINED = [name for name, run in (RUNS | BASELINES).items() if run.trained_as is
 def made(run: str, stream_of, **changes):
     """A short training of a documented run, with few latents."""
     given = settings(run)
-    parts = {"log_every_steps": 10, "control": False, "batch": 512, "tokens": 20_480, "lr": 3e-3} | changes
+    parts = {"log_every_steps": 5, "control": False, "batch": 512, "tokens": 12_800, "lr": 3e-3} | changes
     own = {key: value for key, value in given["stream"].items() if key != "context"}
     stream = stream_of(**own)
     if "second" in reads(given["sae"]):
@@ -31,7 +31,7 @@ def made(run: str, stream_of, **changes):
 @pytest.mark.parametrize("run", TRAINED)
 def test_it_trains_to_the_end(run, stream_of):
     found, _ = made(run, stream_of)
-    assert found.metrics[-1]["step"] == 40
+    assert found.metrics[-1]["step"] == 25
     assert found.metrics[-1]["fvu"] < found.metrics[0]["fvu"]
     assert found.metrics[-1]["l0"] > 0
     assert 0 <= found.metrics[-1]["dead_fraction"] <= 1
