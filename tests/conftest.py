@@ -111,7 +111,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def testbed():
-    """The embedded language model, on the CPU. It remembers what it gave for the last few batches of text, because most tests
+    """The embedded language model, on the CPU. It remembers what it gave for the last few batches of text, since most tests
     train on the same ones."""
     from temposae.engine.stream import LanguageModel
 
