@@ -27,12 +27,13 @@ from .composed import dictionary
 from .config import RunConfig, SAEConfig
 from .errors import UserError
 from .files import UNFINISHED, digest, remove_folder, whole_folder
+from .folder import as_begun
 from .interchange import hub
 from .interchange.places import Where, of_stream
 from .names import expand_path
 from .plugins import UnknownPart
 from .sae import SparseAutoencoder
-from .sealed import read_json, write_json
+from .sealed import has_checksum, read_json, write_json
 
 FORMAT = "temposae/1"
 MANIFEST = "checkpoint.json"
@@ -60,11 +61,12 @@ class Checkpoint:
         """Settings of the run that made it; None for a dictionary that was saved by itself."""
         found = self.manifest.get("run")
         try:
-            return RunConfig(**found) if found else None
+            run = RunConfig(**found) if found else None
         except UnknownPart:
             raise
         except UserError as error:
             raise UserError(f"checkpoint: {self.folder / MANIFEST} is damaged: run: {error}") from None
+        return run if run is None or has_checksum(self.folder / MANIFEST) else as_begun(run)
 
     @property
     def where(self) -> Where:

@@ -293,7 +293,9 @@ class RingBuffer:
         self._left = Batch.from_tensors(found) if found else None
         self._order = state["order"]
         self._order_there = self._order.to(self._device)
-        self._at, self._filled, self._chunk, begun, ended, self._put_in, wanted, final = state["numbers"].tolist()
+        numbers = state["numbers"].tolist()
+        numbers += (0, -1, 0)[len(numbers) - 5 :]  # version 0.1.0 had the first five
+        self._at, self._filled, self._chunk, begun, ended, self._put_in, wanted, final = numbers
         self._wanted = None if wanted < 0 else wanted
         self.begun, self._ended, self._final = bool(begun), bool(ended), bool(final)
 

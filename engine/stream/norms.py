@@ -123,6 +123,8 @@ class NormFilter:
         return found
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        if "norms.counts" not in state:  # a run of version 0.1.0, before massive activations were left out by default
+            return
         self.tokens, self.massive = state["norms.counts"].tolist()
         self.positions = Counter(dict(state["norms.positions"].tolist()))
         for key, value in state.items():
