@@ -33,7 +33,7 @@ from .interchange.places import Where, of_stream
 from .names import expand_path
 from .plugins import UnknownPart
 from .sae import SparseAutoencoder
-from .sealed import has_checksum, read_json, write_json
+from .sealed import read_json, write_json
 
 FORMAT = "temposae/1"
 MANIFEST = "checkpoint.json"
@@ -66,7 +66,7 @@ class Checkpoint:
             raise
         except UserError as error:
             raise UserError(f"checkpoint: {self.folder / MANIFEST} is damaged: run: {error}") from None
-        return run if run is None or has_checksum(self.folder / MANIFEST) else as_begun(run)
+        return None if run is None else as_begun(run)
 
     @property
     def where(self) -> Where:

@@ -13,7 +13,7 @@ import yaml
 from .config import Config, RunConfig, SweepConfig, read_yaml
 from .errors import UserError
 from .files import absolute, check_can_make, contents, write_text
-from .sealed import check_yaml, has_checksum, sealed_yaml
+from .sealed import check_yaml, sealed_yaml
 from .stream import loading
 
 CONFIG, METRICS, HELD_OUT = "config.yaml", "metrics.jsonl", "held_out.jsonl"
@@ -55,16 +55,16 @@ def read_settings(folder: Path) -> RunConfig | SweepConfig:
         found = SweepConfig(**settings) if "dictionaries" in settings else RunConfig(**settings)
     except UserError as error:
         raise UserError(f"{error} (in {path})") from None
-    if has_checksum(path):
-        return found
     if isinstance(found, SweepConfig):
         return SweepConfig(dictionaries={name: as_begun(run) for name, run in found.dictionaries.items()})
     return as_begun(found)
 
 
 def as_begun(run: RunConfig) -> RunConfig:
-    """The settings of a run from before its files had checksums, with the meaning that defaults had then: the learning rate
-    followed the power law of Gao et al., and a `text_field` that the data lacked was looked past."""
+    """Stored settings; those of version 0.1.0, which had no `stream.memory_gb`, with the meaning that defaults had then: the
+    learning rate followed the power law of Gao et al., and a `text_field` that the data lacked was looked past."""
+    if "memory_gb" in run.stream.model_fields_set:
+        return run
     lr = run.train.lr if run.train.lr is not None else 2e-4 * math.sqrt(2**14 / run.sae.d_sae)
     field = None if run.stream.text_field == "text" else run.stream.text_field
     return run.model_copy(

@@ -97,11 +97,5 @@ def check_yaml(path: Path, label: str, mend: str) -> None:
         raise UserError(f"{label}: {path} is not what was written there (SHA-256 in its first line); {mend}")
 
 
-def has_checksum(path: Path) -> bool:
-    """Whether a file was written with one."""
-    with path.open("rb") as file:
-        return file.read(11).startswith((b"# sha256 ", b'{\n "sha256"'))
-
-
 def _sha256(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()
