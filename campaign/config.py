@@ -28,7 +28,7 @@ class CampaignConfig(Config):
     (hard, soft, annealed), which leaves runs without a mask as they are. `stream`, `sae` and `train` are settings on top of
     the logs', for all; but the baselines relu, topk and batchtopk keep their activation, and runs with another learning rate
     or L1 coefficient than the logs' usual one keep the ratio (B4 a tenth of `train.lr`). `evals` are measured of each, on
-    one in `share` of the usual rows; the commands' `--tokens` makes that up to one in 8 for runs below 65,536 tokens.
+    one in `share` of the usual rows; the commands' `--tokens` makes that up to one in 16 for runs below 65,536 tokens.
     """
 
     runs: tuple[str, ...] = tuple(RUNS)
@@ -83,8 +83,8 @@ QUICK: dict[str, Any] = {
 
 
 def fitting_share(tokens: int) -> int:
-    """`share` for runs of so few tokens that measuring them as usual would take longer than training: up to one in 8."""
-    return min(8, max(1, 2**16 // max(1, tokens)))
+    """`share` for runs of so few tokens that measuring them as usual would take longer than training: up to one in 16."""
+    return min(16, max(1, 2**16 // max(1, tokens)))
 
 
 @dataclass(frozen=True)

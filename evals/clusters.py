@@ -89,19 +89,15 @@ def _measure(
         return {**empty, "latents": len(used), "labels": labels}
     profiles = _profiles(sums[0][used], tokens[0])
     distances = _distances(profiles)
-    by_count = {
-        n: _silhouette(squareform(distances), _cut(distances, n))
-        for n in ([count] if count else COUNTS)
-        if n < len(used)
-    }
+    square, merges = squareform(distances), linkage(distances, "average")
+    by_count = {n: _silhouette(square, _cut(merges, n)) for n in ([count] if count else COUNTS) if n < len(used)}
     count = max(by_count, key=lambda n: by_count[n])
-    labels[used] = _cut(distances, count)
+    labels[used] = _cut(merges, count)
     mine = labels[used]
     order = sorted(np.unique(mine), key=lambda c: float(profiles[mine == c].mean(0) @ np.arange(BINS)))
     parts = [profiles[mine == c] for c in order]
     pairs = mine[:, None] == mine[None]
     upper = np.triu(np.ones_like(pairs), 1)
-    square = squareform(distances)
     return {
         "count": len(parts),
         "latents": len(used),
@@ -134,7 +130,7 @@ def _stability(
         used = (firings >= FIRINGS / 2).all(0)
         if used.sum() <= count:
             return None
-        sides = (_cut(_distances(_profiles(sums[side][used], tokens[side])), count) for side in (0, 1))
+        sides = (_cut(tree(_profiles(sums[side][used], tokens[side])), count) for side in (0, 1))
         found.append(float(adjusted_rand_score(*sides)))
     return {"adjusted_rand": float(np.mean(found)), "spread": float(np.std(found, ddof=1)), "halves": HALVES}
 
@@ -216,8 +212,8 @@ def _distances(profiles: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(found), 0, found)  # the root of a rounding error below zero: two profiles are the same
 
 
-def _cut(distances: np.ndarray, count: int) -> np.ndarray:
-    return fcluster(linkage(distances, "average"), count, "maxclust")
+def _cut(merges: np.ndarray, count: int) -> np.ndarray:
+    return fcluster(merges, count, "maxclust")
 
 
 def _silhouette(square: np.ndarray, labels: np.ndarray) -> float:

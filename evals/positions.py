@@ -137,23 +137,18 @@ def information(code: SparseCode, drawn: Drawn, shuffled: list[np.ndarray]) -> d
     latent, token, value = drawn.entries(code)
     F, B, M = code.n_latents, drawn.bins, len(drawn.at)
 
-    cell = latent * B
-
-    def per_bin(bin_: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-        return np.bincount(cell + bin_[token], weights, minlength=F * B).reshape(F, B)
-
     def nats(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """I_j, and nats per firing."""
         rate = counts * B / M
         q = counts / counts.sum(1, keepdims=True).clip(1)
         return _entropy(rate.mean(1)) - _entropy(rate).mean(1), (xlogx(q).sum(1) + math.log(B)) * (counts.sum(1) > 0)
 
-    counts = per_bin(drawn.bin)
-    chance = np.mean([nats(per_bin(bin_)) for bin_ in shuffled], 0)
+    counts, *by_chance = firings_per_bin(latent, token, F, [drawn.bin, *shuffled], B)
+    chance = np.mean([nats(each) for each in by_chance], 0)
     corrected, per_firing = np.maximum(np.array(nats(counts)) - chance, 0)
     firings = counts.sum(1)
     entropy = _entropy(firings / M)
-    sums = per_bin(drawn.bin, value)
+    sums = np.bincount(latent * B + drawn.bin[token], value, minlength=F * B).reshape(F, B)
     mean = sums.sum(1) / M
     variance = np.bincount(latent, value.astype(np.float64) ** 2, minlength=F) / M - mean**2
     between = ((sums * B / M) ** 2).mean(1) - mean**2
@@ -165,6 +160,31 @@ def information(code: SparseCode, drawn: Drawn, shuffled: list[np.ndarray]) -> d
         "variance_explained": np.divide(between, variance, out=np.zeros(F), where=variance > 1e-12 * mean**2),
         "spearman": _spearman(latent, drawn.pos[token], value, drawn.pos, F),
     }
+
+
+def firings_per_bin(
+    latent: np.ndarray, token: np.ndarray, F: int, bins: list[np.ndarray], B: int, *, dense: bool | None = None
+) -> list[np.ndarray]:
+    """How often each latent fires in each bin, [F, B], for each of several assignments of the M tokens to bins. `latent` and
+    `token` [n] say which fires where. A matrix product counts where more than one in 16 fires; unless `dense` says."""
+    M = len(bins[0])
+    if dense is None:
+        dense = 16 * len(latent) > F * M
+    if not dense:
+        cell = latent * B
+        return [np.bincount(cell + each[token], minlength=F * B).reshape(F, B) for each in bins]
+    order = np.argsort(token, kind="stable")
+    latent, token = latent[order], token[order]
+    counts = np.zeros((F, len(bins) * B))
+    cells = np.stack(bins, 1) + B * np.arange(len(bins))  # [M, number of assignments]
+    for begin in range(0, M, CHUNK):
+        here = slice(*np.searchsorted(token, (begin, begin + CHUNK)))
+        size = min(CHUNK, M - begin)
+        fires, in_cell = np.zeros((size, F), np.float32), np.zeros((size, len(bins) * B), np.float32)
+        fires[token[here] - begin, latent[here]] = 1
+        np.put_along_axis(in_cell, cells[begin : begin + size], 1, 1)
+        counts += fires.T @ in_cell  # exact: sums of so many ones
+    return [part.astype(np.int64) for part in np.split(counts, len(bins), 1)]
 
 
 def matches(new: Tensor, reference: Tensor) -> np.ndarray:

@@ -16,7 +16,7 @@ from temposae.engine.stream import ActivationStream, LanguageModel
 from temposae.evals import fidelity as fid
 from temposae.evals.collect import Collected, Evaluation
 from temposae.evals.fidelity import fidelity
-from temposae.evals.positions import Drawn, information, matches, positions
+from temposae.evals.positions import Drawn, firings_per_bin, information, matches, positions
 from temposae.evals.slicing import slicings
 from temposae.kernels.code import SparseCode
 
@@ -110,6 +110,19 @@ def test_figures_are_those_of_the_formulas(evaluation):
         rho = spearmanr(a, pos[drawn.at])[0] if j else 0
         assert found["spearman"][j] == pytest.approx(rho, abs=1e-9)
         assert found["firings"][j] == (a != 0).sum()
+
+
+def test_firings_of_dense_codes_are_counted_alike():
+    rng = np.random.default_rng(0)
+    M, F, B = 9000, 13, 4  # more than two chunks of tokens
+    token, latent = (rng.random((M, F)) < 0.3).nonzero()
+    shuffled = rng.permutation(len(token))
+    bins = [rng.integers(B, size=M) for _ in range(3)]
+    one, other = (
+        firings_per_bin(latent[shuffled], token[shuffled], F, bins, B, dense=dense) for dense in (False, True)
+    )
+    assert sum(counts.sum() for counts in one) == 3 * len(token)
+    assert all(np.array_equal(*pair) for pair in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("first", [0, 8])
