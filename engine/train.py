@@ -288,6 +288,8 @@ class _Training:
                 trainee = _Trainee(name, run, stream, folder, apart, self.sample)
                 if last is not None:
                     self._go_on(trainee, last)
+                elif resume and name:
+                    self._discard(trainee, 0)
                 self.trainees.append(trainee)
             self.loggers: list[Logger] = []
             if self.ranks.is_first:
@@ -343,13 +345,20 @@ class _Training:
             raise UserError(f"checkpoint: {last.folder / checkpoint.MANIFEST} is damaged: no status of {trainee.name}")
         trainee.failed, trainee.failed_step = status.get("failed"), status.get("failed_step")
         place = checkpoint.place(trainee.folder, status["step"])
-        for later in checkpoint.all_in(trainee.folder):
-            if later > place:
-                remove_folder(later)
+        self._discard(trainee, status["step"])
         if status["step"]:
             own = checkpoint.find(place)
             _check_settings(self.folder / CONFIG if self.folder is not None else place, own, trainee.run)
             trainee.load(own)
+
+    def _discard(self, trainee: _Trainee, step: int) -> None:
+        """Remove what one of several dictionaries saved after `step`, before a kill kept the checkpoint of all from being
+        written; it is made again."""
+        if trainee.folder is None or not self.ranks.is_first:
+            return
+        for later in checkpoint.all_in(trainee.folder):
+            if later > checkpoint.place(trainee.folder, step):
+                remove_folder(later)
 
     def _begin(self, resume: bool) -> None:
         if self.folder is None:

@@ -113,7 +113,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, mode):
 @pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_killed_many_times_ends_with_the_same_bits(tmp_path, mode, several):
-    killed_and_resumed(mode, several, 6 if several else 20, tmp_path)
+    killed_and_resumed(mode, several, 20, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -108,20 +108,25 @@ def test_all_go_on_from_a_stop(together, stream, tmp_path, monkeypatch, steps):
         assert [line["fvu"] for line in whole] == [line["fvu"] for line in again]
 
 
-def test_a_checkpoint_counts_once_the_streams_is_there(together, stream, tmp_path, monkeypatch):
-    """Killed after the dictionaries were saved, before the stream was: they go back with it."""
+@pytest.mark.parametrize("at", ["first", "later"])
+def test_a_checkpoint_counts_once_the_streams_is_there(together, stream, tmp_path, monkeypatch, at):
+    """Killed after the dictionaries were saved, before the stream was: they go back with it, or to the beginning."""
     real = checkpoint.write
 
     def broken(folder, step, dictionaries, *rest, **more):
-        if step == 16 and not dictionaries:
+        if (step == 16 or at == "first") and not dictionaries:
             raise KeyboardInterrupt
         real(folder, step, dictionaries, *rest, **more)
 
     monkeypatch.setattr(checkpoint, "write", broken)
     with pytest.raises(KeyboardInterrupt):
         train_together(stream(), SEVERAL, out=tmp_path / "run")
-    assert checkpoint.find(tmp_path / "run" / "wide").step == 16
-    assert checkpoint.find(tmp_path / "run").step < 16
+    if at == "first":
+        assert checkpoint.all_in(tmp_path / "run" / "wide")
+        assert not checkpoint.all_in(tmp_path / "run")
+    else:
+        assert checkpoint.find(tmp_path / "run" / "wide").step == 16
+        assert checkpoint.find(tmp_path / "run").step < 16
     monkeypatch.setattr(checkpoint, "write", real)
     resumed = train_together(stream(), SEVERAL, out=tmp_path / "run", resume=True)
     assert all(same(run, resumed[name]) for name, run in together[0].items())
