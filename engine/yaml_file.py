@@ -60,8 +60,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _built(path: Path, text: str) -> Any:
     """The values in a text. libyaml, where PyYAML has it, parses four times as fast; errors are those of the parser in
     Python, which says where and why."""
-    with suppress(yaml.YAMLError, AttributeError):
-        return _Builder(_within_bounds(path, text, yaml.CSafeLoader)).get_single_data()
+    with suppress(yaml.YAMLError):
+        return _Builder(_within_bounds(path, text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))).get_single_data()
     return _Builder(_within_bounds(path, text, yaml.SafeLoader)).get_single_data()
 
 
