@@ -333,11 +333,11 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def initialise_threshold(self, x: Tensor, pos: Tensor, ranks: Ranks = ALONE) -> None:
-        """jumprelu's thresholds, unless given, start as the least of the 4 N k largest activations of x [N, D], `ranks`
-        having a part of the latents each."""
+        """Start jumprelu's thresholds, unless they are given, where the 4 N k largest activations of x [N, D] exceed them.
+        Each of the `ranks` has a part of the latents."""
         if self.cfg.activation == "jumprelu" and self.cfg.initial_threshold is None:
-            least = self._least_of(x, pos, min(4 * self.cfg.k, self.cfg.d_sae * ranks.size), ranks)
-            self.threshold.copy_(torch.where(least.isfinite(), least, 0).expand(self.cfg.d_sae))
+            start = self._threshold_for(x, pos, min(4 * self.cfg.k, self.cfg.d_sae * ranks.size), ranks)
+            self.threshold.copy_(torch.where(start.isfinite(), start, 0).expand(self.cfg.d_sae))
 
     @torch.no_grad()
     def fit_threshold(self, x: Tensor, pos: Tensor, ranks: Ranks = ALONE, chunk: int = 1024) -> None:
@@ -345,19 +345,25 @@ class SparseAutoencoder(nn.Module):
         those of about N / `chunk` parts of it, each of every so-many-th token."""
         if self.cfg.activation == "batchtopk" and len(x):
             parts = -(-len(x) // chunk)
-            found = torch.cat([self._least_of(x[at::parts], pos[at::parts], self.k, ranks) for at in range(parts)])
+            found = torch.cat([self._threshold_for(x[at::parts], pos[at::parts], self.k, ranks) for at in range(parts)])
             if bool(found.isfinite().all()):
                 self.threshold.copy_(found.mean())
 
-    def _least_of(self, x: Tensor, pos: Tensor, k: int, ranks: Ranks) -> Tensor:
-        """The least of the N k largest activations of x [N, D], [1]; of all `ranks` together, which have a part of the
-        latents each. Infinite if none is positive."""
+    def _threshold_for(self, x: Tensor, pos: Tensor, k: int, ranks: Ranks) -> Tensor:
+        """The threshold [1] that the N k largest activations of x [N, D] exceed, those of all `ranks` together. Infinite
+        if none is positive. It lies halfway to the next smaller one: at an activation itself, rounding would decide whether
+        that is kept."""
         x, rows, weights = self.inputs(x, pos)
         code, _ = encode_topk_op(
-            x, self.W_enc.to(x.dtype), self.b_enc, min(k, self.cfg.d_sae),
+            x, self.W_enc.to(x.dtype), self.b_enc, min(k + 1, self.cfg.d_sae),
             center=self.center, mask=weights, pos=rows, across_batch=True,
         )  # fmt: skip
-        return ranks.least_(least_kept(ranks.kept(code, len(x) * k)).clone())
+        acts = ranks.gather(code.live(code.values)).flatten()
+        acts = acts[acts > 0].sort(descending=True).values
+        if not len(acts):
+            return acts.new_full((1,), torch.inf)
+        least = min(len(x) * k, len(acts)) - 1
+        return acts[least : least + 2].sum(0, keepdim=True) / 2  # without a smaller one, halfway to 0
 
     @torch.no_grad()
     def scale_(self, factor: float) -> None:
