@@ -6,12 +6,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .engine import ops as ops
     from .engine.accelerate import accelerate as accelerate
     from .engine.accelerate import accelerated as accelerated
     from .engine.accelerate import deaccelerate as deaccelerate
-    from .engine.checkpoint import load as load
-    from .engine.checkpoint import save as save
     from .engine.config import RunConfig as RunConfig
     from .engine.config import SAEConfig as SAEConfig
     from .engine.config import StreamConfig as StreamConfig
@@ -21,13 +18,16 @@ if TYPE_CHECKING:
     from .engine.parts import PartSettings as PartSettings
     from .engine.parts import part as part
     from .engine.sae import SparseAutoencoder as SparseAutoencoder
+    from .engine.storage.checkpoint import load as load
+    from .engine.storage.checkpoint import save as save
     from .engine.stream import ActivationStream as ActivationStream
     from .engine.train import Run as Run
     from .engine.train import train as train
     from .engine.train import train_together as train_together
     from .evals import features as features
-    from .evals.study import dashboard as dashboard
-    from .evals.study import evaluate as evaluate
+    from .evals.api import dashboard as dashboard
+    from .evals.api import evaluate as evaluate
+    from .kernels import ops as ops
 
 _WHERE = {
     "ActivationStream": ".engine.stream",
@@ -42,14 +42,14 @@ _WHERE = {
     "UserError": ".engine.errors",
     "accelerate": ".engine.accelerate",
     "accelerated": ".engine.accelerate",
-    "dashboard": ".evals.study",
+    "dashboard": ".evals.api",
     "deaccelerate": ".engine.accelerate",
-    "evaluate": ".evals.study",
+    "evaluate": ".evals.api",
     "features": ".evals.features",
-    "load": ".engine.checkpoint",
-    "ops": ".engine.ops",
+    "load": ".engine.storage.checkpoint",
+    "ops": ".kernels.ops",
     "part": ".engine.parts",
-    "save": ".engine.checkpoint",
+    "save": ".engine.storage.checkpoint",
     "train": ".engine.train",
     "train_together": ".engine.train",
 }

@@ -53,8 +53,8 @@ def _select(kernel: str, config: str, dtype: str, **pointers: str) -> Spec:
 
 
 def _sparse(kernel: str, config: str, *, ragged: bool, **pointers: str) -> Spec:
-    more: dict[str, dict[str, int]] = {"decode": dict(RESIDUAL=True), "token_loss": dict(SQUARED=False)}
-    flags = dict(RAGGED=ragged) | more.get(config, {})
+    extra_flags: dict[str, dict[str, int]] = {"decode": dict(RESIDUAL=True), "token_loss": dict(SQUARED=False)}
+    flags = dict(RAGGED=ragged) | extra_flags.get(config, {})
     return Spec(kernel, config, dict(offsets="i64") | pointers, flags)
 
 
@@ -72,13 +72,15 @@ def _specs(dtype: str) -> dict[str, Spec]:
     operands = dict(x=dtype, w=dtype, b="fp32", mask="i32", pos="i64", aux_latents="u8")
     tile = config_row(min(ARCHS))["encode_topk"]["BLOCK_F"]
 
-    def picked(keep: int, aux_keep: int = 0, *, mask: int = 0, ragged: bool = False, threshold: bool = False) -> Spec:
+    def candidates_spec(
+        keep: int, aux_keep: int = 0, *, mask: int = 0, ragged: bool = False, threshold: bool = False
+    ) -> Spec:
         return _encode(
             "_sparse.candidates_kernel", "encode_topk", dtype, mask=mask, ragged=ragged, SCALED=False,
             HAS_THRESHOLD=threshold, HAS_AUX_LATENTS=aux_keep > 0, KEEP=keep, AUX_KEEP=aux_keep,
         )  # fmt: skip
 
-    def again(kernel: str, config: str, **flags: int) -> Spec:
+    def second_pass_spec(kernel: str, config: str, **flags: int) -> Spec:
         return Spec(
             f"encode_sparse.{kernel}", config, operands | candidates, dict(MASK=1, KEEP=4, BLOCK_F=tile) | flags,
             hot=False, unit=("stride_wd",),
@@ -90,18 +92,18 @@ def _specs(dtype: str) -> dict[str, Spec]:
         "encode, hard mask": _encode(".encode_kernel", "encode", dtype, RELU=True, mask=1),
         "encode, soft mask": _encode(".encode_kernel", "encode", dtype, RELU=True, mask=2),
         "encode, unaligned": _encode(".encode_kernel", "encode", dtype, RELU=True, mask=2, ragged=True),
-        "candidates": picked(4),
-        "candidates, 8 of a tile": picked(8),
-        "candidates, thresholds": picked(4, threshold=True),
-        "candidates, hard mask": picked(4, mask=1),
-        "candidates, soft mask": picked(4, mask=2),
-        "candidates, Gaussians": picked(4, mask=3),
-        "candidates, two codes": picked(4, 4),
-        "candidates, unaligned": picked(4, 4, mask=2, ragged=True),
-        "rescan": again("rescan_kernel", "rescan", HAS_AUX_LATENTS=False, BLOCK_K=64),
+        "candidates": candidates_spec(4),
+        "candidates, 8 of a tile": candidates_spec(8),
+        "candidates, thresholds": candidates_spec(4, threshold=True),
+        "candidates, hard mask": candidates_spec(4, mask=1),
+        "candidates, soft mask": candidates_spec(4, mask=2),
+        "candidates, Gaussians": candidates_spec(4, mask=3),
+        "candidates, two codes": candidates_spec(4, 4),
+        "candidates, unaligned": candidates_spec(4, 4, mask=2, ragged=True),
+        "rescan": second_pass_spec("rescan_kernel", "rescan", HAS_AUX_LATENTS=False, BLOCK_K=64),
     } | {
-        f"above_cut, {name}": again(
-            "above_cut_kernel", "above_cut", HAS_THRESHOLD=False, MODE=mode, SHIFT=8, AGAIN=True
+        f"above_cut, {name}": second_pass_spec(
+            "above_cut_kernel", "above_cut", HAS_THRESHOLD=False, MODE=mode, SHIFT=8, RESCAN=True
         )
         for name, mode in modes.items()
     } | {
@@ -266,18 +268,18 @@ def main() -> None:
     parser.add_argument("--kernel", nargs="+", default=list(SPECS), choices=SPECS, metavar="NAME", help="default all")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="leave out kernels of the other dtype")
     arguments = parser.parse_args()
-    other = {"bf16": "fp32", "fp32": "bf16"}.get(arguments.dtype, "none")
+    other_dtype = {"bf16": "fp32", "fp32": "bf16"}.get(arguments.dtype, "none")
     try:
-        rows = report(arguments.arch, [name for name in arguments.kernel if not name.endswith(other)])
+        lines = report(arguments.arch, [name for name in arguments.kernel if not name.endswith(other_dtype)])
     except RuntimeError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     if arguments.json:
-        print(json.dumps(rows))
+        print(json.dumps(lines))
         return
     print(f"{'kernel':47} {'sm':>4} {'registers':>9} {'spill':>6} {'shared':>7} {'tensor-core':>11}")
-    for row in rows:
-        print(f"{row['name']:47} {row['arch']:4} {row['registers']:9} {row['spill_bytes']:6} {row['shared_bytes']:7} "
-              f"{row['tensor_core_instructions']:11}")  # fmt: skip
+    for line in lines:
+        print(f"{line['name']:47} {line['arch']:4} {line['registers']:9} {line['spill_bytes']:6} {line['shared_bytes']:7} "
+              f"{line['tensor_core_instructions']:11}")  # fmt: skip
 
 
 if __name__ == "__main__":

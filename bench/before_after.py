@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from ..engine.errors import UserError, near
-from ..engine.progress import progress_bar
+from ..engine.process.progress import progress_bar
 from .data import Shape
 from .results import about, markdown
 
@@ -28,23 +28,23 @@ exec(compile(sys.stdin.read(), sys.argv[0], "exec"), {"__name__": "__main__"})
 
 def patched(source: str, diff: str) -> str:
     """The source after a unified diff. Raises ValueError where it isn't of this source."""
-    lines, found, at = source.splitlines(), [], 0
+    lines, patched_lines, position = source.splitlines(), [], 0
     for hunk in re.split(r"^(?=@@ )", diff, flags=re.MULTILINE)[1:]:
         head, *changes = hunk.splitlines()
         match = re.match(r"@@ -(\d+)", head)
-        begin = int(match[1]) - 1 if match else at
-        found += lines[at:begin]
-        at = begin
+        begin = int(match[1]) - 1 if match else position
+        patched_lines += lines[position:begin]
+        position = begin
         for change in changes:
             if change[:1] == "+":
-                found.append(change[1:])
+                patched_lines.append(change[1:])
                 continue
-            if at >= len(lines) or lines[at] != change[1:]:
-                raise ValueError(f"line {at + 1} is not {change[1:]!r}")
+            if position >= len(lines) or lines[position] != change[1:]:
+                raise ValueError(f"line {position + 1} is not {change[1:]!r}")
             if change[:1] != "-":
-                found.append(lines[at])
-            at += 1
-    return "\n".join([*found, *lines[at:]]) + "\n"
+                patched_lines.append(lines[position])
+            position += 1
+    return "\n".join([*patched_lines, *lines[position:]]) + "\n"
 
 
 def scripts(library: str) -> tuple[str, str]:
@@ -61,46 +61,46 @@ def measure(
     for library in libraries:
         if library not in LIBRARIES:
             raise UserError(f"library: {library!r} is not allowed; {near(library, LIBRARIES)}")
-    there = [library for library in libraries if find_spec(LIBRARIES[library])]
-    left_out = {library: f"{LIBRARIES[library]} is not installed" for library in libraries if library not in there}
-    found = []
-    with progress_bar("scripts", total=2 * rounds * len(there) * len(shapes), unit="runs") as bar:
+    installed = [library for library in libraries if find_spec(LIBRARIES[library])]
+    left_out = {library: f"{LIBRARIES[library]} is not installed" for library in libraries if library not in installed}
+    cases = []
+    with progress_bar("scripts", total=2 * rounds * len(installed) * len(shapes), unit="runs") as bar:
         for shape in shapes:
-            for library in there:
+            for library in installed:
                 times: tuple[list[float], list[float]] = ([], [])
                 for _ in range(rounds):
-                    for source, kept in zip(scripts(library), times, strict=True):
-                        kept.append(_step_ms(library, source, shape, steps))
+                    for source, script_times in zip(scripts(library), times, strict=True):
+                        script_times.append(_step_ms(library, source, shape, steps))
                         bar.advance(1, now=library)
                 before, after = map(median, times)
                 case = {"library": library, **shape._asdict(), "before_ms": before, "after_ms": after}
-                found.append(case | {"times_faster": before / after})
-    return about(device) | {"peers": found, "steps": steps, "rounds": rounds, "left_out": left_out}
+                cases.append(case | {"times_faster": before / after})
+    return about(device) | {"peers": cases, "steps": steps, "rounds": rounds, "left_out": left_out}
 
 
 def _step_ms(library: str, source: str, shape: Shape, steps: int) -> float:
     command = [sys.executable, "-c", RUN, *map(str, (*shape, steps))]
-    done = subprocess.run(command, input=source, capture_output=True, text=True)
-    match = re.search(r"^step: ([\d.]+) ms$", done.stdout, re.MULTILINE)
-    if done.returncode or match is None:
-        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+    process = subprocess.run(command, input=source, capture_output=True, text=True)
+    match = re.search(r"^step: ([\d.]+) ms$", process.stdout, re.MULTILINE)
+    if process.returncode or match is None:
+        lines = process.stderr.strip().splitlines() or ["it said nothing"]
         raise UserError(f"{library}: its script failed: {lines[-1]}")
     return float(match[1])
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The measurement as Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    rows: list[tuple[str, ...]] = [("library", "N", "D", "F", "K", "before ms", "after ms", "x faster")]
-    for case in found["peers"]:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    table_lines: list[tuple[str, ...]] = [("library", "N", "D", "F", "K", "before ms", "after ms", "x faster")]
+    for case in result["peers"]:
         sizes = (str(case[name]) for name in "NDFK")
-        rows.append((
+        table_lines.append((
             case["library"], *sizes, f"{case['before_ms']:.1f}", f"{case['after_ms']:.1f}", f"{case['times_faster']:.2f}",
         ))  # fmt: skip
     lines = [
-        f"{found['device']}, {found['threads']} threads; {versions}; commit {found['commit']}",
+        f"{result['device']}, {result['threads']} threads; {versions}; commit {result['commit']}",
         "",
-        *markdown(rows),
+        *markdown(table_lines),
     ]
-    lines += [f"\nLeft out: {name} ({reason})" for name, reason in found["left_out"].items()]
+    lines += [f"\nLeft out: {name} ({reason})" for name, reason in result["left_out"].items()]
     return "\n".join(lines) + "\n"

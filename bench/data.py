@@ -66,7 +66,7 @@ def shapes(preset: str, **sizes: str | None) -> list[Shape]:
         text = sizes.get(name)
         if text is not None and not re.fullmatch(r"[-+]?[0-9]{1,20}(,[-+]?[0-9]{1,20})*", text, re.ASCII):
             raise UserError(f"{name}: {shown(text)} is not allowed; give whole numbers, parted by commas")
-        choices.append([default] if text is None else [int(part) for part in text.split(",")])
+        choices.append([default] if text is None else [int(value) for value in text.split(",")])
     if (many := math.prod(map(len, choices))) > MOST:
         raise UserError(f"N, D, F and K: {many:,} shapes are not allowed; at most {MOST} can be measured")
     return [Shape(*chosen).check() for chosen in itertools.product(*choices)]
@@ -107,16 +107,16 @@ def tokens(shape: Shape, device: str, dtype: torch.dtype, *, count: int = 8, see
     directions = torch.nn.functional.normalize(normal(n_directions, shape.D), dim=1)
     offset = torch.nn.functional.normalize(normal(shape.D), dim=0)
 
-    def rows(n: int) -> Tensor:
-        which = (n_directions * torch.rand(n, active, generator=draw, device=device).square()).long()
+    def activations(n: int) -> Tensor:
+        direction_indices = (n_directions * torch.rand(n, active, generator=draw, device=device).square()).long()
         strength = torch.empty(n, active, device=device).exponential_(generator=draw)
-        x = torch.nn.functional.embedding_bag(which, directions, per_sample_weights=strength, mode="sum")
+        x = torch.nn.functional.embedding_bag(direction_indices, directions, per_sample_weights=strength, mode="sum")
         x += offset + 0.3 / shape.D**0.5 * normal(n, shape.D)
         return x * (shape.D / (2 * active + 1)) ** 0.5  # E c^2 = 2
 
     def positions() -> Tensor:
         return torch.randint(POSITIONS, (shape.N,), generator=draw, device=device)
 
-    batches = [Batch.of(rows(shape.N).to(dtype), positions()) for _ in range(count)]
+    batches = [Batch.of(activations(shape.N).to(dtype), positions()) for _ in range(count)]
     wide = [batch.x.float() for batch in batches]
-    return Tokens(batches, wide, rows(min(shape.N, 1024)), wide[0].mean(0), float(wide[0].norm(dim=1).mean()))
+    return Tokens(batches, wide, activations(min(shape.N, 1024)), wide[0].mean(0), float(wide[0].norm(dim=1).mean()))

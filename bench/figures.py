@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..campaign.panels import plain_ticks
-from ..evals.figures import legend_below
+from ..campaign.figure_panels import plain_ticks
+from ..evals.run_figures import legend_below
 from .data import HEADLINE, Shape
 from .floors import FLOOR_NAMES, KNOWN, Rates, step_floors
 from .results import activation
@@ -59,8 +59,8 @@ def roofline(measured: list[dict[str, Any]]) -> Any:
         axes.plot(ends, reached, label=name, linewidth=1.2, color="#333333", linestyle="-" if itemsize == 2 else "--")
     markers = dict(zip(dict.fromkeys(name for name, *_ in points), "osD^v<>PX*hp" * 9, strict=False))
     for name, marker in markers.items():
-        at = [(x, y) for op, x, y in points if op == name]
-        axes.plot(*zip(*at, strict=True), marker, markersize=4, color=colour, label=name)
+        coordinates = [(x, y) for op, x, y in points if op == name]
+        axes.plot(*zip(*coordinates, strict=True), marker, markersize=4, color=colour, label=name)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="FLOP/s", title=title)
     legend_below(figure)
     return figure
@@ -79,8 +79,8 @@ def bars(measured: list[dict[str, Any]]) -> Any:
     panels: dict[str, list[dict[str, Any]]] = {}
     for result, case in _steps(measured):
         shape = Shape(*(case[name] for name in "NDFK"))
-        what = "" if activation(case) == "topk" else f", {activation(case)}"
-        panels.setdefault(f"{result['device']}\n{shape}{what}", []).append(case)
+        activation_text = "" if activation(case) == "topk" else f", {activation(case)}"
+        panels.setdefault(f"{result['device']}\n{shape}{activation_text}", []).append(case)
     if not panels:
         figure, axes = _axes(len(KNOWN))
         for axis, (card, rates) in zip(axes, KNOWN.items(), strict=True):
@@ -112,12 +112,12 @@ def scaling(measured: list[dict[str, Any]]) -> Any:
         for result, case in _steps(measured)
         if case.get("settings") != "own" and activation(case) == "topk"
     ]
-    at = [(case["N"], case["D"], case["K"]) for _, case in steps]
-    n, d, k = max(set(at), key=at.count) if at else (HEADLINE.N, HEADLINE.D, HEADLINE.K)
+    shapes = [(case["N"], case["D"], case["K"]) for _, case in steps]
+    n, d, k = max(set(shapes), key=shapes.count) if shapes else (HEADLINE.N, HEADLINE.D, HEADLINE.K)
     shown = [(result, case) for result, case in steps if (case["N"], case["D"], case["K"]) == (n, d, k)]
     rates, itemsize = (_rates(shown[0][0]), _itemsize(shown[0][1])) if shown else (KNOWN["H100"], 2)
-    measured_at = sorted({case["F"] for _, case in shown}) or [2**14, 2**20]
-    first, last = measured_at[0] / 2, measured_at[-1] * 2
+    measured_F = sorted({case["F"] for _, case in shown}) or [2**14, 2**20]
+    first, last = measured_F[0] / 2, measured_F[-1] * 2
     sizes = [round(first * (last / first) ** (i / 30)) for i in range(31)]
     styles = {"dense": ":", "materialised": "--", "fused": "-"}
     for field, style in styles.items():
@@ -126,8 +126,8 @@ def scaling(measured: list[dict[str, Any]]) -> Any:
     for provider in dict.fromkeys(case["provider"] for _, case in shown):
         points = sorted((case["F"], case["ms"]) for _, case in shown if case["provider"] == provider)
         axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=provider, color=COLOURS.get(provider))
-    where = shown[0][0]["device"] if shown else "H100 (not measured)"
-    axes.set(xscale="log", yscale="log", xlabel="F", ylabel="ms a step", title=f"{where}, N = {n}, D = {d}, K = {k}")
+    device = shown[0][0]["device"] if shown else "H100 (not measured)"
+    axes.set(xscale="log", yscale="log", xlabel="F", ylabel="ms a step", title=f"{device}, N = {n}, D = {d}, K = {k}")
     axes.title.set_fontsize(9)
     plain_ticks(axes.xaxis)
     legend_below(figure)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..engine.config import SAEConfig, StreamConfig, TrainConfig
 from ..engine.errors import UserError, shown
-from ..engine.names import expand_path
-from ..engine.optim import default_lr
+from ..engine.learner import default_lr
 from ..engine.sae import SparseAutoencoder
+from ..engine.storage.path_names import expand_path
 from ..engine.stream import ActivationStream
 from ..engine.train import train
 from .data import Shape
@@ -66,12 +66,12 @@ def plan(
     """The cells of each source: a preset's, or these ones. Raises UserError for what is none."""
     if preset not in PRESETS:
         raise UserError(f"preset: {preset!r} is not allowed; there are {', '.join(PRESETS)}")
-    usual = PRESETS[preset]
-    own = [_parsed(text) for text in cells or ()]
+    preset_cells = PRESETS[preset]
+    parsed_cells = [_parsed(text) for text in cells or ()]
     for source in sources or ():
         _check_source(source)
-    every = tuple(dict.fromkeys(cell for found in usual.values() for cell in found))
-    return {source: own or usual.get(source, every) for source in sources or usual}
+    all_cells = tuple(dict.fromkeys(cell for source_cells in preset_cells.values() for cell in source_cells))
+    return {source: parsed_cells or preset_cells.get(source, all_cells) for source in sources or preset_cells}
 
 
 def _parsed(text: str) -> Cell:
@@ -111,17 +111,17 @@ def activations(source: str, data: str | None = None) -> Tensor:
         return made_up(Shape(TOKENS, int(number), 1, 1), "cpu", torch.float32, count=1).batches[0].x
     hook = f"blocks.{number}.hook_resid_post"
     stream = ActivationStream(StreamConfig(model=kind, hook=hook, data=data, buffer_dtype="float32"), tokens=TOKENS)
-    parts = [stream.next(1024).flat().x.float().cpu().clone() for _ in range(-(-TOKENS // 1024))]
-    return torch.cat(parts)[:TOKENS]
+    batches = [stream.next(1024).flat().x.float().cpu().clone() for _ in range(-(-TOKENS // 1024))]
+    return torch.cat(batches)[:TOKENS]
 
 
 def score(cell: Cell, x: Tensor, lr: float | None, seeds: int = 1) -> dict[str, float]:
     """Train at peak rate `lr` (None: the default) on all of x [M, D] but the last HELD_OUT tokens, and evaluate on those.
     Means over so many seeds of weights and order."""
-    found = [
+    seed_scores = [
         evaluate(train(x[:-HELD_OUT], *cell.configs(x.shape[1], lr, seed)).sae, x[-HELD_OUT:]) for seed in range(seeds)
     ]
-    return {name: sum(one[name] for one in found) / seeds for name in found[0]}
+    return {name: sum(scores[name] for scores in seed_scores) / seeds for name in seed_scores[0]}
 
 
 @torch.no_grad()
@@ -142,40 +142,42 @@ def evaluate(sae: SparseAutoencoder, x: Tensor) -> dict[str, float]:
 
 def grid(measure: Callable[[float], dict[str, float]], start: float) -> dict[float, dict[str, float]]:
     """Scores by learning rate, ascending: `start` times powers of two, at least two of them on either side of the best."""
-    found: dict[int, dict[str, float]] = {}
+    scores_by_power: dict[int, dict[str, float]] = {}
 
     def fvu(power: int) -> float:
-        if power not in found:
-            found[power] = measure(start * 2.0**power)
-        return found[power]["fvu"] if math.isfinite(found[power]["fvu"]) else math.inf
+        if power not in scores_by_power:
+            scores_by_power[power] = measure(start * 2.0**power)
+        return scores_by_power[power]["fvu"] if math.isfinite(scores_by_power[power]["fvu"]) else math.inf
 
     best = min((-1, 0, 1), key=fvu)
     while best != (best := min((best - 1, best, best + 1), key=fvu)):
         pass
     for power in range(best - REACH, best + REACH + 1):
         fvu(power)
-    return {start * 2.0**power: found[power] for power in sorted(found)}
+    return {start * 2.0**power: scores_by_power[power] for power in sorted(scores_by_power)}
 
 
 def measure(
     sources: dict[str, Sequence[Cell]], *, data: str | None = None, seeds: int = 1, done: dict[str, Any] | None = None,
-    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Every cell of every source: scores at the default rate and on a grid around the best one.
 
     `done`: results of before; cells in them are not measured again. `keep` takes what there is after each cell.
     """
-    found = done or about("cpu") | {"cells": []}
-    missing = [(source, cell) for source, cells in sources.items() for cell in cells if not _has(found, source, cell)]
+    result = done or about("cpu") | {"cells": []}
+    missing = [
+        (source, cell) for source, cells in sources.items() for cell in cells if not _is_measured(result, source, cell)
+    ]
     x, loaded = torch.zeros(0), ""
     for n, (source, cell) in enumerate(missing, 1):
         if source != loaded:
             x, loaded = activations(source, data), source
         name = source.partition("=")[0]
         print(f"cell {n} of {len(missing)}: {name} {cell}", file=sys.stderr)  # each training has its own bar
-        found["cells"].append({"source": name, "D": x.shape[1]} | _scores(cell, x, seeds))
-        keep(found)
-    return found
+        result["cells"].append({"source": name, "D": x.shape[1]} | _scores(cell, x, seeds))
+        keep(result)
+    return result
 
 
 def _scores(cell: Cell, x: Tensor, seeds: int) -> dict[str, Any]:
@@ -190,43 +192,43 @@ def _scores(cell: Cell, x: Tensor, seeds: int) -> dict[str, Any]:
     }
 
 
-def _has(found: dict[str, Any], source: str, cell: Cell) -> bool:
+def _is_measured(result: dict[str, Any], source: str, cell: Cell) -> bool:
     name = source.partition("=")[0]
-    return any(one["source"] == name and _cell(one) == cell for one in found["cells"])
+    return any(cell_result["source"] == name and _cell(cell_result) == cell for cell_result in result["cells"])
 
 
-def _cell(one: dict[str, Any]) -> Cell:
-    return Cell(**{name: one[name] for name in Cell._fields})
+def _cell(cell_result: dict[str, Any]) -> Cell:
+    return Cell(**{name: cell_result[name] for name in Cell._fields})
 
 
 def read(file: Path) -> dict[str, Any]:
     """What a `--json` file holds. Raises UserError for one that this suite did not write."""
     try:
-        found = json.loads(file.read_text())
-        [_cell(one) for one in found["cells"]]
+        result = json.loads(file.read_text())
+        [_cell(cell_result) for cell_result in result["cells"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"json: {file} is not allowed; it holds something else than learning rates") from None
-    return found
+    return result
 
 
-def excess(one: dict[str, Any]) -> float:
+def excess(cell_result: dict[str, Any]) -> float:
     """How far FVU at the default is above the best of the grid, as a share of it; below zero where it is better."""
-    return one["default"]["fvu"] / min(point["fvu"] for point in one["grid"]) - 1
+    return cell_result["default"]["fvu"] / min(point["fvu"] for point in cell_result["grid"]) - 1
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Markdown: what was measured on what, a line for each cell."""
     lines = [
-        f"{found['device']}, torch {found['versions']['torch']}, commit {(found['commit'] or 'unknown')[:8]}",
+        f"{result['device']}, torch {result['versions']['torch']}, commit {(result['commit'] or 'unknown')[:8]}",
         "",
         "| source | D | activation | F | K | batch | steps | best lr | FVU | default lr | FVU | above the best |",
         "| ------ | -: | ---------- | -: | -: | ----: | ----: | ------: | --: | ---------: | --: | -------------: |",
     ]
-    for one in found["cells"]:
-        best = min(one["grid"], key=lambda point: point["fvu"])
+    for line in result["cells"]:
+        best = min(line["grid"], key=lambda point: point["fvu"])
         lines.append(
-            f"| {one['source']} | {one['D']} | {one['activation']} | {one['F']} | {one['K']} | {one['batch']} "
-            f"| {one['steps']} | {best['lr']:.2g} | {best['fvu']:.4f} | {one['default_lr']:.2g} "
-            f"| {one['default']['fvu']:.4f} | {excess(one):+.1%} |"
+            f"| {line['source']} | {line['D']} | {line['activation']} | {line['F']} | {line['K']} | {line['batch']} "
+            f"| {line['steps']} | {best['lr']:.2g} | {best['fvu']:.4f} | {line['default_lr']:.2g} "
+            f"| {line['default']['fvu']:.4f} | {excess(line):+.1%} |"
         )
     return "\n".join(lines) + "\n"

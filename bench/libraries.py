@@ -16,10 +16,21 @@ import torch
 from torch import Tensor
 
 from ..engine.accelerate import accelerate
-from .job import DEAD, LONG_RUN, Absent, Job, Trainee, autocast, fixes_l0, let_die, mean_l0, sae_config
+from .training_job import (
+    DEAD,
+    LONG_RUN,
+    ProviderRun,
+    ProviderUnavailable,
+    TrainingJob,
+    autocast,
+    fixes_l0,
+    let_die,
+    mean_l0,
+    sae_config,
+)
 
 
-def sparsify(job: Job) -> Trainee:
+def sparsify(job: TrainingJob) -> ProviderRun:
     """eai-sparsify's SparseCoder in the order of its Trainer.fit. Own: signum under a schedule-free wrapper, the default.
 
     AuxK is off by default; if it is on, it counts 1 / 32, as in Gao et al.
@@ -32,18 +43,18 @@ def sparsify(job: Job) -> Trainee:
     library = load("sparsify")
     n, d, f, k = job.shape
     torch.manual_seed(0)
-    coder = library.SparseCoder(d, library.SparseCoderConfig(num_latents=f, k=k), job.device, torch.float32)
-    coder.b_dec.data = job.tokens.mean.clone()
+    autoencoder = library.SparseCoder(d, library.SparseCoderConfig(num_latents=f, k=k), job.device, torch.float32)
+    autoencoder.b_dec.data = job.tokens.mean.clone()
     if job.accelerated:
-        accelerate(coder)
+        accelerate(autoencoder)
     if job.auxk:
-        let_die(coder.encoder.weight)
+        let_die(autoencoder.encoder.weight)
     if job.own:
-        inner = load("sparsify.sign_sgd").SignSGD(coder.parameters(), lr=5e-3 / (f / 2**14) ** 0.5)
+        inner = load("sparsify.sign_sgd").SignSGD(autoencoder.parameters(), lr=5e-3 / (f / 2**14) ** 0.5)
         optimizer: Any = load("schedulefree").ScheduleFreeWrapper(inner, momentum=0.95)
         optimizer.train()
     else:
-        optimizer = torch.optim.Adam(coder.parameters(), lr=job.lr, fused=True)
+        optimizer = torch.optim.Adam(autoencoder.parameters(), lr=job.lr, fused=True)
     idle = torch.zeros(f, device=job.device, dtype=torch.long)
     fired = torch.zeros(f, device=job.device, dtype=torch.bool)
     dead_after = 10_000_000
@@ -53,15 +64,15 @@ def sparsify(job: Job) -> Trainee:
             idle[DEAD] = dead_after + 1
         x = job.tokens.wide[i % len(job.tokens.wide)]
         with matmul_precision("high"):  # as its fit() sets it
-            coder.set_decoder_norm_to_unit_norm()
+            autoencoder.set_decoder_norm_to_unit_norm()
             dead = idle > dead_after if job.auxk else None
-            out = coder(x, total_variance=(x - x.mean(0)).pow(2).sum(), dead_mask=dead)
+            out = autoencoder(x, total_variance=(x - x.mean(0)).pow(2).sum(), dead_mask=dead)
             fired[out.latent_indices.flatten()] = True
             float(out.fvu.detach())
             if job.auxk:
                 float(out.auxk_loss.detach())
             (out.fvu + out.auxk_loss / 32 if job.auxk else out.fvu).backward()
-            coder.remove_gradient_parallel_to_decoder_directions()
+            autoencoder.remove_gradient_parallel_to_decoder_directions()
             optimizer.step()
             optimizer.zero_grad()
         idle.add_(n)
@@ -71,27 +82,27 @@ def sparsify(job: Job) -> Trainee:
     def reconstruct(x: Tensor) -> Tensor:
         if job.own:
             optimizer.eval()  # the weights that are kept are an average
-        x_hat = coder(x).sae_out
+        x_hat = autoencoder(x).sae_out
         if job.own:
             optimizer.train()
         return x_hat
 
     dtype = "bf16" if torch.device(job.device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return Trainee(step, reconstruct, "signum" if job.own else "Adam", dtype, None, job.aux_k)
+    return ProviderRun(step, reconstruct, "signum" if job.own else "Adam", dtype, None, job.aux_k)
 
 
-def sae_lens(job: Job) -> Trainee:
+def sae_lens(job: TrainingJob) -> ProviderRun:
     """SAELens' training SAE in its SAETrainer, which always clips at 1. Own: its Adam, lr, dtype and coefficients."""
     library = load("sae_lens")
     n, d, f, k = job.shape
     ours = sae_config(job)
-    name, sizes, same = {
+    name, sizes, headline_sizes = {
         "topk": ("TopK", dict(k=k), {}),
         "batchtopk": ("BatchTopK", dict(k=float(k)), {}),
         "jumprelu": ("JumpReLU", {}, dict(l0_coefficient=ours.l0_coefficient * d)),
         "relu": ("Standard", {}, dict(l1_coefficient=ours.l1_coefficient)),
     }[job.activation]
-    sizes |= {} if job.own else same
+    sizes |= {} if job.own else headline_sizes
     torch.manual_seed(0)
     config = getattr(library, f"{name}TrainingSAEConfig")(d_in=d, d_sae=f, device=job.device, **sizes)
     sae = getattr(library, f"{name}TrainingSAE")(config)
@@ -115,15 +126,15 @@ def sae_lens(job: Job) -> Trainee:
 
     dtype = "fp32" if job.own else job.dtype
     l0 = None if fixes_l0(job.activation) else lambda x: mean_l0(sae.encode(x))
-    return Trainee(step, sae, optimizer_name(trainer.optimizer), dtype, 1.0, job.aux_k, l0)
+    return ProviderRun(step, sae, optimizer_name(trainer.optimizer), dtype, 1.0, job.aux_k, l0)
 
 
-def dictionary_learning(job: Job) -> Trainee:
+def dictionary_learning(job: TrainingJob) -> ProviderRun:
     """The `update` of dictionary_learning's trainer, which always clips at 1, but not for ReLU. JumpReLU aims at an L0 of K.
     Own: its Adam, lr, warm-ups, dtype, coefficient of L1 and aim for L0."""
     skip_init("dictionary_learning", unless="nnsight")
     k = job.shape.K
-    module, name, sizes, same = {
+    module, name, sizes, headline_settings = {
         "topk": ("top_k", "TopKTrainer", dict(k=k), {}),
         "batchtopk": ("batch_top_k", "BatchTopKTrainer", dict(k=k), {}),
         "jumprelu": ("jumprelu", "JumpReluTrainer", {}, dict(target_l0=float(k), sparsity_warmup_steps=0)),
@@ -133,7 +144,7 @@ def dictionary_learning(job: Job) -> Trainee:
     }[job.activation]  # fmt: skip
     settings: dict[str, Any] = dict(activation_dim=job.shape.D, dict_size=job.shape.F, steps=LONG_RUN, **sizes)
     settings |= dict(layer=0, lm_name="none", seed=0, device=job.device)
-    settings |= {} if job.own else dict(lr=job.lr, warmup_steps=0, **same)
+    settings |= {} if job.own else dict(lr=job.lr, warmup_steps=0, **headline_settings)
     torch.manual_seed(0)  # not all of them do
     trainer = getattr(load(f"dictionary_learning.trainers.{module}"), name)(**settings)
     if job.accelerated:
@@ -159,10 +170,10 @@ def dictionary_learning(job: Job) -> Trainee:
 
     dtype, clip = "bf16" if narrow else "fp32", None if job.activation == "relu" else 1.0
     l0 = None if fixes_l0(job.activation) else lambda x: mean_l0(trainer.ae.encode(x))
-    return Trainee(step, reconstruct, optimizer_name(trainer.optimizer), dtype, clip, job.aux_k, l0)
+    return ProviderRun(step, reconstruct, optimizer_name(trainer.optimizer), dtype, clip, job.aux_k, l0)
 
 
-def faster(build: Callable[[Job], Trainee]) -> Callable[[Job], Trainee]:
+def faster(build: Callable[[TrainingJob], ProviderRun]) -> Callable[[TrainingJob], ProviderRun]:
     """A library's training step after the one line that `temposae.accelerate` takes."""
     return lambda job: build(job._replace(accelerated=True))
 
@@ -171,7 +182,7 @@ def load(module: str) -> Any:
     """The module. What it prints and warns about on the way is its own affair. Raises Absent if it isn't installed."""
     package = module.partition(".")[0]
     if find_spec(package) is None:
-        raise Absent(f"{package} is not installed")
+        raise ProviderUnavailable(f"{package} is not installed")
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return import_module(module)

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.ambient import own_modes
 from ..engine.config import SAEConfig
 from ..engine.errors import UserError
-from ..engine.host import tune_host
-from ..engine.progress import progress_bar
+from ..engine.process.cpu_memory import tune_host
+from ..engine.process.progress import progress_bar
 from ..engine.sae import SparseAutoencoder
 from ..kernels import adam, decode, encode, encode_sparse, loss, select, weight_grad
 from ..kernels.backend import why
 from ..kernels.code import LatentMajor, SparseCode
 from ..kernels.cost import Cost
+from ..kernels.torch_modes import default_modes
 from .data import DTYPES, POSITIONS, Shape, tokens
 from .floors import Rates, op_floor, rates_of
 from .timing import free_bytes, inner_calls, memory, quantiles, samples
@@ -35,15 +35,15 @@ class Inputs:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
         self.shape, self.dtype, self.device = shape, dtype, device
-        self._given = tokens(shape, device, dtype, count=1)
-        batch = self._given.batches[0]
+        self._tokens = tokens(shape, device, dtype, count=1)
+        batch = self._tokens.batches[0]
         self.x, self.pos = batch.x, batch.pos
 
     @cached_property
     def sae(self) -> SparseAutoencoder:
         shape = self.shape
         sae = SparseAutoencoder(SAEConfig(d_in=shape.D, d_sae=shape.F, k=shape.K)).to(self.device)
-        sae.initialise_bias(self._given.mean)
+        sae.initialise_bias(self._tokens.mean)
         return sae
 
     @cached_property
@@ -77,7 +77,7 @@ class Inputs:
         return self.code.transpose()
 
     @cached_property
-    def found(self) -> decode.Reconstruction:
+    def reconstruction(self) -> decode.Reconstruction:
         return decode.reconstruct(self.code, self.W_dec, self.biases[1], self.x)
 
 
@@ -145,12 +145,12 @@ def _reconstruct(i: Inputs) -> Call:
 
 
 def _position_loss(i: Inputs) -> Call:
-    squared_error, code, pos = i.found.squared_error, i.code, i.pos
+    squared_error, code, pos = i.reconstruction.squared_error, i.code, i.pos
     return lambda: loss.position_loss(squared_error, code, pos, POSITIONS)
 
 
 def _values_grad(i: Inputs) -> Call:
-    code, w, residual = i.code, i.W_dec, i.found.residual
+    code, w, residual = i.code, i.W_dec, i.reconstruction.residual
     return lambda: decode.decode_values_grad(code, w, residual)
 
 
@@ -160,25 +160,25 @@ def _transpose(i: Inputs) -> Call:
 
 
 def _weight_grad(i: Inputs) -> Call:
-    entries, values, residual = i.entries, i.code.values, i.found.residual
+    entries, values, residual = i.entries, i.code.values, i.reconstruction.residual
     return lambda: weight_grad.weight_grad(entries, values, residual)
 
 
 def _row_norms(i: Inputs) -> Call:
-    entries, values, residual, w = i.entries, i.code.values, i.found.residual, i.W_dec
+    entries, values, residual, w = i.entries, i.code.values, i.reconstruction.residual, i.W_dec
     return lambda: adam.row_norms(entries, values, residual, W=w)
 
 
 def resting(w: Tensor) -> tuple[adam.Moments, adam.Rates]:
     """For an update of w with a step of size zero and no memory of the first moment: the work of any step, and the next call
     finds the same weights."""
-    zero, one = torch.zeros((), device=w.device), torch.ones((), device=w.device)
-    return adam.Moments(torch.zeros_like(w), torch.zeros_like(w)), adam.Rates(zero, one, one.clone(), beta1=0.0)
+    zero, unit = torch.zeros((), device=w.device), torch.ones((), device=w.device)
+    return adam.Moments(torch.zeros_like(w), torch.zeros_like(w)), adam.Rates(zero, unit, unit.clone(), beta1=0.0)
 
 
 def _adam_rows(i: Inputs) -> Call:
     """The decoder's update, on a copy: it works in place. Gives the first moment, which is the gradient."""
-    w, entries, values, residual = i.sae.W_dec.detach().clone(), i.entries, i.code.values, i.found.residual
+    w, entries, values, residual = i.sae.W_dec.detach().clone(), i.entries, i.code.values, i.reconstruction.residual
     moments, rates = resting(w)
     shadow = None if i.dtype == torch.float32 else w.to(i.dtype)
 
@@ -201,8 +201,8 @@ def _objective(i: Inputs, direction: str) -> Call:
         return forward
     if direction == "full":
         return lambda: torch.autograd.grad(forward(), weights)
-    kept = forward()
-    return lambda: torch.autograd.grad(kept, weights, retain_graph=True)
+    loss_value = forward()
+    return lambda: torch.autograd.grad(loss_value, weights, retain_graph=True)
 
 
 Costs = Callable[[Shape, int, str], list[Cost]]
@@ -264,7 +264,7 @@ def _torch_only(s: Shape, itemsize: int, backend: str) -> list[Cost]:
 
 
 def _all(*costs: Costs) -> Costs:
-    return lambda s, itemsize, backend: [part for cost in costs for part in cost(s, itemsize, backend)]
+    return lambda s, itemsize, backend: [piece for cost in costs for piece in cost(s, itemsize, backend)]
 
 
 _FORWARD = _all(_encode_topk_cost, _reconstruct_cost, _loss_cost)
@@ -309,12 +309,12 @@ def work(name: str, shape: Shape, dtype: str, device: str, rates: Rates, backend
         choice = op.choice
         by_cost = None if choice is None else lambda backend: choice(shape, itemsize, backend)[0]
         backend = why(name, torch.empty(0, device=device, dtype=DTYPES[dtype]), cost=by_cost)[0]
-    parts = op.costs(shape, itemsize, backend)
-    flops, traffic = (sum(column) for column in zip(*parts, strict=True))
-    return Work(backend, dtype, flops, traffic, sum(op_floor(part, rates, itemsize) for part in parts))
+    pieces = op.costs(shape, itemsize, backend)
+    flops, traffic = (sum(column) for column in zip(*pieces, strict=True))
+    return Work(backend, dtype, flops, traffic, sum(op_floor(piece, rates, itemsize) for piece in pieces))
 
 
-@own_modes()
+@default_modes()
 def measure(
     shapes: Iterable[Shape],
     names: Iterable[str] = tuple(OPS),
@@ -365,11 +365,11 @@ def _case(name: str, inputs: Inputs, repeats: int, seconds: float) -> dict[str, 
     device = inputs.device
     call = OPS[name].call(inputs)
     call()  # compiles
-    _, took = memory(call, device)
+    _, usage = memory(call, device)
     inner = inner_calls(call, device, SAMPLE_MS[torch.device(device).type])
     times = samples(call, device, repeats=repeats, inner=inner, warm=1, seconds=seconds)
     return {"provider": "temposae", "op": name, "direction": OPS[name].direction} | {
         **inputs.shape._asdict(),
         **quantiles(times)._asdict(),
-        "peak_bytes": took.peak,
+        "peak_bytes": usage.peak,
     }

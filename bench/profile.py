@@ -19,20 +19,20 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ..engine.ambient import own_modes
 from ..engine.errors import UserError
-from ..engine.host import tune_host
-from ..engine.optim import Learner
-from ..engine.progress import progress_bar
+from ..engine.learner import Learner
+from ..engine.process.cpu_memory import tune_host
+from ..engine.process.progress import progress_bar
 from ..kernels import adam, decode, encode, encode_sparse, loss, select, weight_grad
 from ..kernels.code import SparseCode
+from ..kernels.torch_modes import default_modes
 from .data import DTYPES, Shape, tokens
 from .floors import Rates, rates_of
-from .job import Job
 from .ops import OPS, work
 from .providers import make_learner
 from .results import markdown
 from .timing import synchronise
+from .training_job import TrainingJob
 
 STAGE, STEP = "temposae::", "temposae-bench-step"
 OUTSIDE = "outside of stages"
@@ -51,7 +51,7 @@ STAGE_OPS = {
 ADAM_BYTES = 28  # a parameter: weight, gradient and both moments read, all but the gradient written, in float32
 
 
-@own_modes()
+@default_modes()
 def run(shape: Shape, *, device: str, dtype: str, steps: int, trace: Path) -> dict[str, Any]:
     """Profile `steps` training steps, by the defaults of `temposae train`, and write a Chrome trace to `trace`.
 
@@ -63,12 +63,12 @@ def run(shape: Shape, *, device: str, dtype: str, steps: int, trace: Path) -> di
     if steps < 1:
         raise UserError(f"steps: {steps} is not allowed; it must be at least 1")
     tune_host()
-    given = tokens(shape.check(), device, DTYPES[dtype], count=4)
-    learner = make_learner(Job(shape, device, dtype, 0.0, given, own=True))
+    bench_tokens = tokens(shape.check(), device, DTYPES[dtype], count=4)
+    learner = make_learner(TrainingJob(shape, device, dtype, 0.0, bench_tokens, own=True))
     with progress_bar("profiling", total=steps + 3, unit="steps") as bar:
 
         def step(i: int) -> None:
-            learner.step(given.batches[i % len(given.batches)])
+            learner.step(bench_tokens.batches[i % len(bench_tokens.batches)])
             bar.advance(1)
 
         step(0)
@@ -84,12 +84,12 @@ def run(shape: Shape, *, device: str, dtype: str, steps: int, trace: Path) -> di
 
         with contextlib.nullcontext() if named else _wrapped(learner):
             events = traced(all_steps, device, trace)
-    found = summary(events)
+    result = summary(events)
     rates = rates_of(device, DTYPES[dtype].itemsize)
     parameters = sum(p.numel() for p in learner.sae.parameters() if p.requires_grad)
-    for stage in found["stages"]:
+    for stage in result["stages"]:
         _add_rates(stage, shape, dtype, device, rates, parameters)
-    return {"shape": shape._asdict(), "dtype": dtype, "named_by": "the step" if named else "the bench suite"} | found
+    return {"shape": shape._asdict(), "dtype": dtype, "named_by": "the step" if named else "the bench suite"} | result
 
 
 class Span(NamedTuple):
@@ -132,11 +132,11 @@ def summary(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         busy = []
         for event in gpu:
             launch = launches.get(event["args"].get("correlation"), event)
-            busy.append(_span(event, _at(places.get(launch["tid"]), launch["ts"])))
+            busy.append(_span(event, _name_at(places.get(launch["tid"]), launch["ts"])))
         window = [Span("", min(s.start for s in busy), max(s.end for s in busy))]
         pieces = busy
     else:
-        busy = [_span(e, _at(places.get(e["tid"]), e["ts"])) for e in events if e["cat"] == "cpu_op"]
+        busy = [_span(e, _name_at(places.get(e["tid"]), e["ts"])) for e in events if e["cat"] == "cpu_op"]
         window = steps
         pieces = [_clip(piece, step) for step in steps for place in places.values() for piece in place]
     times: dict[str, float] = defaultdict(float)
@@ -168,12 +168,12 @@ def summary(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The stages as Markdown, then idle time and the longest gaps."""
-    rows = [("stage", "ms a step", "share", "calls", "GB/s", "GFLOP/s", "of floor")]
-    for stage in found["stages"]:
+    table_lines = [("stage", "ms a step", "share", "calls", "GB/s", "GFLOP/s", "of floor")]
+    for stage in result["stages"]:
         known = "floor_ms" in stage
-        rows.append((
+        table_lines.append((
             stage["stage"],
             f"{stage['ms']:.3f}",
             f"{stage['share']:.1%}",
@@ -182,12 +182,12 @@ def table(found: dict[str, Any]) -> str:
             f"{stage['gflop_per_s']:.3g}" if known else "-",
             f"{stage['floor_ms'] / stage['ms']:.0%}" if known else "-",
         ))  # fmt: skip
-    lines = markdown(rows)
+    lines = markdown(table_lines)
     lines += [
         "",
-        f"a step: {found['step_ms']:.3f} ms, of which idle {found['idle_ms']:.3f} ms ({found['idle_share']:.1%})",
+        f"a step: {result['step_ms']:.3f} ms, of which idle {result['idle_ms']:.3f} ms ({result['idle_share']:.1%})",
     ]
-    lines += [f"idle {gap['ms']:.3f} ms a step after {gap['after']}, before {gap['before']}" for gap in found["gaps"]]
+    lines += [f"idle {gap['ms']:.3f} ms a step after {gap['after']}, before {gap['before']}" for gap in result["gaps"]]
     return "\n".join(lines) + "\n"
 
 
@@ -209,15 +209,15 @@ def _span(event: dict[str, Any], name: str) -> Span:
 
 def _innermost(spans: list[Span]) -> list[Span]:
     """Nested spans of one thread, cut so that each moment belongs to the innermost one."""
-    found: list[Span] = []
+    innermost: list[Span] = []
     open_: list[Span] = []
-    at = 0.0
+    position = 0.0
 
     def cut(end: float) -> None:
-        nonlocal at
-        if end > at:
-            found.append(Span(open_[-1].name, at, end))
-            at = end
+        nonlocal position
+        if end > position:
+            innermost.append(Span(open_[-1].name, position, end))
+            position = end
 
     for span in sorted(spans, key=lambda s: (s.start, -s.end)):
         while open_ and open_[-1].end <= span.start:
@@ -226,14 +226,14 @@ def _innermost(spans: list[Span]) -> list[Span]:
         if open_:
             cut(span.start)
         open_.append(span)
-        at = max(at, span.start)
+        position = max(position, span.start)
     while open_:
         cut(open_[-1].end)
         open_.pop()
-    return found
+    return innermost
 
 
-def _at(place: list[Span] | None, moment: float) -> str:
+def _name_at(place: list[Span] | None, moment: float) -> str:
     """The name that covers `moment` among disjoint spans in order."""
     if not place:
         return OUTSIDE
@@ -247,16 +247,16 @@ def _clip(piece: Span, to: Span) -> Span:
 
 def _gaps(busy: list[Span], window: Span) -> Iterator[tuple[str, str, float]]:
     """Where no span of `busy` runs within the window: the names around each gap, and its milliseconds."""
-    at, after = window.start, "the start"
+    idle_from, after = window.start, "the start"
     for span in sorted(busy, key=lambda s: s.start):
         if span.end <= window.start or span.start >= window.end:
             continue
-        if span.start > at:
-            yield after, span.name, (span.start - at) / 1e3
-        if span.end > at:
-            at, after = span.end, span.name
-    if at < window.end:
-        yield after, "the end", (window.end - at) / 1e3
+        if span.start > idle_from:
+            yield after, span.name, (span.start - idle_from) / 1e3
+        if span.end > idle_from:
+            idle_from, after = span.end, span.name
+    if idle_from < window.end:
+        yield after, "the end", (window.end - idle_from) / 1e3
 
 
 def _add_rates(stage: dict[str, Any], shape: Shape, dtype: str, device: str, rates: Rates, parameters: int) -> None:
@@ -297,8 +297,9 @@ def _wrapped(learner: Learner) -> Iterator[None]:
         select.select_topk, select.select_batch_topk, select.select_threshold, decode.decode, decode.reconstruct,
         decode.decode_values_grad, loss.position_loss, weight_grad.weight_grad, adam.adam_rows, adam.row_norms,
     )  # fmt: skip
-    engine = __package__.rpartition(".")[0] + ".engine" if __package__ else ""
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith(engine)]
+    ours = __package__.rpartition(".")[0] if __package__ else ""
+    callers = (f"{ours}.engine", f"{ours}.kernels.autograd")
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(callers)]
     targets = [(m, name) for m in modules for name, value in list(vars(m).items()) if any(value is op for op in ops)]
     targets += [(SparseCode, "transpose"), (torch.nn.utils, "clip_grad_norm_")]
     targets += [(learner.sae, name) for name in ("project_decoder_gradient", "constrain")]

@@ -1,8 +1,8 @@
 """Who trains the dictionary: temposae, plain torch, torch.compile of that, and other libraries through their own code.
 
-Each provider is a function from a `Job` to a `Trainee`. With `own` it runs as its users run it by default; else, for the
-headline, with torch's fused Adam at the job's learning rate, which stays constant, and products in the job's dtype. What a
-library does in every step (waiting for the loss, clipping, counting dead latents) it also does here.
+Each provider is a function from a `TrainingJob` to a `ProviderRun`. With `own` it runs as its users run it by default;
+else, for the headline, with torch's fused Adam at the job's learning rate, which stays constant, and products in the job's
+dtype. What a library does in every step (waiting for the loss, clipping, counting dead latents) it also does here.
 
 With AuxK, every fourth latent is dead: its encoder row starts so small that no token keeps it, and before every step the
 trainer's own count of idle tokens says so again. For the headline, all give D / 2 of them to each token, as the libraries
@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..engine.config import TrainConfig
-from ..engine.optim import Learner, together
+from ..engine.learner import Learner, group_into_cohorts
 from ..engine.sae import SparseAutoencoder
 from ..kernels.code import SparseCode
 from ..kernels.encode_sparse import encode_topk
 from .data import DTYPES, POSITIONS
-from .job import ACTIVATIONS, DEAD, LONG_RUN, Job, Trainee, fixes_l0, let_die, sae_config
 from .libraries import dictionary_learning, faster, sae_lens, sparsify
-from .plain import compiled_torch, plain_torch
+from .torch_baseline import compiled_torch, plain_torch
+from .training_job import ACTIVATIONS, DEAD, LONG_RUN, ProviderRun, TrainingJob, fixes_l0, let_die, sae_config
 
 
-def make_learner(job: Job, seed: int = 0) -> Learner:
+def make_learner(job: TrainingJob, seed: int = 0) -> Learner:
     """What `temposae train` steps with, on a new dictionary. Own: `TrainConfig`'s defaults."""
     n = job.shape.N
     settings: dict[str, Any] = dict(tokens=n * LONG_RUN, batch=n, control=False)
@@ -39,20 +39,20 @@ def make_learner(job: Job, seed: int = 0) -> Learner:
     return Learner(sae, TrainConfig(**settings), job.tokens.mean, job.tokens.mean_norm, POSITIONS)
 
 
-def temposae(job: Job) -> Trainee:
+def temposae(job: TrainingJob) -> ProviderRun:
     """The training step that `temposae train` runs, on tokens as its stream gives them. Own: its defaults, which clip."""
     learners, batches = [make_learner(job, seed) for seed in range(job.dictionaries)], job.tokens.batches
-    learner, steppers = learners[0], together(learners)
+    learner, steppers = learners[0], group_into_cohorts(learners)
     sae, scale = learner.sae, learner.scale
     # before the first step too, so that what is learned is compared with where training starts
     sae.initialise_threshold(learner.scaled(batches[0].x), batches[0].pos)
-    for one in learners:
-        one.any_dead = job.auxk
+    for seed_learner in learners:
+        seed_learner.any_dead = job.auxk
 
     def step(i: int) -> None:
         if job.auxk:
-            for one in learners:
-                one.counts.idle_tokens[:, DEAD] = one.dead_after
+            for seed_learner in learners:
+                seed_learner.counts.idle_tokens[:, DEAD] = seed_learner.dead_after
         for stepper in steppers:
             stepper.step(batches[i % len(batches)])
 
@@ -65,7 +65,7 @@ def temposae(job: Job) -> Trainee:
         code = encode(x)
         return int((code.live(code.values) > 0).sum()) / len(x)
 
-    return Trainee(
+    return ProviderRun(
         step=step,
         reconstruct=lambda x: sae.decode(encode(x)) / scale,
         optimizer="Adam",
@@ -82,7 +82,7 @@ class Provider(NamedTuple):
     Who has TopK or BatchTopK also has AuxK for it.
     """
 
-    build: Callable[[Job], Trainee]
+    build: Callable[[TrainingJob], ProviderRun]
     own: bool
     package: str
     activations: tuple[str, ...] = ACTIVATIONS
@@ -103,10 +103,10 @@ PROVIDERS = {
 
 def versions() -> dict[str, str | None]:
     """Version of every package that takes part; None where it is not installed."""
-    found: dict[str, str | None] = {}
+    package_versions: dict[str, str | None] = {}
     for package in ("triton", *(provider.package for provider in PROVIDERS.values())):
         try:
-            found[package] = version(package)
+            package_versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            package_versions[package] = None
+    return package_versions

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import UserError, near
-from ..engine.files import write_text
-from ..engine.progress import progress_bar
-from ..evals.figures import save_figure
+from ..engine.process.progress import progress_bar
+from ..engine.storage.files import write_text
+from ..evals.run_figures import save_figure
 from . import aot
 from .data import HEADLINE, PRESETS
 from .figures import bars, roofline, scaling
@@ -45,13 +45,13 @@ def write(
     compiled, obstacle = _compile(archs or aot.ARCHS, kernels or tuple(aot.SPECS))
     if results is None:
         measured += _measure_here()
-    found = {"kernels": compiled, "floors": _floors(), "results": measured}
-    write_text(out / "report.json", json.dumps(found, indent=1) + "\n")
-    write_text(out / "report.md", _text(found, obstacle))
+    contents = {"kernels": compiled, "floors": _floors(), "results": measured}
+    write_text(out / "report.json", json.dumps(contents, indent=1) + "\n")
+    write_text(out / "report.md", _text(contents, obstacle))
     figures = {"roofline": roofline(measured), "steps": bars(measured), "scaling": scaling(measured)}
     for name, figure in figures.items():
         save_figure(figure, out / f"{name}.png")
-    return found, [out / name for name in ("report.md", "report.json", *(f"{name}.png" for name in figures))]
+    return contents, [out / name for name in ("report.md", "report.json", *(f"{name}.png" for name in figures))]
 
 
 def _compile(archs: Sequence[int], names: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
@@ -60,18 +60,18 @@ def _compile(archs: Sequence[int], names: Sequence[str]) -> tuple[list[dict[str,
 
     if find_spec("triton") is None:
         return [], "triton is not installed (it needs Linux), so nothing was compiled"
-    rows: list[dict[str, Any]] = []
+    kernel_reports: list[dict[str, Any]] = []
     with progress_bar("compiling", total=len(archs) * len(names), unit="kernels") as bar:
         for arch in archs:
             for name in names:
                 try:
-                    rows += aot.report([arch], [name])
+                    kernel_reports += aot.report([arch], [name])
                 except RuntimeError as error:
                     if "TRITON_INTERPRET" not in str(error):
                         raise
                     raise UserError(str(error)) from None
                 bar.advance(1, now=f"{name}, sm_{arch}")
-    return rows, ""
+    return kernel_reports, ""
 
 
 def _measure_here() -> list[dict[str, Any]]:
@@ -83,8 +83,8 @@ def _measure_here() -> list[dict[str, Any]]:
     from . import ops, step
 
     cases, left_out = step.measure([HEADLINE], [step.Contender("temposae", False)], device="cuda", dtype="bf16")
-    more, also = ops.measure([HEADLINE], device="cuda", dtype="bf16")
-    return [record(cases + more, left_out | also, "cuda")]
+    op_cases, op_left_out = ops.measure([HEADLINE], device="cuda", dtype="bf16")
+    return [record(cases + op_cases, left_out | op_left_out, "cuda")]
 
 
 def _floors() -> list[dict[str, Any]]:
@@ -96,25 +96,29 @@ def _floors() -> list[dict[str, Any]]:
     ]
 
 
-def _text(found: dict[str, Any], obstacle: str) -> str:
+def _text(contents: dict[str, Any], obstacle: str) -> str:
     keys = ("registers", "spill_bytes", "shared_bytes", "tensor_core_instructions")
     compiled = [("kernel", "sm", "hot", *(key.replace("_", " ") for key in keys))]
-    for row in found["kernels"]:
-        compiled.append((row["name"], str(row["arch"]), "yes" if row["hot"] else "", *(str(row[key]) for key in keys)))
+    for line in contents["kernels"]:
+        compiled.append(
+            (line["name"], str(line["arch"]), "yes" if line["hot"] else "", *(str(line[key]) for key in keys))
+        )
     floors = [("card", *"NDFK", *FLOOR_NAMES.values())]
-    for row in found["floors"]:
-        floors.append((row["device"], *(str(row[n]) for n in "NDFK"), *(f"{row[key]:.1f}" for key in FLOOR_NAMES)))
-    spilled = [f"{row['name']} on sm_{row['arch']}" for row in found["kernels"] if row["hot"] and row["spill_bytes"]]
-    parts = [
+    for line in contents["floors"]:
+        floors.append((line["device"], *(str(line[n]) for n in "NDFK"), *(f"{line[key]:.1f}" for key in FLOOR_NAMES)))
+    spilled = [
+        f"{line['name']} on sm_{line['arch']}" for line in contents["kernels"] if line["hot"] and line["spill_bytes"]
+    ]
+    sections = [
         "# Bench report",
         "## Compiled ahead of time",
         obstacle or "\n".join(markdown(compiled)),
-        f"Hot kernels that spill: {', '.join(spilled) or 'none'}." if found["kernels"] else "",
+        f"Hot kernels that spill: {', '.join(spilled) or 'none'}." if contents["kernels"] else "",
         "## Floors of a training step, ms (arithmetic, not measured)",
         "\n".join(markdown(floors)),
         "![roofline](roofline.png) ![steps](steps.png) ![scaling](scaling.png)",
         "## Measured",
-        *(table(result).rstrip() for result in found["results"]),
-        "" if found["results"] else "Nothing: no GPU here, and no results were given.",
+        *(table(result).rstrip() for result in contents["results"]),
+        "" if contents["results"] else "Nothing: no GPU here, and no results were given.",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(section for section in sections if section) + "\n"

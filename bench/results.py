@@ -51,10 +51,10 @@ def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+        match = None
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def commit() -> str | None:
@@ -73,20 +73,20 @@ def commit() -> str | None:
 def read(path: Path) -> dict[str, Any]:
     """The results in a file. Raises UserError for what is not a file of results."""
     try:
-        found = json.loads(path.read_text())
+        result = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"results: {path} can't be read: {error.strerror}") from None
     except ValueError:
         raise UserError(f"results: {path} is not JSON") from None
-    if not isinstance(found, dict) or not isinstance(found.get("cases"), list):
+    if not isinstance(result, dict) or not isinstance(result.get("cases"), list):
         raise UserError(
             f"results: {path} must hold device, versions, commit and cases, as `temposae bench` writes them"
         )
-    for case in found["cases"]:
+    for case in result["cases"]:
         lacking = [key for key in NEEDED if not isinstance(case, dict) or key not in case]
         if lacking:
             raise UserError(f"results: a case in {path} lacks {', '.join(lacking)}")
-    return found
+    return result
 
 
 def kept() -> list[Path]:
@@ -94,21 +94,21 @@ def kept() -> list[Path]:
     return sorted(FOLDER.glob("*.json"))
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Markdown: one line that says what was measured on, then a table of steps per shape and activation, then one of ops."""
-    versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items() if version)
-    short = re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", str(found.get("commit")))
-    lines = [f"{found.get('device')}; {versions}; commit {short}"]
-    steps = [case for case in found["cases"] if case["op"] == "train_step"]
+    versions = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items() if version)
+    short = re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", str(result.get("commit")))
+    lines = [f"{result.get('device')}; {versions}; commit {short}"]
+    steps = [case for case in result["cases"] if case["op"] == "train_step"]
     races: dict[str, list[dict[str, Any]]] = {}
     for case in steps:
         races.setdefault(_in_words(case, any(activation(other) != "topk" for other in steps)), []).append(case)
     for words, cases in races.items():
         lines += ["", words, "", *_steps(cases)]
-    ops = [case for case in found["cases"] if case["op"] != "train_step"]
+    ops = [case for case in result["cases"] if case["op"] != "train_step"]
     if ops:
         lines += ["", *_ops(ops)]
-    lines += [f"\nLeft out: {name} ({reason})" for name, reason in found.get("left_out", {}).items()]
+    lines += [f"\nLeft out: {name} ({reason})" for name, reason in result.get("left_out", {}).items()]
     return "\n".join(lines) + "\n"
 
 
@@ -125,11 +125,11 @@ def _steps(cases: list[dict[str, Any]]) -> list[str]:
         extra["GB"] = lambda case: f"{case.get('bytes', 0) / 1e9:.3g}"
         extra["GFLOP"] = lambda case: f"{case.get('flops', 0) / 1e9:.3g}"
         extra["floor ms"] = lambda case: f"{case['floor_ms']:.3g}"
-    rows = [(
+    lines = [(
         "provider", "optimizer", "dtype", "clip", "ms (p20 to p80)", "x temposae", "peak GiB", *extra, "of floor", "learns",
     )]  # fmt: skip
     for case in sorted(cases, key=lambda c: (not _headline(c), c["ms"])):
-        rows.append((
+        lines.append((
             case["provider"] + ("" if _headline(case) else ", own defaults"),
             str(case.get("optimizer", "")),
             case["dtype"],
@@ -141,15 +141,15 @@ def _steps(cases: list[dict[str, Any]]) -> list[str]:
             _percent(case),
             "yes" if case.get("loss_falls") else "NO",
         ))  # fmt: skip
-    return markdown(rows)
+    return markdown(lines)
 
 
 def _ops(cases: list[dict[str, Any]]) -> list[str]:
-    rows = [(
+    lines = [(
         "op", "direction", "shape", "dtype", "backend", "ms (p20 to p80)", "GB", "GFLOP", "floor ms", "of floor", "peak GiB",
     )]  # fmt: skip
     for case in cases:
-        rows.append((
+        lines.append((
             case["op"],
             case.get("direction", ""),
             "-".join(f"{name}{case[name]}" for name in "NDFK"),
@@ -162,22 +162,22 @@ def _ops(cases: list[dict[str, Any]]) -> list[str]:
             _percent(case),
             f"{case['peak_bytes'] / 2**30:.3g}",
         ))  # fmt: skip
-    return markdown(rows)
+    return markdown(lines)
 
 
-def markdown(rows: list[tuple[str, ...]]) -> list[str]:
+def markdown(lines: list[tuple[str, ...]]) -> list[str]:
     """A table whose columns also line up on a terminal. The first row is the heading; columns of figures go to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    right = [all(not row[i] or row[i][0] in "0123456789-?" for row in rows[1:]) for i in range(len(widths))]
+    widths = [max(len(texts[i]) for texts in lines) for i in range(len(lines[0]))]
+    right = [all(not texts[i] or texts[i][0] in "0123456789-?" for texts in lines[1:]) for i in range(len(widths))]
 
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cells) + " |"
 
-    def padded(row: tuple[str, ...]) -> Iterable[str]:
-        return (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+    def padded(texts: tuple[str, ...]) -> Iterable[str]:
+        return (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(texts, widths, right, strict=True))
 
     rule = line("-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True))
-    return [line(padded(rows[0])), rule, *(line(padded(row)) for row in rows[1:])]
+    return [line(padded(lines[0])), rule, *(line(padded(texts)) for texts in lines[1:])]
 
 
 def _headline(case: dict[str, Any]) -> bool:
@@ -191,9 +191,9 @@ def activation(case: dict[str, Any]) -> str:
 
 def _in_words(case: dict[str, Any], name: bool) -> str:
     sizes = ", ".join(f"{n} = {case[n]}" for n in "NDFK")
-    several = case.get("dictionaries", 1)
-    of = "A training step" if several == 1 else f"A training step of each of {several} dictionaries"
-    return f"{of}, {f'{activation(case)}, ' if name else ''}{sizes}:"
+    count = case.get("dictionaries", 1)
+    heading = "A training step" if count == 1 else f"A training step of each of {count} dictionaries"
+    return f"{heading}, {f'{activation(case)}, ' if name else ''}{sizes}:"
 
 
 def _times(case: dict[str, Any]) -> str:

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..engine.ambient import own_modes
 from ..engine.errors import UserError
-from ..engine.host import tune_host
-from ..engine.progress import ProgressBar, progress_bar
+from ..engine.process.cpu_memory import tune_host
+from ..engine.process.progress import ProgressBar, progress_bar
+from ..kernels.torch_modes import default_modes
 from .data import DTYPES, Shape, Tokens, tokens
 from .floors import rates_of, step_floors, step_work
-from .job import ACTIVATIONS, Absent, Job, Trainee, fixes_l0
 from .providers import PROVIDERS
 from .timing import free_bytes, inner_calls, memory, quantiles, sample, synchronise
+from .training_job import ACTIVATIONS, ProviderRun, ProviderUnavailable, TrainingJob, fixes_l0
 
 SAMPLE_MS = 30.0  # a sample on a GPU lasts at least as long
 WARM = 2  # steps: what is compiled or allocated once is done after two
@@ -37,16 +37,16 @@ def contenders(providers: Iterable[str], own: bool) -> list[Contender]:
     for name in names:
         if name not in PROVIDERS:
             raise UserError(f"provider: {name!r} is not allowed; there are {', '.join(PROVIDERS)}")
-    found = [Contender(name, False) for name in names]
-    return found + [Contender(name, True) for name in names if own and PROVIDERS[name].own]
+    entrants = [Contender(name, False) for name in names]
+    return entrants + [Contender(name, True) for name in names if own and PROVIDERS[name].own]
 
 
 @dataclass
-class Entry:
+class RaceEntry:
     """A contender in the race: what it is, took, and has learned."""
 
     contender: Contender
-    trainee: Trainee
+    trainee: ProviderRun
     peak: int
     fvu_start: float
     times: list[float] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Entry:
         self.done += 1
 
 
-@own_modes()
+@default_modes()
 def measure(
     shapes: Iterable[Shape],
     entrants: list[Contender],
@@ -105,10 +105,10 @@ def measure(
     races = len(shapes) * len(activations)
     with progress_bar("steps", total=races * len(entrants) * (rounds + 1), unit="samples") as bar:
         for shape in shapes:
-            given = tokens(shape, device, DTYPES[dtype])
+            training_tokens = tokens(shape, device, DTYPES[dtype])
             for activation in activations:
-                job = Job(
-                    shape, device, dtype, lr, given,
+                job = TrainingJob(
+                    shape, device, dtype, lr, training_tokens,
                     clip=clip, activation=activation, auxk=auxk, dictionaries=dictionaries,
                 )  # fmt: skip
                 waiting, heat = list(entrants), 0
@@ -124,11 +124,11 @@ def measure(
 
 
 def _line_up(
-    job: Job, waiting: list[Contender], left_out: dict[str, str], bar: ProgressBar
-) -> tuple[list[Entry], list[Contender]]:
+    job: TrainingJob, waiting: list[Contender], left_out: dict[str, str], bar: ProgressBar
+) -> tuple[list[RaceEntry], list[Contender]]:
     """Build as many contenders as memory holds; the others go on waiting. Who can't run at all is left out."""
-    entries: list[Entry] = []
-    for place, contender in enumerate(waiting):
+    entries: list[RaceEntry] = []
+    for index, contender in enumerate(waiting):
         bar.advance(0, now=f"building {contender}")
         if job.activation not in PROVIDERS[contender.provider].activations:
             left_out[f"{contender.provider}, {job.activation}"] = f"it has no {job.activation}"
@@ -140,7 +140,7 @@ def _line_up(
             _check_room(job, entries, 16 * weights)  # they, gradients, moments
             entry = _enter(job, contender)
             _check_room(job, [*entries, entry] if entries else [], 0)
-        except Absent as absent:
+        except ProviderUnavailable as absent:
             left_out[str(contender)] = str(absent)
         except Exception as error:
             if contender.provider == "temposae" and not _out_of_memory(error):
@@ -150,7 +150,7 @@ def _line_up(
             entry = None
             _release(job.device)  # not earlier: the exception held on to the memory
             if memory_short and entries:
-                return entries, waiting[place:]
+                return entries, waiting[index:]
             left_out[f"{contender} at {job}"] = reason
         elif entry is not None:
             entries.append(entry)
@@ -158,17 +158,17 @@ def _line_up(
     return entries, []
 
 
-def _check_room(job: Job, entries: list[Entry], more: int) -> None:
-    """Raises MemoryError unless the device has `more` bytes, and what the largest step so far took, to spare."""
-    needed, free = more + max((entry.peak for entry in entries), default=0), free_bytes(job.device)
+def _check_room(job: TrainingJob, entries: list[RaceEntry], more_bytes: int) -> None:
+    """Raises MemoryError unless the device has `more_bytes` bytes, and what the largest step so far took, to spare."""
+    needed, free = more_bytes + max((entry.peak for entry in entries), default=0), free_bytes(job.device)
     if needed > free:
         raise MemoryError(f"needs {needed / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free")
 
 
-def _enter(job: Job, contender: Contender) -> Entry:
+def _enter(job: TrainingJob, contender: Contender) -> RaceEntry:
     job = job._replace(own=contender.own)
     trainee, built = memory(lambda: _build(job, contender.provider), job.device)
-    entry = Entry(contender, trainee, 0, _fvu(trainee, job.tokens))
+    entry = RaceEntry(contender, trainee, 0, _fvu(trainee, job.tokens))
 
     def warm() -> None:
         for _ in range(WARM):
@@ -179,20 +179,20 @@ def _enter(job: Job, contender: Contender) -> Entry:
     return entry
 
 
-def _build(job: Job, provider: str) -> Trainee:
+def _build(job: TrainingJob, provider: str) -> ProviderRun:
     build = PROVIDERS[provider].build
     if provider == "temposae":  # which knows what to do with several
         return build(job)
-    each = [build(job) for _ in range(job.dictionaries)]
+    trainees = [build(job) for _ in range(job.dictionaries)]
 
     def step(i: int) -> None:
-        for trainee in each:
+        for trainee in trainees:
             trainee.step(i)
 
-    return replace(each[0], step=step)
+    return replace(trainees[0], step=step)
 
 
-def _round(entries: list[Entry], job: Job, left_out: dict[str, str], bar: ProgressBar) -> None:
+def _round(entries: list[RaceEntry], job: TrainingJob, left_out: dict[str, str], bar: ProgressBar) -> None:
     """A sample of everyone in turn. Who fails leaves the race."""
     cuda = torch.device(job.device).type == "cuda"
     for entry in list(entries):
@@ -208,13 +208,13 @@ def _round(entries: list[Entry], job: Job, left_out: dict[str, str], bar: Progre
 
 
 @torch.no_grad()
-def _case(entry: Entry, job: Job, heat: int) -> dict[str, Any]:
+def _case(entry: RaceEntry, job: TrainingJob, heat: int) -> dict[str, Any]:
     fvu, trainee = _fvu(entry.trainee, job.tokens), entry.trainee
     itemsize = DTYPES[trainee.dtype].itemsize
     n, d, f, k = job.shape
     l0 = None if trainee.l0 is None else trainee.l0(job.tokens.held_out)
-    rates, kept = rates_of(job.device, itemsize), (k if l0 is None else l0) + trainee.aux_k
-    work = step_work(n, d, f, kept, rates, itemsize)
+    rates, active = rates_of(job.device, itemsize), (k if l0 is None else l0) + trainee.aux_k
+    work = step_work(n, d, f, active, rates, itemsize)
     work = work._replace(**{name: job.dictionaries * value for name, value in work._asdict().items()})
     return {
         "provider": entry.contender.provider,
@@ -231,7 +231,7 @@ def _case(entry: Entry, job: Job, heat: int) -> dict[str, Any]:
         **quantiles(entry.times)._asdict(),
         "peak_bytes": entry.peak,
         **work._asdict(),
-        "floors": step_floors(n, d, f, kept, rates, itemsize)._asdict(),
+        "floors": step_floors(n, d, f, active, rates, itemsize)._asdict(),
         "l0": l0,
         "steps": entry.done,
         "fvu_start": entry.fvu_start,
@@ -242,9 +242,9 @@ def _case(entry: Entry, job: Job, heat: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _fvu(trainee: Trainee, given: Tokens) -> float:
+def _fvu(trainee: ProviderRun, training_tokens: Tokens) -> float:
     """sum |x - x_hat|^2 / sum |x - mean x|^2 on the tokens that nobody trains on."""
-    x = given.held_out
+    x = training_tokens.held_out
     return float((x - trainee.reconstruct(x).float()).square().sum() / (x - x.mean(0)).square().sum())
 
 

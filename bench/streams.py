@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine.ambient import own_modes
 from ..engine.config import SAEConfig, StreamConfig, TrainConfig
 from ..engine.errors import UserError
-from ..engine.host import tune_host
-from ..engine.optim import Cohort, Learner, together
-from ..engine.progress import ProgressBar, progress_bar
+from ..engine.learner import Cohort, Learner, group_into_cohorts
+from ..engine.process.cpu_memory import tune_host
+from ..engine.process.progress import ProgressBar, progress_bar
 from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, LanguageModel, TokenRows
-from ..engine.stream.live import Live, is_text
-from ..engine.stream.loading import load
-from ..engine.stream.text import RowSource, TestbedRows, TextRows
+from ..engine.stream.model_loading import load
+from ..engine.stream.model_source import ModelSource, is_text
+from ..engine.stream.token_rows import RowSource, TestbedRows, TextRows
+from ..kernels.torch_modes import default_modes
 from .results import about, markdown
 from .timing import synchronise
 
@@ -57,18 +57,18 @@ def sizes(preset: str, model: str | None = None) -> Sizes:
     """The sizes of a preset, with another model at its middle layer where one is given."""
     if preset not in PRESETS:
         raise UserError(f"preset: {preset!r} is not allowed; there are {', '.join(PRESETS)}")
-    found = PRESETS[preset]
-    return found if model is None else found._replace(model=model, layer=None)
+    preset_sizes = PRESETS[preset]
+    return preset_sizes if model is None else preset_sizes._replace(model=model, layer=None)
 
 
-@own_modes()
-def measure(given: Sizes, *, device: str) -> dict[str, Any]:
+@default_modes()
+def measure(bench_sizes: Sizes, *, device: str) -> dict[str, Any]:
     """Time everything in turns. What is compared stands side by side in a round, and the median over rounds counts.
 
-        harvest_ratio    time of the bare model loop / time of `Live.next` on the same rows
-        buffer_overhead  time of `stream.next` / time of `Live.next`, both for a row of text, - 1
-        end_to_end       by number of dictionaries: time of `Live.next` / time of training, both for a row of text
-        batch_over_sum   the same: time of training / (time of `Live.next` for as many rows + time of as many steps alone)
+        harvest_ratio    time of the bare model loop / time of `ModelSource.next` on the same rows
+        buffer_overhead  time of `stream.next` / time of `ModelSource.next`, both for a row of text, - 1
+        end_to_end       by number of dictionaries: time of `ModelSource.next` / time of training, both for a row of text
+        batch_over_sum   the same: time of training / (`ModelSource.next` for as many rows + as many steps alone)
 
     The bare loop is a plain transformers model with one hook, which ends the pass there, and with the stream's kind of
     attention. Its rows are made beforehand; harvesting makes its own. Returns what the bench's JSON holds, the first three
@@ -77,74 +77,74 @@ def measure(given: Sizes, *, device: str) -> dict[str, Any]:
     Raises UserError for a model that can't be loaded or that transformers doesn't have by itself.
     """
     tune_host()
-    turns = 3 * (given.rounds + len(DICTIONARIES) * _few(given.rounds))
-    with folder_of(given.model, device) as name, progress_bar("streams", total=turns, unit="turns") as bar:
-        found = _measured(given._replace(model=name), device, bar)
-    ratios = {key: found[key] for key in ("harvest_ratio", "buffer_overhead", "end_to_end")}
-    return about(device) | {"streams": {"model": given.model} | found} | ratios
+    turns = 3 * (bench_sizes.rounds + len(DICTIONARIES) * _few(bench_sizes.rounds))
+    with folder_of(bench_sizes.model, device) as name, progress_bar("streams", total=turns, unit="turns") as bar:
+        figures = _measured(bench_sizes._replace(model=name), device, bar)
+    ratios = {key: figures[key] for key in ("harvest_ratio", "buffer_overhead", "end_to_end")}
+    return about(device) | {"streams": {"model": bench_sizes.model} | figures} | ratios
 
 
-def _measured(given: Sizes, device: str, bar: ProgressBar) -> dict[str, Any]:
-    model = LanguageModel(given.model, layer=given.layer, device=device)
-    given = given._replace(context=min(given.context, model.context))
-    bare = Bare(given.model, model)
+def _measured(bench_sizes: Sizes, device: str, bar: ProgressBar) -> dict[str, Any]:
+    model = LanguageModel(bench_sizes.model, layer=bench_sizes.layer, device=device)
+    bench_sizes = bench_sizes._replace(context=min(bench_sizes.context, model.context))
+    bare = BareModel(bench_sizes.model, model)
     config = StreamConfig(
-        model=given.model,
+        model=bench_sizes.model,
         hook=model.hook,
-        context=given.context,
-        rows_per_forward=given.rows,
-        buffer_tokens=given.buffer,
+        context=bench_sizes.context,
+        rows_per_forward=bench_sizes.rows,
+        buffer_tokens=bench_sizes.buffer,
     )
-    stream = ActivationStream(config, model=model, rows=text_of(given.context, model))
-    live, again = (text_of(given.context, model) for _ in range(2))
-    source = Live(model, live, given.context, given.rows)
-    bare.check(model, text_of(given.context, model).next(given.rows))
-    batches = max(1, given.buffer // 2 // given.batch)  # of one permutation
+    stream = ActivationStream(config, model=model, rows=text_of(bench_sizes.context, model))
+    source_rows, bare_rows = (text_of(bench_sizes.context, model) for _ in range(2))
+    source = ModelSource(model, source_rows, bench_sizes.context, bench_sizes.rows)
+    bare.check(model, text_of(bench_sizes.context, model).next(bench_sizes.rows))
+    batches = max(1, bench_sizes.buffer // 2 // bench_sizes.batch)  # of one permutation
 
     def harvest() -> int:
         return sum(len(source.next() or ()) for _ in range(passes))
 
     def serve() -> int:
-        return sum(len(stream.next(given.batch)) for _ in range(batches))
+        return sum(len(stream.next(bench_sizes.batch)) for _ in range(batches))
 
     rows = stream.counts["rows"]
     serve()  # fills the buffer
     rows = stream.counts["rows"]
     serve()
-    passes = max(1, round((stream.counts["rows"] - rows) / given.rows))
+    passes = max(1, round((stream.counts["rows"] - rows) / bench_sizes.rows))
     harvest()
-    _skip(again, passes * given.rows, given.rows)
-    bare.read(again.next(given.rows).tokens)
+    _skip(bare_rows, passes * bench_sizes.rows, bench_sizes.rows)
+    bare.read(bare_rows.next(bench_sizes.rows).tokens)
     source.next()
 
     tokens: list[int] = []
     times: dict[str, list[float]] = {"bare": [], "harvest": [], "stream": []}  # seconds a row
-    for nth in range(given.rounds):
-        parts = [again.next(given.rows).tokens for _ in range(passes)]
+    for round_index in range(bench_sizes.rounds):
+        token_batches = [bare_rows.next(bench_sizes.rows).tokens for _ in range(passes)]
         calls: dict[str, Callable[[], Any]] = {
-            "bare": lambda parts=parts: [bare.read(part) for part in parts],
+            "bare": lambda token_batches=token_batches: [bare.read(token_batch) for token_batch in token_batches],
             "harvest": lambda: tokens.append(harvest()),
             "stream": serve,
         }
-        for name in _order(calls, nth):
-            times[name].append(_timed(calls[name], stream if name == "stream" else passes * given.rows, device))
+        for name in _order(calls, round_index):
+            times[name].append(_timed(calls[name], stream if name == "stream" else passes * bench_sizes.rows, device))
             bar.advance(1)
-    a_row = sum(tokens) / len(tokens) / passes / given.rows
-    found: dict[str, Any] = {
+    tokens_per_row = sum(tokens) / len(tokens) / passes / bench_sizes.rows
+    figures: dict[str, Any] = {
         "harvest_ratio": _ratio(times["bare"], times["harvest"]),
         "buffer_overhead": _ratio(times["stream"], times["harvest"]) - 1,
         "end_to_end": {},
         "batch_over_sum": {},
-        "tokens_per_s": {name: a_row / median(values) for name, values in times.items()},
+        "tokens_per_s": {name: tokens_per_row / median(values) for name, values in times.items()},
         "step_ms": {},
     }
     for count in DICTIONARIES:
-        cohorts = _dictionaries(count, given, stream)
-        batch = stream.next(given.batch).clone()
+        cohorts = _dictionaries(count, bench_sizes, stream)
+        batch = stream.next(bench_sizes.batch).clone()
 
         def train(cohorts: Any = cohorts) -> None:
             for _ in range(batches):
-                fresh = stream.next(given.batch)
+                fresh = stream.next(bench_sizes.batch)
                 for cohort in cohorts:
                     cohort.step(fresh)
 
@@ -158,31 +158,31 @@ def _measured(given: Sizes, device: str, bar: ProgressBar) -> dict[str, Any]:
                 cohort.step(batch)
         calls = {"train": train, "steps": steps, "harvest": harvest}
         ratios, sums, step_times, train_times = [], [], [], []
-        for nth in range(_few(given.rounds)):
+        for round_index in range(_few(bench_sizes.rounds)):
             took: dict[str, float] = {}
-            read = 0
-            for name in _order(calls, nth):
+            rows_read = 0
+            for name in _order(calls, round_index):
                 rows = stream.counts["rows"]
                 took[name] = _timed(calls[name], None, device)
-                read = max(read, stream.counts["rows"] - rows)
+                rows_read = max(rows_read, stream.counts["rows"] - rows)
                 bar.advance(1)
-            model_alone = took["harvest"] * read / (passes * given.rows)
+            model_alone = took["harvest"] * rows_read / (passes * bench_sizes.rows)
             ratios.append(model_alone / took["train"])
             sums.append(took["train"] / (model_alone + took["steps"]))
             step_times.append(1e3 * took["steps"] / batches)
-            train_times.append(batches * given.batch / took["train"])
-        found["end_to_end"][str(count)] = median(ratios)
-        found["batch_over_sum"][str(count)] = median(sums)
-        found["step_ms"][str(count)] = median(step_times)
-        found["tokens_per_s"][f"train {count}"] = median(train_times)
-    settings = given._asdict() | {"hook": model.hook, "attention": model.attention, "reader": model.reader}
+            train_times.append(batches * bench_sizes.batch / took["train"])
+        figures["end_to_end"][str(count)] = median(ratios)
+        figures["batch_over_sum"][str(count)] = median(sums)
+        figures["step_ms"][str(count)] = median(step_times)
+        figures["tokens_per_s"][f"train {count}"] = median(train_times)
+    settings = bench_sizes._asdict() | {"hook": model.hook, "attention": model.attention, "reader": model.reader}
     settings |= {"D": model.d_model, "passes": passes, "batches": batches}
-    return {key: value for key, value in settings.items() if key != "model"} | found
+    return {key: value for key, value in settings.items() if key != "model"} | figures
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Markdown: what was measured on what, a line for each ratio."""
-    s = found["streams"]
+    s = result["streams"]
     lines = [("", "ratio", "tokens/s")]
     rate = {name: f"{value:,.0f}" for name, value in s["tokens_per_s"].items()}
     lines += [
@@ -199,10 +199,10 @@ def table(found: dict[str, Any]) -> str:
         for count, value in s["batch_over_sum"].items()
     ]
     sizes = ", ".join(f"{name} = {s[name]}" for name in ("D", "F", "K", "batch", "context"))
-    return "\n".join([f"{found['device']}; {s['hook']} of {s['model']}; {sizes}", "", *markdown(lines)]) + "\n"
+    return "\n".join([f"{result['device']}; {s['hook']} of {s['model']}; {sizes}", "", *markdown(lines)]) + "\n"
 
 
-class Bare:
+class BareModel:
     """A plain transformers model with a hook at one layer that ends the pass: the least that harvesting could take."""
 
     class _Stop(Exception):
@@ -232,8 +232,8 @@ class Bare:
 
     def check(self, model: LanguageModel, rows: TokenRows) -> None:
         """That both give the same. Raises RuntimeError if not: then they can't be compared."""
-        kept = is_text(rows).to(self.device)
-        ours, theirs = model.activations(rows.tokens)[kept].float(), self.read(rows.tokens)[kept].float()
+        is_token = is_text(rows).to(self.device)
+        ours, theirs = model.activations(rows.tokens)[is_token].float(), self.read(rows.tokens)[is_token].float()
         error = float((ours - theirs).norm() / theirs.norm())
         if not error < 2e-2:
             raise RuntimeError(f"the bare loop's activations differ from the stream's by {error:.1%}")
@@ -269,11 +269,11 @@ def _skip(text: RowSource, rows: int, at_once: int) -> None:
         text.next(at_once)
 
 
-def _order(calls: dict[str, Any], nth: int) -> list[str]:
+def _order(calls: dict[str, Any], round_index: int) -> list[str]:
     """Nobody always comes first."""
     names = list(calls)
-    nth %= len(names)
-    return names[nth:] + names[:nth]
+    round_index %= len(names)
+    return names[round_index:] + names[:round_index]
 
 
 def _timed(call: Callable[[], Any], rows: int | ActivationStream | None, device: str) -> float:
@@ -290,21 +290,21 @@ def _timed(call: Callable[[], Any], rows: int | ActivationStream | None, device:
     return seconds / (rows or 1)
 
 
-def _ratio(one: list[float], other: list[float]) -> float:
+def _ratio(numerators: list[float], denominators: list[float]) -> float:
     """Of what stood side by side in each round."""
-    return median(a / b for a, b in zip(one, other, strict=True))
+    return median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def _dictionaries(count: int, given: Sizes, stream: ActivationStream) -> list[Cohort | Learner]:
+def _dictionaries(count: int, bench_sizes: Sizes, stream: ActivationStream) -> list[Cohort | Learner]:
     x = stream.sample().x
     mean, norm = x.float().mean(0), float(x.float().norm(dim=1).mean())
-    config = SAEConfig(d_in=stream.d_in, d_sae=given.F, k=given.K)
+    config = SAEConfig(d_in=stream.d_in, d_sae=bench_sizes.F, k=bench_sizes.K)
     learners = []
     for seed in range(count):
-        settings = TrainConfig(tokens=10**9, batch=given.batch, control=False, seed=seed)
+        settings = TrainConfig(tokens=10**9, batch=bench_sizes.batch, control=False, seed=seed)
         sae = SparseAutoencoder(config, seed=seed).to(x.device)
         learners.append(Learner(sae, settings, mean, norm, stream.positions))
-    return together(learners)
+    return group_into_cohorts(learners)
 
 
 @contextmanager

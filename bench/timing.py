@@ -27,8 +27,8 @@ def quantiles(times: list[float]) -> Quantiles:
     """Raises ValueError without samples."""
     if not times:
         raise ValueError("no samples")
-    at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(at).tolist()
+    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(levels).tolist()
     return Quantiles(p20, p50, p80, len(times))
 
 
@@ -95,8 +95,8 @@ def memory(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
         torch.cuda.reset_peak_memory_stats(device)
         result = call()
         torch.cuda.synchronize(device)
-        peak, held = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
-        return result, Memory(peak - before, held - before)
+        peak, allocated = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        return result, Memory(peak - before, allocated - before)
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
@@ -106,17 +106,17 @@ def memory(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    held = list(accumulate((change for _, change in changes), initial=0))
-    return result, Memory(max(held), held[-1])
+    allocated = list(accumulate((change for _, change in changes), initial=0))
+    return result, Memory(max(allocated), allocated[-1])
 
 
 def free_bytes(device: str) -> float:
     """What is still to be had on the device; infinite where the system does not say."""
     if torch.device(device).type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
-        found = None
-    return 1024 * int(found[1]) if found else math.inf
+        match = None
+    return 1024 * int(match[1]) if match else math.inf

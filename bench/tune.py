@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from ..engine.errors import UserError, near
-from ..engine.files import check_writable
-from ..engine.progress import progress_bar
+from ..engine.process.progress import progress_bar
+from ..engine.storage.files import check_writable
 from ..kernels import adam, configs, decode, encode_sparse, select
 from ..kernels.backend import VARIABLE, config_row
 from . import aot
@@ -146,7 +146,7 @@ def run(entries: Iterable[str] | None = None) -> list[Choice]:
     major, minor = torch.cuda.get_device_capability()
     arch = 10 * major + minor
     choices = tune(arch, names, HEADLINE, "cuda", kernel_ms, obstacle)
-    FILE.write_text(render(FILE.read_text(), configs.CONFIGS | {arch: new_row(arch, choices)}))
+    FILE.write_text(render(FILE.read_text(), configs.CONFIGS | {arch: tuned_row(arch, choices)}))
     return choices
 
 
@@ -174,27 +174,27 @@ def tune(
                 inputs = None  # gives the memory back first
                 inputs = Inputs(shape, DTYPES[trial.dtype], device)
             call = trial.call(inputs)
-            row, times, refused = new_row(arch, choices), [], {}
-            for nth, setting in enumerate(grid):
+            arch_configs, times, refused = tuned_row(arch, choices), [], {}
+            for setting_index, setting in enumerate(grid):
                 bar.advance(1, now=entry)
-                with in_effect(arch, row | {entry: setting}):
+                with in_effect(arch, arch_configs | {entry: setting}):
                     try:
-                        times.append((timer(call, kernels), nth))
+                        times.append((timer(call, kernels), setting_index))
                     except Exception as error:
-                        if nth == 0:
+                        if setting_index == 0:
                             raise
                         refused[_in_words(setting)] = in_one_line(error)
             before_ms, chosen = times[0]
             after_ms = before_ms
-            for ms, nth in sorted(times):
+            for ms, setting_index in sorted(times):
                 if ms > FASTER * before_ms:
                     break
-                with in_effect(arch, row | {entry: grid[nth]}):
+                with in_effect(arch, arch_configs | {entry: grid[setting_index]}):
                     reason = obstacle(entry, arch)
                 if not reason:
-                    after_ms, chosen = ms, nth
+                    after_ms, chosen = ms, setting_index
                     break
-                refused[_in_words(grid[nth])] = reason
+                refused[_in_words(grid[setting_index])] = reason
             choices.append(Choice(entry, grid[0], before_ms, grid[chosen], after_ms, len(grid), refused))
     return choices
 
@@ -202,19 +202,19 @@ def tune(
 def settings(entry: str, current: Setting) -> list[Setting]:
     """The current setting, then every other one of the entry's grid."""
     grid = TRIALS[entry].grid
-    found = [current | dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    return [current, *(setting for setting in found if setting != current)]
+    combinations = [current | dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    return [current, *(setting for setting in combinations if setting != current)]
 
 
-def new_row(arch: int, choices: Iterable[Choice]) -> dict[str, Setting]:
+def tuned_row(arch: int, choices: Iterable[Choice]) -> dict[str, Setting]:
     return config_row(arch) | {choice.entry: choice.after for choice in choices}
 
 
 @contextlib.contextmanager
-def in_effect(arch: int, row: dict[str, Setting]) -> Iterator[None]:
+def in_effect(arch: int, arch_configs: dict[str, Setting]) -> Iterator[None]:
     """Kernels on sm_`arch` are launched by this row."""
     before = configs.CONFIGS.get(arch)
-    configs.CONFIGS[arch] = row
+    configs.CONFIGS[arch] = arch_configs
     config_row.cache_clear()
     try:
         yield
@@ -261,11 +261,11 @@ def kernel_ms(call: Call, kernels: set[str]) -> float:
 def obstacle(entry: str, arch: int) -> str:
     """Why the entry's setting that is in effect may not be in the table: a kernel of its spills, or needs too much shared
     memory, at a width or in a variant that was not timed."""
-    for row in aot.report([arch], [name for name, spec in aot.SPECS.items() if spec.config == entry]):
-        if row["shared_bytes"] > SHARED_BYTES:
-            return f"{row['name']} needs {row['shared_bytes']} bytes of shared memory, more than {SHARED_BYTES}"
-        if row["hot"] and row["spill_bytes"]:
-            return f"{row['name']} spills {row['spill_bytes']} bytes"
+    for kernel in aot.report([arch], [name for name, spec in aot.SPECS.items() if spec.config == entry]):
+        if kernel["shared_bytes"] > SHARED_BYTES:
+            return f"{kernel['name']} needs {kernel['shared_bytes']} bytes of shared memory, more than {SHARED_BYTES}"
+        if kernel["hot"] and kernel["spill_bytes"]:
+            return f"{kernel['name']} spills {kernel['spill_bytes']} bytes"
     return ""
 
 
@@ -281,10 +281,10 @@ def render(text: str, table: dict[int, dict[str, Setting]]) -> str:
     for arch in sorted(table):
         ways = [("", table[arch])]
         for lower in sorted((other for other in table if other < arch), reverse=True):
-            own = {entry: setting for entry, setting in table[arch].items() if setting != table[lower][entry]}
-            ways.append((f"CONFIGS[{lower}] | ", own))
-        parent, row = min(ways, key=lambda way: len(way[1]))
-        entries = [f'    "{entry}": dict({_in_words(setting)}),' for entry, setting in row.items()]
+            changed = {entry: setting for entry, setting in table[arch].items() if setting != table[lower][entry]}
+            ways.append((f"CONFIGS[{lower}] | ", changed))
+        parent, changes = min(ways, key=lambda way: len(way[1]))
+        entries = [f'    "{entry}": dict({_in_words(setting)}),' for entry, setting in changes.items()]
         start = f"CONFIGS[{arch}] = {parent}" + "{"
         lines += [start, *entries, "}"] if entries else [start + "}"]
     return head + mark + "\n".join(lines) + "\n"
@@ -296,9 +296,9 @@ def _in_words(setting: Setting) -> str:
 
 def summary(choices: Iterable[Choice]) -> str:
     """Times before and after, as Markdown."""
-    rows = [("entry", "ms before", "ms after", "tried", "refused", "setting")]
+    lines = [("entry", "ms before", "ms after", "tried", "refused", "setting")]
     for choice in choices:
-        kept = "as before" if choice.after == choice.before else _in_words(choice.after)
+        setting_text = "as before" if choice.after == choice.before else _in_words(choice.after)
         before, after = (f"{ms:.4g}" for ms in (choice.before_ms, choice.after_ms))
-        rows.append((choice.entry, before, after, str(choice.tried), str(len(choice.refused)), kept))
-    return "\n".join(markdown(rows)) + "\n"
+        lines.append((choice.entry, before, after, str(choice.tried), str(len(choice.refused)), setting_text))
+    return "\n".join(markdown(lines)) + "\n"

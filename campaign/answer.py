@@ -5,11 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evals.page import NOTHING, anchor, number, plain, table
-from .asked import LOG_TITLES, MEANINGS, POSITIONAL
-from .compare import Difference, Run, baseline_of, mean
-from .findings import (
-    Findings,
+from ..evals.markdown_page import NOTHING, anchor, number, plain, table
+from .questions import LOG_TITLES, MEANINGS, POSITIONAL
+from .report_data import (
+    ReportData,
     bullets,
     count,
     log_heading,
@@ -23,12 +22,13 @@ from .findings import (
     signed,
 )
 from .results import SCORES, logs_of
+from .significance import Difference, Run, baseline_of, mean
 
 SLICING = "Static slicing"
 MARK = "†"
 
 
-def answer(findings: Findings) -> list[str]:
+def answer(findings: ReportData) -> list[str]:
     logs = logs_of(findings.found)
     about = {
         "Position-aware structure (logs A to C)": [log for log in logs if log in POSITIONAL],
@@ -48,7 +48,7 @@ def answer(findings: Findings) -> list[str]:
     return blocks
 
 
-def _overall(what: str, which: Sequence[str], findings: Findings) -> str:
+def _overall(what: str, which: Sequence[str], findings: ReportData) -> str:
     runs = [name for name, run in findings.runs.items() if run["log"] in which]
     ones = [one for one in findings.of(runs) if SCORES[one.score].better]
     if not ones:
@@ -72,7 +72,7 @@ def _without_intervals(ones: Sequence[Difference]) -> str:
     return "there is one seed" if reasons == ["one seed"] else "there is no spread over seeds to judge chance by"
 
 
-def _of_log(log: str, runs: Mapping[str, Run], findings: Findings) -> str:
+def _of_log(log: str, runs: Mapping[str, Run], findings: ReportData) -> str:
     ones = findings.of(runs)
     scored = [one for one in ones if SCORES[one.score].better]
     head = f"**[Log {log}](#{anchor(log_heading(log))})**, {LOG_TITLES[log]}: {count(len(runs), 'run')}"
@@ -94,7 +94,7 @@ def _of_log(log: str, runs: Mapping[str, Run], findings: Findings) -> str:
     return nested(head, parts)
 
 
-def _asked_answers(findings: Findings) -> list[str]:
+def _asked_answers(findings: ReportData) -> list[str]:
     """An answer to each question that two runs of this campaign differ in."""
     lines, without = [], 0
     for about, pairs in questions(findings.found).items():
@@ -119,7 +119,7 @@ def _asked_answers(findings: Findings) -> list[str]:
     ]  # fmt: skip
 
 
-def _slicing(findings: Findings) -> list[str]:
+def _slicing(findings: ReportData) -> list[str]:
     """Cutting a trained dictionary into ranges of positions, beside masks that were trained."""
     blocks = []
     for base_name, base in findings.baselines.items():
@@ -184,7 +184,7 @@ def _less(run: Run, base: Run, score: str) -> Any:
     return None if own is None or beside is None else own - beside
 
 
-def _of_score(score: str, ones: Sequence[Difference], findings: Findings) -> list[str]:
+def _of_score(score: str, ones: Sequence[Difference], findings: ReportData) -> list[str]:
     """What helped, what hurt and what can't be told, in one score."""
     levels = []
     for name in dict.fromkeys(one.other for one in ones):
@@ -223,7 +223,7 @@ def _interval(one: Difference) -> str:
     return f"95% {low} to {high}"
 
 
-def claim(one: Difference, findings: Findings) -> str:
+def claim(one: Difference, findings: ReportData) -> str:
     """A difference that is told, as a sentence with its numbers and its figure; and if the control has as much, that."""
     run = findings.every[one.run]
     between = one.other not in findings.baselines
@@ -246,7 +246,7 @@ def claim(one: Difference, findings: Findings) -> str:
     )
 
 
-def _by_score(ones: Iterable[Difference], verdict: str, findings: Findings) -> str:
+def _by_score(ones: Iterable[Difference], verdict: str, findings: ReportData) -> str:
     """Scores with the runs of which this is told, marked where their control is as good; empty if there are none."""
     by: dict[str, list[str]] = {}
     for one in ones:

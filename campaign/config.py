@@ -12,9 +12,9 @@ from ..engine.errors import UserError, near, shown
 from ..engine.parts import reads
 from ..engine.sweep import expand
 from ..evals.suite import EVALS
-from ..variants import BASELINES, RUNS, documented, settings
-from ..variants.documented import COMMON
-from ..variants.strictness import STRICTNESS, strict
+from .documented import BASELINES, RUNS, documented, settings
+from .documented.documented_run import COMMON
+from .documented.strictness import STRICTNESS, strict
 
 MEASURED = ("core", "sparse_probing", "positions", "unlearning", "scr", "tpp", "clusters")
 
@@ -43,30 +43,32 @@ class CampaignConfig(Config):
 
     @field_validator("runs", "baselines", mode="before")
     @classmethod
-    def _all(cls, given: Any, info: Any) -> Any:
+    def _all(cls, runs: Any, info: Any) -> Any:
         known = RUNS if info.field_name == "runs" else BASELINES
-        if given == "all":
+        if runs == "all":
             return tuple(known)
-        for run in given if isinstance(given, list | tuple) else ():
-            if run not in known:
-                raise UserError(f"{info.field_name}: {shown(run)} is not allowed; {near(str(run), known)}")
-        return given
+        for name in runs if isinstance(runs, list | tuple) else ():
+            if name not in known:
+                raise UserError(f"{info.field_name}: {shown(name)} is not allowed; {near(str(name), known)}")
+        return runs
 
     @field_validator("evals")
     @classmethod
-    def _known(cls, given: tuple[str, ...]) -> tuple[str, ...]:
-        for name in given:
+    def _known(cls, evals: tuple[str, ...]) -> tuple[str, ...]:
+        for name in evals:
             if name not in EVALS:
                 raise UserError(f"evals: {shown(name)} is not allowed; {near(name, EVALS)}")
-        return given if "core" in given else ("core", *given)
+        return evals if "core" in evals else ("core", *evals)
 
     @field_validator("axes")
     @classmethod
-    def _strictness(cls, given: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        for how in given.get("strictness", ()):
-            if how not in STRICTNESS:
-                raise UserError(f"axes.strictness: {shown(how)} is not allowed; it must be {', '.join(STRICTNESS)}")
-        return given
+    def _strictness(cls, axes: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for strictness in axes.get("strictness", ()):
+            if strictness not in STRICTNESS:
+                raise UserError(
+                    f"axes.strictness: {shown(strictness)} is not allowed; it must be {', '.join(STRICTNESS)}"
+                )
+        return axes
 
 
 #: baselines that are an activation: no setting for all runs takes it from them
@@ -88,7 +90,7 @@ def fitting_share(tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CampaignRun:
     """A dictionary of a campaign: `label` is the run's name with its condition's."""
 
     name: str
@@ -99,32 +101,32 @@ class Entry:
     sections: dict[str, Any]
 
 
-def entries(config: CampaignConfig) -> list[Entry]:
+def entries(config: CampaignConfig) -> list[CampaignRun]:
     """Every dictionary that is to be trained, by run, condition and seed; analyses have none of their own, but their run
     has."""
-    wanted = [*config.baselines, *dict.fromkeys(documented(run).trained_as or run for run in config.runs)]
-    found: list[Entry] = []
-    for run in wanted:
+    run_names = [*config.baselines, *dict.fromkeys(documented(run).trained_as or run for run in config.runs)]
+    campaign_runs: list[CampaignRun] = []
+    for run in run_names:
         base = settings(run, context=config.stream.get("context", 128))
         common = {name: {**base[name], **getattr(config, name)} for name in ("stream", "sae", "train")}
         for section, name in RELATIVE:
             with suppress(TypeError, ValueError):  # what is no number is refused later, by name
                 if name in getattr(config, section):
                     common[section][name] = float(common[section][name]) * ratio(run, section, name)
-        kept = base["sae"]["activation"] if run in PLAIN else None
-        if kept is not None:
-            common["sae"]["activation"] = kept
+        fixed_activation = base["sae"]["activation"] if run in PLAIN else None
+        if fixed_activation is not None:
+            common["sae"]["activation"] = fixed_activation
         for condition, sections in _conditions(config, common):
-            if kept not in (None, sections["sae"]["activation"]):
+            if fixed_activation not in (None, sections["sae"]["activation"]):
                 continue
             for seed in range(config.seeds):
                 label = f"{run}-{condition}" if condition else run
                 name = f"{label}-s{seed}" if config.seeds > 1 else label
-                own = {**sections, "train": {**sections["train"], "seed": seed}}
-                found.append(Entry(name, run, label, condition, seed, _fitting(own)))
-    if any("rows" in reads(one.sections["sae"]) for one in found):
-        found = [_in_sequences(one) for one in found]
-    return found
+                seeded_sections = {**sections, "train": {**sections["train"], "seed": seed}}
+                campaign_runs.append(CampaignRun(name, run, label, condition, seed, _fitting(seeded_sections)))
+    if any("rows" in reads(campaign_run.sections["sae"]) for campaign_run in campaign_runs):
+        campaign_runs = [_in_sequences(campaign_run) for campaign_run in campaign_runs]
+    return campaign_runs
 
 
 def ratio(run: str, section: str, name: str) -> float:
@@ -134,17 +136,17 @@ def ratio(run: str, section: str, name: str) -> float:
 
 def _conditions(config: CampaignConfig, common: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     axes = {key: values for key, values in config.axes.items() if key != "strictness"}
-    found: list[tuple[str, dict[str, Any]]] = []
-    for how in config.axes.get("strictness", [None]):
-        mask = None if how is None else strict(common["sae"].get("mask", {}), how)
+    conditions: list[tuple[str, dict[str, Any]]] = []
+    for strictness in config.axes.get("strictness", [None]):
+        mask = None if strictness is None else strict(common["sae"].get("mask", {}), strictness)
         sections = common if mask is None else {**common, "sae": {**common["sae"], "mask": mask}}
-        if how is not None and mask is None and how != config.axes["strictness"][0]:
+        if strictness is not None and mask is None and strictness != config.axes["strictness"][0]:
             continue  # without a mask there is one condition
         named = expand({**sections, "sweep": axes}) if axes else {"": sections}
-        for label, each in named.items():
-            condition = "_".join(part for part in (how if mask is not None else None, label) if part)
-            found.append((condition, each))
-    return found
+        for label, condition_sections in named.items():
+            condition = "_".join(word for word in (strictness if mask is not None else None, label) if word)
+            conditions.append((condition, condition_sections))
+    return conditions
 
 
 def _fitting(sections: dict[str, Any]) -> dict[str, Any]:
@@ -157,10 +159,10 @@ def _fitting(sections: dict[str, Any]) -> dict[str, Any]:
     return {**sections, "train": train}
 
 
-def _in_sequences(entry: Entry) -> Entry:
+def _in_sequences(entry: CampaignRun) -> CampaignRun:
     """Some runs look along rows, so all get whole rows: they are compared on the same batches."""
-    given: Mapping[str, Any] = entry.sections["stream"]
-    mode = given.get("mode", "sequences")
+    stream: Mapping[str, Any] = entry.sections["stream"]
+    mode = stream.get("mode", "sequences")
     if mode != "sequences":
         raise UserError(f"stream.mode: {mode} is not allowed; some of the runs look along rows, it must be sequences")
-    return Entry(**{**vars(entry), "sections": {**entry.sections, "stream": {**given, "mode": "sequences"}}})
+    return CampaignRun(**{**vars(entry), "sections": {**entry.sections, "stream": {**stream, "mode": "sequences"}}})

@@ -6,16 +6,16 @@ from functools import partial
 from pathlib import Path
 
 from ..engine.errors import UserError
-from ..engine.sealed import read_json, write_json
-from ..evals.figures import remove_figure, save_figure
+from ..engine.storage.sealed import read_json, write_json
+from ..evals.run_figures import remove_figure, save_figure
 from . import log_figures, overview, position_figures
-from .panels import Drawing
-from .saved import Lacking, Saved
+from .figure_panels import DrawnFigure
+from .seed_results import CampaignResults, NotMeasured
 
 MISSING = "missing.json"
 
 #: by log: the names that the log has for its figures
-NAMED: dict[str, dict[str, Callable[[Saved], Drawing]]] = {
+NAMED: dict[str, dict[str, Callable[[CampaignResults], DrawnFigure]]] = {
     "A": {
         "unlearning_scores": partial(log_figures.unlearning_scores, log="A"),
         "loss_curves": partial(log_figures.training_curves, log="A"),
@@ -48,40 +48,40 @@ def draw(out: Path) -> list[Path]:
     A figure, or a panel of one, whose numbers were not measured is left out; figures/missing.json has the reason by the
     figure's name. Raises UserError where there is no campaign.json.
     """
-    saved, folder = Saved(out), out / "figures"
-    drawn: list[Path] = []
-    why: dict[str, str] = {}
-    for name, make in _wanted(saved).items():
-        place = folder / name
+    saved, folder = CampaignResults(out), out / "figures"
+    paths: list[Path] = []
+    reasons: dict[str, str] = {}
+    for name, make in _figure_makers(saved).items():
+        path = folder / name
         try:
             drawing = make(saved)
-        except Lacking as reason:
-            why[name] = f"not drawn: {reason}"
-            remove_figure(place)  # one of other numbers may be there
+        except NotMeasured as reason:
+            reasons[name] = f"not drawn: {reason}"
+            remove_figure(path)  # one of other numbers may be there
             continue
         if drawing.lacks:
-            why[name] = f"drawn without {'; without '.join(drawing.lacks)}"
-        save_figure(drawing.figure, place)
-        drawn.append(place)
+            reasons[name] = f"drawn without {'; without '.join(drawing.lacks)}"
+        save_figure(drawing.figure, path)
+        paths.append(path)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        write_json(folder / MISSING, why)
+        write_json(folder / MISSING, reasons)
     except OSError as error:
         raise UserError(f"out: {folder} can't be written ({error.strerror})") from None
-    return drawn
+    return paths
 
 
 def missing(out: Path) -> dict[str, str]:
     """Why figures of a campaign's folder, or panels of them, were not drawn, by the figure's name."""
-    place = out / "figures" / MISSING
-    return read_json(place, "figures", f"temposae plot {out} makes it again") if place.is_file() else {}
+    path = out / "figures" / MISSING
+    return read_json(path, "figures", f"temposae plot {out} makes it again") if path.is_file() else {}
 
 
-def _wanted(saved: Saved) -> dict[str, Callable[[Saved], Drawing]]:
-    found: dict[str, Callable[[Saved], Drawing]] = {"overview.png": overview.overview}
-    if len(saved.found["conditions"]) > 1:
-        found["conditions.png"] = overview.conditions
+def _figure_makers(saved: CampaignResults) -> dict[str, Callable[[CampaignResults], DrawnFigure]]:
+    makers: dict[str, Callable[[CampaignResults], DrawnFigure]] = {"overview.png": overview.overview}
+    if len(saved.campaign["conditions"]) > 1:
+        makers["conditions.png"] = overview.conditions
     for log, figures in NAMED.items():
         if log in saved.logs:
-            found |= {f"log_{log.lower()}/{name}.png": make for name, make in figures.items()}
-    return found
+            makers |= {f"log_{log.lower()}/{name}.png": make for name, make in figures.items()}
+    return makers

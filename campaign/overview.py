@@ -3,38 +3,38 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..evals.figures import COLOURS, MARKERS, SEVERAL, WORST, frame, legend_below
-from .compare import ALIKE
-from .panels import (
+from ..evals.run_figures import COLOURS, MARKERS, SEVERAL, WORST, frame, legend_below
+from .figure_panels import (
     GREY,
     HELD_OUT_FVU,
     L0,
     NARROW,
     WIDE,
-    Drawing,
-    Row,
-    name_rows,
+    DrawnFigure,
+    RunScores,
+    arranged,
+    name_runs,
     new_figure,
     note,
-    of_run,
     plain_ticks,
     polished,
-    together,
+    scores_of_run,
     whisker,
 )
-from .saved import Lacking, Saved, Seeds, final_fvu, score
+from .seed_results import CampaignResults, NotMeasured, SeedValues, final_fvu, score
+from .significance import ALIKE
 
 LOG_COLOURS = dict(zip("ABCDE", SEVERAL, strict=False))
 LEAST = -0.25  # explained variance: where what is still worse is put, with its figure
 
 
-def overview(saved: Saved) -> Drawing:
+def overview(saved: CampaignResults) -> DrawnFigure:
     """Explained variance of every run beside its random control's, log by log."""
-    groups = {"Baselines": [of_run(*each, _explained, is_baseline=True) for each in saved.baselines.items()]}
+    groups = {"Baselines": [scores_of_run(*each, _explained, is_baseline=True) for each in saved.baselines.items()]}
     for log in saved.logs:
-        groups[f"Log {log}"] = [of_run(*each, _explained) for each in saved.trained(log).items()]
-    if not any(row.own for group in groups.values() for row in group):
-        raise Lacking("core was not measured of any run")
+        groups[f"Log {log}"] = [scores_of_run(*each, _explained) for each in saved.trained(log).items()]
+    if not any(row.trained for group in groups.values() for row in group):
+        raise NotMeasured("core was not measured of any run")
     groups = {name: group for name, group in groups.items() if group}
     count = sum(map(len, groups.values()))
     figure = new_figure(NARROW, 1.1 + 0.155 * (count + len(groups)))
@@ -64,16 +64,19 @@ def overview(saved: Saved) -> Drawing:
     polished(figure)
     axes.tick_params(axis="y", labelsize=6.5)
     legend_below(figure, note(saved))
-    return Drawing(figure)
+    return DrawnFigure(figure)
 
 
-def conditions(saved: Saved) -> Drawing:
+def conditions(saved: CampaignResults) -> DrawnFigure:
     """Error of every run in every condition: against sparsity, or where that is the same for all, side by side."""
-    every = [*saved.found["baselines"].values(), *(r for r in saved.found["runs"].values() if not r["trained_as"])]
+    every = [
+        *saved.campaign["baselines"].values(),
+        *(r for r in saved.campaign["runs"].values() if not r["trained_as"]),
+    ]
     known = [run for run in every if final_fvu(run) and score(run, "l0")[0]]
     if not known:
-        raise Lacking("core was not measured of any run")
-    markers = {name: MARKERS[at % len(MARKERS)] for at, name in enumerate(saved.found["conditions"])}
+        raise NotMeasured("core was not measured of any run")
+    markers = {name: MARKERS[at % len(MARKERS)] for at, name in enumerate(saved.campaign["conditions"])}
     sparsity = [score(run, "l0")[0].mean for run in known]
     is_matched = 0 < max(sparsity) <= ALIKE * min(sparsity)
     names = list(dict.fromkeys(run["run"] for run in known))
@@ -102,14 +105,14 @@ def conditions(saved: Saved) -> Drawing:
         frame(axes, points, y=(None, WORST))
         plain_ticks(axes.yaxis)
         if is_matched:
-            name_rows(axes, names)
+            name_runs(axes, names)
             axes.set_title(f"Error of every run in every condition, at the same L0 ({max(sparsity):.3g})")
         else:
             axes.set(xlabel=L0, xscale="log")
             plain_ticks(axes.xaxis)
             axes.set_title("Sparsity against error, every run in every condition")
 
-    drawing = together({"conditions": lambda: draw}, 1, (WIDE, 4.2))
+    drawing = arranged({"conditions": lambda: draw}, 1, (WIDE, 4.2))
     legend_below(drawing.figure, note(saved), columns=4)
     return drawing
 
@@ -118,12 +121,12 @@ def _plain(condition: str) -> str:
     return condition.replace("_", " ") or "as documented"
 
 
-def _dumbbell(axes: Any, at: float, row: Row, colour: str) -> None:
-    if not row.own:
+def _dumbbell(axes: Any, at: float, row: RunScores, colour: str) -> None:
+    if not row.trained:
         why = "failed" if row.has_failed else "none"
         axes.text(0.01, at, why, fontsize=6.5, color=GREY, va="center", transform=axes.get_yaxis_transform())
         return
-    ends = [(row.own, colour, colour, row.name)]
+    ends = [(row.trained, colour, colour, row.name)]
     if row.random:
         ends.append((row.random, COLOURS["random"], "white", f"{row.name} random"))
         style = {"color": COLOURS["random"] if _is_worse(row) else "#cccccc", "linewidth": 1.6, "zorder": 1}
@@ -139,9 +142,9 @@ def _dumbbell(axes: Any, at: float, row: Row, colour: str) -> None:
             whisker(axes, at, seeds, edge, across=True)
 
 
-def _is_worse(row: Row) -> bool:
-    return bool(row.own and row.random and row.own.mean <= row.random.mean)
+def _is_worse(row: RunScores) -> bool:
+    return bool(row.trained and row.random and row.trained.mean <= row.random.mean)
 
 
-def _explained(run: Mapping[str, Any]) -> tuple[Seeds, Seeds]:
+def _explained(run: Mapping[str, Any]) -> tuple[SeedValues, SeedValues]:
     return score(run, "explained_variance")

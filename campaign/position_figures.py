@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ..variants.analyses import distance_to_last, early_to_late, rank_correlation
-from .panels import (
+from .analyses import distance_to_last, early_to_late, rank_correlation
+from .figure_panels import (
     HELD_OUT_FVU,
     L0,
     LINES,
@@ -14,8 +14,9 @@ from .panels import (
     POSITION,
     WIDE,
     Draw,
-    Drawing,
+    DrawnFigure,
     Panel,
+    arranged,
     band,
     bars,
     by_position,
@@ -25,11 +26,10 @@ from .panels import (
     over_steps,
     plain_ticks,
     polished,
-    rows,
-    rows_named,
-    together,
+    scores_of_log,
+    scores_without_values,
 )
-from .saved import Curve, Lacking, Saved, Seeds, final_fvu, score
+from .seed_results import CampaignResults, Curve, NotMeasured, SeedValues, final_fvu, score
 
 TRACKER = ("parts", "position_tracker")
 SQUARED_ERROR = "squared error per token (|x|² ≈ D)"
@@ -38,41 +38,41 @@ TOLERANCE = 1e-4  # a weight that is nearer to 1 than this is 1
 BINS = "position (sixteenths of a row)"
 
 
-def position_analysis(saved: Saved) -> Drawing:
+def position_analysis(saved: CampaignResults) -> DrawnFigure:
     """C4: the loss of C2 by position."""
     run = saved.weights_of("C2")
     loss: Callable[[], Curve] = lambda: saved.curve(run, "positions", "squared_error")
     title = "Mask weights: C2's loss has no weights by position"
-    return _with_note(saved, together({
+    return _with_note(saved, arranged({
         "loss over steps": lambda: over_steps(loss(), SQUARED_ERROR, "Loss by position, C2", log=True),
         "loss at the end": lambda: by_position({"C2": loss()[-1]}, SQUARED_ERROR, "At the end of training", log=True),
         "mask weights": lambda: over_steps(saved.curve(run, *TRACKER, "mask"), "mean mask weight of latents", title),
     }, 2, (WIDE, 5.0)))  # fmt: skip
 
 
-def position_weights(saved: Saved) -> Drawing:
+def position_weights(saved: CampaignResults) -> DrawnFigure:
     """C7: how the weights of C6 come to be what they are."""
     run = saved.weights_of("C6")
     weights: Callable[[], Curve] = lambda: saved.curve(run, *TRACKER, "weights")
-    return _with_note(saved, together({
+    return _with_note(saved, arranged({
         "weights over steps": lambda: over_steps(weights(), "weight in the loss", "Weights over time, C6", log=True),
         "convergence": lambda: _convergence(weights()),
         "weight and difficulty": lambda: _difficulty(weights(), saved.curve(run, "positions", "squared_error")),
     }, 2, (WIDE, 5.0)))  # fmt: skip
 
 
-def sparsity_analysis(saved: Saved) -> Drawing:
+def sparsity_analysis(saved: CampaignResults) -> DrawnFigure:
     """C8: how many latents of C6 are active where, and which."""
     run = saved.weights_of("C6")
     l0: Callable[[], Curve] = lambda: saved.curve(run, "positions", "l0")
-    return _with_note(saved, together({
+    return _with_note(saved, arranged({
         "L0 over steps": lambda: over_steps(l0(), L0, "Sparsity by position, C6"),
         "L0 at the end": lambda: by_position({"C6": l0()[-1]}, L0, "At the end of training"),
         "latents by position": lambda: _activity(_clustered(saved, run), _which(saved)),
     }, 2, (WIDE, 5.0)))  # fmt: skip
 
 
-def temporal_clustering(saved: Saved) -> Drawing:
+def temporal_clustering(saved: CampaignResults) -> DrawnFigure:
     """C9: the tree of C6's latents by where they are active, above their activity in the tree's order."""
     from matplotlib.collections import LineCollection
     from matplotlib.colors import ListedColormap
@@ -82,17 +82,20 @@ def temporal_clustering(saved: Saved) -> Drawing:
 
     result = _clustered(saved, saved.weights_of("C6"))
     profiles, cluster = (np.array(result["sample"][key]) for key in ("profiles", "cluster"))
-    drawn = dendrogram(tree(profiles), no_plot=True)
-    order, n = drawn["leaves"], len(profiles)
+    tree_layout = dendrogram(tree(profiles), no_plot=True)
+    order, n = tree_layout["leaves"], len(profiles)
     figure = new_figure(WIDE, 4.4)
     above, strip, below = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 0.09, 1.6))
-    links = [np.column_stack([np.array(x) / 10, y]) for x, y in zip(drawn["icoord"], drawn["dcoord"], strict=True)]
+    links = [
+        np.column_stack([np.array(x) / 10, y])
+        for x, y in zip(tree_layout["icoord"], tree_layout["dcoord"], strict=True)
+    ]
     above.add_collection(LineCollection(links, colors="#444444", linewidths=0.6 if n < 200 else 0.35))
-    above.set(xlim=(0, n), ylim=(0, 1.05 * max(map(max, drawn["dcoord"]))), ylabel="Jensen-Shannon\ndistance")
+    above.set(xlim=(0, n), ylim=(0, 1.05 * max(map(max, tree_layout["dcoord"]))), ylabel="Jensen-Shannon\ndistance")
     above.spines[["top", "right", "bottom"]].set_visible(False)
-    some = f"{n} of {result['latents']:,}" if n < result["latents"] else f"{n}"
-    above.set_title(f"C6's latents by where in a row they are active ({some}{_which(saved)})")
-    colours = ListedColormap([CLUSTERS[at % len(CLUSTERS)] for at in range(result["count"])])
+    count_text = f"{n} of {result['latents']:,}" if n < result["latents"] else f"{n}"
+    above.set_title(f"C6's latents by where in a row they are active ({count_text}{_which(saved)})")
+    colours = ListedColormap([CLUSTERS[index % len(CLUSTERS)] for index in range(result["count"])])
     strip.pcolormesh(
         np.arange(n + 1), [0, 1], cluster[order][None], cmap=colours, vmin=-0.5, vmax=result["count"] - 0.5
     )
@@ -111,16 +114,18 @@ def temporal_clustering(saved: Saved) -> Drawing:
     for axes in (above, strip):
         axes.tick_params(axis="x", length=0, labelbottom=False)
     strip.tick_params(axis="y", length=0)
-    for at, of in enumerate(result["clusters"]):
-        strip.plot([], [], "s", color=CLUSTERS[at % len(CLUSTERS)], label=f"{at + 1}: {of['size']:,} latents")
+    for index, cluster_result in enumerate(result["clusters"]):
+        strip.plot(
+            [], [], "s", color=CLUSTERS[index % len(CLUSTERS)], label=f"{index + 1}: {cluster_result['size']:,} latents"
+        )
     _legend(figure)
-    return Drawing(polished(figure))
+    return DrawnFigure(polished(figure))
 
 
-def cluster_patterns(saved: Saved) -> Drawing:
+def cluster_patterns(saved: CampaignResults) -> DrawnFigure:
     """C9: what the clusters of C6's latents are like."""
     result = _clustered(saved, saved.weights_of("C6"))
-    drawing = together({
+    drawing = arranged({
         "profiles": lambda: lambda axes: _mean_profiles(axes, result),
         "correlation": lambda: lambda axes: _correlations(axes, result),
         "specialization": lambda: lambda axes: _specialized(axes, result),
@@ -129,23 +134,23 @@ def cluster_patterns(saved: Saved) -> Drawing:
     return drawing
 
 
-def comparative_analysis(saved: Saved) -> Drawing:
+def comparative_analysis(saved: CampaignResults) -> DrawnFigure:
     """Error, sparsity, and both by position, of the runs of log C that have weights of their own."""
     runs = {**saved.baselines, **saved.trained("C")}
-    errors = rows(saved, "C", lambda run: (final_fvu(run), Seeds(())))
-    active = rows(saved, "C", lambda run: (score(run, "l0")[0], Seeds(())))
+    errors = scores_of_log(saved, "C", lambda run: (final_fvu(run), SeedValues(())))
+    active = scores_of_log(saved, "C", lambda run: (score(run, "l0")[0], SeedValues(())))
     panels: dict[str, Panel] = {
         "error": lambda: bars(errors, HELD_OUT_FVU, title="Error", most=MOST, short=True),
         "sparsity": lambda: bars(active, L0, title="Sparsity", short=True),
         "error by position": lambda: _errors(saved, runs),
         "weights by position": lambda: _weights(saved, saved.trained("C")),
     }
-    names = ", ".join(row.label for row in rows_named(saved.trained("C")))
-    return _with_note(saved, together(panels, 2, (WIDE, 5.0)), "whiskers and bands", names)
+    names = ", ".join(scores.label for scores in scores_without_values(saved.trained("C")))
+    return _with_note(saved, arranged(panels, 2, (WIDE, 5.0)), "whiskers and bands", names)
 
 
-def _with_note(saved: Saved, drawing: Drawing, shown: str = "band", *others: str) -> Drawing:
-    text = [*others, *([found] if (found := note(saved, shown)) else [])]
+def _with_note(saved: CampaignResults, drawing: DrawnFigure, shown: str = "band", *lines: str) -> DrawnFigure:
+    text = [*lines, *([seed_note] if (seed_note := note(saved, shown)) else [])]
     if text:
         drawing.figure.supxlabel("\n".join(text), fontsize=7.5)
     return drawing
@@ -154,7 +159,7 @@ def _with_note(saved: Saved, drawing: Drawing, shown: str = "band", *others: str
 def _convergence(weights: Curve) -> Draw:
     """How far the weights are from those at the end."""
     if len(weights.steps) < 3:
-        raise Lacking("there are fewer than three reports")
+        raise NotMeasured("there are fewer than three reports")
     apart = Curve(weights.steps[:-1], distance_to_last(weights.of_seeds)[:, :-1])
 
     def draw(axes: Any) -> None:
@@ -176,7 +181,7 @@ def _difficulty(weights: Curve, error: Curve) -> Draw:
     w, e = weights.mean[-1], error.mean[-1]
     known, rho = np.isfinite(w) & np.isfinite(e), rank_correlation(w, e)
     if rho is None:
-        raise Lacking("weights or errors are the same at all positions, or fewer than three have tokens")
+        raise NotMeasured("weights or errors are the same at all positions, or fewer than three have tokens")
 
     def draw(axes: Any) -> None:
         points = axes.scatter(e[known], w[known], c=np.flatnonzero(known), cmap="viridis", s=11, linewidth=0)
@@ -189,18 +194,18 @@ def _difficulty(weights: Curve, error: Curve) -> Draw:
     return draw
 
 
-def _clustered(saved: Saved, run: Mapping[str, Any]) -> dict[str, Any]:
+def _clustered(saved: CampaignResults, run: Mapping[str, Any]) -> dict[str, Any]:
     """The clusters of the first seed: those of different seeds have nothing to do with each other."""
-    found = saved.results(run, "clusters")[0]
-    if not found["clusters"]:
-        raise Lacking(f"too few latents of {run['run']} fire often enough to be clustered")
-    if "sample" not in found:
-        raise Lacking(f"the clusters of {run['run']} were measured by an earlier version, without single latents")
-    return found
+    result = saved.results(run, "clusters")[0]
+    if not result["clusters"]:
+        raise NotMeasured(f"too few latents of {run['run']} fire often enough to be clustered")
+    if "sample" not in result:
+        raise NotMeasured(f"the clusters of {run['run']} were measured by an earlier version, without single latents")
+    return result
 
 
-def _which(saved: Saved) -> str:
-    return ", seed 0" if saved.found["seeds"] > 1 else ""
+def _which(saved: CampaignResults) -> str:
+    return ", seed 0" if saved.campaign["seeds"] > 1 else ""
 
 
 def _activity(result: dict[str, Any], which: str) -> Draw:
@@ -222,11 +227,11 @@ def _activity(result: dict[str, Any], which: str) -> Draw:
 
 
 def _mean_profiles(axes: Any, result: dict[str, Any]) -> None:
-    for at, of in enumerate(result["clusters"]):
-        profile = of["profile"]
-        label = f"{at + 1}: {of['size']:,} latents"
-        style = {"color": CLUSTERS[at % len(CLUSTERS)], "linewidth": 1.4}
-        axes.plot(range(1, len(profile) + 1), profile, label=label, gid=f"cluster {at + 1}", **style)
+    for index, cluster in enumerate(result["clusters"]):
+        profile = cluster["profile"]
+        label = f"{index + 1}: {cluster['size']:,} latents"
+        style = {"color": CLUSTERS[index % len(CLUSTERS)], "linewidth": 1.4}
+        axes.plot(range(1, len(profile) + 1), profile, label=label, gid=f"cluster {index + 1}", **style)
     axes.grid(alpha=0.25)
     axes.set(xlabel=BINS, ylabel="share of activity", title="Mean profile", ylim=(0, None))
     axes.set_xticks(range(1, len(result["clusters"][0]["profile"]) + 1, 3))
@@ -242,7 +247,7 @@ def _correlations(axes: Any, result: dict[str, Any]) -> None:
         if np.isfinite(value) and count <= 6:
             colour = "black" if value > middle else "white"
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
-    names = [str(1 + at) for at in range(count)]
+    names = [str(1 + index) for index in range(count)]
     axes.set_xticks(range(count), names)
     axes.set_yticks(range(count), names)
     axes.set(xlabel="cluster", ylabel="cluster", title="Likeness of profiles")
@@ -250,32 +255,32 @@ def _correlations(axes: Any, result: dict[str, Any]) -> None:
 
 def _specialized(axes: Any, result: dict[str, Any]) -> None:
     keys = ("whislo", "q1", "med", "q3", "whishi")
-    boxes = [dict(zip(keys, of["specialization"], strict=True)) for of in result["clusters"]]
-    drawn = axes.bxp(boxes, showfliers=False, patch_artist=True, widths=0.6, medianprops={"color": "black"})
-    for at, box in enumerate(drawn["boxes"]):
-        box.set(facecolor=CLUSTERS[at % len(CLUSTERS)], alpha=0.75, linewidth=0.7)
+    boxes = [dict(zip(keys, cluster["specialization"], strict=True)) for cluster in result["clusters"]]
+    drawn_boxes = axes.bxp(boxes, showfliers=False, patch_artist=True, widths=0.6, medianprops={"color": "black"})
+    for index, box in enumerate(drawn_boxes["boxes"]):
+        box.set(facecolor=CLUSTERS[index % len(CLUSTERS)], alpha=0.75, linewidth=0.7)
     axes.grid(axis="y", alpha=0.25)
     axes.set(xlabel="cluster", ylabel="1 - entropy / log 16", title="Specialization", ylim=(0, 1.02))
 
 
 def _legend(figure: Any) -> None:
-    from ..evals.figures import legend_below
+    from ..evals.run_figures import legend_below
 
     legend_below(figure, columns=4)
 
 
-def _errors(saved: Saved, runs: Mapping[str, Any]) -> Draw:
+def _errors(saved: CampaignResults, runs: Mapping[str, Any]) -> Draw:
     """FVU of every run at every position of held-out text."""
-    found: dict[str, np.ndarray] = {}
+    fvu_by_run: dict[str, np.ndarray] = {}
     for name, run in runs.items():
         if saved.folders(run):
-            found[name] = 1 - saved.per_position(run, "explained_variance").mean
-    values = np.stack(list(found.values()))
+            fvu_by_run[name] = 1 - saved.per_position(run, "explained_variance").mean
+    values = np.stack(list(fvu_by_run.values()))
 
     def draw(axes: Any) -> None:
         edges = np.arange(values.shape[1] + 1) - 0.5
         heat(axes, edges, np.arange(len(values) + 1) - 0.5, values, HELD_OUT_FVU, log=True)
-        axes.set_yticks(range(len(values)), list(found))
+        axes.set_yticks(range(len(values)), list(fvu_by_run))
         axes.tick_params(axis="y", length=0)
         axes.set(xlabel=POSITION, title="Error by position")
         axes.invert_yaxis()
@@ -283,19 +288,19 @@ def _errors(saved: Saved, runs: Mapping[str, Any]) -> Draw:
     return draw
 
 
-def _weights(saved: Saved, runs: Mapping[str, Any]) -> Draw:
+def _weights(saved: CampaignResults, runs: Mapping[str, Any]) -> Draw:
     """Weights at the end by position, of the runs that have any but 1."""
-    found: dict[str, Curve] = {}
+    weights_by_run: dict[str, Curve] = {}
     for name, run in runs.items():
         try:
             last = saved.curve(run, *TRACKER, "weights")[-1]
-        except Lacking:
+        except NotMeasured:
             continue
         if np.nanmax(np.abs(last.of_seeds - 1)) > TOLERANCE:
-            found[name] = last
-    if not found:
-        raise Lacking("no run of this campaign that tells of its weights has others than 1")
-    draw_lines = by_position(found, "weight in the loss", "Weights at the end (others': 1)")
+            weights_by_run[name] = last
+    if not weights_by_run:
+        raise NotMeasured("no run of this campaign that tells of its weights has others than 1")
+    draw_lines = by_position(weights_by_run, "weight in the loss", "Weights at the end (others': 1)")
 
     def draw(axes: Any) -> None:
         axes.axhline(1, color="#888888", linewidth=0.9, linestyle="--", zorder=0)

@@ -1,6 +1,6 @@
 """The report of a campaign: does position-aware structure help, and where? Every sentence is made from its numbers.
 
-What is told to help or to hurt is what `compare` tells; nothing here weighs numbers in another way.
+What is told to help or to hurt is what `significance` tells; nothing here weighs numbers in another way.
 """
 
 import re
@@ -8,15 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine.files import write_text
-from ..engine.progress import percent, progress_bar
-from ..evals.page import NOTHING, anchor, html, number, plain, table
+from ..engine.process.progress import percent, progress_bar
+from ..engine.storage.files import write_text
+from ..evals.markdown_page import NOTHING, anchor, html, number, plain, table
 from .answer import MARK, answer, claim
-from .asked import MEANINGS
-from .compare import ALIKE, COMPARED, RISE_WITH_L0, Run, baseline_of, l0_apart, mean
 from .figures import missing
-from .findings import (
-    Findings,
+from .questions import MEANINGS
+from .report_data import (
+    ReportData,
     below_random,
     bullets,
     count,
@@ -30,7 +29,8 @@ from .findings import (
     reached,
     results,
 )
-from .results import JUDGED, SCORES, AgainstRandom, found_by, logs_of
+from .results import JUDGED, SCORES, AgainstRandom, analysis_sentence, logs_of
+from .significance import ALIKE, COMPARED, RISE_WITH_L0, Run, baseline_of, l0_apart, mean
 
 KNOW, ANSWER, TABLE, AILING, MEASURED = (
     "What to know first", "The answer", "All runs, all scores", "Controls, failures and analyses", "How it was measured"
@@ -55,7 +55,7 @@ def write(out: Path) -> Path:
     return out / "report.md"
 
 
-def _markdown(title: str, findings: Findings, *, together: bool) -> str:
+def _markdown(title: str, findings: ReportData, *, together: bool) -> str:
     """All of the report; the runs in one table, or in one a log."""
     logs = logs_of(findings.found)
     places = [KNOW, ANSWER, TABLE, AILING, *map(log_heading, logs), MEASURED]
@@ -79,7 +79,7 @@ def _markdown(title: str, findings: Findings, *, together: bool) -> str:
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _facts(findings: Findings) -> str:
+def _facts(findings: ReportData) -> str:
     found, every = findings.found, findings.every.values()
     tokens = [one["tokens"] for one in every if one.get("tokens")]
     sizes = sorted({one["d_sae"] for one in every})
@@ -96,7 +96,7 @@ def _facts(findings: Findings) -> str:
     return table(list(facts), [[plain(value) for value in facts.values()]], range(len(facts)))
 
 
-def _know(findings: Findings) -> list[str]:
+def _know(findings: ReportData) -> list[str]:
     """What a reader must know before the answer."""
     found, seeds = findings.found, findings.found["seeds"]
     trained = {name: run for name, run in findings.runs.items() if name not in findings.same}
@@ -147,7 +147,7 @@ def _know(findings: Findings) -> list[str]:
     return notes
 
 
-def _sparsity(findings: Findings, trained: dict[str, dict[str, Any]]) -> list[str]:
+def _sparsity(findings: ReportData, trained: dict[str, dict[str, Any]]) -> list[str]:
     """Whether L0 was matched, and where it is not that of the baseline."""
     every = findings.baselines | trained
     free = [
@@ -185,7 +185,7 @@ def _sparsity(findings: Findings, trained: dict[str, dict[str, Any]]) -> list[st
     return notes
 
 
-def _extent(findings: Findings) -> list[str]:
+def _extent(findings: ReportData) -> list[str]:
     """Of every eval on how much it was measured, as its results say."""
     says: dict[str, Callable[[Any], str]] = {
         "core": lambda r: (
@@ -223,7 +223,7 @@ def _extent(findings: Findings) -> list[str]:
     return [plain(one) for one in told]
 
 
-def _skipped(findings: Findings) -> dict[str, str]:
+def _skipped(findings: ReportData) -> dict[str, str]:
     """Evals that no run has, and why."""
     found = {}
     for name in findings.found["evals"]:
@@ -233,7 +233,7 @@ def _skipped(findings: Findings) -> dict[str, str]:
     return found
 
 
-def _table(findings: Findings, *, together: bool) -> list[str]:
+def _table(findings: ReportData, *, together: bool) -> list[str]:
     columns = {key: label for key, label in COLUMNS.items() if is_known(findings, key)}
     helped = {(one.run, one.score) for ones in findings.differences.values() for one in ones if one.verdict == "helped"}
     headings = ("run", *map(plain, columns.values()))
@@ -262,7 +262,7 @@ def _table(findings: Findings, *, together: bool) -> list[str]:
     return found
 
 
-def _named(name: str, run: Run, findings: Findings) -> str:
+def _named(name: str, run: Run, findings: ReportData) -> str:
     said = run["title"]
     if run["failed"] and not run["scores"]:
         said = f"failed: {said}"
@@ -286,7 +286,7 @@ def _cell(run: Run, score: str, helped: bool) -> str:
     return f"{MARK} " * reached(run, score) + f"{f'**{value}**' if helped else value}{spread}{beside}"
 
 
-def _ailing(findings: Findings) -> list[str]:
+def _ailing(findings: ReportData) -> list[str]:
     beside = judged(findings)
     compared = list(dict.fromkeys(label for one in beside.values() for label in _compared(one)))
     lines = [
@@ -332,13 +332,13 @@ def _compared(one: AgainstRandom) -> list[str]:
     return [label for label in JUDGED.values() if label in one.above or any(why.startswith(label) for why in one.below)]
 
 
-def _rising(findings: Findings) -> str:
+def _rising(findings: ReportData) -> str:
     """The scores that rise with L0 by themselves, of those that were measured: "explained variance and CE recovered"."""
     scores = [score for score in RISE_WITH_L0 if is_known(findings, score)] or ["fvu_last"]
     return " and ".join(MEANINGS[score].within for score in scores)
 
 
-def _seen(name: str, findings: Findings) -> str:
+def _seen(name: str, findings: ReportData) -> str:
     """What else the numbers show of a run that its control beats: of use for the reason, which they don't tell."""
     run, seen = findings.every[name], []
     if None not in (run["fvu_first"], run["fvu_last"]):
@@ -357,7 +357,7 @@ def _seen(name: str, findings: Findings) -> str:
     return f" Beside that: {'; '.join(seen)}." if seen else ""
 
 
-def _missing(findings: Findings, log: str | None) -> list[str]:
+def _missing(findings: ReportData, log: str | None) -> list[str]:
     """Figures that are not there, or not whole, and why: a log's, or those that belong to none."""
     absent = missing(findings.out)
 
@@ -371,7 +371,7 @@ def _missing(findings: Findings, log: str | None) -> list[str]:
     )
 
 
-def _log(log: str, findings: Findings) -> list[str]:
+def _log(log: str, findings: ReportData) -> list[str]:
     runs = logs_of(findings.found)[log]
     headings = (
         "run",
@@ -397,7 +397,7 @@ def _log(log: str, findings: Findings) -> list[str]:
     told = [one for one in findings.of(runs) if one.sign]
     claims = [claim(one, findings) for one in told]
     analyses = [
-        f"**{plain(name)}**, {plain(run['title'])}, in {plain(run['trained_as'])}: {plain(found_by(run))}."
+        f"**{plain(name)}**, {plain(run['title'])}, in {plain(run['trained_as'])}: {plain(analysis_sentence(run))}."
         for name, run in runs.items() if run["trained_as"]
     ]  # fmt: skip
     blocks = [
@@ -417,7 +417,7 @@ def _log(log: str, findings: Findings) -> list[str]:
     return [*blocks, *_missing(findings, log)]
 
 
-def _measured(findings: Findings) -> list[str]:
+def _measured(findings: ReportData) -> list[str]:
     found = findings.found
     rows = [
         (plain(COLUMNS[key]), f"`{SCORES[key].eval}`" if key in SCORES else "training", plain(meaning.what))
@@ -441,7 +441,8 @@ def _measured(findings: Findings) -> list[str]:
         f"compared in that score. Only what stands at 5% is told. {rises}Analyses, and runs that came out the same, are "
         f"counted once. {retention if is_known(findings, 'retention') else ''}",
         table(("column", "eval", "what it is"), rows, (0, 1, 2)),
-        "Formulas and controls are in `docs/evals.md` and in the modules of `evals/`; the runs in `variants/log_a.py` to "
-        "`variants/log_e.py`; these numbers in `campaign.json`, the campaign's settings in `campaign.yaml`.",
+        "Formulas and controls are in `docs/evals.md` and in the modules of `evals/`; the runs in "
+        "`campaign/documented/log_a.py` to `campaign/documented/log_e.py`; these numbers in `campaign.json`, the campaign's "
+        "settings in `campaign.yaml`.",
         f"Time: {time}." if time else "",
     ]  # fmt: skip

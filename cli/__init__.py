@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ..engine.files import check_writable, write_json
+from ..engine.storage.files import check_writable, write_json
+from .arguments import App
 from .bench import bench_app, profile
 from .campaign import campaign, plot, run
-from .checked import App
+from .evaluate import dashboard, evaluate, features
 from .exchange import convert, upload
 from .options import PLAIN, JsonFile
-from .study import dashboard, evaluate, features
-from .tables import figures
+from .output import figures
 from .testbed import testbed_app
 from .train import cache, train
 
@@ -45,7 +45,7 @@ app.command()(profile)
 def main() -> None:
     """Entry point: runs the command; a user's mistake becomes one line and exit code 2."""
     from ..engine.errors import Stopped, UserError
-    from ..engine.signals import stop_on_signals
+    from ..engine.process.signals import stop_on_signals
 
     # OpenMP threads that spin while they wait make a step ten times slower as soon as another program wants a core. Read
     # when torch is imported. Not where others are timed, too: of many small products waking threads is most of the time.
@@ -56,8 +56,10 @@ def main() -> None:
         return
     try:
         if os.environ.get("WORLD_SIZE", "1") != "1" and sys.argv[1:2] not in (["train"], ["--help"], ["-h"]):
-            given = " ".join(sys.argv[1:2])
-            raise UserError(f"torchrun: temposae {given} is not allowed; only temposae train runs in several processes")
+            command = " ".join(sys.argv[1:2])
+            raise UserError(
+                f"torchrun: temposae {command} is not allowed; only temposae train runs in several processes"
+            )
         with stop_on_signals():
             app()
     except UserError as error:
@@ -69,8 +71,8 @@ def main() -> None:
             print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal)
     except (RuntimeError, MemoryError) as error:
-        named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")  # torch's, which is not imported here
-        if not named and "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+        no_memory = type(error).__name__ in ("OutOfMemoryError", "MemoryError")  # torch's, which is not imported here
+        if not no_memory and "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
             raise  # on the CPU torch raises a plain RuntimeError
         print("error: out of memory; try a smaller sae.d_sae, train.batch or stream.buffer_tokens", file=sys.stderr)
         sys.exit(2)
@@ -97,22 +99,22 @@ def doctor(json_file: JsonFile = None) -> None:
     from ..kernels.backend import why
 
     check_writable(json_file)
-    found: dict[str, Any] = {"temposae": version("temposae"), "python": platform.python_version()}
+    facts: dict[str, Any] = {"temposae": version("temposae"), "python": platform.python_version()}
     for package in ("torch", "triton", "transformer-lens", "transformers", "datasets", "safetensors"):
         try:
-            found[package] = version(package)
+            facts[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    found["gpu"] = None
+            facts[package] = None
+    facts["gpu"] = None
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
-        found["gpu"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-    found["threads"] = torch.get_num_threads()
+        facts["gpu"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    facts["threads"] = torch.get_num_threads()
     try:
-        found["backend"], found["why"] = why()
+        facts["backend"], facts["why"] = why()
     except ValueError as error:
-        found["backend"], found["why"] = None, str(error)
-    write_json(json_file, found)
-    figures(found)
-    if found["backend"] is None:
+        facts["backend"], facts["why"] = None, str(error)
+    write_json(json_file, facts)
+    figures(facts)
+    if facts["backend"] is None:
         raise typer.Exit(2)

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..engine.files import check_writable, write_json
-from .checked import App
+from ..engine.storage.files import check_writable, write_json
+from .arguments import App
 from .options import PLAIN, JsonFile
 
 bench_app = App(
@@ -60,24 +60,24 @@ def step(
     The headline: all with fused Adam at one constant learning rate. Everyone takes turns, medians are compared, and each
     must learn. Libraries that aren't installed, or don't have the activation, are left out.
     """
-    where, kind, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
+    device_type, dtype_name, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
     from ..bench import step as steps
     from ..bench.providers import PROVIDERS
     from ..bench.results import record
 
-    entrants = steps.contenders(provider or PROVIDERS, own)
+    contenders = steps.contenders(provider or PROVIDERS, own)
     measured = steps.measure(
         shapes,
-        entrants,
-        device=where,
-        dtype=kind,
+        contenders,
+        device=device_type,
+        dtype=dtype_name,
         rounds=rounds,
         clip=clip,
         activations=activation or ["topk"],
         auxk=auxk,
         dictionaries=dictionaries,
     )
-    _finish(record(*measured, where), json_file)
+    _finish(record(*measured, device_type), json_file)
 
 
 @bench_app.command()
@@ -94,12 +94,15 @@ def ops(
     json_file: JsonFile = None,
 ) -> None:
     """Time each op, with its FLOPs, its bytes, and the floor that they set."""
-    where, kind, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
+    device_type, dtype_name, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
     from ..bench import ops as suite
     from ..bench.results import record
 
     _finish(
-        record(*suite.measure(shapes, op or suite.OPS, device=where, dtype=kind, repeats=repeats), where), json_file
+        record(
+            *suite.measure(shapes, op or suite.OPS, device=device_type, dtype=dtype_name, repeats=repeats), device_type
+        ),
+        json_file,
     )
 
 
@@ -118,12 +121,14 @@ def streams(
     """
     _quiet()
     check_writable(json_file)
-    where = _where(device)
+    device_type = _device_type(device)
     from ..bench import streams as suite
 
-    found = suite.measure(suite.sizes(preset or ("gpu" if where == "cuda" else "cpu"), model), device=where)
-    write_json(json_file, found)
-    print(suite.table(found), end="")
+    results = suite.measure(
+        suite.sizes(preset or ("gpu" if device_type == "cuda" else "cpu"), model), device=device_type
+    )
+    write_json(json_file, results)
+    print(suite.table(results), end="")
 
 
 @bench_app.command()
@@ -138,20 +143,20 @@ def runs(
     """Time a training step of every documented run beside a plain TopK step, and all on one stream beside one by one."""
     _quiet()
     check_writable(json_file)
-    where = _where(device)
-    from ..bench import runs as suite
+    device_type = _device_type(device)
+    from ..bench import documented_runs as suite
+    from ..campaign.documented import documented
     from ..engine.errors import UserError
-    from ..variants import documented
 
-    chosen = preset or ("gpu" if where == "cuda" else "cpu")
-    if chosen not in suite.PRESETS:
-        raise UserError(f"preset: {chosen!r} is not allowed; there are {', '.join(suite.PRESETS)}")
+    preset_name = preset or ("gpu" if device_type == "cuda" else "cpu")
+    if preset_name not in suite.PRESETS:
+        raise UserError(f"preset: {preset_name!r} is not allowed; there are {', '.join(suite.PRESETS)}")
     names = (
         suite.TRAINED if only is None else tuple(dict.fromkeys(documented(n).trained_as or n for n in only.split(",")))
     )
-    found = suite.measure(suite.PRESETS[chosen], names, device=where)
-    write_json(json_file, found)
-    print(suite.table(found), end="")
+    results = suite.measure(suite.PRESETS[preset_name], names, device=device_type)
+    write_json(json_file, results)
+    print(suite.table(results), end="")
 
 
 @bench_app.command("lr")
@@ -188,15 +193,15 @@ def learning_rate(
 
     if data is not None:
         check_data(data)
-    done = suite.read(json_file) if json_file is not None and json_file.is_file() else None
-    found = suite.measure(
+    measured_before = suite.read(json_file) if json_file is not None and json_file.is_file() else None
+    results = suite.measure(
         suite.plan(preset, source, cell),
         data=data,
         seeds=seeds,
-        done=done,
-        keep=lambda found: write_json(json_file, found),
+        done=measured_before,
+        keep=lambda results: write_json(json_file, results),
     )
-    print(suite.table(found), end="")
+    print(suite.table(results), end="")
 
 
 @bench_app.command()
@@ -221,16 +226,16 @@ def peers(
     """
     _quiet()
     check_writable(json_file)
-    where = _where(None)
+    device_type = _device_type(None)
     from ..bench import before_after as suite
 
-    given = {"cpu": ("1024", "512", "4096,16384", "32"), "cuda": ("4096", "2304", "65536", "64")}[where]
-    sizes = [own or usual for own, usual in zip((n, d, f, k), given, strict=True)]
-    found = suite.measure(
-        _shapes("cpu", *sizes), library or list(suite.LIBRARIES), device=where, steps=steps, rounds=rounds
+    default_sizes = {"cpu": ("1024", "512", "4096,16384", "32"), "cuda": ("4096", "2304", "65536", "64")}[device_type]
+    sizes = [size or default for size, default in zip((n, d, f, k), default_sizes, strict=True)]
+    results = suite.measure(
+        _shapes("cpu", *sizes), library or list(suite.LIBRARIES), device=device_type, steps=steps, rounds=rounds
     )
-    write_json(json_file, found)
-    print(suite.table(found), end="")
+    write_json(json_file, results)
+    print(suite.table(results), end="")
 
 
 @bench_app.command()
@@ -266,8 +271,8 @@ def report(
     from ..bench.report import write as write_report
 
     check_writable(json_file)
-    found, paths = write_report(out, results=results, archs=arch, kernels=kernel)
-    write_json(json_file, found)
+    figures, paths = write_report(out, results=results, archs=arch, kernels=kernel)
+    write_json(json_file, figures)
     print((out / "report.md").read_text(), end="")
     print("\nwritten: " + "  ".join(map(str, paths)))
 
@@ -308,7 +313,7 @@ def profile(
     json_file: JsonFile = None,
 ) -> None:
     """Show where the time of a training step goes, and write a trace of it."""
-    where, kind, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
+    device_type, dtype_name, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
     from ..bench.profile import run
     from ..bench.profile import table as stages
     from ..bench.results import commit, device_name
@@ -319,10 +324,10 @@ def profile(
             f"--n, --d, --f, --k: {len(shapes)} shapes are not allowed; profile shows one, give a number each"
         )
     check_writable(trace, "trace")
-    found = run(shapes[0], device=where, dtype=kind, steps=steps, trace=trace)
-    found |= {"device": device_name(where), "commit": commit(), "trace": str(trace)}
-    write_json(json_file, found)
-    print(stages(found), end="")
+    timings = run(shapes[0], device=device_type, dtype=dtype_name, steps=steps, trace=trace)
+    timings |= {"device": device_name(device_type), "commit": commit(), "trace": str(trace)}
+    write_json(json_file, timings)
+    print(stages(timings), end="")
     print(f"trace: {trace}")
 
 
@@ -333,14 +338,14 @@ def _begin(
     """Device, dtype and shapes; what can be refused is refused here."""
     _quiet()
     check_writable(json_file)
-    where = _where(device)
+    device_type = _device_type(device)
     from ..bench.data import DTYPES
     from ..engine.errors import UserError
 
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype: {dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}")
-    own_preset, own_dtype = ("gpu", "bf16") if where == "cuda" else ("cpu", "fp32")
-    return where, dtype or own_dtype, _shapes(preset or own_preset, n, d, f, k)
+    default_preset, default_dtype = ("gpu", "bf16") if device_type == "cuda" else ("cpu", "fp32")
+    return device_type, dtype or default_dtype, _shapes(preset or default_preset, n, d, f, k)
 
 
 def _shapes(preset: str, n: str | None, d: str | None, f: str | None, k: str | None) -> Any:
@@ -355,7 +360,7 @@ def _shapes(preset: str, n: str | None, d: str | None, f: str | None, k: str | N
         raise UserError(f"--{field.lower()}{colon}{rest}" if field in ("N", "D", "F", "K") else error) from None
 
 
-def _where(device: str | None) -> str:
+def _device_type(device: str | None) -> str:
     """The device that was asked for, or the one that there is; and a backend that can run there."""
     import torch
 
@@ -373,11 +378,11 @@ def _where(device: str | None) -> str:
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _finish(found: dict[str, Any], json_file: Path | None) -> None:
+def _finish(results: dict[str, Any], json_file: Path | None) -> None:
     from ..bench.results import table as markdown
 
-    write_json(json_file, found)
-    print(markdown(found), end="")
+    write_json(json_file, results)
+    print(markdown(results), end="")
 
 
 def _quiet() -> None:

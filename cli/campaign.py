@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..engine.files import check_writable, write_json
+from ..engine.storage.files import check_writable, write_json
 from .options import Data, Hook, JsonFile, Layer, Model, Plugin, check_backend
-from .tables import campaign_table
+from .output import campaign_table
 
 Evals = Annotated[
     str | None,
@@ -52,9 +52,9 @@ def run(
     Hyper-parameters are those of the logs. `temposae run C7` trains C6, which C7 looks at.
     """
     from ..campaign.config import PLAIN, fitting_share, ratio
+    from ..campaign.documented import RUNS, documented, settings
     from ..engine.errors import UserError
-    from ..variants import RUNS, documented, settings
-    from .tables import documented_list
+    from .output import documented_list
 
     if listed:
         documented_list(activation, d_sae, k, tokens)
@@ -65,22 +65,22 @@ def run(
     # what the run itself is to have; the plain dictionary beside it has the logs' usual share of that
     l1 = None if l1 is None else l1 / ratio(name, "sae", "l1_coefficient")
     lr = None if lr is None else lr / ratio(name, "train", "lr")
-    own = {"activation": activation, "d_sae": d_sae, "k": k, "l1_coefficient": l1}
-    plain = activation or settings(name)["sae"]["activation"]
-    plain = plain if plain in PLAIN else "relu"
+    sae = {"activation": activation, "d_sae": d_sae, "k": k, "l1_coefficient": l1}
+    plain_activation = activation or settings(name)["sae"]["activation"]
+    plain_activation = plain_activation if plain_activation in PLAIN else "relu"
     stream = {"model": model, "layer": layer, "hook": hook, "data": data}
     train = {"lr": lr, "tokens": tokens, "target_l0": target_l0}
-    given: dict[str, Any] = {
+    config: dict[str, Any] = {
         "runs": [name] if name in RUNS else [],
-        "baselines": [plain] if name in RUNS else [name],
+        "baselines": [plain_activation] if name in RUNS else [name],
         "seeds": seeds,
-        "sae": {key: value for key, value in own.items() if value is not None},
+        "sae": {key: value for key, value in sae.items() if value is not None},
         "stream": {key: value for key, value in stream.items() if value is not None},
         "train": {"held_out_rows": 64} | {key: value for key, value in train.items() if value is not None},
     }
-    given |= {"evals": evals.split(",")} if evals is not None else {}
-    given |= {"share": fitting_share(tokens)} if tokens is not None else {}
-    _campaign(given, out or _new(name), resume, json_file, out)
+    config |= {"evals": evals.split(",")} if evals is not None else {}
+    config |= {"share": fitting_share(tokens)} if tokens is not None else {}
+    _campaign(config, out or _new_folder(name), resume, json_file, out)
 
 
 def campaign(
@@ -119,7 +119,7 @@ def campaign(
     from .options import merge
 
     use(plugin)
-    given = merge(
+    options = merge(
         read_yaml(config) if config else {},
         {
             "stream": {"model": model, "layer": layer, "data": data},
@@ -128,14 +128,14 @@ def campaign(
         },
     )
     if quick:
-        given = merge(QUICK, {key: given[key] for key in ("stream", "sae", "train") if key in given}) | {
-            key: value for key, value in given.items() if key not in ("stream", "sae", "train")
+        options = merge(QUICK, {key: options[key] for key in ("stream", "sae", "train") if key in options}) | {
+            key: value for key, value in options.items() if key not in ("stream", "sae", "train")
         }
-    given |= {"runs": runs.split(",")} if runs is not None else {}
-    given |= {"seeds": seeds} if seeds is not None else {}
-    given |= {"evals": evals.split(",")} if evals is not None else {}
-    given = {"share": fitting_share(tokens)} | given if tokens is not None else given
-    _campaign(given, out or _new("campaign"), resume, json_file, out)
+    options |= {"runs": runs.split(",")} if runs is not None else {}
+    options |= {"seeds": seeds} if seeds is not None else {}
+    options |= {"evals": evals.split(",")} if evals is not None else {}
+    options = {"share": fitting_share(tokens)} | options if tokens is not None else options
+    _campaign(options, out or _new_folder("campaign"), resume, json_file, out)
 
 
 def plot(
@@ -144,7 +144,7 @@ def plot(
     """Draw the figures of a documented run or campaign again, from its saved numbers, and write its report anew."""
     from ..campaign.figures import draw, missing
     from ..campaign.report import write
-    from ..campaign.run import read_config
+    from ..campaign.run_campaign import read_config
 
     read_config(folder)
     for path in draw(folder):
@@ -154,27 +154,27 @@ def plot(
     print(write(folder))
 
 
-def _campaign(given: dict[str, Any], folder: Path, resume: bool, json_file: Path | None, named: Path | None) -> None:
+def _campaign(settings: dict[str, Any], folder: Path, resume: bool, json_file: Path | None, out: Path | None) -> None:
     from ..campaign.config import CampaignConfig
-    from ..campaign.run import campaign, read_config
+    from ..campaign.run_campaign import campaign, read_config
     from ..engine.errors import UserError
-    from ..engine.signals import stop_advice
+    from ..engine.process.signals import stop_advice
 
     began = time.monotonic()
     check_writable(json_file)
     check_backend()
     if resume:
-        if named is None:
+        if out is None:
             raise UserError("resume: give --out FOLDER, the folder of the run or campaign to go on with")
-        config = read_config(named)
+        config = read_config(out)
     else:
-        config = CampaignConfig(**given)
+        config = CampaignConfig(**settings)
     with stop_advice(f"stopped; --resume with --out {folder} goes on, and measures again only what was not finished"):
-        found = campaign(config, folder, resume=resume)
-    write_json(json_file, found)
-    campaign_table(found)
+        results = campaign(config, folder, resume=resume)
+    write_json(json_file, results)
+    campaign_table(results)
     print(f"report: {folder / 'report.html'}   figures: {folder / 'figures'}   {time.monotonic() - began:.0f} s")
 
 
-def _new(name: str) -> Path:
+def _new_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -10,7 +10,7 @@ import typer
 from .options import FOLDERS, Plugin
 
 if TYPE_CHECKING:
-    from ..engine.checkpoint import Checkpoint
+    from ..engine.storage.checkpoint import Checkpoint
 
 LAYOUTS = "saelens, dictionary_learning, sparsify, gemma-scope or temposae"
 Source = Annotated[Path, typer.Argument(metavar="SRC", show_default=False, help=FOLDERS)]
@@ -31,15 +31,15 @@ def convert(
 
     A dictionary that the library can't hold, such as one with a mask over positions, is refused with the reason.
     """
-    from ..engine import checkpoint
     from ..engine.plugins import use
+    from ..engine.storage import checkpoint
 
     use(plugin)
-    found = checkpoint.find(source)
-    _write(found, which, out, to)
-    sae = found.dictionary(which).cfg
+    loaded = checkpoint.find(source)
+    _write(loaded, which, out, to)
+    sae = loaded.dictionary(which).cfg
     print(f"{out}: {sae.activation}, D = {sae.d_in}, F = {sae.d_sae}, as {to} has it")
-    if found.where.get("hook") is None:
+    if loaded.where.get("hook") is None:
         print(f"note: {source} does not say where it was trained, so neither does {out}", file=sys.stderr)
 
 
@@ -55,26 +55,27 @@ def upload(
 ) -> None:
     """Put a dictionary on the Hugging Face hub, with a model card: what it is, where it was trained, and how well it does if
     `temposae eval core` has measured it."""
-    from ..engine import checkpoint
     from ..engine.interchange import hub
     from ..engine.plugins import use
-    from ..evals import results as kept
+    from ..engine.storage import checkpoint
+    from ..evals import result_files
 
     use(plugin)
-    found = checkpoint.find(source)
-    sae = found.dictionary(which).cfg
-    scores = kept.read(source, "core") if which == "sae" else None
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work) / "out"
-        _write(found, which, folder, to)
-        print(hub.upload(folder, name, hub.card(name, to, sae, found.where, found.tokens, scores), private=private))
+    loaded = checkpoint.find(source)
+    sae = loaded.dictionary(which).cfg
+    scores = result_files.read(source, "core") if which == "sae" else None
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "out"
+        _write(loaded, which, folder, to)
+        print(hub.upload(folder, name, hub.card(name, to, sae, loaded.where, loaded.tokens, scores), private=private))
 
 
-def _write(found: "Checkpoint", which: str, out: Path, to: str) -> None:
-    from ..engine import checkpoint, interchange
+def _write(loaded: "Checkpoint", which: str, out: Path, to: str) -> None:
+    from ..engine import interchange
+    from ..engine.storage import checkpoint
 
-    sae = found.dictionary(which)
+    sae = loaded.dictionary(which)
     if to == "temposae":
-        checkpoint.write(out, found.step, {"sae": (sae.cfg, sae.state_dict())}, found.run, massive=found.massive)
+        checkpoint.write(out, loaded.step, {"sae": (sae.cfg, sae.state_dict())}, loaded.run, massive=loaded.massive)
     else:
-        interchange.write(sae, out, to, where=found.where, tokens=found.tokens)
+        interchange.write(sae, out, to, where=loaded.where, tokens=loaded.tokens)

@@ -42,12 +42,12 @@ FOLDERS = (
 )
 
 
-def merge(settings: dict[str, Any], given: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def merge(settings: dict[str, Any], options_by_section: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Settings of a file, with the options that were given on top."""
     from ..engine.config import section
 
     merged = dict(settings)
-    for name, options in given.items():
+    for name, options in options_by_section.items():
         merged[name] = section(settings, name) | {key: value for key, value in options.items() if value is not None}
     return merged
 

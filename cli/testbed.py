@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from ..engine.files import check_can_make, check_writable, write_json
-from .checked import App
+from ..engine.storage.files import check_can_make, check_writable, write_json
+from .arguments import App
 from .options import PLAIN, JsonFile
-from .tables import figures
+from .output import figures
 
 testbed_app = App(help="The embedded language and the small language model that learned it.", **PLAIN)
 

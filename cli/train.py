@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..engine.files import check_writable, write_json
+from ..engine.storage.files import check_writable, write_json
 from .options import Data, Field, Hook, JsonFile, Layer, Model, Plugin, Split, Subset, check_backend, merge
-from .tables import figures, runs_table
+from .output import figures, runs_table
 
 if TYPE_CHECKING:
     from ..engine.ranks import Ranks
@@ -68,17 +68,17 @@ def train(
     """
     from ..engine.config import read_yaml
     from ..engine.errors import UserError
-    from ..engine.folder import CONFIG, check_free, read_settings
-    from ..engine.lock import owned
     from ..engine.plugins import use
     from ..engine.ranks import Ranks
+    from ..engine.storage.lock import owned
+    from ..engine.storage.run_folder import CONFIG, check_free, read_settings
     from ..engine.sweep import expand, read_streams
 
     check_writable(json_file)
     check_backend()
     use(plugin)
     ranks = Ranks.start()
-    given = {
+    options = {
         "stream": {
             "model": model,
             "hook": hook,
@@ -99,11 +99,11 @@ def train(
             raise UserError("resume: give --out FOLDER, the folder of the run to go on with")
         if not (out / CONFIG).is_file():
             raise UserError(f"resume: --out must name a run folder; {out} holds no {CONFIG}")
-        if config is not None or any(v is not None for part in given.values() for v in part.values()):
+        if config is not None or any(v is not None for section in options.values() for v in section.values()):
             raise UserError("resume: a run goes on with its own settings; give --out and --resume alone (and --plugin)")
         settings = {name: run.model_dump() for name, run in read_settings(out).by_name().items()}
     else:
-        settings = expand(merge(read_yaml(config) if config else {}, given))
+        settings = expand(merge(read_yaml(config) if config else {}, options))
     streams, _ = read_streams(settings)
     first = next(iter(streams.values()))
     origin = Path(first.cache or first.activations or first.model)
@@ -119,22 +119,28 @@ def _train(
     settings: dict[str, dict[str, Any]], folder: Path, resume: bool, ranks: "Ranks", json_file: Path | None
 ) -> None:
     """Train the dictionaries of these settings into a folder, measure them, and say how they do."""
-    from ..engine.host import peak_gb
-    from ..engine.signals import stop_advice
+    from ..engine.process.cpu_memory import peak_gb
+    from ..engine.process.signals import stop_advice
     from ..engine.stream import ActivationStream
     from ..engine.sweep import resolve
     from ..engine.train import train_together
-    from ..evals.run import evaluate_runs
+    from ..evals.run_evals import evaluate_runs
 
     began = time.monotonic()
     lm, runs = resolve(settings)
-    one = next(iter(runs.values()))
-    most = max(run.train.tokens for run in runs.values())
+    first = next(iter(runs.values()))
+    max_tokens = max(run.train.tokens for run in runs.values())
     hooks = (
         [] if lm is not None else list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks))
     )
     stream = ActivationStream(
-        one.stream, tokens=most, batch=one.train.batch, seed=one.train.seed, model=lm, hooks=hooks, ranks=ranks
+        first.stream,
+        tokens=max_tokens,
+        batch=first.train.batch,
+        seed=first.train.seed,
+        model=lm,
+        hooks=hooks,
+        ranks=ranks,
     )
     trained = train_together(stream, runs, out=folder, resume=resume)
     ranks.end()
@@ -162,17 +168,17 @@ def _say_not_measured(summary: dict[str, Any], folder: Path) -> bool:
     """A line for each dictionary that isn't measured, with the command that measures it; whether any failed to be."""
     failed = False
     for name, scores in (summary.get("dictionaries") or {"": summary}).items():
-        if (why := scores.get("not_measured")) is None:
+        if (reason := scores.get("not_measured")) is None:
             continue
         command = f"temposae eval core --sae {folder / name}"
-        if "no-eval" in why:
+        if "no-eval" in reason:
             print(
                 f"{f'{name}: ' if name else ''}not measured (--no-eval), figures are training's; {command} measures it"
             )
         else:
             failed = True
             place = folder / name
-            print(f"error: {why}; {place} is trained, and {command} measures it", file=sys.stderr)
+            print(f"error: {reason}; {place} is trained, and {command} measures it", file=sys.stderr)
     return failed
 
 
@@ -207,21 +213,21 @@ def cache(
     """
     from ..engine.config import Layer, StreamConfig, read_yaml
     from ..engine.errors import UserError
-    from ..engine.signals import stop_advice
+    from ..engine.process.signals import stop_advice
     from ..engine.stream.cache import write_cache
 
     began = time.monotonic()
     check_writable(json_file)
     options = {"model": model, "data": data, "text_field": text_field, "split": split, "subset": subset}
-    given = merge(read_yaml(config) if config else {}, {"stream": options})
-    for other in given.keys() - {"stream", "sae", "train", "eval"}:
+    config_settings = merge(read_yaml(config) if config else {}, {"stream": options})
+    for other in config_settings.keys() - {"stream", "sae", "train", "eval"}:
         raise UserError(f"{other}: no such section; a cache takes its settings from stream")
-    settings = given["stream"]
+    settings = config_settings["stream"]
     hooks, layers = list(hook or []), list(layer or [])
-    own = Layer(layer=settings.get("layer")).layer
-    if own is not None and not hooks and not layers:
-        layers = [own]
-    if (layers and hooks) or (own is not None and settings.get("hook") is not None):
+    layer_setting = Layer(layer=settings.get("layer")).layer
+    if layer_setting is not None and not hooks and not layers:
+        layers = [layer_setting]
+    if (layers and hooks) or (layer_setting is not None and settings.get("hook") is not None):
         raise UserError("stream.hook: give hooks or layers, not both")
     left_out = {"layer"} | ({"hook"} if hooks or layers else set())
     stream = StreamConfig(**{key: value for key, value in settings.items() if key not in left_out})
@@ -233,10 +239,10 @@ def cache(
         manifest = write_cache(
             out, stream, tokens, hooks=hooks, layers=layers, seed=seed, dtype=dtype, shard_mb=shard_mb, resume=resume
         )
-    found = {
+    summary = {
         "cache": str(out), "model": manifest.stream.model, "hooks": list(manifest.hooks), "tokens": manifest.tokens,
         "shards": len(manifest.shards), "bytes": sum(shard.bytes for shard in manifest.shards),
         "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
-    write_json(json_file, found)
-    figures(found)
+    write_json(json_file, summary)
+    figures(summary)

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .errors import UserError, shown
-from .names import FolderName, check_distinct
 from .plugins import UnknownPart
-from .strict import Strict
-from .yaml_file import read_yaml as read_yaml
+from .setting_types import Strict
+from .storage.path_names import FolderName, check_distinct
+from .storage.yaml_file import read_yaml as read_yaml
 
 Count = Annotated[int, Field(ge=1, le=10**15)]
 Latents = Annotated[int, Field(ge=1, lt=2**31)]  # a SparseCode's indices are int32
@@ -22,7 +22,7 @@ Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]
 
 
 class Config(Strict):
-    """Settings of one kind: frozen, without names that it doesn't have, strict (`strict.Strict`)."""
+    """Settings of one kind: frozen, without names that it doesn't have, strict (`setting_types.Strict`)."""
 
     @classmethod
     def section(cls) -> str:
@@ -93,8 +93,8 @@ class SAEConfig(Config):
     is false.
 
     `topk`: relu, then the `k` largest per token; `batchtopk`: as many in all, wherever in the batch they fall, and after
-    training those above a threshold that keeps `k` per token of a sample of the run (`sample.RunSample`). In both, `aux_k`
-    dead latents model the residual, weighted `aux_coefficient`.
+    training those above a threshold that keeps `k` per token of a sample of the run (`run_sample.RunSample`). In both,
+    `aux_k` dead latents model the residual, weighted `aux_coefficient`.
     `relu`: every positive activation, with `l1_coefficient` times their sum in the loss.
     `jumprelu`: activations above a learned threshold for each latent, with `l0_coefficient` times their number in the loss.
     Thresholds begin at `initial_threshold`, at most 1, above which no activation comes, or where 4 `k` activations per token
@@ -127,10 +127,10 @@ class SAEConfig(Config):
 
     @field_validator("parts")
     @classmethod
-    def _parts_are_known(cls, given: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-        from .parts import settled
+    def _parts_are_known(cls, parts: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        from .parts import complete_settings
 
-        return settled(given) if given else given
+        return complete_settings(parts) if parts else parts
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "SAEConfig":
@@ -138,9 +138,9 @@ class SAEConfig(Config):
             return self
         from .parts import check
 
-        kinds = ", ".join(one["kind"] for one in self.parts)
-        for name, absent in (("d_out", None), ("prefixes", None), ("apply_b_dec_to_input", True)):
-            if getattr(self, name) is not absent:
+        kinds = ", ".join(part_settings["kind"] for part_settings in self.parts)
+        for name, default in (("d_out", None), ("prefixes", None), ("apply_b_dec_to_input", True)):
+            if getattr(self, name) is not default:
                 raise ValueError(f"{name}: {getattr(self, name)} is not allowed with parts ({kinds})")
         if self.activation == "jumprelu":
             raise ValueError(
@@ -229,15 +229,15 @@ class StreamConfig(Config):
 
     @field_validator("max_norm", mode="before")
     @classmethod
-    def _norms(cls, given: Any) -> Any:
-        if given is None or given is False or given == "off":  # YAML reads off as false
+    def _norms(cls, max_norm: Any) -> Any:
+        if max_norm is None or max_norm is False or max_norm == "off":  # YAML reads off as false
             return None
-        if given == "auto":
-            return given
-        if isinstance(given, bool) or not isinstance(given, int | float) or not 1 < given <= 1e9:
+        if max_norm == "auto":
+            return max_norm
+        if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not 1 < max_norm <= 1e9:
             allowed = "it must be auto, off, or a number greater than 1 and at most 1e9"
-            raise ValueError(f"max_norm: {shown(given)} is not allowed; {allowed}")
-        return float(given)
+            raise ValueError(f"max_norm: {shown(max_norm)} is not allowed; {allowed}")
+        return float(max_norm)
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -282,7 +282,7 @@ class TrainConfig(Config):
     `k_start`: topk and batchtopk keep so many in the beginning, and go down to k in 16 steps over the first `k_anneal` of
     the run. `sparsity_warmup`: share of the run over which l1_coefficient and l0_coefficient rise from zero. `target_l0`
     (relu, jumprelu): from step to step those coefficients change, so that about so many latents are active on a token, as
-    makes dictionaries comparable (`optim.Learner`).
+    makes dictionaries comparable (`learner.Learner`).
     `accumulate`: a batch is gone through in so many parts, to save memory (batchtopk selects in each). `bias`: what b_dec
     starts from. `resample_every_steps` (relu; Bricken et al., Towards Monosemanticity, 2023): after so many steps dead
     latents begin again as tokens that are reconstructed badly. `init`: go on from this dictionary, a run or a checkpoint.
@@ -357,8 +357,8 @@ class RunConfig(Config):
         try:
             super().__init__(**values)
         except UnknownPart as error:
-            named = values.get("plugins")
-            raise error.of(named if isinstance(named, list | tuple) else ()) from None
+            plugin_names = values.get("plugins")
+            raise error.of(plugin_names if isinstance(plugin_names, list | tuple) else ()) from None
 
     @model_validator(mode="after")
     def _plugins_are_of_the_parts(self) -> "RunConfig":
@@ -371,15 +371,15 @@ class RunConfig(Config):
     def _goes_together(self) -> "RunConfig":
         sae, train = self.sae, self.train
         if train.k_start is not None and not sae.k <= train.k_start <= sae.d_sae:
-            between = f"it must be between k ({sae.k}) and d_sae ({sae.d_sae})"
-            raise UserError(f"train.k_start: {train.k_start} is not allowed; {between}")
+            bounds = f"it must be between k ({sae.k}) and d_sae ({sae.d_sae})"
+            raise UserError(f"train.k_start: {train.k_start} is not allowed; {bounds}")
         for name, activations in (
             ("k_start", ("topk", "batchtopk")), ("resample_every_steps", ("relu",)), ("target_l0", ("relu", "jumprelu"))
         ):  # fmt: skip
             value = getattr(train, name)
             if value is not None and sae.activation not in activations:
-                one_of = " or ".join(activations)
-                raise UserError(f"train.{name}: {value} is not allowed with {sae.activation}; it is for {one_of}")
+                allowed = " or ".join(activations)
+                raise UserError(f"train.{name}: {value} is not allowed with {sae.activation}; it is for {allowed}")
         if train.target_l0 is not None and train.target_l0 > sae.d_sae:
             raise UserError(
                 f"train.target_l0: {train.target_l0} is not allowed; it must be at most d_sae ({sae.d_sae}), all latents"
@@ -402,11 +402,11 @@ class SweepConfig(Config):
 
     @field_validator("dictionaries")
     @classmethod
-    def _are_apart(cls, given: dict[str, RunConfig]) -> dict[str, RunConfig]:
-        if not given:
+    def _are_apart(cls, dictionaries: dict[str, RunConfig]) -> dict[str, RunConfig]:
+        if not dictionaries:
             raise ValueError("dictionaries: {} is not allowed; it must hold at least one")
-        check_distinct(given)
-        return given
+        check_distinct(dictionaries)
+        return dictionaries
 
     def by_name(self) -> dict[str, RunConfig]:
         return self.dictionaries
@@ -424,9 +424,9 @@ _SECTION = {
 
 def section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A section of settings, empty where it is left out or null. Raises UserError for what is none."""
-    found = settings.get(name)
-    if found is None:
+    values = settings.get(name)
+    if values is None:
         return {}
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise UserError(f"{name}: {shown(found)} is not allowed; it must be a section of settings")
-    return found
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{name}: {shown(values)} is not allowed; it must be a section of settings")
+    return values

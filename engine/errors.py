@@ -52,8 +52,8 @@ class Stopped(BaseException):
 def in_one_line(text: str) -> str:
     """`text` without control characters, which are escaped, and without runs of more than `LONGEST` characters."""
     text = printable(text)
-    for run in set(re.findall(rf"\S{{{LONGEST + 1},}}", text)):
-        text = text.replace(run, cut(run, LONGEST))
+    for word in set(re.findall(rf"\S{{{LONGEST + 1},}}", text)):
+        text = text.replace(word, cut(word, LONGEST))
     return cut(text, _WHOLE)
 
 
@@ -72,34 +72,38 @@ def printable(text: str) -> str:
     """`text` with control characters, such as those that steer a terminal, written out."""
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
-def cut(text: str, most: int) -> str:
+def cut(text: str, max_length: int) -> str:
     """The beginning and the end of a text that is too long."""
-    if len(text) <= most:
+    if len(text) <= max_length:
         return text
-    end = most // 3
-    return f"{text[: most - end - 3]}...{text[-end:]}"
+    tail_length = max_length // 3
+    return f"{text[: max_length - tail_length - 3]}...{text[-tail_length:]}"
 
 
-def near(value: str, allowed: Iterable[str], most: int = 5) -> str:
+def near(value: str, allowed: Iterable[str], max_names: int = 5) -> str:
     """The allowed names nearest to `value`, for a message: "did you mean a, b?" or the first few that there are."""
     names = list(allowed)
-    close = difflib.get_close_matches(value[:SHOWN], names, n=most, cutoff=0.5)
-    return f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(names[:most])}, ..."
+    matches = difflib.get_close_matches(value[:SHOWN], names, n=max_names, cutoff=0.5)
+    return f"did you mean {', '.join(matches)}?" if matches else f"there are {', '.join(names[:max_names])}, ..."
 
 
 def _bounds(constraints: Iterable[Any]) -> str:
     """What a field's constraints allow: "greater than 0 and less than or equal to 10"."""
-    known = [(words, getattr(one, name, None)) for one in constraints for name, words in _BOUNDS.items()]
-    return " and ".join(f"{words} {bound}" for words, bound in known if bound is not None)
+    bounds = [(words, getattr(constraint, name, None)) for constraint in constraints for name, words in _BOUNDS.items()]
+    return " and ".join(f"{words} {bound}" for words, bound in bounds if bound is not None)
 
 
 def _constraints(annotation: Any) -> list[Any]:
     """Those that are written within a type, as in Annotated[int, Field(ge=1)] | None."""
-    own = [one for given in getattr(annotation, "__metadata__", ()) for one in getattr(given, "metadata", ())]
-    return own + [one for inner in get_args(annotation) for one in _constraints(inner)]
+    constraints = [
+        constraint
+        for metadata in getattr(annotation, "__metadata__", ())
+        for constraint in getattr(metadata, "metadata", ())
+    ]
+    return constraints + [constraint for argument in get_args(annotation) for constraint in _constraints(argument)]
 
 
 def one_line(error: ValidationError, section: str, fields: Mapping[str, Any]) -> UserError:
@@ -113,14 +117,14 @@ def one_line(error: ValidationError, section: str, fields: Mapping[str, Any]) ->
         prefix = f"{prefix}{problem['loc'][0]}."
     if cause is not None:  # from a validator of ours: "field: ..."
         return UserError(f"{prefix}{cause}")
-    place = prefix + ".".join(str(part) for part in problem["loc"])
+    setting = prefix + ".".join(str(key) for key in problem["loc"])
     kind = problem["type"]
     if kind == "extra_forbidden":
-        return UserError(f"{place}: no such setting; {near(str(problem['loc'][-1]), fields)}")
+        return UserError(f"{setting}: no such setting; {near(str(problem['loc'][-1]), fields)}")
     if kind == "missing":
-        return UserError(f"{place}: missing; it must be given")
+        return UserError(f"{setting}: missing; it must be given")
     message = _KINDS.get(kind) or problem["msg"].replace("Input should be", "it must be")
     field = fields.get(str(problem["loc"][0])) if len(problem["loc"]) == 1 else None
     if field is not None and kind.startswith(("greater_than", "less_than")):
         message = f"it must be {_bounds(field.metadata or _constraints(field.annotation))}"
-    return UserError(f"{place}: {shown(problem['input'])} is not allowed; {message}")
+    return UserError(f"{setting}: {shown(problem['input'])} is not allowed; {message}")

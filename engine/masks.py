@@ -43,12 +43,12 @@ class PositionMask(nn.Module):
             logits = torch.where(_hard(config, config.start, F, generator), SURE, -SURE)
         elif config.kind != "none":
             fixed = _hard(config, config.kind, F, generator)
-        changes = config.blend or config.temperature_end is not None
+        has_progress = config.blend or config.temperature_end is not None
         self.register_buffer("fixed", fixed)
         self.register_buffer("centre", centre)
         self.register_parameter("logits", None if logits is None else nn.Parameter(logits))
         self.register_parameter("blend", nn.Parameter(torch.zeros(())) if config.blend else None)
-        self.register_buffer("progress", torch.ones(()) if changes else None)
+        self.register_buffer("progress", torch.ones(()) if has_progress else None)
 
     def at(self, progress: float) -> None:
         """Go to a place of the run: 0 is its beginning, 1 its end."""
@@ -62,13 +62,13 @@ class PositionMask(nn.Module):
         return start if end is None or self.progress is None else start * (end / start) ** self.progress
 
     def weights(self) -> Mask | None:
-        found = self._unblended()
-        if found is None or self.blend is None or self.progress is None:
-            return found
-        if isinstance(found, GaussianMask):
-            found = weights_at(found, torch.arange(self.config.positions, device=found.centre.device))
+        mask = self._unblended()
+        if mask is None or self.blend is None or self.progress is None:
+            return mask
+        if isinstance(mask, GaussianMask):
+            mask = weights_at(mask, torch.arange(self.config.positions, device=mask.centre.device))
         share = torch.sigmoid(self.blend + BLENDED * (2 * self.progress - 1))
-        return 1 - share + share * found
+        return 1 - share + share * mask
 
     def _unblended(self) -> Mask | None:
         if self.logits is not None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .composed import ComposedAutoencoder
     from .sae import SparseAutoencoder
 
-OURS, GROUP = "temposae.variants.parts", "temposae.parts"
+OURS, GROUP = "temposae.variants", "temposae.parts"
 _PARTS: dict[str, type["Part"]] = {}
 _INSTALLED: set[str] = set()  # kinds that entry points define
 
@@ -52,7 +52,7 @@ class PartSettings(Config):
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowLayout:
     """Tokens [N] of rows of text, row after row in order of position, as [R, L] and back.
 
     `number` int64 [N]: which row each is of, from 0 on without gaps; `pos` int64 [N]: its column. L is the largest position
@@ -63,7 +63,7 @@ class Rows:
     pos: Tensor
 
     @classmethod
-    def of(cls, pos: Tensor) -> "Rows":
+    def of(cls, pos: Tensor) -> "RowLayout":
         """From positions alone: a row begins where they don't rise. Raises UserError where fewer than half of the steps are
         to the next position, as they are in rows."""
         pos = pos.long()
@@ -87,15 +87,15 @@ class Rows:
     @cached_property
     def kept(self) -> Tensor:
         """bool [R, L]: where there is a token."""
-        found = torch.zeros(self.shape, dtype=torch.bool, device=self.pos.device)
-        found.view(-1)[self.at] = True
-        return found
+        has_token = torch.zeros(self.shape, dtype=torch.bool, device=self.pos.device)
+        has_token.view(-1)[self.at] = True
+        return has_token
 
     def spread(self, value: Tensor) -> Tensor:
         """[N, ...] -> [R, L, ...]. Differentiable."""
         rows, length = self.shape
-        empty = value.new_zeros(rows * length, *value.shape[1:])
-        return empty.index_copy(0, self.at, value).unflatten(0, (rows, length))
+        grid = value.new_zeros(rows * length, *value.shape[1:])
+        return grid.index_copy(0, self.at, value).unflatten(0, (rows, length))
 
     def gather(self, value: Tensor) -> Tensor:
         """[R, L, ...] -> [N, ...]"""
@@ -103,7 +103,7 @@ class Rows:
 
 
 @dataclass
-class Seen:
+class BatchView:
     """A batch as parts see it, in the units that training scales activations to: |x| about sqrt(D).
 
     x [N, D], pos int64 [N] in [0, n_positions); `target` [N, d_out], x itself unless it is a transcoder; `progress`: where
@@ -140,11 +140,11 @@ class Seen:
     drawn: int = field(default=0, repr=False)
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> RowLayout:
         """How the tokens lie in rows."""
         if self.row is None:
-            return Rows.of(self.pos)
-        return Rows(torch.cat([self.row.new_zeros(1), (self.row.diff() != 0).long()]).cumsum(0), self.pos)
+            return RowLayout.of(self.pos)
+        return RowLayout(torch.cat([self.row.new_zeros(1), (self.row.diff() != 0).long()]).cumsum(0), self.pos)
 
     @torch.no_grad()
     def summed(self, weight: Tensor) -> Tensor:
@@ -164,10 +164,10 @@ class Seen:
 class Part(nn.Module):
     """A mechanism. Every method here does nothing; a part overrides those that it is about.
 
-    Shapes and units are those of `Seen`. What `acts` and `latents` return is never negative, and float32. `reads`: what it
-    needs in training besides x and pos: "rows" (whole rows, stream.mode sequences; outside of training, too), "attribute",
-    "second"; "f" for `seen.acts` and `seen.f`. `paces`: factors on the learning rate of its own parameters, by name.
-    `is_alone`: at most one of its kind. `part` shows one, docs/guides/parts.md all of the way.
+    Shapes and units are those of `BatchView`. What `acts` and `latents` return is never negative, and float32. `reads`: what
+    it needs in training besides x and pos: "rows" (whole rows, stream.mode sequences; outside of training, too),
+    "attribute", "second"; "f" for `batch.acts` and `batch.f`. `paces`: factors on the learning rate of its own parameters,
+    by name. `is_alone`: at most one of its kind. `part` shows one, docs/guides/parts.md all of the way.
 
         @part("half")
         class Half(Part): ...
@@ -191,31 +191,31 @@ class Part(nn.Module):
     def initialise(self, sae: "SparseAutoencoder", generator: torch.Generator) -> None:
         """Change how the dictionary's weights begin."""
 
-    def input(self, x: Tensor, seen: Seen) -> Tensor:
+    def input(self, x: Tensor, batch: BatchView) -> Tensor:
         """What the encoder gets in place of x [N, D]."""
         return x
 
-    def pre(self, pre: Tensor, seen: Seen) -> Tensor:
+    def pre(self, pre: Tensor, batch: BatchView) -> Tensor:
         """Pre-activations [N, F]."""
         return pre
 
-    def acts(self, acts: Tensor, seen: Seen) -> Tensor:
+    def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
         """Activations [N, F] before the mask."""
         return acts
 
-    def latents(self, f: Tensor, seen: Seen) -> Tensor:
+    def latents(self, f: Tensor, batch: BatchView) -> Tensor:
         """Activations [N, F] after the mask, before topk and batchtopk select."""
         return f
 
-    def weigh(self, seen: Seen) -> tuple[Tensor | None, Tensor | None]:
+    def weigh(self, batch: BatchView) -> tuple[Tensor | None, Tensor | None]:
         """Factors by position [n_positions] on the squared error and on L1; None for 1."""
         return None, None
 
-    def penalty(self, seen: Seen) -> Tensor | None:
+    def penalty(self, batch: BatchView) -> Tensor | None:
         """A term of the loss, in units of |x|^2 ~ D, the squared error of a token."""
         return None
 
-    def after(self, seen: Seen) -> None:
+    def after(self, batch: BatchView) -> None:
         """Look at a step that was just taken, without gradients."""
 
     def report(self) -> dict[str, Any]:
@@ -235,15 +235,17 @@ def part(kind: str) -> Callable[[P], P]:
 
     @part("half")
     class Half(Part):
-        def acts(self, acts: Tensor, seen: Seen) -> Tensor:
+        def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
             return acts / 2
     """
 
     def register(cls: P) -> P:
-        other = _PARTS.get(kind, cls)
-        if other.__module__ != cls.__module__ and (_is_ours(other) or _is_ours(cls)):
-            own = cls if _is_ours(other) else other
-            raise UserError(f"sae.parts: {kind} is temposae's own; {own.__module__}.{own.__name__} needs another name")
+        previous = _PARTS.get(kind, cls)
+        if previous.__module__ != cls.__module__ and (_is_ours(previous) or _is_ours(cls)):
+            external = cls if _is_ours(previous) else previous
+            raise UserError(
+                f"sae.parts: {kind} is temposae's own; {external.__module__}.{external.__name__} needs another name"
+            )
         cls.kind = kind
         _PARTS[kind] = cls
         return cls
@@ -257,10 +259,10 @@ def find(kind: str) -> type[Part]:
         raise UserError(f"sae.parts.kind: {shown(kind)} is not allowed; it must be the name of a part")
     if kind not in _PARTS:
         import_module(OURS)
-        before = set(_PARTS)
-        for entry in entry_points(group=GROUP):
-            entry.load()
-        _INSTALLED.update(set(_PARTS) - before)
+        known_kinds = set(_PARTS)
+        for entry_point in entry_points(group=GROUP):
+            entry_point.load()
+        _INSTALLED.update(set(_PARTS) - known_kinds)
     if kind not in _PARTS:
         raise UnknownPart(kind, near(kind, sorted(_PARTS)))
     return _PARTS[kind]
@@ -268,54 +270,62 @@ def find(kind: str) -> type[Part]:
 
 def plugins_of(sae: SAEConfig) -> tuple[str, ...]:
     """What a user must name so that the parts of a dictionary are known: none for ours and for installed ones."""
-    own = [cls for one in sae.parts if not _is_ours(cls := find(one["kind"])) and cls.kind not in _INSTALLED]
-    return tuple(dict.fromkeys(place for cls in own if (place := source(cls)) is not None))
+    external_parts = [
+        cls
+        for part_settings in sae.parts
+        if not _is_ours(cls := find(part_settings["kind"])) and cls.kind not in _INSTALLED
+    ]
+    return tuple(dict.fromkeys(plugin for cls in external_parts if (plugin := source(cls)) is not None))
 
 
 def _is_ours(cls: type[Part]) -> bool:
     return cls.__module__.startswith(OURS.rpartition(".")[0] + ".")
 
 
-def settled(given: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+def complete_settings(parts: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
     """Settings of parts with what they leave out. Raises UserError for what a part does not have."""
-    found, seen = [], set[str]()
-    for one in given:
-        if "kind" not in one or not all(isinstance(key, str) for key in one):
-            raise UserError(f"sae.parts: {shown(one)} is not allowed; it must be a section that names its kind")
-        cls = find(one["kind"])
-        if cls.is_alone and cls.kind in seen:
+    completed, kinds = [], set[str]()
+    for part_settings in parts:
+        if "kind" not in part_settings or not all(isinstance(key, str) for key in part_settings):
+            raise UserError(
+                f"sae.parts: {shown(part_settings)} is not allowed; it must be a section that names its kind"
+            )
+        cls = find(part_settings["kind"])
+        if cls.is_alone and cls.kind in kinds:
             raise UserError(f"sae.parts: {cls.kind} is not allowed twice")
-        seen.add(cls.kind)
-        found.append(cls.Settings(**one).model_dump())
-    return tuple(found)
+        kinds.add(cls.kind)
+        completed.append(cls.Settings(**part_settings).model_dump())
+    return tuple(completed)
 
 
 def check(sae: SAEConfig) -> None:
     """Raise ValueError for parts that don't go with the dictionary's other settings."""
-    for one in sae.parts:
-        cls = find(one["kind"])
+    for part_settings in sae.parts:
+        cls = find(part_settings["kind"])
         try:
-            cls.check(cls.Settings(**one), sae)
+            cls.check(cls.Settings(**part_settings), sae)
         except ValueError as error:
-            own = str(error).partition(":")[0] in cls.Settings.model_fields
-            raise ValueError(f"parts.{cls.kind}.{error}" if own else str(error)) from None
+            is_part_setting = str(error).partition(":")[0] in cls.Settings.model_fields
+            raise ValueError(f"parts.{cls.kind}.{error}" if is_part_setting else str(error)) from None
 
 
 def reads(sae: SAEConfig | Mapping[str, Any]) -> dict[str, str]:
     """What the parts of a dictionary, or of its settings, need besides x and pos -> the first part that does."""
-    found: dict[str, str] = {}
-    given = sae.parts if isinstance(sae, SAEConfig) else sae.get("parts")
-    for one in given if isinstance(given, list | tuple) else ():  # what is no part is refused by `settled`
-        if isinstance(one, dict) and isinstance(kind := one.get("kind"), str):
+    kind_by_need: dict[str, str] = {}
+    parts = sae.parts if isinstance(sae, SAEConfig) else sae.get("parts")
+    for part_settings in (
+        parts if isinstance(parts, list | tuple) else ()
+    ):  # what is no part is refused by `complete_settings`
+        if isinstance(part_settings, dict) and isinstance(kind := part_settings.get("kind"), str):
             for need in find(kind).reads:
-                found.setdefault(need, kind)
-    return found
+                kind_by_need.setdefault(need, kind)
+    return kind_by_need
 
 
 def build(sae: SAEConfig, generator: torch.Generator) -> list[Part]:
     """The parts of a dictionary; positions are those that its mask's settings name."""
-    found = []
-    for one in sae.parts:
-        cls = find(one["kind"])
-        found.append(cls(cls.Settings(**one), sae, sae.mask.positions, generator))
-    return found
+    parts = []
+    for part_settings in sae.parts:
+        cls = find(part_settings["kind"])
+        parts.append(cls(cls.Settings(**part_settings), sae, sae.mask.positions, generator))
+    return parts

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .errors import UserError, shown
-from .names import expand_path
+from .storage.path_names import expand_path
 
 
 class UnknownPart(UserError):
@@ -31,34 +31,34 @@ class UnknownPart(UserError):
 
     def of(self, plugins: Iterable[str]) -> UserError:
         """The same, for a dictionary whose config names these plugins."""
-        named = " ".join(f"--plugin {shlex.quote(str(plugin))}" for plugin in plugins)
-        if not named:
+        options = " ".join(f"--plugin {shlex.quote(str(plugin))}" for plugin in plugins)
+        if not options:
             return self
         return UserError(
-            f"sae.parts: {shown(self.kind)} is not known; it was trained with a plugin: give {named} (that is code, which "
+            f"sae.parts: {shown(self.kind)} is not known; it was trained with a plugin: give {options} (that is code, which "
             "runs only where you name it; in Python, import it first)"
         )
 
 
-def use(given: Iterable[str] | None) -> None:
+def use(plugins: Iterable[str] | None) -> None:
     """Import plugins, each the path of a Python file or the name of a module: their parts are then known by name.
 
     Raises UserError for one that is not there or that fails, with the line that does.
     """
-    for name in given or ():
-        is_file = name.endswith(".py") or Path(name).is_file() or "/" in name or "\\" in name
+    for plugin in plugins or ():
+        is_file = plugin.endswith(".py") or Path(plugin).is_file() or "/" in plugin or "\\" in plugin
         try:
-            _import_file(expand_path(name, "plugin")) if is_file else importlib.import_module(name)
+            _import_file(expand_path(plugin, "plugin")) if is_file else importlib.import_module(plugin)
         except UserError:
             raise
         except ModuleNotFoundError as error:
-            if is_file or error.name not in (name, name.partition(".")[0]):
-                raise _failed(name, error) from error
+            if is_file or error.name not in (plugin, plugin.partition(".")[0]):
+                raise _failed(plugin, error) from error
             raise UserError(
-                f"plugin: {name} is not a module that can be imported; give the path of a .py file or an installed module"
+                f"plugin: {plugin} is not a module that can be imported; give the path of a .py file or an installed module"
             ) from None
         except Exception as error:  # whatever the file raises
-            raise _failed(name, error) from error
+            raise _failed(plugin, error) from error
 
 
 def source(cls: type) -> str | None:
@@ -92,8 +92,8 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _failed(name: str, error: Exception) -> UserError:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    line = error.lineno if isinstance(error, SyntaxError) else last.lineno
-    place = error.filename if isinstance(error, SyntaxError) else last.filename
-    said = " ".join(str(error).split())
-    return UserError(f"plugin: {name} can't be imported ({type(error).__name__}: {said}; {place}, line {line})")
+    last_frame = traceback.extract_tb(error.__traceback__)[-1]
+    line = error.lineno if isinstance(error, SyntaxError) else last_frame.lineno
+    path = error.filename if isinstance(error, SyntaxError) else last_frame.filename
+    message = " ".join(str(error).split())
+    return UserError(f"plugin: {name} can't be imported ({type(error).__name__}: {message}; {path}, line {line})")

@@ -37,17 +37,17 @@ class Ranks:
     @classmethod
     def start(cls) -> "Ranks":
         """Those that torchrun started, each on a GPU of its own where there are any."""
-        count = int(os.environ.get("WORLD_SIZE", "1"))
-        if count == 1:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size == 1:
             return ALONE
-        has_gpus, local = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+        has_gpus, local_rank = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
         if has_gpus:
-            if local >= torch.cuda.device_count():
+            if local_rank >= torch.cuda.device_count():
                 raise UserError(
                     f"torchrun: --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} is not allowed; "
                     f"there are {torch.cuda.device_count()} GPUs"
                 )
-            torch.cuda.set_device(local)
+            torch.cuda.set_device(local_rank)
         dist.init_process_group("nccl" if has_gpus else "gloo")
         return cls.here()
 
@@ -78,8 +78,8 @@ class Ranks:
             return x[None]
         out = x.new_empty(self.size, *x.shape)
         # As bytes: not every transport knows every dtype.
-        parts = [part.reshape(-1).view(torch.uint8) for part in out.unbind()]
-        dist.all_gather(parts, x.contiguous().reshape(-1).view(torch.uint8), group=self.group)
+        buffers = [buffer.reshape(-1).view(torch.uint8) for buffer in out.unbind()]
+        dist.all_gather(buffers, x.contiguous().reshape(-1).view(torch.uint8), group=self.group)
         return out
 
     def rows(self, x: Tensor, counts: list[int]) -> Tensor:
@@ -88,7 +88,7 @@ class Ranks:
             return x
         padded = x.new_zeros(max(counts), *x.shape[1:])
         padded[: len(x)] = x
-        return torch.cat([part[:count] for part, count in zip(self.gather(padded), counts, strict=True)])
+        return torch.cat([share[:count] for share, count in zip(self.gather(padded), counts, strict=True)])
 
     def own(self, x: Tensor, dim: int = 0) -> Tensor:
         """This process's share of x along a dimension that `size` divides."""
@@ -102,9 +102,9 @@ class Ranks:
         """The largest of everyone's numbers. Doesn't wait for the device."""
         if self.size == 1:
             return number
-        found = torch.tensor(number)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host)
-        return int(found)
+        maximum = torch.tensor(number)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=self.host)
+        return int(maximum)
 
     def end(self) -> None:
         """After the last call of all."""
@@ -126,7 +126,7 @@ class Ranks:
             return state
         return {name: (self.whole(x, dims[name]) if name in dims else x).cpu() for name, x in state.items()}
 
-    def kept(self, code: SparseCode, k: int) -> SparseCode:
+    def keep_largest(self, code: SparseCode, k: int) -> SparseCode:
         """Of a code of this process's latents what is among the k largest of a token over everyone's latents, or if it is
         ragged, among the k of the batch. All processes have one shape of code; ties go to the lower rank."""
         if self.size == 1:
@@ -134,11 +134,11 @@ class Ranks:
         values = self.gather(code.live(code.values))
         if code.ragged:
             values = values.view(self.size, -1)
-            among = select_batch_topk(values, min(k, values.numel())).to_dense()[self.rank]
+            selected = select_batch_topk(values, min(k, values.numel())).to_dense()[self.rank]
         else:
             values = values.movedim(0, 1).flatten(1)
-            among = select_topk(values, min(k, values.shape[1])).to_dense().chunk(self.size, 1)[self.rank]
-        return code.only(among != 0)
+            selected = select_topk(values, min(k, values.shape[1])).to_dense().chunk(self.size, 1)[self.rank]
+        return code.only(selected != 0)
 
 
 ALONE = Ranks()

@@ -8,16 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels.code import SparseCode
-from ..kernels.encode_sparse import encode_threshold
-from ..kernels.encode_sparse import encode_topk as encode_topk_op
-from ..kernels.loss import PositionSums
-from ..kernels.masks import Mask
-from . import splice
-from .ambient import own_dtypes, own_modes
-from .config import SAEConfig
-from .errors import UserError
-from .functions import (
+from ..kernels.autograd import (
     decode_sparse,
     differentiable,
     encode_dense,
@@ -28,12 +19,21 @@ from .functions import (
     position_loss,
     reconstruct,
 )
+from ..kernels.code import SparseCode
+from ..kernels.encode_sparse import encode_threshold
+from ..kernels.encode_sparse import encode_topk as encode_topk_op
+from ..kernels.loss import PositionSums
+from ..kernels.masks import Mask
+from ..kernels.torch_modes import default_modes, without_autocast
+from . import splice
+from .config import SAEConfig
+from .errors import UserError
 from .masks import PositionMask
 from .ranks import ALONE, Ranks
 
 
-class Beside(NamedTuple):
-    """What there is of a batch besides x and pos, for a dictionary's parts; see `parts.Seen`."""
+class BatchContext(NamedTuple):
+    """What there is of a batch besides x and pos, for a dictionary's parts; see `parts.BatchView`."""
 
     row: Tensor | None = None
     attribute: Tensor | None = None
@@ -57,11 +57,11 @@ class Objective:
     def add(self, other: "Objective") -> "Objective":
         """Of two parts of a batch, with losses that count as much as their parts do."""
         aux = None if self.aux_loss is None or other.aux_loss is None else self.aux_loss + other.aux_loss
-        least = (
+        least_activation = (
             None if self.least_kept is None or other.least_kept is None else self.least_kept.minimum(other.least_kept)
         )
         sums = PositionSums(*(a + b for a, b in zip(self.sums, other.sums, strict=True)))
-        return Objective(self.loss + other.loss, sums, self.fired | other.fired, aux, least)
+        return Objective(self.loss + other.loss, sums, self.fired | other.fired, aux, least_activation)
 
 
 class SparseAutoencoder(nn.Module):
@@ -86,15 +86,15 @@ class SparseAutoencoder(nn.Module):
     #: times those of x; others don't change
     powers: Mapping[str, int] = {"b_enc": 1, "b_dec": 1, "threshold": 1}
 
-    @own_modes()
+    @default_modes()
     def __init__(self, config: SAEConfig, *, seed: int = 0):
         super().__init__()
         self.cfg = config
         generator = torch.Generator().manual_seed(seed)
 
         def directions(d: int) -> Tensor:
-            drawn = torch.randn(config.d_sae, d, generator=generator)
-            return drawn.div_(drawn.norm(dim=1, keepdim=True))
+            vectors = torch.randn(config.d_sae, d, generator=generator)
+            return vectors.div_(vectors.norm(dim=1, keepdim=True))
 
         W_dec = directions(config.d_out or config.d_in)
         self.W_dec = nn.Parameter(W_dec, requires_grad=config.decoder == "learned")
@@ -145,7 +145,7 @@ class SparseAutoencoder(nn.Module):
         dims = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "mask.fixed": 1, "mask.centre": 0, "mask.logits": 1}
         return dims | ({"threshold": 0} if self.cfg.activation == "jumprelu" else {})
 
-    def part(self, ranks: Ranks) -> "SparseAutoencoder":
+    def shard(self, ranks: Ranks) -> "SparseAutoencoder":
         """The dictionary of the latents that this process has of it: of F / size of them, from `rank` times so many on."""
         if ranks.size == 1:
             return self
@@ -153,9 +153,9 @@ class SparseAutoencoder(nn.Module):
         changes: dict[str, Any] = {"d_sae": f}
         if self.cfg.prefixes is not None:
             changes["prefixes"] = tuple(min(max(0, end - ranks.rank * f), f) for end in self.cfg.prefixes)
-        found = SparseAutoencoder(self.cfg.model_copy(update=changes))
-        found.load_state_dict(ranks.own_state(self.state_dict(), self.latent_dims))
-        return found
+        shard = SparseAutoencoder(self.cfg.model_copy(update=changes))
+        shard.load_state_dict(ranks.own_state(self.state_dict(), self.latent_dims))
+        return shard
 
     @property
     def device(self) -> torch.device:
@@ -165,48 +165,48 @@ class SparseAutoencoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.W_dec.dtype
 
-    @own_dtypes()
+    @without_autocast()
     def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         """f [..., F], in the dtype of x. Differentiable; what decides which latents are active is constant."""
         return self._code(x, pos).to_dense().to(x.dtype).view(*x.shape[:-1], self.cfg.d_sae)
 
     def _code(self, x: Tensor, pos: Tensor | None) -> SparseCode:
         """`encode_sparse`, differentiable where gradients are wanted."""
-        x, rows, weights = self.inputs(x, pos)
-        code = self._encoded(x, rows, weights)
+        x, mask_rows, mask = self.inputs(x, pos)
+        code = self._encoded(x, mask_rows, mask)
         if not torch.is_grad_enabled():
             return code
-        return differentiable([code], x, self.W_enc, self.b_enc, self.center, weights, rows)[0]
+        return differentiable([code], x, self.W_enc, self.b_enc, self.center, mask, mask_rows)[0]
 
-    @own_dtypes()
+    @without_autocast()
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, pos: Tensor | None = None) -> SparseCode:
         """f as a SparseCode over the flattened tokens: K per token for topk, ragged for the others. Without gradients."""
         return self._encoded(*self.inputs(x, pos))
 
     @torch.no_grad()
-    def _encoded(self, x: Tensor, rows: Tensor | None, weights: Mask | None) -> SparseCode:
+    def _encoded(self, x: Tensor, mask_rows: Tensor | None, mask: Mask | None) -> SparseCode:
         W_enc = self.W_enc.to(x.dtype)
         if self.cfg.activation == "topk":
-            return encode_topk_op(x, W_enc, self.b_enc, self.k, center=self.center, mask=weights, pos=rows)[0]
+            return encode_topk_op(x, W_enc, self.b_enc, self.k, center=self.center, mask=mask, pos=mask_rows)[0]
         if self.cfg.activation == "jumprelu":
             return jumprelu_band(
-                x, W_enc, self.b_enc, self.threshold, self.center, weights, rows,
+                x, W_enc, self.b_enc, self.threshold, self.center, mask, mask_rows,
                 bandwidth=self.bandwidth, expected=self.expected,
             ).code  # fmt: skip
         threshold = self.threshold.expand(self.cfg.d_sae) if self.cfg.activation == "batchtopk" else None
         return encode_threshold(
-            x, W_enc, self.b_enc, threshold, center=self.center, mask=weights, pos=rows, expected=self.expected
+            x, W_enc, self.b_enc, threshold, center=self.center, mask=mask, pos=mask_rows, expected=self.expected
         )
 
-    @own_dtypes()
+    @without_autocast()
     def decode(self, f: Tensor | SparseCode) -> Tensor:
         """x_hat: [..., D] from dense f, [N, D] from a SparseCode. Differentiable."""
         if isinstance(f, SparseCode):
             return decode_sparse(f, self.W_dec.to(f.values.dtype), self.b_dec.to(f.values.dtype))
         return f @ self.W_dec.to(f.dtype) + self.b_dec.to(f.dtype)
 
-    @own_dtypes()
+    @without_autocast()
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         """x_hat [..., D] for x [..., D]. Differentiable, as `encode` is; for a loss with its sparsity see `objective`."""
         return self.decode(self._code(x, pos)).to(x.dtype).view(*x.shape[:-1], -1)
@@ -214,21 +214,25 @@ class SparseAutoencoder(nn.Module):
     def __repr__(self) -> str:
         """Sizes in a line: SparseAutoencoder(topk, D = 768, F = 16384, K = 32, 25.2M parameters, float32 on cpu)."""
         cfg = self.cfg
-        said = [cfg.activation, f"D = {cfg.d_in}{'' if cfg.d_out is None else f' to {cfg.d_out}'}", f"F = {cfg.d_sae}"]
-        said += [f"K = {cfg.k}"] if cfg.activation in ("topk", "batchtopk") else []
-        said += ["random decoder"] if cfg.decoder == "random" else []
-        said += [f"mask {cfg.mask.kind}"] if cfg.mask.kind != "none" else []
-        said += [f"parts {', '.join(one['kind'] for one in cfg.parts)}"] if cfg.parts else []
+        fields = [
+            cfg.activation,
+            f"D = {cfg.d_in}{'' if cfg.d_out is None else f' to {cfg.d_out}'}",
+            f"F = {cfg.d_sae}",
+        ]
+        fields += [f"K = {cfg.k}"] if cfg.activation in ("topk", "batchtopk") else []
+        fields += ["random decoder"] if cfg.decoder == "random" else []
+        fields += [f"mask {cfg.mask.kind}"] if cfg.mask.kind != "none" else []
+        fields += [f"parts {', '.join(part_settings['kind'] for part_settings in cfg.parts)}"] if cfg.parts else []
         count = sum(parameter.numel() for parameter in self.parameters())
         size = f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.1f}k"
-        said += [f"{size} parameters", f"{str(self.W_dec.dtype).removeprefix('torch.')} on {self.W_dec.device}"]
-        return f"{type(self).__name__}({', '.join(said)})"
+        fields += [f"{size} parameters", f"{str(self.W_dec.dtype).removeprefix('torch.')} on {self.W_dec.device}"]
+        return f"{type(self).__name__}({', '.join(fields)})"
 
     @property
     def looks_at_positions(self) -> str | None:
         """What of it needs to know where tokens stand, in words; None if nothing does."""
         if self.cfg.parts:
-            return f"parts ({', '.join(one['kind'] for one in self.cfg.parts)})"
+            return f"parts ({', '.join(part_settings['kind'] for part_settings in self.cfg.parts)})"
         return None if self.cfg.mask.kind == "none" else f"a mask over positions ({self.cfg.mask.kind})"
 
     def fwd_hooks(
@@ -252,13 +256,13 @@ class SparseAutoencoder(nn.Module):
             raise UserError("target: needed for a transcoder, and for nothing else; the hook whose value it gives")
         return splice.hooks(self, hook, target, edit, error_term, start)
 
-    @own_dtypes()
+    @without_autocast()
     def objective(
         self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None, target: Tensor | None = None,
-        beside: Beside | None = None,
+        batch_context: BatchContext | None = None,
     ) -> Objective:  # fmt: skip
         """Loss of a batch x [N, D] at pos [N], with gradients for every parameter; a transcoder's is of `target` [N, d_out].
-        Only parts look at what is `beside` it.
+        Only parts look at what is `batch_context` it.
 
         loss = sum_p squared_error_p / N + l1_coefficient * sum_p l1_p / N (relu)
              + aux_coefficient * (|e - e_hat|^2 / |e - mean e|^2) * |x - mean x|^2 / N (topk, batchtopk)
@@ -269,10 +273,10 @@ class SparseAutoencoder(nn.Module):
         [F]; the last factor is a constant that undoes the normalisation of the first term in the source (Gao et
         al., arXiv 2406.04093). The auxiliary gradient reaches encoder and decoder. (x stands for the target there.)
         """
-        x, rows, weights = self.inputs(x, pos)
+        x, mask_rows, mask = self.inputs(x, pos)
         target = x if target is None else target
         if self.cfg.activation == "relu":
-            acts = encode_dense(x, self.W_enc, self.b_enc, self.center, weights, rows)
+            acts = encode_dense(x, self.W_enc, self.b_enc, self.center, mask, mask_rows)
             x_hat = torch.addmm(self.b_dec.to(x.dtype), acts, self.W_dec.to(x.dtype))
             sums = position_loss(target - x_hat, acts, pos, n_positions)
             loss = (sums.squared_error.sum() + self.pressure * self.cfg.l1_coefficient * sums.l1.sum()) / len(x)
@@ -280,12 +284,12 @@ class SparseAutoencoder(nn.Module):
         l0, aux = None, None
         if self.cfg.activation == "jumprelu":
             code, l0 = encode_jumprelu(
-                x, self.W_enc, self.b_enc, self.threshold, self.center, weights, rows,
+                x, self.W_enc, self.b_enc, self.threshold, self.center, mask, mask_rows,
                 bandwidth=self.bandwidth, expected=self.expected,
             )  # fmt: skip
         else:
             code, aux = encode_topk(
-                x, self.W_enc, self.b_enc, self.center, weights, rows,
+                x, self.W_enc, self.b_enc, self.center, mask, mask_rows,
                 k=self.k, aux_k=self.aux_k(dead), aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
             )  # fmt: skip
         if self.cfg.prefixes is None:
@@ -299,12 +303,12 @@ class SparseAutoencoder(nn.Module):
         if l0 is not None:
             loss = loss + self.pressure * self.cfg.l0_coefficient * self.cfg.d_in * l0 / len(x)
         fired = has_fired(code)
-        least = least_kept(code)[0] if self.cfg.activation == "batchtopk" else None
+        least_activation = least_kept(code)[0] if self.cfg.activation == "batchtopk" else None
         if aux is None or dead is None:
-            return Objective(loss, sums, fired, least_kept=least)
-        left, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
-        aux_loss = self.aux_weight(target, residual, dead) * left.sum()
-        return Objective(loss + aux_loss, sums, fired, aux_loss.detach(), least)
+            return Objective(loss, sums, fired, least_kept=least_activation)
+        aux_error, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
+        aux_loss = self.aux_weight(target, residual, dead) * aux_error.sum()
+        return Objective(loss + aux_loss, sums, fired, aux_loss.detach(), least_activation)
 
     @property
     def bandwidth(self) -> float:
@@ -344,26 +348,28 @@ class SparseAutoencoder(nn.Module):
         """batchtopk's threshold becomes the one that keeps k latents per token of a sample x [N, D] at pos [N]: the mean of
         those of about N / `chunk` parts of it, each of every so-many-th token."""
         if self.cfg.activation == "batchtopk" and len(x):
-            parts = -(-len(x) // chunk)
-            found = torch.cat([self._threshold_for(x[at::parts], pos[at::parts], self.k, ranks) for at in range(parts)])
-            if bool(found.isfinite().all()):
-                self.threshold.copy_(found.mean())
+            stride = -(-len(x) // chunk)
+            thresholds = torch.cat(
+                [self._threshold_for(x[start::stride], pos[start::stride], self.k, ranks) for start in range(stride)]
+            )
+            if bool(thresholds.isfinite().all()):
+                self.threshold.copy_(thresholds.mean())
 
     def _threshold_for(self, x: Tensor, pos: Tensor, k: int, ranks: Ranks) -> Tensor:
         """The threshold [1] that the N k largest activations of x [N, D] exceed, those of all `ranks` together. Infinite
         if none is positive. It lies halfway to the next smaller one: at an activation itself, rounding would decide whether
         that is kept."""
-        x, rows, weights = self.inputs(x, pos)
+        x, mask_rows, mask = self.inputs(x, pos)
         code, _ = encode_topk_op(
             x, self.W_enc.to(x.dtype), self.b_enc, min(k + 1, self.cfg.d_sae),
-            center=self.center, mask=weights, pos=rows, across_batch=True,
+            center=self.center, mask=mask, pos=mask_rows, across_batch=True,
         )  # fmt: skip
         acts = ranks.gather(code.live(code.values)).flatten()
         acts = acts[acts > 0].sort(descending=True).values
         if not len(acts):
             return acts.new_full((1,), torch.inf)
-        least = min(len(x) * k, len(acts)) - 1
-        return acts[least : least + 2].sum(0, keepdim=True) / 2  # without a smaller one, halfway to 0
+        last_index = min(len(x) * k, len(acts)) - 1
+        return acts[last_index : last_index + 2].sum(0, keepdim=True) / 2  # without a smaller one, halfway to 0
 
     @torch.no_grad()
     def scale_(self, factor: float) -> None:
@@ -379,8 +385,8 @@ class SparseAutoencoder(nn.Module):
     def project_decoder_gradient(self) -> None:
         """Take from each decoder row's gradient the part along the row: that part would only change its norm."""
         if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+            coefficients = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
+            self.W_dec.grad.addcmul_(coefficients, self.W_dec, value=-1)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -395,23 +401,23 @@ class SparseAutoencoder(nn.Module):
             self.threshold.clamp_min_(0)
 
     @torch.no_grad()
-    def follow(self, least: Tensor | None, pace: float = 0.01) -> None:
+    def follow(self, least_activation: Tensor | None, pace: float = 0.01) -> None:
         """After an update, let batchtopk's threshold follow the least activation kept: a mean over about 1 / `pace`
         batches."""
-        if least is not None:
+        if least_activation is not None:
             paces = torch.where(self.threshold > 0, pace, 1.0)
-            self.threshold.lerp_(torch.where(least.isfinite(), least, self.threshold), paces)
+            self.threshold.lerp_(torch.where(least_activation.isfinite(), least_activation, self.threshold), paces)
 
     def inputs(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor | None, Mask | None]:
         """x as [N, D], the mask's row of each token and the mask; the last two are None without a mask."""
         if x.shape[-1] != self.cfg.d_in:
             raise UserError(f"x: width {x.shape[-1]} is not allowed; this dictionary has d_in = {self.cfg.d_in}")
-        weights = self.mask.weights()
-        if weights is None:
+        mask = self.mask.weights()
+        if mask is None:
             return x.reshape(-1, self.cfg.d_in), None, None
         if pos is None:
             raise UserError(f"pos: needed, because this dictionary has a mask over positions ({self.cfg.mask.kind})")
-        return x.reshape(-1, self.cfg.d_in), self.mask.rows(pos.reshape(-1)), weights
+        return x.reshape(-1, self.cfg.d_in), self.mask.rows(pos.reshape(-1)), mask
 
 
 def _spread(x: Tensor) -> Tensor:

@@ -29,11 +29,11 @@ class Positions:
     before the first attention positions begin at 0, and earlier keys in that attention are an error.
     """
 
-    def __init__(self, hook: str, start: Start | None, what: str):
-        self.hook, self.start, self.what = hook, start, what
+    def __init__(self, hook: str, start: Start | None, feature: str):
+        self.hook, self.start, self.feature = hook, start, feature
         self._earlier: int | None = None  # keys of earlier tokens that the attention before the hook had
-        place = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
-        block = int(place[1]) - (not _BEHIND_ATTENTION.search(place[2])) if place else -1
+        hook_match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
+        block = int(hook_match[1]) - (not _BEHIND_ATTENTION.search(hook_match[2])) if hook_match else -1
         self._is_late = block < 0
         self._scores = f"blocks.{max(block, 0)}.attn.hook_attn_scores"
 
@@ -41,9 +41,9 @@ class Positions:
         """What looks at the attention; nothing where the start is given."""
         if self.start is not None:
             return []
-        return [(lambda name: name == self._scores, self._look)]
+        return [(lambda name: name == self._scores, self._count_earlier)]
 
-    def _look(self, scores: Tensor, hook: Any = None) -> None:
+    def _count_earlier(self, scores: Tensor, hook: Any = None) -> None:
         earlier = scores.shape[-1] - scores.shape[-2]
         if self._is_late and earlier:
             self._refuse(f"{earlier} earlier tokens are in a key-value cache")
@@ -52,21 +52,21 @@ class Positions:
     def of(self, x: Tensor, along_rows: bool) -> Tensor:
         """pos [B, T] of x [B, T, D]."""
         if self.start is not None:
-            first = self.start() if callable(self.start) else self.start
+            first_position = self.start() if callable(self.start) else self.start
         else:
-            first = 0 if self._is_late else self._earlier or 0
-            if x.shape[1] == 1 and not first:
+            first_position = 0 if self._is_late else self._earlier or 0
+            if x.shape[1] == 1 and not first_position:
                 self._refuse("a single token passes, which may have others before it in a key-value cache")
-        if along_rows and first:
+        if along_rows and first_position:
             raise UserError(
-                f"start: {first} is not allowed; this dictionary has {self.what}, which looks along whole rows, so generate "
-                "without a key-value cache (use_past_kv_cache=False)"
+                f"start: {first_position} is not allowed; this dictionary has {self.feature}, which looks along whole rows, "
+                "so generate without a key-value cache (use_past_kv_cache=False)"
             )
-        return torch.arange(first, first + x.shape[1], device=x.device).expand(x.shape[:2])
+        return torch.arange(first_position, first_position + x.shape[1], device=x.device).expand(x.shape[:2])
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, reason: str) -> None:
         raise UserError(
-            f"start: needed at {self.hook}, because this dictionary has {self.what} and {why}; give the first token's "
+            f"start: needed at {self.hook}, because this dictionary has {self.feature} and {reason}; give the first token's "
             "position, as start=0 or start=lambda: cache[0].past_keys.shape[1], or generate with use_past_kv_cache=False"
         )
 
@@ -76,26 +76,26 @@ def hooks(
     start: Start | None,
 ) -> Hooks:  # fmt: skip
     """See `SparseAutoencoder.fwd_hooks`."""
-    what = sae.looks_at_positions
-    positions = None if what is None else Positions(hook, start, what)
-    read: list[Tensor] = []
+    feature = sae.looks_at_positions
+    positions = None if feature is None else Positions(hook, start, feature)
+    read_inputs: list[Tensor] = []
 
-    def keep(x: Tensor, hook: Any = None) -> Tensor:
-        read[:] = [x.flatten(2)]
+    def keep_input(x: Tensor, hook: Any = None) -> Tensor:
+        read_inputs[:] = [x.flatten(2)]
         return x
 
     def replace(x: Tensor, hook: Any = None) -> Tensor:
         return replaced(x.flatten(2)).reshape(x.shape)  # heads [B, T, H, d_head], as at hook_z, side by side
 
     def replaced(x: Tensor) -> Tensor:
-        given = read.pop() if target is not None else x
-        pos = () if positions is None else (positions.of(given, sae.looks_along_rows),)
-        x_hat = sae(given, *pos) if edit is None else sae.decode(edit(sae.encode(given, *pos)))
+        sae_input = read_inputs.pop() if target is not None else x
+        pos = () if positions is None else (positions.of(sae_input, sae.looks_along_rows),)
+        x_hat = sae(sae_input, *pos) if edit is None else sae.decode(edit(sae.encode(sae_input, *pos)))
         if not error_term:
             return x_hat.to(x.dtype)
         with torch.no_grad():
-            error = x - (x_hat if edit is None else sae(given, *pos)).to(x.dtype)
+            error = x - (x_hat if edit is None else sae(sae_input, *pos)).to(x.dtype)
         return x_hat.to(x.dtype) + error
 
-    looking = [] if positions is None else positions.hooks()
-    return [*looking, *([(hook, replace)] if target is None else [(hook, keep), (target, replace)])]
+    position_hooks = [] if positions is None else positions.hooks()
+    return [*position_hooks, *([(hook, replace)] if target is None else [(hook, keep_input), (target, replace)])]

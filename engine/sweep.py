@@ -9,12 +9,12 @@ from typing import Any
 
 from .config import Layer, MaskConfig, RunConfig, SAEConfig, StreamConfig, TrainConfig, section
 from .errors import UserError, near, shown
-from .names import ALLOWED, check_distinct, folder_name
 from .parts import reads
+from .storage.path_names import ALLOWED, check_distinct, folder_name
 from .stream import LanguageModel
+from .stream.arrays import open_file, settle
 from .stream.cache import read_manifest
 from .stream.documents import check_data
-from .stream.own import open_file, settle
 
 #: settings of `train` that are one for all dictionaries of a stream
 _COMMON = ("batch", "checkpoint_every_steps", "log")
@@ -38,37 +38,41 @@ def expand(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Names follow from what differs (`k16_lr0.0003`), unless given. Without either section there is one dictionary, "".
     """
     common = {key: value for key, value in settings.items() if key not in ("sweep", "dictionaries")}
-    lists, listed = section(settings, "sweep"), settings.get("dictionaries")
-    listed = [{}] if listed is None else listed
-    if not isinstance(listed, list) or not listed or not all(isinstance(one, dict) for one in listed):
-        raise UserError(f"dictionaries: {shown(listed)} is not allowed; it must be a list of sections of settings")
+    lists, entries = section(settings, "sweep"), settings.get("dictionaries")
+    entries = [{}] if entries is None else entries
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"dictionaries: {shown(entries)} is not allowed; it must be a list of sections of settings")
     for key, values in lists.items():
-        _place("sweep", key)
+        _setting_path("sweep", key)
         if not isinstance(values, list) or not values:
-            such = shown(values)
-            raise UserError(f"sweep.{key}: {such} is not allowed; it must be a list of values, such as [{such}]")
-    if (many := len(listed) * math.prod(map(len, lists.values()))) > MOST:
-        raise UserError(f"sweep: {many:,} dictionaries are not allowed; a stream has at most {MOST:,}")
-    found: dict[str, dict[str, Any]] = {}
-    for one in listed:
-        given = {key: value for key, value in one.items() if key != "name"}
-        for key in given:
-            _place("dictionaries", key)
-        for values in itertools.product(*lists.values()):
-            chosen = dict(zip(lists, values, strict=True))
-            if both := given.keys() & chosen.keys():
-                raise UserError(
-                    f"dictionaries: {min(both)} is not allowed there and in sweep; give it in one of the two"
-                )
-            own = (
-                [_own_name(one["name"])] if "name" in one else [_label("dictionaries", *each) for each in given.items()]
+            shown_values = shown(values)
+            raise UserError(
+                f"sweep.{key}: {shown_values} is not allowed; it must be a list of values, such as [{shown_values}]"
             )
-            name = "_".join([*own, *(_label("sweep", *each) for each in chosen.items())])
-            if name in found:
+    if (count := len(entries) * math.prod(map(len, lists.values()))) > MOST:
+        raise UserError(f"sweep: {count:,} dictionaries are not allowed; a stream has at most {MOST:,}")
+    expanded: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        entry_settings = {key: value for key, value in entry.items() if key != "name"}
+        for key in entry_settings:
+            _setting_path("dictionaries", key)
+        for values in itertools.product(*lists.values()):
+            combination = dict(zip(lists, values, strict=True))
+            if repeated := entry_settings.keys() & combination.keys():
+                raise UserError(
+                    f"dictionaries: {min(repeated)} is not allowed there and in sweep; give it in one of the two"
+                )
+            labels = (
+                [_entry_name(entry["name"])]
+                if "name" in entry
+                else [_label("dictionaries", *setting) for setting in entry_settings.items()]
+            )
+            name = "_".join([*labels, *(_label("sweep", *setting) for setting in combination.items())])
+            if name in expanded:
                 raise UserError(f"dictionaries: {shown(name)} comes twice; give names that differ")
-            found[name] = _merged(common, given | chosen)
-    _check_names(found)
-    return found
+            expanded[name] = _merged(common, entry_settings | combination)
+    _check_names(expanded)
+    return expanded
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -83,13 +87,13 @@ def _check_names(names: Iterable[str]) -> None:
         raise UserError(f"dictionaries.{error}") from None
 
 
-def _own_name(given: Any) -> str:
-    if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
-        raise UserError(f"dictionaries.name: {shown(given)} is not allowed; {ALLOWED}")
-    return given if isinstance(given, str) else shown(given)
+def _entry_name(name: Any) -> str:
+    if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+        raise UserError(f"dictionaries.name: {shown(name)} is not allowed; {ALLOWED}")
+    return name if isinstance(name, str) else shown(name)
 
 
-def _place(section: str, key: str) -> tuple[str, ...]:
+def _setting_path(section: str, key: str) -> tuple[str, ...]:
     if key not in _PLACES:
         if key in _COMMON:
             raise UserError(f"{section}.{key}: not allowed; it must be one for all dictionaries of a stream")
@@ -97,44 +101,44 @@ def _place(section: str, key: str) -> tuple[str, ...]:
     return _PLACES[key]
 
 
-def _label(place: str, key: str, value: Any) -> str:
+def _label(section_name: str, key: str, value: Any) -> str:
     """What a setting adds to the name of a dictionary that has none of its own."""
-    short = key.rpartition(".")[2]
+    short_key = key.rpartition(".")[2]
     if isinstance(value, bool):
-        return short if value else f"no-{short}"
+        return short_key if value else f"no-{short_key}"
     text = "-".join(map(str, value)) if isinstance(value, list) else value if isinstance(value, str) else shown(value)
     try:
         folder_name(f"x{text}" if text else "")
     except ValueError:
         raise UserError(
-            f"{place}.{key}: {shown(value)} is not allowed; the folder's name is made of it, and it must do for that "
+            f"{section_name}.{key}: {shown(value)} is not allowed; the folder's name is made of it, and it must do for that "
             "(else list dictionaries, each with a name)"
         ) from None
-    return text if isinstance(value, str) else f"{short}{text}"
+    return text if isinstance(value, str) else f"{short_key}{text}"
 
 
-def _merged(common: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+def _merged(common: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`common` with the chosen settings put in their places; the sections on the way are copies."""
-    found = dict(common)
-    for key, value in chosen.items():
-        *sections, last = _place("dictionaries", key)
-        inner = found
+    merged = dict(common)
+    for key, value in changes.items():
+        *sections, last_key = _setting_path("dictionaries", key)
+        subsection = merged
         for name in sections:
-            inner[name] = dict(section(inner, name))
-            inner = inner[name]
-        inner[last] = value
+            subsection[name] = dict(section(subsection, name))
+            subsection = subsection[name]
+        subsection[last_key] = value
         if key in ("hook", "layer"):  # one replaces the other
-            inner.pop("layer" if key == "hook" else "hook", None)
-    return found
+            subsection.pop("layer" if key == "hook" else "hook", None)
+    return merged
 
 
 def read_streams(settings: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, StreamConfig], dict[str, int | None]]:
     """The stream's settings for each dictionary, and its layer, where one is given."""
     streams: dict[str, StreamConfig] = {}
     layers: dict[str, int | None] = {}
-    for name, given in settings.items():
-        with _named(name):
-            stream = section(given, "stream")
+    for name, dictionary_settings in settings.items():
+        with _name_in_errors(name):
+            stream = section(dictionary_settings, "stream")
             layers[name] = Layer(layer=stream.get("layer")).layer
             streams[name] = StreamConfig(**{key: value for key, value in stream.items() if key != "layer"})
             if layers[name] is not None and streams[name].hook is not None:
@@ -147,40 +151,40 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | 
     decide. All that can be refused without the model is refused before it is loaded; with a cache, which knows them too, no
     model is."""
     streams, layers = read_streams(settings)
-    for name, given in settings.items():
-        with _named(name):
-            _run(given, streams[name], *([_UNKNOWN] * (1 if streams[name].target is None else 2)))
-    first = next(iter(streams.values()))
-    if first.activations is not None:
-        source = open_file(first.activations)
-        settled = {}
+    for name, dictionary_settings in settings.items():
+        with _name_in_errors(name):
+            _run_config(dictionary_settings, streams[name], *([_UNKNOWN] * (1 if streams[name].target is None else 2)))
+    first_stream = next(iter(streams.values()))
+    if first_stream.activations is not None:
+        source = open_file(first_stream.activations)
+        settled_streams = {}
         for name, stream in streams.items():
-            with _named(name):
+            with _name_in_errors(name):
                 if layers[name] is not None:
                     raise UserError(f"layer: {layers[name]} is not allowed with activations, which have no model")
-                settled[name] = settle(stream, source)
-        return None, _resolved(settings, settled, source.widths)
-    if first.cache is not None:
-        manifest = read_manifest(first.cache)
-        settled = {}
+                settled_streams[name] = settle(stream, source)
+        return None, _resolved(settings, settled_streams, source.widths)
+    if first_stream.cache is not None:
+        manifest = read_manifest(first_stream.cache)
+        settled_streams = {}
         for name, stream in streams.items():
-            with _named(name):
-                settled[name] = manifest.settle(stream, layers[name])
-        return None, _resolved(settings, settled, manifest.hooks)
-    if first.data is not None:
-        check_data(first.data)
-    model = LanguageModel(first.model, attention=first.attention, compile=first.compile)
+            with _name_in_errors(name):
+                settled_streams[name] = manifest.settle(stream, layers[name])
+        return None, _resolved(settings, settled_streams, manifest.hooks)
+    if first_stream.data is not None:
+        check_data(first_stream.data)
+    model = LanguageModel(first_stream.model, attention=first_stream.attention, compile=first_stream.compile)
     hooks: dict[str, tuple[str, ...]] = {}
     for name, stream in streams.items():
-        with _named(name):
-            place = model.place(stream.hook, layers[name])
-            placed: dict[str, Any] = stream.model_dump(exclude_unset=True) | {"hook": place}
+        with _name_in_errors(name):
+            hook_name = model.place(stream.hook, layers[name])
+            stream_settings: dict[str, Any] = stream.model_dump(exclude_unset=True) | {"hook": hook_name}
             if stream.second is None and "second" in reads(section(settings[name], "sae")):
-                placed["second"] = _earlier(place)
-            streams[name] = stream = StreamConfig(**placed)
-            others = {key: hook for key in ("target", "second") if (hook := getattr(stream, key)) is not None}
-            hooks[name] = (place, *(model.place(hook, field=f"stream.{key}") for key, hook in others.items()))
-    model.use(hooks=[hook for each in hooks.values() for hook in each])
+                stream_settings["second"] = _neighbour_hook(hook_name)
+            streams[name] = stream = StreamConfig(**stream_settings)
+            other_hooks = {key: hook for key in ("target", "second") if (hook := getattr(stream, key)) is not None}
+            hooks[name] = (hook_name, *(model.place(hook, field=f"stream.{key}") for key, hook in other_hooks.items()))
+    model.use(hooks=[hook for dictionary_hooks in hooks.values() for hook in dictionary_hooks])
     at_hooks = {name: stream.model_copy(update={"hook": hooks[name][0]}) for name, stream in streams.items()}
     return model, _resolved(settings, at_hooks, model.widths)
 
@@ -189,35 +193,37 @@ def _resolved(
     settings: Mapping[str, Mapping[str, Any]], streams: Mapping[str, StreamConfig], widths: Mapping[str, int]
 ) -> dict[str, RunConfig]:
     """The settings of each dictionary, at hooks whose widths are known."""
-    found = {}
-    for name, given in settings.items():
-        with _named(name):
-            found[name] = _run(given, streams[name], *(widths[hook] for hook in streams[name].hooks))
-    return found
+    configs = {}
+    for name, dictionary_settings in settings.items():
+        with _name_in_errors(name):
+            configs[name] = _run_config(
+                dictionary_settings, streams[name], *(widths[hook] for hook in streams[name].hooks)
+            )
+    return configs
 
 
-def _run(given: Mapping[str, Any], stream: StreamConfig, d_in: int, d_out: int | None = None) -> RunConfig:
+def _run_config(settings: Mapping[str, Any], stream: StreamConfig, d_in: int, d_out: int | None = None) -> RunConfig:
     """A dictionary has 8 times as many latents as the model's width, unless its settings say how many."""
-    others = {key: value for key, value in given.items() if key not in ("stream", "sae")}
-    own = dict(section(given, "sae"))
-    if isinstance(mask := own.get("mask", {}), dict):
-        own["mask"] = {"positions": stream.context, **mask}  # as long as the rows, unless it says otherwise
+    sections = {key: value for key, value in settings.items() if key not in ("stream", "sae")}
+    sae_settings = dict(section(settings, "sae"))
+    if isinstance(mask := sae_settings.get("mask", {}), dict):
+        sae_settings["mask"] = {"positions": stream.context, **mask}  # as long as the rows, unless it says otherwise
     # before the width is known, so many that every k fits
-    unresolved: dict[str, Any] = {"d_in": d_in, "d_sae": 2**30 if d_in == _UNKNOWN else 8 * d_in, "d_out": d_out}
-    return RunConfig(stream=stream, sae=SAEConfig(**(unresolved | own)), **others)
+    defaults: dict[str, Any] = {"d_in": d_in, "d_sae": 2**30 if d_in == _UNKNOWN else 8 * d_in, "d_out": d_out}
+    return RunConfig(stream=stream, sae=SAEConfig(**(defaults | sae_settings)), **sections)
 
 
-def _earlier(hook: str) -> str:
+def _neighbour_hook(hook: str) -> str:
     """The same hook a layer before, or of the first layer, one after."""
-    found = re.fullmatch(r"(\D*)(\d+)(\..*)", hook)
-    if found is None:
+    match = re.fullmatch(r"(\D*)(\d+)(\..*)", hook)
+    if match is None:
         raise UserError(f"stream.second: needed; {hook} names no layer, so that another hook must be given")
-    layer = int(found[2])
-    return f"{found[1]}{layer - 1 if layer else 1}{found[3]}"
+    layer = int(match[2])
+    return f"{match[1]}{layer - 1 if layer else 1}{match[3]}"
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def _name_in_errors(name: str) -> Iterator[None]:
     """A mistake in one of several dictionaries begins with its name."""
     try:
         yield

@@ -37,7 +37,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ..engine.errors import UserError
 from ..engine.testbed.language import ROLES, Language
-from .collect import CHUNK, Coder, Collected, Evaluation, collect, joined, padded
+from .evaluation import CHUNK, Autoencoder, Evaluation, TextActivations, collect, joined, padded
 
 ROWS, TIMES = 1024, 12  # documents, and how often a word is used at most, half for training and half for testing
 WORDS = 8  # of a letter, fewer than which are left out
@@ -83,26 +83,26 @@ def absorption(evaluation: Evaluation, *, rows: int = ROWS) -> dict[str, Any]:
     `protocol` (settings by SAEBench's names). Raises UserError where no two letters have `WORDS` words.
     """
     began = time.monotonic()
-    given = _of_language(evaluation, rows) if evaluation.is_testbed else _of_vocabulary(evaluation)
-    if len(_letters(given)) < 2:
-        what = f"rows: {rows}" if evaluation.is_testbed else f"model: {evaluation.stream.model.name}"
-        raise UserError(f"{what} is not allowed; at least 2 letters need {WORDS} words each")
-    whole = Collected(torch.zeros(0, 0), torch.zeros(0, 0), given.x, given.pos, given.pos)
-    coders = evaluation.coders(whole)
-    any_letter = _shuffled(given, evaluation.generator("absorption shuffled"))
-    results = _by_letter(given, coders) | _by_letter(any_letter, {"shuffled": coders["sae"]})
-    means = {name: _means(found) for name, found in results.items()}
-    own = means.pop("sae")
-    f1, told = own["mean_main_f1"], []
+    words = _of_language(evaluation, rows) if evaluation.is_testbed else _of_vocabulary(evaluation)
+    if len(_letters(words)) < 2:
+        setting = f"rows: {rows}" if evaluation.is_testbed else f"model: {evaluation.stream.model.name}"
+        raise UserError(f"{setting} is not allowed; at least 2 letters need {WORDS} words each")
+    activations = TextActivations(torch.zeros(0, 0), torch.zeros(0, 0), words.x, words.pos, words.pos)
+    autoencoders = evaluation.autoencoders(activations)
+    any_letter = _shuffled(words, evaluation.generator("absorption shuffled"))
+    results = _by_letter(words, autoencoders) | _by_letter(any_letter, {"shuffled": autoencoders["sae"]})
+    means = {name: _means(letters) for name, letters in results.items()}
+    scores = means.pop("sae")
+    f1, messages = scores["mean_main_f1"], []
     if f1 is None:
-        told.append(f"no letter is told with an F1 above {KNOWN} by the model's own activations")
+        messages.append(f"no letter is told with an F1 above {KNOWN} by the model's own activations")
     elif f1 < LITTLE:
-        told.append(f"letters have hardly a latent (F1 {f1:.2f} in the mean), so that little can be absorbed")
+        messages.append(f"letters have hardly a latent (F1 {f1:.2f} in the mean), so that little can be absorbed")
     return {
-        **own,
+        **scores,
         "letters": results["sae"],
         "controls": means,
-        "warnings": told,
+        "warnings": messages,
         "protocol": {
             "min_GT_probe_f1": KNOWN,
             "min_feats_for_eval": LETTERS,
@@ -111,32 +111,32 @@ def absorption(evaluation: Evaluation, *, rows: int = ROWS) -> dict[str, Any]:
             "k_sparse_probe_l1_decay": L1_DECAY,
             "k_sparse_probe_batch_size": BATCH,
             "k_sparse_probe_num_epochs": EPOCHS,
-            "eval_k_sparse_probe_batch_size": len(given.test),
+            "eval_k_sparse_probe_batch_size": len(words.test),
             "precalc_k_sparse_probe_sae_acts": True,
-            "prompt_template": None if given.place is None else "{word}" + ASKED,
-            "prompt_token_pos": given.place,
+            "prompt_template": None if words.place is None else "{word}" + ASKED,
+            "prompt_token_pos": words.place,
         },
-        "tokens": len(given.train) + len(given.test),
+        "tokens": len(words.train) + len(words.test),
         "seconds": round(time.monotonic() - began, 2),
     }
 
 
-def _letters(given: _Words) -> dict[str, int]:
+def _letters(words: _Words) -> dict[str, int]:
     """The letters with enough words for training, and some for testing -> how many words."""
-    own, tested = given.letter[given.train], set(given.letter[given.test])
-    size = {str(a): len(np.unique(given.word[given.train][own == a])) for a in np.unique(own)}
-    return {a: count for a, count in size.items() if count >= WORDS and a in tested}
+    train_letters, test_letters = words.letter[words.train], set(words.letter[words.test])
+    size = {str(a): len(np.unique(words.word[words.train][train_letters == a])) for a in np.unique(train_letters)}
+    return {a: count for a, count in size.items() if count >= WORDS and a in test_letters}
 
 
-def _by_letter(given: _Words, coders: Mapping[str, Coder]) -> dict[str, dict[str, dict[str, Any]]]:
-    """What each coder has by letter, as `absorption` returns it of the dictionary."""
-    train, test, letter, letters = given.train, given.test, given.letter, _letters(given)
-    x = given.x.cpu().numpy()
+def _by_letter(words: _Words, autoencoders: Mapping[str, Autoencoder]) -> dict[str, dict[str, dict[str, Any]]]:
+    """What each autoencoder has by letter, as `absorption` returns it of the dictionary."""
+    train, test, letter, letters = words.train, words.test, words.letter, _letters(words)
+    x = words.x.cpu().numpy()
     probes = {a: _fit(x[train], letter[train] == a) for a in letters}
-    told = {a: np.asarray(probe.predict(x[test])) for a, probe in probes.items()}
+    predicted = {a: np.asarray(probe.predict(x[test])) for a, probe in probes.items()}
     results: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, coder in coders.items():
-        f, W_dec = _latents(coder, given), coder.W_dec.detach().cpu().numpy()
+    for name, autoencoder in autoencoders.items():
+        f, W_dec = _latents(autoencoder, words), autoencoder.W_dec.detach().cpu().numpy()
         weights = l1_probe(f[train], np.stack([letter[train] == a for a in letters], 1))
         results[name] = {}
         for (a, probe), weight in zip(probes.items(), weights, strict=True):
@@ -144,10 +144,10 @@ def _by_letter(given: _Words, coders: Mapping[str, Coder]) -> dict[str, dict[str
             sides = ((f[np.ix_(rows, ranked)], letter[rows] == a) for rows in (train, test))
             count, main_f1 = _main(*sides)
             main = ranked[:count]
-            chosen = test[told[a] & (letter[test] == a)]
+            chosen = test[predicted[a] & (letter[test] == a)]
             results[name][a] = {
                 "words": letters[a],
-                "probe_f1": _f1(letter[test] == a, told[a]),
+                "probe_f1": _f1(letter[test] == a, predicted[a]),
                 "main": main.tolist(),
                 "main_f1": main_f1,
                 "known": len(chosen),
@@ -156,10 +156,10 @@ def _by_letter(given: _Words, coders: Mapping[str, Coder]) -> dict[str, dict[str
     return results
 
 
-def _shuffled(given: _Words, draw: np.random.Generator) -> _Words:
+def _shuffled(words: _Words, draw: np.random.Generator) -> _Words:
     """The same words with each other's letters."""
-    _, first, word = np.unique(given.word, return_index=True, return_inverse=True)
-    return replace(given, letter=draw.permutation(given.letter[first])[word])
+    _, first, word = np.unique(words.word, return_index=True, return_inverse=True)
+    return replace(words, letter=draw.permutation(words.letter[first])[word])
 
 
 def _of_language(evaluation: Evaluation, rows: int) -> _Words:
@@ -167,14 +167,14 @@ def _of_language(evaluation: Evaluation, rows: int) -> _Words:
     collected, draw = evaluation.labelled(rows), evaluation.generator("absorption")
     words = collected.tokens[collected.kept].cpu().numpy()
     letter = np.array([word[0] for word in Language().vocabulary])[words]
-    wanted = np.isin(collected.label("role").numpy(), [ROLES.index(role) for role in CONTENT])
+    is_content = np.isin(collected.label("role").numpy(), [ROLES.index(role) for role in CONTENT])
     of_test = draw.permutation(np.arange(len(collected)) % 2)[collected.row.cpu().numpy()]
-    order = draw.permutation(np.flatnonzero(wanted))
+    order = draw.permutation(np.flatnonzero(is_content))
     sides: list[list[np.ndarray]] = [[], []]
-    for word in np.unique(words[wanted]):
-        mine = order[words[order] == word]
+    for word in np.unique(words[is_content]):
+        tokens = order[words[order] == word]
         for side in (0, 1):
-            sides[side].append(mine[of_test[mine] == side][: TIMES // 2])
+            sides[side].append(tokens[of_test[tokens] == side][: TIMES // 2])
     train, test = map(np.concatenate, sides)
     return _Words(collected.x, collected.pos, words, letter, train, test)
 
@@ -190,17 +190,17 @@ def _of_vocabulary(evaluation: Evaluation) -> _Words:
             by_letter.setdefault(bare[0].lower(), []).append((token, bare))
     words, of_test = [], []
     per_letter = max(FEWEST, evaluation.rows(len(by_letter) * PER_LETTER) // max(1, len(by_letter)))
-    for own in (by_letter[a] for a in sorted(by_letter)):
-        chosen = [own[at] for at in draw.permutation(len(own))[:per_letter]]
+    for candidates in (by_letter[a] for a in sorted(by_letter)):
+        chosen = [candidates[i] for i in draw.permutation(len(candidates))[:per_letter]]
         words += chosen
-        of_test += [at % 2 for at in range(len(chosen))]
+        of_test += [i % 2 for i in range(len(chosen))]
     if not words:
         raise UserError(f"model: {stream.model.name} is not allowed; its tokenizer has no words to ask for")
     prompts = [_prompt(evaluation, words, number, draw) for number in range(len(words))]
-    at_word = torch.tensor([at for _, at in prompts])
+    word_position = torch.tensor([start for _, start in prompts])
     ids = [prompt[: stream.positions] for prompt, _ in prompts]
     collected = collect(stream, padded(ids, stream), len(words))
-    chosen = (collected.pos == at_word.to(collected.pos.device)[collected.row]).nonzero()[:, 0]
+    chosen = (collected.pos == word_position.to(collected.pos.device)[collected.row]).nonzero()[:, 0]
     letter, side = np.array([word[0].lower() for _, word in words]), np.array(of_test)
     number = collected.row[chosen].cpu().numpy()  # a prompt longer than the context has lost its word
     return _Words(
@@ -215,20 +215,22 @@ def _prompt(
 ) -> tuple[list[int], int]:
     """Token ids of examples and of the word, and where the word is; an example may not be the word itself."""
     tokenizer = evaluation.stream.model.tokenizer
-    others = [at for at in draw.choice(len(words), min(len(words), EXAMPLES + 1), replace=False) if at != number]
-    examples = (f" {words[at][1]}{ASKED} {words[at][1][0].upper()}\n" for at in others[:EXAMPLES])
+    example_indices = [
+        index for index in draw.choice(len(words), min(len(words), EXAMPLES + 1), replace=False) if index != number
+    ]
+    examples = (f" {words[index][1]}{ASKED} {words[index][1][0].upper()}\n" for index in example_indices[:EXAMPLES])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     before = bos + tokenizer("".join(examples), add_special_tokens=False)["input_ids"]
     after = tokenizer(ASKED, add_special_tokens=False)["input_ids"]
     return [*before, words[number][0], *after], len(before)
 
 
-def _latents(coder: Coder, given: _Words) -> np.ndarray:
-    """A coder's latents of the tokens that are used, dense [n, F]; zero for others."""
-    used = torch.from_numpy(np.concatenate([given.train, given.test])).to(given.x.device)
-    code = joined([coder.encode_sparse(given.x[i], given.pos[i]) for i in used.split(CHUNK)]).to_dense()
-    found = code.new_zeros(len(given.x), code.shape[1])
-    return found.index_copy_(0, used, code).cpu().numpy()
+def _latents(autoencoder: Autoencoder, words: _Words) -> np.ndarray:
+    """An autoencoder's latents of the tokens that are used, dense [n, F]; zero for others."""
+    used = torch.from_numpy(np.concatenate([words.train, words.test])).to(words.x.device)
+    code = joined([autoencoder.encode_sparse(words.x[i], words.pos[i]) for i in used.split(CHUNK)]).to_dense()
+    latents = code.new_zeros(len(words.x), code.shape[1])
+    return latents.index_copy_(0, used, code).cpu().numpy()
 
 
 @torch.enable_grad()
@@ -256,9 +258,9 @@ def l1_probe(f: np.ndarray, y: np.ndarray) -> np.ndarray:
             (loss + L1_DECAY * W.abs().sum(1).mean()).backward()
             adam.step()
         slower.step()
-    found = np.zeros((Y.shape[1], f.shape[1]), np.float32)
-    found[:, used] = W.detach().numpy()
-    return found
+    weights = np.zeros((Y.shape[1], f.shape[1]), np.float32)
+    weights[:, used] = W.detach().numpy()
+    return weights
 
 
 def _main(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> tuple[int, float]:
@@ -285,9 +287,9 @@ def _absorbed(x: np.ndarray, f: np.ndarray, W_dec: np.ndarray, w: np.ndarray, ma
     most = added[np.arange(len(f)), strongest]
     absorbed = missed & (cosine[strongest] >= COSINE) & (whole > 0) & (most >= SHARE * whole)
     m = added[:, main].sum(1)
-    others = np.where(cosine >= FRACTION_COSINE, added, 0).clip(0)
-    others[:, main] = 0
-    r = np.sort(others, axis=1)[:, -MOST_ABSORBING:].sum(1)
+    contributions = np.where(cosine >= FRACTION_COSINE, added, 0).clip(0)
+    contributions[:, main] = 0
+    r = np.sort(contributions, axis=1)[:, -MOST_ABSORBING:].sum(1)
     s = np.minimum(r, whole - m)
     shared = np.where(m <= 0, 1, s / np.where(s + m > 0, s + m, 1))
     fraction = np.where((m >= whole) | (r < SHARE * whole) | (whole <= 0), 0, shared.clip(0, 1))
@@ -307,16 +309,16 @@ def _fit(X: np.ndarray, y: np.ndarray) -> LogisticRegression:
         return LogisticRegression(solver="newton-cholesky", class_weight="balanced").fit(X, y)  # few columns, many rows
 
 
-def _f1(y: np.ndarray, found: np.ndarray) -> float:
-    return float(2 * (y & found).sum() / max(y.sum() + found.sum(), 1))
+def _f1(y: np.ndarray, predicted: np.ndarray) -> float:
+    return float(2 * (y & predicted).sum() / max(y.sum() + predicted.sum(), 1))
 
 
 def _means(letters: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-    told = [of for of in letters.values() if of["probe_f1"] > KNOWN and of["known"]]
+    counted = [scores for scores in letters.values() if scores["probe_f1"] > KNOWN and scores["known"]]
     figures = {
-        "mean_absorption": [of["absorption"] for of in told],
-        "mean_absorption_fraction": [of["absorption_fraction"] for of in told],
-        "mean_split": [len(of["main"]) for of in told],
-        "mean_main_f1": [of["main_f1"] for of in told],
+        "mean_absorption": [scores["absorption"] for scores in counted],
+        "mean_absorption_fraction": [scores["absorption_fraction"] for scores in counted],
+        "mean_split": [len(scores["main"]) for scores in counted],
+        "mean_main_f1": [scores["main_f1"] for scores in counted],
     }
     return {name: float(np.mean(values)) if values else None for name, values in figures.items()}

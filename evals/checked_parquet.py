@@ -31,9 +31,9 @@ def checks(path: Path) -> dict[str, Any]:
 
 
 def read(
-    path: Path, columns: Sequence[str], wanted: Mapping[str, Sequence[int]], sums: Mapping[str, Any] | None
+    path: Path, columns: Sequence[str], filters: Mapping[str, Sequence[int]], sums: Mapping[str, Any] | None
 ) -> "pa.Table":
-    """The lines of a file whose value of each column in `wanted` is one of these. `sums`: what `checks` gave, if known.
+    """The lines of a file whose value of each column in `filters` is one of these. `sums`: what `checks` gave, if known.
 
     Raises UserError for a file that is damaged, and OSError or ArrowException for one that can't be read.
     """
@@ -50,35 +50,35 @@ def read(
             if _crc32(number, *_footer(number, size)) != sums["footer"]:
                 raise UserError(f"store: {path} is damaged in its footer; the store must be made again")
         file = pq.ParquetFile(source)
-        groups = [i for i in range(file.num_row_groups) if _may_hold(file.metadata.row_group(i), wanted)]
+        groups = [i for i in range(file.num_row_groups) if _may_hold(file.metadata.row_group(i), filters)]
         if sums is not None:
             spans = _spans(file.metadata)
             for i in groups:
                 if _crc32(number, *spans[i]) != sums["groups"][i]:
                     raise UserError(f"store: {path} is damaged in row group {i}; the store must be made again")
         table = file.read_row_groups(groups, columns=list(columns))
-    for name, values in wanted.items():
+    for name, values in filters.items():
         table = table.filter(pc.field(name).isin(pa.array(values, table.schema.field(name).type)))
     return table
 
 
 def _spans(metadata: Any) -> list[tuple[int, int]]:
     """Where each row group begins, and how many bytes it has."""
-    found = []
+    spans = []
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
         chunks = [group.column(j) for j in range(group.num_columns)]
         starts = [c.dictionary_page_offset if c.has_dictionary_page else c.data_page_offset for c in chunks]
         end = max(start + c.total_compressed_size for start, c in zip(starts, chunks, strict=True))
-        found.append((min(starts), end - min(starts)))
-    return found
+        spans.append((min(starts), end - min(starts)))
+    return spans
 
 
-def _may_hold(group: Any, wanted: Mapping[str, Sequence[int]]) -> bool:
-    """Whether some line of a row group may have wanted values, by its columns' least and largest."""
+def _may_hold(group: Any, filters: Mapping[str, Sequence[int]]) -> bool:
+    """Whether some line of a row group may have these values, by its columns' least and largest."""
     for j in range(group.num_columns):
         column = group.column(j)
-        values = wanted.get(column.path_in_schema)
+        values = filters.get(column.path_in_schema)
         limits = column.statistics
         if values is None or limits is None or not limits.has_min_max:
             continue
@@ -94,7 +94,7 @@ def _footer(number: int, size: int) -> tuple[int, int]:
 
 
 def _crc32(number: int, start: int, count: int) -> int:
-    found, done = 0, 0
+    crc, done = 0, 0
     while done < count and (piece := os.pread(number, min(2**24, count - done), start + done)):
-        found, done = zlib.crc32(piece, found), done + len(piece)
-    return found
+        crc, done = zlib.crc32(piece, crc), done + len(piece)
+    return crc

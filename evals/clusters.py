@@ -24,10 +24,10 @@ from scipy.special import entr
 from sklearn.metrics import adjusted_rand_score
 
 from ..engine.errors import UserError
-from ..engine.progress import progress_bar
+from ..engine.process.progress import progress_bar
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.numerics import sum_by
-from .collect import Coder, Collected, Evaluation
+from .evaluation import Autoencoder, Evaluation, TextActivations
 from .positions import held_out
 
 BINS = 16
@@ -56,20 +56,24 @@ def clusters(evaluation: Evaluation, other: Dictionary | None = None, *, count: 
     began = time.monotonic()
     collected = held_out(evaluation, ROWS)
     of_latents = ("labels", "sample")
-    coders = evaluation.coders(collected)
-    controls = {name: (coder, collected.pos) for name, coder in coders.items() if name not in ("sae", "mean")}
+    autoencoders = evaluation.autoencoders(collected)
+    controls = {
+        name: (autoencoder, collected.pos) for name, autoencoder in autoencoders.items() if name not in ("sae", "mean")
+    }
     controls["shuffled"] = evaluation.sae, _shuffled(collected, evaluation.generator("clusters shuffled"))
-    found = {}
+    results = {}
     with progress_bar("clustering", total=1 + len(controls), unit="dictionaries") as bar:
-        for name, (coder, pos) in {"sae": (evaluation.sae, collected.pos), **controls}.items():
-            found[name] = _measure(evaluation, coder, collected, pos, count)
+        for name, (autoencoder, pos) in {"sae": (evaluation.sae, collected.pos), **controls}.items():
+            results[name] = _measure(evaluation, autoencoder, collected, pos, count)
             bar.advance(1)
-    own = found.pop("sae")
-    labels = own.pop("labels")
+    result = results.pop("sae")
+    labels = result.pop("labels")
     return {
-        **own,
+        **result,
         "seeds": None if other is None else _matched(evaluation, unit_decoder(other), collected, labels),
-        "controls": {name: {k: v for k, v in values.items() if k not in of_latents} for name, values in found.items()},
+        "controls": {
+            name: {k: v for k, v in values.items() if k not in of_latents} for name, values in results.items()
+        },
         "bins": BINS,
         "rows": len(collected),
         "seconds": round(time.monotonic() - began, 2),
@@ -77,9 +81,9 @@ def clusters(evaluation: Evaluation, other: Dictionary | None = None, *, count: 
 
 
 def _measure(
-    evaluation: Evaluation, coder: Coder, collected: Collected, pos: torch.Tensor, count: int | None
+    evaluation: Evaluation, autoencoder: Autoencoder, collected: TextActivations, pos: torch.Tensor, count: int | None
 ) -> dict[str, Any]:
-    sums, firings, tokens = _activity(coder, collected, pos, torch.zeros(len(collected), dtype=torch.int64))
+    sums, firings, tokens = _activity(autoencoder, collected, pos, torch.zeros(len(collected), dtype=torch.int64))
     used = np.flatnonzero(firings[0] >= FIRINGS)
     labels = np.full(firings.shape[1], -1)
     if len(used) < max(count or 0, COUNTS[0]) + 1:
@@ -93,80 +97,91 @@ def _measure(
     by_count = {n: _silhouette(square, _cut(merges, n)) for n in ([count] if count else COUNTS) if n < len(used)}
     count = max(by_count, key=lambda n: by_count[n])
     labels[used] = _cut(merges, count)
-    mine = labels[used]
-    order = sorted(np.unique(mine), key=lambda c: float(profiles[mine == c].mean(0) @ np.arange(BINS)))
-    parts = [profiles[mine == c] for c in order]
-    pairs = mine[:, None] == mine[None]
+    used_labels = labels[used]
+    order = sorted(np.unique(used_labels), key=lambda c: float(profiles[used_labels == c].mean(0) @ np.arange(BINS)))
+    groups = [profiles[used_labels == c] for c in order]
+    pairs = used_labels[:, None] == used_labels[None]
     upper = np.triu(np.ones_like(pairs), 1)
     return {
-        "count": len(parts),
+        "count": len(groups),
         "latents": len(used),
         "silhouette": by_count,
         "clusters": [
             {
-                "size": len(part),
-                "profile": part.mean(0).tolist(),
-                "specialization": np.percentile(_specialization(part), (5, 25, 50, 75, 95)).tolist(),
+                "size": len(group),
+                "profile": group.mean(0).tolist(),
+                "specialization": np.percentile(_specialization(group), (5, 25, 50, 75, 95)).tolist(),
             }
-            for part in parts
+            for group in groups
         ],
         "within": _mean(square[pairs & upper]),
         "between": _mean(square[~pairs & upper]),
-        "correlation": _correlation(parts),
-        "stability": _stability(evaluation, coder, collected, pos, count),
-        "sample": _sample(profiles, np.array([order.index(c) for c in mine])),
+        "correlation": _correlation(groups),
+        "stability": _stability(evaluation, autoencoder, collected, pos, count),
+        "sample": _sample(profiles, np.array([order.index(c) for c in used_labels])),
         "labels": labels,
     }
 
 
 def _stability(
-    evaluation: Evaluation, coder: Coder, collected: Collected, pos: torch.Tensor, count: int
+    evaluation: Evaluation, autoencoder: Autoencoder, collected: TextActivations, pos: torch.Tensor, count: int
 ) -> dict[str, Any] | None:
     """Adjusted Rand index of the clusters of two random halves of the rows, `HALVES` times."""
-    draw, found = evaluation.generator("clusters halves"), []
+    draw, scores = evaluation.generator("clusters halves"), []
     for _ in range(HALVES):
         half = torch.from_numpy(draw.permutation(np.arange(len(collected)) % 2))
-        sums, firings, tokens = _activity(coder, collected, pos, half)
+        sums, firings, tokens = _activity(autoencoder, collected, pos, half)
         used = (firings >= FIRINGS / 2).all(0)
         if used.sum() <= count:
             return None
         sides = (_cut(tree(_profiles(sums[side][used], tokens[side])), count) for side in (0, 1))
-        found.append(float(adjusted_rand_score(*sides)))
-    return {"adjusted_rand": float(np.mean(found)), "spread": float(np.std(found, ddof=1)), "halves": HALVES}
+        scores.append(float(adjusted_rand_score(*sides)))
+    return {"adjusted_rand": float(np.mean(scores)), "spread": float(np.std(scores, ddof=1)), "halves": HALVES}
 
 
-def _matched(evaluation: Evaluation, other: UnitDecoder, collected: Collected, labels: np.ndarray) -> dict[str, Any]:
+def _matched(
+    evaluation: Evaluation, other: UnitDecoder, collected: TextActivations, labels: np.ndarray
+) -> dict[str, Any]:
     """Adjusted Rand index of the two dictionaries' clusters, as many of each, over latents that are each other's nearest by
     decoder cosine."""
     if other.cfg.d_in != evaluation.sae.cfg.d_in:
         raise UserError(f"other: d_in = {other.cfg.d_in} is not allowed; the dictionary has {evaluation.sae.cfg.d_in}")
     other = other.to(collected.x.device)
-    mine, count = np.flatnonzero(labels >= 0), len(np.unique(labels[labels >= 0]))
+    latents, count = np.flatnonzero(labels >= 0), len(np.unique(labels[labels >= 0]))
     if not count:
         return {"adjusted_rand": None, "matched": 0}
-    theirs = _measure(evaluation, other, collected, collected.pos, count)["labels"]
-    used = np.flatnonzero(theirs >= 0)
-    if not len(used):
+    other_labels = _measure(evaluation, other, collected, collected.pos, count)["labels"]
+    other_latents = np.flatnonzero(other_labels >= 0)
+    if not len(other_latents):
         return {"adjusted_rand": None, "matched": 0}
-    rows = [torch.nn.functional.normalize(d.W_dec[u], dim=1) for d, u in ((evaluation.sae, mine), (other, used))]
-    cosine = (rows[0] @ rows[1].T).cpu().numpy()
+    directions = [
+        torch.nn.functional.normalize(d.W_dec[u], dim=1) for d, u in ((evaluation.sae, latents), (other, other_latents))
+    ]
+    cosine = (directions[0] @ directions[1].T).cpu().numpy()
     best, back = cosine.argmax(1), cosine.argmax(0)
-    pair = (back[best] == np.arange(len(mine))) & (cosine.max(1) >= SAME)
-    agreed = adjusted_rand_score(labels[mine[pair]], theirs[used[best[pair]]]) if pair.sum() > count else None
+    pair = (back[best] == np.arange(len(latents))) & (cosine.max(1) >= SAME)
+    agreed = (
+        adjusted_rand_score(labels[latents[pair]], other_labels[other_latents[best[pair]]])
+        if pair.sum() > count
+        else None
+    )
     return {"adjusted_rand": None if agreed is None else float(agreed), "matched": int(pair.sum())}
 
 
 def _activity(
-    coder: Coder, collected: Collected, pos: torch.Tensor, part: torch.Tensor
+    autoencoder: Autoencoder, collected: TextActivations, pos: torch.Tensor, group: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each part of the rows, of which `part` [R] gives the number: summed activation [P, F, BINS], firings [P, F] and
+    """For each group of the rows, of which `group` [R] gives the number: summed activation [P, F, BINS], firings [P, F] and
     tokens [P, BINS]."""
-    code, T = collected.code(coder), collected.kept.shape[1]
-    of_token = part.to(pos.device)[collected.row]
-    where, F, P = pos * BINS // T, code.n_latents, int(part.max()) + 1
-    latent = of_token[code.rows] * F + code.indices
+    code, T = collected.code(autoencoder), collected.kept.shape[1]
+    token_group = group.to(pos.device)[collected.row]
+    where, F, P = pos * BINS // T, code.n_latents, int(group.max()) + 1
+    latent = token_group[code.rows] * F + code.indices
     sums = sum_by(latent * BINS + where[code.rows], code.values.abs().double(), P * F * BINS)
-    firings, tokens = torch.bincount(latent, minlength=P * F), torch.bincount(of_token * BINS + where, None, P * BINS)
+    firings, tokens = (
+        torch.bincount(latent, minlength=P * F),
+        torch.bincount(token_group * BINS + where, None, P * BINS),
+    )
     return sums.view(P, F, BINS).cpu().numpy(), firings.view(P, F).cpu().numpy(), tokens.view(P, BINS).cpu().numpy()
 
 
@@ -180,25 +195,27 @@ def _specialization(profiles: np.ndarray) -> np.ndarray:
     return 1 - entr(profiles).sum(1) / math.log(profiles.shape[1])
 
 
-def _correlation(parts: list[np.ndarray]) -> list[list[float | None]]:
+def _correlation(groups: list[np.ndarray]) -> list[list[float | None]]:
     """Mean r over pairs of latents, one of each of two clusters: of the sums of their standardised profiles, as there is no
     room for all pairs. A profile that is the same everywhere has 0 with any other; a cluster of one latent, None with
     itself."""
-    sums, sizes, own = [], np.array([len(part) for part in parts]), []
-    for part in parts:
-        apart = part - part.mean(1, keepdims=True)
+    sums, sizes, self_products = [], np.array([len(group) for group in groups]), []
+    for group in groups:
+        apart = group - group.mean(1, keepdims=True)
         norm = np.linalg.norm(apart, axis=1, keepdims=True)
         unit = np.divide(apart, norm, out=np.zeros_like(apart), where=norm > 1e-12)
         sums.append(unit.sum(0))
-        own.append(np.square(unit).sum())  # each latent with itself, which does not count
-    total = np.stack(sums) @ np.stack(sums).T - np.diag(own)
+        self_products.append(np.square(unit).sum())  # each latent with itself, which does not count
+    total = np.stack(sums) @ np.stack(sums).T - np.diag(self_products)
     pairs = np.outer(sizes, sizes) - np.diag(sizes)
-    return [[float(t / n) if n else None for t, n in zip(*row, strict=True)] for row in zip(total, pairs, strict=True)]
+    return [
+        [float(t / n) if n else None for t, n in zip(*line, strict=True)] for line in zip(total, pairs, strict=True)
+    ]
 
 
 def _sample(profiles: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
-    at = np.linspace(0, len(profiles) - 1, min(len(profiles), SHOWN)).astype(np.int64)
-    return {"profiles": profiles[at].round(4).tolist(), "cluster": cluster[at].tolist()}
+    indices = np.linspace(0, len(profiles) - 1, min(len(profiles), SHOWN)).astype(np.int64)
+    return {"profiles": profiles[indices].round(4).tolist(), "cluster": cluster[indices].tolist()}
 
 
 def tree(profiles: np.ndarray) -> np.ndarray:
@@ -208,8 +225,10 @@ def tree(profiles: np.ndarray) -> np.ndarray:
 
 
 def _distances(profiles: np.ndarray) -> np.ndarray:
-    found = pdist(profiles, "jensenshannon") / math.sqrt(math.log(2))
-    return np.where(np.isnan(found), 0, found)  # the root of a rounding error below zero: two profiles are the same
+    distances = pdist(profiles, "jensenshannon") / math.sqrt(math.log(2))
+    return np.where(
+        np.isnan(distances), 0, distances
+    )  # the root of a rounding error below zero: two profiles are the same
 
 
 def _cut(merges: np.ndarray, count: int) -> np.ndarray:
@@ -224,14 +243,14 @@ def _silhouette(square: np.ndarray, labels: np.ndarray) -> float:
         return 0.0
     inside = np.eye(len(kinds))[member]
     sizes, sums = inside.sum(0), square @ inside
-    own = sums[np.arange(len(member)), member] / np.maximum(sizes[member] - 1, 1)
+    within = sums[np.arange(len(member)), member] / np.maximum(sizes[member] - 1, 1)
     means = np.where(inside > 0, np.inf, sums / sizes)
     nearest = means.min(1)
-    values = (nearest - own) / np.maximum(np.maximum(nearest, own), 1e-300)
+    values = (nearest - within) / np.maximum(np.maximum(nearest, within), 1e-300)
     return float(np.where(sizes[member] > 1, values, 0).mean())
 
 
-def _shuffled(collected: Collected, draw: np.random.Generator) -> torch.Tensor:
+def _shuffled(collected: TextActivations, draw: np.random.Generator) -> torch.Tensor:
     """Positions [n] permuted within each row."""
     order = np.lexsort((draw.random(len(collected.row)), collected.row.cpu().numpy()))
     return collected.pos[torch.from_numpy(order).to(collected.pos.device)]

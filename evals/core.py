@@ -45,14 +45,14 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
-from ..engine.progress import progress_bar
+from ..engine.process.progress import progress_bar
 from ..engine.stream import ActivationStream, TokenRows
-from ..engine.stream.norms import has_variance
+from ..engine.stream.norm_filter import has_variance
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.numerics import sum_by
-from .budget import CE_ROWS, ROWS, Cost, forecast, pace_of_training
-from .collect import Coder, Neurons, in_rows
-from .replaced import losses_and_kl, rows_at_once
+from .evaluation import Autoencoder, Neurons, in_rows
+from .replacement_loss import losses_and_kl, rows_at_once
+from .row_budget import CE_ROWS, ROWS, Cost, forecast, pace_of_training
 
 #: x [n, D], pos [n] -> x_hat [n, D]
 Reconstruct = Callable[[Tensor, Tensor], Tensor]
@@ -61,7 +61,7 @@ EVERYWHERE = "zero_everywhere"  # SAEBench's ablation
 
 
 @dataclass
-class _Part:
+class _RowBatch:
     """Rows of text from number `first` on, what the model has at its hooks [B, T, D], and which tokens count, kept [B, T].
 
     Of the n tokens that count: what goes into a dictionary, x [n, D], what is to come out, target [n, D_out], their place
@@ -111,28 +111,28 @@ class HeldOut:
     def __init__(self, stream: ActivationStream, rows: int = ROWS, ce_rows: int = CE_ROWS, latents: Sequence[int] = ()):
         """`latents`: of the dictionaries that are to be measured, for the forecast of how long it takes."""
         self.stream, self.hooks, self.device = stream, stream.model.hooks, stream.model.device
-        self._held: list[_Part] = []
-        self._wanted = rows
+        self._stored: list[_RowBatch] = []
+        self._row_limit = rows
         self.pace = pace_of_training(stream)
-        told = self.pace is not None and self._forecast(rows, ce_rows, latents)
+        announced = self.pace is not None and self._forecast(rows, ce_rows, latents)
         T = stream.positions
         self.count, total = torch.zeros(T, dtype=torch.int64, device=self.device), torch.zeros((), device=self.device)
         self.rows, self.squares, size = 0, 0.0, 0
         with progress_bar("evaluation: reading the text", total=rows, unit="rows") as bar:
             began = time.monotonic()
-            for part in self._read():
-                if not told:
-                    passes = part.kept.numel() * Cost.of(stream.model).before
+            for batch in self._read():
+                if not announced:
+                    passes = batch.kept.numel() * Cost.of(stream.model).before
                     self.pace = (time.monotonic() - began) / passes
-                    told = self._forecast(rows, ce_rows, latents)
-                self.count += torch.bincount(part.pos, minlength=T)
-                total = total + part.target.double().sum(0)
-                self.squares += float(part.target.double().square().sum())
-                self.rows += len(part.rows)
-                size += sum(x.nbytes for x in {id(x): x for x in part.acts}.values())
+                    announced = self._forecast(rows, ce_rows, latents)
+                self.count += torch.bincount(batch.pos, minlength=T)
+                total = total + batch.target.double().sum(0)
+                self.squares += float(batch.target.double().square().sum())
+                self.rows += len(batch.rows)
+                size += sum(x.nbytes for x in {id(x): x for x in batch.acts}.values())
                 if size <= HELD:
-                    self._held.append(part)
-                bar.advance(len(part.rows))
+                    self._stored.append(batch)
+                bar.advance(len(batch.rows))
         self.tokens, self.ce_rows = int(self.count.sum()), min(ce_rows, self.rows)
         if self.tokens < 2:
             raise UserError(
@@ -155,33 +155,33 @@ class HeldOut:
             print(text, file=sys.stderr, flush=True)
         return True
 
-    def _read(self) -> Iterator[_Part]:
+    def _read(self) -> Iterator[_RowBatch]:
         first = 0
-        for rows in self.stream.held_out(self._wanted):
+        for rows in self.stream.held_out(self._row_limit):
             acts, kept = self.stream.read(rows)
-            of_hooks = list(acts.values())
-            yield _Part(rows, first, kept, (of_hooks[0], of_hooks[-1]))
+            hook_acts = list(acts.values())
+            yield _RowBatch(rows, first, kept, (hook_acts[0], hook_acts[-1]))
             first += len(rows)
 
-    def parts(self) -> Iterator[_Part]:
-        """All parts, one after the other: those that are held, and the others read again."""
-        yield from self._held
-        held = sum(len(part.rows) for part in self._held)
-        if held < self.rows:
-            yield from (part for part in self._read() if part.first >= held)
+    def batches(self) -> Iterator[_RowBatch]:
+        """All batches, one after the other: those that are held, and the others read again."""
+        yield from self._stored
+        stored_rows = sum(len(batch.rows) for batch in self._stored)
+        if stored_rows < self.rows:
+            yield from (batch for batch in self._read() if batch.first >= stored_rows)
 
-    def measure(self, coders: Mapping[str, Coder]) -> dict[str, "_Tally"]:
+    def measure(self, autoencoders: Mapping[str, Autoencoder]) -> dict[str, "_Tally"]:
         """Reconstruction by each of the dictionaries, in one pass over the text."""
-        tallies = {name: _Tally(coder, self) for name, coder in coders.items()}
+        tallies = {name: _Tally(autoencoder, self) for name, autoencoder in autoencoders.items()}
         with progress_bar("evaluation: reconstruction", total=self.rows, unit="rows") as bar:
-            for part in self.parts():
+            for batch in self.batches():
                 if not self._spread_is_known:
-                    distance = (part.target.double() - self.mean).square().sum(1)
-                    self.spread += sum_by(part.pos, distance, len(self.spread))
-                    self.spread_of_rows += sum_by(part.row, distance, self.rows)
+                    distance = (batch.target.double() - self.mean).square().sum(1)
+                    self.spread += sum_by(batch.pos, distance, len(self.spread))
+                    self.spread_of_rows += sum_by(batch.row, distance, self.rows)
                 for tally in tallies.values():
-                    tally.add(part)
-                bar.advance(len(part.rows))
+                    tally.add(batch)
+                bar.advance(len(batch.rows))
         self._spread_is_known = True
         return tallies
 
@@ -193,29 +193,34 @@ class HeldOut:
             "mean": lambda x, pos: self.mean.to(x.dtype).expand(len(x), -1),
         }
         known = bool(self.effects)
-        wanted = dict(by) if known else {**fixed, **by}
-        names = (*wanted, *(() if known else (EVERYWHERE,)))
+        replacements = dict(by) if known else {**fixed, **by}
+        names = (*replacements, *(() if known else (EVERYWHERE,)))
         T, R = len(self.count), self.ce_rows
-        found = {name: _Effect(torch.zeros(3, T).double(), torch.zeros(3, R).double()) for name in ("clean", *names)}
+        effects = {name: _Effect(torch.zeros(3, T).double(), torch.zeros(3, R).double()) for name in ("clean", *names)}
         size = rows_at_once(self.stream.model, T, len(self.mean), len(names))
         with progress_bar("evaluation: model behaviour", total=R * (1 + len(names)), unit="rows") as bar:
-            for part in self.parts():
-                if part.first >= R:
+            for batch in self.batches():
+                if batch.first >= R:
                     break
-                for at in range(0, min(len(part.rows), R - part.first), size):
-                    some = slice(at, min(at + size, len(part.rows), R - part.first))
-                    self._effects_on(part, some, wanted, EVERYWHERE in names, found)
-                    bar.advance((some.stop - some.start) * (1 + len(names)))
+                for start in range(0, min(len(batch.rows), R - batch.first), size):
+                    rows = slice(start, min(start + size, len(batch.rows), R - batch.first))
+                    self._effects_on(batch, rows, replacements, EVERYWHERE in names, effects)
+                    bar.advance((rows.stop - rows.start) * (1 + len(names)))
         if not known:
-            self.effects = {name: found[name] for name in ("clean", *fixed, EVERYWHERE)}
-        return self.effects | found
+            self.effects = {name: effects[name] for name in ("clean", *fixed, EVERYWHERE)}
+        return self.effects | effects
 
     def _effects_on(
-        self, part: _Part, some: slice, by: Mapping[str, Reconstruct], everywhere: bool, found: dict[str, _Effect]
+        self,
+        batch: _RowBatch,
+        rows: slice,
+        by: Mapping[str, Reconstruct],
+        everywhere: bool,
+        effects: dict[str, _Effect],
     ) -> None:
-        longest = int(part.rows.length[some].max())
-        kept, tokens = part.kept[some, :longest], part.rows.tokens[some, :longest]
-        x, target = (acts[some, :longest] for acts in part.acts)
+        longest = int(batch.rows.length[rows].max())
+        kept, tokens = batch.kept[rows, :longest], batch.rows.tokens[rows, :longest]
+        x, target = (acts[rows, :longest] for acts in batch.acts)
         row, pos = kept.nonzero(as_tuple=True)
         if not len(row):
             return
@@ -225,17 +230,19 @@ class HeldOut:
             fresh[kept] = reconstruct(x[kept].float(), pos).to(fresh.dtype)
             return fresh
 
-        values: dict[str, Callable[[], Tensor]] = {name: partial(spliced, each) for name, each in by.items()}
+        values: dict[str, Callable[[], Tensor]] = {
+            name: partial(spliced, reconstruct) for name, reconstruct in by.items()
+        }
         if everywhere:
             values[EVERYWHERE] = lambda: torch.zeros_like(target)
         losses = losses_and_kl(self.stream.model, tokens, target, kept, values)
         row, pos = row.cpu(), pos.cpu()
-        has_next = (pos + 1 < part.rows.length[some][row]).double()
+        has_next = (pos + 1 < batch.rows.length[rows][row]).double()
         for name, (loss, kl) in losses.items():
             sums = torch.stack([has_next, loss * has_next, kl * has_next], 1)
-            effect = found[name]
+            effect = effects[name]
             effect.by_position += sum_by(pos, sums, len(self.count)).T
-            effect.by_row += sum_by(part.first + some.start + row, sums, self.ce_rows).T
+            effect.by_row += sum_by(batch.first + rows.start + row, sums, self.ce_rows).T
             effect.tokens += len(kl)
             effect.kl_of_all += float(kl.sum())
 
@@ -258,17 +265,19 @@ def core(
     many tokens of a row it fires where it does, and under `controls` the metrics of each. `held_out`: those rows, read
     already for another dictionary at the same hooks.
     """
-    coders: dict[str, Coder] = {name: fitted(name, d, stream) for name, d in {"sae": sae, **controls}.items()}
+    autoencoders: dict[str, Autoencoder] = {
+        name: fitted(name, d, stream) for name, d in {"sae": sae, **controls}.items()
+    }
     began = time.monotonic()
     device = stream.model.device
     if sae.cfg.d_out is None and neurons:
-        coders["lm_neurons"] = Neurons(sae.cfg.d_in, sae.cfg.k, device)
-    text = held_out or HeldOut(stream, rows, ce_rows, [len(coder.W_dec) for coder in coders.values()])
-    tallies = text.measure(coders)
-    effects = text.replace({name: partial(_reconstruct, coder) for name, coder in coders.items()})
+        autoencoders["lm_neurons"] = Neurons(sae.cfg.d_in, sae.cfg.k, device)
+    text = held_out or HeldOut(stream, rows, ce_rows, [len(autoencoder.W_dec) for autoencoder in autoencoders.values()])
+    tallies = text.measure(autoencoders)
+    effects = text.replace({name: partial(_reconstruct, autoencoder) for name, autoencoder in autoencoders.items()})
     results = {name: _scores(name, tally, text, effects) for name, tally in {**tallies, "mean": None}.items()}
-    own = tallies["sae"]
-    rate = own.fired.double() / text.tokens
+    sae_tally = tallies["sae"]
+    rate = sae_tally.fired.double() / text.tokens
     losses = {name: effect for name, effect in effects.items() if name != EVERYWHERE}
     return {
         **results["sae"],
@@ -286,7 +295,9 @@ def core(
         **({"warnings": warnings} if (warnings := _warnings(text, effects)) else {}),
         "latents": {
             "firing_rate": [round(value, 8) for value in rate.tolist()],
-            "tokens_per_row": [round(value, 4) for value in (own.fired / own.rows_fired.clamp_min(1)).tolist()],
+            "tokens_per_row": [
+                round(value, 4) for value in (sae_tally.fired / sae_tally.rows_fired.clamp_min(1)).tolist()
+            ],
         },
         "seconds": round(time.monotonic() - began, 2),
     }
@@ -298,10 +309,10 @@ def fitted(name: str, dictionary: Dictionary, stream: ActivationStream) -> UnitD
     Raises UserError for one that is not for the stream's activations.
     """
     cfg, model = dictionary.cfg, stream.model
-    own = (cfg.d_in,) if cfg.d_out is None else (cfg.d_in, cfg.d_out)
-    if own != tuple(model.widths.values()):
-        places = " and ".join(f"{hook} has width {width}" for hook, width in model.widths.items())
-        raise UserError(f"{name}: d_in = {' and d_out = '.join(map(str, own))} does not fit; {places} in {model.name}")
+    dims = (cfg.d_in,) if cfg.d_out is None else (cfg.d_in, cfg.d_out)
+    if dims != tuple(model.widths.values()):
+        widths = " and ".join(f"{hook} has width {width}" for hook, width in model.widths.items())
+        raise UserError(f"{name}: d_in = {' and d_out = '.join(map(str, dims))} does not fit; {widths} in {model.name}")
     cfg.mask.check_context(stream.positions)
     return unit_decoder(dictionary).to(model.device)
 
@@ -310,25 +321,25 @@ class _Tally:
     """What a dictionary reconstructs: squared error float64 [T] by position and [R] by row, L0 [T] (sums), on how many
     tokens and rows each latent fired [F] and whether at each position [T, F], and sums over tokens of further qualities."""
 
-    def __init__(self, coder: Coder, text: HeldOut):
-        T, F, device = len(text.count), len(coder.W_dec), text.device
+    def __init__(self, autoencoder: Autoencoder, text: HeldOut):
+        T, F, device = len(text.count), len(autoencoder.W_dec), text.device
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.coder, self.mean = coder, text.mean
+        self.autoencoder, self.mean = autoencoder, text.mean
         self.errors, self.l0, self.errors_of_rows = zeros(T), zeros(T), zeros(text.rows)
         self.fired, self.rows_fired = (torch.zeros(F, dtype=torch.int64, device=device) for _ in range(2))
         self.fired_at = torch.zeros(T, F, dtype=torch.bool, device=device)
         self._n, self._sums = text.tokens, zeros(9)
-        self._batches: list[Tensor] = []  # of each part, as SAEBench has them of a batch
+        self._batches: list[Tensor] = []  # of each batch of rows, as SAEBench has them of a batch
 
     @torch.no_grad()
-    def add(self, part: _Part) -> None:
+    def add(self, batch: _RowBatch) -> None:
         F, T = self.fired_at.shape[1], len(self.errors)
-        before, squares, mean = self._sums.clone(), torch.zeros_like(self.mean), part.target.double().mean(0)
-        seen = torch.zeros(len(part.kept) * F, dtype=torch.bool, device=self.fired.device)
-        places = part.pos, part.row
-        for x, target, pos, row in in_rows(part.pos, part.x, part.target, *places, latents=F):
-            code = self.coder.encode_sparse(x, pos)
-            x_hat = self.coder.decode(code)
+        before, squares, mean = self._sums.clone(), torch.zeros_like(self.mean), batch.target.double().mean(0)
+        fired_in_rows = torch.zeros(len(batch.kept) * F, dtype=torch.bool, device=self.fired.device)
+        places = batch.pos, batch.row
+        for x, target, pos, row in in_rows(batch.pos, batch.x, batch.target, *places, latents=F):
+            code = self.autoencoder.encode_sparse(x, pos)
+            x_hat = self.autoencoder.decode(code)
             y, y_hat = target.double(), x_hat.double()
             errors = (y - y_hat).square().sum(1)
             self.errors += sum_by(pos, errors, T)
@@ -338,17 +349,17 @@ class _Tally:
             legacy = 1 - errors / (y - mean).square().sum(1)
             nonzero = (size * size_hat).clamp_min(torch.finfo(torch.float32).tiny)
             ratio = size_hat / size.clamp_min(1e-12)
-            of_token = (errors, size, size_hat, ratio, dot / nonzero, dot, size_hat**2, legacy)
+            per_token = (errors, size, size_hat, ratio, dot / nonzero, dot, size_hat**2, legacy)
             l1 = code.live(code.values).double().sum()
-            self._sums += torch.stack([*(value.sum() for value in of_token), l1])
+            self._sums += torch.stack([*(value.sum() for value in per_token), l1])
             self.l0 += sum_by(pos, code.l0().double(), T)
             active = (code.live(code.values) > 0).flatten()
             latents = code.indices.flatten()[active].long()
             self.fired += torch.bincount(latents, minlength=F)
             self.fired_at[pos[code.rows].flatten()[active], latents] = True
-            seen[(row[code.rows].flatten()[active] - part.first) * F + latents] = True
-        self.rows_fired += seen.view(-1, F).sum(0)
-        if n := len(part.pos):
+            fired_in_rows[(row[code.rows].flatten()[active] - batch.first) * F + latents] = True
+        self.rows_fired += fired_in_rows.view(-1, F).sum(0)
+        if n := len(batch.pos):
             sums = (self._sums - before) / n
             self._batches.append(torch.stack([sums[0], squares.sum() / n, squares.mean() / n, sums[6] / sums[5]]))
 
@@ -364,13 +375,13 @@ class _Tally:
         }  # fmt: skip
 
     def saebench(self, effects: Mapping[str, _Effect], name: str) -> dict[str, float | None]:
-        of_batches = torch.stack(self._batches)
-        errors, squares, per_dimension, bias = of_batches.mean(0).tolist()
-        kl, kl_zero = (effects[each].kl_of_all / max(1, effects[each].tokens) for each in (name, EVERYWHERE))
+        batch_means = torch.stack(self._batches)
+        errors, squares, per_dimension, bias = batch_means.mean(0).tolist()
+        kl, kl_zero = (effects[key].kl_of_all / max(1, effects[key].tokens) for key in (name, EVERYWHERE))
         return {
             "explained_variance": _finite(1 - errors / max(squares - per_dimension**2, 1e-300)),
             "explained_variance_legacy": _finite(float(self._sums[7] / self._n)),
-            "mse": float(of_batches[:, 0].sum() / self._n),
+            "mse": float(batch_means[:, 0].sum() / self._n),
             "relative_reconstruction_bias": _finite(bias),
             "ce_loss_with_ablation": _mean(effects[EVERYWHERE], 1),
             "ce_loss_score": _recovered(effects, EVERYWHERE, name),
@@ -381,9 +392,9 @@ class _Tally:
 
 
 @torch.no_grad()
-def _reconstruct(coder: Coder, x: Tensor, pos: Tensor) -> Tensor:
-    chunks = in_rows(pos, x, pos, latents=len(coder.W_dec))
-    return torch.cat([coder.decode(coder.encode_sparse(*chunk)) for chunk in chunks])
+def _reconstruct(autoencoder: Autoencoder, x: Tensor, pos: Tensor) -> Tensor:
+    chunks = in_rows(pos, x, pos, latents=len(autoencoder.W_dec))
+    return torch.cat([autoencoder.decode(autoencoder.encode_sparse(*chunk)) for chunk in chunks])
 
 
 def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str, _Effect]) -> dict[str, Any]:
@@ -393,15 +404,15 @@ def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str
     )
     l0 = torch.zeros_like(errors) if tally is None else tally.l0
     dead = torch.ones_like(errors) if tally is None else (~tally.fired_at).double().mean(1)
-    count, own = text.count, effects[name]
-    here = {key: effects[key].by_position[1] / effects[key].by_position[0] for key in ("clean", "zero", name)}
+    count, effect = text.count, effects[name]
+    losses = {key: effects[key].by_position[1] / effects[key].by_position[0] for key in ("clean", "zero", name)}
     kl, kl_zero = (float(effects[key].by_row[2].sum()) for key in (name, "zero"))
     clean, zero = effects["clean"], effects["zero"]
     return {
         "explained_variance": 1 - float(errors.sum() / text.spread.sum()) if text.varies else None,
         "explained_variance_error": _error(errors_of_rows, text.spread_of_rows) if text.varies else None,
         "ce_recovered": _recovered(effects, "zero", name),
-        "ce_recovered_error": _error(zero.by_row[1] - own.by_row[1], zero.by_row[1] - clean.by_row[1]),
+        "ce_recovered_error": _error(zero.by_row[1] - effect.by_row[1], zero.by_row[1] - clean.by_row[1]),
         "ce_recovered_over_mean": _recovered(effects, "mean", name),
         "kl_recovered": (kl_zero - kl) / kl_zero if kl_zero > 0 else None,
         **({} if tally is None else tally.quality() | {"saebench": tally.saebench(effects, name)}),
@@ -411,7 +422,7 @@ def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str
             "position": list(range(len(count))),
             "tokens": count.tolist(),
             "explained_variance": _numbers(1 - errors / text.spread if text.varies else errors * torch.nan),
-            "ce_recovered": _numbers((here["zero"] - here[name]) / (here["zero"] - here["clean"])),
+            "ce_recovered": _numbers((losses["zero"] - losses[name]) / (losses["zero"] - losses["clean"])),
             "l0": _numbers(l0 / count),
             "dead_fraction": _numbers(torch.where(count > 0, dead, torch.nan)),
         },
@@ -420,30 +431,30 @@ def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str
 
 def _warnings(text: HeldOut, effects: Mapping[str, _Effect]) -> list[str]:
     """Why figures are missing."""
-    found = []
+    messages = []
     if not text.varies:
-        found.append(
+        messages.append(
             f"the activations of the {text.tokens:,} held-out tokens don't vary; there is no variance to explain"
         )
     if not effects["clean"].by_row[0].sum() > 0:
-        found.append(
+        messages.append(
             f"no token that counts in {text.ce_rows:,} held-out rows has a next one; CE is not measured (longer documents "
             "have some)"
         )
-    return found
+    return messages
 
 
 def _recovered(effects: Mapping[str, _Effect], floor: str, name: str) -> float | None:
-    clean, low, own = (_mean(effects[key], 1) for key in ("clean", floor, name))
-    if clean is None or low is None or own is None:
+    clean, low, loss = (_mean(effects[key], 1) for key in ("clean", floor, name))
+    if clean is None or low is None or loss is None:
         return None
-    return (low - own) / (low - clean) if low > clean else None
+    return (low - loss) / (low - clean) if low > clean else None
 
 
-def _mean(effect: _Effect, of: int) -> float | None:
+def _mean(effect: _Effect, index: int) -> float | None:
     """Loss (1) or KL (2) per token, by a sum over positions first, then over what they have; None where there are none."""
     tokens = effect.by_position[0].sum()
-    return float(effect.by_position[of].sum() / tokens) if tokens > 0 else None
+    return float(effect.by_position[index].sum() / tokens) if tokens > 0 else None
 
 
 def _error(above: Tensor, below: Tensor) -> float | None:
@@ -451,8 +462,8 @@ def _error(above: Tensor, below: Tensor) -> float | None:
     R, whole = len(above), float(below.sum())
     if R < 2 or whole == 0:
         return None
-    left = above - above.sum() / whole * below
-    return float((R / (R - 1) * left.square().sum()).sqrt() / abs(whole))
+    residuals = above - above.sum() / whole * below
+    return float((R / (R - 1) * residuals.square().sum()).sqrt() / abs(whole))
 
 
 def _numbers(values: Tensor) -> list[float | None]:

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
-from ..engine.files import write_text
-from ..engine.progress import progress_bar
+from ..engine.process.progress import progress_bar
+from ..engine.storage.files import write_text
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.model import LanguageModel
 from ..engine.unit_decoder import Dictionary, UnitDecoder
-from .collect import collect
 from .core import fitted
+from .evaluation import collect
 
 FORMAT = "temposae-dashboard/1"
 TEMPLATE = Path(__file__).with_name("dashboard.html")
@@ -45,16 +45,16 @@ PART = "\ufffd"  # what decoding gives for a part of a character
 _AT_ONCE = 2**26  # logits that are held at once
 
 
-def numbers(given: str, n_latents: int) -> list[int]:
+def numbers(text: str, n_latents: int) -> list[int]:
     """Latents as a user writes them, "3,17", each once. Raises UserError for what is not the number of a latent."""
-    found = []
-    for word in given.split(","):
+    latents = []
+    for word in text.split(","):
         if not (word.strip().isdecimal() and int(word) < n_latents):
             raise UserError(
                 f"latents: {word.strip()!r} is not allowed; give numbers from 0 to {n_latents - 1}, as in 3,17"
             )
-        found.append(int(word))
-    return list(dict.fromkeys(found))
+        latents.append(int(word))
+    return list(dict.fromkeys(latents))
 
 
 @torch.no_grad()
@@ -82,15 +82,15 @@ def dashboard(
     text, entries = _read(stream, sae, rows)
     firings = np.diff(entries.offsets)
     chosen = _spread(firings, count) if latents is None else list(latents)
-    words, bins = _Words(stream.model.tokenizer), text.bins()
+    words, bins = _TokenTexts(stream.model.tokenizer), text.bins()
     logits = _logits(stream.model, sae.W_dec[chosen], words)
-    found: list[dict[str, Any]] = []
+    shown: list[dict[str, Any]] = []
     with progress_bar("gathering contexts", len(chosen), "latents") as bar:
-        for nth, latent in enumerate(chosen):
+        for index, latent in enumerate(chosen):
             token, value = entries.of(latent)
             figures = _figures(text, bins, token, value)
             contexts = _contexts(text, token, value, np.random.default_rng([seed, latent]), words)
-            found.append({"latent": latent, **figures, **contexts, "logits": logits and logits[nth]})
+            shown.append({"latent": latent, **figures, **contexts, "logits": logits and logits[index]})
             bar.advance(1)
     return {
         "format": FORMAT,
@@ -107,14 +107,14 @@ def dashboard(
         "rows": len(text.tokens),
         "context": text.tokens.shape[1],
         "bins": bins.tolist(),
-        "latents": found,
+        "latents": shown,
     }
 
 
-def page(found: dict[str, Any]) -> str:
+def page(shown: dict[str, Any]) -> str:
     """One HTML file of what `dashboard` returned, with style, script and figures in it."""
     # No token may end the element that holds the figures: there is no "<" in it, and JSON reads \u003c.
-    figures = json.dumps(found, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    figures = json.dumps(shown, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace(DATA, figures)
 
 
@@ -124,10 +124,10 @@ def is_page(path: Path) -> bool:
         return b"<title>Latents</title>" in file.read(2048)
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
+def write(path: Path, shown: dict[str, Any]) -> None:
     """Write the page to `path`: all of it or nothing. Raises UserError if the disk refuses."""
     try:
-        write_text(path, page(found))
+        write_text(path, page(shown))
     except OSError as error:
         raise UserError(f"out: {path} can't be written ({error.strerror})") from None
 
@@ -160,32 +160,32 @@ class _Entries:
     offsets: np.ndarray
 
     def of(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
-        own = slice(self.offsets[latent], self.offsets[latent + 1])
-        return self.token[own], self.value[own]
+        span = slice(self.offsets[latent], self.offsets[latent + 1])
+        return self.token[span], self.value[span]
 
 
 def _read(stream: ActivationStream, sae: UnitDecoder, rows: int) -> tuple[_Text, _Entries]:
     numbers: list[tuple[Tensor, Tensor]] = []
 
     def noted() -> Iterator[TokenRows]:
-        for part in stream.held_out(rows):
-            numbers.append((part.document, part.row))
-            yield part
+        for batch in stream.held_out(rows):
+            numbers.append((batch.document, batch.row))
+            yield batch
 
     collected = collect(stream, noted(), rows)
     code = collected.code(sae)
     by_latent = code.transpose()
-    parts = (by_latent.tokens, code.values[by_latent.order], by_latent.latent_offsets)
-    document, number = (torch.cat(each) for each in zip(*numbers, strict=True))
+    arrays = (by_latent.tokens, code.values[by_latent.order], by_latent.latent_offsets)
+    document, number = (torch.cat(tensors) for tensors in zip(*numbers, strict=True))
     places = (collected.tokens, collected.kept, document, number, collected.row, collected.pos)
-    return _Text(*(each.cpu().numpy() for each in places)), _Entries(*(each.cpu().numpy() for each in parts))
+    return _Text(*(array.cpu().numpy() for array in places)), _Entries(*(array.cpu().numpy() for array in arrays))
 
 
 def _spread(firings: np.ndarray, count: int) -> list[int]:
     """`count` latents evenly over the ranks of how often they fire, the most frequent first; all if there are fewer."""
     ranked = np.argsort(-firings, kind="stable")[: (firings > 0).sum()]
-    at = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
-    return ranked[at].tolist()
+    ranks = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
+    return ranked[ranks].tolist()
 
 
 def _figures(text: _Text, bins: np.ndarray, token: np.ndarray, value: np.ndarray) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _figures(text: _Text, bins: np.ndarray, token: np.ndarray, value: np.ndarray
     }
 
 
-class _Words:
+class _TokenTexts:
     """The texts of tokens, each decoded once."""
 
     def __init__(self, tokenizer: Any):
@@ -225,12 +225,12 @@ class _Words:
     def along(self, tokens: list[int]) -> list[str]:
         """The texts of tokens that follow each other. A character of several tokens is the last one's, the others have
         none."""
-        found = [self.of(token) for token in tokens]
+        texts = [self.of(token) for token in tokens]
         for i in range(len(tokens)):
             for end in range(i + 2, min(i + 4, len(tokens)) + 1):
-                if PART in found[i] and PART not in (whole := self._decode(tokens[i:end])):
-                    found[i:end] = [""] * (end - i - 1) + [whole]
-        return found
+                if PART in texts[i] and PART not in (whole := self._decode(tokens[i:end])):
+                    texts[i:end] = [""] * (end - i - 1) + [whole]
+        return texts
 
     def _decode(self, tokens: list[int]) -> str:
         if self.tokenizer is None:  # of a model that is given ids
@@ -239,7 +239,7 @@ class _Words:
 
 
 def _contexts(
-    text: _Text, token: np.ndarray, value: np.ndarray, draw: np.random.Generator, words: _Words
+    text: _Text, token: np.ndarray, value: np.ndarray, draw: np.random.Generator, words: _TokenTexts
 ) -> dict[str, Any]:
     rows = text.row[token]
     strongest = _one_a_row(np.argsort(-value, kind="stable"), rows)[:STRONGEST]
@@ -249,12 +249,12 @@ def _contexts(
     acts = np.where(text.kept, 0, np.nan)
     acts[rows, text.pos[token]] = value
 
-    def context(at: int) -> dict[str, Any]:
-        row, pos = rows[at], text.pos[token[at]]
+    def context(index: int) -> dict[str, Any]:
+        row, pos = rows[index], text.pos[token[index]]
         end = min(pos + AFTER, np.flatnonzero(text.kept[row])[-1]) + 1
         window = slice(max(0, pos - BEFORE), end)
         return {
-            "value": _short(value[at]),
+            "value": _short(value[index]),
             "position": int(pos),
             "document": int(text.document[row, pos]),
             "row": int(text.number[row]),
@@ -263,7 +263,7 @@ def _contexts(
             "values": [None if np.isnan(a) else _short(a) for a in acts[row, window]],
         }
 
-    return {"strongest": [context(at) for at in strongest], "ordinary": [context(at) for at in ordinary]}
+    return {"strongest": [context(index) for index in strongest], "ordinary": [context(index) for index in ordinary]}
 
 
 def _one_a_row(order: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -271,12 +271,12 @@ def _one_a_row(order: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return order[np.sort(np.unique(rows[order], return_index=True)[1])]
 
 
-def _logits(model: LanguageModel, directions: Tensor, words: _Words) -> list[dict[str, Any]] | None:
+def _logits(model: LanguageModel, directions: Tensor, words: _TokenTexts) -> list[dict[str, Any]] | None:
     """The tokens at both ends of each direction's logits [n, V], as [token, value], the furthest first."""
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     V = model.vocabulary if model.tokenizer is None else len(model.tokenizer)  # there may be more logits than tokens
-    for part in directions.split(max(1, _AT_ONCE // V)):
-        logits = model.direct_logits(part)
+    for chunk in directions.split(max(1, _AT_ONCE // V)):
+        logits = model.direct_logits(chunk)
         if logits is None:
             return None
         ends = [logits[:, :V].topk(min(LOGITS, V), largest=largest) for largest in (True, False)]
@@ -287,8 +287,8 @@ def _logits(model: LanguageModel, directions: Tensor, words: _Words) -> list[dic
             ]
             for end in ends
         ]
-        found += [{"top": top, "bottom": bottom} for top, bottom in zip(*pairs, strict=True)]
-    return found
+        results += [{"top": top, "bottom": bottom} for top, bottom in zip(*pairs, strict=True)]
+    return results
 
 
 def _short(value: float) -> float:

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from .figures import COLOURS, MARKERS, SEVERAL, core_figures, frame, legend_below, new_axes, save_figure
+from .run_figures import COLOURS, MARKERS, SEVERAL, core_figures, frame, legend_below, new_axes, save_figure
 
 LABELS = {"sae": "dictionary", "llm": "LM activations"}
-CODERS = COLOURS | {"shuffled": "#CC79A7", "llm": "#000000"}
+AUTOENCODER_COLOURS = COLOURS | {"shuffled": "#CC79A7", "llm": "#000000"}
 SHAPES = {"sae": "o", "random": "s", "lm_neurons": "^", "mean": "x", "shuffled": "v", "llm": "D"}
 RETAINED = 0.99  # of the answers to retain: what a setting of unlearning must keep in order to count
 RECOVERED = 0.8  # the F1 from which on a variable is recovered
@@ -53,7 +53,7 @@ def _removed(result: dict[str, Any]) -> dict[str, Any]:
 
 def _perturbed(result: dict[str, Any]) -> dict[str, Any]:
     every = {"sae": result, **result["controls"]}
-    lines = {name: [at["total_metric"] for at in scores["tpp"].values()] for name, scores in every.items()}
+    lines = {name: [effect["total_metric"] for effect in scores["tpp"].values()] for name, scores in every.items()}
     labels = (
         "n (latents ablated)", "accuracy lost: the class - others", "One class perturbed by ablating its n latents"
     )  # fmt: skip
@@ -72,8 +72,8 @@ def _curves(
     base: float,
     labels: tuple[str, str, str],
 ) -> dict[str, Any]:
-    """A line a coder over numbers of latents, with bands of `spread`, and one across at `base`; nothing where no coder has a
-    figure. `labels`: of x, of y, and the title."""
+    """A line an autoencoder over numbers of latents, with bands of `spread`, and one across at `base`; nothing where no
+    autoencoder has a figure. `labels`: of x, of y, and the title."""
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     if all(value is None for line in lines.values() for value in line):
@@ -81,14 +81,21 @@ def _curves(
     figure, axes = new_axes(3.7)
     axes.axhline(base, color="#bbbbbb", linewidth=1, zorder=0)
     drawn = []
-    for coder, line in lines.items():
+    for autoencoder, line in lines.items():
         known = [(i, value) for i, value in enumerate(line) if value is not None]
         x, y = [xs[i] for i, _ in known], [value for _, value in known]
-        style = {"color": CODERS.get(coder, "#777777"), "zorder": 3 if coder == "sae" else 2}
-        axes.plot(x, y, marker=SHAPES.get(coder, "."), markersize=4.5, label=LABELS.get(coder, coder), **style)
+        style = {"color": AUTOENCODER_COLOURS.get(autoencoder, "#777777"), "zorder": 3 if autoencoder == "sae" else 2}
+        axes.plot(
+            x,
+            y,
+            marker=SHAPES.get(autoencoder, "."),
+            markersize=4.5,
+            label=LABELS.get(autoencoder, autoencoder),
+            **style,
+        )
         drawn.append((x, y, style["color"]))
         if spread is not None:
-            low, high = ([value + sign * (spread[coder][i] or 0) for i, value in known] for sign in (-1, 1))
+            low, high = ([value + sign * (spread[autoencoder][i] or 0) for i, value in known] for sign in (-1, 1))
             axes.fill_between(x, low, high, alpha=0.18, linewidth=0, **style)
     axes.set(xlabel=labels[0], ylabel=labels[1], title=labels[2], xscale="log")
     axes.xaxis.set_major_locator(FixedLocator(xs))
@@ -105,15 +112,15 @@ def _unlearning(result: dict[str, Any]) -> dict[str, Any]:
     axes.axvline(RETAINED, color="#009E73", linewidth=1, linestyle="--", label=f"{RETAINED} retained: settings count")
     kinds = list(dict.fromkeys((s["retain_threshold"], s["latents"]) for s in result["settings"]))
     for i, (threshold, n) in enumerate(kinds):
-        own = [s for s in result["settings"] if (s["retain_threshold"], s["latents"]) == (threshold, n)]
-        x, y = ([s[f"{side}_accuracy"] for s in own] for side in ("retain", "forget"))
+        settings = [s for s in result["settings"] if (s["retain_threshold"], s["latents"]) == (threshold, n)]
+        x, y = ([s[f"{side}_accuracy"] for s in settings] for side in ("retain", "forget"))
         style = {"color": SEVERAL[i % len(SEVERAL)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
         axes.plot(x, y, linewidth=1, label=f"{n} latents, threshold {threshold:g}", alpha=0.85, **style)
     for name, control in result["controls"].items():
         if (best := control["setting"]) is not None:
             axes.plot(
                 best["retain_accuracy"], best["forget_accuracy"], linestyle="", marker=SHAPES.get(name, "."), mfc="none",
-                color=CODERS.get(name, "#777777"), label=f"{name}, best setting",
+                color=AUTOENCODER_COLOURS.get(name, "#777777"), label=f"{name}, best setting",
             )  # fmt: skip
     if (best := result["setting"]) is not None:
         axes.plot(
@@ -132,19 +139,19 @@ def _unlearning(result: dict[str, Any]) -> dict[str, Any]:
 def _truth(result: dict[str, Any]) -> dict[str, Any]:
     variables = sorted(result["variables"].items(), key=lambda item: item[1]["f1"])
     figure, axes = new_axes(1.3 + 0.15 * len(variables))
-    rows = range(len(variables))
+    lines = range(len(variables))
     f1, top = ([variable[key] for _, variable in variables] for key in ("f1", "top_5"))
-    axes.hlines(rows, f1, top, color="#dddddd", linewidth=1.2, zorder=1)
-    axes.plot(f1, rows, "o", color=COLOURS["sae"], markersize=4.5, label="F1 of the best latent")
-    axes.plot(top, rows, "D", color=SEVERAL[1], markersize=3.5, label="accuracy of a probe on 5 latents")
-    for key, linestyle, what in (("mean_f1", "--", "F1"), ("mean_top_5", ":", "accuracy")):
+    axes.hlines(lines, f1, top, color="#dddddd", linewidth=1.2, zorder=1)
+    axes.plot(f1, lines, "o", color=COLOURS["sae"], markersize=4.5, label="F1 of the best latent")
+    axes.plot(top, lines, "D", color=SEVERAL[1], markersize=3.5, label="accuracy of a probe on 5 latents")
+    for key, linestyle, measure in (("mean_f1", "--", "F1"), ("mean_top_5", ":", "accuracy")):
         if (control := result["controls"].get("random", {}).get(key)) is not None:
             axes.axvline(
                 control, color=COLOURS["random"], linewidth=1, linestyle=linestyle,
-                zorder=0, label=f"random's mean {what}",
+                zorder=0, label=f"random's mean {measure}",
             )  # fmt: skip
     axes.axvline(RECOVERED, color="#888888", linewidth=1, zorder=0, label=f"recovered (F1 of {RECOVERED})")
-    axes.set_yticks(rows, [name for name, _ in variables], fontsize=6.5)
+    axes.set_yticks(lines, [name for name, _ in variables], fontsize=6.5)
     axes.set(xlim=(0, 1.02), ylim=(-1, len(variables)), xlabel="F1, or accuracy (0.5 is chance)")
     axes.set_title("Which known variables latents name")
     legend_below(figure, columns=2)
@@ -152,27 +159,27 @@ def _truth(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _order(result: dict[str, Any]) -> dict[str, Any]:
-    found = result.get("order_probing", {"skipped": ""})
-    if "skipped" in found:
+    probing = result.get("order_probing", {"skipped": ""})
+    if "skipped" in probing:
         return {}
-    parts = {**found["tasks"], "mean over tasks": found}
-    rows = [(part, reading) for part in parts for reading in ("mean_pooled", "last_token")][::-1]
-    figure, axes = new_axes(1.7 + 0.3 * len(rows))
+    tasks = {**probing["tasks"], "mean over tasks": probing}
+    lines = [(task, reading) for task in tasks for reading in ("mean_pooled", "last_token")][::-1]
+    figure, axes = new_axes(1.7 + 0.3 * len(lines))
 
     def points(label: str, values: list[float | None], **style: Any) -> None:
-        axes.plot(values, range(len(rows)), linestyle="", label=label, **style)
+        axes.plot(values, range(len(lines)), linestyle="", label=label, **style)
 
-    points("bag of words", [parts[p]["bow"] for p, _ in rows], marker="|", color="#999999", markersize=14, mew=2)
-    points("LM activations", [parts[p]["lm"][r] for p, r in rows], marker="|", color="#000000", markersize=14, mew=2)
-    for name, control in found["controls"].items():
-        means = [control[r] if p == "mean over tasks" else None for p, r in rows]
-        points(name, means, marker=SHAPES.get(name, "."), color=CODERS.get(name, "#777777"), markersize=5)
-    points("1 latent", [parts[p]["top_1"][r] for p, r in rows], marker="o", color=COLOURS["sae"], mfc="white")
-    points(f"{found['k']} latents", [parts[p][r] for p, r in rows], marker="o", color=COLOURS["sae"], markersize=6.5)
+    points("bag of words", [tasks[p]["bow"] for p, _ in lines], marker="|", color="#999999", markersize=14, mew=2)
+    points("LM activations", [tasks[p]["lm"][r] for p, r in lines], marker="|", color="#000000", markersize=14, mew=2)
+    for name, control in probing["controls"].items():
+        means = [control[r] if p == "mean over tasks" else None for p, r in lines]
+        points(name, means, marker=SHAPES.get(name, "."), color=AUTOENCODER_COLOURS.get(name, "#777777"), markersize=5)
+    points("1 latent", [tasks[p]["top_1"][r] for p, r in lines], marker="o", color=COLOURS["sae"], mfc="white")
+    points(f"{probing['k']} latents", [tasks[p][r] for p, r in lines], marker="o", color=COLOURS["sae"], markersize=6.5)
     axes.set_yticks(
-        range(len(rows)), [f"{part}, {reading.replace('_', ' ')}" for part, reading in rows], parse_math=False
+        range(len(lines)), [f"{task}, {reading.replace('_', ' ')}" for task, reading in lines], parse_math=False
     )
-    axes.set(xlabel="test accuracy", ylim=(-0.6, len(rows) - 0.4), title="What is told by word order alone")
+    axes.set(xlabel="test accuracy", ylim=(-0.6, len(lines) - 0.4), title="What is told by word order alone")
     legend_below(figure, columns=3)
     return {"order_probing": figure}
 
@@ -186,7 +193,7 @@ def _clusters(result: dict[str, Any]) -> dict[str, Any]:
     axes.grid(False)
     sizes = [f"{i}: {cluster['size']:,} latents" for i, cluster in enumerate(result["clusters"], 1)]
     axes.set_yticks(range(len(sizes)), sizes)
-    axes.set_xticks(range(0, len(profiles[0]), 2), [str(1 + at) for at in range(0, len(profiles[0]), 2)])
+    axes.set_xticks(range(0, len(profiles[0]), 2), [str(1 + i) for i in range(0, len(profiles[0]), 2)])
     axes.set(xlabel="position bin (sixteenths of a row)", title="Where in a row each cluster's latents are active")
     figure.colorbar(image, label="share of activity", pad=0.02)
     return {"clusters": figure}

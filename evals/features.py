@@ -28,20 +28,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.ambient import own_modes
-from ..engine.checkpoint import Checkpoint
 from ..engine.errors import UserError
-from ..engine.files import contents, whole_file
-from ..engine.folder import check_free
-from ..engine.lock import owned
-from ..engine.names import expand_path, file_name
-from ..engine.progress import progress_bar
-from ..engine.sealed import read_json, write_json
+from ..engine.process.progress import progress_bar
+from ..engine.storage.checkpoint import Checkpoint
+from ..engine.storage.files import contents, whole_file
+from ..engine.storage.lock import owned
+from ..engine.storage.path_names import expand_path, file_name
+from ..engine.storage.run_folder import check_free
+from ..engine.storage.sealed import read_json, write_json
 from ..engine.stream import ActivationStream, TokenRows
-from ..engine.stream.text import RowSource, TestbedRows
+from ..engine.stream.token_rows import RowSource, TestbedRows
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.code import SparseCode
 from ..kernels.masks import weights_at
+from ..kernels.torch_modes import default_modes
 from . import checked_parquet
 from .core import fitted
 
@@ -55,9 +55,9 @@ _DENSE = 2**26  # activations of one dense encode, which bounds how many tokens 
 _TURNS = 5  # chunks that are encoded densely too; the first one, in which memory is taken, doesn't count
 
 
-@own_modes()
+@default_modes()
 def encode(
-    found: Checkpoint,
+    checkpoint: Checkpoint,
     stream: ActivationStream,
     out: Path,
     *,
@@ -81,16 +81,21 @@ def encode(
     is not empty or can't be written, and where pyarrow is missing. What fails leaves no store.
     """
     check(out, tokens, min_activation)
-    sae = fitted("sae", found.dictionary(), stream)
+    sae = fitted("sae", checkpoint.dictionary(), stream)
     if tokens is None and isinstance(stream.text, TestbedRows):
         raise UserError(f"tokens: needed; {stream.text.name} has no end")
     with owned(out):
         check(out, tokens, min_activation)  # nobody has made one meanwhile
-        return _stored(found, sae, stream, out, tokens, min_activation)
+        return _stored(checkpoint, sae, stream, out, tokens, min_activation)
 
 
 def _stored(
-    found: Checkpoint, sae: UnitDecoder, stream: ActivationStream, out: Path, tokens: int | None, min_activation: float
+    checkpoint: Checkpoint,
+    sae: UnitDecoder,
+    stream: ActivationStream,
+    out: Path,
+    tokens: int | None,
+    min_activation: float,
 ) -> dict[str, Any]:
     began = time.monotonic()
     try:
@@ -101,8 +106,8 @@ def _stored(
         store = {
             "format": FORMAT,
             "dictionary": {
-                "checkpoint": str(found.folder),
-                "sha256": found.manifest["files"]["sae.safetensors"]["sha256"],
+                "checkpoint": str(checkpoint.folder),
+                "sha256": checkpoint.manifest["files"]["sae.safetensors"]["sha256"],
                 "settings": sae.cfg.model_dump(mode="json"),
             },
             "model": stream.model.name,
@@ -123,15 +128,15 @@ def _stored(
     return store
 
 
-@own_modes()
+@default_modes()
 def read(
     store: str | Path, *, latent: int | Sequence[int] | None = None, document: int | Sequence[int] | None = None
 ) -> dict[str, np.ndarray]:
     """The entries of a store, of these latents and documents only where any are given, as arrays [n] by column: `document`,
     `row` int64, `position`, `token`, `latent` int32, `value` float32. Sorted by latent, document, row, position.
 
-        found = temposae.features.read("STORE", latent=7)
-        found["value"].max(), found["document"]
+        entries = temposae.features.read("STORE", latent=7)
+        entries["value"].max(), entries["document"]
 
     Only row groups that may hold such a latent are read. Raises UserError for what is not a whole store and for a latent
     that the dictionary doesn't have.
@@ -141,22 +146,24 @@ def read(
 
     folder = expand_path(store, "store")
     about = info(folder)
-    latents, documents = (None if one is None else np.atleast_1d(one).tolist() for one in (latent, document))
+    latents, documents = (
+        None if numbers is None else np.atleast_1d(numbers).tolist() for numbers in (latent, document)
+    )
     highest = about["dictionary"]["settings"]["d_sae"] - 1
-    for one in latents or ():
-        if not 0 <= one <= highest:
-            raise UserError(f"latent: {one} is not allowed; the dictionary has 0 to {highest}")
-    given = {"latent": latents, "document": documents}
-    wanted = {name: values for name, values in given.items() if values is not None}
+    for number in latents or ():
+        if not 0 <= number <= highest:
+            raise UserError(f"latent: {number} is not allowed; the dictionary has 0 to {highest}")
+    selections = {"latent": latents, "document": documents}
+    filters = {name: values for name, values in selections.items() if values is not None}
     sums = about.get("checks", {})
     try:
-        parts = [checked_parquet.read(folder / name, COLUMNS, wanted, sums.get(name)) for name in about["parts"]]
+        tables = [checked_parquet.read(folder / name, COLUMNS, filters, sums.get(name)) for name in about["parts"]]
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"store: {folder} is damaged ({str(error).splitlines()[0]})") from None
-    table = pa.concat_tables(parts)
-    found = {name: table[name].to_numpy() for name in COLUMNS}
-    order = np.argsort(found["latent"], kind="stable")  # parts come in the order of the text
-    return {name: values[order] for name, values in found.items()}
+    table = pa.concat_tables(tables)
+    columns = {name: table[name].to_numpy() for name in COLUMNS}
+    order = np.argsort(columns["latent"], kind="stable")  # parts come in the order of the text
+    return {name: values[order] for name, values in columns.items()}
 
 
 def info(store: str | Path) -> dict[str, Any]:
@@ -166,18 +173,18 @@ def info(store: str | Path) -> dict[str, Any]:
         reason = "it was not written to its end" if (folder / FEATURES).exists() else "`temposae features` makes one"
         raise UserError(f"store: {folder} holds no {MANIFEST}; {reason}")
     mend = "the store must be made again"
-    found = read_json(folder / MANIFEST, "store", mend, form=FORMAT, keys={"parts": list})
-    for part in found["parts"]:
-        above, _, name = part.rpartition("/") if isinstance(part, str) else ("", "", "")
+    manifest = read_json(folder / MANIFEST, "store", mend, form=FORMAT, keys={"parts": list})
+    for file_path in manifest["parts"]:
+        above, _, name = file_path.rpartition("/") if isinstance(file_path, str) else ("", "", "")
         try:
-            file_name(name if above == FEATURES else f"{part}/")
+            file_name(name if above == FEATURES else f"{file_path}/")
         except ValueError as error:
             raise UserError(f"store: {folder / MANIFEST} is damaged ({error})") from None
-    about = found.get("dictionary")
+    about = manifest.get("dictionary")
     settings = about.get("settings") if isinstance(about, dict) else None
     if not isinstance(settings, dict) or not isinstance(settings.get("d_sae"), int):
         raise UserError(f"store: {folder / MANIFEST} is damaged: it doesn't say how many latents the dictionary has")
-    return found
+    return manifest
 
 
 def check(out: Path, tokens: int | None, min_activation: float) -> None:
@@ -208,8 +215,8 @@ def _encoded(
     sae: UnitDecoder, stream: ActivationStream, out: Path, tokens: int | None, min_activation: float
 ) -> dict[str, Any]:
     """Write tokens and features; returns counts, the parts' names, and the speed of encoding."""
-    words, turns = _Words(stream.model.tokenizer), _Turns(sae)
-    features, lines = _Features(out / FEATURES), _Lines(out / TOKENS)
+    words, turns = _TokenTexts(stream.model.tokenizer), _EncodeTimer(sae)
+    features, lines = _ActivationWriter(out / FEATURES), _TokenWriter(out / TOKENS)
     counts = {"tokens": 0, "rows": 0, "documents": 0}
     last = {"row": -1, "document": -1}
     with progress_bar("encoding", tokens, "tokens") as bar, lines:
@@ -220,11 +227,11 @@ def _encoded(
             sums = torch.stack([error, target.square().sum(1)]).cpu().numpy()
             owners, latents, values = _entries(code)
             active = np.bincount(owners, minlength=len(x)).astype(np.int32)
-            of_token = {"active": active, "squared_error": sums[0], "squared_norm": sums[1]}
-            lines.add(place | {"text": words(place["token"])} | of_token)
+            per_token = {"active": active, "squared_error": sums[0], "squared_norm": sums[1]}
+            lines.add(place | {"text": words(place["token"])} | per_token)
             stored = values > min_activation
-            of_entry = {name: column[owners[stored]] for name, column in place.items()}
-            features.add(of_entry | {"latent": latents[stored], "value": values[stored]})
+            per_entry = {name: column[owners[stored]] for name, column in place.items()}
+            features.add(per_entry | {"latent": latents[stored], "value": values[stored]})
             counts["tokens"] += len(x)
             for name in last:  # both ascend
                 counts[f"{name}s"] += len(np.unique(place[name])) - int(place[name][0] == last[name])
@@ -236,8 +243,8 @@ def _encoded(
         if tokens is not None and counts["tokens"] < tokens:
             bar.note(f"data: {stream.text.name} ended after {counts['tokens']:,} of {tokens:,} tokens")
     sums = features.checks | {TOKENS: checked_parquet.checks(out / TOKENS)}
-    parts = list(features.checks)
-    return {**counts, "entries": features.entries, "parts": parts, "checks": sums, "speed": turns.speed()}
+    part_names = list(features.checks)
+    return {**counts, "entries": features.entries, "parts": part_names, "checks": sums, "speed": turns.speed()}
 
 
 def _chunks(
@@ -245,24 +252,24 @@ def _chunks(
 ) -> Iterator[tuple[dict[str, np.ndarray], Tensor, Tensor]]:
     """Columns [n] that say where tokens are, their activations x [n, D] in float32, and those that a transcoder is to give
     (else x again), at most `size` at a time."""
-    left = sys.maxsize if tokens is None else tokens
+    remaining = sys.maxsize if tokens is None else tokens
     for rows in _whole_text(stream.text, stream.config.rows_per_forward):
-        read, there = stream.read(rows)
-        kept = there.cpu()
-        kept &= (kept.flatten().cumsum(0) <= left).view(kept.shape)
+        read, kept_on_device = stream.read(rows)
+        kept = kept_on_device.cpu()
+        kept &= (kept.flatten().cumsum(0) <= remaining).view(kept.shape)
         place = {
             "document": rows.document[kept].numpy(),
             "row": rows.row[:, None].expand(kept.shape)[kept].numpy(),
             "position": torch.arange(kept.shape[1], dtype=torch.int32).expand(kept.shape)[kept].numpy(),
             "token": rows.tokens[kept].int().numpy(),
         }
-        x, *others = (acts[kept.to(acts.device)].float() for acts in read.values())
-        target = others[-1] if others else x
+        x, *outputs = (acts[kept.to(acts.device)].float() for acts in read.values())
+        target = outputs[-1] if outputs else x
         for start in range(0, len(x), size):
-            at = slice(start, start + size)
-            yield {name: column[at] for name, column in place.items()}, x[at], target[at]
-        left -= len(x)
-        if not left:
+            chunk = slice(start, start + size)
+            yield {name: column[chunk] for name, column in place.items()}, x[chunk], target[chunk]
+        remaining -= len(x)
+        if not remaining:
             return
 
 
@@ -273,37 +280,39 @@ def _whole_text(text: RowSource, size: int) -> Iterator[TokenRows]:
         while len(rows := text.next(size)):
             yield rows
 
-    def each(parts: Iterable[TokenRows]) -> Iterator[TokenRows]:
-        for rows in parts:
+    def single_rows(batches: Iterable[TokenRows]) -> Iterator[TokenRows]:
+        for rows in batches:
             for i in range(len(rows)):
-                at = slice(i, i + 1)
-                yield TokenRows(rows.tokens[at], rows.length[at], rows.document[at], rows.row[at])
+                row_slice = slice(i, i + 1)
+                yield TokenRows(
+                    rows.tokens[row_slice], rows.length[row_slice], rows.document[row_slice], rows.row[row_slice]
+                )
 
     held_out = text.held_out(sys.maxsize, size)
-    rows = heapq.merge(each(training()), each(held_out), key=lambda one: int(one.row))
-    while part := list(islice(rows, size)):
+    rows = heapq.merge(single_rows(training()), single_rows(held_out), key=lambda row: int(row.row))
+    while batch := list(islice(rows, size)):
         yield TokenRows(
-            *(torch.cat([getattr(one, name) for one in part]) for name in ("tokens", "length", "document", "row"))
+            *(torch.cat([getattr(row, name) for row in batch]) for name in ("tokens", "length", "document", "row"))
         )
 
 
 def _entries(code: SparseCode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token int64, latent int32 and value float32 of what is above 0, [n] each, token after token."""
     values = code.live(code.values).flatten()
-    at = (values > 0).nonzero().flatten()
-    found = (code.rows.flatten()[at], code.indices.flatten()[at], values[at])
-    owners, latents, values = (one.cpu().numpy() for one in found)
+    active = (values > 0).nonzero().flatten()
+    entries = (code.rows.flatten()[active], code.indices.flatten()[active], values[active])
+    owners, latents, values = (tensor.cpu().numpy() for tensor in entries)
     return owners, latents, values
 
 
-class _Words:
+class _TokenTexts:
     """The text of tokens, each decoded once."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer, self.known = tokenizer, dict[int, str]()
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        unique, at = np.unique(tokens, return_inverse=True)
+        unique, inverse = np.unique(tokens, return_inverse=True)
         for token in unique.tolist():
             if token not in self.known:
                 text = (
@@ -312,10 +321,10 @@ class _Words:
                     else self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
                 )
                 self.known[token] = str(token) if text is None else text
-        return np.array([self.known[token] for token in unique.tolist()], dtype=object)[at]
+        return np.array([self.known[token] for token in unique.tolist()], dtype=object)[inverse]
 
 
-class _Turns:
+class _EncodeTimer:
     """Encodes, and beside it densely the first chunks, to compare the two."""
 
     def __init__(self, sae: Dictionary):
@@ -327,15 +336,15 @@ class _Turns:
         if len(self.dense) == _TURNS:
             return self.sae.encode_sparse(x, pos)
         turns = [(self.sparse, self.sae.encode_sparse), (self.dense, self._densely)]
-        found: dict[int, Any] = {}
-        for nth in (0, 1) if len(self.dense) % 2 else (1, 0):
-            times, call = turns[nth]
+        outputs: dict[int, Any] = {}
+        for index in (0, 1) if len(self.dense) % 2 else (1, 0):
+            times, call = turns[index]
             _wait(x.device)
             began = time.perf_counter()
-            found[nth] = call(x, pos)
+            outputs[index] = call(x, pos)
             _wait(x.device)
             times.append((time.perf_counter() - began) / len(x))
-        return found[0]
+        return outputs[0]
 
     @torch.no_grad()
     def _densely(self, x: Tensor, pos: Tensor) -> Any:
@@ -346,8 +355,8 @@ class _Turns:
             acts *= weights_at(weights, rows)
         if sae.cfg.activation == "topk":
             return acts.topk(sae.k, dim=1)
-        at = (acts > (0.0 if sae.cfg.activation == "relu" else sae.threshold)).nonzero(as_tuple=True)
-        return at, acts[at]
+        active = (acts > (0.0 if sae.cfg.activation == "relu" else sae.threshold)).nonzero(as_tuple=True)
+        return active, acts[active]
 
     def speed(self) -> dict[str, float]:
         """Tokens/s of both, medians."""
@@ -364,7 +373,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class _Gathered:
+class _ColumnWriter:
     """Columns that wait until there are lines enough to be written."""
 
     def __init__(self, enough: int, write: Callable[[dict[str, np.ndarray]], None]):
@@ -373,14 +382,14 @@ class _Gathered:
 
     def add(self, columns: dict[str, np.ndarray]) -> None:
         self.waiting.append(columns)
-        if sum(len(one["token"]) for one in self.waiting) >= self.enough:
+        if sum(len(block["token"]) for block in self.waiting) >= self.enough:
             self.flush(self.enough)
 
     def flush(self, least: int = 1) -> None:
         """Write, `enough` lines at a time, until fewer than `least` are left."""
         if not self.waiting:
             return
-        whole = {name: np.concatenate([one[name] for one in self.waiting]) for name in self.waiting[0]}
+        whole = {name: np.concatenate([block[name] for block in self.waiting]) for name in self.waiting[0]}
         start, total = 0, len(whole["token"])
         while total - start >= least:
             self.write({name: column[start : start + self.enough] for name, column in whole.items()})
@@ -388,7 +397,7 @@ class _Gathered:
         self.waiting = [{name: column[start:] for name, column in whole.items()}] if start < total else []
 
 
-class _Lines(_Gathered):
+class _TokenWriter(_ColumnWriter):
     """tokens.parquet, a row group at a time; it gets its name when all is well at the end."""
 
     def __init__(self, path: Path):
@@ -406,7 +415,7 @@ class _Lines(_Gathered):
 
         self.file.write_table(pa.table(columns, schema=self.schema))
 
-    def __enter__(self) -> "_Lines":
+    def __enter__(self) -> "_TokenWriter":
         return self
 
     def __exit__(self, *failure: Any) -> None:
@@ -416,7 +425,7 @@ class _Lines(_Gathered):
         self.place.__exit__(*failure)
 
 
-class _Features(_Gathered):
+class _ActivationWriter(_ColumnWriter):
     """features/part-*.parquet, each sorted by itself and under its name once it is whole."""
 
     def __init__(self, folder: Path):

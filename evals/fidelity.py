@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
-from ..engine.progress import progress_bar
+from ..engine.process.progress import progress_bar
 from ..engine.stream import TokenRows
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
-from .collect import Collected, Evaluation
-from .positions import Drawn, held_out, xlogx
-from .replaced import losses_and_kl, rows_at_once
+from .evaluation import Evaluation, TextActivations
+from .positions import BinnedTokens, held_out, xlogx
+from .replacement_loss import losses_and_kl, rows_at_once
 
 SHIFTS = (0, 16, 64)
 BEFORE = 16  # tokens of its own row that stand before text that is shifted
@@ -49,14 +49,18 @@ def fidelity(
     if evaluation.sae.cfg.d_out is not None:
         raise UserError(f"sae.d_out: {evaluation.sae.cfg.d_out} is not allowed; a transcoder's output can't be encoded")
     collected = held_out(evaluation, rows)
-    drawn = Drawn.of(evaluation, collected, bins, 0, evaluation.generator("fidelity"))
+    drawn = BinnedTokens.of(evaluation, collected, bins, 0, evaluation.generator("fidelity"))
     ce_rows = max(1, min(ce_rows, evaluation.sizes.ce_rows) // evaluation.share)
     shift_rows = evaluation.rows(shift_rows)
     before, shifted = _shifted(evaluation, collected, shift_rows)
-    coders = {name: coder for name, coder in evaluation.coders(collected).items() if name != "mean"}
-    of_ce = int(collected.kept[:ce_rows].sum())
-    given = {name: coder.decode(collected.code(coder))[:of_ce] for name, coder in coders.items()}
-    ce = _ce(evaluation, collected, drawn, ce_rows, {"zero": torch.zeros_like(collected.x[:of_ce]), **given})
+    autoencoders = {
+        name: autoencoder for name, autoencoder in evaluation.autoencoders(collected).items() if name != "mean"
+    }
+    ce_tokens = int(collected.kept[:ce_rows].sum())
+    decoded = {
+        name: autoencoder.decode(collected.code(autoencoder))[:ce_tokens] for name, autoencoder in autoencoders.items()
+    }
+    ce = _ce(evaluation, collected, drawn, ce_rows, {"zero": torch.zeros_like(collected.x[:ce_tokens]), **decoded})
     bin_ = torch.from_numpy(drawn.of_position).to(collected.x.device)[collected.pos]
 
     def by_bin(squares: Tensor) -> Tensor:
@@ -64,67 +68,71 @@ def fidelity(
 
     spread = by_bin((collected.x - collected.mean).double().square().sum(1))
     figures: dict[str, dict[str, Any]] = {}
-    for name, coder in coders.items():
-        x_hat = coder.decode(collected.code(coder))
-        again = Collected(collected.tokens, collected.kept, x_hat, collected.pos, collected.row).code(coder)
+    for name, autoencoder in autoencoders.items():
+        x_hat = autoencoder.decode(collected.code(autoencoder))
+        recoded = TextActivations(collected.tokens, collected.kept, x_hat, collected.pos, collected.row).code(
+            autoencoder
+        )
         recovered = [
             (z - o) / (z - c) if z > c else None for z, o, c in zip(ce["zero"], ce[name], ce["clean"], strict=True)
         ]
-        old = before.code(coder)
+        old = before.code(autoencoder)
         figures[name] = {
-            "profile": _alike(collected.code(coder), again, drawn),
+            "profile": _alike(collected.code(autoencoder), recoded, drawn),
             "explained_variance": _over_bins(
                 (1 - by_bin((collected.x - x_hat).double().square().sum(1)) / spread).tolist()
             ),
             "ce_recovered": _over_bins(recovered),
-            "shifts": {str(shift): _overlap(old, later.code(coder)) for shift, later in shifted.items()},
+            "shifts": {str(shift): _overlap(old, later.code(autoencoder)) for shift, later in shifted.items()},
         }
     ends = [np.flatnonzero(drawn.of_position == b)[[0, -1]].tolist() for b in range(bins)]
-    own = figures.pop("sae")
-    return {**own, "controls": figures, "bins": ends, "seconds": round(time.monotonic() - began, 2)}
+    scores = figures.pop("sae")
+    return {**scores, "controls": figures, "bins": ends, "seconds": round(time.monotonic() - began, 2)}
 
 
-def _alike(code: SparseCode, again: SparseCode, drawn: Drawn) -> float | None:
+def _alike(code: SparseCode, recoded: SparseCode, drawn: BinnedTokens) -> float | None:
     """1 - JSD in bits of the two codes' profiles over bins, weighted by firings; None where nothing fires."""
     q, weights = [], 0
-    for one in (code, again):
-        latent, token, value = drawn.entries(one)
-        sums = np.bincount(latent * drawn.bins + drawn.bin[token], np.abs(value), minlength=one.n_latents * drawn.bins)
-        sums = sums.reshape(one.n_latents, -1)
+    for side in (code, recoded):
+        latent, token, value = drawn.entries(side)
+        sums = np.bincount(latent * drawn.bins + drawn.bin[token], np.abs(value), minlength=side.n_latents * drawn.bins)
+        sums = sums.reshape(side.n_latents, -1)
         q.append(sums / np.where(sums > 0, sums.sum(1, keepdims=True), 1))
-        weights = weights + np.bincount(latent, minlength=one.n_latents)
+        weights = weights + np.bincount(latent, minlength=side.n_latents)
     jsd = (xlogx(q[0]) / 2 + xlogx(q[1]) / 2 - xlogx((q[0] + q[1]) / 2)).sum(1) / math.log(2)
     jsd = np.where((q[0].sum(1) > 0) & (q[1].sum(1) > 0), jsd, 1)  # a latent that is gone, or that is new
     return float(np.average(1 - jsd, weights=weights)) if np.any(weights) else None
 
 
 def _ce(
-    evaluation: Evaluation, collected: Collected, drawn: Drawn, rows: int, given: dict[str, Tensor]
+    evaluation: Evaluation, collected: TextActivations, drawn: BinnedTokens, rows: int, decoded: dict[str, Tensor]
 ) -> dict[str, list[float]]:
     """Mean loss in each bin, of text tokens after text tokens in the first rows: of the `clean` model, and with each of the
-    given x [n, D] at the hook."""
+    `decoded` x [n, D] at the hook."""
     model, T = evaluation.stream.model, collected.tokens.shape[1]
-    summed = {name: torch.zeros(drawn.bins + 1, dtype=torch.float64) for name in ("clean", *given)}
+    summed = {name: torch.zeros(drawn.bins + 1, dtype=torch.float64) for name in ("clean", *decoded)}
     counts, used = torch.zeros(drawn.bins + 1, dtype=torch.float64), 0
     bin_ = torch.from_numpy(drawn.of_position) + 1
-    size = min(ROWS, rows_at_once(model, T, collected.x.shape[1], len(given)))
-    parts = zip(collected.tokens[:rows].split(size), collected.kept[:rows].split(size), strict=True)
+    size = min(ROWS, rows_at_once(model, T, collected.x.shape[1], len(decoded)))
+    batches = zip(collected.tokens[:rows].split(size), collected.kept[:rows].split(size), strict=True)
     with progress_bar("fidelity: model behaviour", total=min(rows, len(collected)), unit="rows") as bar:
-        for tokens, kept in parts:
-            here, used = slice(used, used + int(kept.sum())), used + int(kept.sum())
-            x, there = model.activations(tokens), kept.to(model.device)
+        for tokens, kept in batches:
+            span, used = slice(used, used + int(kept.sum())), used + int(kept.sum())
+            x, kept_on_device = model.activations(tokens), kept.to(model.device)
 
-            def spliced(value: Tensor, x: Tensor = x, there: Tensor = there, here: slice = here) -> Tensor:
+            def spliced(
+                value: Tensor, x: Tensor = x, kept_on_device: Tensor = kept_on_device, span: slice = span
+            ) -> Tensor:
                 fresh = x.clone()
-                fresh[there] = value[here].to(x.dtype)
+                fresh[kept_on_device] = value[span].to(x.dtype)
                 return fresh
 
-            at = kept.clone()
-            at[:, :-1] &= kept[:, 1:]
-            at[:, -1] = False
-            bins = bin_[at.nonzero()[:, 1]]
-            values = {name: partial(spliced, value) for name, value in given.items()}
-            for name, (loss, _) in losses_and_kl(model, tokens, x, at, values).items():
+            scored = kept.clone()
+            scored[:, :-1] &= kept[:, 1:]
+            scored[:, -1] = False
+            bins = bin_[scored.nonzero()[:, 1]]
+            values = {name: partial(spliced, value) for name, value in decoded.items()}
+            for name, (loss, _) in losses_and_kl(model, tokens, x, scored, values).items():
                 summed[name].index_add_(0, bins, loss)
             counts += torch.bincount(bins, minlength=len(counts))
             bar.advance(len(tokens))
@@ -141,7 +149,9 @@ def _over_bins(values: list[float | None]) -> dict[str, Any]:
     }
 
 
-def _shifted(evaluation: Evaluation, collected: Collected, rows: int) -> tuple[Collected, dict[int, Collected]]:
+def _shifted(
+    evaluation: Evaluation, collected: TextActivations, rows: int
+) -> tuple[TextActivations, dict[int, TextActivations]]:
     """Text of some rows where it stands, and behind other rows' text, later by each of `SHIFTS`."""
     T = collected.tokens.shape[1]
     width = T - 1 - BEFORE - max(SHIFTS)  # tokens of text that are shifted
@@ -151,29 +161,31 @@ def _shifted(evaluation: Evaluation, collected: Collected, rows: int) -> tuple[C
         raise UserError(
             f"stream.context: {T} is not allowed; shifts need two rows of {BEFORE + max(SHIFTS) + 2} tokens"
         )
-    own, other = collected.tokens[full[:-1]], collected.tokens[full[1:]]
+    texts, other_texts = collected.tokens[full[:-1]], collected.tokens[full[1:]]
 
     def placed(before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of tokens, and what the model has at the shifted ones [R, width, D], with those that count [R, width]."""
-        tokens = torch.cat([own[:, :1], before, own[:, 1 + BEFORE :][:, :width]], 1)
+        tokens = torch.cat([texts[:, :1], before, texts[:, 1 + BEFORE :][:, :width]], 1)
         length, row = torch.full((len(tokens),), tokens.shape[1]), torch.arange(len(tokens))
         x, kept = [], []
-        for at in row.split(ROWS):
-            read, counts = evaluation.stream.read(TokenRows(tokens[at], length[at], torch.zeros_like(tokens[at]), at))
+        for batch in row.split(ROWS):
+            read, counts = evaluation.stream.read(
+                TokenRows(tokens[batch], length[batch], torch.zeros_like(tokens[batch]), batch)
+            )
             x.append(next(iter(read.values()))[:, -width:].float())
             kept.append(counts[:, -width:])
         return tokens, torch.cat(x), torch.cat(kept)
 
-    found = [placed(own[:, 1 : 1 + BEFORE]), *(placed(other[:, 1 : 1 + BEFORE + s]) for s in SHIFTS)]
-    common = torch.stack([kept for _, _, kept in found]).all(0)  # that count wherever they stand
+    placements = [placed(texts[:, 1 : 1 + BEFORE]), *(placed(other_texts[:, 1 : 1 + BEFORE + s]) for s in SHIFTS)]
+    common = torch.stack([kept for _, _, kept in placements]).all(0)  # that count wherever they stand
 
-    def chosen(tokens: Tensor, x: Tensor) -> Collected:
+    def chosen(tokens: Tensor, x: Tensor) -> TextActivations:
         kept = torch.zeros_like(tokens, dtype=torch.bool)
         kept[:, -width:] = common.to(kept.device)
         row, pos = kept.nonzero(as_tuple=True)
-        return Collected(tokens, kept, x[common], pos.to(x.device), row.to(x.device))
+        return TextActivations(tokens, kept, x[common], pos.to(x.device), row.to(x.device))
 
-    here, *later = (chosen(tokens, x) for tokens, x, _ in found)
+    here, *later = (chosen(tokens, x) for tokens, x, _ in placements)
     return here, dict(zip(SHIFTS, later, strict=True))
 
 

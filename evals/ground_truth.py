@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 from ..engine.errors import UserError
 from ..engine.testbed import lexicon as lex
 from ..engine.testbed.language import KINDS, ROLES, SECTIONS, facts
-from .collect import Coder, Collected, Evaluation
+from .evaluation import Autoencoder, Evaluation, TextActivations
 from .probes import Split, balanced, top_k
 
 RECOVERED = 0.8
@@ -53,47 +53,47 @@ def ground_truth(evaluation: Evaluation, *, rows: int = 1024) -> dict[str, Any]:
         raise UserError(
             f"rows: {rows} is not allowed; so few documents hold no variable often enough, give 100 or more"
         )
-    coders = evaluation.coders(collected)
-    found = {
-        name: _scores(evaluation, collected, coder, truth, choosing)
-        for name, coder in coders.items()
+    autoencoders = evaluation.autoencoders(collected)
+    results = {
+        name: _scores(evaluation, collected, autoencoder, truth, choosing)
+        for name, autoencoder in autoencoders.items()
         if name != "mean"  # it is always on and tells nothing apart
     }
-    found["shuffled"] = _scores(evaluation, collected, coders["sae"], truth, choosing, shuffled=True)
-    own = found.pop("sae")
-    f1 = np.array([variable["f1"] for variable in own.values()])
+    results["shuffled"] = _scores(evaluation, collected, autoencoders["sae"], truth, choosing, shuffled=True)
+    by_variable = results.pop("sae")
+    f1 = np.array([variable["f1"] for variable in by_variable.values()])
     levels = [round(0.5 + 0.05 * step, 2) for step in range(10)]
     return {
-        **_summary(own),
+        **_summary(by_variable),
         "recovered_at": [{"f1": level, "share": float((f1 >= level).mean())} for level in levels],
-        "variables": own,
-        "controls": {name: _summary(control) for name, control in found.items()},
+        "variables": by_variable,
+        "controls": {name: _summary(control) for name, control in results.items()},
         "tokens": len(collected.x),
         "rows": len(collected),
         "seconds": round(time.monotonic() - began, 2),
     }
 
 
-def variables(collected: Collected, choosing: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def variables(collected: TextActivations, choosing: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Name -> (applies, true), bool [n] each, of the variables with at least `LEAST` true and `LEAST` false tokens of those
     `choosing` [n], and of the others."""
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    truth: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for label, names in _VALUES.items():
         values = collected.label(label).numpy()
         for value, name in enumerate(names):
             if name != "none":
-                found[f"{label}={name}"] = values >= 0, values == value
+                truth[f"{label}={name}"] = values >= 0, values == value
     plural, fact = collected.label("plural").numpy(), collected.label("fact").numpy()
     noun = collected.label("role").numpy() != ROLES.index("copula")
     forget = np.array([known.forget for known in facts()])
-    found["plural noun"] = (plural >= 0) & noun, plural == 1
-    found["fact to forget"] = fact >= 0, forget[fact]
+    truth["plural noun"] = (plural >= 0) & noun, plural == 1
+    truth["fact to forget"] = fact >= 0, forget[fact]
     for label in ("agent_is_human", "subject_is_human"):
         values = collected.label(label).numpy()
-        found[label] = values >= 0, values == 1
+        truth[label] = values >= 0, values == 1
     return {
         name: (applies, applies & true)
-        for name, (applies, true) in found.items()
+        for name, (applies, true) in truth.items()
         if min((applies & y & side).sum() for y in (true, ~true) for side in (choosing, ~choosing)) >= LEAST
     }
 
@@ -108,8 +108,8 @@ def best_latents(
     """
     hits, counts = _counts(fired, learned & choosing), _counts(fired, applies & choosing)
     latents = (2 * hits / (counts + (learned & choosing).sum(1, keepdims=True)).clip(1)).argmax(1)
-    at = np.arange(len(latents)), latents
-    hits, counts = _counts(fired, true & ~choosing)[at], _counts(fired, applies & ~choosing)[at]
+    cells = np.arange(len(latents)), latents
+    hits, counts = _counts(fired, true & ~choosing)[cells], _counts(fired, applies & ~choosing)[cells]
     positives = (true & ~choosing).sum(1)
     return [
         {
@@ -129,49 +129,49 @@ def _counts(fired: csr_array, where: np.ndarray) -> np.ndarray:
 
 def _scores(
     evaluation: Evaluation,
-    collected: Collected,
-    coder: Coder,
+    collected: TextActivations,
+    autoencoder: Autoencoder,
     truth: dict[str, tuple[np.ndarray, np.ndarray]],
     choosing: np.ndarray,
     *,
     shuffled: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Of every variable, what the module's head says; with `shuffled`, learned from permuted labels."""
-    code = collected.code(coder)
+    code = collected.code(autoencoder)
     assert code.offsets is not None
     shape = len(collected.x), code.n_latents
-    parts = [part.cpu().numpy() for part in (code.values, code.indices, code.offsets)]
-    acts = csr_array((parts[0], parts[1], parts[2]), shape=shape)
+    arrays = [tensor.cpu().numpy() for tensor in (code.values, code.indices, code.offsets)]
+    acts = csr_array((arrays[0], arrays[1], arrays[2]), shape=shape)
     # A latent fires above zero; neurons are also negative.
-    fired = csr_array(((parts[0] > 0).astype(np.float64), parts[1], parts[2]), shape=shape)
+    fired = csr_array(((arrays[0] > 0).astype(np.float64), arrays[1], arrays[2]), shape=shape)
     applies, true = (np.stack(side) for side in zip(*truth.values(), strict=True))
     learned = true.copy()
     if shuffled:
-        for nth, name in enumerate(truth):
-            draw, here = evaluation.generator(f"ground truth shuffled {name}"), applies[nth] & choosing
-            learned[nth, here] = draw.permutation(learned[nth, here])
-    found = dict(zip(truth, best_latents(fired, applies, learned, true, choosing), strict=True))
+        for index, name in enumerate(truth):
+            draw, here = evaluation.generator(f"ground truth shuffled {name}"), applies[index] & choosing
+            learned[index, here] = draw.permutation(learned[index, here])
+    scores = dict(zip(truth, best_latents(fired, applies, learned, true, choosing), strict=True))
     for name, (where, y) in truth.items():
         draw = evaluation.generator(f"ground truth probe {name}")
         train, test = (_drawn(y, where & side, draw) for side in (choosing, ~choosing))
         split = Split(acts[train].toarray(), y[train], acts[test].toarray(), y[test])
         if shuffled:
             split = split.shuffled(draw)
-        found[name] |= {"top_5": top_k(split, (5,))[5], "tokens": int(where.sum())}
-    return found
+        scores[name] |= {"top_5": top_k(split, (5,))[5], "tokens": int(where.sum())}
+    return scores
 
 
 def _drawn(y: np.ndarray, where: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """Indices of equally many true and false tokens of those in `where` [n], at most `MOST` of each."""
     among = np.flatnonzero(where)
-    rows = among[balanced(y[among], draw)]
-    return np.concatenate([rows[y[rows]][:MOST], rows[~y[rows]][:MOST]])
+    tokens = among[balanced(y[among], draw)]
+    return np.concatenate([tokens[y[tokens]][:MOST], tokens[~y[tokens]][:MOST]])
 
 
-def _summary(found: dict[str, dict[str, Any]]) -> dict[str, float]:
-    f1 = np.array([variable["f1"] for variable in found.values()])
+def _summary(scores: dict[str, dict[str, Any]]) -> dict[str, float]:
+    f1 = np.array([variable["f1"] for variable in scores.values()])
     return {
         "recovered": float((f1 >= RECOVERED).mean()),
         "mean_f1": float(f1.mean()),
-        "mean_top_5": float(np.mean([variable["top_5"] for variable in found.values()])),
+        "mean_top_5": float(np.mean([variable["top_5"] for variable in scores.values()])),
     }

@@ -19,9 +19,9 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from ..engine import online
 from ..engine.errors import UserError, near
-from ..engine.names import expand_path
+from ..engine.process import hub_access
+from ..engine.storage.path_names import expand_path
 
 PER_CLASS = (
     2500  # half of the protocol's 4000 rows for training and 1000 for testing; the other half are other classes'
@@ -32,7 +32,7 @@ _TRAIN = "data/train-*.parquet"
 _LICENCE, _LONG = 150, 384  # characters of a source file that are left out, and that there must be besides
 
 #: text, class (None: not one that is wanted), and the side of what is to be even within a class
-_Row = tuple[str, str | None, Any]
+_Example = tuple[str, str | None, Any]
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Labelled:
 
 @dataclass(frozen=True)
 class _Published:
-    """A data set on the hub. `parts`: parquet files, and the classes that are taken from them. `sides`: how many sides
-    there are of what is to be even within a class."""
+    """A data set on the hub. `classes_by_file`: parquet files, and the classes that are taken from them. `sides`: how many
+    sides there are of what is to be even within a class."""
 
     repo: str
-    rows: Callable[[dict[str, Any]], Iterable[_Row]]
-    parts: dict[str, tuple[str, ...]]
+    examples: Callable[[dict[str, Any]], Iterable[_Example]]
+    classes_by_file: dict[str, tuple[str, ...]]
     sides: int = 1
 
 
@@ -83,12 +83,15 @@ def load_labelled(source: str, draw: np.random.Generator) -> Labelled:
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"sets: {source} has per_class = {count!r}, which is not allowed; give a number of texts")
     if published is None:
-        rows = list(_from_file(file, options.get("text", "text"), options.get("label", "label")))
-        shuffled = (rows[at] for at in draw.permutation(len(rows)))
-        found, name = _first(shuffled, {label for _, label, _ in rows if label is not None}, int(count), 1), file.name
+        examples = list(_from_file(file, options.get("text", "text"), options.get("label", "label")))
+        shuffled = (examples[index] for index in draw.permutation(len(examples)))
+        pairs, name = (
+            _first(shuffled, {label for _, label, _ in examples if label is not None}, int(count), 1),
+            file.name,
+        )
     else:
-        found = _from_hub(name, published, options.get("path"), int(count), draw)
-    return Labelled(name, [text for text, _ in found], [label for _, label in found])
+        pairs = _from_hub(name, published, options.get("path"), int(count), draw)
+    return Labelled(name, [text for text, _ in pairs], [label for _, label in pairs])
 
 
 def stored_at(source: str) -> Path | None:
@@ -100,33 +103,33 @@ def stored_at(source: str) -> Path | None:
     return None if name in EMBEDDED or name in PUBLISHED else expand_path(name, "set")
 
 
-def _first(rows: Iterable[_Row], classes: Iterable[str], per_class: int, sides: int) -> list[tuple[str, str]]:
+def _first(examples: Iterable[_Example], classes: Iterable[str], per_class: int, sides: int) -> list[tuple[str, str]]:
     """The first texts of each class, as many of each side. Reads no further than it must."""
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     most = -(-per_class // sides)
     open_classes = set(classes)
-    taken: Counter[tuple[str, Any]] = Counter()
-    for text, label, side in rows:
-        if label in open_classes and taken[label, side] < most and text.strip():
-            found.append((text, label))
-            taken[label, side] += 1
-            if sum(count == most for (of, _), count in taken.items() if of == label) == sides:
+    counts: Counter[tuple[str, Any]] = Counter()
+    for text, label, side in examples:
+        if label in open_classes and counts[label, side] < most and text.strip():
+            pairs.append((text, label))
+            counts[label, side] += 1
+            if sum(count == most for (counted_label, _), count in counts.items() if counted_label == label) == sides:
                 open_classes.remove(label)
         if not open_classes:
             break
-    return found
+    return pairs
 
 
-def _from_file(path: Path, text: str, label: str) -> Iterator[_Row]:
+def _from_file(path: Path, text: str, label: str) -> Iterator[_Example]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            for number, row in _csv(lines) if path.suffix.lower() == ".csv" else _jsonl(lines):
+            for number, record in _csv(lines) if path.suffix.lower() == ".csv" else _jsonl(lines):
                 for column in (text, label):
-                    if row.get(column) is None:
+                    if record.get(column) is None:
                         raise UserError(
-                            f"sets: {path} line {number} has no {column!r}; it has {', '.join(map(str, row))}"
+                            f"sets: {path} line {number} has no {column!r}; it has {', '.join(map(str, record))}"
                         )
-                yield str(row[text]), _key(row[label]), None
+                yield str(record[text]), _key(record[label]), None
     except UserError:
         raise
     except (OSError, ValueError, csv.Error) as error:
@@ -136,18 +139,18 @@ def _from_file(path: Path, text: str, label: str) -> Iterator[_Row]:
 def _csv(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(2**30)  # texts may be longer than the 128 KiB that are usual
     reader = csv.DictReader(lines)
-    for row in reader:
-        yield reader.line_num, row
+    for record in reader:
+        yield reader.line_num, record
 
 
 def _jsonl(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
-            row = json.loads(line)
-            if not isinstance(row, dict):
+            record = json.loads(line)
+            if not isinstance(record, dict):
                 raise ValueError(f"line {number} is not a JSON object")
             # halves of surrogate pairs, which no tokenizer takes
-            yield number, {key: _whole(value) if isinstance(value, str) else value for key, value in row.items()}
+            yield number, {key: _whole(value) if isinstance(value, str) else value for key, value in record.items()}
 
 
 def _whole(text: str) -> str:
@@ -162,62 +165,64 @@ def _key(value: Any) -> str:
 def _from_hub(
     name: str, published: _Published, folder: str | None, per_class: int, draw: np.random.Generator
 ) -> list[tuple[str, str]]:
-    why = online.why_not() if folder is None else None  # asked before `datasets` reads whether it may ask the hub
+    why = hub_access.why_not() if folder is None else None  # asked before `datasets` reads whether it may ask the hub
     import datasets
 
     root = f"hf://datasets/{published.repo}" if folder is None else expand_path(folder, "set")
-    found: list[tuple[str, str]] = []
-    for files, classes in published.parts.items():
+    pairs: list[tuple[str, str]] = []
+    for files, classes in published.classes_by_file.items():
         try:
             stored = datasets.load_dataset("parquet", data_files=f"{root}/{files}", split="train", streaming=True)
-            rows = (row for stored_row in stored for row in published.rows(stored_row) if row[1] in classes)
-            found += _first(_drawn(rows, draw), classes, per_class, published.sides)
+            examples = (example for record in stored for example in published.examples(record) if example[1] in classes)
+            pairs += _first(_drawn(examples, draw), classes, per_class, published.sides)
         except Exception as error:
             reason = why or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(
                 f"sets: {name} can't be read from {root} ({reason}); download {published.repo} with its folders, "
                 f"and give {name}?path=FOLDER"
             ) from error
-    for label in (label for classes in published.parts.values() for label in classes):
-        if not any(label == has for _, has in found):
-            raise UserError(f"sets: {name} has no text of class {label} in {root}/{', '.join(published.parts)}")
-    return found
+    for label in (label for classes in published.classes_by_file.values() for label in classes):
+        if not any(label == pair_label for _, pair_label in pairs):
+            raise UserError(
+                f"sets: {name} has no text of class {label} in {root}/{', '.join(published.classes_by_file)}"
+            )
+    return pairs
 
 
-def _drawn(rows: Iterable[_Row], draw: np.random.Generator) -> Iterator[_Row]:
+def _drawn(examples: Iterable[_Example], draw: np.random.Generator) -> Iterator[_Example]:
     """All rows, the next one always drawn from `_SHUFFLED` of them: a set may lie there class by class."""
-    held: list[_Row] = []
-    for row in rows:
-        if len(held) < _SHUFFLED:
-            held.append(row)
+    buffer: list[_Example] = []
+    for example in examples:
+        if len(buffer) < _SHUFFLED:
+            buffer.append(example)
             continue
-        at = int(draw.integers(_SHUFFLED))
-        yield held[at]
-        held[at] = row
-    yield from (held[at] for at in draw.permutation(len(held)))
+        index = int(draw.integers(_SHUFFLED))
+        yield buffer[index]
+        buffer[index] = example
+    yield from (buffer[index] for index in draw.permutation(len(buffer)))
 
 
 def _columns(
     text: str, label: str, classes: dict[str, str], side: str | None = None
-) -> Callable[[dict[str, Any]], Iterable[_Row]]:
+) -> Callable[[dict[str, Any]], Iterable[_Example]]:
     """Rows of a set that has its classes in a column, by their ids there."""
 
-    def rows(stored: dict[str, Any]) -> Iterable[_Row]:
-        return [(stored[text], classes.get(_key(stored[label])), None if side is None else stored[side])]
+    def examples(record: dict[str, Any]) -> Iterable[_Example]:
+        return [(record[text], classes.get(_key(record[label])), None if side is None else record[side])]
 
-    return rows
+    return examples
 
 
-def _by_ending(stored: dict[str, Any]) -> Iterable[_Row]:
+def _by_ending(record: dict[str, Any]) -> Iterable[_Example]:
     """A source file, whose language shows in its name, without its beginning, which would be the licence."""
-    code = stored["content"]
+    code = record["content"]
     if len(code) <= _LICENCE + _LONG:
         return []
-    return [(code[_LICENCE:], _ENDINGS.get(PurePosixPath(stored["path"]).suffix), None)]
+    return [(code[_LICENCE:], _ENDINGS.get(PurePosixPath(record["path"]).suffix), None)]
 
 
-def _translations(stored: dict[str, Any]) -> Iterable[_Row]:
-    return [(text, language, None) for language, text in stored["translation"].items()]
+def _translations(record: dict[str, Any]) -> Iterable[_Example]:
+    return [(text, language, None) for language, text in record["translation"].items()]
 
 
 _ENDINGS = {
@@ -242,8 +247,8 @@ _AMAZON = "canrager/amazon_reviews_mcauley_1and5"
 
 
 def _in_columns(repo: str, text: str, label: str, classes: dict[str, str], side: str | None = None) -> _Published:
-    parts = {_TRAIN: tuple(classes.values())}
-    return _Published(repo, _columns(text, label, classes, side), parts, 1 if side is None else 2)
+    classes_by_file = {_TRAIN: tuple(classes.values())}
+    return _Published(repo, _columns(text, label, classes, side), classes_by_file, 1 if side is None else 2)
 
 
 #: name -> where it is, how it is read, and its classes

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
-from ..engine.progress import progress_bar
+from ..engine.process.progress import progress_bar
 from ..engine.unit_decoder import Dictionary
 from ..kernels.code import SparseCode
-from .collect import CHUNK, Collected, Evaluation, collect
 from .core import fitted
+from .evaluation import CHUNK, Evaluation, TextActivations, collect
 
 FIRST = 8  # positions at the beginning of a row, of which models make much: figures are given with and without them
 POSITIONAL, CORRELATED, MATCHED = 0.05, 0.4, 0.7
@@ -51,29 +51,31 @@ def positions(
     if shuffles < 1:
         raise UserError(f"shuffles: {shuffles} is not allowed; give at least 1")
     collected = held_out(evaluation, rows)
-    coders = {name: coder for name, coder in evaluation.coders(collected).items() if name != "mean"}
+    autoencoders = {
+        name: autoencoder for name, autoencoder in evaluation.autoencoders(collected).items() if name != "mean"
+    }
     if reference is not None:
-        coders["reference"] = fitted("reference", reference, evaluation.stream)
-    figures: dict[str, dict[str, Any]] = {name: {} for name in coders}
+        autoencoders["reference"] = fitted("reference", reference, evaluation.stream)
+    figures: dict[str, dict[str, Any]] = {name: {} for name in autoencoders}
     score: dict[str, np.ndarray] = {}
-    with progress_bar("positions: information", total=2 * len(coders), unit="dictionaries") as bar:
+    with progress_bar("positions: information", total=2 * len(autoencoders), unit="dictionaries") as bar:
         for first in (0, FIRST):
             draw = evaluation.generator(f"positions from {first}")
-            drawn = Drawn.of(evaluation, collected, bins, first, draw)
+            drawn = BinnedTokens.of(evaluation, collected, bins, first, draw)
             shuffled = [drawn.shuffled(draw) for _ in range(shuffles)]
-            for name, coder in coders.items():
-                latents = information(collected.code(coder), drawn, shuffled)
-                found = summary(latents)
-                figures[name] |= {"after_first_8": found} if first else found | {"tokens": len(drawn.at)}
+            for name, autoencoder in autoencoders.items():
+                latents = information(collected.code(autoencoder), drawn, shuffled)
+                result = summary(latents)
+                figures[name] |= {"after_first_8": result} if first else result | {"tokens": len(drawn.at)}
                 if not first:
                     score[name] = latents["specialization"]
                 bar.advance(1)
     retention = None
     if reference is not None:
-        match = matches(coders["sae"].W_dec, coders["reference"].W_dec)
-        kept = np.minimum(np.where(match < 0, 0, score["sae"][match]), score["reference"]).sum()
-        whole = score["reference"].sum()
-        retention = {"value": float(kept / whole) if whole > 0 else None, "matched": float((match >= 0).mean())}
+        match = matches(autoencoders["sae"].W_dec, autoencoders["reference"].W_dec)
+        retained = np.minimum(np.where(match < 0, 0, score["sae"][match]), score["reference"]).sum()
+        total = score["reference"].sum()
+        retention = {"value": float(retained / total) if total > 0 else None, "matched": float((match >= 0).mean())}
     return {
         **figures.pop("sae"),
         "retention": retention,
@@ -85,7 +87,7 @@ def positions(
 
 
 @dataclass
-class Drawn:
+class BinnedTokens:
     """M tokens of a collection, equally many in each of B bins: `at` [M], their ascending places among its n; `bin`, `row`
     and `pos` [M]. `of_position` [T]: the bin of a position, -1 where it is in none."""
 
@@ -99,8 +101,8 @@ class Drawn:
 
     @classmethod
     def of(
-        cls, evaluation: Evaluation, collected: Collected, bins: int, first: int, draw: np.random.Generator
-    ) -> "Drawn":
+        cls, evaluation: Evaluation, collected: TextActivations, bins: int, first: int, draw: np.random.Generator
+    ) -> "BinnedTokens":
         pos, row = collected.pos.cpu().numpy(), collected.row.cpu().numpy()
         special = torch.isin(collected.tokens[collected.kept], evaluation.stream.source.special).numpy()
         counts = np.bincount(pos[(pos >= first) & ~special], minlength=collected.tokens.shape[1])
@@ -116,8 +118,8 @@ class Drawn:
         if not sizes.all():
             raise UserError(f"bins: {bins} is not allowed; too many for tokens that are this uneven over positions")
         of_bins = [np.flatnonzero(bin_ == b) for b in range(bins)]
-        at = np.sort(np.concatenate([draw.permutation(tokens)[: sizes.min()] for tokens in of_bins]))
-        return cls(at, bin_[at], row[at], pos[at], of_position, bins, len(pos))
+        tokens = np.sort(np.concatenate([draw.permutation(in_bin)[: sizes.min()] for in_bin in of_bins]))
+        return cls(tokens, bin_[tokens], row[tokens], pos[tokens], of_position, bins, len(pos))
 
     def shuffled(self, draw: np.random.Generator) -> np.ndarray:
         """Bins [M] in a random order within each row: as if every latent's activity were shuffled there."""
@@ -132,7 +134,7 @@ class Drawn:
         return code.indices.cpu().numpy()[here].astype(np.int64), token[here], code.values.cpu().numpy()[here]
 
 
-def information(code: SparseCode, drawn: Drawn, shuffled: list[np.ndarray]) -> dict[str, np.ndarray]:
+def information(code: SparseCode, drawn: BinnedTokens, shuffled: list[np.ndarray]) -> dict[str, np.ndarray]:
     """Of each latent [F], by the names of the result: `firings`, and the quantities of the module's formulas."""
     latent, token, value = drawn.entries(code)
     F, B, M = code.n_latents, drawn.bins, len(drawn.at)
@@ -144,7 +146,7 @@ def information(code: SparseCode, drawn: Drawn, shuffled: list[np.ndarray]) -> d
         return _entropy(rate.mean(1)) - _entropy(rate).mean(1), (xlogx(q).sum(1) + math.log(B)) * (counts.sum(1) > 0)
 
     counts, *by_chance = firings_per_bin(latent, token, F, [drawn.bin, *shuffled], B)
-    chance = np.mean([nats(each) for each in by_chance], 0)
+    chance = np.mean([nats(chance_counts) for chance_counts in by_chance], 0)
     corrected, per_firing = np.maximum(np.array(nats(counts)) - chance, 0)
     firings = counts.sum(1)
     entropy = _entropy(firings / M)
@@ -172,7 +174,7 @@ def firings_per_bin(
         dense = 16 * len(latent) > F * M
     if not dense:
         cell = latent * B
-        return [np.bincount(cell + each[token], minlength=F * B).reshape(F, B) for each in bins]
+        return [np.bincount(cell + assignment[token], minlength=F * B).reshape(F, B) for assignment in bins]
     order = np.argsort(token, kind="stable")
     latent, token = latent[order], token[order]
     counts = np.zeros((F, len(bins) * B))
@@ -184,21 +186,21 @@ def firings_per_bin(
         fires[token[here] - begin, latent[here]] = 1
         np.put_along_axis(in_cell, cells[begin : begin + size], 1, 1)
         counts += fires.T @ in_cell  # exact: sums of so many ones
-    return [part.astype(np.int64) for part in np.split(counts, len(bins), 1)]
+    return [block.astype(np.int64) for block in np.split(counts, len(bins), 1)]
 
 
 def matches(new: Tensor, reference: Tensor) -> np.ndarray:
     """Of each row of reference [F_ref, D], the row of new [F, D] that is its best match by cosine, and the other way round;
     int64 [F_ref], -1 where there is none of at least 0.7."""
     new, reference = (torch.nn.functional.normalize(W.detach().float(), dim=1) for W in (new, reference))
-    parts = [(part @ new.T).max(1) for part in reference.split(CHUNK)]
-    cosine, best = torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
-    back = torch.cat([(part @ reference.T).argmax(1) for part in new.split(CHUNK)])
+    nearest = [(chunk @ new.T).max(1) for chunk in reference.split(CHUNK)]
+    cosine, best = torch.cat([p.values for p in nearest]), torch.cat([p.indices for p in nearest])
+    back = torch.cat([(chunk @ reference.T).argmax(1) for chunk in new.split(CHUNK)])
     mutual = (back[best] == torch.arange(len(best), device=best.device)) & (cosine >= MATCHED)
     return torch.where(mutual, best, -1).cpu().numpy()
 
 
-def held_out(evaluation: Evaluation, rows: int) -> Collected:
+def held_out(evaluation: Evaluation, rows: int) -> TextActivations:
     """Held-out rows; of the embedded language those that the other evals have."""
     if evaluation.is_testbed:
         return evaluation.labelled(rows)
@@ -211,19 +213,19 @@ def held_out(evaluation: Evaluation, rows: int) -> Collected:
 def summary(latents: dict[str, np.ndarray]) -> dict[str, Any]:
     """Of what `information` gives, over the latents that fire; nats per firing weighted by firings."""
     alive = latents["firings"] > 0
-    of = {name: values[alive] for name, values in latents.items()}
+    alive_values = {name: values[alive] for name, values in latents.items()}
 
     def mean(values: np.ndarray, weights: np.ndarray | None = None) -> float | None:
         return float(np.average(values, weights=weights)) if len(values) else None
 
     return {
         "alive": int(alive.sum()),
-        "mutual_information": mean(of["mutual_information"]),
-        "positional_share": mean(of["mutual_information"] > POSITIONAL),
-        "specialization": mean(of["specialization"]),
-        "nats_per_firing": mean(of["nats_per_firing"], of["firings"]),
-        "variance_explained": mean(of["variance_explained"]),
-        "spearman_share": mean(np.abs(of["spearman"]) > CORRELATED),
+        "mutual_information": mean(alive_values["mutual_information"]),
+        "positional_share": mean(alive_values["mutual_information"] > POSITIONAL),
+        "specialization": mean(alive_values["specialization"]),
+        "nats_per_firing": mean(alive_values["nats_per_firing"], alive_values["firings"]),
+        "variance_explained": mean(alive_values["variance_explained"]),
+        "spearman_share": mean(np.abs(alive_values["spearman"]) > CORRELATED),
     }
 
 
@@ -256,5 +258,5 @@ def _spearman(latent: np.ndarray, pos: np.ndarray, value: np.ndarray, all_pos: n
     of_pos = np.cumsum(tokens) - (tokens - 1) / 2 - (M + 1) / 2
     of_latents = np.bincount(latent, rank**2, minlength=F) - np.bincount(latent, rank, minlength=F) ** 2 / M
     spread = of_latents * (tokens * of_pos**2).sum()
-    together = np.bincount(latent, rank * of_pos[pos], minlength=F)
-    return np.divide(together, np.sqrt(spread.clip(0)), out=np.zeros(F), where=spread > 0)
+    covariance = np.bincount(latent, rank * of_pos[pos], minlength=F)
+    return np.divide(covariance, np.sqrt(spread.clip(0)), out=np.zeros(F), where=spread > 0)

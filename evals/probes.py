@@ -50,8 +50,8 @@ def balanced(y: np.ndarray, draw: np.random.Generator, *, groups: np.ndarray | N
 def halves(X: np.ndarray, y: np.ndarray, rows: np.ndarray, draw: np.random.Generator, *, train: float = 0.5) -> Split:
     """The balanced `rows`, half of each class for training and half for testing, or another share for `train`."""
     of_class = [draw.permutation(rows[y[rows] == side]) for side in (True, False)]
-    sides = [np.split(part, [math.ceil(train * len(part))]) for part in of_class]
-    for_train, for_test = (np.concatenate(parts) for parts in zip(*sides, strict=True))
+    sides = [np.split(class_rows, [math.ceil(train * len(class_rows))]) for class_rows in of_class]
+    for_train, for_test = (np.concatenate(pieces) for pieces in zip(*sides, strict=True))
     if min(len(for_train), len(for_test)) < 2:
         raise UserError(f"labels: {len(rows)} rows are too few to train a probe on one half and test it on the other")
     return Split(X[for_train], y[for_train], X[for_test], y[for_test])

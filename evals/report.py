@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..engine.checkpoint import Checkpoint
 from ..engine.errors import UserError
-from ..engine.files import write_text
-from ..engine.folder import read_metrics
-from ..engine.progress import percent, progress_bar
-from . import results as kept
+from ..engine.process.progress import percent, progress_bar
+from ..engine.storage.checkpoint import Checkpoint
+from ..engine.storage.files import write_text
+from ..engine.storage.run_folder import read_metrics
+from . import result_files
 from .eval_figures import draw_evals
-from .page import NOTHING, anchor, html, number, plain, table
-from .sections import ASKS, CONTROLS, PICTURES, at, section, shown
+from .markdown_page import NOTHING, anchor, html, number, plain, table
+from .report_sections import ASKS, CONTROLS, PICTURES, lookup, section, shown
 from .suite import EVALS
 
 MARK = "†"
@@ -72,22 +72,22 @@ class Line:
     """A score of the dictionary, those of its controls by name, and the controls that reach it."""
 
     label: str
-    own: float | None
+    sae_score: float | None
     controls: dict[str, float | None]
     reached_by: list[str]
 
 
-def write_report(run: Path, found: Checkpoint, version: int) -> Path:
+def write_report(run: Path, checkpoint: Checkpoint, version: int) -> Path:
     """Write report.md, report.html and figures/ of a run from the results in its evals/; returns the path of report.md.
 
     Only results of this checkpoint's dictionary and of this `version` of the evals are used; others are named as left out.
     """
-    results, left_out = _kept(run, found.manifest["files"]["sae.safetensors"]["sha256"], version)
+    results, left_out = _stored_results(run, checkpoint.manifest["files"]["sae.safetensors"]["sha256"], version)
     measured = {name: result for name, result in results.items() if "skipped" not in result}
     with progress_bar("writing the report", total=None, unit="files") as bar:
-        figures = draw_evals(run / "figures", measured, read_metrics(run, until=found.step))
+        figures = draw_evals(run / "figures", measured, read_metrics(run, until=checkpoint.step))
         bar.advance(sum(map(len, figures.values())))
-        title, markdown = compose(_facts(run, found, results), results, left_out, figures)
+        title, markdown = compose(_facts(run, checkpoint, results), results, left_out, figures)
         for name, text in (("report.md", markdown), ("report.html", html(markdown, run, title))):
             write_text(run / name, text)
             bar.advance(1)
@@ -128,32 +128,32 @@ def compose(
     return title, "\n\n".join(block for block in [*blocks, "## Time", *_time(results)] if block) + "\n"
 
 
-def _kept(run: Path, dictionary: str, version: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def _stored_results(run: Path, dictionary: str, version: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Results in the run's evals/ by name, in the order of `EVALS`, and why others are left out."""
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
-    for name in kept.names(run):
+    for name in result_files.names(run):
         try:
-            of = (result := kept.read(run, name) or {})["of"]
-            if of["dictionary"] != dictionary:
-                left_out[name] = f"it is of another dictionary, {of['dictionary'][:12]}"
-            elif of["version"] != version:
-                left_out[name] = f"it is of version {of['version']} of the evals, not {version}"
+            origin = (result := result_files.read(run, name) or {})["of"]
+            if origin["dictionary"] != dictionary:
+                left_out[name] = f"it is of another dictionary, {origin['dictionary'][:12]}"
+            elif origin["version"] != version:
+                left_out[name] = f"it is of version {origin['version']} of the evals, not {version}"
             else:
-                found[name] = result
+                results[name] = result
         except UserError as error:
             left_out[name] = "its file is damaged"
             print(error, file=sys.stderr, flush=True)
         except (TypeError, KeyError):
             left_out[name] = "it doesn't say what it was measured of"
     order = {name: i for i, name in enumerate(EVALS)}
-    return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order)))), left_out
+    return dict(sorted(results.items(), key=lambda item: order.get(item[0], len(order)))), left_out
 
 
-def _facts(run: Path, found: Checkpoint, results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    sae, stream = found.manifest["dictionaries"]["sae"], None if found.run is None else found.run.stream
-    metrics = read_metrics(run, until=found.step)
-    of = [result["of"] for result in results.values()]
+def _facts(run: Path, checkpoint: Checkpoint, results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    sae, stream = checkpoint.manifest["dictionaries"]["sae"], None if checkpoint.run is None else checkpoint.run.stream
+    metrics = read_metrics(run, until=checkpoint.step)
+    origins = [result["of"] for result in results.values()]
     return {
         "model": NOTHING if stream is None else stream.model,
         "hook": NOTHING if stream is None else " to ".join(stream.hooks),
@@ -162,9 +162,11 @@ def _facts(run: Path, found: Checkpoint, results: dict[str, dict[str, Any]]) -> 
         "K": number(sae["k"]) if sae["activation"] in ("topk", "batchtopk") else NOTHING,
         "D": number(sae["d_in"]) if sae["d_out"] is None else f"{number(sae['d_in'])} to {number(sae['d_out'])}",
         "trained on": f"{number(metrics[-1]['tokens'])} tokens" if metrics else NOTHING,
-        "dictionary": found.manifest["files"]["sae.safetensors"]["sha256"][:12],
+        "dictionary": checkpoint.manifest["files"]["sae.safetensors"]["sha256"][:12],
         "evals": "; ".join(
-            f"{what} {', '.join(sorted({str(one[what]) for one in of}))}" for what in ("version", "seed") if of
+            f"{key} {', '.join(sorted({str(origin[key]) for origin in origins}))}"
+            for key in ("version", "seed")
+            if origins
         ),
     }
 
@@ -175,42 +177,50 @@ def _lines(name: str, result: dict[str, Any]) -> list[Line]:
     unknown = [Score(label, path, False, own_rule and i == 0) for i, (label, path) in enumerate(shown(result).items())]
     lines = []
     for score in SCORES.get(name, unknown):
-        part, _, key = score.path.rpartition(".")
-        while part and not isinstance(at(result, f"{part}.controls"), dict):  # controls stand beside a part of a result
-            part, _, inner = part.rpartition(".")
+        prefix, _, key = score.path.rpartition(".")
+        # controls stand beside a part of a result
+        while prefix and not isinstance(lookup(result, f"{prefix}.controls"), dict):
+            prefix, _, inner = prefix.rpartition(".")
             key = f"{inner}.{key}"
-        scores = at(result, part) if part else result
-        own, controls = at(scores, key), {c: at(one, key) for c, one in scores.get("controls", {}).items()}
-        reached = [c for c, value in controls.items() if score.better and None not in (own, value) and value >= own]
-        lines.append(Line(score.label, own, controls, scores["reached_by"] if score.own_rule else reached))
+        scores = lookup(result, prefix) if prefix else result
+        sae_score, controls = (
+            lookup(scores, key),
+            {c: lookup(control, key) for c, control in scores.get("controls", {}).items()},
+        )
+        reached = [
+            c for c, value in controls.items() if score.better and None not in (sae_score, value) and value >= sae_score
+        ]
+        lines.append(Line(score.label, sae_score, controls, scores["reached_by"] if score.own_rule else reached))
     return lines
 
 
 def _notes(results: dict[str, dict[str, Any]], lines: dict[str, list[Line]], left_out: dict[str, str]) -> list[str]:
     """What a reader must know before the scores, the gravest first."""
     notes = []
-    for name, of in lines.items():
-        reached = [(line.label, line.reached_by) for line in of if line.reached_by]
+    for name, eval_lines in lines.items():
+        reached = [(line.label, line.reached_by) for line in eval_lines if line.reached_by]
         sets = results[name].get("sets", {})
         reached += [
-            (f"{s}, top 1", one["reached_by"]) for s, one in sets.items() if len(sets) > 1 and one.get("reached_by")
+            (f"{s}, top 1", set_scores["reached_by"])
+            for s, set_scores in sets.items()
+            if len(sets) > 1 and set_scores.get("reached_by")
         ]
         if reached:
-            each = "; ".join(f"{plain(label)} ({', '.join(map(plain, by))})" for label, by in reached)
-            notes.append(f"**{plain(name)}**: a control does as well at {each}")
+            reached_list = "; ".join(f"{plain(label)} ({', '.join(map(plain, by))})" for label, by in reached)
+            notes.append(f"**{plain(name)}**: a control does as well at {reached_list}")
     notes += [
         f"**{plain(name)}**: no figure for {plain(line.label)}"
-        for name, of in lines.items() for line in of if line.own is None
+        for name, eval_lines in lines.items() for line in eval_lines if line.sae_score is None
     ]  # fmt: skip
     for name, result in results.items():
         order = result.get("order_probing", {})
         warnings = [*result.get("warnings", []), order.get("ailing")]
         warnings.append(f"order probing was skipped: {order['skipped']}" if "skipped" in order else None)
         notes += [f"**{plain(name)}**: {plain(warning)}" for warning in warnings if warning]
-    if (dead := at(results, "core.dead_fraction")) and dead >= WORTH_A_WORD:
-        tokens = number(at(results, "core.tokens"))
+    if (dead := lookup(results, "core.dead_fraction")) and dead >= WORTH_A_WORD:
+        tokens = number(lookup(results, "core.tokens"))
         notes.append(f"{percent(dead)} of the latents are dead: they fire on none of {tokens} held-out tokens")
-    if lines and not any("random" in line.controls for of in lines.values() for line in of):
+    if lines and not any("random" in line.controls for eval_lines in lines.values() for line in eval_lines):
         reasons = dict.fromkeys(r["no_random_control"] for r in results.values() if r.get("no_random_control"))
         why = f" ({plain(', '.join(reasons))})" if reasons else ""
         notes.append(f"No random control{why}: how much an untrained decoder has of these scores is not known")
@@ -224,42 +234,42 @@ def _nothing(results: dict[str, dict[str, Any]]) -> str:
         return "Nothing was measured."
     said = ["no control reaches a score", "every score is there", "no eval warns or was skipped"]
     if "core" in results:
-        said.append("no latent is dead" if not at(results, "core.dead_fraction") else "hardly a latent is dead")
+        said.append("no latent is dead" if not lookup(results, "core.dead_fraction") else "hardly a latent is dead")
     return f"Nothing: {', '.join(said[:-1])} and {said[-1]}."
 
 
 def _glance(lines: dict[str, list[Line]]) -> list[str]:
-    every = [control for of in lines.values() for line in of for control in line.controls]
+    every = [control for eval_lines in lines.values() for line in eval_lines for control in line.controls]
     controls = list(dict.fromkeys([*CONTROLS, *every]))
 
     def cell(line: Line, control: str) -> str:
         value = number(line.controls.get(control))
         return f"**{value}**" if control in line.reached_by else value
 
-    rows = [
+    cells = [
         (
             "" if i else f"[{plain(name)}](#{anchor(name)})",
             plain(line.label),
-            f"{MARK} " * bool(line.reached_by) + number(line.own),
+            f"{MARK} " * bool(line.reached_by) + number(line.sae_score),
             *(cell(line, control) for control in controls),
             ", ".join(map(plain, line.reached_by)),
         )
-        for name, of in lines.items()
-        for i, line in enumerate(of)
+        for name, eval_lines in lines.items()
+        for i, line in enumerate(eval_lines)
     ]
     headings = ("eval", "score", "dictionary", *map(plain, controls), "reached by")
-    reached = any(line.reached_by for of in lines.values() for line in of)
+    reached = any(line.reached_by for eval_lines in lines.values() for line in eval_lines)
     unmarked = [s.label for name in lines for s in SCORES.get(name, ()) if not s.better]
     legend = [
         f"{MARK} A control (bold) is as good: the score says nothing about the dictionary." if reached else "",
         f"Never marked, as neither more nor less is better: {', '.join(unmarked)}." if unmarked else "",
         f"{NOTHING} stands for a figure that there is not." if lines else "",
     ]
-    return [table(headings, rows, (0, 1, len(headings) - 1)) if lines else "", " ".join(filter(None, legend))]
+    return [table(headings, cells, (0, 1, len(headings) - 1)) if lines else "", " ".join(filter(None, legend))]
 
 
 def _time(results: dict[str, dict[str, Any]]) -> list[str]:
-    rows = [
+    lines = [
         (
             plain(name),
             f"{result['seconds']:.1f}",
@@ -269,9 +279,9 @@ def _time(results: dict[str, dict[str, Any]]) -> list[str]:
         for name, result in results.items()
     ]
     total = sum(result["seconds"] for result in results.values())
-    rows.append(("all", f"{total:.1f}", "", ""))
+    lines.append(("all", f"{total:.1f}", "", ""))
     missing = [name for name in EVALS if name not in results]
     return [
-        table(("eval", "seconds", "seed", "given"), rows, (0, 3)),
+        table(("eval", "seconds", "seed", "given"), lines, (0, 3)),
         f"Not measured: {', '.join(missing)}." if missing else "",
     ]

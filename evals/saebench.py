@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import checkpoint
 from ..engine.config import SAEConfig, StreamConfig
 from ..engine.errors import UserError
+from ..engine.storage import checkpoint
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
-from .collect import CHUNK
+from .evaluation import CHUNK
 from .saebench_config import (
     AbsorptionConfig,
     CoreConfig,
@@ -32,11 +32,11 @@ ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "batch_topk", 
 TOPS = (1, 2, 5, 10, 20, 50, 100)  # numbers of latents of sparse probing
 
 #: metrics by category, details, settings, and what is measured in another way than SAEBench does
-Made = tuple[dict[str, Any], list[dict[str, Any]], EvalConfig, dict[str, Any]]
+Converted = tuple[dict[str, Any], list[dict[str, Any]], EvalConfig, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class About:
+class DictionaryInfo:
     """A dictionary and how it was measured, as every file says it. `tokens` it was trained on, None where unknown."""
 
     sae: UnitDecoder
@@ -63,16 +63,16 @@ def output(
     """
     if name not in MAKERS or "skipped" in result or sae.cfg.d_out is not None:
         return None
-    about = About(unit_decoder(sae), stream, llm_dtype, seed, training_tokens)
-    if (made := MAKERS[name](result, about)) is None:
+    about = DictionaryInfo(unit_decoder(sae), stream, llm_dtype, seed, training_tokens)
+    if (converted := MAKERS[name](result, about)) is None:
         return None
-    metrics, details, config, own = made
-    of = result.get("of", {})
+    metrics, details, config, extras = converted
+    source = result.get("of", {})
     return {
         "eval_type_id": "absorption_first_letter" if name == "absorption" else name,
         "eval_config": asdict(config),
         # the same result has the same name, whenever it is written
-        "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {sorted(of.items())} {sae_id}")),
+        "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {sorted(source.items())} {sae_id}")),
         "datetime_epoch_millis": int(1000 * time.time()),
         "eval_result_metrics": metrics,
         "eval_result_details": details,
@@ -82,34 +82,34 @@ def output(
         "sae_lens_version": None,
         "sae_cfg_dict": _config(about.sae, stream, training_tokens) | {"temposae": sae.cfg.model_dump(mode="json")},
         "eval_result_unstructured": {
-            "temposae": own | {"seconds": result.get("seconds")},
+            "temposae": extras | {"seconds": result.get("seconds")},
             "controls": result.get("controls", {}),
         },
     }
 
 
-def _core(result: dict[str, Any], about: About) -> Made | None:
-    sae, stream, theirs = about.sae, about.stream, result["saebench"]
+def _core(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
+    sae, stream, saebench = about.sae, about.stream, result["saebench"]
     rate = torch.tensor(result["latents"]["firing_rate"])
     W_enc, W_dec = (w.float().cpu() for w in (sae.W_enc.T, sae.W_dec))
     nearest = {"encoder": _nearest(W_enc), "decoder": _nearest(W_dec)}
     metrics = {
         "model_behavior_preservation": {
-            key: theirs[key] for key in ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae")
+            key: saebench[key] for key in ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae")
         },
         "model_performance_preservation": {
-            "ce_loss_score": theirs["ce_loss_score"],
-            "ce_loss_with_ablation": theirs["ce_loss_with_ablation"],
+            "ce_loss_score": saebench["ce_loss_score"],
+            "ce_loss_with_ablation": saebench["ce_loss_with_ablation"],
             "ce_loss_with_sae": result["ce"]["sae"],
             "ce_loss_without_sae": result["ce"]["clean"],
         },
         "reconstruction_quality": {
-            **{key: theirs[key] for key in ("explained_variance", "explained_variance_legacy", "mse")},
+            **{key: saebench[key] for key in ("explained_variance", "explained_variance_legacy", "mse")},
             "cossim": result["cosine"],
         },
         "shrinkage": {
             **{key: result[key] for key in ("l2_norm_in", "l2_norm_out", "l2_ratio")},
-            "relative_reconstruction_bias": theirs["relative_reconstruction_bias"],
+            "relative_reconstruction_bias": saebench["relative_reconstruction_bias"],
         },
         "sparsity": {"l0": result["l0"], "l1": result["l1"]},
         "token_stats": {
@@ -162,15 +162,15 @@ def _core(result: dict[str, Any], about: About) -> Made | None:
         exclude_special_tokens_from_reconstruction=stream.drop_special,
         verbose=False,
     )
-    own = {
+    extras = {
         **{key: result[key] for key in ("explained_variance", "mse", "ce_recovered", "ce_recovered_over_mean")},
         **{key: result[key] for key in ("kl_recovered", "relative_reconstruction_bias", "ce", "kl", "rows", "ce_rows")},
         "max_norm": stream.max_norm,  # activations above it are left out of both reconstruction and the figures
     }
-    return metrics, details, config, own
+    return metrics, details, config, extras
 
 
-def _sparse_probing(result: dict[str, Any], about: About) -> Made | None:
+def _sparse_probing(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
     def named(scores: dict[str, Any], prefix: str) -> dict[str, Any]:
         tops = {f"{prefix}_top_{k}_test_accuracy": scores.get(f"top_{k}") for k in TOPS}
         return {f"{prefix}_test_accuracy": scores["best_epoch_accuracy"]} | tops
@@ -179,8 +179,8 @@ def _sparse_probing(result: dict[str, Any], about: About) -> Made | None:
     if any(scores["llm"]["best_epoch_accuracy"] is None for scores in every.values()):
         return None
     details = [
-        {"dataset_name": f"{name}_results"} | named(of["llm"], "llm") | named(of, "sae")
-        for name, of in result["sets"].items()
+        {"dataset_name": f"{name}_results"} | named(scores["llm"], "llm") | named(scores, "sae")
+        for name, scores in result["sets"].items()
     ]
     used, T = result["protocol"], result["protocol"]["context_length"]
     config = SparseProbingConfig(
@@ -196,24 +196,27 @@ def _sparse_probing(result: dict[str, Any], about: About) -> Made | None:
         k_values=used["k_values"],
         lower_vram_usage=False,
     )
-    own = {
+    full_width = {
         name: {"sae_test_accuracy": scores["test_accuracy"], "llm_test_accuracy": scores["llm"]["test_accuracy"]}
         for name, scores in every.items()
     }
     sizes = {
-        name: {label: {key: of[key] for key in ("train_rows", "test_rows")} for label, of in scores["classes"].items()}
+        name: {
+            label: {key: counts[key] for key in ("train_rows", "test_rows")}
+            for label, counts in scores["classes"].items()
+        }
         for name, scores in result["sets"].items()
     }
-    about_own = "of a probe that ends on its training loss; set sizes above are the largest of a class"
+    note = "of a probe that ends on its training loss; set sizes above are the largest of a class"
     return {"llm": named(result["llm"], "llm"), "sae": named(result, "sae")}, details, config, {
-        "full_width_probe": own | {"about": about_own},
+        "full_width_probe": full_width | {"about": note},
         "rows": sizes,
     }  # fmt: skip
 
 
-def _unlearning(result: dict[str, Any], about: About) -> Made | None:
+def _unlearning(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
     names = {"retain_thresholds": "retain_threshold", "n_features_list": "latents", "multipliers": "multiplier"}
-    grid = {name: sorted({setting[own] for setting in result["settings"]}) for name, own in names.items()}
+    grid = {name: sorted({setting[key] for setting in result["settings"]}) for name, key in names.items()}
     if any(multiplier != int(multiplier) for multiplier in grid["multipliers"]):
         return None  # SAEBench's are whole numbers
     used = result["protocol"]
@@ -237,15 +240,15 @@ def _unlearning(result: dict[str, Any], about: About) -> Made | None:
     return {"unlearning": {"unlearning_score": result["score"]}}, [], config, {key: result.get(key) for key in keys}
 
 
-def _scr(result: dict[str, Any], about: About) -> Made:
+def _scr(result: dict[str, Any], about: DictionaryInfo) -> Converted:
     keys = ("scr_metric", "scr_dir1", "scr_dir2", "spread", "sets")
-    own = {key: result[key] for key in keys}
-    return {"scr_metrics": {}}, [], _scr_and_tpp(result, about, is_scr=True), own | {"about": PROBES}
+    extras = {key: result[key] for key in keys}
+    return {"scr_metrics": {}}, [], _scr_and_tpp(result, about, is_scr=True), extras | {"about": PROBES}
 
 
-def _tpp(result: dict[str, Any], about: About) -> Made:
-    own = {key: result[key] for key in ("tpp", "spread", "clean_accuracy")}
-    return {"tpp_metrics": {}}, [], _scr_and_tpp(result, about, is_scr=False), own | {"about": PROBES}
+def _tpp(result: dict[str, Any], about: DictionaryInfo) -> Converted:
+    extras = {key: result[key] for key in ("tpp", "spread", "clean_accuracy")}
+    return {"tpp_metrics": {}}, [], _scr_and_tpp(result, about, is_scr=False), extras | {"about": PROBES}
 
 
 #: why SCR and TPP have no figure under SAEBench's names
@@ -256,7 +259,7 @@ PROBES = (
 )
 
 
-def _scr_and_tpp(result: dict[str, Any], about: About, *, is_scr: bool) -> ScrAndTppConfig:
+def _scr_and_tpp(result: dict[str, Any], about: DictionaryInfo, *, is_scr: bool) -> ScrAndTppConfig:
     used, T = result["protocol"], result["protocol"]["context_length"]
     return ScrAndTppConfig(
         model_name=about.stream.model,
@@ -281,22 +284,22 @@ def _scr_and_tpp(result: dict[str, Any], about: About, *, is_scr: bool) -> ScrAn
     )
 
 
-def _absorption(result: dict[str, Any], about: About) -> Made | None:
+def _absorption(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
     used = result["protocol"]
-    of_probe = [of for of in result["letters"].values() if of["probe_f1"] > used["min_GT_probe_f1"]]
-    told = {a: of for a, of in result["letters"].items() if of in of_probe and of["known"]}
-    if used["prompt_template"] is None or len(of_probe) < used["min_feats_for_eval"] or not told:
+    of_probe = [scores for scores in result["letters"].values() if scores["probe_f1"] > used["min_GT_probe_f1"]]
+    counted = {a: scores for a, scores in result["letters"].items() if scores in of_probe and scores["known"]}
+    if used["prompt_template"] is None or len(of_probe) < used["min_feats_for_eval"] or not counted:
         return None
     details = [
         {
             "first_letter": letter,
-            "mean_absorption_fraction": of["absorption_fraction"],
-            "full_absorption_rate": of["absorption"],
-            "num_full_absorption": of["absorbed"],
-            "num_probe_true_positives": of["known"],
-            "num_split_features": len(of["main"]),
+            "mean_absorption_fraction": scores["absorption_fraction"],
+            "full_absorption_rate": scores["absorption"],
+            "num_full_absorption": scores["absorbed"],
+            "num_probe_true_positives": scores["known"],
+            "num_split_features": len(scores["main"]),
         }
-        for letter, of in told.items()
+        for letter, scores in counted.items()
     ]
     names = {
         "absorption_fraction_score": "mean_absorption_fraction",
@@ -313,11 +316,11 @@ def _absorption(result: dict[str, Any], about: About) -> Made | None:
         llm_batch_size=about.stream.rows_per_forward,
         random_seed=about.seed,
     )
-    own = {
+    extras = {
         "mean_main_f1": result["mean_main_f1"],
         "about": "the probe on activations is a logistic regression with balanced classes; half of the words train it",
     }
-    return {"mean": means | spreads}, details, config, own
+    return {"mean": means | spreads}, details, config, extras
 
 
 MAKERS = {
@@ -344,13 +347,13 @@ def _share(rate: Tensor, limit: float) -> float:
 def _nearest(W: Tensor) -> Tensor:
     """The largest cosine of each row [F, D] with another row [F], a few thousand rows at a time."""
     unit = torch.nn.functional.normalize(W, dim=1)
-    found = []
-    for at in range(0, len(unit), 2048):
-        cosine = unit[at : at + 2048] @ unit.T
+    largest = []
+    for start in range(0, len(unit), 2048):
+        cosine = unit[start : start + 2048] @ unit.T
         here = torch.arange(len(cosine))
-        cosine[here, at + here] = -1
-        found.append(cosine.amax(1))
-    return torch.cat(found)
+        cosine[here, start + here] = -1
+        largest.append(cosine.amax(1))
+    return torch.cat(largest)
 
 
 def _config(sae: UnitDecoder, stream: StreamConfig, tokens: int | None) -> dict[str, Any]:
@@ -368,8 +371,8 @@ def architecture(cfg: SAEConfig) -> str:
     name = ARCHITECTURES[cfg.activation]
     if cfg.prefixes is not None:
         name = f"matryoshka_{name}"
-    own = [part["kind"] for part in cfg.parts] + ([f"{cfg.mask.kind}_mask"] if cfg.mask.kind != "none" else [])
-    return "_".join([name, *own])
+    mechanisms = [part["kind"] for part in cfg.parts] + ([f"{cfg.mask.kind}_mask"] if cfg.mask.kind != "none" else [])
+    return "_".join([name, *mechanisms])
 
 
 class _Config(SimpleNamespace):
@@ -400,10 +403,10 @@ class ForSAEBench(nn.Module):
     @classmethod
     def load(cls, path: str | Path) -> "ForSAEBench":
         """The dictionary of a run folder or of a checkpoint with its settings."""
-        found = checkpoint.find(Path(path))
-        if found.run is None:
+        run_checkpoint = checkpoint.find(Path(path))
+        if run_checkpoint.run is None:
             raise UserError(f"{path} does not say what it was trained on; use ForSAEBench(sae, StreamConfig(...))")
-        return cls(found.dictionary(), found.run.stream, found.tokens)
+        return cls(run_checkpoint.dictionary(), run_checkpoint.run.stream, run_checkpoint.tokens)
 
     @property
     def device(self) -> torch.device:
@@ -442,13 +445,13 @@ class ForSAEBench(nn.Module):
         return self.decode(self.encode(x))
 
     def to(self, *args: Any, **kwargs: Any) -> "ForSAEBench":
-        wanted = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
-        self.dtype = wanted.dtype
-        self.sae.to(wanted.device)
-        self.cfg.dtype, self.cfg.device = str(self.dtype).removeprefix("torch."), str(wanted.device)
+        target = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
+        self.dtype = target.dtype
+        self.sae.to(target.device)
+        self.cfg.dtype, self.cfg.device = str(self.dtype).removeprefix("torch."), str(target.device)
         return self
 
 
 def _layer(hook: str | None) -> int:
-    parts = (hook or "").split(".")
-    return int(parts[1]) if len(parts) > 1 and parts[1].isdecimal() else 0
+    pieces = (hook or "").split(".")
+    return int(pieces[1]) if len(pieces) > 1 and pieces[1].isdecimal() else 0

@@ -30,7 +30,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ..engine.errors import UserError
 from ..engine.testbed.lexicon import TOPICS
-from .collect import Coder, Collected, Evaluation
+from .evaluation import Autoencoder, Evaluation, TextActivations
 from .probes import balanced
 
 THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)  # numbers of latents to ablate
@@ -52,9 +52,9 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     began, collected = time.monotonic(), _labelled(evaluation, rows, seeds)
     topic = collected.of_rows("topic").numpy()
     classes = range(len(TOPICS))
-    x, coders = _pooled(collected, None, pool_padding), _coders(evaluation, collected, pool_padding)
+    x, autoencoders = _pooled(collected, None, pool_padding), _autoencoders(evaluation, collected, pool_padding)
     ns = _thresholds(evaluation)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in coders}  # of each seed [n, 3]
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in autoencoders}  # of each seed [n, 3]
     clean: list[float] = []
     sizes: list[tuple[int, int]] = []  # rows for training and for testing each probe
     for seed in range(seeds):
@@ -70,35 +70,35 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
 
         whole = accuracy(logits)
         clean.append(float(whole.mean()))
-        for name, (f, W_dec) in coders.items():
+        for name, (f, W_dec) in autoencoders.items():
             change, lost = _ablation(f, W_dec, W), np.empty((len(ns), len(classes), len(classes)))
             for i, r in enumerate(train):
                 effects = _difference(f, r, topic[r] == classes[i]).clip(0) * (W_dec @ W[i])
                 if name == "shuffled":
                     effects = draw.permutation(effects)
                 order = _strongest(effects)
-                for at, n in enumerate(ns):
-                    lost[at, i] = whole - accuracy(logits - change(order[:n]))
-            own = np.einsum("nii->n", lost) / len(classes)
-            others = (lost.sum((1, 2)) - own * len(classes)) / (len(classes) * (len(classes) - 1))
-            found[name].append(np.stack([own - others, own, others], 1))
+                for index, n in enumerate(ns):
+                    lost[index, i] = whole - accuracy(logits - change(order[:n]))
+            intended = np.einsum("nii->n", lost) / len(classes)
+            unintended = (lost.sum((1, 2)) - intended * len(classes)) / (len(classes) * (len(classes) - 1))
+            scores[name].append(np.stack([intended - unintended, intended, unintended], 1))
 
     def figures(by_seed: list[np.ndarray]) -> dict[str, Any]:
         mean = np.mean(by_seed, 0)
         names = ("total_metric", "intended_diff_only", "unintended_diff_only")
-        by_n = {n: dict(zip(names, map(float, mean[at]), strict=True)) for at, n in enumerate(ns)}
+        by_n = {n: dict(zip(names, map(float, mean[index]), strict=True)) for index, n in enumerate(ns)}
         spread = np.std(by_seed, 0, ddof=1)[:, 0]
         score = by_n[max([ns[0], *(n for n in ns if n <= TPP_AT)])]["total_metric"]
         return {"tpp": by_n, "spread": dict(zip(ns, map(float, spread), strict=True)), "score": score}
 
-    result = {name: figures(by_seed) for name, by_seed in found.items()}
-    found_with = {
+    result = {name: figures(by_seed) for name, by_seed in scores.items()}
+    settings = {
         "protocol": _protocol(collected, ns, sizes, {}),
         "clean_accuracy": float(np.mean(clean)),
         "classes": [list(TOPICS)[c] for c in classes],
         "seeds": seeds,
     }
-    return found_with | _beside(result, len(collected), pool_padding, began)
+    return settings | _beside(result, len(collected), pool_padding, began)
 
 
 @torch.no_grad()
@@ -111,14 +111,14 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     """
     began, collected = time.monotonic(), _labelled(evaluation, rows, seeds)
     topic, tone = collected.of_rows("topic").numpy(), collected.of_rows("tone").numpy()
-    x, coders = _pooled(collected, None, pool_padding), _coders(evaluation, collected, pool_padding)
+    x, autoencoders = _pooled(collected, None, pool_padding), _autoencoders(evaluation, collected, pool_padding)
     ns, pairs = _thresholds(evaluation), [(a, a + 1) for a in range(0, len(TOPICS), 2)]
-    scores = {name: np.full((seeds, len(pairs), 3, len(ns)), np.nan) for name in coders}  # dir1, dir2, metric
+    scores = {name: np.full((seeds, len(pairs), 3, len(ns)), np.nan) for name in autoencoders}  # dir1, dir2, metric
     accuracies = np.empty((seeds, len(pairs), 4))
     sizes: list[tuple[int, int]] = []
     for seed in range(seeds):
-        for at, pair in enumerate(pairs):
-            draw = evaluation.generator(f"scr {seed} {at}")
+        for index, pair in enumerate(pairs):
+            draw = evaluation.generator(f"scr {seed} {index}")
             groups = _halves(2 * topic + tone, (2 * t + manner for t in pair for manner in (0, 1)), draw)
             # the first topic of a pair prefers the first tone, the second the second
             biased = _evenly([groups[0][0], groups[3][0]])
@@ -133,26 +133,28 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
 
             clean = [accuracy(logits[:, 1 + i], y) for i, y in enumerate(labels)]
             base = [accuracy(logits[:, 0], y) for y in labels]
-            accuracies[seed, at] = [*clean, *base]
-            for name, (f, W_dec) in coders.items():
-                change, here = _ablation(f, W_dec, W[:1]), scores[name][seed, at]
+            accuracies[seed, index] = [*clean, *base]
+            for name, (f, W_dec) in autoencoders.items():
+                change, pair_scores = _ablation(f, W_dec, W[:1]), scores[name][seed, index]
                 for scored, ablated in ((0, 1), (1, 0)):
                     effects = np.abs(_difference(f, train, labels[ablated][train]) * (W_dec @ W[1 + ablated]))
                     if name == "shuffled":
                         effects = draw.permutation(effects)
                     order, gap = _strongest(effects), clean[scored] - base[scored]
                     if gap >= GAP:
-                        kept = [accuracy(logits[:, 0] - change(order[:n])[:, 0], labels[scored]) for n in ns]
-                        here[scored] = (np.array(kept) - base[scored]) / gap
-                here[2] = here[0 if base[0] < base[1] else 1]
+                        ablated_accuracies = [
+                            accuracy(logits[:, 0] - change(order[:n])[:, 0], labels[scored]) for n in ns
+                        ]
+                        pair_scores[scored] = (np.array(ablated_accuracies) - base[scored]) / gap
+                pair_scores[2] = pair_scores[0 if base[0] < base[1] else 1]
 
-    def figures(found: np.ndarray) -> dict[str, Any]:
-        by_seed = [[_mean(found[seed, :, 2, n]) for n in range(len(ns))] for seed in range(seeds)]
-        metric = _by_n(ns, found[:, :, 2])
+    def figures(all_scores: np.ndarray) -> dict[str, Any]:
+        by_seed = [[_mean(all_scores[seed, :, 2, n]) for n in range(len(ns))] for seed in range(seeds)]
+        metric = _by_n(ns, all_scores[:, :, 2])
         return {
             "scr_metric": metric,
-            "scr_dir1": _by_n(ns, found[:, :, 0]),
-            "scr_dir2": _by_n(ns, found[:, :, 1]),
+            "scr_dir1": _by_n(ns, all_scores[:, :, 0]),
+            "scr_dir2": _by_n(ns, all_scores[:, :, 1]),
             "spread": {n: _deviation([values[i] for values in by_seed]) for i, n in enumerate(ns)},
             "score": metric[max([ns[0], *(n for n in ns if n <= SCR_AT)])],
         }
@@ -160,44 +162,46 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     names = ("clean_topic", "clean_tone", "base_topic", "base_tone")
     sets = {
         "/".join(list(TOPICS)[t] for t in pair): {
-            **dict(zip(names, map(float, accuracies[:, at].mean(0)), strict=True)),
-            "scr_metric": _by_n(ns, scores["sae"][:, at : at + 1, 2]),
+            **dict(zip(names, map(float, accuracies[:, index].mean(0)), strict=True)),
+            "scr_metric": _by_n(ns, scores["sae"][:, index : index + 1, 2]),
         }
-        for at, pair in enumerate(pairs)
+        for index, pair in enumerate(pairs)
     }
-    result = {name: figures(found) for name, found in scores.items()}
+    result = {name: figures(all_scores) for name, all_scores in scores.items()}
     names_of = {"the embedded language": [tuple(list(TOPICS)[t] for t in pair) for pair in pairs]}
     protocol = _protocol(collected, ns, sizes, names_of)
     return {"sets": sets, "seeds": seeds, "protocol": protocol} | _beside(result, len(collected), pool_padding, began)
 
 
-def _labelled(evaluation: Evaluation, rows: int, seeds: int) -> Collected:
+def _labelled(evaluation: Evaluation, rows: int, seeds: int) -> TextActivations:
     if seeds < 2:
         raise UserError(f"seeds: {seeds} is not allowed; the spread needs at least 2")
     return evaluation.labelled(rows)
 
 
-def _pooled(collected: Collected, coder: Coder | None, padding: bool) -> np.ndarray:
+def _pooled(collected: TextActivations, autoencoder: Autoencoder | None, padding: bool) -> np.ndarray:
     """Mean latents (or activations) of each row; with `padding` over all T positions, x being zero where not kept."""
-    pooled = collected.pooled(coder)
+    pooled = collected.pooled(autoencoder)
     if padding:
         kept = collected.kept.to(pooled.device)
         T = kept.shape[1]
         pooled = pooled * (kept.sum(1, keepdim=True) / T)
-        if coder is not None:
+        if autoencoder is not None:
             pos = torch.arange(T, device=pooled.device)
-            zeros = coder.encode_sparse(collected.x.new_zeros(T, collected.x.shape[1]), pos).to_dense()
+            zeros = autoencoder.encode_sparse(collected.x.new_zeros(T, collected.x.shape[1]), pos).to_dense()
             pooled = pooled + (~kept).to(zeros.dtype) @ zeros / T
     return pooled.double().cpu().numpy()
 
 
-def _coders(evaluation: Evaluation, collected: Collected, padding: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _autoencoders(
+    evaluation: Evaluation, collected: TextActivations, padding: bool
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Mean latents and W_dec by name. `shuffled` is the dictionary, whose effects are to be permuted over its latents."""
-    found = {
-        name: (_pooled(collected, coder, padding), coder.W_dec.detach().double().cpu().numpy())
-        for name, coder in evaluation.coders(collected).items()
+    latents = {
+        name: (_pooled(collected, autoencoder, padding), autoencoder.W_dec.detach().double().cpu().numpy())
+        for name, autoencoder in evaluation.autoencoders(collected).items()
     }
-    return found | {"shuffled": found["sae"]}
+    return latents | {"shuffled": latents["sae"]}
 
 
 def _thresholds(evaluation: Evaluation) -> list[int]:
@@ -207,10 +211,10 @@ def _thresholds(evaluation: Evaluation) -> list[int]:
 
 def _halves(labels: np.ndarray, kinds: Iterable[int], draw: np.random.Generator) -> list[list[np.ndarray]]:
     """The rows of each kind, half of them for training and half for testing."""
-    found = [draw.permutation(np.flatnonzero(labels == kind)) for kind in kinds]
-    if min(map(len, found)) < 4:
+    rows_by_kind = [draw.permutation(np.flatnonzero(labels == kind)) for kind in kinds]
+    if min(map(len, rows_by_kind)) < 4:
         raise UserError(f"rows: {len(labels)} is not allowed; every topic (in every tone) needs 4 documents: give more")
-    return [np.array_split(rows, 2) for rows in found]
+    return [np.array_split(rows, 2) for rows in rows_by_kind]
 
 
 def _evenly(groups: list[np.ndarray]) -> np.ndarray:
@@ -243,7 +247,7 @@ def _ablation(f: np.ndarray, W_dec: np.ndarray, W: np.ndarray) -> Callable[[np.n
 
 
 def _protocol(
-    collected: Collected, ns: list[int], sizes: list[tuple[int, int]], pairs: dict[str, list[Any]]
+    collected: TextActivations, ns: list[int], sizes: list[tuple[int, int]], pairs: dict[str, list[Any]]
 ) -> dict[str, Any]:
     """What was used, by the names that SAEBench has for it. Probes here have no epochs, learning rate or L1 penalty."""
     train, test = (max(side) for side in zip(*sizes, strict=True))
@@ -259,15 +263,15 @@ def _protocol(
 
 def _beside(result: dict[str, dict[str, Any]], rows: int, pool_padding: bool, began: float) -> dict[str, Any]:
     """The dictionary's figures, with those of the controls and which of them it does not surpass."""
-    own, controls = result["sae"], {name: found for name, found in result.items() if name != "sae"}
-    score = own["score"]
+    scores, controls = result["sae"], {name: control for name, control in result.items() if name != "sae"}
+    score = scores["score"]
     reached = [
         name
-        for name, found in controls.items()
-        if score is not None and found["score"] is not None and found["score"] >= score
+        for name, control in controls.items()
+        if score is not None and control["score"] is not None and control["score"] >= score
     ]
     settings = {"rows": rows, "pool_padding": pool_padding, "seconds": round(time.monotonic() - began, 2)}
-    return {**own, "controls": controls, "reached_by": reached, **settings}
+    return {**scores, "controls": controls, "reached_by": reached, **settings}
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -280,6 +284,6 @@ def _deviation(values: list[float | None]) -> float | None:
     return float(np.std(known, ddof=1)) if len(known) > 1 else None
 
 
-def _by_n(ns: list[int], found: np.ndarray) -> dict[int, float | None]:
+def _by_n(ns: list[int], scores: np.ndarray) -> dict[int, float | None]:
     """Means of [seeds, pairs, n] by n."""
-    return {n: _mean(found[..., i]) for i, n in enumerate(ns)}
+    return {n: _mean(scores[..., i]) for i, n in enumerate(ns)}

@@ -19,8 +19,8 @@ from ..engine.config import MaskConfig
 from ..engine.errors import UserError
 from ..engine.sae import SparseAutoencoder
 from ..engine.unit_decoder import unit_decoder
-from .collect import Evaluation
-from .positions import Drawn, held_out, information, summary
+from .evaluation import Evaluation
+from .positions import BinnedTokens, held_out, information, summary
 
 SHUFFLES = 5
 
@@ -33,21 +33,21 @@ def slicing(evaluation: Evaluation, *, rows: int = 1024, bins: int = 16) -> dict
     if cfg.mask.kind != "none" or cfg.d_out is not None:
         return None
     collected, draw = held_out(evaluation, rows), evaluation.generator("slicing")
-    drawn = Drawn.of(evaluation, collected, bins, 0, draw)
+    drawn = BinnedTokens.of(evaluation, collected, bins, 0, draw)
     shuffled = [drawn.shuffled(draw) for _ in range(SHUFFLES)]
     spread = float((collected.x - collected.mean).double().square().sum())
-    found: dict[str, dict[str, float | None]] = {}
+    results: dict[str, dict[str, float | None]] = {}
     for name, sliced in slicings(evaluation.sae.sae, collected.tokens.shape[1], seed=evaluation.seed).items():
         sliced = unit_decoder(sliced)
         code = collected.code(sliced)
         figures: dict[str, Any] = summary(information(code, drawn, shuffled))
         error = float((collected.x - sliced.decode(code)).double().square().sum())
-        found[name] = {
+        results[name] = {
             "specialization": figures["specialization"],
             "explained_variance": 1 - error / spread if spread else None,
             "l0": float((code.values > 0).sum()) / len(collected.x),
         }
-    return found
+    return results
 
 
 def slicings(sae: SparseAutoencoder, positions: int, *, ranges: int = 4, seed: int = 0) -> dict[str, SparseAutoencoder]:
@@ -70,6 +70,6 @@ def slicings(sae: SparseAutoencoder, positions: int, *, ranges: int = 4, seed: i
 
 
 def _masked(sae: SparseAutoencoder, mask: MaskConfig, seed: int) -> SparseAutoencoder:
-    found = dictionary(sae.cfg.model_copy(update={"mask": mask}), seed=seed)
-    found.load_state_dict(found.state_dict() | sae.state_dict())
-    return found.to(sae.b_dec.device)
+    masked = dictionary(sae.cfg.model_copy(update={"mask": mask}), seed=seed)
+    masked.load_state_dict(masked.state_dict() | sae.state_dict())
+    return masked.to(sae.b_dec.device)

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 from ..engine.errors import UserError
-from ..engine.progress import progress_bar
+from ..engine.process.progress import progress_bar
 from ..engine.stream import ActivationStream, TokenRows
-from ..engine.stream.text import TestbedRows
+from ..engine.stream.token_rows import TestbedRows
 from ..engine.testbed.lexicon import TONES
-from .collect import Collected, Evaluation, collect, padded
+from .evaluation import Evaluation, TextActivations, collect, padded
 from .labelled import EMBEDDED, Labelled, load_labelled
 from .probes import Split, ailing, balanced, halves, top_k
 
@@ -39,12 +39,13 @@ CONTEXT = 128
 KS = (1, 2, 5, 10, 20, 50, 100)
 ROWS = 1024  # documents of the embedded language
 LEAST = 10  # texts of a class: with fewer, one test row is worth more than the differences of interest
-_PART = 1024  # texts whose activations are held at once
+_TEXTS_AT_ONCE = 1024  # texts whose activations are held at once
 
 
 @dataclass
 class _Set:
-    """Pooled latents [R, F] by coder, `llm` among them, and the class of each row [R]. `train`: share of training rows."""
+    """Pooled latents [R, F] by autoencoder, `llm` among them, and the class of each row [R]. `train`: share of rows
+    that train."""
 
     name: str
     pooled: dict[str, np.ndarray]
@@ -71,25 +72,25 @@ def sparse_probing(
         raise UserError(f"ks: {ks[0] if ks[0] < 1 else ks[-1]} is not allowed; the dictionary has F = {F} latents")
     if sets is None and not evaluation.is_testbed:
         raise UserError(f"sets: none given, and {evaluation.stream.text.name} has no labels; give labelled texts")
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     warnings: list[str] = []
     for labelled in _opened(evaluation, EMBEDDED[:1] if sets is None else sets):
-        if labelled.name in found:
+        if labelled.name in results:
             raise UserError(f"sets: {labelled.name} is given twice; give each set a name of its own")
-        found[labelled.name] = _probe(evaluation, labelled, ks, warnings)
-    if not found:
+        results[labelled.name] = _probe(evaluation, labelled, ks, warnings)
+    if not results:
         raise UserError("sets: none given; give at least one")
-    sizes = [of for one in found.values() for of in one["classes"].values()]
+    sizes = [counts for result in results.values() for counts in result["classes"].values()]
     return {
-        **_over([one["scores"] for one in found.values()]),
+        **_over([result["scores"] for result in results.values()]),
         "protocol": {
-            "dataset_names": list(found),
-            "probe_train_set_size": max(of["train_rows"] for of in sizes),
-            "probe_test_set_size": max(of["test_rows"] for of in sizes),
+            "dataset_names": list(results),
+            "probe_train_set_size": max(counts["train_rows"] for counts in sizes),
+            "probe_test_set_size": max(counts["test_rows"] for counts in sizes),
             "context_length": min(CONTEXT, evaluation.stream.positions),
             "k_values": list(ks),
         },
-        "sets": {name: one["scores"] | {"classes": one["classes"]} for name, one in found.items()},
+        "sets": {name: result["scores"] | {"classes": result["classes"]} for name, result in results.items()},
         "warnings": warnings,
         "model": evaluation.stream.model.name,
         "hook": evaluation.stream.model.hook,
@@ -113,9 +114,9 @@ def _opened(evaluation: Evaluation, sets: Sequence[str | Path | Labelled]) -> It
                 source = load_labelled(str(source), evaluation.generator(f"sparse_probing/{file.name}/texts"))
             labels = np.array(source.labels)
             _check(source.name, labels)
-            texts = (source.texts[at : at + _PART] for at in range(0, len(labels), _PART))
-            parts = (collect(evaluation.stream, token_rows(evaluation.stream, part), len(part)) for part in texts)
-            yield _Set(source.name, _pooled(evaluation, parts), labels, 0.8)
+            texts = (source.texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(labels), _TEXTS_AT_ONCE))
+            batches = (collect(evaluation.stream, token_rows(evaluation.stream, batch), len(batch)) for batch in texts)
+            yield _Set(source.name, _pooled(evaluation, batches), labels, 0.8)
 
 
 def token_rows(stream: ActivationStream, texts: Sequence[str]) -> Iterator[TokenRows]:
@@ -123,16 +124,19 @@ def token_rows(stream: ActivationStream, texts: Sequence[str]) -> Iterator[Token
     tokenizer = stream.model.tokenizer
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     T = min(CONTEXT, stream.positions)
-    ids = [(bos + one)[:T] for one in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+    ids = [
+        (bos + text_ids)[:T]
+        for text_ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ]
     return padded(ids, stream)
 
 
-def _pooled(evaluation: Evaluation, parts: Iterable[Collected]) -> dict[str, np.ndarray]:
-    found: dict[str, list[np.ndarray]] = {}
-    for part in parts:
-        for name, coder in {**evaluation.coders(part), "llm": None}.items():
-            found.setdefault(name, []).append(part.pooled(coder).cpu().numpy())
-    return {name: np.concatenate(pooled) for name, pooled in found.items()}
+def _pooled(evaluation: Evaluation, batches: Iterable[TextActivations]) -> dict[str, np.ndarray]:
+    latents: dict[str, list[np.ndarray]] = {}
+    for batch in batches:
+        for name, autoencoder in {**evaluation.autoencoders(batch), "llm": None}.items():
+            latents.setdefault(name, []).append(batch.pooled(autoencoder).cpu().numpy())
+    return {name: np.concatenate(pooled) for name, pooled in latents.items()}
 
 
 def _check(name: str, labels: np.ndarray) -> None:
@@ -147,42 +151,46 @@ def _check(name: str, labels: np.ndarray) -> None:
         )
 
 
-def _probe(evaluation: Evaluation, given: _Set, ks: tuple[int, ...], warnings: list[str]) -> dict[str, Any]:
+def _probe(evaluation: Evaluation, text_set: _Set, ks: tuple[int, ...], warnings: list[str]) -> dict[str, Any]:
     """`scores` of a set, its means over classes, and `classes`, what each class had."""
-    _check(given.name, given.labels)
-    ill = {name: what for name, pooled in given.pooled.items() if (what := ailing(pooled)) is not None}
-    warnings += [f"{given.name}: {name}: {what}" for name, what in ill.items()]
-    names, codes = np.unique(given.labels, return_inverse=True)
+    _check(text_set.name, text_set.labels)
+    ill = {name: ailment for name, pooled in text_set.pooled.items() if (ailment := ailing(pooled)) is not None}
+    warnings += [f"{text_set.name}: {name}: {ailment}" for name, ailment in ill.items()]
+    names, codes = np.unique(text_set.labels, return_inverse=True)
     nothing = {f"top_{k}": None for k in ks}
     scores: list[dict[str, Any]] = []
     classes: dict[str, dict[str, Any]] = {}
-    with progress_bar(f"probing {given.name}", total=len(names), unit="classes") as bar:
+    with progress_bar(f"probing {text_set.name}", total=len(names), unit="classes") as bar:
         for code, label in enumerate(names):
-            purpose = f"sparse_probing/{given.name}/{label}"
+            purpose = f"sparse_probing/{text_set.name}/{label}"
             y = codes == code
             rows = balanced(y, evaluation.generator(f"{purpose}/rows"), groups=codes)
-            own: dict[str, dict[str, Any]] = {}
+            accuracies: dict[str, dict[str, Any]] = {}
             tested = trained = 0
-            for name, pooled in given.pooled.items():
+            for name, pooled in text_set.pooled.items():
                 full = name in ("sae", "llm")
                 if name in ill:
-                    own[name] = nothing | (dict.fromkeys(("test_accuracy", "best_epoch_accuracy")) if full else {})
+                    accuracies[name] = nothing | (
+                        dict.fromkeys(("test_accuracy", "best_epoch_accuracy")) if full else {}
+                    )
                     continue
-                split = halves(pooled, y, rows, evaluation.generator(f"{purpose}/split"), train=given.train)
+                split = halves(pooled, y, rows, evaluation.generator(f"{purpose}/split"), train=text_set.train)
                 trained, tested = len(split.train_y), len(split.test_y)
-                own[name] = _named(top_k(split, ks))
+                accuracies[name] = _named(top_k(split, ks))
                 if full:
-                    own[name]["test_accuracy"] = full_width(split, evaluation.generator(f"{purpose}/full"))
-                    own[name]["best_epoch_accuracy"] = best_epoch(split, evaluation.generator(f"{purpose}/full"))
-            own["shuffled"] = nothing
+                    accuracies[name]["test_accuracy"] = full_width(split, evaluation.generator(f"{purpose}/full"))
+                    accuracies[name]["best_epoch_accuracy"] = best_epoch(split, evaluation.generator(f"{purpose}/full"))
+            accuracies["shuffled"] = nothing
             if "sae" not in ill:
                 draw, any_y = evaluation.generator(f"{purpose}/shuffled"), y.copy()
                 # test labels too: a latent that is the class would else score 0 or 1, as the coin falls
                 any_y[rows] = draw.permutation(y[rows])
-                own["shuffled"] = _named(top_k(halves(given.pooled["sae"], any_y, rows, draw, train=given.train), ks))
-            sae, llm = own.pop("sae"), own.pop("llm")
+                accuracies["shuffled"] = _named(
+                    top_k(halves(text_set.pooled["sae"], any_y, rows, draw, train=text_set.train), ks)
+                )
+            sae, llm = accuracies.pop("sae"), accuracies.pop("llm")
             error = None if sae["top_1"] is None else _error(sae["top_1"], tested)
-            scores.append({**sae, "top_1_error": error, "llm": llm, "controls": own})
+            scores.append({**sae, "top_1_error": error, "llm": llm, "controls": accuracies})
             classes[str(label)] = {"top_1": sae["top_1"], "train_rows": trained, "test_rows": tested}
             bar.advance(1)
     return {"scores": _over(scores), "classes": classes}
@@ -230,8 +238,8 @@ def _epochs(split: Split, draw: np.random.Generator) -> Iterator[tuple[float, fl
         yield summed, float((predicted.numpy() == split.test_y).mean())
 
 
-def _named(found: dict[int, float]) -> dict[str, float]:
-    return {f"top_{k}": value for k, value in found.items()}
+def _named(accuracies: dict[int, float]) -> dict[str, float]:
+    return {f"top_{k}": value for k, value in accuracies.items()}
 
 
 def _error(accuracy: float, rows: int) -> float:
@@ -242,18 +250,18 @@ def _error(accuracy: float, rows: int) -> float:
 
 def _over(scores: list[dict[str, Any]]) -> dict[str, Any]:
     """Means of all figures, None where one is; the error of a mean for `top_1_error`; and which controls reach `top_1`."""
-    found = _mean([{key: value for key, value in one.items() if key != "reached_by"} for one in scores])
-    errors = [one["top_1_error"] for one in scores]
-    found["top_1_error"] = None if None in errors else math.hypot(*errors) / len(errors)
-    near = -math.inf if found["top_1"] is None else found["top_1"] - found["top_1_error"]
-    controls = {name: control["top_1"] for name, control in found["controls"].items()}
-    found["reached_by"] = [
-        name for name, top_1 in controls.items() if None not in (top_1, found["top_1"]) and top_1 >= near
+    means = _mean([{key: value for key, value in score.items() if key != "reached_by"} for score in scores])
+    errors = [score["top_1_error"] for score in scores]
+    means["top_1_error"] = None if None in errors else math.hypot(*errors) / len(errors)
+    near = -math.inf if means["top_1"] is None else means["top_1"] - means["top_1_error"]
+    controls = {name: control["top_1"] for name, control in means["controls"].items()}
+    means["reached_by"] = [
+        name for name, top_1 in controls.items() if None not in (top_1, means["top_1"]) and top_1 >= near
     ]
-    return found
+    return means
 
 
 def _mean(scores: list[Any]) -> Any:
     if isinstance(scores[0], dict):
-        return {key: _mean([one[key] for one in scores]) for key in scores[0]}
+        return {key: _mean([score[key] for score in scores]) for key in scores[0]}
     return None if None in scores else sum(scores) / len(scores)

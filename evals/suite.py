@@ -8,11 +8,11 @@ from typing import Any
 
 from ..engine.config import SAEConfig
 from ..engine.errors import UserError, shown
-from ..engine.files import digest, digest_of_folder
-from ..engine.names import expand_path
+from ..engine.storage.files import digest, digest_of_folder
+from ..engine.storage.path_names import expand_path
 from ..engine.stream import ActivationStream
-from ..engine.stream.text import TestbedRows
-from .collect import Evaluation
+from ..engine.stream.token_rows import TestbedRows
+from .evaluation import Evaluation
 from .labelled import stored_at
 
 Eval = Callable[[Evaluation], dict[str, Any]]
@@ -43,11 +43,11 @@ FILES = {
 
 
 #: eval -> what it lacks
-Needs = Callable[["Asked"], dict[str, str]]
+Needs = Callable[["EvalRequest"], dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalRequest:
     """What an eval is asked to be measured on."""
 
     stream: ActivationStream
@@ -61,64 +61,65 @@ class Asked:
         return isinstance(self.stream.text, TestbedRows)
 
 
-def _labels_of_tokens(asked: Asked) -> dict[str, str]:
-    if asked.has_labels:
+def _labels_of_tokens(request: EvalRequest) -> dict[str, str]:
+    if request.has_labels:
         return {}
     return {
-        "": f"{asked.stream.text.name} has no labels; it is measured on the embedded language alone (model: testbed)"
+        "": f"{request.stream.text.name} has no labels; it is measured on the embedded language alone (model: testbed)"
     }
 
 
-def _no_tokenizer(asked: Asked) -> dict[str, str]:
-    if asked.stream.model.tokenizer is not None:
+def _no_tokenizer(request: EvalRequest) -> dict[str, str]:
+    if request.stream.model.tokenizer is not None:
         return {}
-    return {"": f"{asked.stream.model.name} has no tokenizer, and this eval reads text"}
+    return {"": f"{request.stream.model.name} has no tokenizer, and this eval reads text"}
 
 
-def _labelled_texts(asked: Asked) -> dict[str, str]:
-    if found := _no_tokenizer(asked):
-        return found
-    if not asked.has_labels and not asked.sets:
+def _labelled_texts(request: EvalRequest) -> dict[str, str]:
+    if lacking := _no_tokenizer(request):
+        return lacking
+    if not request.has_labels and not request.sets:
         return {
-            "": f"{asked.stream.text.name} has no labels; give labelled texts, --set FILE?text=COLUMN&label=COLUMN (.csv or "
-            ".jsonl), or a published set, --set fancyzhx/ag_news?path=FOLDER"
+            "": f"{request.stream.text.name} has no labels; give labelled texts, --set FILE?text=COLUMN&label=COLUMN (.csv "
+            "or .jsonl), or a published set, --set fancyzhx/ag_news?path=FOLDER"
         }
-    return _absent({source: stored_at(source) for source in asked.sets}, "set")
+    return _absent({source: stored_at(source) for source in request.sets}, "set")
 
 
-def _questions(asked: Asked) -> dict[str, str]:
-    if found := _no_tokenizer(asked):
-        return found
-    if asked.sae.d_out is not None:
+def _questions(request: EvalRequest) -> dict[str, str]:
+    if lacking := _no_tokenizer(request):
+        return lacking
+    if request.sae.d_out is not None:
         return {"": "a transcoder is not allowed; unlearning changes the activations that were encoded"}
     names = [name for name, (reader, _) in FILES.items() if reader == "unlearning"]
-    missing = [name for name in names if name not in asked.files]
-    if missing and (len(missing) < len(names) or not asked.has_labels):
+    missing = [name for name in names if name not in request.files]
+    if missing and (len(missing) < len(names) or not request.has_labels):
         options = " ".join(f"--file {name}=PATH" for name in missing)
         return {
-            "": f"{asked.stream.text.name} says nothing of what to forget; give questions and text to forget and to retain, "
-            f"such as WMDP-bio's and MMLU's: {options}"
+            "": f"{request.stream.text.name} says nothing of what to forget; give questions and text to forget and to "
+            f"retain, such as WMDP-bio's and MMLU's: {options}"
         }
-    if not missing and not getattr(asked.stream.model.tokenizer, "chat_template", None):
+    if not missing and not getattr(request.stream.model.tokenizer, "chat_template", None):
         return {
-            "": f"{asked.stream.model.name} has no chat template; multiple-choice questions need an instruction-tuned model"
+            "": f"{request.stream.model.name} has no chat template; multiple-choice questions need an instruction-tuned "
+            "model"
         }
-    return _absent({path: expand_path(path, "file") for name in names for path in asked.files.get(name, ())}, "file")
+    return _absent({path: expand_path(path, "file") for name in names for path in request.files.get(name, ())}, "file")
 
 
-def _tasks_of_order(asked: Asked) -> dict[str, str]:
-    given = [path for name in ("blimp", "senteval") for path in asked.files.get(name, ())]
-    if given and (lacking := _no_tokenizer(asked)):
+def _tasks_of_order(request: EvalRequest) -> dict[str, str]:
+    paths = [path for name in ("blimp", "senteval") for path in request.files.get(name, ())]
+    if paths and (lacking := _no_tokenizer(request)):
         return lacking
-    found = _absent({path: expand_path(path, "file") for path in given}, "file")
-    if not given and not asked.has_labels:
-        name = asked.stream.text.name
-        found["order probing"] = f"{name} has no tasks of its own; give --file blimp=PATH or --file senteval=PATH"
-    return found
+    absent = _absent({path: expand_path(path, "file") for path in paths}, "file")
+    if not paths and not request.has_labels:
+        name = request.stream.text.name
+        absent["order probing"] = f"{name} has no tasks of its own; give --file blimp=PATH or --file senteval=PATH"
+    return absent
 
 
 def _absent(paths: Mapping[str, Path | None], option: str) -> dict[str, str]:
-    gone = [given for given, path in paths.items() if path is not None and not path.exists()]
+    gone = [argument for argument, path in paths.items() if path is not None and not path.exists()]
     return {"": f"--{option} {gone[0]} does not exist"} if gone else {}
 
 
@@ -133,25 +134,25 @@ NEEDS: dict[str, Needs] = {
 }
 
 
-def lacks(
+def missing_inputs(
     name: str, stream: ActivationStream, sae: SAEConfig, sets: Sequence[str], files: Mapping[str, Sequence[str]]
 ) -> dict[str, str]:
     """What keeps the eval `name` ("") or a part of it from being measured, with the option that would supply what is
     missing; empty if nothing does. Looks at no activation, so that it can be said before anything is collected."""
-    return NEEDS[name](Asked(stream, sae, sets, files)) if name in NEEDS else {}
+    return NEEDS[name](EvalRequest(stream, sae, sets, files)) if name in NEEDS else {}
 
 
-def named_files(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def named_files(options: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """NAME=PATH, by name. Raises UserError for a name that is none of `FILES`, or that is given too often."""
-    found: dict[str, tuple[str, ...]] = {}
-    for one in given:
-        name, _, path = one.partition("=")
+    files: dict[str, tuple[str, ...]] = {}
+    for option in options:
+        name, _, path = option.partition("=")
         if name not in FILES or not path:
-            raise UserError(f"file: {one} is not allowed; give NAME=PATH, of which NAME is {', '.join(FILES)}")
-        if name in found and not FILES[name][1]:
-            raise UserError(f"file: {one} is not allowed; there is one {name} already, {found[name][0]}")
-        found[name] = (*found.get(name, ()), path)
-    return found
+            raise UserError(f"file: {option} is not allowed; give NAME=PATH, of which NAME is {', '.join(FILES)}")
+        if name in files and not FILES[name][1]:
+            raise UserError(f"file: {option} is not allowed; there is one {name} already, {files[name][0]}")
+        files[name] = (*files.get(name, ()), path)
+    return files
 
 
 def check_there(sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> None:
@@ -159,19 +160,19 @@ def check_there(sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> None
     for name, path in ((name, path) for name, paths in files.items() for path in paths):
         if not expand_path(path, f"--file {name}").exists():
             raise UserError(f"--file {name}: {shown(path)} is not allowed; it does not exist")
-    for one in sets:
-        if (path := stored_at(one)) is not None and not path.exists():
-            raise UserError(f"--set: {shown(one)} is not allowed; {path} does not exist")
+    for source in sets:
+        if (path := stored_at(source)) is not None and not path.exists():
+            raise UserError(f"--set: {shown(source)} is not allowed; {path} does not exist")
 
 
-def given_to(name: str, sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
+def input_digests(name: str, sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
     """What the eval `name` reads of these labelled sets and files, as it was given -> the digest of what lies there."""
     if name == "sparse_probing":
         paths = {source: stored_at(source) for source in sets}
     else:
-        mine = [kind for kind, (reader, _) in FILES.items() if reader == name]
-        paths = {f"{kind}={path}": expand_path(path, "file") for kind in mine for path in files.get(kind, ())}
-    return {given: None if path is None or not path.exists() else _digest(path) for given, path in paths.items()}
+        kinds = [kind for kind, (reader, _) in FILES.items() if reader == name]
+        paths = {f"{kind}={path}": expand_path(path, "file") for kind in kinds for path in files.get(kind, ())}
+    return {argument: None if path is None or not path.exists() else _digest(path) for argument, path in paths.items()}
 
 
 def _digest(path: Path) -> str:
@@ -212,14 +213,14 @@ def _sparse_probing(evaluation: Evaluation) -> dict[str, Any]:
 
 def _positions(evaluation: Evaluation) -> dict[str, Any]:
     from .fidelity import fidelity
-    from .order import order_probing
     from .positions import positions
     from .slicing import slicing
+    from .word_order import order_probing
 
-    found = positions(evaluation, evaluation.reference) | {
+    result = positions(evaluation, evaluation.reference) | {
         "fidelity": fidelity(evaluation),
         "slicing": slicing(evaluation),
     }
-    asked = Asked(evaluation.stream, evaluation.sae.cfg, evaluation.sets, evaluation.files)
-    why = _tasks_of_order(asked).get("order probing")
-    return found | {"order_probing": order_probing(evaluation) if why is None else {"skipped": why}}
+    request = EvalRequest(evaluation.stream, evaluation.sae.cfg, evaluation.sets, evaluation.files)
+    why = _tasks_of_order(request).get("order probing")
+    return result | {"order_probing": order_probing(evaluation) if why is None else {"skipped": why}}

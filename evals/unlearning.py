@@ -39,14 +39,14 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
-from ..engine.progress import progress_bar
+from ..engine.process.progress import progress_bar
 from ..engine.stream import TokenRows
 from ..engine.testbed.language import ROLES, facts
 from ..kernels.numerics import sum_by
-from .collect import LABELLED, Coder, Collected, Evaluation, collected_rows
 from .core import fitted
-from .questions import (
-    Files,
+from .evaluation import LABELLED, Autoencoder, Evaluation, TextActivations, collected_rows
+from .multiple_choice import (
+    QuestionFiles,
     Questions,
     answers,
     fact_questions,
@@ -68,30 +68,30 @@ Choice = Callable[[float, int], np.ndarray]
 
 
 @dataclass
-class _Part:
+class _TokenGroups:
     """Some rows [R, T] of a text, and which of their tokens count as what, bool [R, T]: `forget` and `retain` for the choice
-    of latents, `told` for the loss, which is to stay as it is."""
+    of latents, `for_loss` for the loss, which is to stay as it is."""
 
-    text: Collected
+    text: TextActivations
     forget: Tensor
     retain: Tensor
-    told: Tensor
+    for_loss: Tensor
 
 
-Parts = Callable[[bool], Iterator[_Part]]
+Batches = Callable[[bool], Iterator[_TokenGroups]]
 
 
 @dataclass
 class _Task:
-    """Questions that the untouched model knows, text in parts, and SAEBench's settings as they are here (`protocol`).
+    """Questions that the untouched model knows, text in batches, and SAEBench's settings as they are here (`protocol`).
 
-    `parts(False)` gives the text for choosing latents, `parts(True)` that for the loss, again at every call: what files hold
-    is not kept, as activations of so many tokens fill memory.
+    `batches(False)` gives the text for choosing latents, `batches(True)` that for the loss, again at every call: what files
+    hold is not kept, as activations of so many tokens fill memory.
     """
 
     questions: Questions
-    asked: Collected
-    parts: Parts
+    prompts: TextActivations
+    batches: Batches
     answer_orders: int
     multipliers: tuple[float, ...]
     texts: dict[str, Any]
@@ -110,20 +110,20 @@ class Clamp:
         """Of the rows of these numbers (ascending): [len(rows), width, D]."""
         rows = rows.to(self.row.device)
         here = torch.isin(self.row, rows)
-        at = torch.searchsorted(rows, self.row[here]) * width + self.pos[here]
-        return sum_by(at, self.change[here], len(rows) * width).view(len(rows), width, -1)
+        index = torch.searchsorted(rows, self.row[here]) * width + self.pos[here]
+        return sum_by(index, self.change[here], len(rows) * width).view(len(rows), width, -1)
 
 
 @torch.no_grad()
-def clamp(coder: Coder, collected: Collected, latents: np.ndarray, multiplier: float) -> Clamp:
+def clamp(autoencoder: Autoencoder, collected: TextActivations, latents: np.ndarray, multiplier: float) -> Clamp:
     """x' - x = decode(f') - decode(f): decoding is affine, so only what the clamped latents add changes, and what others
     add and the reconstruction's error stay."""
-    code = collected.code(coder)
+    code = collected.code(autoencoder)
     chosen = torch.zeros(code.n_latents, dtype=torch.bool, device=code.values.device)
     chosen[torch.from_numpy(latents)] = True
-    taken = chosen[code.indices] & (code.values > 0)
-    token, latent = code.rows[taken], code.indices[taken]
-    change = (-multiplier - code.values[taken])[:, None] * coder.W_dec[latent]
+    active = chosen[code.indices] & (code.values > 0)
+    token, latent = code.rows[active], code.indices[active]
+    change = (-multiplier - code.values[active])[:, None] * autoencoder.W_dec[latent]
     return Clamp(collected.row[token], collected.pos[token], change)
 
 
@@ -150,49 +150,51 @@ def unlearning(
     fitted("sae", evaluation.sae, evaluation.stream)
     if evaluation.sae.cfg.d_out is not None:
         raise UserError("sae: a transcoder is not allowed; unlearning changes the activations that were encoded")
-    files = Files.of(evaluation.files)
+    files = QuestionFiles.of(evaluation.files)
     rows = evaluation.rows(rows) if files is None else max(1, rows // evaluation.share)
     task = evaluation.once(
         "unlearning",
         lambda: _of_language(evaluation, rows) if files is None else _of_files(evaluation, files, rows, length),
     )
-    task.asked.forget()
-    coders = {name: coder for name, coder in evaluation.coders(task.asked).items() if name != "mean"}
+    task.prompts.forget()
+    autoencoders = {
+        name: autoencoder for name, autoencoder in evaluation.autoencoders(task.prompts).items() if name != "mean"
+    }
     draw = evaluation.generator("unlearning shuffled")
-    fractions, norm = _fractions(coders, task)
-    ranking = {name: _ranking(*of) for name, of in fractions.items()}
+    fractions, norm = _fractions(autoencoders, task)
+    ranking = {name: _ranking(*shares) for name, shares in fractions.items()}
     order = draw.permutation(np.flatnonzero(fractions["sae"].any(0)))
 
     def shuffled(threshold: float, n: int) -> np.ndarray:
         return order[: len(ranking["sae"](threshold, n))]
 
     grid = list(product(thresholds, latents, multipliers or task.multipliers))
-    own = _scores(evaluation, coders["sae"], task, ranking["sae"], grid, whole=True)
-    controls = {name: (coders[name], choice) for name, choice in ranking.items() if name != "sae"}
-    controls["shuffled"] = coders["sae"], shuffled
+    result = _scores(evaluation, autoencoders["sae"], task, ranking["sae"], grid, whole=True)
+    controls = {name: (autoencoders[name], choice) for name, choice in ranking.items() if name != "sae"}
+    controls["shuffled"] = autoencoders["sae"], shuffled
     counts = {"forget": int(task.questions.forget.sum()), "retain": int((~task.questions.forget).sum())}
     warnings = [f"only {n} {side} questions are known: one is {1 / n:.3f}" for side, n in counts.items() if n < FEW]
-    short = [setting for setting in own["settings"] if setting["taken"] < setting["latents"]]
+    short = [setting for setting in result["settings"] if setting["taken"] < setting["latents"]]
     if short:
         least = min(short, key=lambda setting: setting["taken"])
         warnings.append(f"only {least['taken']} latents pass the retain threshold {least['retain_threshold']}")
-    best = own["setting"]
+    best = result["setting"]
     chosen = None if best is None else ranking["sae"](best["retain_threshold"], best["latents"])
     return {
-        **own,
+        **result,
         "answer_orders": task.answer_orders,
         "questions": counts,
         "activation_norm": norm,
         "loss_increase": None
         if best is None or chosen is None
-        else _loss_increase(evaluation, coders["sae"], task, chosen, best["multiplier"]),
+        else _loss_increase(evaluation, autoencoders["sae"], task, chosen, best["multiplier"]),
         "controls": {
             name: {
                 key: value
-                for key, value in _scores(evaluation, coder, task, choice, grid, whole=False).items()
+                for key, value in _scores(evaluation, autoencoder, task, choice, grid, whole=False).items()
                 if key != "settings"
             }
-            for name, (coder, choice) in controls.items()
+            for name, (autoencoder, choice) in controls.items()
         },
         "warnings": warnings,
         "texts": task.texts,
@@ -219,11 +221,11 @@ def _of_language(evaluation: Evaluation, rows: int) -> _Task:
     n = int((retain & collected.kept.cpu()).any(1).sum())
     first = len(collected) - min(LOSS_ROWS, n // 4)  # rows from here on serve for the loss alone
     chosen_on = (torch.arange(len(collected)) < first)[:, None]
-    part = _Part(collected, forget & chosen_on, retain & chosen_on, ~states & ~chosen_on)
-    asked = fact_questions(text.language, LABELLED, evaluation.generator("unlearning questions"))  # pyright: ignore
-    asked = asked.only(torch.arange(0, len(asked), evaluation.share))
+    groups = _TokenGroups(collected, forget & chosen_on, retain & chosen_on, ~states & ~chosen_on)
+    candidates = fact_questions(text.language, LABELLED, evaluation.generator("unlearning questions"))  # pyright: ignore
+    candidates = candidates.only(torch.arange(0, len(candidates), evaluation.share))
     size = evaluation.stream.config.rows_per_forward
-    questions = known(evaluation.stream.model, asked, size)
+    questions = known(evaluation.stream.model, candidates, size)
     norm = float(collected.x.norm(dim=1).mean())
     protocol = {
         "dataset_names": [f"facts of the embedded language: {side}" for side in ("poisons", "all others")],
@@ -233,15 +235,15 @@ def _of_language(evaluation: Evaluation, rows: int) -> _Task:
         "llm_batch_size": size,
     }
 
-    def parts(loss: bool) -> Iterator[_Part]:
-        yield part
+    def batches(loss: bool) -> Iterator[_TokenGroups]:
+        yield groups
 
     multipliers = tuple(max(1, round(share * norm)) for share in SHARES)
     texts = {"from": "words before an object of a fact, in documents of the embedded language", "rows": first}
-    return _task(evaluation, questions, parts, 1, multipliers, texts, protocol)
+    return _task(evaluation, questions, batches, 1, multipliers, texts, protocol)
 
 
-def _of_files(evaluation: Evaluation, files: Files, rows: int, length: int) -> _Task:
+def _of_files(evaluation: Evaluation, files: QuestionFiles, rows: int, length: int) -> _Task:
     stream, cfg = evaluation.stream, evaluation.sae.cfg
     length = min(length, stream.model.context)
     if cfg.parts or (cfg.mask.kind != "none" and cfg.mask.beyond == "error"):
@@ -255,19 +257,19 @@ def _of_files(evaluation: Evaluation, files: Files, rows: int, length: int) -> _
     loss_from = max(0, min(rows, len(retain) - LOSS_ROWS))
     size = max(1, stream.config.rows_per_forward * stream.positions // length)  # as many tokens as otherwise
 
-    def parts(loss: bool) -> Iterator[_Part]:
+    def batches(loss: bool) -> Iterator[_TokenGroups]:
         chosen_on = [(forget, torch.arange(len(forget))), (retain, torch.arange(min(rows, len(retain))))]
         used = [(retain, torch.arange(loss_from, len(retain)))] if loss else chosen_on
-        with progress_bar("reading texts", total=sum(len(at) for _, at in used), unit="rows") as bar:
+        with progress_bar("reading texts", total=sum(len(numbers) for _, numbers in used), unit="rows") as bar:
             for text, numbers in used:
-                for at in numbers.split(size):
-                    here = TokenRows(text.tokens[at], text.length[at], text.document[at], text.row[at])
+                for batch in numbers.split(size):
+                    here = TokenRows(text.tokens[batch], text.length[batch], text.document[batch], text.row[batch])
                     whole, none = torch.ones_like(here.tokens).bool(), torch.zeros_like(here.tokens).bool()
                     sides = (
                         (none, none, whole) if loss else (whole, none, none) if text is forget else (none, whole, none)
                     )
-                    yield _Part(collected_rows(stream, here), *sides)
-                    bar.advance(len(at))
+                    yield _TokenGroups(collected_rows(stream, here), *sides)
+                    bar.advance(len(batch))
 
     questions = known_in_every_order(stream.model, written, stream.config.rows_per_forward)
     protocol = {
@@ -279,13 +281,13 @@ def _of_files(evaluation: Evaluation, files: Files, rows: int, length: int) -> _
     }
     counts = {"forget_rows": len(forget), "retain_rows": min(rows, len(retain)), "loss_rows": len(retain) - loss_from}
     texts = {"forget": files.forget_text, "retain": files.retain_text, **counts}
-    return _task(evaluation, questions, parts, 24, MULTIPLIERS, texts, protocol)
+    return _task(evaluation, questions, batches, 24, MULTIPLIERS, texts, protocol)
 
 
 def _task(
     evaluation: Evaluation,
     questions: Questions,
-    parts: Parts,
+    batches: Batches,
     answer_orders: int,
     multipliers: tuple[float, ...],
     texts: dict[str, Any],
@@ -300,34 +302,38 @@ def _task(
     places = torch.arange(questions.tokens.shape[1])
     within = (places > 0) & (places < questions.length[:, None])
     kept, x = torch.zeros_like(within), []
-    for at in number.split(stream.config.rows_per_forward):
-        tokens = questions.tokens[at]
-        acts, _ = stream.read(TokenRows(tokens, questions.length[at], torch.zeros_like(tokens), at))
-        here = within[at].to(stream.model.device) & stream.norms.ordinary(acts)  # tokens of the chat template as well
-        kept[at] = here.cpu()
+    for batch in number.split(stream.config.rows_per_forward):
+        tokens = questions.tokens[batch]
+        acts, _ = stream.read(TokenRows(tokens, questions.length[batch], torch.zeros_like(tokens), batch))
+        here = within[batch].to(stream.model.device) & stream.norms.ordinary(
+            acts
+        )  # tokens of the chat template as well
+        kept[batch] = here.cpu()
         x.append(next(iter(acts.values()))[here].float())
     row, pos = kept.to(stream.model.device).nonzero(as_tuple=True)
-    asked = Collected(questions.tokens, kept, torch.cat(x), pos, row)
-    return _Task(questions, asked, parts, answer_orders, multipliers, texts, protocol)
+    prompts = TextActivations(questions.tokens, kept, torch.cat(x), pos, row)
+    return _Task(questions, prompts, batches, answer_orders, multipliers, texts, protocol)
 
 
-def _fractions(coders: Mapping[str, Coder], task: _Task) -> tuple[dict[str, np.ndarray], float]:
-    """Share of the tokens to forget, and of those to retain, on which each coder's latents fire, [2, F] by name, and the
-    mean |x| of all tokens; in one pass over the text."""
+def _fractions(autoencoders: Mapping[str, Autoencoder], task: _Task) -> tuple[dict[str, np.ndarray], float]:
+    """Share of the tokens to forget, and of those to retain, on which each autoencoder's latents fire, [2, F] by name, and
+    the mean |x| of all tokens; in one pass over the text."""
     fired: dict[str, Tensor] = {}
     tokens, norms, n = torch.zeros(2, dtype=torch.int64), 0.0, 0
-    for part in task.parts(False):
-        text, kept = part.text, part.text.kept.cpu()
-        side = torch.where(part.forget, 0, torch.where(part.retain, 1, 2))[kept]
+    for batch in task.batches(False):
+        text, kept = batch.text, batch.text.kept.cpu()
+        side = torch.where(batch.forget, 0, torch.where(batch.retain, 1, 2))[kept]
         tokens += torch.bincount(side, minlength=3)[:2]
         side = side.to(text.x.device)
-        for name, coder in coders.items():
-            code = text.code(coder)
+        for name, autoencoder in autoencoders.items():
+            code = text.code(autoencoder)
             where = side[code.rows] * code.n_latents + code.indices
             counts = torch.bincount(where[code.values > 0], minlength=3 * code.n_latents)
             fired[name] = fired.get(name, 0) + counts.view(3, -1)[:2].cpu()
         norms, n = norms + float(text.x.norm(dim=1).double().sum()), n + len(text.x)
-    shares = {name: (one.double() / tokens[:, None].clamp_min(1)).numpy() for name, one in fired.items()}
+    shares = {
+        name: (fired_counts.double() / tokens[:, None].clamp_min(1)).numpy() for name, fired_counts in fired.items()
+    }
     return shares, norms / max(n, 1)
 
 
@@ -342,7 +348,7 @@ def _ranking(forget: np.ndarray, retain: np.ndarray) -> Choice:
 
 def _scores(
     evaluation: Evaluation,
-    coder: Coder,
+    autoencoder: Autoencoder,
     task: _Task,
     choice: Choice,
     grid: list[tuple[float, int, float]],
@@ -350,20 +356,20 @@ def _scores(
     whole: bool,
 ) -> dict[str, Any]:
     """Every setting's accuracies, and the best setting's score. Unless `whole`, a setting that doesn't count has none."""
-    asked: dict[tuple[bytes, float], tuple[float | None, float | None]] = {}  # the same latents answer alike
+    accuracies: dict[tuple[bytes, float], tuple[float | None, float | None]] = {}  # the same latents answer alike
     settings = []
     for threshold, n, multiplier in grid:
-        taken = choice(threshold, n)
-        key = np.sort(taken).tobytes(), multiplier
-        if key not in asked:
-            asked[key] = _accuracies(evaluation, coder, task, taken, multiplier, whole)
-        forget, retain = asked[key]
+        chosen = choice(threshold, n)
+        key = np.sort(chosen).tobytes(), multiplier
+        if key not in accuracies:
+            accuracies[key] = _accuracies(evaluation, autoencoder, task, chosen, multiplier, whole)
+        forget, retain = accuracies[key]
         settings.append(
             {
                 "retain_threshold": threshold,
                 "latents": n,
                 "multiplier": multiplier,
-                "taken": len(taken),
+                "taken": len(chosen),
                 "forget_accuracy": forget,
                 "retain_accuracy": retain,
                 "counts": retain is not None and retain >= RETAINED,
@@ -391,19 +397,19 @@ def _scores(
 
 
 def _accuracies(
-    evaluation: Evaluation, coder: Coder, task: _Task, latents: np.ndarray, multiplier: float, whole: bool
+    evaluation: Evaluation, autoencoder: Autoencoder, task: _Task, latents: np.ndarray, multiplier: float, whole: bool
 ) -> tuple[float | None, float | None]:
     """Of the questions to forget, and of those to retain, the share still answered right; unless `whole`, neither once so
     many of the latter are wrong that the setting can't count."""
-    clamped = clamp(coder, task.asked, latents, multiplier)
+    clamped = clamp(autoencoder, task.prompts, latents, multiplier)
     touched = clamped.row.unique().cpu()  # no latent taken fires on the other prompts: their answers stay right
     size, shares = evaluation.stream.config.rows_per_forward, []
     for side in (~task.questions.forget, task.questions.forget):
         total, wrong = int(side.sum()), 0
         for rows in touched[side[touched]].split(size):
-            part = task.questions.only(rows)
-            change = lambda at, width, rows=rows: clamped.added(rows[at], width)
-            wrong += int((answers(evaluation.stream.model, part, size, change) != part.right).sum())
+            questions = task.questions.only(rows)
+            change = lambda numbers, width, rows=rows: clamped.added(rows[numbers], width)
+            wrong += int((answers(evaluation.stream.model, questions, size, change) != questions.right).sum())
             if not whole and not shares and 1 - wrong / total < RETAINED:
                 return None, None
         shares.append(1 - wrong / total)
@@ -411,22 +417,22 @@ def _accuracies(
 
 
 def _loss_increase(
-    evaluation: Evaluation, coder: Coder, task: _Task, latents: np.ndarray, multiplier: float
+    evaluation: Evaluation, autoencoder: Autoencoder, task: _Task, latents: np.ndarray, multiplier: float
 ) -> float | None:
     """Nats per token that isn't to be forgotten, of rows that are kept for this where there are enough."""
     model, summed, count = evaluation.stream.model, 0.0, 0
-    for part in task.parts(True):
-        text, told = part.text, part.told & part.text.kept.cpu()
-        used = told.any(1).nonzero().flatten()
+    for batch in task.batches(True):
+        text, counted = batch.text, batch.for_loss & batch.text.kept.cpu()
+        used = counted.any(1).nonzero().flatten()
         if not len(used):
             continue
-        clamped = clamp(coder, text, latents, multiplier)
+        clamped = clamp(autoencoder, text, latents, multiplier)
         most = model.rows_with_logits(text.tokens.shape[1])
         for rows in used.split(min(evaluation.stream.config.rows_per_forward, most)):
-            given = clamped.added(rows, text.tokens.shape[1])
-            here = told[rows, 1:].to(model.device)
+            added = clamped.added(rows, text.tokens.shape[1])
+            here = counted[rows, 1:].to(model.device)
             before, after = (
-                model.losses(text.tokens[rows], replace) for replace in (None, lambda x, given=given: x + given.to(x))
+                model.losses(text.tokens[rows], replace) for replace in (None, lambda x, added=added: x + added.to(x))
             )
             summed += float((after - before)[here].double().sum())
             count += int(here.sum())

@@ -106,15 +106,15 @@ def config_row(arch: int) -> dict[str, dict[str, int]]:
     """
     if arch in CONFIGS:
         return CONFIGS[arch]
-    lower = [known for known in CONFIGS if known < arch]
-    if not lower:
+    lower_archs = [row_arch for row_arch in CONFIGS if row_arch < arch]
+    if not lower_archs:
         raise ValueError(f"sm_{arch} is older than sm_{min(CONFIGS)}, the oldest with launch configurations")
-    warnings.warn(f"no launch configurations for sm_{arch}; using those of sm_{max(lower)}", stacklevel=2)
-    return CONFIGS[max(lower)]
+    warnings.warn(f"no launch configurations for sm_{arch}; using those of sm_{max(lower_archs)}", stacklevel=2)
+    return CONFIGS[max(lower_archs)]
 
 
 def launch_options(op: str, tensor: Tensor) -> dict[str, Any]:
     """Keyword arguments for launching the kernel of `op` on the tensor's device: block sizes, warps, stages."""
-    row = config_row(_arch(tensor.device)) if tensor.is_cuda else CONFIGS[min(CONFIGS)]
+    configs = config_row(_arch(tensor.device)) if tensor.is_cuda else CONFIGS[min(CONFIGS)]
     # Triton's default for FP fusion is about to change; contracting a*b+c only makes the sums more accurate.
-    return {**row[op], "enable_fp_fusion": True}
+    return {**configs[op], "enable_fp_fusion": True}

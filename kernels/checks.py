@@ -9,13 +9,13 @@ POSITION_DTYPES = (torch.int32, torch.int64)
 def check_shape(name: str, tensor: Tensor, **dims: int) -> None:
     """Raise unless `tensor` has exactly these dimensions, given in order as symbol=size."""
     if tuple(tensor.shape) != tuple(dims.values()):
-        wanted = f"[{', '.join(dims)}] = {list(dims.values())}"
-        raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
+        expected = f"[{', '.join(dims)}] = {list(dims.values())}"
+        raise ValueError(f"{name} must have shape {expected}, got {list(tensor.shape)}")
 
 
-def check_runs(name: str, tensor: Tensor, d: int, rows: int) -> None:
+def check_centers(name: str, tensor: Tensor, d: int, size: int) -> None:
     """Raise unless `tensor` is [D], or [S, D] with one row for each of S equal runs of so many rows."""
-    if tensor.dim() != 2 or not len(tensor) or rows % len(tensor):
+    if tensor.dim() != 2 or not len(tensor) or size % len(tensor):
         check_shape(name, tensor, D=d)
     else:
         check_shape(name, tensor, S=len(tensor), D=d)

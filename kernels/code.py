@@ -57,8 +57,8 @@ class SparseCode:
         if self.indices.dtype != torch.int32:
             raise ValueError(f"indices must be int32, got {self.indices.dtype}")
         if self.values.dim() != (1 if self.ragged else 2):
-            wanted = "[C] with offsets" if self.ragged else "[N, K] without offsets"
-            raise ValueError(f"values must be {wanted}, got {list(self.values.shape)}")
+            expected = "[C] with offsets" if self.ragged else "[N, K] without offsets"
+            raise ValueError(f"values must be {expected}, got {list(self.values.shape)}")
         if self.offsets is not None and (self.offsets.dtype != torch.int64 or self.offsets.dim() != 1):
             raise ValueError(f"offsets must be int64 [N+1], got {self.offsets.dtype} {list(self.offsets.shape)}")
 
@@ -70,7 +70,7 @@ class SparseCode:
             return codes[0]
         f = codes[0].n_latents
         values = torch.cat([code.values for code in codes])
-        indices = torch.cat([code.indices + nth * f for nth, code in enumerate(codes)])
+        indices = torch.cat([code.indices + dictionary * f for dictionary, code in enumerate(codes)])
         offsets = overflow = None
         if codes[0].offsets is not None:
             unused = torch.cat([code.live(torch.zeros_like(code.indices), unused=1) for code in codes])
@@ -112,8 +112,8 @@ class SparseCode:
     def to_dense(self) -> Tensor:
         """Activations [N, F]; a latent named twice by one token adds up. Differentiable in `values`."""
         dense = self.values.new_zeros(self.n_tokens * self.n_latents)
-        where = self.rows * self.n_latents + self.live(self.indices)
-        return dense.scatter_add_(0, where.flatten(), self.live(self.values).flatten()).view(-1, self.n_latents)
+        elements = self.rows * self.n_latents + self.live(self.indices)
+        return dense.scatter_add_(0, elements.flatten(), self.live(self.values).flatten()).view(-1, self.n_latents)
 
     def l0(self) -> Tensor:
         """Number of nonzero values of each token, int64 [N]."""
@@ -126,12 +126,12 @@ class SparseCode:
         """The same entries with other values; layouts computed for one code serve both."""
         return replace(self, values=values)
 
-    def only(self, kept: Tensor) -> "SparseCode":
-        """The entries for which `kept`, bool of the shape of `values`, is true; ragged, with the room there was."""
-        kept = self.live(kept, unused=False).flatten()
-        counts = torch.zeros(self.n_tokens, dtype=torch.int64, device=kept.device)
-        counts.index_add_(0, self.rows.flatten(), kept.long())
-        order = (~kept).sort(stable=True).indices  # unused ones come last
+    def only(self, keep: Tensor) -> "SparseCode":
+        """The entries for which `keep`, bool of the shape of `values`, is true; ragged, with the room there was."""
+        keep = self.live(keep, unused=False).flatten()
+        counts = torch.zeros(self.n_tokens, dtype=torch.int64, device=keep.device)
+        counts.index_add_(0, self.rows.flatten(), keep.long())
+        order = (~keep).sort(stable=True).indices  # unused ones come last
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return SparseCode(self.values.flatten()[order], self.indices.flatten()[order], self.n_latents, offsets)
 
@@ -141,8 +141,8 @@ class SparseCode:
         ends int [G], ascending, the last one F. Returns a ragged code over G * N tokens, where token g * N + n owns what
         token n has in group g, and the place in the flattened code from which each of its entries comes, int64 [C].
         """
-        n, rows, latents = self.n_tokens, self.rows.flatten(), self.live(self.indices).flatten()
-        owners = torch.searchsorted(ends, latents, right=True) * n + rows
+        n, tokens, latents = self.n_tokens, self.rows.flatten(), self.live(self.indices).flatten()
+        owners = torch.searchsorted(ends, latents, right=True) * n + tokens
         owners = self.live(owners.view(self.indices.shape), unused=len(ends) * n).flatten()
         owners, order = owners.sort(stable=True)
         offsets = torch.searchsorted(owners, torch.arange(len(ends) * n + 1, device=owners.device))

@@ -15,8 +15,8 @@ from .closeness import assert_close
 
 #: modules of tests that take longest; they come first, so that several workers end at about the same time
 LONGEST = {
-    "test_quick", "test_kill", "test_accelerate_twins", "test_aot", "test_run", "test_runs", "test_adam",
-    "test_encode_sparse", "test_cli", "test_train",
+    "test_quick", "test_kill", "test_accelerate_twins", "test_aot", "test_run_campaign", "test_run_evals", "test_runs",
+    "test_documented_runs", "test_adam", "test_encode_sparse", "test_cli", "test_train",
 }  # fmt: skip
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported

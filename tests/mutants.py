@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from temposae.engine.config import EvalConfig, MaskConfig, SAEConfig, StreamConfig, TrainConfig
-from temposae.engine.strict import kinds
+from temposae.engine.setting_types import kinds
 
 LONG = "long" * 1250
 #: what is no number, whatever the field

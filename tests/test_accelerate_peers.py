@@ -136,7 +136,7 @@ def test_every_class_has_its_tests():
 
 def test_the_work_goes_through_our_ops(monkeypatch):
     """Not just the same because nothing changed."""
-    from temposae.engine import ops
+    from temposae.kernels import ops
 
     calls = []
     real = ops.decode
@@ -155,7 +155,7 @@ def test_the_work_goes_through_our_ops(monkeypatch):
 
 
 def test_small_batches_are_left_to_the_library(monkeypatch):
-    from temposae.engine import ops
+    from temposae.kernels import ops
 
     monkeypatch.undo()
     calls, real = [], ops.decode
@@ -173,8 +173,8 @@ def test_many_active_latents_are_looked_for_again_now_and_then(monkeypatch):
     """After 15 calls of the library's own code."""
     from temposae.engine.accelerate import saelens as module
 
-    looks, real = [], module.kept_of
-    monkeypatch.setattr(module, "kept_of", lambda *a: looks.append(1) or real(*a))
+    looks, real = [], module.active_per_token
+    monkeypatch.setattr(module, "active_per_token", lambda *a: looks.append(1) or real(*a))
     sae = accelerate(saelens("standard"))
     with torch.no_grad():
         sae.b_enc.add_(10)
@@ -215,7 +215,7 @@ def test_hooks_are_called_as_before():
 @pytest.mark.parametrize("kind", DICTIONARIES)
 def test_what_is_saved_is_loaded_by_the_library(kind, tmp_path):
     sae = accelerate(DICTIONARIES[kind]())
-    own = type(sae).own
+    own = type(sae).library_class
     if kind.startswith("saelens"):
         sae.save_model(tmp_path)
         bases = library("sae_lens", "saes.sae")

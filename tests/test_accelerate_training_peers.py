@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from temposae import accelerate, accelerated, deaccelerate
-from temposae.engine.accelerate import is_accelerated, plain
+from temposae.engine.accelerate import eligibility, is_accelerated
 from temposae.engine.errors import UserError
 from torch import Tensor
 
@@ -48,12 +48,12 @@ def same_state(fast: Any, plain: Any) -> None:
 
 def own_code_is_left(monkeypatch: pytest.MonkeyPatch, obj: Any, name: str) -> None:
     """From here on the library's own method fails, and is not noticed as a replaced one."""
-    monkeypatch.setattr(plain, "_is_the_librarys", lambda _: True)
+    monkeypatch.setattr(eligibility, "_is_the_librarys", lambda _: True)
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError(f"{name} of the library was called")
 
-    monkeypatch.setattr(type(obj).own, name, fail)
+    monkeypatch.setattr(type(obj).library_class, name, fail)
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -72,11 +72,11 @@ def test_training_steps_of_saelens_are_the_same(kind, dead, monkeypatch):
         optimizer.step()
         expected.append((found, copy.deepcopy(plain.state_dict())))
     optimizer = torch.optim.Adam(fast.parameters(), lr=1e-2)
-    whole = type(fast).own.encode_with_hidden_pre
+    whole = type(fast).library_class.encode_with_hidden_pre
     for step, (theirs, state) in enumerate(expected):
         own_code_is_left(monkeypatch, fast, "encode_with_hidden_pre")
         found = fast.training_forward_pass(step_input(data(step), COEFFICIENTS, mask, 0, False))
-        monkeypatch.setattr(type(fast).own, "encode_with_hidden_pre", whole)
+        monkeypatch.setattr(type(fast).library_class, "encode_with_hidden_pre", whole)
         assert list(found.losses) == list(theirs.losses)
         for what, loss in theirs.losses.items():
             close(found.losses[what].detach(), loss.detach(), what)

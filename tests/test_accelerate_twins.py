@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from temposae import accelerate, deaccelerate
-from temposae.engine.accelerate import is_accelerated, plain
+from temposae.engine.accelerate import eligibility, is_accelerated
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
@@ -105,7 +105,7 @@ def alike(found: Any, expected: Any, what: str = "", rtol: float = 1e-5) -> None
 
 def ours_ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows whenever our ops took a call."""
-    from temposae.engine import ops
+    from temposae.kernels import ops
 
     calls: list[int] = []
     for name in ("encode_topk", "encode_threshold", "encode_batch_topk"):
@@ -350,7 +350,7 @@ def test_our_ops_take_what_is_plain(kind, monkeypatch):
     with torch.set_grad_enabled(kind != "saelens jumprelu training"):  # whose training pass has its own tests
         fast(data(n=N))
     assert calls
-    assert plain.takes(fast, data(n=N))
+    assert eligibility.takes(fast, data(n=N))
 
 
 def watched(sae: Any, x: Tensor, name: str, register: str) -> list[Any]:
@@ -445,7 +445,7 @@ def test_replaced_methods_are_called(kind, name, monkeypatch):
     assert name == "encode" or not torch.equal(expected[0], before[0])
     monkeypatch.undo()
     no_batch_is_too_small(monkeypatch)
-    assert plain.takes(fast, data(n=N))
+    assert eligibility.takes(fast, data(n=N))
     monkeypatch.setattr(own, name, doubled(getattr(own, name)))  # on the class
     expected = outcome(lambda sae, x: sae(x), plain_one, data(n=N))
     alike(outcome(lambda sae, x: sae(x), fast, data(n=N)), expected, kind)

@@ -163,7 +163,7 @@ def test_help_names_every_kind_of_text(command: str) -> None:
 
 
 def test_names_with_brackets_and_colons_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    from temposae.cli import tables
+    from temposae.cli import output
 
     scores = {
         "explained_variance": 0.5,
@@ -173,9 +173,9 @@ def test_names_with_brackets_and_colons_are_shown_as_they_are(capsys: pytest.Cap
         "dead_fraction": 0.0,
     }
     controls = {"controls": {"[red]x[/red]": {**scores, "top": 0.5}}}
-    tables.core_table(scores | controls, "of model [v2]/[/x] :smile: \x1b[31m")
-    tables.scores_table({"top": 0.5, **controls}, "at [bold]hook")
-    tables.runs_table({"dictionaries": {"[/a]": scores | controls}, "model": "[m]"})
+    output.core_table(scores | controls, "of model [v2]/[/x] :smile: \x1b[31m")
+    output.scores_table({"top": 0.5, **controls}, "at [bold]hook")
+    output.runs_table({"dictionaries": {"[/a]": scores | controls}, "model": "[m]"})
     shown = capsys.readouterr().out
     assert all(
         name in shown for name in ("[v2]/[/x]", ":smile:", "[red]x[/red]", "at [bold]hook", "[/a]", "of [m]", r"\x1b")

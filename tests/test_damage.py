@@ -11,14 +11,14 @@ import torch
 from temposae import ActivationStream, SAEConfig, StreamConfig, TrainConfig
 from temposae.campaign.config import CampaignConfig
 from temposae.campaign.results import RESULTS, read_results
-from temposae.campaign.run import SETTINGS, read_config
-from temposae.engine import checkpoint
+from temposae.campaign.run_campaign import SETTINGS, read_config
 from temposae.engine.errors import UserError
-from temposae.engine.folder import CONFIG, HELD_OUT, METRICS, begin, read_metrics, read_settings
-from temposae.engine.sealed import write_json
-from temposae.engine.stream.cache import Cached, write_cache
+from temposae.engine.storage import checkpoint
+from temposae.engine.storage.run_folder import CONFIG, HELD_OUT, METRICS, begin, read_metrics, read_settings
+from temposae.engine.storage.sealed import write_json
+from temposae.engine.stream.cache import CacheSource, write_cache
 from temposae.engine.train import train
-from temposae.evals import features, results
+from temposae.evals import features, result_files
 
 PLACES = 50  # of each file
 
@@ -68,7 +68,7 @@ def kept(tmp_path_factory, testbed) -> Path:
     config = StreamConfig(buffer_tokens=2048, rows_per_forward=8)
     settings = TrainConfig(tokens=1024, batch=256, log_every_steps=1, held_out_rows=4)
     train(ActivationStream(config, model=testbed), SAEConfig(d_in=128, d_sae=64, k=4), settings, out=folder / "run")
-    results.write(folder / "run", "core", {"explained_variance": 0.5, "of": {"version": 7}, "controls": {}})
+    result_files.write(folder / "run", "core", {"explained_variance": 0.5, "of": {"version": 7}, "controls": {}})
     write_cache(folder / "cache", config, 2000, shard_mb=0.3, model=testbed)
     found = checkpoint.find(folder / "run")
     stream = ActivationStream(config.model_copy(update={"repeat": False}), model=testbed)
@@ -94,7 +94,7 @@ def test_every_file_of_a_checkpoint(kept):
 
 def test_a_runs_settings_and_results(kept):
     assert check(kept / "run" / CONFIG, lambda: read_settings(kept / "run")) >= PLACES - 10
-    assert check(kept / "run" / "evals" / "core.json", lambda: results.read(kept / "run", "core")) >= PLACES - 10
+    assert check(kept / "run" / "evals" / "core.json", lambda: result_files.read(kept / "run", "core")) >= PLACES - 10
 
 
 @pytest.mark.parametrize("name", [METRICS, HELD_OUT])
@@ -121,7 +121,7 @@ def test_a_line_of_a_log_that_cannot_be_read_is_named_and_left_out(kept, capsys,
 
 def test_every_file_of_a_cache(kept):
     def read() -> Any:
-        source, found = Cached(kept / "cache", repeat=False), []
+        source, found = CacheSource(kept / "cache", repeat=False), []
         while (batch := source.next()) is not None:
             found.append(batch.tensors())
         return found

@@ -106,7 +106,7 @@ class TestOneLine:
 
 class TestStudy:
     def test_a_run_in_hand_scores_as_its_folder_does(self, stream_of, tmp_path, monkeypatch):
-        from temposae.evals import study
+        from temposae.evals import api
 
         seen = []
 
@@ -114,7 +114,7 @@ class TestStudy:
             seen.append((found, stream, kept, names, sorted(found.dictionaries), options["seed"]))
             return {name: {"loaded": found.dictionary()} for name in names}
 
-        monkeypatch.setattr(study, "measure", measure)
+        monkeypatch.setattr(api, "measure", measure)
         stream = stream_of()
         done = ts.train(
             stream,

@@ -14,10 +14,11 @@ import torch
 from huggingface_hub.utils import LocalEntryNotFoundError
 from temposae import ActivationStream, SAEConfig, SparseAutoencoder, StreamConfig, load
 from temposae.bench.libraries import skip_init
-from temposae.engine import checkpoint, interchange
+from temposae.engine import interchange
 from temposae.engine.config import RunConfig
-from temposae.engine.stream.loading import TESTBED
+from temposae.engine.storage import checkpoint
 from temposae.engine.stream.model import LanguageModel, next_token_losses
+from temposae.engine.stream.model_loading import TESTBED
 
 from .commandline import run
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from temposae.engine import checkpoint
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.storage import checkpoint
 from temposae.evals import features
 
 from .commandline import run

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import temposae as ts
 from temposae.engine.config import StreamConfig
-from temposae.engine.folder import read_metrics, read_settings
+from temposae.engine.storage.run_folder import read_metrics, read_settings
 from temposae.engine.stream import ActivationStream
 from temposae.evals import features
 

@@ -18,7 +18,7 @@ from .mutants import LONG, arguments, configs, texts
 SAYS = re.compile(r"must|did you mean|there (is|are)|give|at most|needs?|requires|is for|no such|have none|is not YAML")
 #: what every command begins long work with
 WORK = (
-    "bench.step.measure", "bench.ops.measure", "bench.streams.measure", "bench.runs.measure", "bench.profile.run",
+    "bench.step.measure", "bench.ops.measure", "bench.streams.measure", "bench.documented_runs.measure", "bench.profile.run",
     "bench.learning_rate.measure", "bench.before_after.measure", "bench.report.write", "bench.tune.run",
     "engine.testbed.training.train", "engine.testbed.language.Language", "engine.stream.model.LanguageModel.__init__",
     "engine.interchange.hub.fetch",

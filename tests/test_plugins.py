@@ -8,7 +8,7 @@ import temposae as ts
 import yaml
 from temposae.engine import parts, plugins
 from temposae.engine.errors import UserError
-from temposae.engine.folder import read_settings
+from temposae.engine.storage.run_folder import read_settings
 
 from .commandline import run
 
@@ -21,7 +21,7 @@ with Path({mark!r}).open("a") as file:
 
 @ts.part("half")
 class Half(ts.Part):
-    def acts(self, acts, seen):
+    def acts(self, acts, batch):
         return acts / 2
 """
 CONFIG = {

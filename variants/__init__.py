@@ -1,38 +1,45 @@
-"""The documented runs, as compositions of the engine's parts, and the mechanisms that they are composed of."""
+"""Every mechanism that we have, by its name in settings: importing this makes them known to the engine."""
 
-from typing import Any
+from . import (
+    adversary,
+    competition,
+    contrast,
+    cross_layer,
+    decoder_penalties,
+    dynamics,
+    embeddings,
+    gating,
+    hierarchy,
+    loss_weights,
+    norms,
+    pruning,
+    ranges,
+    routing,
+    similarity,
+    sparsity,
+    specialised_weights,
+    temporal,
+    tracking,
+)
 
-from ..engine.errors import UserError, near
-from . import baselines, log_a, log_b, log_c, log_d, log_e
-from . import parts as parts
-from .documented import EACH, Documented
-
-LOGS: dict[str, dict[str, Documented]] = {
-    "A": log_a.RUNS, "B": log_b.RUNS, "C": log_c.RUNS, "D": log_d.RUNS, "E": log_e.RUNS
-}  # fmt: skip
-
-#: run -> what it is, those of the five logs
-RUNS: dict[str, Documented] = {name: run for log in LOGS.values() for name, run in log.items()}
-BASELINES = baselines.RUNS
-
-
-def documented(run: str) -> Documented:
-    """A run of the logs, or a baseline. Raises UserError, with near matches, for one that is not there."""
-    known = RUNS | BASELINES
-    if run not in known:
-        raise UserError(f"run: {run!r} is not allowed; {near(run, known)}")
-    return known[run]
-
-
-def settings(run: str, activation: str | None = None, context: int = 128) -> dict[str, dict[str, Any]]:
-    """Sections stream, sae and train of a documented run's config, for rows of `context` tokens; those of the run whose
-    weights it looks at, for an analysis. `activation` in place of the run's own."""
-    found = documented(run)
-    sections = documented(found.trained_as or run).sections()
-    sections["stream"]["context"] = context
-    if "mask" in sections["sae"]:
-        mask = {"positions": context, **sections["sae"]["mask"]}
-        sections["sae"]["mask"] = {**mask, "ranges": context} if mask.get("ranges") == EACH else mask
-    if activation is not None:
-        sections["sae"]["activation"] = activation
-    return sections
+__all__ = [
+    "adversary",
+    "competition",
+    "contrast",
+    "cross_layer",
+    "decoder_penalties",
+    "dynamics",
+    "embeddings",
+    "gating",
+    "hierarchy",
+    "loss_weights",
+    "norms",
+    "pruning",
+    "ranges",
+    "routing",
+    "similarity",
+    "sparsity",
+    "specialised_weights",
+    "temporal",
+    "tracking",
+]

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ..engine.config import SAEConfig
-from ..engine.parts import Part, PartSettings, Seen, part
+from ..engine.parts import BatchView, Part, PartSettings, part
 from ..kernels.numerics import sum_by
-from .running import Average
-from .similarity import some
+from .running_mean import RunningMean
+from .similarity import sample_indices
 
 TINY = torch.finfo(torch.float32).tiny
 
 
-def of_classes(attribute: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def class_shares(attribute: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Which tokens have the attribute 0, and which 1 [2, N], as shares of their class, and whether there are any [2]; zeros
     for a class without."""
     member = torch.stack([attribute == 0, attribute == 1]).to(dtype)
@@ -51,37 +51,37 @@ class Adversary(Part):
         super().__init__(settings, sae, positions, generator)
         self.direction, self.bias = nn.Parameter(torch.zeros(sae.d_sae)), nn.Parameter(torch.zeros(()))
         self.paces = {"direction": settings.pace, "bias": settings.pace}
-        self.accuracy = Average(settings.decay, start=0.5)
-        self.cosine = Average(settings.decay)
-        self._now: tuple[Tensor, Tensor, Tensor] | None = None
+        self.accuracy = RunningMean(settings.decay, start=0.5)
+        self.cosine = RunningMean(settings.decay)
+        self._batch_scores: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def pressure(self) -> Tensor:
         """lambda"""
         return self.settings.strength * (self.accuracy.value - 0.5).clamp_min(0.1)
 
-    def penalty(self, seen: Seen) -> Tensor:
-        assert seen.attribute is not None
-        assert seen.f is not None
-        f = seen.f.to(self.direction.dtype)
-        share, there = of_classes(seen.attribute, f.dtype)
+    def penalty(self, batch: BatchView) -> Tensor:
+        assert batch.attribute is not None
+        assert batch.f is not None
+        f = batch.f.to(self.direction.dtype)
+        share, has_class = class_shares(batch.attribute, f.dtype)
         logit = f.detach() @ self.direction + self.bias
-        sign = 1 - 2 * (seen.attribute == 1).to(f.dtype)
+        sign = 1 - 2 * (batch.attribute == 1).to(f.dtype)
         entropy = (share * softplus(sign * logit)).sum() / 2
         with torch.no_grad():
-            right = ((logit > 0) == (seen.attribute == 1)).to(f.dtype)
+            right = ((logit > 0) == (batch.attribute == 1)).to(f.dtype)
             accuracy = (share @ right).mean()
             w = self.direction / self.direction.norm().clamp_min(TINY)
         cosine = ((f @ w).abs() / f.square().sum(1).clamp_min(TINY).sqrt()).mean()
-        self._now = accuracy, there.all(), cosine.detach()
-        return self.pressure * seen.x.shape[1] * cosine + entropy
+        self._batch_scores = accuracy, has_class.all(), cosine.detach()
+        return self.pressure * batch.x.shape[1] * cosine + entropy
 
-    def after(self, seen: Seen) -> None:
-        if self._now is not None:
-            accuracy, has_both, cosine = self._now
+    def after(self, batch: BatchView) -> None:
+        if self._batch_scores is not None:
+            accuracy, has_both, cosine = self._batch_scores
             self.accuracy.add(accuracy, has_both)
             self.cosine.add(cosine)
-            self._now = None
+            self._batch_scores = None
 
     def report(self) -> dict[str, Any]:
         """`cosine`: the mean of its magnitude."""
@@ -110,9 +110,9 @@ class SelectiveOrthogonality(Part):
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.attribution = Average(settings.decay, sae.d_sae)
-        self.cosine = Average(settings.decay)  # mean square among those drawn
-        self._now: Tensor | None = None
+        self.attribution = RunningMean(settings.decay, sae.d_sae)
+        self.cosine = RunningMean(settings.decay)  # mean square among those drawn
+        self._batch_attribution: Tensor | None = None
         self._cosine: Tensor | None = None
 
     @classmethod
@@ -122,49 +122,51 @@ class SelectiveOrthogonality(Part):
                 f"percentile: {settings.percentile:g} is not allowed; of {sae.d_sae} latents it leaves fewer than 2"
             )
 
-    def penalty(self, seen: Seen) -> Tensor:
-        self._watch(seen)
-        F, D = seen.sae.W_dec.shape
+    def penalty(self, batch: BatchView) -> Tensor:
+        self._watch(batch)
+        F, D = batch.sae.W_dec.shape
         above = self.attribution.value.topk(F - int(F * self.settings.percentile / 100)).indices
-        chosen = above[some(len(above), self.settings.sample, seen)]
-        rows, counts = seen.sae.W_dec[chosen], (self.attribution.value[chosen] > 0).float()
-        apart = counts[:, None] * counts - torch.diag(counts)
-        squares = ((rows @ rows.T).square() * apart).sum()
-        self._cosine = squares.detach() / apart.sum().clamp_min(1)
+        chosen = above[sample_indices(len(above), self.settings.sample, batch)]
+        rows, counts = batch.sae.W_dec[chosen], (self.attribution.value[chosen] > 0).float()
+        pair_weights = counts[:, None] * counts - torch.diag(counts)
+        squares = ((rows @ rows.T).square() * pair_weights).sum()
+        self._cosine = squares.detach() / pair_weights.sum().clamp_min(1)
         return self.settings.coefficient * D / len(chosen) * squares
 
-    def _watch(self, seen: Seen) -> None:
+    def _watch(self, batch: BatchView) -> None:
         """Look at the gradient of the codes when it comes by."""
-        code, F = seen.code, seen.sae.cfg.d_sae
-        of = seen.f if code is None else code.values
-        assert of is not None
-        if not of.requires_grad:
+        code, F = batch.code, batch.sae.cfg.d_sae
+        activations = batch.f if code is None else code.values
+        assert activations is not None
+        if not activations.requires_grad:
             return
-        value = of.detach()  # the graph holds the hook, so the hook must not hold the graph
+        value = activations.detach()  # the graph holds the hook, so the hook must not hold the graph
         code = None if code is None else code.with_values(value)
 
-        def see(gradient: Tensor) -> None:
-            share = (value.float() * gradient.detach().float()).abs()
+        def keep_attribution(gradient: Tensor) -> None:
+            attribution = (value.float() * gradient.detach().float()).abs()
             if code is not None:
-                self._now = sum_by(code.live(code.indices).flatten().long(), code.live(share).flatten(), F)
+                self._batch_attribution = sum_by(
+                    code.live(code.indices).flatten().long(), code.live(attribution).flatten(), F
+                )
             else:
-                self._now = share.sum(0)
+                self._batch_attribution = attribution.sum(0)
 
-        of.register_hook(see)
+        activations.register_hook(keep_attribution)
 
-    def after(self, seen: Seen) -> None:
-        if self._now is not None:
-            self.attribution.add(self._now)
-            self._now = None
+    def after(self, batch: BatchView) -> None:
+        if self._batch_attribution is not None:
+            self.attribution.add(self._batch_attribution)
+            self._batch_attribution = None
         if self._cosine is not None:
             self.cosine.add(self._cosine)
             self._cosine = None
 
     def report(self) -> dict[str, Any]:
         """`share`: that of all attribution which the latents above the percentile have; `cosine`: mean square among them."""
-        found, F = self.attribution.value, len(self.attribution.value)
-        above = found.topk(F - int(F * self.settings.percentile / 100)).values
-        return {"share": float(above.sum() / found.sum().clamp_min(TINY)), "cosine": float(self.cosine.value)}
+        attribution, F = self.attribution.value, len(self.attribution.value)
+        above = attribution.topk(F - int(F * self.settings.percentile / 100)).values
+        return {"share": float(above.sum() / attribution.sum().clamp_min(TINY)), "cosine": float(self.cosine.value)}
 
 
 @part("spurious_contrast")
@@ -194,9 +196,9 @@ class SpuriousContrast(Part):
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         self.spurious = max(1, int(settings.share * sae.d_sae))
-        self.mean, self.square = (Average(settings.decay, 2, sae.d_sae) for _ in range(2))  # of f and f^2, by class
-        self.alike = Average(settings.decay)  # mean square of the cosines
-        self._now: Tensor | None = None
+        self.mean, self.square = (RunningMean(settings.decay, 2, sae.d_sae) for _ in range(2))  # of f and f^2, by class
+        self.alike = RunningMean(settings.decay)  # mean square of the cosines
+        self._batch_cosine: Tensor | None = None
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -206,35 +208,37 @@ class SpuriousContrast(Part):
     @property
     def score(self) -> Tensor:
         """[F]; zero until both classes were seen."""
-        zero, one = self.mean.value
+        mean_without, mean_with = self.mean.value
         variance = self.square.value.mean(0) - self.mean.value.mean(0).square()
-        found = (one - zero).abs() / variance.clamp_min(0).sqrt().clamp_min(TINY)
-        return torch.where(self.mean.known.all(0) & (variance > 0), found, 0.0)
+        standardised = (mean_with - mean_without).abs() / variance.clamp_min(0).sqrt().clamp_min(TINY)
+        return torch.where(self.mean.known.all(0) & (variance > 0), standardised, 0.0)
 
-    def penalty(self, seen: Seen) -> Tensor:
-        D, score = seen.sae.W_dec.shape[1], self.score
+    def penalty(self, batch: BatchView) -> Tensor:
+        D, score = batch.sae.W_dec.shape[1], self.score
         order = score.argsort(descending=True, stable=True)
         inside, outside = order[: self.spurious], order[self.spurious :]
         n_others = len(outside)
-        inside, outside = (group[some(len(group), self.settings.sample, seen)] for group in (inside, outside))
-        cosine = seen.sae.W_dec[inside] @ seen.sae.W_dec[outside].T
+        inside, outside = (
+            group[sample_indices(len(group), self.settings.sample, batch)] for group in (inside, outside)
+        )
+        cosine = batch.sae.W_dec[inside] @ batch.sae.W_dec[outside].T
         counts = (score[inside] > 0).float()[:, None]
-        self._now = (cosine.detach().square() * counts).sum() / (counts.sum() * len(outside)).clamp_min(1)
+        self._batch_cosine = (cosine.detach().square() * counts).sum() / (counts.sum() * len(outside)).clamp_min(1)
         excess = (cosine.abs() - 2 / D**0.5).clamp_min(0).square() * counts
         return self.settings.coefficient * D * n_others * excess.mean()
 
-    def after(self, seen: Seen) -> None:
-        assert seen.attribute is not None
-        assert seen.f is not None
-        f = seen.f.detach().to(self.mean.value.dtype)
-        share, there = of_classes(seen.attribute, f.dtype)
-        self.mean.add(share @ f, there[:, None])
-        self.square.add(share @ f.square(), there[:, None])
-        if self._now is not None:
-            self.alike.add(self._now)
-            self._now = None
+    def after(self, batch: BatchView) -> None:
+        assert batch.attribute is not None
+        assert batch.f is not None
+        f = batch.f.detach().to(self.mean.value.dtype)
+        share, has_class = class_shares(batch.attribute, f.dtype)
+        self.mean.add(share @ f, has_class[:, None])
+        self.square.add(share @ f.square(), has_class[:, None])
+        if self._batch_cosine is not None:
+            self.alike.add(self._batch_cosine)
+            self._batch_cosine = None
 
     def report(self) -> dict[str, Any]:
         """`score`: mean over the spurious latents; `cosine`: mean square between them and the others."""
-        found = self.score.topk(self.spurious).values.mean()
-        return {"score": float(found), "cosine": float(self.alike.value)}
+        mean_score = self.score.topk(self.spurious).values.mean()
+        return {"score": float(mean_score), "cosine": float(self.alike.value)}

@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..engine.config import Count, SAEConfig
-from ..engine.parts import Part, PartSettings, Seen, part
-from .norms import news
+from ..engine.parts import BatchView, Part, PartSettings, part
+from .norms import step_weight
 
 WEAK = 0.1
 
@@ -33,25 +33,25 @@ class FeatureDropout(Part):
         super().__init__(settings, sae, positions, generator)
         self.register_buffer("importance", torch.zeros(sae.d_sae))
 
-    def latents(self, f: Tensor, seen: Seen) -> Tensor:
-        if not seen.training or self.settings.p == 0:
+    def latents(self, f: Tensor, batch: BatchView) -> Tensor:
+        if not batch.training or self.settings.p == 0:
             return f
         # N F numbers are drawn where f is; on the CPU they would take longer than the step.
-        generator = torch.Generator(f.device).manual_seed(seen.generator().initial_seed())
-        kept = torch.empty_like(f, dtype=torch.bool).bernoulli_(1 - self.settings.p, generator=generator)
-        return f * kept / (1 - self.settings.p)
+        generator = torch.Generator(f.device).manual_seed(batch.generator().initial_seed())
+        survives = torch.empty_like(f, dtype=torch.bool).bernoulli_(1 - self.settings.p, generator=generator)
+        return f * survives / (1 - self.settings.p)
 
-    def after(self, seen: Seen) -> None:
-        assert seen.f is not None
-        self.importance.lerp_(seen.f.mean(0), news(seen.step))
+    def after(self, batch: BatchView) -> None:
+        assert batch.f is not None
+        self.importance.lerp_(batch.f.mean(0), step_weight(batch.step))
 
     def report(self) -> dict[str, Any]:
         shares = torch.tensor([0.1, 0.5, 0.9, 1.0], device=self.importance.device)
         quantiles = torch.quantile(self.importance, shares).tolist()
-        found = {
+        figures = {
             f"importance_{share}": value for share, value in zip(("10", "50", "90", "max"), quantiles, strict=True)
         }
-        return found | {"weak": float((self.importance < WEAK * self.importance.mean()).float().mean())}
+        return figures | {"weak": float((self.importance < WEAK * self.importance.mean()).float().mean())}
 
 
 @part("winner_takes_all")
@@ -70,7 +70,7 @@ class WinnerTakesAll(Part):
             most = f"it must be at most d_sae ({sae.d_sae})"
             raise ValueError(f"group: {settings.group} is not allowed; {most}")
 
-    def latents(self, f: Tensor, seen: Seen) -> Tensor:
+    def latents(self, f: Tensor, batch: BatchView) -> Tensor:
         group = self.settings.group
         groups = torch.nn.functional.pad(f, (0, -f.shape[1] % group)).unflatten(1, (-1, group))
         best = groups.detach().argmax(2, keepdim=True)

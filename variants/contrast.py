@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..engine.config import SAEConfig
-from ..engine.parts import Part, PartSettings, Seen, part
+from ..engine.parts import BatchView, Part, PartSettings, part
 
 
 def pairs_by_position(pos: Tensor, size: int, n_positions: int, generator: torch.Generator) -> Tensor:
@@ -18,9 +18,9 @@ def pairs_by_position(pos: Tensor, size: int, n_positions: int, generator: torch
     mixed = torch.randperm(N, generator=generator).to(pos.device)
     turn = torch.randperm(n_positions, generator=generator).to(pos.device)
     mixed = mixed[pos[mixed].argsort(stable=True)]  # by position, at random within it
-    at = pos[mixed].contiguous()
-    nth = torch.arange(N, device=pos.device) - torch.searchsorted(at, at)  # of those at its position
-    return mixed[(nth // 2 * n_positions + turn[at]).argsort(stable=True)[:size]]
+    position = pos[mixed].contiguous()
+    rank = torch.arange(N, device=pos.device) - torch.searchsorted(position, position)  # of those at its position
+    return mixed[(rank // 2 * n_positions + turn[position]).argsort(stable=True)[:size]]
 
 
 def info_nce(f: Tensor, label: Tensor, temperature: float) -> Tensor:
@@ -31,13 +31,13 @@ def info_nce(f: Tensor, label: Tensor, temperature: float) -> Tensor:
     with z = f / |f|, f [M, F] and label [M]; 0 if there is none.
     """
     z = F.normalize(f, dim=1)
-    own = torch.eye(len(f), dtype=torch.bool, device=f.device)
+    is_self = torch.eye(len(f), dtype=torch.bool, device=f.device)
     absent = torch.finfo(z.dtype).min  # in place of -inf, which has no gradient where nothing else is there
-    similar = (z @ z.T / temperature).masked_fill(own, absent)
-    positive = (label[:, None] == label) & ~own
+    similar = (z @ z.T / temperature).masked_fill(is_self, absent)
+    positive = (label[:, None] == label) & ~is_self
     is_anchor = positive.any(1)
-    of_anchor = similar.logsumexp(1) - similar.masked_fill(~positive, absent).logsumexp(1)
-    return torch.where(is_anchor, of_anchor, 0).sum() / is_anchor.sum().clamp_min(1)
+    anchor_loss = similar.logsumexp(1) - similar.masked_fill(~positive, absent).logsumexp(1)
+    return torch.where(is_anchor, anchor_loss, 0).sum() / is_anchor.sum().clamp_min(1)
 
 
 @part("position_contrast")
@@ -63,12 +63,12 @@ class PositionContrast(Part):
         super().__init__(settings, sae, positions, generator)
         self.register_buffer("contrast", torch.zeros(()))
 
-    def penalty(self, seen: Seen) -> Tensor | None:
-        assert seen.f is not None
-        chosen = pairs_by_position(seen.pos, self.settings.sample, seen.n_positions, seen.generator())
-        found = info_nce(seen.f[chosen], seen.pos[chosen], self.settings.temperature)
-        self.contrast.copy_(found.detach())
-        return self.settings.coefficient * self.cfg.d_in * found
+    def penalty(self, batch: BatchView) -> Tensor | None:
+        assert batch.f is not None
+        chosen = pairs_by_position(batch.pos, self.settings.sample, batch.n_positions, batch.generator())
+        loss = info_nce(batch.f[chosen], batch.pos[chosen], self.settings.temperature)
+        self.contrast.copy_(loss.detach())
+        return self.settings.coefficient * self.cfg.d_in * loss
 
     def report(self) -> dict[str, Any]:
         return {"info_nce": float(self.contrast)}

@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..engine.config import Count, SAEConfig
-from ..engine.parts import Part, PartSettings, Seen, find, part
-from .similarity import some
+from ..engine.parts import BatchView, Part, PartSettings, find, part
+from .similarity import sample_indices
 
 TINY = 1e-12
 ON_THE_WAY = ("input", "pre", "acts", "latents")  # to the codes
@@ -17,9 +17,9 @@ Weight = Annotated[float, Field(ge=0)]
 
 def to_units_of(x: Tensor, second: Tensor) -> Tensor:
     """`second` [N, D], moved and scaled to the mean of x and to x's mean squared distance from it. Layers differ in both."""
-    mean, other = x.mean(0), second.mean(0)
-    spread, others = ((one - at).square().sum() for one, at in ((x, mean), (second, other)))
-    return mean + (second - other) * (spread / others.clamp_min(TINY)).sqrt()
+    mean, second_mean = x.mean(0), second.mean(0)
+    spread, second_spread = ((values - center).square().sum() for values, center in ((x, mean), (second, second_mean)))
+    return mean + (second - second_mean) * (spread / second_spread.clamp_min(TINY)).sqrt()
 
 
 @part("cross_layer")
@@ -45,32 +45,34 @@ class CrossLayer(Part):
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self._told: dict[str, Tensor] = {}
+        self._reported: dict[str, Tensor] = {}
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
-        for other in (find(one["kind"]) for one in sae.parts):
-            if "rows" in other.reads and any(getattr(other, place) is not getattr(Part, place) for place in ON_THE_WAY):
+        for part_class in (find(section["kind"]) for section in sae.parts):
+            if "rows" in part_class.reads and any(
+                getattr(part_class, method) is not getattr(Part, method) for method in ON_THE_WAY
+            ):
                 raise ValueError(
-                    f"parts: cross_layer is not allowed with {other.kind}, which looks along rows; it draws tokens"
+                    f"parts: cross_layer is not allowed with {part_class.kind}, which looks along rows; it draws tokens"
                 )
 
-    def penalty(self, seen: Seen) -> Tensor:
-        assert seen.f is not None
-        assert seen.second is not None
-        sae, x = seen.sae, seen.x.to(seen.f.dtype)
-        drawn = some(len(x), self.settings.tokens, seen)
-        x, second = x[drawn], to_units_of(x, seen.second.to(x.dtype))[drawn]
-        f, f2 = seen.f[drawn], sae.latents_of(second.to(seen.x.dtype), seen.pos[drawn])
+    def penalty(self, batch: BatchView) -> Tensor:
+        assert batch.f is not None
+        assert batch.second is not None
+        sae, x = batch.sae, batch.x.to(batch.f.dtype)
+        tokens = sample_indices(len(x), self.settings.tokens, batch)
+        x, second = x[tokens], to_units_of(x, batch.second.to(x.dtype))[tokens]
+        f, f2 = batch.f[tokens], sae.latents_of(second.to(batch.x.dtype), batch.pos[tokens])
         size = (f.square().sum() + f2.square().sum()).detach().clamp_min(TINY)
         consistency = (f - f2).square().sum() / size
         r, r2 = x - (f @ sae.W_dec + sae.b_dec), second - (f2 @ sae.W_dec + sae.b_dec)
-        both, own, others = (
+        product, first_square, second_square = (
             (a @ b.T * (c @ d.T)).sum() for a, b, c, d in ((f, f2, r, r2), (f, f, r, r), (f2, f2, r2, r2))
         )
-        cosine = both / (own.clamp_min(TINY) * others.clamp_min(TINY)).sqrt()
-        self._told = {"consistency": consistency.detach(), "cosine": cosine.detach()}
+        cosine = product / (first_square.clamp_min(TINY) * second_square.clamp_min(TINY)).sqrt()
+        self._reported = {"consistency": consistency.detach(), "cosine": cosine.detach()}
         return self.cfg.d_in * (self.settings.consistency * consistency + self.settings.alignment * (1 - cosine))
 
     def report(self) -> dict[str, Any]:
-        return {name: round(float(value), 6) for name, value in self._told.items()}
+        return {name: round(float(value), 6) for name, value in self._reported.items()}

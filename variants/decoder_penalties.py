@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..engine.parts import Part, PartSettings, Seen, part
+from ..engine.parts import BatchView, Part, PartSettings, part
 
 
 class OverlapSettings(PartSettings):
@@ -21,19 +21,19 @@ class OverlapSettings(PartSettings):
     rows: Annotated[int, Field(ge=2)] = 1024
 
 
-def cosines(settings: Any, seen: Seen) -> Tensor:
+def cosines(settings: Any, batch: BatchView) -> Tensor:
     """c [M, M] of other rows at every step, or of all if there are no more; 0 on the diagonal."""
-    W = seen.sae.W_dec
+    W = batch.sae.W_dec
     if settings.rows < len(W):
-        chosen = torch.randperm(len(W), generator=seen.generator())[: settings.rows]
+        chosen = torch.randperm(len(W), generator=batch.generator())[: settings.rows]
         W = W.index_select(0, chosen.to(W.device, non_blocking=True))
     return (W @ W.T).fill_diagonal_(0)
 
 
-def overlap(settings: Any, seen: Seen, c: Tensor) -> Tensor:
+def overlap(settings: Any, batch: BatchView, c: Tensor) -> Tensor:
     """strength D (D mean_{i != j} c_ij^2)"""
     pairs = max(1, len(c) * (len(c) - 1))
-    return settings.strength * seen.sae.cfg.d_in**2 / pairs * c.square().sum()
+    return settings.strength * batch.sae.cfg.d_in**2 / pairs * c.square().sum()
 
 
 @part("decoder_separation")
@@ -42,10 +42,10 @@ class DecoderSeparation(Part):
 
     Settings = OverlapSettings
 
-    def penalty(self, seen: Seen) -> Tensor | None:
-        if not seen.sae.W_dec.requires_grad:
+    def penalty(self, batch: BatchView) -> Tensor | None:
+        if not batch.sae.W_dec.requires_grad:
             return None
-        return overlap(self.settings, seen, cosines(self.settings, seen).clamp_min(0))
+        return overlap(self.settings, batch, cosines(self.settings, batch).clamp_min(0))
 
 
 @part("decoder_orthogonality")
@@ -54,7 +54,7 @@ class DecoderOrthogonality(Part):
 
     Settings = OverlapSettings
 
-    def penalty(self, seen: Seen) -> Tensor | None:
-        if not seen.sae.W_dec.requires_grad:
+    def penalty(self, batch: BatchView) -> Tensor | None:
+        if not batch.sae.W_dec.requires_grad:
             return None
-        return overlap(self.settings, seen, cosines(self.settings, seen))
+        return overlap(self.settings, batch, cosines(self.settings, batch))

@@ -8,25 +8,25 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig
-from ..engine.parts import Part, PartSettings, Rows, Seen, part
-from .similarity import some
+from ..engine.parts import BatchView, Part, PartSettings, RowLayout, part
+from .similarity import sample_indices
 
 Weight = Annotated[float, Field(ge=0)]
 TINY = 1e-6  # beside 1: variances are of codes that are 0 or of the order of 1
 
 
-def packed(rows: Rows) -> Rows:
+def packed(rows: RowLayout) -> RowLayout:
     """The same tokens with those of a row moved together to its beginning: columns without a token come last in it, so that
     nothing that looks back sees one."""
     number = rows.number
     n_rows, length = rows.shape
     first = torch.searchsorted(number, torch.arange(n_rows, device=number.device))
-    found = Rows(number, torch.arange(len(number), device=number.device) - first[number])
-    found.__dict__["shape"] = n_rows, length  # room enough, and the device need not be asked again
-    return found
+    layout = RowLayout(number, torch.arange(len(number), device=number.device) - first[number])
+    layout.__dict__["shape"] = n_rows, length  # room enough, and the device need not be asked again
+    return layout
 
 
-def follows(rows: Rows) -> Tensor:
+def follows(rows: RowLayout) -> Tensor:
     """float [N - 1]: 1 where token n + 1 is at the next position of the same row as token n."""
     return ((rows.number.diff() == 0) & (rows.pos.diff() == 1)).float()
 
@@ -66,13 +66,13 @@ class SelfAttention(Part):
         if settings.heads > most:
             raise ValueError(f"heads: {settings.heads} is not allowed; it must be at most width and d_in ({most})")
 
-    def input(self, x: Tensor, seen: Seen) -> Tensor:
-        rows = packed(seen.rows)
+    def input(self, x: Tensor, batch: BatchView) -> Tensor:
+        rows = packed(batch.rows)
         qkv = nn.functional.layer_norm(x, x.shape[1:]) @ self.W_qkv
         heads = rows.spread(qkv).unflatten(2, (3, self.settings.heads, -1))  # [R, L, 3, H, d]
-        q, k, v = (one.transpose(1, 2) for one in heads.unbind(2))
-        found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return x + rows.gather(found.transpose(1, 2).flatten(2)) @ self.W_o
+        q, k, v = (head.transpose(1, 2) for head in heads.unbind(2))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + rows.gather(attended.transpose(1, 2).flatten(2)) @ self.W_o
 
 
 class _Projected(Part):
@@ -88,21 +88,21 @@ class _Projected(Part):
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        drawn = torch.randn(sae.d_sae, settings.width, generator=generator)
-        self.register_buffer("projection", drawn / math.sqrt(settings.width))
-        self._told: Tensor | None = None
+        gaussian = torch.randn(sae.d_sae, settings.width, generator=generator)
+        self.register_buffer("projection", gaussian / math.sqrt(settings.width))
+        self._reported: Tensor | None = None
 
-    def projected(self, seen: Seen) -> Tensor:
+    def projected(self, batch: BatchView) -> Tensor:
         """u [N, h], scaled so that mean |u - mean u|^2 is 1: no term on it becomes small by making codes small."""
-        assert seen.f is not None
-        u = seen.f @ self.projection
+        assert batch.f is not None
+        u = batch.f @ self.projection
         return u / (u - u.mean(0)).square().sum(1).mean().clamp_min(TINY).sqrt()
 
     def report(self) -> dict[str, Any]:
-        return {} if self._told is None else {"error": round(float(self._told), 6)}
+        return {} if self._reported is None else {"error": round(float(self._reported), 6)}
 
 
-def _begun(module: nn.Module, width: int, generator: torch.Generator) -> Any:
+def _initialised(module: nn.Module, width: int, generator: torch.Generator) -> Any:
     """A module made on the meta device, where nothing is drawn from the global generator, as torch begins it: uniform within
     1 / sqrt(width)."""
     module = module.to_empty(device="cpu")
@@ -126,18 +126,18 @@ class VelocityGRU(_Projected):
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         h = settings.width
-        self.gru = _begun(nn.GRU(h, h, num_layers=2, batch_first=True, device="meta"), h, generator)
-        self.head = _begun(nn.Linear(h, h, device="meta"), h, generator)
+        self.gru = _initialised(nn.GRU(h, h, num_layers=2, batch_first=True, device="meta"), h, generator)
+        self.head = _initialised(nn.Linear(h, h, device="meta"), h, generator)
 
-    def penalty(self, seen: Seen) -> Tensor:
-        u, counted, rows = self.projected(seen), follows(seen.rows), packed(seen.rows)
+    def penalty(self, batch: BatchView) -> Tensor:
+        u, counted, rows = self.projected(batch), follows(batch.rows), packed(batch.rows)
         velocity = u[1:] - u[:-1]
         states, _ = self.gru(rows.spread(u))
         error = (velocity - self.head(rows.gather(states))[:-1]).square().sum(1)
         size = mean_of(velocity.square().sum(1), counted).clamp_min(TINY)
-        found = mean_of(error, counted) / size
-        self._told = found.detach()
-        return self.settings.weight * self.cfg.d_in * found
+        relative_error = mean_of(error, counted) / size
+        self._reported = relative_error.detach()
+        return self.settings.weight * self.cfg.d_in * relative_error
 
 
 @part("temporal_consistency")
@@ -150,11 +150,11 @@ class TemporalConsistency(_Projected):
     don't make it small. Decided here: the scale, and P as in `velocity_gru`.
     """
 
-    def penalty(self, seen: Seen) -> Tensor:
-        u = self.projected(seen)
-        found = mean_of((u[1:] - u[:-1]).square().sum(1), follows(seen.rows)) / 2
-        self._told = found.detach()
-        return self.settings.weight * self.cfg.d_in * found
+    def penalty(self, batch: BatchView) -> Tensor:
+        u = self.projected(batch)
+        relative_change = mean_of((u[1:] - u[:-1]).square().sum(1), follows(batch.rows)) / 2
+        self._reported = relative_change.detach()
+        return self.settings.weight * self.cfg.d_in * relative_change
 
 
 @part("next_step")
@@ -171,15 +171,15 @@ class NextStep(_Projected):
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         h = settings.width
-        self.hidden = _begun(nn.Linear(h, 2 * h, device="meta"), h, generator)
-        self.head = _begun(nn.Linear(2 * h, h, device="meta"), 2 * h, generator)
+        self.hidden = _initialised(nn.Linear(h, 2 * h, device="meta"), h, generator)
+        self.head = _initialised(nn.Linear(2 * h, h, device="meta"), 2 * h, generator)
 
-    def penalty(self, seen: Seen) -> Tensor:
-        u = self.projected(seen)
+    def penalty(self, batch: BatchView) -> Tensor:
+        u = self.projected(batch)
         error = (u[1:] - self.head(torch.relu(self.hidden(u[:-1])))).square().sum(1)
-        found = mean_of(error, follows(seen.rows))
-        self._told = found.detach()
-        return self.settings.weight * self.cfg.d_in * found
+        relative_error = mean_of(error, follows(batch.rows))
+        self._reported = relative_error.detach()
+        return self.settings.weight * self.cfg.d_in * relative_error
 
 
 @part("temporal_contrast")
@@ -203,22 +203,22 @@ class TemporalContrast(Part):
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        drawn = torch.randn(sae.d_sae, settings.width, generator=generator)
-        self.projection = nn.Parameter(drawn / math.sqrt(settings.width))
-        self._told: Tensor | None = None
+        gaussian = torch.randn(sae.d_sae, settings.width, generator=generator)
+        self.projection = nn.Parameter(gaussian / math.sqrt(settings.width))
+        self._reported: Tensor | None = None
 
-    def penalty(self, seen: Seen) -> Tensor:
-        assert seen.f is not None
-        z = nn.functional.normalize(seen.f @ self.projection, dim=1)
-        anchors = some(len(z) - 1, self.settings.anchors, seen)
-        row, counted = seen.rows.number[anchors], follows(seen.rows)[anchors]
+    def penalty(self, batch: BatchView) -> Tensor:
+        assert batch.f is not None
+        z = nn.functional.normalize(batch.f @ self.projection, dim=1)
+        anchors = sample_indices(len(z) - 1, self.settings.anchors, batch)
+        row_number, counted = batch.rows.number[anchors], follows(batch.rows)[anchors]
         scores = z[anchors] @ z[anchors + 1].T / self.settings.temperature
-        beside = (row[:, None] != row) & (counted > 0)  # another's neighbour counts if it is one
-        beside.fill_diagonal_(True)
-        scores = scores.masked_fill(~beside, -torch.inf)
-        found = mean_of(scores.logsumexp(1) - scores.diagonal(), counted) / math.log(self.settings.anchors)
-        self._told = found.detach()
-        return self.settings.weight * self.cfg.d_in * found
+        is_compared = (row_number[:, None] != row_number) & (counted > 0)  # another's neighbour counts if it is one
+        is_compared.fill_diagonal_(True)
+        scores = scores.masked_fill(~is_compared, -torch.inf)
+        loss = mean_of(scores.logsumexp(1) - scores.diagonal(), counted) / math.log(self.settings.anchors)
+        self._reported = loss.detach()
+        return self.settings.weight * self.cfg.d_in * loss
 
     def report(self) -> dict[str, Any]:
-        return {} if self._told is None else {"loss": round(float(self._told), 6)}
+        return {} if self._reported is None else {"loss": round(float(self._reported), 6)}

@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig
-from ..engine.parts import Part, PartSettings, Rows, Seen, part
+from ..engine.parts import BatchView, Part, PartSettings, RowLayout, part
 from ..kernels.numerics import sum_by
-from .running import Average
+from .running_mean import RunningMean
 
 
 @part("position_embedding")
@@ -27,8 +27,8 @@ class PositionEmbedding(Part):
         super().__init__(settings, sae, positions, generator)
         self.embedding = nn.Parameter(settings.scale * torch.randn(positions, sae.d_in, generator=generator))
 
-    def input(self, x: Tensor, seen: Seen) -> Tensor:
-        return x + self.embedding[seen.sae.mask.rows(seen.pos)]
+    def input(self, x: Tensor, batch: BatchView) -> Tensor:
+        return x + self.embedding[batch.sae.mask.rows(batch.pos)]
 
 
 SCALES = 3  # local, medium, global
@@ -80,37 +80,39 @@ class MultiScale(Part):
 
     def mix(self, progress: float) -> Tensor:
         """[T, 3]"""
-        found = torch.softmax(self.logits, 1) * self.share.clamp_min(0.01)
-        found = torch.stack([share * one for share, one in zip(joined(progress), found.unbind(1), strict=True)], 1)
-        return found / found.sum(1, keepdim=True)
+        weights = torch.softmax(self.logits, 1) * self.share.clamp_min(0.01)
+        weights = torch.stack(
+            [share * column for share, column in zip(joined(progress), weights.unbind(1), strict=True)], 1
+        )
+        return weights / weights.sum(1, keepdim=True)
 
-    def input(self, x: Tensor, seen: Seen) -> Tensor:
-        at, mix = torch.arange(self.positions, device=x.device), self.mix(seen.progress)
-        embedded = [embedding[at // width] for embedding, width in zip(self.embeddings, self.widths, strict=True)]
+    def input(self, x: Tensor, batch: BatchView) -> Tensor:
+        position, mix = torch.arange(self.positions, device=x.device), self.mix(batch.progress)
+        embedded = [embedding[position // width] for embedding, width in zip(self.embeddings, self.widths, strict=True)]
         embedded = (mix[:, :, None] * torch.stack(embedded, 1)).sum(1)
-        return x + embedded[seen.sae.mask.rows(seen.pos)]
+        return x + embedded[batch.sae.mask.rows(batch.pos)]
 
-    def after(self, seen: Seen) -> None:
-        assert seen.f is not None
-        found = torch.stack([of_scale.sum() for of_scale in thirds(seen.f.detach())])
-        total = found.sum()
-        here = torch.where(total > 0, found / total, self.share)
-        self.share.lerp_(here.to(self.share.dtype), 1 - self.settings.decay)
+    def after(self, batch: BatchView) -> None:
+        assert batch.f is not None
+        activity = torch.stack([of_scale.sum() for of_scale in thirds(batch.f.detach())])
+        total = activity.sum()
+        share = torch.where(total > 0, activity / total, self.share)
+        self.share.lerp_(share.to(self.share.dtype), 1 - self.settings.decay)
 
     def report(self) -> dict[str, Any]:
-        return {"share": [float(one) for one in self.share]}
+        return {"share": [float(value) for value in self.share]}
 
 
-def window_means(x: Tensor, rows: Rows, width: int) -> Tensor:
+def window_means(x: Tensor, rows: RowLayout, width: int) -> Tensor:
     """[N, D]: of each token, the mean of x over the tokens of its row in the same window of `width` positions. Windows begin
     at multiples of `width`."""
     if width == 1:
         return x
     window = rows.pos // width
     begins = (rows.number.diff() != 0) | (window.diff() != 0)
-    nth = torch.cat([begins.new_zeros(1), begins]).cumsum(0)
-    total = sum_by(nth, x, len(x))
-    return (total / sum_by(nth, torch.ones_like(x[:, :1]), len(x)).clamp_min(1))[nth]
+    window_index = torch.cat([begins.new_zeros(1), begins]).cumsum(0)
+    total = sum_by(window_index, x, len(x))
+    return (total / sum_by(window_index, torch.ones_like(x[:, :1]), len(x)).clamp_min(1))[window_index]
 
 
 @part("scale_targets")
@@ -134,18 +136,18 @@ class ScaleTargets(Part):
         if sae.d_sae < SCALES:
             raise ValueError(f"d_sae: {sae.d_sae} is not allowed with scale_targets; it must be at least {SCALES}")
 
-    def penalty(self, seen: Seen) -> Tensor | None:
-        assert seen.f is not None
-        sae, x = seen.sae, seen.x
-        found = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+    def penalty(self, batch: BatchView) -> Tensor | None:
+        assert batch.f is not None
+        sae, x = batch.sae, batch.x
+        loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         decoders = [W.T for W in thirds(sae.W_dec.T)]
-        scales = zip(widths(self.positions), joined(seen.progress), thirds(seen.f), decoders, strict=True)
+        scales = zip(widths(self.positions), joined(batch.progress), thirds(batch.f), decoders, strict=True)
         for width, share, f, W_dec in scales:
             if share > 0:
-                target = window_means(x.to(found.dtype), seen.rows, width)
-                given = torch.addmm(sae.b_dec.to(x.dtype), f.to(x.dtype), W_dec.to(x.dtype))
-                found = found + share * (target - given).square().sum() / len(x)
-        return self.settings.coefficient * found
+                target = window_means(x.to(loss.dtype), batch.rows, width)
+                x_hat = torch.addmm(sae.b_dec.to(x.dtype), f.to(x.dtype), W_dec.to(x.dtype))
+                loss = loss + share * (target - x_hat).square().sum() / len(x)
+        return self.settings.coefficient * loss
 
 
 @part("residual_position")
@@ -180,32 +182,34 @@ class ResidualPosition(Part):
         self.log_gain = nn.Parameter(torch.zeros(positions))
         self.slope = nn.Parameter(torch.zeros(sae.d_sae))
         self.offset = nn.Parameter(torch.full((sae.d_sae,), -2.0))
-        self.variance = Average(settings.decay, positions)
+        self.variance = RunningMean(settings.decay, positions)
         self._term: Tensor | None = None
         self._variances: tuple[Tensor, Tensor] | None = None
 
-    def pre(self, pre: Tensor, seen: Seen) -> Tensor:
-        rows = seen.sae.mask.rows(seen.pos)
+    def pre(self, pre: Tensor, batch: BatchView) -> Tensor:
+        mask_position = batch.sae.mask.rows(batch.pos)
         factor = self.log_gain.exp() * self.variance.relative().clamp_min(1e-4).rsqrt()
-        normal = pre * factor[rows][:, None]
+        normal = pre * factor[mask_position][:, None]
         r = self.embedding @ self.map
-        if seen.training:
-            self._look(pre.detach(), normal.detach(), r, rows)
+        if batch.training:
+            self._set_term(pre.detach(), normal.detach(), r, mask_position)
         size = normal.detach().square().mean(1, keepdim=True).sqrt()
-        return torch.addcmul(normal, torch.sigmoid(torch.addcmul(self.offset, size, self.slope)), r.detach()[rows])
+        return torch.addcmul(
+            normal, torch.sigmoid(torch.addcmul(self.offset, size, self.slope)), r.detach()[mask_position]
+        )
 
-    def _look(self, pre: Tensor, normal: Tensor, r: Tensor, rows: Tensor) -> None:
+    def _set_term(self, pre: Tensor, normal: Tensor, r: Tensor, mask_position: Tensor) -> None:
         """The pathway's own term, and the variance at each position for `after`; pre and normal [N, F] are constants."""
-        count = sum_by(rows, pre.new_ones(len(pre)), self.positions)
-        self._variances = sum_by(rows, pre.var(1, correction=0), self.positions), count
-        deviation = sum_by(rows, normal, self.positions) / count.clamp_min(1)[:, None] - normal.mean(0)
+        count = sum_by(mask_position, pre.new_ones(len(pre)), self.positions)
+        self._variances = sum_by(mask_position, pre.var(1, correction=0), self.positions), count
+        deviation = sum_by(mask_position, normal, self.positions) / count.clamp_min(1)[:, None] - normal.mean(0)
         of_position = (r - deviation).square().sum(1) + self.settings.regulariser * r.square().sum(1)
         self._term = self.cfg.d_in / self.cfg.d_sae * (count * of_position).sum() / len(pre)
 
-    def penalty(self, seen: Seen) -> Tensor | None:
+    def penalty(self, batch: BatchView) -> Tensor | None:
         term, self._term = self._term, None
         return term
 
-    def after(self, seen: Seen) -> None:
+    def after(self, batch: BatchView) -> None:
         if self._variances is not None:
             self.variance.add_mean(*self._variances)

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import SAEConfig
-from ..engine.parts import Part, PartSettings, Seen, part
+from ..engine.parts import BatchView, Part, PartSettings, part
 
 EPS = 0.01  # a standard deviation is taken for 0.1 at least, activations being of the order of 1
 
@@ -49,16 +49,16 @@ class ResidualGate(Part):
         self._batch: tuple[Tensor, Tensor] | None = None  # mean and variance, from `acts` to `after`
         self._open: Tensor | None = None
 
-    def acts(self, acts: Tensor, seen: Seen) -> Tensor:
+    def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
         deviation = (self.variance + EPS).sqrt()
         is_open = acts > (self.mean + self.settings.offset * deviation).clamp_min(0)
-        if seen.training:
+        if batch.training:
             variance, mean = torch.var_mean(acts.detach(), 0, correction=0)
             self._batch = mean, variance
             self._open = is_open.sum() / (acts.detach() > 0).sum().clamp_min(1)
         return acts * (is_open * (torch.sigmoid(self.gate) / deviation) + self.log_skip.exp())
 
-    def after(self, seen: Seen) -> None:
+    def after(self, batch: BatchView) -> None:
         assert self._batch is not None
         (mean, variance), self._batch = self._batch, None
         self.batches += 1
@@ -67,6 +67,6 @@ class ResidualGate(Part):
         self.variance.lerp_(variance, pace)
 
     def report(self) -> dict[str, Any]:
-        found = {"gate": torch.sigmoid(self.gate.detach()).mean(), "skip": self.log_skip.detach().exp()}
-        found |= {} if self._open is None else {"open": self._open}
-        return {name: round(float(value), 6) for name, value in found.items()}
+        figures = {"gate": torch.sigmoid(self.gate.detach()).mean(), "skip": self.log_skip.detach().exp()}
+        figures |= {} if self._open is None else {"open": self._open}
+        return {name: round(float(value), 6) for name, value in figures.items()}

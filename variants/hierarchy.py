@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig
-from ..engine.parts import Part, PartSettings, Seen, part
-from .similarity import some
+from ..engine.parts import BatchView, Part, PartSettings, part
+from .similarity import sample_indices
 
 Weight = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -27,22 +27,22 @@ def gated(f: Tensor, gates: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([block * gates[:, i, None] for i, block in enumerate(f.split(sizes, 1))], 1)
 
 
-def outputs(seen: Seen, sizes: list[int]) -> list[Tensor]:
+def outputs(batch: BatchView, sizes: list[int]) -> list[Tensor]:
     """f W_dec [N, D] of each block of latents by itself."""
-    assert seen.f is not None
-    blocks = zip(seen.f.split(sizes, 1), seen.sae.W_dec.split(sizes, 0), strict=True)
+    assert batch.f is not None
+    blocks = zip(batch.f.split(sizes, 1), batch.sae.W_dec.split(sizes, 0), strict=True)
     return [f @ W_dec for f, W_dec in blocks]
 
 
-def wanted(seen: Seen) -> Tensor:
+def centred_target(batch: BatchView) -> Tensor:
     """target - b_dec [N, D], a constant: what the latents are to add up to."""
-    assert seen.target is not None
-    return (seen.target.to(seen.sae.b_dec.dtype) - seen.sae.b_dec).detach()
+    assert batch.target is not None
+    return (batch.target.to(batch.sae.b_dec.dtype) - batch.sae.b_dec).detach()
 
 
-def centred(seen: Seen) -> Tensor:
+def centred(batch: BatchView) -> Tensor:
     """x - b_dec [N, D], as wide as b_dec: what routers look at. b_dec is a constant here."""
-    return seen.x.to(seen.sae.b_dec.dtype) - seen.sae.b_dec.detach() * seen.sae.unit
+    return batch.x.to(batch.sae.b_dec.dtype) - batch.sae.b_dec.detach() * batch.sae.unit
 
 
 @part("causal_levels")
@@ -85,56 +85,56 @@ class CausalLevels(Part):
         self.router_bias = nn.Parameter(torch.zeros(settings.levels))
         self.register_buffer("causality", torch.zeros(sae.d_sae))
         self._log_routing: Tensor | None = None  # log r of the batch in training, from `latents` to `penalty`
-        self._told: dict[str, Tensor] = {}
+        self._reported: dict[str, Tensor] = {}
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if settings.levels > sae.d_sae:
             raise ValueError(f"levels: {settings.levels} is not allowed; it must be at most d_sae ({sae.d_sae})")
 
-    def latents(self, f: Tensor, seen: Seen) -> Tensor:
-        log_routing = torch.log_softmax(centred(seen) @ self.router + self.router_bias, 1)
-        if seen.training:
+    def latents(self, f: Tensor, batch: BatchView) -> Tensor:
+        log_routing = torch.log_softmax(centred(batch) @ self.router + self.router_bias, 1)
+        if batch.training:
             self._log_routing = log_routing
         return gated(f, self.settings.levels * log_routing.exp(), self.sizes)
 
-    def penalty(self, seen: Seen) -> Tensor:
+    def penalty(self, batch: BatchView) -> Tensor:
         log_routing, self._log_routing = self._log_routing, None
         assert log_routing is not None
         routing, most = log_routing.exp(), math.log(self.settings.levels)
         mean = routing.mean(0)
         of_mean = -torch.xlogy(mean, mean).sum()
         of_token = -(routing * log_routing).sum(1).mean()
-        self._told = {"entropy": of_token.detach(), "entropy_of_mean": of_mean.detach(), "routing": mean.detach()}
-        left, consistency = wanted(seen), mean.new_zeros(())
-        for x_hat in outputs(seen, self.sizes):
-            consistency = consistency + (left - x_hat).square().sum(1).mean()
-            left = left - x_hat.detach()
+        self._reported = {"entropy": of_token.detach(), "entropy_of_mean": of_mean.detach(), "routing": mean.detach()}
+        remainder, consistency = centred_target(batch), mean.new_zeros(())
+        for x_hat in outputs(batch, self.sizes):
+            consistency = consistency + (remainder - x_hat).square().sum(1).mean()
+            remainder = remainder - x_hat.detach()
         entropy = self.cfg.d_in * (1 - of_mean / most)
         return (
             self.settings.entropy * entropy
             + self.settings.consistency * consistency / self.settings.levels
-            + self.settings.separation * self.cfg.d_in * self._likeness(seen)
+            + self.settings.separation * self.cfg.d_in * self._likeness(batch)
         )
 
-    def _likeness(self, seen: Seen) -> Tensor:
+    def _likeness(self, batch: BatchView) -> Tensor:
         """Mean positive cosine between rows of W_dec of latents of the two halves."""
         order, half = self.causality.argsort(descending=True, stable=True), self.cfg.d_sae // 2
         rows = []
-        for of_half in (order[:half], order[self.cfg.d_sae - half :]):
-            drawn = of_half[some(half, self.settings.sampled // 2, seen)]
-            rows.append(nn.functional.normalize(seen.sae.W_dec[drawn], dim=1))
+        for half_order in (order[:half], order[self.cfg.d_sae - half :]):
+            chosen = half_order[sample_indices(half, self.settings.sampled // 2, batch)]
+            rows.append(nn.functional.normalize(batch.sae.W_dec[chosen], dim=1))
         return torch.relu(rows[0] @ rows[1].T).mean()
 
-    def after(self, seen: Seen) -> None:
-        assert seen.f is not None
-        assert seen.residual is not None
-        drawn = some(len(seen.f), self.settings.sampled, seen)
-        gradient = -2 * seen.residual[drawn].to(seen.f.dtype) @ seen.sae.W_dec.T
-        self.causality.lerp_((seen.f[drawn] * gradient).abs().mean(0), 1 - self.settings.decay)
+    def after(self, batch: BatchView) -> None:
+        assert batch.f is not None
+        assert batch.residual is not None
+        tokens = sample_indices(len(batch.f), self.settings.sampled, batch)
+        gradient = -2 * batch.residual[tokens].to(batch.f.dtype) @ batch.sae.W_dec.T
+        self.causality.lerp_((batch.f[tokens] * gradient).abs().mean(0), 1 - self.settings.decay)
 
     def report(self) -> dict[str, Any]:
-        return {name: _plain(value) for name, value in self._told.items()}
+        return {name: _plain(value) for name, value in self._reported.items()}
 
 
 @part("level_attention")
@@ -195,7 +195,7 @@ class LevelAttention(Part):
         self.across_gate = nn.Parameter(torch.zeros(L - 1, H * d, G))
         self.register_buffer("together", torch.full((L * G, L * G), (L * G) ** -2.0))
         self._shares: Tensor | None = None  # s of the batch in training, from `latents` to `after`
-        self._told: Tensor | None = None
+        self._reported: Tensor | None = None
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -205,11 +205,11 @@ class LevelAttention(Part):
                 f"there must be a latent for each (d_sae is {sae.d_sae})"
             )
 
-    def latents(self, f: Tensor, seen: Seen) -> Tensor:
+    def latents(self, f: Tensor, batch: BatchView) -> Tensor:
         means = torch.stack([block.mean(1) for block in f.split(self.sizes, 1)], 1)
         shares = (means / means.sum(1, keepdim=True).clamp_min(1e-6)).detach()
-        gates = self._gates(centred(seen), means, shares)
-        if seen.training:
+        gates = self._gates(centred(batch), means, shares)
+        if batch.training:
             self._shares = shares
         return gated(f, gates.flatten(1), self.sizes)
 
@@ -217,34 +217,34 @@ class LevelAttention(Part):
         """[N, L, G], from x [N, D], the groups' mean activations and their shares [N, L G]."""
         L, G, H, d = (getattr(self.settings, name) for name in ("levels", "groups", "heads", "width"))
         log_mask = nn.functional.logsigmoid(self.mask_logits)
-        rows = self.together / self.together.sum(1, keepdim=True).clamp_min(1e-12)
-        bias = self.settings.adjacency * torch.log(L * G * (shares @ rows) + 0.01)
+        adjacency = self.together / self.together.sum(1, keepdim=True).clamp_min(1e-12)
+        bias = self.settings.adjacency * torch.log(L * G * (shares @ adjacency) + 0.01)
         scores = torch.einsum("nhd,lghd->nhlg", (x @ self.query).unflatten(1, (H, d)), self.keys) / math.sqrt(d)
         scores = scores + log_mask + bias.view(-1, 1, L, G)
         gates = G * scores.softmax(-1).mean(1)
         z = (gates * means.view(-1, L, G))[..., None] * self.summary
-        looking, looked_at = z[:, 1:].sum(2) @ self.across_query, z[:, :-1] @ self.across_key
-        across = torch.einsum("nlc,nlgc->nlg", looking, looked_at) / math.sqrt(H * d) + log_mask[:-1]
+        queries, keys = z[:, 1:].sum(2) @ self.across_query, z[:, :-1] @ self.across_key
+        across = torch.einsum("nlc,nlgc->nlg", queries, keys) / math.sqrt(H * d) + log_mask[:-1]
         context = torch.einsum("nlg,nlgc->nlc", across.softmax(-1), z[:, :-1])
         change = 2 * torch.sigmoid(torch.einsum("nlc,lcg->nlg", context, self.across_gate))
         return torch.cat([gates[:, :1], gates[:, 1:] * change], 1)
 
-    def penalty(self, seen: Seen) -> Tensor:
-        left, found = wanted(seen), []
-        for x_hat in outputs(seen, self.level_sizes)[:-1]:
-            left = left - x_hat
-            found.append(left.square().sum(1).mean())
-        self._told = torch.stack(found).detach()
-        return self.settings.weight * torch.stack(found).mean()
+    def penalty(self, batch: BatchView) -> Tensor:
+        remainder, squared_errors = centred_target(batch), []
+        for x_hat in outputs(batch, self.level_sizes)[:-1]:
+            remainder = remainder - x_hat
+            squared_errors.append(remainder.square().sum(1).mean())
+        self._reported = torch.stack(squared_errors).detach()
+        return self.settings.weight * torch.stack(squared_errors).mean()
 
-    def after(self, seen: Seen) -> None:
+    def after(self, batch: BatchView) -> None:
         shares, self._shares = self._shares, None
         assert shares is not None
         self.together.lerp_(shares.T @ shares / len(shares), 1 - self.settings.decay)
 
     def report(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"masks": _plain(torch.sigmoid(self.mask_logits).mean(1))}
-        return found if self._told is None else {**found, "squared_error_of_levels": _plain(self._told)}
+        figures: dict[str, Any] = {"masks": _plain(torch.sigmoid(self.mask_logits).mean(1))}
+        return figures if self._reported is None else {**figures, "squared_error_of_levels": _plain(self._reported)}
 
 
 def _plain(value: Tensor) -> Any:

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.config import SAEConfig
-from ..engine.parts import Part, PartSettings, Seen, part
+from ..engine.parts import BatchView, Part, PartSettings, part
 
 EPS = 1e-5
-KEPT = 0.99  # of what was seen before a step: a mean over about 100 batches
+DECAY = 0.99  # of what was seen before a step: a mean over about 100 batches
 
 
-def news(step: int) -> float:
-    """What a step counts in a running mean: as much as each before it, and 1 - KEPT at least."""
-    return max(1 - KEPT, 1 / (step + 1))
+def step_weight(step: int) -> float:
+    """What a step counts in a running mean: as much as each before it, and 1 - DECAY at least."""
+    return max(1 - DECAY, 1 / (step + 1))
 
 
 @part("layer_norm")
@@ -42,17 +42,17 @@ class LayerNorm(Part):
     def does(self, hook: str) -> bool:
         return hook == self.settings.place or (hook not in ("pre", "acts") and super().does(hook))
 
-    def pre(self, pre: Tensor, seen: Seen) -> Tensor:
-        return self._normalised(pre, seen)
+    def pre(self, pre: Tensor, batch: BatchView) -> Tensor:
+        return self._normalised(pre, batch)
 
-    def acts(self, acts: Tensor, seen: Seen) -> Tensor:
-        return torch.relu(self._normalised(acts, seen)) * (acts > 0)
+    def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
+        return torch.relu(self._normalised(acts, batch)) * (acts > 0)
 
-    def _normalised(self, v: Tensor, seen: Seen) -> Tensor:
-        mask = seen.sae.mask
+    def _normalised(self, v: Tensor, batch: BatchView) -> Tensor:
+        mask = batch.sae.mask
         if mask.fixed is None or mask.blend is not None:
             return nn.functional.layer_norm(v, v.shape[1:], self.scale, self.shift, EPS)
-        on = mask.fixed.index_select(0, mask.rows(seen.pos))
+        on = mask.fixed.index_select(0, mask.rows(batch.pos))
         count = on.sum(1, keepdim=True).clamp_min(1)
         centred = (v - (v * on).sum(1, keepdim=True) / count) * on
         size = (centred.square().sum(1, keepdim=True) / count + EPS).sqrt()
@@ -85,13 +85,13 @@ class FeatureNorm(Part):
         """r [F]"""
         return ((1 + self.squares) / (1 + self.active)).sqrt()
 
-    def acts(self, acts: Tensor, seen: Seen) -> Tensor:
-        found = acts * (self.log_scale.exp() / self.size)
-        if seen.training:
+    def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
+        normalised = acts * (self.log_scale.exp() / self.size)
+        if batch.training:
             with torch.no_grad():
-                self.squares.mul_(KEPT).add_(acts.square().sum(0))
-                self.active.mul_(KEPT).add_((acts > 0).sum(0))
-        return found
+                self.squares.mul_(DECAY).add_(acts.square().sum(0))
+                self.active.mul_(DECAY).add_((acts > 0).sum(0))
+        return normalised
 
 
 @part("batch_norm")
@@ -111,11 +111,11 @@ class BatchNorm(Part):
         self.register_buffer("mean", torch.zeros(sae.d_in))
         self.register_buffer("variance", torch.ones(sae.d_in))
 
-    def input(self, x: Tensor, seen: Seen) -> Tensor:
+    def input(self, x: Tensor, batch: BatchView) -> Tensor:
         mean, variance = self.mean, self.variance
-        if seen.training:
+        if batch.training:
             variance, mean = torch.var_mean(x, 0, correction=0)
             with torch.no_grad():
-                self.mean.lerp_(mean, news(seen.step))
-                self.variance.lerp_(variance, news(seen.step))
-        return (x - mean) / (variance + EPS).sqrt() + seen.sae.b_dec * seen.sae.unit
+                self.mean.lerp_(mean, step_weight(batch.step))
+                self.variance.lerp_(variance, step_weight(batch.step))
+        return (x - mean) / (variance + EPS).sqrt() + batch.sae.b_dec * batch.sae.unit

@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..engine.config import Count, SAEConfig
-from ..engine.parts import Part, PartSettings, Seen, part
-from .similarity import some
+from ..engine.parts import BatchView, Part, PartSettings, part
+from .similarity import sample_indices
 
 COMPRESSED_BY = 0.8  # of the run
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -50,31 +50,31 @@ class Pruning(Part):
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
-        left = sae.d_sae - int(settings.fraction * sae.d_sae)
-        if sae.activation != "relu" and left < sae.k:
+        remaining = sae.d_sae - int(settings.fraction * sae.d_sae)
+        if sae.activation != "relu" and remaining < sae.k:
             raise ValueError(
-                f"fraction: {settings.fraction} is not allowed with {sae.activation}; it leaves {left} latents, "
+                f"fraction: {settings.fraction} is not allowed with {sae.activation}; it leaves {remaining} latents, "
                 f"fewer than k ({sae.k})"
             )
 
-    def latents(self, f: Tensor, seen: Seen) -> Tensor:
-        if seen.training:
+    def latents(self, f: Tensor, batch: BatchView) -> Tensor:
+        if batch.training:
             self._unpruned = f.detach()
         return f * self.alive
 
-    def after(self, seen: Seen) -> None:
+    def after(self, batch: BatchView) -> None:
         unpruned, self._unpruned = self._unpruned, None
         assert unpruned is not None
-        assert seen.f is not None
+        assert batch.f is not None
         if self.cfg.activation != "relu":
-            each = seen.f if self.cfg.activation == "topk" else seen.f.view(1, -1)
-            least = torch.where(each > 0, each, torch.inf).amin(1)
-            has_room = (each > 0).sum(1) < seen.sae.k * len(seen.f) // len(each)
+            groups = batch.f if self.cfg.activation == "topk" else batch.f.view(1, -1)
+            least = torch.where(groups > 0, groups, torch.inf).amin(1)
+            has_room = (groups > 0).sum(1) < batch.sae.k * len(batch.f) // len(groups)
             unpruned = unpruned * (unpruned >= torch.where(has_room, 0, least)[:, None])
-        importance = unpruned.mean(0) * seen.sae.W_dec.norm(dim=1)
+        importance = unpruned.mean(0) * batch.sae.W_dec.norm(dim=1)
         self.importance.lerp_(importance, 1 - self.settings.decay)
-        if seen.step % self.settings.every == 0:
-            n = int(self.settings.fraction * min(1.0, seen.progress / COMPRESSED_BY) * self.cfg.d_sae)
+        if batch.step % self.settings.every == 0:
+            n = int(self.settings.fraction * min(1.0, batch.progress / COMPRESSED_BY) * self.cfg.d_sae)
             alive = torch.ones_like(self.alive)
             alive[self.importance.argsort(stable=True)[:n]] = False
             self.returned += (alive & ~self.alive).sum()
@@ -121,31 +121,31 @@ class Distillation(Part):
         self.register_buffer("b_teacher", torch.zeros(sae.d_sae))
         self.register_buffer("steps", torch.zeros(()))
         self._x: Tensor | None = None  # what the encoder gets, from `input` to `penalty`
-        self._told: Tensor | None = None
+        self._reported: Tensor | None = None
 
-    def input(self, x: Tensor, seen: Seen) -> Tensor:
-        if seen.training:
+    def input(self, x: Tensor, batch: BatchView) -> Tensor:
+        if batch.training:
             self._x = x
         return x
 
-    def penalty(self, seen: Seen) -> Tensor:
+    def penalty(self, batch: BatchView) -> Tensor:
         x, self._x = self._x, None
         assert x is not None
-        sae, token = seen.sae, some(len(x), self.settings.tokens, seen)
-        latent = some(self.cfg.d_sae, self.settings.latents, seen)
+        sae, token = batch.sae, sample_indices(len(x), self.settings.tokens, batch)
+        latent = sample_indices(self.cfg.d_sae, self.settings.latents, batch)
         x, tau = x[token] - sae.b_dec.detach(), self.settings.temperature
         acts = torch.relu(x @ sae.W_enc.T[latent].T + sae.b_enc[latent])
         teacher = torch.relu(x.detach() @ self.W_teacher[latent].T + self.b_teacher[latent])
-        wanted, given = torch.log_softmax(teacher / tau, 1), torch.log_softmax(acts / tau, 1)
-        divergence = (wanted.exp() * (wanted - given)).sum(1).mean() * (self.steps > 0)
-        self._told = divergence.detach()
+        teacher_log, student_log = torch.log_softmax(teacher / tau, 1), torch.log_softmax(acts / tau, 1)
+        divergence = (teacher_log.exp() * (teacher_log - student_log)).sum(1).mean() * (self.steps > 0)
+        self._reported = divergence.detach()
         return self.settings.weight * self.cfg.d_in * tau**2 * divergence
 
-    def after(self, seen: Seen) -> None:
+    def after(self, batch: BatchView) -> None:
         self.steps += 1
         pace = (1 / self.steps).clamp_min(1 - self.settings.decay)
-        self.W_teacher.lerp_(seen.sae.W_enc.T, pace)
-        self.b_teacher.lerp_(seen.sae.b_enc, pace)
+        self.W_teacher.lerp_(batch.sae.W_enc.T, pace)
+        self.b_teacher.lerp_(batch.sae.b_enc, pace)
 
     def report(self) -> dict[str, Any]:
-        return {} if self._told is None else {"divergence": float(f"{float(self._told):.6g}")}
+        return {} if self._reported is None else {"divergence": float(f"{float(self._reported):.6g}")}

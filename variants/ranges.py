@@ -8,15 +8,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig, Share
-from ..engine.parts import Part, PartSettings, Seen, part
+from ..engine.parts import BatchView, Part, PartSettings, part
 
 if TYPE_CHECKING:
     from ..engine.sae import SparseAutoencoder
 
 
-def range_of(seen: Seen, ranges: int, positions: int) -> Tensor:
+def range_of(batch: BatchView, ranges: int, positions: int) -> Tensor:
     """Which of the ranges each token [N] is in; as `ranges` masks have them."""
-    return seen.sae.mask.rows(seen.pos) * ranges // positions
+    return batch.sae.mask.rows(batch.pos) * ranges // positions
 
 
 @part("range_encoders")
@@ -41,8 +41,8 @@ class RangeEncoders(Part):
         if sae.mask.kind != "ranges":
             raise ValueError(f"mask.kind: {sae.mask.kind} is not allowed with range_encoders; it must be ranges")
 
-    def input(self, x: Tensor, seen: Seen) -> Tensor:
-        return x - self.bias[range_of(seen, self.cfg.mask.ranges, self.positions)]
+    def input(self, x: Tensor, batch: BatchView) -> Tensor:
+        return x - self.bias[range_of(batch, self.cfg.mask.ranges, self.positions)]
 
 
 @part("orthogonal_start")
@@ -111,19 +111,19 @@ class RangeAdapters(Part):
         since, ramp = progress - self.settings.start, self.settings.ramp
         return float(since >= 0) if ramp == 0 else min(1.0, max(0.0, since / ramp))
 
-    def pre(self, pre: Tensor, seen: Seen) -> Tensor:
-        r = range_of(seen, self.settings.ranges, self.positions)
-        n = nn.functional.layer_norm(seen.x.float(), seen.x.shape[1:])
-        own = r[:, None] == torch.arange(self.settings.ranges, device=r.device)  # [N, R]
+    def pre(self, pre: Tensor, batch: BatchView) -> Tensor:
+        r = range_of(batch, self.settings.ranges, self.positions)
+        n = nn.functional.layer_norm(batch.x.float(), batch.x.shape[1:])
+        in_range = r[:, None] == torch.arange(self.settings.ranges, device=r.device)  # [N, R]
         hidden = nn.functional.gelu(torch.addmm(self.b1.flatten(), n, self.W1.transpose(0, 1).flatten(1)))
-        hidden = hidden.unflatten(1, self.b1.shape) * own[:, :, None]
-        gate = self.share(seen.progress) * torch.sigmoid(self.gate)  # with a share of 0 all that follows is exactly 0
-        inside = torch.cat([hidden.flatten(1), own.to(hidden.dtype)], 1)
+        hidden = hidden.unflatten(1, self.b1.shape) * in_range[:, :, None]
+        gate = self.share(batch.progress) * torch.sigmoid(self.gate)  # with a share of 0 all that follows is exactly 0
+        inside = torch.cat([hidden.flatten(1), in_range.to(hidden.dtype)], 1)
         weights = torch.cat([(gate[:, None, None] * self.W2).flatten(0, 1), gate[:, None] * self.b2])
         return torch.addmm(pre, inside, weights)
 
-    def weigh(self, seen: Seen) -> tuple[Tensor | None, Tensor | None]:
+    def weigh(self, batch: BatchView) -> tuple[Tensor | None, Tensor | None]:
         if self.settings.l1_from == 1:
             return None, None
-        factor = self.settings.l1_from + (1 - self.settings.l1_from) * self.share(seen.progress)
-        return None, torch.full((seen.n_positions,), factor, device=seen.pos.device)
+        factor = self.settings.l1_from + (1 - self.settings.l1_from) * self.share(batch.progress)
+        return None, torch.full((batch.n_positions,), factor, device=batch.pos.device)

@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig, Share
-from ..engine.parts import Part, PartSettings, Seen, part
+from ..engine.parts import BatchView, Part, PartSettings, part
 from ..kernels.numerics import sum_by
-from .running import Average
+from .running_mean import RunningMean
 
 LEAST_SHARE = 0.01  # of an equal share: a group without gradients keeps ln(0.01) * guidance = -2.3 at guidance 0.5
 
@@ -50,7 +50,7 @@ class AttentionRouter(Part):
         self.W_q = nn.Parameter(torch.randn(sae.d_in, d_k, generator=generator) / math.sqrt(sae.d_in))
         self.embedding = nn.Parameter(torch.randn(positions, d_k, generator=generator))
         self.keys = nn.Parameter(0.1 * torch.randn(G, d_k, generator=generator))
-        self.share = Average(settings.decay, positions, G, start=1 / G)
+        self.share = RunningMean(settings.decay, positions, G, start=1 / G)
         n_free = round(settings.free * G)
         place = (torch.arange(positions) + 0.5) / positions
         centre = (torch.arange(G - n_free) + 0.5) / max(1, G - n_free)
@@ -64,30 +64,30 @@ class AttentionRouter(Part):
         if sae.d_sae % settings.groups:
             raise ValueError(f"groups: {settings.groups} is not allowed; it must divide d_sae ({sae.d_sae})")
 
-    def routes(self, x: Tensor, rows: Tensor) -> Tensor:
+    def routes(self, x: Tensor, mask_position: Tensor) -> Tensor:
         """r [N, G]"""
-        q = x.to(self.W_q.dtype) @ self.W_q + self.embedding[rows]
+        q = x.to(self.W_q.dtype) @ self.W_q + self.embedding[mask_position]
         G, settings = len(self.keys), self.settings
         known = settings.guidance * (G * self.share.value).clamp_min(LEAST_SHARE).log()
         known = known - 8 * settings.prior * self.distance.square()
-        return torch.softmax(q @ self.keys.T / math.sqrt(settings.width) + known[rows], 1)
+        return torch.softmax(q @ self.keys.T / math.sqrt(settings.width) + known[mask_position], 1)
 
-    def acts(self, acts: Tensor, seen: Seen) -> Tensor:
-        rows = seen.sae.mask.rows(seen.pos)
-        r, G = self.routes(seen.x, rows), len(self.keys)
+    def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
+        mask_position = batch.sae.mask.rows(batch.pos)
+        r, G = self.routes(batch.x, mask_position), len(self.keys)
         routed = (acts.unflatten(1, (G, -1)) * (G * r)[:, :, None]).flatten(1)
-        if seen.training and routed.requires_grad:
+        if batch.training and routed.requires_grad:
             self.entropy.copy_(-torch.special.xlogy(r, r).sum(1).mean().detach())
             values = routed.detach()
 
-            def look(gradient: Tensor) -> None:
+            def keep_gradients(gradient: Tensor) -> None:
                 of_token = (values * gradient).abs_().unflatten(1, (G, -1)).sum(2)
-                self._gradients = sum_by(rows, of_token, self.positions)
+                self._gradients = sum_by(mask_position, of_token, self.positions)
 
-            routed.register_hook(look)
+            routed.register_hook(keep_gradients)
         return routed
 
-    def after(self, seen: Seen) -> None:
+    def after(self, batch: BatchView) -> None:
         gradients, self._gradients = self._gradients, None
         if gradients is not None:
             self.share.add_mean(gradients, gradients.sum(1))
@@ -122,10 +122,10 @@ class GlobalPosition(Part):
         if sae.d_sae < 2:
             raise ValueError("d_sae: 1 is not allowed with global_position; it must be at least 2")
 
-    def acts(self, acts: Tensor, seen: Seen) -> Tensor:
+    def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
         start, full = self.settings.start, self.settings.full
-        ramp = min(1.0, max(0.0, (seen.progress - start) / (full - start)))
-        g = torch.sigmoid(self.logits)[seen.sae.mask.rows(seen.pos)][:, None]
+        ramp = min(1.0, max(0.0, (batch.progress - start) / (full - start)))
+        g = torch.sigmoid(self.logits)[batch.sae.mask.rows(batch.pos)][:, None]
         n_global = self.cfg.d_sae // 2
         return torch.cat([acts[:, :n_global] * (2 * g), acts[:, n_global:] * (2 * ramp * (1 - g))], 1)
 

@@ -7,15 +7,15 @@ from pydantic import Field
 from torch import Tensor
 
 from ..engine.config import SAEConfig
-from ..engine.parts import Part, PartSettings, Seen, part
-from .running import Average
+from ..engine.parts import BatchView, Part, PartSettings, part
+from .running_mean import RunningMean
 
 
-def some(n: int, most: int, seen: Seen) -> Tensor:
+def sample_indices(n: int, most: int, batch: BatchView) -> Tensor:
     """All of 0..n-1, or `most` of them drawn at random."""
     if n <= most:
-        return torch.arange(n, device=seen.x.device)
-    return torch.randperm(n, generator=seen.generator())[:most].to(seen.x.device)
+        return torch.arange(n, device=batch.x.device)
+    return torch.randperm(n, generator=batch.generator())[:most].to(batch.x.device)
 
 
 @part("dynamic_margin")
@@ -41,36 +41,36 @@ class DynamicMargin(Part):
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.usual = Average(settings.decay, 3)  # mean, std, share of pairs above the margin
-        self._now: Tensor | None = None
+        self.usual = RunningMean(settings.decay, 3)  # mean, std, share of pairs above the margin
+        self._batch_statistics: Tensor | None = None
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if sae.d_sae < 2:
             raise ValueError(f"d_sae: {sae.d_sae} is not allowed with dynamic_margin; it compares at least 2 latents")
 
-    def margin(self, usual: Tensor) -> Tensor:
-        return usual[0] + self.settings.deviations * usual[1]
+    def margin(self, statistics: Tensor) -> Tensor:
+        return statistics[0] + self.settings.deviations * statistics[1]
 
-    def penalty(self, seen: Seen) -> Tensor:
-        F, D = seen.sae.W_dec.shape
-        rows = seen.sae.W_dec[some(F, self.settings.sample, seen)]  # of norm 1
-        cosine, apart = rows @ rows.T, 1 - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)
+    def penalty(self, batch: BatchView) -> Tensor:
+        F, D = batch.sae.W_dec.shape
+        rows = batch.sae.W_dec[sample_indices(F, self.settings.sample, batch)]  # of norm 1
+        cosine, off_diagonal = rows @ rows.T, 1 - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)
         pairs = len(rows) * (len(rows) - 1)
         with torch.no_grad():
-            mean = (cosine * apart).sum() / pairs
-            std = ((cosine - mean).square() * apart).sum().div(pairs).sqrt()
-            now = torch.stack([mean, std, torch.zeros_like(mean)])
-            margin = self.margin(torch.where(self.usual.known, self.usual.value, now))
-            now[2] = ((cosine > margin) * apart).sum() / pairs
-        self._now = now
-        excess = (cosine - margin).clamp_min(0) * apart
+            mean = (cosine * off_diagonal).sum() / pairs
+            std = ((cosine - mean).square() * off_diagonal).sum().div(pairs).sqrt()
+            statistics = torch.stack([mean, std, torch.zeros_like(mean)])
+            margin = self.margin(torch.where(self.usual.known, self.usual.value, statistics))
+            statistics[2] = ((cosine > margin) * off_diagonal).sum() / pairs
+        self._batch_statistics = statistics
+        excess = (cosine - margin).clamp_min(0) * off_diagonal
         return self.settings.coefficient * D * (F - 1) / pairs * excess.square().sum()
 
-    def after(self, seen: Seen) -> None:
-        if self._now is not None:
-            self.usual.add(self._now)
-            self._now = None
+    def after(self, batch: BatchView) -> None:
+        if self._batch_statistics is not None:
+            self.usual.add(self._batch_statistics)
+            self._batch_statistics = None
 
     def report(self) -> dict[str, Any]:
         mean, std, above = self.usual.value.tolist()

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ..engine.config import SAEConfig
-from ..engine.parts import Part, Seen, part
+from ..engine.parts import BatchView, Part, part
 
 
 @part("l1_before_mask")
@@ -29,6 +29,6 @@ class L1BeforeMask(Part):
     def does(self, hook: str) -> bool:
         return super().does(hook) and (hook != "acts" or self.cfg.activation == "relu")
 
-    def acts(self, acts: Tensor, seen: Seen) -> Tensor:
-        seen.penalised = acts
+    def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
+        batch.penalised = acts
         return acts

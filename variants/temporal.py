@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig
-from ..engine.parts import Part, PartSettings, Seen, part
+from ..engine.parts import BatchView, Part, PartSettings, part
 
 SMALL = 0.02  # beside 1, the weight of the token itself
 
@@ -34,14 +34,14 @@ class DilatedConv(Part):
         taps = len(settings.dilations), settings.kernel, sae.d_in
         self.taps = nn.Parameter(SMALL * torch.randn(taps, generator=generator))
 
-    def input(self, x: Tensor, seen: Seen) -> Tensor:
-        y, kept = seen.rows.spread(x), seen.rows.kept[:, :, None]
+    def input(self, x: Tensor, batch: BatchView) -> Tensor:
+        y, kept = batch.rows.spread(x), batch.rows.kept[:, :, None]
         length = y.shape[1]
         for dilation, taps in zip(self.settings.dilations, self.taps, strict=True):
-            before = dilation * (self.settings.kernel - 1)
-            padded = nn.functional.pad(y, (0, 0, before, 0))
+            padding = dilation * (self.settings.kernel - 1)
+            padded = nn.functional.pad(y, (0, 0, padding, 0))
             for k, tap in enumerate(taps):
-                first = before - k * dilation
+                first = padding - k * dilation
                 y = torch.addcmul(y, padded[:, first : first + length], tap)
             y = y * kept
-        return seen.rows.gather(y)
+        return batch.rows.gather(y)

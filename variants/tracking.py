@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..engine.config import SAEConfig
-from ..engine.parts import Part, Seen, part
+from ..engine.parts import BatchView, Part, part
 from ..engine.sae import SparseAutoencoder
 from ..kernels.masks import weights_at
 
@@ -32,40 +32,42 @@ class PositionTracker(Part):
     def initialise(self, sae: SparseAutoencoder, generator: torch.Generator) -> None:
         self._mask = (sae.mask,)  # in a tuple, so that it does not count as a module of this part
 
-    def after(self, seen: Seen) -> None:
-        assert seen.squared_error is not None
-        assert seen.count is not None
-        of_position = seen.squared_error.detach() / seen.count
-        there, nowhere = seen.count > 0, torch.zeros_like(of_position)
-        mean = torch.where(there, of_position, nowhere).sum() / there.sum()
-        most = torch.where(there, of_position, -torch.inf).amax()
-        least = torch.where(there, of_position, torch.inf).amin()
+    def after(self, batch: BatchView) -> None:
+        assert batch.squared_error is not None
+        assert batch.count is not None
+        of_position = batch.squared_error.detach() / batch.count
+        has_tokens, zeros = batch.count > 0, torch.zeros_like(of_position)
+        mean = torch.where(has_tokens, of_position, zeros).sum() / has_tokens.sum()
+        most = torch.where(has_tokens, of_position, -torch.inf).amax()
+        least = torch.where(has_tokens, of_position, torch.inf).amin()
         self.lines = torch.cat([self.lines, torch.stack([mean, most, least]).to(self.lines)[None]])
-        weights = torch.ones_like(of_position) if seen.weights is None else seen.weights.detach()
+        weights = torch.ones_like(of_position) if batch.weights is None else batch.weights.detach()
         self.weights = weights.to(self.lines.dtype).clone()
 
     @torch.no_grad()
     def report(self) -> dict[str, Any]:
         mean, most, least = (_numbers(column) for column in self.lines.T)
-        found: dict[str, Any] = {"loss_mean": mean, "loss_max": most, "loss_min": least}
+        figures: dict[str, Any] = {"loss_mean": mean, "loss_max": most, "loss_min": least}
         self.lines = self.lines[:0].clone()
         (mask,) = self._mask
         m = mask.weights()
         if m is not None:
             everywhere = torch.arange(len(self.weights), device=self.weights.device)
             m = weights_at(m, mask.rows(everywhere)).float()
-            found["mask"] = _numbers(m.mean(1))
-            found["mask_sharpness"] = float((2 * m - 1).abs().mean())
-        return {**found, "weights": _numbers(self.weights)}
+            figures["mask"] = _numbers(m.mean(1))
+            figures["mask_sharpness"] = float((2 * m - 1).abs().mean())
+        return {**figures, "weights": _numbers(self.weights)}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
         for name in ("lines", "weights"):  # whose lengths follow the run
             if prefix + name in state_dict:
                 setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 def _numbers(values: Tensor) -> list[float | None]:
     """Six digits; None for what is not finite, which JSON does not have."""
     finite = values.isfinite().tolist()
-    return [float(f"{value:.6g}") if is_one else None for value, is_one in zip(values.tolist(), finite, strict=True)]
+    return [
+        float(f"{value:.6g}") if is_finite else None for value, is_finite in zip(values.tolist(), finite, strict=True)
+    ]

@@ -8,7 +8,7 @@ from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
 N, D, F, K, STEPS = map(int, sys.argv[1:] or (1024, 512, 4096, 32, 30))
-device, asked = "cuda" if torch.cuda.is_available() else "cpu", []
+device, starts = "cuda" if torch.cuda.is_available() else "cpu", []
 
 
 def activations():
@@ -16,8 +16,8 @@ def activations():
     while True:
         if device == "cuda":
             torch.cuda.synchronize()
-        asked.append(perf_counter())
-        yield batches[len(asked) % 4]
+        starts.append(perf_counter())
+        yield batches[len(starts) % 4]
 
 
 config = SAETrainerConfig(
@@ -27,5 +27,5 @@ config = SAETrainerConfig(
 sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=F, k=K, device=device))
 trainer = SAETrainer(config, sae, activations())
 trainer.fit()
-gaps = torch.tensor(asked[3:], dtype=torch.float64).diff()
+gaps = torch.tensor(starts[3:], dtype=torch.float64).diff()
 print(f"step: {1e3 * gaps.median():.3f} ms")

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
 N, D, F, K, STEPS = map(int, sys.argv[1:] or (1024, 512, 4096, 32, 30))
-device, asked, context = "cuda" if torch.cuda.is_available() else "cpu", [], 128
+device, starts, context = "cuda" if torch.cuda.is_available() else "cpu", [], 128
 model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=context, n_embd=D, n_layer=0, n_head=1)).to(device)
 
 
@@ -25,7 +25,7 @@ class Rows(torch.utils.data.Dataset):
         if i % (N // context) == 0:
             if device == "cuda":
                 torch.cuda.synchronize()
-            asked.append(perf_counter())
+            starts.append(perf_counter())
         return {"input_ids": torch.randint(0, 64, (context,))}
 
 
@@ -36,5 +36,5 @@ with tempfile.TemporaryDirectory() as folder:
     )
     trainer = Trainer(config, Rows(), model)
     trainer.fit()
-gaps = torch.tensor(asked[3:], dtype=torch.float64).diff()
+gaps = torch.tensor(starts[3:], dtype=torch.float64).diff()
 print(f"step: {1e3 * gaps.median():.3f} ms")

@@ -8,9 +8,9 @@ state_dict.
 
 An accelerated object is of a class derived from its own, so that isinstance still holds; what is pickled or deep-copied of
 it is of its own class. Results and gradients are the same up to the order of sums, second derivatives of a dictionary too.
-The library's own code runs for a call in which anything is unusual (`plain.takes`: a hook of any kind, a replaced method or
-module, torch.compile and torch.func, a single vector, ...), and where so many latents are active that dense products are
-faster.
+The library's own code runs for a call in which anything is unusual (`eligibility.takes`: a hook of any kind, a replaced
+method or module, torch.compile and torch.func, a single vector, ...), and where so many latents are active that dense
+products are faster.
 """
 
 import functools
@@ -26,7 +26,7 @@ from torch import nn
 
 from ..errors import UserError, near
 from . import optimizers
-from .plain import obstacle
+from .eligibility import obstacle
 
 _SAELENS, _LEARNING = "sae_lens.saes.", "dictionary_learning."
 #: module and class of what can be accelerated -> ours, and its mixin there
@@ -66,11 +66,11 @@ KINDS: dict[tuple[str, str], tuple[str, str]] = {
 }  # fmt: skip
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 T = TypeVar("T")
-_MADE: dict[type, type] = {}
+_DERIVED_CLASSES: dict[type, type] = {}
 
 
 def is_accelerated(obj: object) -> bool:
-    return "own" in vars(type(obj)) and type(obj) in _MADE.values()
+    return "library_class" in vars(type(obj)) and type(obj) in _DERIVED_CLASSES.values()
 
 
 def accelerate(obj: T) -> T:
@@ -85,16 +85,18 @@ def accelerate(obj: T) -> T:
     """
     if is_accelerated(obj):
         return obj
-    parts, others = _parts(obj, _mixin(obj))
-    for part in parts:
-        _check(part)
-    for other in others:
-        warnings.warn(f"accelerate: {type(other).__name__} stays as it is; only Adam and AdamW change", stacklevel=2)
-    for part in parts:
-        if not is_accelerated(part):
-            object.__setattr__(part, "__class__", _derived_once(type(part), _mixin(part)))
-            if isinstance(part, torch.optim.Optimizer):
-                optimizers.fuse(part)
+    components, unsupported = _components(obj, _mixin(obj))
+    for component in components:
+        _check(component)
+    for optimizer in unsupported:
+        warnings.warn(
+            f"accelerate: {type(optimizer).__name__} stays as it is; only Adam and AdamW change", stacklevel=2
+        )
+    for component in components:
+        if not is_accelerated(component):
+            object.__setattr__(component, "__class__", _derived_once(type(component), _mixin(component)))
+            if isinstance(component, torch.optim.Optimizer):
+                optimizers.fuse(component)
     return obj
 
 
@@ -104,11 +106,11 @@ def deaccelerate(obj: T) -> T:
     deaccelerate(accelerate(sae))  # as it was
     """
     if is_accelerated(obj):
-        for part in _parts(obj, type(obj))[0]:
-            if is_accelerated(part):
-                if isinstance(part, torch.optim.Optimizer):
-                    optimizers.unfuse(part)
-                object.__setattr__(part, "__class__", type(part).own)  # pyright: ignore[reportAttributeAccessIssue]
+        for component in _components(obj, type(obj))[0]:
+            if is_accelerated(component):
+                if isinstance(component, torch.optim.Optimizer):
+                    optimizers.unfuse(component)
+                object.__setattr__(component, "__class__", type(component).library_class)  # pyright: ignore[reportAttributeAccessIssue]
     return obj
 
 
@@ -119,19 +121,19 @@ def accelerated(obj: T) -> Iterator[T]:
     with accelerated(sae):
         sae(x)
     """
-    was = is_accelerated(obj)
+    was_accelerated = is_accelerated(obj)
     try:
         yield accelerate(obj)
     finally:
-        if not was:
+        if not was_accelerated:
             deaccelerate(obj)
 
 
 def _mixin(obj: object) -> type:
-    cls = type(obj).own if is_accelerated(obj) else type(obj)  # pyright: ignore[reportAttributeAccessIssue]
-    place = KINDS.get((cls.__module__, cls.__name__))
-    if place is not None:
-        return getattr(import_module(f".{place[0]}", __name__), place[1])
+    cls = type(obj).library_class if is_accelerated(obj) else type(obj)  # pyright: ignore[reportAttributeAccessIssue]
+    module_and_mixin = KINDS.get((cls.__module__, cls.__name__))
+    if module_and_mixin is not None:
+        return getattr(import_module(f".{module_and_mixin[0]}", __name__), module_and_mixin[1])
     if isinstance(obj, _ADAMS):
         return optimizers.Fused
     known = sorted({name for _, name in KINDS} | {"Adam", "AdamW"})
@@ -140,40 +142,40 @@ def _mixin(obj: object) -> type:
     )
 
 
-def _parts(obj: Any, mixin: Any) -> tuple[list[Any], list[Any]]:
+def _components(obj: Any, mixin: Any) -> tuple[list[Any], list[Any]]:
     """The object, and if it is a trainer its dictionaries and its optimisers; and those that can't be faster."""
-    if not hasattr(mixin, "_parts"):
+    if not hasattr(mixin, "_components"):
         return [obj], []
-    dictionaries, steppers = mixin._parts(obj)
+    dictionaries, candidates = mixin._components(obj)
     for dictionary in dictionaries:
         _mixin(dictionary)
-    others = [one for one in steppers if not isinstance(one, _ADAMS)]
-    return [obj, *dictionaries, *(one for one in steppers if isinstance(one, _ADAMS))], others
+    unsupported = [optimizer for optimizer in candidates if not isinstance(optimizer, _ADAMS)]
+    return [obj, *dictionaries, *(optimizer for optimizer in candidates if isinstance(optimizer, _ADAMS))], unsupported
 
 
 def _derived(cls: type, mixin: type) -> type:
     """A class derived from a library's alone, since an object may change its class only to one that lays it out alike: with
-    the methods of ours, in which `own` is the library's."""
+    the methods of ours, in which `library_class` is the library's."""
     methods: dict[str, Any] = {}
     for base in reversed(mixin.__mro__[:-1]):
         methods |= {name: _as_named(value, cls, name) for name, value in vars(base).items() if callable(value)}
 
-    def reduced(self: Any, protocol: Any) -> Any:
-        _, _, *others = object.__reduce_ex__(self, max(2, int(protocol)))
-        return _new, (cls,), *others
+    def reduce(self: Any, protocol: Any) -> Any:
+        _, _, *state = object.__reduce_ex__(self, max(2, int(protocol)))
+        return _new, (cls,), *state
 
-    own = {"own": cls, "__reduce_ex__": reduced, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), methods | own)
+    attributes = {"library_class": cls, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), methods | attributes)
 
 
 def _as_named(method: Any, cls: type, name: str) -> Any:
     """A method of ours with the signature and docstring of the library's."""
-    own = getattr(cls, name, None)
-    if own is None or name[:2] == "__":
+    library_method = getattr(cls, name, None)
+    if library_method is None or name[:2] == "__":
         return method
-    fresh = types.FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
-    fresh.__kwdefaults__ = method.__kwdefaults__
-    return functools.update_wrapper(fresh, own)
+    copied = types.FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
+    copied.__kwdefaults__ = method.__kwdefaults__
+    return functools.update_wrapper(copied, library_method)
 
 
 def _new(cls: Any) -> Any:
@@ -181,16 +183,16 @@ def _new(cls: Any) -> Any:
 
 
 def _derived_once(cls: type, mixin: type) -> type:
-    if cls not in _MADE:
-        _MADE[cls] = _derived(cls, mixin)
-    return _MADE[cls]
+    if cls not in _DERIVED_CLASSES:
+        _DERIVED_CLASSES[cls] = _derived(cls, mixin)
+    return _DERIVED_CLASSES[cls]
 
 
-def _check(part: Any) -> None:
-    name = type(part).__name__
-    if isinstance(part, torch.optim.Optimizer):
-        if why := optimizers.refusal(part):
-            raise UserError(f"accelerate: {name} with {why} is not allowed; torch's fused step can't take it")
+def _check(component: Any) -> None:
+    name = type(component).__name__
+    if isinstance(component, torch.optim.Optimizer):
+        if reason := optimizers.refusal(component):
+            raise UserError(f"accelerate: {name} with {reason} is not allowed; torch's fused step can't take it")
         return
-    if isinstance(part, nn.Module) and (why := obstacle(part)) is not None:
-        raise UserError(f"accelerate: {name}.{why}")
+    if isinstance(component, nn.Module) and (reason := obstacle(component)) is not None:
+        raise UserError(f"accelerate: {name}.{reason}")

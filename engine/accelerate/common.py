@@ -7,9 +7,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ...kernels import ops
 from ...kernels.code import SparseCode
-from .. import ops
-from ..step import DENSE_FROM
+from ..fused import DENSE_FROM
 
 PROBED = 64  # tokens whose activations are counted, at most, and one of so many in a batch
 ONE_OF = 64
@@ -27,32 +27,34 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def in_own_dtypes(x: Tensor) -> torch.autocast:
+def without_autocast(x: Tensor) -> torch.autocast:
     """A block without autocast: our ops are told what their products run in."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def coded(encoder: Callable[..., Any], x: Tensor, W: Tensor, b: Tensor, *settings: Any, **others: Any) -> SparseCode:
+def sparse_code(
+    encoder: Callable[..., Any], x: Tensor, W: Tensor, b: Tensor, *settings: Any, **options: Any
+) -> SparseCode:
     """The code of x [N, D] by one of the encoders of `ops`, its product as autocast has it."""
     dtype = product_dtype(x)
-    with in_own_dtypes(x):
-        values, indices, *offsets = encoder(x.to(dtype), W, b, *settings, **others)
+    with without_autocast(x):
+        values, indices, *offsets = encoder(x.to(dtype), W, b, *settings, **options)
     return SparseCode(values, indices, W.shape[1], offsets[0] if offsets else None)
 
 
 def decoded(code: SparseCode, values: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """b_dec + sum of values * W_dec [F, D] over each token's entries, its product as autocast has it."""
     dtype, W_dec = product_dtype(W_dec), W_dec.contiguous()  # its rows are gathered many times over
-    with in_own_dtypes(W_dec):
+    with without_autocast(W_dec):
         if dtype == W_dec.dtype:
             return ops.decode(values, code.indices, W_dec, b_dec, offsets=code.offsets)
-        nothing = b_dec.new_zeros(b_dec.shape, dtype=dtype)
-        return ops.decode(values, code.indices, W_dec.to(dtype), nothing, offsets=code.offsets) + b_dec
+        zero_bias = b_dec.new_zeros(b_dec.shape, dtype=dtype)
+        return ops.decode(values, code.indices, W_dec.to(dtype), zero_bias, offsets=code.offsets) + b_dec
 
 
-def at_entries(of_latents: Tensor, code: SparseCode) -> Tensor:
-    """of_latents [F] for each entry of the code; carries a gradient."""
-    return of_latents[code.live(code.indices).long()]
+def at_entries(per_latent: Tensor, code: SparseCode) -> Tensor:
+    """per_latent [F] for each entry of the code; carries a gradient."""
+    return per_latent[code.live(code.indices).long()]
 
 
 def dense(code: SparseCode, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,7 +67,7 @@ def bias_for_centred(b: Tensor, center: Tensor, W: Tensor) -> Tensor:
     (x - center) @ W + b. A gradient of x [N, D] alone for its sum would be far more work."""
     if not (torch.is_grad_enabled() and center.requires_grad):
         return b
-    with in_own_dtypes(W):
+    with without_autocast(W):
         return b - (center - center.detach()) @ W.detach()
 
 
@@ -73,9 +75,9 @@ def prefix_reconstructions(
     code: SparseCode, values: Tensor, W_dec: Tensor, b_dec: Tensor, ends: list[int]
 ) -> Tensor:  # fmt: skip
     """x_hat [G, N, D] from the latents below each of `ends`, which ascend to F."""
-    parted, order = code.grouped(torch.tensor(ends, device=values.device))
-    parts = decoded(parted, values.flatten()[order], W_dec, torch.zeros_like(b_dec))
-    return parts.unflatten(0, (len(ends), -1)).cumsum(0) + b_dec
+    grouped, order = code.grouped(torch.tensor(ends, device=values.device))
+    group_reconstructions = decoded(grouped, values.flatten()[order], W_dec, torch.zeros_like(b_dec))
+    return group_reconstructions.unflatten(0, (len(ends), -1)).cumsum(0) + b_dec
 
 
 def pays(k: float, x: Tensor, W: Tensor) -> bool:
@@ -86,21 +88,21 @@ def pays(k: float, x: Tensor, W: Tensor) -> bool:
 
 def may_pay(owner: Any, x: Tensor, W: Tensor) -> bool:
     """Whether x [N, D] is large enough, and no recent look at the dictionary or trainer found too many latents in use."""
-    left = _resting.get(owner, 0)
-    if left:
-        _resting[owner] = left - 1
-    return not left and pays(0, x, W)
+    calls_to_rest = _resting.get(owner, 0)
+    if calls_to_rest:
+        _resting[owner] = calls_to_rest - 1
+    return not calls_to_rest and pays(0, x, W)
 
 
 @torch.no_grad()
-def kept_of(owner: Any, x: Tensor, W: Tensor, b: Tensor, above: Tensor | float = 0.0) -> int | None:
+def active_per_token(owner: Any, x: Tensor, W: Tensor, b: Tensor, above: Tensor | float = 0.0) -> int | None:
     """About how many of a token's pre-activations x @ W + b exceed `above`, from a few tokens of x [N, D]; None where they
     are too many for products over entries to pay, and then the next calls rest. Waits for the device."""
-    few = min(PROBED, max(1, len(x) // ONE_OF))
-    some = x[:: len(x) // few][:few]
-    kept = float(((some @ W + b) > above).sum()) / few
-    if pays(kept, x, W):
-        return max(1, round(kept))
+    n_probed = min(PROBED, max(1, len(x) // ONE_OF))
+    probed = x[:: len(x) // n_probed][:n_probed]
+    n_active = float(((probed @ W + b) > above).sum()) / n_probed
+    if pays(n_active, x, W):
+        return max(1, round(n_active))
     _resting[owner] = REST
     return None
 

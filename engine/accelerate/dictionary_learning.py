@@ -5,10 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels import ops
 from ...kernels.code import SparseCode
-from .. import ops
-from .common import at_entries, bias_for_centred, coded, decoded, dense, kept_of, may_pay, pays, product_dtype
-from .plain import fits, takes, twice
+from .common import (
+    active_per_token,
+    at_entries,
+    bias_for_centred,
+    decoded,
+    dense,
+    may_pay,
+    pays,
+    product_dtype,
+    sparse_code,
+)
+from .eligibility import fits, takes, twice
 
 
 class Dictionary:
@@ -36,20 +46,20 @@ class Dictionary:
         W, _ = self._encoder()
         return x.ndim == 2 and x.shape[1] == len(W) and fits(x, W, self._center() is not None)
 
-    def _given(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _encoder_inputs(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the encoder multiplies with what, and adds."""
         (W, b), center = self._encoder(), self._center()
         if center is None:
             return x, W, b
         return x - center.detach(), W, bias_for_centred(b, center, W)
 
-    def _above(self: Any, x: Tensor, limit: Tensor | None) -> SparseCode | None:
+    def _encode_above(self: Any, x: Tensor, limit: Tensor | None) -> SparseCode | None:
         """The code of activations above a limit [F] that isn't negative, or above 0; None if products are faster dense."""
         if not may_pay(self, x, self._encoder()[0]):
             return None
-        x, W, b = self._given(x)
-        kept = kept_of(self, x, W, b, 0.0 if limit is None else limit)
-        return None if kept is None else coded(ops.encode_threshold, x, W, b, limit, expected=kept)
+        x, W, b = self._encoder_inputs(x)
+        n_active = active_per_token(self, x, W, b, 0.0 if limit is None else limit)
+        return None if n_active is None else sparse_code(ops.encode_threshold, x, W, b, limit, expected=n_active)
 
     def _decoded(self: Any, code: SparseCode) -> Tensor:
         return decoded(code, code.values, *self._decoder())
@@ -57,48 +67,54 @@ class Dictionary:
     def _acts(self: Any, x: Tensor, code: SparseCode) -> Tensor:
         return dense(code, code.values, self._acts_dtype())
 
-    def forward(self: Any, x: Tensor, output_features: bool = False, *others: Any, **named: Any) -> Any:
-        code = self._kept(x) if not others and not named and self._is_plain(x) else None
+    def forward(self: Any, x: Tensor, output_features: bool = False, *args: Any, **kwargs: Any) -> Any:
+        code = self._encode_sparse(x) if not args and not kwargs and self._is_plain(x) else None
         if code is None:
-            return self.own.forward(self, x, output_features, *others, **named)
-        found = [self._decoded(code), *([self._acts(x, code)] if output_features else [])]
-        found = twice(self, found, x, lambda x: self.own.forward(self, x, True))
-        return tuple(found) if output_features else found[0]
+            return self.library_class.forward(self, x, output_features, *args, **kwargs)
+        outputs = [self._decoded(code), *([self._acts(x, code)] if output_features else [])]
+        outputs = twice(self, outputs, x, lambda x: self.library_class.forward(self, x, True))
+        return tuple(outputs) if output_features else outputs[0]
 
     def _encoded(self: Any, x: Tensor, code: SparseCode, *settings: Any) -> Tensor:
         """Dense activations, as often differentiable as the library's, whose `encode` has these settings."""
-        return twice(self, [self._acts(x, code)], x, lambda x: [self.own.encode(self, x, *settings)])[0]
+        return twice(self, [self._acts(x, code)], x, lambda x: [self.library_class.encode(self, x, *settings)])[0]
 
 
 class TopK(Dictionary):
     """AutoEncoderTopK"""
 
-    def _kept(self: Any, x: Tensor) -> SparseCode | None:
+    def _encode_sparse(self: Any, x: Tensor) -> SparseCode | None:
         k = int(self.k)
-        return coded(ops.encode_topk, *self._given(x), k) if pays(k, x, self._encoder()[0]) else None
+        return sparse_code(ops.encode_topk, *self._encoder_inputs(x), k) if pays(k, x, self._encoder()[0]) else None
 
     def encode(self: Any, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
-        ours = not (return_topk or use_threshold) and (x.is_cuda or torch.is_grad_enabled())  # else theirs is as fast
-        code = self._kept(x) if ours and self._is_plain(x) else None
-        return self.own.encode(self, x, return_topk, use_threshold) if code is None else self._encoded(x, code)
+        use_ops = not (return_topk or use_threshold) and (
+            x.is_cuda or torch.is_grad_enabled()
+        )  # else theirs is as fast
+        code = self._encode_sparse(x) if use_ops and self._is_plain(x) else None
+        return (
+            self.library_class.encode(self, x, return_topk, use_threshold) if code is None else self._encoded(x, code)
+        )
 
 
 class BatchTopK(Dictionary):
     """BatchTopKSAE: after training, what is above its threshold."""
 
-    def _kept(self: Any, x: Tensor) -> SparseCode | None:
+    def _encode_sparse(self: Any, x: Tensor) -> SparseCode | None:
         """None as long as no threshold was followed: half of all latents are above a negative one."""
-        return self._above(x, self.threshold.expand(self.dict_size)) if self.threshold > 0 else None
+        return self._encode_above(x, self.threshold.expand(self.dict_size)) if self.threshold > 0 else None
 
-    def _batch(self: Any, x: Tensor) -> SparseCode | None:
+    def _encode_batch(self: Any, x: Tensor) -> SparseCode | None:
         k = int(self.k)
-        return coded(ops.encode_batch_topk, *self._given(x), k) if pays(k, x, self._encoder()[0]) else None
+        return (
+            sparse_code(ops.encode_batch_topk, *self._encoder_inputs(x), k) if pays(k, x, self._encoder()[0]) else None
+        )
 
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
-        all_wanted = return_active or use_threshold
-        code = self._batch(x) if not all_wanted and self._is_plain(x) else None
+        needs_library = return_active or use_threshold
+        code = self._encode_batch(x) if not needs_library and self._is_plain(x) else None
         if code is None:
-            return self.own.encode(self, x, return_active, use_threshold)
+            return self.library_class.encode(self, x, return_active, use_threshold)
         return self._encoded(x, code, return_active, use_threshold)
 
 
@@ -128,8 +144,8 @@ class JumpReLU(_Matrices):
     def _center(self: Any) -> Tensor | None:
         return self.b_dec if self.apply_b_dec_to_input else None
 
-    def _kept(self: Any, x: Tensor) -> SparseCode | None:
-        return self._above(x, self.threshold.detach().clamp_min(0))
+    def _encode_sparse(self: Any, x: Tensor) -> SparseCode | None:
+        return self._encode_above(x, self.threshold.detach().clamp_min(0))
 
 
 class Standard(Dictionary):
@@ -141,8 +157,8 @@ class Standard(Dictionary):
     def _center(self: Any) -> Tensor | None:
         return self.bias
 
-    def _kept(self: Any, x: Tensor) -> SparseCode | None:
-        return self._above(x, None)
+    def _encode_sparse(self: Any, x: Tensor) -> SparseCode | None:
+        return self._encode_above(x, None)
 
 
 class Gated(Dictionary):
@@ -162,13 +178,13 @@ class Gated(Dictionary):
 
     def _gates(self: Any, x: Tensor) -> SparseCode | None:
         """Gate activations, with gate_bias as a constant."""
-        return self._above(x, None)
+        return self._encode_above(x, None)
 
     def _magnitudes(self: Any, gates: SparseCode) -> SparseCode:
         product = gates.values - at_entries(self.gate_bias.detach(), gates)
         values = product * at_entries(self.r_mag.exp(), gates) + at_entries(self.mag_bias, gates)
         return gates.with_values(values.relu())
 
-    def _kept(self: Any, x: Tensor) -> SparseCode | None:
+    def _encode_sparse(self: Any, x: Tensor) -> SparseCode | None:
         gates = self._gates(x)
         return None if gates is None else self._magnitudes(gates)

@@ -9,58 +9,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels import ops
 from ...kernels.code import SparseCode
-from .. import ops
-from .common import among_dead, at_entries, coded, decoded, kept_of, largest, may_pay, prefix_reconstructions
-from .plain import is_as_made, trains
+from .common import (
+    active_per_token,
+    among_dead,
+    at_entries,
+    decoded,
+    largest,
+    may_pay,
+    prefix_reconstructions,
+    sparse_code,
+)
+from .eligibility import is_as_made, trains
 
 
 class Training:
     """Of `self`: ae and optimizer. Each kind has `_loss` of a batch, None where dense products are faster."""
 
-    def _parts(self: Any) -> tuple[list[Any], list[Any]]:
+    def _components(self: Any) -> tuple[list[Any], list[Any]]:
         return [self.ae], [self.optimizer]
 
-    def loss(self: Any, x: Tensor, step: Any = None, logging: bool = False, **others: Any) -> Any:
-        ours = not logging and not others and trains(self, self.ae, x)
-        found = self._loss(x, step) if ours else None
-        return self.own.loss(self, x, step=step, logging=logging, **others) if found is None else found
+    def loss(self: Any, x: Tensor, step: Any = None, logging: bool = False, **options: Any) -> Any:
+        use_ops = not logging and not options and trains(self, self.ae, x)
+        loss = self._loss(x, step) if use_ops else None
+        return self.library_class.loss(self, x, step=step, logging=logging, **options) if loss is None else loss
 
     def update(self: Any, step: int, x: Tensor) -> Any:
-        return (_update_of(self.own) if is_as_made(self) else self.own.update)(self, step, x)
+        return (_update_of(self.library_class) if is_as_made(self) else self.library_class.update)(self, step, x)
 
 
 @functools.cache
 def _update_of(cls: Any) -> Callable[..., Any]:
     """The library's own `update`, with our projection of the decoder's gradient in place of its own, which takes batched
     products of matrices with themselves: on a CPU half of the step."""
-    own = cls.update
-    named = {**own.__globals__, "remove_gradient_parallel_to_decoder_directions": _without_parallel}
-    return types.FunctionType(own.__code__, named, own.__name__, own.__defaults__, own.__closure__)
+    update = cls.update
+    namespace = {**update.__globals__, "remove_gradient_parallel_to_decoder_directions": _without_parallel}
+    return types.FunctionType(update.__code__, namespace, update.__name__, update.__defaults__, update.__closure__)
 
 
 @torch.no_grad()
 def _without_parallel(W: Tensor, grad: Tensor, activation_dim: int, d_sae: int) -> Tensor:
     """grad [D, F], in place without its part along each column w of W, <grad, u> u with u = w / (|w| + 1e-6)."""
-    along = torch.linalg.vecdot(grad, W, dim=0) / (torch.linalg.vector_norm(W, dim=0) + 1e-6).square()
-    return grad.addcmul_(W, along, value=-1)
+    coefficients = torch.linalg.vecdot(grad, W, dim=0) / (torch.linalg.vector_norm(W, dim=0) + 1e-6).square()
+    return grad.addcmul_(W, coefficients, value=-1)
 
 
 class TopK(Training):
     """TopKTrainer, in which a zero among the k has fired."""
 
     def _code(self: Any, x: Tensor) -> SparseCode | None:
-        return self.ae._kept(x)
+        return self.ae._encode_sparse(x)
 
-    def _chosen(self: Any, code: SparseCode) -> Tensor:
+    def _selected_values(self: Any, code: SparseCode) -> Tensor:
         """What the threshold follows."""
         return code.values
 
-    def _fired(self: Any, code: SparseCode) -> Tensor:
+    def _fired_latents(self: Any, code: SparseCode) -> Tensor:
         """The latents of entries that count as having fired."""
         return code.indices
 
-    def _left(self: Any, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
+    def _residual_and_loss(self: Any, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
         """What is left of x, and the loss that this is."""
         e = x - self.ae._decoded(code)
         return e, e.pow(2).sum(dim=-1).mean()
@@ -70,11 +79,11 @@ class TopK(Training):
         if code is None:
             return None
         if step > self.threshold_start_step:
-            self.update_threshold(self._chosen(code))
-        e, loss = self._left(x, code)
+            self.update_threshold(self._selected_values(code))
+        e, loss = self._residual_and_loss(x, code)
         self.effective_l0 = self.k
         self.num_tokens_since_fired += len(x)
-        self.num_tokens_since_fired[self._fired(code).long()] = 0
+        self.num_tokens_since_fired[self._fired_latents(code).long()] = 0
         return loss + self.auxk_alpha * self._dead_loss(x, e.detach()) if self._has_aux() else loss
 
     def _has_aux(self: Any) -> bool:
@@ -88,24 +97,24 @@ class TopK(Training):
             self.pre_norm_auxk_loss = -1
             return torch.tensor(0, dtype=residual.dtype, device=residual.device)
         W_dec, _ = self.ae._decoder()
-        given, W, b = self.ae._given(x)
-        acts = among_dead(given, W, b, dead).relu()
+        encoder_in, W, b = self.ae._encoder_inputs(x)
+        acts = among_dead(encoder_in, W, b, dead).relu()
         e_hat = largest(acts, min(self.top_k_aux, self.dead_features)) @ W_dec[dead]
         self.pre_norm_auxk_loss = (residual.float() - e_hat.float()).pow(2).sum(dim=-1).mean()
-        spread = (residual.float() - residual.mean(dim=0).float()).pow(2).sum(dim=-1).mean()
-        return (self.pre_norm_auxk_loss / spread).nan_to_num(0.0)
+        variance = (residual.float() - residual.mean(dim=0).float()).pow(2).sum(dim=-1).mean()
+        return (self.pre_norm_auxk_loss / variance).nan_to_num(0.0)
 
 
 class BatchTopK(TopK):
     """BatchTopKTrainer"""
 
     def _code(self: Any, x: Tensor) -> SparseCode | None:
-        return self.ae._batch(x)
+        return self.ae._encode_batch(x)
 
-    def _chosen(self: Any, code: SparseCode) -> Tensor:
+    def _selected_values(self: Any, code: SparseCode) -> Tensor:
         return code.live(code.values)
 
-    def _fired(self: Any, code: SparseCode) -> Tensor:
+    def _fired_latents(self: Any, code: SparseCode) -> Tensor:
         return code.indices[code.live(code.values) > 0]
 
     def _has_aux(self: Any) -> bool:
@@ -115,11 +124,11 @@ class BatchTopK(TopK):
 class Matryoshka(BatchTopK):
     """MatryoshkaBatchTopKTrainer: the reconstructions of all prefixes from one pass over the entries."""
 
-    def _left(self: Any, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
+    def _residual_and_loss(self: Any, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
         ends = [int(end) for end in self.ae.group_indices[1:]]
-        left = x - prefix_reconstructions(code, code.values, self.ae.W_dec, self.ae.b_dec, ends)
-        of_groups = left.pow(2).sum(dim=-1).mean(dim=-1)
-        return left[-1], (of_groups * of_groups.new_tensor(self.group_weights)).mean()
+        residuals = x - prefix_reconstructions(code, code.values, self.ae.W_dec, self.ae.b_dec, ends)
+        group_losses = residuals.pow(2).sum(dim=-1).mean(dim=-1)
+        return residuals[-1], (group_losses * group_losses.new_tensor(self.group_weights)).mean()
 
 
 class JumpReLU(Training):
@@ -127,26 +136,26 @@ class JumpReLU(Training):
     is within half a bandwidth of 0 they reach every zero, and its own code runs."""
 
     def _loss(self: Any, x: Tensor, step: int) -> Tensor | None:
-        ae, half = self.ae, self.bandwidth / 2
-        if not may_pay(self, x, ae.W_enc) or bool((ae.threshold <= half).any()):
+        ae, half_bandwidth = self.ae, self.bandwidth / 2
+        if not may_pay(self, x, ae.W_enc) or bool((ae.threshold <= half_bandwidth).any()):
             return None
-        x, limit = x.to(ae.W_enc.dtype), ae.threshold.detach() - half
-        kept = kept_of(self, x, ae.W_enc, ae.b_enc, limit)
-        if kept is None:
+        x, limit = x.to(ae.W_enc.dtype), ae.threshold.detach() - half_bandwidth
+        n_active = active_per_token(self, x, ae.W_enc, ae.b_enc, limit)
+        if n_active is None:
             return None
-        code = coded(ops.encode_threshold, x, ae.W_enc, ae.b_enc, limit, expected=kept)
-        values, active = self._jumped(code)
+        code = sparse_code(ops.encode_threshold, x, ae.W_enc, ae.b_enc, limit, expected=n_active)
+        values, active = self._jumprelu(code)
         code = code.with_values(values)
         self.num_tokens_since_fired += len(x)
         self.num_tokens_since_fired[code.indices[values > 0].long()] = 0
         self.dead_features = int((self.num_tokens_since_fired > self.dead_feature_threshold).sum())
         squared_error = (x - ae._decoded(code)).pow(2).sum(dim=-1).mean()
-        off = active.sum() / len(x) / self.target_l0 - 1
-        return squared_error + self.sparsity_coefficient * off.pow(2) * self.sparsity_warmup_fn(step)
+        excess = active.sum() / len(x) / self.target_l0 - 1
+        return squared_error + self.sparsity_coefficient * excess.pow(2) * self.sparsity_warmup_fn(step)
 
-    def _jumped(self: Any, code: SparseCode) -> tuple[Tensor, Tensor]:
+    def _jumprelu(self: Any, code: SparseCode) -> tuple[Tensor, Tensor]:
         """Activations of the entries, and which of them are active."""
-        library, threshold = sys.modules[self.own.__module__], at_entries(self.ae.threshold, code)
+        library, threshold = sys.modules[self.library_class.__module__], at_entries(self.ae.threshold, code)
         acts = library.JumpReLUFunction.apply(code.values, threshold, self.bandwidth)
         return acts, library.StepFunction.apply(acts, threshold, self.bandwidth)
 
@@ -158,7 +167,7 @@ class Standard(Training):
         return code.values.sum()
 
     def _loss(self: Any, x: Tensor, step: int) -> Tensor | None:
-        code = self.ae._kept(x)
+        code = self.ae._encode_sparse(x)
         if code is None:
             return None
         if getattr(self, "steps_since_active", None) is not None:

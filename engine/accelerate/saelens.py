@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...kernels import ops
 from ...kernels.code import SparseCode
-from .. import ops
-from .common import at_entries, bias_for_centred, coded, decoded, dense, kept_of, may_pay, pays
-from .plain import takes, twice
+from .common import active_per_token, at_entries, bias_for_centred, decoded, dense, may_pay, pays, sparse_code
+from .eligibility import takes, twice
 
 
 class Coded(NamedTuple):
@@ -34,10 +34,10 @@ class Dictionary:
         """Whether our ops compute what is asked for; x may have any dtype, since it is cast to that of the parameters."""
         if not takes(self, x) or self.dtype != self.W_enc.dtype or getattr(self, "hook_z_reshaping_mode", False):
             return False
-        known = isinstance(self.activation_fn, nn.ReLU) or type(self.activation_fn).__name__ in ("TopK", "BatchTopK")
-        return known and x.shape[-1] == len(self.W_enc) and not getattr(self.cfg, "use_sparse_activations", False)
+        is_known = isinstance(self.activation_fn, nn.ReLU) or type(self.activation_fn).__name__ in ("TopK", "BatchTopK")
+        return is_known and x.shape[-1] == len(self.W_enc) and not getattr(self.cfg, "use_sparse_activations", False)
 
-    def _given(self: Any, x: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def _encoder_inputs(self: Any, x: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """What the encoder gets of x, and a bias for it."""
         sae_in = self.process_sae_in(x)
         if x.requires_grad or not self.cfg.apply_b_dec_to_input:
@@ -61,16 +61,16 @@ class Dictionary:
     def encode(self: Any, x: Tensor) -> Tensor:
         coded = self._coded(x) if self._is_plain(x) else None
         if coded is None:
-            return self.own.encode(self, x)
-        return twice(self, [self._acts(coded)], x, lambda x: [self.own.encode(self, x)])[0]
+            return self.library_class.encode(self, x)
+        return twice(self, [self._acts(coded)], x, lambda x: [self.library_class.encode(self, x)])[0]
 
     def forward(self: Any, x: Tensor) -> Tensor:
         coded = self._coded(x) if self._is_plain(x) and not self.use_error_term else None
-        return self.own.forward(self, x) if coded is None else self._finally(coded, x)
+        return self.library_class.forward(self, x) if coded is None else self._finally(coded, x)
 
     def _finally(self: Any, coded: Coded, x: Tensor) -> Tensor:
         """x_hat, as often differentiable as the library's."""
-        return twice(self, [self._x_hat(coded)], x, lambda x: [self.own.forward(self, x)])[0]
+        return twice(self, [self._x_hat(coded)], x, lambda x: [self.library_class.forward(self, x)])[0]
 
 
 class TopK(Dictionary):
@@ -84,26 +84,26 @@ class TopK(Dictionary):
         return self.W_enc * norm, self.b_enc * norm, norm
 
     def _select(self: Any, x: Tensor, W: Tensor, b: Tensor) -> SparseCode:
-        return coded(ops.encode_topk, x, W, b, self.activation_fn.k)
+        return sparse_code(ops.encode_topk, x, W, b, self.activation_fn.k)
 
     def _coded(self: Any, x: Tensor) -> Coded | None:
         if not pays(self.activation_fn.k, x.flatten(0, -2), self.W_enc):
             return None
         W, b, norm = self._encoder()
-        sae_in, b = self._given(x, W, b)
+        sae_in, b = self._encoder_inputs(x, W, b)
         return Coded(sae_in, W, b, self._select(sae_in.flatten(0, -2), W, b), norm)
 
     def encode(self: Any, x: Tensor) -> Tensor:
         """On a CPU ours is faster for its gradients alone."""
-        ours = x.is_cuda or torch.is_grad_enabled()
-        return Dictionary.encode(self, x) if ours else self.own.encode(self, x)
+        use_ops = x.is_cuda or torch.is_grad_enabled()
+        return Dictionary.encode(self, x) if use_ops else self.library_class.encode(self, x)
 
 
 class Standard(Dictionary):
     """StandardSAE; its encode, all of whose activations are asked for, stays its own."""
 
     def encode(self: Any, x: Tensor) -> Tensor:
-        return self.own.encode(self, x)
+        return self.library_class.encode(self, x)
 
     def _limit(self: Any) -> Tensor | None:
         return None
@@ -111,12 +111,12 @@ class Standard(Dictionary):
     def _coded(self: Any, x: Tensor) -> Coded | None:
         if not may_pay(self, x.flatten(0, -2), self.W_enc):
             return None
-        sae_in, b = self._given(x, self.W_enc, self.b_enc)
+        sae_in, b = self._encoder_inputs(x, self.W_enc, self.b_enc)
         flat, limit = sae_in.flatten(0, -2), self._limit()
-        kept = kept_of(self, flat, self.W_enc, b, 0.0 if limit is None else limit)
-        if kept is None:
+        n_active = active_per_token(self, flat, self.W_enc, b, 0.0 if limit is None else limit)
+        if n_active is None:
             return None
-        code = coded(ops.encode_threshold, flat, self.W_enc, b, limit, expected=kept)
+        code = sparse_code(ops.encode_threshold, flat, self.W_enc, b, limit, expected=n_active)
         return Coded(sae_in, self.W_enc, b, code)
 
 
@@ -134,12 +134,12 @@ class Gated(Dictionary):
         """Beside it, the gates: x @ W_enc + b_gate where that is above 0, with b_gate as a constant."""
         if not may_pay(self, x.flatten(0, -2), self.W_enc):
             return None
-        sae_in, b = self._given(x, self.W_enc, self.b_gate.detach())
+        sae_in, b = self._encoder_inputs(x, self.W_enc, self.b_gate.detach())
         flat = sae_in.flatten(0, -2)
-        kept = kept_of(self, flat, self.W_enc, b)
-        if kept is None:
+        n_active = active_per_token(self, flat, self.W_enc, b)
+        if n_active is None:
             return None
-        gates = coded(ops.encode_threshold, flat, self.W_enc, b, expected=kept)
+        gates = sparse_code(ops.encode_threshold, flat, self.W_enc, b, expected=n_active)
         product = gates.values - at_entries(self.b_gate.detach(), gates)
         magnitudes = (product * at_entries(self.r_mag.exp(), gates) + at_entries(self.b_mag, gates)).relu()
         return Coded(sae_in, self.W_enc, b, gates.with_values(magnitudes), beside=gates)
@@ -154,11 +154,11 @@ class Transcoder(Standard):
     def _finally(self: Any, coded: Coded, x: Tensor) -> Tensor:
         y_hat = self._x_hat(coded)
         y_hat = y_hat + x @ self.W_skip.T if hasattr(self, "W_skip") else y_hat
-        return twice(self, [y_hat], x, lambda x: [self.own.forward(self, x)])[0]
+        return twice(self, [y_hat], x, lambda x: [self.library_class.forward(self, x)])[0]
 
     def forward(self: Any, x: Tensor) -> Tensor:
         coded = self._coded(x) if self._is_plain(x) else None
-        return self.own.forward(self, x) if coded is None else self._finally(coded, x)
+        return self.library_class.forward(self, x) if coded is None else self._finally(coded, x)
 
 
 class JumpReLUTranscoder(Transcoder):

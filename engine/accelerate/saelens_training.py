@@ -10,17 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels import ops
 from ...kernels.code import SparseCode
-from .. import ops
 from ..errors import UserError
-from .common import among_dead, at_entries, coded, decoded, kept_of, largest, may_pay, prefix_reconstructions
+from .common import (
+    active_per_token,
+    among_dead,
+    at_entries,
+    decoded,
+    largest,
+    may_pay,
+    prefix_reconstructions,
+    sparse_code,
+)
 from .saelens import Coded, Dictionary, Gated, Standard, TopK
 
 
 class Trainer:
     """SAETrainer"""
 
-    def _parts(self: Any) -> tuple[list[Any], list[Any]]:
+    def _components(self: Any) -> tuple[list[Any], list[Any]]:
         return [self.sae], [self.optimizer]
 
 
@@ -30,10 +39,10 @@ class _Training(Dictionary):
     def training_forward_pass(self: Any, step_input: Any) -> Any:
         x = step_input.sae_in
         if not self._is_plain(x):
-            return self.own.training_forward_pass(self, step_input)
+            return self.library_class.training_forward_pass(self, step_input)
         coded = self._coded_in_training(x)
         if coded is None:
-            return self.own.training_forward_pass(self, step_input)
+            return self.library_class.training_forward_pass(self, step_input)
         x_hat = self._x_hat(coded)
         losses = {"mse_loss": self._squared_error(x_hat, x), **self._losses(step_input, coded, x_hat)}
         output = _output_class()(x, x_hat, self._acts(coded), self._later(x), sum(losses.values()), losses)
@@ -42,17 +51,17 @@ class _Training(Dictionary):
 
     def _later(self: Any, x: Tensor) -> Callable[[], Tensor]:
         """Pre-activations, worked out when somebody asks for them; which can't be done once the parameters have changed."""
-        versions = [(one, one._version) for one in self.parameters()]
+        versions = [(parameter, parameter._version) for parameter in self.parameters()]
 
-        def pre() -> Tensor:
-            if any(one._version != version for one, version in versions):
+        def hidden_pre() -> Tensor:
+            if any(parameter._version != version for parameter, version in versions):
                 raise UserError(
                     "hidden_pre: the parameters have changed since this step; read it before the optimizer's step, or "
                     "deaccelerate the dictionary"
                 )
             return self.encode_with_hidden_pre(x)[1]
 
-        return pre
+        return hidden_pre
 
     def _coded_in_training(self: Any, x: Tensor) -> Coded | None:
         return self._coded(x)
@@ -68,20 +77,20 @@ class TopKTraining(TopK, _Training):
     """TopKTrainingSAE"""
 
     def _losses(self: Any, step_input: Any, coded: Coded, x_hat: Tensor) -> dict[str, Tensor]:
-        x, dead, found = step_input.sae_in, step_input.dead_neuron_mask, x_hat.new_tensor(0.0)
+        x, dead, aux_loss = step_input.sae_in, step_input.dead_neuron_mask, x_hat.new_tensor(0.0)
         if dead is not None and dead.any():
             if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
                 self.calculate_topk_aux_loss(x, x_hat, x, dead)  # which says that it can't
-            found = self.cfg.aux_loss_coefficient * self._loss_of_dead(coded, (x - x_hat).detach(), dead)
-        return {"auxiliary_reconstruction_loss": found}
+            aux_loss = self.cfg.aux_loss_coefficient * self._loss_of_dead(coded, (x - x_hat).detach(), dead)
+        return {"auxiliary_reconstruction_loss": aux_loss}
 
     def _loss_of_dead(self: Any, coded: Coded, e: Tensor, dead: Tensor) -> Tensor:
         """As SAELens' own AuxK, of some dead latents with e as what is left, from their pre-activations alone."""
-        n, most = int(dead.sum()), e.shape[-1] // 2
-        aux = largest(among_dead(coded.sae_in.flatten(0, -2), coded.W, coded.b, dead), min(most, n))
+        n_dead, max_latents = int(dead.sum()), e.shape[-1] // 2
+        aux = largest(among_dead(coded.sae_in.flatten(0, -2), coded.W, coded.b, dead), min(max_latents, n_dead))
         aux = aux if coded.norm is None else aux / coded.norm[dead]
         e_hat = (aux @ self.W_dec[dead]).view(e.shape)
-        return min(n / most, 1.0) * (e_hat - e).pow(2).sum(dim=-1).mean()
+        return min(n_dead / max_latents, 1.0) * (e_hat - e).pow(2).sum(dim=-1).mean()
 
 
 class BatchTopKTraining(TopKTraining):
@@ -97,7 +106,7 @@ class BatchTopKTraining(TopKTraining):
         return Dictionary.encode(self, x)
 
     def _select(self: Any, x: Tensor, W: Tensor, b: Tensor) -> SparseCode:
-        return coded(ops.encode_batch_topk, x, W, b, int(self.activation_fn.k))
+        return sparse_code(ops.encode_batch_topk, x, W, b, int(self.activation_fn.k))
 
     def _after(self: Any, output: Any, coded: Coded) -> None:
         self.update_topk_threshold(coded.code.live(coded.code.values))
@@ -133,13 +142,13 @@ class MatryoshkaTraining(BatchTopKTraining):
 
     def _losses_of_levels(self: Any, step_input: Any, coded: Coded) -> dict[str, Tensor]:
         """AuxK of each level by itself, for what all up to it leave."""
-        x, dead, found = step_input.sae_in, step_input.dead_neuron_mask, coded.sae_in.new_tensor(0.0)
+        x, dead, aux_loss = step_input.sae_in, step_input.dead_neuron_mask, coded.sae_in.new_tensor(0.0)
         for prefix, (begin, end) in zip(coded.beside, pairwise([0, *self.cfg.matryoshka_widths]), strict=True):
-            own = torch.zeros_like(dead)
-            own[begin:end] = dead[begin:end]
-            if own.any():
-                found = found + self._loss_of_dead(coded, (x - prefix).detach(), own)
-        return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * found}
+            level_dead = torch.zeros_like(dead)
+            level_dead[begin:end] = dead[begin:end]
+            if level_dead.any():
+                aux_loss = aux_loss + self._loss_of_dead(coded, (x - prefix).detach(), level_dead)
+        return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * aux_loss}
 
 
 class StandardTraining(Standard, _Training):
@@ -182,25 +191,25 @@ class JumpReLUTraining(Standard, _Training):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Ours without gradients alone: SAELens' straight-through functions would bring ours into second derivatives."""
-        return self.own.forward(self, x) if torch.is_grad_enabled() else Standard.forward(self, x)
+        return self.library_class.forward(self, x) if torch.is_grad_enabled() else Standard.forward(self, x)
 
     def _coded(self: Any, x: Tensor) -> Coded | None:
         """Beside it, the pre-activations of its entries."""
         if not may_pay(self, x.flatten(0, -2), self.W_enc):
             return None
-        half, limit = self.bandwidth / 2, self.threshold.detach()
-        sae_in, b = self._given(x, self.W_enc, self.b_enc)
+        half_bandwidth, limit = self.bandwidth / 2, self.threshold.detach()
+        sae_in, b = self._encoder_inputs(x, self.W_enc, self.b_enc)
         flat = sae_in.flatten(0, -2)
-        kept = kept_of(self, flat, self.W_enc, b + half, limit)
-        if kept is None:
+        n_active = active_per_token(self, flat, self.W_enc, b + half_bandwidth, limit)
+        if n_active is None:
             return None
-        code = coded(ops.encode_threshold, flat, self.W_enc, b + half, limit, expected=kept)
-        pre = code.values - half
+        code = sparse_code(ops.encode_threshold, flat, self.W_enc, b + half_bandwidth, limit, expected=n_active)
+        pre = code.values - half_bandwidth
         return Coded(sae_in, self.W_enc, b, code.with_values(self._by_entry("JumpReLU", pre, code)), beside=pre)
 
     def _by_entry(self: Any, name: str, pre: Tensor, code: SparseCode) -> Tensor:
         """SAELens' own function, which sums a threshold's gradient over rows: here of one entry each."""
-        function: Callable[..., Tensor] = getattr(sys.modules[self.own.__module__], name).apply
+        function: Callable[..., Tensor] = getattr(sys.modules[self.library_class.__module__], name).apply
         threshold = at_entries(self.threshold, code).to(pre.dtype)
         return function(pre[None], threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input)[0]
 
@@ -217,11 +226,11 @@ class JumpReLUTraining(Standard, _Training):
                 penalty = (2 / config.target_l0 * (l0 - config.target_l0) ** 2).mean()
         losses = {"l0_loss": step_input.coefficients["l0"] * penalty}
         if config.pre_act_loss_coefficient is not None:
-            dead, found = step_input.dead_neuron_mask, coded.sae_in.new_tensor(0.0)
+            dead, pre_act_loss = step_input.dead_neuron_mask, coded.sae_in.new_tensor(0.0)
             if dead is not None and dead.any():
                 pre = among_dead(coded.sae_in.flatten(0, -2), coded.W, coded.b, dead)
-                found = ((self.threshold[dead] - pre).relu() * norm[dead]).sum(dim=-1).mean()
-            losses["pre_act_loss"] = config.pre_act_loss_coefficient * found
+                pre_act_loss = ((self.threshold[dead] - pre).relu() * norm[dead]).sum(dim=-1).mean()
+            losses["pre_act_loss"] = config.pre_act_loss_coefficient * pre_act_loss
         return losses
 
 
@@ -239,6 +248,6 @@ def _output_class() -> type:
             self._pre = value
 
         def __reduce__(self) -> Any:
-            return Output.__base__, tuple(getattr(self, one.name) for one in fields(self))
+            return Output.__base__, tuple(getattr(self, field.name) for field in fields(self))
 
     return Output

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from .common import among_dead, bias_for_centred, coded, decoded, largest, pays, product_dtype
-from .plain import fits, takes, twice
+from ...kernels import ops
+from .common import among_dead, bias_for_centred, decoded, largest, pays, product_dtype, sparse_code
+from .eligibility import fits, takes, twice
 
 
 class Trainer:
     """Trainer"""
 
-    def _parts(self: Any) -> tuple[list[Any], list[Any]]:
+    def _components(self: Any) -> tuple[list[Any], list[Any]]:
         return list(self.saes.values()), list(self.optimizers)
 
 
@@ -32,20 +32,22 @@ class Coder:
         self: Any, x: Tensor, y: Tensor | None = None, *, dead_mask: Tensor | None = None,
         total_variance: Tensor | None = None,
     ) -> Any:  # fmt: skip
-        constants = all(one is None or not one.requires_grad for one in (y, total_variance))
-        if not constants or not self._is_plain(x):
-            return self.own.forward(self, x, y, dead_mask=dead_mask, total_variance=total_variance)
+        are_constant = all(tensor is None or not tensor.requires_grad for tensor in (y, total_variance))
+        if not are_constant or not self._is_plain(x):
+            return self.library_class.forward(self, x, y, dead_mask=dead_mask, total_variance=total_variance)
         # as its own is decorated
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=x.is_cuda and torch.cuda.is_bf16_supported()):
-            found = self._forward(x, x if y is None else y, dead_mask, total_variance)
-        again = lambda x: self.own.forward(self, x, y, dead_mask=dead_mask, total_variance=total_variance)
-        return type(found)(*twice(self, found, x, again))
+            output = self._forward(x, x if y is None else y, dead_mask, total_variance)
+        by_library = lambda x: self.library_class.forward(
+            self, x, y, dead_mask=dead_mask, total_variance=total_variance
+        )
+        return type(output)(*twice(self, output, x, by_library))
 
     def _forward(self: Any, x: Tensor, target: Tensor, dead: Tensor | None, total_variance: Tensor | None) -> Any:
-        W, b, given = self.encoder.weight.T, self.encoder.bias, x
+        W, b, encoder_in = self.encoder.weight.T, self.encoder.bias, x
         if not self.cfg.transcode:
-            given, b = x - self.b_dec.detach(), bias_for_centred(b, self.b_dec, W)
-        code = coded(ops.encode_topk, given, W, b, self.cfg.k)
+            encoder_in, b = x - self.b_dec.detach(), bias_for_centred(b, self.b_dec, W)
+        code = sparse_code(ops.encode_topk, encoder_in, W, b, self.cfg.k)
         with torch.autocast(x.device.type, enabled=False):  # its decoder is a kernel, in the weights' dtype
             x_hat = decoded(code, code.values, self.W_dec, self.b_dec)
         if self.W_skip is not None:
@@ -53,18 +55,20 @@ class Coder:
         e = target - x_hat
         if total_variance is None:
             total_variance = (target - target.mean(0)).pow(2).sum()
-        nothing = x_hat.new_tensor(0.0)
-        aux = nothing if dead is None else self._dead_loss(given, e.detach(), dead, total_variance)
-        acts = code.values.to(product_dtype(given))
+        zero = x_hat.new_tensor(0.0)
+        aux = zero if dead is None else self._dead_loss(encoder_in, e.detach(), dead, total_variance)
+        acts = code.values.to(product_dtype(encoder_in))
         fvu = e.pow(2).sum() / total_variance
-        return sys.modules[self.own.__module__].ForwardOutput(x_hat, acts, code.indices.long(), fvu, aux, nothing)
+        return sys.modules[self.library_class.__module__].ForwardOutput(
+            x_hat, acts, code.indices.long(), fvu, aux, zero
+        )
 
-    def _dead_loss(self: Any, given: Tensor, e: Tensor, dead: Tensor, total_variance: Tensor) -> Tensor:
+    def _dead_loss(self: Any, encoder_in: Tensor, e: Tensor, dead: Tensor, total_variance: Tensor) -> Tensor:
         """As sparsify's own, from the activations of the dead latents alone, which get no gradient there."""
         if (n := int(dead.sum())) == 0:
             return e.new_tensor(0.0)
         with torch.no_grad():
-            acts = among_dead(given, self.encoder.weight.T, self.encoder.bias, dead).relu()
+            acts = among_dead(encoder_in, self.encoder.weight.T, self.encoder.bias, dead).relu()
             acts = largest(acts, min(e.shape[-1] // 2, n))
         e_hat = acts.to(self.dtype) @ self.W_dec[dead]
         return min(n / (e.shape[-1] // 2), 1.0) * (e_hat - e).pow(2).sum() / total_variance

@@ -20,14 +20,14 @@ from safetensors.torch import save_file
 
 from ..config import RunConfig, SAEConfig, StreamConfig
 from ..errors import UserError
-from ..files import digest, whole_folder
 from ..sae import SparseAutoencoder
+from ..storage.files import digest, whole_folder
+from .hook_metadata import Where, metadata_of_stream, stream_settings
+from .intermediate import BESIDE, DictionarySpec, State, of_sae, to_sae
+from .json_settings import Settings, read_settings
 from .libraries import LIBRARIES, Library
-from .places import Where, of_stream, stream_settings
-from .plain import BESIDE, Plain, State, of_sae, to_sae
-from .settings import Settings, read_settings
-from .tensors import save as _save
-from .tensors import tensors_in
+from .tensor_files import save as _save
+from .tensor_files import tensors_in
 
 _OTHER_WEIGHTS = (".dcp", ".safetensors", ".pt", ".npz", ".bin", ".index.json")
 _WITHOUT = "without it the weights are read as they are"
@@ -35,10 +35,10 @@ WRITTEN = tuple(name for name, library in LIBRARIES.items() if library.write is 
 
 
 @dataclass
-class Foreign:
+class ForeignDictionary:
     """A dictionary, the folder and the file with its weights, and where it was trained, as far as the folder says
-    (`places.SETTINGS`). `run`: model, place and text as a run has them, if model and places are known; how it was trained is
-    not."""
+    (`hook_metadata.SETTINGS`). `run`: model, place and text as a run has them, if model and places are known; how it was
+    trained is not."""
 
     sae: SparseAutoencoder
     folder: Path
@@ -48,7 +48,7 @@ class Foreign:
 
 
 @dataclass(frozen=True)
-class Files:
+class ForeignFiles:
     """A folder in a library's layout, with the files that count."""
 
     library: Library
@@ -58,11 +58,11 @@ class Files:
 
     @property
     def names(self) -> str:
-        held = [file for file in (self.settings, self.weights) if file is not None]
-        return " or ".join(str(file.relative_to(self.folder)) for file in held)
+        files = [file for file in (self.settings, self.weights) if file is not None]
+        return " or ".join(str(file.relative_to(self.folder)) for file in files)
 
 
-def read(path: Path) -> Foreign | None:
+def read(path: Path) -> ForeignDictionary | None:
     """The dictionary in a folder of one of these libraries, given by its path or that of a file in it; None if it is of none
     of them.
 
@@ -72,8 +72,8 @@ def read(path: Path) -> Foreign | None:
     if files is None:
         return None
     try:
-        plain = _plain(files)
-        sae, where = _restored(plain, files)
+        spec = _read_spec(files)
+        sae, where = _restored(spec, files)
         run = _run(sae, where)
     except UserError as error:
         raise UserError(f"sae: {path}: {error}") from None
@@ -81,7 +81,7 @@ def read(path: Path) -> Foreign | None:
         raise UserError(f"sae: {path} has no {error} in {files.names}") from None
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
         raise UserError(f"sae: {path} can't be read ({type(error).__name__}: {_first_line(error)})") from None
-    return Foreign(sae, files.folder, files.weights, where, run)
+    return ForeignDictionary(sae, files.folder, files.weights, where, run)
 
 
 def _first_line(error: Exception) -> str:
@@ -95,27 +95,29 @@ def _run(sae: SparseAutoencoder, where: Where) -> RunConfig | None:
     return RunConfig(stream=StreamConfig(**stream_settings(where)), sae=sae.cfg)
 
 
-def why_not(folder: Path) -> str:
+def unreadable_reason(folder: Path) -> str:
     """What a folder has that keeps `read` from finding anything in it, or which of those in it to give; empty if nothing."""
     if not folder.is_dir():
         return ""
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     for library in LIBRARIES.values():
         if library.weights in files:
-            wanted = {name for one in LIBRARIES.values() if one.weights == library.weights for name in one.all_settings}
-            return f"; it has {library.weights}, and no {' or '.join(sorted(wanted))} beside it"
+            settings_names = {
+                name for other in LIBRARIES.values() if other.weights == library.weights for name in other.all_settings
+            }
+            return f"; it has {library.weights}, and no {' or '.join(sorted(settings_names))} beside it"
     unread = [name for name in files if name.endswith(_OTHER_WEIGHTS)]
     for settings in ("cfg.json", "config.json"):
-        weights = sorted({one.weights for one in LIBRARIES.values() if settings in one.all_settings})
+        weights = sorted({other.weights for other in LIBRARIES.values() if settings in other.all_settings})
         if settings in files and unread:
             return f"; it has {settings} and {', '.join(unread[:3])}, where {' or '.join(weights)} is read"
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    inside = [name for name in names if next(_layouts(folder / name), None) is not None]
-    more = ", ..." if len(inside) > 5 else ""
-    return f"; give one of the folders in it: {', '.join(inside[:5])}{more}" if inside else ""
+    subfolders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    readable = [name for name in subfolders if next(_layouts(folder / name), None) is not None]
+    ellipsis = ", ..." if len(readable) > 5 else ""
+    return f"; give one of the folders in it: {', '.join(readable[:5])}{ellipsis}" if readable else ""
 
 
-def _layouts(path: Path) -> Iterator[Files]:
+def _layouts(path: Path) -> Iterator[ForeignFiles]:
     """The libraries whose layout the folder at a path has, or that of a file at it, which may be deeper in the folder."""
     if path.is_file():
         for library in LIBRARIES.values():
@@ -135,19 +137,19 @@ def _layouts(path: Path) -> Iterator[Files]:
             yield from _in_folder(library, path, weights)
 
 
-def _in_folder(library: Library, folder: Path, weights: Path) -> Iterator[Files]:
+def _in_folder(library: Library, folder: Path, weights: Path) -> Iterator[ForeignFiles]:
     settings = next((folder / name for name in library.all_settings if (folder / name).is_file()), None)
     if settings is not None or not library.all_settings or library.optional:
-        yield Files(library, folder, settings, folder / weights.absolute().relative_to(folder.absolute()))
+        yield ForeignFiles(library, folder, settings, folder / weights.absolute().relative_to(folder.absolute()))
 
 
-def _plain(files: Files) -> Plain:
+def _read_spec(files: ForeignFiles) -> DictionarySpec:
     """What a library's files hold. A tensor that its reader doesn't look at is part of another function than ours."""
     settings = read_settings(files.settings) if files.settings is not None else Settings()
     tensors = tensors_in(files.weights)
-    plain = files.library.read(settings, tensors, files.folder)
+    spec = files.library.read(settings, tensors, files.folder)
     tensors.check_all_read(files.weights.name)
-    return plain
+    return spec
 
 
 def write(
@@ -156,7 +158,7 @@ def write(
 ) -> None:  # fmt: skip
     """Write a dictionary to `folder`, which must not exist, in the layout of the library `to`: all of it or nothing.
 
-    `run` says where it was trained, or `where` as far as that is known (`places.SETTINGS`), and `tokens` on how many.
+    `run` says where it was trained, or `where` as far as that is known (`hook_metadata.SETTINGS`), and `tokens` on how many.
 
     Raises UserError for a library that is not known, for a dictionary that it can't hold, with the reason, and if the disk
     refuses.
@@ -166,63 +168,63 @@ def write(
     library = LIBRARIES[to]
     assert library.write is not None
     if where is None:
-        where = of_stream(run.stream) if run else {}
-    own = of_sae(sae, where, tokens)
-    settings, tensors = library.write(own)
+        where = metadata_of_stream(run.stream) if run else {}
+    spec = of_sae(sae, where, tokens)
+    settings, tensors = library.write(spec)
     if folder.exists():
         raise UserError(f"out: {folder} already exists; nothing is overwritten")
     try:
-        with whole_folder(folder) as fresh:
+        with whole_folder(folder) as new_folder:
             if library.settings is not None:
-                (fresh / library.settings).write_text(json.dumps(settings, indent=1) + "\n")
-            _save({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh / library.weights)
-            _remember(sae, own, next(_layouts(fresh)))
+                (new_folder / library.settings).write_text(json.dumps(settings, indent=1) + "\n")
+            _save({name: tensor.contiguous() for name, tensor in tensors.items()}, new_folder / library.weights)
+            _remember(sae, spec, next(_layouts(new_folder)))
     except (OSError, SafetensorError) as error:
         raise UserError(f"out: {folder} can't be written ({error})") from None
 
 
-def _remember(sae: SparseAutoencoder, own: Plain, files: Files) -> None:
+def _remember(sae: SparseAutoencoder, spec: DictionarySpec, files: ForeignFiles) -> None:
     """Put beside the weights what reading them would not give back."""
     with warnings.catch_warnings(action="ignore"):  # the folder has no name yet
-        back = to_sae(_plain(files), sae.cfg).state_dict()
-    rounded = {name: value for name, value in own.tensors.items() if not torch.equal(back[name], value.float())}
+        read_back = to_sae(_read_spec(files), sae.cfg).state_dict()
+    rounded = {name: value for name, value in spec.tensors.items() if not torch.equal(read_back[name], value.float())}
     rounded = {name: value.contiguous() for name, value in rounded.items()}
-    about = {"sae": sae.cfg.model_dump_json(), "where": json.dumps(own.where), **_digests(files)}
-    about["contents"] = _digest_of(about, rounded)
-    save_file(rounded, files.folder / BESIDE, metadata=about)
+    metadata = {"sae": sae.cfg.model_dump_json(), "where": json.dumps(spec.where), **_digests(files)}
+    metadata["contents"] = _digest_of(metadata, rounded)
+    save_file(rounded, files.folder / BESIDE, metadata=metadata)
 
 
-def _digests(files: Files) -> dict[str, str]:
+def _digests(files: ForeignFiles) -> dict[str, str]:
     return {name: digest(file) for name in ("weights", "settings") if (file := getattr(files, name)) is not None}
 
 
-def _digest_of(about: dict[str, str], tensors: State) -> str:
+def _digest_of(metadata: dict[str, str], tensors: State) -> str:
     """SHA-256 of the other entries of a file's metadata, and of its tensors."""
-    found = hashlib.sha256(
-        json.dumps(sorted((name, text) for name, text in about.items() if name != "contents")).encode()
+    sha256 = hashlib.sha256(
+        json.dumps(sorted((name, text) for name, text in metadata.items() if name != "contents")).encode()
     )
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    return found.hexdigest()
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return sha256.hexdigest()
 
 
-def _restored(plain: Plain, files: Files) -> tuple[SparseAutoencoder, Where]:
+def _restored(spec: DictionarySpec, files: ForeignFiles) -> tuple[SparseAutoencoder, Where]:
     """As we had it, if we wrote these files, else as they are."""
-    place = files.folder / BESIDE
-    if not place.is_file():
-        return to_sae(plain), plain.where
+    beside = files.folder / BESIDE
+    if not beside.is_file():
+        return to_sae(spec), spec.where
     try:
-        with safe_open(place, framework="pt") as file:
-            about, rounded = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(beside, framework="pt") as file:
+            metadata, rounded = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{BESIDE} is damaged ({error}); {_WITHOUT}") from None
-    if about.get("contents", "") != _digest_of(about, rounded) and "contents" in about:  # older ones have none
+    if metadata.get("contents", "") != _digest_of(metadata, rounded) and "contents" in metadata:  # older ones have none
         raise UserError(f"{BESIDE} is damaged; {_WITHOUT}")
-    if any(about.get(name) != value for name, value in _digests(files).items()):
+    if any(metadata.get(name) != value for name, value in _digests(files).items()):
         warnings.warn(
             f"{files.folder}: {files.names} was changed since it was written; {BESIDE} is not used", stacklevel=2
         )
-        return to_sae(plain), plain.where
-    sae = to_sae(plain, SAEConfig(**json.loads(about["sae"])))
+        return to_sae(spec), spec.where
+    sae = to_sae(spec, SAEConfig(**json.loads(metadata["sae"])))
     sae.load_state_dict({**sae.state_dict(), **rounded})
-    return sae, json.loads(about["where"])
+    return sae, json.loads(metadata["where"])

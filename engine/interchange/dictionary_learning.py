@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from .places import Where, after_layer, known, residual_layer
-from .plain import Plain, State, gated, unit_rows
-from .settings import Settings
-from .tensors import Watched
+from .hook_metadata import Where, after_layer, known, residual_layer
+from .intermediate import DictionarySpec, State, gated, unit_rows
+from .json_settings import Settings
+from .tensor_files import TrackedTensors
 
 _KINDS = {
     "AutoEncoder": "relu", "AutoEncoderNew": "relu", "GatedAutoEncoder": "jumprelu", "AutoEncoderTopK": "topk",
@@ -34,7 +34,7 @@ _TRAINERS = {
 _INSTEAD = "; other classes work in dictionary_learning alone"
 
 
-def read(config: Settings, tensors: Watched, _: Path) -> Plain:
+def read(config: Settings, tensors: TrackedTensors, _: Path) -> DictionarySpec:
     trainer = config.section("trainer")
     if not trainer:
         raise UserError("trainer: missing; it must hold the settings of the trainer, dict_class among them")
@@ -43,14 +43,14 @@ def read(config: Settings, tensors: Watched, _: Path) -> Plain:
         raise UserError("trainer.dict_class: missing; it must say which class the dictionary is of")
     kind = trainer.one_of("trainer.dict_class", _RENAMED.get(str(kind), kind), list(_KINDS), _INSTEAD)
     activation = _KINDS[kind]
-    own = _weights(kind, tensors)
-    _check_sizes(trainer, own)
+    weights = _weights(kind, tensors)
+    _check_sizes(trainer, weights)
     k, prefixes = None, None
     if activation in ("topk", "batchtopk"):
-        held = tensors.take("k")
-        if held is not None and (held.numel() != 1 or held.is_floating_point()):
+        k_tensor = tensors.take("k")
+        if k_tensor is not None and (k_tensor.numel() != 1 or k_tensor.is_floating_point()):
             raise UserError("k: it must be one whole number beside the weights")
-        k = int(held) if held is not None else trainer.whole("k")
+        k = int(k_tensor) if k_tensor is not None else trainer.whole("k")
         if k is None:
             raise KeyError("k")
         threshold = tensors.take("threshold")
@@ -59,7 +59,7 @@ def read(config: Settings, tensors: Watched, _: Path) -> Plain:
                 f"{kind} of before December 2024 has no threshold: what it keeps of a token depends on the batch; "
                 "add the tensor threshold to ae.pt, or train it again"
             )
-        own |= {"threshold": threshold} if threshold is not None and activation == "batchtopk" else {}
+        weights |= {"threshold": threshold} if threshold is not None and activation == "batchtopk" else {}
     if kind == "MatryoshkaBatchTopKSAE":
         sizes = tensors["group_sizes"]
         if sizes.ndim != 1 or sizes.is_floating_point() or bool((sizes <= 0).any()):
@@ -69,68 +69,68 @@ def read(config: Settings, tensors: Watched, _: Path) -> Plain:
     where = _place(trainer) | known(
         model=trainer.text("lm_name"), context=config.section("buffer").whole("ctx_len", least=2)
     )
-    return Plain(activation, own, subtracts, k=k, prefixes=prefixes, where=where)
+    return DictionarySpec(activation, weights, subtracts, k=k, prefixes=prefixes, where=where)
 
 
-def _weights(kind: str, tensors: Watched) -> State:
+def _weights(kind: str, tensors: TrackedTensors) -> State:
     if kind == "GatedAutoEncoder":
-        own = gated(tensors["encoder.weight"].T, *(tensors[name] for name in ("gate_bias", "mag_bias", "r_mag")))
-        return own | {"W_dec": tensors["decoder.weight"].T, "b_dec": tensors["decoder_bias"]}
+        weights = gated(tensors["encoder.weight"].T, *(tensors[name] for name in ("gate_bias", "mag_bias", "r_mag")))
+        return weights | {"W_dec": tensors["decoder.weight"].T, "b_dec": tensors["decoder_bias"]}
     if "encoder.weight" not in tensors:
         names = ("W_enc", "b_enc", "W_dec", "b_dec", *(("threshold",) if kind == "JumpReluAutoEncoder" else ()))
         return {name: tensors[name] for name in names}
     bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(kind, "b_dec")
-    own = {
+    weights = {
         "W_enc": tensors["encoder.weight"].T, "b_enc": tensors["encoder.bias"],
         "W_dec": tensors["decoder.weight"].T, "b_dec": tensors[bias],
     }  # fmt: skip
-    if kind == "AutoEncoder" and own["W_dec"].ndim == 2:
-        norms = own["W_dec"].norm(dim=1)
-        own = own if torch.allclose(norms, torch.ones_like(norms)) else unit_rows(own)
-    return own
+    if kind == "AutoEncoder" and weights["W_dec"].ndim == 2:
+        norms = weights["W_dec"].norm(dim=1)
+        weights = weights if torch.allclose(norms, torch.ones_like(norms)) else unit_rows(weights)
+    return weights
 
 
-def _check_sizes(trainer: Settings, own: State) -> None:
-    if own["W_enc"].ndim != 2:
+def _check_sizes(trainer: Settings, weights: State) -> None:
+    if weights["W_enc"].ndim != 2:
         return  # which is said when shapes are checked
-    for name, size in zip(("activation_dim", "dict_size"), own["W_enc"].shape, strict=True):
-        if (said := trainer.whole(name)) is not None and said != size:
-            raise UserError(f"trainer.{name}: {said} does not fit the weights, where it is {size}")
+    for name, size in zip(("activation_dim", "dict_size"), weights["W_enc"].shape, strict=True):
+        if (stated_size := trainer.whole(name)) is not None and stated_size != size:
+            raise UserError(f"trainer.{name}: {stated_size} does not fit the weights, where it is {size}")
 
 
 def _place(trainer: Settings) -> Where:
-    place, layer = trainer.text("submodule_name") or "", trainer.whole("layer", least=0)
-    if place.startswith("blocks."):  # as we write what it has no name for
-        return {"hook": place}
-    return {"hook": after_layer(layer)} if place.startswith("resid_post") and layer is not None else {}
+    submodule, layer = trainer.text("submodule_name") or "", trainer.whole("layer", least=0)
+    if submodule.startswith("blocks."):  # as we write what it has no name for
+        return {"hook": submodule}
+    return {"hook": after_layer(layer)} if submodule.startswith("resid_post") and layer is not None else {}
 
 
-def write(plain: Plain) -> tuple[dict[str, object], State]:
-    if plain.is_transcoder:
+def write(spec: DictionarySpec) -> tuple[dict[str, object], State]:
+    if spec.is_transcoder:
         raise UserError("d_out: not allowed; dictionary_learning has no transcoders")
     kinds = {_KINDS[kind]: kind for kind in reversed(_TRAINERS)}
-    kind = "MatryoshkaBatchTopKSAE" if plain.prefixes and plain.activation == "batchtopk" else kinds[plain.activation]
-    plain = plain.subtracting(kind != "JumpReluAutoEncoder")
-    t = plain.tensors
+    kind = "MatryoshkaBatchTopKSAE" if spec.prefixes and spec.activation == "batchtopk" else kinds[spec.activation]
+    spec = spec.subtracting(kind != "JumpReluAutoEncoder")
+    t = spec.tensors
     tensors = dict(t)
     if kind in ("AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE"):
         bias = "bias" if kind == "AutoEncoder" else "b_dec"
         weights = {"encoder.weight": t["W_enc"].T, "decoder.weight": t["W_dec"].T}
         tensors = {**weights, "encoder.bias": t["b_enc"], bias: t["b_dec"]}
-    D, F, _ = plain.sizes
-    if plain.k is not None:
-        tensors["k"] = torch.tensor(plain.k, dtype=torch.int32)
+    D, F, _ = spec.sizes
+    if spec.k is not None:
+        tensors["k"] = torch.tensor(spec.k, dtype=torch.int32)
         tensors["threshold"] = t.get("threshold", torch.tensor(-1.0))  # -1: none was followed
-    if kind == "MatryoshkaBatchTopKSAE" and plain.prefixes:
-        tensors["group_sizes"] = torch.tensor(plain.prefixes).diff(prepend=torch.zeros(1, dtype=torch.int64))
+    if kind == "MatryoshkaBatchTopKSAE" and spec.prefixes:
+        tensors["group_sizes"] = torch.tensor(spec.prefixes).diff(prepend=torch.zeros(1, dtype=torch.int64))
     # whoever reads `layer` takes it for the residual stream after that layer, so there is none for another place
-    layer = residual_layer(plain.where.get("hook"))
+    layer = residual_layer(spec.where.get("hook"))
     trainer = {
-        "trainer_class": _TRAINERS[kind], "dict_class": kind, "activation_dim": D, "dict_size": F, "k": plain.k,
-        "device": "cpu", "lm_name": plain.where.get("model"), "layer": layer,
-        "submodule_name": plain.where.get("hook") if layer is None else f"resid_post_layer_{layer}",
+        "trainer_class": _TRAINERS[kind], "dict_class": kind, "activation_dim": D, "dict_size": F, "k": spec.k,
+        "device": "cpu", "lm_name": spec.where.get("model"), "layer": layer,
+        "submodule_name": spec.where.get("hook") if layer is None else f"resid_post_layer_{layer}",
     }  # fmt: skip
-    if plain.k is None:
+    if spec.k is None:
         del trainer["k"]
-    buffer = {"d_submodule": D, "io": "out"} | known(ctx_len=plain.where.get("context"))
+    buffer = {"d_submodule": D, "io": "out"} | known(ctx_len=spec.where.get("context"))
     return {"trainer": trainer, "buffer": buffer}, tensors

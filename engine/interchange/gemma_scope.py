@@ -11,42 +11,42 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from .places import Where, after_layer
-from .plain import BESIDE, Plain, State
-from .settings import Settings
-from .tensors import Watched
+from .hook_metadata import Where, after_layer
+from .intermediate import BESIDE, DictionarySpec, State
+from .json_settings import Settings
+from .tensor_files import TrackedTensors
 
 _RELEASE = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)")
 _RELEASE_2 = re.compile(r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)")
 _SITES_2 = ("resid_post", "attn_out", "mlp_out", "transcoder")
 
 
-def read(_: Settings, tensors: Watched, folder: Path) -> Plain:
-    own = _tensors(tensors)
-    parts = _parts(folder)
-    release = next((found for part in reversed(parts) if (found := _RELEASE.search(part))), None)
-    layer = _layer(parts)
+def read(_: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySpec:
+    weights = _tensors(tensors)
+    names = _path_names(folder)
+    release = next((match for name in reversed(names) if (match := _RELEASE.search(name))), None)
+    layer = _layer(names)
     if release is None:
-        near = (*folder.resolve().parts[-6:], *folder.absolute().parts[-6:])
-        is_transcoder = any("transcoder" in part.lower() for part in near)
+        nearby_names = (*folder.resolve().parts[-6:], *folder.absolute().parts[-6:])
+        is_transcoder = any("transcoder" in name.lower() for name in nearby_names)
         if not is_transcoder and not (folder / BESIDE).is_file():
             warnings.warn(
                 f"{folder}: read as an SAE; no name above it, such as gemma-scope-2b-pt-res, says that it is one",
                 stacklevel=2,
             )
-        return Plain("jumprelu", own, False, is_transcoder)
+        return DictionarySpec("jumprelu", weights, False, is_transcoder)
     place: Where = {} if layer is None else _place(release[3], layer)
     if (
-        layer is None and release[3] == "res" and "embedding" in parts
+        layer is None and release[3] == "res" and "embedding" in names
     ):  # trained on them before Gemma scales them by sqrt(D)
-        scale = own["W_enc"].shape[0] ** 0.5
-        own |= {"W_enc": own["W_enc"] / scale, "W_dec": own["W_dec"] * scale}
+        scale = weights["W_enc"].shape[0] ** 0.5
+        weights |= {"W_enc": weights["W_enc"] / scale, "W_dec": weights["W_dec"] * scale}
         place = {"hook": "hook_embed"}
     place["model"] = f"google/gemma-2-{release[1]}" + ("-it" if release[2] == "it" else "")
-    return Plain("jumprelu", own, False, release[3] == "transcoders", where=place)
+    return DictionarySpec("jumprelu", weights, False, release[3] == "transcoders", where=place)
 
 
-def read_2(cfg: Settings, tensors: Watched, folder: Path) -> Plain:
+def read_2(cfg: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySpec:
     """Of Gemma Scope 2. A skip connection and cross-layer transcoders are refused."""
     kind = cfg.get("architecture", "jump_relu")
     cfg.one_of("architecture", kind, ["jump_relu"])
@@ -54,36 +54,36 @@ def read_2(cfg: Settings, tensors: Watched, folder: Path) -> Plain:
         raise UserError(
             "affine_connection: true is not allowed; transcoders with a skip connection work in SAELens alone"
         )
-    parts = _parts(folder)
-    site = next((site for part in reversed(parts) for site in _SITES_2 if site in part.lower()), None)
+    names = _path_names(folder)
+    site = next((site for name in reversed(names) for site in _SITES_2 if site in name.lower()), None)
     if site is None:
         raise UserError(f"no name above the file says what it is of; a folder must be named for {', '.join(_SITES_2)}")
-    layer = _layer(parts)
-    release = next((found for part in reversed(parts) if (found := _RELEASE_2.search(part))), None)
+    layer = _layer(names)
+    release = next((match for name in reversed(names) if (match := _RELEASE_2.search(name))), None)
     place: Where = {} if layer is None else _place({"attn_out": "att", "mlp_out": "mlp"}.get(site, site), layer)
     if release is not None:
         suffix = "" if release[1] == "270m" and release[2] == "pt" else f"-{release[2]}"
         place["model"] = f"google/gemma-3-{release[1]}{suffix}"
-    return Plain("jumprelu", _tensors(tensors), False, site == "transcoder", where=place)
+    return DictionarySpec("jumprelu", _tensors(tensors), False, site == "transcoder", where=place)
 
 
-def _tensors(tensors: Watched) -> State:
+def _tensors(tensors: TrackedTensors) -> State:
     """w_enc and W_enc are both used. A factor on latents was never trained."""
     names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-    own = {name: tensors[name.lower() if name.lower() in tensors else name] for name in names}
+    weights = {name: tensors[name.lower() if name.lower() in tensors else name] for name in names}
     factor = tensors.take("scaling_factor")
     if factor is not None and not torch.allclose(factor, torch.ones_like(factor)):
         raise UserError("scaling_factor: not allowed; it must be 1 throughout")
-    return own
+    return weights
 
 
-def _parts(folder: Path) -> tuple[str, ...]:
+def _path_names(folder: Path) -> tuple[str, ...]:
     """The names above a file, those of a link as well as those that it leads to."""
     return (*folder.resolve().parts, *folder.absolute().parts)
 
 
-def _layer(parts: tuple[str, ...]) -> str | None:
-    return next((found[1] for part in reversed(parts) if (found := re.match(r"layer_(\d+)(?!\d)", part))), None)
+def _layer(names: tuple[str, ...]) -> str | None:
+    return next((match[1] for name in reversed(names) if (match := re.match(r"layer_(\d+)(?!\d)", name))), None)
 
 
 def _place(site: str, layer: str) -> Where:
@@ -95,8 +95,8 @@ def _place(site: str, layer: str) -> Where:
     return {"hook": hooks.get(site, after_layer(layer))}
 
 
-def write(plain: Plain) -> tuple[dict[str, object], State]:
-    if plain.is_transcoder:
+def write(spec: DictionarySpec) -> tuple[dict[str, object], State]:
+    if spec.is_transcoder:
         raise UserError("d_out: not allowed; write transcoders as saelens or temposae")
-    plain = plain.jumping().subtracting(False)
-    return {}, plain.tensors
+    spec = spec.jumping().subtracting(False)
+    return {}, spec.tensors

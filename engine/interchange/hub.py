@@ -5,11 +5,11 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .. import online
 from ..config import SAEConfig
 from ..errors import UserError
+from ..process import hub_access
+from .hook_metadata import Where
 from .libraries import LIBRARIES
-from .places import Where
 
 NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<folder>[^@]+?))?/?(?:@(?P<revision>[\w./-]+))?")
 SETTINGS = {name for library in LIBRARIES.values() for name in library.all_settings}
@@ -30,21 +30,21 @@ def fetch(name: str) -> Path:
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    found = NAME.fullmatch(name)
-    assert found is not None
-    repo, folder, revision = found["repo"], PurePosixPath(found["folder"] or "."), found["revision"]
+    match = NAME.fullmatch(name)
+    assert match is not None
+    repo, folder, revision = match["repo"], PurePosixPath(match["folder"] or "."), match["revision"]
     folder = folder.parent if folder.name in FILES else folder  # a file stands for its folder
-    online.why_not()  # where it can't be reached, this fails at once
+    hub_access.why_not()  # where it can't be reached, this fails at once
     try:
         files = [PurePosixPath(file) for file in HfApi().list_repo_files(repo, revision=revision)]
-        below = folder / "checkpoints"  # where Llamascopium had its weights at first
-        here = [file for file in files if file.parent in (folder, below)]
-        if not any(file.name in MARKS for file in here):
-            others = sorted({str(file.parent) for file in files if file.name in MARKS} - {"."})
-            told = f"; there are {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}" if others else ""
-            raise UserError(f"sae: {name} is no dictionary's folder on the hub{told}")
-        wanted = [*here, folder.parent / "config.json"]  # where sparsify keeps the settings of a run
-        patterns = [re.sub(r"([*?[])", r"[\1]", str(file)) for file in wanted]
+        weights_folder = folder / "checkpoints"  # where Llamascopium had its weights at first
+        folder_files = [file for file in files if file.parent in (folder, weights_folder)]
+        if not any(file.name in MARKS for file in folder_files):
+            folders = sorted({str(file.parent) for file in files if file.name in MARKS} - {"."})
+            suggestion = f"; there are {', '.join(folders[:5])}{', ...' if len(folders) > 5 else ''}" if folders else ""
+            raise UserError(f"sae: {name} is no dictionary's folder on the hub{suggestion}")
+        files_to_fetch = [*folder_files, folder.parent / "config.json"]  # where sparsify keeps the settings of a run
+        patterns = [re.sub(r"([*?[])", r"[\1]", str(file)) for file in files_to_fetch]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns)) / folder
     except UserError:
         raise
@@ -57,33 +57,33 @@ def upload(folder: Path, name: str, card: str, *, private: bool = False) -> str:
     its address. Raises UserError if the hub refuses."""
     from huggingface_hub import HfApi
 
-    repo, within = _target(name)
+    repo, subfolder = _target(name)
     hub = HfApi()
-    online.why_not()
+    hub_access.why_not()
     try:
         hub.create_repo(repo, private=private, exist_ok=True)
         (folder / "README.md").write_text(card)
-        done: Any = hub.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=within)
+        commit: Any = hub.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=subfolder)
     except Exception as error:
         raise UserError(f"to: {name} can't be written on the hub ({_reason(error)})") from None
-    return str(getattr(done, "repo_url", done))
+    return str(getattr(commit, "repo_url", commit))
 
 
 def _reason(error: Exception) -> str:
     """Why the hub refused, in one line."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if isinstance(error, OfflineModeIsEnabled) and (why := online.why_not()) is not None:
-        return why
+    if isinstance(error, OfflineModeIsEnabled) and (obstacle := hub_access.why_not()) is not None:
+        return obstacle
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _target(name: str) -> tuple[str, str | None]:
     """The repository, and the folder in it."""
-    found = NAME.fullmatch(name)
-    if found is None or found["revision"]:
+    match = NAME.fullmatch(name)
+    if match is None or match["revision"]:
         raise UserError(f"to: {name!r} is not allowed; it must be OWNER/REPOSITORY or OWNER/REPOSITORY/FOLDER")
-    return found["repo"], found["folder"]
+    return match["repo"], match["folder"]
 
 
 def card(
@@ -100,25 +100,25 @@ def card(
         "d_sae (F)": sae.d_sae, "d_out": sae.d_out, "k": sae.k if sae.activation in ("topk", "batchtopk") else None,
         "prefixes (Matryoshka)": sae.prefixes and ", ".join(map(str, sae.prefixes)),
         "mask over positions": None if sae.mask.kind == "none" else f"{sae.mask.kind}, {sae.mask.positions} positions",
-        "parts": ", ".join(one["kind"] for one in sae.parts) or None,
+        "parts": ", ".join(part["kind"] for part in sae.parts) or None,
         "model": model, "hook": where.get("hook"), "target": where.get("target"),
         "text": where.get("data"), "tokens": tokens and f"{tokens:,}",
     }  # fmt: skip
-    named = {
+    labels = {
         "explained_variance": "explained variance",
         "ce_recovered": "CE recovered",
         "l0": "L0",
         "dead_fraction": "dead",
     }
     controls = (scores or {}).get("controls", {}).get("random", {})
-    rows = [
+    score_lines = [
         f"| {label} | {_number(scores[key])} | {_number(controls.get(key))} |"
-        for key, label in named.items()
+        for key, label in labels.items()
         if scores is not None and key in scores
     ]
     repo, folder = _target(name)
     from_saelens = f'from_pretrained("{repo}", "{folder}")' if folder else f'load_from_disk("{Path(name).name}")'
-    loads = {
+    loading_code = {
         "saelens": f"from sae_lens import SAE\n\nsae = SAE.{from_saelens}"
         + ("" if folder else "  # a copy of this folder"),
         "dictionary_learning": "from dictionary_learning.utils import load_dictionary\n\n"
@@ -130,9 +130,11 @@ def card(
         "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()) + "\n---",
         f"# {name}",
         "| | |\n| :-- | :-- |\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value),
-        "| on held-out text | dictionary | random control |\n| :-- | --: | --: |\n" + "\n".join(rows) if rows else "",
+        "| on held-out text | dictionary | random control |\n| :-- | --: | --: |\n" + "\n".join(score_lines)
+        if score_lines
+        else "",
         f'```python\nimport temposae\n\nsae = temposae.load("{name}")\n```',
-        f"```python\n{loads[to]}\n```" if to in loads else "",
+        f"```python\n{loading_code[to]}\n```" if to in loading_code else "",
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 

@@ -1,4 +1,4 @@
-"""The layouts of the libraries that dictionaries travel between: each reads its own as a `Plain`, and most write one.
+"""The layouts of other libraries: each reads its own as a `DictionarySpec`, and most write one.
 
 What a library can't hold is refused with the reason. Tensors are float32.
 """
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from . import dictionary_learning, gemma_scope, llamascopium, saelens, sparsify
-from .plain import Plain, State
-from .settings import Settings
-from .tensors import Watched
+from .intermediate import DictionarySpec, State
+from .json_settings import Settings
+from .tensor_files import TrackedTensors
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Library:
     if it has these, or of each the first that there is of those with `other_settings` and `other_weights`. Weights with a *
     are those of a step in training, which are read where they are named. Some do without settings (`optional`).
 
-    `read` makes a `Plain` of what the files hold, and of the folder they lie in; `write` makes both of a `Plain`, or raises
-    UserError for one that can't be.
+    `read` makes a `DictionarySpec` of what the files hold, and of the folder they lie in; `write` makes both of a
+    `DictionarySpec`, or raises UserError for one that can't be.
     """
 
     settings: str | None
     weights: str
-    read: Callable[[Settings, Watched, Path], Plain]
-    write: Callable[[Plain], tuple[dict[str, Any], State]] | None = None
+    read: Callable[[Settings, TrackedTensors, Path], DictionarySpec]
+    write: Callable[[DictionarySpec], tuple[dict[str, Any], State]] | None = None
     other_settings: tuple[str, ...] = ()
     other_weights: tuple[str, ...] = ()
     optional: bool = False

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .places import Where, begins_with_bos, in_hooked_transformer, known
-from .plain import Plain, State, gated, unit_rows
-from .settings import Settings, as_json, read_settings
-from .tensors import Watched
+from .hook_metadata import Where, begins_with_bos, in_hooked_transformer, known
+from .intermediate import DictionarySpec, State, gated, unit_rows
+from .json_settings import Settings, as_json, read_settings
+from .tensor_files import TrackedTensors
 
 VERSION = "6.54.12"  # whose layout we write; a file without a version is read there as one from before 6.0
 _SAES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
@@ -26,22 +26,26 @@ _SCALER = "activation_scaler.json"  # beside the weights in a trainer's checkpoi
 _INSTEAD = "; other kinds work in SAELens alone"
 
 
-def read(given: Settings, tensors: Watched, folder: Path) -> Plain:
-    cfg = _defaulted(given)
+def read(settings: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySpec:
+    cfg = _defaulted(settings)
     kind = cfg.one_of("architecture", cfg.get("architecture"), list(_READ), _INSTEAD)
     is_transcoder, activation = kind in _TRANSCODERS, _READ[kind]
     cfg.one_of("reshape_activations", cfg.get("reshape_activations", "none"), ["none", "hook_z"])
-    own = _encoder(kind, tensors) | {"W_dec": tensors["W_dec"], "b_dec": tensors["b_dec"]}
-    _check_sizes(cfg, own)
+    weights = _encoder(kind, tensors) | {"W_dec": tensors["W_dec"], "b_dec": tensors["b_dec"]}
+    _check_sizes(cfg, weights)
     if (factor := _latents_factor(cfg, tensors)) is not None:
-        own["W_dec"] = own["W_dec"] * factor[:, None]
+        weights["W_dec"] = weights["W_dec"] * factor[:, None]
     counts_norms = activation in ("topk", "batchtopk") and cfg.flag("rescale_acts_by_decoder_norm", False)
     if (scale := _activations_factor(cfg, folder)) is not None:
-        own |= {"W_enc": own["W_enc"] * scale, "W_dec": own["W_dec"] / scale, "b_dec": own["b_dec"] / scale}
+        weights |= {
+            "W_enc": weights["W_enc"] * scale,
+            "W_dec": weights["W_dec"] / scale,
+            "b_dec": weights["b_dec"] / scale,
+        }
         if activation == "batchtopk" and counts_norms:
-            own["threshold"] = own["threshold"] / scale
+            weights["threshold"] = weights["threshold"] / scale
     if counts_norms:
-        own = unit_rows(own)
+        weights = unit_rows(weights)
     subtracts = not is_transcoder and cfg.flag("apply_b_dec_to_input", True)
     k, prefixes = None, None
     if activation == "topk":
@@ -50,25 +54,25 @@ def read(given: Settings, tensors: Watched, folder: Path) -> Plain:
         k = cfg.whole("k", 100)  # as its class has it where the file has none
     elif activation == "batchtopk":
         k = max(1, round(cfg.number("k", 100) or 0))  # on average: there it may be a fraction
-        prefixes = _prefixes(cfg, own["W_enc"].shape[1]) if kind.startswith("matryoshka") else None
-    return Plain(
+        prefixes = _prefixes(cfg, weights["W_enc"].shape[1]) if kind.startswith("matryoshka") else None
+    return DictionarySpec(
         activation,
-        own,
+        weights,
         subtracts,
         is_transcoder,
         k,
         prefixes,
-        _place(Settings(cfg | _renamed(given.section("metadata")))),
+        _place(Settings(cfg | _renamed(settings.section("metadata")))),
     )
 
 
-def _defaulted(given: Settings) -> Settings:
+def _defaulted(settings: Settings) -> Settings:
     """Settings by the names of version 6, and with what older files meant where they say nothing."""
-    version = given.text("sae_lens_version") or given.section("metadata").text("sae_lens_version") or "0"
+    version = settings.text("sae_lens_version") or settings.section("metadata").text("sae_lens_version") or "0"
     major = re.match(r"\d+", version)
     if major is None:
         raise UserError(f"sae_lens_version: {as_json(version)} is not allowed; it must be a version such as {VERSION}")
-    is_old, cfg = int(major[0]) < 6, _renamed(given)
+    is_old, cfg = int(major[0]) < 6, _renamed(settings)
     cfg.one_of("activation_fn", function := cfg.get("activation_fn", "relu"), ["relu", "topk"], _INSTEAD)
     options = cfg.section("activation_fn_kwargs")
     if options.flag("signed", False):
@@ -102,34 +106,38 @@ def _renamed(cfg: Settings) -> Settings:
     return Settings({names.get(name, name): value for name, value in cfg.items()})
 
 
-def _encoder(kind: str, tensors: Watched) -> State:
+def _encoder(kind: str, tensors: TrackedTensors) -> State:
     """W_enc, b_enc and, if there is one, the threshold."""
     if kind == "gated":
         return gated(*(tensors[name] for name in ("W_enc", "b_gate", "b_mag", "r_mag")))
-    own = {name: tensors[name] for name in ("W_enc", "b_enc")}
+    weights = {name: tensors[name] for name in ("W_enc", "b_enc")}
     if kind in _TRAINED:
-        return own | {"threshold": tensors["topk_threshold"].float()}
+        return weights | {"threshold": tensors["topk_threshold"].float()}
     if _READ[kind] == "jumprelu":
-        return own | {
+        return weights | {
             "threshold": tensors["log_threshold"].exp() if "log_threshold" in tensors else tensors["threshold"]
         }
-    return own
+    return weights
 
 
-def _check_sizes(cfg: Settings, own: State) -> None:
+def _check_sizes(cfg: Settings, weights: State) -> None:
     """The first releases say how many times d_in the number of latents is."""
-    if own["W_enc"].ndim != 2 or own["W_dec"].ndim != 2:
+    if weights["W_enc"].ndim != 2 or weights["W_dec"].ndim != 2:
         return  # which is said when shapes are checked
-    (D, F), d_out = own["W_enc"].shape, own["W_dec"].shape[1]
+    (D, F), d_out = weights["W_enc"].shape, weights["W_dec"].shape[1]
     d_sae = cfg.whole("d_sae")
-    if d_sae is None and (times := cfg.number("expansion_factor")) is not None:
-        d_sae = round(D * times)
-    for name, said, size in (("d_in", cfg.whole("d_in"), D), ("d_sae", d_sae, F), ("d_out", cfg.whole("d_out"), d_out)):
-        if said is not None and said != size:
-            raise UserError(f"{name}: {said} does not fit the weights, where it is {size}")
+    if d_sae is None and (expansion := cfg.number("expansion_factor")) is not None:
+        d_sae = round(D * expansion)
+    for name, stated_size, size in (
+        ("d_in", cfg.whole("d_in"), D),
+        ("d_sae", d_sae, F),
+        ("d_out", cfg.whole("d_out"), d_out),
+    ):
+        if stated_size is not None and stated_size != size:
+            raise UserError(f"{name}: {stated_size} does not fit the weights, where it is {size}")
 
 
-def _latents_factor(cfg: Settings, tensors: Watched) -> Tensor | None:
+def _latents_factor(cfg: Settings, tensors: TrackedTensors) -> Tensor | None:
     """What latents are multiplied by before they are decoded [F]. For some time, files had one that nobody had trained."""
     factor = tensors.take("scaling_factor", "finetuning_scaling_factor")
     if factor is None or torch.allclose(factor, torch.ones_like(factor)):
@@ -150,13 +158,13 @@ def _activations_factor(cfg: Settings, folder: Path) -> float | None:
         factor = read_settings(folder / _SCALER).number("scaling_factor")
         if factor is not None and factor > 0:
             return factor
-    why = {
+    reason = {
         "layer_norm": "it scales each activation by its own norm, which works in SAELens alone",
         "constant_norm_rescale": "it scales each activation by its own norm, which works in SAELens alone",
         "expected_average_only_in": "SAELens folds it into the weights with fold_activation_norm_scaling_factor",
         "covariance_whitening": "SAELens folds it into the weights with fold_activation_whitening",
     }.get(str(normalised), "it must be none")
-    raise UserError(f"normalize_activations: {as_json(normalised)} is not allowed; {why}")
+    raise UserError(f"normalize_activations: {as_json(normalised)} is not allowed; {reason}")
 
 
 def _prefixes(cfg: Settings, F: int) -> tuple[int, ...]:
@@ -166,69 +174,69 @@ def _prefixes(cfg: Settings, F: int) -> tuple[int, ...]:
     return tuple(widths) if widths[-1] == F else (*widths, F)
 
 
-def _place(about: Settings) -> Where:
+def _place(metadata: Settings) -> Where:
     """A dictionary of one attention head is of a place that we have no name for."""
-    hook, target = about.text("hook_name"), about.text("hook_name_out")
-    if about.get("hook_head_index") is not None:
+    hook, target = metadata.text("hook_name"), metadata.text("hook_name_out")
+    if metadata.get("hook_head_index") is not None:
         hook = None
-    if about.get("hook_head_index_out") is not None:
+    if metadata.get("hook_head_index_out") is not None:
         target = None
-    special = about.get("exclude_special_tokens")
+    special = metadata.get("exclude_special_tokens")
     return known(
-        model=about.text("model_name"), hook=hook, target=target, context=about.whole("context_size", least=2),
-        bos=None if about.get("prepend_bos") is None else about.flag("prepend_bos", True), data=about.text("dataset_path"),
-        drop_special=special if isinstance(special, bool) else None,
+        model=metadata.text("model_name"), hook=hook, target=target, context=metadata.whole("context_size", least=2),
+        bos=None if metadata.get("prepend_bos") is None else metadata.flag("prepend_bos", True),
+        data=metadata.text("dataset_path"), drop_special=special if isinstance(special, bool) else None,
     )  # fmt: skip
 
 
-def write(plain: Plain) -> tuple[dict[str, object], State]:
+def write(spec: DictionarySpec) -> tuple[dict[str, object], State]:
     """batchtopk as jumprelu, as SAELens itself saves it."""
-    trained_as = _training(plain)
-    if plain.activation == "batchtopk":
-        plain = plain.jumping()
-    if plain.is_transcoder and plain.activation == "topk":
+    trained_as = _training(spec)
+    if spec.activation == "batchtopk":
+        spec = spec.jumping()
+    if spec.is_transcoder and spec.activation == "topk":
         raise UserError("activation: topk is not allowed; SAELens' transcoders have relu and jumprelu")
-    kinds = _TRANSCODERS if plain.is_transcoder else _SAES
-    D, F, d_out = plain.sizes
-    is_head_output = str(plain.where.get("hook")).endswith(".hook_z")  # [heads, D / heads] there
+    kinds = _TRANSCODERS if spec.is_transcoder else _SAES
+    D, F, d_out = spec.sizes
+    is_head_output = str(spec.where.get("hook")).endswith(".hook_z")  # [heads, D / heads] there
     cfg: dict[str, object] = {
-        "d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": plain.subtracts,
+        "d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": spec.subtracts,
         "normalize_activations": "none", "reshape_activations": "hook_z" if is_head_output else "none",
-        "metadata": _metadata(plain) | trained_as,
-        "architecture": next(kind for kind, activation in kinds.items() if activation == plain.activation),
+        "metadata": _metadata(spec) | trained_as,
+        "architecture": next(kind for kind, activation in kinds.items() if activation == spec.activation),
     }  # fmt: skip
-    cfg |= {"d_out": d_out} if plain.is_transcoder else {}
-    cfg |= {"k": plain.k, "rescale_acts_by_decoder_norm": False} if plain.activation == "topk" else {}
-    return cfg, plain.tensors
+    cfg |= {"d_out": d_out} if spec.is_transcoder else {}
+    cfg |= {"k": spec.k, "rescale_acts_by_decoder_norm": False} if spec.activation == "topk" else {}
+    return cfg, spec.tensors
 
 
-def _metadata(plain: Plain) -> dict[str, object]:
+def _metadata(spec: DictionarySpec) -> dict[str, object]:
     """What SAELens says of a dictionary that it trained, as far as it is known of this one. Left out, its version in use
     would count as the one that trained it."""
-    about: dict[str, object] = {"sae_lens_version": VERSION, "sae_lens_training_version": None}
-    where = plain.where
+    metadata: dict[str, object] = {"sae_lens_version": VERSION, "sae_lens_training_version": None}
+    where = spec.where
     if not where:
-        return about
-    about |= {
+        return metadata
+    metadata |= {
         "model_name": where.get("model"), "model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {},
         "hook_name": in_hooked_transformer(where.get("hook")), "hook_head_index": None, "seqpos_slice": [None],
         "context_size": where.get("context"), "prepend_bos": begins_with_bos(where), "dataset_path": where.get("data"),
-        "exclude_special_tokens": where.get("drop_special"), "training_tokens": plain.tokens,
+        "exclude_special_tokens": where.get("drop_special"), "training_tokens": spec.tokens,
         # our rows never join documents
-        "disable_concat_sequences": None if plain.tokens is None else True, "sequence_separator_token": None,
+        "disable_concat_sequences": None if spec.tokens is None else True, "sequence_separator_token": None,
     }  # fmt: skip
-    if plain.is_transcoder:
-        about |= {"hook_name_out": in_hooked_transformer(where.get("target")), "hook_head_index_out": None}
-    return about
+    if spec.is_transcoder:
+        metadata |= {"hook_name_out": in_hooked_transformer(where.get("target")), "hook_head_index_out": None}
+    return metadata
 
 
-def _training(plain: Plain) -> dict[str, object]:
+def _training(spec: DictionarySpec) -> dict[str, object]:
     """The kind of dictionary that was trained, which the file's architecture does not tell of a batchtopk. A jumprelu that
     was not trained here may have been one."""
-    if plain.is_transcoder or (plain.activation == "jumprelu" and plain.tokens is None):
+    if spec.is_transcoder or (spec.activation == "jumprelu" and spec.tokens is None):
         return {}
-    kind = {"relu": "standard"}.get(plain.activation, plain.activation)
-    kind = "matryoshka_batchtopk" if kind == "batchtopk" and plain.prefixes else kind
-    details: dict[str, object] = {"k": plain.k} if plain.activation == "batchtopk" else {}
-    details |= {"matryoshka_widths": list(plain.prefixes)} if plain.prefixes else {}
+    kind = {"relu": "standard"}.get(spec.activation, spec.activation)
+    kind = "matryoshka_batchtopk" if kind == "batchtopk" and spec.prefixes else kind
+    details: dict[str, object] = {"k": spec.k} if spec.activation == "batchtopk" else {}
+    details |= {"matryoshka_widths": list(spec.prefixes)} if spec.prefixes else {}
     return {"training_architecture": kind, "training_architecture_details": details}

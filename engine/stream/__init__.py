@@ -8,26 +8,26 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..ambient import own_modes
+from ...kernels.torch_modes import default_modes
 from ..config import MaskConfig, StreamConfig
 from ..errors import UserError
-from ..host import trim_host, tune_host
-from ..progress import ProgressBar, progress_bar
+from ..process.cpu_memory import trim_host, tune_host
+from ..process.progress import ProgressBar, progress_bar
+from ..process.stopwatch import Stopwatch
 from ..ranks import ALONE, Ranks
-from ..stopwatch import Stopwatch
+from .arrays import ArraySource, open_file, settle
 from .buffer import Batch, RingBuffer
-from .cache import Cached, read_manifest
-from .documents import IN_HAND, Listed, check_data
-from .live import Live, Source, bounded, is_text, packs
+from .cache import CacheSource, read_manifest
+from .documents import IN_HAND, DocumentList, check_data
 from .model import LanguageModel
-from .narrow import LARGEST
-from .norms import SAMPLE, NormFilter
-from .own import Own, open_file, settle
-from .text import RowSource, TestbedRows, TextRows, TokenRows, open_text
+from .model_source import ActivationSource, ModelSource, bounded, is_text, packs
+from .norm_filter import SAMPLE, NormFilter
+from .quantize import LARGEST
+from .token_rows import RowSource, TestbedRows, TextRows, TokenRows, open_text
 
 GIVE_UP = 2**20  # tokens read one after the other of which the filters leave none
 
-__all__ = ["ActivationStream", "Batch", "LanguageModel", "Own", "TokenRows"]
+__all__ = ["ActivationStream", "ArraySource", "Batch", "LanguageModel", "TokenRows"]
 
 
 class ActivationStream:
@@ -54,7 +54,7 @@ class ActivationStream:
     reads for itself.
     """
 
-    @own_modes()
+    @default_modes()
     def __init__(
         self,
         config: StreamConfig,
@@ -66,70 +66,74 @@ class ActivationStream:
         rows: RowSource | None = None,
         documents: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
         hooks: Sequence[str] = (),
-        own: Own | None = None,
+        own: ArraySource | None = None,
         ranks: Ranks | None = None,
     ):
         tune_host()
         self.ranks = Ranks.here() if ranks is None else ranks
         self._model, self._text, self._text_seed = model, rows, seed
-        self._attributes: dict[int, int] = {}
+        self._tones: dict[int, int] = {}
         if own is None and config.activations is not None:
             own = open_file(config.activations, seed=seed, repeat=config.repeat)
         self.own = own
         if own is not None:
             config = settle(config, own)
-            self.source: Source = own
+            self.source: ActivationSource = own
         elif config.cache is not None:
             manifest = read_manifest(config.cache)
             if hooks:
                 config = config.model_copy(update={"hook": hooks[0]})
             config, self._text_seed = manifest.settle(config), manifest.seed
-            self.source = Cached(str(config.cache), hooks=hooks or config.read_hooks, seed=seed, repeat=config.repeat)
+            self.source = CacheSource(
+                str(config.cache), hooks=hooks or config.read_hooks, seed=seed, repeat=config.repeat
+            )
         else:
             if documents is not None:
                 config = self._read_in_hand(config, documents, rows)
-            self.source = self._live(config, hooks)
+            self.source = self._model_source(config, hooks)
             config = self.config.model_copy(update={"hook": self.model.hook})
         self.norms = NormFilter(config.max_norm)
-        self._ahead: deque[Batch] = deque()  # what was read to find the limits of norms, before the buffer takes it
+        self._batches_ahead: deque[Batch] = (
+            deque()
+        )  # what was read to find the limits of norms, before the buffer takes it
         self.config = config
         self.d_in, self.positions = self.source.widths[str(config.hook)], self.source.positions
         dtype = torch.float8_e4m3fn if config.buffer_dtype == "fp8" else getattr(torch, config.buffer_dtype)
-        scale = 4 if dtype in LARGEST else 0
-        item = sum(width * dtype.itemsize + scale for width in self.source.widths.values()) + 24  # bytes of a token
+        scale_bytes = 4 if dtype in LARGEST else 0
+        token_bytes = sum(width * dtype.itemsize + scale_bytes for width in self.source.widths.values()) + 24
         if config.buffer_gb is not None:
-            self.buffer_tokens = int(config.buffer_gb * 1e9 / item)
+            self.buffer_tokens = int(config.buffer_gb * 1e9 / token_bytes)
         else:
-            eighth = min(65536, max(8192, 4 * batch, tokens // 8))
-            self.buffer_tokens = config.buffer_tokens or min(eighth, max(2048, 2 * batch, tokens))
+            usual_size = min(65536, max(8192, 4 * batch, tokens // 8))
+            self.buffer_tokens = config.buffer_tokens or min(usual_size, max(2048, 2 * batch, tokens))
         if config.mode == "sequences" and self.buffer_tokens < 2 * config.context:
             raise UserError(
                 f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must hold at least two sequences "
                 f"({2 * config.context})"
             )
-        update: dict[str, Any] = {"buffer_tokens": self.buffer_tokens, "buffer_gb": None}
-        if isinstance(self.source, Live):
-            update["packing"] = self.source.packing
-        self.config = config.model_copy(update=update)
+        settings: dict[str, Any] = {"buffer_tokens": self.buffer_tokens, "buffer_gb": None}
+        if isinstance(self.source, ModelSource):
+            settings["packing"] = self.source.packing
+        self.config = config.model_copy(update=settings)
         self.watch = Stopwatch(self.source.device)
-        self._sequences = config.mode == "sequences"
+        self._serves_sequences = config.mode == "sequences"
         self.dropped = {"special": 0, "high_norm": 0}
-        self._filling: ProgressBar | None = None
+        self._fill_bar: ProgressBar | None = None
         self._generator = torch.Generator().manual_seed(seed)
         try:
             self._buffer = RingBuffer(
-                self._items(self.buffer_tokens), self.source.widths,
+                self._item_count(self.buffer_tokens), self.source.widths,
                 dtype, self.source.device, self._fill, self._generator,
-                wanted=-(-tokens // batch) * max(1, self._items(batch)),
-                context=self.positions if self._sequences else None, grouped=config.mode == "grouped",
+                item_limit=-(-tokens // batch) * max(1, self._item_count(batch)),
+                context=self.positions if self._serves_sequences else None, grouped=config.mode == "grouped",
             )  # fmt: skip
         except RuntimeError:  # torch's word for out of memory
             raise UserError(
                 f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; "
-                f"it takes {self.buffer_tokens * item / 2**30:,.1f} GiB, more than {self.source.device} has"
+                f"it takes {self.buffer_tokens * token_bytes / 2**30:,.1f} GiB, more than {self.source.device} has"
             ) from None
 
-    def _live(self, config: StreamConfig, hooks: Sequence[str]) -> Live:
+    def _model_source(self, config: StreamConfig, hooks: Sequence[str]) -> ModelSource:
         self.config = config
         if self._text is None and config.data is not None:
             check_data(config.data)
@@ -141,16 +145,18 @@ class ActivationStream:
             )
         packing = packs(config, self.text)
         self.config = config = bounded(config, self.model)
-        return Live(self.model, self.text, config.context, config.rows_per_forward, self.ranks, packing=packing)
+        return ModelSource(self.model, self.text, config.context, config.rows_per_forward, self.ranks, packing=packing)
 
     def _read_in_hand(self, config: StreamConfig, documents: Any, rows: RowSource | None) -> StreamConfig:
         """Take `documents` as the text; gives the settings, which say so."""
-        given = [name for name in ("data", "split", "subset") if getattr(config, name) not in (None, IN_HAND)]
-        if given or rows is not None:
-            raise UserError(f"documents: not allowed beside {given[0] if given else 'rows'}; give one of the two")
+        conflicts = [name for name in ("data", "split", "subset") if getattr(config, name) not in (None, IN_HAND)]
+        if conflicts or rows is not None:
+            raise UserError(
+                f"documents: not allowed beside {conflicts[0] if conflicts else 'rows'}; give one of the two"
+            )
         self.config = config
         self._text = TextRows(
-            Listed(documents, IN_HAND, config.text_field), self.model.tokenizer, config.context,
+            DocumentList(documents, IN_HAND, config.text_field), self.model.tokenizer, config.context,
             bos=config.bos, repeat=config.repeat, vocabulary=self.model.vocabulary,
         )  # fmt: skip
         return config.model_copy(update={"data": IN_HAND})
@@ -198,26 +204,26 @@ class ActivationStream:
                 "(stream.context), and latents of those behind would never be used"
             )
 
-    def config_at(self, own: StreamConfig) -> StreamConfig:
-        """The settings, with the places that a dictionary of these looks at."""
-        places = {"hook": own.hook or self.config.hook, "target": own.target, "second": own.second}
+    def config_for(self, settings: StreamConfig) -> StreamConfig:
+        """The settings, with the places that a dictionary of these `settings` looks at."""
+        places = {"hook": settings.hook or self.config.hook, "target": settings.target, "second": settings.second}
         return self.config.model_copy(update=places)
 
-    @own_modes()
+    @default_modes()
     def attribute(self, batch: Batch) -> Tensor:
         """A binary attribute of each token [N], int64, that a dictionary is not to be about: of the embedded language the
         tone of its document, which goes with the topic; elsewhere, where nothing is labelled, whether the token is in the
         second half of the row."""
         if self.own is not None or not isinstance(self.text, TestbedRows):
             return (batch.pos >= self.positions // 2).long()
-        documents, back = batch.document.cpu().unique(return_inverse=True)
+        documents, inverse = batch.document.cpu().unique(return_inverse=True)
         for number in documents.tolist():
-            if number not in self._attributes:
-                self._attributes[number] = self.text.language.document(number).tone
-        found = torch.tensor([self._attributes[number] for number in documents.tolist()])
-        return found[back].to(batch.pos.device)
+            if number not in self._tones:
+                self._tones[number] = self.text.language.document(number).tone
+        tones = torch.tensor([self._tones[number] for number in documents.tolist()])
+        return tones[inverse].to(batch.pos.device)
 
-    @own_modes()
+    @default_modes()
     def next(self, n: int) -> Batch:
         """The next `n` tokens (in sequences: n // T rows), without replacement from the buffer; fewer, or none, where the
         text has ended."""
@@ -226,41 +232,43 @@ class ActivationStream:
                 f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must be at least twice the batch ({n})"
             )
         self._begin()
-        return self._buffer.next(max(1, self._items(n)))
+        return self._buffer.next(max(1, self._item_count(n)))
 
-    @own_modes()
+    @default_modes()
     def sample(self) -> Batch:
         """What the buffer holds, [N, D], at most 65536 items: for means and the like. Changes nothing in what comes."""
         self._begin()
-        return self._buffer.contents(self._items(65536)).flat()
+        return self._buffer.contents(self._item_count(65536)).flat()
 
-    def _items(self, tokens: int) -> int:
+    def _item_count(self, tokens: int) -> int:
         """So many tokens in items of the buffer: rows of sequences, else tokens."""
-        return tokens // self.positions if self._sequences else tokens
+        return tokens // self.positions if self._serves_sequences else tokens
 
     def held_out(self, rows: int) -> Iterator[TokenRows]:
         """Rows of text that training never sees, `rows_per_forward` at a time: `rows` of them, or all that there are."""
         return self.text.held_out(rows, self.config.rows_per_forward)
 
-    @own_modes()
+    @default_modes()
     def held_out_batches(self, rows: int) -> list[Batch]:
         """The activations of such rows at the model's hooks, tokens that count, row after row."""
-        found = []
-        for text in self.held_out(rows):
-            read, kept = self.read(text)
+        batches = []
+        for token_rows in self.held_out(rows):
+            acts_by_hook, kept = self.read(token_rows)
             row, pos = kept.nonzero(as_tuple=True)
-            acts = {hook: x[kept] for hook, x in read.items()}
-            places = (value.to(kept.device)[kept] for value in (text.tokens, text.document))
-            token, document = places
-            found.append(Batch(acts, pos.int(), token.int(), document.long(), text.row.to(row.device)[row].long()))
-        return found
+            acts = {hook: x[kept] for hook, x in acts_by_hook.items()}
+            fields = (value.to(kept.device)[kept] for value in (token_rows.tokens, token_rows.document))
+            token, document = fields
+            batches.append(
+                Batch(acts, pos.int(), token.int(), document.long(), token_rows.row.to(row.device)[row].long())
+            )
+        return batches
 
-    @own_modes()
+    @default_modes()
     def read(self, rows: TokenRows) -> tuple[dict[str, Tensor], Tensor]:
         """What the model has at its hooks for rows of text, [B, T, D] by hook, and which tokens [B, T] count: those that
         training takes. Not padding, special tokens (`drop_special`) or massive activations (`max_norm`)."""
         acts, kept = self._read(rows)
-        self._know_norms(acts)
+        self._ensure_norm_limits(acts)
         return acts, kept & self.norms.ordinary(acts)
 
     def _read(self, rows: TokenRows) -> tuple[dict[str, Tensor], Tensor]:
@@ -271,7 +279,7 @@ class ActivationStream:
             kept &= ~torch.isin(rows.tokens, self.source.special)
         return acts, kept.to(next(iter(acts.values())).device)
 
-    def _know_norms(self, hooks: Iterable[str]) -> None:
+    def _ensure_norm_limits(self, hooks: Iterable[str]) -> None:
         """Have the limits of norms at these hooks: where training or its checkpoint has none, from held-out text."""
         if self.norms.knows(hooks):
             return
@@ -283,11 +291,11 @@ class ActivationStream:
             pos.append(kept.nonzero()[:, 1])
             if sum(map(len, pos)) >= SAMPLE:
                 break
-        ordinary = self.norms.calibrate({hook: torch.cat([part[hook] for part in sample]) for hook in sample[0]})
+        ordinary = self.norms.calibrate({hook: torch.cat([chunk[hook] for chunk in sample]) for hook in sample[0]})
         if not self.norms.tokens:  # else there are those that training left out
             self.norms.count(len(ordinary), torch.cat(pos)[~ordinary])
 
-    def own_held_out(self) -> Iterator[Batch]:
+    def held_out_activations(self) -> Iterator[Batch]:
         """Of activations without a model, the rows that training never sees, without massive ones."""
         assert self.own is not None
         for batch in self.own.held_out():
@@ -308,34 +316,34 @@ class ActivationStream:
     def _begin(self) -> None:
         """Fill the buffer for the first time."""
         if not self._buffer.begun:
-            with progress_bar("filling the buffer", total=self.buffer_tokens, unit="tokens") as self._filling:
-                found = self._buffer.contents()
+            with progress_bar("filling the buffer", total=self.buffer_tokens, unit="tokens") as self._fill_bar:
+                contents = self._buffer.contents()
                 if sentence := self.norms.sentence():
-                    self._filling.note(sentence)
-            self._filling = None
-            if not len(found):
+                    self._fill_bar.note(sentence)
+            self._fill_bar = None
+            if not len(contents):
                 self._refuse(self.counts.get("tokens", 0))
 
     def _fill(self) -> Batch | None:
         """The source's next activations, filtered; sequences in rows of T."""
         trim_host()
-        read, epoch = 0, self.source.counts["epoch"]
+        tokens_read, epoch = 0, self.source.counts["epoch"]
         if not self.norms.knows(self.source.widths):
             self._read_ahead()
         while True:
-            fresh = self._ahead.popleft() if self._ahead else self._from_source()
+            fresh = self._batches_ahead.popleft() if self._batches_ahead else self._from_source()
             if fresh is None:
                 return None
             kept = self._kept(fresh)
             if bool(kept.any()):
                 break
-            read += len(fresh)
-            if read > GIVE_UP or self.source.counts["epoch"] > epoch + 1:
-                self._refuse(read)
-        if self._filling is not None:
-            self._filling.advance(int(kept.sum()))
+            tokens_read += len(fresh)
+            if tokens_read > GIVE_UP or self.source.counts["epoch"] > epoch + 1:
+                self._refuse(tokens_read)
+        if self._fill_bar is not None:
+            self._fill_bar.advance(int(kept.sum()))
         fresh = replace(fresh, kept=kept)
-        return self._in_rows(fresh) if self._sequences else fresh.flat()
+        return self._as_sequences(fresh) if self._serves_sequences else fresh.flat()
 
     def _from_source(self) -> Batch | None:
         with self.watch(self.source.label):
@@ -343,22 +351,22 @@ class ActivationStream:
 
     def _read_ahead(self) -> None:
         """Read as much as it takes to tell which norms are massive; less than the buffer holds."""
-        most = min(SAMPLE, self.buffer_tokens // 2)
-        left, sample = most, list[dict[str, Tensor]]()
-        while left > 0 and (fresh := self._from_source()) is not None:
-            self._ahead.append(fresh)
+        sample_size = min(SAMPLE, self.buffer_tokens // 2)
+        tokens_missing, sample = sample_size, list[dict[str, Tensor]]()
+        while tokens_missing > 0 and (fresh := self._from_source()) is not None:
+            self._batches_ahead.append(fresh)
             kept = self._candidates(fresh).to(fresh.pos.device)
             sample.append({hook: x[kept] for hook, x in fresh.acts.items()})
-            left -= int(kept.sum())
+            tokens_missing -= int(kept.sum())
             if self.source.counts["epoch"] > 1:  # a text with hardly a token that counts
                 break
         if sample:
-            parts = {hook: [part[hook] for part in sample] for hook in self.source.widths}
-            self.norms.calibrate({hook: torch.cat(parts)[:most] for hook, parts in parts.items()})
+            chunks_by_hook = {hook: [chunk[hook] for chunk in sample] for hook in self.source.widths}
+            self.norms.calibrate({hook: torch.cat(chunks)[:sample_size] for hook, chunks in chunks_by_hook.items()})
 
-    def _refuse(self, read: int) -> NoReturn:
+    def _refuse(self, tokens_read: int) -> NoReturn:
         filters = "(see stream.drop_special and stream.max_norm)"
-        raise UserError(f"data: {self.source.name} holds no token to train on, {read:,} read {filters}")
+        raise UserError(f"data: {self.source.name} holds no token to train on, {tokens_read:,} read {filters}")
 
     def _kept(self, fresh: Batch) -> Tensor:
         """Which tokens [M] the filters leave, on the CPU."""
@@ -377,33 +385,33 @@ class ActivationStream:
             return fresh.kept
         return torch.ones(len(fresh), dtype=torch.bool)
 
-    def _in_rows(self, fresh: Batch) -> Batch:
+    def _as_sequences(self, fresh: Batch) -> Batch:
         """[M] tokens of some rows as [B, T], zeros where there are none."""
         _, row = fresh.row.cpu().unique_consecutive(return_inverse=True)
-        at = row * self.positions + fresh.pos.cpu()
-        count = int(row[-1]) + 1
+        token_index = row * self.positions + fresh.pos.cpu()
+        row_count = int(row[-1]) + 1
 
         def spread(value: Tensor) -> Tensor:
-            empty = value.new_zeros(count * self.positions, *value.shape[1:])
-            return empty.index_copy_(0, at.to(value.device), value).unflatten(0, (count, self.positions))
+            empty = value.new_zeros(row_count * self.positions, *value.shape[1:])
+            return empty.index_copy_(0, token_index.to(value.device), value).unflatten(0, (row_count, self.positions))
 
         return fresh.each(spread)
 
     def alone(self) -> None:
         """Go on in this process by itself."""
         self.ranks = ALONE
-        if isinstance(self.source, Live):
+        if isinstance(self.source, ModelSource):
             self.source.ranks = ALONE
 
     def state(self) -> dict[str, Tensor]:
         """All that is needed to go on exactly here: buffer, order, random state, place in the text."""
-        found = self._buffer.state() | {f"source.{key}": value for key, value in self.source.state().items()}
-        return found | {
+        state = self._buffer.state() | {f"source.{key}": value for key, value in self.source.state().items()}
+        return state | {
             "random": self._generator.get_state(), "dropped": torch.tensor(list(self.dropped.values())),
             **self.norms.state(),
         }  # fmt: skip
 
-    @own_modes()
+    @default_modes()
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.norms.load_state(state)
         self._buffer.load_state(state)

@@ -5,7 +5,7 @@ DIR/
                                with their checksums, and the place in the text behind it
   shard_00000.safetensors ...  per hook acts.HOOK [M, D]; pos, token [M] int32; document, row [M] int64; kept [M] bool
 
-Every token but padding is stored, whole rows only, and `kept` is false for the tokenizer's own tokens, as a `Live` source
+Every token but padding is stored, whole rows only, and `kept` is false for the tokenizer's own tokens, as a `ModelSource`
 gives them. A shard is read in blocks, runs of whole rows with a CRC-32 of each tensor's bytes, so that what is read is
 checked and nothing else needs to be. Files are written beside their places and moved there, cache.json after the shard that
 it names, so that a cache is whole at any moment.
@@ -27,17 +27,17 @@ from torch import Tensor
 
 from ..config import Config, Count, StreamConfig
 from ..errors import UserError
-from ..files import LOCK, UNFINISHED, whole_file
-from ..lock import owned
-from ..names import FileName, expand_path
-from ..progress import progress_bar
-from ..sealed import read_json, sealed_json
+from ..process.progress import progress_bar
+from ..storage.files import LOCK, UNFINISHED, whole_file
+from ..storage.lock import owned
+from ..storage.path_names import FileName, expand_path
+from ..storage.sealed import read_json, sealed_json
 from .buffer import PLACES, Batch
 from .documents import check_data
-from .live import Live, bounded, packs
-from .loading import with_absolute_paths
 from .model import LanguageModel
-from .text import RowSource, open_text
+from .model_loading import with_absolute_paths
+from .model_source import ModelSource, bounded, packs
+from .token_rows import RowSource, open_text
 
 FORMAT = "temposae-cache/2"
 EARLIER = "temposae-cache/1"  # the same, except that with `packing` a row could hold several documents
@@ -91,20 +91,20 @@ class Manifest(Config):
             return next(iter(self.hooks))
         name = hook or f"blocks.{layer}.hook_resid_post"
         if name not in self.hooks:
-            given = f"stream.{field}: {name}" if hook else f"layer: {layer}"
-            raise UserError(f"{given} is not allowed; the cache {folder} has {', '.join(self.hooks)}")
+            setting = f"stream.{field}: {name}" if hook else f"layer: {layer}"
+            raise UserError(f"{setting} is not allowed; the cache {folder} has {', '.join(self.hooks)}")
         return name
 
     def settle(self, config: StreamConfig, layer: int | None = None) -> StreamConfig:
         """`config`, whose `cache` this is, with what the cache decides. Raises UserError for what contradicts it."""
         update: dict[str, Any] = {}
         for name in (*_OF_THE_TEXT, *_OF_THE_MODEL):
-            own, given = getattr(self.stream, name), getattr(config, name)
+            cached, requested = getattr(self.stream, name), getattr(config, name)
             if name not in config.model_fields_set:
-                update[name] = own
-            elif name in _OF_THE_TEXT and given != own:
+                update[name] = cached
+            elif name in _OF_THE_TEXT and requested != cached:
                 raise UserError(
-                    f"stream.{name}: {given} is not allowed; the cache {config.cache} was made with {name} {own}"
+                    f"stream.{name}: {requested} is not allowed; the cache {config.cache} was made with {name} {cached}"
                 )
         for name in ("target", "second"):
             if (hook := getattr(config, name)) is not None:
@@ -117,14 +117,14 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = expand_path(folder, "cache") / MANIFEST
     if not path.is_file():
         raise UserError(f"cache: {folder} holds no {MANIFEST}; give a folder that `temposae cache` made")
-    found = read_json(path, "cache", "the cache must be made again")
-    stream = found.get("stream")
-    if found.get("format") == EARLIER and not (isinstance(stream, dict) and stream.get("packing")):
-        found["format"] = FORMAT
-    if found.get("format") != FORMAT:
-        raise UserError(f"cache: {path} has format {str(found.get('format'))[:80]!r}; this version reads {FORMAT}")
+    content = read_json(path, "cache", "the cache must be made again")
+    stream = content.get("stream")
+    if content.get("format") == EARLIER and not (isinstance(stream, dict) and stream.get("packing")):
+        content["format"] = FORMAT
+    if content.get("format") != FORMAT:
+        raise UserError(f"cache: {path} has format {str(content.get('format'))[:80]!r}; this version reads {FORMAT}")
     try:
-        manifest = Manifest(**found)
+        manifest = Manifest(**content)
     except UserError as error:
         raise UserError(f"cache: {path} is damaged ({error})") from None
     for number, shard in enumerate(manifest.shards):
@@ -170,16 +170,16 @@ def _write_cache(
     dtype: Literal["float32", "bfloat16"], shard_mb: float, resume: bool, model: LanguageModel | None,
     rows: RowSource | None,
 ) -> Manifest:  # fmt: skip
-    held = _begun(folder, resume)
+    earlier = _resumed_manifest(folder, resume)
     if rows is None and config.data is not None:
         check_data(config.data)
-    named = hooks or ([config.hook] if config.hook is not None and not layers else [])
+    hook_names = hooks or ([config.hook] if config.hook is not None and not layers else [])
     if model is None:
         model = LanguageModel(
-            config.model, hooks=named, layers=layers, attention=config.attention, compile=config.compile
+            config.model, hooks=hook_names, layers=layers, attention=config.attention, compile=config.compile
         )
-    elif named or layers:
-        model.use(hooks=named, layers=layers)
+    elif hook_names or layers:
+        model.use(hooks=hook_names, layers=layers)
     if config.context > model.context:
         raise UserError(f"stream.context: {config.context} is not allowed; {config.model} has at most {model.context}")
     text = rows or open_text(
@@ -189,34 +189,34 @@ def _write_cache(
     )  # fmt: skip
     packing = packs(config, text)
     config = bounded(config, model)
-    live = Live(model, text, config.context, config.rows_per_forward, packing=packing)
+    source = ModelSource(model, text, config.context, config.rows_per_forward, packing=packing)
     update = {"hook": model.hook, "repeat": False, "cache": None, "packing": packing}
     stream = with_absolute_paths(config.model_copy(update=update))
     manifest = Manifest(
         format=FORMAT, stream=stream, seed=seed, hooks=model.widths, dtype=dtype, positions=config.context,
-        special=tuple(live.special.tolist()), wanted=tokens, shard_mb=shard_mb,
+        special=tuple(source.special.tolist()), wanted=tokens, shard_mb=shard_mb,
     )  # fmt: skip
-    if held is not None:
-        _same(folder, held, manifest)
-        manifest = held
+    if earlier is not None:
+        _check_same_settings(folder, earlier, manifest)
+        manifest = earlier
         if manifest.shards:
-            live.load_state({key: torch.tensor(value) for key, value in manifest.shards[-1].place.items()})
+            source.load_state({key: torch.tensor(value) for key, value in manifest.shards[-1].place.items()})
     else:
         _write_manifest(folder, manifest)
     with progress_bar("caching", tokens, "tokens", manifest.tokens) as bar:
         while not manifest.complete:
-            parts: list[dict[str, Tensor]] = []
-            size, kept = 0, manifest.tokens
-            while size < shard_mb * 1e6 and kept < tokens and (batch := live.next()) is not None:
-                parts.append(_as_stored(batch, getattr(torch, dtype)))
-                size += sum(value.nbytes for value in parts[-1].values())
-                fresh = int(parts[-1]["kept"].sum())
-                kept += fresh
-                bar.advance(fresh)
-            if parts:
-                shard = _write_shard(folder, len(manifest.shards), parts, live.state())
-                manifest = manifest.model_copy(update={"shards": (*manifest.shards, shard), "tokens": kept})
-            if not parts or kept >= tokens:
+            batches: list[dict[str, Tensor]] = []
+            shard_bytes, kept_tokens = 0, manifest.tokens
+            while shard_bytes < shard_mb * 1e6 and kept_tokens < tokens and (batch := source.next()) is not None:
+                batches.append(_as_stored(batch, getattr(torch, dtype)))
+                shard_bytes += sum(value.nbytes for value in batches[-1].values())
+                fresh_tokens = int(batches[-1]["kept"].sum())
+                kept_tokens += fresh_tokens
+                bar.advance(fresh_tokens)
+            if batches:
+                shard = _write_shard(folder, len(manifest.shards), batches, source.state())
+                manifest = manifest.model_copy(update={"shards": (*manifest.shards, shard), "tokens": kept_tokens})
+            if not batches or kept_tokens >= tokens:
                 manifest = manifest.model_copy(update={"complete": True})
             _write_manifest(folder, manifest)
         if manifest.tokens < tokens:
@@ -224,12 +224,12 @@ def _write_cache(
     return manifest
 
 
-class Cached:
+class CacheSource:
     """The activations of a cache, a block of whole rows at a time, in an order of all its blocks that `seed` decides.
 
     Every epoch has an order of its own; after the first the cache begins again (`repeat`), or ends. `hooks`: those to read,
     all unless given. Of the files only the block that is wanted is read, and its checksums are compared; sizes are compared
-    when the cache is opened. A `Source`; `counts` are rows, tokens and epoch.
+    when the cache is opened. A `ActivationSource`; `counts` are rows, tokens and epoch.
     """
 
     label = "cache"
@@ -257,24 +257,24 @@ class Cached:
         self._blocks = [(s, b) for s, shard in enumerate(self.manifest.shards) for b in range(len(shard.ends))]
         sums = json.dumps([shard.crc32 for shard in self.manifest.shards])
         self._identity = zlib.crc32(sums.encode())
-        self._epoch = self._at = 0  # of the epoch's order, so many blocks are served
+        self._epoch = self._blocks_served = 0  # of the epoch's order, so many blocks are served
         self._rows = self._tokens = 0
-        self._order = self._permuted()
+        self._order = self._permuted_blocks()
         self._thread = ThreadPoolExecutor(1, "cache")
-        self._ahead: tuple[tuple[int, int], Future[Batch]] | tuple[None, None] = (None, None)
+        self._block_ahead: tuple[tuple[int, int], Future[Batch]] | tuple[None, None] = (None, None)
 
     @property
     def counts(self) -> dict[str, int]:
         return {"rows": self._rows, "tokens": self._tokens, "epoch": self._epoch}
 
     def next(self) -> Batch | None:
-        if self._at == len(self._order):
+        if self._blocks_served == len(self._order):
             if not self.repeat:
                 return None
-            self._epoch, self._at = self._epoch + 1, 0
-            self._order = self._permuted()
-        batch = self._read_ahead(self._at)
-        self._at += 1
+            self._epoch, self._blocks_served = self._epoch + 1, 0
+            self._order = self._permuted_blocks()
+        batch = self._read_ahead(self._blocks_served)
+        self._blocks_served += 1
         self._rows += 1 + int(batch.row.diff().count_nonzero())
         self._tokens += len(batch)
         kept, batch.kept = batch.kept, None
@@ -283,23 +283,25 @@ class Cached:
         return batch
 
     def state(self) -> dict[str, Tensor]:
-        return {"cache": torch.tensor((self._identity, self._epoch, self._at, self._rows, self._tokens))}
+        return {"cache": torch.tensor((self._identity, self._epoch, self._blocks_served, self._rows, self._tokens))}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        identity, self._epoch, self._at, self._rows, self._tokens = state["cache"].tolist()
+        identity, self._epoch, self._blocks_served, self._rows, self._tokens = state["cache"].tolist()
         if identity != self._identity:
             raise UserError(f"stream.cache: {self.folder} is not the cache that the run was trained on; it has changed")
-        self._order = self._permuted()
+        self._order = self._permuted_blocks()
 
-    def _permuted(self) -> list[int]:
+    def _permuted_blocks(self) -> list[int]:
         return np.random.default_rng((self.seed, self._epoch)).permutation(len(self._blocks)).tolist()
 
-    def _read_ahead(self, at: int) -> Batch:
-        """Block number `at` of the order; the one behind it is read by a thread meanwhile."""
-        wanted, *behind = (self._blocks[nth] for nth in self._order[at : at + 2])
-        known, reading = self._ahead
-        batch = reading.result() if reading is not None and known == wanted else self._read(*wanted)
-        self._ahead = (behind[0], self._thread.submit(self._read, *behind[0])) if behind else (None, None)
+    def _read_ahead(self, index: int) -> Batch:
+        """Block number `index` of the order; the one behind it is read by a thread meanwhile."""
+        current, *following = (self._blocks[number] for number in self._order[index : index + 2])
+        block_ahead, future = self._block_ahead
+        batch = future.result() if future is not None and block_ahead == current else self._read(*current)
+        self._block_ahead = (
+            (following[0], self._thread.submit(self._read, *following[0])) if following else (None, None)
+        )
         return batch
 
     def _read(self, number: int, block: int) -> Batch:
@@ -307,37 +309,40 @@ class Cached:
         shard, header = self.manifest.shards[number], self._headers[number]
         path = self.folder / shard.file
         start, end = shard.ends[block - 1] if block else 0, shard.ends[block]
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         try:
             handle = os.open(path, os.O_RDONLY)
             try:
                 for name in (*(f"acts.{hook}" for hook in self.widths), *_PLACES):
-                    at, dtype, shape = header[name]
+                    offset, dtype, shape = header[name]
                     value = torch.empty(end - start, *shape, dtype=dtype, pin_memory=self.device.type == "cuda")
                     raw = _bytes(value)
-                    step = len(raw) // (end - start)
-                    if not _fill(handle, raw, at + start * step) or zlib.crc32(raw) != shard.crc32[name][block]:
+                    token_bytes = len(raw) // (end - start)
+                    if (
+                        not _fill(handle, raw, offset + start * token_bytes)
+                        or zlib.crc32(raw) != shard.crc32[name][block]
+                    ):
                         raise UserError(
                             f"cache: {path} is damaged in block {block} ({name}); it is not what was written there, "
                             "and the cache must be made again"
                         )
-                    found[name] = value
+                    tensors[name] = value
             finally:
                 os.close(handle)
         except OSError as error:
             raise UserError(f"cache: {path} can't be read ({error.strerror})") from None
-        return Batch.from_tensors(found)
+        return Batch.from_tensors(tensors)
 
 
-class _Stored(NamedTuple):
+class _TensorPlace(NamedTuple):
     """Where a tensor begins in its file, its dtype, and its shape but for the first dimension."""
 
-    at: int
+    offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
-def _header(path: Path, shard: Shard) -> dict[str, _Stored]:
+def _header(path: Path, shard: Shard) -> dict[str, _TensorPlace]:
     """Where the tensors of a shard lie, once it has the size and the header that it was written with."""
     try:
         size = path.stat().st_size
@@ -345,21 +350,21 @@ def _header(path: Path, shard: Shard) -> dict[str, _Stored]:
             raise UserError(f"cache: {path} is damaged; it has {size} bytes of {shard.bytes}")
         with path.open("rb") as file:
             length = file.read(8)
-            text = file.read(min(int.from_bytes(length, "little"), size))
+            header = file.read(min(int.from_bytes(length, "little"), size))
     except FileNotFoundError:
         raise UserError(f"cache: {path} is missing; it must be there with {shard.bytes} bytes") from None
     except OSError as error:
         raise UserError(f"cache: {path} can't be read ({error.strerror})") from None
-    if zlib.crc32(length + text) != shard.header:
+    if zlib.crc32(length + header) != shard.header:
         raise UserError(f"cache: {path} is damaged in its header; the cache must be made again")
-    behind = 8 + len(text)
+    tensors_start = 8 + len(header)
     return {
-        name: _Stored(behind + value["data_offsets"][0], _DTYPES[value["dtype"]], tuple(value["shape"][1:]))
-        for name, value in json.loads(text).items()
+        name: _TensorPlace(tensors_start + value["data_offsets"][0], _DTYPES[value["dtype"]], tuple(value["shape"][1:]))
+        for name, value in json.loads(header).items()
     }
 
 
-def _begun(folder: Path, resume: bool) -> Manifest | None:
+def _resumed_manifest(folder: Path, resume: bool) -> Manifest | None:
     """The cache to go on with, if any, cleared of what a kill left half done. Refuses a folder that holds anything else."""
     try:
         names = sorted(set(os.listdir(folder)) - {LOCK})
@@ -368,32 +373,36 @@ def _begun(folder: Path, resume: bool) -> Manifest | None:
     if names and not resume:
         hint = "--resume goes on with it" if MANIFEST in names else "give a new folder"
         raise UserError(f"out: {folder} exists and is not empty; {hint}")
-    held = read_manifest(folder) if MANIFEST in names else None
-    shards = held.shards if held is not None else ()
+    manifest = read_manifest(folder) if MANIFEST in names else None
+    shards = manifest.shards if manifest is not None else ()
     for shard in shards:
         _header(folder / shard.file, shard)
     # the next shard may be there without being in cache.json yet
     half_done = [name for name in names if name.startswith(UNFINISHED) or name == _shard_name(len(shards))]
-    known = {MANIFEST, *(shard.file for shard in shards), *half_done}
-    if others := [name for name in names if name not in known]:
-        raise UserError(f"out: {folder} holds {others[0]}, which is no part of a cache; give a new folder")
+    known_names = {MANIFEST, *(shard.file for shard in shards), *half_done}
+    if foreign := [name for name in names if name not in known_names]:
+        raise UserError(f"out: {folder} holds {foreign[0]}, which is no part of a cache; give a new folder")
     for name in half_done:
         (folder / name).unlink()
-    return held
+    return manifest
 
 
-def _same(folder: Path, held: Manifest, wanted: Manifest) -> None:
+def _check_same_settings(folder: Path, earlier: Manifest, requested: Manifest) -> None:
     """Refuse to go on with other settings than a cache began with, by the first that differs."""
     for name in ("seed", "hooks", "dtype", "shard_mb", "positions", "wanted", "special"):
-        own, given = getattr(held, name), getattr(wanted, name)
-        if own != given or (name == "hooks" and list(own) != list(given)):
+        earlier_value, requested_value = getattr(earlier, name), getattr(requested, name)
+        if earlier_value != requested_value or (name == "hooks" and list(earlier_value) != list(requested_value)):
             label = "tokens" if name == "wanted" else name
-            own, given = (", ".join(v) if isinstance(v, Mapping) else v for v in (own, given))
-            raise UserError(f"resume: {label} {given} is not allowed; {folder} began with {own}")
-    for name, own in with_absolute_paths(held.stream):  # of an earlier version
-        given = getattr(wanted.stream, name)
-        if own != given:
-            raise UserError(f"resume: stream.{name} {given} is not allowed; {folder} began with {own}")
+            earlier_value, requested_value = (
+                ", ".join(value) if isinstance(value, Mapping) else value for value in (earlier_value, requested_value)
+            )
+            raise UserError(f"resume: {label} {requested_value} is not allowed; {folder} began with {earlier_value}")
+    for name, earlier_value in with_absolute_paths(earlier.stream):  # of an earlier version
+        requested_value = getattr(requested.stream, name)
+        if earlier_value != requested_value:
+            raise UserError(
+                f"resume: stream.{name} {requested_value} is not allowed; {folder} began with {earlier_value}"
+            )
 
 
 def _as_stored(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -404,20 +413,20 @@ def _as_stored(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def _write_shard(folder: Path, number: int, parts: list[dict[str, Tensor]], place: dict[str, Tensor]) -> Shard:
-    """Write a shard of these parts, which it takes apart as it goes, so that no second copy is held."""
+def _write_shard(folder: Path, number: int, batches: list[dict[str, Tensor]], place: dict[str, Tensor]) -> Shard:
+    """Write a shard of these batches, which it takes apart as it goes, so that no second copy is held."""
     file = _shard_name(number)
-    row, kept = (torch.cat([part[name] for part in parts]) for name in ("row", "kept"))
-    ends = _ends(row)
+    row, kept = (torch.cat([batch[name] for batch in batches]) for name in ("row", "kept"))
+    ends = _block_ends(row)
     header: dict[str, Any] = {}
-    at = 0
+    offset = 0
     # the widest elements first, so that each is aligned: what safetensors does, too
-    for name in sorted(parts[0], key=lambda name: (-parts[0][name].itemsize, name)):
-        first = parts[0][name]
-        size = sum(part[name].nbytes for part in parts)
-        shape = [len(row), *first.shape[1:]]
-        header[name] = {"dtype": _NAMES[first.dtype], "shape": shape, "data_offsets": [at, at + size]}
-        at += size
+    for name in sorted(batches[0], key=lambda name: (-batches[0][name].itemsize, name)):
+        first_tensor = batches[0][name]
+        size = sum(batch[name].nbytes for batch in batches)
+        shape = [len(row), *first_tensor.shape[1:]]
+        header[name] = {"dtype": _NAMES[first_tensor.dtype], "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
@@ -426,9 +435,12 @@ def _write_shard(folder: Path, number: int, parts: list[dict[str, Tensor]], plac
     def chunks():
         yield head
         for name in header:
-            raw = _bytes(torch.cat([part.pop(name) for part in parts]))
-            step = len(raw) // len(row)
-            crc32[name] = tuple(zlib.crc32(raw[a * step : b * step]) for a, b in zip((0, *ends), ends, strict=False))
+            raw = _bytes(torch.cat([batch.pop(name) for batch in batches]))
+            token_bytes = len(raw) // len(row)
+            crc32[name] = tuple(
+                zlib.crc32(raw[start * token_bytes : end * token_bytes])
+                for start, end in zip((0, *ends), ends, strict=False)
+            )
             yield raw
 
     size = _write(folder, file, chunks())
@@ -440,9 +452,9 @@ def _write_shard(folder: Path, number: int, parts: list[dict[str, Tensor]], plac
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    found = manifest.model_dump(mode="json")
-    shards = ",".join("\n  " + json.dumps(shard, separators=(",", ":")) for shard in found.pop("shards"))
-    text = json.dumps(found, indent=1).removesuffix("\n}") + f',\n "shards": [{shards}\n ]\n}}\n'
+    content = manifest.model_dump(mode="json")
+    shards = ",".join("\n  " + json.dumps(shard, separators=(",", ":")) for shard in content.pop("shards"))
+    text = json.dumps(content, indent=1).removesuffix("\n}") + f',\n "shards": [{shards}\n ]\n}}\n'
     _write(folder, MANIFEST, [sealed_json(text).encode()])
 
 
@@ -451,7 +463,7 @@ def _write(folder: Path, file: str, chunks: Any) -> int:
     path = folder / file
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as fresh, fresh.open("wb") as out:
+        with whole_file(path) as temporary, temporary.open("wb") as out:
             for chunk in chunks:
                 out.write(chunk)
             size = out.tell()
@@ -463,14 +475,14 @@ def _write(folder: Path, file: str, chunks: Any) -> int:
     return size
 
 
-def _ends(row: Tensor) -> tuple[int, ...]:
+def _block_ends(row: Tensor) -> tuple[int, ...]:
     """Where the blocks of these rows [M] end: each at the end of a row, with `BLOCK` tokens or more."""
-    edges = [*(row.diff().nonzero().flatten() + 1).tolist(), len(row)]
+    row_ends = [*(row.diff().nonzero().flatten() + 1).tolist(), len(row)]
     ends, start = [], 0
-    for edge in edges:
-        if edge - start >= BLOCK:
-            ends.append(edge)
-            start = edge
+    for row_end in row_ends:
+        if row_end - start >= BLOCK:
+            ends.append(row_end)
+            start = row_end
     if ends and len(row) - start < BLOCK // 2:  # a small rest goes with the last one
         ends.pop()
     return (*ends, len(row)) if not ends or ends[-1] != len(row) else tuple(ends)
@@ -485,12 +497,12 @@ def _bytes(value: Tensor) -> memoryview:
     return value.view(torch.uint8).flatten().numpy().data
 
 
-def _fill(handle: int, into: memoryview, at: int) -> bool:
-    """Fill `into` with a file's bytes from `at` on; whether there were so many."""
-    done = 0
-    while done < len(into):
-        count = os.preadv(handle, [into[done:]], at + done)
+def _fill(handle: int, buffer: memoryview, offset: int) -> bool:
+    """Fill `buffer` with a file's bytes from `offset` on; whether there were so many."""
+    bytes_read = 0
+    while bytes_read < len(buffer):
+        count = os.preadv(handle, [buffer[bytes_read:]], offset + bytes_read)
         if not count:
             return False
-        done += count
+        bytes_read += count
     return True

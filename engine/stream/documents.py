@@ -6,12 +6,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from .. import online
 from ..errors import UserError, near
-from ..names import expand_path
-from .fields import Document, TextField, document
-from .stored import fingerprint
-from .text_files import READERS, Arrow, Delimited, Shorter, kind_of, open_file, reading
+from ..process import hub_access
+from ..storage.path_names import expand_path
+from .array_files import fingerprint
+from .text_fields import Document, TextField, document
+from .text_files import READERS, Arrow, Delimited, TextTooShort, kind_of, open_file, reading
 
 IN_HAND = "documents given in Python"  # what `stream.data` is where they are
 LOOKED_AT = 20  # documents in hand, to tell whether they are the same
@@ -26,8 +26,8 @@ _SETTINGS = {"sep": (",", "\t"), "delimiter": (None,), "header": ("infer",), "na
 class Documents(Protocol):
     """Documents by number, the same at every call. `name` is what messages call them.
 
-    `read(start)` gives those from number `start` on; a text that holds fewer than `start` is a `Shorter`, a UserError. Where
-    there is a `fingerprint()`, it is another number once the documents have changed.
+    `read(start)` gives those from number `start` on; a text that holds fewer than `start` is a `TextTooShort`, a UserError.
+    Where there is a `fingerprint()`, it is another number once the documents have changed.
     """
 
     name: str
@@ -43,8 +43,8 @@ def check_data(data: str) -> Path:
     if not path.exists():
         looks_local = data.startswith((".", "/", "~")) or kind_of(path) in READERS
         if looks_local or ("." in path.name and "/" not in data):
-            here = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
-            raise UserError(f"data: {data} does not exist{'; ' + near(path.name, here) if here else ''}")
+            file_names = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+            raise UserError(f"data: {data} does not exist{'; ' + near(path.name, file_names) if file_names else ''}")
     return path
 
 
@@ -66,10 +66,10 @@ def open_documents(
     for name, value in (("split", split), ("subset", subset)):
         if value is not None:
             raise UserError(f"stream.{name}: {value} is not allowed; {data} is a file, which has no {name}s")
-    return Files(data, [open_file(path, field)], [path])
+    return DocumentFiles(data, [open_file(path, field)], [path])
 
 
-class Listed:
+class DocumentList:
     """Documents in hand: strings, token ids, or dicts with a field of either. An iterable that can be iterated over again
     and again, or a function without arguments that gives one, such as a generator function."""
 
@@ -88,63 +88,63 @@ class Listed:
 
     def read(self, start: int = 0) -> Iterator[Document]:
         documents = self._all()
-        had = sum(1 for _ in islice(documents, start))
-        if had < start:
-            raise Shorter(self.name, start, had)
+        skipped = sum(1 for _ in islice(documents, start))
+        if skipped < start:
+            raise TextTooShort(self.name, start, skipped)
         for number, content in enumerate(documents, start):
             place = f"{self.name} document {number}"
             yield self.field.document(content, place) if isinstance(content, Mapping) else document(content, place)
 
     def fingerprint(self) -> int:
-        return fingerprint(of="\0".join(str(content) for content in islice(self._all(), LOOKED_AT)))
+        return fingerprint(text="\0".join(str(content) for content in islice(self._all(), LOOKED_AT)))
 
 
-class Files:
+class DocumentFiles:
     """The documents of files, one file after the other."""
 
     def __init__(self, name: str, files: list[Any], paths: list[Path]):
         self.name, self.files, self.paths = name, files, paths
 
     def read(self, start: int = 0) -> Iterator[Document]:
-        left = start
+        to_skip = start
         for file in self.files:
             try:
-                yield from file.read(left)
-                left = 0
-            except Shorter as shorter:
-                left -= shorter.had
-        if left:
-            raise Shorter(self.name, start, start - left)
+                yield from file.read(to_skip)
+                to_skip = 0
+            except TextTooShort as shorter:
+                to_skip -= shorter.document_count
+        if to_skip:
+            raise TextTooShort(self.name, start, start - to_skip)
 
     def fingerprint(self) -> int:
         with reading(self.name):
             return fingerprint(*self.paths)
 
 
-class Streamed:
+class StreamedDocuments:
     """Rows that `datasets` streams, from a hub or from files of kinds that it alone reads."""
 
-    def __init__(self, name: str, rows: Any, field: TextField, origin: str):
-        self.name, self.field, self._rows, self._origin = name, field, rows, origin
-        first = next(iter(rows), None)
-        if first is None:
+    def __init__(self, name: str, records: Any, field: TextField, origin: str):
+        self.name, self.field, self._records, self._origin = name, field, records, origin
+        first_record = next(iter(records), None)
+        if first_record is None:
             raise UserError(f"data: {name} is empty; it must hold text")
-        self.column = field.column(first, name)
+        self.column = field.column(first_record, name)
 
     def read(self, start: int = 0) -> Iterator[Document]:
         with reading(self.name):
-            rows = iter(self._rows.skip(start - 1) if start else self._rows)
-            if start and next(rows, None) is None:
-                raise Shorter(self.name, start, 0)
-            for number, row in enumerate(rows, start):
+            records = iter(self._records.skip(start - 1) if start else self._records)
+            if start and next(records, None) is None:
+                raise TextTooShort(self.name, start, 0)
+            for number, record in enumerate(records, start):
                 place = f"{self.name} document {number}"
                 if self.field.name in (None, self.column):
-                    yield document(row.get(self.column), f"{place}, column {self.column},")
+                    yield document(record.get(self.column), f"{place}, column {self.column},")
                 else:
-                    yield self.field.document(row, place)
+                    yield self.field.document(record, place)
 
     def fingerprint(self) -> int:
-        return fingerprint(of=self._origin)
+        return fingerprint(text=self._origin)
 
 
 def _of_folder(data: str, path: Path, field: TextField, split: str | None, subset: str | None) -> Documents:
@@ -155,32 +155,34 @@ def _of_folder(data: str, path: Path, field: TextField, split: str | None, subse
         return _saved(data, path, field, split)
     with reading(data, "can't be loaded"):
         builder = _builder(str(path), data, subset)
-        by_split = {
+        files_by_split = {
             str(name): [str(file) for file in files] for name, files in (builder.config.data_files or {}).items()
         }
         root = path.absolute()
-        for file in (file for files in by_split.values() for file in files):
+        for file in (file for files in files_by_split.values() for file in files):
             if not Path(file).absolute().is_relative_to(root) or ".." in Path(file).parts:
                 raise UserError(f"data: {data} is not allowed; its README names {file}, which lies outside of it")
-        if not by_split:
+        if not files_by_split:
             raise UserError(f"data: {data} holds no files of text")
-        files = by_split[_split(data, split, list(by_split))]
+        files = files_by_split[_split(data, split, list(files_by_split))]
         kind = str(builder.name if hasattr(builder, "name") else "")
         if kind not in _BUILDERS:
             raise UserError(f"data: {data} holds files of {kind}, which are not read as text")
-        plain = all(getattr(builder.config, name, values[0]) in values for name, values in _SETTINGS.items())
-        if not plain or any(kind_of(Path(file)) not in READERS for file in files):
-            rows = builder.as_streaming_dataset(split=_split(data, split, list(by_split)))
-            return Streamed(data, rows, field, "\0".join(files))
+        has_default_settings = all(
+            getattr(builder.config, name, values[0]) in values for name, values in _SETTINGS.items()
+        )
+        if not has_default_settings or any(kind_of(Path(file)) not in READERS for file in files):
+            records = builder.as_streaming_dataset(split=_split(data, split, list(files_by_split)))
+            return StreamedDocuments(data, records, field, "\0".join(files))
     paths = [Path(file) for file in files]
-    return Files(data, [_open_as(kind, file, field, builder.config) for file in paths], paths)
+    return DocumentFiles(data, [_open_as(kind, file, field, builder.config) for file in paths], paths)
 
 
 def _open_as(kind: str, path: Path, field: TextField, config: Any) -> Any:
     return Delimited(path, field, config.sep) if kind == "csv" else open_file(path, field)
 
 
-def _saved(data: str, path: Path, field: TextField, split: str | None) -> Files:
+def _saved(data: str, path: Path, field: TextField, split: str | None) -> DocumentFiles:
     """A folder that `save_to_disk` made, of a dataset or of several splits."""
     splits: list[str] = []
     if (path / "dataset_dict.json").is_file():
@@ -190,7 +192,7 @@ def _saved(data: str, path: Path, field: TextField, split: str | None) -> Files:
         raise UserError(f"stream.split: {split} is not allowed; {data} is a saved dataset without splits")
     names = [_plain(str(file["filename"]), data) for file in _json(path / "state.json", "_data_files")]
     files = [path / name for name in names]
-    return Files(data, [Arrow(file, field) for file in files], files)
+    return DocumentFiles(data, [Arrow(file, field) for file in files], files)
 
 
 def _json(path: Path, key: str) -> list[Any]:
@@ -207,17 +209,17 @@ def _plain(name: str, data: str) -> str:
     return name
 
 
-def _of_hub(data: str, field: TextField, split: str | None, subset: str | None) -> Streamed:
-    is_here = online.why_not() is None  # asked before `datasets` reads whether it may ask the hub
+def _of_hub(data: str, field: TextField, split: str | None, subset: str | None) -> StreamedDocuments:
+    is_here = hub_access.why_not() is None  # asked before `datasets` reads whether it may ask the hub
     with reading(data, "can't be loaded", is_here):
         builder = _builder(data, data, subset)
-        by_split = builder.config.data_files or {}
-        files = [str(file) for of_split in by_split.values() for file in of_split]
-        if local := next((file for file in files if "://" not in file), None):
-            raise UserError(f"data: {data} is not allowed; it names {local}, a file of this machine")
+        files_by_split = builder.config.data_files or {}
+        files = [str(file) for split_files in files_by_split.values() for file in split_files]
+        if local_file := next((file for file in files if "://" not in file), None):
+            raise UserError(f"data: {data} is not allowed; it names {local_file}, a file of this machine")
         splits = builder.as_streaming_dataset()
         name = _split(data, split, [str(name) for name in splits])
-        return Streamed(data, splits[name], field, "\0".join([name, *files]))
+        return StreamedDocuments(data, splits[name], field, "\0".join([name, *files]))
 
 
 def _builder(path: str, data: str, subset: str | None) -> Any:
@@ -225,22 +227,22 @@ def _builder(path: str, data: str, subset: str | None) -> Any:
     import datasets
 
     if subset is not None:
-        known = [str(name) for name in datasets.get_dataset_config_names(path)]
-        if subset not in known:
-            raise UserError(f"stream.subset: {subset} is not allowed; {data} has {', '.join(known[:20])}")
+        subsets = [str(name) for name in datasets.get_dataset_config_names(path)]
+        if subset not in subsets:
+            raise UserError(f"stream.subset: {subset} is not allowed; {data} has {', '.join(subsets[:20])}")
     try:
         return datasets.load_dataset_builder(path, subset)
     except ValueError as error:
         if subset is None and "onfig name is missing" in str(error):
-            known = [str(name) for name in datasets.get_dataset_config_names(path)]
-            raise UserError(f"stream.subset: needed for {data}; it must be one of {', '.join(known[:20])}") from None
+            subsets = [str(name) for name in datasets.get_dataset_config_names(path)]
+            raise UserError(f"stream.subset: needed for {data}; it must be one of {', '.join(subsets[:20])}") from None
         raise
 
 
-def _split(data: str, split: str | None, known: list[str]) -> str:
+def _split(data: str, split: str | None, split_names: list[str]) -> str:
     """The split to read: the one that is named, else `train`."""
     name = split or "train"
-    if name not in known:
-        said = f"{split} is not allowed" if split is not None else "needed, since there is no train"
-        raise UserError(f"stream.split: {said}; {data} has {', '.join(known[:20]) or 'none'}")
+    if name not in split_names:
+        reason = f"{split} is not allowed" if split is not None else "needed, since there is no train"
+        raise UserError(f"stream.split: {reason}; {data} has {', '.join(split_names[:20]) or 'none'}")
     return name

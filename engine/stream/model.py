@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ambient import own_modes
+from ...kernels.torch_modes import default_modes
 from ..errors import UserError, near, shown
-from .loading import BUILT_IN, TESTBED, load
-from .reader import Catch, Enough, Reader, Tail, close, places
+from .model_loading import BUILT_IN, TESTBED, load
+from .partial_model import AllHooksRead, HookValues, Reader, Tail, close, places
 
 __all__ = ["BUILT_IN", "TESTBED", "LanguageModel"]
 
@@ -47,7 +47,7 @@ class LanguageModel:
     Raises UserError for a model that can't be loaded and for a hook, a layer or an attention that it doesn't have.
     """
 
-    @own_modes()
+    @default_modes()
     def __init__(
         self,
         model: str | os.PathLike[str] | Any = "testbed",
@@ -62,7 +62,7 @@ class LanguageModel:
     ):
         if attention not in ATTENTION:
             raise UserError(f"attention: {attention!r} is not allowed; it must be one of {', '.join(ATTENTION)}")
-        self._asked, self._compile = attention, compile
+        self._requested_attention, self._compile = attention, compile
         self._plain: nn.Module | None = None
         if isinstance(model, str | os.PathLike):
             self.name = os.fspath(model)
@@ -72,7 +72,7 @@ class LanguageModel:
         else:
             self._bridge = _in_hand(model)
             self.name = str(getattr(model.cfg, "model_name", None) or type(model).__name__)
-            self.device, self.dtype = _where(model), next(model.parameters()).dtype
+            self.device, self.dtype = _device_of(model), next(model.parameters()).dtype
             if device is not None and torch.device(device).type != self.device.type:
                 raise UserError(f"device: {device!r} is not allowed; {self.name} is already on {self.device}")
         self.memory: float = MEMORY
@@ -85,7 +85,7 @@ class LanguageModel:
             layers=[*([] if layer is None else [layer]), *layers],
         )
 
-    @own_modes()
+    @default_modes()
     def use(self, *, hooks: Sequence[str] = (), layers: Sequence[int] = ()) -> None:
         """From now on read these hooks, or the residual stream after these layers; after the middle one unless given."""
         names = self._names(hooks, layers)
@@ -122,7 +122,7 @@ class LanguageModel:
     @property
     def bridge(self) -> Any:
         """The whole model as transformer_lens has it, all of it on `device` from the first time that it is asked for."""
-        if _where(self._bridge) != self.device:
+        if _device_of(self._bridge) != self.device:
             placed = self._reader.placed if self._reader else {}
             for root in (self._bridge, self._bridge.original_model, self._plain):
                 if root is not None:  # what the reader put on the device already is not put there twice
@@ -131,12 +131,12 @@ class LanguageModel:
                 self._bridge.to(self.device, print_details=False)
         return self._bridge
 
-    @own_modes()
+    @default_modes()
     def activations(self, tokens: Tensor) -> Tensor:
         """What passes the first hook, [B, T, D], for tokens [B, T]."""
         return self._read(tokens, (self.hook,))[self.hook]
 
-    @own_modes()
+    @default_modes()
     def harvest(self, tokens: Tensor, length: Tensor | None = None) -> dict[str, Tensor]:
         """What passes each hook, [B, T, D_hook], for tokens [B, T], in one pass.
 
@@ -144,16 +144,16 @@ class LanguageModel:
         nothing but the time: attention is causal and padding stands behind. Behind a row's end are zeros then."""
         if length is None:
             return self._read(tokens, self.hooks)
-        found: dict[str, Tensor] = {}
-        for rows in alike(length):
+        acts_by_hook: dict[str, Tensor] = {}
+        for rows in similar_length_groups(length):
             T = max(1, int(length[rows].max()))
             for hook, x in self._read(tokens[rows, :T], self.hooks).items():
-                if hook not in found:
-                    found[hook] = x.new_zeros(*tokens.shape, x.shape[-1])
-                found[hook][rows.to(x.device), :T] = x
-        return found
+                if hook not in acts_by_hook:
+                    acts_by_hook[hook] = x.new_zeros(*tokens.shape, x.shape[-1])
+                acts_by_hook[hook][rows.to(x.device), :T] = x
+        return acts_by_hook
 
-    @own_modes()
+    @default_modes()
     @torch.no_grad()
     def logits(
         self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None, hook: str | None = None
@@ -165,7 +165,7 @@ class LanguageModel:
         (place,) = self._names([hook or self.hook], ())
         return bridge.run_with_hooks(tokens, fwd_hooks=[(place, lambda x, hook: _of_heads(replace, x))])
 
-    @own_modes()
+    @default_modes()
     def losses(
         self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None, hook: str | None = None
     ) -> Tensor:
@@ -184,7 +184,7 @@ class LanguageModel:
         attention = 0 if self.attention != "eager" else 2 * 4 * T * cfg.n_heads
         return max(1, int(self.memory / (T * (wide * self.dtype.itemsize + attention))))
 
-    @own_modes()
+    @default_modes()
     def tail(self, hook: str | None = None) -> Tail | None:
         """The model from a hook (the first) on, with which the layers before it need not run again for every replacement.
 
@@ -197,20 +197,20 @@ class LanguageModel:
         return self._tails[name]
 
     def _tested_tail(self, hook: str) -> Tail | None:
-        found = None if self._plain is None else places(self._bridge, [hook])
-        if self._plain is None or found is None:
+        layers_and_sites = None if self._plain is None else places(self._bridge, [hook])
+        if self._plain is None or layers_and_sites is None:
             return None
         T = max(2, min(PROBE, self.context, int(self.memory / (PROBED * 2 * 4 * self.vocabulary))))
         probe = torch.randint(self._bridge.cfg.d_vocab, (2, T), generator=_seeded()).to(self.device)
         x = self._through(self.bridge, probe, [hook])[hook]
-        other = x.flip(0, 1)
-        reference = {"as it is": self.logits(probe), "replaced": self.logits(probe, lambda _: other, hook)}
+        replacement = x.flip(0, 1)
+        reference = {"as it is": self.logits(probe), "replaced": self.logits(probe, lambda _: replacement, hook)}
         for attention in FASTEST.get(self.device.type, FASTEST["cpu"]):
             try:
-                tail = Tail(self._plain, found[0], found[1][hook], self.device)
+                tail = Tail(self._plain, layers_and_sites[0], layers_and_sites[1][hook], self.device)
                 if not tail.attend(attention):
                     continue
-                hidden = {"as it is": tail.begin(probe, x), "replaced": tail.replaced(probe, other)}
+                hidden = {"as it is": tail.begin(probe, x), "replaced": tail.replaced(probe, replacement)}
                 logits = {name: tail.logits(h.flatten(0, 1)).view(*probe.shape, -1) for name, h in hidden.items()}
             except Exception:  # a model that can't be cut here is one that is run whole
                 continue
@@ -218,7 +218,7 @@ class LanguageModel:
                 return tail
         return None
 
-    @own_modes()
+    @default_modes()
     @torch.no_grad()
     def direct_logits(self, directions: Tensor) -> Tensor | None:
         """What directions [n, D] of the residual stream do to the logits where nothing else is there, float32 [n, V].
@@ -231,32 +231,32 @@ class LanguageModel:
         if directions.shape[1] != self.bridge.cfg.d_model or norm is None or unembed is None:
             return None
         x = directions.to(self.device, self.dtype)[:, None]
-        with_it, without = (unembed(norm(each)).float()[:, 0] for each in (x, torch.zeros_like(x[:1])))
-        return with_it - without
+        affected, baseline = (unembed(norm(residual)).float()[:, 0] for residual in (x, torch.zeros_like(x[:1])))
+        return affected - baseline
 
     def _read(self, tokens: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
         if self._reader is not None:
-            found = self._reader.read(tokens.to(self.device), hooks)
-            return {name: found[name] for name in hooks}
+            values = self._reader.read(tokens.to(self.device), hooks)
+            return {name: values[name] for name in hooks}
         return self._through(self.bridge, tokens, hooks)
 
     @torch.no_grad()
     def _through(self, bridge: Any, tokens: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
-        catch = Catch(hooks)
+        catch = HookValues(hooks)
 
         def watch(name: str) -> tuple[str, Callable[..., None]]:
             return name, lambda x, hook: catch.put(name, x.flatten(2) if _has_heads(x, tokens) else x)
 
-        with suppress(Enough):
-            bridge.run_with_hooks(tokens.to(_where(bridge)), fwd_hooks=[watch(name) for name in hooks])
+        with suppress(AllHooksRead):
+            bridge.run_with_hooks(tokens.to(_device_of(bridge)), fwd_hooks=[watch(name) for name in hooks])
         if missing := [name for name in hooks if name not in catch.values]:
             raise UserError(f"hook: {missing[0]!r} is not allowed; {self.name} never passes it")
         return {name: catch.values[name] for name in hooks}
 
     def _fastest(self, hooks: Sequence[str], probe: Tensor, reference: dict[str, Tensor]) -> tuple[Reader | None, str]:
         """The reader to use and how it attends: None and eager where only transformer_lens gives the right values."""
-        order = FASTEST.get(self.device.type, FASTEST["cpu"])
-        candidate = self._cut(hooks)
+        attentions = FASTEST.get(self.device.type, FASTEST["cpu"])
+        candidate = self._partial_reader(hooks)
 
         def works(attention: str) -> bool:
             if candidate is None or not candidate.attend(attention):
@@ -266,12 +266,14 @@ class LanguageModel:
             except Exception:  # a reader that can't run this model is one that isn't used
                 return False
 
-        chosen = next(filter(works, order if self._asked == "auto" else (self._asked,)), None)
-        if chosen is None and self._asked not in ("auto", "eager"):
-            able = [attention for attention in order if attention == "eager" or works(attention)]
+        chosen = next(
+            filter(works, attentions if self._requested_attention == "auto" else (self._requested_attention,)), None
+        )
+        if chosen is None and self._requested_attention not in ("auto", "eager"):
+            available = [attention for attention in attentions if attention == "eager" or works(attention)]
             raise UserError(
-                f"attention: {self._asked!r} is not allowed for {', '.join(hooks)} of {self.name}; "
-                f"{' and '.join(able)} can be had"
+                f"attention: {self._requested_attention!r} is not allowed for {', '.join(hooks)} of {self.name}; "
+                f"{' and '.join(available)} can be had"
             )
         if self._compile and (candidate is None or chosen is None):
             raise UserError(
@@ -283,12 +285,12 @@ class LanguageModel:
             candidate.compile()
         return candidate, chosen
 
-    def _cut(self, hooks: Sequence[str]) -> Reader | None:
-        found = None if self._plain is None else places(self._bridge, hooks)
-        if self._plain is None or found is None:
+    def _partial_reader(self, hooks: Sequence[str]) -> Reader | None:
+        layers_and_sites = None if self._plain is None else places(self._bridge, hooks)
+        if self._plain is None or layers_and_sites is None:
             return None
         with self._room(), suppress(AttributeError, TypeError):  # no such modules, or not a list of layers
-            return Reader(self._plain, *found, self.device, self._reader.placed if self._reader else None)
+            return Reader(self._plain, *layers_and_sites, self.device, self._reader.placed if self._reader else None)
 
     @contextmanager
     def _room(self) -> Iterator[None]:
@@ -318,26 +320,26 @@ class LanguageModel:
         return tuple(dict.fromkeys([*hooks, *(f"blocks.{layer}.hook_resid_post" for layer in layers)]))
 
 
-def alike(length: Tensor) -> list[Tensor]:
+def similar_length_groups(length: Tensor) -> list[Tensor]:
     """Rows [B] in groups of similar `length`: a group ends when padding would make up more than `MOST_PADDING` of it, but
     not before it holds an eighth of all tokens, since small forward passes are slow."""
     order = length.argsort(descending=True, stable=True)
     sizes = length[order].tolist()
-    groups, first, held = [], 0, 0
-    for at, size in enumerate(sizes):
-        area = sizes[first] * (at + 1 - first)
-        if at > first and area - (held + size) > MOST_PADDING * area and 8 * held >= sum(sizes):
-            groups.append(order[first:at])
-            first, held = at, 0
-        held += size
-    groups.append(order[first:])
+    groups, start, group_tokens = [], 0, 0
+    for index, size in enumerate(sizes):
+        area = sizes[start] * (index + 1 - start)
+        if index > start and area - (group_tokens + size) > MOST_PADDING * area and 8 * group_tokens >= sum(sizes):
+            groups.append(order[start:index])
+            start, group_tokens = index, 0
+        group_tokens += size
+    groups.append(order[start:])
     return groups
 
 
 def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     """-log p of every next token, [B, T - 1] in nats, of logits [B, T, V] and tokens [B, T]."""
-    given, wanted = logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().to(logits.device)
-    return F.cross_entropy(given, wanted, reduction="none").view(tokens.shape[0], -1)
+    predictions, targets = logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().to(logits.device)
+    return F.cross_entropy(predictions, targets, reduction="none").view(tokens.shape[0], -1)
 
 
 def _has_heads(x: Tensor, tokens: Tensor) -> bool:
@@ -369,15 +371,15 @@ def _in_hand(model: Any) -> Any:
     return model
 
 
-def _where(model: Any) -> torch.device:
+def _device_of(model: Any) -> torch.device:
     return next(model.parameters()).device
 
 
-def _replace(root: nn.Module, by: dict[int, nn.Parameter]) -> None:
+def _replace(root: nn.Module, replacements: dict[int, nn.Parameter]) -> None:
     for module in root.modules():
         for name, p in module._parameters.items():
-            if id(p) in by:
-                module._parameters[name] = by[id(p)]
+            if id(p) in replacements:
+                module._parameters[name] = replacements[id(p)]
 
 
 def _seeded() -> torch.Generator:

@@ -19,10 +19,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
-from .. import online
 from ..errors import UserError
-from .fields import TEXT, Document, TextField, document
-from .stored import StoredArray
+from ..process import hub_access
+from .array_files import StoredArray
+from .text_fields import TEXT, Document, TextField, document
 
 LONGEST = 2**22  # bytes of a document in a .txt file; a file without blank lines is cut at the end of a line
 LONGEST_ITEM = 2**26  # characters of an item in a JSON list
@@ -34,12 +34,12 @@ _EMPTY_LIST, _LIST_END = re.compile(r"\s*\[\s*\]"), re.compile(r"\s*\]")
 _MARKUP = re.compile(r"\s*<(\?xml|!doctype|html)\b", re.IGNORECASE)
 
 
-class Shorter(UserError):
-    """Says that a text ends before the document that is to be read next; it has only `had`."""
+class TextTooShort(UserError):
+    """Says that a text ends before the document that is to be read next; it has only `document_count`."""
 
-    def __init__(self, name: str, start: int, had: int):
+    def __init__(self, name: str, start: int, document_count: int):
         super().__init__(f"data: {name} has changed: it holds fewer than the {start} documents that were read from it")
-        self.had = had
+        self.document_count = document_count
 
 
 class PlainText:
@@ -48,30 +48,30 @@ class PlainText:
     def __init__(self, path: Path, field: TextField | None = None):
         self.path, self.name = path, str(path)
         with _opened(path) as file:
-            start = file.read(2**16)
-        text = start.decode("utf-8", "ignore").removeprefix("\ufeff")
+            beginning = file.read(2**16)
+        text = beginning.decode("utf-8", "ignore").removeprefix("\ufeff")
         for pattern, kind in ((_JSON, "JSON"), (_MARKUP, "markup")):
             if pattern.match(text):
                 raise UserError(f"data: {path} holds {kind}, not plain text; {ALLOWED}")
-        if kind_of(path) != ".txt" and (b"\0" in start or _is_binary(start)):
+        if kind_of(path) != ".txt" and (b"\0" in beginning or _is_binary(beginning)):
             raise UserError(f"data: {path} is not plain text, nor of a kind that is read; {ALLOWED}")
         _refuse_fields(path, field)
 
     def read(self, start: int = 0) -> Iterator[Document]:
         number, size = 0, 0
-        part: list[str] = []
-        for at, line in enumerate(chain(_lines(self.path), [b""]), 1):
+        document_lines: list[str] = []
+        for line_number, line in enumerate(chain(_lines(self.path), [b""]), 1):
             blank = not line.strip()
             if not blank:
                 size += len(line)
                 if number >= start:
-                    part.append(_decoded(line, f"{self.path} line {at}").rstrip("\r\n"))
+                    document_lines.append(_decoded(line, f"{self.path} line {line_number}").rstrip("\r\n"))
             if size >= LONGEST or (blank and size):
                 if number >= start:
-                    yield "\n".join(part)
-                number, size, part = number + 1, 0, []
+                    yield "\n".join(document_lines)
+                number, size, document_lines = number + 1, 0, []
         if number < start:
-            raise Shorter(self.name, start, number)
+            raise TextTooShort(self.name, start, number)
 
 
 class JsonLines:
@@ -82,11 +82,11 @@ class JsonLines:
 
     def read(self, start: int = 0) -> Iterator[Document]:
         number = 0
-        for at, line in enumerate(_lines(self.path), 1):
+        for line_number, line in enumerate(_lines(self.path), 1):
             if not line.strip():
                 continue
             if number >= start:
-                place = f"{self.path} line {at}"
+                place = f"{self.path} line {line_number}"
                 text = _decoded(line, place)
                 try:
                     item = json.loads(text)
@@ -95,7 +95,7 @@ class JsonLines:
                 yield _of_item(item, self.field, place)
             number += 1
         if number < start:
-            raise Shorter(self.name, start, number)
+            raise TextTooShort(self.name, start, number)
 
 
 class JsonList:
@@ -110,34 +110,34 @@ class JsonList:
             if number > start:
                 yield _of_item(item, self.field, f"{self.path} item {number - 1}")
         if number < start:
-            raise Shorter(self.name, start, number)
+            raise TextTooShort(self.name, start, number)
 
     def _items(self) -> Iterator[Any]:
         """One after the other, each parsed from no more text than it has."""
         decoder = json.JSONDecoder()
         with _opened(self.path) as file, _decoding(self.path):
-            text = io.TextIOWrapper(file, "utf-8-sig")
-            held, at, number, size = "", 0, 0, READ_AHEAD
+            reader = io.TextIOWrapper(file, "utf-8-sig")
+            pending, position, number, size = "", 0, 0, READ_AHEAD
             while True:
-                more = text.read(size)
-                held, at = held[at:] + more, 0
+                added = reader.read(size)
+                pending, position = pending[position:] + added, 0
                 while True:
-                    if (ends := (_LIST_END if number else _EMPTY_LIST).match(held, at)) is not None:
-                        if held[ends.end() :].strip() or text.read(READ_AHEAD).strip():
+                    if (list_end := (_LIST_END if number else _EMPTY_LIST).match(pending, position)) is not None:
+                        if pending[list_end.end() :].strip() or reader.read(READ_AHEAD).strip():
                             raise UserError(f"data: {self.path} holds more than one JSON list; it must hold one")
                         return
-                    begins = (_NEXT_ITEM if number else _FIRST_ITEM).match(held, at)
+                    separator = (_NEXT_ITEM if number else _FIRST_ITEM).match(pending, position)
                     try:
-                        if begins is None:
+                        if separator is None:
                             raise ValueError
-                        item, after = decoder.raw_decode(held, begins.end())
+                        item, item_end = decoder.raw_decode(pending, separator.end())
                     except (ValueError, RecursionError) as error:
-                        if more and len(held) - at <= LONGEST_ITEM and not isinstance(error, RecursionError):
-                            size = max(READ_AHEAD, len(held) - at)
+                        if added and len(pending) - position <= LONGEST_ITEM and not isinstance(error, RecursionError):
+                            size = max(READ_AHEAD, len(pending) - position)
                             break  # it may go on in what isn't read yet
                         raise UserError(f"data: {self.path} item {number} is not JSON, or cut") from None
                     yield item
-                    number, at, size = number + 1, after, READ_AHEAD
+                    number, position, size = number + 1, item_end, READ_AHEAD
 
 
 class Delimited:
@@ -145,38 +145,40 @@ class Delimited:
 
     def __init__(self, path: Path, field: TextField, delimiter: str = ","):
         self.path, self.name, self.delimiter = path, str(path), delimiter
-        with self._rows() as (names, _):
+        with self._table() as (names, _):
             if len(set(names)) < len(names):
                 raise UserError(f"data: {path} has columns of the same name; its first line must name them all")
             # the cells of a table are text: a column `tokens` would hold digits
             self.column = field.column(names, self.name, ready=())
-            self._at = names.index(self.column)
+            self._column_index = names.index(self.column)
 
     @contextmanager
-    def _rows(self) -> Iterator[tuple[list[str], Any]]:
+    def _table(self) -> Iterator[tuple[list[str], Any]]:
         csv.field_size_limit(max(csv.field_size_limit(), LONGEST_ITEM))
-        lines = (_decoded(line, f"{self.path} line {at}") for at, line in enumerate(_lines(self.path), 1))
-        rows = csv.reader(lines, delimiter=self.delimiter, strict=True)
+        lines = (
+            _decoded(line, f"{self.path} line {line_number}") for line_number, line in enumerate(_lines(self.path), 1)
+        )
+        table = csv.reader(lines, delimiter=self.delimiter, strict=True)
         try:
-            yield next(rows, []), rows
+            yield next(table, []), table
         except csv.Error as error:
-            raise UserError(f"data: {self.path} line {rows.line_num} is not as in a table ({error})") from None
+            raise UserError(f"data: {self.path} line {table.line_num} is not as in a table ({error})") from None
 
     def read(self, start: int = 0) -> Iterator[Document]:
         number = 0
-        with self._rows() as (names, rows):
-            for row in rows:
-                if not row:
+        with self._table() as (names, table):
+            for cells in table:
+                if not cells:
                     continue
-                if len(row) != len(names):
+                if len(cells) != len(names):
                     raise UserError(
-                        f"data: {self.path} line {rows.line_num} has {len(row)} fields; its first line names {len(names)}"
+                        f"data: {self.path} line {table.line_num} has {len(cells)} fields; its first line names {len(names)}"
                     )
                 if number >= start:
-                    yield row[self._at]
+                    yield cells[self._column_index]
                 number += 1
         if number < start:
-            raise Shorter(self.name, start, number)
+            raise TextTooShort(self.name, start, number)
 
 
 class Parquet:
@@ -199,7 +201,7 @@ class Parquet:
         with self._open() as file:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
             if sum(sizes) < start:
-                raise Shorter(self.name, start, sum(sizes))
+                raise TextTooShort(self.name, start, sum(sizes))
             first, number = 0, 0
             while first < len(sizes) and number + sizes[first] <= start:
                 number += sizes[first]
@@ -208,8 +210,8 @@ class Parquet:
                 return
             batches = file.iter_batches(batch_size=64, row_groups=range(first, len(sizes)), columns=[self.column])
             values = chain.from_iterable(batch.column(0) for batch in batches)
-            for at, value in enumerate(islice(values, start - number, None), start):
-                yield _of_cell(value, self.column, self.field, f"{self.name} document {at}")
+            for document_number, value in enumerate(islice(values, start - number, None), start):
+                yield _of_cell(value, self.column, self.field, f"{self.name} document {document_number}")
 
 
 class Arrow:
@@ -227,8 +229,8 @@ class Arrow:
 
         with reading(self.name), pa.OSFile(str(self.path)) as file:
             if file.read(6) == b"ARROW1":
-                whole = pa.ipc.open_file(file)
-                yield whole.schema.names, (whole.get_batch(n) for n in range(whole.num_record_batches))
+                reader = pa.ipc.open_file(file)
+                yield reader.schema.names, (reader.get_batch(n) for n in range(reader.num_record_batches))
             else:
                 file.seek(0)
                 stream = pa.ipc.open_stream(file)
@@ -237,15 +239,15 @@ class Arrow:
     def read(self, start: int = 0) -> Iterator[Document]:
         number = 0
         with self._open() as (names, batches):
-            at = names.index(self.column)
+            column_index = names.index(self.column)
             for batch in batches:
                 if number + len(batch) > start:
                     first = max(0, start - number)
-                    for row, value in enumerate(batch.column(at)[first:], number + first):
-                        yield _of_cell(value, self.column, self.field, f"{self.name} document {row}")
+                    for document_number, value in enumerate(batch.column(column_index)[first:], number + first):
+                        yield _of_cell(value, self.column, self.field, f"{self.name} document {document_number}")
                 number += len(batch)
         if number < start:
-            raise Shorter(self.name, start, number)
+            raise TextTooShort(self.name, start, number)
 
 
 class Array:
@@ -266,21 +268,21 @@ class Array:
     def read(self, start: int = 0) -> Iterator[Document]:
         documents = self.ids.shape[0] if len(self.ids.shape) == 2 else 1
         if documents < start:
-            raise Shorter(self.name, start, documents)
+            raise TextTooShort(self.name, start, documents)
         if len(self.ids.shape) == 1:
             if start == 0:
                 yield self.ids
             return
         step = max(1, READ_AHEAD // max(1, self.ids.shape[1] * self.ids.dtype.itemsize))
-        for at in range(start, documents, step):
-            yield from self.ids[at : min(at + step, documents)]
+        for first in range(start, documents, step):
+            yield from self.ids[first : min(first + step, documents)]
 
 
 def _json(path: Path, field: TextField) -> JsonLines | JsonList:
     """A .json file: a list, or objects and strings on lines of their own."""
     with _opened(path) as file:
-        start = file.read(2**12).removeprefix(codecs.BOM_UTF8).lstrip()
-    return JsonList(path, field) if start.startswith(b"[") else JsonLines(path, field)
+        beginning = file.read(2**12).removeprefix(codecs.BOM_UTF8).lstrip()
+    return JsonList(path, field) if beginning.startswith(b"[") else JsonLines(path, field)
 
 
 def _tabs(path: Path, field: TextField) -> Delimited:
@@ -298,8 +300,8 @@ ALLOWED = "give .txt, .jsonl, .json, .csv, .tsv (each also .gz, .bz2, .xz), .par
 def kind_of(path: Path) -> str:
     """The ending that says what a file holds, without that of a compressor."""
     name = path.name.lower()
-    packed = next((ending for ending in PACKED if name.endswith(ending)), "")
-    return Path(name.removesuffix(packed)).suffix
+    compression_ending = next((ending for ending in PACKED if name.endswith(ending)), "")
+    return Path(name.removesuffix(compression_ending)).suffix
 
 
 def open_file(path: Path, field: TextField) -> Any:
@@ -316,7 +318,7 @@ def open_file(path: Path, field: TextField) -> Any:
 
 
 @contextmanager
-def reading(name: str, what: str = "can't be read", is_here: bool = True) -> Iterator[None]:
+def reading(name: str, failure: str = "can't be read", is_here: bool = True) -> Iterator[None]:
     """One line for whatever a library raises over a text, which may be on a hub that can't be reached."""
     try:
         yield
@@ -324,9 +326,9 @@ def reading(name: str, what: str = "can't be read", is_here: bool = True) -> Ite
         raise
     except Exception as error:
         if not is_here:
-            raise UserError(online.unreachable("data", name, "a local file or folder")) from error
+            raise UserError(hub_access.unreachable("data", name, "a local file or folder")) from error
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data: {name!r} {what} ({type(error).__name__}: {reason})") from error
+        raise UserError(f"data: {name!r} {failure} ({type(error).__name__}: {reason})") from error
 
 
 def _refuse_fields(path: Path, field: TextField | None) -> None:
@@ -340,9 +342,9 @@ def _of_item(item: Any, field: TextField, place: str) -> Document:
         return field.document(item, place)
     if isinstance(item, str) and field.name is None:
         return item
-    wanted = field.name or TEXT
+    field_name = field.name or TEXT
     raise UserError(
-        f'data: {place} is not a JSON object with a "{wanted}" field'
+        f'data: {place} is not a JSON object with a "{field_name}" field'
         + (", or one of tokens or input_ids, nor a string" if field.name is None else "")
     )
 
@@ -396,10 +398,10 @@ def _decoded(line: bytes, place: str) -> str:
         raise UserError(f"data: {place} is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def _is_binary(start: bytes) -> bool:
+def _is_binary(beginning: bytes) -> bool:
     """Whether the beginning of a file isn't UTF-8, a character cut at its end aside."""
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(start)
+        codecs.getincrementaldecoder("utf-8")().decode(beginning)
     except UnicodeDecodeError:
         return True
     return False

@@ -131,10 +131,10 @@ class Language:
         self.correlation, self.seed = correlation, seed
         self.topics = list(lex.TOPICS)
         self.nouns, self.verbs, self.imperatives, self.adjectives = (
-            [_Weighted.zipf(lex.TOPICS[t][part].split()) for t in self.topics] for part in range(4)
+            [_Weighted.zipf(lex.TOPICS[t][word_class].split()) for t in self.topics] for word_class in range(4)
         )
-        likely = (1 + correlation) / 2
-        self.has_preferred_tone = _Weighted((True, False), (likely, 1 - likely))
+        preferred_probability = (1 + correlation) / 2
+        self.has_preferred_tone = _Weighted((True, False), (preferred_probability, 1 - preferred_probability))
 
     @cached_property
     def vocabulary(self) -> list[str]:
@@ -191,11 +191,13 @@ class Language:
         for number in range(count):
             human, animal = rng.choice(lex.HUMANS), rng.choice(lex.ANIMALS)
             verb = rng.choice([*lex.PATIENT_VERBS, *lex.AGENT_VERBS])
-            both = ((human, animal), (animal, human))
-            first, second = (["the", agent, verb, "the", patient, "."] for agent, patient in both)
+            orders = ((human, animal), (animal, human))
+            first, second = (["the", agent, verb, "the", patient, "."] for agent, patient in orders)
             subject = (animal, human) if verb in lex.PATIENT_VERBS else (human, animal)
-            of_human = (subject[0] == human, subject[1] == human)
-            pairs.append(OrderPair(self.prefix(index + number), (first, second), subject, (True, False), of_human))
+            subject_is_human = (subject[0] == human, subject[1] == human)
+            pairs.append(
+                OrderPair(self.prefix(index + number), (first, second), subject, (True, False), subject_is_human)
+            )
         return pairs
 
     def agreement_prompts(self, count: int, index: int = 0) -> list[tuple[list[str], bool]]:
@@ -223,15 +225,15 @@ def facts() -> tuple[Fact, ...]:
     """The 240 facts, the same in every language; each relation's objects are spread evenly over its entities."""
     rng = random.Random("facts")
     names = iter(lex.entity_names(lex.ENTITIES_PER_DOMAIN * len(lex.FACTS)))
-    found: list[Fact] = []
+    all_facts: list[Fact] = []
     for domain, relations in lex.FACTS.items():
         entities = [next(names) for _ in range(lex.ENTITIES_PER_DOMAIN)]
         for relation, objects in relations.items():
             values = (objects.split() * 2)[: len(entities)]
             rng.shuffle(values)
             for entity, value in zip(entities, values, strict=True):
-                found.append(Fact(len(found), domain, entity, relation, value))
-    return tuple(found)
+                all_facts.append(Fact(len(all_facts), domain, entity, relation, value))
+    return tuple(all_facts)
 
 
 def connective(subject: str) -> str:
@@ -379,9 +381,9 @@ class _Writer:
     def draw(self, choice: _Weighted) -> Any:
         """As `Random.choices` does it, in a third of its time."""
         cumulative = choice.cumulative
-        at = bisect(cumulative, self.random() * cumulative[-1], 0, len(cumulative) - 1)
-        self.log_prob += choice.log_p[at]
-        return choice.items[at]
+        index = bisect(cumulative, self.random() * cumulative[-1], 0, len(cumulative) - 1)
+        self.log_prob += choice.log_p[index]
+        return choice.items[index]
 
     def write(self, text: str, role: str = "none", known: dict[str, int] | None = None) -> None:
         words = text.split() if " " in text else (text,)

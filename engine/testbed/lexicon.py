@@ -120,24 +120,24 @@ def entity_names(count: int) -> list[str]:
         ["a", "e", "i", "o", "u"],
         ["l", "m", "n", "r", "s", "x", "th", "k"],
     )
-    taken = set(words_of(TOPICS, TONE_WORDS, FACTS))
+    known_words = set(words_of(TOPICS, TONE_WORDS, FACTS))
     names: list[str] = []
     while len(names) < count:
-        name = "".join(rng.choice(part) for part in (onsets, vowels, onsets, vowels, codas))
-        if name not in taken:
-            taken.add(name)
+        name = "".join(rng.choice(letters) for letters in (onsets, vowels, onsets, vowels, codas))
+        if name not in known_words:
+            known_words.add(name)
             names.append(name)
     return names
 
 
 def words_of(*trees: object) -> list[str]:
     """All words in nested dicts, tuples, lists and space-separated strings, in order."""
-    found: list[str] = []
+    words: list[str] = []
     for tree in trees:
         if isinstance(tree, str):
-            found += tree.split()
+            words += tree.split()
         elif isinstance(tree, dict):
-            found += words_of(*tree.keys(), *tree.values())
+            words += words_of(*tree.keys(), *tree.values())
         elif isinstance(tree, (tuple, list)):
-            found += words_of(*tree)
-    return found
+            words += words_of(*tree)
+    return words

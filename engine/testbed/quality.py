@@ -23,27 +23,27 @@ def measure(logits_of: LogitsOf, language: Language, start: int, documents: int 
     rows, log_prob = language.tokens(start, documents)
     tokens = torch.from_numpy(rows)
     total = 0.0
-    for part in tokens.split(64):
-        logits = logits_of(part[:, :-1])
-        total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), ignore_index=PAD, reduction="sum").item()
+    for chunk in tokens.split(64):
+        logits = logits_of(chunk[:, :-1])
+        total += F.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), ignore_index=PAD, reduction="sum").item()
     predicted = int((tokens[:, 1:] != PAD).sum())
     loss, entropy = total / predicted, -float(log_prob.sum()) / predicted
 
     ids = language.token_id
     fact_prompts = language.fact_prompts(start)
     answers = _next_token_logits(logits_of, language, [words for words, _ in fact_prompts]).argmax(-1)
-    right = [int(a) == ids[fact.object] for a, (_, fact) in zip(answers, fact_prompts, strict=True)]
+    is_right = [int(a) == ids[fact.object] for a, (_, fact) in zip(answers, fact_prompts, strict=True)]
 
     pairs = language.order_pairs(prompts, start)
-    flat = [
+    sentence_prompts = [
         pair.prefix + sentence + [connective(subject), "the"]
         for pair in pairs
         for sentence, subject in zip(pair.sentences, pair.subject, strict=True)
     ]
-    answers = _next_token_logits(logits_of, language, flat).argmax(-1).tolist()
+    answers = _next_token_logits(logits_of, language, sentence_prompts).argmax(-1).tolist()
     expected = [ids[subject] for pair in pairs for subject in pair.subject]
     hits = [a == e for a, e in zip(answers, expected, strict=True)]
-    both = [hits[i] and hits[i + 1] for i in range(0, len(hits), 2)]
+    both_right = [hits[i] and hits[i + 1] for i in range(0, len(hits), 2)]
 
     agreement = language.agreement_prompts(prompts, start)
     probs = _next_token_logits(logits_of, language, [words for words, _ in agreement]).softmax(-1)
@@ -53,8 +53,8 @@ def measure(logits_of: LogitsOf, language: Language, start: int, documents: int 
         "loss": loss,
         "entropy": entropy,
         "loss_over_entropy": loss / entropy,
-        "fact_completion": sum(right) / len(right),
-        "order_pairs": sum(both) / len(both),
+        "fact_completion": sum(is_right) / len(is_right),
+        "order_pairs": sum(both_right) / len(both_right),
         "agreement": sum(agrees) / len(agrees),
     }
 
@@ -62,11 +62,11 @@ def measure(logits_of: LogitsOf, language: Language, start: int, documents: int 
 def _next_token_logits(logits_of: LogitsOf, language: Language, prompts: Sequence[list[str]]) -> torch.Tensor:
     """Logits [len(prompts), V] of the token after each prompt (right-padded: causal attention never sees the pads)."""
     rows = [[language.token_id[w] for w in words] for words in prompts]
-    found = []
+    last_logits = []
     for begin in range(0, len(rows), 128):
-        part = rows[begin : begin + 128]
-        longest = max(map(len, part))
-        tokens = torch.tensor([row + [PAD] * (longest - len(row)) for row in part])
+        chunk = rows[begin : begin + 128]
+        longest = max(map(len, chunk))
+        tokens = torch.tensor([row + [PAD] * (longest - len(row)) for row in chunk])
         logits = logits_of(tokens)
-        found.append(logits[torch.arange(len(part)), torch.tensor([len(row) - 1 for row in part])])
-    return torch.cat(found)
+        last_logits.append(logits[torch.arange(len(chunk)), torch.tensor([len(row) - 1 for row in chunk])])
+    return torch.cat(last_logits)

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from ..ambient import own_modes
-from ..files import follow_umask, write_text
-from ..host import tune_host
-from ..progress import progress_bar
+from ...kernels.torch_modes import default_modes
+from ..process.cpu_memory import tune_host
+from ..process.progress import progress_bar
+from ..storage.files import follow_umask, write_text
 from . import language as lang
 from .quality import measure
 
@@ -41,7 +41,7 @@ def config(vocabulary: int) -> Gemma2Config:
     )  # fmt: skip
 
 
-@own_modes()
+@default_modes()
 def train(
     out: Path, *, steps: int = 3000, batch: int = 16, lr: float = 3e-3, seed: int = 0, device: str | None = None
 ) -> dict:
@@ -67,7 +67,7 @@ def train(
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    began, seen = time.monotonic(), 0
+    start_time, tokens_seen = time.monotonic(), 0
     with progress_bar("training the language model", total=steps, unit="steps") as bar:
         for step in range(steps):
             rows = torch.from_numpy(language.tokens(step * batch, batch)[0]).to(device)
@@ -78,14 +78,14 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
-            seen += rows.numel()
+            tokens_seen += rows.numel()
             bar.advance(1, loss=f"{loss.item():.3f}" if step % 20 == 0 else None)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start_time
 
     model.eval().cpu()  # pyright: ignore[reportCallIssue]
     quality = measure(lambda rows: model(input_ids=rows).logits, language, lang.HELD_OUT)
     quality["training"] = {
-        "steps": steps, "batch": batch, "lr": lr, "seed": seed, "tokens": seen, "seconds": round(seconds, 1),
+        "steps": steps, "batch": batch, "lr": lr, "seed": seed, "tokens": tokens_seen, "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -167,8 +167,8 @@ def cost(
     8-bit ones with scales) read and written and a half-precision shadow written. Torch writes the gradient, reads it again,
     and goes over the weights twice more."""
     state = f * d * (8 + 4 * moment_itemsize + 2) + (16 * f if moment_itemsize == 1 else 0)
-    again = 0 if backend == "triton" else f * d * (8 + 16)
-    return Cost(2.0 * nnz * d + 12.0 * f * d, nnz * (d * itemsize + 16) + state + again)
+    extra = 0 if backend == "triton" else f * d * (8 + 16)
+    return Cost(2.0 * nnz * d + 12.0 * f * d, nnz * (d * itemsize + 16) + state + extra)
 
 
 def _check(parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None, matrix: bool = False) -> None:
@@ -192,10 +192,12 @@ def _check(parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | N
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     if matrix and parameter.ndim != 2:
         raise ValueError(f"parameter must be [F, D] for unit_norm and for narrow moments, got {list(parameter.shape)}")
-    runs = {rate.shape for rate in (*rates[:3], rates.seed) if rate is not None}
-    rows = len(parameter) if parameter.ndim else 1
-    if len(runs) > 1 or any(len(run) > 1 or (run and (not run[0] or rows % run[0])) for run in runs):
-        raise ValueError(f"rates must be scalars, or [S] with S a divisor of {rows}, got {[list(run) for run in runs]}")
+    shapes = {rate.shape for rate in (*rates[:3], rates.seed) if rate is not None}
+    n_rows = len(parameter) if parameter.ndim else 1
+    if len(shapes) > 1 or any(len(shape) > 1 or (shape and (not shape[0] or n_rows % shape[0])) for shape in shapes):
+        raise ValueError(
+            f"rates must be scalars, or [S] with S a divisor of {n_rows}, got {[list(shape) for shape in shapes]}"
+        )
     tensors |= dict(scales=moments.scales, step_size=rates.step_size, seed=rates.seed, skip=rates.skip)
     check_one_device(parameter=parameter, **tensors)
 

@@ -23,7 +23,7 @@ def adam(
     if rates.skip is not None and rates.skip:
         return
     grad = _across(grad.to(parameter.dtype), parameter) if unit_norm else grad.to(parameter.dtype)
-    step_size, correction, factor = (_of_elements(rate, parameter) for rate in rates[:3])
+    step_size, correction, factor = (_rate_per_element(rate, parameter) for rate in rates[:3])
     grad = grad * factor
     mean, square = (moment.to(parameter.dtype) for moment in widen(moments))
     mean = rates.beta1 * mean + (1 - rates.beta1) * grad
@@ -53,8 +53,8 @@ def widen(moments: "Moments") -> tuple[Tensor, Tensor]:
     if moments.scales is None:
         return moments.exp_avg, moments.exp_avg_sq
     mean, square = moments.exp_avg.int(), moments.exp_avg_sq.int()
-    of_mean, of_square = moments.scales.split(1, dim=1)
-    return mean.sign() * _size(mean.abs(), MEAN_ZERO) * of_mean, _size(square, SQUARE_ZERO) * of_square
+    mean_scale, square_scale = moments.scales.split(1, dim=1)
+    return mean.sign() * _size(mean.abs(), MEAN_ZERO) * mean_scale, _size(square, SQUARE_ZERO) * square_scale
 
 
 def _store(moments: "Moments", mean: Tensor, square: Tensor, seed: Tensor | None) -> None:
@@ -63,18 +63,21 @@ def _store(moments: "Moments", mean: Tensor, square: Tensor, seed: Tensor | None
         moments.exp_avg_sq.copy_(square)
         return
     mean, square = mean.float(), square.float()
-    bits = torch.cat([_random_bits(run, len(mean) // seed.numel(), mean.shape[1]) for run in seed.view(-1)])
-    for_mean, for_square = bits & 0xFFFF, bits >> 16 & 0xFFFF
+    bits = torch.cat([_random_bits(scalar, len(mean) // seed.numel(), mean.shape[1]) for scalar in seed.view(-1)])
+    mean_bits, square_bits = bits & 0xFFFF, bits >> 16 & 0xFFFF
     if moments.scales is None:
-        for moment, value, added in ((moments.exp_avg, mean, for_mean), (moments.exp_avg_sq, square, for_square)):
-            moment.copy_((value.view(torch.int32) + added & -0x10000).view(torch.float32))
+        for moment, value, random_bits in (
+            (moments.exp_avg, mean, mean_bits),
+            (moments.exp_avg_sq, square, square_bits),
+        ):
+            moment.copy_((value.view(torch.int32) + random_bits & -0x10000).view(torch.float32))
         return
     for scale, value, zero in zip(moments.scales.T, (mean, square), (MEAN_ZERO, SQUARE_ZERO), strict=True):
         scale.copy_(value.abs().amax(1).clamp_min(LEAST) / (1.875 - 2.0**zero))
-    of_mean, of_square = moments.scales.split(1, dim=1)
-    code = _code(mean.abs(), of_mean, for_mean, MEAN_ZERO, MEAN_LARGEST)
+    mean_scale, square_scale = moments.scales.split(1, dim=1)
+    code = _code(mean.abs(), mean_scale, mean_bits, MEAN_ZERO, MEAN_LARGEST)
     moments.exp_avg.copy_(torch.where(mean < 0, -code, code))
-    code = _code(square, of_square, for_square, SQUARE_ZERO, SQUARE_LARGEST)
+    code = _code(square, square_scale, square_bits, SQUARE_ZERO, SQUARE_LARGEST)
     moments.exp_avg_sq.copy_(torch.maximum(code, (square > 0).int()))
 
 
@@ -84,8 +87,8 @@ def _size(code: Tensor, zero: int) -> Tensor:
 
 def _code(size: Tensor, scale: Tensor, bits: Tensor, zero: int, largest: int) -> Tensor:
     """int32, one of the two codes around size / scale. The 16 bits decide over 20: 8 is half of what they can't."""
-    found = (size * (1 / scale) + 2.0**zero).view(torch.int32)
-    return ((found + (bits << 4) + 8 >> 20) - (127 + zero << 3)).clamp_max(largest)
+    raw = (size * (1 / scale) + 2.0**zero).view(torch.int32)
+    return ((raw + (bits << 4) + 8 >> 20) - (127 + zero << 3)).clamp_max(largest)
 
 
 def _random_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
@@ -108,7 +111,7 @@ def _across(grad: Tensor, W: Tensor) -> Tensor:
     return grad - (grad * W).sum(1, keepdim=True) * W
 
 
-def _of_elements(rate: Tensor, parameter: Tensor) -> Tensor:
+def _rate_per_element(rate: Tensor, parameter: Tensor) -> Tensor:
     """The rate of each element, for one rate or one for each of S equal runs of rows."""
     if rate.dim() == 0:
         return rate

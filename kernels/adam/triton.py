@@ -48,8 +48,8 @@ def size_of(code, ZERO: tl.constexpr):
 
 @triton.jit
 def code_of(size, inverse, bits, ZERO: tl.constexpr, LARGEST: tl.constexpr):
-    found = (size * inverse + 2.0**ZERO).to(tl.int32, bitcast=True)
-    return tl.minimum((found + (bits << 4) + 8 >> 20) - (127 + ZERO << 3), LARGEST)
+    raw = (size * inverse + 2.0**ZERO).to(tl.int32, bitcast=True)
+    return tl.minimum((raw + (bits << 4) + 8 >> 20) - (127 + ZERO << 3), LARGEST)
 
 
 @triton.jit
@@ -70,9 +70,9 @@ def load_moments(m_ptrs, v_ptrs, m_scale, v_scale, inside, BITS: tl.constexpr):
 
 
 @triton.jit
-def store_moments(m, v, m_ptrs, v_ptrs, m_inverse, v_inverse, of_row, columns, inside, BITS: tl.constexpr):
+def store_moments(m, v, m_ptrs, v_ptrs, m_inverse, v_inverse, row_hash, columns, inside, BITS: tl.constexpr):
     if BITS < 32:
-        bits = mix(of_row ^ columns)
+        bits = mix(row_hash ^ columns)
     if BITS == 8:
         code = code_of(tl.abs(m), m_inverse, bits & 0xFFFF, MEAN_ZERO, MEAN_LARGEST)
         tl.store(m_ptrs, tl.where(m < 0, -code, code).to(tl.int8), mask=inside)
@@ -94,13 +94,13 @@ def update_row(
     UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Adam on one row of weights [F, D], in two pieces of columns. Runs of RUN rows have rates of their own."""
-    run = row.to(tl.int32) // RUN
-    step_size = tl.load(step_size_ptr + run)
-    correction = tl.load(correction_ptr + run)
-    factor = tl.load(factor_ptr + run)
-    of_row = 0
+    dictionary = row.to(tl.int32) // RUN
+    step_size = tl.load(step_size_ptr + dictionary)
+    correction = tl.load(correction_ptr + dictionary)
+    factor = tl.load(factor_ptr + dictionary)
+    row_hash = 0
     if BITS < 32:
-        of_row = mix(tl.load(seed_ptr + run) + row.to(tl.int32) % RUN)
+        row_hash = mix(tl.load(seed_ptr + dictionary) + row.to(tl.int32) % RUN)
     m_ptr += row * D
     v_ptr += row * D
     m_scale = 1.0
@@ -114,14 +114,14 @@ def update_row(
         step_size, correction, factor, beta1, beta2, new1, new2, eps,
     )  # fmt: skip
     if BITS > 8:  # there is no scale to wait for, and their registers are wanted
-        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, 1.0, 1.0, of_row, high, high < D, BITS)
+        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, 1.0, 1.0, row_hash, high, high < D, BITS)
     m_low, v_low = load_moments(m_ptr + low, v_ptr + low, m_scale, v_scale, low < D, BITS)
     w_low, m_low, v_low = step(
         w_low, grad_low, m_low, v_low, low < D,
         step_size, correction, factor, beta1, beta2, new1, new2, eps,
     )  # fmt: skip
     if BITS > 8:
-        store_moments(m_low, v_low, m_ptr + low, v_ptr + low, 1.0, 1.0, of_row, low, low < D, BITS)
+        store_moments(m_low, v_low, m_ptr + low, v_ptr + low, 1.0, 1.0, row_hash, low, low < D, BITS)
     else:
         largest = tl.maximum(tl.max(tl.abs(m_high), 0), tl.max(tl.abs(m_low), 0))
         m_scale = tl.maximum(largest, LEAST) / (1.875 - 2.0**MEAN_ZERO)
@@ -131,8 +131,8 @@ def update_row(
         tl.store(scales_ptr + 2 * row + 1, v_scale)
         m_inverse = 1 / m_scale
         v_inverse = 1 / v_scale
-        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, m_inverse, v_inverse, of_row, high, high < D, BITS)
-        store_moments(m_low, v_low, m_ptr + low, v_ptr + low, m_inverse, v_inverse, of_row, low, low < D, BITS)
+        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, m_inverse, v_inverse, row_hash, high, high < D, BITS)
+        store_moments(m_low, v_low, m_ptr + low, v_ptr + low, m_inverse, v_inverse, row_hash, low, low < D, BITS)
     if UNIT_NORM:
         norm = tl.sqrt(tl.sum(w_high * w_high, 0) + tl.sum(w_low * w_low, 0))
         w_high = w_high / norm
@@ -154,20 +154,20 @@ def adam_kernel(
     if HAS_SKIP:  # noqa: SIM102 - known when compiling
         if tl.load(skip_ptr) != 0:
             return
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    run = (at // RUN).to(tl.int32)
-    inside = at < SIZE
-    w = tl.load(w_ptr + at, mask=inside, other=0.0)
-    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    m, v = load_moments(m_ptr + at, v_ptr + at, 1.0, 1.0, inside, 32)
-    step_size = tl.load(step_size_ptr + run, mask=inside, other=0.0)
-    correction = tl.load(correction_ptr + run, mask=inside, other=1.0)
-    factor = tl.load(factor_ptr + run, mask=inside, other=0.0)
+    elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dictionary = (elements // RUN).to(tl.int32)
+    inside = elements < SIZE
+    w = tl.load(w_ptr + elements, mask=inside, other=0.0)
+    grad = tl.load(grad_ptr + elements, mask=inside, other=0.0).to(tl.float32)
+    m, v = load_moments(m_ptr + elements, v_ptr + elements, 1.0, 1.0, inside, 32)
+    step_size = tl.load(step_size_ptr + dictionary, mask=inside, other=0.0)
+    correction = tl.load(correction_ptr + dictionary, mask=inside, other=1.0)
+    factor = tl.load(factor_ptr + dictionary, mask=inside, other=0.0)
     w, m, v = step(w, grad, m, v, inside, step_size, correction, factor, beta1, beta2, new1, new2, eps)
-    store_moments(m, v, m_ptr + at, v_ptr + at, 1.0, 1.0, 0, at, inside, 32)
-    tl.store(w_ptr + at, w, mask=inside)
+    store_moments(m, v, m_ptr + elements, v_ptr + elements, 1.0, 1.0, 0, elements, inside, 32)
+    tl.store(w_ptr + elements, w, mask=inside)
     if HAS_SHADOW:
-        tl.store(shadow_ptr + at, w.to(shadow_ptr.dtype.element_ty), mask=inside)
+        tl.store(shadow_ptr + elements, w.to(shadow_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -202,7 +202,7 @@ def adam_matrix_kernel(
 def adam_rows_kernel(
     values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, center_ptr, ones_ptr,
     w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr, norms_ptr,
-    M, D, stride_row, CENTER_RUN, RUN, beta1, beta2, new1, new2, eps,
+    M, D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
     HAS_CENTER: tl.constexpr, UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_SHADOW: tl.constexpr,
     HAS_SKIP: tl.constexpr, BITS: tl.constexpr,
     HIGH: tl.constexpr, LOW: tl.constexpr,
@@ -225,7 +225,7 @@ def adam_rows_kernel(
     )  # fmt: skip
     if HAS_CENTER:
         ones = tl.load(ones_ptr + latent)
-        center_ptr += tl.program_id(0) // CENTER_RUN * D
+        center_ptr += tl.program_id(0) // LATENTS_PER_CENTER * D
         grad_high -= ones * tl.load(center_ptr + high, mask=high < D, other=0.0).to(tl.float32)
         grad_low -= ones * tl.load(center_ptr + low, mask=low < D, other=0.0).to(tl.float32)
     if UPDATE | UNIT_NORM:
@@ -251,18 +251,18 @@ def adam(
     if not parameter.numel():
         return
     tensors, numbers, flags = _arguments(parameter, moments, rates, shadow)
-    size, runs, grad = parameter.numel(), rates.step_size.numel(), grad.contiguous()
+    size, n_dictionaries, grad = parameter.numel(), rates.step_size.numel(), grad.contiguous()
     if unit_norm or flags["BITS"] < 32:
         f, d = parameter.shape
         high, low = pieces(d)
         adam_matrix_kernel[(f,)](
-            parameter, grad, *tensors[1:], d, f // runs, *numbers,
+            parameter, grad, *tensors[1:], d, f // n_dictionaries, *numbers,
             UNIT_NORM=unit_norm, **flags, HIGH=high, LOW=low, **launch_options("adam_matrix", parameter),
         )  # fmt: skip
     else:
-        options, (w, m, v, _, shadow_or_w, *rates_of_runs, _, skip) = launch_options("adam", parameter), tensors
+        options, (w, m, v, _, shadow_or_w, *rates_of_dictionaries, _, skip) = launch_options("adam", parameter), tensors
         adam_kernel[(triton.cdiv(size, options["BLOCK"]),)](
-            w, grad, m, v, shadow_or_w, *rates_of_runs, skip, size, size // runs, *numbers,
+            w, grad, m, v, shadow_or_w, *rates_of_dictionaries, skip, size, size // n_dictionaries, *numbers,
             HAS_SHADOW=flags["HAS_SHADOW"], HAS_SKIP=flags["HAS_SKIP"], **options,
         )  # fmt: skip
 

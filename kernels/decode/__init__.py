@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import check_floating, check_one_device, check_runs, check_shape
+from ..checks import check_centers, check_floating, check_one_device, check_shape
 from ..code import SparseCode
 from ..cost import Cost
 from . import reference
@@ -26,7 +26,7 @@ def decode(
     trusted to lie in [0, F). Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     d = _check_decoder(code, W_dec)
-    check_runs("b_dec", b_dec, d, code.n_tokens)
+    check_centers("b_dec", b_dec, d, code.n_tokens)
     check_floating(b_dec=b_dec, target=target)
     if target is not None:
         _check_target(code, target, d)
@@ -61,17 +61,17 @@ def reconstruct(
     devices that do not fit.
     """
     d = _check_decoder(code, W_dec)
-    check_runs("b_dec", b_dec, d, code.n_tokens)
+    check_centers("b_dec", b_dec, d, code.n_tokens)
     check_floating(b_dec=b_dec, target=target)
     _check_target(code, target, d)
     check_one_device(code=code.values, W_dec=W_dec, b_dec=b_dec, target=target)
     cost = _cost_of(code, W_dec)
-    run = reference.reconstruct
+    implementation = reference.reconstruct
     if choose("reconstruct", W_dec, code.values, b_dec, target, cost=cost, backend=backend) == "triton":
         from . import triton
 
-        run = triton.reconstruct
-    return Reconstruction(*run(code, W_dec, b_dec, target))
+        implementation = triton.reconstruct
+    return Reconstruction(*implementation(code, W_dec, b_dec, target))
 
 
 def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor, *, backend: str | None = None) -> Tensor:

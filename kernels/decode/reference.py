@@ -11,7 +11,7 @@ def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None
     x_hat = _decode(code, W_dec, b_dec)
     if target is None:
         return x_hat.to(W_dec.dtype)
-    return (_for_each(x_hat, target) - x_hat).to(target.dtype)
+    return (_target_per_token(x_hat, target) - x_hat).to(target.dtype)
 
 
 def _decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -23,14 +23,14 @@ def _decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     return x_hat + b_dec.to(wide)
 
 
-def _for_each(x_hat: Tensor, target: Tensor) -> Tensor:
+def _target_per_token(x_hat: Tensor, target: Tensor) -> Tensor:
     """The target of every row of x_hat."""
     return target.to(x_hat.dtype).repeat(len(x_hat) // len(target), 1)
 
 
 def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x_hat = _decode(code, W_dec, b_dec)
-    residual = _for_each(x_hat, target) - x_hat
+    residual = _target_per_token(x_hat, target) - x_hat
     return residual.to(target.dtype), residual.square().sum(1), _dots(code, W_dec, residual)
 
 
@@ -38,13 +38,13 @@ def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor) -> Tensor:
     return _dots(code, W_dec, grad).to(code.values.dtype)
 
 
-def _dots(code: SparseCode, W_dec: Tensor, rows: Tensor) -> Tensor:
-    """<rows[n], W_dec[indices[n, k]]> of every entry, in the wider dtype."""
+def _dots(code: SparseCode, W_dec: Tensor, vectors: Tensor) -> Tensor:
+    """<vectors[n], W_dec[indices[n, k]]> of every entry, in the wider dtype."""
     wide = accumulation_dtype(W_dec)
     index, tokens, starts = code.live(code.indices).flatten(), code.rows.flatten().int(), _starts(code).int()
     # The backward of embedding_bag in its weights, without its forward: a dot product per entry and no [N, K, D] gather.
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        rows.to(wide), W_dec.to(wide), index, starts, tokens, 0
+        vectors.to(wide), W_dec.to(wide), index, starts, tokens, 0
     )
     return code.live(dots.view(code.values.shape))
 

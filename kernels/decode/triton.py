@@ -22,12 +22,12 @@ def entries_of(token, offsets_ptr, K, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def gather(values_ptr, indices_ptr, w_ptr, first, nth, count, dims, D, stride_w):
+def gather(values_ptr, indices_ptr, w_ptr, first, slots, count, dims, D, stride_w):
     """values [BLOCK_K] and rows of W_dec [BLOCK_K, BLOCK_D] of some of a token's entries."""
-    latents = tl.load(indices_ptr + first + nth, mask=nth < count, other=0).to(tl.int64)
-    values = tl.load(values_ptr + first + nth, mask=nth < count, other=0.0).to(tl.float32)
+    latents = tl.load(indices_ptr + first + slots, mask=slots < count, other=0).to(tl.int64)
+    values = tl.load(values_ptr + first + slots, mask=slots < count, other=0.0).to(tl.float32)
     w_ptrs = w_ptr + latents[:, None] * stride_w + dims[None, :]
-    return values, tl.load(w_ptrs, mask=(nth < count)[:, None] & (dims < D)[None, :], other=0.0)
+    return values, tl.load(w_ptrs, mask=(slots < count)[:, None] & (dims < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -45,8 +45,8 @@ def decode_kernel(
 
     acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     for start in tl.range(0, count, BLOCK_K, num_stages=STAGES):
-        nth = start + tl.arange(0, BLOCK_K)
-        values, w = gather(values_ptr, indices_ptr, w_ptr, first, nth, count, dims, D, stride_w)
+        slots = start + tl.arange(0, BLOCK_K)
+        values, w = gather(values_ptr, indices_ptr, w_ptr, first, slots, count, dims, D, stride_w)
         acc += values[:, None] * w.to(tl.float32)
 
     b_ptr += token // RUN * D
@@ -67,15 +67,15 @@ def reconstruct_kernel(
     tile = tl.program_id(1).to(tl.int64)
     dims = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     first, count = entries_of(token, offsets_ptr, K, RAGGED)
-    nth = tl.arange(0, BLOCK_K)
+    slots = tl.arange(0, BLOCK_K)
 
     if ONCE:  # all rows of the token at once: gathered for x_hat, they are there for the projection too
-        values, w = gather(values_ptr, indices_ptr, w_ptr, first, nth, count, dims, D, stride_w)
+        values, w = gather(values_ptr, indices_ptr, w_ptr, first, slots, count, dims, D, stride_w)
         x_hat = tl.sum(values[:, None] * w.to(tl.float32), 0)
     else:
         acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
         for start in range(0, count, BLOCK_K):
-            values, w = gather(values_ptr, indices_ptr, w_ptr, first, start + nth, count, dims, D, stride_w)
+            values, w = gather(values_ptr, indices_ptr, w_ptr, first, start + slots, count, dims, D, stride_w)
             acc += values[:, None] * w.to(tl.float32)
         x_hat = tl.sum(acc, 0)
     x_hat += tl.load(b_ptr + token // RUN * D + dims, mask=dims < D, other=0.0).to(tl.float32)
@@ -86,12 +86,12 @@ def reconstruct_kernel(
 
     projection_ptr += tile * CAPACITY + first
     if ONCE:
-        tl.store(projection_ptr + nth, tl.sum(w.to(tl.float32) * residual[None, :], 1), mask=nth < count)
+        tl.store(projection_ptr + slots, tl.sum(w.to(tl.float32) * residual[None, :], 1), mask=slots < count)
     else:
         for start in range(0, count, BLOCK_K):
-            values, w = gather(values_ptr, indices_ptr, w_ptr, first, start + nth, count, dims, D, stride_w)
+            values, w = gather(values_ptr, indices_ptr, w_ptr, first, start + slots, count, dims, D, stride_w)
             dots = tl.sum(w.to(tl.float32) * residual[None, :], 1)
-            tl.store(projection_ptr + start + nth, dots, mask=start + nth < count)
+            tl.store(projection_ptr + start + slots, dots, mask=start + slots < count)
 
 
 @triton.jit
@@ -103,16 +103,16 @@ def values_grad_kernel(
     token = tl.program_id(0).to(tl.int64)
     first, count = entries_of(token, offsets_ptr, K, RAGGED)
     for start in range(0, count, BLOCK_K):
-        nth = start + tl.arange(0, BLOCK_K)
-        latents = tl.load(indices_ptr + first + nth, mask=nth < count, other=0).to(tl.int64)
+        slots = start + tl.arange(0, BLOCK_K)
+        latents = tl.load(indices_ptr + first + slots, mask=slots < count, other=0).to(tl.int64)
         acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
         for tile in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             dims = tile + tl.arange(0, BLOCK_D)
             grad = tl.load(grad_ptr + token * stride_grad + dims, mask=dims < D, other=0.0)
             w_ptrs = w_ptr + latents[:, None] * stride_w + dims[None, :]
-            w = tl.load(w_ptrs, mask=(nth < count)[:, None] & (dims < D)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=(slots < count)[:, None] & (dims < D)[None, :], other=0.0)
             acc += w.to(tl.float32) * grad.to(tl.float32)[None, :]
-        tl.store(out_ptr + first + nth, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=nth < count)
+        tl.store(out_ptr + first + slots, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=slots < count)
 
 
 def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None) -> Tensor:
@@ -144,8 +144,8 @@ def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) 
     residual = torch.empty((n, d), dtype=target.dtype, device=target.device)
     errors = torch.empty((tiles, n), dtype=torch.float32, device=target.device)
     # Unused entries of a ragged code are not written.
-    make = torch.zeros if code.ragged else torch.empty
-    projections = make((tiles, *code.values.shape), dtype=torch.float32, device=target.device)
+    allocate = torch.zeros if code.ragged else torch.empty
+    projections = allocate((tiles, *code.values.shape), dtype=torch.float32, device=target.device)
     reconstruct_kernel[(n, tiles)](
         code.values.contiguous(), code.indices.contiguous(), code.indices if code.offsets is None else code.offsets,
         W_dec, b_dec.contiguous(), target, residual, errors, projections,
@@ -158,8 +158,8 @@ def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) 
 
 def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor) -> Tensor:
     W_dec, grad = _with_unit_stride(W_dec), _with_unit_stride(grad)
-    make = torch.zeros if code.ragged else torch.empty  # unused entries are not written
-    out = make(code.values.shape, dtype=code.values.dtype, device=W_dec.device)
+    allocate = torch.zeros if code.ragged else torch.empty  # unused entries are not written
+    out = allocate(code.values.shape, dtype=code.values.dtype, device=W_dec.device)
     values_grad_kernel[(code.n_tokens,)](
         code.indices.contiguous(), code.indices if code.offsets is None else code.offsets, W_dec, grad, out,
         W_dec.shape[1], 0 if code.ragged else code.values.shape[1], W_dec.stride(0), grad.stride(0),
@@ -169,5 +169,5 @@ def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor) -> Tensor:
     return out
 
 
-def _with_unit_stride(rows: Tensor) -> Tensor:
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+def _with_unit_stride(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

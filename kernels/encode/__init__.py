@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import check_floating, check_one_device, check_positions, check_runs, check_shape
+from ..checks import check_centers, check_floating, check_one_device, check_positions, check_shape
 from ..cost import Cost
 from ..masks import GaussianMask, Mask
 from . import reference
@@ -46,8 +46,8 @@ def encode(
 
 def cost(n: int, d: int, f: int, *, itemsize: int = 2, masked: bool = False, backend: str = "triton") -> Cost:
     """N*D*F multiply-adds. Triton writes acts once; torch goes over them again for the rectifier and for the mask."""
-    again = 0 if backend == "triton" else (2 + 4 * masked) * n * f + 2 * n * d
-    return Cost(2.0 * n * d * f, itemsize * (n * d + d * f + n * f + again))
+    extra = 0 if backend == "triton" else (2 + 4 * masked) * n * f + 2 * n * d
+    return Cost(2.0 * n * d * f, itemsize * (n * d + d * f + n * f + extra))
 
 
 def check_encoder(
@@ -61,7 +61,7 @@ def check_encoder(
     if W_enc.dtype != x.dtype:
         raise ValueError(f"W_enc must have x's dtype {x.dtype}, got {W_enc.dtype}")
     if center is not None:
-        check_runs("center", center, d, f)
+        check_centers("center", center, d, f)
     if mask is not None:
         if pos is None:
             raise ValueError("mask needs pos, the position of each token")
@@ -72,8 +72,8 @@ def check_encoder(
             t = _matrix("mask", mask)[0]
             check_shape("mask", mask, T=t, F=f)
             check_positions(pos, n, t)
-    of_mask = mask.centre if isinstance(mask, GaussianMask) else mask
-    check_one_device(x=x, W_enc=W_enc, b_enc=b_enc, center=center, mask=of_mask, pos=pos)
+    mask_tensor = mask.centre if isinstance(mask, GaussianMask) else mask
+    check_one_device(x=x, W_enc=W_enc, b_enc=b_enc, center=center, mask=mask_tensor, pos=pos)
     return f
 
 
@@ -87,8 +87,10 @@ def choose_encoder(
     def cost_of(backend: str) -> Cost:
         return cost(n, d, f, itemsize=x.element_size(), masked=masked, backend=backend)
 
-    others = [t for t in (b_enc, center, mask.centre if isinstance(mask, GaussianMask) else mask) if t is not None]
-    return choose(op, x, W_enc, *others, cost=cost_of, backend=backend)
+    optional_tensors = [
+        t for t in (b_enc, center, mask.centre if isinstance(mask, GaussianMask) else mask) if t is not None
+    ]
+    return choose(op, x, W_enc, *optional_tensors, cost=cost_of, backend=backend)
 
 
 def _matrix(name: str, tensor: Tensor) -> tuple[int, int]:

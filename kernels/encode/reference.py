@@ -12,8 +12,8 @@ def encode(
 ) -> Tensor:
     """Not rounded to x's dtype yet, where it was accumulated in a wider one."""
     if center is not None and center.dim() == 2:
-        of_each = zip(W_enc.chunk(len(center), 1), b_enc.chunk(len(center)), center, strict=True)
-        acts = torch.cat([encode(x, W, b, one, None, None, relu) for W, b, one in of_each], 1)
+        blocks = zip(W_enc.chunk(len(center), 1), b_enc.chunk(len(center)), center, strict=True)
+        acts = torch.cat([encode(x, W, b, c, None, None, relu) for W, b, c in blocks], 1)
         return acts if mask is None or pos is None else acts * weights_at(mask, pos)
     wide = accumulation_dtype(x)
     if x.is_cuda:  # a half-precision product on CUDA accumulates in float32 by itself, from operands in half precision

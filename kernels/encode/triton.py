@@ -27,12 +27,12 @@ def tile_of(program, N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GROUP_N
 
 
 @triton.jit
-def is_empty(used_ptr, pos_ptr, rows, tile_f, N, F, BLOCK_F: tl.constexpr):
+def is_empty(used_ptr, pos_ptr, tokens, tile_f, N, F, BLOCK_F: tl.constexpr):
     """Whether a hard mask is off for the whole tile. `used` [T + 1, tiles] counts the positions below each at which some
     latent of the tile is on; the tile's tokens are taken to be at all positions from its least to its greatest."""
     tiles_f = tl.cdiv(F, BLOCK_F)
-    positions = tl.load(pos_ptr + rows, mask=rows < N, other=0).to(tl.int64)
-    first = tl.min(tl.where(rows < N, positions, 0x7FFFFFFF), 0)
+    positions = tl.load(pos_ptr + tokens, mask=tokens < N, other=0).to(tl.int64)
+    first = tl.min(tl.where(tokens < N, positions, 0x7FFFFFFF), 0)
     last = tl.max(positions, 0)
     return tl.load(used_ptr + first * tiles_f + tile_f) == tl.load(used_ptr + (last + 1) * tiles_f + tile_f)
 
@@ -44,19 +44,19 @@ def preactivations(
     MASK: tl.constexpr, SCALED: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
-    """x @ W_enc + b for this program's tile, in float32, with its rows, columns and place among the tiles of latents. With
+    """x @ W_enc + b for this program's tile, in float32, with its tokens, columns and place among the tiles of latents. With
     SCALED, x and W_enc have a scale for each row and latent. Where a hard mask is off for all of the tile, no product."""
     tile_n, tile_f = tile_of(tl.program_id(0), N, F, BLOCK_N, BLOCK_F, GROUP_N)
-    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
     length = D
     if MASK == BITS:
-        length = tl.where(is_empty(used_ptr, pos_ptr, rows, tile_f, N, F, BLOCK_F), 0, D)  # no turn of the main loop
+        length = tl.where(is_empty(used_ptr, pos_ptr, tokens, tile_f, N, F, BLOCK_F), 0, D)  # no turn of the main loop
     depth = tl.arange(0, BLOCK_D)
     # Rows and columns past the end wrap around instead of being masked in the main loop; they are never stored.
-    rows_in = (rows % N).to(tl.int64)
+    tokens_in = (tokens % N).to(tl.int64)
     cols_in = (cols % F).to(tl.int64)
-    x_ptrs = x_ptr + rows_in[:, None] * stride_x + depth[None, :]
+    x_ptrs = x_ptr + tokens_in[:, None] * stride_x + depth[None, :]
     w_ptrs = w_ptr + depth[:, None].to(tl.int64) * stride_wd + cols_in[None, :] * stride_wf
     acc = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
     for start in range(0, length, BLOCK_D):
@@ -70,28 +70,28 @@ def preactivations(
         x_ptrs += BLOCK_D
         w_ptrs += BLOCK_D * stride_wd
     if SCALED:
-        x_scale = tl.load(x_scale_ptr + rows, mask=rows < N, other=0.0)
+        x_scale = tl.load(x_scale_ptr + tokens, mask=tokens < N, other=0.0)
         acc *= x_scale[:, None] * tl.load(w_scale_ptr + cols, mask=cols < F, other=0.0)[None, :]
     bias = tl.load(b_ptr + cols, mask=cols < F, other=0.0)
-    return acc + bias[None, :], rows, cols, tile_f
+    return acc + bias[None, :], tokens, cols, tile_f
 
 
 @triton.jit
-def masked(acts, mask_ptr, sharpness, pos_ptr, rows, cols, tile_f, N, F, MASK: tl.constexpr, BLOCK_F: tl.constexpr):
+def masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK: tl.constexpr, BLOCK_F: tl.constexpr):
     """acts * mask[pos] for a tile."""
     if MASK != NO_MASK:
-        positions = tl.load(pos_ptr + rows, mask=rows < N, other=0).to(tl.int64)
+        positions = tl.load(pos_ptr + tokens, mask=tokens < N, other=0).to(tl.int64)
         if MASK == BITS:
             WORDS: tl.constexpr = BLOCK_F // 32
-            row_words = tl.cdiv(F, 32)
+            words_per_position = tl.cdiv(F, 32)
             word = tile_f * WORDS + tl.arange(0, WORDS)
-            word_ptrs = mask_ptr + positions[:, None] * row_words + word[None, :]
-            words = tl.load(word_ptrs, mask=(rows < N)[:, None] & (word < row_words)[None, :], other=0)
+            word_ptrs = mask_ptr + positions[:, None] * words_per_position + word[None, :]
+            words = tl.load(word_ptrs, mask=(tokens < N)[:, None] & (word < words_per_position)[None, :], other=0)
             bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
             acts *= tl.reshape(bits, acts.shape).to(tl.float32)
         elif MASK == TABLE:
             mask_ptrs = mask_ptr + positions[:, None] * F + cols[None, :]
-            acts *= tl.load(mask_ptrs, mask=(rows < N)[:, None] & (cols < F)[None, :], other=0).to(tl.float32)
+            acts *= tl.load(mask_ptrs, mask=(tokens < N)[:, None] & (cols < F)[None, :], other=0).to(tl.float32)
         else:  # GAUSSIAN
             centre = tl.load(mask_ptr + cols, mask=cols < F, other=0.0)
             distance = positions.to(tl.float32)[:, None] - centre[None, :]
@@ -106,15 +106,15 @@ def encode_kernel(
     RELU: tl.constexpr, MASK: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
-    acts, rows, cols, tile_f = preactivations(
+    acts, tokens, cols, tile_f = preactivations(
         x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, x_ptr, w_ptr, N, D, F, stride_x, stride_wd, stride_wf,
         MASK, False, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
     )  # fmt: skip
     if RELU:
         acts = tl.where(acts < 0, 0.0, acts)  # unlike maximum, lets NaN through
-    acts = masked(acts, mask_ptr, sharpness, pos_ptr, rows, cols, tile_f, N, F, MASK, BLOCK_F)
-    acts_ptrs = acts_ptr + rows[:, None].to(tl.int64) * F + cols[None, :]
-    tl.store(acts_ptrs, acts.to(acts_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (cols < F)[None, :])
+    acts = masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK, BLOCK_F)
+    acts_ptrs = acts_ptr + tokens[:, None].to(tl.int64) * F + cols[None, :]
+    tl.store(acts_ptrs, acts.to(acts_ptr.dtype.element_ty), mask=(tokens < N)[:, None] & (cols < F)[None, :])
 
 
 @triton.jit
@@ -124,18 +124,18 @@ def fold_kernel(
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The bias that centres x: b_enc - center @ W_enc, [F] in float32; each RUN of latents has a centre of its own."""
-    nth = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    cols = tl.program_id(1) * RUN + nth
+    offsets = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    cols = tl.program_id(1) * RUN + offsets
     center_ptr += tl.program_id(1) * D
     acc = tl.zeros((BLOCK_F, BLOCK_D), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         depth = start + tl.arange(0, BLOCK_D)
         center = tl.load(center_ptr + depth, mask=depth < D, other=0.0).to(tl.float32)
         w_ptrs = w_ptr + cols[:, None].to(tl.int64) * stride_wf + depth[None, :].to(tl.int64) * stride_wd
-        w = tl.load(w_ptrs, mask=(nth < RUN)[:, None] & (depth < D)[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=(offsets < RUN)[:, None] & (depth < D)[None, :], other=0.0)
         acc += w.to(tl.float32) * center[None, :]
-    b = tl.load(b_ptr + cols, mask=nth < RUN, other=0.0).to(tl.float32)
-    tl.store(out_ptr + cols, b - tl.sum(acc, 1), mask=nth < RUN)
+    b = tl.load(b_ptr + cols, mask=offsets < RUN, other=0.0).to(tl.float32)
+    tl.store(out_ptr + cols, b - tl.sum(acc, 1), mask=offsets < RUN)
 
 
 class Operands(NamedTuple):
@@ -183,19 +183,19 @@ def operands(
     bias = b_enc.float().contiguous()
     if center is not None:
         (d, f), bias = W_enc.shape, torch.empty_like(bias)
-        run, fold = f * d // center.numel(), launch_options("fold", x)
-        fold_kernel[(triton.cdiv(run, fold["BLOCK_F"]), f // run)](
-            W_enc, b_enc.contiguous(), center.contiguous(), bias, d, run, *W_enc.stride(), **fold
+        latents_per_center, fold_options = f * d // center.numel(), launch_options("fold", x)
+        fold_kernel[(triton.cdiv(latents_per_center, fold_options["BLOCK_F"]), f // latents_per_center)](
+            W_enc, b_enc.contiguous(), center.contiguous(), bias, d, latents_per_center, *W_enc.stride(), **fold_options
         )
-    kind, stored, used, sharpness = NO_MASK, x, x, 0.0
+    kind, mask_tensor, used, sharpness = NO_MASK, x, x, 0.0
     if isinstance(mask, GaussianMask):
-        kind, stored, sharpness = GAUSSIAN, mask.centre.float().contiguous(), mask.sharpness
+        kind, mask_tensor, sharpness = GAUSSIAN, mask.centre.float().contiguous(), mask.sharpness
     elif mask is not None and mask.dtype == torch.bool:
-        kind, (stored, used) = BITS, hard(mask, options["BLOCK_F"])
+        kind, (mask_tensor, used) = BITS, hard(mask, options["BLOCK_F"])
     elif mask is not None:
-        kind, stored = TABLE, mask.contiguous()
+        kind, mask_tensor = TABLE, mask.contiguous()
     pos = x if mask is None or pos is None else pos.contiguous()
-    return Operands(x, W_enc, bias, stored, pos, used, sharpness, kind.value, options)
+    return Operands(x, W_enc, bias, mask_tensor, pos, used, sharpness, kind.value, options)
 
 
 _hard: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -204,21 +204,21 @@ _hard: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def hard(mask: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     """A bool mask [T, F] in bits, int32 [T, F / 32], and what `is_empty` reads of it; kept until the mask is changed."""
     version = None if mask.is_inference() else mask._version
-    known = _hard.get(mask)
-    if known is None or known[0] != (version, tile) or version is None:
+    cached = _hard.get(mask)
+    if cached is None or cached[0] != (version, tile) or version is None:
         t, f = mask.shape
-        places = torch.tensor([1 << bit for bit in range(31)] + [-(1 << 31)], device=mask.device)
-        words = torch.nn.functional.pad(mask, (0, -f % 32)).view(t, -1, 32).mul(places).sum(2).int()
-        on = torch.nn.functional.pad(mask, (0, -f % tile)).view(t, -1, tile).any(2)
-        used = torch.cat([on.new_zeros(1, on.shape[1]).int(), on.cumsum(0, dtype=torch.int32)])
-        known = _hard[mask] = (version, tile), words, used
-    return known[1:]
+        bit_values = torch.tensor([1 << bit for bit in range(31)] + [-(1 << 31)], device=mask.device)
+        words = torch.nn.functional.pad(mask, (0, -f % 32)).view(t, -1, 32).mul(bit_values).sum(2).int()
+        is_on = torch.nn.functional.pad(mask, (0, -f % tile)).view(t, -1, tile).any(2)
+        used = torch.cat([is_on.new_zeros(1, is_on.shape[1]).int(), is_on.cumsum(0, dtype=torch.int32)])
+        cached = _hard[mask] = (version, tile), words, used
+    return cached[1:]
 
 
 def encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Mask | None, pos: Tensor | None, relu: bool
 ) -> Tensor:
-    given = operands("encode", x, W_enc, b_enc, center, mask, pos)
+    inputs = operands("encode", x, W_enc, b_enc, center, mask, pos)
     acts = torch.empty((len(x), W_enc.shape[1]), dtype=x.dtype, device=x.device)
-    encode_kernel[given.grid](*given.tensors, acts, *given.numbers, RELU=relu, **given.settings)
+    encode_kernel[inputs.grid](*inputs.tensors, acts, *inputs.numbers, RELU=relu, **inputs.settings)
     return acts

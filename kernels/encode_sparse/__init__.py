@@ -62,7 +62,7 @@ def encode_topk(
     Raises ValueError for shapes, dtypes or devices that do not fit, for k or aux_k out of range, and for `fp8` across the
     batch or on an older GPU.
     """
-    f = _latents_of_each(check_encoder(x, W_enc, b_enc, center, mask, pos), dictionaries)
+    f = _latents_per_dictionary(check_encoder(x, W_enc, b_enc, center, mask, pos), dictionaries)
     if not 1 <= k <= f:
         raise ValueError(f"k must lie in [1, F] = [1, {f}], got {k}")
     if not 0 <= aux_k <= f:
@@ -72,7 +72,7 @@ def encode_topk(
         check_one_device(x=x, aux_latents=aux_latents)
         if aux_latents.dtype != torch.bool:
             raise ValueError(f"aux_latents must be bool, got {aux_latents.dtype}")
-    chosen = choose_encoder("encode_topk", x, W_enc, b_enc, center, mask, cost=cost, backend=backend)
+    chosen_backend = choose_encoder("encode_topk", x, W_enc, b_enc, center, mask, cost=cost, backend=backend)
     if fp8:
         if across_batch:
             raise ValueError("fp8 is for the k largest of each token, not across_batch")
@@ -80,8 +80,8 @@ def encode_topk(
             raise ValueError(f"fp8 is for one dictionary, got {dictionaries}")
         if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
             raise ValueError("fp8 needs a GPU of sm_89 or later")
-        return _encode_fp8(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, chosen)
-    if chosen == "triton":
+        return _encode_fp8(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, chosen_backend)
+    if chosen_backend == "triton":
         from . import triton
 
         return triton.encode_topk(
@@ -90,7 +90,7 @@ def encode_topk(
     return reference.encode_topk(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, across_batch, dictionaries)
 
 
-def _latents_of_each(f: int, dictionaries: int) -> int:
+def _latents_per_dictionary(f: int, dictionaries: int) -> int:
     if dictionaries < 1 or f % dictionaries:
         raise ValueError(f"dictionaries must divide the {f} latents, got {dictionaries}")
     return f // dictionaries
@@ -108,7 +108,7 @@ def _encode_fp8(
 
         preselect = triton.preselect
 
-    def more(k: int) -> int:
+    def with_margin(k: int) -> int:
         return min(k + max(k // 2, 8), W_enc.shape[1]) if k else 0
 
     def rescored(code: SparseCode, k: int) -> SparseCode:
@@ -116,11 +116,11 @@ def _encode_fp8(
         acts = pre.relu() * (code.values > 0)  # what fills a code up stays zero
         if mask is not None and pos is not None:
             acts = acts * weights_of(mask, pos[code.rows], code.indices)
-        kept = select_topk(acts, k, backend=backend)
-        return SparseCode(kept.values, code.indices.gather(1, kept.indices.long()), code.n_latents)
+        best = select_topk(acts, k, backend=backend)
+        return SparseCode(best.values, code.indices.gather(1, best.indices.long()), code.n_latents)
 
-    rows = Fp8Rows.of(x), Fp8Rows.of(W_enc.T)
-    code, aux = preselect(*rows, b_enc, more(k), mask, pos, more(aux_k), aux_latents)
+    fp8_rows = Fp8Rows.of(x), Fp8Rows.of(W_enc.T)
+    code, aux = preselect(*fp8_rows, b_enc, with_margin(k), mask, pos, with_margin(aux_k), aux_latents)
     return rescored(code, k), None if aux is None else rescored(aux, aux_k)
 
 
@@ -153,7 +153,7 @@ def encode_threshold(
     for the device once, to know how many there are. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     f = check_encoder(x, W_enc, b_enc, center, mask, pos)
-    _latents_of_each(f, dictionaries)
+    _latents_per_dictionary(f, dictionaries)
     if threshold is not None:
         check_shape("threshold", threshold, F=f)
         check_floating(threshold=threshold)

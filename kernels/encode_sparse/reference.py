@@ -60,16 +60,18 @@ def select_both(
     select_topk: Callable[[Tensor, int], SparseCode], select_batch_topk: Callable[[Tensor, int], SparseCode],
 ) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
     """Both selections of `encode_topk` from activations that nobody else holds."""
-    of_each = acts.chunk(dictionaries, 1)
-    codes = [select_batch_topk(one, len(one) * k) if across_batch else select_topk(one, k) for one in of_each]
+    blocks = acts.chunk(dictionaries, 1)
+    codes = [select_batch_topk(block, len(block) * k) if across_batch else select_topk(block, k) for block in blocks]
     if not aux_k:
-        return _together(codes), None
+        return _side_by_side(codes), None
     if aux_latents is not None and not acts.is_cuda:
-        among = zip(of_each, aux_latents.chunk(dictionaries), strict=True)
-        return _together(codes), _together([_select_among(one, latents, aux_k, select_topk) for one, latents in among])
+        pairs = zip(blocks, aux_latents.chunk(dictionaries), strict=True)
+        return _side_by_side(codes), _side_by_side(
+            [_select_among(block, latents, aux_k, select_topk) for block, latents in pairs]
+        )
     if aux_latents is not None:
         acts.masked_fill_(~aux_latents, 0)
-    return _together(codes), _together([select_topk(one, aux_k) for one in of_each])
+    return _side_by_side(codes), _side_by_side([select_topk(block, aux_k) for block in blocks])
 
 
 def _select_among(
@@ -81,9 +83,9 @@ def _select_among(
     if len(columns) > k:
         code = select_topk(acts[:, columns], k)
         return SparseCode(code.values, columns[code.indices].int(), len(latents))
-    others = (~latents).nonzero()[: k - len(columns), 0]
-    values = torch.cat([acts[:, columns], acts.new_zeros(len(acts), len(others))], 1)
-    return SparseCode(values, torch.cat([columns, others]).int().expand(len(acts), -1).contiguous(), len(latents))
+    fillers = (~latents).nonzero()[: k - len(columns), 0]
+    values = torch.cat([acts[:, columns], acts.new_zeros(len(acts), len(fillers))], 1)
+    return SparseCode(values, torch.cat([columns, fillers]).int().expand(len(acts), -1).contiguous(), len(latents))
 
 
 def select_above(
@@ -92,11 +94,11 @@ def select_above(
 ) -> SparseCode:  # fmt: skip
     """The selection of `encode_threshold` from activations; each dictionary has an equal part of the capacity."""
     thresholds = [0.0] * dictionaries if threshold is None else threshold.chunk(dictionaries)
-    room = None if capacity is None else capacity // dictionaries
-    of_each = zip(acts.chunk(dictionaries, 1), thresholds, strict=True)
-    return _together([select_threshold(one, limit, room) for one, limit in of_each])
+    dictionary_capacity = None if capacity is None else capacity // dictionaries
+    pairs = zip(acts.chunk(dictionaries, 1), thresholds, strict=True)
+    return _side_by_side([select_threshold(block, limit, dictionary_capacity) for block, limit in pairs])
 
 
-def _together(codes: list[SparseCode]) -> SparseCode:
+def _side_by_side(codes: list[SparseCode]) -> SparseCode:
     code = SparseCode.side_by_side(codes)
     return code.with_values(code.values.to(accumulation_dtype(code.values)))

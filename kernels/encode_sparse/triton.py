@@ -40,9 +40,9 @@ def pack(acts, cols, F, BLOCK_F: tl.constexpr):
 @triton.jit
 def store_largest(packed, ptrs, inside, KEEP: tl.constexpr):
     """The KEEP largest of each row, the largest first."""
-    for nth in tl.static_range(KEEP):
+    for rank in tl.static_range(KEEP):
         largest = tl.max(packed, 1)
-        tl.store(ptrs + nth, largest, mask=inside)
+        tl.store(ptrs + rank, largest, mask=inside)
         packed = tl.where(packed == largest[:, None], -1, packed)
 
 
@@ -69,20 +69,20 @@ def candidates_kernel(
     EVEN_D: tl.constexpr, KEEP: tl.constexpr, AUX_KEEP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
-    acts, rows, cols, tile_f = preactivations(
+    acts, tokens, cols, tile_f = preactivations(
         x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, x_scale_ptr, w_scale_ptr, N, D, F, stride_x, stride_wd, stride_wf,
         MASK, SCALED, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
     )  # fmt: skip
-    acts = masked(acts, mask_ptr, sharpness, pos_ptr, rows, cols, tile_f, N, F, MASK, BLOCK_F)
+    acts = masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK, BLOCK_F)
     if HAS_THRESHOLD:
         acts = above_threshold(acts, threshold_ptr, cols, F)
     packed = pack(acts, cols, F, BLOCK_F)
-    first = (rows.to(tl.int64) + tile_f // TILES * N) * TILES + tile_f % TILES
-    store_largest(packed, candidates_ptr + first * KEEP, rows < N, KEEP)
+    first = (tokens.to(tl.int64) + tile_f // TILES * N) * TILES + tile_f % TILES
+    store_largest(packed, candidates_ptr + first * KEEP, tokens < N, KEEP)
     if AUX_KEEP > 0:
         if HAS_AUX_LATENTS:
             packed = only_aux(packed, aux_latents_ptr, cols, F)
-        store_largest(packed, aux_candidates_ptr + first * AUX_KEEP, rows < N, AUX_KEEP)
+        store_largest(packed, aux_candidates_ptr + first * AUX_KEEP, tokens < N, AUX_KEEP)
 
 
 @triton.jit
@@ -100,35 +100,35 @@ def may_have_more(last, least):
 
 @triton.jit
 def dropped_by(
-    tile, first_tile, row, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, threshold_ptr, aux_latents_ptr,
+    tile, first_tile, token, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, threshold_ptr, aux_latents_ptr,
     candidates_ptr, D, F, stride_x, stride_wd, stride_wf,
     MASK: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr,
     KEEP: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The latents of a tile, and their candidates for one row of x computed again; -1 for those that the tile has given.
+    """The latents of a tile, and their candidates for one token computed again; -1 for those that the tile has given.
     `candidates_ptr` points to the token's, `tile` counts from its first."""
-    nth_tile = tile
+    local_tile = tile
     tile += first_tile
     cols = tile * BLOCK_F + tl.arange(0, BLOCK_F)
     acts = tl.zeros((BLOCK_F,), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         depth = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + row.to(tl.int64) * stride_x + depth, mask=depth < D, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + token.to(tl.int64) * stride_x + depth, mask=depth < D, other=0.0).to(tl.float32)
         w_ptrs = w_ptr + depth[:, None].to(tl.int64) * stride_wd + cols[None, :].to(tl.int64) * stride_wf
         w = tl.load(w_ptrs, mask=(depth < D)[:, None] & (cols < F)[None, :], other=0.0).to(tl.float32)
         acts += tl.sum(x[:, None] * w, 0)
     acts = (acts + tl.load(b_ptr + cols, mask=cols < F, other=0.0))[None, :]
-    rows = row + tl.arange(0, 1)
-    acts = masked(acts, mask_ptr, sharpness, pos_ptr, rows, cols, tile, row + 1, F, MASK, BLOCK_F)
+    tokens = token + tl.arange(0, 1)
+    acts = masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile, token + 1, F, MASK, BLOCK_F)
     if HAS_THRESHOLD:
         acts = above_threshold(acts, threshold_ptr, cols, F)
     packed = pack(acts, cols, F, BLOCK_F)
     if HAS_AUX_LATENTS:
         packed = only_aux(packed, aux_latents_ptr, cols, F)
     packed = tl.max(packed, 0)
-    for nth in tl.static_range(KEEP):  # by column: its value may differ in the last bit
-        given = BLOCK_F - 1 - tl.load(candidates_ptr + nth_tile * KEEP + nth) % BLOCK_F
-        packed = tl.where(cols == tile * BLOCK_F + given, -1, packed)
+    for rank in tl.static_range(KEEP):  # by column: its value may differ in the last bit
+        column = BLOCK_F - 1 - tl.load(candidates_ptr + local_tile * KEEP + rank) % BLOCK_F
+        packed = tl.where(cols == tile * BLOCK_F + column, -1, packed)
     return packed, cols
 
 
@@ -143,23 +143,23 @@ def merge_kernel(
     first_tile = tl.program_id(0) // N * TILES
     LENGTH = TILES * KEEP
     candidates_ptr += token * LENGTH
-    kth, wanted = kth_largest(candidates_ptr, LENGTH, K, 1, True, 32 - 8, BLOCK)
+    kth, remaining = kth_largest(candidates_ptr, LENGTH, K, 1, True, 32 - 8, BLOCK)
     kth = kth.to(tl.int32)
 
-    kept = 0
+    n_kept = 0
     unsure = 0
     for start in range(0, LENGTH, BLOCK):
         entries = start + tl.arange(0, BLOCK)
         packed = tl.load(candidates_ptr + entries, mask=entries < LENGTH, other=-1)
         key = packed >> 7
         equal = (key == kth).to(tl.int32)
-        keep = (key > kth) | ((equal != 0) & (tl.cumsum(equal, 0) <= wanted))
+        keep = (key > kth) | ((equal != 0) & (tl.cumsum(equal, 0) <= remaining))
         ones = keep.to(tl.int32)
-        slot = token * K + kept + tl.cumsum(ones, 0) - 1
+        slot = token * K + n_kept + tl.cumsum(ones, 0) - 1
         tl.store(values_ptr + slot, (packed & _VALUE_BITS).to(tl.float32, bitcast=True), mask=keep)
         tl.store(indices_ptr + slot, latents_of(entries, packed, first_tile, KEEP, BLOCK_F), mask=keep)
-        wanted -= tl.sum(equal, 0)
-        kept += tl.sum(ones, 0)
+        remaining -= tl.sum(equal, 0)
+        n_kept += tl.sum(ones, 0)
         more = (entries % KEEP == KEEP - 1) & may_have_more(packed, kth)  # which zeros are kept is all one
         unsure |= tl.max(more.to(tl.int32), 0)
     tl.store(unsure_ptr + token, unsure.to(tl.int8))
@@ -226,7 +226,9 @@ _DIGITS, _COUNT, _FILL = (tl.constexpr(mode) for mode in range(3))
 
 
 @triton.jit
-def seen(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE: tl.constexpr, SHIFT: tl.constexpr):
+def take_note(
+    packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE: tl.constexpr, SHIFT: tl.constexpr
+):
     """Take note of some candidates. DIGITS: `first` counts the values of a digit of keys that agree with `cut` above it.
     COUNT: `first` counts those above the cut, `second` those at it. FILL: `first` is the next slot before `end`, and
     `second` how many at the cut are still wanted."""
@@ -261,7 +263,7 @@ def above_cut_kernel(
     above_ptr, equal_ptr, values_ptr, indices_ptr,
     N, D, F, sharpness, stride_x, stride_wd, stride_wf, TILES,
     MASK: tl.constexpr, HAS_THRESHOLD: tl.constexpr, KEEP: tl.constexpr, MODE: tl.constexpr, SHIFT: tl.constexpr,
-    AGAIN: tl.constexpr,
+    RESCAN: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A token's candidates and, with AGAIN, what was dropped by tiles that may have dropped keys of `least` or more. Each
@@ -285,8 +287,8 @@ def above_cut_kernel(
         entries = start + tl.arange(0, BLOCK)
         packed = tl.load(candidates_ptr + entries, mask=entries < TILES * KEEP, other=-1)
         latents = latents_of(entries, packed, first_tile, KEEP, BLOCK_F)
-        first, second = seen(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT)
-    if AGAIN:
+        first, second = take_note(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT)
+    if RESCAN:
         least = tl.load(least_ptr + dictionary).to(tl.int32)
         for start in range(0, TILES, BLOCK_T):
             numbers = start + tl.arange(0, BLOCK_T)
@@ -299,7 +301,9 @@ def above_cut_kernel(
                     threshold_ptr, x_ptr, candidates_ptr, D, F, stride_x, stride_wd, stride_wf,
                     MASK, HAS_THRESHOLD, False, KEEP, BLOCK_F, BLOCK_D,
                 )  # fmt: skip
-                first, second = seen(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT)
+                first, second = take_note(
+                    packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT
+                )
                 pending = tl.where(numbers == tile, -1, pending)
                 tile = tl.max(pending, 0)
     if MODE == _DIGITS:
@@ -313,30 +317,30 @@ class Candidates:
     """The candidates of every token, and the ways to choose among them."""
 
     def __init__(
-        self, given: Operands, keep: int, aux_keep: int = 0, aux_latents: Tensor | None = None,
+        self, inputs: Operands, keep: int, aux_keep: int = 0, aux_latents: Tensor | None = None,
         threshold: Tensor | None = None, scales: tuple[Tensor, Tensor] | None = None, dictionaries: int = 1,
     ):  # fmt: skip
-        x, f = given.x, given.W_enc.shape[1]
-        self.given, self.n_latents, self.tile = given, f, given.options["BLOCK_F"]
+        x, f = inputs.x, inputs.W_enc.shape[1]
+        self.inputs, self.n_latents, self.tile = inputs, f, inputs.options["BLOCK_F"]
         self.dictionaries, self.n_tokens = dictionaries, dictionaries * len(x)
         self.threshold, self.keep, self.aux_keep = threshold, keep, aux_keep
         self.aux_latents = None if aux_latents is None else aux_latents.view(torch.uint8).contiguous()
         self.tiles = triton.cdiv(f // dictionaries, self.tile)
         self.packed, self.aux_packed = (
-            torch.empty((self.n_tokens, self.tiles * kept), dtype=torch.int32, device=x.device)
-            for kept in (keep, aux_keep)
+            torch.empty((self.n_tokens, self.tiles * per_tile), dtype=torch.int32, device=x.device)
+            for per_tile in (keep, aux_keep)
         )
-        candidates_kernel[given.grid](
-            *given.tensors, *(scales or (x, x)), x if threshold is None else threshold,
+        candidates_kernel[inputs.grid](
+            *inputs.tensors, *(scales or (x, x)), x if threshold is None else threshold,
             x if self.aux_latents is None else self.aux_latents, self.packed, self.aux_packed,
-            *given.numbers, self.tiles,
+            *inputs.numbers, self.tiles,
             SCALED=scales is not None, HAS_THRESHOLD=threshold is not None, HAS_AUX_LATENTS=aux_latents is not None,
-            KEEP=keep, AUX_KEEP=aux_keep, **given.settings,
+            KEEP=keep, AUX_KEEP=aux_keep, **inputs.settings,
         )  # fmt: skip
 
     def largest(self, k: int, exact: bool, aux: bool = False) -> SparseCode:
         """The k largest of each token; of those that take part in AuxK, with `aux`."""
-        x, n = self.given.x, self.n_tokens
+        x, n = self.inputs.x, self.n_tokens
         packed, keep = (self.aux_packed, self.aux_keep) if aux else (self.packed, self.keep)
         aux_latents = self.aux_latents if aux else None
         values = torch.empty((n, k), dtype=torch.float32, device=x.device)
@@ -348,9 +352,9 @@ class Candidates:
         )  # fmt: skip
         if exact:
             rescan_kernel[(n,)](
-                *self.given.tensors[:5], x if aux_latents is None else aux_latents, packed, unsure, values, indices,
-                *self.given.numbers, self.tiles, k,
-                MASK=self.given.MASK, HAS_AUX_LATENTS=aux_latents is not None, KEEP=keep,
+                *self.inputs.tensors[:5], x if aux_latents is None else aux_latents, packed, unsure, values, indices,
+                *self.inputs.numbers, self.tiles, k,
+                MASK=self.inputs.MASK, HAS_AUX_LATENTS=aux_latents is not None, KEEP=keep,
                 BLOCK_F=self.tile, BLOCK_K=triton.next_power_of_2(k), **launch_options("rescan", x),
             )  # fmt: skip
         return SparseCode(values, indices, self.n_latents)
@@ -372,42 +376,42 @@ class Candidates:
         """The total-th largest key, and how many keys equal to it are among the largest; 0 if fewer are positive. [S]."""
         s, device = self.dictionaries, self.packed.device
         cut = torch.zeros(s, dtype=torch.int64, device=device)
-        wanted = torch.full((s,), total, dtype=torch.int64, device=device)
+        remaining = torch.full((s,), total, dtype=torch.int64, device=device)
         for shift in (16, 8, 0):
             counts = torch.zeros(s, 257, dtype=torch.int64, device=device)
-            self._see(cut, least, counts, counts, counts, counts, MODE=_DIGITS.value, SHIFT=shift)
+            self._launch_above_cut(cut, least, counts, counts, counts, counts, MODE=_DIGITS.value, SHIFT=shift)
             at_least = counts.flip(1).cumsum(1).flip(1)
-            digit = ((at_least[:, :256] >= wanted[:, None]).sum(1) - 1).clamp_min(0)
-            wanted = wanted - at_least.gather(1, digit[:, None] + 1)[:, 0]
+            digit = ((at_least[:, :256] >= remaining[:, None]).sum(1) - 1).clamp_min(0)
+            remaining = remaining - at_least.gather(1, digit[:, None] + 1)[:, 0]
             cut = cut + (digit << shift)
-        return cut, wanted
+        return cut, remaining
 
     def _above(
-        self, cut: Tensor, wanted: Tensor, exact: bool, capacity: int | None, may_overflow: bool = False
+        self, cut: Tensor, remaining: Tensor, exact: bool, capacity: int | None, may_overflow: bool = False
     ) -> SparseCode:
-        """All above the cut, and the first `wanted` at it."""
-        x, s, least = self.given.x, self.dictionaries, cut if exact else None
+        """All above the cut, and the first `remaining` at it."""
+        x, s, least = self.inputs.x, self.dictionaries, cut if exact else None
         above, equal = (torch.empty(s, len(x), dtype=torch.int64, device=x.device) for _ in range(2))
-        self._see(cut, least, above, equal, above, above, MODE=_COUNT.value)
-        of_equal = torch.minimum((wanted[:, None] - equal.cumsum(1) + equal).clamp_min(0), equal)
-        offsets = torch.cat([equal.new_zeros(1), (above + of_equal).flatten().cumsum(0)])
+        self._launch_above_cut(cut, least, above, equal, above, above, MODE=_COUNT.value)
+        equal_quota = torch.minimum((remaining[:, None] - equal.cumsum(1) + equal).clamp_min(0), equal)
+        offsets = torch.cat([equal.new_zeros(1), (above + equal_quota).flatten().cumsum(0)])
         size = int(offsets[-1]) if capacity is None else capacity
         overflow = offsets[-1] > size if may_overflow else None
         # A value computed again on the cut's very edge may round to another side in another kernel. Nothing runs over.
         offsets.clamp_(max=size)
         values = torch.zeros(size, dtype=torch.float32, device=x.device)
         indices = torch.zeros(size, dtype=torch.int32, device=x.device)
-        self._see(cut, least, offsets, of_equal, values, indices, MODE=_FILL.value)
+        self._launch_above_cut(cut, least, offsets, equal_quota, values, indices, MODE=_FILL.value)
         return SparseCode(values, indices, self.n_latents, offsets, overflow)
 
-    def _see(self, cut: Tensor, least: Tensor | None, *tensors: Tensor, MODE: int, SHIFT: int = 0) -> None:
-        given, x = self.given, self.given.x
+    def _launch_above_cut(self, cut: Tensor, least: Tensor | None, *tensors: Tensor, MODE: int, SHIFT: int = 0) -> None:
+        inputs, x = self.inputs, self.inputs.x
         above_cut_kernel[(self.n_tokens,)](
-            *given.tensors[:5], x if self.threshold is None else self.threshold,
+            *inputs.tensors[:5], x if self.threshold is None else self.threshold,
             self.packed, cut, cut if least is None else least, *tensors,
-            *given.numbers, self.tiles,
-            MASK=given.MASK, HAS_THRESHOLD=self.threshold is not None, KEEP=self.keep, MODE=MODE, SHIFT=SHIFT,
-            AGAIN=least is not None, BLOCK_F=self.tile, **launch_options("above_cut", x),
+            *inputs.numbers, self.tiles,
+            MASK=inputs.MASK, HAS_THRESHOLD=self.threshold is not None, KEEP=self.keep, MODE=MODE, SHIFT=SHIFT,
+            RESCAN=least is not None, BLOCK_F=self.tile, **launch_options("above_cut", x),
         )  # fmt: skip
 
 
@@ -415,17 +419,17 @@ def encode_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, center: Tensor | None, mask: Mask | None, pos: Tensor | None,
     aux_k: int, aux_latents: Tensor | None, across_batch: bool, exact: bool, dictionaries: int,
 ) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
-    given, f = operands("encode_topk", x, W_enc, b_enc, center, mask, pos), W_enc.shape[1] // dictionaries
+    inputs, f = operands("encode_topk", x, W_enc, b_enc, center, mask, pos), W_enc.shape[1] // dictionaries
     # Tokens of a batch differ in how many they have.
-    tile = given.options["BLOCK_F"]
+    tile = inputs.options["BLOCK_F"]
     keep = candidates_per_tile(f, min(2 * k, f) if across_batch else k, tile)
     aux_keep = candidates_per_tile(f, aux_k, tile) if aux_k else 0
     if keep is None or aux_keep is None or (dictionaries > 1 and f % tile):  # a tile is of one dictionary
         acts = encode(x, W_enc, b_enc, center, mask, pos, True)
         return select_both(acts, k, aux_k, aux_latents, across_batch, dictionaries, select_topk, select_batch_topk)
-    found = Candidates(given, keep, aux_keep, aux_latents, dictionaries=dictionaries)
-    code = found.largest_of_batch(len(x) * k, exact) if across_batch else found.largest(k, exact)
-    return code, found.largest(aux_k, exact, aux=True) if aux_k else None
+    candidates = Candidates(inputs, keep, aux_keep, aux_latents, dictionaries=dictionaries)
+    code = candidates.largest_of_batch(len(x) * k, exact) if across_batch else candidates.largest(k, exact)
+    return code, candidates.largest(aux_k, exact, aux=True) if aux_k else None
 
 
 def preselect(
@@ -433,25 +437,25 @@ def preselect(
     aux_k: int, aux_latents: Tensor | None,
 ) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
     f = len(W_enc.rows)
-    given = operands("encode_fp8", x.rows, W_enc.rows.T, b_enc, None, mask, pos)
-    keep, aux_keep = (candidates_per_tile(f, k_, given.options["BLOCK_F"]) if k_ else 0 for k_ in (k, aux_k))
+    inputs = operands("encode_fp8", x.rows, W_enc.rows.T, b_enc, None, mask, pos)
+    keep, aux_keep = (candidates_per_tile(f, k_, inputs.options["BLOCK_F"]) if k_ else 0 for k_ in (k, aux_k))
     if keep is None or aux_keep is None:
         return reference.preselect(x, W_enc, b_enc, k, mask, pos, aux_k, aux_latents)
-    found = Candidates(given, keep, aux_keep, aux_latents, scales=(x.scale, W_enc.scale))
-    return found.largest(k, False), found.largest(aux_k, False, aux=True) if aux_k else None
+    candidates = Candidates(inputs, keep, aux_keep, aux_latents, scales=(x.scale, W_enc.scale))
+    return candidates.largest(k, False), candidates.largest(aux_k, False, aux=True) if aux_k else None
 
 
 def encode_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None,
     center: Tensor | None, mask: Mask | None, pos: Tensor | None, expected: int, capacity: int | None, dictionaries: int,
 ) -> SparseCode:  # fmt: skip
-    given, f = operands("encode_topk", x, W_enc, b_enc, center, mask, pos), W_enc.shape[1] // dictionaries
+    inputs, f = operands("encode_topk", x, W_enc, b_enc, center, mask, pos), W_enc.shape[1] // dictionaries
     threshold = None if threshold is None else threshold.float().contiguous()
-    keep = candidates_per_tile(f, min(expected, f), given.options["BLOCK_F"])
-    if keep is None or (dictionaries > 1 and f % given.options["BLOCK_F"]):
+    keep = candidates_per_tile(f, min(expected, f), inputs.options["BLOCK_F"])
+    if keep is None or (dictionaries > 1 and f % inputs.options["BLOCK_F"]):
         acts = encode(x, W_enc, b_enc, center, mask, pos, True)
         return select_above(acts, threshold, capacity, dictionaries, select_threshold)
-    return Candidates(given, keep, threshold=threshold, dictionaries=dictionaries).above_threshold(capacity)
+    return Candidates(inputs, keep, threshold=threshold, dictionaries=dictionaries).above_threshold(capacity)
 
 
 @functools.cache

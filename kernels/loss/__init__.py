@@ -48,12 +48,12 @@ def position_loss(
         raise ValueError(f"n_positions must be at least 1, got {n_positions}")
     check_positions(pos, n_tokens, n_positions)
     check_one_device(residual=residual, values=entries, pos=pos)
-    run = reference.position_loss
+    implementation = reference.position_loss
     if choose("position_loss", residual, entries, backend=backend) == "triton":
         from . import triton
 
-        run = triton.position_loss
-    return PositionSums(*run(residual, values, pos, n_positions))
+        implementation = triton.position_loss
+    return PositionSums(*implementation(residual, values, pos, n_positions))
 
 
 def cost(n: int, d: int, nnz: int, n_positions: int, *, itemsize: int = 2, backend: str = "triton") -> Cost:

@@ -30,8 +30,8 @@ def token_loss_kernel(
     l1 = tl.zeros((BLOCK,), dtype=tl.float32)
     l0 = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, count, BLOCK):
-        nth = start + tl.arange(0, BLOCK)
-        values = tl.load(values_ptr + first + nth, mask=nth < count, other=0.0).to(tl.float32)
+        slots = start + tl.arange(0, BLOCK)
+        values = tl.load(values_ptr + first + slots, mask=slots < count, other=0.0).to(tl.float32)
         l1 += tl.abs(values)
         l0 += (values != 0).to(tl.float32)
     tl.store(stats_ptr + N + token, tl.sum(l1, 0))

@@ -70,12 +70,12 @@ def select_batch_topk(acts: Tensor, total: int) -> SparseCode:
         bound = _bound(flat, total)
         where = _nonzero(flat >= bound if bound > 0 else ~(flat <= 0))  # rather than > 0, so that NaN is seen
         if len(where) > total:
-            found = flat[where]
-            missing = found.isnan()
-            if missing.any():  # NaN counts as larger than infinity, and ranks of numbers don't depend on their size
-                found = found.nan_to_num(nan=0).unique(return_inverse=True)[1]
-                found = torch.where(missing, len(flat), found).double()
-            where = where[_keep(found[None], total)[0]]
+            candidates = flat[where]
+            is_nan = candidates.isnan()
+            if is_nan.any():  # NaN counts as larger than infinity, and ranks of numbers don't depend on their size
+                candidates = candidates.nan_to_num(nan=0).unique(return_inverse=True)[1]
+                candidates = torch.where(is_nan, len(flat), candidates).double()
+            where = where[_keep(candidates[None], total)[0]]
         offsets = torch.searchsorted(where, f * torch.arange(n + 1, device=acts.device))
         unused = total - len(where)
         indices = torch.cat([(where % f).int(), where.new_zeros(unused, dtype=torch.int32)])
@@ -102,8 +102,8 @@ def select_threshold(acts: Tensor, threshold: float | Tensor, capacity: int | No
     if capacity is None:
         where = _nonzero(fired)
         return SparseCode(acts.flatten()[where], (where % f).int(), f, running)
-    nth = torch.arange(1, capacity + 1, device=acts.device)
-    where = torch.searchsorted(fired.flatten().cumsum(0), nth)  # the position of the nth that fired, or N * F
+    ranks = torch.arange(1, capacity + 1, device=acts.device)
+    where = torch.searchsorted(fired.flatten().cumsum(0), ranks)  # the position of the nth that fired, or N * F
     used = where < n * f
     where = torch.where(used, where, 0)
     values = torch.where(used, acts.flatten()[where], 0)

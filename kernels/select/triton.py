@@ -39,11 +39,11 @@ def kth_largest(ptr, LENGTH, K, stride, PACKED: tl.constexpr, BITS: tl.constexpr
     """The K-th largest key of a row, and how many keys equal to it are among the K largest.
 
     Digit by digit: of the keys that agree with `kth` so far, count each value of the next digit, and take the largest
-    from which on at least `wanted` keys lie.
+    from which on at least `remaining` keys lie.
     """
     digits = tl.arange(0, 256)
     kth = tl.zeros((), dtype=tl.uint32)
-    wanted = K
+    remaining = K
     for shift in tl.static_range(BITS - 8, -8, -8):
         counts = tl.zeros((256,), dtype=tl.int32)
         for start in range(0, LENGTH, BLOCK):
@@ -56,10 +56,10 @@ def kth_largest(ptr, LENGTH, K, stride, PACKED: tl.constexpr, BITS: tl.constexpr
             counts += tl.histogram(tl.where(counted, (key >> shift) & 255, 0).to(tl.int32), 256)
             counts -= tl.where(digits == 0, BLOCK - tl.sum(counted.to(tl.int32), 0), 0)
         at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-        digit = tl.max(tl.where(at_least >= wanted, digits, 0), 0)
-        wanted -= tl.sum(tl.where(digits > digit, counts, 0), 0)
+        digit = tl.max(tl.where(at_least >= remaining, digits, 0), 0)
+        remaining -= tl.sum(tl.where(digits > digit, counts, 0), 0)
         kth |= digit.to(tl.uint32) << shift
-    return kth, wanted
+    return kth, remaining
 
 
 @triton.jit
@@ -71,23 +71,23 @@ def topk_kernel(
     token = tl.program_id(0).to(tl.int64)
     acts_ptr += token * stride_n
     bits: tl.constexpr = acts_ptr.dtype.element_ty.primitive_bitwidth
-    kth, wanted = kth_largest(acts_ptr, F, K, stride_f, False, bits, BLOCK_F)
+    kth, remaining = kth_largest(acts_ptr, F, K, stride_f, False, bits, BLOCK_F)
 
-    # Collect in ascending latent order everything above the K-th key, and the first `wanted` of those equal to it.
-    kept = 0
+    # Collect in ascending latent order everything above the K-th key, and the first `remaining` of those equal to it.
+    n_kept = 0
     for start in range(0, F, BLOCK_F):
         latents = start + tl.arange(0, BLOCK_F)
         inside = latents < F
         value = tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=inside, other=0.0)
         key = sortable_key(value)
         equal = (inside & (key == kth)).to(tl.int32)
-        keep = (inside & (key > kth)) | ((equal != 0) & (tl.cumsum(equal, 0) <= wanted))
+        keep = (inside & (key > kth)) | ((equal != 0) & (tl.cumsum(equal, 0) <= remaining))
         ones = keep.to(tl.int32)
-        slot = token * K + kept + tl.cumsum(ones, 0) - 1
+        slot = token * K + n_kept + tl.cumsum(ones, 0) - 1
         tl.store(values_ptr + slot, value, mask=keep)
         tl.store(indices_ptr + slot, latents, mask=keep)
-        wanted -= tl.sum(equal, 0)
-        kept += tl.sum(ones, 0)
+        remaining -= tl.sum(equal, 0)
+        n_kept += tl.sum(ones, 0)
 
 
 @triton.jit
@@ -147,19 +147,19 @@ def batch_fill_kernel(
     token = tl.program_id(0).to(tl.int64)
     acts_ptr += token * stride_n
     kth = tl.load(kth_ptr).to(tl.uint32)
-    wanted = tl.load(wanted_ptr + token)
+    remaining = tl.load(wanted_ptr + token)
     slot = tl.load(offsets_ptr + token)
     for start in range(0, F, BLOCK_F):
         latents = start + tl.arange(0, BLOCK_F)
         key, positive = positive_key(acts_ptr, latents, F, stride_f)
         equal = (positive & (key == kth)).to(tl.int32)
-        keep = (positive & (key > kth)) | ((equal != 0) & (tl.cumsum(equal, 0) <= wanted))
+        keep = (positive & (key > kth)) | ((equal != 0) & (tl.cumsum(equal, 0) <= remaining))
         ones = keep.to(tl.int32)
         slots = slot + tl.cumsum(ones, 0) - 1
         value = tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=keep, other=0.0)
         tl.store(values_ptr + slots, value, mask=keep)
         tl.store(indices_ptr + slots, latents, mask=keep)
-        wanted -= tl.sum(equal, 0)
+        remaining -= tl.sum(equal, 0)
         slot += tl.sum(ones, 0)
 
 
@@ -222,21 +222,21 @@ def select_batch_topk(acts: Tensor, total: int) -> SparseCode:
     (n, f), device = acts.shape, acts.device
     options, strides = launch_options("threshold", acts), acts.stride()
     kth = torch.zeros((), dtype=torch.int64, device=device)
-    wanted = torch.full((), total, dtype=torch.int64, device=device)
+    remaining = torch.full((), total, dtype=torch.int64, device=device)
     for shift in range(8 * acts.element_size() - 8, -8, -8):
         counts = torch.zeros(257, dtype=torch.int64, device=device)
         batch_digits_kernel[(n,)](acts, kth, counts, f, *strides, SHIFT=shift, **options)
         at_least = counts.flip(0).cumsum(0).flip(0)
-        digit = ((at_least[:256] >= wanted).sum() - 1).clamp_min(0)
-        wanted = wanted - at_least[digit + 1]
+        digit = ((at_least[:256] >= remaining).sum() - 1).clamp_min(0)
+        remaining = remaining - at_least[digit + 1]
         kth = kth + (digit << shift)
     above, equal = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
     batch_count_kernel[(n,)](acts, kth, above, equal, f, *strides, **options)
-    of_equal = torch.minimum((wanted - equal.cumsum(0) + equal).clamp_min(0), equal)
-    offsets = torch.cat([equal.new_zeros(1), (above + of_equal).cumsum(0)])
+    equal_quota = torch.minimum((remaining - equal.cumsum(0) + equal).clamp_min(0), equal)
+    offsets = torch.cat([equal.new_zeros(1), (above + equal_quota).cumsum(0)])
     values = torch.zeros(total, dtype=acts.dtype, device=device)
     indices = torch.zeros(total, dtype=torch.int32, device=device)
-    batch_fill_kernel[(n,)](acts, kth, of_equal, offsets, values, indices, f, *strides, **options)
+    batch_fill_kernel[(n,)](acts, kth, equal_quota, offsets, values, indices, f, *strides, **options)
     return SparseCode(values, indices, f, offsets)
 
 

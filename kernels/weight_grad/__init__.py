@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import check_floating, check_one_device, check_runs
+from ..checks import check_centers, check_floating, check_one_device
 from ..code import LatentMajor
 from ..cost import Cost
 from . import reference
@@ -53,6 +53,6 @@ def check_entries(entries: LatentMajor, values: Tensor, rows: Tensor, center: Te
     if rows.dim() != 2:
         raise ValueError(f"rows must have shape [M, D], got {list(rows.shape)}")
     if center is not None:
-        check_runs("center", center, rows.shape[1], entries.latent_offsets.numel() - 1)
+        check_centers("center", center, rows.shape[1], entries.latent_offsets.numel() - 1)
     check_floating(values=values, rows=rows, center=center)
     check_one_device(entries=entries.order, values=values, rows=rows, center=center)

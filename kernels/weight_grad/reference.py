@@ -11,8 +11,8 @@ def weight_grad(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tens
     wide, f = accumulation_dtype(rows), entries.latent_offsets.numel() - 1
     rows, index = rows.to(wide), entries.tokens % len(rows)
     if center is not None and center.dim() == 2:
-        run = f // len(center)
-        index = index + entries.latents.clamp(max=f - 1) // run * len(rows)
+        latents_per_center = f // len(center)
+        index = index + entries.latents.clamp(max=f - 1) // latents_per_center * len(rows)
         rows = (rows - center[:, None]).flatten(0, 1)
     elif center is not None:
         rows = rows - center

@@ -21,12 +21,12 @@ def sum_entries(
 ):  # fmt: skip
     """acc plus values[e] * rows[token of e] over the sorted entries first:last, for these dims."""
     for start in tl.range(first, last, BLOCK_E, num_stages=STAGES):
-        nth = start + tl.arange(0, BLOCK_E)
-        tokens = tl.load(tokens_ptr + nth, mask=nth < last, other=0) % M
-        entries = tl.load(order_ptr + nth, mask=nth < last, other=0)
-        values = tl.load(values_ptr + entries, mask=nth < last, other=0.0).to(tl.float32)
+        positions = start + tl.arange(0, BLOCK_E)
+        tokens = tl.load(tokens_ptr + positions, mask=positions < last, other=0) % M
+        entries = tl.load(order_ptr + positions, mask=positions < last, other=0)
+        values = tl.load(values_ptr + entries, mask=positions < last, other=0.0).to(tl.float32)
         row_ptrs = rows_ptr + tokens[:, None].to(tl.int64) * stride_row + dims[None, :]
-        rows = tl.load(row_ptrs, mask=(nth < last)[:, None] & (dims < D)[None, :], other=0.0)
+        rows = tl.load(row_ptrs, mask=(positions < last)[:, None] & (dims < D)[None, :], other=0.0)
         acc += tl.sum(values[:, None] * rows.to(tl.float32), 0)
     return acc
 
@@ -46,8 +46,8 @@ def sum_latent(
     acc = sum_entries(
         acc, first, head, values_ptr, order_ptr, tokens_ptr, rows_ptr, M, dims, D, stride_row, BLOCK_E, STAGES
     )
-    for nth in range(window, end):
-        acc += tl.load(windows_ptr + nth * D + dims, mask=dims < D, other=0.0)
+    for index in range(window, end):
+        acc += tl.load(windows_ptr + index * D + dims, mask=dims < D, other=0.0)
     tail = tl.maximum(end * SPLIT, head)
     return sum_entries(
         acc, tail, last, values_ptr, order_ptr, tokens_ptr, rows_ptr, M, dims, D, stride_row, BLOCK_E, STAGES
@@ -87,7 +87,7 @@ def windows_kernel(
 @triton.jit
 def weight_grad_kernel(
     values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, center_ptr, ones_ptr, out_ptr,
-    M, D, stride_row, CENTER_RUN,
+    M, D, stride_row, LATENTS_PER_CENTER,
     HAS_CENTER: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def weight_grad_kernel(
         SPLIT, BLOCK_E, BLOCK_D, STAGES,
     )  # fmt: skip
     if HAS_CENTER:
-        center = tl.load(center_ptr + latent // CENTER_RUN * D + dims, mask=dims < D, other=0.0).to(tl.float32)
+        center = tl.load(center_ptr + latent // LATENTS_PER_CENTER * D + dims, mask=dims < D, other=0.0).to(tl.float32)
         acc -= tl.load(ones_ptr + latent) * center
     tl.store(out_ptr + latent * D + dims, acc, mask=dims < D)
 

@@ -10,7 +10,7 @@ from temposae.bench import learning_rate as bench
 from temposae.bench.learning_rate import Cell, excess
 from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.optim import Learner, default_lr
+from temposae.engine.learner import Learner, default_lr
 from temposae.engine.sae import SparseAutoencoder
 
 from ..commandline import run

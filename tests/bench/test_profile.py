@@ -8,7 +8,7 @@ import torch
 from temposae.bench.data import Shape
 from temposae.bench.profile import OUTSIDE, STEP, run, summary, table
 from temposae.engine.errors import UserError
-from temposae.engine.optim import Learner
+from temposae.engine.learner import Learner
 
 SHAPE = Shape(N=64, D=16, F=48, K=4)
 

@@ -10,7 +10,7 @@ import pytest
 from temposae.bench import results
 from temposae.bench.results import kept, read, table
 from temposae.engine.errors import UserError
-from temposae.engine.files import write_json
+from temposae.engine.storage.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"<!-- temposae bench table (\S+) -->\n(.*?)\n*<!-- end of table -->", re.DOTALL)

@@ -9,11 +9,11 @@ import torch
 from temposae.bench import libraries, providers, step
 from temposae.bench.data import HEADLINE, PRESETS, Shape, shapes, tokens
 from temposae.bench.floors import step_floors
-from temposae.bench.job import ACTIVATIONS, DEAD, Absent, Job, Trainee, sae_config
-from temposae.bench.plain import Dense
 from temposae.bench.providers import PROVIDERS, Provider
 from temposae.bench.step import Contender, contenders, measure
 from temposae.bench.timing import Memory
+from temposae.bench.torch_baseline import Dense
+from temposae.bench.training_job import ACTIVATIONS, DEAD, ProviderRun, ProviderUnavailable, TrainingJob, sae_config
 from temposae.engine.errors import UserError
 
 SHAPE = Shape(N=64, D=16, F=48, K=4)
@@ -27,8 +27,8 @@ PACKAGES = {
 BUILT_IN = ("temposae", "torch")
 
 
-def job(shape: Shape = SHAPE, **changes: Any) -> Job:
-    return Job(shape, "cpu", "fp32", 3e-3, tokens(shape, "cpu", torch.float32))._replace(**changes)
+def job(shape: Shape = SHAPE, **changes: Any) -> TrainingJob:
+    return TrainingJob(shape, "cpu", "fp32", 3e-3, tokens(shape, "cpu", torch.float32))._replace(**changes)
 
 
 def installed(name: str) -> None:
@@ -42,7 +42,7 @@ every_kind = pytest.mark.parametrize(
 )
 
 
-def fvu(trainee: Trainee, x: torch.Tensor) -> float:
+def fvu(trainee: ProviderRun, x: torch.Tensor) -> float:
     with torch.no_grad():
         return float((x - trainee.reconstruct(x)).square().sum() / (x - x.mean(0)).square().sum())
 
@@ -197,7 +197,7 @@ def test_dense_gradient_is_tangent_to_the_decoder() -> None:
 
 def test_a_missing_package_is_absent_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries, "find_spec", lambda name: None)
-    with pytest.raises(Absent, match="^sparsify is not installed$"):
+    with pytest.raises(ProviderUnavailable, match="^sparsify is not installed$"):
         PROVIDERS["eai-sparsify"].build(job())
 
 
@@ -208,11 +208,11 @@ def test_a_missing_package_is_absent_in_one_line(monkeypatch: pytest.MonkeyPatch
 def stub(monkeypatch: pytest.MonkeyPatch, made_up_rates: Any) -> Callable[..., list[str]]:
     """stub(a=..., b=...): replaces the providers by ones of no work, or by functions that build; gives the log of steps."""
 
-    def replace(**made: Callable[[Job], Trainee] | None) -> list[str]:
+    def replace(**made: Callable[[TrainingJob], ProviderRun] | None) -> list[str]:
         log: list[str] = []
 
-        def nothing(name: str) -> Callable[[Job], Trainee]:
-            return lambda given: Trainee(lambda i: log.append(f"{name}{i}"), lambda x: 0 * x, "Adam", "fp32", None)
+        def nothing(name: str) -> Callable[[TrainingJob], ProviderRun]:
+            return lambda given: ProviderRun(lambda i: log.append(f"{name}{i}"), lambda x: 0 * x, "Adam", "fp32", None)
 
         table = {name: Provider(build or nothing(name), True, "torch") for name, build in made.items()}
         monkeypatch.setattr(step, "PROVIDERS", table)
@@ -305,7 +305,7 @@ def test_several_dictionaries_are_so_many_steps(made_up_rates: Any, stub: Callab
 
 
 def test_a_broken_peer_is_left_out_and_a_broken_temposae_is_not(stub: Callable[..., list[str]]) -> None:
-    def broken(given: Job) -> Trainee:
+    def broken(given: TrainingJob) -> ProviderRun:
         raise RuntimeError("no such kernel\nsecond line")
 
     stub(a=None, bad=broken, temposae=broken)
@@ -317,12 +317,12 @@ def test_a_broken_peer_is_left_out_and_a_broken_temposae_is_not(stub: Callable[.
 
 
 def test_who_breaks_only_when_raced_is_left_out(stub: Callable[..., list[str]]) -> None:
-    def late(given: Job) -> Trainee:
+    def late(given: TrainingJob) -> ProviderRun:
         def take(i: int) -> None:
             if i > 2:
                 raise ValueError("out of luck")
 
-        return Trainee(take, lambda x: 0 * x, "Adam", "fp32", None)
+        return ProviderRun(take, lambda x: 0 * x, "Adam", "fp32", None)
 
     stub(late=late, a=None)
     cases, left_out = race("late", "a")
@@ -336,12 +336,12 @@ def test_who_does_not_fit_beside_the_others_runs_later(
     """A device with room for one: b finds it taken by a, until a's race is over and its memory given back."""
     taken: list[str] = []
 
-    def large(name: str) -> Callable[[Job], Trainee]:
-        def build(given: Job) -> Trainee:
+    def large(name: str) -> Callable[[TrainingJob], ProviderRun]:
+        def build(given: TrainingJob) -> ProviderRun:
             if taken:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             taken.append(name)
-            return Trainee(lambda i: log.append(f"{name}{i}"), lambda x: 0 * x, "Adam", "fp32", None)
+            return ProviderRun(lambda i: log.append(f"{name}{i}"), lambda x: 0 * x, "Adam", "fp32", None)
 
         return build
 

@@ -12,7 +12,7 @@ from temposae.bench import streams
 from temposae.engine.errors import UserError
 from temposae.engine.stream import LanguageModel
 from temposae.engine.stream.buffer import RingBuffer
-from temposae.engine.stream.live import Live
+from temposae.engine.stream.model_source import ModelSource
 
 from ..commandline import run
 
@@ -37,7 +37,7 @@ def slower(monkeypatch: pytest.MonkeyPatch, kind: type, name: str, seconds: floa
 def test_a_slow_source_harvests_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass takes some 30 ms; with 0.2 s on top the bare loop is several times as fast."""
     monkeypatch.setattr(streams, "DICTIONARIES", ())
-    slower(monkeypatch, Live, "next", 0.2)
+    slower(monkeypatch, ModelSource, "next", 0.2)
     assert streams.measure(TINY, device="cpu")["harvest_ratio"] < 0.5
 
 
@@ -83,7 +83,7 @@ def test_refused() -> None:
 
 
 def test_a_bare_loop_over_other_activations_is_refused(testbed: LanguageModel) -> None:
-    bare = streams.Bare("testbed", testbed)
+    bare = streams.BareModel("testbed", testbed)
     rows = streams.TestbedRows(64).next(2)
     bare.check(testbed, rows)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_a_bare_loop_over_other_activations_is_refused(testbed: LanguageModel) -
     with pytest.raises(RuntimeError, match="differ from the stream's"):
         bare.check(testbed, rows)
     with pytest.raises(UserError, match="transformers doesn't have blocks.1.hook_mlp_out by itself"):
-        streams.Bare("testbed", LanguageModel("testbed", hook="blocks.1.hook_mlp_out"))
+        streams.BareModel("testbed", LanguageModel("testbed", hook="blocks.1.hook_mlp_out"))
 
 
 def test_the_gpus_model_in_small(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_better_setting_is_picked_and_written(tuned: Callable[..., list[tune.C
     (choice,) = tuned(["merge"], lambda s: 1.0 if s == dict(BLOCK=1024, num_warps=8) else 2.0, arch=90)
     assert choice == tune.Choice("merge", CONFIGS[90]["merge"], 2.0, dict(BLOCK=1024, num_warps=8), 1.0, 8, {})
     assert table == CONFIGS  # nothing is in effect any more
-    text = tune.render(TEXT, CONFIGS | {90: tune.new_row(90, [choice])})
+    text = tune.render(TEXT, CONFIGS | {90: tune.tuned_row(90, [choice])})
     assert '    "merge": dict(BLOCK=1024, num_warps=8),' in text.partition("CONFIGS[90] =")[2]
     assert load(text) == table | {90: table[90] | {"merge": dict(BLOCK=1024, num_warps=8)}}
     shown = tune.summary([choice]).splitlines()[2]
@@ -106,7 +106,7 @@ def test_what_is_hardly_faster_is_not_picked(tuned: Callable[..., list[tune.Choi
     (choice,) = tuned(["merge"], lambda s: 2.0 if s == CONFIGS[80]["merge"] else 1.97)
     assert choice.after == choice.before == CONFIGS[80]["merge"]
     assert choice.after_ms == 2.0
-    assert tune.render(TEXT, CONFIGS | {80: tune.new_row(80, [choice])}) == TEXT
+    assert tune.render(TEXT, CONFIGS | {80: tune.tuned_row(80, [choice])}) == TEXT
 
 
 def test_settings_that_fail_are_passed_over(tuned: Callable[..., list[tune.Choice]]) -> None:
@@ -162,7 +162,7 @@ def test_an_architecture_without_a_row_gets_one(tuned: Callable[..., list[tune.C
     with pytest.warns(UserWarning, match="no launch configurations for sm_86"):
         (choice,) = tuned(["merge"], lambda s: s["BLOCK"], arch=86)
     assert 86 not in CONFIGS
-    text = tune.render(TEXT, CONFIGS | {86: tune.new_row(86, [choice])})
+    text = tune.render(TEXT, CONFIGS | {86: tune.tuned_row(86, [choice])})
     assert load(text)[86] == CONFIGS[80] | {"merge": dict(BLOCK=512, num_warps=4)}
 
 
@@ -186,12 +186,12 @@ def test_every_call_launches_its_entry_and_leaves_the_weights(dtype: str, monkey
     monkeypatch.setenv("TEMPOSAE_BACKEND", "triton")
     asked: list[str] = []
 
-    class Watched(dict):
+    class TrackedTensors(dict):
         def __getitem__(self, entry: str) -> dict[str, int]:
             asked.append(entry)
             return super().__getitem__(entry)
 
-    monkeypatch.setitem(CONFIGS, 80, Watched(CONFIGS[80]))
+    monkeypatch.setitem(CONFIGS, 80, TrackedTensors(CONFIGS[80]))
     inputs = tune.Inputs(SHAPE, DTYPES[dtype], "cpu")
     weights = {name: value.detach().clone() for name, value in inputs.sae.state_dict().items()}
     for entry, trial in tune.TRIALS.items():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from temposae.campaign.config import CampaignConfig, entries
+from temposae.campaign.documented import RUNS
 from temposae.engine.config import read_yaml
-from temposae.variants import RUNS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "campaign"
 COMMITTED = sorted(path.parent.name for path in DOCS.glob("*/campaign.yaml"))

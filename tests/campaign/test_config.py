@@ -2,9 +2,9 @@
 
 import pytest
 from temposae.campaign.config import CampaignConfig, entries, fitting_share
+from temposae.campaign.documented import RUNS
+from temposae.campaign.documented.strictness import strict
 from temposae.engine.errors import UserError
-from temposae.variants import RUNS
-from temposae.variants.strictness import strict
 
 
 def made(**settings):

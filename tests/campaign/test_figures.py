@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 from temposae.campaign import figures, log_figures, overview, position_figures
+from temposae.campaign.figure_panels import DrawnFigure
 from temposae.campaign.figures import draw, missing
-from temposae.campaign.panels import Drawing
-from temposae.campaign.saved import Saved
+from temposae.campaign.seed_results import CampaignResults
 from temposae.engine.errors import UserError
-from temposae.evals.figures import DPI
+from temposae.evals.run_figures import DPI
 
 from .. import commandline
 from . import made_up
@@ -40,8 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved(folder: Path) -> Saved:
-    return Saved(folder)
+def saved(folder: Path) -> CampaignResults:
+    return CampaignResults(folder)
 
 
 def of(run: str, name: str) -> list[float]:
@@ -81,7 +81,7 @@ def cells(axes: Any) -> np.ndarray:
     return np.ma.filled(mesh.get_array(), np.nan)
 
 
-def panel(drawing: Drawing, title: str) -> Any:
+def panel(drawing: DrawnFigure, title: str) -> Any:
     (found,) = [axes for axes in drawing.figure.axes if axes.get_title().startswith(title)]
     return found
 
@@ -106,7 +106,7 @@ def test_every_figure_that_the_logs_name_is_written(folder: Path):
 
 
 @pytest.mark.parametrize("log", ["A", "E"])
-def test_unlearning_scores_are_bars_with_their_controls_and_spread(saved: Saved, log: str):
+def test_unlearning_scores_are_bars_with_their_controls_and_spread(saved: CampaignResults, log: str):
     (axes,) = log_figures.unlearning_scores(saved, log).figure.axes
     ends = whiskers(axes)
     for run in ("relu", "topk", *({"A": ("A1", "A3"), "E": ("E1",)}[log])):
@@ -122,7 +122,9 @@ def test_unlearning_scores_are_bars_with_their_controls_and_spread(saved: Saved,
 
 
 @pytest.mark.parametrize(("log", "runs"), [("A", ["A1", "A3"]), ("E", ["E1"])])
-def test_curves_are_the_mean_of_the_seeds_on_held_out_text_with_a_band(saved: Saved, log: str, runs: list[str]):
+def test_curves_are_the_mean_of_the_seeds_on_held_out_text_with_a_band(
+    saved: CampaignResults, log: str, runs: list[str]
+):
     (axes,) = log_figures.training_curves(saved, log).figure.axes
     assert [line.get_gid() for line in axes.lines] == ["relu", "topk", "batchtopk", *runs]
     bands = {tuple(one.get_facecolor()[0][:3]): one for one in axes.collections}
@@ -143,12 +145,12 @@ def test_curves_are_the_mean_of_the_seeds_on_held_out_text_with_a_band(saved: Sa
 
 
 def test_names_at_the_ends_of_lines_do_not_lie_on_each_other(folder: Path):
-    (axes,) = log_figures.training_curves(Saved(folder), "A").figure.axes
+    (axes,) = log_figures.training_curves(CampaignResults(folder), "A").figure.axes
     places = sorted(note.xyann[1] for note in axes.texts)
     assert np.diff(places).min() > 0.03
 
 
-def test_final_errors_are_bars_with_their_numbers(saved: Saved):
+def test_final_errors_are_bars_with_their_numbers(saved: CampaignResults):
     (axes,) = log_figures.final_metrics(saved, "A").figure.axes
     for run in ("batchtopk", "A1", "A3"):
         assert bar(axes, run) == pytest.approx(np.mean(fvu(run)))
@@ -160,14 +162,14 @@ def test_final_errors_are_bars_with_their_numbers(saved: Saved):
 
 
 def test_a_bar_far_worse_than_the_mean_is_cut_and_told_in_figures(folder: Path):
-    saved = Saved(folder)
+    saved = CampaignResults(folder)
     saved.logs["A"]["A3"]["scores"]["explained_variance"]["values"] = [-4.5, -2.5]
     (axes,) = log_figures.final_metrics(saved, "A").figure.axes
     assert axes.get_ylim()[1] < 0.25
     assert "4.5 →" in texts(axes)
 
 
-def test_progression_of_log_b_has_steps_and_errors(saved: Saved):
+def test_progression_of_log_b_has_steps_and_errors(saved: CampaignResults):
     drawing = log_figures.training_progression(saved, "B")
     steps, error = panel(drawing, "Steps"), panel(drawing, "Error")
     for run in ("relu", "B4", "B9", "B10"):
@@ -182,12 +184,12 @@ def test_a_run_that_failed_shows_how_far_it_came(tmp_path: Path):
     out = made_up.campaign(tmp_path, {"B9": "hierarchical adaptation", "B10": "curriculum"}, failed=("B10",))
     metrics = out / "runs" / "B10" / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:3]))
-    drawing = log_figures.training_progression(Saved(out), "B")
+    drawing = log_figures.training_progression(CampaignResults(out), "B")
     assert bar(panel(drawing, "Steps"), "B10", lying=True) == 3 * EVERY
     assert texts(panel(drawing, "Error")).count("failed") == 1
 
 
-def test_hyperparameters_of_log_b_are_those_of_the_settings_and_of_the_run(saved: Saved):
+def test_hyperparameters_of_log_b_are_those_of_the_settings_and_of_the_run(saved: CampaignResults):
     drawing = log_figures.hyperparameters(saved, "B")
     rates, penalties = panel(drawing, "Learning rate"), panel(drawing, "Sparsity")
     assert {run: named(rates, run).get_xdata()[0] for run in ("relu", "topk", "B4", "B10")} == {
@@ -201,7 +203,7 @@ def test_hyperparameters_of_log_b_are_those_of_the_settings_and_of_the_run(saved
     assert ends == pytest.approx([0.04 * (1 + STEPS / 10)] * 4)  # relu and three runs
 
 
-def test_sizes_of_log_e_are_beside_latents_alive(saved: Saved):
+def test_sizes_of_log_e_are_beside_latents_alive(saved: CampaignResults):
     (axes,) = log_figures.feature_statistics(saved, "E").figure.axes
     assert list(named(axes, "d_sae").get_ydata()) == [made_up.F] * 5
     alive = named(axes, "alive").get_offsets()
@@ -215,7 +217,7 @@ def by_position(run: str, step: int) -> np.ndarray:
     return np.array([made_up.by_position(run, seed, T, step) for seed in SEEDS])
 
 
-def test_position_analysis_shows_losses_and_masks_of_c2(saved: Saved):
+def test_position_analysis_shows_losses_and_masks_of_c2(saved: CampaignResults):
     drawing = position_figures.position_analysis(saved)
     assert drawing.lacks == ()
     losses = np.stack([by_position("C2", step).mean(0) for step in range(EVERY, STEPS + 1, EVERY)])
@@ -230,7 +232,7 @@ def test_position_analysis_shows_losses_and_masks_of_c2(saved: Saved):
     assert "C2's loss has no weights" in panel(drawing, "Mask").get_title()
 
 
-def test_position_weights_shows_how_those_of_c6_converge_and_what_they_follow(saved: Saved):
+def test_position_weights_shows_how_those_of_c6_converge_and_what_they_follow(saved: CampaignResults):
     drawing = position_figures.position_weights(saved)
     steps = range(EVERY, STEPS + 1, EVERY)
     weights = np.array([[made_up.weights("C6", seed, T, step) for step in steps] for seed in SEEDS])
@@ -251,7 +253,7 @@ def clusters(folder: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     return result, *(np.array(result["sample"][key]) for key in ("profiles", "cluster"))
 
 
-def test_sparsity_analysis_shows_l0_and_latents_of_c6(folder: Path, saved: Saved):
+def test_sparsity_analysis_shows_l0_and_latents_of_c6(folder: Path, saved: CampaignResults):
     drawing = position_figures.sparsity_analysis(saved)
     l0 = lambda step, seed: 4 + np.sin(np.arange(1, T) / 3) + step / 100 + seed / 10
     shown = cells(panel(drawing, "Sparsity"))
@@ -266,7 +268,7 @@ def test_sparsity_analysis_shows_l0_and_latents_of_c6(folder: Path, saved: Saved
     np.testing.assert_array_equal(np.sort(active, axis=0), np.sort(profiles, axis=0))
 
 
-def test_clustering_shows_each_latent_once_under_its_tree(folder: Path, saved: Saved):
+def test_clustering_shows_each_latent_once_under_its_tree(folder: Path, saved: CampaignResults):
     tree, strip, heat, _ = position_figures.temporal_clustering(saved).figure.axes
     _, profiles, cluster = clusters(folder)
     sorted_by_tree = cells(heat).T
@@ -283,7 +285,7 @@ def test_clustering_shows_each_latent_once_under_its_tree(folder: Path, saved: S
     assert first[:, 1].max() == pytest.approx(js)
 
 
-def test_patterns_of_clusters_are_those_of_the_result(folder: Path, saved: Saved):
+def test_patterns_of_clusters_are_those_of_the_result(folder: Path, saved: CampaignResults):
     result, _, _ = clusters(folder)
     drawing = position_figures.cluster_patterns(saved)
     profiles, likeness, special = (panel(drawing, title) for title in ("Mean", "Likeness", "Specialization"))
@@ -297,7 +299,7 @@ def test_patterns_of_clusters_are_those_of_the_result(folder: Path, saved: Saved
     assert {0.3, 0.4, 0.5} <= {round(median, 6) for median in medians}
 
 
-def test_comparison_of_log_c_has_errors_sparsity_and_weights(saved: Saved):
+def test_comparison_of_log_c_has_errors_sparsity_and_weights(saved: CampaignResults):
     drawing = position_figures.comparative_analysis(saved)
     error, sparsity = (axes for axes in drawing.figure.axes if axes.get_title() in ("Error", "Sparsity"))
     for run in ("relu", "C2", "C5", "C6"):
@@ -315,7 +317,7 @@ def test_comparison_of_log_c_has_errors_sparsity_and_weights(saved: Saved):
 
 
 def test_overview_has_every_run_beside_its_control(folder: Path):
-    (axes,) = overview.overview(Saved(folder)).figure.axes
+    (axes,) = overview.overview(CampaignResults(folder)).figure.axes
     for run in ("relu", "A1", "B10", "C6", "E1"):
         own, random = of(run, "explained_variance"), of(run, "random explained_variance")
         assert named(axes, run).get_xdata() == pytest.approx(np.mean(own))
@@ -329,7 +331,7 @@ def test_overview_has_every_run_beside_its_control(folder: Path):
 
 
 def test_overview_marks_runs_that_are_no_better_than_their_control_and_keeps_its_scale(folder: Path):
-    saved = Saved(folder)
+    saved = CampaignResults(folder)
     saved.logs["A"]["A1"]["scores"]["explained_variance"]["values"] = [0.1, 0.2]
     saved.logs["A"]["A3"]["scores"]["explained_variance"]["values"] = [-7.0, -7.2]
     (axes,) = overview.overview(saved).figure.axes
@@ -344,9 +346,9 @@ def test_conditions_are_apart_and_log_figures_show_the_first(tmp_path: Path):
     results["runs"]["A1-l0-32"]["scores"]["explained_variance"]["values"] = [0.5]
     results["runs"]["A1-l0-32"]["scores"]["l0"]["values"] = [32.0]
     (out / "campaign.json").write_text(json.dumps(results))
-    (axes,) = log_figures.final_metrics(Saved(out), "A").figure.axes
+    (axes,) = log_figures.final_metrics(CampaignResults(out), "A").figure.axes
     assert bar(axes, "A1") == pytest.approx(1 - numbers("A1", 0)["explained_variance"])
-    (axes,) = overview.conditions(Saved(out)).figure.axes
+    (axes,) = overview.conditions(CampaignResults(out)).figure.axes
     first, second = (line for line in axes.lines if line.get_gid() == "A1")
     assert (second.get_xdata()[0], second.get_ydata()[0]) == (32, 0.5)
     assert first.get_xdata()[0] == numbers("A1", 0)["l0"]
@@ -357,7 +359,7 @@ def test_conditions_are_apart_and_log_figures_show_the_first(tmp_path: Path):
     for run in (results["runs"] | results["baselines"]).values():  # the same for all: then runs stand side by side
         run["scores"]["l0"]["values"] = [16.0]
     (out / "campaign.json").write_text(json.dumps(results))
-    (axes,) = overview.conditions(Saved(out)).figure.axes
+    (axes,) = overview.conditions(CampaignResults(out)).figure.axes
     places = {line.get_gid(): line.get_xdata()[0] for line in axes.lines if line.get_gid()}
     names = [tick.get_text() for tick in axes.get_xticklabels()]
     assert {gid: names[at] for gid, at in places.items()} == {
@@ -366,7 +368,7 @@ def test_conditions_are_apart_and_log_figures_show_the_first(tmp_path: Path):
 
 
 def test_one_seed_has_no_spread(tmp_path: Path):
-    saved = Saved(made_up.campaign(tmp_path, {"A1": "hard masks"}))
+    saved = CampaignResults(made_up.campaign(tmp_path, {"A1": "hard masks"}))
     figure = log_figures.unlearning_scores(saved, "A").figure
     assert whiskers(figure.axes[0]) == []
     assert not figure.legends[0].get_title().get_text()
@@ -398,7 +400,7 @@ def test_what_was_not_measured_is_named_and_not_drawn(tmp_path: Path):
 
 def test_a_panel_without_numbers_is_left_out_and_named(tmp_path: Path):
     out = made_up.campaign(tmp_path, {"C6": "position-dependent sparsity"}, evals=("core",))
-    drawing = position_figures.sparsity_analysis(Saved(out))
+    drawing = position_figures.sparsity_analysis(CampaignResults(out))
     assert [axes.get_title() for axes in drawing.figure.axes if axes.get_title()] == [
         "Sparsity by position, C6", "At the end of training"
     ]  # fmt: skip
@@ -409,16 +411,16 @@ def test_without_held_out_rows_curves_are_of_new_batches(tmp_path: Path):
     out = made_up.campaign(tmp_path, {"A1": "hard masks"})
     for path in out.rglob("held_out.jsonl"):
         path.unlink()
-    (axes,) = log_figures.training_curves(Saved(out), "A").figure.axes
+    (axes,) = log_figures.training_curves(CampaignResults(out), "A").figure.axes
     assert axes.get_ylabel() == "FVU on batches not seen before"
     assert set(named(axes, "A1").get_ydata()) == {numbers("A1", 0)["fvu_last"] * 1.1}
 
 
 def test_an_analysis_alone_shows_the_run_that_it_looks_at(tmp_path: Path):
     out = made_up.campaign(tmp_path, {"C4": "position-wise loss picture"})
-    (axes,) = overview.overview(Saved(out)).figure.axes
+    (axes,) = overview.overview(CampaignResults(out)).figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()][-1] == "C2 temperature annealing (C4)"
-    assert position_figures.position_analysis(Saved(out)).lacks == ()
+    assert position_figures.position_analysis(CampaignResults(out)).lacks == ()
 
 
 def test_a_campaign_that_has_not_ended_is_told_so(tmp_path: Path):

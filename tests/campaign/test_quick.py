@@ -4,9 +4,9 @@ import json
 import math
 
 import pytest
+from temposae.campaign.documented import RUNS
 from temposae.campaign.figures import missing
 from temposae.campaign.results import read_results
-from temposae.variants import RUNS
 
 from ..commandline import run
 

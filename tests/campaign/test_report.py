@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from scipy.stats import t as students
 from scipy.stats import ttest_rel
-from temposae.campaign import compare, findings
-from temposae.campaign.asked import MEANINGS, QUESTIONS
-from temposae.campaign.compare import against_baselines, baseline_of, holm, repeated, student
-from temposae.campaign.forest import differences_figure
+from temposae.campaign import report_data, significance
+from temposae.campaign.difference_figure import differences_figure
+from temposae.campaign.documented import RUNS
+from temposae.campaign.questions import MEANINGS, QUESTIONS
 from temposae.campaign.report import write
 from temposae.campaign.results import SCORES, _summary
+from temposae.campaign.significance import against_baselines, baseline_of, holm, repeated, student
 from temposae.engine.errors import UserError
-from temposae.variants import RUNS
 
 SEEDS = 4
 PLAIN = {
@@ -126,7 +126,7 @@ def small(path: Path, *given: Any) -> None:
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Small pictures in place of the differences' figures: what is written stays the same."""
-    monkeypatch.setattr(findings, "draw_differences", small)
+    monkeypatch.setattr(report_data, "draw_differences", small)
 
 
 def part(markdown: str, heading: str) -> str:
@@ -513,7 +513,7 @@ def whole(tmp_path_factory) -> Path:
     made.found["runs"]["A1"]["title"] = "<script>alert(1)</script> | ![i](http://e/x.png)"
     made.found["runs"]["A7"]["failed"] = {"A7-s1": "ValueError: <b>no</b>"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(findings, "draw_differences", small)
+        patch.setattr(report_data, "draw_differences", small)
         made.write(out)
     return out
 
@@ -584,7 +584,7 @@ def test_the_figure_of_a_score_has_a_line_a_difference_with_its_interval_and_its
     made = Made("A1", "A2", "A5")
     made.plant("A5", "tpp", 0.030, 0.032, 0.031, 0.033)
     made.plant("A1", "tpp", -0.030, -0.032, -0.031, -0.033)
-    ones, between = against_baselines(made.found)["tpp"], compare.compare(made.found, [("A2", "A1")])["tpp"]
+    ones, between = against_baselines(made.found)["tpp"], significance.compare(made.found, [("A2", "A1")])["tpp"]
     (axes,) = differences_figure("TPP", ones, between).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["A1", "A2", "A5", "A2 less A1"]
     lines = [(line.get_color(), list(line.get_xdata()), set(line.get_ydata())) for line in axes.lines]
@@ -625,7 +625,7 @@ def test_holms_correction_is_the_least_level_at_which_all_smaller_ones_stand():
 
 def test_of_campaigns_of_noise_one_in_twenty_makes_a_false_claim_at_most(monkeypatch):
     """12 runs that share a baseline, and differ from it by chance."""
-    monkeypatch.setattr(compare, "COMPARED", ("tpp",))
+    monkeypatch.setattr(significance, "COMPARED", ("tpp",))
     made, draw, wrong = Made(*list(RUNS)[:12]), np.random.default_rng(1), 0
     for _ in range(300):
         for run in (made.found["runs"] | made.found["baselines"]).values():

@@ -4,10 +4,10 @@ import itertools
 import re
 
 import pytest
-from temposae.campaign import findings
-from temposae.campaign.asked import MEANINGS
+from temposae.campaign import report_data
+from temposae.campaign.questions import MEANINGS
 from temposae.campaign.results import SCORES, _summary, against_random
-from temposae.cli import tables
+from temposae.cli import output
 
 from .test_report import Made, small
 
@@ -26,7 +26,7 @@ SUBSETS = [one for size in range(len(WORDS) + 1) for one in itertools.combinatio
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pictures: what is said is looked at."""
-    monkeypatch.setattr(findings, "draw_differences", small)
+    monkeypatch.setattr(report_data, "draw_differences", small)
 
 
 def made_of(evals: tuple[str, ...], *, ill: bool) -> Made:
@@ -60,7 +60,7 @@ def sentences(markdown: str) -> list[str]:
 def test_a_campaign_says_nothing_of_what_was_not_measured(evals, ill, quick, tmp_path, capsys):
     made = made_of(evals, ill=ill)
     markdown, _ = made.write(tmp_path)
-    tables.campaign_table(made.found)
+    output.campaign_table(made.found)
     printed = capsys.readouterr().out
     said = [*sentences(markdown), *(line.lower() for line in printed.splitlines() if ":" in line)]
     assert not [one for one in said if "does not beat" in one and "not measured" in one]
@@ -112,7 +112,7 @@ def test_numbers_of_an_older_campaign_are_told_anew(quick, tmp_path, capsys):
     for run in (made.found["runs"] | made.found["baselines"]).values():
         run |= {"beats_random": False, "why_not": "sparse probing was not measured"}
     markdown, _ = made.write(tmp_path)
-    tables.campaign_table(made.found)
+    output.campaign_table(made.found)
     assert "does not beat" not in capsys.readouterr().out
     assert "is above the control's, in explained variance. 4 of 4 dictionaries do." in markdown
 

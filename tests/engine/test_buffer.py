@@ -5,7 +5,7 @@ import torch
 from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.stream.buffer import Batch, RingBuffer
-from temposae.engine.stream.narrow import narrowed, widen_
+from temposae.engine.stream.quantize import narrowed, widen_
 from temposae.engine.train import train
 
 WIDTHS = {"a": 3, "b": 5}
@@ -61,14 +61,14 @@ def test_every_item_is_served_once_with_all_that_belongs_to_it(n, chunk):
 @pytest.mark.parametrize(("capacity", "n"), [(100, 10), (100, 40), (100, 50), (3000, 10), (3000, 200)])
 def test_no_more_is_read_than_is_wanted_and_the_last_items_come_mixed(capacity, n):
     """A buffer larger than the run fills only as far as the run needs; who asks for more gets more."""
-    buffer = ring(capacity, chunk=20, wanted=1000)
+    buffer = ring(capacity, chunk=20, item_limit=1000)
     rows = torch.cat([batch.row for batch in served(buffer, n, 1000 // n)])
     assert sorted(rows.tolist()) == list(range(1000))
     assert int(buffer.state()["numbers"][5]) == 1000  # put in
     assert int(rows[-20:].min()) < 980  # not the last chunk by itself
     more = torch.cat([batch.row for batch in served(buffer, n, 30)])
     assert len(torch.cat([rows, more]).unique()) == len(rows) + 30 * n
-    resumed = ring(capacity, chunk=20, wanted=1000)
+    resumed = ring(capacity, chunk=20, item_limit=1000)
     resumed.load_state({key: value.clone() for key, value in buffer.state().items()})
     resumed._fill = buffer._fill
     assert len(resumed.next(n).row) == n
@@ -84,7 +84,9 @@ def test_a_finite_source_is_served_to_its_end_and_no_further():
         assert len(torch.cat([batch.row for batch in batches]).unique()) == end
 
 
-@pytest.mark.parametrize("options", [{}, {"end": 333}, {"wanted": 500}, {"wanted": 60}, {"context": 6, "wanted": 500}])
+@pytest.mark.parametrize(
+    "options", [{}, {"end": 333}, {"item_limit": 500}, {"item_limit": 60}, {"context": 6, "item_limit": 500}]
+)
 def test_what_comes_does_not_depend_on_how_many_items_come_at_a_time(options):
     """Several processes read larger chunks than one does, and are to have its batches."""
     expected = [batch.row.tolist() for batch in served(ring(chunk=1, **options), 13, 60)]

@@ -15,11 +15,11 @@ import yaml
 from safetensors.torch import load_file
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.folder import CONFIG
+from temposae.engine.storage.run_folder import CONFIG
 from temposae.engine.stream import ActivationStream, Batch, cache
-from temposae.engine.stream.cache import MANIFEST, Cached, read_manifest, write_cache
-from temposae.engine.stream.live import special_tokens
-from temposae.engine.stream.text import TextRows
+from temposae.engine.stream.cache import MANIFEST, CacheSource, read_manifest, write_cache
+from temposae.engine.stream.model_source import special_tokens
+from temposae.engine.stream.token_rows import TextRows
 from temposae.engine.sweep import expand, resolve
 from temposae.engine.train import train
 
@@ -72,7 +72,7 @@ def stored(folder: Path) -> Batch:
     return Batch.from_tensors({key: torch.cat([shard[key] for shard in found]) for key in found[0]})
 
 
-def everything(source: Cached) -> Batch:
+def everything(source: CacheSource) -> Batch:
     """One epoch of a source that ends."""
     found = []
     while (batch := source.next()) is not None:
@@ -181,7 +181,7 @@ def test_killed_anywhere_and_resumed_leaves_the_same_files(write, made, tmp_path
             except Killed:
                 kills += 1
                 if (folder / MANIFEST).exists() and read_manifest(folder).shards:
-                    assert len(everything(Cached(folder, repeat=False)))  # valid at any moment
+                    assert len(everything(CacheSource(folder, repeat=False)))  # valid at any moment
     assert kills
     assert files(folder) == files(made)
     assert write(folder, resume=True).complete  # nothing more to do
@@ -205,7 +205,7 @@ def test_a_full_disk_is_named_and_what_was_written_stays(write, made, tmp_path, 
     assert len(str(error.value).splitlines()) == 1
     assert not folder.exists() or not [name for name in files(folder) if name.startswith(".")]
     if at > 6:  # two calls for cache.json, two for a shard, two for cache.json again
-        found = everything(Cached(folder, repeat=False))
+        found = everything(CacheSource(folder, repeat=False))
         assert len(found)
     write(folder, resume=True)
     assert files(folder) == files(made)
@@ -227,7 +227,7 @@ def test_a_small_disk_that_fills_up(write, made, tmp_path):
         assert set(files(disk / "cache")) == {*names, MANIFEST}
         for name in names:
             assert (disk / "cache" / name).read_bytes() == (made / name).read_bytes()
-        assert len(everything(Cached(disk / "cache", repeat=False)))
+        assert len(everything(CacheSource(disk / "cache", repeat=False)))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -296,7 +296,7 @@ def test_one_flipped_bit_in_any_tensor_is_found(copy, name, where):
     raw = bytearray(path.read_bytes())
     raw[min(end - 1, int(begin + where * (end - begin)))] ^= 1
     path.write_bytes(raw)
-    source = Cached(copy, repeat=False)
+    source = CacheSource(copy, repeat=False)
     with pytest.raises(UserError, match=rf"cache: .*shard_00002.safetensors is damaged in block \d+ \({name}\)"):
         everything(source)
 
@@ -309,7 +309,7 @@ def test_the_damaged_block_is_the_one_named(copy):
         raw[begin + 4 * (shard.ends[block] - 1)] ^= 128
         (copy / shard.file).write_bytes(raw)
         with pytest.raises(UserError, match=rf"damaged in block {block} \(token\)"):
-            Cached(copy)._read(1, block)
+            CacheSource(copy)._read(1, block)
         raw[begin + 4 * (shard.ends[block] - 1)] ^= 128
         (copy / shard.file).write_bytes(raw)
     assert end - begin == 4 * shard.tokens
@@ -321,7 +321,7 @@ def test_hooks_that_are_not_read_are_not_checked(copy):
     raw = bytearray(path.read_bytes())
     raw[begin] ^= 1
     path.write_bytes(raw)
-    assert set(everything(Cached(copy, hooks=HOOKS[:1], repeat=False)).acts) == {HOOKS[0]}
+    assert set(everything(CacheSource(copy, hooks=HOOKS[:1], repeat=False)).acts) == {HOOKS[0]}
 
 
 def test_a_shard_of_another_size_or_header_or_none_is_named_at_opening(copy):
@@ -336,14 +336,14 @@ def test_a_shard_of_another_size_or_header_or_none_is_named_at_opening(copy):
     ):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=rf"cache: .*shard_00001.safetensors.*{words}"):
-            Cached(copy)
+            CacheSource(copy)
     path.unlink()
     with pytest.raises(UserError, match=r"cache: .*shard_00001.safetensors is missing"):
-        Cached(copy)
+        CacheSource(copy)
 
 
 def test_a_shard_cut_or_removed_while_it_is_in_use_is_named(copy):
-    first, second = Cached(copy, repeat=False), Cached(copy, repeat=False)
+    first, second = CacheSource(copy, repeat=False), CacheSource(copy, repeat=False)
     os.truncate(copy / "shard_00000.safetensors", 1000)
     with pytest.raises(UserError, match=r"cache: .*shard_00000.safetensors is damaged in block"):
         everything(first)
@@ -360,37 +360,37 @@ def test_a_cut_or_foreign_manifest_is_named(copy, tmp_path):
     for cut in (0, 1, 30, 500, len(whole) // 2, len(whole) - 3):
         path.write_text(whole[:cut])
         with pytest.raises(UserError, match=r"cache: .*cache.json is damaged"):
-            Cached(copy)
+            CacheSource(copy)
     for packing, read in ((False, True), (True, False)):  # as an earlier version wrote them
         earlier = manifest | {"format": "temposae-cache/1"}
         path.write_text(json.dumps(earlier | {"stream": earlier["stream"] | {"packing": packing}}))
         with nullcontext() if read else pytest.raises(UserError, match="has format 'temposae-cache/1'"):
-            Cached(copy)
+            CacheSource(copy)
     for foreign in ("[]", "3"):
         path.write_text(foreign)
         with pytest.raises(UserError, match=r"cache: .*cache.json is damaged: it holds a"):
-            Cached(copy)
+            CacheSource(copy)
     for foreign in ("{}", '{"format": "temposae/1"}'):
         path.write_text(foreign)
         with pytest.raises(UserError, match=r"cache: .*cache.json has format .*; this version reads temposae-cache/2"):
-            Cached(copy)
+            CacheSource(copy)
     for key, value in (("hooks", 3), ("shards", 5), ("dtype", "int8"), ("more", 1)):
         path.write_text(json.dumps(manifest | {key: value}))
         with pytest.raises(UserError, match=rf"cache: .*cache.json is damaged \(.*{key}"):
-            Cached(copy)
+            CacheSource(copy)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"cache: .*cache.json is damaged"):
-        Cached(copy)
+        CacheSource(copy)
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=r"cache: .* holds no cache.json"):
-            Cached(folder)
+            CacheSource(folder)
 
 
 # --- what is read
 
 
 def test_an_epoch_gives_every_token_once_in_an_order_of_its_own(made):
-    source, whole = Cached(made, seed=1), stored(made)
+    source, whole = CacheSource(made, seed=1), stored(made)
     count = len(source._blocks)
     epochs = []
     for epoch in range(3):
@@ -404,13 +404,13 @@ def test_an_epoch_gives_every_token_once_in_an_order_of_its_own(made):
         epochs.append(found.row)
     assert not torch.equal(epochs[0], epochs[1])
     assert not torch.equal(epochs[1], epochs[2])
-    assert torch.equal(Cached(made, seed=1).next().row, epochs[0][: len(Cached(made, seed=1).next())])
-    orders = {tuple(Cached(made, seed=seed)._order) for seed in range(5)}
+    assert torch.equal(CacheSource(made, seed=1).next().row, epochs[0][: len(CacheSource(made, seed=1).next())])
+    orders = {tuple(CacheSource(made, seed=seed)._order) for seed in range(5)}
     assert len(orders) == 5
 
 
 def test_blocks_of_all_shards_come_mixed(made):
-    source = Cached(made)
+    source = CacheSource(made)
     first = [source._blocks[i][0] for i in source._order]
     assert first != sorted(first)
 
@@ -462,9 +462,9 @@ def test_a_state_goes_on_where_it_was_taken(made, testbed, mode, served):
 
 def test_another_cache_cannot_be_gone_on_with(made, write, tmp_path, testbed):
     write(tmp_path / "cache", tokens=9000)
-    state = Cached(made).state()
+    state = CacheSource(made).state()
     with pytest.raises(UserError, match=r"stream.cache: .* is not the cache that the run was trained on"):
-        Cached(tmp_path / "cache").load_state(state)
+        CacheSource(tmp_path / "cache").load_state(state)
 
 
 def test_without_repeat_the_stream_ends(made, testbed):

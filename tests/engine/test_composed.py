@@ -6,8 +6,8 @@ from temposae.engine import parts as registry
 from temposae.engine.composed import ComposedAutoencoder, dictionary
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.parts import Part, Rows, part
-from temposae.engine.sae import Beside, SparseAutoencoder
+from temposae.engine.parts import Part, RowLayout, part
+from temposae.engine.sae import BatchContext, SparseAutoencoder
 from temposae.engine.stream import ActivationStream
 from temposae.engine.sweep import resolve
 from temposae.engine.train import train, train_together
@@ -18,6 +18,7 @@ D, F, T, N = 12, 40, 16, 64
 @pytest.fixture
 def kinds(monkeypatch):
     """Parts made for a test, forgotten afterwards."""
+    registry.find("layer_norm")  # ours are known from here on
     monkeypatch.setattr(registry, "_PARTS", dict(registry._PARTS))
 
 
@@ -114,12 +115,12 @@ def test_what_is_beside_a_batch_reaches_the_parts(kinds):
             return None
 
     x, pos = batch()
-    beside = Beside(torch.arange(N) // T, (torch.arange(N) % 2), 2 * x)
+    batch_context = BatchContext(torch.arange(N) // T, (torch.arange(N) % 2), 2 * x)
     sae = dictionary(settings("look"))
     sae.at(0.25, step=7, seed=3)
     draws = []
     for _ in range(2):
-        sae.objective(x, pos, T, beside=beside)
+        sae.objective(x, pos, T, batch_context=batch_context)
         draws.append(seen_of["draws"])
     assert draws[0] == draws[1]  # they follow from seed and step
     assert draws[0][0] != draws[0][1]
@@ -132,7 +133,7 @@ def test_what_is_beside_a_batch_reaches_the_parts(kinds):
 
 def test_rows_are_found_and_undone():
     pos = torch.tensor([1, 2, 4, 0, 1, 2, 3, 1, 2])
-    rows = Rows.of(pos)
+    rows = RowLayout.of(pos)
     assert rows.number.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2]
     assert rows.shape == (3, 5)
     value = torch.arange(1.0, 10.0)[:, None]
@@ -141,7 +142,7 @@ def test_rows_are_found_and_undone():
     assert torch.equal(rows.kept, spread[..., 0] > 0)
     assert torch.equal(rows.gather(spread), value)
     with pytest.raises(UserError, match="9 tokens are not in the order of their rows"):
-        Rows.of(pos.flip(0))
+        RowLayout.of(pos.flip(0))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from temposae import SAEConfig, SparseAutoencoder, save
 from temposae.engine import interchange
-from temposae.engine.files import UNFINISHED, whole_file, write_json, write_text
+from temposae.engine.storage.files import UNFINISHED, whole_file, write_json, write_text
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
@@ -91,7 +91,7 @@ def test_two_processes_write_one_file_and_neither_loses_its_own(tmp_path):
 def test_what_stands_for_an_open_file_is_written_to(tmp_path, to):
     """Printed before it, written, printed behind it: in that order, also where standard output is a file."""
     code = (
-        "from pathlib import Path; from temposae.engine.files import check_writable, write_json; print('before'); "
+        "from pathlib import Path; from temposae.engine.storage.files import check_writable, write_json; print('before'); "
         "out = Path('/dev/stdout'); check_writable(out); write_json(out, [1]); print('behind')"
     )
     if to == "pipe":

@@ -14,9 +14,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from temposae.engine.config import StreamConfig
 from temposae.engine.errors import UserError
-from temposae.engine.stream import ActivationStream, stored, text_files
+from temposae.engine.stream import ActivationStream, array_files, text_files
 from temposae.engine.stream.documents import open_documents
-from temposae.engine.stream.text import open_text
+from temposae.engine.stream.token_rows import open_text
 
 TEXTS = ['one, "two"\nthree', "", "é漢😀\ttab", "[not json", "1.5", "NA", "plain", "nan"]
 
@@ -337,8 +337,8 @@ def test_documents_in_hand_are_a_source(testbed, tmp_path):
 
 @pytest.mark.parametrize("size", [10, 3 * 2**16])
 def test_any_edit_of_a_text_is_noticed(size, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "WHOLE", 2**16)
-    monkeypatch.setattr(stored, "PIECES", 4)
+    monkeypatch.setattr(array_files, "WHOLE", 2**16)
+    monkeypatch.setattr(array_files, "PIECES", 4)
     path = tmp_path / "a.txt"
     content = bytearray(b"ab cd\n\n" * size)
     path.write_bytes(content)

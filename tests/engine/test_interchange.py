@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from temposae.engine import checkpoint
 from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
+from temposae.engine.storage import checkpoint
 from temposae.engine.train import train
 
 from ..commandline import run

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from temposae.engine import checkpoint, interchange
+from temposae.engine import interchange
 from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
-from temposae.evals.study import BUFFERLESS, stream_of
+from temposae.engine.storage import checkpoint
+from temposae.evals.api import BUFFERLESS, stream_of
 
 from ..layouts import (
     ALL,

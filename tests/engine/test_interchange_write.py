@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from temposae.engine import checkpoint, interchange
+from temposae.engine import interchange
 from temposae.engine.config import MaskConfig, RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.storage import checkpoint
 
 D, F, K, T = 12, 40, 5, 8
 KINDS: dict[str, dict[str, Any]] = {

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from temposae.cli import main
-from temposae.engine import checkpoint
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import Stopped, UserError
-from temposae.engine.files import LOCK, UNFINISHED
-from temposae.engine.folder import read_metrics
-from temposae.engine.optim import Learner
-from temposae.engine.signals import stop_on_signals
+from temposae.engine.learner import Learner
+from temposae.engine.process.signals import stop_on_signals
+from temposae.engine.storage import checkpoint
+from temposae.engine.storage.files import LOCK, UNFINISHED
+from temposae.engine.storage.run_folder import read_metrics
 from temposae.engine.stream import ActivationStream
 from temposae.engine.stream.cache import write_cache
 from temposae.engine.train import train, train_together
@@ -230,7 +230,7 @@ def test_a_run_that_is_refused_while_the_buffer_fills_leaves_nothing_behind(stre
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_measuring_says_that_the_run_is_trained(tmp_path, monkeypatch, capsys, interruptible, number):
-    monkeypatch.setattr("temposae.evals.run.evaluate_runs", lambda *_, **__: os.kill(os.getpid(), number))
+    monkeypatch.setattr("temposae.evals.run_evals.evaluate_runs", lambda *_, **__: os.kill(os.getpid(), number))
     folder = tmp_path / "run"
     monkeypatch.setattr("sys.argv", ["temposae", "train", "--d-sae", "64", "--tokens", "2048", "--out", str(folder)])
     with pytest.raises(SystemExit) as left:

@@ -13,7 +13,7 @@ from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, LanguageModel
 from temposae.engine.stream import model as model_module
 from temposae.engine.stream.model import TESTBED
-from temposae.engine.stream.reader import Reader, close
+from temposae.engine.stream.partial_model import Reader, close
 from temposae.engine.testbed import training
 from temposae.engine.testbed.language import HELD_OUT, Language
 from temposae.engine.testbed.quality import measure

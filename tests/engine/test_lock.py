@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from temposae.engine.errors import UserError
-from temposae.engine.files import LOCK
-from temposae.engine.folder import check_free
-from temposae.engine.lock import owned
+from temposae.engine.storage.files import LOCK
+from temposae.engine.storage.lock import owned
+from temposae.engine.storage.run_folder import check_free
 
 from ..commandline import run
 

@@ -12,7 +12,7 @@ import torch
 from temposae.engine.config import SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, LanguageModel
-from temposae.engine.stream.reader import Tail
+from temposae.engine.stream.partial_model import Tail
 from temposae.engine.train import train
 from temposae.evals.core import core
 from transformers import AutoModelForCausalLM, LlamaConfig

@@ -4,8 +4,8 @@ import io
 import re
 
 import pytest
-from temposae.engine import progress
-from temposae.engine.progress import ProgressBar, percent, progress_bar
+from temposae.engine.process import progress
+from temposae.engine.process.progress import ProgressBar, percent, progress_bar
 
 
 @pytest.mark.parametrize("counts", [[900, 900], [1000, 1], [5000]])

@@ -10,19 +10,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import temposae.engine.optim
+import temposae.engine.learner
 import torch
 import torch.distributed as dist
-from temposae.engine import checkpoint
 from temposae.engine.config import StreamConfig
-from temposae.engine.folder import read_metrics
 from temposae.engine.ranks import ALONE, Ranks
+from temposae.engine.storage import checkpoint
+from temposae.engine.storage.run_folder import read_metrics
 from temposae.engine.stream import ActivationStream, LanguageModel
-from temposae.engine.stream.text import TextRows
+from temposae.engine.stream.token_rows import TextRows
 from temposae.engine.testbed.language import Language
 
 from ..closeness import assert_close
-from .test_step import CASES, assert_trained_alike, batches, learner
+from .test_fused import CASES, assert_trained_alike, batches, learner
 
 PROCESSES = multiprocessing.get_context("forkserver")
 F = 40  # latents; 2 and 4 divide it
@@ -70,7 +70,7 @@ def test_what_processes_tell_each_other(size, tmp_path):
 
 
 def trained(ranks: Ranks, names: list[str]) -> None:
-    temposae.engine.optim.DENSE_FROM = 1.0
+    temposae.engine.learner.DENSE_FROM = 1.0
     for name in names:
         changes = dict(CASES[name])
         if "prefixes" in changes:

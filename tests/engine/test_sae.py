@@ -6,7 +6,7 @@ import pytest
 import torch
 from temposae.engine.config import MaskConfig, SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.optim import Learner, schedule
+from temposae.engine.learner import Learner, schedule
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import Batch
 from temposae.kernels.masks import weights_at

@@ -6,7 +6,7 @@ import random
 import pytest
 import yaml
 from temposae.engine.errors import UserError
-from temposae.engine.sealed import check_yaml, read_json, sealed_yaml, write_json
+from temposae.engine.storage.sealed import check_yaml, read_json, sealed_yaml, write_json
 
 VALUES = {"format": "ours/1", "step": 12, "files": {"a": {"bytes": 3}}, "text": "Zürich", "share": 0.25}
 KEYS = {"step": int, "files": dict}

@@ -6,7 +6,7 @@ from temposae.engine.composed import dictionary
 from temposae.engine.config import MaskConfig, SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
-from temposae.engine.stream.loading import load
+from temposae.engine.stream.model_loading import load
 
 HOOK, MLP_IN, MLP_OUT = "blocks.1.hook_resid_post", "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
 T, F = 12, 64

@@ -8,8 +8,8 @@ import torch
 from temposae.engine.config import StreamConfig
 from temposae.engine.errors import UserError
 from temposae.engine.stream import ActivationStream, Batch
-from temposae.engine.stream.live import special_tokens
-from temposae.engine.stream.text import RowSource, TextRows
+from temposae.engine.stream.model_source import special_tokens
+from temposae.engine.stream.token_rows import RowSource, TextRows
 from temposae.engine.testbed.language import BOS, HELD_OUT, Language
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

@@ -12,14 +12,14 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from temposae.engine import checkpoint
-from temposae.engine.checkpoint import load, save
 from temposae.engine.config import MaskConfig, SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.files import UNFINISHED
-from temposae.engine.folder import read_metrics
-from temposae.engine.optim import Learner
+from temposae.engine.learner import Learner
 from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.storage import checkpoint
+from temposae.engine.storage.checkpoint import load, save
+from temposae.engine.storage.files import UNFINISHED
+from temposae.engine.storage.run_folder import read_metrics
 from temposae.engine.train import train
 
 SAE = SAEConfig(d_in=128, d_sae=96, k=4, aux_k=8)

@@ -14,7 +14,7 @@ from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.testbed.language import ROLES, Language
 from temposae.evals.absorption import _absorbed, _by_letter, _of_vocabulary, _Words, absorption, l1_probe
-from temposae.evals.collect import Collected, Evaluation
+from temposae.evals.evaluation import Evaluation, TextActivations
 
 from .planted import Planted
 
@@ -22,7 +22,7 @@ ROWS, SIZE, FEW = 16, 20, 7
 B, S, TAKEN, D = 0, 1, 2, 6  # directions: of the letters, of words that were taken over, and three to spare
 
 
-def documents(taken: int, letters: str = "bs") -> Collected:
+def documents(taken: int, letters: str = "bs") -> TextActivations:
     """Every row has the same words: 20 of each letter, of which the first `taken` words of "s" have a direction of their own
     too; 7 of "g"; and 20 of "c" that are no content words."""
     vocabulary = Language().vocabulary
@@ -40,7 +40,7 @@ def documents(taken: int, letters: str = "bs") -> Collected:
     kept = torch.ones(ROWS, len(tokens), dtype=torch.bool)
     row, pos = kept.nonzero(as_tuple=True)
     labels = {"role": np.tile(np.array(roles, np.int16), (ROWS, 1))}
-    return Collected(torch.tensor(tokens).repeat(ROWS, 1), kept, torch.stack(x).repeat(ROWS, 1), pos, row, labels)
+    return TextActivations(torch.tensor(tokens).repeat(ROWS, 1), kept, torch.stack(x).repeat(ROWS, 1), pos, row, labels)
 
 
 def dictionary(*writes: list[float], misses: bool = True) -> SparseAutoencoder:

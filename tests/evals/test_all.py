@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from temposae.engine import checkpoint
+from temposae.engine.storage import checkpoint
 from temposae.engine.stream import ActivationStream
-from temposae.evals.run import evaluate
+from temposae.evals.run_evals import evaluate
 from temposae.evals.suite import EVALS
 
 from ..commandline import run

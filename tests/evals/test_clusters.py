@@ -13,14 +13,14 @@ from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.evals.clusters import BINS, _distances, _silhouette, clusters, tree
-from temposae.evals.collect import Collected, Evaluation
+from temposae.evals.evaluation import Evaluation, TextActivations
 
 R, T = 64, 32
 EARLY, LATE, SELDOM = 5, 7, 2
 D = EARLY + LATE + SELDOM
 
 
-def documents(ragged: bool = True) -> Collected:
+def documents(ragged: bool = True) -> TextActivations:
     """Coordinates are on now and then: the first at the first quarter of the positions, the next at the last, and the rest
     in one row only. Rows have 4 places padding each, and where `ragged` half of them 8 more."""
     draw = np.random.default_rng(0)
@@ -34,7 +34,7 @@ def documents(ragged: bool = True) -> Collected:
         kept[::2, T - 12 :] = False
     row, pos = kept.nonzero(as_tuple=True)
     x = torch.from_numpy(on).float()[row, pos]
-    return Collected(torch.zeros(R, T, dtype=torch.int64), kept, x, pos, row)
+    return TextActivations(torch.zeros(R, T, dtype=torch.int64), kept, x, pos, row)
 
 
 def dictionary(order: torch.Tensor | None = None) -> SparseAutoencoder:
@@ -49,11 +49,11 @@ def dictionary(order: torch.Tensor | None = None) -> SparseAutoencoder:
 class Planted(Evaluation):
     is_testbed = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
-    def __init__(self, collected: Collected, random: SparseAutoencoder | None = None):
+    def __init__(self, collected: TextActivations, random: SparseAutoencoder | None = None):
         super().__init__(cast(Any, SimpleNamespace(model=SimpleNamespace(device="cpu"))), dictionary(), random)
         self.collected = collected
 
-    def labelled(self, rows: int) -> Collected:
+    def labelled(self, rows: int) -> TextActivations:
         return self.collected
 
 
@@ -192,7 +192,7 @@ def test_another_text_is_read_where_there_are_no_labels(stream_of, texts):
     stream = stream_of()
     sae = SparseAutoencoder(SAEConfig(d_in=128, d_sae=32, k=4))
     evaluation = Evaluation(stream, sae, None)
-    evaluation.__class__ = type("Plain", (Evaluation,), {"is_testbed": False})
+    evaluation.__class__ = type("DictionarySpec", (Evaluation,), {"is_testbed": False})
     stream.held_out = lambda count: iter(list(type(stream).held_out(stream, 32)))  # pyright: ignore[reportAttributeAccessIssue]
     found = clusters(evaluation)
     assert found["rows"] == 32

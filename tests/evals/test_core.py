@@ -4,16 +4,16 @@ import json
 
 import pytest
 import torch
-from temposae.engine.checkpoint import find, save
 from temposae.engine.config import SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.storage.checkpoint import find, save
 from temposae.engine.stream import ActivationStream, LanguageModel
-from temposae.engine.stream.text import TextRows
+from temposae.engine.stream.token_rows import TextRows
 from temposae.engine.train import train
 from temposae.evals.core import HeldOut, core
 from temposae.evals.core import _error as ratio_error
-from temposae.evals.run import evaluate, evaluate_runs
+from temposae.evals.run_evals import evaluate, evaluate_runs
 
 D = 128
 FIGURES = (
@@ -150,7 +150,7 @@ def test_figures_are_those_of_the_formulas(stream_of):
 def test_results_do_not_depend_on_how_rows_are_batched(stream_of, monkeypatch):
     found = []
     for n, logits in ((3, 2**24), (12, 50_000)):
-        monkeypatch.setattr("temposae.evals.replaced.LOGITS", logits)
+        monkeypatch.setattr("temposae.evals.replacement_loss.LOGITS", logits)
         found.append(core(stream_of(rows_per_forward=n), identity(), {}, rows=12, ce_rows=7))
     for key in FIGURES[:5]:
         assert found[0][key] == pytest.approx(found[1][key], abs=1e-6)
@@ -181,7 +181,7 @@ def short_training(monkeypatch) -> list[str]:
         asked.append((config.decoder, settings.tokens))
         return train(stream, config, TrainConfig(tokens=2048, batch=256, control=False))
 
-    monkeypatch.setattr("temposae.evals.run.train", short)
+    monkeypatch.setattr("temposae.evals.run_evals.train", short)
     return asked
 
 
@@ -238,16 +238,16 @@ def test_figures_are_the_same_however_they_are_come_by(stream_of, monkeypatch, h
 
 def test_the_vocabulary_does_not_decide_over_memory(stream_of, monkeypatch):
     """No more logits at once than `LOGITS`, and of activations no more than `HELD` bytes and a pass."""
-    from temposae.engine.stream.reader import Tail
+    from temposae.engine.stream.partial_model import Tail
 
     stream, sizes = stream_of(rows_per_forward=4), []
     V, real = len(stream.model.tokenizer), Tail.logits
-    monkeypatch.setattr("temposae.evals.replaced.LOGITS", 10 * V)
+    monkeypatch.setattr("temposae.evals.replacement_loss.LOGITS", 10 * V)
     monkeypatch.setattr(Tail, "logits", lambda self, hidden: sizes.append(len(hidden)) or real(self, hidden))
     monkeypatch.setattr("temposae.evals.core.HELD", 4 * 128 * D * 4)
     text = HeldOut(stream, 12, 6)
-    assert [len(part.rows) for part in text._held] == [4]
-    assert [part.first for part in text.parts()] == [0, 4, 8]
+    assert [len(batch.rows) for batch in text._stored] == [4]
+    assert [batch.first for batch in text.batches()] == [0, 4, 8]
     text.replace({})
     assert sizes
     assert max(sizes) == 10

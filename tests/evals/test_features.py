@@ -9,13 +9,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from temposae.engine.checkpoint import Checkpoint, find, save
 from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
-from temposae.engine.sealed import write_json
+from temposae.engine.storage.checkpoint import Checkpoint, find, save
+from temposae.engine.storage.sealed import write_json
 from temposae.engine.stream import ActivationStream
-from temposae.engine.stream.text import TextRows, TokenRows
+from temposae.engine.stream.token_rows import TextRows, TokenRows
 from temposae.engine.testbed.language import Language
 from temposae.evals import features
 
@@ -244,7 +244,7 @@ def test_the_dense_encode_it_is_compared_with_finds_the_same(over, tmp_path, nam
     x = stream.model.activations(rows.tokens[:16])[stream.read(rows)[1][:16]]
     pos = torch.arange(T).expand(16, T)[stream.read(rows)[1][:16]]
     code = sae.encode(x, pos)
-    found = features._Turns(sae)._densely(x, pos)
+    found = features._EncodeTimer(sae)._densely(x, pos)
     dense = torch.zeros_like(code)
     if name in ("topk", "hard mask"):
         dense.scatter_(1, found.indices, found.values)

@@ -8,7 +8,7 @@ from temposae.engine.config import SAEConfig, StreamConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream
-from temposae.evals.collect import Evaluation
+from temposae.evals.evaluation import Evaluation
 from temposae.evals.ground_truth import best_latents, ground_truth, variables
 from temposae.kernels.code import SparseCode
 
@@ -16,7 +16,7 @@ D, ROWS = 128, 96
 
 
 class Told:
-    """A coder whose latents are given beforehand: acts [n, F] of exactly the tokens that it is shown, in order."""
+    """An autoencoder whose latents are given beforehand: acts [n, F] of exactly the tokens that it is shown, in order."""
 
     def __init__(self, acts: np.ndarray):
         self.acts, self.at, self.W_dec = torch.from_numpy(acts).float(), 0, torch.zeros(acts.shape[1], D)
@@ -38,8 +38,8 @@ def evaluation(testbed):
 
 
 def told(evaluation: Evaluation, acts: np.ndarray, monkeypatch) -> dict:
-    coder = Told(acts)
-    monkeypatch.setattr(evaluation, "coders", lambda collected: {"sae": coder})
+    autoencoder = Told(acts)
+    monkeypatch.setattr(evaluation, "autoencoders", lambda collected: {"sae": autoencoder})
     return ground_truth(evaluation, rows=ROWS)
 
 

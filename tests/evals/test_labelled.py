@@ -171,7 +171,7 @@ def test_each_language_is_read_from_one_pair(tmp_path):
 
 
 def test_there_are_eight_published_sets_with_the_protocol_s_sizes():
-    sizes = {name: sum(map(len, published.parts.values())) for name, published in PUBLISHED.items()}
+    sizes = {name: sum(map(len, published.classes_by_file.values())) for name, published in PUBLISHED.items()}
     bios = {f"{BIOS}{n}": 5 for n in (1, 2, 3)}
     others = {"codeparrot/github-code": 5, "fancyzhx/ag_news": 4, "Helsinki-NLP/europarl": 5}
     assert sizes == bios | {AMAZON: 5, f"{AMAZON}_sentiment": 2} | others

@@ -14,9 +14,9 @@ from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, LanguageModel
 from temposae.evals import fidelity as fid
-from temposae.evals.collect import Collected, Evaluation
+from temposae.evals.evaluation import Evaluation, TextActivations
 from temposae.evals.fidelity import fidelity
-from temposae.evals.positions import Drawn, firings_per_bin, information, matches, positions
+from temposae.evals.positions import BinnedTokens, firings_per_bin, information, matches, positions
 from temposae.evals.slicing import slicings
 from temposae.kernels.code import SparseCode
 
@@ -35,16 +35,16 @@ def evaluation(stream_of) -> Evaluation:
     return Evaluation(stream_of(), SparseAutoencoder(SAEConfig(d_in=D, d_sae=96, k=6)), None)
 
 
-def plain(rows: int = ROWS, width: int = T) -> Collected:
+def plain(rows: int = ROWS, width: int = T) -> TextActivations:
     """Rows of text of which every token counts."""
     kept = torch.ones(rows, width, dtype=torch.bool)
     row, pos = kept.nonzero(as_tuple=True)
-    return Collected(torch.full((rows, width), 9), kept, torch.zeros(len(row), 1), pos, row)
+    return TextActivations(torch.full((rows, width), 9), kept, torch.zeros(len(row), 1), pos, row)
 
 
-def measured(evaluation: Evaluation, collected: Collected, dense: np.ndarray, bins: int = 4):
+def measured(evaluation: Evaluation, collected: TextActivations, dense: np.ndarray, bins: int = 4):
     draw = np.random.default_rng(0)
-    drawn = Drawn.of(evaluation, collected, bins, 0, draw)
+    drawn = BinnedTokens.of(evaluation, collected, bins, 0, draw)
     return information(sparse(dense), drawn, [drawn.shuffled(draw) for _ in range(20)]), drawn
 
 
@@ -99,7 +99,7 @@ def test_figures_are_those_of_the_formulas(evaluation):
     found, drawn = measured(evaluation, texts, dense, bins=6)
     own = dense[drawn.at].astype(np.float32).astype(np.float64)
     shuffles = np.random.default_rng(0)
-    again = Drawn.of(evaluation, texts, 6, 0, shuffles)
+    again = BinnedTokens.of(evaluation, texts, 6, 0, shuffles)
     others = [again.shuffled(shuffles) for _ in range(20)]
     for j, a in enumerate(own.T):
         chance = np.mean([mutual_info_score(bin_, a != 0) for bin_ in others])
@@ -128,11 +128,11 @@ def test_firings_of_dense_codes_are_counted_alike():
 @pytest.mark.parametrize("first", [0, 8])
 def test_bins_hold_equally_many_tokens_and_nothing_special(evaluation, first):
     texts = evaluation.labelled(24)
-    texts = Collected(
+    texts = TextActivations(
         texts.tokens, torch.ones_like(texts.kept), texts.x, *[None] * 2
     )  # as if nothing had been left out
     texts.row, texts.pos = texts.kept.nonzero(as_tuple=True)
-    drawn = Drawn.of(evaluation, texts, 7, first, np.random.default_rng(0))
+    drawn = BinnedTokens.of(evaluation, texts, 7, first, np.random.default_rng(0))
     assert len(set(np.bincount(drawn.bin))) == 1
     assert (np.diff(drawn.at) > 0).all()
     tokens = texts.tokens[texts.kept][drawn.at]
@@ -173,7 +173,7 @@ def test_retention(stream_of, evaluation):
     with torch.no_grad():
         other.W_dec[:24] = -other.W_dec[:24]  # the first range's latents have no match any more
     lost = positions(Evaluation(stream, other, None), reference, rows=24, bins=4, shuffles=2)
-    drawn = Drawn.of(evaluation, evaluation.labelled(24), 4, 0, np.random.default_rng(0))
+    drawn = BinnedTokens.of(evaluation, evaluation.labelled(24), 4, 0, np.random.default_rng(0))
     parts = np.array([mutual_info_score(drawn.bin, drawn.pos // 32 == r) for r in range(4)])
     parts /= [coin((drawn.pos // 32 == r).mean()) for r in range(4)]
     assert lost["retention"]["matched"] == 0.75
@@ -248,7 +248,7 @@ def test_a_bin_where_the_dictionary_is_off_shows(stream_of):
 def test_profiles_are_compared_by_jensen_shannon(evaluation):
     texts = plain(20, 8)
     early, late = (texts.pos < 4).numpy(), (texts.pos >= 4).numpy()
-    drawn = Drawn.of(evaluation, texts, 2, 0, np.random.default_rng(0))
+    drawn = BinnedTokens.of(evaluation, texts, 2, 0, np.random.default_rng(0))
     value = np.where(early, 1.0, 3.0)
     before = np.stack([early, early, value, early, 0 * early], 1) * 1.0
     after = np.stack([early * 2, late, early, 0 * early, late], 1) * 1.0

@@ -6,7 +6,7 @@ import torch
 from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
-from temposae.evals.collect import Evaluation, Mean, Neurons, joined
+from temposae.evals.evaluation import Evaluation, Mean, Neurons, joined
 from temposae.evals.probes import Split, accuracy, ailing, balanced, columns, halves, top_k
 from temposae.kernels.code import SparseCode
 
@@ -85,8 +85,8 @@ def test_collected_activations_are_the_model_s(stream_of):
     assert torch.allclose(found.pooled(evaluation.sae), pooled, atol=1e-5)
     raw = torch.stack([found.x[found.row == row].mean(0) for row in range(12)])
     assert torch.allclose(found.pooled(None), raw, atol=1e-4)
-    coders = evaluation.coders(found)
-    assert list(coders) == ["sae", "lm_neurons", "mean"]
+    autoencoders = evaluation.autoencoders(found)
+    assert list(autoencoders) == ["sae", "lm_neurons", "mean"]
 
 
 def test_controls_are_what_they_say():

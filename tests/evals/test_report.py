@@ -13,23 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from temposae.engine import checkpoint
-from temposae.engine.checkpoint import find, place
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.storage import checkpoint
+from temposae.engine.storage.checkpoint import find, place
 from temposae.evals import absorption, clusters, eval_figures, sparse_probing, suite, unlearning
 from temposae.evals import ground_truth as truth
-from temposae.evals.collect import Evaluation
 from temposae.evals.core import core
+from temposae.evals.evaluation import Evaluation
 from temposae.evals.fidelity import fidelity
-from temposae.evals.order import order_probing
-from temposae.evals.page import html, number, plain, table
+from temposae.evals.markdown_page import html, number, plain, table
+from temposae.evals.multiple_choice import fact_questions
 from temposae.evals.positions import positions
-from temposae.evals.questions import fact_questions
 from temposae.evals.report import MARK, compose, write_report
-from temposae.evals.run import VERSION, evaluate
+from temposae.evals.run_evals import VERSION, evaluate
 from temposae.evals.scr_tpp import scr, tpp
 from temposae.evals.suite import EVALS
+from temposae.evals.word_order import order_probing
 
 from ..commandline import run as command
 

@@ -12,8 +12,8 @@ import torch
 from pydantic import TypeAdapter
 from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig
 from temposae.engine.sae import SparseAutoencoder
-from temposae.evals.collect import Evaluation
 from temposae.evals.core import core
+from temposae.evals.evaluation import Evaluation
 from temposae.evals.saebench import MAKERS, architecture, file_name, output
 from temposae.evals.saebench_config import (
     AbsorptionConfig,

@@ -14,8 +14,8 @@ from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.evals import absorption
-from temposae.evals.collect import collect
 from temposae.evals.core import core
+from temposae.evals.evaluation import collect
 from temposae.evals.probes import Split
 from temposae.evals.saebench import ForSAEBench
 from temposae.evals.scr_tpp import _difference

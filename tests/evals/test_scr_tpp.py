@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
-from temposae.evals.collect import Collected, Evaluation
+from temposae.evals.evaluation import Evaluation, TextActivations
 from temposae.evals.probes import balanced
 from temposae.evals.scr_tpp import _halves, _pooled, scr, tpp
 
@@ -19,7 +19,7 @@ TOPICS, R, T = 8, 256, 6
 D = 2 * TOPICS + 2  # two directions of each topic, which come together, and one of each tone
 
 
-def documents(tone_scale: float = 1.0, mixed: bool = False, short: bool = False) -> Collected:
+def documents(tone_scale: float = 1.0, mixed: bool = False, short: bool = False) -> TextActivations:
     """R documents, as many of each topic in each tone. A row's last two places are left out, with `short` four in those of
     the first topic. With `mixed`, the directions are turned against the coordinates."""
     topic, tone = np.arange(R) % TOPICS, np.arange(R) // TOPICS % 2
@@ -38,7 +38,7 @@ def documents(tone_scale: float = 1.0, mixed: bool = False, short: bool = False)
     }
     if mixed:
         x = x @ turn()
-    return Collected(torch.zeros(R, T, dtype=torch.int64), kept, x, pos, at_row, labels)
+    return TextActivations(torch.zeros(R, T, dtype=torch.int64), kept, x, pos, at_row, labels)
 
 
 def turn() -> torch.Tensor:

@@ -8,8 +8,8 @@ import torch
 from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
-from temposae.evals.collect import Collected, Evaluation
-from temposae.evals.positions import Drawn, information
+from temposae.evals.evaluation import Evaluation, TextActivations
+from temposae.evals.positions import BinnedTokens, information
 from temposae.evals.slicing import slicing, slicings
 
 D, F, T = 128, 64, 128
@@ -52,9 +52,9 @@ def test_position_tells_all_of_ranges_and_nothing_of_the_others(stream_of, sae):
     kept = torch.ones(60, T, dtype=torch.bool)
     row, pos = kept.nonzero(as_tuple=True)
     x = torch.randn(len(pos), D, generator=torch.Generator().manual_seed(2))
-    texts = Collected(torch.full((60, T), 9), kept, x, pos, row)
+    texts = TextActivations(torch.full((60, T), 9), kept, x, pos, row)
     draw = np.random.default_rng(0)
-    drawn = Drawn.of(Evaluation(stream_of(), sae, None), texts, 4, 0, draw)
+    drawn = BinnedTokens.of(Evaluation(stream_of(), sae, None), texts, 4, 0, draw)
     shuffled = [drawn.shuffled(draw) for _ in range(20)]
     found = {name: information(texts.code(one), drawn, shuffled) for name, one in slicings(sae, T, ranges=4).items()}
     entropy = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)

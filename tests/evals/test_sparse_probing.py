@@ -9,7 +9,7 @@ from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.evals import sparse_probing as module
-from temposae.evals.collect import Evaluation
+from temposae.evals.evaluation import Evaluation
 from temposae.evals.labelled import Labelled
 from temposae.evals.probes import Split
 from temposae.evals.sparse_probing import full_width, sparse_probing, token_rows

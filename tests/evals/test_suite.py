@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from temposae.engine.checkpoint import find
 from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
+from temposae.engine.storage.checkpoint import find
 from temposae.engine.train import train
-from temposae.evals import results, run, suite
-from temposae.evals.run import evaluate
+from temposae.evals import result_files, run_evals, suite
+from temposae.evals.run_evals import evaluate
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def trained(stream_of, tmp_path, monkeypatch):
 def test_a_result_is_kept_and_found_again(trained):
     folder, stream, calls = trained
     first = evaluate(find(folder), stream, folder, ["coin"])
-    assert results.read(folder, "coin") == first["coin"]
+    assert result_files.read(folder, "coin") == first["coin"]
     assert evaluate(find(folder), stream, folder, ["coin"]) == first
     assert calls == [0]
     (folder / "evals" / "coin.json").write_text("{")  # cut short: measured again
@@ -51,7 +51,7 @@ def test_a_result_of_something_else_is_not_taken(trained, monkeypatch, change):
     evaluate(find(folder), stream, folder, ["coin"])
     found = find(folder)
     if change == "version":
-        monkeypatch.setattr(run, "VERSION", run.VERSION + 1)
+        monkeypatch.setattr(run_evals, "VERSION", run_evals.VERSION + 1)
     else:
         path = folder / "evals" / "coin.json"
         kept = json.loads(path.read_text())
@@ -105,9 +105,9 @@ def test_what_sparse_probing_reads(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\n")
     file, folder = f"{tmp_path}/a.csv?text=body", f"fancyzhx/ag_news?path={tmp_path}"
     sources = ("topic", "fancyzhx/ag_news", file, folder, f"{tmp_path}/absent.csv")
-    found = suite.given_to("sparse_probing", sources, {})
+    found = suite.input_digests("sparse_probing", sources, {})
     assert [given for given, digest in found.items() if digest is not None] == [file, folder]
-    assert suite.given_to("core", sources, {"blimp": ("a",)}) == {}
+    assert suite.input_digests("core", sources, {"blimp": ("a",)}) == {}
 
 
 def test_files_are_given_by_name():

@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from temposae.engine import checkpoint, interchange
-from temposae.engine.checkpoint import find
+from temposae.engine import interchange
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig
 from temposae.engine.sae import SparseAutoencoder
-from temposae.engine.stream import ActivationStream, Own
-from temposae.engine.stream.own import held_out_scores
+from temposae.engine.storage import checkpoint
+from temposae.engine.storage.checkpoint import find
+from temposae.engine.stream import ActivationStream, ArraySource
+from temposae.engine.stream.arrays import held_out_scores
 from temposae.evals import features
-from temposae.evals.collect import Evaluation, collect
 from temposae.evals.core import core
 from temposae.evals.dashboard import dashboard
+from temposae.evals.evaluation import Evaluation, collect
 from temposae.evals.suite import EVALS, load_eval
 from temposae.evals.unlearning import clamp
 
@@ -111,7 +112,7 @@ def test_the_dashboard_and_the_feature_store_show_the_same_activations(evaluatio
 
 def test_scores_on_held_out_activations_are_the_same():
     x = torch.randn(400, D, generator=torch.Generator().manual_seed(0)) * 2
-    found = [held_out_scores(made("relu", norms), Own(x).held_out()) for norms in ("one", "many")]
+    found = [held_out_scores(made("relu", norms), ArraySource(x).held_out()) for norms in ("one", "many")]
     assert found[0] is not None
     same(*found)
 

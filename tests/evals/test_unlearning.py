@@ -12,15 +12,15 @@ from temposae.engine.config import SAEConfig, StreamConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, LanguageModel
-from temposae.engine.stream.norms import NormFilter
+from temposae.engine.stream.norm_filter import NormFilter
 from temposae.engine.testbed import lexicon as lex
 from temposae.engine.testbed.language import ROLES, facts
 from temposae.evals import unlearning as module
-from temposae.evals.collect import LABELLED, Evaluation, Neurons
-from temposae.evals.questions import (
-    Files,
+from temposae.evals.evaluation import LABELLED, Evaluation, Neurons
+from temposae.evals.multiple_choice import (
+    FileQuestion,
+    QuestionFiles,
     Questions,
-    Written,
     _letters,
     _prompt,
     answers,
@@ -182,8 +182,8 @@ def test_the_loss_is_of_rows_that_latents_were_not_chosen_on(stub, tmp_path, mon
     # latent 1, which always fires, is taken too: at every other token x_0 stays what it was
     assert found["loss_increase"] == pytest.approx(26 * float(hit / counted))
     share = float((tokens[:3, 1:] == toxin).sum() / (tokens[:3] > 1).sum())
-    coders = {"sae": evaluation.sae}
-    fractions, norm = _fractions(coders, _of_files(evaluation, Files.of(evaluation.files), 3, 32))
+    autoencoders = {"sae": evaluation.sae}
+    fractions, norm = _fractions(autoencoders, _of_files(evaluation, QuestionFiles.of(evaluation.files), 3, 32))
     assert fractions["sae"][1, :2].tolist() == pytest.approx([share, 1])
     assert norm == pytest.approx(1, abs=0.1)
 
@@ -218,7 +218,7 @@ def test_prompts_are_those_of_the_source(tmp_path):
 
 def test_prompts_and_answers_are_those_that_saebench_has():
     source = pytest.importorskip("sae_bench.evals.unlearning.utils.var", reason="pip install --no-deps sae-bench")
-    item = Written("biology", "Which is it?", ("w", "x", "y", "z"), 2, True)
+    item = FileQuestion("biology", "Which is it?", ("w", "x", "y", "z"), 2, True)
     template = lambda messages, **_: source.GEMMA_INST_FORMAT.format(prompt=messages[0]["content"])
     choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCD", "wxyz", strict=True))
     expected = source.GEMMA_INST_FORMAT.format(prompt=f"{source.PRE_WMDP_BIO}Which is it?{choices}") + "Answer: ("
@@ -305,17 +305,17 @@ def test_clamping_leaves_error_and_other_latents_alone(stream_of):
         sae.b_dec.copy_(torch.randn(D, generator=generator))
     collected = Evaluation(stream_of(), sae, None).labelled(6)
     chosen = torch.tensor([3, 8, 50])
-    for coder in (sae, Neurons(D, 16)):
-        f = coder.encode_sparse(collected.x, collected.pos).to_dense()
+    for autoencoder in (sae, Neurons(D, 16)):
+        f = autoencoder.encode_sparse(collected.x, collected.pos).to_dense()
         changed = f.clone()
         changed[:, chosen] = torch.where(f[:, chosen] > 0, -40.0, f[:, chosen])
-        decode = sae.decode if coder is sae else (lambda f: f)
+        decode = sae.decode if autoencoder is sae else (lambda f: f)
         expected = (collected.x - decode(f)) + decode(changed)
-        added = clamp(coder, collected, chosen.numpy(), 40).added(torch.arange(6), collected.tokens.shape[1])
+        added = clamp(autoencoder, collected, chosen.numpy(), 40).added(torch.arange(6), collected.tokens.shape[1])
         assert (collected.x + added[collected.kept] - expected).abs().max() < 1e-4
         assert (added[collected.kept].abs().amax(1) > 1).any()
         assert not added[~collected.kept].any()
-        some = clamp(coder, collected, chosen.numpy(), 40).added(torch.tensor([1, 4]), collected.tokens.shape[1])
+        some = clamp(autoencoder, collected, chosen.numpy(), 40).added(torch.tensor([1, 4]), collected.tokens.shape[1])
         assert torch.equal(some, added[[1, 4]])
 
 
@@ -324,7 +324,7 @@ def test_latents_are_ranked_on_facts_to_forget_and_other_facts(stream_of):
     directions = torch.nn.functional.normalize(torch.randn(64, D, generator=torch.Generator().manual_seed(0)), dim=1)
     evaluation = Evaluation(stream_of(), dictionary(directions, torch.ones(64)), None)
     task = _of_language(evaluation, 96)
-    text, language = next(task.parts(False)).text, evaluation.stream.text.language  # pyright: ignore[reportAttributeAccessIssue]
+    text, language = next(task.batches(False)).text, evaluation.stream.text.language  # pyright: ignore[reportAttributeAccessIssue]
     fires = torch.zeros(*text.kept.shape, 64)
     fires[text.kept] = (evaluation.sae.encode_sparse(text.x, text.pos).to_dense() > 0).float()
     asked = []  # row, place of the word before an object, whether it is to be forgotten
@@ -461,9 +461,9 @@ def test_what_is_missing_is_said_in_one_line(stub, stream_of, tmp_path):
     plain = Evaluation(stream_of(), SparseAutoencoder(SAEConfig(d_in=D, d_sae=8, k=2)), None, files=evaluation.files)
     with pytest.raises(UserError, match="testbed has no chat template; .* need an instruction-tuned model"):
         unlearning(plain)
-    coder = SparseAutoencoder(SAEConfig(d_in=2, d_out=2, d_sae=4, k=2))
+    autoencoder = SparseAutoencoder(SAEConfig(d_in=2, d_out=2, d_sae=4, k=2))
     with pytest.raises(UserError, match="sae: "):
-        unlearning(Evaluation(evaluation.stream, coder, None, files=evaluation.files))
+        unlearning(Evaluation(evaluation.stream, autoencoder, None, files=evaluation.files))
     unknown = tmp_path / "unknown.jsonl"
     unknown.write_text(json.dumps({"question": "guess", "choices": ["w", "right", "x", "y"], "answer": 1}))
     with pytest.raises(UserError, match="the untouched model knows none of those to forget"):

@@ -7,8 +7,8 @@ import os
 
 import pytest
 import torch
-from temposae.engine.functions import encode_topk, position_loss, reconstruct
 from temposae.kernels.adam import Moments, Rates, adam, adam_rows, row_norms
+from temposae.kernels.autograd import encode_topk, position_loss, reconstruct
 from temposae.kernels.code import SparseCode
 from temposae.kernels.decode import decode, decode_values_grad
 from temposae.kernels.decode import reconstruct as reconstruct_op

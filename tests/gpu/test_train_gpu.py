@@ -3,7 +3,7 @@
 import pytest
 import torch
 from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig, TrainConfig
-from temposae.engine.optim import Learner, together
+from temposae.engine.learner import Learner, together
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, Batch, LanguageModel
 from temposae.engine.train import train

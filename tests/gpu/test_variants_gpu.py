@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from temposae.campaign.documented import BASELINES, RUNS, settings
 from temposae.engine.composed import dictionary
 from temposae.engine.config import SAEConfig, TrainConfig
-from temposae.engine.optim import Learner
+from temposae.engine.learner import Learner
 from temposae.engine.parts import reads
 from temposae.engine.stream import Batch
-from temposae.variants import BASELINES, RUNS, settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 TRAINED = [name for name, run in (BASELINES | RUNS).items() if run.trained_as is None]

@@ -113,7 +113,7 @@ import sys; sys.modules["triton"] = None
 import importlib.util; find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
 import torch
-from temposae.engine.functions import encode_topk
+from temposae.kernels.autograd import encode_topk
 from temposae.kernels.backend import why
 encode_topk(torch.ones(2, 3), torch.ones(3, 4), torch.ones(4), k=2)
 print(why()[1])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from temposae.engine.composed import ComposedAutoencoder, dictionary
 from temposae.engine.config import SAEConfig, TrainConfig
-from temposae.engine.optim import Learner
-from temposae.engine.sae import Beside
+from temposae.engine.learner import Learner
+from temposae.engine.sae import BatchContext
 from temposae.engine.stream import Batch
 
 D, F, T, R = 8, 24, 12, 6  # R rows of T tokens
@@ -61,7 +61,7 @@ def objective() -> Callable[..., Any]:
     """objective(sae, batch): the Objective of a batch in training, everything beside it given."""
 
     def of(sae: ComposedAutoencoder, batch: Batch, dead: torch.Tensor | None = None):
-        beside = Beside(batch.row, batch.attribute, batch.acts["second"])
+        beside = BatchContext(batch.row, batch.attribute, batch.acts["second"])
         return sae.objective(batch.x, batch.pos, T, dead, beside=beside)
 
     return of

@@ -6,21 +6,22 @@ from typing import Any
 from unittest import mock
 
 import torch
-from temposae.engine import composed, functions
+from temposae.campaign.documented import settings
+from temposae.engine import composed
 from temposae.engine.composed import ComposedAutoencoder, dictionary
 from temposae.engine.config import SAEConfig
-from temposae.engine.sae import Beside
-from temposae.variants import settings
+from temposae.engine.sae import BatchContext
+from temposae.kernels import autograd
 
 #: where the engine calls an op -> the op's name
 _CALLS = {
-    (functions, "encode"): "encode",
-    (functions, "encode_topk_op"): "encode_sparse",
-    (functions, "encode_threshold"): "encode_sparse",
-    (functions, "decode"): "decode",
-    (functions, "reconstruct_op"): "decode",
-    (functions, "weight_grad"): "weight_grad",
-    (functions, "position_sums"): "loss",
+    (autograd, "encode"): "encode",
+    (autograd, "encode_topk_op"): "encode_sparse",
+    (autograd, "encode_threshold"): "encode_sparse",
+    (autograd, "decode"): "decode",
+    (autograd, "reconstruct_op"): "decode",
+    (autograd, "weight_grad"): "weight_grad",
+    (autograd, "position_sums"): "loss",
     (composed, "select_topk"): "select",
     (composed, "select_batch_topk"): "select",
     (composed, "select_threshold"): "select",
@@ -33,7 +34,7 @@ def used(run: str, activation: str) -> list[str]:
     sae = dictionary(_config(run, activation, D))
     pos = torch.arange(T).repeat(rows)
     x = torch.randn(len(pos), D, generator=torch.Generator().manual_seed(0))
-    beside = Beside(torch.arange(rows).repeat_interleave(T), torch.arange(len(pos)) // T, x)
+    beside = BatchContext(torch.arange(rows).repeat_interleave(T), torch.arange(len(pos)) // T, x)
     with _recorded() as found:
         sae.objective(x, pos, T, beside=beside).loss.backward()
     return sorted(set(found))

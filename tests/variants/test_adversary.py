@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from temposae.engine.errors import UserError
-from temposae.engine.sae import Beside
+from temposae.engine.sae import BatchContext
 from torch.nn.functional import normalize
 
 D, F, T = 8, 24, 12
@@ -25,7 +25,7 @@ def labelled(rows, seed: int):
 
 
 def objective(sae, batch):
-    return sae.objective(batch.x, batch.pos, T, beside=Beside(batch.row, batch.attribute))
+    return sae.objective(batch.x, batch.pos, T, beside=BatchContext(batch.row, batch.attribute))
 
 
 def direction_of(sae):

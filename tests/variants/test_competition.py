@@ -3,13 +3,13 @@
 import pytest
 import torch
 from temposae.engine.errors import UserError
-from temposae.engine.parts import Seen
+from temposae.engine.parts import BatchView
 
 from .conftest import D, F, R, T
 
 
 def dropped(sae, f: torch.Tensor, step: int, seed: int = 0) -> torch.Tensor:
-    seen = Seen(
+    seen = BatchView(
         sae, torch.zeros(len(f), D), torch.zeros(len(f), dtype=torch.long), T, training=True, step=step, seed=seed
     )
     return sae.parts[0].latents(f, seen)
@@ -111,14 +111,14 @@ def test_the_largest_of_each_group_is_left(group, made, rows, assert_close):
 
 def test_of_equals_one_wins(made):
     sae = made("winner_takes_all", group=3)
-    seen = Seen(sae, torch.zeros(1, D), torch.zeros(1, dtype=torch.long), T)
+    seen = BatchView(sae, torch.zeros(1, D), torch.zeros(1, dtype=torch.long), T)
     assert int((sae.parts[0].latents(torch.ones(1, F), seen) > 0).sum()) == F // 3
 
 
 def test_only_winners_learn(made):
     sae = made("winner_takes_all", group=3)
     f = torch.tensor([[1.0, 3.0, 2.0] * 8], requires_grad=True)
-    sae.parts[0].latents(f, Seen(sae, torch.zeros(1, D), torch.zeros(1, dtype=torch.long), T)).sum().backward()
+    sae.parts[0].latents(f, BatchView(sae, torch.zeros(1, D), torch.zeros(1, dtype=torch.long), T)).sum().backward()
     assert f.grad.tolist() == [[0.0, 1.0, 0.0] * 8]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from temposae.engine.errors import UserError
-from temposae.engine.parts import Seen
+from temposae.engine.parts import BatchView
 from temposae.variants.cross_layer import to_units_of
 
 from .conftest import D, R, T
@@ -22,7 +22,7 @@ def two_layers(made, rows, learner):
             one.step(rows(step))
         sae.zero_grad()
         batch = rows(9)
-        seen = Seen(
+        seen = BatchView(
             sae, batch.x, batch.pos.long(), T, training=True, target=batch.x, second=3 * batch.acts["second"] + 1
         )
         return sae, seen

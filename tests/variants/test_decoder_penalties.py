@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from temposae.engine.errors import UserError
-from temposae.engine.parts import Seen
+from temposae.engine.parts import BatchView
 
 from .conftest import D, F, T
 
@@ -14,7 +14,7 @@ KINDS = ("decoder_separation", "decoder_orthogonality")
 
 def penalty(sae, step: int = 0) -> torch.Tensor:
     empty = torch.zeros(1, D)
-    return sae.parts[0].penalty(Seen(sae, empty, torch.zeros(1, dtype=torch.long), T, training=True, step=step))
+    return sae.parts[0].penalty(BatchView(sae, empty, torch.zeros(1, dtype=torch.long), T, training=True, step=step))
 
 
 def by_pairs(W: torch.Tensor, kind: str) -> float:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from temposae.engine.errors import UserError
-from temposae.engine.parts import Rows, Seen
+from temposae.engine.parts import BatchView, RowLayout
 from temposae.variants.dynamics import follows, packed
 
 from .conftest import D, F, T
@@ -23,7 +23,7 @@ def gappy(rows):
 
 def seen_of(sae, batch, f=None):
     x = batch.x.double()
-    return Seen(sae, x, batch.pos.long(), T, training=True, row=batch.row, target=x, f=f)
+    return BatchView(sae, x, batch.pos.long(), T, training=True, row=batch.row, target=x, f=f)
 
 
 def codes(n, seed=0):
@@ -37,7 +37,7 @@ def pairs(batch):
 
 
 def test_rows_are_packed_and_neighbours_known(gappy):
-    rows = Rows(gappy.row, gappy.pos.long())
+    rows = RowLayout(gappy.row, gappy.pos.long())
     assert follows(rows).nonzero().flatten().tolist() == pairs(gappy)
     found = packed(rows)
     counted = {}
@@ -47,7 +47,7 @@ def test_rows_are_packed_and_neighbours_known(gappy):
     assert found.shape == rows.shape
     values = torch.rand(len(gappy.x), 3)
     assert torch.equal(found.gather(found.spread(values)), values)
-    other = Rows(
+    other = RowLayout(
         torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2, 3])
     )  # a row that begins where the one before it ends
     assert follows(other).tolist() == [1, 0, 1]
@@ -91,7 +91,7 @@ def test_attention_is_strictly_causal_within_a_row(made, gappy):
 
 def test_attention_changes_little_at_first_and_nothing_without_its_output(made, rows):
     sae, batch = made("self_attention"), rows()
-    seen = Seen(sae, batch.x, batch.pos.long(), T, row=batch.row)
+    seen = BatchView(sae, batch.x, batch.pos.long(), T, row=batch.row)
     moved = sae.parts[0].input(batch.x, seen) - batch.x
     assert 0 < float(moved.detach().norm()) < 0.05 * float(batch.x.norm())
     sae.parts[0].W_o.data.zero_()
@@ -203,7 +203,7 @@ def test_codes_that_are_all_zero_or_rows_of_one_token_cost_nothing_infinite(kind
     ends = batch[batch.pos == 0]
     for one, f in ((batch, torch.zeros(len(batch.x), F)), (ends, torch.rand(len(ends.x), F))):
         f.requires_grad_()
-        found = sae.parts[0].penalty(Seen(sae, one.x, one.pos.long(), T, training=True, row=one.row, f=f))
+        found = sae.parts[0].penalty(BatchView(sae, one.x, one.pos.long(), T, training=True, row=one.row, f=f))
         found.backward()
         assert found.isfinite()
         assert f.grad.isfinite().all()

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 from temposae.engine.errors import UserError
-from temposae.engine.parts import Rows, Seen
+from temposae.engine.parts import BatchView, RowLayout
 from temposae.variants.embeddings import joined, widths, window_means
 
 D, F, T = 8, 24, 12
 
 
-def seen_of(sae, batch, **given) -> Seen:
-    return Seen(sae, batch.x.to(sae.W_dec.dtype), batch.pos.long(), T, **given)
+def seen_of(sae, batch, **given) -> BatchView:
+    return BatchView(sae, batch.x.to(sae.W_dec.dtype), batch.pos.long(), T, **given)
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -108,7 +108,7 @@ def test_window_means_stay_in_the_row_and_leave_out_what_is_missing(width, asser
         for n in range(20)
     ]
     number = torch.tensor([0] * 9 + [1] * 3 + [2] * 8)
-    assert_close(window_means(x, Rows(number, pos), width), torch.stack(expected), 1e-7)
+    assert_close(window_means(x, RowLayout(number, pos), width), torch.stack(expected), 1e-7)
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk"])
@@ -139,7 +139,7 @@ def test_latents_of_a_scale_come_to_give_their_windows(made, rows, learner):
             one.step(rows(step))
         batch, sae = rows(99), one.end()
         f = sae.encode(batch.x, batch.pos)[:, 16:]
-        target = window_means(batch.x, Rows(batch.row, batch.pos.long()), 4)
+        target = window_means(batch.x, RowLayout(batch.row, batch.pos.long()), 4)
         found[coefficient] = (target - sae.b_dec - f @ sae.W_dec[16:]).square().sum(1).mean().item()
     assert found[2.0] < 0.7 * found[0.0]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from temposae.engine.errors import UserError
-from temposae.engine.parts import Seen
+from temposae.engine.parts import BatchView
 
 from .conftest import D, F, R, T
 
@@ -19,7 +19,7 @@ def codes(seed=0):
 def gate_of(made, **settings):
     """The part of a dictionary in float64, and a batch in training."""
     sae = made("residual_gate", **settings).double()
-    return sae.parts[0], Seen(sae, torch.zeros(N, D, dtype=torch.float64), torch.arange(N) % T, T, training=True)
+    return sae.parts[0], BatchView(sae, torch.zeros(N, D, dtype=torch.float64), torch.arange(N) % T, T, training=True)
 
 
 def test_normalised_activations_pass_their_gate_beside_the_skip(made):

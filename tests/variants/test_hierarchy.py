@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from temposae.engine.errors import UserError
-from temposae.engine.parts import Seen
+from temposae.engine.parts import BatchView
 from temposae.variants.hierarchy import widths
 
 from .conftest import D, F, R, T
@@ -16,7 +16,7 @@ N = R * T
 def seen_of(sae, batch, f):
     """A batch in training whose codes are f, in float64."""
     x = batch.x.double()
-    seen = Seen(sae, x, batch.pos.long(), T, training=True, target=x, f=f)
+    seen = BatchView(sae, x, batch.pos.long(), T, training=True, target=x, f=f)
     seen.residual = (x - (f @ sae.W_dec + sae.b_dec)).detach()
     return seen
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from temposae.campaign.documented import settings
 from temposae.engine.composed import dictionary
 from temposae.engine.config import SAEConfig, TrainConfig
-from temposae.engine.optim import Learner
-from temposae.variants import settings
+from temposae.engine.learner import Learner
 
 from .conftest import D, F, R, T
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from temposae.campaign.documented import BASELINES, RUNS, settings
 from temposae.engine.composed import dictionary
 from temposae.engine.config import SAEConfig, TrainConfig
-from temposae.engine.sae import Beside, SparseAutoencoder
+from temposae.engine.sae import BatchContext, SparseAutoencoder
 from temposae.engine.train import train
 from temposae.kernels.masks import weights_at
-from temposae.variants import BASELINES, RUNS, settings
 
 F = 256
 HARD = [
@@ -104,11 +104,11 @@ def test_no_gradient_comes_from_where_a_run_s_hard_mask_is_off(run):
     latent = int(off.sum(0).argmax())
     at = off[:, latent]
     row = torch.zeros(128, dtype=torch.int64)
-    (sae.objective(x[at], pos[at], 128, beside=Beside(row[at], row[at], x[at])).loss).backward()
+    (sae.objective(x[at], pos[at], 128, beside=BatchContext(row[at], row[at], x[at])).loss).backward()
     assert sae.b_enc.grad[latent] == 0
     assert (sae.W_enc.grad[:, latent] == 0).all()
     assert (sae.W_dec.grad[latent] == 0).all()
     sae.zero_grad()
     on = ~at
-    sae.objective(x[on], pos[on], 128, beside=Beside(row[on], row[on], x[on])).loss.backward()
+    sae.objective(x[on], pos[on], 128, beside=BatchContext(row[on], row[on], x[on])).loss.backward()
     assert sae.W_dec.grad[latent].abs().max() > 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from temposae.engine.errors import UserError
-from temposae.engine.parts import Seen
+from temposae.engine.parts import BatchView
 from torch import Tensor
 
 from .conftest import D, F, T
@@ -121,7 +121,7 @@ def test_batch_norm_is_torchs_in_training_and_the_mean_of_what_it_saw_afterwards
     means, variances = [], []
     for step in range(4):
         batch = rows(step)
-        seen = Seen(sae, batch.x, batch.pos.long(), T, training=True, step=step)
+        seen = BatchView(sae, batch.x, batch.pos.long(), T, training=True, step=step)
         assert_close(part.input(batch.x, seen) - sae.b_dec, norm(batch.x))
         means.append(batch.x.double().mean(0))
         variances.append(batch.x.double().var(0, correction=0))
@@ -139,7 +139,7 @@ def test_after_many_batches_a_step_counts_a_hundredth(made, rows, assert_close):
     sae, batch = made("batch_norm"), rows()
     (part,) = sae.parts
     part.mean.fill_(5.0)
-    part.input(batch.x, Seen(sae, batch.x, batch.pos.long(), T, training=True, step=1000))
+    part.input(batch.x, BatchView(sae, batch.x, batch.pos.long(), T, training=True, step=1000))
     assert_close(part.mean, 0.99 * 5 + 0.01 * batch.x.double().mean(0))
 
 

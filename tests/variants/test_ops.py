@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from temposae.bench.results import markdown
-from temposae.variants import BASELINES, RUNS
+from temposae.campaign.documented import BASELINES, RUNS
 
 from .ops import outside, used
 

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from temposae import variants as ours  # noqa: F401 (registers them)
 from temposae.engine import parts as registry
-from temposae.engine.checkpoint import load, save
 from temposae.engine.errors import UserError
-from temposae.variants import parts as ours  # noqa: F401 (registers them)
+from temposae.engine.storage.checkpoint import load, save
 
 KINDS = sorted(registry._PARTS)
 #: settings that a part needs in these small dictionaries, and those of the dictionary

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from temposae.engine.errors import UserError
-from temposae.engine.parts import Seen
+from temposae.engine.parts import BatchView
 
 from .conftest import D, F, R, T
 
@@ -13,7 +13,7 @@ N = R * T
 
 
 def seen_of(sae, x, **more):
-    return Seen(sae, x, torch.arange(len(x)) % T, T, training=True, target=x, **more)
+    return BatchView(sae, x, torch.arange(len(x)) % T, T, training=True, target=x, **more)
 
 
 @torch.no_grad()

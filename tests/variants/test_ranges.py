@@ -3,7 +3,7 @@
 import pytest
 import torch
 from temposae.engine.errors import UserError
-from temposae.engine.parts import Seen
+from temposae.engine.parts import BatchView
 
 from .conftest import D, F, R, T
 
@@ -148,9 +148,9 @@ def test_the_base_is_trained_alone_first(made, rows, learner):
 def test_adapters_and_l1_come_in_together(progress, share, made, rows, objective, assert_close):
     sae, batch = scrambled(made("range_adapters", sae={"l1_coefficient": 0.7}, **CURRICULUM)), rows()
     (part,) = sae.parts
-    seen = Seen(sae, batch.x, batch.pos.long(), T, progress=progress)
+    seen = BatchView(sae, batch.x, batch.pos.long(), T, progress=progress)
     pre = torch.zeros(len(batch.x), F)
-    whole = part.pre(pre, Seen(sae, batch.x, batch.pos.long(), T, progress=1.0))
+    whole = part.pre(pre, BatchView(sae, batch.x, batch.pos.long(), T, progress=1.0))
     assert_close(part.pre(pre, seen), share * whole)
     sae.at(progress)
     found = objective(sae, batch)
@@ -161,7 +161,7 @@ def test_adapters_and_l1_come_in_together(progress, share, made, rows, objective
 def test_without_a_curriculum_adapters_are_there_from_the_first_step_on(made, rows, assert_close):
     part, batch = made("range_adapters").parts[0], rows()
     assert part.share(0.0) == part.share(1.0) == 1
-    assert part.weigh(Seen(part, batch.x, batch.pos, T, progress=0.0)) == (None, None)
+    assert part.weigh(BatchView(part, batch.x, batch.pos, T, progress=0.0)) == (None, None)
 
 
 def test_adapters_learn_at_their_own_pace(made, rows, learner, assert_close):

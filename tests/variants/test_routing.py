@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from temposae.engine.errors import UserError
-from temposae.engine.parts import Seen
+from temposae.engine.parts import BatchView
 
 D, F, T, G = 8, 24, 12, 8
 
 
-def seen_of(sae, batch, **given) -> Seen:
-    return Seen(sae, batch.x.to(sae.W_dec.dtype), batch.pos.long(), T, **given)
+def seen_of(sae, batch, **given) -> BatchView:
+    return BatchView(sae, batch.x.to(sae.W_dec.dtype), batch.pos.long(), T, **given)
 
 
 def test_routing_is_attention_with_what_is_known_of_gradients_and_position(made, rows, assert_close):

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from temposae.campaign.documented import BASELINES, RUNS, settings
 from temposae.engine.composed import dictionary
 from temposae.engine.config import SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.optim import Learner
+from temposae.engine.learner import Learner
 from temposae.engine.parts import reads
 from temposae.engine.stream import ActivationStream, Batch, LanguageModel
 from temposae.engine.train import train
-from temposae.variants import BASELINES, RUNS, settings
 
 TRAINED = [name for name, run in (RUNS | BASELINES).items() if run.trained_as is None]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from temposae.engine.errors import UserError
-from temposae.engine.parts import Seen
+from temposae.engine.parts import BatchView
 
 from .conftest import D
 
@@ -21,7 +21,7 @@ def test_it_is_a_stack_of_causal_depth_wise_convolutions(made, assert_close):
     sae = made("dilated_conv", seed=3).double()
     (part,) = sae.parts
     x = tokens().double()
-    found, at = part.input(x, Seen(sae, x, POS, LENGTH)), 0
+    found, at = part.input(x, BatchView(sae, x, POS, LENGTH)), 0
     for row in ROWS:
         y, kept = torch.zeros(D, LENGTH, dtype=torch.float64), torch.zeros(LENGTH, dtype=torch.float64)
         y[:, row], kept[row] = x[at : at + len(row)].T, 1
@@ -62,7 +62,7 @@ def test_without_it_tokens_before_do_not_matter(made):
 
 def test_it_starts_near_the_token_itself(made):
     sae, x = made("dilated_conv"), tokens()
-    change = (sae.parts[0].input(x, Seen(sae, x, POS, LENGTH)) - x).detach()
+    change = (sae.parts[0].input(x, BatchView(sae, x, POS, LENGTH)) - x).detach()
     assert 0 < float(change.norm() / x.norm()) < 0.1
 
 

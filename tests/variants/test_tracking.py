@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from temposae.campaign.documented import settings
 from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.train import train
-from temposae.variants import settings
 
 T = 12
 

@@ -1,0 +1,185 @@
+"""What the analyses of log C find in the weights of another run: C3 and C4 in C2's, C7 to C9 in C6's.
+
+They read what that run left: `metrics`, its reports (`metrics.jsonl`), for which it was trained with `train.log_positions`
+and a `position_tracker`, and `clusters`, what `evals.clusters` says of it. With S reports and T positions arrays are [S, T],
+NaN where a position had no tokens; positions count from 0. Errors are those of a token, |x|^2 being about D.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..engine.errors import UserError
+
+Metrics = Sequence[Mapping[str, Any]]
+Clusters = Mapping[str, Any]
+Figures = dict[str, float | None]
+CLOSE = 0.05  # a weight has converged where it stays within this share of its last value
+
+
+def analysis(run: str, metrics: Metrics, clusters: Clusters | None = None) -> Figures:
+    """The figures that an analysis finds, by name; those that end in `_at` are positions, steps or bins, so that a mean of
+    them over seeds would say nothing. Raises UserError, with the reason, where what it reads was not measured."""
+    return _ANALYSES[run][0](metrics, clusters)
+
+
+def sentence(run: str, figures: Mapping[str, str]) -> str:
+    """What an analysis says, with its figures as texts."""
+    return _ANALYSES[run][1].format_map(figures)
+
+
+def distance_to_last(weights: np.ndarray) -> np.ndarray:
+    """[..., S]: the mean over positions of |w - w_last|, of weights [..., S, T]."""
+    return np.abs(weights - weights[..., -1:, :]).mean(-1)
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's, of the entries that are finite in both; None for fewer than three, or where one is the same everywhere."""
+    from scipy.stats import spearmanr
+
+    is_known = np.isfinite(a) & np.isfinite(b)
+    if is_known.sum() < 3 or np.ptp(a[is_known]) == 0 or np.ptp(b[is_known]) == 0:
+        return None
+    return float(spearmanr(a[is_known], b[is_known]).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def early_to_late(profiles: np.ndarray) -> np.ndarray:
+    """Profiles [L, BINS] in the order of their mean place."""
+    return profiles[np.argsort(profiles @ np.arange(profiles.shape[1]), kind="stable")]
+
+
+def _position_losses(metrics: Metrics, _: Clusters | None) -> Figures:
+    """C3: mean, max and min over positions, tracked every step, as they are in the last step; and where they are."""
+    last, of_step = by_position(metrics, "squared_error")[-1], _tracked(metrics)[-1]
+    mean, most, least = (of_step[name][-1] for name in ("loss_mean", "loss_max", "loss_min"))
+    return {
+        "mean": mean, "most": most, "least": least, "ratio": most / least if least else None,
+        "most_at": int(np.nanargmax(last)), "least_at": int(np.nanargmin(last)),
+    }  # fmt: skip
+
+
+def _error_over_training(metrics: Metrics, _: Clusters | None) -> Figures:
+    """C4: how far the error of each position fell, and what became of the mask."""
+    error, tracked = by_position(metrics, "squared_error"), _tracked(metrics)
+    share_left = error[-1] / error[0]
+    return {
+        "first": float(np.nanmean(error[0])), "last": float(np.nanmean(error[-1])),
+        "most": float(np.nanmax(share_left)), "most_at": int(np.nanargmax(share_left)),
+        "least": float(np.nanmin(share_left)), "least_at": int(np.nanargmin(share_left)),
+        "sharpness_first": tracked[0].get("mask_sharpness"), "sharpness_last": tracked[-1].get("mask_sharpness"),
+    }  # fmt: skip
+
+
+def _weight_evolution(metrics: Metrics, _: Clusters | None) -> Figures:
+    """C7: the weights at the end, when they had converged, and whether they go with difficulty."""
+    steps = np.array([line["step"] for line in metrics])
+    weights = _numbers([of_report["weights"] for of_report in _tracked(metrics)])
+    final = weights[-1]
+    away = np.abs(weights - final) > CLOSE * np.abs(final)
+    settled = steps[np.where(away.any(0), len(away) - np.argmax(away[::-1], 0), 0)]  # the report after the last away
+    return {
+        "most": float(final.max()), "most_at": int(final.argmax()),
+        "least": float(final.min()), "least_at": int(final.argmin()),
+        "half_settled_at": int(np.sort(settled)[(len(settled) - 1) // 2]), "all_settled_at": int(settled.max()),
+        "correlation": rank_correlation(final, by_position(metrics, "squared_error")[-1]),
+    }  # fmt: skip
+
+
+def _sparsity(metrics: Metrics, clusters: Clusters | None) -> Figures:
+    """C8: L0 by position at the end, and in which part of a row latents have most of their activity."""
+    l0 = by_position(metrics, "l0")
+    if not np.nansum(l0[-1]):
+        raise UserError("metrics: no latent is active in the last report")
+    early = late = None
+    if clusters is not None and clusters["clusters"]:
+        profiles = _sample(clusters)
+        mean_place = (profiles @ (np.arange(profiles.shape[1]) + 0.5)) / profiles.shape[
+            1
+        ]  # 0: the row's beginning, 1: its end
+        early, late = float((mean_place < 1 / 3).mean()), float((mean_place > 2 / 3).mean())
+    return {
+        "most": float(np.nanmax(l0[-1])), "most_at": int(np.nanargmax(l0[-1])),
+        "least": float(np.nanmin(l0[-1])), "least_at": int(np.nanargmin(l0[-1])),
+        "deviation": float(np.nanstd(l0[-1]) / np.nanmean(l0[-1])),
+        "deviation_first": float(np.nanstd(l0[0]) / np.nanmean(l0[0])) if np.nansum(l0[0]) else None,
+        "early": early, "late": late,
+    }  # fmt: skip
+
+
+def _clustering(_: Metrics, clusters: Clusters | None) -> Figures:
+    """C9: how many clusters there are, how much they are apart, and whether they are found again."""
+    _sample(clusters)
+    assert clusters is not None
+    return {
+        "count": clusters["count"], "latents": clusters["latents"],
+        "largest": max(cluster["size"] for cluster in clusters["clusters"]) / clusters["latents"],
+        "within": clusters["within"], "between": clusters["between"],
+        "stability": _stability(clusters), "shuffled": _stability(clusters["controls"]["shuffled"]),
+        "specialization": max(cluster["specialization"][2] for cluster in clusters["clusters"]),
+    }  # fmt: skip
+
+
+_ANALYSES: dict[str, tuple[Callable[[Metrics, Clusters | None], Figures], str]] = {
+    "C3": (
+        _position_losses,
+        "in the last step the squared error of a token is {mean} in the mean over positions, {most} at the hardest and "
+        "{least} at the easiest ({ratio} times as much; hardest at position {most_at}, easiest at {least_at})",
+    ),
+    "C4": (
+        _error_over_training,
+        "from the first report to the last the squared error fell from {first} to {last}; least at position {most_at} (to "
+        "{most} of what it was), most at {least_at} (to {least}). The mask's sharpness, 1 for a hard one, went from "
+        "{sharpness_first} to {sharpness_last}",
+    ),
+    "C7": (
+        _weight_evolution,
+        "weights end between {least} (position {least_at}) and {most} (position {most_at}); half of them stay within 5% of "
+        "that from step {half_settled_at} on, all from {all_settled_at}. Their rank correlation with the squared error of "
+        "their position is {correlation}: weights follow errors by construction, so it tells how well they keep up",
+    ),
+    "C8": (
+        _sparsity,
+        "L0 ends between {least} (position {least_at}) and {most} (position {most_at}), with a standard deviation over "
+        "positions of {deviation} of its mean (at the first report {deviation_first}). A share of {early} of the latents is "
+        "active in the first third of a row in the mean, {late} in the last",
+    ),
+    "C9": (
+        _clustering,
+        "{latents} latents fall in {count} clusters by where they are active, with a share of {largest} in the largest. "
+        "Distances (0 to 1) are {within} within and {between} between clusters; clusters of random halves of the text agree "
+        "to {stability} (adjusted Rand index, 0 by chance), with positions shuffled to {shuffled}. The most particular "
+        "cluster has a median specialization of {specialization}, of at most 1",
+    ),
+}  # fmt: skip
+
+
+def by_position(metrics: Metrics, name: str) -> np.ndarray:
+    """[S, T], of `squared_error` or `l0`."""
+    if not metrics or any("positions" not in line for line in metrics):
+        raise UserError("metrics: nothing by position in them; train with train.log_positions")
+    return _numbers([line["positions"][name] for line in metrics])
+
+
+def _tracked(metrics: Metrics) -> list[Mapping[str, Any]]:
+    if not metrics or any("position_tracker" not in line.get("parts", {}) for line in metrics):
+        raise UserError("metrics: no position_tracker in them; train with that part (runs C2 to C6)")
+    return [line["parts"]["position_tracker"] for line in metrics]
+
+
+def _sample(clusters: Clusters | None) -> np.ndarray:
+    """Profiles [L, BINS] of the latents that `evals.clusters` keeps."""
+    if clusters is None:
+        raise UserError("clusters: not among the evals that were measured")
+    if not clusters["clusters"]:
+        raise UserError(f"clusters: only {clusters['latents']} latents fire often enough")
+    return np.array(clusters["sample"]["profiles"])
+
+
+def _stability(clusters: Clusters) -> float | None:
+    return clusters["stability"] and clusters["stability"]["adjusted_rand"]
+
+
+def _numbers(lines: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """With NaN for None."""
+    return np.array([[np.nan if value is None else value for value in numbers] for numbers in lines], float)

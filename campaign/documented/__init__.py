@@ -1,0 +1,38 @@
+"""The documented runs, as compositions of the mechanisms in `variants`."""
+
+from typing import Any
+
+from ... import variants as variants  # its parts become known
+from ...engine.errors import UserError, near
+from . import baselines, log_a, log_b, log_c, log_d, log_e
+from .documented_run import EACH, Documented
+
+LOGS: dict[str, dict[str, Documented]] = {
+    "A": log_a.RUNS, "B": log_b.RUNS, "C": log_c.RUNS, "D": log_d.RUNS, "E": log_e.RUNS
+}  # fmt: skip
+
+#: run -> what it is, those of the five logs
+RUNS: dict[str, Documented] = {name: run for log in LOGS.values() for name, run in log.items()}
+BASELINES = baselines.RUNS
+
+
+def documented(run: str) -> Documented:
+    """A run of the logs, or a baseline. Raises UserError, with near matches, for one that is not there."""
+    known = RUNS | BASELINES
+    if run not in known:
+        raise UserError(f"run: {run!r} is not allowed; {near(run, known)}")
+    return known[run]
+
+
+def settings(run: str, activation: str | None = None, context: int = 128) -> dict[str, dict[str, Any]]:
+    """Sections stream, sae and train of a documented run's config, for rows of `context` tokens; those of the run whose
+    weights it looks at, for an analysis. `activation` in place of the run's own."""
+    definition = documented(run)
+    sections = documented(definition.trained_as or run).sections()
+    sections["stream"]["context"] = context
+    if "mask" in sections["sae"]:
+        mask = {"positions": context, **sections["sae"]["mask"]}
+        sections["sae"]["mask"] = {**mask, "ranges": context} if mask.get("ranges") == EACH else mask
+    if activation is not None:
+        sections["sae"]["activation"] = activation
+    return sections

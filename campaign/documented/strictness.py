@@ -1,0 +1,32 @@
+"""How strict a mask is: the ablation of hard against soft masks that logs A to C plan."""
+
+from collections.abc import Mapping
+from typing import Any
+
+STRICTNESS = ("hard", "soft", "annealed")
+HARD = ("random", "ranges", "windows")
+
+
+def strict(mask: Mapping[str, Any], strictness: str) -> dict[str, Any] | None:
+    """A mask's settings at another strictness; None where there is no mask, or none that is hard or soft.
+
+    A hard mask becomes a learned one that starts as it (`soft`), with a temperature that falls from 5 to 0.1 (`annealed`).
+    Learned masks from uniform or normal logits have the random mask of half the places as their hard form, Gaussians the
+    windows of T / 4, as wide as two sigma.
+    """
+    kind, common = mask.get("kind", "none"), {k: v for k, v in mask.items() if k in ("positions", "beyond", "blend")}
+    if kind == "gaussian":
+        shape = {"kind": "windows"}
+    elif kind == "soft":
+        start = mask.get("start", "uniform")
+        shape = {"kind": start if start in HARD else "random"}
+    elif kind in HARD:
+        shape = {k: v for k, v in mask.items() if k in ("kind", "fraction", "ranges", "width")}
+    else:
+        return None
+    if strictness == "hard":
+        return {**shape, **common}
+    soft = {**shape, "kind": "soft", "start": shape["kind"], **common}
+    if kind in ("gaussian", "soft") and strictness == "soft":
+        return {k: v for k, v in mask.items() if k not in ("temperature", "temperature_end")}
+    return {**soft, "temperature": 5.0, "temperature_end": 0.1} if strictness == "annealed" else soft

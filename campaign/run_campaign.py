@@ -1,0 +1,171 @@
+"""A campaign's work: train every dictionary on one stream, measure each, gather the results."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..engine.config import RunConfig
+from ..engine.errors import UserError
+from ..engine.storage import checkpoint
+from ..engine.storage.checkpoint import Checkpoint
+from ..engine.storage.files import absolute
+from ..engine.storage.lock import owned
+from ..engine.storage.run_folder import begin, check_free, read_sealed_yaml
+from ..engine.storage.sealed import write_json
+from ..engine.stream import ActivationStream, LanguageModel
+from ..engine.stream.model_loading import BUILT_IN
+from ..engine.sweep import resolve
+from ..engine.train import Run, check, train_together
+from ..evals.evaluation import Evaluation
+from ..evals.run_evals import evaluate
+from ..evals.suite import missing_inputs
+from ..kernels.torch_modes import default_modes
+from .config import CampaignConfig, CampaignRun, entries
+from .results import RESULTS, gather, read_results
+from .significance import strictness
+
+SETTINGS = "campaign.yaml"
+
+
+@default_modes()
+def campaign(config: CampaignConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Train, measure, draw and report `config`'s runs into the folder `out`; returns what `campaign.json` holds.
+
+    All dictionaries are trained on the batches of one stream, each with its random control. Of each there is a folder
+    runs/NAME, as `train` leaves it; campaign.yaml, campaign.json, figures/, report.md and report.html are of all. With
+    `resume`, what was interrupted goes on: training from the last checkpoint, measuring from what is measured already. A run
+    that fails is named, with its reason, and the others go on. Raises UserError for settings that can't be, before any work.
+    """
+    with owned(out):
+        return _campaign(config, out, resume)
+
+
+def _campaign(config: CampaignConfig, out: Path, resume: bool) -> dict[str, Any]:
+    from .figures import draw
+    from .report import write
+
+    began = time.monotonic()
+    config = _with_absolute_paths(config)
+    planned = entries(config)
+    _open(config, out, resume)
+    model, runs = resolve({campaign_run.name: campaign_run.sections for campaign_run in planned})
+    stream = _stream(model, runs)
+    check(stream, runs)  # what is refused leaves no folder
+    _say_lacking(config, runs, stream)
+    begin(out, config, SETTINGS)
+    trained = train_together(stream, runs, out=out / "runs", resume=resume)
+    failed = {name: run.failed for name, run in trained.items() if run.failed is not None}
+    seconds = {"training": round(time.monotonic() - began, 1)}
+    if stream.own is None:
+        failed |= _measure(config, planned, trained, stream, out / "runs")
+    seconds["measuring"] = round(time.monotonic() - began - seconds["training"], 1)
+    if resume and (out / RESULTS).is_file():  # it had come to its end, and what it took then counts
+        seconds = {
+            stage: round(duration + read_results(out)["seconds"].get(stage, 0), 1)
+            for stage, duration in seconds.items()
+        }
+    results = gather(config, planned, out, failed) | {"seconds": seconds}
+    _write_results(out, results)
+    draw(out)
+    write(out)
+    return results
+
+
+def _open(config: CampaignConfig, out: Path, resume: bool) -> None:
+    path = out / SETTINGS
+    if not resume:
+        check_free(out)
+    elif not path.is_file():
+        raise UserError(f"resume: {out} holds no {SETTINGS}; it is not a campaign's folder")
+    elif _with_absolute_paths(read_config(out)) != config:
+        raise UserError(f"resume: the settings differ from {path}; resume with the ones that the campaign began with")
+
+
+def _say_lacking(config: CampaignConfig, runs: Mapping[str, RunConfig], stream: ActivationStream) -> None:
+    """Before any training, say what won't be measured."""
+    if stream.own is not None or stream.config.cache is not None:  # a cache's text is loaded when it is needed
+        return
+    for name in config.evals:
+        for section, reason in missing_inputs(name, stream, next(iter(runs.values())).sae, (), {}).items():
+            print(
+                f"will not be measured: {f'{name}, {section}' if section else name}: {reason}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def read_config(out: Path) -> CampaignConfig:
+    """The settings of the campaign in a folder. Raises UserError if there is none."""
+    path = out / SETTINGS
+    if not path.is_file():
+        raise UserError(f"{out} holds no {SETTINGS}; it is not a campaign's folder")
+    try:
+        return CampaignConfig(**read_sealed_yaml(path))
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+
+
+def _with_absolute_paths(config: CampaignConfig) -> CampaignConfig:
+    """The settings with absolute paths in place of relative ones, so that they mean the same from any folder."""
+
+    def settled(section: dict[str, Any], *names: str) -> dict[str, Any]:
+        paths = {name: section[name] for name in names if isinstance(section.get(name), str)}
+        return section | {name: absolute(path) for name, path in paths.items() if path not in BUILT_IN}
+
+    stream = settled(config.stream, "model", "data", "cache", "activations")
+    return config.model_copy(update={"stream": stream, "train": settled(config.train, "init")})
+
+
+def _write_results(out: Path, results: dict[str, Any]) -> None:
+    try:
+        write_json(out / RESULTS, json.loads(json.dumps(results, default=str)))
+    except OSError as error:
+        raise UserError(f"out: {out / RESULTS} can't be written ({error.strerror})") from None
+
+
+def _stream(model: LanguageModel | None, runs: Mapping[str, RunConfig]) -> ActivationStream:
+    first = next(iter(runs.values()))
+    tokens = max(run.train.tokens for run in runs.values())
+    hooks = (
+        []
+        if model is not None
+        else list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks))
+    )
+    return ActivationStream(first.stream, tokens=tokens, seed=0, model=model, hooks=hooks)
+
+
+def _measure(
+    config: CampaignConfig, planned: list[CampaignRun], trained: Mapping[str, Run], stream: ActivationStream, runs: Path
+) -> dict[str, str]:
+    """Results of every dictionary, in its folder's evals/; returns why some have none."""
+    failed: dict[str, str] = {}
+    whole = [campaign_run for campaign_run in planned if trained[campaign_run.name].failed is None]
+    texts: dict[str, Evaluation] = {}
+    for index, campaign_run in enumerate(whole):
+        saved = checkpoint.find(runs / campaign_run.name)
+        assert saved.run is not None
+        hook = str(saved.run.stream.hook)
+        stream.model.use(hooks=saved.run.stream.hooks)
+        if hook not in texts:
+            texts[hook] = Evaluation(stream, saved.dictionary(), None, share=config.share, neurons=False)
+        print(f"measuring {campaign_run.name}, {index + 1} of {len(whole)}", file=sys.stderr, flush=True)
+        try:
+            reference = _reference(campaign_run, planned, runs)
+            evaluate(saved, stream, runs / campaign_run.name, config.evals, like=texts[hook], reference=reference)
+        except (UserError, RuntimeError, ValueError) as error:
+            failed[campaign_run.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            print(f"{campaign_run.name} can't be measured: {failed[campaign_run.name]}", file=sys.stderr, flush=True)
+    return failed
+
+
+def _reference(entry: CampaignRun, planned: list[CampaignRun], runs: Path) -> Checkpoint | None:
+    """The plain dictionary of an entry's activation, condition (but for how strict masks are) and seed, whose
+    position-specific latents `retention` looks for."""
+    activation, condition = entry.sections["sae"]["activation"], strictness(entry.condition)[1]
+    for candidate in planned:
+        if candidate.run == activation and (candidate.condition, candidate.seed) == (condition, entry.seed):
+            return checkpoint.find(runs / candidate.name) if checkpoint.all_in(runs / candidate.name) else None
+    return None

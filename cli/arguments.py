@@ -1,0 +1,126 @@
+"""What every command checks of its arguments before it begins: numbers, text and paths as they were typed, with the option's
+name in the message. A mistake is one line."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_WHOLE = re.compile(r"[-+]?[0-9]{1,4000}", re.ASCII)
+_NUMBER = re.compile(r"[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|inf|nan)", re.ASCII)
+
+
+class App(typer.Typer):
+    """Commands whose arguments are checked."""
+
+    def __init__(self, **options: Any):
+        super().__init__(cls=Group, **options)
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
+        return super().command(name, cls=Command, **options)
+
+
+class Group(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _one_line(self, ctx):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        from ..engine.errors import UserError, near, shown
+
+        if args and self.get_command(ctx, args[0]) is None:
+            names = self.list_commands(ctx)
+            raise UserError(
+                f"{shown(args[0])}: no such command of {ctx.command_path}; {near(args[0], names, len(names))}"
+            )
+        with _one_line(self, ctx):
+            return super().resolve_command(ctx, args)
+
+
+class Command(TyperCommand):
+    @cached_property
+    def annotations(self) -> dict[str, Any]:
+        return {
+            name: parameter.annotation for name, parameter in inspect.signature(self.callback or id).parameters.items()
+        }
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from ..engine.storage.path_names import expand_path
+
+        with _one_line(self, ctx):
+            typed, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+            if not {"--help", "-h"} & set(args):
+                for param in self.get_params(ctx):
+                    typed_value = typed.get(param.name)
+                    for text in typed_value if isinstance(typed_value, list | tuple) else [typed_value]:
+                        if isinstance(text, str):
+                            _check(_label(param), text, self.annotations.get(str(param.name)))
+            rest = super().parse_args(ctx, args)
+        for param in self.get_params(ctx):
+            name, value = str(param.name), ctx.params.get(str(param.name))
+            if "Path" in str(self.annotations.get(name)) and isinstance(value, str | Path):
+                ctx.params[name] = type(value)(expand_path(value, _label(param)))
+        return rest
+
+
+def _check(label: str, text: str, annotation: Any) -> None:
+    """Raise UserError for what the option can't have."""
+    from ..engine.errors import UserError, shown
+    from ..engine.setting_types import check_text, kinds
+
+    types = kinds(annotation)
+    try:
+        if not types & {int, float}:
+            check_text(label, text)
+            return
+    except ValueError as error:
+        raise UserError(error) from None
+    if not (_WHOLE if int in types else _NUMBER).fullmatch(text):
+        allowed = "a whole number, in the digits 0 to 9" if int in types else "a number, in the digits 0 to 9"
+        raise UserError(f"{label}: {shown(text)} is not allowed; it must be {allowed}")
+    value = int(text) if int in types and len(text) <= 300 else float(text)
+    if math.isinf(value):
+        raise UserError(f"{label}: {shown(text)} is not allowed; it must be a finite number")
+    for option in getattr(annotation, "__metadata__", ()):
+        least, most = getattr(option, "min", None), getattr(option, "max", None)
+        if not ((least is None or value >= least) and (most is None or value <= most)):
+            bounds = [f"at {word} {bound:,}" for word, bound in (("least", least), ("most", most)) if bound is not None]
+            raise UserError(f"{label}: {shown(text)[1:-1]} is not allowed; it must be {' and '.join(bounds)}")
+
+
+def _label(param: Any) -> str:
+    """An option as it is typed, or an argument as help names it."""
+    return next((name for name in param.opts if name.startswith("--")), param.metavar or str(param.name).upper())
+
+
+@contextmanager
+def _one_line(command: Any, ctx: Any) -> Iterator[None]:
+    """What the library says of a command line in several lines, in one."""
+    from ..engine.errors import UserError, near, shown
+
+    try:
+        yield
+    except UsageError as raised:
+        error: Any = raised
+        kind, message = type(error).__name__, " ".join(error.format_message().split()).rstrip(".")
+        if kind == "NoArgsIsHelpError":
+            raise
+        options = [name for param in command.get_params(ctx) for name in param.opts if name.startswith("-")]
+        param = getattr(error, "param", None)
+        if kind == "NoSuchOption":
+            message = f"{shown(error.option_name)[1:-1]}: no such option; {near(error.option_name, options)}"
+        elif kind == "MissingParameter" and param is not None:
+            message = f"{_label(param)}: missing; it must be given"
+        elif param is not None:
+            message = f"{_label(param)}: {error.message}"
+        elif kind == "BadOptionUsage":
+            message = f"{shown(error.option_name)[1:-1]}: {message}"
+        raise UserError(f"{message}; {ctx.command_path} --help tells more") from None

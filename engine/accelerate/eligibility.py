@@ -1,0 +1,235 @@
+"""When our ops run in place of a library's own code: only where everything is as they expect.
+
+`takes` is the one place that decides, anew for each call. Whatever it doesn't know, the library's own code computes: modes
+of torch that look into a computation or transform it, hooks, replaced methods and modules, unusual inputs and parameters.
+What can't be known beforehand is that somebody will differentiate the result twice: `TwiceDifferentiable` computes such
+gradients by the library's own code, too.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import cache
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._device import DeviceContext
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float64)  # in float16 a sum in another order selects other latents
+#: modules inside a dictionary whose part our ops take over, or that do nothing without a hook
+INSIDE = {
+    ("torch.nn.modules.linear", "Linear"), ("torch.nn.modules.activation", "ReLU"),
+    ("transformer_lens.hook_points", "HookPoint"), ("sae_lens.saes.topk_sae", "TopK"),
+    ("sae_lens.saes.topk_sae", "SparseHookPoint"), ("sae_lens.saes.batchtopk_sae", "BatchTopK"),
+}  # fmt: skip
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GENERATED = "<string>"  # file of methods that a dataclass makes
+_checked: dict[type, dict[str, Any]] = {}  # classes with their contents when last found to be their library's own
+
+
+def takes(owner: Any, x: Any) -> bool:
+    """Whether our ops give for `owner`, a dictionary of another library, and its input `x` what its own code gives."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+        return False
+    is_usual = x.ndim > 1 and x.numel() > 0 and x.dtype in FLOATING and x.layout == torch.strided
+    is_usual = is_usual and (torch.is_inference_mode_enabled() or not x.is_inference())
+    return is_usual and _modes_are_plain(x) and is_as_made(owner) and obstacle(owner, x.device, FLOATING) is None
+
+
+def fits(x: Tensor, W: Tensor, centred: bool) -> bool:
+    """Whether the product of x, from which a parameter was taken if `centred`, with W is one that torch makes."""
+    wider = torch.promote_types(x.dtype, W.dtype) == W.dtype
+    return x.dtype == W.dtype or (wider and (centred or torch.is_autocast_enabled(x.device.type)))
+
+
+def is_as_made(owner: Any) -> bool:
+    """Whether an accelerated object has its library's methods, and modules without hooks."""
+    cls = type(owner)
+    if "library_class" not in vars(cls) or not all(map(_is_the_librarys, _classes(cls.library_class))):
+        return False
+    if any(name in _methods(cls.library_class) for name in vars(owner)):  # replaced on the object
+        return False
+    return not modules._has_any_global_hook() and all(map(_does_nothing_else, _inner(owner)))
+
+
+def trains(trainer: Any, dictionary: Any, x: Any) -> bool:
+    """Whether our ops take a trainer's step on x: whether both are as made, and nobody watches calls of the dictionary."""
+    return is_as_made(trainer) and is_as_made(dictionary) and not _has_hooks(dictionary) and dictionary._is_plain(x)
+
+
+def obstacle(
+    module: nn.Module, device: torch.device | None = None, dtypes: tuple[torch.dtype, ...] | None = None
+) -> str | None:
+    """Why our ops can't take the parameters of a module, on `device` and in `dtypes` if given; None if they can."""
+    name_of_storage: dict[int, str] = {}
+    first: tuple[str, Tensor] | None = None
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            return f"{name} is a {type(tensor).__name__} of layout {tensor.layout}; only plain tensors are allowed"
+        if tensor.is_meta:
+            return f"{name} is on the meta device; give it values first"
+        if tensor.is_inference():
+            return f"{name} was made in inference mode; clone it first"
+        if not tensor.is_contiguous() and not tensor.T.is_contiguous():
+            return f"{name} is not contiguous; strides {tensor.stride()} are not allowed"
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in name_of_storage:
+            return f"{name} shares its memory with {name_of_storage[storage]}; tied views are not allowed"
+        name_of_storage[storage] = name
+        first = first or (name, tensor)
+        if dtypes is not None and tensor.dtype not in dtypes:
+            return f"{name} has dtype {tensor.dtype}, which is not allowed"
+        for attribute, allowed in (("dtype", first[1].dtype), ("device", device or first[1].device)):
+            value = getattr(tensor, attribute)
+            if value != allowed and not (attribute == "dtype" and name == "threshold"):  # SAELens holds that in float32
+                return (
+                    f"{name} has {attribute} {value}, {first[0]} {getattr(first[1], attribute)}; all must have the same"
+                )
+    return "parameters are missing" if first is None else None
+
+
+def _modes_are_plain(x: Tensor) -> bool:
+    """Whether nothing looks at each operation (dispatch and function modes, tracing), transforms it (torch.func, forward
+    mode), counts on what it saves (checkpointing), or forbids orders of sums."""
+    looks = torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing() or any(map(_looks, _function_modes()))
+    transforms = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    saves = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]
+    return not (looks or transforms or saves or torch.are_deterministic_algorithms_enabled())
+
+
+def _function_modes() -> Iterator[Any]:
+    return (torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack()))
+
+
+def _looks(mode: Any) -> bool:
+    """Whether a function mode is more than a default device."""
+    return type(mode) is not DeviceContext
+
+
+def _inner(owner: Any) -> Iterator[nn.Module]:
+    """The modules inside a dictionary; of a trainer, whose dictionary is asked itself, none."""
+    return (module for module in owner.modules() if module is not owner) if hasattr(owner, "encode") else iter(())
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def _does_nothing_else(inner: nn.Module) -> bool:
+    """Whether a module inside a dictionary is one that our ops know, without hooks, and with its own `forward`."""
+    cls = type(inner)
+    is_known = (cls.__module__, cls.__name__) in INSIDE and "forward" not in vars(inner)
+    return is_known and not _has_hooks(inner) and all(map(_is_the_librarys, _classes(cls)))
+
+
+@cache
+def _classes(cls: type) -> tuple[type, ...]:
+    """A class and those that it derives from, as far as they are more than any module is."""
+    return tuple(base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("builtins", "typing", "abc")
+                 and base is not nn.Module)  # fmt: skip
+
+
+@cache
+def _methods(cls: type) -> frozenset[str]:
+    return frozenset(name for base in cls.__mro__ for name, value in vars(base).items() if callable(value))
+
+
+def _is_the_librarys(cls: type) -> bool:
+    """Whether all methods of a class come from its library: nobody has put others there."""
+    contents = vars(cls)
+    if cls in _checked and _checked[cls] == contents:
+        return True
+    paths = _library_paths(cls)
+    for name, value in contents.items():
+        for code in _codes(value):
+            if not code.co_filename.startswith(paths) and not (code.co_filename == _GENERATED and name[:2] == "__"):
+                return False
+    _checked[cls] = dict(contents)
+    return True
+
+
+@cache
+def _library_paths(cls: type) -> tuple[str, ...]:
+    """Where code of the library lies, and of what decorates its methods."""
+    roots = (cls.__module__.partition(".")[0], "torch", "contextlib", "typing_extensions", "transformer_lens")
+    libraries = [sys.modules[root] for root in roots if root in sys.modules]
+    return tuple(
+        path
+        for library in libraries
+        for path in getattr(library, "__path__", [getattr(library, "__file__", None)])
+        if path
+    )
+
+
+def _codes(value: Any) -> Iterator[CodeType]:
+    """Code of a method, a property, and of everything that decorates them."""
+    if isinstance(value, property):
+        for function in (value.fget, value.fset, value.fdel):
+            yield from _codes(function)
+        return
+    function = getattr(value, "__func__", value)
+    while function is not None:
+        if isinstance(code := getattr(function, "__code__", None), CodeType):
+            yield code
+        function = getattr(function, "__wrapped__", None)
+
+
+def twice(owner: Any, outputs: Sequence[Any], x: Tensor, by_library: Callable[[Tensor], Sequence[Any]]) -> list[Any]:
+    """`outputs` that our ops made for `owner` and `x`, which may be differentiated any number of times. `by_library`
+    gives them by the library's own code."""
+    positions = [i for i, output in enumerate(outputs) if isinstance(output, Tensor) and output.requires_grad]
+    results = list(outputs)
+    if not positions:
+        return results
+    parameters = dict(owner.named_parameters())
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+
+    def recompute(x: Tensor, *values: Tensor) -> list[Tensor]:
+        with ExitStack() as contexts:
+            contexts.enter_context(torch.autocast(x.device.type, dtype or torch.bfloat16, enabled=dtype is not None))
+            contexts.enter_context(_reparametrize_module(owner, dict(zip(parameters, values, strict=True))))
+            recomputed = by_library(x)
+        return [recomputed[i] for i in positions]
+
+    for i, output in zip(
+        positions,
+        TwiceDifferentiable.apply(recompute, len(positions), *(outputs[i] for i in positions), x, *parameters.values()),
+        strict=True,
+    ):
+        results[i] = output
+    return results
+
+
+class TwiceDifferentiable(torch.autograd.Function):
+    """Passes outputs on, with their gradients; where a graph is made of these (`create_graph`), the inputs' gradients are
+    computed from `recompute`, which can be differentiated again, and the outputs get none."""
+
+    @staticmethod
+    def forward(ctx: Any, recompute: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs, inputs = tensors[:count], tensors[count:]
+        ctx.recompute, ctx.count = recompute, count
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        return tuple(output.detach() for output in outputs)  # the same memory
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        inputs = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return None, None, *grads, *[None] * len(inputs)
+        grad_indices = [i for i, grad in enumerate(grads) if grad is not None]
+        input_indices = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
+        outputs = ctx.recompute(*inputs)
+        input_grads: list[Tensor | None] = [None] * len(inputs)
+        new_grads = torch.autograd.grad(
+            [outputs[i] for i in grad_indices], [inputs[i] for i in input_indices], [grads[i] for i in grad_indices],
+            create_graph=True, allow_unused=True,
+        )  # fmt: skip
+        for i, grad in zip(input_indices, new_grads, strict=True):
+            input_grads[i] = grad
+        return None, None, *[None] * ctx.count, *input_grads

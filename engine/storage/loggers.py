@@ -1,0 +1,85 @@
+"""Metrics to where people watch them: TensorBoard and Weights & Biases, where installed. metrics.jsonl is always written."""
+
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import UserError
+from .files import write_text
+
+#: what `train.log` may name: the module to import, and the package that brings it
+LOGGERS = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
+WANDB_ID = "wandb_id"  # in the run folder
+
+
+class Logger(Protocol):
+    def log(self, prefix: str, line: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+def open_loggers(names: tuple[str, ...], folder: Path | None, settings: Mapping[str, Any]) -> list[Logger]:
+    """A logger for each of `names`, writing below `folder`. Raises UserError for one whose package isn't installed."""
+    makers = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+    loggers: list[Logger] = []
+    for name in names:
+        module, package = LOGGERS[name]
+        try:
+            library = import_module(module)
+        except ImportError:
+            raise UserError(f"train.log: {name} is not allowed; it needs pip install {package}") from None
+        loggers.append(makers[name](library, folder, settings))
+    return loggers
+
+
+def scalars(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of a line of metrics by name; those of the control and of times as `random/fvu`."""
+    for key, value in line.items():
+        if isinstance(value, dict):
+            yield from scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{key}", value
+
+
+def _id(folder: Path) -> str:
+    """What a tracker knows a run by: random, so that no two runs share it, and the same when the run is resumed."""
+    try:
+        run_id = (folder / WANDB_ID).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        run_id = ""
+    return run_id if re.fullmatch("[0-9a-f]{16}", run_id) else secrets.token_hex(8)
+
+
+class _TensorBoard:
+    def __init__(self, module: Any, folder: Path | None, settings: Mapping[str, Any]):
+        self._writer = module.SummaryWriter(str((folder or Path("runs")) / "tensorboard"))
+
+    def log(self, prefix: str, line: Mapping[str, Any]) -> None:
+        for name, value in scalars(line, prefix):
+            self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, module: Any, folder: Path | None, settings: Mapping[str, Any]):
+        name, run_id = (None, None) if folder is None else (folder.name, _id(folder))
+        try:
+            self._run = module.init(
+                project="temposae", name=name, id=run_id, resume="allow", dir=folder, config=dict(settings)
+            )
+        except Exception as error:  # no key, no network: whatever it raises
+            raise UserError(
+                f"train.log: wandb is not allowed; it can't start ({' '.join(str(error).split())})"
+            ) from None
+        if folder is not None and run_id is not None:
+            write_text(folder / WANDB_ID, run_id + "\n")
+
+    def log(self, prefix: str, line: Mapping[str, Any]) -> None:
+        self._run.log(dict(scalars(line, prefix)), step=line["step"])
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,160 @@
+"""A run's folder: config.yaml (settings as resolved), metrics.jsonl (a line a report), held_out.jsonl (the same on held-out
+text, from step 0 on, where it is asked for), checkpoints/. Paths in config.yaml are absolute."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import Config, RunConfig, SweepConfig, read_yaml
+from ..errors import UserError
+from ..stream import model_loading
+from .files import absolute, check_can_make, contents, write_text
+from .sealed import check_yaml, sealed_yaml
+
+CONFIG, METRICS, HELD_OUT = "config.yaml", "metrics.jsonl", "held_out.jsonl"
+#: numbers, or null where they were not finite, that every line of a log has
+_NUMBERS = {METRICS: ("loss", "fvu", "l0", "dead_fraction"), HELD_OUT: ("fvu", "l0")}
+
+
+def begin(folder: Path, settings: Config, name: str = CONFIG) -> None:
+    """Make the folder, with its settings in it; a run that goes on has them."""
+    if (folder / name).exists():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+        write_text(folder / name, sealed_yaml(text))
+    except OSError as error:
+        raise UserError(f"out: {folder} can't be written ({error.strerror})") from None
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a run folder that holds something already, or that can't be made. Leaves nothing behind."""
+    try:
+        if folder.exists() and (not folder.is_dir() or contents(folder)):
+            raise UserError(
+                f"out: {folder} exists and is not empty; give a new folder, or --resume to go on with that run"
+            )
+        check_can_make(folder)
+    except OSError as error:
+        raise UserError(
+            f"out: {folder} can't be written ({error.strerror}); give a folder that you may write to"
+        ) from None
+
+
+def read_settings(folder: Path) -> RunConfig | SweepConfig:
+    """The settings of the run in `folder`, or of the several that share a stream."""
+    path = folder / CONFIG
+    values = read_sealed_yaml(path)
+    try:
+        settings = SweepConfig(**values) if "dictionaries" in values else RunConfig(**values)
+    except UserError as error:
+        raise UserError(f"{error} (in {path})") from None
+    if isinstance(settings, SweepConfig):
+        return SweepConfig(dictionaries={name: as_begun(run) for name, run in settings.dictionaries.items()})
+    return as_begun(settings)
+
+
+def as_begun(run: RunConfig) -> RunConfig:
+    """Stored settings; those of version 0.1.0, which had no `stream.memory_gb`, with the meaning that defaults had then: the
+    learning rate followed the power law of Gao et al., and a `text_field` that the data lacked was looked past."""
+    if "memory_gb" in run.stream.model_fields_set:
+        return run
+    lr = run.train.lr if run.train.lr is not None else 2e-4 * math.sqrt(2**14 / run.sae.d_sae)
+    field = None if run.stream.text_field == "text" else run.stream.text_field
+    return run.model_copy(
+        update={
+            "train": run.train.model_copy(update={"lr": lr}),
+            "stream": run.stream.model_copy(update={"text_field": field}),
+        }
+    )
+
+
+def read_sealed_yaml(path: Path) -> dict[str, Any]:
+    """The settings that a run or a campaign wrote. Raises UserError where the file has changed since."""
+    check_yaml(path, "resume", "undo the change, or begin a new run with --out and this file")
+    return read_yaml(path)
+
+
+def with_absolute_paths(run: RunConfig) -> RunConfig:
+    """The settings with absolute paths in place of relative ones, so that they mean the same from any folder."""
+    train = {} if run.train.init is None else {"init": absolute(run.train.init)}
+    stream = model_loading.with_absolute_paths(run.stream)
+    return run.model_copy(update={"stream": stream, "train": run.train.model_copy(update=train)})
+
+
+def difference(old: Mapping[str, RunConfig], new: Mapping[str, RunConfig]) -> tuple[str, Any, Any] | None:
+    """The first setting that differs, with both values; None where there is none. Relative paths are those from here."""
+    if old.keys() != new.keys():
+        return "dictionaries", ", ".join(old), ", ".join(new)
+
+    def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    for name in old:
+        first, second = (dict(flat(with_absolute_paths(runs[name]).model_dump(mode="json"))) for runs in (old, new))
+        for key in {**first, **second}:
+            if first.get(key) != second.get(key):
+                return f"{name}: {key}" if name else key, first.get(key), second.get(key)
+    return None
+
+
+def read_metrics(folder: Path, until: int | None = None, name: str = METRICS) -> list[dict[str, Any]]:
+    """The reports in a run's metrics.jsonl up to step `until`. A line that can't be read, such as the last one after a kill,
+    is named on stderr and left out."""
+    path = folder / name
+    reports = []
+    *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for number, raw in enumerate([*lines, rest] if rest else lines, 1):
+        line = _report(raw, _NUMBERS.get(name, ()))
+        if line is not None:
+            if until is None or line["step"] <= until:
+                reports.append(line)
+        else:
+            print(f"{path}: line {number} is damaged and left out", file=sys.stderr, flush=True)
+    return reports
+
+
+def _report(raw: bytes, numbers: tuple[str, ...]) -> dict[str, Any] | None:
+    """A line of a log; None if it is none."""
+    try:
+        line = json.loads(raw.decode())
+    except (ValueError, RecursionError):
+        return None
+
+    def has_numbers(values: Any) -> bool:
+        return isinstance(values, dict) and all(isinstance(values.get(key, ""), int | float | None) for key in numbers)
+
+    if not has_numbers(line) or ("random" in line and not has_numbers(line["random"])):
+        return None
+    return line if all(type(line.get(key)) is int for key in ("step", "tokens")) else None
+
+
+def rewind(folder: Path, reports: list[dict[str, Any]], name: str = METRICS) -> None:
+    """Leave only `reports` in metrics.jsonl."""
+    write_text(folder / name, "".join(json.dumps(line) + "\n" for line in reports))
+
+
+def report(folder: Path, line: dict[str, Any], name: str = METRICS) -> None:
+    """Add a line to metrics.jsonl; numbers that JSON doesn't have become null."""
+    path = folder / name
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"out: {path} can't be written ({error.strerror}); the checkpoints are untouched") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

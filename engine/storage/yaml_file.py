@@ -1,0 +1,169 @@
+"""Settings in a YAML file, within bounds: what is too large, too deep or refers to itself is refused before it is built.
+
+Plain YAML 1.1 but for this: `1e-4` is a number, only decimal digits make one (010 and 1:30 are text), keys are text as they
+are written, none comes twice in a section, and there are no tags. Anchors, aliases and `<<` work.
+"""
+
+import re
+from collections.abc import Hashable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
+from yaml.resolver import BaseResolver
+
+from ..errors import UserError, in_one_line, shown
+
+BYTES, DEPTH, NODES = 4 * 2**20, 32, 400_000  # of a file; NODES with every alias written out
+_NUMBER = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))\Z"
+    r"|\.(?:nan|NaN|NAN)\Z"
+)
+_DIGITS = 4000  # of an integer, fewer than Python refuses to read
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file. Raises UserError, naming the file and the line, for what is missing, malformed or too
+    large."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(BYTES + 1)  # not all of what may be /dev/zero
+    except OSError as error:
+        raise UserError(f"config: {path} can't be read: {error.strerror}") from None
+    except ValueError as error:  # a null byte in the name
+        raise UserError(f"config: {path} can't be read: {error}") from None
+    if len(raw) > BYTES:
+        raise UserError(f"config: {path} is too large; settings are at most {BYTES:,} bytes")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(f"config: {path} is not YAML: line {line} holds a byte that is not UTF-8") from None
+    try:
+        settings = _built(path, text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"config: {path} is not YAML: line {line} holds a character that no text has") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        location = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        reason = in_one_line(" ".join(sentence for sentence in (error.context, error.problem) if sentence))
+        raise UserError(f"config: {path}{location} is not YAML: {reason}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"config: {path} must hold sections (stream, sae, train, eval), not {type(settings).__name__}")
+    return settings
+
+
+def _built(path: Path, text: str) -> Any:
+    """The values in a text. libyaml, where PyYAML has it, parses four times as fast; errors are those of the parser in
+    Python, which says where and why."""
+    with suppress(yaml.YAMLError):
+        return _Builder(_within_bounds(path, text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))).get_single_data()
+    return _Builder(_within_bounds(path, text, yaml.SafeLoader)).get_single_data()
+
+
+def _within_bounds(path: Path, text: str, loader: Any) -> Iterator[yaml.Event]:
+    """The parser's events up to the first that makes the file too large or too deep, which is refused."""
+    bounds = _Bounds()
+    for event in yaml.parse(text, Loader=loader):
+        if (problem := bounds.passed_by(event)) is not None:
+            mark = event.start_mark
+            raise UserError(f"config: {path}, line {mark.line + 1}, column {mark.column + 1}: {problem}")
+        yield event
+
+
+class _Bounds:
+    """Nodes and levels so far, with every alias counted as what it stands for."""
+
+    def __init__(self):
+        self.anchors: dict[str, tuple[int, int] | None] = {}  # nodes and levels below each; None while it is open
+        self.open: list[tuple[str | None, int, int]] = []  # collections: anchor, nodes, levels
+
+    def passed_by(self, event: yaml.Event) -> str | None:
+        """Count an event; says why it can't be."""
+        too_deep = f"it is nested too deeply; settings have at most {DEPTH} levels"
+        anchor = getattr(event, "anchor", None)
+        if getattr(event, "tag", None) not in (None, "!"):
+            return f"the tag {shown(getattr(event, 'tag', None))[1:-1]} is not allowed; settings have none"
+        if isinstance(event, yaml.CollectionStartEvent):
+            self.open.append((anchor, 1, 1))
+            if anchor is not None:
+                self.anchors[anchor] = None
+            return too_deep if len(self.open) > DEPTH else None
+        if isinstance(event, yaml.AliasEvent):
+            if anchor not in self.anchors:
+                return f"*{anchor} names nothing; &{anchor} must come before it"
+            inner = self.anchors[anchor]
+            if inner is None:
+                return f"*{anchor} is within itself; it must name what ends before it"
+            nodes, levels = inner
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, nodes, levels = self.open.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            nodes, levels = 1, 1
+        else:
+            return None
+        if anchor is not None:
+            self.anchors[anchor] = nodes, levels
+        if self.open:
+            outer_anchor, nodes_above, levels_above = self.open[-1]
+            self.open[-1] = outer_anchor, nodes_above + nodes, max(levels_above, levels + 1)
+        if sum(nodes for _, nodes, _ in self.open) > NODES:
+            return f"it is too large; written out, settings have at most {NODES:,} values"
+        return too_deep if len(self.open) + levels > DEPTH + 1 else None
+
+
+class _Builder(Composer, SafeConstructor, BaseResolver):
+    """Values from events. Names are text as written, each once in its section; numbers are as `_NUMBER` has them."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "bool", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, events: Iterator[yaml.Event]):
+        Composer.__init__(self)
+        SafeConstructor.__init__(self)
+        BaseResolver.__init__(self)
+        self.events, self.current = events, next(events, None)
+
+    def peek_event(self) -> Any:
+        return self.current
+
+    def get_event(self) -> Any:
+        event, self.current = self.current, next(self.events, None)
+        return event
+
+    def check_event(self, *kinds: type) -> bool:
+        return self.current is not None and (not kinds or isinstance(self.current, kinds))
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        names = set[str]()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(None, None, "a setting's name must be plain text", key.start_mark)
+            if key.value in names:
+                reason = f"{shown(key.value)[1:-1]} comes twice in its section; it must be given once"
+                raise yaml.MarkedYAMLError(None, None, reason, key.start_mark)
+            names.add(key.value)
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        self.flatten_mapping(node)  # what << names
+        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+
+    def construct_number(self, node: Any) -> Any:
+        text = node.value.replace("_", "").lower()
+        if not re.fullmatch(r"[-+]?[0-9]+", text):
+            return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+        digits = text.lstrip("+-")
+        is_plain = len(digits) <= _DIGITS and (digits == "0" or digits[0] != "0")
+        return int(text) if is_plain else node.value  # 010: eight, or ten?
+
+
+_Builder.add_implicit_resolver("temposae:number", _NUMBER, list("-+0123456789."))
+_Builder.yaml_constructors = SafeConstructor.yaml_constructors | {"temposae:number": _Builder.construct_number}

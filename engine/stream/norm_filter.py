@@ -1,0 +1,209 @@
+"""Massive activations: tokens whose norm dwarfs the others', and the filter that leaves them out.
+
+A few tokens of most language models, often the first of a row and delimiters, carry activations tens to hundreds of times as
+large as the rest (Sun et al., arXiv 2402.17762). They are nearly constant and serve attention as sinks. About one token in a
+hundred can hold 99% of the variance, so a dictionary trained on them models little else, and its explained variance says
+nothing about ordinary text.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+MULTIPLE, SIGMAS = 4.0, 6.0  # of the automatic limit
+SAMPLE = 1024  # tokens at least from which limits are worked out, where there are so many
+SMALLEST, LARGEST = 1e-15, 1e15  # mean norms that float32 has room for, squares and their sums included
+LOOKED_AT = 4096  # tokens, to tell the mean norm
+ALIKE = 1e-6  # how far values may be apart, over the largest of them, where activations don't vary
+NO_VARIANCE = 1e-12  # of the squared norm: with less, a share of the variance says nothing
+_NAMED = 5  # positions that the sentence about them names
+
+
+class NormFilter:
+    """Tells massive activations from ordinary ones at each hook, and counts them.
+
+    A token is massive if at some hook |x| > limit, and with `max_norm` "auto"
+
+        limit = median * max(4, exp(6 sigma)),    sigma = 1.4826 * median |log |x| - log median|
+
+    over a sample of tokens: sigma is the spread of log |x|, robust to the massive ones, so that a hook whose norms spread
+    widely loses nothing. A number sets limit = max_norm * median; None turns the filter off. Limits are worked out once and
+    kept with the run, so that training, evaluation and whatever else reads the activations count the same tokens.
+    """
+
+    def __init__(self, max_norm: float | Literal["auto"] | None):
+        self.max_norm = max_norm
+        self.medians: dict[str, float] = {}
+        self.limits: dict[str, float] = {}
+        self.tokens = self.massive = 0  # counted so far
+        self.positions: Counter[int] = Counter()  # of the massive ones
+        self.variance_share: dict[str, float] = {}  # by hook, in the sample
+
+    def knows(self, hooks: Iterable[str]) -> bool:
+        """Whether limits are there for all of these hooks, or none are needed."""
+        return self.max_norm is None or all(hook in self.limits for hook in hooks)
+
+    def calibrate(self, acts: Mapping[str, Tensor]) -> Tensor:
+        """Work out the limits of hooks that have none yet, from activations [n, D] of a sample of tokens; which of those
+        are ordinary, bool [n]."""
+        for hook, x in acts.items():
+            if self.max_norm is None or hook in self.limits:
+                continue
+            check_scale(x, hook, median=True)
+            norm = _norms(x)
+            norm = norm[norm.isfinite()]
+            if not len(norm):
+                norm = torch.zeros(1)
+            median = norm.median()
+            sigma = 1.4826 * (norm.clamp_min(1e-30).log() - median.clamp_min(1e-30).log()).abs().median()
+            multiple = max(MULTIPLE, math.exp(min(SIGMAS * float(sigma), 60)))
+            self.medians[hook] = float(median)
+            self.limits[hook] = float(median) * (multiple if self.max_norm == "auto" else float(self.max_norm))
+        ordinary = self.ordinary(acts)
+        for hook, x in acts.items():
+            total_spread, ordinary_spread = (_spread(x), _spread(x[ordinary]))
+            self.variance_share[hook] = 1 - ordinary_spread / total_spread if total_spread > 0 else 0.0
+        return ordinary
+
+    def ordinary(self, acts: Mapping[str, Tensor]) -> Tensor:
+        """Which tokens are not massive, bool [...], of activations [..., D]. Those that hold NaN or infinity are not: they
+        must come through, to be named by what reads them."""
+        first = next(iter(acts.values()))
+        is_ordinary = torch.ones(first.shape[:-1], dtype=torch.bool, device=first.device)
+        if self.max_norm is not None:
+            for hook, x in acts.items():
+                norm = _norms(x)
+                massive = norm > self.limits[hook]
+                if not bool(norm.isfinite().all()):  # a norm may overflow where no value does
+                    massive &= x.isfinite().all(-1)
+                is_ordinary &= ~massive
+        return is_ordinary
+
+    def count(self, tokens: int, positions: Tensor) -> None:
+        """Count so many tokens, of which massive ones were at these positions [m]."""
+        self.tokens += tokens
+        self.massive += len(positions)
+        self.positions.update(positions.tolist())
+
+    def report(self) -> dict[str, Any] | None:
+        """Limits by hook, and the share and positions of what they left out so far; None where the filter is off.
+
+        `variance_share`: how much of the variance of all tokens the massive ones make up, in the sample for the limits."""
+        if self.max_norm is None or not self.limits:
+            return None
+        position_counts = dict(sorted(self.positions.items(), key=lambda item: (-item[1], item[0])))
+        return {
+            "max_norm": self.max_norm,
+            "median": dict(self.medians),
+            "limit": dict(self.limits),
+            "tokens": self.tokens,
+            "massive": self.massive,
+            "share": self.massive / max(1, self.tokens),
+            "variance_share": dict(self.variance_share),
+            "positions": {str(position): count for position, count in position_counts.items()},
+        }
+
+    def sentence(self) -> str | None:
+        """What was left out, for a person to read; None if nothing was."""
+        return describe(self.report())
+
+    def state(self) -> dict[str, Tensor]:
+        """Limits and counts, for a checkpoint of the stream."""
+        position_counts = torch.tensor(sorted(self.positions.items()), dtype=torch.int64).reshape(-1, 2)
+        state = {"norms.counts": torch.tensor([self.tokens, self.massive]), "norms.positions": position_counts}
+        for hook, limit in self.limits.items():
+            values = (self.medians[hook], limit, self.variance_share.get(hook, 0.0))
+            state[f"norms.hook.{hook}"] = torch.tensor(values, dtype=torch.float64)
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        if "norms.counts" not in state:  # a run of version 0.1.0, before massive activations were left out by default
+            return
+        self.tokens, self.massive = state["norms.counts"].tolist()
+        self.positions = Counter(dict(state["norms.positions"].tolist()))
+        for key, value in state.items():
+            if key.startswith("norms.hook."):
+                hook = key.removeprefix("norms.hook.")
+                self.medians[hook], self.limits[hook], self.variance_share[hook] = value.tolist()
+
+    def load_report(self, report: Mapping[str, Any] | None) -> None:
+        """Take over the limits and counts of a run, as `report` gave them."""
+        if report is not None and report["max_norm"] == self.max_norm:
+            self.medians.update(report["median"])
+            self.limits.update(report["limit"])
+            self.variance_share.update(report["variance_share"])
+            self.tokens, self.massive = report["tokens"], report["massive"]
+            self.positions = Counter({int(position): count for position, count in report["positions"].items()})
+
+
+def check_scale(x: Tensor, hook: str, *, median: bool = False) -> None:
+    """Refuse activations [N, D] whose mean norm (or median) is so large or small that float32 can't square it."""
+    norm = torch.linalg.vector_norm(x[:: -(-len(x) // LOOKED_AT) or 1], dim=-1, dtype=torch.float64)
+    norm = norm[norm.isfinite()]
+    typical = float(norm.median() if median else norm.mean()) if len(norm) else 0.0
+    if typical > 0 and not SMALLEST <= typical <= LARGEST:
+        raise UserError(
+            f"activations: a typical norm of {typical:.3g} at {hook} is not allowed; it must be between {SMALLEST:g} and "
+            f"{LARGEST:g} (multiply them by a constant)"
+        )
+
+
+def check_variance(x: Tensor, hook: str) -> None:
+    """Refuse activations [N, D] that are all alike, from which nothing can be learned."""
+    if not len(x):
+        return
+    first = x[:1].float()
+    tolerance = ALIKE * float(first.abs().max())
+    if all(float((chunk.float() - first).abs().max()) <= tolerance for chunk in x.split(LOOKED_AT)):
+        raise UserError(
+            f"activations: those at {hook} don't vary, all {len(x):,} tokens that were looked at have the same one; "
+            "there is nothing to learn"
+        )
+
+
+def has_variance(spread: float, squares: float) -> bool:
+    """Whether a sum of squared distances from the mean is more than rounding, beside the sum of squared norms."""
+    return spread > NO_VARIANCE * squares
+
+
+def describe(report: Mapping[str, Any] | None) -> str | None:
+    """A sentence about what a `NormFilter.report` says; None if nothing was left out."""
+    if not report or not report["massive"]:
+        return None
+    hooks = list(report["limit"])
+    limits = ", ".join(
+        f"{report['limit'][hook]:.4g} ({report['limit'][hook] / report['median'][hook]:.3g} x the median)"
+        + (f" at {hook}" if len(hooks) > 1 else "")
+        for hook in hooks
+    )
+    position_counts = list(report["positions"].items())
+    named_positions = ", ".join(
+        f"{position} ({count / report['massive']:.0%})" for position, count in position_counts[:_NAMED]
+    )
+    more = f" and {len(position_counts) - _NAMED} more" if len(position_counts) > _NAMED else ""
+    variance_share = max(report["variance_share"].values(), default=0.0)
+    variance = f", which hold {variance_share:.1%} of the variance," if variance_share > 0.005 else ""
+    return (
+        f"massive activations: {report['massive']:,} of {report['tokens']:,} tokens ({_percent(report['share'])}){variance} "
+        f"are left out: norm above {limits}; at positions {named_positions}{more} (stream.max_norm)"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+
+
+def _spread(x: Tensor) -> float:
+    """Sum of squared distances from the mean, of x [n, D]."""
+    x = x.double()
+    return float((x - x.mean(0)).square().sum()) if len(x) else 0.0

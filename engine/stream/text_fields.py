@@ -1,0 +1,117 @@
+"""The field of a record that holds its text, or its token ids."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError, near
+from .array_files import StoredArray
+
+TEXT = "text"  # the field that is read unless another is named
+READY = ("tokens", "input_ids")  # fields of token ids, read where there is no `text` and none is named
+LONGEST_NAME = 60  # characters of a field's name that messages repeat
+
+#: text, or token ids [n] of any integer dtype, in memory or in a file
+Document = str | np.ndarray | StoredArray
+
+
+class TextField:
+    """The field named `name`, which every record must have; without a name `text`, else `tokens` or `input_ids`.
+
+    A name with dots, such as `messages.content`, leads into structs and lists, unless a field is called just that. The
+    texts that it finds in a list make up one document, a line each.
+    """
+
+    def __init__(self, name: str | None = None):
+        self.name = name
+
+    def column(self, columns: Iterable[str], place: str, ready: tuple[str, ...] = READY) -> str:
+        """The column of a table at `place` that is to be read: the field's, or the one that its path begins in. Unless one
+        is named, `text` or one of those that are `ready`."""
+        columns = [str(column) for column in columns]
+        for name in (TEXT, *ready) if self.name is None else (self.name, *_beginnings(self.name)):
+            if name in columns:
+                return name
+        if self.name is None:
+            options = f", nor one of {' or '.join(ready)}" if ready else ""
+            raise UserError(
+                f"data: {place} has no {TEXT!r} column{options}; it has {_listed(columns)} (stream.text_field names another)"
+            )
+        raise self._missing(columns, place)
+
+    def document(self, record: Mapping[str, Any], place: str) -> Document:
+        """What the field of a record holds. Raises UserError, with the `place`, where it isn't there or is no text."""
+        if self.name is None:
+            name = next((name for name in (TEXT, *READY) if name in record), None)
+            if name is None:
+                raise UserError(
+                    f'data: {place} is not a JSON object with a "{TEXT}" field, or one of {" or ".join(READY)}; '
+                    f"it has {_listed(record)} (stream.text_field names another)"
+                )
+            return document(record[name], f"{place}, field {name},")
+        if self.name in record:
+            return document(record[self.name], f"{place}, field {self.name},")
+        beginning = next((name for name in _beginnings(self.name) if name in record), None)
+        if beginning is None:
+            raise self._missing(record, place)
+        content = self._inside(record[beginning], self.name[len(beginning) + 1 :].split("."), place)
+        if (
+            isinstance(content, list | np.ndarray)
+            and len(content)
+            and all(isinstance(item, str | None) for item in content)
+        ):
+            content = "\n".join(text for text in content if text)
+        return document(content, f"{place}, field {self.name},")
+
+    def _inside(self, content: Any, path: list[str], place: str) -> Any:
+        """What a path leads to; of a list, what it leads to in each of its items."""
+        if not path or content is None:
+            return content
+        if isinstance(content, list | np.ndarray):
+            return [self._inside(item, path, place) for item in content]
+        if not isinstance(content, Mapping) or path[0] not in content:
+            raise self._missing(content if isinstance(content, Mapping) else (), place)
+        return self._inside(content[path[0]], path[1:], place)
+
+    def _missing(self, names: Iterable[str], place: str) -> UserError:
+        assert self.name is not None
+        names = [str(name) for name in names]
+        suggestion = f" ({hint})" if names and (hint := near(self.name, names)).startswith("did") else ""
+        return UserError(
+            f"stream.text_field: {self.name[:LONGEST_NAME]} is not allowed; {place} has {_listed(names)}{suggestion}"
+        )
+
+
+def document(content: Any, place: str) -> Document:
+    """What stands at `place`: text, a list of token ids, or nothing, which is an empty document."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    try:
+        ids = np.asarray(content)
+    except (ValueError, OverflowError):  # ragged, or beyond 64 bits
+        ids = np.empty(())
+    if ids.ndim == 1 and (ids.dtype.kind in "iu" or not ids.size):
+        return ids if ids.size else ""
+    items = content if isinstance(content, list) else [content]
+    record = next((item for item in items if isinstance(item, Mapping)), None)
+    hint = f" (its fields are {_listed(record)}; stream.text_field takes a path to one, with dots)" if record else ""
+    raise UserError(
+        f"data: {place} holds {type(content).__name__} {_short(content)}; it must hold text or token ids{hint}"
+    )
+
+
+def _beginnings(name: str) -> list[str]:
+    """`a.b`, `a` of the path `a.b.c`."""
+    path = name.split(".")
+    return [".".join(path[:n]) for n in range(len(path) - 1, 0, -1)]
+
+
+def _listed(names: Iterable[Any]) -> str:
+    names = [str(name)[:LONGEST_NAME] for name in names]
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") if names else "none"
+
+
+def _short(content: Any) -> str:
+    text = " ".join(str(content)[:1000].split())
+    return text if len(text) < 40 else text[:37] + "..."

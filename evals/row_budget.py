@@ -1,0 +1,93 @@
+"""How many rows of text `core` looks at, and about how long that takes, from what a token costs in the model.
+
+Cost is counted in multiply-adds per token: the parameters of the layers that a token goes through, and of the head. A row
+for explained variance goes through the layers up to the hook and through the dictionaries' encoders; a row for CE through
+the layers behind the hook and the head once for each replacement.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.config import EvalConfig
+from ..engine.stream import ActivationStream, LanguageModel
+
+ROWS, CE_ROWS = 256, 96  # where the rule doesn't ask for fewer, and always of the embedded model
+FEWEST, FEWEST_CE, FEWEST_OTHERS = 32, 8, 128  # with fewer, figures say little
+SHARE = 1 / 5  # of what the run's own passes through the model cost, half of it for each of the two kinds of rows
+FIXED = 4  # replacements in any case: none, zeros (where tokens count, and everywhere), the mean
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds per token: `before`, up to the hooks; `behind`, from the last hook to the logits."""
+
+    before: int
+    behind: int
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> "Cost":
+        bridge = model.bridge
+        blocks: list[Any] = list(getattr(bridge, "blocks", [])) or [bridge]
+        layers = [sum(p.numel() for p in block.parameters()) for block in blocks]
+        head = int(bridge.cfg.d_model) * int(bridge.cfg.d_vocab)
+        hook_layers = [int(match[1]) if (match := re.match(r"blocks\.(\d+)\.", hook)) else 0 for hook in model.hooks]
+        behind_its_layer = model.hooks[-1].endswith("hook_resid_post")
+        first = 0 if model.tail(model.hooks[-1]) is None else hook_layers[-1] + behind_its_layer
+        return cls(sum(layers[: max(hook_layers) + 1]), sum(layers[first:]) + head)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of text: for `core`, of them for CE, and how many other evals read at most (None: as many as they want)."""
+
+    rows: int = ROWS
+    ce_rows: int = CE_ROWS
+    other_rows: int | None = None
+
+    def of(self, name: str) -> list[int] | int | None:
+        """What the eval `name` is bound by."""
+        return [self.rows, self.ce_rows] if name == "core" else self.other_rows
+
+
+def row_counts(stream: ActivationStream, config: EvalConfig, tokens: int, latents: Iterable[int]) -> Sizes:
+    """Rows of text for dictionaries with so many `latents` each, whose run had so many `tokens`.
+
+    What `config` says; else for `core` 256, of them 96 for CE, with the embedded model. With another model at most as many:
+    rows for explained variance whose cost is a tenth of that of the model's passes over the run's tokens, up to the hook,
+    but not fewer than 32; and the same for CE, but not fewer than 8. Other evals then read at most as many rows as are a
+    quarter of the run, but 128 at least, each.
+    """
+    rows, ce_rows, other_rows = ROWS, CE_ROWS, None
+    if stream.model.name != "testbed":
+        cost, latents = Cost.of(stream.model), list(latents)
+        budget = SHARE / 2 * tokens * cost.before
+        row, ce_row = row_costs(cost, stream, latents)
+        rows = min(ROWS, max(FEWEST, round(budget / row)))
+        ce_rows = min(CE_ROWS, max(FEWEST_CE, round(budget / ce_row)))
+        other_rows = max(FEWEST_OTHERS, tokens // (4 * stream.positions))
+    rows = config.rows or rows
+    return Sizes(rows, min(rows, config.ce_rows or ce_rows), other_rows)
+
+
+def row_costs(cost: Cost, stream: ActivationStream, latents: Iterable[int]) -> tuple[float, float]:
+    """Multiply-adds of a row for explained variance, and of one for CE on top of that."""
+    latents = list(latents)
+    encoders = stream.model.d_model * sum(latents)
+    replaced = (FIXED + len(latents)) * cost.behind
+    return stream.positions * (cost.before + encoders), stream.positions * (replaced + encoders)
+
+
+def forecast(stream: ActivationStream, rows: int, ce_rows: int, latents: Iterable[int], pace: float | None) -> str:
+    """What is about to be done and, at `pace` (seconds per multiply-add), how long it takes."""
+    latents = list(latents)
+    row, ce_row = row_costs(Cost.of(stream.model), stream, latents)
+    seconds = "" if pace is None else f", about {max(1, round(pace * (rows * row + ce_rows * ce_row)))} s"
+    return f"evaluation: {rows} rows x {len(latents)} dictionaries, CE on {ce_rows} of them{seconds}"
+
+
+def pace_of_training(stream: ActivationStream) -> float | None:
+    """Seconds per multiply-add that training's passes through the model took; None where there were none."""
+    seconds, tokens = stream.watch.total.get("model", 0.0), stream.counts.get("tokens", 0)
+    return seconds / (tokens * Cost.of(stream.model).before) if seconds and tokens else None

@@ -1,0 +1,431 @@
+"""Autograd functions over the kernels: the differentiable steps a dictionary is trained with.
+
+Products run in the dtype of the activations. Parameters may be wider (float32 beside bfloat16 activations): they are cast
+for the product and receive gradients in their own dtype. Every gradient is summed in a fixed order: two identical calls
+give identical bits. None of the functions can be differentiated twice.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .code import SparseCode
+from .decode import decode, decode_values_grad
+from .decode import reconstruct as reconstruct_op
+from .encode import encode
+from .encode_sparse import encode_threshold
+from .encode_sparse import encode_topk as encode_topk_op
+from .loss import PositionSums
+from .loss import position_loss as position_sums
+from .masks import Mask, weights_at, weights_of
+from .numerics import sum_by
+from .torch_modes import without_autocast
+from .weight_grad import weight_grad
+
+
+def encode_dense(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    center: Tensor | None = None,
+    mask: Mask | None = None,
+    pos: Tensor | None = None,
+) -> Tensor:
+    """acts [N, F] = relu((x - center) @ W_enc + b_enc) * mask[pos], with gradients for all but pos.
+
+    Shapes as in `kernels.encode`. A mask that requires grad must be positive wherever it is to learn: its gradient is
+    recovered from the activations, and is zero where it is zero.
+    """
+    return _EncodeDense.apply(x, W_enc, b_enc, center, mask, pos)
+
+
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    center: Tensor | None = None,
+    mask: Mask | None = None,
+    pos: Tensor | None = None,
+    *,
+    k: int,
+    aux_k: int = 0,
+    aux_latents: Tensor | None = None,
+    across_batch: bool = False,
+) -> tuple[SparseCode, SparseCode | None]:
+    """The k largest activations of each token, or the N * k largest of the batch, and from the same product the aux_k
+    largest of each token among `aux_latents`: see `kernels.encode.encode_topk`.
+
+    The values carry gradients for x, W_enc, b_enc, center and mask (see `encode_dense` for masks), zero values none; the
+    gradient of W_enc comes latent-major, as the [D, F] view of a contiguous [F, D].
+    """
+    with torch.no_grad():
+        code, aux = encode_topk_op(
+            x, W_enc.to(x.dtype), b_enc, center=center, mask=mask, pos=pos,
+            k=k, aux_k=aux_k, aux_latents=aux_latents, across_batch=across_batch,
+        )  # fmt: skip
+    if aux is None:
+        return differentiable([code], x, W_enc, b_enc, center, mask, pos)[0], None
+    code, aux = differentiable([code, aux], x, W_enc, b_enc, center, mask, pos)
+    return code, aux
+
+
+def differentiable(
+    codes: list[SparseCode], x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Mask | None,
+    pos: Tensor | None,
+) -> list[SparseCode]:  # fmt: skip
+    """Codes that an encoder made of these, with values that carry gradients: those of relu((x - center) @ W_enc + b_enc) *
+    mask[pos] at their entries, what decided on the entries being constant. Arguments and gradients as in `encode_topk`."""
+    values = _Encoded.apply(x, W_enc, b_enc, center, mask, pos, codes)
+    return [code.with_values(v) for code, v in zip(codes, values, strict=True)]
+
+
+def encode_jumprelu(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    center: Tensor | None = None,
+    mask: Mask | None = None,
+    pos: Tensor | None = None,
+    *,
+    bandwidth: float,
+    expected: int = 64,
+) -> tuple[SparseCode, Tensor]:
+    """f = pre * (pre > threshold) * mask[pos] with pre = relu((x - center) @ W_enc + b_enc), as a ragged code, and its L0.
+
+    threshold [F], not negative; `expected` as in `kernels.encode_sparse.encode_threshold`; other arguments as in
+    `encode_dense`. The values carry gradients for all but pos; the L0, a
+    float32 scalar, counts pre > threshold where the mask is not zero and carries a gradient for the threshold. Gradients for
+    the threshold are straight-through estimates with a rectangle of width `bandwidth` around it, in units of x
+    (Rajamanoharan et al., arXiv 2407.14435): inside, df/dthreshold = -threshold / bandwidth and
+    dL0/dthreshold = -1 / bandwidth; outside, zero. Entries inside the rectangle but below the threshold are kept in the
+    code, with value zero. Waits for the device.
+    """
+    codes: list[SparseCode] = []
+    settings = dict(bandwidth=bandwidth, expected=expected)
+    values, l0 = _EncodeJumpReLU.apply(x, W_enc, b_enc, threshold, center, mask, pos, settings, codes)
+    return codes[0].with_values(values), l0
+
+
+def decode_sparse(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None = None) -> Tensor:
+    """x_hat [N, D], or the residual target - x_hat, with gradients for code.values, W_dec and b_dec (not the target).
+
+    Shapes as in `kernels.decode`; the product runs in the target's dtype, or without one in W_dec's. The gradient of W_dec
+    has W_dec's strides. For the squared error alone, `reconstruct` does less.
+    """
+    return _DecodeSparse.apply(code.values, W_dec, b_dec, target, code.with_values(code.values.detach()))
+
+
+def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(squared_error [N], residual [N, D]) of the target [N, D], as in `kernels.decode.reconstruct`.
+
+    The squared error carries gradients for code.values, W_dec and b_dec, not for the target; the residual is a constant.
+    The product runs in the target's dtype. The gradient of W_dec has W_dec's strides.
+    """
+    return _Reconstruct.apply(code.values, W_dec, b_dec, target, code.with_values(code.values.detach()))
+
+
+def matryoshka(
+    code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, squared_error [N], residual [N, D]): the mean, over tokens and over the prefixes of latents that end at `ends`
+    [G], of the squared error, which carries gradients for code.values, W_dec and b_dec; and, as constants, the squared
+    error of all latents and what they leave. Other arguments as in `reconstruct`; float32, and [G, N, D] in memory.
+    """
+    grouped, order = code.grouped(ends)
+    residuals = matryoshka_residuals(
+        decode_sparse, grouped.with_values(code.values.flatten()[order]), W_dec, b_dec, target
+    )
+    squared_errors = residuals.square().sum(-1)
+    return squared_errors.sum() / squared_errors.numel(), squared_errors[-1].detach(), residuals[-1].detach()
+
+
+def matryoshka_residuals(
+    decode: Callable[..., Tensor], grouped: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor
+) -> Tensor:
+    """[G, N, D]: what each prefix leaves of the target, from a code grouped by prefix. Summed in float32 or wider."""
+    zeros = target.new_zeros((1, target.shape[1]), dtype=torch.promote_types(target.dtype, torch.float32))
+    minus_groups = decode(grouped, W_dec, torch.zeros_like(b_dec), target=zeros.expand(grouped.n_tokens, -1))
+    return (target - b_dec) + minus_groups.unflatten(0, (-1, len(target))).cumsum(0)
+
+
+def position_loss(residual: Tensor, values: SparseCode | Tensor, pos: Tensor, n_positions: int) -> PositionSums:
+    """Sums per position as in `kernels.loss`; squared_error carries a gradient for the residual, l1 one for the values."""
+    if isinstance(values, SparseCode):
+        code = values.with_values(values.values.detach())
+        return PositionSums(*_PositionLoss.apply(residual, values.values, pos, n_positions, code))
+    return PositionSums(*_PositionLoss.apply(residual, values, pos, n_positions, None))
+
+
+class _EncodeDense(Function):
+    @staticmethod
+    def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos):
+        acts = encode(x, W_enc.to(x.dtype), b_enc, center=center, mask=mask, pos=pos)
+        ctx.b_dtype, ctx.mask = b_enc.dtype, mask
+        ctx.save_for_backward(x, W_enc, center, pos, acts)
+        return acts
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast()
+    def backward(ctx: Any, dacts):
+        (x, W_enc, center, pos, acts), mask = ctx.saved_tensors, ctx.mask
+        need_x, need_w, _, need_center, need_mask, _ = ctx.needs_input_grad
+        dx = dw = dcenter = dmask = None
+        dpre = torch.ops.aten.threshold_backward(dacts, acts, 0)  # the backward of relu, in one pass
+        if mask is not None:
+            gate = weights_at(mask, pos)
+            if need_mask:
+                dmask = sum_by(pos, _divide(dpre * acts, gate), mask.shape[0]).to(mask.dtype)
+            dpre = (dpre * gate).to(x.dtype)
+        if need_w:
+            dw = (dpre.T @ _centered(x, center)).T.to(W_enc.dtype)
+        db = dpre.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        if need_center:
+            dcenter = -(W_enc @ db.to(W_enc.dtype)).to(center.dtype)
+        if need_x:
+            dx = dpre @ W_enc.to(x.dtype).T
+        return dx, dw, db.to(ctx.b_dtype), dcenter, dmask, None
+
+
+class _Encoded(Function):
+    @staticmethod
+    def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos, codes):  # in a list: autograd passes nothing but tensors
+        ctx.set_materialize_grads(False)
+        # detached: what is given back holds this context, which in turn must not hold it
+        ctx.codes, ctx.mask = [code.with_values(code.values.detach()) for code in codes], mask
+        ctx.save_for_backward(x, W_enc, b_enc, center, pos)
+        return tuple(code.values for code in codes)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast()
+    def backward(ctx: Any, *grads):
+        x, W_enc, b_enc, center, pos = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return *entry_gradients(needs, x, W_enc, b_enc, center, ctx.mask, pos, ctx.codes, grads), None, None
+
+
+class _EncodeJumpReLU(Function):
+    @staticmethod
+    def forward(ctx: Any, x, W_enc, b_enc, threshold, center, mask, pos, settings, codes):
+        band = jumprelu_band(x, W_enc.to(x.dtype), b_enc, threshold, center, mask, pos, **settings)
+        codes.append(band.code)
+        ctx.set_materialize_grads(False)
+        ctx.band, ctx.mask = band._replace(code=band.code.with_values(band.code.values.detach())), mask
+        ctx.save_for_backward(x, W_enc, b_enc, threshold, center, pos)
+        return band.code.values, band.is_open.sum().float()
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast()
+    def backward(ctx: Any, dvalues, dl0):
+        (x, W_enc, b_enc, threshold, center, pos), band = ctx.saved_tensors, ctx.band
+        needs = list(ctx.needs_input_grad)
+        if dvalues is None:
+            dvalues = torch.zeros_like(band.pre)
+        dpre, dlimit = band.gradients(dvalues, dl0)
+        dmask = mask_gradient(band.code, dvalues * band.pre * band.is_open, ctx.mask, pos) if needs.pop(5) else None
+        dthreshold = None
+        if needs.pop(3):
+            dthreshold = weight_grad(band.code.transpose(), dlimit, dlimit.new_ones(1, 1))[:, 0].to(threshold.dtype)
+        dx, dw, db, dcenter = _encoder_gradients(needs, x, W_enc, b_enc, center, [band.code.with_values(dpre)])
+        return dx, dw, db, dthreshold, dcenter, dmask, None, None, None
+
+
+class Band(NamedTuple):
+    """JumpReLU's entries: those above their threshold, and those below that its gradient needs. All but the code, which
+    holds the activations f, have the shape of its values; unused entries don't exist."""
+
+    code: SparseCode
+    pre: Tensor
+    limit: Tensor  # the threshold
+    gate: Tensor | None  # the mask's weight
+    is_open: Tensor  # bool
+    bandwidth: float
+
+    def gradients(self, dvalues: Tensor, dl0: Tensor | float | None) -> tuple[Tensor, Tensor]:
+        """Gradients of the pre-activations and, to be summed by latent, of the thresholds."""
+        gated = dvalues if self.gate is None else dvalues * self.gate
+        dlimit = -self.limit * gated
+        if dl0 is not None:
+            dlimit = dlimit - (dl0 if self.gate is None else dl0 * (self.gate != 0))
+        dlimit = dlimit * ((self.pre - self.limit).abs() < self.bandwidth / 2) / self.bandwidth
+        return gated * self.is_open, dlimit
+
+
+def jumprelu_band(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, center: Tensor | None, mask: Mask | None,
+    pos: Tensor | None, *, bandwidth: float, expected: int, capacity: int | None = None, dictionaries: int = 1,
+) -> Band:  # fmt: skip
+    """The entries of `encode_jumprelu`, which says what they are; of several dictionaries as in `encode_threshold`."""
+    is_hard = isinstance(mask, Tensor) and mask.dtype == torch.bool  # shuts latents out beforehand
+    code = encode_threshold(
+        x, W_enc, b_enc, (threshold - bandwidth / 2).clamp_min(0), center=center, mask=mask if is_hard else None, pos=pos,
+        expected=expected, capacity=capacity, dictionaries=dictionaries,
+    )  # fmt: skip
+    pre, limit = code.values, threshold.to(code.values.dtype)[code.indices]
+    is_open, gate = pre > limit, None
+    values = pre * is_open
+    if mask is not None and pos is not None and not is_hard:
+        gate = gate_of(code, mask, pos.repeat(dictionaries))
+        values, is_open = values * gate, is_open & (gate != 0)
+    return Band(code.with_values(values), pre, limit, gate, is_open, bandwidth)
+
+
+def gate_of(code: SparseCode, mask: Mask, pos: Tensor) -> Tensor:
+    """The mask's weight of each entry."""
+    return weights_of(mask, pos[code.rows], code.live(code.indices))
+
+
+def mask_gradient(code: SparseCode, contributions: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+    """The gradient of a mask [T, F] from what each entry contributes to it."""
+    elements = pos.long()[code.rows] * mask.shape[1] + code.live(code.indices)
+    return sum_by(elements.flatten(), code.live(contributions).flatten(), mask.numel()).view(mask.shape).to(mask.dtype)
+
+
+def entry_gradients(
+    needs: Sequence[bool], x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Mask | None,
+    pos: Tensor | None, codes: Sequence[SparseCode], grads: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, W_enc (latent-major), b_enc, center and mask from those of the codes' values; see `differentiable`."""
+    dmask, gradients = None, []
+    for code, grad in zip(codes, grads, strict=True):
+        if grad is None:
+            continue
+        dpre = torch.ops.aten.threshold_backward(grad, code.values, 0)
+        if mask is not None and pos is not None:
+            gate = gate_of(code, mask, pos)
+            if needs[4]:
+                assert isinstance(mask, Tensor)
+                dmask = _add(dmask, mask_gradient(code, _divide(dpre * code.values, gate), mask, pos))
+            dpre = dpre * gate
+        gradients.append(code.with_values(dpre))
+    return *_encoder_gradients(needs, x, W_enc, b_enc, center, gradients), dmask
+
+
+def _encoder_gradients(
+    needs: Sequence[bool], x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, gradients: list[SparseCode]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, W_enc, b_enc and center from those of the pre-activations, given as codes."""
+    need_x, need_w, _, need_center, *_ = needs
+    dx = dw = db = dcenter = None
+    for code in gradients:
+        entries = code.transpose()
+        db = _add(db, weight_grad(entries, code.values, code.values.new_ones(1, 1)))
+        if need_w:
+            dw = _add(dw, weight_grad(entries, code.values, x, center=center))
+        if need_x:
+            dx = _add(dx, decode(code, W_enc.to(x.dtype).T, x.new_zeros(x.shape[1])))
+    if db is None:
+        return None, None, None, None
+    if need_center and center is not None:
+        dcenter = -(W_enc @ db[:, 0].to(W_enc.dtype)).to(center.dtype)
+    return dx, None if dw is None else dw.to(W_enc.dtype).T, db[:, 0].to(b_enc.dtype), dcenter
+
+
+class _DecodeSparse(Function):
+    @staticmethod
+    def forward(ctx: Any, values, W_dec, b_dec, target, code):
+        narrow = W_dec if target is None else W_dec.to(target.dtype)
+        ctx.code, ctx.sign = code, 1 if target is None else -1
+        ctx.w_stride, ctx.w_dtype, ctx.b_dtype = W_dec.stride(), W_dec.dtype, b_dec.dtype
+        ctx.save_for_backward(narrow)
+        return decode(code, narrow, b_dec, target=target)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast()
+    def backward(ctx: Any, dout):
+        (W_dec,), code = ctx.saved_tensors, ctx.code
+        need_values, need_w, need_b, *_ = ctx.needs_input_grad
+        dvalues = dw = db = None
+        if need_values:
+            dvalues = ctx.sign * decode_values_grad(code, W_dec, dout)
+        if need_w:
+            dw = weight_grad(code.transpose(), ctx.sign * code.values, dout).to(ctx.w_dtype)
+            dw = _strided(dw, ctx.w_stride)
+        if need_b:
+            db = (ctx.sign * dout.sum(0, dtype=torch.promote_types(dout.dtype, torch.float32))).to(ctx.b_dtype)
+        return dvalues, dw, db, None, None
+
+
+class _Reconstruct(Function):
+    @staticmethod
+    def forward(ctx: Any, values, W_dec, b_dec, target, code):
+        reconstruction = reconstruct_op(code, W_dec.to(target.dtype), b_dec, target)
+        ctx.code = code
+        ctx.w_stride, ctx.w_dtype, ctx.b_dtype = W_dec.stride(), W_dec.dtype, b_dec.dtype
+        ctx.mark_non_differentiable(reconstruction.residual)
+        ctx.save_for_backward(reconstruction.residual, reconstruction.projection)
+        return reconstruction.squared_error, reconstruction.residual
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast()
+    def backward(ctx: Any, derror, _):
+        (residual, projection), code = ctx.saved_tensors, ctx.code
+        need_values, need_w, need_b, *_ = ctx.needs_input_grad
+        dvalues = dw = db = None
+        scale = -2 * derror
+        per_entry = scale[code.rows]
+        if need_values:
+            dvalues = (per_entry * projection).to(code.values.dtype)
+        if need_w:
+            dw = weight_grad(code.transpose(), per_entry * code.values, residual).to(ctx.w_dtype)
+            dw = _strided(dw, ctx.w_stride)
+        if need_b:
+            db = (scale @ residual.to(scale.dtype)).to(ctx.b_dtype)
+        return dvalues, dw, db, None, None
+
+
+class _PositionLoss(Function):
+    @staticmethod
+    def forward(ctx: Any, residual, values, pos, n_positions, code):
+        sums = position_sums(residual, values if code is None else code, pos, n_positions)
+        ctx.code = code
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(sums.count, sums.l0)
+        ctx.save_for_backward(residual, values, pos)
+        return tuple(sums)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast()
+    def backward(ctx: Any, _, dsquared_error, dl1, __):
+        residual, values, pos = ctx.saved_tensors
+        dresidual = dvalues = None
+        if ctx.needs_input_grad[0] and dsquared_error is not None:
+            dresidual = dsquared_error[pos]
+            if residual.dim() == 2:
+                dresidual = 2 * dresidual[:, None] * residual
+            dresidual = dresidual.to(residual.dtype)
+        if ctx.needs_input_grad[1] and dl1 is not None:
+            per_token = dl1[pos]
+            if ctx.code is not None and ctx.code.ragged:
+                dvalues = ctx.code.live(per_token[ctx.code.rows] * values.sign()).to(values.dtype)
+            else:
+                dvalues = (per_token[:, None] * values.sign()).to(values.dtype)
+        return dresidual, dvalues, None, None, None
+
+
+def _centered(x: Tensor, center: Tensor | None) -> Tensor:
+    return x if center is None else (x - center).to(x.dtype)
+
+
+def _strided(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The tensor with these strides; a copy only if they differ."""
+    return tensor if tensor.stride() == stride else tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b where b > 0, else zero."""
+    return torch.where(b > 0, a / b, 0)
+
+
+def _add(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total.add_(term)

@@ -1,0 +1,80 @@
+"""Weights on the loss by position."""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..engine.config import SAEConfig
+from ..engine.parts import BatchView, Part, PartSettings, part
+from ..kernels.numerics import sum_by
+from .running_mean import RunningMean
+
+
+@part("linear_weights")
+class LinearWeights(Part):
+    """The squared error at position p of T counts w_p = first + (last - first) p / (T - 1) (run A5: 1 to 2)."""
+
+    class Settings(PartSettings):
+        first: Annotated[float, Field(gt=0)] = 1.0
+        last: Annotated[float, Field(gt=0)] = 2.0
+
+    weights: Tensor
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.register_buffer("weights", torch.linspace(settings.first, settings.last, positions))
+
+    def weigh(self, batch: BatchView) -> tuple[Tensor | None, Tensor | None]:
+        everywhere = torch.arange(batch.n_positions, device=batch.pos.device)
+        return self.weights[batch.sae.mask.rows(everywhere)], None
+
+
+@part("adaptive_weights")
+class AdaptiveWeights(Part):
+    """Positions that are reconstructed badly count more (runs C5 and C6).
+
+    e_p is the moving average of the mean squared error of a token at position p. Over the positions that ever had tokens
+
+        w_p = floor + (1 - floor) e_p / mean_q e_q
+
+    so that their mean is 1 and none is forgotten; a position that never had any keeps 1. With `l1` (C6) the L1 term is
+    weighted, too: v_p = w_p N / sum_q n_q w_q, n_q of the batch's N tokens being at q, so that a token's mean weight stays 1
+    however tokens are spread over positions. topk and batchtopk have no L1 term. The logs say neither that badly
+    reconstructed positions gain (rather than lose) weight, nor the decay, nor a floor.
+    """
+
+    class Settings(PartSettings):
+        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+        floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+        l1: bool = False
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        self.error = RunningMean(settings.decay, positions)
+
+    def _mask_positions(self, batch: BatchView) -> Tensor:
+        """Where each position's average is: positions beyond the mask's follow it."""
+        assert batch.count is not None
+        return batch.sae.mask.rows(torch.arange(batch.n_positions, device=batch.count.device))
+
+    def weigh(self, batch: BatchView) -> tuple[Tensor | None, Tensor | None]:
+        assert batch.count is not None
+        mask_position = self._mask_positions(batch)
+        known, error = self.error.known[mask_position], self.error.value[mask_position]  # 0 where it is not known
+        mean = error.sum() / known.sum().clamp_min(1)
+        share = error / mean.clamp_min(torch.finfo(error.dtype).tiny)
+        weights = torch.where(known, self.settings.floor + (1 - self.settings.floor) * share, 1.0)
+        if not self.settings.l1:
+            return weights, None
+        return weights, weights * (batch.count.sum() / (batch.count * weights).sum())
+
+    def after(self, batch: BatchView) -> None:
+        assert batch.squared_error is not None
+        assert batch.count is not None
+        mask_position = self._mask_positions(batch)
+        error, count = (
+            sum_by(mask_position, sums.detach(), self.positions) for sums in (batch.squared_error, batch.count)
+        )
+        self.error.add_mean(error, count)

@@ -1,0 +1,46 @@
+"""What parts follow from step to step."""
+
+import torch
+from torch import Tensor, nn
+
+
+class RunningMean(nn.Module):
+    """Exponential moving average of values of some shape, each of which begins as the first that is seen of it; `start`
+    until then.
+
+        value <- decay * value + (1 - decay) * new        where there is a new one
+
+    `known`, bool of the same shape: which had one. Never waits for the device.
+    """
+
+    value: Tensor
+    known: Tensor
+
+    def __init__(self, decay: float, *shape: int, start: float = 0.0):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("value", torch.full(shape, start))
+        self.register_buffer("known", torch.zeros(shape, dtype=torch.bool))
+
+    @torch.no_grad()
+    def add(self, new: Tensor, where: Tensor | None = None) -> None:
+        """Take in `new`; only `where` that is true, if given: of the value's shape, or of its first dimensions."""
+        new = new.to(self.value.dtype)
+        updated = torch.where(self.known, self.decay * self.value + (1 - self.decay) * new, new)
+        if where is None:
+            self.value.copy_(updated)
+            self.known.fill_(True)
+        else:
+            where = where.reshape(where.shape + (1,) * (self.value.ndim - where.ndim))
+            self.value.copy_(torch.where(where, updated, self.value))
+            self.known.logical_or_(where)
+
+    def add_mean(self, total: Tensor, count: Tensor) -> None:
+        """Take in total / count, where anything was counted: total of the value's shape, count of its first dimensions."""
+        divisor = torch.where(count > 0, count, 1).reshape(count.shape + (1,) * (total.ndim - count.ndim))
+        self.add(total / divisor, count > 0)
+
+    def relative(self) -> Tensor:
+        """value over the mean of those that are known; 1 at the others, and everywhere as long as all is 0."""
+        level = (self.value * self.known).sum() / self.known.sum()
+        return torch.where(self.known & (level > 0), self.value / level, 1)
