@@ -17,7 +17,7 @@ from .errors import UserError
 from .fused import DENSE_FROM, LARGE, FusedStep, Outcome, fits, rounding_seed, side_by_side
 from .parts import reads
 from .ranks import ALONE, Ranks
-from .run_sample import RunSample
+from .run_sample import RunSample, needs_sample
 from .sae import BatchContext, Objective, SparseAutoencoder
 from .stream import Batch
 
@@ -209,13 +209,8 @@ class Learner:
         return lr
 
     def fit_threshold(self, sample: RunSample) -> None:
-        """Fit batchtopk's inference threshold to a sample of the run. Parts may look along rows: a composed dictionary's
-        follows its batches instead (`threshold_pace`)."""
-        if (
-            self.cfg.activation == "batchtopk"
-            and not self.cfg.parts
-            and (sample_batch := sample.at(self.hook)) is not None
-        ):
+        """Fit batchtopk's inference threshold to a sample of the run, where that applies (`needs_sample`)."""
+        if needs_sample(self.cfg) and (sample_batch := sample.at(self.hook)) is not None:
             if self.cohort is not None:
                 self.cohort.settle()
             x, pos = sample_batch

@@ -1,47 +1,64 @@
 """A few thousand of the activations that a run was trained on, spread evenly over it."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from .config import SAEConfig
 from .stream import Batch
 
 SIZE = 8192  # tokens at most
 
 
-class RunSample:
-    """Up to `SIZE` tokens of a run of `steps` batches, as many of each batch, with their positions.
+def needs_sample(sae: SAEConfig) -> bool:
+    """Whether a dictionary's inference threshold is fitted to a sample. Parts may look along rows, which a sample does not
+    have: a composed dictionary's threshold follows its batches instead."""
+    return sae.activation == "batchtopk" and not sae.parts
 
-    What a dictionary's inference threshold is fitted to: the last batches alone are of a few documents, which may be of
-    another kind than the rest.
+
+class RunSample:
+    """Up to `SIZE` tokens of a run of `steps` batches, as many of each batch, with their positions, at some `hooks`.
+
+    Inference thresholds are fitted to it. The last batches alone come from a few documents, which may differ from the rest.
     """
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, hooks: Iterable[str]):
         self._tokens_per_batch, self._steps_between = max(1, SIZE // steps), max(1, -(-steps // SIZE))
-        self._pieces: list[dict[str, Tensor]] = []
+        self._capacity = self._tokens_per_batch * -(-steps // self._steps_between)
+        self._hooks, self._count = tuple(dict.fromkeys(hooks)), 0
+        self._tensors: dict[str, Tensor] = {}  # [capacity, ...], allocated by the first batch
 
     def add(self, step: int, batch: Batch) -> None:
         """Keep some of the batch of this step; from all over it, since it may be in order of position."""
-        if step % self._steps_between == 0 and len(batch):
-            count = min(self._tokens_per_batch, len(batch))
-            indices = torch.arange(count, device=batch.pos.device) * len(batch) // count
-            acts = {f"acts.{hook}": x[indices] for hook, x in batch.acts.items()}
-            self._pieces.append(acts | {"pos": batch.pos[indices]})
+        if not self._hooks or step % self._steps_between or not len(batch):
+            return
+        size = min(self._tokens_per_batch, len(batch))
+        indices = torch.arange(size, device=batch.pos.device) * len(batch) // size
+        self._put({f"acts.{hook}": batch.acts[hook][indices] for hook in self._hooks} | {"pos": batch.pos[indices]})
+
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        end = self._count + len(tensors["pos"])
+        for key, values in tensors.items():
+            if key not in self._tensors:
+                self._tensors[key] = values.new_empty(max(self._capacity, end), *values.shape[1:])
+            self._tensors[key][self._count : end] = values
+        self._count = end
 
     def at(self, hook: str) -> tuple[Tensor, Tensor] | None:
         """x [N, D] at a hook and pos [N]; None before the first batch."""
-        if not self._pieces:
+        if not self._count:
             return None
-        if len(self._pieces) > 1:
-            self._pieces = [{key: torch.cat([piece[key] for piece in self._pieces]) for key in self._pieces[0]}]
-        return self._pieces[0][f"acts.{hook}"], self._pieces[0]["pos"]
+        return self._tensors[f"acts.{hook}"][: self._count], self._tensors["pos"][: self._count]
 
     def state(self) -> dict[str, Tensor]:
-        """The tokens that are held, for a checkpoint of the stream."""
-        keys = self._pieces[0] if self._pieces else ()
-        return {f"sample.{key}": torch.cat([piece[key] for piece in self._pieces]) for key in keys}
+        """The tokens of the sample, for a checkpoint of the stream."""
+        return {f"sample.{key}": values[: self._count] for key, values in self._tensors.items()}
 
     def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
-        tensors = {
-            key.removeprefix("sample."): value.to(device) for key, value in state.items() if key.startswith("sample.")
-        }
-        self._pieces = [tensors] if tensors else []
+        """Continue from `state`, which has no tokens if the run had taken no step."""
+        keys = ["pos", *(f"acts.{hook}" for hook in self._hooks)] if self._hooks else []
+        tensors = {key: state[f"sample.{key}"].to(device) for key in keys if f"sample.{key}" in state}
+        self._tensors, self._count = {}, 0
+        if tensors:
+            self._put(tensors)

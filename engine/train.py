@@ -23,7 +23,7 @@ from .learner import Cohort, Learner, group_into_cohorts
 from .parts import reads
 from .process.progress import percent, progress_bar
 from .process.signals import SIGNALS, stop_advice
-from .run_sample import RunSample
+from .run_sample import RunSample, needs_sample
 from .sae import SparseAutoencoder
 from .storage import checkpoint
 from .storage.files import remove_folder
@@ -289,7 +289,8 @@ class _Training:
         self.trainees: list[_TrainedDictionary] = []
         with self._folder_with_settings(settings):
             held_out_batches: dict[int, list[Batch]] = {}
-            self.sample = RunSample(max(run.train.steps for run in dictionaries.values()))
+            sampled = [run.stream.hooks[0] for run in dictionaries.values() if needs_sample(run.sae)]
+            self.sample = RunSample(max(run.train.steps for run in dictionaries.values()), sampled)
             self.sample.load_state(stream_state, stream.source.device)
             for name, run in dictionaries.items():
                 folder = self.folder / name if self.folder is not None else None

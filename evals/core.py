@@ -21,9 +21,9 @@ rows, sqrt(R / (R - 1) sum (a_r - ratio b_r)^2) / |sum b_r|.
 `saebench` holds figures as SAEBench 0.6.0 works them out. It calls two of them explained variance:
 1 - E |x - x_hat|^2 / (E |x|^2 - (E_d E x_d^2)^2), whose last term is not a mean but a mean square and so says nothing of
 variance; and (legacy) the mean over tokens of 1 - |x - x_hat|^2 / |x - mu_b|^2, which tokens near mu_b dominate. Its mse is
-the mean over tokens of |x - x_hat|^2 / n_b. mu_b and n_b are mean and number of tokens of a batch, which here is
-`rows_per_forward` rows; means in the first figure, and the bias, are means over batches of a batch's. Its ablation zeroes
-every position, `<bos>` included, and its KL counts the last token of a row, too.
+the mean over tokens of |x - x_hat|^2 / n_b. mu_b and n_b are mean and number of tokens of a batch of 16 rows, SAEBench's
+default, whatever `rows_per_forward` is. Means in the first figure, and the bias, are means over batches of a batch's. Its
+ablation zeroes every position, `<bos>` included, and its KL counts the last token of a row, too.
 
 Per position both sums run over the tokens at that position (mu stays the overall mean), and "dead" is at that position.
 Padding, special tokens and massive activations, which training leaves out, are neither reconstructed nor counted, and keep
@@ -57,6 +57,7 @@ from .row_budget import CE_ROWS, ROWS, Cost, forecast, pace_of_training
 #: x [n, D], pos [n] -> x_hat [n, D]
 Reconstruct = Callable[[Tensor, Tensor], Tensor]
 HELD = 2**29  # bytes of activations that are held at once
+SAEBENCH_ROWS = 16  # in a batch, by SAEBench's default
 EVERYWHERE = "zero_everywhere"  # SAEBench's ablation
 
 
@@ -88,6 +89,30 @@ class _RowBatch:
     @property
     def row(self) -> Tensor:
         return self.first + self.kept.nonzero()[:, 0]
+
+    def slice(self, start: int, stop: int) -> "_RowBatch":
+        return _RowBatch(self.rows.slice(start, stop), self.first + start, self.kept[start:stop],
+                         (self.acts[0][start:stop], self.acts[1][start:stop]))  # fmt: skip
+
+    def joined(self, other: "_RowBatch") -> "_RowBatch":
+        """These rows and then the others."""
+        inputs, targets = (torch.cat(pair) for pair in zip(self.acts, other.acts, strict=True))
+        return _RowBatch(
+            self.rows.joined(other.rows), self.first, torch.cat([self.kept, other.kept]), (inputs, targets)
+        )
+
+
+def _in_batches_of(size: int, batches: Iterator[_RowBatch]) -> Iterator[_RowBatch]:
+    """The same rows, `size` at a time."""
+    rest: _RowBatch | None = None
+    for batch in batches:
+        rows = batch if rest is None else rest.joined(batch)
+        whole = len(rows.kept) // size * size
+        for start in range(0, whole, size):
+            yield rows.slice(start, start + size)
+        rest = rows.slice(whole, len(rows.kept)) if whole < len(rows.kept) else None
+    if rest is not None:
+        yield rest
 
 
 @dataclass
@@ -174,7 +199,7 @@ class HeldOut:
         """Reconstruction by each of the dictionaries, in one pass over the text."""
         tallies = {name: _Tally(autoencoder, self) for name, autoencoder in autoencoders.items()}
         with progress_bar("evaluation: reconstruction", total=self.rows, unit="rows") as bar:
-            for batch in self.batches():
+            for batch in _in_batches_of(SAEBENCH_ROWS, self.batches()):
                 if not self._spread_is_known:
                     distance = (batch.target.double() - self.mean).square().sum(1)
                     self.spread += sum_by(batch.pos, distance, len(self.spread))

@@ -18,6 +18,7 @@ from ..engine.config import SAEConfig, StreamConfig
 from ..engine.errors import UserError
 from ..engine.storage import checkpoint
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
+from .core import SAEBENCH_ROWS
 from .evaluation import CHUNK
 from .saebench_config import (
     AbsorptionConfig,
@@ -143,7 +144,7 @@ def _core(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
         }
         for index, density in enumerate(result["latents"]["firing_rate"])
     ]
-    batch = stream.rows_per_forward
+    batch = SAEBENCH_ROWS
     config = CoreConfig(
         model_name=stream.model,
         llm_dtype=about.llm_dtype,

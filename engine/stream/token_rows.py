@@ -37,6 +37,10 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def slice(self, start: int, stop: int) -> "TokenRows":
+        tensors = (getattr(self, name)[start:stop] for name in ("tokens", "length", "document", "row"))
+        return TokenRows(*tensors)
+
     def joined(self, other: "TokenRows") -> "TokenRows":
         """These rows and then the others."""
         pairs = ((getattr(self, name), getattr(other, name)) for name in ("tokens", "length", "document", "row"))

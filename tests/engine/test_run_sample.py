@@ -12,7 +12,7 @@ from temposae.engine.train import train
 
 @pytest.mark.parametrize("steps", [1, 7, 98, SIZE, 3 * SIZE])
 def test_a_sample_is_spread_evenly_over_the_run(steps):
-    sample = RunSample(steps)
+    sample = RunSample(steps, ["x"])
     for step in range(steps):
         sample.add(step, Batch.of(torch.full((16, 2), float(step)), torch.arange(16)))
     held = sample.at("x")
@@ -21,7 +21,7 @@ def test_a_sample_is_spread_evenly_over_the_run(steps):
     assert len(x) == len(pos) <= SIZE
     assert len(x) >= min(16 * steps, SIZE // 2)
     assert x[:, 0].mean() == pytest.approx((steps - 1) / 2, rel=0.01, abs=0.5)
-    again = RunSample(steps)
+    again = RunSample(steps, ["x"])
     again.load_state(sample.state(), torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(again.at("x") or (), held, strict=True))
 

@@ -55,7 +55,7 @@ def sae() -> SparseAutoencoder:
 def test_core_is_what_saebench_reads(stream_of, sae):
     types = pytest.importorskip("sae_bench.evals.core.eval_output", reason="pip install --no-deps sae-bench")
     stream = stream_of(rows_per_forward=4)
-    result = core(stream, sae, {"random": sae}, rows=12, ce_rows=8)
+    result = core(stream, sae, {"random": sae}, rows=40, ce_rows=20)
     found = output("core", result, sae, stream.config, sae_id="run", **ABOUT)
     json.dumps(found, allow_nan=False)
     read = check(types.CoreEvalOutput, found).eval_result_metrics
@@ -64,7 +64,7 @@ def test_core_is_what_saebench_reads(stream_of, sae):
     assert read.reconstruction_quality.mse == result["saebench"]["mse"]
     assert found["eval_result_unstructured"]["temposae"]["mse"] == result["mse"]
     assert found["eval_config"] == {
-        "model_name": "testbed", "llm_dtype": "float32", "batch_size_prompts": 4, "n_eval_reconstruction_batches": 2,
+        "model_name": "testbed", "llm_dtype": "float32", "batch_size_prompts": 16, "n_eval_reconstruction_batches": 2,
         "n_eval_sparsity_variance_batches": 3, "dataset": "the embedded language of testbed", "context_size": 128,
         "compute_kl": True, "compute_ce_loss": True, "compute_l2_norms": True, "compute_sparsity_metrics": True,
         "compute_variance_metrics": True, "compute_featurewise_density_statistics": True,

@@ -109,15 +109,15 @@ def test_the_dictionary_is_the_same_with_a_decoder_of_norm_one(settings, saebenc
 
 
 def test_core_finds_what_ours_finds(saebench, stream_of):
-    sae, stream = dictionary(activation="topk"), stream_of(rows_per_forward=6)
-    ours = core(stream, sae, {}, rows=12, ce_rows=6)
-    batches = iter(stream.held_out(12))
+    sae, stream = dictionary(activation="topk"), stream_of(rows_per_forward=16)
+    ours = core(stream_of(rows_per_forward=12), sae, {}, rows=32, ce_rows=6)  # batches of 16, however many rows at a time
+    batches = iter(stream.held_out(32))
     special = set(stream.source.special.tolist()) | {stream.model.tokenizer.pad_token_id}
     store = SimpleNamespace(get_batch_tokens=lambda n: next(batches).tokens)
     theirs, of_latents = saebench("evals.core.main").get_sparsity_and_variance_metrics(
         ForSAEBench(sae, stream.config), stream.model.bridge, store, 2,
         compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
-        compute_featurewise_density_statistics=True, eval_batch_size_prompts=6, model_kwargs={}, ignore_tokens=special,
+        compute_featurewise_density_statistics=True, eval_batch_size_prompts=16, model_kwargs={}, ignore_tokens=special,
     )  # fmt: skip
     found = {**ours, **ours["saebench"], "cossim": ours["cosine"]}
     assert (
