@@ -110,7 +110,9 @@ def test_the_dictionary_is_the_same_with_a_decoder_of_norm_one(settings, saebenc
 
 def test_core_finds_what_ours_finds(saebench, stream_of):
     sae, stream = dictionary(activation="topk"), stream_of(rows_per_forward=16)
-    ours = core(stream_of(rows_per_forward=12), sae, {}, rows=32, ce_rows=6)  # batches of 16, however many rows at a time
+    ours = core(
+        stream_of(rows_per_forward=12), sae, {}, rows=32, ce_rows=6
+    )  # batches of 16, however many rows at a time
     batches = iter(stream.held_out(32))
     special = set(stream.source.special.tolist()) | {stream.model.tokenizer.pad_token_id}
     store = SimpleNamespace(get_batch_tokens=lambda n: next(batches).tokens)
