@@ -425,8 +425,7 @@ class _Training:
                     with self.stream.watch("sae"):
                         for hooks, cohort in self._cohorts(active):
                             self._step(cohort, batch.at(*hooks), active)
-                    if any(trainee.run.sae.activation == "batchtopk" for trainee in active):
-                        self.sample.add(self.step, batch)
+                    self.sample.add(self.step, batch)
                     self.step += 1
                     self._bar.advance(len(batch))
                     self._report([trainee for trainee in active if trainee.is_due])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig, TrainConfig
-from temposae.engine.learner import Learner, together
+from temposae.engine.learner import Learner, group_into_cohorts
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, Batch, LanguageModel
 from temposae.engine.train import train
@@ -125,7 +125,7 @@ def test_dictionaries_side_by_side_train_as_each_would_alone(activation, F, asse
         ]  # fmt: skip
         for one in each:
             one.any_dead = True
-        steppers = each if alone else together(each)
+        steppers = each if alone else group_into_cohorts(each)
         assert len(steppers) == (3 if alone else 1)
         draw = torch.Generator().manual_seed(2)
         for _ in range(3):

@@ -61,7 +61,7 @@ def objective() -> Callable[..., Any]:
     """objective(sae, batch): the Objective of a batch in training, everything beside it given."""
 
     def of(sae: ComposedAutoencoder, batch: Batch, dead: torch.Tensor | None = None):
-        beside = BatchContext(batch.row, batch.attribute, batch.acts["second"])
-        return sae.objective(batch.x, batch.pos, T, dead, beside=beside)
+        batch_context = BatchContext(batch.row, batch.attribute, batch.acts["second"])
+        return sae.objective(batch.x, batch.pos, T, dead, batch_context=batch_context)
 
     return of

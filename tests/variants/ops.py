@@ -34,9 +34,9 @@ def used(run: str, activation: str) -> list[str]:
     sae = dictionary(_config(run, activation, D))
     pos = torch.arange(T).repeat(rows)
     x = torch.randn(len(pos), D, generator=torch.Generator().manual_seed(0))
-    beside = BatchContext(torch.arange(rows).repeat_interleave(T), torch.arange(len(pos)) // T, x)
+    batch_context = BatchContext(torch.arange(rows).repeat_interleave(T), torch.arange(len(pos)) // T, x)
     with _recorded() as found:
-        sae.objective(x, pos, T, beside=beside).loss.backward()
+        sae.objective(x, pos, T, batch_context=batch_context).loss.backward()
     return sorted(set(found))
 
 

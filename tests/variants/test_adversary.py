@@ -25,7 +25,7 @@ def labelled(rows, seed: int):
 
 
 def objective(sae, batch):
-    return sae.objective(batch.x, batch.pos, T, beside=BatchContext(batch.row, batch.attribute))
+    return sae.objective(batch.x, batch.pos, T, batch_context=BatchContext(batch.row, batch.attribute))
 
 
 def direction_of(sae):

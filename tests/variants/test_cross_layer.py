@@ -41,7 +41,7 @@ def test_the_second_layer_is_brought_to_the_units_of_the_first(rows):
 @pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk"])
 def test_latents_of_further_activations_are_those_that_training_sees(activation, two_layers):
     sae, seen = two_layers(activation)
-    sae.objective(seen.x, seen.pos, T, beside=(None, None, seen.second))
+    sae.objective(seen.x, seen.pos, T, batch_context=(None, None, seen.second))
     assert torch.equal(sae.latents_of(seen.x, seen.pos), sae._last.f)
     sae.scale_(4.0)  # x of another unit is brought to that of training
     torch.testing.assert_close(sae.latents_of(seen.x, seen.pos), sae._last.f)

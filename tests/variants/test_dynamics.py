@@ -261,9 +261,9 @@ def test_contrast_makes_codes_tell_rows_apart(made, rows, learner):
         sae, batch = trained(made, rows, learner, "temporal_contrast", weight), rows(99)
         f = sae.encode(batch.x, batch.pos)
         alike = torch.nn.functional.cosine_similarity(f[:, None], f[None], dim=2)
-        beside, elsewhere = batch.row.diff() == 0, batch.row[:, None] != batch.row
-        told[weight] = float(alike.diagonal(1)[beside].mean() - alike[elsewhere].mean())
-        near[weight] = float((f[1:] - f[:-1])[beside].square().sum(1).mean() / f.var(0).sum())
+        batch_context, elsewhere = batch.row.diff() == 0, batch.row[:, None] != batch.row
+        told[weight] = float(alike.diagonal(1)[batch_context].mean() - alike[elsewhere].mean())
+        near[weight] = float((f[1:] - f[:-1])[batch_context].square().sum(1).mean() / f.var(0).sum())
     assert told[10.0] > told[0.0] + 0.02
     assert near[10.0] < 0.95 * near[0.0]
 

@@ -104,11 +104,11 @@ def test_no_gradient_comes_from_where_a_run_s_hard_mask_is_off(run):
     latent = int(off.sum(0).argmax())
     at = off[:, latent]
     row = torch.zeros(128, dtype=torch.int64)
-    (sae.objective(x[at], pos[at], 128, beside=BatchContext(row[at], row[at], x[at])).loss).backward()
+    (sae.objective(x[at], pos[at], 128, batch_context=BatchContext(row[at], row[at], x[at])).loss).backward()
     assert sae.b_enc.grad[latent] == 0
     assert (sae.W_enc.grad[:, latent] == 0).all()
     assert (sae.W_dec.grad[latent] == 0).all()
     sae.zero_grad()
     on = ~at
-    sae.objective(x[on], pos[on], 128, beside=BatchContext(row[on], row[on], x[on])).loss.backward()
+    sae.objective(x[on], pos[on], 128, batch_context=BatchContext(row[on], row[on], x[on])).loss.backward()
     assert sae.W_dec.grad[latent].abs().max() > 0
