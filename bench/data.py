@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..engine.errors import UserError, shown
 from ..engine.stream import Batch
+from ..kernels.bench_types import POSITIONS
 
-POSITIONS = 128  # of a context
 MOST = 1000  # shapes to measure
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..campaign.figure_panels import plain_ticks
-from ..evals.run_figures import legend_below
+from ..reporting.plots import legend_below
 from .data import HEADLINE, Shape
 from .floors import FLOOR_NAMES, KNOWN, Rates, step_floors
 from .results import activation

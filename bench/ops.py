@@ -1,10 +1,9 @@
 """Each op on its own: time beside FLOPs, bytes and the floor that they set.
 
-One table, `OPS`. To add an op, add a row: what it computes on given inputs, and its cost model.
+The rows come from kernels/<op>/bench.py, forward ops first; the whole objective is added here.
 """
 
-from collections.abc import Callable, Iterable
-from functools import cached_property
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,178 +14,28 @@ from ..engine.errors import UserError
 from ..engine.process.cpu_memory import tune_host
 from ..engine.process.progress import progress_bar
 from ..engine.sae import SparseAutoencoder
-from ..kernels import adam, decode, encode, encode_sparse, loss, select, weight_grad
+from ..kernels import bench_types
 from ..kernels.backend import why
-from ..kernels.code import LatentMajor, SparseCode
-from ..kernels.cost import Cost
+from ..kernels.bench_types import Call, Op
 from ..kernels.torch_modes import default_modes
 from .data import DTYPES, POSITIONS, Shape, tokens
 from .floors import Rates, op_floor, rates_of
+from .op_benches import BENCHES
 from .timing import free_bytes, inner_calls, memory, quantiles, samples
 
 SAMPLE_MS = {"cuda": 5.0, "cpu": 20.0}  # a sample lasts at least as long
 
 
-class Inputs:
-    """What the ops take, each made when first asked for: tokens with structure, and the dictionary at its start.
-
-    x [N, D], W_enc [D, F] and W_dec [F, D] (both latent-major) in `dtype`; biases and the code's values float32.
-    """
+class Inputs(bench_types.Inputs):
+    """Tokens with structure in `dtype`, and the dictionary at its start."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
         self.shape, self.dtype, self.device = shape, dtype, device
-        self._tokens = tokens(shape, device, dtype, count=1)
-        batch = self._tokens.batches[0]
-        self.x, self.pos = batch.x, batch.pos
-
-    @cached_property
-    def sae(self) -> SparseAutoencoder:
-        shape = self.shape
-        sae = SparseAutoencoder(SAEConfig(d_in=shape.D, d_sae=shape.F, k=shape.K)).to(self.device)
-        sae.initialise_bias(self._tokens.mean)
-        return sae
-
-    @cached_property
-    def W_enc(self) -> Tensor:
-        return self.sae.W_enc.detach().to(self.dtype)
-
-    @cached_property
-    def W_dec(self) -> Tensor:
-        return self.sae.W_dec.detach().to(self.dtype)
-
-    @cached_property
-    def biases(self) -> tuple[Tensor, Tensor]:
-        return self.sae.b_enc.detach(), self.sae.b_dec.detach()
-
-    @cached_property
-    def acts(self) -> Tensor:
-        return encode.encode(self.x, self.W_enc, self.biases[0], center=self.biases[1])
-
-    @cached_property
-    def code(self) -> SparseCode:
-        values, indices = self.acts.topk(self.shape.K, sorted=False)
-        return SparseCode(values.float(), indices.int(), self.shape.F)
-
-    @cached_property
-    def threshold(self) -> Tensor:
-        """One for all latents, above which lie about K activations a token."""
-        return self.code.values.min(1).values.mean()
-
-    @cached_property
-    def entries(self) -> LatentMajor:
-        return self.code.transpose()
-
-    @cached_property
-    def reconstruction(self) -> decode.Reconstruction:
-        return decode.reconstruct(self.code, self.W_dec, self.biases[1], self.x)
-
-
-Call = Callable[[], Any]
-
-
-class Op(NamedTuple):
-    """`call(inputs)`: the op, ready to run any number of times. `costs(shape, itemsize, backend)`: what its parts cost,
-    which run one after another.
-
-    `direction`: forward, backward, or full for both. `choice`: the cost by which the op itself picks a backend, if it does.
-    """
-
-    direction: str
-    call: Callable[[Inputs], Call]
-    costs: Callable[[Shape, int, str], list[Cost]]
-    choice: Callable[[Shape, int, str], list[Cost]] | None = None
-
-
-def _encode(i: Inputs) -> Call:
-    x, w, (b_enc, b_dec) = i.x, i.W_enc, i.biases
-    return lambda: encode.encode(x, w, b_enc, center=b_dec)
-
-
-def _encode_topk(i: Inputs) -> Call:
-    x, w, (b_enc, b_dec), k = i.x, i.W_enc, i.biases, i.shape.K
-    return lambda: encode_sparse.encode_topk(x, w, b_enc, k, center=b_dec)[0]
-
-
-def _encode_batch_topk(i: Inputs) -> Call:
-    x, w, (b_enc, b_dec), k = i.x, i.W_enc, i.biases, i.shape.K
-    return lambda: encode_sparse.encode_topk(x, w, b_enc, k, center=b_dec, across_batch=True)[0]
-
-
-def _encode_threshold(i: Inputs) -> Call:
-    x, w, (b_enc, b_dec), threshold, k = i.x, i.W_enc, i.biases, i.threshold.expand(i.shape.F), i.shape.K
-    return lambda: encode_sparse.encode_threshold(x, w, b_enc, threshold, center=b_dec, expected=k)
-
-
-def _select_topk(i: Inputs) -> Call:
-    acts, k = i.acts, i.shape.K
-    return lambda: select.select_topk(acts, k)
-
-
-def _select_batch_topk(i: Inputs) -> Call:
-    acts, total = i.acts, i.shape.N * i.shape.K
-    return lambda: select.select_batch_topk(acts, total)
-
-
-def _select_threshold(i: Inputs) -> Call:
-    # Into a code that holds them all: nothing waits.
-    acts, threshold = i.acts, float(i.threshold)
-    capacity = 2 * i.code.values.numel()
-    return lambda: select.select_threshold(acts, threshold, capacity)
-
-
-def _decode(i: Inputs) -> Call:
-    code, w, (_, b_dec), x = i.code, i.W_dec, i.biases, i.x
-    return lambda: decode.decode(code, w, b_dec, target=x)
-
-
-def _reconstruct(i: Inputs) -> Call:
-    code, w, (_, b_dec), x = i.code, i.W_dec, i.biases, i.x
-    return lambda: decode.reconstruct(code, w, b_dec, x)
-
-
-def _position_loss(i: Inputs) -> Call:
-    squared_error, code, pos = i.reconstruction.squared_error, i.code, i.pos
-    return lambda: loss.position_loss(squared_error, code, pos, POSITIONS)
-
-
-def _values_grad(i: Inputs) -> Call:
-    code, w, residual = i.code, i.W_dec, i.reconstruction.residual
-    return lambda: decode.decode_values_grad(code, w, residual)
-
-
-def _transpose(i: Inputs) -> Call:
-    values, indices, f = i.code.values, i.code.indices, i.shape.F
-    return lambda: SparseCode(values, indices, f).transpose()
-
-
-def _weight_grad(i: Inputs) -> Call:
-    entries, values, residual = i.entries, i.code.values, i.reconstruction.residual
-    return lambda: weight_grad.weight_grad(entries, values, residual)
-
-
-def _row_norms(i: Inputs) -> Call:
-    entries, values, residual, w = i.entries, i.code.values, i.reconstruction.residual, i.W_dec
-    return lambda: adam.row_norms(entries, values, residual, W=w)
-
-
-def resting(w: Tensor) -> tuple[adam.Moments, adam.Rates]:
-    """For an update of w with a step of size zero and no memory of the first moment: the work of any step, and the next call
-    finds the same weights."""
-    zero, unit = torch.zeros((), device=w.device), torch.ones((), device=w.device)
-    return adam.Moments(torch.zeros_like(w), torch.zeros_like(w)), adam.Rates(zero, unit, unit.clone(), beta1=0.0)
-
-
-def _adam_rows(i: Inputs) -> Call:
-    """The decoder's update, on a copy: it works in place. Gives the first moment, which is the gradient."""
-    w, entries, values, residual = i.sae.W_dec.detach().clone(), i.entries, i.code.values, i.reconstruction.residual
-    moments, rates = resting(w)
-    shadow = None if i.dtype == torch.float32 else w.to(i.dtype)
-
-    def call() -> torch.Tensor:
-        adam.adam_rows(w, entries, values, residual, moments, rates, unit_norm=True, shadow=shadow)
-        return moments.exp_avg
-
-    return call
+        made_up = tokens(shape, device, dtype, count=1)
+        sae = self.sae = SparseAutoencoder(SAEConfig(d_in=shape.D, d_sae=shape.F, k=shape.K)).to(device)
+        sae.initialise_bias(made_up.mean)
+        weights = (weight.detach() for weight in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+        super().__init__(made_up.batches[0].x, made_up.batches[0].pos, *weights, k=shape.K)
 
 
 def _objective(i: Inputs, direction: str) -> Call:
@@ -205,90 +54,16 @@ def _objective(i: Inputs, direction: str) -> Call:
     return lambda: torch.autograd.grad(loss_value, weights, retain_graph=True)
 
 
-Costs = Callable[[Shape, int, str], list[Cost]]
-
-
-def _encode_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:
-    return [encode.cost(s.N, s.D, s.F, itemsize=itemsize, backend=backend)]
-
-
-def _encode_topk_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:
-    return [encode_sparse.cost(s.N, s.D, s.F, itemsize=itemsize, backend=backend)]
-
-
-def _select_topk_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:
-    return [select.cost(s.N, s.F, s.K, itemsize=itemsize, backend=backend)]
-
-
-def _select_threshold_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:
-    # acts are read to be counted and read to be collected
-    return [Cost(0.0, 2 * itemsize * s.N * s.F + s.N * s.K * (itemsize + 4) + 16 * s.N)]
-
-
-def _decode_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:
-    return [decode.cost(s.N, s.D, s.F, s.N * s.K, itemsize=itemsize, backend=backend)]
-
-
-def _reconstruct_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:
-    # the projections are a second multiply-add, on rows that were gathered already
-    cost = decode.cost(s.N, s.D, s.F, s.N * s.K, itemsize=itemsize, backend=backend)
-    return [Cost(2 * cost.flops, cost.bytes + 4 * s.N * s.K)]
-
-
-def _loss_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:
-    return [loss.cost(s.N, 1, s.N * s.K, POSITIONS, itemsize=4, backend=backend)]
-
-
-def _transpose_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:
-    # keys read; order (8 bytes), latent and token (4 each) of each entry and F + 1 offsets written
-    return [Cost(0.0, 20 * s.N * s.K + 8 * (s.F + 1))]
-
-
-def _weight_grad_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:
-    return [weight_grad.cost(s.N, s.D, s.F, s.N * s.K, itemsize=itemsize, backend=backend)]
-
-
-def _row_norms_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:
-    # as the gradient, which is not written, and W is read
-    cost = weight_grad.cost(s.N, s.D, s.F, s.N * s.K, itemsize=itemsize, backend=backend)
-    return [Cost(cost.flops + 4.0 * s.F * s.D, cost.bytes + (itemsize - 4) * s.F * s.D)]
-
-
-def _adam_rows_cost(s: Shape, itemsize: int, backend: str) -> list[Cost]:
-    return [adam.cost(s.N, s.D, s.F, s.N * s.K, itemsize=itemsize, backend=backend)]
-
-
-def _torch_only(s: Shape, itemsize: int, backend: str) -> list[Cost]:
-    """A choice that is none: torch sorts, whatever the device."""
-    return [Cost(0.0, float(backend != "torch"))]
-
-
-def _all(*costs: Costs) -> Costs:
-    return lambda s, itemsize, backend: [piece for cost in costs for piece in cost(s, itemsize, backend)]
-
-
-_FORWARD = _all(_encode_topk_cost, _reconstruct_cost, _loss_cost)
-_BACKWARD = _all(_transpose_cost, _weight_grad_cost, _weight_grad_cost)
-
-OPS = {
-    "encode": Op("forward", _encode, _encode_cost, _encode_cost),
-    "encode_topk": Op("forward", _encode_topk, _encode_topk_cost, _encode_topk_cost),
-    "encode_batch_topk": Op("forward", _encode_batch_topk, _encode_topk_cost, _encode_topk_cost),
-    "encode_threshold": Op("forward", _encode_threshold, _encode_topk_cost, _encode_topk_cost),
-    "select_topk": Op("forward", _select_topk, _select_topk_cost, _select_topk_cost),
-    "select_batch_topk": Op("forward", _select_batch_topk, _select_topk_cost, _select_topk_cost),
-    "select_threshold": Op("forward", _select_threshold, _select_threshold_cost),
-    "decode": Op("forward", _decode, _decode_cost, _decode_cost),
-    "reconstruct": Op("forward", _reconstruct, _reconstruct_cost, _decode_cost),
-    "position_loss": Op("forward", _position_loss, _loss_cost),
-    "decode_values_grad": Op("backward", _values_grad, _decode_cost, _decode_cost),
-    "transpose": Op("backward", _transpose, _transpose_cost, _torch_only),
-    "weight_grad": Op("backward", _weight_grad, _weight_grad_cost, _weight_grad_cost),
-    "row_norms": Op("backward", _row_norms, _row_norms_cost),
-    "adam_rows": Op("backward", _adam_rows, _adam_rows_cost),
+OPS = {name: op for bench in BENCHES for name, op in bench.ops.items()}
+OPS = dict(sorted(OPS.items(), key=lambda row: row[1].direction == "backward"))
+_FORWARD, _BACKWARD = (
+    [cost for name in names for cost in OPS[name].costs]
+    for names in (("encode_topk", "reconstruct", "position_loss"), ("transpose", "weight_grad", "weight_grad"))
+)
+OPS |= {
     "objective_forward": Op("forward", lambda i: _objective(i, "forward"), _FORWARD),
     "objective_backward": Op("backward", lambda i: _objective(i, "backward"), _BACKWARD),
-    "objective_full": Op("full", lambda i: _objective(i, "full"), _all(_FORWARD, _BACKWARD)),
+    "objective_full": Op("full", lambda i: _objective(i, "full"), [*_FORWARD, *_BACKWARD]),
 }
 
 
@@ -307,9 +82,9 @@ def work(name: str, shape: Shape, dtype: str, device: str, rates: Rates, backend
     op, itemsize = OPS[name], DTYPES[dtype].itemsize
     if backend is None:
         choice = op.choice
-        by_cost = None if choice is None else lambda backend: choice(shape, itemsize, backend)[0]
+        by_cost = None if choice is None else lambda backend: choice(*shape, itemsize=itemsize, backend=backend)
         backend = why(name, torch.empty(0, device=device, dtype=DTYPES[dtype]), cost=by_cost)[0]
-    pieces = op.costs(shape, itemsize, backend)
+    pieces = [cost(*shape, itemsize=itemsize, backend=backend) for cost in op.costs]
     flops, traffic = (sum(column) for column in zip(*pieces, strict=True))
     return Work(backend, dtype, flops, traffic, sum(op_floor(piece, rates, itemsize) for piece in pieces))
 

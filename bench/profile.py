@@ -112,8 +112,7 @@ def summary(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     Raises ValueError for a trace without steps.
     """
     events = [e for e in events if e.get("ph") == "X"]
-    labels: dict[Any, list[Span]] = defaultdict(list)
-    calls: dict[str, int] = defaultdict(int)
+    labels, calls = defaultdict[Any, list[Span]](list), defaultdict[str, int](int)
     for event in events:
         name = _label(event)
         if name is not None:
@@ -129,42 +128,37 @@ def summary(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     gpu = [e for e in events if e["cat"] in GPU_WORK]
     if gpu:
         launches = {e["args"].get("correlation"): e for e in events if e["cat"] in LAUNCHES}
-        busy = []
-        for event in gpu:
-            launch = launches.get(event["args"].get("correlation"), event)
-            busy.append(_span(event, _name_at(places.get(launch["tid"]), launch["ts"])))
+        launched = [(e, launches.get(e["args"].get("correlation"), e)) for e in gpu]
+        busy = [_span(e, _name_at(places.get(launch["tid"]), launch["ts"])) for e, launch in launched]
         window = [Span("", min(s.start for s in busy), max(s.end for s in busy))]
         pieces = busy
     else:
         busy = [_span(e, _name_at(places.get(e["tid"]), e["ts"])) for e in events if e["cat"] == "cpu_op"]
         window = steps
         pieces = [_clip(piece, step) for step in steps for place in places.values() for piece in place]
-    times: dict[str, float] = defaultdict(float)
+    times = defaultdict[str, float](float)
     for piece in pieces:
         times[piece.name] += max(0.0, piece.end - piece.start)
     total = sum(span.end - span.start for span in window)
-    between: dict[tuple[str, str], float] = defaultdict(float)
+    between = defaultdict[tuple[str, str], float](float)
     for span in window:
         for after, before, ms in _gaps(busy, span):
             between[after, before] += ms
     idle = sum(between.values())
     if not gpu:  # what no label covers; on a GPU such work is labelled OUTSIDE already, and the rest is idle
         times[OUTSIDE] += total - sum(times.values())
-    n = len(steps)
+    n, longest_first = len(steps), sorted((item for item in times.items() if item[1] > 0), key=lambda item: -item[1])
+    gaps = sorted(between.items(), key=lambda item: -item[1])[:5]
     return {
         "steps": n,
         "step_ms": total / n / 1e3,
         "stages": [
             {"stage": name, "ms": time / n / 1e3, "calls": calls[name] / n, "share": time / total}
-            for name, time in sorted(times.items(), key=lambda item: -item[1])
-            if time > 0
+            for name, time in longest_first
         ],
         "idle_ms": idle / n,
         "idle_share": 1e3 * idle / total,
-        "gaps": [
-            {"ms": ms / n, "after": after, "before": before}
-            for (after, before), ms in sorted(between.items(), key=lambda item: -item[1])[:5]
-        ],
+        "gaps": [{"ms": ms / n, "after": after, "before": before} for (after, before), ms in gaps],
     }
 
 
@@ -298,7 +292,7 @@ def _wrapped(learner: Learner) -> Iterator[None]:
         decode.decode_values_grad, loss.position_loss, weight_grad.weight_grad, adam.adam_rows, adam.row_norms,
     )  # fmt: skip
     ours = __package__.rpartition(".")[0] if __package__ else ""
-    callers = (f"{ours}.engine", f"{ours}.kernels.autograd")
+    callers = (f"{ours}.engine", f"{ours}.kernels.autograd", f"{ours}.kernels.gradients")
     modules = [module for name, module in list(sys.modules.items()) if name.startswith(callers)]
     targets = [(m, name) for m in modules for name, value in list(vars(m).items()) if any(value is op for op in ops)]
     targets += [(SparseCode, "transpose"), (torch.nn.utils, "clip_grad_norm_")]

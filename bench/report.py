@@ -8,7 +8,7 @@ from typing import Any
 from ..engine.errors import UserError, near
 from ..engine.process.progress import progress_bar
 from ..engine.storage.files import write_text
-from ..evals.run_figures import save_figure
+from ..reporting.plots import save_figure
 from . import aot
 from .data import HEADLINE, PRESETS
 from .figures import bars, roofline, scaling

@@ -1,12 +1,12 @@
 """Launch configurations for the GPU at hand: times a small grid of settings for each entry of kernels/configs.py, and writes
 the row of this architecture.
 
-One table, `TRIALS`. To add an entry of the configurations, add a row: a call that launches its kernels, and what to try.
+A call that launches an entry's kernels, and what to try, come from kernels/<op>/bench.py.
 """
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -17,11 +17,13 @@ import torch
 from ..engine.errors import UserError, near
 from ..engine.process.progress import progress_bar
 from ..engine.storage.files import check_writable
-from ..kernels import adam, configs, decode, encode_sparse, select
+from ..kernels import configs
 from ..kernels.backend import VARIABLE, config_row
+from ..kernels.bench_types import Call
 from . import aot
 from .data import DTYPES, HEADLINE, Shape
-from .ops import OPS, Call, Inputs, resting
+from .op_benches import BENCHES
+from .ops import Inputs
 from .profile import traced
 from .results import markdown
 from .step import in_one_line
@@ -33,87 +35,16 @@ REPEATS = 7
 ROWS = "CONFIGS: dict[int, dict[str, dict[str, int]]] = {}\n"  # what stands below is written from here
 
 Setting = dict[str, int]
-Grid = Mapping[str, tuple[int, ...]]
 Timer = Callable[[Call, set[str]], float]
 
 
-class Trial(NamedTuple):
-    """`call(inputs)`: launches the entry's kernels, any number of times; what they update in place is a copy.
-
-    `grid`: values to try, in every combination; what it does not name stays as it is.
-    """
-
-    dtype: str
-    call: Callable[[Inputs], Call]
-    grid: Grid
-
-
-def _encode_fp8(i: Inputs) -> Call:
-    x, w, (b_enc, b_dec), k = i.x, i.W_enc, i.biases, i.shape.K
-    return lambda: encode_sparse.encode_topk(x, w, b_enc, k, center=b_dec, fp8=True)[0]
-
-
-def _select_threshold(i: Inputs) -> Call:
-    calls = [OPS[name].call(i) for name in ("select_threshold", "select_batch_topk")]
-    return lambda: [call() for call in calls]
-
-
-def _reconstruct_ragged(i: Inputs) -> Call:
-    code = select.select_batch_topk(i.acts, i.shape.N * i.shape.K)
-    w, (_, b_dec), x = i.W_dec, i.biases, i.x
-    return lambda: decode.reconstruct(code, w, b_dec, x)
-
-
-def _adam(i: Inputs) -> Call:
-    b_enc = i.biases[0].clone()
-    moments, rates = resting(b_enc)
-    grad = torch.ones_like(b_enc)
-    return lambda: adam.adam(b_enc, grad, moments, rates)
-
-
-def _adam_matrix(i: Inputs) -> Call:
-    w = i.sae.W_dec.detach().clone()
-    rates = resting(w)[1]._replace(seed=torch.zeros((), dtype=torch.int32, device=w.device))
-    moments, grad = adam.Moments.zeros(w, "bfloat16"), torch.ones_like(w)
-    return lambda: adam.adam(w, grad, moments, rates)
-
-
-_ENCODE, _ENCODE_TOPK, _WEIGHT_GRAD = OPS["encode"].call, OPS["encode_topk"].call, OPS["weight_grad"].call
-_ADAM_ROWS, _LOSS = OPS["adam_rows"].call, OPS["position_loss"].call
-_TILES: Grid = dict(BLOCK_N=(64, 128), BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(3, 4))
-_SMALL_TILES: Grid = dict(BLOCK_N=(64, 128), BLOCK_D=(16, 32), num_warps=(4, 8))
-_GATHERS: Grid = dict(BLOCK_D=(256, 512), STAGES=(2, 3), num_warps=(4, 8))
-
-# encode_topk's BLOCK_F and windows' SPLIT stay: packed columns have 7 bits, and results depend on where windows end. So does
-# reconstruct's BLOCK_K, up to which a token's rows are held at once.
+_TRIALS = {entry: trial for bench in BENCHES for entry, trial in bench.trials.items()}
+# in the table's order, by dtype first: the inputs of one are given back before those of the next are made
 TRIALS = {
-    "encode": Trial("bf16", _ENCODE, {**_TILES, "BLOCK_F": (128, 256)}),
-    "encode_topk": Trial("bf16", _ENCODE_TOPK, _TILES),
-    "encode_fp8": Trial("bf16", _encode_fp8, {**_TILES, "BLOCK_D": (64, 128)}),
-    "merge": Trial("bf16", _ENCODE_TOPK, dict(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8))),
-    "above_cut": Trial(
-        "bf16", OPS["encode_batch_topk"].call, dict(BLOCK_D=(32, 64, 128), BLOCK=(1024, 2048, 4096), num_warps=(4, 8))
-    ),
-    "rescan": Trial("bf16", _ENCODE_TOPK, dict(BLOCK_D=(32, 64, 128), BLOCK_T=(512, 1024, 2048), num_warps=(4, 8))),
-    "fold": Trial("bf16", _ENCODE_TOPK, dict(BLOCK_F=(4, 8, 16), BLOCK_D=(256, 512), num_warps=(4, 8))),
-    "topk": Trial("bf16", OPS["select_topk"].call, dict(BLOCK_F=(1024, 2048, 4096, 8192), num_warps=(4, 8, 16))),
-    "threshold": Trial("bf16", _select_threshold, dict(BLOCK_F=(1024, 2048, 4096, 8192), num_warps=(4, 8, 16))),
-    "decode": Trial("bf16", OPS["decode"].call, _GATHERS | dict(BLOCK_K=(4, 8, 16))),
-    "reconstruct": Trial("bf16", OPS["reconstruct"].call, dict(BLOCK_D=(64, 128, 256, 512), num_warps=(4, 8, 16))),
-    "reconstruct_loop": Trial(
-        "bf16", _reconstruct_ragged, dict(BLOCK_K=(4, 8, 16), BLOCK_D=(128, 256, 512), num_warps=(4, 8))
-    ),
-    "values_grad": Trial("bf16", OPS["decode_values_grad"].call, _GATHERS | dict(BLOCK_K=(4, 8, 16))),
-    "weight_grad": Trial("bf16", _WEIGHT_GRAD, _GATHERS | dict(BLOCK_E=(4, 8, 16))),
-    "windows": Trial("bf16", _WEIGHT_GRAD, _GATHERS | dict(BLOCK_E=(4, 8, 16))),
-    "adam_rows": Trial("bf16", _ADAM_ROWS, dict(BLOCK_E=(1, 2, 4), STAGES=(2, 3), num_warps=(4, 8, 16))),
-    "adam": Trial("bf16", _adam, dict(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4, 8))),
-    "adam_matrix": Trial("bf16", _adam_matrix, dict(num_warps=(4, 8, 16))),
-    "token_loss": Trial("bf16", _LOSS, dict(BLOCK=(64, 256, 1024), num_warps=(1, 2, 4))),
-    "position_sum": Trial("bf16", _LOSS, dict(BLOCK_N=(512, 1024, 2048), num_warps=(4, 8))),
-    "encode_small": Trial("fp32", _ENCODE, {**_SMALL_TILES, "BLOCK_F": (64, 128)}),
-    "encode_topk_small": Trial("fp32", _ENCODE_TOPK, _SMALL_TILES),
-    "adam_rows_small": Trial("fp32", _ADAM_ROWS, dict(BLOCK_E=(1, 2), STAGES=(2, 3), num_warps=(4, 8, 16))),
+    entry: _TRIALS[entry]
+    for dtype in ("bf16", "fp32")
+    for entry in configs.CONFIGS[min(configs.CONFIGS)]
+    if _TRIALS[entry].dtype == dtype
 }
 
 

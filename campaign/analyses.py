@@ -21,12 +21,7 @@ CLOSE = 0.05  # a weight has converged where it stays within this share of its l
 def analysis(run: str, metrics: Metrics, clusters: Clusters | None = None) -> Figures:
     """The figures that an analysis finds, by name; those that end in `_at` are positions, steps or bins, so that a mean of
     them over seeds would say nothing. Raises UserError, with the reason, where what it reads was not measured."""
-    return _ANALYSES[run][0](metrics, clusters)
-
-
-def sentence(run: str, figures: Mapping[str, str]) -> str:
-    """What an analysis says, with its figures as texts."""
-    return _ANALYSES[run][1].format_map(figures)
+    return _ANALYSES[run](metrics, clusters)
 
 
 def distance_to_last(weights: np.ndarray) -> np.ndarray:
@@ -94,9 +89,8 @@ def _sparsity(metrics: Metrics, clusters: Clusters | None) -> Figures:
     early = late = None
     if clusters is not None and clusters["clusters"]:
         profiles = _sample(clusters)
-        mean_place = (profiles @ (np.arange(profiles.shape[1]) + 0.5)) / profiles.shape[
-            1
-        ]  # 0: the row's beginning, 1: its end
+        bins = profiles.shape[1]
+        mean_place = (profiles @ (np.arange(bins) + 0.5)) / bins  # 0: the row's beginning, 1: its end
         early, late = float((mean_place < 1 / 3).mean()), float((mean_place > 2 / 3).mean())
     return {
         "most": float(np.nanmax(l0[-1])), "most_at": int(np.nanargmax(l0[-1])),
@@ -120,37 +114,47 @@ def _clustering(_: Metrics, clusters: Clusters | None) -> Figures:
     }  # fmt: skip
 
 
-_ANALYSES: dict[str, tuple[Callable[[Metrics, Clusters | None], Figures], str]] = {
-    "C3": (
-        _position_losses,
-        "in the last step the squared error of a token is {mean} in the mean over positions, {most} at the hardest and "
-        "{least} at the easiest ({ratio} times as much; hardest at position {most_at}, easiest at {least_at})",
-    ),
-    "C4": (
-        _error_over_training,
-        "from the first report to the last the squared error fell from {first} to {last}; least at position {most_at} (to "
-        "{most} of what it was), most at {least_at} (to {least}). The mask's sharpness, 1 for a hard one, went from "
-        "{sharpness_first} to {sharpness_last}",
-    ),
-    "C7": (
-        _weight_evolution,
-        "weights end between {least} (position {least_at}) and {most} (position {most_at}); half of them stay within 5% of "
-        "that from step {half_settled_at} on, all from {all_settled_at}. Their rank correlation with the squared error of "
-        "their position is {correlation}: weights follow errors by construction, so it tells how well they keep up",
-    ),
-    "C8": (
-        _sparsity,
-        "L0 ends between {least} (position {least_at}) and {most} (position {most_at}), with a standard deviation over "
-        "positions of {deviation} of its mean (at the first report {deviation_first}). A share of {early} of the latents is "
-        "active in the first third of a row in the mean, {late} in the last",
-    ),
-    "C9": (
-        _clustering,
-        "{latents} latents fall in {count} clusters by where they are active, with a share of {largest} in the largest. "
-        "Distances (0 to 1) are {within} within and {between} between clusters; clusters of random halves of the text agree "
-        "to {stability} (adjusted Rand index, 0 by chance), with positions shuffled to {shuffled}. The most particular "
-        "cluster has a median specialization of {specialization}, of at most 1",
-    ),
+_ANALYSES: dict[str, Callable[[Metrics, Clusters | None], Figures]] = {
+    "C3": _position_losses, "C4": _error_over_training, "C7": _weight_evolution, "C8": _sparsity, "C9": _clustering
+}  # fmt: skip
+#: by run: the words for every figure that its analysis finds
+LABELS: dict[str, dict[str, str]] = {
+    "C3": {
+        "mean": "squared error of a token in the last step, mean over positions",
+        "most": "squared error at the hardest position", "most_at": "the hardest position",
+        "least": "squared error at the easiest position", "least_at": "the easiest position",
+        "ratio": "squared error at the hardest position over that at the easiest",
+    },
+    "C4": {
+        "first": "squared error of a token at the first report", "last": "squared error of a token at the last report",
+        "least": "last squared error over the first, where it fell most", "least_at": "position where it fell most",
+        "most": "last squared error over the first, where it fell least", "most_at": "position where it fell least",
+        "sharpness_first": "mask sharpness at the first report (1: a hard mask)",
+        "sharpness_last": "mask sharpness at the last report",
+    },
+    "C7": {
+        "least": "least weight at the end", "least_at": "position of the least weight",
+        "most": "largest weight at the end", "most_at": "position of the largest weight",
+        "half_settled_at": f"step from which half of the weights stay within {CLOSE:.0%} of their last value",
+        "all_settled_at": f"step from which all weights stay within {CLOSE:.0%} of their last value",
+        "correlation": "rank correlation of weights with squared errors, which they follow by construction",
+    },
+    "C8": {
+        "least": "least L0 of a position", "least_at": "position of the least L0",
+        "most": "largest L0 of a position", "most_at": "position of the largest L0",
+        "deviation": "standard deviation of L0 over positions, over its mean",
+        "deviation_first": "the same at the first report",
+        "early": "share of latents whose mean place is in the first third of a row",
+        "late": "share of latents whose mean place is in the last third of a row",
+    },
+    "C9": {
+        "latents": "latents that are clustered by where they are active", "count": "clusters",
+        "largest": "share of latents in the largest cluster", "within": "distance within clusters (0 to 1)",
+        "between": "distance between clusters (0 to 1)",
+        "stability": "agreement of clusters of random halves of the text (adjusted Rand index, 0 by chance)",
+        "shuffled": "the same with positions shuffled",
+        "specialization": "largest median specialization of a cluster (at most 1)",
+    },
 }  # fmt: skip
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, field_validator
 
 from ..engine.config import Config
 from ..engine.errors import UserError, near, shown
-from ..engine.parts import reads
+from ..engine.registry import reads
 from ..engine.sweep import expand
 from ..evals.suite import EVALS
 from .documented import BASELINES, RUNS, documented, settings
@@ -20,26 +20,48 @@ MEASURED = ("core", "sparse_probing", "positions", "unlearning", "scr", "tpp", "
 
 
 class CampaignConfig(Config):
-    """A campaign, as `campaign.yaml` holds it.
+    """A campaign, as `campaign.yaml` holds it: documented runs and baselines, each in every condition and with every seed.
+    All are trained on the batches [N, D] of one stream and measured alike.
 
-    `runs` of the logs (all unless given) and `baselines` are trained with `seeds` seeds each, 0, 1 and so on. `axes`: lists
-    of settings, of which every combination is a condition that all are trained in: settings that may differ between the
-    dictionaries of a stream (`engine.sweep`: activation, d_sae, k, l1_coefficient, target_l0), and `strictness` of masks
-    (hard, soft, annealed), which leaves runs without a mask as they are. `stream`, `sae` and `train` are settings on top of
-    the logs', for all; but the baselines relu, topk and batchtopk keep their activation, and runs with another learning rate
-    or L1 coefficient than the logs' usual one keep the ratio (B4 a tenth of `train.lr`). `evals` are measured of each, on
-    one in `share` of the usual rows; the commands' `--tokens` makes that up to one in 16 for runs below 65,536 tokens.
+        CampaignConfig(runs=("A1", "A2"), seeds=3, axes={"activation": ["relu", "topk"]})
     """
 
-    runs: tuple[str, ...] = tuple(RUNS)
-    baselines: tuple[str, ...] = tuple(BASELINES)
-    seeds: Annotated[int, Field(ge=1, le=1000)] = 1
-    axes: dict[str, list[Any]] = {}
-    stream: dict[str, Any] = {}
-    sae: dict[str, Any] = {}
-    train: dict[str, Any] = {}
-    evals: tuple[str, ...] = MEASURED
-    share: Annotated[int, Field(ge=1, le=1000)] = 1
+    runs: tuple[str, ...] = Field(
+        default=tuple(RUNS), description="Documented runs to train, by name, or all (docs/variants.md)."
+    )
+    baselines: tuple[str, ...] = Field(
+        default=tuple(BASELINES), description="Plain dictionaries to train beside the runs, by name, or all."
+    )
+    seeds: int = Field(default=1, ge=1, le=1000, description="Number of seeds per run: 0, 1 and so on.")
+    axes: dict[str, list[Any]] = Field(
+        default={},
+        description="Lists of settings. Every combination is a condition in which all runs are trained. Allowed are "
+        "settings that may differ between dictionaries of one stream (activation, d_sae, k, l1_coefficient, "
+        "target_l0, mask.*) and strictness of masks (hard, soft, annealed), which leaves runs without a mask as they "
+        "are.",
+    )
+    stream: dict[str, Any] = Field(
+        default={}, description="Settings of the stream, on top of those of the documented runs."
+    )
+    sae: dict[str, Any] = Field(
+        default={},
+        description="Settings of all dictionaries, on top of those of the documented runs. The baselines relu, topk "
+        "and batchtopk keep their activation, and a run with another L1 coefficient than usual keeps its ratio to the "
+        "usual one.",
+    )
+    train: dict[str, Any] = Field(
+        default={},
+        description="Settings of training, on top of those of the documented runs. A run with another learning rate "
+        "than usual keeps its ratio to the usual one (B4 has a tenth of it).",
+    )
+    evals: tuple[str, ...] = Field(default=MEASURED, description="Evals of each dictionary. core is always among them.")
+    share: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="Evals look at one in so many of the usual rows. The option --tokens raises it, up to 16, for "
+        "runs below 65,536 tokens.",
+    )
 
     @field_validator("runs", "baselines", mode="before")
     @classmethod

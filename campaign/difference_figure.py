@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evals.run_figures import frame, legend_below, new_axes, robust, save_figure
-from .significance import Difference
+from ..reporting.plots import frame, legend_below, new_axes, robust, save_figure
+from .significance import VERDICTS, Difference
 
-COLOURS = {"helped": "#009E73", "hurt": "#D55E00", "rose": "#0072B2", "fell": "#CC79A7", "open": "#999999"}
-TOLD = {"helped": "better", "hurt": "worse", "rose": "more", "fell": "less", "open": "can't be told"}
+COLOURS: dict[str, str] = dict(zip(VERDICTS, ("#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999"), strict=True))
 
 
 def draw_differences(
@@ -27,28 +26,18 @@ def differences_figure(title: str, from_baseline: Sequence[Difference], between:
     ]
     figure, axes = new_axes(1.3 + 0.17 * len(differences))
     axes.axvline(0, color="#444444", linewidth=0.8, zorder=0)
-    shown: set[str] = set()
+    labelled: set[str] = set()
+    lines = []
     for index, difference in enumerate(differences):
-        colour = COLOURS[difference.verdict]
+        verdict, colour = difference.verdict, COLOURS[difference.verdict]
         if difference.half is not None:
-            axes.plot(
-                [difference.mean - difference.half, difference.mean + difference.half],
-                [index, index],
-                color=colour,
-                linewidth=1.4,
-            )
-        axes.plot(difference.values, [index] * len(difference.values), ".", color=colour, markersize=3, alpha=0.6)
-        label = None if difference.verdict in shown else TOLD[difference.verdict]
-        axes.plot(
-            difference.mean,
-            index,
-            "o" if difference.sign else "D",
-            color=colour,
-            markersize=4.5,
-            label=label,
-            linestyle="",
-        )
-        shown.add(difference.verdict)
+            ends = [difference.mean - difference.half, difference.mean + difference.half]
+            axes.plot(ends, [index, index], color=colour, linewidth=1.4)
+        lines.append((difference.values, [index] * len(difference.values), colour))
+        axes.plot(*lines[-1][:2], ".", color=colour, markersize=3, alpha=0.6)
+        style = {"linestyle": "", "color": colour, "markersize": 4.5, "label": None if verdict in labelled else verdict}
+        axes.plot(difference.mean, index, "o" if difference.sign else "D", **style)
+        labelled.add(verdict)
     if between and from_baseline:
         axes.axhline(len(from_baseline) - 0.5, color="#bbbbbb", linewidth=0.8)
     points = [0.0, *(value for difference in differences for value in difference.values)]
@@ -61,10 +50,6 @@ def differences_figure(title: str, from_baseline: Sequence[Difference], between:
     axes.grid(axis="y", visible=False)
     low, high = robust(points)
     ends = None if low is None else min(low, 0.0), None if high is None else max(high, 0.0)
-    seeds = [
-        (difference.values, [index] * len(difference.values), COLOURS[difference.verdict])
-        for index, difference in enumerate(differences)
-    ]
-    frame(axes, [*seeds, ([0.0], [0], "#444444")], x=ends)  # where there is no difference is always seen
+    frame(axes, [*lines, ([0.0], [0], "#444444")], x=ends)  # where there is no difference is always seen
     legend_below(figure)
     return figure

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evals.run_figures import COLOURS, SEVERAL, WORST, frame
+from ..reporting.plots import COLOURS, SEVERAL, WORST, frame
 from .seed_results import CampaignResults, Curve, NotMeasured, SeedValues
 
 Draw = Callable[[Any], None]

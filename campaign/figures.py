@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..engine.errors import UserError
 from ..engine.storage.sealed import read_json, write_json
-from ..evals.run_figures import remove_figure, save_figure
+from ..reporting.plots import remove_figure, save_figure
 from . import log_figures, overview, position_figures
 from .figure_panels import DrawnFigure
 from .seed_results import CampaignResults, NotMeasured
@@ -38,6 +38,25 @@ NAMED: dict[str, dict[str, Callable[[CampaignResults], DrawnFigure]]] = {
         "training_curves": partial(log_figures.training_curves, log="E"),
         "feature_statistics": partial(log_figures.feature_statistics, log="E"),
     },
+}
+
+#: by the name of its file: what a figure shows
+CAPTIONS = {
+    "overview": "Explained variance of all dictionaries beside their random controls.",
+    "conditions": "FVU of every run in every condition, against L0 where that differs.",
+    "unlearning_scores": "Unlearning score of each run beside its random control.",
+    "loss_curves": "FVU over training, a line per run.",
+    "final_metrics": "FVU of each run at the end.",
+    "training_progression": "Steps that each run completed, and its FVU at the end.",
+    "hyperparameters": "Learning rate and L1 coefficient of each run.",
+    "position_analysis": "Squared error by position over training and at the end, and mask weights by position.",
+    "position_weights": "Loss weights of positions over training, and beside the squared error of their position.",
+    "sparsity_analysis": "L0 by position over training and at the end, and where latents are active.",
+    "temporal_clustering": "Latents clustered by where in a row they are active.",
+    "cluster_patterns": "Mean profile, likeness and specialization of each cluster of latents.",
+    "comparative_analysis": "FVU and L0 of the log's runs, in all and by position.",
+    "training_curves": "FVU over training, a line per run.",
+    "feature_statistics": "Size of each dictionary, and how many of its latents are alive.",
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..engine.process.progress import percent
 from ..engine.storage.run_folder import HELD_OUT
-from ..evals.run_figures import COLOURS, SEVERAL, legend_below
+from ..reporting.plots import COLOURS, SEVERAL, legend_below
 from .figure_panels import (
     GREY,
     HELD_OUT_FVU,
@@ -35,13 +35,11 @@ def unlearning_scores(saved: CampaignResults, log: str) -> DrawnFigure:
     """Bars of the runs' scores, with their random controls'."""
     all_scores = scores_of_log(saved, log, partial(score, name="unlearning"))
     if not any(scores.trained for scores in all_scores if not scores.is_baseline):
-        reason = (
-            "no setting counts for any run" if "unlearning" in saved.campaign["evals"] else "it is not among the evals"
-        )
+        is_measured = "unlearning" in saved.campaign["evals"]
+        reason = "no setting counts for any run" if is_measured else "it is not among the evals"
         raise NotMeasured(f"unlearning was not measured in this campaign: {reason}")
-    return _bars(
-        saved, all_scores, "unlearning score", "Unlearning: 1 - least forget accuracy, while other answers are kept"
-    )
+    title = "Unlearning: 1 - least forget accuracy, while other answers are kept"
+    return _bars(saved, all_scores, "unlearning score", title)
 
 
 def training_curves(saved: CampaignResults, log: str) -> DrawnFigure:
@@ -82,7 +80,8 @@ def training_progression(saved: CampaignResults, log: str) -> DrawnFigure:
         all_scores, title = scores_of_log(saved, log, steps), "Steps completed"
         draw = bars(all_scores, "training steps", title=title, best=COMPARED, lying=True)
         runs = {**saved.baselines, **saved.trained(log)}
-        planned = {name: _planned(saved.settings(run)["train"]) for name, run in runs.items()}
+        trains = {name: saved.settings(run)["train"] for name, run in runs.items()}
+        planned = {name: -(-train["tokens"] // train["batch"]) for name, train in trains.items()}
 
         def with_plan(axes: Any) -> None:
             draw(axes)
@@ -105,11 +104,8 @@ def hyperparameters(saved: CampaignResults, log: str) -> DrawnFigure:
 
     def rates(axes: Any) -> None:
         rate_by_run = {name: run["lr"] for name, run in runs.items() if run["lr"]}
-        paced_by_run = {
-            name: rate_by_run[name] * pace
-            for name in rate_by_run
-            if (pace := _part_setting(saved, runs[name], "pace")) != 1
-        }
+        paces = {name: _part_setting(saved, runs[name], "pace") for name in rate_by_run}
+        paced_by_run = {name: rate_by_run[name] * pace for name, pace in paces.items() if pace != 1}
         _levels(axes, runs, rate_by_run, "peak learning rate", "Learning rate")
         _marks(axes, runs, paced_by_run, "D", "of its adapters")
         axes.margins(x=0.15)
@@ -119,11 +115,8 @@ def hyperparameters(saved: CampaignResults, log: str) -> DrawnFigure:
         known = {name: run["l1_coefficient"] for name, run in runs.items() if run["activation"] == "relu"}
         coefficient_by_run = {name: value for name, value in known.items() if value}  # a logarithmic axis has no 0
         factors = {name: _last_factor(saved, runs[name]) for name in coefficient_by_run}
-        first_by_run = {
-            name: coefficient_by_run[name] * factor
-            for name in coefficient_by_run
-            if (factor := _part_setting(saved, runs[name], "l1_from")) != 1
-        }
+        firsts = {name: _part_setting(saved, runs[name], "l1_from") for name in coefficient_by_run}
+        first_by_run = {name: coefficient_by_run[name] * factor for name, factor in firsts.items() if factor != 1}
         _levels(axes, runs, coefficient_by_run, "L1 coefficient", "Sparsity penalty")
         _marks(axes, runs, first_by_run, "D", "while its base is alone")
         final_by_run = {name: coefficient_by_run[name] * factor.mean for name, factor in factors.items() if factor}
@@ -150,14 +143,8 @@ def feature_statistics(saved: CampaignResults, log: str) -> DrawnFigure:
             axes.plot(range(len(sizes)), sizes, marker="s", label="dictionary size F", **style)
             known = [(index, scores) for index, scores in enumerate(all_scores) if scores.trained]
             colours = [GREY if scores.is_baseline else COLOURS["sae"] for _, scores in known]
-            axes.scatter(
-                [index for index, _ in known],
-                [scores.trained.mean for _, scores in known],
-                s=22,
-                color=colours,
-                zorder=3,
-                gid="alive",
-            )
+            alive = [scores.trained.mean for _, scores in known]
+            axes.scatter([index for index, _ in known], alive, s=22, color=colours, zorder=3, gid="alive")
             label = "latents alive on held-out text, and their share"
             axes.plot([], [], "o", color=COLOURS["sae"], markersize=4.5, label=label)
             for (index, scores), colour in zip(known, colours, strict=True):
@@ -187,9 +174,8 @@ def _alive(run: Mapping[str, Any]) -> SeedValues:
 
 
 def _bars(saved: CampaignResults, all_scores: list[RunScores], ylabel: str, title: str, **options: Any) -> DrawnFigure:
-    drawing = arranged(
-        {title: lambda: bars(all_scores, ylabel, title=title, **options)}, 1, (_width(len(all_scores)), 3.4)
-    )
+    panels = {title: lambda: bars(all_scores, ylabel, title=title, **options)}
+    drawing = arranged(panels, 1, (_width(len(all_scores)), 3.4))
     legend_below(drawing.figure, note(saved))
     return drawing
 
@@ -247,19 +233,14 @@ def _marks(axes: Any, runs: Mapping[str, Any], value_by_run: Mapping[str, float]
 def _annotate(axes: Any, value: float, position: float, *, before: bool = False) -> None:
     """Its number, beside a mark."""
     offset, side = ((-5, 0), "right") if before else ((5, 0), "left")
-    axes.annotate(
-        f"{value:.2g}", (value, position), offset, textcoords="offset points", fontsize=6, ha=side, va="center"
-    )
+    style = {"textcoords": "offset points", "fontsize": 6, "ha": side, "va": "center"}
+    axes.annotate(f"{value:.2g}", (value, position), offset, **style)
 
 
 def _part_setting(saved: CampaignResults, run: Mapping[str, Any], setting: str) -> float:
     """What a run's parts have for a setting that is a factor; 1 where none has it."""
     values = [section[setting] for section in saved.settings(run)["sae"]["parts"] if setting in section]
     return values[0] if values else 1.0
-
-
-def _planned(train: Mapping[str, Any]) -> int:
-    return -(-train["tokens"] // train["batch"])
 
 
 def _last_factor(saved: CampaignResults, run: Mapping[str, Any]) -> SeedValues:

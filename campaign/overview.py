@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..evals.run_figures import COLOURS, MARKERS, SEVERAL, WORST, frame, legend_below
+from ..reporting.plots import COLOURS, MARKERS, SEVERAL, WORST, frame, legend_below
 from .figure_panels import (
     GREY,
     HELD_OUT_FVU,
@@ -69,10 +69,8 @@ def overview(saved: CampaignResults) -> DrawnFigure:
 
 def conditions(saved: CampaignResults) -> DrawnFigure:
     """Error of every run in every condition: against sparsity, or where that is the same for all, side by side."""
-    every = [
-        *saved.campaign["baselines"].values(),
-        *(r for r in saved.campaign["runs"].values() if not r["trained_as"]),
-    ]
+    baselines, runs = saved.campaign["baselines"].values(), saved.campaign["runs"].values()
+    every = [*baselines, *(run for run in runs if not run["trained_as"])]
     known = [run for run in every if final_fvu(run) and score(run, "l0")[0]]
     if not known:
         raise NotMeasured("core was not measured of any run")
@@ -93,15 +91,19 @@ def conditions(saved: CampaignResults) -> DrawnFigure:
             if log == "baselines" or any(run["log"] == log for run in known):
                 axes.plot([], [], "s", color=colour, markersize=6, label=log if log == "baselines" else f"log {log}")
         for name, marker in markers.items():
-            style = {"linestyle": "", "color": GREY, "markersize": 5, "label": _plain(name)}
+            style = {
+                "linestyle": "",
+                "color": GREY,
+                "markersize": 5,
+                "label": name.replace("_", " ") or "as documented",
+            }
             axes.plot([], [], marker=marker, **style)
         axes.grid(alpha=0.25)
         axes.set(ylabel=HELD_OUT_FVU, yscale="log")
         places = [names.index(run["run"]) if is_matched else l0 for run, l0 in zip(known, sparsity, strict=True)]
-        points = [
-            ((x,), (final_fvu(run).mean,), LOG_COLOURS.get(run["log"], "#222222"))
-            for x, run in zip(places, known, strict=True)
-        ]
+        colours = [LOG_COLOURS.get(run["log"], "#222222") for run in known]
+        errors = [final_fvu(run).mean for run in known]
+        points = [((x,), (error,), colour) for x, error, colour in zip(places, errors, colours, strict=True)]
         frame(axes, points, y=(None, WORST))
         plain_ticks(axes.yaxis)
         if is_matched:
@@ -115,10 +117,6 @@ def conditions(saved: CampaignResults) -> DrawnFigure:
     drawing = arranged({"conditions": lambda: draw}, 1, (WIDE, 4.2))
     legend_below(drawing.figure, note(saved), columns=4)
     return drawing
-
-
-def _plain(condition: str) -> str:
-    return condition.replace("_", " ") or "as documented"
 
 
 def _dumbbell(axes: Any, at: float, row: RunScores, colour: str) -> None:

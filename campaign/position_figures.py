@@ -86,38 +86,28 @@ def temporal_clustering(saved: CampaignResults) -> DrawnFigure:
     order, n = tree_layout["leaves"], len(profiles)
     figure = new_figure(WIDE, 4.4)
     above, strip, below = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 0.09, 1.6))
-    links = [
-        np.column_stack([np.array(x) / 10, y])
-        for x, y in zip(tree_layout["icoord"], tree_layout["dcoord"], strict=True)
-    ]
+    corners = zip(tree_layout["icoord"], tree_layout["dcoord"], strict=True)
+    links = [np.column_stack([np.array(x) / 10, y]) for x, y in corners]
     above.add_collection(LineCollection(links, colors="#444444", linewidths=0.6 if n < 200 else 0.35))
     above.set(xlim=(0, n), ylim=(0, 1.05 * max(map(max, tree_layout["dcoord"]))), ylabel="Jensen-Shannon\ndistance")
     above.spines[["top", "right", "bottom"]].set_visible(False)
     count_text = f"{n} of {result['latents']:,}" if n < result["latents"] else f"{n}"
     above.set_title(f"C6's latents by where in a row they are active ({count_text}{_which(saved)})")
     colours = ListedColormap([CLUSTERS[index % len(CLUSTERS)] for index in range(result["count"])])
-    strip.pcolormesh(
-        np.arange(n + 1), [0, 1], cluster[order][None], cmap=colours, vmin=-0.5, vmax=result["count"] - 0.5
-    )
+    limits = {"vmin": -0.5, "vmax": result["count"] - 0.5}
+    strip.pcolormesh(np.arange(n + 1), [0, 1], cluster[order][None], cmap=colours, **limits)
     strip.set_yticks([0.5], ["cluster"])
     strip.spines[:].set_visible(False)
-    heat(
-        below,
-        np.arange(n + 1),
-        np.arange(profiles.shape[1] + 1) + 0.5,
-        profiles[order].T,
-        "share of activity",
-        root=True,
-    )
+    edges = np.arange(profiles.shape[1] + 1) + 0.5
+    heat(below, np.arange(n + 1), edges, profiles[order].T, "share of activity", root=True)
     below.set(ylabel=BINS, xlabel="latents, in the order of the tree")
     below.spines[["top", "right"]].set_visible(False)
     for axes in (above, strip):
         axes.tick_params(axis="x", length=0, labelbottom=False)
     strip.tick_params(axis="y", length=0)
     for index, cluster_result in enumerate(result["clusters"]):
-        strip.plot(
-            [], [], "s", color=CLUSTERS[index % len(CLUSTERS)], label=f"{index + 1}: {cluster_result['size']:,} latents"
-        )
+        label = f"{index + 1}: {cluster_result['size']:,} latents"
+        strip.plot([], [], "s", color=CLUSTERS[index % len(CLUSTERS)], label=label)
     _legend(figure)
     return DrawnFigure(polished(figure))
 
@@ -166,12 +156,8 @@ def _convergence(weights: Curve) -> Draw:
         axes.plot(apart.steps, apart.mean, color=LINES[0], linewidth=1.3, gid="distance")
         band(axes, apart, LINES[0])
         axes.grid(alpha=0.25)
-        axes.set(
-            xlabel="training step",
-            ylabel="mean |w - w at the end|",
-            title="Distance to the final weights",
-            ylim=(0, None),
-        )
+        axes.set(xlabel="training step", ylabel="mean |w - w at the end|", ylim=(0, None))
+        axes.set_title("Distance to the final weights")
 
     return draw
 
@@ -213,14 +199,8 @@ def _activity(result: dict[str, Any], which: str) -> Draw:
     profiles = early_to_late(np.array(result["sample"]["profiles"]))
 
     def draw(axes: Any) -> None:
-        heat(
-            axes,
-            np.arange(profiles.shape[1] + 1) + 0.5,
-            np.arange(len(profiles) + 1),
-            profiles,
-            "share of a latent's activity",
-            root=True,
-        )
+        edges = np.arange(profiles.shape[1] + 1) + 0.5
+        heat(axes, edges, np.arange(len(profiles) + 1), profiles, "share of a latent's activity", root=True)
         axes.set(xlabel=BINS, ylabel="latents, early to late", title=f"Where latents are active{which}")
 
     return draw
@@ -264,7 +244,7 @@ def _specialized(axes: Any, result: dict[str, Any]) -> None:
 
 
 def _legend(figure: Any) -> None:
-    from ..evals.run_figures import legend_below
+    from ..reporting.plots import legend_below
 
     legend_below(figure, columns=4)
 

@@ -1,448 +1,366 @@
-"""The report of a campaign: does position-aware structure help, and where? Every sentence is made from its numbers.
+"""Write a campaign's report: tables and figures of its numbers, and the rules by which verdicts are made.
 
-What is told to help or to hurt is what `significance` tells; nothing here weighs numbers in another way.
+The sentences are the same in every report. What depends on numbers stands in tables, and `significance` alone decides what
+is significant.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from ..engine.process.progress import percent, progress_bar
+from ..engine.process.progress import progress_bar
 from ..engine.storage.files import write_text
-from ..evals.markdown_page import NOTHING, anchor, html, number, plain, table
-from .answer import MARK, answer, claim
-from .figures import missing
-from .questions import MEANINGS
-from .report_data import (
-    ReportData,
-    below_random,
-    bullets,
-    count,
-    gathered,
-    is_known,
-    judged,
-    log_heading,
-    names,
-    of_random,
-    pictures_in,
-    reached,
-    results,
+from ..evals import result_files
+from ..reporting.markdown import NOTHING, anchor, html, number, plain, table
+from .difference_figure import draw_differences
+from .documented import LOG_TITLES
+from .figures import CAPTIONS, missing
+from .questions import pairs_by_question
+from .results import JUDGED, SCORES, against_random, analysis_figures, logs_of, read_results
+from .significance import (
+    ALIKE,
+    COMPARED,
+    LEVEL,
+    NO_DIFFERENCE,
+    VERDICTS,
+    Difference,
+    Run,
+    against_baselines,
+    baseline_of,
+    compare,
+    mean,
+    repeated,
+    strictness,
 )
-from .results import JUDGED, SCORES, AgainstRandom, analysis_sentence, logs_of
-from .significance import ALIKE, COMPARED, RISE_WITH_L0, Run, baseline_of, l0_apart, mean
 
-KNOW, ANSWER, TABLE, AILING, MEASURED = (
-    "What to know first", "The answer", "All runs, all scores", "Controls, failures and analyses", "How it was measured"
+MARK = "†"
+KNOW, VERDICT, SCORE_TABLE, CONTROLS, MEASURED = (
+    "What to know first", "Verdicts", "All runs, all scores", "Controls and failures", "How it was measured"
 )  # fmt: skip
-CEILING = 0.9995  # a baseline that has this much of a score of at most 1 leaves nothing to be better by
-COLUMNS = {
-    "loss": "loss", "fvu_last": "FVU",
-    **{name: SCORES[name].label for name in ("l0", "explained_variance")},
-    **{name: score.label for name, score in SCORES.items() if name not in ("l0", "explained_variance")},
-}  # fmt: skip
+RULES = f"""\
+- A verdict compares a run with its baseline, the plain dictionary of the same activation in the same condition, or with a
+  run that differs in one mechanism. It is about the mean of their differences, seed by seed on the same text.
+- *Significant* means p of at most {LEVEL:g} after Holm's correction for all such comparisons of a score. The chance of even
+  one false claim about a score is then at most {LEVEL:.0%}. *{NO_DIFFERENCE.capitalize()}* does not mean that two
+  dictionaries are equal. A single seed detects nothing.
+- Explained variance and CE recovered rise with L0 by themselves. With more than {ALIKE:g} times the latents active no run is
+  called better in them, and with fewer none is called worse. Training losses of different objectives are not compared.
+- {MARK} marks a score in which the random control is at least as good: the same dictionary around a frozen, unit-norm random
+  decoder, with encoder and biases trained on the same tokens.
+- Failed dictionaries, and runs that are not above their random control, are listed under [{CONTROLS}](#{anchor(CONTROLS)}).
+  Runs with the weights or the numbers of another are compared once."""
+SCORE_LEGEND = f"""\
+Means ± standard deviation over seeds, the verdict against the baseline where it is significant, and in brackets the random
+control's mean. {MARK}: the control is at least as good. {NOTHING}: not measured."""
+SLICING = """\
+Each latent of a trained baseline was shut off outside one range of positions, or outside random positions, without training.
+These are the mean changes from the baseline as it is. What trained masks change stands below, score by score."""
+METHOD = """\
+All dictionaries were trained on the same batches of one stream and measured on the same rows. Seeds differ in the initial
+weights and in what is drawn at random, not in the text. Intervals are 95% intervals of Student's t over seeds.
+
+Formulas and controls are in `docs/evals.md` and in the modules of `evals/`, the runs in `campaign/documented/log_a.py` to
+`log_e.py`. `campaign.json` has the numbers of this report by seed, `campaign.yaml` the settings."""
+
+#: eval -> what it was measured on, and where in its result that stands (* is every name)
+EXTENT = {
+    "core": {"tokens": "tokens", "held-out rows": "rows", "tokens for CE": "ce_tokens"},
+    "sparse_probing": {"sets of texts": "sets.*", "test rows of all classes": "sets.*.classes.*.test_rows"},
+    "positions": {"tokens": "tokens", "bins": "bins", "test texts of order probing": "order_probing.tasks.*.test"},
+    "unlearning": {"questions to forget": "questions.forget", "questions to retain": "questions.retain"},
+    **{name: {"rows": "rows", "splits": "seeds"} for name in ("scr", "tpp")},
+}
+COLUMNS = {"loss": "Loss", "fvu_last": "FVU", **{name: score.name for name, score in SCORES.items()}}
+GROUPS = {"position-aware structure": "ABC", "other mechanisms": "DE"}  # of logs
 
 
 def write(out: Path) -> Path:
-    """Write report.md and report.html of a campaign's folder from campaign.json, the runs' results and the figures that are
-    there, with its own in figures/differences/; returns the path of report.md. Raises UserError without campaign.json."""
-    with progress_bar("writing the report", total=None, unit="files") as bar:
-        findings = gathered(out, lambda: bar.advance(1))
-        title = f"Does position-aware structure help? {findings.found['model']}, {findings.found['hook']}"
-        write_text(out / "report.md", _markdown(title, findings, together=False))
-        write_text(out / "report.html", html(_markdown(title, findings, together=True), out, title))
-        bar.advance(2)
+    """Write report.md and report.html into a campaign's folder, and figures of differences into its figures/differences/.
+
+    Reads campaign.json, the results in runs/ and the figures that are there. Returns the path of report.md. Raises
+    UserError without campaign.json.
+    """
+    report = _Report(out)
+    title = f"Does position-aware structure help? {report.campaign['model']}, {report.campaign['hook']}"
+    with progress_bar("writing the report", total=None, unit="figures") as bar:
+        markdown = f"# {plain(title)}\n\n{report.markdown(lambda: bar.advance(1))}\n"
+    write_text(out / "report.md", markdown)
+    write_text(out / "report.html", html(markdown, out, title))
     return out / "report.md"
 
 
-def _markdown(title: str, findings: ReportData, *, together: bool) -> str:
-    """All of the report; the runs in one table, or in one a log."""
-    logs = logs_of(findings.found)
-    places = [KNOW, ANSWER, TABLE, AILING, *map(log_heading, logs), MEASURED]
-    blocks = [
-        f"# {plain(title)}",
-        _facts(findings),
-        " · ".join(f"[{place.partition(':')[0]}](#{anchor(place)})" for place in places),
-        f"## {KNOW}",
-        bullets(_know(findings)),
-        f"## {ANSWER}",
-        *answer(findings),
-        f"## {TABLE}",
-        *_table(findings, together=together),
-        *[block for picture in pictures_in(findings, None) for block in (f"### {picture.place}", picture.markdown)],
-        f"## {AILING}",
-        *_ailing(findings),
-    ]
-    for log in logs:
-        blocks += [f"## {log_heading(log)}", *_log(log, findings)]
-    blocks += [f"## {MEASURED}", *_measured(findings)]
-    return "\n\n".join(block for block in blocks if block) + "\n"
+class _Markdown(str):
+    """A cell of a table that is Markdown already. All others are text, and shown as they are."""
 
 
-def _facts(findings: ReportData) -> str:
-    found, every = findings.found, findings.every.values()
-    tokens = [one["tokens"] for one in every if one.get("tokens")]
-    sizes = sorted({one["d_sae"] for one in every})
-    facts = {
-        "model": found["model"],
-        "hook": found["hook"],
-        "F": " to ".join(number(size) for size in sorted({sizes[0], sizes[-1]})) if sizes else NOTHING,
-        "tokens": " to ".join(number(n) for n in sorted({min(tokens), max(tokens)})) if tokens else NOTHING,
-        "seeds": str(found["seeds"]),
-        "runs": str(len(findings.runs)),
-        "baselines": ", ".join(dict.fromkeys(one["run"] for one in findings.baselines.values())) or NOTHING,
-        "conditions": ", ".join(one for one in found["conditions"] if one) or "one",
-    }
-    return table(list(facts), [[plain(value) for value in facts.values()]], range(len(facts)))
+class _Report:
+    """A campaign's numbers, and the tables and figures of them as Markdown."""
 
+    def __init__(self, out: Path):
+        self.out = out
+        self.campaign = read_results(out)
+        self.runs: dict[str, Run] = self.campaign["runs"]
+        self.baselines: dict[str, Run] = self.campaign["baselines"]
+        self.every = self.baselines | self.runs
+        self.logs = logs_of(self.campaign)
+        self.same = repeated(self.campaign)
+        self.questions = pairs_by_question(self.campaign)
+        self.question = {pair: about for about, pairs in self.questions.items() for pair in pairs}
+        self.differences = against_baselines(self.campaign)
+        self.between = compare(self.campaign, list(self.question))
+        self.known = [key for key in COLUMNS if any(mean(run, key) is not None for run in self.every.values())]
+        distinct = {name: run for name, run in self.every.items() if name not in self.same and run["scores"]}
+        self.judged = {name: against_random(run["scores"]) for name, run in distinct.items()}
+        self.failed = {name: why for run in self.every.values() for name, why in (run["failed"] or {}).items()}
 
-def _know(findings: ReportData) -> list[str]:
-    """What a reader must know before the answer."""
-    found, seeds = findings.found, findings.found["seeds"]
-    trained = {name: run for name, run in findings.runs.items() if name not in findings.same}
-    notes = []
-    if seeds == 1:
-        notes.append(
-            "**One seed**: what differs by chance can't be told from what doesn't, so nothing here is said to help or to "
-            "hurt."
-        )
-    else:
-        wide = " With two seeds intervals are very wide: 12.7 standard errors to either side." if seeds == 2 else ""
-        scores = count(len(findings.differences), "score")
-        notes.append(
-            f"**{seeds} seeds** each. A difference is told only where it stands after Holm's correction for all comparisons "
-            f"of its score (p = 0.01 in 40: corrected for 40): of {scores}, about one in twenty may have a false claim at "
-            f"that.{wide} The 95% intervals are each one's own, over seeds, on the same text."
-        )
-    notes.append(
-        "Losses of different objectives are different quantities: they are shown, and not compared. FVU is "
-        "comparable, at the same L0."
-    )
-    notes += _sparsity(findings, trained)
-    beside = dict.fromkeys(one.other for ones in findings.differences.values() for one in ones)
-    full = [
-        f"{MEANINGS[score].name} ({plain(name)} {number(mean(findings.every[name], score), 3)})"
-        for score in COMPARED if SCORES[score].better > 0
-        for name in beside if (mean(findings.every[name], score) or 0) >= CEILING
-    ]  # fmt: skip
-    if full:
-        notes.append(f"The baseline has all there is to have, and nothing can do better: {'; '.join(full)}.")
-    below = {name: one for name, one in judged(findings).items() if one.below}
-    failed = [name for name, run in findings.every.items() if run["failed"] and not run["trained_as"]]
-    link = f"[{AILING}](#{anchor(AILING)})"
-    if below:
-        compared = list(dict.fromkeys(label for one in judged(findings).values() for label in _compared(one)))
-        notes.append(f"Not above their random control in {' or '.join(compared)}: {names(below)} ({link}).")
-    if failed:
-        notes.append(f"Failed, with one seed or more: {names(failed)} ({link}).")
-    if repeats := {name: other for name, other in findings.same.items() if not findings.runs[name]["trained_as"]}:
-        each = "; ".join(f"{plain(name)} that of {plain(other)}" for name, other in repeats.items())
-        notes.append(f"These came out the same to five digits, and are counted once: {each}.")
-    notes.append(f"Measured: {'; '.join(_extent(findings)) or 'nothing'}.")
-    if found["share"] > 1 and _extent(findings):
-        notes.append(f"Measured on one in {found['share']} of the usual rows: scores that count few texts are coarse.")
-    if unknown := [SCORES[score].label for score in SCORES if not is_known(findings, score)]:
-        notes.append(f"Not measured: {', '.join(map(plain, unknown))}.")
-    notes += [f"{plain(name)} was skipped: {plain(why)}" for name, why in _skipped(findings).items()]
-    return notes
+    def markdown(self, drawn: Callable[[], None]) -> str:
+        """The report below its title. `drawn` is called after each figure of differences."""
+        headings = {log: f"Log {log}: {LOG_TITLES[log]}" for log in self.logs}
+        places = (KNOW, VERDICT, SCORE_TABLE, CONTROLS, *headings.values(), MEASURED)
+        links = " · ".join(f"[{place.partition(':')[0]}](#{anchor(place)})" for place in places)
+        blocks = [links, f"## {KNOW}", RULES, self.facts(), f"## {VERDICT}", *self.overviews()]
+        blocks += ["### Static slicing", SLICING, self.slicing()]
+        for score in COMPARED:
+            if score in self.differences or score in self.between:
+                blocks += [f"### {SCORES[score].name}", *self.comparisons(score), *self.draw_differences(score, drawn)]
+        blocks += [f"## {SCORE_TABLE}", SCORE_LEGEND, self.scores(), *self.figures("")]
+        blocks += [f"## {CONTROLS}", "### Random controls", self.controls()]
+        blocks += ["### Failed dictionaries", _table("dictionary | reason", self.failed.items(), words=2)]
+        for log, heading in headings.items():
+            blocks += [f"## {heading}", self.settings(log), *self.analyses(log), *self.figures(f"log_{log.lower()}")]
+        return "\n\n".join([*blocks, f"## {MEASURED}", METHOD, self.extent()])
 
+    def facts(self) -> str:
+        """What the campaign is, and how many of its runs need care."""
+        every, beats = self.every.values(), [comparison.beats for comparison in self.judged.values()]
+        facts = {
+            "model": self.campaign["model"], "hook": self.campaign["hook"], "seeds": self.campaign["seeds"],
+            "runs": len(self.runs), "baselines": ", ".join(dict.fromkeys(run["run"] for run in self.baselines.values())),
+            "conditions": ", ".join(condition or "as documented" for condition in self.campaign["conditions"]),
+            "F": _span(run["d_sae"] for run in every), "tokens": _span(run.get("tokens") for run in every),
+            "L0 target": ", ".join(dict.fromkeys(map(_target, every))), "failed dictionaries": len(self.failed),
+            "not above their random control": f"{beats.count(False)} of {len(beats) - beats.count(None)}",
+            "runs with the numbers of another": len(self.same), "rows measured": f"1 in {self.campaign['share']}",
+            "questions without their runs": f"{list(self.questions.values()).count([])} of {len(self.questions)}",
+            "scores not measured": ", ".join(SCORES[key].name for key in SCORES if key not in self.known) or NOTHING,
+        }  # fmt: skip
+        return _table("campaign | value", facts.items(), words=2)
 
-def _sparsity(findings: ReportData, trained: dict[str, dict[str, Any]]) -> list[str]:
-    """Whether L0 was matched, and where it is not that of the baseline."""
-    every = findings.baselines | trained
-    free = [
-        name for name, run in every.items() if run["activation"] in ("relu", "jumprelu") and run["target_l0"] is None
-    ]
-    used = {baseline_of(run, findings.found) for run in trained.values()}
-    aside = [name for name in free if name in findings.baselines and name not in used]
-    free = [name for name in free if name not in aside]
-    aims = sorted({run["target_l0"] for run in every.values() if run["target_l0"] is not None})
-    apart = [
-        f"{plain(name)} {number(mean(run, 'l0'), 3)} beside {number(mean(findings.every[other], 'l0'), 3)}"
-        for name, run in trained.items()
-        if (other := baseline_of(run, findings.found)) is not None and l0_apart(run, findings.every[other])
-    ]
-    notes = []
-    if free:
-        notes.append(
-            "**L0 was not matched** (`target_l0`): each run has the L0 that its L1 coefficient gives. "
-            f"At different L0, {_rising(findings)} can't be compared."
-        )
-    if aside:
-        each = "; ".join(f"{plain(name)} {number(mean(findings.every[name], 'l0'), 3)}" for name in aside)
-        notes.append(f"Baselines with the L0 that their L1 coefficient gives, with which no run is compared: {each}.")
-    if aims:
-        goal = " or ".join(f"{aim:g}" for aim in aims)
-        notes.append(
-            f"L0 was matched{' in the others' if free else ''}: the L1 coefficient was changed in training until {goal} "
-            f"latents were active on a token{'; how near it came is in the table' if is_known(findings, 'l0') else ''}."
-        )
-    if apart:
-        notes.append(
-            f"L0 differs from the baseline's by more than a factor of {ALIKE:g}: {'; '.join(apart)}. There "
-            f"{_rising(findings)} can only be told as better with fewer latents active, and as worse with more."
-        )
-    return notes
-
-
-def _extent(findings: ReportData) -> list[str]:
-    """Of every eval on how much it was measured, as its results say."""
-    says: dict[str, Callable[[Any], str]] = {
-        "core": lambda r: (
-            f"core on {number(r['tokens'])} tokens of {number(r['rows'])} held-out rows (CE on {number(r['ce_tokens'])})"
-        ),
-        "sparse_probing": lambda r: (
-            f"sparse probing on {count(len(r['sets']), 'set')} of texts, with "
-            f"{number(sum(c['test_rows'] for one in r['sets'].values() for c in one['classes'].values()))} test rows over "
-            "its classes"
-        ),
-        "positions": lambda r: (
-            f"positions on {number(r['tokens'])} tokens in {r['bins']} bins"
-            + "".join(
-                f", order probing on {number(sum(task['test'] for task in r['order_probing']['tasks'].values()))} test texts"
-                for _ in [0] if "tasks" in r.get("order_probing", {})
-            )
-        ),
-        "unlearning": lambda r: (
-            f"unlearning on {number(r['questions']['forget'])} questions to forget and {number(r['questions']['retain'])} "
-            "to retain"
-        ),
-        **{
-            name: lambda r, name=name: f"{name.upper()} on {number(r['rows'])} rows, split {r['seeds']} times"
-            for name in ("scr", "tpp")
-        },
-    }  # fmt: skip
-    told = []
-    for name in findings.found["evals"]:
-        result = next((one for one in results(findings, name) if "skipped" not in one), None)
-        if result is not None:
-            try:
-                told.append(says[name](result) if name in says else f"{name} on {number(result['rows'])} rows")
-            except (KeyError, TypeError):
-                told.append(name)
-    return [plain(one) for one in told]
-
-
-def _skipped(findings: ReportData) -> dict[str, str]:
-    """Evals that no run has, and why."""
-    found = {}
-    for name in findings.found["evals"]:
-        of_runs = list(results(findings, name))
-        if of_runs and all("skipped" in one for one in of_runs):
-            found[name] = str(of_runs[0]["skipped"])
-    return found
-
-
-def _table(findings: ReportData, *, together: bool) -> list[str]:
-    columns = {key: label for key, label in COLUMNS.items() if is_known(findings, key)}
-    helped = {(one.run, one.score) for ones in findings.differences.values() for one in ones if one.verdict == "helped"}
-    headings = ("run", *map(plain, columns.values()))
-
-    def rows(runs: Mapping[str, Run]) -> list[Sequence[str]]:
+    def overviews(self) -> list[str]:
+        """How many comparisons have which verdict: by log, by question and by score."""
+        differences = list(chain.from_iterable(self.differences.values()))
+        between = list(chain.from_iterable(self.between.values()))
+        logs = {about: names for about, names in GROUPS.items() if set(names) & self.logs.keys()}
+        logs |= {f"log {log}, {LOG_TITLES[log]}": log for log in self.logs}
+        by_log = {about: [d for d in differences if self.runs[d.run]["log"] in names] for about, names in logs.items()}
+        questions = {about: pairs for about, pairs in self.questions.items() if pairs}
+        by_pair = {about: [d for d in between if (d.run, d.other) in pairs] for about, pairs in questions.items()}
+        by_score = {SCORES[score].name: several for score, several in self.differences.items()}
         return [
-            (_named(name, run, findings), *(_cell(run, key, (name, key) in helped) for key in columns))
-            for name, run in runs.items()
-        ]
+            "### By log", _overview("log", by_log),
+            "### By question", _overview("what two runs differ in", by_pair),
+            "### By score", _overview("score", by_score),
+        ]  # fmt: skip
 
-    logs = logs_of(findings.found)
-    spread = " ± standard deviation over seeds" if findings.found["seeds"] > 1 else ", of one seed"
-    legend = (
-        f"Means{spread}; in brackets the random control's: a dictionary with a frozen random decoder, trained on the same "
-        f"tokens. {MARK}: the control has as much. **Bold**: better than the baseline by the answer above. {NOTHING}: "
-        "not measured. Losses are not comparable."
-    )
-    if together:
-        blocks = [*rows(findings.baselines)]
-        for log, runs in logs.items():
-            blocks += [(f"**Log {log}**", *[""] * len(columns)), *rows(runs)]
-        return [legend, table(headings, blocks)]
-    found = [legend]
-    for log, runs in logs.items() or {"": {}}.items():
-        found += [f"### Table of log {log}" if log else "", table(headings, [*rows(findings.baselines), *rows(runs)])]
-    return found
+    def slicing(self) -> str:
+        lines, keys = [], ("specialization", "explained_variance")
+        for name, run in self.baselines.items():
+            sliced = [result["slicing"] for result in self._results("positions", run) if result.get("slicing")]
+            for way, label in (("ranges", "ranges"), ("random", "random positions")) if sliced else ():
+                pairs = [[(seed[way][key], seed["none"][key]) for seed in sliced] for key in keys]
+                l0 = number(fmean(seed[way]["l0"] for seed in sliced), 3)
+                lines.append([name, label, *map(_mean_change, pairs), l0])
+        return _table("baseline | slices | specialization | explained variance | L0", lines, words=2)
+
+    def comparisons(self, score: str) -> list[str]:
+        """The differences in a score, from the baseline and between runs: a table of those that are significant, with what
+        two runs differ in, and a list of the others by the reason."""
+        lines: list[list[Any]] = []
+        reasons: dict[str, list[str]] = {}
+        for difference in [*self.differences.get(score, []), *self.between.get(score, [])]:
+            name, other, half, digits = difference.run, difference.other, difference.half, _digits(difference)
+            change, question = _signed(difference.mean, digits), self.question.get((name, other))
+            if difference.sign and half:
+                interval = " to ".join(
+                    _signed(edge, digits) for edge in (difference.mean - half, difference.mean + half)
+                )
+                run, seeds, verdict = self.every[name], len(difference.values), _verdict(difference)
+                control = f"{MARK} " * _is_reached(run, score) + number(mean(run, score, control=True), 3)
+                cell = _Markdown(plain(name) + (f" *{plain(question)}*" if question else ""))
+                lines.append([cell, other, change, interval, seeds, difference.tested, control, verdict])
+            else:
+                pair, interval = f"{name} less {other}" if question else name, f" ± {half:.{digits}f}" if half else ""
+                reasons.setdefault(difference.why, []).append(f"{plain(pair)} {change}{interval}")
+        headings = "run | against | difference | 95% interval | seeds | corrected for | random control | verdict"
+        bullets = [f"- {NO_DIFFERENCE} ({why}): {'; '.join(changes)}" for why, changes in reasons.items()]
+        return [_table(headings, lines, words=2)] * bool(lines) + ["\n".join(bullets)] * bool(bullets)
+
+    def draw_differences(self, score: str, drawn: Callable[[], None]) -> list[str]:
+        """Draw the differences in a score, a figure for each condition whatever the strictness of masks in it."""
+        condition_of: Callable[[Difference], str] = lambda d: strictness(self.every[d.run]["condition"])[1]
+        differences, figures = (self.differences.get(score, []), self.between.get(score, [])), []
+        for condition in dict.fromkeys(map(condition_of, chain(*differences))):
+            path = f"figures/differences/{score}{f'-{condition}' if condition else ''}.png"
+            title = f"{SCORES[score].name}{f' ({condition})' if condition else ''}"
+            chosen = ([d for d in several if condition_of(d) == condition] for several in differences)
+            draw_differences(self.out / path, title, *chosen)
+            drawn()
+            figures.append(_figure(path, f"{title}: differences from baselines and between runs, means and seeds."))
+        return figures
+
+    def scores(self) -> str:
+        differences = chain.from_iterable(self.differences.values())
+        verdicts = {(d.run, d.score): d.verdict for d in differences if d.sign}
+        lines = []
+        for name, run in self.every.items():
+            weights = self.same.get(name) or run["trained_as"]
+            title = "failed: " * bool(run["failed"] and not run["scores"]) + run["title"]
+            title += f"; weights of {weights}" if weights else ""
+            cells = (_Markdown(_cell(run, key, verdicts.get((name, key), ""))) for key in self.known)
+            lines.append([_Markdown(f"{plain(name)} *{plain(title)}*"), *cells])
+        return _table(" | ".join(["run", *(COLUMNS[key] for key in self.known)]), lines)
+
+    def controls(self) -> str:
+        """Every distinct dictionary beside its random control, those that are not above it first."""
+        lines = []
+        for name, comparison in sorted(self.judged.items(), key=lambda item: item[1].beats is not False):
+            values = [mean(self.every[name], key, control=control) for key in JUDGED for control in (False, True)]
+            above = {True: "yes", False: f"no {MARK}", None: NOTHING}[comparison.beats]
+            lines.append([name, above, *map(number, values), number(mean(self.every[name], "probing_error"))])
+        headings = " | ".join(f"{label} | control's {label}" for label in JUDGED.values())
+        return _table(f"run | above its control | {headings} | standard error", lines, words=2)
+
+    def settings(self, log: str) -> str:
+        lines = []
+        for name, run in self.logs[log].items():
+            base = baseline_of(run, self.campaign)
+            weights = self.same.get(name) or run["trained_as"] or NOTHING
+            measured = (run["fvu_first"], run["fvu_last"], mean(run, "l0"), base and mean(self.every[base], "l0"))
+            lines.append([
+                name, run["title"], weights, run["mask"], ", ".join(run["parts"]) or NOTHING, run["activation"],
+                _target(run), f"{run['l1_coefficient']:g}", f"{run['lr']:g}", number(run["steps"]),
+                *(number(value, 3) for value in measured),
+            ])  # fmt: skip
+        settings = "run | what it is | weights of | mask | parts | activation | L0 target | L1 | learning rate"
+        return _table(f"{settings} | steps | first FVU | last FVU | L0 | baseline's L0", lines, words=7)
+
+    def analyses(self, log: str) -> list[str]:
+        """What the runs of a log find that look at another run's weights."""
+        lines = [
+            [name, run["trained_as"], *figure]
+            for name, run in self.logs[log].items() if run["trained_as"] for figure in analysis_figures(run).items()
+        ]  # fmt: skip
+        return ["### Analyses", _table("run | looks at | figure | value", lines, words=4)] if lines else []
+
+    def figures(self, folder: str) -> list[str]:
+        """The figures in a folder of figures/, and why others are not there or not whole."""
+        paths = sorted((self.out / "figures" / folder).glob("[!.]*.png"))
+        blocks = [_figure(path.relative_to(self.out).as_posix(), CAPTIONS.get(path.stem, path.stem)) for path in paths]
+        reasons = [(name, why) for name, why in missing(self.out).items() if name.rpartition("/")[0] == folder]
+        return [*blocks, _table("figure missing or not whole | reason", reasons, words=2)] if reasons else blocks
+
+    def extent(self) -> str:
+        """What each score means, what each eval was measured on, and how long training and measuring took."""
+        scores = [[SCORES[key].name, SCORES[key].eval, SCORES[key].meaning] for key in self.known if key in SCORES]
+        lines = []
+        for name in self.campaign["evals"]:
+            results = [result for run in self.every.values() for result in self._results(name, run)]
+            complete = [result for result in results if "skipped" not in result]
+            if complete:
+                totals = {unit: _total(complete[0], path) for unit, path in EXTENT.get(name, {"rows": "rows"}).items()}
+                lines.append([name, "; ".join(f"{unit}: {total:,}" for unit, total in totals.items() if total)])
+            elif results:
+                lines.append([name, f"skipped: {results[0]['skipped']}"])
+        lines += [[stage, f"{number(float(time))} s"] for stage, time in (self.campaign.get("seconds") or {}).items()]
+        return f"{_table('score | eval | meaning', scores, 3)}\n\n{_table('eval or stage | extent', lines, 2)}"
+
+    def _results(self, name: str, run: Run) -> list[dict[str, Any]]:
+        """An eval's results of a run's seeds that came through."""
+        folders = [self.out / folder for folder in run["folders"] if Path(folder).name not in self.failed]
+        return [result for folder in folders if (result := result_files.read(folder, name)) is not None]
 
 
-def _named(name: str, run: Run, findings: ReportData) -> str:
-    said = run["title"]
-    if run["failed"] and not run["scores"]:
-        said = f"failed: {said}"
-    elif name in findings.same:
-        said = f"{said}; weights of {findings.same[name]}"
-    elif run["trained_as"]:
-        said = f"{said}; weights of {run['trained_as']}"
-    link = f"[{plain(name)}](#{anchor(log_heading(run['log']))})" if run.get("log") else plain(name)
-    return f"{link} *{plain(said)}*"
+def _table(headings: str, lines: Iterable[Iterable[Any]], words: int = 1) -> str:
+    """A Markdown table whose first `words` columns, and verdicts, are words. The other columns are numbers."""
+    names = headings.split(" | ")
+    cells = [[cell if isinstance(cell, _Markdown) else plain(cell) for cell in line] for line in lines]
+    columns = [index for index, name in enumerate(names) if index < words or name == "verdict"]
+    return table(names, cells, columns) if cells else "None."
 
 
-def _cell(run: Run, score: str, helped: bool) -> str:
-    own, found = mean(run, score), run["scores"].get(score, {})
-    if own is None:
+def _overview(heading: str, groups: Mapping[str, Sequence[Difference]]) -> str:
+    """For each group of comparisons, how many runs are compared, better and worse, and how often there is which verdict."""
+    lines = []
+    for about, differences in groups.items():
+        runs = (len({d.run for d in differences if verdict in ("", d.verdict)}) for verdict in ("", *VERDICTS[:2]))
+        counts = Counter(difference.verdict for difference in differences)
+        lines.append([about, *runs, counts.total(), *(counts[verdict] for verdict in VERDICTS)])
+    runs = "runs compared | runs better somewhere | runs worse somewhere | comparisons"
+    return _table(f"{heading} | {runs} | {' | '.join(VERDICTS)}", lines)
+
+
+def _figure(path: str, caption: str) -> str:
+    return f"![{plain(caption.partition(':')[0])}]({path})\n\n*{plain(caption)}*"
+
+
+def _span(values: Iterable[int | None]) -> str:
+    known = [value for value in values if value is not None]
+    return " to ".join(number(value) for value in sorted({min(known), max(known)})) if known else NOTHING
+
+
+def _target(run: Run) -> str:
+    """The L0 that a run was trained for: K, or what its L1 coefficient was adjusted to."""
+    if run["activation"] in ("topk", "batchtopk"):
+        return f"K = {run['k']}"
+    return "none" if run["target_l0"] is None else f"{run['target_l0']:g}"
+
+
+def _total(value: Any, path: str) -> int:
+    """The sum of the numbers at a path. What is there and is no number counts as one."""
+    if not path:
+        return value if isinstance(value, int) else 1
+    name, _, rest = path.partition(".")
+    inner = value if isinstance(value, Mapping) else {}
+    return sum(_total(inner[key], rest) for key in (inner if name == "*" else {name} & inner.keys()))
+
+
+def _verdict(difference: Difference) -> _Markdown:
+    p = difference.p_holm or 0.0
+    return _Markdown(f"**{difference.verdict}**, significant ({f'p = {p:.2g}' if p >= 1e-4 else 'p < 0.0001'})")
+
+
+def _digits(difference: Difference) -> int:
+    """So many decimals that half the width of the interval has two digits."""
+    return min(5, max(3, 1 - math.floor(math.log10(difference.half)))) if difference.half else 3
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
+
+
+def _mean_change(pairs: Iterable[tuple[float | None, float | None]]) -> str:
+    changes = [value - base for value, base in pairs if value is not None and base is not None]
+    return _signed(fmean(changes), 3) if changes else NOTHING
+
+
+def _is_reached(run: Run, score: str) -> bool:
+    """Whether the random control is at least as good in a score of which more is better."""
+    value, control = mean(run, score), mean(run, score, control=True)
+    is_better_higher = score in SCORES and SCORES[score].better > 0
+    return is_better_higher and value is not None and control is not None and control >= value
+
+
+def _cell(run: Run, key: str, verdict: str) -> str:
+    """A run's mean and spread in a score, its verdict, and its random control's mean."""
+    value, control = mean(run, key), mean(run, key, control=True)
+    if value is None:
         return NOTHING
-    value = number(own, 3)
-    decimals = len(value.partition(".")[2])
-    spread = "" if found["spread"] is None else f" ± {found['spread']:,.{decimals}f}"
-    control = of_random(run, score)
-    beside = "" if control is None else f" *({number(control, 3)})*"
-    return f"{MARK} " * reached(run, score) + f"{f'**{value}**' if helped else value}{spread}{beside}"
-
-
-def _ailing(findings: ReportData) -> list[str]:
-    beside = judged(findings)
-    compared = list(dict.fromkeys(label for one in beside.values() for label in _compared(one)))
-    lines = [
-        f"**{plain(name)}**: {plain('; '.join(one.below))}.{_seen(name, findings)}"
-        for name, one in beside.items() if one.below
-    ]  # fmt: skip
-    unknown = {
-        name: missing
-        for name, one in beside.items()
-        if (missing := [why for why in one.unknown if why.startswith(tuple(compared))])  # others have it
-    }
-    failed = [
-        f"**{plain(folder)}**: {plain(why)}"
-        for name, run in findings.every.items() if not run["trained_as"] or name not in findings.same
-        for folder, why in (run["failed"] or {}).items()
-    ]  # fmt: skip
-    analyses = [
-        f"**{plain(name)}**, {plain(run['title'])}: looks at the weights of {plain(run['trained_as'])}, and has its numbers"
-        for name, run in findings.runs.items()
-        if run["trained_as"]
-    ]
-    known = [one.beats for one in beside.values() if one.beats is not None]
-    what = " and in ".join(f"{label} (mean of top 1, 2 and 5)" if "probing" in label else label for label in compared)
-    beaten = (
-        f"Beaten means: the mean over seeds is above the control's, in {what}. {sum(known)} of "
-        f"{count(len(known), 'dictionary')} do."
-    )
-    return [
-        "### Runs that do not beat their random control",
-        beaten if known else "Nothing was measured in which a run could be compared with its control.",
-        bullets(lines) if lines else "No run that was measured is below its control." if known else "",
-        bullets(f"**{plain(name)}**: {plain('; '.join(why))}." for name, why in unknown.items()),
-        "### Runs that failed",
-        bullets(failed) if failed else "None.",
-        "### Runs that look at another's weights",
-        f"{bullets(analyses)}\n\nThey are not counted as runs of their own." if analyses else "None in this campaign.",
-        *_missing(findings, None),
-    ]
-
-
-def _compared(one: AgainstRandom) -> list[str]:
-    """The scores in which a run and its control were both measured, in their order."""
-    return [label for label in JUDGED.values() if label in one.above or any(why.startswith(label) for why in one.below)]
-
-
-def _rising(findings: ReportData) -> str:
-    """The scores that rise with L0 by themselves, of those that were measured: "explained variance and CE recovered"."""
-    scores = [score for score in RISE_WITH_L0 if is_known(findings, score)] or ["fvu_last"]
-    return " and ".join(MEANINGS[score].within for score in scores)
-
-
-def _seen(name: str, findings: ReportData) -> str:
-    """What else the numbers show of a run that its control beats: of use for the reason, which they don't tell."""
-    run, seen = findings.every[name], []
-    if None not in (run["fvu_first"], run["fvu_last"]):
-        seen.append(f"FVU went from {number(run['fvu_first'], 3)} to {number(run['fvu_last'], 3)} in training")
-    if dead := mean(run, "dead_fraction"):
-        seen.append(f"{percent(dead)} of its latents are dead")
-    if (l0 := mean(run, "l0")) is not None:
-        aim = f" (aim {run['target_l0']:g})" if run["target_l0"] is not None else ""
-        seen.append(f"L0 is {number(l0, 3)}{aim}")
-    own, control = mean(run, "probing"), mean(run, "probing", control=True)
-    if own is not None and control is not None and own <= control and control is not None and control >= 0.95:
-        seen.append("the control has nearly all there is to have in sparse probing")
-    other = baseline_of(run, findings.found) if name in findings.runs else None
-    if other is not None and below_random(findings, other):
-        seen.append(f"its baseline {plain(other)} doesn't beat its own control either")
-    return f" Beside that: {'; '.join(seen)}." if seen else ""
-
-
-def _missing(findings: ReportData, log: str | None) -> list[str]:
-    """Figures that are not there, or not whole, and why: a log's, or those that belong to none."""
-    absent = missing(findings.out)
-
-    def belongs(name: str) -> str | None:
-        return found[1].upper() if (found := re.search(r"log_([a-z])\b", name.lower())) else None
-
-    here = {name: why for name, why in absent.items() if belongs(name) == log}
-    lines = bullets(f"`{name.replace('`', '')}`: {plain(why)}" for name, why in here.items())
-    return (
-        [f"Figures {f'of log {log} ' if log else ''}that are not there, or not whole, and why:", lines] if here else []
-    )
-
-
-def _log(log: str, findings: ReportData) -> list[str]:
-    runs = logs_of(findings.found)[log]
-    headings = (
-        "run",
-        "what it is",
-        "mask",
-        "parts",
-        "activation",
-        "L1",
-        "learning rate",
-        "steps",
-        "FVU, first to last",
-    )
-    rows = [
-        (
-            plain(name), plain(run["title"]) + (f" (weights of {plain(run['trained_as'])})" if run["trained_as"] else ""),
-            plain(run["mask"]), names(run["parts"]) or NOTHING, plain(run["activation"]),
-            f"{run['l1_coefficient']:g}", f"{run['lr']:g}", number(run["steps"]),
-            f"{number(run['fvu_first'], 3)} to {number(run['fvu_last'], 3)}"
-            if None not in (run["fvu_first"], run["fvu_last"]) else NOTHING,
-        )
-        for name, run in runs.items()
-    ]  # fmt: skip
-    told = [one for one in findings.of(runs) if one.sign]
-    claims = [claim(one, findings) for one in told]
-    analyses = [
-        f"**{plain(name)}**, {plain(run['title'])}, in {plain(run['trained_as'])}: {plain(analysis_sentence(run))}."
-        for name, run in runs.items() if run["trained_as"]
-    ]  # fmt: skip
-    blocks = [
-        table(headings, rows, (0, 1, 2, 3, 4)),
-        *([f"### What the analyses of log {log} find", bullets(analyses)] if analyses else []),
-        f"### What is told of log {log}",
-        bullets(claims) if claims else "No difference from a baseline is told.",
-    ]
-    for picture in pictures_in(findings, log):
-        pointing = names(dict.fromkeys(one.run for one in told if picture.link in findings.figures(one)))
-        said = (
-            f"Claims that point here: {MEANINGS[picture.score].within} of {pointing}."
-            if picture.score and pointing
-            else ""
-        )
-        blocks += [f"### {picture.place}", picture.markdown, said]
-    return [*blocks, *_missing(findings, log)]
-
-
-def _measured(findings: ReportData) -> list[str]:
-    found = findings.found
-    rows = [
-        (plain(COLUMNS[key]), f"`{SCORES[key].eval}`" if key in SCORES else "training", plain(meaning.what))
-        for key, meaning in MEANINGS.items() if is_known(findings, key)
-    ]  # fmt: skip
-    rises = (
-        f"In {_rising(findings)} nothing is told to be better with clearly more latents active, nor worse with clearly "
-        "fewer. "
-        if any(is_known(findings, score) for score in RISE_WITH_L0) else ""
-    )  # fmt: skip
-    retention = "Retention is not compared: the ReLU baseline is what it refers to, and has 1."
-    took = found.get("seconds") or {}
-    time = ", ".join(f"{plain(what)} {number(float(seconds), 4)} s" for what, seconds in took.items())
-    return [
-        "All dictionaries were trained on the same batches of one stream, each beside its random control: a frozen, "
-        "unit-norm random decoder of the same size, whose encoder and biases are trained. Seeds differ in the weights that "
-        "training starts from and in what is drawn at random, not in the text."
-        + (" All were measured on the same rows." if _extent(findings) else ""),
-        "A run is compared with the plain dictionary of its activation in its condition, seed by seed: the mean of the "
-        "differences, with the 95% interval of Student's t over seeds, and p corrected by Holm's method over all runs "
-        f"compared in that score. Only what stands at 5% is told. {rises}Analyses, and runs that came out the same, are "
-        f"counted once. {retention if is_known(findings, 'retention') else ''}",
-        table(("column", "eval", "what it is"), rows, (0, 1, 2)),
-        "Formulas and controls are in `docs/evals.md` and in the modules of `evals/`; the runs in "
-        "`campaign/documented/log_a.py` to `campaign/documented/log_e.py`; these numbers in `campaign.json`, the campaign's "
-        "settings in `campaign.yaml`.",
-        f"Time: {time}." if time else "",
-    ]  # fmt: skip
+    shown, spread = number(value, 3), run["scores"][key]["spread"]
+    words = [MARK] * _is_reached(run, key) + [shown]
+    words += [] if spread is None else [f"± {spread:,.{len(shown.partition('.')[2])}f}"]
+    words += [f"**{verdict}**"] * bool(verdict)
+    return " ".join(words if control is None else [*words, f"*({number(control, 3)})*"])

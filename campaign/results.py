@@ -11,8 +11,8 @@ from ..engine.errors import UserError
 from ..engine.storage.run_folder import HELD_OUT, METRICS, read_metrics, read_settings
 from ..engine.storage.sealed import read_json
 from ..evals import result_files
-from ..evals.markdown_page import NOTHING, number
-from .analyses import analysis, sentence
+from ..reporting.markdown import number
+from .analyses import LABELS, analysis
 from .config import CampaignConfig, CampaignRun
 from .documented import LOGS, documented
 
@@ -22,32 +22,50 @@ RESULTS = "campaign.json"
 
 @dataclass(frozen=True)
 class Score:
-    """A figure of a dictionary: the eval that measures it and where in its result; `better` is 1 where more is better, -1
-    where less is, 0 where neither."""
+    """A figure of a dictionary: its name, the eval that measures it, where it stands in the eval's result, and what it
+    means. `better` is 1 where more is better, -1 where less is, 0 where neither."""
 
-    label: str
+    name: str
     eval: str
     path: str
+    meaning: str
     better: int = 1
 
 
 #: by the names that campaign.json has for them, in the order of tables
 SCORES = {
-    "explained_variance": Score("EV", "core", "explained_variance"),
-    "ce_recovered": Score("CE recovered", "core", "ce_recovered"),
-    "l0": Score("L0", "core", "l0", 0),
-    "dead_fraction": Score("dead", "core", "dead_fraction", -1),
-    "probing_1": Score("probing, top 1", "sparse_probing", "top_1"),
-    "probing_5": Score("probing, top 5", "sparse_probing", "top_5"),
-    "order_pooled": Score("order, pooled", "positions", "order_probing.mean_pooled"),
-    "order_last": Score("order, last token", "positions", "order_probing.last_token"),
-    "unlearning": Score("unlearning", "unlearning", "score"),
-    "scr": Score("SCR", "scr", "score"),
-    "tpp": Score("TPP", "tpp", "score"),
-    "specialization": Score("specialization", "positions", "specialization", 0),
-    "retention": Score("retention", "positions", "retention.value"),
-    "fidelity": Score("fidelity", "positions", "fidelity.profile"),
-}
+    "explained_variance": Score("Explained variance", "core", "explained_variance", "1 - FVU on held-out text"),
+    "ce_recovered": Score(
+        "CE recovered", "core", "ce_recovered", "share won back of the cross-entropy that zeros at the hook cost"
+    ),
+    "l0": Score("L0", "core", "l0", "latents active per token", 0),
+    "dead_fraction": Score("Dead latents", "core", "dead_fraction", "share of latents that never fire, less is better", -1),
+    "probing_1": Score("Sparse probing top 1", "sparse_probing", "top_1", "probe accuracy on the best latent, chance 0.5"),
+    "probing_5": Score("Sparse probing top 5", "sparse_probing", "top_5", "probe accuracy on the 5 best, chance 0.5"),
+    "order_pooled": Score(
+        "Order probing mean-pooled", "positions", "order_probing.mean_pooled",
+        "telling the order of the same words from latents in the mean over tokens",
+    ),
+    "order_last": Score(
+        "Order probing last token", "positions", "order_probing.last_token",
+        "telling the order of the same words from the last token's latents",
+    ),
+    "unlearning": Score(
+        "Unlearning", "unlearning", "score", "share of a subject's answers changed while 99% of the others are kept"
+    ),
+    "scr": Score("SCR", "scr", "score", "share of a spurious correlation removed with the latents for it"),
+    "tpp": Score("TPP", "tpp", "score", "what a class loses with its latents, less what the others lose"),
+    "specialization": Score(
+        "Specialization", "positions", "specialization", "how much position decides whether a latent is active", 0
+    ),
+    "retention": Score(
+        "Retention", "positions", "retention.value",
+        "share of the plain ReLU baseline's specialization that matching latents keep (not compared: that baseline has 1)",
+    ),
+    "fidelity": Score(
+        "Fidelity", "positions", "fidelity.profile", "how much of the activations' positional profile is reconstructed"
+    ),
+}  # fmt: skip
 #: what a run is compared with its random control in
 JUDGED = {"explained_variance": "explained variance", "probing": "sparse probing"}
 
@@ -56,144 +74,114 @@ def gather(
     config: CampaignConfig, planned: Sequence[CampaignRun], out: Path, failed: Mapping[str, str]
 ) -> dict[str, Any]:
     """The results of a campaign in `out`, of which `failed` says what went wrong, by the name of a dictionary."""
-    labels = dict.fromkeys((campaign_run.run, campaign_run.condition, campaign_run.label) for campaign_run in planned)
-    trained = {
-        label: _run_results(
-            run, condition, [campaign_run for campaign_run in planned if campaign_run.label == label], out, failed
-        )
-        for run, condition, label in labels
-    }
-    results: dict[str, Any] = {"runs": {}, "baselines": {}}
-    for run, _, label in labels:
-        if run in config.baselines:
-            results["baselines"][label] = trained[label]
+    seeds_by_label: dict[str, list[CampaignRun]] = {}
+    for campaign_run in planned:
+        seeds_by_label.setdefault(campaign_run.label, []).append(campaign_run)
+    trained = {label: _run_results(seeds, out, failed) for label, seeds in seeds_by_label.items()}
+    runs: dict[str, Any] = {}
     for run in config.runs:
         parent = documented(run).trained_as
-        for other, condition, label in labels:
-            if other == (parent or run):
+        for results in trained.values():
+            if results["run"] == (parent or run):
+                condition = results["condition"]
                 name = f"{run}-{condition}" if condition else run
-                results["runs"][name] = trained[label] | _identity(run, condition)
+                runs[name] = results | _identity(run, condition)
                 if parent is not None:
-                    results["runs"][name]["analysis"] = _analysed(run, trained[label], out)
-    first = read_settings(out / "runs").by_name()
-    stream = next(iter(first.values())).stream
+                    runs[name]["analysis"] = _analysed(run, results, out)
+    stream = next(iter(read_settings(out / "runs").by_name().values())).stream
     return {
-        "format": FORMAT,
-        "model": stream.model,
-        "hook": stream.hook,
-        "seeds": config.seeds,
-        "conditions": list(dict.fromkeys(condition for _, condition, _ in labels)),
-        "evals": list(config.evals),
-        "share": config.share,
-        **results,
-    }
+        "format": FORMAT, "model": stream.model, "hook": stream.hook, "seeds": config.seeds,
+        "conditions": list(dict.fromkeys(results["condition"] for results in trained.values())),
+        "evals": list(config.evals), "share": config.share, "runs": runs,
+        "baselines": {label: results for label, results in trained.items() if results["run"] in config.baselines},
+    }  # fmt: skip
 
 
 def _identity(run: str, condition: str) -> dict[str, Any]:
     log = next((name for name, runs in LOGS.items() if run in runs), None)
     definition = documented(run)
     return {
-        "run": run,
-        "title": definition.title,
-        "log": log,
-        "condition": condition,
-        "trained_as": definition.trained_as,
-    }
+        "run": run, "title": definition.title, "log": log, "condition": condition, "trained_as": definition.trained_as
+    }  # fmt: skip
 
 
-def _run_results(
-    run: str, condition: str, planned: Sequence[CampaignRun], out: Path, failed: Mapping[str, str]
-) -> dict[str, Any]:
-    settings = read_settings(out / "runs").by_name()[planned[0].name]
-    common = _identity(run, condition) | {
-        "folders": [f"runs/{campaign_run.name}" for campaign_run in planned],
-        "failed": {
-            campaign_run.name: failed[campaign_run.name] for campaign_run in planned if campaign_run.name in failed
-        }
-        or None,
-        "activation": settings.sae.activation,
-        "d_sae": settings.sae.d_sae,
-        "k": settings.sae.k,
-        "l1_coefficient": settings.sae.l1_coefficient,
-        "lr": settings.train.lr,
-        "clip_norm": settings.train.clip_norm,
-        "target_l0": settings.train.target_l0,
-        "mask": settings.sae.mask.kind,
+def _run_results(planned: Sequence[CampaignRun], out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
+    """The results of a dictionary, of which each of `planned` is a seed."""
+    names, first = [campaign_run.name for campaign_run in planned], planned[0]
+    settings = read_settings(out / "runs").by_name()[first.name]
+    common = _identity(first.run, first.condition) | {
+        "folders": [f"runs/{name}" for name in names],
+        "failed": {name: failed[name] for name in names if name in failed} or None,
+        "activation": settings.sae.activation, "d_sae": settings.sae.d_sae, "k": settings.sae.k,
+        "l1_coefficient": settings.sae.l1_coefficient, "lr": settings.train.lr, "clip_norm": settings.train.clip_norm,
+        "target_l0": settings.train.target_l0, "mask": settings.sae.mask.kind,
         "parts": [section["kind"] for section in settings.sae.parts],
-    }
-    seed_results = [
-        _seed_results(out / "runs" / campaign_run.name) for campaign_run in planned if campaign_run.name not in failed
-    ]
-    if not seed_results:
+    }  # fmt: skip
+    seeds = [_seed_results(out / "runs" / name) for name in names if name not in failed]
+    if not seeds:
         return common | dict.fromkeys(("steps", "fvu_first", "fvu_last", *SCORES)) | {
             "scores": {}, "beats_random": None, "why_not": "no seed came through: " + next(iter(failed.values()), "")
         }  # fmt: skip
     scores = {
-        name: _over(
-            [seed_result["sae"].get(name) for seed_result in seed_results],
-            [seed_result["random"].get(name) for seed_result in seed_results],
-        )
-        for name in dict.fromkeys(key for seed_result in seed_results for key in seed_result["sae"])
+        name: _summary([seed["sae"].get(name) for seed in seeds])
+        | {"random": _summary([seed["random"].get(name) for seed in seeds])}
+        for name in dict.fromkeys(key for seed in seeds for key in seed["sae"])
     }
-    means = {
-        name: scores[name]["mean"] if name in scores else None for name in ("fvu_first", "fvu_last", "loss", *SCORES)
-    }
+    summed = ("fvu_first", "fvu_last", "loss", *SCORES)
     comparison = against_random(scores)
-    why_not = "; ".join(comparison.unknown if comparison.beats is None else comparison.below) or None
     return common | {
-        "steps": min(seed_result["steps"] for seed_result in seed_results),
-        "tokens": min(seed_result["tokens"] for seed_result in seed_results), **means,
-        "beats_random": comparison.beats, "why_not": why_not, "scores": scores,
+        "steps": min(seed["steps"] for seed in seeds), "tokens": min(seed["tokens"] for seed in seeds),
+        **{name: scores[name]["mean"] if name in scores else None for name in summed},
+        "beats_random": comparison.beats,
+        "why_not": "; ".join(comparison.unknown if comparison.beats is None else comparison.below) or None,
+        "scores": scores,
     }  # fmt: skip
 
 
 def _seed_results(folder: Path) -> dict[str, Any]:
     """Scores of one dictionary, and of its random control, by name."""
-    metrics, held_out = (
-        read_metrics(folder),
-        read_metrics(folder, name=HELD_OUT) if (folder / HELD_OUT).is_file() else [],
-    )
+    metrics = read_metrics(folder)
+    held_out = read_metrics(folder, name=HELD_OUT) if (folder / HELD_OUT).is_file() else []
     if not metrics:
         raise UserError(f"campaign: {folder / METRICS} holds no report; the run must be trained again")
     last = metrics[-1]
-    by_dictionary: dict[str, dict[str, float | None]] = {"sae": {"loss": last["loss"]}, "random": {}}
-    if "random" in last:
-        by_dictionary["random"]["loss"] = last["random"]["loss"]
+    trained: dict[str, float | None] = {"loss": last["loss"]}
+    random: dict[str, float | None] = {"loss": last["random"]["loss"]} if "random" in last else {}
     if held_out:
-        by_dictionary["sae"] |= {"fvu_first": held_out[0]["fvu"], "fvu_last": held_out[-1]["fvu"]}
+        trained |= {"fvu_first": held_out[0]["fvu"], "fvu_last": held_out[-1]["fvu"]}
     results = {name: result_files.read(folder, name) or {} for name in result_files.names(folder)}
     probing = results.get("sparse_probing", {})
     for name, score in SCORES.items():
         result = results.get(score.eval)
         if result and "skipped" not in result:
-            by_dictionary["sae"][name] = value_at(result, score.path)
-            by_dictionary["random"][name] = _control(result, score.path)
+            trained[name], random[name] = _number_at(result, score.path), _control(result, score.path)
     if probing and "skipped" not in probing:
-        ks = ("top_1", "top_2", "top_5")
-        by_dictionary["sae"]["probing_error"] = value_at(probing, "top_1_error")
-        for dictionary, scores in (("sae", probing), ("random", probing.get("controls", {}).get("random", {}))):
-            known = [scores[k] for k in ks if scores.get(k) is not None]
-            by_dictionary[dictionary]["probing"] = sum(known) / len(known) if len(known) == len(ks) else None
-    return {**by_dictionary, "steps": last["step"], "tokens": last["tokens"]}
+        trained["probing_error"] = _number_at(probing, "top_1_error")
+        for scores, result in ((trained, probing), (random, probing.get("controls", {}).get("random", {}))):
+            accuracies = [result[k] for k in ("top_1", "top_2", "top_5") if result.get(k) is not None]
+            scores["probing"] = sum(accuracies) / 3 if len(accuracies) == 3 else None
+    return {"sae": trained, "random": random, "steps": last["step"], "tokens": last["tokens"]}
 
 
-def value_at(result: Mapping[str, Any], path: str) -> float | None:
-    """What lies at a path of names, a number, or None."""
-    value: Any = result
-    for name in path.split("."):
+def value_at(value: Any, path: Sequence[str]) -> Any:
+    """What stands in nested mappings at a path of names; None where there is nothing."""
+    for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _number_at(result: Mapping[str, Any], path: str) -> float | None:
+    value = value_at(result, path.split("."))
     return float(value) if isinstance(value, int | float) else None
 
 
 def _control(result: Mapping[str, Any], path: str) -> float | None:
-    """The random control's figure: under `controls` of the part that has the score."""
+    """The random control's figure: under `controls` of the innermost part around the score that has some."""
     *names, last = path.split(".")
     for depth in range(len(names), -1, -1):
-        inner: Any = result
-        for name in names[:depth]:
-            inner = inner.get(name) if isinstance(inner, Mapping) else None
-        if isinstance(inner, Mapping) and isinstance(inner.get("controls"), Mapping):
-            return value_at(inner["controls"].get("random", {}), ".".join([*names[depth:], last]))
+        controls = value_at(result, [*names[:depth], "controls"])
+        if isinstance(controls, Mapping):
+            return _number_at(controls.get("random", {}), ".".join([*names[depth:], last]))
     return None
 
 
@@ -211,25 +199,19 @@ def _analysed(run: str, parent: Mapping[str, Any], out: Path) -> dict[str, Any]:
     return {name: _summary([figures[name] for figures in figures_by_seed]) for name in figures_by_seed[0]}
 
 
-def analysis_sentence(run: Mapping[str, Any]) -> str:
-    """What an analysis finds, as a sentence: means over seeds with their spread; of positions and steps all that occur."""
-    figures: dict[str, Any] = run["analysis"]
-    if "why_not" in figures:
-        return f"nothing: {figures['why_not']}"
+def analysis_figures(run: Mapping[str, Any]) -> dict[str, str]:
+    """What an analysis finds, by the words for it: means over seeds with their spread, and every position or step that a
+    seed has. Under "not measured" the reason, where it finds nothing."""
+    if "why_not" in run["analysis"]:
+        return {"not measured": run["analysis"]["why_not"]}
 
     def text(name: str, figure: Mapping[str, Any]) -> str:
         known = [value for value in figure["values"] if value is not None]
-        if not known:
-            return NOTHING
-        if name.endswith("_at"):
+        if known and name.endswith("_at"):
             return " or ".join(f"{value:g}" for value in dict.fromkeys(known))
         return number(figure["mean"], 3) + ("" if figure["spread"] is None else f" ± {number(figure['spread'], 3)}")
 
-    return sentence(run["run"], {name: text(name, figure) for name, figure in figures.items()})
-
-
-def _over(trained: Sequence[float | None], random: Sequence[float | None]) -> dict[str, Any]:
-    return {**_summary(trained), "random": _summary(random)}
+    return {label: text(name, run["analysis"][name]) for name, label in LABELS[run["run"]].items()}
 
 
 def _summary(values: Sequence[float | None]) -> dict[str, Any]:

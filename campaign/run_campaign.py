@@ -63,10 +63,8 @@ def _campaign(config: CampaignConfig, out: Path, resume: bool) -> dict[str, Any]
         failed |= _measure(config, planned, trained, stream, out / "runs")
     seconds["measuring"] = round(time.monotonic() - began - seconds["training"], 1)
     if resume and (out / RESULTS).is_file():  # it had come to its end, and what it took then counts
-        seconds = {
-            stage: round(duration + read_results(out)["seconds"].get(stage, 0), 1)
-            for stage, duration in seconds.items()
-        }
+        before = read_results(out)["seconds"]
+        seconds = {stage: round(duration + before.get(stage, 0), 1) for stage, duration in seconds.items()}
     results = gather(config, planned, out, failed) | {"seconds": seconds}
     _write_results(out, results)
     draw(out)
@@ -90,11 +88,8 @@ def _say_lacking(config: CampaignConfig, runs: Mapping[str, RunConfig], stream: 
         return
     for name in config.evals:
         for section, reason in missing_inputs(name, stream, next(iter(runs.values())).sae, (), {}).items():
-            print(
-                f"will not be measured: {f'{name}, {section}' if section else name}: {reason}",
-                file=sys.stderr,
-                flush=True,
-            )
+            scores = f"{name}, {section}" if section else name
+            print(f"will not be measured: {scores}: {reason}", file=sys.stderr, flush=True)
 
 
 def read_config(out: Path) -> CampaignConfig:
@@ -129,12 +124,8 @@ def _write_results(out: Path, results: dict[str, Any]) -> None:
 def _stream(model: LanguageModel | None, runs: Mapping[str, RunConfig]) -> ActivationStream:
     first = next(iter(runs.values()))
     tokens = max(run.train.tokens for run in runs.values())
-    hooks = (
-        []
-        if model is not None
-        else list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks))
-    )
-    return ActivationStream(first.stream, tokens=tokens, seed=0, model=model, hooks=hooks)
+    hooks = dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks) if model is None else ()
+    return ActivationStream(first.stream, tokens=tokens, seed=0, model=model, hooks=list(hooks))
 
 
 def _measure(

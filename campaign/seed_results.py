@@ -10,7 +10,7 @@ import numpy as np
 from ..engine.storage.run_folder import CONFIG, METRICS, read_metrics, read_sealed_yaml
 from ..evals import result_files
 from .documented import documented
-from .results import logs_of, read_results
+from .results import logs_of, read_results, value_at
 
 #: by the first name of a path in metrics.jsonl: why it may not be there
 WHY_NOT = {
@@ -116,7 +116,7 @@ class CampaignResults:
         """What every report of a run says at a path of names."""
         seeds: list[dict[int, Any]] = []
         for folder in self.folders(run):
-            lines = {line["step"]: _value_at(line, path) for line in read_metrics(folder, name=file)}
+            lines = {line["step"]: value_at(line, path) for line in read_metrics(folder, name=file)}
             seeds.append({step: value for step, value in lines.items() if value is not None})
         if not seeds:
             raise NotMeasured(f"{run['run']} failed with every seed")
@@ -165,9 +165,3 @@ def _first(runs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for run in runs.values():
         first_runs.setdefault(run["run"], run)
     return first_runs
-
-
-def _value_at(line: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        line = line.get(name) if isinstance(line, Mapping) else None
-    return line

@@ -6,10 +6,10 @@ With d_s the score of one less the other's at seed s, for the n >= 2 seeds that 
     mean d ± t(0.975, n - 1) sd(d) / sqrt(n)         the 95% interval, with Student's t, for d taken as normal
     p_holm(i) = max over j <= i of (m - j + 1) p(j)  Holm's correction, p(1) <= p(2) <= ... of the m comparisons of a score
 
-A difference is *told* where p_holm <= 0.05: then the chance of even one false claim about a score is 5% at most, however its
-comparisons hang together (and they do: they share baselines). Explained variance and CE recovered rise with L0 by
-themselves: there a run with clearly more latents active is never told to be better, nor one with clearly fewer to be worse.
-The intervals are over seeds, on the same text: they say nothing of other text.
+A difference is *significant* where p_holm <= 0.05. Then the chance of even one false claim about a score is 5% at most,
+however its comparisons depend on each other (they share baselines). Explained variance and CE recovered rise with L0 by
+themselves. There a run with clearly more latents active is never better, and one with clearly fewer never worse. The
+intervals are over seeds, on the same text. They say nothing about other text.
 """
 
 import math
@@ -29,13 +29,16 @@ RISE_WITH_L0 = ("explained_variance", "ce_recovered")
 #: what is compared: not L0, which is set, nor retention, of which the baseline has 1 because it is the reference
 COMPARED = tuple(name for name in SCORES if name not in ("l0", "retention"))
 
+NO_DIFFERENCE = "no detectable difference"
+VERDICTS = ("better", "worse", "more", "less", NO_DIFFERENCE)
+
 Run = Mapping[str, Any]  # of campaign.json
 
 
 @dataclass(frozen=True)
 class Difference:
     """A score of `run` less that of `other`, by their names in campaign.json: `values` by seed, their mean, and half the
-    width of its interval. `sign`: 1 or -1 where the difference is told, else 0, and then `why` not. `tested`: m."""
+    width of its interval. `sign`: 1 or -1 where the difference is significant, else 0, and then `why` not. `tested`: m."""
 
     score: str
     run: str
@@ -54,10 +57,10 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """helped or hurt; of scores of which neither more nor less is better, rose or fell; open where it isn't told."""
+        """One of `VERDICTS`: better or worse, or more or less of a score of which neither is better."""
         if not self.sign:
-            return "open"
-        good, bad = ("helped", "hurt") if SCORES[self.score].better else ("rose", "fell")
+            return NO_DIFFERENCE
+        good, bad = ("better", "worse") if SCORES[self.score].better else ("more", "less")
         return good if self.sign * (SCORES[self.score].better or 1) > 0 else bad
 
 
@@ -71,17 +74,9 @@ def against_baselines(campaign: Mapping[str, Any]) -> dict[str, list[Difference]
 def compare(campaign: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> dict[str, list[Difference]]:
     """By score, the differences of these pairs of runs or baselines that have it, corrected for their number."""
     all_runs = campaign["baselines"] | campaign["runs"]
-    differences = {
-        score: [
-            difference for run, other in pairs if (difference := _difference(score, run, other, all_runs)) is not None
-        ]
-        for score in COMPARED
-    }
-    return {
-        score: _with_verdicts(score_differences, all_runs)
-        for score, score_differences in differences.items()
-        if score_differences
-    }
+    differences = {score: [_difference(score, *pair, all_runs) for pair in pairs] for score in COMPARED}
+    measured = {score: [d for d in several if d is not None] for score, several in differences.items()}
+    return {score: _with_verdicts(several, all_runs) for score, several in measured.items() if several}
 
 
 def baseline_of(run: Run, campaign: Mapping[str, Any]) -> str | None:
@@ -196,7 +191,7 @@ def _judged(difference: Difference, p_holm: float, tested: int, all_runs: Mappin
     difference = replace(difference, p_holm=p_holm, tested=tested)
     assert difference.p is not None
     if p_holm > LEVEL:
-        why = "0 is in its interval" if difference.p > LEVEL else f"not after correction for {tested} comparisons"
+        why = "0 is in its interval" if difference.p > LEVEL else "not after correction"
         return replace(difference, why=why)
     sign = 1 if difference.mean > 0 else -1
     if difference.score in RISE_WITH_L0 and l0_apart(all_runs[difference.run], all_runs[difference.other]) == sign:

@@ -12,6 +12,7 @@ from ..engine.storage.files import check_writable, write_json
 from .arguments import App
 from .bench import bench_app, profile
 from .campaign import campaign, plot, run
+from .config import config
 from .evaluate import dashboard, evaluate, features
 from .exchange import convert, upload
 from .options import PLAIN, JsonFile
@@ -35,6 +36,7 @@ app.command()(dashboard)
 app.command()(run)
 app.command()(campaign)
 app.command()(plot)
+app.command()(config)
 app.command()(convert)
 app.command()(upload)
 app.add_typer(testbed_app, name="testbed")

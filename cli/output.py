@@ -101,11 +101,13 @@ def runs_table(summary: dict[str, Any]) -> None:
 
 
 def campaign_table(results: dict[str, Any]) -> None:
-    """The main scores of a campaign's runs and baselines, means over seeds."""
+    """The main scores of a campaign's runs and baselines, means over seeds; below, what analyses find, and runs that failed
+    or are not above their random control."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from ..campaign.results import against_random, analysis_sentence
+    from ..campaign.results import against_random, analysis_figures
+    from ..campaign.significance import mean
 
     def number(value: float | None, digits: int = 3) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
@@ -117,22 +119,18 @@ def campaign_table(results: dict[str, Any]) -> None:
     for heading in ("", "FVU first", "FVU last", "L0", "dead", "EV", "of random", "probing", "of random"):
         table.add_column(printable(heading), justify="right" if heading else "left", no_wrap=not heading)
     for name, run in (results["baselines"] | results["runs"]).items():
-        if run["trained_as"] in results["runs"]:
-            continue
-        run_scores = [run["scores"].get(key, {}) for key in ("explained_variance", "probing")]
-        pairs = [
-            number(x) for score in run_scores for x in (score.get("mean"), (score.get("random") or {}).get("mean"))
-        ]
-        table.add_row(
-            printable(name), number(run["fvu_first"]), number(run["fvu_last"]), number(run["l0"], 1),
-            number(run["dead_fraction"]), *pairs,
-        )  # fmt: skip
+        if run["trained_as"] not in results["runs"]:
+            keys = ("explained_variance", "probing")
+            pairs = [number(mean(run, key, control=control)) for key in keys for control in (False, True)]
+            fvu_and_l0 = number(run["fvu_first"]), number(run["fvu_last"]), number(run["l0"], 1)
+            table.add_row(printable(name), *fvu_and_l0, number(run["dead_fraction"]), *pairs)
     _print(table)
     for name, run in results["runs"].items():
         if run["trained_as"]:
-            _say(f"{name}, {run['title']}, in {run['trained_as']}: {analysis_sentence(run)}")
+            _say(f"{name}, {run['title']}, in {run['trained_as']}:")
+            figures(analysis_figures(run))
         elif run["failed"]:
-            _say(f"{name}: {next(iter(run['failed'].values()))}")
+            _say(f"{name} failed: {next(iter(run['failed'].values()))}")
         elif below := against_random(run["scores"]).below:
             _say(f"{name} does not beat its random control: {'; '.join(below)}")
 

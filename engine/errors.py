@@ -96,14 +96,14 @@ def _bounds(constraints: Iterable[Any]) -> str:
     return " and ".join(f"{words} {bound}" for words, bound in bounds if bound is not None)
 
 
-def _constraints(annotation: Any) -> list[Any]:
-    """Those that are written within a type, as in Annotated[int, Field(ge=1)] | None."""
+def constraints_in(annotation: Any) -> list[Any]:
+    """The constraints that are written within a type, as in Annotated[int, Field(ge=1)] | None."""
     constraints = [
         constraint
         for metadata in getattr(annotation, "__metadata__", ())
         for constraint in getattr(metadata, "metadata", ())
     ]
-    return constraints + [constraint for argument in get_args(annotation) for constraint in _constraints(argument)]
+    return constraints + [constraint for argument in get_args(annotation) for constraint in constraints_in(argument)]
 
 
 def one_line(error: ValidationError, section: str, fields: Mapping[str, Any]) -> UserError:
@@ -126,5 +126,5 @@ def one_line(error: ValidationError, section: str, fields: Mapping[str, Any]) ->
     message = _KINDS.get(kind) or problem["msg"].replace("Input should be", "it must be")
     field = fields.get(str(problem["loc"][0])) if len(problem["loc"]) == 1 else None
     if field is not None and kind.startswith(("greater_than", "less_than")):
-        message = f"it must be {_bounds(field.metadata or _constraints(field.annotation))}"
+        message = f"it must be {_bounds(field.metadata or constraints_in(field.annotation))}"
     return UserError(f"{setting}: {shown(problem['input'])} is not allowed; {message}")

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..kernels.adam import Moments, Rates, adam, adam_rows, row_norms
-from ..kernels.autograd import Band, gate_of, jumprelu_band, mask_gradient, matryoshka_residuals
+from ..kernels.autograd import jumprelu_band, matryoshka_residuals
 from ..kernels.backend import choose
 from ..kernels.code import LatentMajor, SparseCode
 from ..kernels.decode import Reconstruction, decode, decode_values_grad, reconstruct
 from ..kernels.encode_sparse import encode_threshold, encode_topk
+from ..kernels.gradients import Band, gate_of, mask_gradient
 from ..kernels.loss import PositionSums, position_loss
 from ..kernels.masks import GaussianMask, Mask
 from ..kernels.weight_grad import weight_grad

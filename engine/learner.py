@@ -15,8 +15,8 @@ from ..kernels.loss import PositionSums
 from .config import SAEConfig, TrainConfig
 from .errors import UserError
 from .fused import DENSE_FROM, LARGE, FusedStep, Outcome, fits, rounding_seed, side_by_side
-from .parts import reads
 from .ranks import ALONE, Ranks
+from .registry import reads
 from .run_sample import RunSample, needs_sample
 from .sae import BatchContext, Objective, SparseAutoencoder
 from .stream import Batch

@@ -5,44 +5,36 @@ A part has a name, settings of its own, and some of the methods below, each at o
     x -> `input` -> (. - b_dec) W_enc + b_enc -> `pre` -> relu -> `acts` -> mask -> `latents` -> selection -> f
     f -> f W_dec + b_dec -> squared error and L1, weighted by position as `weigh` says, + `penalty`
 
-Parts that share a place act in the order in which the settings list them. Modules that decorate them with `part("name")` are
-imported when a name is first asked for: ours by its name, those of other packages by entry points of the group
-`temposae.parts`. Others are plugins, which the user imports or names (`plugins`).
+Parts that share a place act in the order in which the settings list them. `part("name")` makes a part known under a name;
+`registry` finds it there.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
 from .config import Config, SAEConfig
-from .errors import UserError, near, shown
-from .plugins import UnknownPart, source
-
-if TYPE_CHECKING:
-    from .composed import ComposedAutoencoder
-    from .sae import SparseAutoencoder
-
-OURS, GROUP = "temposae.variants", "temposae.parts"
-_PARTS: dict[str, type["Part"]] = {}
-_INSTALLED: set[str] = set()  # kinds that entry points define
+from .errors import UserError
+from .masks import PositionMask
+from .registry import find, register
+from .sae import SparseAutoencoder
 
 
 class PartSettings(Config):
-    """Settings of a part; `kind` is its name.
+    """Settings of a part. The defaults go into `config.yaml`, the descriptions into `temposae config --explain`.
 
     class HalfSettings(PartSettings):
-        factor: float = 0.5
+        factor: float = Field(default=0.5, description="Factor on activations.")
     """
 
-    kind: str
+    kind: str = Field(description="Name of the part.")
 
     def __init__(self, /, **values: Any):
         try:
@@ -102,6 +94,22 @@ class RowLayout:
         return value.flatten(0, 1).index_select(0, self.at)
 
 
+class ComposedDictionary(Protocol):
+    """What a part sees of its dictionary; see `composed.ComposedAutoencoder`. W_enc [D, F], W_dec [F, d_out], b_enc [F],
+    b_dec [d_out]; x * unit is in the units of training."""
+
+    cfg: SAEConfig
+    k: int
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_enc: nn.Parameter
+    b_dec: nn.Parameter
+    mask: PositionMask
+    unit: Tensor
+
+    def latents_of(self, x: Tensor, pos: Tensor) -> Tensor: ...
+
+
 @dataclass
 class BatchView:
     """A batch as parts see it, in the units that training scales activations to: |x| about sqrt(D).
@@ -115,7 +123,7 @@ class BatchView:
     [N, F], the activations whose L1 counts in place of f's.
     """
 
-    sae: "ComposedAutoencoder"
+    sae: ComposedDictionary
     x: Tensor
     pos: Tensor
     n_positions: int
@@ -188,7 +196,7 @@ class Part(nn.Module):
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         """Raise ValueError("field: ...") for settings that don't go with the dictionary's; a field of either."""
 
-    def initialise(self, sae: "SparseAutoencoder", generator: torch.Generator) -> None:
+    def initialise(self, sae: SparseAutoencoder, generator: torch.Generator) -> None:
         """Change how the dictionary's weights begin."""
 
     def input(self, x: Tensor, batch: BatchView) -> Tensor:
@@ -239,93 +247,17 @@ def part(kind: str) -> Callable[[P], P]:
             return acts / 2
     """
 
-    def register(cls: P) -> P:
-        previous = _PARTS.get(kind, cls)
-        if previous.__module__ != cls.__module__ and (_is_ours(previous) or _is_ours(cls)):
-            external = cls if _is_ours(previous) else previous
-            raise UserError(
-                f"sae.parts: {kind} is temposae's own; {external.__module__}.{external.__name__} needs another name"
-            )
-        cls.kind = kind
-        _PARTS[kind] = cls
+    def named(cls: P) -> P:
+        register(kind, cls)
         return cls
 
-    return register
-
-
-def find(kind: str) -> type[Part]:
-    """The part of this name. Raises UserError, with near matches, if there is none."""
-    if not isinstance(kind, str):
-        raise UserError(f"sae.parts.kind: {shown(kind)} is not allowed; it must be the name of a part")
-    if kind not in _PARTS:
-        import_module(OURS)
-        known_kinds = set(_PARTS)
-        for entry_point in entry_points(group=GROUP):
-            entry_point.load()
-        _INSTALLED.update(set(_PARTS) - known_kinds)
-    if kind not in _PARTS:
-        raise UnknownPart(kind, near(kind, sorted(_PARTS)))
-    return _PARTS[kind]
-
-
-def plugins_of(sae: SAEConfig) -> tuple[str, ...]:
-    """What a user must name so that the parts of a dictionary are known: none for ours and for installed ones."""
-    external_parts = [
-        cls
-        for part_settings in sae.parts
-        if not _is_ours(cls := find(part_settings["kind"])) and cls.kind not in _INSTALLED
-    ]
-    return tuple(dict.fromkeys(plugin for cls in external_parts if (plugin := source(cls)) is not None))
-
-
-def _is_ours(cls: type[Part]) -> bool:
-    return cls.__module__.startswith(OURS.rpartition(".")[0] + ".")
-
-
-def complete_settings(parts: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-    """Settings of parts with what they leave out. Raises UserError for what a part does not have."""
-    completed, kinds = [], set[str]()
-    for part_settings in parts:
-        if "kind" not in part_settings or not all(isinstance(key, str) for key in part_settings):
-            raise UserError(
-                f"sae.parts: {shown(part_settings)} is not allowed; it must be a section that names its kind"
-            )
-        cls = find(part_settings["kind"])
-        if cls.is_alone and cls.kind in kinds:
-            raise UserError(f"sae.parts: {cls.kind} is not allowed twice")
-        kinds.add(cls.kind)
-        completed.append(cls.Settings(**part_settings).model_dump())
-    return tuple(completed)
-
-
-def check(sae: SAEConfig) -> None:
-    """Raise ValueError for parts that don't go with the dictionary's other settings."""
-    for part_settings in sae.parts:
-        cls = find(part_settings["kind"])
-        try:
-            cls.check(cls.Settings(**part_settings), sae)
-        except ValueError as error:
-            is_part_setting = str(error).partition(":")[0] in cls.Settings.model_fields
-            raise ValueError(f"parts.{cls.kind}.{error}" if is_part_setting else str(error)) from None
-
-
-def reads(sae: SAEConfig | Mapping[str, Any]) -> dict[str, str]:
-    """What the parts of a dictionary, or of its settings, need besides x and pos -> the first part that does."""
-    kind_by_need: dict[str, str] = {}
-    parts = sae.parts if isinstance(sae, SAEConfig) else sae.get("parts")
-    for part_settings in (
-        parts if isinstance(parts, list | tuple) else ()
-    ):  # what is no part is refused by `complete_settings`
-        if isinstance(part_settings, dict) and isinstance(kind := part_settings.get("kind"), str):
-            for need in find(kind).reads:
-                kind_by_need.setdefault(need, kind)
-    return kind_by_need
+    return named
 
 
 def build(sae: SAEConfig, generator: torch.Generator) -> list[Part]:
     """The parts of a dictionary; positions are those that its mask's settings name."""
     parts = []
     for part_settings in sae.parts:
-        cls = find(part_settings["kind"])
+        cls = cast(type[Part], find(part_settings["kind"]))
         parts.append(cls(cls.Settings(**part_settings), sae, sae.mask.positions, generator))
     return parts

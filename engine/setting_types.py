@@ -9,7 +9,7 @@ import re
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
@@ -20,20 +20,23 @@ LEAST, MOST = 1e-12, 1e15
 _EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+", re.ASCII)
 
 
-class Strict(BaseModel):
-    """Settings. A wrong value raises UserError: one line with the field, the value and what is allowed."""
+class Config(BaseModel):
+    """Settings: frozen, without names that the class does not have. A wrong value raises UserError: one line with the
+    field, the value and what is allowed. `SECTION` is where the settings stand in a file.
 
+    class TrainConfig(Config):
+        SECTION = "train"
+        tokens: int = Field(default=1_000_000, description="Tokens to train on.")
+    """
+
+    SECTION: ClassVar[str] = ""
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     def __init__(self, /, **values: Any):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise one_line(error, self.section(), type(self).model_fields) from None
-
-    @classmethod
-    def section(cls) -> str:
-        return ""
+            raise one_line(error, self.SECTION, type(self).model_fields) from None
 
     @field_validator("*", mode="before")
     @classmethod

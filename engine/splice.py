@@ -2,15 +2,12 @@
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .sae import SparseAutoencoder
 
 #: of a hook's name behind its block, where the block's attention has been computed before it
 _BEHIND_ATTENTION = re.compile(
@@ -18,6 +15,18 @@ _BEHIND_ATTENTION = re.compile(
 )
 Start = int | Callable[[], int]
 Hooks = list[tuple[str | Callable[[str], bool], Callable[..., Any]]]
+
+
+class SplicedDictionary(Protocol):
+    """What is spliced: x [B, T, D] at pos [B, T] -> f [B, T, F] -> x_hat [B, T, D]; see `sae.SparseAutoencoder`."""
+
+    @property
+    def looks_at_positions(self) -> str | None: ...
+    @property
+    def looks_along_rows(self) -> bool: ...
+    def __call__(self, x: Tensor, pos: Tensor | None = None, /) -> Tensor: ...
+    def encode(self, x: Tensor, pos: Tensor | None = None, /) -> Tensor: ...
+    def decode(self, f: Tensor, /) -> Tensor: ...
 
 
 class Positions:
@@ -72,7 +81,7 @@ class Positions:
 
 
 def hooks(
-    sae: "SparseAutoencoder", hook: str, target: str | None, edit: Callable[[Tensor], Tensor] | None, error_term: bool,
+    sae: SplicedDictionary, hook: str, target: str | None, edit: Callable[[Tensor], Tensor] | None, error_term: bool,
     start: Start | None,
 ) -> Hooks:  # fmt: skip
     """See `SparseAutoencoder.fwd_hooks`."""

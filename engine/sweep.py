@@ -9,7 +9,7 @@ from typing import Any
 
 from .config import Layer, MaskConfig, RunConfig, SAEConfig, StreamConfig, TrainConfig, section
 from .errors import UserError, near, shown
-from .parts import reads
+from .registry import reads
 from .storage.path_names import ALLOWED, check_distinct, folder_name
 from .stream import LanguageModel
 from .stream.arrays import open_file, settle
@@ -151,9 +151,7 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | 
     decide. All that can be refused without the model is refused before it is loaded; with a cache, which knows them too, no
     model is."""
     streams, layers = read_streams(settings)
-    for name, dictionary_settings in settings.items():
-        with _name_in_errors(name):
-            _run_config(dictionary_settings, streams[name], *([_UNKNOWN] * (1 if streams[name].target is None else 2)))
+    _without_widths(settings, streams)
     first_stream = next(iter(streams.values()))
     if first_stream.activations is not None:
         source = open_file(first_stream.activations)
@@ -187,6 +185,37 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | 
     model.use(hooks=[hook for dictionary_hooks in hooks.values() for hook in dictionary_hooks])
     at_hooks = {name: stream.model_copy(update={"hook": hooks[name][0]}) for name, stream in streams.items()}
     return model, _resolved(settings, at_hooks, model.widths)
+
+
+def resolve_without_model(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The sections of each dictionary with all defaults that follow from the settings alone, or from the cache or the array
+    that they name. What a model decides is left out unless it is given: sae.d_in, d_sae and d_out, and how many rows go
+    through it at once. Raises UserError for what `resolve` refuses before it loads the model."""
+    streams, layers = read_streams(settings)
+    first_stream = next(iter(streams.values()))
+    if first_stream.activations is not None or first_stream.cache is not None:
+        return {name: run.model_dump(mode="json") for name, run in resolve(settings)[1].items()}
+    resolved: dict[str, dict[str, Any]] = {}
+    for name, run in _without_widths(settings, streams).items():
+        sections = resolved[name] = run.model_dump(mode="json")
+        if layers[name] is not None:
+            sections["stream"]["layer"] = layers[name]
+        for section_name, keys in {"stream": ("rows_per_forward",), "sae": ("d_in", "d_sae", "d_out")}.items():
+            for key in set(keys) - section(settings[name], section_name).keys():
+                del sections[section_name][key]
+    return resolved
+
+
+def _without_widths(
+    settings: Mapping[str, Mapping[str, Any]], streams: Mapping[str, StreamConfig]
+) -> dict[str, RunConfig]:
+    """The settings of each dictionary, at hooks of a width with which all goes that goes with some width."""
+    configs = {}
+    for name, dictionary_settings in settings.items():
+        with _name_in_errors(name):
+            unknown = [_UNKNOWN] * (1 if streams[name].target is None else 2)
+            configs[name] = _run_config(dictionary_settings, streams[name], *unknown)
+    return configs
 
 
 def _resolved(

@@ -20,9 +20,9 @@ from .config import RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig
 from .errors import Stopped, UserError
 from .interchange.intermediate import bias_where
 from .learner import Cohort, Learner, group_into_cohorts
-from .parts import reads
 from .process.progress import percent, progress_bar
 from .process.signals import SIGNALS, stop_advice
+from .registry import reads
 from .run_sample import RunSample, needs_sample
 from .sae import SparseAutoencoder
 from .storage import checkpoint

@@ -22,7 +22,6 @@ latent for each word and none for the letter scores high, so that the figure is 
 dictionaries.
 """
 
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -82,7 +81,6 @@ def absorption(evaluation: Evaluation, *, rows: int = ROWS) -> dict[str, Any]:
     tokens; `controls` with the means of each, `shuffled` among them, where words have each other's letters; `warnings`;
     `protocol` (settings by SAEBench's names). Raises UserError where no two letters have `WORDS` words.
     """
-    began = time.monotonic()
     words = _of_language(evaluation, rows) if evaluation.is_testbed else _of_vocabulary(evaluation)
     if len(_letters(words)) < 2:
         setting = f"rows: {rows}" if evaluation.is_testbed else f"model: {evaluation.stream.model.name}"
@@ -117,7 +115,6 @@ def absorption(evaluation: Evaluation, *, rows: int = ROWS) -> dict[str, Any]:
             "prompt_token_pos": words.place,
         },
         "tokens": len(words.train) + len(words.test),
-        "seconds": round(time.monotonic() - began, 2),
     }
 
 

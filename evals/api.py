@@ -66,17 +66,9 @@ def evaluate(
         measured_stream = stream or stream_of(checkpoint, model, layer, hook, data, tokens=100_000)
         run_folder = None if elsewhere else checkpoint.of_run
         return measure(
-            checkpoint,
-            measured_stream,
-            run_folder,
-            names,
-            seed=seed,
-            sets=sets,
-            files=files,
-            fresh=fresh,
-            rows=rows,
-            control=control,
-        )
+            checkpoint, measured_stream, run_folder, names,
+            seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, control=control,
+        )  # fmt: skip
 
 
 @default_modes()
@@ -140,15 +132,8 @@ def _checkpoint_of(sae: Dictionary, stream: ActivationStream | None, work: Path)
             "stream: needed for a dictionary in hand; give an ActivationStream, or a run folder in its place"
         )
     dictionaries = {"sae": sae.sae, "random": sae.random} if isinstance(sae, Run) else {"sae": sae}
-    checkpoint_files.write(
-        work / "sae",
-        0,
-        {
-            name: (dictionary.cfg, dictionary.state_dict())
-            for name, dictionary in dictionaries.items()
-            if dictionary is not None
-        },
-    )
+    states = {name: (d.cfg, d.state_dict()) for name, d in dictionaries.items() if d is not None}
+    checkpoint_files.write(work / "sae", 0, states)
     return checkpoint_files.find(work / "sae")
 
 

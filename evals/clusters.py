@@ -13,7 +13,6 @@ as an axis along which latents differ: Voita et al., arXiv 2309.04827. Specializ
 """
 
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -53,17 +52,14 @@ def clusters(evaluation: Evaluation, other: Dictionary | None = None, *, count: 
     """
     if count is not None and count < 2:
         raise UserError(f"count: {count} is not allowed; give at least 2 clusters, or none to choose by silhouette")
-    began = time.monotonic()
     collected = held_out(evaluation, ROWS)
     of_latents = ("labels", "sample")
-    autoencoders = evaluation.autoencoders(collected)
-    controls = {
-        name: (autoencoder, collected.pos) for name, autoencoder in autoencoders.items() if name not in ("sae", "mean")
-    }
-    controls["shuffled"] = evaluation.sae, _shuffled(collected, evaluation.generator("clusters shuffled"))
+    autoencoders = evaluation.autoencoders(collected, mean=False)
+    measured = {name: (autoencoder, collected.pos) for name, autoencoder in autoencoders.items()}
+    measured["shuffled"] = evaluation.sae, _shuffled(collected, evaluation.generator("clusters shuffled"))
     results = {}
-    with progress_bar("clustering", total=1 + len(controls), unit="dictionaries") as bar:
-        for name, (autoencoder, pos) in {"sae": (evaluation.sae, collected.pos), **controls}.items():
+    with progress_bar("clustering", total=len(measured), unit="dictionaries") as bar:
+        for name, (autoencoder, pos) in measured.items():
             results[name] = _measure(evaluation, autoencoder, collected, pos, count)
             bar.advance(1)
     result = results.pop("sae")
@@ -76,7 +72,6 @@ def clusters(evaluation: Evaluation, other: Dictionary | None = None, *, count: 
         },
         "bins": BINS,
         "rows": len(collected),
-        "seconds": round(time.monotonic() - began, 2),
     }
 
 
@@ -160,12 +155,10 @@ def _matched(
     cosine = (directions[0] @ directions[1].T).cpu().numpy()
     best, back = cosine.argmax(1), cosine.argmax(0)
     pair = (back[best] == np.arange(len(latents))) & (cosine.max(1) >= SAME)
-    agreed = (
-        adjusted_rand_score(labels[latents[pair]], other_labels[other_latents[best[pair]]])
-        if pair.sum() > count
-        else None
-    )
-    return {"adjusted_rand": None if agreed is None else float(agreed), "matched": int(pair.sum())}
+    agreed = None
+    if pair.sum() > count:
+        agreed = float(adjusted_rand_score(labels[latents[pair]], other_labels[other_latents[best[pair]]]))
+    return {"adjusted_rand": agreed, "matched": int(pair.sum())}
 
 
 def _activity(
@@ -178,10 +171,8 @@ def _activity(
     where, F, P = pos * BINS // T, code.n_latents, int(group.max()) + 1
     latent = token_group[code.rows] * F + code.indices
     sums = sum_by(latent * BINS + where[code.rows], code.values.abs().double(), P * F * BINS)
-    firings, tokens = (
-        torch.bincount(latent, minlength=P * F),
-        torch.bincount(token_group * BINS + where, None, P * BINS),
-    )
+    firings = torch.bincount(latent, minlength=P * F)
+    tokens = torch.bincount(token_group * BINS + where, minlength=P * BINS)
     return sums.view(P, F, BINS).cpu().numpy(), firings.view(P, F).cpu().numpy(), tokens.view(P, BINS).cpu().numpy()
 
 
@@ -226,9 +217,7 @@ def tree(profiles: np.ndarray) -> np.ndarray:
 
 def _distances(profiles: np.ndarray) -> np.ndarray:
     distances = pdist(profiles, "jensenshannon") / math.sqrt(math.log(2))
-    return np.where(
-        np.isnan(distances), 0, distances
-    )  # the root of a rounding error below zero: two profiles are the same
+    return np.where(np.isnan(distances), 0, distances)  # root of a rounding error below 0: two profiles are the same
 
 
 def _cut(merges: np.ndarray, count: int) -> np.ndarray:

@@ -28,248 +28,22 @@ ablation zeroes every position, `<bos>` included, and its KL counts the last tok
 Per position both sums run over the tokens at that position (mu stays the overall mean), and "dead" is at that position.
 Padding, special tokens and massive activations, which training leaves out, are neither reconstructed nor counted, and keep
 their own activation when the others are replaced.
-
-The text goes through the model up to the hook once, and what is there is held as far as `HELD` bytes go (the rest is read
-again when it is needed). The layers behind the hook run once for each replacement (`replaced`).
 """
 
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engine.errors import UserError
-from ..engine.process.progress import progress_bar
-from ..engine.stream import ActivationStream, TokenRows
-from ..engine.stream.norm_filter import has_variance
-from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
+from ..engine.stream import ActivationStream
+from ..engine.unit_decoder import Dictionary
 from ..kernels.numerics import sum_by
-from .evaluation import Autoencoder, Neurons, in_rows
-from .replacement_loss import losses_and_kl, rows_at_once
-from .row_budget import CE_ROWS, ROWS, Cost, forecast, pace_of_training
-
-#: x [n, D], pos [n] -> x_hat [n, D]
-Reconstruct = Callable[[Tensor, Tensor], Tensor]
-HELD = 2**29  # bytes of activations that are held at once
-SAEBENCH_ROWS = 16  # in a batch, by SAEBench's default
-EVERYWHERE = "zero_everywhere"  # SAEBench's ablation
-
-
-@dataclass
-class _RowBatch:
-    """Rows of text from number `first` on, what the model has at its hooks [B, T, D], and which tokens count, kept [B, T].
-
-    Of the n tokens that count: what goes into a dictionary, x [n, D], what is to come out, target [n, D_out], their place
-    in the row, pos [n], and the row, of all that are evaluated, row [n].
-    """
-
-    rows: TokenRows
-    first: int
-    kept: Tensor
-    acts: tuple[Tensor, Tensor]
-
-    @property
-    def x(self) -> Tensor:
-        return self.acts[0][self.kept].float()
-
-    @property
-    def target(self) -> Tensor:
-        return self.acts[1][self.kept].float()
-
-    @property
-    def pos(self) -> Tensor:
-        return self.kept.nonzero()[:, 1]
-
-    @property
-    def row(self) -> Tensor:
-        return self.first + self.kept.nonzero()[:, 0]
-
-    def slice(self, start: int, stop: int) -> "_RowBatch":
-        return _RowBatch(self.rows.slice(start, stop), self.first + start, self.kept[start:stop],
-                         (self.acts[0][start:stop], self.acts[1][start:stop]))  # fmt: skip
-
-    def joined(self, other: "_RowBatch") -> "_RowBatch":
-        """These rows and then the others."""
-        inputs, targets = (torch.cat(pair) for pair in zip(self.acts, other.acts, strict=True))
-        return _RowBatch(
-            self.rows.joined(other.rows), self.first, torch.cat([self.kept, other.kept]), (inputs, targets)
-        )
-
-
-def _in_batches_of(size: int, batches: Iterator[_RowBatch]) -> Iterator[_RowBatch]:
-    """The same rows, `size` at a time."""
-    rest: _RowBatch | None = None
-    for batch in batches:
-        rows = batch if rest is None else rest.joined(batch)
-        whole = len(rows.kept) // size * size
-        for start in range(0, whole, size):
-            yield rows.slice(start, start + size)
-        rest = rows.slice(whole, len(rows.kept)) if whole < len(rows.kept) else None
-    if rest is not None:
-        yield rest
-
-
-@dataclass
-class _Effect:
-    """Of a replacement, over the tokens that have a next one: their number, losses and KL [3, T] by position, and [3, R] by
-    row; and over all `tokens`, with those that have none, KL."""
-
-    by_position: Tensor
-    by_row: Tensor
-    tokens: int = 0
-    kl_of_all: float = 0.0
-
-
-class HeldOut:
-    """The first `rows` held-out rows of a stream's text, what the model has at the stream's hooks on them, and, on the first
-    `ce_rows`, what it makes of it: read once for all dictionaries that are measured there.
-
-    count int64 [T]: tokens by position; mean float64 [D_out], spread float64 [T] and [R]: squared distance from it.
-    """
-
-    def __init__(self, stream: ActivationStream, rows: int = ROWS, ce_rows: int = CE_ROWS, latents: Sequence[int] = ()):
-        """`latents`: of the dictionaries that are to be measured, for the forecast of how long it takes."""
-        self.stream, self.hooks, self.device = stream, stream.model.hooks, stream.model.device
-        self._stored: list[_RowBatch] = []
-        self._row_limit = rows
-        self.pace = pace_of_training(stream)
-        announced = self.pace is not None and self._forecast(rows, ce_rows, latents)
-        T = stream.positions
-        self.count, total = torch.zeros(T, dtype=torch.int64, device=self.device), torch.zeros((), device=self.device)
-        self.rows, self.squares, size = 0, 0.0, 0
-        with progress_bar("evaluation: reading the text", total=rows, unit="rows") as bar:
-            began = time.monotonic()
-            for batch in self._read():
-                if not announced:
-                    passes = batch.kept.numel() * Cost.of(stream.model).before
-                    self.pace = (time.monotonic() - began) / passes
-                    announced = self._forecast(rows, ce_rows, latents)
-                self.count += torch.bincount(batch.pos, minlength=T)
-                total = total + batch.target.double().sum(0)
-                self.squares += float(batch.target.double().square().sum())
-                self.rows += len(batch.rows)
-                size += sum(x.nbytes for x in {id(x): x for x in batch.acts}.values())
-                if size <= HELD:
-                    self._stored.append(batch)
-                bar.advance(len(batch.rows))
-        self.tokens, self.ce_rows = int(self.count.sum()), min(ce_rows, self.rows)
-        if self.tokens < 2:
-            raise UserError(
-                f"data: {self.rows} held-out rows hold {self.tokens} tokens to evaluate on; at least 2 are needed"
-            )
-        self.mean = total / self.tokens
-        self.spread = torch.zeros(T, dtype=torch.float64, device=self.device)
-        self.spread_of_rows = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
-        self._spread_is_known = False
-        self.effects: dict[str, _Effect] = {}  # those that say nothing of one dictionary
-
-    @property
-    def varies(self) -> bool:
-        """Whether there is variance to explain; known once something is measured."""
-        return has_variance(float(self.spread.sum()), self.squares)
-
-    def _forecast(self, rows: int, ce_rows: int, latents: Sequence[int]) -> bool:
-        if latents:
-            text = forecast(self.stream, rows, min(rows, ce_rows), latents, self.pace)
-            print(text, file=sys.stderr, flush=True)
-        return True
-
-    def _read(self) -> Iterator[_RowBatch]:
-        first = 0
-        for rows in self.stream.held_out(self._row_limit):
-            acts, kept = self.stream.read(rows)
-            hook_acts = list(acts.values())
-            yield _RowBatch(rows, first, kept, (hook_acts[0], hook_acts[-1]))
-            first += len(rows)
-
-    def batches(self) -> Iterator[_RowBatch]:
-        """All batches, one after the other: those that are held, and the others read again."""
-        yield from self._stored
-        stored_rows = sum(len(batch.rows) for batch in self._stored)
-        if stored_rows < self.rows:
-            yield from (batch for batch in self._read() if batch.first >= stored_rows)
-
-    def measure(self, autoencoders: Mapping[str, Autoencoder]) -> dict[str, "_Tally"]:
-        """Reconstruction by each of the dictionaries, in one pass over the text."""
-        tallies = {name: _Tally(autoencoder, self) for name, autoencoder in autoencoders.items()}
-        with progress_bar("evaluation: reconstruction", total=self.rows, unit="rows") as bar:
-            for batch in _in_batches_of(SAEBENCH_ROWS, self.batches()):
-                if not self._spread_is_known:
-                    distance = (batch.target.double() - self.mean).square().sum(1)
-                    self.spread += sum_by(batch.pos, distance, len(self.spread))
-                    self.spread_of_rows += sum_by(batch.row, distance, self.rows)
-                for tally in tallies.values():
-                    tally.add(batch)
-                bar.advance(len(batch.rows))
-        self._spread_is_known = True
-        return tallies
-
-    def replace(self, by: Mapping[str, Reconstruct]) -> dict[str, _Effect]:
-        """What the model makes of the text with the tokens that count replaced by what these functions give for them.
-        `clean`, `zero`, `mean` and zero everywhere are always there, and worked out once."""
-        fixed: dict[str, Reconstruct] = {
-            "zero": lambda x, pos: torch.zeros_like(self.mean, dtype=x.dtype).expand(len(x), -1),
-            "mean": lambda x, pos: self.mean.to(x.dtype).expand(len(x), -1),
-        }
-        known = bool(self.effects)
-        replacements = dict(by) if known else {**fixed, **by}
-        names = (*replacements, *(() if known else (EVERYWHERE,)))
-        T, R = len(self.count), self.ce_rows
-        effects = {name: _Effect(torch.zeros(3, T).double(), torch.zeros(3, R).double()) for name in ("clean", *names)}
-        size = rows_at_once(self.stream.model, T, len(self.mean), len(names))
-        with progress_bar("evaluation: model behaviour", total=R * (1 + len(names)), unit="rows") as bar:
-            for batch in self.batches():
-                if batch.first >= R:
-                    break
-                for start in range(0, min(len(batch.rows), R - batch.first), size):
-                    rows = slice(start, min(start + size, len(batch.rows), R - batch.first))
-                    self._effects_on(batch, rows, replacements, EVERYWHERE in names, effects)
-                    bar.advance((rows.stop - rows.start) * (1 + len(names)))
-        if not known:
-            self.effects = {name: effects[name] for name in ("clean", *fixed, EVERYWHERE)}
-        return self.effects | effects
-
-    def _effects_on(
-        self,
-        batch: _RowBatch,
-        rows: slice,
-        by: Mapping[str, Reconstruct],
-        everywhere: bool,
-        effects: dict[str, _Effect],
-    ) -> None:
-        longest = int(batch.rows.length[rows].max())
-        kept, tokens = batch.kept[rows, :longest], batch.rows.tokens[rows, :longest]
-        x, target = (acts[rows, :longest] for acts in batch.acts)
-        row, pos = kept.nonzero(as_tuple=True)
-        if not len(row):
-            return
-
-        def spliced(reconstruct: Reconstruct) -> Tensor:
-            fresh = target.clone()
-            fresh[kept] = reconstruct(x[kept].float(), pos).to(fresh.dtype)
-            return fresh
-
-        values: dict[str, Callable[[], Tensor]] = {
-            name: partial(spliced, reconstruct) for name, reconstruct in by.items()
-        }
-        if everywhere:
-            values[EVERYWHERE] = lambda: torch.zeros_like(target)
-        losses = losses_and_kl(self.stream.model, tokens, target, kept, values)
-        row, pos = row.cpu(), pos.cpu()
-        has_next = (pos + 1 < batch.rows.length[rows][row]).double()
-        for name, (loss, kl) in losses.items():
-            sums = torch.stack([has_next, loss * has_next, kl * has_next], 1)
-            effect = effects[name]
-            effect.by_position += sum_by(pos, sums, len(self.count)).T
-            effect.by_row += sum_by(batch.first + rows.start + row, sums, self.ce_rows).T
-            effect.tokens += len(kl)
-            effect.kl_of_all += float(kl.sum())
+from .evaluation import Autoencoder, Neurons, fitted, in_rows
+from .held_out import EVERYWHERE, Effect, HeldOut, RowBatch
+from .row_budget import CE_ROWS, ROWS
 
 
 def core(
@@ -293,12 +67,12 @@ def core(
     autoencoders: dict[str, Autoencoder] = {
         name: fitted(name, d, stream) for name, d in {"sae": sae, **controls}.items()
     }
-    began = time.monotonic()
     device = stream.model.device
     if sae.cfg.d_out is None and neurons:
         autoencoders["lm_neurons"] = Neurons(sae.cfg.d_in, sae.cfg.k, device)
     text = held_out or HeldOut(stream, rows, ce_rows, [len(autoencoder.W_dec) for autoencoder in autoencoders.values()])
-    tallies = text.measure(autoencoders)
+    tallies = {name: _Tally(autoencoder, text) for name, autoencoder in autoencoders.items()}
+    text.visit([tally.add for tally in tallies.values()])
     effects = text.replace({name: partial(_reconstruct, autoencoder) for name, autoencoder in autoencoders.items()})
     results = {name: _scores(name, tally, text, effects) for name, tally in {**tallies, "mean": None}.items()}
     sae_tally = tallies["sae"]
@@ -324,22 +98,7 @@ def core(
                 round(value, 4) for value in (sae_tally.fired / sae_tally.rows_fired.clamp_min(1)).tolist()
             ],
         },
-        "seconds": round(time.monotonic() - began, 2),
     }
-
-
-def fitted(name: str, dictionary: Dictionary, stream: ActivationStream) -> UnitDecoder:
-    """A dictionary as evals take it: on the model's device, with decoder rows of norm 1.
-
-    Raises UserError for one that is not for the stream's activations.
-    """
-    cfg, model = dictionary.cfg, stream.model
-    dims = (cfg.d_in,) if cfg.d_out is None else (cfg.d_in, cfg.d_out)
-    if dims != tuple(model.widths.values()):
-        widths = " and ".join(f"{hook} has width {width}" for hook, width in model.widths.items())
-        raise UserError(f"{name}: d_in = {' and d_out = '.join(map(str, dims))} does not fit; {widths} in {model.name}")
-    cfg.mask.check_context(stream.positions)
-    return unit_decoder(dictionary).to(model.device)
 
 
 class _Tally:
@@ -357,7 +116,7 @@ class _Tally:
         self._batches: list[Tensor] = []  # of each batch of rows, as SAEBench has them of a batch
 
     @torch.no_grad()
-    def add(self, batch: _RowBatch) -> None:
+    def add(self, batch: RowBatch) -> None:
         F, T = self.fired_at.shape[1], len(self.errors)
         before, squares, mean = self._sums.clone(), torch.zeros_like(self.mean), batch.target.double().mean(0)
         fired_in_rows = torch.zeros(len(batch.kept) * F, dtype=torch.bool, device=self.fired.device)
@@ -399,7 +158,7 @@ class _Tally:
             "l2_ratio": ratio, "relative_reconstruction_bias": square_hat / dot if dot else None,
         }  # fmt: skip
 
-    def saebench(self, effects: Mapping[str, _Effect], name: str) -> dict[str, float | None]:
+    def saebench(self, effects: Mapping[str, Effect], name: str) -> dict[str, float | None]:
         batch_means = torch.stack(self._batches)
         errors, squares, per_dimension, bias = batch_means.mean(0).tolist()
         kl, kl_zero = (effects[key].kl_of_all / max(1, effects[key].tokens) for key in (name, EVERYWHERE))
@@ -422,7 +181,7 @@ def _reconstruct(autoencoder: Autoencoder, x: Tensor, pos: Tensor) -> Tensor:
     return torch.cat([autoencoder.decode(autoencoder.encode_sparse(*chunk)) for chunk in chunks])
 
 
-def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str, _Effect]) -> dict[str, Any]:
+def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str, Effect]) -> dict[str, Any]:
     """Of a dictionary, or without a `tally` of the mean."""
     errors, errors_of_rows = (
         (text.spread, text.spread_of_rows) if tally is None else (tally.errors, tally.errors_of_rows)
@@ -454,7 +213,7 @@ def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str
     }
 
 
-def _warnings(text: HeldOut, effects: Mapping[str, _Effect]) -> list[str]:
+def _warnings(text: HeldOut, effects: Mapping[str, Effect]) -> list[str]:
     """Why figures are missing."""
     messages = []
     if not text.varies:
@@ -469,14 +228,14 @@ def _warnings(text: HeldOut, effects: Mapping[str, _Effect]) -> list[str]:
     return messages
 
 
-def _recovered(effects: Mapping[str, _Effect], floor: str, name: str) -> float | None:
+def _recovered(effects: Mapping[str, Effect], floor: str, name: str) -> float | None:
     clean, low, loss = (_mean(effects[key], 1) for key in ("clean", floor, name))
     if clean is None or low is None or loss is None:
         return None
     return (low - loss) / (low - clean) if low > clean else None
 
 
-def _mean(effect: _Effect, index: int) -> float | None:
+def _mean(effect: Effect, index: int) -> float | None:
     """Loss (1) or KL (2) per token, by a sum over positions first, then over what they have; None where there are none."""
     tokens = effect.by_position[0].sum()
     return float(effect.by_position[index].sum() / tokens) if tokens > 0 else None

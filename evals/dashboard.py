@@ -28,8 +28,7 @@ from ..engine.storage.files import write_text
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.model import LanguageModel
 from ..engine.unit_decoder import Dictionary, UnitDecoder
-from .core import fitted
-from .evaluation import collect
+from .evaluation import collect, fitted
 
 FORMAT = "temposae-dashboard/1"
 TEMPLATE = Path(__file__).with_name("dashboard.html")

@@ -16,7 +16,7 @@ from ..engine.process.progress import progress_bar
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.token_rows import TestbedRows
 from ..engine.testbed.language import HELD_OUT
-from ..engine.unit_decoder import Dictionary, unit_decoder
+from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
 from .row_budget import Sizes
@@ -149,10 +149,6 @@ class TextActivations:
             if len(row):
                 yield row, joined([autoencoder.encode_sparse(x, pos)])
 
-    def chunks(self) -> Iterator[tuple[Tensor, ...]]:
-        """x and pos of some rows at a time."""
-        return in_rows(self.pos, self.x, self.pos)
-
 
 def in_rows(pos: Tensor, *tensors: Tensor, latents: int = 0) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of tokens [n, ...] at pos [n], rows one after the other, in chunks of whole rows, since a dictionary may look
@@ -231,6 +227,20 @@ def of_tokens(code: SparseCode, chosen: Tensor) -> SparseCode:
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     entries = chosen[code.rows]
     return SparseCode(code.values[entries], code.indices[entries], code.n_latents, offsets)
+
+
+def fitted(name: str, dictionary: Dictionary, stream: ActivationStream) -> UnitDecoder:
+    """A dictionary as evals take it: on the model's device, with decoder rows of norm 1.
+
+    Raises UserError for one that is not for the stream's activations.
+    """
+    cfg, model = dictionary.cfg, stream.model
+    dims = (cfg.d_in,) if cfg.d_out is None else (cfg.d_in, cfg.d_out)
+    if dims != tuple(model.widths.values()):
+        widths = " and ".join(f"{hook} has width {width}" for hook, width in model.widths.items())
+        raise UserError(f"{name}: d_in = {' and d_out = '.join(map(str, dims))} does not fit; {widths} in {model.name}")
+    cfg.mask.check_context(stream.positions)
+    return unit_decoder(dictionary).to(model.device)
 
 
 class Evaluation:
@@ -326,11 +336,12 @@ class Evaluation:
 
         return self.once(f"labelled {rows}", make)
 
-    def autoencoders(self, collected: TextActivations) -> dict[str, Autoencoder]:
-        """The dictionary, as `sae`, and its controls, by name."""
+    def autoencoders(self, collected: TextActivations, *, mean: bool = True) -> dict[str, Autoencoder]:
+        """The dictionary, as `sae`, and its controls, by name; `mean`, which is on everywhere and tells nothing apart, only
+        where asked for."""
         autoencoders: dict[str, Autoencoder] = {"sae": self.sae}
         if self.random is not None:
             autoencoders["random"] = self.random
         if self.neurons:
             autoencoders["lm_neurons"] = Neurons(collected.x.shape[1], self.sae.cfg.k, collected.x.device)
-        return autoencoders | {"mean": Mean(collected.mean)}
+        return autoencoders | ({"mean": Mean(collected.mean)} if mean else {})

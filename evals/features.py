@@ -17,7 +17,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch import Tensor
 from ..engine.errors import UserError
 from ..engine.process.progress import progress_bar
 from ..engine.storage.checkpoint import Checkpoint
-from ..engine.storage.files import contents, whole_file
+from ..engine.storage.files import contents
 from ..engine.storage.lock import owned
 from ..engine.storage.path_names import expand_path, file_name
 from ..engine.storage.run_folder import check_free
@@ -43,14 +43,12 @@ from ..kernels.code import SparseCode
 from ..kernels.masks import weights_at
 from ..kernels.torch_modes import default_modes
 from . import checked_parquet
-from .core import fitted
+from .evaluation import fitted
+from .feature_writer import COLUMNS, ActivationWriter, TokenWriter
 
 FORMAT = "temposae-features/1"
 MANIFEST, TOKENS, FEATURES = "store.json", "tokens.parquet", "features"
-COLUMNS = ("document", "row", "position", "token", "latent", "value")
 
-_PART = 2**22  # entries of a part, which are sorted in memory
-_GROUP = 2**17  # lines of a row group
 _DENSE = 2**26  # activations of one dense encode, which bounds how many tokens are encoded at once
 _TURNS = 5  # chunks that are encoded densely too; the first one, in which memory is taken, doesn't count
 
@@ -216,7 +214,7 @@ def _encoded(
 ) -> dict[str, Any]:
     """Write tokens and features; returns counts, the parts' names, and the speed of encoding."""
     words, turns = _TokenTexts(stream.model.tokenizer), _EncodeTimer(sae)
-    features, lines = _ActivationWriter(out / FEATURES), _TokenWriter(out / TOKENS)
+    features, lines = ActivationWriter(out / FEATURES), TokenWriter(out / TOKENS)
     counts = {"tokens": 0, "rows": 0, "documents": 0}
     last = {"row": -1, "document": -1}
     with progress_bar("encoding", tokens, "tokens") as bar, lines:
@@ -275,6 +273,7 @@ def _chunks(
 
 def _whole_text(text: RowSource, size: int) -> Iterator[TokenRows]:
     """All rows of a text in their order, those for training and those for evaluation, `size` at a time."""
+    fields = ("tokens", "length", "document", "row")
 
     def training() -> Iterator[TokenRows]:
         while len(rows := text.next(size)):
@@ -283,17 +282,12 @@ def _whole_text(text: RowSource, size: int) -> Iterator[TokenRows]:
     def single_rows(batches: Iterable[TokenRows]) -> Iterator[TokenRows]:
         for rows in batches:
             for i in range(len(rows)):
-                row_slice = slice(i, i + 1)
-                yield TokenRows(
-                    rows.tokens[row_slice], rows.length[row_slice], rows.document[row_slice], rows.row[row_slice]
-                )
+                yield TokenRows(*(getattr(rows, name)[i : i + 1] for name in fields))
 
     held_out = text.held_out(sys.maxsize, size)
     rows = heapq.merge(single_rows(training()), single_rows(held_out), key=lambda row: int(row.row))
     while batch := list(islice(rows, size)):
-        yield TokenRows(
-            *(torch.cat([getattr(row, name) for row in batch]) for name in ("tokens", "length", "document", "row"))
-        )
+        yield TokenRows(*(torch.cat([getattr(row, name) for row in batch]) for name in fields))
 
 
 def _entries(code: SparseCode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -371,91 +365,3 @@ class _EncodeTimer:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-class _ColumnWriter:
-    """Columns that wait until there are lines enough to be written."""
-
-    def __init__(self, enough: int, write: Callable[[dict[str, np.ndarray]], None]):
-        self.enough, self.write = enough, write
-        self.waiting: list[dict[str, np.ndarray]] = []
-
-    def add(self, columns: dict[str, np.ndarray]) -> None:
-        self.waiting.append(columns)
-        if sum(len(block["token"]) for block in self.waiting) >= self.enough:
-            self.flush(self.enough)
-
-    def flush(self, least: int = 1) -> None:
-        """Write, `enough` lines at a time, until fewer than `least` are left."""
-        if not self.waiting:
-            return
-        whole = {name: np.concatenate([block[name] for block in self.waiting]) for name in self.waiting[0]}
-        start, total = 0, len(whole["token"])
-        while total - start >= least:
-            self.write({name: column[start : start + self.enough] for name, column in whole.items()})
-            start = min(total, start + self.enough)
-        self.waiting = [{name: column[start:] for name, column in whole.items()}] if start < total else []
-
-
-class _TokenWriter(_ColumnWriter):
-    """tokens.parquet, a row group at a time; it gets its name when all is well at the end."""
-
-    def __init__(self, path: Path):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        super().__init__(_GROUP, self._write)
-        sums = [("squared_error", pa.float32()), ("squared_norm", pa.float32())]
-        self.schema = pa.schema([*_places(), ("text", pa.string()), ("active", pa.int32()), *sums])
-        self.place = whole_file(path)
-        self.file = pq.ParquetWriter(self.place.__enter__(), self.schema, **checked_parquet.SETTINGS)
-
-    def _write(self, columns: dict[str, np.ndarray]) -> None:
-        import pyarrow as pa
-
-        self.file.write_table(pa.table(columns, schema=self.schema))
-
-    def __enter__(self) -> "_TokenWriter":
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        if failure[0] is None:
-            self.flush()
-        self.file.close()
-        self.place.__exit__(*failure)
-
-
-class _ActivationWriter(_ColumnWriter):
-    """features/part-*.parquet, each sorted by itself and under its name once it is whole."""
-
-    def __init__(self, folder: Path):
-        import pyarrow as pa
-
-        super().__init__(_PART, self._write)
-        self.schema = pa.schema([*_places(), ("latent", pa.int32()), ("value", pa.float32())])
-        self.folder, self.entries = folder, 0
-        self.checks: dict[str, dict[str, Any]] = {}  # of each part
-
-    def _write(self, columns: dict[str, np.ndarray]) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        order = np.argsort(columns["latent"], kind="stable")  # the text's order is that of document, row and position
-        table = pa.table({name: column[order] for name, column in columns.items()}, schema=self.schema)
-        name = f"part-{len(self.checks):05d}.parquet"
-        with whole_file(self.folder / name) as fresh:
-            pq.write_table(table, fresh, row_group_size=_GROUP, **checked_parquet.SETTINGS)
-            self.checks[f"{FEATURES}/{name}"] = checked_parquet.checks(fresh)
-        self.entries += len(order)
-
-    def end(self) -> None:
-        """Write what is left; of no entries at all, an empty part."""
-        self.flush()
-        if not self.checks:
-            self._write({name: np.empty(0, np.int32) for name in COLUMNS})
-
-
-def _places() -> list[Any]:
-    import pyarrow as pa
-
-    return [("document", pa.int64()), ("row", pa.int64()), ("position", pa.int32()), ("token", pa.int32())]

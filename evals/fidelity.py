@@ -53,9 +53,7 @@ def fidelity(
     ce_rows = max(1, min(ce_rows, evaluation.sizes.ce_rows) // evaluation.share)
     shift_rows = evaluation.rows(shift_rows)
     before, shifted = _shifted(evaluation, collected, shift_rows)
-    autoencoders = {
-        name: autoencoder for name, autoencoder in evaluation.autoencoders(collected).items() if name != "mean"
-    }
+    autoencoders = evaluation.autoencoders(collected, mean=False)
     ce_tokens = int(collected.kept[:ce_rows].sum())
     decoded = {
         name: autoencoder.decode(collected.code(autoencoder))[:ce_tokens] for name, autoencoder in autoencoders.items()
@@ -142,11 +140,7 @@ def _ce(
 def _over_bins(values: list[float | None]) -> dict[str, Any]:
     values = [value if value is not None and math.isfinite(value) else None for value in values]
     known = [value for value in values if value is not None]
-    return {
-        "by_bin": values,
-        "mean": sum(known) / len(known) if known else None,
-        "worst": min(known, default=None),
-    }
+    return {"by_bin": values, "mean": sum(known) / len(known) if known else None, "worst": min(known, default=None)}
 
 
 def _shifted(

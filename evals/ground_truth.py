@@ -14,7 +14,6 @@ Scoring latents by F1 against known properties: Gao et al., arXiv 2406.04093, an
 had probes and board states where here every token's truth is known.
 """
 
-import time
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,6 @@ def ground_truth(evaluation: Evaluation, *, rows: int = 1024) -> dict[str, Any]:
 
     Raises UserError for a text that is not the embedded language, and for too few rows.
     """
-    began = time.monotonic()
     collected = evaluation.labelled(rows)
     half = evaluation.generator("ground truth halves").permutation(len(collected)) % 2 == 0
     choosing = half[collected.row.cpu().numpy()]
@@ -53,11 +51,9 @@ def ground_truth(evaluation: Evaluation, *, rows: int = 1024) -> dict[str, Any]:
         raise UserError(
             f"rows: {rows} is not allowed; so few documents hold no variable often enough, give 100 or more"
         )
-    autoencoders = evaluation.autoencoders(collected)
+    autoencoders = evaluation.autoencoders(collected, mean=False)
     results = {
-        name: _scores(evaluation, collected, autoencoder, truth, choosing)
-        for name, autoencoder in autoencoders.items()
-        if name != "mean"  # it is always on and tells nothing apart
+        name: _scores(evaluation, collected, autoencoder, truth, choosing) for name, autoencoder in autoencoders.items()
     }
     results["shuffled"] = _scores(evaluation, collected, autoencoders["sae"], truth, choosing, shuffled=True)
     by_variable = results.pop("sae")
@@ -70,7 +66,6 @@ def ground_truth(evaluation: Evaluation, *, rows: int = 1024) -> dict[str, Any]:
         "controls": {name: _summary(control) for name, control in results.items()},
         "tokens": len(collected.x),
         "rows": len(collected),
-        "seconds": round(time.monotonic() - began, 2),
     }
 
 

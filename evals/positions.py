@@ -15,7 +15,6 @@ the variance and the bound on Spearman's |rho|, 0.4, are those of arXiv 2506.156
 """
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,33 +26,24 @@ from ..engine.errors import UserError
 from ..engine.process.progress import progress_bar
 from ..engine.unit_decoder import Dictionary
 from ..kernels.code import SparseCode
-from .core import fitted
-from .evaluation import CHUNK, Evaluation, TextActivations, collect
+from .evaluation import CHUNK, Evaluation, TextActivations, collect, fitted
 
 FIRST = 8  # positions at the beginning of a row, of which models make much: figures are given with and without them
 POSITIONAL, CORRELATED, MATCHED = 0.05, 0.4, 0.7
 
 
 def positions(
-    evaluation: Evaluation,
-    reference: Dictionary | None = None,
-    *,
-    rows: int = 1024,
-    bins: int = 16,
-    shuffles: int = 20,
+    evaluation: Evaluation, reference: Dictionary | None = None, *, rows: int = 1024, bins: int = 16, shuffles: int = 20
 ) -> dict[str, Any]:
     """What position tells of each latent's activity on `rows` held-out rows; of the dictionary and its controls.
 
     Means and shares are over the latents that fire (`alive`); `after_first_8` is the same on positions from 8 on. With a
     `reference`, its figures and the `retention`, else None. Raises UserError for bins that the text can't fill.
     """
-    began = time.monotonic()
     if shuffles < 1:
         raise UserError(f"shuffles: {shuffles} is not allowed; give at least 1")
     collected = held_out(evaluation, rows)
-    autoencoders = {
-        name: autoencoder for name, autoencoder in evaluation.autoencoders(collected).items() if name != "mean"
-    }
+    autoencoders = evaluation.autoencoders(collected, mean=False)
     if reference is not None:
         autoencoders["reference"] = fitted("reference", reference, evaluation.stream)
     figures: dict[str, dict[str, Any]] = {name: {} for name in autoencoders}
@@ -82,7 +72,6 @@ def positions(
         "reference": figures.pop("reference", None),
         "controls": figures,
         "bins": bins,
-        "seconds": round(time.monotonic() - began, 2),
     }
 
 

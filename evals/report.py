@@ -1,80 +1,33 @@
-"""A run's report: what was measured, what of it is to be trusted, and every table and figure, as Markdown and as one page
-that needs no other file.
+"""A run's report: every table and figure of its evals, as Markdown and as one page that needs no other file.
 
-A control *reaches* a score if it is as good: `reached_by` where an eval says so itself (sparse probing within its standard
+It begins with what must be known before a score is believed: evals that were skipped or left out, and warnings. A control
+*reaches* a score if it is as good: by the eval's own `reached_by` where it has one (sparse probing allows for its standard
 error), else where the control's figure is the dictionary's or above. What a control reaches too says nothing about the
 dictionary. Figures of which neither more nor less is better (L0, absorption) are shown, and never marked.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..engine.errors import UserError
-from ..engine.process.progress import percent, progress_bar
+from ..engine.process.progress import progress_bar
 from ..engine.storage.checkpoint import Checkpoint
 from ..engine.storage.files import write_text
 from ..engine.storage.run_folder import read_metrics
+from ..reporting.markdown import NOTHING, anchor, html, number, plain, table
 from . import result_files
-from .eval_figures import draw_evals
-from .markdown_page import NOTHING, anchor, html, number, plain, table
-from .report_sections import ASKS, CONTROLS, PICTURES, lookup, section, shown
+from .report_tables import ASKS, CONTROLS, NOT_BETTER, PICTURES, SCORES, label, lookup, main_scores, section
+from .run_figures import draw_evals
 from .suite import EVALS
 
-MARK = "†"
-KNOW = "What to know first"
-WORTH_A_WORD = 0.001  # share of dead latents from which on a reader must know of them
-
-
-class Score(NamedTuple):
-    """A main figure of an eval: where it is, whether more is better, and whether the eval's `reached_by` speaks of it."""
-
-    label: str
-    path: str
-    better: bool = True
-    own_rule: bool = False
-
-
-SCORES = {
-    "core": (
-        Score("explained variance", "explained_variance"),
-        Score("CE recovered", "ce_recovered"),
-        Score("KL recovered", "kl_recovered"),
-        Score("L0", "l0", better=False),
-    ),
-    "sparse_probing": (Score("top 1", "top_1", own_rule=True), Score("top 5", "top_5")),
-    "positions": (
-        Score("specialization", "specialization"),
-        Score("fidelity: profile", "fidelity.profile"),
-        Score("fidelity: EV, worst bin", "fidelity.explained_variance.worst"),
-        Score("order probing: mean pooled", "order_probing.mean_pooled"),
-        Score("order probing: last token", "order_probing.last_token"),
-    ),
-    "ground_truth": (
-        Score("recovered", "recovered"),
-        Score("mean F1", "mean_f1"),
-        Score("mean top 5", "mean_top_5"),
-    ),
-    "unlearning": (Score("score", "score"), Score("retained", "retained", better=False)),
-    "scr": (Score("score", "score", own_rule=True),),
-    "tpp": (Score("score", "score", own_rule=True),),
-    "clusters": (Score("stability", "stability.adjusted_rand"),),
-    "absorption": (
-        Score("mean F1 of main latents", "mean_main_f1"),
-        Score("mean absorption", "mean_absorption", better=False),
-    ),
-}
-
-
-@dataclass
-class Line:
-    """A score of the dictionary, those of its controls by name, and the controls that reach it."""
-
-    label: str
-    sae_score: float | None
-    controls: dict[str, float | None]
-    reached_by: list[str]
+MARK, MORE = "†", "↑"
+KNOW, GLANCE, TIME = "What to know first", "Scores at a glance", "Time"
+SUMMARY = (
+    f"Controls are measured on the same text as the dictionary. {MARK} marks a score that a control reaches, which is in "
+    f"bold and named in the last column: such a score says nothing about the dictionary. Scores with {MORE}, of which more "
+    f"is better, are compared; an eval may also decide by a rule of its own. {NOTHING} stands for a missing figure."
+)
 
 
 def write_report(run: Path, checkpoint: Checkpoint, version: int) -> Path:
@@ -100,32 +53,29 @@ def compose(
     left_out: dict[str, str],
     figures: dict[str, dict[str, str]],
 ) -> tuple[str, str]:
-    """The report's title, and all of it as Markdown.
+    """Compose the report: its title, and all of it as Markdown.
 
     `facts` of the run by name, results by eval, `left_out` the reason of each result that is not used, and of each eval its
     `figures`, the titles by the names of the files in figures/.
     """
-    lines = {name: _lines(name, result) for name, result in results.items() if "skipped" not in result}
     title = f"Report: {facts['activation']} dictionary, F = {facts['F']}, at {facts['hook']} of {facts['model']}"
-    places = [KNOW, "Scores at a glance", *results, "Time"]
-    notes = _notes(results, lines, left_out)
+    notes = _notes(results, left_out)
     blocks = [
         f"# {plain(title)}",
         table([plain(name) for name in facts], [[plain(value) for value in facts.values()]], range(len(facts))),
-        " · ".join(f"[{plain(place)}](#{anchor(place)})" for place in places),
+        " · ".join(f"[{plain(place)}](#{anchor(place)})" for place in (KNOW, GLANCE, *results, TIME)),
         f"## {KNOW}",
-        "\n".join(f"- {note}" for note in notes) or _nothing(results),
-        "## Scores at a glance",
-        *_glance(lines),
+        SUMMARY,
+        table(("eval", "note", "reason"), notes, (0, 1, 2)) if notes else "",
+        f"## {GLANCE}",
+        _glance({name: result for name, result in results.items() if "skipped" not in result}),
     ]
     for name, result in results.items():
-        blocks += [f"## {plain(name)}", ASKS.get(name, "")]
-        if "skipped" in result:
-            blocks.append(f"Skipped: {plain(result['skipped'])}")
-            continue
         pictures = "\n".join(f"![{plain(shows)}](figures/{file})" for file, shows in figures.get(name, {}).items())
-        blocks += [pictures if block == PICTURES else block for block in section(name, result)]
-    return title, "\n\n".join(block for block in [*blocks, "## Time", *_time(results)] if block) + "\n"
+        skipped = [f"Skipped: {plain(result['skipped'])}"] if "skipped" in result else None
+        blocks += [f"## {plain(name)}", ASKS.get(name, "")]
+        blocks += [pictures if block == PICTURES else block for block in skipped or section(name, result)]
+    return title, "\n\n".join(block for block in [*blocks, f"## {TIME}", *_time(results)] if block) + "\n"
 
 
 def _stored_results(run: Path, dictionary: str, version: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -171,115 +121,58 @@ def _facts(run: Path, checkpoint: Checkpoint, results: dict[str, dict[str, Any]]
     }
 
 
-def _lines(name: str, result: dict[str, Any]) -> list[Line]:
-    """The main scores of a result; of an eval that isn't known here all plain figures, of which the first is the score."""
-    own_rule = "reached_by" in result
-    unknown = [Score(label, path, False, own_rule and i == 0) for i, (label, path) in enumerate(shown(result).items())]
-    lines = []
-    for score in SCORES.get(name, unknown):
-        prefix, _, key = score.path.rpartition(".")
-        # controls stand beside a part of a result
-        while prefix and not isinstance(lookup(result, f"{prefix}.controls"), dict):
-            prefix, _, inner = prefix.rpartition(".")
-            key = f"{inner}.{key}"
-        scores = lookup(result, prefix) if prefix else result
-        sae_score, controls = (
-            lookup(scores, key),
-            {c: lookup(control, key) for c, control in scores.get("controls", {}).items()},
-        )
-        reached = [
-            c for c, value in controls.items() if score.better and None not in (sae_score, value) and value >= sae_score
-        ]
-        lines.append(Line(score.label, sae_score, controls, scores["reached_by"] if score.own_rule else reached))
-    return lines
-
-
-def _notes(results: dict[str, dict[str, Any]], lines: dict[str, list[Line]], left_out: dict[str, str]) -> list[str]:
-    """What a reader must know before the scores, the gravest first."""
+def _notes(results: dict[str, dict[str, Any]], left_out: dict[str, str]) -> list[tuple[str, str, str]]:
+    """What a reader must know before the scores: eval, what happened, and why."""
     notes = []
-    for name, eval_lines in lines.items():
-        reached = [(line.label, line.reached_by) for line in eval_lines if line.reached_by]
-        sets = results[name].get("sets", {})
-        reached += [
-            (f"{s}, top 1", set_scores["reached_by"])
-            for s, set_scores in sets.items()
-            if len(sets) > 1 and set_scores.get("reached_by")
-        ]
-        if reached:
-            reached_list = "; ".join(f"{plain(label)} ({', '.join(map(plain, by))})" for label, by in reached)
-            notes.append(f"**{plain(name)}**: a control does as well at {reached_list}")
-    notes += [
-        f"**{plain(name)}**: no figure for {plain(line.label)}"
-        for name, eval_lines in lines.items() for line in eval_lines if line.sae_score is None
-    ]  # fmt: skip
     for name, result in results.items():
         order = result.get("order_probing", {})
-        warnings = [*result.get("warnings", []), order.get("ailing")]
-        warnings.append(f"order probing was skipped: {order['skipped']}" if "skipped" in order else None)
-        notes += [f"**{plain(name)}**: {plain(warning)}" for warning in warnings if warning]
-    if (dead := lookup(results, "core.dead_fraction")) and dead >= WORTH_A_WORD:
-        tokens = number(lookup(results, "core.tokens"))
-        notes.append(f"{percent(dead)} of the latents are dead: they fire on none of {tokens} held-out tokens")
-    if lines and not any("random" in line.controls for eval_lines in lines.values() for line in eval_lines):
-        reasons = dict.fromkeys(r["no_random_control"] for r in results.values() if r.get("no_random_control"))
-        why = f" ({plain(', '.join(reasons))})" if reasons else ""
-        notes.append(f"No random control{why}: how much an untrained decoder has of these scores is not known")
-    notes += [f"**{plain(n)}** was skipped: {plain(r['skipped'])}" for n, r in results.items() if "skipped" in r]
-    return notes + [f"The result of **{plain(name)}** is left out: {plain(why)}" for name, why in left_out.items()]
+        notes += [
+            (name, "skipped", result.get("skipped")),
+            (name, "order probing skipped", order.get("skipped")),
+            *((name, "warning", warning) for warning in result.get("warnings", ())),
+            (name, "warning", order.get("ailing")),
+            (name, "no random control", result.get("no_random_control")),
+        ]
+    notes += [(name, "left out", why) for name, why in left_out.items()]
+    return [(plain(name), note, plain(reason)) for name, note, reason in notes if reason]
 
 
-def _nothing(results: dict[str, dict[str, Any]]) -> str:
-    """That there is nothing to know first, of what was measured."""
-    if not results:
-        return "Nothing was measured."
-    said = ["no control reaches a score", "every score is there", "no eval warns or was skipped"]
-    if "core" in results:
-        said.append("no latent is dead" if not lookup(results, "core.dead_fraction") else "hardly a latent is dead")
-    return f"Nothing: {', '.join(said[:-1])} and {said[-1]}."
-
-
-def _glance(lines: dict[str, list[Line]]) -> list[str]:
-    every = [control for eval_lines in lines.values() for line in eval_lines for control in line.controls]
-    controls = list(dict.fromkeys([*CONTROLS, *every]))
-
-    def cell(line: Line, control: str) -> str:
-        value = number(line.controls.get(control))
-        return f"**{value}**" if control in line.reached_by else value
-
-    cells = [
-        (
-            "" if i else f"[{plain(name)}](#{anchor(name)})",
-            plain(line.label),
-            f"{MARK} " * bool(line.reached_by) + number(line.sae_score),
-            *(cell(line, control) for control in controls),
-            ", ".join(map(plain, line.reached_by)),
-        )
-        for name, eval_lines in lines.items()
-        for i, line in enumerate(eval_lines)
-    ]
+def _glance(measured: dict[str, dict[str, Any]]) -> str:
+    """The main scores of every eval beside those of its controls."""
+    controls = dict.fromkeys([*CONTROLS, *(c for result in measured.values() for c in result.get("controls", ()))])
+    lines = []
+    for name, result in measured.items():
+        for i, path in enumerate(main_scores(name, result)):
+            part, _, key = path.partition(".")
+            if lookup(result, f"{part}.controls") is None:  # its controls are those of the whole result
+                scores, key = result, path
+            else:
+                scores = result[part]
+            score, more = lookup(scores, key), name in SCORES and path not in NOT_BETTER
+            beside = {c: lookup(figures, key) for c, figures in scores.get("controls", {}).items()}
+            reached = [c for c, value in beside.items() if more and None not in (score, value) and value >= score]
+            if i == 0:
+                reached = result.get("reached_by", reached)
+            cells = ((number(beside.get(c)), c in reached) for c in controls)
+            lines.append(
+                (
+                    "" if i else f"[{plain(name)}](#{anchor(name)})",
+                    plain(label(path)) + f" {MORE}" * more,
+                    f"{MARK} " * bool(reached) + number(score),
+                    *(f"**{value}**" if reaches else value for value, reaches in cells),
+                    ", ".join(map(plain, reached)),
+                )
+            )
     headings = ("eval", "score", "dictionary", *map(plain, controls), "reached by")
-    reached = any(line.reached_by for eval_lines in lines.values() for line in eval_lines)
-    unmarked = [s.label for name in lines for s in SCORES.get(name, ()) if not s.better]
-    legend = [
-        f"{MARK} A control (bold) is as good: the score says nothing about the dictionary." if reached else "",
-        f"Never marked, as neither more nor less is better: {', '.join(unmarked)}." if unmarked else "",
-        f"{NOTHING} stands for a figure that there is not." if lines else "",
-    ]
-    return [table(headings, cells, (0, 1, len(headings) - 1)) if lines else "", " ".join(filter(None, legend))]
+    return table(headings, lines, (0, 1, len(headings) - 1)) if lines else "Nothing was measured."
 
 
 def _time(results: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
-        (
-            plain(name),
-            f"{result['seconds']:.1f}",
-            str(result["of"]["seed"]),
-            plain(", ".join(result["of"]["given"])),
-        )
+        (plain(name), f"{result['seconds']:.1f}", str(result["of"]["seed"]), plain(", ".join(result["of"]["given"])))
         for name, result in results.items()
     ]
-    total = sum(result["seconds"] for result in results.values())
-    lines.append(("all", f"{total:.1f}", "", ""))
+    lines.append(("all", f"{sum(result['seconds'] for result in results.values()):.1f}", "", ""))
     missing = [name for name in EVALS if name not in results]
     return [
         table(("eval", "seconds", "seed", "given"), lines, (0, 3)),

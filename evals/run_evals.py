@@ -19,8 +19,7 @@ from ..engine.stream.arrays import held_out_scores
 from ..engine.train import Run, train
 from ..kernels.torch_modes import default_modes
 from . import result_files
-from .core import fitted
-from .evaluation import Evaluation
+from .evaluation import Evaluation, fitted
 from .report import write_report
 from .row_budget import Sizes, row_counts
 from .run_figures import draw_pareto
@@ -152,85 +151,100 @@ def evaluate(
     `like`: an evaluation whose texts (and share of them) serve for this dictionary, too; then there is no `report` unless
     asked for. `reference`: the dictionary that `positions` compares with.
     """
-    sae = checkpoint.dictionary()
+    sae, files = checkpoint.dictionary(), files or {}
     fitted("sae", sae, stream)
     for name in names:
         load_eval(name)
     trained_now = control and "random" not in checkpoint.dictionaries and sae.cfg.decoder == "learned"
-    common = {"dictionary": checkpoint.manifest["files"]["sae.safetensors"]["sha256"], "seed": seed, "version": VERSION}
+    common: dict[str, Any] = {"dictionary": _digest(checkpoint), "seed": seed, "version": VERSION}
     if like is not None and like.share > 1:
         common["share"] = like.share
     if reference is not None:
-        common["reference"] = reference.manifest["files"]["sae.safetensors"]["sha256"]
+        common["reference"] = _digest(reference)
     if trained_now:
         common["control"] = "trained for evaluation"
     sizes = _sizes(checkpoint, stream, sae, rows, "random" in checkpoint.dictionaries or trained_now, like)
-    keys = {name: common | {"given": input_digests(name, sets, files or {}), "rows": sizes.of(name)} for name in names}
+    keys = {name: common | {"given": input_digests(name, sets, files), "rows": sizes.of(name)} for name in names}
     known = {} if run is None or fresh else {name: _stored_result(run, name, keys[name]) for name in names}
     results = {name: result for name, result in known.items() if result is not None}
-    missing = [name for name in names if name not in results]
-    lacking = {name: missing_inputs(name, stream, sae.cfg, sets, files or {}) for name in missing}
-    if len(names) == 1 and missing and (why := lacking[names[0]].get("")):
+    lacking = {name: missing_inputs(name, stream, sae.cfg, sets, files) for name in names if name not in results}
+    if len(names) == 1 and (why := lacking.get(names[0], {}).get("")):
         raise UserError(f"{names[0]}: {why}")
     if like is None:
-        for name, reasons in lacking.items():
-            for section, why in reasons.items():
-                print(
-                    f"will not be measured: {f'{name}, {section}' if section else name}: {why}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    if missing:
+        _announce(lacking)
+    todo = [name for name, reasons in lacking.items() if "" not in reasons]
+    if lacking:
         random = checkpoint.dictionary("random") if "random" in checkpoint.dictionaries else None
-        if trained_now and any("" not in lacking[name] for name in missing):
+        if trained_now and todo:
             random = _train_control(checkpoint, sae, stream)
         compared = None if reference is None else reference.dictionary()
         if like is None:
             evaluation = Evaluation(stream, sae, random, seed, sets, files, reference=compared, sizes=sizes)
         else:
             evaluation = like.of(sae, random, compared, sizes)
-        reason = None if trained_now else without_control(checkpoint)
-        todo = [name for name in missing if "" not in lacking[name]]
-        for name in missing:
+        for name, reasons in lacking.items():
             if len(todo) > 1 and like is None and name in todo:
-                most = (
-                    ""
-                    if sizes.other_rows is None or name == "core"
-                    else f", on at most {sizes.other_rows} rows of text"
-                )
-                print(f"measuring {name}, {todo.index(name) + 1} of {len(todo)}{most}", file=sys.stderr, flush=True)
+                has_limit = sizes.other_rows is not None and name != "core"
+                limit = f", on at most {sizes.other_rows} rows of text" if has_limit else ""
+                print(f"measuring {name}, {todo.index(name) + 1} of {len(todo)}{limit}", file=sys.stderr, flush=True)
             began = time.monotonic()
             result: dict[str, Any]
-            if why := lacking[name].get(""):
-                result = {"skipped": why}
-            else:
-                try:
-                    result = load_eval(name)(evaluation)
-                except UserError as error:
-                    if len(names) == 1:
-                        raise
-                    result = {"skipped": str(error)}
-                    print(f"not measured: {name}: {error}", file=sys.stderr, flush=True)
-            if reason is not None and "skipped" not in result:
+            result = {"skipped": reasons[""]} if "" in reasons else _measured(name, evaluation, alone=len(names) == 1)
+            if "skipped" not in result and not trained_now and (reason := without_control(checkpoint)) is not None:
                 result["no_random_control"] = reason
             if name == "core" and run is not None and (warning := l0_warning(run, checkpoint.step, result["l0"])):
                 result["warnings"] = [*result.get("warnings", []), warning]
             result |= {"seconds": round(time.monotonic() - began, 2), "of": keys[name]}
             results[name] = json.loads(json.dumps(result, allow_nan=False))  # as it is read again
             if run is not None:
-                result_files.write(run, name, results[name])
-                exported = output(
-                    name, results[name], sae, stream.config, sae_id=run.name, training_tokens=checkpoint.tokens, seed=seed,
-                    llm_dtype=str(stream.model.dtype).removeprefix("torch."),
-                )  # fmt: skip
-                place = run / "evals" / "saebench" / name / file_name("temposae", run.name)
-                place.unlink(missing_ok=True)  # of an earlier measurement
-                if exported is not None:
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    write_text(place, json.dumps(exported, indent=1) + "\n")
+                _keep(run, name, results[name], checkpoint, sae, stream)
     if run is not None and (like is None if report is None else report):
         write_report(run, checkpoint, VERSION)
     return {name: results[name] for name in names}
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    return checkpoint.manifest["files"]["sae.safetensors"]["sha256"]
+
+
+def _announce(lacking: Mapping[str, Mapping[str, str]]) -> None:
+    """Say what won't be measured of each eval, and why."""
+    for name, reasons in lacking.items():
+        for part, why in reasons.items():
+            place = f"{name}, {part}" if part else name
+            print(f"will not be measured: {place}: {why}", file=sys.stderr, flush=True)
+
+
+def _measured(name: str, evaluation: Evaluation, *, alone: bool) -> dict[str, Any]:
+    """The result of an eval, or why there is none. Raises UserError for that if the eval stands alone."""
+    try:
+        return load_eval(name)(evaluation)
+    except UserError as error:
+        if alone:
+            raise
+        print(f"not measured: {name}: {error}", file=sys.stderr, flush=True)
+        return {"skipped": str(error)}
+
+
+def _keep(
+    run: Path,
+    name: str,
+    result: dict[str, Any],
+    checkpoint: Checkpoint,
+    sae: SparseAutoencoder,
+    stream: ActivationStream,
+) -> None:
+    """Write a result into its run's folder, and in SAEBench's format where that has a place for it."""
+    result_files.write(run, name, result)
+    exported = output(
+        name, result, sae, stream.config, sae_id=run.name, training_tokens=checkpoint.tokens,
+        seed=result["of"]["seed"], llm_dtype=str(stream.model.dtype).removeprefix("torch."),
+    )  # fmt: skip
+    path = run / "evals" / "saebench" / name / file_name("temposae", run.name)
+    path.unlink(missing_ok=True)  # of an earlier measurement
+    if exported is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(exported, indent=1) + "\n")
 
 
 def l0_warning(run: Path, step: int, l0: float) -> str | None:

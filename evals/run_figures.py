@@ -1,24 +1,37 @@
-"""Figures of a run, from its saved numbers. Colours are Okabe and Ito's, which colour-blind readers can tell apart."""
+"""Figures of a run, from its kept results: training, each eval, and the dictionaries of a sweep together."""
 
-import itertools
-import math
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine.storage.files import whole_file
+from ..reporting.plots import COLOURS, MARKERS, SEVERAL, WORST, frame, legend_below, new_axes, robust, save_figure
 
-SEVERAL = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-MARKERS = "os^Dv<>p*h"
-DPI = 300
-WORST = 1.2  # FVU of predicting the mean is 1: axes end here, and what is still worse is marked with its number
-COLOURS = {"sae": "#0072B2", "random": "#D55E00", "lm_neurons": "#E69F00", "mean": "#999999"}
+LABELS = {"sae": "dictionary", "llm": "LM activations"}
+AUTOENCODER_COLOURS = COLOURS | {"shuffled": "#CC79A7", "llm": "#000000"}
+SHAPES = {"sae": "o", "random": "s", "lm_neurons": "^", "mean": "x", "shuffled": "v", "llm": "D"}
+RETAINED = 0.99  # of the answers to retain: what a setting of unlearning must keep in order to count
+RECOVERED = 0.8  # the F1 from which on a variable is recovered
 
 
-def core_figures(metrics: list[dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
-    """Figures of core's result, by name, and of training where there are its `metrics`."""
-    figures = {"position_explained_variance": _positions(result), "firing_rates": _firing(result)}
-    return figures | ({"loss_curve": _loss(metrics)} if metrics else {})
+def draw_evals(
+    folder: Path, results: dict[str, dict[str, Any]], metrics: list[dict[str, Any]]
+) -> dict[str, dict[str, str]]:
+    """Write the figures of these results, by eval, to `folder`; those of core show the `metrics` of training, too.
+
+    Returns of each eval the titles of its figures by the names of their files. A figure that a result has nothing for is not
+    among them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    makers = {
+        "core": lambda result: core_figures(metrics, result),
+        "sparse_probing": _probing, "positions": _order, "ground_truth": _truth, "unlearning": _unlearning,
+        "scr": _removed, "tpp": _perturbed, "clusters": _clusters,
+    }  # fmt: skip
+    drawn: dict[str, dict[str, str]] = {}
+    for name in (name for name in makers if name in results):
+        for file, figure in makers[name](results[name]).items():
+            save_figure(figure, folder / f"{file}.png")
+            drawn.setdefault(name, {})[f"{file}.png"] = figure.axes[0].get_title()
+    return drawn
 
 
 def draw_pareto(folder: Path, scores: dict[str, dict[str, Any]]) -> Path:
@@ -26,29 +39,29 @@ def draw_pareto(folder: Path, scores: dict[str, dict[str, Any]]) -> Path:
     hook, a marker for each F, and a line through those that no other is better than in both."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    folder.mkdir(parents=True, exist_ok=True)
-    figure, axes = new_axes(3.9)
-    scores = {name: score for name, score in scores.items() if None not in (score["l0"], score["explained_variance"])}
-    several_hooks = len({score["hook"] for score in scores.values()}) > 1
-    kinds = list(dict.fromkeys((score["activation"], score["hook"]) for score in scores.values()))
-    sizes = sorted({score["d_sae"] for score in scores.values()})
-
     def points(several: list[dict[str, Any]]) -> list[tuple[float, float]]:
-        return sorted((score["l0"], 1 - score["explained_variance"]) for score in several)
+        known = [(score["l0"], score["explained_variance"]) for score in several]
+        return sorted((l0, 1 - variance) for l0, variance in known if None not in (l0, variance))
 
-    for (i, (activation, hook)), (j, size) in itertools.product(enumerate(kinds), enumerate(sizes)):
-        alike = [s for s in scores.values() if (s["activation"], s["hook"], s["d_sae"]) == (activation, hook, size)]
-        if alike:
-            style = {"color": SEVERAL[i % len(SEVERAL)], "marker": MARKERS[j % len(MARKERS)], "linestyle": ""}
+    dictionaries = [score for score in scores.values() if points([score])]
+    groups: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
+    for score in dictionaries:
+        groups.setdefault((score["activation"], score["hook"]), {}).setdefault(score["d_sae"], []).append(score)
+    sizes = sorted({size for group in groups.values() for size in group})
+    several_hooks = len({hook for _, hook in groups}) > 1
+    figure, axes = new_axes(3.9)
+    for i, ((activation, hook), group) in enumerate(groups.items()):
+        for size in sorted(group):
+            marker = MARKERS[sizes.index(size) % len(MARKERS)]
+            style = {"color": SEVERAL[i % len(SEVERAL)], "marker": marker, "linestyle": ""}
             label = f"{activation}{f' at {hook}' if several_hooks else ''}, F = {size}"
-            axes.plot(*zip(*points(alike), strict=True), label=label, **style)
-    controls = [score["controls"]["random"] for score in scores.values() if "random" in score["controls"]]
-    controls = [score for score in controls if None not in (score["l0"], score["explained_variance"])]
+            axes.plot(*zip(*points(group[size]), strict=True), label=label, **style)
+    controls = points([score["controls"]["random"] for score in dictionaries if "random" in score["controls"]])
     if controls:
         style = {"color": COLOURS["mean"], "marker": "x", "linestyle": ""}
-        axes.plot(*zip(*points(controls), strict=True), label="random control", zorder=1, **style)
-    every = points(list(scores.values()))
-    front = [point for i, point in enumerate(every) if all(point[1] < other[1] for other in every[:i])]
+        axes.plot(*zip(*controls, strict=True), label="random control", zorder=1, **style)
+    trained = points(dictionaries)
+    front = [point for i, point in enumerate(trained) if all(point[1] < earlier[1] for earlier in trained[:i])]
     if front:
         axes.plot(*zip(*front, strict=True), color="#bbbbbb", linewidth=1, zorder=0)
     axes.set(
@@ -59,147 +72,35 @@ def draw_pareto(folder: Path, scores: dict[str, dict[str, Any]]) -> Path:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
-    shown = [(every, COLOURS["sae"]), (points(controls), COLOURS["mean"])]
+    shown = [(trained, COLOURS["sae"]), (controls, COLOURS["mean"])]
     alone = [((l0,), (fvu,), colour) for curve, colour in shown for l0, fvu in curve]  # points, not a curve
     frame(axes, alone, x=robust([l0 for (l0,), *_ in alone], log=True), y=(None, WORST))
     legend_below(figure, columns=2)
     return save_figure(figure, folder / "pareto.png")
 
 
-def save_figure(figure: Any, path: Path) -> Path:
-    """Write a figure as a PNG at `path`, 300 pixels an inch, and as a PDF beside it; returns the path of the PNG.
-
-    The same figure gives the same bytes.
-    """
-    from matplotlib import rc_context
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as fresh:
-        figure.savefig(fresh, format="png", dpi=DPI)
-    with whole_file(path.with_suffix(".pdf")) as fresh, rc_context({"pdf.fonttype": 42}):  # text stays text
-        figure.savefig(fresh, format="pdf", dpi=DPI, metadata={"CreationDate": None})
-    return path
-
-
-def remove_figure(path: Path) -> None:
-    """Remove what `save_figure` may have written."""
-    for file in (path, path.with_suffix(".pdf")):
-        file.unlink(missing_ok=True)
-
-
-def robust(values: Iterable[float], *, log: bool = False, reach: float = 4.0) -> tuple[float | None, float | None]:
-    """Where an axis may end so that a few far values don't squash the others: the least and largest of those within `reach`
-    interquartile ranges of the quartiles (of their logarithms, for a logarithmic axis). None where no value is farther, or
-    where all others are the same."""
-    known = sorted(math.log10(v) if log else v for v in values if math.isfinite(v) and (v > 0 or not log))
-    if len(known) < 4:
-        return None, None
-    first, third = known[len(known) // 4], known[(3 * len(known) - 1) // 4]
-    near = [v for v in known if first - reach * (third - first) <= v <= third + reach * (third - first)]
-    if near[0] == near[-1]:
-        return None, None
-    low, high = (10**v if log else v for v in (near[0], near[-1]))
-    return (low if known[0] < near[0] else None), (high if known[-1] > near[-1] else None)
-
-
-Line = tuple[Sequence[float], Sequence[float], str]  # x, y and colour
-Ends = tuple[float | None, float | None]
-
-
-def frame(axes: Any, lines: Iterable[Line], *, x: Ends = (None, None), y: Ends = (None, None)) -> None:
-    """End the axes at `x` and `y` (low, high; None: no limit) where `lines` go beyond, and mark what is beyond at the edge
-    by a triangle in the line's colour, with the number. Of neighbouring points of a line the farthest is marked. An axis
-    that nothing goes beyond stays as it is."""
-    lines = list(lines)
-    cut = [_cut(axes, lines, axis, ends) for axis, ends in enumerate((x, y))]
-    if cut == [False, False]:
-        return
-    sides = [tuple(sorted(side)) for side in (axes.get_xlim(), axes.get_ylim())]  # an axis may be turned round
-    for line in lines:
-        points = list(zip(line[0], line[1], strict=True))
-        beyond = [i for i, point in enumerate(points) if _over(point, sides, cut) > 0]
-        for _, neighbours in itertools.groupby(enumerate(beyond), lambda pair: pair[1] - pair[0]):  # of neighbours
-            _mark(
-                axes,
-                max((points[i] for _, i in neighbours), key=lambda point: _over(point, sides, cut)),
-                sides,
-                line[2],
-            )
-
-
-def _cut(axes: Any, lines: Sequence[Line], axis: int, ends: Ends) -> bool:
-    """Set the limits of an axis (0: x, 1: y) to what lies within `ends`, if anything lies beyond; whether it does."""
-    is_log = (axes.get_xscale, axes.get_yscale)[axis]() == "log"
-    every = [
-        v for line in lines for v in line[:2][axis] if v is not None and math.isfinite(v) and (v > 0 or not is_log)
-    ]
-    inside = [v for v in every if (ends[0] is None or v >= ends[0]) and (ends[1] is None or v <= ends[1])]
-    if not inside or len(inside) == len(every):
-        return False
-    least, most = (float(math.log10(v) if is_log else v) for v in (min(inside), max(inside)))
-    room = 0.06 * (most - least) or 0.05
-    low, high = least - room, most + room
-    (axes.set_xlim, axes.set_ylim)[axis](*((10**low, 10**high) if is_log else (low, high)))
-    return True
-
-
-def _over(point: Sequence[float | None], sides: Sequence[tuple[float, float]], cut: Sequence[bool]) -> float:
-    """How far a point is beyond the axes that were cut."""
-    return max(
-        (
-            max(side[0] - v, v - side[1])
-            for v, side, was in zip(point, sides, cut, strict=True)
-            if was and v is not None
-        ),
-        default=0.0,
-    )
-
-
-def _mark(axes: Any, point: tuple[float, float], sides: Sequence[tuple[float, float]], colour: str) -> None:
-    """A triangle where the axes end on the way to a point, with the numbers that it has there."""
-    place = [min(max(v, low), high) for v, (low, high) in zip(point, sides, strict=True)]
-    is_left, is_below = (v < low for v, (low, _) in zip(point, sides, strict=True))
-    number = ", ".join(f"{v:.3g}" for v, edge in zip(point, place, strict=True) if v != edge)
-    across = place[1] == point[1]
-    arrow = ("<" if is_left else ">") if across else ("v" if is_below else "^")
-    axes.plot(*place, arrow, color=colour, markersize=5, clip_on=False, zorder=5, label="_beyond", gid="beyond")
-    to_left = (
-        place[0] > (sides[0][0] * sides[0][1]) ** 0.5 if axes.get_xscale() == "log" else 2 * place[0] > sum(sides[0])
-    )
-    away = (-7 if to_left else 7, 0 if across else 3 if is_below else -8)
-    white = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.4}
-    style = {"fontsize": 6.5, "color": colour, "va": "center" if across else "bottom", "zorder": 6, "bbox": white}
-    axes.annotate(number, place, away, textcoords="offset points", ha="right" if to_left else "left", **style)
-
-
-def new_axes(height: float = 3.4) -> tuple[Any, Any]:
-    """A figure, so many inches high, and its axes."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-    figure = Figure(figsize=(5.2, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes
-
-
-def legend_below(figure: Any, note: str | None = None, columns: int = 3) -> None:
-    """The legend, and a note, below the axes, where they cover nothing."""
-    figure.legend(
-        loc="outside lower center", ncols=columns, frameon=False, fontsize=7.5, title=note, title_fontsize=7.5
-    )
+def core_figures(metrics: list[dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
+    """Figures of core's result, by name, and of training where there are its `metrics`."""
+    figures = {"position_explained_variance": _positions(result), "firing_rates": _firing(result)}
+    return figures | ({"loss_curve": _loss(metrics)} if metrics else {})
 
 
 def _loss(metrics: list[dict[str, Any]]) -> Any:
     from matplotlib.ticker import EngFormatter
 
     figure, axes = new_axes(3.6)
-    tokens = [line["tokens"] for line in metrics]
-    lines = [(tokens, [line["fvu"] for line in metrics], COLOURS["sae"])]
-    axes.plot(*lines[0][:2], color=COLOURS["sae"], label="dictionary")
-    if beside := [(line["tokens"], line["random"]["fvu"]) for line in metrics if "random" in line]:
-        lines.append(([n_tokens for n_tokens, _ in beside], [fvu for _, fvu in beside], COLOURS["random"]))
-        axes.plot(*lines[1][:2], color=COLOURS["random"], label="random control")
+    curves = {
+        ("dictionary", COLOURS["sae"]): [(line["tokens"], line["fvu"]) for line in metrics],
+        ("random control", COLOURS["random"]): [
+            (line["tokens"], line["random"]["fvu"]) for line in metrics if "random" in line
+        ],
+    }
+    lines = []
+    for (label, colour), points in curves.items():
+        if points:
+            tokens, fvu = zip(*points, strict=True)
+            axes.plot(tokens, fvu, color=colour, label=label)
+            lines.append((tokens, fvu, colour))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(xlabel="tokens", ylabel="fraction of variance unexplained", yscale="log", title="Training")
     frame(axes, lines, y=(None, WORST))
@@ -209,25 +110,17 @@ def _loss(metrics: list[dict[str, Any]]) -> Any:
 
 def _positions(result: dict[str, Any]) -> Any:
     figure, axes = new_axes(3.7)
-    every = {"sae": result, **result["controls"]}
     labels = {
-        "sae": "dictionary",
-        "random": "random control",
-        "lm_neurons": "K largest neurons",
-        "mean": "mean control",
-    }
+        "sae": "dictionary", "random": "random control", "lm_neurons": "K largest neurons", "mean": "mean control",
+    }  # fmt: skip
     lines = []
-    for name, scores in every.items():
-        per_position = scores["per_position"]
-        points = [
-            (p, v)
-            for p, v in zip(per_position["position"], per_position["explained_variance"], strict=True)
-            if v is not None
-        ]
-        if not points:
-            continue
-        axes.plot(*zip(*points, strict=True), color=COLOURS[name], label=labels[name], linewidth=1.2)
-        lines.append(([p for p, _ in points], [v for _, v in points], COLOURS[name]))
+    for name, scores in _autoencoders(result).items():
+        columns = (scores["per_position"][key] for key in ("position", "explained_variance"))
+        points = [(position, value) for position, value in zip(*columns, strict=True) if value is not None]
+        if points:
+            positions, values = zip(*points, strict=True)
+            axes.plot(positions, values, color=COLOURS[name], label=labels[name], linewidth=1.2)
+            lines.append((positions, values, COLOURS[name]))
     axes.set(xlabel="position in the context", ylabel="explained variance", title="Where it explains")
     axes.set_ylim(-0.05, 1.02)
     frame(axes, lines, y=(-0.05, None))
@@ -239,9 +132,166 @@ def _firing(result: dict[str, Any]) -> Any:
     figure, axes = new_axes()
     rates = result["firing_rates"]
     axes.stairs(rates["latents"], rates["log10_edges"], fill=True, color=COLOURS["sae"])
-    axes.set(
-        xlabel="log10 of firing rate (share of tokens)",
-        ylabel="latents",
-        title=f"Firing rates ({rates['never']} never fire)",
-    )
+    title = f"Firing rates ({rates['never']} never fire)"
+    axes.set(xlabel="log10 of firing rate (share of tokens)", ylabel="latents", title=title)
     return figure
+
+
+def _autoencoders(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {"sae": result, **result["controls"]}
+
+
+def _probing(result: dict[str, Any]) -> dict[str, Any]:
+    ks = sorted(int(key.removeprefix("top_")) for key in result if key.removeprefix("top_").isdecimal())
+    autoencoders = _autoencoders(result) | {"llm": result["llm"]}
+    lines = {name: [scores.get(f"top_{k}") for k in ks] for name, scores in autoencoders.items()}
+    labels = (
+        "k (latents that the probe sees)", "test accuracy (0.5 is chance)", "Probes on the k best latents, mean of classes"
+    )  # fmt: skip
+    return _curves("sparse_probing", ks, lines, None, 0.5, labels)
+
+
+def _removed(result: dict[str, Any]) -> dict[str, Any]:
+    lines = {name: list(scores["scr_metric"].values()) for name, scores in _autoencoders(result).items()}
+    labels = ("n (latents ablated)", "share of the gap closed", "Spurious correlation removed by ablating n latents")
+    return _curves("scr", [int(n) for n in result["scr_metric"]], lines, result, 0, labels)
+
+
+def _perturbed(result: dict[str, Any]) -> dict[str, Any]:
+    lines = {
+        name: [e["total_metric"] for e in scores["tpp"].values()] for name, scores in _autoencoders(result).items()
+    }
+    labels = (
+        "n (latents ablated)", "accuracy lost: the class - others", "One class perturbed by ablating its n latents"
+    )  # fmt: skip
+    return _curves("tpp", [int(n) for n in result["tpp"]], lines, result, 0, labels)
+
+
+def _curves(
+    name: str,
+    xs: list[int],
+    lines: dict[str, list[float | None]],
+    spread_of: dict[str, Any] | None,
+    base: float,
+    labels: tuple[str, str, str],
+) -> dict[str, Any]:
+    """A line for each autoencoder over numbers of latents, with a band where the result `spread_of` says how much it varies,
+    and one across at `base`; nothing where no autoencoder has a figure. `labels`: of x, of y, and the title."""
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    if all(value is None for line in lines.values() for value in line):
+        return {}
+    spread = {} if spread_of is None else {a: list(s["spread"].values()) for a, s in _autoencoders(spread_of).items()}
+    figure, axes = new_axes(3.7)
+    axes.axhline(base, color="#bbbbbb", linewidth=1, zorder=0)
+    drawn = []
+    for autoencoder, line in lines.items():
+        known = [(i, value) for i, value in enumerate(line) if value is not None]
+        x, y = [xs[i] for i, _ in known], [value for _, value in known]
+        style = {"color": AUTOENCODER_COLOURS.get(autoencoder, "#777777"), "zorder": 3 if autoencoder == "sae" else 2}
+        marker, label = SHAPES.get(autoencoder, "."), LABELS.get(autoencoder, autoencoder)
+        axes.plot(x, y, marker=marker, markersize=4.5, label=label, **style)
+        drawn.append((x, y, style["color"]))
+        if spread:
+            low, high = ([value + sign * (spread[autoencoder][i] or 0) for i, value in known] for sign in (-1, 1))
+            axes.fill_between(x, low, high, alpha=0.18, linewidth=0, **style)
+    axes.set(xlabel=labels[0], ylabel=labels[1], title=labels[2], xscale="log")
+    axes.xaxis.set_major_locator(FixedLocator(xs))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    frame(axes, drawn, y=(-1.0, 1.0))
+    legend_below(figure, "band: one standard deviation over seeds" if spread else None)
+    return {name: figure}
+
+
+def _unlearning(result: dict[str, Any]) -> dict[str, Any]:
+    figure, axes = new_axes(4.0)
+    axes.axvspan(RETAINED, 1.005, color="#009E73", alpha=0.12, linewidth=0)
+    axes.axvline(RETAINED, color="#009E73", linewidth=1, linestyle="--", label=f"{RETAINED} retained: settings count")
+    kinds = list(dict.fromkeys((s["retain_threshold"], s["latents"]) for s in result["settings"]))
+    for i, (threshold, n) in enumerate(kinds):
+        settings = [s for s in result["settings"] if (s["retain_threshold"], s["latents"]) == (threshold, n)]
+        x, y = ([s[f"{side}_accuracy"] for s in settings] for side in ("retain", "forget"))
+        style = {"color": SEVERAL[i % len(SEVERAL)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        axes.plot(x, y, linewidth=1, label=f"{n} latents, threshold {threshold:g}", alpha=0.85, **style)
+    for name, control in result["controls"].items():
+        if (best := control["setting"]) is not None:
+            axes.plot(
+                best["retain_accuracy"], best["forget_accuracy"], linestyle="", marker=SHAPES.get(name, "."), mfc="none",
+                color=AUTOENCODER_COLOURS.get(name, "#777777"), label=f"{name}, best setting",
+            )  # fmt: skip
+    if (best := result["setting"]) is not None:
+        axes.plot(
+            best["retain_accuracy"], best["forget_accuracy"], linestyle="", marker="o", markersize=12,
+            markerfacecolor="none", markeredgecolor="black", label="the setting that gives the score",
+        )  # fmt: skip
+    axes.set_xlim(right=1.005)
+    axes.set(
+        xlabel="retain accuracy (other answers still right)", ylabel="forget accuracy (lower is better)",
+        title="Unlearning: every setting, multipliers along a line",
+    )  # fmt: skip
+    legend_below(figure, columns=2)
+    return {"unlearning": figure}
+
+
+def _truth(result: dict[str, Any]) -> dict[str, Any]:
+    variables = sorted(result["variables"].items(), key=lambda item: item[1]["f1"])
+    figure, axes = new_axes(1.3 + 0.15 * len(variables))
+    lines = range(len(variables))
+    f1, top = ([variable[key] for _, variable in variables] for key in ("f1", "top_5"))
+    axes.hlines(lines, f1, top, color="#dddddd", linewidth=1.2, zorder=1)
+    axes.plot(f1, lines, "o", color=COLOURS["sae"], markersize=4.5, label="F1 of the best latent")
+    axes.plot(top, lines, "D", color=SEVERAL[1], markersize=3.5, label="accuracy of a probe on 5 latents")
+    for key, linestyle, measure in (("mean_f1", "--", "F1"), ("mean_top_5", ":", "accuracy")):
+        if (control := result["controls"].get("random", {}).get(key)) is not None:
+            axes.axvline(
+                control, color=COLOURS["random"], linewidth=1, linestyle=linestyle,
+                zorder=0, label=f"random's mean {measure}",
+            )  # fmt: skip
+    axes.axvline(RECOVERED, color="#888888", linewidth=1, zorder=0, label=f"recovered (F1 of {RECOVERED})")
+    axes.set_yticks(lines, [name for name, _ in variables], fontsize=6.5)
+    axes.set(xlim=(0, 1.02), ylim=(-1, len(variables)), xlabel="F1, or accuracy (0.5 is chance)")
+    axes.set_title("Which known variables latents name")
+    legend_below(figure, columns=2)
+    return {"ground_truth": figure}
+
+
+def _order(result: dict[str, Any]) -> dict[str, Any]:
+    probing = result.get("order_probing", {"skipped": ""})
+    if "skipped" in probing:
+        return {}
+    tasks = {**probing["tasks"], "mean over tasks": probing}
+    lines = [(task, reading) for task in tasks for reading in ("mean_pooled", "last_token")][::-1]
+    figure, axes = new_axes(1.7 + 0.3 * len(lines))
+
+    def points(label: str, values: list[float | None], **style: Any) -> None:
+        axes.plot(values, range(len(lines)), linestyle="", label=label, **style)
+
+    points("bag of words", [tasks[p]["bow"] for p, _ in lines], marker="|", color="#999999", markersize=14, mew=2)
+    points("LM activations", [tasks[p]["lm"][r] for p, r in lines], marker="|", color="#000000", markersize=14, mew=2)
+    for name, control in probing["controls"].items():
+        means = [control[r] if p == "mean over tasks" else None for p, r in lines]
+        points(name, means, marker=SHAPES.get(name, "."), color=AUTOENCODER_COLOURS.get(name, "#777777"), markersize=5)
+    points("1 latent", [tasks[p]["top_1"][r] for p, r in lines], marker="o", color=COLOURS["sae"], mfc="white")
+    points(f"{probing['k']} latents", [tasks[p][r] for p, r in lines], marker="o", color=COLOURS["sae"], markersize=6.5)
+    axes.set_yticks(
+        range(len(lines)), [f"{task}, {reading.replace('_', ' ')}" for task, reading in lines], parse_math=False
+    )
+    axes.set(xlabel="test accuracy", ylim=(-0.6, len(lines) - 0.4), title="What is told by word order alone")
+    legend_below(figure, columns=3)
+    return {"order_probing": figure}
+
+
+def _clusters(result: dict[str, Any]) -> dict[str, Any]:
+    if not result["clusters"]:
+        return {}
+    figure, axes = new_axes(1.5 + 0.3 * len(result["clusters"]))
+    profiles = [cluster["profile"] for cluster in result["clusters"]]
+    image = axes.imshow(profiles, aspect="auto", cmap="Blues", vmin=0)
+    axes.grid(False)
+    sizes = [f"{i}: {cluster['size']:,} latents" for i, cluster in enumerate(result["clusters"], 1)]
+    axes.set_yticks(range(len(sizes)), sizes)
+    axes.set_xticks(range(0, len(profiles[0]), 2), [str(1 + i) for i in range(0, len(profiles[0]), 2)])
+    axes.set(xlabel="position bin (sixteenths of a row)", title="Where in a row each cluster's latents are active")
+    figure.colorbar(image, label="share of activity", pad=0.02)
+    return {"clusters": figure}

@@ -6,7 +6,7 @@ dictionaries. What it has no place for, and what it works out in another way, is
 import statistics
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,22 +18,14 @@ from ..engine.config import SAEConfig, StreamConfig
 from ..engine.errors import UserError
 from ..engine.storage import checkpoint
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
-from .core import SAEBENCH_ROWS
 from .evaluation import CHUNK
-from .saebench_config import (
-    AbsorptionConfig,
-    CoreConfig,
-    EvalConfig,
-    ScrAndTppConfig,
-    SparseProbingConfig,
-    UnlearningConfig,
-)
+from .held_out import SAEBENCH_ROWS
 
 ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "batch_topk", "jumprelu": "jumprelu"}
 TOPS = (1, 2, 5, 10, 20, 50, 100)  # numbers of latents of sparse probing
 
 #: metrics by category, details, settings, and what is measured in another way than SAEBench does
-Converted = tuple[dict[str, Any], list[dict[str, Any]], EvalConfig, dict[str, Any]]
+Converted = tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ def output(
     source = result.get("of", {})
     return {
         "eval_type_id": "absorption_first_letter" if name == "absorption" else name,
-        "eval_config": asdict(config),
+        "eval_config": config,
         # the same result has the same name, whenever it is written
         "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {sorted(source.items())} {sae_id}")),
         "datetime_epoch_millis": int(1000 * time.time()),
@@ -89,30 +81,42 @@ def output(
     }
 
 
+def _pick(source: dict[str, Any], names: str) -> dict[str, Any]:
+    """The values of these names, with spaces between them."""
+    return {name: source[name] for name in names.split()}
+
+
+def _settings(about: DictionaryInfo, **settings: Any) -> dict[str, Any]:
+    """The settings of an eval by SAEBench's names.
+
+    SAEBench reads a setting that a file leaves out as its own default. So a file says all of them, as they were; where an
+    eval has nothing of the kind, a number is 0.
+    """
+    common = {"model_name": about.stream.model, "llm_dtype": about.llm_dtype, "random_seed": about.seed}
+    return common | {"llm_batch_size": about.stream.rows_per_forward} | settings
+
+
 def _core(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
-    sae, stream, saebench = about.sae, about.stream, result["saebench"]
-    rate = torch.tensor(result["latents"]["firing_rate"])
-    W_enc, W_dec = (w.float().cpu() for w in (sae.W_enc.T, sae.W_dec))
+    saebench, latents = result["saebench"], result["latents"]
+    rate = torch.tensor(latents["firing_rate"])
+    W_enc, W_dec = (w.float().cpu() for w in (about.sae.W_enc.T, about.sae.W_dec))
     nearest = {"encoder": _nearest(W_enc), "decoder": _nearest(W_dec)}
     metrics = {
-        "model_behavior_preservation": {
-            key: saebench[key] for key in ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae")
-        },
+        "model_behavior_preservation": _pick(saebench, "kl_div_score kl_div_with_ablation kl_div_with_sae"),
         "model_performance_preservation": {
-            "ce_loss_score": saebench["ce_loss_score"],
-            "ce_loss_with_ablation": saebench["ce_loss_with_ablation"],
+            **_pick(saebench, "ce_loss_score ce_loss_with_ablation"),
             "ce_loss_with_sae": result["ce"]["sae"],
             "ce_loss_without_sae": result["ce"]["clean"],
         },
         "reconstruction_quality": {
-            **{key: saebench[key] for key in ("explained_variance", "explained_variance_legacy", "mse")},
+            **_pick(saebench, "explained_variance explained_variance_legacy mse"),
             "cossim": result["cosine"],
         },
         "shrinkage": {
-            **{key: result[key] for key in ("l2_norm_in", "l2_norm_out", "l2_ratio")},
-            "relative_reconstruction_bias": saebench["relative_reconstruction_bias"],
+            **_pick(result, "l2_norm_in l2_norm_out l2_ratio"),
+            **_pick(saebench, "relative_reconstruction_bias"),
         },
-        "sparsity": {"l0": result["l0"], "l1": result["l1"]},
+        "sparsity": _pick(result, "l0 l1"),
         "token_stats": {
             "total_tokens_eval_reconstruction": result["ce_tokens"],
             "total_tokens_eval_sparsity_variance": result["tokens"],
@@ -129,46 +133,44 @@ def _core(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
     }
     if any(value is None for category in metrics.values() for value in category.values()):
         return None  # one that SAEBench needs and that there is none of, such as a score where zeros do no harm
-    norms, between, bias = W_enc.norm(dim=1), torch.cosine_similarity(W_enc, W_dec), sae.b_enc.tolist()
-    tokens_per_row = result["latents"]["tokens_per_row"]
-    details = [
-        {
-            "index": index,
-            "feature_density": density,
-            "consistent_activation_heuristic": tokens_per_row[index] if density else -1.0,
-            "encoder_bias": bias[index],
-            "encoder_norm": float(norms[index]),
-            "encoder_decoder_cosine_sim": float(between[index]),
-            "max_decoder_cosine_sim": float(nearest["decoder"][index]),
-            "max_encoder_cosine_sim": float(nearest["encoder"][index]),
-        }
-        for index, density in enumerate(result["latents"]["firing_rate"])
-    ]
-    batch = SAEBENCH_ROWS
-    config = CoreConfig(
-        model_name=stream.model,
-        llm_dtype=about.llm_dtype,
-        batch_size_prompts=batch,
-        n_eval_reconstruction_batches=-(-result["ce_rows"] // batch),
-        n_eval_sparsity_variance_batches=-(-result["rows"] // batch),
-        dataset=stream.data or f"the embedded language of {stream.model}",
-        context_size=len(result["per_position"]["position"]),
-        compute_kl=True,
-        compute_ce_loss=True,
-        compute_l2_norms=True,
-        compute_sparsity_metrics=True,
-        compute_variance_metrics=True,
-        compute_featurewise_density_statistics=True,
-        compute_featurewise_weight_based_metrics=True,
-        exclude_special_tokens_from_reconstruction=stream.drop_special,
-        verbose=False,
-    )
-    extras = {
-        **{key: result[key] for key in ("explained_variance", "mse", "ce_recovered", "ce_recovered_over_mean")},
-        **{key: result[key] for key in ("kl_recovered", "relative_reconstruction_bias", "ce", "kl", "rows", "ce_rows")},
-        "max_norm": stream.max_norm,  # activations above it are left out of both reconstruction and the figures
+    columns = {
+        "feature_density": latents["firing_rate"],
+        "consistent_activation_heuristic": [
+            tokens if density else -1.0
+            for tokens, density in zip(latents["tokens_per_row"], latents["firing_rate"], strict=True)
+        ],
+        "encoder_bias": about.sae.b_enc.tolist(),
+        "encoder_norm": W_enc.norm(dim=1).tolist(),
+        "encoder_decoder_cosine_sim": torch.cosine_similarity(W_enc, W_dec).tolist(),
+        "max_decoder_cosine_sim": nearest["decoder"].tolist(),
+        "max_encoder_cosine_sim": nearest["encoder"].tolist(),
     }
-    return metrics, details, config, extras
+    lines = zip(*columns.values(), strict=True)
+    details = [{"index": index} | dict(zip(columns, line, strict=True)) for index, line in enumerate(lines)]
+    ours = "explained_variance mse ce_recovered ce_recovered_over_mean kl_recovered relative_reconstruction_bias ce kl"
+    # activations above `max_norm` are left out of both reconstruction and the figures
+    extras = _pick(result, f"{ours} rows ce_rows") | {"max_norm": about.stream.max_norm}
+    return metrics, details, _core_settings(result, about), extras
+
+
+def _core_settings(result: dict[str, Any], about: DictionaryInfo) -> dict[str, Any]:
+    stream, batch = about.stream, SAEBENCH_ROWS
+    computed = (
+        "kl", "ce_loss", "l2_norms", "sparsity_metrics", "variance_metrics", "featurewise_density_statistics",
+        "featurewise_weight_based_metrics",
+    )  # fmt: skip
+    return {
+        "model_name": stream.model,
+        "llm_dtype": about.llm_dtype,
+        "batch_size_prompts": batch,
+        "n_eval_reconstruction_batches": -(-result["ce_rows"] // batch),
+        "n_eval_sparsity_variance_batches": -(-result["rows"] // batch),
+        "dataset": stream.data or f"the embedded language of {stream.model}",
+        "context_size": len(result["per_position"]["position"]),
+        **{f"compute_{name}": True for name in computed},
+        "exclude_special_tokens_from_reconstruction": stream.drop_special,
+        "verbose": False,
+    }
 
 
 def _sparse_probing(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
@@ -183,29 +185,14 @@ def _sparse_probing(result: dict[str, Any], about: DictionaryInfo) -> Converted 
         {"dataset_name": f"{name}_results"} | named(scores["llm"], "llm") | named(scores, "sae")
         for name, scores in result["sets"].items()
     ]
-    used, T = result["protocol"], result["protocol"]["context_length"]
-    config = SparseProbingConfig(
-        model_name=about.stream.model,
-        llm_dtype=about.llm_dtype,
-        llm_batch_size=about.stream.rows_per_forward,
-        random_seed=about.seed,
-        dataset_names=used["dataset_names"],
-        probe_train_set_size=used["probe_train_set_size"],
-        probe_test_set_size=used["probe_test_set_size"],
-        context_length=T,
-        sae_batch_size=_rows_encoded(T),
-        k_values=used["k_values"],
-        lower_vram_usage=False,
-    )
+    used = result["protocol"]
+    config = _settings(about, **used, sae_batch_size=_rows_encoded(used["context_length"]), lower_vram_usage=False)
     full_width = {
         name: {"sae_test_accuracy": scores["test_accuracy"], "llm_test_accuracy": scores["llm"]["test_accuracy"]}
         for name, scores in every.items()
     }
     sizes = {
-        name: {
-            label: {key: counts[key] for key in ("train_rows", "test_rows")}
-            for label, counts in scores["classes"].items()
-        }
+        name: {label: _pick(counts, "train_rows test_rows") for label, counts in scores["classes"].items()}
         for name, scores in result["sets"].items()
     }
     note = "of a probe that ends on its training loss; set sizes above are the largest of a class"
@@ -220,21 +207,14 @@ def _unlearning(result: dict[str, Any], about: DictionaryInfo) -> Converted | No
     grid = {name: sorted({setting[key] for setting in result["settings"]}) for name, key in names.items()}
     if any(multiplier != int(multiplier) for multiplier in grid["multipliers"]):
         return None  # SAEBench's are whole numbers
-    used = result["protocol"]
-    config = UnlearningConfig(
-        model_name=about.stream.model,
-        llm_dtype=about.llm_dtype,
-        llm_batch_size=used["llm_batch_size"],
-        random_seed=about.seed,
-        dataset_names=used["dataset_names"],
+    config = _settings(
+        about,
+        **result["protocol"],
         intervention_method="clamp_feature_activation",
         retain_thresholds=grid["retain_thresholds"],
         n_features_list=grid["n_features_list"],
         multipliers=[int(multiplier) for multiplier in grid["multipliers"]],
-        dataset_size=used["dataset_size"],
-        seq_len=used["seq_len"],
         n_batch_loss_added=0,
-        target_metric=used["target_metric"],
         save_metrics=True,
     )
     keys = ("retained", "setting", "settings", "loss_increase", "answer_orders", "questions", "texts")
@@ -242,13 +222,12 @@ def _unlearning(result: dict[str, Any], about: DictionaryInfo) -> Converted | No
 
 
 def _scr(result: dict[str, Any], about: DictionaryInfo) -> Converted:
-    keys = ("scr_metric", "scr_dir1", "scr_dir2", "spread", "sets")
-    extras = {key: result[key] for key in keys}
+    extras = _pick(result, "scr_metric scr_dir1 scr_dir2 spread sets")
     return {"scr_metrics": {}}, [], _scr_and_tpp(result, about, is_scr=True), extras | {"about": PROBES}
 
 
 def _tpp(result: dict[str, Any], about: DictionaryInfo) -> Converted:
-    extras = {key: result[key] for key in ("tpp", "spread", "clean_accuracy")}
+    extras = _pick(result, "tpp spread clean_accuracy")
     return {"tpp_metrics": {}}, [], _scr_and_tpp(result, about, is_scr=False), extras | {"about": PROBES}
 
 
@@ -260,28 +239,18 @@ PROBES = (
 )
 
 
-def _scr_and_tpp(result: dict[str, Any], about: DictionaryInfo, *, is_scr: bool) -> ScrAndTppConfig:
-    used, T = result["protocol"], result["protocol"]["context_length"]
-    return ScrAndTppConfig(
-        model_name=about.stream.model,
-        llm_dtype=about.llm_dtype,
-        llm_batch_size=about.stream.rows_per_forward,
-        random_seed=about.seed,
-        dataset_names=used["dataset_names"],
+def _scr_and_tpp(result: dict[str, Any], about: DictionaryInfo, *, is_scr: bool) -> dict[str, Any]:
+    used = result["protocol"]
+    none = {"early_stopping_patience": 0, "probe_epochs": 0, "probe_lr": 0.0, "probe_l1_penalty": 0.0}
+    return _settings(
+        about,
+        **used,
+        **none,
         perform_scr=is_scr,
-        early_stopping_patience=0,
-        train_set_size=used["train_set_size"],
-        test_set_size=used["test_set_size"],
-        context_length=T,
         probe_train_batch_size=used["train_set_size"],
         probe_test_batch_size=used["test_set_size"],
-        probe_epochs=0,
-        probe_lr=0.0,
-        probe_l1_penalty=0.0,
-        sae_batch_size=_rows_encoded(T),
+        sae_batch_size=_rows_encoded(used["context_length"]),
         lower_vram_usage=False,
-        n_values=used["n_values"],
-        column1_vals_lookup=used["column1_vals_lookup"],
     )
 
 
@@ -310,28 +279,17 @@ def _absorption(result: dict[str, Any], about: DictionaryInfo) -> Converted | No
     columns = {name: [detail[key] for detail in details] for name, key in names.items()}
     means = {f"mean_{name}": float(statistics.fmean(values)) for name, values in columns.items()}
     spreads = {f"std_dev_{name}": statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in columns.items()}
-    config = AbsorptionConfig(
-        **used,
-        model_name=about.stream.model,
-        llm_dtype=about.llm_dtype,
-        llm_batch_size=about.stream.rows_per_forward,
-        random_seed=about.seed,
-    )
     extras = {
         "mean_main_f1": result["mean_main_f1"],
         "about": "the probe on activations is a logistic regression with balanced classes; half of the words train it",
     }
-    return {"mean": means | spreads}, details, config, extras
+    return {"mean": means | spreads}, details, _settings(about, **used), extras
 
 
 MAKERS = {
-    "core": _core,
-    "sparse_probing": _sparse_probing,
-    "unlearning": _unlearning,
-    "scr": _scr,
-    "tpp": _tpp,
+    "core": _core, "sparse_probing": _sparse_probing, "unlearning": _unlearning, "scr": _scr, "tpp": _tpp,
     "absorption": _absorption,
-}
+}  # fmt: skip
 
 
 def _rows_encoded(context: int) -> int:

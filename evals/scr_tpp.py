@@ -20,7 +20,6 @@ scr_metric is the one whose A_base is lower: the attribute that the probe missed
 there is nothing to remove, and SCR is None.
 """
 
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -49,7 +48,7 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     in SAEBench: those left out count as activations of zero, and what the dictionary makes of zeros counts too. Raises
     UserError for a text without labels, too few rows or seeds.
     """
-    began, collected = time.monotonic(), _labelled(evaluation, rows, seeds)
+    collected = _labelled(evaluation, rows, seeds)
     topic = collected.of_rows("topic").numpy()
     classes = range(len(TOPICS))
     x, autoencoders = _pooled(collected, None, pool_padding), _autoencoders(evaluation, collected, pool_padding)
@@ -98,7 +97,7 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
         "classes": [list(TOPICS)[c] for c in classes],
         "seeds": seeds,
     }
-    return settings | _beside(result, len(collected), pool_padding, began)
+    return settings | _beside(result, len(collected), pool_padding)
 
 
 @torch.no_grad()
@@ -109,7 +108,7 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     scr_metric over seeds}, `score` (scr_metric at n = 20 or the largest n below), `sets` {pair: the accuracies, and
     scr_metric by n}, `controls` with the same of each but the sets, and `reached_by`. `pool_padding`, errors: as in `tpp`.
     """
-    began, collected = time.monotonic(), _labelled(evaluation, rows, seeds)
+    collected = _labelled(evaluation, rows, seeds)
     topic, tone = collected.of_rows("topic").numpy(), collected.of_rows("tone").numpy()
     x, autoencoders = _pooled(collected, None, pool_padding), _autoencoders(evaluation, collected, pool_padding)
     ns, pairs = _thresholds(evaluation), [(a, a + 1) for a in range(0, len(TOPICS), 2)]
@@ -148,17 +147,6 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
                         pair_scores[scored] = (np.array(ablated_accuracies) - base[scored]) / gap
                 pair_scores[2] = pair_scores[0 if base[0] < base[1] else 1]
 
-    def figures(all_scores: np.ndarray) -> dict[str, Any]:
-        by_seed = [[_mean(all_scores[seed, :, 2, n]) for n in range(len(ns))] for seed in range(seeds)]
-        metric = _by_n(ns, all_scores[:, :, 2])
-        return {
-            "scr_metric": metric,
-            "scr_dir1": _by_n(ns, all_scores[:, :, 0]),
-            "scr_dir2": _by_n(ns, all_scores[:, :, 1]),
-            "spread": {n: _deviation([values[i] for values in by_seed]) for i, n in enumerate(ns)},
-            "score": metric[max([ns[0], *(n for n in ns if n <= SCR_AT)])],
-        }
-
     names = ("clean_topic", "clean_tone", "base_topic", "base_tone")
     sets = {
         "/".join(list(TOPICS)[t] for t in pair): {
@@ -167,10 +155,23 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
         }
         for index, pair in enumerate(pairs)
     }
-    result = {name: figures(all_scores) for name, all_scores in scores.items()}
+    result = {name: _scr_figures(ns, all_scores) for name, all_scores in scores.items()}
     names_of = {"the embedded language": [tuple(list(TOPICS)[t] for t in pair) for pair in pairs]}
     protocol = _protocol(collected, ns, sizes, names_of)
-    return {"sets": sets, "seeds": seeds, "protocol": protocol} | _beside(result, len(collected), pool_padding, began)
+    return {"sets": sets, "seeds": seeds, "protocol": protocol} | _beside(result, len(collected), pool_padding)
+
+
+def _scr_figures(ns: list[int], scores: np.ndarray) -> dict[str, Any]:
+    """Means and spread, by n, of scores [seeds, pairs, 3, n]: in either direction, and the metric."""
+    by_seed = [[_mean(of_seed[:, 2, i]) for i in range(len(ns))] for of_seed in scores]
+    metric = _by_n(ns, scores[:, :, 2])
+    return {
+        "scr_metric": metric,
+        "scr_dir1": _by_n(ns, scores[:, :, 0]),
+        "scr_dir2": _by_n(ns, scores[:, :, 1]),
+        "spread": {n: _deviation([values[i] for values in by_seed]) for i, n in enumerate(ns)},
+        "score": metric[max([ns[0], *(n for n in ns if n <= SCR_AT)])],
+    }
 
 
 def _labelled(evaluation: Evaluation, rows: int, seeds: int) -> TextActivations:
@@ -261,7 +262,7 @@ def _protocol(
     }
 
 
-def _beside(result: dict[str, dict[str, Any]], rows: int, pool_padding: bool, began: float) -> dict[str, Any]:
+def _beside(result: dict[str, dict[str, Any]], rows: int, pool_padding: bool) -> dict[str, Any]:
     """The dictionary's figures, with those of the controls and which of them it does not surpass."""
     scores, controls = result["sae"], {name: control for name, control in result.items() if name != "sae"}
     score = scores["score"]
@@ -270,8 +271,7 @@ def _beside(result: dict[str, dict[str, Any]], rows: int, pool_padding: bool, be
         for name, control in controls.items()
         if score is not None and control["score"] is not None and control["score"] >= score
     ]
-    settings = {"rows": rows, "pool_padding": pool_padding, "seconds": round(time.monotonic() - began, 2)}
-    return {**scores, "controls": controls, "reached_by": reached, **settings}
+    return {**scores, "controls": controls, "reached_by": reached, "rows": rows, "pool_padding": pool_padding}
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -54,10 +54,7 @@ class _Set:
 
 
 def sparse_probing(
-    evaluation: Evaluation,
-    sets: Sequence[str | Path | Labelled] | None = None,
-    *,
-    ks: tuple[int, ...] | None = None,
+    evaluation: Evaluation, sets: Sequence[str | Path | Labelled] | None = None, *, ks: tuple[int, ...] | None = None
 ) -> dict[str, Any]:
     """Test accuracies of probes on the k best latents, for each of `ks` (1 is always measured) and on all. Without `ks`
     those of `KS`, as far as there are latents.
@@ -170,9 +167,7 @@ def _probe(evaluation: Evaluation, text_set: _Set, ks: tuple[int, ...], warnings
             for name, pooled in text_set.pooled.items():
                 full = name in ("sae", "llm")
                 if name in ill:
-                    accuracies[name] = nothing | (
-                        dict.fromkeys(("test_accuracy", "best_epoch_accuracy")) if full else {}
-                    )
+                    accuracies[name] = nothing | dict.fromkeys(("test_accuracy", "best_epoch_accuracy") if full else ())
                     continue
                 split = halves(pooled, y, rows, evaluation.generator(f"{purpose}/split"), train=text_set.train)
                 trained, tested = len(split.train_y), len(split.test_y)
@@ -185,9 +180,8 @@ def _probe(evaluation: Evaluation, text_set: _Set, ks: tuple[int, ...], warnings
                 draw, any_y = evaluation.generator(f"{purpose}/shuffled"), y.copy()
                 # test labels too: a latent that is the class would else score 0 or 1, as the coin falls
                 any_y[rows] = draw.permutation(y[rows])
-                accuracies["shuffled"] = _named(
-                    top_k(halves(text_set.pooled["sae"], any_y, rows, draw, train=text_set.train), ks)
-                )
+                split = halves(text_set.pooled["sae"], any_y, rows, draw, train=text_set.train)
+                accuracies["shuffled"] = _named(top_k(split, ks))
             sae, llm = accuracies.pop("sae"), accuracies.pop("llm")
             error = None if sae["top_1"] is None else _error(sae["top_1"], tested)
             scores.append({**sae, "top_1_error": error, "llm": llm, "controls": accuracies})

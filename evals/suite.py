@@ -193,7 +193,8 @@ def load_eval(name: str) -> Eval:
 
 
 def _core(evaluation: Evaluation) -> dict[str, Any]:
-    from .core import HeldOut, core
+    from .core import core
+    from .held_out import HeldOut
 
     controls = {} if evaluation.random is None else {"random": evaluation.random}
     stream, neurons = evaluation.stream, evaluation.neurons

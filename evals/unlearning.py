@@ -28,7 +28,6 @@ Multipliers are in the unit of the latents. Those for files are the source's, 25
 which the random control shows (docs/evals.md).
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -43,8 +42,7 @@ from ..engine.process.progress import progress_bar
 from ..engine.stream import TokenRows
 from ..engine.testbed.language import ROLES, facts
 from ..kernels.numerics import sum_by
-from .core import fitted
-from .evaluation import LABELLED, Autoencoder, Evaluation, TextActivations, collected_rows
+from .evaluation import LABELLED, Autoencoder, Evaluation, TextActivations, collected_rows, fitted
 from .multiple_choice import (
     QuestionFiles,
     Questions,
@@ -146,20 +144,15 @@ def unlearning(
 
     Raises UserError where files, a chat template, or questions that the model knows are missing.
     """
-    began = time.monotonic()
     fitted("sae", evaluation.sae, evaluation.stream)
     if evaluation.sae.cfg.d_out is not None:
         raise UserError("sae: a transcoder is not allowed; unlearning changes the activations that were encoded")
     files = QuestionFiles.of(evaluation.files)
     rows = evaluation.rows(rows) if files is None else max(1, rows // evaluation.share)
-    task = evaluation.once(
-        "unlearning",
-        lambda: _of_language(evaluation, rows) if files is None else _of_files(evaluation, files, rows, length),
-    )
+    make = lambda: _of_language(evaluation, rows) if files is None else _of_files(evaluation, files, rows, length)
+    task = evaluation.once("unlearning", make)
     task.prompts.forget()
-    autoencoders = {
-        name: autoencoder for name, autoencoder in evaluation.autoencoders(task.prompts).items() if name != "mean"
-    }
+    autoencoders = evaluation.autoencoders(task.prompts, mean=False)
     draw = evaluation.generator("unlearning shuffled")
     fractions, norm = _fractions(autoencoders, task)
     ranking = {name: _ranking(*shares) for name, shares in fractions.items()}
@@ -173,34 +166,33 @@ def unlearning(
     controls = {name: (autoencoders[name], choice) for name, choice in ranking.items() if name != "sae"}
     controls["shuffled"] = autoencoders["sae"], shuffled
     counts = {"forget": int(task.questions.forget.sum()), "retain": int((~task.questions.forget).sum())}
-    warnings = [f"only {n} {side} questions are known: one is {1 / n:.3f}" for side, n in counts.items() if n < FEW]
-    short = [setting for setting in result["settings"] if setting["taken"] < setting["latents"]]
-    if short:
-        least = min(short, key=lambda setting: setting["taken"])
-        warnings.append(f"only {least['taken']} latents pass the retain threshold {least['retain_threshold']}")
-    best = result["setting"]
-    chosen = None if best is None else ranking["sae"](best["retain_threshold"], best["latents"])
+    best, loss = result["setting"], None
+    if best is not None:
+        chosen = ranking["sae"](best["retain_threshold"], best["latents"])
+        loss = _loss_increase(evaluation, autoencoders["sae"], task, chosen, best["multiplier"])
     return {
         **result,
         "answer_orders": task.answer_orders,
         "questions": counts,
         "activation_norm": norm,
-        "loss_increase": None
-        if best is None or chosen is None
-        else _loss_increase(evaluation, autoencoders["sae"], task, chosen, best["multiplier"]),
+        "loss_increase": loss,
         "controls": {
-            name: {
-                key: value
-                for key, value in _scores(evaluation, autoencoder, task, choice, grid, whole=False).items()
-                if key != "settings"
-            }
+            name: _scores(evaluation, autoencoder, task, choice, grid, whole=False)
             for name, (autoencoder, choice) in controls.items()
         },
-        "warnings": warnings,
+        "warnings": _warnings(counts, result["settings"]),
         "texts": task.texts,
         "protocol": task.protocol,
-        "seconds": round(time.monotonic() - began, 2),
     }
+
+
+def _warnings(questions: Mapping[str, int], settings: list[dict[str, Any]]) -> list[str]:
+    warnings = [f"only {n} {side} questions are known: one is {1 / n:.3f}" for side, n in questions.items() if n < FEW]
+    short = [setting for setting in settings if setting["taken"] < setting["latents"]]
+    if short:
+        least = min(short, key=lambda setting: setting["taken"])
+        warnings.append(f"only {least['taken']} latents pass the retain threshold {least['retain_threshold']}")
+    return warnings
 
 
 def _of_language(evaluation: Evaluation, rows: int) -> _Task:
@@ -355,7 +347,7 @@ def _scores(
     *,
     whole: bool,
 ) -> dict[str, Any]:
-    """Every setting's accuracies, and the best setting's score. Unless `whole`, a setting that doesn't count has none."""
+    """The best setting's score; if `whole`, also the accuracies of all `settings`, whether they count or not."""
     accuracies: dict[tuple[bytes, float], tuple[float | None, float | None]] = {}  # the same latents answer alike
     settings = []
     for threshold, n, multiplier in grid:
@@ -391,7 +383,7 @@ def _scores(
         "score": score,
         "retained": None if best is None else best["retain_accuracy"],
         "setting": best,
-        "settings": settings,
+        **({"settings": settings} if whole else {}),
         "reason": reason,
     }
 

@@ -60,12 +60,7 @@ class Task:
         return cls(context * 2, true + false, y, np.tile(train, 2))
 
 
-def order_probing(
-    evaluation: Evaluation,
-    *,
-    pairs: int = 512,
-    k: int = 5,
-) -> dict[str, Any]:
+def order_probing(evaluation: Evaluation, *, pairs: int = 512, k: int = 5) -> dict[str, Any]:
     """Test accuracy of probes on k latents, by task and in the mean over tasks, of the dictionary and its controls.
 
     `pairs` of the embedded language's tasks, and as many texts at most of each file, which is a task by its name. `top_1`
@@ -213,9 +208,7 @@ def _probe(evaluation: Evaluation, name: str, task: Task, k: int) -> dict[str, d
     bow = accuracy(_split(task, bag))
     results: dict[str, dict[str, Any]] = {}
     readings = dict(zip(READINGS, _readings(evaluation, task), strict=True))
-    autoencoders = {
-        c: autoencoder for c, autoencoder in evaluation.autoencoders(readings["mean_pooled"]).items() if c != "mean"
-    }
+    autoencoders = evaluation.autoencoders(readings["mean_pooled"], mean=False)
     lm = {reading: accuracy(_split(task, texts.pooled(None).cpu().numpy())) for reading, texts in readings.items()}
     for reading, texts in readings.items():
         for autoencoder_name, autoencoder in autoencoders.items():

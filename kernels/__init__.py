@@ -1,1 +1,6 @@
-"""Ops on tensors: encode, select, decode, loss, weight_grad, each as torch reference, Triton kernels and a cost model."""
+"""Ops on tensors, a folder each: encode, encode_sparse, select, decode, loss, weight_grad, adam.
+
+A folder holds the op itself (`__init__.py`), plain torch (`reference.py`), Triton kernels (`triton.py`), and what bench
+compiles, tunes and times (`bench.py`). `autograd.py` makes ops differentiable for the engine and `ops.py` for users; both
+take their gradients from `gradients.py`.
+"""

@@ -2,39 +2,35 @@
 
 Products run in the dtype of the activations. Parameters may be wider (float32 beside bfloat16 activations): they are cast
 for the product and receive gradients in their own dtype. Every gradient is summed in a fixed order: two identical calls
-give identical bits. None of the functions can be differentiated twice.
+give identical bits. None of the functions can be differentiated twice. The gradients' formulas are in `gradients.py`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from . import gradients
 from .code import SparseCode
-from .decode import decode, decode_values_grad
+from .decode import decode
 from .decode import reconstruct as reconstruct_op
 from .encode import encode
 from .encode_sparse import encode_threshold
 from .encode_sparse import encode_topk as encode_topk_op
+from .gradients import Band, gate_of
 from .loss import PositionSums
 from .loss import position_loss as position_sums
-from .masks import Mask, weights_at, weights_of
-from .numerics import sum_by
+from .masks import Mask
 from .torch_modes import without_autocast
-from .weight_grad import weight_grad
 
 
 def encode_dense(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    center: Tensor | None = None,
-    mask: Mask | None = None,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None = None, mask: Mask | None = None,
     pos: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """acts [N, F] = relu((x - center) @ W_enc + b_enc) * mask[pos], with gradients for all but pos.
 
     Shapes as in `kernels.encode`. A mask that requires grad must be positive wherever it is to learn: its gradient is
@@ -44,20 +40,11 @@ def encode_dense(
 
 
 def encode_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    center: Tensor | None = None,
-    mask: Mask | None = None,
-    pos: Tensor | None = None,
-    *,
-    k: int,
-    aux_k: int = 0,
-    aux_latents: Tensor | None = None,
-    across_batch: bool = False,
-) -> tuple[SparseCode, SparseCode | None]:
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None = None, mask: Mask | None = None,
+    pos: Tensor | None = None, *, k: int, aux_k: int = 0, aux_latents: Tensor | None = None, across_batch: bool = False,
+) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
     """The k largest activations of each token, or the N * k largest of the batch, and from the same product the aux_k
-    largest of each token among `aux_latents`: see `kernels.encode.encode_topk`.
+    largest of each token among `aux_latents`: see `kernels.encode_sparse.encode_topk`.
 
     The values carry gradients for x, W_enc, b_enc, center and mask (see `encode_dense` for masks), zero values none; the
     gradient of W_enc comes latent-major, as the [D, F] view of a contiguous [F, D].
@@ -84,26 +71,17 @@ def differentiable(
 
 
 def encode_jumprelu(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor,
-    center: Tensor | None = None,
-    mask: Mask | None = None,
-    pos: Tensor | None = None,
-    *,
-    bandwidth: float,
-    expected: int = 64,
-) -> tuple[SparseCode, Tensor]:
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, center: Tensor | None = None, mask: Mask | None = None,
+    pos: Tensor | None = None, *, bandwidth: float, expected: int = 64,
+) -> tuple[SparseCode, Tensor]:  # fmt: skip
     """f = pre * (pre > threshold) * mask[pos] with pre = relu((x - center) @ W_enc + b_enc), as a ragged code, and its L0.
 
     threshold [F], not negative; `expected` as in `kernels.encode_sparse.encode_threshold`; other arguments as in
-    `encode_dense`. The values carry gradients for all but pos; the L0, a
-    float32 scalar, counts pre > threshold where the mask is not zero and carries a gradient for the threshold. Gradients for
-    the threshold are straight-through estimates with a rectangle of width `bandwidth` around it, in units of x
-    (Rajamanoharan et al., arXiv 2407.14435): inside, df/dthreshold = -threshold / bandwidth and
-    dL0/dthreshold = -1 / bandwidth; outside, zero. Entries inside the rectangle but below the threshold are kept in the
-    code, with value zero. Waits for the device.
+    `encode_dense`. The values carry gradients for all but pos; the L0, a float32 scalar, counts pre > threshold where the
+    mask is not zero and carries a gradient for the threshold. Gradients for the threshold are straight-through estimates
+    with a rectangle of width `bandwidth` around it, in units of x (Rajamanoharan et al., arXiv 2407.14435): inside,
+    df/dthreshold = -threshold / bandwidth and dL0/dthreshold = -1 / bandwidth; outside, zero. Entries inside the rectangle
+    but below the threshold are kept in the code, with value zero. Waits for the device.
     """
     codes: list[SparseCode] = []
     settings = dict(bandwidth=bandwidth, expected=expected)
@@ -173,23 +151,11 @@ class _EncodeDense(Function):
     @once_differentiable
     @without_autocast()
     def backward(ctx: Any, dacts):
-        (x, W_enc, center, pos, acts), mask = ctx.saved_tensors, ctx.mask
-        need_x, need_w, _, need_center, need_mask, _ = ctx.needs_input_grad
-        dx = dw = dcenter = dmask = None
-        dpre = torch.ops.aten.threshold_backward(dacts, acts, 0)  # the backward of relu, in one pass
-        if mask is not None:
-            gate = weights_at(mask, pos)
-            if need_mask:
-                dmask = sum_by(pos, _divide(dpre * acts, gate), mask.shape[0]).to(mask.dtype)
-            dpre = (dpre * gate).to(x.dtype)
-        if need_w:
-            dw = (dpre.T @ _centered(x, center)).T.to(W_enc.dtype)
-        db = dpre.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
-        if need_center:
-            dcenter = -(W_enc @ db.to(W_enc.dtype)).to(center.dtype)
-        if need_x:
-            dx = dpre @ W_enc.to(x.dtype).T
-        return dx, dw, db.to(ctx.b_dtype), dcenter, dmask, None
+        x, W_enc, center, pos, acts = ctx.saved_tensors
+        dx, dw, db, dcenter, dmask = gradients.encode_dense(
+            ctx.needs_input_grad, x, W_enc, center, ctx.mask, pos, acts, dacts
+        )
+        return dx, dw, _rounded(db, ctx.b_dtype), dcenter, dmask, None
 
 
 class _Encoded(Function):
@@ -197,17 +163,20 @@ class _Encoded(Function):
     def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos, codes):  # in a list: autograd passes nothing but tensors
         ctx.set_materialize_grads(False)
         # detached: what is given back holds this context, which in turn must not hold it
-        ctx.codes, ctx.mask = [code.with_values(code.values.detach()) for code in codes], mask
-        ctx.save_for_backward(x, W_enc, b_enc, center, pos)
+        ctx.codes = [code.with_values(code.values.detach()) for code in codes]
+        ctx.b_dtype, ctx.mask = b_enc.dtype, mask
+        ctx.save_for_backward(x, W_enc, center, pos)
         return tuple(code.values for code in codes)
 
     @staticmethod
     @once_differentiable
     @without_autocast()
     def backward(ctx: Any, *grads):
-        x, W_enc, b_enc, center, pos = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        return *entry_gradients(needs, x, W_enc, b_enc, center, ctx.mask, pos, ctx.codes, grads), None, None
+        x, W_enc, center, pos = ctx.saved_tensors
+        dx, dw, db, dcenter, dmask = gradients.encode_codes(
+            ctx.needs_input_grad, x, W_enc, center, ctx.mask, pos, ctx.codes, grads
+        )
+        return dx, dw, _rounded(db, ctx.b_dtype), dcenter, dmask, None, None
 
 
 class _EncodeJumpReLU(Function):
@@ -217,56 +186,32 @@ class _EncodeJumpReLU(Function):
         codes.append(band.code)
         ctx.set_materialize_grads(False)
         ctx.band, ctx.mask = band._replace(code=band.code.with_values(band.code.values.detach())), mask
-        ctx.save_for_backward(x, W_enc, b_enc, threshold, center, pos)
+        ctx.b_dtype, ctx.threshold_dtype = b_enc.dtype, threshold.dtype
+        ctx.save_for_backward(x, W_enc, center, pos)
         return band.code.values, band.is_open.sum().float()
 
     @staticmethod
     @once_differentiable
     @without_autocast()
     def backward(ctx: Any, dvalues, dl0):
-        (x, W_enc, b_enc, threshold, center, pos), band = ctx.saved_tensors, ctx.band
-        needs = list(ctx.needs_input_grad)
-        if dvalues is None:
-            dvalues = torch.zeros_like(band.pre)
-        dpre, dlimit = band.gradients(dvalues, dl0)
-        dmask = mask_gradient(band.code, dvalues * band.pre * band.is_open, ctx.mask, pos) if needs.pop(5) else None
-        dthreshold = None
-        if needs.pop(3):
-            dthreshold = weight_grad(band.code.transpose(), dlimit, dlimit.new_ones(1, 1))[:, 0].to(threshold.dtype)
-        dx, dw, db, dcenter = _encoder_gradients(needs, x, W_enc, b_enc, center, [band.code.with_values(dpre)])
+        x, W_enc, center, pos = ctx.saved_tensors
+        dx, dw, db, dthreshold, dcenter, dmask = gradients.encode_jumprelu(
+            ctx.needs_input_grad, x, W_enc, center, ctx.mask, pos, ctx.band, dvalues, dl0
+        )
+        db, dthreshold = _rounded(db, ctx.b_dtype), _rounded(dthreshold, ctx.threshold_dtype)
         return dx, dw, db, dthreshold, dcenter, dmask, None, None, None
-
-
-class Band(NamedTuple):
-    """JumpReLU's entries: those above their threshold, and those below that its gradient needs. All but the code, which
-    holds the activations f, have the shape of its values; unused entries don't exist."""
-
-    code: SparseCode
-    pre: Tensor
-    limit: Tensor  # the threshold
-    gate: Tensor | None  # the mask's weight
-    is_open: Tensor  # bool
-    bandwidth: float
-
-    def gradients(self, dvalues: Tensor, dl0: Tensor | float | None) -> tuple[Tensor, Tensor]:
-        """Gradients of the pre-activations and, to be summed by latent, of the thresholds."""
-        gated = dvalues if self.gate is None else dvalues * self.gate
-        dlimit = -self.limit * gated
-        if dl0 is not None:
-            dlimit = dlimit - (dl0 if self.gate is None else dl0 * (self.gate != 0))
-        dlimit = dlimit * ((self.pre - self.limit).abs() < self.bandwidth / 2) / self.bandwidth
-        return gated * self.is_open, dlimit
 
 
 def jumprelu_band(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, center: Tensor | None, mask: Mask | None,
-    pos: Tensor | None, *, bandwidth: float, expected: int, capacity: int | None = None, dictionaries: int = 1,
+    pos: Tensor | None, *, bandwidth: float, dictionaries: int = 1, **room: Any,
 ) -> Band:  # fmt: skip
-    """The entries of `encode_jumprelu`, which says what they are; of several dictionaries as in `encode_threshold`."""
+    """Find the entries of `encode_jumprelu`, which says what they are; of several dictionaries as in `encode_threshold`,
+    which also says what `room` is: `expected` and `capacity`."""
     is_hard = isinstance(mask, Tensor) and mask.dtype == torch.bool  # shuts latents out beforehand
     code = encode_threshold(
         x, W_enc, b_enc, (threshold - bandwidth / 2).clamp_min(0), center=center, mask=mask if is_hard else None, pos=pos,
-        expected=expected, capacity=capacity, dictionaries=dictionaries,
+        dictionaries=dictionaries, **room,
     )  # fmt: skip
     pre, limit = code.values, threshold.to(code.values.dtype)[code.indices]
     is_open, gate = pre > limit, None
@@ -275,57 +220,6 @@ def jumprelu_band(
         gate = gate_of(code, mask, pos.repeat(dictionaries))
         values, is_open = values * gate, is_open & (gate != 0)
     return Band(code.with_values(values), pre, limit, gate, is_open, bandwidth)
-
-
-def gate_of(code: SparseCode, mask: Mask, pos: Tensor) -> Tensor:
-    """The mask's weight of each entry."""
-    return weights_of(mask, pos[code.rows], code.live(code.indices))
-
-
-def mask_gradient(code: SparseCode, contributions: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """The gradient of a mask [T, F] from what each entry contributes to it."""
-    elements = pos.long()[code.rows] * mask.shape[1] + code.live(code.indices)
-    return sum_by(elements.flatten(), code.live(contributions).flatten(), mask.numel()).view(mask.shape).to(mask.dtype)
-
-
-def entry_gradients(
-    needs: Sequence[bool], x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Mask | None,
-    pos: Tensor | None, codes: Sequence[SparseCode], grads: Sequence[Tensor | None],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, W_enc (latent-major), b_enc, center and mask from those of the codes' values; see `differentiable`."""
-    dmask, gradients = None, []
-    for code, grad in zip(codes, grads, strict=True):
-        if grad is None:
-            continue
-        dpre = torch.ops.aten.threshold_backward(grad, code.values, 0)
-        if mask is not None and pos is not None:
-            gate = gate_of(code, mask, pos)
-            if needs[4]:
-                assert isinstance(mask, Tensor)
-                dmask = _add(dmask, mask_gradient(code, _divide(dpre * code.values, gate), mask, pos))
-            dpre = dpre * gate
-        gradients.append(code.with_values(dpre))
-    return *_encoder_gradients(needs, x, W_enc, b_enc, center, gradients), dmask
-
-
-def _encoder_gradients(
-    needs: Sequence[bool], x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, gradients: list[SparseCode]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, W_enc, b_enc and center from those of the pre-activations, given as codes."""
-    need_x, need_w, _, need_center, *_ = needs
-    dx = dw = db = dcenter = None
-    for code in gradients:
-        entries = code.transpose()
-        db = _add(db, weight_grad(entries, code.values, code.values.new_ones(1, 1)))
-        if need_w:
-            dw = _add(dw, weight_grad(entries, code.values, x, center=center))
-        if need_x:
-            dx = _add(dx, decode(code, W_enc.to(x.dtype).T, x.new_zeros(x.shape[1])))
-    if db is None:
-        return None, None, None, None
-    if need_center and center is not None:
-        dcenter = -(W_enc @ db[:, 0].to(W_enc.dtype)).to(center.dtype)
-    return dx, None if dw is None else dw.to(W_enc.dtype).T, db[:, 0].to(b_enc.dtype), dcenter
 
 
 class _DecodeSparse(Function):
@@ -341,17 +235,10 @@ class _DecodeSparse(Function):
     @once_differentiable
     @without_autocast()
     def backward(ctx: Any, dout):
-        (W_dec,), code = ctx.saved_tensors, ctx.code
-        need_values, need_w, need_b, *_ = ctx.needs_input_grad
-        dvalues = dw = db = None
-        if need_values:
-            dvalues = ctx.sign * decode_values_grad(code, W_dec, dout)
-        if need_w:
-            dw = weight_grad(code.transpose(), ctx.sign * code.values, dout).to(ctx.w_dtype)
-            dw = _strided(dw, ctx.w_stride)
-        if need_b:
-            db = (ctx.sign * dout.sum(0, dtype=torch.promote_types(dout.dtype, torch.float32))).to(ctx.b_dtype)
-        return dvalues, dw, db, None, None
+        (W_dec,), needs = ctx.saved_tensors, ctx.needs_input_grad
+        dvalues, dw = gradients.decode_code(needs, ctx.code, W_dec, dout, ctx.sign)
+        db = gradients.decode_bias(dout, ctx.sign) if needs[2] else None
+        return dvalues, _strided(_rounded(dw, ctx.w_dtype), ctx.w_stride), _rounded(db, ctx.b_dtype), None, None
 
 
 class _Reconstruct(Function):
@@ -368,19 +255,9 @@ class _Reconstruct(Function):
     @once_differentiable
     @without_autocast()
     def backward(ctx: Any, derror, _):
-        (residual, projection), code = ctx.saved_tensors, ctx.code
-        need_values, need_w, need_b, *_ = ctx.needs_input_grad
-        dvalues = dw = db = None
-        scale = -2 * derror
-        per_entry = scale[code.rows]
-        if need_values:
-            dvalues = (per_entry * projection).to(code.values.dtype)
-        if need_w:
-            dw = weight_grad(code.transpose(), per_entry * code.values, residual).to(ctx.w_dtype)
-            dw = _strided(dw, ctx.w_stride)
-        if need_b:
-            db = (scale @ residual.to(scale.dtype)).to(ctx.b_dtype)
-        return dvalues, dw, db, None, None
+        residual, projection = ctx.saved_tensors
+        dvalues, dw, db = gradients.squared_error(ctx.needs_input_grad, ctx.code, residual, projection, derror)
+        return dvalues, _strided(_rounded(dw, ctx.w_dtype), ctx.w_stride), _rounded(db, ctx.b_dtype), None, None
 
 
 class _PositionLoss(Function):
@@ -400,32 +277,18 @@ class _PositionLoss(Function):
         residual, values, pos = ctx.saved_tensors
         dresidual = dvalues = None
         if ctx.needs_input_grad[0] and dsquared_error is not None:
-            dresidual = dsquared_error[pos]
-            if residual.dim() == 2:
-                dresidual = 2 * dresidual[:, None] * residual
-            dresidual = dresidual.to(residual.dtype)
+            dresidual = gradients.position_squared_error(residual, pos, dsquared_error)
         if ctx.needs_input_grad[1] and dl1 is not None:
-            per_token = dl1[pos]
-            if ctx.code is not None and ctx.code.ragged:
-                dvalues = ctx.code.live(per_token[ctx.code.rows] * values.sign()).to(values.dtype)
-            else:
-                dvalues = (per_token[:, None] * values.sign()).to(values.dtype)
+            dvalues = gradients.position_l1(values, ctx.code, pos, dl1)
         return dresidual, dvalues, None, None, None
 
 
-def _centered(x: Tensor, center: Tensor | None) -> Tensor:
-    return x if center is None else (x - center).to(x.dtype)
+def _rounded(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if gradient is None else gradient.to(dtype)
 
 
-def _strided(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The tensor with these strides; a copy only if they differ."""
-    return tensor if tensor.stride() == stride else tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
-
-
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b where b > 0, else zero."""
-    return torch.where(b > 0, a / b, 0)
-
-
-def _add(total: Tensor | None, term: Tensor) -> Tensor:
-    return term if total is None else total.add_(term)
+def _strided(gradient: Tensor | None, stride: tuple[int, ...]) -> Tensor | None:
+    """The gradient with these strides; a copy only if they differ."""
+    if gradient is None or gradient.stride() == stride:
+        return gradient
+    return gradient.new_empty_strided(gradient.shape, stride).copy_(gradient)

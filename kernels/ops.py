@@ -1,7 +1,8 @@
 """The ops as plain functions of tensors, for code of any kind: `temposae.ops`.
 
-Each is registered with torch.library as `temposae::NAME`: it has a fake implementation and an autograd formula whose own
-parts are registered, too, and goes through torch.compile without a graph break. A code is given as its tensors:
+Each is registered with torch.library as `temposae::NAME`: it has a fake implementation and an autograd formula (those of
+`gradients.py`, with ops of their own where need be), and goes through torch.compile without a graph break. A code is given
+as its tensors:
 
     values  [N, K] or [C], float32 (float64 for float64 activations)
     indices int32, of values' shape: the latent of each entry
@@ -14,22 +15,21 @@ parameters may be wider, and get gradients of their own dtype, summed in a fixed
 fit.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .autograd import entry_gradients
+from . import gradients
 from .code import SparseCode
 from .decode import decode as decode_op
-from .decode import decode_values_grad
 from .encode_sparse import encode_threshold as encode_threshold_op
 from .encode_sparse import encode_topk as encode_topk_op
 from .loss import position_loss as position_loss_op
 from .numerics import accumulation_dtype
 from .torch_modes import without_autocast
-from .weight_grad import weight_grad
 
 __all__ = ["decode", "encode_batch_topk", "encode_threshold", "encode_topk", "position_loss"]
 
@@ -81,8 +81,33 @@ def _code(values: Tensor, indices: Tensor, offsets: Tensor | None, n_latents: in
 
 
 def _entries(x: Tensor, *shape: Any) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(x)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int32)
+    return x.new_empty(shape, dtype=accumulation_dtype(x)), x.new_empty(shape, dtype=torch.int32)
+
+
+def _ragged(x: Tensor, entries: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return *_entries(x, entries), x.new_empty(x.shape[0] + 1, dtype=torch.int64)
+
+
+def _needed(computed: Sequence[Tensor | None], needs: list[bool]) -> list[Tensor]:
+    """Those that are needed, contiguous: an op returns tensors only, which lie as its fake implementation says."""
+    return [
+        gradient.contiguous() for gradient, need in zip(computed, needs, strict=True) if need and gradient is not None
+    ]
+
+
+def _empty_like(operands: Sequence[Tensor | None], needs: list[bool]) -> list[Tensor]:
+    """What `_needed` returns for gradients of these operands, as a fake implementation has it."""
+    return [
+        torch.empty_like(operand, memory_format=torch.contiguous_format)
+        for operand, need in zip(operands, needs, strict=True)
+        if need and operand is not None
+    ]
+
+
+def _in_places(computed: Iterable[Tensor], needs: list[bool]) -> list[Tensor | None]:
+    """The reverse of `_needed`."""
+    remaining = iter(computed)
+    return [next(remaining) if need else None for need in needs]
 
 
 @custom_op("temposae::encode_topk", mutates_args=())
@@ -94,11 +119,6 @@ def _encode_topk(
     return code.values, code.indices
 
 
-@_encode_topk.register_fake
-def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Any, mask: Any, pos: Any, k: int) -> tuple[Tensor, Tensor]:
-    return _entries(x, x.shape[0], k)
-
-
 @custom_op("temposae::encode_batch_topk", mutates_args=())
 @without_autocast()
 def _encode_batch_topk(
@@ -107,13 +127,6 @@ def _encode_batch_topk(
     code, _ = encode_topk_op(x, W_enc.to(x.dtype), b_enc, k, center=center, mask=mask, pos=pos, across_batch=True)
     assert code.offsets is not None
     return code.values, code.indices, code.offsets
-
-
-@_encode_batch_topk.register_fake
-def _(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Any, mask: Any, pos: Any, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return *_entries(x, x.shape[0] * k), x.new_empty(x.shape[0] + 1, dtype=torch.int64)
 
 
 @custom_op("temposae::encode_threshold", mutates_args=())
@@ -128,69 +141,51 @@ def _encode_threshold(
     return code.values, code.indices, code.offsets
 
 
-@_encode_threshold.register_fake
-def _(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Any, center: Any, mask: Any, pos: Any, expected: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    entries = torch.library.get_ctx().new_dynamic_size()
-    return *_entries(x, entries), x.new_empty(x.shape[0] + 1, dtype=torch.int64)
+_encode_topk.register_fake(lambda x, W_enc, b_enc, center, mask, pos, k: _entries(x, x.shape[0], k))
+_encode_batch_topk.register_fake(lambda x, W_enc, b_enc, center, mask, pos, k: _ragged(x, x.shape[0] * k))
+_encode_threshold.register_fake(lambda x, *_: _ragged(x, torch.library.get_ctx().new_dynamic_size()))
 
 
 @custom_op("temposae::encode_backward", mutates_args=())
 @without_autocast()
 def _encode_backward(
-    grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, W_enc: Tensor, b_enc: Tensor,
-    center: Tensor | None, mask: Tensor | None, pos: Tensor | None, needs: list[bool],
+    grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, W_enc: Tensor, center: Tensor | None,
+    mask: Tensor | None, pos: Tensor | None, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, W_enc (as [F, D]), b_enc, center and mask: those that are needed, in this order."""
     code = _code(values, indices, offsets, W_enc.shape[1])
-    dx, dw, db, dcenter, dmask = entry_gradients(needs, x, W_enc, b_enc, center, mask, pos, [code], [grad.contiguous()])
-    gradients = (dx, None if dw is None else dw.T, db, dcenter, dmask)
-    operands = (x, W_enc.T, b_enc, center, mask)
-    return [
-        torch.zeros_like(operand, memory_format=torch.contiguous_format) if gradient is None else gradient.contiguous()
-        for gradient, operand, need in zip(gradients, operands, needs, strict=True)
-        if need and operand is not None
-    ]
+    dx, dw, db, dcenter, dmask = gradients.encode_codes(needs, x, W_enc, center, mask, pos, [code], [grad.contiguous()])
+    return _needed((dx, None if dw is None else dw.T, db, dcenter, dmask), needs)
 
 
-@_encode_backward.register_fake
-def _(
-    grad: Any, values: Any, indices: Any, offsets: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None,
-    mask: Tensor | None, pos: Any, needs: list[bool],
-) -> list[Tensor]:  # fmt: skip
-    operands = (x, W_enc.T, b_enc, center, mask)
-    return [
-        torch.empty_like(operand, memory_format=torch.contiguous_format)
-        for operand, need in zip(operands, needs, strict=True)
-        if need and operand is not None
-    ]
+_encode_backward.register_fake(
+    lambda grad, values, indices, offsets, x, W_enc, center, mask, pos, needs: _empty_like(
+        (x, W_enc.T, x.new_empty(W_enc.shape[1], dtype=accumulation_dtype(x)), center, mask), needs
+    )
+)
 
 
 def _keep_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Of all three encoders: x, W_enc, b_enc come first, center, mask and pos before the last."""
+    x, W_enc, b_enc, *_ = inputs
     *center_mask_pos, _ = inputs[-4:]
     values, indices, *offsets = output
+    ctx.b_dtype = b_enc.dtype
     ctx.mark_non_differentiable(indices, *offsets)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(values, indices, offsets[0] if offsets else None, *inputs[:3], *center_mask_pos)
+    ctx.save_for_backward(values, indices, offsets[0] if offsets else None, x, W_enc, *center_mask_pos)
 
 
 def _encode_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    values, indices, offsets, x, W_enc, b_enc, center, mask, pos = ctx.saved_tensors
     n_between = len(ctx.needs_input_grad) - 7  # the threshold
-    needs_grad = ctx.needs_input_grad
-    needs = [*needs_grad[:3], *(needs_grad[position] for position in (3 + n_between, 4 + n_between))]
-    gradients: list[Tensor | None] = [None] * 5
+    dx = dw = db = dcenter = dmask = None
     if grad is not None:
-        computed = iter(
-            torch.ops.temposae.encode_backward(
-                grad, values, indices, offsets, x, W_enc, b_enc, center, mask, pos, needs
-            )
-        )
-        gradients = [next(computed) if need else None for need in needs]
-    dx, dw, db, dcenter, dmask = gradients
-    return dx, None if dw is None else dw.T, db, *[None] * n_between, dcenter, dmask, None, None
+        need_x, need_w, need_b, *need_others = ctx.needs_input_grad
+        needs = [need_x, need_w, need_b, *need_others[n_between : n_between + 2]]
+        computed = torch.ops.temposae.encode_backward(grad, *ctx.saved_tensors, needs)
+        dx, dw, db, dcenter, dmask = _in_places(computed, needs)
+        dw, db = None if dw is None else dw.T, None if db is None else db.to(ctx.b_dtype)
+    return dx, dw, db, *[None] * n_between, dcenter, dmask, None, None
 
 
 for encoder in (_encode_topk, _encode_batch_topk, _encode_threshold):
@@ -203,10 +198,11 @@ def _decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, offse
     return decode_op(_code(values, indices, offsets, W_dec.shape[0]), W_dec, b_dec)
 
 
-@_decode.register_fake
-def _(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, offsets: Tensor | None) -> Tensor:
-    n = values.shape[0] if offsets is None else offsets.shape[0] - 1
-    return W_dec.new_empty(n, W_dec.shape[1])
+_decode.register_fake(
+    lambda values, indices, W_dec, b_dec, offsets: W_dec.new_empty(
+        values.shape[0] if offsets is None else offsets.shape[0] - 1, W_dec.shape[1]
+    )
+)
 
 
 @custom_op("temposae::decode_backward", mutates_args=())
@@ -215,20 +211,12 @@ def _decode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, offsets: Tensor | None, needs: list[bool]
 ) -> list[Tensor]:
     """Gradients of values and W_dec: those that are needed."""
-    code, gradients = _code(values, indices, offsets, W_dec.shape[0]), []
-    grad = grad.contiguous()
-    if needs[0]:
-        gradients.append(decode_values_grad(code, W_dec, grad).to(values.dtype))
-    if needs[1]:
-        gradients.append(weight_grad(code.transpose(), code.values, grad).to(W_dec.dtype))
-    return gradients
+    code = _code(values, indices, offsets, W_dec.shape[0])
+    dvalues, dw = gradients.decode_code(needs, code, W_dec, grad.contiguous())
+    return _needed((dvalues, None if dw is None else dw.to(W_dec.dtype)), needs)
 
 
-@_decode_backward.register_fake
-def _(grad: Any, values: Tensor, indices: Any, W_dec: Tensor, offsets: Any, needs: list[bool]) -> list[Tensor]:
-    operands = (values, W_dec)
-    pairs = zip(operands, needs, strict=True)
-    return [torch.empty_like(operand, memory_format=torch.contiguous_format) for operand, need in pairs if need]
+_decode_backward.register_fake(lambda grad, values, indices, W_dec, offsets, needs: _empty_like((values, W_dec), needs))
 
 
 def _keep_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -242,15 +230,12 @@ def _decode_gradients(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         return None, None, None, None, None
     values, indices, W_dec, offsets = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-    gradients = iter(
-        torch.ops.temposae.decode_backward(grad, values, indices, W_dec, offsets, needs) if any(needs) else ()
+    need_values, _, need_w, need_b, _ = ctx.needs_input_grad
+    needs = [need_values, need_w]
+    dvalues, dw = _in_places(
+        torch.ops.temposae.decode_backward(grad, values, indices, W_dec, offsets, needs) if any(needs) else (), needs
     )
-    dvalues, dw = (next(gradients) if need else None for need in needs)
-    db = None
-    if ctx.needs_input_grad[3]:
-        db = grad.sum(0, dtype=accumulation_dtype(grad)).to(ctx.b_dtype)
-    return dvalues, None, dw, db, None
+    return dvalues, None, dw, gradients.decode_bias(grad).to(ctx.b_dtype) if need_b else None, None
 
 
 _decode.register_autograd(_decode_gradients, setup_context=_keep_decode)
@@ -260,13 +245,12 @@ _decode.register_autograd(_decode_gradients, setup_context=_keep_decode)
 @without_autocast()
 def _position_loss(residual: Tensor, pos: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
     sums = position_loss_op(residual, residual.new_zeros(len(residual), 1), pos, n_positions)
-    return sums.squared_error, sums.count
+    return sums.squared_error.clone(), sums.count.clone()  # which may be views of one tensor
 
 
-@_position_loss.register_fake
-def _(residual: Tensor, pos: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(residual)
-    return residual.new_empty(n_positions, dtype=dtype), residual.new_empty(n_positions, dtype=dtype)
+_position_loss.register_fake(
+    lambda residual, pos, n: tuple(residual.new_empty(n, dtype=accumulation_dtype(residual)) for _ in range(2))
+)
 
 
 def _keep_position_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -280,7 +264,7 @@ def _position_loss_gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any
     if grad is None:
         return None, None, None
     residual, pos = ctx.saved_tensors
-    return (2 * grad[pos.long()][:, None] * residual).to(residual.dtype), None, None
+    return gradients.position_squared_error(residual, pos, grad), None, None
 
 
 _position_loss.register_autograd(_position_loss_gradients, setup_context=_keep_position_loss)

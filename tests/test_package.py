@@ -68,7 +68,7 @@ def test_wheel_makes_nothing_but_temposae_importable(target: Path) -> None:
         f"temposae-{temposae.__version__}.dist-info",
     }
     assert PathFinder.find_spec("temposae", [str(target)])
-    for name in ("kernels", "engine", "evals", "bench", "variants", "cli", "tests"):
+    for name in ("kernels", "engine", "evals", "reporting", "bench", "variants", "cli", "tests"):
         assert PathFinder.find_spec(name, [str(target)]) is None, name
 
 
@@ -90,17 +90,27 @@ for info in pkgutil.walk_packages(temposae.__path__, "temposae.", onerror=fail):
 """
 
 
-def test_every_installed_module_imports(target: Path) -> None:
-    # -S leaves out site-packages with its .pth files, so no editable install is found; the folders are put back as plain
-    # entries of the path, behind the target.
+def python_with(target: Path, code: str, *args: str) -> str:
+    """Standard output of an interpreter that finds the wheel alone. -S leaves out site-packages with its .pth files, so no
+    editable install is found; the folders are put back as plain entries of the path, behind the target."""
     others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    path = os.pathsep.join([str(target), *others])
-    imported = python("-S", "-c", IMPORT_ALL, str(target), PYTHONPATH=path).split()
+    return python("-S", "-c", code, *args, PYTHONPATH=os.pathsep.join([str(target), *others]))
+
+
+def test_every_installed_module_imports(target: Path) -> None:
+    imported = python_with(target, IMPORT_ALL, str(target)).split()
     expected = {
         ".".join(("temposae", *p.with_suffix("").parts)).removesuffix(".__init__") for p in source_files("*.py")
     }
     missing = expected - {"temposae", *imported}
     assert not missing or (sys.platform != "linux" and all(name.endswith(".triton") for name in missing))
+
+
+def test_an_installed_package_finds_its_own_parts(target: Path) -> None:
+    code = (
+        "from temposae.engine import registry; print(registry.is_own(registry.find('layer_norm')), registry.__file__)"
+    )
+    assert python_with(target, code).split() == ["True", str(target / "temposae/engine/registry.py")]
 
 
 def test_packages_are_all_listed() -> None:
@@ -121,7 +131,9 @@ def test_import_is_quick_and_without_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["eval", "core"], ["dashboard"], ["testbed", "sample"], ["doctor"]], ids=" ".join
+    "command",
+    [[], ["train"], ["eval", "core"], ["dashboard"], ["testbed", "sample"], ["doctor"], ["config"]],
+    ids=" ".join,
 )
 def test_help_does_not_import_torch(command: list[str]) -> None:
     code = (

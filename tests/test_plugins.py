@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import temposae as ts
 import yaml
-from temposae.engine import parts, plugins
+from temposae.engine import plugins, registry
 from temposae.engine.errors import UserError
 from temposae.engine.storage.run_folder import read_settings
 
@@ -34,19 +34,19 @@ CONFIG = {
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """A plugin that notes each time it is run, in a process that has not seen it."""
-    parts.find("layer_norm")  # ours are known from here on
+    registry.find("layer_norm")  # ours are known from here on
     path = tmp_path / "my part.py"
     path.write_text(OWN.format(mark=str(tmp_path / "mark")))
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(CONFIG))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parts, "_PARTS", dict(parts._PARTS))
+    monkeypatch.setattr(registry, "_PARTS", dict(registry._PARTS))
     yield path
     forget()
 
 
 def forget() -> None:
     """As in a new process."""
-    parts._PARTS.pop("half", None)
+    registry._PARTS.pop("half", None)
     for name in [name for name in plugins.sys.modules if name.startswith("temposae_plugin_")]:
         del plugins.sys.modules[name]
 

@@ -1,7 +1,7 @@
 """Dictionaries that are not to be about a spurious attribute: a probe to play against, and penalties on decoder rows chosen
 by attribution or by how they go with the attribute."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -41,9 +41,18 @@ class Adversary(Part):
     """
 
     class Settings(PartSettings):
-        strength: Annotated[float, Field(ge=0)] = 0.1
-        decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
-        pace: Annotated[float, Field(gt=0)] = 10.0
+        strength: float = Field(
+            default=0.1,
+            ge=0,
+            description="Weight of the dictionary's term, in units of D. It also grows with the probe's advantage "
+            "over chance.",
+        )
+        decay: float = Field(
+            default=0.95, ge=0, lt=1, description="Decay per step of the mean of the probe's accuracy."
+        )
+        pace: float = Field(
+            default=10.0, gt=0, description="Learning rate of the probe as a multiple of the dictionary's."
+        )
 
     reads = frozenset({"attribute", "f"})
 
@@ -103,10 +112,14 @@ class SelectiveOrthogonality(Part):
     """
 
     class Settings(PartSettings):
-        coefficient: Annotated[float, Field(ge=0)] = 0.1
-        percentile: Annotated[float, Field(ge=0, lt=100)] = 85.0
-        decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
-        sample: Annotated[int, Field(ge=2)] = 512
+        coefficient: float = Field(default=0.1, ge=0, description="Weight of the penalty, in units of D.")
+        percentile: float = Field(
+            default=85.0, ge=0, lt=100, description="Latents above this percentile of attribution are penalised."
+        )
+        decay: float = Field(default=0.95, ge=0, lt=1, description="Decay per step of the mean of the attribution.")
+        sample: int = Field(
+            default=512, ge=2, description="Largest number of these latents that a step compares, drawn at random."
+        )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -186,10 +199,21 @@ class SpuriousContrast(Part):
     """
 
     class Settings(PartSettings):
-        coefficient: Annotated[float, Field(ge=0)] = 0.3
-        share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-        sample: Annotated[int, Field(ge=1)] = 512
+        coefficient: float = Field(default=0.3, ge=0, description="Weight of the penalty, in units of D.")
+        share: float = Field(
+            default=0.1,
+            gt=0,
+            lt=1,
+            description="Share of the latents that count as spurious, those with the largest score.",
+        )
+        decay: float = Field(
+            default=0.99, ge=0, lt=1, description="Decay per step of the means of activations and their squares."
+        )
+        sample: int = Field(
+            default=512,
+            ge=1,
+            description="Largest number of latents of either group that a step compares, drawn at random.",
+        )
 
     reads = frozenset({"attribute", "f"})
 

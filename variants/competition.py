@@ -1,12 +1,12 @@
 """Latents that are left out: at random, or because a neighbour is larger."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..engine.config import Count, SAEConfig
+from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
 from .norms import step_weight
 
@@ -25,7 +25,9 @@ class FeatureDropout(Part):
     """
 
     class Settings(PartSettings):
-        p: Annotated[float, Field(ge=0, lt=1)] = 0.2
+        p: float = Field(
+            default=0.2, ge=0, lt=1, description="Probability that a latent of a token is dropped in training."
+        )
 
     importance: Tensor
 
@@ -62,7 +64,9 @@ class WinnerTakesAll(Part):
     """
 
     class Settings(PartSettings):
-        group: Annotated[Count, Field(ge=2)] = 4
+        group: int = Field(
+            default=4, ge=2, le=10**15, description="Number of neighbouring latents of which the largest stays."
+        )
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:

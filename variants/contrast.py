@@ -1,6 +1,6 @@
 """Terms that draw codes together or push them apart."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +53,13 @@ class PositionContrast(Part):
     reads = frozenset({"f"})
 
     class Settings(PartSettings):
-        coefficient: Annotated[float, Field(ge=0)] = 0.01
-        temperature: Annotated[float, Field(gt=0)] = 0.1
-        sample: Annotated[int, Field(ge=4)] = 256
+        coefficient: float = Field(
+            default=0.01, ge=0, description="Weight of the contrastive loss (in nats), in units of D."
+        )
+        temperature: float = Field(default=0.1, gt=0, description="Divisor of cosines between codes in the softmax.")
+        sample: int = Field(
+            default=256, ge=4, description="Largest number of tokens that a step compares, in pairs of one position."
+        )
 
     contrast: Tensor
 

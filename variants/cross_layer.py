@@ -1,18 +1,18 @@
 """What a dictionary makes of another layer's activations."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..engine.config import Count, SAEConfig
-from ..engine.parts import BatchView, Part, PartSettings, find, part
+from ..engine.parts import BatchView, Part, PartSettings, part
+from ..engine.registry import find
 from .similarity import sample_indices
 
 TINY = 1e-12
 ON_THE_WAY = ("input", "pre", "acts", "latents")  # to the codes
-Weight = Annotated[float, Field(ge=0)]
 
 
 def to_units_of(x: Tensor, second: Tensor) -> Tensor:
@@ -39,9 +39,18 @@ class CrossLayer(Part):
     reads = frozenset({"f", "second"})
 
     class Settings(PartSettings):
-        consistency: Weight = 0.1
-        alignment: Weight = 0.01
-        tokens: Count = 256
+        consistency: float = Field(
+            default=0.1,
+            ge=0,
+            description="Weight of the penalty on codes that differ between the layers, in units of D.",
+        )
+        alignment: float = Field(
+            default=0.01,
+            ge=0,
+            description="Weight of the penalty on decoder gradients that differ in direction between the layers, in "
+            "units of D.",
+        )
+        tokens: Count = Field(default=256, description="Tokens drawn from each batch for both penalties.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

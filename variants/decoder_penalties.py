@@ -7,7 +7,7 @@ mean, so the bracket is about 1 before training, whatever F and M are, and `stre
 that is never learned (`decoder` random, the control) has no penalty.
 """
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -17,8 +17,14 @@ from ..engine.parts import BatchView, Part, PartSettings, part
 
 
 class OverlapSettings(PartSettings):
-    strength: Annotated[float, Field(ge=0)] = 0.1
-    rows: Annotated[int, Field(ge=2)] = 1024
+    strength: float = Field(
+        default=0.1,
+        ge=0,
+        description="Weight of the penalty as a share of |x|^2: random decoder rows cost about this share.",
+    )
+    rows: int = Field(
+        default=1024, ge=2, description="Largest number of decoder rows that a step compares, drawn at random."
+    )
 
 
 def cosines(settings: Any, batch: BatchView) -> Tensor:

@@ -1,7 +1,7 @@
 """What codes do along a row of text: attention before the encoder, and terms on how codes follow each other."""
 
 import math
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -11,7 +11,6 @@ from ..engine.config import Count, SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, RowLayout, part
 from .similarity import sample_indices
 
-Weight = Annotated[float, Field(ge=0)]
 TINY = 1e-6  # beside 1: variances are of codes that are 0 or of the order of 1
 
 
@@ -51,8 +50,10 @@ class SelfAttention(Part):
     reads = frozenset({"rows"})
 
     class Settings(PartSettings):
-        heads: Count = 4
-        width: Count = 256
+        heads: Count = Field(default=4, description="Number of attention heads, at most width and D.")
+        width: Count = Field(
+            default=256, description="Width of all heads together; at most D, and rounded down to a multiple of heads."
+        )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -81,8 +82,10 @@ class _Projected(Part):
     reads = frozenset({"rows", "f"})
 
     class Settings(PartSettings):
-        weight: Weight = 0.01
-        width: Count = 64
+        weight: float = Field(default=0.01, ge=0, description="Weight of the penalty, in units of D.")
+        width: Count = Field(
+            default=64, description="Width of the random projection of codes that the penalty looks at."
+        )
 
     projection: Tensor
 
@@ -196,10 +199,14 @@ class TemporalContrast(Part):
     reads = frozenset({"rows", "f"})
 
     class Settings(PartSettings):
-        weight: Weight = 0.01
-        width: Count = 64
-        temperature: Annotated[float, Field(gt=0)] = 0.1
-        anchors: Annotated[int, Field(ge=2)] = 256
+        weight: float = Field(default=0.01, ge=0, description="Weight of the contrastive loss, in units of D.")
+        width: Count = Field(default=64, description="Width of the learned projection of codes that are compared.")
+        temperature: float = Field(
+            default=0.1, gt=0, description="Divisor of cosines between projections in the softmax."
+        )
+        anchors: int = Field(
+            default=256, ge=2, description="Tokens drawn from each batch to be told from other rows' tokens."
+        )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

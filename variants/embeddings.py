@@ -1,7 +1,7 @@
 """What the encoder is told of position."""
 
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -21,7 +21,11 @@ class PositionEmbedding(Part):
     """
 
     class Settings(PartSettings):
-        scale: Annotated[float, Field(ge=0)] = 0.1
+        scale: float = Field(
+            default=0.1,
+            ge=0,
+            description="Standard deviation that the embedding starts with; entries of x are about 1.",
+        )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -64,8 +68,14 @@ class MultiScale(Part):
     reads = frozenset({"f"})
 
     class Settings(PartSettings):
-        scale: Annotated[float, Field(ge=0)] = 0.1
-        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+        scale: float = Field(
+            default=0.1,
+            ge=0,
+            description="Standard deviation that the embeddings start with; entries of x are about 1.",
+        )
+        decay: float = Field(
+            default=0.99, ge=0, lt=1, description="Decay per step of each scale's mean share of the activation."
+        )
 
     share: Tensor
 
@@ -129,7 +139,9 @@ class ScaleTargets(Part):
     reads = frozenset({"f", "rows"})
 
     class Settings(PartSettings):
-        coefficient: Annotated[float, Field(ge=0)] = 0.1
+        coefficient: float = Field(
+            default=0.1, ge=0, description="Weight of the squared error of each scale's latents."
+        )
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -171,9 +183,11 @@ class ResidualPosition(Part):
     """
 
     class Settings(PartSettings):
-        width: Count = 32
-        regulariser: Annotated[float, Field(ge=0)] = 0.01
-        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+        width: Count = Field(default=32, description="d_p, the width of the position embedding.")
+        regulariser: float = Field(default=0.01, ge=0, description="Weight of |r_p|^2 in the pathway's own loss.")
+        decay: float = Field(
+            default=0.99, ge=0, lt=1, description="Decay per step of the mean variance at each position."
+        )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

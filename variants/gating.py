@@ -1,7 +1,7 @@
 """Gates on latents, from what is known of each."""
 
 import math
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -32,8 +32,10 @@ class ResidualGate(Part):
     """
 
     class Settings(PartSettings):
-        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-        offset: float = -0.5
+        decay: float = Field(default=0.99, ge=0, lt=1, description="Decay per step of each latent's mean and variance.")
+        offset: float = Field(
+            default=-0.5, description="Gate threshold relative to the latent's mean activation, in standard deviations."
+        )
 
     mean: Tensor
     variance: Tensor

@@ -2,7 +2,7 @@
 
 import math
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from ..engine.config import Count, SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
 from .similarity import sample_indices
-
-Weight = Annotated[float, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def widths(n: int, blocks: int) -> list[int]:
@@ -69,12 +66,29 @@ class CausalLevels(Part):
     reads = frozenset({"f"})
 
     class Settings(PartSettings):
-        levels: Annotated[int, Field(ge=2)] = 3
-        entropy: Weight = 0.01
-        consistency: Weight = 0.1
-        separation: Weight = 0.1
-        decay: Decay = 0.95
-        sampled: Annotated[int, Field(ge=2)] = 256
+        levels: int = Field(default=3, ge=2, description="Number of levels, contiguous blocks of latents; at most F.")
+        entropy: float = Field(
+            default=0.01, ge=0, description="Weight of the penalty on unequal use of the levels, in units of D."
+        )
+        consistency: float = Field(
+            default=0.1,
+            ge=0,
+            description="Weight of the squared error that each level leaves of what those before it left.",
+        )
+        separation: float = Field(
+            default=0.1,
+            ge=0,
+            description="Weight of the mean positive cosine between decoder rows of causal and other latents, in "
+            "units of D.",
+        )
+        decay: float = Field(
+            default=0.95, ge=0, lt=1, description="Decay per step of the mean of each latent's causality."
+        )
+        sampled: int = Field(
+            default=256,
+            ge=2,
+            description="Number of tokens, and of latents of both halves together, that a step draws.",
+        )
 
     causality: Tensor
 
@@ -167,13 +181,23 @@ class LevelAttention(Part):
     reads = frozenset({"f"})
 
     class Settings(PartSettings):
-        levels: Annotated[int, Field(ge=2)] = 3
-        groups: Annotated[int, Field(ge=2)] = 8
-        heads: Count = 8
-        width: Count = 16
-        adjacency: Weight = 0.1
-        weight: Weight = 0.1
-        decay: Decay = 0.95
+        levels: int = Field(default=3, ge=2, description="Number of levels, contiguous blocks of latents.")
+        groups: int = Field(
+            default=8, ge=2, description="Number of groups in each level; levels * groups is at most F."
+        )
+        heads: Count = Field(default=8, description="Number of attention heads.")
+        width: Count = Field(default=16, description="Width of each head.")
+        adjacency: float = Field(
+            default=0.1,
+            ge=0,
+            description="Weight of the routing bias towards groups that go with those active on the token.",
+        )
+        weight: float = Field(
+            default=0.1,
+            ge=0,
+            description="Weight of the squared error of the reconstructions by the first levels alone.",
+        )
+        decay: float = Field(default=0.95, ge=0, lt=1, description="Decay per step of the mean adjacency of groups.")
 
     together: Tensor
 

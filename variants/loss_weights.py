@@ -1,6 +1,6 @@
 """Weights on the loss by position."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -17,8 +17,8 @@ class LinearWeights(Part):
     """The squared error at position p of T counts w_p = first + (last - first) p / (T - 1) (run A5: 1 to 2)."""
 
     class Settings(PartSettings):
-        first: Annotated[float, Field(gt=0)] = 1.0
-        last: Annotated[float, Field(gt=0)] = 2.0
+        first: float = Field(default=1.0, gt=0, description="Weight of the squared error at the first position.")
+        last: float = Field(default=2.0, gt=0, description="Weight of the squared error at the last position.")
 
     weights: Tensor
 
@@ -46,9 +46,11 @@ class AdaptiveWeights(Part):
     """
 
     class Settings(PartSettings):
-        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-        floor: Annotated[float, Field(ge=0, le=1)] = 0.1
-        l1: bool = False
+        decay: float = Field(
+            default=0.99, ge=0, lt=1, description="Decay per step of the mean squared error at each position."
+        )
+        floor: float = Field(default=0.1, ge=0, le=1, description="Least weight of a position.")
+        l1: bool = Field(default=False, description="Weight the L1 term by position as well (relu).")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import SAEConfig
@@ -32,7 +33,10 @@ class LayerNorm(Part):
     """
 
     class Settings(PartSettings):
-        place: Literal["acts", "pre"] = "acts"
+        place: Literal["acts", "pre"] = Field(
+            default="acts",
+            description="Where the norm acts: on activations after the ReLU, or on pre-activations before it.",
+        )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

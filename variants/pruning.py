@@ -1,6 +1,6 @@
 """Fewer latents as training goes on, and a teacher that keeps what they knew."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -11,7 +11,6 @@ from ..engine.parts import BatchView, Part, PartSettings, part
 from .similarity import sample_indices
 
 COMPRESSED_BY = 0.8  # of the run
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @part("pruning")
@@ -33,9 +32,11 @@ class Pruning(Part):
     reads = frozenset({"f"})
 
     class Settings(PartSettings):
-        fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
-        every: Count = 10
-        decay: Decay = 0.95
+        fraction: float = Field(
+            default=0.5, ge=0, lt=1, description="Share of the latents that is off from 0.8 of the run on."
+        )
+        every: Count = Field(default=10, description="Steps between two decisions about which latents are off.")
+        decay: float = Field(default=0.95, ge=0, lt=1, description="Decay per step of the mean importance of latents.")
 
     importance: Tensor
     alive: Tensor
@@ -105,11 +106,13 @@ class Distillation(Part):
     """
 
     class Settings(PartSettings):
-        temperature: Annotated[float, Field(gt=0)] = 2.0
-        weight: Annotated[float, Field(ge=0)] = 0.1
-        decay: Decay = 0.999
-        tokens: Count = 256
-        latents: Annotated[int, Field(ge=2)] = 4096
+        temperature: float = Field(default=2.0, gt=0, description="tau, the divisor of activations in both softmaxes.")
+        weight: float = Field(default=0.1, ge=0, description="Weight of the divergence, in units of D tau^2.")
+        decay: float = Field(
+            default=0.999, ge=0, lt=1, description="Decay per step of the teacher, the mean of past encoders."
+        )
+        tokens: Count = Field(default=256, description="Tokens that a step compares, drawn at random.")
+        latents: int = Field(default=4096, ge=2, description="Latents that a step compares, drawn at random.")
 
     W_teacher: Tensor
     b_teacher: Tensor

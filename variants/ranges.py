@@ -1,7 +1,7 @@
 """Encoders that differ by range of positions: R equal runs of the T positions."""
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig, Share
 from ..engine.parts import BatchView, Part, PartSettings, part
-
-if TYPE_CHECKING:
-    from ..engine.sae import SparseAutoencoder
+from ..engine.sae import SparseAutoencoder
 
 
 def range_of(batch: BatchView, ranges: int, positions: int) -> Tensor:
@@ -30,7 +28,11 @@ class RangeEncoders(Part):
     """
 
     class Settings(PartSettings):
-        scale: Annotated[float, Field(ge=0)] = 0.0
+        scale: float = Field(
+            default=0.0,
+            ge=0,
+            description="Standard deviation that the input biases start with; entries of x are about 1.",
+        )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -53,7 +55,7 @@ class OrthogonalStart(Part):
     """
 
     @torch.no_grad()
-    def initialise(self, sae: "SparseAutoencoder", generator: torch.Generator) -> None:
+    def initialise(self, sae: SparseAutoencoder, generator: torch.Generator) -> None:
         if not sae.W_dec.requires_grad:
             return
         for block in sae.W_dec.split(self.cfg.d_in):
@@ -70,8 +72,7 @@ class RangeAdapters(Part):
 
     W1 [R, D, h], b1 [R, h], W2 [R, h, F], b2 [R, F], g [R]; r is the token's range and h `hidden`. W1 starts as N(0, 1 / D),
     W2 as N(0, scale^2 / h), the others as 0. The share s is 0 until `start` of the run, so that the base is trained alone,
-    and rises to 1 over the next `ramp` of it. `pace`: factor on the adapters' learning rate. `l1_from`: factor on L1 while
-    the base is alone; it goes to 1 with s.
+    and rises to 1 over the next `ramp` of it; the factor on L1 goes from `l1_from` to 1 with s.
 
     Decided here: the adapters see x, and their layer norm has no scale and shift of its own, which W1 and b1 are. Hidden
     units of all adapters are worked out, R h of them beside D, and those of other ranges are 0: nothing waits for tokens to
@@ -79,13 +80,22 @@ class RangeAdapters(Part):
     """
 
     class Settings(PartSettings):
-        ranges: Count = 4
-        hidden: Count = 32
-        scale: Annotated[float, Field(gt=0)] = 0.1
-        start: Annotated[float, Field(ge=0, lt=1)] = 0.0
-        ramp: Share = 0.0
-        pace: Annotated[float, Field(gt=0)] = 1.0
-        l1_from: Share = 1.0
+        ranges: Count = Field(default=4, description="Number of equal ranges of positions, each with an adapter.")
+        hidden: Count = Field(default=32, description="Hidden units of an adapter.")
+        scale: float = Field(
+            default=0.1, gt=0, description="Size of the adapters' second layer at the start: N(0, scale^2 / hidden)."
+        )
+        start: float = Field(
+            default=0.0, ge=0, lt=1, description="Share of the run in which the base encoder is trained alone."
+        )
+        ramp: Share = Field(default=0.0, description="Share of the run over which the adapters then come in.")
+        pace: float = Field(
+            default=1.0, gt=0, description="Learning rate of the adapters as a multiple of the dictionary's."
+        )
+        l1_from: Share = Field(
+            default=1.0,
+            description="Factor on L1 while the base encoder is alone; it rises to 1 as the adapters come in.",
+        )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

@@ -1,7 +1,7 @@
 """What lets groups of latents through: attention over the groups, and a mix of global and position latents."""
 
 import math
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -34,12 +34,21 @@ class AttentionRouter(Part):
     """
 
     class Settings(PartSettings):
-        groups: Count = 8
-        width: Count = 64
-        guidance: Annotated[float, Field(ge=0, lt=1)] = 0.5
-        prior: Annotated[float, Field(ge=0)] = 0.0
-        free: Share = 0.0
-        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+        groups: Count = Field(default=8, description="G, the number of groups of latents; it must divide F.")
+        width: Count = Field(default=64, description="d_k, the width of queries and keys.")
+        guidance: float = Field(
+            default=0.5, ge=0, lt=1, description="Weight of the log of each group's gradient share in the routing."
+        )
+        prior: float = Field(
+            default=0.0,
+            ge=0,
+            description="Weight of the preference for groups near the position. 1 is a Gaussian with a standard "
+            "deviation of T / 4.",
+        )
+        free: Share = Field(
+            default=0.0, description="Share of the groups, the first ones, that have no such preference."
+        )
+        decay: float = Field(default=0.99, ge=0, lt=1, description="Decay per step of the mean gradient shares.")
 
     distance: Tensor
     entropy: Tensor
@@ -108,8 +117,10 @@ class GlobalPosition(Part):
     """
 
     class Settings(PartSettings):
-        start: Share = 0.25
-        full: Share = 0.5
+        start: Share = Field(default=0.25, description="Share of the run in which position latents are off.")
+        full: Share = Field(
+            default=0.5, description="Share of the run after which position latents are fully on; above start."
+        )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

@@ -1,6 +1,6 @@
 """How alike decoder rows may be."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -34,10 +34,16 @@ class DynamicMargin(Part):
     """
 
     class Settings(PartSettings):
-        coefficient: Annotated[float, Field(ge=0)] = 1.0
-        decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
-        deviations: Annotated[float, Field(ge=0)] = 2.0
-        sample: Annotated[int, Field(ge=2)] = 512
+        coefficient: float = Field(default=1.0, ge=0, description="Weight of the penalty, in units of D.")
+        decay: float = Field(
+            default=0.95, ge=0, lt=1, description="Decay per step of the mean and standard deviation of cosines."
+        )
+        deviations: float = Field(
+            default=2.0, ge=0, description="Margin above the mean cosine, in standard deviations of the cosines."
+        )
+        sample: int = Field(
+            default=512, ge=2, description="Largest number of decoder rows that a step compares, drawn at random."
+        )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

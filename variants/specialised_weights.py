@@ -1,21 +1,21 @@
 """Weights on the loss that favour what latents of single positions explain."""
 
 import math
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..engine.config import SAEConfig, Share
-from ..engine.parts import BatchView, Part, PartSettings, part
+from ..engine.parts import BatchView, ComposedDictionary, Part, PartSettings, part
 from ..engine.sae import SparseAutoencoder
 from ..kernels.masks import weights_at
 from ..kernels.numerics import sum_by
 from .running_mean import RunningMean
 
 
-def specialization(sae: SparseAutoencoder) -> Tensor:
+def specialization(sae: SparseAutoencoder | ComposedDictionary) -> Tensor:
     """s [F] in [0, 1], of every latent: 1 where its mask is on at one position only, 0 where it is the same at all T.
 
     s_j = 1 - H(m_j) / ln T, H the entropy of the mask's column over its sum. A latent that is on nowhere has 0.
@@ -41,8 +41,16 @@ class SpecialisedWeights(Part):
     """
 
     class Settings(PartSettings):
-        beta: Share = 0.5
-        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+        beta: Share = Field(
+            default=0.5,
+            description="Share of a position's weight that follows the specialised latents; the rest is constant.",
+        )
+        decay: float = Field(
+            default=0.99,
+            ge=0,
+            lt=1,
+            description="Decay per step of the mean share of specialised latents at a position.",
+        )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

@@ -1,6 +1,6 @@
 """Convolutions along a row of text, before the encoder."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -26,8 +26,12 @@ class DilatedConv(Part):
     reads = frozenset({"rows"})
 
     class Settings(PartSettings):
-        dilations: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 4)
-        kernel: Annotated[int, Field(ge=2)] = 3
+        dilations: tuple[Count, ...] = Field(
+            default=(1, 2, 4),
+            min_length=1,
+            description="Dilation of each convolution in positions, in order; at least one.",
+        )
+        kernel: int = Field(default=3, ge=2, description="Taps of each convolution, its own token included.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

@@ -11,6 +11,14 @@ LOGS: dict[str, dict[str, Documented]] = {
     "A": log_a.RUNS, "B": log_b.RUNS, "C": log_c.RUNS, "D": log_d.RUNS, "E": log_e.RUNS
 }  # fmt: skip
 
+LOG_TITLES = {
+    "A": "structured positional masking",
+    "B": "structured positional masking, second series",
+    "C": "position-aware SAEs for sequences",
+    "D": "multi-scale temporal SAEs for unlearning",
+    "E": "self-aligning adversarial SAEs",
+}
+
 #: run -> what it is, those of the five logs
 RUNS: dict[str, Documented] = {name: run for log in LOGS.values() for name, run in log.items()}
 BASELINES = baselines.RUNS

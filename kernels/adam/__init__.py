@@ -1,8 +1,6 @@
 """adam: Adam's update of a [F, D] weight straight from the entries of a SparseCode, so that its gradient is never stored;
 and of any parameter from its gradient."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -10,82 +8,15 @@ from ..backend import choose
 from ..checks import check_one_device, check_shape
 from ..code import LatentMajor
 from ..cost import Cost
+from ..moments import Moments, Rates
 from ..weight_grad import check_entries
 from . import reference
 
 
-class Moments(NamedTuple):
-    """Adam's running means of the gradient and of its square, each of the parameter's shape, in one of three kinds:
-
-                exp_avg             exp_avg_sq          scales
-    float32     float32             float32             None            or the parameter's dtype
-    bfloat16    bfloat16            bfloat16            None            parameter [F, D]
-    8bit        int8                uint8               float32 [F, 2]  parameter [F, D]
-
-    bfloat16 and 8-bit moments are rounded stochastically, to one of the two neighbours and in expectation to the value
-    itself: beta2 = 0.999 moves exp_avg_sq by less than half a step of bfloat16, so rounding to nearest would stop it.
-
-    8-bit codes share a scale in each row, as in the block-wise optimizers of Dettmers et al. (arXiv 2110.02861), but are
-    small floating-point numbers, so that encoding takes integer operations only. The code c = 8 e + m >= 0 stands for
-
-        scale * (2^(e - z) * (1 + m / 8) - 2^-z)
-
-    and the largest of a row has the largest code. exp_avg: z = 15 and a sign, |c| <= 127. exp_avg_sq: z = 31, c <= 255, so
-    its square root has the same range. Steps are 1/16 to 1/8 of the value, and even below scale * 2^-z. An exp_avg_sq above
-    zero never becomes zero, which would leave eps alone under exp_avg, but at least 2^-35 of the row's largest. A row whose
-    gradient is zero keeps its codes and decays by its scales.
-    """
-
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    scales: Tensor | None = None
-
-    @classmethod
-    def zeros(cls, parameter: Tensor, kind: str = "float32") -> "Moments":
-        """Moments of `kind` ("float32", "bfloat16", "8bit") before the first step on `parameter`."""
-        if kind == "8bit":
-            first, second = (torch.zeros_like(parameter, dtype=dtype) for dtype in (torch.int8, torch.uint8))
-            return cls(first, second, torch.zeros(len(parameter), 2, device=parameter.device))
-        return cls(*(torch.zeros_like(parameter, dtype=getattr(torch, kind)) for _ in range(2)))
-
-    def widened(self) -> tuple[Tensor, Tensor]:
-        """The values that the moments stand for; those of 8-bit ones in float32."""
-        return reference.widen(self)
-
-
-class Rates(NamedTuple):
-    """Adam's settings for one step. Those that change from step to step lie on the device, so that a captured graph of the
-    step can be replayed. Of S dictionaries one below the other, each has its own: [S] for S equal runs of rows.
-
-    step_size   scalar tensor, or [S]: lr / (1 - beta1^t)
-    correction  the same: sqrt(1 - beta2^t)
-    factor      the same: what the gradient is multiplied by first, for clipping
-    seed        the same, int32, for narrow moments only: another one in each step and for each parameter. An element's
-                random bits follow from seed + row (of its run) and from its column; rows of a larger parameter from the
-                r-th on are rounded as there with seed + r.
-    skip        scalar tensor, bool: if true, nothing is changed; None for false
-    """
-
-    step_size: Tensor
-    correction: Tensor
-    factor: Tensor
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    seed: Tensor | None = None
-    skip: Tensor | None = None
-
-
 def adam(
-    parameter: Tensor,
-    grad: Tensor,
-    moments: Moments,
-    rates: Rates,
-    *,
-    unit_norm: bool = False,
-    shadow: Tensor | None = None,
-    backend: str | None = None,
-) -> None:
+    parameter: Tensor, grad: Tensor, moments: Moments, rates: Rates, *, unit_norm: bool = False,
+    shadow: Tensor | None = None, backend: str | None = None,
+) -> None:  # fmt: skip
     """One Adam step, in place (Kingma & Ba, arXiv 1412.6980):
 
     g           = factor * grad
@@ -111,18 +42,9 @@ def adam(
 
 
 def adam_rows(
-    W: Tensor,
-    entries: LatentMajor,
-    values: Tensor,
-    rows: Tensor,
-    moments: Moments,
-    rates: Rates,
-    *,
-    center: Tensor | None = None,
-    unit_norm: bool = False,
-    shadow: Tensor | None = None,
-    backend: str | None = None,
-) -> None:
+    W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates, *,
+    center: Tensor | None = None, unit_norm: bool = False, shadow: Tensor | None = None, backend: str | None = None,
+) -> None:  # fmt: skip
     """`adam` on W [F, D] with the gradient weight_grad(entries, values, rows, center=center), without storing it.
 
     Latents without entries have a zero gradient; their moments decay and they move on as plain Adam has it.
@@ -140,14 +62,9 @@ def adam_rows(
 
 
 def row_norms(
-    entries: LatentMajor,
-    values: Tensor,
-    rows: Tensor,
-    *,
-    center: Tensor | None = None,
-    W: Tensor | None = None,
+    entries: LatentMajor, values: Tensor, rows: Tensor, *, center: Tensor | None = None, W: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """|g_j|^2 [F], float32 (float64 for float64), of the gradient that `adam_rows` works out: what clipping has to know
     before. With W [F, D] of unit rows, the norm is of what is left without the part along them."""
     check_entries(entries, values, rows, center)

@@ -1,31 +1,22 @@
 """adam in plain torch."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..code import LatentMajor
+from ..moments import LEAST, MEAN_LARGEST, MEAN_ZERO, SQUARE_LARGEST, SQUARE_ZERO, Moments, Rates
 from ..weight_grad.reference import weight_grad
-
-if TYPE_CHECKING:
-    from . import Moments, Rates
-
-# The codes of 8-bit moments: exponents of the values that stand for zero, the largest code, and the least of a row's maxima.
-MEAN_ZERO, MEAN_LARGEST = -15, 127
-SQUARE_ZERO, SQUARE_LARGEST = -31, 255
-LEAST = 1e-30
 
 
 def adam(
-    parameter: Tensor, grad: Tensor, moments: "Moments", rates: "Rates", unit_norm: bool, shadow: Tensor | None
+    parameter: Tensor, grad: Tensor, moments: Moments, rates: Rates, unit_norm: bool, shadow: Tensor | None
 ) -> None:
     if rates.skip is not None and rates.skip:
         return
     grad = _across(grad.to(parameter.dtype), parameter) if unit_norm else grad.to(parameter.dtype)
     step_size, correction, factor = (_rate_per_element(rate, parameter) for rate in rates[:3])
     grad = grad * factor
-    mean, square = (moment.to(parameter.dtype) for moment in widen(moments))
+    mean, square = (moment.to(parameter.dtype) for moment in moments.widened())
     mean = rates.beta1 * mean + (1 - rates.beta1) * grad
     square = rates.beta2 * square + (1 - rates.beta2) * grad.square()
     parameter -= step_size * mean / (square.sqrt() / correction + rates.eps)
@@ -37,7 +28,7 @@ def adam(
 
 
 def adam_rows(
-    W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: "Moments", rates: "Rates",
+    W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates,
     center: Tensor | None, unit_norm: bool, shadow: Tensor | None,
 ) -> None:  # fmt: skip
     adam(W, weight_grad(entries, values, rows, center), moments, rates, unit_norm, shadow)
@@ -48,16 +39,7 @@ def row_norms(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor
     return (grad if W is None else _across(grad, W)).square().sum(1)
 
 
-def widen(moments: "Moments") -> tuple[Tensor, Tensor]:
-    """What the moments stand for; 8-bit ones in float32."""
-    if moments.scales is None:
-        return moments.exp_avg, moments.exp_avg_sq
-    mean, square = moments.exp_avg.int(), moments.exp_avg_sq.int()
-    mean_scale, square_scale = moments.scales.split(1, dim=1)
-    return mean.sign() * _size(mean.abs(), MEAN_ZERO) * mean_scale, _size(square, SQUARE_ZERO) * square_scale
-
-
-def _store(moments: "Moments", mean: Tensor, square: Tensor, seed: Tensor | None) -> None:
+def _store(moments: Moments, mean: Tensor, square: Tensor, seed: Tensor | None) -> None:
     if seed is None or moments.exp_avg.dtype in (torch.float32, torch.float64):
         moments.exp_avg.copy_(mean)
         moments.exp_avg_sq.copy_(square)
@@ -79,10 +61,6 @@ def _store(moments: "Moments", mean: Tensor, square: Tensor, seed: Tensor | None
     moments.exp_avg.copy_(torch.where(mean < 0, -code, code))
     code = _code(square, square_scale, square_bits, SQUARE_ZERO, SQUARE_LARGEST)
     moments.exp_avg_sq.copy_(torch.maximum(code, (square > 0).int()))
-
-
-def _size(code: Tensor, zero: int) -> Tensor:
-    return (code + (127 + zero << 3) << 20).view(torch.float32) - 2.0**zero
 
 
 def _code(size: Tensor, scale: Tensor, bits: Tensor, zero: int, largest: int) -> Tensor:

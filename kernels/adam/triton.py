@@ -1,26 +1,21 @@
 """adam as Triton kernels: one program per latent holds its whole row of the gradient, and updates the row from it."""
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import moments as formats
 from ..backend import launch_options
 from ..code import LatentMajor
+from ..moments import Moments, Rates
 from ..weight_grad.triton import sum_latent, sum_windows
 from ..weight_grad.triton import weight_grad as weight_grad_of
-from . import reference
 
-if TYPE_CHECKING:
-    from . import Moments, Rates
-
-
-# as in reference.py, which says more
-MEAN_ZERO, MEAN_LARGEST = tl.constexpr(reference.MEAN_ZERO), tl.constexpr(reference.MEAN_LARGEST)
-SQUARE_ZERO, SQUARE_LARGEST = tl.constexpr(reference.SQUARE_ZERO), tl.constexpr(reference.SQUARE_LARGEST)
-LEAST = tl.constexpr(reference.LEAST)
+# as in moments.py, which says more
+MEAN_ZERO, MEAN_LARGEST = tl.constexpr(formats.MEAN_ZERO), tl.constexpr(formats.MEAN_LARGEST)
+SQUARE_ZERO, SQUARE_LARGEST = tl.constexpr(formats.SQUARE_ZERO), tl.constexpr(formats.SQUARE_LARGEST)
+LEAST = tl.constexpr(formats.LEAST)
 
 
 @triton.jit
@@ -246,7 +241,7 @@ def adam_rows_kernel(
 
 
 def adam(
-    parameter: Tensor, grad: Tensor, moments: "Moments", rates: "Rates", unit_norm: bool, shadow: Tensor | None
+    parameter: Tensor, grad: Tensor, moments: Moments, rates: Rates, unit_norm: bool, shadow: Tensor | None
 ) -> None:
     if not parameter.numel():
         return
@@ -268,7 +263,7 @@ def adam(
 
 
 def adam_rows(
-    W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: "Moments", rates: "Rates",
+    W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates,
     center: Tensor | None, unit_norm: bool, shadow: Tensor | None,
 ) -> None:  # fmt: skip
     tensors, numbers, flags = _arguments(W, moments, rates, shadow)
@@ -286,7 +281,7 @@ def row_norms(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor
 
 
 def _arguments(
-    W: Tensor, moments: "Moments", rates: "Rates", shadow: Tensor | None
+    W: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None
 ) -> tuple[tuple[Tensor, ...], tuple[float, ...], dict[str, int]]:
     """What the kernels take, in their order: pointers, numbers, flags. W stands for what isn't there."""
     exp_avg, exp_avg_sq, scales, shadow_or_w, seed, skip = (

@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from ..masks import Mask, weights_at
+from ..encoder_inputs import EncoderInputs
+from ..masks import weights_at
 from ..numerics import accumulation_dtype
 
 
-def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Mask | None, pos: Tensor | None, relu: bool
-) -> Tensor:
+def encode(inputs: EncoderInputs, relu: bool = True) -> Tensor:
     """Not rounded to x's dtype yet, where it was accumulated in a wider one."""
+    x, W_enc, b_enc, center, mask, pos = inputs
     if center is not None and center.dim() == 2:
         blocks = zip(W_enc.chunk(len(center), 1), b_enc.chunk(len(center)), center, strict=True)
-        acts = torch.cat([encode(x, W, b, c, None, None, relu) for W, b, c in blocks], 1)
+        acts = torch.cat([encode(EncoderInputs(x, W, b, c, None, None), relu) for W, b, c in blocks], 1)
         return acts if mask is None or pos is None else acts * weights_at(mask, pos)
     wide = accumulation_dtype(x)
     if x.is_cuda:  # a half-precision product on CUDA accumulates in float32 by itself, from operands in half precision

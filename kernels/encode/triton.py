@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backend import launch_options
-from ..masks import GaussianMask, Mask
+from ..encoder_inputs import EncoderInputs
+from ..masks import GaussianMask
 
 # kinds of masks: bits, 32 latents a word, [T, F / 32]; weights [T, F]; centres [F] of Gaussians
 NO_MASK, BITS, TABLE, GAUSSIAN = (tl.constexpr(kind) for kind in range(4))
@@ -170,11 +171,10 @@ class Operands(NamedTuple):
         return dict(MASK=self.MASK, EVEN_D=self.x.shape[1] % self.options["BLOCK_D"] == 0, **self.options)
 
 
-def operands(
-    config: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Mask | None, pos: Tensor | None
-) -> Operands:
+def operands(config: str, inputs: EncoderInputs) -> Operands:
     """Unit strides, `center` folded into the bias, a hard mask in bits; launched as `config` says, and in small tiles where
     it takes them (fp8 doesn't)."""
+    x, W_enc, b_enc, center, mask, pos = inputs
     options = launch_options(config, x)
     if x.dtype == torch.float32 or (x.element_size() > 1 and x.shape[1] % options["BLOCK_D"]):
         options = launch_options(f"{config}_small", x)
@@ -215,10 +215,8 @@ def hard(mask: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     return cached[1:]
 
 
-def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Mask | None, pos: Tensor | None, relu: bool
-) -> Tensor:
-    inputs = operands("encode", x, W_enc, b_enc, center, mask, pos)
-    acts = torch.empty((len(x), W_enc.shape[1]), dtype=x.dtype, device=x.device)
-    encode_kernel[inputs.grid](*inputs.tensors, acts, *inputs.numbers, RELU=relu, **inputs.settings)
+def encode(inputs: EncoderInputs, relu: bool = True) -> Tensor:
+    launch, x = operands("encode", inputs), inputs.x
+    acts = torch.empty((len(x), inputs.W_enc.shape[1]), dtype=x.dtype, device=x.device)
+    encode_kernel[launch.grid](*launch.tensors, acts, *launch.numbers, RELU=relu, **launch.settings)
     return acts

@@ -7,32 +7,21 @@ from ..checks import check_floating, check_one_device, check_shape
 from ..code import SparseCode
 from ..cost import Cost
 from ..decode import decode_values_grad
-from ..encode import check_encoder, choose_encoder
 from ..encode import cost as cost_dense
+from ..encoder_inputs import EncoderInputs
+from ..fp8 import Fp8Rows
 from ..masks import Mask, weights_of
 from ..numerics import accumulation_dtype
 from ..select import select_topk
+from ..selection import Selection, latents_per_dictionary
 from . import reference
-from .reference import Fp8Rows
 
 
 def encode_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    k: int,
-    *,
-    center: Tensor | None = None,
-    mask: Mask | None = None,
-    pos: Tensor | None = None,
-    aux_k: int = 0,
-    aux_latents: Tensor | None = None,
-    across_batch: bool = False,
-    exact: bool = True,
-    fp8: bool = False,
-    dictionaries: int = 1,
-    backend: str | None = None,
-) -> tuple[SparseCode, SparseCode | None]:
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, center: Tensor | None = None, mask: Mask | None = None,
+    pos: Tensor | None = None, aux_k: int = 0, aux_latents: Tensor | None = None, across_batch: bool = False,
+    exact: bool = True, fp8: bool = False, dictionaries: int = 1, backend: str | None = None,
+) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
     """The k largest of acts = relu((x - center) @ W_enc + b_enc) * mask[pos] for each token, and from the same product the
     aux_k largest among `aux_latents`.
 
@@ -62,51 +51,29 @@ def encode_topk(
     Raises ValueError for shapes, dtypes or devices that do not fit, for k or aux_k out of range, and for `fp8` across the
     batch or on an older GPU.
     """
-    f = _latents_per_dictionary(check_encoder(x, W_enc, b_enc, center, mask, pos), dictionaries)
-    if not 1 <= k <= f:
-        raise ValueError(f"k must lie in [1, F] = [1, {f}], got {k}")
-    if not 0 <= aux_k <= f:
-        raise ValueError(f"aux_k must lie in [0, F] = [0, {f}], got {aux_k}")
-    if aux_latents is not None:
-        check_shape("aux_latents", aux_latents, F=dictionaries * f)
-        check_one_device(x=x, aux_latents=aux_latents)
-        if aux_latents.dtype != torch.bool:
-            raise ValueError(f"aux_latents must be bool, got {aux_latents.dtype}")
-    chosen_backend = choose_encoder("encode_topk", x, W_enc, b_enc, center, mask, cost=cost, backend=backend)
+    inputs = EncoderInputs(x, W_enc, b_enc, center, mask, pos)
+    selection = Selection(k, aux_k, aux_latents, across_batch, exact, dictionaries)
+    selection.check(x, inputs.check())
+    chosen_backend = inputs.choose_backend("encode_topk", cost=cost, backend=backend)
     if fp8:
-        if across_batch:
-            raise ValueError("fp8 is for the k largest of each token, not across_batch")
-        if dictionaries > 1:
-            raise ValueError(f"fp8 is for one dictionary, got {dictionaries}")
-        if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-            raise ValueError("fp8 needs a GPU of sm_89 or later")
-        return _encode_fp8(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, chosen_backend)
+        return _encode_fp8(inputs, selection, chosen_backend)
     if chosen_backend == "triton":
         from . import triton
 
-        return triton.encode_topk(
-            x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, across_batch, exact, dictionaries
-        )
-    return reference.encode_topk(x, W_enc, b_enc, k, center, mask, pos, aux_k, aux_latents, across_batch, dictionaries)
+        return triton.encode_topk(inputs, selection)
+    return reference.encode_topk(inputs, selection)
 
 
-def _latents_per_dictionary(f: int, dictionaries: int) -> int:
-    if dictionaries < 1 or f % dictionaries:
-        raise ValueError(f"dictionaries must divide the {f} latents, got {dictionaries}")
-    return f // dictionaries
-
-
-def _encode_fp8(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, center: Tensor | None, mask: Mask | None, pos: Tensor | None,
-    aux_k: int, aux_latents: Tensor | None, backend: str,
-) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
+def _encode_fp8(inputs: EncoderInputs, selection: Selection, backend: str) -> tuple[SparseCode, SparseCode | None]:
+    x, W_enc, b_enc, center, mask, pos = inputs
+    if selection.across_batch:
+        raise ValueError("fp8 is for the k largest of each token, not across_batch")
+    if selection.dictionaries > 1:
+        raise ValueError(f"fp8 is for one dictionary, got {selection.dictionaries}")
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        raise ValueError("fp8 needs a GPU of sm_89 or later")
     if center is not None:
         x = (x.to(accumulation_dtype(x)) - center).to(x.dtype)
-    preselect = reference.preselect
-    if backend == "triton":
-        from . import triton
-
-        preselect = triton.preselect
 
     def with_margin(k: int) -> int:
         return min(k + max(k // 2, 8), W_enc.shape[1]) if k else 0
@@ -119,25 +86,22 @@ def _encode_fp8(
         best = select_topk(acts, k, backend=backend)
         return SparseCode(best.values, code.indices.gather(1, best.indices.long()), code.n_latents)
 
-    fp8_rows = Fp8Rows.of(x), Fp8Rows.of(W_enc.T)
-    code, aux = preselect(*fp8_rows, b_enc, with_margin(k), mask, pos, with_margin(aux_k), aux_latents)
-    return rescored(code, k), None if aux is None else rescored(aux, aux_k)
+    with_margins = selection._replace(k=with_margin(selection.k), aux_k=with_margin(selection.aux_k))
+    arguments = Fp8Rows.of(x), Fp8Rows.of(W_enc.T), b_enc, mask, pos, with_margins
+    codes = None
+    if backend == "triton":
+        from . import triton
+
+        codes = triton.preselect(*arguments)
+    code, aux = codes or reference.preselect(*arguments)
+    return rescored(code, selection.k), None if aux is None else rescored(aux, selection.aux_k)
 
 
 def encode_threshold(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor | None = None,
-    *,
-    center: Tensor | None = None,
-    mask: Mask | None = None,
-    pos: Tensor | None = None,
-    expected: int = 64,
-    capacity: int | None = None,
-    dictionaries: int = 1,
-    backend: str | None = None,
-) -> SparseCode:
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None = None, *, center: Tensor | None = None,
+    mask: Mask | None = None, pos: Tensor | None = None, expected: int = 64, capacity: int | None = None,
+    dictionaries: int = 1, backend: str | None = None,
+) -> SparseCode:  # fmt: skip
     """Every activation acts = relu((x - center) @ W_enc + b_enc) * mask[pos] above its latent's threshold.
 
     x, W_enc, b_enc, center, mask, pos  as in `encode`; a mask must not be negative
@@ -152,8 +116,9 @@ def encode_threshold(
     comparison and, unless `expected` is a large part of F, never holds [N, F]: see `encode_topk`. Without a capacity, waits
     for the device once, to know how many there are. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
-    f = check_encoder(x, W_enc, b_enc, center, mask, pos)
-    _latents_per_dictionary(f, dictionaries)
+    inputs = EncoderInputs(x, W_enc, b_enc, center, mask, pos)
+    f = inputs.check()
+    latents_per_dictionary(f, dictionaries)
     if threshold is not None:
         check_shape("threshold", threshold, F=f)
         check_floating(threshold=threshold)
@@ -162,11 +127,11 @@ def encode_threshold(
         raise ValueError(f"expected must be at least 1, got {expected}")
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
-    if choose_encoder("encode_threshold", x, W_enc, b_enc, center, mask, cost=cost, backend=backend) == "triton":
+    if inputs.choose_backend("encode_threshold", cost=cost, backend=backend) == "triton":
         from . import triton
 
-        return triton.encode_threshold(x, W_enc, b_enc, threshold, center, mask, pos, expected, capacity, dictionaries)
-    return reference.encode_threshold(x, W_enc, b_enc, threshold, center, mask, pos, capacity, dictionaries)
+        return triton.encode_threshold(inputs, threshold, expected, capacity, dictionaries)
+    return reference.encode_threshold(inputs, threshold, capacity, dictionaries)
 
 
 def cost(n: int, d: int, f: int, *, itemsize: int = 2, masked: bool = False, backend: str = "triton") -> Cost:

@@ -8,9 +8,6 @@ Of S dictionaries side by side, each has TILES tiles of its own, and token s N +
 it: kernels that choose among candidates have a program for each of them.
 """
 
-import functools
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -19,10 +16,11 @@ from torch import Tensor
 from ..backend import launch_options
 from ..code import SparseCode
 from ..encode.triton import Operands, encode, masked, operands, preactivations
+from ..encoder_inputs import EncoderInputs
+from ..fp8 import Fp8Rows
 from ..masks import Mask
 from ..select.triton import kth_largest, select_batch_topk, select_threshold, select_topk
-from . import reference
-from .reference import Fp8Rows, select_above, select_both
+from ..selection import Selection, candidates_per_tile, select_above, select_both
 
 _VALUE_BITS = tl.constexpr(-128)  # a mask
 _LEAST_POSITIVE = tl.constexpr(128)
@@ -266,7 +264,7 @@ def above_cut_kernel(
     RESCAN: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A token's candidates and, with AGAIN, what was dropped by tiles that may have dropped keys of `least` or more. Each
+    """A token's candidates and, with RESCAN, what was dropped by tiles that may have dropped keys of `least` or more. Each
     dictionary has a cut of its own."""
     token = tl.program_id(0).to(tl.int64)
     dictionary = tl.program_id(0) // N
@@ -317,11 +315,11 @@ class Candidates:
     """The candidates of every token, and the ways to choose among them."""
 
     def __init__(
-        self, inputs: Operands, keep: int, aux_keep: int = 0, aux_latents: Tensor | None = None,
+        self, launch: Operands, keep: int, aux_keep: int = 0, aux_latents: Tensor | None = None,
         threshold: Tensor | None = None, scales: tuple[Tensor, Tensor] | None = None, dictionaries: int = 1,
     ):  # fmt: skip
-        x, f = inputs.x, inputs.W_enc.shape[1]
-        self.inputs, self.n_latents, self.tile = inputs, f, inputs.options["BLOCK_F"]
+        x, f = launch.x, launch.W_enc.shape[1]
+        self.launch, self.n_latents, self.tile = launch, f, launch.options["BLOCK_F"]
         self.dictionaries, self.n_tokens = dictionaries, dictionaries * len(x)
         self.threshold, self.keep, self.aux_keep = threshold, keep, aux_keep
         self.aux_latents = None if aux_latents is None else aux_latents.view(torch.uint8).contiguous()
@@ -330,21 +328,20 @@ class Candidates:
             torch.empty((self.n_tokens, self.tiles * per_tile), dtype=torch.int32, device=x.device)
             for per_tile in (keep, aux_keep)
         )
-        candidates_kernel[inputs.grid](
-            *inputs.tensors, *(scales or (x, x)), x if threshold is None else threshold,
+        candidates_kernel[launch.grid](
+            *launch.tensors, *(scales or (x, x)), x if threshold is None else threshold,
             x if self.aux_latents is None else self.aux_latents, self.packed, self.aux_packed,
-            *inputs.numbers, self.tiles,
+            *launch.numbers, self.tiles,
             SCALED=scales is not None, HAS_THRESHOLD=threshold is not None, HAS_AUX_LATENTS=aux_latents is not None,
-            KEEP=keep, AUX_KEEP=aux_keep, **inputs.settings,
+            KEEP=keep, AUX_KEEP=aux_keep, **launch.settings,
         )  # fmt: skip
 
     def largest(self, k: int, exact: bool, aux: bool = False) -> SparseCode:
         """The k largest of each token; of those that take part in AuxK, with `aux`."""
-        x, n = self.inputs.x, self.n_tokens
+        x, n = self.launch.x, self.n_tokens
         packed, keep = (self.aux_packed, self.aux_keep) if aux else (self.packed, self.keep)
         aux_latents = self.aux_latents if aux else None
-        values = torch.empty((n, k), dtype=torch.float32, device=x.device)
-        indices = torch.empty((n, k), dtype=torch.int32, device=x.device)
+        values, indices = (torch.empty((n, k), dtype=dtype, device=x.device) for dtype in (torch.float32, torch.int32))
         unsure = torch.empty(n, dtype=torch.int8, device=x.device)
         merge_kernel[(n,)](
             packed, values, indices, unsure, len(x), self.tiles, k,
@@ -352,9 +349,9 @@ class Candidates:
         )  # fmt: skip
         if exact:
             rescan_kernel[(n,)](
-                *self.inputs.tensors[:5], x if aux_latents is None else aux_latents, packed, unsure, values, indices,
-                *self.inputs.numbers, self.tiles, k,
-                MASK=self.inputs.MASK, HAS_AUX_LATENTS=aux_latents is not None, KEEP=keep,
+                *self.launch.tensors[:5], x if aux_latents is None else aux_latents, packed, unsure, values, indices,
+                *self.launch.numbers, self.tiles, k,
+                MASK=self.launch.MASK, HAS_AUX_LATENTS=aux_latents is not None, KEEP=keep,
                 BLOCK_F=self.tile, BLOCK_K=triton.next_power_of_2(k), **launch_options("rescan", x),
             )  # fmt: skip
         return SparseCode(values, indices, self.n_latents)
@@ -390,7 +387,7 @@ class Candidates:
         self, cut: Tensor, remaining: Tensor, exact: bool, capacity: int | None, may_overflow: bool = False
     ) -> SparseCode:
         """All above the cut, and the first `remaining` at it."""
-        x, s, least = self.inputs.x, self.dictionaries, cut if exact else None
+        x, s, least = self.launch.x, self.dictionaries, cut if exact else None
         above, equal = (torch.empty(s, len(x), dtype=torch.int64, device=x.device) for _ in range(2))
         self._launch_above_cut(cut, least, above, equal, above, above, MODE=_COUNT.value)
         equal_quota = torch.minimum((remaining[:, None] - equal.cumsum(1) + equal).clamp_min(0), equal)
@@ -399,77 +396,55 @@ class Candidates:
         overflow = offsets[-1] > size if may_overflow else None
         # A value computed again on the cut's very edge may round to another side in another kernel. Nothing runs over.
         offsets.clamp_(max=size)
-        values = torch.zeros(size, dtype=torch.float32, device=x.device)
-        indices = torch.zeros(size, dtype=torch.int32, device=x.device)
+        values, indices = (torch.zeros(size, dtype=dtype, device=x.device) for dtype in (torch.float32, torch.int32))
         self._launch_above_cut(cut, least, offsets, equal_quota, values, indices, MODE=_FILL.value)
         return SparseCode(values, indices, self.n_latents, offsets, overflow)
 
     def _launch_above_cut(self, cut: Tensor, least: Tensor | None, *tensors: Tensor, MODE: int, SHIFT: int = 0) -> None:
-        inputs, x = self.inputs, self.inputs.x
+        launch, x = self.launch, self.launch.x
         above_cut_kernel[(self.n_tokens,)](
-            *inputs.tensors[:5], x if self.threshold is None else self.threshold,
+            *launch.tensors[:5], x if self.threshold is None else self.threshold,
             self.packed, cut, cut if least is None else least, *tensors,
-            *inputs.numbers, self.tiles,
-            MASK=inputs.MASK, HAS_THRESHOLD=self.threshold is not None, KEEP=self.keep, MODE=MODE, SHIFT=SHIFT,
+            *launch.numbers, self.tiles,
+            MASK=launch.MASK, HAS_THRESHOLD=self.threshold is not None, KEEP=self.keep, MODE=MODE, SHIFT=SHIFT,
             RESCAN=least is not None, BLOCK_F=self.tile, **launch_options("above_cut", x),
         )  # fmt: skip
 
 
-def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, center: Tensor | None, mask: Mask | None, pos: Tensor | None,
-    aux_k: int, aux_latents: Tensor | None, across_batch: bool, exact: bool, dictionaries: int,
-) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
-    inputs, f = operands("encode_topk", x, W_enc, b_enc, center, mask, pos), W_enc.shape[1] // dictionaries
+def encode_topk(inputs: EncoderInputs, selection: Selection) -> tuple[SparseCode, SparseCode | None]:
+    k, aux_k, aux_latents, across_batch, exact, dictionaries = selection
+    launch, f = operands("encode_topk", inputs), inputs.W_enc.shape[1] // dictionaries
     # Tokens of a batch differ in how many they have.
-    tile = inputs.options["BLOCK_F"]
+    tile = launch.options["BLOCK_F"]
     keep = candidates_per_tile(f, min(2 * k, f) if across_batch else k, tile)
     aux_keep = candidates_per_tile(f, aux_k, tile) if aux_k else 0
     if keep is None or aux_keep is None or (dictionaries > 1 and f % tile):  # a tile is of one dictionary
-        acts = encode(x, W_enc, b_enc, center, mask, pos, True)
-        return select_both(acts, k, aux_k, aux_latents, across_batch, dictionaries, select_topk, select_batch_topk)
-    candidates = Candidates(inputs, keep, aux_keep, aux_latents, dictionaries=dictionaries)
-    code = candidates.largest_of_batch(len(x) * k, exact) if across_batch else candidates.largest(k, exact)
+        return select_both(encode(inputs), selection, select_topk, select_batch_topk)
+    candidates = Candidates(launch, keep, aux_keep, aux_latents, dictionaries=dictionaries)
+    code = candidates.largest_of_batch(len(inputs.x) * k, exact) if across_batch else candidates.largest(k, exact)
     return code, candidates.largest(aux_k, exact, aux=True) if aux_k else None
 
 
 def preselect(
-    x: Fp8Rows, W_enc: Fp8Rows, b_enc: Tensor, k: int, mask: Mask | None, pos: Tensor | None,
-    aux_k: int, aux_latents: Tensor | None,
-) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
-    f = len(W_enc.rows)
-    inputs = operands("encode_fp8", x.rows, W_enc.rows.T, b_enc, None, mask, pos)
-    keep, aux_keep = (candidates_per_tile(f, k_, inputs.options["BLOCK_F"]) if k_ else 0 for k_ in (k, aux_k))
+    x: Fp8Rows, W_enc: Fp8Rows, b_enc: Tensor, mask: Mask | None, pos: Tensor | None, selection: Selection
+) -> tuple[SparseCode, SparseCode | None] | None:
+    """The k largest by the product in fp8; None where F is so small beside k that candidates don't pay."""
+    launch = operands("encode_fp8", EncoderInputs(x.rows, W_enc.rows.T, b_enc, None, mask, pos))
+    f, tile = len(W_enc.rows), launch.options["BLOCK_F"]
+    k, aux_k, aux_latents, *_ = selection
+    keep, aux_keep = (candidates_per_tile(f, n_kept, tile) if n_kept else 0 for n_kept in (k, aux_k))
     if keep is None or aux_keep is None:
-        return reference.preselect(x, W_enc, b_enc, k, mask, pos, aux_k, aux_latents)
-    candidates = Candidates(inputs, keep, aux_keep, aux_latents, scales=(x.scale, W_enc.scale))
+        return None
+    candidates = Candidates(launch, keep, aux_keep, aux_latents, scales=(x.scale, W_enc.scale))
     return candidates.largest(k, False), candidates.largest(aux_k, False, aux=True) if aux_k else None
 
 
 def encode_threshold(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None,
-    center: Tensor | None, mask: Mask | None, pos: Tensor | None, expected: int, capacity: int | None, dictionaries: int,
-) -> SparseCode:  # fmt: skip
-    inputs, f = operands("encode_topk", x, W_enc, b_enc, center, mask, pos), W_enc.shape[1] // dictionaries
-    threshold = None if threshold is None else threshold.float().contiguous()
-    keep = candidates_per_tile(f, min(expected, f), inputs.options["BLOCK_F"])
-    if keep is None or (dictionaries > 1 and f % inputs.options["BLOCK_F"]):
-        acts = encode(x, W_enc, b_enc, center, mask, pos, True)
-        return select_above(acts, threshold, capacity, dictionaries, select_threshold)
-    return Candidates(inputs, keep, threshold=threshold, dictionaries=dictionaries).above_threshold(capacity)
-
-
-@functools.cache
-def candidates_per_tile(f: int, k: int, tile: int) -> int | None:
-    """How many of each tile of latents to keep, so that one row in a hundred has a tile with as many among its k largest
-    when latents are in random order; None if that takes more than 16, when writing all activations costs less."""
-    tiles = -(-f // tile)
-    mean = k / tiles
-    term = math.exp(-mean)  # Poisson
-    at_least = 1.0 - term
-    for keep in range(1, 17):
-        rarely_more = tiles * at_least <= 0.01 or keep >= k
-        if rarely_more and (tiles - 1) * min(keep, tile) + min(keep, f - (tiles - 1) * tile) >= k:
-            return keep
-        term *= mean / keep
-        at_least -= term
-    return None
+    inputs: EncoderInputs, threshold: Tensor | None, expected: int, capacity: int | None, dictionaries: int
+) -> SparseCode:
+    launch, f = operands("encode_topk", inputs), inputs.W_enc.shape[1] // dictionaries
+    threshold, tile = None if threshold is None else threshold.float().contiguous(), launch.options["BLOCK_F"]
+    keep = candidates_per_tile(f, min(expected, f), tile)
+    if keep is None or (dictionaries > 1 and f % tile):
+        return select_above(encode(inputs), threshold, capacity, dictionaries, select_threshold)
+    return Candidates(launch, keep, threshold=threshold, dictionaries=dictionaries).above_threshold(capacity)

@@ -21,12 +21,7 @@ def select_topk(acts: Tensor, k: int, *, backend: str | None = None) -> SparseCo
     _check(acts)
     if not 1 <= k <= acts.shape[1]:
         raise ValueError(f"k must lie in [1, F] = [1, {acts.shape[1]}], got {k}")
-    n, f = acts.shape
-
-    def cost_of(backend: str) -> Cost:
-        return cost(n, f, k, itemsize=acts.element_size(), backend=backend)
-
-    if choose("select_topk", acts, cost=cost_of, backend=backend) == "triton":
+    if choose("select_topk", acts, cost=_cost_of(acts, k), backend=backend) == "triton":
         from . import triton
 
         return triton.select_topk(acts, k)
@@ -46,12 +41,7 @@ def select_batch_topk(acts: Tensor, total: int, *, backend: str | None = None) -
     _check(acts)
     if not 1 <= total <= acts.numel():
         raise ValueError(f"total must lie in [1, N * F] = [1, {acts.numel()}], got {total}")
-    n, f = acts.shape
-
-    def cost_of(backend: str) -> Cost:
-        return cost(n, f, total / n, itemsize=acts.element_size(), backend=backend)
-
-    if choose("select_batch_topk", acts, cost=cost_of, backend=backend) == "triton":
+    if choose("select_batch_topk", acts, cost=_cost_of(acts, total / len(acts)), backend=backend) == "triton":
         from . import triton
 
         return triton.select_batch_topk(acts, total)
@@ -89,6 +79,11 @@ def cost(n: int, f: int, k: float, *, itemsize: int = 2, backend: str = "triton"
     """Passes over acts (one for each byte of the key and one to collect, against twice that) and k entries a token."""
     passes = (itemsize + 1) * (1 if backend == "triton" else 2)
     return Cost(0.0, passes * itemsize * n * f + n * k * (itemsize + 4))
+
+
+def _cost_of(acts: Tensor, k: float):
+    n, f = acts.shape
+    return lambda backend: cost(n, f, k, itemsize=acts.element_size(), backend=backend)
 
 
 def _check(acts: Tensor) -> None:

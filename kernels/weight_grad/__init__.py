@@ -25,10 +25,7 @@ def weight_grad(
     """
     check_entries(entries, values, rows, center)
     (m, d), f, nnz = rows.shape, entries.latent_offsets.numel() - 1, values.numel()
-
-    def cost_of(backend: str) -> Cost:
-        return cost(m, d, f, nnz, itemsize=rows.element_size(), backend=backend)
-
+    cost_of = lambda backend: cost(m, d, f, nnz, itemsize=rows.element_size(), backend=backend)
     tensors = [t for t in (rows, values, center) if t is not None]
     if choose("weight_grad", *tensors, cost=cost_of, backend=backend) == "triton":
         from . import triton

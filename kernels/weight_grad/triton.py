@@ -67,20 +67,8 @@ def windows_kernel(
         dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
         acc = sum_entries(
-            acc,
-            first,
-            first + SPLIT,
-            values_ptr,
-            order_ptr,
-            tokens_ptr,
-            rows_ptr,
-            M,
-            dims,
-            D,
-            stride_row,
-            BLOCK_E,
-            STAGES,
-        )
+            acc, first, first + SPLIT, values_ptr, order_ptr, tokens_ptr, rows_ptr, M, dims, D, stride_row, BLOCK_E, STAGES
+        )  # fmt: skip
         tl.store(windows_ptr + window * D + dims, acc, mask=dims < D)
 
 

@@ -34,7 +34,7 @@ def test_the_report_names_every_run_and_shows_figures_that_are_there(name):
     text = (DOCS / name / "report.md").read_text()
     found = json.loads((DOCS / name / "campaign.json").read_text())
     for run, one in found["runs"].items():
-        assert f"[{run}]" in text
+        assert f"\n| {run} " in text
         assert one["beats_random"] or one["why_not"], run
     figures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
     assert len(figures) > 10

@@ -13,7 +13,7 @@ from temposae.campaign.figure_panels import DrawnFigure
 from temposae.campaign.figures import draw, missing
 from temposae.campaign.seed_results import CampaignResults
 from temposae.engine.errors import UserError
-from temposae.evals.run_figures import DPI
+from temposae.reporting.plots import DPI
 
 from .. import commandline
 from . import made_up

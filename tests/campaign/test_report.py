@@ -1,4 +1,4 @@
-"""The report of a campaign, from made-up numbers of which it is known what is to be said."""
+"""The report of a campaign, from made-up numbers of which it is known what its tables must hold."""
 
 import base64
 import copy
@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from scipy.stats import t as students
 from scipy.stats import ttest_rel
-from temposae.campaign import report_data, significance
+from temposae.campaign import report as report_module
+from temposae.campaign import significance
 from temposae.campaign.difference_figure import differences_figure
 from temposae.campaign.documented import RUNS
-from temposae.campaign.questions import MEANINGS, QUESTIONS
+from temposae.campaign.questions import QUESTIONS, pairs_by_question
 from temposae.campaign.report import write
 from temposae.campaign.results import SCORES, _summary
-from temposae.campaign.significance import against_baselines, baseline_of, holm, repeated, student
+from temposae.campaign.significance import NO_DIFFERENCE, against_baselines, baseline_of, holm, repeated, student
 from temposae.engine.errors import UserError
 
 SEEDS = 4
@@ -126,7 +127,7 @@ def small(path: Path, *given: Any) -> None:
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Small pictures in place of the differences' figures: what is written stays the same."""
-    monkeypatch.setattr(report_data, "draw_differences", small)
+    monkeypatch.setattr(report_module, "draw_differences", small)
 
 
 def part(markdown: str, heading: str) -> str:
@@ -137,48 +138,91 @@ def part(markdown: str, heading: str) -> str:
     return re.split(rf"\n#{{2,{len(marks)}}} ", rest)[0]
 
 
-def cells(markdown: str, run: str, log: str) -> dict[str, str]:
-    """A run's row in the table of its log, by column."""
-    lines = [
-        [cell.strip() for cell in line.strip("| ").split(" | ")]
-        for line in part(markdown, f"### Table of log {log}").splitlines()
-        if line.startswith("|")
-    ]
-    (row,) = (line for line in lines[2:] if re.match(rf"\[?{run}\b", line[0]))
-    return dict(zip(lines[0], row, strict=True))
+def rows(markdown: str, heading: str, first: str = "") -> list[dict[str, str]]:
+    """The lines of the first table below a heading (whose first column is named so), by column."""
+    for block in part(markdown, heading).strip().split("\n\n"):
+        lines = [[cell.strip() for cell in line.strip().split("|")[1:-1]] for line in unescaped(block).splitlines()]
+        if block.startswith("|") and first in ("", lines[0][0]):
+            return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    return []
 
 
-# What is told
+def unescaped(block: str) -> str:
+    """With a broken bar in place of a bar that is text."""
+    return block.replace("\\|", "¦")
 
 
-def test_what_is_planted_to_help_is_said_to_help_there_with_its_numbers_and_its_figure(tmp_path):
+def row(markdown: str, heading: str, first: str) -> dict[str, str]:
+    """The line of that table whose first cell is this, but for a run's title in italics. Of comparisons, that with the
+    baseline: those between runs have in italics what the two differ in."""
+    lines = [line for line in rows(markdown, heading) if "against" not in line or " *" not in line["run"]]
+    (line,) = (line for line in lines if next(iter(line.values())).partition(" *")[0] == first)
+    return line
+
+
+def reason(markdown: str, score: str, name: str) -> tuple[str, str]:
+    """Of a difference in a score that is not significant: why, and what it is."""
+    pattern = rf"^- {NO_DIFFERENCE} \(([^)]+)\): (?:.*; )?{name} ([+−][^;\n]+)"
+    ((why, change),) = re.findall(pattern, part(markdown, f"### {score}"), re.M)
+    return why, change
+
+
+def cells(markdown: str, run: str) -> dict[str, str]:
+    """A run's line in the table of all scores."""
+    return row(markdown, "## All runs, all scores", run)
+
+
+def facts(markdown: str) -> dict[str, str]:
+    return {line["campaign"]: line["value"] for line in rows(markdown, "## What to know first")}
+
+
+def figures_of(markdown: str) -> str:
+    """All tables and the lists of differences."""
+    return "\n".join(line for line in markdown.splitlines() if line.startswith(("|", f"- {NO_DIFFERENCE}")))
+
+
+POSITION = "position-aware structure"
+SIGNIFICANT = re.compile(r"\*\*(better|worse|more|less)\*\*, significant \(p [=<] [\d.e-]+\)")
+
+
+# Verdicts
+
+
+def test_what_is_planted_to_help_is_better_there_with_its_numbers_and_its_figure(tmp_path):
     made = Made("A1", "A5", "B1")
     steps = (0.030, 0.032, 0.031, 0.033)
     made.plant("A5", "order_last", *steps)
     markdown, page = made.write(tmp_path)
-    section = part(markdown, "### By score: Order probing last token")
-    (claim,) = (line for line in section.splitlines() if line.startswith("- Order probing"))
+    line = row(markdown, "### Order probing last token", "A5")
     half = students.ppf(0.975, 3) * np.std(steps, ddof=1) / 2
-    assert f"**A5** helped, +0.0315 (95% {0.0315 - half:.4f} to {0.0315 + half:.4f}; p" in claim
+    assert line["against"] == "relu"
+    assert line["difference"] == "+0.0315"
+    assert line["95% interval"] == f"+{0.0315 - half:.4f} to +{0.0315 + half:.4f}"
+    assert (line["seeds"], line["corrected for"], line["random control"]) == ("4", "3", "0.000")
     p = min(1, 3 * ttest_rel([0.7 + step for step in steps], [0.7] * 4).pvalue)
-    assert (f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001") in claim
-    assert " in 3; [figure" in claim
-    ((number, link),) = re.findall(r"\[figure (\d+)\]\(#([\w-]+)\)", claim)
-    assert f"![Order probing last token](figures/differences/order_last.png)\n\n*Figure {number}: " in section
+    assert line["verdict"] == f"**better**, significant ({f'p = {p:.2g}' if p >= 1e-4 else 'p < 0.0001'})"
+    assert [line["run"] for line in rows(markdown, "### Order probing last token")] == ["A5"]
+    for run in ("A1", "B1"):
+        why, change = reason(markdown, "Order probing last token", run)
+        assert why == "0 is in its interval"
+        assert re.fullmatch(r"\+0\.000\d? ± 0\.00\d+", change)
+    section = part(markdown, "### Order probing last token")
+    assert "![Order probing last token](figures/differences/order_last.png)" in section
     assert (tmp_path / "figures" / "differences" / "order_last.png").stat().st_size > 5000
-    assert link in {attrs.get("id") for _, attrs in page.tags}
-    assert markdown.count("**A5** helped") == 2  # by score and by log
-    assert "**A5** helped" in part(markdown, "### What is told of log A")
-    answer = part(markdown, "## The answer")
-    assert (
-        "  - **1 helped somewhere**: order probing last token (A5).\n  - None is told to have hurt anywhere." in answer
-    )
-    assert "  - Helped: order probing last token (A5)." in part(markdown, "### In each log")
-    assert cells(markdown, "A5", "A")["order, last token"].startswith("**0.732**")
-    assert "**" not in cells(markdown, "A1", "A")["order, last token"]
+    assert "order-probing-last-token" in {attrs.get("id") for _, attrs in page.tags}
+    assert len(SIGNIFICANT.findall(markdown)) == 1
+    for about in (POSITION, "log A, structured positional masking"):
+        line = row(markdown, "### By log", about)
+        assert (line["runs better somewhere"], line["runs worse somewhere"]) == ("1", "0")
+        assert (line["better"], line["worse"]) == ("1", "0")
+        assert int(line["comparisons"]) == 1 + int(line[NO_DIFFERENCE])
+    assert row(markdown, "### By log", POSITION)["runs compared"] == "3"
+    assert row(markdown, "### By score", "Order probing last token")["better"] == "1"
+    assert cells(markdown, "A5")["Order probing last token"] == "0.732 ± 0.001 **better** *(0.000)*"
+    assert "**" not in cells(markdown, "A1")["Order probing last token"]
 
 
-def test_noise_is_not_said_to_help_even_where_its_own_interval_leaves_0_out(tmp_path, quick):
+def test_noise_is_not_significant_even_where_its_own_interval_leaves_0_out(tmp_path, quick):
     made = Made("A1", "A2", "A3", "B1", "C1")
     made.plant("A2", "scr", 0.09, -0.05, 0.07, -0.01)
     lucky = (0.01, 0.02, 0.03, 0.02)
@@ -186,85 +230,108 @@ def test_noise_is_not_said_to_help_even_where_its_own_interval_leaves_0_out(tmp_
     p = ttest_rel([0.1 + step for step in lucky], [0.1] * 4).pvalue
     assert p < 0.05 < 5 * p  # it would count if nothing else had been looked at
     markdown, _ = made.write(tmp_path)
-    section = part(markdown, "### By score: SCR")
-    assert "helped" not in section
-    assert re.search(r"- 0 is in its interval: [^\n]*A2 \+0\.025", section)
-    assert "- not after correction for 5 comparisons: A3 +0.020" in section
-    assert "None is told to have helped anywhere." in part(markdown, "## The answer")
-    assert "**" not in cells(markdown, "A3", "A")["SCR"]
+    assert not SIGNIFICANT.search(markdown)
+    assert rows(markdown, "### SCR") == []
+    (wide, change), (narrow, little) = (reason(markdown, "SCR", run) for run in ("A2", "A3"))
+    assert (wide, narrow) == ("0 is in its interval", "not after correction")
+    assert change.startswith("+0.025 ± 0.1")
+    half = students.ppf(0.975, 3) * np.std(lucky, ddof=1) / 2
+    assert little == f"+0.020 ± {half:.3f}"
+    assert row(markdown, "### By log", POSITION)["runs better somewhere"] == "0"
+    assert "**" not in cells(markdown, "A3")["SCR"]
 
 
-def test_less_of_dead_latents_is_help_and_specialization_only_rises(tmp_path, quick):
+def test_less_of_dead_latents_is_better_and_specialization_is_only_more(tmp_path, quick):
     made = Made("A1", "A5")
     made.plant("A1", "dead_fraction", -0.010, -0.011, -0.009, -0.010)
     made.plant("A5", "dead_fraction", 0.20, 0.21, 0.19, 0.20)
     made.plant("A5", "specialization", 0.40, 0.41, 0.39, 0.40)
     markdown, _ = made.write(tmp_path)
-    assert "**A1** helped, −0.0100" in part(markdown, "### By score: Dead latents")
-    assert "**A5** hurt, +0.200" in part(markdown, "### By score: Dead latents")
-    assert "**A5** rose, +0.400" in part(markdown, "### By score: Specialization")
-    assert "specialization" not in part(markdown, "## The answer").split("###")[0]
+    for score, run, verdict, difference in (
+        ("Dead latents", "A1", "better", "−0.0100"),
+        ("Dead latents", "A5", "worse", "+0.200"),
+        ("Specialization", "A5", "more", "+0.400"),
+    ):
+        line = row(markdown, f"### {score}", run)
+        assert line["verdict"].startswith(f"**{verdict}**, significant (p ")
+        assert line["difference"] == difference
+    line = row(markdown, "### By log", POSITION)
+    assert (line["better"], line["worse"], line["more"], line["less"]) == ("1", "1", "1", "0")
+    assert (line["runs better somewhere"], line["runs worse somewhere"]) == ("1", "1")
 
 
-def test_a_run_that_helps_no_more_than_its_random_control_is_told_with_that(tmp_path, quick):
+def test_a_run_that_is_no_better_than_its_random_control_is_marked(tmp_path, quick):
     made = Made("A1", "A5")
     made.plant("A5", "unlearning", 0.10, 0.11, 0.09, 0.10, control=0.45)
     markdown, _ = made.write(tmp_path)
-    (claim,) = re.findall(r"^- Unlearning: .*$", part(markdown, "### By score: Unlearning"), re.M)
-    assert "**A5** helped, +0.100 (95% 0.087 to 0.113; p = 0.0003 in 2; [figure " in claim
-    assert claim.endswith("But its random control is as good, with 0.450.")
-    answer = part(markdown, "## The answer")
-    assert "**1 helped somewhere**: unlearning (A5†)." in answer
-    assert "†: its random control is as good." in answer
-    assert cells(markdown, "A5", "A")["unlearning"].startswith("† **0.400**")
-    assert not cells(markdown, "A1", "A")["unlearning"].startswith("†")
+    line = row(markdown, "### Unlearning", "A5")
+    assert (line["difference"], line["95% interval"]) == ("+0.100", "+0.087 to +0.113")
+    assert line["verdict"] == "**better**, significant (p = 0.0003)"
+    assert line["corrected for"] == "2"
+    assert line["random control"] == "† 0.450"
+    assert "† marks a score in which the random control is at least as good" in part(markdown, "## What to know first")
+    assert cells(markdown, "A5")["Unlearning"].startswith("† 0.400")
+    assert not cells(markdown, "A1")["Unlearning"].startswith("†")
+
+
+def test_a_random_control_that_was_not_measured_is_a_dash(tmp_path, quick):
+    made = Made("A1", "A5")
+    made.plant("A5", "unlearning", 0.10, 0.11, 0.09, 0.10, control=None)
+    assert row(made.write(tmp_path)[0], "### Unlearning", "A5")["random control"] == "–"
 
 
 def test_with_one_seed_nothing_is_claimed(tmp_path, quick):
     made = Made("A1", "A5", seeds=1)
     made.plant("A5", "order_last", 0.3)
     markdown, page = made.write(tmp_path)
-    assert not re.search(r"\*\* (helped|hurt|rose|fell|is better|is worse)|95% \d|p [=<]|±", markdown)
-    assert "**One seed**" in part(markdown, "## What to know first")
-    assert "**It can't be told** whether anything helped: there is one seed." in part(markdown, "## The answer")
-    assert "- one seed: A1 " in part(markdown, "### By score: Order probing last token")
-    assert "A5 +0.300" in part(markdown, "### By score: Order probing last token")
-    assert cells(markdown, "A5", "A")["order, last token"].startswith("1.000")
-    assert "No difference from a baseline is told." in page.text
+    assert not SIGNIFICANT.search(markdown)
+    assert not re.search(r"\*\*(better|worse|more|less)|p [=<]|±|\bto\b [+−]\d", figures_of(markdown))
+    assert facts(markdown)["seeds"] == "1"
+    assert "A single seed detects nothing." in page.text
+    assert rows(markdown, "### Order probing last token") == []
+    assert reason(markdown, "Order probing last token", "A5") == ("one seed", "+0.300")
+    assert reason(markdown, "Order probing last token", "A1")[0] == "one seed"
+    line = row(markdown, "### By log", POSITION)
+    assert line["comparisons"] == line[NO_DIFFERENCE] != "0"
+    assert cells(markdown, "A5")["Order probing last token"].startswith("1.000")
 
 
 def test_the_same_difference_with_every_seed_is_no_proof(tmp_path, quick):
     made = Made("A1", "A5")
     made.plant("A5", "unlearning", 0.05, 0.05, 0.05, 0.05)  # such as one question more
     made.plant("A1", "unlearning", 0.0, 0.0, 0.0, 0.0)
-    section = part(made.write(tmp_path)[0], "### By score: Unlearning")
-    assert "- the same difference with every seed: A5 +0.050" in section
-    assert "- no difference with any seed: A1 +0.000" in section
+    markdown, _ = made.write(tmp_path)
+    assert rows(markdown, "### Unlearning") == []
+    assert reason(markdown, "Unlearning", "A5") == ("the same difference with every seed", "+0.050")
+    assert reason(markdown, "Unlearning", "A1") == ("no difference with any seed", "+0.000")
 
 
-def test_explained_variance_with_more_latents_active_is_no_help(tmp_path, quick):
+def test_explained_variance_with_more_latents_active_is_not_better(tmp_path, quick):
     made = Made("A1", "A5", "B1", "B2")
     up, down = (0.050, 0.051, 0.049, 0.050), (-0.050, -0.051, -0.049, -0.050)
     for run, steps, l0 in (("A1", up, 60), ("A5", up, 20), ("B1", down, 20), ("B2", down, 60)):
         made.plant(run, "explained_variance", *steps)
         made.set(run, "l0", [l0 + seed for seed in range(4)], 32.0)
     markdown, _ = made.write(tmp_path)
-    section = part(markdown, "### By score: Explained variance")
-    assert re.findall(r"\*\*(\w+)\*\* (helped|hurt)", section) == [("A5", "helped"), ("B2", "hurt")]
-    assert "- more latents are active: A1 +0.050" in section
-    assert "- fewer latents are active: B1 −0.050" in section
-    assert "A1 61.5 beside 32.0" in part(markdown, "## What to know first")
+    verdicts = {line["run"]: line["verdict"] for line in rows(markdown, "### Explained variance")}
+    assert {run: SIGNIFICANT.match(verdict)[1] for run, verdict in verdicts.items()} == {"A5": "better", "B2": "worse"}
+    assert reason(markdown, "Explained variance", "A1") == ("more latents are active", "+0.0500 ± 0.0013")
+    assert reason(markdown, "Explained variance", "B1") == ("fewer latents are active", "−0.0500 ± 0.0013")
+    settings = row(markdown, "## Log A: structured positional masking", "A1")
+    assert (settings["L0"], settings["baseline's L0"]) == ("61.5", "32.0")
 
 
-@pytest.mark.parametrize(("aim", "said"), [(32.0, "- L0 was matched: "), (None, "- **L0 was not matched**")])
-def test_whether_l0_was_matched_is_told_first(tmp_path, quick, aim, said):
+@pytest.mark.parametrize(
+    ("activation", "aim", "target"), [("relu", 32.0, "32"), ("relu", None, "none"), ("topk", None, "K = 32")]
+)
+def test_the_l0_that_was_aimed_at_stands_first(tmp_path, quick, activation, aim, target):
     made = Made("A1")
     for run in (made.found["runs"] | made.found["baselines"]).values():
-        run["target_l0"] = aim
-    know = part(made.write(tmp_path)[0], "## What to know first")
-    assert said in know
-    assert know.count("was matched") + know.count("was not matched") == 1
-    assert "Losses of different objectives are different quantities" in know
+        run |= {"target_l0": aim, "activation": activation}
+    markdown, _ = made.write(tmp_path)
+    assert facts(markdown)["L0 target"] == target
+    assert row(markdown, "## Log A: structured positional masking", "A1")["L0 target"] == target
+    assert "Training losses of different objectives are not compared." in part(markdown, "## What to know first")
 
 
 def test_pairs_are_made_by_seed_where_one_failed(tmp_path, quick):
@@ -279,13 +346,16 @@ def test_pairs_are_made_by_seed_where_one_failed(tmp_path, quick):
     assert one.values == pytest.approx((0.03, 0.03, 0.033))
     assert one.p == pytest.approx(ttest_rel(own, (0.70, 0.60, 0.75)).pvalue)
     markdown, _ = made.write(tmp_path)
-    assert "- **A5-s1**: OutOfMemoryError: no memory" in part(markdown, "### Runs that failed")
+    assert row(markdown, "### Order probing last token", "A5")["seeds"] == "3"
+    assert rows(markdown, "### Failed dictionaries") == [
+        {"dictionary": "A5-s1", "reason": "OutOfMemoryError: no memory"}
+    ]
 
 
 # Runs that are not well, or not runs of their own
 
 
-def test_a_run_below_its_control_is_listed_with_the_reason(tmp_path, quick):
+def test_a_run_below_its_control_is_listed_first_and_marked(tmp_path, quick):
     made = Made("A1", "A5")
     made.set("A5", "probing", [0.8, 0.81, 0.8, 0.79], 0.83)
     made.found["runs"]["A5"] |= {
@@ -293,14 +363,14 @@ def test_a_run_below_its_control_is_listed_with_the_reason(tmp_path, quick):
     }  # fmt: skip
     made.set("A5", "dead_fraction", [0.5, 0.5, 0.5, 0.5], 0.0)
     markdown, page = made.write(tmp_path)
-    (line,) = re.findall(r"^- \*\*A\d\*\*: .*$", part(markdown, "### Runs that do not beat their random control"), re.M)
-    assert line.startswith(
-        "- **A5**: sparse probing is 0.8000, the random control's 0.8300. Beside that: FVU went from "
-    )
-    assert "50.0% of its latents are dead" in line
-    assert "2 of 3 dictionaries do." in markdown
-    assert "Not above their random control in explained variance or sparse probing: A5 (" in markdown
-    assert "sparse probing is 0.8000" in page.text
+    line, *others = rows(markdown, "### Random controls")
+    assert (line["run"], line["above its control"]) == ("A5", "no †")
+    assert (line["sparse probing"], line["control's sparse probing"]) == ("0.8000", "0.8300")
+    assert float(line["explained variance"]) > float(line["control's explained variance"])
+    assert {(other["run"], other["above its control"]) for other in others} == {("relu", "yes"), ("A1", "yes")}
+    assert facts(markdown)["not above their random control"] == "1 of 3"
+    assert cells(markdown, "A5")["Dead latents"].startswith("0.500")
+    assert "0.8300" in page.text
 
 
 def test_a_run_that_failed_is_listed_and_has_dashes(tmp_path, quick):
@@ -313,13 +383,15 @@ def test_a_run_that_failed_is_listed_and_has_dashes(tmp_path, quick):
         "scores": {}, "beats_random": None, "why_not": "no seed came through", "failed": {f"A5-s{s}": why for s in range(4)}
     }  # fmt: skip
     markdown, page = made.write(tmp_path)
-    assert part(markdown, "### Runs that failed").count("FloatingPointError: loss is NaN at step 7 \\| of 100") == 4
+    assert rows(markdown, "### Failed dictionaries") == [
+        {"dictionary": f"A5-s{s}", "reason": why.replace("|", "¦")} for s in range(4)
+    ]
     assert "loss is NaN at step 7 | of 100" in page.text
-    row = cells(markdown, "A5", "A")
-    assert "failed: position feature groups" in row.pop("run")
-    assert set(row.values()) == {"–"}
-    assert "A5" not in part(markdown, "### By score: Explained variance")
-    assert "Failed, with one seed or more: A5" in part(markdown, "## What to know first")
+    line = cells(markdown, "A5")
+    assert "failed: position feature groups" in line.pop("run")
+    assert set(line.values()) == {"–"}
+    assert "A5" not in part(markdown, "### Explained variance")
+    assert facts(markdown)["failed dictionaries"] == "4"
 
 
 def test_scores_that_are_not_there_are_dashes_and_those_that_no_run_has_are_named(tmp_path, quick):
@@ -329,12 +401,12 @@ def test_scores_that_are_not_there_are_dashes_and_those_that_no_run_has_are_name
     for run in (made.found["runs"] | made.found["baselines"]).values():
         del run["scores"]["scr"]
     markdown, _ = made.write(tmp_path)
-    assert cells(markdown, "A1", "A")["unlearning"] == "–"
-    assert cells(markdown, "A5", "A")["TPP"] == "–"
-    assert cells(markdown, "A5", "A")["unlearning"] != "–"
-    assert "SCR" not in cells(markdown, "A5", "A")
-    assert "- Not measured: SCR." in part(markdown, "## What to know first")
-    assert not re.search(r"\bNone\b(?! is told| of \d| in this campaign|\.)|\bnan\b", markdown)
+    assert cells(markdown, "A1")["Unlearning"] == "–"
+    assert cells(markdown, "A5")["TPP"] == "–"
+    assert cells(markdown, "A5")["Unlearning"] != "–"
+    assert "SCR" not in cells(markdown, "A5")
+    assert facts(markdown)["scores not measured"] == "SCR"
+    assert not re.search(r"\bNone\b(?!\.)|\bnan\b", markdown)
 
 
 def test_analyses_are_named_with_the_run_they_look_at_and_not_counted(tmp_path, quick):
@@ -346,14 +418,19 @@ def test_analyses_are_named_with_the_run_they_look_at_and_not_counted(tmp_path, 
     made.plant("C2", "tpp", 0.10, 0.11, 0.09, 0.10)
     made.plant("C3", "tpp", 0.10, 0.11, 0.09, 0.10)
     markdown, _ = made.write(tmp_path)
-    assert "- **C3**, position-wise loss: looks at the weights of C2" in markdown
-    assert " in 2; [figure" in part(markdown, "### By score: TPP")
-    assert "C3" not in part(markdown, "### By score: TPP")
-    assert "weights of C2" in cells(markdown, "C3", "C")["run"]
-    told = part(markdown, "### What the analyses of log C find")
-    assert "**C3**, position-wise loss, in C2: in the last step" in told
-    assert "8.000 ± 0.816 at the hardest" in told
-    assert "hardest at position 3 or 4" in told
+    assert row(markdown, "### TPP", "C2")["corrected for"] == "2"
+    assert "C3" not in part(markdown, "### TPP")
+    assert facts(markdown)["runs with the numbers of another"] == "1"
+    assert "weights of C2" in cells(markdown, "C3")["run"]
+    settings = row(markdown, "## Log C: position-aware SAEs for sequences", "C3")
+    assert (settings["what it is"], settings["weights of"]) == ("position-wise loss", "C2")
+    lines = rows(markdown, "### Analyses")
+    assert {(line["run"], line["looks at"]) for line in lines} == {("C3", "C2")}
+    figures = {line["figure"]: line["value"] for line in lines}
+    assert len(figures) == 6
+    assert figures["squared error at the hardest position"] == "8.000 ± 0.816"
+    assert figures["the hardest position"] == "3 or 4"
+    assert figures["squared error at the easiest position"] == "–"
     assert {one.run for ones in against_baselines(made.found).values() for one in ones} == {"C1", "C2"}
 
 
@@ -364,7 +441,9 @@ def test_an_analysis_stands_for_weights_that_nobody_else_has(tmp_path, quick):
         made.found["runs"][name]["analysis"] = {"why_not": "not planted"}
     assert repeated(made.found) == {"C8": "C7"}
     assert {one.run for ones in against_baselines(made.found).values() for one in ones} == {"C7"}
-    assert "in C6: nothing: not planted." in made.write(tmp_path)[0]
+    assert rows(made.write(tmp_path)[0], "### Analyses") == [
+        {"run": name, "looks at": "C6", "figure": "not measured", "value": "not planted"} for name in ("C7", "C8")
+    ]
 
 
 def test_runs_that_came_out_the_same_are_counted_once_and_named(tmp_path, quick):
@@ -373,8 +452,10 @@ def test_runs_that_came_out_the_same_are_counted_once_and_named(tmp_path, quick)
     assert repeated(made.found) == {"A2-hard": "A1-hard"}
     made.found["runs"]["A2-hard"]["scores"]["loss"]["values"][0] *= 1 + 1e-8  # but for rounding
     assert repeated(made.found) == {"A2-hard": "A1-hard"}
-    know = part(made.write(tmp_path)[0], "## What to know first")
-    assert "the same to five digits, and are counted once: A2-hard that of A1-hard." in know
+    markdown, _ = made.write(tmp_path)
+    assert facts(markdown)["runs with the numbers of another"] == "1"
+    assert row(markdown, "## Log A: structured positional masking", "A2-hard")["weights of"] == "A1-hard"
+    assert not re.search(r"A2-hard [+−]", part(markdown, "### TPP"))
 
 
 # What is compared with what
@@ -396,20 +477,24 @@ def test_a_run_has_the_baseline_of_its_activation_and_condition():
 
 
 def test_questions_of_the_logs_are_answered_from_the_runs_that_differ_in_them(tmp_path, quick):
-    assert {run for question in QUESTIONS for pair in question.pairs for run in pair} <= set(RUNS)
+    assert {run for pairs in QUESTIONS.values() for pair in pairs for run in pair} <= set(RUNS)
     made = Made("A1", "A2", "B1", "B2", "E1", "E2")
     made.plant("A2", "tpp", 0.10, 0.11, 0.09, 0.10)
     made.plant("A1", "tpp", 0.0, 0.001, -0.001, 0.0)
-    asked = part(made.write(tmp_path)[0], "### What the logs asked")
-    (soft,) = re.findall(r"^- \*\*Soft masks rather than hard\*\*.*\n  - .*$", asked, re.M)
-    assert (
-        "(A2 against A1, B2 against B1): 1 of 24 comparisons can be told.\n  - TPP: **A2** against **A1** is better, +0.100"
-        in soft
-    )
-    assert " in 3; [figure" in soft
-    assert re.search(r"\[figure \d+\]\(#by-score-tpp\)", soft)
-    (adversary,) = re.findall(r"^- \*\*An adversary .*$", asked, re.M)
-    assert "(E2 against E1): can't be told, in any of 12 comparisons." in adversary
+    pairs = {about: pairs for about, pairs in pairs_by_question(made.found).items() if pairs}
+    soft, adversary = "soft masks rather than hard", "an adversary on top of the dynamic margin"
+    assert pairs == {soft: [("A2", "A1"), ("B2", "B1")], adversary: [("E2", "E1")]}
+    markdown, _ = made.write(tmp_path)
+    line = row(markdown, "### By question", soft)
+    assert (line["runs compared"], line["comparisons"], line["better"], line[NO_DIFFERENCE]) == ("2", "24", "1", "23")
+    line = row(markdown, "### By question", adversary)
+    assert (line["comparisons"], line[NO_DIFFERENCE]) == ("12", "12")
+    assert {line["what two runs differ in"] for line in rows(markdown, "### By question")} == {soft, adversary}
+    assert facts(markdown)["questions without their runs"] == "14 of 16"
+    assert reason(markdown, "TPP", "B2 less B1")[0] == "0 is in its interval"
+    (line,) = (line for line in rows(markdown, "### TPP") if (line["run"], line["against"]) == (f"A2 *{soft}*", "A1"))
+    assert line["verdict"].startswith("**better**, significant (p ")
+    assert (line["difference"], line["corrected for"]) == ("+0.100", "3")
 
 
 def test_conditions_of_strictness_are_set_against_each_other_and_not_the_runs_that_differ_in_it(tmp_path, quick):
@@ -417,20 +502,26 @@ def test_conditions_of_strictness_are_set_against_each_other_and_not_the_runs_th
     made.found["baselines"] = {"relu": made.run("relu")}
     made.plant("A1-soft", "tpp", 0.10, 0.11, 0.10, 0.11)
     made.plant("A1-hard", "tpp", 0.0, 0.001, 0.0, 0.001)
+    assert {about: pairs for about, pairs in pairs_by_question(made.found).items() if pairs} == {
+        "soft masks rather than hard": [("A1-soft", "A1-hard"), ("A2-soft", "A2-hard")],
+        "annealed masks rather than soft": [("A1-annealed", "A1-soft"), ("A2-annealed", "A2-soft")],
+        "annealed masks rather than hard": [("A1-annealed", "A1-hard"), ("A2-annealed", "A2-hard")],
+    }
     markdown, _ = made.write(tmp_path)
-    asked = part(markdown, "### What the logs asked")
-    who = "(A1-soft against A1-hard, A2-soft against A2-hard)"
-    assert f"{who}: 1 of 24 comparisons can be told.\n  - TPP: **A1-soft** against **A1-hard** is better" in asked
-    assert "**Annealed masks rather than soft** (A1-annealed against A1-soft, A2-annealed against A2-soft)" in asked
-    assert "A2-hard against A1-hard" not in asked
-    assert "**A1-soft** helped" in part(markdown, "### By score: TPP")
+    line = row(markdown, "### By question", "soft masks rather than hard")
+    assert (line["comparisons"], line["better"]) == ("24", "1")
+    lines = {(line["run"].partition(" *")[0], line["against"]): line["verdict"] for line in rows(markdown, "### TPP")}
+    assert lines["A1-soft", "A1-hard"].startswith("**better**, significant")
+    assert lines["A1-soft", "relu"].startswith("**better**, significant")
+    assert "A2-hard less A1-hard" not in markdown
     for how in ("hard", "soft"):  # A2 has the same masks by then, and is no second answer
         made.found["runs"][f"A2-{how}"]["scores"] = copy.deepcopy(made.found["runs"][f"A1-{how}"]["scores"])
-    asked = part(made.write(tmp_path)[0], "### What the logs asked")
-    assert "(A1-soft against A1-hard): 1 of 12 comparisons can be told." in asked
+    assert pairs_by_question(made.found)["soft masks rather than hard"] == [("A1-soft", "A1-hard")]
+    line = row(made.write(tmp_path)[0], "### By question", "soft masks rather than hard")
+    assert (line["comparisons"], line["better"]) == ("12", "1")
 
 
-def test_static_slicing_stands_beside_the_masks_that_were_trained(tmp_path, quick):
+def test_static_slicing_has_a_table_beside_the_masks_that_were_trained(tmp_path, quick):
     made = Made("A1", "A5", "C2")
     for run, step in (("A1", 0.5), ("A5", 0.1)):
         made.found["runs"][run]["mask"] = "random"
@@ -438,33 +529,43 @@ def test_static_slicing_stands_beside_the_masks_that_were_trained(tmp_path, quic
         made.plant(run, "explained_variance", *[-0.1] * 4)
     sliced = {
         name: {"specialization": s, "explained_variance": ev, "l0": 8.0}
-        for name, (s, ev) in {"none": (0.1, 0.9), "ranges": (0.5, 0.4), "random": (0.2, 0.5)}.items()
+        for name, (s, ev) in {"none": (0.1, 0.9), "ranges": (0.5, 0.4), "random": (0.2, None)}.items()
     }
     for seed in range(SEEDS):
         place = tmp_path / "runs" / f"relu-s{seed}" / "evals" / "positions.json"
         place.parent.mkdir(parents=True)
         place.write_text(json.dumps({"slicing": sliced, "tokens": 4096, "bins": 16}))
     markdown, _ = made.write(tmp_path)
-    section = part(markdown, "### Static slicing")
-    assert "| relu, cut into ranges of positions | +0.400 | −0.500 | 8.000 |" in section
-    assert "| A1 | +0.500 | −0.100 |" in section
-    assert "C2" not in section
-    assert "2 of 2 masked runs keep more explained variance than ranges; of these A1 have" in section
-    assert "positions on 4,096 tokens in 16 bins" in part(markdown, "## What to know first")
+    assert rows(markdown, "### Static slicing") == [
+        {"baseline": "relu", "slices": slices, "specialization": s, "explained variance": ev, "L0": "8.000"}
+        for slices, s, ev in (("ranges", "+0.400", "−0.500"), ("random positions", "+0.100", "–"))
+    ]
+    assert reason(markdown, "Specialization", "A1") == ("the same difference with every seed", "+0.500")
+    assert reason(markdown, "Explained variance", "A5") == ("the same difference with every seed", "−0.100")
+    measured = rows(markdown, "## How it was measured", "eval or stage")
+    assert measured == [{"eval or stage": "positions", "extent": "tokens: 4,096; bins: 16"}]
 
 
-def test_claims_point_at_figures_of_logs_only_in_the_condition_that_those_show(tmp_path, quick):
-    place = tmp_path / "figures" / "log_a" / "unlearning_scores.png"
-    place.parent.mkdir(parents=True)
-    place.write_bytes(b"\x89PNG")
-    made = Made("A1", conditions=("k16", "k32"))
-    for name in ("A1-k16", "A1-k32"):
-        made.plant(name, "unlearning", 0.10, 0.11, 0.09, 0.10)
-    claims = re.findall(r"^- Unlearning: .*$", made.write(tmp_path)[0], re.M)
-    assert {tuple(re.findall(r"A1-k\d\d|unlearning-scores|by-score-unlearning", claim)) for claim in claims} == {
-        ("A1-k16", "by-score-unlearning", "unlearning-scores"), ("A1-k32", "by-score-unlearning")
-    }  # fmt: skip
-    assert "Claims that point here: unlearning of A1-k16." in (tmp_path / "report.md").read_text()
+def test_what_evals_were_measured_on_and_why_some_were_not_is_in_a_table(tmp_path, quick):
+    made = Made("A1")
+    made.found |= {"evals": ["core", "sparse_probing", "scr", "unlearning"], "seconds": {"training": 61.25}}
+    classes = {"a": {"test_rows": 100}, "b": {"test_rows": 26}}
+    results = {
+        "core": {"tokens": 7532, "rows": 64, "ce_tokens": 2850},
+        "sparse_probing": {"sets": {"topic": {"classes": classes}, "tone": {"classes": classes}}},
+        "scr": {"skipped": "no labels | here"},
+    }
+    for name, result in results.items():
+        place = tmp_path / "runs" / "A1-s0" / "evals" / f"{name}.json"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(result))
+    markdown, _ = made.write(tmp_path)
+    assert [tuple(line.values()) for line in rows(markdown, "## How it was measured", "eval or stage")] == [
+        ("core", "tokens: 7,532; held-out rows: 64; tokens for CE: 2,850"),
+        ("sparse_probing", "sets of texts: 2; test rows of all classes: 252"),
+        ("scr", "skipped: no labels ¦ here"),
+        ("training", "61.25 s"),
+    ]
 
 
 # The pages
@@ -484,21 +585,19 @@ def test_figures_that_are_there_are_shown_and_those_that_are_not_are_named_with_
     markdown, page = made.write(tmp_path)
     log = part(markdown, "## Log A: structured positional masking")
     assert "](figures/log_a/unlearning_scores.png)" in log
-    assert "Claims that point here: unlearning of A1." in log
-    assert "Claims that point here" not in part(markdown, "## Log C: position-aware SAEs for sequences")
-    (claim,) = re.findall(r"^- Unlearning: \*\*A1\*\* helped.*$", log, re.M)
-    assert len(re.findall(r"\[figure \d+\]", claim)) == 2
-    assert re.search(r"\(#figure-\d+-unlearning-scores\)", claim)
+    assert "](figures/log_a/loss_curves.png)" in log
     assert "](figures/overview.png)" in part(markdown, "## All runs, all scores")
-    assert "`log_c/position_weights.png`: C7 was not trained" in part(
-        markdown, "## Log C: position-aware SAEs for sequences"
-    )
-    assert "`conditions.png`: there is one condition" in part(markdown, "## Controls, failures and analyses")
-    numbers = [int(n) for n in re.findall(r"^\*Figure (\d+): ", markdown, re.M)]
-    assert numbers == list(range(1, len(numbers) + 1))
+    first = "figure missing or not whole"
+    for heading, figure, reason in (
+        ("## Log C: position-aware SAEs for sequences", "log_c/position_weights.png", "C7 was not trained"),
+        ("## All runs, all scores", "conditions.png", "there is one condition"),
+    ):
+        (line,) = rows(markdown, heading, first)
+        assert (line[first], line["reason"]) == (figure, reason)
+    assert not rows(markdown, "## Log A: structured positional masking", first)
     shown = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     named = re.findall(r"\]\((figures/[\w/]+\.png)\)", markdown)
-    assert len(named) == len(set(named)) == len(numbers)
+    assert len(named) == len(set(named)) == len(list((tmp_path / "figures").rglob("*.png")))
     for source, path in zip(shown, named, strict=True):
         assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == (tmp_path / path).read_bytes()
 
@@ -512,8 +611,9 @@ def whole(tmp_path_factory) -> Path:
     made.plant("B2", "explained_variance", -0.50, -0.51, -0.49, -0.50)
     made.found["runs"]["A1"]["title"] = "<script>alert(1)</script> | ![i](http://e/x.png)"
     made.found["runs"]["A7"]["failed"] = {"A7-s1": "ValueError: <b>no</b>"}
+    made.found["runs"]["A8"]["parts"] = ["<b>part</b> | **bold**"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_data, "draw_differences", small)
+        patch.setattr(report_module, "draw_differences", small)
         made.write(out)
     return out
 
@@ -528,25 +628,28 @@ def test_the_page_is_well_formed_and_needs_nothing_but_itself(whole):
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
+    assert links
     assert all(link.startswith("#") and link[1:] in ids for link in links)
     assert "<script>alert(1)</script> | ![i](http" in page.text
+    assert "<b>part</b> | **bold**" in page.text
+    assert "ValueError: <b>no</b>" in page.text
 
 
-def test_there_is_a_row_a_run_in_one_table_of_the_page_and_a_table_a_log_in_markdown(whole):
+def test_there_is_a_row_a_run_in_one_table_of_all_scores(whole):
     page, markdown = Page((whole / "report.html").read_text()), (whole / "report.md").read_text()
-    heading = next(row for row in page.rows if row[:2] == ["run", "loss"])
+    heading = next(row for row in page.rows if row[:2] == ["run", "Loss"])
     assert heading == [
-        "run", "loss", "FVU", "L0", "EV", "CE recovered", "dead", "probing, top 1", "probing, top 5", "order, pooled",
-        "order, last token", "unlearning", "SCR", "TPP", "specialization", "retention", "fidelity",
+        "run", "Loss", "FVU", "Explained variance", "CE recovered", "L0", "Dead latents", "Sparse probing top 1",
+        "Sparse probing top 5", "Order probing mean-pooled", "Order probing last token", "Unlearning", "SCR", "TPP",
+        "Specialization", "Retention", "Fidelity",
     ]  # fmt: skip
     assert sum(row == heading for row in page.rows) == 1
-    rows = {row[0].split(" ")[0]: row for row in page.rows if len(row) == len(heading)}
-    assert set(RUNS) | {"relu"} <= set(rows)
-    assert page.rows.index(rows["relu"]) < page.rows.index(rows["A1"]) < page.rows.index(rows["E9"])
-    assert rows["A5"][heading.index("order, last token")] == "0.732 ± 0.001 (0.000)"
-    assert cells(markdown, "A5", "A")["order, last token"] == "**0.732** ± 0.001 *(0.000)*"
-    assert all(cells(markdown, "relu", log)["EV"] == "0.900 ± 0.000 *(0.700)*" for log in "ABCDE")
-    assert markdown.count("\n### Table of log ") == 5
+    by_run = {row[0].split(" ")[0]: row for row in page.rows if len(row) == len(heading)}
+    assert set(RUNS) | {"relu"} <= set(by_run)
+    assert page.rows.index(by_run["relu"]) < page.rows.index(by_run["A1"]) < page.rows.index(by_run["E9"])
+    assert by_run["A5"][heading.index("Order probing last token")] == "0.732 ± 0.001 better (0.000)"
+    assert cells(markdown, "A5")["Order probing last token"] == "0.732 ± 0.001 **better** *(0.000)*"
+    assert cells(markdown, "relu")["Explained variance"] == "0.900 ± 0.000 *(0.700)*"
 
 
 def test_it_opens_in_chromium(whole):
@@ -585,15 +688,17 @@ def test_the_figure_of_a_score_has_a_line_a_difference_with_its_interval_and_its
     made.plant("A5", "tpp", 0.030, 0.032, 0.031, 0.033)
     made.plant("A1", "tpp", -0.030, -0.032, -0.031, -0.033)
     ones, between = against_baselines(made.found)["tpp"], significance.compare(made.found, [("A2", "A1")])["tpp"]
-    (axes,) = differences_figure("TPP", ones, between).axes
+    figure = differences_figure("TPP", ones, between)
+    (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["A1", "A2", "A5", "A2 less A1"]
     lines = [(line.get_color(), list(line.get_xdata()), set(line.get_ydata())) for line in axes.lines]
     for at, one in enumerate([*ones, *between]):
-        colour = {"helped": "#009E73", "hurt": "#D55E00", "open": "#999999"}[one.verdict]
+        colour = {"better": "#009E73", "worse": "#D55E00", NO_DIFFERENCE: "#999999"}[one.verdict]
         assert (colour, [one.mean - one.half, one.mean + one.half], {at}) in lines
         assert (colour, list(one.values), {at}) in lines
         assert (colour, [one.mean], {at}) in lines
-    assert [one.verdict for one in [*ones, *between]] == ["hurt", "open", "helped", "helped"]
+    assert [one.verdict for one in [*ones, *between]] == ["worse", NO_DIFFERENCE, "better", "better"]
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"worse", NO_DIFFERENCE, "better"}
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first on top
 
 
@@ -635,5 +740,6 @@ def test_of_campaigns_of_noise_one_in_twenty_makes_a_false_claim_at_most(monkeyp
     assert wrong > 0  # it does make claims
 
 
-def test_every_score_has_a_name_and_a_meaning():
-    assert set(MEANINGS) == {"loss", "fvu_last", *SCORES}
+def test_every_score_has_a_name_of_its_own_and_a_meaning():
+    assert len({score.name for score in SCORES.values()}) == len(SCORES)
+    assert all(score.meaning for score in SCORES.values())

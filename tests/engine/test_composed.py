@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from temposae.engine import parts as registry
+from temposae.engine import registry
 from temposae.engine.composed import ComposedAutoencoder, dictionary
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
@@ -278,6 +278,8 @@ def test_one_that_fails_is_named_and_left_out(kinds, testbed, tmp_path):
 
 def test_parts_of_other_packages_come_by_entry_points(kinds, monkeypatch):
     class Entry:
+        name, module = "lab", "lab_parts"
+
         def load(self):
             part("theirs")(type("Theirs", (Part,), {"input": lambda self, x, seen: 3 * x}))
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from temposae.engine import parts as registry
+from temposae.engine import registry
 from temposae.engine.composed import dictionary
 from temposae.engine.config import MaskConfig, SAEConfig
 from temposae.engine.parts import Part, part

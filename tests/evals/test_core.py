@@ -11,8 +11,9 @@ from temposae.engine.storage.checkpoint import find, save
 from temposae.engine.stream import ActivationStream, LanguageModel
 from temposae.engine.stream.token_rows import TextRows
 from temposae.engine.train import train
-from temposae.evals.core import HeldOut, core
 from temposae.evals.core import _error as ratio_error
+from temposae.evals.core import core
+from temposae.evals.held_out import HeldOut
 from temposae.evals.run_evals import evaluate, evaluate_runs
 
 D = 128
@@ -210,7 +211,7 @@ def test_control_false_means_none_in_results_report_and_figures(stream_of, tmp_p
     assert asked == []
     assert set(summary["controls"]) == {"lm_neurons", "mean"}
     assert summary["no_random_control"] == "train.control: false"
-    assert "No random control (train.control: false)" in (tmp_path / "run" / "report.md").read_text()
+    assert "| core | no random control | train.control: false |" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_a_dictionary_of_another_width_is_refused(stream_of):
@@ -225,7 +226,7 @@ def test_figures_are_the_same_however_they_are_come_by(stream_of, monkeypatch, h
     right = core(stream, sae, {}, rows=12, ce_rows=7)
     whole = []
     if how == "read again":
-        monkeypatch.setattr("temposae.evals.core.HELD", 0)
+        monkeypatch.setattr("temposae.evals.held_out.HELD", 0)
     else:
         monkeypatch.setattr(type(stream.model), "tail", lambda *_: whole.append(1))
     found = core(stream, sae, {}, rows=12, ce_rows=7)
@@ -244,7 +245,7 @@ def test_the_vocabulary_does_not_decide_over_memory(stream_of, monkeypatch):
     V, real = len(stream.model.tokenizer), Tail.logits
     monkeypatch.setattr("temposae.evals.replacement_loss.LOGITS", 10 * V)
     monkeypatch.setattr(Tail, "logits", lambda self, hidden: sizes.append(len(hidden)) or real(self, hidden))
-    monkeypatch.setattr("temposae.evals.core.HELD", 4 * 128 * D * 4)
+    monkeypatch.setattr("temposae.evals.held_out.HELD", 4 * 128 * D * 4)
     text = HeldOut(stream, 12, 6)
     assert [len(batch.rows) for batch in text._stored] == [4]
     assert [batch.first for batch in text.batches()] == [0, 4, 8]

@@ -1,4 +1,4 @@
-"""The report of a run: what it marks, what it tells first, that nothing in it is lost, and that names stay text."""
+"""The report of a run: what it marks, what it notes first, that nothing in it is lost, and that names stay text."""
 
 import base64
 import copy
@@ -17,21 +17,22 @@ from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConf
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.storage import checkpoint
 from temposae.engine.storage.checkpoint import find, place
-from temposae.evals import absorption, clusters, eval_figures, sparse_probing, suite, unlearning
+from temposae.evals import absorption, clusters, run_figures, sparse_probing, suite, unlearning
 from temposae.evals import ground_truth as truth
 from temposae.evals.core import core
 from temposae.evals.evaluation import Evaluation
 from temposae.evals.fidelity import fidelity
-from temposae.evals.markdown_page import html, number, plain, table
 from temposae.evals.multiple_choice import fact_questions
 from temposae.evals.positions import positions
-from temposae.evals.report import MARK, compose, write_report
+from temposae.evals.report import MARK, MORE, SUMMARY, compose, write_report
 from temposae.evals.run_evals import VERSION, evaluate
 from temposae.evals.scr_tpp import scr, tpp
 from temposae.evals.suite import EVALS
 from temposae.evals.word_order import order_probing
+from temposae.reporting.markdown import html, number
 
 from ..commandline import run as command
+from .test_saebench import RESULTS
 
 FACTS = {"model": "testbed", "hook": "blocks.1.hook_resid_post", "activation": "topk", "F": "64"}
 ROWS = 256
@@ -129,18 +130,25 @@ def written(run: Path) -> tuple[str, "Page"]:
     return read(run)
 
 
-def told(markdown: str) -> list[str]:
-    """What is to be known first."""
-    return markdown.split("## What to know first\n\n")[1].split("\n\n")[0].splitlines()
+def noted(markdown: str) -> list[tuple[str, ...]]:
+    """Eval, note and reason of each line of the table of what is to be known first."""
+    return table_under(markdown, "What to know first")
+
+
+def table_under(markdown: str, heading: str) -> list[tuple[str, ...]]:
+    """The cells of the first table under a heading, without its own headings."""
+    lines = re.split(rf"^##+ {re.escape(heading)}$", markdown, flags=re.M)[1].split("\n#")[0].strip().splitlines()
+    lines = lines[next((i for i, line in enumerate(lines) if line.startswith("| ")), len(lines)) :]
+    lines = lines[: next((i for i, line in enumerate(lines) if not line.startswith("| ")), len(lines))]
+    return [tuple(cell.strip() for cell in line[1:-1].split(" | ")) for line in lines[2:]]
 
 
 def glance(markdown: str) -> dict[str, list[str]]:
-    """Rows of the scores at a glance, by "eval: score"."""
+    """Rows of the scores at a glance, by "eval: score", without the mark of those of which more is better."""
     rows, name = {}, ""
-    for line in markdown.split("## Scores at a glance\n\n")[1].split("\n\n")[0].splitlines()[2:]:
-        first, label, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
+    for first, label, *cells in table_under(markdown, "Scores at a glance"):
         name = first[1:].partition("]")[0] if first else name
-        rows[f"{name}: {label}"] = cells
+        rows[f"{name}: {label.removesuffix(f' {MORE}')}"] = cells
     return rows
 
 
@@ -167,7 +175,7 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
-def test_a_score_that_a_control_reaches_is_marked_and_told_first(results):
+def test_a_score_that_a_control_reaches_is_marked_with_the_control(results):
     results["scr"] |= {"score": 0.5, "reached_by": []}
     results["tpp"] |= {"score": 0.1, "reached_by": ["lm_neurons"]}
     results["tpp"]["controls"]["lm_neurons"]["score"] = 0.25
@@ -183,37 +191,47 @@ def test_a_score_that_a_control_reaches_is_marked_and_told_first(results):
     assert (rows["tpp: score"][2], rows["tpp: score"][-1]) == ("**0.2500**", "lm_neurons")
     assert (rows["scr: score"][0], rows["scr: score"][-1]) == ("0.5000", "")
     assert rows["ground_truth: mean F1"][:2] == [f"{MARK} 0.5000", "**0.5000**"]
-    assert rows["ground_truth: recovered"][:2] == ["0.5000", "0.4000"]
+    assert rows["ground_truth: mean F1"][-1] == "random"
+    recovered = rows["ground_truth: recovered (share with F1 of 0.8)"]
+    assert (*recovered[:2], recovered[-1]) == ("0.5000", "0.4000", "")
     assert rows["sparse_probing: top 1"][:2] == [f"{MARK} 0.9000", "**0.8900**"]
-    reached = [i for i, line in enumerate(told(markdown)) if "a control does as well" in line]
-    assert reached == list(range(len(reached)))  # before everything else
-    assert "- **tpp**: a control does as well at score (lm_neurons)" in told(markdown)
-    (line,) = (line for line in told(markdown) if line.startswith("- **ground_truth**: a control"))
-    assert "mean F1 (random)" in line
-    assert "recovered" not in line
-    assert not any("**scr**: a control" in line for line in told(markdown))
+    assert rows["sparse_probing: top 1"][-1] == "random"
+    assert markdown.index(SUMMARY) < markdown.index("## Scores at a glance") < markdown.index("## core")
 
 
-def test_neither_more_nor_less_l0_and_absorption_is_better(results):
-    results["core"] |= {"l0": 1.0}
+def test_neither_more_nor_less_l0_dead_latents_and_absorption_is_better(results):
+    results["core"] |= {"l0": 1.0, "dead_fraction": 0.125}
+    results["core"]["controls"]["random"]["dead_fraction"] = 0.5
     results["absorption"]["controls"]["random"]["mean_absorption"] = results["absorption"]["mean_absorption"] = 0.2
-    rows = glance(compose(FACTS, results, {}, {})[1])
+    _, markdown = compose(FACTS, results, {}, {})
+    rows = glance(markdown)
     assert rows["core: L0"][:2] == ["1.0000", number(results["core"]["controls"]["random"]["l0"])]
+    assert rows["core: dead latents (share)"][:2] == ["0.1250", "0.5000"]
     assert rows["absorption: mean absorption"][:2] == ["0.2000", "0.2000"]
+    unmarked = [label for _, label, *_ in table_under(markdown, "Scores at a glance") if MORE not in label]
+    assert unmarked == ["L0", "dead latents (share)", "retained", "mean absorption"]
 
 
 def test_each_of_several_sets_and_every_warning_is_told(results):
     probing = results["sparse_probing"]
     probing |= {"reached_by": [], "warnings": ["tone: random: no latent is active on any text"]}
     probing["sets"]["topic"]["reached_by"], probing["sets"]["tone"]["reached_by"] = [], ["random", "mean"]
-    results["core"]["dead_fraction"] = 0.125
+    results["positions"]["order_probing"]["ailing"] = "no latent is active"
     results["unlearning"]["warnings"] = ["only 7 forget questions are known: one is 0.143"]
-    notes = told(compose(FACTS, results, {}, {})[1])
-    assert any("**sparse_probing**: a control does as well" in n and "tone, top 1 (random, mean)" in n for n in notes)
-    assert not any("topic, top 1" in note for note in notes)
-    assert "- **sparse_probing**: tone: random: no latent is active on any text" in notes
-    assert "- **unlearning**: only 7 forget questions are known: one is 0.143" in notes
-    assert any(note.startswith("- 12.5% of the latents are dead") for note in notes)
+    _, markdown = compose(FACTS, results, {}, {})
+    reached = {row[0]: row[-1] for row in table_under(markdown, "sparse_probing") if row[1] == "dictionary"}
+    assert reached == {"mean over sets": "", "topic": "", "tone": "random, mean"}
+    assert set(noted(markdown)) >= {
+        ("sparse_probing", "warning", "tone: random: no latent is active on any text"),
+        ("positions", "warning", "no latent is active"),
+        ("unlearning", "warning", "only 7 forget questions are known: one is 0.143"),
+    }
+
+
+def test_an_eval_says_which_settings_it_used(results):
+    """All that `test_saebench` takes for granted."""
+    for name, example in RESULTS.items():
+        assert results[name]["protocol"].keys() == example["protocol"].keys(), name
 
 
 WORDS = {
@@ -235,13 +253,15 @@ def test_nothing_is_said_of_what_was_not_measured(results, measured_alone):
         assert "Nothing was measured." in markdown
 
 
-def test_where_there_is_nothing_to_know_a_sentence_says_so(results):
-    result = results["tpp"] | {"score": 0.5, "reached_by": []}
-    assert told(compose(FACTS, {"tpp": result}, {}, {})[1]) == [
-        "Nothing: no control reaches a score, every score is there and no eval warns or was skipped."
-    ]
+def test_where_there_is_nothing_to_note_there_is_no_table(results):
+    result = results["tpp"] | {"score": 0.5, "reached_by": [], "warnings": []}
+    _, markdown = compose(FACTS, {"tpp": result}, {}, {})
+    assert noted(markdown) == []
+    assert markdown.split("## What to know first\n\n")[1].split("\n\n## ")[0] == SUMMARY
     result["controls"].pop("random")
-    assert "No random control" in told(compose(FACTS, {"tpp": result}, {}, {})[1])[0]
+    _, markdown = compose(FACTS, {"tpp": result | {"no_random_control": "train.control: false"}}, {}, {})
+    assert noted(markdown) == [("tpp", "no random control", "train.control: false")]
+    assert glance(markdown)["tpp: score"][1] == "–"
 
 
 def test_every_eval_has_its_section_tables_and_figures(report, results):
@@ -348,10 +368,10 @@ def test_what_was_skipped_is_named_with_the_reason(folder):
     keep(folder, "positions", kept(folder, "positions") | {"order_probing": {"skipped": "order: no tasks"}})
     markdown, page = written(folder)
     for name in ("unlearning", "absorption"):
-        assert f"- **{name}** was skipped: data: {name} needs labels" in told(markdown)
+        assert (name, "skipped", f"data: {name} needs labels") in noted(markdown)
         assert f"## {name}\n" in markdown
         assert not any(row.startswith(f"{name}:") for row in glance(markdown))
-    assert "- **positions**: order probing was skipped: order: no tasks" in told(markdown)
+    assert ("positions", "order probing skipped", "order: no tasks") in noted(markdown)
     assert "Skipped: order: no tasks" in page.text
     assert "figures/order_probing.png" not in markdown
     assert glance(markdown)["positions: specialization"]
@@ -371,10 +391,10 @@ def test_results_of_something_else_are_left_out_and_named(folder):
     assert markdown.endswith(
         "\nNot measured: core, sparse_probing, positions, ground_truth, unlearning, scr, tpp, clusters.\n"
     )
-    assert told(markdown)[-3:] == [
-        "- The result of **clusters** is left out: its file is damaged",
-        f"- The result of **scr** is left out: it is of version {VERSION - 1} of the evals, not {VERSION}",
-        "- The result of **tpp** is left out: it is of another dictionary, ffffffffffff",
+    assert noted(markdown)[-3:] == [
+        ("clusters", "left out", "its file is damaged"),
+        ("scr", "left out", f"it is of version {VERSION - 1} of the evals, not {VERSION}"),
+        ("tpp", "left out", "it is of another dictionary, ffffffffffff"),
     ]
     assert ".writing" not in markdown
 
@@ -385,7 +405,7 @@ def test_figures_that_there_are_not_are_dashes(folder, results):
     def without(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: without(v) for k, v in value.items() if k != "random"}
-        return [without(v) for v in value] if isinstance(value, list) else value
+        return [without(v) for v in value if v != "random"] if isinstance(value, list) else value
 
     found = without(results)
     nothing = lambda one: {k: nothing(v) if isinstance(v, dict) else None for k, v in one.items()}
@@ -400,18 +420,19 @@ def test_figures_that_there_are_not_are_dashes(folder, results):
     for scores in (found["scr"], *found["scr"]["controls"].values(), *found["scr"]["sets"].values()):
         scores |= {"scr_metric": nothing(scores["scr_metric"])}
     found["scr"] |= {"score": None, "reached_by": []}
+    found["core"]["no_random_control"] = "train.control: false"
     for name, result in found.items():
         keep(folder, name, result | {"of": {"seed": 0, "given": {}, "version": VERSION}})
     markdown, _ = written(folder)
     rows = glance(markdown)
-    for row in ("sparse_probing: top 1", "scr: score", "clusters: stability", "unlearning: retained"):
+    stability = "clusters: stability (adjusted Rand index)"
+    for row in ("sparse_probing: top 1", "scr: score", stability, "unlearning: retained"):
         assert rows[row][0] == "–", row
-        assert f"- **{row.partition(':')[0]}**: no figure for {row.partition(': ')[2]}" in told(markdown)
-    assert rows["core: explained variance"][1] == "–"
-    assert any("No random control" in note for note in told(markdown))
+    assert {row[1] for row in rows.values()} == {"–"}
+    assert ("core", "no random control", "train.control: false") in noted(markdown)
     for name in ("sparse_probing", "scr", "clusters"):
         assert f"figures/{name}.png" not in markdown
-    assert "dictionary scores 0: none" in markdown
+    assert table_under(markdown, "Best settings")[0] == ("dictionary", "0.0000", *7 * ["–"], "none")
     assert "None" not in markdown
 
 
@@ -446,45 +467,29 @@ def test_figures_show_the_numbers_and_their_legends_cover_none(results):
         return {line.get_label(): [list(map(float, values)) for values in line.get_data()] for line in axes.lines}
 
     probing = results["sparse_probing"]
-    figure = eval_figures._probing(probing)["sparse_probing"]
+    figure = run_figures._probing(probing)["sparse_probing"]
     shown = points(figure.axes[0])
     assert shown["dictionary"] == [[1, 5], [probing["top_1"], probing["top_5"]]]
     assert shown["LM activations"] == [[1, 5], [probing["llm"]["top_1"], probing["llm"]["top_5"]]]
-    unlearned = eval_figures._unlearning(results["unlearning"])["unlearning"]
+    unlearned = run_figures._unlearning(results["unlearning"])["unlearning"]
     settings = [s for s in results["unlearning"]["settings"] if s["retain_threshold"] == 0.01]
     assert points(unlearned.axes[0])["2 latents, threshold 0.01"] == [
         [s[f"{side}_accuracy"] for s in settings] for side in ("retain", "forget")
     ]
-    perturbed = eval_figures._perturbed(results["tpp"])["tpp"]
+    perturbed = run_figures._perturbed(results["tpp"])["tpp"]
     totals = [of["total_metric"] for of in results["tpp"]["tpp"].values()]
     assert points(perturbed.axes[0])["dictionary"][1] == totals
-    known = eval_figures._truth(results["ground_truth"])["ground_truth"]
+    known = run_figures._truth(results["ground_truth"])["ground_truth"]
     names = [text.get_text() for text in known.axes[0].get_yticklabels()]
     named = dict(zip(names, points(known.axes[0])["F1 of the best latent"][0], strict=True))
     assert named == {name: of["f1"] for name, of in results["ground_truth"]["variables"].items()}
-    order = eval_figures._order(results["positions"])["order_probing"]
+    order = run_figures._order(results["positions"])["order_probing"]
     for drawn in (figure, unlearned, perturbed, known, order):
         drawn.savefig("/dev/null", format="png")
         (legend,) = drawn.legends
         assert not legend.get_window_extent().overlaps(drawn.axes[0].get_window_extent())
         assert drawn.axes[0].get_title()
         assert drawn.axes[0].get_xlabel()
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (None, "–"), (True, "yes"), (1024, "1,024"), (0.99439, "0.9944"), (1.0, "1.0000"), (-5e-18, "0.0000"),
-        (26.5551, "26.56"), (114.68, "114.7"), (12345.6, "12,346"), (-0.0690, "-0.0690"),
-    ],
-)  # fmt: skip
-def test_numbers_have_four_places(value, shown):
-    assert number(value) == shown
-
-
-def test_a_line_break_does_not_leave_a_cell():
-    assert plain("a\n\n# b\u202ec") == "a \\# b c"
-    assert table(("x", "n"), [("a", "1")]) == "| x | n |\n| :-- | --: |\n| a | 1 |"
 
 
 def test_evaluating_a_run_writes_its_report_and_says_where(stream_of, folder, monkeypatch):

@@ -96,7 +96,7 @@ def test_permuted_labels_give_chance_even_where_a_latent_is_the_label(evaluation
             return latent
 
     monkeypatch.setattr(word_order, "_readings", lambda *_: (Texts(), Texts()))
-    monkeypatch.setattr(evaluation, "autoencoders", lambda _: {"sae": None})
+    monkeypatch.setattr(evaluation, "autoencoders", lambda _, **options: {"sae": None})
     found = word_order._probe(evaluation, "it", task, 2)
     assert found["sae"]["last_token"] == found["sae"]["mean_pooled"] == 1
     for reading in ("mean_pooled", "last_token"):

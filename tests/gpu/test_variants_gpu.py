@@ -6,7 +6,7 @@ from temposae.campaign.documented import BASELINES, RUNS, settings
 from temposae.engine.composed import dictionary
 from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.learner import Learner
-from temposae.engine.parts import reads
+from temposae.engine.registry import reads
 from temposae.engine.stream import Batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

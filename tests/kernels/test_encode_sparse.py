@@ -5,7 +5,9 @@ import torch
 from temposae.kernels.configs import CONFIGS
 from temposae.kernels.encode import encode
 from temposae.kernels.encode_sparse import encode_threshold, encode_topk
+from temposae.kernels.fp8 import Fp8Rows
 from temposae.kernels.masks import GaussianMask, weights_at
+from temposae.kernels.selection import Selection, candidates_per_tile
 
 from .conftest import SMALL_BLOCKS, Shape
 
@@ -292,14 +294,13 @@ def test_fp8_finds_almost_all_and_gives_exact_values(wide_backend, mask_kind, as
 def test_the_product_is_in_fp8(wide_backend, assert_close):
     """What is preselected are the largest by the product of what e4m3 makes of x and W_enc, and no others."""
     from temposae.kernels.encode_sparse import triton
-    from temposae.kernels.encode_sparse.reference import Fp8Rows
 
     x, W_enc, b_enc, _ = inputs(WIDE)
     rows = Fp8Rows.of(x), Fp8Rows.of(W_enc.T)
     assert rows[0].rows.float().abs().amax(1).tolist() == [448.0] * WIDE.N
     x8, w8 = (operand.widened()[:, : WIDE.D] for operand in rows)
     assert_close(x8, x, 0.04)
-    code, _ = triton.preselect(*rows, b_enc, WIDE.K, None, None, 0, None)
+    code, _ = triton.preselect(*rows, b_enc, None, None, Selection(WIDE.K, 0, None, False, False, 1))
     check(code, largest(activations(x8, w8.T, b_enc, torch.zeros(WIDE.D)), WIDE.K), assert_close)
 
 
@@ -362,9 +363,6 @@ def test_same_bits_twice(wide_backend):
 
 
 def test_candidates_suffice_for_all_but_one_row_in_a_hundred():
-    pytest.importorskip("triton")
-    from temposae.kernels.encode_sparse.triton import candidates_per_tile
-
     generator = torch.Generator().manual_seed(0)
     for f, k in ((65536, 64), (16384, 64), (16384, 32), (131072, 64), (4096, 8)):
         keep, tiles = candidates_per_tile(f, k, 128), f // 128

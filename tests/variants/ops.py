@@ -11,7 +11,7 @@ from temposae.engine import composed
 from temposae.engine.composed import ComposedAutoencoder, dictionary
 from temposae.engine.config import SAEConfig
 from temposae.engine.sae import BatchContext
-from temposae.kernels import autograd
+from temposae.kernels import autograd, gradients
 
 #: where the engine calls an op -> the op's name
 _CALLS = {
@@ -20,7 +20,9 @@ _CALLS = {
     (autograd, "encode_threshold"): "encode_sparse",
     (autograd, "decode"): "decode",
     (autograd, "reconstruct_op"): "decode",
-    (autograd, "weight_grad"): "weight_grad",
+    (gradients, "decode"): "decode",
+    (gradients, "decode_values_grad"): "decode",
+    (gradients, "weight_grad"): "weight_grad",
     (autograd, "position_sums"): "loss",
     (composed, "select_topk"): "select",
     (composed, "select_batch_topk"): "select",

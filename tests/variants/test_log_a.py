@@ -6,7 +6,7 @@ from temposae.campaign.documented import documented, settings
 from temposae.campaign.documented.documented_run import parts
 from temposae.engine.config import MaskConfig, SAEConfig
 from temposae.engine.masks import PositionMask
-from temposae.engine.parts import find
+from temposae.engine.registry import find
 
 F, T = 24, 12
 GROUPS = {"mask": {"kind": "ranges", "ranges": T}, "k": 4}

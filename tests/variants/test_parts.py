@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from temposae import variants as ours  # noqa: F401 (registers them)
-from temposae.engine import parts as registry
+from temposae.engine import registry
 from temposae.engine.errors import UserError
 from temposae.engine.storage.checkpoint import load, save
 

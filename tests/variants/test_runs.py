@@ -7,7 +7,7 @@ from temposae.engine.composed import dictionary
 from temposae.engine.config import SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.learner import Learner
-from temposae.engine.parts import reads
+from temposae.engine.registry import reads
 from temposae.engine.stream import ActivationStream, Batch, LanguageModel
 from temposae.engine.train import train
 

@@ -1,0 +1,215 @@
+"""Settings of a dictionary and of its mask over positions."""
+
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..errors import UserError
+from ..registry import check, complete_settings
+from ..setting_types import Config
+from .base import Coefficient, Count, Latents, Positions, Temperature
+
+
+class MaskConfig(Config):
+    """Weights over positions: f = acts * mask[pos], with mask [T, F].
+
+    MaskConfig(kind="windows", positions=128, width=32)
+    """
+
+    SECTION = "sae.mask"
+
+    kind: Literal["none", "random", "ranges", "windows", "soft", "gaussian"] = Field(
+        default="none",
+        description="Shape of the mask; none is 1 everywhere. Hard masks are on at a random share `fraction` of "
+        "positions (random), in one of `ranges` equal intervals (ranges) or in an interval of `width` positions "
+        "(windows). gaussian is exp(-(p - centre)^2 / (2 sigma^2)) with evenly spaced centres; soft is sigmoid(logits "
+        "/ temperature) with learned logits.",
+    )
+    positions: Positions = Field(
+        default=128,
+        description="T, the number of positions that the mask covers. In a config file it defaults to stream.context.",
+    )
+    fraction: float = Field(
+        default=0.5, ge=1e-6, le=1, description="Probability that a latent is on at a position, for random masks."
+    )
+    ranges: Positions = Field(
+        default=4,
+        description="Number of equal intervals of positions, for ranges masks. Each has an equal share of the latents.",
+    )
+    width: Positions | None = Field(
+        default=None,
+        description="Length of a latent's window in positions. Null: T / 4. Windows start at evenly spaced places, "
+        "some of them before position 0, so that every position has as many latents.",
+    )
+    start: Literal["uniform", "normal", "random", "ranges", "windows"] = Field(
+        default="uniform",
+        description="Initial logits of a soft mask. uniform draws them from U(0, 1), normal from N(0, 1). random, "
+        "ranges and windows make them 2 where that mask is on and -2 where it is off.",
+    )
+    temperature: Temperature = Field(
+        default=1.0, description="Divisor of a soft mask's logits: the smaller it is, the harder the mask."
+    )
+    temperature_end: Temperature | None = Field(
+        default=None,
+        description="Temperature at the end of the run, reached exponentially (soft masks). Null: the temperature is "
+        "constant.",
+    )
+    blend: bool = Field(
+        default=False,
+        description="Bring the mask m in over the run, as 1 - s + s m. s is the sigmoid of a learned number plus a "
+        "ramp from -6 to 6.",
+    )
+    sigma: Annotated[float, Field(ge=0.1, le=1e6)] | None = Field(
+        default=None, description="Standard deviation of a gaussian mask in positions. Null: T / 8."
+    )
+    beyond: Literal["clamp", "wrap", "error"] = Field(
+        default="clamp",
+        description="What holds at positions from T on: the weights of the last position (clamp), those of the "
+        "position modulo T (wrap), or an error.",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MaskConfig":
+        if "ranges" in self.shapes and self.ranges > self.positions:
+            raise ValueError(f"ranges: {self.ranges} is not allowed; it must be at most positions ({self.positions})")
+        if self.width is not None and self.width > self.positions:
+            raise ValueError(f"width: {self.width} is not allowed; it must be at most positions ({self.positions})")
+        if self.temperature_end is not None and self.kind != "soft":
+            raise ValueError(f"temperature_end: not allowed with kind {self.kind}; it is for soft")
+        if self.blend and self.kind == "none":
+            raise ValueError("blend: true is not allowed with kind none; there is no mask to blend in")
+        return self
+
+    @property
+    def shapes(self) -> tuple[str, str]:
+        """What the mask looks like, and what a learned one starts as."""
+        return self.kind, self.start if self.kind == "soft" else ""
+
+    @property
+    def is_learned(self) -> bool:
+        return self.kind == "soft" or self.blend
+
+    def check_context(self, positions: int) -> None:
+        """Refuse contexts that the mask does not cover, unless `beyond` says what to do there."""
+        if self.kind != "none" and self.beyond == "error" and positions > self.positions:
+            raise UserError(
+                f"sae.mask.positions: {self.positions} is not allowed; positions go up to {positions - 1} "
+                f"(give at least {positions}, or set sae.mask.beyond to clamp or wrap)"
+            )
+
+
+class SAEConfig(Config):
+    """One dictionary: f = activation((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec, or a transcoder with `d_out`.
+    W_enc [d_in, d_sae], W_dec [d_sae, d_out or d_in].
+
+        SAEConfig(d_in=768, d_sae=16384, activation="batchtopk", k=32)
+    """
+
+    SECTION = "sae"
+
+    d_in: Latents = Field(
+        description="D, the width of the activations. In a config file it defaults to the width at the hook."
+    )
+    d_sae: Latents = Field(description="F, the number of latents. In a config file it defaults to 8 D.")
+    d_out: Latents | None = Field(
+        default=None,
+        description="Width of the activations that a transcoder predicts; in a config file stream.target decides it. "
+        "Null: an autoencoder, which reconstructs its input.",
+    )
+    activation: Literal["topk", "batchtopk", "relu", "jumprelu"] = Field(
+        default="topk",
+        description="Which activations are kept. topk: the k largest of each token (arXiv 2406.04093). batchtopk: the "
+        "N k largest in a batch of N tokens, and after training those above a threshold that keeps k per token of a "
+        "sample of the run (arXiv 2412.06410); relu: all positive ones, with an L1 penalty; jumprelu: those above a "
+        "learned threshold per latent, with an L0 penalty (arXiv 2407.14435).",
+    )
+    k: Count = Field(
+        default=32,
+        description="Latents kept per token by topk, and on average by batchtopk. For jumprelu see initial_threshold.",
+    )
+    l1_coefficient: Coefficient = Field(
+        default=0.04,
+        description="Weight of the sum of a token's activations in the loss (relu). Training scales activations to a "
+        "mean norm of about sqrt(D), so its meaning does not depend on the model.",
+    )
+    l0_coefficient: Coefficient = Field(
+        default=0.001,
+        description="Weight of the number of a token's active latents in the loss (jumprelu), in units of the square "
+        "of the activations' mean norm.",
+    )
+    initial_threshold: Annotated[float, Field(ge=1e-6, le=1)] | None = Field(
+        default=None,
+        description="Threshold that all latents start with (jumprelu), in units of the activations' mean norm. Null: "
+        "the threshold that 4 k activations per token of the first batch exceed.",
+    )
+    bandwidth: float = Field(
+        default=0.1,
+        ge=1e-6,
+        le=1e4,
+        description="A threshold learns from activations within bandwidth / 2 of it (jumprelu; arXiv 2407.14435), in "
+        "units of the activations' mean norm.",
+    )
+    aux_k: int = Field(
+        default=64,
+        ge=0,
+        lt=2**31,
+        description="Number of dead latents per token that model the residual in the AuxK loss (topk, batchtopk; "
+        "arXiv 2406.04093). 0: no AuxK.",
+    )
+    aux_coefficient: Coefficient = Field(default=1 / 32, description="Weight of the AuxK loss. 0: no AuxK.")
+    prefixes: tuple[Latents, ...] | None = Field(
+        default=None,
+        description="Prefixes of a Matryoshka dictionary (topk, batchtopk; arXiv 2503.17547): ascending numbers of "
+        "latents, the last one d_sae. The loss is the mean over prefixes of the squared error with only the first so "
+        "many latents. Null: no prefixes.",
+    )
+    apply_b_dec_to_input: bool = Field(
+        default=True, description="Subtract b_dec from x before the encoder. A transcoder never subtracts it."
+    )
+    decoder: Literal["learned", "random"] = Field(
+        default="learned", description="random freezes W_dec as random rows of unit norm, which is the control."
+    )
+    mask: MaskConfig = Field(default=MaskConfig(), description="Weights of latents over positions.")
+    parts: tuple[dict[str, Any], ...] = Field(
+        default=(),
+        description="Further mechanisms, each a section with its kind and its settings. Parts that act at the same "
+        "place act in this order. Not allowed with jumprelu, d_out, prefixes or apply_b_dec_to_input: false.",
+    )
+
+    @field_validator("parts")
+    @classmethod
+    def _parts_are_known(cls, parts: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        return complete_settings(parts)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "SAEConfig":
+        if not self.parts:
+            return self
+        kinds = ", ".join(part_settings["kind"] for part_settings in self.parts)
+        for name, default in (("d_out", None), ("prefixes", None), ("apply_b_dec_to_input", True)):
+            if getattr(self, name) is not default:
+                raise ValueError(f"{name}: {getattr(self, name)} is not allowed with parts ({kinds})")
+        if self.activation == "jumprelu":
+            raise ValueError(
+                f"activation: jumprelu is not allowed with parts ({kinds}); it must be relu, topk or batchtopk"
+            )
+        check(self)
+        return self
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> "SAEConfig":
+        if self.activation != "relu" and self.k > self.d_sae:
+            raise ValueError(f"k: {self.k} is not allowed; it must be at most d_sae ({self.d_sae})")
+        return self
+
+    @model_validator(mode="after")
+    def _prefixes_fit(self) -> "SAEConfig":
+        ends = self.prefixes
+        if ends is None:
+            return self
+        if self.activation not in ("topk", "batchtopk"):
+            raise ValueError(f"prefixes: not allowed with activation {self.activation}; it must be topk or batchtopk")
+        if not ends or ends[-1] != self.d_sae or any(a >= b for a, b in pairwise(ends)):
+            raise ValueError(f"prefixes: {list(ends)} is not allowed; it must ascend and end with d_sae ({self.d_sae})")
+        return self

@@ -1,0 +1,146 @@
+"""The parts that are known, by kind.
+
+A package lists the module that defines its parts under an entry point of the group `temposae.parts`. temposae's own parts
+come the same way:
+
+    [project.entry-points."temposae.parts"]
+    temposae = "temposae.variants"
+
+These modules are imported when a kind is first asked for. All other parts are plugins, which the user imports or names
+(`plugins`).
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import EntryPoints, entry_points
+from typing import Any, ClassVar, Protocol
+
+from .errors import UserError, near, shown
+from .plugins import UnknownPart, source
+
+OWN, GROUP = "temposae", "temposae.parts"  # the entry point of temposae's own parts, and the group of all
+
+
+class RegisteredPart(Protocol):
+    """What is needed of a part's class here; see `parts.Part`."""
+
+    kind: ClassVar[str]
+    reads: ClassVar[frozenset[str]]
+    is_alone: ClassVar[bool]
+    Settings: ClassVar[Any]
+
+    @classmethod
+    def check(cls, settings: Any, sae: Any) -> None: ...
+
+
+class HasParts(Protocol):
+    """Settings of a dictionary, of which only the parts matter here; see `config.SAEConfig`."""
+
+    @property
+    def parts(self) -> tuple[dict[str, Any], ...]: ...
+
+
+_PARTS: dict[str, type[RegisteredPart]] = {}
+_ENTRY_POINTS: dict[str, str] = {}  # module -> the entry point that it belongs to
+
+
+def register(kind: str, cls: type[RegisteredPart]) -> None:
+    """Make a part known by its kind. Raises UserError for a kind that one of temposae's own parts has."""
+    previous = _PARTS.get(kind, cls)
+    if previous.__module__ != cls.__module__ and (is_own(previous) or is_own(cls)):
+        external = cls if is_own(previous) else previous
+        raise UserError(
+            f"sae.parts: {kind} is temposae's own; {external.__module__}.{external.__name__} needs another name"
+        )
+    cls.kind = kind
+    _PARTS[kind] = cls
+
+
+def find(kind: str) -> type[RegisteredPart]:
+    """The part of this kind. Raises UserError, with near matches, if there is none."""
+    if not isinstance(kind, str):
+        raise UserError(f"sae.parts.kind: {shown(kind)} is not allowed; it must be the name of a part")
+    if kind not in _PARTS:
+        installed()
+    if kind in _PARTS:
+        return _PARTS[kind]
+    if OWN not in _ENTRY_POINTS.values():
+        raise UserError(
+            f"sae.parts: {shown(kind)} is not known; temposae's own parts are not registered, so install temposae again "
+            "(pip install -e . in a checkout)"
+        )
+    raise UnknownPart(kind, near(kind, sorted(_PARTS)))
+
+
+def installed() -> dict[str, type[RegisteredPart]]:
+    """Import the parts of all installed packages; every part that is then known, by kind."""
+    for entry_point in _read_entry_points():
+        known_kinds = set(_PARTS)
+        entry_point.load()
+        for kind in _PARTS.keys() - known_kinds:
+            if _entry_point(cls := _PARTS[kind]) is None:  # from a module elsewhere in the package
+                _ENTRY_POINTS[cls.__module__] = entry_point.name
+    return dict(_PARTS)
+
+
+def is_own(cls: type[RegisteredPart]) -> bool:
+    """Whether temposae's own entry point defines this part."""
+    return _entry_point(cls) == OWN
+
+
+def _read_entry_points() -> EntryPoints:
+    points = entry_points(group=GROUP)
+    _ENTRY_POINTS.update({entry_point.module: entry_point.name for entry_point in points})
+    return points
+
+
+def _entry_point(cls: type[RegisteredPart]) -> str | None:
+    """The name of the entry point that a part comes from, by the module or package that it names; None for a plugin."""
+    if not _ENTRY_POINTS:
+        _read_entry_points()
+    packages = cls.__module__.split(".")
+    modules = (".".join(packages[:length]) for length in range(len(packages), 0, -1))
+    return next((_ENTRY_POINTS[module] for module in modules if module in _ENTRY_POINTS), None)
+
+
+def plugins_of(sae: HasParts) -> tuple[str, ...]:
+    """What a user must name so that the parts of a dictionary are known: nothing for those of installed packages."""
+    plugin_parts = [cls for settings in sae.parts if _entry_point(cls := find(settings["kind"])) is None]
+    return tuple(dict.fromkeys(plugin for cls in plugin_parts if (plugin := source(cls)) is not None))
+
+
+def complete_settings(parts: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """Settings of parts with what they leave out. Raises UserError for what a part does not have."""
+    completed, kinds = [], set[str]()
+    for part_settings in parts:
+        if "kind" not in part_settings or not all(isinstance(key, str) for key in part_settings):
+            raise UserError(
+                f"sae.parts: {shown(part_settings)} is not allowed; it must be a section that names its kind"
+            )
+        cls = find(part_settings["kind"])
+        if cls.is_alone and cls.kind in kinds:
+            raise UserError(f"sae.parts: {cls.kind} is not allowed twice")
+        kinds.add(cls.kind)
+        completed.append(cls.Settings(**part_settings).model_dump())
+    return tuple(completed)
+
+
+def check(sae: HasParts) -> None:
+    """Raise ValueError for parts that don't go with the dictionary's other settings."""
+    for part_settings in sae.parts:
+        cls = find(part_settings["kind"])
+        try:
+            cls.check(cls.Settings(**part_settings), sae)
+        except ValueError as error:
+            is_part_setting = str(error).partition(":")[0] in cls.Settings.model_fields
+            raise ValueError(f"parts.{cls.kind}.{error}" if is_part_setting else str(error)) from None
+
+
+def reads(sae: HasParts | Mapping[str, Any]) -> dict[str, str]:
+    """What the parts of a dictionary, or of its settings, need besides x and pos -> the first part that does."""
+    kind_by_need: dict[str, str] = {}
+    parts = sae.get("parts") if isinstance(sae, Mapping) else sae.parts
+    for part_settings in parts if isinstance(parts, list | tuple) else ():  # `complete_settings` refuses others
+        if isinstance(part_settings, dict) and isinstance(kind := part_settings.get("kind"), str):
+            for need in find(kind).reads:
+                kind_by_need.setdefault(need, kind)
+    return kind_by_need

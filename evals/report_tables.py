@@ -1,0 +1,336 @@
+"""The tables of a report: the main scores of every eval, and the section of each, as Markdown."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..engine.stream.norm_filter import describe
+from ..reporting.markdown import number, plain, table
+
+CONTROLS = ("random", "lm_neurons", "mean", "shuffled")  # in the order in which they are shown
+PICTURES = "pictures"  # a block that stands for a section's figures
+
+#: eval -> the paths of its main scores
+SCORES = {
+    "core": "explained_variance ce_recovered kl_recovered l0 dead_fraction",
+    "sparse_probing": "top_1 top_5",
+    "positions": "specialization fidelity.profile fidelity.explained_variance.worst order_probing.mean_pooled "
+    "order_probing.last_token",
+    "ground_truth": "recovered mean_f1 mean_top_5",
+    "unlearning": "score retained",
+    "scr": "score",
+    "tpp": "score",
+    "clusters": "stability.adjusted_rand",
+    "absorption": "mean_main_f1 mean_absorption",
+}
+NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption")  # scores of which neither more nor less is better
+
+#: eval -> what it asks
+ASKS = {
+    "core": "How much of the activation comes back, at which sparsity, and what the model loses by it.",
+    "sparse_probing": "Can a probe on k latents tell classes of text? Test accuracy, 0.5 is chance.",
+    "positions": "What latents tell of position, what reconstruction keeps of it, and what is told by word order alone.",
+    "ground_truth": "Which known variables of the embedded language does a single latent name?",
+    "unlearning": "Can one subject's answers be turned while 99% of the others are kept?",
+    "scr": "How much of a spurious correlation goes when n latents are ablated: 0 none, 1 all of it.",
+    "tpp": "What one class loses when its n latents are ablated, less what the others lose.",
+    "clusters": "Latents grouped by where in a row they are active, and whether the same groups are found again.",
+    "absorption": "First letters that a latent stands for, but for some words; few, too, where none stands for letters.",
+}
+
+#: path of a figure, or the last part of it -> its heading, where that is another one
+LABELS = {
+    "l0": "L0", "l1": "L1", "mse": "MSE", "f1": "F1", "ce": "CE (nats)", "kl": "KL (nats)",
+    "ce_recovered": "CE recovered", "ce_recovered_over_mean": "CE recovered over mean ablation",
+    "kl_recovered": "KL recovered", "cosine": "cosine of x and x_hat", "l2_ratio": "norm of x_hat / norm of x",
+    "dead_fraction": "dead latents (share)",
+    "saebench.explained_variance": "explained variance, as SAEBench works it out",
+    "saebench.explained_variance_legacy": "explained variance, SAEBench's legacy one", "rows": "held-out rows",
+    "ce_tokens": "tokens for CE and KL", "train_rows": "training rows", "test_accuracy": "all",
+    "top_1_error": "error of top 1", "mutual_information": "mutual information (nats)",
+    "positional_share": "share above 0.05 nats", "spearman_share": "share with rank correlation above 0.4",
+    "alive": "latents that fire", "profile": "positional profile kept", "fidelity.profile": "fidelity: profile",
+    "explained_variance.mean": "explained variance, mean of bins", "ce_recovered.mean": "CE recovered, mean of bins",
+    "explained_variance.worst": "explained variance, worst bin", "ce_recovered.worst": "CE recovered, worst bin",
+    "fidelity.explained_variance.worst": "fidelity: EV, worst bin",
+    "order_probing.mean_pooled": "order probing: mean pooled", "order_probing.last_token": "order probing: last token",
+    "bow": "bag of words", "lm": "LM activations", "test": "test texts",
+    "recovered": "recovered (share with F1 of 0.8)", "mean_f1": "mean F1",
+    "mean_top_5": "mean accuracy of a probe on 5", "questions.forget": "questions to forget",
+    "questions.retain": "questions to retain", "activation_norm": "mean norm of the activations",
+    "loss_increase": "loss added (nats per token to retain)", "reason": "why it scores 0", "total_metric": "total",
+    "intended_diff_only": "lost by the class", "unintended_diff_only": "lost by the others",
+    "within": "mean distance within", "between": "mean distance between",
+    "stability.adjusted_rand": "stability (adjusted Rand index)", "stability.spread": "its standard deviation",
+    "adjusted_rand": "adjusted Rand index against the other dictionary", "matched": "latents that match",
+    "mean_absorption_fraction": "mean fraction", "mean_split": "main latents of a letter",
+    "mean_main_f1": "mean F1 of main latents", "probe_f1": "probe's F1", "main": "main latents", "main_f1": "their F1",
+    "absorption_fraction": "fraction",
+}  # fmt: skip
+
+
+def main_scores(name: str, result: dict[str, Any]) -> list[str]:
+    """The paths of an eval's main scores; of one that isn't known here, all plain figures."""
+    figures = [key for key, value in result.items() if isinstance(value, float) and key != "seconds"]
+    return SCORES[name].split() if name in SCORES else figures
+
+
+def section(name: str, result: dict[str, Any]) -> list[str]:
+    """Blocks of Markdown: the tables of a result, with `PICTURES` where its figures go."""
+    if name in SECTIONS:
+        return SECTIONS[name](result)
+    return [_beside(result, {path: label(path) for path in main_scores(name, result)})]
+
+
+def lookup(scores: Any, path: str) -> Any:
+    """The figure at a path such as "fidelity.profile"; None where there is none."""
+    for key in path.split("."):
+        scores = scores.get(key) if isinstance(scores, dict) else None
+    return scores
+
+
+def label(path: str) -> str:
+    """The heading of a figure."""
+    key = path.rpartition(".")[2]
+    return LABELS.get(path, LABELS.get(key, key.replace("_", " ")))
+
+
+Figures = str | Mapping[str, str]  # paths with spaces between them, or headings by path
+
+
+def _headings(figures: Figures) -> Mapping[str, str]:
+    return {path: label(path) for path in figures.split()} if isinstance(figures, str) else figures
+
+
+def _autoencoders(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The figures of the dictionary and of each control, by name."""
+    controls = result.get("controls", {})
+    return {"dictionary": result} | {name: controls[name] for name in CONTROLS if name in controls} | controls
+
+
+def _beside(result: dict[str, Any], figures: Figures) -> str:
+    """A line for each figure: the dictionary's, and those of its controls."""
+    autoencoders = _autoencoders(result)
+    lines = [
+        (plain(heading), *(number(lookup(scores, path)) for scores in autoencoders.values()))
+        for path, heading in _headings(figures).items()
+    ]
+    return table(("", *map(plain, autoencoders)), lines)
+
+
+def _items(names: str, items: Mapping[Any, Any], figures: Figures) -> str:
+    """A line for each item: what it is called, under the headings `names`, and its figures."""
+    headings, words = _headings(figures), names.split(", ") if names else []
+    lines = [
+        (*map(plain, key if isinstance(key, tuple) else (key,)), *(_cell(lookup(item, path)) for path in headings))
+        for key, item in items.items()
+    ]
+    return table((*words, *map(plain, headings.values())), lines, range(len(words)))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(plain, value))
+    return plain(value) if isinstance(value, str) else number(value)
+
+
+def _by_n(result: dict[str, Any], metric: str) -> str:
+    """A figure ± its spread over seeds, of each autoencoder, by the number of latents ablated."""
+    autoencoders = _autoencoders(result)
+    lines = [
+        (n, *(f"{number(lookup(s, metric.format(n)))} ± {number(s['spread'][n])}" for s in autoencoders.values()))
+        for n in result["spread"]
+    ]
+    return table(("n", *map(plain, autoencoders)), lines, ())
+
+
+def _core(result: dict[str, Any]) -> list[str]:
+    places = {
+        "clean": "nothing: the model as it is", "zero": "zeros", "mean": "the mean", "sae": "the dictionary's",
+        "random": "random's", "lm_neurons": "the K largest neurons",
+    }  # fmt: skip
+    losses = {places.get(name, name): {"ce": ce, "kl": result["kl"].get(name)} for name, ce in result["ce"].items()}
+    scores = (
+        "explained_variance saebench.explained_variance saebench.explained_variance_legacy ce_recovered "
+        "ce_recovered_over_mean kl_recovered l0 dead_fraction mse cosine l2_ratio relative_reconstruction_bias l1"
+    )
+    return [
+        _items("", {(): result}, "rows tokens ce_tokens"),
+        plain(describe(result["massive"]) or ""),
+        _beside(result, scores),
+        PICTURES,
+        "### Loss with something else in the activation's place",
+        _items("in its place", losses, "ce kl"),
+    ]
+
+
+def _sparse_probing(result: dict[str, Any]) -> list[str]:
+    ks = sorted(int(k) for key in result if (k := key.removeprefix("top_")).isdecimal())
+    tops = " ".join(f"top_{k}" for k in ks)
+    sets = result["sets"] if len(result["sets"]) == 1 else {"mean over sets": result, **result["sets"]}
+    read_from = {
+        (name, autoencoder): accuracies
+        for name, scores in sets.items()
+        for autoencoder, accuracies in (_autoencoders(scores) | {"LM activations": scores["llm"]}).items()
+    }
+    classes = {(name, c): counts for name, scores in result["sets"].items() for c, counts in scores["classes"].items()}
+    return [
+        _items("set, read from", read_from, f"{tops} test_accuracy top_1_error reached_by"),
+        PICTURES,
+        "### By class",
+        _items("set, class", classes, "top_1 train_rows test_rows"),
+    ]
+
+
+def _positions(result: dict[str, Any]) -> list[str]:
+    figures = (
+        "specialization mutual_information nats_per_firing variance_explained positional_share spearman_share alive"
+    )
+    later = " ".join(f"after_first_8.{path}" for path in figures.split())
+    blocks = ["### Specialization", _beside(result, figures)]
+    blocks += ["### Specialization from position 8 on", _beside(result, later)]
+    if (retention := result.get("retention")) is not None:
+        headings = {"value": "share of the reference's specialization", "matched": "share of its latents with a match"}
+        blocks += ["### Retained of the reference", _items("", {(): retention}, headings)]
+    if (sliced := result.get("slicing")) is not None:
+        blocks += [
+            "### Slicing: specialization without training",
+            "The dictionary with each latent shut off but for one range of positions, but for positions drawn at random, "
+            "and as it is. Specialization that costs more explained variance than slicing is worth nothing.",
+            _items("slices", sliced, "specialization explained_variance l0"),
+        ]
+    if (fidelity := result.get("fidelity")) is not None:
+        blocks += ["### Fidelity: as good late in a row as early?", *_fidelity(fidelity)]
+    if (order := result.get("order_probing")) is not None:
+        blocks.append("### Order probing: two texts, the same words")
+        blocks += [f"Skipped: {plain(order['skipped'])}"] if "skipped" in order else _order(order)
+    return blocks
+
+
+def _fidelity(result: dict[str, Any]) -> list[str]:
+    figures = "profile explained_variance.mean explained_variance.worst ce_recovered.mean ce_recovered.worst"
+    shifts = {
+        f"shifts.{shift}.{key}": f"{name}, text {shift} positions later"
+        for shift in result["shifts"]
+        for key, name in (("stay", "share of latents that stay"), ("jaccard", "Jaccard"))
+    }
+    columns = {
+        f"{name}, {autoencoder}": scores[key]["by_bin"]
+        for key, name in (("explained_variance", "EV"), ("ce_recovered", "CE"))
+        for autoencoder, scores in _autoencoders(result).items()
+    }
+    lines = [
+        (f"{first}–{last}", *(number(values[i]) for values in columns.values()))
+        for i, (first, last) in enumerate(result["bins"])
+    ]
+    return [
+        _beside(result, {**_headings(figures), **shifts}),
+        "By positions, EV is explained variance, and CE is CE recovered:",
+        table(("positions", *map(plain, columns)), lines),
+    ]
+
+
+def _order(result: dict[str, Any]) -> list[str]:
+    k, parts = f"{result['k']} latents", ("top_1", "lm", "normalised")
+    lines = {
+        (task, label(reading)): scores | {k: scores[reading]} | {part: scores[part][reading] for part in parts}
+        for task, scores in result["tasks"].items()
+        for reading in ("mean_pooled", "last_token")
+    }
+    headings = {**_headings("bow"), "top_1": "1 latent", k: k, **_headings("lm normalised test")}
+    return [
+        _items("", {(): result}, "k bow"),
+        "Accuracy in the mean over tasks:",
+        _beside(result, "mean_pooled last_token"),
+        PICTURES,
+        _items("task, read", lines, headings),
+    ]
+
+
+def _ground_truth(result: dict[str, Any]) -> list[str]:
+    shares = {f"{level['f1']:.2f}": number(level["share"]) for level in result["recovered_at"]}
+    variables = sorted(result["variables"].items(), key=lambda item: -item[1]["f1"])
+    by_name = {(name, variable["latent"]): variable for name, variable in variables}
+    return [
+        _beside(result, "recovered mean_f1 mean_top_5"),
+        PICTURES,
+        "### Share of variables recovered at an F1 of",
+        table(list(shares), [list(shares.values())], ()),
+        "### By variable",
+        _items("variable, latent", by_name, "f1 precision recall top_5 tokens"),
+    ]
+
+
+def _unlearning(result: dict[str, Any]) -> list[str]:
+    setting = "retain_threshold latents taken multiplier forget_accuracy retain_accuracy"
+    best = " ".join(f"setting.{path}" for path in setting.split())
+    task = "questions.forget questions.retain answer_orders activation_norm loss_increase"
+    return [
+        "Questions are those that the untouched model answers right.",
+        _items("", {(): result}, task),
+        "### Best settings",
+        _items("dictionary or control", _autoencoders(result), f"score retained {best} reason"),
+        PICTURES,
+        "### All settings of the dictionary",
+        _items("setting", dict(enumerate(result["settings"], 1)), f"{setting} counts"),
+    ]
+
+
+def _scr(result: dict[str, Any]) -> list[str]:
+    metrics = {f"scr_metric.{n}": f"n = {n}" for n in result["scr_metric"]}
+    return [
+        f"Mean over pairs and {result['seeds']} seeds ± standard deviation over seeds; the score is that at the largest n "
+        "up to 20.",
+        _by_n(result, "scr_metric.{}"),
+        PICTURES,
+        "### By pair",
+        "Accuracies where topic and tone are independent: clean, of a probe trained where they are, too; base, of one "
+        "trained where they are one. Then the metric.",
+        _items("pair", result["sets"], {**_headings("clean_topic clean_tone base_topic base_tone"), **metrics}),
+    ]
+
+
+def _tpp(result: dict[str, Any]) -> list[str]:
+    return [
+        f"Probes on {len(result['classes'])} classes, right on {number(result['clean_accuracy'])} before; mean over "
+        f"{result['seeds']} seeds ± standard deviation over seeds; the score is that at the largest n up to 10.",
+        _by_n(result, "tpp.{}.total_metric"),
+        PICTURES,
+        "### The dictionary's in parts",
+        _items("n", result["tpp"], "total_metric intended_diff_only unintended_diff_only"),
+    ]
+
+
+def _clusters(result: dict[str, Any]) -> list[str]:
+    measures = _headings("within between stability.adjusted_rand stability.spread")
+    blocks = [_beside(result, {"count": "clusters", "latents": "latents clustered", **measures})]
+    if result.get("seeds") is not None:
+        blocks.append(_items("", {(): result["seeds"]}, "adjusted_rand matched"))
+    if not result["clusters"]:
+        return [*blocks, "Too few latents fire often enough to be clustered."]
+    clusters = {
+        i: {"latents": cluster["size"], "bin": 1 + profile.index(max(profile)), "share there": max(profile)}
+        for i, cluster in enumerate(result["clusters"], 1)
+        for profile in (cluster["profile"],)
+    }
+    headings = {"latents": "latents", "bin": f"most active in bin (of {result['bins']})", "share there": "share there"}
+    silhouettes = {name: scores["silhouette"] for name, scores in _autoencoders(result).items()}
+    return [
+        *blocks,
+        PICTURES,
+        "### Clusters of the dictionary",
+        _items("cluster", clusters, headings),
+        "### Silhouette by number of clusters",
+        _items("dictionary or control", silhouettes, " ".join(result["silhouette"])),
+    ]
+
+
+def _absorption(result: dict[str, Any]) -> list[str]:
+    of_letter = "words probe_f1 main main_f1 known missed absorbed absorption absorption_fraction"
+    means = _beside(result, "mean_absorption mean_absorption_fraction mean_split mean_main_f1")
+    return [means, "### By letter", _items("letter", result["letters"], of_letter)]
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "core": _core, "sparse_probing": _sparse_probing, "positions": _positions, "ground_truth": _ground_truth,
+    "unlearning": _unlearning, "scr": _scr, "tpp": _tpp, "clusters": _clusters, "absorption": _absorption,
+}  # fmt: skip

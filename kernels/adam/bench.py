@@ -1,0 +1,105 @@
+"""adam: what to compile, tune and time."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..bench_types import Call, Inputs, Op, OpBench, Spec, Trial
+from ..cost import Cost
+from ..weight_grad import cost as weight_grad_cost
+from ..weight_grad.bench import SPLIT, entry_pointers
+from . import Moments, Rates, adam, adam_rows, cost, row_norms
+
+WIDTHS = {"bf16": (768, 2304, 3584, 4096), "fp32": (768, 2304)}  # training in float32 at full width is nobody's aim
+MOMENTS = {32: ("fp32", "fp32"), 16: ("bf16", "bf16"), 8: ("i8", "u8")}
+ROWS = {
+    "decoder": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True),
+    "encoder": dict(HAS_CENTER=True, UNIT_NORM=False, UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True),
+    "norms": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False),
+}
+
+
+def _pointers(bits: int, dtype: str) -> dict[str, str]:
+    """A parameter with moments of so many bits, and a copy of this dtype."""
+    m, v = MOMENTS[bits]
+    single = ("w", "grad", "scales", "step_size", "correction", "factor", "norms")
+    return dict.fromkeys(single, "fp32") | dict(m=m, v=v, shadow=dtype, seed="i32", skip="i1")
+
+
+def _specs(dtype: str) -> dict[str, Spec]:
+    config, specs = "adam_rows" if dtype == "bf16" else "adam_rows_small", {}
+    for width in WIDTHS[dtype]:
+        high = 1 << (width - 1).bit_length() - 1
+        pieces = dict(HIGH=high, LOW=1 << (width - high - 1).bit_length(), SPLIT=SPLIT)
+        for name, flags in ROWS.items():
+            for bits in MOMENTS if dtype == "bf16" and name != "norms" else (32,):
+                specs[f"adam_rows, {name}, D = {width}" + (f", {bits}-bit moments" if bits < 32 else "")] = Spec(
+                    "adam.adam_rows_kernel", config, entry_pointers(dtype) | _pointers(bits, dtype),
+                    flags | pieces | dict(BITS=bits),
+                )  # fmt: skip
+    return specs
+
+
+def _resting(w: Tensor) -> tuple[Moments, Rates]:
+    """For an update of w with a step of size zero and no memory of the first moment: the work of any step, and the next call
+    finds the same weights."""
+    zero, unit = torch.zeros((), device=w.device), torch.ones((), device=w.device)
+    return Moments.zeros(w), Rates(zero, unit, unit.clone(), beta1=0.0)
+
+
+def _adam_rows(i: Inputs) -> Call:
+    """The decoder's update, on a copy: it works in place. Gives the first moment, which is the gradient."""
+    w, entries, values, residual = i.master.clone(), i.entries, i.code.values, i.reconstruction.residual
+    moments, rates = _resting(w)
+    shadow = None if i.x.dtype == torch.float32 else w.to(i.x.dtype)
+
+    def call() -> Tensor:
+        adam_rows(w, entries, values, residual, moments, rates, unit_norm=True, shadow=shadow)
+        return moments.exp_avg
+
+    return call
+
+
+def _adam(i: Inputs) -> Call:
+    b_enc = i.b_enc.clone()
+    return partial(adam, b_enc, torch.ones_like(b_enc), *_resting(b_enc))
+
+
+def _adam_matrix(i: Inputs) -> Call:
+    w = i.master.clone()
+    rates = _resting(w)[1]._replace(seed=torch.zeros((), dtype=torch.int32, device=w.device))
+    return partial(adam, w, torch.ones_like(w), Moments.zeros(w, "bfloat16"), rates)
+
+
+def _row_norms_cost(n: int, d: int, f: int, k: int, *, itemsize: int, backend: str) -> Cost:
+    # as the gradient, which is not written, and W is read
+    flops, traffic = weight_grad_cost(n, d, f, n * k, itemsize=itemsize, backend=backend)
+    return Cost(flops + 4.0 * f * d, traffic + (itemsize - 4) * f * d)
+
+
+_row_norms = lambda i: partial(row_norms, i.entries, i.code.values, i.reconstruction.residual, W=i.W_dec)
+_adam_rows_cost = lambda n, d, f, k, **settings: cost(n, d, f, n * k, **settings)
+BENCH = OpBench(
+    "update",
+    ops={
+        "row_norms": Op("backward", _row_norms, [_row_norms_cost]),
+        "adam_rows": Op("backward", _adam_rows, [_adam_rows_cost]),
+    },
+    trials={
+        "adam_rows": Trial("bf16", _adam_rows, dict(BLOCK_E=(1, 2, 4), STAGES=(2, 3), num_warps=(4, 8, 16))),
+        "adam_rows_small": Trial("fp32", _adam_rows, dict(BLOCK_E=(1, 2), STAGES=(2, 3), num_warps=(4, 8, 16))),
+        "adam": Trial("bf16", _adam, dict(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4, 8))),
+        "adam_matrix": Trial("bf16", _adam_matrix, dict(num_warps=(4, 8, 16))),
+    },
+    specs=_specs,
+    fixed_specs={
+        "adam": Spec("adam.adam_kernel", "adam", _pointers(32, "fp32"), dict(HAS_SHADOW=True, HAS_SKIP=True))
+    } | {
+        f"adam, matrix, {bits}-bit moments": Spec(
+            "adam.adam_matrix_kernel", "adam_matrix", _pointers(bits, "bf16"),
+            dict(UNIT_NORM=True, HAS_SHADOW=True, HAS_SKIP=True, BITS=bits, HIGH=2048, LOW=2048),
+        )
+        for bits in MOMENTS
+    },
+)  # fmt: skip

@@ -1,0 +1,57 @@
+"""decode: what to compile, tune and time."""
+
+from functools import partial
+
+from ..bench_types import Grid, Op, OpBench, Spec, Trial
+from ..cost import Cost
+from ..select import select_batch_topk
+from . import cost, decode, decode_values_grad, reconstruct
+
+
+def _specs(dtype: str) -> dict[str, Spec]:
+    specs = {}
+    pointers = dict(offsets="i64", indices="i32", values=dtype, w=dtype, b="fp32", target=dtype, grad=dtype, out=dtype)
+    sums = dict(values="fp32", residual=dtype, error="fp32", projection="fp32")
+    for ragged, kind in ((False, "fixed K"), (True, "ragged")):
+        flags, config = dict(RAGGED=ragged), "reconstruct_loop" if ragged else "reconstruct"
+        specs |= {
+            f"decode, {kind}": Spec("decode.decode_kernel", "decode", pointers, flags | dict(RESIDUAL=True)),
+            f"reconstruct, {kind}": Spec(
+                "decode.reconstruct_kernel", config, pointers | sums, flags | dict(ONCE=not ragged)
+            ),
+            f"values_grad, {kind}": Spec("decode.values_grad_kernel", "values_grad", pointers, flags),
+        }
+    return specs
+
+
+_decode = lambda i: partial(decode, i.code, i.W_dec, i.b_dec, target=i.x)
+_reconstruct = lambda i, code=None: partial(reconstruct, code or i.code, i.W_dec, i.b_dec, i.x)
+_reconstruct_ragged = lambda i: _reconstruct(i, select_batch_topk(i.acts, len(i.x) * i.k))
+_values_grad = lambda i: partial(decode_values_grad, i.code, i.W_dec, i.reconstruction.residual)
+_cost = lambda n, d, f, k, **settings: cost(n, d, f, n * k, **settings)
+
+
+def _reconstruct_cost(n: int, d: int, f: int, k: int, *, itemsize: int, backend: str) -> Cost:
+    # the projections are a second multiply-add, on rows that were gathered already
+    flops, traffic = cost(n, d, f, n * k, itemsize=itemsize, backend=backend)
+    return Cost(2 * flops, traffic + 4 * n * k)
+
+
+_GATHERS: Grid = dict(BLOCK_D=(256, 512), STAGES=(2, 3), num_warps=(4, 8), BLOCK_K=(4, 8, 16))
+_LOOP: Grid = dict(BLOCK_K=(4, 8, 16), BLOCK_D=(128, 256, 512), num_warps=(4, 8))
+# reconstruct's BLOCK_K stays: up to which a token's rows are held at once.
+BENCH = OpBench(
+    "decode",
+    ops={
+        "decode": Op("forward", _decode, [_cost], _cost),
+        "reconstruct": Op("forward", _reconstruct, [_reconstruct_cost], _cost),
+        "decode_values_grad": Op("backward", _values_grad, [_cost], _cost),
+    },
+    trials={
+        "decode": Trial("bf16", _decode, _GATHERS),
+        "reconstruct": Trial("bf16", _reconstruct, dict(BLOCK_D=(64, 128, 256, 512), num_warps=(4, 8, 16))),
+        "reconstruct_loop": Trial("bf16", _reconstruct_ragged, _LOOP),
+        "values_grad": Trial("bf16", _values_grad, _GATHERS),
+    },
+    specs=_specs,
+)

@@ -1,0 +1,47 @@
+"""encode: what to compile, tune and time."""
+
+from functools import partial
+from typing import Any
+
+from ..bench_types import Grid, Op, OpBench, Spec, Trial
+from . import cost, encode
+
+TILES: Grid = dict(BLOCK_N=(64, 128), BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(3, 4))
+SMALL_TILES: Grid = dict(BLOCK_N=(64, 128), BLOCK_D=(16, 32), num_warps=(4, 8))
+
+
+def product_spec(kernel: str, config: str, dtype: str, *, mask: int = 0, ragged: bool = False, **flags: int) -> Spec:
+    """Describe a kernel around x @ W_enc. `mask` is a kind as triton.py numbers them: none, bits, table, Gaussians."""
+    pointers = dict(x=dtype, w=dtype, b="fp32", mask="i32" if mask == 1 else "fp32", pos="i64", used="i32", acts=dtype)
+    if dtype == "fp32" or ragged:
+        config += "_small"
+    flags |= dict(MASK=mask, EVEN_D=not ragged)
+    return Spec(kernel, config, pointers, flags, hot=not ragged, unit=("stride_wd",), aligned=not ragged)
+
+
+def _specs(dtype: str) -> dict[str, Spec]:
+    def encode_spec(**variant: Any) -> Spec:
+        return product_spec("encode.encode_kernel", "encode", dtype, RELU=True, **variant)
+
+    fold = dict(w=dtype, b="fp32", center="fp32", out="fp32")
+    return {
+        "encode": encode_spec(),
+        "encode, hard mask": encode_spec(mask=1),
+        "encode, soft mask": encode_spec(mask=2),
+        "encode, unaligned": encode_spec(mask=2, ragged=True),
+        "fold": Spec("encode.fold_kernel", "fold", fold, unit=("stride_wd",)),
+    }
+
+
+_cost = lambda n, d, f, k, **settings: cost(n, d, f, **settings)
+_encode = lambda i: partial(encode, i.x, i.W_enc, i.b_enc, center=i.b_dec)
+BENCH = OpBench(
+    "encode",
+    ops={"encode": Op("forward", _encode, [_cost], _cost)},
+    trials={
+        "encode": Trial("bf16", _encode, {**TILES, "BLOCK_F": (128, 256)}),
+        "encode_small": Trial("fp32", _encode, {**SMALL_TILES, "BLOCK_F": (64, 128)}),
+        "fold": Trial("bf16", _encode, dict(BLOCK_F=(4, 8, 16), BLOCK_D=(256, 512), num_warps=(4, 8))),
+    },
+    specs=_specs,
+)

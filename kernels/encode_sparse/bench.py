@@ -1,0 +1,87 @@
+"""encode_sparse: what to compile, tune and time."""
+
+from functools import partial
+from typing import Any
+
+from ..bench_types import CallOf, Op, OpBench, Spec, Trial
+from ..configs import CONFIGS
+from ..encode.bench import SMALL_TILES, TILES, product_spec
+from . import cost, encode_threshold, encode_topk
+
+TILE = CONFIGS[min(CONFIGS)]["encode_topk"]["BLOCK_F"]
+
+
+def _candidates(dtype: str, keep: int, aux_keep: int = 0, *, threshold: bool = False, **variant: Any) -> Spec:
+    config = "encode_topk" if dtype in ("bf16", "fp32") else "encode_fp8"
+    spec = product_spec(
+        "encode_sparse.candidates_kernel", config, dtype, SCALED=config == "encode_fp8", HAS_THRESHOLD=threshold,
+        HAS_AUX_LATENTS=aux_keep > 0, KEEP=keep, AUX_KEEP=aux_keep, **variant,
+    )  # fmt: skip
+    pointers = dict(aux_latents="u8", candidates="i32", aux_candidates="i32")
+    return spec._replace(pointers=spec.pointers | pointers | dict.fromkeys(("x_scale", "w_scale", "threshold"), "fp32"))
+
+
+def _second_pass(dtype: str, config: str, **flags: int) -> Spec:
+    pointers = dict(x=dtype, w=dtype, b="fp32", mask="i32", pos="i64", aux_latents="u8", threshold="fp32")
+    pointers |= dict(candidates="i32", values="fp32", indices="i32", unsure="i8")
+    pointers |= dict.fromkeys(("cut", "least", "above", "equal"), "i64")
+    flags |= dict(MASK=1, KEEP=4, BLOCK_F=TILE)
+    return Spec(f"encode_sparse.{config}_kernel", config, pointers, flags, hot=False, unit=("stride_wd",))
+
+
+def _specs(dtype: str) -> dict[str, Spec]:
+    return {
+        "candidates": _candidates(dtype, 4),
+        "candidates, 8 of a tile": _candidates(dtype, 8),
+        "candidates, thresholds": _candidates(dtype, 4, threshold=True),
+        "candidates, hard mask": _candidates(dtype, 4, mask=1),
+        "candidates, soft mask": _candidates(dtype, 4, mask=2),
+        "candidates, Gaussians": _candidates(dtype, 4, mask=3),
+        "candidates, two codes": _candidates(dtype, 4, 4),
+        "candidates, unaligned": _candidates(dtype, 4, 4, mask=2, ragged=True),
+        "rescan": _second_pass(dtype, "rescan", HAS_AUX_LATENTS=False, BLOCK_K=64),
+    } | {
+        f"above_cut, {name}": _second_pass(dtype, "above_cut", HAS_THRESHOLD=False, MODE=mode, SHIFT=8, RESCAN=True)
+        for mode, name in enumerate(("digits", "count", "fill"))
+    }
+
+
+def _topk(**settings: bool) -> CallOf:
+    def call_of(i: Any) -> Any:
+        call = partial(encode_topk, i.x, i.W_enc, i.b_enc, i.k, center=i.b_dec, **settings)
+        return lambda: call()[0]
+
+    return call_of
+
+
+_threshold = lambda i: partial(
+    encode_threshold, i.x, i.W_enc, i.b_enc, i.threshold.expand(len(i.W_dec)), center=i.b_dec, expected=i.k
+)
+_cost = lambda n, d, f, k, **settings: cost(n, d, f, **settings)
+# encode_topk's BLOCK_F stays: packed columns have 7 bits.
+BENCH = OpBench(
+    "encode",
+    ops={
+        "encode_topk": Op("forward", _topk(), [_cost], _cost),
+        "encode_batch_topk": Op("forward", _topk(across_batch=True), [_cost], _cost),
+        "encode_threshold": Op("forward", _threshold, [_cost], _cost),
+    },
+    trials={
+        "encode_topk": Trial("bf16", _topk(), TILES),
+        "encode_topk_small": Trial("fp32", _topk(), SMALL_TILES),
+        "encode_fp8": Trial("bf16", _topk(fp8=True), {**TILES, "BLOCK_D": (64, 128)}),
+        "merge": Trial("bf16", _topk(), dict(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8))),
+        "above_cut": Trial(
+            "bf16", _topk(across_batch=True), dict(BLOCK_D=(32, 64, 128), BLOCK=(1024, 2048, 4096), num_warps=(4, 8))
+        ),
+        "rescan": Trial("bf16", _topk(), dict(BLOCK_D=(32, 64, 128), BLOCK_T=(512, 1024, 2048), num_warps=(4, 8))),
+    },
+    specs=_specs,
+    fixed_specs={
+        "candidates fp8": _candidates("fp8e4nv", 4)._replace(since=89),
+        "merge": Spec(
+            "encode_sparse.merge_kernel", "merge", dict(candidates="i32", values="fp32", indices="i32", unsure="i8"),
+            dict(KEEP=4, BLOCK_F=128),
+        ),
+    },
+)  # fmt: skip

@@ -1,0 +1,47 @@
+"""weight_grad, and the sort that it begins with: what to compile, tune and time."""
+
+from functools import partial
+
+from ..bench_types import Grid, Op, OpBench, Spec, Trial
+from ..code import SparseCode
+from ..configs import CONFIGS
+from ..cost import Cost
+from . import cost, weight_grad
+
+SPLIT = CONFIGS[min(CONFIGS)]["windows"]["SPLIT"]
+
+
+def entry_pointers(dtype: str) -> dict[str, str]:
+    """Describe the pointers of kernels that sum by latent."""
+    pointers = dict(values="fp32", order="i64", latents="i32", tokens="i32", offsets="i64", rows=dtype, windows="fp32")
+    return pointers | dict(center="fp32", ones="fp32", out="fp32")
+
+
+def _specs(dtype: str) -> dict[str, Spec]:
+    kernel, pointers = "weight_grad.weight_grad_kernel", entry_pointers(dtype)
+    flags, bias_flags = dict(HAS_CENTER=True, SPLIT=SPLIT), dict(HAS_CENTER=False, SPLIT=SPLIT)
+    return {
+        "weight_grad": Spec(kernel, "weight_grad", pointers, flags),
+        "weight_grad, D = 1 (biases)": Spec(kernel, "weight_grad", pointers, bias_flags, unit=("M", "D", "stride_row")),
+        "windows": Spec("weight_grad.windows_kernel", "windows", pointers),
+    }
+
+
+_transpose = lambda i: lambda: SparseCode(i.code.values, i.code.indices, len(i.W_dec)).transpose()
+_weight_grad = lambda i: partial(weight_grad, i.entries, i.code.values, i.reconstruction.residual)
+# keys read; order (8 bytes), latent and token (4 each) of each entry and F + 1 offsets written
+_transpose_cost = lambda n, d, f, k, **settings: Cost(0.0, 20 * n * k + 8 * (f + 1))
+# a choice that is none: torch sorts, whatever the device
+_torch_only = lambda n, d, f, k, itemsize, backend: Cost(0.0, float(backend != "torch"))
+_cost = lambda n, d, f, k, **settings: cost(n, d, f, n * k, **settings)
+_GATHERS: Grid = dict(BLOCK_D=(256, 512), STAGES=(2, 3), num_warps=(4, 8), BLOCK_E=(4, 8, 16))
+# windows' SPLIT stays: results depend on where windows end.
+BENCH = OpBench(
+    "gradient",
+    ops={
+        "transpose": Op("backward", _transpose, [_transpose_cost], _torch_only),
+        "weight_grad": Op("backward", _weight_grad, [_cost], _cost),
+    },
+    trials={"weight_grad": Trial("bf16", _weight_grad, _GATHERS), "windows": Trial("bf16", _weight_grad, _GATHERS)},
+    specs=_specs,
+)
