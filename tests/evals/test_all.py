@@ -50,10 +50,7 @@ def test_the_demo_dictionary_scores_above_its_controls(found):
     unlearning = found["unlearning"]
     assert unlearning["score"] > 0.3
     assert unlearning["retained"] >= 0.99
-    # 120 questions: three standard errors of a difference are 0.17. From seed to seed the random control, whose encoder is
-    # trained and finds the text to forget, has 0.08 to 0.27.
-    assert all(control["score"] < unlearning["score"] - 0.2 for control in unlearning["controls"].values())
-    assert all(unlearning["controls"][name]["score"] < 0.1 for name in ("lm_neurons", "shuffled"))
+    assert all(control["score"] < 0.1 for control in unlearning["controls"].values())
     order = found["positions"]["order_probing"]
     assert order["last_token"] >= order["bow"] + 0.2
     assert {"mean_pooled", "last_token", "bow", "lm"} <= set(order)
