@@ -214,7 +214,7 @@ def cache(
     from ..engine.config import Layer, StreamConfig, read_yaml
     from ..engine.errors import UserError
     from ..engine.process.signals import stop_advice
-    from ..engine.stream.cache import write_cache
+    from ..engine.stream.cache_writer import write_cache
 
     began = time.monotonic()
     check_writable(json_file)

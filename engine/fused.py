@@ -15,6 +15,7 @@ from ..kernels.backend import choose
 from ..kernels.code import LatentMajor, SparseCode
 from ..kernels.decode import Reconstruction, decode, decode_values_grad, reconstruct
 from ..kernels.encode_sparse import encode_threshold, encode_topk
+from ..kernels.encoder_inputs import EncoderInputs
 from ..kernels.gradients import Band, gate_of, mask_gradient
 from ..kernels.loss import PositionSums, position_loss
 from ..kernels.masks import GaussianMask, Mask
@@ -293,7 +294,7 @@ class FusedStep:
         sae, b_enc, center = self.sae, self._weights["b_enc"], self._center
         if sae.cfg.activation == "jumprelu":
             band = jumprelu_band(
-                x, W_enc, b_enc, self._weights["threshold"], center, mask, mask_rows,
+                EncoderInputs(x, W_enc, b_enc, center, mask, mask_rows), self._weights["threshold"],
                 bandwidth=sae.bandwidth, expected=expected, capacity=capacity, dictionaries=self.count,
             )  # fmt: skip
             return band.code, None, band

@@ -22,6 +22,7 @@ from ..kernels.autograd import (
 from ..kernels.code import SparseCode
 from ..kernels.encode_sparse import encode_threshold
 from ..kernels.encode_sparse import encode_topk as encode_topk_op
+from ..kernels.encoder_inputs import EncoderInputs
 from ..kernels.loss import PositionSums
 from ..kernels.masks import Mask
 from ..kernels.torch_modes import default_modes, without_autocast
@@ -190,10 +191,8 @@ class SparseAutoencoder(nn.Module):
         if self.cfg.activation == "topk":
             return encode_topk_op(x, W_enc, self.b_enc, self.k, center=self.center, mask=mask, pos=mask_rows)[0]
         if self.cfg.activation == "jumprelu":
-            return jumprelu_band(
-                x, W_enc, self.b_enc, self.threshold, self.center, mask, mask_rows,
-                bandwidth=self.bandwidth, expected=self.expected,
-            ).code  # fmt: skip
+            inputs = EncoderInputs(x, W_enc, self.b_enc, self.center, mask, mask_rows)
+            return jumprelu_band(inputs, self.threshold, bandwidth=self.bandwidth, expected=self.expected).code
         threshold = self.threshold.expand(self.cfg.d_sae) if self.cfg.activation == "batchtopk" else None
         return encode_threshold(
             x, W_enc, self.b_enc, threshold, center=self.center, mask=mask, pos=mask_rows, expected=self.expected

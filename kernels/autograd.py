@@ -20,6 +20,7 @@ from .decode import reconstruct as reconstruct_op
 from .encode import encode
 from .encode_sparse import encode_threshold
 from .encode_sparse import encode_topk as encode_topk_op
+from .encoder_inputs import EncoderInputs
 from .gradients import Band, gate_of
 from .loss import PositionSums
 from .loss import position_loss as position_sums
@@ -182,7 +183,8 @@ class _Encoded(Function):
 class _EncodeJumpReLU(Function):
     @staticmethod
     def forward(ctx: Any, x, W_enc, b_enc, threshold, center, mask, pos, settings, codes):
-        band = jumprelu_band(x, W_enc.to(x.dtype), b_enc, threshold, center, mask, pos, **settings)
+        inputs = EncoderInputs(x, W_enc.to(x.dtype), b_enc, center, mask, pos)
+        band = jumprelu_band(inputs, threshold, **settings)
         codes.append(band.code)
         ctx.set_materialize_grads(False)
         ctx.band, ctx.mask = band._replace(code=band.code.with_values(band.code.values.detach())), mask
@@ -203,15 +205,16 @@ class _EncodeJumpReLU(Function):
 
 
 def jumprelu_band(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, center: Tensor | None, mask: Mask | None,
-    pos: Tensor | None, *, bandwidth: float, dictionaries: int = 1, **room: Any,
+    inputs: EncoderInputs, threshold: Tensor, *, bandwidth: float, expected: int, capacity: int | None = None,
+    dictionaries: int = 1,
 ) -> Band:  # fmt: skip
-    """Find the entries of `encode_jumprelu`, which says what they are; of several dictionaries as in `encode_threshold`,
-    which also says what `room` is: `expected` and `capacity`."""
+    """Find the entries of `encode_jumprelu`, which says what they are. `expected`, `capacity` and `dictionaries` are as in
+    `kernels.encode_sparse.encode_threshold`."""
+    x, W_enc, b_enc, center, mask, pos = inputs
     is_hard = isinstance(mask, Tensor) and mask.dtype == torch.bool  # shuts latents out beforehand
     code = encode_threshold(
         x, W_enc, b_enc, (threshold - bandwidth / 2).clamp_min(0), center=center, mask=mask if is_hard else None, pos=pos,
-        dictionaries=dictionaries, **room,
+        expected=expected, capacity=capacity, dictionaries=dictionaries,
     )  # fmt: skip
     pre, limit = code.values, threshold.to(code.values.dtype)[code.indices]
     is_open, gate = pre > limit, None

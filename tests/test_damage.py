@@ -16,7 +16,8 @@ from temposae.engine.errors import UserError
 from temposae.engine.storage import checkpoint
 from temposae.engine.storage.run_folder import CONFIG, HELD_OUT, METRICS, begin, read_metrics, read_settings
 from temposae.engine.storage.sealed import write_json
-from temposae.engine.stream.cache import CacheSource, write_cache
+from temposae.engine.stream.cache import CacheSource
+from temposae.engine.stream.cache_writer import write_cache
 from temposae.engine.train import train
 from temposae.evals import features, result_files
 

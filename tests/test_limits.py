@@ -8,11 +8,10 @@ from typing import NamedTuple
 from .test_architecture import FILES, ROOT, named
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS, ENGINE_FILES = 450, 60, 10, 20
-#: TODO: each of these is to be split
+#: larger than they should be, each until it is split
 LONG_FILES = {
     "engine/fused.py",
     "engine/learner.py",
-    "engine/stream/cache.py",
     "engine/train.py",
 }
 LONG_FUNCTIONS = {
@@ -25,8 +24,8 @@ LONG_FUNCTIONS = {
     "evals/run_evals.py:evaluate",
 }
 MANY_PARAMETERS = {
-    "engine/stream/cache.py:_write_cache",
-    "engine/stream/cache.py:write_cache",
+    "engine/stream/cache_writer.py:_write_cache",
+    "engine/stream/cache_writer.py:write_cache",
     "engine/stream/token_rows.py:open_text",
     "evals/api.py:evaluate",
     "evals/run_evals.py:evaluate",

@@ -17,7 +17,8 @@ from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConf
 from temposae.engine.errors import UserError
 from temposae.engine.storage.run_folder import CONFIG
 from temposae.engine.stream import ActivationStream, Batch, cache
-from temposae.engine.stream.cache import MANIFEST, CacheSource, read_manifest, write_cache
+from temposae.engine.stream.cache import MANIFEST, CacheSource, read_manifest
+from temposae.engine.stream.cache_writer import write_cache
 from temposae.engine.stream.model_source import special_tokens
 from temposae.engine.stream.token_rows import TextRows
 from temposae.engine.sweep import expand, resolve

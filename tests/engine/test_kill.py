@@ -18,7 +18,7 @@ from temposae.engine.storage import checkpoint
 from temposae.engine.storage.files import LOCK, UNFINISHED
 from temposae.engine.storage.run_folder import read_metrics
 from temposae.engine.stream import ActivationStream
-from temposae.engine.stream.cache import write_cache
+from temposae.engine.stream.cache_writer import write_cache
 from temposae.engine.train import train, train_together
 
 PROCESSES = multiprocessing.get_context("forkserver")  # with everything imported, so that a run begins at once

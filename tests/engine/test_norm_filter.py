@@ -8,7 +8,7 @@ from temposae.engine.config import SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.storage import checkpoint
 from temposae.engine.stream import ActivationStream
-from temposae.engine.stream.cache import write_cache
+from temposae.engine.stream.cache_writer import write_cache
 from temposae.engine.stream.norm_filter import NormFilter, describe
 from temposae.engine.testbed import training
 from temposae.engine.testbed.language import Language
