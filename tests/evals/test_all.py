@@ -92,12 +92,12 @@ def test_results_do_not_depend_on_batch_size(demo, found):
 
 
 def figures(value: Any, place: str = "") -> dict[str, float]:
-    """Every number of a result by its place, but times."""
+    """Every number of a result by its place, but times and the size of the batches, which a result says it was made with."""
     if isinstance(value, dict):
         parts = value.items()
     elif isinstance(value, list):
         parts = enumerate(value)
     else:
-        number = isinstance(value, (int, float)) and not place.endswith("/seconds")
+        number = isinstance(value, (int, float)) and not place.endswith(("/seconds", "/llm_batch_size"))
         return {place: value} if number else {}
     return {key: number for name, one in parts for key, number in figures(one, f"{place}/{name}").items()}
