@@ -25,11 +25,12 @@ loss is that of further rows of the text to retain, or of its last ones where al
 
 Multipliers are in the unit of the latents. Those for files are the source's, 25 to 200. Offline they are shares of
 `activation_norm`, the mean |x|, and end at a half: further out a push drowns what was there in whatever direction it goes,
-which the random control shows (docs/evals.md).
+which the random control shows (docs/evals.md). Several clamped latents add up, so offline the whole change x' - x of a token
+is shortened to |x| where it is longer, unless the caller chose the multipliers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -94,6 +95,7 @@ class _Task:
     multipliers: tuple[float, ...]
     texts: dict[str, Any]
     protocol: dict[str, Any]
+    limited: bool  # clamps: no push is longer than the activation that it is added to
 
 
 @dataclass
@@ -113,15 +115,25 @@ class Clamp:
 
 
 @torch.no_grad()
-def clamp(autoencoder: Autoencoder, collected: TextActivations, latents: np.ndarray, multiplier: float) -> Clamp:
+def clamp(
+    autoencoder: Autoencoder,
+    collected: TextActivations,
+    latents: np.ndarray,
+    multiplier: float,
+    *,
+    limited: bool = False,
+) -> Clamp:
     """x' - x = decode(f') - decode(f): decoding is affine, so only what the clamped latents add changes, and what others
-    add and the reconstruction's error stay."""
+    add and the reconstruction's error stay. If `limited`, x' - x is shortened to |x| where it is longer."""
     code = collected.code(autoencoder)
     chosen = torch.zeros(code.n_latents, dtype=torch.bool, device=code.values.device)
     chosen[torch.from_numpy(latents)] = True
     active = chosen[code.indices] & (code.values > 0)
     token, latent = code.rows[active], code.indices[active]
     change = (-multiplier - code.values[active])[:, None] * autoencoder.W_dec[latent]
+    if limited:
+        norm, length = (t.norm(dim=1) for t in (collected.x, sum_by(token, change, len(collected.x))))
+        change *= (norm / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_max(1)[token, None]
     return Clamp(collected.row[token], collected.pos[token], change)
 
 
@@ -151,6 +163,8 @@ def unlearning(
     rows = evaluation.rows(rows) if files is None else max(1, rows // evaluation.share)
     make = lambda: _of_language(evaluation, rows) if files is None else _of_files(evaluation, files, rows, length)
     task = evaluation.once("unlearning", make)
+    if multipliers is not None:
+        task = replace(task, multipliers=multipliers, limited=False)
     task.prompts.forget()
     autoencoders = evaluation.autoencoders(task.prompts, mean=False)
     draw = evaluation.generator("unlearning shuffled")
@@ -161,7 +175,7 @@ def unlearning(
     def shuffled(threshold: float, n: int) -> np.ndarray:
         return order[: len(ranking["sae"](threshold, n))]
 
-    grid = list(product(thresholds, latents, multipliers or task.multipliers))
+    grid = list(product(thresholds, latents, task.multipliers))
     result = _scores(evaluation, autoencoders["sae"], task, ranking["sae"], grid, whole=True)
     controls = {name: (autoencoders[name], choice) for name, choice in ranking.items() if name != "sae"}
     controls["shuffled"] = autoencoders["sae"], shuffled
@@ -232,7 +246,7 @@ def _of_language(evaluation: Evaluation, rows: int) -> _Task:
 
     multipliers = tuple(max(1, round(share * norm)) for share in SHARES)
     texts = {"from": "words before an object of a fact, in documents of the embedded language", "rows": first}
-    return _task(evaluation, questions, batches, 1, multipliers, texts, protocol)
+    return _task(evaluation, questions, batches, 1, multipliers, texts, protocol, limited=True)
 
 
 def _of_files(evaluation: Evaluation, files: QuestionFiles, rows: int, length: int) -> _Task:
@@ -273,7 +287,7 @@ def _of_files(evaluation: Evaluation, files: QuestionFiles, rows: int, length: i
     }
     counts = {"forget_rows": len(forget), "retain_rows": min(rows, len(retain)), "loss_rows": len(retain) - loss_from}
     texts = {"forget": files.forget_text, "retain": files.retain_text, **counts}
-    return _task(evaluation, questions, batches, 24, MULTIPLIERS, texts, protocol)
+    return _task(evaluation, questions, batches, 24, MULTIPLIERS, texts, protocol, limited=False)
 
 
 def _task(
@@ -284,6 +298,8 @@ def _task(
     multipliers: tuple[float, ...],
     texts: dict[str, Any],
     protocol: dict[str, Any],
+    *,
+    limited: bool,
 ) -> _Task:
     for name, here in (("forget", questions.forget), ("retain", ~questions.forget)):
         if not here.any():
@@ -304,7 +320,7 @@ def _task(
         x.append(next(iter(acts.values()))[here].float())
     row, pos = kept.to(stream.model.device).nonzero(as_tuple=True)
     prompts = TextActivations(questions.tokens, kept, torch.cat(x), pos, row)
-    return _Task(questions, prompts, batches, answer_orders, multipliers, texts, protocol)
+    return _Task(questions, prompts, batches, answer_orders, multipliers, texts, protocol, limited)
 
 
 def _fractions(autoencoders: Mapping[str, Autoencoder], task: _Task) -> tuple[dict[str, np.ndarray], float]:
@@ -393,7 +409,7 @@ def _accuracies(
 ) -> tuple[float | None, float | None]:
     """Of the questions to forget, and of those to retain, the share still answered right; unless `whole`, neither once so
     many of the latter are wrong that the setting can't count."""
-    clamped = clamp(autoencoder, task.prompts, latents, multiplier)
+    clamped = clamp(autoencoder, task.prompts, latents, multiplier, limited=task.limited)
     touched = clamped.row.unique().cpu()  # no latent taken fires on the other prompts: their answers stay right
     size, shares = evaluation.stream.config.rows_per_forward, []
     for side in (~task.questions.forget, task.questions.forget):
@@ -418,7 +434,7 @@ def _loss_increase(
         used = counted.any(1).nonzero().flatten()
         if not len(used):
             continue
-        clamped = clamp(autoencoder, text, latents, multiplier)
+        clamped = clamp(autoencoder, text, latents, multiplier, limited=task.limited)
         most = model.rows_with_logits(text.tokens.shape[1])
         for rows in used.split(min(evaluation.stream.config.rows_per_forward, most)):
             added = clamped.added(rows, text.tokens.shape[1])

@@ -313,6 +313,12 @@ def test_clamping_leaves_error_and_other_latents_alone(stream_of):
         assert not added[~collected.kept].any()
         some = clamp(autoencoder, collected, chosen.numpy(), 40).added(torch.tensor([1, 4]), collected.tokens.shape[1])
         assert torch.equal(some, added[[1, 4]])
+        change, norm = added[collected.kept], collected.x.norm(dim=1)
+        length = change.norm(dim=1)
+        assert (length > norm).any() and (length < norm).any()
+        limited = clamp(autoencoder, collected, chosen.numpy(), 40, limited=True)
+        shortened = limited.added(torch.arange(6), collected.tokens.shape[1])[collected.kept]
+        assert (shortened - change * (norm / length).clamp_max(1).nan_to_num(1)[:, None]).abs().max() < 1e-4
 
 
 def test_latents_are_ranked_on_facts_to_forget_and_other_facts(stream_of):
