@@ -1,6 +1,6 @@
 # make demo       set up .venv, train a dictionary on the embedded language model, measure it
 # make test       set up .venv, lint, type-check, run the ordinary tests
-# make guides     the pages of docs/guides, block by block, with the libraries that they are about
+# make guides     the pages of docs/guides, block by block, and examples/, with the libraries that they are about
 # make test-slow  the longer tests (random sweeps, a pretrained model, kill and resume)
 PYTHON ?= python3
 VENV := .venv
@@ -29,12 +29,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-# two workers of one thread each; `make guides` runs the guides
+# two workers of one thread each; `make guides` runs the guides and examples
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder --ignore tests/test_guides.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder --ignore tests/test_guides.py --ignore tests/test_examples.py
 
 guides: $(VENV)/.peers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_guides.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_guides.py tests/test_examples.py
 
 test-slow: $(VENV)/.smollm2 $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder
