@@ -15,7 +15,7 @@ import temposae
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "bench/peers"  # other libraries', shipped as files, and nobody's modules
-NOT_SHIPPED = ("tests", "docs", "build", "dist", "runs")
+NOT_SHIPPED = ("tests", "docs", "examples", "build", "dist", "runs")
 PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 
 
