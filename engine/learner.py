@@ -15,6 +15,7 @@ from ..kernels.loss import PositionSums
 from .config import SAEConfig, TrainConfig
 from .errors import UserError
 from .fused import DENSE_FROM, LARGE, FusedStep, Outcome, fits, rounding_seed, side_by_side
+from .metrics import HeldOutSums, fvu, per_token
 from .ranks import ALONE, Ranks
 from .registry import reads
 from .run_sample import RunSample, needs_sample
@@ -367,15 +368,14 @@ class Learner:
         if self.cohort is not None:
             self.cohort.settle()
         sums = PositionSums(*self.counts.sums[0])
-        tokens = max(1.0, float(sums.count.sum()))  # none, where the first step since then failed
         loss, aux, norm = (self.counts.losses[0] / max(1, self._steps)).tolist()
         dead = int(self.ranks.sum_((self.counts.idle_tokens >= self.dead_after).sum()))
         figures = {
             "loss": loss,
             "aux_loss": aux,
-            "fvu": float(sums.squared_error.sum() / self.counts.spread[0]),
-            "l0": float(sums.l0.sum()) / tokens,
-            "l1": float(sums.l1.sum()) / tokens / self.scale,
+            "fvu": fvu(sums.squared_error, self.counts.spread),
+            "l0": per_token(sums.l0, sums.count),  # 0 where the first step since then failed
+            "l1": per_token(sums.l1, sums.count) / self.scale,
             "dead": dead,
             "dead_fraction": dead / self.cfg.d_sae,
             "lr": self.adam.param_groups[0]["lr"],
@@ -403,20 +403,11 @@ class Learner:
     @torch.no_grad()
     def held_out(self, batches: Sequence[Batch]) -> dict[str, float]:
         """FVU and L0 on batches of whole rows that training never sees, predicting their mean having FVU 1."""
-        error, l0, count, device = 0.0, 0.0, 0, self.mean.device
-        total, square = (
-            torch.zeros_like(self.mean, dtype=torch.float64),
-            torch.zeros((), dtype=torch.float64, device=device),
-        )
+        sums = HeldOutSums(len(self.mean), self.mean.device)
         for batch in batches:
-            x, target = self.scaled(batch.x), self.scaled(batch.target)
-            code = self.sae.encode_sparse(x, batch.pos)
-            error = error + (target - self.sae.decode(code)).double().square().sum()
-            l0 = l0 + (code.live(code.values) > 0).sum()
-            total += target.double().sum(0)
-            square += target.double().square().sum()
-            count += len(x)
-        return {"fvu": float(error / (square - total.square().sum() / count)), "l0": float(l0) / count}
+            code = self.sae.encode_sparse(self.scaled(batch.x), batch.pos)
+            sums.add(self.scaled(batch.target), self.sae.decode(code), code)
+        return {"fvu": sums.fvu, "l0": sums.l0}
 
     def weights(self) -> dict[str, Tensor]:
         """The `state_dict` of the whole dictionary, in units of x."""
