@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.torch_modes import default_modes
+from .cohort import Cohort, group_into_cohorts
 from .composed import dictionary
 from .config import RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig
 from .errors import Stopped, UserError
 from .interchange.intermediate import bias_where
-from .learner import Cohort, Learner, group_into_cohorts
+from .learner import Learner
 from .process.progress import percent, progress_bar
 from .process.signals import SIGNALS, stop_advice
 from .registry import reads
@@ -306,7 +307,7 @@ class _Training:
         self._begin(resume)
         self.step = self.saved_step = last_checkpoint.step if last_checkpoint is not None else 0
         self.epoch = stream.counts.get("epoch", 0)
-        self._active_cohorts: tuple[list[str], list[tuple[tuple[str, ...], Cohort | Learner]]] = ([], [])
+        self._active_cohorts: tuple[list[str], list[tuple[tuple[str, ...], Cohort]]] = ([], [])
         self.start_time = self.saved_time = time.monotonic()
 
     def _open_folder(self, settings: RunConfig | SweepConfig, resume: bool) -> checkpoint.Checkpoint | None:
@@ -438,14 +439,15 @@ class _Training:
                 if not len(batch):
                     break
 
-    def _step(self, cohort: Cohort | Learner, batch: Batch, active: list[_TrainedDictionary]) -> None:
+    def _step(self, cohort: Cohort, batch: Batch, active: list[_TrainedDictionary]) -> None:
         """A step, in which one of several dictionaries may fail, and is left out from then on."""
         try:
             cohort.step(batch)
         except (RuntimeError, ValueError) as error:
-            learners = cohort.learners if isinstance(cohort, Cohort) else [cohort]
             failed_trainees = [
-                trainee for trainee in active if any(learner in learners for learner in trainee.learners.values())
+                trainee
+                for trainee in active
+                if any(learner in cohort.learners for learner in trainee.learners.values())
             ]
             if len(failed_trainees) == len(self.trainees):
                 raise
@@ -453,11 +455,12 @@ class _Training:
                 message = f"step {trainee.main.steps_done}: {type(error).__name__}: {str(error).splitlines()[0]}"
                 trainee.failed = trainee.failed or message
 
-    def _cohorts(self, active: list[_TrainedDictionary]) -> list[tuple[tuple[str, ...], Cohort | Learner]]:
+    def _cohorts(self, active: list[_TrainedDictionary]) -> list[tuple[tuple[str, ...], Cohort]]:
         """What takes steps, with the hooks that it looks at; made anew when one of the dictionaries has ended."""
         names = [trainee.name for trainee in active]
         if names != self._active_cohorts[0]:
-            cohorts: list[tuple[tuple[str, ...], Cohort | Learner]] = []
+            self._settle()
+            cohorts: list[tuple[tuple[str, ...], Cohort]] = []
             for hooks in dict.fromkeys(trainee.hooks for trainee in active):
                 learners = [
                     learner for trainee in active if trainee.hooks == hooks for learner in trainee.learners.values()
@@ -466,9 +469,15 @@ class _Training:
             self._active_cohorts = names, cohorts
         return self._active_cohorts[1]
 
+    def _settle(self) -> None:
+        """Finish the steps of all cohorts, before dictionaries are read."""
+        for _, cohort in self._active_cohorts[1]:
+            cohort.settle()
+
     def _report(self, due: list[_TrainedDictionary]) -> None:
         if not due:
             return
+        self._settle()
         times: dict[str, Any] = {
             "seconds": round(time.monotonic() - self.start_time, 2),
             "time": self.stream.watch.shares(),
@@ -510,6 +519,7 @@ class _Training:
         is_time = self.step % interval == 0 if interval else time.monotonic() - self.saved_time > CHECKPOINT_SECONDS
         if not (must_save or self.ranks.largest(int(is_time))):
             return
+        self._settle()
         unsaved = [
             trainee
             for trainee in self.trainees
