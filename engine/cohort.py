@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .fused import DENSE_FROM, FusedStep, Outcome, fits, side_by_side
+from .fused import DENSE_FROM, FusedStep, Outcome, fits
 from .learner import Counts, Learner
 from .stream import Batch
 from .training.autograd_step import autograd_step
+from .training.stacked_weights import side_by_side
 
 ROOM = 1.5  # for entries, relative to the last code whose size was measured
 

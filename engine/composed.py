@@ -15,7 +15,8 @@ from .config import SAEConfig
 from .errors import UserError
 from .parts import BatchView, Part, build
 from .ranks import Ranks
-from .sae import BatchContext, Mask, Objective, SparseAutoencoder, has_fired, least_kept
+from .sae import BatchContext, Mask, SparseAutoencoder
+from .training.objective import Objective
 
 
 def dictionary(config: SAEConfig, *, seed: int = 0) -> SparseAutoencoder:
@@ -127,48 +128,36 @@ class ComposedAutoencoder(SparseAutoencoder):
         batch.target = target = x if target is None else target
         if batch_context is not None:
             batch.row, batch.attribute, batch.second = batch_context
-        code = aux = None
+        aux: SparseCode | None = None
+        code: SparseCode | Tensor
         if self.is_dense:
-            f = self._latents(batch)
+            code = self._latents(batch)
             if self.cfg.activation != "relu":
-                code = self._select(f)
-                aux = self._aux_code(f, dead)
-        elif self.cfg.activation == "relu":
-            x_in, mask_rows, mask = self._inputs(batch)
-            f = batch.acts = encode_dense(x_in, self.W_enc, self.b_enc, self.center, mask, mask_rows)
+                code, aux = self._select(code), self._aux_code(code, dead)
         else:
             x_in, mask_rows, mask = self._inputs(batch)
-            code, aux = encode_topk(
-                x_in, self.W_enc, self.b_enc, self.center, mask, mask_rows, k=self.k, aux_k=self.aux_k(dead),
-                aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
-            )  # fmt: skip
-            f = None
-        if code is None:
-            assert f is not None
-            batch.f = f
-            batch.residual = target - torch.addmm(self.b_dec.to(x.dtype), f.to(x.dtype), self.W_dec.to(x.dtype))
-            sums = position_loss(batch.residual, f, pos, n_positions)
-            fired, least_activation = (f.detach() > 0).any(0), None
-        else:
-            batch.code, batch.f = code, code.to_dense() if f is not None else None
+            if self.cfg.activation == "relu":
+                code = batch.acts = encode_dense(x_in, self.W_enc, self.b_enc, self.center, mask, mask_rows)
+            else:
+                code, aux = encode_topk(
+                    x_in, self.W_enc, self.b_enc, self.center, mask, mask_rows, k=self.k, aux_k=self.aux_k(dead),
+                    aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
+                )  # fmt: skip
+        if isinstance(code, SparseCode):
+            batch.code, batch.f = code, code.to_dense() if self.is_dense else None
             error, batch.residual = reconstruct(code, self.W_dec, self.b_dec, target)
-            sums = position_loss(error, code, pos, n_positions)
-            fired = has_fired(code)
-            least_activation = least_kept(code)[0] if self.cfg.activation == "batchtopk" else None
+        else:
+            batch.f = code
+            error = target - torch.addmm(self.b_dec.to(x.dtype), code.to(x.dtype), self.W_dec.to(x.dtype))
+            batch.residual = error
+        sums = position_loss(error, code, pos, n_positions)
         batch.count, batch.squared_error, batch.l1, batch.l0 = sums
         loss = self._weighted_sum(batch) / len(x)
         for part in self.parts_in("penalty"):
             term = part.penalty(batch)
             loss = loss if term is None else loss + term
-        aux_loss = None
-        if aux is not None and dead is not None:
-            aux_error, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), batch.residual.detach())
-            aux_loss = self.aux_weight(target, batch.residual, dead) * aux_error.sum()
-            loss, aux_loss = loss + aux_loss, aux_loss.detach()
         self._last = batch
-        return Objective(
-            loss, sums._replace(squared_error=sums.squared_error.detach()), fired, aux_loss, least_activation
-        )
+        return self._with_aux(loss, sums, code, batch.residual, target, aux, dead)
 
     @torch.no_grad()
     def after(self) -> None:
@@ -252,16 +241,7 @@ class ComposedAutoencoder(SparseAutoencoder):
         error_weights, l1_weights = None, None
         for part in self.parts_in("weigh"):
             error_factor, l1_factor = part.weigh(batch)
-            error_weights = (
-                error_factor
-                if error_weights is None
-                else error_weights
-                if error_factor is None
-                else error_weights * error_factor
-            )
-            l1_weights = (
-                l1_factor if l1_weights is None else l1_weights if l1_factor is None else l1_weights * l1_factor
-            )
+            error_weights, l1_weights = _product(error_weights, error_factor), _product(l1_weights, l1_factor)
         batch.weights = error_weights
         error = batch.squared_error if error_weights is None else batch.squared_error * error_weights
         if self.cfg.activation != "relu":
@@ -271,4 +251,9 @@ class ComposedAutoencoder(SparseAutoencoder):
         else:
             token_l1 = batch.penalised.sum(1)
             l1 = (token_l1 if l1_weights is None else token_l1 * l1_weights[batch.pos]).sum()
-        return error.sum() + self.pressure * self.cfg.l1_coefficient * l1
+        return error.sum() + self.sparsity_coefficient * l1
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The product of factors, of which None is 1."""
+    return a if b is None else b if a is None else a * b

@@ -11,7 +11,7 @@ from ..kernels.adam import Moments
 from ..kernels.loss import PositionSums
 from .config import SAEConfig, TrainConfig
 from .errors import UserError
-from .fused import LARGE, Outcome, fits
+from .fused import Outcome, fits
 from .metrics import HeldOutSums, fvu, per_token
 from .ranks import ALONE, Ranks
 from .registry import reads
@@ -19,6 +19,7 @@ from .run_sample import RunSample, needs_sample
 from .sae import BatchContext, SparseAutoencoder
 from .stream import Batch
 from .training.schedules import annealed, default_lr, schedule
+from .training.stacked_weights import LARGE
 
 # How far `target_l0` may move log(sparsity coefficient) in a run, and how far it looks ahead, as a share of the run.
 MATCHING_RANGE, MATCHING_LOOKAHEAD = 20.0, 0.1
@@ -40,11 +41,10 @@ class Counts(NamedTuple):
     def add(self, n: int, spread: Tensor, outcome: Outcome) -> None:
         """Count a batch of n tokens."""
         self.idle_tokens.add_(n).masked_fill_(outcome.fired, 0)
-        self.sums.add_(torch.stack([total.detach() for total in outcome.sums], 1))
+        self.sums.add_(torch.stack(outcome.sums, 1))
         self.spread.add_(spread)
-        loss = outcome.loss.detach()
-        aux = torch.zeros_like(loss) if outcome.aux_loss is None else outcome.aux_loss
-        self.losses.add_(torch.stack([loss - aux, aux, outcome.norm], 1))
+        aux = torch.zeros_like(outcome.loss) if outcome.aux_loss is None else outcome.aux_loss
+        self.losses.add_(torch.stack([outcome.loss - aux, aux, outcome.norm], 1))
 
 
 class Learner:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from .config import SAEConfig
 from .errors import UserError
 from .masks import PositionMask
 from .ranks import ALONE, Ranks
+from .training.objective import Objective, has_fired, least_kept
 
 
 class BatchContext(NamedTuple):
@@ -39,30 +39,6 @@ class BatchContext(NamedTuple):
     row: Tensor | None = None
     attribute: Tensor | None = None
     second: Tensor | None = None
-
-
-@dataclass
-class Objective:
-    """One batch seen by a dictionary.
-
-    `loss`: scalar, to be minimised. `sums`: squared error, L1, L0 and count per position. `fired` [F]: which latents
-    were active on some token. `aux_loss`: the AuxK part of `loss`, or None. `least_kept`: see `follow`.
-    """
-
-    loss: Tensor
-    sums: PositionSums
-    fired: Tensor
-    aux_loss: Tensor | None = None
-    least_kept: Tensor | None = None
-
-    def add(self, other: "Objective") -> "Objective":
-        """Of two parts of a batch, with losses that count as much as their parts do."""
-        aux = None if self.aux_loss is None or other.aux_loss is None else self.aux_loss + other.aux_loss
-        least_activation = (
-            None if self.least_kept is None or other.least_kept is None else self.least_kept.minimum(other.least_kept)
-        )
-        sums = PositionSums(*(a + b for a, b in zip(self.sums, other.sums, strict=True)))
-        return Objective(self.loss + other.loss, sums, self.fired | other.fired, aux, least_activation)
 
 
 class SparseAutoencoder(nn.Module):
@@ -260,26 +236,26 @@ class SparseAutoencoder(nn.Module):
         self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None, target: Tensor | None = None,
         batch_context: BatchContext | None = None,
     ) -> Objective:  # fmt: skip
-        """Loss of a batch x [N, D] at pos [N], with gradients for every parameter; a transcoder's is of `target` [N, d_out].
-        Only parts look at what is `batch_context` it.
+        """Loss of a batch x [N, D] at pos [N], with gradients for every parameter. A transcoder's is of `target` [N, d_out].
+        Only parts read `batch_context`.
 
         loss = sum_p squared_error_p / N + l1_coefficient * sum_p l1_p / N (relu)
              + aux_coefficient * (|e - e_hat|^2 / |e - mean e|^2) * |x - mean x|^2 / N (topk, batchtopk)
              + l0_coefficient * D * L0 / N (jumprelu)
 
-        (for a Matryoshka dictionary, the mean over its prefixes in place of the first term; `sums` are those of all latents)
-        where e is the residual, held constant, and e_hat its reconstruction by the `aux_k` most active of the `dead` latents
-        [F]; the last factor is a constant that undoes the normalisation of the first term in the source (Gao et
-        al., arXiv 2406.04093). The auxiliary gradient reaches encoder and decoder. (x stands for the target there.)
+        For a Matryoshka dictionary, the first term is the mean over its prefixes; `sums` are those of all latents. e is the
+        residual, held constant, and e_hat its reconstruction by the `aux_k` most active of the `dead` latents [F]. x stands
+        for the target in the last factor, a constant that undoes the normalisation of the first term in the source (Gao et
+        al., arXiv 2406.04093). The auxiliary gradient reaches encoder and decoder.
         """
         x, mask_rows, mask = self.inputs(x, pos)
         target = x if target is None else target
         if self.cfg.activation == "relu":
             acts = encode_dense(x, self.W_enc, self.b_enc, self.center, mask, mask_rows)
-            x_hat = torch.addmm(self.b_dec.to(x.dtype), acts, self.W_dec.to(x.dtype))
-            sums = position_loss(target - x_hat, acts, pos, n_positions)
-            loss = (sums.squared_error.sum() + self.pressure * self.cfg.l1_coefficient * sums.l1.sum()) / len(x)
-            return Objective(loss, sums, (acts.detach() > 0).any(0))
+            residual = target - torch.addmm(self.b_dec.to(x.dtype), acts, self.W_dec.to(x.dtype))
+            sums = position_loss(residual, acts, pos, n_positions)
+            loss = (sums.squared_error.sum() + self.sparsity_coefficient * sums.l1.sum()) / len(x)
+            return self._with_aux(loss, sums, acts, residual, target)
         l0, aux = None, None
         if self.cfg.activation == "jumprelu":
             code, l0 = encode_jumprelu(
@@ -300,14 +276,31 @@ class SparseAutoencoder(nn.Module):
         with torch.no_grad():
             sums = position_loss(squared_error, code, pos, n_positions)
         if l0 is not None:
-            loss = loss + self.pressure * self.cfg.l0_coefficient * self.cfg.d_in * l0 / len(x)
-        fired = has_fired(code)
-        least_activation = least_kept(code)[0] if self.cfg.activation == "batchtopk" else None
-        if aux is None or dead is None:
-            return Objective(loss, sums, fired, least_kept=least_activation)
-        aux_error, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
-        aux_loss = self.aux_weight(target, residual, dead) * aux_error.sum()
-        return Objective(loss + aux_loss, sums, fired, aux_loss.detach(), least_activation)
+            loss = loss + self.sparsity_coefficient * l0 / len(x)
+        return self._with_aux(loss, sums, code, residual, target, aux, dead)
+
+    def _with_aux(
+        self, loss: Tensor, sums: PositionSums, code: SparseCode | Tensor, residual: Tensor, target: Tensor,
+        aux: SparseCode | None = None, dead: Tensor | None = None,
+    ) -> Objective:  # fmt: skip
+        """The objective of a batch: its loss with AuxK added, and which latents fired in its code or activations [N, F]."""
+        sums = PositionSums(*(total.detach() for total in sums))
+        fired = has_fired(code) if isinstance(code, SparseCode) else (code.detach() > 0).any(0)
+        is_followed = isinstance(code, SparseCode) and self.cfg.activation == "batchtopk"
+        objective = Objective(loss, sums, fired, least_kept=least_kept(code)[0] if is_followed else None)
+        if aux is not None and dead is not None:
+            residual = residual.detach()
+            aux_error, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
+            aux_loss = self.aux_weight(target, residual, dead) * aux_error.sum()
+            objective.loss, objective.aux_loss = loss + aux_loss, aux_loss.detach()
+        return objective
+
+    @property
+    def sparsity_coefficient(self) -> float | Tensor:
+        """The factor of L1 per token (relu) or L0 per token (jumprelu) in the loss at this step; 0 for the others."""
+        if self.cfg.activation == "relu":
+            return self.pressure * self.cfg.l1_coefficient
+        return self.pressure * self.cfg.l0_coefficient * self.cfg.d_in if self.cfg.activation == "jumprelu" else 0.0
 
     @property
     def bandwidth(self) -> float:
@@ -423,20 +416,3 @@ def _spread(x: Tensor) -> Tensor:
     """Sum of squares around the batch mean, a constant; x [..., N, D]."""
     x = x.detach().float()
     return (x - x.mean(-2, keepdim=True)).square().sum((-2, -1))
-
-
-def least_kept(code: SparseCode, dictionaries: int = 1) -> Tensor:
-    """The least positive activation in the ragged code of each of S dictionaries [S]; infinite if there is none."""
-    values = code.live(code.values.detach())
-    positive = torch.where(values > 0, values, torch.inf)
-    if dictionaries == 1 or code.offsets is None:
-        return positive.amin().expand(1)
-    firsts = code.offsets[:: code.n_tokens // dictionaries].contiguous()
-    return torch.segment_reduce(positive, "min", offsets=firsts, unsafe=True)
-
-
-def has_fired(code: SparseCode) -> Tensor:
-    """Which latents [F] are positive somewhere in the code, without a sync."""
-    counts = torch.zeros(code.n_latents, dtype=torch.int32, device=code.values.device)
-    active = (code.live(code.values.detach()) > 0).flatten().int()
-    return counts.scatter_add_(0, code.live(code.indices).flatten().long(), active) > 0

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ...kernels.adam import Rates, adam
 from ...kernels.loss import PositionSums
-from ..fused import Outcome, rounding_seed
+from ..fused import Outcome
 from ..learner import Learner
-from ..sae import BatchContext, Objective
+from ..sae import BatchContext
+from .objective import Objective
+from .stacked_weights import rounding_seed
 
 
 def autograd_step(

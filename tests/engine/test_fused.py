@@ -247,7 +247,7 @@ def test_copies_in_half_precision_follow_the_weights():
     state, weights = ({name: value.clone() for name, value in held.items()} for held in (made.state(), made.weights()))
 
     def assert_same():
-        for name, shadow in cohort.fused._shadows.items():
+        for name, shadow in cohort.fused.stacked.shadows.items():
             assert torch.equal(shadow, made.leaves[name].detach().bfloat16())
 
     for batch in batches():
@@ -288,7 +288,7 @@ def test_a_relu_dictionary_is_dense_until_few_latents_are_active(monkeypatch):
 
     def run(*args):
         taken.append(made.steps_done)
-        for name, shadow in fused._shadows.items():
+        for name, shadow in fused.stacked.shadows.items():
             assert torch.equal(shadow, made.leaves[name].detach().bfloat16())
         return FusedStep.run(fused, *args)
 
@@ -331,7 +331,7 @@ def test_dictionaries_side_by_side_train_as_each_would_alone(name, backend, way,
     take(monkeypatch, way)
     seeds = (1, 2) if backend == "triton" else (1, 2, 3)  # the interpreter is slow
     # With the usual 1e-8, a gradient that cancels to next to nothing makes a step out of its rounding errors.
-    monkeypatch.setattr("temposae.engine.fused.Rates", functools.partial(Rates, eps=1e-4))
+    monkeypatch.setattr("temposae.engine.training.stacked_weights.Rates", functools.partial(Rates, eps=1e-4))
 
     def made():
         found = [learner(CASES[name], seed=seed, lr=0.01 / seed) for seed in seeds]
