@@ -1,4 +1,4 @@
-"""A dictionary composed of parts: what `SparseAutoencoder` does, with further mechanisms on the way (`parts.Part`)."""
+"""A dictionary with parts: further mechanisms at places of a `SparseAutoencoder` (`parts.Part`)."""
 
 from itertools import chain
 from typing import NoReturn
@@ -20,18 +20,18 @@ from .training.objective import Objective
 
 
 def dictionary(config: SAEConfig, *, seed: int = 0) -> SparseAutoencoder:
-    """A new dictionary, of the kind that its settings need."""
+    """Make a new dictionary, of the class that its settings need."""
     return ComposedAutoencoder(config, seed=seed) if config.parts else SparseAutoencoder(config, seed=seed)
 
 
 class ComposedAutoencoder(SparseAutoencoder):
     """A SparseAutoencoder with `cfg.parts`.
 
-    As long as no part looks at all activations or changes them, topk and batchtopk take the sparse way of a plain
-    dictionary, without anything [N, F]. Otherwise activations are dense, [N, F] of the batch: encoder, mask and per-position
-    sums still go through the kernels, unless a part changes pre-activations, which the encoder's kernel never writes.
+    If no part reads or changes all activations, topk and batchtopk are as sparse as in a plain dictionary. Otherwise the
+    activations of the batch are dense [N, F]. Encoder, mask and per-position sums still use the kernels, unless a part
+    changes pre-activations, which the encoder's kernel never writes.
 
-    Parts work in the units of training, in which |x| is about sqrt(D); `unit` is what takes x there, and 1 in training.
+    Parts work in the units of training, in which |x| is about sqrt(D): x * unit is in these units. In training, unit is 1.
     """
 
     unit: Tensor
@@ -51,13 +51,13 @@ class ComposedAutoencoder(SparseAutoencoder):
             part.initialise(self, generator)
 
     def parts_in(self, hook: str | None = None) -> list[Part]:
-        """All, or those that have something to do in `hook`."""
+        """All parts, or those that act at `hook`."""
         parts = [part for part in self.parts if isinstance(part, Part)]
         return [part for part in parts if hook is None or part.does(hook)]
 
     @property
     def is_dense(self) -> bool:
-        """Whether a part needs all activations, so that nothing is selected beforehand."""
+        """Whether a part needs all activations, so that selection comes last."""
         changes_activations = any(self.parts_in(hook) for hook in ("pre", "acts", "latents"))
         return changes_activations or any("f" in part.reads for part in self.parts_in())
 
@@ -108,7 +108,7 @@ class ComposedAutoencoder(SparseAutoencoder):
 
     @without_autocast()
     def latents_of(self, x: Tensor, pos: Tensor) -> Tensor:
-        """f [N, F] of further activations, in the units of training; differentiable. Selected as in training: batchtopk
+        """f [N, F] of further activations, in the units of training. Differentiable. Selection is as in training: batchtopk
         keeps the N k largest of these."""
         f = self._latents(self._batch_view(x / self.unit.to(x.dtype), pos))
         return f if self.cfg.activation == "relu" else self._select(f).to_dense()
@@ -118,7 +118,7 @@ class ComposedAutoencoder(SparseAutoencoder):
         self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None, target: Tensor | None = None,
         batch_context: BatchContext | None = None,
     ) -> Objective:  # fmt: skip
-        """As that of a plain dictionary, with per-position weights w and v and the parts' penalties:
+        """The objective of a plain dictionary, with per-position weights w and v and the parts' penalties:
 
         loss = sum_p w_p squared_error_p / N + l1_coefficient * sum_p v_p l1_p / N (relu) + AuxK (others) + penalties
         """
@@ -161,7 +161,7 @@ class ComposedAutoencoder(SparseAutoencoder):
 
     @torch.no_grad()
     def after(self) -> None:
-        """Let the parts look at the step just taken."""
+        """Show the parts the step just taken."""
         batch, self._last = self._last, None
         if batch is not None:
             for part in self.parts_in("after"):
@@ -198,12 +198,11 @@ class ComposedAutoencoder(SparseAutoencoder):
                 pre = part.pre(pre, batch)
             f = torch.relu(pre)
         else:
-            encoder_mask = mask if not self.parts_in("acts") else None
-            f = encode_dense(
-                x, self.W_enc, self.b_enc, self.center, encoder_mask, mask_rows if encoder_mask is not None else None
-            )
-            f = f.float() * self.unit
-            mask = None if encoder_mask is not None else mask
+            encoder_mask = (
+                (None, None) if self.parts_in("acts") else (mask, mask_rows)
+            )  # those parts come before the mask
+            f = encode_dense(x, self.W_enc, self.b_enc, self.center, *encoder_mask).float() * self.unit
+            mask = mask if encoder_mask[0] is None else None
         for part in self.parts_in("acts"):
             f = part.acts(f, batch)
         batch.acts = f
@@ -214,7 +213,7 @@ class ComposedAutoencoder(SparseAutoencoder):
         return f
 
     def _select(self, f: Tensor) -> SparseCode:
-        """The kept ones of f [N, F], differentiable."""
+        """The code of the kept activations of f [N, F]. Differentiable."""
         with torch.no_grad():
             if self.cfg.activation == "topk":
                 code = select_topk(f, min(self.k, self.cfg.d_sae))
@@ -235,7 +234,7 @@ class ComposedAutoencoder(SparseAutoencoder):
         return code.with_values(code.live(f.reshape(-1)[flat_indices]))
 
     def _weighted_sum(self, batch: BatchView) -> Tensor:
-        """Sum of squared error and of the L1 term over the batch, each by its weights."""
+        """Weighted sum of squared error and of the L1 term over the batch."""
         assert batch.squared_error is not None
         assert batch.l1 is not None
         error_weights, l1_weights = None, None
@@ -255,5 +254,5 @@ class ComposedAutoencoder(SparseAutoencoder):
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The product of factors, of which None is 1."""
+    """The product of two factors, where None stands for 1."""
     return a if b is None else b if a is None else a * b

@@ -1,4 +1,4 @@
-"""The dictionary: parameters, what it computes, and what it is trained to do."""
+"""The dictionary: its parameters, encoder, decoder and training objective."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ from .training.objective import Objective, has_fired, least_kept
 
 
 class BatchContext(NamedTuple):
-    """What there is of a batch besides x and pos, for a dictionary's parts; see `parts.BatchView`."""
+    """Fields of a batch besides x and pos, for a dictionary's parts; see `parts.BatchView`."""
 
     row: Tensor | None = None
     attribute: Tensor | None = None
@@ -45,22 +45,21 @@ class SparseAutoencoder(nn.Module):
     """A sparse autoencoder over activations x [..., D] at positions pos [...].
 
         pre   = relu((x - b_dec) W_enc + b_enc)                 W_enc [D, F], b_enc [F], b_dec [D]; see `center`
-        f     = pre * mask[pos]                                  f [..., F]; see `SAEConfig` for what is kept of it
+        f     = pre * mask[pos]                                  f [..., F]; `SAEConfig` says which latents are kept
         x_hat = f W_dec + b_dec                                  W_dec [F, D], rows of unit norm
 
     Parameters are float32. The decoder starts as random unit rows, the encoder as its transpose. A transcoder has W_dec
     [F, d_out] and b_dec [d_out], does not subtract b_dec, and its encoder starts as unit rows of its own. In memory both
-    matrices are latent-major: W_enc.T and W_dec are contiguous. Products run in the dtype of x, forwards and backwards,
-    within autocast as without: there, give x.float() for float32. `encode` gives the dense f, `encode_sparse` the same as a
-    `SparseCode`; a dictionary without a mask needs no positions.
+    matrices are latent-major: W_enc.T and W_dec are contiguous. Products run in the dtype of x, forward and backward.
+    Autocast has no effect, so give x.float() for float32. `encode` returns the dense f, `encode_sparse` the same as a
+    `SparseCode`. A dictionary without a mask needs no positions.
 
         sae = SparseAutoencoder(SAEConfig(d_in=768, d_sae=16384, k=32))
         x_hat = sae(x)  # [..., D]; sae(x, pos) with a mask
     """
 
-    threshold: Tensor  # jumprelu: of each latent, learned; batchtopk: of all, followed
-    #: how tensors of the state grow with the activations that a dictionary is for: those of factor * x are factor^power
-    #: times those of x; others don't change
+    threshold: Tensor  # jumprelu: one per latent, learned; batchtopk: one for all, for inference
+    #: how tensors of the state scale with x: a dictionary for factor * x has them times factor^power
     powers: Mapping[str, int] = {"b_enc": 1, "b_dec": 1, "threshold": 1}
 
     @default_modes()
@@ -85,45 +84,44 @@ class SparseAutoencoder(nn.Module):
         elif config.activation == "batchtopk":
             self.register_buffer("threshold", torch.zeros(()))
         self.mask = PositionMask(config.mask, config.d_sae, generator)
-        # What training has now of the number of latents kept, and as a factor on the sparsity coefficients.
+        # At this step of training: the number of latents kept, and a factor on the sparsity coefficients.
         self.k = config.k
         self.pressure: float | Tensor = 1.0
 
     def at(self, progress: float, step: int = 0, seed: int = 0) -> None:
-        """Go to a place of the run, `step` of the run of this `seed`: 0 is its beginning, 1 its end."""
+        """Follow schedules to `progress`, from 0 to 1, at a `step` of the run with this `seed`."""
         self.mask.at(progress)
 
     def after(self) -> None:
-        """After an update: what is tracked from step to step."""
+        """Called after each update, for parts that track something from step to step."""
 
     def part_reports(self) -> dict[str, dict[str, object]]:
-        """Figures of the parts for a line of metrics, by kind."""
+        """Figures of the parts by kind, for a line of metrics."""
         return {}
 
     @property
     def looks_along_rows(self) -> bool:
-        """Whether what it gives for a token depends on others of the row; they then come row after row, in order."""
+        """Whether its output for a token depends on others of the row. It then needs whole rows, in order."""
         return False
 
     @property
     def paces(self) -> dict[str, float]:
-        """Factors on the learning rate, by name of a parameter. Thresholds are of the order of |x| ~ sqrt(D), and learn at
-        that pace."""
+        """Factors on the learning rate by parameter. Thresholds are of the order of |x| ~ sqrt(D), like their steps."""
         return {"threshold": math.sqrt(self.cfg.d_in)}
 
     @property
     def center(self) -> Tensor | None:
-        """What is taken from x [D] before the encoder."""
+        """What is subtracted from x before the encoder [D]."""
         return self.b_dec if self.cfg.d_out is None and self.cfg.apply_b_dec_to_input else None
 
     @property
     def latent_dims(self) -> dict[str, int]:
-        """Of the tensors in `state_dict` that have something of each latent, the dimension that counts latents."""
+        """The dimension that counts latents, for tensors of `state_dict` that have one."""
         dims = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "mask.fixed": 1, "mask.centre": 0, "mask.logits": 1}
         return dims | ({"threshold": 0} if self.cfg.activation == "jumprelu" else {})
 
     def shard(self, ranks: Ranks) -> "SparseAutoencoder":
-        """The dictionary of the latents that this process has of it: of F / size of them, from `rank` times so many on."""
+        """A dictionary of this process's share of the latents: F / size of them."""
         if ranks.size == 1:
             return self
         f = self.cfg.d_sae // ranks.size
@@ -144,11 +142,11 @@ class SparseAutoencoder(nn.Module):
 
     @without_autocast()
     def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        """f [..., F], in the dtype of x. Differentiable; what decides which latents are active is constant."""
+        """f [..., F], in the dtype of x. Differentiable; the choice of active latents is constant."""
         return self._code(x, pos).to_dense().to(x.dtype).view(*x.shape[:-1], self.cfg.d_sae)
 
     def _code(self, x: Tensor, pos: Tensor | None) -> SparseCode:
-        """`encode_sparse`, differentiable where gradients are wanted."""
+        """`encode_sparse`, differentiable if gradients are enabled."""
         x, mask_rows, mask = self.inputs(x, pos)
         code = self._encoded(x, mask_rows, mask)
         if not torch.is_grad_enabled():
@@ -158,7 +156,7 @@ class SparseAutoencoder(nn.Module):
     @without_autocast()
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, pos: Tensor | None = None) -> SparseCode:
-        """f as a SparseCode over the flattened tokens: K per token for topk, ragged for the others. Without gradients."""
+        """f as a SparseCode over the flattened tokens: K entries per token for topk, else ragged. Without gradients."""
         return self._encoded(*self.inputs(x, pos))
 
     @torch.no_grad()
@@ -183,7 +181,7 @@ class SparseAutoencoder(nn.Module):
 
     @without_autocast()
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        """x_hat [..., D] for x [..., D]. Differentiable, as `encode` is; for a loss with its sparsity see `objective`."""
+        """x_hat [..., D] for x [..., D]. Differentiable as `encode` is. For the training loss see `objective`."""
         return self.decode(self._code(x, pos)).to(x.dtype).view(*x.shape[:-1], -1)
 
     def __repr__(self) -> str:
@@ -205,7 +203,7 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def looks_at_positions(self) -> str | None:
-        """What of it needs to know where tokens stand, in words; None if nothing does."""
+        """What in the dictionary needs positions, in words; None if nothing does."""
         if self.cfg.parts:
             return f"parts ({', '.join(part_settings['kind'] for part_settings in self.cfg.parts)})"
         return None if self.cfg.mask.kind == "none" else f"a mask over positions ({self.cfg.mask.kind})"
@@ -214,18 +212,17 @@ class SparseAutoencoder(nn.Module):
         self, hook: str, *, target: str | None = None, edit: Callable[[Tensor], Tensor] | None = None,
         error_term: bool = True, start: splice.Start | None = None,
     ) -> splice.Hooks:  # fmt: skip
-        """What puts the dictionary into a transformer_lens model: `with model.hooks(fwd_hooks=sae.fwd_hooks(hook))`.
+        """Hooks that put the dictionary into a transformer_lens model: `with model.hooks(fwd_hooks=sae.fwd_hooks(hook))`.
 
-        The activations x [B, T, D] there become x_hat; with `edit`, x_hat of edit(f), f [B, T, F]. `error_term` adds
-        x - x_hat as it was before the edit, a constant: without an edit the model then computes what it did. A transcoder
-        reads at `hook`, and x is what it replaces at `target`. Values of heads [B, T, H, d_head], as at `hook_z`, are taken
-        as [B, T, H d_head].
+        The activations x [B, T, D] at `hook` are replaced by x_hat, or with `edit`, by x_hat of edit(f), f [B, T, F].
+        `error_term` adds the constant x - x_hat from before the edit, so that without an edit nothing changes. A transcoder
+        reads at `hook` and replaces x at `target`. Values of heads [B, T, H, d_head], as at `hook_z`, are read as
+        [B, T, H d_head].
 
-        Where the dictionary looks at positions, those of x are `start` to `start` + T - 1. `start` is a number, or a
-        function that gives it anew for each call. Unless it is given, positions continue after the tokens in a
-        HookedTransformer's key-value cache, as in its `generate`, and begin at 0 without one. Where that can't be known, a
-        UserError asks for `start`: for a single token with no cache in sight, as in a TransformerBridge's `generate`, and,
-        where there is a cache, at hooks before the first attention.
+        If the dictionary needs positions, those of x are `start` to `start` + T - 1. `start` is a number, or a function that
+        is called for each forward pass. By default, positions continue after the tokens in a HookedTransformer's key-value
+        cache, as in its `generate`, and begin at 0 without one. Raises UserError where `start` is needed: for a single token
+        without a cache, as in a TransformerBridge's `generate`, and with a cache, at hooks before the first attention.
         """
         if (target is None) != (self.cfg.d_out is None):
             raise UserError("target: needed for a transcoder, and for nothing else; the hook whose value it gives")
@@ -308,37 +305,37 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def expected(self) -> int:
-        """About how many latents of a token are looked at: speed depends on it. Of a relu dictionary, any number."""
+        """About how many latents of a token are candidates; only speed depends on it. For relu, it may be any number."""
         return min(4 * self.k, self.cfg.d_sae) if self.cfg.activation != "relu" else self.cfg.d_sae
 
     def aux_k(self, dead: Tensor | None) -> int:
-        """How many of the dead latents take part in AuxK; 0 for no AuxK."""
+        """How many dead latents AuxK selects per token; 0 for no AuxK."""
         return min(self.cfg.aux_k, self.cfg.d_sae) if dead is not None and self.cfg.aux_coefficient > 0 else 0
 
     def aux_weight(self, target: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-        """What AuxK's squared error counts in the loss: aux_coefficient * |y - mean y|^2 / |e - mean e|^2 / N, with y the
-        target, or nothing if no latent is dead. Of several dictionaries, residual [S, N, D] and dead [S, F]: [S]."""
+        """The factor of AuxK's squared error in the loss: aux_coefficient * |y - mean y|^2 / |e - mean e|^2 / N with y the
+        target, and 0 if no latent is dead. [S] for several dictionaries, with residual [S, N, D] and dead [S, F]."""
         smallest = torch.finfo(torch.float32).tiny
         spreads = _spread(target) / _spread(residual).clamp_min(smallest)
         return self.cfg.aux_coefficient / len(target) * spreads * dead.any(-1)
 
     @torch.no_grad()
     def initialise_bias(self, mean: Tensor) -> None:
-        """b_dec starts as some mean activation [D]."""
+        """Start b_dec at a mean activation [D]."""
         self.b_dec.copy_(mean)
 
     @torch.no_grad()
     def initialise_threshold(self, x: Tensor, pos: Tensor, ranks: Ranks = ALONE) -> None:
-        """Start jumprelu's thresholds, unless they are given, where the 4 N k largest activations of x [N, D] exceed them.
-        Each of the `ranks` has a part of the latents."""
+        """Start jumprelu's thresholds where the 4 N k largest activations of x [N, D] exceed them, unless the settings have
+        them. Each of the `ranks` has a share of the latents."""
         if self.cfg.activation == "jumprelu" and self.cfg.initial_threshold is None:
             start = self._threshold_for(x, pos, min(4 * self.cfg.k, self.cfg.d_sae * ranks.size), ranks)
             self.threshold.copy_(torch.where(start.isfinite(), start, 0).expand(self.cfg.d_sae))
 
     @torch.no_grad()
     def fit_threshold(self, x: Tensor, pos: Tensor, ranks: Ranks = ALONE, chunk: int = 1024) -> None:
-        """batchtopk's threshold becomes the one that keeps k latents per token of a sample x [N, D] at pos [N]: the mean of
-        those of about N / `chunk` parts of it, each of every so-many-th token."""
+        """Set batchtopk's threshold to keep k latents per token of a sample x [N, D] at pos [N]. It is the mean over about
+        N / `chunk` interleaved parts of the sample."""
         if self.cfg.activation == "batchtopk" and len(x):
             stride = -(-len(x) // chunk)
             thresholds = torch.cat(
@@ -348,9 +345,8 @@ class SparseAutoencoder(nn.Module):
                 self.threshold.copy_(thresholds.mean())
 
     def _threshold_for(self, x: Tensor, pos: Tensor, k: int, ranks: Ranks) -> Tensor:
-        """The threshold [1] that the N k largest activations of x [N, D] exceed, those of all `ranks` together. Infinite
-        if none is positive. It lies halfway to the next smaller one: at an activation itself, rounding would decide whether
-        that is kept."""
+        """The threshold [1] that the N k largest activations of x [N, D] over all `ranks` exceed, infinite if none is
+        positive. It lies halfway to the next smaller activation, so that rounding doesn't decide what is kept."""
         x, mask_rows, mask = self.inputs(x, pos)
         code, _ = encode_topk_op(
             x, self.W_enc.to(x.dtype), self.b_enc, min(k + 1, self.cfg.d_sae),
@@ -365,8 +361,8 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def scale_(self, factor: float) -> None:
-        """Turn a dictionary for x into the same dictionary for factor * x. Exact where `factor` is a power of two:
-        relu and top-k commute with positive scaling, so only biases and thresholds change."""
+        """Turn a dictionary for x into the same dictionary for factor * x, exactly if `factor` is a power of two. ReLU and
+        top-k commute with positive scaling, so only biases and thresholds change."""
         if not (factor > 0 and math.isfinite(factor)):
             raise UserError(f"factor: {factor} is not allowed; it must be positive")
         for name, tensor in self.state_dict().items():
@@ -375,33 +371,29 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:
-        """Take from each decoder row's gradient the part along the row: that part would only change its norm."""
+        """Remove the part of each decoder row's gradient along the row, which would only change its norm."""
         if self.W_dec.grad is not None:
             coefficients = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
             self.W_dec.grad.addcmul_(coefficients, self.W_dec, value=-1)
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """After an update: decoder rows of norm 1, thresholds not negative."""
+        """After an update, normalise decoder rows and make thresholds nonnegative."""
         if self.W_dec.requires_grad:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
-        self.constrain_threshold()
-
-    @torch.no_grad()
-    def constrain_threshold(self) -> None:
         if self.cfg.activation == "jumprelu":
             self.threshold.clamp_min_(0)
 
     @torch.no_grad()
     def follow(self, least_activation: Tensor | None, pace: float = 0.01) -> None:
-        """After an update, let batchtopk's threshold follow the least activation kept: a mean over about 1 / `pace`
+        """After an update, move batchtopk's threshold towards the least activation kept: a mean over about 1 / `pace`
         batches."""
         if least_activation is not None:
             paces = torch.where(self.threshold > 0, pace, 1.0)
             self.threshold.lerp_(torch.where(least_activation.isfinite(), least_activation, self.threshold), paces)
 
     def inputs(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor | None, Mask | None]:
-        """x as [N, D], the mask's row of each token and the mask; the last two are None without a mask."""
+        """x as [N, D], the mask's row of each token, and the mask. Both are None without a mask."""
         if x.shape[-1] != self.cfg.d_in:
             raise UserError(f"x: width {x.shape[-1]} is not allowed; this dictionary has d_in = {self.cfg.d_in}")
         mask = self.mask.weights()
@@ -413,6 +405,6 @@ class SparseAutoencoder(nn.Module):
 
 
 def _spread(x: Tensor) -> Tensor:
-    """Sum of squares around the batch mean, a constant; x [..., N, D]."""
+    """Sum of squares around the batch mean, as a constant; x [..., N, D]."""
     x = x.detach().float()
     return (x - x.mean(-2, keepdim=True)).square().sum((-2, -1))
