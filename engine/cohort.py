@@ -12,7 +12,7 @@ from .fused import DENSE_FROM, FusedStep, Outcome, fits
 from .learner import Counts, Learner
 from .stream import Batch
 from .training.autograd_step import autograd_step
-from .training.stacked_weights import side_by_side
+from .training.stacked_weights import StackedWeights, side_by_side
 
 ROOM = 1.5  # for entries, relative to the last code whose size was measured
 
@@ -41,10 +41,12 @@ class Cohort:
         self.learners, first = list(learners), learners[0]
         self.fused: FusedStep | None = None
         if can_fuse(first) if fused is None else fused:
-            self.fused = FusedStep(
-                [learner.sae for learner in learners], [learner.leaves for learner in learners],
-                [learner.moments() for learner in learners], first.paces, first.config, first.dtype, first.ranks,
+            saes = [learner.sae for learner in learners]
+            stacked = StackedWeights(
+                saes, [learner.leaves for learner in learners], [learner.moments() for learner in learners],
+                first.paces, first.config, first.dtype, first.ranks,
             )  # fmt: skip
+            self.fused = FusedStep(saes, stacked)
             counts = zip(*(learner.counts for learner in learners), strict=True)
             self.counts = Counts(*map(side_by_side, counts))
         self.capacity: int | None = None  # of codes whose size isn't known beforehand; None: the next one is measured
@@ -102,7 +104,7 @@ class Cohort:
     def _fused_step(self, fused: FusedStep, batch: Batch) -> None:
         first = self.learners[0]
         if (versions := self._learner_versions()) != self._versions:
-            fused.refresh()
+            fused.stacked.refresh()
             self._versions = versions
         x, target = first.scaled(batch.x), first.scaled(batch.target)
         dead, any_dead = None, [learner.any_dead for learner in self.learners]

@@ -1,14 +1,13 @@
 """A training step through the kernels: what autograd, clipping and Adam do to a dictionary, without the gradients of its two
 large weights ever in memory; for one dictionary, or for several of one size that share the batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ..kernels.adam import Moments
 from ..kernels.autograd import jumprelu_band, matryoshka_residuals
 from ..kernels.backend import choose
 from ..kernels.code import SparseCode
@@ -18,8 +17,6 @@ from ..kernels.encoder_inputs import EncoderInputs
 from ..kernels.gradients import Band, gate_of, mask_gradient
 from ..kernels.loss import PositionSums, position_loss
 from ..kernels.masks import GaussianMask, Mask
-from .config import TrainConfig
-from .ranks import ALONE, Ranks
 from .sae import SparseAutoencoder
 from .training.gradients import Contribution, DenseGradients, SparseGradients, dense_values
 from .training.objective import has_fired, least_kept
@@ -81,8 +78,7 @@ class FusedStep:
     clip_grad_norm_, Adam and `constrain` would, within rounding. Nothing waits for the device, unless the code of a jumprelu
     or relu dictionary is given no `capacity`.
 
-    For `leaves`, `moments` and `paces` see `StackedWeights`. Token s N + n of the joint code is token n as the s-th
-    dictionary sees it. After weights are changed from outside, call `refresh`.
+    Their weights and moments are `stacked`. Token s N + n of the joint code is token n as the s-th dictionary sees it.
 
     `dense` replaces gathers from a code and its transpose by dense products [S, N, F]. The gradients of the large weights
     are then in memory, in the products' dtype.
@@ -92,15 +88,9 @@ class FusedStep:
     reconstructions [N, D] in float32, and a few sums of size D and T.
     """
 
-    def __init__(
-        self, saes: Sequence[SparseAutoencoder], leaves: Sequence[Mapping[str, Tensor]],
-        moments: Sequence[Mapping[str, Moments]], paces: Mapping[str, float], config: TrainConfig, dtype: torch.dtype,
-        ranks: Ranks = ALONE,
-    ):  # fmt: skip
-        self.sae, self.config, self.dtype, self.dense = saes[0], config, dtype, False
-        self.ranks, self.count = ranks, len(saes)
-        self.stacked = StackedWeights(saes, leaves, moments, paces, config, dtype, ranks)
-        self.refresh, self.set_rates = self.stacked.refresh, self.stacked.set_rates
+    def __init__(self, saes: Sequence[SparseAutoencoder], stacked: StackedWeights):
+        self.sae, self.stacked, self.dense = saes[0], stacked, False
+        self.count, self.dtype, self.ranks = stacked.count, stacked.dtype, stacked.ranks
         self._masks = [sae.mask for sae in saes]
         self._fixed_mask = None
         if self.count > 1 and saes[0].mask.fixed is not None:  # they don't change
@@ -119,7 +109,7 @@ class FusedStep:
         *, lrs: Sequence[float], step: int, target: Tensor | None = None,
     ) -> Outcome:  # fmt: skip
         """Step number `step`, with a learning rate for each dictionary. For the rest see `run`."""
-        self.set_rates(lrs, step)
+        self.stacked.set_rates(lrs, step)
         return self.run(x, pos, n_positions, dead, expected, capacity, target)
 
     @torch.no_grad()
@@ -207,7 +197,7 @@ class FusedStep:
         code, aux = encode_topk(
             x, W_enc, b_enc, min(sae.k, sae.cfg.d_sae), center=center, mask=mask, pos=mask_rows,
             aux_k=aux_k, aux_latents=None if dead is None else dead.flatten(),
-            across_batch=across_batch, fp8=self.config.fp8, dictionaries=self.count,
+            across_batch=across_batch, fp8=self.stacked.config.fp8, dictionaries=self.count,
         )  # fmt: skip
         code = self.ranks.keep_largest(code, sae.k * (len(x) if across_batch else 1))
         return code, None if aux is None else self.ranks.keep_largest(aux, sae.cfg.aux_k), None

@@ -44,7 +44,7 @@ class StackedWeights:
         moments: Sequence[Mapping[str, Moments]], paces: Mapping[str, float], config: TrainConfig, dtype: torch.dtype,
         ranks: Ranks,
     ):  # fmt: skip
-        self.count, self.paces, self.config, self.ranks = len(saes), paces, config, ranks
+        self.count, self.paces, self.config, self.dtype, self.ranks = len(saes), paces, config, dtype, ranks
         device, self._first_latent = saes[0].b_dec.device, ranks.rank * saes[0].cfg.d_sae
         self.weights = {name: side_by_side([parameters[name] for parameters in leaves]) for name in leaves[0]}
         if "W_dec" not in self.weights:  # a random one

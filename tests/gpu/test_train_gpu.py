@@ -62,7 +62,7 @@ def test_a_step_can_be_captured_and_replayed(activation):
                 fused.run(x, pos, T, None, 64, capacity)
         for step, given in enumerate(xs[1:], 2):
             x.copy_(given)
-            fused.set_rates([1e-3], step)
+            fused.stacked.set_rates([1e-3], step)
             if captured:
                 graph.replay()
             else:
