@@ -39,6 +39,8 @@ class Cohort:
 
     def __init__(self, learners: Sequence[Learner], *, fused: bool | None = None):
         self.learners, first = list(learners), learners[0]
+        for learner in learners:
+            learner.check_settled()  # another cohort would count its last step
         self.fused: FusedStep | None = None
         if can_fuse(first) if fused is None else fused:
             saes = [learner.sae for learner in learners]
@@ -97,8 +99,8 @@ class Cohort:
     def _autograd_step(self, learner: Learner, batch: Batch) -> None:
         x = learner.scaled(batch.x)
         target = x if "second" in learner.reads else learner.scaled(batch.target)
-        context = learner.batch_context(batch) if learner.reads else None
-        outcome = autograd_step(learner, x, batch.pos, target, context, learner.begin_step(x, batch.pos))
+        lr = learner.begin_step(x, batch.pos)
+        outcome = autograd_step(learner, x, batch.pos, target, learner.batch_context(batch), lr)
         _count([learner], learner.counts, outcome, len(x), (target - learner.mean).square().sum())
 
     def _fused_step(self, fused: FusedStep, batch: Batch) -> None:

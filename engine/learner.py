@@ -123,7 +123,8 @@ class Learner:
         second = self.scaled(batch.target) if "second" in self.reads else None
         return BatchContext(batch.row if "rows" in self.reads else None, batch.attribute, second)
 
-    def _check_settled(self) -> None:
+    def check_settled(self) -> None:
+        """Raise RuntimeError while the last step is not counted."""
         if self.pending:
             raise RuntimeError("the dictionary's last step is not counted yet: call Cohort.settle first")
 
@@ -168,7 +169,7 @@ class Learner:
     def fit_threshold(self, sample: RunSample) -> None:
         """Fit batchtopk's inference threshold to a sample of the run; see `needs_sample`."""
         if needs_sample(self.cfg) and (sample_batch := sample.at(self.hook)) is not None:
-            self._check_settled()
+            self.check_settled()
             x, pos = sample_batch
             self.sae.fit_threshold(self.scaled(x), pos, self.ranks)
 
@@ -197,7 +198,7 @@ class Learner:
     @torch.no_grad()
     def resample(self, batch: Batch) -> None:
         """Restart dead latents from tokens of a batch, drawn with probability proportional to squared error squared."""
-        self._check_settled()
+        self.check_settled()
         dead = (self.counts.idle_tokens[0] >= self.dead_after).nonzero().flatten()
         if not len(dead):
             return
@@ -241,7 +242,7 @@ class Learner:
 
     def is_finite(self) -> bool:
         """Whether every loss since the last report is finite. Waits for the device."""
-        self._check_settled()
+        self.check_settled()
         return bool(self.counts.losses.isfinite().all())
 
     def report(self) -> dict[str, Any]:
@@ -252,7 +253,7 @@ class Learner:
         `target_l0`, the factor on the sparsity coefficient; `gradient_norm`: before clipping; `positions`: squared error and
         L0 per position, if `log_positions` is set; `parts`: figures of the parts.
         """
-        self._check_settled()
+        self.check_settled()
         sums = PositionSums(*self.counts.sums[0])
         loss, aux, norm = (self.counts.losses[0] / max(1, self._steps)).tolist()
         dead = int(self.ranks.sum_((self.counts.idle_tokens >= self.dead_after).sum()))
@@ -284,7 +285,7 @@ class Learner:
     @torch.no_grad()
     def held_out(self, batches: Sequence[Batch]) -> dict[str, float]:
         """FVU and L0 on batches of whole rows that training never sees."""
-        self._check_settled()
+        self.check_settled()
         sums = HeldOutSums(len(self.mean), self.mean.device)
         for batch in batches:
             code = self.sae.encode_sparse(self.scaled(batch.x), batch.pos)
@@ -293,14 +294,14 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """The `state_dict` of the whole dictionary, in units of x."""
-        self._check_settled()
+        self.check_settled()
         whole_state = self.ranks.whole_state(self.sae.state_dict(), self.sae.latent_dims)
         powers = {name: self.sae.powers.get(name, 0) for name in whole_state}
         return {name: x / self.scale ** powers[name] if powers[name] else x for name, x in whole_state.items()}
 
     def end(self) -> SparseAutoencoder:
         """The whole dictionary, in units of x. No step may follow."""
-        self._check_settled()
+        self.check_settled()
         if self.ranks.size == 1:
             self.sae.scale_(1 / self.scale)
             return self.sae
@@ -310,7 +311,7 @@ class Learner:
 
     def state(self) -> dict[str, Tensor]:
         """Moments, counts and sums of the whole dictionary: with `weights`, all that a checkpoint needs."""
-        self._check_settled()
+        self.check_settled()
         numbers = {
             "scale": self.scale,
             "steps_done": self.steps_done,
@@ -347,7 +348,7 @@ class Learner:
 
         Raises UserError if its moments are of another kind than `config.moments`. They are not converted.
         """
-        self._check_settled()
+        self.check_settled()
         tensors = self._optimizer_state() | self._named_counts()
         kinds = {torch.bfloat16: "bfloat16", torch.int8: "8bit"}
         saved_kind = kinds.get(state["adam.W_enc.exp_avg"].dtype, "float32")

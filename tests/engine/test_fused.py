@@ -357,6 +357,18 @@ def test_dictionaries_side_by_side_train_as_each_would_alone(name, backend, way,
     assert CASES[name].get("decoder") == "random" or changes[0] > 1.5 * changes[1] > 0
 
 
+def test_a_dictionary_goes_on_alone_after_a_cohort(assert_close):
+    alone, *side = (learner({}, seed=seed) for seed in (1, 1, 2))
+    advance(alone, *batches(), *batches(), fused=True)
+    cohort = Cohort(side, fused=True)
+    for batch in batches():
+        cohort.step(batch)
+    cohort.settle()
+    advance(side[0], *batches(), fused=True)
+    for name, value in alone.sae.state_dict().items():
+        assert_close(side[0].sae.state_dict()[name], value, 1e-4, name)
+
+
 def test_only_dictionaries_of_one_kind_go_together(monkeypatch):
     pytest.importorskip("triton")
     assert len(group_into_cohorts([learner(dict()), learner(dict(), seed=2)])) == 2  # no kernels here
@@ -406,6 +418,8 @@ def test_a_learner_is_not_read_before_its_last_step_is_counted():
     for read in (made.report, made.state, made.weights, made.is_finite, made.end, lambda: made.held_out([])):
         with pytest.raises(RuntimeError, match="call Cohort.settle first"):
             read()
+    with pytest.raises(RuntimeError, match="call Cohort.settle first"):
+        Cohort([made])
     cohort.settle()
     assert made.report()["l0"] > 0
 
