@@ -227,9 +227,7 @@ class FusedStep:
         """The loss without AuxK [S], sums per position [S, T], and the factor of L1 or L0 in the loss."""
         s, n = self.count, len(pos)
         offsets = torch.arange(s, device=pos.device)[:, None] * n_positions
-        sums = position_loss(
-            decoded.reconstruction.squared_error, code, (pos + offsets).flatten(), s * n_positions
-        )  # fmt: skip
+        sums = position_loss(decoded.reconstruction.squared_error, code, (pos + offsets).flatten(), s * n_positions)
         for position_sums in (sums.l1, sums.l0):
             self.ranks.sum_(position_sums)
         sums = PositionSums(*(total.view(s, n_positions) for total in sums))
@@ -251,7 +249,7 @@ class FusedStep:
         scale = scale[aux.rows] if aux.ragged else scale[:, None]
         contribution = self._contribution(
             aux, reconstruction.residual, scale, reconstruction.projection, mask, mask_rows
-        )  # fmt: skip
+        )
         return weight * reconstruction.squared_error.view(s, n).sum(1), contribution
 
     def _reconstruct(self, code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Reconstruction:
