@@ -1,12 +1,9 @@
 """A dictionary with parts: further mechanisms at places of a `SparseAutoencoder` (`parts.Part`)."""
 
-from itertools import chain
-from typing import NoReturn
-
 import torch
 from torch import Tensor, nn
 
-from ..kernels.autograd import encode_dense, encode_topk, position_loss, reconstruct
+from ..kernels.autograd import encode_dense, position_loss, reconstruct
 from ..kernels.code import SparseCode
 from ..kernels.masks import weights_at
 from ..kernels.select import select_batch_topk, select_threshold, select_topk
@@ -68,16 +65,13 @@ class ComposedAutoencoder(SparseAutoencoder):
 
     @property
     def paces(self) -> dict[str, float]:
-        named_paces = (
-            {f"parts.{i}.{name}": pace for name, pace in part.paces.items()} for i, part in enumerate(self.parts_in())
-        )
-        return dict(chain.from_iterable(part_paces.items() for part_paces in named_paces))
+        parts = enumerate(self.parts_in())
+        return {f"parts.{i}.{name}": pace for i, part in parts for name, pace in part.paces.items()}
 
     def shard(self, ranks: Ranks) -> SparseAutoencoder:
-        return self if ranks.size == 1 else self._refuse_ranks()
-
-    def _refuse_ranks(self) -> NoReturn:
-        raise UserError("sae.parts: not allowed with several processes; they don't share latents")
+        if ranks.size > 1:
+            raise UserError("sae.parts: not allowed with several processes; they don't share latents")
+        return self
 
     def at(self, progress: float, step: int = 0, seed: int = 0) -> None:
         super().at(progress, step, seed)
@@ -139,10 +133,7 @@ class ComposedAutoencoder(SparseAutoencoder):
             if self.cfg.activation == "relu":
                 code = batch.acts = encode_dense(x_in, self.W_enc, self.b_enc, self.center, mask, mask_rows)
             else:
-                code, aux = encode_topk(
-                    x_in, self.W_enc, self.b_enc, self.center, mask, mask_rows, k=self.k, aux_k=self.aux_k(dead),
-                    aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
-                )  # fmt: skip
+                code, aux = self._encode_topk(x_in, mask, mask_rows, dead)
         if isinstance(code, SparseCode):
             batch.code, batch.f = code, code.to_dense() if self.is_dense else None
             error, batch.residual = reconstruct(code, self.W_dec, self.b_dec, target)

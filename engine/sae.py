@@ -260,10 +260,7 @@ class SparseAutoencoder(nn.Module):
                 bandwidth=self.bandwidth, expected=self.expected,
             )  # fmt: skip
         else:
-            code, aux = encode_topk(
-                x, self.W_enc, self.b_enc, self.center, mask, mask_rows,
-                k=self.k, aux_k=self.aux_k(dead), aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
-            )  # fmt: skip
+            code, aux = self._encode_topk(x, mask, mask_rows, dead)
         if self.cfg.prefixes is None:
             squared_error, residual = reconstruct(code, self.W_dec, self.b_dec, target)
             loss = squared_error.sum() / len(x)
@@ -275,6 +272,15 @@ class SparseAutoencoder(nn.Module):
         if l0 is not None:
             loss = loss + self.sparsity_coefficient * l0 / len(x)
         return self._with_aux(loss, sums, code, residual, target, aux, dead)
+
+    def _encode_topk(
+        self, x: Tensor, mask: Mask | None, mask_rows: Tensor | None, dead: Tensor | None
+    ) -> tuple[SparseCode, SparseCode | None]:
+        """The code of topk or batchtopk in training, and the code of AuxK. Differentiable."""
+        return encode_topk(
+            x, self.W_enc, self.b_enc, self.center, mask, mask_rows,
+            k=self.k, aux_k=self.aux_k(dead), aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
+        )  # fmt: skip
 
     def _with_aux(
         self, loss: Tensor, sums: PositionSums, code: SparseCode | Tensor, residual: Tensor, target: Tensor,
