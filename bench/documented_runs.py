@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..campaign.documented import BASELINES, RUNS, settings
+from ..engine.cohort import Cohort
 from ..engine.composed import dictionary
 from ..engine.config import RunConfig, SAEConfig, TrainConfig
 from ..engine.learner import Learner
@@ -58,7 +59,7 @@ def measure(sizes: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict
     `times_topk`, the median over rounds of its time over that of the plain TopK step in the same round; and of the
     `campaign` seconds together, one by one, and their `ratio`.
 
-    A step is `Learner.step` with Adam, as `temposae run` takes it, on the same batches of made-up rows. In the campaign all
+    A step is `Cohort.step` with Adam, as `temposae run` takes it, on the same batches of made-up rows. In the campaign all
     are trained on one stream of the language model, without controls; one by one, each on a stream of its own.
     """
     tune_host()
@@ -68,14 +69,14 @@ def measure(sizes: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict
     batches = [_batch(sizes, seed, device) for seed in range(4)]
     with progress_bar("runs", total=total, unit="turns") as bar:
         for F in sizes.F:
-            learners = {name: _learner(name, sizes, F, device) for name in names}
+            cohorts = {name: _cohort(name, sizes, F, device) for name in names}
             times: dict[str, list[float]] = {name: [] for name in names}
             busy: dict[str, list[float]] = {name: [] for name in names}
             for round_index in range(sizes.rounds + 2):
-                for name, learner in learners.items():
+                for name, cohort in cohorts.items():
                     began = time.process_time()
                     ms = sample(
-                        lambda learner=learner, round_index=round_index: learner.step(batches[round_index % 4]), device
+                        lambda cohort=cohort, round_index=round_index: cohort.step(batches[round_index % 4]), device
                     )
                     if round_index >= 2:  # the first steps compile and allocate
                         times[name].append(ms)
@@ -109,14 +110,14 @@ def expected_seconds(name: str, d_sae: int, tokens: int, plain: str = "relu") ->
     return seconds, f"one core of an {result['device']}, torch {result['versions']['torch']}"
 
 
-def _learner(name: str, sizes: Sizes, F: int, device: str) -> Learner:
+def _cohort(name: str, sizes: Sizes, F: int, device: str) -> Cohort:
     sections = settings(name, context=sizes.context)
     sae = {**sections["sae"], "d_in": sizes.D, "d_sae": F, "k": min(sizes.K, F)}
     sae["mask"] = {"positions": sizes.context, **sae.get("mask", {})}
     training = TrainConfig(**{**sections["train"], "tokens": 10**9, "batch": sizes.rows * sizes.context})
     autoencoder = dictionary(SAEConfig(**sae)).to(device)
     zeros = torch.zeros(sizes.D, device=device)
-    return Learner(autoencoder, training, zeros, sizes.D**0.5, sizes.context)
+    return Cohort([Learner(autoencoder, training, zeros, sizes.D**0.5, sizes.context)])
 
 
 def _batch(sizes: Sizes, seed: int, device: str) -> Batch:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..engine.config import SAEConfig, StreamConfig, TrainConfig
 from ..engine.errors import UserError, shown
-from ..engine.learner import default_lr
 from ..engine.sae import SparseAutoencoder
 from ..engine.storage.path_names import expand_path
 from ..engine.stream import ActivationStream
 from ..engine.train import train
+from ..engine.training.schedules import default_lr
 from .data import Shape
 from .data import tokens as made_up
 from .results import about

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ..engine.cohort import Cohort
 from ..engine.errors import UserError
 from ..engine.learner import Learner
 from ..engine.process.cpu_memory import tune_host
@@ -65,10 +66,11 @@ def run(shape: Shape, *, device: str, dtype: str, steps: int, trace: Path) -> di
     tune_host()
     bench_tokens = tokens(shape.check(), device, DTYPES[dtype], count=4)
     learner = make_learner(TrainingJob(shape, device, dtype, 0.0, bench_tokens, own=True))
+    cohort = Cohort([learner])
     with progress_bar("profiling", total=steps + 3, unit="steps") as bar:
 
         def step(i: int) -> None:
-            learner.step(bench_tokens.batches[i % len(bench_tokens.batches)])
+            cohort.step(bench_tokens.batches[i % len(bench_tokens.batches)])
             bar.advance(1)
 
         step(0)

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..engine.cohort import group_into_cohorts
 from ..engine.config import TrainConfig
-from ..engine.learner import Learner, group_into_cohorts
+from ..engine.learner import Learner
 from ..engine.sae import SparseAutoencoder
 from ..kernels.code import SparseCode
 from ..kernels.encode_sparse import encode_topk
@@ -42,7 +43,7 @@ def make_learner(job: TrainingJob, seed: int = 0) -> Learner:
 def temposae(job: TrainingJob) -> ProviderRun:
     """The training step that `temposae train` runs, on tokens as its stream gives them. Own: its defaults, which clip."""
     learners, batches = [make_learner(job, seed) for seed in range(job.dictionaries)], job.tokens.batches
-    learner, steppers = learners[0], group_into_cohorts(learners)
+    learner, cohorts = learners[0], group_into_cohorts(learners)
     sae, scale = learner.sae, learner.scale
     # before the first step too, so that what is learned is compared with where training starts
     sae.initialise_threshold(learner.scaled(batches[0].x), batches[0].pos)
@@ -53,8 +54,8 @@ def temposae(job: TrainingJob) -> ProviderRun:
         if job.auxk:
             for seed_learner in learners:
                 seed_learner.counts.idle_tokens[:, DEAD] = seed_learner.dead_after
-        for stepper in steppers:
-            stepper.step(batches[i % len(batches)])
+        for cohort in cohorts:
+            cohort.step(batches[i % len(batches)])
 
     def encode(x: Tensor) -> SparseCode:
         if job.activation == "batchtopk":  # as in training; the threshold for later use follows slowly

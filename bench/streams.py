@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..engine.cohort import Cohort, group_into_cohorts
 from ..engine.config import SAEConfig, StreamConfig, TrainConfig
 from ..engine.errors import UserError
-from ..engine.learner import Cohort, Learner, group_into_cohorts
+from ..engine.learner import Learner
 from ..engine.process.cpu_memory import tune_host
 from ..engine.process.progress import ProgressBar, progress_bar
 from ..engine.sae import SparseAutoencoder
@@ -295,7 +296,7 @@ def _ratio(numerators: list[float], denominators: list[float]) -> float:
     return median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def _dictionaries(count: int, bench_sizes: Sizes, stream: ActivationStream) -> list[Cohort | Learner]:
+def _dictionaries(count: int, bench_sizes: Sizes, stream: ActivationStream) -> list[Cohort]:
     x = stream.sample().x
     mean, norm = x.float().mean(0), float(x.float().norm(dim=1).mean())
     config = SAEConfig(d_in=stream.d_in, d_sae=bench_sizes.F, k=bench_sizes.K)

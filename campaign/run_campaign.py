@@ -18,7 +18,8 @@ from ..engine.storage.sealed import write_json
 from ..engine.stream import ActivationStream, LanguageModel
 from ..engine.stream.model_loading import BUILT_IN
 from ..engine.sweep import resolve
-from ..engine.train import Run, check, train_together
+from ..engine.train import Run, train_together
+from ..engine.training.checks import check_runs
 from ..evals.evaluation import Evaluation
 from ..evals.run_evals import evaluate
 from ..evals.suite import missing_inputs
@@ -53,7 +54,7 @@ def _campaign(config: CampaignConfig, out: Path, resume: bool) -> dict[str, Any]
     _open(config, out, resume)
     model, runs = resolve({campaign_run.name: campaign_run.sections for campaign_run in planned})
     stream = _stream(model, runs)
-    check(stream, runs)  # what is refused leaves no folder
+    check_runs(stream, runs)  # what is refused leaves no folder
     _say_lacking(config, runs, stream)
     begin(out, config, SETTINGS)
     trained = train_together(stream, runs, out=out / "runs", resume=resume)

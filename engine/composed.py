@@ -1,12 +1,9 @@
-"""A dictionary composed of parts: what `SparseAutoencoder` does, with further mechanisms on the way (`parts.Part`)."""
-
-from itertools import chain
-from typing import NoReturn
+"""A dictionary with parts: further mechanisms at places of a `SparseAutoencoder` (`parts.Part`)."""
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.autograd import encode_dense, encode_topk, position_loss, reconstruct
+from ..kernels.autograd import encode_dense, position_loss, reconstruct
 from ..kernels.code import SparseCode
 from ..kernels.masks import weights_at
 from ..kernels.select import select_batch_topk, select_threshold, select_topk
@@ -15,22 +12,23 @@ from .config import SAEConfig
 from .errors import UserError
 from .parts import BatchView, Part, build
 from .ranks import Ranks
-from .sae import BatchContext, Mask, Objective, SparseAutoencoder, has_fired, least_kept
+from .sae import BatchContext, Mask, SparseAutoencoder
+from .training.objective import Objective
 
 
 def dictionary(config: SAEConfig, *, seed: int = 0) -> SparseAutoencoder:
-    """A new dictionary, of the kind that its settings need."""
+    """Make a new dictionary, of the class that its settings need."""
     return ComposedAutoencoder(config, seed=seed) if config.parts else SparseAutoencoder(config, seed=seed)
 
 
 class ComposedAutoencoder(SparseAutoencoder):
     """A SparseAutoencoder with `cfg.parts`.
 
-    As long as no part looks at all activations or changes them, topk and batchtopk take the sparse way of a plain
-    dictionary, without anything [N, F]. Otherwise activations are dense, [N, F] of the batch: encoder, mask and per-position
-    sums still go through the kernels, unless a part changes pre-activations, which the encoder's kernel never writes.
+    If no part reads or changes all activations, topk and batchtopk are as sparse as in a plain dictionary. Otherwise the
+    activations of the batch are dense [N, F]. Encoder, mask and per-position sums still use the kernels, unless a part
+    changes pre-activations, which the encoder's kernel never writes.
 
-    Parts work in the units of training, in which |x| is about sqrt(D); `unit` is what takes x there, and 1 in training.
+    Parts work in the units of training, in which |x| is about sqrt(D): x * unit is in these units. In training, unit is 1.
     """
 
     unit: Tensor
@@ -50,13 +48,13 @@ class ComposedAutoencoder(SparseAutoencoder):
             part.initialise(self, generator)
 
     def parts_in(self, hook: str | None = None) -> list[Part]:
-        """All, or those that have something to do in `hook`."""
+        """All parts, or those that act at `hook`."""
         parts = [part for part in self.parts if isinstance(part, Part)]
         return [part for part in parts if hook is None or part.does(hook)]
 
     @property
     def is_dense(self) -> bool:
-        """Whether a part needs all activations, so that nothing is selected beforehand."""
+        """Whether a part needs all activations, so that selection comes last."""
         changes_activations = any(self.parts_in(hook) for hook in ("pre", "acts", "latents"))
         return changes_activations or any("f" in part.reads for part in self.parts_in())
 
@@ -67,16 +65,13 @@ class ComposedAutoencoder(SparseAutoencoder):
 
     @property
     def paces(self) -> dict[str, float]:
-        named_paces = (
-            {f"parts.{i}.{name}": pace for name, pace in part.paces.items()} for i, part in enumerate(self.parts_in())
-        )
-        return dict(chain.from_iterable(part_paces.items() for part_paces in named_paces))
+        parts = enumerate(self.parts_in())
+        return {f"parts.{i}.{name}": pace for i, part in parts for name, pace in part.paces.items()}
 
     def shard(self, ranks: Ranks) -> SparseAutoencoder:
-        return self if ranks.size == 1 else self._refuse_ranks()
-
-    def _refuse_ranks(self) -> NoReturn:
-        raise UserError("sae.parts: not allowed with several processes; they don't share latents")
+        if ranks.size > 1:
+            raise UserError("sae.parts: not allowed with several processes; they don't share latents")
+        return self
 
     def at(self, progress: float, step: int = 0, seed: int = 0) -> None:
         super().at(progress, step, seed)
@@ -107,7 +102,7 @@ class ComposedAutoencoder(SparseAutoencoder):
 
     @without_autocast()
     def latents_of(self, x: Tensor, pos: Tensor) -> Tensor:
-        """f [N, F] of further activations, in the units of training; differentiable. Selected as in training: batchtopk
+        """f [N, F] of further activations, in the units of training. Differentiable. Selection is as in training: batchtopk
         keeps the N k largest of these."""
         f = self._latents(self._batch_view(x / self.unit.to(x.dtype), pos))
         return f if self.cfg.activation == "relu" else self._select(f).to_dense()
@@ -117,7 +112,7 @@ class ComposedAutoencoder(SparseAutoencoder):
         self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None, target: Tensor | None = None,
         batch_context: BatchContext | None = None,
     ) -> Objective:  # fmt: skip
-        """As that of a plain dictionary, with per-position weights w and v and the parts' penalties:
+        """The objective of a plain dictionary, with per-position weights w and v and the parts' penalties:
 
         loss = sum_p w_p squared_error_p / N + l1_coefficient * sum_p v_p l1_p / N (relu) + AuxK (others) + penalties
         """
@@ -127,52 +122,37 @@ class ComposedAutoencoder(SparseAutoencoder):
         batch.target = target = x if target is None else target
         if batch_context is not None:
             batch.row, batch.attribute, batch.second = batch_context
-        code = aux = None
+        aux: SparseCode | None = None
+        code: SparseCode | Tensor
         if self.is_dense:
-            f = self._latents(batch)
+            code = self._latents(batch)
             if self.cfg.activation != "relu":
-                code = self._select(f)
-                aux = self._aux_code(f, dead)
-        elif self.cfg.activation == "relu":
-            x_in, mask_rows, mask = self._inputs(batch)
-            f = batch.acts = encode_dense(x_in, self.W_enc, self.b_enc, self.center, mask, mask_rows)
+                code, aux = self._select(code), self._aux_code(code, dead)
         else:
             x_in, mask_rows, mask = self._inputs(batch)
-            code, aux = encode_topk(
-                x_in, self.W_enc, self.b_enc, self.center, mask, mask_rows, k=self.k, aux_k=self.aux_k(dead),
-                aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
-            )  # fmt: skip
-            f = None
-        if code is None:
-            assert f is not None
-            batch.f = f
-            batch.residual = target - torch.addmm(self.b_dec.to(x.dtype), f.to(x.dtype), self.W_dec.to(x.dtype))
-            sums = position_loss(batch.residual, f, pos, n_positions)
-            fired, least_activation = (f.detach() > 0).any(0), None
-        else:
-            batch.code, batch.f = code, code.to_dense() if f is not None else None
+            if self.cfg.activation == "relu":
+                code = batch.acts = encode_dense(x_in, self.W_enc, self.b_enc, self.center, mask, mask_rows)
+            else:
+                code, aux = self._encode_topk(x_in, mask, mask_rows, dead)
+        if isinstance(code, SparseCode):
+            batch.code, batch.f = code, code.to_dense() if self.is_dense else None
             error, batch.residual = reconstruct(code, self.W_dec, self.b_dec, target)
-            sums = position_loss(error, code, pos, n_positions)
-            fired = has_fired(code)
-            least_activation = least_kept(code)[0] if self.cfg.activation == "batchtopk" else None
+        else:
+            batch.f = code
+            error = target - torch.addmm(self.b_dec.to(x.dtype), code.to(x.dtype), self.W_dec.to(x.dtype))
+            batch.residual = error
+        sums = position_loss(error, code, pos, n_positions)
         batch.count, batch.squared_error, batch.l1, batch.l0 = sums
         loss = self._weighted_sum(batch) / len(x)
         for part in self.parts_in("penalty"):
             term = part.penalty(batch)
             loss = loss if term is None else loss + term
-        aux_loss = None
-        if aux is not None and dead is not None:
-            aux_error, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), batch.residual.detach())
-            aux_loss = self.aux_weight(target, batch.residual, dead) * aux_error.sum()
-            loss, aux_loss = loss + aux_loss, aux_loss.detach()
         self._last = batch
-        return Objective(
-            loss, sums._replace(squared_error=sums.squared_error.detach()), fired, aux_loss, least_activation
-        )
+        return self._with_aux(loss, sums, code, batch.residual, target, aux, dead)
 
     @torch.no_grad()
     def after(self) -> None:
-        """Let the parts look at the step just taken."""
+        """Show the parts the step just taken."""
         batch, self._last = self._last, None
         if batch is not None:
             for part in self.parts_in("after"):
@@ -209,12 +189,11 @@ class ComposedAutoencoder(SparseAutoencoder):
                 pre = part.pre(pre, batch)
             f = torch.relu(pre)
         else:
-            encoder_mask = mask if not self.parts_in("acts") else None
-            f = encode_dense(
-                x, self.W_enc, self.b_enc, self.center, encoder_mask, mask_rows if encoder_mask is not None else None
-            )
-            f = f.float() * self.unit
-            mask = None if encoder_mask is not None else mask
+            encoder_mask = (
+                (None, None) if self.parts_in("acts") else (mask, mask_rows)
+            )  # those parts come before the mask
+            f = encode_dense(x, self.W_enc, self.b_enc, self.center, *encoder_mask).float() * self.unit
+            mask = mask if encoder_mask[0] is None else None
         for part in self.parts_in("acts"):
             f = part.acts(f, batch)
         batch.acts = f
@@ -225,7 +204,7 @@ class ComposedAutoencoder(SparseAutoencoder):
         return f
 
     def _select(self, f: Tensor) -> SparseCode:
-        """The kept ones of f [N, F], differentiable."""
+        """The code of the kept activations of f [N, F]. Differentiable."""
         with torch.no_grad():
             if self.cfg.activation == "topk":
                 code = select_topk(f, min(self.k, self.cfg.d_sae))
@@ -246,22 +225,13 @@ class ComposedAutoencoder(SparseAutoencoder):
         return code.with_values(code.live(f.reshape(-1)[flat_indices]))
 
     def _weighted_sum(self, batch: BatchView) -> Tensor:
-        """Sum of squared error and of the L1 term over the batch, each by its weights."""
+        """Weighted sum of squared error and of the L1 term over the batch."""
         assert batch.squared_error is not None
         assert batch.l1 is not None
         error_weights, l1_weights = None, None
         for part in self.parts_in("weigh"):
             error_factor, l1_factor = part.weigh(batch)
-            error_weights = (
-                error_factor
-                if error_weights is None
-                else error_weights
-                if error_factor is None
-                else error_weights * error_factor
-            )
-            l1_weights = (
-                l1_factor if l1_weights is None else l1_weights if l1_factor is None else l1_weights * l1_factor
-            )
+            error_weights, l1_weights = _product(error_weights, error_factor), _product(l1_weights, l1_factor)
         batch.weights = error_weights
         error = batch.squared_error if error_weights is None else batch.squared_error * error_weights
         if self.cfg.activation != "relu":
@@ -271,4 +241,9 @@ class ComposedAutoencoder(SparseAutoencoder):
         else:
             token_l1 = batch.penalised.sum(1)
             l1 = (token_l1 if l1_weights is None else token_l1 * l1_weights[batch.pos]).sum()
-        return error.sum() + self.pressure * self.cfg.l1_coefficient * l1
+        return error.sum() + self.sparsity_coefficient * l1
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The product of two factors, where None stands for 1."""
+    return a if b is None else b if a is None else a * b

@@ -1,8 +1,7 @@
-"""The dictionary: parameters, what it computes, and what it is trained to do."""
+"""The dictionary: its parameters, encoder, decoder and training objective."""
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,60 +30,36 @@ from .config import SAEConfig
 from .errors import UserError
 from .masks import PositionMask
 from .ranks import ALONE, Ranks
+from .training.objective import Objective, has_fired, least_kept
 
 
 class BatchContext(NamedTuple):
-    """What there is of a batch besides x and pos, for a dictionary's parts; see `parts.BatchView`."""
+    """Fields of a batch besides x and pos, for a dictionary's parts; see `parts.BatchView`."""
 
     row: Tensor | None = None
     attribute: Tensor | None = None
     second: Tensor | None = None
 
 
-@dataclass
-class Objective:
-    """One batch seen by a dictionary.
-
-    `loss`: scalar, to be minimised. `sums`: squared error, L1, L0 and count per position. `fired` [F]: which latents
-    were active on some token. `aux_loss`: the AuxK part of `loss`, or None. `least_kept`: see `follow`.
-    """
-
-    loss: Tensor
-    sums: PositionSums
-    fired: Tensor
-    aux_loss: Tensor | None = None
-    least_kept: Tensor | None = None
-
-    def add(self, other: "Objective") -> "Objective":
-        """Of two parts of a batch, with losses that count as much as their parts do."""
-        aux = None if self.aux_loss is None or other.aux_loss is None else self.aux_loss + other.aux_loss
-        least_activation = (
-            None if self.least_kept is None or other.least_kept is None else self.least_kept.minimum(other.least_kept)
-        )
-        sums = PositionSums(*(a + b for a, b in zip(self.sums, other.sums, strict=True)))
-        return Objective(self.loss + other.loss, sums, self.fired | other.fired, aux, least_activation)
-
-
 class SparseAutoencoder(nn.Module):
     """A sparse autoencoder over activations x [..., D] at positions pos [...].
 
         pre   = relu((x - b_dec) W_enc + b_enc)                 W_enc [D, F], b_enc [F], b_dec [D]; see `center`
-        f     = pre * mask[pos]                                  f [..., F]; see `SAEConfig` for what is kept of it
+        f     = pre * mask[pos]                                  f [..., F]; `SAEConfig` says which latents are kept
         x_hat = f W_dec + b_dec                                  W_dec [F, D], rows of unit norm
 
     Parameters are float32. The decoder starts as random unit rows, the encoder as its transpose. A transcoder has W_dec
     [F, d_out] and b_dec [d_out], does not subtract b_dec, and its encoder starts as unit rows of its own. In memory both
-    matrices are latent-major: W_enc.T and W_dec are contiguous. Products run in the dtype of x, forwards and backwards,
-    within autocast as without: there, give x.float() for float32. `encode` gives the dense f, `encode_sparse` the same as a
-    `SparseCode`; a dictionary without a mask needs no positions.
+    matrices are latent-major: W_enc.T and W_dec are contiguous. Products run in the dtype of x, forward and backward.
+    Autocast has no effect, so give x.float() for float32. `encode` returns the dense f, `encode_sparse` the same as a
+    `SparseCode`. A dictionary without a mask needs no positions.
 
         sae = SparseAutoencoder(SAEConfig(d_in=768, d_sae=16384, k=32))
         x_hat = sae(x)  # [..., D]; sae(x, pos) with a mask
     """
 
-    threshold: Tensor  # jumprelu: of each latent, learned; batchtopk: of all, followed
-    #: how tensors of the state grow with the activations that a dictionary is for: those of factor * x are factor^power
-    #: times those of x; others don't change
+    threshold: Tensor  # jumprelu: one per latent, learned; batchtopk: one for all, for inference
+    #: how tensors of the state scale with x: a dictionary for factor * x has them times factor^power
     powers: Mapping[str, int] = {"b_enc": 1, "b_dec": 1, "threshold": 1}
 
     @default_modes()
@@ -109,45 +84,44 @@ class SparseAutoencoder(nn.Module):
         elif config.activation == "batchtopk":
             self.register_buffer("threshold", torch.zeros(()))
         self.mask = PositionMask(config.mask, config.d_sae, generator)
-        # What training has now of the number of latents kept, and as a factor on the sparsity coefficients.
+        # At this step of training: the number of latents kept, and a factor on the sparsity coefficients.
         self.k = config.k
         self.pressure: float | Tensor = 1.0
 
     def at(self, progress: float, step: int = 0, seed: int = 0) -> None:
-        """Go to a place of the run, `step` of the run of this `seed`: 0 is its beginning, 1 its end."""
+        """Follow schedules to `progress`, from 0 to 1, at a `step` of the run with this `seed`."""
         self.mask.at(progress)
 
     def after(self) -> None:
-        """After an update: what is tracked from step to step."""
+        """Called after each update, for parts that track something from step to step."""
 
     def part_reports(self) -> dict[str, dict[str, object]]:
-        """Figures of the parts for a line of metrics, by kind."""
+        """Figures of the parts by kind, for a line of metrics."""
         return {}
 
     @property
     def looks_along_rows(self) -> bool:
-        """Whether what it gives for a token depends on others of the row; they then come row after row, in order."""
+        """Whether its output for a token depends on others of the row. It then needs whole rows, in order."""
         return False
 
     @property
     def paces(self) -> dict[str, float]:
-        """Factors on the learning rate, by name of a parameter. Thresholds are of the order of |x| ~ sqrt(D), and learn at
-        that pace."""
+        """Factors on the learning rate by parameter. Thresholds are of the order of |x| ~ sqrt(D), like their steps."""
         return {"threshold": math.sqrt(self.cfg.d_in)}
 
     @property
     def center(self) -> Tensor | None:
-        """What is taken from x [D] before the encoder."""
+        """What is subtracted from x before the encoder [D]."""
         return self.b_dec if self.cfg.d_out is None and self.cfg.apply_b_dec_to_input else None
 
     @property
     def latent_dims(self) -> dict[str, int]:
-        """Of the tensors in `state_dict` that have something of each latent, the dimension that counts latents."""
+        """The dimension that counts latents, for tensors of `state_dict` that have one."""
         dims = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "mask.fixed": 1, "mask.centre": 0, "mask.logits": 1}
         return dims | ({"threshold": 0} if self.cfg.activation == "jumprelu" else {})
 
     def shard(self, ranks: Ranks) -> "SparseAutoencoder":
-        """The dictionary of the latents that this process has of it: of F / size of them, from `rank` times so many on."""
+        """A dictionary of this process's share of the latents: F / size of them."""
         if ranks.size == 1:
             return self
         f = self.cfg.d_sae // ranks.size
@@ -168,11 +142,11 @@ class SparseAutoencoder(nn.Module):
 
     @without_autocast()
     def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        """f [..., F], in the dtype of x. Differentiable; what decides which latents are active is constant."""
+        """f [..., F], in the dtype of x. Differentiable; the choice of active latents is constant."""
         return self._code(x, pos).to_dense().to(x.dtype).view(*x.shape[:-1], self.cfg.d_sae)
 
     def _code(self, x: Tensor, pos: Tensor | None) -> SparseCode:
-        """`encode_sparse`, differentiable where gradients are wanted."""
+        """`encode_sparse`, differentiable if gradients are enabled."""
         x, mask_rows, mask = self.inputs(x, pos)
         code = self._encoded(x, mask_rows, mask)
         if not torch.is_grad_enabled():
@@ -182,7 +156,7 @@ class SparseAutoencoder(nn.Module):
     @without_autocast()
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, pos: Tensor | None = None) -> SparseCode:
-        """f as a SparseCode over the flattened tokens: K per token for topk, ragged for the others. Without gradients."""
+        """f as a SparseCode over the flattened tokens: K entries per token for topk, else ragged. Without gradients."""
         return self._encoded(*self.inputs(x, pos))
 
     @torch.no_grad()
@@ -207,7 +181,7 @@ class SparseAutoencoder(nn.Module):
 
     @without_autocast()
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        """x_hat [..., D] for x [..., D]. Differentiable, as `encode` is; for a loss with its sparsity see `objective`."""
+        """x_hat [..., D] for x [..., D]. Differentiable as `encode` is. For the training loss see `objective`."""
         return self.decode(self._code(x, pos)).to(x.dtype).view(*x.shape[:-1], -1)
 
     def __repr__(self) -> str:
@@ -229,7 +203,7 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def looks_at_positions(self) -> str | None:
-        """What of it needs to know where tokens stand, in words; None if nothing does."""
+        """What in the dictionary needs positions, in words; None if nothing does."""
         if self.cfg.parts:
             return f"parts ({', '.join(part_settings['kind'] for part_settings in self.cfg.parts)})"
         return None if self.cfg.mask.kind == "none" else f"a mask over positions ({self.cfg.mask.kind})"
@@ -238,18 +212,17 @@ class SparseAutoencoder(nn.Module):
         self, hook: str, *, target: str | None = None, edit: Callable[[Tensor], Tensor] | None = None,
         error_term: bool = True, start: splice.Start | None = None,
     ) -> splice.Hooks:  # fmt: skip
-        """What puts the dictionary into a transformer_lens model: `with model.hooks(fwd_hooks=sae.fwd_hooks(hook))`.
+        """Hooks that put the dictionary into a transformer_lens model: `with model.hooks(fwd_hooks=sae.fwd_hooks(hook))`.
 
-        The activations x [B, T, D] there become x_hat; with `edit`, x_hat of edit(f), f [B, T, F]. `error_term` adds
-        x - x_hat as it was before the edit, a constant: without an edit the model then computes what it did. A transcoder
-        reads at `hook`, and x is what it replaces at `target`. Values of heads [B, T, H, d_head], as at `hook_z`, are taken
-        as [B, T, H d_head].
+        The activations x [B, T, D] at `hook` are replaced by x_hat, or with `edit`, by x_hat of edit(f), f [B, T, F].
+        `error_term` adds the constant x - x_hat from before the edit, so that without an edit nothing changes. A transcoder
+        reads at `hook` and replaces x at `target`. Values of heads [B, T, H, d_head], as at `hook_z`, are read as
+        [B, T, H d_head].
 
-        Where the dictionary looks at positions, those of x are `start` to `start` + T - 1. `start` is a number, or a
-        function that gives it anew for each call. Unless it is given, positions continue after the tokens in a
-        HookedTransformer's key-value cache, as in its `generate`, and begin at 0 without one. Where that can't be known, a
-        UserError asks for `start`: for a single token with no cache in sight, as in a TransformerBridge's `generate`, and,
-        where there is a cache, at hooks before the first attention.
+        If the dictionary needs positions, those of x are `start` to `start` + T - 1. `start` is a number, or a function that
+        is called for each forward pass. By default, positions continue after the tokens in a HookedTransformer's key-value
+        cache, as in its `generate`, and begin at 0 without one. Raises UserError where `start` is needed: for a single token
+        without a cache, as in a TransformerBridge's `generate`, and with a cache, at hooks before the first attention.
         """
         if (target is None) != (self.cfg.d_out is None):
             raise UserError("target: needed for a transcoder, and for nothing else; the hook whose value it gives")
@@ -260,26 +233,26 @@ class SparseAutoencoder(nn.Module):
         self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None = None, target: Tensor | None = None,
         batch_context: BatchContext | None = None,
     ) -> Objective:  # fmt: skip
-        """Loss of a batch x [N, D] at pos [N], with gradients for every parameter; a transcoder's is of `target` [N, d_out].
-        Only parts look at what is `batch_context` it.
+        """Loss of a batch x [N, D] at pos [N], with gradients for every parameter. A transcoder's is of `target` [N, d_out].
+        Only parts read `batch_context`.
 
         loss = sum_p squared_error_p / N + l1_coefficient * sum_p l1_p / N (relu)
              + aux_coefficient * (|e - e_hat|^2 / |e - mean e|^2) * |x - mean x|^2 / N (topk, batchtopk)
              + l0_coefficient * D * L0 / N (jumprelu)
 
-        (for a Matryoshka dictionary, the mean over its prefixes in place of the first term; `sums` are those of all latents)
-        where e is the residual, held constant, and e_hat its reconstruction by the `aux_k` most active of the `dead` latents
-        [F]; the last factor is a constant that undoes the normalisation of the first term in the source (Gao et
-        al., arXiv 2406.04093). The auxiliary gradient reaches encoder and decoder. (x stands for the target there.)
+        For a Matryoshka dictionary, the first term is the mean over its prefixes; `sums` are those of all latents. e is the
+        residual, held constant, and e_hat its reconstruction by the `aux_k` most active of the `dead` latents [F]. x stands
+        for the target in the last factor, a constant that undoes the normalisation of the first term in the source (Gao et
+        al., arXiv 2406.04093). The auxiliary gradient reaches encoder and decoder.
         """
         x, mask_rows, mask = self.inputs(x, pos)
         target = x if target is None else target
         if self.cfg.activation == "relu":
             acts = encode_dense(x, self.W_enc, self.b_enc, self.center, mask, mask_rows)
-            x_hat = torch.addmm(self.b_dec.to(x.dtype), acts, self.W_dec.to(x.dtype))
-            sums = position_loss(target - x_hat, acts, pos, n_positions)
-            loss = (sums.squared_error.sum() + self.pressure * self.cfg.l1_coefficient * sums.l1.sum()) / len(x)
-            return Objective(loss, sums, (acts.detach() > 0).any(0))
+            residual = target - torch.addmm(self.b_dec.to(x.dtype), acts, self.W_dec.to(x.dtype))
+            sums = position_loss(residual, acts, pos, n_positions)
+            loss = (sums.squared_error.sum() + self.sparsity_coefficient * sums.l1.sum()) / len(x)
+            return self._with_aux(loss, sums, acts, residual, target)
         l0, aux = None, None
         if self.cfg.activation == "jumprelu":
             code, l0 = encode_jumprelu(
@@ -287,10 +260,7 @@ class SparseAutoencoder(nn.Module):
                 bandwidth=self.bandwidth, expected=self.expected,
             )  # fmt: skip
         else:
-            code, aux = encode_topk(
-                x, self.W_enc, self.b_enc, self.center, mask, mask_rows,
-                k=self.k, aux_k=self.aux_k(dead), aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
-            )  # fmt: skip
+            code, aux = self._encode_topk(x, mask, mask_rows, dead)
         if self.cfg.prefixes is None:
             squared_error, residual = reconstruct(code, self.W_dec, self.b_dec, target)
             loss = squared_error.sum() / len(x)
@@ -300,14 +270,40 @@ class SparseAutoencoder(nn.Module):
         with torch.no_grad():
             sums = position_loss(squared_error, code, pos, n_positions)
         if l0 is not None:
-            loss = loss + self.pressure * self.cfg.l0_coefficient * self.cfg.d_in * l0 / len(x)
-        fired = has_fired(code)
-        least_activation = least_kept(code)[0] if self.cfg.activation == "batchtopk" else None
-        if aux is None or dead is None:
-            return Objective(loss, sums, fired, least_kept=least_activation)
-        aux_error, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
-        aux_loss = self.aux_weight(target, residual, dead) * aux_error.sum()
-        return Objective(loss + aux_loss, sums, fired, aux_loss.detach(), least_activation)
+            loss = loss + self.sparsity_coefficient * l0 / len(x)
+        return self._with_aux(loss, sums, code, residual, target, aux, dead)
+
+    def _encode_topk(
+        self, x: Tensor, mask: Mask | None, mask_rows: Tensor | None, dead: Tensor | None
+    ) -> tuple[SparseCode, SparseCode | None]:
+        """The code of topk or batchtopk in training, and the code of AuxK. Differentiable."""
+        return encode_topk(
+            x, self.W_enc, self.b_enc, self.center, mask, mask_rows,
+            k=self.k, aux_k=self.aux_k(dead), aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
+        )  # fmt: skip
+
+    def _with_aux(
+        self, loss: Tensor, sums: PositionSums, code: SparseCode | Tensor, residual: Tensor, target: Tensor,
+        aux: SparseCode | None = None, dead: Tensor | None = None,
+    ) -> Objective:  # fmt: skip
+        """The objective of a batch: its loss with AuxK added, and which latents fired in its code or activations [N, F]."""
+        sums = PositionSums(*(total.detach() for total in sums))
+        fired = has_fired(code) if isinstance(code, SparseCode) else (code.detach() > 0).any(0)
+        is_followed = isinstance(code, SparseCode) and self.cfg.activation == "batchtopk"
+        objective = Objective(loss, sums, fired, least_kept=least_kept(code)[0] if is_followed else None)
+        if aux is not None and dead is not None:
+            residual = residual.detach()
+            aux_error, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
+            aux_loss = self.aux_weight(target, residual, dead) * aux_error.sum()
+            objective.loss, objective.aux_loss = loss + aux_loss, aux_loss.detach()
+        return objective
+
+    @property
+    def sparsity_coefficient(self) -> float | Tensor:
+        """The factor of L1 per token (relu) or L0 per token (jumprelu) in the loss at this step; 0 for the others."""
+        if self.cfg.activation == "relu":
+            return self.pressure * self.cfg.l1_coefficient
+        return self.pressure * self.cfg.l0_coefficient * self.cfg.d_in if self.cfg.activation == "jumprelu" else 0.0
 
     @property
     def bandwidth(self) -> float:
@@ -315,37 +311,37 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def expected(self) -> int:
-        """About how many latents of a token are looked at: speed depends on it. Of a relu dictionary, any number."""
+        """About how many latents of a token are candidates; only speed depends on it. For relu, it may be any number."""
         return min(4 * self.k, self.cfg.d_sae) if self.cfg.activation != "relu" else self.cfg.d_sae
 
     def aux_k(self, dead: Tensor | None) -> int:
-        """How many of the dead latents take part in AuxK; 0 for no AuxK."""
+        """How many dead latents AuxK selects per token; 0 for no AuxK."""
         return min(self.cfg.aux_k, self.cfg.d_sae) if dead is not None and self.cfg.aux_coefficient > 0 else 0
 
     def aux_weight(self, target: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-        """What AuxK's squared error counts in the loss: aux_coefficient * |y - mean y|^2 / |e - mean e|^2 / N, with y the
-        target, or nothing if no latent is dead. Of several dictionaries, residual [S, N, D] and dead [S, F]: [S]."""
+        """The factor of AuxK's squared error in the loss: aux_coefficient * |y - mean y|^2 / |e - mean e|^2 / N with y the
+        target, and 0 if no latent is dead. [S] for several dictionaries, with residual [S, N, D] and dead [S, F]."""
         smallest = torch.finfo(torch.float32).tiny
         spreads = _spread(target) / _spread(residual).clamp_min(smallest)
         return self.cfg.aux_coefficient / len(target) * spreads * dead.any(-1)
 
     @torch.no_grad()
     def initialise_bias(self, mean: Tensor) -> None:
-        """b_dec starts as some mean activation [D]."""
+        """Start b_dec at a mean activation [D]."""
         self.b_dec.copy_(mean)
 
     @torch.no_grad()
     def initialise_threshold(self, x: Tensor, pos: Tensor, ranks: Ranks = ALONE) -> None:
-        """Start jumprelu's thresholds, unless they are given, where the 4 N k largest activations of x [N, D] exceed them.
-        Each of the `ranks` has a part of the latents."""
+        """Start jumprelu's thresholds where the 4 N k largest activations of x [N, D] exceed them, unless the settings have
+        them. Each of the `ranks` has a share of the latents."""
         if self.cfg.activation == "jumprelu" and self.cfg.initial_threshold is None:
             start = self._threshold_for(x, pos, min(4 * self.cfg.k, self.cfg.d_sae * ranks.size), ranks)
             self.threshold.copy_(torch.where(start.isfinite(), start, 0).expand(self.cfg.d_sae))
 
     @torch.no_grad()
     def fit_threshold(self, x: Tensor, pos: Tensor, ranks: Ranks = ALONE, chunk: int = 1024) -> None:
-        """batchtopk's threshold becomes the one that keeps k latents per token of a sample x [N, D] at pos [N]: the mean of
-        those of about N / `chunk` parts of it, each of every so-many-th token."""
+        """Set batchtopk's threshold to keep k latents per token of a sample x [N, D] at pos [N]. It is the mean over about
+        N / `chunk` interleaved parts of the sample."""
         if self.cfg.activation == "batchtopk" and len(x):
             stride = -(-len(x) // chunk)
             thresholds = torch.cat(
@@ -355,9 +351,8 @@ class SparseAutoencoder(nn.Module):
                 self.threshold.copy_(thresholds.mean())
 
     def _threshold_for(self, x: Tensor, pos: Tensor, k: int, ranks: Ranks) -> Tensor:
-        """The threshold [1] that the N k largest activations of x [N, D] exceed, those of all `ranks` together. Infinite
-        if none is positive. It lies halfway to the next smaller one: at an activation itself, rounding would decide whether
-        that is kept."""
+        """The threshold [1] that the N k largest activations of x [N, D] over all `ranks` exceed, infinite if none is
+        positive. It lies halfway to the next smaller activation, so that rounding doesn't decide what is kept."""
         x, mask_rows, mask = self.inputs(x, pos)
         code, _ = encode_topk_op(
             x, self.W_enc.to(x.dtype), self.b_enc, min(k + 1, self.cfg.d_sae),
@@ -372,8 +367,8 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def scale_(self, factor: float) -> None:
-        """Turn a dictionary for x into the same dictionary for factor * x. Exact where `factor` is a power of two:
-        relu and top-k commute with positive scaling, so only biases and thresholds change."""
+        """Turn a dictionary for x into the same dictionary for factor * x, exactly if `factor` is a power of two. ReLU and
+        top-k commute with positive scaling, so only biases and thresholds change."""
         if not (factor > 0 and math.isfinite(factor)):
             raise UserError(f"factor: {factor} is not allowed; it must be positive")
         for name, tensor in self.state_dict().items():
@@ -382,33 +377,29 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:
-        """Take from each decoder row's gradient the part along the row: that part would only change its norm."""
+        """Remove the part of each decoder row's gradient along the row, which would only change its norm."""
         if self.W_dec.grad is not None:
             coefficients = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
             self.W_dec.grad.addcmul_(coefficients, self.W_dec, value=-1)
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """After an update: decoder rows of norm 1, thresholds not negative."""
+        """After an update, normalise decoder rows and make thresholds nonnegative."""
         if self.W_dec.requires_grad:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
-        self.constrain_threshold()
-
-    @torch.no_grad()
-    def constrain_threshold(self) -> None:
         if self.cfg.activation == "jumprelu":
             self.threshold.clamp_min_(0)
 
     @torch.no_grad()
     def follow(self, least_activation: Tensor | None, pace: float = 0.01) -> None:
-        """After an update, let batchtopk's threshold follow the least activation kept: a mean over about 1 / `pace`
+        """After an update, move batchtopk's threshold towards the least activation kept: a mean over about 1 / `pace`
         batches."""
         if least_activation is not None:
             paces = torch.where(self.threshold > 0, pace, 1.0)
             self.threshold.lerp_(torch.where(least_activation.isfinite(), least_activation, self.threshold), paces)
 
     def inputs(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor | None, Mask | None]:
-        """x as [N, D], the mask's row of each token and the mask; the last two are None without a mask."""
+        """x as [N, D], the mask's row of each token, and the mask. Both are None without a mask."""
         if x.shape[-1] != self.cfg.d_in:
             raise UserError(f"x: width {x.shape[-1]} is not allowed; this dictionary has d_in = {self.cfg.d_in}")
         mask = self.mask.weights()
@@ -420,23 +411,6 @@ class SparseAutoencoder(nn.Module):
 
 
 def _spread(x: Tensor) -> Tensor:
-    """Sum of squares around the batch mean, a constant; x [..., N, D]."""
+    """Sum of squares around the batch mean, as a constant; x [..., N, D]."""
     x = x.detach().float()
     return (x - x.mean(-2, keepdim=True)).square().sum((-2, -1))
-
-
-def least_kept(code: SparseCode, dictionaries: int = 1) -> Tensor:
-    """The least positive activation in the ragged code of each of S dictionaries [S]; infinite if there is none."""
-    values = code.live(code.values.detach())
-    positive = torch.where(values > 0, values, torch.inf)
-    if dictionaries == 1 or code.offsets is None:
-        return positive.amin().expand(1)
-    firsts = code.offsets[:: code.n_tokens // dictionaries].contiguous()
-    return torch.segment_reduce(positive, "min", offsets=firsts, unsafe=True)
-
-
-def has_fired(code: SparseCode) -> Tensor:
-    """Which latents [F] are positive somewhere in the code, without a sync."""
-    counts = torch.zeros(code.n_latents, dtype=torch.int32, device=code.values.device)
-    active = (code.live(code.values.detach()) > 0).flatten().int()
-    return counts.scatter_add_(0, code.live(code.indices).flatten().long(), active) > 0

@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.metrics import fvu, per_token
 from ..engine.stream import ActivationStream
 from ..engine.unit_decoder import Dictionary
 from ..kernels.numerics import sum_by
@@ -193,14 +194,14 @@ def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str
     kl, kl_zero = (float(effects[key].by_row[2].sum()) for key in (name, "zero"))
     clean, zero = effects["clean"], effects["zero"]
     return {
-        "explained_variance": 1 - float(errors.sum() / text.spread.sum()) if text.varies else None,
+        "explained_variance": 1 - fvu(errors, text.spread) if text.varies else None,
         "explained_variance_error": _error(errors_of_rows, text.spread_of_rows) if text.varies else None,
         "ce_recovered": _recovered(effects, "zero", name),
         "ce_recovered_error": _error(zero.by_row[1] - effect.by_row[1], zero.by_row[1] - clean.by_row[1]),
         "ce_recovered_over_mean": _recovered(effects, "mean", name),
         "kl_recovered": (kl_zero - kl) / kl_zero if kl_zero > 0 else None,
         **({} if tally is None else tally.quality() | {"saebench": tally.saebench(effects, name)}),
-        "l0": float(l0.sum() / count.sum()),
+        "l0": per_token(l0, count),
         "dead_fraction": 1.0 if tally is None else tally.dead_fraction,
         "per_position": {
             "position": list(range(len(count))),

@@ -1,7 +1,7 @@
-"""Held-out text as `core` measures on it: read once for all dictionaries, and run on with something else at the hook.
+"""Held-out text for `core`: activations read once for all dictionaries, and the model's losses with them replaced.
 
-The text goes through the model up to the hook once, and what is there is held as far as `HELD` bytes go (the rest is read
-again when it is needed). The layers behind the hook run once for each replacement (`HeldOut.replace`).
+The text goes through the model up to the hook once. Up to `HELD` bytes of activations are kept, and the rest is read again
+when it is needed. The layers after the hook run once for each replacement (`HeldOut.replace`).
 """
 
 import sys
@@ -23,17 +23,17 @@ from .row_budget import CE_ROWS, ROWS, Cost, forecast, pace_of_training
 
 #: x [n, D], pos [n] -> x_hat [n, D]
 Reconstruct = Callable[[Tensor, Tensor], Tensor]
-HELD = 2**29  # bytes of activations that are held at once
+HELD = 2**29  # bytes of activations that are kept
 SAEBENCH_ROWS = 16  # in a batch, by SAEBench's default
 EVERYWHERE = "zero_everywhere"  # SAEBench's ablation
 
 
 @dataclass
 class RowBatch:
-    """Rows of text from number `first` on, what the model has at its hooks [B, T, D], and which tokens count, kept [B, T].
+    """Rows of text from number `first` on, with activations at the input's and the target's hook [B, T, D], and `kept`
+    [B, T]: which tokens count.
 
-    Of the n tokens that count: what goes into a dictionary, x [n, D], what is to come out, target [n, D_out], their place
-    in the row, pos [n], and the row, of all that are evaluated, row [n].
+    For the n tokens that count: x [n, D], target [n, D_out], pos [n] in the row, and row [n] among all evaluated rows.
     """
 
     rows: TokenRows
@@ -62,13 +62,13 @@ class RowBatch:
         return RowBatch(self.rows.slice(start, stop), self.first + start, self.kept[start:stop], (inputs, targets))
 
     def joined(self, other: "RowBatch") -> "RowBatch":
-        """These rows and then the others."""
+        """These rows, followed by the others."""
         inputs, targets = (torch.cat(pair) for pair in zip(self.acts, other.acts, strict=True))
         return RowBatch(self.rows.joined(other.rows), self.first, torch.cat([self.kept, other.kept]), (inputs, targets))
 
 
 def in_batches_of(size: int, batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
-    """The same rows, `size` at a time."""
+    """Regroup rows into batches of `size`."""
     rest: RowBatch | None = None
     for batch in batches:
         rows = batch if rest is None else rest.joined(batch)
@@ -82,8 +82,8 @@ def in_batches_of(size: int, batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
 
 @dataclass
 class Effect:
-    """Of a replacement, over the tokens that have a next one: their number, losses and KL [3, T] by position, and [3, R] by
-    row; and over all `tokens`, with those that have none, KL."""
+    """The effect of a replacement on the model: number, loss and KL of tokens that have a next one, summed by position
+    [3, T] and by row [3, R]. `kl_of_all` is the KL summed over all `tokens`."""
 
     by_position: Tensor
     by_row: Tensor
@@ -92,14 +92,14 @@ class Effect:
 
 
 class HeldOut:
-    """The first `rows` held-out rows of a stream's text, what the model has at the stream's hooks on them, and, on the first
-    `ce_rows`, what it makes of it: read once for all dictionaries that are measured there.
+    """The first `rows` held-out rows of a stream's text with activations at the stream's hooks, and on the first `ce_rows`
+    the model's losses. Read once for all dictionaries that are measured there.
 
-    count int64 [T]: tokens by position; mean float64 [D_out], spread float64 [T] and [R]: squared distance from it.
+    count int64 [T]: tokens by position; mean float64 [D_out]; spread [T] and spread_of_rows [R]: squared distance to it.
     """
 
     def __init__(self, stream: ActivationStream, rows: int = ROWS, ce_rows: int = CE_ROWS, latents: Sequence[int] = ()):
-        """`latents`: of the dictionaries that are to be measured, for the forecast of how long it takes."""
+        """`latents`: the number of latents of each dictionary to measure, for a forecast of the time."""
         self.stream, self.device = stream, stream.model.device
         self._stored: list[RowBatch] = []
         self._row_limit = rows
@@ -133,11 +133,11 @@ class HeldOut:
         self.spread = torch.zeros(T, dtype=torch.float64, device=self.device)
         self.spread_of_rows = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
         self._spread_is_known = False
-        self.effects: dict[str, Effect] = {}  # those that say nothing of one dictionary
+        self.effects: dict[str, Effect] = {}  # of the replacements that don't depend on a dictionary
 
     @property
     def varies(self) -> bool:
-        """Whether there is variance to explain; known once something is measured."""
+        """Whether there is variance to explain. Known after the first `visit`."""
         return has_variance(float(self.spread.sum()), self.squares)
 
     def _announce(self, rows: int, ce_rows: int, latents: Sequence[int]) -> None:
@@ -154,14 +154,14 @@ class HeldOut:
             first += len(rows)
 
     def batches(self) -> Iterator[RowBatch]:
-        """All batches, one after the other: those that are held, and the others read again."""
+        """All batches in order: the stored ones, and then the others, read again."""
         yield from self._stored
         stored_rows = sum(len(batch.rows) for batch in self._stored)
         if stored_rows < self.rows:
             yield from (batch for batch in self._read() if batch.first >= stored_rows)
 
     def visit(self, visitors: Sequence[Callable[[RowBatch], None]]) -> None:
-        """Show every batch to each of `visitors`, in one pass over the text."""
+        """Call each of `visitors` with every batch, in one pass over the text."""
         with progress_bar("evaluation: reconstruction", total=self.rows, unit="rows") as bar:
             for batch in in_batches_of(SAEBENCH_ROWS, self.batches()):
                 if not self._spread_is_known:
@@ -174,8 +174,8 @@ class HeldOut:
         self._spread_is_known = True
 
     def replace(self, by: Mapping[str, Reconstruct]) -> dict[str, Effect]:
-        """What the model makes of the text with the tokens that count replaced by what these functions give for them.
-        `clean`, `zero`, `mean` and zero everywhere are always there, and worked out once."""
+        """Run the model with the activations of tokens that count replaced by these functions of them. The effects of
+        `clean`, `zero`, `mean` and zero everywhere are always included, and measured once."""
         fixed: dict[str, Reconstruct] = {
             "zero": lambda x, pos: torch.zeros_like(self.mean, dtype=x.dtype).expand(len(x), -1),
             "mean": lambda x, pos: self.mean.to(x.dtype).expand(len(x), -1),

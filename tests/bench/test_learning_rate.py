@@ -10,8 +10,9 @@ from temposae.bench import learning_rate as bench
 from temposae.bench.learning_rate import Cell, excess
 from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.learner import Learner, default_lr
+from temposae.engine.learner import Learner
 from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.training.schedules import default_lr
 
 from ..commandline import run
 

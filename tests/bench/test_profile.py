@@ -7,8 +7,8 @@ import pytest
 import torch
 from temposae.bench.data import Shape
 from temposae.bench.profile import OUTSIDE, STEP, run, summary, table
+from temposae.engine.cohort import Cohort
 from temposae.engine.errors import UserError
-from temposae.engine.learner import Learner
 
 SHAPE = Shape(N=64, D=16, F=48, K=4)
 
@@ -106,13 +106,13 @@ def test_a_real_step_is_accounted_for(tmp_path: Path, made_up_rates: Any) -> Non
 def test_a_step_that_names_its_own_stages_is_not_wrapped(
     tmp_path: Path, made_up_rates: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Learner.step
+    step = Cohort.step
 
-    def named(self: Learner, batch: Any) -> None:
+    def named(self: Cohort, batch: Any) -> None:
         with torch.profiler.record_function("temposae::everything"):
             step(self, batch)
 
-    monkeypatch.setattr(Learner, "step", named)
+    monkeypatch.setattr(Cohort, "step", named)
     found = run(SHAPE, device="cpu", dtype="fp32", steps=1, trace=tmp_path / "trace.json")
     assert found["named_by"] == "the step"
     stages = {row["stage"] for row in found["stages"]}

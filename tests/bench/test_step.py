@@ -16,6 +16,8 @@ from temposae.bench.torch_baseline import Dense
 from temposae.bench.training_job import ACTIVATIONS, DEAD, ProviderRun, ProviderUnavailable, TrainingJob, sae_config
 from temposae.engine.errors import UserError
 
+from ..stepping import advance
+
 SHAPE = Shape(N=64, D=16, F=48, K=4)
 PACKAGES = {
     f"{name}{how}": package
@@ -117,7 +119,7 @@ def test_dead_latents_learn_by_auxk_alone(auxk: bool) -> None:
     learner.any_dead = auxk
     learner.counts.idle_tokens[:, dead] = learner.dead_after
     before = learner.sae.W_enc.detach().clone()
-    learner.step(given.tokens.batches[0])
+    advance(learner, given.tokens.batches[0])
     moved = (learner.sae.W_enc.detach() - before).abs().amax(0)
     assert bool(moved[~dead].max() > 0)
     assert bool((moved[dead] > 0).any()) == auxk

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from temposae.engine.cohort import Cohort
 from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.learner import Learner
 from temposae.engine.stream import ActivationStream, ArraySource
 from temposae.engine.stream.arrays import open_file
 from temposae.engine.train import train
@@ -99,16 +99,15 @@ def test_a_stopped_run_resumes_to_the_same_weights(x, tmp_path, monkeypatch, for
     assert whole.metrics[-1]["fvu"] < 0.7 * whole.metrics[0]["fvu"]
     settings = SETTINGS.model_copy(update={"checkpoint_every_steps": 8})
     expected = train(form(x), SAE, settings)
-    real = Learner.step
+    real = Cohort.step
 
     def stop(self, batch):
-        if self.steps_done == 20:
+        if self.learners[0].steps_done == 20:
             raise KeyboardInterrupt
         real(self, batch)
 
-    monkeypatch.setattr("temposae.engine.train.group_into_cohorts", lambda learners: list(learners))
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "step", stop)
+        patch.setattr(Cohort, "step", stop)
         with pytest.raises(KeyboardInterrupt):
             train(form(x), SAE, settings, out=tmp_path / "half")
     found = train(form(x), SAE, settings, out=tmp_path / "half", resume=True)

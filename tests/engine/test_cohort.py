@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from temposae.engine.cohort import Cohort
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.learner import Learner
 from temposae.engine.storage import checkpoint
 from temposae.engine.storage.run_folder import read_metrics
 from temposae.engine.stream import ActivationStream
@@ -89,18 +89,18 @@ def test_each_has_a_folder_that_can_be_used_by_itself(together):
 )
 def test_all_go_on_from_a_stop(together, stream, tmp_path, monkeypatch, steps):
     """Before the first checkpoint, at one, and on both sides of the end (at 13) of the shortest."""
-    real = Learner.step
+    real = Cohort.step
     steps = min(steps, 31)
 
     def stop(self, batch):
-        if self.steps_done == steps and self.sae.cfg.activation == "batchtopk":
+        if self.learners[0].steps_done == steps and self.learners[0].sae.cfg.activation == "batchtopk":
             raise KeyboardInterrupt
         real(self, batch)
 
-    monkeypatch.setattr(Learner, "step", stop)
+    monkeypatch.setattr(Cohort, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         train_together(stream(), SEVERAL, out=tmp_path / "run")
-    monkeypatch.setattr(Learner, "step", real)
+    monkeypatch.setattr(Cohort, "step", real)
     resumed = train_together(stream(), SEVERAL, out=tmp_path / "run", resume=True)
     for name, run in together[0].items():
         assert same(run, resumed[name]), name

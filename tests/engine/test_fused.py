@@ -4,15 +4,18 @@ import functools
 
 import pytest
 import torch
+from temposae.engine.cohort import Cohort, group_into_cohorts
 from temposae.engine.config import MaskConfig, SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.fused import FusedStep
-from temposae.engine.learner import Cohort, Learner, group_into_cohorts
+from temposae.engine.learner import Learner
 from temposae.engine.ranks import ALONE
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import Batch
 from temposae.kernels.adam import Rates
 from temposae.kernels.encode_sparse import _encode_fp8
+
+from ..stepping import advance
 
 D, T, N, STEPS = 24, 6, 16, 2
 CASES = {
@@ -66,7 +69,7 @@ def sparse(monkeypatch):
 
 
 def take(monkeypatch, way):
-    monkeypatch.setattr("temposae.engine.learner.DENSE_FROM", {"dense": 0.0, "sparse": 1.0}[way])
+    monkeypatch.setattr("temposae.engine.cohort.DENSE_FROM", {"dense": 0.0, "sparse": 1.0}[way])
 
 
 def learner(changes, dtype="float32", seed=1, lr=0.01, d_sae=37, ranks=ALONE):
@@ -95,9 +98,8 @@ def batches(d_out=None):
         yield batch
 
 
-def after_training(made):
-    for batch in batches(made.sae.cfg.d_out):
-        made.step(batch)
+def after_training(made, fused=None):
+    advance(made, *batches(made.sae.cfg.d_out), fused=fused)
     return made.sae.state_dict(), made.state(), made.report()
 
 
@@ -146,20 +148,19 @@ def test_equals_the_unfused_step(changes, backend, way, monkeypatch, poisoned, a
     if backend == "triton":
         pytest.importorskip("triton")
     reference = learner(changes)
-    assert reference.cohort is None
+    assert Cohort([reference]).fused is None
     start = {name: tensor.clone() for name, tensor in reference.sae.state_dict().items()}
     weights, state, report = after_training(reference)
 
     monkeypatch.setenv("TEMPOSAE_BACKEND", backend)
     fused = learner(changes)
-    assert (fused.cohort is not None) == (backend == "triton")
+    assert (Cohort([learner(changes)]).fused is not None) == (backend == "triton")
     dense = []
     monkeypatch.setattr(
         "temposae.engine.fused.torch.bmm", lambda *args: dense.append(args[0].shape[1:]) or torch.ops.aten.bmm(*args)
     )
     take(monkeypatch, way)
-    Cohort([fused])
-    fused_weights, fused_state, fused_report = after_training(fused)
+    fused_weights, fused_state, fused_report = after_training(fused, fused=True)
 
     assert_trained_alike((fused_weights, fused_state), (weights, state), start, assert_close)
     assert fused_report == pytest.approx(report, rel=1e-4)
@@ -180,10 +181,8 @@ def test_goes_on_from_a_checkpoint_of_the_other_step(moments, assert_close):
     results = []
     for fused in (False, True):
         made = learner(dict(moments=moments))
-        if fused:
-            Cohort([made])
         made.load_state(state, weights)
-        results.append(after_training(made)[0])
+        results.append(after_training(made, fused=fused)[0])
     for name, expected in results[0].items():
         assert_close(results[1][name], expected, name=name)
 
@@ -232,7 +231,7 @@ def test_narrow_moments_learn_as_well_as_wide_ones():
         for step in range(settings.steps):
             on = torch.rand(256, 64, generator=generator) < torch.logspace(-2.5, -0.5, 64)
             x = (on * torch.rand(256, 64, generator=generator)) @ directions
-            made.step(Batch.of(x, torch.zeros(256)))
+            advance(made, Batch.of(x, torch.zeros(256)))
             if step in (9, 249, 299):
                 reports.append(made.report()["fvu"])
         assert reports[2] < 0.5 * reports[0]
@@ -242,12 +241,22 @@ def test_narrow_moments_learn_as_well_as_wide_ones():
 
 
 def test_copies_in_half_precision_follow_the_weights():
+    """Those of the fused step, and those from outside of it."""
     made = learner({}, dtype="bfloat16")
-    Cohort([made])
+    cohort = Cohort([made], fused=True)
+    state, weights = ({name: value.clone() for name, value in held.items()} for held in (made.state(), made.weights()))
+
+    def assert_same():
+        for name, shadow in cohort.fused.stacked.shadows.items():
+            assert torch.equal(shadow, made.leaves[name].detach().bfloat16())
+
     for batch in batches():
-        made.step(batch)
-    for name, shadow in made.cohort.fused._shadows.items():
-        assert torch.equal(shadow, made.leaves[name].detach().bfloat16())
+        cohort.step(batch)
+    assert_same()
+    made.load_state(state, weights)
+    run = cohort.fused.run
+    cohort.fused.run = lambda *args: assert_same() or run(*args)
+    cohort.step(next(batches()))
 
 
 @pytest.mark.slow
@@ -273,23 +282,29 @@ def test_fp8_trains_almost_the_same(monkeypatch, assert_close):
 def test_a_relu_dictionary_is_dense_until_few_latents_are_active(monkeypatch):
     """The two paths meet at a report, and what the sparse one trains in half precision has not fallen behind."""
     made = learner(dict(activation="relu"), dtype="bfloat16")
-    monkeypatch.setattr("temposae.engine.learner.DENSE_FROM", 1 / 96)
-    fused = Cohort([made]).fused
-    taken = []
-    fused.run = lambda *args: taken.append(made.steps_done) or FusedStep.run(fused, *args)
+    monkeypatch.setattr("temposae.engine.cohort.DENSE_FROM", 1 / 96)
+    cohort = Cohort([made], fused=True)
+    fused, taken = cohort.fused, []
+
+    def run(*args):
+        taken.append(made.steps_done)
+        for name, shadow in fused.stacked.shadows.items():
+            assert torch.equal(shadow, made.leaves[name].detach().bfloat16())
+        return FusedStep.run(fused, *args)
+
+    fused.run = run
     made.l0 = float(made.sae.cfg.d_sae)
     batch = next(batches())
-    made.step(batch)
+    cohort.step(batch)
     assert made.report()["l0"] > 1
     with torch.no_grad():
         made.sae.b_enc -= 100
-    made.step(batch)
+    cohort.step(batch)
     assert taken == []
     assert made.report()["l0"] == 0
-    for name, shadow in fused._shadows.items():
-        assert torch.equal(shadow, made.leaves[name].detach().bfloat16())
-    made.step(batch)
+    cohort.step(batch)
     assert taken == [3]
+    cohort.settle()
     resumed = learner(dict(activation="relu"), dtype="bfloat16")
     resumed.load_state(made.state(), made.sae.state_dict())
     assert resumed.l0 == made.l0
@@ -316,7 +331,7 @@ def test_dictionaries_side_by_side_train_as_each_would_alone(name, backend, way,
     take(monkeypatch, way)
     seeds = (1, 2) if backend == "triton" else (1, 2, 3)  # the interpreter is slow
     # With the usual 1e-8, a gradient that cancels to next to nothing makes a step out of its rounding errors.
-    monkeypatch.setattr("temposae.engine.fused.Rates", functools.partial(Rates, eps=1e-4))
+    monkeypatch.setattr("temposae.engine.training.stacked_weights.Rates", functools.partial(Rates, eps=1e-4))
 
     def made():
         found = [learner(CASES[name], seed=seed, lr=0.01 / seed) for seed in seeds]
@@ -326,13 +341,12 @@ def test_dictionaries_side_by_side_train_as_each_would_alone(name, backend, way,
 
     alone = made()
     for one in alone:
-        Cohort([one])
-        for batch in batches():
-            one.step(batch)
+        advance(one, *batches(), fused=True)
     side = made()
-    cohort = Cohort(side)
+    cohort = Cohort(side, fused=True)
     for batch in batches():
         cohort.step(batch)
+    cohort.settle()
     assert side[1].sae.W_enc.untyped_storage().data_ptr() == side[0].sae.W_enc.untyped_storage().data_ptr()
     for one, other in zip(alone, side, strict=True):
         found, expected = ((each.sae.state_dict(), each.state()) for each in (other, one))
@@ -343,9 +357,21 @@ def test_dictionaries_side_by_side_train_as_each_would_alone(name, backend, way,
     assert CASES[name].get("decoder") == "random" or changes[0] > 1.5 * changes[1] > 0
 
 
+def test_a_dictionary_goes_on_alone_after_a_cohort(assert_close):
+    alone, *side = (learner({}, seed=seed) for seed in (1, 1, 2))
+    advance(alone, *batches(), *batches(), fused=True)
+    cohort = Cohort(side, fused=True)
+    for batch in batches():
+        cohort.step(batch)
+    cohort.settle()
+    advance(side[0], *batches(), fused=True)
+    for name, value in alone.sae.state_dict().items():
+        assert_close(side[0].sae.state_dict()[name], value, 1e-4, name)
+
+
 def test_only_dictionaries_of_one_kind_go_together(monkeypatch):
     pytest.importorskip("triton")
-    assert [len(group_into_cohorts([learner(dict()), learner(dict(), seed=2)]))] == [2]  # no kernels here
+    assert len(group_into_cohorts([learner(dict()), learner(dict(), seed=2)])) == 2  # no kernels here
     monkeypatch.setenv("TEMPOSAE_BACKEND", "triton")
     plain = [learner(dict(), seed=seed, lr=seed) for seed in (1, 2)]
     others = [
@@ -354,9 +380,8 @@ def test_only_dictionaries_of_one_kind_go_together(monkeypatch):
                         dict(prefixes=(5, 37)), dict(clip_norm=None))
     ]  # fmt: skip
     found = group_into_cohorts([plain[0], *others, plain[1]])
-    assert [one.learners for one in found if isinstance(one, Cohort)] == [plain]
-    assert {id(one) for one in found if isinstance(one, Learner)} == {id(one) for one in others}
-    assert all(one.cohort.learners == [one] for one in others)
+    assert [cohort.learners for cohort in found] == [plain, *([one] for one in others)]
+    assert all(cohort.fused is not None for cohort in found)
 
 
 @pytest.mark.parametrize("changes", [dict(activation="relu"), dict(activation="jumprelu")], ids=["relu", "jumprelu"])
@@ -369,13 +394,13 @@ def test_a_code_that_has_no_room_is_made_again(changes, backend, monkeypatch, po
     results, asked = [], []
     for room in (None, 3, 10_000):
         made = learner(changes)
-        cohort = Cohort([made])
+        cohort = Cohort([made], fused=True)
         run = cohort.fused.run
         cohort.fused.run = lambda *args, run=run: asked.append(args[5]) or run(*args)
         for nth, batch in enumerate(batches()):
             if nth == 0:
                 cohort.capacity = room
-            made.step(batch)
+            cohort.step(batch)
         cohort.settle()
         results.append({**made.state(), **made.sae.state_dict()})
     first, *others = results
@@ -385,12 +410,26 @@ def test_a_code_that_has_no_room_is_made_again(changes, backend, monkeypatch, po
     assert grown > 3
 
 
+def test_a_learner_is_not_read_before_its_last_step_is_counted():
+    made = learner(dict(activation="jumprelu"))
+    cohort = Cohort([made], fused=True)
+    for batch in batches():
+        cohort.step(batch)
+    for read in (made.report, made.state, made.weights, made.is_finite, made.end, lambda: made.held_out([])):
+        with pytest.raises(RuntimeError, match="call Cohort.settle first"):
+            read()
+    with pytest.raises(RuntimeError, match="call Cohort.settle first"):
+        Cohort([made])
+    cohort.settle()
+    assert made.report()["l0"] > 0
+
+
 def test_nothing_changes_where_there_is_no_room(monkeypatch, poisoned):
     pytest.importorskip("triton")
     for backend in ("torch", "triton"):
         monkeypatch.setenv("TEMPOSAE_BACKEND", backend)
         made = learner(dict(activation="jumprelu"))
-        fused, batch = Cohort([made]).fused, next(batches())
+        fused, batch = Cohort([made], fused=True).fused, next(batches())
         x, pos = batch.x[:4], batch.pos[:4]
         made.sae.initialise_threshold(x, pos)
         before = {key: value.clone() for key, value in {**made.state(), **made.sae.state_dict()}.items()}

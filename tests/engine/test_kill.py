@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from temposae.cli import main
+from temposae.engine.cohort import Cohort
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import Stopped, UserError
-from temposae.engine.learner import Learner
 from temposae.engine.process.signals import stop_on_signals
 from temposae.engine.storage import checkpoint
 from temposae.engine.storage.files import LOCK, UNFINISHED
@@ -133,7 +133,7 @@ def interruptible():
 
 
 def test_a_signal_that_is_ignored_stays_so(stream_of, tmp_path, monkeypatch, interruptible):
-    config, real = settings("tokens"), Learner.step
+    config, real = settings("tokens"), Cohort.step
     training = config.train.model_copy(update={"tokens": 512, "control": False})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -141,7 +141,7 @@ def test_a_signal_that_is_ignored_stays_so(stream_of, tmp_path, monkeypatch, int
         real(self, batch)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(Cohort, "step", step)
     assert len(train(stream_of(), config.sae, training, out=tmp_path / "run").metrics) > 0
 
 
@@ -150,46 +150,46 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(stream_of, tmp_path, monke
     config = settings("tokens")
     training = config.train.model_copy(update={"checkpoint_every_steps": None})
     whole = train(stream_of(), config.sae, training)
-    real, before = Learner.step, signal.getsignal(number)
+    real, before = Cohort.step, signal.getsignal(number)
 
     def step(self, batch):
         real(self, batch)
-        if self.steps_done == 10 and self.sae.cfg.decoder == "learned":
+        if self.learners[0].steps_done == 10 and self.learners[0].sae.cfg.decoder == "learned":
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(Cohort, "step", step)
     with pytest.raises(Stopped, match="stopped at step 10; --resume goes on") as stopped:
         train(stream_of(), config.sae, training, out=tmp_path / "run")
     assert stopped.value.signal == number
     assert signal.getsignal(number) == before
     assert checkpoint.find(tmp_path / "run").step == 10
-    monkeypatch.setattr(Learner, "step", real)
+    monkeypatch.setattr(Cohort, "step", real)
     again = train(stream_of(), config.sae, training, out=tmp_path / "run", resume=True)
     assert all(torch.equal(value, again.sae.state_dict()[name]) for name, value in whole.sae.state_dict().items())
 
 
 def test_a_second_signal_stops_at_once(stream_of, tmp_path, monkeypatch, interruptible):
-    config, real = settings("tokens"), Learner.step
+    config, real = settings("tokens"), Cohort.step
 
     def step(self, batch):
         real(self, batch)
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(Cohort, "step", step)
     with pytest.raises(KeyboardInterrupt):
         train(stream_of(), config.sae, config.train, out=tmp_path / "run")
     assert checkpoint.all_in(tmp_path / "run") == []
 
 
 def test_without_a_folder_a_signal_is_python_s_own(stream_of, monkeypatch, interruptible):
-    config, real = settings("tokens"), Learner.step
+    config, real = settings("tokens"), Cohort.step
 
     def step(self, batch):
         real(self, batch)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(Cohort, "step", step)
     with pytest.raises(KeyboardInterrupt):
         train(stream_of(), config.sae, config.train)
 

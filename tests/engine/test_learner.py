@@ -5,15 +5,18 @@ import pytest
 import torch
 from temposae.engine.config import MaskConfig, RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.learner import Learner, annealed
+from temposae.engine.learner import Learner
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.storage import checkpoint
 from temposae.engine.storage.run_folder import HELD_OUT, read_metrics
 from temposae.engine.stream import ActivationStream, Batch
 from temposae.engine.stream.center import center
 from temposae.engine.train import train
+from temposae.engine.training.schedules import annealed
 from temposae.evals import features
 from temposae.evals.run_evals import evaluate
+
+from ..stepping import advance
 
 D, F, T, N = 16, 64, 5, 96
 SETTINGS = dict(tokens=40 * N, batch=N, lr=1e-2, dead_after_tokens=4 * N)
@@ -38,7 +41,7 @@ def learner(activation: str = "topk", sae: dict | None = None, **settings) -> Le
 
 def after(one: Learner, count: int = 6) -> dict[str, torch.Tensor]:
     for batch in batches(count):
-        one.step(batch)
+        advance(one, batch)
     return {name: value.clone() for name, value in one.sae.state_dict().items()}
 
 
@@ -57,7 +60,7 @@ def test_training_keeps_as_many_as_the_schedule_says(activation):
     one = learner(activation, k_start=32, k_anneal=0.5)
     l0 = []
     for batch in batches(24):
-        one.step(batch)
+        advance(one, batch)
         l0.append(one.report()["l0"])
     assert l0[0] > 12
     assert max(l0[20:]) <= 4.01
@@ -70,14 +73,14 @@ def test_sparsity_is_asked_for_gradually(activation, name):
 
     def losses(**settings) -> list[float]:
         one = learner(activation, {name: 5.0}, **settings)
-        return [one.step(batch) or one.report()["loss"] for batch in batches(12)]
+        return [advance(one, batch) or one.report()["loss"] for batch in batches(12)]
 
     plain, gradual = losses(), losses(sparsity_warmup=0.25)
     assert gradual[0] < 0.5 * plain[0]
     one = learner(activation, {name: 5.0}, sparsity_warmup=0.25)
     factors = []
     for batch in batches(12):
-        one.step(batch)
+        advance(one, batch)
         factors.append(one.sae.pressure)
     assert factors == pytest.approx([min(1, (step + 1) / 10) for step in range(12)])
 
@@ -144,9 +147,9 @@ def test_a_new_life_begins_without_memories(moments):
     one = learner("relu", moments=moments, resample_every_steps=10)
     one.sae.b_enc.data[3] = -100.0
     for batch in batches(9):
-        one.step(batch)
+        advance(one, batch)
     before = one.sae.W_dec[3].clone()
-    one.step(batches(10)[9])
+    advance(one, batches(10)[9])
     assert int(one.counts.idle_tokens[0, 3]) == 0
     for name in ("W_enc", "W_dec", "b_enc"):
         assert all(not m[3].any() for m in one.moments()[name][:2])
@@ -293,7 +296,7 @@ def test_sparsity_finds_the_l0_that_is_asked_for(activation):
         one = learner(activation, tokens=steps * N, lr=2e-2, target_l0=target, clip_norm=None)
         given = batches(20)
         for step in range(steps):
-            one.step(given[step % len(given)])
+            advance(one, given[step % len(given)])
             if step == steps - 60:
                 one.report()
         found[target] = one.report()["l0"]
@@ -311,7 +314,7 @@ def test_what_sparsity_has_become_is_resumed():
     other.load_state(state, weights)
     for one in (whole, other):
         for batch in batches(9)[6:]:
-            one.step(batch)
+            advance(one, batch)
     assert whole.report() == other.report()
     assert torch.equal(whole.sae.W_enc, other.sae.W_enc)
     assert float(whole.matching[0]) > 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import temposae.engine.learner
+import temposae.engine.cohort
 import torch
 import torch.distributed as dist
 from temposae.engine.config import StreamConfig
@@ -22,6 +22,7 @@ from temposae.engine.stream.token_rows import TextRows
 from temposae.engine.testbed.language import Language
 
 from ..closeness import assert_close
+from ..stepping import advance
 from .test_fused import CASES, assert_trained_alike, batches, learner
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -70,7 +71,7 @@ def test_what_processes_tell_each_other(size, tmp_path):
 
 
 def trained(ranks: Ranks, names: list[str]) -> None:
-    temposae.engine.learner.DENSE_FROM = 1.0
+    temposae.engine.cohort.DENSE_FROM = 1.0
     for name in names:
         changes = dict(CASES[name])
         if "prefixes" in changes:
@@ -81,8 +82,7 @@ def trained(ranks: Ranks, names: list[str]) -> None:
         shared.counts.idle_tokens[0, 0] = int(ranks.is_first)
         start, found = {key: value.clone() for key, value in alone.weights().items()}, []
         for one in (shared, alone):
-            for batch in batches(one.sae.cfg.d_out):
-                one.step(batch)
+            advance(one, *batches(one.sae.cfg.d_out))
             found.append((one.weights(), one.state()))
         assert_trained_alike(*found, start, assert_close, 1e-5)
         (weights, state), reports = found[0], [one.report() for one in (shared, alone)]
@@ -93,7 +93,7 @@ def trained(ranks: Ranks, names: list[str]) -> None:
         for each in (ranks, ALONE):
             made = learner(changes, d_sae=F, ranks=each)
             made.load_state(state, weights)
-            made.step(next(batches(made.sae.cfg.d_out)))
+            advance(made, next(batches(made.sae.cfg.d_out)))
             ended.append((made.weights(), made.state()))
         assert_trained_alike(*ended, weights, assert_close, 1e-5)
 

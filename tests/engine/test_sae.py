@@ -6,10 +6,13 @@ import pytest
 import torch
 from temposae.engine.config import MaskConfig, SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.learner import Learner, schedule
+from temposae.engine.learner import Learner
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import Batch
+from temposae.engine.training.schedules import schedule
 from temposae.kernels.masks import weights_at
+
+from ..stepping import advance
 
 D, F, K, T, N = 10, 36, 5, 8, 50
 
@@ -250,7 +253,7 @@ def batch() -> Batch:
 
 def test_decoder_rows_stay_unit_and_their_gradient_orthogonal():
     one = learner()
-    one.step(batch())
+    advance(one, batch())
     assert torch.allclose(one.sae.W_dec.norm(dim=1), torch.ones(F), atol=1e-6)
     sae, (x, pos) = make(), data()
     sae.constrain()
@@ -273,11 +276,11 @@ def test_dead_latents_are_counted_in_tokens():
     never = int((~fires).nonzero()[0])
     with torch.no_grad():
         one.sae.b_enc[never] = -1e4
-    one.step(batch())
+    advance(one, batch())
     assert int(one.counts.idle_tokens[0, never]) == N
     assert int(one.counts.idle_tokens[0, fires].min()) == 0
     assert one.report()["dead"] == 0
-    one.step(batch())
+    advance(one, batch())
     assert one.report()["dead"] >= 1  # 2 N tokens without it
     assert one.any_dead
 
@@ -285,7 +288,7 @@ def test_dead_latents_are_counted_in_tokens():
 def test_the_gradient_is_clipped_to_the_norm_told():
     free, clipped, used_freely = learner(clip_norm=None), learner(clip_norm=1e-3), None
     for one in (free, clipped):
-        one.step(batch())
+        advance(one, batch())
         used = torch.stack([m.exp_avg.norm() for m in one.moments().values()]).norm() / (1 - one.config.beta1)
         assert (used <= 1.01e-3) == (one is clipped)
         used_freely = used if one is free else used_freely

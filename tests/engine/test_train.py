@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from temposae.engine.cohort import Cohort
 from temposae.engine.config import MaskConfig, SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
-from temposae.engine.learner import Learner
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.storage import checkpoint
 from temposae.engine.storage.checkpoint import load, save
@@ -82,17 +82,17 @@ def test_the_same_seed_gives_the_same_run(whole, stream_of):
 
 def stop_and_resume(stream_of, sae, settings, folder, steps, monkeypatch):
     """A run that was interrupted after so many steps, and went on."""
-    real = Learner.step
+    real = Cohort.step
 
     def stop(self, batch):
-        if self.steps_done == steps:
+        if self.learners[0].steps_done == steps:
             raise KeyboardInterrupt
         real(self, batch)
 
-    monkeypatch.setattr(Learner, "step", stop)
+    monkeypatch.setattr(Cohort, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         train(stream_of(), sae, settings, out=folder)
-    monkeypatch.setattr(Learner, "step", real)
+    monkeypatch.setattr(Cohort, "step", real)
     return train(stream_of(), sae, settings, out=folder, resume=True)
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from temposae.engine.cohort import Cohort, group_into_cohorts
 from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig, TrainConfig
-from temposae.engine.learner import Learner, group_into_cohorts
+from temposae.engine.learner import Learner
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, Batch, LanguageModel
 from temposae.engine.train import train
@@ -25,12 +26,14 @@ def test_a_step_never_waits_for_the_device(activation, aux, F):
     sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=16, aux_k=32, activation=activation)).cuda()
     one = Learner(sae, TrainConfig(tokens=N * 10, batch=N), x.mean(0), float(x.norm(dim=1).mean()), T)
     one.any_dead = aux
-    one.step(batch)  # compiles
+    cohort = Cohort([one])
+    cohort.step(batch)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        one.step(batch)
+        cohort.step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    cohort.settle()
     assert one.report()["loss"] > 0
 
 
@@ -44,9 +47,9 @@ def test_a_step_can_be_captured_and_replayed(activation):
     trained = []
     for captured in (False, True):
         sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=16, activation=activation), seed=1).cuda()
-        cohort = Learner(sae, TrainConfig(tokens=N * 10, batch=N), xs[0].float().mean(0), D**0.5, T).cohort
-        assert cohort is not None
-        fused, capacity = cohort.fused, None if activation in ("topk", "batchtopk") else N * 200
+        fused = Cohort([Learner(sae, TrainConfig(tokens=N * 10, batch=N), xs[0].float().mean(0), D**0.5, T)]).fused
+        assert fused is not None
+        capacity = None if activation in ("topk", "batchtopk") else N * 200
         sae.initialise_threshold(xs[0], pos)
         x, graph = xs[0].clone(), torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
@@ -59,7 +62,7 @@ def test_a_step_can_be_captured_and_replayed(activation):
                 fused.run(x, pos, T, None, 64, capacity)
         for step, given in enumerate(xs[1:], 2):
             x.copy_(given)
-            fused.set_rates([1e-3], step)
+            fused.stacked.set_rates([1e-3], step)
             if captured:
                 graph.replay()
             else:
@@ -92,13 +95,14 @@ def test_the_fused_step_equals_the_unfused_one(changes, assert_close):
         sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, k=16, aux_k=32, **changes), seed=1).cuda()
         settings = TrainConfig(tokens=N * 10, batch=N, lr=4e-4, dtype="float32", dead_after_tokens=1)
         one = Learner(sae, settings, torch.zeros(D, device="cuda"), D**0.5, T)
-        assert one.cohort is not None
-        one.cohort = one.cohort if fused else None
+        cohort = Cohort([one], fused=None if fused else False)
+        assert (cohort.fused is not None) == fused
         one.any_dead, one.l0 = True, min(one.l0, F / 100)
         draw = torch.Generator().manual_seed(2)
         for _ in range(3):
             x = torch.rand(N, 300, generator=draw).pow(8) @ directions
-            one.step(Batch.of(x, torch.randint(0, T, (N,), generator=draw)).each(Tensor.cuda))
+            cohort.step(Batch.of(x, torch.randint(0, T, (N,), generator=draw)).each(Tensor.cuda))
+        cohort.settle()
         made.append(one)
     first = SparseAutoencoder(made[0].sae.cfg, seed=1).cuda()
     for name, expected in made[1].sae.named_parameters():
@@ -125,14 +129,16 @@ def test_dictionaries_side_by_side_train_as_each_would_alone(activation, F, asse
         ]  # fmt: skip
         for one in each:
             one.any_dead = True
-        steppers = each if alone else group_into_cohorts(each)
-        assert len(steppers) == (3 if alone else 1)
+        cohorts = [Cohort([one]) for one in each] if alone else group_into_cohorts(each)
+        assert len(cohorts) == (3 if alone else 1)
         draw = torch.Generator().manual_seed(2)
         for _ in range(3):
             x = torch.rand(N, 300, generator=draw).pow(8) @ directions
             batch = Batch.of(x, torch.randint(0, T, (N,), generator=draw)).each(Tensor.cuda)
-            for stepper in steppers:
-                stepper.step(batch)
+            for cohort in cohorts:
+                cohort.step(batch)
+        for cohort in cohorts:
+            cohort.settle()
         results.append(each)
     for one, other in zip(*results, strict=True):
         first = SparseAutoencoder(one.sae.cfg, seed=one.config.seed).cuda()

@@ -9,6 +9,8 @@ from temposae.engine.learner import Learner
 from temposae.engine.registry import reads
 from temposae.engine.stream import Batch
 
+from ..stepping import advance
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 TRAINED = [name for name, run in (BASELINES | RUNS).items() if run.trained_as is None]
 DRAWN_THERE = ("D3",)  # draws its dropout on the device
@@ -30,7 +32,7 @@ def trained(run: str, activation: str, device: str, steps: int, dtype: str) -> L
     config = TrainConfig(**sections["train"] | {"tokens": steps * R * T, "batch": R * T, "lr": 1e-3, "dtype": dtype})
     one = Learner(sae, config, torch.zeros(D, device=device), D**0.5, T)
     for step in range(steps):
-        one.step(batch(step, "second" in reads(sae.cfg), device))
+        advance(one, batch(step, "second" in reads(sae.cfg), device))
     return one
 
 

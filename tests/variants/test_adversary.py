@@ -8,6 +8,8 @@ from temposae.engine.errors import UserError
 from temposae.engine.sae import BatchContext
 from torch.nn.functional import normalize
 
+from ..stepping import advance
+
 D, F, T = 8, 24, 12
 
 
@@ -109,7 +111,7 @@ def test_the_probe_learns_and_an_adversary_hides_the_attribute(made, rows, learn
             batch.x[:, 0] = 0.7 * (2 * batch.attribute - 1) + torch.randn(
                 len(batch), generator=torch.Generator().manual_seed(step)
             )
-            one.step(batch)
+            advance(one, batch)
         reports[strength] = one.report()["parts"]["adversary"]
     assert reports[0.0]["accuracy"] > 0.7
     assert reports[30.0]["cosine"] < 0.3 * reports[0.0]["cosine"]
@@ -173,7 +175,7 @@ def test_latents_of_high_attribution_become_orthogonal(made, rows, learner):
         assert not sae.is_dense
         one = learner(sae, steps=100, lr=3e-3)
         for step in range(100):
-            one.step(rows(step % 10).at("x"))
+            advance(one, rows(step % 10).at("x"))
             report = one.report()["parts"]["selective_orthogonality"] if step % 50 == 49 else None
         cosine[coefficient] = report["cosine"]
         assert 0.25 < report["share"] < 1
@@ -227,7 +229,7 @@ def test_latents_that_go_with_the_attribute_are_found_and_pushed_away(made, rows
             sae.W_enc.copy_(sae.W_dec.T)
         one = learner(sae, steps=40, lr=3e-3)
         for step in range(40):
-            one.step(labelled(rows, step))
+            advance(one, labelled(rows, step))
         assert set(sae.parts[0].score.topk(2).indices.tolist()) == {0, 1}
         report = one.report()["parts"]["spurious_contrast"]
         assert report["score"] > 1

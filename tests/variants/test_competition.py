@@ -5,6 +5,7 @@ import torch
 from temposae.engine.errors import UserError
 from temposae.engine.parts import BatchView
 
+from ..stepping import advance
 from .conftest import D, F, R, T
 
 
@@ -59,7 +60,7 @@ def test_dropout_makes_latents_less_dependent_on_each_other(made, rows, learner)
     for parts in ([], [{"kind": "feature_dropout", "p": 1 / 3}]):
         one = learner(made(parts=parts, sae={"l1_coefficient": 0.0}), steps=150)
         for step in range(150):
-            one.step(rows(step))
+            advance(one, rows(step))
         sae, batch = one.end(), rows(99)
         f = sae.encode(batch.x, batch.pos)
         spread = (batch.x - batch.x.mean(0)).square().sum()
@@ -128,7 +129,7 @@ def test_neighbours_are_never_active_together(activation, made, rows, learner):
     for parts in ([], [{"kind": "winner_takes_all"}]):
         one = learner(made(parts=parts, sae={"activation": activation, "k": 5}), steps=20)
         for step in range(20):
-            one.step(rows(step))
+            advance(one, rows(step))
         batch = rows(99)
         most[len(parts)] = int((one.end().encode(batch.x, batch.pos) > 0).unflatten(1, (-1, 4)).sum(2).max())
     assert most[0] > 1

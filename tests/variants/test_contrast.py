@@ -7,6 +7,8 @@ import torch
 from temposae.engine.errors import UserError
 from temposae.variants.contrast import info_nce, pairs_by_position
 
+from ..stepping import advance
+
 D, F, T = 8, 24, 12
 
 
@@ -100,7 +102,7 @@ def test_codes_come_to_tell_positions_apart(activation, made, rows, learner):
         sae = made("position_contrast", coefficient=coefficient, sae={"activation": activation})
         one = learner(sae, steps=40)
         for step in range(40):
-            one.step(rows(step))
+            advance(one, rows(step))
         batch = rows(99)
         found[coefficient] = float(info_nce(one.end().encode(batch.x, batch.pos), batch.pos, 0.1))
     assert found[0.3] < found[0.0] - 0.2

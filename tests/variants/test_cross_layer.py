@@ -6,6 +6,7 @@ from temposae.engine.errors import UserError
 from temposae.engine.parts import BatchView
 from temposae.variants.cross_layer import to_units_of
 
+from ..stepping import advance
 from .conftest import D, R, T
 
 N = R * T
@@ -19,7 +20,7 @@ def two_layers(made, rows, learner):
         sae = made("cross_layer", sae={"activation": activation, "mask": {"kind": "random"}}, **settings)
         one = learner(sae, steps=20)
         for step in range(5):
-            one.step(rows(step))
+            advance(one, rows(step))
         sae.zero_grad()
         batch = rows(9)
         seen = BatchView(
@@ -97,7 +98,7 @@ def test_a_sample_of_tokens_follows_from_seed_and_step(two_layers):
 def end_of(made, rows, learner, **settings):
     one = learner(made("cross_layer", **settings), steps=60, lr=3e-2)
     for step in range(60):
-        one.step(rows(step))
+        advance(one, rows(step))
     one.report()
     return one.sae.parts[0].report()
 

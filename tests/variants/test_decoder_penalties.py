@@ -7,6 +7,7 @@ import torch
 from temposae.engine.errors import UserError
 from temposae.engine.parts import BatchView
 
+from ..stepping import advance
 from .conftest import D, F, T
 
 KINDS = ("decoder_separation", "decoder_orthogonality")
@@ -81,7 +82,7 @@ def test_decoder_rows_overlap_less_with_it(kind, made, rows, learner):
     for strength in (0.0, 5.0):
         one = learner(made(kind, strength=strength), steps=60)
         for step in range(60):
-            one.step(rows(step))
+            advance(one, rows(step))
         overlaps[strength] = by_pairs(one.sae.W_dec, kind)
     least = D**2 * (F / D - 1) / (F - 1)  # Welch: that of F rows in D dimensions with every sign counted
     if kind == "decoder_orthogonality":

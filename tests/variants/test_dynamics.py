@@ -8,6 +8,7 @@ from temposae.engine.errors import UserError
 from temposae.engine.parts import BatchView, RowLayout
 from temposae.variants.dynamics import follows, packed
 
+from ..stepping import advance
 from .conftest import D, F, T
 
 
@@ -102,7 +103,7 @@ def test_attention_changes_little_at_first_and_nothing_without_its_output(made, 
 def test_a_code_depends_on_earlier_tokens_through_attention_alone(kind, made, rows, learner):
     one = learner(made(kind, parts=None if kind else []), steps=10)
     for step in range(10):
-        one.step(rows(step))
+        advance(one, rows(step))
     sae, batch = one.end(), rows(99)
     changed = batch.x.clone()
     changed[::T] *= -1  # the first token of every row
@@ -213,7 +214,7 @@ def test_codes_that_are_all_zero_or_rows_of_one_token_cost_nothing_infinite(kind
 def trained(made, rows, learner, kind, weight):
     one = learner(made(kind, weight=weight), steps=40, lr=3e-2)
     for step in range(40):
-        one.step(rows(step))
+        advance(one, rows(step))
     one.report()
     return one.sae
 

@@ -8,6 +8,8 @@ from temposae.engine.errors import UserError
 from temposae.engine.parts import BatchView, RowLayout
 from temposae.variants.embeddings import joined, widths, window_means
 
+from ..stepping import advance
+
 D, F, T = 8, 24, 12
 
 
@@ -136,7 +138,7 @@ def test_latents_of_a_scale_come_to_give_their_windows(made, rows, learner):
         sae = made("scale_targets", coefficient=coefficient)
         one = learner(sae, steps=60)
         for step in range(60):
-            one.step(rows(step))
+            advance(one, rows(step))
         batch, sae = rows(99), one.end()
         f = sae.encode(batch.x, batch.pos)[:, 16:]
         target = window_means(batch.x, RowLayout(batch.row, batch.pos.long()), 4)
@@ -233,7 +235,7 @@ def test_the_map_comes_to_predict_positions_and_the_regulariser_shrinks_it(made,
         sae = made("residual_position", regulariser=regulariser)
         one = learner(sae, steps=60)
         for step in range(60):
-            one.step(rows(step))
+            advance(one, rows(step))
         batch, part = rows(99, n_rows=200), sae.parts[0]
         pre = (batch.x - sae.b_dec) @ sae.W_enc + sae.b_enc
         normal = pre * (part.log_gain.exp() * part.variance.relative().rsqrt())[batch.pos.long(), None]
@@ -253,7 +255,7 @@ def test_normalisation_gives_positions_equal_spread(made, rows, learner):
     for step in range(30):
         batch = rows(step)
         batch.acts["x"] = batch.x * factor[batch.pos.long()][:, None]
-        one.step(batch)
+        advance(one, batch)
     spread = sae.parts[0].variance.value.sqrt()
     assert spread[-1] / spread[0] > 4
     x = one.scale * batch.x

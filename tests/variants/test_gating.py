@@ -7,6 +7,7 @@ import torch
 from temposae.engine.errors import UserError
 from temposae.engine.parts import BatchView
 
+from ..stepping import advance
 from .conftest import D, F, R, T
 
 N = R * T
@@ -102,7 +103,7 @@ def test_rare_latents_have_threshold_zero_and_dead_ones_stay_bounded(made):
 def test_masked_latents_stay_off(made, rows, learner):
     one = learner(made("residual_gate", sae={"mask": {"kind": "random", "fraction": 0.5}}), steps=5)
     for step in range(5):
-        one.step(rows(step))
+        advance(one, rows(step))
     sae, batch = one.end(), rows(9)
     f = sae.encode(batch.x, batch.pos)
     assert (f[~sae.mask.fixed[batch.pos.long()]] == 0).all()

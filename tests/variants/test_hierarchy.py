@@ -8,6 +8,7 @@ from temposae.engine.errors import UserError
 from temposae.engine.parts import BatchView
 from temposae.variants.hierarchy import widths
 
+from ..stepping import advance
 from .conftest import D, F, R, T
 
 N = R * T
@@ -36,7 +37,7 @@ def disturbed(sae, seed=1):
 def trained(sae, learner, rows, steps=40):
     one = learner(sae, steps=steps, lr=3e-2)
     for step in range(steps):
-        one.step(rows(step))
+        advance(one, rows(step))
     one.report()
     return one.sae
 

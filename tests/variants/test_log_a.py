@@ -8,6 +8,8 @@ from temposae.engine.config import MaskConfig, SAEConfig
 from temposae.engine.masks import PositionMask
 from temposae.engine.registry import find
 
+from ..stepping import advance
+
 F, T = 24, 12
 GROUPS = {"mask": {"kind": "ranges", "ranges": T}, "k": 4}
 EMBEDDED = parts("position_embedding", "linear_weights")
@@ -40,7 +42,7 @@ def test_a_group_that_is_smaller_than_k_caps_it(activation, made, rows, learner)
     one = learner(sae, steps=40, dead_after_tokens=72)
     lines = []
     for step in range(40):
-        one.step(rows(step))
+        advance(one, rows(step))
         if step % 20 == 19:
             lines.append(one.report())
     assert lines[1]["fvu"] < lines[0]["fvu"]
@@ -91,7 +93,7 @@ def test_a7_begins_with_global_latents_and_ends_with_both(made, rows, learner):
     one = learner(sae, steps=20)
     batch = rows(99)
     for step in range(20):
-        one.step(rows(step))
+        advance(one, rows(step))
         found = sae.encode(batch.x * one.scale, batch.pos)
         assert (found[:, : F // 2] > 0).any()
         assert (found[:, F // 2 :] > 0).any() == (step > 4)  # 4 / 19 < 1 / 4 < 5 / 19

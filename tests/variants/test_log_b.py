@@ -7,6 +7,7 @@ from temposae.engine.composed import dictionary
 from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.learner import Learner
 
+from ..stepping import advance
 from .conftest import D, F, R, T
 
 
@@ -25,7 +26,7 @@ def gradient_norm(one: Learner) -> float:
 def test_b4_takes_gradients_of_norm_1_at_most_and_steps_of_a_tenth(rows):
     slow, free = in_training("B4"), in_training("B3")
     for one in (slow, free):
-        one.step(rows())
+        advance(one, rows())
     assert gradient_norm(free) > 1.5
     assert gradient_norm(slow) == pytest.approx(1.0, rel=1e-4)
     assert slow.report()["gradient_norm"] == pytest.approx(gradient_norm(free), rel=1e-4)
@@ -35,7 +36,7 @@ def test_b4_takes_gradients_of_norm_1_at_most_and_steps_of_a_tenth(rows):
 def test_b4_leaves_small_gradients_alone(rows):
     small, same = in_training("B4", clip_norm=1000.0), in_training("B3")
     for one in (small, same):
-        one.step(rows())
+        advance(one, rows())
     assert gradient_norm(small) == pytest.approx(gradient_norm(same), rel=1e-6)
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from temposae.engine.errors import UserError
 
+from ..stepping import advance
+
 D, T, R = 8, 12, 6
 HARD = 7
 
@@ -60,7 +62,7 @@ def trained(made, rows, learner, **given):
     sae = made(parts=parts, sae={"d_sae": 12, "l1_coefficient": 0.3})
     one = learner(sae, steps=200)
     for step in range(200):
-        one.step(planted(rows, step % 20))
+        advance(one, planted(rows, step % 20))
     weights = one.report()["parts"]["position_tracker"]["weights"]
     return one.end(), weights
 

@@ -9,6 +9,8 @@ from temposae.engine import registry
 from temposae.engine.errors import UserError
 from temposae.engine.storage.checkpoint import load, save
 
+from ..stepping import advance
+
 KINDS = sorted(registry._PARTS)
 #: settings that a part needs in these small dictionaries, and those of the dictionary
 NEEDED: dict[str, dict] = {
@@ -31,7 +33,7 @@ def test_it_trains_and_gives_codes_that_are_not_negative(kind, activation, made,
     one = learner(made(kind, **settings_of(kind, activation)), steps=30)
     lines = []
     for step in range(30):
-        one.step(rows(step))
+        advance(one, rows(step))
         if step in (9, 29):
             lines.append(one.report())
     assert lines[1]["fvu"] < lines[0]["fvu"]
@@ -50,7 +52,7 @@ def test_every_parameter_of_it_learns(kind, made, rows, learner):
     before = {name: value.clone() for name, value in sae.named_parameters() if name.startswith("parts.")}
     one = learner(sae, steps=12)
     for step in range(12):
-        one.step(rows(step))
+        advance(one, rows(step))
     for name, value in sae.named_parameters():
         if name in before:
             assert not torch.equal(value, before[name]), name
@@ -67,7 +69,7 @@ def test_units_of_the_activations_do_not_matter(kind, made, rows, learner, asser
         for step in range(6):
             batch = rows(step)
             batch.acts = {name: factor * x for name, x in batch.acts.items()}
-            one.step(batch)
+            advance(one, batch)
         batch = rows(99)
         sae = one.end()
         found.append((sae.encode(factor * batch.x, batch.pos) / factor, sae(factor * batch.x, batch.pos) / factor))
@@ -79,7 +81,7 @@ def test_units_of_the_activations_do_not_matter(kind, made, rows, learner, asser
 def test_a_saved_dictionary_is_the_same(kind, made, rows, learner, tmp_path):
     one = learner(made(kind, **settings_of(kind)), steps=8)
     for step in range(5):
-        one.step(rows(step))
+        advance(one, rows(step))
     sae = one.end()
     save(sae, tmp_path / "sae")
     again = load(tmp_path / "sae")
@@ -91,14 +93,14 @@ def test_a_saved_dictionary_is_the_same(kind, made, rows, learner, tmp_path):
 def test_a_run_goes_on_bit_for_bit(kind, made, rows, learner):
     whole = learner(made(kind, **settings_of(kind)), steps=10)
     for step in range(6):
-        whole.step(rows(step))
+        advance(whole, rows(step))
     state, weights = whole.state(), whole.weights()
     state, weights = ({name: value.clone() for name, value in one.items()} for one in (state, weights))
     other = learner(made(kind, seed=5, **settings_of(kind)), steps=10)
     other.load_state(state, weights)
     for one in (whole, other):
         for step in range(6, 10):
-            one.step(rows(step))
+            advance(one, rows(step))
     for name, value in whole.sae.state_dict().items():
         assert torch.equal(value, other.sae.state_dict()[name]), name
 

@@ -7,6 +7,7 @@ import torch
 from temposae.engine.errors import UserError
 from temposae.engine.parts import BatchView
 
+from ..stepping import advance
 from .conftest import D, F, R, T
 
 N = R * T
@@ -113,7 +114,7 @@ def test_pruned_latents_are_off_and_get_no_gradient(made, rows, objective):
 def test_a_run_ends_with_its_fraction_off(fraction, made, rows, learner):
     one = learner(made("pruning", fraction=fraction), steps=31)
     for step in range(31):
-        one.step(rows(step))
+        advance(one, rows(step))
     sae, batch = one.end(), rows(99)
     f = sae.encode(batch.x, batch.pos)
     assert int((f == 0).all(0).sum()) == int(fraction * F)
@@ -205,7 +206,7 @@ def test_distillation_keeps_the_encoder_near_its_past(made, rows, learner):
     for weight in (0.0, 10.0):
         one = learner(made("distillation", weight=weight), steps=40, lr=3e-2)
         for step in range(40):
-            one.step(rows(step))
+            advance(one, rows(step))
         one.report()
         far[weight] = one.sae.parts[0].report()["divergence"]
     assert far[10.0] < 0.5 * far[0.0]

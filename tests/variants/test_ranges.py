@@ -5,6 +5,7 @@ import torch
 from temposae.engine.errors import UserError
 from temposae.engine.parts import BatchView
 
+from ..stepping import advance
 from .conftest import D, F, R, T
 
 RANGES = {"mask": {"kind": "ranges", "ranges": 4}}
@@ -127,7 +128,7 @@ def test_the_base_is_trained_alone_first(made, rows, learner):
     both = [learner(sae, steps=21) for sae in (small, large)]
     for step in range(6):  # progress 0, 0.05, ..., 0.25
         for one in both:
-            one.step(rows(step))
+            advance(one, rows(step))
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         assert torch.equal(getattr(small, name), getattr(large, name)), name
     for name, parameter in large.named_parameters():
@@ -136,7 +137,7 @@ def test_the_base_is_trained_alone_first(made, rows, learner):
     batch = rows(99)
     assert torch.equal(small.encode(batch.x, batch.pos), large.encode(batch.x, batch.pos))
     for one in both:
-        one.step(rows(6))
+        advance(one, rows(6))
     assert not torch.equal(small.encode(batch.x, batch.pos), large.encode(batch.x, batch.pos))
     assert not torch.equal(large.W_enc, small.W_enc)
     assert all(not torch.equal(p, before[name]) for name, p in large.named_parameters() if name in before)
@@ -169,7 +170,7 @@ def test_adapters_learn_at_their_own_pace(made, rows, learner, assert_close):
     for pace in (1.0, 0.25):
         sae = made("range_adapters", pace=pace)
         start = {name: p.detach().clone() for name, p in sae.named_parameters()}
-        learner(sae).step(rows())
+        advance(learner(sae), rows())
         moved[pace] = {name: p.detach() - start[name] for name, p in sae.named_parameters()}
     for name, change in moved[1.0].items():
         assert_close(moved[0.25][name], (0.25 if name.startswith("parts.") else 1.0) * change, 1e-3, name)

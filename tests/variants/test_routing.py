@@ -7,6 +7,8 @@ import torch
 from temposae.engine.errors import UserError
 from temposae.engine.parts import BatchView
 
+from ..stepping import advance
+
 D, F, T, G = 8, 24, 12, 8
 
 
@@ -82,7 +84,7 @@ def test_routing_favours_the_group_with_the_larger_gradient_share(made, rows):
 def test_training_moves_gradient_shares_only_by_looking_at_gradients(made, rows, learner):
     sae = made("attention_router")
     one = learner(sae)
-    one.step(rows())
+    advance(one, rows())
     share = sae.parts[0].share.value.clone()
     torch.testing.assert_close(share.sum(1), torch.ones(T))
     assert share.std() > 0.01
@@ -110,12 +112,12 @@ def test_entropy_is_that_of_the_routing(made, rows, learner):
     sae = made("attention_router", guidance=0)
     one = learner(sae)
     sae.parts[0].keys.data.zero_()
-    one.step(rows())
+    advance(one, rows())
     assert one.report()["parts"]["attention_router"]["entropy"] == pytest.approx(math.log(G), abs=1e-5)
     sae.parts[0].keys.data.normal_(0, 3, generator=torch.Generator().manual_seed(0))
     r = sae.parts[0].routes(one.scale * rows(1).x, rows(1).pos.long())
     expected = -sum(p * math.log(p) for row in r.tolist() for p in row if p > 0) / len(r)
-    one.step(rows(1))
+    advance(one, rows(1))
     assert one.report()["parts"]["attention_router"]["entropy"] == pytest.approx(expected, abs=1e-5)
     assert expected < 2
 
@@ -147,11 +149,11 @@ def test_position_latents_learn_after_global_ones(made, rows, learner):
     sae = made("global_position")
     one, start = learner(sae, steps=20), sae.W_enc.detach().clone()
     for step in range(5):
-        one.step(rows(step))
+        advance(one, rows(step))
     assert torch.equal(sae.W_enc[:, 12:], start[:, 12:])
     assert not torch.equal(sae.W_enc[:, :12], start[:, :12])
     for step in range(5, 20):
-        one.step(rows(step))
+        advance(one, rows(step))
     assert not torch.equal(sae.W_enc[:, 12:], start[:, 12:])
     gate = torch.sigmoid(sae.parts[0].logits.detach()).mean()
     assert one.report()["parts"]["global_position"]["global"] == pytest.approx(float(gate), abs=1e-6)

@@ -11,6 +11,8 @@ from temposae.engine.registry import reads
 from temposae.engine.stream import ActivationStream, Batch, LanguageModel
 from temposae.engine.train import train
 
+from ..stepping import advance
+
 TRAINED = [name for name, run in (RUNS | BASELINES).items() if run.trained_as is None]
 
 
@@ -87,7 +89,7 @@ def test_a_step_fits_at_every_size(run, F):
     before = [p.detach().clone() for p in sae.parameters()]
     largest = 0
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        learner.step(batch)
+        advance(learner, batch)
     for event in profile.events():
         largest = max(largest, event.cpu_memory_usage)
     assert largest <= 8 * 4 * max(N, T) * F

@@ -7,6 +7,8 @@ import torch
 from temposae.engine.errors import UserError
 from torch.nn.functional import normalize
 
+from ..stepping import advance
+
 D, F = 8, 24
 
 
@@ -78,7 +80,7 @@ def test_the_margin_moves_and_rows_that_are_alike_part(made, rows, learner):
             sae.W_dec[12:] = normalize(sae.W_dec[:12] + 0.1 * sae.W_dec[12:], dim=1)
         one, margins = learner(sae, steps=60), []
         for step in range(60):
-            one.step(rows(step % 10).at("x"))
+            advance(one, rows(step % 10).at("x"))
             if step % 20 == 19:
                 margins.append(one.report()["parts"]["dynamic_margin"]["margin"])
         assert len(set(margins)) == 3

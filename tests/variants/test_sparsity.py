@@ -5,6 +5,7 @@ import torch
 from temposae.engine.errors import UserError
 from torch import Tensor
 
+from ..stepping import advance
 from .conftest import F, T
 
 GAUSSIAN = {"mask": {"kind": "gaussian"}, "l1_coefficient": 0.5}
@@ -44,7 +45,7 @@ def test_latents_grow_quiet_where_their_mask_is_off(made, rows, learner):
     for parts in ([], [{"kind": "l1_before_mask"}]):
         one = learner(made(parts=parts, sae=GAUSSIAN), steps=60)
         for step in range(60):
-            one.step(rows(step))
+            advance(one, rows(step))
         acts, weights = activations(one.sae, rows(99))
         away[len(parts)] = float(acts[weights < 0.01].mean() / acts[weights > 0.5].mean())
     assert away[1] < 0.7 * away[0]

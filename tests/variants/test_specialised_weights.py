@@ -8,6 +8,8 @@ from temposae.engine.errors import UserError
 from temposae.engine.parts import BatchView
 from temposae.variants.specialised_weights import specialization
 
+from ..stepping import advance
+
 F, T = 24, 12
 MASKS = [
     {"kind": "soft", "start": "normal"}, {"kind": "random"}, {"kind": "ranges", "ranges": 4}, {"kind": "gaussian"},
@@ -83,7 +85,7 @@ def test_positions_of_specialised_latents_weigh_more(made, rows, learner):
         sae.mask.fixed.copy_((torch.arange(T) == 3)[:, None] == (torch.arange(F) < 6))
         one = learner(sae, steps=5)
         for step in range(5):
-            one.step(rows(step))
+            advance(one, rows(step))
         batch = rows(9)
         found[beta] = sae.parts[0].weigh(BatchView(sae, batch.x, batch.pos.long(), T))[0]
         assert one.report()["parts"]["specialised_weights"]["share"] > 0

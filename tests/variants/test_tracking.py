@@ -8,6 +8,8 @@ from temposae.campaign.documented import settings
 from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.train import train
 
+from ..stepping import advance
+
 T = 12
 
 
@@ -61,7 +63,7 @@ def test_a_mask_grows_sharper_as_its_temperature_falls(made, rows, learner):
     mask = {"kind": "soft", "start": "normal", "temperature": 5.0, "temperature_end": 0.1}
     one, found = learner(made("position_tracker", sae={"mask": mask})), []
     for step in range(20):
-        one.step(rows(step))
+        advance(one, rows(step))
         if step in (9, 19):
             found.append(one.report()["parts"]["position_tracker"])
     assert [len(line["loss_mean"]) for line in found] == [10, 10]
@@ -72,13 +74,13 @@ def test_lines_of_steps_before_a_checkpoint_are_in_the_report_after_it(made, row
     given = {"parts": [{"kind": "position_tracker"}, {"kind": "adaptive_weights"}]}
     whole = learner(made(**given))
     for step in range(5):
-        whole.step(rows(step))
+        advance(whole, rows(step))
     state, weights = ({name: value.clone() for name, value in one.items()} for one in (whole.state(), whole.weights()))
     other = learner(made(**given, seed=3))
     other.load_state(state, weights)
     reports = []
     for one in (whole, other):
-        one.step(rows(5))
+        advance(one, rows(5))
         reports.append(one.report()["parts"])
     assert reports[0] == reports[1]
     assert len(reports[0]["position_tracker"]["loss_mean"]) == 6

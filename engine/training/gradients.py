@@ -1,0 +1,131 @@
+"""Gradients of S dictionaries' weights in a fused step: from the entries of their codes, or by dense products."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels.adam import Moments, Rates, adam, adam_rows, row_norms
+from ...kernels.code import LatentMajor, SparseCode
+from ...kernels.weight_grad import weight_grad
+
+
+class Contribution(NamedTuple):
+    """What a code contributes to the gradients: weights for each entry, and the mask's gradient."""
+
+    code: SparseCode
+    residual: Tensor  # [S N, D] or [G N, D], that the entries of each token see
+    decoder_weights: Tensor  # of the entry's residual in the gradient of W_dec
+    encoder_weights: Tensor  # of its x in the gradient of W_enc
+    dmask: Tensor | None  # [T, F]
+
+
+class EntryGradient(NamedTuple):
+    """The gradient of a large weight [S F, D] as entries, never in memory. With W, of unit rows, only the part across them
+    counts."""
+
+    entries: LatentMajor
+    values: Tensor
+    vectors: Tensor
+    center: Tensor | None
+    W: Tensor | None
+
+    def squared_norms(self) -> Tensor:
+        """[S F]"""
+        return row_norms(self.entries, self.values, self.vectors, center=self.center, W=self.W)
+
+    def update(self, weight: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None) -> None:
+        """Take a step of Adam."""
+        adam_rows(
+            weight, self.entries, self.values, self.vectors, moments, rates,
+            center=self.center, unit_norm=self.W is not None, shadow=shadow,
+        )  # fmt: skip
+
+
+class DenseGradient(NamedTuple):
+    """The same in memory, in the products' dtype."""
+
+    grad: Tensor
+    W: Tensor | None
+
+    def squared_norms(self) -> Tensor:
+        """[S F]"""
+        squares = torch.linalg.vector_norm(self.grad, dim=1, dtype=torch.float32).square()
+        return squares if self.W is None else (squares - (self.grad * self.W).sum(1).square()).clamp_min(0)
+
+    def update(self, weight: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None) -> None:
+        """Take a step of Adam."""
+        adam(weight, self.grad, moments, rates, unit_norm=self.W is not None, shadow=shadow)
+
+
+class SparseGradients:
+    """Gradients from the entries of all contributions, sorted by latent. The second's tokens are numbered on from the
+    first's, as their residuals are."""
+
+    def __init__(self, contributions: Sequence[Contribution]):
+        self.contributions, codes = contributions, [contribution.code for contribution in contributions]
+        latents = [code.live(code.indices, unused=code.n_latents).flatten() for code in codes]
+        tokens = [code.rows.flatten() + first for code, first in zip(codes, (0, codes[0].n_tokens), strict=False)]
+        self.entries = LatentMajor.of(torch.cat(latents), torch.cat(tokens), codes[0].n_latents)
+
+    def by_latent(self, values: Sequence[Tensor]) -> Tensor:
+        """Sum values of the entries of each contribution by latent: float32 [S F]."""
+        flat_values = torch.cat([entry_values.flatten() for entry_values in values])
+        return weight_grad(self.entries, flat_values, flat_values.new_ones(1, 1))[:, 0]
+
+    def encoder(self, x: Tensor, center: Tensor | None) -> EntryGradient:
+        values = torch.cat([contribution.encoder_weights.flatten() for contribution in self.contributions])
+        return EntryGradient(self.entries, values, x, center, None)
+
+    def decoder(self, W_dec: Tensor) -> EntryGradient:
+        values = torch.cat([contribution.decoder_weights.flatten() for contribution in self.contributions])
+        first, *others = (contribution.residual for contribution in self.contributions)
+        return EntryGradient(self.entries, values, torch.cat([first, *others]) if others else first, None, W_dec)
+
+
+class DenseGradients:
+    """Gradients from codes spread out to [S, N, F], in the products' dtype."""
+
+    def __init__(self, contributions: Sequence[Contribution], dictionaries: int, dtype: torch.dtype):
+        self.contributions, self._dictionaries, self._dtype = contributions, dictionaries, dtype
+
+    def _spread(self, contribution: Contribution, values: Tensor) -> Tensor:
+        return dense_values(contribution.code, values, self._dictionaries, self._dtype)
+
+    def by_latent(self, values: Sequence[Tensor]) -> Tensor:
+        """Sum values of the entries of each contribution by latent: float32 [S F]."""
+        pairs = zip(self.contributions, values, strict=True)
+        sums = [self._spread(*pair).sum(1, dtype=torch.float32) for pair in pairs]
+        return torch.stack(sums).sum(0).flatten()
+
+    def encoder(self, x: Tensor, center: Tensor | None) -> DenseGradient:
+        s = self._dictionaries
+        centred = x.expand(s, -1, -1) if center is None else (x - center[:, None]).to(x.dtype)
+        grad = _sum_of_products([(self._spread(c, c.encoder_weights), centred) for c in self.contributions])
+        return DenseGradient(grad, None)
+
+    def decoder(self, W_dec: Tensor) -> DenseGradient:
+        s = self._dictionaries
+        products = [
+            (self._spread(c, c.decoder_weights), c.residual.view(s, len(c.residual) // s, -1))
+            for c in self.contributions
+        ]
+        return DenseGradient(_sum_of_products(products), W_dec)
+
+
+def dense_values(code: SparseCode, values: Tensor, dictionaries: int, dtype: torch.dtype) -> Tensor:
+    """Values of a code's entries as [S, N, F]."""
+    f = code.n_latents // dictionaries
+    code = replace(code, values=values.to(dtype), indices=code.indices % f, n_latents=f, layouts={})
+    return code.to_dense().view(dictionaries, -1, f)
+
+
+def _sum_of_products(products: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """sum a^T b [S F, D], of a [S, N, F] and b [S, N, D]."""
+    (a, b), *others = products
+    grad = torch.bmm(a.mT, b)
+    for a, b in others:
+        grad.baddbmm_(a.mT, b)
+    return grad.flatten(0, 1)

@@ -1,0 +1,133 @@
+"""Weights and Adam's moments of several dictionaries of one size, one below the other, and their update."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ...kernels.adam import Moments, Rates, adam
+from ..config import TrainConfig
+from ..ranks import Ranks
+from ..sae import SparseAutoencoder
+from .gradients import DenseGradients, SparseGradients
+
+LARGE = ("W_dec", "W_enc")  # the weights whose moments `TrainConfig.moments` narrows
+
+
+def rounding_seed(name: str, step: int, first_latent: int = 0) -> int:
+    """`Rates.seed` for the large weight `name`, from a row on, at a step. Multiples of 2^32 by the golden ratio keep apart:
+    a row gets the random bits of another row's past only after about 2^30 / F steps, which does no harm."""
+    base_seed = (len(LARGE) * step + LARGE.index(name)) * 0x9E3779B9
+    return (base_seed + first_latent + 2**31) % 2**32 - 2**31
+
+
+@torch.no_grad()
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors one below the other. Several become views of the result."""
+    if len(tensors) == 1:
+        return tensors[0].detach()
+    stacked = torch.cat([tensor.detach() for tensor in tensors])
+    for tensor, view in zip(tensors, stacked.chunk(len(tensors)), strict=True):
+        tensor.data = view
+    return stacked
+
+
+class StackedWeights:
+    """The weights of S dictionaries, Adam's moments, and a copy of each large weight in the products' dtype.
+
+    Latents s F to (s + 1) F are those of the s-th. `leaves` are each dictionary's learned parameters and `moments` Adam's,
+    by name; W_enc is [F, D]. Those of several dictionaries become views. `paces` are factors on the learning rate.
+    """
+
+    def __init__(
+        self, saes: Sequence[SparseAutoencoder], leaves: Sequence[Mapping[str, Tensor]],
+        moments: Sequence[Mapping[str, Moments]], paces: Mapping[str, float], config: TrainConfig, dtype: torch.dtype,
+        ranks: Ranks,
+    ):  # fmt: skip
+        self.count, self.paces, self.config, self.dtype, self.ranks = len(saes), paces, config, dtype, ranks
+        device, self._first_latent = saes[0].b_dec.device, ranks.rank * saes[0].cfg.d_sae
+        self.weights = {name: side_by_side([parameters[name] for parameters in leaves]) for name in leaves[0]}
+        if "W_dec" not in self.weights:  # a random one
+            self.weights["W_dec"] = side_by_side([sae.W_dec for sae in saes])
+        if self.count > 1:
+            for sae, parameters in zip(saes, leaves, strict=True):
+                sae.W_enc.data = parameters["W_enc"].detach().T
+        self.weights["b_dec"] = self.weights["b_dec"].view(self.count, -1)
+        self.moments = {name: _stacked_moments([each[name] for each in moments]) for name in moments[0]}
+        self.moments["b_dec"] = Moments(*(m.view(self.count, -1) for m in self.moments["b_dec"][:2]))
+        self.shadows = {}
+        if dtype != torch.float32:
+            self.shadows = {name: torch.empty_like(self.weights[name], dtype=dtype) for name in LARGE}
+        self._rates = [torch.zeros(self.count, device=device) for _ in range(3)]
+        rounded_names = LARGE if config.moments != "float32" else ()
+        self._seeds = {name: torch.zeros(self.count, dtype=torch.int32, device=device) for name in rounded_names}
+        self.refresh()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights[name]
+
+    def for_products(self, name: str) -> Tensor:
+        """A large weight in the products' dtype."""
+        return self.shadows.get(name, self.weights[name])
+
+    def refresh(self) -> None:
+        """Copy the large weights anew, after they were changed from outside."""
+        for name, shadow in self.shadows.items():
+            shadow.copy_(self.weights[name])
+
+    def set_rates(self, lrs: Sequence[float], step: int) -> None:
+        """Write what changes from step to step besides the data to where the kernels read it."""
+        step_size, correction, _ = self._rates
+        step_size.copy_(torch.tensor([lr / (1 - self.config.beta1**step) for lr in lrs]), non_blocking=True)
+        correction.fill_((1 - self.config.beta2**step) ** 0.5)
+        for name, seed in self._seeds.items():
+            seed.fill_(rounding_seed(name, step, self._first_latent))
+
+    def update(
+        self, gradients: SparseGradients | DenseGradients, small_gradients: dict[str, Tensor], x: Tensor,
+        center: Tensor | None, overflow: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Take a step of Adam with all parameters, unless `overflow`. Returns the norms of the gradients [S].
+
+        `small_gradients` has those of the parameters that only some dictionaries have. Those of biases are added.
+        """
+        s, contributions = self.count, gradients.contributions
+        small_gradients["b_enc"] = gradients.by_latent([each.encoder_weights for each in contributions])
+        # b_dec is the decoder's bias and, except in transcoders, what is taken from the encoder's input.
+        residual_sum = contributions[0].residual[: s * len(x)].view(s, len(x), -1).sum(1, dtype=torch.float32)
+        small_gradients["b_dec"] = residual_sum.mul_(-2 / len(x))
+        if center is not None:
+            W_enc = self.weights["W_enc"].view(s, -1, x.shape[1])
+            dcenter = torch.bmm(small_gradients["b_enc"].view(s, 1, -1), W_enc)[:, 0]
+            small_gradients["b_dec"] -= self.ranks.sum_(dcenter)
+        large_gradients = {"W_enc": gradients.encoder(x, center)}
+        if "W_dec" in self.moments:
+            large_gradients["W_dec"] = gradients.decoder(self.weights["W_dec"])
+
+        step_size, correction, factor = self._rates
+        norm = factor.fill_(1).new_zeros(s)
+        if self.config.clip_norm is not None:
+            squared_norms = [grad.squared_norms() for grad in large_gradients.values()]
+            squared_norms += [grad.square() for name, grad in small_gradients.items() if name != "b_dec"]
+            latent_norms = torch.stack([squares.view(s, -1).sum(1) for squares in squared_norms]).sum(0)
+            norm = (self.ranks.sum_(latent_norms) + small_gradients["b_dec"].square().sum(1)).sqrt()
+            torch.clamp(self.config.clip_norm / (norm + 1e-6), max=1, out=factor)  # as clip_grad_norm_ does
+        rates = Rates(step_size, correction, factor, self.config.beta1, self.config.beta2, skip=overflow)
+        for name, grad in large_gradients.items():
+            rounded_rates = rates._replace(seed=self._seeds.get(name))
+            grad.update(self.weights[name], self.moments[name], rounded_rates, self.shadows.get(name))
+        for name, grad in small_gradients.items():
+            paced_rates = rates if self.paces[name] == 1 else rates._replace(step_size=self.paces[name] * step_size)
+            adam(self.weights[name], grad, self.moments[name], paced_rates)
+        if "threshold" in small_gradients:
+            self.weights["threshold"].clamp_min_(0)
+        return norm
+
+
+def _stacked_moments(moments: Sequence[Moments]) -> Moments:
+    scales = [each.scales for each in moments if each.scales is not None]
+    first, second = (
+        side_by_side([each.exp_avg for each in moments]),
+        side_by_side([each.exp_avg_sq for each in moments]),
+    )
+    return Moments(first, second, side_by_side(scales) if scales else None)
