@@ -40,17 +40,17 @@ class ActivationStream:
     (`max_norm`, reported by `norms`) are left out. With `mode="sequences"` a batch holds whole rows, x [B, T, D], and
     `batch.kept` marks the tokens that would not be left out. The next call overwrites a batch.
 
-    `tokens` is how many will be requested, in batches of about `batch`. It sets the size of the buffer and how much text is
-    read; more can still be requested. `model` and `rows` replace those that the config names. With `config.cache`,
-    activations at `hooks` (default `config.hook`) come from a cache, and `model` and `text` are loaded on first use. With
-    `config.activations`, or activations in memory as `own`, there is no model and no text.
+    `tokens` is how many will be requested, in batches of about `batch`. It sets the size of the buffer and how much
+    text is read; more can still be requested. `model` and `rows` replace those that the config names. With
+    `config.cache`, activations at `hooks` (default `config.hook`) come from a cache, and `model` and `text` are loaded
+    on first use. With `config.activations`, or activations in memory as `own`, there is no model and no text.
 
-    `documents` replaces `config.data`: an iterable of strings, token ids, or dicts with the field `config.text_field`, or a
-    function that returns one, such as a generator function. It is read again for held-out rows, for each epoch and on
-    resume, so a generator object is refused.
+    `documents` replaces `config.data`: an iterable of strings, token ids, or dicts with the field `config.text_field`,
+    or a function that returns one, such as a generator function. It is read again for held-out rows, for each epoch and
+    on resume, so a generator object is refused.
 
-    With torch.distributed (`ranks`, by default all processes), each process runs the model on an equal share of the text,
-    and all hold the buffer that a single process would have. Each process reads a cache or its own activations in full.
+    With torch.distributed (`ranks`, by default all processes), each process runs the model on an equal share of the
+    text, and all hold the buffer that a single process would have. A cache and `own` are read in full by each process.
 
     Raises UserError for settings that don't fit the model, the text or each other.
     """
@@ -136,8 +136,7 @@ class ActivationStream:
             self.buffer_tokens = config.buffer_tokens or min(usual_size, max(2048, 2 * batch, tokens))
         if self._serves_sequences and self.buffer_tokens < 2 * config.context:
             raise UserError(
-                f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must hold at least two sequences "
-                f"({2 * config.context})"
+                f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must be at least {2 * config.context}"
             )
         self.config = config.model_copy(update={"buffer_tokens": self.buffer_tokens, "buffer_gb": None})
         try:
@@ -158,20 +157,17 @@ class ActivationStream:
         if self.own is not None:
             raise UserError(f"model: {self.own.name} can't be used here; this needs a language model")
         if self._model is None:
-            config = self.config
-            self._model = LanguageModel(
-                config.model, hooks=config.read_hooks, attention=config.attention, compile=config.compile
-            )
-            self._model.memory = 1e9 * config.memory_gb
+            c = self.config
+            self._model = LanguageModel(c.model, hooks=c.read_hooks, attention=c.attention, compile=c.compile)
+            self._model.memory = 1e9 * c.memory_gb
         return self._model
 
     @property
     def text(self) -> RowSource:
         """The rows of text; with a cache, opened at its beginning on first use."""
         if self._text is None:
-            self._text = open_text(
-                self.config, self.model.tokenizer, seed=self._text_seed, vocabulary=self.model.vocabulary
-            )
+            model = self.model
+            self._text = open_text(self.config, model.tokenizer, seed=self._text_seed, vocabulary=model.vocabulary)
         return self._text
 
     @property
@@ -214,12 +210,10 @@ class ActivationStream:
 
     @default_modes()
     def next(self, n: int) -> Batch:
-        """Draw the next `n` tokens (or n // T sequences) from the buffer without replacement; fewer, or none, at the end of
-        the text. Raises UserError if `n` is more than half of the buffer."""
+        """Draw the next `n` tokens (or n // T sequences) from the buffer without replacement; fewer, or none, at the
+        end of the text. Raises UserError if `n` is more than half of the buffer."""
         if n > self.buffer_tokens // 2:
-            raise UserError(
-                f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must be at least twice the batch ({n})"
-            )
+            raise UserError(f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must be at least {2 * n}")
         self._begin()
         return self._buffer.next(max(1, self._item_count(n)))
 
@@ -251,8 +245,8 @@ class ActivationStream:
 
     @default_modes()
     def read(self, rows: TokenRows) -> tuple[dict[str, Tensor], Tensor]:
-        """The activations of rows of text by hook, [B, T, D], and a mask [B, T] of the tokens that training would use: no
-        padding, special tokens (`drop_special`) or massive activations (`max_norm`)."""
+        """The activations of rows of text by hook, [B, T, D], and a mask [B, T] of the tokens that training would use:
+        no padding, special tokens (`drop_special`) or massive activations (`max_norm`)."""
         acts, kept = self._read(rows)
         self._ensure_norm_limits(acts)
         return acts, kept & self.norms.ordinary(acts)
@@ -291,7 +285,7 @@ class ActivationStream:
 
     @property
     def buffer_error(self) -> float | None:
-        """Squared error of int8 or fp8 activations in the buffer, relative to their squared norm; None for other dtypes."""
+        """Squared error of int8 or fp8 activations in the buffer over their squared norm; None for other dtypes."""
         return self._buffer.rounding if self.config.buffer_dtype in ("int8", "fp8") else None
 
     @property

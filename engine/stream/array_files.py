@@ -29,7 +29,7 @@ DTYPES = {
 
 
 def read_at(path: Path, buffer: memoryview, offset: int) -> int:
-    """Fill `buffer` from byte `offset` of a file. Returns the number of bytes read, smaller only at the end of the file."""
+    """Fill `buffer` from byte `offset` of a file. Returns the number of bytes read, smaller only at the file's end."""
     with path.open("rb") as file:
         file.seek(offset)
         return file.readinto(buffer)
@@ -70,7 +70,7 @@ class StoredArray:
 
     @classmethod
     def of_safetensors(cls, path: Path, setting: str, names: Sequence[str]) -> "dict[str, StoredArray]":
-        """Open the tensors with these names, where present, in a .safetensors file. Raises ValueError if it is not one."""
+        """Open those of the named tensors that a .safetensors file has. Raises ValueError for any other file."""
         with path.open("rb") as file:
             header_length = int.from_bytes(file.read(8), "little")
             if header_length > min(path.stat().st_size - 8, LONGEST_HEADER):

@@ -1,4 +1,4 @@
-"""Activations that the user supplies: arrays, files of arrays, or an iterable of chunks. No language model is needed."""
+"""Activations that the user supplies, without a model: arrays, files of arrays, or an iterable of chunks."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,13 +39,13 @@ class ArraySource:
     `x` is one of:
 
     - a floating-point tensor, numpy array, memory map or StoredArray, [M, D], or [R, T, D] for R rows at positions 0 to
-      T - 1. Chunks of rows are read in an order set by `seed` and the epoch. The last twentieth of the rows is held out.
+      T - 1. Chunks of rows are read in an order set by `seed` and the epoch. The last twentieth of rows is held out.
     - a dict of such an array `x` and integer arrays `pos`, `token` and `document`, [M] or [R, T].
     - an iterable of chunks: arrays, pairs (x, pos) or dicts. Chunks are read in order, and again from the start if the
       iterable allows it. Nothing is held out.
 
-    Without positions every activation has position 0. `positions` sets the number of positions where the first chunk does
-    not show it. Raises UserError for non-finite values, naming the row, and for a wrong shape, width or dtype.
+    Without positions every activation has position 0. `positions` sets the number of positions where the first chunk
+    does not show it. Raises UserError for non-finite values, naming the row, and for a wrong shape, width or dtype.
     """
 
     label = "activations"
@@ -81,9 +81,7 @@ class ArraySource:
             first_chunk = _as_dict(self._next_chunk)
             shape = self._checked_shape(first_chunk)
         else:
-            raise UserError(
-                f"activations: a {type(x).__name__} is not allowed; give a tensor, an array, or an iterable of them"
-            )
+            raise UserError(f"activations: a {type(x).__name__} is not allowed; give arrays or an iterable of them")
         self.has_positions = len(shape) == 3 or "pos" in first_chunk
         if positions is None:
             positions = shape[1] if len(shape) == 3 else 1
@@ -132,7 +130,7 @@ class ArraySource:
         return state if self._identity is None else state | {"identity": torch.tensor([self._identity])}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Return to a saved state. An iterable is read again up to it. Raises UserError if the activations have changed."""
+        """Return to a saved state; an iterable is read up to it. Raises UserError if the activations have changed."""
         if self._identity is not None and int(state.get("identity", [self._identity])[0]) != self._identity:
             raise UserError(f"activations: {self.name} has changed; it is not what was read before the stop")
         self._chunks_served, self._epoch, self._rows, self._tokens, self._first_row = state["own"].tolist()
@@ -143,9 +141,7 @@ class ArraySource:
             self._restart()
         for _ in range(self._chunks_served):
             if self._next_chunk is None:
-                raise UserError(
-                    f"activations: {self.name} has changed; it gave {self._chunks_served} chunks before, and fewer now"
-                )
+                raise UserError(f"activations: {self.name} has changed; it has fewer chunks than {self._chunks_served}")
             self._next_chunk = next(self._iterator, None)
 
     def _from_array(self) -> Batch | None:
@@ -185,7 +181,7 @@ class ArraySource:
         return self._as_batch(self._array_rows(start, stop), start)
 
     def _array_rows(self, start: int, stop: int) -> dict[str, Any]:
-        """Rows of the arrays. First checks that no mapped file was truncated, since reading it would kill the process."""
+        """Rows of the arrays. Checks first that no mapped file was truncated, since reading it kills the process."""
         assert self._arrays is not None
         for path, size in self._mapped_sizes.items():
             try:
@@ -193,9 +189,7 @@ class ArraySource:
             except OSError:  # the map of a removed file stays readable
                 continue
             if current_size < size:
-                raise UserError(
-                    f"activations: {path} has been cut since it was mapped; it has {current_size} bytes of {size}"
-                )
+                raise UserError(f"activations: {path} has been cut from {size} to {current_size} bytes while mapped")
         return {name: value[start:stop] for name, value in self._arrays.items()}
 
     def _sample_fingerprint(self) -> int:
@@ -214,9 +208,7 @@ class ArraySource:
             bad_rows = (~x.isfinite()).flatten(1).any(1).nonzero().flatten()
             if len(bad_rows):
                 row = first_row + int(bad_rows[0])
-                raise UserError(
-                    f"activations: row {row} of {self.name} holds NaN or infinite values; all must be finite"
-                )
+                raise UserError(f"activations: row {row} of {self.name} holds NaN or infinite values")
         places = {name: torch.full(shape, -1, dtype=dtype) for name, dtype in PLACES.items()}
         row = torch.arange(first_row, first_row + shape[0])
         places["row"] = row[:, None].expand(shape) if len(shape) == 2 else row
@@ -225,10 +217,8 @@ class ArraySource:
         pos = places["pos"]
         bad_positions = pos[(pos < 0) | (pos >= self.positions)]
         if len(bad_positions):
-            raise UserError(
-                f"activations: position {int(bad_positions[0])} in {self.name} is not allowed; it must be 0 to "
-                f"{self.positions - 1} (set the number of positions with `positions`)"
-            )
+            rule = f"it must be 0 to {self.positions - 1} (set the number of positions with `positions`)"
+            raise self._not_allowed(f"position {int(bad_positions[0])}", rule)
         flat_places = {name: value.to(PLACES[name]).reshape(-1) for name, value in places.items()}
         return Batch({HOOK: x.reshape(-1, x.shape[-1])}, **flat_places)
 
@@ -238,29 +228,23 @@ class ArraySource:
             raise UserError(f"activations: {self.name} has {', '.join(map(str, arrays)) or 'nothing'}; it must have x")
         shape = tuple(int(n) for n in arrays["x"].shape)
         if len(shape) not in (2, 3):
-            raise UserError(
-                f"activations: {list(shape)} of {self.name} is not allowed; x must have shape [M, D] or [R, T, D]"
-            )
+            raise self._not_allowed(f"x {list(shape)}", "x must have shape [M, D] or [R, T, D]")
         if 0 in shape:
-            raise UserError(f"activations: {list(shape)} of {self.name} is not allowed; it holds no activations")
-        dtype_name = _dtype_name(arrays["x"])
-        if "float" not in dtype_name:
-            raise UserError(f"activations: {dtype_name} of {self.name} is not allowed; x must be floating point")
+            raise self._not_allowed(f"x {list(shape)}", "it holds no activations")
+        if "float" not in (dtype_name := _dtype_name(arrays["x"])):
+            raise self._not_allowed(f"x {dtype_name}", "x must be floating point")
         for name in (name for name in _TOKEN_FIELDS if name in arrays):
             field_shape, dtype_name = tuple(int(n) for n in arrays[name].shape), _dtype_name(arrays[name])
             if field_shape != shape[:-1]:
-                raise UserError(
-                    f"activations: {name} of {self.name} has shape {list(field_shape)}; x needs {list(shape[:-1])}"
-                )
+                raise self._not_allowed(f"{name} {list(field_shape)}", f"x needs {list(shape[:-1])}")
             if "int" not in dtype_name:
-                raise UserError(
-                    f"activations: {name} of {self.name} is {dtype_name}, which is not allowed; it must be integer"
-                )
+                raise self._not_allowed(f"{name} {dtype_name}", "it must be integer")
         if width is not None and shape[-1] != width:
-            raise UserError(
-                f"activations: a chunk of {self.name} has width {shape[-1]}, which is not allowed; the first has {width}"
-            )
+            raise self._not_allowed(f"width {shape[-1]} of a chunk", f"the first chunk has {width}")
         return shape
+
+    def _not_allowed(self, value: str, rule: str) -> UserError:
+        return UserError(f"activations: {value} of {self.name} is not allowed; {rule}")
 
 
 def open_file(path: str, **options: Any) -> ArraySource:
@@ -281,10 +265,8 @@ def open_file(path: str, **options: Any) -> ArraySource:
                 content = StoredArray.of_safetensors(file, "activations", _FIELDS)
             case ".pt":
                 content = torch.load(file, map_location="cpu", weights_only=True)
-            case suffix:
-                raise UserError(
-                    f"activations: {path} is not allowed; it must end with .npy, .safetensors or .pt, not {suffix}"
-                )
+            case _:
+                raise UserError(f"activations: {path} is not allowed; it must end with .npy, .safetensors or .pt")
     except UserError:
         raise
     except Exception as error:  # torch's unpickler raises any kind of exception
@@ -294,9 +276,7 @@ def open_file(path: str, **options: Any) -> ArraySource:
     if isinstance(content, Mapping):
         content = {name: content[name] for name in _FIELDS if name in content}
     elif not _is_array(content):
-        raise UserError(
-            f"activations: {path} holds a {type(content).__name__}, which is not allowed; it must be a tensor"
-        )
+        raise UserError(f"activations: {path} is not allowed; it holds a {type(content).__name__}, not a tensor")
     return ArraySource(content, name=path, identity=fingerprint(file), **options)
 
 
@@ -306,9 +286,7 @@ def settle(config: StreamConfig, source: ArraySource) -> StreamConfig:
     for name, default in allowed.items():
         value = getattr(config, name)
         if name in config.model_fields_set and value not in (default, None):
-            raise UserError(
-                f"stream.{name}: {value} is not allowed with activations, which have no model; leave it out"
-            )
+            raise UserError(f"stream.{name}: {value} is not allowed with activations, which have no model")
     if config.mode == "sequences":
         raise UserError("stream.mode: sequences is not allowed with activations; it must be tokens or grouped")
     return config.model_copy(update={"model": "none", "hook": HOOK, "context": max(2, source.positions)})
@@ -316,10 +294,10 @@ def settle(config: StreamConfig, source: ArraySource) -> StreamConfig:
 
 @torch.no_grad()
 def held_out_scores(sae: Dictionary, batches: Iterable[Batch]) -> dict[str, Any] | None:
-    """Score a dictionary on held-out activations: `explained_variance`, `fvu`, `l0`, `dead_fraction`, number of `tokens`.
+    """Measure `explained_variance`, `fvu`, `l0` and `dead_fraction` of a dictionary on `tokens` held-out activations.
 
-    FVU = sum |x - x_hat|^2 / sum |x - mu|^2 with mu the mean of the same tokens, and explained_variance = 1 - FVU. Both are
-    None, with an entry in `warnings`, if the activations don't vary. Returns None if there are no tokens."""
+    FVU = sum |x - x_hat|^2 / sum |x - mu|^2 with mu the mean of the same tokens, and explained_variance = 1 - FVU. Both
+    are None, with an entry in `warnings`, if the activations don't vary. Returns None if there are no tokens."""
     sae = unit_decoder(sae)
     error = squares = l0 = 0.0
     x_sum, tokens = torch.zeros((), dtype=torch.float64), 0
@@ -360,7 +338,5 @@ def _as_dict(chunk: Any) -> dict[str, Any]:
     if isinstance(chunk, tuple | list) and len(chunk) == 2 and all(map(_is_array, chunk)):
         return {"x": chunk[0], "pos": chunk[1]}
     if not _is_array(chunk):
-        raise UserError(
-            f"activations: a chunk that is a {type(chunk).__name__} is not allowed; give x, (x, pos) or a dict"
-        )
+        raise UserError(f"activations: a {type(chunk).__name__} as chunk is not allowed; give x, (x, pos) or a dict")
     return {"x": chunk}

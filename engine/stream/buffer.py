@@ -1,4 +1,4 @@
-"""Batches of activations, and the ring buffer that mixes them. Each activation keeps its position, token, document, row."""
+"""Batches of activations with their positions, tokens, documents and rows, and the ring buffer that mixes them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,9 +16,10 @@ PLACES = {"pos": torch.int32, "token": torch.int32, "document": torch.int64, "ro
 class Batch:
     """Activations and their origin.
 
-    `acts` maps hooks to [N, D]. `pos`, `token` [N] int32 and `document`, `row` [N] int64: activation n belongs to `token[n]`
-    at position `pos[n]` of row `row[n]`, in `document[n]`. Batches of sequences have [B, T] in place of [N]. `kept` (bool,
-    on the CPU) is false for padding and filtered tokens. `attribute` is that of `ActivationStream.attribute`, if requested.
+    `acts` maps hooks to [N, D]. `pos`, `token` [N] int32 and `document`, `row` [N] int64: activation n belongs to
+    `token[n]` at position `pos[n]` of row `row[n]`, in `document[n]`. Batches of sequences have [B, T] in place of [N].
+    `kept` (bool, on the CPU) is false for padding and filtered tokens. `attribute` is that of
+    `ActivationStream.attribute`, if requested.
     """
 
     acts: dict[str, Tensor]
@@ -88,20 +89,20 @@ class Batch:
 class RingBuffer:
     """A fixed set of slots, served in random order without replacement.
 
-    Served slots are refilled while the others are served. When half are served, all slots are permuted again. An item is an
-    activation or, with `context`, a sequence. `fill` returns some fresh items, or None at the end, after which the remaining
-    items are served. Once `item_limit` items were put in, those are served before `fill` is called again. Batches depend
-    on the items, not on how many of them `fill` returns at a time.
+    Served slots are refilled while the others are served. When half are served, all slots are permuted again. An item
+    is an activation or, with `context`, a sequence. `fill` returns some fresh items, or None at the end, after which
+    the remaining items are served. Once `item_limit` items were put in, those are served before `fill` is called again.
+    Batches depend on the items, not on how many of them `fill` returns at a time.
 
     Slots are allocated once, capacity * (bytes per item), and batches reuse their memory; `grouped` sorts a batch by
-    position. With `dtype` int8 or float8_e4m3fn slots hold codes and scales (`quantize`), and batches are bfloat16. On a
-    GPU, slots are refilled on a side stream, so that the language model runs concurrently with training.
+    position. With `dtype` int8 or float8_e4m3fn slots hold codes and scales (`quantize`), and batches are bfloat16. On
+    a GPU, slots are refilled on a side stream, so that the language model runs concurrently with training.
     """
 
     def __init__(
         self, capacity: int, widths: dict[str, int], dtype: torch.dtype, device: torch.device,
-        fill: Callable[[], Batch | None], generator: torch.Generator, *, context: int | None = None, grouped: bool = False,
-        item_limit: int | None = None,
+        fill: Callable[[], Batch | None], generator: torch.Generator, *, context: int | None = None,
+        grouped: bool = False, item_limit: int | None = None,
     ):  # fmt: skip
         self._item_limit, self._items_put = item_limit, 0
         self.capacity, self._fill, self._generator, self._grouped = capacity, fill, generator, grouped

@@ -1,13 +1,13 @@
 """Read a disk cache: a model's activations on a text, written once and read any number of times in any order.
 
 DIR/
-  cache.json                   format, stream settings, hooks and widths; for each shard its size, blocks, checksums, and
-                               the state of the text after it
+  cache.json                   format, stream settings, hooks and widths; for each shard its size, blocks, checksums
+                               and the state of the text after it
   shard_00000.safetensors ...  per hook acts.HOOK [M, D]; pos, token [M] int32; document, row [M] int64; kept [M] bool
 
-The cache stores whole rows without padding. `kept` is false for the tokenizer's special tokens. A block is a run of whole
-rows with a CRC-32 of each tensor, so that only the blocks that are read need to be checked. Each file is written under a
-temporary name and renamed, cache.json after the shards that it lists, so a cache is always in a consistent state.
+The cache stores whole rows without padding. `kept` is false for the tokenizer's special tokens. A block is a run of
+whole rows with a CRC-32 of each tensor, so that only the blocks that are read need to be checked. Each file is written
+under a temporary name and renamed, cache.json after the shards that it lists, so a cache is always consistent.
 """
 
 import json
@@ -39,8 +39,8 @@ _DEFAULT_SETTINGS = ("attention", "compile")  # those of the cache apply unless 
 class Shard(Config):
     """A file with `tokens` tokens in `rows` rows; `kept` of the tokens are not special.
 
-    Block b ends before token `ends[b]` and has the CRC-32 `crc32[tensor][b]`. `header` is the CRC-32 of the file's header,
-    and `place` the state of the text after the shard."""
+    Block b ends before token `ends[b]` and has the CRC-32 `crc32[tensor][b]`. `header` is the CRC-32 of the file's
+    header, and `place` the state of the text after the shard."""
 
     file: FileName
     tokens: int
@@ -70,8 +70,8 @@ class Manifest(Config):
     shards: tuple[Shard, ...] = ()
 
     def place(self, folder: str | Path, hook: str | None, layer: int | None = None, *, field: str = "hook") -> str:
-        """The name of the cached hook with this name or of the residual stream after this layer; the first hook if neither
-        is given. `field` is the stream setting that named the hook."""
+        """The name of the cached hook with this name or of the residual stream after this layer; the first hook if
+        neither is given. `field` is the stream setting that named the hook."""
         if hook is None and layer is None:
             return next(iter(self.hooks))
         name = hook or f"blocks.{layer}.hook_resid_post"
@@ -81,16 +81,14 @@ class Manifest(Config):
         return name
 
     def settle(self, config: StreamConfig, layer: int | None = None) -> StreamConfig:
-        """`config` with the settings that its cache fixes. Raises UserError for a setting that contradicts the cache."""
+        """`config` with the settings that its cache fixes. Raises UserError for a setting that contradicts it."""
         update: dict[str, Any] = {}
         for name in (*_FIXED_SETTINGS, *_DEFAULT_SETTINGS):
             cached, requested = getattr(self.stream, name), getattr(config, name)
             if name not in config.model_fields_set:
                 update[name] = cached
             elif name in _FIXED_SETTINGS and requested != cached:
-                raise UserError(
-                    f"stream.{name}: {requested} is not allowed; the cache {config.cache} was made with {name} {cached}"
-                )
+                raise UserError(f"stream.{name}: {requested} is not allowed; the cache {config.cache} has {cached}")
         for name in ("target", "second"):
             if (hook := getattr(config, name)) is not None:
                 update[name] = self.place(str(config.cache), hook, field=name)
@@ -212,9 +210,7 @@ class CacheSource:
             except OSError as error:
                 raise UserError(f"cache: {path} can't be read ({error.strerror})") from None
             if bytes_read < len(raw) or zlib.crc32(raw) != shard.crc32[name][block]:
-                raise UserError(
-                    f"cache: {path} is damaged in block {block} ({name}): its checksum differs; the cache must be made again"
-                )
+                raise UserError(f"cache: {path} is damaged in block {block} ({name}); the cache must be made again")
             tensors[name] = value
         return Batch.from_tensors(tensors)
 

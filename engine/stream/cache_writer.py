@@ -48,12 +48,12 @@ def write_cache(
 ) -> Manifest:
     """Run the model over the text once and write its activations until `tokens` kept tokens are stored.
 
-    Writing ends after the forward pass that reaches that number, or at the end of the text. `hooks` or `layers` name the
-    activations, by default `config.hook`. A shard ends with the forward pass that fills `shard_mb` * 10^6 bytes. `resume`
-    continues after the last complete shard and produces the same files as an uninterrupted run.
+    Writing ends after the forward pass that reaches that number, or at the end of the text. `hooks` or `layers` name
+    the activations, by default `config.hook`. A shard ends with the forward pass that fills `shard_mb` * 10^6 bytes.
+    `resume` continues after the last complete shard and produces the same files as an uninterrupted run.
 
-    Raises UserError for a folder with other files in it, for settings that differ from those it was begun with, and for a
-    failed write. Shards that are already written stay valid.
+    Raises UserError for a folder with other files in it, for settings that differ from those it was begun with, and for
+    a failed write. Shards that are already written stay valid.
     """
     folder = expand_path(folder, "cache")
     if tokens < 1:
@@ -230,13 +230,11 @@ def _write(folder: Path, file: str, chunks: Iterable[bytes | memoryview]) -> int
                 out.write(chunk)
             return out.tell()
     except OSError as error:
-        raise UserError(
-            f"out: {path} can't be written ({error.strerror}); the shards before it are complete, continue with --resume"
-        ) from None
+        raise UserError(f"out: {path} can't be written ({error.strerror}); continue with --resume") from None
 
 
 def _block_ends(row: Tensor) -> tuple[int, ...]:
-    """Where blocks of the rows [M] end: at the first end of a row after `BLOCK` tokens. A small rest joins the last one."""
+    """Ends of blocks: each is the first end of a row [M] after `BLOCK` tokens. A small rest joins the last block."""
     ends, start = [], 0
     for row_end in [*(row.diff().nonzero().flatten() + 1).tolist(), len(row)]:
         if row_end - start >= BLOCK:

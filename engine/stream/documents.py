@@ -27,8 +27,8 @@ _SETTINGS = {"sep": (",", "\t"), "delimiter": (None,), "header": ("infer",), "na
 class Documents(Protocol):
     """Numbered documents, the same at every call, with a `name` for messages.
 
-    `read(start)` yields the documents from number `start` on, and raises `TextTooShort`, a UserError, if there are fewer.
-    An optional `fingerprint()` returns a number that differs once the documents have changed.
+    `read(start)` yields the documents from number `start` on, and raises `TextTooShort`, a UserError, if there are
+    fewer. An optional `fingerprint()` returns a number that differs once the documents have changed.
     """
 
     name: str
@@ -71,8 +71,8 @@ def open_documents(
 
 
 class DocumentList:
-    """Documents in memory: strings, token ids, or dicts with a field of either, in an iterable that can be read repeatedly,
-    or from a function without arguments that returns one, such as a generator function."""
+    """Documents in memory: strings, token ids, or dicts with a field of either, in an iterable that can be read
+    repeatedly, or from a function without arguments that returns one, such as a generator function."""
 
     def __init__(
         self, documents: Iterable[Any] | Callable[[], Iterable[Any]], name: str, text_field: str | None = None

@@ -27,21 +27,21 @@ MOST_PADDING = 0.1  # share of padding in a group of rows that run together
 
 
 class LanguageModel:
-    """A causal language model that reads `hooks` of the given `widths`; `hook` and `d_model` are those of the first hook.
+    """A causal language model that reads `hooks` of these `widths`; `hook` and `d_model` describe the first hook.
 
     `model` is testbed, smollm2, a hub name, a folder, or a TransformerBridge or HookedTransformer in memory. Models in
-    memory keep their device and dtype; others use float32 on a CPU and bfloat16 on a GPU. Hooks are transformer_lens names
-    (`hook`, `hooks`) or the residual stream after layers (`layer`, `layers`), by default after the middle layer. Values per
-    head, [B, T, H, d_head] at hooks such as `hook_z`, are read and replaced as [B, T, H d_head], as in SAELens.
+    memory keep their device and dtype; others use float32 on a CPU and bfloat16 on a GPU. Hooks are transformer_lens
+    names (`hook`, `hooks`) or the residual stream after layers (`layer`, `layers`), by default after the middle layer.
+    Values per head, [B, T, H, d_head] at hooks such as `hook_z`, are read and replaced as [B, T, H d_head].
 
     `activations(tokens)` and `harvest(tokens)` return activations [B, T, D] and run no layer after the last one needed.
-    Tokens may be padded at the end; the values at padding have no meaning. `losses(tokens, replace)` runs the whole model
-    with the activations at one hook replaced and returns next-token losses [B, T - 1] in nats.
+    Tokens may be padded at the end; the values at padding have no meaning. `losses(tokens, replace)` runs the whole
+    model with the activations at one hook replaced and returns next-token losses [B, T - 1] in nats.
 
-    If a hook is the input or output of a module, it is read from a plain transformers model, provided that this gives the
-    values of transformer_lens on a probe. `reader` says which of the two is in use. `attention="auto"` selects the first of
-    sdpa, flex_attention (GPU only) and eager that gives the same values. `compile` compiles the layers of the plain model.
-    A GPU holds only the layers that are needed until `bridge` or `losses` is first used.
+    If a hook is the input or output of a module, it is read from a plain transformers model, provided that this gives
+    the values of transformer_lens on a probe. `reader` says which of the two is in use. `attention="auto"` selects the
+    first of sdpa, flex_attention (GPU only) and eager that gives the same values. `compile` compiles the layers of the
+    plain model. A GPU holds only the layers that are needed until `bridge` or `losses` is first used.
 
     Raises UserError if the model can't be loaded or lacks a requested hook, layer or attention implementation.
     """
@@ -139,8 +139,8 @@ class LanguageModel:
     def harvest(self, tokens: Tensor, length: Tensor | None = None) -> dict[str, Tensor]:
         """Activations [B, T, D_hook] at every hook for tokens [B, T], in one pass.
 
-        With the `length` [B] of each row, rows of similar length run together, cut to the longest of them. Since attention
-        is causal, this only saves time. Activations at padding are then zero."""
+        With the `length` [B] of each row, rows of similar length run together, cut to the longest of them. Since
+        attention is causal, this only saves time. Activations at padding are then zero."""
         if length is None:
             return self._read(tokens, self.hooks)
         acts_by_hook: dict[str, Tensor] = {}
@@ -157,7 +157,7 @@ class LanguageModel:
     def logits(
         self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None, hook: str | None = None
     ) -> Tensor:
-        """Next-token logits [B, T, V], with the activations x at `hook` (by default the first) replaced by replace(x)."""
+        """Next-token logits [B, T, V], with activations x at `hook` (default: the first) replaced by replace(x)."""
         tokens, bridge = tokens.to(self.device), self.bridge
         if replace is None:
             return bridge(tokens)
@@ -178,8 +178,8 @@ class LanguageModel:
     def rows_of_activations(self, T: int) -> int:
         """Estimated number of rows of T tokens that fit in `memory` in one pass, at least one.
 
-        Counts three times the MLP's width, six times the residual stream, the hooks' values, and float32 attention weights
-        if attention is eager."""
+        Counts three times the MLP's width, six times the residual stream, the hooks' values, and float32 attention
+        weights if attention is eager."""
         cfg = self._bridge.cfg
         wide = 3 * int(getattr(cfg, "d_mlp", None) or 4 * cfg.d_model) + 6 * cfg.d_model + sum(self.widths.values())
         attention = 0 if self.attention != "eager" else 2 * 4 * T * cfg.n_heads
@@ -187,7 +187,7 @@ class LanguageModel:
 
     @default_modes()
     def tail(self, hook: str | None = None) -> Tail | None:
-        """The part of the model after a hook (by default the first), which runs replacements without the layers before it.
+        """The part of the model after a hook (default: the first), to run replacements without the earlier layers.
 
         None if there is no plain model, if the hook is not the input or output of a module, or if the logits on a probe
         differ from those of `logits`, with the hook's value unchanged or replaced.
@@ -283,9 +283,7 @@ class LanguageModel:
                 candidate.compile()
             return candidate, chosen
         if self._compile:
-            raise UserError(
-                f"compile: True is not allowed; only transformer_lens reads {', '.join(hooks)} of {self.name}"
-            )
+            raise UserError(f"compile: True is not allowed; {self.name} needs transformer_lens for {', '.join(hooks)}")
         return None, "eager"
 
     def _partial_reader(self, hooks: Sequence[str]) -> Reader | None:

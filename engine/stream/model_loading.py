@@ -24,7 +24,7 @@ TESTBED = Path(__file__).resolve().parent.parent / "testbed" / "model"
 BUILT_IN = ("testbed", "smollm2")
 #: vocabulary files of tokenizers: JSON, sentencepiece, vocab.txt, tiktoken, GGUF
 _VOCABULARY = re.compile(
-    r"tokenizer\.json|vocab[.\w-]*|.*\.(model|tiktoken|spm|vocab|bpe|gguf)|tekken\.json|source\.spm|tokenization_\w+\.py"
+    r"tokenizer\.json|vocab[.\w-]*|.*\.(model|tiktoken|spm|vocab|bpe|gguf)|tekken\.json|tokenization_\w+\.py"
 )
 
 
@@ -37,8 +37,8 @@ def with_absolute_paths(config: StreamConfig) -> StreamConfig:
 def load(name: str, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
     """Load a TransformerBridge on the CPU, and the plain transformers model that shares its parameters.
 
-    `name` is testbed, smollm2, a hub name or a folder. The plain model is None if this transformer_lens version or model
-    does not allow for one. Raises UserError for a model that can't be loaded.
+    `name` is testbed, smollm2, a hub name or a folder. The plain model is None if this transformer_lens version or
+    model does not allow for one. Raises UserError for a model that can't be loaded.
     """
     folder, is_local = _model_folder(name)
     from_hub = not is_local and name not in BUILT_IN
@@ -104,7 +104,7 @@ def _model_folder(name: str) -> tuple[Path, bool]:
 
 
 def refuse_other_tensors(name: str, loaded: Mapping[str, Any]) -> None:
-    """Raise UserError for a model whose files lack tensors, which transformers would initialise at random, or have others.
+    """Raise UserError if a model's files lack tensors, which transformers would initialise at random, or have others.
 
     `loaded` is the loading info of transformers. Its `missing_keys` leave out tied and optional tensors, and its
     `unexpected_keys` those that the architecture ignores.
@@ -133,9 +133,7 @@ def refuse_files_elsewhere(folder: Path) -> None:
             raise UserError(f"model: {index} can't be read ({type(error).__name__}); it must name the files") from None
         for file in sorted({str(file) for file in files}):
             if file in (".", "..") or Path(file).name != file:
-                raise UserError(
-                    f"model: {index} is not allowed; it names {file[:80]}, which lies outside of its folder"
-                )
+                raise UserError(f"model: {index} is not allowed; it names {file[:80]}, which is outside of its folder")
 
 
 def sharing(model: nn.Module) -> nn.Module:
@@ -146,7 +144,7 @@ def sharing(model: nn.Module) -> nn.Module:
 def _keeping_class(plain: list[nn.Module]) -> type | None:
     """A stand-in for the transformers class that transformer_lens loads, which appends a copy of the model to `plain`.
 
-    transformer_lens knows how to load each architecture, but then wraps the model in place. So the copy is made in between.
+    transformer_lens knows how to load each architecture, but then wraps the model in place. This copies it in between.
     """
     try:
         from transformer_lens.model_bridge.sources.transformers import (

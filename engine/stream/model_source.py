@@ -18,8 +18,8 @@ MOST_ROWS = 8  # times rows_per_forward: the limit on packed rows per pass, howe
 class ActivationSource(Protocol):
     """Activations in the order of the text.
 
-    `next` returns the activations of some whole rows without padding, [M, D] per hook, or None at the end. `kept` [M] is
-    false for the tokenizer's `special` tokens, such as `<bos>`. `counts` counts what was read so far. `state` and
+    `next` returns the activations of some whole rows without padding, [M, D] per hook, or None at the end. `kept` [M]
+    is false for the tokenizer's `special` tokens, such as `<bos>`. `counts` counts what was read so far. `state` and
     `load_state` resume exactly. `name` is the text's name in messages, and `label` names the time spent in `next`.
     """
 
@@ -41,8 +41,8 @@ class ActivationSource(Protocol):
 class ModelSource:
     """An `ActivationSource` that runs a language model over `rows_per_forward` rows of text at a time.
 
-    With `packing` a pass takes more rows, up to about the tokens of `rows_per_forward` full rows. Each of the `ranks` runs
-    an equal share of the rows, and all receive all activations."""
+    With `packing` a pass takes more rows, up to about the tokens of `rows_per_forward` full rows. Each of the `ranks`
+    runs an equal share of the rows, and all receive all activations."""
 
     label = "model"
 
@@ -110,8 +110,7 @@ class ModelSource:
 
 
 def special_tokens(tokenizer: Any) -> Tensor:
-    """Sorted ids [n] of the tokenizer's special tokens, none without a tokenizer. A token that only stands for unknown words
-    counts as text."""
+    """Sorted ids [n] of the tokenizer's special tokens, if any. A token only for unknown words counts as text."""
     if tokenizer is None:
         return torch.zeros(0, dtype=torch.int64)
     special_ids, unknown_id = set(tokenizer.all_special_ids), tokenizer.unk_token_id

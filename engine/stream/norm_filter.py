@@ -1,9 +1,9 @@
 """Find massive activations and leave them out.
 
-In most language models a few tokens, often the first of a row and delimiters, have activations tens to hundreds of times
-as large as the rest (Sun et al., arXiv 2402.17762). They serve attention as sinks and are nearly constant. One token in a
-hundred can hold 99% of the variance. A dictionary trained on them learns little else, and its explained variance says
-nothing about ordinary text.
+In most language models a few tokens, often the first of a row and delimiters, have activations tens to hundreds of
+times as large as the rest (Sun et al., arXiv 2402.17762). They serve attention as sinks and are nearly constant. One
+token in a hundred can hold 99% of the variance. A dictionary trained on them learns little else, and its explained
+variance says nothing about ordinary text.
 """
 
 import math
@@ -33,8 +33,8 @@ class NormFilter:
         limit = median * max(4, exp(6 sigma)),    sigma = 1.4826 * median |log |x| - log median|
 
     sigma is a robust estimate of the spread of log |x|, so a hook with widely spread norms loses nothing. A number sets
-    limit = max_norm * median, and None turns the filter off. Limits are computed once and stored with the run, so training
-    and evaluation use the same tokens.
+    limit = max_norm * median, and None turns the filter off. Limits are computed once and stored with the run, so
+    training and evaluation use the same tokens.
     """
 
     def __init__(self, max_norm: float | Literal["auto"] | None):
@@ -50,8 +50,7 @@ class NormFilter:
         return self.max_norm is None or all(hook in self.limits for hook in hooks)
 
     def calibrate(self, acts: Mapping[str, Tensor]) -> Tensor:
-        """Compute limits for hooks without one from a sample of activations [n, D]. Returns the sample's ordinary tokens,
-        bool [n]."""
+        """Compute missing limits from a sample of activations [n, D]. Returns a mask [n] of its ordinary tokens."""
         for hook, x in acts.items():
             if self.max_norm is None or hook in self.limits:
                 continue
@@ -70,8 +69,8 @@ class NormFilter:
         return ordinary
 
     def ordinary(self, acts: Mapping[str, Tensor]) -> Tensor:
-        """Mask [...] of the tokens of activations [..., D] that are not massive. Non-finite activations count as ordinary,
-        so that they are reported where they are read."""
+        """Mask [...] of the tokens of activations [..., D] that are not massive. Non-finite activations count as
+        ordinary, so that they are reported where they are read."""
         first = next(iter(acts.values()))
         is_ordinary = torch.ones(first.shape[:-1], dtype=torch.bool, device=first.device)
         if self.max_norm is not None:
@@ -147,8 +146,8 @@ def check_scale(x: Tensor, hook: str, *, median: bool = False) -> None:
     typical = float(norm.median() if median else norm.mean()) if len(norm) else 0.0
     if typical > 0 and not SMALLEST <= typical <= LARGEST:
         raise UserError(
-            f"activations: a typical norm of {typical:.3g} at {hook} is not allowed; it must be between {SMALLEST:g} and "
-            f"{LARGEST:g} (multiply them by a constant)"
+            f"activations: a typical norm of {typical:.3g} at {hook} is not allowed; it must be between {SMALLEST:g} "
+            f"and {LARGEST:g} (multiply them by a constant)"
         )
 
 
@@ -188,8 +187,8 @@ def describe(report: Mapping[str, Any] | None) -> str | None:
     variance_share = max(report["variance_share"].values(), default=0.0)
     variance = f", which hold {variance_share:.1%} of the variance," if variance_share > 0.005 else ""
     return (
-        f"massive activations: {report['massive']:,} of {report['tokens']:,} tokens ({_percent(report['share'])}){variance} "
-        f"are left out: norm above {limits}; at positions {named_positions}{more} (stream.max_norm)"
+        f"massive activations: {report['massive']:,} of {report['tokens']:,} tokens ({_percent(report['share'])})"
+        f"{variance} are left out: norm above {limits}; at positions {named_positions}{more} (stream.max_norm)"
     )
 
 

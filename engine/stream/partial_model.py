@@ -1,7 +1,7 @@
 """Parts of a plain transformers model: the layers up to the last hook (`Reader`), and the layers after a hook (`Tail`).
 
-transformer_lens computes attention in Python, with a hook at every step. A hook that is the input or output of a module can
-be read faster from the plain transformers model, with any implementation of attention.
+transformer_lens computes attention in Python, with a hook at every step. A hook that is the input or output of a module
+can be read faster from the plain transformers model, with any implementation of attention.
 """
 
 import copy
@@ -87,8 +87,8 @@ class _PartialModel:
 class Reader(_PartialModel):
     """The part of a plain transformers model that some hooks need: the embedding and the layers up to the last hook.
 
-    Parameters on `device` are shared with `plain`. Other parameters that are needed are copied there once, unless `placed`
-    already has a copy. The new `placed` maps ids of original parameters to the copies.
+    Parameters on `device` are shared with `plain`. Other parameters that are needed are copied there once, unless
+    `placed` already has a copy. The new `placed` maps ids of original parameters to the copies.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Reader(_PartialModel):
         """Values of these hooks for tokens [B, T] on the reader's device."""
         hooks = list(hooks)
         values = HookValues(hooks)
-        handles = [_watch(self.model, self.sites[hook], partial(values.put, hook)) for hook in hooks]
+        handles = [_on_value(self.model, self.sites[hook], partial(values.put, hook)) for hook in hooks]
         try:
             self._stack(input_ids=tokens, use_cache=False)
         except AllHooksRead:
@@ -196,7 +196,7 @@ class Tail(_PartialModel):
         for layer in self._skipped_layers:
             layer.forward = _passing(entry if layer is self._skipped_layers[-1] else None)
         if not self._is_layer_output:
-            handles.append(_splice(self.model, self._site, value))
+            handles.append(_on_value(self.model, self._site, lambda _: value))
         try:
             return self._run(tokens)
         finally:
@@ -231,36 +231,31 @@ def _first(value: Any) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
-def _watch(root: nn.Module, site: ModuleSite, put: Callable[[Tensor], None]) -> Any:
-    """Register a forward hook that passes the value at a site to `put`."""
+def _on_value(root: nn.Module, site: ModuleSite, change: Callable[[Tensor], Tensor | None]) -> Any:
+    """Register a forward hook that replaces the value at a site with change(value), unless that is None."""
     module = root.get_submodule(site.module)
-    if site.side == "out":
-        return module.register_forward_hook(lambda _, args, output: put(_first(output)))
-    return module.register_forward_pre_hook(
-        lambda _, args, kwargs: put(_first(args or kwargs["hidden_states"])), with_kwargs=True
-    )
 
-
-def _splice(root: nn.Module, site: ModuleSite, value: Tensor) -> Any:
-    """Register a forward hook that replaces the value at a site."""
-    module = root.get_submodule(site.module)
-    if site.side == "out":
-        return module.register_forward_hook(
-            lambda _, args, output: (value, *output[1:]) if isinstance(output, tuple) else value
-        )
+    def after(_: nn.Module, args: Any, output: Any) -> Any:
+        value = change(_first(output))
+        return (value, *output[1:]) if value is not None and isinstance(output, tuple) else value
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        value = change(_first(args or kwargs["hidden_states"]))
+        if value is None:
+            return None
         return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
 
+    if site.side == "out":
+        return module.register_forward_hook(after)
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def close(values: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:
     """Whether the values [B, T, D] of every hook have the shape of their reference and agree with it.
 
-    The root mean square over tokens of ||values - reference|| / ||reference|| must be at most 1e-4, or 5e-2 for dtypes below
-    float32, where reordering a computation alone gives 2e-2 after thirty layers. Errors are relative per token, because a
-    first token a hundred times as large as the others would hide theirs.
+    The root mean square over tokens of ||values - reference|| / ||reference|| must be at most 1e-4, or 5e-2 for dtypes
+    below float32, where reordering a computation alone gives 2e-2 after thirty layers. Errors are relative per token,
+    because a first token a hundred times as large as the others would hide theirs.
     """
     for hook, expected in reference.items():
         if hook not in values or values[hook].shape != expected.shape:

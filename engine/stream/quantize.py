@@ -8,7 +8,7 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def narrowed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Quantise x [..., D] to codes of `dtype` (int8 or float8_e4m3fn) and float32 scales [...], with x about codes * scale.
+    """Quantise x [..., D] to codes * scale: codes of `dtype` (int8 or float8_e4m3fn) and float32 scales [...].
 
     scale = max |x| / LARGEST[dtype], zero for a vector of zeros. Codes are rounded to nearest."""
     x = x.float()

@@ -19,8 +19,8 @@ Document = str | np.ndarray | StoredArray
 class TextField:
     """The field `name`, which every record must have. By default it is `text`, otherwise `tokens` or `input_ids`.
 
-    A name with dots, such as `messages.content`, is a path into structs and lists, unless a field has exactly that name.
-    Texts found in a list are joined by line feeds into one document.
+    A name with dots, such as `messages.content`, is a path into structs and lists, unless a field has exactly that
+    name. Texts found in a list are joined by line feeds into one document.
     """
 
     def __init__(self, name: str | None = None):
@@ -36,7 +36,7 @@ class TextField:
         if self.name is None:
             options = f", nor one of {' or '.join(ready)}" if ready else ""
             raise UserError(
-                f"data: {place} has no {TEXT!r} column{options}; it has {_listed(columns)} (stream.text_field names another)"
+                f"data: {place} has no {TEXT!r} column{options}; it has {_listed(columns)} (stream.text_field)"
             )
         raise self._missing(columns, place)
 

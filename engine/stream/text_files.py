@@ -1,7 +1,7 @@
 """Documents of one file: plain text, JSON, tables, or arrays of token ids. The file's name determines how it is read.
 
-A file is read from its beginning or from a given document on. It is neither loaded whole nor memory-mapped, since truncating
-a mapped file kills the process.
+A file is read from its beginning or from a given document on. It is neither loaded whole nor memory-mapped, since
+truncating a mapped file kills the process.
 """
 
 import bz2
@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
@@ -176,9 +177,8 @@ class Delimited(TextFile):
         with self._table() as (names, table):
             for cells in filter(None, table):
                 if len(cells) != len(names):
-                    raise UserError(
-                        f"data: {self.path} line {table.line_num} has {len(cells)} fields; its first line names {len(names)}"
-                    )
+                    place = f"{self.path} line {table.line_num}"
+                    raise UserError(f"data: {place} has {len(cells)} fields; its first line names {len(names)}")
                 yield cells[self._column_index]
 
     def _document(self, item: str, number: int) -> Document:
@@ -194,7 +194,7 @@ class ColumnFile(TextFile):
             self.column = field.column(names, self.name)
 
     def _table(self) -> AbstractContextManager[tuple[list[str], Iterator[tuple[int, Iterable[Any]]]]]:
-        """The column names, and for each chunk its number of rows and their Arrow scalars, read only if iterated over."""
+        """The column names, and for each chunk its number of rows and an iterable of their Arrow scalars."""
         raise NotImplementedError
 
     def read(self, start: int = 0) -> Iterator[Document]:
@@ -290,13 +290,9 @@ def _json(path: Path, field: TextField) -> JsonLines | JsonList:
     return JsonList(path, field) if beginning.startswith(b"[") else JsonLines(path, field)
 
 
-def _tabs(path: Path, field: TextField) -> Delimited:
-    return Delimited(path, field, "\t")
-
-
 READERS: dict[str, Callable[[Path, TextField], TextFile]] = {
-    ".txt": PlainText, ".jsonl": JsonLines, ".ndjson": JsonLines, ".json": _json, ".csv": Delimited, ".tsv": _tabs,
-    ".parquet": Parquet, ".arrow": Arrow, ".npy": Array,
+    ".txt": PlainText, ".jsonl": JsonLines, ".ndjson": JsonLines, ".json": _json, ".csv": Delimited,
+    ".tsv": partial(Delimited, delimiter="\t"), ".parquet": Parquet, ".arrow": Arrow, ".npy": Array,
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -49,8 +49,8 @@ class RowSource(Protocol):
     """Rows of a text in order, with a state to resume from.
 
     Rows begin with the token `bos`, if there is one. `held_out_rows` is the number of held-out rows, None if unknown or
-    unlimited. `epoch` counts how often the text was started again. `counts` covers everything that `next` has read, over all
-    epochs: finished `documents` and `empty_documents`, `rows`, and their `tokens` (with `<bos>`, without padding).
+    unlimited. `epoch` counts how often the text was started again. `counts` covers everything that `next` has read,
+    over all epochs: finished `documents` and `empty_documents`, `rows`, and `tokens` (with `<bos>`, without padding).
     """
 
     name: str
@@ -60,12 +60,11 @@ class RowSource(Protocol):
     counts: dict[str, int]
 
     def next(self, count: int) -> TokenRows:
-        """The next `count` training rows. At its end the text starts again or, if it doesn't repeat, fewer rows are left."""
+        """The next `count` training rows. The text starts again at its end, or fewer rows are returned."""
         ...
 
     def held_out(self, count: int, size: int) -> Iterator[TokenRows]:
-        """The first `count` rows that training never sees, or all if there are fewer, `size` at a time. `next` continues
-        where it was."""
+        """The first `count` rows that training never sees, `size` at a time. Has no effect on `next`."""
         ...
 
     def state(self) -> dict[str, Tensor]: ...
@@ -81,9 +80,8 @@ class TestbedRows:
 
     def __init__(self, context: int, seed: int = 0, language: lang.Language | None = None):
         if context > lang.CONTEXT:
-            raise UserError(
-                f"stream.context: {context} is not allowed; the embedded language has at most {lang.CONTEXT}"
-            )
+            limit = f"the embedded language has at most {lang.CONTEXT}"
+            raise UserError(f"stream.context: {context} is not allowed; {limit}")
         self.name, self.context, self.epoch = "the embedded language", context, 0
         self.language = language or lang.Language(seed=seed)
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -116,10 +114,10 @@ class TestbedRows:
 class TextRows:
     """Documents of a text, cut into rows of up to `context` tokens.
 
-    A row holds one document or a part of it and is padded at the end. It begins with `<bos>` if the tokenizer has one and
-    `bos` is not False; with True, a tokenizer without one is an error. A document of token ids may already begin with
-    `<bos>`. Every 20th row is held out, or the last one if there are fewer than 20. Token ids must be below `vocabulary`,
-    by default the tokenizer's. Without a tokenizer, documents must be token ids. `load_state` detects a changed text.
+    A row holds one document or a part of it and is padded at the end. It begins with `<bos>` if the tokenizer has one
+    and `bos` is not False; with True, a tokenizer without one is an error. A document of token ids may already begin
+    with `<bos>`. Every 20th row is held out, or the last one if there are fewer than 20. Token ids must be below
+    `vocabulary`, by default the tokenizer's. Without a tokenizer, documents must be token ids.
     """
 
     def __init__(
@@ -153,11 +151,10 @@ class TextRows:
         if len(first_rows) < 2:
             if not document_counts.total():
                 raise UserError(f"data: {self.name} is empty; it must hold text")
-            token_count = sum(row.length for row in first_rows)
-            raise UserError(
-                f"data: {self.name} gives {token_count} tokens in {len(first_rows)} rows; at least 2 rows of text are needed"
-            )
-        self._refuse_unknown(first_rows)
+            token_count = sum(len(row.tokens) for row in first_rows)
+            size = f"{token_count} tokens in {len(first_rows)} rows"
+            raise UserError(f"data: {self.name} gives {size}; at least 2 rows of text are needed")
+        self._refuse_unknown(np.concatenate([row.tokens for row in first_rows]))
         self._first_held_out = len(first_rows) - 1  # row number
         self.held_out_rows: int | None = 1 if len(first_rows) < HELD_OUT_EVERY else None
         self._reader = _RowReader(self, self.counts)
@@ -177,7 +174,7 @@ class TextRows:
             self.epoch += 1
             self._reader = _RowReader(self, self.counts)
         self.counts["rows"] += len(rows)
-        self.counts["tokens"] += sum(row.length for row in rows)
+        self.counts["tokens"] += sum(len(row.tokens) for row in rows)
         return self._as_token_rows(rows)
 
     def held_out(self, count: int, size: int) -> Iterator[TokenRows]:
@@ -186,8 +183,8 @@ class TextRows:
             yield self._as_token_rows(chunk)
 
     def _tokenizer_token(self, name: str) -> int | None:
-        """The id of a special token, if the model embeds it. transformer_lens adds special tokens that are outside of the
-        model's vocabulary or reuse the id of the unknown token."""
+        """The id of a special token, if the model embeds it. transformer_lens adds special tokens that are outside of
+        the model's vocabulary or reuse the id of the unknown token."""
         token_id, token_name = getattr(self.tokenizer, name, None), name.removesuffix("_id")
         if token_id is None or not 0 <= token_id < self.vocabulary:
             return None
@@ -195,10 +192,9 @@ class TextRows:
         is_same_token = getattr(self.tokenizer, token_name, None) == getattr(self.tokenizer, "unk_token", None)
         return None if is_unknown and not is_same_token else token_id
 
-    def _refuse_unknown(self, rows: "list[_TokenRow]") -> None:
+    def _refuse_unknown(self, tokens: np.ndarray) -> None:
         """Raise UserError if every token is the tokenizer's unknown token."""
         unknown = getattr(self.tokenizer, "unk_token_id", None)
-        tokens = np.concatenate([row.tokens[: row.length] for row in rows])
         tokens = tokens if self.bos in (None, unknown) else tokens[tokens != self.bos]
         if unknown is not None and len(tokens) and bool((tokens == unknown).all()):
             raise UserError(f"data: the model's tokenizer knows no word of {self.name}; all tokens are unknown")
@@ -207,10 +203,13 @@ class TextRows:
         return row.number % HELD_OUT_EVERY == self._first_held_out
 
     def _as_token_rows(self, rows: "list[_TokenRow]") -> TokenRows:
-        tokens = np.array([row.tokens for row in rows], np.int64).reshape(-1, self.context)
-        document = np.array([row.document for row in rows], np.int64).reshape(-1, self.context)
-        length, number = np.array([(row.length, row.number) for row in rows], np.int64).reshape(-1, 2).T.copy()
-        return TokenRows(*map(torch.from_numpy, (tokens, length, document, number)))
+        tokens = torch.full((len(rows), self.context), self.pad)
+        document = torch.full_like(tokens, -1)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row.tokens)] = torch.from_numpy(row.tokens)
+            document[index, : len(row.tokens)] = row.document
+        length = torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64)
+        return TokenRows(tokens, length, document, torch.tensor([row.number for row in rows], dtype=torch.int64))
 
     def state(self) -> dict[str, Tensor]:
         place = (self._reader.document, self._reader.used, self._reader.row, self.epoch)
@@ -225,19 +224,17 @@ class TextRows:
         self._reader = _RowReader(self, self.counts, document, used, row)
 
 
-@dataclass
-class _TokenRow:
-    """`tokens` [T] and `document` [T], both int64."""
+class _TokenRow(NamedTuple):
+    """Row `number` of a text: `tokens` [length] int64, with `<bos>`, of document number `document`."""
 
     tokens: np.ndarray
-    document: np.ndarray
-    length: int
+    document: int
     number: int
 
 
 class _RowReader:
-    """Iterates over the rows of a text. The next row is number `row` and starts after `used` tokens of document `document`.
-    These three numbers are the whole state. Finished documents are added to `counts`."""
+    """Iterates over the rows of a text. The next row is number `row` and starts after `used` tokens of document
+    `document`. These three numbers are the whole state. Finished documents are added to `counts`."""
 
     def __init__(self, text: TextRows, counts: dict[str, int], document: int = 0, used: int = 0, row: int = 0):
         self.text, self.counts = text, counts
@@ -249,32 +246,26 @@ class _RowReader:
         return self
 
     def __next__(self) -> _TokenRow:
-        text = self.text
         ids = self._current_ids()
         if ids is None:
             raise StopIteration
-        tokens, document = np.full(text.context, text.pad), np.full(text.context, -1)
-        start = 0
-        if text.bos is not None:
-            tokens[0], start = text.bos, 1
-        piece = ids[self.used : self.used + text.context - start]
-        length = start + len(piece)
-        tokens[start:length] = self._checked_ids(piece)
-        document[:length] = self.document
+        first = np.array([] if self.text.bos is None else [self.text.bos], np.int64)
+        piece = ids[self.used : self.used + self.text.context - len(first)]
+        self._check_ids(piece)
+        row = _TokenRow(np.concatenate([first, piece.astype(np.int64)]), self.document, self.row)
         self.used += len(piece)
         if self.used == len(ids):
             self._end_document("documents")
         self.row += 1
-        return _TokenRow(tokens, document, length, self.row - 1)
+        return row
 
     def _current_ids(self) -> np.ndarray | StoredArray | None:
         """The tokens of the current document, or of the next that is not empty; None at the end of the text."""
         while self._ids is None:
             self._ids = next(self._contents, None)
             if self.used and (self._ids is None or len(self._ids) <= self.used):  # only after loading a state
-                raise UserError(
-                    f"data: {self.text.name} has changed: document {self.document} had more than {self.used} tokens"
-                )
+                number, name = self.document, self.text.name
+                raise UserError(f"data: {name} has changed: document {number} had more than {self.used} tokens")
             if self._ids is None:
                 return None
             if not len(self._ids):
@@ -285,14 +276,13 @@ class _RowReader:
         self.counts[kind] += 1
         self.document, self.used, self._ids = self.document + 1, 0, None
 
-    def _checked_ids(self, piece: np.ndarray) -> np.ndarray:
+    def _check_ids(self, piece: np.ndarray) -> None:
         wrong_ids = piece[(piece < 0) | (piece >= self.text.vocabulary)]
         if len(wrong_ids):
             raise UserError(
                 f"data: {self.text.name} document {self.document} holds token {wrong_ids[0]}, which is not allowed; "
                 f"the model has tokens 0 to {self.text.vocabulary - 1}"
             )
-        return piece
 
     def _tokenised_documents(self) -> Iterator[np.ndarray | StoredArray]:
         """Token ids [n] of each document from number `document` on, without an initial `<bos>`."""
@@ -301,8 +291,8 @@ class _RowReader:
             texts = [_without_surrogates(document) for document in batch if isinstance(document, str)]
             if any(texts) and self.text.tokenizer is None:
                 raise UserError(
-                    f"data: {self.text.name} holds text, and the model has no tokenizer; give token ids (a .npy file, or "
-                    "a column tokens or input_ids)"
+                    f"data: {self.text.name} holds text, and the model has no tokenizer; give token ids "
+                    "(a .npy file, or a column tokens or input_ids)"
                 )
             ids_of_texts = iter([[] for _ in texts])
             if any(texts):
