@@ -16,7 +16,7 @@ from ..process.progress import ProgressBar, progress_bar
 from ..process.stopwatch import Stopwatch
 from ..ranks import ALONE, Ranks
 from .arrays import ArraySource, open_file, settle
-from .buffer import Batch, RingBuffer
+from .buffer import Batch, RingBuffer, with_prefix
 from .cache import CacheSource, read_manifest
 from .documents import IN_HAND, DocumentList, check_data
 from .model import LanguageModel
@@ -135,9 +135,8 @@ class ActivationStream:
             usual_size = min(65536, max(8192, 4 * batch, tokens // 8))
             self.buffer_tokens = config.buffer_tokens or min(usual_size, max(2048, 2 * batch, tokens))
         if self._serves_sequences and self.buffer_tokens < 2 * config.context:
-            raise UserError(
-                f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must be at least {2 * config.context}"
-            )
+            rule = f"it must hold at least two sequences ({2 * config.context})"
+            raise UserError(f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; {rule}")
         self.config = config.model_copy(update={"buffer_tokens": self.buffer_tokens, "buffer_gb": None})
         try:
             return RingBuffer(
@@ -213,7 +212,8 @@ class ActivationStream:
         """Draw the next `n` tokens (or n // T sequences) from the buffer without replacement; fewer, or none, at the
         end of the text. Raises UserError if `n` is more than half of the buffer."""
         if n > self.buffer_tokens // 2:
-            raise UserError(f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must be at least {2 * n}")
+            rule = f"it must be at least twice the batch ({n})"
+            raise UserError(f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; {rule}")
         self._begin()
         return self._buffer.next(max(1, self._item_count(n)))
 
@@ -397,7 +397,6 @@ class ActivationStream:
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.norms.load_state(state)
         self._buffer.load_state(state)
-        prefix = "source."
-        self.source.load_state({k.removeprefix(prefix): value for k, value in state.items() if k.startswith(prefix)})
+        self.source.load_state(with_prefix(state, "source."))
         self._generator.set_state(state["random"].cpu())
         self.dropped = dict(zip(self.dropped, state["dropped"].tolist(), strict=True))

@@ -1,6 +1,6 @@
 """Batches of activations with their positions, tokens, documents and rows, and the ring buffer that mixes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,8 +82,7 @@ class Batch:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "Batch":
-        acts = {key.removeprefix("acts."): value for key, value in tensors.items() if key.startswith("acts.")}
-        return cls(acts, *(tensors[name] for name in PLACES), kept=tensors.get("kept"))
+        return cls(with_prefix(tensors, "acts."), *(tensors[name] for name in PLACES), kept=tensors.get("kept"))
 
 
 class RingBuffer:
@@ -287,11 +286,8 @@ class RingBuffer:
         for hook, scale in self._scales.items():
             scale.copy_(state[f"scales.{hook}"])
         self._squares.copy_(state["squares"])
-        surplus = {
-            key.removeprefix("left."): value.to("cpu" if key == "left.kept" else self._device)
-            for key, value in state.items()
-            if key.startswith("left.")
-        }
+        surplus = with_prefix(state, "left.")
+        surplus = {key: value.to("cpu" if key == "kept" else self._device) for key, value in surplus.items()}
         self._surplus = Batch.from_tensors(surplus) if surplus else None
         self._set_order(state["order"], served=0)
         numbers = state["numbers"].tolist()
@@ -299,6 +295,11 @@ class RingBuffer:
         self._served, self._refilled, self._last_fill_size, begun, ended, self._items_put, item_limit, final = numbers
         self._item_limit = None if item_limit < 0 else item_limit
         self.begun, self._ended, self._final = bool(begun), bool(ended), bool(final)
+
+
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name begins with `prefix`, by the rest of their name."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _as_int64(items: Tensor) -> Tensor:

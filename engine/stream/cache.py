@@ -88,7 +88,8 @@ class Manifest(Config):
             if name not in config.model_fields_set:
                 update[name] = cached
             elif name in _FIXED_SETTINGS and requested != cached:
-                raise UserError(f"stream.{name}: {requested} is not allowed; the cache {config.cache} has {cached}")
+                reason = f"the cache {config.cache} was made with {name} {cached}"
+                raise UserError(f"stream.{name}: {requested} is not allowed; {reason}")
         for name in ("target", "second"):
             if (hook := getattr(config, name)) is not None:
                 update[name] = self.place(str(config.cache), hook, field=name)

@@ -79,10 +79,8 @@ class LanguageModel:
         self.context: int = int(self._bridge.cfg.n_ctx)
         self._reader: Reader | None = None
         self._tails: dict[str, Tail | None] = {}
-        self.use(
-            hooks=[*([] if hook is None else [hook]), *hooks],
-            layers=[*([] if layer is None else [layer]), *layers],
-        )
+        hooks = [name for name in (hook, *hooks) if name is not None]
+        self.use(hooks=hooks, layers=[number for number in (layer, *layers) if number is not None])
 
     @default_modes()
     def use(self, *, hooks: Sequence[str] = (), layers: Sequence[int] = ()) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .buffer import with_prefix
 
 MULTIPLE, SIGMAS = 4.0, 6.0  # of the automatic limit
 SAMPLE = 1024  # least number of tokens to find limits from, if there are as many
@@ -124,10 +125,8 @@ class NormFilter:
             return
         self.tokens, self.massive = state["norms.counts"].tolist()
         self.positions = Counter(dict(state["norms.positions"].tolist()))
-        for key, value in state.items():
-            if key.startswith("norms.hook."):
-                hook = key.removeprefix("norms.hook.")
-                self.medians[hook], self.limits[hook], self.variance_share[hook] = value.tolist()
+        for hook, value in with_prefix(state, "norms.hook.").items():
+            self.medians[hook], self.limits[hook], self.variance_share[hook] = value.tolist()
 
     def load_report(self, report: Mapping[str, Any] | None) -> None:
         """Restore the limits and counts of a `report`."""

@@ -118,9 +118,9 @@ class Reader(_PartialModel):
         self.model = copy.deepcopy(plain, memo)
         self._stack = self.model.get_submodule(parent)
         for module in self.model.modules():
-            config = getattr(module, "config", None)
+            config: Any = getattr(module, "config", None)
             if getattr(config, "output_attentions", False):  # only eager attention returns them
-                setattr(config, "output_attentions", False)  # noqa: B010
+                config.output_attentions = False
         self._move_buffers(self._stack, device)
 
     @property

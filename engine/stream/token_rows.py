@@ -157,12 +157,16 @@ class TextRows:
         self._refuse_unknown(np.concatenate([row.tokens for row in first_rows]))
         self._first_held_out = len(first_rows) - 1  # row number
         self.held_out_rows: int | None = 1 if len(first_rows) < HELD_OUT_EVERY else None
-        self._reader = _RowReader(self, self.counts)
+        self._start_reading()
+
+    def _start_reading(self, document: int = 0, used: int = 0, row: int = 0) -> None:
+        self._reader = _RowReader(self, self.counts, document, used, row)
+        self._rows = iter(self._reader)
 
     def next(self, count: int) -> TokenRows:
         rows: list[_TokenRow] = []
         while len(rows) < count:
-            row = next(self._reader, None)
+            row = next(self._rows, None)
             if row is not None:
                 if not self._is_held_out(row):
                     rows.append(row)
@@ -172,7 +176,7 @@ class TextRows:
             if not self.repeat:
                 break
             self.epoch += 1
-            self._reader = _RowReader(self, self.counts)
+            self._start_reading()
         self.counts["rows"] += len(rows)
         self.counts["tokens"] += sum(len(row.tokens) for row in rows)
         return self._as_token_rows(rows)
@@ -221,7 +225,7 @@ class TextRows:
             raise UserError(f"data: {self.name} has changed: it is not the text that was read before the stop")
         document, used, row, self.epoch = state["place"].tolist()
         self.counts.update(zip(COUNTS, state["counts"].tolist(), strict=True))
-        self._reader = _RowReader(self, self.counts, document, used, row)
+        self._start_reading(document, used, row)
 
 
 class _TokenRow(NamedTuple):
@@ -233,48 +237,34 @@ class _TokenRow(NamedTuple):
 
 
 class _RowReader:
-    """Iterates over the rows of a text. The next row is number `row` and starts after `used` tokens of document
+    """Iterates once over the rows of a text. The next row is number `row` and starts after `used` tokens of document
     `document`. These three numbers are the whole state. Finished documents are added to `counts`."""
 
     def __init__(self, text: TextRows, counts: dict[str, int], document: int = 0, used: int = 0, row: int = 0):
         self.text, self.counts = text, counts
         self.document, self.used, self.row = document, used, row
-        self._contents = self._tokenised_documents()
-        self._ids: np.ndarray | StoredArray | None = None  # all tokens of the current document, read when needed
 
-    def __iter__(self) -> "_RowReader":
-        return self
-
-    def __next__(self) -> _TokenRow:
-        ids = self._current_ids()
-        if ids is None:
-            raise StopIteration
+    def __iter__(self) -> Iterator[_TokenRow]:
         first = np.array([] if self.text.bos is None else [self.text.bos], np.int64)
-        piece = ids[self.used : self.used + self.text.context - len(first)]
-        self._check_ids(piece)
-        row = _TokenRow(np.concatenate([first, piece.astype(np.int64)]), self.document, self.row)
-        self.used += len(piece)
-        if self.used == len(ids):
-            self._end_document("documents")
-        self.row += 1
-        return row
-
-    def _current_ids(self) -> np.ndarray | StoredArray | None:
-        """The tokens of the current document, or of the next that is not empty; None at the end of the text."""
-        while self._ids is None:
-            self._ids = next(self._contents, None)
-            if self.used and (self._ids is None or len(self._ids) <= self.used):  # only after loading a state
-                number, name = self.document, self.text.name
-                raise UserError(f"data: {name} has changed: document {number} had more than {self.used} tokens")
-            if self._ids is None:
-                return None
-            if not len(self._ids):
-                self._end_document("empty_documents")
-        return self._ids
-
-    def _end_document(self, kind: str) -> None:
-        self.counts[kind] += 1
-        self.document, self.used, self._ids = self.document + 1, 0, None
+        piece_length = self.text.context - len(first)
+        for ids in self._tokenised_documents():
+            if self.used and len(ids) <= self.used:
+                break
+            if not len(ids):
+                self.counts["empty_documents"] += 1
+                self.document += 1
+            for start in range(self.used, len(ids), piece_length):
+                piece = ids[start : start + piece_length]
+                self._check_ids(piece)
+                row = _TokenRow(np.concatenate([first, piece.astype(np.int64)]), self.document, self.row)
+                self.row, self.used = self.row + 1, start + len(piece)
+                if self.used == len(ids):
+                    self.counts["documents"] += 1
+                    self.document, self.used = self.document + 1, 0
+                yield row
+        if self.used:  # only after loading a state
+            number, name = self.document, self.text.name
+            raise UserError(f"data: {name} has changed: document {number} had more than {self.used} tokens")
 
     def _check_ids(self, piece: np.ndarray) -> None:
         wrong_ids = piece[(piece < 0) | (piece >= self.text.vocabulary)]
