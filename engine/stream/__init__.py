@@ -99,7 +99,9 @@ class ActivationStream:
             if hooks:
                 config = config.model_copy(update={"hook": hooks[0]})
             self.config, self._text_seed = manifest.settle(config), manifest.seed
-            return CacheSource(config.cache, hooks=hooks or self.config.read_hooks, seed=seed, repeat=config.repeat)
+            return CacheSource(
+                str(config.cache), hooks=hooks or self.config.read_hooks, seed=seed, repeat=config.repeat
+            )
         if documents is not None:
             self._use_documents(documents)
         elif self._text is None and config.data is not None:
