@@ -14,13 +14,16 @@ LONG_FUNCTIONS = {
     "bench/step.py:measure",
     "bench/streams.py:_measured",
     "campaign/figure_panels.py:bars",
+<<<<<<< HEAD
     "engine/stream/__init__.py:ActivationStream.__init__",
+=======
+    "engine/fused.py:FusedStep._update",
+    "engine/fused.py:FusedStep.run",
+>>>>>>> stream
     "evals/run_evals.py:evaluate",
 }
 MANY_PARAMETERS = {
-    "engine/stream/cache_writer.py:_write_cache",
     "engine/stream/cache_writer.py:write_cache",
-    "engine/stream/token_rows.py:open_text",
     "evals/api.py:evaluate",
     "evals/run_evals.py:evaluate",
     "kernels/encode_sparse/__init__.py:encode_threshold",

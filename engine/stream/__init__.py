@@ -1,4 +1,4 @@
-"""Tokens -> language model -> ring buffer -> batches, positions kept all the way."""
+"""Tokens -> language model -> ring buffer -> batches. Every activation keeps its position."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ from ..process.progress import ProgressBar, progress_bar
 from ..process.stopwatch import Stopwatch
 from ..ranks import ALONE, Ranks
 from .arrays import ArraySource, open_file, settle
-from .buffer import Batch, RingBuffer
+from .buffer import Batch, RingBuffer, with_prefix
 from .cache import CacheSource, read_manifest
 from .documents import IN_HAND, DocumentList, check_data
 from .model import LanguageModel
@@ -25,33 +25,34 @@ from .norm_filter import SAMPLE, NormFilter
 from .quantize import LARGEST
 from .token_rows import RowSource, TestbedRows, TextRows, TokenRows, open_text
 
-GIVE_UP = 2**20  # tokens read one after the other of which the filters leave none
+GIVE_UP = 2**20  # consecutive tokens that the filters may leave out before a text is refused
 
 __all__ = ["ActivationStream", "ArraySource", "Batch", "LanguageModel", "TokenRows"]
 
 
 class ActivationStream:
-    """Activations of a language model at one or more hooks, mixed over documents, each with its place.
+    """Activations of a language model at one or more hooks, mixed over documents, each with its position.
 
         stream = ActivationStream(StreamConfig(model="testbed"))
         batch = stream.next(1024)          # batch.x [1024, D], batch.pos, batch.token, batch.document, batch.row
 
-    The same config and seed give the same batches. Left out are padding, the tokenizer's special tokens (`drop_special`) and
-    massive activations (`max_norm`; `norms` says which they were). With `mode="sequences"` a batch holds whole rows,
-    x [B, T, D], and `batch.kept` says which tokens those filters leave. A batch is overwritten by the next one. `tokens` is
-    how many will be asked for: the buffer is sized by it, and reads no more text than they need (one that asks for more gets
-    more), in batches of about `batch`. A ready `model` or source of `rows` may be
-    given; else both are loaded as the config says. With `config.cache` activations come from there, `hooks` are those to be
-    read (`config.hook` unless given), and `model` and `text` are loaded when they are first asked for.
-    With `config.activations`, or `own` ones in hand, there are neither.
+    The same config and seed give the same batches. Padding, special tokens (`drop_special`) and massive activations
+    (`max_norm`, reported by `norms`) are left out. With `mode="sequences"` a batch holds whole rows, x [B, T, D], and
+    `batch.kept` marks the tokens that would not be left out. The next call overwrites a batch.
 
-    `documents` may take the place of `config.data`: strings, token ids, or dicts with the field `config.text_field`, in an
-    iterable that can be read again and again, or from a function that gives one, such as a generator function. A generator
-    itself can't go back, as held-out rows, a second epoch and a resumed run need, and is refused.
+    `tokens` is how many will be requested, in batches of about `batch`. It sets the size of the buffer and how much
+    text is read; more can still be requested. `model` and `rows` replace those that the config names. With
+    `config.cache`, activations at `hooks` (default `config.hook`) come from a cache, and `model` and `text` are loaded
+    on first use. With `config.activations`, or activations in memory as `own`, there is no model and no text.
 
-    Where torch.distributed runs with several processes (`ranks`, those unless given), each runs the model on an equal share
-    of the text and all have the same buffer, the one that a single process would have; a cache and own activations each
-    reads for itself.
+    `documents` replaces `config.data`: an iterable of strings, token ids, or dicts with the field `config.text_field`,
+    or a function that returns one, such as a generator function. It is read again for held-out rows, for each epoch and
+    on resume, so a generator object is refused.
+
+    With torch.distributed (`ranks`, by default all processes), each process runs the model on an equal share of the
+    text, and all hold the buffer that a single process would have. A cache and `own` are read in full by each process.
+
+    Raises UserError for settings that don't fit the model, the text or each other.
     """
 
     @default_modes()
@@ -72,148 +73,133 @@ class ActivationStream:
         tune_host()
         self.ranks = Ranks.here() if ranks is None else ranks
         self._model, self._text, self._text_seed = model, rows, seed
-        self._tones: dict[int, int] = {}
+        self._tones: dict[int, int] = {}  # by document
+        self.config, self.own = config, own
         if own is None and config.activations is not None:
-            own = open_file(config.activations, seed=seed, repeat=config.repeat)
-        self.own = own
-        if own is not None:
-            config = settle(config, own)
-            self.source: ActivationSource = own
-        elif config.cache is not None:
-            manifest = read_manifest(config.cache)
-            if hooks:
-                config = config.model_copy(update={"hook": hooks[0]})
-            config, self._text_seed = manifest.settle(config), manifest.seed
-            self.source = CacheSource(
-                str(config.cache), hooks=hooks or config.read_hooks, seed=seed, repeat=config.repeat
-            )
-        else:
-            if documents is not None:
-                config = self._read_in_hand(config, documents, rows)
-            self.source = self._model_source(config, hooks)
-            config = self.config.model_copy(update={"hook": self.model.hook})
+            self.own = open_file(config.activations, seed=seed, repeat=config.repeat)
+        self.source = self._open_source(hooks, documents, seed)
         self.norms = NormFilter(config.max_norm)
-        self._batches_ahead: deque[Batch] = (
-            deque()
-        )  # what was read to find the limits of norms, before the buffer takes it
-        self.config = config
-        self.d_in, self.positions = self.source.widths[str(config.hook)], self.source.positions
-        dtype = torch.float8_e4m3fn if config.buffer_dtype == "fp8" else getattr(torch, config.buffer_dtype)
-        scale_bytes = 4 if dtype in LARGEST else 0
-        token_bytes = sum(width * dtype.itemsize + scale_bytes for width in self.source.widths.values()) + 24
-        if config.buffer_gb is not None:
-            self.buffer_tokens = int(config.buffer_gb * 1e9 / token_bytes)
-        else:
-            usual_size = min(65536, max(8192, 4 * batch, tokens // 8))
-            self.buffer_tokens = config.buffer_tokens or min(usual_size, max(2048, 2 * batch, tokens))
-        if config.mode == "sequences" and self.buffer_tokens < 2 * config.context:
-            raise UserError(
-                f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must hold at least two sequences "
-                f"({2 * config.context})"
-            )
-        settings: dict[str, Any] = {"buffer_tokens": self.buffer_tokens, "buffer_gb": None}
-        if isinstance(self.source, ModelSource):
-            settings["packing"] = self.source.packing
-        self.config = config.model_copy(update=settings)
+        self._batches_ahead: deque[Batch] = deque()  # read to find the norm limits, not yet in the buffer
+        self.d_in, self.positions = self.source.widths[str(self.config.hook)], self.source.positions
         self.watch = Stopwatch(self.source.device)
         self._serves_sequences = config.mode == "sequences"
         self.dropped = {"special": 0, "high_norm": 0}
         self._fill_bar: ProgressBar | None = None
         self._generator = torch.Generator().manual_seed(seed)
-        try:
-            self._buffer = RingBuffer(
-                self._item_count(self.buffer_tokens), self.source.widths,
-                dtype, self.source.device, self._fill, self._generator,
-                item_limit=-(-tokens // batch) * max(1, self._item_count(batch)),
-                context=self.positions if self._serves_sequences else None, grouped=config.mode == "grouped",
-            )  # fmt: skip
-        except RuntimeError:  # torch's word for out of memory
-            raise UserError(
-                f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; "
-                f"it takes {self.buffer_tokens * token_bytes / 2**30:,.1f} GiB, more than {self.source.device} has"
-            ) from None
+        self._buffer = self._make_buffer(tokens, batch)
 
-    def _model_source(self, config: StreamConfig, hooks: Sequence[str]) -> ModelSource:
-        self.config = config
-        if self._text is None and config.data is not None:
+    def _open_source(self, hooks: Sequence[str], documents: Any, seed: int) -> ActivationSource:
+        """Open the source of activations and adapt the settings to it."""
+        config = self.config
+        if self.own is not None:
+            self.config = settle(config, self.own)
+            return self.own
+        if config.cache is not None:
+            manifest = read_manifest(config.cache)
+            if hooks:
+                config = config.model_copy(update={"hook": hooks[0]})
+            self.config, self._text_seed = manifest.settle(config), manifest.seed
+            return CacheSource(
+                str(config.cache), hooks=hooks or self.config.read_hooks, seed=seed, repeat=config.repeat
+            )
+        if documents is not None:
+            self._use_documents(documents)
+        elif self._text is None and config.data is not None:
             check_data(config.data)
         if hooks:
             self.model.use(hooks=hooks)
-        if config.context > self.model.context:
-            raise UserError(
-                f"stream.context: {config.context} is not allowed; {config.model} has at most {self.model.context}"
-            )
         packing = packs(config, self.text)
-        self.config = config = bounded(config, self.model)
+        self.config = config = bounded(self.config, self.model)
+        self.config = config.model_copy(update={"hook": self.model.hook, "packing": packing})
         return ModelSource(self.model, self.text, config.context, config.rows_per_forward, self.ranks, packing=packing)
 
-    def _read_in_hand(self, config: StreamConfig, documents: Any, rows: RowSource | None) -> StreamConfig:
-        """Take `documents` as the text; gives the settings, which say so."""
+    def _use_documents(self, documents: Any) -> None:
+        config = self.config
         conflicts = [name for name in ("data", "split", "subset") if getattr(config, name) not in (None, IN_HAND)]
-        if conflicts or rows is not None:
-            raise UserError(
-                f"documents: not allowed beside {conflicts[0] if conflicts else 'rows'}; give one of the two"
-            )
-        self.config = config
+        if self._text is not None:
+            conflicts.append("rows")
+        if conflicts:
+            raise UserError(f"documents: not allowed beside {conflicts[0]}; give one of the two")
         self._text = TextRows(
             DocumentList(documents, IN_HAND, config.text_field), self.model.tokenizer, config.context,
             bos=config.bos, repeat=config.repeat, vocabulary=self.model.vocabulary,
         )  # fmt: skip
-        return config.model_copy(update={"data": IN_HAND})
+        self.config = config.model_copy(update={"data": IN_HAND})
+
+    def _make_buffer(self, tokens: int, batch: int) -> RingBuffer:
+        config, source = self.config, self.source
+        dtype = torch.float8_e4m3fn if config.buffer_dtype == "fp8" else getattr(torch, config.buffer_dtype)
+        scale_bytes = 4 if dtype in LARGEST else 0
+        token_bytes = sum(width * dtype.itemsize + scale_bytes for width in source.widths.values()) + 24
+        if config.buffer_gb is not None:
+            self.buffer_tokens = int(config.buffer_gb * 1e9 / token_bytes)
+        else:
+            usual_size = min(65536, max(8192, 4 * batch, tokens // 8))
+            self.buffer_tokens = config.buffer_tokens or min(usual_size, max(2048, 2 * batch, tokens))
+        if self._serves_sequences and self.buffer_tokens < 2 * config.context:
+            rule = f"it must hold at least two sequences ({2 * config.context})"
+            raise UserError(f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; {rule}")
+        self.config = config.model_copy(update={"buffer_tokens": self.buffer_tokens, "buffer_gb": None})
+        try:
+            return RingBuffer(
+                self._item_count(self.buffer_tokens), source.widths, dtype, source.device, self._fill, self._generator,
+                item_limit=-(-tokens // batch) * max(1, self._item_count(batch)),
+                context=self.positions if self._serves_sequences else None, grouped=config.mode == "grouped",
+            )  # fmt: skip
+        except RuntimeError:  # raised by torch when out of memory
+            raise UserError(
+                f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; "
+                f"it takes {self.buffer_tokens * token_bytes / 2**30:,.1f} GiB, more than {source.device} has"
+            ) from None
 
     @property
     def model(self) -> LanguageModel:
-        """The language model; with a cache, loaded when it is first asked for."""
+        """The language model; with a cache, loaded on first use."""
         if self.own is not None:
-            raise UserError(f"model: {self.own.name} has no language model; what needs one can't be had of it")
+            raise UserError(f"model: {self.own.name} can't be used here; this needs a language model")
         if self._model is None:
-            config = self.config
-            self._model = LanguageModel(
-                config.model, hooks=config.read_hooks, attention=config.attention, compile=config.compile
-            )
-            self._model.memory = 1e9 * config.memory_gb
+            c = self.config
+            self._model = LanguageModel(c.model, hooks=c.read_hooks, attention=c.attention, compile=c.compile)
+            self._model.memory = 1e9 * c.memory_gb
         return self._model
 
     @property
     def text(self) -> RowSource:
-        """The rows of text; with a cache, opened when they are first asked for, at their beginning."""
+        """The rows of text; with a cache, opened at its beginning on first use."""
         if self._text is None:
-            config = self.config
-            self._text = open_text(
-                config.data, config.model, self.model.tokenizer, config.context, seed=self._text_seed,
-                bos=config.bos, text_field=config.text_field, split=config.split, subset=config.subset,
-                repeat=config.repeat, vocabulary=self.model.vocabulary,
-            )  # fmt: skip
+            model = self.model
+            self._text = open_text(self.config, model.tokenizer, seed=self._text_seed, vocabulary=model.vocabulary)
         return self._text
 
     @property
     def name(self) -> str:
-        """What messages call the model."""
+        """The model's name in messages."""
         if self.own is not None:
             return self.own.name
         return self._model.name if self._model is not None else self.config.model
 
     def check_mask(self, mask: MaskConfig) -> None:
-        """Refuse a mask that does not fit the stream's positions, is longer than its rows, or finds no positions."""
+        """Raise UserError for a mask over more positions than the rows have, or where positions are unknown."""
         if mask.kind != "none" and self.own is not None and not self.own.has_positions:
             raise UserError(f"sae.mask.kind: {mask.kind} is not allowed; {self.own.name} has no positions")
         mask.check_context(self.positions)
         if mask.kind != "none" and mask.positions > self.positions:
             raise UserError(
                 f"sae.mask.positions: {mask.positions} is not allowed; rows have {self.positions} positions "
-                "(stream.context), and latents of those behind would never be used"
+                "(stream.context), so the latents of later ones would never be used"
             )
 
     def config_for(self, settings: StreamConfig) -> StreamConfig:
-        """The settings, with the places that a dictionary of these `settings` looks at."""
+        """The stream's settings with the hooks of a dictionary trained with `settings`."""
         places = {"hook": settings.hook or self.config.hook, "target": settings.target, "second": settings.second}
         return self.config.model_copy(update=places)
 
     @default_modes()
     def attribute(self, batch: Batch) -> Tensor:
-        """A binary attribute of each token [N], int64, that a dictionary is not to be about: of the embedded language the
-        tone of its document, which goes with the topic; elsewhere, where nothing is labelled, whether the token is in the
-        second half of the row."""
+        """A binary attribute of each token [N], int64, that a dictionary should not encode.
+
+        In the embedded language it is the tone of the document, which correlates with the topic. Unlabelled texts use
+        whether the token is in the second half of its row."""
         if self.own is not None or not isinstance(self.text, TestbedRows):
             return (batch.pos >= self.positions // 2).long()
         documents, inverse = batch.document.cpu().unique(return_inverse=True)
@@ -225,54 +211,50 @@ class ActivationStream:
 
     @default_modes()
     def next(self, n: int) -> Batch:
-        """The next `n` tokens (in sequences: n // T rows), without replacement from the buffer; fewer, or none, where the
-        text has ended."""
+        """Draw the next `n` tokens (or n // T sequences) from the buffer without replacement; fewer, or none, at the
+        end of the text. Raises UserError if `n` is more than half of the buffer."""
         if n > self.buffer_tokens // 2:
-            raise UserError(
-                f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; it must be at least twice the batch ({n})"
-            )
+            rule = f"it must be at least twice the batch ({n})"
+            raise UserError(f"stream.buffer_tokens: {self.buffer_tokens} is not allowed; {rule}")
         self._begin()
         return self._buffer.next(max(1, self._item_count(n)))
 
     @default_modes()
     def sample(self) -> Batch:
-        """What the buffer holds, [N, D], at most 65536 items: for means and the like. Changes nothing in what comes."""
+        """Up to 65536 tokens of the buffer, [N, D], for statistics. Does not change later batches."""
         self._begin()
         return self._buffer.contents(self._item_count(65536)).flat()
 
     def _item_count(self, tokens: int) -> int:
-        """So many tokens in items of the buffer: rows of sequences, else tokens."""
+        """A number of tokens as a number of buffer items, which are sequences or tokens."""
         return tokens // self.positions if self._serves_sequences else tokens
 
     def held_out(self, rows: int) -> Iterator[TokenRows]:
-        """Rows of text that training never sees, `rows_per_forward` at a time: `rows` of them, or all that there are."""
+        """Rows of text that training never sees, at most `rows` of them, `rows_per_forward` at a time."""
         return self.text.held_out(rows, self.config.rows_per_forward)
 
     @default_modes()
     def held_out_batches(self, rows: int) -> list[Batch]:
-        """The activations of such rows at the model's hooks, tokens that count, row after row."""
+        """The activations of held-out rows at the model's hooks, without the tokens that are left out."""
         batches = []
         for token_rows in self.held_out(rows):
             acts_by_hook, kept = self.read(token_rows)
             row, pos = kept.nonzero(as_tuple=True)
             acts = {hook: x[kept] for hook, x in acts_by_hook.items()}
-            fields = (value.to(kept.device)[kept] for value in (token_rows.tokens, token_rows.document))
-            token, document = fields
-            batches.append(
-                Batch(acts, pos.int(), token.int(), document.long(), token_rows.row.to(row.device)[row].long())
-            )
+            token, document = (value.to(kept.device)[kept] for value in (token_rows.tokens, token_rows.document))
+            batches.append(Batch(acts, pos.int(), token.int(), document, token_rows.row.to(row.device)[row]))
         return batches
 
     @default_modes()
     def read(self, rows: TokenRows) -> tuple[dict[str, Tensor], Tensor]:
-        """What the model has at its hooks for rows of text, [B, T, D] by hook, and which tokens [B, T] count: those that
-        training takes. Not padding, special tokens (`drop_special`) or massive activations (`max_norm`)."""
+        """The activations of rows of text by hook, [B, T, D], and a mask [B, T] of the tokens that training would use:
+        no padding, special tokens (`drop_special`) or massive activations (`max_norm`)."""
         acts, kept = self._read(rows)
         self._ensure_norm_limits(acts)
         return acts, kept & self.norms.ordinary(acts)
 
     def _read(self, rows: TokenRows) -> tuple[dict[str, Tensor], Tensor]:
-        """As `read`, whatever the norms."""
+        """Like `read`, without the limit on norms."""
         acts = self.model.harvest(rows.tokens, rows.length if packs(self.config, self.text) else None)
         kept = is_text(rows)
         if self.config.drop_special:
@@ -280,7 +262,7 @@ class ActivationStream:
         return acts, kept.to(next(iter(acts.values())).device)
 
     def _ensure_norm_limits(self, hooks: Iterable[str]) -> None:
-        """Have the limits of norms at these hooks: where training or its checkpoint has none, from held-out text."""
+        """Find the norm limits from held-out text, if neither training nor its checkpoint has set them."""
         if self.norms.knows(hooks):
             return
         sample: list[dict[str, Tensor]] = []
@@ -292,11 +274,11 @@ class ActivationStream:
             if sum(map(len, pos)) >= SAMPLE:
                 break
         ordinary = self.norms.calibrate({hook: torch.cat([chunk[hook] for chunk in sample]) for hook in sample[0]})
-        if not self.norms.tokens:  # else there are those that training left out
+        if not self.norms.tokens:  # otherwise the counts are those of training
             self.norms.count(len(ordinary), torch.cat(pos)[~ordinary])
 
     def held_out_activations(self) -> Iterator[Batch]:
-        """Of activations without a model, the rows that training never sees, without massive ones."""
+        """Held-out rows of the user's own activations, without massive ones."""
         assert self.own is not None
         for batch in self.own.held_out():
             if not self.norms.knows(batch.acts):
@@ -305,12 +287,12 @@ class ActivationStream:
 
     @property
     def buffer_error(self) -> float | None:
-        """Squared error of activations kept in one byte, over their squared norm; None where they aren't."""
+        """Squared error of int8 or fp8 activations in the buffer over their squared norm; None for other dtypes."""
         return self._buffer.rounding if self.config.buffer_dtype in ("int8", "fp8") else None
 
     @property
     def counts(self) -> dict[str, int]:
-        """What was read and what was left out so far: documents, rows, tokens, special, high_norm."""
+        """Number of documents, rows and tokens read, and of tokens left out (special, high_norm), so far."""
         return self.source.counts | self.dropped
 
     def _begin(self) -> None:
@@ -325,7 +307,7 @@ class ActivationStream:
                 self._refuse(self.counts.get("tokens", 0))
 
     def _fill(self) -> Batch | None:
-        """The source's next activations, filtered; sequences in rows of T."""
+        """Read and filter the next activations of the source; in sequences mode as [B, T]."""
         trim_host()
         tokens_read, epoch = 0, self.source.counts["epoch"]
         if not self.norms.knows(self.source.widths):
@@ -350,7 +332,7 @@ class ActivationStream:
             return self.source.next()
 
     def _read_ahead(self) -> None:
-        """Read as much as it takes to tell which norms are massive; less than the buffer holds."""
+        """Read a sample, at most half of the buffer, to find the norm limits."""
         sample_size = min(SAMPLE, self.buffer_tokens // 2)
         tokens_missing, sample = sample_size, list[dict[str, Tensor]]()
         while tokens_missing > 0 and (fresh := self._from_source()) is not None:
@@ -358,18 +340,20 @@ class ActivationStream:
             kept = self._candidates(fresh).to(fresh.pos.device)
             sample.append({hook: x[kept] for hook, x in fresh.acts.items()})
             tokens_missing -= int(kept.sum())
-            if self.source.counts["epoch"] > 1:  # a text with hardly a token that counts
+            if self.source.counts["epoch"] > 1:  # the text has hardly any token to train on
                 break
         if sample:
             chunks_by_hook = {hook: [chunk[hook] for chunk in sample] for hook in self.source.widths}
             self.norms.calibrate({hook: torch.cat(chunks)[:sample_size] for hook, chunks in chunks_by_hook.items()})
 
     def _refuse(self, tokens_read: int) -> NoReturn:
-        filters = "(see stream.drop_special and stream.max_norm)"
-        raise UserError(f"data: {self.source.name} holds no token to train on, {tokens_read:,} read {filters}")
+        raise UserError(
+            f"data: {self.source.name} has no token to train on; all {tokens_read:,} that were read are left out "
+            "(see stream.drop_special and stream.max_norm)"
+        )
 
     def _kept(self, fresh: Batch) -> Tensor:
-        """Which tokens [M] the filters leave, on the CPU."""
+        """Mask [M] of tokens that the filters keep, on the CPU. Updates the counts."""
         kept = self._candidates(fresh)
         self.dropped["special"] += int((~kept).sum())
         if self.config.max_norm is None:
@@ -380,13 +364,13 @@ class ActivationStream:
         return kept & ~massive
 
     def _candidates(self, fresh: Batch) -> Tensor:
-        """Which tokens [M] are the text's own, on the CPU."""
+        """Mask [M] of tokens that are not special, on the CPU; all of them unless `drop_special`."""
         if self.config.drop_special and fresh.kept is not None:
             return fresh.kept
         return torch.ones(len(fresh), dtype=torch.bool)
 
     def _as_sequences(self, fresh: Batch) -> Batch:
-        """[M] tokens of some rows as [B, T], zeros where there are none."""
+        """Arrange tokens [M] of some rows as [B, T], with zeros for padding."""
         _, row = fresh.row.cpu().unique_consecutive(return_inverse=True)
         token_index = row * self.positions + fresh.pos.cpu()
         row_count = int(row[-1]) + 1
@@ -398,13 +382,13 @@ class ActivationStream:
         return fresh.each(spread)
 
     def alone(self) -> None:
-        """Go on in this process by itself."""
+        """Continue in this process without the others."""
         self.ranks = ALONE
         if isinstance(self.source, ModelSource):
             self.source.ranks = ALONE
 
     def state(self) -> dict[str, Tensor]:
-        """All that is needed to go on exactly here: buffer, order, random state, place in the text."""
+        """Tensors to resume from exactly: buffer, order, random state and place in the text."""
         state = self._buffer.state() | {f"source.{key}": value for key, value in self.source.state().items()}
         return state | {
             "random": self._generator.get_state(), "dropped": torch.tensor(list(self.dropped.values())),
@@ -415,8 +399,6 @@ class ActivationStream:
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.norms.load_state(state)
         self._buffer.load_state(state)
-        self.source.load_state(
-            {key.removeprefix("source."): value for key, value in state.items() if key.startswith("source.")}
-        )
+        self.source.load_state(with_prefix(state, "source."))
         self._generator.set_state(state["random"].cpu())
         self.dropped = dict(zip(self.dropped, state["dropped"].tolist(), strict=True))

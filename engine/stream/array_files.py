@@ -1,6 +1,6 @@
-"""Arrays in files, of which pieces are read where they are cut.
+"""Arrays in files, read slice by slice.
 
-Read and not mapped: a map of a file that is cut meanwhile kills the process (SIGBUS).
+Files are read, not memory-mapped: truncating a mapped file kills the process (SIGBUS).
 """
 
 import json
@@ -17,21 +17,29 @@ from torch import Tensor
 
 from ..errors import UserError
 
-ROWS = 4096  # read at once, one after the other
-WHOLE = 2**26  # bytes up to which a file's fingerprint is of all that it holds
-PIECES, PIECE = 256, 2**16  # of a larger one, so many pieces of so many bytes, evenly spread
+ROWS = 4096  # per read when iterating
+WHOLE = 2**26  # bytes; files up to this size are fingerprinted in full
+PIECES, PIECE = 256, 2**16  # number and bytes of the evenly spaced pieces that are hashed of a larger file
 LONGEST_HEADER = 2**25  # bytes
-_TORCH = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+#: dtypes by their names in safetensors files
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
 
-class StoredArray:
-    """An array of a `shape` and `dtype` in a file, from byte `offset` on; `a[start:stop]` reads those rows.
+def read_at(path: Path, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from byte `offset` of a file. Returns the number of bytes read, smaller only at the file's end."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.readinto(buffer)
 
-    In Fortran order (`is_fortran`) the first dimension is the one that lies closest together. `setting` is what messages
-    begin with. Raises UserError for a file that has fewer bytes than the shape needs, now or later.
+
+class StoredArray:
+    """An array of the given shape and dtype in a file, starting at byte `offset`. `array[start:stop]` reads those rows.
+
+    With `is_fortran` the array is stored column by column. Error messages begin with `setting`. Raises UserError if the
+    file is shorter than the shape requires, on opening or on a later read.
     """
 
     def __init__(
@@ -41,22 +49,19 @@ class StoredArray:
         self.is_fortran = is_fortran and len(shape) > 1
         size = path.stat().st_size
         if size < (needed_bytes := offset + math.prod(shape) * dtype.itemsize):
-            raise UserError(
-                f"{setting}: {path} can't be read; its header says that it has {needed_bytes} bytes, and it has {size}"
-            )
+            raise UserError(f"{setting}: {path} can't be read; its header says {needed_bytes} bytes, but it has {size}")
 
     @classmethod
     def of_npy(cls, path: Path, setting: str) -> "StoredArray":
-        """The array of a .npy file. Raises ValueError for what is none, or holds pickled objects."""
+        """Open a .npy file. Raises ValueError if it is not one or holds pickled objects."""
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }.get(version)
-            if read_header is None:
-                raise ValueError(f"version {version} of the format is not known")
-            shape, is_fortran, dtype = read_header(file)
+            if version == (1, 0):
+                shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            elif version == (2, 0):
+                shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
+            else:
+                raise ValueError(f"unknown format version {version}")
             if dtype.hasobject:
                 raise ValueError("it holds pickled objects")
             if any(n < 0 for n in shape):
@@ -65,20 +70,19 @@ class StoredArray:
 
     @classmethod
     def of_safetensors(cls, path: Path, setting: str, names: Sequence[str]) -> "dict[str, StoredArray]":
-        """Those tensors of a .safetensors file that have these names. Raises ValueError for what is no such file."""
+        """Open those of the named tensors that a .safetensors file has. Raises ValueError for any other file."""
         with path.open("rb") as file:
             header_length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            if header_length > min(size - 8, LONGEST_HEADER):
-                raise ValueError(f"its header says that it has {header_length} bytes itself")
+            if header_length > min(path.stat().st_size - 8, LONGEST_HEADER):
+                raise ValueError(f"its header says that it is {header_length} bytes long")
             header = json.loads(file.read(header_length))
         arrays = {}
-        for name in (name for name in names if name in header):
+        for name in filter(header.__contains__, names):
             entry = header[name]
-            dtype, shape = _TORCH.get(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+            dtype, shape = DTYPES.get(entry["dtype"]), tuple(int(n) for n in entry["shape"])
             start, stop = entry["data_offsets"]
             if dtype is None:
-                raise ValueError(f"{name} is {entry['dtype']}, which is not read")
+                raise ValueError(f"{name} has dtype {entry['dtype']}, which is not supported")
             if start < 0 or any(n < 0 for n in shape) or stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"its header says {list(shape)} {entry['dtype']} in {stop - start} bytes of {name}")
             arrays[name] = cls(path, 8 + header_length + start, shape, dtype, setting)
@@ -91,61 +95,46 @@ class StoredArray:
         for start in range(0, len(self), ROWS):
             yield from self[start : start + ROWS]
 
-    def behind(self, rows: int) -> "StoredArray":
-        """The same without its first rows."""
+    def without_first(self, rows: int) -> "StoredArray":
+        """The same array without its first rows."""
         assert not self.is_fortran
-        skipped_bytes = rows * math.prod(self.shape[1:]) * self.dtype.itemsize
-        return StoredArray(
-            self.path, self.offset + skipped_bytes, (self.shape[0] - rows, *self.shape[1:]), self.dtype, self.setting
-        )
+        offset = self.offset + rows * math.prod(self.shape[1:]) * self.dtype.itemsize
+        return StoredArray(self.path, offset, (self.shape[0] - rows, *self.shape[1:]), self.dtype, self.setting)
 
     def __getitem__(self, index: slice) -> Any:
-        """Rows as an array of numpy's, or as a tensor where the dtype is torch's."""
+        """Read rows: a tensor if the dtype is torch's, otherwise a numpy array."""
         start, stop, _ = index.indices(self.shape[0])
-        inner_shape, n = self.shape[1:], max(0, stop - start)
+        row_shape, row_count, itemsize = self.shape[1:], max(0, stop - start), self.dtype.itemsize
+        row_items = math.prod(row_shape)
+        raw = memoryview(bytearray(row_count * row_items * itemsize))
         if self.is_fortran:
-            columns = math.prod(inner_shape)
-            raw = bytearray(columns * n * self.dtype.itemsize)
-            column_bytes = n * self.dtype.itemsize
-            column_stride = self.shape[0] * self.dtype.itemsize
-            for column in range(columns):
-                self._read(
-                    memoryview(raw)[column * column_bytes : (column + 1) * column_bytes],
-                    column * column_stride + start * self.dtype.itemsize,
-                )
-            return np.frombuffer(raw, self.dtype).reshape(*inner_shape[::-1], n).T
-        row_bytes = math.prod(inner_shape) * self.dtype.itemsize
-        raw = bytearray(n * row_bytes)
-        self._read(memoryview(raw), start * row_bytes)
-        if isinstance(self.dtype, torch.dtype):
-            return (
-                torch.frombuffer(raw, dtype=self.dtype).view(n, *inner_shape) if raw else torch.zeros(n, *inner_shape)
-            )
-        return np.frombuffer(raw, self.dtype).reshape(n, *inner_shape)
+            column_bytes = row_count * itemsize
+            for column in range(row_items):
+                column_raw = raw[column * column_bytes : (column + 1) * column_bytes]
+                self._read(column_raw, (column * self.shape[0] + start) * itemsize)
+            return np.frombuffer(raw, self.dtype).reshape(*row_shape[::-1], row_count).T
+        self._read(raw, start * row_items * itemsize)
+        if not isinstance(self.dtype, torch.dtype):
+            return np.frombuffer(raw, self.dtype).reshape(row_count, *row_shape)
+        values = torch.frombuffer(raw, dtype=self.dtype) if raw else torch.zeros(0)
+        return values.view(row_count, *row_shape)
 
     def _read(self, buffer: memoryview, start: int) -> None:
         try:
-            handle = os.open(self.path, os.O_RDONLY)
-            try:
-                bytes_read = 0
-                while bytes_read < len(buffer):
-                    count = os.preadv(handle, [buffer[bytes_read:]], self.offset + start + bytes_read)
-                    if not count:
-                        raise UserError(
-                            f"{self.setting}: {self.path} has been cut since it was opened; it ends at byte "
-                            f"{self.offset + start + bytes_read}, and must be there whole"
-                        )
-                    bytes_read += count
-            finally:
-                os.close(handle)
+            bytes_read = read_at(self.path, buffer, self.offset + start)
         except OSError as error:
             raise UserError(f"{self.setting}: {self.path} can't be read: {error.strerror}") from None
+        if bytes_read < len(buffer):
+            raise UserError(
+                f"{self.setting}: {self.path} has been cut since it was opened; it ends at byte "
+                f"{self.offset + start + bytes_read}, before the end of its array"
+            )
 
 
 def fingerprint(*paths: Path, text: str = "") -> int:
-    """A number of 63 bits that differs, but by rare chance, where names, sizes or contents of files do, or `text`.
+    """A 63-bit hash of the names, sizes and contents of files, and of `text`.
 
-    Of files above 64 MiB, 256 pieces of 64 KiB are looked at, evenly spread."""
+    Files above 64 MiB are sampled: 256 evenly spaced pieces of 64 KiB."""
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
     for path in paths:
         with path.open("rb") as file:
@@ -162,7 +151,7 @@ def fingerprint(*paths: Path, text: str = "") -> int:
 
 
 def as_tensor(value: Any) -> Tensor:
-    """A tensor on the CPU of a piece of an array, in memory of its own where it was mapped."""
+    """A CPU tensor of a slice of an array, copied out of numpy: floats as float32, everything else as int64."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     array = np.asarray(value)

@@ -1,4 +1,4 @@
-"""A person's own activations: arrays, files of them, or chunks one after the other. No language model is needed."""
+"""Activations that the user supplies, without a model: arrays, files of arrays, or an iterable of chunks."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,15 +17,16 @@ from .array_files import StoredArray, as_tensor, fingerprint
 from .buffer import PLACES, Batch
 from .norm_filter import has_variance
 
-CHUNK = 4096  # tokens that are read at once
-HELD_OUT = 20  # of so many rows of an array, the last one is held out
-SAMPLED = 64  # rows of arrays in hand, to tell whether they are the same
-HOOK = "x"  # what the place of the activations is called
+CHUNK = 4096  # tokens per read
+HELD_OUT = 20  # one row in this many is held out, at the end of the array
+SAMPLED = 64  # rows that go into the fingerprint of arrays in memory
+HOOK = "x"  # name of the only hook
 _TOKEN_FIELDS = ("pos", "token", "document")
+_FIELDS = ("x", *_TOKEN_FIELDS)
 
 
 class _ArrayLike(Protocol):
-    """A tensor, an array, a memory map or a slice of a file: what can be cut along its first dimension."""
+    """A tensor, numpy array, memory map or StoredArray: anything that slices along its first dimension."""
 
     @property
     def shape(self) -> Any: ...
@@ -33,15 +34,18 @@ class _ArrayLike(Protocol):
 
 
 class ArraySource:
-    """Activations in hand as a `ActivationSource`, all at the one hook `x`.
+    """An `ActivationSource` over the user's own activations, all at one hook named `x`.
 
-    `x` is [M, D], or [R, T, D] for R rows with positions 0 to T - 1: a tensor, an array or a memory map of floats, of which
-    chunks of rows are read in an order that `seed` and the epoch decide, and of which the last twentieth of the rows is held
-    out. A dict adds `pos`, `token`, `document`, of shape [M] or [R, T]. Or an iterable of such chunks, of pairs (x, pos) or
-    dicts, taken in their order, again and again where it can be iterated over again; nothing is held out. Without positions
-    all have position 0. `positions` is how many there can be, where only later chunks would say.
+    `x` is one of:
 
-    Raises UserError for what is not finite, by its row, and for a shape, a width or a dtype that doesn't fit.
+    - a floating-point tensor, numpy array, memory map or StoredArray, [M, D], or [R, T, D] for R rows at positions 0 to
+      T - 1. Chunks of rows are read in an order set by `seed` and the epoch. The last twentieth of rows is held out.
+    - a dict of such an array `x` and integer arrays `pos`, `token` and `document`, [M] or [R, T].
+    - an iterable of chunks: arrays, pairs (x, pos) or dicts. Chunks are read in order, and again from the start if the
+      iterable allows it. Nothing is held out.
+
+    Without positions every activation has position 0. `positions` sets the number of positions where the first chunk
+    does not show it. Raises UserError for non-finite values, naming the row, and for a wrong shape, width or dtype.
     """
 
     label = "activations"
@@ -64,43 +68,44 @@ class ArraySource:
         self._arrays: dict[str, _ArrayLike] | None = None
         self._chunks: Iterable[Any] = ()
         self._chunks_served = self._epoch = self._rows = self._tokens = 0
-        self._first_row = 0  # of the next chunk of an iterable
+        self._first_row = 0  # row number of the next chunk of an iterable
         if _is_array(x) or isinstance(x, Mapping):
-            self._arrays = dict(x) if isinstance(x, Mapping) else {"x": x}
-            shape = self._checked_shape(self._arrays)
-            self._row_count, self._row_shape = shape[0], shape[1:-1]
-            if shape[0] < 2:
-                raise UserError(f"activations: {name} holds {shape[0]} rows; at least 2 are needed")
-            self._held_out_rows = max(1, shape[0] // HELD_OUT)
-            self._rows_per_chunk = max(1, CHUNK // math.prod(self._row_shape))
-            self.has_positions = bool(self._row_shape) or "pos" in self._arrays
-            last_position = self._last_position() if positions is None else positions - 1
-            self._order = self._permuted_chunks()
-            for value in self._arrays.values():
-                if isinstance(value, np.memmap) and value.filename is not None:
-                    self._mapped_sizes[Path(value.filename)] = Path(value.filename).stat().st_size
-            if identity is None:
-                self._identity = self._sample_fingerprint()
+            first_chunk = self._arrays = dict(x) if isinstance(x, Mapping) else {"x": x}
+            shape = self._checked_shape(first_chunk)
+            self._open_arrays(first_chunk, shape)
         elif isinstance(x, Iterable) and not isinstance(x, str | bytes):
-            self._chunks = x
-            self._is_one_pass = iter(x) is x
-            self._iterator = iter(x)
-            self._next_chunk = next(self._iterator, None)
+            self._chunks, self._is_one_pass = x, iter(x) is x
+            self._restart()
             if self._next_chunk is None:
                 raise UserError(f"activations: {name} is empty; it must give chunks of activations")
-            chunk = _as_dict(self._next_chunk)
-            shape = self._checked_shape(chunk)
-            self.has_positions = len(shape) == 3 or "pos" in chunk
-            last_position = (
-                shape[1] - 1 if len(shape) == 3 else int(torch.as_tensor(chunk["pos"]).max()) if "pos" in chunk else 0
-            )
-            last_position = last_position if positions is None else positions - 1
+            first_chunk = _as_dict(self._next_chunk)
+            shape = self._checked_shape(first_chunk)
         else:
-            raise UserError(
-                f"activations: a {type(x).__name__} is not allowed; give a tensor, an array, or an iterable of them"
-            )
-        self.widths = {HOOK: int(shape[-1])}
-        self.positions = last_position + 1
+            raise UserError(f"activations: a {type(x).__name__} is not allowed; give arrays or an iterable of them")
+        self.has_positions = len(shape) == 3 or "pos" in first_chunk
+        if positions is None:
+            positions = shape[1] if len(shape) == 3 else 1
+            if "pos" in first_chunk and (self._arrays is not None or len(shape) == 2):
+                positions = int(as_tensor(first_chunk["pos"][0 : shape[0]]).max()) + 1
+        self.positions, self.widths = positions, {HOOK: shape[-1]}
+
+    def _open_arrays(self, arrays: Mapping[str, _ArrayLike], shape: tuple[int, ...]) -> None:
+        self._row_count = shape[0]
+        if self._row_count < 2:
+            raise UserError(f"activations: {self.name} holds {self._row_count} rows; at least 2 are needed")
+        self._held_out_rows = max(1, self._row_count // HELD_OUT)
+        self._rows_per_chunk = max(1, CHUNK // math.prod(shape[1:-1]))
+        self._order = self._permuted_chunks()
+        for value in arrays.values():
+            if isinstance(value, np.memmap) and value.filename is not None:
+                self._mapped_sizes[Path(value.filename)] = Path(value.filename).stat().st_size
+        if self._identity is None:
+            self._identity = self._sample_fingerprint()
+
+    def _restart(self) -> None:
+        """Start the iterable again from its first chunk."""
+        self._iterator = iter(self._chunks)
+        self._next_chunk = next(self._iterator, None)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -114,7 +119,7 @@ class ArraySource:
         return batch
 
     def held_out(self) -> Iterator[Batch]:
-        """The rows that training never sees, a chunk at a time; none of an iterable."""
+        """The rows that training never sees, one chunk at a time; nothing for an iterable."""
         if self._arrays is not None:
             for start in range(self._row_count - self._held_out_rows, self._row_count, self._rows_per_chunk):
                 batch = self._rows_as_batch(start, min(start + self._rows_per_chunk, self._row_count))
@@ -125,8 +130,7 @@ class ArraySource:
         return state if self._identity is None else state | {"identity": torch.tensor([self._identity])}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go back to a place; chunks that were taken before it are taken again and passed over. Raises UserError where the
-        activations have changed."""
+        """Return to a saved state; an iterable is read up to it. Raises UserError if the activations have changed."""
         if self._identity is not None and int(state.get("identity", [self._identity])[0]) != self._identity:
             raise UserError(f"activations: {self.name} has changed; it is not what was read before the stop")
         self._chunks_served, self._epoch, self._rows, self._tokens, self._first_row = state["own"].tolist()
@@ -134,13 +138,10 @@ class ArraySource:
             self._order = self._permuted_chunks()
             return
         if not self._is_one_pass:
-            self._iterator = iter(self._chunks)
-            self._next_chunk = next(self._iterator, None)
+            self._restart()
         for _ in range(self._chunks_served):
             if self._next_chunk is None:
-                raise UserError(
-                    f"activations: {self.name} has changed; it gave {self._chunks_served} chunks before, and fewer now"
-                )
+                raise UserError(f"activations: {self.name} has changed; it has fewer chunks than {self._chunks_served}")
             self._next_chunk = next(self._iterator, None)
 
     def _from_array(self) -> Batch | None:
@@ -160,16 +161,15 @@ class ArraySource:
             if self._is_one_pass or not self.repeat:
                 return None
             self._epoch, self._chunks_served, self._first_row = self._epoch + 1, 0, 0
-            self._iterator = iter(self._chunks)
-            self._next_chunk = next(self._iterator, None)
+            self._restart()
             if self._next_chunk is None:
-                raise UserError(f"activations: {self.name} gives nothing the second time; make it iterable again")
+                raise UserError(f"activations: {self.name} is empty when read again; it must be iterable repeatedly")
         chunk = _as_dict(self._next_chunk)
-        shape = self._checked_shape(chunk, self.widths[HOOK])
+        row_count = self._checked_shape(chunk, self.widths[HOOK])[0]
         batch = self._as_batch(chunk, self._first_row)
         self._chunks_served += 1
-        self._rows += shape[0]
-        self._first_row += shape[0]
+        self._rows += row_count
+        self._first_row += row_count
         self._next_chunk = next(self._iterator, None)
         return batch
 
@@ -181,21 +181,19 @@ class ArraySource:
         return self._as_batch(self._array_rows(start, stop), start)
 
     def _array_rows(self, start: int, stop: int) -> dict[str, Any]:
-        """Rows of the arrays. A map of a file that has been cut would kill the process, and is not looked into."""
+        """Rows of the arrays. Checks first that no mapped file was truncated, since reading it kills the process."""
         assert self._arrays is not None
         for path, size in self._mapped_sizes.items():
             try:
                 current_size = path.stat().st_size
-            except OSError:  # a map of a file that has been removed is whole
+            except OSError:  # the map of a removed file stays readable
                 continue
             if current_size < size:
-                raise UserError(
-                    f"activations: {path} has been cut since it was mapped; it has {current_size} bytes of {size}"
-                )
+                raise UserError(f"activations: {path} has been cut from {size} to {current_size} bytes while mapped")
         return {name: value[start:stop] for name, value in self._arrays.items()}
 
     def _sample_fingerprint(self) -> int:
-        """A number that tells arrays apart, by rows spread over them."""
+        """A hash of the shapes and of rows spread evenly over the arrays."""
         assert self._arrays is not None
         texts = [str([(name, tuple(value.shape)) for name, value in self._arrays.items()])]
         for row in sorted({row * (self._row_count - 1) // (SAMPLED - 1) for row in range(SAMPLED)}):
@@ -210,67 +208,50 @@ class ArraySource:
             bad_rows = (~x.isfinite()).flatten(1).any(1).nonzero().flatten()
             if len(bad_rows):
                 row = first_row + int(bad_rows[0])
-                raise UserError(
-                    f"activations: row {row} of {self.name} holds NaN or infinite values; all must be finite"
-                )
+                raise UserError(f"activations: row {row} of {self.name} holds NaN or infinite values")
         places = {name: torch.full(shape, -1, dtype=dtype) for name, dtype in PLACES.items()}
         row = torch.arange(first_row, first_row + shape[0])
         places["row"] = row[:, None].expand(shape) if len(shape) == 2 else row
         places["pos"] = torch.arange(shape[-1]).expand(shape) if len(shape) == 2 else torch.zeros(shape)
-        for name in _TOKEN_FIELDS:
-            if name in arrays:
-                places[name] = as_tensor(arrays[name])
+        places |= {name: as_tensor(arrays[name]) for name in _TOKEN_FIELDS if name in arrays}
         pos = places["pos"]
-        if pos.numel() and not (int(pos.min()) >= 0 and int(pos.max()) < self.positions):
-            bad_position = int(pos[(pos < 0) | (pos >= self.positions)][0])
-            raise UserError(
-                f"activations: position {bad_position} in {self.name} is not allowed; it must be 0 to {self.positions - 1} "
-                "(`positions` of Own says how many there are)"
-            )
+        bad_positions = pos[(pos < 0) | (pos >= self.positions)]
+        if len(bad_positions):
+            rule = f"it must be 0 to {self.positions - 1} (set the number of positions with `positions`)"
+            raise self._not_allowed(f"position {int(bad_positions[0])}", rule)
         flat_places = {name: value.to(PLACES[name]).reshape(-1) for name, value in places.items()}
         return Batch({HOOK: x.reshape(-1, x.shape[-1])}, **flat_places)
 
     def _checked_shape(self, arrays: Mapping[str, Any], width: int | None = None) -> tuple[int, ...]:
-        """The shape of x, once all shapes and dtypes are right."""
+        """The shape of x, after checking all shapes and dtypes."""
         if "x" not in arrays:
             raise UserError(f"activations: {self.name} has {', '.join(map(str, arrays)) or 'nothing'}; it must have x")
-        shapes = {name: tuple(int(n) for n in arrays[name].shape) for name in ("x", *_TOKEN_FIELDS) if name in arrays}
-        shape = shapes["x"]
+        shape = tuple(int(n) for n in arrays["x"].shape)
         if len(shape) not in (2, 3):
-            raise UserError(
-                f"activations: {list(shape)} of {self.name} is not allowed; x must have shape [M, D] or [R, T, D]"
-            )
+            raise self._not_allowed(f"x {list(shape)}", "x must have shape [M, D] or [R, T, D]")
         if 0 in shape:
-            raise UserError(f"activations: {list(shape)} of {self.name} is not allowed; it holds no activations")
-        dtype_name = _dtype_name(arrays["x"])
-        if "float" not in dtype_name:
-            raise UserError(f"activations: {dtype_name} of {self.name} is not allowed; x must be floating point")
-        for name in _TOKEN_FIELDS:
-            if name in shapes and shapes[name] != shape[:-1]:
-                raise UserError(
-                    f"activations: {name} of {self.name} has shape {list(shapes[name])}; x needs {list(shape[:-1])}"
-                )
-            if name in shapes and "int" not in (dtype_name := _dtype_name(arrays[name])):
-                raise UserError(
-                    f"activations: {name} of {self.name} is {dtype_name}, which is not allowed; it must be integer"
-                )
+            raise self._not_allowed(f"x {list(shape)}", "it holds no activations")
+        if "float" not in (dtype_name := _dtype_name(arrays["x"])):
+            raise self._not_allowed(f"x {dtype_name}", "x must be floating point")
+        for name in (name for name in _TOKEN_FIELDS if name in arrays):
+            field_shape, dtype_name = tuple(int(n) for n in arrays[name].shape), _dtype_name(arrays[name])
+            if field_shape != shape[:-1]:
+                raise self._not_allowed(f"{name} {list(field_shape)}", f"x needs {list(shape[:-1])}")
+            if "int" not in dtype_name:
+                raise self._not_allowed(f"{name} {dtype_name}", "it must be integer")
         if width is not None and shape[-1] != width:
-            raise UserError(
-                f"activations: a chunk of {self.name} has width {shape[-1]}, which is not allowed; the first has {width}"
-            )
+            raise self._not_allowed(f"width {shape[-1]} of a chunk", f"the first chunk has {width}")
         return shape
 
-    def _last_position(self) -> int:
-        assert self._arrays is not None
-        if "pos" in self._arrays:
-            return int(as_tensor(self._arrays["pos"][0 : self._row_count]).max())
-        return self._row_shape[0] - 1 if self._row_shape else 0
+    def _not_allowed(self, value: str, rule: str) -> UserError:
+        return UserError(f"activations: {value} of {self.name} is not allowed; {rule}")
 
 
 def open_file(path: str, **options: Any) -> ArraySource:
-    """The activations in a .npy file, a .safetensors file (`x`, optional `pos`, `token`, `document`) or a .pt file (a tensor
-    or a dict of those names). Rows are read when they are needed; those of a .pt file at once. Raises UserError for what is
-    none of them, or would have to be unpickled."""
+    """Open activations in a .npy, .safetensors or .pt file: an array `x`, optionally with `pos`, `token`, `document`.
+
+    Rows of .npy and .safetensors files are read when needed; a .pt file is loaded whole. Raises UserError for any other
+    file, and for one that would have to be unpickled."""
     file = expand_path(path, "stream.activations")
     if not file.is_file():
         raise UserError(f"activations: {path} does not exist; give a .npy, .safetensors or .pt file")
@@ -281,56 +262,42 @@ def open_file(path: str, **options: Any) -> ArraySource:
             case ".npy":
                 content: Any = StoredArray.of_npy(file, "activations")
             case ".safetensors":
-                content = StoredArray.of_safetensors(file, "activations", ("x", *_TOKEN_FIELDS))
+                content = StoredArray.of_safetensors(file, "activations", _FIELDS)
             case ".pt":
                 content = torch.load(file, map_location="cpu", weights_only=True)
-            case suffix:
-                raise UserError(
-                    f"activations: {path} is not allowed; it must end with .npy, .safetensors or .pt, not {suffix}"
-                )
+            case _:
+                raise UserError(f"activations: {path} is not allowed; it must end with .npy, .safetensors or .pt")
     except UserError:
         raise
-    except Exception as error:  # torch's unpickler raises whatever it stumbles on
+    except Exception as error:  # torch's unpickler raises any kind of exception
         is_pickled = any(word in str(error) for word in ("ickle", "weights_only", "objects"))
-        reason = "it is no array, or one of pickled objects" if is_pickled else None
-        raise UserError(
-            f"activations: {path} can't be read ({reason or ' '.join(str(error).split())[:120]}); it must hold arrays"
-        ) from None
+        reason = "not an array, or an array of pickled objects" if is_pickled else " ".join(str(error).split())[:120]
+        raise UserError(f"activations: {path} can't be read ({reason}); it must hold arrays") from None
     if isinstance(content, Mapping):
-        content = {name: content[name] for name in ("x", *_TOKEN_FIELDS) if name in content}
+        content = {name: content[name] for name in _FIELDS if name in content}
     elif not _is_array(content):
-        raise UserError(
-            f"activations: {path} holds a {type(content).__name__}, which is not allowed; it must be a tensor"
-        )
+        raise UserError(f"activations: {path} is not allowed; it holds a {type(content).__name__}, not a tensor")
     return ArraySource(content, name=path, identity=fingerprint(file), **options)
 
 
 def settle(config: StreamConfig, source: ArraySource) -> StreamConfig:
-    """`config` over a person's own activations, which have no model. Raises UserError for settings that need one."""
-    for name, default in (
-        ("model", "none"),
-        ("hook", HOOK),
-        ("data", None),
-        ("split", None),
-        ("subset", None),
-        ("cache", None),
-    ):
+    """`config` for the user's own activations. Raises UserError for settings that need a model."""
+    allowed = {"model": "none", "hook": HOOK, "data": None, "split": None, "subset": None, "cache": None}
+    for name, default in allowed.items():
         value = getattr(config, name)
         if name in config.model_fields_set and value not in (default, None):
-            raise UserError(
-                f"stream.{name}: {value} is not allowed with activations, which have no model; leave it out"
-            )
+            raise UserError(f"stream.{name}: {value} is not allowed with activations, which have no model")
     if config.mode == "sequences":
         raise UserError("stream.mode: sequences is not allowed with activations; it must be tokens or grouped")
-    update = {"model": "none", "hook": HOOK, "context": max(2, source.positions)}
-    return config.model_copy(update=update)
+    return config.model_copy(update={"model": "none", "hook": HOOK, "context": max(2, source.positions)})
 
 
 @torch.no_grad()
 def held_out_scores(sae: Dictionary, batches: Iterable[Batch]) -> dict[str, Any] | None:
-    """`explained_variance`, `fvu`, `l0` and `dead_fraction` of a dictionary on batches of held-out activations, which have
-    `tokens` tokens; None where there are none. FVU = sum |x - x_hat|^2 / sum |x - mu|^2, mu the mean of the same tokens.
-    Where these don't vary, both are None, and `warnings` says so."""
+    """Measure `explained_variance`, `fvu`, `l0` and `dead_fraction` of a dictionary on `tokens` held-out activations.
+
+    FVU = sum |x - x_hat|^2 / sum |x - mu|^2 with mu the mean of the same tokens, and explained_variance = 1 - FVU. Both
+    are None, with an entry in `warnings`, if the activations don't vary. Returns None if there are no tokens."""
     sae = unit_decoder(sae)
     error = squares = l0 = 0.0
     x_sum, tokens = torch.zeros((), dtype=torch.float64), 0
@@ -371,7 +338,5 @@ def _as_dict(chunk: Any) -> dict[str, Any]:
     if isinstance(chunk, tuple | list) and len(chunk) == 2 and all(map(_is_array, chunk)):
         return {"x": chunk[0], "pos": chunk[1]}
     if not _is_array(chunk):
-        raise UserError(
-            f"activations: a chunk that is a {type(chunk).__name__} is not allowed; give x, (x, pos) or a dict"
-        )
+        raise UserError(f"activations: a {type(chunk).__name__} as chunk is not allowed; give x, (x, pos) or a dict")
     return {"x": chunk}

@@ -1,6 +1,6 @@
-"""The ring buffer: a fixed set of slots, mixed, in which every activation keeps its position, token, document and row."""
+"""Batches of activations with their positions, tokens, documents and rows, and the ring buffer that mixes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,12 +14,12 @@ PLACES = {"pos": torch.int32, "token": torch.int32, "document": torch.int64, "ro
 
 @dataclass
 class Batch:
-    """Activations and where each came from.
+    """Activations and their origin.
 
-    `acts`: hook -> [N, D]; `pos`, `token` [N] int32; `document`, `row` [N] int64: item n is the activation of `token[n]` at
-    position `pos[n]` of row `row[n]` of the text, and the token is part of `document[n]`. A batch of sequences has [B, T]
-    in place of [N]. `kept`, bool and on the CPU, says which of its tokens count: not padding, nor filtered out. `attribute`:
-    what `ActivationStream.attribute` gives, where something asks for it.
+    `acts` maps hooks to [N, D]. `pos`, `token` [N] int32 and `document`, `row` [N] int64: activation n belongs to
+    `token[n]` at position `pos[n]` of row `row[n]`, in `document[n]`. Batches of sequences have [B, T] in place of [N].
+    `kept` (bool, on the CPU) is false for padding and filtered tokens. `attribute` is that of
+    `ActivationStream.attribute`, if requested.
     """
 
     acts: dict[str, Tensor]
@@ -32,7 +32,7 @@ class Batch:
 
     @classmethod
     def of(cls, x: Tensor, pos: Tensor) -> "Batch":
-        """Activations x [..., D] at pos [...] of unknown tokens: token and document are -1, each item a row of its own."""
+        """A batch of x [..., D] at pos [...] with unknown tokens and documents (-1), each activation in its own row."""
         nowhere = torch.full_like(pos, -1)
         row = torch.arange(pos.numel(), device=pos.device).view(pos.shape)
         return cls({"x": x}, pos.int(), nowhere.int(), nowhere.long(), row)
@@ -47,15 +47,15 @@ class Batch:
 
     @property
     def target(self) -> Tensor:
-        """Those at the last hook: what a transcoder is to give."""
-        return list(self.acts.values())[-1]
+        """The activations at the last hook, which a transcoder predicts."""
+        return next(reversed(self.acts.values()))
 
     def at(self, *hooks: str) -> "Batch":
-        """The same with these hooks only, in this order."""
+        """The same batch with only these hooks, in this order."""
         return replace(self, acts={hook: self.acts[hook] for hook in hooks})
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """`change` done to every tensor."""
+        """Apply `change` to every tensor."""
         acts = {hook: change(x) for hook, x in self.acts.items()}
         kept, attribute = (None if value is None else change(value) for value in (self.kept, self.attribute))
         return Batch(acts, *(change(getattr(self, name)) for name in PLACES), kept=kept, attribute=attribute)
@@ -64,11 +64,11 @@ class Batch:
         return self.each(lambda value: value[index])
 
     def clone(self) -> "Batch":
-        """A copy that the next batch doesn't overwrite."""
+        """A copy, which the next batch does not overwrite."""
         return self.each(Tensor.clone)
 
     def flat(self) -> "Batch":
-        """The tokens that are `kept`, [N]; those of sequences row after row."""
+        """The `kept` tokens as [N], row after row."""
         if self.kept is None:
             return self
         dims = self.kept.ndim - 1
@@ -76,32 +76,32 @@ class Batch:
         return replace(self, kept=None).each(lambda value: value.flatten(0, dims).index_select(0, kept))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name, activations as `acts.HOOK`; `from_tensors` undoes it."""
+        """All tensors but `attribute` by name, activations as `acts.HOOK`; the inverse of `from_tensors`."""
         tensors = {f"acts.{hook}": x for hook, x in self.acts.items()} | {name: getattr(self, name) for name in PLACES}
         return tensors if self.kept is None else tensors | {"kept": self.kept}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "Batch":
-        acts = {key.removeprefix("acts."): value for key, value in tensors.items() if key.startswith("acts.")}
-        return cls(acts, *(tensors[name] for name in PLACES), kept=tensors.get("kept"))
+        return cls(with_prefix(tensors, "acts."), *(tensors[name] for name in PLACES), kept=tensors.get("kept"))
 
 
 class RingBuffer:
-    """Serves its slots in random order; when half are served, those have been filled again, and all are permuted anew.
+    """A fixed set of slots, served in random order without replacement.
 
-    `fill` gives fresh items, some at a time, or None when there are no more: then what is left is served to its end. An item
-    is an activation or, with `context`, a whole sequence. Memory is taken once: capacity * (bytes of an item); batches are
-    gathered into memory that is used again, with `grouped` in order of their positions. With `dtype` int8 or float8_e4m3fn
-    slots hold codes and scales (`quantize`), and batches are bfloat16. Served slots are filled while the others are being
-    served; on a GPU by a stream of its own, so that the language model runs beside the training step, and nothing waits but
-    a permutation. Once `item_limit` items have been put in, the rest is served to its end before any more are asked for.
-    What comes depends on the items, not on how many `fill` gives at a time.
+    Served slots are refilled while the others are served. When half are served, all slots are permuted again. An item
+    is an activation or, with `context`, a sequence. `fill` returns some fresh items, or None at the end, after which
+    the remaining items are served. Once `item_limit` items were put in, those are served before `fill` is called again.
+    Batches depend on the items, not on how many of them `fill` returns at a time.
+
+    Slots are allocated once, capacity * (bytes per item), and batches reuse their memory; `grouped` sorts a batch by
+    position. With `dtype` int8 or float8_e4m3fn slots hold codes and scales (`quantize`), and batches are bfloat16. On
+    a GPU, slots are refilled on a side stream, so that the language model runs concurrently with training.
     """
 
     def __init__(
         self, capacity: int, widths: dict[str, int], dtype: torch.dtype, device: torch.device,
-        fill: Callable[[], Batch | None], generator: torch.Generator, *, context: int | None = None, grouped: bool = False,
-        item_limit: int | None = None,
+        fill: Callable[[], Batch | None], generator: torch.Generator, *, context: int | None = None,
+        grouped: bool = False, item_limit: int | None = None,
     ):  # fmt: skip
         self._item_limit, self._items_put = item_limit, 0
         self.capacity, self._fill, self._generator, self._grouped = capacity, fill, generator, grouped
@@ -112,23 +112,19 @@ class RingBuffer:
         if dtype in LARGEST:
             self._dtype = torch.bfloat16
             self._scales = {hook: torch.zeros(capacity, *self._item_shape, device=device) for hook in widths}
-        self._squares = torch.zeros(
-            2, dtype=torch.float64, device=device
-        )  # of rounding errors, and of what was rounded
+        self._squares = torch.zeros(2, dtype=torch.float64, device=device)  # sums of error^2 and x^2 of rounded slots
         self._batch_memory: Batch | None = None
-        self._surplus: Batch | None = None  # fresh items for which there was no slot
-        # Of the order, _served items are served, and as many as _refilled of their slots hold fresh ones again.
-        self._order = torch.arange(capacity)
-        self._device_order = self._order.to(device)
-        self._served, self._refilled = capacity, 0
-        self._last_fill_size = 0  # items that `fill` gave last
-        # _ended: `fill` has no more. _final: nothing is put in before all that was there at the last permutation is served.
+        self._surplus: Batch | None = None  # fresh items that found no free slot
+        # the first _served slots of the order are served, and the first _refilled of those hold fresh items
+        self._set_order(torch.arange(capacity), served=capacity)
+        self._last_fill_size = 0  # items that `fill` last returned
+        # _ended: `fill` has no more items. _final: no item is put in until all that are there have been served.
         self.begun = self._ended = self._final = False
-        self._all_finite = torch.ones((), dtype=torch.bool, device=device)  # all that was filled since the permutation
+        self._all_finite = torch.ones((), dtype=torch.bool, device=device)  # of the items put in since the permutation
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def next(self, n: int) -> Batch:
-        """The next n items, without replacement; fewer, or none, at the end. Overwritten by the next call."""
+        """Draw the next n items; fewer, or none, at the end. The next call overwrites the batch."""
         if self._final and not self._ended and self._served + n > len(self._order):
             self._lift_item_limit()
         if not self.begun or (not self._final and self._served >= len(self._order) // 2):
@@ -140,7 +136,7 @@ class RingBuffer:
         return batch
 
     def contents(self, limit: int | None = None) -> Batch:
-        """Every item, or so many of them, in slot order. Fills the buffer if nothing has."""
+        """The items in slot order, at most `limit`. Fills the buffer on first use."""
         if not self.begun:
             self._permute()
         cpu_index = self._order.sort().values[:limit]
@@ -151,25 +147,26 @@ class RingBuffer:
         return batch
 
     def _lift_item_limit(self) -> None:
-        """Go on past `item_limit`: from now on every free slot is filled again."""
+        """Continue past `item_limit`: refill every free slot from now on."""
         unserved = self._order[self._served :]
         free_slots = torch.ones(self.capacity, dtype=torch.bool).index_fill_(0, unserved, False).nonzero().flatten()
-        self._order = torch.cat([free_slots, unserved])
-        self._device_order = self._order.to(self._device)
-        self._served, self._refilled, self._item_limit, self._final = len(free_slots), 0, None, False
+        self._set_order(torch.cat([free_slots, unserved]), served=len(free_slots))
+        self._item_limit, self._final = None, False
+
+    def _set_order(self, order: Tensor, served: int) -> None:
+        self._order, self._device_order = order, order.to(self._device)
+        self._served, self._refilled = served, 0
 
     @property
     def rounding(self) -> float:
-        """Squared error of what the slots hold over the squared norm of what was given, so far. Waits for the device."""
+        """Squared rounding error of all slots so far, relative to the squared norm. Synchronises with the device."""
         squared_error, squared_norm = self._squares.tolist()
         return squared_error / squared_norm if squared_norm else 0.0
 
     def _empty_batch(self, n: int, dtype: torch.dtype) -> Batch:
         shape = (n, *self._item_shape)
         acts = {hook: torch.empty(*shape, d, dtype=dtype, device=self._device) for hook, d in self._widths.items()}
-        places = {
-            name: torch.empty(shape, dtype=place_dtype, device=self._device) for name, place_dtype in PLACES.items()
-        }
+        places = {name: torch.empty(shape, dtype=dtype, device=self._device) for name, dtype in PLACES.items()}
         return Batch(acts, **places, kept=torch.zeros(shape, dtype=torch.bool) if self._item_shape else None)
 
     def _gather(self, span: slice) -> Batch:
@@ -184,7 +181,7 @@ class RingBuffer:
         return batch
 
     def _gather_into(self, cpu_index: Tensor, device_index: Tensor, batch: Batch) -> None:
-        """Gather slots into `batch`; their numbers on the CPU and on the device."""
+        """Gather slots into `batch`. Both indices hold the same slots, except for their order if `grouped`."""
         for hook, slots in self._slots.acts.items():
             if self._scales:
                 codes = raw(slots)[device_index].view(slots.dtype)
@@ -197,13 +194,13 @@ class RingBuffer:
             torch.index_select(self._slots.kept, 0, cpu_index, out=batch.kept)
 
     def _refill(self, target: int) -> None:
-        """Fill served slots until so many of them are, if there is so much that is fresh."""
+        """Fill served slots until `target` of them hold fresh items, as far as there are any."""
         target = min(target, self._refilled + self._items_missing)
         if self._refilled >= target or self._ended:
             return
         if self._side_stream is None:
             self._put_fresh(target)
-        else:  # the slots have been read by what was launched before, and by nothing after
+        else:  # kernels that read these slots were all launched before
             self._side_stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._side_stream):
                 self._put_fresh(target)
@@ -216,12 +213,11 @@ class RingBuffer:
                 return
             self._last_fill_size = len(fresh)
             count = min(len(fresh), self._served - self._refilled, self._items_missing)
-            cpu_index, device_index = (
-                order[self._refilled : self._refilled + count] for order in (self._order, self._device_order)
-            )
+            span = slice(self._refilled, self._refilled + count)
+            cpu_index, device_index = self._order[span], self._device_order[span]
             for hook, slots in self._slots.acts.items():
                 x = fresh.acts[hook][:count]
-                # A sum is ten times as fast as a look at each. Where finite values overflow it, `_refuse` finds none.
+                # ten times faster than checking each value; if finite values overflow the sum, `_refuse` finds none
                 self._all_finite &= x.sum().isfinite()
                 if self._scales:
                     codes, scale = narrowed(x, slots.dtype)
@@ -241,27 +237,25 @@ class RingBuffer:
 
     @property
     def _items_missing(self) -> int:
-        """How many items are yet to be put in, of `item_limit`."""
+        """Items still to be put in before `item_limit`."""
         return self.capacity if self._item_limit is None else self._item_limit - self._items_put
 
     def _permute(self) -> None:
-        """Fill what is free, and put all that is there into a new order."""
+        """Fill all served slots, and draw a new order of all items."""
         self._refill(self._served)
         self._final = self._ended or not self._items_missing
         if self._side_stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._side_stream)
         filled_slots = torch.cat([self._order[: self._refilled], self._order[self._served :]])
-        self._order = torch.randperm(len(filled_slots), generator=self._generator)
-        if len(filled_slots) < self.capacity:  # else they are all there are
-            self._order = filled_slots.sort().values[self._order]
-        self._device_order = self._order.to(self._device)
-        self._served, self._refilled, self.begun = 0, 0, True
+        order = torch.randperm(len(filled_slots), generator=self._generator)
+        self._set_order(filled_slots.sort().values[order], served=0)
+        self.begun = True
         if not self._all_finite:
             self._refuse()
             self._all_finite.fill_(True)
 
     def _refuse(self) -> None:
-        """Name the first activations that are not finite, by row and position."""
+        """Raise UserError, naming the first activation that is not finite, if there is one."""
         items = self.contents()
         for hook, x in items.acts.items():
             is_bad = ~x.isfinite().all(-1)
@@ -274,7 +268,7 @@ class RingBuffer:
                 )
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that is needed to go on exactly here."""
+        """Tensors to resume from exactly."""
         if self._side_stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._side_stream)
         state = {f"slots.{key}": value for key, value in self._slots.tensors().items()}
@@ -282,41 +276,33 @@ class RingBuffer:
         if self._surplus is not None:
             state |= {f"left.{key}": value for key, value in self._surplus.tensors().items()}
         item_limit = -1 if self._item_limit is None else self._item_limit
-        numbers = (
-            self._served,
-            self._refilled,
-            self._last_fill_size,
-            self.begun,
-            self._ended,
-            self._items_put,
-            item_limit,
-            self._final,
-        )
+        numbers = [self._served, self._refilled, self._last_fill_size, self.begun, self._ended]
+        numbers += [self._items_put, item_limit, self._final]
         return state | {"order": self._order, "numbers": torch.tensor(numbers)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        surplus_state = {key: value for key, value in state.items() if key.startswith("left.")}
         for key, slots in self._slots.tensors().items():
             slots.copy_(state[f"slots.{key}"])
         for hook, scale in self._scales.items():
             scale.copy_(state[f"scales.{hook}"])
         self._squares.copy_(state["squares"])
-        device_by_key = {"left.kept": torch.device("cpu")}
-        surplus = {
-            key.removeprefix("left."): value.to(device_by_key.get(key, self._device))
-            for key, value in surplus_state.items()
-        }
+        surplus = with_prefix(state, "left.")
+        surplus = {key: value.to("cpu" if key == "kept" else self._device) for key, value in surplus.items()}
         self._surplus = Batch.from_tensors(surplus) if surplus else None
-        self._order = state["order"]
-        self._device_order = self._order.to(self._device)
+        self._set_order(state["order"], served=0)
         numbers = state["numbers"].tolist()
-        numbers += (0, -1, 0)[len(numbers) - 5 :]  # version 0.1.0 had the first five
+        numbers += (0, -1, 0)[len(numbers) - 5 :]  # version 0.1.0 stored the first five
         self._served, self._refilled, self._last_fill_size, begun, ended, self._items_put, item_limit, final = numbers
         self._item_limit = None if item_limit < 0 else item_limit
         self.begun, self._ended, self._final = bool(begun), bool(ended), bool(final)
 
 
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name begins with `prefix`, by the rest of their name."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 def _as_int64(items: Tensor) -> Tensor:
-    """The same memory in elements of 8 bytes where they fit: on a CPU torch copies rows of those twice as fast."""
+    """The same memory as 8-byte elements, if they fit: torch copies rows of those twice as fast on a CPU."""
     fits = items.ndim > 1 and items.shape[-1] * items.itemsize % 8 == 0
     return items.view(torch.int64) if fits else items

@@ -1,4 +1,4 @@
-"""Where a dictionary's b_dec starts from."""
+"""The initial value of a dictionary's b_dec."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,9 @@ from torch import Tensor
 def center(x: Tensor, kind: str) -> Tensor:
     """The `mean`, `geometric_median` or `zero` of activations x [N, D], float32 [D].
 
-    The geometric median is the point with the least sum of distances to all; outliers hardly move it. Weiszfeld's
-    iteration, y <- sum_n x_n / |x_n - y| / sum_n 1 / |x_n - y|, until it moves by less than 1e-6 of the mean distance.
+    The geometric median minimises the sum of distances to all activations and is robust to outliers. It is found by
+    Weiszfeld's iteration, y <- (sum_n x_n / |x_n - y|) / (sum_n 1 / |x_n - y|), until a step is below 1e-6 of the mean
+    distance, or after 200 steps.
     """
     x = x.float()
     point = x.mean(0)

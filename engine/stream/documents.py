@@ -1,8 +1,8 @@
-"""Documents of a text by number, read as they are asked for: text, or token ids where a text is tokenised already."""
+"""Open a text as numbered documents, which are read when needed. A document is text or token ids."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,12 +11,13 @@ from ..process import hub_access
 from ..storage.path_names import expand_path
 from .array_files import fingerprint
 from .text_fields import Document, TextField, document
-from .text_files import READERS, Arrow, Delimited, TextTooShort, kind_of, open_file, reading
+from .text_files import READERS, Arrow, Delimited, TextFile, TextTooShort, kind_of, open_file, reading
 
-IN_HAND = "documents given in Python"  # what `stream.data` is where they are
-LOOKED_AT = 20  # documents in hand, to tell whether they are the same
-_SAVED = ("state.json", "dataset_dict.json")  # what `datasets` leaves in a folder with save_to_disk
-_BUILDERS = ("text", "json", "csv", "parquet", "arrow")  # of `datasets`, for files of these kinds
+IN_HAND = "documents given in Python"  # value of `stream.data` for documents in memory
+LOOKED_AT = 20  # documents in memory that go into their fingerprint
+_SAVED = ("state.json", "dataset_dict.json")  # files that `datasets` writes with save_to_disk
+_BUILDERS = ("text", "json", "csv", "parquet", "arrow")  # builders of `datasets` for files of these kinds
+#: settings of such builders, with the values for which our own readers give the same documents
 _SETTINGS = {"sep": (",", "\t"), "delimiter": (None,), "header": ("infer",), "names": (None,), "column_names": (None,),
              "skiprows": (None,), "quotechar": ('"',), "quoting": (0,), "escapechar": (None,), "comment": (None,),
              "encoding": (None, "utf-8"), "field": (None,), "features": (None,)}  # fmt: skip
@@ -24,10 +25,10 @@ _SETTINGS = {"sep": (",", "\t"), "delimiter": (None,), "header": ("infer",), "na
 
 @runtime_checkable
 class Documents(Protocol):
-    """Documents by number, the same at every call. `name` is what messages call them.
+    """Numbered documents, the same at every call, with a `name` for messages.
 
-    `read(start)` gives those from number `start` on; a text that holds fewer than `start` is a `TextTooShort`, a UserError.
-    Where there is a `fingerprint()`, it is another number once the documents have changed.
+    `read(start)` yields the documents from number `start` on, and raises `TextTooShort`, a UserError, if there are
+    fewer. An optional `fingerprint()` returns a number that differs once the documents have changed.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Documents(Protocol):
 
 
 def check_data(data: str) -> Path:
-    """The path of a text, which may also be a dataset's name. Raises UserError for a file that isn't there."""
+    """The path of a text, which may also be a dataset's name. Raises UserError for a missing file."""
     if data == IN_HAND:
         raise UserError(f"data: the {IN_HAND} are not kept with a run; give them again, or a file of them")
     path = expand_path(data, "stream.data")
@@ -51,10 +52,10 @@ def check_data(data: str) -> Path:
 def open_documents(
     data: str, text_field: str | None = None, *, split: str | None = None, subset: str | None = None
 ) -> Documents:
-    """A file, as its ending says (`text_files.READERS`), a folder of files or of a saved dataset, or a dataset's name.
+    """Open a file (see `text_files.READERS`), a folder of files or of a saved dataset, or a dataset by its name.
 
-    `text_field` must be there if it is given; else it is `text`, or one of `tokens` and `input_ids`. `split` and `subset`
-    (the dataset's configuration) are for folders and names; the split is `train` unless given.
+    `text_field` is the field with the text; by default `text`, otherwise `tokens` or `input_ids`. `split` (by default
+    `train`) and `subset` (the dataset's configuration) are for folders and names. Raises UserError for anything else.
     """
     field, path = TextField(text_field), check_data(data)
     if not path.exists():
@@ -70,8 +71,8 @@ def open_documents(
 
 
 class DocumentList:
-    """Documents in hand: strings, token ids, or dicts with a field of either. An iterable that can be iterated over again
-    and again, or a function without arguments that gives one, such as a generator function."""
+    """Documents in memory: strings, token ids, or dicts with a field of either, in an iterable that can be read
+    repeatedly, or from a function without arguments that returns one, such as a generator function."""
 
     def __init__(
         self, documents: Iterable[Any] | Callable[[], Iterable[Any]], name: str, text_field: str | None = None
@@ -79,7 +80,7 @@ class DocumentList:
         self.documents, self.name, self.field = documents, name, TextField(text_field)
         if not callable(documents) and iter(documents) is documents:
             raise UserError(
-                f"documents: a {type(documents).__name__} is not allowed, since it can be read only once, and held-out "
+                f"documents: a {type(documents).__name__} is not allowed, since it can be read only once, but held-out "
                 "rows, a second epoch and a resumed run read it again; give a list, or the function that makes it"
             )
 
@@ -100,9 +101,9 @@ class DocumentList:
 
 
 class DocumentFiles:
-    """The documents of files, one file after the other."""
+    """The documents of several files, one after the other."""
 
-    def __init__(self, name: str, files: list[Any], paths: list[Path]):
+    def __init__(self, name: str, files: list[TextFile], paths: list[Path]):
         self.name, self.files, self.paths = name, files, paths
 
     def read(self, start: int = 0) -> Iterator[Document]:
@@ -122,7 +123,7 @@ class DocumentFiles:
 
 
 class StreamedDocuments:
-    """Rows that `datasets` streams, from a hub or from files of kinds that it alone reads."""
+    """Records streamed by `datasets`, from a hub or from files that only it can read."""
 
     def __init__(self, name: str, records: Any, field: TextField, origin: str):
         self.name, self.field, self._records, self._origin = name, field, records, origin
@@ -148,50 +149,47 @@ class StreamedDocuments:
 
 
 def _of_folder(data: str, path: Path, field: TextField, split: str | None, subset: str | None) -> Documents:
-    """A folder's files, those of a split of a subset as `datasets` tells them apart; or what `save_to_disk` left there."""
+    """Open a dataset saved with `save_to_disk`, or the files of a folder that belong to a split and subset."""
     if any((path / name).is_file() for name in _SAVED):
         if subset is not None:
             raise UserError(f"stream.subset: {subset} is not allowed; {data} is a saved dataset, which has none")
         return _saved(data, path, field, split)
     with reading(data, "can't be loaded"):
         builder = _builder(str(path), data, subset)
-        files_by_split = {
-            str(name): [str(file) for file in files] for name, files in (builder.config.data_files or {}).items()
-        }
+        files_by_split = _files_by_split(builder)
         root = path.absolute()
-        for file in (file for files in files_by_split.values() for file in files):
+        for file in chain.from_iterable(files_by_split.values()):
             if not Path(file).absolute().is_relative_to(root) or ".." in Path(file).parts:
                 raise UserError(f"data: {data} is not allowed; its README names {file}, which lies outside of it")
         if not files_by_split:
             raise UserError(f"data: {data} holds no files of text")
-        files = files_by_split[_split(data, split, list(files_by_split))]
-        kind = str(builder.name if hasattr(builder, "name") else "")
+        split = _split(data, split, list(files_by_split))
+        files = files_by_split[split]
+        kind = str(getattr(builder, "name", ""))
         if kind not in _BUILDERS:
             raise UserError(f"data: {data} holds files of {kind}, which are not read as text")
-        has_default_settings = all(
-            getattr(builder.config, name, values[0]) in values for name, values in _SETTINGS.items()
-        )
+        config = builder.config
+        has_default_settings = all(getattr(config, name, values[0]) in values for name, values in _SETTINGS.items())
         if not has_default_settings or any(kind_of(Path(file)) not in READERS for file in files):
-            records = builder.as_streaming_dataset(split=_split(data, split, list(files_by_split)))
-            return StreamedDocuments(data, records, field, "\0".join(files))
+            return StreamedDocuments(data, builder.as_streaming_dataset(split=split), field, "\0".join(files))
     paths = [Path(file) for file in files]
-    return DocumentFiles(data, [_open_as(kind, file, field, builder.config) for file in paths], paths)
+    readers = [Delimited(path, field, config.sep) if kind == "csv" else open_file(path, field) for path in paths]
+    return DocumentFiles(data, readers, paths)
 
 
-def _open_as(kind: str, path: Path, field: TextField, config: Any) -> Any:
-    return Delimited(path, field, config.sep) if kind == "csv" else open_file(path, field)
+def _files_by_split(builder: Any) -> dict[str, list[str]]:
+    return {str(name): [str(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
 
 
 def _saved(data: str, path: Path, field: TextField, split: str | None) -> DocumentFiles:
-    """A folder that `save_to_disk` made, of a dataset or of several splits."""
+    """Open a dataset that `save_to_disk` wrote, with or without splits."""
     splits: list[str] = []
     if (path / "dataset_dict.json").is_file():
         splits = [str(name) for name in _json(path / "dataset_dict.json", "splits")]
-        path = path / _plain(_split(data, split, splits), data)
+        path = path / _file_name(_split(data, split, splits), data)
     elif split is not None:
         raise UserError(f"stream.split: {split} is not allowed; {data} is a saved dataset without splits")
-    names = [_plain(str(file["filename"]), data) for file in _json(path / "state.json", "_data_files")]
-    files = [path / name for name in names]
+    files = [path / _file_name(str(file["filename"]), data) for file in _json(path / "state.json", "_data_files")]
     return DocumentFiles(data, [Arrow(file, field) for file in files], files)
 
 
@@ -203,44 +201,44 @@ def _json(path: Path, key: str) -> list[Any]:
         return value
 
 
-def _plain(name: str, data: str) -> str:
+def _file_name(name: str, data: str) -> str:
+    """Check that a name is a plain file name, so that it can't lead outside of the folder."""
     if name in ("", ".", "..") or Path(name).name != name:
         raise UserError(f"data: {data} is not allowed; it names {name[:60]}, which lies outside of it")
     return name
 
 
 def _of_hub(data: str, field: TextField, split: str | None, subset: str | None) -> StreamedDocuments:
-    is_here = hub_access.why_not() is None  # asked before `datasets` reads whether it may ask the hub
+    is_here = hub_access.why_not() is None  # before importing `datasets`, which reads the offline settings once
     with reading(data, "can't be loaded", is_here):
         builder = _builder(data, data, subset)
-        files_by_split = builder.config.data_files or {}
-        files = [str(file) for split_files in files_by_split.values() for file in split_files]
+        files = [*chain.from_iterable(_files_by_split(builder).values())]
         if local_file := next((file for file in files if "://" not in file), None):
-            raise UserError(f"data: {data} is not allowed; it names {local_file}, a file of this machine")
+            raise UserError(f"data: {data} is not allowed; it names {local_file}, a local file")
         splits = builder.as_streaming_dataset()
         name = _split(data, split, [str(name) for name in splits])
         return StreamedDocuments(data, splits[name], field, "\0".join([name, *files]))
 
 
 def _builder(path: str, data: str, subset: str | None) -> Any:
-    """What `datasets` reads a folder or a name with. Code that comes with it is never run."""
+    """The builder with which `datasets` reads a folder or a name. Code that comes with a dataset is never run."""
     import datasets
 
-    if subset is not None:
-        subsets = [str(name) for name in datasets.get_dataset_config_names(path)]
-        if subset not in subsets:
-            raise UserError(f"stream.subset: {subset} is not allowed; {data} has {', '.join(subsets[:20])}")
+    def subsets() -> list[str]:
+        return [str(name) for name in datasets.get_dataset_config_names(path)]
+
+    if subset is not None and subset not in subsets():
+        raise UserError(f"stream.subset: {subset} is not allowed; {data} has {', '.join(subsets()[:20])}")
     try:
         return datasets.load_dataset_builder(path, subset)
     except ValueError as error:
-        if subset is None and "onfig name is missing" in str(error):
-            subsets = [str(name) for name in datasets.get_dataset_config_names(path)]
-            raise UserError(f"stream.subset: needed for {data}; it must be one of {', '.join(subsets[:20])}") from None
-        raise
+        if subset is not None or "onfig name is missing" not in str(error):
+            raise
+        raise UserError(f"stream.subset: needed for {data}; it must be one of {', '.join(subsets()[:20])}") from None
 
 
 def _split(data: str, split: str | None, split_names: list[str]) -> str:
-    """The split to read: the one that is named, else `train`."""
+    """The split to read, by default `train`."""
     name = split or "train"
     if name not in split_names:
         reason = f"{split} is not allowed" if split is not None else "needed, since there is no train"

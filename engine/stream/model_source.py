@@ -1,4 +1,4 @@
-"""Where activations come from: a language model as it reads its text."""
+"""The source of activations: a language model that reads a text."""
 
 from typing import Any, Protocol
 
@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from ..config import StreamConfig
+from ..errors import UserError
 from ..ranks import ALONE, Ranks
 from .buffer import Batch
 from .model import LanguageModel
 from .token_rows import RowSource, TextRows, TokenRows
 
-MOST_ROWS = 8  # times rows_per_forward that are read at once, however short they are
+MOST_ROWS = 8  # times rows_per_forward: the limit on packed rows per pass, however short they are
 
 
 class ActivationSource(Protocol):
     """Activations in the order of the text.
 
-    `next` gives those of some whole rows, [M, D] for each hook, every token but padding, with `kept` [M] false for the
-    tokenizer's own tokens (`<bos>` and the like, `special`); None when there are no more. `counts` are of what was read so
-    far. `state` is all that is needed to go on exactly here. `name` is what messages call the text, and `label` what the
-    time spent in `next` is called.
+    `next` returns the activations of some whole rows without padding, [M, D] per hook, or None at the end. `kept` [M]
+    is false for the tokenizer's `special` tokens, such as `<bos>`. `counts` counts what was read so far. `state` and
+    `load_state` resume exactly. `name` is the text's name in messages, and `label` names the time spent in `next`.
     """
 
     label: str
@@ -39,8 +39,10 @@ class ActivationSource(Protocol):
 
 
 class ModelSource:
-    """A language model over rows of text, `rows_per_forward` at a time; with `packing`, as many rows as hold about that many
-    full rows of tokens. Each of several `ranks` runs an equal share of the rows, and all get the activations of all."""
+    """An `ActivationSource` that runs a language model over `rows_per_forward` rows of text at a time.
+
+    With `packing` a pass takes more rows, up to about the tokens of `rows_per_forward` full rows. Each of the `ranks`
+    runs an equal share of the rows, and all receive all activations."""
 
     label = "model"
 
@@ -48,7 +50,7 @@ class ModelSource:
         self, model: LanguageModel, text: RowSource, positions: int, rows_per_forward: int, ranks: Ranks = ALONE,
         *, packing: bool = False,
     ):  # fmt: skip
-        self.ranks = ranks.apart()  # from training, beside which a GPU reads on
+        self.ranks = ranks.apart()  # reading runs concurrently with training on a GPU
         self.model, self.text, self.positions, self.rows_per_forward = model, text, positions, rows_per_forward
         self.packing = packing
         self.widths, self.device = model.widths, model.device
@@ -67,7 +69,7 @@ class ModelSource:
         B, T = rows.tokens.shape
         if B == 0:
             return None
-        # Where the tokens lie is worked out on the CPU: of the device it would have to be waited for.
+        # computed on the CPU, since a result from the device would have to be waited for
         token_index = is_text(rows).flatten().nonzero().flatten()
         pos = torch.arange(T, dtype=torch.int32).expand(B, T)
         places = (pos, rows.tokens.int(), rows.document, rows.row[:, None].expand(B, T))
@@ -88,13 +90,13 @@ class ModelSource:
         return rows.joined(self.text.next(extra_rows)) if extra_rows > 0 else rows
 
     def _harvest(self, rows: TokenRows, token_index: Tensor) -> dict[str, Tensor]:
-        """Activations [M, D] at the places `token_index` [M] of the flattened tokens [B, T]."""
+        """Activations [M, D] at the indices `token_index` [M] into the flattened tokens [B, T]."""
         rank, T = self.ranks.rank, rows.tokens.shape[1]
         rows_per_rank = -(-len(rows) // self.ranks.size) if self.packing else self.rows_per_forward
         rank_of_token = token_index // (rows_per_rank * T)
         local_index = (token_index[rank_of_token == rank] - rank * rows_per_rank * T).to(self.device, non_blocking=True)
         rank_rows = slice(rank * rows_per_rank, (rank + 1) * rows_per_rank)
-        if not len(rows.tokens[rank_rows]):  # at the text's end there may be none
+        if not len(rows.tokens[rank_rows]):  # at the end of the text a rank may have none; the model needs one
             rank_rows = slice(1)
         acts = self.model.harvest(rows.tokens[rank_rows], rows.length[rank_rows] if self.packing else None)
         counts = rank_of_token.bincount(minlength=self.ranks.size).tolist()
@@ -108,8 +110,7 @@ class ModelSource:
 
 
 def special_tokens(tokenizer: Any) -> Tensor:
-    """Ids [n] of the tokenizer's own tokens, in order. One that stands for unknown words alone is not among them: that is
-    text. None where there is no tokenizer."""
+    """Sorted ids [n] of the tokenizer's special tokens, if any. A token only for unknown words counts as text."""
     if tokenizer is None:
         return torch.zeros(0, dtype=torch.int64)
     special_ids, unknown_id = set(tokenizer.all_special_ids), tokenizer.unk_token_id
@@ -120,20 +121,23 @@ def special_tokens(tokenizer: Any) -> Tensor:
 
 
 def packs(config: StreamConfig, text: RowSource) -> bool:
-    """Whether rows of similar length go through the model together: unless `config` says, where the text has short ones and
-    no fixed shape is compiled for."""
+    """Whether rows of similar length run together. The default is yes for text, unless the model is compiled."""
     return isinstance(text, TextRows) and not config.compile if config.packing is None else config.packing
 
 
 def bounded(config: StreamConfig, model: LanguageModel) -> StreamConfig:
-    """The settings with as many `rows_per_forward` as `memory_gb` has room for, unless they are given."""
+    """The settings with `rows_per_forward` reduced to what fits in `memory_gb`, unless it is set.
+
+    Raises UserError if the model's context is shorter than `context`."""
+    if config.context > model.context:
+        raise UserError(f"stream.context: {config.context} is not allowed; {config.model} has at most {model.context}")
     model.memory = 1e9 * config.memory_gb
-    if "rows_per_forward" in config.model_fields_set:
-        return config
     row_count = min(config.rows_per_forward, model.rows_of_activations(config.context))
-    return config if row_count == config.rows_per_forward else config.model_copy(update={"rows_per_forward": row_count})
+    if "rows_per_forward" in config.model_fields_set or row_count == config.rows_per_forward:
+        return config
+    return config.model_copy(update={"rows_per_forward": row_count})
 
 
 def is_text(rows: TokenRows) -> Tensor:
-    """Which positions [B, T] are not padding."""
+    """Positions [B, T] that are not padding, bool."""
     return torch.arange(rows.tokens.shape[1]) < rows.length[:, None]

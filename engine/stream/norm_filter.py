@@ -1,9 +1,9 @@
-"""Massive activations: tokens whose norm dwarfs the others', and the filter that leaves them out.
+"""Find massive activations and leave them out.
 
-A few tokens of most language models, often the first of a row and delimiters, carry activations tens to hundreds of times as
-large as the rest (Sun et al., arXiv 2402.17762). They are nearly constant and serve attention as sinks. About one token in a
-hundred can hold 99% of the variance, so a dictionary trained on them models little else, and its explained variance says
-nothing about ordinary text.
+In most language models a few tokens, often the first of a row and delimiters, have activations tens to hundreds of
+times as large as the rest (Sun et al., arXiv 2402.17762). They serve attention as sinks and are nearly constant. One
+token in a hundred can hold 99% of the variance. A dictionary trained on them learns little else, and its explained
+variance says nothing about ordinary text.
 """
 
 import math
@@ -15,51 +15,49 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .buffer import with_prefix
 
 MULTIPLE, SIGMAS = 4.0, 6.0  # of the automatic limit
-SAMPLE = 1024  # tokens at least from which limits are worked out, where there are so many
-SMALLEST, LARGEST = 1e-15, 1e15  # mean norms that float32 has room for, squares and their sums included
-LOOKED_AT = 4096  # tokens, to tell the mean norm
-ALIKE = 1e-6  # how far values may be apart, over the largest of them, where activations don't vary
-NO_VARIANCE = 1e-12  # of the squared norm: with less, a share of the variance says nothing
-_NAMED = 5  # positions that the sentence about them names
+SAMPLE = 1024  # least number of tokens to find limits from, if there are as many
+SMALLEST, LARGEST = 1e-15, 1e15  # allowed mean norms, so that sums of squares fit in float32
+LOOKED_AT = 4096  # tokens to estimate a mean norm from
+ALIKE = 1e-6  # largest difference between values, relative to the largest value, that counts as no variation
+NO_VARIANCE = 1e-12  # variance relative to the squared norm below which it is only rounding error
+_NAMED = 5  # positions listed in a message
 
 
 class NormFilter:
-    """Tells massive activations from ordinary ones at each hook, and counts them.
+    """Detects and counts massive activations.
 
-    A token is massive if at some hook |x| > limit, and with `max_norm` "auto"
+    A token is massive if |x| > limit at any hook. With `max_norm="auto"`, over a sample of tokens,
 
         limit = median * max(4, exp(6 sigma)),    sigma = 1.4826 * median |log |x| - log median|
 
-    over a sample of tokens: sigma is the spread of log |x|, robust to the massive ones, so that a hook whose norms spread
-    widely loses nothing. A number sets limit = max_norm * median; None turns the filter off. Limits are worked out once and
-    kept with the run, so that training, evaluation and whatever else reads the activations count the same tokens.
+    sigma is a robust estimate of the spread of log |x|, so a hook with widely spread norms loses nothing. A number sets
+    limit = max_norm * median, and None turns the filter off. Limits are computed once and stored with the run, so
+    training and evaluation use the same tokens.
     """
 
     def __init__(self, max_norm: float | Literal["auto"] | None):
         self.max_norm = max_norm
         self.medians: dict[str, float] = {}
         self.limits: dict[str, float] = {}
-        self.tokens = self.massive = 0  # counted so far
-        self.positions: Counter[int] = Counter()  # of the massive ones
-        self.variance_share: dict[str, float] = {}  # by hook, in the sample
+        self.tokens = self.massive = 0  # counts so far
+        self.positions: Counter[int] = Counter()  # of massive tokens
+        self.variance_share: dict[str, float] = {}  # of massive tokens in the sample, by hook
 
     def knows(self, hooks: Iterable[str]) -> bool:
-        """Whether limits are there for all of these hooks, or none are needed."""
+        """Whether all of these hooks have limits, or the filter is off."""
         return self.max_norm is None or all(hook in self.limits for hook in hooks)
 
     def calibrate(self, acts: Mapping[str, Tensor]) -> Tensor:
-        """Work out the limits of hooks that have none yet, from activations [n, D] of a sample of tokens; which of those
-        are ordinary, bool [n]."""
+        """Compute missing limits from a sample of activations [n, D]. Returns a mask [n] of its ordinary tokens."""
         for hook, x in acts.items():
             if self.max_norm is None or hook in self.limits:
                 continue
             check_scale(x, hook, median=True)
             norm = _norms(x)
-            norm = norm[norm.isfinite()]
-            if not len(norm):
-                norm = torch.zeros(1)
+            norm = norm[norm.isfinite()] if bool(norm.isfinite().any()) else torch.zeros(1)
             median = norm.median()
             sigma = 1.4826 * (norm.clamp_min(1e-30).log() - median.clamp_min(1e-30).log()).abs().median()
             multiple = max(MULTIPLE, math.exp(min(SIGMAS * float(sigma), 60)))
@@ -67,13 +65,13 @@ class NormFilter:
             self.limits[hook] = float(median) * (multiple if self.max_norm == "auto" else float(self.max_norm))
         ordinary = self.ordinary(acts)
         for hook, x in acts.items():
-            total_spread, ordinary_spread = (_spread(x), _spread(x[ordinary]))
+            total_spread, ordinary_spread = _spread(x), _spread(x[ordinary])
             self.variance_share[hook] = 1 - ordinary_spread / total_spread if total_spread > 0 else 0.0
         return ordinary
 
     def ordinary(self, acts: Mapping[str, Tensor]) -> Tensor:
-        """Which tokens are not massive, bool [...], of activations [..., D]. Those that hold NaN or infinity are not: they
-        must come through, to be named by what reads them."""
+        """Mask [...] of the tokens of activations [..., D] that are not massive. Non-finite activations count as
+        ordinary, so that they are reported where they are read."""
         first = next(iter(acts.values()))
         is_ordinary = torch.ones(first.shape[:-1], dtype=torch.bool, device=first.device)
         if self.max_norm is not None:
@@ -86,15 +84,15 @@ class NormFilter:
         return is_ordinary
 
     def count(self, tokens: int, positions: Tensor) -> None:
-        """Count so many tokens, of which massive ones were at these positions [m]."""
+        """Add `tokens` tokens to the counts, with massive ones at these positions [m]."""
         self.tokens += tokens
         self.massive += len(positions)
         self.positions.update(positions.tolist())
 
     def report(self) -> dict[str, Any] | None:
-        """Limits by hook, and the share and positions of what they left out so far; None where the filter is off.
+        """Limits by hook, and the share and positions of massive tokens so far; None if the filter is off.
 
-        `variance_share`: how much of the variance of all tokens the massive ones make up, in the sample for the limits."""
+        `variance_share` is the share of the sample's variance that is due to massive tokens."""
         if self.max_norm is None or not self.limits:
             return None
         position_counts = dict(sorted(self.positions.items(), key=lambda item: (-item[1], item[0])))
@@ -110,11 +108,11 @@ class NormFilter:
         }
 
     def sentence(self) -> str | None:
-        """What was left out, for a person to read; None if nothing was."""
+        """A sentence about what was left out; None if nothing was."""
         return describe(self.report())
 
     def state(self) -> dict[str, Tensor]:
-        """Limits and counts, for a checkpoint of the stream."""
+        """Limits and counts as tensors."""
         position_counts = torch.tensor(sorted(self.positions.items()), dtype=torch.int64).reshape(-1, 2)
         state = {"norms.counts": torch.tensor([self.tokens, self.massive]), "norms.positions": position_counts}
         for hook, limit in self.limits.items():
@@ -123,17 +121,15 @@ class NormFilter:
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        if "norms.counts" not in state:  # a run of version 0.1.0, before massive activations were left out by default
+        if "norms.counts" not in state:  # runs of early versions, which did not filter by default
             return
         self.tokens, self.massive = state["norms.counts"].tolist()
         self.positions = Counter(dict(state["norms.positions"].tolist()))
-        for key, value in state.items():
-            if key.startswith("norms.hook."):
-                hook = key.removeprefix("norms.hook.")
-                self.medians[hook], self.limits[hook], self.variance_share[hook] = value.tolist()
+        for hook, value in with_prefix(state, "norms.hook.").items():
+            self.medians[hook], self.limits[hook], self.variance_share[hook] = value.tolist()
 
     def load_report(self, report: Mapping[str, Any] | None) -> None:
-        """Take over the limits and counts of a run, as `report` gave them."""
+        """Restore the limits and counts of a `report`."""
         if report is not None and report["max_norm"] == self.max_norm:
             self.medians.update(report["median"])
             self.limits.update(report["limit"])
@@ -143,37 +139,37 @@ class NormFilter:
 
 
 def check_scale(x: Tensor, hook: str, *, median: bool = False) -> None:
-    """Refuse activations [N, D] whose mean norm (or median) is so large or small that float32 can't square it."""
+    """Raise UserError if the mean (or median) norm of activations [N, D] is too large or small to square in float32."""
     norm = torch.linalg.vector_norm(x[:: -(-len(x) // LOOKED_AT) or 1], dim=-1, dtype=torch.float64)
     norm = norm[norm.isfinite()]
     typical = float(norm.median() if median else norm.mean()) if len(norm) else 0.0
     if typical > 0 and not SMALLEST <= typical <= LARGEST:
         raise UserError(
-            f"activations: a typical norm of {typical:.3g} at {hook} is not allowed; it must be between {SMALLEST:g} and "
-            f"{LARGEST:g} (multiply them by a constant)"
+            f"activations: a typical norm of {typical:.3g} at {hook} is not allowed; it must be between {SMALLEST:g} "
+            f"and {LARGEST:g} (multiply them by a constant)"
         )
 
 
 def check_variance(x: Tensor, hook: str) -> None:
-    """Refuse activations [N, D] that are all alike, from which nothing can be learned."""
+    """Raise UserError if activations [N, D] are all equal."""
     if not len(x):
         return
     first = x[:1].float()
     tolerance = ALIKE * float(first.abs().max())
     if all(float((chunk.float() - first).abs().max()) <= tolerance for chunk in x.split(LOOKED_AT)):
         raise UserError(
-            f"activations: those at {hook} don't vary, all {len(x):,} tokens that were looked at have the same one; "
+            f"activations: those at {hook} don't vary, all {len(x):,} tokens that were checked have the same one; "
             "there is nothing to learn"
         )
 
 
 def has_variance(spread: float, squares: float) -> bool:
-    """Whether a sum of squared distances from the mean is more than rounding, beside the sum of squared norms."""
+    """Whether a sum of squared distances from the mean exceeds rounding error, given the sum of squared norms."""
     return spread > NO_VARIANCE * squares
 
 
 def describe(report: Mapping[str, Any] | None) -> str | None:
-    """A sentence about what a `NormFilter.report` says; None if nothing was left out."""
+    """Summarise a `NormFilter.report` in a sentence; None if nothing was left out."""
     if not report or not report["massive"]:
         return None
     hooks = list(report["limit"])
@@ -190,8 +186,8 @@ def describe(report: Mapping[str, Any] | None) -> str | None:
     variance_share = max(report["variance_share"].values(), default=0.0)
     variance = f", which hold {variance_share:.1%} of the variance," if variance_share > 0.005 else ""
     return (
-        f"massive activations: {report['massive']:,} of {report['tokens']:,} tokens ({_percent(report['share'])}){variance} "
-        f"are left out: norm above {limits}; at positions {named_positions}{more} (stream.max_norm)"
+        f"massive activations: {report['massive']:,} of {report['tokens']:,} tokens ({_percent(report['share'])})"
+        f"{variance} are left out: norm above {limits}; at positions {named_positions}{more} (stream.max_norm)"
     )
 
 
@@ -204,6 +200,6 @@ def _norms(x: Tensor) -> Tensor:
 
 
 def _spread(x: Tensor) -> float:
-    """Sum of squared distances from the mean, of x [n, D]."""
+    """Sum of squared distances of x [n, D] from their mean."""
     x = x.double()
     return float((x - x.mean(0)).square().sum()) if len(x) else 0.0

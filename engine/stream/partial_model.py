@@ -1,12 +1,13 @@
-"""Parts of a plain transformers model: up to the last layer that some hooks need (`Reader`), and from a hook on (`Tail`).
+"""Parts of a plain transformers model: the layers up to the last hook (`Reader`), and the layers after a hook (`Tail`).
 
-transformer_lens computes attention in Python with a hook at every step of it. Where a hook is the input or output of a
-module that the plain model has too, the plain model gives the same value sooner, with any implementation of attention.
+transformer_lens computes attention in Python, with a hook at every step. A hook that is the input or output of a module
+can be read faster from the plain transformers model, with any implementation of attention.
 """
 
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 
 
 class AllHooksRead(Exception):
-    """Raised inside a forward pass once every value that was wanted is there."""
+    """Ends a forward pass once every requested value has been read."""
 
 
 class HookValues:
-    """Values by hook; `put` ends the forward pass, by raising AllHooksRead, with the last of `hooks`."""
+    """Collects values by hook. `put` raises AllHooksRead with the last of `hooks`, which ends the forward pass."""
 
     def __init__(self, hooks: Iterable[str]):
         self.hooks = set(hooks)
@@ -31,29 +32,29 @@ class HookValues:
 
 
 class ModuleSite(NamedTuple):
-    """Input ("in") or output ("out") of a module of the plain model, and the layer that holds it."""
+    """The input ("in") or output ("out") of a module of the plain model, and the layer that contains it."""
 
     layer: int
     module: str
     side: str
 
 
-def places(bridge: Any, hooks: Iterable[str]) -> tuple[str, dict[str, ModuleSite]] | None:
-    """Path of the plain model's list of layers, and where in that model each hook of a TransformerBridge lies.
+def module_sites(bridge: Any, hooks: Iterable[str]) -> tuple[str, dict[str, ModuleSite]] | None:
+    """The path of the plain model's list of layers, and the module site of each hook of a TransformerBridge.
 
-    None if the bridge knows of no such list, or if a hook is anything else than what goes into or comes out of a module.
+    None if the bridge has no such list, or if a hook is not the input or output of a module.
     """
     blocks = getattr(bridge.adapter, "component_mapping", {}).get("blocks")
     if blocks is None or not blocks.name:
         return None
     sites: dict[str, ModuleSite] = {}
     for hook in hooks:
-        # the hook points' own names: hook_resid_post is hook_out of the block, hook_mlp_out perhaps that of a norm
+        # hook points have a second name: hook_resid_post is the block's hook_out, hook_mlp_out may be a norm's
         match = re.fullmatch(r"blocks\.(\d+)\.(?:(.+)\.)?hook_(in|out)", str(bridge.hook_dict[hook].name))
         if match is None:
             return None
         layer, submodule_path, side = int(match[1]), match[2], match[3]
-        if submodule_path is None and side == "in" and layer > 0:  # without entering another layer
+        if submodule_path is None and side == "in" and layer > 0:  # so that this layer need not run
             layer, side = layer - 1, "out"
         path, component = f"{blocks.name}.{layer}", blocks
         for name in submodule_path.split(".") if submodule_path else ():
@@ -65,24 +66,42 @@ def places(bridge: Any, hooks: Iterable[str]) -> tuple[str, dict[str, ModuleSite
     return blocks.name, sites
 
 
-class Reader:
-    """The part of a plain transformers model that some hooks need: embedding and layers up to the last one needed.
+class _PartialModel:
+    model: Any
 
-    Parameters that lie on `device` are shared with `plain`; the needed ones that don't are copied there once, into
-    `placed` (by the id of the original), which is also looked into first. The layers behind are left out.
+    def attend(self, attention: str) -> bool:
+        """Use this implementation of attention from now on. False if transformers does not have it for this model."""
+        try:
+            self.model.set_attn_implementation(attention)
+        except Exception:  # unknown to this architecture or transformers version, or a package is missing
+            return False
+        return self.model.config._attn_implementation == attention
+
+    @staticmethod
+    def _move_buffers(root: nn.Module, device: torch.device) -> None:
+        for module in root.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+class Reader(_PartialModel):
+    """The part of a plain transformers model that some hooks need: the embedding and the layers up to the last hook.
+
+    Parameters on `device` are shared with `plain`. Other parameters that are needed are copied there once, unless
+    `placed` already has a copy. The new `placed` maps ids of original parameters to the copies.
     """
 
     def __init__(
         self,
         plain: nn.Module,
         layers: str,
-        places: Mapping[str, ModuleSite],
+        sites: Mapping[str, ModuleSite],
         device: torch.device,
         placed: Mapping[int, nn.Parameter] | None = None,
     ):
-        self.places = dict(places)
+        self.sites = dict(sites)
         self._layers_path, parent = layers, layers.rpartition(".")[0]
-        depth = 1 + max(place.layer for place in places.values())
+        depth = 1 + max(site.layer for site in sites.values())
         layer_list = plain.get_submodule(layers)
         if not isinstance(layer_list, nn.ModuleList) or len(layer_list) < depth:
             raise TypeError(f"{layers} is no list of at least {depth} layers")
@@ -99,27 +118,19 @@ class Reader:
         self.model = copy.deepcopy(plain, memo)
         self._stack = self.model.get_submodule(parent)
         for module in self.model.modules():
-            config = getattr(module, "config", None)
-            if getattr(config, "output_attentions", False):  # only eager attention has them
-                setattr(config, "output_attentions", False)  # noqa: B010
-        for module in self._stack.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(device)
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "output_attentions", False):  # only eager attention returns them
+                config.output_attentions = False
+        self._move_buffers(self._stack, device)
 
     @property
     def layers(self) -> nn.ModuleList:
-        layer_list = self.model.get_submodule(self._layers_path)
-        assert isinstance(layer_list, nn.ModuleList)
-        return layer_list
-
-    def attend(self, attention: str) -> bool:
-        """Use this implementation of attention from now on; False if transformers doesn't have it for this model."""
-        return _attend(self.model, attention)
+        return self.model.get_submodule(self._layers_path)
 
     def compile(self) -> None:
-        """torch.compile for each layer, at fixed shapes; a layer with a hook inside it stays as it is."""
+        """Compile each layer for fixed shapes, except layers with a hook inside them."""
         layer_paths = {f"{self._layers_path}.{i}" for i in range(len(self.layers))}
-        layers_hooked_inside = {place.layer for place in self.places.values() if place.module not in layer_paths}
+        layers_hooked_inside = {site.layer for site in self.sites.values() if site.module not in layer_paths}
         for i, layer in enumerate(self.layers):
             if i not in layers_hooked_inside:
                 layer.forward = torch.compile(layer.forward, dynamic=False)
@@ -128,8 +139,8 @@ class Reader:
     def read(self, tokens: Tensor, hooks: Iterable[str]) -> dict[str, Tensor]:
         """Values of these hooks for tokens [B, T] on the reader's device."""
         hooks = list(hooks)
-        catch = HookValues(hooks)
-        handles = [self._watch(hook, catch) for hook in hooks]
+        values = HookValues(hooks)
+        handles = [_on_value(self.model, self.sites[hook], partial(values.put, hook)) for hook in hooks]
         try:
             self._stack(input_ids=tokens, use_cache=False)
         except AllHooksRead:
@@ -137,41 +148,32 @@ class Reader:
         finally:
             for handle in handles:
                 handle.remove()
-        return catch.values
-
-    def _watch(self, hook: str, catch: HookValues) -> Any:
-        return _watch(self.model, self.places[hook], lambda value: catch.put(hook, value))
+        return values.values
 
 
-class Tail:
-    """A plain transformers model from a hook on: the layers behind it, and the head by itself.
+class Tail(_PartialModel):
+    """The part of a plain transformers model after a hook: the remaining layers, and separately the head.
 
-    Parameters are shared with `plain`. `hidden` gives what the head makes logits of, [B, T, D]: with the value at the hook
-    as it is, then with others in its place. Layers before the hook run once or, where the hook is a layer's output, not at
-    all. `logits` takes as many of those vectors at a time as there is room for.
+    Parameters are shared with `plain`. `begin` and `replaced` return the head's inputs [B, T, D] with the hook's value
+    unchanged and replaced. The layers before the hook run once in `begin`, or never if the hook is a layer's output.
+    `logits` applies the head to any number of those vectors.
     """
 
-    def __init__(self, plain: nn.Module, layers: str, place: ModuleSite, device: torch.device):
-        self.model: Any = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
+    def __init__(self, plain: nn.Module, layers: str, site: ModuleSite, device: torch.device):
+        self.model = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
         layer_list = self.model.get_submodule(layers)
         self._base: Any = self.model.base_model
         if not isinstance(layer_list, nn.ModuleList) or self._base is self.model:
             raise TypeError(f"{layers} is no list of layers, or the model has no head")
-        self._site = place
-        self._is_layer_output = (place.module, place.side) == (f"{layers}.{place.layer}", "out")
-        self._skipped_layers = list(layer_list[: place.layer + self._is_layer_output])
-        self._entry: Tensor | None = None  # [B, T, D], what the last of the layers left out gives
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(device)
-
-    def attend(self, attention: str) -> bool:
-        """Use this implementation of attention from now on; False if transformers doesn't have it for this model."""
-        return _attend(self.model, attention)
+        self._site = site
+        self._is_layer_output = (site.module, site.side) == (f"{layers}.{site.layer}", "out")
+        self._skipped_layers = list(layer_list[: site.layer + self._is_layer_output])
+        self._entry: Tensor | None = None  # [B, T, D], output of the last skipped layer
+        self._move_buffers(self.model, device)
 
     @torch.no_grad()
     def begin(self, tokens: Tensor, x: Tensor) -> Tensor:
-        """What goes into the head, [B, T, D], of tokens [B, T] whose value at the hook is `x` [B, T, D_hook]."""
+        """The head's inputs [B, T, D] for tokens [B, T], whose value at the hook is `x` [B, T, D_hook]."""
         self._entry = None
         if self._is_layer_output:
             return self.replaced(tokens, x)
@@ -188,13 +190,13 @@ class Tail:
 
     @torch.no_grad()
     def replaced(self, tokens: Tensor, value: Tensor) -> Tensor:
-        """The same with `value` [B, T, D_hook] at the hook, of the tokens that `begin` was given."""
+        """The head's inputs with `value` [B, T, D_hook] at the hook, for the tokens last given to `begin`."""
         entry = value if self._is_layer_output else self._entry
         handles: list[Any] = []
         for layer in self._skipped_layers:
             layer.forward = _passing(entry if layer is self._skipped_layers[-1] else None)
         if not self._is_layer_output:
-            handles.append(_splice(self.model, self._site, value))
+            handles.append(_on_value(self.model, self._site, lambda _: value))
         try:
             return self._run(tokens)
         finally:
@@ -209,7 +211,7 @@ class Tail:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [n, V] of `hidden` [n, D], by the model's own head with all that comes after it."""
+        """Logits [n, V] of `hidden` [n, D], by the model's head and everything after it, such as soft-capping."""
         output = copy.copy(self._output)
         output["last_hidden_state"] = hidden[None]
         self._base.forward = lambda *args, **options: output
@@ -221,59 +223,46 @@ class Tail:
 
 
 def _passing(value: Tensor | None) -> Callable[..., Tensor]:
-    """In place of a layer's forward: gives on what comes in, or `value`."""
+    """A replacement for a layer's forward that returns its input, or `value`."""
     return lambda hidden_states, *args, **options: hidden_states if value is None else value
-
-
-def _attend(model: Any, attention: str) -> bool:
-    try:
-        model.set_attn_implementation(attention)
-    except Exception:  # not for this architecture, not in this transformers, not without some package
-        return False
-    return model.config._attn_implementation == attention
 
 
 def _first(value: Any) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
-def _watch(root: nn.Module, place: ModuleSite, put: Callable[[Tensor], None]) -> Any:
-    """A forward hook that puts the value at a place."""
-    module = root.get_submodule(place.module)
-    if place.side == "out":
-        return module.register_forward_hook(lambda _, args, output: put(_first(output)))
-    return module.register_forward_pre_hook(
-        lambda _, args, kwargs: put(_first(args or kwargs["hidden_states"])), with_kwargs=True
-    )
+def _on_value(root: nn.Module, site: ModuleSite, change: Callable[[Tensor], Tensor | None]) -> Any:
+    """Register a forward hook that replaces the value at a site with change(value), unless that is None."""
+    module = root.get_submodule(site.module)
 
-
-def _splice(root: nn.Module, place: ModuleSite, value: Tensor) -> Any:
-    """A forward hook that replaces the value at a place."""
-    module = root.get_submodule(place.module)
-    if place.side == "out":
-        return module.register_forward_hook(
-            lambda _, args, output: (value, *output[1:]) if isinstance(output, tuple) else value
-        )
+    def after(_: nn.Module, args: Any, output: Any) -> Any:
+        value = change(_first(output))
+        return (value, *output[1:]) if value is not None and isinstance(output, tuple) else value
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        value = change(_first(args or kwargs["hidden_states"]))
+        if value is None:
+            return None
         return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
 
+    if site.side == "out":
+        return module.register_forward_hook(after)
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def close(values: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:
-    """Whether every hook has its reference's shape [B, T, D] and its values.
+    """Whether the values [B, T, D] of every hook have the shape of their reference and agree with it.
 
-    The root mean square over tokens of ||values - reference|| / ||reference|| is at most 1e-4, or 5e-2 in less than float32
-    (where the same computation in another order is off by 2e-2 after thirty layers). Token by token, since a first token
-    a hundred times as large as the others would hide whatever is wrong with those.
+    The root mean square over tokens of ||values - reference|| / ||reference|| must be at most 1e-4, or 5e-2 for dtypes
+    below float32, where reordering a computation alone gives 2e-2 after thirty layers. Errors are relative per token,
+    because a first token a hundred times as large as the others would hide theirs.
     """
     for hook, expected in reference.items():
         if hook not in values or values[hook].shape != expected.shape:
             return False
         limit = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
         norm = expected.double().norm(dim=-1)
-        norm = norm.clamp_min(max(0.1 * norm.median().item(), 1e-30))  # for tokens of about zero
+        norm = norm.clamp_min(max(0.1 * norm.median().item(), 1e-30))  # for tokens near zero
         error = (values[hook].to(expected.device).double() - expected.double()).norm(dim=-1) / norm
         if not bool(error.square().mean().sqrt() <= limit):  # NaN is not close
             return False

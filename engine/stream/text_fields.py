@@ -1,4 +1,4 @@
-"""The field of a record that holds its text, or its token ids."""
+"""Find the field of a record that holds its text or token ids."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,27 +8,27 @@ import numpy as np
 from ..errors import UserError, near
 from .array_files import StoredArray
 
-TEXT = "text"  # the field that is read unless another is named
-READY = ("tokens", "input_ids")  # fields of token ids, read where there is no `text` and none is named
-LONGEST_NAME = 60  # characters of a field's name that messages repeat
+TEXT = "text"  # default field
+READY = ("tokens", "input_ids")  # default fields of token ids, if there is no `text`
+LONGEST_NAME = 60  # characters of a field's name in messages
 
 #: text, or token ids [n] of any integer dtype, in memory or in a file
 Document = str | np.ndarray | StoredArray
 
 
 class TextField:
-    """The field named `name`, which every record must have; without a name `text`, else `tokens` or `input_ids`.
+    """The field `name`, which every record must have. By default it is `text`, otherwise `tokens` or `input_ids`.
 
-    A name with dots, such as `messages.content`, leads into structs and lists, unless a field is called just that. The
-    texts that it finds in a list make up one document, a line each.
+    A name with dots, such as `messages.content`, is a path into structs and lists, unless a field has exactly that
+    name. Texts found in a list are joined by line feeds into one document.
     """
 
     def __init__(self, name: str | None = None):
         self.name = name
 
     def column(self, columns: Iterable[str], place: str, ready: tuple[str, ...] = READY) -> str:
-        """The column of a table at `place` that is to be read: the field's, or the one that its path begins in. Unless one
-        is named, `text` or one of those that are `ready`."""
+        """The table column to read: the field, or the one in which its path begins. Without a name, `text` or one of
+        `ready`. Raises UserError, naming `place`, if there is none."""
         columns = [str(column) for column in columns]
         for name in (TEXT, *ready) if self.name is None else (self.name, *_beginnings(self.name)):
             if name in columns:
@@ -36,12 +36,12 @@ class TextField:
         if self.name is None:
             options = f", nor one of {' or '.join(ready)}" if ready else ""
             raise UserError(
-                f"data: {place} has no {TEXT!r} column{options}; it has {_listed(columns)} (stream.text_field names another)"
+                f"data: {place} has no {TEXT!r} column{options}; it has {_listed(columns)} (stream.text_field)"
             )
         raise self._missing(columns, place)
 
     def document(self, record: Mapping[str, Any], place: str) -> Document:
-        """What the field of a record holds. Raises UserError, with the `place`, where it isn't there or is no text."""
+        """The content of the field in a record. Raises UserError, naming `place`, if it is missing or not text."""
         if self.name is None:
             name = next((name for name in (TEXT, *READY) if name in record), None)
             if name is None:
@@ -56,16 +56,13 @@ class TextField:
         if beginning is None:
             raise self._missing(record, place)
         content = self._inside(record[beginning], self.name[len(beginning) + 1 :].split("."), place)
-        if (
-            isinstance(content, list | np.ndarray)
-            and len(content)
-            and all(isinstance(item, str | None) for item in content)
-        ):
-            content = "\n".join(text for text in content if text)
+        is_list = isinstance(content, list | np.ndarray) and len(content) > 0
+        if is_list and all(isinstance(item, str | None) for item in content):
+            content = "\n".join(filter(None, content))
         return document(content, f"{place}, field {self.name},")
 
     def _inside(self, content: Any, path: list[str], place: str) -> Any:
-        """What a path leads to; of a list, what it leads to in each of its items."""
+        """Follow a path into structs, and into each item of a list."""
         if not path or content is None:
             return content
         if isinstance(content, list | np.ndarray):
@@ -84,25 +81,26 @@ class TextField:
 
 
 def document(content: Any, place: str) -> Document:
-    """What stands at `place`: text, a list of token ids, or nothing, which is an empty document."""
+    """A document from `content`: text, a list of token ids, or None for an empty document. Raises UserError, naming
+    `place`, for anything else."""
     if content is None or isinstance(content, str):
         return content or ""
     try:
         ids = np.asarray(content)
-    except (ValueError, OverflowError):  # ragged, or beyond 64 bits
+    except (ValueError, OverflowError):  # ragged, or more than 64 bits
         ids = np.empty(())
     if ids.ndim == 1 and (ids.dtype.kind in "iu" or not ids.size):
         return ids if ids.size else ""
     items = content if isinstance(content, list) else [content]
     record = next((item for item in items if isinstance(item, Mapping)), None)
-    hint = f" (its fields are {_listed(record)}; stream.text_field takes a path to one, with dots)" if record else ""
+    hint = f" (its fields are {_listed(record)}; stream.text_field takes a path with dots to one)" if record else ""
     raise UserError(
         f"data: {place} holds {type(content).__name__} {_short(content)}; it must hold text or token ids{hint}"
     )
 
 
 def _beginnings(name: str) -> list[str]:
-    """`a.b`, `a` of the path `a.b.c`."""
+    """The beginnings `a.b` and `a` of a path `a.b.c`."""
     path = name.split(".")
     return [".".join(path[:n]) for n in range(len(path) - 1, 0, -1)]
 

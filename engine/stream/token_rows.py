@@ -1,33 +1,33 @@
-"""Rows of tokens, read as they are needed: one document in each, a long one in several."""
+"""Rows of tokens, read when needed. A row holds one document or, if it is long, a part of it."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import StreamConfig
 from ..errors import UserError
 from ..testbed import language as lang
 from .array_files import StoredArray
 from .documents import DocumentList, Documents, open_documents
 from .text_fields import Document
 
-HELD_OUT_EVERY = 20  # of a text, every 20th row is kept for evaluation
+HELD_OUT_EVERY = 20  # one row in this many is held out for evaluation
 COUNTS: tuple[str, ...] = ("documents", "empty_documents", "rows", "tokens")
-_BATCH = 64  # documents tokenised at once, fewer where they are long
-_BATCH_LENGTH = 2**20  # characters
+_BATCH, _BATCH_LENGTH = 64, 2**20  # documents, and characters, to tokenise at once
 
 
 @dataclass
 class TokenRows:
-    """`tokens` [B, T] int64, padded behind; `length` [B]; `document` [B, T] of each token, -1 on padding; `row` [B].
+    """B rows of up to T tokens, as int64 tensors.
 
-    Documents and rows are numbered from 0 in the text, rows over training and held-out ones alike. All are int64.
-    """
+    `tokens` [B, T] are padded at the end, and `length` [B] is without padding. `document` [B, T] is the number of each
+    token's document in the text, -1 for padding. `row` [B] numbers training and held-out rows together."""
 
     tokens: Tensor
     length: Tensor
@@ -38,22 +38,19 @@ class TokenRows:
         return len(self.tokens)
 
     def slice(self, start: int, stop: int) -> "TokenRows":
-        tensors = (getattr(self, name)[start:stop] for name in ("tokens", "length", "document", "row"))
-        return TokenRows(*tensors)
+        return TokenRows(*(value[start:stop] for value in vars(self).values()))
 
     def joined(self, other: "TokenRows") -> "TokenRows":
-        """These rows and then the others."""
-        pairs = ((getattr(self, name), getattr(other, name)) for name in ("tokens", "length", "document", "row"))
-        return TokenRows(*(torch.cat(pair) for pair in pairs))
+        """These rows followed by the others."""
+        return TokenRows(*map(torch.cat, zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 class RowSource(Protocol):
-    """Rows of a text one after the other, from a place that can be gone back to.
+    """Rows of a text in order, with a state to resume from.
 
-    `bos` is the token that rows begin with, if any; `held_out_rows` how many rows `held_out` can give at most, None where
-    that is unknown or without end; `epoch` how often the text has begun again. `counts` are of what `next` has read since
-    the start, over all epochs: `documents` (those with tokens) and `empty_documents` that have ended, `rows` given and
-    `tokens` in them (`<bos>` included, padding not).
+    Rows begin with the token `bos`, if there is one. `held_out_rows` is the number of held-out rows, None if unknown or
+    unlimited. `epoch` counts how often the text was started again. `counts` covers everything that `next` has read,
+    over all epochs: finished `documents` and `empty_documents`, `rows`, and `tokens` (with `<bos>`, without padding).
     """
 
     name: str
@@ -63,34 +60,28 @@ class RowSource(Protocol):
     counts: dict[str, int]
 
     def next(self, count: int) -> TokenRows:
-        """The next `count` training rows. At its end a text begins again or, if it doesn't repeat, gives what is left."""
+        """The next `count` training rows. The text starts again at its end, or fewer rows are returned."""
         ...
 
     def held_out(self, count: int, size: int) -> Iterator[TokenRows]:
-        """Up to `count` rows that training never sees, `size` at a time, always the first ones. Disturbs nothing."""
+        """The first `count` rows that training never sees, `size` at a time. Has no effect on `next`."""
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """All that is needed to go on exactly here: a few numbers."""
-        ...
-
+    def state(self) -> dict[str, Tensor]: ...
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
 class TestbedRows:
-    """Documents of the embedded language, made as they are asked for, one in each row; numbers of both are the same.
-
-    Evaluation starts where no training ever gets.
-    """
+    """Documents of the embedded language, generated when needed. Row n is document n; held-out rows have numbers that
+    training never reaches."""
 
     bos: int | None = lang.BOS
     held_out_rows: int | None = None
 
     def __init__(self, context: int, seed: int = 0, language: lang.Language | None = None):
         if context > lang.CONTEXT:
-            raise UserError(
-                f"stream.context: {context} is not allowed; the embedded language has at most {lang.CONTEXT}"
-            )
+            limit = f"the embedded language has at most {lang.CONTEXT}"
+            raise UserError(f"stream.context: {context} is not allowed; {limit}")
         self.name, self.context, self.epoch = "the embedded language", context, 0
         self.language = language or lang.Language(seed=seed)
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -107,7 +98,7 @@ class TestbedRows:
             yield self.documents(lang.HELD_OUT + start, min(size, count - start))
 
     def documents(self, start: int, count: int) -> TokenRows:
-        """Documents by their numbers."""
+        """`count` documents from number `start` on."""
         tokens = torch.from_numpy(self.language.tokens(start, count)[0])[:, : self.context]
         row = torch.arange(start, start + count)
         is_token = tokens != lang.PAD
@@ -123,10 +114,10 @@ class TestbedRows:
 class TextRows:
     """Documents of a text, cut into rows of up to `context` tokens.
 
-    A row holds one document or a part of it, padded behind. It begins with `<bos>` where the tokenizer has one, unless
-    `bos` is False; True demands one. A document of token ids may bring its `<bos>` along. Every 20th row is held out, of
-    fewer rows the last. `vocabulary`: how many tokens the model embeds, the tokenizer's unless given; no other token is
-    let through. Without a tokenizer documents must be token ids. The state tells whether the text is still the same.
+    A row holds one document or a part of it and is padded at the end. It begins with `<bos>` if the tokenizer has one
+    and `bos` is not False; with True, a tokenizer without one is an error. A document of token ids may already begin
+    with `<bos>`. Every 20th row is held out, or the last one if there are fewer than 20. Token ids must be below
+    `vocabulary`, by default the tokenizer's. Without a tokenizer, documents must be token ids.
     """
 
     def __init__(
@@ -146,12 +137,9 @@ class TextRows:
         self.vocabulary: int = len(tokenizer) if vocabulary is None else vocabulary
         self.bos: int | None = None if bos is False else self._tokenizer_token("bos_token_id")
         if bos and self.bos is None:
-            has_none = getattr(tokenizer, "bos_token_id", None) is None
-            reason = (
-                "the tokenizer has no <bos> token"
-                if has_none
-                else "the model has no embedding of the tokenizer's <bos>"
-            )
+            reason = "the tokenizer has no <bos> token"
+            if getattr(tokenizer, "bos_token_id", None) is not None:
+                reason = "the model has no embedding for the tokenizer's <bos>"
             raise UserError(f"stream.bos: true is not allowed; {reason}")
         self.pad: int = self._tokenizer_token("pad_token_id") or 0
         self.epoch = 0
@@ -163,33 +151,34 @@ class TextRows:
         if len(first_rows) < 2:
             if not document_counts.total():
                 raise UserError(f"data: {self.name} is empty; it must hold text")
-            token_count = sum(row.length for row in first_rows)
-            raise UserError(
-                f"data: {self.name} gives {token_count} tokens in {len(first_rows)} rows; at least 2 rows of text are needed"
-            )
-        self._refuse_unknown(first_rows)
-        is_short = len(first_rows) < HELD_OUT_EVERY
-        # the number of the first row that is held out
-        self._held_out_number = len(first_rows) - 1 if is_short else HELD_OUT_EVERY - 1
-        self.held_out_rows: int | None = 1 if is_short else None
-        self._reader = _RowReader(self, self.counts)
+            token_count = sum(len(row.tokens) for row in first_rows)
+            size = f"{token_count} tokens in {len(first_rows)} rows"
+            raise UserError(f"data: {self.name} gives {size}; at least 2 rows of text are needed")
+        self._refuse_unknown(np.concatenate([row.tokens for row in first_rows]))
+        self._first_held_out = len(first_rows) - 1  # row number
+        self.held_out_rows: int | None = 1 if len(first_rows) < HELD_OUT_EVERY else None
+        self._start_reading()
+
+    def _start_reading(self, document: int = 0, used: int = 0, row: int = 0) -> None:
+        self._reader = _RowReader(self, self.counts, document, used, row)
+        self._rows = iter(self._reader)
 
     def next(self, count: int) -> TokenRows:
         rows: list[_TokenRow] = []
         while len(rows) < count:
-            row = next(self._reader, None)
+            row = next(self._rows, None)
             if row is not None:
                 if not self._is_held_out(row):
                     rows.append(row)
                 continue
-            if self._reader.row <= self._held_out_number:  # no text to begin again with
+            if self._reader.row <= self._first_held_out:  # no training rows are left to start again with
                 raise UserError(f"data: {self.name} has changed: it holds no more than {self._reader.row} rows")
             if not self.repeat:
                 break
             self.epoch += 1
-            self._reader = _RowReader(self, self.counts)
+            self._start_reading()
         self.counts["rows"] += len(rows)
-        self.counts["tokens"] += sum(row.length for row in rows)
+        self.counts["tokens"] += sum(len(row.tokens) for row in rows)
         return self._as_token_rows(rows)
 
     def held_out(self, count: int, size: int) -> Iterator[TokenRows]:
@@ -198,8 +187,8 @@ class TextRows:
             yield self._as_token_rows(chunk)
 
     def _tokenizer_token(self, name: str) -> int | None:
-        """One of the tokenizer's own tokens, if the model embeds it: transformer_lens adds some that no model knows, or that
-        stand for unknown words."""
+        """The id of a special token, if the model embeds it. transformer_lens adds special tokens that are outside of
+        the model's vocabulary or reuse the id of the unknown token."""
         token_id, token_name = getattr(self.tokenizer, name, None), name.removesuffix("_id")
         if token_id is None or not 0 <= token_id < self.vocabulary:
             return None
@@ -207,22 +196,24 @@ class TextRows:
         is_same_token = getattr(self.tokenizer, token_name, None) == getattr(self.tokenizer, "unk_token", None)
         return None if is_unknown and not is_same_token else token_id
 
-    def _refuse_unknown(self, rows: "list[_TokenRow]") -> None:
-        """Refuse a text of which the tokenizer knows no word."""
+    def _refuse_unknown(self, tokens: np.ndarray) -> None:
+        """Raise UserError if every token is the tokenizer's unknown token."""
         unknown = getattr(self.tokenizer, "unk_token_id", None)
-        tokens = np.concatenate([row.tokens[: row.length] for row in rows])
         tokens = tokens if self.bos in (None, unknown) else tokens[tokens != self.bos]
         if unknown is not None and len(tokens) and bool((tokens == unknown).all()):
-            raise UserError(f"data: the model's tokenizer knows no word of {self.name}; all of its tokens are unknown")
+            raise UserError(f"data: the model's tokenizer knows no word of {self.name}; all tokens are unknown")
 
     def _is_held_out(self, row: "_TokenRow") -> bool:
-        return row.number % HELD_OUT_EVERY == self._held_out_number
+        return row.number % HELD_OUT_EVERY == self._first_held_out
 
     def _as_token_rows(self, rows: "list[_TokenRow]") -> TokenRows:
-        tokens = np.array([row.tokens for row in rows], np.int64).reshape(-1, self.context)
-        document = np.array([row.document for row in rows], np.int64).reshape(-1, self.context)
-        length, number = np.array([(row.length, row.number) for row in rows], np.int64).reshape(-1, 2).T.copy()
-        return TokenRows(*map(torch.from_numpy, (tokens, length, document, number)))
+        tokens = torch.full((len(rows), self.context), self.pad)
+        document = torch.full_like(tokens, -1)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row.tokens)] = torch.from_numpy(row.tokens)
+            document[index, : len(row.tokens)] = row.document
+        length = torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64)
+        return TokenRows(tokens, length, document, torch.tensor([row.number for row in rows], dtype=torch.int64))
 
     def state(self) -> dict[str, Tensor]:
         place = (self._reader.document, self._reader.used, self._reader.row, self.epoch)
@@ -234,137 +225,94 @@ class TextRows:
             raise UserError(f"data: {self.name} has changed: it is not the text that was read before the stop")
         document, used, row, self.epoch = state["place"].tolist()
         self.counts.update(zip(COUNTS, state["counts"].tolist(), strict=True))
-        self._reader = _RowReader(self, self.counts, document, used, row)
+        self._start_reading(document, used, row)
 
 
-@dataclass
-class _TokenRow:
-    """`tokens` [T] and `document` [T], both int64."""
+class _TokenRow(NamedTuple):
+    """Row `number` of a text: `tokens` [length] int64, with `<bos>`, of document number `document`."""
 
     tokens: np.ndarray
-    document: np.ndarray
-    length: int
+    document: int
     number: int
 
 
 class _RowReader:
-    """Rows of a text from a place on: the next is number `row` and goes on after `used` tokens of document `document`.
-
-    Between two rows these three numbers are all there is to know. `counts` is told of documents when they have ended.
-    """
+    """Iterates once over the rows of a text. The next row is number `row` and starts after `used` tokens of document
+    `document`. These three numbers are the whole state. Finished documents are added to `counts`."""
 
     def __init__(self, text: TextRows, counts: dict[str, int], document: int = 0, used: int = 0, row: int = 0):
         self.text, self.counts = text, counts
         self.document, self.used, self.row = document, used, row
-        self._contents = self._tokenised_documents()
-        self._ids: np.ndarray | StoredArray | None = None  # all of document number `document`, once it is needed
 
-    def __iter__(self) -> "_RowReader":
-        return self
+    def __iter__(self) -> Iterator[_TokenRow]:
+        first = np.array([] if self.text.bos is None else [self.text.bos], np.int64)
+        piece_length = self.text.context - len(first)
+        for ids in self._tokenised_documents():
+            if self.used and len(ids) <= self.used:
+                break
+            if not len(ids):
+                self.counts["empty_documents"] += 1
+                self.document += 1
+            for start in range(self.used, len(ids), piece_length):
+                piece = ids[start : start + piece_length]
+                self._check_ids(piece)
+                row = _TokenRow(np.concatenate([first, piece.astype(np.int64)]), self.document, self.row)
+                self.row, self.used = self.row + 1, start + len(piece)
+                if self.used == len(ids):
+                    self.counts["documents"] += 1
+                    self.document, self.used = self.document + 1, 0
+                yield row
+        if self.used:  # only after loading a state
+            number, name = self.document, self.text.name
+            raise UserError(f"data: {name} has changed: document {number} had more than {self.used} tokens")
 
-    def __next__(self) -> _TokenRow:
-        text = self.text
-        ids = self._current_ids()
-        if ids is None:
-            raise StopIteration
-        tokens, document = np.full(text.context, text.pad), np.full(text.context, -1)
-        length = 0
-        if text.bos is not None:
-            tokens[0] = text.bos
-            length = 1
-        piece = ids[self.used : self.used + text.context - length]
-        length += len(piece)
-        tokens[length - len(piece) : length] = self._checked_ids(piece)
-        document[:length] = self.document
-        self.used += len(piece)
-        if self.used == len(ids):
-            self._end_document("documents")
-        self.row += 1
-        return _TokenRow(tokens, document, length, self.row - 1)
-
-    def _current_ids(self) -> np.ndarray | StoredArray | None:
-        """The tokens of document number `document`, empty ones passed over; None at the text's end."""
-        while self._ids is None:
-            self._ids = next(self._contents, None)
-            if self.used and (self._ids is None or len(self._ids) <= self.used):  # only where a state has been loaded
-                raise UserError(
-                    f"data: {self.text.name} has changed: document {self.document} had more than {self.used} tokens"
-                )
-            if self._ids is None:
-                return None
-            if not len(self._ids):
-                self._end_document("empty_documents")
-        return self._ids
-
-    def _end_document(self, kind: str) -> None:
-        self.counts[kind] += 1
-        self.document, self.used, self._ids = self.document + 1, 0, None
-
-    def _checked_ids(self, piece: np.ndarray) -> np.ndarray:
+    def _check_ids(self, piece: np.ndarray) -> None:
         wrong_ids = piece[(piece < 0) | (piece >= self.text.vocabulary)]
         if len(wrong_ids):
             raise UserError(
                 f"data: {self.text.name} document {self.document} holds token {wrong_ids[0]}, which is not allowed; "
-                f"the model has 0 to {self.text.vocabulary - 1}"
+                f"the model has tokens 0 to {self.text.vocabulary - 1}"
             )
-        return piece
 
     def _tokenised_documents(self) -> Iterator[np.ndarray | StoredArray]:
-        """Token ids [n] of each document from number `document` on, without the `<bos>` that one may begin with."""
+        """Token ids [n] of each document from number `document` on, without an initial `<bos>`."""
         documents = self.text.documents.read(self.document)
         while batch := _next_documents(documents):
             texts = [_without_surrogates(document) for document in batch if isinstance(document, str)]
-            ids_of_texts = iter(())
             if any(texts) and self.text.tokenizer is None:
                 raise UserError(
-                    f"data: {self.text.name} holds text, and the model has no tokenizer; give token ids (a .npy file, or "
-                    "a column tokens or input_ids)"
+                    f"data: {self.text.name} holds text, and the model has no tokenizer; give token ids "
+                    "(a .npy file, or a column tokens or input_ids)"
                 )
-            if texts:
-                tokenizer = self.text.tokenizer or _no_tokens
-                ids_of_texts = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+            ids_of_texts = iter([[] for _ in texts])
+            if any(texts):
+                ids_of_texts = iter(self.text.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
             for document in batch:
                 ids = np.asarray(next(ids_of_texts), np.int64) if isinstance(document, str) else document
                 if len(ids) and ids[0:1][0] == self.text.bos:
-                    ids = ids.behind(1) if isinstance(ids, StoredArray) else ids[1:]
+                    ids = ids.without_first(1) if isinstance(ids, StoredArray) else ids[1:]
                 yield ids
 
 
-def open_text(
-    data: str | None,
-    model: str,
-    tokenizer: Any,
-    context: int,
-    *,
-    seed: int,
-    bos: bool | None = None,
-    text_field: str | None = None,
-    split: str | None = None,
-    subset: str | None = None,
-    repeat: bool = True,
-    vocabulary: int | None = None,
-) -> RowSource:
-    """`data` as rows of `context` tokens; without it, for `testbed`, documents of the embedded language of that `seed`.
-
-    `data` is a file, a folder or a dataset's name, of which `text_field` is read (`documents.open_documents`).
-    `vocabulary`: how many tokens the model embeds.
-    """
-    if data is not None:
-        documents = open_documents(data, text_field, split=split, subset=subset)
-        return TextRows(documents, tokenizer, context, bos=bos, repeat=repeat, vocabulary=vocabulary)
-    if model != "testbed":
-        raise UserError(
-            f"data: {model} needs text: give a .txt, .jsonl, .json, .csv, .tsv, .parquet or .npy file, or a dataset's name "
-            "or folder"
+def open_text(config: StreamConfig, tokenizer: Any, *, seed: int, vocabulary: int | None = None) -> RowSource:
+    """Open `config.data` as rows of tokens; without data, and for the model testbed only, documents of the embedded
+    language with this `seed`. `vocabulary` is the number of tokens that the model embeds."""
+    if config.data is not None:
+        documents = open_documents(config.data, config.text_field, split=config.split, subset=config.subset)
+        return TextRows(
+            documents, tokenizer, config.context, bos=config.bos, repeat=config.repeat, vocabulary=vocabulary
         )
-    for name, value in (("text_field", text_field), ("split", split), ("subset", subset)):
-        if value not in (None, "text"):
+    if config.model != "testbed":
+        raise UserError(
+            f"data: {config.model} needs text: give a .txt, .jsonl, .json, .csv, .tsv, .parquet or .npy file, or a "
+            "dataset's name or folder"
+        )
+    for name in ("text_field", "split", "subset"):
+        if (value := getattr(config, name)) not in (None, "text"):
             raise UserError(f"stream.{name}: {value} is not allowed without data; the embedded language has no {name}s")
-    if bos is False:
-        raise UserError(
-            "stream.bos: false is not allowed without data; documents of the embedded language have a <bos>"
-        )
-    return TestbedRows(context, seed)
+    if config.bos is False:
+        raise UserError("stream.bos: false is not allowed without data; the embedded language always has a <bos>")
+    return TestbedRows(config.context, seed)
 
 
 def _next_documents(documents: Iterator[Document]) -> list[Document]:
@@ -376,13 +324,8 @@ def _next_documents(documents: Iterator[Document]) -> list[Document]:
     return batch
 
 
-def _no_tokens(texts: list[str], **_: Any) -> dict[str, Any]:
-    """Of empty documents."""
-    return {"input_ids": [[] for _ in texts]}
-
-
 def _without_surrogates(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON may hold and no tokenizer takes."""
+    """Replace unpaired surrogates, which JSON allows and tokenizers reject."""
     try:
         text.encode()
     except UnicodeEncodeError:

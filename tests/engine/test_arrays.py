@@ -133,18 +133,18 @@ def bad(x: torch.Tensor, row: int) -> torch.Tensor:
 
 
 WRONG = {
-    "ints": (lambda x: x.long(), "activations: int64 .* floating point"),
-    "rank": (lambda x: x[0], r"activations: \[16\] .* \[M, D\] or \[R, T, D\]"),
-    "empty": (lambda x: x[:0], r"activations: \[0, 16\] .* holds no activations"),
+    "ints": (lambda x: x.long(), "activations: x int64 .* floating point"),
+    "rank": (lambda x: x[0], r"activations: x \[16\] .* \[M, D\] or \[R, T, D\]"),
+    "empty": (lambda x: x[:0], r"activations: x \[0, 16\] .* holds no activations"),
     "one row": (lambda x: x[:1], "1 rows; at least 2"),
     "a string": (lambda x: "x.npy", "activations: a str is not allowed"),
     "nothing": (lambda x: [], "activations: .* is empty"),
-    "a chunk of text": (lambda x: ["abc"], "a chunk that is a str"),
+    "a chunk of text": (lambda x: ["abc"], "a str as chunk is not allowed"),
     "no x": (lambda x: {"y": x}, "has y; it must have x"),
-    "pos of another shape": (lambda x: {"x": x, "pos": torch.arange(5)}, r"pos of .* shape \[5\]; x needs \[9000\]"),
-    "pos of floats": (lambda x: {"x": x, "pos": torch.zeros(M)}, "pos of .* must be integer"),
+    "pos of another shape": (lambda x: {"x": x, "pos": torch.arange(5)}, r"pos \[5\] of .*; x needs \[9000\]"),
+    "pos of floats": (lambda x: {"x": x, "pos": torch.zeros(M)}, "pos float32 of .* must be integer"),
     "negative pos": (lambda x: {"x": x, "pos": torch.arange(M) - 5}, "position -.* is not allowed"),
-    "width of a chunk": (lambda x: [x[:50], x[:50, :5]], "width 5, which is not allowed; the first has 16"),
+    "width of a chunk": (lambda x: [x[:50], x[:50, :5]], "width 5 of a chunk .* is not allowed; the first chunk has 16"),
     "pos of a later chunk": (lambda x: [(x[:5], torch.arange(5)), (x[:9], torch.arange(9))], "position 5 .* 0 to 4"),
     "nan": (lambda x: bad(x, 17), "row 17 of the activations holds NaN"),
     "nan in a chunk": (lambda x: [x[:100], bad(x[:100], 7)], "row 107 of the activations holds NaN"),
@@ -179,8 +179,8 @@ def test_files_that_are_none_are_named(tmp_path, x):
     for name, words in {
         "empty.npy": "is empty", "text.npy": "can't be read",
         "text.safetensors": "can't be read", "text.pt": "can't be read",
-        "x.csv": "not .csv", "objects.npy": "pickled objects", "objects.pt": "pickled objects", "list.pt": "holds a list",
-        "y.safetensors": "must have x", "none.npy": "does not exist",
+        "x.csv": "must end with .npy", "objects.npy": "pickled objects", "objects.pt": "pickled objects",
+        "list.pt": "holds a list", "y.safetensors": "must have x", "none.npy": "does not exist",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=f"activations: .*{words}") as error:
             open_file(str(tmp_path / name))

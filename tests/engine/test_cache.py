@@ -329,9 +329,9 @@ def test_a_shard_of_another_size_or_header_or_none_is_named_at_opening(copy):
     path = copy / "shard_00001.safetensors"
     whole = path.read_bytes()
     for damaged, words in (
-        (whole[:-1], rf"it has {len(whole) - 1} bytes of {len(whole)}"),
+        (whole[:-1], rf"it has {len(whole) - 1} bytes, not {len(whole)}"),
         (b"", "it has 0 bytes"),
-        (whole + b"x", "bytes of"),
+        (whole + b"x", "bytes, not"),
         (whole[:20] + bytes([whole[20] ^ 1]) + whole[21:], "damaged in its header"),
         (b"\xff" * 8 + whole[8:], "damaged in its header"),
     ):

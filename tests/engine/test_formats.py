@@ -208,16 +208,20 @@ REFUSED = {
     "ids.csv": (b"tokens,id\n1 2 3,1\n", "no 'text' column"),
     "ragged.csv": (b"id,text\n1,a\n2,b,c\n", "line 3 has 3 fields; its first line names 2"),
     "short.csv": (b"id,text\n1\n", "line 2 has 1 fields"),
-    "quote.csv": (b'id,text\n1,"a\n2,b\n', "is not as in a table"),
+    "quote.csv": (b'id,text\n1,"a\n2,b\n', "is not a table row"),
     "twice.csv": (b"text,text\n1,2\n", "columns of the same name"),
     "semicolon.csv": (b"id;text\n1;a\n", "it has id;text"),
     "head.csv": (b"text\n", "is empty; it must hold text"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 9)[:-12], "can't be read"),
     "not.jsonl.gz": (b'{"text": "a"}', "can't be read"),
-    "a.parquet.gz": (b"PAR1", "are read unpacked only"),
+    "a.parquet.gz": (b"PAR1", "must not be compressed"),
     "bad.arrow": (b"ARROW1 no", "can't be read"),
-    "lies.npy": (header((10**9, 9)), "its header says that it has 72000000128 bytes, and it has 128"),
+    "lies.npy": (header((10**9, 9)), "its header says 72000000128 bytes, but it has 128"),
 }  # fmt: skip
+
+
+def open_rows(path):
+    return open_text(StreamConfig(model="other", data=str(path), context=10), Letters(), seed=0)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -226,7 +230,7 @@ def test_what_is_no_text_is_refused_by_name(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        open_text(str(path), "other", Letters(), 10, seed=0)
+        open_rows(path)
     assert message in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -342,11 +346,11 @@ def test_any_edit_of_a_text_is_noticed(size, tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     content = bytearray(b"ab cd\n\n" * size)
     path.write_bytes(content)
-    state = open_text(str(path), "other", Letters(), 10, seed=0).state()
-    open_text(str(path), "other", Letters(), 10, seed=0).load_state(state)
+    state = open_rows(path).state()
+    open_rows(path).load_state(state)
     for at in (0, len(content) - 3):
         edited = bytearray(content)
         edited[at] = ord("z")
         path.write_bytes(edited)
         with pytest.raises(UserError, match=r"a.txt has changed: it is not the text that was read before the stop"):
-            open_text(str(path), "other", Letters(), 10, seed=0).load_state(state)
+            open_rows(path).load_state(state)

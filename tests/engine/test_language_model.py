@@ -223,7 +223,7 @@ def test_transformers_gives_what_transformer_lens_does(tmp_path, assert_close, k
 def test_attention_can_be_chosen(tmp_path, testbed):
     assert testbed.attention == "eager"
     with pytest.raises(
-        UserError, match="'sdpa' is not allowed for blocks.1.hook_resid_post of testbed; eager can be had"
+        UserError, match="'sdpa' is not allowed for blocks.1.hook_resid_post of testbed; it must be eager"
     ):
         LanguageModel("testbed", device="cpu", attention="sdpa")
     with pytest.raises(UserError, match="'flash' is not allowed; it must be one of auto, sdpa, flex_attention, eager"):
@@ -232,7 +232,7 @@ def test_attention_can_be_chosen(tmp_path, testbed):
     model = LanguageModel(str(tmp_path), device="cpu", attention="eager")
     assert (model.reader, model.attention) == ("transformers", "eager")
     assert model._reader.model.config._attn_implementation == "eager"
-    with pytest.raises(UserError, match="hook_embed of .*; eager can be had"):
+    with pytest.raises(UserError, match="hook_embed of .*; it must be eager"):
         LanguageModel(str(tmp_path), hook="hook_embed", device="cpu", attention="sdpa")
 
 

@@ -290,7 +290,9 @@ def test_rows_without_a_token_to_train_on_are_passed_over(testbed, tmp_path):
 def test_a_text_without_a_token_to_train_on_is_named(over, repeat):
     stream, _ = over(max_norm=1.5, repeat=repeat)
     stream.source.special = torch.arange(10**5)
-    with pytest.raises(UserError, match=r"^data: .*texts.* holds no token to train on, [0-9,]+ read \(see"):
+    with pytest.raises(
+        UserError, match=r"^data: .*texts.* has no token to train on; all [0-9,]+ that were read are left out \(see"
+    ):
         stream.next(10)
     assert stream.source.counts["epoch"] == 2 * repeat
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from temposae.engine.config import StreamConfig
 from temposae.engine.errors import UserError
 from temposae.engine.stream import text_files
 from temposae.engine.stream.documents import open_documents
@@ -130,8 +131,12 @@ def same(first, second):
     return all(torch.equal(getattr(first, name), getattr(second, name)) for name in FIELDS)
 
 
-def opened(path, bos=1, **options):
-    return open_text(path, "other", Letters(bos), T, seed=0, **options)
+def open_rows(path, tokenizer, context, **settings):
+    return open_text(StreamConfig(model="other", data=str(path), context=context, **settings), tokenizer, seed=0)
+
+
+def opened(path, bos=1, **settings):
+    return open_rows(path, Letters(bos), T, **settings)
 
 
 @pytest.mark.parametrize("bos", [1, None])
@@ -266,14 +271,14 @@ def test_a_large_file_is_read_piece_by_piece(kind, tmp_path):
     bad = part.replace(b"aaaa", b"\xff\xfe\xff\xfe")
     path = tmp_path / f"large.{kind}"
     path.write_bytes(part * 1000 + bad * 49_000)
-    source = open_text(str(path), "other", Letters(), 501, seed=0)
+    source = open_rows(path, Letters(), 501)
     assert source.tokenizer.seen < 100_000
     source.next(100)
     far = source.state()
     with pytest.raises(UserError, match=f"line {2001 if kind == 'txt' else 1001} is not UTF-8"):
         source.next(10**6)
     path.write_bytes(part * 100 + bad * 10_000 + part * 100)
-    again = open_text(str(path), "other", Letters(), 501, seed=0)
+    again = open_rows(path, Letters(), 501)
     far["place"][0], far["place"][1] = 10_100, 0
     del far["fingerprint"]  # of the text as it was
     again.load_state(far)
@@ -288,7 +293,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     for megabytes in (2, 6):
         path = tmp_path / f"{megabytes}.jsonl"
         path.write_bytes((json.dumps({"text": "a" * 2**16}) + "\n").encode() * (16 * megabytes))
-        source = open_text(str(path), "other", Letters(), 2048, seed=0, repeat=False)
+        source = open_rows(path, Letters(), 2048, repeat=False)
         tracemalloc.start()
         while len(source.next(8)):
             pass
@@ -307,7 +312,7 @@ def test_long_lines_and_any_unicode_come_through(tmp_path):
         folder = tmp_path / kind
         folder.mkdir()
         path, _ = write(kind, folder, [exotic, long, "end"])
-        source = open_text(path, "other", Letters(), 4096, seed=0, repeat=False)
+        source = open_rows(path, Letters(), 4096, repeat=False)
         parts = [source.next(10**4), *source.held_out(100, 10)]
         rows = sorted(chain.from_iterable(zip(p.row.tolist(), p.tokens, p.document, strict=True) for p in parts))
         tokens, document = (torch.cat([row[at] for row in rows]) for at in (1, 2))
@@ -401,7 +406,7 @@ def test_token_ids_that_the_tokenizer_lacks_are_refused(kind, wrong, tmp_path):
     with pytest.raises(UserError) as error:
         opened(str(path)).next(100)
     assert f"{path} document {number} holds token {wrong}, which is not allowed" in str(error.value)
-    assert f"0 to {0x110000 - 1}" in str(error.value)
+    assert f"tokens 0 to {0x110000 - 1}" in str(error.value)
 
 
 BAD = {
@@ -527,7 +532,7 @@ def test_a_real_tokenizer_meets_special_tokens_in_text_and_long_texts(recwarn, c
 
 
 def test_documents_of_the_embedded_language_are_rows():
-    source = open_text(None, "testbed", None, 128, seed=3)
+    source = open_text(StreamConfig(), None, seed=3)
     assert isinstance(source, EmbeddedRows)
     language = Language(seed=3)
     first, second = source.next(5), source.next(7)
@@ -558,8 +563,8 @@ def test_documents_of_the_embedded_language_are_rows():
 
 def test_what_the_embedded_language_lacks_is_refused():
     with pytest.raises(UserError, match="stream.context: 129 is not allowed; the embedded language has at most 128"):
-        open_text(None, "testbed", None, 129, seed=0)
+        open_text(StreamConfig(context=129), None, seed=0)
     with pytest.raises(UserError, match="stream.bos: false is not allowed without data"):
-        open_text(None, "testbed", None, 128, seed=0, bos=False)
+        open_text(StreamConfig(bos=False), None, seed=0)
     with pytest.raises(UserError, match="data: gemma needs text"):
-        open_text(None, "gemma", None, 128, seed=0)
+        open_text(StreamConfig(model="gemma"), None, seed=0)
