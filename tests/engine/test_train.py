@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_refused_before_any_work(stream_of, tmp_path):
         (
             SAE.model_copy(update={"mask": MaskConfig(kind="soft", positions=64, beyond="error")}),
             SETTINGS,
-            "mask.positions: 64 is not allowed; positions go up to 127",
+            "mask.positions: 64 is not allowed; it must be at least 128",
         ),
     ):
         with pytest.raises(UserError, match=message):
