@@ -83,7 +83,9 @@ def test_so_does_a_file_of_our_own(tmp_path):
     checkpoint.write(tmp_path / "mine", 0, {name: (sae.cfg, sae.state_dict()) for name in ("sae", "random")})
     for name in ("sae.safetensors", "checkpoint.json"):
         assert torch.equal(checkpoint.load(tmp_path / "mine" / name).W_dec, sae.W_dec)
-    with pytest.raises(UserError, match=r"random\.safetensors is not the dictionary; give its folder .*/mine, or sae"):
+    with pytest.raises(
+        UserError, match=r"random\.safetensors is not a dictionary's file; give its folder .*/mine, or sae"
+    ):
         checkpoint.load(tmp_path / "mine" / "random.safetensors")
 
 

@@ -231,7 +231,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="can't be written .*No space left.* untouched"):
+    with pytest.raises(UserError, match="can't be written .*No space left.* unchanged"):
         save(SparseAutoencoder(SAE), tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
 
