@@ -33,11 +33,11 @@ _PLACES = (
 def expand(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Expand the settings of a file into the sections {stream, sae, train, ...} of each dictionary, by name.
 
-    `sweep: {k: [16, 32], lr: [1e-4, 3e-4]}` gives every combination of the lists. `dictionaries: [{k: 16}, {k: 32, layer: 2,
-    name: deep}]` gives one dictionary per entry. With both, each entry is combined with each combination. Dictionaries may
-    differ in the settings of sae and train (except batch, checkpoint_every_steps and log), in `mask.*`, and in `layer` or
-    `hook`, `target` and `second`. Names are made from the differences (`k16_lr0.0003`) unless `name` is given. A file with
-    neither section gives one dictionary, named "".
+    `sweep: {k: [16, 32], lr: [1e-4, 3e-4]}` gives every combination of the lists. `dictionaries: [{k: 16}, {k: 32,
+    layer: 2, name: deep}]` gives one dictionary per entry. With both, each entry is combined with each combination.
+    Dictionaries may differ in the settings of sae and train (except batch, checkpoint_every_steps and log), in
+    `mask.*`, and in `layer` or `hook`, `target` and `second`. Names are made from the differences (`k16_lr0.0003`)
+    unless `name` is given. A file with neither section gives one dictionary, named "".
     """
     common = {key: value for key, value in settings.items() if key not in ("sweep", "dictionaries")}
     lists, entries = section(settings, "sweep"), settings.get("dictionaries")
@@ -73,13 +73,15 @@ def expand(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def as_file(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Write the sections of several dictionaries, by name, as one file that `expand` reads: shared settings in sections, and
-    a list `dictionaries` with the name of each and the settings that differ.
+    """Write the sections of several dictionaries, by name, as one file that `expand` reads: shared settings in
+    sections, and a list `dictionaries` with the name of each and the settings that differ.
 
     Raises UserError if settings differ that all dictionaries of a stream must share.
     """
     plugins = list(dict.fromkeys(plugin for run in runs.values() for plugin in run.get("plugins", ())))
-    remainders = {name: deepcopy(dict(run)) | {"plugins": plugins} for name, run in runs.items()}
+    remainders: dict[str, dict[str, Any]] = {
+        name: deepcopy(dict(run)) | {"plugins": plugins} for name, run in runs.items()
+    }
     entries: dict[str, dict[str, Any]] = {name: {"name": name} for name in runs}
     for key, (*sections, setting) in _PLACES.items():
         holders = dict(remainders)
@@ -176,30 +178,29 @@ def read_streams(settings: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, S
 
 
 def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | None, dict[str, RunConfig]]:
-    """Complete the settings from `expand` with the model's width and layers. Returns the model and the settings by name.
+    """Complete the settings from `expand` with the model's width and layers. Returns the model and the settings by
+    name.
 
-    Mistakes that show without the model are refused before it is loaded. With a cache or a file of activations no model is
-    needed, and None is returned.
+    Mistakes that show without the model are refused before it is loaded. With a cache or a file of activations no model
+    is needed, and None is returned.
     """
     streams, layers = read_streams(settings)
     _run_configs(settings, streams)
     first_stream = next(iter(streams.values()))
     if first_stream.activations is not None:
         source = open_file(first_stream.activations)
-        settled_streams = {}
         for name, stream in streams.items():
             with _name_in_errors(name):
                 if layers[name] is not None:
                     raise UserError(f"layer: {layers[name]} is not allowed with activations, which have no model")
-                settled_streams[name] = settle(stream, source)
-        return None, _run_configs(settings, settled_streams, source.widths)
+                streams[name] = settle(stream, source)
+        return None, _run_configs(settings, streams, source.widths)
     if first_stream.cache is not None:
         manifest = read_manifest(first_stream.cache)
-        settled_streams = {}
         for name, stream in streams.items():
             with _name_in_errors(name):
-                settled_streams[name] = manifest.settle(stream, layers[name])
-        return None, _run_configs(settings, settled_streams, manifest.hooks)
+                streams[name] = manifest.settle(stream, layers[name])
+        return None, _run_configs(settings, streams, manifest.hooks)
     if first_stream.data is not None:
         check_data(first_stream.data)
     model = LanguageModel(first_stream.model, attention=first_stream.attention, compile=first_stream.compile)
@@ -218,11 +219,11 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | 
 
 
 def resolve_without_model(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the sections of each dictionary with the defaults that need no model: those that follow from the settings, or
-    from the cache or array that they name.
+    """Return the sections of each dictionary with the defaults that need no model: those that follow from the settings,
+    or from the cache or array that they name.
 
-    Settings that the model decides are left out unless given: sae.d_in, d_sae and d_out, and stream.rows_per_forward. Raises
-    UserError for whatever `resolve` refuses before it loads the model.
+    Settings that the model decides are left out unless given: sae.d_in, d_sae and d_out, and stream.rows_per_forward.
+    Raises UserError for whatever `resolve` refuses before it loads the model.
     """
     streams, layers = read_streams(settings)
     first_stream = next(iter(streams.values()))
@@ -249,14 +250,13 @@ def _run_configs(
     for name, dictionary_settings in settings.items():
         with _name_in_errors(name):
             stream = streams[name]
-            d_in, d_out = _UNKNOWN, None if stream.target is None else _UNKNOWN
-            if widths is not None:
-                d_in, d_out = (None if hook is None else widths[hook] for hook in (stream.hook, stream.target))
-            configs[name] = _run_config(dictionary_settings, stream, d_in, d_out)
+            hooks = [str(stream.hook)] if stream.target is None else [str(stream.hook), stream.target]
+            hook_widths = [_UNKNOWN if widths is None else widths[hook] for hook in hooks]
+            configs[name] = _run_config(dictionary_settings, stream, *hook_widths)
     return configs
 
 
-def _run_config(settings: Mapping[str, Any], stream: StreamConfig, d_in: int, d_out: int | None) -> RunConfig:
+def _run_config(settings: Mapping[str, Any], stream: StreamConfig, d_in: int, d_out: int | None = None) -> RunConfig:
     """Build a run's settings. d_sae defaults to 8 d_in."""
     sections = {key: value for key, value in settings.items() if key not in ("stream", "sae")}
     sae_settings = dict(section(settings, "sae"))

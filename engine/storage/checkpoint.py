@@ -218,8 +218,8 @@ def find(path: Path) -> Checkpoint:
                 return Loaded.of(foreign)
             why_not = interchange.unreadable_reason(path if path.is_dir() else path.parent)
             raise UserError(
-                f"sae: {path} is neither a checkpoint (no {MANIFEST}), a run (no checkpoints/step_*), nor a folder of SAELens, "
-                f"dictionary_learning, sparsify, Gemma Scope or Llamascopium{why_not}"
+                f"sae: {path} is neither a checkpoint (no {MANIFEST}), a run (no checkpoints/step_*), nor a folder of "
+                f"SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium{why_not}"
             )
         folder, run_folder = steps[-1], None if is_name else path
     return Checkpoint(folder, _manifest(folder), of_run=run_folder)

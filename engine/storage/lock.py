@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import UserError
 from .files import LOCK, os_errors_named
 
-_hold_counts: dict[Path, int] = {}  # nested locks of this process by folder
+_owned: set[Path] = set()  # by this process, which may ask for a folder again
 
 
 @contextmanager
@@ -26,12 +26,8 @@ def owned(folder: Path) -> Iterator[None]:
     Raises UserError if another process owns the folder or it can't be written.
     """
     key = folder.absolute()
-    if key in _hold_counts:
-        _hold_counts[key] += 1
-        try:
-            yield
-        finally:
-            _hold_counts[key] -= 1
+    if key in _owned:
+        yield
         return
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out: {folder} is not a folder; give a new folder")
@@ -39,11 +35,11 @@ def owned(folder: Path) -> Iterator[None]:
     with os_errors_named(f"out: {folder}", "give a folder that you may write to"):
         folder.mkdir(parents=True, exist_ok=True)
         handle = _lock(folder)
-    _hold_counts[key] = 1
+    _owned.add(key)
     try:
         yield
     finally:
-        del _hold_counts[key]
+        _owned.remove(key)
         with suppress(FileNotFoundError):
             (folder / LOCK).unlink()
         os.close(handle)
