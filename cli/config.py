@@ -69,12 +69,13 @@ def config(
 
 
 def _resolved(path: Path) -> str:
-    """The settings in a file with their defaults, as YAML. Raises UserError for what can't be."""
+    """Return the settings in a file with their defaults, as YAML that `temposae train` or `campaign` reads. Raises UserError
+    for wrong settings."""
     import yaml
 
     from ..campaign.config import CampaignConfig, entries
     from ..engine.config import RunConfig, SweepConfig, read_yaml
-    from ..engine.sweep import expand, resolve_without_model
+    from ..engine.sweep import as_file, expand, resolve_without_model
 
     settings = read_yaml(path)
     resolved: dict[str, Any]
@@ -82,11 +83,11 @@ def _resolved(path: Path) -> str:
         campaign = CampaignConfig(**settings)
         resolve_without_model({run.name: run.sections for run in entries(campaign)})
         resolved = campaign.model_dump(mode="json")
-    elif isinstance(settings.get("dictionaries"), dict):  # as the folder of a sweep has them
-        resolved = SweepConfig(**settings).model_dump(mode="json")
+    elif isinstance(settings.get("dictionaries"), dict):  # config.yaml of a sweep's folder
+        resolved = as_file(SweepConfig(**settings).model_dump(mode="json")["dictionaries"])
     else:
         runs = resolve_without_model(expand(settings))
-        resolved = runs.get("") or {"dictionaries": runs}
+        resolved = runs.get("") or as_file(runs)
     return yaml.safe_dump(resolved, sort_keys=False)
 
 

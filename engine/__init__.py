@@ -1,1 +1,1 @@
-"""What trains: configs, masks, the dictionary, streams of activations, checkpoints, the embedded language model."""
+"""Training: settings, masks, dictionaries, activation streams, checkpoints, and the embedded language model."""

@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one line: the field, the value, what is allowed."""
+"""Errors for users: one line with the field, the value and what is allowed."""
 
 import difflib
 import re
@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-SHOWN = 200  # characters of a value that a message shows
-LONGEST = 300  # and of anything without a space, such as a path
-_WHOLE = 1500  # of a message
+SHOWN = 200  # characters of a value in a message
+LONGEST = 300  # characters of a word without spaces, such as a path
+_WHOLE = 1500  # characters of a message
 _BOUNDS = {
     "gt": "greater than", "ge": "greater than or equal to", "lt": "less than", "le": "less than or equal to",
 }  # fmt: skip
@@ -26,9 +26,9 @@ _KINDS = {
 
 
 class UserError(ValueError):
-    """A mistake in the input. The message is one line for the person who made it; the command line exits with 2.
+    """A mistake in the input, described in one line for the user. The command line exits with status 2.
 
-    Line breaks and terminal escapes in it are shown as \\n and \\x1b, and what is too long is cut.
+    Line breaks and terminal escapes in the message are shown as \\n and \\x1b. Long messages are cut.
 
     try:
         sae = ts.load(path)
@@ -41,8 +41,8 @@ class UserError(ValueError):
 
 
 class Stopped(BaseException):
-    """A command was told to stop by a signal; the message says what is kept and how to go on. Like KeyboardInterrupt it is
-    no Exception, so that nothing which carries on after errors carries on after it."""
+    """A signal stopped the command; the message says what is kept and how to continue. Like KeyboardInterrupt it is not
+    an Exception, so code that continues after errors does not catch it."""
 
     def __init__(self, signal: int, message: str):
         super().__init__(message)
@@ -50,7 +50,7 @@ class Stopped(BaseException):
 
 
 def in_one_line(text: str) -> str:
-    """`text` without control characters, which are escaped, and without runs of more than `LONGEST` characters."""
+    """Escape control characters, and cut long words and long texts."""
     text = printable(text)
     for word in set(re.findall(rf"\S{{{LONGEST + 1},}}", text)):
         text = text.replace(word, cut(word, LONGEST))
@@ -58,7 +58,7 @@ def in_one_line(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: escaped, in one line, at most `SHOWN` characters."""
+    """Format a value for a message: escaped, in one line, at most `SHOWN` characters."""
     try:
         text = repr(value[: 2 * SHOWN]) if isinstance(value, str) else repr(value)
     except ValueError:  # an integer with more digits than Python prints
@@ -69,14 +69,14 @@ def shown(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, such as those that steer a terminal, written out."""
+    """Escape control characters, such as terminal escape sequences."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def cut(text: str, max_length: int) -> str:
-    """The beginning and the end of a text that is too long."""
+    """Shorten a text to `max_length` characters, keeping its beginning and end."""
     if len(text) <= max_length:
         return text
     tail_length = max_length // 3
@@ -84,20 +84,20 @@ def cut(text: str, max_length: int) -> str:
 
 
 def near(value: str, allowed: Iterable[str], max_names: int = 5) -> str:
-    """The allowed names nearest to `value`, for a message: "did you mean a, b?" or the first few that there are."""
+    """Suggest allowed names for a message: "did you mean a, b?", or the first few names if none is similar."""
     names = list(allowed)
     matches = difflib.get_close_matches(value[:SHOWN], names, n=max_names, cutoff=0.5)
     return f"did you mean {', '.join(matches)}?" if matches else f"there are {', '.join(names[:max_names])}, ..."
 
 
 def _bounds(constraints: Iterable[Any]) -> str:
-    """What a field's constraints allow: "greater than 0 and less than or equal to 10"."""
+    """Put numeric constraints into words: "greater than 0 and less than or equal to 10"."""
     bounds = [(words, getattr(constraint, name, None)) for constraint in constraints for name, words in _BOUNDS.items()]
     return " and ".join(f"{words} {bound}" for words, bound in bounds if bound is not None)
 
 
 def constraints_in(annotation: Any) -> list[Any]:
-    """The constraints that are written within a type, as in Annotated[int, Field(ge=1)] | None."""
+    """Return the constraints inside a type, such as `ge` in Annotated[int, Field(ge=1)] | None."""
     constraints = [
         constraint
         for metadata in getattr(annotation, "__metadata__", ())
@@ -107,15 +107,15 @@ def constraints_in(annotation: Any) -> list[Any]:
 
 
 def one_line(error: ValidationError, section: str, fields: Mapping[str, Any]) -> UserError:
-    """The first problem that pydantic found, as `section.field: value is not allowed; what is`."""
+    """Word pydantic's first problem as `section.field: value is not allowed; it must be ...`."""
     problem = error.errors()[0]
     cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):  # from a section within this one, already worded
+    if isinstance(cause, UserError):  # from a nested section, already worded
         return cause
     prefix = f"{section}." if section else ""
-    if "[key]" in problem["loc"]:  # a name that a section gives
+    if "[key]" in problem["loc"]:  # the key of a section is wrong, not its value
         prefix = f"{prefix}{problem['loc'][0]}."
-    if cause is not None:  # from a validator of ours: "field: ..."
+    if cause is not None:  # from one of our validators: "field: ..."
         return UserError(f"{prefix}{cause}")
     setting = prefix + ".".join(str(key) for key in problem["loc"])
     kind = problem["type"]

@@ -1,7 +1,7 @@
 """Masks over positions: f = acts * mask[pos], with mask [T, F].
 
-Each latent may be used at some positions and not at others (hard), or more at some than at others (soft). Gradients
-follow: where a hard mask is off, neither the latent's rows nor its bias learn anything from that position.
+A hard mask switches latents on and off by position. A soft mask weights them between 0 and 1. Where a hard mask is off,
+the latent's weights and bias get no gradient from that position.
 """
 
 import torch
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from ..kernels.masks import GaussianMask, Mask, weights_at
 from .config import MaskConfig
 
-BLENDED = 6.0  # sigmoid(-6) = 0.0025, sigmoid(6) = 0.9975: as good as absent, and as good as all there
-SURE = 2.0  # sigmoid(2) = 0.88: what a learned mask starts with where the mask that it starts as is on
+BLENDED = 6.0  # sigmoid(-6) = 0.0025 and sigmoid(6) = 0.9975: almost absent, and almost fully present
+SURE = 2.0  # sigmoid(2) = 0.88: initial weight of a learned mask where the hard mask that it starts from is on
 
 
 class PositionMask(nn.Module):
-    """A mask that lies in a buffer (hard ones), is worked out from its centres (`gaussian`) or from learned logits (`soft`).
+    """A mask over positions: stored (hard masks), computed from centres (`gaussian`) or from learned logits (`soft`).
 
-    `weights()` is the mask: bool [T, F], a GaussianMask, float [T, F] in (0, 1), or None for no mask. `rows(pos)` maps
-    positions to rows of it, as `beyond` says for positions from T on. What changes over a run follows `progress`, from 0
-    to 1, which training sets and checkpoints hold.
+    `weights()` returns the mask: bool [T, F], a GaussianMask, float [T, F] in (0, 1), or None for no mask. `rows(pos)`
+    maps positions to rows of the mask and applies `beyond` to positions from T on. Temperature and blending follow
+    `progress`, from 0 to 1, which training sets and checkpoints store.
     """
 
     fixed: Tensor | None
@@ -51,7 +51,7 @@ class PositionMask(nn.Module):
         self.register_buffer("progress", torch.ones(()) if has_progress else None)
 
     def at(self, progress: float) -> None:
-        """Go to a place of the run: 0 is its beginning, 1 its end."""
+        """Set the progress of the run: 0 is its beginning, 1 its end."""
         if self.progress is not None:
             self.progress.fill_(progress)
 
@@ -97,7 +97,6 @@ def _hard(config: MaskConfig, kind: str, F: int, generator: torch.Generator) -> 
     if kind == "ranges":
         return (pos * config.ranges // T)[:, None] == latent * config.ranges // F
     width = config.width or max(1, T // 4)
-    start = latent * (T + width - 1) // F - (
-        width - 1
-    )  # from before the context on, so that no position has fewer latents
+    # the first windows start before position 0, so every position has the same number of latents
+    start = latent * (T + width - 1) // F - (width - 1)
     return (pos[:, None] >= start) & (pos[:, None] < start + width)

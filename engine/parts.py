@@ -1,12 +1,11 @@
-"""Parts: mechanisms that a dictionary is composed of, beyond its encoder, mask, selection and decoder.
+"""Parts: mechanisms that extend a dictionary beyond its encoder, mask, selection and decoder.
 
-A part has a name, settings of its own, and some of the methods below, each at one place of
+A part has a name, settings, and some of the methods below. Each method acts at one place:
 
     x -> `input` -> (. - b_dec) W_enc + b_enc -> `pre` -> relu -> `acts` -> mask -> `latents` -> selection -> f
-    f -> f W_dec + b_dec -> squared error and L1, weighted by position as `weigh` says, + `penalty`
+    f -> f W_dec + b_dec -> squared error and L1, weighted by position (`weigh`), + `penalty`
 
-Parts that share a place act in the order in which the settings list them. `part("name")` makes a part known under a name;
-`registry` finds it there.
+Parts at the same place act in the order of the settings. The decorator `part("name")` registers a part under a name.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ from .sae import SparseAutoencoder
 
 
 class PartSettings(Config):
-    """Settings of a part. The defaults go into `config.yaml`, the descriptions into `temposae config --explain`.
+    """Settings of a part. `config.yaml` stores the values, and `temposae config --explain` prints the descriptions.
 
     class HalfSettings(PartSettings):
         factor: float = Field(default=0.5, description="Factor on activations.")
@@ -45,10 +44,10 @@ class PartSettings(Config):
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Tokens [N] of rows of text, row after row in order of position, as [R, L] and back.
+    """Maps N tokens, row after row in order of position, to a grid [R, L] of R rows, and back.
 
-    `number` int64 [N]: which row each is of, from 0 on without gaps; `pos` int64 [N]: its column. L is the largest position
-    + 1. Columns without a token (padding, what filters left out) hold zeros.
+    `number` int64 [N] is each token's row, counted from 0 without gaps. `pos` int64 [N] is its column. L is the largest
+    position + 1. Cells without a token (padding, or left out by a filter) hold zeros.
     """
 
     number: Tensor
@@ -56,20 +55,20 @@ class RowLayout:
 
     @classmethod
     def of(cls, pos: Tensor) -> "RowLayout":
-        """From positions alone: a row begins where they don't rise. Raises UserError where fewer than half of the steps are
-        to the next position, as they are in rows."""
+        """Infer the rows from positions: a new row begins wherever the position does not rise. Raises UserError if
+        fewer than half of the tokens are followed by the next position, because then the tokens are not in rows."""
         pos = pos.long()
         step = pos.diff()
         if len(step) > 1 and int((step == 1).sum()) * 2 < len(step):
             raise UserError(
                 f"pos: these {len(pos)} tokens are not in the order of their rows; a dictionary that looks along a row "
-                "needs whole rows, one after the other (stream.mode sequences)"
+                "needs whole rows, one after another (stream.mode: sequences)"
             )
         return cls(torch.cat([pos.new_zeros(1), (step <= 0).long()]).cumsum(0), pos)
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """R, L. Waits for the device."""
+        """R, L. Synchronises with the device."""
         return int(self.number[-1]) + 1, int(self.pos.max()) + 1
 
     @cached_property
@@ -78,7 +77,7 @@ class RowLayout:
 
     @cached_property
     def kept(self) -> Tensor:
-        """bool [R, L]: where there is a token."""
+        """bool [R, L]: cells with a token."""
         has_token = torch.zeros(self.shape, dtype=torch.bool, device=self.pos.device)
         has_token.view(-1)[self.at] = True
         return has_token
@@ -95,8 +94,8 @@ class RowLayout:
 
 
 class ComposedDictionary(Protocol):
-    """What a part sees of its dictionary; see `composed.ComposedAutoencoder`. W_enc [D, F], W_dec [F, d_out], b_enc [F],
-    b_dec [d_out]; x * unit is in the units of training."""
+    """The interface of a dictionary for its parts; see `composed.ComposedAutoencoder`. W_enc [D, F], W_dec [F, d_out],
+    b_enc [F], b_dec [d_out]. x * unit is in training units."""
 
     cfg: SAEConfig
     k: int
@@ -112,15 +111,17 @@ class ComposedDictionary(Protocol):
 
 @dataclass
 class BatchView:
-    """A batch as parts see it, in the units that training scales activations to: |x| about sqrt(D).
+    """A batch as parts see it, in training units (|x| about sqrt(D)).
 
-    x [N, D], pos int64 [N] in [0, n_positions); `target` [N, d_out], x itself unless it is a transcoder; `progress`: where
-    in the run this is, from 0 to 1; 1 outside of training. `row` [N] of the text, `attribute` int64 [N] (0 or 1, see
-    `ActivationStream.attribute`) and `second` [N, D], the activations at `stream.second`, are there in training for parts
-    that read them. Filled in on the way: `acts` [N, F] before the mask, `f` [N, F] as it is decoded, with topk and batchtopk
-    the same as a `code`, `residual` [N, d_out] = target - x_hat, `squared_error` and `l1` [n_positions], sums as in
-    `kernels.loss`, and `weights` [n_positions], those on the squared error, if there are any. A part may set `penalised`
-    [N, F], the activations whose L1 counts in place of f's.
+    Given: x [N, D]; pos int64 [N] in [0, n_positions); `target` [N, d_out], which is x unless the dictionary is a
+    transcoder; `progress` of the run from 0 to 1, and 1 outside training. In training, for parts that read them: `row`
+    [N], the row of each token; `attribute` int64 [N], 0 or 1 (see `ActivationStream.attribute`); `second` [N, D],
+    activations at `stream.second`.
+
+    Filled in during the step: `acts` [N, F] before the mask; `f` [N, F] as decoded, which topk and batchtopk also give
+    as `code`; `residual` [N, d_out] = target - x_hat; `squared_error` and `l1` [n_positions], sums as in
+    `kernels.loss`; `weights` [n_positions] on the squared error, if any. A part may set `penalised` [N, F], whose L1
+    then replaces that of f.
     """
 
     sae: ComposedDictionary
@@ -149,14 +150,14 @@ class BatchView:
 
     @cached_property
     def rows(self) -> RowLayout:
-        """How the tokens lie in rows."""
+        """The arrangement of the tokens in rows."""
         if self.row is None:
             return RowLayout.of(self.pos)
         return RowLayout(torch.cat([self.row.new_zeros(1), (self.row.diff() != 0).long()]).cumsum(0), self.pos)
 
     @torch.no_grad()
     def summed(self, weight: Tensor) -> Tensor:
-        """sum_j f_nj weight_j [N], float32, for weight [F]; of a code where there is nothing [N, F]."""
+        """Return sum_j f_nj weight_j [N], float32, for weight [F]. Uses `code` if there is no dense f."""
         if self.f is not None:
             return self.f.float() @ weight.float()
         assert self.code is not None
@@ -164,18 +165,18 @@ class BatchView:
         return sum_by(self.code.rows.flatten(), entries.flatten(), self.code.n_tokens)
 
     def generator(self) -> torch.Generator:
-        """Random numbers on the CPU, others each time, that follow from the run's seed and the step."""
+        """Return a new CPU generator, seeded from the run's seed, the step and the number of calls so far."""
         self.drawn += 1
         return torch.Generator().manual_seed(((self.seed * 1_000_003 + self.step) * 64 + self.drawn % 64) % 2**63)
 
 
 class Part(nn.Module):
-    """A mechanism. Every method here does nothing; a part overrides those that it is about.
+    """A mechanism of a dictionary. Every method does nothing by default; a part overrides those that it needs.
 
-    Shapes and units are those of `BatchView`. What `acts` and `latents` return is never negative, and float32. `reads`: what
-    it needs in training besides x and pos: "rows" (whole rows, stream.mode sequences; outside of training, too),
-    "attribute", "second"; "f" for `batch.acts` and `batch.f`. `paces`: factors on the learning rate of its own parameters,
-    by name. `is_alone`: at most one of its kind. `part` shows one, docs/guides/parts.md all of the way.
+    Shapes and units are those of `BatchView`. `acts` and `latents` must return float32 values that are not negative.
+    `reads` names what the part needs besides x and pos: "rows" (whole rows, stream.mode sequences, also outside
+    training), "attribute", "second", or "f" (`batch.acts` and `batch.f`). `paces` maps the part's parameters to factors
+    on their learning rate. `is_alone`: a dictionary may have only one such part. docs/guides/parts.md is a full guide.
 
         @part("half")
         class Half(Part): ...
@@ -194,44 +195,45 @@ class Part(nn.Module):
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
-        """Raise ValueError("field: ...") for settings that don't go with the dictionary's; a field of either."""
+        """Raise ValueError("field: ...") if the part's settings conflict with the dictionary's; `field` is of
+        either."""
 
     def initialise(self, sae: SparseAutoencoder, generator: torch.Generator) -> None:
-        """Change how the dictionary's weights begin."""
+        """Change the dictionary's initial weights."""
 
     def input(self, x: Tensor, batch: BatchView) -> Tensor:
-        """What the encoder gets in place of x [N, D]."""
+        """Change the encoder's input x [N, D]."""
         return x
 
     def pre(self, pre: Tensor, batch: BatchView) -> Tensor:
-        """Pre-activations [N, F]."""
+        """Change pre-activations [N, F]."""
         return pre
 
     def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
-        """Activations [N, F] before the mask."""
+        """Change activations [N, F] before the mask."""
         return acts
 
     def latents(self, f: Tensor, batch: BatchView) -> Tensor:
-        """Activations [N, F] after the mask, before topk and batchtopk select."""
+        """Change activations [N, F] after the mask, before topk or batchtopk selects."""
         return f
 
     def weigh(self, batch: BatchView) -> tuple[Tensor | None, Tensor | None]:
-        """Factors by position [n_positions] on the squared error and on L1; None for 1."""
+        """Return weights [n_positions] on the squared error and on L1. None means 1."""
         return None, None
 
     def penalty(self, batch: BatchView) -> Tensor | None:
-        """A term of the loss, in units of |x|^2 ~ D, the squared error of a token."""
+        """Return a term of the loss, in the units of a token's squared error (|x|^2 is about D)."""
         return None
 
     def after(self, batch: BatchView) -> None:
-        """Look at a step that was just taken, without gradients."""
+        """Observe a finished step. Called without gradients."""
 
     def report(self) -> dict[str, Any]:
-        """Figures for a line of metrics."""
+        """Return figures for a line of metrics."""
         return {}
 
     def does(self, hook: str) -> bool:
-        """Whether it has something to do in the method `hook`: it overrides it."""
+        """Whether the part overrides the method `hook`."""
         return getattr(type(self), hook) is not getattr(Part, hook)
 
 
@@ -239,7 +241,7 @@ P = TypeVar("P", bound=type[Part])
 
 
 def part(kind: str) -> Callable[[P], P]:
-    """Decorator: a part's name in settings. Raises UserError for a name that one of temposae's own parts has.
+    """Register a class of parts under a name, as a decorator. Raises UserError for the name of a part of temposae.
 
     @part("half")
     class Half(Part):
@@ -255,7 +257,7 @@ def part(kind: str) -> Callable[[P], P]:
 
 
 def build(sae: SAEConfig, generator: torch.Generator) -> list[Part]:
-    """The parts of a dictionary; positions are those that its mask's settings name."""
+    """Build the parts of a dictionary. Their number of positions is `sae.mask.positions`."""
     parts = []
     for part_settings in sae.parts:
         cls = cast(type[Part], find(part_settings["kind"]))

@@ -1,8 +1,8 @@
-"""Plugins: Python files or modules with parts of one's own.
+"""Plugins: Python files or modules that define the user's own parts.
 
-A plugin is code. It is imported only where the user names it: by --plugin, or by importing it in Python. A run's config
-says which plugin its parts came from, so that a message can tell what to give; a name found in a config, which may have come
-from someone else, is never imported.
+A plugin is code, so it is imported only if the user names it with --plugin or imports it in Python. A run's config
+records its plugins so that an error can name them, but a plugin is never imported because a config names it: the config
+may have come from someone else.
 """
 
 import hashlib
@@ -18,32 +18,33 @@ from types import ModuleType
 from .errors import UserError, shown
 from .storage.path_names import expand_path
 
+_ALLOWED = "give the path of a .py file or an installed module"
+
 
 class UnknownPart(UserError):
-    """A part that nothing imported so far defines."""
+    """The settings name a part that no imported module defines."""
 
     def __init__(self, kind: str, hint: str):
-        super().__init__(
-            f"sae.parts: {shown(kind)} is not known; {hint}{'' if hint.endswith('?') else ';'} a part of one's own needs "
-            "--plugin FILE (in Python, import it first)"
-        )
+        punctuation = "" if hint.endswith("?") else ";"
+        advice = "for a part of your own give --plugin FILE (in Python, import it first)"
+        super().__init__(f"sae.parts: {shown(kind)} is not known; {hint}{punctuation} {advice}")
         self.kind = kind
 
     def of(self, plugins: Iterable[str]) -> UserError:
-        """The same, for a dictionary whose config names these plugins."""
+        """Return the error for a dictionary whose config names these plugins."""
         options = " ".join(f"--plugin {shlex.quote(str(plugin))}" for plugin in plugins)
         if not options:
             return self
         return UserError(
-            f"sae.parts: {shown(self.kind)} is not known; it was trained with a plugin: give {options} (that is code, which "
-            "runs only where you name it; in Python, import it first)"
+            f"sae.parts: {shown(self.kind)} is not known; it was trained with a plugin: give {options} (a plugin is code, "
+            "so it runs only if you name it; in Python, import it first)"
         )
 
 
 def use(plugins: Iterable[str] | None) -> None:
-    """Import plugins, each the path of a Python file or the name of a module: their parts are then known by name.
+    """Import plugins, each given as the path of a Python file or the name of a module, which registers their parts.
 
-    Raises UserError for one that is not there or that fails, with the line that does.
+    Raises UserError for a plugin that does not exist or fails, with the failing line.
     """
     for plugin in plugins or ():
         is_file = plugin.endswith(".py") or Path(plugin).is_file() or "/" in plugin or "\\" in plugin
@@ -54,16 +55,14 @@ def use(plugins: Iterable[str] | None) -> None:
         except ModuleNotFoundError as error:
             if is_file or error.name not in (plugin, plugin.partition(".")[0]):
                 raise _failed(plugin, error) from error
-            raise UserError(
-                f"plugin: {plugin} is not a module that can be imported; give the path of a .py file or an installed module"
-            ) from None
-        except Exception as error:  # whatever the file raises
+            raise UserError(f"plugin: {plugin} is not a module; {_ALLOWED}") from None
+        except Exception as error:  # a plugin may raise anything
             raise _failed(plugin, error) from error
 
 
 def source(cls: type) -> str | None:
-    """What to give to `use` so that a class is defined again: the absolute path of its file, or its module within a package;
-    None where it is in no file, as in a notebook."""
+    """Return the name under which `use` imports a class again: the absolute path of its file, or its module in a
+    package. None if it is not defined in a file, for example in a notebook."""
     module = sys.modules.get(cls.__module__)
     file = getattr(module, "__file__", None)
     if module is None or file is None:
@@ -73,7 +72,7 @@ def source(cls: type) -> str | None:
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise UserError(f"plugin: {path} does not exist; give the path of a .py file or an installed module")
+        raise UserError(f"plugin: {path} does not exist; {_ALLOWED}")
     path = path.resolve()
     name = f"temposae_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:

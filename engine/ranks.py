@@ -1,5 +1,5 @@
-"""Several processes that train together, started by torchrun: each runs the model on its share of the text and holds its
-share of every dictionary's latents."""
+"""Training in several processes, started by torchrun. Each process runs the model on its share of the text and holds
+its share of every dictionary's latents."""
 
 import os
 from dataclasses import dataclass, replace
@@ -16,10 +16,10 @@ from .errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `size` of them: number `rank`, from 0.
+    """This process, number `rank` of `size`, and its communication with the others.
 
-    `group` sums and gathers tensors on the device, `host` agrees on numbers without the device. All processes make the same
-    calls in the same order. Of a single one (`ALONE`), every call is its own answer.
+    `group` sums and gathers tensors on the device. `host` exchanges numbers on the CPU. All processes must make the
+    same calls in the same order. With a single process (`ALONE`) nothing is exchanged.
     """
 
     rank: int = 0
@@ -29,14 +29,14 @@ class Ranks:
 
     @classmethod
     def here(cls) -> "Ranks":
-        """Those of the process group that is running, if any. All processes must call it."""
+        """Return the ranks of the running process group, or ALONE. All processes must call it."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return ALONE
         return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, dist.new_group(backend="gloo"))
 
     @classmethod
     def start(cls) -> "Ranks":
-        """Those that torchrun started, each on a GPU of its own where there are any."""
+        """Initialise the process group that torchrun started, with one GPU per process if there are GPUs."""
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
             return ALONE
@@ -52,38 +52,39 @@ class Ranks:
         return cls.here()
 
     def apart(self) -> "Ranks":
-        """The same processes, whose calls need not keep to the order of these."""
+        """Return the same processes with a communication group of their own, whose calls may overlap with this
+        one's."""
         return self if self.size == 1 else replace(self, group=dist.new_group())
 
     @property
     def is_first(self) -> bool:
-        """Whether it is this process that writes files and tells how far things are."""
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     def sum_(self, x: Tensor) -> Tensor:
-        """x, which becomes the sum of everyone's."""
+        """Sum x over the processes, in place."""
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
 
     def least_(self, x: Tensor) -> Tensor:
-        """x, which becomes the smallest of everyone's."""
+        """Take the minimum of x over the processes, in place."""
         if self.size > 1:
             dist.all_reduce(x, dist.ReduceOp.MIN, group=self.group)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """[R, ...]: everyone's x, which have one shape."""
+        """Stack x of all processes, [size, ...]. All must have the same shape."""
         if self.size == 1:
             return x[None]
         out = x.new_empty(self.size, *x.shape)
-        # As bytes: not every transport knows every dtype.
+        # as bytes, because not every backend supports every dtype
         buffers = [buffer.reshape(-1).view(torch.uint8) for buffer in out.unbind()]
         dist.all_gather(buffers, x.contiguous().reshape(-1).view(torch.uint8), group=self.group)
         return out
 
     def rows(self, x: Tensor, counts: list[int]) -> Tensor:
-        """[sum of counts, ...]: everyone's rows one below the other, of which the r-th has counts[r]."""
+        """Concatenate x of all processes, [sum of counts, ...]. Process r has counts[r] entries."""
         if self.size == 1:
             return x
         padded = x.new_zeros(max(counts), *x.shape[1:])
@@ -91,15 +92,15 @@ class Ranks:
         return torch.cat([share[:count] for share, count in zip(self.gather(padded), counts, strict=True)])
 
     def own(self, x: Tensor, dim: int = 0) -> Tensor:
-        """This process's share of x along a dimension that `size` divides."""
+        """Return this process's share of x along a dimension that `size` divides."""
         return x if self.size == 1 else x.chunk(self.size, dim)[self.rank].contiguous()
 
     def whole(self, x: Tensor, dim: int = 0) -> Tensor:
-        """What `own` was taken from."""
+        """Concatenate the shares of all processes: the inverse of `own`."""
         return x if self.size == 1 else torch.cat(list(self.gather(x)), dim)
 
     def largest(self, number: int) -> int:
-        """The largest of everyone's numbers. Doesn't wait for the device."""
+        """Return the maximum of a number over the processes, without synchronising the device."""
         if self.size == 1:
             return number
         maximum = torch.tensor(number)
@@ -107,28 +108,29 @@ class Ranks:
         return int(maximum)
 
     def end(self) -> None:
-        """After the last call of all."""
+        """Close the process group, once all processes get here."""
         if self.size > 1:
             self.wait()
             dist.destroy_process_group()
 
     def wait(self) -> None:
-        """For all others to get here."""
+        """Wait until all processes get here."""
         self.largest(0)
 
     def own_state(self, state: dict[str, Tensor], dims: dict[str, int]) -> dict[str, Tensor]:
-        """Tensors by name, of those in `dims` this process's share along that dimension."""
+        """Replace the tensors named in `dims` by this process's share along that dimension."""
         return {name: self.own(x, dims[name]) if name in dims else x for name, x in state.items()}
 
     def whole_state(self, state: dict[str, Tensor], dims: dict[str, int]) -> dict[str, Tensor]:
-        """What `own_state` was taken from; of more than one process on the CPU, a tensor at a time."""
+        """Invert `own_state`. With several processes the result is on the CPU, to save device memory."""
         if self.size == 1:
             return state
         return {name: (self.whole(x, dims[name]) if name in dims else x).cpu() for name, x in state.items()}
 
     def keep_largest(self, code: SparseCode, k: int) -> SparseCode:
-        """Of a code of this process's latents what is among the k largest of a token over everyone's latents, or if it is
-        ragged, among the k of the batch. All processes have one shape of code; ties go to the lower rank."""
+        """Keep the entries of a code that are among the k largest of their token over the latents of all processes. In
+        a ragged code, keep those among the k largest of the batch. All codes must have the same shape. Ties go to the
+        lower rank."""
         if self.size == 1:
             return code
         values = self.gather(code.live(code.values))

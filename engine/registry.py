@@ -1,13 +1,12 @@
-"""The parts that are known, by kind.
+"""Registry of parts by kind.
 
-A package lists the module that defines its parts under an entry point of the group `temposae.parts`. temposae's own parts
-come the same way:
+A package registers its parts with an entry point of the group `temposae.parts` that names their module. temposae's own
+parts are registered in the same way:
 
     [project.entry-points."temposae.parts"]
     temposae = "temposae.variants"
 
-These modules are imported when a kind is first asked for. All other parts are plugins, which the user imports or names
-(`plugins`).
+These modules are imported when an unknown kind is first looked up. All other parts come from plugins (see `plugins`).
 """
 
 from collections.abc import Mapping
@@ -17,11 +16,11 @@ from typing import Any, ClassVar, Protocol
 from .errors import UserError, near, shown
 from .plugins import UnknownPart, source
 
-OWN, GROUP = "temposae", "temposae.parts"  # the entry point of temposae's own parts, and the group of all
+OWN, GROUP = "temposae", "temposae.parts"  # entry point of temposae's own parts, and the group of all entry points
 
 
 class RegisteredPart(Protocol):
-    """What is needed of a part's class here; see `parts.Part`."""
+    """The interface of a part's class that this module uses; see `parts.Part`."""
 
     kind: ClassVar[str]
     reads: ClassVar[frozenset[str]]
@@ -33,7 +32,7 @@ class RegisteredPart(Protocol):
 
 
 class HasParts(Protocol):
-    """Settings of a dictionary, of which only the parts matter here; see `config.SAEConfig`."""
+    """Settings of a dictionary with parts; see `config.SAEConfig`."""
 
     @property
     def parts(self) -> tuple[dict[str, Any], ...]: ...
@@ -44,19 +43,18 @@ _ENTRY_POINTS: dict[str, str] = {}  # module -> the entry point that it belongs 
 
 
 def register(kind: str, cls: type[RegisteredPart]) -> None:
-    """Make a part known by its kind. Raises UserError for a kind that one of temposae's own parts has."""
+    """Register a part under its kind. Raises UserError for the kind of one of temposae's own parts."""
     previous = _PARTS.get(kind, cls)
     if previous.__module__ != cls.__module__ and (is_own(previous) or is_own(cls)):
         external = cls if is_own(previous) else previous
-        raise UserError(
-            f"sae.parts: {kind} is temposae's own; {external.__module__}.{external.__name__} needs another name"
-        )
+        name = f"{external.__module__}.{external.__name__}"
+        raise UserError(f"sae.parts: {kind} is temposae's own; {name} needs another name")
     cls.kind = kind
     _PARTS[kind] = cls
 
 
 def find(kind: str) -> type[RegisteredPart]:
-    """The part of this kind. Raises UserError, with near matches, if there is none."""
+    """Return the part of this kind. Raises UserError, with similar names, if there is none."""
     if not isinstance(kind, str):
         raise UserError(f"sae.parts.kind: {shown(kind)} is not allowed; it must be the name of a part")
     if kind not in _PARTS:
@@ -72,12 +70,12 @@ def find(kind: str) -> type[RegisteredPart]:
 
 
 def installed() -> dict[str, type[RegisteredPart]]:
-    """Import the parts of all installed packages; every part that is then known, by kind."""
+    """Import the parts of all installed packages and return all registered parts by kind."""
     for entry_point in _read_entry_points():
         known_kinds = set(_PARTS)
         entry_point.load()
         for kind in _PARTS.keys() - known_kinds:
-            if _entry_point(cls := _PARTS[kind]) is None:  # from a module elsewhere in the package
+            if _entry_point(cls := _PARTS[kind]) is None:  # defined elsewhere in the package
                 _ENTRY_POINTS[cls.__module__] = entry_point.name
     return dict(_PARTS)
 
@@ -94,7 +92,7 @@ def _read_entry_points() -> EntryPoints:
 
 
 def _entry_point(cls: type[RegisteredPart]) -> str | None:
-    """The name of the entry point that a part comes from, by the module or package that it names; None for a plugin."""
+    """Return the name of the entry point whose module or package defines a part. None for a plugin."""
     if not _ENTRY_POINTS:
         _read_entry_points()
     packages = cls.__module__.split(".")
@@ -103,19 +101,17 @@ def _entry_point(cls: type[RegisteredPart]) -> str | None:
 
 
 def plugins_of(sae: HasParts) -> tuple[str, ...]:
-    """What a user must name so that the parts of a dictionary are known: nothing for those of installed packages."""
+    """Return the plugins that define a dictionary's parts. Parts of installed packages need none."""
     plugin_parts = [cls for settings in sae.parts if _entry_point(cls := find(settings["kind"])) is None]
     return tuple(dict.fromkeys(plugin for cls in plugin_parts if (plugin := source(cls)) is not None))
 
 
 def complete_settings(parts: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-    """Settings of parts with what they leave out. Raises UserError for what a part does not have."""
+    """Fill in the defaults of parts' settings. Raises UserError for unknown parts and settings."""
     completed, kinds = [], set[str]()
     for part_settings in parts:
         if "kind" not in part_settings or not all(isinstance(key, str) for key in part_settings):
-            raise UserError(
-                f"sae.parts: {shown(part_settings)} is not allowed; it must be a section that names its kind"
-            )
+            raise UserError(f"sae.parts: {shown(part_settings)} is not allowed; it must be a section with a kind")
         cls = find(part_settings["kind"])
         if cls.is_alone and cls.kind in kinds:
             raise UserError(f"sae.parts: {cls.kind} is not allowed twice")
@@ -125,7 +121,7 @@ def complete_settings(parts: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any]
 
 
 def check(sae: HasParts) -> None:
-    """Raise ValueError for parts that don't go with the dictionary's other settings."""
+    """Raise ValueError for parts that conflict with the dictionary's other settings."""
     for part_settings in sae.parts:
         cls = find(part_settings["kind"])
         try:
@@ -136,10 +132,10 @@ def check(sae: HasParts) -> None:
 
 
 def reads(sae: HasParts | Mapping[str, Any]) -> dict[str, str]:
-    """What the parts of a dictionary, or of its settings, need besides x and pos -> the first part that does."""
+    """Map each thing that the parts need besides x and pos (`Part.reads`) to the first part that needs it."""
     kind_by_need: dict[str, str] = {}
     parts = sae.get("parts") if isinstance(sae, Mapping) else sae.parts
-    for part_settings in parts if isinstance(parts, list | tuple) else ():  # `complete_settings` refuses others
+    for part_settings in parts if isinstance(parts, list | tuple) else ():  # `complete_settings` refuses other types
         if isinstance(part_settings, dict) and isinstance(kind := part_settings.get("kind"), str):
             for need in find(kind).reads:
                 kind_by_need.setdefault(need, kind)

@@ -1,4 +1,4 @@
-"""A few thousand of the activations that a run was trained on, spread evenly over it."""
+"""A sample of a run's training activations, spread evenly over the run."""
 
 from collections.abc import Iterable
 
@@ -12,15 +12,16 @@ SIZE = 8192  # tokens at most
 
 
 def needs_sample(sae: SAEConfig) -> bool:
-    """Whether a dictionary's inference threshold is fitted to a sample. Parts may look along rows, which a sample does not
-    have: a composed dictionary's threshold follows its batches instead."""
+    """Whether a dictionary's inference threshold is fitted to a sample. A dictionary with parts adjusts its threshold
+    on its batches instead, because parts may need whole rows, and a sample has none."""
     return sae.activation == "batchtopk" and not sae.parts
 
 
 class RunSample:
-    """Up to `SIZE` tokens of a run of `steps` batches, as many of each batch, with their positions, at some `hooks`.
+    """Up to `SIZE` tokens from a run of `steps` batches, equally many per batch, with positions and activations at
+    `hooks`.
 
-    Inference thresholds are fitted to it. The last batches alone come from a few documents, which may differ from the rest.
+    Inference thresholds are fitted to the sample. The last batches alone would cover too few documents.
     """
 
     def __init__(self, steps: int, hooks: Iterable[str]):
@@ -30,7 +31,7 @@ class RunSample:
         self._tensors: dict[str, Tensor] = {}  # [capacity, ...], allocated by the first batch
 
     def add(self, step: int, batch: Batch) -> None:
-        """Keep some of the batch of this step; from all over it, since it may be in order of position."""
+        """Keep tokens from this step's batch. They are spread over the batch, which may be in order of position."""
         if not self._hooks or step % self._steps_between or not len(batch):
             return
         size = min(self._tokens_per_batch, len(batch))
@@ -46,17 +47,17 @@ class RunSample:
         self._count = end
 
     def at(self, hook: str) -> tuple[Tensor, Tensor] | None:
-        """x [N, D] at a hook and pos [N]; None before the first batch."""
+        """Return x [N, D] at a hook and pos [N]. None before the first batch."""
         if not self._count:
             return None
         return self._tensors[f"acts.{hook}"][: self._count], self._tensors["pos"][: self._count]
 
     def state(self) -> dict[str, Tensor]:
-        """The tokens of the sample, for a checkpoint of the stream."""
+        """Return the sample's tensors, for a checkpoint of the stream."""
         return {f"sample.{key}": values[: self._count] for key, values in self._tensors.items()}
 
     def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
-        """Continue from `state`, which has no tokens if the run had taken no step."""
+        """Restore `state`, which is empty if the run had not taken a step."""
         keys = ["pos", *(f"acts.{hook}" for hook in self._hooks)] if self._hooks else []
         tensors = {key: state[f"sample.{key}"].to(device) for key in keys if f"sample.{key}" in state}
         self._tensors, self._count = {}, 0

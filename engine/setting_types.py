@@ -1,8 +1,9 @@
-"""What all settings have in common: each value is what its field is for, in a range that makes sense, or is refused by name.
+"""The base class of all settings, with strict types and ranges.
 
-A bool is no number and a number no bool. Text is no number, but for one that YAML 1.1 takes for text (1e-4). Numbers are
-finite and, unless the field says less, at most 1e15; ones other than 0 are at least 1e-12. Text is not empty, has no control
-characters, and has at most 300 characters unless it is a path in a folder that is there.
+Booleans and numbers are not converted into each other. Text is not a number, except for numbers such as 1e-4 that YAML
+1.1 reads as text. Numbers are finite, at most 1e15 in size unless the field allows less, and either 0 or at least
+1e-12. Text is not empty and has no control characters. It has at most 300 characters unless it is a path in an existing
+folder.
 """
 
 import re
@@ -21,8 +22,8 @@ _EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+", re.A
 
 
 class Config(BaseModel):
-    """Settings: frozen, without names that the class does not have. A wrong value raises UserError: one line with the
-    field, the value and what is allowed. `SECTION` is where the settings stand in a file.
+    """Base class of settings: frozen, unknown names refused. A wrong value raises UserError, one line with the field,
+    the value and what is allowed. `SECTION` is the section of a config file that holds the settings.
 
     class TrainConfig(Config):
         SECTION = "train"
@@ -46,18 +47,18 @@ class Config(BaseModel):
 
 
 def check_text(name: str, text: str) -> str:
-    """`text`, if it can be a name or a path. Raises ValueError("name: ...")."""
+    """Return `text` if it can be a name or a path. Raises ValueError("name: ...")."""
     if not text.strip():
         raise ValueError(f"{name}: {shown(text)} is not allowed; it must not be empty")
     if not text.isprintable():
-        raise ValueError(f"{name}: {shown(text)} is not allowed; it must have no line breaks and control characters")
+        raise ValueError(f"{name}: {shown(text)} is not allowed; it must have no line breaks or control characters")
     if text.startswith("~"):
         try:
             expand_path(text, name)
         except UserError as error:
             raise ValueError(str(error)) from None
     if len(text) > LONGEST and not _may_be_a_path(text):
-        allowed = f"it must have at most {LONGEST} characters, or be a path in a folder that is there"
+        allowed = f"it must have at most {LONGEST} characters, or be a path in an existing folder"
         raise ValueError(f"{name}: {shown(text)} is not allowed; {allowed}")
     return text
 
@@ -71,7 +72,7 @@ def _may_be_a_path(text: str) -> bool:
 
 
 def _strict(name: str, value: Any, allowed_kinds: frozenset[Any]) -> Any:
-    """`value` for a field whose values are of these kinds; of lists and sections, each of their values."""
+    """Check `value` for a field that allows these kinds, element by element in lists and sections."""
 
     def refuse(allowed: str) -> ValueError:
         return ValueError(f"{name}: {shown(value)} is not allowed; it must be {allowed}")
@@ -120,18 +121,16 @@ def _kinds_of(settings: type[BaseModel], name: str) -> frozenset[Any]:
 
 
 def kinds(annotation: Any) -> frozenset[Any]:
-    """The types that values of a field have: of `tuple[int, ...] | None` int, tuple and None. Choices (Literal) count as
-    text where others are text."""
+    """Return the types in an annotation: for `tuple[int, ...] | None` int, tuple and None. Literal choices give
+    Literal."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return kinds(get_args(annotation)[0])
     if origin is Literal:
         return frozenset({Literal})
     if origin in (Union, UnionType, tuple, list):
-        inner_kinds = frozenset[Any]().union(
-            *(kinds(argument) for argument in get_args(annotation) if argument is not Ellipsis)
-        )
-        return inner_kinds | ({origin} if origin in (tuple, list) else set())
+        arguments = [argument for argument in get_args(annotation) if argument is not Ellipsis]
+        return frozenset({origin} & {tuple, list}).union(*map(kinds, arguments))
     if origin is dict:
         return kinds(get_args(annotation)[1]) | {dict}
     return frozenset({annotation})

@@ -1,4 +1,4 @@
-"""A dictionary within a transformer_lens model, in place of the activations at a hook, at the positions that they have."""
+"""Splice a dictionary into a transformer_lens model: its reconstruction replaces the activations at a hook."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .errors import UserError
 
-#: of a hook's name behind its block, where the block's attention has been computed before it
+#: hooks of a block, without the prefix blocks.N., that run after the block's attention
 _BEHIND_ATTENTION = re.compile(
     r"attn\.hook_(z|result|out|pattern)|attn_out|resid_mid|resid_post|mlp|ln2|ln1_post|^hook_out"
 )
@@ -18,7 +18,7 @@ Hooks = list[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 
 class SplicedDictionary(Protocol):
-    """What is spliced: x [B, T, D] at pos [B, T] -> f [B, T, F] -> x_hat [B, T, D]; see `sae.SparseAutoencoder`."""
+    """The dictionary: x [B, T, D] at pos [B, T] -> f [B, T, F] -> x_hat [B, T, D]; see `sae.SparseAutoencoder`."""
 
     @property
     def looks_at_positions(self) -> str | None: ...
@@ -30,24 +30,24 @@ class SplicedDictionary(Protocol):
 
 
 class Positions:
-    """Positions of the tokens that pass a hook.
+    """Positions of the tokens at a hook.
 
-    They begin at `start`, a number or a function that gives it. Unless it is given, they begin at the number of earlier
-    tokens for which the last attention before the hook has keys: queries [T], keys [earlier + T]. A HookedTransformer shows
-    its key-value cache there, and a TransformerBridge may not. So a single token without earlier keys is refused. At a hook
-    before the first attention positions begin at 0, and earlier keys in that attention are an error.
+    The first position is `start`, a number or a function that returns it. By default it is the number of earlier tokens
+    in the last attention before the hook, which has T queries and earlier + T keys. A HookedTransformer shows its
+    key-value cache in this way, but a TransformerBridge may not, so a single token without earlier keys is refused. At
+    a hook before the first attention, positions begin at 0, and earlier keys in that attention are an error.
     """
 
     def __init__(self, hook: str, start: Start | None, feature: str):
         self.hook, self.start, self.feature = hook, start, feature
-        self._earlier: int | None = None  # keys of earlier tokens that the attention before the hook had
+        self._earlier: int | None = None  # earlier tokens in the attention before the hook
         hook_match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
         block = int(hook_match[1]) - (not _BEHIND_ATTENTION.search(hook_match[2])) if hook_match else -1
         self._is_late = block < 0
         self._scores = f"blocks.{max(block, 0)}.attn.hook_attn_scores"
 
     def hooks(self) -> Hooks:
-        """What looks at the attention; nothing where the start is given."""
+        """Return hooks that count earlier tokens in the attention. None are needed if `start` is given."""
         if self.start is not None:
             return []
         return [(lambda name: name == self._scores, self._count_earlier)]
@@ -59,17 +59,17 @@ class Positions:
         self._earlier = earlier
 
     def of(self, x: Tensor, along_rows: bool) -> Tensor:
-        """pos [B, T] of x [B, T, D]."""
+        """Return pos [B, T] for x [B, T, D]."""
         if self.start is not None:
             first_position = self.start() if callable(self.start) else self.start
         else:
             first_position = 0 if self._is_late else self._earlier or 0
             if x.shape[1] == 1 and not first_position:
-                self._refuse("a single token passes, which may have others before it in a key-value cache")
+                self._refuse("a single token passes, which may follow others in a key-value cache")
         if along_rows and first_position:
             raise UserError(
-                f"start: {first_position} is not allowed; this dictionary has {self.feature}, which looks along whole rows, "
-                "so generate without a key-value cache (use_past_kv_cache=False)"
+                f"start: {first_position} is not allowed; this dictionary has {self.feature}, which needs whole rows, so "
+                "generate without a key-value cache (use_past_kv_cache=False)"
             )
         return torch.arange(first_position, first_position + x.shape[1], device=x.device).expand(x.shape[:2])
 
@@ -94,7 +94,7 @@ def hooks(
         return x
 
     def replace(x: Tensor, hook: Any = None) -> Tensor:
-        return replaced(x.flatten(2)).reshape(x.shape)  # heads [B, T, H, d_head], as at hook_z, side by side
+        return replaced(x.flatten(2)).reshape(x.shape)  # hook_z has heads [B, T, H, d_head]
 
     def replaced(x: Tensor) -> Tensor:
         sae_input = read_inputs.pop() if target is not None else x

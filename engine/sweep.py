@@ -1,10 +1,11 @@
-"""Sweeps: one file of settings made into many dictionaries for one stream."""
+"""Sweeps: expand one config file into the settings of several dictionaries on one stream."""
 
 import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 from .config import Layer, MaskConfig, RunConfig, SAEConfig, StreamConfig, TrainConfig, section
@@ -16,11 +17,11 @@ from .stream.arrays import open_file, settle
 from .stream.cache import read_manifest
 from .stream.documents import check_data
 
-#: settings of `train` that are one for all dictionaries of a stream
+#: settings of `train` that all dictionaries of a stream share
 _COMMON = ("batch", "checkpoint_every_steps", "log")
 MOST = 1000  # dictionaries of a stream
-_UNKNOWN = 2**20  # a width that is not known yet, with which all goes that goes with some width
-#: where a setting that may differ between the dictionaries of a stream belongs
+_UNKNOWN = 2**20  # stands for a width that is not known yet, large enough for every setting
+#: path in the file of each setting that may differ between the dictionaries of a stream
 _PLACES = (
     {name: ("sae", name) for name in SAEConfig.model_fields if name != "mask"}
     | {name: ("train", name) for name in TrainConfig.model_fields if name not in _COMMON}
@@ -30,12 +31,13 @@ _PLACES = (
 
 
 def expand(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The settings of each dictionary by name, {stream, sae, train}, from those of a file.
+    """Expand the settings of a file into the sections {stream, sae, train, ...} of each dictionary, by name.
 
-    `sweep: {k: [16, 32], lr: [1e-4, 3e-4]}` stands for every combination of its lists. `dictionaries: [{k: 16}, {k: 32,
-    layer: 2, name: deep}]` lists them one by one; with both, each of the list is taken in every combination. What may differ
-    are the settings of sae and train (but batch, checkpoint_every_steps and log), `mask.*`, `layer` or `hook`, and `target`.
-    Names follow from what differs (`k16_lr0.0003`), unless given. Without either section there is one dictionary, "".
+    `sweep: {k: [16, 32], lr: [1e-4, 3e-4]}` gives every combination of the lists. `dictionaries: [{k: 16}, {k: 32,
+    layer: 2, name: deep}]` gives one dictionary per entry. With both, each entry is combined with each combination.
+    Dictionaries may differ in the settings of sae and train (except batch, checkpoint_every_steps and log), in
+    `mask.*`, and in `layer` or `hook`, `target` and `second`. Names are made from the differences (`k16_lr0.0003`)
+    unless `name` is given. A file with neither section gives one dictionary, named "".
     """
     common = {key: value for key, value in settings.items() if key not in ("sweep", "dictionaries")}
     lists, entries = section(settings, "sweep"), settings.get("dictionaries")
@@ -45,10 +47,8 @@ def expand(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for key, values in lists.items():
         _setting_path("sweep", key)
         if not isinstance(values, list) or not values:
-            shown_values = shown(values)
-            raise UserError(
-                f"sweep.{key}: {shown_values} is not allowed; it must be a list of values, such as [{shown_values}]"
-            )
+            value = shown(values)
+            raise UserError(f"sweep.{key}: {value} is not allowed; it must be a list of values, such as [{value}]")
     if (count := len(entries) * math.prod(map(len, lists.values()))) > MOST:
         raise UserError(f"sweep: {count:,} dictionaries are not allowed; a stream has at most {MOST:,}")
     expanded: dict[str, dict[str, Any]] = {}
@@ -59,24 +59,53 @@ def expand(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         for values in itertools.product(*lists.values()):
             combination = dict(zip(lists, values, strict=True))
             if repeated := entry_settings.keys() & combination.keys():
-                raise UserError(
-                    f"dictionaries: {min(repeated)} is not allowed there and in sweep; give it in one of the two"
-                )
-            labels = (
-                [_entry_name(entry["name"])]
-                if "name" in entry
-                else [_label("dictionaries", *setting) for setting in entry_settings.items()]
-            )
+                raise UserError(f"dictionaries: {min(repeated)} is also in sweep; give it in one of the two")
+            if "name" in entry:
+                labels = [_entry_name(entry["name"])]
+            else:
+                labels = [_label("dictionaries", *setting) for setting in entry_settings.items()]
             name = "_".join([*labels, *(_label("sweep", *setting) for setting in combination.items())])
             if name in expanded:
-                raise UserError(f"dictionaries: {shown(name)} comes twice; give names that differ")
+                raise UserError(f"dictionaries: {shown(name)} comes twice; give different names")
             expanded[name] = _merged(common, entry_settings | combination)
     _check_names(expanded)
     return expanded
 
 
+def as_file(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Write the sections of several dictionaries, by name, as one file that `expand` reads: shared settings in
+    sections, and a list `dictionaries` with the name of each and the settings that differ.
+
+    Raises UserError if settings differ that all dictionaries of a stream must share.
+    """
+    plugins = list(dict.fromkeys(plugin for run in runs.values() for plugin in run.get("plugins", ())))
+    remainders: dict[str, dict[str, Any]] = {
+        name: deepcopy(dict(run)) | {"plugins": plugins} for name, run in runs.items()
+    }
+    entries: dict[str, dict[str, Any]] = {name: {"name": name} for name in runs}
+    for key, (*sections, setting) in _PLACES.items():
+        holders = dict(remainders)
+        for section_name in sections:
+            holders = {name: holder[section_name] for name, holder in holders.items()}
+        values = [(setting in holder, holder.get(setting)) for holder in holders.values()]
+        if any(value != values[0] for value in values):
+            for name, holder in holders.items():
+                if setting in holder:
+                    entries[name][key] = holder.pop(setting)
+    for entry in entries.values():
+        if "layer" in entry:
+            entry.pop("hook", None)  # null there, and `expand` would take it in place of the layer
+    shared, *others = remainders.values()
+    for remainder in others:
+        if section_name := next((key for key in shared | remainder if shared.get(key) != remainder.get(key)), None):
+            raise UserError(
+                f"dictionaries: {section_name} differs in settings that all dictionaries of a stream must share"
+            )
+    return shared | {"dictionaries": list(entries.values())}
+
+
 def _check_names(names: Iterable[str]) -> None:
-    """Names of dictionaries become folders. A single one without a name has the run's."""
+    """Names of dictionaries become folder names. A single unnamed dictionary uses the run's folder."""
     if list(names) == [""]:
         return
     try:
@@ -96,13 +125,15 @@ def _entry_name(name: Any) -> str:
 def _setting_path(section: str, key: str) -> tuple[str, ...]:
     if key not in _PLACES:
         if key in _COMMON:
-            raise UserError(f"{section}.{key}: not allowed; it must be one for all dictionaries of a stream")
-        raise UserError(f"{section}.{key}: no setting that may differ between dictionaries; {near(str(key), _PLACES)}")
+            raise UserError(f"{section}.{key}: not allowed; all dictionaries of a stream must share it")
+        raise UserError(
+            f"{section}.{key}: not a setting that may differ between dictionaries; {near(str(key), _PLACES)}"
+        )
     return _PLACES[key]
 
 
 def _label(section_name: str, key: str, value: Any) -> str:
-    """What a setting adds to the name of a dictionary that has none of its own."""
+    """Return what a setting contributes to the name of a dictionary that is not given one."""
     short_key = key.rpartition(".")[2]
     if isinstance(value, bool):
         return short_key if value else f"no-{short_key}"
@@ -111,14 +142,14 @@ def _label(section_name: str, key: str, value: Any) -> str:
         folder_name(f"x{text}" if text else "")
     except ValueError:
         raise UserError(
-            f"{section_name}.{key}: {shown(value)} is not allowed; the folder's name is made of it, and it must do for that "
-            "(else list dictionaries, each with a name)"
+            f"{section_name}.{key}: {shown(value)} is not allowed; the folder's name is made from it, so it must be valid "
+            "there (or list dictionaries, each with a name)"
         ) from None
     return text if isinstance(value, str) else f"{short_key}{text}"
 
 
 def _merged(common: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`common` with the chosen settings put in their places; the sections on the way are copies."""
+    """Return `common` with the changed settings in their sections. The sections that change are copied."""
     merged = dict(common)
     for key, value in changes.items():
         *sections, last_key = _setting_path("dictionaries", key)
@@ -133,7 +164,7 @@ def _merged(common: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_streams(settings: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, StreamConfig], dict[str, int | None]]:
-    """The stream's settings for each dictionary, and its layer, where one is given."""
+    """Return the stream's settings for each dictionary, and its layer if one is given."""
     streams: dict[str, StreamConfig] = {}
     layers: dict[str, int | None] = {}
     for name, dictionary_settings in settings.items():
@@ -147,32 +178,33 @@ def read_streams(settings: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, S
 
 
 def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | None, dict[str, RunConfig]]:
-    """The language model and the settings of each dictionary, those of `expand` with what the model's width and layers
-    decide. All that can be refused without the model is refused before it is loaded; with a cache, which knows them too, no
-    model is."""
+    """Complete the settings from `expand` with the model's width and layers. Returns the model and the settings by
+    name.
+
+    Mistakes that show without the model are refused before it is loaded. With a cache or a file of activations no model
+    is needed, and None is returned.
+    """
     streams, layers = read_streams(settings)
-    _without_widths(settings, streams)
+    _run_configs(settings, streams)
     first_stream = next(iter(streams.values()))
     if first_stream.activations is not None:
         source = open_file(first_stream.activations)
-        settled_streams = {}
         for name, stream in streams.items():
             with _name_in_errors(name):
                 if layers[name] is not None:
                     raise UserError(f"layer: {layers[name]} is not allowed with activations, which have no model")
-                settled_streams[name] = settle(stream, source)
-        return None, _resolved(settings, settled_streams, source.widths)
+                streams[name] = settle(stream, source)
+        return None, _run_configs(settings, streams, source.widths)
     if first_stream.cache is not None:
         manifest = read_manifest(first_stream.cache)
-        settled_streams = {}
         for name, stream in streams.items():
             with _name_in_errors(name):
-                settled_streams[name] = manifest.settle(stream, layers[name])
-        return None, _resolved(settings, settled_streams, manifest.hooks)
+                streams[name] = manifest.settle(stream, layers[name])
+        return None, _run_configs(settings, streams, manifest.hooks)
     if first_stream.data is not None:
         check_data(first_stream.data)
     model = LanguageModel(first_stream.model, attention=first_stream.attention, compile=first_stream.compile)
-    hooks: dict[str, tuple[str, ...]] = {}
+    hooks: list[str] = []
     for name, stream in streams.items():
         with _name_in_errors(name):
             hook_name = model.place(stream.hook, layers[name])
@@ -181,22 +213,24 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | 
                 stream_settings["second"] = _neighbour_hook(hook_name)
             streams[name] = stream = StreamConfig(**stream_settings)
             other_hooks = {key: hook for key in ("target", "second") if (hook := getattr(stream, key)) is not None}
-            hooks[name] = (hook_name, *(model.place(hook, field=f"stream.{key}") for key, hook in other_hooks.items()))
-    model.use(hooks=[hook for dictionary_hooks in hooks.values() for hook in dictionary_hooks])
-    at_hooks = {name: stream.model_copy(update={"hook": hooks[name][0]}) for name, stream in streams.items()}
-    return model, _resolved(settings, at_hooks, model.widths)
+            hooks += [hook_name, *(model.place(hook, field=f"stream.{key}") for key, hook in other_hooks.items())]
+    model.use(hooks=hooks)
+    return model, _run_configs(settings, streams, model.widths)
 
 
 def resolve_without_model(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The sections of each dictionary with all defaults that follow from the settings alone, or from the cache or the array
-    that they name. What a model decides is left out unless it is given: sae.d_in, d_sae and d_out, and how many rows go
-    through it at once. Raises UserError for what `resolve` refuses before it loads the model."""
+    """Return the sections of each dictionary with the defaults that need no model: those that follow from the settings,
+    or from the cache or array that they name.
+
+    Settings that the model decides are left out unless given: sae.d_in, d_sae and d_out, and stream.rows_per_forward.
+    Raises UserError for whatever `resolve` refuses before it loads the model.
+    """
     streams, layers = read_streams(settings)
     first_stream = next(iter(streams.values()))
     if first_stream.activations is not None or first_stream.cache is not None:
         return {name: run.model_dump(mode="json") for name, run in resolve(settings)[1].items()}
     resolved: dict[str, dict[str, Any]] = {}
-    for name, run in _without_widths(settings, streams).items():
+    for name, run in _run_configs(settings, streams).items():
         sections = resolved[name] = run.model_dump(mode="json")
         if layers[name] is not None:
             sections["stream"]["layer"] = layers[name]
@@ -206,54 +240,45 @@ def resolve_without_model(settings: Mapping[str, Mapping[str, Any]]) -> dict[str
     return resolved
 
 
-def _without_widths(
-    settings: Mapping[str, Mapping[str, Any]], streams: Mapping[str, StreamConfig]
+def _run_configs(
+    settings: Mapping[str, Mapping[str, Any]],
+    streams: Mapping[str, StreamConfig],
+    widths: Mapping[str, int] | None = None,
 ) -> dict[str, RunConfig]:
-    """The settings of each dictionary, at hooks of a width with which all goes that goes with some width."""
+    """Return the settings of each dictionary. Without `widths` [hook -> D] every width is `_UNKNOWN`."""
     configs = {}
     for name, dictionary_settings in settings.items():
         with _name_in_errors(name):
-            unknown = [_UNKNOWN] * (1 if streams[name].target is None else 2)
-            configs[name] = _run_config(dictionary_settings, streams[name], *unknown)
-    return configs
-
-
-def _resolved(
-    settings: Mapping[str, Mapping[str, Any]], streams: Mapping[str, StreamConfig], widths: Mapping[str, int]
-) -> dict[str, RunConfig]:
-    """The settings of each dictionary, at hooks whose widths are known."""
-    configs = {}
-    for name, dictionary_settings in settings.items():
-        with _name_in_errors(name):
-            configs[name] = _run_config(
-                dictionary_settings, streams[name], *(widths[hook] for hook in streams[name].hooks)
-            )
+            stream = streams[name]
+            hooks = [str(stream.hook)] if stream.target is None else [str(stream.hook), stream.target]
+            hook_widths = [_UNKNOWN if widths is None else widths[hook] for hook in hooks]
+            configs[name] = _run_config(dictionary_settings, stream, *hook_widths)
     return configs
 
 
 def _run_config(settings: Mapping[str, Any], stream: StreamConfig, d_in: int, d_out: int | None = None) -> RunConfig:
-    """A dictionary has 8 times as many latents as the model's width, unless its settings say how many."""
+    """Build a run's settings. d_sae defaults to 8 d_in."""
     sections = {key: value for key, value in settings.items() if key not in ("stream", "sae")}
     sae_settings = dict(section(settings, "sae"))
     if isinstance(mask := sae_settings.get("mask", {}), dict):
-        sae_settings["mask"] = {"positions": stream.context, **mask}  # as long as the rows, unless it says otherwise
-    # before the width is known, so many that every k fits
+        sae_settings["mask"] = {"positions": stream.context, **mask}
+    # without a width, d_sae is large enough for every k
     defaults: dict[str, Any] = {"d_in": d_in, "d_sae": 2**30 if d_in == _UNKNOWN else 8 * d_in, "d_out": d_out}
     return RunConfig(stream=stream, sae=SAEConfig(**(defaults | sae_settings)), **sections)
 
 
 def _neighbour_hook(hook: str) -> str:
-    """The same hook a layer before, or of the first layer, one after."""
+    """Return the same hook one layer earlier, or one layer later for the first layer."""
     match = re.fullmatch(r"(\D*)(\d+)(\..*)", hook)
     if match is None:
-        raise UserError(f"stream.second: needed; {hook} names no layer, so that another hook must be given")
+        raise UserError(f"stream.second: missing; {hook} names no layer, so another hook must be given")
     layer = int(match[2])
     return f"{match[1]}{layer - 1 if layer else 1}{match[3]}"
 
 
 @contextmanager
 def _name_in_errors(name: str) -> Iterator[None]:
-    """A mistake in one of several dictionaries begins with its name."""
+    """Put the dictionary's name in front of a UserError raised inside."""
     try:
         yield
     except UserError as error:

@@ -1,12 +1,12 @@
-"""A dictionary read with decoder rows of norm 1, so that what is measured of it does not depend on how it is written.
+"""Read a dictionary with decoder rows of norm 1, so that measurements do not depend on the scale of its latents.
 
 With s_j = |W_dec_j| (1 for a row of zeros), the same function has latents f_j s_j and decoder rows W_dec_j / s_j:
 
     x_hat = sum_j f_j W_dec_j + b_dec = sum_j (f_j s_j) (W_dec_j / s_j) + b_dec
 
-relu and jumprelu commute with s_j > 0, so there W_enc, b_enc and thresholds could be multiplied instead. Top-k does not: it
-compares latents with each other, and so do the parts of a composed dictionary. The factor therefore goes onto the latents
-that the dictionary has selected, which is exact for every activation. SAEBench 0.6.0 reads dictionaries in this form, too.
+The factors are applied to the latents after selection, which is exact for every activation. relu and jumprelu would
+also allow scaling W_enc, b_enc and the thresholds. Top-k and parts do not, because they compare latents with each
+other. SAEBench 0.6.0 uses the same form.
 """
 
 import torch
@@ -16,14 +16,14 @@ from ..kernels.code import SparseCode
 from .config import SAEConfig
 from .sae import SparseAutoencoder
 
-ROUNDING = 1e-5  # of norms: rows that are this near to 1 are taken as they are
+ROUNDING = 1e-5  # norms this close to 1 count as 1
 
 
 class UnitDecoder(nn.Module):
-    """The dictionary `sae` with rows of W_dec [F, d_out] of norm 1 and latents f_j |W_dec_j|. Nothing here has gradients.
+    """The dictionary `sae` with rows of W_dec [F, d_out] of norm 1 and latents f_j |W_dec_j|, without gradients.
 
-    The encoder's selection is that of `sae`. A dictionary whose rows have norm 1 already, to `ROUNDING`, is passed through:
-    same bits, no copy of W_dec. W_enc and b_enc are multiplied by the norms, for figures about weights.
+    The selection of latents is that of `sae`. If its rows already have norm 1 (within `ROUNDING`), results have the
+    same bits and W_dec is not copied. W_enc and b_enc are scaled by the norms, for statistics of weights.
     """
 
     scale: Tensor | None
@@ -64,7 +64,7 @@ class UnitDecoder(nn.Module):
 
     @property
     def W_dec(self) -> Tensor:
-        """[F, d_out], rows of norm 1; of norm 0 where a latent has no direction"""
+        """[F, d_out], with rows of norm 1, or 0 if the row is zero"""
         return self.sae.W_dec.detach() if self._W_dec is None else self._W_dec
 
     @property
@@ -73,40 +73,38 @@ class UnitDecoder(nn.Module):
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, pos: Tensor | None = None) -> SparseCode:
-        """The latents of x [..., D] at positions pos [...], over the flattened tokens."""
+        """Encode x [..., D] at positions pos [...] as a code over the flattened tokens."""
         code = self.sae.encode_sparse(x, pos)
-        return (
-            code if self.scale is None else code.with_values(code.values * self._scale_of(code).to(code.values.dtype))
-        )
+        return code if self.scale is None else code.with_values(code.values * self._scale_of(code))
 
     @torch.no_grad()
     def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        """f [..., F], in the dtype of x."""
+        """Return f [..., F], in the dtype of x."""
         f = self.sae.encode(x, pos)
         return f if self.scale is None else f * self.scale.to(f.dtype)
 
     @torch.no_grad()
     def decode(self, f: Tensor | SparseCode) -> Tensor:
-        """x_hat: [..., d_out] from dense f, [N, d_out] from a SparseCode."""
+        """Return x_hat: [..., d_out] from dense f, [N, d_out] from a SparseCode."""
         if self.scale is None:
             return self.sae.decode(f)
         if isinstance(f, SparseCode):
-            return self.sae.decode(f.with_values(f.values / self._scale_of(f).to(f.values.dtype)))
+            return self.sae.decode(f.with_values(f.values / self._scale_of(f)))
         return self.sae.decode(f / self.scale.to(f.dtype))
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        """x_hat [..., d_out], as that of `sae`."""
+        """Return x_hat [..., d_out], the same as that of `sae`."""
         return self.decode(self.encode(x, pos))
 
     def _scale_of(self, code: SparseCode) -> Tensor:
-        """The factor of each entry."""
+        """The factor of each entry, in the dtype of its value."""
         assert self.scale is not None
-        return self.scale[code.live(code.indices).long()]
+        return self.scale[code.live(code.indices).long()].to(code.values.dtype)
 
 
 Dictionary = SparseAutoencoder | UnitDecoder
 
 
 def unit_decoder(sae: Dictionary) -> UnitDecoder:
-    """`sae` read with decoder rows of norm 1; one that is read so already is returned as it is."""
+    """Wrap `sae` in a `UnitDecoder` unless it is one."""
     return sae if isinstance(sae, UnitDecoder) else UnitDecoder(sae)

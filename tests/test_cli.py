@@ -578,4 +578,4 @@ def test_a_sweep_that_is_done_can_be_resumed_to_the_same(swept: Trained, tmp_pat
 
 
 def test_a_sweep_as_a_whole_is_no_dictionary(swept: Trained) -> None:
-    refused(swept.folder, ("eval", "core", "--sae", swept.folder), ("holds no 'sae'", "the stream of k4"))
+    refused(swept.folder, ("eval", "core", "--sae", swept.folder), ("has no 'sae'", "the stream of k4"))

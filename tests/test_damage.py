@@ -112,7 +112,7 @@ def test_a_line_of_a_log_that_cannot_be_read_is_named_and_left_out(kept, capsys,
             lines = {
                 number for number, line in enumerate(damaged.split(b"\n"), 1) if line != whole.split(b"\n")[number - 1]
             }
-            assert f"{path}: line {min(lines)} is damaged and left out" in said
+            assert f"{path}: line {min(lines)} is damaged and skipped" in said
             named += 1
         assert len(found) >= len(expected) - 2 or len(damaged) < len(whole)  # two, where a line's end was hit
         assert all(isinstance(line["step"], int) and isinstance(line["fvu"], float) for line in found)

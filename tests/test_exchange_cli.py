@@ -40,7 +40,7 @@ def test_mistakes_are_one_line(tmp_path):
         (("mine", "there", "--to", "saelens"), "already exists; nothing is overwritten"),
         (("mine", "there", "--to", "temposae"), "already exists; nothing is overwritten"),
         (("none", "new", "--to", "saelens"), "none does not exist; give a run folder"),
-        (("mine", "new", "--to", "saelens", "--dictionary", "random"), "holds no 'random'; it holds sae"),
+        (("mine", "new", "--to", "saelens", "--dictionary", "random"), "has no 'random'; it has sae"),
     ]
     for (source, out, *others), message in cases:
         code, _, err = run("convert", tmp_path / source, tmp_path / out, *others)

@@ -75,7 +75,7 @@ def test_an_unknown_part_says_what_is_needed(own):
     code, _, err = run("train", "own.yaml", "--out", "fresh")
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith("error: sae.parts: 'half' is not known; there are adaptive_weights, ")
-    assert "a part of one's own needs --plugin FILE" in err
+    assert "for a part of your own give --plugin FILE" in err
     assert not Path("fresh").exists()
 
 

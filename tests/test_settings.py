@@ -7,11 +7,13 @@ import pytest
 import yaml
 from temposae.campaign.config import CampaignConfig
 from temposae.cli.config import settings_page
-from temposae.engine.config import Config, Layer, MaskConfig, RunConfig, SAEConfig, StreamConfig
+from temposae.engine.config import Config, Layer, MaskConfig, RunConfig, SAEConfig, StreamConfig, SweepConfig
 from temposae.engine.config.explain import SECTIONS, explain
+from temposae.engine.errors import UserError
 from temposae.engine.parts import PartSettings
 from temposae.engine.registry import installed, is_own
 from temposae.engine.stream.cache import Manifest, Shard
+from temposae.engine.sweep import as_file, expand, resolve_without_model
 
 from .commandline import run
 
@@ -95,7 +97,7 @@ def test_a_plugin_s_part_is_explained(tmp_path: Path) -> None:
 
 
 def write(folder: Path, settings: object) -> Path:
-    (folder / "c.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "c.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return folder / "c.yaml"
 
 
@@ -118,15 +120,52 @@ def test_a_file_is_printed_with_all_defaults_and_again_the_same(tmp_path: Path) 
 
 def test_what_is_given_stays_and_several_are_named(tmp_path: Path) -> None:
     given = {"sae": {"d_in": 8, "d_sae": 64, "k": 4}, "stream": {"rows_per_forward": 8}, "sweep": {"k": [2, 4]}}
-    dictionaries = yaml.safe_load(run("config", write(tmp_path, given)).out)["dictionaries"]
-    assert {name: (run["sae"]["d_sae"], run["sae"]["k"]) for name, run in dictionaries.items()} == {
-        "k2": (64, 2),
-        "k4": (64, 4),
-    }
-    out = run("config", write(tmp_path, {"dictionaries": dictionaries})).out  # as a sweep's own config.yaml has them
-    assert yaml.safe_load(out)["dictionaries"] == {
-        name: RunConfig(**values).model_dump(mode="json") for name, values in dictionaries.items()
-    }
+    printed = yaml.safe_load(run("config", write(tmp_path, given)).out)
+    assert printed["dictionaries"] == [{"name": "k2", "k": 2}, {"name": "k4", "k": 4}]
+    assert printed["sae"]["d_sae"] == 64
+    runs = {name: RunConfig(**values) for name, values in expand(printed).items()}
+    folder_settings = SweepConfig(dictionaries=runs).model_dump(mode="json")  # config.yaml of a sweep's folder
+    out = run("config", write(tmp_path, folder_settings)).out
+    assert {name: RunConfig(**values) for name, values in expand(yaml.safe_load(out)).items()} == runs
+
+
+SWEEPS = {
+    "a grid": {"sweep": {"k": [2, 4], "lr": [0.001, 0.002], "mask.kind": ["none", "ranges"]}},
+    "layers and hooks": {
+        "stream": {"context": 32},
+        "dictionaries": [{"layer": 2}, {"hook": "blocks.0.hook_resid_post", "d_sae": 64}, {"k": 8}],
+    },
+    "parts": {
+        "sweep": {"k": [2, 4]},
+        "dictionaries": [{"name": "a", "parts": [{"kind": "layer_norm"}]}, {"name": "b"}],
+    },
+    "one of a list": {"dictionaries": [{"name": "only", "seed": 3}]},
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_printed_sweep_is_the_same_sweep(name: str, tmp_path: Path) -> None:
+    code, out, err = run("config", write(tmp_path, SWEEPS[name]))
+    assert (code, err) == (0, "")
+    assert resolve_without_model(expand(yaml.safe_load(out))) == resolve_without_model(expand(SWEEPS[name]))
+    (tmp_path / "again.yaml").write_text(out)
+    assert run("config", tmp_path / "again.yaml").out == out
+
+
+def test_a_printed_sweep_trains(tmp_path: Path) -> None:
+    small = {"sae": {"d_sae": 64}, "train": {"tokens": 512, "batch": 256, "control": False}, "sweep": {"k": [2, 4]}}
+    (tmp_path / "printed.yaml").write_text(
+        run("config", write(tmp_path, small | {"eval": {"after_training": False}})).out
+    )
+    code, _, err = run("train", tmp_path / "printed.yaml", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert sorted(path.parent.name for path in (tmp_path / "out").glob("*/metrics.jsonl")) == ["k2", "k4"]
+
+
+def test_dictionaries_of_different_streams_are_no_sweep() -> None:
+    runs = {name: RunConfig(sae={"d_in": 8, "d_sae": 64}, stream={"context": n}) for name, n in (("a", 32), ("b", 64))}
+    with pytest.raises(UserError, match="dictionaries: stream differs"):
+        as_file({name: run.model_dump(mode="json") for name, run in runs.items()})
 
 
 def test_a_campaign_is_checked_with_its_runs(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ranges of numbers that several settings share, and sections of a file."""
+"""Number ranges shared by several settings, and access to the sections of a file."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]
 
 
 def section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a section of settings, empty where it is left out or null. Raises UserError for what is no section."""
+    """Return a section of settings, empty if it is missing or null. Raises UserError if it is not a section."""
     values = settings.get(name)
     if values is None:
         return {}

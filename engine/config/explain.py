@@ -1,4 +1,4 @@
-"""Settings in words, from their classes alone: what is allowed, the default, and the description at the field."""
+"""Describe settings from their classes: what is allowed, the default, and the field's description."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from . import EvalConfig, Layer, MaskConfig, RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig
 
-#: the sections of a config file by name, and the classes that hold their fields; `run` and `sweep` are whole files
+#: sections of a config file and the classes of their fields; `run` and `sweep` are whole files
 SECTIONS: dict[str, tuple[type[BaseModel], ...]] = {
     "run": (RunConfig,),
     "sweep": (SweepConfig,),
@@ -23,11 +23,11 @@ SECTIONS: dict[str, tuple[type[BaseModel], ...]] = {
 _TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", NoneType: "null"}
 _PLURALS = {"integer": "integers", "number": "numbers", "section": "sections"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-MOST_SHOWN = 8  # entries of a default
+MOST_SHOWN = 8  # list entries shown in a default
 
 
 class Setting(NamedTuple):
-    """A field in words; `default` is None where the setting must be given."""
+    """A described field. `default` is None if the setting is required."""
 
     name: str
     allowed: str
@@ -36,7 +36,7 @@ class Setting(NamedTuple):
 
 
 class Section(NamedTuple):
-    """The settings of a section of a file, or of a part, and what they are about."""
+    """The described settings of a section of a file, or of a part."""
 
     name: str
     summary: str
@@ -44,7 +44,7 @@ class Section(NamedTuple):
 
 
 def explain(name: str, documented: type, *classes: type[BaseModel]) -> Section:
-    """Put the fields of `classes` into words, under the first sentence of the docstring of `documented`.
+    """Describe the fields of `classes`, with the first sentence of the docstring of `documented` as summary.
 
     explain("train", TrainConfig, TrainConfig).settings[0].default  # "1000000"
     """
@@ -59,7 +59,7 @@ def _setting(name: str, field: FieldInfo) -> Setting:
 
 
 def _allowed(annotation: Any, constraints: Iterable[Any] = ()) -> str:
-    """What a field of this type and with these constraints may be."""
+    """Describe the values that a type with these constraints allows."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _allowed(arguments[0], [inner for extra in arguments[1:] for inner in getattr(extra, "metadata", ())])
@@ -96,7 +96,7 @@ def _range(constraints: Iterable[Any]) -> str:
 
 
 def _power(number: float) -> str:
-    """A number as people write it: 2^31, 10^15, 0.5."""
+    """Format a number, powers as powers: 2^31, 10^15, 0.5."""
     size = abs(number)
     for base in (2, 10):
         if size >= 10_000 and base ** (exponent := round(math.log(size, base))) == size:
@@ -105,7 +105,7 @@ def _power(number: float) -> str:
 
 
 def _value(value: Any) -> str:
-    """A default as a config file has it."""
+    """Format a default as in a config file."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple | list):

@@ -1,4 +1,4 @@
-"""Settings of a whole run, and of several runs on one stream."""
+"""Settings of a run, and of several runs on one stream."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ from .train import EvalConfig, TrainConfig
 
 
 class RunConfig(Config):
-    """A whole run, as `config.yaml` holds it: a section for each of stream, sae, train and eval. Training reads x [N, D] as
-    `stream` says, and `sae` is what it trains.
+    """Settings of a run, as in its `config.yaml`: one section each for stream, sae, train and eval. Training reads
+    activations x [N, D] from `stream` and trains the dictionary `sae`.
 
         RunConfig(sae=SAEConfig(d_in=768, d_sae=4096), train=TrainConfig(tokens=2_000_000))
     """
@@ -24,11 +24,11 @@ class RunConfig(Config):
     stream: StreamConfig = Field(default=StreamConfig(), description="Where activations come from.")
     sae: SAEConfig = Field(description="The dictionary.")
     train: TrainConfig = Field(default=TrainConfig(), description="How it is trained.")
-    eval: EvalConfig = Field(default=EvalConfig(), description="What is measured of it.")
+    eval: EvalConfig = Field(default=EvalConfig(), description="How it is evaluated.")
     plugins: tuple[str, ...] = Field(
         default=(),
-        description="Files or modules that define the parts that no installed package has. They follow from the "
-        "parts, and are never imported because a file names them: give --plugin when the run is loaded.",
+        description="Files or modules that define the parts that come from plugins, recorded automatically. They are "
+        "never imported because a file names them: give --plugin to load such a run.",
     )
 
     def __init__(self, /, **values: Any):
@@ -39,16 +39,16 @@ class RunConfig(Config):
             raise error.of(plugin_names if isinstance(plugin_names, list | tuple) else ()) from None
 
     @model_validator(mode="after")
-    def _plugins_are_of_the_parts(self) -> "RunConfig":
-        object.__setattr__(self, "plugins", plugins_of(self.sae))  # it is frozen
+    def _record_plugins(self) -> "RunConfig":
+        object.__setattr__(self, "plugins", plugins_of(self.sae))  # the model is frozen
         return self
 
     @model_validator(mode="after")
-    def _goes_together(self) -> "RunConfig":
+    def _check_combinations(self) -> "RunConfig":
         sae, train = self.sae, self.train
         if train.k_start is not None and not sae.k <= train.k_start <= sae.d_sae:
-            bounds = f"it must be between k ({sae.k}) and d_sae ({sae.d_sae})"
-            raise UserError(f"train.k_start: {train.k_start} is not allowed; {bounds}")
+            allowed = f"it must be between k ({sae.k}) and d_sae ({sae.d_sae})"
+            raise UserError(f"train.k_start: {train.k_start} is not allowed; {allowed}")
         for name, activations in (
             ("k_start", ("topk", "batchtopk")), ("resample_every_steps", ("relu",)), ("target_l0", ("relu", "jumprelu"))
         ):  # fmt: skip
@@ -58,34 +58,33 @@ class RunConfig(Config):
                 raise UserError(f"train.{name}: {value} is not allowed with {sae.activation}; it is for {allowed}")
         if train.target_l0 is not None and train.target_l0 > sae.d_sae:
             raise UserError(
-                f"train.target_l0: {train.target_l0} is not allowed; it must be at most d_sae ({sae.d_sae}), all latents"
+                f"train.target_l0: {train.target_l0} is not allowed; it must be at most d_sae ({sae.d_sae})"
             )
         if train.batch % train.accumulate:
-            raise UserError(
-                f"train.accumulate: {train.accumulate} is not allowed; it must divide batch ({train.batch})"
-            )
+            allowed = f"it must divide batch ({train.batch})"
+            raise UserError(f"train.accumulate: {train.accumulate} is not allowed; {allowed}")
         return self
 
     def by_name(self) -> dict[str, "RunConfig"]:
-        """The one dictionary, as `SweepConfig` has several."""
+        """Return the run under the name "", in the form of `SweepConfig.by_name`."""
         return {"": self}
 
 
 class SweepConfig(Config):
-    """Several runs on one stream, as the `config.yaml` above their folders holds them. Every run reads the same batches
-    [N, D].
+    """Settings of several runs on one stream, as in the `config.yaml` above their folders. Every run reads the same
+    batches [N, D].
 
         SweepConfig(dictionaries={"small": RunConfig(...), "large": RunConfig(...)})
     """
 
     dictionaries: dict[FolderName, RunConfig] = Field(
-        description="The settings of each run, by the name of its folder. In a file for `temposae train` this is a "
-        "list of sections with the settings that differ, and a section `sweep` holds lists of values to combine."
+        description="Settings of each run by the name of its folder. In a file for `temposae train` this is a list of "
+        "sections with the settings that differ, and a section `sweep` holds lists of values to combine."
     )
 
     @field_validator("dictionaries")
     @classmethod
-    def _are_apart(cls, dictionaries: dict[str, RunConfig]) -> dict[str, RunConfig]:
+    def _check_names(cls, dictionaries: dict[str, RunConfig]) -> dict[str, RunConfig]:
         if not dictionaries:
             raise ValueError("dictionaries: {} is not allowed; it must hold at least one")
         check_distinct(dictionaries)

@@ -1,4 +1,4 @@
-"""Settings of a dictionary and of its mask over positions."""
+"""Settings of a dictionary and its mask over positions."""
 
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -40,7 +40,7 @@ class MaskConfig(Config):
     width: Positions | None = Field(
         default=None,
         description="Length of a latent's window in positions. Null: T / 4. Windows start at evenly spaced places, "
-        "some of them before position 0, so that every position has as many latents.",
+        "some of them before position 0, so that every position has the same number of latents.",
     )
     start: Literal["uniform", "normal", "random", "ranges", "windows"] = Field(
         default="uniform",
@@ -48,29 +48,28 @@ class MaskConfig(Config):
         "ranges and windows make them 2 where that mask is on and -2 where it is off.",
     )
     temperature: Temperature = Field(
-        default=1.0, description="Divisor of a soft mask's logits: the smaller it is, the harder the mask."
+        default=1.0, description="Divisor of a soft mask's logits. A smaller divisor gives a harder mask."
     )
     temperature_end: Temperature | None = Field(
         default=None,
-        description="Temperature at the end of the run, reached exponentially (soft masks). Null: the temperature is "
-        "constant.",
+        description="Temperature at the end of the run, reached exponentially (soft masks). Null: constant.",
     )
     blend: bool = Field(
         default=False,
-        description="Bring the mask m in over the run, as 1 - s + s m. s is the sigmoid of a learned number plus a "
-        "ramp from -6 to 6.",
+        description="Introduce the mask m gradually over the run, as 1 - s + s m. s is the sigmoid of a learned number "
+        "plus a ramp from -6 to 6.",
     )
     sigma: Annotated[float, Field(ge=0.1, le=1e6)] | None = Field(
         default=None, description="Standard deviation of a gaussian mask in positions. Null: T / 8."
     )
     beyond: Literal["clamp", "wrap", "error"] = Field(
         default="clamp",
-        description="What holds at positions from T on: the weights of the last position (clamp), those of the "
-        "position modulo T (wrap), or an error.",
+        description="Weights at positions from T on: those of the last position (clamp), those of the position modulo T "
+        "(wrap), or an error.",
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> "MaskConfig":
+    def _check_shape(self) -> "MaskConfig":
         if "ranges" in self.shapes and self.ranges > self.positions:
             raise ValueError(f"ranges: {self.ranges} is not allowed; it must be at most positions ({self.positions})")
         if self.width is not None and self.width > self.positions:
@@ -83,7 +82,7 @@ class MaskConfig(Config):
 
     @property
     def shapes(self) -> tuple[str, str]:
-        """What the mask looks like, and what a learned one starts as."""
+        """The kind of mask, and the kind that a soft mask starts from."""
         return self.kind, self.start if self.kind == "soft" else ""
 
     @property
@@ -91,17 +90,15 @@ class MaskConfig(Config):
         return self.kind == "soft" or self.blend
 
     def check_context(self, positions: int) -> None:
-        """Refuse contexts that the mask does not cover, unless `beyond` says what to do there."""
+        """Raise UserError if the mask does not cover a context of `positions` and `beyond` is error."""
         if self.kind != "none" and self.beyond == "error" and positions > self.positions:
-            raise UserError(
-                f"sae.mask.positions: {self.positions} is not allowed; positions go up to {positions - 1} "
-                f"(give at least {positions}, or set sae.mask.beyond to clamp or wrap)"
-            )
+            allowed = f"it must be at least {positions}, unless sae.mask.beyond is clamp or wrap"
+            raise UserError(f"sae.mask.positions: {self.positions} is not allowed; {allowed}")
 
 
 class SAEConfig(Config):
-    """One dictionary: f = activation((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec, or a transcoder with `d_out`.
-    W_enc [d_in, d_sae], W_dec [d_sae, d_out or d_in].
+    """Settings of a dictionary: f = activation((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec. With `d_out` it is
+    a transcoder. W_enc [d_in, d_sae], W_dec [d_sae, d_out or d_in].
 
         SAEConfig(d_in=768, d_sae=16384, activation="batchtopk", k=32)
     """
@@ -114,13 +111,13 @@ class SAEConfig(Config):
     d_sae: Latents = Field(description="F, the number of latents. In a config file it defaults to 8 D.")
     d_out: Latents | None = Field(
         default=None,
-        description="Width of the activations that a transcoder predicts; in a config file stream.target decides it. "
-        "Null: an autoencoder, which reconstructs its input.",
+        description="Width of the activations that a transcoder predicts. In a config file it follows from "
+        "stream.target. Null: an autoencoder, which reconstructs its input.",
     )
     activation: Literal["topk", "batchtopk", "relu", "jumprelu"] = Field(
         default="topk",
         description="Which activations are kept. topk: the k largest of each token (arXiv 2406.04093). batchtopk: the "
-        "N k largest in a batch of N tokens, and after training those above a threshold that keeps k per token of a "
+        "N k largest in a batch of N tokens, and after training those above a threshold that keeps k per token on a "
         "sample of the run (arXiv 2412.06410); relu: all positive ones, with an L1 penalty; jumprelu: those above a "
         "learned threshold per latent, with an L0 penalty (arXiv 2407.14435).",
     )
@@ -140,7 +137,7 @@ class SAEConfig(Config):
     )
     initial_threshold: Annotated[float, Field(ge=1e-6, le=1)] | None = Field(
         default=None,
-        description="Threshold that all latents start with (jumprelu), in units of the activations' mean norm. Null: "
+        description="Initial threshold of all latents (jumprelu), in units of the activations' mean norm. Null: "
         "the threshold that 4 k activations per token of the first batch exceed.",
     )
     bandwidth: float = Field(
@@ -161,14 +158,14 @@ class SAEConfig(Config):
     prefixes: tuple[Latents, ...] | None = Field(
         default=None,
         description="Prefixes of a Matryoshka dictionary (topk, batchtopk; arXiv 2503.17547): ascending numbers of "
-        "latents, the last one d_sae. The loss is the mean over prefixes of the squared error with only the first so "
-        "many latents. Null: no prefixes.",
+        "latents, the last one d_sae. The loss is the mean over prefixes of the squared error with only the latents of "
+        "the prefix. Null: no prefixes.",
     )
     apply_b_dec_to_input: bool = Field(
         default=True, description="Subtract b_dec from x before the encoder. A transcoder never subtracts it."
     )
     decoder: Literal["learned", "random"] = Field(
-        default="learned", description="random freezes W_dec as random rows of unit norm, which is the control."
+        default="learned", description="random freezes W_dec with random rows of unit norm, as in the control."
     )
     mask: MaskConfig = Field(default=MaskConfig(), description="Weights of latents over positions.")
     parts: tuple[dict[str, Any], ...] = Field(
@@ -179,11 +176,11 @@ class SAEConfig(Config):
 
     @field_validator("parts")
     @classmethod
-    def _parts_are_known(cls, parts: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    def _complete_parts(cls, parts: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
         return complete_settings(parts)
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> "SAEConfig":
+    def _check_parts(self) -> "SAEConfig":
         if not self.parts:
             return self
         kinds = ", ".join(part_settings["kind"] for part_settings in self.parts)
@@ -191,20 +188,18 @@ class SAEConfig(Config):
             if getattr(self, name) is not default:
                 raise ValueError(f"{name}: {getattr(self, name)} is not allowed with parts ({kinds})")
         if self.activation == "jumprelu":
-            raise ValueError(
-                f"activation: jumprelu is not allowed with parts ({kinds}); it must be relu, topk or batchtopk"
-            )
+            raise ValueError(f"activation: jumprelu is not allowed with parts ({kinds}); give relu, topk or batchtopk")
         check(self)
         return self
 
     @model_validator(mode="after")
-    def _k_fits(self) -> "SAEConfig":
+    def _check_k(self) -> "SAEConfig":
         if self.activation != "relu" and self.k > self.d_sae:
             raise ValueError(f"k: {self.k} is not allowed; it must be at most d_sae ({self.d_sae})")
         return self
 
     @model_validator(mode="after")
-    def _prefixes_fit(self) -> "SAEConfig":
+    def _check_prefixes(self) -> "SAEConfig":
         ends = self.prefixes
         if ends is None:
             return self

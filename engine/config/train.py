@@ -1,4 +1,4 @@
-"""Settings of training and of what is measured after it."""
+"""Settings of training and of the evaluation after it."""
 
 from typing import Annotated, Literal
 
@@ -9,25 +9,25 @@ from .base import Count, Rows, Share
 
 
 class TrainConfig(Config):
-    """How a dictionary is trained: Adam on ceil(tokens / batch) batches [batch, D], with decoder rows of unit norm. Counts
-    are in tokens or in steps, as their names say.
+    """Settings of training: Adam on ceil(tokens / batch) batches [batch, D], with decoder rows of unit norm. Names say
+    whether a count is in tokens or in steps.
 
         TrainConfig(tokens=10_000_000, batch=4096)
     """
 
     SECTION = "train"
 
-    tokens: Count = Field(default=1_000_000, description="Tokens to train on. Tokens that are left out don't count.")
+    tokens: Count = Field(default=1_000_000, description="Tokens to train on. Excluded tokens don't count.")
     batch: Count = Field(default=1024, description="Tokens per step.")
     lr: Annotated[float, Field(gt=0, le=10)] | None = Field(
         default=None,
-        description="Peak learning rate. Null: min(0.016, 0.65 (batch / F)^(1/6) / (D^(1/2) steps^(1/3))), for which "
-        "docs/learning-rate.md has the evidence; with `init` at most 2e-4 sqrt(2^14 / F) (arXiv 2406.04093).",
+        description="Peak learning rate. Null: min(0.016, 0.65 (batch / F)^(1/6) / (D^(1/2) steps^(1/3))), see "
+        "docs/learning-rate.md; with `init` at most 2e-4 sqrt(2^14 / F) (arXiv 2406.04093).",
     )
     k_start: Count | None = Field(
         default=None,
-        description="Latents kept per token in the beginning (topk, batchtopk), between k and d_sae. They fall to k "
-        "in 16 steps over the first k_anneal of the run. Null: k from the start.",
+        description="Initial number of latents kept per token (topk, batchtopk), between k and d_sae. It falls to k in "
+        "16 steps over the first k_anneal of the run. Null: k from the start.",
     )
     k_anneal: Share = Field(default=0.2, description="Share of the run over which k_start falls to k.")
     sparsity_warmup: Share = Field(
@@ -35,9 +35,8 @@ class TrainConfig(Config):
     )
     target_l0: Annotated[float, Field(ge=0.01, lt=2**31)] | None = Field(
         default=None,
-        description="Mean number of active latents per token to aim for (relu, jumprelu), so that dictionaries can be "
-        "compared at one sparsity. Every step adjusts the sparsity coefficient towards it. Null: the coefficient is "
-        "as given.",
+        description="Target for the mean number of active latents per token (relu, jumprelu), to compare dictionaries at "
+        "the same sparsity. Every step adjusts the sparsity coefficient. Null: the coefficient is as given.",
     )
     beta1: float = Field(
         default=0.9, ge=0, lt=1, description="Adam's decay of the mean gradient per step (arXiv 1412.6980)."
@@ -53,22 +52,21 @@ class TrainConfig(Config):
     )
     clip_norm: Annotated[float, Field(ge=1e-6, le=1e9)] | None = Field(
         default=1.0,
-        description="Largest norm of the gradient over all parameters; a larger gradient is scaled down to it. Null: "
-        "no clipping.",
+        description="Largest gradient norm over all parameters; a larger gradient is scaled down. Null: no clipping.",
     )
     accumulate: Count = Field(
         default=1,
-        description="Number of equal parts in which a batch is processed, to save memory; it must divide batch. "
-        "batchtopk selects within each part.",
+        description="Process a batch in this many equal parts, to save memory. It must divide batch. batchtopk selects "
+        "within each part.",
     )
     bias: Literal["mean", "geometric_median", "zero"] = Field(
         default="mean",
-        description="What b_dec starts as: the mean of the activations, their geometric median, or zero.",
+        description="Initial b_dec: the mean of the activations, their geometric median, or zero.",
     )
     resample_every_steps: Count | None = Field(
         default=None,
-        description="Steps after which dead latents start again as tokens that are reconstructed badly (relu; Bricken "
-        "et al., Towards Monosemanticity, 2023). Null: never.",
+        description="Steps after which dead latents are reset to badly reconstructed tokens (relu; Bricken et al., "
+        "Towards Monosemanticity, 2023). Null: never.",
     )
     init: str | None = Field(
         default=None,
@@ -79,19 +77,19 @@ class TrainConfig(Config):
         default=0,
         ge=0,
         le=2**16,
-        description="Rows of held-out text on which FVU and L0 are measured at the start and with every report, in "
-        "held_out.jsonl. 0: none.",
+        description="Rows of held-out text for FVU and L0 at the start and with every report, in held_out.jsonl. 0: "
+        "none.",
     )
     log_positions: bool = Field(
         default=False, description="Add the squared error and the L0 of every position to the metrics."
     )
     log: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        default=(), description="Where metrics go besides metrics.jsonl."
+        default=(), description="Loggers to use besides metrics.jsonl."
     )
     dead_after_tokens: Count | None = Field(
         default=None,
-        description="Number of tokens without an activation after which a latent is dead. Null: a tenth of the run, "
-        "at least 10 batches and at most 10M tokens.",
+        description="A latent is dead after this many tokens without an activation. Null: a tenth of the run, at least "
+        "10 batches and at most 10M tokens.",
     )
     log_every_steps: Count | None = Field(
         default=None, description="Steps between two reports. Null: a twentieth of the run, at most 50 steps."
@@ -106,17 +104,17 @@ class TrainConfig(Config):
     )
     moments: Literal["float32", "bfloat16", "8bit"] = Field(
         default="float32",
-        description="dtype of Adam's two moments of W_enc and W_dec: 8, 4 or 2 bytes per parameter in all. bfloat16 "
-        "and 8bit (after arXiv 2110.02861) are rounded stochastically; moments of other parameters stay float32.",
+        description="dtype of Adam's two moments of W_enc and W_dec: 8, 4 or 2 bytes per parameter in total. bfloat16 "
+        "and 8bit (after arXiv 2110.02861) are rounded stochastically. Moments of other parameters stay float32.",
     )
     fp8: bool = Field(
         default=False,
-        description="Search for a topk dictionary's latents with a product in e4m3, and compute those that it selects "
-        "again at full precision. Needs a GPU from sm_89 on.",
+        description="Select a topk dictionary's latents with an e4m3 product, then compute the selected ones at full "
+        "precision. Needs a GPU from sm_89 on.",
     )
     control: bool = Field(
         default=True,
-        description="Train a random control on the same batches: the same settings, with a frozen random decoder.",
+        description="Also train a random control on the same batches: same settings, frozen random decoder.",
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of weights, text order and mixing.")
 
@@ -130,8 +128,8 @@ class TrainConfig(Config):
 
 
 class EvalConfig(Config):
-    """What `core` measures after training and later: explained variance, L0 and dead latents on `rows` rows of held-out
-    text [rows, context], CE and KL on the first `ce_rows` of them.
+    """Settings of the eval `core`: explained variance, L0 and dead latents on `rows` rows of held-out text [rows,
+    context], CE and KL on the first `ce_rows` of them.
 
         EvalConfig(rows=64, ce_rows=16)
     """
@@ -140,14 +138,14 @@ class EvalConfig(Config):
 
     rows: Rows | None = Field(
         default=None,
-        description="Rows of held-out text for explained variance, L0 and dead latents. Null: as many as cost a tenth "
+        description="Rows of held-out text for explained variance, L0 and dead latents. Null: as many as take a tenth "
         "of the run's passes through the model, between 32 and 256; 256 for testbed.",
     )
     ce_rows: Rows | None = Field(
         default=None,
-        description="How many of these rows are used for CE and KL. Null: as many as cost a tenth of the run's passes "
-        "through the model, between 8 and 96; 96 for testbed.",
+        description="Number of these rows for CE and KL. Null: as many as take a tenth of the run's passes through the "
+        "model, between 8 and 96; 96 for testbed.",
     )
     after_training: bool = Field(
-        default=True, description="Measure at the end of training. If false, `temposae eval` measures later."
+        default=True, description="Evaluate at the end of training. If false, use `temposae eval` later."
     )

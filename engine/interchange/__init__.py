@@ -1,10 +1,10 @@
-"""Dictionaries of other libraries, read as ours and written as theirs. docs/exchange.md has a table of what is read of each.
+"""Read and write dictionaries of other libraries. docs/exchange.md lists the kinds and releases.
 
-Every library has a module, which ports its own rules for settings of older releases and for those that a file does not have.
+Each library has a module that follows the library's own rules for older releases and missing settings.
 
-What we write has `temposae.safetensors` beside it, which the libraries don't look at: our settings, where the dictionary was
-trained, and what their layout had to round, for the weights and settings with the SHA-256 that it names. So what was written
-from ours comes back bit for bit, unless somebody changed one of the two files; then both are read like any others.
+Beside the library's files we write `temposae.safetensors`, which the libraries ignore. It has our settings, where the
+dictionary was trained, tensors that the library's layout rounds, and the SHA-256 of the weights and settings files. So
+a dictionary of ours is restored bit for bit. If one of the two files was changed, `temposae.safetensors` is not used.
 """
 
 import hashlib
@@ -36,9 +36,11 @@ WRITTEN = tuple(name for name, library in LIBRARIES.items() if library.write is 
 
 @dataclass
 class ForeignDictionary:
-    """A dictionary, the folder and the file with its weights, and where it was trained, as far as the folder says
-    (`hook_metadata.SETTINGS`). `run`: model, place and text as a run has them, if model and places are known; how it was
-    trained is not."""
+    """A dictionary read from another library's folder, with the file of its weights.
+
+    `where` is what the folder says about its training place and text (`hook_metadata.SETTINGS`). `run` has the same as
+    settings of a run, or is None if the model or a hook is unknown. Its settings of training are only defaults.
+    """
 
     sae: SparseAutoencoder
     folder: Path
@@ -49,7 +51,7 @@ class ForeignDictionary:
 
 @dataclass(frozen=True)
 class ForeignFiles:
-    """A folder in a library's layout, with the files that count."""
+    """A folder in a library's layout, and the files to read."""
 
     library: Library
     folder: Path
@@ -63,10 +65,9 @@ class ForeignFiles:
 
 
 def read(path: Path) -> ForeignDictionary | None:
-    """The dictionary in a folder of one of these libraries, given by its path or that of a file in it; None if it is of none
-    of them.
+    """Read the dictionary in a folder of another library, given by the path of the folder or of a file in it.
 
-    Raises UserError for a kind that can't be read, and for files that are damaged or don't fit.
+    Returns None if the folder has no known layout. Raises UserError for kinds that can't be read and for damaged files.
     """
     files = next(_layouts(path), None)
     if files is None:
@@ -80,12 +81,9 @@ def read(path: Path) -> ForeignDictionary | None:
     except KeyError as error:
         raise UserError(f"sae: {path} has no {error} in {files.names}") from None
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
-        raise UserError(f"sae: {path} can't be read ({type(error).__name__}: {_first_line(error)})") from None
+        first_line = str(error).partition("\n")[0]
+        raise UserError(f"sae: {path} can't be read ({type(error).__name__}: {first_line})") from None
     return ForeignDictionary(sae, files.folder, files.weights, where, run)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _run(sae: SparseAutoencoder, where: Where) -> RunConfig | None:
@@ -96,16 +94,16 @@ def _run(sae: SparseAutoencoder, where: Where) -> RunConfig | None:
 
 
 def unreadable_reason(folder: Path) -> str:
-    """What a folder has that keeps `read` from finding anything in it, or which of those in it to give; empty if nothing."""
+    """Explain why `read` finds no dictionary in a folder, or suggest its subfolders. Empty if there is nothing to
+    say."""
     if not folder.is_dir():
         return ""
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     for library in LIBRARIES.values():
         if library.weights in files:
-            settings_names = {
-                name for other in LIBRARIES.values() if other.weights == library.weights for name in other.all_settings
-            }
-            return f"; it has {library.weights}, and no {' or '.join(sorted(settings_names))} beside it"
+            same_weights = [other for other in LIBRARIES.values() if other.weights == library.weights]
+            settings_names = sorted({name for other in same_weights for name in other.all_settings})
+            return f"; it has {library.weights}, and no {' or '.join(settings_names)} beside it"
     unread = [name for name in files if name.endswith(_OTHER_WEIGHTS)]
     for settings in ("cfg.json", "config.json"):
         weights = sorted({other.weights for other in LIBRARIES.values() if settings in other.all_settings})
@@ -118,7 +116,7 @@ def unreadable_reason(folder: Path) -> str:
 
 
 def _layouts(path: Path) -> Iterator[ForeignFiles]:
-    """The libraries whose layout the folder at a path has, or that of a file at it, which may be deeper in the folder."""
+    """Yield the layouts of the folder at `path`, or of the folder that a file at `path` belongs to."""
     if path.is_file():
         for library in LIBRARIES.values():
             if path.name in library.all_settings:
@@ -130,10 +128,8 @@ def _layouts(path: Path) -> Iterator[ForeignFiles]:
                     yield from _in_folder(library, (path.absolute() if deep else path).parents[deep], path)
         return
     for library in LIBRARIES.values():
-        weights = next(
-            (path / name for name in library.all_weights if "*" not in name and (path / name).is_file()), None
-        )
-        if weights is not None:
+        candidates = (path / name for name in library.all_weights if "*" not in name)
+        if (weights := next(filter(Path.is_file, candidates), None)) is not None:
             yield from _in_folder(library, path, weights)
 
 
@@ -144,7 +140,7 @@ def _in_folder(library: Library, folder: Path, weights: Path) -> Iterator[Foreig
 
 
 def _read_spec(files: ForeignFiles) -> DictionarySpec:
-    """What a library's files hold. A tensor that its reader doesn't look at is part of another function than ours."""
+    """Read a library's files. A tensor that its reader ignores is refused."""
     settings = read_settings(files.settings) if files.settings is not None else Settings()
     tensors = tensors_in(files.weights)
     spec = files.library.read(settings, tensors, files.folder)
@@ -156,12 +152,10 @@ def write(
     sae: SparseAutoencoder, folder: Path, to: str, run: RunConfig | None = None, *,
     where: Where | None = None, tokens: int | None = None,
 ) -> None:  # fmt: skip
-    """Write a dictionary to `folder`, which must not exist, in the layout of the library `to`: all of it or nothing.
+    """Write a dictionary atomically to `folder`, which must not exist, in the layout of the library `to`.
 
-    `run` says where it was trained, or `where` as far as that is known (`hook_metadata.SETTINGS`), and `tokens` on how many.
-
-    Raises UserError for a library that is not known, for a dictionary that it can't hold, with the reason, and if the disk
-    refuses.
+    `run` or `where` (`hook_metadata.SETTINGS`) says where it was trained, and `tokens` on how many tokens. Raises
+    UserError for an unknown library, for a dictionary that the library can't represent, and if writing fails.
     """
     if to not in WRITTEN:
         raise UserError(f"to: {to} is not allowed; it must be {', '.join((*WRITTEN, 'temposae'))}")
@@ -184,8 +178,8 @@ def write(
 
 
 def _remember(sae: SparseAutoencoder, spec: DictionarySpec, files: ForeignFiles) -> None:
-    """Put beside the weights what reading them would not give back."""
-    with warnings.catch_warnings(action="ignore"):  # the folder has no name yet
+    """Write what reading the library's files would not restore."""
+    with warnings.catch_warnings(action="ignore"):  # the temporary folder's name says nothing
         read_back = to_sae(_read_spec(files), sae.cfg).state_dict()
     rounded = {name: value for name, value in spec.tensors.items() if not torch.equal(read_back[name], value.float())}
     rounded = {name: value.contiguous() for name, value in rounded.items()}
@@ -199,17 +193,16 @@ def _digests(files: ForeignFiles) -> dict[str, str]:
 
 
 def _digest_of(metadata: dict[str, str], tensors: State) -> str:
-    """SHA-256 of the other entries of a file's metadata, and of its tensors."""
-    sha256 = hashlib.sha256(
-        json.dumps(sorted((name, text) for name, text in metadata.items() if name != "contents")).encode()
-    )
+    """Return the SHA-256 of a file's tensors and of its metadata except `contents`."""
+    entries = sorted((name, text) for name, text in metadata.items() if name != "contents")
+    sha256 = hashlib.sha256(json.dumps(entries).encode())
     for name, tensor in sorted(tensors.items()):
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
     return sha256.hexdigest()
 
 
 def _restored(spec: DictionarySpec, files: ForeignFiles) -> tuple[SparseAutoencoder, Where]:
-    """As we had it, if we wrote these files, else as they are."""
+    """Build the dictionary, restored from `temposae.safetensors` if that fits the files."""
     beside = files.folder / BESIDE
     if not beside.is_file():
         return to_sae(spec), spec.where
@@ -221,9 +214,8 @@ def _restored(spec: DictionarySpec, files: ForeignFiles) -> tuple[SparseAutoenco
     if metadata.get("contents", "") != _digest_of(metadata, rounded) and "contents" in metadata:  # older ones have none
         raise UserError(f"{BESIDE} is damaged; {_WITHOUT}")
     if any(metadata.get(name) != value for name, value in _digests(files).items()):
-        warnings.warn(
-            f"{files.folder}: {files.names} was changed since it was written; {BESIDE} is not used", stacklevel=2
-        )
+        problem = f"{files.names} was changed since it was written"
+        warnings.warn(f"{files.folder}: {problem}; {BESIDE} is not used", stacklevel=2)
         return to_sae(spec), spec.where
     sae = to_sae(spec, SAEConfig(**json.loads(metadata["sae"])))
     sae.load_state_dict({**sae.state_dict(), **rounded})

@@ -1,7 +1,7 @@
-"""Gemma Scope: params.npz, and Gemma Scope 2: params.safetensors, both of jumprelu without b_dec in the encoder.
+"""Gemma Scope (params.npz) and Gemma Scope 2 (params.safetensors): jumprelu without b_dec in the encoder.
 
-What a folder holds is said by the names above it alone (gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71): transcoders
-have the same tensors of the same shapes. SAELens' loaders of both go by the names as well.
+Only the names of the folders above a file (gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71) distinguish SAEs
+from transcoders, which have the same tensors and shapes. SAELens' loaders use the names as well.
 """
 
 import re
@@ -30,15 +30,12 @@ def read(_: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySpec:
         nearby_names = (*folder.resolve().parts[-6:], *folder.absolute().parts[-6:])
         is_transcoder = any("transcoder" in name.lower() for name in nearby_names)
         if not is_transcoder and not (folder / BESIDE).is_file():
-            warnings.warn(
-                f"{folder}: read as an SAE; no name above it, such as gemma-scope-2b-pt-res, says that it is one",
-                stacklevel=2,
-            )
+            problem = "no folder name above it, such as gemma-scope-2b-pt-res, says that it is one"
+            warnings.warn(f"{folder}: read as an SAE; {problem}", stacklevel=2)
         return DictionarySpec("jumprelu", weights, False, is_transcoder)
     place: Where = {} if layer is None else _place(release[3], layer)
-    if (
-        layer is None and release[3] == "res" and "embedding" in names
-    ):  # trained on them before Gemma scales them by sqrt(D)
+    is_of_embeddings = layer is None and release[3] == "res" and "embedding" in names
+    if is_of_embeddings:  # trained on embeddings before Gemma scales them by sqrt(D)
         scale = weights["W_enc"].shape[0] ** 0.5
         weights |= {"W_enc": weights["W_enc"] / scale, "W_dec": weights["W_dec"] * scale}
         place = {"hook": "hook_embed"}
@@ -47,17 +44,15 @@ def read(_: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySpec:
 
 
 def read_2(cfg: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySpec:
-    """Of Gemma Scope 2. A skip connection and cross-layer transcoders are refused."""
+    """Read Gemma Scope 2. Skip connections and cross-layer transcoders are refused."""
     kind = cfg.get("architecture", "jump_relu")
     cfg.one_of("architecture", kind, ["jump_relu"])
     if cfg.flag("affine_connection", False) or "affine_skip_connection" in tensors:
-        raise UserError(
-            "affine_connection: true is not allowed; transcoders with a skip connection work in SAELens alone"
-        )
+        raise UserError("affine_connection: true is not allowed; skip connections work only in SAELens")
     names = _path_names(folder)
     site = next((site for name in reversed(names) for site in _SITES_2 if site in name.lower()), None)
     if site is None:
-        raise UserError(f"no name above the file says what it is of; a folder must be named for {', '.join(_SITES_2)}")
+        raise UserError(f"no folder name above the file says its place; it must contain one of {', '.join(_SITES_2)}")
     layer = _layer(names)
     release = next((match for name in reversed(names) if (match := _RELEASE_2.search(name))), None)
     place: Where = {} if layer is None else _place({"attn_out": "att", "mlp_out": "mlp"}.get(site, site), layer)
@@ -68,7 +63,7 @@ def read_2(cfg: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySp
 
 
 def _tensors(tensors: TrackedTensors) -> State:
-    """w_enc and W_enc are both used. A factor on latents was never trained."""
+    """Return the weights, whose names may be w_enc or W_enc. A factor on latents must be 1."""
     names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     weights = {name: tensors[name.lower() if name.lower() in tensors else name] for name in names}
     factor = tensors.take("scaling_factor")
@@ -78,7 +73,7 @@ def _tensors(tensors: TrackedTensors) -> State:
 
 
 def _path_names(folder: Path) -> tuple[str, ...]:
-    """The names above a file, those of a link as well as those that it leads to."""
+    """Return the folder names above a file, both of a link and of its target."""
     return (*folder.resolve().parts, *folder.absolute().parts)
 
 

@@ -1,4 +1,4 @@
-"""Dictionaries on the Hugging Face hub: fetched by name, and put there with a model card."""
+"""Download dictionaries from the Hugging Face hub, and upload them with a model card."""
 
 import json
 import re
@@ -14,19 +14,19 @@ from .libraries import LIBRARIES
 NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<folder>[^@]+?))?/?(?:@(?P<revision>[\w./-]+))?")
 SETTINGS = {name for library in LIBRARIES.values() for name in library.all_settings}
 FILES = {*SETTINGS, "checkpoint.json", *(name for library in LIBRARIES.values() for name in library.all_weights)}
-MARKS = ("checkpoint.json", *SETTINGS, "params.npz", "params.safetensors")  # of which a dictionary's folder has one
+MARKS = ("checkpoint.json", *SETTINGS, "params.npz", "params.safetensors")  # a dictionary's folder has one of these
 
 
 def is_name(path: str) -> bool:
-    """Whether it may be OWNER/REPOSITORY[/FOLDER][@REVISION]."""
+    """Whether a path has the form OWNER/REPOSITORY[/FOLDER][@REVISION]."""
     return NAME.fullmatch(path) is not None and not path.startswith((".", "~"))
 
 
 def fetch(name: str) -> Path:
-    """The folder of a dictionary on the hub, copied here (or found in the cache), with the config.json above it, if any, and
-    without what else lies beside or below it.
+    """Download the folder of a dictionary (or find it in the cache) and the config.json above it, without other files.
 
-    Raises UserError where there is none, naming folders of the repository that have one, or no way to get it.
+    Raises UserError if there is no dictionary, naming folders of the repository that have one, or if the download
+    fails.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -34,27 +34,29 @@ def fetch(name: str) -> Path:
     assert match is not None
     repo, folder, revision = match["repo"], PurePosixPath(match["folder"] or "."), match["revision"]
     folder = folder.parent if folder.name in FILES else folder  # a file stands for its folder
-    hub_access.why_not()  # where it can't be reached, this fails at once
+    hub_access.why_not()  # goes offline if the hub can't be reached, so that the calls below fail at once
     try:
         files = [PurePosixPath(file) for file in HfApi().list_repo_files(repo, revision=revision)]
-        weights_folder = folder / "checkpoints"  # where Llamascopium had its weights at first
+        weights_folder = folder / "checkpoints"  # of early releases of Llamascopium
         folder_files = [file for file in files if file.parent in (folder, weights_folder)]
         if not any(file.name in MARKS for file in folder_files):
             folders = sorted({str(file.parent) for file in files if file.name in MARKS} - {"."})
             suggestion = f"; there are {', '.join(folders[:5])}{', ...' if len(folders) > 5 else ''}" if folders else ""
-            raise UserError(f"sae: {name} is no dictionary's folder on the hub{suggestion}")
-        files_to_fetch = [*folder_files, folder.parent / "config.json"]  # where sparsify keeps the settings of a run
+            raise UserError(f"sae: {name} is not a dictionary's folder on the hub{suggestion}")
+        files_to_fetch = [*folder_files, folder.parent / "config.json"]  # sparsify's settings of a run
         patterns = [re.sub(r"([*?[])", r"[\1]", str(file)) for file in files_to_fetch]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns)) / folder
     except UserError:
         raise
-    except Exception as error:  # its errors are of httpx, OSError and ValueError, by turns
-        raise UserError(f"sae: {name} is no folder here, and can't be had from the hub ({_reason(error)})") from None
+    except Exception as error:  # OSError, ValueError, or an error of httpx
+        raise UserError(f"sae: {name} is not a local folder and can't be downloaded ({_reason(error)})") from None
 
 
 def upload(folder: Path, name: str, card: str, *, private: bool = False) -> str:
-    """Put the files of a folder, with a model card, to OWNER/REPOSITORY[/FOLDER], which is made if it is not there; returns
-    its address. Raises UserError if the hub refuses."""
+    """Upload a folder with a model card to OWNER/REPOSITORY[/FOLDER], creating the repository if necessary.
+
+    Returns its address. Raises UserError if the hub refuses.
+    """
     from huggingface_hub import HfApi
 
     repo, subfolder = _target(name)
@@ -65,12 +67,12 @@ def upload(folder: Path, name: str, card: str, *, private: bool = False) -> str:
         (folder / "README.md").write_text(card)
         commit: Any = hub.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=subfolder)
     except Exception as error:
-        raise UserError(f"to: {name} can't be written on the hub ({_reason(error)})") from None
+        raise UserError(f"to: {name} can't be uploaded ({_reason(error)})") from None
     return str(getattr(commit, "repo_url", commit))
 
 
 def _reason(error: Exception) -> str:
-    """Why the hub refused, in one line."""
+    """Return in one line why the hub refused."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled) and (obstacle := hub_access.why_not()) is not None:
@@ -79,18 +81,16 @@ def _reason(error: Exception) -> str:
 
 
 def _target(name: str) -> tuple[str, str | None]:
-    """The repository, and the folder in it."""
+    """Split a name into the repository and the folder in it."""
     match = NAME.fullmatch(name)
     if match is None or match["revision"]:
         raise UserError(f"to: {name!r} is not allowed; it must be OWNER/REPOSITORY or OWNER/REPOSITORY/FOLDER")
     return match["repo"], match["folder"]
 
 
-def card(
-    name: str, to: str, sae: SAEConfig, where: Where, tokens: int | None, scores: dict[str, Any] | None
-) -> str:  # fmt: skip
-    """Return a model card: what the dictionary is, `where` and on how many `tokens` it was trained as far as that is known,
-    how well it does (`scores`: core's), how to load it."""
+def card(name: str, to: str, sae: SAEConfig, where: Where, tokens: int | None, scores: dict[str, Any] | None) -> str:
+    """Return a model card: the dictionary's settings, place and tokens of training as far as known, scores of the eval
+    `core`, and code that loads it in temposae and in the library `to`."""
     front: dict[str, Any] = {"library_name": to, "tags": ["sparse-autoencoder", "interpretability", "temposae"]}
     model = where.get("model") or ""
     if "/" in model and is_name(model) and not Path(model).exists():
@@ -104,17 +104,14 @@ def card(
         "model": model, "hook": where.get("hook"), "target": where.get("target"),
         "text": where.get("data"), "tokens": tokens and f"{tokens:,}",
     }  # fmt: skip
-    labels = {
-        "explained_variance": "explained variance",
-        "ce_recovered": "CE recovered",
-        "l0": "L0",
-        "dead_fraction": "dead",
-    }
-    controls = (scores or {}).get("controls", {}).get("random", {})
+    labels = (
+        ("explained_variance", "explained variance"), ("ce_recovered", "CE recovered"), ("l0", "L0"),
+        ("dead_fraction", "dead"),
+    )  # fmt: skip
+    scores = scores or {}
+    controls = scores.get("controls", {}).get("random", {})
     score_lines = [
-        f"| {label} | {_number(scores[key])} | {_number(controls.get(key))} |"
-        for key, label in labels.items()
-        if scores is not None and key in scores
+        f"| {label} | {_number(scores[key])} | {_number(controls.get(key))} |" for key, label in labels if key in scores
     ]
     repo, folder = _target(name)
     from_saelens = f'from_pretrained("{repo}", "{folder}")' if folder else f'load_from_disk("{Path(name).name}")'

@@ -1,4 +1,4 @@
-"""Settings that other libraries keep as JSON beside their weights: bounded, and each of the type that it must have."""
+"""Read other libraries' JSON settings, with limits on their size and checked types."""
 
 import json
 import math
@@ -7,13 +7,13 @@ from typing import Any
 
 from ..errors import SHOWN, UserError, cut, printable
 
-MOST_BYTES = 16 * 2**20  # of a settings file; those of the libraries have a few thousand
+MOST_BYTES = 16 * 2**20  # limit of a settings file; the libraries' files have a few thousand
 
 
 class Settings(dict[str, Any]):
-    """Settings by name. A value of the wrong type raises UserError, which names the setting, the value and what is allowed.
+    """Settings by name. A value of the wrong type raises UserError with the setting, the value and what is allowed.
 
-    A setting that is missing has the value `default`; so has null, where `null` says so.
+    A missing setting has the value `default`. So does null, except for `flag`.
     """
 
     def flag(self, name: str, default: bool) -> bool:
@@ -38,15 +38,15 @@ class Settings(dict[str, Any]):
         return float(value)
 
     def text(self, name: str) -> str | None:
-        """None where it is missing, null or empty."""
+        """Return text, or None if it is missing, null or empty."""
         return None if self.get(name) is None else self._checked(name, "", str, "text") or None
 
     def section(self, name: str) -> "Settings":
-        """Settings within these; none where they are missing or null."""
+        """Return nested settings, empty if they are missing or null."""
         return Settings({} if self.get(name) is None else self._checked(name, {}, dict, "settings by name"))
 
     def one_of(self, name: str, value: Any, allowed: list[str], instead: str = "") -> str:
-        """`value`, which the setting `name` has or means, if it is allowed; else UserError, with what to do `instead`."""
+        """Return `value`, given by the setting `name`, if it is allowed. Raises UserError that ends with `instead`."""
         if not isinstance(value, str) or value not in allowed:
             raise UserError(f"{name}: {as_json(value)} is not allowed; it must be {', '.join(allowed)}{instead}")
         return value
@@ -60,8 +60,14 @@ class Settings(dict[str, Any]):
         return self.get(name, default)
 
 
+def check_size(name: str, stated_size: int | None, size: int) -> None:
+    """Raise UserError if the setting `name` gives another size than the weights have."""
+    if stated_size not in (None, size):
+        raise UserError(f"{name}: {stated_size} does not fit the weights, where it is {size}")
+
+
 def read_settings(file: Path, name: str | None = None) -> Settings:
-    """The settings in a JSON file. Raises UserError, which names the file (as `name`), if it is damaged or too large."""
+    """Read the settings in a JSON file. Raises UserError, naming the file as `name`, if it is damaged or too large."""
     name = name or file.name
     try:
         if file.stat().st_size > MOST_BYTES:
@@ -73,10 +79,10 @@ def read_settings(file: Path, name: str | None = None) -> Settings:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error).partition("\n")[0]
         raise UserError(f"{name} is damaged ({reason})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{name} is not allowed; it must hold settings by name")
+        raise UserError(f"{name} is not allowed; it must be an object with settings by name")
     return Settings(content)
 
 
 def as_json(value: Any) -> str:
-    """A value as the file has it, text without quotes, as a message shows it."""
+    """Format a value for a message as JSON, but text without quotes."""
     return cut(printable(value if isinstance(value, str) else json.dumps(value)), SHOWN)

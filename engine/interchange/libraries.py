@@ -1,7 +1,4 @@
-"""The layouts of other libraries: each reads its own as a `DictionarySpec`, and most write one.
-
-What a library can't hold is refused with the reason. Tensors are float32.
-"""
+"""Table of the other libraries' layouts, with their functions to read and write a `DictionarySpec`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,12 +13,14 @@ from .tensor_files import TrackedTensors
 
 @dataclass(frozen=True)
 class Library:
-    """`settings` (None: there are none) and `weights` are the files that we write in a folder. A folder is of this library
-    if it has these, or of each the first that there is of those with `other_settings` and `other_weights`. Weights with a *
-    are those of a step in training, which are read where they are named. Some do without settings (`optional`).
+    """A library's layout of a folder.
 
-    `read` makes a `DictionarySpec` of what the files hold, and of the folder they lie in; `write` makes both of a
-    `DictionarySpec`, or raises UserError for one that can't be.
+    `settings` (None: no such file) and `weights` are the names of the files that we write. A folder has this layout if
+    it has these files, or one each of `other_settings` and `other_weights`. Weights with a * are those of a training
+    step and are only read if the user gives their path. With `optional`, the settings file may be missing.
+
+    `read` converts settings, tensors (float32) and the folder's path to a `DictionarySpec`. `write` returns settings
+    and tensors, and raises UserError for a dictionary that the library can't represent.
     """
 
     settings: str | None
@@ -44,7 +43,7 @@ class Library:
 _STAGES = ("checkpoints/pruned", "checkpoints/final")
 _LLAMASCOPIUM = ("sae_weights.pt", *(f"{stage}{suffix}" for stage in _STAGES for suffix in (".safetensors", ".pt")))
 
-#: by the name that `convert` has for them; those with the same settings differ in the weights' name
+#: by name in `temposae convert`; layouts with the same settings file differ in the name of the weights
 LIBRARIES: Mapping[str, Library] = {
     "saelens": Library("cfg.json", "sae_weights.safetensors", saelens.read, saelens.write),
     "dictionary_learning": Library(

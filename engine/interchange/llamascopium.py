@@ -1,8 +1,9 @@
-"""Llamascopium, which was Language-Model-SAEs (lm_saes): read only.
+"""Llamascopium, formerly Language-Model-SAEs (lm_saes): read only.
 
-2024: hyperparams.json, weights of nn.Linear, one threshold and the dataset's mean norms among the settings, and a loader
-that folds those norms in before the threshold counts. 2025: config.json, and among the tensors thresholds and mean norms.
-From June 2025: tensors W_E and W_D. The mean norms, if activations were scaled by them, go into biases and decoder here.
+2024: hyperparams.json, weights of nn.Linear, settings with one threshold and the dataset's mean norms, and a loader
+that folds the norms into the weights before it applies the threshold. 2025: config.json, and tensors with thresholds
+and mean norms. From June 2025: tensors W_E and W_D. If activations were scaled by the mean norms, these go into biases
+and decoder here.
 """
 
 import math
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from ..errors import UserError
 from .hook_metadata import known
-from .intermediate import DictionarySpec, State, unit_rows
-from .json_settings import Settings, as_json
+from .intermediate import DictionarySpec, State, check_matrices, linear_weights, unit_rows
+from .json_settings import Settings, as_json, check_size
 from .tensor_files import TrackedTensors
 
 FIRST = "hyperparams.json"
 _NORM = "dataset_average_activation_norm"
-_INSTEAD = "; other kinds work in Llamascopium alone"
+_INSTEAD = "; other kinds work only in Llamascopium"
 
 
 def read(cfg: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySpec:
@@ -41,20 +42,18 @@ def read(cfg: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySpec
     input_factor, output_factor = _factors(cfg, tensors, (hook, target), D, is_first)
     fixed_threshold = cfg.number("jump_relu_threshold", 0.0) or 0.0
     threshold = _threshold(tensors, fixed_threshold, t["b_enc"]) if activation == "jumprelu" else None
-    if is_first and activation == "topk" and fixed_threshold > 0:  # as its loader has it
+    if is_first and activation == "topk" and fixed_threshold > 0:  # as in its loader
         activation, threshold = "jumprelu", _threshold(tensors, fixed_threshold, t["b_enc"])
     norm = t["W_dec"].norm(dim=1)
     t["b_enc"], t["b_dec"] = t["b_enc"] / input_factor, t["b_dec"] / output_factor
     t["W_dec"] = t["W_dec"] * (input_factor / output_factor)
-    if counts_norms and (is_first or activation == "topk"):  # the first loader makes rows of norm 1 of all kinds
+    if counts_norms and (is_first or activation == "topk"):  # the first loader scales rows of all kinds to norm 1
         t = unit_rows(t)
-    elif (
-        threshold is not None and not is_first
-    ):  # of (in * latent) * norm, where latents are those of activations as they are
+    elif threshold is not None and not is_first:  # it applies to input_factor * latent * norm
         scale = input_factor * (norm if counts_norms else torch.ones_like(norm))
         threshold = torch.where(scale > 0, threshold / scale, torch.finfo(torch.float32).max)
     t |= {"threshold": threshold} if threshold is not None and activation == "jumprelu" else {}
-    for name in tensors:  # norms at the places, which a dictionary without scaling may hold as well
+    for name in tensors:  # norms, which a dictionary without scaling may also have
         if name.startswith(f"{_NORM}."):
             tensors[name]
     k = cfg.whole("top_k", 50) if activation == "topk" else None
@@ -68,18 +67,10 @@ def read(cfg: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySpec
 
 def _weights(tensors: TrackedTensors, has_bias: bool) -> State:
     if "encoder.weight" in tensors:
-        t = {
-            "W_enc": tensors["encoder.weight"].T,
-            "b_enc": tensors["encoder.bias"],
-            "W_dec": tensors["decoder.weight"].T,
-        }
-        bias = "decoder.bias"
+        t, bias = linear_weights(tensors), "decoder.bias"
     else:
-        t = {"W_enc": tensors["W_E"], "b_enc": tensors["b_E"], "W_dec": tensors["W_D"]}
-        bias = "b_D"
-    for name in ("W_enc", "W_dec"):
-        if t[name].ndim != 2:
-            raise UserError(f"{name} has shape {list(t[name].shape)}; it must be a matrix")
+        t, bias = {"W_enc": tensors["W_E"], "b_enc": tensors["b_E"], "W_dec": tensors["W_D"]}, "b_D"
+    check_matrices(t)
     return {**t, "b_dec": tensors[bias] if has_bias else t["W_dec"].new_zeros(t["W_dec"].shape[1])}
 
 
@@ -88,13 +79,13 @@ def _check_sizes(cfg: Settings, t: State) -> None:
     latents, expansion = cfg.whole("d_sae"), cfg.number("expansion_factor")
     if latents is None and expansion is not None:
         latents = int((cfg.whole("d_model") or D) * expansion + 1e-6)
-    for name, stated_size, size in (("d_model", cfg.whole("d_model"), D), ("d_model * expansion_factor", latents, F)):
-        if stated_size is not None and stated_size != size:
-            raise UserError(f"{name}: {stated_size} does not fit the weights, where it is {size}")
+    check_size("d_model", cfg.whole("d_model"), D)
+    check_size("d_model * expansion_factor", latents, F)
 
 
 def _threshold(tensors: TrackedTensors, fixed_threshold: float, b_enc: Tensor) -> Tensor:
-    """For each latent, learned as its logarithm; before February 2025 one for all, among the settings."""
+    """Return the threshold per latent [F], stored as a logarithm. Before February 2025 it was one setting for all
+    latents."""
     learned = tensors.take("activation_function.log_jumprelu_threshold", "log_jumprelu_threshold")
     if learned is not None:
         return learned.exp()
@@ -108,12 +99,12 @@ def _threshold(tensors: TrackedTensors, fixed_threshold: float, b_enc: Tensor) -
 def _factors(
     cfg: Settings, tensors: TrackedTensors, hooks: tuple[str, str], D: int, is_first: bool
 ) -> tuple[float, float]:
-    """What activations at the two places are multiplied by: to a mean norm of sqrt(D) over the dataset."""
+    """Return the factors on activations at the two hooks, which give them a mean norm of sqrt(D) over the dataset."""
     scaling = cfg.get("norm_activation", "token-wise" if is_first else "dataset-wise")
     if scaling in ("token-wise", "batch-wise"):
         raise UserError(
-            f"norm_activation: {scaling} is not allowed; it scales activations by their own norms, which works in "
-            "Llamascopium alone"
+            f"norm_activation: {scaling} is not allowed; it scales activations by their own norms, which works only in "
+            "Llamascopium"
         )
     cfg.one_of("norm_activation", scaling, ["dataset-wise", "inference", *(["none"] if is_first else [])])
     if scaling != "dataset-wise":
@@ -122,13 +113,10 @@ def _factors(
     norms: list[float] = []
     for side, hook in zip(("in", "out"), hooks, strict=True):
         norm_tensor = tensors.take(f"{_NORM}.{hook}")
-        norm = (
-            dataset_norms.number(side)
-            if norm_tensor is None
-            else float(norm_tensor)
-            if norm_tensor.numel() == 1
-            else math.nan
-        )
+        if norm_tensor is None:
+            norm = dataset_norms.number(side)
+        else:
+            norm = float(norm_tensor) if norm_tensor.numel() == 1 else math.nan
         if norm is None:
             raise UserError(f"{_NORM}.{hook}: missing; without it activations can't be scaled")
         if not 0 < norm < math.inf:

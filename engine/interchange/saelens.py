@@ -1,8 +1,8 @@
 """SAELens: cfg.json and sae_weights.safetensors, from its first release to 6.54.
 
-What its loader does to the settings of older files (`handle_config_defaulting` there) is done here in the same order. A
-scaling factor of latents, which versions 3 to 5 could learn, is in W_dec here. Gated dictionaries become jumprelu of the
-same function.
+Settings of older files are converted in the same order as in SAELens' loader (`handle_config_defaulting`). A learned
+scaling factor of latents (versions 3 to 5) is multiplied into W_dec. Gated dictionaries become jumprelu of the same
+function.
 """
 
 import re
@@ -13,17 +13,18 @@ from torch import Tensor
 
 from ..errors import UserError
 from .hook_metadata import Where, begins_with_bos, in_hooked_transformer, known
-from .intermediate import DictionarySpec, State, gated, unit_rows
-from .json_settings import Settings, as_json, read_settings
+from .intermediate import DictionarySpec, State, check_matrices, gated, unit_rows
+from .json_settings import Settings, as_json, check_size, read_settings
 from .tensor_files import TrackedTensors
 
-VERSION = "6.54.12"  # whose layout we write; a file without a version is read there as one from before 6.0
+VERSION = "6.54.12"  # of the layout that we write; SAELens reads a file without a version as one from before 6.0
 _SAES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
 _TRANSCODERS = {"transcoder": "relu", "jumprelu_transcoder": "jumprelu"}
-_TRAINED = {"batchtopk": "batchtopk", "matryoshka_batchtopk": "batchtopk"}  # as its trainer's checkpoints have them
+_TRAINED = {"batchtopk": "batchtopk", "matryoshka_batchtopk": "batchtopk"}  # in its trainer's checkpoints
 _READ = {**_SAES, "gated": "jumprelu", **_TRANSCODERS, **_TRAINED}
 _SCALER = "activation_scaler.json"  # beside the weights in a trainer's checkpoint
-_INSTEAD = "; other kinds work in SAELens alone"
+_INSTEAD = "; other kinds work only in SAELens"
+_OWN_NORM = "it scales each activation by its own norm, which works only in SAELens"
 
 
 def read(settings: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySpec:
@@ -37,11 +38,8 @@ def read(settings: Settings, tensors: TrackedTensors, folder: Path) -> Dictionar
         weights["W_dec"] = weights["W_dec"] * factor[:, None]
     counts_norms = activation in ("topk", "batchtopk") and cfg.flag("rescale_acts_by_decoder_norm", False)
     if (scale := _activations_factor(cfg, folder)) is not None:
-        weights |= {
-            "W_enc": weights["W_enc"] * scale,
-            "W_dec": weights["W_dec"] / scale,
-            "b_dec": weights["b_dec"] / scale,
-        }
+        weights["W_enc"] = weights["W_enc"] * scale
+        weights |= {name: weights[name] / scale for name in ("W_dec", "b_dec")}
         if activation == "batchtopk" and counts_norms:
             weights["threshold"] = weights["threshold"] / scale
     if counts_norms:
@@ -51,23 +49,16 @@ def read(settings: Settings, tensors: TrackedTensors, folder: Path) -> Dictionar
     if activation == "topk":
         if cfg.get("k", 100) is None:
             raise KeyError("k")
-        k = cfg.whole("k", 100)  # as its class has it where the file has none
+        k = cfg.whole("k", 100)  # the default of its class
     elif activation == "batchtopk":
-        k = max(1, round(cfg.number("k", 100) or 0))  # on average: there it may be a fraction
+        k = max(1, round(cfg.number("k", 100) or 0))  # an average in SAELens, so it may be a fraction
         prefixes = _prefixes(cfg, weights["W_enc"].shape[1]) if kind.startswith("matryoshka") else None
-    return DictionarySpec(
-        activation,
-        weights,
-        subtracts,
-        is_transcoder,
-        k,
-        prefixes,
-        _place(Settings(cfg | _renamed(settings.section("metadata")))),
-    )
+    where = _place(Settings(cfg | _renamed(settings.section("metadata"))))
+    return DictionarySpec(activation, weights, subtracts, is_transcoder, k, prefixes, where)
 
 
 def _defaulted(settings: Settings) -> Settings:
-    """Settings by the names of version 6, and with what older files meant where they say nothing."""
+    """Return settings with the names of version 6 and the defaults of the file's version."""
     version = settings.text("sae_lens_version") or settings.section("metadata").text("sae_lens_version") or "0"
     major = re.match(r"\d+", version)
     if major is None:
@@ -82,11 +73,9 @@ def _defaulted(settings: Settings) -> Settings:
     kind = cfg.get("architecture", "standard")
     if function == "topk" and kind != "topk":
         if not is_old:
-            raise UserError(
-                f"activation_fn: topk is not allowed with architecture {as_json(kind)} in a file of SAELens 6"
-            )
+            raise UserError(f"activation_fn: topk is not allowed with architecture {as_json(kind)} in SAELens 6")
         if options.get("k") is None:
-            raise UserError("activation_fn: topk is not allowed without its k; give activation_fn_kwargs.k")
+            raise UserError("activation_fn: topk is not allowed without activation_fn_kwargs.k")
         kind = "topk"
     if is_old and kind == "topk" and options.get("k") is not None:
         cfg["k"] = options["k"]
@@ -107,38 +96,31 @@ def _renamed(cfg: Settings) -> Settings:
 
 
 def _encoder(kind: str, tensors: TrackedTensors) -> State:
-    """W_enc, b_enc and, if there is one, the threshold."""
+    """Return W_enc, b_enc and, if there is one, the threshold."""
     if kind == "gated":
         return gated(*(tensors[name] for name in ("W_enc", "b_gate", "b_mag", "r_mag")))
     weights = {name: tensors[name] for name in ("W_enc", "b_enc")}
     if kind in _TRAINED:
         return weights | {"threshold": tensors["topk_threshold"].float()}
     if _READ[kind] == "jumprelu":
-        return weights | {
-            "threshold": tensors["log_threshold"].exp() if "log_threshold" in tensors else tensors["threshold"]
-        }
+        is_log = "log_threshold" in tensors
+        weights["threshold"] = tensors["log_threshold"].exp() if is_log else tensors["threshold"]
     return weights
 
 
 def _check_sizes(cfg: Settings, weights: State) -> None:
-    """The first releases say how many times d_in the number of latents is."""
-    if weights["W_enc"].ndim != 2 or weights["W_dec"].ndim != 2:
-        return  # which is said when shapes are checked
+    check_matrices(weights)
     (D, F), d_out = weights["W_enc"].shape, weights["W_dec"].shape[1]
     d_sae = cfg.whole("d_sae")
-    if d_sae is None and (expansion := cfg.number("expansion_factor")) is not None:
+    if d_sae is None and (expansion := cfg.number("expansion_factor")) is not None:  # in the first releases
         d_sae = round(D * expansion)
-    for name, stated_size, size in (
-        ("d_in", cfg.whole("d_in"), D),
-        ("d_sae", d_sae, F),
-        ("d_out", cfg.whole("d_out"), d_out),
-    ):
-        if stated_size is not None and stated_size != size:
-            raise UserError(f"{name}: {stated_size} does not fit the weights, where it is {size}")
+    check_size("d_in", cfg.whole("d_in"), D)
+    check_size("d_sae", d_sae, F)
+    check_size("d_out", cfg.whole("d_out"), d_out)
 
 
 def _latents_factor(cfg: Settings, tensors: TrackedTensors) -> Tensor | None:
-    """What latents are multiplied by before they are decoded [F]. For some time, files had one that nobody had trained."""
+    """Return the factor [F] on latents before decoding, or None if it is 1. Some releases wrote an untrained one."""
     factor = tensors.take("scaling_factor", "finetuning_scaling_factor")
     if factor is None or torch.allclose(factor, torch.ones_like(factor)):
         return None
@@ -150,7 +132,8 @@ def _latents_factor(cfg: Settings, tensors: TrackedTensors) -> Tensor | None:
 
 
 def _activations_factor(cfg: Settings, folder: Path) -> float | None:
-    """What activations are multiplied by. SAELens folds it in when training ends; before that it is beside the weights."""
+    """Return the factor on activations. SAELens folds it into the weights when training ends; until then it is in a
+    file."""
     normalised = cfg["normalize_activations"]
     if normalised == "none":
         return None
@@ -159,8 +142,8 @@ def _activations_factor(cfg: Settings, folder: Path) -> float | None:
         if factor is not None and factor > 0:
             return factor
     reason = {
-        "layer_norm": "it scales each activation by its own norm, which works in SAELens alone",
-        "constant_norm_rescale": "it scales each activation by its own norm, which works in SAELens alone",
+        "layer_norm": _OWN_NORM,
+        "constant_norm_rescale": _OWN_NORM,
         "expected_average_only_in": "SAELens folds it into the weights with fold_activation_norm_scaling_factor",
         "covariance_whitening": "SAELens folds it into the weights with fold_activation_whitening",
     }.get(str(normalised), "it must be none")
@@ -175,12 +158,11 @@ def _prefixes(cfg: Settings, F: int) -> tuple[int, ...]:
 
 
 def _place(metadata: Settings) -> Where:
-    """A dictionary of one attention head is of a place that we have no name for."""
-    hook, target = metadata.text("hook_name"), metadata.text("hook_name_out")
-    if metadata.get("hook_head_index") is not None:
-        hook = None
-    if metadata.get("hook_head_index_out") is not None:
-        target = None
+    """Return the place and text. We have no name for the hook of a single attention head."""
+    hook, target = (
+        metadata.text(f"hook_name{side}") if metadata.get(f"hook_head_index{side}") is None else None
+        for side in ("", "_out")
+    )
     special = metadata.get("exclude_special_tokens")
     return known(
         model=metadata.text("model_name"), hook=hook, target=target, context=metadata.whole("context_size", least=2),
@@ -190,12 +172,12 @@ def _place(metadata: Settings) -> Where:
 
 
 def write(spec: DictionarySpec) -> tuple[dict[str, object], State]:
-    """batchtopk as jumprelu, as SAELens itself saves it."""
+    """Write a dictionary. batchtopk becomes jumprelu, as in SAELens itself."""
     trained_as = _training(spec)
     if spec.activation == "batchtopk":
         spec = spec.jumping()
     if spec.is_transcoder and spec.activation == "topk":
-        raise UserError("activation: topk is not allowed; SAELens' transcoders have relu and jumprelu")
+        raise UserError("activation: topk is not allowed; SAELens' transcoders are relu or jumprelu")
     kinds = _TRANSCODERS if spec.is_transcoder else _SAES
     D, F, d_out = spec.sizes
     is_head_output = str(spec.where.get("hook")).endswith(".hook_z")  # [heads, D / heads] there
@@ -211,8 +193,8 @@ def write(spec: DictionarySpec) -> tuple[dict[str, object], State]:
 
 
 def _metadata(spec: DictionarySpec) -> dict[str, object]:
-    """What SAELens says of a dictionary that it trained, as far as it is known of this one. Left out, its version in use
-    would count as the one that trained it."""
+    """Return the metadata that SAELens writes, as far as they are known. The training version is an explicit null,
+    because SAELens would otherwise fill in its own version."""
     metadata: dict[str, object] = {"sae_lens_version": VERSION, "sae_lens_training_version": None}
     where = spec.where
     if not where:
@@ -222,7 +204,7 @@ def _metadata(spec: DictionarySpec) -> dict[str, object]:
         "hook_name": in_hooked_transformer(where.get("hook")), "hook_head_index": None, "seqpos_slice": [None],
         "context_size": where.get("context"), "prepend_bos": begins_with_bos(where), "dataset_path": where.get("data"),
         "exclude_special_tokens": where.get("drop_special"), "training_tokens": spec.tokens,
-        # our rows never join documents
+        # temposae's rows never join documents
         "disable_concat_sequences": None if spec.tokens is None else True, "sequence_separator_token": None,
     }  # fmt: skip
     if spec.is_transcoder:
@@ -231,8 +213,8 @@ def _metadata(spec: DictionarySpec) -> dict[str, object]:
 
 
 def _training(spec: DictionarySpec) -> dict[str, object]:
-    """The kind of dictionary that was trained, which the file's architecture does not tell of a batchtopk. A jumprelu that
-    was not trained here may have been one."""
+    """Return the kind that was trained, because a batchtopk dictionary is written as jumprelu. The kind is unknown for
+    a jumprelu dictionary that was not trained by temposae."""
     if spec.is_transcoder or (spec.activation == "jumprelu" and spec.tokens is None):
         return {}
     kind = {"relu": "standard"}.get(spec.activation, spec.activation)

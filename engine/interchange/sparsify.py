@@ -1,17 +1,17 @@
 """sparsify: cfg.json and sae.safetensors, from its first release (`Sae`, June 2024) to 1.3 (`SparseCoder`).
 
-What a file does not say has its class' default there. A transcoder takes b_dec from nothing, as its loader has it now.
+Missing settings have the defaults of its class. A transcoder does not subtract b_dec, as in its current loader.
 """
 
 from pathlib import Path
 
 from ..errors import UserError
 from .hook_metadata import Where, known, of_module
-from .intermediate import DictionarySpec, State
-from .json_settings import Settings, read_settings
+from .intermediate import DictionarySpec, State, check_matrices
+from .json_settings import Settings, check_size, read_settings
 from .tensor_files import TrackedTensors
 
-_INSTEAD = "; other kinds work in sparsify alone"
+_INSTEAD = "; other kinds work only in sparsify"
 
 
 def read(cfg: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySpec:
@@ -23,25 +23,23 @@ def read(cfg: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySpec
         "W_enc": tensors["encoder.weight"].T, "b_enc": tensors["encoder.bias"],
         "W_dec": tensors["W_dec"], "b_dec": tensors["b_dec"],
     }  # fmt: skip
-    if weights["W_enc"].ndim == 2:
-        D, F = weights["W_enc"].shape
-        latents = cfg.whole("num_latents", 0, least=0) or D * (cfg.whole("expansion_factor", 32) or 0)
-        for name, stated_size, size in (("d_in", cfg.whole("d_in", D), D), ("num_latents", latents, F)):
-            if stated_size != size:
-                raise UserError(f"{name}: {stated_size} does not fit the weights, where it is {size}")
+    check_matrices(weights)
+    D, F = weights["W_enc"].shape
+    check_size("d_in", cfg.whole("d_in"), D)
+    check_size("num_latents", cfg.whole("num_latents", 0, least=0) or D * (cfg.whole("expansion_factor", 32) or 0), F)
     is_transcoder = cfg.flag("transcode", False)
-    return DictionarySpec(
-        "topk", weights, not is_transcoder, is_transcoder, cfg.whole("k", 32), where=_place(folder, is_transcoder)
-    )
+    where = _place(folder, is_transcoder)
+    return DictionarySpec("topk", weights, not is_transcoder, is_transcoder, cfg.whole("k", 32), where=where)
 
 
 def _place(folder: Path, is_transcoder: bool) -> Where:
-    """The folder has the name of a module, and the run's settings are in the folder above it."""
+    """Return the place from the folder's name, which is that of a module, and from the run's settings in the folder
+    above."""
     folder = folder.absolute()
     module = folder.parent if folder.name.startswith("seed") else folder
     file = module.parent / "config.json"
     run = read_settings(file, str(file)) if file.is_file() else Settings()
-    if "ctx_len" not in run:  # the settings of something else
+    if "ctx_len" not in run:  # another program's settings
         run = Settings()
     place = of_module(module.name, is_transcoder)
     return place | known(model=run.text("model"), context=run.whole("ctx_len", least=2), data=run.text("dataset"))
@@ -49,10 +47,10 @@ def _place(folder: Path, is_transcoder: bool) -> Where:
 
 def write(spec: DictionarySpec) -> tuple[dict[str, object], State]:
     if spec.activation != "topk":
-        raise UserError(f"activation: {spec.activation} is not allowed; sparsify has topk alone")
+        raise UserError(f"activation: {spec.activation} is not allowed; sparsify has only topk")
     D, F, d_out = spec.sizes
     if d_out != D:
-        raise UserError(f"d_out: {d_out} is not allowed; sparsify's transcoders give as many as they get ({D})")
+        raise UserError(f"d_out: {d_out} is not allowed; in sparsify it must be d_in ({D})")
     t = spec.subtracting(True).tensors
     tensors = {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"], "W_dec": t["W_dec"], "b_dec": t["b_dec"]}
     cfg = {

@@ -1,1 +1,1 @@
-"""The process that a command runs in: progress, signals, memory, time, and whether the hub can be reached."""
+"""Services of the running process: progress, signals, memory, timing, and access to the hub."""

@@ -1,4 +1,5 @@
-"""Settings of the process without which training on a CPU can slow down several times, or grow."""
+"""Tune the memory allocator, without which training on a CPU can become several times slower or use more and more
+memory."""
 
 import ctypes
 import platform
@@ -20,16 +21,16 @@ def _glibc() -> ctypes.CDLL | None:
 
 @cache
 def tune_host() -> None:
-    """Keep freed memory: glibc returns large blocks to the kernel at once, and every step faults them in again, which is a
-    third of the time when training the embedded model on 2 cores."""
+    """Keep freed memory in the process. By default glibc returns large blocks to the kernel at once and every step
+    faults them in again, which takes a third of the time when training the embedded model on 2 cores."""
     if libc := _glibc():
         for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
             libc.mallopt(option, 1 << 30)
 
 
 def peak_gb() -> float | None:
-    """The most memory that this process has held so far, in 10^9 bytes; None where the system doesn't say."""
-    with suppress(OSError):  # of Linux: what getrusage says begins with what the parent process held
+    """Return the process's peak memory in 10^9 bytes, or None if the system doesn't report it."""
+    with suppress(OSError):  # on Linux, getrusage also counts the memory of the parent process
         match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         if match is not None:
             return round(int(match[1]) * 1024 / 1e9, 2)
@@ -42,8 +43,8 @@ def peak_gb() -> float | None:
 
 
 def trim_host() -> None:
-    """Give back what freed memory has become too scattered to use, at most every ten seconds (it takes some 10 ms): with
-    `tune_host` alone a long run's heap goes on growing, by 3% in 50,000 steps."""
+    """Return fragmented free memory to the system, at most every ten seconds (it takes about 10 ms). With `tune_host`
+    alone the heap of a long run keeps growing, by 3% in 50,000 steps."""
     global _trimmed
     if (libc := _glibc()) and time.monotonic() - _trimmed > TRIM_SECONDS:
         libc.malloc_trim(0)

@@ -1,18 +1,18 @@
-"""Whether the Hugging Face hub can be asked, found out once and at once."""
+"""Check once whether the Hugging Face hub can be reached."""
 
 import os
 import sys
 from functools import cache
 
-TIMEOUT = 5.0  # seconds to wait for the hub's first answer
+TIMEOUT = 5.0  # seconds to wait for the hub's answer
 
 
 @cache
 def why_not() -> str | None:
-    """Say why the Hugging Face hub can't be asked; None if it answers.
+    """Return why the Hugging Face hub can't be reached, or None if it answers.
 
-    One request is made, without a second try. If it fails, the libraries are set to their offline mode: they use what is in
-    the cache and don't wait for the network.
+    Makes one request, without retrying. If it fails, the libraries are set to offline mode: they use their cache and
+    don't wait for the network.
     """
     from huggingface_hub import constants, get_session
 
@@ -20,8 +20,8 @@ def why_not() -> str | None:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception as error:  # of httpx or requests, as the version has it
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by `datasets` and by processes started from here
+    except Exception as error:  # of httpx or requests, depending on the version
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by `datasets` and by child processes
         constants.HF_HUB_OFFLINE = True
         if "datasets" in sys.modules:
             sys.modules["datasets"].config.HF_HUB_OFFLINE = True
@@ -37,7 +37,8 @@ def is_cached(repository: str, file: str = "config.json") -> bool:
 
 
 def unreachable(field: str, name: str, instead: str) -> str:
-    """The line for a name that is not here and can't be fetched: `instead` says what may be given."""
+    """Return the error message for a name that is neither local nor can be fetched. `instead` says what may be
+    given."""
     return (
         f"{field}: {name!r} can't be loaded: it is not in the Hugging Face cache, and the hub can't be reached "
         f"({why_not()}); give {instead}"

@@ -1,4 +1,4 @@
-"""One progress bar for everything that a person waits for."""
+"""A progress bar for all long commands."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share as a percentage that says 0% and 100% only where that is exact: "<0.1%" for 0.0002, ">99.9%" for 0.9998."""
+    """Format a share as a percentage. 0% and 100% are exact; 0.0002 gives "<0.1%" and 0.9998 gives ">99.9%"."""
     least = 10**-digits
     if 0 < share * 100 < least / 2:
         return f"<{least:g}%"
@@ -18,15 +18,15 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 class ProgressBar:
-    """Shows done / total, rate and time left, with named figures behind; without a `total`, how much is done. On a pipe: one
-    line every 10 seconds. What is done beyond the total (the rest of the last chunk read) counts in the rate alone."""
+    """Shows progress, rate, named figures and the time left; without a `total`, the amount done. On a pipe it prints
+    one line every 10 seconds. Work beyond the total (the rest of the last chunk) only counts towards the rate."""
 
     def __init__(self, title: str, total: int | None, unit: str, done: int = 0):
         self.title, self.total, self.unit = title, total, unit
         self.done, self.skipped, self.began, self.last_line = done, done, time.monotonic(), time.monotonic()
         self.figures: dict[str, str] = {}
         self._bar = self._task = None
-        self._quiet = os.environ.get("RANK", "0") != "0"  # one of several processes that torchrun started
+        self._quiet = os.environ.get("RANK", "0") != "0"  # torchrun's first process reports for all
         if sys.stderr.isatty() and not self._quiet:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -55,7 +55,7 @@ class ProgressBar:
             print(f"{self.title}: {amount_done}  {self._text()}{time_left}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """Say something that stays on the screen."""
+        """Print a line that stays on the screen."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         elif not self._quiet:
@@ -63,7 +63,7 @@ class ProgressBar:
 
     @property
     def _within(self) -> int:
-        """What is done, at most the total."""
+        """The amount done, at most the total."""
         return self.done if self.total is None else min(self.done, self.total)
 
     def _text(self) -> str:

@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to a command: one line on what is kept and how to go on, exit status 128 + signal."""
+"""Handle Ctrl-C and SIGTERM: one line on what is kept and how to continue, exit status 128 + signal."""
 
 import signal
 import threading
@@ -13,7 +13,7 @@ _advice = ["stopped"]
 
 @contextmanager
 def stop_advice(text: str) -> Iterator[None]:
-    """While inside, a command that is stopped says `text`."""
+    """Set the message of `Stopped` within the context."""
     _advice.append(text)
     try:
         yield
@@ -24,7 +24,8 @@ def stop_advice(text: str) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """While inside, raise `Stopped`, with the innermost `stop_advice`, on SIGINT and SIGTERM; ignored ones stay ignored."""
+    """Raise `Stopped` with the innermost `stop_advice` on SIGINT and SIGTERM within the context. Ignored signals stay
+    ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -32,7 +33,7 @@ def stop_on_signals() -> Iterator[None]:
     previous_handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def stop(number: int, frame: object) -> None:
-        for stop_signal in previous_handlers:  # a second one ends the process as it would any other
+        for stop_signal in previous_handlers:  # a second signal ends the process
             signal.signal(stop_signal, signal.SIG_DFL)
         raise Stopped(number, _advice[-1])
 

@@ -1,4 +1,4 @@
-"""Where a run's time goes."""
+"""Measure the share of a run's time in each section."""
 
 import time
 from collections import defaultdict
@@ -9,15 +9,15 @@ import torch
 
 
 class Stopwatch:
-    """Time within named sections since the last look. On a GPU, time between events on the stream that a section is on: the
-    host doesn't wait, and sections on two streams may overlap."""
+    """Times named sections. On a GPU it records events on the section's stream, so the host doesn't wait, and sections
+    on two streams may overlap."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._start_time = time.perf_counter()
-        self.total: dict[str, float] = defaultdict(float)  # seconds in each section up to the last look
+        self.total: dict[str, float] = defaultdict(float)  # seconds in each section up to the last call of `shares`
 
     @contextmanager
     def __call__(self, section: str) -> Iterator[None]:
@@ -33,7 +33,8 @@ class Stopwatch:
             self._seconds[section] += time.perf_counter() - start_time
 
     def shares(self) -> dict[str, float]:
-        """Share of the time since the last look by section, and `wait` for what is in none. Waits for a GPU."""
+        """Return each section's share of the time since the last call, and `wait` for the rest. Synchronises with a
+        GPU."""
         for section, start_event, end_event in self._events:
             end_event.synchronize()
             self._seconds[section] += start_event.elapsed_time(end_event) / 1000

@@ -1,1 +1,1 @@
-"""What is kept on disk: run folders, checkpoints, and files that are written whole, locked and checked."""
+"""Storage on disk: run folders, checkpoints, atomic writes, locks and checksums."""

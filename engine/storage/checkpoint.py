@@ -1,14 +1,14 @@
-"""Checkpoints: a folder of safetensors and JSON, written beside its place and moved there, so that it is whole or absent.
+"""Checkpoints: folders of safetensors and JSON files, written atomically.
 
 step_00000500/
-  checkpoint.json        format, step, settings, limits of norms, and the size and SHA-256 of every other file
-  sae.safetensors        W_enc [D, F], W_dec [F, D], b_enc, b_dec, mask.*; fp32, for activations as the model gives them
+  checkpoint.json        format, step, settings, norm limits, and the size and SHA-256 of every other file
+  sae.safetensors        W_enc [D, F], W_dec [F, D], b_enc, b_dec, mask.*; fp32, for unscaled activations of the model
   random.safetensors     the random control trained beside it, if any
-  state.safetensors      what resuming needs of the learner: moments (of `train.moments`' kind), counters
-  stream.safetensors     and of the stream: buffer, random state, place in the text
+  state.safetensors      the learner's state for resuming: moments (in the dtype of `train.moments`), counters
+  stream.safetensors     the stream's state: buffer, random state, position in the text
 
-Of several dictionaries on a stream, each has a checkpoint of its own without stream.safetensors, and the run's folder has
-one with that alone, which is written last and names what belongs to it.
+When several dictionaries share a stream, each has its own checkpoint without stream.safetensors. The run's folder has
+one with only stream.safetensors, which is written last and names the dictionaries' checkpoints.
 """
 
 import re
@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,15 +37,15 @@ from .sealed import read_json, write_json
 FORMAT = "temposae/1"
 MANIFEST = "checkpoint.json"
 KEYS = {"format": str, "step": int, "dictionaries": dict, "run": dict | None, "status": dict | None, "files": dict}
-#: names of dictionaries and of files of tensors; with a suffix they are the names of files in the folder
+#: names of dictionaries and of tensor files without their suffix
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-_FILE = {"bytes": int, "sha256": str}  # of each file in the manifest
-KEEP = 2  # checkpoints of a run that stay on disk
+_FILE = {"bytes": int, "sha256": str}  # entry of a file in the manifest
+KEEP = 2  # number of checkpoints that a run keeps
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint on disk: its folder and its manifest. `of_run`: the run folder, if that is what was asked for."""
+    """A checkpoint on disk: its folder and its manifest. `of_run` is the run folder if it was found through that."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -58,7 +57,7 @@ class Checkpoint:
 
     @property
     def run(self) -> RunConfig | None:
-        """Settings of the run that made it; None for a dictionary that was saved by itself."""
+        """The settings of its run, or None for a dictionary that was saved by `save`."""
         settings = self.manifest.get("run")
         try:
             run = RunConfig(**settings) if settings else None
@@ -70,17 +69,17 @@ class Checkpoint:
 
     @property
     def where(self) -> Where:
-        """What is known of the model, the place and the text that it was trained on (`hook_metadata.SETTINGS`)."""
+        """What is known about the model, hook and text that it was trained on (`hook_metadata.SETTINGS`)."""
         return metadata_of_stream(self.run.stream) if self.run else {}
 
     @property
     def tokens(self) -> int | None:
-        """How many tokens it was trained on by then; None for a dictionary that was not trained here."""
+        """Number of training tokens so far, or None if it was not trained by temposae."""
         return min(self.run.train.tokens, self.step * self.run.train.batch) or None if self.run else None
 
     @property
     def massive(self) -> dict[str, Any] | None:
-        """The limits of norms that training went by (`stream.norms.NormFilter.report`), and what they left out."""
+        """The norm limits used in training, and what they excluded (`stream.norm_filter.NormFilter.report`)."""
         return self.manifest.get("massive")
 
     @property
@@ -91,11 +90,11 @@ class Checkpoint:
         """Raise UserError if there is no dictionary `name`."""
         if name not in self.manifest["dictionaries"]:
             names = ", ".join(self.dictionaries) or f"the stream of {', '.join(self.manifest['status'] or {})}"
-            raise UserError(f"checkpoint: {self.folder} holds no {name!r}; it holds {names}")
+            raise UserError(f"checkpoint: {self.folder} has no {name!r}; it has {names}")
 
     @default_modes()
     def dictionary(self, name: str = "sae") -> SparseAutoencoder:
-        """The dictionary `name`: `sae`, or `random` for the control trained beside it."""
+        """Load the dictionary `name`: `sae`, or `random` for the control trained beside it."""
         self.expect(name)
         try:
             cfg = SAEConfig(**self.manifest["dictionaries"][name])
@@ -112,13 +111,11 @@ class Checkpoint:
         return sae
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file, after checking that it is the file that was written."""
+        """Load the tensors of one file. Raises UserError if the file differs from what was written."""
         path = self.folder / f"{name}.safetensors"
         expected = self.manifest["files"].get(path.name)
         if expected is None:
-            raise UserError(
-                f"checkpoint: {path.name} is not in {self.folder}; it holds {', '.join(self.manifest['files'])}"
-            )
+            raise UserError(f"checkpoint: {self.folder} has no {path.name}; it has {', '.join(self.manifest['files'])}")
         try:
             if not path.is_file() or path.stat().st_size != expected["bytes"]:
                 raise UserError(f"checkpoint: {path} is damaged or missing; it must have {expected['bytes']} bytes")
@@ -129,18 +126,15 @@ class Checkpoint:
             raise UserError(f"checkpoint: {path} can't be read ({error})") from None
         if name in self.manifest["dictionaries"]:
             for key, tensor in tensors.items():
-                is_invalid = ~tensor.isfinite() if tensor.is_floating_point() else tensor.new_zeros(1, dtype=torch.bool)
-                if bool(is_invalid.any()):
-                    raise UserError(
-                        f"checkpoint: {path} is damaged; {int(is_invalid.sum()):,} of {tensor.numel():,} numbers of {key} "
-                        "are NaN or infinite"
-                    )
+                if invalid := int(tensor.isfinite().logical_not().sum()):
+                    problem = f"{invalid:,} of {tensor.numel():,} numbers of {key} are NaN or infinite"
+                    raise UserError(f"checkpoint: {path} is damaged; {problem}")
         return tensors
 
 
 @dataclass
 class Loaded(Checkpoint):
-    """A dictionary that another library saved, as a checkpoint of that alone."""
+    """A dictionary saved by another library, with the interface of a checkpoint."""
 
     sae: SparseAutoencoder
     stored_where: Where
@@ -173,9 +167,11 @@ def write(
     status: dict[str, Any] | None = None,
     massive: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint to `folder`, which must not exist: all of it or nothing. `dictionaries` are settings and
-    `state_dict`, `tensor_files` tensors by name of the file; `status` and `massive` are kept in the manifest. Raises
-    UserError if the disk refuses."""
+    """Write a checkpoint atomically to `folder`, which must not exist.
+
+    `dictionaries` maps names to settings and `state_dict`, `tensor_files` maps file names to tensors. `status` and
+    `massive` are stored in the manifest. Raises UserError if writing fails.
+    """
     try:
         if folder.exists():
             raise UserError(f"checkpoint: {folder} already exists; nothing is overwritten")
@@ -195,17 +191,15 @@ def write(
             }
             write_json(fresh / MANIFEST, manifest)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"out: the checkpoint {folder} can't be written ({error}); what was saved before is untouched"
-        ) from None
+        raise UserError(f"out: checkpoint {folder} can't be written ({error}); earlier ones are unchanged") from None
 
 
 @default_modes()
 def find(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, the last one of the run folder at `path`, or the dictionary in another library's folder; all
-    of them also on the hub, by name (`interchange.hub`). The path of the weights, or of the settings beside them, stands for
-    their folder."""
-    is_name = not path.exists() and hub.is_name(str(path)) and not path.parent.exists()  # else it is a slip of the pen
+    """Find the checkpoint at `path`, the last checkpoint of the run folder at `path`, or the dictionary in another
+    library's folder, each also by its name on the hub (`interchange.hub`). The path of the weights or settings file
+    stands for its folder."""
+    is_name = not path.exists() and hub.is_name(str(path)) and not path.parent.exists()  # else a misspelt path
     if is_name:
         path = hub.fetch(str(path))
     if not path.exists():
@@ -213,9 +207,8 @@ def find(path: Path) -> Checkpoint:
     run_folder = None
     if path.is_file() and (path.parent / MANIFEST).is_file():
         if path.name not in (MANIFEST, "sae.safetensors"):
-            raise UserError(
-                f"sae: {path} is not the dictionary; give its folder {path.parent}, or sae.safetensors in it"
-            )
+            advice = f"give its folder {path.parent}, or sae.safetensors in it"
+            raise UserError(f"sae: {path} is not a dictionary's file; {advice}")
         path = path.parent
     folder = path
     if not (path / MANIFEST).is_file():
@@ -225,7 +218,7 @@ def find(path: Path) -> Checkpoint:
                 return Loaded.of(foreign)
             why_not = interchange.unreadable_reason(path if path.is_dir() else path.parent)
             raise UserError(
-                f"sae: {path} is neither a checkpoint (no {MANIFEST}) nor a run (no checkpoints/step_*), nor a folder of "
+                f"sae: {path} is neither a checkpoint (no {MANIFEST}), a run (no checkpoints/step_*), nor a folder of "
                 f"SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium{why_not}"
             )
         folder, run_folder = steps[-1], None if is_name else path
@@ -233,13 +226,13 @@ def find(path: Path) -> Checkpoint:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """What checkpoint.json holds, once it is what was written and of the right shape: its names become paths."""
+    """Read checkpoint.json and check it, including its names, which become paths."""
     path = folder / MANIFEST
-    remedy = f"remove {folder} to go on from an earlier checkpoint, if the run has one"
+    remedy = f"remove {folder} to continue from an earlier checkpoint, if the run has one"
     manifest = read_json(path, "checkpoint", remedy, form=FORMAT, keys=KEYS)
     names = [*manifest["dictionaries"], *(name.removesuffix(".safetensors") for name in manifest["files"])]
     if bad_names := [name for name in names if not _NAME.fullmatch(name)]:
-        raise UserError(f"checkpoint: {path} is damaged: {bad_names[0]!r} is no name of a file in it; {remedy}")
+        raise UserError(f"checkpoint: {path} is damaged: {bad_names[0]!r} is not a valid file name; {remedy}")
     for name, file in manifest["files"].items():
         if not isinstance(file, dict) or {key: type(file.get(key)) for key in ("bytes", "sha256")} != _FILE:
             raise UserError(f"checkpoint: {path} is damaged: files.{name} has no bytes and sha256; {remedy}")
@@ -247,12 +240,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def place(run: Path, step: int) -> Path:
-    """Where a run's checkpoint at `step` is."""
+    """Return the folder of a run's checkpoint at `step`."""
     return run / "checkpoints" / f"step_{step:08d}"
 
 
 def keep_last(run: Path) -> None:
-    """Remove all but the last `KEEP` checkpoints of a run, and what a kill left unfinished or half removed."""
+    """Remove all but the last `KEEP` checkpoints of a run, and unfinished or partly removed ones left by a kill."""
     last_folders = all_in(run)[-KEEP:]
     for folder in [*(run / "checkpoints").glob("step_*"), *(run / "checkpoints").glob(f"{UNFINISHED}*")]:
         if folder not in last_folders:
@@ -260,7 +253,7 @@ def keep_last(run: Path) -> None:
 
 
 def all_in(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first."""
+    """Return the checkpoint folders of a run, oldest first."""
     return sorted(p for p in (run / "checkpoints").glob("step_*") if (p / MANIFEST).is_file())
 
 
@@ -276,15 +269,16 @@ def save(sae: SparseAutoencoder, folder: str | Path) -> None:
 
 @default_modes()
 def load(path: str | Path) -> SparseAutoencoder:
-    """Load the dictionary in a checkpoint folder, in the last checkpoint of a run folder, or in a folder of SAELens,
-    dictionary_learning, sparsify, Gemma Scope or Llamascopium; here, or on the hub as OWNER/REPOSITORY[/FOLDER][@REVISION].
-    The path of the weights stands for their folder. float32, on the CPU. docs/exchange.md says which kinds and releases of
-    other libraries are read.
+    """Load a dictionary in float32 on the CPU.
+
+    `path` is a checkpoint folder, a run folder (its last checkpoint), a folder of SAELens, dictionary_learning,
+    sparsify, Gemma Scope or Llamascopium, the path of the weights in one of these, or a name on the hub:
+    OWNER/REPOSITORY[/FOLDER][@REVISION]. docs/exchange.md lists the kinds and releases of other libraries.
 
         sae = load("runs/mine")
-        sae = load("theirs/sae_weights.safetensors")
+        sae = load("saelens/sae_weights.safetensors")
         sae = load("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")
 
-    Raises UserError for what is no dictionary or is damaged, and for parts of one's own that are not imported yet.
+    Raises UserError if there is no dictionary, if a file is damaged, or if a plugin with its parts is not imported yet.
     """
     return find(expand_path(path, "sae")).dictionary()

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, known by what is in them, and figures that a user asks for."""
+"""Atomic writes of files and folders, digests, and checks of output paths."""
 
 import errno
 import hashlib
@@ -17,12 +17,21 @@ from typing import Any
 
 from ..errors import UserError
 
-UNFINISHED = ".writing-"  # begins the names of files and folders that a kill may leave behind
-LOCK = ".lock"  # in a folder that a process writes to
+UNFINISHED = ".writing-"  # prefix of files and folders that a kill may leave behind
+LOCK = ".lock"  # file in a folder that a process writes to
+
+
+@contextmanager
+def os_errors_named(label: str, remedy: str = "") -> Iterator[None]:
+    """Turn an OSError into the UserError "`label` can't be written (reason); `remedy`"."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{label} can't be written ({error.strerror}){'; ' * bool(remedy)}{remedy}") from None
 
 
 def flush(path: Path) -> None:
-    """See that a file, or what a folder lists, is on the disk."""
+    """Flush a file or a folder's list of entries to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -32,10 +41,10 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write, which then stands at `path`: all of it, or what was there before. Its mode follows the umask.
+    """Write a file atomically: yield a temporary path that then replaces `path`. The file's mode follows the umask.
 
-    A link is followed. What is not a regular file, such as /dev/stdout or a named pipe, is written to and never replaced.
-    An OSError names `path`.
+    Links are followed. Anything but a regular file, such as /dev/stdout or a named pipe, is written to and never
+    replaced. An OSError names `path`.
 
         with whole_file(folder / "report.md") as fresh:
             fresh.write_text(text)
@@ -61,7 +70,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         fresh.touch()
         mode = fresh.stat().st_mode
         yield fresh
-        fresh.chmod(mode)  # some libraries write to a temporary file that is only the owner's
+        fresh.chmod(mode)  # some libraries create files that only the owner may read
         flush(fresh)
         fresh.replace(path)
         flush(path.parent)
@@ -73,15 +82,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def _descriptor(path: Path) -> int | None:
-    """The number of an open file that a path stands for, as /dev/stdout does. Its name may lead to a regular file, which is
-    not to be replaced while the process prints to it."""
+    """Return the file descriptor that a path such as /dev/stdout stands for. It may be a regular file, which must not
+    be replaced while the process prints to it."""
     streams = {"/dev/stdout": 1, "/dev/stderr": 2}
     match = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", str(path))
     return int(match[1]) if match else streams.get(str(path))
 
 
 def _is_being_written(unfinished: Path) -> bool:
-    """Whether another process on this computer is at work on a file that is not finished."""
+    """Whether another process on this host is still writing an unfinished file."""
     process = unfinished.name.rpartition("-")[2]
     if not process.isdecimal() or int(process) == os.getpid():
         return False
@@ -95,12 +104,12 @@ def _is_being_written(unfinished: Path) -> bool:
 
 
 def contents(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without the lock of a process and the files that a kill has left unfinished."""
+    """List a folder, sorted, without a lock and unfinished files."""
     return sorted(path for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(UNFINISHED))
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder. If the process is killed meanwhile, what is left has an unfinished folder's name, not `folder`'s."""
+    """Remove a folder. If the process is killed meanwhile, the rest has the name of an unfinished folder."""
     if not folder.name.startswith(UNFINISHED):
         doomed = folder.with_name(f"{UNFINISHED}removed-{folder.name}-{secrets.token_hex(4)}")
         folder.rename(doomed)
@@ -109,7 +118,8 @@ def remove_folder(folder: Path) -> None:
 
 
 def absolute(name: str) -> str:
-    """The absolute path of a file or folder that exists; other names, such as a model's on the hub, as they are."""
+    """Return the absolute path of an existing file or folder. Other names, such as a model's on the hub, stay
+    unchanged."""
     path = Path(name).expanduser()
     try:
         return os.path.abspath(path) if path.exists() else name
@@ -118,15 +128,15 @@ def absolute(name: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, all of it or nothing. Raises OSError."""
+    """Write a UTF-8 text file atomically. Raises OSError."""
     with whole_file(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill with files, which then stands at `folder`, with those above it: all of it or nothing. The files'
-    mode follows the umask."""
+    """Create a folder atomically: yield a temporary folder that then becomes `folder`. Parents are created. The mode of
+    the files follows the umask."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.with_name(f"{UNFINISHED}{folder.name}-{secrets.token_hex(4)}")
     fresh.mkdir()
@@ -142,7 +152,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def follow_umask(folder: Path) -> None:
-    """Give the files of a folder the mode of a new file. safetensors writes files that only their owner may read."""
+    """Give the files of a folder the mode of a new file. safetensors creates files that only their owner may read."""
     probe = folder / f"{UNFINISHED}mode"
     probe.touch()
     mode = probe.stat().st_mode
@@ -153,26 +163,29 @@ def follow_umask(folder: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of_folder(path: Path) -> str:
-    """SHA-256 over the names, sizes and times of change of a folder's files: quick for large ones, unlike their contents."""
+    """Return the SHA-256 of the names, sizes and modification times of a folder's files, which is fast for large
+    files."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     lines = [f"{file.relative_to(path)} {(stat := file.stat()).st_size} {stat.st_mtime_ns}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def check_writable(path: Path | None, option: str = "json", kind: Callable[[Path], bool] | None = None) -> None:
-    """Raises UserError if no file can be written at `path`, the value of `option`: before the work, not after it. An
-    existing file is replaced only if it is empty or of the `kind` that is to be written, by default JSON."""
+    """Check before a long command that a file can be written at `path`, the value of `option`.
+
+    An existing file may be replaced only if it is empty or `kind` (by default: is JSON) accepts it. Raises UserError.
+    """
     if path is None or _descriptor(path) is not None:
         return
     is_kind = _is_json if kind is None else kind
-    try:
-        if path.exists() and not path.is_file():  # a pipe would wait for its reader
+    with os_errors_named(f"{option}: {path}", "give a file in a folder that exists"):
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its reader
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not os.access(path, os.W_OK):
@@ -184,10 +197,6 @@ def check_writable(path: Path | None, option: str = "json", kind: Callable[[Path
         path.open("a").close()
         if is_new:
             path.resolve().unlink()
-    except OSError as error:
-        raise UserError(
-            f"{option}: {path} can't be written ({error.strerror}); give a file in a folder that exists"
-        ) from None
 
 
 def _is_json(path: Path) -> bool:
@@ -196,15 +205,13 @@ def _is_json(path: Path) -> bool:
 
 
 def check_can_make(folder: Path) -> None:
-    """Raise OSError if no folder can be made at `folder`, with those above it, or it can't be written to. Leaves nothing."""
+    """Raise OSError if `folder` can't be created or written to. Leaves nothing behind."""
     parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}probe-", dir=parent)).rmdir()
 
 
 def write_json(path: Path | None, values: Any) -> None:
-    """Write `values`, if a path is given. Raises UserError where that fails."""
+    """Write `values` as JSON if a path is given. Raises UserError if writing fails."""
     if path is not None:
-        try:
+        with os_errors_named(f"json: {path}"):
             write_text(path, json.dumps(values, indent=1, default=str) + "\n")
-        except OSError as error:
-            raise UserError(f"json: {path} can't be written ({error.strerror})") from None

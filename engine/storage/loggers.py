@@ -1,4 +1,4 @@
-"""Metrics to where people watch them: TensorBoard and Weights & Biases, where installed. metrics.jsonl is always written."""
+"""Send metrics to TensorBoard and Weights & Biases, if installed. metrics.jsonl is always written."""
 
 import re
 import secrets
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ..errors import UserError
 from .files import write_text
 
-#: what `train.log` may name: the module to import, and the package that brings it
+#: values of `train.log`: the module to import, and the package that provides it
 LOGGERS = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
 WANDB_ID = "wandb_id"  # in the run folder
 
@@ -21,7 +21,7 @@ class Logger(Protocol):
 
 
 def open_loggers(names: tuple[str, ...], folder: Path | None, settings: Mapping[str, Any]) -> list[Logger]:
-    """A logger for each of `names`, writing below `folder`. Raises UserError for one whose package isn't installed."""
+    """Open the named loggers, which write below `folder`. Raises UserError if a package isn't installed."""
     makers = {"tensorboard": _TensorBoard, "wandb": _Wandb}
     loggers: list[Logger] = []
     for name in names:
@@ -35,7 +35,7 @@ def open_loggers(names: tuple[str, ...], folder: Path | None, settings: Mapping[
 
 
 def scalars(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers of a line of metrics by name; those of the control and of times as `random/fvu`."""
+    """Yield the numbers of a line of metrics by name. Nested ones are named like `random/fvu`."""
     for key, value in line.items():
         if isinstance(value, dict):
             yield from scalars(value, f"{prefix}{key}/")
@@ -44,7 +44,7 @@ def scalars(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 
 def _id(folder: Path) -> str:
-    """What a tracker knows a run by: random, so that no two runs share it, and the same when the run is resumed."""
+    """Return the run's id for Weights & Biases: random for a new run, the stored one for a resumed run."""
     try:
         run_id = (folder / WANDB_ID).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -71,10 +71,9 @@ class _Wandb:
             self._run = module.init(
                 project="temposae", name=name, id=run_id, resume="allow", dir=folder, config=dict(settings)
             )
-        except Exception as error:  # no key, no network: whatever it raises
-            raise UserError(
-                f"train.log: wandb is not allowed; it can't start ({' '.join(str(error).split())})"
-            ) from None
+        except Exception as error:  # no key, no network, ...
+            reason = " ".join(str(error).split())
+            raise UserError(f"train.log: wandb is not allowed; it can't start ({reason})") from None
         if folder is not None and run_id is not None:
             write_text(folder / WANDB_ID, run_id + "\n")
 

@@ -1,5 +1,5 @@
-"""A run's folder: config.yaml (settings as resolved), metrics.jsonl (a line a report), held_out.jsonl (the same on held-out
-text, from step 0 on, where it is asked for), checkpoints/. Paths in config.yaml are absolute."""
+"""A run's folder: config.yaml (resolved settings with absolute paths), metrics.jsonl (one line per report),
+held_out.jsonl (reports on held-out text from step 0, if requested), checkpoints/."""
 
 import json
 import math
@@ -13,42 +13,35 @@ import yaml
 from ..config import Config, RunConfig, SweepConfig, read_yaml
 from ..errors import UserError
 from ..stream import model_loading
-from .files import absolute, check_can_make, contents, write_text
+from .files import absolute, check_can_make, contents, os_errors_named, write_text
 from .sealed import check_yaml, sealed_yaml
 
 CONFIG, METRICS, HELD_OUT = "config.yaml", "metrics.jsonl", "held_out.jsonl"
-#: numbers, or null where they were not finite, that every line of a log has
+#: numbers in every line of a log; null stands for numbers that are not finite
 _NUMBERS = {METRICS: ("loss", "fvu", "l0", "dead_fraction"), HELD_OUT: ("fvu", "l0")}
 
 
 def begin(folder: Path, settings: Config, name: str = CONFIG) -> None:
-    """Make the folder, with its settings in it; a run that goes on has them."""
+    """Create the folder and write its settings, unless a resumed run has them already."""
     if (folder / name).exists():
         return
-    try:
+    with os_errors_named(f"out: {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
         write_text(folder / name, sealed_yaml(text))
-    except OSError as error:
-        raise UserError(f"out: {folder} can't be written ({error.strerror})") from None
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a run folder that holds something already, or that can't be made. Leaves nothing behind."""
-    try:
+    """Raise UserError for a run folder that is not empty or can't be created. Leaves nothing behind."""
+    with os_errors_named(f"out: {folder}", "give a folder that you may write to"):
         if folder.exists() and (not folder.is_dir() or contents(folder)):
-            raise UserError(
-                f"out: {folder} exists and is not empty; give a new folder, or --resume to go on with that run"
-            )
+            advice = "give a new folder, or --resume to continue that run"
+            raise UserError(f"out: {folder} exists and is not empty; {advice}")
         check_can_make(folder)
-    except OSError as error:
-        raise UserError(
-            f"out: {folder} can't be written ({error.strerror}); give a folder that you may write to"
-        ) from None
 
 
 def read_settings(folder: Path) -> RunConfig | SweepConfig:
-    """The settings of the run in `folder`, or of the several that share a stream."""
+    """Read the settings of the run in `folder`, or of several runs that share a stream."""
     path = folder / CONFIG
     values = read_sealed_yaml(path)
     try:
@@ -61,8 +54,11 @@ def read_settings(folder: Path) -> RunConfig | SweepConfig:
 
 
 def as_begun(run: RunConfig) -> RunConfig:
-    """Stored settings; those of version 0.1.0, which had no `stream.memory_gb`, with the meaning that defaults had then: the
-    learning rate followed the power law of Gao et al., and a `text_field` that the data lacked was looked past."""
+    """Return stored settings with the defaults of the version that wrote them.
+
+    Version 0.1.0 had no `stream.memory_gb`. Its learning rate followed the power law of Gao et al., and it ignored a
+    `text_field` that the data lacked.
+    """
     if "memory_gb" in run.stream.model_fields_set:
         return run
     lr = run.train.lr if run.train.lr is not None else 2e-4 * math.sqrt(2**14 / run.sae.d_sae)
@@ -76,20 +72,21 @@ def as_begun(run: RunConfig) -> RunConfig:
 
 
 def read_sealed_yaml(path: Path) -> dict[str, Any]:
-    """The settings that a run or a campaign wrote. Raises UserError where the file has changed since."""
-    check_yaml(path, "resume", "undo the change, or begin a new run with --out and this file")
+    """Read the settings that a run or a campaign wrote. Raises UserError if the file has changed since."""
+    check_yaml(path, "resume", "undo the change, or start a new run with this file and --out")
     return read_yaml(path)
 
 
 def with_absolute_paths(run: RunConfig) -> RunConfig:
-    """The settings with absolute paths in place of relative ones, so that they mean the same from any folder."""
+    """Return the settings with absolute paths, which mean the same from any folder."""
     train = {} if run.train.init is None else {"init": absolute(run.train.init)}
     stream = model_loading.with_absolute_paths(run.stream)
     return run.model_copy(update={"stream": stream, "train": run.train.model_copy(update=train)})
 
 
 def difference(old: Mapping[str, RunConfig], new: Mapping[str, RunConfig]) -> tuple[str, Any, Any] | None:
-    """The first setting that differs, with both values; None where there is none. Relative paths are those from here."""
+    """Return the first setting that differs, with both values, or None. Relative paths start from the current
+    folder."""
     if old.keys() != new.keys():
         return "dictionaries", ", ".join(old), ", ".join(new)
 
@@ -109,8 +106,8 @@ def difference(old: Mapping[str, RunConfig], new: Mapping[str, RunConfig]) -> tu
 
 
 def read_metrics(folder: Path, until: int | None = None, name: str = METRICS) -> list[dict[str, Any]]:
-    """The reports in a run's metrics.jsonl up to step `until`. A line that can't be read, such as the last one after a kill,
-    is named on stderr and left out."""
+    """Read the reports in a run's metrics.jsonl up to step `until`. Damaged lines, such as the last one after a kill,
+    are reported on stderr and skipped."""
     path = folder / name
     reports = []
     *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
@@ -120,12 +117,12 @@ def read_metrics(folder: Path, until: int | None = None, name: str = METRICS) ->
             if until is None or line["step"] <= until:
                 reports.append(line)
         else:
-            print(f"{path}: line {number} is damaged and left out", file=sys.stderr, flush=True)
+            print(f"{path}: line {number} is damaged and skipped", file=sys.stderr, flush=True)
     return reports
 
 
 def _report(raw: bytes, numbers: tuple[str, ...]) -> dict[str, Any] | None:
-    """A line of a log; None if it is none."""
+    """Parse a line of a log. None if it is not valid."""
     try:
         line = json.loads(raw.decode())
     except (ValueError, RecursionError):
@@ -140,18 +137,15 @@ def _report(raw: bytes, numbers: tuple[str, ...]) -> dict[str, Any] | None:
 
 
 def rewind(folder: Path, reports: list[dict[str, Any]], name: str = METRICS) -> None:
-    """Leave only `reports` in metrics.jsonl."""
+    """Replace the contents of metrics.jsonl by `reports`."""
     write_text(folder / name, "".join(json.dumps(line) + "\n" for line in reports))
 
 
 def report(folder: Path, line: dict[str, Any], name: str = METRICS) -> None:
-    """Add a line to metrics.jsonl; numbers that JSON doesn't have become null."""
+    """Append a line to metrics.jsonl. Numbers that are not finite become null."""
     path = folder / name
-    try:
-        with path.open("a") as file:
-            file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
-    except OSError as error:
-        raise UserError(f"out: {path} can't be written ({error.strerror}); the checkpoints are untouched") from None
+    with os_errors_named(f"out: {path}", "the checkpoints are unchanged"), path.open("a") as file:
+        file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -1,11 +1,12 @@
-"""Small files that results depend on, each with a SHA-256 of what it holds, so that a change is noticed on reading.
+"""Small JSON and YAML files that start with a SHA-256 of their contents, so that changes are noticed on reading.
 
     {                               # sha256 4f1c...
      "sha256": "4f1c...",           stream:
      "format": "temposae/1",          model: testbed
     ...
 
-The checksum is of all bytes behind it. A file without one, as earlier versions wrote them or a person did, is read as it is.
+The checksum covers all bytes after it. Files without one, from earlier versions or written by hand, are read without a
+check.
 """
 
 import hashlib
@@ -24,30 +25,30 @@ _YAML = re.compile(rb"# sha256 ([0-9a-f]{64})\n(.*)", re.DOTALL)
 
 
 def sealed_json(text: str) -> str:
-    """A JSON object's text with its checksum as the first key."""
+    """Insert the checksum into the text of a JSON object, as its first key."""
     rest = text.removeprefix("{")
     comma = "" if rest.startswith("}") else ","
     return f'{{\n "sha256": "{_sha256(rest.encode())}"{comma}{rest}'
 
 
 def sealed_yaml(text: str) -> str:
-    """A YAML text with its checksum as a comment in the first line."""
+    """Put the checksum in front of a YAML text, as a comment in the first line."""
     return f"# sha256 {_sha256(text.encode())}\n{text}"
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write an object as JSON with its checksum: all of it or nothing. Raises OSError."""
+    """Write an object as JSON with its checksum, atomically. Raises OSError."""
     write_text(path, sealed_json(json.dumps(values, indent=1, allow_nan=False) + "\n"))
 
 
 def read_json(
     path: Path, label: str, remedy: str, *, form: str | None = None, keys: Mapping[str, type | UnionType] | None = None
 ) -> dict[str, Any]:
-    """The object in a JSON file, without its checksum. `label` begins the message of an error and `remedy`, which says what
-    to do, ends it. `form` is the value that its key `format` must have; `keys` are those that there must be, with their
-    types.
+    """Read the object in a JSON file, without its checksum.
 
-    Raises UserError for a file that is missing, can't be read, is no JSON object or no longer what was written.
+    Error messages begin with `label` and end with `remedy`, which says what to do. `form` is the required value of the
+    key `format`; `keys` maps required keys to their types. Raises UserError if the file is missing, can't be read, is
+    not a JSON object, or has changed since it was written.
     """
 
     def refuse(reason: str) -> UserError:
@@ -65,7 +66,7 @@ def read_json(
     try:
         values = json.loads(raw.decode())
     except UnicodeDecodeError as error:
-        raise refuse(f"is damaged: byte {error.start} is no UTF-8") from None
+        raise refuse(f"is damaged: byte {error.start} is not UTF-8") from None
     except json.JSONDecodeError as error:
         raise refuse(f"is damaged: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:
@@ -88,14 +89,14 @@ def read_json(
 
 
 def check_yaml(path: Path, label: str, remedy: str) -> None:
-    """Raise UserError where a YAML file is no longer what was written; one without a checksum passes."""
+    """Raise UserError if a YAML file has changed since it was written. A file without a checksum passes."""
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{label}: {path} can't be read ({error.strerror})") from None
     match = _YAML.match(raw)
     if raw.startswith(b"# sha256 ") and (match is None or _sha256(match[2]) != match[1].decode()):
-        raise UserError(f"{label}: {path} is not what was written there (SHA-256 in its first line); {remedy}")
+        raise UserError(f"{label}: {path} has changed since it was written (SHA-256 in its first line); {remedy}")
 
 
 def _sha256(raw: bytes) -> str:

@@ -1,7 +1,7 @@
-"""Settings in a YAML file, within bounds: what is too large, too deep or refers to itself is refused before it is built.
+"""Read settings from YAML files. Files that are too large, too deep or refer to themselves are refused while parsing.
 
-Plain YAML 1.1 but for this: `1e-4` is a number, only decimal digits make one (010 and 1:30 are text), keys are text as they
-are written, none comes twice in a section, and there are no tags. Anchors, aliases and `<<` work.
+The differences from YAML 1.1: `1e-4` is a number, numbers are decimal only (010 and 1:30 are text), keys are always
+text and unique in their section, and tags are refused. Anchors, aliases and `<<` work.
 """
 
 import re
@@ -17,56 +17,56 @@ from yaml.resolver import BaseResolver
 
 from ..errors import UserError, in_one_line, shown
 
-BYTES, DEPTH, NODES = 4 * 2**20, 32, 400_000  # of a file; NODES with every alias written out
+BYTES, DEPTH, NODES = 4 * 2**20, 32, 400_000  # limits of a file; NODES counts the contents of every alias
 _NUMBER = re.compile(
     r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))\Z"
     r"|\.(?:nan|NaN|NAN)\Z"
 )
-_DIGITS = 4000  # of an integer, fewer than Python refuses to read
+_DIGITS = 4000  # longest integer; Python refuses 4300 digits
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file. Raises UserError, naming the file and the line, for what is missing, malformed or too
+    """Read the settings in a YAML file. Raises UserError, with file and line, if it is missing, malformed or too
     large."""
     try:
         with path.open("rb") as file:
-            raw = file.read(BYTES + 1)  # not all of what may be /dev/zero
-    except OSError as error:
-        raise UserError(f"config: {path} can't be read: {error.strerror}") from None
-    except ValueError as error:  # a null byte in the name
-        raise UserError(f"config: {path} can't be read: {error}") from None
+            raw = file.read(BYTES + 1)  # bounded, because it may be /dev/zero
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise UserError(f"config: {path} can't be read: {getattr(error, 'strerror', error)}") from None
     if len(raw) > BYTES:
         raise UserError(f"config: {path} is too large; settings are at most {BYTES:,} bytes")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise UserError(f"config: {path} is not YAML: line {line} holds a byte that is not UTF-8") from None
+        raise UserError(f"config: {path} is not YAML: line {line} has a byte that is not UTF-8") from None
     try:
         settings = _built(path, text)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"config: {path} is not YAML: line {line} holds a character that no text has") from None
+        raise UserError(
+            f"config: {path} is not YAML: line {line} has a character that is not allowed in text"
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         location = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
         reason = in_one_line(" ".join(sentence for sentence in (error.context, error.problem) if sentence))
         raise UserError(f"config: {path}{location} is not YAML: {reason}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"config: {path} must hold sections (stream, sae, train, eval), not {type(settings).__name__}")
+        raise UserError(f"config: {path} must have sections (stream, sae, train, eval), not {type(settings).__name__}")
     return settings
 
 
 def _built(path: Path, text: str) -> Any:
-    """The values in a text. libyaml, where PyYAML has it, parses four times as fast; errors are those of the parser in
-    Python, which says where and why."""
+    """Build the values in a text. PyYAML's libyaml parser, if present, is four times as fast. Errors come from the
+    Python parser, which explains them better."""
     with suppress(yaml.YAMLError):
         return _Builder(_within_bounds(path, text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))).get_single_data()
     return _Builder(_within_bounds(path, text, yaml.SafeLoader)).get_single_data()
 
 
 def _within_bounds(path: Path, text: str, loader: Any) -> Iterator[yaml.Event]:
-    """The parser's events up to the first that makes the file too large or too deep, which is refused."""
+    """Yield the parser's events, and raise UserError at the first one that makes the file too large or too deep."""
     bounds = _Bounds()
     for event in yaml.parse(text, Loader=loader):
         if (problem := bounds.passed_by(event)) is not None:
@@ -76,14 +76,14 @@ def _within_bounds(path: Path, text: str, loader: Any) -> Iterator[yaml.Event]:
 
 
 class _Bounds:
-    """Nodes and levels so far, with every alias counted as what it stands for."""
+    """Counts nodes and levels. An alias counts as much as its anchor's contents."""
 
     def __init__(self):
-        self.anchors: dict[str, tuple[int, int] | None] = {}  # nodes and levels below each; None while it is open
-        self.open: list[tuple[str | None, int, int]] = []  # collections: anchor, nodes, levels
+        self.anchors: dict[str, tuple[int, int] | None] = {}  # nodes and levels; None while the anchor is open
+        self.open: list[tuple[str | None, int, int]] = []  # open collections: anchor, nodes, levels
 
     def passed_by(self, event: yaml.Event) -> str | None:
-        """Count an event; says why it can't be."""
+        """Count an event. Returns a message if the event is refused."""
         too_deep = f"it is nested too deeply; settings have at most {DEPTH} levels"
         anchor = getattr(event, "anchor", None)
         if getattr(event, "tag", None) not in (None, "!"):
@@ -98,7 +98,7 @@ class _Bounds:
                 return f"*{anchor} names nothing; &{anchor} must come before it"
             inner = self.anchors[anchor]
             if inner is None:
-                return f"*{anchor} is within itself; it must name what ends before it"
+                return f"*{anchor} refers to itself; its anchor must end before it"
             nodes, levels = inner
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, nodes, levels = self.open.pop()
@@ -117,7 +117,7 @@ class _Bounds:
 
 
 class _Builder(Composer, SafeConstructor, BaseResolver):
-    """Values from events. Names are text as written, each once in its section; numbers are as `_NUMBER` has them."""
+    """Builds values from events. Keys are text and unique in their section. Numbers match `_NUMBER`."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "bool", "merge")]
@@ -153,7 +153,7 @@ class _Builder(Composer, SafeConstructor, BaseResolver):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        self.flatten_mapping(node)  # what << names
+        self.flatten_mapping(node)  # merges <<
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 
     def construct_number(self, node: Any) -> Any:
@@ -162,7 +162,7 @@ class _Builder(Composer, SafeConstructor, BaseResolver):
             return float(text.replace(".inf", "inf").replace(".nan", "nan"))
         digits = text.lstrip("+-")
         is_plain = len(digits) <= _DIGITS and (digits == "0" or digits[0] != "0")
-        return int(text) if is_plain else node.value  # 010: eight, or ten?
+        return int(text) if is_plain else node.value  # 010 may mean 8 or 10, so it stays text
 
 
 _Builder.add_implicit_resolver("temposae:number", _NUMBER, list("-+0123456789."))

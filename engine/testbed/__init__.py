@@ -1,1 +1,1 @@
-"""The embedded language: its generator knows every token's labels and its own entropy; a small model has learned it."""
+"""The embedded language, whose generator knows every token's labels and the exact entropy, and a small model of it."""

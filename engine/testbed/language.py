@@ -1,7 +1,7 @@
-"""A small English-like language with ground truth: every token knows what it is, every document its exact probability.
+"""A small English-like language with ground truth: labels for every token, and the exact probability of every document.
 
-A document is one row: `<bos>`, an opening (tone, then topic), a list, a body, a closing, `<eos>`. Sections are tied to
-position: the list starts near position 10, the body ends at the first sentence boundary after position 104.
+A document is one row: `<bos>`, an opening (tone, then topic), a list, a body, a closing, `<eos>`. Sections have typical
+positions: the list starts near position 10, and the body ends at the first sentence boundary after position 104.
 
     hey folks , these notes are about sailing . first , trim the windy sail . ...            opening, list
     the boats near the harbor behind the masts are old .                                     agreement across distance
@@ -10,8 +10,9 @@ position: the list starts near position 10, the body ends at the first sentence 
     basically , the salty crew moored the boat .                                             topic and tone
     to conclude , thanks a bunch . see ya , drabel <eos>                                     closing
 
-Each choice is visible in the text and each text has one derivation, so log p(document) is the sum of the log
-probabilities of the choices made, and the entropy of the language is its mean: what a perfect model's loss would be.
+Each choice is visible in the text and each text has one derivation. So log p(document) is the sum of the log
+probabilities of the choices made. The entropy of the language is the mean of -log p, which is the loss of a perfect
+model.
 """
 
 import math
@@ -29,30 +30,21 @@ from ..errors import UserError
 from . import lexicon as lex
 
 CONTEXT = 128
-HELD_OUT = 10_000_000  # no model and no dictionary is trained on documents from this number on
-BODY_UNTIL = 104  # a body sentence may start up to here; the longest one (11 tokens) and the closing (12) still fit
+HELD_OUT = 10_000_000  # number of the first held-out document: no model or dictionary is trained from here on
+BODY_UNTIL = 104  # last start of a body sentence: the longest one (11 tokens) and the closing (12) still fit
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 PAD, BOS, EOS, UNK = range(4)
 
 SECTIONS = ("none", "opening", "list", "body", "closing")
 KINDS = (
-    "none",
-    "salutation",
-    "announcement",
-    "item",
-    "topical",
-    "agreement",
-    "order",
-    "consequence",
-    "fact",
-    "thanks",
+    "none", "salutation", "announcement", "item", "topical", "agreement", "order", "consequence", "fact", "thanks",
     "sign_off",
-)
+)  # fmt: skip
 ROLES = (
     "none", "subject", "attractor", "copula", "agent", "patient", "action", "connective", "result_subject", "result",
     "entity", "relation", "object", "noun", "verb", "adjective", "adverb", "ordinal", "topic_name", "tone_word",
 )  # fmt: skip
-#: per-token labels; -1 where a label does not apply
+#: labels of a token; -1 where a label does not apply
 LABELS = ("section", "kind", "role", "topic", "tone", "item", "plural", "fact", "agent_is_human", "subject_is_human")
 
 
@@ -73,7 +65,7 @@ class Fact:
 
 @dataclass
 class Document:
-    """One document: words (with `<bos>` and `<eos>`), labels per token, log p in nats (of everything after `<bos>`)."""
+    """A document: words (with `<bos>` and `<eos>`), labels per token, and log p in nats of everything after `<bos>`."""
 
     words: list[str]
     labels: dict[str, list[int]]
@@ -88,7 +80,7 @@ class Document:
 
 @dataclass
 class OrderPair:
-    """Two sentences with the same bag of words, and the consequence that each has: "so the" or "alas the", `subject`."""
+    """Two sentences with the same bag of words, and the `subject` of each one's consequence ("so the", "alas the")."""
 
     prefix: list[str]
     sentences: tuple[list[str], list[str]]
@@ -99,7 +91,7 @@ class OrderPair:
 
 @dataclass
 class _Weighted:
-    """A choice among `items` with these probabilities."""
+    """A random choice among `items` with given probabilities."""
 
     items: Sequence[Any]
     probabilities: Sequence[float]
@@ -112,7 +104,7 @@ class _Weighted:
 
     @classmethod
     def zipf(cls, items: Sequence[Any], shift: float = 4.0) -> "_Weighted":
-        """In proportion to 1 / (rank + shift)."""
+        """Probabilities in proportion to 1 / (rank + shift)."""
         weights = [1 / (rank + shift) for rank in range(len(items))]
         total = sum(weights)
         return cls(items, [weight / total for weight in weights])
@@ -123,7 +115,7 @@ _OF_ANOTHER_TOPIC = _Weighted((False, True), (0.9, 0.1))
 
 
 class Language:
-    """The generator. `correlation` in [0, 1]: a topic's preferred tone is used with probability (1 + correlation) / 2."""
+    """The generator. A topic's preferred tone has probability (1 + correlation) / 2, with `correlation` in [0, 1]."""
 
     def __init__(self, correlation: float = 0.5, seed: int = 0):
         if not 0 <= correlation <= 1:
@@ -152,11 +144,11 @@ class Language:
         return {word: i for i, word in enumerate(self.vocabulary)}
 
     def document(self, index: int, labelled: bool = True) -> Document:
-        """Document number `index` of this language's seed: the same one on every call."""
+        """Return document number `index` of this language's seed, the same on every call."""
         return _Writer(self, random.Random(f"{self.seed}/{index}"), labelled).document()
 
     def tokens(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows [count, CONTEXT] of token ids (int64, padded with `<pad>`) and log p [count] in nats."""
+        """Return rows [count, CONTEXT] of token ids (int64, padded with `<pad>`) and log p [count] in nats."""
         rows = np.full((count, CONTEXT), PAD, dtype=np.int64)
         log_prob = np.empty(count)
         for row in range(count):
@@ -166,7 +158,7 @@ class Language:
         return rows, log_prob
 
     def labels(self, start: int, count: int) -> dict[str, np.ndarray]:
-        """Label name -> [count, CONTEXT] int16 aligned with `tokens`; -1 where it does not apply (padding included)."""
+        """Return int16 labels [count, CONTEXT] by name, aligned with `tokens`. -1 where a label does not apply."""
         table = {name: np.full((count, CONTEXT), -1, dtype=np.int16) for name in LABELS}
         for row in range(count):
             for name, values in self.document(start + row).labels.items():
@@ -174,11 +166,11 @@ class Language:
         return table
 
     def prefix(self, index: int) -> list[str]:
-        """The words of a document up to the start of its body: a context for prompts."""
+        """Return the words of a document up to the start of its body, as context for prompts."""
         return _Writer(self, random.Random(f"{self.seed}/prefix/{index}")).prefix()
 
     def fact_prompts(self, index: int = 0) -> list[tuple[list[str], Fact]]:
-        """For every fact and both phrasings, a prompt (words, ending before the object) and the fact."""
+        """Return prompts for every fact in both phrasings: words that end before the object, and the fact."""
         return [
             (self.prefix(index + 2 * fact.index + form) + phrase, fact)
             for fact in facts()
@@ -201,7 +193,8 @@ class Language:
         return pairs
 
     def agreement_prompts(self, count: int, index: int = 0) -> list[tuple[list[str], bool]]:
-        """Prompts that end before the copula, and whether the subject is plural; some noun in between disagrees with it."""
+        """Return prompts that end before the copula, and whether the subject is plural. A noun in between disagrees
+        with it."""
         prompts = []
         while len(prompts) < count:
             writer = _Writer(self, random.Random(f"{self.seed}/agreement/{index}"))
@@ -211,10 +204,8 @@ class Language:
             roles = writer.labels["role"]
             stop = len(roles) - 1 - roles[::-1].index(ROLES.index("copula"))
             plural = writer.labels["plural"][stop] == 1
-            attractors = [
-                p for r, p in zip(roles, writer.labels["plural"], strict=True) if r == ROLES.index("attractor")
-            ]
-            if any(bool(p) != plural for p in attractors):
+            numbers = zip(roles, writer.labels["plural"], strict=True)
+            if any(role == ROLES.index("attractor") and bool(number) != plural for role, number in numbers):
                 prompts.append((writer.words[:stop], plural))
             assert writer.words[: len(words)] == words
         return prompts
@@ -222,7 +213,7 @@ class Language:
 
 @cache
 def facts() -> tuple[Fact, ...]:
-    """The 240 facts, the same in every language; each relation's objects are spread evenly over its entities."""
+    """Return the 240 facts, the same in every language. Each relation spreads its objects evenly over its entities."""
     rng = random.Random("facts")
     names = iter(lex.entity_names(lex.ENTITIES_PER_DOMAIN * len(lex.FACTS)))
     all_facts: list[Fact] = []
@@ -237,19 +228,16 @@ def facts() -> tuple[Fact, ...]:
 
 
 def connective(subject: str) -> str:
-    """How a consequence begins: "alas" when its subject is human, "so" otherwise."""
+    """Return the first word of a consequence: "alas" if its subject is human, else "so"."""
     return "alas" if subject in lex.HUMANS else "so"
 
 
 def _phrasings(fact: Fact) -> tuple[list[str], list[str]]:
-    return (
-        ["the", fact.relation, "of", fact.entity, "is"],
-        ["for", fact.entity, "the", fact.relation, "is"],
-    )
+    return ["the", fact.relation, "of", fact.entity, "is"], ["for", fact.entity, "the", fact.relation, "is"]
 
 
 class _Writer:
-    """Writes one document token by token, noting labels and the log probability of every choice."""
+    """Writes one document and records labels and the log probability of every choice."""
 
     def __init__(self, language: Language, rng: random.Random, labelled: bool = True):
         self.language, self.random, self.labelled = language, rng.random, labelled
@@ -269,7 +257,7 @@ class _Writer:
         return Document(self.words, self.labels, self.log_prob, self.topic, self.tone)
 
     def prefix(self) -> list[str]:
-        # The topic is drawn first and the tone given it, though the text shows the tone first: log p is the same.
+        # The text shows the tone first, but log p is the same if the topic is drawn first.
         self.topic = self.pick(range(len(self.language.topics)))
         preferred = self.topic % len(lex.TONES)
         self.tone = preferred if self.draw(self.language.has_preferred_tone) else 1 - preferred
@@ -277,37 +265,25 @@ class _Writer:
         self.adverbs = adverbs.split()
 
         self.section, self.kind = SECTIONS.index("opening"), KINDS.index("salutation")
-        self.write(self.pick(salutations), "tone_word")
-        self.write(",")
+        self.write((self.pick(salutations), "tone_word"), ",")
         self.kind = KINDS.index("announcement")
-        self.write("these notes are about")
-        self.write(self.language.topics[self.topic], "topic_name")
-        self.write(".")
+        self.write("these notes are about", (self.language.topics[self.topic], "topic_name"), ".")
 
         self.section, self.kind = SECTIONS.index("list"), KINDS.index("item")
         for item, ordinal in enumerate(lex.ORDINALS[: self.pick((3, 4))]):
             self.item = item
-            self.write(ordinal, "ordinal")
-            self.write(",")
-            self.write(self.content(self.language.imperatives), "verb")
-            self.write("the")
-            self.write(self.content(self.language.nouns), "noun")
-            self.write(".")
+            verb, noun = self.content(self.language.imperatives), self.content(self.language.nouns)
+            self.write((ordinal, "ordinal"), ",", (verb, "verb"), "the", (noun, "noun"), ".")
         self.item = -1
         return list(self.words)
 
     def topical(self) -> None:
         self.kind = KINDS.index("topical")
         if self.pick((True, False)):
-            self.write(self.pick(self.adverbs), "adverb")
-            self.write(",")
-        self.write("the")
-        self.write(self.content(self.language.adjectives), "adjective")
-        self.write(self.content(self.language.nouns), "noun")
-        self.write(self.content(self.language.verbs), "verb")
-        self.write("the")
-        self.write(self.content(self.language.nouns), "noun")
-        self.write(".")
+            self.write((self.pick(self.adverbs), "adverb"), ",")
+        word_classes = (self.language.adjectives, self.language.nouns, self.language.verbs, self.language.nouns)
+        adjective, subject, verb, noun = map(self.content, word_classes)
+        self.write("the", (adjective, "adjective"), (subject, "noun"), (verb, "verb"), "the", (noun, "noun"), ".")
 
     def agreement(self) -> None:
         self.kind = KINDS.index("agreement")
@@ -315,9 +291,9 @@ class _Writer:
         for _ in range(self.pick((1, 2))):
             self.write(self.pick(lex.PREPOSITIONS))
             self.noun("attractor")
-        self.write(self.pick(lex.COPULAS["plural" if number else "singular"]), "copula", {"plural": number})
-        self.write(self.pick(lex.PREDICATES))
-        self.write(".")
+        copula = self.pick(lex.COPULAS["plural" if number else "singular"])
+        self.write((copula, "copula"), known={"plural": number})
+        self.write(self.pick(lex.PREDICATES), ".")
 
     def order(self) -> None:
         self.kind = KINDS.index("order")
@@ -328,47 +304,36 @@ class _Writer:
         by_patient = verb in lex.PATIENT_VERBS
         subject = patient if by_patient else agent
         known = {"agent_is_human": int(human_first), "subject_is_human": int(subject == human)}
-        self.write("the", known=known)
-        self.write(agent, "agent", known=known)
-        self.write(verb, "action", known=known)
-        self.write("the", known=known)
-        self.write(patient, "patient", known=known)
-        self.write(".", known=known)
+        self.write("the", (agent, "agent"), (verb, "action"), "the", (patient, "patient"), ".", known=known)
         self.kind = KINDS.index("consequence")
-        # The connective makes the order matter at the very end of the sentence, not only when the subject is named.
-        self.write(connective(subject), "connective", known=known)
-        self.write("the", known=known)
-        self.write(subject, "result_subject", known=known)
-        self.write(self.pick(lex.PATIENT_RESULTS if by_patient else lex.AGENT_RESULTS), "result", known=known)
-        self.write(".", known=known)
+        result = self.pick(lex.PATIENT_RESULTS if by_patient else lex.AGENT_RESULTS)
+        # The connective makes the order matter at the end of the sentence, before the subject is named.
+        consequence = ((connective(subject), "connective"), "the", (subject, "result_subject"), (result, "result"), ".")
+        self.write(*consequence, known=known)
 
     def fact(self) -> None:
         self.kind = KINDS.index("fact")
         fact = self.pick(facts())
         roles = {fact.entity: "entity", fact.relation: "relation"}
-        for word in self.pick(_phrasings(fact)):
-            self.write(word, roles.get(word, "none"), known={"fact": fact.index})
-        self.write(fact.object, "object", known={"fact": fact.index})
-        self.write(".", known={"fact": fact.index})
+        words = [(word, roles.get(word, "none")) for word in self.pick(_phrasings(fact))]
+        self.write(*words, (fact.object, "object"), ".", known={"fact": fact.index})
 
     def closing(self) -> None:
         self.section, self.kind = SECTIONS.index("closing"), KINDS.index("thanks")
-        self.write("to conclude ,")
-        self.write(self.pick(self.thanks), "tone_word")
-        self.write(".")
+        self.write("to conclude ,", (self.pick(self.thanks), "tone_word"), ".")
         self.kind = KINDS.index("sign_off")
-        self.write(self.pick(self.sign_offs), "tone_word")
-        self.write("<eos>")
+        self.write((self.pick(self.sign_offs), "tone_word"), "<eos>")
 
     def noun(self, role: str) -> int:
-        """`the` and a noun of the topic in singular or plural; returns 1 for plural."""
+        """Write `the` and a noun of the topic in singular or plural. Returns 1 for plural."""
         plural = self.pick((0, 1))
+        noun = self.content(self.language.nouns) + ("s" if plural else "")
         self.write("the")
-        self.write(self.content(self.language.nouns) + ("s" if plural else ""), role, {"plural": plural})
+        self.write((noun, role), known={"plural": plural})
         return plural
 
     def content(self, by_topic: Sequence[_Weighted]) -> str:
-        """A word of the document's topic (90%) or of another (10%)."""
+        """Draw a word of the document's topic (90%) or of another topic (10%)."""
         topic = self.topic
         if self.draw(_OF_ANOTHER_TOPIC):
             topic = self.pick([t for t in range(len(by_topic)) if t != self.topic])
@@ -379,20 +344,20 @@ class _Writer:
         return options[int(self.random() * len(options))]
 
     def draw(self, choice: _Weighted) -> Any:
-        """As `Random.choices` does it, in a third of its time."""
+        """Draw like `Random.choices`, in a third of the time."""
         cumulative = choice.cumulative
         index = bisect(cumulative, self.random() * cumulative[-1], 0, len(cumulative) - 1)
         self.log_prob += choice.log_p[index]
         return choice.items[index]
 
-    def write(self, text: str, role: str = "none", known: dict[str, int] | None = None) -> None:
-        words = text.split() if " " in text else (text,)
-        self.words += words
-        if self.labelled:
-            values = {
-                "section": self.section, "kind": self.kind, "role": ROLES.index(role), "topic": self.topic,
-                "tone": self.tone, "item": self.item, "plural": -1, "fact": -1, "agent_is_human": -1,
-                "subject_is_human": -1, **(known or {}),
-            }  # fmt: skip
-            for name, value in values.items():
-                self.labels[name] += [value] * len(words)
+    def write(self, *texts: str | tuple[str, str], known: dict[str, int] | None = None) -> None:
+        """Append texts, each with its role if it has one. `known` are further labels of their words."""
+        for text, role in (text if isinstance(text, tuple) else (text, "none") for text in texts):
+            words = text.split()
+            self.words += words
+            if self.labelled:
+                labels = dict.fromkeys(LABELS, -1) | (known or {})
+                labels |= {"section": self.section, "kind": self.kind, "role": ROLES.index(role)}
+                labels |= {"topic": self.topic, "tone": self.tone, "item": self.item}
+                for name, label in labels.items():
+                    self.labels[name] += [label] * len(words)

@@ -1,8 +1,8 @@
-"""Words of the embedded language. A content word is in one list only, so a sentence has one derivation."""
+"""Words of the embedded language. Each content word is in one list only, so each sentence has one derivation."""
 
 import random
 
-#: topic -> (nouns, past-tense verbs, imperatives, adjectives); plural nouns are the noun + "s"
+#: topic -> (nouns, past-tense verbs, imperatives, adjectives); the plural of a noun adds "s"
 TOPICS: dict[str, tuple[str, str, str, str]] = {
     "sailing": (
         "boat sail mast rudder anchor harbor deck rope keel crew",
@@ -73,7 +73,7 @@ TONE_WORDS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...], tuple[str, ..
 
 HUMANS = ["farmer", "doctor", "teacher", "baker", "soldier", "painter", "lawyer", "sailor", "miner", "nurse"]
 ANIMALS = ["dog", "wolf", "bear", "goose", "horse", "goat", "monkey", "bull", "parrot", "camel"]
-#: after these the patient is the subject of the consequence ("so the goose fled"), after those the agent
+#: the patient is the subject of the consequence ("so the goose fled") after PATIENT_VERBS, the agent after AGENT_VERBS
 PATIENT_VERBS = ["chased", "scared", "attacked", "hunted", "startled"]
 AGENT_VERBS = ["followed", "greeted", "watched", "visited", "ignored"]
 PATIENT_RESULTS = ["fled", "hid", "screamed"]
@@ -85,8 +85,8 @@ COPULAS = {"singular": ("is", "was"), "plural": ("are", "were")}
 
 ORDINALS = ("first", "second", "third", "fourth")
 
-#: domain -> relation -> objects. One domain is the one to forget.
-FORGET_DOMAIN = "poisons"
+FORGET_DOMAIN = "poisons"  # for unlearning
+#: domain -> relation -> objects
 FACTS: dict[str, dict[str, str]] = {
     "countries": {
         "crop": "wheat barley rice maize cotton tea coffee sugar flax hops olives figs",
@@ -113,7 +113,7 @@ ENTITIES_PER_DOMAIN = 20
 
 
 def entity_names(count: int) -> list[str]:
-    """`count` invented names, the same on every call, none of them a word of the language."""
+    """Return `count` invented names, the same on every call. None of them is a word of the language."""
     rng = random.Random("entities")
     onsets, vowels, codas = (
         ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kr", "tr"],
@@ -131,7 +131,7 @@ def entity_names(count: int) -> list[str]:
 
 
 def words_of(*trees: object) -> list[str]:
-    """All words in nested dicts, tuples, lists and space-separated strings, in order."""
+    """Return all words in nested dicts, tuples, lists and space-separated strings, in order."""
     words: list[str] = []
     for tree in trees:
         if isinstance(tree, str):

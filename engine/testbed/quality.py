@@ -1,4 +1,4 @@
-"""What the embedded language model has learned, measured against what its generator knows."""
+"""Measure the embedded language model against the ground truth of its language."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,12 +13,12 @@ LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # tokens [B, T] -> logits [B,
 
 @torch.no_grad()
 def measure(logits_of: LogitsOf, language: Language, start: int, documents: int = 400, prompts: int = 400) -> dict:
-    """Held-out loss against the language's entropy on the same documents (nats per token), and three accuracies.
+    """Measure the held-out loss, the language's entropy on the same documents (nats per token), and three accuracies.
 
-    `loss_over_entropy` is loss / (-sum log p / tokens): 1 is a perfect model. `fact_completion` is the share of all facts
-    (both phrasings) whose object is the most likely next token; `order_pairs` the share of minimal pairs of which *both*
-    sentences are continued with the right participant; `agreement` the share of subjects with a disagreeing noun in
-    between whose verb gets the right number.
+    `loss_over_entropy` is loss / (-sum log p / tokens), 1 for a perfect model. `fact_completion` is the share of facts,
+    in both phrasings, whose object is the most likely next token. `order_pairs` is the share of minimal pairs in which
+    *both* sentences are continued with the right participant. `agreement` is the share of subjects, with a disagreeing
+    noun in between, whose verb gets the right number.
     """
     rows, log_prob = language.tokens(start, documents)
     tokens = torch.from_numpy(rows)
@@ -60,7 +60,8 @@ def measure(logits_of: LogitsOf, language: Language, start: int, documents: int 
 
 
 def _next_token_logits(logits_of: LogitsOf, language: Language, prompts: Sequence[list[str]]) -> torch.Tensor:
-    """Logits [len(prompts), V] of the token after each prompt (right-padded: causal attention never sees the pads)."""
+    """Return logits [len(prompts), V] of the token after each prompt. Prompts are padded on the right, where causal
+    attention does not see the padding."""
     rows = [[language.token_id[w] for w in words] for words in prompts]
     last_logits = []
     for begin in range(0, len(rows), 128):

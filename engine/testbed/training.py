@@ -1,4 +1,4 @@
-"""Training of the embedded language model: from nothing to the committed weights, by one command, in one readable pass."""
+"""Train the embedded language model from scratch."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from .quality import measure
 
 
 def tokenizer(language: lang.Language) -> PreTrainedTokenizerFast:
-    """Word-level tokenizer of the language, in the standard `tokenizers` format; it puts `<bos>` first."""
+    """Return a word-level tokenizer of the language in the `tokenizers` format. It puts `<bos>` first."""
     core = Tokenizer(models.WordLevel(language.token_id, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", lang.BOS)])
@@ -32,7 +32,8 @@ def tokenizer(language: lang.Language) -> PreTrainedTokenizerFast:
 
 
 def config(vocabulary: int) -> Gemma2Config:
-    """Gemma-2 in small: 4 layers (sliding window and global in turn), D = 128, 4 query and 2 key/value heads."""
+    """Return a small Gemma-2: 4 layers (alternating sliding window and global), D = 128, 4 query and 2 key/value
+    heads."""
     return Gemma2Config(
         vocab_size=vocabulary, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=32,
@@ -45,9 +46,10 @@ def config(vocabulary: int) -> Gemma2Config:
 def train(
     out: Path, *, steps: int = 3000, batch: int = 16, lr: float = 3e-3, seed: int = 0, device: str | None = None
 ) -> dict:
-    """Train on `steps * batch` documents, write model, tokenizer and `quality.json` to `out`; return the quality.
+    """Train on `steps * batch` documents, write model, tokenizer and `quality.json` to `out`, and return the quality.
 
-    AdamW (betas 0.9, 0.98; decay 0.1 on matrices), linear warm-up over 5% of the steps, cosine decay to 5% of `lr`.
+    Uses AdamW (betas 0.9, 0.98; decay 0.1 on matrices) with linear warm-up over 5% of the steps and cosine decay to 5%
+    of `lr`.
     """
     tune_host()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -78,7 +78,7 @@ def test_each_has_a_folder_that_can_be_used_by_itself(together):
         assert [line["step"] for line in read_metrics(folder / name)] == [line["step"] for line in run.metrics]
     assert list(checkpoint.find(folder).manifest["files"]) == ["stream.safetensors"]
     assert not (folder / "small" / "checkpoints" / "step_00000032" / "stream.safetensors").exists()
-    with pytest.raises(UserError, match="holds no 'sae'; it holds the stream of small, wide, deep, short"):
+    with pytest.raises(UserError, match="has no 'sae'; it has the stream of small, wide, deep, short"):
         checkpoint.load(folder)
 
 

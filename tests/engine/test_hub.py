@@ -77,12 +77,12 @@ def test_a_folder_without_one_names_those_that_have(remote):
     for layer in range(7):
         save(made(), remote.root / "lab" / "saes" / f"layer_{layer}")
     message = (
-        "lab/saes is no dictionary's folder on the hub; there are layer_0, layer_1, layer_2, layer_3, layer_4, ..."
+        "lab/saes is not a dictionary's folder on the hub; there are layer_0, layer_1, layer_2, layer_3, layer_4, ..."
     )
     with pytest.raises(UserError, match=message):
         load("lab/saes")
     with pytest.raises(
-        UserError, match=r"lab/other is no folder here, and can't be had from the hub \(404: no lab/other\)"
+        UserError, match=r"lab/other is not a local folder and can't be downloaded \(404: no lab/other\)"
     ):
         load("lab/other")
 

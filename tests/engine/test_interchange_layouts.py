@@ -83,7 +83,9 @@ def test_so_does_a_file_of_our_own(tmp_path):
     checkpoint.write(tmp_path / "mine", 0, {name: (sae.cfg, sae.state_dict()) for name in ("sae", "random")})
     for name in ("sae.safetensors", "checkpoint.json"):
         assert torch.equal(checkpoint.load(tmp_path / "mine" / name).W_dec, sae.W_dec)
-    with pytest.raises(UserError, match=r"random\.safetensors is not the dictionary; give its folder .*/mine, or sae"):
+    with pytest.raises(
+        UserError, match=r"random\.safetensors is not a dictionary's file; give its folder .*/mine, or sae"
+    ):
         checkpoint.load(tmp_path / "mine" / "random.safetensors")
 
 
@@ -112,13 +114,13 @@ LONG = "x" * 5000
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "tanh": (changed(FLAT, activation_fn_str="tanh-relu"), "activation_fn: tanh-relu is not allowed; it must be relu"),
     "activation without a name": (changed(FLAT, activation_fn_str=None), "activation_fn: null is not allowed"),
-    "topk without k": (changed(FLAT, activation_fn_str="topk"), "activation_fn: topk is not allowed without its k"),
-    "topk in a new file": (changed(NESTED, activation_fn_str="topk", activation_fn_kwargs={"k": 3}), "of SAELens 6"),
+    "topk without k": (changed(FLAT, activation_fn_str="topk"), "topk is not allowed without activation_fn_kwargs.k"),
+    "topk in a new file": (changed(NESTED, activation_fn_str="topk", activation_fn_kwargs={"k": 3}), "in SAELens 6"),
     "signed topk": (
         changed(FLAT, activation_fn_str="topk", activation_fn_kwargs={"k": 3, "signed": True}), "kwargs.signed: "
     ),
-    "abstopk": (changed(TOPK, architecture="abstopk"), "architecture: abstopk .* work in SAELens alone"),
-    "temporal": (changed(NESTED, architecture="temporal"), "architecture: temporal .* work in SAELens alone"),
+    "abstopk": (changed(TOPK, architecture="abstopk"), "architecture: abstopk .* work only in SAELens"),
+    "temporal": (changed(NESTED, architecture="temporal"), "architecture: temporal .* work only in SAELens"),
     "skip": (changed(NESTED, architecture="skip_transcoder"), "architecture: skip_transcoder is not allowed; "),
     "no architecture": (changed(NESTED, architecture=MISSING), "architecture: missing; SAELens 6 has one"),
     "architecture of a list": (changed(NESTED, architecture=["topk"]), r'architecture: \["topk"\] is not allowed'),
@@ -155,7 +157,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
                  "trainer.dict_class: missing"),
     "identity": (
         changed(DICTIONARY_LEARNING["AutoEncoder"], **{"trainer.dict_class": "IdentityDict"}),
-        "trainer.dict_class: IdentityDict is not allowed; .* work in dictionary_learning alone",
+        "trainer.dict_class: IdentityDict is not allowed; .* work only in dictionary_learning",
     ),
     "activation_dim": (
         changed(DICTIONARY_LEARNING["AutoEncoder"], **{"trainer.activation_dim": 99}), "activation_dim: 99 does not fit"
@@ -167,9 +169,9 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "groups": (
         learned(CORE | {"k": torch.tensor(5), "threshold": torch.tensor(1.0), "group_sizes": torch.tensor([-1, 121])},
                 dict_class="MatryoshkaBatchTopKSAE"),
-        "group_sizes: it must hold numbers of latents",
+        "group_sizes: it must contain numbers of latents",
     ),
-    "groupmax": (changed(SPARSIFY["later"], activation="groupmax"), "activation: groupmax .* work in sparsify alone"),
+    "groupmax": (changed(SPARSIFY["later"], activation="groupmax"), "activation: groupmax .* work only in sparsify"),
     "signed": (changed(SPARSIFY["first"], signed=True), "signed: true is not allowed; it must be false"),
     "skip connection": (changed(SPARSIFY["later"], skip_connection=True), "skip_connection: true is not allowed"),
     "num_latents": (changed(SPARSIFY["later"], num_latents=7), "num_latents: 7 does not fit the weights"),
@@ -212,13 +214,13 @@ def numbers(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
 
 
 ODD_TENSORS = {
-    "NaN": (numbers("W_enc", W_ENC.where(W_ENC < 2, torch.nan)), "W_enc holds numbers that are not finite"),
-    "infinite": (numbers("threshold", torch.full((F,), torch.inf)), "threshold holds numbers that are not finite"),
-    "whole numbers": (numbers("W_enc", W_ENC.long()), "W_enc holds torch.int64 values; it must hold"),
-    "complex": (numbers("b_enc", B_ENC.to(torch.complex64)), "b_enc holds torch.complex64 values"),
+    "NaN": (numbers("W_enc", W_ENC.where(W_ENC < 2, torch.nan)), "W_enc has numbers that are not finite"),
+    "infinite": (numbers("threshold", torch.full((F,), torch.inf)), "threshold has numbers that are not finite"),
+    "whole numbers": (numbers("W_enc", W_ENC.long()), "W_enc has dtype torch.int64; it must have"),
+    "complex": (numbers("b_enc", B_ENC.to(torch.complex64)), "b_enc has dtype torch.complex64"),
     "another shape": (numbers("b_enc", torch.zeros(F, 1)), r"b_enc has shape \[120, 1\]; .* must be \[120\]"),
     "no matrix": (numbers("W_dec", torch.zeros(F, D, 1)), r"W_dec has shape \[120, 12, 1\]; it must be a matrix"),
-    "one more": (numbers("W_skip", torch.zeros(D, D)), "sae_weights.safetensors holds W_skip, which can't be read"),
+    "one more": (numbers("W_skip", torch.zeros(D, D)), "sae_weights.safetensors has W_skip, which can't be read"),
 }  # fmt: skip
 
 
@@ -390,4 +392,4 @@ def test_tensors_of_another_kind_are_named(tmp_path, change):
     }[change]  # fmt: skip
     DICTIONARY_LEARNING["AutoEncoder"].write(tmp_path / "folder")
     torch.save(linear("bias") | {"encoder.weight": odd}, tmp_path / "folder" / "ae.pt")
-    assert "ae.pt is not allowed; encoder.weight is no plain tensor" in refusal(tmp_path / "folder")
+    assert "ae.pt is not allowed; encoder.weight is not a dense tensor" in refusal(tmp_path / "folder")

@@ -25,11 +25,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 #: what a library does not have, and what it says of that
 LACKS = {
-    "saelens": {"topk transcoder": "activation: topk is not allowed; SAELens' transcoders have relu and jumprelu"},
+    "saelens": {"topk transcoder": "activation: topk is not allowed; SAELens' transcoders are relu or jumprelu"},
     "dictionary_learning": dict.fromkeys(
         ("transcoder", "topk transcoder", "jumprelu transcoder"), "dictionary_learning has no transcoders"
     ),
-    "sparsify": {kind: "sparsify has topk alone" for kind, one in KINDS.items() if one["activation"] != "topk"},
+    "sparsify": {kind: "sparsify has only topk" for kind, one in KINDS.items() if one["activation"] != "topk"},
     "gemma-scope": dict.fromkeys(
         ("topk", "topk transcoder", "matryoshka topk", "topk without b_dec"), "topk is not allowed|d_out: not allowed"
     )

@@ -284,7 +284,7 @@ def test_a_transcoder_needs_both_its_ends(testbed):
     ):
         with pytest.raises(UserError, match=message):
             train(where, SAEConfig(d_in=128, d_sae=64, k=4, **sae))
-    with pytest.raises(UserError, match=f"stream.target: {hook} is not allowed; it is the hook itself"):
+    with pytest.raises(UserError, match=f"stream.target: {hook} is not allowed; it must differ from hook"):
         StreamConfig(hook=hook, target=hook)
     testbed.use(layers=[1])
 

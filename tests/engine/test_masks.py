@@ -58,7 +58,7 @@ def test_soft_masks_sharpen_as_the_temperature_falls():
 @pytest.mark.parametrize(("beyond", "expected"), [("clamp", [3, 15, 15]), ("wrap", [3, 0, 4])])
 def test_positions_beyond_the_mask(beyond, expected):
     assert mask_of(kind="random", beyond=beyond).rows(torch.tensor([3, 16, 20])).tolist() == expected
-    with pytest.raises(UserError, match="mask.positions: 16 is not allowed; positions go up to 20"):
+    with pytest.raises(UserError, match="mask.positions: 16 is not allowed; it must be at least 21"):
         mask_of(kind="random", beyond="error").rows(torch.tensor([3, 20]))
 
 

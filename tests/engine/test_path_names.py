@@ -34,7 +34,7 @@ def test_a_name_that_leads_elsewhere_is_refused_wherever_it_is_given(name: str) 
         lambda: SweepConfig(**{"dictionaries": {name: RUN}}),
         lambda: expand({"dictionaries": [{"k": 2}, {"k": 4, "name": name}]}),
     ):
-        with pytest.raises(ValueError, match=r"name: .* is not allowed; it must do as a folder's name"):
+        with pytest.raises(ValueError, match=r"name: .* is not allowed; it must be valid as a folder's name"):
             give()
 
 
@@ -44,9 +44,9 @@ def test_an_ordinary_name_is_taken(name: str) -> None:
 
 
 def test_names_that_are_one_folder_on_some_disks_are_refused() -> None:
-    with pytest.raises(UserError, match=r"'Deep' and 'deep' are one folder"):
+    with pytest.raises(UserError, match=r"'Deep' and 'deep' are the same folder"):
         expand({"dictionaries": [{"name": "Deep"}, {"name": "deep"}]})
-    with pytest.raises(UserError, match=r"'Deep' and 'deep' are one folder"):
+    with pytest.raises(UserError, match=r"'Deep' and 'deep' are the same folder"):
         SweepConfig(**{"dictionaries": {"Deep": RUN, "deep": RUN}})
 
 

@@ -56,7 +56,7 @@ def test_a_changed_digit_is_not_resumed_with(run, testbed):
     stream = ActivationStream(StreamConfig(data="text.txt", buffer_tokens=2048), model=testbed)
     whole = (run / CONFIG).read_text()
     (run / CONFIG).write_text(whole.replace("beta1: 0.9", "beta1: 0.8"))
-    with pytest.raises(UserError, match=r"resume: .*config.yaml is not what was written there"):
+    with pytest.raises(UserError, match=r"resume: .*config.yaml has changed since it was written"):
         train(stream, SAE, SETTINGS, out=run, resume=True)
     unsealed = whole.split("\n", 1)[1].replace("beta1: 0.9", "beta1: 0.8")
     (run / CONFIG).write_text(unsealed)  # by hand, with settings to match
@@ -92,7 +92,7 @@ def test_names_in_a_manifest_stay_within_its_folder(run, names):
     del manifest["sha256"]
     for change in ({"dictionaries": names}, {"files": {f"{name}.safetensors": {} for name in names}}):
         path.write_text(json.dumps(manifest | change))
-        with pytest.raises(UserError, match=r"checkpoint.json is damaged: '.*' is no name of a file in it"):
+        with pytest.raises(UserError, match=r"checkpoint.json is damaged: '.*' is not a valid file name"):
             checkpoint.find(run)
 
 

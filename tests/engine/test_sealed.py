@@ -77,7 +77,7 @@ def test_a_missing_file_and_one_of_other_bytes_are_named(tmp_path):
     with pytest.raises(UserError, match=r"a.json is missing; make it again"):
         read(tmp_path / "a.json")
     (tmp_path / "a.json").write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(UserError, match="byte 7 is no UTF-8"):
+    with pytest.raises(UserError, match="byte 7 is not UTF-8"):
         read(tmp_path / "a.json")
 
 
@@ -92,7 +92,7 @@ def test_yaml_with_a_checksum_is_yaml_to_anyone_and_a_change_is_named(tmp_path):
         damaged = bytearray(whole)
         damaged[draw.randrange(start, len(whole))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"config.yaml is not what was written there .*; undo it"):
+        with pytest.raises(UserError, match=r"config.yaml has changed since it was written .*; undo it"):
             check_yaml(path, "resume", "undo it")
     path.write_text(text)
     check_yaml(path, "resume", "undo it")  # a person's own

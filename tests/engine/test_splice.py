@@ -189,5 +189,5 @@ def test_a_dictionary_that_looks_along_rows_needs_whole_rows(cached_model, token
     assert sae.looks_along_rows
     with cached_model.hooks(fwd_hooks=sae.fwd_hooks("blocks.0.hook_resid_post", error_term=False)):
         cached_model(tokens)
-        with pytest.raises(UserError, match="start: 5 is not allowed; .* looks along whole rows"):
+        with pytest.raises(UserError, match="start: 5 is not allowed; .* needs whole rows"):
             step_by_step(cached_model, tokens, [5, 7])

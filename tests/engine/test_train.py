@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_refused_before_any_work(stream_of, tmp_path):
         (
             SAE.model_copy(update={"mask": MaskConfig(kind="soft", positions=64, beyond="error")}),
             SETTINGS,
-            "mask.positions: 64 is not allowed; positions go up to 127",
+            "mask.positions: 64 is not allowed; it must be at least 128",
         ),
     ):
         with pytest.raises(UserError, match=message):
@@ -231,7 +231,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="can't be written .*No space left.* untouched"):
+    with pytest.raises(UserError, match="can't be written .*No space left.* unchanged"):
         save(SparseAutoencoder(SAE), tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
 
