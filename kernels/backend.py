@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configs import CONFIGS, DISPATCH_RATES, DispatchRates
+from .configs import CONFIGS, DISPATCH_RATES, FP8_SINCE, DispatchRates
 from .cost import Cost
 
 BACKENDS = ("torch", "triton")
@@ -92,6 +92,11 @@ def _interpreting() -> bool:
 def _arch(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Return whether products in e4m3 run on this device. The CPU emulates them."""
+    return device.type != "cuda" or _arch(device) >= FP8_SINCE
 
 
 def dispatch_rates(arch: int) -> DispatchRates:

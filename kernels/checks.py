@@ -29,7 +29,7 @@ def check_floating(**tensors: Tensor | None) -> None:
 
 
 def check_positions(pos: Tensor, n_tokens: int, n_positions: int | None = None) -> None:
-    """Check that `pos` is an int32 or int64 [N]. On the CPU, where reading values is free, check 0 <= pos < T as well."""
+    """Check that `pos` is an int32 or int64 [N] and, on the CPU, where reading values is free, that 0 <= pos < T."""
     check_shape("pos", pos, N=n_tokens)
     if pos.dtype not in POSITION_DTYPES:
         raise ValueError(f"pos must be int32 or int64, got {pos.dtype}")

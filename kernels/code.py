@@ -40,8 +40,8 @@ class SparseCode:
     offsets   int64 [N+1] when ragged: token n owns entries offsets[n]:offsets[n+1]. None for fixed K
     overflow  bool scalar tensor when ragged with a given capacity: true if entries did not fit and were dropped
 
-    Entries from `offsets[N]` on are unused and never read as activations, whatever they hold. Raises ValueError for shapes
-    and dtypes that do not fit together.
+    Entries from `offsets[N]` on are unused and never read as activations, whatever they hold. Raises ValueError for
+    shapes and dtypes that do not fit together.
     """
 
     values: Tensor
@@ -65,8 +65,8 @@ class SparseCode:
 
     @classmethod
     def side_by_side(cls, codes: list["SparseCode"]) -> "SparseCode":
-        """Join codes of S dictionaries of F latents on the same N tokens into one over S F latents and S N tokens: token
-        s N + n is token n in dictionary s."""
+        """Join codes of S dictionaries of F latents on the same N tokens into one over S F latents and S N tokens:
+        token s N + n is token n in dictionary s."""
         if len(codes) == 1:
             return codes[0]
         f = codes[0].n_latents
@@ -128,7 +128,7 @@ class SparseCode:
         return replace(self, values=values)
 
     def only(self, keep: Tensor) -> "SparseCode":
-        """Return the entries where `keep`, bool of the shape of `values`, is true, as a ragged code of the same capacity."""
+        """Return the entries where `keep` (bool, shape of `values`) is true, as a ragged code of the same capacity."""
         keep = self.live(keep, unused=False).flatten()
         counts = torch.zeros(self.n_tokens, dtype=torch.int64, device=keep.device)
         counts.index_add_(0, self.rows.flatten(), keep.long())

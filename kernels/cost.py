@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """Work of one call. A multiply-add counts as two FLOPs. Each byte read from or written to device memory counts once.
+    """Work of one call. A multiply-add is two FLOPs. Each byte read from or written to device memory counts once.
 
     Gathers are counted as cache misses, so `bytes` is an upper bound for ops that gather rows.
     """

@@ -12,7 +12,7 @@ from .masks import GaussianMask, Mask
 
 
 class EncoderInputs(NamedTuple):
-    """The operands of relu((x - center) @ W_enc + b_enc) * mask[pos]; shapes and dtypes as in `kernels.encode.encode`."""
+    """The operands of relu((x - center) @ W_enc + b_enc) * mask[pos]. Shapes and dtypes as in `kernels.encode`."""
 
     x: Tensor
     W_enc: Tensor

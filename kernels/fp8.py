@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Fp8Rows(NamedTuple):
-    """A matrix [M, D] as rows in float8_e4m3fn, padded with zeros to a multiple of 128 columns, and a scale [M] per row."""
+    """A matrix [M, D] as float8_e4m3fn rows, zero-padded to a multiple of 128 columns, with a scale [M] per row."""
 
     rows: Tensor
     scale: Tensor

@@ -19,18 +19,18 @@ class Moments(NamedTuple):
     bfloat16    bfloat16            bfloat16            None            parameter [F, D]
     8bit        int8                uint8               float32 [F, 2]  parameter [F, D]
 
-    bfloat16 and 8-bit moments are rounded stochastically to one of the two neighbours, with the exact value as the mean.
-    beta2 = 0.999 moves exp_avg_sq by less than half a bfloat16 step, so rounding to nearest would freeze it.
+    bfloat16 and 8-bit moments are rounded stochastically to one of the two neighbours, with the exact value as the
+    mean. beta2 = 0.999 moves exp_avg_sq by less than half a bfloat16 step, so rounding to nearest would freeze it.
 
-    8-bit codes share one scale per row, as in the block-wise optimizers of Dettmers et al. (arXiv 2110.02861), but are small
-    floating-point numbers, so that encoding needs integer operations only. The code c = 8 e + m >= 0 means
+    8-bit codes share one scale per row, as in the block-wise optimizers of Dettmers et al. (arXiv 2110.02861), but are
+    small floating-point numbers, so that encoding needs integer operations only. The code c = 8 e + m >= 0 means
 
         scale * (2^(e - z) * (1 + m / 8) - 2^-z)
 
-    and the largest value of a row has the largest code. exp_avg has z = 15, a sign and |c| <= 127. exp_avg_sq has z = 31 and
-    c <= 255, so its square root has the same range. Steps are 1/16 to 1/8 of the value, and uniform below scale * 2^-z. A
-    positive exp_avg_sq is never rounded to zero, which would leave only eps in Adam's denominator, but to at least 2^-35 of
-    the row's largest. A row with a zero gradient keeps its codes, and its scales decay.
+    and the largest value of a row has the largest code. exp_avg has z = 15, a sign and |c| <= 127. exp_avg_sq has z =
+    31 and c <= 255, so its square root has the same range. Steps are 1/16 to 1/8 of the value, and uniform below scale
+    * 2^-z. A positive exp_avg_sq is never rounded to zero, which would leave only eps in Adam's denominator, but to at
+    least 2^-35 of the row's largest. A row with a zero gradient keeps its codes, and its scales decay.
     """
 
     exp_avg: Tensor
@@ -55,15 +55,15 @@ class Moments(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Adam's settings for one step. Those that change between steps are tensors on the device, so that a CUDA graph of the
-    step can be replayed. With S dictionaries in one parameter, each may have its own: [S] for S equal runs of rows.
+    """Adam's settings for one step. Those that change between steps are tensors on the device, so that a CUDA graph of
+    the step can be replayed. With S dictionaries in one parameter, each may have its own: [S] for S equal runs of rows.
 
     step_size   scalar or [S]: lr / (1 - beta1^t)
     correction  scalar or [S]: sqrt(1 - beta2^t)
     factor      scalar or [S], multiplies the gradient (clipping)
-    seed        int32 scalar or [S], for bfloat16 and 8-bit moments only. Must differ between steps and parameters. Random
-                bits are a hash of seed + row within the run, and of the column. To update rows from the r-th on alone
-                with the same bits, pass seed + r.
+    seed        int32 scalar or [S], for bfloat16 and 8-bit moments only. Must differ between steps and parameters.
+                Random bits are a hash of seed + row within the run, and of the column. To update only rows from the
+                r-th on with the same bits, pass seed + r.
     skip        bool scalar: if true, nothing changes. None for false
     """
 

@@ -11,7 +11,7 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def sum_by(index: Tensor, rows: Tensor, size: int) -> Tensor:
-    """out[i] = sum of rows[j] over index[j] == i, in the order of j, so the bits are reproducible. Returns [size, ...]."""
+    """out[i] = sum of rows[j] over index[j] == i, in the order of j: reproducible bits. Returns [size, ...]."""
     out = rows.new_zeros((size, *rows.shape[1:]))
     if rows.is_cuda:  # index_add_ would use atomics there, while index_put_ sorts
         return out.index_put_((index.long(),), rows, accumulate=True)
@@ -19,9 +19,9 @@ def sum_by(index: Tensor, rows: Tensor, size: int) -> Tensor:
 
 
 def weighted_bags(table: Tensor, index: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-    """out[b] = sum of weights[e] * table[index[e]] over the entries e in starts[b]:starts[b + 1], to the end for the last b.
+    """out[b] = sum of weights[e] * table[index[e]] over e in starts[b]:starts[b + 1] (to the end for the last b).
 
-    `embedding_bag` never stores the gathered rows. On two CPU cores at N = 1024, K = 32 it takes at most a seventh of the
-    time of a dense product at F = 1024, of `index_add_`, or of gather and reduce, for D from 128 to 768.
+    `embedding_bag` never stores the gathered rows. On two CPU cores at N = 1024, K = 32 it takes at most a seventh of
+    the time of a dense product at F = 1024, of `index_add_`, or of gather and reduce, for D from 128 to 768.
     """
     return F.embedding_bag(index, table, starts.to(index.dtype), mode="sum", per_sample_weights=weights)

@@ -1,4 +1,4 @@
-"""Which activations the sparse encoders keep, and selection from dense activations with the `select` of either backend."""
+"""Which activations the sparse encoders keep, and how to select them from dense activations."""
 
 import functools
 import math
@@ -67,8 +67,8 @@ def select_both(
 def _select_among(
     acts: Tensor, latents: Tensor, k: int, select_topk: Callable[[Tensor, int], SparseCode]
 ) -> SparseCode:
-    """Return the k largest of activations [N, F] among `latents` bool [F], padded with zeros at other latents. Only those
-    columns are read, which requires knowing them on the host: on a GPU it would wait for the device."""
+    """Return the k largest of activations [N, F] among `latents` bool [F], padded with zeros at other latents. Only
+    those columns are read, which requires knowing them on the host: on a GPU it would wait for the device."""
     columns = latents.nonzero()[:, 0]
     if len(columns) > k:
         code = select_topk(acts[:, columns], k)

@@ -2,8 +2,8 @@
 mode, another default dtype or device, denormal numbers.
 
 `default_modes()` restores the modes of a new process. It is a context manager and decorates every public function and
-method that computes. `without_autocast()` keeps the caller's gradient mode and is used inside a caller's own computation.
-Both restore the previous modes on exit.
+method that computes. `without_autocast()` keeps the caller's gradient mode and is used inside a caller's own
+computation. Both restore the previous modes on exit.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _SMALLEST = 5e-324  # a denormal
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Disable autocast and make float32 and the CPU the defaults, so that products run in the dtypes of their arguments.
+    """Disable autocast and make float32 and the CPU the defaults: products run in the dtypes of their arguments.
 
     The default dtype belongs to the process: other threads see float32 until the block ends.
     """
@@ -36,8 +36,8 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def default_modes() -> Iterator[None]:
-    """`without_autocast`, with gradients, without inference mode, and with this thread's denormals flushed to zero, because
-    denormals make a training step on a CPU several times slower."""
+    """`without_autocast`, with gradients, without inference mode, and with this thread's denormals flushed to zero,
+    because denormals make a training step on a CPU several times slower."""
     flushes = flushes_denormals()
     with torch.inference_mode(False), torch.enable_grad(), without_autocast(), ExitStack() as contexts:
         if not flushes and torch.set_flush_denormal(True):
