@@ -1,10 +1,9 @@
-"""Everything that depends on the GPU, by compute capability (sm = 10 * major + minor): rates for dispatch and launch
-configurations. Nothing is measured or tuned at run time.
+"""All that depends on the GPU, by compute capability (sm = 10 * major + minor): dispatch rates, launch configurations.
 
-None of the values below has been measured on a GPU yet. `temposae bench tune` times launch settings on the GPU at hand
-and writes its row of `CONFIGS`. A row also serves the GPUs up to the next one (sm_86 and sm_89 use sm_80's, sm_120 uses
-sm_100's). Those have 99 KB of shared memory per block, so no entry may need more. `bench/aot.py` reports the registers,
-spills and shared memory of every entry.
+Nothing is tuned at run time, and no value has been measured on a GPU yet. `temposae bench tune` times launch settings on
+the GPU at hand and writes its row of `CONFIGS`. A row also serves the GPUs up to the next one (sm_86 and sm_89 use
+sm_80's, sm_120 uses sm_100's). Those have 99 KB of shared memory per block, so no entry may need more. `bench/aot.py`
+reports registers, spills and shared memory.
 
 Entries named *_small are for float32 and, for encode, also for a D that is not a multiple of BLOCK_D. Loads are then
 element by element, and larger tiles would spill registers. reconstruct keeps up to BLOCK_K rows of a token in
@@ -22,8 +21,7 @@ class DispatchRates(NamedTuple):
     bytes_per_s: float  # device memory, both backends
 
 
-# A GPU without an entry uses the nearest one. sm_90: estimates for an H100, for cuBLAS and for a Triton GEMM (IEEE
-# float32).
+# Other GPUs use the nearest entry. sm_90: estimates for an H100, cuBLAS against a Triton GEMM with IEEE float32.
 DISPATCH_RATES = {
     90: DispatchRates({"torch": {2: 660e12, 4: 50e12}, "triton": {2: 520e12, 4: 30e12}}, bytes_per_s=3.0e12),
 }

@@ -41,11 +41,8 @@ def encode_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, center: Tensor | None = None, mask: Tensor | None = None,
     pos: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return values, indices [N, k]: per token, the k largest of relu((x - center) @ W_enc + b_enc) * mask[pos].
-
-    Their order is undefined. A token with fewer positive activations is padded with zeros at other latents. Gradients
-    for all but pos.
-    """
+    """Return values, indices [N, k]: per token, the k largest of relu((x - center) @ W_enc + b_enc) * mask[pos],
+    unordered and padded with zeros at other latents if fewer are positive. Gradients for all but pos."""
     return _encode_topk(x, W_enc, b_enc, center, mask, pos, k)
 
 
@@ -53,10 +50,8 @@ def encode_batch_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, center: Tensor | None = None, mask: Tensor | None = None,
     pos: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return values [N k], indices, offsets: the N k largest positive activations of the batch (BatchTopK).
-
-    Entries from offsets[N] on are unused, if there are fewer positive activations. Gradients as in `encode_topk`.
-    """
+    """Return values [N k], indices, offsets: the N k largest positive activations of the batch (BatchTopK). If there
+    are fewer, entries from offsets[N] on are unused. Gradients as in `encode_topk`."""
     return _encode_batch_topk(x, W_enc, b_enc, center, mask, pos, k)
 
 
@@ -65,28 +60,22 @@ def encode_threshold(
     mask: Tensor | None = None, pos: Tensor | None = None, expected: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return values [C], indices, offsets: activations above their latent's threshold [F] or above 0 (JumpReLU, ReLU).
-
     `expected` is about the number per token and only affects speed. Gradients as in `encode_topk`, none for the
-    threshold. Waits for the device, to know C.
-    """
+    threshold. Waits for the device, to know C."""
     return _encode_threshold(x, W_enc, b_enc, threshold, center, mask, pos, expected)
 
 
 def decode(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, *, offsets: Tensor | None = None
 ) -> Tensor:  # fmt: skip
-    """Return x_hat [N, D] = b_dec + sum of value * W_dec[index] over a token's entries, in W_dec's dtype.
-
-    Gradients for values, W_dec and b_dec.
-    """
+    """Return x_hat [N, D] = b_dec + sum of value * W_dec[index] over a token's entries, in W_dec's dtype. Gradients for
+    values, W_dec and b_dec."""
     return _decode(values, indices, W_dec, b_dec, offsets)
 
 
 def position_loss(residual: Tensor, pos: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
-    """Return squared_error, count [n_positions]: sum of |residual|^2 and number of tokens at each position.
-
-    Gradients for residual [N, D].
-    """
+    """Return squared_error, count [n_positions]: sum of |residual|^2 and number of tokens at each position. Gradients
+    for residual [N, D]."""
     return _position_loss(residual, pos, n_positions)
 
 
@@ -163,8 +152,8 @@ _encode_threshold.register_fake(lambda x, *_: _ragged(x, torch.library.get_ctx()
 @custom_op("temposae::encode_backward", mutates_args=())
 @without_autocast()
 def _encode_backward(
-    grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, W_enc: Tensor, center: Tensor | None,
-    mask: Tensor | None, pos: Tensor | None, needs: list[bool],
+    grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, W_enc: Tensor,
+    center: Tensor | None, mask: Tensor | None, pos: Tensor | None, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Return the needed gradients of x, W_enc (as [F, D]), b_enc, center and mask, in this order."""
     code = _code(values, indices, offsets, W_enc.shape[1])

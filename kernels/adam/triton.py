@@ -181,8 +181,8 @@ def adam_kernel(
 
 @triton.jit
 def adam_matrix_kernel(
-    w_ptr, grad_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr,
-    D, RUN, beta1, beta2, new1, new2, eps,
+    w_ptr, grad_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
+    skip_ptr, D, RUN, beta1, beta2, new1, new2, eps,
     UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_SKIP: tl.constexpr, BITS: tl.constexpr,
     HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
@@ -212,8 +212,8 @@ def adam_matrix_kernel(
 @triton.jit
 def adam_rows_kernel(
     values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, center_ptr, ones_ptr,
-    w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr, norms_ptr,
-    M, D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
+    w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr,
+    norms_ptr, M, D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
     HAS_CENTER: tl.constexpr, UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_SHADOW: tl.constexpr,
     HAS_SKIP: tl.constexpr, BITS: tl.constexpr,
     HIGH: tl.constexpr, LOW: tl.constexpr,

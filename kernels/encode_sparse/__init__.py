@@ -30,7 +30,7 @@ def encode_topk(
     k, aux_k      in [1, F]; aux_k = 0 for no second code
     aux_latents   bool [F]; None for all
     across_batch  keep the N * k largest positive activations of the batch instead (BatchTopK)
-    dictionaries  S > 1: S dictionaries side by side, with W_enc [D, S F], S F in place of F elsewhere, and center [D] or
+    dictionaries  S > 1: S dictionaries side by side, with W_enc [D, S F], S F instead of F elsewhere, and center [D] or
                   [S, D]. Each selects on its own. The codes have S F latents and S N tokens: token s N + n is token n
                   in dictionary s
 
