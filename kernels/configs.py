@@ -1,6 +1,6 @@
 """All that depends on the GPU, by compute capability (sm = 10 * major + minor): dispatch rates, launch configurations.
 
-Nothing is tuned at run time, and no value has been measured on a GPU yet. `temposae bench tune` times launch settings on
+Nothing is tuned at run time. No value has been measured on a GPU yet. `temposae bench tune` times launch settings on
 the GPU at hand and writes its row of `CONFIGS`. A row also serves the GPUs up to the next one (sm_86 and sm_89 use
 sm_80's, sm_120 uses sm_100's). Those have 99 KB of shared memory per block, so no entry may need more. `bench/aot.py`
 reports registers, spills and shared memory.
