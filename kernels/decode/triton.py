@@ -40,8 +40,8 @@ def decode_kernel(
 ):  # fmt: skip
     """x_hat, or target - x_hat with RESIDUAL. One program per token and BLOCK_D columns.
 
-    Tokens are the fast axis of the grid: programs that run together read the same columns of W_dec, and its [F,
-    BLOCK_D] stays in L2 when all of it would not."""
+    Tokens are the fast axis of the grid: programs that run together read the same columns of W_dec, and [F, BLOCK_D]
+    fits in L2 when all of W_dec would not."""
     # [BLOCK_D] columns of this program; `count` entries of the token
     token = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

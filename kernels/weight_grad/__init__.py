@@ -19,9 +19,8 @@ def weight_grad(
     rows     [M, D]  any floating dtype
     center   [D], any floating dtype; or [S, D]: one for each of S equal runs of latents
 
-    Returns dW [F, D] in float32 (float64 for float64 rows), zero for latents without entries. Entries are added in a
-    fixed order, so the same inputs give the same bits. Raises ValueError for shapes, dtypes or devices that do not fit
-    together.
+    Returns dW [F, D] in float32 (float64 for float64 rows), zero for latents without entries. Sums have a fixed order,
+    so the same inputs give the same bits. Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     check_entries(entries, values, rows, center)
     (m, d), f, nnz = rows.shape, entries.latent_offsets.numel() - 1, values.numel()
