@@ -175,8 +175,7 @@ def rescan_kernel(
     MASK: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Compute a token's unsure tiles again, and let what they dropped replace smaller entries. One program per
-    token."""
+    """Compute a token's unsure tiles again and let what they dropped replace smaller entries. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     if tl.load(unsure_ptr + token) == 0:
         return
@@ -193,9 +192,9 @@ def rescan_kernel(
 
     for first in range(0, TILES, BLOCK_T):
         # [BLOCK_T] tiles of the token, and which of them are to be computed again (-1: not)
-        numbers = first + tl.arange(0, BLOCK_T)
-        last = tl.load(candidates_ptr + numbers * KEEP + KEEP - 1, mask=numbers < TILES, other=-1)
-        pending = tl.where(may_have_more(last, least_key), numbers, -1)
+        tiles = first + tl.arange(0, BLOCK_T)
+        last = tl.load(candidates_ptr + tiles * KEEP + KEEP - 1, mask=tiles < TILES, other=-1)
+        pending = tl.where(may_have_more(last, least_key), tiles, -1)
         tile = tl.max(pending, 0)
         while tile >= 0:
             packed, cols = dropped_by(
@@ -212,7 +211,7 @@ def rescan_kernel(
                 dropped = tl.where(dropped == largest, -1, dropped)
                 largest = tl.max(dropped, 0)
                 least = tl.min(best, 0)
-            pending = tl.where(numbers == tile, -1, pending)
+            pending = tl.where(tiles == tile, -1, pending)
             tile = tl.max(pending, 0)
 
     # [BLOCK_K] entries, unpacked from their keys
@@ -237,6 +236,7 @@ def above_cut_kernel(
     dictionary = tl.program_id(0) // N
     first_tile = dictionary * TILES
     candidates_ptr += token * TILES * KEEP
+    # `first` and `second` of tally, by MODE
     cut = tl.load(cut_ptr + dictionary).to(tl.int32)
     second = 0
     end = 0
@@ -258,9 +258,9 @@ def above_cut_kernel(
         least = tl.load(least_ptr + dictionary).to(tl.int32)
         for start in range(0, TILES, BLOCK_T):
             # [BLOCK_T] tiles of the token, and which of them are to be computed again (-1: not)
-            numbers = start + tl.arange(0, BLOCK_T)
-            last = tl.load(candidates_ptr + numbers * KEEP + KEEP - 1, mask=numbers < TILES, other=-1)
-            pending = tl.where(may_have_more(last, least), numbers, -1)
+            tiles = start + tl.arange(0, BLOCK_T)
+            last = tl.load(candidates_ptr + tiles * KEEP + KEEP - 1, mask=tiles < TILES, other=-1)
+            pending = tl.where(may_have_more(last, least), tiles, -1)
             tile = tl.max(pending, 0)
             while tile >= 0:
                 packed, latents = dropped_by(
@@ -269,7 +269,7 @@ def above_cut_kernel(
                     MASK, HAS_THRESHOLD, False, KEEP, BLOCK_F, BLOCK_D,
                 )  # fmt: skip
                 first, second = tally(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT)
-                pending = tl.where(numbers == tile, -1, pending)
+                pending = tl.where(tiles == tile, -1, pending)
                 tile = tl.max(pending, 0)
     if MODE == DIGITS:
         tl.atomic_add(above_ptr + dictionary * 257 + tl.arange(0, 256), first.to(tl.int64))
