@@ -1,8 +1,8 @@
-"""Autograd functions over the kernels: the differentiable steps a dictionary is trained with.
+"""Autograd functions over the kernels: the differentiable operations that train a dictionary.
 
-Products run in the dtype of the activations. Parameters may be wider (float32 beside bfloat16 activations): they are cast
-for the product and receive gradients in their own dtype. Every gradient is summed in a fixed order: two identical calls
-give identical bits. None of the functions can be differentiated twice. The gradients' formulas are in `gradients.py`.
+Products run in the dtype of the activations. Parameters may be wider (float32 with bfloat16 activations): they are cast
+for the product and receive gradients in their own dtype. All sums have a fixed order, so identical calls give identical
+bits. No function can be differentiated twice. `gradients.py` holds the formulas. Errors are those of the ops.
 """
 
 from collections.abc import Callable
@@ -34,8 +34,8 @@ def encode_dense(
 ) -> Tensor:  # fmt: skip
     """acts [N, F] = relu((x - center) @ W_enc + b_enc) * mask[pos], with gradients for all but pos.
 
-    Shapes as in `kernels.encode`. A mask that requires grad must be positive wherever it is to learn: its gradient is
-    recovered from the activations, and is zero where it is zero.
+    Shapes as in `kernels.encode`. A learned mask must be positive: its gradient is recovered from the activations, and
+    is zero where the mask is zero.
     """
     return _EncodeDense.apply(x, W_enc, b_enc, center, mask, pos)
 
@@ -44,29 +44,26 @@ def encode_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None = None, mask: Mask | None = None,
     pos: Tensor | None = None, *, k: int, aux_k: int = 0, aux_latents: Tensor | None = None, across_batch: bool = False,
 ) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
-    """The k largest activations of each token, or the N * k largest of the batch, and from the same product the aux_k
-    largest of each token among `aux_latents`: see `kernels.encode_sparse.encode_topk`.
+    """Return the two codes of `kernels.encode_sparse.encode_topk`, with gradients.
 
-    The values carry gradients for x, W_enc, b_enc, center and mask (see `encode_dense` for masks), zero values none; the
-    gradient of W_enc comes latent-major, as the [D, F] view of a contiguous [F, D].
+    Values carry gradients for x, W_enc, b_enc, center and mask (see `encode_dense` for masks). Zero values carry none.
+    The gradient of W_enc is latent-major: the [D, F] view of a contiguous [F, D].
     """
     with torch.no_grad():
         code, aux = encode_topk_op(
             x, W_enc.to(x.dtype), b_enc, center=center, mask=mask, pos=pos,
             k=k, aux_k=aux_k, aux_latents=aux_latents, across_batch=across_batch,
         )  # fmt: skip
-    if aux is None:
-        return differentiable([code], x, W_enc, b_enc, center, mask, pos)[0], None
-    code, aux = differentiable([code, aux], x, W_enc, b_enc, center, mask, pos)
-    return code, aux
+    codes = differentiable([code] if aux is None else [code, aux], x, W_enc, b_enc, center, mask, pos)
+    return codes[0], None if aux is None else codes[1]
 
 
 def differentiable(
     codes: list[SparseCode], x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, mask: Mask | None,
     pos: Tensor | None,
 ) -> list[SparseCode]:  # fmt: skip
-    """Codes that an encoder made of these, with values that carry gradients: those of relu((x - center) @ W_enc + b_enc) *
-    mask[pos] at their entries, what decided on the entries being constant. Arguments and gradients as in `encode_topk`."""
+    """Return codes that an encoder made from these operands, with gradients of relu((x - center) @ W_enc + b_enc) *
+    mask[pos] at the entries. The selection is constant. Arguments and gradients as in `encode_topk`."""
     values = _Encoded.apply(x, W_enc, b_enc, center, mask, pos, codes)
     return [code.with_values(v) for code, v in zip(codes, values, strict=True)]
 
@@ -75,14 +72,17 @@ def encode_jumprelu(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, center: Tensor | None = None, mask: Mask | None = None,
     pos: Tensor | None = None, *, bandwidth: float, expected: int = 64,
 ) -> tuple[SparseCode, Tensor]:  # fmt: skip
-    """f = pre * (pre > threshold) * mask[pos] with pre = relu((x - center) @ W_enc + b_enc), as a ragged code, and its L0.
+    """Return f = pre * (pre > threshold) * mask[pos] as a ragged code, and its L0.
 
-    threshold [F], not negative; `expected` as in `kernels.encode_sparse.encode_threshold`; other arguments as in
-    `encode_dense`. The values carry gradients for all but pos; the L0, a float32 scalar, counts pre > threshold where the
-    mask is not zero and carries a gradient for the threshold. Gradients for the threshold are straight-through estimates
-    with a rectangle of width `bandwidth` around it, in units of x (Rajamanoharan et al., arXiv 2407.14435): inside,
-    df/dthreshold = -threshold / bandwidth and dL0/dthreshold = -1 / bandwidth; outside, zero. Entries inside the rectangle
-    but below the threshold are kept in the code, with value zero. Waits for the device.
+    pre = relu((x - center) @ W_enc + b_enc). threshold [F] must not be negative. `expected` as in
+    `kernels.encode_sparse.encode_threshold`, other arguments as in `encode_dense`. The values carry gradients for all
+    but pos. The L0, a float32 scalar, counts pre > threshold where the mask is not zero and carries a gradient for the
+    threshold.
+
+    Gradients for the threshold are straight-through estimates with a rectangle of width `bandwidth` around it, in units
+    of x (Rajamanoharan et al., arXiv 2407.14435): df/dthreshold = -threshold / bandwidth and dL0/dthreshold = -1 /
+    bandwidth inside, zero outside. Entries inside the rectangle but below the threshold are in the code with value
+    zero. Waits for the device.
     """
     codes: list[SparseCode] = []
     settings = dict(bandwidth=bandwidth, expected=expected)
@@ -91,18 +91,18 @@ def encode_jumprelu(
 
 
 def decode_sparse(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None = None) -> Tensor:
-    """x_hat [N, D], or the residual target - x_hat, with gradients for code.values, W_dec and b_dec (not the target).
+    """Return x_hat [N, D], or with a target target - x_hat, with gradients for code.values, W_dec and b_dec.
 
-    Shapes as in `kernels.decode`; the product runs in the target's dtype, or without one in W_dec's. The gradient of W_dec
-    has W_dec's strides. For the squared error alone, `reconstruct` does less.
+    Shapes as in `kernels.decode`. The product runs in the target's dtype, or in W_dec's without a target. The gradient
+    of W_dec has W_dec's strides. For the squared error alone, `reconstruct` is faster.
     """
     return _DecodeSparse.apply(code.values, W_dec, b_dec, target, code.with_values(code.values.detach()))
 
 
 def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(squared_error [N], residual [N, D]) of the target [N, D], as in `kernels.decode.reconstruct`.
+    """Return (squared_error [N], residual [N, D]) of the target [N, D], as in `kernels.decode.reconstruct`.
 
-    The squared error carries gradients for code.values, W_dec and b_dec, not for the target; the residual is a constant.
+    The squared error carries gradients for code.values, W_dec and b_dec, not for the target. The residual carries none.
     The product runs in the target's dtype. The gradient of W_dec has W_dec's strides.
     """
     return _Reconstruct.apply(code.values, W_dec, b_dec, target, code.with_values(code.values.detach()))
@@ -111,9 +111,11 @@ def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) 
 def matryoshka(
     code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, squared_error [N], residual [N, D]): the mean, over tokens and over the prefixes of latents that end at `ends`
-    [G], of the squared error, which carries gradients for code.values, W_dec and b_dec; and, as constants, the squared
-    error of all latents and what they leave. Other arguments as in `reconstruct`; float32, and [G, N, D] in memory.
+    """Return (loss, squared_error [N], residual [N, D]) of a Matryoshka dictionary.
+
+    The loss is the squared error, averaged over tokens and over the prefixes of latents that end at `ends` [G]. It
+    carries gradients for code.values, W_dec and b_dec. The other two are those of all latents and carry none. Other
+    arguments as in `reconstruct`. Computed in float32. Holds [G, N, D] in memory.
     """
     grouped, order = code.grouped(ends)
     residuals = matryoshka_residuals(
@@ -126,14 +128,14 @@ def matryoshka(
 def matryoshka_residuals(
     decode: Callable[..., Tensor], grouped: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor
 ) -> Tensor:
-    """[G, N, D]: what each prefix leaves of the target, from a code grouped by prefix. Summed in float32 or wider."""
+    """Return each prefix's residual, [G, N, D], from a code grouped by prefix. Summed in float32 or wider."""
     zeros = target.new_zeros((1, target.shape[1]), dtype=torch.promote_types(target.dtype, torch.float32))
     minus_groups = decode(grouped, W_dec, torch.zeros_like(b_dec), target=zeros.expand(grouped.n_tokens, -1))
     return (target - b_dec) + minus_groups.unflatten(0, (-1, len(target))).cumsum(0)
 
 
 def position_loss(residual: Tensor, values: SparseCode | Tensor, pos: Tensor, n_positions: int) -> PositionSums:
-    """Sums per position as in `kernels.loss`; squared_error carries a gradient for the residual, l1 one for the values."""
+    """Return sums as in `kernels.loss`. squared_error carries gradients for the residual, l1 for the values."""
     if isinstance(values, SparseCode):
         code = values.with_values(values.values.detach())
         return PositionSums(*_PositionLoss.apply(residual, values.values, pos, n_positions, code))
@@ -161,9 +163,9 @@ class _EncodeDense(Function):
 
 class _Encoded(Function):
     @staticmethod
-    def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos, codes):  # in a list: autograd passes nothing but tensors
+    def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos, codes):
         ctx.set_materialize_grads(False)
-        # detached: what is given back holds this context, which in turn must not hold it
+        # Detached, because the outputs hold this context: a reference back would be a cycle.
         ctx.codes = [code.with_values(code.values.detach()) for code in codes]
         ctx.b_dtype, ctx.mask = b_enc.dtype, mask
         ctx.save_for_backward(x, W_enc, center, pos)
@@ -208,13 +210,13 @@ def jumprelu_band(
     inputs: EncoderInputs, threshold: Tensor, *, bandwidth: float, expected: int, capacity: int | None = None,
     dictionaries: int = 1,
 ) -> Band:  # fmt: skip
-    """Find the entries of `encode_jumprelu`, which says what they are. `expected`, `capacity` and `dictionaries` are as in
+    """Return the entries of `encode_jumprelu`. `expected`, `capacity` and `dictionaries` as in
     `kernels.encode_sparse.encode_threshold`."""
     x, W_enc, b_enc, center, mask, pos = inputs
-    is_hard = isinstance(mask, Tensor) and mask.dtype == torch.bool  # shuts latents out beforehand
+    is_hard = isinstance(mask, Tensor) and mask.dtype == torch.bool  # applied by the encoder
     code = encode_threshold(
-        x, W_enc, b_enc, (threshold - bandwidth / 2).clamp_min(0), center=center, mask=mask if is_hard else None, pos=pos,
-        expected=expected, capacity=capacity, dictionaries=dictionaries,
+        x, W_enc, b_enc, (threshold - bandwidth / 2).clamp_min(0), center=center, mask=mask if is_hard else None,
+        pos=pos, expected=expected, capacity=capacity, dictionaries=dictionaries,
     )  # fmt: skip
     pre, limit = code.values, threshold.to(code.values.dtype)[code.indices]
     is_open, gate = pre > limit, None
@@ -228,11 +230,11 @@ def jumprelu_band(
 class _DecodeSparse(Function):
     @staticmethod
     def forward(ctx: Any, values, W_dec, b_dec, target, code):
-        narrow = W_dec if target is None else W_dec.to(target.dtype)
+        operand = W_dec if target is None else W_dec.to(target.dtype)
         ctx.code, ctx.sign = code, 1 if target is None else -1
         ctx.w_stride, ctx.w_dtype, ctx.b_dtype = W_dec.stride(), W_dec.dtype, b_dec.dtype
-        ctx.save_for_backward(narrow)
-        return decode(code, narrow, b_dec, target=target)
+        ctx.save_for_backward(operand)
+        return decode(code, operand, b_dec, target=target)
 
     @staticmethod
     @once_differentiable
@@ -291,7 +293,7 @@ def _rounded(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _strided(gradient: Tensor | None, stride: tuple[int, ...]) -> Tensor | None:
-    """The gradient with these strides; a copy only if they differ."""
+    """Return the gradient with these strides, copied only if they differ."""
     if gradient is None or gradient.stride() == stride:
         return gradient
     return gradient.new_empty_strided(gradient.shape, stride).copy_(gradient)

@@ -1,4 +1,4 @@
-"""Which implementation runs an op, and with which launch configuration."""
+"""Choose the backend of an op and its launch configuration."""
 
 import functools
 import importlib.util
@@ -10,55 +10,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configs import CONFIGS
+from .configs import CONFIGS, DISPATCH_RATES, FP8_SINCE, DispatchRates
 from .cost import Cost
 
 BACKENDS = ("torch", "triton")
 VARIABLE = "TEMPOSAE_BACKEND"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Nominal rates of one H100 for 2- and 4-byte elements. They are only compared with each other, never reported: cuBLAS
-# against a Triton GEMM with IEEE float32, and one memory for both.
-_FLOPS_PER_SECOND = {"torch": {2: 660e12, 4: 50e12}, "triton": {2: 520e12, 4: 30e12}}
-_BYTES_PER_SECOND = 3.0e12
-
 
 def choose(op: str, *tensors: Tensor, cost: Callable[[str], Cost] | None = None, backend: str | None = None) -> str:
-    """The backend, "torch" or "triton", for `op` on these tensors; see `why`."""
+    """Return the backend, "torch" or "triton", for `op` on these tensors. See `why`."""
     return why(op, *tensors, cost=cost, backend=backend)[0]
 
 
 def why(
     op: str = "ops", *tensors: Tensor, cost: Callable[[str], Cost] | None = None, backend: str | None = None
 ) -> tuple[str, str]:
-    """The backend for `op` and the reason for it, in words.
+    """Return the backend for `op` on these tensors, and the reason in words.
 
-    First the argument, then the environment variable TEMPOSAE_BACKEND (torch, triton or auto), then the device: CUDA
-    tensors take triton if it is installed, handles their dtype, and `cost(backend)` does not favour torch. Without
-    tensors: the choice for this machine's default device.
+    The `backend` argument comes first, then the environment variable TEMPOSAE_BACKEND (torch, triton or auto), then the
+    device: CUDA tensors use triton if it is installed and supports their dtype, unless `cost(backend)`, at the rates in
+    configs.py, takes less time with torch. Without tensors, this machine's default device decides.
 
-    Raises ValueError for a name that is not a backend, and for a forced triton that cannot run.
+    Raises ValueError for an unknown backend, and if triton is requested but cannot run.
     """
-    forced, source = (backend, "the backend argument") if backend else (os.environ.get(VARIABLE, ""), VARIABLE)
-    if forced not in ("", "auto", *BACKENDS):
-        raise ValueError(f"{source} is {forced!r}; allowed: {', '.join(BACKENDS)}, auto")
-    if forced == "torch":
+    requested, source = (backend, "the backend argument") if backend else (os.environ.get(VARIABLE, ""), VARIABLE)
+    if requested not in ("", "auto", *BACKENDS):
+        raise ValueError(f"{source} is {requested!r}; allowed: {', '.join(BACKENDS)}, auto")
+    if requested == "torch":
         return "torch", f"{source} says so"
     obstacle = _obstacle(tensors)
-    if forced == "triton":
+    if requested == "triton":
         if obstacle:
             raise ValueError(f"{source} asks for triton for {op}, but {obstacle}")
         return "triton", f"{source} says so"
     if obstacle:
         return "torch", obstacle
-    if _device(tensors).type != "cuda":
-        return "torch", "Triton's interpreter is for tests: it runs when asked for by name"
-    if cost is not None:
-        itemsize = min(4, max(2, tensors[0].element_size())) if tensors else 2
-        torch_s, triton_s = (cost(b).seconds(_FLOPS_PER_SECOND[b][itemsize], _BYTES_PER_SECOND) for b in BACKENDS)
-        verdict = f"the cost model expects {1e6 * triton_s:.0f} us with triton and {1e6 * torch_s:.0f} us with torch"
-        return ("torch" if torch_s < triton_s else "triton"), verdict
-    return "triton", "CUDA tensors, and triton is installed"
+    device = _device(tensors)
+    if device.type != "cuda":
+        return "torch", "Triton's interpreter is for tests and runs only on request"
+    if cost is None:
+        return "triton", "CUDA tensors, and triton is installed"
+    itemsize, rates = min(4, max(2, tensors[0].element_size())) if tensors else 2, dispatch_rates(_arch(device))
+    torch_s, triton_s = (cost(b).seconds(rates.flops_per_s[b][itemsize], rates.bytes_per_s) for b in BACKENDS)
+    verdict = f"the cost model expects {1e6 * triton_s:.0f} us with triton and {1e6 * torch_s:.0f} us with torch"
+    return ("torch" if torch_s < triton_s else "triton"), verdict
 
 
 def _device(tensors: tuple[Tensor, ...]) -> torch.device:
@@ -66,7 +62,7 @@ def _device(tensors: tuple[Tensor, ...]) -> torch.device:
 
 
 def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
-    """Why triton cannot run on these tensors, or None."""
+    """Return why triton cannot run on these tensors, or None."""
     if not _triton_installed():
         return "triton is not installed (it needs Linux)"
     for tensor in tensors:
@@ -98,9 +94,19 @@ def _arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Return whether products in e4m3 run on this device. The CPU emulates them."""
+    return device.type != "cuda" or _arch(device) >= FP8_SINCE
+
+
+def dispatch_rates(arch: int) -> DispatchRates:
+    """Return the rates for sm_`arch`: its own, or those of the nearest entry (the lower one of two)."""
+    return DISPATCH_RATES[min(sorted(DISPATCH_RATES), key=lambda entry: abs(entry - arch))]
+
+
 @functools.cache  # so that the warning comes once per GPU generation
 def config_row(arch: int) -> dict[str, dict[str, int]]:
-    """The launch configurations for sm_`arch`: its own row, or the nearest lower one with one warning.
+    """Return the launch configurations for sm_`arch`: its own row, or the nearest lower one with one warning.
 
     Raises ValueError below the lowest row.
     """
@@ -114,7 +120,7 @@ def config_row(arch: int) -> dict[str, dict[str, int]]:
 
 
 def launch_options(op: str, tensor: Tensor) -> dict[str, Any]:
-    """Keyword arguments for launching the kernel of `op` on the tensor's device: block sizes, warps, stages."""
+    """Return the keyword arguments of a launch on the tensor's device: block sizes, warps, stages."""
     configs = config_row(_arch(tensor.device)) if tensor.is_cuda else CONFIGS[min(CONFIGS)]
-    # Triton's default for FP fusion is about to change; contracting a*b+c only makes the sums more accurate.
+    # Triton's default for FP fusion is about to change. Contracting a*b+c only makes sums more accurate.
     return {**configs[op], "enable_fp_fusion": True}

@@ -1,6 +1,6 @@
-"""The records of kernels/<op>/bench.py: kernels to compile ahead of time, launch settings to try, calls to time.
+"""Types used in kernels/<op>/bench.py: kernels to compile ahead of time, launch settings to try, calls to time.
 
-`temposae.bench` finds those files by listing the folders, so a new op brings its rows along and no table is edited.
+`temposae.bench` finds these files by listing the folders, so no table needs editing for a new op.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,71 +14,58 @@ from .cost import Cost
 from .decode import Reconstruction, reconstruct
 from .encode import encode
 
-POSITIONS = 128  # of a context
+POSITIONS = 128  # T
 Stage = Literal["encode", "select", "decode", "loss", "gradient", "update"]
 STAGES: tuple[Stage, ...] = get_args(Stage)  # in the order of a training step
 Call = Callable[[], Any]
-CallOf = Callable[[Any], Call]  # of `Inputs`
-CostModel = Callable[..., Cost]  # cost(n, d, f, k, itemsize=, backend=): k of f latents are kept
+CallOf = Callable[[Any], Call]  # takes `Inputs`
+CostModel = Callable[..., Cost]  # cost(n, d, f, k, itemsize=, backend=)
 Grid = Mapping[str, tuple[int, ...]]
 
 
 class Spec(NamedTuple):
-    """One kernel as training launches it: every pointer and every size a multiple of 16, unless `aligned` is false."""
+    """One kernel as training launches it."""
 
-    kernel: str  # op and function
+    kernel: str  # op.function
     config: str  # entry of the config table
     pointers: dict[str, str]  # dtype of each pointer
     flags: Mapping[str, int] = {}
-    hot: bool = True
-    unit: tuple[str, ...] = ()  # integers that are 1, which Triton compiles in
-    aligned: bool = True
-    since: int = 80  # the first sm that has what it needs
+    hot: bool = True  # runs in every training step
+    unit: tuple[str, ...] = ()  # integer arguments that are 1, which Triton specialises on
+    aligned: bool = True  # all pointers and sizes are multiples of 16
+    since: int = 80  # the first sm that supports it
 
 
 class Op(NamedTuple):
-    """`call(inputs)`: the op, ready to run any number of times. `costs`: of its parts, which run one after another.
+    """An op to time."""
 
-    `direction`: forward, backward, or full for both. `choice`: the cost by which the op itself picks a backend, if it does.
-    """
-
-    direction: str
-    call: CallOf
-    costs: Sequence[CostModel]
-    choice: CostModel | None = None
+    direction: str  # forward, backward, or full for both
+    call: CallOf  # returns the op ready to run any number of times
+    costs: Sequence[CostModel]  # of its parts, which run one after another
+    choice: CostModel | None = None  # the cost by which the op chooses its backend
 
 
 class Trial(NamedTuple):
-    """`call(inputs)`: launches the entry's kernels, any number of times; what they update in place is a copy.
-
-    `grid`: values to try, in every combination; what it does not name stays as it is.
-    """
+    """Launch settings to try."""
 
     dtype: str
-    call: CallOf
-    grid: Grid
+    call: CallOf  # returns a launch of the entry's kernels that can be repeated: in-place updates go to a copy
+    grid: Grid  # values to try in all combinations; other settings keep their values
 
 
 class OpBench(NamedTuple):
-    """What an op's `bench.py` holds as `BENCH`.
+    """`BENCH` of an op's `bench.py`."""
 
-    stage        where its kernels come in a training step; rows are in this order
-    ops          what to time, by name
-    trials       what to tune, by entry of the config table
-    specs        what to compile, by name: kernels whose operands have this dtype ("bf16" or "fp32")
-    fixed_specs  the same for kernels without operands of that kind
-    """
-
-    stage: Stage
-    ops: Mapping[str, Op]
-    trials: Mapping[str, Trial]
-    specs: Callable[[str], dict[str, Spec]]
-    fixed_specs: Mapping[str, Spec] = {}
+    stage: Stage  # position in a training step, by which rows are sorted
+    ops: Mapping[str, Op]  # by name
+    trials: Mapping[str, Trial]  # by entry of the config table
+    specs: Callable[[str], dict[str, Spec]]  # by name, for operands of a dtype ("bf16" or "fp32")
+    fixed_specs: Mapping[str, Spec] = {}  # by name, for kernels whose operands have fixed dtypes
 
 
 class Inputs:
-    """What calls take: x [N, D] at pos [N], a dictionary that keeps k latents of a token, W_enc [D, F] and W_dec [F, D]
-    (both latent-major) in the dtype of x, `master` (W_dec), biases and the code's values in float32."""
+    """Arguments of calls: x [N, D] at pos [N] and a TopK dictionary. W_enc [D, F] and W_dec [F, D], both latent-major,
+    have the dtype of x. `master` (W_dec), biases and the code's values are float32."""
 
     def __init__(
         self, x: Tensor, pos: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int
@@ -97,7 +84,7 @@ class Inputs:
 
     @cached_property
     def threshold(self) -> Tensor:
-        """One for all latents, above which lie about k activations a token."""
+        """One threshold for all latents, exceeded by about k activations per token."""
         return self.code.values.min(1).values.mean()
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: metadata only, so they never wait for a device."""
+"""Argument checks shared by the ops. They read metadata only, so they never wait for a GPU. All raise ValueError."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ POSITION_DTYPES = (torch.int32, torch.int64)
 
 
 def check_shape(name: str, tensor: Tensor, **dims: int) -> None:
-    """Raise unless `tensor` has exactly these dimensions, given in order as symbol=size."""
+    """Check that `tensor` has exactly these dimensions, given in order as symbol=size."""
     if tuple(tensor.shape) != tuple(dims.values()):
         expected = f"[{', '.join(dims)}] = {list(dims.values())}"
         raise ValueError(f"{name} must have shape {expected}, got {list(tensor.shape)}")
 
 
 def check_centers(name: str, tensor: Tensor, d: int, size: int) -> None:
-    """Raise unless `tensor` is [D], or [S, D] with one row for each of S equal runs of so many rows."""
+    """Check for [D], or [S, D] with one row for each of S equal runs of `size` items."""
     if tensor.dim() != 2 or not len(tensor) or size % len(tensor):
         check_shape(name, tensor, D=d)
     else:
@@ -22,14 +22,14 @@ def check_centers(name: str, tensor: Tensor, d: int, size: int) -> None:
 
 
 def check_floating(**tensors: Tensor | None) -> None:
-    """Raise unless every tensor given is of a floating dtype."""
+    """Check that every tensor given has a floating dtype."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.dtype.is_floating_point:
             raise ValueError(f"{name} must have a floating dtype, got {tensor.dtype}")
 
 
 def check_positions(pos: Tensor, n_tokens: int, n_positions: int | None = None) -> None:
-    """Raise unless `pos` is an int32 or int64 [N]; on the CPU, where looking is free, also unless 0 <= pos (< T)."""
+    """Check that `pos` is an int32 or int64 [N] and, on the CPU, where reading values is free, that 0 <= pos < T."""
     check_shape("pos", pos, N=n_tokens)
     if pos.dtype not in POSITION_DTYPES:
         raise ValueError(f"pos must be int32 or int64, got {pos.dtype}")
@@ -40,7 +40,7 @@ def check_positions(pos: Tensor, n_tokens: int, n_positions: int | None = None) 
 
 
 def check_one_device(**tensors: Tensor | None) -> None:
-    """Raise unless all tensors given are on one device."""
+    """Check that all tensors given are on one device."""
     devices = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
         raise ValueError(f"arguments must be on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}")

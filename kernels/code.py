@@ -1,4 +1,4 @@
-"""SparseCode: which latents fired on which token and how strongly. Encode and select return it, decode takes it."""
+"""SparseCode: which latents are active on which token, and how strongly. Encoders return it, decoders take it."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -11,8 +11,8 @@ from torch import Tensor
 class LatentMajor(NamedTuple):
     """Entries sorted stably by latent: latent j owns `latent_offsets[j]:latent_offsets[j + 1]`, by ascending token.
 
-    order           int64 [C]    place of each sorted entry in the flattened code
-    latents         int32 [C]    latent of each sorted entry; F for the unused ones of a ragged code, which come last
+    order           int64 [C]    index of each sorted entry in the flattened code
+    latents         int32 [C]    latent of each sorted entry. Unused entries of a ragged code have F and come last
     tokens          int32 [C]    token of each sorted entry
     latent_offsets  int64 [F+1]
     """
@@ -24,7 +24,7 @@ class LatentMajor(NamedTuple):
 
     @classmethod
     def of(cls, latents: Tensor, tokens: Tensor, n_latents: int) -> "LatentMajor":
-        """Sort entries given as latents int32 [C] in [0, F], F for unused ones, and tokens [C]."""
+        """Sort entries given as latents int32 [C] in [0, F], with F for unused entries, and tokens [C]."""
         order = _stable_argsort(latents, n_latents)
         latents = latents[order]
         bounds = torch.arange(n_latents + 1, device=latents.device, dtype=latents.dtype)
@@ -33,14 +33,15 @@ class LatentMajor(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SparseCode:
-    """Activations of N tokens on F latents, without the zeros.
+    """Sparse activations of N tokens on F latents.
 
-    values    [N, K] when every token keeps K, or [C] when ragged (C is the capacity)
+    values    [N, K] when every token has K entries, or [C] when ragged (C is the capacity)
     indices   int32, the shape of `values`: the latent of each entry
-    offsets   int64 [N+1] when ragged: token n owns entries offsets[n]:offsets[n+1]; None for fixed K
-    overflow  bool scalar tensor when ragged with a given capacity: true if entries did not fit and were not stored
+    offsets   int64 [N+1] when ragged: token n owns entries offsets[n]:offsets[n+1]. None for fixed K
+    overflow  bool scalar tensor when ragged with a given capacity: true if entries did not fit and were dropped
 
-    Entries from `offsets[N]` on are unused: whatever they hold, nothing reads them as activations.
+    Entries from `offsets[N]` on are unused and never read as activations, whatever they hold. Raises ValueError for
+    shapes and dtypes that do not fit together.
     """
 
     values: Tensor
@@ -64,8 +65,8 @@ class SparseCode:
 
     @classmethod
     def side_by_side(cls, codes: list["SparseCode"]) -> "SparseCode":
-        """Codes of S dictionaries of F latents on the same N tokens as one over S F latents and S N tokens, token s N + n
-        being the n-th as the s-th dictionary sees it."""
+        """Join codes of S dictionaries of F latents on the same N tokens into one over S F latents and S N tokens:
+        token s N + n is token n in dictionary s."""
         if len(codes) == 1:
             return codes[0]
         f = codes[0].n_latents
@@ -74,7 +75,7 @@ class SparseCode:
         offsets = overflow = None
         if codes[0].offsets is not None:
             unused = torch.cat([code.live(torch.zeros_like(code.indices), unused=1) for code in codes])
-            order = unused.sort(stable=True).indices  # they come last
+            order = unused.sort(stable=True).indices  # unused entries come last
             values, indices = values[order], indices[order]
             counts = torch.cat([code.offsets.diff() for code in codes if code.offsets is not None])
             offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -92,7 +93,7 @@ class SparseCode:
 
     @property
     def rows(self) -> Tensor:
-        """Token of each entry, int64, the shape of `values`; unused entries of a ragged code name the last token."""
+        """Token of each entry, int64, the shape of `values`. Unused entries of a ragged code have the last token."""
         if "rows" not in self.layouts:
             if self.offsets is None:
                 tokens = torch.arange(self.n_tokens, device=self.values.device)
@@ -103,31 +104,31 @@ class SparseCode:
         return self.layouts["rows"]
 
     def live(self, entries: Tensor, unused: int = 0) -> Tensor:
-        """`entries`, one for each of the code's, with the unused ones of a ragged code replaced."""
+        """Return per-entry data with `unused` in place of the unused entries of a ragged code."""
         if self.offsets is None:
             return entries
         used = torch.arange(entries.numel(), device=entries.device) < self.offsets[-1]
         return torch.where(used, entries, unused)
 
     def to_dense(self) -> Tensor:
-        """Activations [N, F]; a latent named twice by one token adds up. Differentiable in `values`."""
+        """Return activations [N, F]. Entries of one token and latent are summed. Differentiable in `values`."""
         dense = self.values.new_zeros(self.n_tokens * self.n_latents)
         elements = self.rows * self.n_latents + self.live(self.indices)
         return dense.scatter_add_(0, elements.flatten(), self.live(self.values).flatten()).view(-1, self.n_latents)
 
     def l0(self) -> Tensor:
-        """Number of nonzero values of each token, int64 [N]."""
+        """Return the number of nonzero values per token, int64 [N]."""
         if self.offsets is None:
             return (self.values != 0).sum(-1)
         running = (self.values != 0).cumsum(0)
         return torch.cat([running.new_zeros(1), running])[self.offsets].diff()
 
     def with_values(self, values: Tensor) -> "SparseCode":
-        """The same entries with other values; layouts computed for one code serve both."""
+        """Return the same entries with other values. Both codes share the layouts computed for either."""
         return replace(self, values=values)
 
     def only(self, keep: Tensor) -> "SparseCode":
-        """The entries for which `keep`, bool of the shape of `values`, is true; ragged, with the room there was."""
+        """Return the entries where `keep` (bool, shape of `values`) is true, as a ragged code of the same capacity."""
         keep = self.live(keep, unused=False).flatten()
         counts = torch.zeros(self.n_tokens, dtype=torch.int64, device=keep.device)
         counts.index_add_(0, self.rows.flatten(), keep.long())
@@ -136,10 +137,10 @@ class SparseCode:
         return SparseCode(self.values.flatten()[order], self.indices.flatten()[order], self.n_latents, offsets)
 
     def grouped(self, ends: Tensor) -> tuple["SparseCode", Tensor]:
-        """The entries parted by groups of latents, the g-th of which are those from `ends[g - 1]` (or 0) up to `ends[g]`.
+        """Split the entries by groups of latents: group g holds latents ends[g - 1] (or 0) to ends[g].
 
-        ends int [G], ascending, the last one F. Returns a ragged code over G * N tokens, where token g * N + n owns what
-        token n has in group g, and the place in the flattened code from which each of its entries comes, int64 [C].
+        ends int [G], ascending, the last one F. Returns a ragged code over G * N tokens, where token g * N + n owns the
+        entries of token n in group g, and the index of each of its entries in this flattened code, int64 [C].
         """
         n, tokens, latents = self.n_tokens, self.rows.flatten(), self.live(self.indices).flatten()
         owners = torch.searchsorted(ends, latents, right=True) * n + tokens
@@ -150,7 +151,7 @@ class SparseCode:
         return SparseCode(*flat, self.n_latents, offsets), order
 
     def transpose(self) -> LatentMajor:
-        """The latent-major view, computed once per set of indices."""
+        """Return the latent-major view, computed once per set of indices."""
         if "latent_major" not in self.layouts:
             latents = self.live(self.indices, unused=self.n_latents).flatten()
             self.layouts["latent_major"] = LatentMajor.of(latents, self.rows.flatten(), self.n_latents)
@@ -160,6 +161,6 @@ class SparseCode:
 def _stable_argsort(keys: Tensor, largest: int) -> Tensor:
     """Stable argsort of int32 keys in [0, largest]."""
     if keys.device.type == "cpu" and largest < 2**16:
-        # numpy sorts 16-bit keys by radix: twice as fast as torch here, and not slowed by a busy second core.
+        # numpy sorts 16-bit keys by radix: twice as fast as torch, and not slowed down by a busy second core.
         return torch.from_numpy(np.argsort(keys.numpy().astype(np.uint16), kind="stable"))
     return torch.sort(keys, stable=True).indices

@@ -1,12 +1,31 @@
-"""Launch configurations, one row per GPU generation (sm = 10 * major + minor). Data, not code: nothing is autotuned.
+"""All that depends on the GPU, by compute capability (sm = 10 * major + minor): dispatch rates, launch configurations.
 
-`temposae bench tune` times settings on the GPU at hand and writes its row. A row also serves GPUs between it and the next
-(sm_86 and sm_89 take sm_80's, sm_120 takes sm_100's), and those have 99 KB of shared memory per block: no entry may need
-more. `bench/aot.py` reports registers, spills and shared memory of all.
+Nothing is tuned at run time. No value has been measured on a GPU yet. `temposae bench tune` times launch settings on
+the GPU at hand and writes its row of `CONFIGS`. A row also serves the GPUs up to the next one (sm_86 and sm_89 use
+sm_80's, sm_120 uses sm_100's). Those have 99 KB of shared memory per block, so no entry may need more. `bench/aot.py`
+reports registers, spills and shared memory.
 
-*_small is for float32, and encode's also for a D that is no multiple of the tile: pointers element by element, so smaller
-tiles or registers spill. reconstruct holds up to BLOCK_K rows of a token at once; reconstruct_loop goes by them.
+Entries named *_small are for float32 and, for encode, also for a D that is not a multiple of BLOCK_D. Loads are then
+element by element, and larger tiles would spill registers. reconstruct keeps up to BLOCK_K rows of a token in
+registers, while reconstruct_loop reads them BLOCK_K at a time.
 """
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class DispatchRates(NamedTuple):
+    """Rates at which cost models are evaluated to choose a backend. They are only compared with each other."""
+
+    flops_per_s: Mapping[str, Mapping[int, float]]  # by backend and by bytes per element
+    bytes_per_s: float  # device memory, both backends
+
+
+# Other GPUs use the nearest entry. sm_90: estimates for an H100, cuBLAS against a Triton GEMM with IEEE float32.
+DISPATCH_RATES = {
+    90: DispatchRates({"torch": {2: 660e12, 4: 50e12}, "triton": {2: 520e12, 4: 30e12}}, bytes_per_s=3.0e12),
+}
+FP8_SINCE = 89  # the first sm with e4m3 products
 
 CONFIGS: dict[int, dict[str, dict[str, int]]] = {}
 CONFIGS[80] = {

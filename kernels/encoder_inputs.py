@@ -1,4 +1,4 @@
-"""What every encoder takes, with the checks and the choice of a backend that `encode` and `encode_sparse` share."""
+"""The operands of an encoder, with the checks and the backend choice that `encode` and `encode_sparse` share."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from .masks import GaussianMask, Mask
 
 
 class EncoderInputs(NamedTuple):
-    """The operands of relu((x - center) @ W_enc + b_enc) * mask[pos]; shapes and dtypes as in `kernels.encode.encode`."""
+    """The operands of relu((x - center) @ W_enc + b_enc) * mask[pos]. Shapes and dtypes as in `kernels.encode`."""
 
     x: Tensor
     W_enc: Tensor
@@ -22,7 +22,7 @@ class EncoderInputs(NamedTuple):
     pos: Tensor | None
 
     def check(self) -> int:
-        """Return F. Raises ValueError unless all operands fit."""
+        """Return F. Raises ValueError for shapes, dtypes or devices that do not fit together."""
         x, W_enc, b_enc, center, mask, pos = self
         n, d, f = *_matrix("x", x), _matrix("W_enc", W_enc)[1]
         check_shape("W_enc", W_enc, D=d, F=f)
@@ -46,7 +46,7 @@ class EncoderInputs(NamedTuple):
         return f
 
     def choose_backend(self, op: str, *, cost: Callable[..., Cost], backend: str | None) -> str:
-        """Choose the backend of an op with these operands."""
+        """Return the backend of `op` for these operands."""
         sizes = dict(itemsize=self.x.element_size(), masked=self.mask is not None)
         cost_of = lambda backend: cost(*self.x.shape, self.W_enc.shape[1], **sizes, backend=backend)
         optional_tensors = [t for t in (self.b_enc, self.center, self._mask_tensor) if t is not None]

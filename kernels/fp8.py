@@ -7,19 +7,19 @@ from torch import Tensor
 
 
 class Fp8Rows(NamedTuple):
-    """rows [M, D] in float8_e4m3fn, D filled up with zeros to a multiple of 128, to be multiplied by their scale [M]."""
+    """A matrix [M, D] as float8_e4m3fn rows, zero-padded to a multiple of 128 columns, with a scale [M] per row."""
 
     rows: Tensor
     scale: Tensor
 
     @classmethod
     def of(cls, x: Tensor) -> "Fp8Rows":
-        """Scale each row so that its largest element becomes 448, the largest that e4m3 has."""
+        """Scale each row so that its largest magnitude becomes 448, the largest e4m3 number."""
         largest = torch.finfo(torch.float8_e4m3fn).max
         scale = x.abs().amax(1).float().clamp_min(torch.finfo(torch.float32).tiny * largest) / largest
         rows = torch.nn.functional.pad(x.float() / scale[:, None], (0, -x.shape[1] % 128))
         return cls(rows.to(torch.float8_e4m3fn), scale)
 
     def widened(self) -> Tensor:
-        """Return the rows [M, D] that this stands for, in float32."""
+        """Return rows * scale in float32."""
         return self.rows.float() * self.scale[:, None]

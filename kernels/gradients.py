@@ -1,8 +1,8 @@
-"""The gradient of each op, as plain functions of tensors: what `kernels.autograd` and `kernels.ops` do in their backward.
+"""Gradients of the ops as plain functions of tensors. `kernels.autograd` and `kernels.ops` use them in their backward.
 
-`needs` says which gradients are wanted; the others are None. Every gradient is summed in a fixed order. Those of biases and
-of W_dec are float32 (float64 for float64), to be rounded to the parameter's dtype by the caller; all others have the dtype
-of what they are for. The gradient of W_enc from codes is latent-major, the [D, F] view of a contiguous [F, D].
+`needs` says which gradients to compute; the others are None. All sums have a fixed order. Gradients of biases,
+thresholds and W_dec are float32 (float64 for float64), for the caller to round. All others have the dtype of their
+operand. The gradient of W_enc from codes is latent-major: the [D, F] view of a contiguous [F, D].
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def encode_dense(
     needs: Sequence[bool], x: Tensor, W_enc: Tensor, center: Tensor | None, mask: Mask | None, pos: Tensor | None,
     acts: Tensor, dacts: Tensor,
 ) -> Gradients:  # fmt: skip
-    """Return those of x, W_enc, b_enc, center and mask from those of acts [N, F]; see `kernels.encode.encode`."""
+    """Return gradients of x, W_enc, b_enc, center and mask from `dacts`, that of acts [N, F]."""
     need_x, need_w, _, need_center, need_mask, *_ = needs
     dx = dw = dcenter = dmask = None
     dpre = torch.ops.aten.threshold_backward(dacts, acts, 0)  # the backward of relu, in one pass
@@ -48,8 +48,8 @@ def encode_codes(
     needs: Sequence[bool], x: Tensor, W_enc: Tensor, center: Tensor | None, mask: Mask | None, pos: Tensor | None,
     codes: Sequence[SparseCode], grads: Sequence[Tensor | None],
 ) -> Gradients:  # fmt: skip
-    """Return the same from those of the values of codes that an encoder made of these operands, what decided on their
-    entries being constant."""
+    """Return gradients of x, W_enc, b_enc, center and mask from `grads`, those of the values of codes that an encoder
+    made from these operands. The selection of entries is constant."""
     dmask, contributions = None, []
     for code, grad in zip(codes, grads, strict=True):
         if grad is None:
@@ -65,18 +65,18 @@ def encode_codes(
 
 
 class Band(NamedTuple):
-    """JumpReLU's entries: those above their threshold, and those below that its gradient needs. All but the code, which
-    holds the activations f, have the shape of its values; unused entries don't exist."""
+    """JumpReLU's entries: those above their threshold, and those below it that the straight-through gradient needs.
+    Tensors have the shape of the code's values."""
 
-    code: SparseCode
-    pre: Tensor
-    limit: Tensor  # the threshold
-    gate: Tensor | None  # the mask's weight
-    is_open: Tensor  # bool
+    code: SparseCode  # activations f
+    pre: Tensor  # rectified pre-activations
+    limit: Tensor  # thresholds
+    gate: Tensor | None  # mask weights
+    is_open: Tensor  # bool: above the threshold and not masked
     bandwidth: float
 
     def gradients(self, dvalues: Tensor, dl0: Tensor | float | None) -> tuple[Tensor, Tensor]:
-        """Return those of the pre-activations and, to be summed by latent, of the thresholds."""
+        """Return per-entry gradients of the pre-activations and of the thresholds."""
         gated = dvalues if self.gate is None else dvalues * self.gate
         dlimit = -self.limit * gated
         if dl0 is not None:
@@ -89,7 +89,7 @@ def encode_jumprelu(
     needs: Sequence[bool], x: Tensor, W_enc: Tensor, center: Tensor | None, mask: Mask | None, pos: Tensor | None,
     band: Band, dvalues: Tensor | None, dl0: Tensor | None,
 ) -> Gradients:  # fmt: skip
-    """Return those of x, W_enc, b_enc, threshold, center and mask from those of the band's values and of its L0."""
+    """Return gradients of x, W_enc, b_enc, threshold, center and mask from those of the band's values and L0."""
     need_x, need_w, need_b, need_threshold, need_center, need_mask, *_ = needs
     if dvalues is None:
         dvalues = torch.zeros_like(band.pre)
@@ -107,7 +107,7 @@ def encode_jumprelu(
 def decode_code(
     needs: Sequence[bool], code: SparseCode, W_dec: Tensor, dx_hat: Tensor, sign: int = 1
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return those of the code's values and of W_dec from that of sign * x_hat."""
+    """Return gradients of the code's values and W_dec from that of sign * x_hat."""
     dvalues = dw = None
     if needs[0]:
         dvalues = sign * decode_values_grad(code, W_dec, dx_hat)
@@ -117,15 +117,15 @@ def decode_code(
 
 
 def decode_bias(dx_hat: Tensor, sign: int = 1) -> Tensor:
-    """Return that of b_dec from that of sign * x_hat."""
+    """Return the gradient of b_dec from that of sign * x_hat."""
     return sign * dx_hat.sum(0, dtype=accumulation_dtype(dx_hat))
 
 
 def squared_error(
     needs: Sequence[bool], code: SparseCode, residual: Tensor, projection: Tensor, derror: Tensor
 ) -> Gradients:
-    """Return those of the code's values, W_dec and b_dec from those of each token's squared error, by what
-    `kernels.decode.reconstruct` returns."""
+    """Return gradients of the code's values, W_dec and b_dec from `derror` [N], that of the squared errors. `residual`
+    and `projection` are from `kernels.decode.reconstruct`."""
     dvalues = dw = db = None
     scale = -2 * derror
     per_entry = scale[code.rows]
@@ -139,7 +139,7 @@ def squared_error(
 
 
 def position_squared_error(residual: Tensor, pos: Tensor, dsquared_error: Tensor) -> Tensor:
-    """Return that of the residual [N, D], or of its squared norms [N], from those of the sums at each position [T]."""
+    """Return the gradient of the residual [N, D], or of squared norms [N], from that of the sums per position [T]."""
     dresidual = dsquared_error[pos.long()]
     if residual.dim() == 2:
         dresidual = 2 * dresidual[:, None] * residual
@@ -147,7 +147,7 @@ def position_squared_error(residual: Tensor, pos: Tensor, dsquared_error: Tensor
 
 
 def position_l1(values: Tensor, code: SparseCode | None, pos: Tensor, dl1: Tensor) -> Tensor:
-    """Return that of the values, a code's or dense activations [N, F], from those of the sums at each position [T]."""
+    """Return the gradient of a code's values, or of dense activations [N, F], from that of the L1 per position [T]."""
     per_token = dl1[pos.long()]
     if code is not None and code.ragged:
         return code.live(per_token[code.rows] * values.sign()).to(values.dtype)
@@ -155,12 +155,12 @@ def position_l1(values: Tensor, code: SparseCode | None, pos: Tensor, dl1: Tenso
 
 
 def gate_of(code: SparseCode, mask: Mask, pos: Tensor) -> Tensor:
-    """Look up the mask's weight of each entry."""
+    """Return the mask weight of each entry. pos [N]."""
     return weights_of(mask, pos[code.rows], code.live(code.indices))
 
 
 def mask_gradient(code: SparseCode, contributions: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """Return that of a mask [T, F] from what each entry contributes to it."""
+    """Return the gradient of a mask [T, F] from the contribution of each entry."""
     elements = pos.long()[code.rows] * mask.shape[1] + code.live(code.indices)
     return sum_by(elements.flatten(), code.live(contributions).flatten(), mask.numel()).view(mask.shape).to(mask.dtype)
 
@@ -168,7 +168,7 @@ def mask_gradient(code: SparseCode, contributions: Tensor, mask: Tensor, pos: Te
 def _encoder_gradients(
     needs: Sequence[bool], x: Tensor, W_enc: Tensor, center: Tensor | None, contributions: Sequence[SparseCode]
 ) -> Gradients:
-    """Gradients of x, W_enc, b_enc and center from those of the pre-activations, given as codes."""
+    """Return gradients of x, W_enc, b_enc and center from those of the pre-activations, given as codes."""
     need_x, need_w, _, need_center, *_ = needs
     dx = dw = db = dcenter = None
     for code in contributions:
@@ -187,12 +187,12 @@ def _center_gradient(W_enc: Tensor, db: Tensor, center: Tensor) -> Tensor:
 
 
 def _sum_by_latent(code: SparseCode, values: Tensor) -> Tensor:
-    """[F]: the sum over each latent's entries."""
+    """Return sums over the entries of each latent, [F]."""
     return weight_grad(code.transpose(), values, values.new_ones(1, 1))[:, 0]
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b where b > 0, else zero."""
+    """Return a / b where b > 0, else zero."""
     return torch.where(b > 0, a / b, 0)
 
 

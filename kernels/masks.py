@@ -1,4 +1,4 @@
-"""Masks over positions, as encode takes them: what each latent's activation is multiplied by at a token's position."""
+"""Masks over positions: factors [T, F] on activations, by position and latent."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 class GaussianMask(NamedTuple):
-    """weight[p, j] = exp(-(p - centre[j])^2 / (2 sigma^2)), worked out where it is needed and never stored.
+    """weight[p, j] = exp(-(p - centre[j])^2 / (2 sigma^2)), computed where it is needed and never stored.
 
-    centre [F], float32, in positions; sigma > 0, in positions.
+    centre  float32 [F], in positions
+    sigma   > 0, in positions
     """
 
     centre: Tensor
@@ -24,14 +25,14 @@ Mask = Tensor | GaussianMask
 
 
 def weights_at(mask: Mask, pos: Tensor) -> Tensor:
-    """The mask's weight of every latent at each position, [N, F] for pos [N]."""
+    """Weights of all latents at positions pos [N], as [N, F]."""
     if isinstance(mask, Tensor):
         return mask.index_select(0, pos)
     return _gaussian(pos[:, None] - mask.centre, mask)
 
 
 def weights_of(mask: Mask, pos: Tensor, latents: Tensor) -> Tensor:
-    """The mask's weight of each of `latents` at the position of the same place in `pos`."""
+    """Weights of (position, latent) pairs. `pos` and `latents` have the same shape."""
     if isinstance(mask, Tensor):
         return mask.reshape(-1)[pos.long() * mask.shape[1] + latents]
     return _gaussian(pos - mask.centre[latents.long()], mask)

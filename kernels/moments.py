@@ -1,36 +1,36 @@
-"""Adam's state and rates, as `kernels.adam` takes them."""
+"""Adam's moments and rates, the arguments of `kernels.adam`."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# The codes of 8-bit moments: exponents of the values that stand for zero, the largest code, and the least of a row's maxima.
+# Codes of 8-bit moments: the exponent that means zero, the largest code, and a lower bound for the maximum of a row.
 MEAN_ZERO, MEAN_LARGEST = -15, 127
 SQUARE_ZERO, SQUARE_LARGEST = -31, 255
 LEAST = 1e-30
 
 
 class Moments(NamedTuple):
-    """Adam's running means of the gradient and of its square, each of the parameter's shape, in one of three kinds:
+    """Adam's running means of the gradient and of its square, both of the parameter's shape, in one of three formats:
 
                 exp_avg             exp_avg_sq          scales
     float32     float32             float32             None            or the parameter's dtype
     bfloat16    bfloat16            bfloat16            None            parameter [F, D]
     8bit        int8                uint8               float32 [F, 2]  parameter [F, D]
 
-    bfloat16 and 8-bit moments are rounded stochastically, to one of the two neighbours and in expectation to the value
-    itself: beta2 = 0.999 moves exp_avg_sq by less than half a step of bfloat16, so rounding to nearest would stop it.
+    bfloat16 and 8-bit moments are rounded stochastically to one of the two neighbours, with the exact value as the
+    mean. beta2 = 0.999 moves exp_avg_sq by less than half a bfloat16 step, so rounding to nearest would freeze it.
 
-    8-bit codes share a scale in each row, as in the block-wise optimizers of Dettmers et al. (arXiv 2110.02861), but are
-    small floating-point numbers, so that encoding takes integer operations only. The code c = 8 e + m >= 0 stands for
+    8-bit codes share one scale per row, as in the block-wise optimizers of Dettmers et al. (arXiv 2110.02861), but are
+    small floating-point numbers, so that encoding needs integer operations only. The code c = 8 e + m >= 0 means
 
         scale * (2^(e - z) * (1 + m / 8) - 2^-z)
 
-    and the largest of a row has the largest code. exp_avg: z = 15 and a sign, |c| <= 127. exp_avg_sq: z = 31, c <= 255, so
-    its square root has the same range. Steps are 1/16 to 1/8 of the value, and even below scale * 2^-z. An exp_avg_sq above
-    zero never becomes zero, which would leave eps alone under exp_avg, but at least 2^-35 of the row's largest. A row whose
-    gradient is zero keeps its codes and decays by its scales.
+    and the largest value of a row has the largest code. exp_avg has z = 15, a sign and |c| <= 127. exp_avg_sq has z =
+    31 and c <= 255, so its square root has the same range. Steps are 1/16 to 1/8 of the value, and uniform below scale
+    * 2^-z. A positive exp_avg_sq is never rounded to zero, which would leave only eps in Adam's denominator, but to at
+    least 2^-35 of the row's largest. A row with a zero gradient keeps its codes, and its scales decay.
     """
 
     exp_avg: Tensor
@@ -39,14 +39,14 @@ class Moments(NamedTuple):
 
     @classmethod
     def zeros(cls, parameter: Tensor, kind: str = "float32") -> "Moments":
-        """Make moments of `kind` ("float32", "bfloat16", "8bit") before the first step on `parameter`."""
+        """Return zero moments of `kind` ("float32", "bfloat16" or "8bit") for `parameter`."""
         if kind == "8bit":
             first, second = (torch.zeros_like(parameter, dtype=dtype) for dtype in (torch.int8, torch.uint8))
             return cls(first, second, torch.zeros(len(parameter), 2, device=parameter.device))
         return cls(*(torch.zeros_like(parameter, dtype=getattr(torch, kind)) for _ in range(2)))
 
     def widened(self) -> tuple[Tensor, Tensor]:
-        """Return the values that the moments stand for; those of 8-bit ones in float32."""
+        """Return the decoded values: float32 for 8-bit moments, the tensors themselves otherwise."""
         if self.scales is None:
             return self.exp_avg, self.exp_avg_sq
         mean, square = self.exp_avg.int(), self.exp_avg_sq.int()
@@ -55,16 +55,16 @@ class Moments(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Adam's settings for one step. Those that change from step to step lie on the device, so that a captured graph of the
-    step can be replayed. Of S dictionaries one below the other, each has its own: [S] for S equal runs of rows.
+    """Adam's settings for one step. Those that change between steps are tensors on the device, so that a CUDA graph of
+    the step can be replayed. With S dictionaries in one parameter, each may have its own: [S] for S equal runs of rows.
 
-    step_size   scalar tensor, or [S]: lr / (1 - beta1^t)
-    correction  the same: sqrt(1 - beta2^t)
-    factor      the same: what the gradient is multiplied by first, for clipping
-    seed        the same, int32, for narrow moments only: another one in each step and for each parameter. An element's
-                random bits follow from seed + row (of its run) and from its column; rows of a larger parameter from the
-                r-th on are rounded as there with seed + r.
-    skip        scalar tensor, bool: if true, nothing is changed; None for false
+    step_size   scalar or [S]: lr / (1 - beta1^t)
+    correction  scalar or [S]: sqrt(1 - beta2^t)
+    factor      scalar or [S], multiplies the gradient (clipping)
+    seed        int32 scalar or [S], for bfloat16 and 8-bit moments only. Must differ between steps and parameters.
+                Random bits are a hash of seed + row within the run, and of the column. To update only rows from the
+                r-th on with the same bits, pass seed + r.
+    skip        bool scalar: if true, nothing changes. None for false
     """
 
     step_size: Tensor

@@ -1,4 +1,4 @@
-"""What the references share: the dtype to accumulate in, and two sums in a fixed order."""
+"""Accumulation dtype and sums in a fixed order, shared by the references."""
 
 import torch
 import torch.nn.functional as F
@@ -6,22 +6,22 @@ from torch import Tensor
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 stays float64; everything else accumulates in float32."""
+    """float64 for float64, float32 for everything else."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def sum_by(index: Tensor, rows: Tensor, size: int) -> Tensor:
-    """out[i] = sum of rows[j] over index[j] == i, in the order of j: the same bits every time. Returns [size, ...]."""
+    """out[i] = sum of rows[j] over index[j] == i, in the order of j: reproducible bits. Returns [size, ...]."""
     out = rows.new_zeros((size, *rows.shape[1:]))
-    if rows.is_cuda:  # index_add_ would use atomics there; index_put_ sorts
+    if rows.is_cuda:  # index_add_ would use atomics there, while index_put_ sorts
         return out.index_put_((index.long(),), rows, accumulate=True)
     return out.index_add_(0, index, rows)
 
 
 def weighted_bags(table: Tensor, index: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-    """out[b] = sum of weights[e] * table[index[e]] over the entries e in starts[b]:starts[b + 1], to the end for the last b.
+    """out[b] = sum of weights[e] * table[index[e]] over e in starts[b]:starts[b + 1] (to the end for the last b).
 
-    `embedding_bag` never materialises the gathered rows: on two CPU cores at N = 1024, K = 32 it takes a seventh or less
-    of the time of a dense product at F = 1024, of `index_add_`, or of gather and reduce, for D from 128 to 768.
+    `embedding_bag` never stores the gathered rows. On two CPU cores at N = 1024, K = 32 it takes at most a seventh of
+    the time of a dense product at F = 1024, of `index_add_`, or of gather and reduce, for D from 128 to 768.
     """
     return F.embedding_bag(index, table, starts.to(index.dtype), mode="sum", per_sample_weights=weights)

@@ -1,18 +1,21 @@
-"""The ops as plain functions of tensors, for code of any kind: `temposae.ops`.
+"""`temposae.ops`: the ops as functions of plain tensors, for use in any code.
 
-Each is registered with torch.library as `temposae::NAME`: it has a fake implementation and an autograd formula (those of
-`gradients.py`, with ops of their own where need be), and goes through torch.compile without a graph break. A code is given
-as its tensors:
+Each op is registered with torch.library as `temposae::NAME`. It has a fake implementation and an autograd formula (from
+`gradients.py`), and torch.compile traces it without a graph break. A code is passed as its tensors:
 
-    values  [N, K] or [C], float32 (float64 for float64 activations)
-    indices int32, of values' shape: the latent of each entry
-    offsets int64 [N + 1] for codes with any number of entries a token, which own values[offsets[n]:offsets[n + 1]]; or None
+    values   [N, K] or [C], float32 (float64 for float64 activations)
+    indices  int32, of values' shape: the latent of each entry
+    offsets  int64 [N + 1] for ragged codes: token n owns values[offsets[n]:offsets[n + 1]]. None for fixed K
 
-x [N, D], W_enc [D, F], W_dec [F, D], b_enc [F], b_dec [D], center [D] (what is taken from x: b_dec, mostly), mask [T, F],
-bool or floating, not negative, and pos [N], int32 or int64 in [0, T). Products run in x's dtype, within autocast as without;
-parameters may be wider, and get gradients of their own dtype, summed in a fixed order. The backend is chosen as everywhere
-(`kernels.backend`). None of them can be differentiated twice. Raises ValueError for shapes, dtypes or devices that do not
-fit.
+Other arguments: x [N, D], W_enc [D, F], W_dec [F, D], b_enc [F], b_dec [D], center [D] (subtracted from x, usually
+b_dec), mask [T, F], bool or floating, not negative, and pos [N], int32 or int64 in [0, T).
+
+Products run in x's dtype, also under autocast. Parameters may be wider and receive gradients in their own dtype, summed
+in a fixed order. `kernels.backend` chooses the backend. No op can be differentiated twice. All raise ValueError for
+shapes, dtypes or devices that do not fit together.
+
+    values, indices = ops.encode_topk(x, W_enc, b_enc, k=64, center=b_dec)
+    x_hat = ops.decode(values, indices, W_dec, b_dec)
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,8 +41,8 @@ def encode_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, center: Tensor | None = None, mask: Tensor | None = None,
     pos: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """values, indices [N, k]: of each token the k largest of relu((x - center) @ W_enc + b_enc) * mask[pos], in no
-    particular order; filled up with zeros at other latents where fewer are positive. Gradients for all but pos."""
+    """Return values, indices [N, k]: per token, the k largest of relu((x - center) @ W_enc + b_enc) * mask[pos],
+    unordered and padded with zeros at other latents if fewer are positive. Gradients for all but pos."""
     return _encode_topk(x, W_enc, b_enc, center, mask, pos, k)
 
 
@@ -47,8 +50,8 @@ def encode_batch_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, center: Tensor | None = None, mask: Tensor | None = None,
     pos: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """values [N k], indices, offsets: the N k largest of the batch, whichever tokens they fall on (BatchTopK). Entries from
-    offsets[N] on are unused: there were no more positive ones. Gradients as in `encode_topk`."""
+    """Return values [N k], indices, offsets: the N k largest positive activations of the batch (BatchTopK). If there
+    are fewer, entries from offsets[N] on are unused. Gradients as in `encode_topk`."""
     return _encode_batch_topk(x, W_enc, b_enc, center, mask, pos, k)
 
 
@@ -56,23 +59,23 @@ def encode_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None = None, *, center: Tensor | None = None,
     mask: Tensor | None = None, pos: Tensor | None = None, expected: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """values [C], indices, offsets: every activation above its latent's threshold [F], or above 0 (JumpReLU, ReLU). About
-    `expected` a token; speed depends on it. Gradients as in `encode_topk`; the threshold, what decides, gets none. Waits for
-    the device, to know C."""
+    """Return values [C], indices, offsets: activations above their latent's threshold [F] or above 0 (JumpReLU, ReLU).
+    `expected` is about the number per token and only affects speed. Gradients as in `encode_topk`, none for the
+    threshold. Waits for the device, to know C."""
     return _encode_threshold(x, W_enc, b_enc, threshold, center, mask, pos, expected)
 
 
 def decode(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, *, offsets: Tensor | None = None
 ) -> Tensor:  # fmt: skip
-    """x_hat [N, D] = b_dec + sum over a token's entries of value * W_dec[index], in W_dec's dtype. Gradients for values,
-    W_dec and b_dec."""
+    """Return x_hat [N, D] = b_dec + sum of value * W_dec[index] over a token's entries, in W_dec's dtype. Gradients for
+    values, W_dec and b_dec."""
     return _decode(values, indices, W_dec, b_dec, offsets)
 
 
 def position_loss(residual: Tensor, pos: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
-    """squared_error, count [n_positions]: sums of |residual|^2 over the tokens at each position, and how many there are.
-    residual [N, D] gets gradients."""
+    """Return squared_error, count [n_positions]: sum of |residual|^2 and number of tokens at each position. Gradients
+    for residual [N, D]."""
     return _position_loss(residual, pos, n_positions)
 
 
@@ -89,14 +92,14 @@ def _ragged(x: Tensor, entries: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _needed(computed: Sequence[Tensor | None], needs: list[bool]) -> list[Tensor]:
-    """Those that are needed, contiguous: an op returns tensors only, which lie as its fake implementation says."""
+    """Return the needed gradients, contiguous: an op returns only tensors, with the strides of its fake."""
     return [
         gradient.contiguous() for gradient, need in zip(computed, needs, strict=True) if need and gradient is not None
     ]
 
 
 def _empty_like(operands: Sequence[Tensor | None], needs: list[bool]) -> list[Tensor]:
-    """What `_needed` returns for gradients of these operands, as a fake implementation has it."""
+    """The fake of `_needed`, for gradients of these operands."""
     return [
         torch.empty_like(operand, memory_format=torch.contiguous_format)
         for operand, need in zip(operands, needs, strict=True)
@@ -105,7 +108,7 @@ def _empty_like(operands: Sequence[Tensor | None], needs: list[bool]) -> list[Te
 
 
 def _in_places(computed: Iterable[Tensor], needs: list[bool]) -> list[Tensor | None]:
-    """The reverse of `_needed`."""
+    """The inverse of `_needed`, with None for the others."""
     remaining = iter(computed)
     return [next(remaining) if need else None for need in needs]
 
@@ -149,10 +152,10 @@ _encode_threshold.register_fake(lambda x, *_: _ragged(x, torch.library.get_ctx()
 @custom_op("temposae::encode_backward", mutates_args=())
 @without_autocast()
 def _encode_backward(
-    grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, W_enc: Tensor, center: Tensor | None,
-    mask: Tensor | None, pos: Tensor | None, needs: list[bool],
+    grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, W_enc: Tensor,
+    center: Tensor | None, mask: Tensor | None, pos: Tensor | None, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, W_enc (as [F, D]), b_enc, center and mask: those that are needed, in this order."""
+    """Return the needed gradients of x, W_enc (as [F, D]), b_enc, center and mask, in this order."""
     code = _code(values, indices, offsets, W_enc.shape[1])
     dx, dw, db, dcenter, dmask = gradients.encode_codes(needs, x, W_enc, center, mask, pos, [code], [grad.contiguous()])
     return _needed((dx, None if dw is None else dw.T, db, dcenter, dmask), needs)
@@ -166,7 +169,7 @@ _encode_backward.register_fake(
 
 
 def _keep_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Of all three encoders: x, W_enc, b_enc come first, center, mask and pos before the last."""
+    """Save for all three encoders: inputs start with x, W_enc, b_enc and end with center, mask, pos, a number."""
     x, W_enc, b_enc, *_ = inputs
     *center_mask_pos, _ = inputs[-4:]
     values, indices, *offsets = output
@@ -177,7 +180,7 @@ def _keep_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _encode_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    n_between = len(ctx.needs_input_grad) - 7  # the threshold
+    n_between = len(ctx.needs_input_grad) - 7  # 1 for encode_threshold, whose threshold has no gradient
     dx = dw = db = dcenter = dmask = None
     if grad is not None:
         need_x, need_w, need_b, *need_others = ctx.needs_input_grad
@@ -210,7 +213,7 @@ _decode.register_fake(
 def _decode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, offsets: Tensor | None, needs: list[bool]
 ) -> list[Tensor]:
-    """Gradients of values and W_dec: those that are needed."""
+    """Return the needed gradients of values and W_dec."""
     code = _code(values, indices, offsets, W_dec.shape[0])
     dvalues, dw = gradients.decode_code(needs, code, W_dec, grad.contiguous())
     return _needed((dvalues, None if dw is None else dw.to(W_dec.dtype)), needs)
@@ -245,7 +248,7 @@ _decode.register_autograd(_decode_gradients, setup_context=_keep_decode)
 @without_autocast()
 def _position_loss(residual: Tensor, pos: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
     sums = position_loss_op(residual, residual.new_zeros(len(residual), 1), pos, n_positions)
-    return sums.squared_error.clone(), sums.count.clone()  # which may be views of one tensor
+    return sums.squared_error.clone(), sums.count.clone()  # they may be views of one tensor
 
 
 _position_loss.register_fake(

@@ -1,4 +1,4 @@
-"""Which activations the sparse encoders keep, and the selection from dense ones, by whichever backend's `select`."""
+"""Which activations the sparse encoders keep, and how to select them from dense activations."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from .numerics import accumulation_dtype
 
 
 class Selection(NamedTuple):
-    """The k largest of each token or of the batch, and the aux_k largest among `aux_latents`; see `encode_topk`."""
+    """The k largest of each token or of the batch, and the aux_k largest among `aux_latents`. See `encode_topk`."""
 
     k: int
     aux_k: int
@@ -24,7 +24,7 @@ class Selection(NamedTuple):
     dictionaries: int
 
     def check(self, x: Tensor, n_latents: int) -> None:
-        """Raise ValueError unless it can be made among so many latents, those of all dictionaries."""
+        """Raise ValueError unless it fits `n_latents`, the latents of all dictionaries together."""
         f = latents_per_dictionary(n_latents, self.dictionaries)
         if not 1 <= self.k <= f:
             raise ValueError(f"k must lie in [1, F] = [1, {f}], got {self.k}")
@@ -38,7 +38,7 @@ class Selection(NamedTuple):
 
 
 def latents_per_dictionary(n_latents: int, dictionaries: int) -> int:
-    """Divide the latents among dictionaries. Raises ValueError if they can't be."""
+    """Return F. Raises ValueError unless the latents divide evenly among the dictionaries."""
     if dictionaries < 1 or n_latents % dictionaries:
         raise ValueError(f"dictionaries must divide the {n_latents} latents, got {dictionaries}")
     return n_latents // dictionaries
@@ -48,7 +48,7 @@ def select_both(
     acts: Tensor, selection: Selection, select_topk: Callable[[Tensor, int], SparseCode],
     select_batch_topk: Callable[[Tensor, int], SparseCode],
 ) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
-    """Both codes of `encode_topk` from activations [N, S F] that nobody else holds."""
+    """Return both codes of `encode_topk` from activations [N, S F], which may be overwritten."""
     k, aux_k, aux_latents, across_batch, _, dictionaries = selection
     blocks = acts.chunk(dictionaries, 1)
     code = _side_by_side(
@@ -67,8 +67,8 @@ def select_both(
 def _select_among(
     acts: Tensor, latents: Tensor, k: int, select_topk: Callable[[Tensor, int], SparseCode]
 ) -> SparseCode:
-    """The k largest of activations [N, F] among `latents` bool [F], the only ones to be looked at: a GPU would have to wait
-    to know which. Where there are fewer than k, zeros of others."""
+    """Return the k largest of activations [N, F] among `latents` bool [F], padded with zeros at other latents. Only
+    those columns are read, which requires knowing them on the host: on a GPU it would wait for the device."""
     columns = latents.nonzero()[:, 0]
     if len(columns) > k:
         code = select_topk(acts[:, columns], k)
@@ -82,7 +82,7 @@ def select_above(
     acts: Tensor, threshold: Tensor | None, capacity: int | None, dictionaries: int,
     select_threshold: Callable[[Tensor, float | Tensor, int | None], SparseCode],
 ) -> SparseCode:  # fmt: skip
-    """The code of `encode_threshold` from activations [N, S F]; each dictionary has an equal part of the capacity."""
+    """Return the code of `encode_threshold` from activations [N, S F]. Dictionaries share the capacity equally."""
     thresholds = [0.0] * dictionaries if threshold is None else threshold.chunk(dictionaries)
     dictionary_capacity = None if capacity is None else capacity // dictionaries
     pairs = zip(acts.chunk(dictionaries, 1), thresholds, strict=True)
@@ -96,16 +96,16 @@ def _side_by_side(codes: list[SparseCode]) -> SparseCode:
 
 @functools.cache
 def candidates_per_tile(f: int, k: int, tile: int) -> int | None:
-    """How many of each tile of latents to keep, so that one token in a hundred has a tile with as many among its k largest
-    when latents are in random order; None if that takes more than 16, when writing all activations costs less."""
+    """Return how many candidates to keep per tile of latents, so that with latents in random order about one token in a
+    hundred has a tile that is full of its k largest. None for more than 16, when writing all activations costs less."""
     tiles = -(-f // tile)
     mean = k / tiles
-    term = math.exp(-mean)  # Poisson
-    at_least = 1.0 - term
+    term = math.exp(-mean)  # Poisson probability of keep - 1 entries in a tile
+    tail = 1.0 - term  # of at least `keep` entries
     for keep in range(1, 17):
-        rarely_more = tiles * at_least <= 0.01 or keep >= k
-        if rarely_more and (tiles - 1) * min(keep, tile) + min(keep, f - (tiles - 1) * tile) >= k:
+        is_rarely_full = tiles * tail <= 0.01 or keep >= k
+        if is_rarely_full and (tiles - 1) * min(keep, tile) + min(keep, f - (tiles - 1) * tile) >= k:
             return keep
         term *= mean / keep
-        at_least -= term
+        tail -= term
     return None

@@ -1,9 +1,9 @@
-"""Modes of torch that a caller may have set and that must not change what is computed: autocast, gradients switched off,
-inference mode, another default dtype or device, denormal numbers.
+"""Modes of torch that a caller may have set and that must not change results: autocast, disabled gradients, inference
+mode, another default dtype or device, denormal numbers.
 
-`default_modes()` is a block, and a decorator of every public function and method that computes: modes as a new process has
-them. `without_autocast()` leaves gradients to the caller, and is for what runs inside a caller's own computation. Both
-leave the modes as they found them.
+`default_modes()` restores the modes of a new process. It is a context manager and decorates every public function and
+method that computes. `without_autocast()` keeps the caller's gradient mode and is used inside a caller's own
+computation. Both restore the previous modes on exit.
 """
 
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ _SMALLEST = 5e-324  # a denormal
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """A block without autocast, in which float32 and the CPU are the defaults: products run in their arguments' dtypes.
+    """Disable autocast and make float32 and the CPU the defaults: products run in the dtypes of their arguments.
 
-    The default dtype belongs to the process: other threads see float32 while the block lasts.
+    The default dtype belongs to the process: other threads see float32 until the block ends.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as contexts:
@@ -36,8 +36,8 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def default_modes() -> Iterator[None]:
-    """`without_autocast`, with gradients, without inference mode, and with this thread's denormals flushed to zero: they
-    make a training step on a CPU several times slower."""
+    """`without_autocast`, with gradients, without inference mode, and with this thread's denormals flushed to zero,
+    because denormals make a training step on a CPU several times slower."""
     flushes = flushes_denormals()
     with torch.inference_mode(False), torch.enable_grad(), without_autocast(), ExitStack() as contexts:
         if not flushes and torch.set_flush_denormal(True):
@@ -46,5 +46,5 @@ def default_modes() -> Iterator[None]:
 
 
 def flushes_denormals() -> bool:
-    """Whether this thread's arithmetic takes denormal numbers for zero. torch can set that, but doesn't say it."""
+    """Whether this thread's arithmetic flushes denormals to zero. torch can set this mode but has no getter for it."""
     return _SMALLEST * 1.0 == 0.0

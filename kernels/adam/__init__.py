@@ -1,5 +1,7 @@
-"""adam: Adam's update of a [F, D] weight straight from the entries of a SparseCode, so that its gradient is never stored;
-and of any parameter from its gradient."""
+"""adam: Adam's update of any parameter from its gradient, and of a weight [F, D] from the entries of a SparseCode,
+without storing the gradient."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,75 +19,76 @@ def adam(
     parameter: Tensor, grad: Tensor, moments: Moments, rates: Rates, *, unit_norm: bool = False,
     shadow: Tensor | None = None, backend: str | None = None,
 ) -> None:  # fmt: skip
-    """One Adam step, in place (Kingma & Ba, arXiv 1412.6980):
+    """Do one Adam step in place (Kingma & Ba, arXiv 1412.6980):
 
     g           = factor * grad
     exp_avg     = beta1 * exp_avg + (1 - beta1) * g
     exp_avg_sq  = beta2 * exp_avg_sq + (1 - beta2) * g^2
     parameter  -= step_size * exp_avg / (sqrt(exp_avg_sq) / correction + eps)
 
-    parameter float32 (or float64), contiguous; grad of its shape, any floating dtype; shadow of its shape, any floating
-    dtype, is given the new values. Narrow `Moments` are rounded after the parameter has moved. With `unit_norm`, the rows of
-    a parameter [F, D] have norm 1 and keep it: the part of each row's gradient g along the row w, <g, w> w, is taken away
-    before the step, and the row is divided by its norm after. Raises ValueError for shapes, dtypes or devices that do not
-    fit.
+    parameter  float32 (or float64), contiguous
+    grad       the parameter's shape, any floating dtype
+    moments    bfloat16 and 8-bit ones are rounded after the parameter's update
+    unit_norm  the rows w of a parameter [F, D] have norm 1 and keep it: their gradient g loses its part along the row,
+               <g, w> w, before the step, and the row is normalised afterwards
+    shadow     the parameter's shape, any floating dtype: receives the new values
+
+    Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     _check(parameter, moments, rates, shadow, matrix=unit_norm)
     if grad.shape != parameter.shape:
         raise ValueError(f"grad must have the parameter's shape {list(parameter.shape)}, got {list(grad.shape)}")
-    if choose("adam", parameter, grad, backend=backend) == "triton":
-        from . import triton
-
-        triton.adam(parameter, grad, moments, rates, unit_norm, shadow)
-    else:
-        reference.adam(parameter, grad, moments, rates, unit_norm, shadow)
+    _twin(choose("adam", parameter, grad, backend=backend)).adam(parameter, grad, moments, rates, unit_norm, shadow)
 
 
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates, *,
     center: Tensor | None = None, unit_norm: bool = False, shadow: Tensor | None = None, backend: str | None = None,
 ) -> None:  # fmt: skip
-    """`adam` on W [F, D] with the gradient weight_grad(entries, values, rows, center=center), without storing it.
+    """Do the step of `adam` on W [F, D] with the gradient weight_grad(entries, values, rows, center=center).
 
-    Latents without entries have a zero gradient; their moments decay and they move on as plain Adam has it.
+    The gradient is not stored. Latents without entries have a zero gradient, and their rows follow plain Adam. Other
+    arguments and errors as in `adam` and `weight_grad`.
     """
     _check(W, moments, rates, shadow)
     check_entries(entries, values, rows, center)
     check_shape("W", W, F=entries.latent_offsets.numel() - 1, D=rows.shape[1])
     check_one_device(W=W, rows=rows)
-    if choose("adam_rows", W, values, rows, backend=backend) == "triton":
-        from . import triton
-
-        triton.adam_rows(W, entries, values, rows, moments, rates, center, unit_norm, shadow)
-    else:
-        reference.adam_rows(W, entries, values, rows, moments, rates, center, unit_norm, shadow)
+    twin = _twin(choose("adam_rows", W, values, rows, backend=backend))
+    twin.adam_rows(W, entries, values, rows, moments, rates, center, unit_norm, shadow)
 
 
 def row_norms(
     entries: LatentMajor, values: Tensor, rows: Tensor, *, center: Tensor | None = None, W: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """|g_j|^2 [F], float32 (float64 for float64), of the gradient that `adam_rows` works out: what clipping has to know
-    before. With W [F, D] of unit rows, the norm is of what is left without the part along them."""
+    """Return |g_j|^2 [F], float32 (float64 for float64), for the gradient of `adam_rows`, which clipping needs before
+    the update. With W [F, D] of unit rows, the part of the gradient along them is removed first. Errors as in
+    `adam_rows`."""
     check_entries(entries, values, rows, center)
     if W is not None:
         check_shape("W", W, F=entries.latent_offsets.numel() - 1, D=rows.shape[1])
-    if choose("row_norms", rows, values, backend=backend) == "triton":
-        from . import triton
-
-        return triton.row_norms(entries, values, rows, center, W)
-    return reference.row_norms(entries, values, rows, center, W)
+    return _twin(choose("row_norms", rows, values, backend=backend)).row_norms(entries, values, rows, center, W)
 
 
 def cost(
     m: int, d: int, f: int, nnz: int, *, itemsize: int = 2, moment_itemsize: int = 4, backend: str = "triton"
 ) -> Cost:
-    """A multiply-add and an element of rows for each entry and each of D; weights and moments (of `moment_itemsize` bytes,
-    8-bit ones with scales) read and written and a half-precision shadow written. Torch writes the gradient, reads it again,
-    and goes over the weights twice more."""
+    """One multiply-add and one element of rows per entry and column. Weights and moments (of `moment_itemsize` bytes,
+    with scales if 8-bit) are read and written, and a half-precision shadow is written. Torch also writes and reads the
+    gradient and makes two more passes over the weights."""
     state = f * d * (8 + 4 * moment_itemsize + 2) + (16 * f if moment_itemsize == 1 else 0)
     extra = 0 if backend == "triton" else f * d * (8 + 16)
     return Cost(2.0 * nnz * d + 12.0 * f * d, nnz * (d * itemsize + 16) + state + extra)
+
+
+def _twin(backend: str) -> Any:
+    """Return the backend's module."""
+    if backend == "torch":
+        return reference
+    from . import triton
+
+    return triton
 
 
 def _check(parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None, matrix: bool = False) -> None:
@@ -99,13 +102,14 @@ def _check(parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | N
             f"moments must be two of the parameter's dtype ({parameter.dtype}), two of torch.bfloat16, or torch.int8 "
             f"and torch.uint8, got {dtypes[0]} and {dtypes[1]}"
         )
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape != parameter.shape:
+    for name, tensor in {"parameter": parameter, **tensors}.items():
+        if tensor is None:
+            continue
+        if tensor.shape != parameter.shape:
             raise ValueError(
                 f"{name} must have the parameter's shape {list(parameter.shape)}, got {list(tensor.shape)}"
             )
-    for name, tensor in {"parameter": parameter, **tensors}.items():
-        if tensor is not None and not tensor.is_contiguous():
+        if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     if matrix and parameter.ndim != 2:
         raise ValueError(f"parameter must be [F, D] for unit_norm and for narrow moments, got {list(parameter.shape)}")
@@ -123,6 +127,7 @@ def _check_narrow(parameter: Tensor, moments: Moments, rates: Rates) -> None:
     if rates.seed is None or rates.seed.dtype != torch.int32:
         raise ValueError(f"rates.seed must be int32 for {moments.exp_avg.dtype} moments, got {rates.seed}")
     if (moments.scales is not None) != (moments.exp_avg.dtype == torch.int8):
-        raise ValueError("scales must be given for 8-bit moments, and for no others")
+        kind = f"{moments.exp_avg.dtype} {'without' if moments.scales is None else 'with'} scales"
+        raise ValueError(f"scales must be given for 8-bit moments, and for no others, got {kind}")
     if moments.scales is not None:
         check_shape("scales", moments.scales, F=len(parameter), scales=2)

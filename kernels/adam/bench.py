@@ -1,4 +1,4 @@
-"""adam: what to compile, tune and time."""
+"""Kernels of adam to compile, launch settings to tune, and calls to time."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from ..weight_grad import cost as weight_grad_cost
 from ..weight_grad.bench import SPLIT, entry_pointers
 from . import Moments, Rates, adam, adam_rows, cost, row_norms
 
-WIDTHS = {"bf16": (768, 2304, 3584, 4096), "fp32": (768, 2304)}  # training in float32 at full width is nobody's aim
+WIDTHS = {"bf16": (768, 2304, 3584, 4096), "fp32": (768, 2304)}  # float32 training at full width is unusual
 MOMENTS = {32: ("fp32", "fp32"), 16: ("bf16", "bf16"), 8: ("i8", "u8")}
 ROWS = {
     "decoder": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True),
@@ -21,7 +21,7 @@ ROWS = {
 
 
 def _pointers(bits: int, dtype: str) -> dict[str, str]:
-    """A parameter with moments of so many bits, and a copy of this dtype."""
+    """Return the pointers for a parameter with moments of `bits` bits and a shadow of this dtype."""
     m, v = MOMENTS[bits]
     single = ("w", "grad", "scales", "step_size", "correction", "factor", "norms")
     return dict.fromkeys(single, "fp32") | dict(m=m, v=v, shadow=dtype, seed="i32", skip="i1")
@@ -42,14 +42,13 @@ def _specs(dtype: str) -> dict[str, Spec]:
 
 
 def _resting(w: Tensor) -> tuple[Moments, Rates]:
-    """For an update of w with a step of size zero and no memory of the first moment: the work of any step, and the next call
-    finds the same weights."""
+    """Return arguments for an update of w with step size zero and beta1 = 0: the usual work, and w stays the same."""
     zero, unit = torch.zeros((), device=w.device), torch.ones((), device=w.device)
     return Moments.zeros(w), Rates(zero, unit, unit.clone(), beta1=0.0)
 
 
 def _adam_rows(i: Inputs) -> Call:
-    """The decoder's update, on a copy: it works in place. Gives the first moment, which is the gradient."""
+    """Update a copy of the decoder. The call returns the first moment, which is the gradient."""
     w, entries, values, residual = i.master.clone(), i.entries, i.code.values, i.reconstruction.residual
     moments, rates = _resting(w)
     shadow = None if i.x.dtype == torch.float32 else w.to(i.x.dtype)
@@ -73,7 +72,7 @@ def _adam_matrix(i: Inputs) -> Call:
 
 
 def _row_norms_cost(n: int, d: int, f: int, k: int, *, itemsize: int, backend: str) -> Cost:
-    # as the gradient, which is not written, and W is read
+    # As for the gradient, but W is read and the gradient not written.
     flops, traffic = weight_grad_cost(n, d, f, n * k, itemsize=itemsize, backend=backend)
     return Cost(flops + 4.0 * f * d, traffic + (itemsize - 4) * f * d)
 

@@ -64,19 +64,20 @@ def _store(moments: Moments, mean: Tensor, square: Tensor, seed: Tensor | None) 
 
 
 def _code(size: Tensor, scale: Tensor, bits: Tensor, zero: int, largest: int) -> Tensor:
-    """int32, one of the two codes around size / scale. The 16 bits decide over 20: 8 is half of what they can't."""
+    """Round size / scale stochastically to one of the two neighbouring codes, int32. 20 bits are dropped but only 16
+    are random, so adding 8 centres the other 4."""
     raw = (size * (1 / scale) + 2.0**zero).view(torch.int32)
     return ((raw + (bits << 4) + 8 >> 20) - (127 + zero << 3)).clamp_max(largest)
 
 
 def _random_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
-    """int32 [rows, columns]."""
+    """Return int32 [rows, columns]."""
     row, column = (torch.arange(size, dtype=torch.int32, device=seed.device) for size in (rows, columns))
     return _mix(_mix(seed + row)[:, None] ^ column)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The hash lowbias32 of C. Wellons' hash-prospector, in int32, which wraps around."""
+    """The hash lowbias32 from C. Wellons' hash-prospector, in wrapping int32."""
     x = x ^ (x >> 16 & 0xFFFF)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15 & 0x1FFFF)
@@ -85,12 +86,12 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _across(grad: Tensor, W: Tensor) -> Tensor:
-    """The gradient without the part along each row of W."""
+    """Remove the part of the gradient along each row of W."""
     return grad - (grad * W).sum(1, keepdim=True) * W
 
 
 def _rate_per_element(rate: Tensor, parameter: Tensor) -> Tensor:
-    """The rate of each element, for one rate or one for each of S equal runs of rows."""
+    """Return the rate in a shape that broadcasts: a scalar, or one per row from [S] for S equal runs of rows."""
     if rate.dim() == 0:
         return rate
     return rate.repeat_interleave(len(parameter) // len(rate)).view(-1, *[1] * (parameter.dim() - 1))

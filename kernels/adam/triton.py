@@ -1,4 +1,8 @@
-"""adam as Triton kernels: one program per latent holds its whole row of the gradient, and updates the row from it."""
+"""adam as Triton kernels: one program per latent sums its row of the gradient and updates the row from it.
+
+A row is held in two pieces of HIGH and LOW columns, both powers of two: 2304 = 2048 + 256 wastes nothing. `high` [HIGH]
+and `low` [LOW] are their columns. m and v are exp_avg and exp_avg_sq.
+"""
 
 import torch
 import triton
@@ -12,7 +16,7 @@ from ..moments import Moments, Rates
 from ..weight_grad.triton import sum_latent, sum_windows
 from ..weight_grad.triton import weight_grad as weight_grad_of
 
-# as in moments.py, which says more
+# Constants of 8-bit codes, explained in moments.py.
 MEAN_ZERO, MEAN_LARGEST = tl.constexpr(formats.MEAN_ZERO), tl.constexpr(formats.MEAN_LARGEST)
 SQUARE_ZERO, SQUARE_LARGEST = tl.constexpr(formats.SQUARE_ZERO), tl.constexpr(formats.SQUARE_LARGEST)
 LEAST = tl.constexpr(formats.LEAST)
@@ -20,7 +24,7 @@ LEAST = tl.constexpr(formats.LEAST)
 
 @triton.jit
 def step(w, grad, m, v, inside, step_size, correction, factor, beta1, beta2, new1, new2, eps):
-    """The new weights and moments. new = 1 - beta, worked out in float64: of 0.999 it would lose five digits here."""
+    """Return new weights and moments. new = 1 - beta comes from the host: in float32, 1 - 0.999 loses five digits."""
     grad = tl.where(inside, grad * factor, 0.0)
     m = beta1 * m + new1 * grad
     v = beta2 * v + new2 * (grad * grad)
@@ -29,6 +33,7 @@ def step(w, grad, m, v, inside, step_size, correction, factor, beta1, beta2, new
 
 @triton.jit
 def mix(x):
+    """The hash of reference.py, for random bits."""
     x = x ^ (x >> 16 & 0xFFFF)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15 & 0x1FFFF)
@@ -38,23 +43,26 @@ def mix(x):
 
 @triton.jit
 def size_of(code, ZERO: tl.constexpr):
+    """Decode 8-bit codes to values in units of their scale."""
     return (code + (127 + ZERO << 3) << 20).to(tl.float32, bitcast=True) - 2.0**ZERO
 
 
 @triton.jit
 def code_of(size, inverse, bits, ZERO: tl.constexpr, LARGEST: tl.constexpr):
+    """Encode values to 8-bit codes, with 16 random bits and the inverse of their scale."""
     raw = (size * inverse + 2.0**ZERO).to(tl.int32, bitcast=True)
     return tl.minimum((raw + (bits << 4) + 8 >> 20) - (127 + ZERO << 3), LARGEST)
 
 
 @triton.jit
 def rounded(x, bits):
-    """float32 to a neighbour in bfloat16, by 16 random bits."""
+    """Round float32 to one of the two bfloat16 neighbours by 16 random bits. Returns float32."""
     return (x.to(tl.int32, bitcast=True) + bits & -0x10000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def load_moments(m_ptrs, v_ptrs, m_scale, v_scale, inside, BITS: tl.constexpr):
+    """Load moments of BITS bits as float32, in the shape of the pointers."""
     m = tl.load(m_ptrs, mask=inside, other=0)
     v = tl.load(v_ptrs, mask=inside, other=0)
     if BITS == 8:
@@ -66,7 +74,8 @@ def load_moments(m_ptrs, v_ptrs, m_scale, v_scale, inside, BITS: tl.constexpr):
 
 @triton.jit
 def store_moments(m, v, m_ptrs, v_ptrs, m_inverse, v_inverse, row_hash, columns, inside, BITS: tl.constexpr):
-    if BITS < 32:
+    """Round moments to BITS bits and store them."""
+    if BITS < 32:  # one 32-bit hash per element: 16 bits for each moment
         bits = mix(row_hash ^ columns)
     if BITS == 8:
         code = code_of(tl.abs(m), m_inverse, bits & 0xFFFF, MEAN_ZERO, MEAN_LARGEST)
@@ -88,7 +97,8 @@ def update_row(
     D, RUN, beta1, beta2, new1, new2, eps,
     UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Adam on one row of weights [F, D], in two pieces of columns. Runs of RUN rows have rates of their own."""
+    """Do Adam's step on one row of weights [F, D]. Each run of RUN rows has its own rates."""
+    # scalars: the rates of the row's dictionary, its hash and its scales
     dictionary = row.to(tl.int32) // RUN
     step_size = tl.load(step_size_ptr + dictionary)
     correction = tl.load(correction_ptr + dictionary)
@@ -103,13 +113,15 @@ def update_row(
     if BITS == 8:
         m_scale = tl.load(scales_ptr + 2 * row)
         v_scale = tl.load(scales_ptr + 2 * row + 1)
+    # [HIGH] moments and weights
     m_high, v_high = load_moments(m_ptr + high, v_ptr + high, m_scale, v_scale, high < D, BITS)
     w_high, m_high, v_high = step(
         w_high, grad_high, m_high, v_high, high < D,
         step_size, correction, factor, beta1, beta2, new1, new2, eps,
     )  # fmt: skip
-    if BITS > 8:  # there is no scale to wait for, and their registers are wanted
+    if BITS > 8:  # no scale is needed, so store now to free registers
         store_moments(m_high, v_high, m_ptr + high, v_ptr + high, 1.0, 1.0, row_hash, high, high < D, BITS)
+    # [LOW] moments and weights
     m_low, v_low = load_moments(m_ptr + low, v_ptr + low, m_scale, v_scale, low < D, BITS)
     w_low, m_low, v_low = step(
         w_low, grad_low, m_low, v_low, low < D,
@@ -117,7 +129,7 @@ def update_row(
     )  # fmt: skip
     if BITS > 8:
         store_moments(m_low, v_low, m_ptr + low, v_ptr + low, 1.0, 1.0, row_hash, low, low < D, BITS)
-    else:
+    else:  # new scales from the row's largest moments, then codes
         largest = tl.maximum(tl.max(tl.abs(m_high), 0), tl.max(tl.abs(m_low), 0))
         m_scale = tl.maximum(largest, LEAST) / (1.875 - 2.0**MEAN_ZERO)
         largest = tl.maximum(tl.max(v_high, 0), tl.max(v_low, 0))
@@ -128,7 +140,7 @@ def update_row(
         v_inverse = 1 / v_scale
         store_moments(m_high, v_high, m_ptr + high, v_ptr + high, m_inverse, v_inverse, row_hash, high, high < D, BITS)
         store_moments(m_low, v_low, m_ptr + low, v_ptr + low, m_inverse, v_inverse, row_hash, low, low < D, BITS)
-    if UNIT_NORM:
+    if UNIT_NORM:  # normalise the row
         norm = tl.sqrt(tl.sum(w_high * w_high, 0) + tl.sum(w_low * w_low, 0))
         w_high = w_high / norm
         w_low = w_low / norm
@@ -146,9 +158,11 @@ def adam_kernel(
     SIZE, RUN, beta1, beta2, new1, new2, eps,
     HAS_SHADOW: tl.constexpr, HAS_SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Adam on a parameter of any shape with float32 moments. One program per BLOCK elements."""
     if HAS_SKIP:  # noqa: SIM102 - known when compiling
         if tl.load(skip_ptr) != 0:
             return
+    # [BLOCK] elements: weights, gradients, moments and the rates of their dictionary
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dictionary = (elements // RUN).to(tl.int32)
     inside = elements < SIZE
@@ -167,14 +181,16 @@ def adam_kernel(
 
 @triton.jit
 def adam_matrix_kernel(
-    w_ptr, grad_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr,
-    D, RUN, beta1, beta2, new1, new2, eps,
+    w_ptr, grad_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
+    skip_ptr, D, RUN, beta1, beta2, new1, new2, eps,
     UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_SKIP: tl.constexpr, BITS: tl.constexpr,
     HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
+    """Adam on a matrix [F, D] from its gradient, with any moments. One program per row."""
     if HAS_SKIP:  # noqa: SIM102 - known when compiling
         if tl.load(skip_ptr) != 0:
             return
+    # [HIGH] and [LOW] weights and gradients of the row
     row = tl.program_id(0).to(tl.int64)
     high = tl.arange(0, HIGH)
     low = HIGH + tl.arange(0, LOW)
@@ -182,7 +198,7 @@ def adam_matrix_kernel(
     w_low = tl.load(w_ptr + row * D + low, mask=low < D, other=0.0)
     grad_high = tl.load(grad_ptr + row * D + high, mask=high < D, other=0.0).to(tl.float32)
     grad_low = tl.load(grad_ptr + row * D + low, mask=low < D, other=0.0).to(tl.float32)
-    if UNIT_NORM:
+    if UNIT_NORM:  # remove the part of the gradient along the row
         along = tl.sum(grad_high * w_high, 0) + tl.sum(grad_low * w_low, 0)
         grad_high -= along * w_high
         grad_low -= along * w_low
@@ -196,17 +212,19 @@ def adam_matrix_kernel(
 @triton.jit
 def adam_rows_kernel(
     values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, center_ptr, ones_ptr,
-    w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr, norms_ptr,
-    M, D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
+    w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr,
+    norms_ptr, M, D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
     HAS_CENTER: tl.constexpr, UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_SHADOW: tl.constexpr,
     HAS_SKIP: tl.constexpr, BITS: tl.constexpr,
     HIGH: tl.constexpr, LOW: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Sum a latent's gradient from its entries; then do Adam's step on its row (UPDATE) or store the squared norm of
+    the gradient. One program per latent."""
     if HAS_SKIP:  # noqa: SIM102 - known when compiling
         if tl.load(skip_ptr) != 0:
             return
-    # A row lies in two pieces, HIGH and LOW wide, both powers of two: 2304 = 2048 + 256 wastes nothing.
+    # [HIGH] and [LOW] gradient of the latent
     latent = tl.program_id(0).to(tl.int64)
     high = tl.arange(0, HIGH)
     low = HIGH + tl.arange(0, LOW)
@@ -223,10 +241,10 @@ def adam_rows_kernel(
         center_ptr += tl.program_id(0) // LATENTS_PER_CENTER * D
         grad_high -= ones * tl.load(center_ptr + high, mask=high < D, other=0.0).to(tl.float32)
         grad_low -= ones * tl.load(center_ptr + low, mask=low < D, other=0.0).to(tl.float32)
-    if UPDATE | UNIT_NORM:
+    if UPDATE | UNIT_NORM:  # [HIGH] and [LOW] weights of the latent
         w_high = tl.load(w_ptr + latent * D + high, mask=high < D, other=0.0)
         w_low = tl.load(w_ptr + latent * D + low, mask=low < D, other=0.0)
-    if UNIT_NORM:
+    if UNIT_NORM:  # remove the part of the gradient along the row
         along = tl.sum(grad_high * w_high, 0) + tl.sum(grad_low * w_low, 0)
         grad_high -= along * w_high
         grad_low -= along * w_low
@@ -283,7 +301,7 @@ def row_norms(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor
 def _arguments(
     W: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None
 ) -> tuple[tuple[Tensor, ...], tuple[float, ...], dict[str, int]]:
-    """What the kernels take, in their order: pointers, numbers, flags. W stands for what isn't there."""
+    """Return the kernels' arguments in their order: pointers, numbers and flags. W stands in for absent tensors."""
     exp_avg, exp_avg_sq, scales, shadow_or_w, seed, skip = (
         W if tensor is None else tensor for tensor in (*moments, shadow, rates.seed, rates.skip)
     )
@@ -294,9 +312,10 @@ def _arguments(
 
 
 def _launch(
-    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, tensors: tuple, numbers: tuple, **flags: int
+    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, tensors: tuple, numbers: tuple,
+    **flags: int,
 ) -> None:  # fmt: skip
-    """Runs adam_rows_kernel."""
+    """Launch adam_rows_kernel."""
     (m, d), f = rows.shape, entries.latent_offsets.numel() - 1
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     values = values.contiguous()
@@ -313,6 +332,6 @@ def _launch(
 
 
 def pieces(d: int) -> tuple[int, int]:
-    """Two powers of two that cover d, and little more."""
+    """Return the two powers of two that cover d with the least padding."""
     high = 1 << (d.bit_length() - 1)
     return (high // 2, high // 2) if d == high > 1 else (high, triton.next_power_of_2(max(1, d - high)))

@@ -1,4 +1,4 @@
-"""decode: what to compile, tune and time."""
+"""Kernels of decode to compile, launch settings to tune, and calls to time."""
 
 from functools import partial
 
@@ -32,14 +32,14 @@ _cost = lambda n, d, f, k, **settings: cost(n, d, f, n * k, **settings)
 
 
 def _reconstruct_cost(n: int, d: int, f: int, k: int, *, itemsize: int, backend: str) -> Cost:
-    # the projections are a second multiply-add, on rows that were gathered already
+    # Projections are a second multiply-add on rows that were already gathered.
     flops, traffic = cost(n, d, f, n * k, itemsize=itemsize, backend=backend)
     return Cost(2 * flops, traffic + 4 * n * k)
 
 
 _GATHERS: Grid = dict(BLOCK_D=(256, 512), STAGES=(2, 3), num_warps=(4, 8), BLOCK_K=(4, 8, 16))
 _LOOP: Grid = dict(BLOCK_K=(4, 8, 16), BLOCK_D=(128, 256, 512), num_warps=(4, 8))
-# reconstruct's BLOCK_K stays: up to which a token's rows are held at once.
+# reconstruct's BLOCK_K is not tuned: it decides which codes use reconstruct_loop.
 BENCH = OpBench(
     "decode",
     ops={

@@ -24,7 +24,7 @@ def _decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor) -> Tensor:
 
 
 def _target_per_token(x_hat: Tensor, target: Tensor) -> Tensor:
-    """The target of every row of x_hat."""
+    """Return the target of each token, in x_hat's dtype."""
     return target.to(x_hat.dtype).repeat(len(x_hat) // len(target), 1)
 
 
@@ -39,10 +39,10 @@ def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor) -> Tensor:
 
 
 def _dots(code: SparseCode, W_dec: Tensor, vectors: Tensor) -> Tensor:
-    """<vectors[n], W_dec[indices[n, k]]> of every entry, in the wider dtype."""
+    """Return <vectors[n], W_dec[indices[n, k]]> per entry, in the dtype of accumulation."""
     wide = accumulation_dtype(W_dec)
     index, tokens, starts = code.live(code.indices).flatten(), code.rows.flatten().int(), _starts(code).int()
-    # The backward of embedding_bag in its weights, without its forward: a dot product per entry and no [N, K, D] gather.
+    # The backward of embedding_bag in its weights: one dot product per entry, and no gathered [N, K, D].
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         vectors.to(wide), W_dec.to(wide), index, starts, tokens, 0
     )
@@ -50,7 +50,7 @@ def _dots(code: SparseCode, W_dec: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _starts(code: SparseCode) -> Tensor:
-    """First entry of each token; the last token takes in the unused entries too, whose values are zero."""
+    """Return each token's first entry. The last token also sums the unused entries, whose values are zero."""
     if code.offsets is None:
         return torch.arange(code.n_tokens, device=code.values.device) * code.values.shape[1]
     return code.offsets[:-1]

@@ -1,4 +1,4 @@
-"""decode as Triton kernels: one program per token (and tile of D), gathering the rows of W_dec that fired."""
+"""decode as Triton kernels: one program per token (and tile of D) gathers the rows of W_dec of the token's entries."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from ..code import SparseCode
 
 @triton.jit
 def entries_of(token, offsets_ptr, K, RAGGED: tl.constexpr):
-    """First entry of a token, and how many it has."""
+    """Return a token's first entry and its number of entries."""
     if RAGGED:
         first = tl.load(offsets_ptr + token)
         count = (tl.load(offsets_ptr + token + 1) - first).to(tl.int32)
@@ -23,7 +23,8 @@ def entries_of(token, offsets_ptr, K, RAGGED: tl.constexpr):
 
 @triton.jit
 def gather(values_ptr, indices_ptr, w_ptr, first, slots, count, dims, D, stride_w):
-    """values [BLOCK_K] and rows of W_dec [BLOCK_K, BLOCK_D] of some of a token's entries."""
+    """Return values [BLOCK_K] and rows of W_dec [BLOCK_K, BLOCK_D] of the token's entries in `slots`."""
+    # [BLOCK_K] latents and values, zero past the token's last entry
     latents = tl.load(indices_ptr + first + slots, mask=slots < count, other=0).to(tl.int64)
     values = tl.load(values_ptr + first + slots, mask=slots < count, other=0.0).to(tl.float32)
     w_ptrs = w_ptr + latents[:, None] * stride_w + dims[None, :]
@@ -37,18 +38,23 @@ def decode_kernel(
     RAGGED: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # Tokens are the fast axis of the grid: programs that run together read the same columns of W_dec, and [F, BLOCK_D] of
-    # it stays in L2 when all of it would not.
+    """x_hat, or target - x_hat with RESIDUAL. One program per token and BLOCK_D columns.
+
+    Tokens are the fast axis of the grid: programs that run together read the same columns of W_dec, and [F, BLOCK_D]
+    fits in L2 when all of W_dec would not."""
+    # [BLOCK_D] columns of this program; `count` entries of the token
     token = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first, count = entries_of(token, offsets_ptr, K, RAGGED)
 
+    # [BLOCK_K, BLOCK_D] values * W_dec, one partial sum per slot; the loads of the next rows overlap the sums
     acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     for start in tl.range(0, count, BLOCK_K, num_stages=STAGES):
         slots = start + tl.arange(0, BLOCK_K)
         values, w = gather(values_ptr, indices_ptr, w_ptr, first, slots, count, dims, D, stride_w)
         acc += values[:, None] * w.to(tl.float32)
 
+    # [BLOCK_D] x_hat, then the residual; each RUN of tokens has its own bias, and token n has target n modulo M
     b_ptr += token // RUN * D
     x_hat = tl.sum(acc, 0) + tl.load(b_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
     if RESIDUAL:
@@ -63,27 +69,33 @@ def reconstruct_kernel(
     N, M, RUN, D, K, CAPACITY, stride_w, stride_target,
     RAGGED: tl.constexpr, ONCE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Residual, its squared norm and its products with the token's rows, over BLOCK_D columns. One program per token
+    and tile of columns; error [tiles, N] and projection [tiles, CAPACITY] hold the parts of each tile."""
+    # [BLOCK_D] columns and [BLOCK_K] slots of this program; `count` entries of the token
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1).to(tl.int64)
     dims = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     first, count = entries_of(token, offsets_ptr, K, RAGGED)
     slots = tl.arange(0, BLOCK_K)
 
-    if ONCE:  # all rows of the token at once: gathered for x_hat, they are there for the projection too
+    # [BLOCK_D] x_hat without the bias
+    if ONCE:  # [BLOCK_K, BLOCK_D] all rows of the token: gathered for x_hat, they stay for the projection
         values, w = gather(values_ptr, indices_ptr, w_ptr, first, slots, count, dims, D, stride_w)
         x_hat = tl.sum(values[:, None] * w.to(tl.float32), 0)
-    else:
+    else:  # [BLOCK_K, BLOCK_D] one partial sum per slot
         acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
         for start in range(0, count, BLOCK_K):
             values, w = gather(values_ptr, indices_ptr, w_ptr, first, start + slots, count, dims, D, stride_w)
             acc += values[:, None] * w.to(tl.float32)
         x_hat = tl.sum(acc, 0)
+    # [BLOCK_D] x_hat and residual, zero past D
     x_hat += tl.load(b_ptr + token // RUN * D + dims, mask=dims < D, other=0.0).to(tl.float32)
     target = tl.load(target_ptr + token % M * stride_target + dims, mask=dims < D, other=0.0).to(tl.float32)
     residual = tl.where(dims < D, target - x_hat, 0.0)
     tl.store(residual_ptr + token * D + dims, residual.to(residual_ptr.dtype.element_ty), mask=dims < D)
     tl.store(error_ptr + tile * N + token, tl.sum(residual * residual, 0))
 
+    # [BLOCK_K] products of the residual with the token's rows
     projection_ptr += tile * CAPACITY + first
     if ONCE:
         tl.store(projection_ptr + slots, tl.sum(w.to(tl.float32) * residual[None, :], 1), mask=slots < count)
@@ -100,13 +112,16 @@ def values_grad_kernel(
     D, K, stride_w, stride_grad,
     RAGGED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Products of a token's gradient with the rows of W_dec of its entries. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     first, count = entries_of(token, offsets_ptr, K, RAGGED)
     for start in range(0, count, BLOCK_K):
+        # [BLOCK_K] latents, and [BLOCK_K, BLOCK_D] products summed over columns at the end
         slots = start + tl.arange(0, BLOCK_K)
         latents = tl.load(indices_ptr + first + slots, mask=slots < count, other=0).to(tl.int64)
         acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
         for tile in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+            # [BLOCK_D] gradient and [BLOCK_K, BLOCK_D] rows of W_dec
             dims = tile + tl.arange(0, BLOCK_D)
             grad = tl.load(grad_ptr + token * stride_grad + dims, mask=dims < D, other=0.0)
             w_ptrs = w_ptr + latents[:, None] * stride_w + dims[None, :]
@@ -143,8 +158,7 @@ def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) 
     tiles, capacity = triton.cdiv(d, options["BLOCK_D"]), code.values.numel()
     residual = torch.empty((n, d), dtype=target.dtype, device=target.device)
     errors = torch.empty((tiles, n), dtype=torch.float32, device=target.device)
-    # Unused entries of a ragged code are not written.
-    allocate = torch.zeros if code.ragged else torch.empty
+    allocate = torch.zeros if code.ragged else torch.empty  # unused entries are not written
     projections = allocate((tiles, *code.values.shape), dtype=torch.float32, device=target.device)
     reconstruct_kernel[(n, tiles)](
         code.values.contiguous(), code.indices.contiguous(), code.indices if code.offsets is None else code.offsets,

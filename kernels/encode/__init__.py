@@ -1,4 +1,4 @@
-"""encode: activations of every latent on every token, rectified and masked by position."""
+"""encode: dense activations of all latents, rectified and masked by position."""
 
 from torch import Tensor
 
@@ -18,13 +18,13 @@ def encode(
     W_enc   [D, F]  of x's dtype; any strides, fastest when latent-major (W_enc.T contiguous)
     b_enc   [F]     any floating dtype, added in float32
     center  [D], any floating dtype; or [S, D]: one for each of S equal runs of latents
-    mask    [T, F]  bool or floating: which latents may fire at which position (needs pos); or a `GaussianMask`.
-                    A bool one is kept in bits while it isn't changed, and tiles of the product that it empties are left out
-    pos     [N]     int32 or int64 in [0, T): the position of each token; not looked at without a mask
+    mask    [T, F]  bool or floating, factors by position and latent (needs pos); or a `GaussianMask`. Triton caches a
+                    bool mask as bits until it is modified, and skips tiles of the product that it empties
+    pos     [N]     int32 or int64 in [0, T): the position of each token; only read with a mask
 
-    Returns acts [N, F] in x's dtype, accumulated in float32 (float64 for float64) and rounded once, except that torch on
-    CUDA rounds half precision after centring and before the mask. `relu=False` leaves out the rectifier. NaN propagates.
-    Raises ValueError for shapes, dtypes or devices that do not fit.
+    Returns acts [N, F] in x's dtype, accumulated in float32 (float64 for float64) and rounded once. Exception: torch on
+    CUDA rounds half precision after centring and before the mask. `relu=False` omits the rectifier. NaN propagates.
+    Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     inputs = EncoderInputs(x, W_enc, b_enc, center, mask, pos)
     inputs.check()
@@ -36,6 +36,6 @@ def encode(
 
 
 def cost(n: int, d: int, f: int, *, itemsize: int = 2, masked: bool = False, backend: str = "triton") -> Cost:
-    """N*D*F multiply-adds. Triton writes acts once; torch goes over them again for the rectifier and for the mask."""
+    """N*D*F multiply-adds. Triton writes acts once. Torch makes further passes for the rectifier and the mask."""
     extra = 0 if backend == "triton" else (2 + 4 * masked) * n * f + 2 * n * d
     return Cost(2.0 * n * d * f, itemsize * (n * d + d * f + n * f + extra))

@@ -1,4 +1,4 @@
-"""encode: what to compile, tune and time."""
+"""Kernels of encode to compile, launch settings to tune, and calls to time."""
 
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ SMALL_TILES: Grid = dict(BLOCK_N=(64, 128), BLOCK_D=(16, 32), num_warps=(4, 8))
 
 
 def product_spec(kernel: str, config: str, dtype: str, *, mask: int = 0, ragged: bool = False, **flags: int) -> Spec:
-    """Describe a kernel around x @ W_enc. `mask` is a kind as triton.py numbers them: none, bits, table, Gaussians."""
+    """Describe a kernel around x @ W_enc. `mask` is a kind of mask as numbered in triton.py."""
     pointers = dict(x=dtype, w=dtype, b="fp32", mask="i32" if mask == 1 else "fp32", pos="i64", used="i32", acts=dtype)
     if dtype == "fp32" or ragged:
         config += "_small"

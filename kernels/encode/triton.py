@@ -1,4 +1,4 @@
-"""encode as a Triton kernel: a GEMM that adds the bias, rectifies and masks in its epilogue. `encode_sparse` shares it."""
+"""encode as a Triton GEMM with bias, rectifier and mask in its epilogue. `encode_sparse` shares its main loop."""
 
 from typing import Any, NamedTuple
 
@@ -12,13 +12,13 @@ from ..backend import launch_options
 from ..encoder_inputs import EncoderInputs
 from ..masks import GaussianMask
 
-# kinds of masks: bits, 32 latents a word, [T, F / 32]; weights [T, F]; centres [F] of Gaussians
+# Kinds of masks: none, bits [T, F / 32] with 32 latents per word, weights [T, F], Gaussian centres [F].
 NO_MASK, BITS, TABLE, GAUSSIAN = (tl.constexpr(kind) for kind in range(4))
 
 
 @triton.jit
 def tile_of(program, N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GROUP_N: tl.constexpr):
-    """Tile of tokens and of latents. GROUP_N token tiles come before the next latent tile: both operands meet in L2."""
+    """Return the program's token and latent tile. GROUP_N token tiles in a row share a latent tile: L2 holds both."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_f = tl.cdiv(F, BLOCK_F)
     group = program // (GROUP_N * tiles_f)
@@ -29,9 +29,10 @@ def tile_of(program, N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GROUP_N
 
 @triton.jit
 def is_empty(used_ptr, pos_ptr, tokens, tile_f, N, F, BLOCK_F: tl.constexpr):
-    """Whether a hard mask is off for the whole tile. `used` [T + 1, tiles] counts the positions below each at which some
-    latent of the tile is on; the tile's tokens are taken to be at all positions from its least to its greatest."""
+    """Return whether a hard mask is zero on the whole tile: conservatively, for all positions from the lowest to the
+    highest of the tile's tokens. used[p, tile] counts the positions below p at which some latent of the tile is on."""
     tiles_f = tl.cdiv(F, BLOCK_F)
+    # [BLOCK_N] positions of the tile's tokens, then their range
     positions = tl.load(pos_ptr + tokens, mask=tokens < N, other=0).to(tl.int64)
     first = tl.min(tl.where(tokens < N, positions, 0x7FFFFFFF), 0)
     last = tl.max(positions, 0)
@@ -45,20 +46,24 @@ def preactivations(
     MASK: tl.constexpr, SCALED: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
-    """x @ W_enc + b for this program's tile, in float32, with its tokens, columns and place among the tiles of latents. With
-    SCALED, x and W_enc have a scale for each row and latent. Where a hard mask is off for all of the tile, no product."""
+    """Return x @ W_enc + b of this program's tile in float32, its tokens [BLOCK_N], its latents [BLOCK_F], and the
+    index of its latent tile. SCALED: x and W_enc have a scale per token and per latent. Tiles that a hard mask empties
+    skip the product."""
+    # tokens [BLOCK_N] and latents [BLOCK_F] of this tile
     tile_n, tile_f = tile_of(tl.program_id(0), N, F, BLOCK_N, BLOCK_F, GROUP_N)
     tokens = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
     length = D
     if MASK == BITS:
-        length = tl.where(is_empty(used_ptr, pos_ptr, tokens, tile_f, N, F, BLOCK_F), 0, D)  # no turn of the main loop
+        length = tl.where(is_empty(used_ptr, pos_ptr, tokens, tile_f, N, F, BLOCK_F), 0, D)  # 0: skip the main loop
+    # Pointers to x [BLOCK_N, BLOCK_D] and W_enc [BLOCK_D, BLOCK_F]. Rows and columns past the end wrap around, because
+    # that is cheaper than masking every load of the main loop. They are never stored.
     depth = tl.arange(0, BLOCK_D)
-    # Rows and columns past the end wrap around instead of being masked in the main loop; they are never stored.
     tokens_in = (tokens % N).to(tl.int64)
     cols_in = (cols % F).to(tl.int64)
     x_ptrs = x_ptr + tokens_in[:, None] * stride_x + depth[None, :]
     w_ptrs = w_ptr + depth[:, None].to(tl.int64) * stride_wd + cols_in[None, :] * stride_wf
+    # [BLOCK_N, BLOCK_F] x @ W_enc, over D in steps of BLOCK_D
     acc = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
     for start in range(0, length, BLOCK_D):
         if EVEN_D:
@@ -70,19 +75,22 @@ def preactivations(
         acc = tl.dot(x, w, acc, input_precision="ieee")
         x_ptrs += BLOCK_D
         w_ptrs += BLOCK_D * stride_wd
-    if SCALED:
+    if SCALED:  # scales [BLOCK_N] of tokens and [BLOCK_F] of latents
         x_scale = tl.load(x_scale_ptr + tokens, mask=tokens < N, other=0.0)
         acc *= x_scale[:, None] * tl.load(w_scale_ptr + cols, mask=cols < F, other=0.0)[None, :]
+    # [BLOCK_N, BLOCK_F] pre-activations of this tile
     bias = tl.load(b_ptr + cols, mask=cols < F, other=0.0)
     return acc + bias[None, :], tokens, cols, tile_f
 
 
 @triton.jit
 def masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK: tl.constexpr, BLOCK_F: tl.constexpr):
-    """acts * mask[pos] for a tile."""
+    """Return acts * mask[pos] of a tile [BLOCK_N, BLOCK_F]."""
     if MASK != NO_MASK:
+        # [BLOCK_N] positions of the tile's tokens
         positions = tl.load(pos_ptr + tokens, mask=tokens < N, other=0).to(tl.int64)
         if MASK == BITS:
+            # [BLOCK_N, WORDS] words of mask bits, expanded to [BLOCK_N, WORDS, 32] bits
             WORDS: tl.constexpr = BLOCK_F // 32
             words_per_position = tl.cdiv(F, 32)
             word = tile_f * WORDS + tl.arange(0, WORDS)
@@ -91,9 +99,10 @@ def masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK:
             bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
             acts *= tl.reshape(bits, acts.shape).to(tl.float32)
         elif MASK == TABLE:
+            # [BLOCK_N, BLOCK_F] mask weights
             mask_ptrs = mask_ptr + positions[:, None] * F + cols[None, :]
             acts *= tl.load(mask_ptrs, mask=(tokens < N)[:, None] & (cols < F)[None, :], other=0).to(tl.float32)
-        else:  # GAUSSIAN
+        else:  # GAUSSIAN: [BLOCK_N, BLOCK_F] distances of positions from centres
             centre = tl.load(mask_ptr + cols, mask=cols < F, other=0.0)
             distance = positions.to(tl.float32)[:, None] - centre[None, :]
             acts *= tl.exp(-sharpness * distance * distance)
@@ -107,6 +116,8 @@ def encode_kernel(
     RELU: tl.constexpr, MASK: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
+    """One program per [BLOCK_N, BLOCK_F] tile of acts."""
+    # [BLOCK_N, BLOCK_F] pre-activations, then activations of this tile
     acts, tokens, cols, tile_f = preactivations(
         x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, x_ptr, w_ptr, N, D, F, stride_x, stride_wd, stride_wf,
         MASK, False, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
@@ -124,10 +135,13 @@ def fold_kernel(
     D, RUN, stride_wd, stride_wf,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The bias that centres x: b_enc - center @ W_enc, [F] in float32; each RUN of latents has a centre of its own."""
+    """b_enc - center @ W_enc [F] in float32, the bias that centres x; each RUN of latents has its own center [D]. One
+    program per BLOCK_F latents of a run."""
+    # [BLOCK_F] offsets in the run, and latents
     offsets = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     cols = tl.program_id(1) * RUN + offsets
     center_ptr += tl.program_id(1) * D
+    # [BLOCK_F, BLOCK_D] products W_enc * center, summed over columns at the end
     acc = tl.zeros((BLOCK_F, BLOCK_D), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         depth = start + tl.arange(0, BLOCK_D)
@@ -140,7 +154,7 @@ def fold_kernel(
 
 
 class Operands(NamedTuple):
-    """What the kernels take: the tensors that stand for absent ones are never read."""
+    """Kernel arguments of an encoder. x stands in for absent tensors, which are never read."""
 
     x: Tensor
     W_enc: Tensor
@@ -150,7 +164,7 @@ class Operands(NamedTuple):
     used: Tensor
     sharpness: float
     MASK: int
-    options: dict[str, Any]  # of the launch
+    options: dict[str, Any]  # launch options
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -172,8 +186,8 @@ class Operands(NamedTuple):
 
 
 def operands(config: str, inputs: EncoderInputs) -> Operands:
-    """Unit strides, `center` folded into the bias, a hard mask in bits; launched as `config` says, and in small tiles where
-    it takes them (fp8 doesn't)."""
+    """Prepare the arguments: unit strides, `center` folded into the bias, a hard mask as bits. Options are those of
+    `config`, or of its small tiles where loads are element by element (not for fp8, which is padded)."""
     x, W_enc, b_enc, center, mask, pos = inputs
     options = launch_options(config, x)
     if x.dtype == torch.float32 or (x.element_size() > 1 and x.shape[1] % options["BLOCK_D"]):
@@ -198,20 +212,20 @@ def operands(config: str, inputs: EncoderInputs) -> Operands:
     return Operands(x, W_enc, bias, mask_tensor, pos, used, sharpness, kind.value, options)
 
 
-_hard: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_hard_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def hard(mask: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """A bool mask [T, F] in bits, int32 [T, F / 32], and what `is_empty` reads of it; kept until the mask is changed."""
+    """Return a bool mask [T, F] as bits int32 [T, F / 32], and `used` of `is_empty`. Cached until it is modified."""
     version = None if mask.is_inference() else mask._version
-    cached = _hard.get(mask)
+    cached = _hard_masks.get(mask)
     if cached is None or cached[0] != (version, tile) or version is None:
         t, f = mask.shape
         bit_values = torch.tensor([1 << bit for bit in range(31)] + [-(1 << 31)], device=mask.device)
         words = torch.nn.functional.pad(mask, (0, -f % 32)).view(t, -1, 32).mul(bit_values).sum(2).int()
         is_on = torch.nn.functional.pad(mask, (0, -f % tile)).view(t, -1, tile).any(2)
         used = torch.cat([is_on.new_zeros(1, is_on.shape[1]).int(), is_on.cumsum(0, dtype=torch.int32)])
-        cached = _hard[mask] = (version, tile), words, used
+        cached = _hard_masks[mask] = (version, tile), words, used
     return cached[1:]
 
 

@@ -1,10 +1,11 @@
-"""encode_sparse: the activations that are kept of each token or of the batch, without those that aren't in between."""
+"""encode_sparse: encode and select in one op, without storing dense activations."""
 
-import torch
 from torch import Tensor
 
+from ..backend import has_fp8
 from ..checks import check_floating, check_one_device, check_shape
 from ..code import SparseCode
+from ..configs import FP8_SINCE
 from ..cost import Cost
 from ..decode import decode_values_grad
 from ..encode import cost as cost_dense
@@ -22,34 +23,34 @@ def encode_topk(
     pos: Tensor | None = None, aux_k: int = 0, aux_latents: Tensor | None = None, across_batch: bool = False,
     exact: bool = True, fp8: bool = False, dictionaries: int = 1, backend: str | None = None,
 ) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
-    """The k largest of acts = relu((x - center) @ W_enc + b_enc) * mask[pos] for each token, and from the same product the
-    aux_k largest among `aux_latents`.
+    """Return the k largest of acts = relu((x - center) @ W_enc + b_enc) * mask[pos] per token and, from the same
+    product, the aux_k largest among `aux_latents`.
 
     x, W_enc, b_enc, center, mask, pos  as in `encode`; a mask must not be negative
-    k, aux_k     in [1, F]; aux_k = 0 for no second code
-    aux_latents  bool [F]; None for all
-    across_batch the N * k largest positive of the batch instead of k of each token (BatchTopK)
-    dictionaries S > 1: so many dictionaries of F latents side by side, W_enc being [D, S F], and all else that has an F too;
-                 center [D] or [S, D]. Each chooses by itself. The codes are over S F latents and S N tokens: s N + n is
-                 token n as the s-th dictionary sees it
+    k, aux_k      in [1, F]; aux_k = 0 for no second code
+    aux_latents   bool [F]; None for all
+    across_batch  keep the N * k largest positive activations of the batch instead (BatchTopK)
+    dictionaries  S > 1: S dictionaries side by side, with W_enc [D, S F], S F instead of F elsewhere, and center [D] or
+                  [S, D]. Each selects on its own. The codes have S F latents and S N tokens: token s N + n is token n
+                  in dictionary s
 
-    Returns (code, aux code or None), their values in float32 (float64 for float64), the entries of a token in no particular
-    order; both of fixed K, or with `across_batch` the first one ragged, as `select_batch_topk` has it. A token with fewer
-    positive activations than k is filled up with zeros at other latents; which ones is left open. Of equal values, which
-    are kept follows from the inputs alone (of a token, the lower latent). NaN counts as the largest.
+    Returns (code, aux code or None), with values in float32 (float64 for float64). A token's entries have no particular
+    order. Codes have a fixed K, but with `across_batch` the first is ragged, as in `select_batch_topk`. A token with
+    fewer than k positive activations is padded with zeros at arbitrary other latents. Ties are resolved by the inputs
+    alone (within a token, the lower latent wins). NaN counts as the largest value.
 
-    Triton never holds [N, F] where F is large beside k: each tile of latents keeps its few largest, their values rounded to
-    17 significant bits, and the largest of those are exact unless a tile had more among them than it kept. `exact` looks
-    for such tiles and computes them again, on the device, for the tokens that need it; `exact=False` doesn't, and may miss
-    entries where many of a token's largest activations lie in one tile (with latents in random order, at F = 65536 and
-    K = 64, one token in ten thousand misses one: recall 0.999998 by simulation). Doesn't wait for the device.
+    Triton does not wait for the device, and does not store [N, F] if F is large relative to k. Each tile of latents
+    keeps a few candidates, rounded to 17 significant bits. The k largest candidates are the k largest activations,
+    unless a tile has more of them than it keeps. `exact` finds such tiles and computes them again for the tokens
+    concerned. `exact=False` may miss entries: with latents in random order, F = 65536 and K = 64, one token in ten
+    thousand misses one (recall 0.999998 in a simulation).
 
-    `fp8` multiplies in e4m3 with a scale for each row of x - center and each latent, keeps k + max(k / 2, 8) of each token
-    by that product, works out those again in x's dtype, and gives the k largest of them: values as exact as ever, but an
-    activation that e4m3 takes for much smaller than it is may be missed. On a GPU it needs sm_89.
+    `fp8` multiplies in e4m3 with a scale per row of x - center and per latent, keeps k + max(k / 2, 8) latents per
+    token, computes those again in x's dtype, and returns the k largest. Values are as exact as without fp8, but an
+    activation that e4m3 underestimates may be missed. On a GPU it needs sm_89.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, for k or aux_k out of range, and for `fp8` across the
-    batch or on an older GPU.
+    Raises ValueError for shapes, dtypes or devices that do not fit together, for k or aux_k out of range, and for `fp8`
+    with `across_batch`, several dictionaries or an older GPU.
     """
     inputs = EncoderInputs(x, W_enc, b_enc, center, mask, pos)
     selection = Selection(k, aux_k, aux_latents, across_batch, exact, dictionaries)
@@ -67,11 +68,11 @@ def encode_topk(
 def _encode_fp8(inputs: EncoderInputs, selection: Selection, backend: str) -> tuple[SparseCode, SparseCode | None]:
     x, W_enc, b_enc, center, mask, pos = inputs
     if selection.across_batch:
-        raise ValueError("fp8 is for the k largest of each token, not across_batch")
+        raise ValueError("fp8 is for the k largest of each token, not for across_batch=True")
     if selection.dictionaries > 1:
         raise ValueError(f"fp8 is for one dictionary, got {selection.dictionaries}")
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-        raise ValueError("fp8 needs a GPU of sm_89 or later")
+    if not has_fp8(x.device):
+        raise ValueError(f"fp8 needs a GPU of sm_{FP8_SINCE} or later")
     if center is not None:
         x = (x.to(accumulation_dtype(x)) - center).to(x.dtype)
 
@@ -80,7 +81,7 @@ def _encode_fp8(inputs: EncoderInputs, selection: Selection, backend: str) -> tu
 
     def rescored(code: SparseCode, k: int) -> SparseCode:
         pre = decode_values_grad(code, W_enc.T, x, backend=backend) + b_enc.to(code.values.dtype)[code.indices]
-        acts = pre.relu() * (code.values > 0)  # what fills a code up stays zero
+        acts = pre.relu() * (code.values > 0)  # padding stays zero
         if mask is not None and pos is not None:
             acts = acts * weights_of(mask, pos[code.rows], code.indices)
         best = select_topk(acts, k, backend=backend)
@@ -102,19 +103,19 @@ def encode_threshold(
     mask: Mask | None = None, pos: Tensor | None = None, expected: int = 64, capacity: int | None = None,
     dictionaries: int = 1, backend: str | None = None,
 ) -> SparseCode:  # fmt: skip
-    """Every activation acts = relu((x - center) @ W_enc + b_enc) * mask[pos] above its latent's threshold.
+    """Return all activations acts = relu((x - center) @ W_enc + b_enc) * mask[pos] above their latent's threshold.
 
     x, W_enc, b_enc, center, mask, pos  as in `encode`; a mask must not be negative
-    threshold  [F], any floating dtype, not negative; None for zero
-    expected   about how many a token has; speed depends on it, the result doesn't
-    capacity   how many entries the code has room for; its `overflow` is true if there are more, and then entries are
-               missing. None for as many as there are
+    threshold     [F], any floating dtype, not negative; None for zero
+    expected      about how many entries a token has; affects speed, not the result
+    capacity      number of entries that the code can hold. If there are more, some are missing and `overflow` is true.
+                  None for as many as there are
     dictionaries  S, as in `encode_topk`
 
-    Returns a ragged code with values in float32 (float64 for float64), the entries of a token in no particular order,
-    however many there are. NaN is kept, so that it is seen. Triton rounds values to 17 significant bits after the
-    comparison and, unless `expected` is a large part of F, never holds [N, F]: see `encode_topk`. Without a capacity, waits
-    for the device once, to know how many there are. Raises ValueError for shapes, dtypes or devices that do not fit.
+    Returns a ragged code with values in float32 (float64 for float64), a token's entries in no particular order. NaN is
+    kept, so that it gets noticed. Triton rounds values to 17 significant bits after the comparison and does not store
+    [N, F] unless `expected` is a large part of F: see `encode_topk`. Waits for the device once without a capacity, to
+    know the number of entries. Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     inputs = EncoderInputs(x, W_enc, b_enc, center, mask, pos)
     f = inputs.check()
@@ -135,7 +136,7 @@ def encode_threshold(
 
 
 def cost(n: int, d: int, f: int, *, itemsize: int = 2, masked: bool = False, backend: str = "triton") -> Cost:
-    """The product, and where triton writes and reads 4 candidates of 4 bytes for every 128 activations, torch writes the
-    activations and selects from them in about 6 passes."""
+    """The product and the selection. Triton writes and reads 4 candidates of 4 bytes per 128 activations. Torch writes
+    the activations and makes about 6 passes over them."""
     flops, bytes = cost_dense(n, d, f, itemsize=itemsize, masked=masked, backend=backend)
     return Cost(flops, bytes + (n * f / 4 - itemsize * n * f if backend == "triton" else 6 * itemsize * n * f))

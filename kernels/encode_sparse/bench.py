@@ -1,10 +1,10 @@
-"""encode_sparse: what to compile, tune and time."""
+"""Kernels of encode_sparse to compile, launch settings to tune, and calls to time."""
 
 from functools import partial
 from typing import Any
 
 from ..bench_types import CallOf, Op, OpBench, Spec, Trial
-from ..configs import CONFIGS
+from ..configs import CONFIGS, FP8_SINCE
 from ..encode.bench import SMALL_TILES, TILES, product_spec
 from . import cost, encode_threshold, encode_topk
 
@@ -58,7 +58,7 @@ _threshold = lambda i: partial(
     encode_threshold, i.x, i.W_enc, i.b_enc, i.threshold.expand(len(i.W_dec)), center=i.b_dec, expected=i.k
 )
 _cost = lambda n, d, f, k, **settings: cost(n, d, f, **settings)
-# encode_topk's BLOCK_F stays: packed columns have 7 bits.
+# encode_topk's BLOCK_F is not tuned: a candidate has 7 bits for its column.
 BENCH = OpBench(
     "encode",
     ops={
@@ -78,7 +78,7 @@ BENCH = OpBench(
     },
     specs=_specs,
     fixed_specs={
-        "candidates fp8": _candidates("fp8e4nv", 4)._replace(since=89),
+        "candidates fp8": _candidates("fp8e4nv", 4)._replace(since=FP8_SINCE),
         "merge": Spec(
             "encode_sparse.merge_kernel", "merge", dict(candidates="i32", values="fp32", indices="i32", unsure="i8"),
             dict(KEEP=4, BLOCK_F=128),

@@ -24,5 +24,5 @@ def encode_threshold(
 def preselect(
     x: Fp8Rows, W_enc: Fp8Rows, b_enc: Tensor, mask: Mask | None, pos: Tensor | None, selection: Selection
 ) -> tuple[SparseCode, SparseCode | None]:
-    """The k largest by the product in fp8."""
+    """Return the k largest of the product of e4m3 operands."""
     return encode_topk(EncoderInputs(x.widened(), W_enc.widened().T, b_enc, None, mask, pos), selection)

@@ -1,11 +1,10 @@
-"""encode_sparse as Triton kernels. A GEMM keeps a few candidates of each tile of latents; what is wanted is chosen among
-them, and a tile that may have dropped some of it is computed again for the tokens that it matters to.
+"""encode_sparse as Triton kernels.
 
-A candidate is an int32: the float's bits rounded to 24 of them, which order like the values because none is negative,
-above 7 bits that name its column, the first column highest. A tile with nothing left gives -1.
+A GEMM keeps a few candidates per token and tile of latents (select/triton.py describes their format). The result is
+selected among them. A tile that may have dropped an entry of the result is computed again for the tokens concerned.
 
-Of S dictionaries side by side, each has TILES tiles of its own, and token s N + n is the n-th as the s-th dictionary sees
-it: kernels that choose among candidates have a program for each of them.
+Each of S dictionaries side by side has its own TILES tiles. Token s N + n is token n in dictionary s, and kernels that
+select among candidates have one program for each of these S N tokens.
 """
 
 import torch
@@ -19,25 +18,36 @@ from ..encode.triton import Operands, encode, masked, operands, preactivations
 from ..encoder_inputs import EncoderInputs
 from ..fp8 import Fp8Rows
 from ..masks import Mask
-from ..select.triton import kth_largest, select_batch_topk, select_threshold, select_topk
+from ..select.triton import (
+    COUNT,
+    DIGITS,
+    FILL,
+    LEAST_POSITIVE,
+    NAN,
+    VALUE_BITS,
+    kth_largest,
+    latents_of,
+    may_have_more,
+    ranked,
+    select_batch_topk,
+    select_threshold,
+    select_topk,
+    tally,
+)
 from ..selection import Selection, candidates_per_tile, select_above, select_both
-
-_VALUE_BITS = tl.constexpr(-128)  # a mask
-_LEAST_POSITIVE = tl.constexpr(128)
-_NAN = tl.constexpr(0x7F800080)  # the lowest NaN that rounding keeps
 
 
 @triton.jit
 def pack(acts, cols, F, BLOCK_F: tl.constexpr):
-    """Candidates [rows, BLOCK_F] of a tile; what isn't positive counts as zero, NaN as the largest."""
-    bits = tl.where(acts == acts, tl.maximum(acts.to(tl.int32, bitcast=True), 0), _NAN)
-    packed = ((bits + _LEAST_POSITIVE // 2) & _VALUE_BITS) | (BLOCK_F - 1 - cols % BLOCK_F)[None, :]
+    """Return candidates [BLOCK_N, BLOCK_F] of a tile. Values that are not positive become zero, NaN the largest."""
+    bits = tl.where(acts == acts, tl.maximum(acts.to(tl.int32, bitcast=True), 0), NAN)
+    packed = ((bits + LEAST_POSITIVE // 2) & VALUE_BITS) | (BLOCK_F - 1 - cols % BLOCK_F)[None, :]
     return tl.where((cols < F)[None, :], packed, -1)
 
 
 @triton.jit
 def store_largest(packed, ptrs, inside, KEEP: tl.constexpr):
-    """The KEEP largest of each row, the largest first."""
+    """Store the KEEP largest candidates of each row, in descending order."""
     for rank in tl.static_range(KEEP):
         largest = tl.max(packed, 1)
         tl.store(ptrs + rank, largest, mask=inside)
@@ -46,14 +56,14 @@ def store_largest(packed, ptrs, inside, KEEP: tl.constexpr):
 
 @triton.jit
 def only_aux(packed, aux_latents_ptr, cols, F):
-    """Latents that don't take part count as zero."""
+    """Set the values of latents outside of `aux_latents` to zero."""
     is_aux = tl.load(aux_latents_ptr + cols, mask=cols < F, other=0)
-    return tl.where((is_aux != 0)[None, :] | (packed < 0), packed, packed & ~_VALUE_BITS)
+    return tl.where((is_aux != 0)[None, :] | (packed < 0), packed, packed & ~VALUE_BITS)
 
 
 @triton.jit
 def above_threshold(acts, threshold_ptr, cols, F):
-    """acts where they are above their latent's threshold, else zero; NaN stays."""
+    """Return acts where they are above their latent's threshold or NaN, else zero."""
     limit = tl.load(threshold_ptr + cols, mask=cols < F, other=0.0)
     return tl.where(acts <= limit[None, :], 0.0, acts)
 
@@ -67,6 +77,8 @@ def candidates_kernel(
     EVEN_D: tl.constexpr, KEEP: tl.constexpr, AUX_KEEP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
+    """Candidates [S N, TILES, KEEP] and, for AuxK, [S N, TILES, AUX_KEEP]. One program per [BLOCK_N, BLOCK_F] tile."""
+    # [BLOCK_N, BLOCK_F] pre-activations, then activations of this tile; pack rectifies
     acts, tokens, cols, tile_f = preactivations(
         x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, x_scale_ptr, w_scale_ptr, N, D, F, stride_x, stride_wd, stride_wf,
         MASK, SCALED, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
@@ -74,6 +86,7 @@ def candidates_kernel(
     acts = masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK, BLOCK_F)
     if HAS_THRESHOLD:
         acts = above_threshold(acts, threshold_ptr, cols, F)
+    # [BLOCK_N, BLOCK_F] candidates, and [BLOCK_N] index of each token's slot for this tile
     packed = pack(acts, cols, F, BLOCK_F)
     first = (tokens.to(tl.int64) + tile_f // TILES * N) * TILES + tile_f % TILES
     store_largest(packed, candidates_ptr + first * KEEP, tokens < N, KEEP)
@@ -84,27 +97,15 @@ def candidates_kernel(
 
 
 @triton.jit
-def latents_of(entries, packed, first_tile, KEEP: tl.constexpr, BLOCK_F: tl.constexpr):
-    """The latents of a token's candidates, given by their places."""
-    return (first_tile + entries // KEEP) * BLOCK_F + (BLOCK_F - 1 - packed % BLOCK_F)
-
-
-@triton.jit
-def may_have_more(last, least):
-    """Whether a tile may have dropped something of key `least` or more, by the last and least of its candidates. A tile
-    full of NaN need not be looked at again."""
-    return (last >= _LEAST_POSITIVE) & (last >> 7 >= least) & (last < _NAN)
-
-
-@triton.jit
 def dropped_by(
     tile, first_tile, token, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, threshold_ptr, aux_latents_ptr,
     candidates_ptr, D, F, stride_x, stride_wd, stride_wf,
     MASK: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr,
     KEEP: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The latents of a tile, and their candidates for one token computed again; -1 for those that the tile has given.
-    `candidates_ptr` points to the token's, `tile` counts from its first."""
+    """Compute a tile again for one token. Returns its candidates [BLOCK_F], with -1 for those that were kept before,
+    and its latents [BLOCK_F]. `candidates_ptr` points to the token's candidates, `tile` counts from `first_tile`."""
+    # [BLOCK_F] latents of the tile and their activations, over D in steps of BLOCK_D
     local_tile = tile
     tile += first_tile
     cols = tile * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -115,6 +116,7 @@ def dropped_by(
         w_ptrs = w_ptr + depth[:, None].to(tl.int64) * stride_wd + cols[None, :].to(tl.int64) * stride_wf
         w = tl.load(w_ptrs, mask=(depth < D)[:, None] & (cols < F)[None, :], other=0.0).to(tl.float32)
         acts += tl.sum(x[:, None] * w, 0)
+    # [1, BLOCK_F] activations and candidates: a tile of one token
     acts = (acts + tl.load(b_ptr + cols, mask=cols < F, other=0.0))[None, :]
     tokens = token + tl.arange(0, 1)
     acts = masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile, token + 1, F, MASK, BLOCK_F)
@@ -123,8 +125,9 @@ def dropped_by(
     packed = pack(acts, cols, F, BLOCK_F)
     if HAS_AUX_LATENTS:
         packed = only_aux(packed, aux_latents_ptr, cols, F)
+    # [BLOCK_F] candidates without those kept before, which are found by column: values may differ in the last bit
     packed = tl.max(packed, 0)
-    for rank in tl.static_range(KEEP):  # by column: its value may differ in the last bit
+    for rank in tl.static_range(KEEP):
         column = BLOCK_F - 1 - tl.load(candidates_ptr + local_tile * KEEP + rank) % BLOCK_F
         packed = tl.where(cols == tile * BLOCK_F + column, -1, packed)
     return packed, cols
@@ -136,7 +139,8 @@ def merge_kernel(
     N, TILES, K,
     KEEP: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The K largest of a token's candidates, and whether a tile may have had more of them than it gave."""
+    """Write a token's K largest candidates, and whether a tile may have dropped one of the K largest latents. One
+    program per token."""
     token = tl.program_id(0).to(tl.int64)
     first_tile = tl.program_id(0) // N * TILES
     LENGTH = TILES * KEEP
@@ -147,6 +151,7 @@ def merge_kernel(
     n_kept = 0
     unsure = 0
     for start in range(0, LENGTH, BLOCK):
+        # [BLOCK] candidates, their keys, which to keep, and their slots in the code
         entries = start + tl.arange(0, BLOCK)
         packed = tl.load(candidates_ptr + entries, mask=entries < LENGTH, other=-1)
         key = packed >> 7
@@ -154,20 +159,13 @@ def merge_kernel(
         keep = (key > kth) | ((equal != 0) & (tl.cumsum(equal, 0) <= remaining))
         ones = keep.to(tl.int32)
         slot = token * K + n_kept + tl.cumsum(ones, 0) - 1
-        tl.store(values_ptr + slot, (packed & _VALUE_BITS).to(tl.float32, bitcast=True), mask=keep)
+        tl.store(values_ptr + slot, (packed & VALUE_BITS).to(tl.float32, bitcast=True), mask=keep)
         tl.store(indices_ptr + slot, latents_of(entries, packed, first_tile, KEEP, BLOCK_F), mask=keep)
         remaining -= tl.sum(equal, 0)
         n_kept += tl.sum(ones, 0)
-        more = (entries % KEEP == KEEP - 1) & may_have_more(packed, kth)  # which zeros are kept is all one
+        more = (entries % KEEP == KEEP - 1) & may_have_more(packed, kth)  # dropped zeros do not matter
         unsure |= tl.max(more.to(tl.int32), 0)
     tl.store(unsure_ptr + token, unsure.to(tl.int8))
-
-
-@triton.jit
-def ranked(packed, latents):
-    """Candidates as int64 keys that order by value, then by the lower latent; -1 for those that aren't positive."""
-    key = ((packed & _VALUE_BITS).to(tl.int64) << 32) | (0x7FFFFFFF - latents).to(tl.int64)
-    return tl.where(packed >= _LEAST_POSITIVE, key, -1)
 
 
 @triton.jit
@@ -177,24 +175,26 @@ def rescan_kernel(
     MASK: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """For a token with unsure tiles: compute each of those tiles again, and let what it dropped replace lesser entries."""
+    """Compute a token's unsure tiles again and let what they dropped replace smaller entries. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     if tl.load(unsure_ptr + token) == 0:
         return
+    # [BLOCK_K] entries of the token and their keys; slots past K never lose
     slots = tl.arange(0, BLOCK_K)
     value = tl.load(values_ptr + token * K + slots, mask=slots < K, other=0.0)
     latent = tl.load(indices_ptr + token * K + slots, mask=slots < K, other=0)
     best = tl.where(slots < K, ranked(value.to(tl.int32, bitcast=True), latent), 0x7FFFFFFFFFFFFFFF)
-    # Entries of value zero are the first to go. Each needs a key of its own, below all others.
+    # Entries of value zero are replaced first. Each needs its own key, below all others.
     best = tl.where(best < 0, -2 - slots.to(tl.int64), best)
     first_tile = tl.program_id(0) // N * TILES
     candidates_ptr += token * TILES * KEEP
     least_key = (tl.min(best, 0) >> 39).to(tl.int32)
 
     for first in range(0, TILES, BLOCK_T):
-        numbers = first + tl.arange(0, BLOCK_T)
-        last = tl.load(candidates_ptr + numbers * KEEP + KEEP - 1, mask=numbers < TILES, other=-1)
-        pending = tl.where(may_have_more(last, least_key), numbers, -1)
+        # [BLOCK_T] tiles of the token, and which of them are to be computed again (-1: not)
+        tiles = first + tl.arange(0, BLOCK_T)
+        last = tl.load(candidates_ptr + tiles * KEEP + KEEP - 1, mask=tiles < TILES, other=-1)
+        pending = tl.where(may_have_more(last, least_key), tiles, -1)
         tile = tl.max(pending, 0)
         while tile >= 0:
             packed, cols = dropped_by(
@@ -202,6 +202,7 @@ def rescan_kernel(
                 aux_latents_ptr, candidates_ptr, D, F, stride_x, stride_wd, stride_wf,
                 MASK, False, HAS_AUX_LATENTS, KEEP, BLOCK_F, BLOCK_D,
             )  # fmt: skip
+            # [BLOCK_F] keys of the dropped: the largest replaces the smallest entry as long as it is larger
             dropped = ranked(packed, cols)
             largest = tl.max(dropped, 0)
             least = tl.min(best, 0)
@@ -210,49 +211,14 @@ def rescan_kernel(
                 dropped = tl.where(dropped == largest, -1, dropped)
                 largest = tl.max(dropped, 0)
                 least = tl.min(best, 0)
-            pending = tl.where(numbers == tile, -1, pending)
+            pending = tl.where(tiles == tile, -1, pending)
             tile = tl.max(pending, 0)
 
+    # [BLOCK_K] entries, unpacked from their keys
     value = tl.where(best < 0, 0.0, (best >> 32).to(tl.int32).to(tl.float32, bitcast=True))
     latent = tl.where(best < 0, latent, 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32))
     tl.store(values_ptr + token * K + slots, value, mask=slots < K)
     tl.store(indices_ptr + token * K + slots, latent, mask=slots < K)
-
-
-# what `above_cut_kernel` does with the positive candidates whose key is `cut` or more
-_DIGITS, _COUNT, _FILL = (tl.constexpr(mode) for mode in range(3))
-
-
-@triton.jit
-def take_note(
-    packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE: tl.constexpr, SHIFT: tl.constexpr
-):
-    """Take note of some candidates. DIGITS: `first` counts the values of a digit of keys that agree with `cut` above it.
-    COUNT: `first` counts those above the cut, `second` those at it. FILL: `first` is the next slot before `end`, and
-    `second` how many at the cut are still wanted."""
-    key = packed >> 7
-    positive = packed >= _LEAST_POSITIVE
-    if MODE == _DIGITS:
-        counted = positive & (key >> (SHIFT + 8) == cut >> (SHIFT + 8))
-        # What doesn't count is put into the lowest bin and taken out again: histograms have no mask before Triton 3.4.
-        first += tl.histogram(tl.where(counted, (key >> SHIFT) & 255, 0), 256)
-        first -= tl.where(tl.arange(0, 256) == 0, tl.sum((counted == 0).to(tl.int32), 0), 0)
-    else:
-        above = (positive & (key > cut)).to(tl.int32)
-        equal = (positive & (key == cut)).to(tl.int32)
-        if MODE == _COUNT:
-            first += tl.sum(above, 0)
-            second += tl.sum(equal, 0)
-        else:
-            keep = (above != 0) | ((equal != 0) & (tl.cumsum(equal, 0) <= second))
-            ones = keep.to(tl.int32)
-            slots = first + tl.cumsum(ones, 0) - 1
-            inside = keep & (slots < end)
-            tl.store(values_ptr + slots, (packed & _VALUE_BITS).to(tl.float32, bitcast=True), mask=inside)
-            tl.store(indices_ptr + slots, latents, mask=inside)
-            first += tl.sum(ones, 0)
-            second -= tl.sum(equal, 0)
-    return first, second
 
 
 @triton.jit
@@ -264,34 +230,37 @@ def above_cut_kernel(
     RESCAN: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A token's candidates and, with RESCAN, what was dropped by tiles that may have dropped keys of `least` or more. Each
-    dictionary has a cut of its own."""
+    """Apply `tally` to a token's candidates and, with RESCAN, to those dropped by tiles that may have dropped keys of
+    `least` or more. One program per token. Each dictionary has its own cut."""
     token = tl.program_id(0).to(tl.int64)
     dictionary = tl.program_id(0) // N
     first_tile = dictionary * TILES
     candidates_ptr += token * TILES * KEEP
+    # `first` and `second` of tally, by MODE
     cut = tl.load(cut_ptr + dictionary).to(tl.int32)
     second = 0
     end = 0
-    if MODE == _DIGITS:
+    if MODE == DIGITS:
         first = tl.zeros((256,), dtype=tl.int32)
-    elif MODE == _COUNT:
+    elif MODE == COUNT:
         first = 0
     else:
         first = tl.load(above_ptr + token)
         second = tl.load(equal_ptr + token).to(tl.int32)
         end = tl.load(above_ptr + token + 1)
     for start in range(0, TILES * KEEP, BLOCK):
+        # [BLOCK] candidates and their latents
         entries = start + tl.arange(0, BLOCK)
         packed = tl.load(candidates_ptr + entries, mask=entries < TILES * KEEP, other=-1)
         latents = latents_of(entries, packed, first_tile, KEEP, BLOCK_F)
-        first, second = take_note(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT)
+        first, second = tally(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT)
     if RESCAN:
         least = tl.load(least_ptr + dictionary).to(tl.int32)
         for start in range(0, TILES, BLOCK_T):
-            numbers = start + tl.arange(0, BLOCK_T)
-            last = tl.load(candidates_ptr + numbers * KEEP + KEEP - 1, mask=numbers < TILES, other=-1)
-            pending = tl.where(may_have_more(last, least), numbers, -1)
+            # [BLOCK_T] tiles of the token, and which of them are to be computed again (-1: not)
+            tiles = start + tl.arange(0, BLOCK_T)
+            last = tl.load(candidates_ptr + tiles * KEEP + KEEP - 1, mask=tiles < TILES, other=-1)
+            pending = tl.where(may_have_more(last, least), tiles, -1)
             tile = tl.max(pending, 0)
             while tile >= 0:
                 packed, latents = dropped_by(
@@ -299,20 +268,18 @@ def above_cut_kernel(
                     threshold_ptr, x_ptr, candidates_ptr, D, F, stride_x, stride_wd, stride_wf,
                     MASK, HAS_THRESHOLD, False, KEEP, BLOCK_F, BLOCK_D,
                 )  # fmt: skip
-                first, second = take_note(
-                    packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT
-                )
-                pending = tl.where(numbers == tile, -1, pending)
+                first, second = tally(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT)
+                pending = tl.where(tiles == tile, -1, pending)
                 tile = tl.max(pending, 0)
-    if MODE == _DIGITS:
+    if MODE == DIGITS:
         tl.atomic_add(above_ptr + dictionary * 257 + tl.arange(0, 256), first.to(tl.int64))
-    elif MODE == _COUNT:
+    elif MODE == COUNT:
         tl.store(above_ptr + token, first.to(tl.int64))
         tl.store(equal_ptr + token, second.to(tl.int64))
 
 
 class Candidates:
-    """The candidates of every token, and the ways to choose among them."""
+    """The candidates of all tokens, and the ways to select among them."""
 
     def __init__(
         self, launch: Operands, keep: int, aux_keep: int = 0, aux_latents: Tensor | None = None,
@@ -337,7 +304,7 @@ class Candidates:
         )  # fmt: skip
 
     def largest(self, k: int, exact: bool, aux: bool = False) -> SparseCode:
-        """The k largest of each token; of those that take part in AuxK, with `aux`."""
+        """Return the k largest of each token. With `aux`, among the latents for AuxK."""
         x, n = self.launch.x, self.n_tokens
         packed, keep = (self.aux_packed, self.aux_keep) if aux else (self.packed, self.keep)
         aux_latents = self.aux_latents if aux else None
@@ -357,26 +324,26 @@ class Candidates:
         return SparseCode(values, indices, self.n_latents)
 
     def largest_of_batch(self, total: int, exact: bool) -> SparseCode:
-        """The `total` largest of the batch, for each dictionary. The cut among candidates bounds the true one from below:
-        only tiles that may have dropped something above it are computed again, on the way to the true one."""
+        """Return the `total` largest of the batch, per dictionary. The cut among candidates is a lower bound of the
+        true cut, so finding the true one only needs tiles that may have dropped something above that bound."""
         cut = self._cut(total, None)
         if exact:
             cut = self._cut(total, cut[0])
         return self._above(*cut, exact, capacity=self.dictionaries * total)
 
     def above_threshold(self, capacity: int | None) -> SparseCode:
-        """All that isn't zero. Without a capacity, waits for the device to know how many there are."""
+        """Return all nonzero candidates. Without a capacity, waits for the device to know their number."""
         zeros = torch.zeros(self.dictionaries, dtype=torch.int64, device=self.packed.device)
         return self._above(zeros, zeros, True, capacity, may_overflow=capacity is not None)
 
     def _cut(self, total: int, least: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The total-th largest key, and how many keys equal to it are among the largest; 0 if fewer are positive. [S]."""
+        """Return the total-th largest key [S] (0 if fewer are positive), and the number [S] of equal keys to keep."""
         s, device = self.dictionaries, self.packed.device
         cut = torch.zeros(s, dtype=torch.int64, device=device)
         remaining = torch.full((s,), total, dtype=torch.int64, device=device)
         for shift in (16, 8, 0):
             counts = torch.zeros(s, 257, dtype=torch.int64, device=device)
-            self._launch_above_cut(cut, least, counts, counts, counts, counts, MODE=_DIGITS.value, SHIFT=shift)
+            self._launch_above_cut(cut, least, counts, counts, counts, counts, MODE=DIGITS.value, SHIFT=shift)
             at_least = counts.flip(1).cumsum(1).flip(1)
             digit = ((at_least[:, :256] >= remaining[:, None]).sum(1) - 1).clamp_min(0)
             remaining = remaining - at_least.gather(1, digit[:, None] + 1)[:, 0]
@@ -386,18 +353,18 @@ class Candidates:
     def _above(
         self, cut: Tensor, remaining: Tensor, exact: bool, capacity: int | None, may_overflow: bool = False
     ) -> SparseCode:
-        """All above the cut, and the first `remaining` at it."""
+        """Return all entries above the cut and the first `remaining` equal to it."""
         x, s, least = self.launch.x, self.dictionaries, cut if exact else None
         above, equal = (torch.empty(s, len(x), dtype=torch.int64, device=x.device) for _ in range(2))
-        self._launch_above_cut(cut, least, above, equal, above, above, MODE=_COUNT.value)
+        self._launch_above_cut(cut, least, above, equal, above, above, MODE=COUNT.value)
         equal_quota = torch.minimum((remaining[:, None] - equal.cumsum(1) + equal).clamp_min(0), equal)
         offsets = torch.cat([equal.new_zeros(1), (above + equal_quota).flatten().cumsum(0)])
         size = int(offsets[-1]) if capacity is None else capacity
         overflow = offsets[-1] > size if may_overflow else None
-        # A value computed again on the cut's very edge may round to another side in another kernel. Nothing runs over.
+        # Values next to the cut may round differently when computed again in another kernel. Clamp, so none overflows.
         offsets.clamp_(max=size)
         values, indices = (torch.zeros(size, dtype=dtype, device=x.device) for dtype in (torch.float32, torch.int32))
-        self._launch_above_cut(cut, least, offsets, equal_quota, values, indices, MODE=_FILL.value)
+        self._launch_above_cut(cut, least, offsets, equal_quota, values, indices, MODE=FILL.value)
         return SparseCode(values, indices, self.n_latents, offsets, overflow)
 
     def _launch_above_cut(self, cut: Tensor, least: Tensor | None, *tensors: Tensor, MODE: int, SHIFT: int = 0) -> None:
@@ -414,11 +381,11 @@ class Candidates:
 def encode_topk(inputs: EncoderInputs, selection: Selection) -> tuple[SparseCode, SparseCode | None]:
     k, aux_k, aux_latents, across_batch, exact, dictionaries = selection
     launch, f = operands("encode_topk", inputs), inputs.W_enc.shape[1] // dictionaries
-    # Tokens of a batch differ in how many they have.
     tile = launch.options["BLOCK_F"]
+    # Tokens of a BatchTopK batch may have more than k entries.
     keep = candidates_per_tile(f, min(2 * k, f) if across_batch else k, tile)
     aux_keep = candidates_per_tile(f, aux_k, tile) if aux_k else 0
-    if keep is None or aux_keep is None or (dictionaries > 1 and f % tile):  # a tile is of one dictionary
+    if keep is None or aux_keep is None or (dictionaries > 1 and f % tile):  # a tile must not span dictionaries
         return select_both(encode(inputs), selection, select_topk, select_batch_topk)
     candidates = Candidates(launch, keep, aux_keep, aux_latents, dictionaries=dictionaries)
     code = candidates.largest_of_batch(len(inputs.x) * k, exact) if across_batch else candidates.largest(k, exact)
@@ -428,7 +395,7 @@ def encode_topk(inputs: EncoderInputs, selection: Selection) -> tuple[SparseCode
 def preselect(
     x: Fp8Rows, W_enc: Fp8Rows, b_enc: Tensor, mask: Mask | None, pos: Tensor | None, selection: Selection
 ) -> tuple[SparseCode, SparseCode | None] | None:
-    """The k largest by the product in fp8; None where F is so small beside k that candidates don't pay."""
+    """Return the k largest of the product in fp8, or None if F is too small relative to k for candidates."""
     launch = operands("encode_fp8", EncoderInputs(x.rows, W_enc.rows.T, b_enc, None, mask, pos))
     f, tile = len(W_enc.rows), launch.options["BLOCK_F"]
     k, aux_k, aux_latents, *_ = selection

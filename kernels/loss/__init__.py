@@ -1,4 +1,4 @@
-"""loss: squared error, L1 and L0 summed over the tokens of each position."""
+"""loss: squared error, L1 and L0, summed over the tokens at each position."""
 
 from typing import NamedTuple
 
@@ -30,12 +30,12 @@ def position_loss(
     l1[t]             sum of |values[n, k]|
     l0[t]             number of values[n, k] other than 0
 
-    residual  [N, D]  any floating dtype; or [N], its squared norms where they are known already
+    residual  [N, D]  any floating dtype; or its squared norms [N] if they are already known
     values    a SparseCode of N tokens, or dense activations [N, F]
     pos       [N]     int32 or int64 in [0, T)
 
-    Each token is summed on its own, then each position over its tokens in order: the same inputs give the same bits.
-    Positions without tokens get zero. Raises ValueError for shapes, dtypes or devices that do not fit.
+    Sums run over each token first, then over a position's tokens in order: the same inputs give the same bits.
+    Positions without tokens get zero. Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     entries = values.values if isinstance(values, SparseCode) else values
     n_tokens = values.n_tokens if isinstance(values, SparseCode) else values.shape[0]
@@ -48,15 +48,14 @@ def position_loss(
         raise ValueError(f"n_positions must be at least 1, got {n_positions}")
     check_positions(pos, n_tokens, n_positions)
     check_one_device(residual=residual, values=entries, pos=pos)
-    implementation = reference.position_loss
     if choose("position_loss", residual, entries, backend=backend) == "triton":
         from . import triton
 
-        implementation = triton.position_loss
-    return PositionSums(*implementation(residual, values, pos, n_positions))
+        return PositionSums(*triton.position_loss(residual, values, pos, n_positions))
+    return PositionSums(*reference.position_loss(residual, values, pos, n_positions))
 
 
 def cost(n: int, d: int, nnz: int, n_positions: int, *, itemsize: int = 2, backend: str = "triton") -> Cost:
-    """Reads the residual and the values once; torch writes and reads their squares and magnitudes as well."""
+    """Read the residual and the values once. Torch also writes and reads their squares and magnitudes."""
     passes = 1 if backend == "triton" else 3
     return Cost(2.0 * n * d + 2.0 * nnz, passes * itemsize * (n * d + nnz) + 24 * n + 16 * n_positions)

@@ -1,4 +1,4 @@
-"""loss: what to compile, tune and time."""
+"""Kernels of loss to compile, launch settings to tune, and calls to time."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""loss as two Triton kernels: sums of each token, then of each position over its tokens in a fixed order."""
+"""loss as two Triton kernels: sums over each token, then over each position's tokens in a fixed order."""
 
 import torch
 import triton
@@ -16,8 +16,10 @@ def token_loss_kernel(
     N, D, K, stride_residual,
     RAGGED: tl.constexpr, SQUARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Squared error, L1 and L0 of a token, as rows of `stats` [3, N]. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     first, count = entries_of(token, offsets_ptr, K, RAGGED)
+    # [BLOCK] partial sums of squares over columns; `residual` holds squared norms already with SQUARED
     if SQUARED:
         tl.store(stats_ptr + token, tl.load(residual_ptr + token).to(tl.float32))
     else:
@@ -27,6 +29,7 @@ def token_loss_kernel(
             residual = tl.load(residual_ptr + token * stride_residual + dims, mask=dims < D, other=0.0).to(tl.float32)
             squared_error += residual * residual
         tl.store(stats_ptr + token, tl.sum(squared_error, 0))
+    # [BLOCK] partial sums over the token's entries
     l1 = tl.zeros((BLOCK,), dtype=tl.float32)
     l0 = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, count, BLOCK):
@@ -44,19 +47,22 @@ def position_sum_kernel(
     N, T,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # Every position looks at every token: N * T comparisons cost less than sorting the tokens by position.
+    """Sum `stats` [3, N] by position into `sums` [4, T]. One program per position reads every token, because N * T
+    comparisons cost less than sorting the tokens by position."""
+    # [BLOCK_N] partial sums over tokens
     position = tl.program_id(0)
     count = tl.zeros((BLOCK_N,), dtype=tl.float32)
     squared_error = tl.zeros((BLOCK_N,), dtype=tl.float32)
     l1 = tl.zeros((BLOCK_N,), dtype=tl.float32)
     l0 = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
+        # [BLOCK_N] tokens, and which of them are at this position
         tokens = start + tl.arange(0, BLOCK_N)
-        here = tl.load(pos_ptr + tokens, mask=tokens < N, other=-1) == position
-        count += here.to(tl.float32)
-        squared_error += tl.load(stats_ptr + tokens, mask=here, other=0.0)
-        l1 += tl.load(stats_ptr + N + tokens, mask=here, other=0.0)
-        l0 += tl.load(stats_ptr + N + N + tokens, mask=here, other=0.0)
+        is_here = tl.load(pos_ptr + tokens, mask=tokens < N, other=-1) == position
+        count += is_here.to(tl.float32)
+        squared_error += tl.load(stats_ptr + tokens, mask=is_here, other=0.0)
+        l1 += tl.load(stats_ptr + N + tokens, mask=is_here, other=0.0)
+        l0 += tl.load(stats_ptr + N + N + tokens, mask=is_here, other=0.0)
     tl.store(sums_ptr + position, tl.sum(count, 0))
     tl.store(sums_ptr + T + position, tl.sum(squared_error, 0))
     tl.store(sums_ptr + 2 * T + position, tl.sum(l1, 0))

@@ -1,4 +1,6 @@
-"""select: from activations of every latent to a SparseCode, by rank (in a token or in the batch) or by value (threshold)."""
+"""select: from dense activations to a SparseCode, by rank (per token or in the batch) or by threshold."""
+
+from typing import Any
 
 from torch import Tensor
 
@@ -10,53 +12,45 @@ from . import reference
 
 
 def select_topk(acts: Tensor, k: int, *, backend: str | None = None) -> SparseCode:
-    """The k largest activations of each token, exactly.
+    """Select the k largest activations per token, exactly.
 
     acts [N, F], any floating dtype. Returns a fixed-K code in acts' dtype, each token's entries by ascending latent.
-    Equal values go to the lower latent, NaN counts as the largest value, -0 equals 0: the result is unique, so every
-    backend returns the same entries. The torch backend waits for the device.
+    Among equal values the lower latent wins, NaN counts as the largest value, and -0 equals 0. So the result is unique
+    and the same for every backend. The torch backend waits for the device.
 
     Raises ValueError unless acts is floating [N, F] and 1 <= k <= F.
     """
     _check(acts)
     if not 1 <= k <= acts.shape[1]:
         raise ValueError(f"k must lie in [1, F] = [1, {acts.shape[1]}], got {k}")
-    if choose("select_topk", acts, cost=_cost_of(acts, k), backend=backend) == "triton":
-        from . import triton
-
-        return triton.select_topk(acts, k)
-    return reference.select_topk(acts, k)
+    return _twin("select_topk", acts, k, backend).select_topk(acts, k)
 
 
 def select_batch_topk(acts: Tensor, total: int, *, backend: str | None = None) -> SparseCode:
-    """The `total` largest positive activations of the whole batch, exactly, however they fall on tokens (Bussmann et al.,
-    arXiv 2412.06410, with total = N * K).
+    """Select the `total` largest positive activations of the batch, exactly (BatchTopK: Bussmann et al., arXiv
+    2412.06410, with total = N * K).
 
     acts [N, F], any floating dtype. Returns a ragged code of capacity `total` in acts' dtype, each token's entries by
-    ascending latent; entries beyond the number of positive activations are unused. Equal values go to the lower token,
-    then the lower latent; NaN counts as the largest value. Triton does not wait for the device.
+    ascending latent. Entries beyond the number of positive activations are unused. Among equal values the lower token,
+    then the lower latent wins, and NaN counts as the largest value. Triton does not wait for the device.
 
     Raises ValueError unless acts is floating [N, F] and 1 <= total <= N * F.
     """
     _check(acts)
     if not 1 <= total <= acts.numel():
         raise ValueError(f"total must lie in [1, N * F] = [1, {acts.numel()}], got {total}")
-    if choose("select_batch_topk", acts, cost=_cost_of(acts, total / len(acts)), backend=backend) == "triton":
-        from . import triton
-
-        return triton.select_batch_topk(acts, total)
-    return reference.select_batch_topk(acts, total)
+    return _twin("select_batch_topk", acts, total / len(acts), backend).select_batch_topk(acts, total)
 
 
 def select_threshold(
     acts: Tensor, threshold: float | Tensor = 0.0, capacity: int | None = None, *, backend: str | None = None
 ) -> SparseCode:
-    """Every activation above its threshold: acts[n, j] > threshold[j]. NaN is kept, so that it is seen.
+    """Select every activation above its threshold: acts[n, j] > threshold[j]. NaN is kept, so that it gets noticed.
 
     acts [N, F], any floating dtype; threshold a number or a floating [F]. Returns a ragged code in acts' dtype, each
-    token's entries by ascending latent. Without a capacity, nothing is lost: the entries are counted first, which waits
-    for the device once. With one, nothing waits: the first `capacity` entries are stored, unused ones are zero, and
-    `overflow` says on the device whether any were left out.
+    token's entries by ascending latent. Without a capacity, the entries are counted first, which waits for the device.
+    With one, the first `capacity` entries are stored without waiting, unused ones are zero, and `overflow` tells on the
+    device whether any were dropped.
 
     Raises ValueError for other shapes or dtypes and for capacity < 0.
     """
@@ -76,14 +70,19 @@ def select_threshold(
 
 
 def cost(n: int, f: int, k: float, *, itemsize: int = 2, backend: str = "triton") -> Cost:
-    """Passes over acts (one for each byte of the key and one to collect, against twice that) and k entries a token."""
+    """Passes over acts (one per byte of the key and one to collect; twice that for torch) and k entries per token."""
     passes = (itemsize + 1) * (1 if backend == "triton" else 2)
     return Cost(0.0, passes * itemsize * n * f + n * k * (itemsize + 4))
 
 
-def _cost_of(acts: Tensor, k: float):
-    n, f = acts.shape
-    return lambda backend: cost(n, f, k, itemsize=acts.element_size(), backend=backend)
+def _twin(op: str, acts: Tensor, k: float, backend: str | None) -> Any:
+    """Return the module that runs `op`."""
+    cost_of = lambda backend: cost(*acts.shape, k, itemsize=acts.element_size(), backend=backend)
+    if choose(op, acts, cost=cost_of, backend=backend) == "torch":
+        return reference
+    from . import triton
+
+    return triton
 
 
 def _check(acts: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""select: what to compile, tune and time."""
+"""Kernels of select to compile, launch settings to tune, and calls to time."""
 
 from functools import partial
 
@@ -26,10 +26,10 @@ def _specs(dtype: str) -> dict[str, Spec]:
 
 _topk = lambda i: partial(select_topk, i.acts, i.k)
 _batch_topk = lambda i: partial(select_batch_topk, i.acts, len(i.x) * i.k)
-# into a code that holds them all: nothing waits
+# The capacity suffices for all entries, and nothing waits for the device.
 _threshold = lambda i: partial(select_threshold, i.acts, float(i.threshold), 2 * i.code.values.numel())
 _cost = lambda n, d, f, k, **settings: cost(n, f, k, **settings)
-# acts are read to be counted and read to be collected
+# Reads acts twice: to count and to collect.
 _threshold_cost = lambda n, d, f, k, itemsize, backend: Cost(
     0.0, 2 * itemsize * n * f + n * k * (itemsize + 4) + 16 * n
 )

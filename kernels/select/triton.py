@@ -1,4 +1,9 @@
-"""select as Triton kernels, one program per token: radix select for top-k, count and fill for thresholds."""
+"""select as Triton kernels with one program per token: radix select for top-k, count and fill for thresholds.
+
+`encode_sparse` selects among candidates with functions from here. A candidate is an int32: the float's bits rounded to
+24 bits, which order like the values because none is negative, above 7 bits for its column, the first column highest. -1
+means that a tile has no more latents.
+"""
 
 import torch
 import triton
@@ -8,10 +13,14 @@ from torch import Tensor
 from ..backend import launch_options
 from ..code import SparseCode
 
+VALUE_BITS = tl.constexpr(-128)  # mask of a candidate's value
+LEAST_POSITIVE = tl.constexpr(128)  # the lowest candidate with a positive value
+NAN = tl.constexpr(0x7F800080)  # the lowest NaN that rounding keeps
+
 
 @triton.jit
 def sortable_key(value):
-    """Bits of a float as an unsigned number in [0, 2**bits) that orders like the float: -0 as 0, NaN above all."""
+    """Map floats to unsigned keys in [0, 2**bits) of the same order. -0 equals 0, NaN is above all."""
     bits: tl.constexpr = value.dtype.primitive_bitwidth
     value = tl.where(value == 0, 0.0, value).to(value.dtype)
     if bits == 16:
@@ -26,8 +35,7 @@ def sortable_key(value):
 
 @triton.jit
 def load_key(ptr, entries, inside, stride, PACKED: tl.constexpr):
-    """Keys that order like the values at `entries`, and which of them exist: of floats, or of encode's packed candidates
-    (24 bits of value above 7 of column; negative where a tile had none left)."""
+    """Return keys in the order of the values at `entries`, and which of them exist. PACKED values are candidates."""
     if PACKED:
         packed = tl.load(ptr + entries, mask=inside, other=-1)
         return (packed >> 7).to(tl.uint32), packed >= 0
@@ -36,25 +44,27 @@ def load_key(ptr, entries, inside, stride, PACKED: tl.constexpr):
 
 @triton.jit
 def kth_largest(ptr, LENGTH, K, stride, PACKED: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The K-th largest key of a row, and how many keys equal to it are among the K largest.
+    """Return the K-th largest key of a row, and how many keys equal to it are among the K largest.
 
-    Digit by digit: of the keys that agree with `kth` so far, count each value of the next digit, and take the largest
-    from which on at least `remaining` keys lie.
+    Proceeds by 8-bit digits: among the keys that agree with `kth` so far, count each value of the next digit, and take
+    the largest value that at least `remaining` keys reach.
     """
     digits = tl.arange(0, 256)
     kth = tl.zeros((), dtype=tl.uint32)
     remaining = K
     for shift in tl.static_range(BITS - 8, -8, -8):
+        # [256] histogram of this digit
         counts = tl.zeros((256,), dtype=tl.int32)
         for start in range(0, LENGTH, BLOCK):
+            # [BLOCK] keys, and which of them count
             entries = start + tl.arange(0, BLOCK)
             key, counted = load_key(ptr, entries, entries < LENGTH, stride, PACKED)
             if shift < BITS - 8:
                 counted = counted & ((key >> (shift + 8)) == (kth >> (shift + 8)))
-            # Every key is put in a bin, and those that don't count are taken out of the lowest again: histograms have
-            # no mask before Triton 3.4.
+            # Other keys go to bin 0 and are subtracted again, because histograms have no mask before Triton 3.4.
             counts += tl.histogram(tl.where(counted, (key >> shift) & 255, 0).to(tl.int32), 256)
             counts -= tl.where(digits == 0, BLOCK - tl.sum(counted.to(tl.int32), 0), 0)
+        # [256] number of keys that reach each digit
         at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
         digit = tl.max(tl.where(at_least >= remaining, digits, 0), 0)
         remaining -= tl.sum(tl.where(digits > digit, counts, 0), 0)
@@ -63,19 +73,75 @@ def kth_largest(ptr, LENGTH, K, stride, PACKED: tl.constexpr, BITS: tl.constexpr
 
 
 @triton.jit
+def latents_of(entries, packed, first_tile, KEEP: tl.constexpr, BLOCK_F: tl.constexpr):
+    """Return the latents of a token's candidates from their indices `entries`."""
+    return (first_tile + entries // KEEP) * BLOCK_F + (BLOCK_F - 1 - packed % BLOCK_F)
+
+
+@triton.jit
+def may_have_more(last, least):
+    """Return whether a tile may have dropped a key of `least` or more, given its last and lowest candidate. A tile full
+    of NaN need not be computed again."""
+    return (last >= LEAST_POSITIVE) & (last >> 7 >= least) & (last < NAN)
+
+
+@triton.jit
+def ranked(packed, latents):
+    """Return int64 keys that order candidates by value, then by lower latent. -1 for those that are not positive."""
+    key = ((packed & VALUE_BITS).to(tl.int64) << 32) | (0x7FFFFFFF - latents).to(tl.int64)
+    return tl.where(packed >= LEAST_POSITIVE, key, -1)
+
+
+# Passes of `encode_sparse` over the positive candidates whose key is `cut` or more.
+DIGITS, COUNT, FILL = (tl.constexpr(mode) for mode in range(3))
+
+
+@triton.jit
+def tally(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE: tl.constexpr, SHIFT: tl.constexpr):
+    """Process some candidates and return the updated `first` and `second`. DIGITS: `first` [256] is the histogram of
+    the digit at SHIFT, over keys that agree with `cut` above it. COUNT: `first` counts keys above the cut, `second`
+    those equal to it. FILL: writes both to slots from `first` to `end`, but only `second` of the equal ones."""
+    key = packed >> 7
+    positive = packed >= LEAST_POSITIVE
+    if MODE == DIGITS:
+        counted = positive & (key >> (SHIFT + 8) == cut >> (SHIFT + 8))
+        # As in kth_largest: other keys go to bin 0 and are subtracted again.
+        first += tl.histogram(tl.where(counted, (key >> SHIFT) & 255, 0), 256)
+        first -= tl.where(tl.arange(0, 256) == 0, tl.sum((counted == 0).to(tl.int32), 0), 0)
+    else:
+        above = (positive & (key > cut)).to(tl.int32)
+        equal = (positive & (key == cut)).to(tl.int32)
+        if MODE == COUNT:
+            first += tl.sum(above, 0)
+            second += tl.sum(equal, 0)
+        else:
+            keep = (above != 0) | ((equal != 0) & (tl.cumsum(equal, 0) <= second))
+            ones = keep.to(tl.int32)
+            slots = first + tl.cumsum(ones, 0) - 1
+            inside = keep & (slots < end)
+            tl.store(values_ptr + slots, (packed & VALUE_BITS).to(tl.float32, bitcast=True), mask=inside)
+            tl.store(indices_ptr + slots, latents, mask=inside)
+            first += tl.sum(ones, 0)
+            second -= tl.sum(equal, 0)
+    return first, second
+
+
+@triton.jit
 def topk_kernel(
     acts_ptr, values_ptr, indices_ptr,
     F, K, stride_n, stride_f,
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    """The K largest activations of a token. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     acts_ptr += token * stride_n
     bits: tl.constexpr = acts_ptr.dtype.element_ty.primitive_bitwidth
     kth, remaining = kth_largest(acts_ptr, F, K, stride_f, False, bits, BLOCK_F)
 
-    # Collect in ascending latent order everything above the K-th key, and the first `remaining` of those equal to it.
+    # Collect, by ascending latent, everything above the K-th key and the first `remaining` entries equal to it.
     n_kept = 0
     for start in range(0, F, BLOCK_F):
+        # [BLOCK_F] latents, their values and keys, which to keep, and their slots in the code
         latents = start + tl.arange(0, BLOCK_F)
         inside = latents < F
         value = tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=inside, other=0.0)
@@ -96,7 +162,8 @@ def batch_digits_kernel(
     F, stride_n, stride_f,
     SHIFT: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """How often each value of a digit occurs, in the whole batch, among the positive keys that agree with kth above it."""
+    """Add a token's histogram of the digit at SHIFT to `counts` [257]. Only positive keys that agree with kth count."""
+    # [256] histogram, as in kth_largest
     acts_ptr += tl.program_id(0).to(tl.int64) * stride_n
     bits: tl.constexpr = acts_ptr.dtype.element_ty.primitive_bitwidth
     digits = tl.arange(0, 256)
@@ -114,7 +181,7 @@ def batch_digits_kernel(
 
 @triton.jit
 def positive_key(acts_ptr, latents, F, stride_f):
-    """Sortable keys of these latents, and which of them are positive or NaN."""
+    """Return sortable keys [BLOCK_F] of these latents, and which are positive or NaN."""
     bits: tl.constexpr = acts_ptr.dtype.element_ty.primitive_bitwidth
     key = sortable_key(tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=latents < F, other=0.0))
     return key, key > (1 << (bits - 1))  # the key of zero
@@ -126,8 +193,10 @@ def batch_count_kernel(
     F, stride_n, stride_f,
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    """Count a token's positive keys above kth and equal to it. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     kth = tl.load(kth_ptr).to(tl.uint32)
+    # [BLOCK_F] partial counts
     above = tl.zeros((BLOCK_F,), dtype=tl.int32)
     equal = tl.zeros((BLOCK_F,), dtype=tl.int32)
     for start in range(0, F, BLOCK_F):
@@ -144,12 +213,14 @@ def batch_fill_kernel(
     F, stride_n, stride_f,
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    """Write a token's positive activations above kth and its first `wanted` equal to it. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     acts_ptr += token * stride_n
     kth = tl.load(kth_ptr).to(tl.uint32)
     remaining = tl.load(wanted_ptr + token)
     slot = tl.load(offsets_ptr + token)
     for start in range(0, F, BLOCK_F):
+        # [BLOCK_F] latents, their keys, which to keep, and their slots in the code
         latents = start + tl.arange(0, BLOCK_F)
         key, positive = positive_key(acts_ptr, latents, F, stride_f)
         equal = (positive & (key == kth)).to(tl.int32)
@@ -165,7 +236,7 @@ def batch_fill_kernel(
 
 @triton.jit
 def above(acts_ptr, threshold_ptr, threshold, latents, F, stride_f, PER_LATENT: tl.constexpr):
-    """The activations of these latents, and which of them exist and are not at or below their threshold."""
+    """Return activations [BLOCK_F] of these latents, and which are above their threshold or NaN."""
     value = tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=latents < F, other=0.0)
     if PER_LATENT:
         limit = tl.load(threshold_ptr + latents, mask=latents < F, other=0.0).to(tl.float32)
@@ -181,12 +252,14 @@ def count_kernel(
     threshold, F, stride_n, stride_f,
     PER_LATENT: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    """Count a token's activations above their thresholds. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     acts_ptr += token * stride_n
+    # [BLOCK_F] partial counts
     count = tl.zeros((BLOCK_F,), dtype=tl.int32)
     for start in range(0, F, BLOCK_F):
-        _, fired = above(acts_ptr, threshold_ptr, threshold, start + tl.arange(0, BLOCK_F), F, stride_f, PER_LATENT)
-        count += fired.to(tl.int32)
+        _, is_active = above(acts_ptr, threshold_ptr, threshold, start + tl.arange(0, BLOCK_F), F, stride_f, PER_LATENT)
+        count += is_active.to(tl.int32)
     tl.store(counts_ptr + token, tl.sum(count, 0).to(tl.int64))
 
 
@@ -196,15 +269,17 @@ def fill_kernel(
     threshold, F, capacity, stride_n, stride_f,
     PER_LATENT: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    """Write a token's activations above their thresholds, up to the capacity. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     acts_ptr += token * stride_n
     slot = tl.load(offsets_ptr + token)
     for start in range(0, F, BLOCK_F):
+        # [BLOCK_F] latents, their values, which to keep, and their slots in the code
         latents = start + tl.arange(0, BLOCK_F)
-        value, fired = above(acts_ptr, threshold_ptr, threshold, latents, F, stride_f, PER_LATENT)
-        ones = fired.to(tl.int32)
+        value, is_active = above(acts_ptr, threshold_ptr, threshold, latents, F, stride_f, PER_LATENT)
+        ones = is_active.to(tl.int32)
         slots = slot + tl.cumsum(ones, 0) - 1
-        keep = fired & (slots < capacity)
+        keep = is_active & (slots < capacity)
         tl.store(values_ptr + slots, value, mask=keep)
         tl.store(indices_ptr + slots, latents, mask=keep)
         slot += tl.sum(ones, 0)

@@ -1,4 +1,4 @@
-"""weight_grad: the gradient of a [F, D] weight from the entries of a SparseCode, summed latent by latent."""
+"""weight_grad: the gradient of a weight [F, D] from the entries of a SparseCode."""
 
 from torch import Tensor
 
@@ -15,13 +15,12 @@ def weight_grad(
     """dW[j] = sum of values[e] * (rows[token of e modulo M] - center) over the entries e of latent j
 
     entries  `code.transpose()`, C entries over F latents
-    values   [C], or any shape of C elements, in the code's order; any floating dtype: what weighs each entry
+    values   C elements of any shape and floating dtype: the weight of each entry, in the code's order
     rows     [M, D]  any floating dtype
     center   [D], any floating dtype; or [S, D]: one for each of S equal runs of latents
 
-    Returns dW [F, D] in float32, or float64 if rows are float64; zero for latents that never fired. Each latent's entries
-    are added in a fixed order, so the same inputs give the same bits. Raises ValueError for shapes, dtypes or devices that
-    do not fit.
+    Returns dW [F, D] in float32 (float64 for float64 rows), zero for latents without entries. Sums have a fixed order,
+    so the same inputs give the same bits. Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     check_entries(entries, values, rows, center)
     (m, d), f, nnz = rows.shape, entries.latent_offsets.numel() - 1, values.numel()
@@ -35,14 +34,14 @@ def weight_grad(
 
 
 def cost(m: int, d: int, f: int, nnz: int, *, itemsize: int = 2, backend: str = "triton") -> Cost:
-    """A multiply-add and an element of rows for each entry and each of D, and dW written. Torch first widens the rows."""
+    """One multiply-add and one element of rows per entry and column, and dW written. Torch first widens the rows."""
     widened = 0 if backend == "triton" or itemsize >= 4 else m * d * (itemsize + 4)
     element = itemsize if backend == "triton" else max(itemsize, 4)
     return Cost(2.0 * nnz * d, nnz * (d * element + 16) + 4 * f * d + widened)
 
 
 def check_entries(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None) -> None:
-    """Raise unless values weigh the entries and rows are what they weigh."""
+    """Raise ValueError unless the arguments of `weight_grad` fit together."""
     if values.numel() != entries.order.numel():
         raise ValueError(
             f"values must have one element for each of {entries.order.numel()} entries, got {values.numel()}"

@@ -1,4 +1,4 @@
-"""weight_grad, and the sort that it begins with: what to compile, tune and time."""
+"""Kernels of weight_grad to compile, launch settings to tune, and calls to time, the sort by latent included."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ SPLIT = CONFIGS[min(CONFIGS)]["windows"]["SPLIT"]
 
 
 def entry_pointers(dtype: str) -> dict[str, str]:
-    """Describe the pointers of kernels that sum by latent."""
+    """Return the pointers of kernels that sum by latent."""
     pointers = dict(values="fp32", order="i64", latents="i32", tokens="i32", offsets="i64", rows=dtype, windows="fp32")
     return pointers | dict(center="fp32", ones="fp32", out="fp32")
 
@@ -29,13 +29,13 @@ def _specs(dtype: str) -> dict[str, Spec]:
 
 _transpose = lambda i: lambda: SparseCode(i.code.values, i.code.indices, len(i.W_dec)).transpose()
 _weight_grad = lambda i: partial(weight_grad, i.entries, i.code.values, i.reconstruction.residual)
-# keys read; order (8 bytes), latent and token (4 each) of each entry and F + 1 offsets written
+# Reads the keys. Writes order (8 bytes), latent and token (4 each) per entry, and F + 1 offsets.
 _transpose_cost = lambda n, d, f, k, **settings: Cost(0.0, 20 * n * k + 8 * (f + 1))
-# a choice that is none: torch sorts, whatever the device
+# The sort always runs in torch.
 _torch_only = lambda n, d, f, k, itemsize, backend: Cost(0.0, float(backend != "torch"))
 _cost = lambda n, d, f, k, **settings: cost(n, d, f, n * k, **settings)
 _GATHERS: Grid = dict(BLOCK_D=(256, 512), STAGES=(2, 3), num_warps=(4, 8), BLOCK_E=(4, 8, 16))
-# windows' SPLIT stays: results depend on where windows end.
+# windows' SPLIT is not tuned: results depend on where windows end.
 BENCH = OpBench(
     "gradient",
     ops={

@@ -16,7 +16,7 @@ def weight_grad(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tens
         rows = (rows - center[:, None]).flatten(0, 1)
     elif center is not None:
         rows = rows - center
-    # Unused entries come last; they are given no weight, because the last latent takes in all that follow.
-    used = torch.arange(values.numel(), device=rows.device) < entries.latent_offsets[-1]
-    weights = torch.where(used, values.flatten()[entries.order].to(wide), 0)
+    # Unused entries come last and would be summed into the last latent, so they get weight zero.
+    is_used = torch.arange(values.numel(), device=rows.device) < entries.latent_offsets[-1]
+    weights = torch.where(is_used, values.flatten()[entries.order].to(wide), 0)
     return weighted_bags(rows, index, weights, entries.latent_offsets[:-1])

@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 from temposae.kernels import adam, backend, decode, encode, encode_sparse, loss, select, weight_grad
-from temposae.kernels.backend import choose, config_row, why
-from temposae.kernels.configs import CONFIGS
+from temposae.kernels.backend import choose, config_row, dispatch_rates, has_fp8, why
+from temposae.kernels.configs import CONFIGS, DISPATCH_RATES
 from temposae.kernels.cost import Cost
 
 X = torch.ones(2, 3)
@@ -97,6 +97,24 @@ def test_an_unknown_gpu_takes_the_nearest_lower_row_and_says_so_once():
         assert config_row(100) == CONFIGS[100]
     with pytest.raises(ValueError, match="sm_75 is older than sm_80"):
         config_row(75)
+
+
+def test_a_gpu_without_rates_takes_the_nearest(monkeypatch, on_gpu):
+    fast_torch = DISPATCH_RATES[90]._replace(flops_per_s={"torch": {4: 2e12}, "triton": {4: 1e12}})
+    monkeypatch.setitem(DISPATCH_RATES, 120, fast_torch)
+    assert dispatch_rates(120) is dispatch_rates(121) is fast_torch
+    assert dispatch_rates(80) is dispatch_rates(100) is DISPATCH_RATES[90]
+    costs = dict(torch=Cost(90, 0), triton=Cost(50, 0))
+    assert choose("encode", X, cost=lambda name: costs[name]) == "triton"
+    monkeypatch.setattr(backend, "_arch", lambda device: 120)
+    assert choose("encode", X, cost=lambda name: costs[name]) == "torch"
+
+
+def test_fp8_needs_sm_89(monkeypatch):
+    assert has_fp8(torch.device("cpu"))
+    for arch in (80, 89, 90):
+        monkeypatch.setattr(backend, "_arch", lambda device, arch=arch: arch)
+        assert has_fp8(torch.device("cuda")) == (arch >= 89)
 
 
 def test_every_row_has_every_op_with_powers_of_two():
