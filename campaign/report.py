@@ -193,7 +193,7 @@ class _Report:
                 cell = _Markdown(plain(name) + (f" *{plain(question)}*" if question else ""))
                 lines.append([cell, other, change, interval, seeds, difference.tested, control, verdict])
             else:
-                pair, interval = f"{name} less {other}" if question else name, f" ± {half:.{digits}f}" if half else ""
+                pair, interval = f"{name} minus {other}" if question else name, f" ± {half:.{digits}f}" if half else ""
                 reasons.setdefault(difference.why, []).append(f"{plain(pair)} {change}{interval}")
         headings = "run | against | difference | 95% interval | seeds | corrected for | random control | verdict"
         bullets = [f"- {NO_DIFFERENCE} ({why}): {'; '.join(changes)}" for why, changes in reasons.items()]
