@@ -423,7 +423,7 @@ def test_an_analysis_alone_shows_the_run_that_it_looks_at(tmp_path: Path):
 
 
 def test_a_campaign_that_has_not_ended_is_told_so(tmp_path: Path):
-    with pytest.raises(UserError, match="holds no campaign.json; the campaign isn't done"):
+    with pytest.raises(UserError, match="has no campaign.json; the campaign is not finished"):
         draw(tmp_path)
 
 
