@@ -154,12 +154,12 @@ def bars(
             if mean > most:
                 axes.text(0.985, index, f"{mean:.3g} →", color="white", ha="right", **style)
                 continue
-            whisker(axes, index, scores.trained, DARK, across=True)
+            whisker(axes, index - 0.17, scores.trained, DARK, across=True)
             if scores.random:
-                style = {"marker": "|", "markersize": 9, "mew": 1.8, "linestyle": "", "clip_on": False, "zorder": 4}
+                style = {"marker": "|", "markersize": 6, "mew": 1.8, "linestyle": "", "clip_on": False, "zorder": 4}
                 style |= {"color": COLOURS["random"], "label": "random control", "gid": f"{scores.name} random"}
-                axes.plot(scores.random.mean, index, **style)
-                whisker(axes, index, scores.random, COLOURS["random"], across=True)
+                axes.plot(scores.random.mean, index + 0.17, **style)
+                whisker(axes, index + 0.17, scores.random, COLOURS["random"], across=True)
             if digits:
                 text, end = f"{mean:.{digits}f}".removeprefix("0"), (max(scores.trained.values), index)
                 axes.annotate(text, end, (3, 0), textcoords="offset points", va="center", fontsize=6.5, color="#333333")

@@ -39,8 +39,8 @@ def unlearning_scores(saved: CampaignResults, log: str) -> DrawnFigure:
         is_measured = "unlearning" in saved.campaign["evals"]
         reason = "no setting counts for any run" if is_measured else "it is not among the evals"
         raise NotMeasured(f"unlearning was not measured in this campaign: {reason}")
-    title = "Unlearning: 1 - least forget accuracy, while other answers are kept"
-    return _bars(saved, all_scores, "unlearning score", title)
+    label = "unlearning score (1 - lowest forget accuracy)"
+    return _bars(saved, all_scores, label, f"Unlearning, runs of log {log}")
 
 
 def training_curves(saved: CampaignResults, log: str) -> DrawnFigure:
@@ -131,24 +131,23 @@ def feature_statistics(saved: CampaignResults, log: str) -> DrawnFigure:
     def draw(axes: Any) -> None:
         sizes = [scores.run["d_sae"] for scores in all_scores]
         style = {"linestyle": "", "gid": "d_sae", "markersize": 6, "mfc": "none", "color": DARK}
-        axes.plot(range(len(sizes)), sizes, marker="s", label="dictionary size F", **style)
+        axes.plot(sizes, range(len(sizes)), marker="s", label="dictionary size F", **style)
         known = [(index, scores) for index, scores in enumerate(all_scores) if scores.trained]
         colours = [GREY if scores.is_baseline else COLOURS["sae"] for _, scores in known]
         alive = [scores.trained.mean for _, scores in known]
-        axes.scatter([index for index, _ in known], alive, s=22, color=colours, zorder=3, gid="alive")
+        axes.scatter(alive, [index for index, _ in known], s=22, color=colours, zorder=3, gid="alive")
         label = "latents alive on held-out text, and their share"
         axes.plot([], [], "o", color=COLOURS["sae"], markersize=4.5, label=label)
         for (index, scores), colour in zip(known, colours, strict=True):
-            style = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 6.5}
-            axes.annotate(
-                percent(scores.trained.mean / sizes[index], 0), (index, min(scores.trained.values)), (0, -5), **style
-            )
-            whisker(axes, index, scores.trained, colour)
-        axes.grid(axis="y", alpha=0.25)
-        axes.set(ylabel="latents", title=f"Dictionary sizes, runs of log {log}", ylim=(0, 1.08 * max(sizes)))
-        name_runs(axes, [label_of(scores.run) for scores in all_scores])
+            style = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 6.5}
+            share, low = percent(scores.trained.mean / sizes[index], 0), min(scores.trained.values)
+            axes.annotate(share, (low, index), (-6, 0), **style)
+            whisker(axes, index, scores.trained, colour, across=True)
+        axes.grid(axis="x", alpha=0.25)
+        axes.set(xlabel="latents", title=f"Dictionary sizes, runs of log {log}", xlim=(0, 1.08 * max(sizes)))
+        name_runs(axes, [label_of(scores.run) for scores in all_scores], lying=True)
 
-    drawing = arranged({"sizes": lambda: draw}, 1, (WIDE if len(all_scores) > 7 else NARROW, 3.4))
+    drawing = arranged({"sizes": lambda: draw}, 1, (NARROW, _height(saved, log)))
     legend_once(drawing.figure, note(saved))
     return drawing
 

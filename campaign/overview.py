@@ -77,13 +77,14 @@ def conditions(saved: CampaignResults) -> DrawnFigure:
     markers = {name: MARKERS[at % len(MARKERS)] for at, name in enumerate(saved.campaign["conditions"])}
     sparsity = [score(run, "l0")[0].mean for run in known]
     is_matched = 0 < max(sparsity) <= ALIKE * min(sparsity)
-    names = list(dict.fromkeys(run["run"] for run in known))
+    names, order = list(dict.fromkeys(run["run"] for run in known)), list(markers)
 
     def draw(axes: Any) -> None:
         points = []
         for run, l0 in zip(known, sparsity, strict=True):
             fvu, colour = final_fvu(run), LOG_COLOURS.get(run["log"], DARK)
-            x = names.index(run["run"]) if is_matched else l0
+            beside = 0.15 * (order.index(run["condition"]) - (len(order) - 1) / 2)  # conditions side by side
+            x = names.index(run["run"]) + beside if is_matched else l0
             style = {"linestyle": "", "markersize": 5, "alpha": 0.85, "mew": 0.4, "mec": "white", "gid": run["run"]}
             axes.plot(x, fvu.mean, marker=markers[run["condition"]], color=colour, **style)
             whisker(axes, x, fvu, colour)

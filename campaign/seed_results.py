@@ -109,13 +109,17 @@ class CampaignResults:
         return run
 
     def folders(self, run: Mapping[str, Any]) -> list[Path]:
-        """The folders of the seeds that did not fail."""
-        folders = [self.out / folder for folder in run["folders"]]
-        return [folder for folder in folders if folder.name not in (run["failed"] or {})]
+        """The folders of the seeds that did not fail. Raises NotMeasured if one is missing."""
+        return [self._folder(name) for name in run["folders"] if Path(name).name not in (run["failed"] or {})]
 
     def settings(self, run: Mapping[str, Any]) -> dict[str, Any]:
         """The sections of config.yaml of the first seed."""
-        return read_sealed_yaml(self.out / run["folders"][0] / CONFIG)
+        return read_sealed_yaml(self._folder(run["folders"][0]) / CONFIG)
+
+    def _folder(self, name: str) -> Path:
+        if not (self.out / name).is_dir():
+            raise NotMeasured(f"the campaign's folder has no {name}")
+        return self.out / name
 
     def curve(self, run: Mapping[str, Any], *path: str, file: str = METRICS) -> Curve:
         """The value at a path of names in every report of a run."""

@@ -1,6 +1,7 @@
 """Figures of a campaign: what is drawn is what its saved numbers say."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -204,11 +205,11 @@ def test_hyperparameters_of_log_b_are_those_of_the_settings_and_of_the_run(saved
 
 def test_sizes_of_log_e_are_beside_latents_alive(saved: CampaignResults):
     (axes,) = log_figures.feature_statistics(saved, "E").figure.axes
-    assert list(named(axes, "d_sae").get_ydata()) == [made_up.F] * 5
+    assert list(named(axes, "d_sae").get_xdata()) == [made_up.F] * 5
     alive = named(axes, "alive").get_offsets()
-    assert alive[:, 0].tolist() == [0, 1, 2, 3]  # not E4, which failed
+    assert alive[:, 1].tolist() == [0, 1, 2, 3]  # not E4, which failed
     wanted = [made_up.F * (1 - np.mean(of(run, "dead_fraction"))) for run in ("relu", "topk", "batchtopk", "E1")]
-    assert alive[:, 1].tolist() == pytest.approx(wanted)
+    assert alive[:, 0].tolist() == pytest.approx(wanted)
     assert len(whiskers(axes)) == 4
 
 
@@ -361,7 +362,7 @@ def test_conditions_are_apart_and_log_figures_show_the_first(tmp_path: Path):
     (axes,) = overview.conditions(CampaignResults(out)).figure.axes
     places = {line.get_gid(): line.get_xdata()[0] for line in axes.lines if line.get_gid()}
     names = [tick.get_text() for tick in axes.get_xticklabels()]
-    assert {gid: names[at] for gid, at in places.items()} == {
+    assert {gid: names[round(at)] for gid, at in places.items()} == {
         gid: gid for gid in ("relu", "topk", "batchtopk", "A1", "E1")
     }
 
@@ -420,6 +421,16 @@ def test_an_analysis_alone_shows_the_run_that_it_looks_at(tmp_path: Path):
     (axes,) = overview.overview(CampaignResults(out)).figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()][-1] == "C2 temperature annealing (C4)"
     assert position_figures.position_analysis(CampaignResults(out)).lacks == ()
+
+
+def test_figures_of_scores_need_campaign_json_alone(tmp_path: Path):
+    out = made_up.campaign(tmp_path, {"A1": "hard masks", "C2": "temperature annealing"})
+    shutil.rmtree(out / "runs")
+    drawn = {path.relative_to(out / "figures").as_posix() for path in draw(out)}
+    assert {"overview.png", "log_a/unlearning_scores.png", "log_a/final_metrics.png"} <= drawn
+    reason = "not drawn: the campaign's folder has no runs/"
+    assert missing(out)["log_a/loss_curves.png"] == f"{reason}relu"
+    assert missing(out)["log_c/position_analysis.png"] == f"{reason}C2"
 
 
 def test_a_campaign_that_has_not_ended_is_told_so(tmp_path: Path):
