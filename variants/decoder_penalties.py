@@ -2,9 +2,9 @@
 
     penalty = strength D (D mean_{i != j} c_ij^2)        c = W W^T, cosines, because decoder rows have norm 1
 
-The mean over pairs of the sample estimates that over all F rows. Decided here: c^2 of random directions is 1 / D in the
-mean, so the bracket is about 1 before training, whatever F and M are, and `strength` is a share of |x|^2. A random decoder
-that is never learned (`decoder` random, the control) has no penalty.
+The mean over pairs of the sample estimates that over all F rows. Decided here: c^2 of random directions is 1 / D on
+average, so the bracket is about 1 before training for any F and M, and `strength` is a share of |x|^2. A frozen random
+decoder, the control, has no penalty.
 """
 
 from typing import Any
@@ -18,9 +18,7 @@ from ..engine.parts import BatchView, Part, PartSettings, part
 
 class OverlapSettings(PartSettings):
     strength: float = Field(
-        default=0.1,
-        ge=0,
-        description="Weight of the penalty as a share of |x|^2: random decoder rows cost about this share.",
+        default=0.1, ge=0, description="Weight of the penalty, as the share of |x|^2 that random decoder rows cost."
     )
     rows: int = Field(
         default=1024, ge=2, description="Largest number of decoder rows that a step compares, drawn at random."
@@ -28,7 +26,7 @@ class OverlapSettings(PartSettings):
 
 
 def cosines(settings: Any, batch: BatchView) -> Tensor:
-    """c [M, M] of other rows at every step, or of all if there are no more; 0 on the diagonal."""
+    """Cosines c [M, M] of rows drawn anew at every step, 0 on the diagonal."""
     W = batch.sae.W_dec
     if settings.rows < len(W):
         chosen = torch.randperm(len(W), generator=batch.generator())[: settings.rows]
@@ -44,7 +42,7 @@ def overlap(settings: Any, batch: BatchView, c: Tensor) -> Tensor:
 
 @part("decoder_separation")
 class DecoderSeparation(Part):
-    """Decoder rows are pushed apart: c counts where it is positive (run D2). Opposite directions may stay."""
+    """Decoder rows are pushed apart: only positive c count (D2). Opposite directions may stay."""
 
     Settings = OverlapSettings
 
@@ -56,7 +54,7 @@ class DecoderSeparation(Part):
 
 @part("decoder_orthogonality")
 class DecoderOrthogonality(Part):
-    """Decoder rows are drawn towards being orthogonal, |W W^T - I|^2: c counts whatever its sign (run D4)."""
+    """Decoder rows are pulled towards orthogonality, |W W^T - I|^2: c of both signs count (D4)."""
 
     Settings = OverlapSettings
 
