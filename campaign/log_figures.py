@@ -7,26 +7,8 @@ from typing import Any
 from ..engine.process.progress import percent
 from ..engine.storage.run_folder import HELD_OUT
 from ..reporting.plots import COLOURS, SEVERAL, WORST
-from .figure_panels import (
-    DARK,
-    GREY,
-    HELD_OUT_FVU,
-    NARROW,
-    WIDE,
-    Draw,
-    DrawnFigure,
-    RunScores,
-    arranged,
-    bars,
-    curves,
-    label_of,
-    legend_once,
-    name_runs,
-    note,
-    plain_ticks,
-    scores_of_log,
-    whisker,
-)
+from . import figure_panels as panels
+from .figure_panels import Draw, DrawnFigure, RunScores
 from .seed_results import CampaignResults, NotMeasured, SeedValues, final_fvu, score
 
 COMPARED = ("B9", "B10")  # the runs that log B's figures compare
@@ -34,7 +16,7 @@ COMPARED = ("B9", "B10")  # the runs that log B's figures compare
 
 def unlearning_scores(saved: CampaignResults, log: str) -> DrawnFigure:
     """Draw the unlearning scores of a log's runs as bars, with their random controls."""
-    all_scores = scores_of_log(saved, log, partial(score, name="unlearning"))
+    all_scores = panels.scores_of_log(saved, log, partial(score, name="unlearning"))
     if not any(scores.trained for scores in all_scores if not scores.is_baseline):
         is_measured = "unlearning" in saved.campaign["evals"]
         reason = "no setting counts for any run" if is_measured else "it is not among the evals"
@@ -56,24 +38,24 @@ def training_curves(saved: CampaignResults, log: str) -> DrawnFigure:
     if not curve_by_run.keys() - saved.baselines.keys():
         raise NotMeasured("every run failed")
     title = f"Error over training, runs of log {log}"
-    panel = lambda: curves(curve_by_run, runs, ylabel=f"FVU on {measured_on}", title=title)
-    drawing = arranged({title: panel}, 1, (WIDE, 4.2))
-    legend_once(drawing.figure, note(saved, "bands"))
+    panel = lambda: panels.curves(curve_by_run, runs, ylabel=f"FVU on {measured_on}", title=title)
+    drawing = panels.arranged({title: panel}, 1, (panels.WIDE, 4.2))
+    panels.legend_once(drawing.figure, panels.note(saved, "bands"))
     return drawing
 
 
 def final_metrics(saved: CampaignResults, log: str) -> DrawnFigure:
     """Draw the final FVU of a log's runs as bars."""
     title = f"Error at the end, runs of log {log}"
-    return _bars(saved, scores_of_log(saved, log, _fvu), HELD_OUT_FVU, title, digits=3, most=WORST)
+    return _bars(saved, panels.scores_of_log(saved, log, _fvu), panels.HELD_OUT_FVU, title, digits=3, most=WORST)
 
 
 def training_progression(saved: CampaignResults, log: str) -> DrawnFigure:
     """Draw how many steps each run of a log completed, and its final FVU."""
 
     def completed() -> Draw:
-        draw = bars(
-            scores_of_log(saved, log, lambda run: (saved.steps(run),)),
+        draw = panels.bars(
+            panels.scores_of_log(saved, log, lambda run: (saved.steps(run),)),
             "training steps", title="Steps completed", best=COMPARED,
         )  # fmt: skip
         runs = saved.runs_of(log)
@@ -88,10 +70,10 @@ def training_progression(saved: CampaignResults, log: str) -> DrawnFigure:
 
     def errors() -> Draw:
         style = {"title": "Error at the end", "best": COMPARED, "most": WORST, "digits": 3}
-        return bars(scores_of_log(saved, log, _fvu), HELD_OUT_FVU, **style)
+        return panels.bars(panels.scores_of_log(saved, log, _fvu), panels.HELD_OUT_FVU, **style)
 
-    drawing = arranged({"steps": completed, "error": errors}, 2, (WIDE, _height(saved, log)))
-    return _named_at_left(drawing, note(saved), columns=4)
+    drawing = panels.arranged({"steps": completed, "error": errors}, 2, (panels.WIDE, _height(saved, log)))
+    return _named_at_left(drawing, panels.note(saved), columns=4)
 
 
 def hyperparameters(saved: CampaignResults, log: str) -> DrawnFigure:
@@ -104,7 +86,7 @@ def hyperparameters(saved: CampaignResults, log: str) -> DrawnFigure:
         paced_by_run = {name: rate_by_run[name] * pace for name, pace in paces.items() if pace != 1}
         _levels(axes, runs, rate_by_run, "peak learning rate", "Learning rate")
         _marks(axes, runs, paced_by_run, "D", "of its adapters")
-        plain_ticks(axes.xaxis, (1, 3))
+        panels.plain_ticks(axes.xaxis, (1, 3))
 
     def penalties(axes: Any) -> None:
         known = {name: run["l1_coefficient"] for name, run in runs.items() if run["activation"] == "relu"}
@@ -116,24 +98,25 @@ def hyperparameters(saved: CampaignResults, log: str) -> DrawnFigure:
         _levels(axes, runs, coefficient_by_run, "L1 coefficient", "Sparsity penalty")
         _marks(axes, runs, first_by_run, "D", "while its base is alone")
         _marks(axes, runs, final_by_run, "^", "at the end, adjusted to the target L0")
-        plain_ticks(axes.xaxis, (1,))
+        panels.plain_ticks(axes.xaxis, (1,))
 
-    drawing = arranged({"rates": lambda: rates, "penalties": lambda: penalties}, 2, (WIDE, _height(saved, log)))
+    size = panels.WIDE, _height(saved, log)
+    drawing = panels.arranged({"rates": lambda: rates, "penalties": lambda: penalties}, 2, size)
     return _named_at_left(drawing, None, columns=3)
 
 
 def feature_statistics(saved: CampaignResults, log: str) -> DrawnFigure:
     """Draw the size of each dictionary of a log, and how many of its latents are alive."""
-    all_scores = scores_of_log(saved, log, lambda run: (_alive(run),))
+    all_scores = panels.scores_of_log(saved, log, lambda run: (_alive(run),))
     if not any(scores.trained for scores in all_scores):
         raise NotMeasured("core was not measured of any run")
 
     def draw(axes: Any) -> None:
         sizes = [scores.run["d_sae"] for scores in all_scores]
-        style = {"linestyle": "", "gid": "d_sae", "markersize": 6, "mfc": "none", "color": DARK}
+        style = {"linestyle": "", "gid": "d_sae", "markersize": 6, "mfc": "none", "color": panels.DARK}
         axes.plot(sizes, range(len(sizes)), marker="s", label="dictionary size F", **style)
         known = [(index, scores) for index, scores in enumerate(all_scores) if scores.trained]
-        colours = [GREY if scores.is_baseline else COLOURS["sae"] for _, scores in known]
+        colours = [panels.GREY if scores.is_baseline else COLOURS["sae"] for _, scores in known]
         alive = [scores.trained.mean for _, scores in known]
         axes.scatter(alive, [index for index, _ in known], s=22, color=colours, zorder=3, gid="alive")
         label = "latents alive on held-out text, and their share"
@@ -142,13 +125,13 @@ def feature_statistics(saved: CampaignResults, log: str) -> DrawnFigure:
             style = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 6.5}
             share, low = percent(scores.trained.mean / sizes[index], 0), min(scores.trained.values)
             axes.annotate(share, (low, index), (-6, 0), **style)
-            whisker(axes, index, scores.trained, colour, across=True)
+            panels.whisker(axes, index, scores.trained, colour, across=True)
         axes.grid(axis="x", alpha=0.25)
         axes.set(xlabel="latents", title=f"Dictionary sizes, runs of log {log}", xlim=(0, 1.08 * max(sizes)))
-        name_runs(axes, [label_of(scores.run) for scores in all_scores], lying=True)
+        panels.name_runs(axes, [panels.label_of(scores.run) for scores in all_scores], lying=True)
 
-    drawing = arranged({"sizes": lambda: draw}, 1, (NARROW, _height(saved, log)))
-    legend_once(drawing.figure, note(saved))
+    drawing = panels.arranged({"sizes": lambda: draw}, 1, (panels.NARROW, _height(saved, log)))
+    panels.legend_once(drawing.figure, panels.note(saved))
     return drawing
 
 
@@ -161,9 +144,9 @@ def _alive(run: Mapping[str, Any]) -> SeedValues:
 
 
 def _bars(saved: CampaignResults, all_scores: list[RunScores], label: str, title: str, **options: Any) -> DrawnFigure:
-    panels = {title: lambda: bars(all_scores, label, title=title, **options)}
-    drawing = arranged(panels, 1, (NARROW, 1.3 + 0.165 * len(all_scores)))
-    legend_once(drawing.figure, note(saved))
+    panel = lambda: panels.bars(all_scores, label, title=title, **options)
+    drawing = panels.arranged({title: panel}, 1, (panels.NARROW, 1.3 + 0.165 * len(all_scores)))
+    panels.legend_once(drawing.figure, panels.note(saved))
     return drawing
 
 
@@ -175,7 +158,7 @@ def _named_at_left(drawing: DrawnFigure, text: str | None, columns: int) -> Draw
     """Name the runs beside the first panel only, and put one legend below all."""
     for axes in drawing.figure.axes[1:]:
         axes.tick_params(axis="y", labelleft=False)
-    legend_once(drawing.figure, text, columns=columns)
+    panels.legend_once(drawing.figure, text, columns=columns)
     return drawing
 
 
@@ -183,7 +166,7 @@ def _levels(axes: Any, runs: Mapping[str, Any], value_by_run: Mapping[str, float
     """Mark the setting of each run on a logarithmic axis, where bars would have no zero to start from."""
     for index, (name, run) in enumerate(runs.items()):
         if name in value_by_run:
-            colour = GREY if run["log"] is None else SEVERAL[1] if name in COMPARED else COLOURS["sae"]
+            colour = panels.GREY if run["log"] is None else SEVERAL[1] if name in COMPARED else COLOURS["sae"]
             axes.plot(value_by_run[name], index, "o", color=colour, markersize=5.5, gid=name)
             _annotate(axes, value_by_run[name], index)
     axes.plot([], [], "o", color=COLOURS["sae"], label="setting")
@@ -192,7 +175,7 @@ def _levels(axes: Any, runs: Mapping[str, Any], value_by_run: Mapping[str, float
     axes.grid(axis="x", alpha=0.25)
     axes.set(xscale="log", xlabel=label, title=title)
     axes.margins(x=0.15)
-    name_runs(axes, [label_of(run) for run in runs.values()], lying=True)
+    panels.name_runs(axes, [panels.label_of(run) for run in runs.values()], lying=True)
 
 
 def _marks(axes: Any, runs: Mapping[str, Any], value_by_run: Mapping[str, float], marker: str, label: str) -> None:
@@ -200,7 +183,7 @@ def _marks(axes: Any, runs: Mapping[str, Any], value_by_run: Mapping[str, float]
         return
     indices = [list(runs).index(name) for name in value_by_run]
     size = 10 if marker == "|" else 4.5
-    style = {"color": DARK, "mfc": "none", "markersize": size, "linestyle": "", "label": label, "gid": label}
+    style = {"color": panels.DARK, "mfc": "none", "markersize": size, "linestyle": "", "label": label, "gid": label}
     axes.plot(list(value_by_run.values()), indices, marker=marker, **style)
     for value, index in zip(value_by_run.values(), indices, strict=True) if marker != "|" else ():
         _annotate(axes, value, index, before=marker == "D")

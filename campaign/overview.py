@@ -3,25 +3,8 @@
 from typing import Any
 
 from ..reporting.plots import COLOURS, MARKERS, SEVERAL, WORST, frame, legend_below
-from .figure_panels import (
-    DARK,
-    GREY,
-    HELD_OUT_FVU,
-    L0,
-    NARROW,
-    WIDE,
-    DrawnFigure,
-    RunScores,
-    arranged,
-    label_of,
-    legend_once,
-    name_runs,
-    new_figure,
-    note,
-    plain_ticks,
-    polished,
-    whisker,
-)
+from . import figure_panels as panels
+from .figure_panels import DrawnFigure, RunScores
 from .seed_results import CampaignResults, NotMeasured, final_fvu, score
 from .significance import ALIKE
 
@@ -39,7 +22,7 @@ def overview(saved: CampaignResults) -> DrawnFigure:
     all_scores = [scores for group in groups.values() for scores in group]
     if not any(scores.trained for scores in all_scores):
         raise NotMeasured("core was not measured of any run")
-    figure = new_figure(NARROW, 1.1 + 0.155 * (len(all_scores) + len(groups)))
+    figure = panels.new_figure(panels.NARROW, 1.1 + 0.155 * (len(all_scores) + len(groups)))
     axes = figure.add_subplot()
     axes.spines[["top", "right", "left"]].set_visible(False)
     at, ticks, labels = 0.0, [], []
@@ -51,9 +34,9 @@ def overview(saved: CampaignResults) -> DrawnFigure:
             _dumbbell(axes, at, scores)
             ticks.append(at)
             analysed_by = ", ".join(run["run"] for run in analyses if run["trained_as"] == scores.name)
-            labels.append(f"{label_of(scores.run)} ({analysed_by})" if analysed_by else label_of(scores.run))
+            labels.append(panels.label_of(scores.run) + (f" ({analysed_by})" if analysed_by else ""))
         at += 1.4
-    axes.plot([], [], "o", color=DARK, markersize=4.5, label="dictionary")
+    axes.plot([], [], "o", color=panels.DARK, markersize=4.5, label="dictionary")
     axes.plot([], [], "o", color=COLOURS["random"], mfc="white", markersize=4.5, label="random control")
     if any(map(_is_worse, all_scores)):
         axes.plot([], [], color=COLOURS["random"], linewidth=1.6, label="no better than its control")
@@ -62,9 +45,9 @@ def overview(saved: CampaignResults) -> DrawnFigure:
     axes.grid(axis="x", alpha=0.25)
     axes.set(xlabel="explained variance on held-out text", ylim=(at - 0.4, -0.8))
     axes.set_xlim(left=max(LEAST, axes.get_xlim()[0]))
-    polished(figure)
+    panels.polished(figure)
     axes.tick_params(axis="y", labelsize=6.5)
-    legend_below(figure, note(saved))
+    legend_below(figure, panels.note(saved))
     return DrawnFigure(figure)
 
 
@@ -82,41 +65,41 @@ def conditions(saved: CampaignResults) -> DrawnFigure:
     def draw(axes: Any) -> None:
         points = []
         for run, l0 in zip(known, sparsity, strict=True):
-            fvu, colour = final_fvu(run), LOG_COLOURS.get(run["log"], DARK)
+            fvu, colour = final_fvu(run), LOG_COLOURS.get(run["log"], panels.DARK)
             beside = 0.15 * (order.index(run["condition"]) - (len(order) - 1) / 2)  # conditions side by side
             x = names.index(run["run"]) + beside if is_matched else l0
             style = {"linestyle": "", "markersize": 5, "alpha": 0.85, "mew": 0.4, "mec": "white", "gid": run["run"]}
             axes.plot(x, fvu.mean, marker=markers[run["condition"]], color=colour, **style)
-            whisker(axes, x, fvu, colour)
+            panels.whisker(axes, x, fvu, colour)
             points.append(((x,), (fvu.mean,), colour))
         for log in dict.fromkeys(run["log"] for run in known):
             label = "baselines" if log is None else f"log {log}"
-            axes.plot([], [], "s", color=LOG_COLOURS.get(log, DARK), markersize=6, label=label)
+            axes.plot([], [], "s", color=LOG_COLOURS.get(log, panels.DARK), markersize=6, label=label)
         for name, marker in markers.items():
             label = name.replace("_", " ") or "as documented"
-            axes.plot([], [], marker=marker, linestyle="", color=GREY, markersize=5, label=label)
+            axes.plot([], [], marker=marker, linestyle="", color=panels.GREY, markersize=5, label=label)
         axes.grid(alpha=0.25)
-        axes.set(ylabel=HELD_OUT_FVU, yscale="log")
+        axes.set(ylabel=panels.HELD_OUT_FVU, yscale="log")
         frame(axes, points, y=(None, WORST))
-        plain_ticks(axes.yaxis)
+        panels.plain_ticks(axes.yaxis)
         if is_matched:
-            name_runs(axes, names)
+            panels.name_runs(axes, names)
             axes.set_title(f"Error of every run in every condition, at the same L0 ({max(sparsity):.3g})")
         else:
-            axes.set(xlabel=L0, xscale="log", title="Sparsity against error, every run in every condition")
-            plain_ticks(axes.xaxis)
+            axes.set(xlabel=panels.L0, xscale="log", title="Sparsity against error, every run in every condition")
+            panels.plain_ticks(axes.xaxis)
 
-    drawing = arranged({"conditions": lambda: draw}, 1, (WIDE, 4.2))
-    legend_once(drawing.figure, note(saved), columns=4)
+    drawing = panels.arranged({"conditions": lambda: draw}, 1, (panels.WIDE, 4.2))
+    panels.legend_once(drawing.figure, panels.note(saved), columns=4)
     return drawing
 
 
 def _dumbbell(axes: Any, at: float, scores: RunScores) -> None:
     if not scores.trained:
-        style = {"fontsize": 6.5, "color": GREY, "va": "center", "transform": axes.get_yaxis_transform()}
+        style = {"fontsize": 6.5, "color": panels.GREY, "va": "center", "transform": axes.get_yaxis_transform()}
         axes.text(0.01, at, scores.absence, **style)
         return
-    colour, red = LOG_COLOURS.get(scores.run["log"], DARK), COLOURS["random"]
+    colour, red = LOG_COLOURS.get(scores.run["log"], panels.DARK), COLOURS["random"]
     ends = [(scores.trained, colour, colour, scores.name)]
     if scores.random:
         ends.append((scores.random, red, "white", f"{scores.name} random"))
@@ -130,7 +113,7 @@ def _dumbbell(axes: Any, at: float, scores: RunScores) -> None:
             style = {"fontsize": 6, "va": "center", "bbox": {"facecolor": "white", "linewidth": 0, "pad": 0.8}}
             axes.annotate(f"{seeds.mean:.2g}", (LEAST, at), (6, 0), textcoords="offset points", **style)
         else:
-            whisker(axes, at, seeds, edge, across=True)
+            panels.whisker(axes, at, seeds, edge, across=True)
 
 
 def _is_worse(scores: RunScores) -> bool:

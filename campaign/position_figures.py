@@ -6,35 +6,14 @@ from typing import Any
 import numpy as np
 
 from ..reporting.plots import WORST, legend_below
+from . import figure_panels as panels
 from .analyses import distance_to_last, early_to_late, rank_correlation
-from .figure_panels import (
-    GREY,
-    HELD_OUT_FVU,
-    L0,
-    LINES,
-    POSITION,
-    WIDE,
-    Draw,
-    DrawnFigure,
-    Panel,
-    arranged,
-    band,
-    bars,
-    by_position,
-    heat,
-    label_of,
-    new_figure,
-    note,
-    over_steps,
-    plain_ticks,
-    polished,
-    scores_of_log,
-)
+from .figure_panels import Draw, DrawnFigure, Panel
 from .seed_results import CampaignResults, Curve, NotMeasured, final_fvu, score
 
 TRACKER = ("parts", "position_tracker")
 SQUARED_ERROR = "squared error per token (|x|² ≈ D)"
-CLUSTERS = [*LINES, "#999999"]  # colours of the largest number of clusters
+CLUSTERS = [*panels.LINES, "#999999"]  # colours of the largest number of clusters
 TOLERANCE = 1e-4  # a weight this close to 1 counts as 1
 BINS = "position (sixteenths of a row)"
 
@@ -44,33 +23,33 @@ def position_analysis(saved: CampaignResults) -> DrawnFigure:
     run = saved.weights_of("C2")
     loss: Callable[[], Curve] = lambda: saved.curve(run, "positions", "squared_error")
     title = "Mask weights: C2's loss has no weights by position"
-    return _with_note(saved, arranged({
-        "loss over steps": lambda: over_steps(loss(), SQUARED_ERROR, "Loss by position, C2", scale="log"),
-        "loss at the end": lambda: by_position({"C2": loss()[-1]}, SQUARED_ERROR, "At the end of training", log=True),
-        "mask weights": lambda: over_steps(saved.curve(run, *TRACKER, "mask"), "mean mask weight of latents", title),
-    }, 2, (WIDE, 5.0)))  # fmt: skip
+    return _with_note(saved, panels.arranged({
+        "loss over steps": lambda: panels.over_steps(loss(), SQUARED_ERROR, "Loss by position, C2", scale="log"),
+        "loss at the end": lambda: panels.by_position({"C2": loss()[-1]}, SQUARED_ERROR, "At the end of training", log=True),
+        "mask weights": lambda: panels.over_steps(saved.curve(run, *TRACKER, "mask"), "mean mask weight of latents", title),
+    }, 2, (panels.WIDE, 5.0)))  # fmt: skip
 
 
 def position_weights(saved: CampaignResults) -> DrawnFigure:
     """Draw C7: how the loss weights of C6 develop, and what they follow."""
     run = saved.weights_of("C6")
     weights: Callable[[], Curve] = lambda: saved.curve(run, *TRACKER, "weights")
-    return _with_note(saved, arranged({
-        "weights over steps": lambda: over_steps(weights(), "weight in the loss", "Weights over time, C6", scale="log"),
+    return _with_note(saved, panels.arranged({
+        "weights over steps": lambda: panels.over_steps(weights(), "loss weight", "Weights over time, C6", scale="log"),
         "convergence": lambda: _convergence(weights()),
         "weight and difficulty": lambda: _difficulty(weights(), saved.curve(run, "positions", "squared_error")),
-    }, 2, (WIDE, 5.0)))  # fmt: skip
+    }, 2, (panels.WIDE, 5.0)))  # fmt: skip
 
 
 def sparsity_analysis(saved: CampaignResults) -> DrawnFigure:
     """Draw C8: how many latents of C6 are active at each position, and which."""
     run = saved.weights_of("C6")
     l0: Callable[[], Curve] = lambda: saved.curve(run, "positions", "l0")
-    return _with_note(saved, arranged({
-        "L0 over steps": lambda: over_steps(l0(), L0, "Sparsity by position, C6"),
-        "L0 at the end": lambda: by_position({"C6": l0()[-1]}, L0, "At the end of training"),
+    return _with_note(saved, panels.arranged({
+        "L0 over steps": lambda: panels.over_steps(l0(), panels.L0, "Sparsity by position, C6"),
+        "L0 at the end": lambda: panels.by_position({"C6": l0()[-1]}, panels.L0, "At the end of training"),
         "latents by position": lambda: _activity(_clustered(saved, run), _which(saved)),
-    }, 2, (WIDE, 5.0)))  # fmt: skip
+    }, 2, (panels.WIDE, 5.0)))  # fmt: skip
 
 
 def temporal_clustering(saved: CampaignResults) -> DrawnFigure:
@@ -85,7 +64,7 @@ def temporal_clustering(saved: CampaignResults) -> DrawnFigure:
     profiles, cluster = (np.array(result["sample"][key]) for key in ("profiles", "cluster"))
     tree_layout = dendrogram(tree(profiles), no_plot=True)
     order, n = tree_layout["leaves"], len(profiles)
-    figure = new_figure(WIDE, 4.4)
+    figure = panels.new_figure(panels.WIDE, 4.4)
     above, strip, below = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 0.09, 1.6))
     corners = zip(tree_layout["icoord"], tree_layout["dcoord"], strict=True)
     links = [np.column_stack([np.array(x) / 10, y]) for x, y in corners]
@@ -100,7 +79,7 @@ def temporal_clustering(saved: CampaignResults) -> DrawnFigure:
     strip.set_yticks([0.5], ["cluster"])
     strip.spines[:].set_visible(False)
     edges = np.arange(profiles.shape[1] + 1) + 0.5
-    heat(below, np.arange(n + 1), edges, profiles[order].T, "share of activity", scale="root")
+    panels.heat(below, np.arange(n + 1), edges, profiles[order].T, "share of activity", scale="root")
     below.set(ylabel=BINS, xlabel="latents, in the order of the tree")
     below.spines[["top", "right"]].set_visible(False)
     for axes in (above, strip):
@@ -110,37 +89,37 @@ def temporal_clustering(saved: CampaignResults) -> DrawnFigure:
         label = f"{index + 1}: {cluster_result['size']:,} latents"
         strip.plot([], [], "s", color=CLUSTERS[index % len(CLUSTERS)], label=label)
     legend_below(figure, columns=4)
-    return DrawnFigure(polished(figure))
+    return DrawnFigure(panels.polished(figure))
 
 
 def cluster_patterns(saved: CampaignResults) -> DrawnFigure:
     """Draw C9: mean profile, correlation and specialization of the clusters of C6's latents."""
     result = _clustered(saved, saved.weights_of("C6"))
-    drawing = arranged({
+    drawing = panels.arranged({
         "profiles": lambda: lambda axes: _mean_profiles(axes, result),
         "correlation": lambda: lambda axes: _correlations(axes, result),
         "specialization": lambda: lambda axes: _specialized(axes, result),
-    }, 3, (WIDE, 3.1))  # fmt: skip
+    }, 3, (panels.WIDE, 3.1))  # fmt: skip
     legend_below(drawing.figure, f"clusters of C6's latents{_which(saved)}", columns=4)
     return drawing
 
 
 def comparative_analysis(saved: CampaignResults) -> DrawnFigure:
     """Draw error, sparsity, error by position and loss weights of the runs of log C that have weights of their own."""
-    errors = scores_of_log(saved, "C", lambda run: (final_fvu(run),))
-    active = scores_of_log(saved, "C", lambda run: score(run, "l0")[:1])
-    panels: dict[str, Panel] = {
-        "error": lambda: bars(errors, HELD_OUT_FVU, title="Error", most=WORST, short=True),
-        "sparsity": lambda: bars(active, L0, title="Sparsity", short=True),
+    errors = panels.scores_of_log(saved, "C", lambda run: (final_fvu(run),))
+    active = panels.scores_of_log(saved, "C", lambda run: score(run, "l0")[:1])
+    panel_by_name: dict[str, Panel] = {
+        "error": lambda: panels.bars(errors, panels.HELD_OUT_FVU, title="Error", most=WORST, short=True),
+        "sparsity": lambda: panels.bars(active, panels.L0, title="Sparsity", short=True),
         "error by position": lambda: _errors(saved),
         "weights by position": lambda: _weights(saved),
     }
-    names = ", ".join(map(label_of, saved.trained("C").values()))
-    return _with_note(saved, arranged(panels, 2, (WIDE, 5.0)), "whiskers and bands", names)
+    names = ", ".join(map(panels.label_of, saved.trained("C").values()))
+    return _with_note(saved, panels.arranged(panel_by_name, 2, (panels.WIDE, 5.0)), "whiskers and bands", names)
 
 
 def _with_note(saved: CampaignResults, drawing: DrawnFigure, shown: str = "band", *lines: str) -> DrawnFigure:
-    text = [*lines, *([seed_note] if (seed_note := note(saved, shown)) else [])]
+    text = [line for line in (*lines, panels.note(saved, shown)) if line]
     if text:
         drawing.figure.supxlabel("\n".join(text), fontsize=7.5)
     return drawing
@@ -153,8 +132,8 @@ def _convergence(weights: Curve) -> Draw:
     apart = Curve(weights.steps[:-1], distance_to_last(weights.of_seeds)[:, :-1])
 
     def draw(axes: Any) -> None:
-        axes.plot(apart.steps, apart.mean, color=LINES[0], linewidth=1.3, gid="distance")
-        band(axes, apart, LINES[0])
+        axes.plot(apart.steps, apart.mean, color=panels.LINES[0], linewidth=1.3, gid="distance")
+        panels.band(axes, apart, panels.LINES[0])
         axes.grid(alpha=0.25)
         axes.set(xlabel="training step", ylabel="mean |w - w at the end|", ylim=(0, None))
         axes.set_title("Distance to the final weights")
@@ -171,10 +150,10 @@ def _difficulty(weights: Curve, error: Curve) -> Draw:
 
     def draw(axes: Any) -> None:
         points = axes.scatter(e[known], w[known], c=np.flatnonzero(known), cmap="viridis", s=11, linewidth=0)
-        axes.figure.colorbar(points, ax=axes, pad=0.02, aspect=30).set_label(POSITION, fontsize=7.5)
+        axes.figure.colorbar(points, ax=axes, pad=0.02, aspect=30).set_label(panels.POSITION, fontsize=7.5)
         axes.grid(alpha=0.25)
         axes.set(xlabel=f"{SQUARED_ERROR} at the end", ylabel="weight at the end", xscale="log")
-        plain_ticks(axes.xaxis)
+        panels.plain_ticks(axes.xaxis)
         axes.set_title(f"Weight and difficulty, Spearman's ρ = {rho:.2f}")
 
     return draw
@@ -200,7 +179,7 @@ def _activity(result: dict[str, Any], which: str) -> Draw:
 
     def draw(axes: Any) -> None:
         edges = np.arange(profiles.shape[1] + 1) + 0.5
-        heat(axes, edges, np.arange(len(profiles) + 1), profiles, "share of a latent's activity", scale="root")
+        panels.heat(axes, edges, np.arange(len(profiles) + 1), profiles, "share of a latent's activity", scale="root")
         axes.set(xlabel=BINS, ylabel="latents, early to late", title=f"Where latents are active{which}")
 
     return draw
@@ -250,10 +229,10 @@ def _errors(saved: CampaignResults) -> Draw:
 
     def draw(axes: Any) -> None:
         edges = np.arange(values.shape[1] + 1) - 0.5
-        heat(axes, edges, np.arange(len(values) + 1) - 0.5, values, HELD_OUT_FVU, scale="log")
+        panels.heat(axes, edges, np.arange(len(values) + 1) - 0.5, values, panels.HELD_OUT_FVU, scale="log")
         axes.set_yticks(range(len(values)), list(runs))
         axes.tick_params(axis="y", length=0)
-        axes.set(xlabel=POSITION, title="Error by position")
+        axes.set(xlabel=panels.POSITION, title="Error by position")
         axes.invert_yaxis()
 
     return draw
@@ -271,10 +250,10 @@ def _weights(saved: CampaignResults) -> Draw:
             weights_by_run[name] = final
     if not weights_by_run:
         raise NotMeasured("no run of this campaign recorded weights other than 1")
-    draw_lines = by_position(weights_by_run, "weight in the loss", "Weights at the end (other runs: 1)")
+    draw_lines = panels.by_position(weights_by_run, "weight in the loss", "Weights at the end (other runs: 1)")
 
     def draw(axes: Any) -> None:
-        axes.axhline(1, color=GREY, linewidth=0.9, linestyle="--", zorder=0)
+        axes.axhline(1, color=panels.GREY, linewidth=0.9, linestyle="--", zorder=0)
         draw_lines(axes)
 
     return draw

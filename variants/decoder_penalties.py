@@ -7,8 +7,6 @@ average, so the bracket is about 1 before training for any F and M, and `strengt
 decoder, the control, has no penalty.
 """
 
-from typing import Any
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -25,40 +23,32 @@ class OverlapSettings(PartSettings):
     )
 
 
-def cosines(settings: Any, batch: BatchView) -> Tensor:
-    """Cosines c [M, M] of rows drawn anew at every step, 0 on the diagonal."""
-    W = batch.sae.W_dec
-    if settings.rows < len(W):
-        chosen = torch.randperm(len(W), generator=batch.generator())[: settings.rows]
-        W = W.index_select(0, chosen.to(W.device, non_blocking=True))
-    return (W @ W.T).fill_diagonal_(0)
+class _Overlap(Part):
+    """The penalty on the cosines of rows drawn anew at every step, or on the positive ones alone."""
 
+    Settings = OverlapSettings
+    positive_only = False
 
-def overlap(settings: Any, batch: BatchView, c: Tensor) -> Tensor:
-    """strength D (D mean_{i != j} c_ij^2)"""
-    pairs = max(1, len(c) * (len(c) - 1))
-    return settings.strength * batch.sae.cfg.d_in**2 / pairs * c.square().sum()
+    def penalty(self, batch: BatchView) -> Tensor | None:
+        W, settings = batch.sae.W_dec, self.settings
+        if not W.requires_grad:
+            return None
+        if settings.rows < len(W):
+            chosen = torch.randperm(len(W), generator=batch.generator())[: settings.rows]
+            W = W.index_select(0, chosen.to(W.device, non_blocking=True))
+        c = (W @ W.T).fill_diagonal_(0)
+        c = c.clamp_min(0) if self.positive_only else c
+        pairs = max(1, len(c) * (len(c) - 1))
+        return settings.strength * batch.sae.cfg.d_in**2 / pairs * c.square().sum()
 
 
 @part("decoder_separation")
-class DecoderSeparation(Part):
+class DecoderSeparation(_Overlap):
     """Decoder rows are pushed apart: only positive c count (D2). Opposite directions may stay."""
 
-    Settings = OverlapSettings
-
-    def penalty(self, batch: BatchView) -> Tensor | None:
-        if not batch.sae.W_dec.requires_grad:
-            return None
-        return overlap(self.settings, batch, cosines(self.settings, batch).clamp_min(0))
+    positive_only = True
 
 
 @part("decoder_orthogonality")
-class DecoderOrthogonality(Part):
+class DecoderOrthogonality(_Overlap):
     """Decoder rows are pulled towards orthogonality, |W W^T - I|^2: c of both signs count (D4)."""
-
-    Settings = OverlapSettings
-
-    def penalty(self, batch: BatchView) -> Tensor | None:
-        if not batch.sae.W_dec.requires_grad:
-            return None
-        return overlap(self.settings, batch, cosines(self.settings, batch))
