@@ -1,5 +1,5 @@
-"""How large files, functions, the top of `engine` and committed campaigns may be. The lists of what is larger may only shrink: a test fails for
-an entry that is no longer needed."""
+"""Limits on the size of files, functions, the top of `engine` and committed campaigns. The lists of exceptions may only
+shrink: a test fails for an entry that is no longer needed."""
 
 import ast
 from collections.abc import Iterator

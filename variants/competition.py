@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
@@ -30,11 +30,9 @@ class FeatureDropout(Part):
             default=0.2, ge=0, lt=1, description="Probability of dropping a latent of a token in training."
         )
 
-    importance: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.register_buffer("importance", torch.zeros(sae.d_sae))
+        self.importance = nn.Buffer(torch.zeros(sae.d_sae))
 
     def latents(self, f: Tensor, batch: BatchView) -> Tensor:
         if not batch.training or self.settings.p == 0:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
@@ -60,11 +60,9 @@ class PositionContrast(Part):
         temperature: float = Field(default=0.1, gt=0, description="Divisor of cosines between codes in the softmax.")
         sample: int = Field(default=256, ge=4, description="Largest number of tokens that a step compares.")
 
-    contrast: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.register_buffer("contrast", torch.zeros(()))
+        self.contrast = nn.Buffer(torch.zeros(()))
 
     def penalty(self, batch: BatchView) -> Tensor | None:
         assert batch.f is not None

@@ -86,12 +86,10 @@ class _Projected(Part):
         weight: float = Field(default=0.01, ge=0, description="Weight of the penalty, in units of D.")
         width: Count = Field(default=64, description="Width of the random projection of codes.")
 
-    projection: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         gaussian = torch.randn(sae.d_sae, settings.width, generator=generator)
-        self.register_buffer("projection", gaussian / math.sqrt(settings.width))
+        self.projection = nn.Buffer(gaussian / math.sqrt(settings.width))
         self._reported: Tensor | None = None
 
     def projected(self, batch: BatchView) -> Tensor:

@@ -75,8 +75,6 @@ class MultiScale(Part):
             default=0.99, ge=0, lt=1, description="Decay per step of each scale's mean share of the activation."
         )
 
-    share: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         self.widths = widths(positions)
@@ -84,7 +82,7 @@ class MultiScale(Part):
             settings.scale * torch.randn(-(-positions // width), sae.d_in, generator=generator) for width in self.widths
         )
         self.logits = nn.Parameter(torch.zeros(positions, SCALES))
-        self.register_buffer("share", torch.full((SCALES,), 1 / SCALES))
+        self.share = nn.Buffer(torch.full((SCALES,), 1 / SCALES))
 
     def mix(self, progress: float) -> Tensor:
         """[T, 3]"""

@@ -37,17 +37,13 @@ class ResidualGate(Part):
             default=-0.5, description="Gate threshold above the latent's mean activation, in standard deviations."
         )
 
-    mean: Tensor
-    variance: Tensor
-    batches: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         self.gate = nn.Parameter(torch.zeros(sae.d_sae))
         self.log_skip = nn.Parameter(torch.tensor(math.log(0.5)))
-        self.register_buffer("mean", torch.zeros(sae.d_sae))
-        self.register_buffer("variance", torch.ones(sae.d_sae))
-        self.register_buffer("batches", torch.zeros(()))
+        self.mean = nn.Buffer(torch.zeros(sae.d_sae))
+        self.variance = nn.Buffer(torch.ones(sae.d_sae))
+        self.batches = nn.Buffer(torch.zeros(()))
         self._batch: tuple[Tensor, Tensor] | None = None  # mean and variance, from `acts` to `after`
         self._open: Tensor | None = None
 

@@ -83,14 +83,12 @@ class CausalLevels(Part):
             default=256, ge=2, description="Tokens, and latents of both halves together, that a step draws."
         )
 
-    causality: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         self.sizes = widths(sae.d_sae, settings.levels)
         self.router = nn.Parameter(torch.zeros(sae.d_in, settings.levels))
         self.router_bias = nn.Parameter(torch.zeros(settings.levels))
-        self.register_buffer("causality", torch.zeros(sae.d_sae))
+        self.causality = nn.Buffer(torch.zeros(sae.d_sae))
         self._log_routing: Tensor | None = None  # log r of the batch in training, from `latents` to `penalty`
         self._reported: dict[str, Tensor] = {}
 
@@ -190,8 +188,6 @@ class LevelAttention(Part):
         )
         decay: float = Field(default=0.95, ge=0, lt=1, description="Decay per step of the mean adjacency of groups.")
 
-    together: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         L, G, H, d = settings.levels, settings.groups, settings.heads, settings.width
@@ -208,7 +204,7 @@ class LevelAttention(Part):
         self.across_query = normal(H * d, H * d, scale=(H * d) ** -0.5)
         self.across_key = normal(H * d, H * d, scale=(H * d) ** -0.5)
         self.across_gate = nn.Parameter(torch.zeros(L - 1, H * d, G))
-        self.register_buffer("together", torch.full((L * G, L * G), (L * G) ** -2.0))
+        self.together = nn.Buffer(torch.full((L * G, L * G), (L * G) ** -2.0))
         self._shares: Tensor | None = None  # s of the batch in training, from `latents` to `after`
         self._reported: Tensor | None = None
 

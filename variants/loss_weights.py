@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
@@ -20,11 +20,9 @@ class LinearWeights(Part):
         first: float = Field(default=1.0, gt=0, description="Weight of the squared error at the first position.")
         last: float = Field(default=2.0, gt=0, description="Weight of the squared error at the last position.")
 
-    weights: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.register_buffer("weights", torch.linspace(settings.first, settings.last, positions))
+        self.weights = nn.Buffer(torch.linspace(settings.first, settings.last, positions))
 
     def weigh(self, batch: BatchView) -> tuple[Tensor | None, Tensor | None]:
         everywhere = torch.arange(batch.n_positions, device=batch.pos.device)

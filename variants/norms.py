@@ -74,14 +74,11 @@ class FeatureNorm(Part):
     counts normalised activations.
     """
 
-    squares: Tensor
-    active: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         self.log_scale = nn.Parameter(torch.zeros(sae.d_sae))
-        self.register_buffer("squares", torch.zeros(sae.d_sae))
-        self.register_buffer("active", torch.zeros(sae.d_sae))
+        self.squares = nn.Buffer(torch.zeros(sae.d_sae))
+        self.active = nn.Buffer(torch.zeros(sae.d_sae))
 
     @property
     def size(self) -> Tensor:
@@ -106,13 +103,10 @@ class BatchNorm(Part):
     from its input. The decoder still reconstructs x itself.
     """
 
-    mean: Tensor
-    variance: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.register_buffer("mean", torch.zeros(sae.d_in))
-        self.register_buffer("variance", torch.ones(sae.d_in))
+        self.mean = nn.Buffer(torch.zeros(sae.d_in))
+        self.variance = nn.Buffer(torch.ones(sae.d_in))
 
     def input(self, x: Tensor, batch: BatchView) -> Tensor:
         mean, variance = self.mean, self.variance

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
@@ -37,15 +37,11 @@ class Pruning(Part):
         every: Count = Field(default=10, description="Steps between two decisions about which latents are off.")
         decay: float = Field(default=0.95, ge=0, lt=1, description="Decay per step of the mean importance of latents.")
 
-    importance: Tensor
-    alive: Tensor
-    returned: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.register_buffer("importance", torch.zeros(sae.d_sae))
-        self.register_buffer("alive", torch.ones(sae.d_sae, dtype=torch.bool))
-        self.register_buffer("returned", torch.zeros((), dtype=torch.int64))
+        self.importance = nn.Buffer(torch.zeros(sae.d_sae))
+        self.alive = nn.Buffer(torch.ones(sae.d_sae, dtype=torch.bool))
+        self.returned = nn.Buffer(torch.zeros((), dtype=torch.int64))
         self._unpruned: Tensor | None = None  # activations [N, F], from `latents` to `after`
 
     @classmethod
@@ -114,15 +110,11 @@ class Distillation(Part):
         tokens: Count = Field(default=256, description="Tokens that a step compares, drawn at random.")
         latents: int = Field(default=4096, ge=2, description="Latents that a step compares, drawn at random.")
 
-    W_teacher: Tensor
-    b_teacher: Tensor
-    steps: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.register_buffer("W_teacher", torch.zeros(sae.d_sae, sae.d_in))  # latent-major, as W_enc lies in memory
-        self.register_buffer("b_teacher", torch.zeros(sae.d_sae))
-        self.register_buffer("steps", torch.zeros(()))
+        self.W_teacher = nn.Buffer(torch.zeros(sae.d_sae, sae.d_in))  # latent-major, as W_enc lies in memory
+        self.b_teacher = nn.Buffer(torch.zeros(sae.d_sae))
+        self.steps = nn.Buffer(torch.zeros(()))
         self._x: Tensor | None = None  # the encoder's input, from `input` to `penalty`
         self._reported: Tensor | None = None
 

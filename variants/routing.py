@@ -45,9 +45,6 @@ class AttentionRouter(Part):
         free: Share = Field(default=0.0, description="Share of the groups, the first ones, without this preference.")
         decay: float = Field(default=0.99, ge=0, lt=1, description="Decay per step of the mean gradient shares.")
 
-    distance: Tensor
-    entropy: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         G, d_k = settings.groups, settings.width
@@ -59,8 +56,8 @@ class AttentionRouter(Part):
         place = (torch.arange(positions) + 0.5) / positions
         centre = (torch.arange(G - n_free) + 0.5) / max(1, G - n_free)
         distance = torch.cat([torch.zeros(positions, n_free), place[:, None] - centre], 1)
-        self.register_buffer("distance", distance)
-        self.register_buffer("entropy", torch.zeros(()))
+        self.distance = nn.Buffer(distance)
+        self.entropy = nn.Buffer(torch.zeros(()))
         self._gradients: Tensor | None = None
 
     @classmethod

@@ -12,14 +12,11 @@ class RunningMean(nn.Module):
     `known`, bool of the same shape: where there has been a value. Never waits for the device.
     """
 
-    value: Tensor
-    known: Tensor
-
     def __init__(self, decay: float, *shape: int, start: float = 0.0):
         super().__init__()
         self.decay = decay
-        self.register_buffer("value", torch.full(shape, start))
-        self.register_buffer("known", torch.zeros(shape, dtype=torch.bool))
+        self.value = nn.Buffer(torch.full(shape, start))
+        self.known = nn.Buffer(torch.zeros(shape, dtype=torch.bool))
 
     @torch.no_grad()
     def add(self, new: Tensor, where: Tensor | None = None) -> None:

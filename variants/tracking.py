@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, part
@@ -21,13 +21,10 @@ class PositionTracker(Part):
     the squared error by position already (`train.log_positions`).
     """
 
-    lines: Tensor
-    weights: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.register_buffer("lines", torch.zeros(0, 3))  # one line per step since the last report
-        self.register_buffer("weights", torch.ones(positions))  # [n_positions] from the first step on
+        self.lines = nn.Buffer(torch.zeros(0, 3))  # one line per step since the last report
+        self.weights = nn.Buffer(torch.ones(positions))  # [n_positions] from the first step on
 
     def initialise(self, sae: SparseAutoencoder, generator: torch.Generator) -> None:
         self._mask = (sae.mask,)  # in a tuple, so that it is not a submodule of this part
