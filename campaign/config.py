@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -46,7 +46,7 @@ class CampaignConfig(Config):
     sae: dict[str, Any] = Field(
         default={},
         description="Settings of all dictionaries. They replace those of the documented runs. The baselines relu, topk "
-        "and batchtopk keep their activation, and A3 and others keep their ratio to the usual L1 coefficient.",
+        "and batchtopk keep their activation, and each run its ratio to the logs' L1 coefficient.",
     )
     train: dict[str, Any] = Field(
         default={},
@@ -185,4 +185,4 @@ def _in_sequences(entry: CampaignRun) -> CampaignRun:
     mode = stream.get("mode", "sequences")
     if mode != "sequences":
         raise UserError(f"stream.mode: {mode} is not allowed; some of the runs need whole rows, it must be sequences")
-    return CampaignRun(**{**vars(entry), "sections": {**entry.sections, "stream": {**stream, "mode": "sequences"}}})
+    return replace(entry, sections={**entry.sections, "stream": {**stream, "mode": "sequences"}})
