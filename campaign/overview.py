@@ -74,7 +74,7 @@ def conditions(saved: CampaignResults) -> DrawnFigure:
             points.append(((x,), (fvu.mean,), colour))
         for log in dict.fromkeys(run["log"] for run in known):
             label = "baselines" if log is None else f"log {log}"
-            axes.plot([], [], "s", color=LOG_COLOURS.get(log, panels.DARK), markersize=6, label=label)
+            axes.plot([], [], "s", color=LOG_COLOURS.get(log or "", panels.DARK), markersize=6, label=label)
         for name, marker in markers.items():
             label = name.replace("_", " ") or "as documented"
             axes.plot([], [], marker=marker, linestyle="", color=panels.GREY, markersize=5, label=label)

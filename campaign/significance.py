@@ -174,7 +174,7 @@ def student(values: Sequence[float]) -> tuple[float, float]:
         ) from None
     test = ttest_1samp(values, 0)
     low, high = test.confidence_interval(1 - LEVEL)
-    return float(high - low) / 2, float(test.pvalue)
+    return float(high - low) / 2, float(test.pvalue)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def holm(ps: Sequence[float]) -> list[float]:
