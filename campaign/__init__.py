@@ -1,1 +1,1 @@
-"""The documented runs together: trained on one stream, measured alike, compared, drawn and reported."""
+"""Train the documented runs on one stream, measure and compare them, and draw and report the results."""

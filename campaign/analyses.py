@@ -1,8 +1,8 @@
-"""What the analyses of log C find in the weights of another run: C3 and C4 in C2's, C7 to C9 in C6's.
+"""The analyses of log C, which look at the weights of another run: C3 and C4 at C2's, C7 to C9 at C6's.
 
-They read what that run left: `metrics`, its reports (`metrics.jsonl`), for which it was trained with `train.log_positions`
-and a `position_tracker`, and `clusters`, what `evals.clusters` says of it. With S reports and T positions arrays are [S, T],
-NaN where a position had no tokens; positions count from 0. Errors are those of a token, |x|^2 being about D.
+`metrics` are that run's reports (`metrics.jsonl`), trained with `train.log_positions` and a `position_tracker`. `clusters`
+is its result of `evals.clusters`. Arrays are [S, T] for S reports and T positions, with NaN for a position without tokens.
+Positions count from 0. Errors are per token, where |x|^2 is about D.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,22 +15,25 @@ from ..engine.errors import UserError
 Metrics = Sequence[Mapping[str, Any]]
 Clusters = Mapping[str, Any]
 Figures = dict[str, float | None]
-CLOSE = 0.05  # a weight has converged where it stays within this share of its last value
+CLOSE = 0.05  # a weight has converged once it stays within this share of its final value
 
 
 def analysis(run: str, metrics: Metrics, clusters: Clusters | None = None) -> Figures:
-    """The figures that an analysis finds, by name; those that end in `_at` are positions, steps or bins, so that a mean of
-    them over seeds would say nothing. Raises UserError, with the reason, where what it reads was not measured."""
+    """The results of an analysis by name, see `LABELS`.
+
+    Names that end in `_at` are positions, steps or bins, of which a mean over seeds is meaningless. Raises UserError, with
+    the reason, if what it reads was not measured.
+    """
     return _ANALYSES[run](metrics, clusters)
 
 
 def distance_to_last(weights: np.ndarray) -> np.ndarray:
-    """[..., S]: the mean over positions of |w - w_last|, of weights [..., S, T]."""
+    """The mean over positions of |w - w_last| [..., S], of weights [..., S, T]."""
     return np.abs(weights - weights[..., -1:, :]).mean(-1)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's, of the entries that are finite in both; None for fewer than three, or where one is the same everywhere."""
+    """Spearman's correlation of the entries finite in both. None for fewer than three, or if one side is constant."""
     from scipy.stats import spearmanr
 
     is_known = np.isfinite(a) & np.isfinite(b)
@@ -40,49 +43,53 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def early_to_late(profiles: np.ndarray) -> np.ndarray:
-    """Profiles [L, BINS] in the order of their mean place."""
+    """Profiles [L, BINS] sorted by their mean bin."""
     return profiles[np.argsort(profiles @ np.arange(profiles.shape[1]), kind="stable")]
 
 
-def _position_losses(metrics: Metrics, _: Clusters | None) -> Figures:
-    """C3: mean, max and min over positions, tracked every step, as they are in the last step; and where they are."""
-    last, of_step = by_position(metrics, "squared_error")[-1], _tracked(metrics)[-1]
-    mean, most, least = (of_step[name][-1] for name in ("loss_mean", "loss_max", "loss_min"))
+def _extremes(by_position: np.ndarray) -> Figures:
+    """The largest and least of [T], and their positions."""
     return {
-        "mean": mean, "most": most, "least": least, "ratio": most / least if least else None,
-        "most_at": int(np.nanargmax(last)), "least_at": int(np.nanargmin(last)),
+        "most": float(np.nanmax(by_position)), "most_at": int(np.nanargmax(by_position)),
+        "least": float(np.nanmin(by_position)), "least_at": int(np.nanargmin(by_position)),
     }  # fmt: skip
 
 
+def _position_losses(metrics: Metrics, _: Clusters | None) -> Figures:
+    """C3: mean, max and min over positions in the last step, and their positions in the last report."""
+    positions, tracked = _extremes(by_position(metrics, "squared_error")[-1]), _tracked(metrics)[-1]
+    mean, most, least = (tracked[name][-1] for name in ("loss_mean", "loss_max", "loss_min"))
+    return {**positions, "mean": mean, "most": most, "least": least, "ratio": most / least if least else None}
+
+
 def _error_over_training(metrics: Metrics, _: Clusters | None) -> Figures:
-    """C4: how far the error of each position fell, and what became of the mask."""
+    """C4: how far the error fell at each position, and how sharp the mask became."""
     error, tracked = by_position(metrics, "squared_error"), _tracked(metrics)
-    share_left = error[-1] / error[0]
     return {
-        "first": float(np.nanmean(error[0])), "last": float(np.nanmean(error[-1])),
-        "most": float(np.nanmax(share_left)), "most_at": int(np.nanargmax(share_left)),
-        "least": float(np.nanmin(share_left)), "least_at": int(np.nanargmin(share_left)),
+        "first": float(np.nanmean(error[0])), "last": float(np.nanmean(error[-1])), **_extremes(error[-1] / error[0]),
         "sharpness_first": tracked[0].get("mask_sharpness"), "sharpness_last": tracked[-1].get("mask_sharpness"),
     }  # fmt: skip
 
 
 def _weight_evolution(metrics: Metrics, _: Clusters | None) -> Figures:
-    """C7: the weights at the end, when they had converged, and whether they go with difficulty."""
+    """C7: the final weights, when they had converged, and whether they correlate with the error."""
     steps = np.array([line["step"] for line in metrics])
-    weights = _numbers([of_report["weights"] for of_report in _tracked(metrics)])
+    weights = _numbers([tracked["weights"] for tracked in _tracked(metrics)])
     final = weights[-1]
-    away = np.abs(weights - final) > CLOSE * np.abs(final)
-    settled = steps[np.where(away.any(0), len(away) - np.argmax(away[::-1], 0), 0)]  # the report after the last away
+    is_away = np.abs(weights - final) > CLOSE * np.abs(final)
+    settled_from = np.where(
+        is_away.any(0), len(is_away) - np.argmax(is_away[::-1], 0), 0
+    )  # the report after the last away
+    settled = np.sort(steps[settled_from])
     return {
-        "most": float(final.max()), "most_at": int(final.argmax()),
-        "least": float(final.min()), "least_at": int(final.argmin()),
-        "half_settled_at": int(np.sort(settled)[(len(settled) - 1) // 2]), "all_settled_at": int(settled.max()),
+        **_extremes(final),
+        "half_settled_at": int(settled[(len(settled) - 1) // 2]), "all_settled_at": int(settled[-1]),
         "correlation": rank_correlation(final, by_position(metrics, "squared_error")[-1]),
     }  # fmt: skip
 
 
 def _sparsity(metrics: Metrics, clusters: Clusters | None) -> Figures:
-    """C8: L0 by position at the end, and in which part of a row latents have most of their activity."""
+    """C8: final L0 by position, and the shares of latents that are mostly active early and late in a row."""
     l0 = by_position(metrics, "l0")
     if not np.nansum(l0[-1]):
         raise UserError("metrics: no latent is active in the last report")
@@ -93,8 +100,7 @@ def _sparsity(metrics: Metrics, clusters: Clusters | None) -> Figures:
         mean_place = (profiles @ (np.arange(bins) + 0.5)) / bins  # 0: the row's beginning, 1: its end
         early, late = float((mean_place < 1 / 3).mean()), float((mean_place > 2 / 3).mean())
     return {
-        "most": float(np.nanmax(l0[-1])), "most_at": int(np.nanargmax(l0[-1])),
-        "least": float(np.nanmin(l0[-1])), "least_at": int(np.nanargmin(l0[-1])),
+        **_extremes(l0[-1]),
         "deviation": float(np.nanstd(l0[-1]) / np.nanmean(l0[-1])),
         "deviation_first": float(np.nanstd(l0[0]) / np.nanmean(l0[0])) if np.nansum(l0[0]) else None,
         "early": early, "late": late,
@@ -102,7 +108,7 @@ def _sparsity(metrics: Metrics, clusters: Clusters | None) -> Figures:
 
 
 def _clustering(_: Metrics, clusters: Clusters | None) -> Figures:
-    """C9: how many clusters there are, how much they are apart, and whether they are found again."""
+    """C9: the number of clusters, their separation, and their stability."""
     _sample(clusters)
     assert clusters is not None
     return {
@@ -117,16 +123,16 @@ def _clustering(_: Metrics, clusters: Clusters | None) -> Figures:
 _ANALYSES: dict[str, Callable[[Metrics, Clusters | None], Figures]] = {
     "C3": _position_losses, "C4": _error_over_training, "C7": _weight_evolution, "C8": _sparsity, "C9": _clustering
 }  # fmt: skip
-#: by run: the words for every figure that its analysis finds
+#: by run: what each result of its analysis is, in words
 LABELS: dict[str, dict[str, str]] = {
     "C3": {
-        "mean": "squared error of a token in the last step, mean over positions",
+        "mean": "squared error per token in the last step, mean over positions",
         "most": "squared error at the hardest position", "most_at": "the hardest position",
         "least": "squared error at the easiest position", "least_at": "the easiest position",
         "ratio": "squared error at the hardest position over that at the easiest",
     },
     "C4": {
-        "first": "squared error of a token at the first report", "last": "squared error of a token at the last report",
+        "first": "squared error per token at the first report", "last": "squared error per token at the last report",
         "least": "last squared error over the first, where it fell most", "least_at": "position where it fell most",
         "most": "last squared error over the first, where it fell least", "most_at": "position where it fell least",
         "sharpness_first": "mask sharpness at the first report (1: a hard mask)",
@@ -135,8 +141,8 @@ LABELS: dict[str, dict[str, str]] = {
     "C7": {
         "least": "least weight at the end", "least_at": "position of the least weight",
         "most": "largest weight at the end", "most_at": "position of the largest weight",
-        "half_settled_at": f"step from which half of the weights stay within {CLOSE:.0%} of their last value",
-        "all_settled_at": f"step from which all weights stay within {CLOSE:.0%} of their last value",
+        "half_settled_at": f"step from which half of the weights stay within {CLOSE:.0%} of their final value",
+        "all_settled_at": f"step from which all weights stay within {CLOSE:.0%} of their final value",
         "correlation": "rank correlation of weights with squared errors, which they follow by construction",
     },
     "C8": {
@@ -144,8 +150,8 @@ LABELS: dict[str, dict[str, str]] = {
         "most": "largest L0 of a position", "most_at": "position of the largest L0",
         "deviation": "standard deviation of L0 over positions, over its mean",
         "deviation_first": "the same at the first report",
-        "early": "share of latents whose mean place is in the first third of a row",
-        "late": "share of latents whose mean place is in the last third of a row",
+        "early": "share of latents whose mean position is in the first third of a row",
+        "late": "share of latents whose mean position is in the last third of a row",
     },
     "C9": {
         "latents": "latents that are clustered by where they are active", "count": "clusters",
@@ -159,20 +165,20 @@ LABELS: dict[str, dict[str, str]] = {
 
 
 def by_position(metrics: Metrics, name: str) -> np.ndarray:
-    """[S, T], of `squared_error` or `l0`."""
+    """`squared_error` or `l0` of every report, [S, T]."""
     if not metrics or any("positions" not in line for line in metrics):
-        raise UserError("metrics: nothing by position in them; train with train.log_positions")
+        raise UserError("metrics: they have no values by position; train with train.log_positions")
     return _numbers([line["positions"][name] for line in metrics])
 
 
 def _tracked(metrics: Metrics) -> list[Mapping[str, Any]]:
     if not metrics or any("position_tracker" not in line.get("parts", {}) for line in metrics):
-        raise UserError("metrics: no position_tracker in them; train with that part (runs C2 to C6)")
+        raise UserError("metrics: they have no position_tracker; train with that part (runs C2 to C6)")
     return [line["parts"]["position_tracker"] for line in metrics]
 
 
 def _sample(clusters: Clusters | None) -> np.ndarray:
-    """Profiles [L, BINS] of the latents that `evals.clusters` keeps."""
+    """The profiles [L, BINS] of latents that `evals.clusters` keeps."""
     if clusters is None:
         raise UserError("clusters: not among the evals that were measured")
     if not clusters["clusters"]:
@@ -185,5 +191,4 @@ def _stability(clusters: Clusters) -> float | None:
 
 
 def _numbers(lines: Sequence[Sequence[float | None]]) -> np.ndarray:
-    """With NaN for None."""
-    return np.array([[np.nan if value is None else value for value in numbers] for numbers in lines], float)
+    return np.array(lines, float)  # None becomes NaN

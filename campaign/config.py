@@ -1,8 +1,8 @@
-"""What a campaign is: which runs, with which seeds and in which conditions, and what is measured of them."""
+"""A campaign's settings: its runs, seeds, conditions and evals, and the dictionaries that follow from them."""
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -20,8 +20,9 @@ MEASURED = ("core", "sparse_probing", "positions", "unlearning", "scr", "tpp", "
 
 
 class CampaignConfig(Config):
-    """A campaign, as `campaign.yaml` holds it: documented runs and baselines, each in every condition and with every seed.
-    All are trained on the batches [N, D] of one stream and measured alike.
+    """Settings of a campaign, as in `campaign.yaml`: documented runs and baselines, each in every condition with every seed.
+
+    All are trained on the batches [N, D] of one stream and measured in the same way. Raises UserError for a wrong value.
 
         CampaignConfig(runs=("A1", "A2"), seeds=3, axes={"activation": ["relu", "topk"]})
     """
@@ -35,32 +36,30 @@ class CampaignConfig(Config):
     seeds: int = Field(default=1, ge=1, le=1000, description="Number of seeds per run: 0, 1 and so on.")
     axes: dict[str, list[Any]] = Field(
         default={},
-        description="Lists of settings. Every combination is a condition in which all runs are trained. Allowed are "
+        description="Lists of settings. All runs are trained in every combination, called a condition. Allowed are "
         "settings that may differ between dictionaries of one stream (activation, d_sae, k, l1_coefficient, "
-        "target_l0, mask.*) and strictness of masks (hard, soft, annealed), which leaves runs without a mask as they "
-        "are.",
+        "target_l0, mask.*) and the strictness of masks (hard, soft, annealed).",
     )
     stream: dict[str, Any] = Field(
-        default={}, description="Settings of the stream, on top of those of the documented runs."
+        default={}, description="Settings of the stream. They replace those of the documented runs."
     )
     sae: dict[str, Any] = Field(
         default={},
-        description="Settings of all dictionaries, on top of those of the documented runs. The baselines relu, topk "
-        "and batchtopk keep their activation, and a run with another L1 coefficient than usual keeps its ratio to the "
-        "usual one.",
+        description="Settings of all dictionaries. They replace those of the documented runs. The baselines relu, topk "
+        "and batchtopk keep their activation, and each run its ratio to the logs' L1 coefficient.",
     )
     train: dict[str, Any] = Field(
         default={},
-        description="Settings of training, on top of those of the documented runs. A run with another learning rate "
-        "than usual keeps its ratio to the usual one (B4 has a tenth of it).",
+        description="Settings of training. They replace those of the documented runs. B4 keeps a tenth of the learning "
+        "rate.",
     )
-    evals: tuple[str, ...] = Field(default=MEASURED, description="Evals of each dictionary. core is always among them.")
+    evals: tuple[str, ...] = Field(default=MEASURED, description="Evals of each dictionary. core is always included.")
     share: int = Field(
         default=1,
         ge=1,
         le=1000,
-        description="Evals look at one in so many of the usual rows. The option --tokens raises it, up to 16, for "
-        "runs below 65,536 tokens.",
+        description="Evals use one in this many of the usual rows. The option --tokens raises it, up to 16, for runs "
+        "below 65,536 tokens.",
     )
 
     @field_validator("runs", "baselines", mode="before")
@@ -93,11 +92,11 @@ class CampaignConfig(Config):
         return axes
 
 
-#: baselines that are an activation: no setting for all runs takes it from them
+#: baselines that keep their activation whatever is set for all runs
 PLAIN = ("relu", "topk", "batchtopk")
-#: what some runs have more or less of than the logs' common ground: so they have beside what is set for all
+#: settings in which some runs keep their ratio to the logs' common value when it is set for all
 RELATIVE = (("train", "lr"), ("sae", "l1_coefficient"))
-#: all runs at a size that two cores train and measure in minutes; with K in place of L1, so that L0 is the same for all
+#: all runs, small enough to train and measure on two cores in minutes; TopK gives all the same L0
 QUICK: dict[str, Any] = {
     "sae": {"d_sae": 512, "activation": "topk", "k": 16},
     "train": {"tokens": 100_000, "batch": 512, "lr": 4e-3, "held_out_rows": 16},
@@ -107,13 +106,13 @@ QUICK: dict[str, Any] = {
 
 
 def fitting_share(tokens: int) -> int:
-    """`share` for runs of so few tokens that measuring them as usual would take longer than training: up to one in 16."""
+    """The `share` for short runs, where usual evals would take longer than training: up to one in 16."""
     return min(16, max(1, 2**16 // max(1, tokens)))
 
 
 @dataclass(frozen=True)
 class CampaignRun:
-    """A dictionary of a campaign: `label` is the run's name with its condition's."""
+    """A dictionary of a campaign. `label` is its run and condition, `name` the label and the seed."""
 
     name: str
     run: str
@@ -124,15 +123,14 @@ class CampaignRun:
 
 
 def entries(config: CampaignConfig) -> list[CampaignRun]:
-    """Every dictionary that is to be trained, by run, condition and seed; analyses have none of their own, but their run
-    has."""
+    """List every dictionary to train, by run, condition and seed. For an analysis, it is that of the run it analyses."""
     run_names = [*config.baselines, *dict.fromkeys(documented(run).trained_as or run for run in config.runs)]
     campaign_runs: list[CampaignRun] = []
     for run in run_names:
         base = settings(run, context=config.stream.get("context", 128))
         common = {name: {**base[name], **getattr(config, name)} for name in ("stream", "sae", "train")}
         for section, name in RELATIVE:
-            with suppress(TypeError, ValueError):  # what is no number is refused later, by name
+            with suppress(TypeError, ValueError):  # a later check names a value that is not a number
                 if name in getattr(config, section):
                     common[section][name] = float(common[section][name]) * ratio(run, section, name)
         fixed_activation = base["sae"]["activation"] if run in PLAIN else None
@@ -152,7 +150,7 @@ def entries(config: CampaignConfig) -> list[CampaignRun]:
 
 
 def ratio(run: str, section: str, name: str) -> float:
-    """A setting of a documented run over that of the logs' common ground."""
+    """A documented run's setting over the logs' common value."""
     return settings(run)[section][name] / COMMON[section][name]
 
 
@@ -172,7 +170,7 @@ def _conditions(config: CampaignConfig, common: dict[str, Any]) -> list[tuple[st
 
 
 def _fitting(sections: dict[str, Any]) -> dict[str, Any]:
-    """Without what is only for other activations, where it was given for all runs."""
+    """Remove settings for all runs that apply to other activations only."""
     train, activation = dict(sections["train"]), sections["sae"].get("activation")
     if activation not in ("relu", "jumprelu"):
         train.pop("target_l0", None)
@@ -182,9 +180,9 @@ def _fitting(sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_sequences(entry: CampaignRun) -> CampaignRun:
-    """Some runs look along rows, so all get whole rows: they are compared on the same batches."""
+    """Give a run whole rows, which some runs need, so that all are compared on the same batches."""
     stream: Mapping[str, Any] = entry.sections["stream"]
     mode = stream.get("mode", "sequences")
     if mode != "sequences":
-        raise UserError(f"stream.mode: {mode} is not allowed; some of the runs look along rows, it must be sequences")
-    return CampaignRun(**{**vars(entry), "sections": {**entry.sections, "stream": {**stream, "mode": "sequences"}}})
+        raise UserError(f"stream.mode: {mode} is not allowed; some of the runs need whole rows, it must be sequences")
+    return replace(entry, sections={**entry.sections, "stream": {**stream, "mode": "sequences"}})

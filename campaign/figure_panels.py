@@ -1,6 +1,6 @@
-"""What the figures of a campaign are made of: panels of bars, lines and heat maps, each with the spread of seeds.
+"""Panels of a campaign's figures: bars, lines and heat maps of means over seeds, with the range of the seeds.
 
-A panel is prepared first, from saved numbers, which raises `NotMeasured` where there are none, and then drawn on its axes.
+A `Panel` reads saved numbers, raises `NotMeasured` where there are none, and returns a `Draw`, which draws on axes.
 """
 
 import math
@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ..reporting.plots import COLOURS, SEVERAL, WORST, frame
-from .seed_results import CampaignResults, Curve, NotMeasured, SeedValues
+from ..reporting.plots import COLOURS, SEVERAL, WORST, frame, legend_below
+from .seed_results import NOTHING, CampaignResults, Curve, NotMeasured, SeedValues
 
 Draw = Callable[[Any], None]
 Panel = Callable[[], Draw]
 
 WIDE, NARROW = 7.0, 5.2  # inches: two columns of a paper, and one and a half
-MOST = WORST
-GREY, LIGHT = "#888888", "#bbbbbb"
+GREY, LIGHT, DARK = "#888888", "#bbbbbb", "#222222"
 LINES = [colour for colour in SEVERAL if colour != "#F0E442"]  # yellow is too pale for a line on white
 STROKES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (8, 2)))
 POSITION, HELD_OUT_FVU, L0 = "position in the context", "FVU on held-out text", "L0 (latents per token)"
@@ -26,7 +25,7 @@ POSITION, HELD_OUT_FVU, L0 = "position in the context", "FVU on held-out text", 
 
 @dataclass(frozen=True)
 class DrawnFigure:
-    """A figure, and what could not be shown in it, with the reason."""
+    """A figure, and the name of each panel that is missing from it, with the reason."""
 
     figure: Any
     lacks: tuple[str, ...] = ()
@@ -34,67 +33,50 @@ class DrawnFigure:
 
 @dataclass(frozen=True)
 class RunScores:
-    """A run's figure: of its seeds, and of their random controls."""
+    """A score of a run of campaign.json: the values of its seeds and of their random controls."""
 
-    name: str
-    title: str
+    run: Mapping[str, Any]
     trained: SeedValues
-    random: SeedValues
-    is_baseline: bool = False
-    has_failed: bool = False
+    random: SeedValues = NOTHING
 
     @property
-    def label(self) -> str:
-        return self.title if self.is_baseline else f"{self.name} {self.title}"
+    def name(self) -> str:
+        return self.run["run"]
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.run["log"] is None
+
+    @property
+    def absence(self) -> str:
+        return "failed" if len(self.run["folders"]) == len(self.run["failed"] or {}) else "none"
 
 
 def scores_of_log(
-    saved: CampaignResults, log: str, read: Callable[[Mapping[str, Any]], tuple[SeedValues, SeedValues]]
+    saved: CampaignResults, log: str, read: Callable[[Mapping[str, Any]], tuple[SeedValues, ...]]
 ) -> list[RunScores]:
-    """The baselines, then the runs of a log; `read` gives a run's figures."""
-    return [
-        *(scores_of_run(name, run, read, is_baseline=True) for name, run in saved.baselines.items()),
-        *(scores_of_run(name, run, read) for name, run in saved.trained(log).items()),
-    ]
+    """The scores of the baselines and of a log's runs. `read` returns a run's values, and its control's if there are any."""
+    return [RunScores(run, *read(run)) for run in saved.runs_of(log).values()]
 
 
-def scores_without_values(runs: Mapping[str, Mapping[str, Any]]) -> list[RunScores]:
-    """These runs without figures, for their names."""
-    nothing = lambda run: (SeedValues(()), SeedValues(()))
-    return [scores_of_run(name, run, nothing, is_baseline=run["log"] is None) for name, run in runs.items()]
-
-
-def scores_of_run(
-    name: str,
-    run: Mapping[str, Any],
-    read: Callable[[Mapping[str, Any]], tuple[SeedValues, SeedValues]],
-    *,
-    is_baseline: bool = False,
-) -> RunScores:
-    title = run["title"].partition(" (")[0]  # without what a baseline's says in brackets
-    return RunScores(name, title, *read(run), is_baseline=is_baseline, has_failed=not saved_seeds(run))
-
-
-def saved_seeds(run: Mapping[str, Any]) -> int:
-    """How many of a run's seeds came through."""
-    return len(run["folders"]) - len(run["failed"] or {})
+def label_of(run: Mapping[str, Any]) -> str:
+    """A run's name and title; a baseline's title, without what it has in brackets."""
+    title = run["title"].partition(" (")[0]
+    return title if run["log"] is None else f"{run['run']} {title}"
 
 
 def note(saved: CampaignResults, shown: str = "whiskers") -> str | None:
-    """What whiskers or bands are."""
+    """What the whiskers or bands of a figure are; None with one seed."""
     count = saved.campaign["seeds"]
     every = [*saved.baselines.values(), *(run for runs in saved.logs.values() for run in runs.values())]
     fewer = " (fewer where some failed)" if any(run["failed"] for run in every) else ""
-    return f"mean of {count} seeds{fewer}; {shown}: from the least to the largest" if count > 1 else None
+    return f"mean of {count} seeds{fewer}; {shown}: smallest to largest" if count > 1 else None
 
 
-def arranged(
-    panels: Mapping[str, Panel], columns: int, size: tuple[float, float], heading: str | None = None, **grid: Any
-) -> DrawnFigure:
-    """Panels by what they show, so many side by side, the last as wide as there is room; one that lacks its numbers is left
-    out, and the others move up. `grid` goes to the grid of all.
+def arranged(panels: Mapping[str, Panel], columns: int, size: tuple[float, float]) -> DrawnFigure:
+    """Draw panels, given by what they show, in a grid; the last one takes the rest of its line.
 
-    Raises Lacking where all are.
+    A panel without its numbers is left out, and the others move up. Raises NotMeasured if no panel is left.
     """
     ready: list[Draw] = []
     lacks: dict[str, str] = {}
@@ -108,14 +90,12 @@ def arranged(
     down, down_of_all = -(-len(ready) // columns), -(-len(panels) // columns)
     figure = new_figure(size[0], size[1] * down / down_of_all)
     across = min(columns, len(ready))
-    cells = figure.add_gridspec(down, across, **({} if lacks else grid))
+    cells = figure.add_gridspec(down, across)
     for index, draw in enumerate(ready):
         line, column = divmod(index, across)
         axes = figure.add_subplot(cells[line, column:] if index == len(ready) - 1 else cells[line, column])
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
-    if heading:
-        figure.suptitle(heading, fontsize=9)
     return DrawnFigure(polished(figure), tuple(f"{name}: {reason}" for name, reason in lacks.items()))
 
 
@@ -126,7 +106,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def polished(figure: Any) -> Any:
-    """The type at the size that papers print."""
+    """Set type sizes for print."""
     for axes in figure.axes:
         axes.title.set_fontsize(8.5)
         for axis in (axes.xaxis, axes.yaxis):
@@ -136,126 +116,108 @@ def polished(figure: Any) -> Any:
     return figure
 
 
+def legend_once(figure: Any, text: str | None = None, columns: int = 3) -> None:
+    """Put one legend, with a note, below all panels, and each label in it once."""
+    labels = set[str]()
+    for axes in figure.axes:
+        for artist in axes.get_legend_handles_labels()[0]:
+            label = artist.get_label()
+            artist.set_label(f"_{label}" if label in labels else label)  # an underscore keeps it out of legends
+            labels.add(label)
+    legend_below(figure, text, columns=columns)
+
+
 def bars(
     all_scores: Sequence[RunScores], label: str, *, title: str = "", best: Sequence[str] = (), digits: int = 0,
-    most: float = math.inf, lying: bool = False, short: bool = False,
+    most: float = math.inf, short: bool = False,
 ) -> Draw:  # fmt: skip
-    """Bars from zero with the seeds' reach, baselines in grey, random controls as a mark across; `best` stand out, `digits`
-    are written at the end, and one longer than `most` is cut there and told in figures. `lying`: names stand at the left;
-    `short`: without titles."""
+    """Draw a horizontal bar per run, with whiskers and a mark for the random control.
+
+    Runs in `best` have a colour of their own. The mean is written at the end with so many `digits`, if any. A bar longer
+    than `most` is cut, with its number. `short`: run names without titles.
+    """
     if not any(scores.trained for scores in all_scores):
         raise NotMeasured("no run has a figure")
-    labelled = set[str]()
-
-    def once(kind: str) -> str:
-        text = f"_{kind}" if kind in labelled else kind  # what begins so is not in a legend
-        labelled.add(kind)
-        return text
 
     def draw(axes: Any) -> None:
-        xy = (lambda index, value: (value, index)) if lying else (lambda index, value: (index, value))
-        put = axes.barh if lying else axes.bar
-        transform = axes.get_yaxis_transform() if lying else axes.get_xaxis_transform()
-        turned = {
-            "rotation": 0 if lying else 90,
-            "ha": "left" if lying else "center",
-            "va": "center" if lying else "bottom",
-        }
-        tops = [max(scores.trained.values) for scores in all_scores if scores.trained and scores.trained.mean <= most]
-        cut = 1.12 * max(tops, default=most)
+        ends = [max(scores.trained.values) for scores in all_scores if scores.trained and scores.trained.mean <= most]
         for index, scores in enumerate(all_scores):
+            style = {"fontsize": 6.5, "va": "center", "transform": axes.get_yaxis_transform()}
             if not scores.trained:
-                reason = " failed" if scores.has_failed else " none"
-                axes.text(*xy(index, 0), reason, fontsize=7, color=GREY, transform=transform, **turned)
+                axes.text(0.01, index, scores.absence, color=GREY, **style)
                 continue
+            mean = scores.trained.mean
             kind, colour = ("baseline", LIGHT) if scores.is_baseline else ("documented run", COLOURS["sae"])
             if scores.name in best:
                 kind, colour = " and ".join(best), SEVERAL[1]
-            put(index, scores.trained.mean, 0.72, color=colour, label=once(kind), gid=scores.name)
-            if scores.trained.mean > most:
-                at_end = turned | ({"ha": "right"} if lying else {"va": "top"})
-                text_style = {"fontsize": 6.5, "color": "white", "transform": transform, **at_end}
-                axes.text(*xy(index, 0.985), f"{scores.trained.mean:.3g} →", **text_style)
+            axes.barh(index, mean, 0.72, color=colour, label=kind, gid=scores.name)
+            if mean > most:
+                axes.text(0.985, index, f"{mean:.3g} →", color="white", ha="right", **style)
                 continue
-            if len(scores.trained.values) > 1:
-                whisker(axes, index, scores.trained, "#222222", across=lying)
+            whisker(axes, index - 0.17, scores.trained, DARK, across=True)
             if scores.random:
-                style = {"marker": "|" if lying else "_", "markersize": 9, "mew": 1.8, "clip_on": False, "zorder": 4}
-                axes.plot(
-                    *xy(index, scores.random.mean), color=COLOURS["random"], linestyle="", label=once("random control"),
-                    gid=f"{scores.name} random", **style,
-                )  # fmt: skip
-                if len(scores.random.values) > 1:
-                    whisker(axes, index, scores.random, COLOURS["random"], across=lying)
+                style = {"marker": "|", "markersize": 6, "mew": 1.8, "linestyle": "", "clip_on": False, "zorder": 4}
+                style |= {"color": COLOURS["random"], "label": "random control", "gid": f"{scores.name} random"}
+                axes.plot(scores.random.mean, index + 0.17, **style)
+                whisker(axes, index + 0.17, scores.random, COLOURS["random"], across=True)
             if digits:
-                axes.annotate(
-                    f"{scores.trained.mean:.{digits}f}".removeprefix("0"),
-                    xy(index, scores.trained.mean + scores.trained.reach[1]),
-                    (3, 0) if lying else (0, 2), textcoords="offset points", ha="left" if lying else "center",
-                    va="center" if lying else "bottom", fontsize=6.5, color="#333333",
-                )  # fmt: skip
-        name_runs(axes, [scores.name if short else scores.label for scores in all_scores], lying=lying)
-        line, bounds = (axes.axvline, axes.set_xlim) if lying else (axes.axhline, axes.set_ylim)
-        line(0, color="#222222", linewidth=0.8)
+                text, end = f"{mean:.{digits}f}".removeprefix("0"), (max(scores.trained.values), index)
+                axes.annotate(text, end, (3, 0), textcoords="offset points", va="center", fontsize=6.5, color="#333333")
+        name_runs(axes, [scores.name if short else label_of(scores.run) for scores in all_scores], lying=True)
+        axes.axvline(0, color=DARK, linewidth=0.8)
         if most < math.inf:
-            bounds(0, cut)
-        if lying:
-            axes.locator_params(axis="x", nbins=5)
-        (axes.set_xlabel if lying else axes.set_ylabel)(label)
-        axes.set_title(title)
+            axes.set_xlim(0, 1.12 * max(ends, default=most))
+        axes.locator_params(axis="x", nbins=5)
+        axes.set(xlabel=label, title=title)
 
     return draw
 
 
 def name_runs(axes: Any, labels: Sequence[str], *, lying: bool = False) -> None:
-    """Names of runs along the axis: at the left where they lie, else below, rotated."""
-    reach = (-0.6, len(labels) - 0.4)
+    """Name runs along the axis: at the left where they lie, else below, rotated."""
+    limits = (-0.6, len(labels) - 0.4)
     if lying:
         axes.set_yticks(range(len(labels)), labels)
-        axes.set_ylim(reach[::-1])
+        axes.set_ylim(limits[::-1])
     else:
         axes.set_xticks(range(len(labels)), labels, rotation=38, ha="right", rotation_mode="anchor")
-        axes.set_xlim(reach)
+        axes.set_xlim(limits)
     axes.tick_params(axis="y" if lying else "x", length=0, pad=3)
 
 
 def whisker(axes: Any, position: float, seeds: SeedValues, colour: str, *, across: bool = False) -> None:
-    """The seeds' reach around their mean; `across` for one that lies down."""
-    reach = [[side] for side in seeds.reach]
-    point = (seeds.mean, position) if across else (position, seeds.mean)
-    style = {"color": colour, "linewidth": 0.9, "capsize": 2, "fmt": "none", "zorder": 3}
-    axes.errorbar(*point, **({"xerr": reach} if across else {"yerr": reach}), **style)
+    """Draw the range of two seeds or more around their mean, horizontally if `across`."""
+    if len(seeds.values) > 1:
+        sides = [[seeds.mean - min(seeds.values)], [max(seeds.values) - seeds.mean]]
+        style = {"color": colour, "linewidth": 0.9, "capsize": 2, "fmt": "none", "zorder": 3}
+        if across:
+            axes.errorbar(seeds.mean, position, xerr=sides, **style)
+        else:
+            axes.errorbar(position, seeds.mean, yerr=sides, **style)
 
 
-def curves(
-    lines: Mapping[str, Curve], greys: Mapping[str, Curve], names: Mapping[str, str], *, ylabel: str, title: str
-) -> Draw:
-    """A line a run, of the mean over seeds, with a band for their reach; named at its end, and in the legend by `names`."""
+def curves(curve_by_run: Mapping[str, Curve], runs: Mapping[str, Any], *, ylabel: str, title: str) -> Draw:
+    """Draw a line per run, baselines in grey, with a band for the seeds. Lines are named at their end and in the legend."""
 
     def draw(axes: Any) -> None:
-        ends: list[tuple[str, str, float]] = []
-        styles = {
-            name: {"color": LINES[index % len(LINES)], "linestyle": STROKES[index // len(LINES) % len(STROKES)]}
-            for index, name in enumerate(lines)
-        }
-        for index, name in enumerate(greys):
-            styles[name] = {"color": GREY, "linestyle": STROKES[index % len(STROKES)], "linewidth": 1.0}
-        for name, curve in {**greys, **lines}.items():
-            style = {"linewidth": 1.3, "alpha": 0.9, **styles[name]}
-            axes.plot(curve.steps, curve.mean, label=names[name], gid=name, **style)
-            band(axes, curve, str(style["color"]))
-            ends.append((name, str(style["color"]), float(curve.mean[-1])))
+        numbers = {True: 0, False: 0}  # of baselines, and of other runs
+        lines: dict[str, tuple[list[float], list[float], str]] = {}
+        for name, curve in curve_by_run.items():
+            is_baseline = runs[name]["log"] is None
+            number, count = numbers[is_baseline], len(LINES)
+            numbers[is_baseline] += 1
+            colour = GREY if is_baseline else LINES[number % count]
+            stroke = STROKES[(number if is_baseline else number // count) % len(STROKES)]
+            style = {"linestyle": stroke, "linewidth": 1.0 if is_baseline else 1.3, "alpha": 0.9, "gid": name}
+            axes.plot(curve.steps, curve.mean, color=colour, label=label_of(runs[name]), **style)
+            band(axes, curve, colour)
+            lines[name] = curve.steps.tolist(), curve.mean.tolist(), colour
         axes.grid(alpha=0.25)
         axes.set(xlabel="training step", ylabel=ylabel, title=title, yscale="log")
         axes.margins(x=0)
-        all_curves = {**greys, **lines}.items()
-        frame(
-            axes,
-            [(c.steps.tolist(), c.mean.tolist(), str(styles[name]["color"])) for name, c in all_curves],
-            y=(None, MOST),
-        )
+        frame(axes, lines.values(), y=(None, WORST))
         plain_ticks(axes.yaxis)
-        _name_ends(axes, ends)
+        _name_ends(axes, {name: (y[-1], colour) for name, (_, y, colour) in lines.items()})
 
     return draw
 
@@ -266,7 +228,7 @@ def band(axes: Any, curve: Curve, colour: str) -> None:
 
 
 def plain_ticks(axis: Any, subs: Sequence[float] = (1, 2, 5)) -> None:
-    """Of a logarithmic axis: these of every decade, more of less than one and fewer of many, written plainly."""
+    """Write a logarithmic axis with plain numbers: these of every decade, more on a short axis and fewer on a long one."""
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     low, high = axis.get_view_interval()
@@ -280,69 +242,59 @@ def plain_ticks(axis: Any, subs: Sequence[float] = (1, 2, 5)) -> None:
         axis.set_minor_locator(NullLocator())
 
 
-def _name_ends(axes: Any, ends: Sequence[tuple[str, str, float]]) -> None:
-    """Names to the right of where lines end, moved apart where they would lie on each other."""
+def _name_ends(axes: Any, ends: Mapping[str, tuple[float, str]]) -> None:
+    """Write names to the right of where lines end, (y, colour) by name, with room for each."""
     axes.autoscale_view()
-    below, above = axes.get_ylim()
-    axes.set_ylim(below, above)  # as it is now: places are worked out for it
-    share = axes.transAxes.inverted()
+    axes.set_ylim(axes.get_ylim())  # as it is now: places are worked out for it
+    to_share = axes.transData + axes.transAxes.inverted()
+    places = {name: min(1.0, float(to_share.transform((0, y))[1])) for name, (y, _) in ends.items()}
+    names = sorted(places, key=places.__getitem__)
     gap = 0.115 / (axes.figure.get_figheight() * 0.68)  # a line of 7 points, on axes of about so much of the height
-    true_places = sorted(
-        (float(share.transform(axes.transData.transform((0, y)))[1]), name, colour) for name, colour, y in ends
-    )
-    places = [place for place, _, _ in true_places]
-    for _ in range(200):
-        for low in range(len(places) - 1):
-            over = gap - (places[low + 1] - places[low])
-            if over > 0:
-                places[low] -= over / 2
-                places[low + 1] += over / 2
-        lift = -min(0.0, places[0] if places else 0.0)
-        places = [place + lift for place in places]
-    for place, (true, name, colour) in zip(places, true_places, strict=True):
+    steps = gap * np.arange(len(names))
+    pushed_up = np.maximum.accumulate([places[name] for name in names] - steps) + steps
+    for name, place in zip(names, np.minimum(pushed_up, 1 + steps - steps[-1]), strict=True):
+        colour = ends[name][1]
         axes.annotate(
-            name, (1, true), (1.035, place), xycoords="axes fraction", textcoords="axes fraction", fontsize=7,
+            name, (1, places[name]), (1.035, place), xycoords="axes fraction", textcoords="axes fraction", fontsize=7,
             color=colour, va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkA": 1, "shrinkB": 0},
         )  # fmt: skip
 
 
-def over_steps(curve: Curve, label: str, title: str, *, log: bool = False) -> Draw:
-    """Heat map of steps [S] and positions [T]: a report is the mean since the one before."""
+def over_steps(curve: Curve, label: str, title: str, *, scale: str = "") -> Draw:
+    """Draw a heat map of steps [S] and positions [T]. A report is the mean since the one before."""
 
     def draw(axes: Any) -> None:
         edges = np.concatenate([[0], curve.steps])
-        heat(axes, edges, np.arange(curve.mean.shape[1] + 1) - 0.5, curve.mean.T, label, log=log)
+        heat(axes, edges, np.arange(curve.mean.shape[1] + 1) - 0.5, curve.mean.T, label, scale=scale)
         axes.set(xlabel="training step", ylabel=POSITION, title=title)
 
     return draw
 
 
-def heat(
-    axes: Any, x: np.ndarray, y: np.ndarray, values: np.ndarray, label: str, *, log: bool = False, root: bool = False
-) -> None:
-    """Cells between edges `x` and `y`, with a bar for the colours, which may follow the logarithm or the root of values;
-    white where there is nothing."""
+def heat(axes: Any, x: np.ndarray, y: np.ndarray, values: np.ndarray, label: str, *, scale: str = "") -> None:
+    """Draw cells between edges `x` and `y`, with a colour bar, on a linear, "log" or "root" scale. Unknown values are
+    white."""
     from matplotlib.colors import LogNorm, PowerNorm
 
-    known = values[np.isfinite(values) & ((values > 0) | (not log))]
-    is_log = log and len(known) > 0 and known.min() < known.max()
-    norm = LogNorm(known.min(), known.max()) if is_log else PowerNorm(0.5, 0, known.max()) if root else None
+    known = values[np.isfinite(values) & ((values > 0) | (scale != "log"))]
+    is_log = scale == "log" and len(known) > 0 and known.min() < known.max()
+    norm = LogNorm(known.min(), known.max()) if is_log else PowerNorm(0.5, 0, known.max()) if scale == "root" else None
     mesh = axes.pcolormesh(x, y, np.ma.masked_invalid(values), cmap="viridis", norm=norm, rasterized=True)
-    colours = axes.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=30)
-    colours.set_label(label, fontsize=7.5)
+    colour_bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=30)
+    colour_bar.set_label(label, fontsize=7.5)
     if is_log:
-        plain_ticks(colours.ax.yaxis)
+        plain_ticks(colour_bar.ax.yaxis)
 
 
 def by_position(lines: Mapping[str, Curve], ylabel: str, title: str, *, log: bool = False) -> Draw:
-    """A line over positions for each, with the seeds' reach."""
+    """Draw a line over positions for each run, with a band for the seeds."""
 
     def draw(axes: Any) -> None:
         for index, (name, curve) in enumerate(lines.items()):
             colour = LINES[index % len(LINES)]
             style = {"color": colour, "linestyle": STROKES[index % len(STROKES)], "linewidth": 1.2}
-            axes.plot(curve.steps, curve.mean, label=name, gid=name, **style)  # lines may lie on each other
+            axes.plot(curve.steps, curve.mean, label=name, gid=name, **style)  # strokes tell apart lines that coincide
             band(axes, curve, colour)
         axes.grid(alpha=0.25)
         axes.set(xlabel=POSITION, ylabel=ylabel, title=title)

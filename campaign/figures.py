@@ -1,5 +1,4 @@
-"""Figures of a campaign, from its saved numbers: those that the logs name, in a folder for each log, and those of all runs
-together."""
+"""Draw a campaign's figures from its saved numbers: those that the logs name, in a folder per log, and those of all runs."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ from .seed_results import CampaignResults, NotMeasured
 
 MISSING = "missing.json"
 
-#: by log: the names that the log has for its figures
+#: by log: the figures that it names
 NAMED: dict[str, dict[str, Callable[[CampaignResults], DrawnFigure]]] = {
     "A": {
         "unlearning_scores": partial(log_figures.unlearning_scores, log="A"),
@@ -40,32 +39,31 @@ NAMED: dict[str, dict[str, Callable[[CampaignResults], DrawnFigure]]] = {
     },
 }
 
-#: by the name of its file: what a figure shows
+#: by file name
 CAPTIONS = {
     "overview": "Explained variance of all dictionaries beside their random controls.",
     "conditions": "FVU of every run in every condition, against L0 where that differs.",
     "unlearning_scores": "Unlearning score of each run beside its random control.",
     "loss_curves": "FVU over training, a line per run.",
-    "final_metrics": "FVU of each run at the end.",
-    "training_progression": "Steps that each run completed, and its FVU at the end.",
+    "final_metrics": "Final FVU of each run.",
+    "training_progression": "Steps that each run completed, and its final FVU.",
     "hyperparameters": "Learning rate and L1 coefficient of each run.",
     "position_analysis": "Squared error by position over training and at the end, and mask weights by position.",
-    "position_weights": "Loss weights of positions over training, and beside the squared error of their position.",
+    "position_weights": "Loss weights by position over training, and against the squared error at the position.",
     "sparsity_analysis": "L0 by position over training and at the end, and where latents are active.",
     "temporal_clustering": "Latents clustered by where in a row they are active.",
-    "cluster_patterns": "Mean profile, likeness and specialization of each cluster of latents.",
-    "comparative_analysis": "FVU and L0 of the log's runs, in all and by position.",
+    "cluster_patterns": "Mean profile, correlation and specialization of each cluster of latents.",
+    "comparative_analysis": "FVU and L0 of the log's runs, and FVU and loss weights by position.",
     "training_curves": "FVU over training, a line per run.",
     "feature_statistics": "Size of each dictionary, and how many of its latents are alive.",
 }
 
 
 def draw(out: Path) -> list[Path]:
-    """Write into figures/ of a campaign's folder every figure that the logs of its runs name, an overview, and one of its
-    conditions if there are several; returns where they are.
+    """Draw the figures that the logs of a campaign's runs name, an overview, and its conditions if there are several.
 
-    A figure, or a panel of one, whose numbers were not measured is left out; figures/missing.json has the reason by the
-    figure's name. Raises UserError where there is no campaign.json.
+    They are written to figures/ in the campaign's folder `out`. Returns their paths. A figure or panel whose numbers were
+    not measured is left out, and figures/missing.json has the reason. Raises UserError without campaign.json.
     """
     saved, folder = CampaignResults(out), out / "figures"
     paths: list[Path] = []
@@ -76,7 +74,7 @@ def draw(out: Path) -> list[Path]:
             drawing = make(saved)
         except NotMeasured as reason:
             reasons[name] = f"not drawn: {reason}"
-            remove_figure(path)  # one of other numbers may be there
+            remove_figure(path)  # an earlier one has other numbers
             continue
         if drawing.lacks:
             reasons[name] = f"drawn without {'; without '.join(drawing.lacks)}"
@@ -91,7 +89,7 @@ def draw(out: Path) -> list[Path]:
 
 
 def missing(out: Path) -> dict[str, str]:
-    """Why figures of a campaign's folder, or panels of them, were not drawn, by the figure's name."""
+    """The reasons for missing figures and panels in a campaign's folder, by the figure's name."""
     path = out / "figures" / MISSING
     return read_json(path, "figures", f"temposae plot {out} makes it again") if path.is_file() else {}
 

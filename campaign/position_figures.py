@@ -5,75 +5,55 @@ from typing import Any
 
 import numpy as np
 
+from ..reporting.plots import WORST, legend_below
+from . import figure_panels as panels
 from .analyses import distance_to_last, early_to_late, rank_correlation
-from .figure_panels import (
-    HELD_OUT_FVU,
-    L0,
-    LINES,
-    MOST,
-    POSITION,
-    WIDE,
-    Draw,
-    DrawnFigure,
-    Panel,
-    arranged,
-    band,
-    bars,
-    by_position,
-    heat,
-    new_figure,
-    note,
-    over_steps,
-    plain_ticks,
-    polished,
-    scores_of_log,
-    scores_without_values,
-)
-from .seed_results import CampaignResults, Curve, NotMeasured, SeedValues, final_fvu, score
+from .figure_panels import Draw, DrawnFigure, Panel
+from .seed_results import CampaignResults, Curve, NotMeasured, final_fvu, score
 
 TRACKER = ("parts", "position_tracker")
 SQUARED_ERROR = "squared error per token (|x|² ≈ D)"
-CLUSTERS = [*LINES, "#999999"]  # as many as there are at most
-TOLERANCE = 1e-4  # a weight that is nearer to 1 than this is 1
+CLUSTERS = [*panels.LINES, "#999999"]  # colours of the largest number of clusters
+TOLERANCE = 1e-4  # a weight this close to 1 counts as 1
 BINS = "position (sixteenths of a row)"
 
 
 def position_analysis(saved: CampaignResults) -> DrawnFigure:
-    """C4: the loss of C2 by position."""
+    """Draw C4: the loss of C2 by position."""
     run = saved.weights_of("C2")
     loss: Callable[[], Curve] = lambda: saved.curve(run, "positions", "squared_error")
     title = "Mask weights: C2's loss has no weights by position"
-    return _with_note(saved, arranged({
-        "loss over steps": lambda: over_steps(loss(), SQUARED_ERROR, "Loss by position, C2", log=True),
-        "loss at the end": lambda: by_position({"C2": loss()[-1]}, SQUARED_ERROR, "At the end of training", log=True),
-        "mask weights": lambda: over_steps(saved.curve(run, *TRACKER, "mask"), "mean mask weight of latents", title),
-    }, 2, (WIDE, 5.0)))  # fmt: skip
+    return _with_note(saved, panels.arranged({
+        "loss over steps": lambda: panels.over_steps(loss(), SQUARED_ERROR, "Loss by position, C2", scale="log"),
+        "loss at the end": lambda: panels.by_position({"C2": loss()[-1]}, SQUARED_ERROR, "At the end of training", log=True),
+        "mask weights": lambda: panels.over_steps(saved.curve(run, *TRACKER, "mask"), "mean mask weight of latents", title),
+    }, 2, (panels.WIDE, 5.0)))  # fmt: skip
 
 
 def position_weights(saved: CampaignResults) -> DrawnFigure:
-    """C7: how the weights of C6 come to be what they are."""
+    """Draw C7: how the loss weights of C6 develop, and what they follow."""
     run = saved.weights_of("C6")
     weights: Callable[[], Curve] = lambda: saved.curve(run, *TRACKER, "weights")
-    return _with_note(saved, arranged({
-        "weights over steps": lambda: over_steps(weights(), "weight in the loss", "Weights over time, C6", log=True),
+    return _with_note(saved, panels.arranged({
+        "weights over steps": lambda: panels.over_steps(weights(), "loss weight", "Weights over time, C6", scale="log"),
         "convergence": lambda: _convergence(weights()),
         "weight and difficulty": lambda: _difficulty(weights(), saved.curve(run, "positions", "squared_error")),
-    }, 2, (WIDE, 5.0)))  # fmt: skip
+    }, 2, (panels.WIDE, 5.0)))  # fmt: skip
 
 
 def sparsity_analysis(saved: CampaignResults) -> DrawnFigure:
-    """C8: how many latents of C6 are active where, and which."""
+    """Draw C8: how many latents of C6 are active at each position, and which."""
     run = saved.weights_of("C6")
     l0: Callable[[], Curve] = lambda: saved.curve(run, "positions", "l0")
-    return _with_note(saved, arranged({
-        "L0 over steps": lambda: over_steps(l0(), L0, "Sparsity by position, C6"),
-        "L0 at the end": lambda: by_position({"C6": l0()[-1]}, L0, "At the end of training"),
+    return _with_note(saved, panels.arranged({
+        "L0 over steps": lambda: panels.over_steps(l0(), panels.L0, "Sparsity by position, C6"),
+        "L0 at the end": lambda: panels.by_position({"C6": l0()[-1]}, panels.L0, "At the end of training"),
         "latents by position": lambda: _activity(_clustered(saved, run), _which(saved)),
-    }, 2, (WIDE, 5.0)))  # fmt: skip
+    }, 2, (panels.WIDE, 5.0)))  # fmt: skip
 
 
 def temporal_clustering(saved: CampaignResults) -> DrawnFigure:
-    """C9: the tree of C6's latents by where they are active, above their activity in the tree's order."""
+    """Draw C9: the clustering tree of C6's latents, above their activity by position in the tree's order."""
     from matplotlib.collections import LineCollection
     from matplotlib.colors import ListedColormap
     from scipy.cluster.hierarchy import dendrogram
@@ -84,7 +64,7 @@ def temporal_clustering(saved: CampaignResults) -> DrawnFigure:
     profiles, cluster = (np.array(result["sample"][key]) for key in ("profiles", "cluster"))
     tree_layout = dendrogram(tree(profiles), no_plot=True)
     order, n = tree_layout["leaves"], len(profiles)
-    figure = new_figure(WIDE, 4.4)
+    figure = panels.new_figure(panels.WIDE, 4.4)
     above, strip, below = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 0.09, 1.6))
     corners = zip(tree_layout["icoord"], tree_layout["dcoord"], strict=True)
     links = [np.column_stack([np.array(x) / 10, y]) for x, y in corners]
@@ -99,7 +79,7 @@ def temporal_clustering(saved: CampaignResults) -> DrawnFigure:
     strip.set_yticks([0.5], ["cluster"])
     strip.spines[:].set_visible(False)
     edges = np.arange(profiles.shape[1] + 1) + 0.5
-    heat(below, np.arange(n + 1), edges, profiles[order].T, "share of activity", root=True)
+    panels.heat(below, np.arange(n + 1), edges, profiles[order].T, "share of activity", scale="root")
     below.set(ylabel=BINS, xlabel="latents, in the order of the tree")
     below.spines[["top", "right"]].set_visible(False)
     for axes in (above, strip):
@@ -108,53 +88,52 @@ def temporal_clustering(saved: CampaignResults) -> DrawnFigure:
     for index, cluster_result in enumerate(result["clusters"]):
         label = f"{index + 1}: {cluster_result['size']:,} latents"
         strip.plot([], [], "s", color=CLUSTERS[index % len(CLUSTERS)], label=label)
-    _legend(figure)
-    return DrawnFigure(polished(figure))
+    legend_below(figure, columns=4)
+    return DrawnFigure(panels.polished(figure))
 
 
 def cluster_patterns(saved: CampaignResults) -> DrawnFigure:
-    """C9: what the clusters of C6's latents are like."""
+    """Draw C9: mean profile, correlation and specialization of the clusters of C6's latents."""
     result = _clustered(saved, saved.weights_of("C6"))
-    drawing = arranged({
+    drawing = panels.arranged({
         "profiles": lambda: lambda axes: _mean_profiles(axes, result),
         "correlation": lambda: lambda axes: _correlations(axes, result),
         "specialization": lambda: lambda axes: _specialized(axes, result),
-    }, 3, (WIDE, 2.9), f"Clusters of C6's latents{_which(saved)}", width_ratios=(1.25, 1, 1))  # fmt: skip
-    _legend(drawing.figure)
+    }, 3, (panels.WIDE, 3.1))  # fmt: skip
+    legend_below(drawing.figure, f"clusters of C6's latents{_which(saved)}", columns=4)
     return drawing
 
 
 def comparative_analysis(saved: CampaignResults) -> DrawnFigure:
-    """Error, sparsity, and both by position, of the runs of log C that have weights of their own."""
-    runs = {**saved.baselines, **saved.trained("C")}
-    errors = scores_of_log(saved, "C", lambda run: (final_fvu(run), SeedValues(())))
-    active = scores_of_log(saved, "C", lambda run: (score(run, "l0")[0], SeedValues(())))
-    panels: dict[str, Panel] = {
-        "error": lambda: bars(errors, HELD_OUT_FVU, title="Error", most=MOST, short=True),
-        "sparsity": lambda: bars(active, L0, title="Sparsity", short=True),
-        "error by position": lambda: _errors(saved, runs),
-        "weights by position": lambda: _weights(saved, saved.trained("C")),
+    """Draw error, sparsity, error by position and loss weights of the runs of log C that have weights of their own."""
+    errors = panels.scores_of_log(saved, "C", lambda run: (final_fvu(run),))
+    active = panels.scores_of_log(saved, "C", lambda run: score(run, "l0")[:1])
+    panel_by_name: dict[str, Panel] = {
+        "error": lambda: panels.bars(errors, panels.HELD_OUT_FVU, title="Error", most=WORST, short=True),
+        "sparsity": lambda: panels.bars(active, panels.L0, title="Sparsity", short=True),
+        "error by position": lambda: _errors(saved),
+        "weights by position": lambda: _weights(saved),
     }
-    names = ", ".join(scores.label for scores in scores_without_values(saved.trained("C")))
-    return _with_note(saved, arranged(panels, 2, (WIDE, 5.0)), "whiskers and bands", names)
+    names = ", ".join(map(panels.label_of, saved.trained("C").values()))
+    return _with_note(saved, panels.arranged(panel_by_name, 2, (panels.WIDE, 5.0)), "whiskers and bands", names)
 
 
 def _with_note(saved: CampaignResults, drawing: DrawnFigure, shown: str = "band", *lines: str) -> DrawnFigure:
-    text = [*lines, *([seed_note] if (seed_note := note(saved, shown)) else [])]
+    text = [line for line in (*lines, panels.note(saved, shown)) if line]
     if text:
         drawing.figure.supxlabel("\n".join(text), fontsize=7.5)
     return drawing
 
 
 def _convergence(weights: Curve) -> Draw:
-    """How far the weights are from those at the end."""
+    """Draw the mean distance of the weights from the final ones."""
     if len(weights.steps) < 3:
         raise NotMeasured("there are fewer than three reports")
     apart = Curve(weights.steps[:-1], distance_to_last(weights.of_seeds)[:, :-1])
 
     def draw(axes: Any) -> None:
-        axes.plot(apart.steps, apart.mean, color=LINES[0], linewidth=1.3, gid="distance")
-        band(axes, apart, LINES[0])
+        axes.plot(apart.steps, apart.mean, color=panels.LINES[0], linewidth=1.3, gid="distance")
+        panels.band(axes, apart, panels.LINES[0])
         axes.grid(alpha=0.25)
         axes.set(xlabel="training step", ylabel="mean |w - w at the end|", ylim=(0, None))
         axes.set_title("Distance to the final weights")
@@ -163,25 +142,25 @@ def _convergence(weights: Curve) -> Draw:
 
 
 def _difficulty(weights: Curve, error: Curve) -> Draw:
-    """Weights at the end against squared errors, a point a position, with the rank correlation."""
+    """Draw final weights against squared errors, a point per position, with the rank correlation."""
     w, e = weights.mean[-1], error.mean[-1]
     known, rho = np.isfinite(w) & np.isfinite(e), rank_correlation(w, e)
     if rho is None:
-        raise NotMeasured("weights or errors are the same at all positions, or fewer than three have tokens")
+        raise NotMeasured("weights or errors are the same at all positions, or fewer than three positions have tokens")
 
     def draw(axes: Any) -> None:
         points = axes.scatter(e[known], w[known], c=np.flatnonzero(known), cmap="viridis", s=11, linewidth=0)
-        axes.figure.colorbar(points, ax=axes, pad=0.02, aspect=30).set_label(POSITION, fontsize=7.5)
+        axes.figure.colorbar(points, ax=axes, pad=0.02, aspect=30).set_label(panels.POSITION, fontsize=7.5)
         axes.grid(alpha=0.25)
         axes.set(xlabel=f"{SQUARED_ERROR} at the end", ylabel="weight at the end", xscale="log")
-        plain_ticks(axes.xaxis)
+        panels.plain_ticks(axes.xaxis)
         axes.set_title(f"Weight and difficulty, Spearman's ρ = {rho:.2f}")
 
     return draw
 
 
 def _clustered(saved: CampaignResults, run: Mapping[str, Any]) -> dict[str, Any]:
-    """The clusters of the first seed: those of different seeds have nothing to do with each other."""
+    """The clusters of the first seed. Clusters of different seeds do not correspond."""
     result = saved.results(run, "clusters")[0]
     if not result["clusters"]:
         raise NotMeasured(f"too few latents of {run['run']} fire often enough to be clustered")
@@ -195,12 +174,12 @@ def _which(saved: CampaignResults) -> str:
 
 
 def _activity(result: dict[str, Any], which: str) -> Draw:
-    """Latents, from those that are active early to the late ones, by position."""
+    """Draw the activity of latents by position, sorted from early to late."""
     profiles = early_to_late(np.array(result["sample"]["profiles"]))
 
     def draw(axes: Any) -> None:
         edges = np.arange(profiles.shape[1] + 1) + 0.5
-        heat(axes, edges, np.arange(len(profiles) + 1), profiles, "share of a latent's activity", root=True)
+        panels.heat(axes, edges, np.arange(len(profiles) + 1), profiles, "share of a latent's activity", scale="root")
         axes.set(xlabel=BINS, ylabel="latents, early to late", title=f"Where latents are active{which}")
 
     return draw
@@ -243,47 +222,38 @@ def _specialized(axes: Any, result: dict[str, Any]) -> None:
     axes.set(xlabel="cluster", ylabel="1 - entropy / log 16", title="Specialization", ylim=(0, 1.02))
 
 
-def _legend(figure: Any) -> None:
-    from ..reporting.plots import legend_below
-
-    legend_below(figure, columns=4)
-
-
-def _errors(saved: CampaignResults, runs: Mapping[str, Any]) -> Draw:
-    """FVU of every run at every position of held-out text."""
-    fvu_by_run: dict[str, np.ndarray] = {}
-    for name, run in runs.items():
-        if saved.folders(run):
-            fvu_by_run[name] = 1 - saved.per_position(run, "explained_variance").mean
-    values = np.stack(list(fvu_by_run.values()))
+def _errors(saved: CampaignResults) -> Draw:
+    """Draw the FVU of every run at every position of held-out text."""
+    runs = {name: run for name, run in saved.runs_of("C").items() if saved.folders(run)}
+    values = np.stack([1 - saved.per_position(run, "explained_variance").mean for run in runs.values()])
 
     def draw(axes: Any) -> None:
         edges = np.arange(values.shape[1] + 1) - 0.5
-        heat(axes, edges, np.arange(len(values) + 1) - 0.5, values, HELD_OUT_FVU, log=True)
-        axes.set_yticks(range(len(values)), list(fvu_by_run))
+        panels.heat(axes, edges, np.arange(len(values) + 1) - 0.5, values, panels.HELD_OUT_FVU, scale="log")
+        axes.set_yticks(range(len(values)), list(runs))
         axes.tick_params(axis="y", length=0)
-        axes.set(xlabel=POSITION, title="Error by position")
+        axes.set(xlabel=panels.POSITION, title="Error by position")
         axes.invert_yaxis()
 
     return draw
 
 
-def _weights(saved: CampaignResults, runs: Mapping[str, Any]) -> Draw:
-    """Weights at the end by position, of the runs that have any but 1."""
+def _weights(saved: CampaignResults) -> Draw:
+    """Draw the final weights by position of the runs that have weights other than 1."""
     weights_by_run: dict[str, Curve] = {}
-    for name, run in runs.items():
+    for name, run in saved.trained("C").items():
         try:
-            last = saved.curve(run, *TRACKER, "weights")[-1]
+            final = saved.curve(run, *TRACKER, "weights")[-1]
         except NotMeasured:
             continue
-        if np.nanmax(np.abs(last.of_seeds - 1)) > TOLERANCE:
-            weights_by_run[name] = last
+        if np.nanmax(np.abs(final.of_seeds - 1)) > TOLERANCE:
+            weights_by_run[name] = final
     if not weights_by_run:
-        raise NotMeasured("no run of this campaign that tells of its weights has others than 1")
-    draw_lines = by_position(weights_by_run, "weight in the loss", "Weights at the end (others': 1)")
+        raise NotMeasured("no run of this campaign recorded weights other than 1")
+    draw_lines = panels.by_position(weights_by_run, "weight in the loss", "Weights at the end (other runs: 1)")
 
     def draw(axes: Any) -> None:
-        axes.axhline(1, color="#888888", linewidth=0.9, linestyle="--", zorder=0)
+        axes.axhline(1, color=panels.GREY, linewidth=0.9, linestyle="--", zorder=0)
         draw_lines(axes)
 
     return draw

@@ -1,27 +1,27 @@
-"""What the logs ask of runs beside each other: pairs of runs that differ in one mechanism."""
+"""The comparisons that the logs ask for: pairs of runs that differ in one mechanism."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from .significance import repeated, strictness
 
-Pair = tuple[str, str]  # a run, and the one that it is compared with
+Pair = tuple[str, str]  # a run, and the one it is compared with
 
-#: how strict masks are: (of the first, of the second) -> what the two differ in. Conditions of a campaign may set it.
+#: strictness of masks (of the first run, of the second) -> what the two differ in. A campaign's conditions may set it.
 STRICTNESS_PAIRS = {
     ("soft", "hard"): "soft masks rather than hard",
     ("annealed", "soft"): "annealed masks rather than soft",
     ("annealed", "hard"): "annealed masks rather than hard",
 }
-#: what two documented runs differ in -> the pairs that do
+#: what two documented runs differ in -> the pairs
 QUESTIONS: dict[str, tuple[Pair, ...]] = {
     STRICTNESS_PAIRS["soft", "hard"]: (("A2", "A1"), ("B2", "B1")),
     STRICTNESS_PAIRS["annealed", "soft"]: (("C2", "C1"),),
     STRICTNESS_PAIRS["annealed", "hard"]: (),
-    "a mask that comes in gradually rather than at once": (("B6", "B2"),),
+    "a gradual mask rather than one from the start": (("B6", "B2"),),
     "more L1 on soft masks": (("A3", "A2"),),
     "reconstruction weighted by position (A4 has more L1, too)": (("A4", "A2"), ("C5", "C2")),
-    "sparsity weighted by position as well": (("C6", "C5"),),
+    "sparsity also weighted by position": (("C6", "C5"),),
     "a global half beside routed position groups": (("A7", "A6"),),
     "L1 before the mask rather than after": (("B3", "B2"),),
     "clipping and a tenth of the learning rate": (("B4", "B3"),),
@@ -30,12 +30,12 @@ QUESTIONS: dict[str, tuple[Pair, ...]] = {
     "a curriculum for the adapters": (("B10", "B9"),),
     "dilated convolutions with separation rather than without": (("D2", "D1"),),
     "an adversary on top of the dynamic margin": (("E2", "E1"),),
-    "a stronger adversary, with spurious latents kept apart": (("E3", "E2"),),
+    "a stronger adversary, with spurious latents pushed apart": (("E3", "E2"),),
 }
 
 
 def pairs_by_question(campaign: Mapping[str, Any]) -> dict[str, list[Pair]]:
-    """The pairs of runs in campaign.json that answer each question, without those that came out the same as another pair."""
+    """The pairs of runs in campaign.json for each question. A pair with the same numbers as another is left out."""
     names = {(run["run"], run["condition"]): name for name, run in campaign["runs"].items() if not run["trained_as"]}
     same = repeated(campaign)
     pairs: dict[str, dict[Pair, Pair]] = {about: {} for about in QUESTIONS}

@@ -1,7 +1,7 @@
-"""Write a campaign's report: tables and figures of its numbers, and the rules by which verdicts are made.
+"""Write a campaign's report: tables and figures of its numbers, and the rules for its verdicts.
 
-The sentences are the same in every report. What depends on numbers stands in tables, and `significance` alone decides what
-is significant.
+The sentences are the same in every report. What depends on numbers is in tables, and `significance` alone decides what is
+significant.
 """
 
 import math
@@ -43,30 +43,30 @@ KNOW, VERDICT, SCORE_TABLE, CONTROLS, MEASURED = (
 )  # fmt: skip
 RULES = f"""\
 - A verdict compares a run with its baseline, the plain dictionary of the same activation in the same condition, or with a
-  run that differs in one mechanism. It is about the mean of their differences, seed by seed on the same text.
-- *Significant* means p of at most {LEVEL:g} after Holm's correction for all such comparisons of a score. The chance of even
-  one false claim about a score is then at most {LEVEL:.0%}. *{NO_DIFFERENCE.capitalize()}* does not mean that two
+  run that differs in one mechanism. It is about the mean of their differences, paired by seed on the same text.
+- *Significant* means p of at most {LEVEL:g} after Holm's correction for all comparisons of a score. The chance of even one
+  false claim about a score is then at most {LEVEL:.0%}. *{NO_DIFFERENCE.capitalize()}* does not mean that two
   dictionaries are equal. A single seed detects nothing.
-- Explained variance and CE recovered rise with L0 by themselves. With more than {ALIKE:g} times the latents active no run is
-  called better in them, and with fewer none is called worse. Training losses of different objectives are not compared.
+- Explained variance and CE recovered rise with L0 by themselves. A run with more than {ALIKE:g} times the active latents is
+  never called better in them, and one with fewer never worse. Training losses of different objectives are not compared.
 - {MARK} marks a score in which the random control is at least as good: the same dictionary around a frozen, unit-norm random
   decoder, with encoder and biases trained on the same tokens.
 - Failed dictionaries, and runs that are not above their random control, are listed under [{CONTROLS}](#{anchor(CONTROLS)}).
   Runs with the weights or the numbers of another are compared once."""
 SCORE_LEGEND = f"""\
-Means ± standard deviation over seeds, the verdict against the baseline where it is significant, and in brackets the random
-control's mean. {MARK}: the control is at least as good. {NOTHING}: not measured."""
+Means ± standard deviation over seeds, the verdict against the baseline if it is significant, and in brackets the mean of the
+random control. {MARK}: the control is at least as good. {NOTHING}: not measured."""
 SLICING = """\
-Each latent of a trained baseline was shut off outside one range of positions, or outside random positions, without training.
-These are the mean changes from the baseline as it is. What trained masks change stands below, score by score."""
+Each latent of a trained baseline was switched off outside one range of positions, or outside random positions, without
+training. These are the mean changes from the unchanged baseline. The effects of trained masks are below, score by score."""
 METHOD = """\
 All dictionaries were trained on the same batches of one stream and measured on the same rows. Seeds differ in the initial
-weights and in what is drawn at random, not in the text. Intervals are 95% intervals of Student's t over seeds.
+weights and in random draws, not in the text. Intervals are 95% intervals of Student's t over seeds.
 
 Formulas and controls are in `docs/evals.md` and in the modules of `evals/`, the runs in `campaign/documented/log_a.py` to
 `log_e.py`. `campaign.json` has the numbers of this report by seed, `campaign.yaml` the settings."""
 
-#: eval -> what it was measured on, and where in its result that stands (* is every name)
+#: eval -> what it was measured on, and the path of its extent in the result (* is every name)
 EXTENT = {
     "core": {"tokens": "tokens", "held-out rows": "rows", "tokens for CE": "ce_tokens"},
     "sparse_probing": {"sets of texts": "sets.*", "test rows of all classes": "sets.*.classes.*.test_rows"},
@@ -79,10 +79,10 @@ GROUPS = {"position-aware structure": "ABC", "other mechanisms": "DE"}  # of log
 
 
 def write(out: Path) -> Path:
-    """Write report.md and report.html into a campaign's folder, and figures of differences into its figures/differences/.
+    """Write report.md, report.html and the figures of differences into a campaign's folder.
 
-    Reads campaign.json, the results in runs/ and the figures that are there. Returns the path of report.md. Raises
-    UserError without campaign.json.
+    Reads campaign.json, the results in runs/ and the figures in figures/. Returns the path of report.md. Raises UserError
+    without campaign.json.
     """
     report = _Report(out)
     title = f"Does position-aware structure help? {report.campaign['model']}, {report.campaign['hook']}"
@@ -94,11 +94,11 @@ def write(out: Path) -> Path:
 
 
 class _Markdown(str):
-    """A cell of a table that is Markdown already. All others are text, and shown as they are."""
+    """A table cell in Markdown. All other cells are text, shown as it is."""
 
 
 class _Report:
-    """A campaign's numbers, and the tables and figures of them as Markdown."""
+    """The tables and figures of a campaign's numbers as Markdown."""
 
     def __init__(self, out: Path):
         self.out = out
@@ -109,16 +109,16 @@ class _Report:
         self.logs = logs_of(self.campaign)
         self.same = repeated(self.campaign)
         self.questions = pairs_by_question(self.campaign)
-        self.question = {pair: about for about, pairs in self.questions.items() for pair in pairs}
+        self.question_of = {pair: question for question, pairs in self.questions.items() for pair in pairs}
         self.differences = against_baselines(self.campaign)
-        self.between = compare(self.campaign, list(self.question))
+        self.between = compare(self.campaign, list(self.question_of))
         self.known = [key for key in COLUMNS if any(mean(run, key) is not None for run in self.every.values())]
         distinct = {name: run for name, run in self.every.items() if name not in self.same and run["scores"]}
         self.judged = {name: against_random(run["scores"]) for name, run in distinct.items()}
         self.failed = {name: why for run in self.every.values() for name, why in (run["failed"] or {}).items()}
 
     def markdown(self, drawn: Callable[[], None]) -> str:
-        """The report below its title. `drawn` is called after each figure of differences."""
+        """Make the report below its title. Calls `drawn` after each figure of differences."""
         headings = {log: f"Log {log}: {LOG_TITLES[log]}" for log in self.logs}
         places = (KNOW, VERDICT, SCORE_TABLE, CONTROLS, *headings.values(), MEASURED)
         links = " · ".join(f"[{place.partition(':')[0]}](#{anchor(place)})" for place in places)
@@ -135,7 +135,6 @@ class _Report:
         return "\n\n".join([*blocks, f"## {MEASURED}", METHOD, self.extent()])
 
     def facts(self) -> str:
-        """What the campaign is, and how many of its runs need care."""
         every, beats = self.every.values(), [comparison.beats for comparison in self.judged.values()]
         facts = {
             "model": self.campaign["model"], "hook": self.campaign["hook"], "seeds": self.campaign["seeds"],
@@ -151,18 +150,19 @@ class _Report:
         return _table("campaign | value", facts.items(), words=2)
 
     def overviews(self) -> list[str]:
-        """How many comparisons have which verdict: by log, by question and by score."""
-        differences = list(chain.from_iterable(self.differences.values()))
-        between = list(chain.from_iterable(self.between.values()))
-        logs = {about: names for about, names in GROUPS.items() if set(names) & self.logs.keys()}
+        """Count verdicts by log, by question and by score."""
+        differences, between = (list(chain(*scores.values())) for scores in (self.differences, self.between))
+        logs = {label: names for label, names in GROUPS.items() if set(names) & self.logs.keys()}
         logs |= {f"log {log}, {LOG_TITLES[log]}": log for log in self.logs}
-        by_log = {about: [d for d in differences if self.runs[d.run]["log"] in names] for about, names in logs.items()}
-        questions = {about: pairs for about, pairs in self.questions.items() if pairs}
-        by_pair = {about: [d for d in between if (d.run, d.other) in pairs] for about, pairs in questions.items()}
+        by_log = {label: [d for d in differences if self.runs[d.run]["log"] in names] for label, names in logs.items()}
+        by_question = {
+            question: [d for d in between if (d.run, d.other) in pairs]
+            for question, pairs in self.questions.items() if pairs
+        }  # fmt: skip
         by_score = {SCORES[score].name: several for score, several in self.differences.items()}
         return [
             "### By log", _overview("log", by_log),
-            "### By question", _overview("what two runs differ in", by_pair),
+            "### By question", _overview("what two runs differ in", by_question),
             "### By score", _overview("score", by_score),
         ]  # fmt: skip
 
@@ -177,37 +177,38 @@ class _Report:
         return _table("baseline | slices | specialization | explained variance | L0", lines, words=2)
 
     def comparisons(self, score: str) -> list[str]:
-        """The differences in a score, from the baseline and between runs: a table of those that are significant, with what
-        two runs differ in, and a list of the others by the reason."""
+        """A table of the significant differences in a score, and a list of the others by the reason."""
         lines: list[list[Any]] = []
         reasons: dict[str, list[str]] = {}
         for difference in [*self.differences.get(score, []), *self.between.get(score, [])]:
             name, other, half, digits = difference.run, difference.other, difference.half, _digits(difference)
-            change, question = _signed(difference.mean, digits), self.question.get((name, other))
+            change, question = _signed(difference.mean, digits), self.question_of.get((name, other))
             if difference.sign and half:
-                interval = " to ".join(
-                    _signed(edge, digits) for edge in (difference.mean - half, difference.mean + half)
-                )
+                edges = difference.mean - half, difference.mean + half
+                interval = " to ".join(_signed(edge, digits) for edge in edges)
                 run, seeds, verdict = self.every[name], len(difference.values), _verdict(difference)
                 control = f"{MARK} " * _is_reached(run, score) + number(mean(run, score, control=True), 3)
                 cell = _Markdown(plain(name) + (f" *{plain(question)}*" if question else ""))
                 lines.append([cell, other, change, interval, seeds, difference.tested, control, verdict])
             else:
-                pair, interval = f"{name} less {other}" if question else name, f" ± {half:.{digits}f}" if half else ""
+                pair, interval = f"{name} minus {other}" if question else name, f" ± {half:.{digits}f}" if half else ""
                 reasons.setdefault(difference.why, []).append(f"{plain(pair)} {change}{interval}")
         headings = "run | against | difference | 95% interval | seeds | corrected for | random control | verdict"
         bullets = [f"- {NO_DIFFERENCE} ({why}): {'; '.join(changes)}" for why, changes in reasons.items()]
         return [_table(headings, lines, words=2)] * bool(lines) + ["\n".join(bullets)] * bool(bullets)
 
     def draw_differences(self, score: str, drawn: Callable[[], None]) -> list[str]:
-        """Draw the differences in a score, a figure for each condition whatever the strictness of masks in it."""
-        condition_of: Callable[[Difference], str] = lambda d: strictness(self.every[d.run]["condition"])[1]
-        differences, figures = (self.differences.get(score, []), self.between.get(score, [])), []
-        for condition in dict.fromkeys(map(condition_of, chain(*differences))):
+        """Draw the differences in a score, in a figure per condition with all its strictnesses of masks."""
+        by_condition: dict[str, tuple[list[Difference], list[Difference]]] = {}
+        for index, scores in enumerate((self.differences, self.between)):
+            for difference in scores.get(score, []):
+                condition = strictness(self.every[difference.run]["condition"])[1]
+                by_condition.setdefault(condition, ([], []))[index].append(difference)
+        figures = []
+        for condition, differences in by_condition.items():
             path = f"figures/differences/{score}{f'-{condition}' if condition else ''}.png"
             title = f"{SCORES[score].name}{f' ({condition})' if condition else ''}"
-            chosen = ([d for d in several if condition_of(d) == condition] for several in differences)
-            draw_differences(self.out / path, title, *chosen)
+            draw_differences(self.out / path, title, *differences)
             drawn()
             figures.append(_figure(path, f"{title}: differences from baselines and between runs, means and seeds."))
         return figures
@@ -225,7 +226,7 @@ class _Report:
         return _table(" | ".join(["run", *(COLUMNS[key] for key in self.known)]), lines)
 
     def controls(self) -> str:
-        """Every distinct dictionary beside its random control, those that are not above it first."""
+        """A table of dictionaries beside their random controls, those that are not above it first."""
         lines = []
         for name, comparison in sorted(self.judged.items(), key=lambda item: item[1].beats is not False):
             values = [mean(self.every[name], key, control=control) for key in JUDGED for control in (False, True)]
@@ -249,7 +250,6 @@ class _Report:
         return _table(f"{settings} | steps | first FVU | last FVU | L0 | baseline's L0", lines, words=7)
 
     def analyses(self, log: str) -> list[str]:
-        """What the runs of a log find that look at another run's weights."""
         lines = [
             [name, run["trained_as"], *figure]
             for name, run in self.logs[log].items() if run["trained_as"] for figure in analysis_figures(run).items()
@@ -257,14 +257,14 @@ class _Report:
         return ["### Analyses", _table("run | looks at | figure | value", lines, words=4)] if lines else []
 
     def figures(self, folder: str) -> list[str]:
-        """The figures in a folder of figures/, and why others are not there or not whole."""
+        """The figures in a folder of figures/, and the reasons for missing figures and panels."""
         paths = sorted((self.out / "figures" / folder).glob("[!.]*.png"))
         blocks = [_figure(path.relative_to(self.out).as_posix(), CAPTIONS.get(path.stem, path.stem)) for path in paths]
         reasons = [(name, why) for name, why in missing(self.out).items() if name.rpartition("/")[0] == folder]
         return [*blocks, _table("figure missing or not whole | reason", reasons, words=2)] if reasons else blocks
 
     def extent(self) -> str:
-        """What each score means, what each eval was measured on, and how long training and measuring took."""
+        """Tables of what each score means, of the extent of each eval, and of the time that the campaign took."""
         scores = [[SCORES[key].name, SCORES[key].eval, SCORES[key].meaning] for key in self.known if key in SCORES]
         lines = []
         for name in self.campaign["evals"]:
@@ -279,13 +279,13 @@ class _Report:
         return f"{_table('score | eval | meaning', scores, 3)}\n\n{_table('eval or stage | extent', lines, 2)}"
 
     def _results(self, name: str, run: Run) -> list[dict[str, Any]]:
-        """An eval's results of a run's seeds that came through."""
+        """An eval's results of the seeds of a run that did not fail."""
         folders = [self.out / folder for folder in run["folders"] if Path(folder).name not in self.failed]
         return [result for folder in folders if (result := result_files.read(folder, name)) is not None]
 
 
 def _table(headings: str, lines: Iterable[Iterable[Any]], words: int = 1) -> str:
-    """A Markdown table whose first `words` columns, and verdicts, are words. The other columns are numbers."""
+    """A Markdown table. Its first `words` columns and the verdicts are text, the others numbers."""
     names = headings.split(" | ")
     cells = [[cell if isinstance(cell, _Markdown) else plain(cell) for cell in line] for line in lines]
     columns = [index for index, name in enumerate(names) if index < words or name == "verdict"]
@@ -293,12 +293,12 @@ def _table(headings: str, lines: Iterable[Iterable[Any]], words: int = 1) -> str
 
 
 def _overview(heading: str, groups: Mapping[str, Sequence[Difference]]) -> str:
-    """For each group of comparisons, how many runs are compared, better and worse, and how often there is which verdict."""
+    """A table of verdicts per group of comparisons."""
     lines = []
-    for about, differences in groups.items():
+    for group, differences in groups.items():
         runs = (len({d.run for d in differences if verdict in ("", d.verdict)}) for verdict in ("", *VERDICTS[:2]))
         counts = Counter(difference.verdict for difference in differences)
-        lines.append([about, *runs, counts.total(), *(counts[verdict] for verdict in VERDICTS)])
+        lines.append([group, *runs, counts.total(), *(counts[verdict] for verdict in VERDICTS)])
     runs = "runs compared | runs better somewhere | runs worse somewhere | comparisons"
     return _table(f"{heading} | {runs} | {' | '.join(VERDICTS)}", lines)
 
@@ -313,14 +313,14 @@ def _span(values: Iterable[int | None]) -> str:
 
 
 def _target(run: Run) -> str:
-    """The L0 that a run was trained for: K, or what its L1 coefficient was adjusted to."""
+    """The L0 that a run was trained for: K, or the one that its L1 coefficient was adjusted to."""
     if run["activation"] in ("topk", "batchtopk"):
         return f"K = {run['k']}"
     return "none" if run["target_l0"] is None else f"{run['target_l0']:g}"
 
 
 def _total(value: Any, path: str) -> int:
-    """The sum of the numbers at a path. What is there and is no number counts as one."""
+    """The sum of the numbers at a path. Any other value counts as one."""
     if not path:
         return value if isinstance(value, int) else 1
     name, _, rest = path.partition(".")
@@ -334,7 +334,7 @@ def _verdict(difference: Difference) -> _Markdown:
 
 
 def _digits(difference: Difference) -> int:
-    """So many decimals that half the width of the interval has two digits."""
+    """Decimals that show half the width of the interval with two digits."""
     return min(5, max(3, 1 - math.floor(math.log10(difference.half)))) if difference.half else 3
 
 
@@ -348,7 +348,7 @@ def _mean_change(pairs: Iterable[tuple[float | None, float | None]]) -> str:
 
 
 def _is_reached(run: Run, score: str) -> bool:
-    """Whether the random control is at least as good in a score of which more is better."""
+    """Whether the random control is at least as good, in a score where more is better."""
     value, control = mean(run, score), mean(run, score, control=True)
     is_better_higher = score in SCORES and SCORES[score].better > 0
     return is_better_higher and value is not None and control is not None and control >= value

@@ -1,5 +1,5 @@
-"""What campaign.json holds: of every run its settings, its scores over the seeds beside its random control's, and whether
-it beats that in what was measured."""
+"""campaign.json: the settings of every run, its scores over seeds beside its random control's, and whether it beats that
+control."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,10 @@ RESULTS = "campaign.json"
 
 @dataclass(frozen=True)
 class Score:
-    """A figure of a dictionary: its name, the eval that measures it, where it stands in the eval's result, and what it
-    means. `better` is 1 where more is better, -1 where less is, 0 where neither."""
+    """A score of a dictionary: its name, the eval that measures it, its path in the eval's result, and its meaning.
+
+    `better` is 1 if more is better, -1 if less is, and 0 if neither is.
+    """
 
     name: str
     eval: str
@@ -32,11 +34,11 @@ class Score:
     better: int = 1
 
 
-#: by the names that campaign.json has for them, in the order of tables
+#: by their names in campaign.json, in the order of tables
 SCORES = {
     "explained_variance": Score("Explained variance", "core", "explained_variance", "1 - FVU on held-out text"),
     "ce_recovered": Score(
-        "CE recovered", "core", "ce_recovered", "share won back of the cross-entropy that zeros at the hook cost"
+        "CE recovered", "core", "ce_recovered", "share recovered of the cross-entropy lost to zero ablation"
     ),
     "l0": Score("L0", "core", "l0", "latents active per token", 0),
     "dead_fraction": Score("Dead latents", "core", "dead_fraction", "share of latents that never fire, less is better", -1),
@@ -44,36 +46,36 @@ SCORES = {
     "probing_5": Score("Sparse probing top 5", "sparse_probing", "top_5", "probe accuracy on the 5 best, chance 0.5"),
     "order_pooled": Score(
         "Order probing mean-pooled", "positions", "order_probing.mean_pooled",
-        "telling the order of the same words from latents in the mean over tokens",
+        "probe accuracy on word order, from the mean of latents over tokens",
     ),
     "order_last": Score(
         "Order probing last token", "positions", "order_probing.last_token",
-        "telling the order of the same words from the last token's latents",
+        "probe accuracy on word order, from the last token's latents",
     ),
     "unlearning": Score(
         "Unlearning", "unlearning", "score", "share of a subject's answers changed while 99% of the others are kept"
     ),
-    "scr": Score("SCR", "scr", "score", "share of a spurious correlation removed with the latents for it"),
-    "tpp": Score("TPP", "tpp", "score", "what a class loses with its latents, less what the others lose"),
+    "scr": Score("SCR", "scr", "score", "share of a spurious correlation removed by ablating its latents"),
+    "tpp": Score("TPP", "tpp", "score", "accuracy that a class loses with its latents, minus what other classes lose"),
     "specialization": Score(
-        "Specialization", "positions", "specialization", "how much position decides whether a latent is active", 0
+        "Specialization", "positions", "specialization", "how far position determines whether a latent is active", 0
     ),
     "retention": Score(
         "Retention", "positions", "retention.value",
-        "share of the plain ReLU baseline's specialization that matching latents keep (not compared: that baseline has 1)",
+        "share of the plain baseline's specialization that matching latents keep (not compared: 1 for the baseline)",
     ),
     "fidelity": Score(
-        "Fidelity", "positions", "fidelity.profile", "how much of the activations' positional profile is reconstructed"
+        "Fidelity", "positions", "fidelity.profile", "share of the activations' positional profile that is reconstructed"
     ),
 }  # fmt: skip
-#: what a run is compared with its random control in
+#: the scores in which a run is compared with its random control
 JUDGED = {"explained_variance": "explained variance", "probing": "sparse probing"}
 
 
 def gather(
     config: CampaignConfig, planned: Sequence[CampaignRun], out: Path, failed: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The results of a campaign in `out`, of which `failed` says what went wrong, by the name of a dictionary."""
+    """Collect the results of a campaign in `out`. `failed` has the reason of each dictionary that failed, by name."""
     seeds_by_label: dict[str, list[CampaignRun]] = {}
     for campaign_run in planned:
         seeds_by_label.setdefault(campaign_run.label, []).append(campaign_run)
@@ -98,15 +100,14 @@ def gather(
 
 
 def _identity(run: str, condition: str) -> dict[str, Any]:
-    log = next((name for name, runs in LOGS.items() if run in runs), None)
-    definition = documented(run)
+    log, definition = next((name for name, runs in LOGS.items() if run in runs), None), documented(run)
     return {
         "run": run, "title": definition.title, "log": log, "condition": condition, "trained_as": definition.trained_as
     }  # fmt: skip
 
 
 def _run_results(planned: Sequence[CampaignRun], out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
-    """The results of a dictionary, of which each of `planned` is a seed."""
+    """The entry of a run in campaign.json. `planned` has one item per seed."""
     names, first = [campaign_run.name for campaign_run in planned], planned[0]
     settings = read_settings(out / "runs").by_name()[first.name]
     common = _identity(first.run, first.condition) | {
@@ -120,7 +121,7 @@ def _run_results(planned: Sequence[CampaignRun], out: Path, failed: Mapping[str,
     seeds = [_seed_results(out / "runs" / name) for name in names if name not in failed]
     if not seeds:
         return common | dict.fromkeys(("steps", "fvu_first", "fvu_last", *SCORES)) | {
-            "scores": {}, "beats_random": None, "why_not": "no seed came through: " + next(iter(failed.values()), "")
+            "scores": {}, "beats_random": None, "why_not": "every seed failed: " + next(iter(failed.values()), "")
         }  # fmt: skip
     scores = {
         name: _summary([seed["sae"].get(name) for seed in seeds])
@@ -139,11 +140,11 @@ def _run_results(planned: Sequence[CampaignRun], out: Path, failed: Mapping[str,
 
 
 def _seed_results(folder: Path) -> dict[str, Any]:
-    """Scores of one dictionary, and of its random control, by name."""
+    """The scores of one dictionary and of its random control, by name."""
     metrics = read_metrics(folder)
     held_out = read_metrics(folder, name=HELD_OUT) if (folder / HELD_OUT).is_file() else []
     if not metrics:
-        raise UserError(f"campaign: {folder / METRICS} holds no report; the run must be trained again")
+        raise UserError(f"campaign: {folder / METRICS} has no report; train the run again")
     last = metrics[-1]
     trained: dict[str, float | None] = {"loss": last["loss"]}
     random: dict[str, float | None] = {"loss": last["random"]["loss"]} if "random" in last else {}
@@ -164,7 +165,7 @@ def _seed_results(folder: Path) -> dict[str, Any]:
 
 
 def value_at(value: Any, path: Sequence[str]) -> Any:
-    """What stands in nested mappings at a path of names; None where there is nothing."""
+    """The value at a path of names in nested mappings, or None."""
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
@@ -176,7 +177,7 @@ def _number_at(result: Mapping[str, Any], path: str) -> float | None:
 
 
 def _control(result: Mapping[str, Any], path: str) -> float | None:
-    """The random control's figure: under `controls` of the innermost part around the score that has some."""
+    """The random control's value of a score, from the innermost `controls` around the score."""
     *names, last = path.split(".")
     for depth in range(len(names), -1, -1):
         controls = value_at(result, [*names[:depth], "controls"])
@@ -186,7 +187,7 @@ def _control(result: Mapping[str, Any], path: str) -> float | None:
 
 
 def _analysed(run: str, parent: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """What an analysis finds in the seeds of its run that came through, by figure; or why it finds nothing."""
+    """The results of an analysis by name, over the seeds that did not fail, or the reason why there are none."""
     folders = [out / folder for folder in parent["folders"] if Path(folder).name not in (parent["failed"] or {})]
     try:
         figures_by_seed = [
@@ -200,8 +201,10 @@ def _analysed(run: str, parent: Mapping[str, Any], out: Path) -> dict[str, Any]:
 
 
 def analysis_figures(run: Mapping[str, Any]) -> dict[str, str]:
-    """What an analysis finds, by the words for it: means over seeds with their spread, and every position or step that a
-    seed has. Under "not measured" the reason, where it finds nothing."""
+    """The results of an analysis as text, by label: mean ± standard deviation, or every position or step that a seed has.
+
+    An analysis without results has the reason as "not measured".
+    """
     if "why_not" in run["analysis"]:
         return {"not measured": run["analysis"]["why_not"]}
 
@@ -215,7 +218,7 @@ def analysis_figures(run: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _summary(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean and spread (standard deviation, of two seeds or more) of what is there."""
+    """Mean, spread (standard deviation, of two values or more) and values, None left out."""
     known = [value for value in values if value is not None]
     return {
         "mean": statistics.fmean(known) if known else None,
@@ -225,8 +228,8 @@ def _summary(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 class AgainstRandom(NamedTuple):
-    """A run beside its random control: the scores in which it is above, a sentence for each in which it is not, and one for
-    each that is not known of both."""
+    """A run beside its random control: the scores in which it is above, and a sentence for each in which it is not and for
+    each that was not measured of both."""
 
     above: list[str]
     below: list[str]
@@ -234,42 +237,38 @@ class AgainstRandom(NamedTuple):
 
     @property
     def beats(self) -> bool | None:
-        """Whether it is above in all that was measured; None where nothing was."""
+        """Whether the run is above in every measured score; None if there is none."""
         return not self.below if self.above or self.below else None
 
 
 def against_random(scores: Mapping[str, Any]) -> AgainstRandom:
-    """Compare a run's scores in campaign.json with its random control's, in means over seeds: explained variance and sparse
-    probing (mean of top 1, 2 and 5), those of them that were measured."""
+    """Compare a run's scores in campaign.json with its random control's, by the means over seeds of explained variance and
+    of sparse probing (mean of top 1, 2 and 5)."""
     comparison = AgainstRandom([], [], [])
     for name, label in JUDGED.items():
-        trained_mean, random_mean = (
-            summary["mean"] if summary else None for summary in (scores.get(name), scores.get(name, {}).get("random"))
-        )
-        if trained_mean is None or random_mean is None:
-            comparison.unknown.append(
-                f"{label}{'' if trained_mean is None else ' of its random control'} was not measured"
-            )
-        elif trained_mean > random_mean:
+        value, control = (value_at(scores, path) for path in ((name, "mean"), (name, "random", "mean")))
+        if value is None or control is None:
+            comparison.unknown.append(f"{label}{'' if value is None else ' of its random control'} was not measured")
+        elif value > control:
             comparison.above.append(label)
         else:
-            error = (scores.get("probing_error") or {}).get("mean") if name == "probing" else None
-            near = error is not None and random_mean - trained_mean <= error
-            close = f", no further apart than the standard error of so few texts ({error:.4f})" if near else ""
-            comparison.below.append(f"{label} is {trained_mean:.4f}, the random control's {random_mean:.4f}{close}")
+            error = value_at(scores, ("probing_error", "mean")) if name == "probing" else None
+            is_close = error is not None and control - value <= error
+            close = f", within the standard error of so few texts ({error:.4f})" if is_close else ""
+            comparison.below.append(f"{label} is {value:.4f}, the random control's {control:.4f}{close}")
     return comparison
 
 
 def read_results(out: Path) -> dict[str, Any]:
-    """What campaign.json of a folder holds. Raises UserError if there is none."""
+    """Read campaign.json of a folder. Raises UserError if it is missing or damaged."""
     path = out / RESULTS
     if not path.is_file():
-        raise UserError(f"{out} holds no {RESULTS}; the campaign isn't done: go on with --resume --out {out}")
-    mend = f"remove it, and temposae campaign --resume --out {out} makes it again"
-    return read_json(path, "campaign", mend, keys=dict.fromkeys(("runs", "baselines"), dict))
+        raise UserError(f"{out} has no {RESULTS}; the campaign is not finished, continue it with --resume --out {out}")
+    remedy = f"remove it, and temposae campaign --resume --out {out} makes it again"
+    return read_json(path, "campaign", remedy, keys=dict.fromkeys(("runs", "baselines"), dict))
 
 
 def logs_of(campaign: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The runs of campaign.json by log, each by its name, of logs that have some."""
+    """The runs of campaign.json by log and name."""
     by_log = {log: {name: run for name, run in campaign["runs"].items() if run["log"] == log} for log in LOGS}
     return {log: runs for log, runs in by_log.items() if runs}

@@ -1,4 +1,4 @@
-"""A campaign's work: train every dictionary on one stream, measure each, gather the results."""
+"""Run a campaign: train every dictionary on one stream, measure each, and write the results."""
 
 import json
 import sys
@@ -33,12 +33,12 @@ SETTINGS = "campaign.yaml"
 
 @default_modes()
 def campaign(config: CampaignConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Train, measure, draw and report `config`'s runs into the folder `out`; returns what `campaign.json` holds.
+    """Train and measure the runs of `config` in the folder `out`, draw figures and write a report.
 
-    All dictionaries are trained on the batches of one stream, each with its random control. Of each there is a folder
-    runs/NAME, as `train` leaves it; campaign.yaml, campaign.json, figures/, report.md and report.html are of all. With
-    `resume`, what was interrupted goes on: training from the last checkpoint, measuring from what is measured already. A run
-    that fails is named, with its reason, and the others go on. Raises UserError for settings that can't be, before any work.
+    All dictionaries are trained on the batches of one stream, each with its random control. `out` gets runs/NAME, as `train`
+    leaves it, campaign.yaml, campaign.json, figures/, report.md and report.html. Returns the contents of campaign.json. With
+    `resume`, training continues from the last checkpoint, and finished evals are kept. A run that fails is named with the
+    reason, and the others continue. Raises UserError for settings that are not allowed, before any work.
     """
     with owned(out):
         return _campaign(config, out, resume)
@@ -54,8 +54,13 @@ def _campaign(config: CampaignConfig, out: Path, resume: bool) -> dict[str, Any]
     _open(config, out, resume)
     model, runs = resolve({campaign_run.name: campaign_run.sections for campaign_run in planned})
     stream = _stream(model, runs)
+<<<<<<< HEAD
     check_runs(stream, runs)  # what is refused leaves no folder
     _say_lacking(config, runs, stream)
+=======
+    check(stream, runs)  # before the folder is made
+    _print_unmeasured(config, runs, stream)
+>>>>>>> campaign
     begin(out, config, SETTINGS)
     trained = train_together(stream, runs, out=out / "runs", resume=resume)
     failed = {name: run.failed for name, run in trained.items() if run.failed is not None}
@@ -63,7 +68,7 @@ def _campaign(config: CampaignConfig, out: Path, resume: bool) -> dict[str, Any]
     if stream.own is None:
         failed |= _measure(config, planned, trained, stream, out / "runs")
     seconds["measuring"] = round(time.monotonic() - began - seconds["training"], 1)
-    if resume and (out / RESULTS).is_file():  # it had come to its end, and what it took then counts
+    if resume and (out / RESULTS).is_file():  # add the time that the finished campaign took
         before = read_results(out)["seconds"]
         seconds = {stage: round(duration + before.get(stage, 0), 1) for stage, duration in seconds.items()}
     results = gather(config, planned, out, failed) | {"seconds": seconds}
@@ -78,13 +83,13 @@ def _open(config: CampaignConfig, out: Path, resume: bool) -> None:
     if not resume:
         check_free(out)
     elif not path.is_file():
-        raise UserError(f"resume: {out} holds no {SETTINGS}; it is not a campaign's folder")
+        raise UserError(f"resume: {out} has no {SETTINGS}; it is not a campaign's folder")
     elif _with_absolute_paths(read_config(out)) != config:
-        raise UserError(f"resume: the settings differ from {path}; resume with the ones that the campaign began with")
+        raise UserError(f"resume: the settings differ from {path}; resume with the same settings")
 
 
-def _say_lacking(config: CampaignConfig, runs: Mapping[str, RunConfig], stream: ActivationStream) -> None:
-    """Before any training, say what won't be measured."""
+def _print_unmeasured(config: CampaignConfig, runs: Mapping[str, RunConfig], stream: ActivationStream) -> None:
+    """Name the scores that can't be measured, before any training."""
     if stream.own is not None or stream.config.cache is not None:  # a cache's text is loaded when it is needed
         return
     for name in config.evals:
@@ -94,10 +99,10 @@ def _say_lacking(config: CampaignConfig, runs: Mapping[str, RunConfig], stream: 
 
 
 def read_config(out: Path) -> CampaignConfig:
-    """The settings of the campaign in a folder. Raises UserError if there is none."""
+    """Read the settings of the campaign in a folder. Raises UserError if there are none."""
     path = out / SETTINGS
     if not path.is_file():
-        raise UserError(f"{out} holds no {SETTINGS}; it is not a campaign's folder")
+        raise UserError(f"{out} has no {SETTINGS}; it is not a campaign's folder")
     try:
         return CampaignConfig(**read_sealed_yaml(path))
     except UserError as error:
@@ -105,14 +110,14 @@ def read_config(out: Path) -> CampaignConfig:
 
 
 def _with_absolute_paths(config: CampaignConfig) -> CampaignConfig:
-    """The settings with absolute paths in place of relative ones, so that they mean the same from any folder."""
+    """The settings with absolute paths, which mean the same from any working directory."""
 
-    def settled(section: dict[str, Any], *names: str) -> dict[str, Any]:
+    def resolved(section: dict[str, Any], *names: str) -> dict[str, Any]:
         paths = {name: section[name] for name in names if isinstance(section.get(name), str)}
         return section | {name: absolute(path) for name, path in paths.items() if path not in BUILT_IN}
 
-    stream = settled(config.stream, "model", "data", "cache", "activations")
-    return config.model_copy(update={"stream": stream, "train": settled(config.train, "init")})
+    stream = resolved(config.stream, "model", "data", "cache", "activations")
+    return config.model_copy(update={"stream": stream, "train": resolved(config.train, "init")})
 
 
 def _write_results(out: Path, results: dict[str, Any]) -> None:
@@ -132,7 +137,7 @@ def _stream(model: LanguageModel | None, runs: Mapping[str, RunConfig]) -> Activ
 def _measure(
     config: CampaignConfig, planned: list[CampaignRun], trained: Mapping[str, Run], stream: ActivationStream, runs: Path
 ) -> dict[str, str]:
-    """Results of every dictionary, in its folder's evals/; returns why some have none."""
+    """Write the results of every dictionary to its folder's evals/. Returns the reasons of those that failed, by name."""
     failed: dict[str, str] = {}
     whole = [campaign_run for campaign_run in planned if trained[campaign_run.name].failed is None]
     texts: dict[str, Evaluation] = {}
@@ -154,8 +159,8 @@ def _measure(
 
 
 def _reference(entry: CampaignRun, planned: list[CampaignRun], runs: Path) -> Checkpoint | None:
-    """The plain dictionary of an entry's activation, condition (but for how strict masks are) and seed, whose
-    position-specific latents `retention` looks for."""
+    """The plain dictionary of an entry's activation, condition and seed, the reference for `retention`. Strictness of masks
+    does not count."""
     activation, condition = entry.sections["sae"]["activation"], strictness(entry.condition)[1]
     for candidate in planned:
         if candidate.run == activation and (candidate.condition, candidate.seed) == (condition, entry.seed):

@@ -1,4 +1,4 @@
-"""What a campaign's folder holds, as its figures need it: of every run the numbers of all its seeds."""
+"""The saved numbers of a campaign's folder, per run and seed, as figures need them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from ..evals import result_files
 from .documented import documented
 from .results import logs_of, read_results, value_at
 
-#: by the first name of a path in metrics.jsonl: why it may not be there
+#: by the first name of a path in metrics.jsonl: why it may be missing
 WHY_NOT = {
-    "positions": "its metrics don't tell losses by position (train.log_positions was off)",
+    "positions": "its metrics have no losses by position (train.log_positions was off)",
     "parts": "it was trained without the part position_tracker",
 }
 
 
 class NotMeasured(Exception):
-    """What a figure, or a panel of one, would show was not measured; the text says why."""
+    """The numbers of a figure or panel were not measured. The text is the reason."""
 
 
 @dataclass(frozen=True)
 class SeedValues:
-    """A figure of each seed, those without one left out: with the mean, and the least and largest as spread."""
+    """The values of the seeds that have one."""
 
     values: tuple[float, ...]
 
@@ -37,18 +37,16 @@ class SeedValues:
     def mean(self) -> float:
         return float(np.mean(self.values))
 
-    @property
-    def reach(self) -> tuple[float, float]:
-        """How far down from the mean, and up, the seeds lie."""
-        return self.mean - min(self.values), max(self.values) - self.mean
-
     def __bool__(self) -> bool:
         return bool(self.values)
 
 
+NOTHING = SeedValues(())
+
+
 @dataclass(frozen=True)
 class Curve:
-    """Values [seeds, S, ...] at the same steps [S] of every seed; NaN where there is none."""
+    """Values [seeds, S, ...] at steps [S] that all seeds have. NaN: no value."""
 
     steps: np.ndarray
     of_seeds: np.ndarray
@@ -66,7 +64,7 @@ class Curve:
         return self._over("max")
 
     def __getitem__(self, step_index: int) -> "Curve":
-        """At one of the steps, as if positions were steps: [seeds, T]."""
+        """At one of the steps, with positions in place of steps: [seeds, T]."""
         values = self.of_seeds[:, step_index]
         return Curve(np.arange(values.shape[1]), values)
 
@@ -76,8 +74,11 @@ class Curve:
 
 
 class CampaignResults:
-    """A campaign's saved numbers. `logs` and `baselines` hold of every run, by its name, the part of campaign.json in the
-    first condition that the run has; `campaign` is all of it."""
+    """A campaign's saved numbers.
+
+    `campaign` is campaign.json. `baselines`, and `logs` by log, are its entries by run, each in the first condition that the
+    run has.
+    """
 
     def __init__(self, out: Path):
         self.out = out
@@ -86,7 +87,7 @@ class CampaignResults:
         self.baselines = _first(self.campaign["baselines"])
 
     def trained(self, log: str) -> dict[str, dict[str, Any]]:
-        """The runs of a log that have weights of their own; in an analysis' place the run that it looks at."""
+        """The runs of a log that have weights of their own. In place of an analysis, the run that it analyses."""
         run_by_name: dict[str, dict[str, Any]] = {}
         for run in self.logs[log].values():
             name = run["trained_as"]
@@ -96,24 +97,32 @@ class CampaignResults:
                 run_by_name[name] = run | {"run": name, "title": documented(name).title}
         return dict(sorted(run_by_name.items(), key=lambda item: (len(item[0]), item[0])))
 
+    def runs_of(self, log: str) -> dict[str, dict[str, Any]]:
+        """The baselines, then the runs of a log that have weights of their own."""
+        return self.baselines | self.trained(log)
+
     def weights_of(self, name: str) -> dict[str, Any]:
-        """The run whose weights are those of this one. Raises Lacking where the campaign has none."""
+        """The run with these weights. Raises NotMeasured if the campaign has none."""
         run = self.trained(name[0]).get(name) if name[0] in self.logs else None
         if run is None:
             raise NotMeasured(f"it shows {name}, which this campaign has not trained")
         return run
 
     def folders(self, run: Mapping[str, Any]) -> list[Path]:
-        """Of every seed that came through."""
-        folders = [self.out / folder for folder in run["folders"]]
-        return [folder for folder in folders if folder.name not in (run["failed"] or {})]
+        """The folders of the seeds that did not fail. Raises NotMeasured if one is missing."""
+        return [self._folder(name) for name in run["folders"] if Path(name).name not in (run["failed"] or {})]
 
     def settings(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of its first seed, by section, as config.yaml has them."""
-        return read_sealed_yaml(self.out / run["folders"][0] / CONFIG)
+        """The sections of config.yaml of the first seed."""
+        return read_sealed_yaml(self._folder(run["folders"][0]) / CONFIG)
+
+    def _folder(self, name: str) -> Path:
+        if not (self.out / name).is_dir():
+            raise NotMeasured(f"the campaign's folder has no {name}")
+        return self.out / name
 
     def curve(self, run: Mapping[str, Any], *path: str, file: str = METRICS) -> Curve:
-        """What every report of a run says at a path of names."""
+        """The value at a path of names in every report of a run."""
         seeds: list[dict[int, Any]] = []
         for folder in self.folders(run):
             lines = {line["step"]: value_at(line, path) for line in read_metrics(folder, name=file)}
@@ -126,12 +135,12 @@ class CampaignResults:
         return Curve(np.array(steps), np.array([[seed[step] for step in steps] for seed in seeds], dtype=float))
 
     def steps(self, run: Mapping[str, Any]) -> SeedValues:
-        """How many every seed has come to, also of those that failed."""
+        """The last step of every seed, failed ones included."""
         metrics = [read_metrics(self.out / folder) for folder in run["folders"]]
         return SeedValues(tuple(float(lines[-1]["step"]) for lines in metrics if lines))
 
     def results(self, run: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-        """What an eval found, of every seed."""
+        """An eval's results of every seed."""
         measured = [result_files.read(folder, name) for folder in self.folders(run)]
         complete = [result for result in measured if result is not None and "skipped" not in result]
         if not complete:
@@ -139,7 +148,7 @@ class CampaignResults:
         return complete
 
     def per_position(self, run: Mapping[str, Any], name: str) -> Curve:
-        """What core found at each position."""
+        """A result of core at each position."""
         results = self.results(run, "core")
         values = np.array([result["per_position"][name] for result in results], dtype=float)
         return Curve(np.array(results[0]["per_position"]["position"]), values)
@@ -147,20 +156,20 @@ class CampaignResults:
 
 def score(run: Mapping[str, Any], name: str) -> tuple[SeedValues, SeedValues]:
     """A score of a run's seeds, and of their random controls."""
-    figures = run["scores"].get(name)
-    if figures is None:
-        return SeedValues(()), SeedValues(())
-    return SeedValues.of(figures["values"]), SeedValues.of((figures["random"] or {"values": ()})["values"])
+    summary = run["scores"].get(name)
+    if summary is None:
+        return NOTHING, NOTHING
+    return SeedValues.of(summary["values"]), SeedValues.of((summary["random"] or {"values": ()})["values"])
 
 
 def final_fvu(run: Mapping[str, Any]) -> SeedValues:
-    """FVU on held-out text at the end: as core has it, or as training had it last."""
+    """Final FVU on held-out text: from core, else the last value in training."""
     explained, _ = score(run, "explained_variance")
     return SeedValues(tuple(1 - value for value in explained.values)) if explained else score(run, "fvu_last")[0]
 
 
 def _first(runs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The first condition of each: a run without a mask has none of strictness, so conditions differ from run to run."""
+    """Each run in its first condition. Runs without a mask have no condition of strictness, so this differs between runs."""
     first_runs: dict[str, dict[str, Any]] = {}
     for run in runs.values():
         first_runs.setdefault(run["run"], run)

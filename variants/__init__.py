@@ -1,6 +1,6 @@
-"""Every mechanism that we have, by its name in settings: importing this makes them known to the engine."""
+"""The mechanisms of the documented runs. Importing this package registers them as parts by name."""
 
-from . import (
+from . import (  # noqa: F401 (each module registers its parts)
     adversary,
     competition,
     contrast,
@@ -21,25 +21,3 @@ from . import (
     temporal,
     tracking,
 )
-
-__all__ = [
-    "adversary",
-    "competition",
-    "contrast",
-    "cross_layer",
-    "decoder_penalties",
-    "dynamics",
-    "embeddings",
-    "gating",
-    "hierarchy",
-    "loss_weights",
-    "norms",
-    "pruning",
-    "ranges",
-    "routing",
-    "similarity",
-    "sparsity",
-    "specialised_weights",
-    "temporal",
-    "tracking",
-]

@@ -1,5 +1,4 @@
-"""Dictionaries that are not to be about a spurious attribute: a probe to play against, and penalties on decoder rows chosen
-by attribution or by how they go with the attribute."""
+"""Reduce what a dictionary encodes of a spurious attribute: an adversarial probe, and penalties on decoder rows."""
 
 from typing import Any
 
@@ -18,8 +17,9 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def class_shares(attribute: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Which tokens have the attribute 0, and which 1 [2, N], as shares of their class, and whether there are any [2]; zeros
-    for a class without."""
+    """Each token's share of its class [2, N], for attribute 0 and 1, and whether the class occurs [2]. Shares of an
+    absent class are 0.
+    """
     member = torch.stack([attribute == 0, attribute == 1]).to(dtype)
     count = member.sum(1, keepdim=True)
     return member / count.clamp_min(1), count.flatten() > 0
@@ -27,26 +27,22 @@ def class_shares(attribute: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 @part("adversary")
 class Adversary(Part):
-    """A probe learns to tell the attribute y from the codes, the dictionary to have codes across its direction (E2, E3).
+    """A probe learns to predict the attribute y from codes, and the dictionary makes codes orthogonal to its direction
+    (E2, E3).
 
-        probe        logit_n = stop_gradient(f_n) . w + b       w [F], b; binary cross-entropy, both classes counting alike
+        probe        logit_n = stop_gradient(f_n) . w + b       w [F], b; binary cross-entropy, both classes weighted equally
         dictionary   lambda * D * mean_n |cos(f_n, stop_gradient(w))|
                      lambda = strength * max(A - 0.5, 0.1)
 
-    Both are terms of the loss, and neither's gradient reaches the other's parameters. A is the moving average of the probe's
-    accuracy on batches before it learns from them, the mean over both classes, so that 0.5 is chance whatever their sizes;
-    batches with one class alone leave it. f . w = 0 for every token leaves the probe nothing to tell classes by. The logs
-    don't say what the cosine is taken of, how the probe learns (here: by the dictionary's optimiser, `pace` times as fast),
-    nor the decay of A.
+    Both are terms of the loss, and neither's gradient reaches the other's parameters. A is the moving average of the
+    probe's balanced accuracy on batches before it learns from them, so 0.5 is chance. Batches with a single class don't
+    change it. If f . w = 0 for every token, the probe cannot separate the classes. The logs specify neither what the
+    cosine is taken of, nor how the probe learns (here by the dictionary's optimiser, `pace` times as fast), nor the
+    decay of A.
     """
 
     class Settings(PartSettings):
-        strength: float = Field(
-            default=0.1,
-            ge=0,
-            description="Weight of the dictionary's term, in units of D. It also grows with the probe's advantage "
-            "over chance.",
-        )
+        strength: float = Field(default=0.1, ge=0, description="Weight of the dictionary's term, in units of D.")
         decay: float = Field(
             default=0.95, ge=0, lt=1, description="Decay per step of the mean of the probe's accuracy."
         )
@@ -93,22 +89,22 @@ class Adversary(Part):
             self._batch_scores = None
 
     def report(self) -> dict[str, Any]:
-        """`cosine`: the mean of its magnitude."""
+        """`cosine` is the mean of its magnitude."""
         values = torch.stack([self.accuracy.value, self.pressure, self.cosine.value]).tolist()
         return dict(zip(("accuracy", "lambda", "cosine"), values, strict=True))
 
 
 @part("selective_orthogonality")
 class SelectiveOrthogonality(Part):
-    """Decoder rows of the latents that the loss depends on most are made orthogonal (runs E2 and E3).
+    """Decoder rows of the latents that the loss depends on most are made orthogonal (E2, E3).
 
-    Attribution of latent j is the moving average of sum_n |f_nj dL/df_nj|, L being the whole loss. Of the latents above its
-    `percentile` at the moment, at most `sample` drawn at random, with c_ij the cosines of their decoder rows:
+    The attribution of latent j is the moving average of sum_n |f_nj dL/df_nj|, L being the whole loss. At most `sample`
+    latents above the `percentile` are drawn at random. With c_ij the cosines of their decoder rows:
 
         penalty = coefficient * D * mean_i sum_{j != i} c_ij^2
 
-    If each of them had a twin among those drawn, that would be coefficient * D. Latents without any attribution never count.
-    The logs give the percentile, neither the penalty's weight nor the decay of the attribution.
+    If each had one twin among those drawn, this would be coefficient * D. Latents without attribution never count. The
+    logs specify the percentile, but neither the penalty's weight nor the decay of the attribution.
     """
 
     class Settings(PartSettings):
@@ -124,7 +120,7 @@ class SelectiveOrthogonality(Part):
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         self.attribution = RunningMean(settings.decay, sae.d_sae)
-        self.cosine = RunningMean(settings.decay)  # mean square among those drawn
+        self.cosine = RunningMean(settings.decay)  # mean square among the latents drawn
         self._batch_attribution: Tensor | None = None
         self._cosine: Tensor | None = None
 
@@ -132,7 +128,7 @@ class SelectiveOrthogonality(Part):
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if sae.d_sae - int(sae.d_sae * settings.percentile / 100) < 2:
             raise ValueError(
-                f"percentile: {settings.percentile:g} is not allowed; of {sae.d_sae} latents it leaves fewer than 2"
+                f"percentile: {settings.percentile:g} is not allowed; it must leave at least 2 of {sae.d_sae} latents"
             )
 
     def penalty(self, batch: BatchView) -> Tensor:
@@ -147,7 +143,7 @@ class SelectiveOrthogonality(Part):
         return self.settings.coefficient * D / len(chosen) * squares
 
     def _watch(self, batch: BatchView) -> None:
-        """Look at the gradient of the codes when it comes by."""
+        """Record the attribution when the gradient of the codes is computed."""
         code, F = batch.code, batch.sae.cfg.d_sae
         activations = batch.f if code is None else code.values
         assert activations is not None
@@ -176,7 +172,7 @@ class SelectiveOrthogonality(Part):
             self._cosine = None
 
     def report(self) -> dict[str, Any]:
-        """`share`: that of all attribution which the latents above the percentile have; `cosine`: mean square among them."""
+        """`share`: share of all attribution above the percentile. `cosine`: mean square among these latents."""
         attribution, F = self.attribution.value, len(self.attribution.value)
         above = attribution.topk(F - int(F * self.settings.percentile / 100)).values
         return {"share": float(above.sum() / attribution.sum().clamp_min(TINY)), "cosine": float(self.cosine.value)}
@@ -184,35 +180,30 @@ class SelectiveOrthogonality(Part):
 
 @part("spurious_contrast")
 class SpuriousContrast(Part):
-    """Decoder rows of latents that go with the attribute are pushed away from the others' (run E3).
+    """Decoder rows of latents that correlate with the attribute are pushed away from the others' (E3).
 
         score_j = |E[f_j | y = 1] - E[f_j | y = 0]| / std f_j
 
-    by moving averages over steps, both classes alike. The `share` of latents with the largest score are the spurious
-    ones S, the others O. With at most `sample` of each drawn at random, c_ij the cosine of their decoder rows and
-    m = 2 / sqrt(D), two standard deviations of that of random directions:
+    by moving averages over steps, both classes weighted equally. The `share` of latents with the largest score are the
+    spurious ones S, the others O. With at most `sample` of each drawn at random, c_ij the cosine of their decoder rows
+    and m = 2 / sqrt(D), two standard deviations of that of random directions:
 
         penalty = coefficient * D * |O| * mean_{i in S, j in O} relu(|c_ij| - m)^2
 
-    |O| times the mean over pairs is what a spurious row has with all others together. Random directions cost about
-    coefficient * 0.012 |O|. The logs say that spuriously correlated features are separated by a contrastive loss, no more.
+    |O| times the mean over pairs is the overlap of one spurious row with all others. Random directions cost about
+    coefficient * 0.012 |O|. The logs only say that a contrastive loss separates spuriously correlated features.
     """
 
     class Settings(PartSettings):
         coefficient: float = Field(default=0.3, ge=0, description="Weight of the penalty, in units of D.")
         share: float = Field(
-            default=0.1,
-            gt=0,
-            lt=1,
-            description="Share of the latents that count as spurious, those with the largest score.",
+            default=0.1, gt=0, lt=1, description="Share of latents that count as spurious, by largest score."
         )
         decay: float = Field(
-            default=0.99, ge=0, lt=1, description="Decay per step of the means of activations and their squares."
+            default=0.99, ge=0, lt=1, description="Decay per step of the mean activations and squares."
         )
         sample: int = Field(
-            default=512,
-            ge=1,
-            description="Largest number of latents of either group that a step compares, drawn at random.",
+            default=512, ge=1, description="Largest number of latents per group that a step compares, drawn at random."
         )
 
     reads = frozenset({"attribute", "f"})
@@ -227,11 +218,11 @@ class SpuriousContrast(Part):
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if sae.d_sae < 2:
-            raise ValueError(f"d_sae: {sae.d_sae} is not allowed with spurious_contrast; it parts at least 2 latents")
+            raise ValueError(f"d_sae: {sae.d_sae} is not allowed with spurious_contrast; it must be at least 2")
 
     @property
     def score(self) -> Tensor:
-        """[F]; zero until both classes were seen."""
+        """Score [F], 0 until both classes have occurred."""
         mean_without, mean_with = self.mean.value
         variance = self.square.value.mean(0) - self.mean.value.mean(0).square()
         standardised = (mean_with - mean_without).abs() / variance.clamp_min(0).sqrt().clamp_min(TINY)
@@ -263,6 +254,6 @@ class SpuriousContrast(Part):
             self._batch_cosine = None
 
     def report(self) -> dict[str, Any]:
-        """`score`: mean over the spurious latents; `cosine`: mean square between them and the others."""
+        """`score`: mean over the spurious latents. `cosine`: mean square between them and the others."""
         mean_score = self.score.topk(self.spurious).values.mean()
         return {"score": float(mean_score), "cosine": float(self.alike.value)}

@@ -1,10 +1,10 @@
-"""Latents that are left out: at random, or because a neighbour is larger."""
+"""Sparsify codes further: drop latents at random, or keep the largest of each group."""
 
 from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
@@ -15,30 +15,29 @@ WEAK = 0.1
 
 @part("feature_dropout")
 class FeatureDropout(Part):
-    """In training each latent of each token is dropped with probability p, the others grow by 1 / (1 - p) (run D3).
+    """Each latent of each token is dropped with probability p in training, and the others grow by 1 / (1 - p) (D3).
 
-    It is done after the mask and before topk and batchtopk select; the 1 / (1 - p) keeps the mean of f and of L1.
+    This acts after the mask and before topk and batchtopk select. The factor 1 / (1 - p) preserves the mean of f and of
+    L1.
 
-    What the log tracks as a feature's importance is, decided here, the mean over tokens of |f_j W_dec[j]|, what the latent
-    contributes; decoder rows have norm 1, so it is the mean of f_j: a running mean over about 100 batches. Reported are its
-    quantiles over latents, and how many are `weak`: below a tenth of the mean over latents.
+    A feature's importance, which the log tracks but does not define, is the mean over tokens of |f_j W_dec[j]|, which
+    is the mean of f_j because decoder rows have norm 1. It is a running mean over about 100 batches. The report has its
+    quantiles over latents, and the share of `weak` latents, below a tenth of the mean.
     """
 
     class Settings(PartSettings):
         p: float = Field(
-            default=0.2, ge=0, lt=1, description="Probability that a latent of a token is dropped in training."
+            default=0.2, ge=0, lt=1, description="Probability of dropping a latent of a token in training."
         )
-
-    importance: Tensor
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.register_buffer("importance", torch.zeros(sae.d_sae))
+        self.importance = nn.Buffer(torch.zeros(sae.d_sae))
 
     def latents(self, f: Tensor, batch: BatchView) -> Tensor:
         if not batch.training or self.settings.p == 0:
             return f
-        # N F numbers are drawn where f is; on the CPU they would take longer than the step.
+        # The N F numbers are drawn on the device of f: on the CPU they would take longer than the step.
         generator = torch.Generator(f.device).manual_seed(batch.generator().initial_seed())
         survives = torch.empty_like(f, dtype=torch.bool).bernoulli_(1 - self.settings.p, generator=generator)
         return f * survives / (1 - self.settings.p)
@@ -58,9 +57,9 @@ class FeatureDropout(Part):
 
 @part("winner_takes_all")
 class WinnerTakesAll(Part):
-    """Of each `group` neighbouring latents only the largest of a token stays, the others are 0 (run D4).
+    """Only the largest of each `group` neighbouring latents of a token stays, the others are 0 (D4).
 
-    It is done after the mask and before topk and batchtopk select. The last group has what is left of F.
+    This acts after the mask and before topk and batchtopk select. The last group may be smaller.
     """
 
     class Settings(PartSettings):
@@ -71,8 +70,7 @@ class WinnerTakesAll(Part):
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if settings.group > sae.d_sae:
-            most = f"it must be at most d_sae ({sae.d_sae})"
-            raise ValueError(f"group: {settings.group} is not allowed; {most}")
+            raise ValueError(f"group: {settings.group} is not allowed; it must be at most d_sae ({sae.d_sae})")
 
     def latents(self, f: Tensor, batch: BatchView) -> Tensor:
         group = self.settings.group

@@ -1,38 +1,39 @@
-"""Terms that draw codes together or push them apart."""
+"""Contrastive terms on codes by position."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
 
 
 def pairs_by_position(pos: Tensor, size: int, n_positions: int, generator: torch.Generator) -> Tensor:
-    """Indices of at most `size` tokens of pos [N], two at each of as many positions as that gives, drawn at random; where
-    there are fewer positions, two more at each, and so on. Does not wait for the device."""
+    """Draw indices of at most `size` tokens of pos [N]: two at each of as many positions as possible, then two more at
+    each, and so on. Does not wait for the device.
+    """
     N = len(pos)
     mixed = torch.randperm(N, generator=generator).to(pos.device)
     turn = torch.randperm(n_positions, generator=generator).to(pos.device)
-    mixed = mixed[pos[mixed].argsort(stable=True)]  # by position, at random within it
+    mixed = mixed[pos[mixed].argsort(stable=True)]  # sorted by position, in random order within a position
     position = pos[mixed].contiguous()
-    rank = torch.arange(N, device=pos.device) - torch.searchsorted(position, position)  # of those at its position
+    rank = torch.arange(N, device=pos.device) - torch.searchsorted(position, position)  # within its position
     return mixed[(rank // 2 * n_positions + turn[position]).argsort(stable=True)[:size]]
 
 
 def info_nce(f: Tensor, label: Tensor, temperature: float) -> Tensor:
-    """Mean over anchors i that have another of their label of
+    """InfoNCE loss, the mean over anchors i for which another item has their label of
 
         -ln(sum_{k != i, label_k = label_i} exp(z_i z_k / temperature) / sum_{k != i} exp(z_i z_k / temperature))
 
-    with z = f / |f|, f [M, F] and label [M]; 0 if there is none.
+    with z = f / |f|, f [M, F] and label [M]. 0 without anchors.
     """
     z = F.normalize(f, dim=1)
     is_self = torch.eye(len(f), dtype=torch.bool, device=f.device)
-    absent = torch.finfo(z.dtype).min  # in place of -inf, which has no gradient where nothing else is there
+    absent = torch.finfo(z.dtype).min  # instead of -inf, whose logsumexp over a whole row has no gradient
     similar = (z @ z.T / temperature).masked_fill(is_self, absent)
     positive = (label[:, None] == label) & ~is_self
     is_anchor = positive.any(1)
@@ -42,12 +43,12 @@ def info_nce(f: Tensor, label: Tensor, temperature: float) -> Tensor:
 
 @part("position_contrast")
 class PositionContrast(Part):
-    """Codes of tokens at the same position attract, those of other positions repel (run A8).
+    """Codes of tokens at the same position attract, those of different positions repel (A8).
 
         penalty = coefficient * D * info_nce(f[sample], pos[sample], temperature)
 
-    The sample is of at most `sample` tokens, in pairs of one position, so that anchors have positives. Decided: D brings
-    nats to the units of a squared error; `coefficient` 0.01 of it leaves reconstruction the larger term.
+    The sample has at most `sample` tokens, in pairs of one position, so that anchors have positives. Decided here: D
+    converts nats to the units of a squared error, and with `coefficient` 0.01 reconstruction stays the larger term.
     """
 
     reads = frozenset({"f"})
@@ -57,15 +58,11 @@ class PositionContrast(Part):
             default=0.01, ge=0, description="Weight of the contrastive loss (in nats), in units of D."
         )
         temperature: float = Field(default=0.1, gt=0, description="Divisor of cosines between codes in the softmax.")
-        sample: int = Field(
-            default=256, ge=4, description="Largest number of tokens that a step compares, in pairs of one position."
-        )
-
-    contrast: Tensor
+        sample: int = Field(default=256, ge=4, description="Largest number of tokens that a step compares.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.register_buffer("contrast", torch.zeros(()))
+        self.contrast = nn.Buffer(torch.zeros(()))
 
     def penalty(self, batch: BatchView) -> Tensor | None:
         assert batch.f is not None

@@ -1,4 +1,4 @@
-"""What a dictionary makes of another layer's activations."""
+"""Consistency between a dictionary's codes at two layers."""
 
 from typing import Any
 
@@ -12,11 +12,13 @@ from ..engine.registry import find
 from .similarity import sample_indices
 
 TINY = 1e-12
-ON_THE_WAY = ("input", "pre", "acts", "latents")  # to the codes
+ENCODING = ("input", "pre", "acts", "latents")  # methods that change codes
 
 
 def to_units_of(x: Tensor, second: Tensor) -> Tensor:
-    """`second` [N, D], moved and scaled to the mean of x and to x's mean squared distance from it. Layers differ in both."""
+    """Shift and scale `second` [N, D] to the mean of x, and to x's mean squared distance from it. Layers differ in
+    both.
+    """
     mean, second_mean = x.mean(0), second.mean(0)
     spread, second_spread = ((values - center).square().sum() for values, center in ((x, mean), (second, second_mean)))
     return mean + (second - second_mean) * (spread / second_spread.clamp_min(TINY)).sqrt()
@@ -24,31 +26,27 @@ def to_units_of(x: Tensor, second: Tensor) -> Tensor:
 
 @part("cross_layer")
 class CrossLayer(Part):
-    """The same latents for the same token at two layers (E9; needs `stream.second`).
+    """The same token has the same latents at two layers (E9; needs `stream.second`).
 
         consistency  consistency D mean_n |f(x_n) - f(x'_n)|^2 / mean_n (|f(x_n)|^2 + |f(x'_n)|^2)
         alignment    alignment D (1 - cos(G, G')),   G = sum_n f(x_n)^T (x_n - x_hat_n) [F, D],  G' of x' likewise
 
-    x' are the activations at the second hook, moved and scaled to x's mean and spread over the batch; f(x') comes from the
-    same encoder, mask, parts and selection. -2 G is the gradient of the squared error with respect to W_dec. It is never
-    formed: <G, G'> = sum_nm (f_n . f'_m)(r_n . r'_m), with r = x - x_hat, takes [n, n]. Over `tokens` tokens drawn from the
-    batch. Decided here: 0.1 is the weight of the consistency; its denominator, a constant, so that it is a share of what
-    there could be; the gradient with respect to W_dec; the weight of the alignment; that x' is brought to x's units.
+    x' are the activations at the second hook, shifted and scaled to x's mean and spread over the batch. f(x') uses the
+    same encoder, mask, parts and selection. -2 G is the gradient of the squared error with respect to W_dec. It is
+    never formed: <G, G'> = sum_nm (f_n . f'_m)(r_n . r'_m), with r = x - x_hat, needs only [n, n], over `tokens` tokens
+    drawn from the batch. Decided here: 0.1 weights the consistency; its denominator is a constant, which makes it a
+    share of its maximum; the gradient is that with respect to W_dec; the weight of the alignment; x' is converted to
+    x's units.
     """
 
     reads = frozenset({"f", "second"})
 
     class Settings(PartSettings):
         consistency: float = Field(
-            default=0.1,
-            ge=0,
-            description="Weight of the penalty on codes that differ between the layers, in units of D.",
+            default=0.1, ge=0, description="Weight of the penalty on codes that differ between layers, in units of D."
         )
         alignment: float = Field(
-            default=0.01,
-            ge=0,
-            description="Weight of the penalty on decoder gradients that differ in direction between the layers, in "
-            "units of D.",
+            default=0.01, ge=0, description="Weight of the penalty on differing directions of decoder gradients."
         )
         tokens: Count = Field(default=256, description="Tokens drawn from each batch for both penalties.")
 
@@ -60,10 +58,10 @@ class CrossLayer(Part):
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         for part_class in (find(section["kind"]) for section in sae.parts):
             if "rows" in part_class.reads and any(
-                getattr(part_class, method) is not getattr(Part, method) for method in ON_THE_WAY
+                getattr(part_class, method) is not getattr(Part, method) for method in ENCODING
             ):
                 raise ValueError(
-                    f"parts: cross_layer is not allowed with {part_class.kind}, which looks along rows; it draws tokens"
+                    f"parts: cross_layer is not allowed with {part_class.kind}, which needs whole rows; it samples tokens"
                 )
 
     def penalty(self, batch: BatchView) -> Tensor:

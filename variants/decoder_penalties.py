@@ -2,12 +2,10 @@
 
     penalty = strength D (D mean_{i != j} c_ij^2)        c = W W^T, cosines, because decoder rows have norm 1
 
-The mean over pairs of the sample estimates that over all F rows. Decided here: c^2 of random directions is 1 / D in the
-mean, so the bracket is about 1 before training, whatever F and M are, and `strength` is a share of |x|^2. A random decoder
-that is never learned (`decoder` random, the control) has no penalty.
+The mean over pairs of the sample estimates that over all F rows. Decided here: c^2 of random directions is 1 / D on
+average, so the bracket is about 1 before training for any F and M, and `strength` is a share of |x|^2. A frozen random
+decoder, the control, has no penalty.
 """
-
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -18,49 +16,39 @@ from ..engine.parts import BatchView, Part, PartSettings, part
 
 class OverlapSettings(PartSettings):
     strength: float = Field(
-        default=0.1,
-        ge=0,
-        description="Weight of the penalty as a share of |x|^2: random decoder rows cost about this share.",
+        default=0.1, ge=0, description="Weight of the penalty, as the share of |x|^2 that random decoder rows cost."
     )
     rows: int = Field(
         default=1024, ge=2, description="Largest number of decoder rows that a step compares, drawn at random."
     )
 
 
-def cosines(settings: Any, batch: BatchView) -> Tensor:
-    """c [M, M] of other rows at every step, or of all if there are no more; 0 on the diagonal."""
-    W = batch.sae.W_dec
-    if settings.rows < len(W):
-        chosen = torch.randperm(len(W), generator=batch.generator())[: settings.rows]
-        W = W.index_select(0, chosen.to(W.device, non_blocking=True))
-    return (W @ W.T).fill_diagonal_(0)
+class _Overlap(Part):
+    """The penalty on the cosines of rows drawn anew at every step, or on the positive ones alone."""
 
+    Settings = OverlapSettings
+    positive_only = False
 
-def overlap(settings: Any, batch: BatchView, c: Tensor) -> Tensor:
-    """strength D (D mean_{i != j} c_ij^2)"""
-    pairs = max(1, len(c) * (len(c) - 1))
-    return settings.strength * batch.sae.cfg.d_in**2 / pairs * c.square().sum()
+    def penalty(self, batch: BatchView) -> Tensor | None:
+        W, settings = batch.sae.W_dec, self.settings
+        if not W.requires_grad:
+            return None
+        if settings.rows < len(W):
+            chosen = torch.randperm(len(W), generator=batch.generator())[: settings.rows]
+            W = W.index_select(0, chosen.to(W.device, non_blocking=True))
+        c = (W @ W.T).fill_diagonal_(0)
+        c = c.clamp_min(0) if self.positive_only else c
+        pairs = max(1, len(c) * (len(c) - 1))
+        return settings.strength * batch.sae.cfg.d_in**2 / pairs * c.square().sum()
 
 
 @part("decoder_separation")
-class DecoderSeparation(Part):
-    """Decoder rows are pushed apart: c counts where it is positive (run D2). Opposite directions may stay."""
+class DecoderSeparation(_Overlap):
+    """Decoder rows are pushed apart: only positive c count (D2). Opposite directions may stay."""
 
-    Settings = OverlapSettings
-
-    def penalty(self, batch: BatchView) -> Tensor | None:
-        if not batch.sae.W_dec.requires_grad:
-            return None
-        return overlap(self.settings, batch, cosines(self.settings, batch).clamp_min(0))
+    positive_only = True
 
 
 @part("decoder_orthogonality")
-class DecoderOrthogonality(Part):
-    """Decoder rows are drawn towards being orthogonal, |W W^T - I|^2: c counts whatever its sign (run D4)."""
-
-    Settings = OverlapSettings
-
-    def penalty(self, batch: BatchView) -> Tensor | None:
-        if not batch.sae.W_dec.requires_grad:
-            return None
-        return overlap(self.settings, batch, cosines(self.settings, batch))
+class DecoderOrthogonality(_Overlap):
+    """Decoder rows are pulled towards orthogonality, |W W^T - I|^2: c of both signs count (D4)."""

@@ -1,4 +1,4 @@
-"""What codes do along a row of text: attention before the encoder, and terms on how codes follow each other."""
+"""How codes develop along a row: attention before the encoder, and penalties on changes from token to token."""
 
 import math
 from typing import Any
@@ -11,40 +11,41 @@ from ..engine.config import Count, SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, RowLayout, part
 from .similarity import sample_indices
 
-TINY = 1e-6  # beside 1: variances are of codes that are 0 or of the order of 1
+TINY = 1e-6  # variances of codes are 0 or of the order of 1
 
 
 def packed(rows: RowLayout) -> RowLayout:
-    """The same tokens with those of a row moved together to its beginning: columns without a token come last in it, so that
-    nothing that looks back sees one."""
+    """Move the tokens of each row together to its beginning. Columns without a token come last, so that causal ops
+    never see them.
+    """
     number = rows.number
     n_rows, length = rows.shape
     first = torch.searchsorted(number, torch.arange(n_rows, device=number.device))
     layout = RowLayout(number, torch.arange(len(number), device=number.device) - first[number])
-    layout.__dict__["shape"] = n_rows, length  # room enough, and the device need not be asked again
+    layout.__dict__["shape"] = n_rows, length  # large enough, and known without waiting for the device
     return layout
 
 
 def follows(rows: RowLayout) -> Tensor:
-    """float [N - 1]: 1 where token n + 1 is at the next position of the same row as token n."""
+    """float [N - 1]: 1 if token n + 1 is at the next position of the same row as token n."""
     return ((rows.number.diff() == 0) & (rows.pos.diff() == 1)).float()
 
 
 def mean_of(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean of those that are counted (1, others 0), 0 if none is."""
+    """Mean of values where `counted` is 1; 0 if it is 0 everywhere."""
     return (values * counted).sum() / counted.sum().clamp_min(1)
 
 
 @part("self_attention")
 class SelfAttention(Part):
-    """The encoder sees x after causal multi-head self-attention along the row, as a residual (E5).
+    """The encoder sees x plus causal multi-head self-attention along the row (E5).
 
         x_t <- x_t + sum_{s <= t} softmax_s(q_t . k_s / sqrt(d)) v_s W_o          q, k, v = layer_norm(x) W_qkv, in each head
 
-    W_qkv [D, 3 H d], W_o [H d, D] with H = `heads` and H d about min(`width`, D), so that D = 2304 is affordable; W_o starts
-    at a hundredth of what keeps a norm. Tokens that were left out of a row are no keys. Decided here: all sizes; causal, so
-    that a code doesn't depend on what comes later; layer norm, because some tokens' norms are a hundred times others'; no
-    sign of position. What is reconstructed is x itself.
+    W_qkv [D, 3 H d], W_o [H d, D] with H = `heads` and H d about min(`width`, D), so that D = 2304 is affordable. W_o
+    starts at a hundredth of the scale that preserves norms. Filtered tokens are not keys. Decided here: all sizes;
+    causal attention, so that a code doesn't depend on later tokens; layer norm, because some tokens' norms are a
+    hundred times others'; no position encoding. The reconstruction target is x itself.
     """
 
     reads = frozenset({"rows"})
@@ -52,7 +53,7 @@ class SelfAttention(Part):
     class Settings(PartSettings):
         heads: Count = Field(default=4, description="Number of attention heads, at most width and D.")
         width: Count = Field(
-            default=256, description="Width of all heads together; at most D, and rounded down to a multiple of heads."
+            default=256, description="Width of all heads together, at most D, rounded down to a multiple of heads."
         )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
@@ -77,26 +78,22 @@ class SelfAttention(Part):
 
 
 class _Projected(Part):
-    """Looks at u = f P, P [F, h] fixed and random, N(0, 1 / h): |u| is about |f|."""
+    """A part that works on u = f P, with P [F, h] fixed, random, N(0, 1 / h): |u| is about |f|."""
 
     reads = frozenset({"rows", "f"})
 
     class Settings(PartSettings):
         weight: float = Field(default=0.01, ge=0, description="Weight of the penalty, in units of D.")
-        width: Count = Field(
-            default=64, description="Width of the random projection of codes that the penalty looks at."
-        )
-
-    projection: Tensor
+        width: Count = Field(default=64, description="Width of the random projection of codes.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         gaussian = torch.randn(sae.d_sae, settings.width, generator=generator)
-        self.register_buffer("projection", gaussian / math.sqrt(settings.width))
+        self.projection = nn.Buffer(gaussian / math.sqrt(settings.width))
         self._reported: Tensor | None = None
 
     def projected(self, batch: BatchView) -> Tensor:
-        """u [N, h], scaled so that mean |u - mean u|^2 is 1: no term on it becomes small by making codes small."""
+        """u [N, h], scaled to mean |u - mean u|^2 = 1, so that small codes don't make terms small."""
         assert batch.f is not None
         u = batch.f @ self.projection
         return u / (u - u.mean(0)).square().sum(1).mean().clamp_min(TINY).sqrt()
@@ -106,8 +103,9 @@ class _Projected(Part):
 
 
 def _initialised(module: nn.Module, width: int, generator: torch.Generator) -> Any:
-    """A module made on the meta device, where nothing is drawn from the global generator, as torch begins it: uniform within
-    1 / sqrt(width)."""
+    """Initialise a module from the meta device as torch does, uniform within 1 / sqrt(width), without touching the
+    global generator.
+    """
     module = module.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in module.parameters():
@@ -117,13 +115,13 @@ def _initialised(module: nn.Module, width: int, generator: torch.Generator) -> A
 
 @part("velocity_gru")
 class VelocityGRU(_Projected):
-    """A two-layer GRU along the row says how codes are about to change (E5).
+    """A two-layer GRU along the row predicts the change of codes (E5).
 
         u = f P [N, h],   v_t = u_{t+1} - u_t,   penalty = weight D sum_t |v_t - W GRU(u_1, ..., u_t)|^2 / sum_t |v_t|^2
 
-    over tokens t whose neighbour t + 1 is there. P is fixed and random, and size and speed cancel out, so that only
-    predictable codes make it small. Decided here: h = `width`, in the GRU's layers as well, P, and the denominator. A token
-    that was left out of a row is no step of the GRU. "error" is the quotient: 1 for predicting no change.
+    over tokens t with a next token t + 1. P is fixed and random, and size and speed cancel, so only predictable codes
+    make the penalty small. Decided here: h = `width`, also in the GRU's layers, P, and the denominator. A filtered
+    token is not a step of the GRU. "error" is the quotient: 1 for predicting no change.
     """
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
@@ -145,11 +143,11 @@ class VelocityGRU(_Projected):
 
 @part("temporal_consistency")
 class TemporalConsistency(_Projected):
-    """Codes change little from a token to the next (E5).
+    """Codes change little from one token to the next (E5).
 
         u = f P,   penalty = weight D mean_t |u_{t+1} - u_t|^2 / (2 mean_n |u_n - mean u|^2)
 
-    over tokens t whose neighbour t + 1 is there: weight D where neighbours are no more alike than other tokens. Small codes
+    over tokens t with a next token t + 1. It is weight D if neighbours are no more alike than other tokens. Small codes
     don't make it small. Decided here: the scale, and P as in `velocity_gru`.
     """
 
@@ -166,8 +164,8 @@ class NextStep(_Projected):
 
         u = f P,   penalty = weight D mean_t |u_{t+1} - W_2 relu(W_1 u_t + b_1) - b_2|^2 / mean_n |u_n - mean u|^2
 
-    over tokens t whose neighbour t + 1 is there; W_1 [2 h, h]. Decided here: P is fixed and random as in `velocity_gru`,
-    where a learned one could look for what is predictable alone; and one hidden layer. "error" is the quotient: 1 for
+    over tokens t with a next token t + 1; W_1 [2 h, h]. Decided here: P is fixed and random as in `velocity_gru`,
+    because a learned one could select what is predictable; and one hidden layer. "error" is the quotient: 1 for
     predicting the mean.
     """
 
@@ -187,26 +185,24 @@ class NextStep(_Projected):
 
 @part("temporal_contrast")
 class TemporalContrast(Part):
-    """Codes of neighbouring tokens are told from those of other rows (E6).
+    """Codes of neighbouring tokens are distinguished from those of other rows (E6).
 
         z = f Q / |f Q|,   penalty = weight D mean_a -log(exp(z_a . z_{a+1} / tau) / sum_b exp(z_a . z_{b+1} / tau)) / log A
 
-    Q [F, h] is learned. Anchors a are A = `anchors` tokens drawn from the batch, and count where their neighbour a + 1 is
-    there; b is a itself and those anchors that lie in other rows. Decided here: h = `width`, tau = `temperature`, A, and
-    log A, which makes it about weight D by chance.
+    Q [F, h] is learned. Anchors a are A = `anchors` tokens drawn from the batch, and count if they have a next token a
+    + 1. b is a itself and the anchors of other rows. Decided here: h = `width`, tau = `temperature`, A, and log A,
+    which makes the penalty about weight D by chance.
     """
 
     reads = frozenset({"rows", "f"})
 
     class Settings(PartSettings):
         weight: float = Field(default=0.01, ge=0, description="Weight of the contrastive loss, in units of D.")
-        width: Count = Field(default=64, description="Width of the learned projection of codes that are compared.")
+        width: Count = Field(default=64, description="Width of the learned projection of codes.")
         temperature: float = Field(
             default=0.1, gt=0, description="Divisor of cosines between projections in the softmax."
         )
-        anchors: int = Field(
-            default=256, ge=2, description="Tokens drawn from each batch to be told from other rows' tokens."
-        )
+        anchors: int = Field(default=256, ge=2, description="Tokens drawn from each batch as anchors.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -220,7 +216,7 @@ class TemporalContrast(Part):
         anchors = sample_indices(len(z) - 1, self.settings.anchors, batch)
         row_number, counted = batch.rows.number[anchors], follows(batch.rows)[anchors]
         scores = z[anchors] @ z[anchors + 1].T / self.settings.temperature
-        is_compared = (row_number[:, None] != row_number) & (counted > 0)  # another's neighbour counts if it is one
+        is_compared = (row_number[:, None] != row_number) & (counted > 0)  # only next tokens that exist
         is_compared.fill_diagonal_(True)
         scores = scores.masked_fill(~is_compared, -torch.inf)
         loss = mean_of(scores.logsumexp(1) - scores.diagonal(), counted) / math.log(self.settings.anchors)

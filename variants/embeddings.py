@@ -1,4 +1,4 @@
-"""What the encoder is told of position."""
+"""Position embeddings for the encoder, at one scale and at several, and normalisation by position."""
 
 from itertools import pairwise
 from typing import Any
@@ -15,16 +15,14 @@ from .running_mean import RunningMean
 
 @part("position_embedding")
 class PositionEmbedding(Part):
-    """The encoder sees x + P[pos], P [T, D] learned (runs A5 to A8).
+    """The encoder sees x + P[pos], P [T, D] learned (A5 to A8).
 
-    P starts as N(0, scale^2), small beside x, whose entries are about 1.
+    P starts as N(0, scale^2), small compared to x, whose entries are about 1.
     """
 
     class Settings(PartSettings):
         scale: float = Field(
-            default=0.1,
-            ge=0,
-            description="Standard deviation that the embedding starts with; entries of x are about 1.",
+            default=0.1, ge=0, description="Initial standard deviation of the embedding. Entries of x are about 1."
         )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
@@ -39,45 +37,43 @@ SCALES = 3  # local, medium, global
 
 
 def widths(positions: int) -> tuple[int, ...]:
-    """How many positions a window of each scale has: one; T / 16 (at least 2); T / 4 (at least 4), rounded up."""
+    """The window of each scale in positions: 1, T / 16 (at least 2) and T / 4 (at least 4), rounded up."""
     return 1, max(2, -(-positions // 16)), max(4, -(-positions // 4))
 
 
 def joined(progress: float) -> list[float]:
-    """How far each scale has joined: local from the start, medium over a run's second quarter, global over its third."""
+    """How far each scale has been added: local from the start, medium over a run's second quarter, global over its
+    third.
+    """
     return [1.0, *(min(1.0, max(0.0, 4 * progress - s)) for s in range(1, SCALES))]
 
 
 def thirds(f: Tensor) -> list[Tensor]:
-    """f [N, F] by scale: latents j with 3 j // F = s, views."""
+    """Views of f [N, F] by scale: latents j with 3 j // F = s."""
     ends = [-(-s * f.shape[1] // SCALES) for s in range(SCALES + 1)]
     return [f[:, start:end] for start, end in pairwise(ends)]
 
 
 @part("multi_scale")
 class MultiScale(Part):
-    """The encoder sees x + sum_s mix_s[pos] E_s[pos // w_s], position embeddings of three scales (run A9).
+    """The encoder sees x + sum_s mix_s[pos] E_s[pos // w_s], position embeddings of three scales (A9).
 
         mix_s[p] = joined_s a_s[p] u_s / (sum over scales of the same)     a[p] = softmax(logits[p]), logits [T, 3]
 
-    E_s [T / w_s, D] learned: local, medium and global (`widths`). Scales join one after the other (`joined`). u_s is the
-    running share of activation that the latents of scale s have (`thirds`), so that mixing adapts to statistics of latents;
-    never below 0.01.
+    E_s [T / w_s, D] are learned: local, medium and global (`widths`). Scales are added one after the other (`joined`).
+    u_s is the running share of the activation that the latents of scale s have (`thirds`), at least 0.01, so the mix
+    adapts to the latents.
     """
 
     reads = frozenset({"f"})
 
     class Settings(PartSettings):
         scale: float = Field(
-            default=0.1,
-            ge=0,
-            description="Standard deviation that the embeddings start with; entries of x are about 1.",
+            default=0.1, ge=0, description="Initial standard deviation of the embeddings. Entries of x are about 1."
         )
         decay: float = Field(
             default=0.99, ge=0, lt=1, description="Decay per step of each scale's mean share of the activation."
         )
-
-    share: Tensor
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -86,7 +82,7 @@ class MultiScale(Part):
             settings.scale * torch.randn(-(-positions // width), sae.d_in, generator=generator) for width in self.widths
         )
         self.logits = nn.Parameter(torch.zeros(positions, SCALES))
-        self.register_buffer("share", torch.full((SCALES,), 1 / SCALES))
+        self.share = nn.Buffer(torch.full((SCALES,), 1 / SCALES))
 
     def mix(self, progress: float) -> Tensor:
         """[T, 3]"""
@@ -114,8 +110,9 @@ class MultiScale(Part):
 
 
 def window_means(x: Tensor, rows: RowLayout, width: int) -> Tensor:
-    """[N, D]: of each token, the mean of x over the tokens of its row in the same window of `width` positions. Windows begin
-    at multiples of `width`."""
+    """The mean of x over the tokens of each token's row and window [N, D]. Windows start at multiples of `width`
+    positions.
+    """
     if width == 1:
         return x
     window = rows.pos // width
@@ -127,13 +124,13 @@ def window_means(x: Tensor, rows: RowLayout, width: int) -> Tensor:
 
 @part("scale_targets")
 class ScaleTargets(Part):
-    """The latents of each scale alone are to give the activations at that scale (run A9).
+    """The latents of each scale alone reconstruct the activations at that scale (A9).
 
         penalty = coefficient * sum_s joined_s mean_n |mean_w(x)_n - b_dec - f_s W_dec_s|^2
 
-    f_s is the third of the latents that scale s has (`thirds`), mean_w(x) the mean of x over the token's window of w_s
-    positions in its row (`window_means`; w_s and joined_s as in `multi_scale`). Decided: windows that lie side by side,
-    those of the embeddings; `coefficient` 0.1, since latents whose sum is to give x can't meet all three.
+    f_s is the third of the latents of scale s (`thirds`), and mean_w(x) the mean of x over the token's window of w_s
+    positions in its row (`window_means`; w_s and joined_s as in `multi_scale`). Decided here: adjacent windows, those
+    of the embeddings; `coefficient` 0.1, because latents whose sum reconstructs x cannot meet all three targets.
     """
 
     reads = frozenset({"f", "rows"})
@@ -164,22 +161,22 @@ class ScaleTargets(Part):
 
 @part("residual_position")
 class ResidualPosition(Part):
-    """Pre-activations are normalised by position, and get what their position makes of them once more (run A10).
+    """Pre-activations are normalised by position, and a gated prediction from the position is added (A10).
 
         pre_n  <- c_p pre_n + sigmoid(a * s_n + c) * r_p     p = pos_n,  r = P R,  P [T, d_p], R [d_p, F],  a, c [F]
 
-    Normalisation: c_p = gain_p * std / std_p, where std_p^2 is a running mean, over the tokens at p, of the variance of
-    pre_n over latents, and std^2 its mean over positions; gain = exp(log_gain [T]) is learned. Gate: s_n is the root mean
-    square of c_p pre_n, a constant; a = 0 and c = -2 to begin with, so that an eighth of r passes.
+    Normalisation: c_p = gain_p * std / std_p. std_p^2 is a running mean, over the tokens at p, of the variance of pre_n
+    over latents, and std^2 its mean over positions. gain = exp(log_gain [T]) is learned. Gate: s_n is the root mean
+    square of c_p pre_n, a constant. It starts with a = 0 and c = -2, so that an eighth of r passes.
 
-    The pathway of P and R is isolated: above, r is a constant, and P and R learn from a term of their own only, in which c_p
-    pre is a constant: r_p is to predict how pre-activations at p differ from those at all positions, with a regulariser:
+    The pathway of P and R is isolated: r is a constant above, and P and R learn only from a term of their own, in which
+    c_p pre is a constant. In it r_p predicts how pre-activations at p differ from those at all positions:
 
         penalty = D / F * mean_n (|r_p - (c_p pre_n - mean over the batch)|^2 + regulariser * |r_p|^2)
 
-    (up to a constant: it is worked out from means at positions, [T, F]). R starts as zeros, so that r changes nothing at
-    first. Decided: the deviation in place of the mean itself, which is b_enc's; the gain, without which norms that differ by
-    position could not be reconstructed; a gate for each latent.
+    up to a constant (it is computed from means at positions, [T, F]). R starts at 0, so that r has no effect at first.
+    Decided here: the deviation in place of the mean itself, which b_enc models; the gain, without which norms that
+    differ by position could not be reconstructed; a gate per latent.
     """
 
     class Settings(PartSettings):
@@ -213,7 +210,7 @@ class ResidualPosition(Part):
         )
 
     def _set_term(self, pre: Tensor, normal: Tensor, r: Tensor, mask_position: Tensor) -> None:
-        """The pathway's own term, and the variance at each position for `after`; pre and normal [N, F] are constants."""
+        """Set the pathway's term, and the variances for `after`. pre and normal [N, F] are constants."""
         count = sum_by(mask_position, pre.new_ones(len(pre)), self.positions)
         self._variances = sum_by(mask_position, pre.var(1, correction=0), self.positions), count
         deviation = sum_by(mask_position, normal, self.positions) / count.clamp_min(1)[:, None] - normal.mean(0)

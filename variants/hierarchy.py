@@ -1,4 +1,4 @@
-"""Latents in levels and groups, with gates that a router decides token by token."""
+"""Levels and groups of latents, gated per token by a router."""
 
 import math
 from itertools import pairwise
@@ -14,90 +14,81 @@ from .similarity import sample_indices
 
 
 def widths(n: int, blocks: int) -> list[int]:
-    """Sizes of `blocks` contiguous blocks of n latents, as equal as can be."""
+    """Sizes of `blocks` contiguous blocks of n latents, as equal as possible."""
     ends = [n * i // blocks for i in range(blocks + 1)]
     return [b - a for a, b in pairwise(ends)]
 
 
 def gated(f: Tensor, gates: Tensor, sizes: list[int]) -> Tensor:
-    """f [N, F] with each block of latents times its gate [N, blocks]; what is 0 stays 0."""
+    """Multiply each block of latents of f [N, F] by its gate [N, blocks]."""
     return torch.cat([block * gates[:, i, None] for i, block in enumerate(f.split(sizes, 1))], 1)
 
 
 def outputs(batch: BatchView, sizes: list[int]) -> list[Tensor]:
-    """f W_dec [N, D] of each block of latents by itself."""
+    """The reconstruction f W_dec [N, D] of each block of latents alone."""
     assert batch.f is not None
     blocks = zip(batch.f.split(sizes, 1), batch.sae.W_dec.split(sizes, 0), strict=True)
     return [f @ W_dec for f, W_dec in blocks]
 
 
 def centred_target(batch: BatchView) -> Tensor:
-    """target - b_dec [N, D], a constant: what the latents are to add up to."""
+    """target - b_dec [N, D], a constant: what the latents reconstruct together."""
     assert batch.target is not None
     return (batch.target.to(batch.sae.b_dec.dtype) - batch.sae.b_dec).detach()
 
 
 def centred(batch: BatchView) -> Tensor:
-    """x - b_dec [N, D], as wide as b_dec: what routers look at. b_dec is a constant here."""
+    """x - b_dec [N, D], the input of routers. b_dec is a constant here."""
     return batch.x.to(batch.sae.b_dec.dtype) - batch.sae.b_dec.detach() * batch.sae.unit
 
 
 @part("causal_levels")
 class CausalLevels(Part):
-    """Levels of latents behind a soft router, and causal latents apart from the others (E4).
+    """Levels of latents behind a soft router, with causal latents separated from the others (E4).
 
-    The F latents are `levels` contiguous blocks, each with its own rows of W_enc. A router gates them after the mask:
+    The F latents form `levels` contiguous blocks, each with its own rows of W_enc. A router gates them after the mask:
 
         r_n = softmax((x_n - b_dec) R + c) [N, L]        f_level <- L r_nl f_level        R = 0 at the start: every gate is 1
 
     Three penalties, D being |x|^2:
 
-        entropy      D (1 - H(mean_n r_n) / log L)       the levels are used alike over the batch
+        entropy      D (1 - H(mean_n r_n) / log L)       levels are used equally over the batch
         consistency  mean_l mean_n |e_{l-1} - f_l W_dec_l|^2,  e_0 = x - b_dec,  e_l = e_{l-1} - f_l W_dec_l
         separation   D mean_{i, j} relu(cos(W_dec_i, W_dec_j)),  i among the causal latents and j among the others
 
-    Decided here: entropy is that of the mean, and a single token's, H(r_n), is left alone, so that a router may be decided
-    but not for the same level always. A level agrees with those before it when by itself it explains what they left, which
-    is held constant, so that later levels don't change earlier ones. A latent's causality is |f_j dL/df_j|, L the squared
-    error, as a mean over up to `sampled` tokens of the batch and over steps (EMA); the upper half of the latents are the
-    causal ones. Cosines are between `sampled` / 2 latents of each half. No weights are given in the log; they are small.
+    Decided here: entropy is that of the mean. A single token's H(r_n) is free, so that routing may be sharp without
+    always choosing the same level. A level is consistent if it alone explains what earlier levels left. That remainder
+    is a constant, so later levels don't change earlier ones. A latent's causality is |f_j dL/df_j|, L the squared
+    error, averaged over up to `sampled` tokens of the batch and over steps (EMA). The upper half of the latents are the
+    causal ones. Cosines are between `sampled` / 2 latents of each half. The log gives no weights. They are small here.
     """
 
     reads = frozenset({"f"})
 
     class Settings(PartSettings):
-        levels: int = Field(default=3, ge=2, description="Number of levels, contiguous blocks of latents; at most F.")
+        levels: int = Field(default=3, ge=2, description="Number of levels, contiguous blocks of latents, at most F.")
         entropy: float = Field(
             default=0.01, ge=0, description="Weight of the penalty on unequal use of the levels, in units of D."
         )
         consistency: float = Field(
-            default=0.1,
-            ge=0,
-            description="Weight of the squared error that each level leaves of what those before it left.",
+            default=0.1, ge=0, description="Weight of the squared error of each level on what earlier levels left."
         )
         separation: float = Field(
-            default=0.1,
-            ge=0,
-            description="Weight of the mean positive cosine between decoder rows of causal and other latents, in "
-            "units of D.",
+            default=0.1, ge=0, description="Weight of positive cosines between causal and other latents, in units of D."
         )
         decay: float = Field(
             default=0.95, ge=0, lt=1, description="Decay per step of the mean of each latent's causality."
         )
         sampled: int = Field(
-            default=256,
-            ge=2,
-            description="Number of tokens, and of latents of both halves together, that a step draws.",
+            default=256, ge=2, description="Tokens, and latents of both halves together, that a step draws."
         )
-
-    causality: Tensor
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         self.sizes = widths(sae.d_sae, settings.levels)
         self.router = nn.Parameter(torch.zeros(sae.d_in, settings.levels))
         self.router_bias = nn.Parameter(torch.zeros(settings.levels))
-        self.register_buffer("causality", torch.zeros(sae.d_sae))
+        self.causality = nn.Buffer(torch.zeros(sae.d_sae))
         self._log_routing: Tensor | None = None  # log r of the batch in training, from `latents` to `penalty`
         self._reported: dict[str, Tensor] = {}
 
@@ -117,14 +108,15 @@ class CausalLevels(Part):
         assert log_routing is not None
         routing, most = log_routing.exp(), math.log(self.settings.levels)
         mean = routing.mean(0)
-        of_mean = -torch.xlogy(mean, mean).sum()
-        of_token = -(routing * log_routing).sum(1).mean()
-        self._reported = {"entropy": of_token.detach(), "entropy_of_mean": of_mean.detach(), "routing": mean.detach()}
+        entropy_of_mean = -torch.xlogy(mean, mean).sum()
+        entropy_of_token = -(routing * log_routing).sum(1).mean()
+        reported = {"entropy": entropy_of_token, "entropy_of_mean": entropy_of_mean, "routing": mean}
+        self._reported = {name: value.detach() for name, value in reported.items()}
         remainder, consistency = centred_target(batch), mean.new_zeros(())
         for x_hat in outputs(batch, self.sizes):
             consistency = consistency + (remainder - x_hat).square().sum(1).mean()
             remainder = remainder - x_hat.detach()
-        entropy = self.cfg.d_in * (1 - of_mean / most)
+        entropy = self.cfg.d_in * (1 - entropy_of_mean / most)
         return (
             self.settings.entropy * entropy
             + self.settings.consistency * consistency / self.settings.levels
@@ -132,7 +124,7 @@ class CausalLevels(Part):
         )
 
     def _likeness(self, batch: BatchView) -> Tensor:
-        """Mean positive cosine between rows of W_dec of latents of the two halves."""
+        """Mean positive cosine between decoder rows of the two halves."""
         order, half = self.causality.argsort(descending=True, stable=True), self.cfg.d_sae // 2
         rows = []
         for half_order in (order[:half], order[self.cfg.d_sae - half :]):
@@ -153,10 +145,10 @@ class CausalLevels(Part):
 
 @part("level_attention")
 class LevelAttention(Part):
-    """Attention decides how groups of latents are used, level by level (E7).
+    """Attention gates groups of latents, level by level (E7).
 
-    The F latents are L = `levels` contiguous levels of G = `groups` contiguous groups. From activations after the mask, with
-    u_nlg their mean in a group:
+    The F latents form L = `levels` contiguous levels of G = `groups` contiguous groups. u_nlg is the mean activation of
+    a group after the mask:
 
         a_nlg = mean_h softmax_g(q_nh . k_lgh / sqrt(d) + log m_lg + b_nlg)      q = (x - b_dec) Q, H = `heads`, d = `width`
         routed   u'_nlg = G a_nlg u_nlg,   z_nlg = u'_nlg p_lg                    p_lg [H d]: a group's summary
@@ -164,18 +156,19 @@ class LevelAttention(Part):
         gate_nlg = G a_nlg * 2 sigmoid(c_nl V_l)_g                               for the first level without the last factor
         f_lg <- gate_nlg f_lg
 
-    m_lg = sigmoid(logit) is the learned attention mask: how much group g takes part in its level, both as something to be
-    routed to and as something that the next level looks at. V = 0 at the start.
+    m_lg = sigmoid(logit) is the learned attention mask: how far group g takes part in its level, both as a target of
+    routing and as a source for the next level. V = 0 at the start.
 
-    Adjacency: A [L G, L G] is the EMA of mean_n s_n^T s_n, where s_n is u_n over its sum; with rows that add up to one it
-    says what share other groups have where one is active, and b_n = adjacency * log(L G (s_n A) + 0.01), a constant, favours
-    groups that go with those active on this token. A starts uniform: b the same for all.
+    Adjacency: A [L G, L G] is the EMA of mean_n s_n^T s_n, where s_n is u_n over its sum. With rows normalised to sum 1
+    it is the share of other groups when a group is active. b_n = adjacency * log(L G (s_n A) + 0.01), a constant,
+    favours groups that co-occur with those active on this token. A starts uniform: b is equal for all.
 
-    Penalty: the reconstruction by levels 0 to l alone is held to x as well,
+    Penalty: the reconstructions by levels 0 to l alone are also trained to match x,
 
         weight * mean_{l < L - 1} mean_n |x - b_dec - sum_{m <= l} f_m W_dec_m|^2
 
-    Decided here: groups per level, their mean as what is known of a group, and all sizes but 3 levels and 8 heads.
+    Decided here: groups per level, their mean activation as the group's state, and all sizes except 3 levels and 8
+    heads.
     """
 
     reads = frozenset({"f"})
@@ -183,23 +176,17 @@ class LevelAttention(Part):
     class Settings(PartSettings):
         levels: int = Field(default=3, ge=2, description="Number of levels, contiguous blocks of latents.")
         groups: int = Field(
-            default=8, ge=2, description="Number of groups in each level; levels * groups is at most F."
+            default=8, ge=2, description="Number of groups in each level. levels * groups is at most F."
         )
         heads: Count = Field(default=8, description="Number of attention heads.")
         width: Count = Field(default=16, description="Width of each head.")
         adjacency: float = Field(
-            default=0.1,
-            ge=0,
-            description="Weight of the routing bias towards groups that go with those active on the token.",
+            default=0.1, ge=0, description="Weight of the routing bias towards groups that occur with active ones."
         )
         weight: float = Field(
-            default=0.1,
-            ge=0,
-            description="Weight of the squared error of the reconstructions by the first levels alone.",
+            default=0.1, ge=0, description="Weight of the squared error of reconstructions by the first levels alone."
         )
         decay: float = Field(default=0.95, ge=0, lt=1, description="Decay per step of the mean adjacency of groups.")
-
-    together: Tensor
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -217,7 +204,7 @@ class LevelAttention(Part):
         self.across_query = normal(H * d, H * d, scale=(H * d) ** -0.5)
         self.across_key = normal(H * d, H * d, scale=(H * d) ** -0.5)
         self.across_gate = nn.Parameter(torch.zeros(L - 1, H * d, G))
-        self.register_buffer("together", torch.full((L * G, L * G), (L * G) ** -2.0))
+        self.together = nn.Buffer(torch.full((L * G, L * G), (L * G) ** -2.0))
         self._shares: Tensor | None = None  # s of the batch in training, from `latents` to `after`
         self._reported: Tensor | None = None
 
@@ -226,7 +213,7 @@ class LevelAttention(Part):
         if settings.levels * settings.groups > sae.d_sae:
             raise ValueError(
                 f"groups: {settings.groups} is not allowed with {settings.levels} levels; "
-                f"there must be a latent for each (d_sae is {sae.d_sae})"
+                f"levels * groups must be at most d_sae ({sae.d_sae})"
             )
 
     def latents(self, f: Tensor, batch: BatchView) -> Tensor:
@@ -238,7 +225,7 @@ class LevelAttention(Part):
         return gated(f, gates.flatten(1), self.sizes)
 
     def _gates(self, x: Tensor, means: Tensor, shares: Tensor) -> Tensor:
-        """[N, L, G], from x [N, D], the groups' mean activations and their shares [N, L G]."""
+        """Gates [N, L, G] from x [N, D], the groups' mean activations and their shares [N, L G]."""
         L, G, H, d = (getattr(self.settings, name) for name in ("levels", "groups", "heads", "width"))
         log_mask = nn.functional.logsigmoid(self.mask_logits)
         adjacency = self.together / self.together.sum(1, keepdim=True).clamp_min(1e-12)
@@ -272,6 +259,6 @@ class LevelAttention(Part):
 
 
 def _plain(value: Tensor) -> Any:
-    """Numbers of six digits."""
+    """Convert to numbers with six digits."""
     numbers = [float(f"{number:.6g}") for number in value.detach().double().flatten().tolist()]
     return numbers if value.ndim else numbers[0]

@@ -1,4 +1,4 @@
-"""Normalisations: of a token's latents, of each latent, of each dimension of x."""
+"""Normalisations of a token's latents, of each latent, and of each dimension of x."""
 
 import math
 from typing import Any, Literal
@@ -11,31 +11,30 @@ from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
 
 EPS = 1e-5
-DECAY = 0.99  # of what was seen before a step: a mean over about 100 batches
+DECAY = 0.99  # per step: a mean over about 100 batches
 
 
 def step_weight(step: int) -> float:
-    """What a step counts in a running mean: as much as each before it, and 1 - DECAY at least."""
+    """The weight of a step in a running mean: equal to earlier steps', and at least 1 - DECAY."""
     return max(1 - DECAY, 1 / (step + 1))
 
 
 @part("layer_norm")
 class LayerNorm(Part):
-    """Layer norm over a token's latents v [N, F], after the ReLU (`acts`, run B5) or before it (`pre`, run B8).
+    """Layer norm over a token's latents v [N, F], after the ReLU (`acts`, B5) or before it (`pre`, B8).
 
         y_j = g_j (v_j - mean v) / sqrt(var v + 1e-5) + b_j          g, b [F] learned
         pre:  f = relu(y)                     acts:  f = relu(y) where v > 0, else 0
 
-    Decided here: the log's norm of a ReLU's output would be zero nowhere and negative in most places, so a second ReLU cuts
-    it, and what was 0 stays 0; an activation then has to exceed the token's mean. g starts as sqrt(D / F), the size at which
-    |f| is about |x| = sqrt(D) whatever F is (1 in the logs), b as 0. With a hard mask, mean and variance are those of the
-    latents that are on at the token's position: others would get gradient from positions that are not theirs.
+    Decided here: the log's norm of a ReLU's output would be nowhere 0 and mostly negative. So a second ReLU follows,
+    and what was 0 stays 0; an activation must exceed the token's mean. g starts as sqrt(D / F), at which |f| is about
+    |x| = sqrt(D) for any F (1 in the logs), b as 0. With a hard mask, mean and variance are over the latents that are
+    on at the token's position. Otherwise latents would get gradients from other positions.
     """
 
     class Settings(PartSettings):
         place: Literal["acts", "pre"] = Field(
-            default="acts",
-            description="Where the norm acts: on activations after the ReLU, or on pre-activations before it.",
+            default="acts", description="Where the norm acts: acts is after the ReLU, pre before it."
         )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
@@ -65,28 +64,25 @@ class LayerNorm(Part):
 
 @part("feature_norm")
 class FeatureNorm(Part):
-    """Each latent over its own typical size: f_j = exp(s_j) a_j / r_j, s [F] learned, from 0 on (run D2).
+    """Each latent is divided by its typical size: f_j = exp(s_j) a_j / r_j, s [F] learned, initially 0 (D2).
 
         r_j^2 = (1 + sum_n a_nj^2) / (1 + number of n with a_nj > 0)
 
-    sums over the tokens of past batches, weighted 0.99 to the power of the batch's age: the root mean square where the
-    latent is active; the 1, a token of usual size, is for latents that hardly ever are. 0 stays 0. Decided here: r is a
-    constant to the gradient; decoder rows have norm 1, so it is exp(s) that lets latents differ in size. L1 counts what is
-    normalised.
+    with sums over the tokens of past batches, weighted 0.99 to the power of the batch's age. r is the root mean square
+    where the latent is active; the 1, a token of usual size, stabilises latents that are rarely active. 0 stays 0.
+    Decided here: r is a constant to the gradient; decoder rows have norm 1, so exp(s) lets latents differ in size. L1
+    counts normalised activations.
     """
-
-    squares: Tensor
-    active: Tensor
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         self.log_scale = nn.Parameter(torch.zeros(sae.d_sae))
-        self.register_buffer("squares", torch.zeros(sae.d_sae))
-        self.register_buffer("active", torch.zeros(sae.d_sae))
+        self.squares = nn.Buffer(torch.zeros(sae.d_sae))
+        self.active = nn.Buffer(torch.zeros(sae.d_sae))
 
     @property
     def size(self) -> Tensor:
-        """r [F]"""
+        """r [F]."""
         return ((1 + self.squares) / (1 + self.active)).sqrt()
 
     def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
@@ -100,20 +96,17 @@ class FeatureNorm(Part):
 
 @part("batch_norm")
 class BatchNorm(Part):
-    """Batch norm of the D features of x before the encoder, which sees (x - mean) / sqrt(var + 1e-5) of each (run D4).
+    """Batch norm of the D features of x before the encoder, which sees (x - mean) / sqrt(var + 1e-5) of each (D4).
 
-    Mean and variance [D] are the batch's in training and running ones, over about 100 batches, elsewhere. Decided here: no
-    scale or shift is learned, because W_enc and b_enc are both; and the encoder takes b_dec, which is about the mean of x,
-    from what it gets, so b_dec is added here. The decoder still gives x itself.
+    Mean and variance [D] are the batch's in training, and running means over about 100 batches otherwise. Decided here:
+    there is no learned scale or shift, which W_enc and b_enc are; and b_dec is added, because the encoder subtracts it
+    from its input. The decoder still reconstructs x itself.
     """
-
-    mean: Tensor
-    variance: Tensor
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.register_buffer("mean", torch.zeros(sae.d_in))
-        self.register_buffer("variance", torch.ones(sae.d_in))
+        self.mean = nn.Buffer(torch.zeros(sae.d_in))
+        self.variance = nn.Buffer(torch.ones(sae.d_in))
 
     def input(self, x: Tensor, batch: BatchView) -> Tensor:
         mean, variance = self.mean, self.variance

@@ -1,32 +1,31 @@
-"""Fewer latents as training goes on, and a teacher that keeps what they knew."""
+"""Pruning of latents over training, and distillation from a teacher that is not pruned."""
 
 from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
 from .similarity import sample_indices
 
-COMPRESSED_BY = 0.8  # of the run
+COMPRESSED_BY = 0.8  # share of the run
 
 
 @part("pruning")
 class Pruning(Part):
-    """The least important latents are off, more of them as training goes on, and may come back (E9).
+    """The least important latents are off, more of them as training goes on, and may return (E9).
 
         importance_j <- decay * importance_j + (1 - decay) * mean_n f_nj |W_dec_j|
-        every `every` steps: off are the floor(fraction * min(1, progress / 0.8) * F) latents of the least importance
+        every `every` steps: off are the floor(fraction * min(1, progress / 0.8) * F) latents of least importance
 
-    f_nj is what latent j is on token n, or of one that is off what it would be: its activation, where the selection would
-    have kept that (of topk, if it is at least the token's least one kept, or fewer than k are; of batchtopk, likewise of the
-    batch; of relu, any). So the threshold, the least importance that is on, adapts to activations and to the progress of the
-    run, and a pruned latent whose importance exceeds it comes back, in place of another. Latents that are off get no
-    gradient from reconstruction. Decided here: what a pruned latent's importance is; a number of latents that grows linearly
-    up to `fraction`, and from 0.8 of the run on stays, so that the others can make up for the last ones; among equals, the
-    first are off first.
+    f_nj is the activation of latent j on token n. For a pruned latent it is the activation it would have, if the
+    selection would have kept that: for topk, if it is at least the token's smallest kept one, or fewer than k are kept;
+    for batchtopk the same over the batch; for relu always. A pruned latent whose importance exceeds the least one that
+    is on returns in place of another. Pruned latents get no gradient from reconstruction. Decided here: the importance
+    of a pruned latent; a number that grows linearly up to `fraction` and is constant after 0.8 of the run, so that the
+    other latents can adapt; among equals, the first are pruned first.
     """
 
     reads = frozenset({"f"})
@@ -38,15 +37,11 @@ class Pruning(Part):
         every: Count = Field(default=10, description="Steps between two decisions about which latents are off.")
         decay: float = Field(default=0.95, ge=0, lt=1, description="Decay per step of the mean importance of latents.")
 
-    importance: Tensor
-    alive: Tensor
-    returned: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.register_buffer("importance", torch.zeros(sae.d_sae))
-        self.register_buffer("alive", torch.ones(sae.d_sae, dtype=torch.bool))
-        self.register_buffer("returned", torch.zeros((), dtype=torch.int64))
+        self.importance = nn.Buffer(torch.zeros(sae.d_sae))
+        self.alive = nn.Buffer(torch.ones(sae.d_sae, dtype=torch.bool))
+        self.returned = nn.Buffer(torch.zeros((), dtype=torch.int64))
         self._unpruned: Tensor | None = None  # activations [N, F], from `latents` to `after`
 
     @classmethod
@@ -54,8 +49,8 @@ class Pruning(Part):
         remaining = sae.d_sae - int(settings.fraction * sae.d_sae)
         if sae.activation != "relu" and remaining < sae.k:
             raise ValueError(
-                f"fraction: {settings.fraction} is not allowed with {sae.activation}; it leaves {remaining} latents, "
-                f"fewer than k ({sae.k})"
+                f"fraction: {settings.fraction} is not allowed with {sae.activation}; it must leave at least k ({sae.k}) "
+                f"latents, not {remaining}"
             )
 
     def latents(self, f: Tensor, batch: BatchView) -> Tensor:
@@ -82,8 +77,9 @@ class Pruning(Part):
             self.alive.copy_(alive)
 
     def report(self) -> dict[str, Any]:
-        """`pruned`: share of latents that are off; `returned`: how often one came back; `threshold`: the least importance
-        that is on."""
+        """`pruned`: share of latents that are off. `returned`: number of returns. `threshold`: least importance that is
+        on.
+        """
         threshold = torch.where(self.alive, self.importance, torch.inf).min()
         return {
             "pruned": round(1 - float(self.alive.float().mean()), 6),
@@ -94,15 +90,15 @@ class Pruning(Part):
 
 @part("distillation")
 class Distillation(Part):
-    """The encoder stays near an average of its past, as a student to a teacher (E9).
+    """The encoder stays near a moving average of itself, as a student to a teacher (E9).
 
         penalty = weight D tau^2 mean_n KL(softmax(teacher_nj / tau) || softmax(acts_nj / tau))      tau = `temperature`
 
-    acts = relu((x - b_dec) W_enc + b_enc), and the teacher's likewise with W_enc and b_enc as means over steps (EMA,
-    constants; the first steps count alike): one more copy of W_enc. n and j run over `tokens` tokens and `latents` latents,
-    drawn anew each step, so nothing is larger than tokens x latents. tau^2 makes the gradient's size independent of tau.
-    Both see x as parts listed before this one leave it, and count before mask and pruning: the teacher is never compressed.
-    Decided here: what the teacher is, the sample, the weight. There is no teacher in the very first step.
+    acts = relu((x - b_dec) W_enc + b_enc). The teacher's W_enc and b_enc are means over steps (EMA, constants, the
+    first steps weighted equally), one more copy of W_enc. n and j run over `tokens` tokens and `latents` latents, drawn
+    anew at each step, so that nothing is larger than tokens x latents. tau^2 makes the gradient's size independent of
+    tau. Both see x as changed by earlier parts, and act before mask and pruning: the teacher is never pruned. Decided
+    here: the teacher, the sample, the weight. The first step has no teacher.
     """
 
     class Settings(PartSettings):
@@ -114,16 +110,12 @@ class Distillation(Part):
         tokens: Count = Field(default=256, description="Tokens that a step compares, drawn at random.")
         latents: int = Field(default=4096, ge=2, description="Latents that a step compares, drawn at random.")
 
-    W_teacher: Tensor
-    b_teacher: Tensor
-    steps: Tensor
-
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        self.register_buffer("W_teacher", torch.zeros(sae.d_sae, sae.d_in))  # latent-major, as W_enc lies in memory
-        self.register_buffer("b_teacher", torch.zeros(sae.d_sae))
-        self.register_buffer("steps", torch.zeros(()))
-        self._x: Tensor | None = None  # what the encoder gets, from `input` to `penalty`
+        self.W_teacher = nn.Buffer(torch.zeros(sae.d_sae, sae.d_in))  # latent-major, as W_enc lies in memory
+        self.b_teacher = nn.Buffer(torch.zeros(sae.d_sae))
+        self.steps = nn.Buffer(torch.zeros(()))
+        self._x: Tensor | None = None  # the encoder's input, from `input` to `penalty`
         self._reported: Tensor | None = None
 
     def input(self, x: Tensor, batch: BatchView) -> Tensor:

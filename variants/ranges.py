@@ -1,4 +1,4 @@
-"""Encoders that differ by range of positions: R equal runs of the T positions."""
+"""Encoders that differ between R equal ranges of the T positions."""
 
 import math
 from typing import Any
@@ -13,25 +13,23 @@ from ..engine.sae import SparseAutoencoder
 
 
 def range_of(batch: BatchView, ranges: int, positions: int) -> Tensor:
-    """Which of the ranges each token [N] is in; as `ranges` masks have them."""
+    """The range of each token [N], as in `ranges` masks."""
     return batch.sae.mask.rows(batch.pos) * ranges // positions
 
 
 @part("range_encoders")
 class RangeEncoders(Part):
-    """An encoder of its own for each range, with an input bias of its own: it sees x - c_r, c [R, D] learned (runs B7, B8).
+    """Each range has its own encoder, with its own input bias: it sees x - c_r, c [R, D] learned (B7, B8).
 
-    The mask `ranges` gives each range the encoder rows and biases of its part of the dictionary, and no gradient from
-    elsewhere; with c_r each of the R encoders is complete, and the decoder is shared. c starts as N(0, scale^2), 0 unless
-    given. Decided here: B8's range embedding, a learned vector that is added to the encoder's input, is this same c with its
-    sign turned; only that it starts from random values, so that ranges differ from the beginning, makes it B8's.
+    The mask `ranges` gives each range the encoder rows and biases of its part of the dictionary, without gradients from
+    elsewhere. c_r completes R separate encoders with a shared decoder. c starts as N(0, scale^2), which is 0 by
+    default. Decided here: B8's range embedding, a learned vector added to the encoder's input, is -c. Starting from
+    random values, so that ranges differ from the beginning, is what distinguishes B8.
     """
 
     class Settings(PartSettings):
         scale: float = Field(
-            default=0.0,
-            ge=0,
-            description="Standard deviation that the input biases start with; entries of x are about 1.",
+            default=0.0, ge=0, description="Initial standard deviation of the input biases. Entries of x are about 1."
         )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
@@ -49,9 +47,9 @@ class RangeEncoders(Part):
 
 @part("orthogonal_start")
 class OrthogonalStart(Part):
-    """W_dec begins as blocks of up to D latents whose rows are orthonormal, W_enc as its transpose (runs B8 to B10).
+    """W_dec starts as blocks of up to D latents with orthonormal rows, and W_enc as its transpose (B8 to B10).
 
-    A random decoder that is never learned (`decoder` random, the control) stays what it is, and W_enc its transpose.
+    A frozen random decoder, the control, keeps its values, and W_enc is their transpose.
     """
 
     @torch.no_grad()
@@ -60,41 +58,40 @@ class OrthogonalStart(Part):
             return
         for block in sae.W_dec.split(self.cfg.d_in):
             columns, triangle = torch.linalg.qr(torch.randn(self.cfg.d_in, len(block), generator=generator))
-            block.copy_((columns * triangle.diagonal().sign()).T)  # the signs make it uniform among all such
+            block.copy_((columns * triangle.diagonal().sign()).T)  # the signs make the distribution uniform
         sae.W_enc.copy_(sae.W_dec.T)
 
 
 @part("range_adapters")
 class RangeAdapters(Part):
-    """A base encoder for all positions, and an adapter for each range behind a gated residual (runs B9, B10).
+    """A base encoder for all positions, plus an adapter per range as a gated residual (B9, B10).
 
         pre' = pre + s sigmoid(g_r) (gelu(n W1_r + b1_r) W2_r + b2_r)     n = (x - mean x) / sqrt(var x + 1e-5), over D
 
-    W1 [R, D, h], b1 [R, h], W2 [R, h, F], b2 [R, F], g [R]; r is the token's range and h `hidden`. W1 starts as N(0, 1 / D),
-    W2 as N(0, scale^2 / h), the others as 0. The share s is 0 until `start` of the run, so that the base is trained alone,
-    and rises to 1 over the next `ramp` of it; the factor on L1 goes from `l1_from` to 1 with s.
+    W1 [R, D, h], b1 [R, h], W2 [R, h, F], b2 [R, F], g [R]; r is the token's range and h `hidden`. W1 starts as N(0, 1
+    / D), W2 as N(0, scale^2 / h), the others as 0. The share s is 0 until `start` of the run, so that the base is
+    trained alone, and rises to 1 over the next `ramp` of it. The factor on L1 rises from `l1_from` to 1 with s.
 
-    Decided here: the adapters see x, and their layer norm has no scale and shift of its own, which W1 and b1 are. Hidden
-    units of all adapters are worked out, R h of them beside D, and those of other ranges are 0: nothing waits for tokens to
-    be sorted.
+    Decided here: the adapters see x, and their layer norm has no scale and shift of its own, which W1 and b1 are. The
+    hidden units of all adapters are computed, R h of them besides D, and those of other ranges are set to 0, so that
+    tokens need not be sorted by range.
     """
 
     class Settings(PartSettings):
         ranges: Count = Field(default=4, description="Number of equal ranges of positions, each with an adapter.")
         hidden: Count = Field(default=32, description="Hidden units of an adapter.")
         scale: float = Field(
-            default=0.1, gt=0, description="Size of the adapters' second layer at the start: N(0, scale^2 / hidden)."
+            default=0.1, gt=0, description="Initial size of the adapters' second layer: N(0, scale^2 / hidden)."
         )
         start: float = Field(
             default=0.0, ge=0, lt=1, description="Share of the run in which the base encoder is trained alone."
         )
-        ramp: Share = Field(default=0.0, description="Share of the run over which the adapters then come in.")
+        ramp: Share = Field(default=0.0, description="Share of the run over which the adapters are then added.")
         pace: float = Field(
             default=1.0, gt=0, description="Learning rate of the adapters as a multiple of the dictionary's."
         )
         l1_from: Share = Field(
-            default=1.0,
-            description="Factor on L1 while the base encoder is alone; it rises to 1 as the adapters come in.",
+            default=1.0, description="Factor on L1 while the base is trained alone. It rises to 1 with the adapters."
         )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
@@ -110,14 +107,14 @@ class RangeAdapters(Part):
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if settings.ranges > sae.mask.positions:
-            most = f"it must be at most mask.positions ({sae.mask.positions})"
-            raise ValueError(f"ranges: {settings.ranges} is not allowed; {most}")
+            allowed = f"it must be at most mask.positions ({sae.mask.positions})"
+            raise ValueError(f"ranges: {settings.ranges} is not allowed; {allowed}")
         if settings.start + settings.ramp > 1:
-            most = f"it must be at most 1 - start ({1 - settings.start:g})"
-            raise ValueError(f"ramp: {settings.ramp} is not allowed; {most}")
+            allowed = f"it must be at most 1 - start ({1 - settings.start:g})"
+            raise ValueError(f"ramp: {settings.ramp} is not allowed; {allowed}")
 
     def share(self, progress: float) -> float:
-        """s"""
+        """s."""
         since, ramp = progress - self.settings.start, self.settings.ramp
         return float(since >= 0) if ramp == 0 else min(1.0, max(0.0, since / ramp))
 
@@ -127,7 +124,7 @@ class RangeAdapters(Part):
         in_range = r[:, None] == torch.arange(self.settings.ranges, device=r.device)  # [N, R]
         hidden = nn.functional.gelu(torch.addmm(self.b1.flatten(), n, self.W1.transpose(0, 1).flatten(1)))
         hidden = hidden.unflatten(1, self.b1.shape) * in_range[:, :, None]
-        gate = self.share(batch.progress) * torch.sigmoid(self.gate)  # with a share of 0 all that follows is exactly 0
+        gate = self.share(batch.progress) * torch.sigmoid(self.gate)  # a share of 0 makes all that follows exactly 0
         inside = torch.cat([hidden.flatten(1), in_range.to(hidden.dtype)], 1)
         weights = torch.cat([(gate[:, None, None] * self.W2).flatten(0, 1), gate[:, None] * self.b2])
         return torch.addmm(pre, inside, weights)

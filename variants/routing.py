@@ -1,4 +1,4 @@
-"""What lets groups of latents through: attention over the groups, and a mix of global and position latents."""
+"""Gates on groups of latents: attention over the groups, and a mix of global and position latents."""
 
 import math
 from typing import Any
@@ -12,25 +12,25 @@ from ..engine.parts import BatchView, Part, PartSettings, part
 from ..kernels.numerics import sum_by
 from .running_mean import RunningMean
 
-LEAST_SHARE = 0.01  # of an equal share: a group without gradients keeps ln(0.01) * guidance = -2.3 at guidance 0.5
+LEAST_SHARE = 0.01  # of an equal share; a group without gradients gets ln(0.01) * guidance = -2.3 at guidance 0.5
 
 
 @part("attention_router")
 class AttentionRouter(Part):
-    """Attention from tokens to groups of latents lets the groups through (runs A6, A7).
+    """Attention from tokens to groups of latents gates the groups (A6, A7).
 
         q   = x W_q + P[pos]                         W_q [D, d_k], P [T, d_k]
         r   = softmax(q k^T / sqrt(d_k) + guidance * ln(G s[pos]) - 8 prior * distance[pos]^2)     k [G, d_k]
         f_j = acts_j * G r_g(j)
 
-    G groups of F / G latents in a row; routing that is uniform changes nothing, and zeros stay zeros. r starts nearly so.
-    s [T, G] is each group's share of sum |f dL/df| at a position, a running mean, never below 1% of an equal share: routing
-    favours the group with the larger gradient share (gradient-guided specialization). `prior` is a fixed preference for
-    the groups near a position: group g is centred at its place in the context, `prior` 1 is a Gaussian of sigma T / 4. The
-    first `free` of the groups have none.
+    G groups have F / G consecutive latents each. Uniform routing, which r starts close to, changes nothing, and zeros
+    stay 0. s [T, G] is each group's share of sum |f dL/df| at a position, a running mean, at least 1% of an equal
+    share. Routing favours the group with the larger gradient share (gradient-guided specialization). `prior` is a fixed
+    preference for the groups near a position: group g is centred at its place in the context, and `prior` 1 is a
+    Gaussian of sigma T / 4. The first `free` of the groups have none.
 
-    Decided: x as it is, since the router has a position embedding of its own, added to the query as wide as that;
-    `guidance` below 1, since shares grow with the gates that they open; G = 8, d_k = 64.
+    Decided here: x unchanged, because the router has a position embedding of its own, added to the query; `guidance`
+    below 1, because shares grow with the gates that they open; G = 8, d_k = 64.
     """
 
     class Settings(PartSettings):
@@ -40,18 +40,10 @@ class AttentionRouter(Part):
             default=0.5, ge=0, lt=1, description="Weight of the log of each group's gradient share in the routing."
         )
         prior: float = Field(
-            default=0.0,
-            ge=0,
-            description="Weight of the preference for groups near the position. 1 is a Gaussian with a standard "
-            "deviation of T / 4.",
+            default=0.0, ge=0, description="Weight of the preference for near groups. 1: a Gaussian of sigma T / 4."
         )
-        free: Share = Field(
-            default=0.0, description="Share of the groups, the first ones, that have no such preference."
-        )
+        free: Share = Field(default=0.0, description="Share of the groups, the first ones, without this preference.")
         decay: float = Field(default=0.99, ge=0, lt=1, description="Decay per step of the mean gradient shares.")
-
-    distance: Tensor
-    entropy: Tensor
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -64,8 +56,8 @@ class AttentionRouter(Part):
         place = (torch.arange(positions) + 0.5) / positions
         centre = (torch.arange(G - n_free) + 0.5) / max(1, G - n_free)
         distance = torch.cat([torch.zeros(positions, n_free), place[:, None] - centre], 1)
-        self.register_buffer("distance", distance)
-        self.register_buffer("entropy", torch.zeros(()))
+        self.distance = nn.Buffer(distance)
+        self.entropy = nn.Buffer(torch.zeros(()))
         self._gradients: Tensor | None = None
 
     @classmethod
@@ -74,7 +66,7 @@ class AttentionRouter(Part):
             raise ValueError(f"groups: {settings.groups} is not allowed; it must divide d_sae ({sae.d_sae})")
 
     def routes(self, x: Tensor, mask_position: Tensor) -> Tensor:
-        """r [N, G]"""
+        """r [N, G]."""
         q = x.to(self.W_q.dtype) @ self.W_q + self.embedding[mask_position]
         G, settings = len(self.keys), self.settings
         known = settings.guidance * (G * self.share.value).clamp_min(LEAST_SHARE).log()
@@ -90,8 +82,8 @@ class AttentionRouter(Part):
             values = routed.detach()
 
             def keep_gradients(gradient: Tensor) -> None:
-                of_token = (values * gradient).abs_().unflatten(1, (G, -1)).sum(2)
-                self._gradients = sum_by(mask_position, of_token, self.positions)
+                attribution = (values * gradient).abs_().unflatten(1, (G, -1)).sum(2)
+                self._gradients = sum_by(mask_position, attribution, self.positions)
 
             routed.register_hook(keep_gradients)
         return routed
@@ -107,19 +99,19 @@ class AttentionRouter(Part):
 
 @part("global_position")
 class GlobalPosition(Part):
-    """The first F // 2 latents are global, the others position latents, mixed by a gate of each position (run A7).
+    """The first F // 2 latents are global, the others position latents, mixed by a gate per position (A7).
 
-        global:   f_j = acts_j * 2 g[pos]                             g = sigmoid(logits [T]), 1/2 to begin with
+        global:   f_j = acts_j * 2 g[pos]                             g = sigmoid(logits [T]), 1/2 at the start
         position: f_j = acts_j * 2 (1 - g[pos]) * ramp(progress)
 
-    ramp is 0 up to `start` of the run, so that global latents come first, and rises linearly to 1 at `full`. Decided: a
-    quarter of the run without position latents, and all of them from its half on.
+    ramp is 0 up to `start` of the run, so that global latents are trained first, and rises linearly to 1 at `full`.
+    Decided here: a quarter of the run without position latents, and all of them from half of the run on.
     """
 
     class Settings(PartSettings):
         start: Share = Field(default=0.25, description="Share of the run in which position latents are off.")
         full: Share = Field(
-            default=0.5, description="Share of the run after which position latents are fully on; above start."
+            default=0.5, description="Share of the run after which position latents are fully on, above start."
         )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):

@@ -1,30 +1,26 @@
-"""What parts follow from step to step."""
+"""Running means over steps."""
 
 import torch
 from torch import Tensor, nn
 
 
 class RunningMean(nn.Module):
-    """Exponential moving average of values of some shape, each of which begins as the first that is seen of it; `start`
-    until then.
+    """Exponential moving average of values of a shape, each initialised by its first value, and `start` before.
 
         value <- decay * value + (1 - decay) * new        where there is a new one
 
-    `known`, bool of the same shape: which had one. Never waits for the device.
+    `known`, bool of the same shape: where there has been a value. Never waits for the device.
     """
-
-    value: Tensor
-    known: Tensor
 
     def __init__(self, decay: float, *shape: int, start: float = 0.0):
         super().__init__()
         self.decay = decay
-        self.register_buffer("value", torch.full(shape, start))
-        self.register_buffer("known", torch.zeros(shape, dtype=torch.bool))
+        self.value = nn.Buffer(torch.full(shape, start))
+        self.known = nn.Buffer(torch.zeros(shape, dtype=torch.bool))
 
     @torch.no_grad()
     def add(self, new: Tensor, where: Tensor | None = None) -> None:
-        """Take in `new`; only `where` that is true, if given: of the value's shape, or of its first dimensions."""
+        """Add `new`, only where `where` (of the value's shape or its first dimensions) is true, if given."""
         new = new.to(self.value.dtype)
         updated = torch.where(self.known, self.decay * self.value + (1 - self.decay) * new, new)
         if where is None:
@@ -36,11 +32,11 @@ class RunningMean(nn.Module):
             self.known.logical_or_(where)
 
     def add_mean(self, total: Tensor, count: Tensor) -> None:
-        """Take in total / count, where anything was counted: total of the value's shape, count of its first dimensions."""
+        """Add total / count where count > 0: total of the value's shape, count of its first dimensions."""
         divisor = torch.where(count > 0, count, 1).reshape(count.shape + (1,) * (total.ndim - count.ndim))
         self.add(total / divisor, count > 0)
 
     def relative(self) -> Tensor:
-        """value over the mean of those that are known; 1 at the others, and everywhere as long as all is 0."""
+        """value over the mean of the known ones; 1 for unknown ones, and everywhere while all are 0."""
         level = (self.value * self.known).sum() / self.known.sum()
         return torch.where(self.known & (level > 0), self.value / level, 1)

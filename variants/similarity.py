@@ -1,4 +1,4 @@
-"""How alike decoder rows may be."""
+"""Penalties on decoder rows that are too similar."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .running_mean import RunningMean
 
 
 def sample_indices(n: int, most: int, batch: BatchView) -> Tensor:
-    """All of 0..n-1, or `most` of them drawn at random."""
+    """0..n-1, or `most` of them drawn at random."""
     if n <= most:
         return torch.arange(n, device=batch.x.device)
     return torch.randperm(n, generator=batch.generator())[:most].to(batch.x.device)
@@ -20,17 +20,17 @@ def sample_indices(n: int, most: int, batch: BatchView) -> Tensor:
 
 @part("dynamic_margin")
 class DynamicMargin(Part):
-    """Decoder rows are pushed apart where they are more alike than is usual among them (runs E1 to E3 and E5).
+    """Decoder rows are pushed apart where they are more similar than usual (E1 to E3, E5).
 
-    In each step, over the pairs i != j of min(F, `sample`) rows drawn at random, with c_ij the cosine:
+    At each step, over the pairs i != j of min(F, `sample`) rows drawn at random, with c_ij the cosine:
 
         margin  = EMA(mean c_ij) + deviations * EMA(std c_ij)
         penalty = coefficient * D * (F - 1) * mean_ij relu(c_ij - margin)^2
 
-    EMAs are those of the steps before, with `decay`; in the first step, that step's own. (F - 1) times the mean over pairs
-    is what a row has on average with all others together, whatever the sample: if each row had one twin, and everything
-    else were orthogonal, the penalty would be about coefficient * D, as much as reconstructing nothing. Random directions
-    cost about coefficient * 0.006 F. The logs give decay and deviations, neither the penalty's form nor its weight.
+    EMAs are over earlier steps, with `decay`; in the first step, over itself. (F - 1) times the mean over pairs is the
+    average overlap of a row with all others, for any sample size. If each row had one twin and were orthogonal to all
+    others, the penalty would be about coefficient * D, as much as reconstructing nothing. Random directions cost about
+    coefficient * 0.006 F. The logs give decay and deviations, but neither the penalty's form nor its weight.
     """
 
     class Settings(PartSettings):
@@ -39,7 +39,7 @@ class DynamicMargin(Part):
             default=0.95, ge=0, lt=1, description="Decay per step of the mean and standard deviation of cosines."
         )
         deviations: float = Field(
-            default=2.0, ge=0, description="Margin above the mean cosine, in standard deviations of the cosines."
+            default=2.0, ge=0, description="Margin above the mean cosine, in standard deviations."
         )
         sample: int = Field(
             default=512, ge=2, description="Largest number of decoder rows that a step compares, drawn at random."
@@ -53,7 +53,7 @@ class DynamicMargin(Part):
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if sae.d_sae < 2:
-            raise ValueError(f"d_sae: {sae.d_sae} is not allowed with dynamic_margin; it compares at least 2 latents")
+            raise ValueError(f"d_sae: {sae.d_sae} is not allowed with dynamic_margin; it must be at least 2")
 
     def margin(self, statistics: Tensor) -> Tensor:
         return statistics[0] + self.settings.deviations * statistics[1]

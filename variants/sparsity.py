@@ -1,4 +1,4 @@
-"""What L1 counts."""
+"""A sparsity penalty on activations before the mask."""
 
 from typing import Any
 
@@ -10,21 +10,18 @@ from ..engine.parts import BatchView, Part, part
 
 @part("l1_before_mask")
 class L1BeforeMask(Part):
-    """L1 counts activations [N, F] as they are before the mask, not the masked f (runs B3 to B5).
+    """L1 counts activations [N, F] before the mask, not the masked f (B3 to B5).
 
         loss = squared error + l1_coefficient * sum_j acts_nj        f = acts * mask[pos]
 
-    So a latent pays for activity at positions where its mask leaves little of it. What comes before it in `parts` at the
-    same place, such as `layer_norm`, counts as part of the activations. topk and batchtopk have no L1: it changes nothing
-    there.
+    A latent thus pays for activity at positions where its mask leaves little of it. Earlier parts at the same place,
+    such as `layer_norm`, count as part of the activations. It has no effect with topk and batchtopk, which have no L1.
     """
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if sae.mask.kind == "none":
-            raise ValueError(
-                "mask.kind: none is not allowed with l1_before_mask; L1 counts what a mask has not yet cut"
-            )
+            raise ValueError("mask.kind: none is not allowed with l1_before_mask; it needs a mask")
 
     def does(self, hook: str) -> bool:
         return super().does(hook) and (hook != "acts" or self.cfg.activation == "relu")

@@ -1,4 +1,4 @@
-"""Weights on the loss that favour what latents of single positions explain."""
+"""Loss weights that favour positions explained by position-specific latents."""
 
 import math
 from typing import Any
@@ -16,9 +16,10 @@ from .running_mean import RunningMean
 
 
 def specialization(sae: SparseAutoencoder | ComposedDictionary) -> Tensor:
-    """s [F] in [0, 1], of every latent: 1 where its mask is on at one position only, 0 where it is the same at all T.
+    """Specialization s [F] in [0, 1]: 1 for a latent whose mask is on at one position only, 0 for an equal mask at all
+    T.
 
-    s_j = 1 - H(m_j) / ln T, H the entropy of the mask's column over its sum. A latent that is on nowhere has 0.
+    s_j = 1 - H(m_j) / ln T, H the entropy of the mask's column over its sum. A latent that is off everywhere has 0.
     """
     weights = sae.mask.weights()
     assert weights is not None
@@ -31,25 +32,21 @@ def specialization(sae: SparseAutoencoder | ComposedDictionary) -> Tensor:
 
 @part("specialised_weights")
 class SpecialisedWeights(Part):
-    """The squared error counts more at positions that latents of few positions explain (run A4).
+    """The squared error has more weight at positions that position-specific latents explain (A4).
 
-        share_n = sum_j f_nj s_j / sum_j f_nj     s [F]: `specialization` by the mask as it is then
-        w_p     = (1 - beta) + beta * e_p / (mean of e over the positions met)     e: running mean of share_n at p
+        share_n = sum_j f_nj s_j / sum_j f_nj     s [F]: `specialization` under the current mask
+        w_p     = (1 - beta) + beta * e_p / (mean of e over known positions)     e: running mean of share_n at p
 
-    Decided: `beta` 0.5, so that no position is ever without weight; tokens without an active latent say nothing about
-    theirs. What counts is a share relative to other positions': s itself stays small as long as soft masks are nearly flat.
+    Decided here: `beta` 0.5, so that every position has weight; tokens without an active latent don't count; shares are
+    relative to other positions, because s itself stays small while soft masks are nearly flat.
     """
 
     class Settings(PartSettings):
         beta: Share = Field(
-            default=0.5,
-            description="Share of a position's weight that follows the specialised latents; the rest is constant.",
+            default=0.5, description="Share of a position's weight that follows the specialised latents."
         )
         decay: float = Field(
-            default=0.99,
-            ge=0,
-            lt=1,
-            description="Decay per step of the mean share of specialised latents at a position.",
+            default=0.99, ge=0, lt=1, description="Decay per step of the mean share of specialised latents."
         )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
@@ -59,7 +56,7 @@ class SpecialisedWeights(Part):
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if sae.mask.kind == "none":
-            raise ValueError("mask.kind: none is not allowed with specialised_weights; latents specialise by a mask")
+            raise ValueError("mask.kind: none is not allowed with specialised_weights; it needs a mask")
         if sae.mask.positions < 2:
             raise ValueError("mask.positions: 1 is not allowed with specialised_weights; it must be at least 2")
 

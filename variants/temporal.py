@@ -9,27 +9,26 @@ from torch import Tensor, nn
 from ..engine.config import Count, SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
 
-SMALL = 0.02  # beside 1, the weight of the token itself
+SMALL = 0.02  # the token itself has weight 1
 
 
 @part("dilated_conv")
 class DilatedConv(Part):
-    """The encoder sees x after causal depth-wise convolutions along the row, one per dilation d, each a residual (D1, D2).
+    """The encoder sees x after causal depth-wise convolutions along the row, one per dilation d, each a residual (D1,
+    D2).
 
         y_t <- y_t + sum_{k < kernel} w_dk * y_{t - k d}              w_d [kernel, D], N(0, 0.02^2) at the start; y = x first
 
-    Tokens before the row's first, and columns without a token, are 0 at every layer. Decided here: causal, so that a code
-    doesn't depend on what comes later; one after the other, so that three layers of kernel 3 and dilations 1, 2, 4 look back
-    14 tokens; and linear, as no nonlinearity is named. What is reconstructed is x itself.
+    Tokens before the row's first, and columns without a token, are 0 at every layer. Decided here: causal, so that a
+    code doesn't depend on later tokens; in sequence, so that three layers of kernel 3 and dilations 1, 2, 4 look back
+    14 tokens; linear, because the logs name no nonlinearity. The reconstruction target is x itself.
     """
 
     reads = frozenset({"rows"})
 
     class Settings(PartSettings):
         dilations: tuple[Count, ...] = Field(
-            default=(1, 2, 4),
-            min_length=1,
-            description="Dilation of each convolution in positions, in order; at least one.",
+            default=(1, 2, 4), min_length=1, description="Dilation of each convolution in positions, in order."
         )
         kernel: int = Field(default=3, ge=2, description="Taps of each convolution, its own token included.")
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ... import variants as variants  # its parts become known
+from ... import variants as variants  # registers the parts
 from ...engine.errors import UserError, near
 from . import baselines, log_a, log_b, log_c, log_d, log_e
 from .documented_run import EACH, Documented
@@ -19,13 +19,13 @@ LOG_TITLES = {
     "E": "self-aligning adversarial SAEs",
 }
 
-#: run -> what it is, those of the five logs
+#: the runs of the five logs by name
 RUNS: dict[str, Documented] = {name: run for log in LOGS.values() for name, run in log.items()}
 BASELINES = baselines.RUNS
 
 
 def documented(run: str) -> Documented:
-    """A run of the logs, or a baseline. Raises UserError, with near matches, for one that is not there."""
+    """A run of the logs, or a baseline. Raises UserError, with close matches, for an unknown name."""
     known = RUNS | BASELINES
     if run not in known:
         raise UserError(f"run: {run!r} is not allowed; {near(run, known)}")
@@ -33,8 +33,10 @@ def documented(run: str) -> Documented:
 
 
 def settings(run: str, activation: str | None = None, context: int = 128) -> dict[str, dict[str, Any]]:
-    """Sections stream, sae and train of a documented run's config, for rows of `context` tokens; those of the run whose
-    weights it looks at, for an analysis. `activation` in place of the run's own."""
+    """The sections stream, sae and train of a documented run's config, for rows of `context` tokens.
+
+    `activation` replaces the run's own. For an analysis, they are those of the run that it analyses.
+    """
     definition = documented(run)
     sections = documented(definition.trained_as or run).sections()
     sections["stream"]["context"] = context

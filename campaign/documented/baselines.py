@@ -1,4 +1,4 @@
-"""What the documented runs are compared with: plain dictionaries of equal size, on the same tokens."""
+"""The baselines of the documented runs: plain dictionaries of equal size, on the same tokens."""
 
 from .documented_run import Documented
 
@@ -6,7 +6,7 @@ RUNS = {
     "relu": Documented("ReLU + L1 (run 0 of every log)"),
     "topk": Documented("TopK", sae={"activation": "topk"}),
     "batchtopk": Documented("BatchTopK", sae={"activation": "batchtopk"}),
-    # static slicing: a token may use a quarter of the dictionary, that of its range of positions, or a random one
+    # static slicing: a token uses a quarter of the dictionary, that of its range of positions, or a random one
     "slices": Documented("static slices", sae={"mask": {"kind": "ranges", "ranges": 4}}),
     "random_slices": Documented("random slices", sae={"mask": {"kind": "random", "fraction": 0.25}}),
 }

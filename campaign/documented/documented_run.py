@@ -1,27 +1,23 @@
-"""What a documented run is: settings of a dictionary and of its training, as sections of a run's config."""
+"""A documented run: settings of a dictionary and of its training, as sections of a run's config."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-#: what all logs have in common: a ReLU dictionary with L1, Adam at 3e-4, less than a million tokens; no clipping but where a
-#: run is about it
+#: common to all logs: a ReLU dictionary with L1, Adam at 3e-4, less than a million tokens, no clipping
 COMMON: dict[str, dict[str, Any]] = {
     "sae": {"d_sae": 2304, "activation": "relu", "l1_coefficient": 0.04},
     "train": {"lr": 3e-4, "tokens": 500_000, "clip_norm": None},
     "stream": {"context": 128},
 }
-
-
-EACH = "each"  # in place of a number of ranges: each position is one
+EACH = "each"  # as the number of ranges: one per position
 
 
 @dataclass(frozen=True)
 class Documented:
-    """A run: its name in the logs and what is particular to it.
+    """A run: its title in the logs, and its settings, which replace those of `COMMON`.
 
-    `sae`, `train` and `stream` are settings on top of `COMMON`. An analysis has `trained_as`: the run whose weights it looks
-    at.
+    An analysis has `trained_as`, the run whose weights it analyses.
     """
 
     title: str
@@ -31,12 +27,12 @@ class Documented:
     trained_as: str | None = None
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """Sections stream, sae and train of a config."""
+        """The sections stream, sae and train of a config."""
         return {name: {**common, **getattr(self, name)} for name, common in COMMON.items()}
 
 
 def parts(*mechanisms: str | tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The setting `parts`, from names or (name, settings)."""
+    """Make the setting `parts` from names or pairs (name, settings)."""
     return [
         {"kind": mechanism} if isinstance(mechanism, str) else {"kind": mechanism[0], **mechanism[1]}
         for mechanism in mechanisms

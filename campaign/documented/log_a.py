@@ -3,7 +3,7 @@
 from .documented_run import EACH, Documented, parts
 
 SOFT = {"kind": "soft"}
-GROUPS = {"kind": "ranges", "ranges": EACH}  # F // T latents of each position, with their own encoder and decoder rows
+GROUPS = {"kind": "ranges", "ranges": EACH}  # F // T latents per position
 WHOLE = {"mode": "sequences"}
 
 RUNS = {
@@ -21,7 +21,7 @@ RUNS = {
     "A6": Documented("attention routing", sae={"parts": parts("position_embedding", "attention_router")}),
     "A7": Documented(
         "hierarchical global/position",
-        # the router's position prior is for the groups of position latents, the second half
+        # the router's position prior applies to the second half, the groups of position latents
         sae={
             "parts": parts(
                 "position_embedding",

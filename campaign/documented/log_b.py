@@ -4,10 +4,10 @@ from .documented_run import Documented, parts
 
 GAUSSIAN = {"kind": "gaussian"}  # sigma T / 8
 UNMASKED_L1 = {"mask": GAUSSIAN, "parts": parts("l1_before_mask")}
-# B5: L1 counts what layer norm gives; before it, activations could shrink at no cost, for the norm undoes it.
+# B5: L1 counts the output of layer norm. Before it, activations could shrink at no cost.
 NORMED = {"mask": GAUSSIAN, "parts": parts("layer_norm", "l1_before_mask")}
 RANGES = {"kind": "ranges", "ranges": 4}
-# B10: the base alone for a quarter of the run, with half of L1, then adapters that come in over another quarter.
+# B10: the base alone for a quarter of the run, with half of L1, then a quarter in which adapters ramp up.
 CURRICULUM = {"start": 0.25, "ramp": 0.25, "scale": 0.01, "pace": 0.3, "l1_from": 0.5}
 
 RUNS = {

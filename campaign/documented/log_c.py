@@ -1,10 +1,10 @@
-"""Log C, position-aware SAEs for sequences (`temporal_lens`). C3 and C4 look at C2, C7 to C9 at C6."""
+"""Log C, position-aware SAEs for sequences (`temporal_lens`). C3 and C4 analyse C2, C7 to C9 analyse C6."""
 
 from .documented_run import Documented, parts
 
 SOFT = {"kind": "soft", "start": "normal"}
 ANNEALED = {**SOFT, "temperature": 5.0, "temperature_end": 0.1}
-POSITIONS = {"log_positions": True}  # squared error and L0 by position, which the figures of all of them show
+POSITIONS = {"log_positions": True}  # squared error and L0 by position, for the figures
 
 RUNS = {
     "C1": Documented("positional SAE", sae={"mask": SOFT}, train=POSITIONS),

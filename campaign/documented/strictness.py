@@ -1,4 +1,4 @@
-"""How strict a mask is: the ablation of hard against soft masks that logs A to C plan."""
+"""Strictness of masks: the ablation of hard against soft masks that logs A to C plan."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,11 @@ HARD = ("random", "ranges", "windows")
 
 
 def strict(mask: Mapping[str, Any], strictness: str) -> dict[str, Any] | None:
-    """A mask's settings at another strictness; None where there is no mask, or none that is hard or soft.
+    """A mask's settings at another strictness, or None for a mask that has no hard and soft form.
 
-    A hard mask becomes a learned one that starts as it (`soft`), with a temperature that falls from 5 to 0.1 (`annealed`).
-    Learned masks from uniform or normal logits have the random mask of half the places as their hard form, Gaussians the
-    windows of T / 4, as wide as two sigma.
+    `soft` turns a hard mask into a learned one with the same start, `annealed` also lets its temperature fall from 5 to 0.1.
+    `hard` turns a learned mask with uniform or normal logits into a random mask of half the places, and a Gaussian into
+    windows of T / 4, which is two sigma.
     """
     kind, common = mask.get("kind", "none"), {k: v for k, v in mask.items() if k in ("positions", "beyond", "blend")}
     if kind == "gaussian":

@@ -1,6 +1,7 @@
 """Figures of a campaign: what is drawn is what its saved numbers say."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,9 @@ def named(axes: Any, gid: str) -> Any:
     return found
 
 
-def bar(axes: Any, run: str, *, lying: bool = False) -> float:
+def bar(axes: Any, run: str) -> float:
     """How long a bar is."""
-    return named(axes, run).get_width() if lying else named(axes, run).get_height()
+    return named(axes, run).get_width()
 
 
 def whiskers(axes: Any) -> list[tuple[float, float]]:
@@ -112,11 +113,11 @@ def test_unlearning_scores_are_bars_with_their_controls_and_spread(saved: Campai
     for run in ("relu", "topk", *({"A": ("A1", "A3"), "E": ("E1",)}[log])):
         own, random = of(run, "unlearning"), of(run, "random unlearning")
         assert bar(axes, run) == pytest.approx(np.mean(own))
-        assert named(axes, f"{run} random").get_ydata() == pytest.approx(np.mean(random))
+        assert named(axes, f"{run} random").get_xdata() == pytest.approx(np.mean(random))
         for values in (own, random):
             assert any(end == pytest.approx((min(values), max(values))) for end in ends)
     assert ("failed" in texts(axes)) == (log == "E")
-    assert [label.get_text() for label in axes.get_xticklabels()][:4] == [
+    assert [label.get_text() for label in axes.get_yticklabels()][:4] == [
         "ReLU + L1", "TopK", "BatchTopK", "A1 hard masks" if log == "A" else "E1 dynamic margin"
     ]  # fmt: skip
 
@@ -156,7 +157,6 @@ def test_final_errors_are_bars_with_their_numbers(saved: CampaignResults):
         assert bar(axes, run) == pytest.approx(np.mean(fvu(run)))
         assert f"{np.mean(fvu(run)):.3f}"[1:] in texts(axes)
         assert any(end == pytest.approx((min(fvu(run)), max(fvu(run)))) for end in whiskers(axes))
-    assert {label.get_rotation() for label in axes.get_xticklabels()} == {38}
     (legend,) = log_figures.final_metrics(saved, "A").figure.legends
     assert "mean of 2 seeds (fewer where some failed)" in legend.get_title().get_text()
 
@@ -165,7 +165,7 @@ def test_a_bar_far_worse_than_the_mean_is_cut_and_told_in_figures(folder: Path):
     saved = CampaignResults(folder)
     saved.logs["A"]["A3"]["scores"]["explained_variance"]["values"] = [-4.5, -2.5]
     (axes,) = log_figures.final_metrics(saved, "A").figure.axes
-    assert axes.get_ylim()[1] < 0.25
+    assert axes.get_xlim()[1] < 0.25
     assert "4.5 →" in texts(axes)
 
 
@@ -173,8 +173,8 @@ def test_progression_of_log_b_has_steps_and_errors(saved: CampaignResults):
     drawing = log_figures.training_progression(saved, "B")
     steps, error = panel(drawing, "Steps"), panel(drawing, "Error")
     for run in ("relu", "B4", "B9", "B10"):
-        assert bar(steps, run, lying=True) == STEPS
-        assert bar(error, run, lying=True) == pytest.approx(np.mean(fvu(run)))
+        assert bar(steps, run) == STEPS
+        assert bar(error, run) == pytest.approx(np.mean(fvu(run)))
     assert named(steps, "steps planned").get_xdata().tolist() == [STEPS] * 6
     standing_out = {run: named(error, run).get_facecolor() for run in ("B4", "B9", "B10")}
     assert standing_out["B9"] == standing_out["B10"] != standing_out["B4"]
@@ -185,7 +185,7 @@ def test_a_run_that_failed_shows_how_far_it_came(tmp_path: Path):
     metrics = out / "runs" / "B10" / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:3]))
     drawing = log_figures.training_progression(CampaignResults(out), "B")
-    assert bar(panel(drawing, "Steps"), "B10", lying=True) == 3 * EVERY
+    assert bar(panel(drawing, "Steps"), "B10") == 3 * EVERY
     assert texts(panel(drawing, "Error")).count("failed") == 1
 
 
@@ -199,17 +199,17 @@ def test_hyperparameters_of_log_b_are_those_of_the_settings_and_of_the_run(saved
     assert named(penalties, "B4").get_xdata()[0] == 0.04
     assert not [line for line in penalties.lines if line.get_gid() == "topk"]  # it has no L1
     assert named(penalties, "while its base is alone").get_xdata() == pytest.approx([0.5 * 0.04])
-    ends = named(penalties, "at the end, moved to reach the L0 asked for").get_xdata()
+    ends = named(penalties, "at the end, adjusted to the target L0").get_xdata()
     assert ends == pytest.approx([0.04 * (1 + STEPS / 10)] * 4)  # relu and three runs
 
 
 def test_sizes_of_log_e_are_beside_latents_alive(saved: CampaignResults):
     (axes,) = log_figures.feature_statistics(saved, "E").figure.axes
-    assert list(named(axes, "d_sae").get_ydata()) == [made_up.F] * 5
+    assert list(named(axes, "d_sae").get_xdata()) == [made_up.F] * 5
     alive = named(axes, "alive").get_offsets()
-    assert alive[:, 0].tolist() == [0, 1, 2, 3]  # not E4, which failed
+    assert alive[:, 1].tolist() == [0, 1, 2, 3]  # not E4, which failed
     wanted = [made_up.F * (1 - np.mean(of(run, "dead_fraction"))) for run in ("relu", "topk", "batchtopk", "E1")]
-    assert alive[:, 1].tolist() == pytest.approx(wanted)
+    assert alive[:, 0].tolist() == pytest.approx(wanted)
     assert len(whiskers(axes)) == 4
 
 
@@ -305,7 +305,7 @@ def test_comparison_of_log_c_has_errors_sparsity_and_weights(saved: CampaignResu
     for run in ("relu", "C2", "C5", "C6"):
         assert bar(error, run) == pytest.approx(np.mean(fvu(run)))
         assert bar(sparsity, run) == pytest.approx(np.mean(of(run, "l0")))
-    assert [label.get_text() for label in error.get_xticklabels()] == ["relu", "topk", "batchtopk", "C2", "C5", "C6"]
+    assert [label.get_text() for label in error.get_yticklabels()] == ["relu", "topk", "batchtopk", "C2", "C5", "C6"]
     where = panel(drawing, "Error by")
     shown = cells(where)
     assert [label.get_text() for label in where.get_yticklabels()] == ["relu", "topk", "batchtopk", "C2", "C5", "C6"]
@@ -362,7 +362,7 @@ def test_conditions_are_apart_and_log_figures_show_the_first(tmp_path: Path):
     (axes,) = overview.conditions(CampaignResults(out)).figure.axes
     places = {line.get_gid(): line.get_xdata()[0] for line in axes.lines if line.get_gid()}
     names = [tick.get_text() for tick in axes.get_xticklabels()]
-    assert {gid: names[at] for gid, at in places.items()} == {
+    assert {gid: names[round(at)] for gid, at in places.items()} == {
         gid: gid for gid in ("relu", "topk", "batchtopk", "A1", "E1")
     }
 
@@ -412,7 +412,7 @@ def test_without_held_out_rows_curves_are_of_new_batches(tmp_path: Path):
     for path in out.rglob("held_out.jsonl"):
         path.unlink()
     (axes,) = log_figures.training_curves(CampaignResults(out), "A").figure.axes
-    assert axes.get_ylabel() == "FVU on batches not seen before"
+    assert axes.get_ylabel() == "FVU on unseen batches"
     assert set(named(axes, "A1").get_ydata()) == {numbers("A1", 0)["fvu_last"] * 1.1}
 
 
@@ -423,8 +423,18 @@ def test_an_analysis_alone_shows_the_run_that_it_looks_at(tmp_path: Path):
     assert position_figures.position_analysis(CampaignResults(out)).lacks == ()
 
 
+def test_figures_of_scores_need_campaign_json_alone(tmp_path: Path):
+    out = made_up.campaign(tmp_path, {"A1": "hard masks", "C2": "temperature annealing"})
+    shutil.rmtree(out / "runs")
+    drawn = {path.relative_to(out / "figures").as_posix() for path in draw(out)}
+    assert {"overview.png", "log_a/unlearning_scores.png", "log_a/final_metrics.png"} <= drawn
+    reason = "not drawn: the campaign's folder has no runs/"
+    assert missing(out)["log_a/loss_curves.png"] == f"{reason}relu"
+    assert missing(out)["log_c/position_analysis.png"] == f"{reason}C2"
+
+
 def test_a_campaign_that_has_not_ended_is_told_so(tmp_path: Path):
-    with pytest.raises(UserError, match="holds no campaign.json; the campaign isn't done"):
+    with pytest.raises(UserError, match="has no campaign.json; the campaign is not finished"):
         draw(tmp_path)
 
 

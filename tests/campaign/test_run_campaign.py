@@ -161,7 +161,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
         (["run", "A11"], "run: 'A11' is not allowed; did you mean A1"),
         (["campaign", "--runs", "A1,Z9"], "runs: 'Z9' is not allowed"),
         (["campaign", "--resume"], "resume: give --out FOLDER, the folder of the run or campaign"),
-        (["plot", "nowhere"], "nowhere holds no campaign.yaml"),
+        (["plot", "nowhere"], "nowhere has no campaign.yaml"),
         (["run", "A6", "--d-sae", "100"], "groups: 8 is not allowed; it must divide d_sae (100)"),
         (["run", "A1", "--activation", "jumprelu", "--target-l0", "0"], "train.target_l0: 0"),
     ],

@@ -249,7 +249,7 @@ def test_settings_that_are_not_allowed(made):
     ):
         with pytest.raises(UserError, match=f"sae.parts.{kind}.{name}: .* is not allowed"):
             made(kind, **given)
-    with pytest.raises(UserError, match="percentile: 97 is not allowed; of 24 latents it leaves fewer than 2"):
+    with pytest.raises(UserError, match="percentile: 97 is not allowed; it must leave at least 2 of 24 latents"):
         made("selective_orthogonality", percentile=97)
     with pytest.raises(UserError, match="d_sae: 1 is not allowed with spurious_contrast"):
         made("spurious_contrast", sae={"d_sae": 1})

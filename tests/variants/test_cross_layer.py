@@ -115,7 +115,7 @@ def test_alignment_makes_gradients_of_two_layers_alike(made, rows, learner):
 
 def test_it_is_refused_beside_parts_whose_input_is_a_row(made):
     with pytest.raises(
-        UserError, match="sae.parts: cross_layer is not allowed with self_attention, which looks along rows"
+        UserError, match="sae.parts: cross_layer is not allowed with self_attention, which needs whole rows"
     ):
         made(parts=[{"kind": "cross_layer"}, {"kind": "self_attention"}])
     with pytest.raises(UserError, match="sae.parts.cross_layer.consistency: -1 is not allowed"):

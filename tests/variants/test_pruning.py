@@ -121,7 +121,7 @@ def test_a_run_ends_with_its_fraction_off(fraction, made, rows, learner):
 
 
 def test_pruning_that_leaves_too_few_is_refused(made):
-    with pytest.raises(UserError, match="fraction: 0.9 is not allowed with topk; it leaves 3 latents, fewer than k"):
+    with pytest.raises(UserError, match="fraction: 0.9 is not allowed with topk; it must leave at least k"):
         made("pruning", fraction=0.9, sae={"activation": "topk"})
     with pytest.raises(UserError, match="sae.parts.pruning.fraction: 1 is not allowed"):
         made("pruning", fraction=1)
