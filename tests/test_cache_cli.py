@@ -151,7 +151,7 @@ def test_train_on_activations_of_ones_own(place):
     np.save("mine.npy", np.random.default_rng(0).normal(size=(200, 16, 24)).astype(np.float32))
     code, out, err = run("train", "tiny.yaml", "--activations", "mine.npy", *FLAGS, "--out", "own")
     assert code == 0, err
-    assert "CE recovered needs a language model" in out
+    assert "CE recovered was not measured: it needs a language model" in out
     assert "random control" in out
     summary = json.loads((place / "own" / "summary.json").read_text())
     assert summary["measured_on"] == "held-out rows"
@@ -182,7 +182,7 @@ def test_a_run_whose_text_is_gone_is_trained_and_measured_later(place):
     assert code == 2
     last = err.splitlines()[-1]
     assert last.startswith(f"error: data: {text} does not exist")
-    assert last.endswith("; run is trained, and temposae eval core --sae run measures it")
+    assert last.endswith("; run is trained, and temposae eval core --sae run evaluates it")
     text.write_text(words)
     code, out, err = run("eval", "core", "--sae", "run")
     assert code == 0, err

@@ -101,7 +101,7 @@ OPTIONS = {
     "out below a file": ("--out short.txt/run", ("out", "short.txt/run", "can't be written")),
     "json in a missing folder": ("--json nowhere/f.json", ("json", "nowhere/f.json", "folder that exists")),
     "json is a folder": ("--json folder", ("json", "folder", "give a file")),
-    "resume without out": ("--resume", ("resume: give --out FOLDER", "the run to go on with")),
+    "resume without out": ("--resume", ("resume: give --out FOLDER", "the run to continue")),
     "resume of what is no run": ("--resume --out full", ("resume", "full", "config.yaml")),
     "resume of nothing": ("--resume --out nowhere", ("resume", "nowhere", "config.yaml")),
 }  # fmt: skip
