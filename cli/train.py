@@ -207,8 +207,8 @@ def cache(
 ) -> None:
     """Store a model's activations on disk for later training.
 
-    `temposae train --cache` reads them. Each is stored with its position, token and document. Several hooks or layers are read in one pass. The text
-    is read once and not repeated.
+    `temposae train --cache` reads them. Each activation is stored with its position, token and document. Several hooks or
+    layers are read in one pass. The text is read once and not repeated.
     """
     from ..engine.config import Layer, StreamConfig, read_yaml
     from ..engine.errors import UserError

@@ -90,7 +90,7 @@ MISTAKES = {
     "tokens": ("cache --out c --tokens 0", ("tokens: 0", "at least 1")),
     "hooks and layers": ("cache --out c --layer 1 --hook blocks.1.hook_resid_post", ("hooks or layers",)),
     "layer": ("cache --out c --layer 9", ("layer: 9", "0 to 3")),
-    "cache of a cache": ("cache cached.yaml --out c", ("stream.cache: cache", "from a model")),
+    "cache of a cache": ("cache cached.yaml --out c", ("stream.cache: cache", "give a model, not another cache")),
     "no cache": ("train --cache nowhere --out r", ("cache: nowhere", "cache.json")),
     "layer not cached": ("train --cache cache --layer 1 --out r", ("layer: 1", "cache", *HOOKS)),
     "another model": ("train --cache cache --model smollm2 --out r", ("stream.model: smollm2", "cache", "testbed")),

@@ -384,7 +384,7 @@ def test_train_refuses_to_overwrite_a_run(trained: Trained) -> None:
 
 def test_resume_takes_no_other_settings(trained: Trained) -> None:
     argv = ("train", "--resume", "--out", trained.folder, "--k", "5")
-    refused(trained.folder, argv, ("resume", "--out and --resume alone"))
+    refused(trained.folder, argv, ("resume", "give only --out, --resume and --plugin"))
 
 
 @pytest.mark.parametrize("path", ["nowhere", "folder", "short.txt"])

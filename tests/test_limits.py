@@ -16,7 +16,6 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS = {
     "bench/step.py:measure",
-    "bench/streams.py:_measured",
     "campaign/figure_panels.py:bars",
     "engine/fused.py:FusedStep._update",
     "engine/fused.py:FusedStep.run",
