@@ -33,8 +33,8 @@ GEMMA = "gemma-2-2b-shaped"  # made here, with random weights
 
 
 class Sizes(NamedTuple):
-    """Language model and layer (None: the middle one), latents F and K of a dictionary, tokens per step and per row, rows per
-    forward pass, tokens in the buffer, and rounds."""
+    """Language model and layer (None: the middle one), latents F and K of a dictionary, tokens per step and per row, rows in
+    a forward pass, tokens in the buffer, and rounds."""
 
     model: str
     layer: int | None

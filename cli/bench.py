@@ -344,13 +344,12 @@ def _start(
 ) -> tuple[str, str, Any]:
     """Check the options and return device, dtype and shapes. `sizes` are N, D, F and K."""
     device_type = _check(json_file, device)
-    from ..bench.data import DTYPES
-    from ..engine.errors import UserError
+    from ..bench.data import DTYPES, check_settings
 
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"dtype: {dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}")
     default_dtype = "bf16" if device_type == "cuda" else "fp32"
-    return device_type, dtype or default_dtype, _shapes(preset or _default_preset(device_type), *sizes)
+    dtype_name = default_dtype if dtype is None else dtype
+    check_settings(dtype_name, DTYPES)
+    return device_type, dtype_name, _shapes(preset or _default_preset(device_type), *sizes)
 
 
 def _check(json_file: Path | None, device: str | None = None) -> str:

@@ -15,7 +15,6 @@ LONG_FILES = {
     "engine/train.py",
 }
 LONG_FUNCTIONS = {
-    "bench/step.py:measure",
     "campaign/figure_panels.py:bars",
     "engine/fused.py:FusedStep._update",
     "engine/fused.py:FusedStep.run",
