@@ -140,7 +140,7 @@ def evaluate(sae: SparseAutoencoder, x: Tensor) -> dict[str, float]:
 
 
 def grid(measure: Callable[[float], dict[str, float]], start: float) -> dict[float, dict[str, float]]:
-    """Scores by learning rate, ascending: `start` times powers of two, with at least REACH rates on either side of the best."""
+    """Scores by learning rate, ascending: `start` times powers of two, at least REACH rates on either side of the best."""
     scores_by_power: dict[int, dict[str, float]] = {}
 
     def fvu(power: int) -> float:
