@@ -200,7 +200,7 @@ def read(file: Path) -> dict[str, Any]:
         result = json.loads(file.read_text())
         [_cell(cell_result) for cell_result in result["cells"]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"json: {file} is not allowed; it must hold results of `temposae bench lr`") from None
+        raise UserError(f"json: {file} is not allowed; it must hold learning rates from `temposae bench lr`") from None
     return result
 
 

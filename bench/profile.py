@@ -122,13 +122,10 @@ def summary(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for span in spans:
             calls[span.name] += any(step.start <= span.start < step.end for step in steps)
 
-    gpu = [e for e in events if e["cat"] in GPU_WORK]
-    if gpu:
-        launches = {e["args"].get("correlation"): e for e in events if e["cat"] in LAUNCHES}
-        launched = [(e, launches.get(e["args"].get("correlation"), e)) for e in gpu]
-        busy = [_span(e, _name_at(places.get(launch["tid"]), launch["ts"])) for e, launch in launched]
+    busy = pieces = _gpu_spans(events, places)
+    has_gpu = bool(busy)
+    if has_gpu:
         window = [Span("", min(s.start for s in busy), max(s.end for s in busy))]
-        pieces = busy
     else:
         busy = [_span(e, _name_at(places.get(e["tid"]), e["ts"])) for e in events if e["cat"] == "cpu_op"]
         window = steps
@@ -142,7 +139,7 @@ def summary(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for after, before, ms in _gaps(busy, span):
             between[after, before] += ms
     idle = sum(between.values())
-    if not gpu:  # time that no label covers; on a GPU such work is labelled OUTSIDE, and the rest is idle
+    if not has_gpu:  # time that no label covers; on a GPU such work is labelled OUTSIDE, and the rest is idle
         times[OUTSIDE] += total - sum(times.values())
     n = len(steps)
     longest_first = sorted((item for item in times.items() if item[1] > 0), key=lambda item: -item[1])
@@ -188,6 +185,13 @@ def _label(event: dict[str, Any]) -> str | None:
 
 def _span(event: dict[str, Any], name: str) -> Span:
     return Span(name, float(event["ts"]), float(event["ts"]) + float(event["dur"]))
+
+
+def _gpu_spans(events: list[dict[str, Any]], places: dict[Any, list[Span]]) -> list[Span]:
+    """Work on the GPU, named after the stage that launched it."""
+    launches = {e["args"].get("correlation"): e for e in events if e["cat"] in LAUNCHES}
+    launched = [(e, launches.get(e["args"].get("correlation"), e)) for e in events if e["cat"] in GPU_WORK]
+    return [_span(e, _name_at(places.get(launch["tid"]), launch["ts"])) for e, launch in launched]
 
 
 def _innermost(spans: list[Span]) -> list[Span]:
