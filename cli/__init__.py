@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from ..engine.storage.files import check_writable, write_json
 from .arguments import App
@@ -24,7 +25,7 @@ app = App(**PLAIN)
 
 
 @app.callback()
-def temposae(_: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def temposae(_: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
     """Train and study sparse autoencoders on language-model activations."""  # `main` prints it, for any command
 
 

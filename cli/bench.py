@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from ..engine.storage.files import check_writable, write_json
 from .arguments import App
@@ -13,19 +13,13 @@ from .options import PLAIN, JsonFile
 
 bench_app = App(help="Time training steps, ops and streams, next to other libraries.", **PLAIN)
 
-Preset = Annotated[
-    str | None, typer.Option(help="Shapes to measure: tiny, cpu, gpu or sweep. [default: gpu or cpu, by device]")
-]
-N = Annotated[
-    str | None, typer.Option("--n", help="Tokens per batch, as in 8192 or 1024,8192. [default: the preset's]")
-]
-D = Annotated[str | None, typer.Option("--d", help="Width of the activations, as --n. [default: the preset's]")]
-F = Annotated[str | None, typer.Option("--f", help="Number of latents, as --n. [default: the preset's]")]
-K = Annotated[str | None, typer.Option("--k", help="Latents kept per token, as --n. [default: the preset's]")]
-Dtype = Annotated[
-    str | None, typer.Option(help="Type of matrix products: fp32 or bf16. [default: bf16 on a GPU, else fp32]")
-]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda if there is a GPU]")]
+Preset = Annotated[str | None, Option(help="Shapes: tiny, cpu, gpu or sweep. [default: gpu or cpu, by device]")]
+N = Annotated[str | None, Option("--n", help="Tokens per batch, as in 8192 or 1024,8192. [default: the preset's]")]
+D = Annotated[str | None, Option("--d", help="Width of the activations, as --n. [default: the preset's]")]
+F = Annotated[str | None, Option("--f", help="Number of latents, as --n. [default: the preset's]")]
+K = Annotated[str | None, Option("--k", help="Latents kept per token, as --n. [default: the preset's]")]
+Dtype = Annotated[str | None, Option(help="Type of matrix products: fp32 or bf16. [default: bf16 on a GPU, else fp32]")]
+Device = Annotated[str | None, Option(help="cpu or cuda. [default: cuda if there is a GPU]")]
 
 
 @bench_app.command()
@@ -36,24 +30,17 @@ def step(
     f: F = None,
     k: K = None,
     provider: Annotated[
-        list[str] | None,
-        typer.Option(help="temposae, eai-sparsify, SAELens, dictionary_learning, ... Repeatable. [default: all]"),
+        list[str] | None, Option(help="temposae, SAELens, torch, ... Repeatable. [default: all]")
     ] = None,
     activation: Annotated[
-        list[str] | None, typer.Option(help="topk, batchtopk, jumprelu or relu. Repeatable. [default: topk]")
+        list[str] | None, Option(help="topk, batchtopk, jumprelu, relu. Repeatable. [default: topk]")
     ] = None,
-    auxk: Annotated[
-        bool, typer.Option("--auxk", help="Use AuxK with a quarter of the latents dead (topk and batchtopk only).")
-    ] = False,
-    dictionaries: Annotated[
-        int,
-        typer.Option(min=1, max=1000, help="Dictionaries to step on the same tokens. temposae steps them together."),
-    ] = 1,
-    own: Annotated[bool, typer.Option("--own", help="Also time each library with its own defaults.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Samples of each provider.")] = 20,
+    auxk: Annotated[bool, Option("--auxk", help="Use AuxK, with a quarter of the latents dead.")] = False,
+    dictionaries: Annotated[int, Option(min=1, max=1000, help="Number of dictionaries on the same tokens.")] = 1,
+    own: Annotated[bool, Option("--own", help="Also time each library with its own defaults.")] = False,
+    rounds: Annotated[int, Option(min=1, max=10_000, help="Samples of each provider.")] = 20,
     clip: Annotated[
-        float | None,
-        typer.Option(min=1e-6, max=1e9, help="Largest gradient norm, where a library lets you choose. [default: none]"),
+        float | None, Option(min=1e-6, max=1e9, help="Largest gradient norm, where optional. [default: none]")
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -91,13 +78,9 @@ def ops(
     d: D = None,
     f: F = None,
     k: K = None,
-    op: Annotated[
-        list[str] | None, typer.Option(help="encode, select_topk, decode, ... Repeatable. [default: all]")
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Samples of each op.")] = 20,
-    dtype: Annotated[
-        str | None, typer.Option(help="Type of tensors: fp32, bf16 or fp16. [default: bf16 on a GPU, else fp32]")
-    ] = None,
+    op: Annotated[list[str] | None, Option(help="encode, decode, ... Repeatable. [default: all]")] = None,
+    repeats: Annotated[int, Option(min=1, max=10_000, help="Samples of each op.")] = 20,
+    dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16. [default: bf16 on a GPU, else fp32]")] = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -115,11 +98,9 @@ def ops(
 
 @bench_app.command()
 def streams(
-    preset: Annotated[
-        str | None, typer.Option(help="Sizes to measure: tiny, cpu or gpu. [default: gpu or cpu, by device]")
-    ] = None,
+    preset: Annotated[str | None, Option(help="Sizes: tiny, cpu or gpu. [default: gpu or cpu, by device]")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Language model, read at its middle layer. [default: the preset's]")
+        str | None, Option(help="Language model, read at its middle layer. [default: the preset's]")
     ] = None,
     device: Device = None,
     json_file: JsonFile = None,
@@ -138,11 +119,9 @@ def streams(
 
 @bench_app.command()
 def runs(
-    preset: Annotated[
-        str | None, typer.Option(help="Sizes to measure: tiny, cpu, testbed or gpu. [default: gpu or cpu, by device]")
-    ] = None,
+    preset: Annotated[str | None, Option(help="Sizes: tiny, cpu, testbed or gpu. [default: gpu or cpu]")] = None,
     only: Annotated[
-        str | None, typer.Option("--runs", help="Runs separated by commas, as in A1,C2,E4. [default: all]")
+        str | None, Option("--runs", help="Runs separated by commas, as in A1,C2,E4. [default: all]")
     ] = None,
     device: Device = None,
     json_file: JsonFile = None,
@@ -167,25 +146,24 @@ def runs(
 @bench_app.command("lr")
 def learning_rate(
     preset: Annotated[
-        str,
-        typer.Option(help="Sources and cells: tiny, cpu (synthetic and testbed) or pretrained (smollm2, with --data)."),
+        str, Option(help="Sources and cells: tiny, cpu (synthetic and testbed) or pretrained (smollm2, with --data).")
     ] = "cpu",
     source: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="Activations to train on: synthetic:WIDTH, MODEL:LAYER or NAME=FILE.npy. Repeatable. "
             "[default: the preset's]"
         ),
     ] = None,
     cell: Annotated[
         list[str] | None,
-        typer.Option(help="ACTIVATION,F,K,BATCH,STEPS, as in topk,512,16,256,100. Repeatable. [default: the preset's]"),
+        Option(help="ACTIVATION,F,K,BATCH,STEPS, as in topk,512,16,256,100. Repeatable. [default: the preset's]"),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Text for MODEL:LAYER, as in `train --data`.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Number of seeds to average over.")] = 1,
+    data: Annotated[str | None, Option(help="Text for MODEL:LAYER, as in `train --data`.")] = None,
+    seeds: Annotated[int, Option(min=1, max=1000, help="Number of seeds to average over.")] = 1,
     json_file: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--json", help="Write the results to this JSON file after each cell, and skip cells that it already holds."
         ),
     ] = None,
@@ -219,13 +197,12 @@ def peers(
     f: F = None,
     k: K = None,
     library: Annotated[
-        list[str] | None,
-        typer.Option(help="saelens, dictionary_learning or sparsify. Repeatable. [default: all installed]"),
+        list[str] | None, Option(help="saelens, dictionary_learning, sparsify. Repeatable. [default: all]")
     ] = None,
     steps: Annotated[
-        int, typer.Option(min=5, max=10_000, help="Training steps per run of a script. Their median counts.")
+        int, Option(min=5, max=10_000, help="Training steps per run of a script. Their median counts.")
     ] = 30,
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each script.")] = 3,
+    rounds: Annotated[int, Option(min=1, max=1000, help="Runs of each script.")] = 3,
     json_file: JsonFile = None,
 ) -> None:
     """Time other libraries' scripts before and after `accelerate`.
@@ -244,9 +221,7 @@ def peers(
 
 @bench_app.command()
 def table(
-    files: Annotated[
-        list[Path], typer.Argument(help="JSON files written by `bench step --json` or `bench ops --json`.")
-    ],
+    files: Annotated[list[Path], Argument(help="JSON files of `bench step --json` or `bench ops --json`.")],
 ) -> None:
     """Print saved results as Markdown."""
     from ..bench.results import read
@@ -257,17 +232,12 @@ def table(
 
 @bench_app.command()
 def report(
-    out: Annotated[Path, typer.Option(help="Folder for report.md, report.json and the figures.")] = Path(
-        "bench-report"
-    ),
-    results: Annotated[
-        list[Path] | None, typer.Option(help="JSON file of saved results. Repeatable. [default: the package's]")
-    ] = None,
+    out: Annotated[Path, Option(help="Folder for report.md, report.json and the figures.")] = Path("bench-report"),
+    results: Annotated[list[Path] | None, Option(help="Saved results. Repeatable. [default: the package's]")] = None,
     arch: Annotated[
-        list[int] | None,
-        typer.Option(min=70, max=200, help="GPU architecture to compile for. Repeatable. [default: 80, 90 and 100]"),
+        list[int] | None, Option(min=70, max=200, help="GPU architecture. Repeatable. [default: 80, 90, 100]")
     ] = None,
-    kernel: Annotated[list[str] | None, typer.Option(help="Kernel to compile. Repeatable. [default: all]")] = None,
+    kernel: Annotated[list[str] | None, Option(help="Kernel to compile. Repeatable. [default: all]")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Compile all kernels and report results against their floors.
@@ -286,9 +256,7 @@ def report(
 
 @bench_app.command()
 def tune(
-    entry: Annotated[
-        list[str] | None, typer.Option(help="Entry of the table: encode, merge, ... Repeatable. [default: all]")
-    ] = None,
+    entry: Annotated[list[str] | None, Option(help="Entry: encode, merge, ... Repeatable. [default: all]")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Choose launch settings for this GPU and save them.
@@ -312,10 +280,8 @@ def profile(
     d: D = None,
     f: F = None,
     k: K = None,
-    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Number of steps to profile.")] = 5,
-    trace: Annotated[Path, typer.Option(help="Chrome trace to write. Open it in ui.perfetto.dev.")] = Path(
-        "trace.json"
-    ),
+    steps: Annotated[int, Option(min=1, max=10_000, help="Number of steps to profile.")] = 5,
+    trace: Annotated[Path, Option(help="Chrome trace to write. Open it in ui.perfetto.dev.")] = Path("trace.json"),
     dtype: Dtype = None,
     device: Device = None,
     json_file: JsonFile = None,

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from ..engine.storage.files import check_writable, write_json
 from .options import Data, Hook, JsonFile, Latents, Layer, Model, Plugin, Resume, check_backend, merge
@@ -13,36 +13,28 @@ from .output import campaign_table
 
 Evals = Annotated[
     str | None,
-    typer.Option(
-        help="Evals separated by commas, as in core,positions. Always includes core. [default: the logs' seven]"
-    ),
+    Option(help="Evals separated by commas, as in core,positions. Core always runs. [default: the logs' seven]"),
 ]
-Out = Annotated[Path | None, typer.Option(help="Folder to create. [default: runs/NAME-DATE-TIME]")]
+Out = Annotated[Path | None, Option(help="Folder to create. [default: runs/NAME-DATE-TIME]")]
 
 
 def run(
     name: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="A1 to E9, relu, topk or batchtopk.", show_default=False)
+        str | None, Argument(metavar="RUN", help="A1 to E9, relu, topk or batchtopk.", show_default=False)
     ] = None,
-    listed: Annotated[
-        bool, typer.Option("--list", help="List the runs with their settings and estimated times, and exit.")
-    ] = False,
+    listed: Annotated[bool, Option("--list", help="List the runs with settings and estimated times.")] = False,
     model: Model = None,
     layer: Layer = None,
     hook: Hook = None,
     data: Data = None,
-    activation: Annotated[
-        str | None, typer.Option(help="relu, topk or batchtopk. [default: the run's, mostly relu]")
-    ] = None,
+    activation: Annotated[str | None, Option(help="relu, topk or batchtopk. [default: the run's, mostly relu]")] = None,
     d_sae: Latents = None,
-    k: Annotated[int | None, typer.Option(help="Latents kept per token by topk and batchtopk. [default: 32]")] = None,
-    l1: Annotated[float | None, typer.Option(help="L1 coefficient. [default: the run's, mostly 0.04]")] = None,
-    target_l0: Annotated[
-        float | None, typer.Option(help="Adjust the L1 coefficient until this many latents are active per token.")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: the run's, mostly 3e-4]")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Number of tokens to train on. [default: the run's]")] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Number of seeds to train with.")] = 1,
+    k: Annotated[int | None, Option(help="Latents kept per token by topk and batchtopk. [default: 32]")] = None,
+    l1: Annotated[float | None, Option(help="L1 coefficient. [default: the run's, mostly 0.04]")] = None,
+    target_l0: Annotated[float | None, Option(help="Active latents per token, by adjusting L1. [default: off]")] = None,
+    lr: Annotated[float | None, Option(help="Peak learning rate. [default: the run's, mostly 3e-4]")] = None,
+    tokens: Annotated[int | None, Option(help="Number of tokens to train on. [default: the run's]")] = None,
+    seeds: Annotated[int, Option(min=1, max=1000, help="Number of seeds to train with.")] = 1,
     evals: Evals = None,
     out: Out = None,
     resume: Resume = False,
@@ -86,26 +78,22 @@ def run(
 def campaign(
     config: Annotated[
         Path | None,
-        typer.Argument(
+        Argument(
             show_default=False,
             help="YAML file with runs, baselines, seeds, axes, stream, sae, train and evals. Options override it.",
         ),
     ] = None,
-    runs: Annotated[
-        str | None, typer.Option(help="Runs separated by commas, as in A1,C2,E4. [default: all 42]")
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Number of seeds to train each run with. [default: 1]")
-    ] = None,
+    runs: Annotated[str | None, Option(help="Runs separated by commas, as in A1,C2,E4. [default: all 42]")] = None,
+    seeds: Annotated[int | None, Option(min=1, max=1000, help="Number of seeds per run. [default: 1]")] = None,
     model: Model = None,
     layer: Layer = None,
     data: Data = None,
     d_sae: Latents = None,
-    tokens: Annotated[int | None, typer.Option(help="Number of tokens to train on. [default: the runs']")] = None,
+    tokens: Annotated[int | None, Option(help="Number of tokens to train on. [default: the runs']")] = None,
     evals: Evals = None,
     quick: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--quick", help="Small campaign: F = 512, K = 16 instead of L1, 100,000 tokens, main scores. Takes minutes."
         ),
     ] = False,
@@ -141,7 +129,7 @@ def campaign(
 
 
 def plot(
-    folder: Annotated[Path, typer.Argument(metavar="RUN|CAMPAIGN", help="A folder made by temposae run or campaign.")],
+    folder: Annotated[Path, Argument(metavar="RUN|CAMPAIGN", help="A folder made by temposae run or campaign.")],
 ) -> None:
     """Redraw the figures and the report of a run or campaign.
 

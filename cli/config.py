@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from .options import Plugin
 
@@ -35,19 +35,15 @@ and [variants.md](variants.md) says where each one acts.
 def config(
     source: Annotated[
         str | None,
-        typer.Argument(
+        Argument(
             metavar="FILE|NAME",
             show_default=False,
             help="YAML file for temposae train or campaign. With --explain: a setting (train.lr), a section (sae.mask) or "
             "a part (layer_norm).",
         ),
     ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Print meaning, allowed values and default of NAME, or of all settings.")
-    ] = False,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="With --explain: print all settings as Markdown (docs/settings.md).")
-    ] = False,
+    explain: Annotated[bool, Option("--explain", help="Explain the setting NAME, or all settings.")] = False,
+    markdown: Annotated[bool, Option("--markdown", help="With --explain: print docs/settings.md.")] = False,
     plugin: Plugin = None,
 ) -> None:
     """Check a config file and print all settings, or explain them.

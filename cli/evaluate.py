@@ -4,40 +4,33 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from ..engine.storage.files import check_writable, write_json
 from .options import FOLDERS, TEXTS, JsonFile, Plugin, check_backend
 from .output import core_table, scores_table
 
-Dictionary = Annotated[Path, typer.Option(help=FOLDERS)]
+Dictionary = Annotated[Path, Option(help=FOLDERS)]
 OtherModel = Annotated[
     str | None,
-    typer.Option(
-        help="Language model: testbed, smollm2, a hub name or a local folder. [default: the one it was trained on]"
-    ),
+    Option(help="Language model: testbed, smollm2, a hub name or a local folder. [default: the one it was trained on]"),
 ]
-OtherLayer = Annotated[
-    int | None,
-    typer.Option(help="Use the residual stream after this layer, from 0. [default: where it was trained]"),
-]
-OtherHook = Annotated[str | None, typer.Option(help="Use the activations at this transformer_lens hook instead.")]
-OtherData = Annotated[str | None, typer.Option(help=f"Text to use: {TEXTS}. [default: the text it was trained on]")]
+OtherLayer = Annotated[int | None, Option(help="Layer of the residual stream, from 0. [default: where it was trained]")]
+OtherHook = Annotated[str | None, Option(help="Use the activations at this transformer_lens hook instead.")]
+OtherData = Annotated[str | None, Option(help=f"Text to use: {TEXTS}. [default: the text it was trained on]")]
 
 
 def evaluate(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="An eval from the list above, or all.", show_default=False)
-    ],
+    name: Annotated[str, Argument(metavar="NAME", help="An eval listed above, or all.", show_default=False)],
     sae: Dictionary,
     model: OtherModel = None,
     layer: OtherLayer = None,
     hook: OtherHook = None,
     data: OtherData = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random choices.")] = 0,
+    seed: Annotated[int, Option(min=0, max=2**63 - 1, help="Seed of all random choices.")] = 0,
     sets: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--set",
             help="For sparse_probing: a .csv or .jsonl file with columns text and label, or a published set "
             "(fancyzhx/ag_news?path=FOLDER). Repeatable. [default: the embedded language's topics]",
@@ -45,7 +38,7 @@ def evaluate(
     ] = None,
     files: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--file",
             metavar="NAME=PATH",
             help="For unlearning, all four of forget_questions, retain_questions (.jsonl or .parquet, in the formats of "
@@ -55,17 +48,14 @@ def evaluate(
     ] = None,
     rows: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             max=2**20,
             help="For core: rows of held-out text to evaluate on. [default: as in training, or by the model's cost]",
         ),
     ] = None,
-    control: Annotated[
-        bool,
-        typer.Option("--control", help="Train a random control first if there is none, on as many tokens as the run."),
-    ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Repeat evals that the run folder already has.")] = False,
+    control: Annotated[bool, Option("--control", help="Train a random control first if the run has none.")] = False,
+    fresh: Annotated[bool, Option("--fresh", help="Repeat evals that the run folder already has.")] = False,
     plugin: Plugin = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -123,19 +113,17 @@ def evaluate(
 
 def features(
     sae: Dictionary,
-    out: Annotated[Path, typer.Option(help="Folder to write the store to, new or empty.")],
+    out: Annotated[Path, Option(help="Folder to write the store to, new or empty.")],
     data: OtherData = None,
     tokens: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             max=10**15,
             help="Number of tokens to encode. [default: as many as the run trained on; with --data, the whole text]",
         ),
     ] = None,
-    min_activation: Annotated[
-        float, typer.Option(min=0, max=1e15, help="Store only activations above this value.")
-    ] = 0.0,
+    min_activation: Annotated[float, Option(min=0, max=1e15, help="Store only activations above this value.")] = 0.0,
     model: OtherModel = None,
     layer: OtherLayer = None,
     hook: OtherHook = None,
@@ -181,17 +169,13 @@ def features(
 def dashboard(
     sae: Dictionary,
     latents: Annotated[
-        str | None,
-        typer.Option(help="Latents separated by commas, as in 3,17. [default: --count, spread over firing rates]"),
+        str | None, Option(help="Latents, as in 3,17. [default: --count of them, spread over firing rates]")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, max=10**6, help="Number of latents, unless --latents names them.")] = 100,
+    count: Annotated[int, Option(min=1, max=10**6, help="Number of latents, unless --latents names them.")] = 100,
     rows: Annotated[
-        int | None,
-        typer.Option(min=1, max=2**20, help="Rows of held-out text to read. [default: 1024, fewer after a short run]"),
+        int | None, Option(min=1, max=2**20, help="Rows of held-out text. [default: 1024, fewer after a short run]")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="HTML file to write. [default: dashboard.html in the run folder]")
-    ] = None,
+    out: Annotated[Path | None, Option(help="HTML file to write. [default: dashboard.html in the run folder]")] = None,
     model: OtherModel = None,
     layer: OtherLayer = None,
     hook: OtherHook = None,

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from .options import FOLDERS, Plugin
 
@@ -13,16 +13,14 @@ if TYPE_CHECKING:
     from ..engine.storage.checkpoint import Checkpoint
 
 LAYOUTS = "saelens, dictionary_learning, sparsify, gemma-scope or temposae"
-Source = Annotated[Path, typer.Argument(metavar="SRC", show_default=False, help=FOLDERS)]
-Layout = Annotated[str, typer.Option("--to", help=f"Format to write: {LAYOUTS}.")]
-Which = Annotated[
-    str, typer.Option("--dictionary", help="Dictionary of the run: sae, or random for its random control.")
-]
+Source = Annotated[Path, Argument(metavar="SRC", show_default=False, help=FOLDERS)]
+Layout = Annotated[str, Option("--to", help=f"Format to write: {LAYOUTS}.")]
+Which = Annotated[str, Option("--dictionary", help="Dictionary of the run: sae, or random for its random control.")]
 
 
 def convert(
     source: Source,
-    out: Annotated[Path, typer.Argument(metavar="DST", show_default=False, help="Folder to create.")],
+    out: Annotated[Path, Argument(metavar="DST", show_default=False, help="Folder to create.")],
     to: Layout,
     which: Which = "sae",
     plugin: Plugin = None,
@@ -46,12 +44,10 @@ def convert(
 
 def upload(
     source: Source,
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", show_default=False, help="OWNER/REPOSITORY[/FOLDER] on the hub.")
-    ],
+    name: Annotated[str, Argument(metavar="NAME", show_default=False, help="OWNER/REPOSITORY[/FOLDER] on the hub.")],
     to: Layout = "temposae",
     which: Which = "sae",
-    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    private: Annotated[bool, Option("--private", help="Create a private repository.")] = False,
     plugin: Plugin = None,
 ) -> None:
     """Upload a dictionary to the Hugging Face hub with a model card.

@@ -3,42 +3,34 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 PLAIN: dict[str, Any] = {
     "no_args_is_help": True, "add_completion": False, "rich_markup_mode": None,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }  # fmt: skip
 
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results to this JSON file.")]
+JsonFile = Annotated[Path | None, Option("--json", help="Also write the results to this JSON file.")]
 Model = Annotated[
     str | None,
-    typer.Option(
-        help="testbed, smollm2, a hub name (google/gemma-2-2b) or a local Hugging Face folder. [default: testbed]"
-    ),
+    Option(help="testbed, smollm2, a hub name (google/gemma-2-2b) or a local Hugging Face folder. [default: testbed]"),
 ]
-Layer = Annotated[
-    int | None, typer.Option(help="Train on the residual stream after this layer, from 0. [default: the middle layer]")
-]
-Hook = Annotated[str | None, typer.Option(help="Train on the activations at this transformer_lens hook instead.")]
+Layer = Annotated[int | None, Option(help="Layer of the residual stream, from 0. [default: the middle layer]")]
+Hook = Annotated[str | None, Option(help="Train on the activations at this transformer_lens hook instead.")]
 TEXTS = "a .txt, .jsonl, .json, .csv, .tsv or .parquet file, an .npy file of token ids, or a dataset's name or folder"
 Data = Annotated[
-    str | None,
-    typer.Option(help=f"Text to train on: {TEXTS}. [default: the embedded language, for testbed only]"),
+    str | None, Option(help=f"Text to train on: {TEXTS}. [default: the embedded language, for testbed only]")
 ]
 Field = Annotated[
-    str | None,
-    typer.Option(help="Field that holds the text; dots reach into structs. [default: text, tokens or input_ids]"),
+    str | None, Option(help="Field with the text, nested as in a.b. [default: text, tokens or input_ids]")
 ]
-Split = Annotated[str | None, typer.Option(help="Split of the dataset in --data. [default: train]")]
-Subset = Annotated[
-    str | None, typer.Option(help="Subset (configuration) of the dataset in --data. [default: the only one]")
-]
-Latents = Annotated[int | None, typer.Option(help="F, the number of latents. [default: 2304]")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the stopped run in --out, with its own settings.")]
+Split = Annotated[str | None, Option(help="Split of the dataset in --data. [default: train]")]
+Subset = Annotated[str | None, Option(help="Subset (configuration) of that dataset. [default: the only one]")]
+Latents = Annotated[int | None, Option(help="F, the number of latents. [default: 2304]")]
+Resume = Annotated[bool, Option("--resume", help="Continue the stopped run in --out, with its own settings.")]
 Plugin = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         "--plugin", metavar="FILE|MODULE", help="Python file or module that defines parts. It is executed. Repeatable."
     ),
 ]

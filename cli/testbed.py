@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from ..engine.storage.files import check_can_make, check_writable, write_json
 from .arguments import App
@@ -15,9 +15,9 @@ testbed_app = App(help="Train, measure and sample the embedded language model.",
 
 @testbed_app.command("train")
 def train(
-    out: Annotated[Path | None, typer.Option(help="Folder for model and tokenizer. [default: the package's]")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=10**7, help="Training steps, of 16 documents each.")] = 3000,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the weights and the documents.")] = 0,
+    out: Annotated[Path | None, Option(help="Folder for model and tokenizer. [default: the package's]")] = None,
+    steps: Annotated[int, Option(min=1, max=10**7, help="Training steps, of 16 documents each.")] = 3000,
+    seed: Annotated[int, Option(min=0, max=2**63 - 1, help="Seed of the weights and the documents.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
     """Train the embedded language model from random weights.
@@ -53,9 +53,9 @@ def quality(json_file: JsonFile = None) -> None:
 
 @testbed_app.command("sample")
 def sample(
-    count: Annotated[int, typer.Option(min=1, max=10**6, help="Number of documents.")] = 3,
-    start: Annotated[int, typer.Option(min=0, max=2**40, help="Index of the first document.")] = 0,
-    correlation: Annotated[float, typer.Option(min=0, max=1, help="Correlation of topic and tone, from 0 to 1.")] = 0.5,
+    count: Annotated[int, Option(min=1, max=10**6, help="Number of documents.")] = 3,
+    start: Annotated[int, Option(min=0, max=2**40, help="Index of the first document.")] = 0,
+    correlation: Annotated[float, Option(min=0, max=1, help="Correlation of topic and tone, from 0 to 1.")] = 0.5,
     json_file: JsonFile = None,
 ) -> None:
     """Print documents of the embedded language.

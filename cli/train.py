@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from ..engine.storage.files import check_writable, write_json
 from .options import Data, Field, Hook, JsonFile, Layer, Model, Plugin, Resume, Split, Subset, check_backend, merge
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def train(
     config: Annotated[
         Path | None,
-        typer.Argument(
+        Argument(
             show_default=False,
             help="YAML file with sections stream, sae, train and eval, and sweep or dictionaries for several dictionaries. "
             "Options override it.",
@@ -32,33 +33,26 @@ def train(
     text_field: Field = None,
     split: Split = None,
     subset: Subset = None,
-    cache: Annotated[Path | None, typer.Option(help="Train on a cache: a folder made by `temposae cache`.")] = None,
+    cache: Annotated[Path | None, Option(help="Train on a cache: a folder made by `temposae cache`.")] = None,
     activations: Annotated[
-        Path | None,
-        typer.Option(help="Train on the activations in this .npy, .safetensors or .pt file. Loads no model."),
+        Path | None, Option(help="Train on activations in a .npy, .safetensors or .pt file.")
     ] = None,
-    activation: Annotated[str | None, typer.Option(help="topk, batchtopk, relu or jumprelu. [default: topk]")] = None,
-    d_sae: Annotated[
-        int | None, typer.Option(help="F, the number of latents. [default: 8 times the width of the activations]")
-    ] = None,
-    k: Annotated[int | None, typer.Option(help="Latents kept per token. [default: 32]")] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate. [default: from D, F, batch size and number of steps]")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Number of tokens to train on. [default: 1000000]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, text order and mixing. [default: 0]")] = None,
+    activation: Annotated[str | None, Option(help="topk, batchtopk, relu or jumprelu. [default: topk]")] = None,
+    d_sae: Annotated[int | None, Option(help="F, the number of latents. [default: 8 times the width]")] = None,
+    k: Annotated[int | None, Option(help="Latents kept per token. [default: 32]")] = None,
+    lr: Annotated[float | None, Option(help="Peak learning rate. [default: by D, F, batch and steps]")] = None,
+    tokens: Annotated[int | None, Option(help="Number of tokens to train on. [default: 1000000]")] = None,
+    seed: Annotated[int | None, Option(help="Seed of weights, text order and mixing. [default: 0]")] = None,
     eval_rows: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             max=2**20,
             help="Rows of held-out text to evaluate on. [default: 32 to 256, a fifth of the cost of the model's passes]",
         ),
     ] = None,
-    no_eval: Annotated[
-        bool, typer.Option("--no-eval", help="Skip the evaluation; `temposae eval` can do it later.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Run folder to create. [default: runs/MODEL-DATE-TIME]")] = None,
+    no_eval: Annotated[bool, Option("--no-eval", help="Skip evaluation; `temposae eval` can do it later.")] = False,
+    out: Annotated[Path | None, Option(help="Run folder to create. [default: runs/MODEL-DATE-TIME]")] = None,
     resume: Resume = False,
     plugin: Plugin = None,
     json_file: JsonFile = None,
@@ -177,31 +171,24 @@ def _print_not_measured(summary: dict[str, Any], folder: Path) -> bool:
 
 def cache(
     config: Annotated[
-        Path | None, typer.Argument(show_default=False, help="YAML file with a section stream. Options override it.")
+        Path | None, Argument(show_default=False, help="YAML file with section stream. Options override it.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to create.")] = ...,  # pyright: ignore[reportArgumentType]
-    tokens: Annotated[
-        int, typer.Option(min=1, max=10**15, help="Number of tokens to store. Special tokens do not count.")
-    ] = 1_000_000,
+    out: Annotated[Path, Option(help="Folder to create.")] = ...,  # pyright: ignore[reportArgumentType]
+    tokens: Annotated[int, Option(min=1, max=10**15, help="Tokens to store, without special tokens.")] = 1_000_000,
     model: Model = None,
     layer: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Store the residual stream after this layer, from 0. Repeatable. [default: the middle layer]"
-        ),
+        list[int] | None, Option(help="Layer of the residual stream, from 0. Repeatable. [default: the middle layer]")
     ] = None,
-    hook: Annotated[
-        list[str] | None, typer.Option(help="Store the activations at this transformer_lens hook instead. Repeatable.")
-    ] = None,
+    hook: Annotated[list[str] | None, Option(help="transformer_lens hook to store instead. Repeatable.")] = None,
     data: Data = None,
     text_field: Field = None,
     split: Split = None,
     subset: Subset = None,
-    dtype: Annotated[str, typer.Option(help="Stored type of activations: bfloat16 or float32.")] = "bfloat16",
-    shard_mb: Annotated[float, typer.Option(min=1e-3, max=1e6, help="Size of one file, in MB (10^6 bytes).")] = 256,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the embedded language's documents.")] = 0,
+    dtype: Annotated[str, Option(help="Stored type of activations: bfloat16 or float32.")] = "bfloat16",
+    shard_mb: Annotated[float, Option(min=1e-3, max=1e6, help="Size of one file, in MB (10^6 bytes).")] = 256,
+    seed: Annotated[int, Option(min=0, max=2**63 - 1, help="Seed of the embedded language's documents.")] = 0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue after the last complete shard. Give the same settings again.")
+        bool, Option("--resume", help="Continue after the last complete shard, with the same settings.")
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
