@@ -40,7 +40,7 @@ def step(
     own: Annotated[bool, Option("--own", help="Also time each library with its own defaults.")] = False,
     rounds: Annotated[int, Option(min=1, max=10_000, help="Samples of each provider.")] = 20,
     clip: Annotated[
-        float | None, Option(min=1e-6, max=1e9, help="Largest gradient norm, where optional. [default: none]")
+        float | None, Option(min=1e-6, max=1e9, help="Clip gradients to this norm, where optional. [default: no]")
     ] = None,
     dtype: Dtype = None,
     device: Device = None,

@@ -38,7 +38,7 @@ def train(
         Path | None, Option(help="Train on activations in a .npy, .safetensors or .pt file.")
     ] = None,
     activation: Annotated[str | None, Option(help="topk, batchtopk, relu or jumprelu. [default: topk]")] = None,
-    d_sae: Annotated[int | None, Option(help="F, the number of latents. [default: 8 times the width]")] = None,
+    d_sae: Annotated[int | None, Option(help="F, the number of latents. [default: 8 times the model's width]")] = None,
     k: Annotated[int | None, Option(help="Latents kept per token. [default: 32]")] = None,
     lr: Annotated[float | None, Option(help="Peak learning rate. [default: by D, F, batch and steps]")] = None,
     tokens: Annotated[int | None, Option(help="Number of tokens to train on. [default: 1000000]")] = None,
@@ -48,7 +48,7 @@ def train(
         Option(
             min=1,
             max=2**20,
-            help="Rows of held-out text to evaluate on. [default: 32 to 256, a fifth of the cost of the model's passes]",
+            help="Rows of held-out text to evaluate on. [default: 32 to 256, by the model's cost]",
         ),
     ] = None,
     no_eval: Annotated[bool, Option("--no-eval", help="Skip evaluation; `temposae eval` can do it later.")] = False,
