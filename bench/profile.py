@@ -7,9 +7,7 @@ node, if there is one.
 
 import contextlib
 import functools
-import json
 import sys
-import tempfile
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +16,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from ..engine.learner import Learner
 from ..engine.process.cpu_memory import tune_host
@@ -31,7 +29,7 @@ from .floors import Rates, rates_of
 from .ops import OPS, work
 from .providers import make_learner
 from .results import markdown
-from .timing import synchronise
+from .timing import synchronise, traced
 from .training_job import TrainingJob
 
 STAGE, STEP = "temposae::", "temposae-bench-step"
@@ -70,7 +68,7 @@ def run(shape: Shape, *, device: str, dtype: str, steps: int, trace: Path) -> di
 
         step(0)
         step(1)
-        first = traced(lambda: step(2), device)
+        _, first = traced(lambda: step(2), device)
         named = any(str(e.get("name")).startswith(STAGE) for e in first)
 
         def all_steps() -> None:
@@ -80,7 +78,7 @@ def run(shape: Shape, *, device: str, dtype: str, steps: int, trace: Path) -> di
             synchronise(device)
 
         with contextlib.nullcontext() if named else _wrapped(learner):
-            events = traced(all_steps, device, trace)
+            _, events = traced(all_steps, device, trace)
     result = summary(events)
     rates = rates_of(device, DTYPES[dtype].itemsize)
     parameters = sum(p.numel() for p in learner.sae.parameters() if p.requires_grad)
@@ -260,17 +258,6 @@ def _add_rates(stage: dict[str, Any], shape: Shape, dtype: str, device: str, rat
     seconds = stage["ms"] / 1e3
     stage["gb_per_s"], stage["gflop_per_s"] = traffic / seconds / 1e9, flops / seconds / 1e9
     stage["floor_ms"] = floor
-
-
-def traced(call: Callable[[], Any], device: str, keep: Path | None = None) -> list[dict[str, Any]]:
-    """Trace a call and return the events. The trace is saved to `keep`, if given."""
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.device(device).type == "cuda" else [])
-    with profile(activities=kinds, acc_events=False) as profiler:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        path = keep or Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        return json.loads(path.read_text())["traceEvents"]
 
 
 @contextlib.contextmanager

@@ -96,17 +96,25 @@ def memory(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
         torch.cuda.synchronize(device)
         peak, allocated = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
         return result, Memory(peak - before, allocated - before)
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
-        result = call()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+    result, events = traced(call, device, profile_memory=True)
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     allocated = list(accumulate((change for _, change in changes), initial=0))
     return result, Memory(max(allocated), allocated[-1])
+
+
+def traced(
+    call: Callable[[], Any], device: str, path: Path | None = None, **options: Any
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The result of a call, and the events of its Chrome trace, which is saved to `path` if given."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.device(device).type == "cuda" else [])
+    with profile(activities=kinds, acc_events=False, **options) as profiler:
+        result = call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = path or Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        return result, json.loads(path.read_text())["traceEvents"]
 
 
 def free_bytes(device: str) -> float:

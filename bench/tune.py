@@ -24,9 +24,9 @@ from . import aot
 from .data import DTYPES, HEADLINE, Shape
 from .op_benches import BENCHES
 from .ops import Inputs
-from .profile import traced
 from .results import markdown
 from .step import in_one_line
+from .timing import traced
 
 FILE = Path(configs.__file__)
 SHARED_BYTES = 99 * 1024  # limit of a block on GPUs that use a lower row (sm_86, sm_89, sm_120)
@@ -161,7 +161,7 @@ def kernel_ms(call: Call, kernels: set[str]) -> float:
     """Milliseconds that the GPU spends in these kernels during a call, from medians of the profiler's times."""
     call()  # compiles
     call()
-    events = traced(lambda: [call() for _ in range(REPEATS)], "cuda")
+    _, events = traced(lambda: [call() for _ in range(REPEATS)], "cuda")
     total = 0.0
     for name in kernels:
         times = [float(e["dur"]) for e in events if e.get("cat") == "kernel" and e["name"] == name]

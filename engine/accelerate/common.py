@@ -110,6 +110,12 @@ def active_per_token(owner: Any, x: Tensor, W: Tensor, b: Tensor, above: Tensor 
     return None
 
 
+def code_above(owner: Any, x: Tensor, W: Tensor, b: Tensor, limit: Tensor | None = None) -> SparseCode | None:
+    """The code of pre-activations x @ W + b above a nonnegative limit [F] or above 0. None if dense products are faster."""
+    n_active = active_per_token(owner, x, W, b, 0.0 if limit is None else limit)
+    return None if n_active is None else sparse_code(ops.encode_threshold, x, W, b, limit, expected=n_active)
+
+
 def among_dead(x: Tensor, W: Tensor, b: Tensor, dead: Tensor) -> Tensor:
     """Pre-activations [N, n_dead] of the dead latents, from x [N, D], W [D, F], b and dead [F]."""
     return x @ W[:, dead] + b[dead]

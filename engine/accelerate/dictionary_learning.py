@@ -7,17 +7,7 @@ from torch import Tensor
 
 from ...kernels import ops
 from ...kernels.code import SparseCode
-from .common import (
-    active_per_token,
-    at_entries,
-    bias_for_centred,
-    decoded,
-    dense,
-    may_pay,
-    pays,
-    product_dtype,
-    sparse_code,
-)
+from .common import at_entries, bias_for_centred, code_above, decoded, dense, may_pay, pays, product_dtype, sparse_code
 from .eligibility import fits, takes, twice
 
 
@@ -58,9 +48,7 @@ class Dictionary:
         """The code of activations above a nonnegative limit [F] or above 0. None if dense products are faster."""
         if not may_pay(self, x, self._encoder()[0]):
             return None
-        x, W, b = self._encoder_inputs(x)
-        n_active = active_per_token(self, x, W, b, 0.0 if limit is None else limit)
-        return None if n_active is None else sparse_code(ops.encode_threshold, x, W, b, limit, expected=n_active)
+        return code_above(self, *self._encoder_inputs(x), limit)
 
     def _decoded(self: Any, code: SparseCode) -> Tensor:
         return decoded(code, code.values, *self._decoder())

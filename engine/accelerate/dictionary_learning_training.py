@@ -9,18 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import ops
 from ...kernels.code import SparseCode
-from .common import (
-    active_per_token,
-    among_dead,
-    at_entries,
-    decoded,
-    largest,
-    may_pay,
-    prefix_reconstructions,
-    sparse_code,
-)
+from .common import among_dead, at_entries, code_above, decoded, largest, may_pay, prefix_reconstructions
 from .eligibility import is_as_made, trains
 
 
@@ -139,10 +129,9 @@ class JumpReLU(Training):
         if not may_pay(self, x, ae.W_enc) or bool((ae.threshold <= half_bandwidth).any()):
             return None
         x, limit = x.to(ae.W_enc.dtype), ae.threshold.detach() - half_bandwidth
-        n_active = active_per_token(self, x, ae.W_enc, ae.b_enc, limit)
-        if n_active is None:
+        code = code_above(self, x, ae.W_enc, ae.b_enc, limit)
+        if code is None:
             return None
-        code = sparse_code(ops.encode_threshold, x, ae.W_enc, ae.b_enc, limit, expected=n_active)
         values, active = self._jumprelu(code)
         code = code.with_values(values)
         self.num_tokens_since_fired += len(x)

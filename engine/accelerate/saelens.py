@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ...kernels.code import SparseCode
-from .common import active_per_token, at_entries, bias_for_centred, decoded, dense, may_pay, pays, sparse_code
+from .common import at_entries, bias_for_centred, code_above, decoded, dense, may_pay, pays, sparse_code
 from .eligibility import takes, twice
 
 
@@ -112,12 +112,8 @@ class Standard(Dictionary):
         if not may_pay(self, x.flatten(0, -2), self.W_enc):
             return None
         sae_in, b = self._encoder_inputs(x, self.W_enc, self.b_enc)
-        flat, limit = sae_in.flatten(0, -2), self._limit()
-        n_active = active_per_token(self, flat, self.W_enc, b, 0.0 if limit is None else limit)
-        if n_active is None:
-            return None
-        code = sparse_code(ops.encode_threshold, flat, self.W_enc, b, limit, expected=n_active)
-        return Coded(sae_in, self.W_enc, b, code)
+        code = code_above(self, sae_in.flatten(0, -2), self.W_enc, b, self._limit())
+        return None if code is None else Coded(sae_in, self.W_enc, b, code)
 
 
 class JumpReLU(Standard):
@@ -135,11 +131,9 @@ class Gated(Dictionary):
         if not may_pay(self, x.flatten(0, -2), self.W_enc):
             return None
         sae_in, b = self._encoder_inputs(x, self.W_enc, self.b_gate.detach())
-        flat = sae_in.flatten(0, -2)
-        n_active = active_per_token(self, flat, self.W_enc, b)
-        if n_active is None:
+        gates = code_above(self, sae_in.flatten(0, -2), self.W_enc, b)
+        if gates is None:
             return None
-        gates = sparse_code(ops.encode_threshold, flat, self.W_enc, b, expected=n_active)
         product = gates.values - at_entries(self.b_gate.detach(), gates)
         magnitudes = (product * at_entries(self.r_mag.exp(), gates) + at_entries(self.b_mag, gates)).relu()
         return Coded(sae_in, self.W_enc, b, gates.with_values(magnitudes), beside=gates)

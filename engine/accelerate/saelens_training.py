@@ -13,16 +13,7 @@ from torch import Tensor
 from ...kernels import ops
 from ...kernels.code import SparseCode
 from ..errors import UserError
-from .common import (
-    active_per_token,
-    among_dead,
-    at_entries,
-    decoded,
-    largest,
-    may_pay,
-    prefix_reconstructions,
-    sparse_code,
-)
+from .common import among_dead, at_entries, code_above, decoded, largest, may_pay, prefix_reconstructions, sparse_code
 from .saelens import Coded, Dictionary, Gated, Standard, TopK
 
 
@@ -199,11 +190,9 @@ class JumpReLUTraining(Standard, _Training):
             return None
         half_bandwidth, limit = self.bandwidth / 2, self.threshold.detach()
         sae_in, b = self._encoder_inputs(x, self.W_enc, self.b_enc)
-        flat = sae_in.flatten(0, -2)
-        n_active = active_per_token(self, flat, self.W_enc, b + half_bandwidth, limit)
-        if n_active is None:
+        code = code_above(self, sae_in.flatten(0, -2), self.W_enc, b + half_bandwidth, limit)
+        if code is None:
             return None
-        code = sparse_code(ops.encode_threshold, flat, self.W_enc, b + half_bandwidth, limit, expected=n_active)
         pre = code.values - half_bandwidth
         return Coded(sae_in, self.W_enc, b, code.with_values(self._by_entry("JumpReLU", pre, code)), beside=pre)
 
