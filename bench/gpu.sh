@@ -72,10 +72,10 @@ size=(--device cuda --n 8192 --d 2304 --k 64)
 bench headline 170 bench step "${size[@]}" --f 65536 --own --json "$out/headline.json"
 bench peers 100 bench peers --steps 20 --rounds 1 --json "$out/peers.json"
 bench small 80 bench step "${size[@]}" --f 16384 --json "$out/small.json"
-ours=(--provider temposae --rounds 8)
-bench activations 40 bench step "${size[@]}" --f 65536 "${ours[@]}" --activation batchtopk --activation jumprelu \
+temposae_only=(--provider temposae --rounds 8)
+bench activations 40 bench step "${size[@]}" --f 65536 "${temposae_only[@]}" --activation batchtopk --activation jumprelu \
   --json "$out/activations.json"
-bench several 30 bench step "${size[@]}" --f 2304 "${ours[@]}" --dictionaries 8 --json "$out/several.json"
+bench several 30 bench step "${size[@]}" --f 2304 "${temposae_only[@]}" --dictionaries 8 --json "$out/several.json"
 bench ops 50 bench ops "${size[@]}" --f 65536 --json "$out/ops.json"
 bench profile 40 profile "${size[@]}" --f 65536 --steps 3 --trace "$out/trace.json" --json "$out/profile.json"
 

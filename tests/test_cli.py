@@ -156,6 +156,15 @@ def test_every_command_has_a_short_help_and_the_version(command: str) -> None:
         assert out.startswith(shows)
 
 
+@pytest.mark.parametrize("command", ["", "bench", "testbed"])
+def test_help_lists_every_command_with_its_whole_sentence(command: str) -> None:
+    listed = re.findall(r"^  (\w+) +(.+)$", run(*command.split(), "--help").out.partition("Options:")[2], re.M)
+    assert {"": {"train", "doctor", "bench"}, "bench": {"step", "lr"}, "testbed": {"sample"}}[command] <= dict(
+        listed
+    ).keys()
+    assert [name for name, summary in listed if not summary.endswith(".") or summary.endswith("...")] == []
+
+
 @pytest.mark.parametrize("command", ["train", "cache", "eval", "features", "dashboard", "run", "campaign"])
 def test_help_names_every_kind_of_text(command: str) -> None:
     shown = " ".join(run(command, "--help").out.split())

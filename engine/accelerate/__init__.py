@@ -91,7 +91,7 @@ def accelerate(obj: T) -> T:
         )
     for component in components:
         if not is_accelerated(component):
-            object.__setattr__(component, "__class__", _derived_once(type(component), _mixin(component)))
+            object.__setattr__(component, "__class__", _derived(type(component), _mixin(component)))
             if isinstance(component, torch.optim.Optimizer):
                 optimizers.fuse(component)
     return obj
@@ -155,6 +155,8 @@ def _derived(cls: type, mixin: type) -> type:
 
     The mixin is not a base, because an object's class can only be replaced by one with the same memory layout.
     """
+    if cls in _DERIVED_CLASSES:
+        return _DERIVED_CLASSES[cls]
     methods: dict[str, Any] = {}
     for base in reversed(mixin.__mro__[:-1]):
         methods |= {name: _as_named(value, cls, name) for name, value in vars(base).items() if callable(value)}
@@ -164,7 +166,8 @@ def _derived(cls: type, mixin: type) -> type:
         return _new, (cls,), *state
 
     attributes = {"library_class": cls, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), methods | attributes)
+    _DERIVED_CLASSES[cls] = type(cls.__name__, (cls,), methods | attributes)
+    return _DERIVED_CLASSES[cls]
 
 
 def _as_named(method: Any, cls: type, name: str) -> Any:
@@ -179,12 +182,6 @@ def _as_named(method: Any, cls: type, name: str) -> Any:
 
 def _new(cls: Any) -> Any:
     return cls.__new__(cls)
-
-
-def _derived_once(cls: type, mixin: type) -> type:
-    if cls not in _DERIVED_CLASSES:
-        _DERIVED_CLASSES[cls] = _derived(cls, mixin)
-    return _DERIVED_CLASSES[cls]
 
 
 def _check(component: Any) -> None:
