@@ -31,16 +31,12 @@ def core_table(result: dict[str, Any], title: str) -> None:
 def scores_table(result: dict[str, Any], title: str) -> None:
     """Print every score of an eval and its sections, one line each, with a column for each control and for the model's own
     activations (LLM), where measured."""
-    from rich.table import Table
-
     sections = {"": result} | {
         k: v for k, v in result.items() if isinstance(v, dict) and isinstance(v.get("controls"), dict)
     }
     names = list(dict.fromkeys(name for section in sections.values() for name in section.get("controls", {})))
     llm = ["LLM"] if any(isinstance(section.get("llm"), dict) for section in sections.values()) else []
-    table = Table(title=printable(title), title_justify="left")
-    for heading in ("", "dictionary", *names, *llm):
-        table.add_column(printable(heading), justify="right" if heading else "left", no_wrap=True)
+    table = _new_table(title, ("", "dictionary", *names, *llm), no_wrap=True)
     missing: dict[str, list[str]] = {}
     for section, scores in sections.items():
         scores_by_control = {name: scores.get("controls", {}).get(name, {}) for name in names}
@@ -103,7 +99,6 @@ def campaign_table(results: dict[str, Any]) -> None:
     """Print the main scores of a campaign's runs and baselines (means over seeds), the results of analyses, and runs that
     failed or do not beat their random control."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
 
     from ..campaign.results import against_random, analysis_figures
     from ..campaign.significance import mean
@@ -111,10 +106,9 @@ def campaign_table(results: dict[str, Any]) -> None:
     def number(value: float | None, digits: int = 3) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    title = printable(f"{results['model']}, {results['hook']}, {results['seeds']} seed(s)")
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0))  # fits into 80 columns
-    for heading in ("", "FVU first", "FVU last", "L0", "dead", "EV", "of random", "probing", "of random"):
-        table.add_column(printable(heading), justify="right" if heading else "left", no_wrap=not heading)
+    title = f"{results['model']}, {results['hook']}, {results['seeds']} seed(s)"
+    headings = ("", "FVU first", "FVU last", "L0", "dead", "EV", "of random", "probing", "of random")
+    table = _new_table(title, headings, box=SIMPLE_HEAD, padding=(0, 0))  # fits into 80 columns
     for name, run in (results["baselines"] | results["runs"]).items():
         if run["trained_as"] not in results["runs"]:
             keys = ("explained_variance", "probing")
@@ -164,7 +158,6 @@ def _table(
 ) -> None:
     """Print core scores, one line per name, with standard errors or with further columns `more` (heading -> name -> value),
     and why some are missing."""
-    from rich.table import Table
 
     def number(value: float | None, error: float | None = None) -> str:
         return "-" if value is None else f"{value:.4f}" if error is None else f"{value:.4f} ±{error:.4f}"
@@ -172,9 +165,7 @@ def _table(
     narrow = more is not None  # errors and further columns do not both fit into 80 columns
     names = ("EV", "CE", "over mean") if narrow else ("explained variance", "CE recovered", "over mean")
     more = more or {}
-    table = Table(title=printable(title), title_justify="left")
-    for heading in ("", *names, "L0", "dead", *more):
-        table.add_column(printable(heading), justify="right" if heading else "left", no_wrap=not heading)
+    table = _new_table(title, ("", *names, "L0", "dead", *more))
     for name, scores in scores_by_name.items():
         figures = (number(scores.get(key), None if narrow else scores.get(f"{key}_error")) for key in WHY_NONE)
         l0, dead = scores.get("l0"), None if name == "mean control" else scores.get("dead_fraction")
@@ -185,6 +176,15 @@ def _table(
     for key, why in WHY_NONE.items():
         if any(scores.get(key) is None for scores in measured):
             _say(f"- {why}")
+
+
+def _new_table(title: str, headings: Iterable[str], no_wrap: bool = False, **style: Any) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=printable(title), title_justify="left", **style)
+    for heading in headings:
+        table.add_column(printable(heading), justify="right" if heading else "left", no_wrap=no_wrap or not heading)
+    return table
 
 
 def _print(table: "Table") -> None:
