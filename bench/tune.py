@@ -81,12 +81,7 @@ def run(entries: Iterable[str] | None = None) -> list[Choice]:
 
 
 def tune(
-    arch: int,
-    entries: Iterable[str],
-    shape: Shape,
-    device: str,
-    timer: Timer,
-    obstacle: Callable[[str, int], str],
+    arch: int, entries: Iterable[str], shape: Shape, device: str, timer: Timer, obstacle: Callable[[str, int], str]
 ) -> list[Choice]:
     """Find the best setting of each entry for sm_`arch`. Entries tuned earlier keep their new settings.
 
