@@ -11,8 +11,8 @@ from ...kernels import ops
 from ...kernels.code import SparseCode
 from ..fused import DENSE_FROM
 
-PROBED = 64  # largest number of tokens whose active latents are counted
-ONE_OF = 64  # and the share of a batch that is counted: one token in 64
+# active latents are counted on one token in ONE_OF, but on at most PROBED tokens
+PROBED, ONE_OF = 64, 64
 REST = 15  # calls that use the library's code after a count that found too many active latents
 # On a CPU, sparse products are faster up to this share of active latents (on a GPU: `DENSE_FROM`), and from this many tokens
 # and activations on. Below, overhead dominates.

@@ -95,7 +95,7 @@ def _modes_are_plain(x: Tensor) -> bool:
     """Whether no mode observes operations (dispatch and function modes, tracing), transforms them (torch.func, forward
     mode), relies on saved tensors (checkpointing) or requires deterministic algorithms."""
     modes = (torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack()))
-    has_modes = any(type(mode) is not DeviceContext for mode in modes)  # that is only the default device
+    has_modes = any(type(mode) is not DeviceContext for mode in modes)  # DeviceContext only sets a device
     observes = torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing() or has_modes
     transforms = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     saves = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]
