@@ -98,16 +98,8 @@ def measure(
     races = len(shapes) * len(activations)
     with progress_bar("steps", total=races * len(entrants) * (rounds + 1), unit="samples") as bar:
         for shape in shapes:
-            job = TrainingJob(
-                shape,
-                device,
-                dtype,
-                lr,
-                tokens(shape, device, DTYPES[dtype]),
-                clip=clip,
-                auxk=auxk,
-                dictionaries=dictionaries,
-            )
+            job = TrainingJob(shape, device, dtype, lr, tokens(shape, device, DTYPES[dtype]))
+            job = job._replace(clip=clip, auxk=auxk, dictionaries=dictionaries)
             for activation in activations:
                 cases += _race(job._replace(activation=activation), entrants, rounds, left_out, bar)
     return cases, left_out
