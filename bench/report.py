@@ -41,7 +41,7 @@ def write(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"out: {out} is not allowed; the folder cannot be created ({error.strerror})") from None
+        raise UserError(f"out: {out} is not allowed; give a folder that can be created ({error.strerror})") from None
     compiled, obstacle = _compile(archs or aot.ARCHS, kernels or tuple(aot.SPECS))
     if results is None:
         measured += _measure_here()
