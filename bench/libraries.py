@@ -92,12 +92,12 @@ def sae_lens(job: TrainingJob) -> ProviderRun:
     """SAELens' training SAE in its SAETrainer, which always clips at 1."""
     library = load("sae_lens")
     n, d, f, k = job.shape
-    config = sae_config(job)
+    defaults = sae_config(job)
     name, sizes, headline_sizes = {
         "topk": ("TopK", dict(k=k), {}),
         "batchtopk": ("BatchTopK", dict(k=float(k)), {}),
-        "jumprelu": ("JumpReLU", {}, dict(l0_coefficient=config.l0_coefficient * d)),
-        "relu": ("Standard", {}, dict(l1_coefficient=config.l1_coefficient)),
+        "jumprelu": ("JumpReLU", {}, dict(l0_coefficient=defaults.l0_coefficient * d)),
+        "relu": ("Standard", {}, dict(l1_coefficient=defaults.l1_coefficient)),
     }[job.activation]
     sizes |= {} if job.own else headline_sizes
     torch.manual_seed(0)
