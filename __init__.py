@@ -1,4 +1,4 @@
-"""temposae: train and study sparse autoencoders on language-model activations, without losing their positions."""
+"""Train and study sparse autoencoders on language-model activations, with the position of every activation."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -81,11 +81,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # torch is imported only when something that needs it is asked for
+def __getattr__(name: str) -> Any:  # imports torch only when a name that needs it is used
     if name not in _WHERE:
         raise AttributeError(f"module 'temposae' has no attribute {name!r}")
     module = import_module(_WHERE[name], __name__)
-    value = getattr(module, name, module)  # `features` is a module itself
+    value = getattr(module, name, module)  # `features` and `ops` are modules
     globals()[name] = value
     return value
 

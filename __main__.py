@@ -1,4 +1,4 @@
-"""`python -m temposae`, and with it `torchrun -m temposae train`."""
+"""Run the command line: `python -m temposae`, or `torchrun -m temposae train`."""
 
 from .cli import main
 

@@ -1,6 +1,6 @@
-"""Compile every Triton kernel ahead of time, without a GPU, and read registers, spills and tensor-core use off the binary.
+"""Compile Triton kernels ahead of time, without a GPU, and read registers, spills and tensor-core use from the binaries.
 
-`python -m temposae.bench.aot` prints a table, with `--json` the same as JSON. Needs Triton, and TRITON_INTERPRET unset.
+`python -m temposae.bench.aot` prints a table or, with `--json`, JSON. It needs Triton, and TRITON_INTERPRET must be unset.
 """
 
 import argparse
@@ -13,38 +13,49 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..engine.errors import UserError
 from ..kernels.backend import config_row
 from ..kernels.bench_types import Spec
 from .op_benches import BENCHES
+from .results import markdown
 
 ARCHS = (80, 90, 100)
-# scalar arguments that are not integers
+# float arguments of kernels; other scalars are integers
 FLOATS = ("threshold", "sharpness", "beta1", "beta2", "new1", "new2", "eps")
-# mma.sync (on all others as well), wgmma (half precision and fp8) and tcgen05, as the disassembler spells them
+# names in the disassembly of mma.sync (sm_80 and all others), wgmma (half precision and fp8) and tcgen05
 TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\b[HQ]GMMA\.", 100: r"\bUTC\w*MMA\b"}
-
-
-SPECS = {
-    f"{name} {dtype}": spec
-    for dtype in ("bf16", "fp32")
-    for bench in BENCHES
-    for name, spec in bench.specs(dtype).items()
-} | {name: spec for bench in BENCHES for name, spec in bench.fixed_specs.items()}
+#: variants of all kernels by name, in the order of the ops
+SPECS: dict[str, Spec] = {}
+for bench in BENCHES:
+    for dtype in ("bf16", "fp32"):
+        SPECS |= {f"{name} {dtype}": spec for name, spec in bench.specs(dtype).items()}
+    SPECS |= bench.fixed_specs
 
 
 def report(archs: Sequence[int] = ARCHS, names: Sequence[str] = tuple(SPECS)) -> list[dict[str, Any]]:
-    """Compile the kernels `names` of SPECS for each sm in `archs` that can have them. One dict per kernel and sm:
+    """Compile the kernels `names` of SPECS for each architecture that supports them. Returns one dict per kernel and
+    architecture, in the order of SPECS and then of the architectures:
 
-    name, arch, hot           which; hot kernels run in every training step
+    name, arch, hot           hot kernels run in every training step
     registers                 per thread
-    spill_bytes               local memory per thread, zero unless registers did not suffice
-    shared_bytes              per block
-    tensor_core_instructions  in the binary
+    spill_bytes               local memory per thread, 0 if the registers suffice
+    shared_bytes              shared memory per block
+    tensor_core_instructions  number in the binary
 
-    Raises RuntimeError under Triton's interpreter, which has nothing to compile.
+    Raises UserError under Triton's interpreter, which has nothing to compile.
     """
     return [{"name": name, "arch": arch, "hot": SPECS[name].hot, **_measure(SPECS[name], arch)}
-            for arch in archs for name in names if arch >= SPECS[name].since]  # fmt: skip
+            for name in SPECS if name in names for arch in sorted(archs) if arch >= SPECS[name].since]  # fmt: skip
+
+
+def table(compiled: list[dict[str, Any]]) -> list[str]:
+    """The report as a Markdown table."""
+    keys = ("registers", "spill_bytes", "shared_bytes", "tensor_core_instructions")
+    lines = [("kernel", "sm", "hot", *(key.replace("_", " ") for key in keys))]
+    for kernel in compiled:
+        hot = "yes" if kernel["hot"] else ""
+        lines.append((kernel["name"], str(kernel["arch"]), hot, *(str(kernel[key]) for key in keys)))
+    return markdown(lines)
 
 
 def _measure(spec: Spec, arch: int) -> dict[str, int]:
@@ -55,7 +66,7 @@ def _measure(spec: Spec, arch: int) -> dict[str, int]:
     op, function = spec.kernel.split(".")
     kernel = getattr(import_module(f"..kernels.{op}.triton", __package__), function)
     if not isinstance(kernel, triton.JITFunction):
-        raise RuntimeError("TRITON_INTERPRET is set, so there are no kernels to compile; unset it")
+        raise UserError("TRITON_INTERPRET is set, so there are no kernels to compile; unset it")
     config = config_row(arch)[spec.config]
     constants = {**spec.flags, **dict.fromkeys(spec.unit, 1)} | {k: v for k, v in config.items() if k.isupper()}
     signature, attributes = {}, {}
@@ -81,7 +92,7 @@ def _measure(spec: Spec, arch: int) -> dict[str, int]:
 
 
 def _disassemble(cubin: bytes) -> tuple[dict[str, str], str]:
-    """Resource usage and assembly, by the tools that come with Triton."""
+    """Resource usage and assembly of a binary, from the tools in Triton's package."""
     import triton.backends.nvidia
 
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -98,22 +109,16 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, str], str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m temposae.bench.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="sm numbers, default %(default)s")
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="GPU architectures, default %(default)s")
     parser.add_argument("--kernel", nargs="+", default=list(SPECS), choices=SPECS, metavar="NAME", help="default all")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="leave out kernels of the other dtype")
     arguments = parser.parse_args()
     other_dtype = {"bf16": "fp32", "fp32": "bf16"}.get(arguments.dtype, "none")
     try:
         lines = report(arguments.arch, [name for name in arguments.kernel if not name.endswith(other_dtype)])
-    except RuntimeError as error:
+    except UserError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    if arguments.json:
-        print(json.dumps(lines))
-        return
-    print(f"{'kernel':47} {'sm':>4} {'registers':>9} {'spill':>6} {'shared':>7} {'tensor-core':>11}")
-    for line in lines:
-        print(f"{line['name']:47} {line['arch']:4} {line['registers']:9} {line['spill_bytes']:6} {line['shared_bytes']:7} "
-              f"{line['tensor_core_instructions']:11}")  # fmt: skip
+    print(json.dumps(lines) if arguments.json else "\n".join(table(lines)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Other libraries' own minimal training scripts, and the same after the few lines that `accelerate` takes: bench/peers has
-them as scripts and diffs, and here they take turns."""
+"""Time other libraries' minimal training scripts before and after `accelerate`. bench/peers has the scripts and diffs."""
 
 import re
 import subprocess
@@ -16,9 +15,9 @@ from .data import Shape
 from .results import about, markdown
 
 FOLDER = Path(__file__).parent / "peers"
-#: the module that a script needs
+#: library -> the module that its script imports
 LIBRARIES = {"saelens": "sae_lens", "dictionary_learning": "dictionary_learning", "sparsify": "sparsify"}
-#: how a script is run: dictionary_learning without what only its streams need
+#: runs a script; dictionary_learning's is run without nnsight, which only its streams need
 RUN = """import sys
 from temposae.bench.libraries import skip_init
 skip_init("dictionary_learning", unless="nnsight")
@@ -27,7 +26,7 @@ exec(compile(sys.stdin.read(), sys.argv[0], "exec"), {"__name__": "__main__"})
 
 
 def patched(source: str, diff: str) -> str:
-    """The source after a unified diff. Raises ValueError where it isn't of this source."""
+    """Apply a unified diff to the source. Raises ValueError if it does not fit."""
     lines, patched_lines, position = source.splitlines(), [], 0
     for hunk in re.split(r"^(?=@@ )", diff, flags=re.MULTILINE)[1:]:
         head, *changes = hunk.splitlines()
@@ -48,7 +47,7 @@ def patched(source: str, diff: str) -> str:
 
 
 def scripts(library: str) -> tuple[str, str]:
-    """A library's script before and after."""
+    """A library's script before and after `accelerate`."""
     source = (FOLDER / f"train_{library}.py").read_text()
     return source, patched(source, (FOLDER / f"train_{library}.diff").read_text())
 
@@ -56,8 +55,10 @@ def scripts(library: str) -> tuple[str, str]:
 def measure(
     shapes: Sequence[Shape], libraries: Sequence[str], *, device: str, steps: int, rounds: int
 ) -> dict[str, Any]:
-    """Of each library and shape `before_ms` and `after_ms`, medians over `rounds` of a run's median step, and how many
-    `times_faster` that is. Before and after take turns, each as a process of its own."""
+    """Time each library's script at each shape, before and after in turns, each run in a process of its own.
+
+    `before_ms` and `after_ms` are medians over `rounds` of a run's median step, and `times_faster` is their ratio.
+    """
     for library in libraries:
         if library not in LIBRARIES:
             raise UserError(f"library: {library!r} is not allowed; {near(library, LIBRARIES)}")
@@ -83,7 +84,7 @@ def _step_ms(library: str, source: str, shape: Shape, steps: int) -> float:
     process = subprocess.run(command, input=source, capture_output=True, text=True)
     match = re.search(r"^step: ([\d.]+) ms$", process.stdout, re.MULTILINE)
     if process.returncode or match is None:
-        lines = process.stderr.strip().splitlines() or ["it said nothing"]
+        lines = process.stderr.strip().splitlines() or ["no output"]
         raise UserError(f"{library}: its script failed: {lines[-1]}")
     return float(match[1])
 
@@ -93,10 +94,8 @@ def table(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     table_lines: list[tuple[str, ...]] = [("library", "N", "D", "F", "K", "before ms", "after ms", "x faster")]
     for case in result["peers"]:
-        sizes = (str(case[name]) for name in "NDFK")
-        table_lines.append((
-            case["library"], *sizes, f"{case['before_ms']:.1f}", f"{case['after_ms']:.1f}", f"{case['times_faster']:.2f}",
-        ))  # fmt: skip
+        times = (f"{case['before_ms']:.1f}", f"{case['after_ms']:.1f}", f"{case['times_faster']:.2f}")
+        table_lines.append((case["library"], *(str(case[name]) for name in "NDFK"), *times))
     lines = [
         f"{result['device']}, {result['threads']} threads; {versions}; commit {result['commit']}",
         "",

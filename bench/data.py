@@ -1,8 +1,9 @@
-"""What everything is measured on: a shape, and tokens in which there is something to learn."""
+"""Shapes to measure, and synthetic tokens that a dictionary can learn from."""
 
 import itertools
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from ..engine.errors import UserError, shown
 from ..engine.stream import Batch
 from ..kernels.bench_types import POSITIONS
 
-MOST = 1000  # shapes to measure
+MOST = 1000  # shapes in one run
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,7 +27,7 @@ class Shape(NamedTuple):
     K: int
 
     def check(self) -> "Shape":
-        """Itself. Raises UserError for sizes below 1 and for K above F."""
+        """Return the shape. Raises UserError for sizes below 1 and for K above F."""
         for name, size in self._asdict().items():
             if not 1 <= size < 2**31:
                 raise UserError(f"{name}: {size} is not allowed; it must be at least 1 and less than 2^31")
@@ -40,7 +41,7 @@ class Shape(NamedTuple):
 
 HEADLINE = Shape(N=8192, D=2304, F=65536, K=64)  # Gemma-2-2B's width
 
-#: `sweep` changes one size of the headline's at a time
+#: `sweep` changes one size of the headline at a time
 PRESETS = {
     "tiny": [Shape(256, 64, 512, 8)],
     "cpu": [Shape(1024, 768, f, 32) for f in (4096, 16384)],
@@ -55,8 +56,8 @@ PRESETS = {
 
 
 def shapes(preset: str, **sizes: str | None) -> list[Shape]:
-    """The shapes of a preset; with `sizes` (N="1024,8192" and so on) every combination of those, the rest as in the preset's
-    first shape. Raises UserError for an unknown preset and for sizes that are no numbers or not allowed."""
+    """The shapes of a preset or, with `sizes` (N="1024,8192" and so on), all combinations of those sizes and the other sizes
+    of the preset's first shape. Raises UserError for an unknown preset and for sizes that are not allowed."""
     if preset not in PRESETS:
         raise UserError(f"preset: {shown(preset)} is not allowed; there are {', '.join(PRESETS)}")
     if all(size is None for size in sizes.values()):
@@ -65,21 +66,31 @@ def shapes(preset: str, **sizes: str | None) -> list[Shape]:
     for name, default in PRESETS[preset][0]._asdict().items():
         text = sizes.get(name)
         if text is not None and not re.fullmatch(r"[-+]?[0-9]{1,20}(,[-+]?[0-9]{1,20})*", text, re.ASCII):
-            raise UserError(f"{name}: {shown(text)} is not allowed; give whole numbers, parted by commas")
+            raise UserError(f"{name}: {shown(text)} is not allowed; give whole numbers, separated by commas")
         choices.append([default] if text is None else [int(value) for value in text.split(",")])
     if (many := math.prod(map(len, choices))) > MOST:
         raise UserError(f"N, D, F and K: {many:,} shapes are not allowed; at most {MOST} can be measured")
     return [Shape(*chosen).check() for chosen in itertools.product(*choices)]
 
 
+def check_settings(dtype: str, dtypes: Iterable[str] = ("fp32", "bf16"), **counts: int) -> None:
+    """Raise UserError unless `dtype` is one of `dtypes` and every count is at least 1."""
+    if dtype not in dtypes:
+        raise UserError(f"dtype: {dtype!r} is not allowed; it must be one of {', '.join(dtypes)}")
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name}: {count} is not allowed; it must be at least 1")
+
+
 @dataclass(frozen=True)
 class Tokens:
-    """Batches that everyone trains on in the same order, and one that nobody does.
+    """Batches that all providers train on in the same order, and held-out tokens.
 
-    batches   x [N, D] in the stream's dtype (bfloat16 on a GPU), pos, token, document
-    wide      the x of each batch in float32: the same values, for those who take them so
-    held_out  [min(N, 1024), D] float32
-    mean      [D] float32; mean_norm the mean |x|, near sqrt(D)
+    batches    x [N, D] in the stream's dtype (bfloat16 on a GPU), with positions
+    wide       the x of each batch in float32, for providers that need it
+    held_out   x [min(N, 1024), D] float32
+    mean       [D] float32
+    mean_norm  mean of |x|, near sqrt(D)
     """
 
     batches: list[Batch]
@@ -90,13 +101,13 @@ class Tokens:
 
 
 def tokens(shape: Shape, device: str, dtype: torch.dtype, *, count: int = 8, seed: int = 0) -> Tokens:
-    """`count` batches of sparse combinations of hidden directions.
+    """Make `count` batches of sparse combinations of hidden directions.
 
         x = offset + sum_j c_j u_{g_j} + noise,  j < 16, scaled so that |x| is near sqrt(D)
 
-    The 2D unit directions u are random, coefficients c exponential. Direction g is drawn with density ~ 1 / sqrt(g), so that
-    some are common and most are rare, as features of language models are. White noise would give a dictionary nothing to
-    learn and every latent the same rate.
+    The 2D unit directions u are random, and coefficients c are exponential. Direction g has density ~ 1 / sqrt(g), so some
+    are common and most are rare, like features of language models. In white noise there would be nothing to learn, and all
+    latents would fire equally often.
     """
     draw = torch.Generator(device=device).manual_seed(seed)
     n_directions, active = 2 * shape.D, 16

@@ -1,5 +1,5 @@
-"""What the documented runs cost: a training step of each beside that of a plain TopK dictionary of the same size, and many
-on one stream beside the same ones trained one by one."""
+"""Time the documented runs: a step of each against a plain TopK step of the same size, and training all on one stream
+against training them one by one."""
 
 import json
 import time
@@ -29,8 +29,8 @@ TRAINED = tuple(name for name, run in (BASELINES | RUNS).items() if run.trained_
 
 
 class Sizes(NamedTuple):
-    """Rows of `context` tokens in a batch, width D, numbers of latents, K of topk; how often each step takes its turn; and
-    of the campaign the language model and layer (None: the middle one), tokens, latents and tokens in a batch."""
+    """Of steps: rows in a batch, tokens in a row, width D, numbers of latents F, K of topk, and rounds. Of the campaign:
+    language model and layer (None: the middle one), tokens, latents, and tokens in a batch."""
 
     rows: int
     context: int
@@ -55,12 +55,18 @@ PRESETS = {
 
 @default_modes()
 def measure(sizes: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict[str, Any]:
-    """By F and run `ms` of a step (20th, 50th and 80th percentile), `cpu_ms`, the median processor time of all threads, and
-    `times_topk`, the median over rounds of its time over that of the plain TopK step in the same round; and of the
-    `campaign` seconds together, one by one, and their `ratio`.
+    """Time a step of each run at each F, and a campaign.
 
+<<<<<<< HEAD
     A step is `Cohort.step` with Adam, as `temposae run` takes it, on the same batches of made-up rows. In the campaign all
     are trained on one stream of the language model, without controls; one by one, each on a stream of its own.
+=======
+    `steps` holds by F and run the time `ms` of a step (with 20th and 80th percentile), `cpu_ms`, the median processor time
+    of all threads, and `times_topk`, the median over rounds of its time divided by the plain TopK step's in the same round.
+    A step is `Learner.step` with Adam, as in `temposae run`, on synthetic rows. `campaign` holds the seconds for training
+    all runs on one stream of the language model, those for training each on its own stream, and their `ratio`, all without
+    controls.
+>>>>>>> cli
     """
     tune_host()
     names = [PLAIN, *(run for run in runs if run != PLAIN)]
@@ -73,32 +79,37 @@ def measure(sizes: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict
             times: dict[str, list[float]] = {name: [] for name in names}
             busy: dict[str, list[float]] = {name: [] for name in names}
             for round_index in range(sizes.rounds + 2):
+<<<<<<< HEAD
                 for name, cohort in cohorts.items():
                     began = time.process_time()
                     ms = sample(
                         lambda cohort=cohort, round_index=round_index: cohort.step(batches[round_index % 4]), device
                     )
+=======
+                for name, learner in learners.items():
+                    batch = batches[round_index % 4]
+                    began = time.process_time()
+                    ms = sample(lambda learner=learner, batch=batch: learner.step(batch), device)
+>>>>>>> cli
                     if round_index >= 2:  # the first steps compile and allocate
                         times[name].append(ms)
                         busy[name].append(1e3 * (time.process_time() - began))
                     bar.advance(1)
-            steps[str(F)] = {
-                name: quantiles(samples_ms)._asdict()
-                | {"cpu_ms": median(busy[name])}
-                | {"times_topk": median(a / b for a, b in zip(samples_ms, times[PLAIN], strict=True))}
-                for name, samples_ms in times.items()
-            }
+            for name, ms_by_round in times.items():
+                ratio = median(ms / plain_ms for ms, plain_ms in zip(ms_by_round, times[PLAIN], strict=True))
+                figures = quantiles(ms_by_round)._asdict() | {"cpu_ms": median(busy[name]), "times_topk": ratio}
+                steps.setdefault(str(F), {})[name] = figures
         with folder_of(sizes.model, device) as model:
             campaign = _campaign(sizes, model, names, bar.advance)
     return about(device) | {"runs": {"sizes": sizes._asdict(), "steps": steps, "campaign": campaign}}
 
 
 def expected_seconds(name: str, d_sae: int, tokens: int, plain: str = "relu") -> tuple[float, str]:
-    """Estimate how long one core trains a documented run on the embedded model, with the plain dictionary of its activation
-    and a random control of each; and say what the estimate comes from.
+    """Estimate the seconds that one core needs to train a documented run, its plain dictionary and a random control of each
+    on the embedded model. Also returns the machine that the estimate is for.
 
-    It is the processor time of their steps, as measured with F = 2304, in proportion to F and tokens. The language model's
-    own time is not in it. The measurement is the newest `bench/results/documented/testbed-*.json`.
+    The estimate is the processor time of the steps in the newest `bench/results/documented/testbed-*.json`, scaled by F and
+    tokens. It leaves out the language model.
     """
     result = json.loads(max(FOLDER.glob("documented/testbed-*.json")).read_text())
     ((measured_F, steps),) = result["runs"]["steps"].items()
@@ -166,30 +177,19 @@ def _campaign(sizes: Sizes, model: str, names: Sequence[str], advance: Callable[
 
 
 def table(result: dict[str, Any]) -> str:
-    """The measurement as Markdown: a row per run, its step as a multiple of the plain TopK step's."""
+    """The measurement as Markdown, one line per run."""
     runs = result["runs"]
     sizes, steps, campaign = runs["sizes"], runs["steps"], runs["campaign"]
-    head = ("run", *(cell for F in steps for cell in (f"ms, F = {F}", "x TopK")))
-    lines = [head]
+    lines = [("run", *(cell for F in steps for cell in (f"ms, F = {F}", "x TopK")))]
     for name in next(iter(steps.values())):
-        cells = (
-            f"{measured[name]['ms']:.1f}" if i == 0 else f"{measured[name]['times_topk']:.2f}"
-            for measured in steps.values()
-            for i in (0, 1)
-        )
-        lines.append((name, *cells))
-    return "\n".join(
-        [
-            f"{result['device']}; torch {result['versions'].get('torch')}, {result['threads']} threads; "
-            f"commit {result['commit']}",
-            "",
-            f"A training step, N = {sizes['rows'] * sizes['context']}, D = {sizes['D']}, K = {sizes['K']} of topk:",
-            "",
-            *markdown(lines),
-            "",
-            f"{campaign['runs']} dictionaries of F = {campaign['F']} on {campaign['tokens']:,} tokens of "
-            f"{campaign['model']}: {campaign['together_s']:.1f} s together, {campaign['one_by_one_s']:.1f} s one by one, "
-            f"ratio {campaign['ratio']:.2f}",
-            "",
-        ]
+        figures = [by_name[name] for by_name in steps.values()]
+        lines.append((name, *(cell for f in figures for cell in (f"{f['ms']:.1f}", f"{f['times_topk']:.2f}"))))
+    return (
+        f"{result['device']}; torch {result['versions'].get('torch')}, {result['threads']} threads; "
+        f"commit {result['commit']}\n\n"
+        f"A training step, N = {sizes['rows'] * sizes['context']}, D = {sizes['D']}, K = {sizes['K']} of topk:\n\n"
+        + "\n".join(markdown(lines))
+        + f"\n\n{campaign['runs']} dictionaries of F = {campaign['F']} on {campaign['tokens']:,} tokens of "
+        f"{campaign['model']}: {campaign['together_s']:.1f} s together, {campaign['one_by_one_s']:.1f} s one by one, "
+        f"ratio {campaign['ratio']:.2f}\n"
     )

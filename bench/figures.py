@@ -1,4 +1,4 @@
-"""Figures of the report: roofline, step times, scaling. What was not measured is drawn grey and says so."""
+"""Figures of the report: roofline, step times and scaling. Figures without measurements are grey and say so."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from .data import HEADLINE, Shape
 from .floors import FLOOR_NAMES, KNOWN, Rates, step_floors
 from .results import activation
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart
+# Okabe and Ito's palette, readable with colour blindness
 COLOURS = {
     "temposae": "#0072B2", "eai-sparsify": "#D55E00", "SAELens": "#009E73", "dictionary_learning": "#CC79A7",
     "torch": "#E69F00", "torch.compile": "#56B4E9",
@@ -31,7 +31,8 @@ def _rates(result: dict[str, Any]) -> Rates:
 
 
 def roofline(measured: list[dict[str, Any]]) -> Any:
-    """FLOP/s over FLOP/byte: roofs of each device, measured ops below. Without measurements, the ops on an H100's roof."""
+    """Plot FLOP/s over FLOP per byte: the roofs of each device and the measured ops. Without measurements, the floors of the
+    ops on an H100."""
     from .ops import OPS, work
 
     roofs: dict[str, tuple[Rates, int]] = {}
@@ -47,9 +48,9 @@ def roofline(measured: list[dict[str, Any]]) -> Any:
         title, colour, rates = "Where ops could be on an H100 (not measured)", "#999999", KNOWN["H100"]
         roofs = {"H100 bf16": (rates, 2)}
         for name in OPS:
-            todo = work(name, HEADLINE, "bf16", "cpu", rates, backend="triton")
-            if todo.flops:
-                points.append((name, todo.flops / todo.bytes, 1e3 * todo.flops / todo.floor_ms))
+            cost = work(name, HEADLINE, "bf16", "cpu", rates, backend="triton")
+            if cost.flops:
+                points.append((name, cost.flops / cost.bytes, 1e3 * cost.flops / cost.floor_ms))
     figure, (axes,) = _axes()
     for name, (rates, itemsize) in roofs.items():
         top = rates.flops[itemsize]
@@ -75,7 +76,7 @@ def _steps(measured: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[st
 
 
 def bars(measured: list[dict[str, Any]]) -> Any:
-    """Median step times with p20 to p80, and the floor; one panel a device and shape. Without measurements, the floors."""
+    """Plot median step times with p20 to p80 and floors, one panel per device and shape. Floors only if none is measured."""
     panels: dict[str, list[dict[str, Any]]] = {}
     for result, case in _steps(measured):
         shape = Shape(*(case[name] for name in "NDFK"))
@@ -105,13 +106,9 @@ def bars(measured: list[dict[str, Any]]) -> Any:
 
 
 def scaling(measured: list[dict[str, Any]]) -> Any:
-    """TopK's step time over F: floors as lines, measured as points; at the headline's N, D and K or those measured most."""
+    """Plot TopK's step time over F, with floors as lines, at the most frequent N, D and K of the measurements."""
     figure, (axes,) = _axes()
-    steps = [
-        (result, case)
-        for result, case in _steps(measured)
-        if case.get("settings") != "own" and activation(case) == "topk"
-    ]
+    steps = [step for step in _steps(measured) if step[1].get("settings") != "own" and activation(step[1]) == "topk"]
     shapes = [(case["N"], case["D"], case["K"]) for _, case in steps]
     n, d, k = max(set(shapes), key=shapes.count) if shapes else (HEADLINE.N, HEADLINE.D, HEADLINE.K)
     shown = [(result, case) for result, case in steps if (case["N"], case["D"], case["K"]) == (n, d, k)]

@@ -1,6 +1,6 @@
-"""How fast a training step and an op could be: bytes and FLOPs over what the device can do.
+"""Floors: the least time of a training step or an op, from its bytes and FLOPs and the rates of the device.
 
-A floor is arithmetic, not a measurement. Times in milliseconds; rates per second.
+A floor is arithmetic, not a measurement. Times are in milliseconds, rates per second.
 """
 
 import functools
@@ -11,18 +11,18 @@ from typing import NamedTuple
 from ..kernels.cost import Cost
 from .timing import samples
 
-TILE, CANDIDATES = 128, 4  # latents a tile of the fused encode, and how many it keeps of them
-SORT_MS = 0.05  # of the code's entries by latent; a GPU's, and next to nothing beside a CPU's step
+TILE, CANDIDATES = 128, 4  # latents in a tile of the fused encode, and candidates kept per tile
+SORT_MS = 0.05  # sorting the code's entries by latent on a GPU; negligible in a CPU's step
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device reaches, not what its data sheet says.
+    """Rates that a device reaches in practice.
 
-    flops           by itemsize of the operands: matrix products, FLOP/s
-    bytes_per_s     device memory, read plus written
-    l2_bytes_per_s  the cache that gathers hit
-    source          "table", "measured here" or where else the figures are from
+    flops           FLOP/s of matrix products, by itemsize of the operands
+    bytes_per_s     of device memory, read plus written
+    l2_bytes_per_s  of the cache that gathers hit
+    source          "table", "measured here" or another source
     """
 
     device: str
@@ -32,7 +32,7 @@ class Rates:
     source: str
 
 
-# bfloat16 products and large copies as reached on such cards; gathers from L2 are an assumption. float32 is not listed.
+# rates reached by bfloat16 products and large copies; the L2 rate is an assumption; float32 is not listed
 KNOWN = {
     "H100": Rates("H100", {2: 660e12}, 3.0e12, 5.5e12, "table"),
     "H200": Rates("H200", {2: 790e12}, 4.3e12, 5.5e12, "table"),
@@ -40,7 +40,7 @@ KNOWN = {
 
 
 class StepFloors(NamedTuple):
-    """Milliseconds of one TopK step: (i), (ii), (iii) with moments in float32, (iii) with moments in bfloat16."""
+    """Floors of one TopK step in milliseconds: (i), (ii), (iii) with float32 moments, (iii) with bfloat16 moments."""
 
     dense: float
     materialised: float
@@ -52,17 +52,18 @@ FLOOR_NAMES = dict(zip(StepFloors._fields, ("dense", "materialised", "fused", "f
 
 
 def step_floors(n: int, d: int, f: int, k: float, rates: Rates, itemsize: int = 2) -> StepFloors:
-    """Floors of one step on N tokens, with B bytes an operand (`itemsize`), P = 2DF parameters and G = BNKD:
+    """Floors of one step on N tokens, with B bytes per operand (`itemsize`), P = 2DF parameters and G = BNKD:
 
         E = 2NDF / FLOPs                         one matrix product
-        S = G / BW + 3G / L2                     four gathers of K rows a token, one of which misses the cache
+        S = G / BW + 3G / L2                     four gathers of K rows per token, one of which misses the cache
         (i)   dense          6E + (aP + 4BNF) / BW        activations and their gradient written and read
         (ii)  materialised   E + BNF / BW + S + (a + 4)P / BW
         (iii) fused          E + (NF / 4) / BW + S + 0.05 ms + cP / BW
 
-    Every parameter costs c = 8 + 16 + s bytes: fp32 weight and two fp32 moments read and written (bf16 moments: 8 instead
-    of 16), and a shadow of s = B bytes written where operands are narrower than fp32. a = c + 8 adds a gradient written and
-    read, (ii) 4 more to fill it with zeros. NF / 4: of 128 latents 4 candidates of 4 bytes stay, written and read.
+    A parameter costs c = 8 + 16 + s bytes: the fp32 weight and two fp32 moments are read and written (bf16 moments: 8
+    instead of 16), and a shadow copy of s = B bytes is written if operands are narrower than fp32. a = c + 8 adds a gradient
+    that is written and read. (ii) adds 4 to fill it with zeros. NF / 4: 4 candidates of 4 bytes per 128 latents are written
+    and read.
     """
     e, g, p = 1e3 * 2 * n * d * f / rates.flops[itemsize], itemsize * n * k * d, 2 * d * f
     per_ms = rates.bytes_per_s / 1e3
@@ -80,7 +81,7 @@ def step_floors(n: int, d: int, f: int, k: float, rates: Rates, itemsize: int = 
 
 
 class StepWork(NamedTuple):
-    """The least that a step has to do: FLOP, bytes of device memory, and milliseconds for both."""
+    """The least work of a step: FLOP, bytes of device memory, and milliseconds."""
 
     flops: float
     bytes: float
@@ -88,8 +89,9 @@ class StepWork(NamedTuple):
 
 
 def step_work(n: int, d: int, f: int, k: float, rates: Rates, itemsize: int = 2) -> StepWork:
-    """What floor (iii) stands for, with the gathers' multiply-adds; k latents a token on average, those of AuxK included.
-    Floor (i) where that is less: of few latents, or of many active ones, gathering rows takes longer than multiplying all.
+    """The work of floor (iii), with the gathers' multiply-adds, at k active latents per token, AuxK's included.
+
+    Where floor (i) is lower, it is the work of that: with few latents or many active ones, dense products are faster.
     """
     floors, p = step_floors(n, d, f, k, rates, itemsize), 2 * d * f
     state = (24 + (itemsize if itemsize < 4 else 0)) * p
@@ -100,17 +102,17 @@ def step_work(n: int, d: int, f: int, k: float, rates: Rates, itemsize: int = 2)
 
 
 def op_floor(cost: Cost, rates: Rates, itemsize: int) -> float:
-    """Milliseconds: the longer of arithmetic and traffic (the roofline).
+    """The longer of arithmetic and memory traffic (the roofline), in milliseconds.
 
-    `Cost.bytes` counts gathers as if they missed the cache, so an op that gathers can beat its floor.
+    `Cost.bytes` counts gathers as cache misses, so an op that gathers can beat its floor.
     """
     return 1e3 * max(cost.flops / rates.flops[itemsize], cost.bytes / rates.bytes_per_s)
 
 
 def rates_of(device: str, *itemsizes: int) -> Rates:
-    """The rates of torch device `device` ("cpu", "cuda") for operands of these sizes: 2 is bfloat16, 4 float32.
+    """The rates of torch device `device` ("cpu", "cuda") for operands of these sizes in bytes: 2 is bfloat16, 4 float32.
 
-    From the table where the card is in it, else measured, each once in a process. GPUs: TF32 is off, as is torch's default.
+    Cards outside the table are measured, once per process. On GPUs TF32 is off, which is torch's default.
     """
     import torch
 
@@ -121,12 +123,12 @@ def rates_of(device: str, *itemsizes: int) -> Rates:
     if known is not None:
         return replace(known, flops=flops)
     bandwidth = _copy_rate(device)
-    # Caches are not measured: all gathers count as traffic.
+    # caches are not measured, so all gathers count as memory traffic
     return Rates(name, flops, bandwidth, bandwidth, "measured here")
 
 
 def known_card(name: str) -> Rates | None:
-    """The table's row for a card of this name. Slower kinds of the same chip (PCIe, NVL, a slice) are other cards."""
+    """The table's row for a card of this name. Slower versions of a chip (PCIe, NVL, MIG slices) have none."""
     if re.search(r"PCIe|NVL|MIG", name):
         return None
     return next((rates for chip, rates in KNOWN.items() if re.search(rf"\b{chip}\b", name)), None)
@@ -134,7 +136,7 @@ def known_card(name: str) -> Rates | None:
 
 @functools.cache
 def _copy_rate(device: str) -> float:
-    """Bytes a second, read plus written, of a copy beyond any cache: 1 GiB, on a CPU 128 MiB."""
+    """Bytes per second, read plus written, of a copy larger than any cache: 1 GiB on a GPU, 128 MiB on a CPU."""
     import torch
 
     source = torch.randn(2**28 if torch.device(device).type == "cuda" else 2**25, device=device)
@@ -144,7 +146,7 @@ def _copy_rate(device: str) -> float:
 
 @functools.cache
 def _matmul_rate(device: str, itemsize: int) -> float:
-    """FLOP/s of a large product of random matrices (of zeros it would be faster)."""
+    """FLOP/s of a large product of random matrices (zeros would be faster)."""
     import torch
 
     side = 8192 if torch.device(device).type == "cuda" else 2048

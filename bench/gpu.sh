@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# For a bare machine with a GPU and without a network: the GPU tests, then the headline comparison; at most 8 minutes.
+# Run the GPU tests and the main comparisons on a GPU machine, with or without a network, in at most 8 minutes.
 #
-#   bench/gpu.sh [FOLDER]      few files go to FOLDER, else to $OUT, else to bench-gpu; a failing part stops
-#                              nothing, but shows in the exit code
+#   bench/gpu.sh [FOLDER]      write results to FOLDER, by default $OUT or bench-gpu
 #
-# Wheels of what that machine lacks lie in ./.whl, if at all. Without a clone, TEMPOSAE_COMMIT says what is measured.
+# If a part fails, the others still run, and the exit code is 1. Wheels in ./.whl are installed first. Without a clone, set
+# TEMPOSAE_COMMIT to the commit that is measured.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-bench-gpu}}
@@ -16,12 +16,12 @@ deadline=$((SECONDS + 470)) failed=0
 
 say() { echo "$*" | tee -a "$summary"; }
 
-# part NAME SECONDS COMMAND...: what it prints goes to the log, how it ended to the summary
+# part NAME SECONDS COMMAND...: run a command; its output goes to the log, its outcome to the summary
 part() {
   local name=$1 limit=$2 began=$SECONDS code=0 left=$((deadline - SECONDS))
   shift 2
   ((limit > left)) && limit=$left
-  if ((limit < 10)); then say "$name: left out, no time is left"; return; fi
+  if ((limit < 10)); then say "$name: skipped, no time left"; return; fi
   timeout -k 5 "$limit" "$@" >"$site/part" 2>&1 || code=$?
   { echo "== $name: $*"; cat "$site/part"; } >>"$log"
   ((code)) && failed=1
@@ -61,21 +61,21 @@ bench() { local name=$1 limit=$2; shift 2; part "$name" "$limit" python3 -m temp
 
 if has pytest; then
   options=(-q -m gpu -p no:cacheprovider --ignore=tests/bench/test_ops.py) # ops are timed below
-  # the settings name what that plugin reads
+  # without the plugin, pytest would reject the timeout in pyproject.toml
   has pytest_timeout || options+=(-o addopts="--import-mode=importlib -ra")
   part tests 150 python3 -m pytest "${options[@]}"
   say "tests: $(grep -E '(passed|failed|error|skipped).* in [0-9.]+s' "$site/part" | tail -n 1)"
 else
-  say "tests: left out, pytest is missing"
+  say "tests: skipped, pytest is missing"
 fi
 size=(--device cuda --n 8192 --d 2304 --k 64)
 bench headline 170 bench step "${size[@]}" --f 65536 --own --json "$out/headline.json"
 bench peers 100 bench peers --steps 20 --rounds 1 --json "$out/peers.json"
 bench small 80 bench step "${size[@]}" --f 16384 --json "$out/small.json"
-ours=(--provider temposae --rounds 8)
-bench activations 40 bench step "${size[@]}" --f 65536 "${ours[@]}" --activation batchtopk --activation jumprelu \
+temposae_only=(--provider temposae --rounds 8)
+bench activations 40 bench step "${size[@]}" --f 65536 "${temposae_only[@]}" --activation batchtopk --activation jumprelu \
   --json "$out/activations.json"
-bench several 30 bench step "${size[@]}" --f 2304 "${ours[@]}" --dictionaries 8 --json "$out/several.json"
+bench several 30 bench step "${size[@]}" --f 2304 "${temposae_only[@]}" --dictionaries 8 --json "$out/several.json"
 bench ops 50 bench ops "${size[@]}" --f 65536 --json "$out/ops.json"
 bench profile 40 profile "${size[@]}" --f 65536 --steps 3 --trace "$out/trace.json" --json "$out/profile.json"
 
@@ -84,5 +84,5 @@ for name in headline small activations several ops; do
 done
 echo
 head -n 12 "$summary" | grep -E '^[a-z]+: |; python'
-echo "all of it: $out"
+echo "all results: $out"
 exit $failed

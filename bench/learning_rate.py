@@ -1,4 +1,4 @@
-"""The default learning rate beside a grid of others: over sources of activations, sizes, batches and lengths of run."""
+"""Compare the default learning rate with a grid of others, over sources of activations, sizes, batches and run lengths."""
 
 import json
 import math
@@ -23,13 +23,13 @@ from .data import Shape
 from .data import tokens as made_up
 from .results import about
 
-TOKENS = 100_000  # of a source
-HELD_OUT = 4096  # the last ones, which scores are taken on
-REACH = 2  # factors of two that the grid has on either side of the best rate
+TOKENS = 100_000  # tokens of a source
+HELD_OUT = 4096  # the last tokens, for evaluation
+REACH = 2  # rates of the grid on either side of the best one
 
 
 class Cell(NamedTuple):
-    """A dictionary and a length of run: what a learning rate is chosen for. With relu and jumprelu, K is `target_l0`."""
+    """A dictionary and a run length. With relu and jumprelu, K is `target_l0`."""
 
     activation: Literal["topk", "batchtopk", "relu", "jumprelu"]
     F: int
@@ -52,7 +52,7 @@ LARGE = (
     Cell("topk", 1024, 32, 256, 100), Cell("topk", 1024, 32, 256, 300), Cell("topk", 1024, 32, 1024, 100),
     Cell("topk", 4608, 32, 256, 100),
 )  # fmt: skip
-#: What is measured of each source: WIDTH of made-up activations, or LAYER of a model
+#: the cells of each source: synthetic:WIDTH or MODEL:LAYER
 PRESETS: dict[str, dict[str, Sequence[Cell]]] = {
     "tiny": {"synthetic:16": [Cell("topk", 32, 4, 64, 8), Cell("batchtopk", 32, 4, 64, 8)]},
     "cpu": {"synthetic:64": SMALL, "testbed:1": SMALL},
@@ -63,25 +63,25 @@ PRESETS: dict[str, dict[str, Sequence[Cell]]] = {
 def plan(
     preset: str, sources: Sequence[str] | None = None, cells: Sequence[str] | None = None
 ) -> dict[str, Sequence[Cell]]:
-    """The cells of each source: a preset's, or these ones. Raises UserError for what is none."""
+    """The cells of each source: those of a preset, or the given ones. Raises UserError for invalid ones."""
     if preset not in PRESETS:
         raise UserError(f"preset: {preset!r} is not allowed; there are {', '.join(PRESETS)}")
     preset_cells = PRESETS[preset]
-    parsed_cells = [_parsed(text) for text in cells or ()]
+    parsed_cells = [_parse(text) for text in cells or ()]
     for source in sources or ():
         _check_source(source)
     all_cells = tuple(dict.fromkeys(cell for source_cells in preset_cells.values() for cell in source_cells))
     return {source: parsed_cells or preset_cells.get(source, all_cells) for source in sources or preset_cells}
 
 
-def _parsed(text: str) -> Cell:
+def _parse(text: str) -> Cell:
     activation, *numbers = text.split(",")
     if len(numbers) != 4 or not all(re.fullmatch("[0-9]{1,10}", number) for number in numbers):
         raise UserError(
             f"cell: {text} is not allowed; it must be ACTIVATION,F,K,BATCH,STEPS, as in topk,512,16,256,100"
         )
     cell = Cell(activation, *map(int, numbers))  # type: ignore[arg-type]
-    cell.configs(1)  # which refuses what a dictionary can't be
+    cell.configs(1)  # refuses invalid dictionaries
     return cell
 
 
@@ -97,8 +97,8 @@ def _check_source(source: str) -> None:
 
 
 def activations(source: str, data: str | None = None) -> Tensor:
-    """x [TOKENS, D] float32 of a source: `synthetic:WIDTH` (`data.tokens`), `MODEL:LAYER` (the residual stream after that
-    layer, on the text `data`), or `NAME=FILE.npy`. Raises UserError for another, and for a file that is none."""
+    """Activations x [TOKENS, D] float32 of a source: `synthetic:WIDTH` (`data.tokens`), `MODEL:LAYER` (the residual stream
+    after that layer, on the text `data`), or `NAME=FILE.npy`. Raises UserError for other sources and unreadable files."""
     _check_source(source)
     name, is_file, file = source.partition("=")
     kind, _, number = name.rpartition(":")
@@ -116,18 +116,17 @@ def activations(source: str, data: str | None = None) -> Tensor:
 
 
 def score(cell: Cell, x: Tensor, lr: float | None, seeds: int = 1) -> dict[str, float]:
-    """Train at peak rate `lr` (None: the default) on all of x [M, D] but the last HELD_OUT tokens, and evaluate on those.
-    Means over so many seeds of weights and order."""
-    seed_scores = [
-        evaluate(train(x[:-HELD_OUT], *cell.configs(x.shape[1], lr, seed)).sae, x[-HELD_OUT:]) for seed in range(seeds)
-    ]
+    """Train at peak rate `lr` (None: the default) on all but the last HELD_OUT tokens of x [M, D], and evaluate on those.
+    Returns means over seeds of weights and order."""
+    runs = (train(x[:-HELD_OUT], *cell.configs(x.shape[1], lr, seed)) for seed in range(seeds))
+    seed_scores = [evaluate(run.sae, x[-HELD_OUT:]) for run in runs]
     return {name: sum(scores[name] for scores in seed_scores) / seeds for name in seed_scores[0]}
 
 
 @torch.no_grad()
 def evaluate(sae: SparseAutoencoder, x: Tensor) -> dict[str, float]:
-    """`fvu`, `l0` and `dead` (share of latents never active) on x [M, D]. Of batchtopk, the M K largest activations of x
-    count, as in training, so that its threshold plays no part; the dictionary keeps the one that gives so many."""
+    """`fvu`, `l0` and `dead` (share of latents never active) on x [M, D]. A batchtopk dictionary gets the threshold that
+    keeps the M K largest activations of x, as in training."""
     if sae.cfg.activation == "batchtopk":
         sae.threshold.zero_()
         sae.threshold.fill_(float(sae.encode(x).flatten().topk(len(x) * sae.cfg.k).values[-1]))
@@ -141,7 +140,7 @@ def evaluate(sae: SparseAutoencoder, x: Tensor) -> dict[str, float]:
 
 
 def grid(measure: Callable[[float], dict[str, float]], start: float) -> dict[float, dict[str, float]]:
-    """Scores by learning rate, ascending: `start` times powers of two, at least two of them on either side of the best."""
+    """Scores by learning rate, ascending: `start` times powers of two, at least REACH rates on either side of the best."""
     scores_by_power: dict[int, dict[str, float]] = {}
 
     def fvu(power: int) -> float:
@@ -161,19 +160,18 @@ def measure(
     sources: dict[str, Sequence[Cell]], *, data: str | None = None, seeds: int = 1, done: dict[str, Any] | None = None,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Every cell of every source: scores at the default rate and on a grid around the best one.
+    """Score every cell of every source at the default rate and on a grid around the best one.
 
-    `done`: results of before; cells in them are not measured again. `keep` takes what there is after each cell.
+    `done`: earlier results, whose cells are not measured again. `keep` is called with the results after each cell.
     """
     result = done or about("cpu") | {"cells": []}
-    missing = [
-        (source, cell) for source, cells in sources.items() for cell in cells if not _is_measured(result, source, cell)
-    ]
+    measured = {(cell_result["source"], _cell(cell_result)) for cell_result in result["cells"]}
+    planned = [(source, source.partition("=")[0], cell) for source, cells in sources.items() for cell in cells]
+    missing = [(source, name, cell) for source, name, cell in planned if (name, cell) not in measured]
     x, loaded = torch.zeros(0), ""
-    for n, (source, cell) in enumerate(missing, 1):
+    for n, (source, name, cell) in enumerate(missing, 1):
         if source != loaded:
             x, loaded = activations(source, data), source
-        name = source.partition("=")[0]
         print(f"cell {n} of {len(missing)}: {name} {cell}", file=sys.stderr)  # each training has its own bar
         result["cells"].append({"source": name, "D": x.shape[1]} | _scores(cell, x, seeds))
         keep(result)
@@ -182,7 +180,7 @@ def measure(
 
 def _scores(cell: Cell, x: Tensor, seeds: int) -> dict[str, Any]:
     rate = default_lr(*cell.configs(x.shape[1]))
-    start = 1e-3 * 2.0 ** round(math.log2(rate / 1e-3))  # the grid's rates are the same whatever the default is
+    start = 1e-3 * 2.0 ** round(math.log2(rate / 1e-3))  # so that the grid does not depend on the default
     by_lr = grid(lambda lr: score(cell, x, lr, seeds), start)
     return cell._asdict() | {
         "default_lr": rate,
@@ -192,32 +190,27 @@ def _scores(cell: Cell, x: Tensor, seeds: int) -> dict[str, Any]:
     }
 
 
-def _is_measured(result: dict[str, Any], source: str, cell: Cell) -> bool:
-    name = source.partition("=")[0]
-    return any(cell_result["source"] == name and _cell(cell_result) == cell for cell_result in result["cells"])
-
-
 def _cell(cell_result: dict[str, Any]) -> Cell:
     return Cell(**{name: cell_result[name] for name in Cell._fields})
 
 
 def read(file: Path) -> dict[str, Any]:
-    """What a `--json` file holds. Raises UserError for one that this suite did not write."""
+    """Read a results file of this suite. Raises UserError for other files."""
     try:
         result = json.loads(file.read_text())
         [_cell(cell_result) for cell_result in result["cells"]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"json: {file} is not allowed; it holds something else than learning rates") from None
+        raise UserError(f"json: {file} is not allowed; it must hold learning rates from `temposae bench lr`") from None
     return result
 
 
 def excess(cell_result: dict[str, Any]) -> float:
-    """How far FVU at the default is above the best of the grid, as a share of it; below zero where it is better."""
+    """FVU at the default rate relative to the best of the grid, minus 1. Negative if the default is better."""
     return cell_result["default"]["fvu"] / min(point["fvu"] for point in cell_result["grid"]) - 1
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: what was measured on what, a line for each cell."""
+    """The measurement as Markdown, one line per cell."""
     lines = [
         f"{result['device']}, torch {result['versions']['torch']}, commit {(result['commit'] or 'unknown')[:8]}",
         "",

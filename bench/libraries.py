@@ -1,4 +1,4 @@
-"""Other libraries, each through its own code."""
+"""Training steps of other libraries through their own code. With `own`, they have their own defaults."""
 
 import contextlib
 import io
@@ -31,15 +31,12 @@ from .training_job import (
 
 
 def sparsify(job: TrainingJob) -> ProviderRun:
-    """eai-sparsify's SparseCoder in the order of its Trainer.fit. Own: signum under a schedule-free wrapper, the default.
+    """eai-sparsify's SparseCoder, in the order of its Trainer.fit. Its own optimizer is signum in a schedule-free wrapper.
 
-    AuxK is off by default; if it is on, it counts 1 / 32, as in Gao et al.
-
-    On a GPU its forward runs under bfloat16 autocast, whatever is asked for. Without Triton's GPU it needs telling so before
-    it is imported.
+    AuxK is off by default. Here its weight is 1 / 32, as in Gao et al. On a GPU the forward pass always uses bf16 autocast.
     """
     if job.device == "cpu":
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # sparsify reads it when it is imported
     library = load("sparsify")
     n, d, f, k = job.shape
     torch.manual_seed(0)
@@ -63,7 +60,7 @@ def sparsify(job: TrainingJob) -> ProviderRun:
         if job.auxk:
             idle[DEAD] = dead_after + 1
         x = job.tokens.wide[i % len(job.tokens.wide)]
-        with matmul_precision("high"):  # as its fit() sets it
+        with matmul_precision("high"):  # as in its fit()
             autoencoder.set_decoder_norm_to_unit_norm()
             dead = idle > dead_after if job.auxk else None
             out = autoencoder(x, total_variance=(x - x.mean(0)).pow(2).sum(), dead_mask=dead)
@@ -81,7 +78,7 @@ def sparsify(job: TrainingJob) -> ProviderRun:
 
     def reconstruct(x: Tensor) -> Tensor:
         if job.own:
-            optimizer.eval()  # the weights that are kept are an average
+            optimizer.eval()  # the saved weights are an average
         x_hat = autoencoder(x).sae_out
         if job.own:
             optimizer.train()
@@ -92,15 +89,15 @@ def sparsify(job: TrainingJob) -> ProviderRun:
 
 
 def sae_lens(job: TrainingJob) -> ProviderRun:
-    """SAELens' training SAE in its SAETrainer, which always clips at 1. Own: its Adam, lr, dtype and coefficients."""
+    """SAELens' training SAE in its SAETrainer, which always clips at 1."""
     library = load("sae_lens")
     n, d, f, k = job.shape
-    ours = sae_config(job)
+    defaults = sae_config(job)
     name, sizes, headline_sizes = {
         "topk": ("TopK", dict(k=k), {}),
         "batchtopk": ("BatchTopK", dict(k=float(k)), {}),
-        "jumprelu": ("JumpReLU", {}, dict(l0_coefficient=ours.l0_coefficient * d)),
-        "relu": ("Standard", {}, dict(l1_coefficient=ours.l1_coefficient)),
+        "jumprelu": ("JumpReLU", {}, dict(l0_coefficient=defaults.l0_coefficient * d)),
+        "relu": ("Standard", {}, dict(l1_coefficient=defaults.l1_coefficient)),
     }[job.activation]
     sizes |= {} if job.own else headline_sizes
     torch.manual_seed(0)
@@ -130,8 +127,7 @@ def sae_lens(job: TrainingJob) -> ProviderRun:
 
 
 def dictionary_learning(job: TrainingJob) -> ProviderRun:
-    """The `update` of dictionary_learning's trainer, which always clips at 1, but not for ReLU. JumpReLU aims at an L0 of K.
-    Own: its Adam, lr, warm-ups, dtype, coefficient of L1 and aim for L0."""
+    """The `update` of dictionary_learning's trainer, which always clips at 1, except for ReLU. JumpReLU's target L0 is K."""
     skip_init("dictionary_learning", unless="nnsight")
     k = job.shape.K
     module, name, sizes, headline_settings = {
@@ -145,7 +141,7 @@ def dictionary_learning(job: TrainingJob) -> ProviderRun:
     settings: dict[str, Any] = dict(activation_dim=job.shape.D, dict_size=job.shape.F, steps=LONG_RUN, **sizes)
     settings |= dict(layer=0, lm_name="none", seed=0, device=job.device)
     settings |= {} if job.own else dict(lr=job.lr, warmup_steps=0, **headline_settings)
-    torch.manual_seed(0)  # not all of them do
+    torch.manual_seed(0)  # not all trainers set the seed
     trainer = getattr(load(f"dictionary_learning.trainers.{module}"), name)(**settings)
     if job.accelerated:
         accelerate(trainer)
@@ -155,7 +151,7 @@ def dictionary_learning(job: TrainingJob) -> ProviderRun:
         fuse(trainer.optimizer)
     narrow = not job.own and job.dtype == "bf16"
     xs = [x.bfloat16() for x in job.tokens.wide] if narrow else job.tokens.wide
-    count = itertools.count()  # step 0 sets the bias
+    count = itertools.count()  # at step 0 it sets the bias
 
     def step(i: int) -> None:
         if job.auxk:
@@ -164,7 +160,7 @@ def dictionary_learning(job: TrainingJob) -> ProviderRun:
             trainer.update(next(count), xs[i % len(xs)])
 
     def reconstruct(x: Tensor) -> Tensor:
-        if job.activation == "batchtopk":  # as in training; the threshold for later use follows slowly
+        if job.activation == "batchtopk":  # as in training; the inference threshold follows slowly
             return trainer.ae.decode(trainer.ae.encode(x, use_threshold=False))
         return trainer.ae(x)
 
@@ -174,12 +170,12 @@ def dictionary_learning(job: TrainingJob) -> ProviderRun:
 
 
 def faster(build: Callable[[TrainingJob], ProviderRun]) -> Callable[[TrainingJob], ProviderRun]:
-    """A library's training step after the one line that `temposae.accelerate` takes."""
+    """A library's training step after `temposae.accelerate`."""
     return lambda job: build(job._replace(accelerated=True))
 
 
 def load(module: str) -> Any:
-    """The module. What it prints and warns about on the way is its own affair. Raises Absent if it isn't installed."""
+    """Import a module without its output and warnings. Raises ProviderUnavailable if it is not installed."""
     package = module.partition(".")[0]
     if find_spec(package) is None:
         raise ProviderUnavailable(f"{package} is not installed")
@@ -189,7 +185,7 @@ def load(module: str) -> Any:
 
 
 def skip_init(package: str, unless: str) -> None:
-    """Let modules of `package` be imported without its own __init__, if that needs `unless` and it isn't there."""
+    """Let modules of `package` be imported without its __init__, if that needs the missing package `unless`."""
     spec = find_spec(package) if package not in sys.modules and find_spec(unless) is None else None
     if spec is not None:
         sys.modules[package] = bare = types.ModuleType(package)
@@ -197,7 +193,7 @@ def skip_init(package: str, unless: str) -> None:
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> None:
-    """Make an Adam that has not stepped yet a fused one."""
+    """Make an Adam that has not stepped yet use torch's fused step."""
     for group in optimizer.param_groups:
         group["fused"] = True
 

@@ -1,4 +1,4 @@
-"""What every op brings along in kernels/<op>/bench.py: found by listing the folders, in the order of a training step."""
+"""The `BENCH` of every kernels/<op>/bench.py, in the order of a training step."""
 
 from importlib import import_module
 from pkgutil import iter_modules

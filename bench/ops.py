@@ -1,6 +1,6 @@
-"""Each op on its own: time beside FLOPs, bytes and the floor that they set.
+"""Time each op, with its FLOPs, its bytes and its floor.
 
-The rows come from kernels/<op>/bench.py, forward ops first; the whole objective is added here.
+The ops come from kernels/<op>/bench.py, forward ops first. The whole objective is added here.
 """
 
 from collections.abc import Iterable
@@ -18,16 +18,16 @@ from ..kernels import bench_types
 from ..kernels.backend import why
 from ..kernels.bench_types import Call, Op
 from ..kernels.torch_modes import default_modes
-from .data import DTYPES, POSITIONS, Shape, tokens
+from .data import DTYPES, POSITIONS, Shape, check_settings, tokens
 from .floors import Rates, op_floor, rates_of
 from .op_benches import BENCHES
 from .timing import free_bytes, inner_calls, memory, quantiles, samples
 
-SAMPLE_MS = {"cuda": 5.0, "cpu": 20.0}  # a sample lasts at least as long
+SAMPLE_MS = {"cuda": 5.0, "cpu": 20.0}  # least duration of a sample
 
 
 class Inputs(bench_types.Inputs):
-    """Tokens with structure in `dtype`, and the dictionary at its start."""
+    """Synthetic tokens in `dtype`, and an untrained dictionary."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
         self.shape, self.dtype, self.device = shape, dtype, device
@@ -39,7 +39,7 @@ class Inputs(bench_types.Inputs):
 
 
 def _objective(i: Inputs, direction: str) -> Call:
-    """The whole objective through autograd, without the optimiser."""
+    """The objective through autograd, without the optimiser."""
     sae, x, pos = i.sae, i.x, i.pos
     weights = [p for p in sae.parameters() if p.requires_grad]
 
@@ -68,7 +68,7 @@ OPS |= {
 
 
 class Work(NamedTuple):
-    """What an op has to do at a shape, and the least time for it in milliseconds."""
+    """Backend and cost of an op at a shape: FLOP, bytes, and the least time in milliseconds."""
 
     backend: str
     dtype: str
@@ -78,7 +78,7 @@ class Work(NamedTuple):
 
 
 def work(name: str, shape: Shape, dtype: str, device: str, rates: Rates, backend: str | None = None) -> Work:
-    """`Work` of op `name`, for the backend that runs here unless one is given. Parts don't overlap: their floors add up."""
+    """`Work` of an op, for the backend that runs here unless one is given. The floors of its parts add up."""
     op, itemsize = OPS[name], DTYPES[dtype].itemsize
     if backend is None:
         choice = op.choice
@@ -99,20 +99,17 @@ def measure(
     repeats: int = 20,
     seconds: float = 5.0,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Time the ops `names` at each shape. Returns the cases and, by op and shape, why it was left out.
+    """Time ops at each shape. Returns the cases and, by op and shape, why it was left out.
 
-    A case holds shape, dtype, backend, time quantiles and peak memory (results included), flops, bytes and the floor that
-    they set. At most `seconds` are spent on an op at a shape. The backend is chosen as in training (TEMPOSAE_BACKEND forces
-    it). Raises UserError for unknown ops and for sizes and dtypes that are not allowed.
+    A case holds shape, dtype, backend, time quantiles, peak memory (results included), FLOP, bytes and floor. At most
+    `seconds` are spent on an op at a shape. The backend is chosen as in training (TEMPOSAE_BACKEND forces one). Raises
+    UserError for unknown ops and for sizes and dtypes that are not allowed.
     """
     shapes, names = [shape.check() for shape in shapes], list(names)
     for name in names:
         if name not in OPS:
             raise UserError(f"op: {name!r} is not allowed; there are {', '.join(OPS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}")
-    if repeats < 1:
-        raise UserError(f"repeats: {repeats} is not allowed; it must be at least 1")
+    check_settings(dtype, DTYPES, repeats=repeats)
     tune_host()
     rates = rates_of(device, DTYPES[dtype].itemsize)
     cases: list[dict[str, Any]] = []
@@ -127,9 +124,8 @@ def measure(
                     left_out[f"{name} at {shape}"] = f"needs {least / 2**30:,.1f} GiB, more than is free"
                 else:
                     try:
-                        cases.append(
-                            _case(name, inputs, repeats, seconds) | work(name, shape, dtype, device, rates)._asdict()
-                        )
+                        case = _case(name, inputs, repeats, seconds)
+                        cases.append(case | work(name, shape, dtype, device, rates)._asdict())
                     except torch.OutOfMemoryError:
                         left_out[f"{name} at {shape}"] = "out of memory"
                 bar.advance(1)

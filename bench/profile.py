@@ -1,46 +1,48 @@
-"""Where the time of a training step goes: a trace to look at, and a table of its stages.
+"""Profile a training step: a Chrome trace, and a table of its stages.
 
-A stage is a range that the step opens with `torch.profiler.record_function("temposae::NAME")`. Where the step opens none,
-the kernels' ops, the optimiser and the work on the decoder are wrapped from here. Time outside of all stages goes by the
-autograd node that it was spent in, if any.
+A stage is a range that the step opens with `torch.profiler.record_function("temposae::NAME")`. If the step opens none, the
+kernels' ops, the optimiser and the work on the decoder are wrapped here. Time outside all stages counts for its autograd
+node, if there is one.
 """
 
 import contextlib
 import functools
-import json
 import sys
-import tempfile
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
+<<<<<<< HEAD
 from ..engine.cohort import Cohort
 from ..engine.errors import UserError
+=======
+>>>>>>> cli
 from ..engine.learner import Learner
 from ..engine.process.cpu_memory import tune_host
 from ..engine.process.progress import progress_bar
 from ..kernels import adam, decode, encode, encode_sparse, loss, select, weight_grad
 from ..kernels.code import SparseCode
 from ..kernels.torch_modes import default_modes
-from .data import DTYPES, Shape, tokens
+from .data import DTYPES, Shape, check_settings, tokens
 from .floors import Rates, rates_of
 from .ops import OPS, work
 from .providers import make_learner
 from .results import markdown
-from .timing import synchronise
+from .timing import synchronise, traced
 from .training_job import TrainingJob
 
 STAGE, STEP = "temposae::", "temposae-bench-step"
 OUTSIDE = "outside of stages"
-# what torch names by itself
+# ranges that torch names itself
 NODE, OPTIMIZER = "autograd::engine::evaluate_function: ", "Optimizer.step#"
 GPU_WORK, LAUNCHES = ("kernel", "gpu_memcpy", "gpu_memset"), ("cuda_runtime", "cuda_driver")
-# the ops that a stage runs in a step by default, where that is not one of its own name
+# the ops of a stage that is not named after its only op
 STAGE_OPS = {
     "encode": ("encode_topk",),
     "decode": ("reconstruct",),
@@ -49,20 +51,17 @@ STAGE_OPS = {
     "update": ("row_norms", "row_norms", "adam_rows", "adam_rows"),  # W_enc and W_dec, with clipping
     "weight_grad": ("weight_grad", "weight_grad"),
 }
-ADAM_BYTES = 28  # a parameter: weight, gradient and both moments read, all but the gradient written, in float32
+ADAM_BYTES = 28  # per parameter in float32: weight, gradient and two moments read, weight and moments written
 
 
 @default_modes()
 def run(shape: Shape, *, device: str, dtype: str, steps: int, trace: Path) -> dict[str, Any]:
-    """Profile `steps` training steps, by the defaults of `temposae train`, and write a Chrome trace to `trace`.
+    """Profile `steps` training steps with the defaults of `temposae train`, and write a Chrome trace to `trace`.
 
-    Returns what `summary` makes of it; `stages` have, where a cost is known, gb_per_s, gflop_per_s and floor_ms too. Times
-    are those with the profiler running, which slows short ops down. Raises UserError for sizes that are not allowed.
+    Returns the `summary`. Stages with a known cost also have gb_per_s, gflop_per_s and floor_ms. The profiler slows short
+    ops down. Raises UserError for sizes that are not allowed.
     """
-    if dtype not in ("fp32", "bf16"):
-        raise UserError(f"dtype: {dtype!r} is not allowed; it must be fp32 or bf16")
-    if steps < 1:
-        raise UserError(f"steps: {steps} is not allowed; it must be at least 1")
+    check_settings(dtype, steps=steps)
     tune_host()
     bench_tokens = tokens(shape.check(), device, DTYPES[dtype], count=4)
     learner = make_learner(TrainingJob(shape, device, dtype, 0.0, bench_tokens, own=True))
@@ -75,7 +74,7 @@ def run(shape: Shape, *, device: str, dtype: str, steps: int, trace: Path) -> di
 
         step(0)
         step(1)
-        first = traced(lambda: step(2), device)
+        _, first = traced(lambda: step(2), device)
         named = any(str(e.get("name")).startswith(STAGE) for e in first)
 
         def all_steps() -> None:
@@ -85,7 +84,7 @@ def run(shape: Shape, *, device: str, dtype: str, steps: int, trace: Path) -> di
             synchronise(device)
 
         with contextlib.nullcontext() if named else _wrapped(learner):
-            events = traced(all_steps, device, trace)
+            _, events = traced(all_steps, device, trace)
     result = summary(events)
     rates = rates_of(device, DTYPES[dtype].itemsize)
     parameters = sum(p.numel() for p in learner.sae.parameters() if p.requires_grad)
@@ -103,13 +102,13 @@ class Span(NamedTuple):
 
 
 def summary(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """From the events of a Chrome trace with steps marked `STEP`:
+    """Summarise the events of a Chrome trace with steps marked `STEP`.
 
-    step_ms   a step's time: on a GPU from the first kernel to the last, over the steps
-    stages    [{stage, ms, calls, share}], ms and calls a step, longest first. A stage's time is without the stages inside;
-              GPU work counts where it was launched. What is in no stage is `OUTSIDE`.
-    idle_ms   a step's time in which the GPU, or on a CPU torch, does nothing
-    gaps      [{ms, after, before}]: where most of that is, ms a step, by the stages around it
+    step_ms   time per step; on a GPU the time from the first to the last kernel, divided by the steps
+    stages    [{stage, ms, calls, share}] per step, longest first. The time of a stage excludes inner stages. GPU work counts
+              for the stage that launched it. Work in no stage is `OUTSIDE`.
+    idle_ms   time per step in which the GPU (on a CPU, torch) does nothing
+    gaps      [{ms, after, before}], the longest idle times per step, with the stages around them
 
     Raises ValueError for a trace without steps.
     """
@@ -127,13 +126,10 @@ def summary(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for span in spans:
             calls[span.name] += any(step.start <= span.start < step.end for step in steps)
 
-    gpu = [e for e in events if e["cat"] in GPU_WORK]
-    if gpu:
-        launches = {e["args"].get("correlation"): e for e in events if e["cat"] in LAUNCHES}
-        launched = [(e, launches.get(e["args"].get("correlation"), e)) for e in gpu]
-        busy = [_span(e, _name_at(places.get(launch["tid"]), launch["ts"])) for e, launch in launched]
+    busy = pieces = _gpu_spans(events, places)
+    has_gpu = bool(busy)
+    if has_gpu:
         window = [Span("", min(s.start for s in busy), max(s.end for s in busy))]
-        pieces = busy
     else:
         busy = [_span(e, _name_at(places.get(e["tid"]), e["ts"])) for e in events if e["cat"] == "cpu_op"]
         window = steps
@@ -147,9 +143,10 @@ def summary(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for after, before, ms in _gaps(busy, span):
             between[after, before] += ms
     idle = sum(between.values())
-    if not gpu:  # what no label covers; on a GPU such work is labelled OUTSIDE already, and the rest is idle
+    if not has_gpu:  # time that no label covers; on a GPU such work is labelled OUTSIDE, and the rest is idle
         times[OUTSIDE] += total - sum(times.values())
-    n, longest_first = len(steps), sorted((item for item in times.items() if item[1] > 0), key=lambda item: -item[1])
+    n = len(steps)
+    longest_first = sorted((item for item in times.items() if item[1] > 0), key=lambda item: -item[1])
     gaps = sorted(between.items(), key=lambda item: -item[1])[:5]
     return {
         "steps": n,
@@ -165,35 +162,26 @@ def summary(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The stages as Markdown, then idle time and the longest gaps."""
+    """The stages as Markdown, then the idle time and its longest gaps."""
     table_lines = [("stage", "ms a step", "share", "calls", "GB/s", "GFLOP/s", "of floor")]
     for stage in result["stages"]:
-        known = "floor_ms" in stage
-        table_lines.append((
-            stage["stage"],
-            f"{stage['ms']:.3f}",
-            f"{stage['share']:.1%}",
-            f"{stage['calls']:g}",
-            f"{stage['gb_per_s']:.3g}" if known else "-",
-            f"{stage['gflop_per_s']:.3g}" if known else "-",
-            f"{stage['floor_ms'] / stage['ms']:.0%}" if known else "-",
-        ))  # fmt: skip
-    lines = markdown(table_lines)
-    lines += [
-        "",
-        f"a step: {result['step_ms']:.3f} ms, of which idle {result['idle_ms']:.3f} ms ({result['idle_share']:.1%})",
-    ]
+        rates = ("-", "-", "-")
+        if "floor_ms" in stage:
+            of_floor = f"{stage['floor_ms'] / stage['ms']:.0%}"
+            rates = (f"{stage['gb_per_s']:.3g}", f"{stage['gflop_per_s']:.3g}", of_floor)
+        times = (f"{stage['ms']:.3f}", f"{stage['share']:.1%}", f"{stage['calls']:g}")
+        table_lines.append((stage["stage"], *times, *rates))
+    idle = f"{result['idle_ms']:.3f} ms ({result['idle_share']:.1%})"
+    lines = [*markdown(table_lines), "", f"a step: {result['step_ms']:.3f} ms, of which idle {idle}"]
     lines += [f"idle {gap['ms']:.3f} ms a step after {gap['after']}, before {gap['before']}" for gap in result["gaps"]]
     return "\n".join(lines) + "\n"
 
 
 def _label(event: dict[str, Any]) -> str | None:
-    """The stage or, failing that, the part of torch that a host event names."""
+    """The stage, optimizer or autograd node that a host event names."""
     name, kind = event["name"], event["cat"]
-    if kind == "user_annotation" and name.startswith(STAGE):
-        return name.removeprefix(STAGE)
-    if kind == "user_annotation" and name.startswith(OPTIMIZER):
-        return name.removeprefix(OPTIMIZER)
+    if kind == "user_annotation" and name.startswith((STAGE, OPTIMIZER)):
+        return name.removeprefix(STAGE).removeprefix(OPTIMIZER)
     if kind == "cpu_op" and name.startswith(NODE):
         return f"backward: {name.removeprefix(NODE)}"
     return None
@@ -203,8 +191,15 @@ def _span(event: dict[str, Any], name: str) -> Span:
     return Span(name, float(event["ts"]), float(event["ts"]) + float(event["dur"]))
 
 
+def _gpu_spans(events: list[dict[str, Any]], places: dict[Any, list[Span]]) -> list[Span]:
+    """Work on the GPU, named after the stage that launched it."""
+    launches = {e["args"].get("correlation"): e for e in events if e["cat"] in LAUNCHES}
+    launched = [(e, launches.get(e["args"].get("correlation"), e)) for e in events if e["cat"] in GPU_WORK]
+    return [_span(e, _name_at(places.get(launch["tid"]), launch["ts"])) for e, launch in launched]
+
+
 def _innermost(spans: list[Span]) -> list[Span]:
-    """Nested spans of one thread, cut so that each moment belongs to the innermost one."""
+    """Cut nested spans of one thread so that each moment belongs to the innermost span."""
     innermost: list[Span] = []
     open_: list[Span] = []
     position = 0.0
@@ -230,7 +225,7 @@ def _innermost(spans: list[Span]) -> list[Span]:
 
 
 def _name_at(place: list[Span] | None, moment: float) -> str:
-    """The name that covers `moment` among disjoint spans in order."""
+    """The name of the span that covers `moment`. The spans are disjoint and sorted."""
     if not place:
         return OUTSIDE
     i = bisect_right(place, moment, key=lambda span: span.start) - 1
@@ -242,7 +237,7 @@ def _clip(piece: Span, to: Span) -> Span:
 
 
 def _gaps(busy: list[Span], window: Span) -> Iterator[tuple[str, str, float]]:
-    """Where no span of `busy` runs within the window: the names around each gap, and its milliseconds."""
+    """Gaps in the window in which no span of `busy` runs: the names before and after, and milliseconds."""
     idle_from, after = window.start, "the start"
     for span in sorted(busy, key=lambda s: s.start):
         if span.end <= window.start or span.start >= window.end:
@@ -256,14 +251,11 @@ def _gaps(busy: list[Span], window: Span) -> Iterator[tuple[str, str, float]]:
 
 
 def _add_rates(stage: dict[str, Any], shape: Shape, dtype: str, device: str, rates: Rates, parameters: int) -> None:
-    """What the stage moved and computed a second, where its name is that of an op with a cost model, or Adam's."""
+    """Add throughput and floor to a stage whose cost is known: that of ops, or of Adam."""
     name = stage["stage"]
-    names = STAGE_OPS.get(name, (name,) if name in OPS else ())
-    if names:
-        todo = [work(op, shape, dtype, device, rates) for op in names]
-        flops, traffic, floor = (
-            sum(column) for column in zip(*((w.flops, w.bytes, w.floor_ms) for w in todo), strict=True)
-        )
+    if names := STAGE_OPS.get(name, (name,) if name in OPS else ()):
+        costs = [work(op, shape, dtype, device, rates) for op in names]
+        flops, traffic, floor = (sum(getattr(cost, key) for cost in costs) for key in ("flops", "bytes", "floor_ms"))
     elif name == "Adam.step":
         flops, traffic = 0.0, float(ADAM_BYTES * parameters)
         floor = 1e3 * traffic / rates.bytes_per_s
@@ -274,39 +266,23 @@ def _add_rates(stage: dict[str, Any], shape: Shape, dtype: str, device: str, rat
     stage["floor_ms"] = floor
 
 
-def traced(call: Callable[[], Any], device: str, keep: Path | None = None) -> list[dict[str, Any]]:
-    """The events of a trace of `call`, which is also written to `keep`."""
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.device(device).type == "cuda" else [])
-    with profile(activities=kinds, acc_events=False) as profiler:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        path = keep or Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        return json.loads(path.read_text())["traceEvents"]
-
-
 @contextlib.contextmanager
 def _wrapped(learner: Learner) -> Iterator[None]:
-    """Ranges around the ops wherever the engine calls them, and around what else a step is made of."""
+    """Open ranges around all ops that the engine calls, clipping, and the work on the decoder."""
     ops = (
         encode.encode, encode_sparse.encode_topk, encode_sparse.encode_threshold,
         select.select_topk, select.select_batch_topk, select.select_threshold, decode.decode, decode.reconstruct,
         decode.decode_values_grad, loss.position_loss, weight_grad.weight_grad, adam.adam_rows, adam.row_norms,
     )  # fmt: skip
-    ours = __package__.rpartition(".")[0] if __package__ else ""
-    callers = (f"{ours}.engine", f"{ours}.kernels.autograd", f"{ours}.kernels.gradients")
+    root = __package__.rpartition(".")[0] if __package__ else ""
+    callers = (f"{root}.engine", f"{root}.kernels.autograd", f"{root}.kernels.gradients")
     modules = [module for name, module in list(sys.modules.items()) if name.startswith(callers)]
     targets = [(m, name) for m in modules for name, value in list(vars(m).items()) if any(value is op for op in ops)]
     targets += [(SparseCode, "transpose"), (torch.nn.utils, "clip_grad_norm_")]
     targets += [(learner.sae, name) for name in ("project_decoder_gradient", "constrain")]
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as patches:
         for owner, name in targets:
-            function = getattr(owner, name)
-            setattr(owner, name, _ranged(function))
-            if owner is learner.sae:
-                undo.callback(delattr, owner, name)  # the method of its class shows again
-            else:
-                undo.callback(setattr, owner, name, function)
+            patches.enter_context(patch.object(owner, name, _ranged(getattr(owner, name))))
         yield
 
 

@@ -1,12 +1,12 @@
-"""Who trains the dictionary: temposae, plain torch, torch.compile of that, and other libraries through their own code.
+"""Providers of a training step: temposae, plain torch, torch.compile of it, and other libraries through their own code.
 
-Each provider is a function from a `TrainingJob` to a `ProviderRun`. With `own` it runs as its users run it by default;
-else, for the headline, with torch's fused Adam at the job's learning rate, which stays constant, and products in the job's
-dtype. What a library does in every step (waiting for the loss, clipping, counting dead latents) it also does here.
+A provider is a function from a `TrainingJob` to a `ProviderRun`. With `own` it uses its own defaults. For the headline it
+uses torch's fused Adam at the job's constant learning rate, and matrix products in the job's dtype. What a library does in
+every step (waiting for the loss, clipping, counting dead latents) it also does here.
 
-With AuxK, every fourth latent is dead: its encoder row starts so small that no token keeps it, and before every step the
-trainer's own count of idle tokens says so again. For the headline, all give D / 2 of them to each token, as the libraries
-do, and take the coefficients of L1 and L0 from temposae's defaults where their losses have the same term.
+With AuxK, every fourth latent is dead: its encoder row starts so small that no token selects it, and before every step the
+trainer's count of idle tokens is set to say so. For the headline, AuxK gives D / 2 of them to each token, as in the
+libraries, and coefficients of L1 and L0 are temposae's defaults where a loss has the same term.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from .training_job import ACTIVATIONS, DEAD, LONG_RUN, ProviderRun, TrainingJob,
 
 
 def make_learner(job: TrainingJob, seed: int = 0) -> Learner:
-    """What `temposae train` steps with, on a new dictionary. Own: `TrainConfig`'s defaults."""
+    """A new dictionary in the learner that `temposae train` uses. With `own`, it has `TrainConfig`'s defaults."""
     n = job.shape.N
     settings: dict[str, Any] = dict(tokens=n * LONG_RUN, batch=n, control=False)
     if not job.own:
@@ -41,11 +41,11 @@ def make_learner(job: TrainingJob, seed: int = 0) -> Learner:
 
 
 def temposae(job: TrainingJob) -> ProviderRun:
-    """The training step that `temposae train` runs, on tokens as its stream gives them. Own: its defaults, which clip."""
+    """The training step of `temposae train`. With `own`, it has the defaults, which clip gradients."""
     learners, batches = [make_learner(job, seed) for seed in range(job.dictionaries)], job.tokens.batches
     learner, cohorts = learners[0], group_into_cohorts(learners)
     sae, scale = learner.sae, learner.scale
-    # before the first step too, so that what is learned is compared with where training starts
+    # before the first step, so that FVU before and after training can be compared
     sae.initialise_threshold(learner.scaled(batches[0].x), batches[0].pos)
     for seed_learner in learners:
         seed_learner.any_dead = job.auxk
@@ -58,7 +58,7 @@ def temposae(job: TrainingJob) -> ProviderRun:
             cohort.step(batches[i % len(batches)])
 
     def encode(x: Tensor) -> SparseCode:
-        if job.activation == "batchtopk":  # as in training; the threshold for later use follows slowly
+        if job.activation == "batchtopk":  # as in training; the inference threshold follows slowly
             return encode_topk(x * scale, sae.W_enc, sae.b_enc, sae.cfg.k, center=sae.b_dec, across_batch=True)[0]
         return sae.encode_sparse(x * scale)
 
@@ -78,9 +78,9 @@ def temposae(job: TrainingJob) -> ProviderRun:
 
 
 class Provider(NamedTuple):
-    """`own`: whether its defaults differ from the headline's settings. `package`: where its version is looked up.
+    """`own`: whether its defaults differ from the headline's settings. `package`: the package of its version.
 
-    Who has TopK or BatchTopK also has AuxK for it.
+    Providers of TopK or BatchTopK also have AuxK.
     """
 
     build: Callable[[TrainingJob], ProviderRun]
@@ -103,7 +103,7 @@ PROVIDERS = {
 
 
 def versions() -> dict[str, str | None]:
-    """Version of every package that takes part; None where it is not installed."""
+    """Version of every provider's package and of triton. None if it is not installed."""
     package_versions: dict[str, str | None] = {}
     for package in ("triton", *(provider.package for provider in PROVIDERS.values())):
         try:

@@ -1,4 +1,4 @@
-"""The report: what the compiler made of every kernel, and what was measured against the floors. Needs no GPU."""
+"""`temposae bench report`: compiled kernels, floors and measured results. Needs no GPU."""
 
 import json
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ def write(
     archs: Sequence[int] | None = None,
     kernels: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Write report.md, report.json, roofline.png, steps.png and scaling.png to the folder `out`, which is made if need be.
+    """Write report.md, report.json, roofline.png, steps.png and scaling.png to the folder `out`.
 
-    `results`: files of measured results; those that come with the package unless given, and on a machine with a GPU a short
-    run made now. `archs` and `kernels`: what to compile, everything unless given. Returns what report.json holds (`kernels`
-    with a row per kernel and architecture as in `aot.report`, `floors` in ms, `results`) and the paths.
+    `results` are files of measured results. By default they are the package's, plus a short run on a machine with a GPU.
+    `archs` and `kernels` limit what is compiled. Returns the contents of report.json (`kernels` as from `aot.report`,
+    `floors` in ms, and `results`) and the paths of the files.
 
-    Raises UserError for unknown kernels and architectures, results that can't be read, and under Triton's interpreter.
+    Raises UserError for unknown kernels and architectures, unreadable results, and under Triton's interpreter.
     """
     for arch in archs or ():
         if arch not in aot.ARCHS:
@@ -41,7 +41,7 @@ def write(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"out: {out} can't be made a folder ({error.strerror})") from None
+        raise UserError(f"out: {out} is not allowed; give a folder that can be created ({error.strerror})") from None
     compiled, obstacle = _compile(archs or aot.ARCHS, kernels or tuple(aot.SPECS))
     if results is None:
         measured += _measure_here()
@@ -55,27 +55,22 @@ def write(
 
 
 def _compile(archs: Sequence[int], names: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
-    """The compile table, or why there is none."""
+    """The compiled kernels, and why there are none."""
     from importlib.util import find_spec
 
     if find_spec("triton") is None:
         return [], "triton is not installed (it needs Linux), so nothing was compiled"
     kernel_reports: list[dict[str, Any]] = []
     with progress_bar("compiling", total=len(archs) * len(names), unit="kernels") as bar:
-        for arch in archs:
-            for name in names:
-                try:
-                    kernel_reports += aot.report([arch], [name])
-                except RuntimeError as error:
-                    if "TRITON_INTERPRET" not in str(error):
-                        raise
-                    raise UserError(str(error)) from None
+        for name in sorted(names, key=list(aot.SPECS).index):
+            for arch in sorted(archs):
+                kernel_reports += aot.report([arch], [name])
                 bar.advance(1, now=f"{name}, sm_{arch}")
     return kernel_reports, ""
 
 
 def _measure_here() -> list[dict[str, Any]]:
-    """On a GPU: the ops and temposae's step at the headline's shape."""
+    """On a GPU, time the ops and temposae's step at the headline's shape."""
     import torch
 
     if not torch.cuda.is_available():
@@ -88,7 +83,7 @@ def _measure_here() -> list[dict[str, Any]]:
 
 
 def _floors() -> list[dict[str, Any]]:
-    """Floors of a bfloat16 step on the cards in the table, at the shapes of the preset for GPUs."""
+    """Floors of a bfloat16 step on known cards, at the shapes of the gpu preset."""
     return [
         {"device": card, **shape._asdict(), **step_floors(*shape, rates=rates)._asdict()}
         for card, rates in KNOWN.items()
@@ -97,28 +92,25 @@ def _floors() -> list[dict[str, Any]]:
 
 
 def _text(contents: dict[str, Any], obstacle: str) -> str:
-    keys = ("registers", "spill_bytes", "shared_bytes", "tensor_core_instructions")
-    compiled = [("kernel", "sm", "hot", *(key.replace("_", " ") for key in keys))]
-    for line in contents["kernels"]:
-        compiled.append(
-            (line["name"], str(line["arch"]), "yes" if line["hot"] else "", *(str(line[key]) for key in keys))
-        )
     floors = [("card", *"NDFK", *FLOOR_NAMES.values())]
-    for line in contents["floors"]:
-        floors.append((line["device"], *(str(line[n]) for n in "NDFK"), *(f"{line[key]:.1f}" for key in FLOOR_NAMES)))
+    for floor in contents["floors"]:
+        floors.append(
+            (floor["device"], *(str(floor[n]) for n in "NDFK"), *(f"{floor[key]:.1f}" for key in FLOOR_NAMES))
+        )
+    kernels = contents["kernels"]
     spilled = [
-        f"{line['name']} on sm_{line['arch']}" for line in contents["kernels"] if line["hot"] and line["spill_bytes"]
+        f"{kernel['name']} on sm_{kernel['arch']}" for kernel in kernels if kernel["hot"] and kernel["spill_bytes"]
     ]
     sections = [
         "# Bench report",
         "## Compiled ahead of time",
-        obstacle or "\n".join(markdown(compiled)),
-        f"Hot kernels that spill: {', '.join(spilled) or 'none'}." if contents["kernels"] else "",
+        obstacle or "\n".join(aot.table(kernels)),
+        f"Hot kernels that spill: {', '.join(spilled) or 'none'}." if kernels else "",
         "## Floors of a training step, ms (arithmetic, not measured)",
         "\n".join(markdown(floors)),
         "![roofline](roofline.png) ![steps](steps.png) ![scaling](scaling.png)",
         "## Measured",
         *(table(result).rstrip() for result in contents["results"]),
-        "" if contents["results"] else "Nothing: no GPU here, and no results were given.",
+        "" if contents["results"] else "Nothing: there is no GPU here, and no results were given.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

@@ -1,4 +1,4 @@
-"""Measured results: what a file of them holds, and the Markdown tables that are made from it."""
+"""Files of measured results, and Markdown tables of them."""
 
 import json
 import os
@@ -13,15 +13,22 @@ from typing import Any
 
 from ..engine.errors import UserError
 
-FOLDER = Path(__file__).parent / "results"  # one file a run
+FOLDER = Path(__file__).parent / "results"  # one file per run
 NEEDED = ("provider", "op", "dtype", "N", "D", "F", "K", "ms", "floor_ms", "peak_bytes")
+Column = Callable[[dict[str, Any]], str]
+TIMES, PEAK = "ms (p20 to p80)", "peak GiB"
+MEASURES: dict[str, Column] = {
+    "GB": lambda case: f"{case.get('bytes', 0) / 1e9:.3g}",
+    "GFLOP": lambda case: f"{case.get('flops', 0) / 1e9:.3g}",
+    "floor ms": lambda case: f"{case['floor_ms']:.3g}",
+    "of floor": lambda case: f"{case['floor_ms'] / case['ms']:.0%}",  # 100% is as fast as possible
+    PEAK: lambda case: f"{case['peak_bytes'] / 2**30:.3g}",
+}
 
 
 def record(cases: list[dict[str, Any]], left_out: dict[str, str], device: str) -> dict[str, Any]:
-    """A run's results as they are written: what was measured, and on what.
-
-    device, versions, commit, rates, cases  and threads, when, left_out; times in milliseconds, memory in bytes.
-    """
+    """The contents of a results file: device, versions, commit, when, threads, rates, left_out and cases. Times are in
+    milliseconds, memory in bytes."""
     from .data import DTYPES
     from .floors import rates_of
 
@@ -30,7 +37,7 @@ def record(cases: list[dict[str, Any]], left_out: dict[str, str], device: str) -
 
 
 def about(device: str) -> dict[str, Any]:
-    """What something was measured on: device, versions, commit, when, threads."""
+    """Device, versions, commit, time and threads of a measurement."""
     import torch
 
     from .providers import versions
@@ -58,12 +65,11 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit that the package's files are of, with -dirty where they were changed since. Where there is no clone, what
-    TEMPOSAE_COMMIT says, or None."""
+    """The commit of the package's clone, with -dirty if files were changed. Without a clone, TEMPOSAE_COMMIT or None."""
     root = Path(__file__).resolve().parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--match=", "--dirty"]
     try:
-        if (root / ".git").exists():  # else git would name the commit of whatever lies around the package
+        if (root / ".git").exists():  # else git would name the commit of a repository around the package
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         pass
@@ -71,7 +77,7 @@ def commit() -> str | None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The results in a file. Raises UserError for what is not a file of results."""
+    """Read a results file. Raises UserError if it is not one."""
     try:
         result = json.loads(path.read_text())
     except OSError as error:
@@ -90,21 +96,22 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def kept() -> list[Path]:
-    """The result files that come with the package, in order of their names."""
+    """The package's results files, sorted by name."""
     return sorted(FOLDER.glob("*.json"))
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: one line that says what was measured on, then a table of steps per shape and activation, then one of ops."""
+    """Results as Markdown: device, versions and commit, a table of steps per shape and activation, and one of ops."""
     versions = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items() if version)
     short = re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", str(result.get("commit")))
     lines = [f"{result.get('device')}; {versions}; commit {short}"]
     steps = [case for case in result["cases"] if case["op"] == "train_step"]
+    named = any(activation(case) != "topk" for case in steps)
     races: dict[str, list[dict[str, Any]]] = {}
     for case in steps:
-        races.setdefault(_in_words(case, any(activation(other) != "topk" for other in steps)), []).append(case)
-    for words, cases in races.items():
-        lines += ["", words, "", *_steps(cases)]
+        races.setdefault(_heading(case, named), []).append(case)
+    for heading, cases in races.items():
+        lines += ["", heading, "", *_steps(cases)]
     ops = [case for case in result["cases"] if case["op"] != "train_step"]
     if ops:
         lines += ["", *_ops(ops)]
@@ -113,60 +120,46 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _steps(cases: list[dict[str, Any]]) -> list[str]:
-    """Fastest first; *x temposae* compares with its fastest headline step. What not every step has gets a column where
-    one of these has it."""
-    ours = min((c["ms"] for c in cases if c["provider"] == "temposae" and _headline(c)), default=None)
-    extra: dict[str, Callable[[dict[str, Any]], str]] = {}
+    """Steps, fastest first. *x temposae* compares with temposae's fastest headline step. Columns that no case has are left
+    out."""
+    fastest = min((c["ms"] for c in cases if c["provider"] == "temposae" and _headline(c)), default=None)
+    columns: dict[str, Column] = {
+        "provider": lambda case: case["provider"] + ("" if _headline(case) else ", own defaults"),
+        "optimizer": lambda case: str(case.get("optimizer", "")),
+        "dtype": lambda case: case["dtype"],
+        "clip": lambda case: "-" if case.get("clip") is None else f"{case['clip']:g}",
+        TIMES: _times,
+        "x temposae": lambda case: "-" if fastest is None else f"{case['ms'] / fastest:.2f}",
+        PEAK: MEASURES[PEAK],
+    }
     if any(case.get("auxk") for case in cases):
-        extra["AuxK"] = lambda case: str(case.get("auxk", ""))
+        columns["AuxK"] = lambda case: str(case.get("auxk", ""))
     if any(case.get("l0") is not None for case in cases):
-        extra["L0"] = lambda case: "-" if case.get("l0") is None else _digits(case["l0"])
+        columns["L0"] = lambda case: "-" if case.get("l0") is None else _digits(case["l0"])
     if any("flops" in case for case in cases):
-        extra["GB"] = lambda case: f"{case.get('bytes', 0) / 1e9:.3g}"
-        extra["GFLOP"] = lambda case: f"{case.get('flops', 0) / 1e9:.3g}"
-        extra["floor ms"] = lambda case: f"{case['floor_ms']:.3g}"
-    lines = [(
-        "provider", "optimizer", "dtype", "clip", "ms (p20 to p80)", "x temposae", "peak GiB", *extra, "of floor", "learns",
-    )]  # fmt: skip
-    for case in sorted(cases, key=lambda c: (not _headline(c), c["ms"])):
-        lines.append((
-            case["provider"] + ("" if _headline(case) else ", own defaults"),
-            str(case.get("optimizer", "")),
-            case["dtype"],
-            "-" if case.get("clip") is None else f"{case['clip']:g}",
-            _times(case),
-            "-" if ours is None else f"{case['ms'] / ours:.2f}",
-            f"{case['peak_bytes'] / 2**30:.3g}",
-            *(column(case) for column in extra.values()),
-            _percent(case),
-            "yes" if case.get("loss_falls") else "NO",
-        ))  # fmt: skip
-    return markdown(lines)
+        columns |= {name: MEASURES[name] for name in ("GB", "GFLOP", "floor ms")}
+    columns |= {"of floor": MEASURES["of floor"], "learns": lambda case: "yes" if case.get("loss_falls") else "NO"}
+    return _columns(columns, sorted(cases, key=lambda case: (not _headline(case), case["ms"])))
 
 
 def _ops(cases: list[dict[str, Any]]) -> list[str]:
-    lines = [(
-        "op", "direction", "shape", "dtype", "backend", "ms (p20 to p80)", "GB", "GFLOP", "floor ms", "of floor", "peak GiB",
-    )]  # fmt: skip
-    for case in cases:
-        lines.append((
-            case["op"],
-            case.get("direction", ""),
-            "-".join(f"{name}{case[name]}" for name in "NDFK"),
-            case["dtype"],
-            case.get("backend", ""),
-            _times(case),
-            f"{case.get('bytes', 0) / 1e9:.3g}",
-            f"{case.get('flops', 0) / 1e9:.3g}",
-            f"{case['floor_ms']:.3g}",
-            _percent(case),
-            f"{case['peak_bytes'] / 2**30:.3g}",
-        ))  # fmt: skip
-    return markdown(lines)
+    columns: dict[str, Column] = {
+        "op": lambda case: case["op"],
+        "direction": lambda case: case.get("direction", ""),
+        "shape": lambda case: "-".join(f"{name}{case[name]}" for name in "NDFK"),
+        "dtype": lambda case: case["dtype"],
+        "backend": lambda case: case.get("backend", ""),
+        TIMES: _times,
+    }
+    return _columns(columns | MEASURES, cases)
+
+
+def _columns(columns: dict[str, Column], cases: list[dict[str, Any]]) -> list[str]:
+    return markdown([tuple(columns), *(tuple(text(case) for text in columns.values()) for case in cases)])
 
 
 def markdown(lines: list[tuple[str, ...]]) -> list[str]:
-    """A table whose columns also line up on a terminal. The first row is the heading; columns of figures go to the right."""
+    """A table with aligned columns. The first line is the heading. Columns of numbers are aligned to the right."""
     widths = [max(len(texts[i]) for texts in lines) for i in range(len(lines[0]))]
     right = [all(not texts[i] or texts[i][0] in "0123456789-?" for texts in lines[1:]) for i in range(len(widths))]
 
@@ -185,29 +178,23 @@ def _headline(case: dict[str, Any]) -> bool:
 
 
 def activation(case: dict[str, Any]) -> str:
-    """Of a step, with AuxK where that had work; the first results were all of TopK without it."""
+    """A step's activation, with AuxK if it had work. The oldest results name no activation: all were TopK."""
     return case.get("activation", "topk") + (" with AuxK" if case.get("auxk") else "")
 
 
-def _in_words(case: dict[str, Any], name: bool) -> str:
-    sizes = ", ".join(f"{n} = {case[n]}" for n in "NDFK")
+def _heading(case: dict[str, Any], named: bool) -> str:
+    sizes = ", ".join(f"{name} = {case[name]}" for name in "NDFK")
     count = case.get("dictionaries", 1)
-    heading = "A training step" if count == 1 else f"A training step of each of {count} dictionaries"
-    return f"{heading}, {f'{activation(case)}, ' if name else ''}{sizes}:"
+    step = "A training step" if count == 1 else f"A training step of each of {count} dictionaries"
+    return f"{step}, {f'{activation(case)}, ' if named else ''}{sizes}:"
 
 
 def _times(case: dict[str, Any]) -> str:
-    spread = (
-        f" ({_digits(case['ms_p20'])} to {_digits(case['ms_p80'])})" if "ms_p20" in case and "ms_p80" in case else ""
-    )
+    has_spread = "ms_p20" in case and "ms_p80" in case
+    spread = f" ({_digits(case['ms_p20'])} to {_digits(case['ms_p80'])})" if has_spread else ""
     return f"{_digits(case['ms'])}{spread}"
 
 
 def _digits(value: float) -> str:
-    """Three digits that count, and never an exponent above one."""
+    """Three significant digits, and no exponent from 1000 on."""
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _percent(case: dict[str, Any]) -> str:
-    """Of the floor: 100% is as fast as the arithmetic allows."""
-    return f"{case['floor_ms'] / case['ms']:.0%}"

@@ -1,4 +1,4 @@
-"""One training step, ours and everybody else's, on the same tokens in the same run: time, memory, and whether it learns."""
+"""Time and memory of one training step of each library, on the same tokens in the same run, and whether it learns."""
 
 import gc
 from collections.abc import Iterable
@@ -11,18 +11,18 @@ from ..engine.errors import UserError
 from ..engine.process.cpu_memory import tune_host
 from ..engine.process.progress import ProgressBar, progress_bar
 from ..kernels.torch_modes import default_modes
-from .data import DTYPES, Shape, Tokens, tokens
+from .data import DTYPES, Shape, Tokens, check_settings, tokens
 from .floors import rates_of, step_floors, step_work
 from .providers import PROVIDERS
 from .timing import free_bytes, inner_calls, memory, quantiles, sample, synchronise
 from .training_job import ACTIVATIONS, ProviderRun, ProviderUnavailable, TrainingJob, fixes_l0
 
-SAMPLE_MS = 30.0  # a sample on a GPU lasts at least as long
-WARM = 2  # steps: what is compiled or allocated once is done after two
+SAMPLE_MS = 30.0  # least duration of a sample on a GPU
+WARM = 2  # steps that compile and allocate
 
 
 class Contender(NamedTuple):
-    """A provider, and whether it runs by its own defaults."""
+    """A provider, and whether it runs with its own defaults."""
 
     provider: str
     own: bool
@@ -32,7 +32,7 @@ class Contender(NamedTuple):
 
 
 def contenders(providers: Iterable[str], own: bool) -> list[Contender]:
-    """Everyone by the headline's settings, then, with `own`, by their own. Raises UserError for an unknown provider."""
+    """All providers with the headline's settings and then, with `own`, with their own. Raises UserError for unknown ones."""
     names = list(dict.fromkeys(providers))
     for name in names:
         if name not in PROVIDERS:
@@ -43,7 +43,7 @@ def contenders(providers: Iterable[str], own: bool) -> list[Contender]:
 
 @dataclass
 class RaceEntry:
-    """A contender in the race: what it is, took, and has learned."""
+    """A contender in a race, with its samples (ms), peak memory (bytes) and number of steps done."""
 
     contender: Contender
     trainee: ProviderRun
@@ -71,62 +71,61 @@ def measure(
     auxk: bool = False,
     dictionaries: int = 1,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Time a training step of each contender at each shape, a race for each of `activations`; with `auxk`, every fourth
-    latent is dead. A step is one of each of so many `dictionaries` on the same tokens, temposae's together and the others'
-    one after another. Returns the cases and, by contender, why it was left out.
+    """Time a training step of each contender at each shape, in one race per activation.
 
-    Round robin: each round takes a sample of everyone in turn, so that a busy machine hurts all alike. Contenders that don't
-    fit into memory beside each other race in several heats (`heat` in the case). A case holds, beside shape, settings, time
-    quantiles and peak memory, `fvu_start` and `fvu_end`: the share of variance unexplained on tokens that nobody trains on,
-    before the first and after the last step, and `loss_falls`: whether it has fallen. Where the activation does not fix it,
-    `l0` is the number of active latents a token after the last step; the floor is that of so many. Of several dictionaries,
-    all that tells what was learned is the first one's.
+    Contenders take samples in turns, so that a busy machine slows all of them alike. Those that do not fit into memory
+    together race in several heats. With `auxk`, every fourth latent is dead. With several `dictionaries`, a step is one step
+    of each on the same tokens; temposae steps them together. Returns the cases and, by contender, why it was left out.
 
-    Raises UserError for sizes and activations that are not allowed, and for AuxK where there is none. An exception of
-    temposae's own step is not caught.
+    A case holds shape, settings, time quantiles, peak memory and `heat`. `fvu_start` and `fvu_end` are the unexplained
+    variance of held-out tokens before the first and after the last step, of the first dictionary, and `loss_falls` compares
+    them. `l0` is the number of active latents per token after the last step, unless the activation fixes it.
+
+    Raises UserError for sizes, dtypes and activations that are not allowed, and for AuxK with an activation that has none.
+    Errors of temposae's own step are raised, except for missing memory.
     """
-    shapes = [shape.check() for shape in shapes]
-    if dtype not in ("fp32", "bf16"):
-        raise UserError(f"dtype: {dtype!r} is not allowed; it must be fp32 or bf16")
-    if rounds < 1:
-        raise UserError(f"rounds: {rounds} is not allowed; it must be at least 1")
-    if dictionaries < 1:
-        raise UserError(f"dictionaries: {dictionaries} is not allowed; it must be at least 1")
-    activations = list(dict.fromkeys(activations))
+    shapes, activations = [shape.check() for shape in shapes], list(dict.fromkeys(activations))
+    check_settings(dtype, rounds=rounds, dictionaries=dictionaries)
     for activation in activations:
         if activation not in ACTIVATIONS:
             raise UserError(f"activation: {activation!r} is not allowed; there are {', '.join(ACTIVATIONS)}")
         if auxk and not fixes_l0(activation):
             raise UserError(f"auxk: not allowed with activation {activation}; only topk and batchtopk have AuxK")
     tune_host()
-    rates_of(device, DTYPES[dtype].itemsize)  # measured while nothing else is there
+    rates_of(device, DTYPES[dtype].itemsize)  # measured before anything else uses the device
     cases: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     races = len(shapes) * len(activations)
     with progress_bar("steps", total=races * len(entrants) * (rounds + 1), unit="samples") as bar:
         for shape in shapes:
-            training_tokens = tokens(shape, device, DTYPES[dtype])
+            job = TrainingJob(shape, device, dtype, lr, tokens(shape, device, DTYPES[dtype]))
+            job = job._replace(clip=clip, auxk=auxk, dictionaries=dictionaries)
             for activation in activations:
-                job = TrainingJob(
-                    shape, device, dtype, lr, training_tokens,
-                    clip=clip, activation=activation, auxk=auxk, dictionaries=dictionaries,
-                )  # fmt: skip
-                waiting, heat = list(entrants), 0
-                while waiting:
-                    entries, waiting = _line_up(job, waiting, left_out, bar)
-                    for _ in range(rounds):
-                        _round(entries, job, left_out, bar)
-                    cases += [_case(entry, job, heat) for entry in entries]
-                    heat += 1
-                    del entries
-                    _release(device)
+                cases += _race(job._replace(activation=activation), entrants, rounds, left_out, bar)
     return cases, left_out
+
+
+def _race(
+    job: TrainingJob, entrants: list[Contender], rounds: int, left_out: dict[str, str], bar: ProgressBar
+) -> list[dict[str, Any]]:
+    """The cases of all contenders at one shape and activation, in as many heats as memory needs."""
+    cases: list[dict[str, Any]] = []
+    waiting, heat = list(entrants), 0
+    while waiting:
+        entries, waiting = _line_up(job, waiting, left_out, bar)
+        for _ in range(rounds):
+            _round(entries, job, left_out, bar)
+        cases += [_case(entry, job, heat) for entry in entries]
+        heat += 1
+        del entries
+        _release(job.device)
+    return cases
 
 
 def _line_up(
     job: TrainingJob, waiting: list[Contender], left_out: dict[str, str], bar: ProgressBar
 ) -> tuple[list[RaceEntry], list[Contender]]:
-    """Build as many contenders as memory holds; the others go on waiting. Who can't run at all is left out."""
+    """Build as many contenders as fit into memory. Returns them and those that still wait."""
     entries: list[RaceEntry] = []
     for index, contender in enumerate(waiting):
         bar.advance(0, now=f"building {contender}")
@@ -137,7 +136,7 @@ def _line_up(
         entry, reason, memory_short = None, "", False
         try:
             weights = job.dictionaries * 2 * job.shape.D * job.shape.F
-            _check_room(job, entries, 16 * weights)  # they, gradients, moments
+            _check_room(job, entries, 16 * weights)  # bytes of weights, gradients and moments
             entry = _enter(job, contender)
             _check_room(job, [*entries, entry] if entries else [], 0)
         except ProviderUnavailable as absent:
@@ -148,7 +147,7 @@ def _line_up(
             reason, memory_short = in_one_line(error), _out_of_memory(error)
         if reason:
             entry = None
-            _release(job.device)  # not earlier: the exception held on to the memory
+            _release(job.device)  # only now, because the exception held the memory
             if memory_short and entries:
                 return entries, waiting[index:]
             left_out[f"{contender} at {job}"] = reason
@@ -159,7 +158,7 @@ def _line_up(
 
 
 def _check_room(job: TrainingJob, entries: list[RaceEntry], more_bytes: int) -> None:
-    """Raises MemoryError unless the device has `more_bytes` bytes, and what the largest step so far took, to spare."""
+    """Raise MemoryError unless `more_bytes` and the memory of the largest step so far are free."""
     needed, free = more_bytes + max((entry.peak for entry in entries), default=0), free_bytes(job.device)
     if needed > free:
         raise MemoryError(f"needs {needed / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free")
@@ -181,7 +180,7 @@ def _enter(job: TrainingJob, contender: Contender) -> RaceEntry:
 
 def _build(job: TrainingJob, provider: str) -> ProviderRun:
     build = PROVIDERS[provider].build
-    if provider == "temposae":  # which knows what to do with several
+    if provider == "temposae":  # builds several dictionaries itself
         return build(job)
     trainees = [build(job) for _ in range(job.dictionaries)]
 
@@ -193,7 +192,7 @@ def _build(job: TrainingJob, provider: str) -> ProviderRun:
 
 
 def _round(entries: list[RaceEntry], job: TrainingJob, left_out: dict[str, str], bar: ProgressBar) -> None:
-    """A sample of everyone in turn. Who fails leaves the race."""
+    """Take a sample of each contender. One that fails leaves the race."""
     cuda = torch.device(job.device).type == "cuda"
     for entry in list(entries):
         try:
@@ -243,7 +242,7 @@ def _case(entry: RaceEntry, job: TrainingJob, heat: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _fvu(trainee: ProviderRun, training_tokens: Tokens) -> float:
-    """sum |x - x_hat|^2 / sum |x - mean x|^2 on the tokens that nobody trains on."""
+    """sum |x - x_hat|^2 / sum |x - mean x|^2 on held-out tokens."""
     x = training_tokens.held_out
     return float((x - trainee.reconstruct(x).float()).square().sum() / (x - x.mean(0)).square().sum())
 

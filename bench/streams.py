@@ -1,7 +1,8 @@
-"""What a stream costs beside its language model: harvesting, the ring buffer, and training 1, 8 and 32 dictionaries."""
+"""Time a stream against its language model: harvesting, the ring buffer, and training 1, 8 and 32 dictionaries."""
 
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..engine.learner import Learner
 from ..engine.process.cpu_memory import tune_host
 from ..engine.process.progress import ProgressBar, progress_bar
 from ..engine.sae import SparseAutoencoder
-from ..engine.stream import ActivationStream, LanguageModel, TokenRows
+from ..engine.stream import ActivationStream, Batch, LanguageModel, TokenRows
 from ..engine.stream.model_loading import load
 from ..engine.stream.model_source import ModelSource, is_text
 from ..engine.stream.token_rows import RowSource, TestbedRows, TextRows
@@ -28,13 +29,13 @@ from .results import about, markdown
 from .timing import synchronise
 
 DICTIONARIES = (1, 8, 32)
-GEMMA = "gemma-2-2b-shaped"  # random weights, made here
+TRAINING_ROUNDS = 3  # at most
+GEMMA = "gemma-2-2b-shaped"  # made here, with random weights
 
 
 class Sizes(NamedTuple):
-    """Language model and layer (None: the middle one), dictionaries of F latents that keep K, `batch` tokens a step; rows of
-    `context` tokens, `rows` of them a forward pass; tokens in the buffer; and how often everything takes its turn (training
-    at most three times)."""
+    """Language model and layer (None: the middle one), latents F and K of a dictionary, tokens per step and per row, rows in
+    a forward pass, tokens in the buffer, and rounds."""
 
     model: str
     layer: int | None
@@ -55,7 +56,7 @@ PRESETS = {
 
 
 def sizes(preset: str, model: str | None = None) -> Sizes:
-    """The sizes of a preset, with another model at its middle layer where one is given."""
+    """The sizes of a preset, optionally with another model at its middle layer."""
     if preset not in PRESETS:
         raise UserError(f"preset: {preset!r} is not allowed; there are {', '.join(PRESETS)}")
     preset_sizes = PRESETS[preset]
@@ -63,148 +64,175 @@ def sizes(preset: str, model: str | None = None) -> Sizes:
 
 
 @default_modes()
-def measure(bench_sizes: Sizes, *, device: str) -> dict[str, Any]:
-    """Time everything in turns. What is compared stands side by side in a round, and the median over rounds counts.
+def measure(sizes: Sizes, *, device: str) -> dict[str, Any]:
+    """Time all parts of a stream in turns. Ratios are taken within a round, and their medians over rounds are returned.
 
         harvest_ratio    time of the bare model loop / time of `ModelSource.next` on the same rows
-        buffer_overhead  time of `stream.next` / time of `ModelSource.next`, both for a row of text, - 1
-        end_to_end       by number of dictionaries: time of `ModelSource.next` / time of training, both for a row of text
-        batch_over_sum   the same: time of training / (`ModelSource.next` for as many rows + as many steps alone)
+        buffer_overhead  time of `stream.next` / time of `ModelSource.next`, both per row of text, - 1
+        end_to_end       per number of dictionaries: time of `ModelSource.next` / time of training, both per row of text
+        batch_over_sum   likewise: time of training / (`ModelSource.next` for as many rows + as many steps alone)
 
-    The bare loop is a plain transformers model with one hook, which ends the pass there, and with the stream's kind of
-    attention. Its rows are made beforehand; harvesting makes its own. Returns what the bench's JSON holds, the first three
-    at the top as well.
+    The bare loop is a plain transformers model with the stream's kind of attention and one hook, which ends the pass. Its
+    rows are made beforehand, while harvesting makes its own. Returns the contents of the bench's JSON file. The first three
+    ratios are also at its top level.
 
-    Raises UserError for a model that can't be loaded or that transformers doesn't have by itself.
+    Raises UserError for a model that cannot be loaded or that transformers does not have.
     """
     tune_host()
-    turns = 3 * (bench_sizes.rounds + len(DICTIONARIES) * _few(bench_sizes.rounds))
-    with folder_of(bench_sizes.model, device) as name, progress_bar("streams", total=turns, unit="turns") as bar:
-        figures = _measured(bench_sizes._replace(model=name), device, bar)
+    turns = 3 * (sizes.rounds + len(DICTIONARIES) * min(TRAINING_ROUNDS, sizes.rounds))
+    with folder_of(sizes.model, device) as name, progress_bar("streams", total=turns, unit="turns") as bar:
+        race = StreamRace(sizes._replace(model=name), device, bar)
+        figures = race.reading()
+        for count in DICTIONARIES:
+            for key, value in race.training(count).items():
+                figures[key][f"train {count}" if key == "tokens_per_s" else str(count)] = value
     ratios = {key: figures[key] for key in ("harvest_ratio", "buffer_overhead", "end_to_end")}
-    return about(device) | {"streams": {"model": bench_sizes.model} | figures} | ratios
+    return about(device) | {"streams": race.settings() | {"model": sizes.model} | figures} | ratios
 
 
-def _measured(bench_sizes: Sizes, device: str, bar: ProgressBar) -> dict[str, Any]:
-    model = LanguageModel(bench_sizes.model, layer=bench_sizes.layer, device=device)
-    bench_sizes = bench_sizes._replace(context=min(bench_sizes.context, model.context))
-    bare = BareModel(bench_sizes.model, model)
-    config = StreamConfig(
-        model=bench_sizes.model,
-        hook=model.hook,
-        context=bench_sizes.context,
-        rows_per_forward=bench_sizes.rows,
-        buffer_tokens=bench_sizes.buffer,
-    )
-    stream = ActivationStream(config, model=model, rows=text_of(bench_sizes.context, model))
-    source_rows, bare_rows = (text_of(bench_sizes.context, model) for _ in range(2))
-    source = ModelSource(model, source_rows, bench_sizes.context, bench_sizes.rows)
-    bare.check(model, text_of(bench_sizes.context, model).next(bench_sizes.rows))
-    batches = max(1, bench_sizes.buffer // 2 // bench_sizes.batch)  # of one permutation
+class StreamRace:
+    """A stream, its model source alone and a bare transformers loop, which take turns. Each turn reads as many rows."""
 
-    def harvest() -> int:
-        return sum(len(source.next() or ()) for _ in range(passes))
+    def __init__(self, sizes: Sizes, device: str, bar: ProgressBar):
+        self.device, self.bar = device, bar
+        self.model = model = LanguageModel(sizes.model, layer=sizes.layer, device=device)
+        self.sizes = sizes = sizes._replace(context=min(sizes.context, model.context))
+        self.bare = BareModel(sizes.model, model)
+        config = StreamConfig(
+            model=sizes.model,
+            hook=model.hook,
+            context=sizes.context,
+            rows_per_forward=sizes.rows,
+            buffer_tokens=sizes.buffer,
+        )
+        stream_rows, source_rows, self.bare_rows, checked_rows = (text_of(sizes.context, model) for _ in range(4))
+        self.stream = ActivationStream(config, model=model, rows=stream_rows)
+        self.source = ModelSource(model, source_rows, sizes.context, sizes.rows)
+        self.bare.check(model, checked_rows.next(sizes.rows))
+        self.batches = max(1, sizes.buffer // 2 // sizes.batch)  # of one permutation of the buffer
+        self.serve()  # fills the buffer
+        rows = self.stream.counts["rows"]
+        self.serve()
+        self.passes = max(1, round((self.stream.counts["rows"] - rows) / sizes.rows))
+        self.rows_per_turn = self.passes * sizes.rows
+        self.harvest()
+        for _ in range(self.passes):  # the same rows as harvesting from here on
+            self.bare_rows.next(sizes.rows)
+        self.bare.read(self.bare_rows.next(sizes.rows).tokens)
+        self.source.next()
 
-    def serve() -> int:
-        return sum(len(stream.next(bench_sizes.batch)) for _ in range(batches))
+    def harvest(self) -> int:
+        """Run the model source. Returns the number of tokens."""
+        return sum(len(self.source.next() or ()) for _ in range(self.passes))
 
-    rows = stream.counts["rows"]
-    serve()  # fills the buffer
-    rows = stream.counts["rows"]
-    serve()
-    passes = max(1, round((stream.counts["rows"] - rows) / bench_sizes.rows))
-    harvest()
-    _skip(bare_rows, passes * bench_sizes.rows, bench_sizes.rows)
-    bare.read(bare_rows.next(bench_sizes.rows).tokens)
-    source.next()
+    def serve(self) -> None:
+        """Take a permutation of the buffer from the stream."""
+        for _ in range(self.batches):
+            self.stream.next(self.sizes.batch)
 
-    tokens: list[int] = []
-    times: dict[str, list[float]] = {"bare": [], "harvest": [], "stream": []}  # seconds a row
-    for round_index in range(bench_sizes.rounds):
-        token_batches = [bare_rows.next(bench_sizes.rows).tokens for _ in range(passes)]
-        calls: dict[str, Callable[[], Any]] = {
-            "bare": lambda token_batches=token_batches: [bare.read(token_batch) for token_batch in token_batches],
-            "harvest": lambda: tokens.append(harvest()),
-            "stream": serve,
+    def reading(self) -> dict[str, Any]:
+        """Time bare loop, harvesting and stream. The figures of training are still empty."""
+        tokens: list[int] = []
+        times: dict[str, list[float]] = {"bare": [], "harvest": [], "stream": []}  # seconds per row
+        for round_index in range(self.sizes.rounds):
+            token_batches = [self.bare_rows.next(self.sizes.rows).tokens for _ in range(self.passes)]
+            calls: dict[str, Callable[[], Any]] = {
+                "bare": lambda token_batches=token_batches: [self.bare.read(batch) for batch in token_batches],
+                "harvest": lambda: tokens.append(self.harvest()),
+                "stream": self.serve,
+            }
+            for name in _order(calls, round_index):
+                seconds, stream_rows = self._turn(calls[name])
+                times[name].append(seconds / (max(1, stream_rows) if name == "stream" else self.rows_per_turn))
+        tokens_per_row = sum(tokens) / len(tokens) / self.passes / self.sizes.rows
+        return {
+            "harvest_ratio": _median_ratio(times["bare"], times["harvest"]),
+            "buffer_overhead": _median_ratio(times["stream"], times["harvest"]) - 1,
+            "end_to_end": {},
+            "batch_over_sum": {},
+            "tokens_per_s": {name: tokens_per_row / median(values) for name, values in times.items()},
+            "step_ms": {},
         }
-        for name in _order(calls, round_index):
-            times[name].append(_timed(calls[name], stream if name == "stream" else passes * bench_sizes.rows, device))
-            bar.advance(1)
-    tokens_per_row = sum(tokens) / len(tokens) / passes / bench_sizes.rows
-    figures: dict[str, Any] = {
-        "harvest_ratio": _ratio(times["bare"], times["harvest"]),
-        "buffer_overhead": _ratio(times["stream"], times["harvest"]) - 1,
-        "end_to_end": {},
-        "batch_over_sum": {},
-        "tokens_per_s": {name: tokens_per_row / median(values) for name, values in times.items()},
-        "step_ms": {},
-    }
-    for count in DICTIONARIES:
-        cohorts = _dictionaries(count, bench_sizes, stream)
-        batch = stream.next(bench_sizes.batch).clone()
 
-        def train(cohorts: Any = cohorts) -> None:
-            for _ in range(batches):
-                fresh = stream.next(bench_sizes.batch)
-                for cohort in cohorts:
-                    cohort.step(fresh)
+    def training(self, count: int) -> dict[str, float]:
+        """Time training `count` dictionaries on the stream, their steps alone, and harvesting."""
+        cohorts = self._cohorts(count)
+        batch = self.stream.next(self.sizes.batch).clone()
 
-        def steps(cohorts: Any = cohorts, batch: Any = batch) -> None:
-            for _ in range(batches):
-                for cohort in cohorts:
-                    cohort.step(batch)
-
-        for cohort in cohorts:  # what is compiled or allocated once is done
-            for _ in range(2):
+        def step(batch: Batch) -> None:
+            for cohort in cohorts:
                 cohort.step(batch)
-        calls = {"train": train, "steps": steps, "harvest": harvest}
-        ratios, sums, step_times, train_times = [], [], [], []
-        for round_index in range(_few(bench_sizes.rounds)):
-            took: dict[str, float] = {}
+
+        for _ in range(2):  # the first steps compile and allocate
+            step(batch)
+        calls: dict[str, Callable[[], Any]] = {
+            "train": lambda: [step(self.stream.next(self.sizes.batch)) for _ in range(self.batches)],
+            "steps": lambda: [step(batch) for _ in range(self.batches)],
+            "harvest": self.harvest,
+        }
+        figures = defaultdict[str, list[float]](list)
+        for round_index in range(min(TRAINING_ROUNDS, self.sizes.rounds)):
+            seconds: dict[str, float] = {}
             rows_read = 0
             for name in _order(calls, round_index):
-                rows = stream.counts["rows"]
-                took[name] = _timed(calls[name], None, device)
-                rows_read = max(rows_read, stream.counts["rows"] - rows)
-                bar.advance(1)
-            model_alone = took["harvest"] * rows_read / (passes * bench_sizes.rows)
-            ratios.append(model_alone / took["train"])
-            sums.append(took["train"] / (model_alone + took["steps"]))
-            step_times.append(1e3 * took["steps"] / batches)
-            train_times.append(batches * bench_sizes.batch / took["train"])
-        figures["end_to_end"][str(count)] = median(ratios)
-        figures["batch_over_sum"][str(count)] = median(sums)
-        figures["step_ms"][str(count)] = median(step_times)
-        figures["tokens_per_s"][f"train {count}"] = median(train_times)
-    settings = bench_sizes._asdict() | {"hook": model.hook, "attention": model.attention, "reader": model.reader}
-    settings |= {"D": model.d_model, "passes": passes, "batches": batches}
-    return {key: value for key, value in settings.items() if key != "model"} | figures
+                seconds[name], rows = self._turn(calls[name])
+                rows_read = max(rows_read, rows)
+            model_alone = seconds["harvest"] * rows_read / self.rows_per_turn
+            figures["end_to_end"].append(model_alone / seconds["train"])
+            figures["batch_over_sum"].append(seconds["train"] / (model_alone + seconds["steps"]))
+            figures["step_ms"].append(1e3 * seconds["steps"] / self.batches)
+            figures["tokens_per_s"].append(self.batches * self.sizes.batch / seconds["train"])
+        return {key: median(values) for key, values in figures.items()}
+
+    def settings(self) -> dict[str, Any]:
+        model = {"hook": self.model.hook, "attention": self.model.attention, "reader": self.model.reader}
+        return self.sizes._asdict() | model | {"D": self.model.d_model, "passes": self.passes, "batches": self.batches}
+
+    def _turn(self, call: Callable[[], Any]) -> tuple[float, int]:
+        """Seconds of a call, and the rows that the stream read in it. By a clock: on a GPU the stream has its own queue."""
+        rows = self.stream.counts["rows"]
+        synchronise(self.device)
+        began = time.perf_counter()
+        call()
+        synchronise(self.device)
+        seconds = time.perf_counter() - began
+        self.bar.advance(1)
+        return seconds, self.stream.counts["rows"] - rows
+
+    def _cohorts(self, count: int) -> list[Cohort | Learner]:
+        x = self.stream.sample().x
+        mean, norm = x.float().mean(0), float(x.float().norm(dim=1).mean())
+        config = SAEConfig(d_in=self.stream.d_in, d_sae=self.sizes.F, k=self.sizes.K)
+        learners = []
+        for seed in range(count):
+            settings = TrainConfig(tokens=10**9, batch=self.sizes.batch, control=False, seed=seed)
+            sae = SparseAutoencoder(config, seed=seed).to(x.device)
+            learners.append(Learner(sae, settings, mean, norm, self.stream.positions))
+        return group_into_cohorts(learners)
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: what was measured on what, a line for each ratio."""
-    s = result["streams"]
-    lines = [("", "ratio", "tokens/s")]
-    rate = {name: f"{value:,.0f}" for name, value in s["tokens_per_s"].items()}
-    lines += [
-        ("bare model loop", "1", rate["bare"]),
-        ("harvest / bare", f"{s['harvest_ratio']:.3f}", rate["harvest"]),
-        ("buffer, extra time / harvest", f"{s['buffer_overhead']:.3f}", rate["stream"]),
+    """The measurement as Markdown, one line per ratio."""
+    figures = result["streams"]
+    rates = {name: f"{value:,.0f}" for name, value in figures["tokens_per_s"].items()}
+    lines = [
+        ("", "ratio", "tokens/s"),
+        ("bare model loop", "1", rates["bare"]),
+        ("harvest / bare", f"{figures['harvest_ratio']:.3f}", rates["harvest"]),
+        ("buffer, extra time / harvest", f"{figures['buffer_overhead']:.3f}", rates["stream"]),
     ]
-    lines += [
-        (f"training {count} / harvest", f"{value:.3f}", rate[f"train {count}"])
-        for count, value in s["end_to_end"].items()
-    ]
-    lines += [
-        (f"a batch for {count} / (model + steps alone)", f"{value:.3f}", "")
-        for count, value in s["batch_over_sum"].items()
-    ]
-    sizes = ", ".join(f"{name} = {s[name]}" for name in ("D", "F", "K", "batch", "context"))
-    return "\n".join([f"{result['device']}; {s['hook']} of {s['model']}; {sizes}", "", *markdown(lines)]) + "\n"
+    for count, ratio in figures["end_to_end"].items():
+        lines.append((f"training {count} / harvest", f"{ratio:.3f}", rates[f"train {count}"]))
+    for count, ratio in figures["batch_over_sum"].items():
+        lines.append((f"a batch for {count} / (model + steps alone)", f"{ratio:.3f}", ""))
+    sizes = ", ".join(f"{name} = {figures[name]}" for name in ("D", "F", "K", "batch", "context"))
+    return "\n".join(
+        [f"{result['device']}; {figures['hook']} of {figures['model']}; {sizes}", "", *markdown(lines), ""]
+    )
 
 
 class BareModel:
-    """A plain transformers model with a hook at one layer that ends the pass: the least that harvesting could take."""
+    """A plain transformers model whose hook at one layer ends the pass: the least work that harvesting can take."""
 
     class _Stop(Exception):
         pass
@@ -213,7 +241,7 @@ class BareModel:
         plain: Any = load(name, like.dtype)[1]
         layer = like.hook.removeprefix("blocks.").removesuffix(".hook_resid_post")
         if plain is None or not layer.isdecimal():
-            raise UserError(f"model: {name} is not allowed; transformers doesn't have {like.hook} by itself")
+            raise UserError(f"model: {name} is not allowed; transformers alone cannot read {like.hook}")
         self.device, self.model = like.device, plain.to(like.device)
         self.model.set_attn_implementation(like.attention)
         stacks = (m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == like.n_layers)
@@ -232,16 +260,16 @@ class BareModel:
         return self.value
 
     def check(self, model: LanguageModel, rows: TokenRows) -> None:
-        """That both give the same. Raises RuntimeError if not: then they can't be compared."""
+        """Raise RuntimeError unless this model and the stream's give the same activations."""
         is_token = is_text(rows).to(self.device)
-        ours, theirs = model.activations(rows.tokens)[is_token].float(), self.read(rows.tokens)[is_token].float()
-        error = float((ours - theirs).norm() / theirs.norm())
+        harvested, bare = model.activations(rows.tokens)[is_token].float(), self.read(rows.tokens)[is_token].float()
+        error = float((harvested - bare).norm() / bare.norm())
         if not error < 2e-2:
             raise RuntimeError(f"the bare loop's activations differ from the stream's by {error:.1%}")
 
 
 class RandomDocuments:
-    """Endless documents of random token ids, `length` in each."""
+    """Endless documents of `length` random token ids."""
 
     name = "random tokens"
 
@@ -255,47 +283,24 @@ class RandomDocuments:
 
 
 def text_of(context: int, model: LanguageModel) -> RowSource:
-    """Rows for a model: the embedded language for its own, random tokens for others."""
+    """Rows for a model: the embedded language for testbed, random tokens for others."""
     if model.name == "testbed":
         return TestbedRows(context)
     return TextRows(RandomDocuments(model.vocabulary, context), model.tokenizer, context, vocabulary=model.vocabulary)
 
 
-def _few(rounds: int) -> int:
-    return min(3, rounds)
-
-
-def _skip(text: RowSource, rows: int, at_once: int) -> None:
-    for _ in range(0, rows, at_once):
-        text.next(at_once)
-
-
 def _order(calls: dict[str, Any], round_index: int) -> list[str]:
-    """Nobody always comes first."""
+    """The names of the calls, rotated so that each comes first in turn."""
     names = list(calls)
-    round_index %= len(names)
-    return names[round_index:] + names[:round_index]
+    first = round_index % len(names)
+    return names[first:] + names[:first]
 
 
-def _timed(call: Callable[[], Any], rows: int | ActivationStream | None, device: str) -> float:
-    """Seconds of a call, for each of `rows`, or of those that the stream reads in it. By a clock: on a GPU the stream has a
-    queue of its own."""
-    before = rows.counts["rows"] if isinstance(rows, ActivationStream) else 0
-    synchronise(device)
-    began = time.perf_counter()
-    call()
-    synchronise(device)
-    seconds = time.perf_counter() - began
-    if isinstance(rows, ActivationStream):
-        rows = max(1, rows.counts["rows"] - before)
-    return seconds / (rows or 1)
-
-
-def _ratio(numerators: list[float], denominators: list[float]) -> float:
-    """Of what stood side by side in each round."""
+def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
     return median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
+<<<<<<< HEAD
 def _dictionaries(count: int, bench_sizes: Sizes, stream: ActivationStream) -> list[Cohort]:
     x = stream.sample().x
     mean, norm = x.float().mean(0), float(x.float().norm(dim=1).mean())
@@ -308,21 +313,23 @@ def _dictionaries(count: int, bench_sizes: Sizes, stream: ActivationStream) -> l
     return group_into_cohorts(learners)
 
 
+=======
+>>>>>>> cli
 @contextmanager
 def folder_of(model: str, device: str) -> Iterator[str]:
-    """The name by which a model is loaded; one of Gemma-2-2B's shape is made first, on a GPU, and given as a folder."""
+    """The name under which a model can be loaded. A model of Gemma-2-2B's shape is written to a temporary folder first."""
     if model != GEMMA:
         yield model
         return
     if torch.device(device).type != "cuda":
-        raise UserError(f"model: {GEMMA} is not allowed on {device}; it is made where there is a GPU")
+        raise UserError(f"model: {GEMMA} is not allowed on {device}; it needs a GPU")
     with tempfile.TemporaryDirectory() as folder:
         gemma(Path(folder), device)
         yield folder
 
 
 def gemma(folder: Path, device: str, dtype: torch.dtype = torch.bfloat16, **changes: int) -> None:
-    """Put a model of Gemma-2-2B's shape (with `changes`) and random weights into a folder, and a tokenizer for it."""
+    """Write a model of Gemma-2-2B's shape (with `changes`), with random weights, and a tokenizer to a folder."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast

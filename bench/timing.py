@@ -1,4 +1,4 @@
-"""Time and memory of a call: events on a GPU, a clock on a CPU; quantiles, never one number alone."""
+"""Time and memory of a call: by events on a GPU, by a clock on a CPU."""
 
 import gc
 import json
@@ -15,7 +15,7 @@ import torch
 
 
 class Quantiles(NamedTuple):
-    """Milliseconds: the 20th, 50th and 80th percentile of so many `samples`."""
+    """The 20th, 50th and 80th percentile in milliseconds, and the number of samples."""
 
     ms_p20: float
     ms: float
@@ -38,9 +38,9 @@ def synchronise(device: str) -> None:
 
 
 def sample(call: Callable[[], Any], device: str, inner: int = 1) -> float:
-    """Milliseconds a call, over `inner` calls in a row.
+    """Milliseconds per call, over `inner` calls in a row.
 
-    A GPU's queue is empty before and after, so calls that never wait are launched ahead of the device, as in training.
+    The device is only synchronised before and after, so calls are launched ahead of the device, as in training.
     """
     if torch.device(device).type != "cuda":
         began = time.perf_counter()
@@ -60,7 +60,7 @@ def sample(call: Callable[[], Any], device: str, inner: int = 1) -> float:
 def samples(
     call: Callable[[], Any], device: str, *, repeats: int, inner: int = 1, warm: int = 2, seconds: float = 60.0
 ) -> list[float]:
-    """Up to `repeats` samples after `warm` calls; fewer where they would take longer than `seconds`, but at least one."""
+    """Up to `repeats` samples after `warm` calls. At least one, and no more after `seconds`."""
     for _ in range(warm):
         call()
     times: list[float] = []
@@ -71,22 +71,21 @@ def samples(
 
 
 def inner_calls(call: Callable[[], Any], device: str, least_ms: float) -> int:
-    """How many calls in a row take `least_ms`: short ones are lost in the clock's grain and in launch gaps. At most 100."""
+    """The number of calls in a row that take `least_ms`, at most 100. A single short call is too short to measure."""
     return max(1, min(100, round(least_ms / max(1e-3, sample(call, device)))))
 
 
 class Memory(NamedTuple):
-    """Bytes on the device beyond what was there before: the most during a call, and what it left behind."""
+    """Bytes on the device beyond those before a call: the most during it, and those that remain after it."""
 
     peak: int
     held: int
 
 
 def memory(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
-    """What `call` returns, and the memory that it took.
+    """The result of a call, and the memory that it took, by the counts of torch's allocator without its cached blocks.
 
-    As torch's allocator counts: what was handed out, without the blocks that it keeps in store. On a CPU, memory that was
-    taken before the call and is given back during it does not count as given back.
+    On a CPU, memory that was allocated before the call and is freed during it does not count as freed.
     """
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -97,21 +96,29 @@ def memory(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
         torch.cuda.synchronize(device)
         peak, allocated = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
         return result, Memory(peak - before, allocated - before)
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
-        result = call()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+    result, events = traced(call, device, profile_memory=True)
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     allocated = list(accumulate((change for _, change in changes), initial=0))
     return result, Memory(max(allocated), allocated[-1])
 
 
+def traced(
+    call: Callable[[], Any], device: str, path: Path | None = None, **options: Any
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The result of a call, and the events of its Chrome trace, which is saved to `path` if given."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.device(device).type == "cuda" else [])
+    with profile(activities=kinds, acc_events=False, **options) as profiler:
+        result = call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = path or Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        return result, json.loads(path.read_text())["traceEvents"]
+
+
 def free_bytes(device: str) -> float:
-    """What is still to be had on the device; infinite where the system does not say."""
+    """Free memory of the device in bytes. Infinite if the system does not report it."""
     if torch.device(device).type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

@@ -1,4 +1,4 @@
-"""The SAE as one writes it in plain torch, and torch.compile of that."""
+"""An SAE in plain torch, and the same through torch.compile."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from .training_job import DEAD, ProviderRun, TrainingJob, autocast, fixes_l0, le
 
 
 class Jump(torch.autograd.Function):
-    """(acts where they exceed their latent's threshold, how many do), with straight-through gradients for the threshold from
+    """Activations above their latent's threshold, and their number, with straight-through gradients for the threshold from
     activations within bandwidth / 2 of it."""
 
     @staticmethod
@@ -29,10 +29,10 @@ class Jump(torch.autograd.Function):
 
 
 class Dense(nn.Module):
-    """The SAE as one writes it in plain torch: pre-activations, topk, scatter, a dense product back. For the loss, see
-    `SparseAutoencoder.objective`. Tied start, decoder rows of unit norm, their gradient without its radial part.
+    """An SAE in plain torch: dense pre-activations, topk, scatter, dense decoder, and the loss of
+    `SparseAutoencoder.objective`. Decoder rows have unit norm, and their gradients no radial part.
 
-    `dead` [F]: the latents that AuxK takes, given once and not counted.
+    `dead` [F]: the latents for AuxK. They are fixed, not counted.
     """
 
     dead: Tensor
@@ -54,7 +54,7 @@ class Dense(nn.Module):
         return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
 
     def keep(self, acts: Tensor) -> tuple[Tensor, Tensor | float]:
-        """What is kept of acts [N, F], and the penalty on it, summed over tokens."""
+        """The selected activations of acts [N, F], and the penalty on them, summed over tokens."""
         c = self.config
         if c.activation == "relu":
             return acts, c.l1_coefficient * acts.float().sum()
@@ -98,7 +98,7 @@ class Dense(nn.Module):
 
 
 def plain_torch(job: TrainingJob, prepare: Callable[[Any], Any] = lambda function: function) -> ProviderRun:
-    """`Dense` with ordinary autograd, autocast where products are to be bfloat16, and torch's fused Adam."""
+    """`Dense` with autograd, autocast for bfloat16 products, and torch's fused Adam."""
     torch.manual_seed(0)
     dead = torch.zeros(job.shape.F, dtype=torch.bool, device=job.device)
     dead[DEAD] = True
@@ -108,7 +108,7 @@ def plain_torch(job: TrainingJob, prepare: Callable[[Any], Any] = lambda functio
     rates = [{"params": [p], "lr": job.lr} for p in sae.parameters()]
     with torch.no_grad():
         sae.b_dec.copy_(job.tokens.mean)
-        if job.activation == "jumprelu":  # as temposae begins, and at its pace: thresholds are of the order of |x|
+        if job.activation == "jumprelu":  # start and learning rate of thresholds as in temposae: they scale with |x|
             total = min(4 * job.shape.K, job.shape.F) * job.shape.N
             largest = sae.acts(job.tokens.wide[0]).flatten().topk(total, sorted=False).values
             sae.threshold.fill_(float(largest[largest > 0].min()))
@@ -131,6 +131,6 @@ def plain_torch(job: TrainingJob, prepare: Callable[[Any], Any] = lambda functio
 
 
 def compiled_torch(job: TrainingJob) -> ProviderRun:
-    """`plain_torch` with its loss (forward and backward), projection and renormalisation through torch.compile."""
+    """`plain_torch` with loss, projection and renormalisation through torch.compile."""
     torch.compiler.reset()
     return plain_torch(job, torch.compile)

@@ -1,4 +1,4 @@
-"""What a provider is to train, and what it gives back."""
+"""`TrainingJob`, the input of a provider, and `ProviderRun`, its output."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,20 +10,21 @@ from torch import Tensor
 from ..engine.config import SAEConfig
 from .data import Shape, Tokens
 
-LONG_RUN = 100_000  # steps that learning-rate schedules are told of: what is measured lies far from their end
+LONG_RUN = 100_000  # steps of learning-rate schedules, so that the measured ones are far from the end
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu")
-DEAD = slice(None, None, 4)  # which latents are, where AuxK is to have work
+DEAD = slice(None, None, 4)  # the dead latents, where AuxK is measured
 
 
 class ProviderUnavailable(Exception):
-    """A provider that can't run here; the message says why in one line."""
+    """A provider cannot run here. The message says why in one line."""
 
 
 class TrainingJob(NamedTuple):
-    """What a provider is to train: `dtype` "fp32" or "bf16" is that of products; parameters and moments are float32.
+    """What to train. `dtype` ("fp32" or "bf16") is the type of matrix products. Parameters and moments are float32.
 
-    `clip`: largest gradient norm, or None, for the providers that leave the choice. `auxk`: with dead latents, and AuxK.
-    `dictionaries`: how many temposae is to train at a time. `accelerated`: other libraries' by `temposae.accelerate`.
+    `own`: with the provider's own defaults. `clip`: largest gradient norm or None, where a provider has the choice. `auxk`:
+    with dead latents and AuxK. `dictionaries`: number of dictionaries that temposae steps together. `accelerated`: another
+    library's step after `temposae.accelerate`.
     """
 
     shape: Shape
@@ -44,21 +45,21 @@ class TrainingJob(NamedTuple):
 
     @property
     def aux_k(self) -> int:
-        """Dead latents that AuxK gives to a token, by the rule that the other libraries share: at most D / 2."""
+        """Dead latents that AuxK gives to a token: at most D / 2, as in the other libraries."""
         return min(self.shape.D // 2, self.n_dead)
 
     def __str__(self) -> str:
-        plain = self.activation == "topk" and not self.auxk
-        named = str(self.shape) if plain else f"{self.shape}, {self.activation}{' with AuxK' if self.auxk else ''}"
-        return named if self.dictionaries == 1 else f"{self.dictionaries} of {named}"
+        is_plain = self.activation == "topk" and not self.auxk
+        text = str(self.shape) if is_plain else f"{self.shape}, {self.activation}{' with AuxK' if self.auxk else ''}"
+        return text if self.dictionaries == 1 else f"{self.dictionaries} of {text}"
 
 
 @dataclass
 class ProviderRun:
-    """`step(i)` trains on batch i; `reconstruct(x)` gives x_hat [N, D] for x [N, D] float32.
+    """`step(i)` trains on batch i. `reconstruct(x)` returns x_hat [N, D] for x [N, D] float32.
 
-    `aux_k`: how many dead latents AuxK gives to a token in the measured steps. `l0(x)`: active latents a token, on average,
-    where the activation does not fix it.
+    `aux_k`: dead latents that AuxK gives to a token. `l0(x)`: mean number of active latents per token, if the activation
+    does not fix it.
     """
 
     step: Callable[[int], Any]
@@ -71,14 +72,14 @@ class ProviderRun:
 
 
 def sae_config(job: TrainingJob) -> SAEConfig:
-    """temposae's dictionary for the job. Own: `SAEConfig`'s defaults."""
+    """temposae's dictionary for the job. With `own`, AuxK has `SAEConfig`'s defaults."""
     _, d, f, k = job.shape
     aux = dict(aux_k=job.aux_k) if job.auxk and not job.own else {}
     return SAEConfig(d_in=d, d_sae=f, k=min(k, f), activation=job.activation, **aux)  # pyright: ignore[reportArgumentType]
 
 
 def fixes_l0(activation: str) -> bool:
-    """Whether a token has K active latents, by itself or on average; only then is there AuxK."""
+    """Whether K latents are active per token, exactly or on average. Only such activations have AuxK."""
     return activation in ("topk", "batchtopk")
 
 
@@ -88,7 +89,7 @@ def mean_l0(f: Tensor) -> float:
 
 @torch.no_grad()
 def let_die(W_enc: Tensor) -> None:
-    """Make the dead latents' encoder rows [F, D] too small to be kept: positive, so that AuxK has something to work on."""
+    """Make the dead latents' encoder rows [F, D] too small to be selected, but nonzero, so that AuxK has work."""
     W_enc[DEAD] *= 0.01
 
 

@@ -1,7 +1,6 @@
-"""Launch configurations for the GPU at hand: times a small grid of settings for each entry of kernels/configs.py, and writes
-the row of this architecture.
+"""Choose launch settings for this GPU: time a small grid for each entry of kernels/configs.py, and write its row.
 
-A call that launches an entry's kernels, and what to try, come from kernels/<op>/bench.py.
+The calls that launch an entry's kernels and the settings to try come from kernels/<op>/bench.py.
 """
 
 import contextlib
@@ -11,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -24,22 +24,21 @@ from . import aot
 from .data import DTYPES, HEADLINE, Shape
 from .op_benches import BENCHES
 from .ops import Inputs
-from .profile import traced
 from .results import markdown
 from .step import in_one_line
+from .timing import traced
 
 FILE = Path(configs.__file__)
-SHARED_BYTES = 99 * 1024  # a block's, on the GPUs that borrow a row (sm_86, sm_89, sm_120)
-FASTER = 0.98  # of the time before, at most: less is noise
+SHARED_BYTES = 99 * 1024  # limit of a block on GPUs that use a lower row (sm_86, sm_89, sm_120)
+FASTER = 0.98  # largest share of the time before that is not noise
 REPEATS = 7
-ROWS = "CONFIGS: dict[int, dict[str, dict[str, int]]] = {}\n"  # what stands below is written from here
+ROWS = "CONFIGS: dict[int, dict[str, dict[str, int]]] = {}\n"  # the lines below it are generated
 
 Setting = dict[str, int]
 Timer = Callable[[Call, set[str]], float]
 
-
 _TRIALS = {entry: trial for bench in BENCHES for entry, trial in bench.trials.items()}
-# in the table's order, by dtype first: the inputs of one are given back before those of the next are made
+# grouped by dtype, so that the inputs of only one dtype are in memory, and within it in the table's order
 TRIALS = {
     entry: _TRIALS[entry]
     for dtype in ("bf16", "fp32")
@@ -49,7 +48,7 @@ TRIALS = {
 
 
 class Choice(NamedTuple):
-    """What became of an entry. `refused`: why a setting of the grid is no choice, by setting."""
+    """Settings and times of an entry before and after tuning. `refused`: setting -> why it cannot be chosen."""
 
     entry: str
     before: Setting
@@ -61,9 +60,9 @@ class Choice(NamedTuple):
 
 
 def run(entries: Iterable[str] | None = None) -> list[Choice]:
-    """Tune `entries` of the table, all unless given, on the GPU at hand, and write its row to kernels/configs.py.
+    """Tune entries of the table (default: all) on this GPU, and write its row to kernels/configs.py.
 
-    Raises UserError for unknown entries, without a GPU, under Triton's interpreter and where the file can't be written.
+    Raises UserError for unknown entries, without a GPU, under Triton's interpreter, and if the file cannot be written.
     """
     names = list(TRIALS if entries is None else dict.fromkeys(entries))
     for name in names:
@@ -82,27 +81,23 @@ def run(entries: Iterable[str] | None = None) -> list[Choice]:
 
 
 def tune(
-    arch: int,
-    entries: Iterable[str],
-    shape: Shape,
-    device: str,
-    timer: Timer,
-    obstacle: Callable[[str, int], str],
+    arch: int, entries: Iterable[str], shape: Shape, device: str, timer: Timer, obstacle: Callable[[str, int], str]
 ) -> list[Choice]:
-    """The best setting of each entry for sm_`arch`, those before it in effect.
+    """Find the best setting of each entry for sm_`arch`. Entries tuned earlier keep their new settings.
 
-    `timer(call, kernels)`: milliseconds of these kernels in a call; settings for which it raises are left out, but for the
-    one in the table. `obstacle(entry, arch)`: why the setting that is in effect may not be in the table, or "".
+    `timer(call, kernels)` returns the milliseconds of these kernels in a call. Settings for which it raises are refused,
+    except for the current one. `obstacle(entry, arch)` says why the active setting cannot be used, or returns "".
     """
     entries = sorted(entries, key=list(TRIALS).index)
     choices: list[Choice] = []
     inputs: Inputs | None = None
     grids = {entry: settings(entry, config_row(arch)[entry]) for entry in entries}
-    with _always_triton(), progress_bar("tuning", total=sum(map(len, grids.values())), unit="settings") as bar:
+    triton = patch.dict(os.environ, {VARIABLE: "triton"})  # also for ops that would use torch at this size
+    with triton, progress_bar("tuning", total=sum(map(len, grids.values())), unit="settings") as bar:
         for entry, grid in grids.items():
             trial, kernels = TRIALS[entry], _kernels(entry)
             if inputs is None or inputs.dtype != DTYPES[trial.dtype]:
-                inputs = None  # gives the memory back first
+                inputs = None  # frees the memory first
                 inputs = Inputs(shape, DTYPES[trial.dtype], device)
             call = trial.call(inputs)
             arch_configs, times, refused = tuned_row(arch, choices), [], {}
@@ -114,7 +109,7 @@ def tune(
                     except Exception as error:
                         if setting_index == 0:
                             raise
-                        refused[_in_words(setting)] = in_one_line(error)
+                        refused[_text(setting)] = in_one_line(error)
             before_ms, chosen = times[0]
             after_ms = before_ms
             for ms, setting_index in sorted(times):
@@ -125,13 +120,13 @@ def tune(
                 if not reason:
                     after_ms, chosen = ms, setting_index
                     break
-                refused[_in_words(grid[setting_index])] = reason
+                refused[_text(grid[setting_index])] = reason
             choices.append(Choice(entry, grid[0], before_ms, grid[chosen], after_ms, len(grid), refused))
     return choices
 
 
 def settings(entry: str, current: Setting) -> list[Setting]:
-    """The current setting, then every other one of the entry's grid."""
+    """The current setting and then all others of the entry's grid."""
     grid = TRIALS[entry].grid
     combinations = [current | dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     return [current, *(setting for setting in combinations if setting != current)]
@@ -143,43 +138,25 @@ def tuned_row(arch: int, choices: Iterable[Choice]) -> dict[str, Setting]:
 
 @contextlib.contextmanager
 def in_effect(arch: int, arch_configs: dict[str, Setting]) -> Iterator[None]:
-    """Kernels on sm_`arch` are launched by this row."""
-    before = configs.CONFIGS.get(arch)
-    configs.CONFIGS[arch] = arch_configs
-    config_row.cache_clear()
+    """Launch kernels on sm_`arch` with these settings."""
     try:
-        yield
+        with patch.dict(configs.CONFIGS, {arch: arch_configs}):
+            config_row.cache_clear()
+            yield
     finally:
-        if before is None:
-            del configs.CONFIGS[arch]
-        else:
-            configs.CONFIGS[arch] = before
         config_row.cache_clear()
 
 
-@contextlib.contextmanager
-def _always_triton() -> Iterator[None]:
-    """Ops that would leave this size to torch launch their kernels, too."""
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = "triton"
-    try:
-        yield
-    finally:
-        os.environ.pop(VARIABLE)
-        if before is not None:
-            os.environ[VARIABLE] = before
-
-
 def _kernels(entry: str) -> set[str]:
-    """The functions that the entry launches."""
+    """The names of the kernels that the entry launches."""
     return {spec.kernel.partition(".")[2] for spec in aot.SPECS.values() if spec.config == entry}
 
 
 def kernel_ms(call: Call, kernels: set[str]) -> float:
-    """Milliseconds that a GPU spends in these kernels during a call: medians of each, as the profiler sees them."""
+    """Milliseconds that the GPU spends in these kernels during a call, from medians of the profiler's times."""
     call()  # compiles
     call()
-    events = traced(lambda: [call() for _ in range(REPEATS)], "cuda")
+    _, events = traced(lambda: [call() for _ in range(REPEATS)], "cuda")
     total = 0.0
     for name in kernels:
         times = [float(e["dur"]) for e in events if e.get("cat") == "kernel" and e["name"] == name]
@@ -190,8 +167,7 @@ def kernel_ms(call: Call, kernels: set[str]) -> float:
 
 
 def obstacle(entry: str, arch: int) -> str:
-    """Why the entry's setting that is in effect may not be in the table: a kernel of its spills, or needs too much shared
-    memory, at a width or in a variant that was not timed."""
+    """Why the entry's active setting cannot be used: some variant spills or needs too much shared memory. "" if it can."""
     for kernel in aot.report([arch], [name for name, spec in aot.SPECS.items() if spec.config == entry]):
         if kernel["shared_bytes"] > SHARED_BYTES:
             return f"{kernel['name']} needs {kernel['shared_bytes']} bytes of shared memory, more than {SHARED_BYTES}"
@@ -201,27 +177,27 @@ def obstacle(entry: str, arch: int) -> str:
 
 
 def render(text: str, table: dict[int, dict[str, Setting]]) -> str:
-    """The text of configs.py with these rows. A row names what differs from the lower one that is most like it.
+    """The text of configs.py with these rows. A row lists its differences from the most similar lower row.
 
-    Raises UserError if `text` is not that file's.
+    Raises UserError if `text` is not the text of that file.
     """
     head, mark, _ = text.partition(ROWS)
     if not mark:
         raise UserError(f"configs: {FILE} must hold the line {ROWS.strip()!r}")
     lines: list[str] = []
     for arch in sorted(table):
-        ways = [("", table[arch])]
+        candidates = [("", table[arch])]
         for lower in sorted((other for other in table if other < arch), reverse=True):
             changed = {entry: setting for entry, setting in table[arch].items() if setting != table[lower][entry]}
-            ways.append((f"CONFIGS[{lower}] | ", changed))
-        parent, changes = min(ways, key=lambda way: len(way[1]))
-        entries = [f'    "{entry}": dict({_in_words(setting)}),' for entry, setting in changes.items()]
+            candidates.append((f"CONFIGS[{lower}] | ", changed))
+        parent, changes = min(candidates, key=lambda candidate: len(candidate[1]))
+        entries = [f'    "{entry}": dict({_text(setting)}),' for entry, setting in changes.items()]
         start = f"CONFIGS[{arch}] = {parent}" + "{"
         lines += [start, *entries, "}"] if entries else [start + "}"]
     return head + mark + "\n".join(lines) + "\n"
 
 
-def _in_words(setting: Setting) -> str:
+def _text(setting: Setting) -> str:
     return ", ".join(f"{name}={value}" for name, value in setting.items())
 
 
@@ -229,7 +205,7 @@ def summary(choices: Iterable[Choice]) -> str:
     """Times before and after, as Markdown."""
     lines = [("entry", "ms before", "ms after", "tried", "refused", "setting")]
     for choice in choices:
-        setting_text = "as before" if choice.after == choice.before else _in_words(choice.after)
+        setting_text = "as before" if choice.after == choice.before else _text(choice.after)
         before, after = (f"{ms:.4g}" for ms in (choice.before_ms, choice.after_ms))
         lines.append((choice.entry, before, after, str(choice.tried), str(len(choice.refused)), setting_text))
     return "\n".join(markdown(lines)) + "\n"

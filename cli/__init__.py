@@ -1,4 +1,4 @@
-"""The command line. Heavy imports wait until a command needs them, so that --help is quick."""
+"""The command line. Commands import torch and other heavy packages when they run, so `--help` is quick."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from ..engine.storage.files import check_writable, write_json
 from .arguments import App
@@ -24,33 +25,33 @@ app = App(**PLAIN)
 
 
 @app.callback()
-def temposae(_: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def temposae(_: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
     """Train and study sparse autoencoders on language-model activations."""  # `main` prints it, for any command
 
 
-app.command()(train)
-app.command()(cache)
-app.command("eval")(evaluate)
-app.command()(features)
-app.command()(dashboard)
-app.command()(run)
-app.command()(campaign)
-app.command()(plot)
-app.command()(config)
-app.command()(convert)
-app.command()(upload)
-app.add_typer(testbed_app, name="testbed")
-app.add_typer(bench_app, name="bench")
-app.command()(profile)
+app.command(rich_help_panel="Training")(train)
+app.command(rich_help_panel="Training")(cache)
+app.command("eval", rich_help_panel="Evaluation")(evaluate)
+app.command(rich_help_panel="Evaluation")(features)
+app.command(rich_help_panel="Evaluation")(dashboard)
+app.command(rich_help_panel="Documented runs")(run)
+app.command(rich_help_panel="Documented runs")(campaign)
+app.command(rich_help_panel="Documented runs")(plot)
+app.command(rich_help_panel="Other libraries")(convert)
+app.command(rich_help_panel="Other libraries")(upload)
+app.command(rich_help_panel="Settings and machine")(config)
+app.add_typer(testbed_app, name="testbed", rich_help_panel="Settings and machine")
+app.add_typer(bench_app, name="bench", rich_help_panel="Speed")
+app.command(rich_help_panel="Speed")(profile)
 
 
 def main() -> None:
-    """Entry point: runs the command; a user's mistake becomes one line and exit code 2."""
+    """Run a command. A user's mistake is printed as one line, with exit code 2."""
     from ..engine.errors import Stopped, UserError
     from ..engine.process.signals import stop_on_signals
 
-    # OpenMP threads that spin while they wait make a step ten times slower as soon as another program wants a core. Read
-    # when torch is imported. Not where others are timed, too: of many small products waking threads is most of the time.
+    # OpenMP threads that spin while they wait make a step ten times slower when another program needs a core. torch reads
+    # this when it is imported. Not for benchmarks: waking threads would dominate other libraries' many small products.
     if sys.argv[1:2] != ["bench"]:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "--version" in sys.argv[1:]:
@@ -65,34 +66,28 @@ def main() -> None:
         with stop_on_signals():
             app()
     except UserError as error:
-        _leave_to_the_first()
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # rank 0 prints the error that all ranks meet, and torchrun then stops the others
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started: all of them have
+        if os.environ.get("RANK", "0") == "0":  # all ranks were stopped
             print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal)
     except (RuntimeError, MemoryError) as error:
-        no_memory = type(error).__name__ in ("OutOfMemoryError", "MemoryError")  # torch's, which is not imported here
-        if not no_memory and "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
-            raise  # on the CPU torch raises a plain RuntimeError
+        by_type = type(error).__name__ in ("OutOfMemoryError", "MemoryError")  # by name: torch is not imported here
+        if not by_type and "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise  # on a CPU torch reports missing memory as a plain RuntimeError
         print("error: out of memory; try a smaller sae.d_sae, train.batch or stream.buffer_tokens", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # a disk that fills up, a file that goes away
+    except OSError as error:  # a full disk, a deleted file
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _leave_to_the_first() -> None:
-    """Of several processes that torchrun started, the first tells what all have met; the others wait until torchrun ends
-    them, or tell what only they have."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)
-
-
-@app.command()
+@app.command(rich_help_panel="Settings and machine")
 def doctor(json_file: JsonFile = None) -> None:
-    """Versions, GPU, Triton, and which backend would run here and why."""
+    """Print versions, GPU, and the backend that would run here."""
     import platform
     from importlib.metadata import PackageNotFoundError
 

@@ -1,5 +1,4 @@
-"""What every command checks of its arguments before it begins: numbers, text and paths as they were typed, with the option's
-name in the message. A mistake is one line."""
+"""Typer classes whose commands check their arguments before they run. A mistake is one line that names the option."""
 
 import inspect
 import math
@@ -19,7 +18,7 @@ _NUMBER = re.compile(r"[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|
 
 
 class App(typer.Typer):
-    """Commands whose arguments are checked."""
+    """A Typer app made of `Group` and `Command`."""
 
     def __init__(self, **options: Any):
         super().__init__(cls=Group, **options)
@@ -29,6 +28,21 @@ class App(typer.Typer):
 
 
 class Group(TyperGroup):
+    """Commands, listed in `--help` under the heading of their `rich_help_panel`."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        names = self.list_commands(ctx)
+        width = max(map(len, names))
+        rows_by_heading: dict[str, list[tuple[str, str]]] = {}
+        for name in names:
+            command: Any = self.get_command(ctx, name)
+            summary = command.get_short_help_str(formatter.width - 6 - width)
+            heading = command.rich_help_panel or "Commands"
+            rows_by_heading.setdefault(heading, []).append((name.ljust(width), summary))
+        for heading, rows in rows_by_heading.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with _one_line(self, ctx):
             return super().parse_args(ctx, args)
@@ -38,19 +52,19 @@ class Group(TyperGroup):
 
         if args and self.get_command(ctx, args[0]) is None:
             names = self.list_commands(ctx)
-            raise UserError(
-                f"{shown(args[0])}: no such command of {ctx.command_path}; {near(args[0], names, len(names))}"
-            )
+            suggestion = near(args[0], names, len(names))
+            raise UserError(f"{shown(args[0])}: no such command in {ctx.command_path}; {suggestion}")
         with _one_line(self, ctx):
             return super().resolve_command(ctx, args)
 
 
 class Command(TyperCommand):
+    """A command that checks text and numbers as typed, and expands `~` in paths."""
+
     @cached_property
     def annotations(self) -> dict[str, Any]:
-        return {
-            name: parameter.annotation for name, parameter in inspect.signature(self.callback or id).parameters.items()
-        }
+        parameters = inspect.signature(self.callback or id).parameters
+        return {name: parameter.annotation for name, parameter in parameters.items()}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         from ..engine.storage.path_names import expand_path
@@ -72,7 +86,7 @@ class Command(TyperCommand):
 
 
 def _check(label: str, text: str, annotation: Any) -> None:
-    """Raise UserError for what the option can't have."""
+    """Raise UserError unless `text` is valid for an option of this annotation."""
     from ..engine.errors import UserError, shown
     from ..engine.setting_types import check_text, kinds
 
@@ -97,13 +111,13 @@ def _check(label: str, text: str, annotation: Any) -> None:
 
 
 def _label(param: Any) -> str:
-    """An option as it is typed, or an argument as help names it."""
+    """The name of an option (--n) or of an argument (as in the usage line)."""
     return next((name for name in param.opts if name.startswith("--")), param.metavar or str(param.name).upper())
 
 
 @contextmanager
 def _one_line(command: Any, ctx: Any) -> Iterator[None]:
-    """What the library says of a command line in several lines, in one."""
+    """Turn Typer's usage errors, which take several lines, into a UserError."""
     from ..engine.errors import UserError, near, shown
 
     try:
@@ -123,4 +137,4 @@ def _one_line(command: Any, ctx: Any) -> Iterator[None]:
             message = f"{_label(param)}: {error.message}"
         elif kind == "BadOptionUsage":
             message = f"{shown(error.option_name)[1:-1]}: {message}"
-        raise UserError(f"{message}; {ctx.command_path} --help tells more") from None
+        raise UserError(f"{message}; see {ctx.command_path} --help") from None

@@ -1,27 +1,25 @@
-"""Commands of the bench suite: `temposae bench ...` and `temposae profile`. Heavy imports wait until a command runs."""
+"""`temposae bench ...` and `temposae profile`: measure speed."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from ..engine.storage.files import check_writable, write_json
 from .arguments import App
 from .options import PLAIN, JsonFile
 
-bench_app = App(
-    help="Time ops and training steps beside other libraries and beside what the device could do.",
-    **PLAIN,
-)
+bench_app = App(help="Time training steps, ops and streams, next to other libraries.", **PLAIN)
 
-Preset = Annotated[str | None, typer.Option(help="tiny, cpu, gpu or sweep: shapes to measure. [gpu or cpu, by device]")]
-N = Annotated[str | None, typer.Option("--n", help="Tokens in a batch; several parted by commas.")]
-D = Annotated[str | None, typer.Option("--d", help="Width of the activations; several parted by commas.")]
-F = Annotated[str | None, typer.Option("--f", help="Latents; several parted by commas.")]
-K = Annotated[str | None, typer.Option("--k", help="Latents kept per token; several parted by commas.")]
-Dtype = Annotated[str | None, typer.Option(help="Of products: fp32 or bf16. [bf16 on a GPU, fp32 on a CPU]")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda. [cuda if there is one]")]
+Preset = Annotated[str | None, Option(help="Shapes: tiny, cpu, gpu or sweep. [default: gpu or cpu, by device]")]
+N = Annotated[str | None, Option("--n", help="Tokens per batch, as in 8192 or 1024,8192. [default: the preset's]")]
+D = Annotated[str | None, Option("--d", help="Width of the activations, as --n. [default: the preset's]")]
+F = Annotated[str | None, Option("--f", help="Number of latents, as --n. [default: the preset's]")]
+K = Annotated[str | None, Option("--k", help="Latents kept per token, as --n. [default: the preset's]")]
+Dtype = Annotated[str | None, Option(help="Type of matrix products: fp32 or bf16. [default: bf16 on a GPU, else fp32]")]
+Device = Annotated[str | None, Option(help="cpu or cuda. [default: cuda if there is a GPU]")]
 
 
 @bench_app.command()
@@ -32,43 +30,36 @@ def step(
     f: F = None,
     k: K = None,
     provider: Annotated[
-        list[str] | None, typer.Option(help="temposae, eai-sparsify, SAELens, ...; may be given again. [all]")
+        list[str] | None, Option(help="temposae, SAELens, torch, ... Repeatable. [default: all]")
     ] = None,
     activation: Annotated[
-        list[str] | None, typer.Option(help="topk, batchtopk, jumprelu or relu; may be given again. [topk]")
+        list[str] | None, Option(help="topk, batchtopk, jumprelu, relu. Repeatable. [default: topk]")
     ] = None,
-    auxk: Annotated[
-        bool, typer.Option("--auxk", help="With AuxK, every fourth latent dead (topk and batchtopk).")
-    ] = False,
-    dictionaries: Annotated[
-        int,
-        typer.Option(
-            min=1, max=1000, help="So many on the same tokens: temposae's step together, the others' one after another."
-        ),
-    ] = 1,
-    own: Annotated[bool, typer.Option("--own", help="Everyone by their own defaults, too.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Samples of everyone.")] = 20,
+    auxk: Annotated[bool, Option("--auxk", help="Use AuxK, with a quarter of the latents dead.")] = False,
+    dictionaries: Annotated[int, Option(min=1, max=1000, help="Number of dictionaries on the same tokens.")] = 1,
+    own: Annotated[bool, Option("--own", help="Also time each library with its own defaults.")] = False,
+    rounds: Annotated[int, Option(min=1, max=10_000, help="Samples of each provider.")] = 20,
     clip: Annotated[
-        float | None, typer.Option(min=1e-6, max=1e9, help="Clip gradient norms, where that can be chosen. [no]")
+        float | None, Option(min=1e-6, max=1e9, help="Clip gradients to this norm, where optional. [default: no]")
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Time a whole training step (forward, backward, Adam) of every library in one run, on the same tokens.
+    """Time a whole training step of every library on the same tokens.
 
-    The headline: all with fused Adam at one constant learning rate. Everyone takes turns, medians are compared, and each
-    must learn. Libraries that aren't installed, or don't have the activation, are left out.
+    A step is forward, backward and Adam. By default all use fused Adam at one constant learning rate. Providers take turns,
+    medians are compared, and the table says whether each one learns. Libraries that are not installed or lack the
+    activation are left out.
     """
-    device_type, dtype_name, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
+    device_type, dtype_name, shapes = _start(json_file, device, dtype, preset, (n, d, f, k))
     from ..bench import step as steps
     from ..bench.providers import PROVIDERS
-    from ..bench.results import record
+    from ..bench.results import record, table
 
-    contenders = steps.contenders(provider or PROVIDERS, own)
     measured = steps.measure(
         shapes,
-        contenders,
+        steps.contenders(provider or PROVIDERS, own),
         device=device_type,
         dtype=dtype_name,
         rounds=rounds,
@@ -77,7 +68,7 @@ def step(
         auxk=auxk,
         dictionaries=dictionaries,
     )
-    _finish(record(*measured, device_type), json_file)
+    _finish(record(*measured, device_type), table, json_file)
 
 
 @bench_app.command()
@@ -87,107 +78,102 @@ def ops(
     d: D = None,
     f: F = None,
     k: K = None,
-    op: Annotated[list[str] | None, typer.Option(help="encode, select_topk, ...; may be given again. [all]")] = None,
-    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Samples of each op.")] = 20,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [bf16 on a GPU, fp32 on a CPU]")] = None,
+    op: Annotated[list[str] | None, Option(help="encode, decode, ... Repeatable. [default: all]")] = None,
+    repeats: Annotated[int, Option(min=1, max=10_000, help="Samples of each op.")] = 20,
+    dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16. [default: bf16 on a GPU, else fp32]")] = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Time each op, with its FLOPs, its bytes, and the floor that they set."""
-    device_type, dtype_name, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
-    from ..bench import ops as suite
-    from ..bench.results import record
+    """Time each op, with its FLOPs, its bytes and its floor.
 
-    _finish(
-        record(
-            *suite.measure(shapes, op or suite.OPS, device=device_type, dtype=dtype_name, repeats=repeats), device_type
-        ),
-        json_file,
-    )
+    The floor is the least time that FLOPs and bytes allow on this device.
+    """
+    device_type, dtype_name, shapes = _start(json_file, device, dtype, preset, (n, d, f, k))
+    from ..bench import ops as suite
+    from ..bench.results import record, table
+
+    measured = suite.measure(shapes, op or suite.OPS, device=device_type, dtype=dtype_name, repeats=repeats)
+    _finish(record(*measured, device_type), table, json_file)
 
 
 @bench_app.command()
 def streams(
-    preset: Annotated[
-        str | None, typer.Option(help="tiny, cpu or gpu: sizes to measure. [gpu or cpu, by device]")
+    preset: Annotated[str | None, Option(help="Sizes: tiny, cpu or gpu. [default: gpu or cpu, by device]")] = None,
+    model: Annotated[
+        str | None, Option(help="Language model, read at its middle layer. [default: the preset's]")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Another language model, at its middle layer.")] = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Time what a stream costs beside its language model: harvesting, the buffer, training 1, 8 and 32 dictionaries.
+    """Time harvesting, the buffer and training against the model.
 
-    All as ratios of what takes turns in one run. On a GPU, a model of Gemma-2-2B's shape with random weights.
+    Results are ratios of times taken in turns: harvesting, the ring buffer, and training 1, 8 and 32 dictionaries. On a GPU
+    the language model has Gemma-2-2B's shape and random weights.
     """
-    _quiet()
-    check_writable(json_file)
-    device_type = _device_type(device)
+    device_type = _check(json_file, device)
     from ..bench import streams as suite
 
-    results = suite.measure(
-        suite.sizes(preset or ("gpu" if device_type == "cuda" else "cpu"), model), device=device_type
-    )
-    write_json(json_file, results)
-    print(suite.table(results), end="")
+    sizes = suite.sizes(preset or _default_preset(device_type), model)
+    _finish(suite.measure(sizes, device=device_type), suite.table, json_file)
 
 
 @bench_app.command()
 def runs(
-    preset: Annotated[
-        str | None, typer.Option(help="tiny, cpu, testbed or gpu: sizes to measure. [gpu or cpu, by device]")
+    preset: Annotated[str | None, Option(help="Sizes: tiny, cpu, testbed or gpu. [default: gpu or cpu]")] = None,
+    only: Annotated[
+        str | None, Option("--runs", help="Runs separated by commas, as in A1,C2,E4. [default: all]")
     ] = None,
-    only: Annotated[str | None, typer.Option("--runs", help="These runs, as in A1,C2,E4. [all]")] = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Time a training step of every documented run beside a plain TopK step, and all on one stream beside one by one."""
-    _quiet()
-    check_writable(json_file)
-    device_type = _device_type(device)
+    """Time a step of every documented run against a plain TopK step.
+
+    Also times training all of them on one stream against training them one by one.
+    """
+    device_type = _check(json_file, device)
     from ..bench import documented_runs as suite
     from ..campaign.documented import documented
     from ..engine.errors import UserError
 
-    preset_name = preset or ("gpu" if device_type == "cuda" else "cpu")
+    preset_name = preset or _default_preset(device_type)
     if preset_name not in suite.PRESETS:
         raise UserError(f"preset: {preset_name!r} is not allowed; there are {', '.join(suite.PRESETS)}")
-    names = (
-        suite.TRAINED if only is None else tuple(dict.fromkeys(documented(n).trained_as or n for n in only.split(",")))
-    )
-    results = suite.measure(suite.PRESETS[preset_name], names, device=device_type)
-    write_json(json_file, results)
-    print(suite.table(results), end="")
+    chosen = suite.TRAINED if only is None else [documented(name).trained_as or name for name in only.split(",")]
+    results = suite.measure(suite.PRESETS[preset_name], tuple(dict.fromkeys(chosen)), device=device_type)
+    _finish(results, suite.table, json_file)
 
 
 @bench_app.command("lr")
 def learning_rate(
     preset: Annotated[
-        str, typer.Option(help="tiny, cpu (synthetic, testbed) or pretrained (smollm2; needs --data).")
+        str, Option(help="Sources and cells: tiny, cpu (synthetic and testbed) or pretrained (smollm2, with --data).")
     ] = "cpu",
     source: Annotated[
         list[str] | None,
-        typer.Option(
-            help="synthetic:WIDTH, MODEL:LAYER or NAME=FILE.npy, with every cell of the preset; may be given again. "
-            "[the preset's]"
+        Option(
+            help="Activations to train on: synthetic:WIDTH, MODEL:LAYER or NAME=FILE.npy. Repeatable. "
+            "[default: the preset's]"
         ),
     ] = None,
     cell: Annotated[
         list[str] | None,
-        typer.Option(help="ACTIVATION,F,K,BATCH,STEPS, as in topk,512,16,256,100; may be given again. [the preset's]"),
+        Option(help="ACTIVATION,F,K,BATCH,STEPS, as in topk,512,16,256,100. Repeatable. [default: the preset's]"),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="A model's text, as `train --data` takes it.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Average scores over so many seeds.")] = 1,
+    data: Annotated[str | None, Option(help="Text for MODEL:LAYER, as in `train --data`.")] = None,
+    seeds: Annotated[int, Option(min=1, max=1000, help="Number of seeds to average over.")] = 1,
     json_file: Annotated[
         Path | None,
-        typer.Option(
-            "--json", help="Write the figures here after each cell. Cells that it holds are not measured again."
+        Option(
+            "--json", help="Write the results to this JSON file after each cell, and skip cells that it already holds."
         ),
     ] = None,
 ) -> None:
-    """Train at the default learning rate and at a grid of others, and compare held-out FVU. On the CPU; takes minutes to
-    hours, by the preset."""
-    _quiet()
-    check_writable(json_file)
+    """Compare the default learning rate with a grid of others.
+
+    Trains a dictionary at each rate and compares FVU on held-out tokens. Runs on the CPU and takes minutes to hours,
+    depending on the preset.
+    """
+    _check(json_file, "cpu")
     from ..bench import learning_rate as suite
     from ..engine.stream.documents import check_data
 
@@ -211,38 +197,33 @@ def peers(
     f: F = None,
     k: K = None,
     library: Annotated[
-        list[str] | None, typer.Option(help="saelens, dictionary_learning or sparsify; may be given again. [all]")
+        list[str] | None, Option(help="saelens, dictionary_learning, sparsify. Repeatable. [default: all]")
     ] = None,
     steps: Annotated[
-        int, typer.Option(min=5, max=10_000, help="Steps of a script's run, of which the median counts.")
+        int, Option(min=5, max=10_000, help="Training steps per run of a script. Their median counts.")
     ] = 30,
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each.")] = 3,
+    rounds: Annotated[int, Option(min=1, max=1000, help="Runs of each script.")] = 3,
     json_file: JsonFile = None,
 ) -> None:
-    """Time other libraries' own minimal training scripts, before and after the two lines that `accelerate` takes.
+    """Time other libraries' scripts before and after `accelerate`.
 
-    The scripts and their diffs are bench/peers; on a GPU they run under bfloat16 autocast. Libraries that aren't installed
-    are left out.
+    The scripts are minimal training scripts in bench/peers, with diffs that add two lines. The preset is N = 1024, D = 512,
+    F = 4096,16384, K = 32. On a GPU it is N = 4096, D = 2304, F = 65536, K = 64, under bfloat16 autocast.
     """
-    _quiet()
-    check_writable(json_file)
-    device_type = _device_type(None)
+    device_type = _check(json_file)
     from ..bench import before_after as suite
 
     default_sizes = {"cpu": ("1024", "512", "4096,16384", "32"), "cuda": ("4096", "2304", "65536", "64")}[device_type]
-    sizes = [size or default for size, default in zip((n, d, f, k), default_sizes, strict=True)]
-    results = suite.measure(
-        _shapes("cpu", *sizes), library or list(suite.LIBRARIES), device=device_type, steps=steps, rounds=rounds
-    )
-    write_json(json_file, results)
-    print(suite.table(results), end="")
+    shapes = _shapes("cpu", *(size or default for size, default in zip((n, d, f, k), default_sizes, strict=True)))
+    results = suite.measure(shapes, library or list(suite.LIBRARIES), device=device_type, steps=steps, rounds=rounds)
+    _finish(results, suite.table, json_file)
 
 
 @bench_app.command()
 def table(
-    files: Annotated[list[Path], typer.Argument(help="Files written by `bench step` or `bench ops`, --json.")],
+    files: Annotated[list[Path], Argument(help="JSON files of `bench step --json` or `bench ops --json`.")],
 ) -> None:
-    """Print measured results as Markdown."""
+    """Print saved results as Markdown."""
     from ..bench.results import read
     from ..bench.results import table as markdown
 
@@ -251,23 +232,19 @@ def table(
 
 @bench_app.command()
 def report(
-    out: Annotated[Path, typer.Option(help="Folder for report.md, report.json and the figures.")] = Path(
-        "bench-report"
-    ),
-    results: Annotated[
-        list[Path] | None, typer.Option(help="Measured results; may be given again. [those that come with the package]")
-    ] = None,
+    out: Annotated[Path, Option(help="Folder for report.md, report.json and the figures.")] = Path("bench-report"),
+    results: Annotated[list[Path] | None, Option(help="Saved results. Repeatable. [default: the package's]")] = None,
     arch: Annotated[
-        list[int] | None, typer.Option(min=70, max=200, help="Compile for this sm; may be given again. [80, 90, 100]")
+        list[int] | None, Option(min=70, max=200, help="GPU architecture. Repeatable. [default: 80, 90, 100]")
     ] = None,
-    kernel: Annotated[list[str] | None, typer.Option(help="Compile this kernel; may be given again. [all]")] = None,
+    kernel: Annotated[list[str] | None, Option(help="Kernel to compile. Repeatable. [default: all]")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Compile every kernel ahead of time, set what was measured against the floors, and draw both. Needs no GPU.
+    """Compile all kernels and report results against their floors.
 
-    On a machine with a GPU, the ops and temposae's step are measured first.
+    Needs no GPU. On a machine with a GPU, the ops and temposae's step are measured first, unless --results is given.
     """
-    _quiet()
+    _set_log_levels()
     from ..bench.report import write as write_report
 
     check_writable(json_file)
@@ -279,16 +256,15 @@ def report(
 
 @bench_app.command()
 def tune(
-    entry: Annotated[
-        list[str] | None, typer.Option(help="Entry of the table: encode, merge, ...; may be given again. [all]")
-    ] = None,
+    entry: Annotated[list[str] | None, Option(help="Entry: encode, merge, ... Repeatable. [default: all]")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Time a small grid of launch settings on this GPU, and write the best ones to its row of kernels/configs.py.
+    """Choose launch settings for this GPU and save them.
 
-    At N = 8192, D = 2304, F = 65536, K = 64, mostly in bf16. Takes minutes; run the GPU tests afterwards.
+    Times a small grid of settings at N = 8192, D = 2304, F = 65536, K = 64, mostly in bf16, and writes the best ones to this
+    GPU's row of kernels/configs.py. Takes minutes. Run the GPU tests afterwards.
     """
-    _quiet()
+    _set_log_levels()
     check_writable(json_file)
     from ..bench import tune as tuning
 
@@ -304,52 +280,67 @@ def profile(
     d: D = None,
     f: F = None,
     k: K = None,
-    steps: Annotated[int, typer.Option(min=1, max=10_000, help="How many steps.")] = 5,
-    trace: Annotated[Path, typer.Option(help="Chrome trace to write; open it in ui.perfetto.dev.")] = Path(
-        "trace.json"
-    ),
+    steps: Annotated[int, Option(min=1, max=10_000, help="Number of steps to profile.")] = 5,
+    trace: Annotated[Path, Option(help="Chrome trace to write. Open it in ui.perfetto.dev.")] = Path("trace.json"),
     dtype: Dtype = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Show where the time of a training step goes, and write a trace of it."""
-    device_type, dtype_name, shapes = _begin(json_file, device, dtype, preset, n, d, f, k)
+    """Show where the time of a training step goes.
+
+    Prints the stages of a step and writes a trace of it. Profiles one shape: the first of the preset, or the given one.
+    """
+    device_type, dtype_name, shapes = _start(json_file, device, dtype, preset, (n, d, f, k))
     from ..bench.profile import run
     from ..bench.profile import table as stages
     from ..bench.results import commit, device_name
     from ..engine.errors import UserError
 
     if len(shapes) > 1 and (n, d, f, k) != (None,) * 4:
-        raise UserError(
-            f"--n, --d, --f, --k: {len(shapes)} shapes are not allowed; profile shows one, give a number each"
-        )
+        raise UserError(f"--n, --d, --f, --k: {len(shapes)} shapes are not allowed; give one number each")
     check_writable(trace, "trace")
     timings = run(shapes[0], device=device_type, dtype=dtype_name, steps=steps, trace=trace)
     timings |= {"device": device_name(device_type), "commit": commit(), "trace": str(trace)}
-    write_json(json_file, timings)
-    print(stages(timings), end="")
+    _finish(timings, stages, json_file)
     print(f"trace: {trace}")
 
 
-def _begin(
-    json_file: Path | None, device: str | None, dtype: str | None, preset: str | None,
-    n: str | None, d: str | None, f: str | None, k: str | None,
-) -> tuple[str, str, Any]:  # fmt: skip
-    """Device, dtype and shapes; what can be refused is refused here."""
-    _quiet()
-    check_writable(json_file)
-    device_type = _device_type(device)
-    from ..bench.data import DTYPES
-    from ..engine.errors import UserError
+def _start(
+    json_file: Path | None, device: str | None, dtype: str | None, preset: str | None, sizes: tuple[str | None, ...]
+) -> tuple[str, str, Any]:
+    """Check the options and return device, dtype and shapes. `sizes` are N, D, F and K."""
+    device_type = _check(json_file, device)
+    from ..bench.data import DTYPES, check_settings
 
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"dtype: {dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}")
-    default_preset, default_dtype = ("gpu", "bf16") if device_type == "cuda" else ("cpu", "fp32")
-    return device_type, dtype or default_dtype, _shapes(preset or default_preset, n, d, f, k)
+    default_dtype = "bf16" if device_type == "cuda" else "fp32"
+    dtype_name = default_dtype if dtype is None else dtype
+    check_settings(dtype_name, DTYPES)
+    return device_type, dtype_name, _shapes(preset or _default_preset(device_type), *sizes)
+
+
+def _check(json_file: Path | None, device: str | None = None) -> str:
+    """Check that the file can be written and that a backend runs on the device. Returns "cpu" or "cuda"."""
+    _set_log_levels()
+    check_writable(json_file)
+    import torch
+
+    from ..engine.errors import UserError
+    from .options import check_backend
+
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"device: {device!r} is not allowed; it must be cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' is not allowed; torch finds no GPU here")
+    check_backend()
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _default_preset(device_type: str) -> str:
+    return "gpu" if device_type == "cuda" else "cpu"
 
 
 def _shapes(preset: str, n: str | None, d: str | None, f: str | None, k: str | None) -> Any:
-    """The shapes that the options ask for; a mistake names the option."""
+    """The shapes that the options ask for. An error names the option."""
     from ..bench.data import shapes
     from ..engine.errors import UserError
 
@@ -360,32 +351,12 @@ def _shapes(preset: str, n: str | None, d: str | None, f: str | None, k: str | N
         raise UserError(f"--{field.lower()}{colon}{rest}" if field in ("N", "D", "F", "K") else error) from None
 
 
-def _device_type(device: str | None) -> str:
-    """The device that was asked for, or the one that there is; and a backend that can run there."""
-    import torch
-
-    from ..engine.errors import UserError
-    from ..kernels.backend import why
-
-    if device not in (None, "cpu", "cuda"):
-        raise UserError(f"device: {device!r} is not allowed; it must be cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: 'cuda' is not allowed; torch finds no GPU here")
-    try:
-        why()
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _finish(results: dict[str, Any], json_file: Path | None) -> None:
-    from ..bench.results import table as markdown
-
+def _finish(results: dict[str, Any], as_markdown: Callable[[dict[str, Any]], str], json_file: Path | None) -> None:
     write_json(json_file, results)
-    print(markdown(results), end="")
+    print(as_markdown(results), end="")
 
 
-def _quiet() -> None:
-    """The profiler, which counts memory on a CPU, tells the terminal about its stages. Read when torch is imported."""
+def _set_log_levels() -> None:
+    """Silence the profiler's messages about its stages. torch reads the variables when it is imported."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -1,4 +1,4 @@
-"""`temposae config`: check a file of settings, or say what settings there are."""
+"""`temposae config`: check a config file, or explain settings."""
 
 import textwrap
 from collections.abc import Iterator
@@ -6,15 +6,15 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from .options import Plugin
 
 if TYPE_CHECKING:
     from ..engine.config.explain import Section, Setting
 
-WIDTH = 100  # of explanations
-BAR = "\\|"  # within a cell of a table
+WIDTH = 100  # characters in a line of an explanation
+BAR = "\\|"  # a bar inside a Markdown table cell
 PAGE = """# Settings
 
 This page is `temposae config --explain --markdown`, written from the classes of the settings.
@@ -35,21 +35,21 @@ and [variants.md](variants.md) says where each one acts.
 def config(
     source: Annotated[
         str | None,
-        typer.Argument(
+        Argument(
             metavar="FILE|NAME",
             show_default=False,
-            help="YAML for temposae train or campaign; with --explain a setting (train.lr), a section (sae.mask) or a part.",
+            help="YAML file for temposae train or campaign. With --explain: a setting (train.lr), a section (sae.mask) or "
+            "a part (layer_norm).",
         ),
     ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Say what NAME is, what it may be and its default. [all settings]")
-    ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="With --explain: print docs/settings.md.")] = False,
+    explain: Annotated[bool, Option("--explain", help="Explain the setting NAME, or all settings.")] = False,
+    markdown: Annotated[bool, Option("--markdown", help="With --explain: print docs/settings.md.")] = False,
     plugin: Plugin = None,
 ) -> None:
-    """Check a file of settings and print it with all defaults; or explain settings.
+    """Check a config file and print all settings, or explain them.
 
-    No model is loaded, so what only the model decides (sae.d_in, and sae.d_sae unless it is given) is left out.
+    Settings that the file leaves out are printed with their defaults. No model is loaded, so settings that depend on it
+    (sae.d_in, and sae.d_sae by default) are left out.
     """
     from ..engine.errors import UserError
     from ..engine.plugins import use
@@ -57,7 +57,7 @@ def config(
 
     use(plugin)
     if markdown and (not explain or source is not None):
-        raise UserError("--markdown: not allowed here; it goes with --explain alone, and prints all settings")
+        raise UserError("--markdown: not allowed here; give it with --explain and without NAME")
     if not explain and source is None:
         raise UserError("FILE: missing; give a file to check, or --explain")
     if markdown:
@@ -69,8 +69,12 @@ def config(
 
 
 def _resolved(path: Path) -> str:
+<<<<<<< HEAD
     """Return the settings in a file with their defaults, as YAML that `temposae train` or `campaign` reads. Raises UserError
     for wrong settings."""
+=======
+    """The settings in a file with their defaults, as YAML. Raises UserError for settings that are not allowed."""
+>>>>>>> cli
     import yaml
 
     from ..campaign.config import CampaignConfig, entries
@@ -83,8 +87,13 @@ def _resolved(path: Path) -> str:
         campaign = CampaignConfig(**settings)
         resolve_without_model({run.name: run.sections for run in entries(campaign)})
         resolved = campaign.model_dump(mode="json")
+<<<<<<< HEAD
     elif isinstance(settings.get("dictionaries"), dict):  # config.yaml of a sweep's folder
         resolved = as_file(SweepConfig(**settings).model_dump(mode="json")["dictionaries"])
+=======
+    elif isinstance(settings.get("dictionaries"), dict):  # the config.yaml of a sweep's folder
+        resolved = SweepConfig(**settings).model_dump(mode="json")
+>>>>>>> cli
     else:
         runs = resolve_without_model(expand(settings))
         resolved = runs.get("") or as_file(runs)
@@ -96,13 +105,13 @@ def _config_sections() -> "Iterator[Section]":
 
     for name, classes in SECTIONS.items():
         yield explain(name, classes[0], *classes)
-    from ..campaign.config import CampaignConfig  # which imports torch
+    from ..campaign.config import CampaignConfig  # imports torch
 
     yield explain("campaign", CampaignConfig, CampaignConfig)
 
 
 def _part_sections(own: bool) -> "Iterator[Section]":
-    """All parts, or temposae's own; `kind` is the name of the section."""
+    """The settings of temposae's own parts or of all installed ones. The section's name is the part's kind."""
     from ..engine.config.explain import explain
     from ..engine.registry import installed, is_own
 
@@ -113,7 +122,7 @@ def _part_sections(own: bool) -> "Iterator[Section]":
 
 
 def _explanation(name: str | None) -> str:
-    """A setting, a section or a part in words, or all of them."""
+    """The explanation of a setting, section or part, or of all of them."""
     from ..engine.config.explain import SECTIONS
     from ..engine.errors import UserError, near, shown
 
@@ -121,7 +130,7 @@ def _explanation(name: str | None) -> str:
     if name is None:
         return "\n\n".join(map(_section_text, sections))
     known_names: list[str] = []
-    for section in sections:  # one after the other, because parts take seconds to import
+    for section in sections:  # lazily, because parts take seconds to import
         if name == section.name:
             return _section_text(section)
         for setting in section.settings:
@@ -145,7 +154,7 @@ def _setting_text(name: str, setting: "Setting") -> str:
 
 
 def settings_page() -> str:
-    """docs/settings.md, in Markdown."""
+    """The text of docs/settings.md."""
     sections = [_section_page(section, "##") for section in _config_sections()]
     parts = [_section_page(section, "###") for section in _part_sections(own=True)]
     return "\n".join([PAGE, *sections, PARTS, *parts])

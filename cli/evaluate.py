@@ -1,79 +1,79 @@
-"""`temposae eval`, `temposae features` and `temposae dashboard`: what is done with a trained dictionary."""
+"""`temposae eval`, `temposae features` and `temposae dashboard`: study a trained dictionary."""
 
 import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from ..engine.storage.files import check_writable, write_json
 from .options import FOLDERS, TEXTS, JsonFile, Plugin, check_backend
 from .output import core_table, scores_table
 
-Dictionary = Annotated[Path, typer.Option(help=FOLDERS)]
+Dictionary = Annotated[Path, Option(help=FOLDERS)]
+OtherModel = Annotated[
+    str | None,
+    Option(help="Language model: testbed, smollm2, a hub name or a local folder. [default: the one it was trained on]"),
+]
+OtherLayer = Annotated[int | None, Option(help="Layer of the residual stream, from 0. [default: where it was trained]")]
+OtherHook = Annotated[str | None, Option(help="Use the activations at this transformer_lens hook instead.")]
+OtherData = Annotated[str | None, Option(help=f"Text to use: {TEXTS}. [default: the text it was trained on]")]
 
 
 def evaluate(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="One of those above, or all.", show_default=False)],
+    name: Annotated[str, Argument(metavar="NAME", help="An eval listed above, or all.", show_default=False)],
     sae: Dictionary,
-    model: Annotated[
-        str | None, typer.Option(help="Evaluate in this model instead of the one it was trained on.")
-    ] = None,
-    layer: Annotated[int | None, typer.Option(help="Evaluate after this layer.")] = None,
-    hook: Annotated[str | None, typer.Option(help="Evaluate at this hook.")] = None,
-    data: Annotated[str | None, typer.Option(help=f"Evaluate on this text: {TEXTS}.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of whatever is drawn at random.")] = 0,
+    model: OtherModel = None,
+    layer: OtherLayer = None,
+    hook: OtherHook = None,
+    data: OtherData = None,
+    seed: Annotated[int, Option(min=0, max=2**63 - 1, help="Seed of all random choices.")] = 0,
     sets: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--set",
-            help="sparse_probing: labelled texts, a .csv or .jsonl file with columns text and label, or a published set "
-            "(fancyzhx/ag_news?path=FOLDER); may be repeated. [the embedded language's topics]",
+            help="For sparse_probing: a .csv or .jsonl file with columns text and label, or a published set "
+            "(fancyzhx/ag_news?path=FOLDER). Repeatable. [default: the embedded language's topics]",
         ),
     ] = None,
     files: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--file",
             metavar="NAME=PATH",
-            help="unlearning: forget_questions, retain_questions (.jsonl or .parquet, WMDP's and MMLU's layout), "
-            "forget_text and retain_text (.txt, .jsonl or .parquet), all four; positions: blimp (.jsonl), senteval. "
-            "[the embedded language's own]",
+            help="For unlearning, all four of forget_questions, retain_questions (.jsonl or .parquet, in the formats of "
+            "WMDP and MMLU), forget_text and retain_text (.txt, .jsonl or .parquet). For positions, blimp (.jsonl) and "
+            "senteval. Repeatable. [default: the embedded language's]",
         ),
     ] = None,
     rows: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             max=2**20,
-            help="core: measure on so many rows of held-out text. [as training did, else as fit the model]",
+            help="For core: rows of held-out text to evaluate on. [default: as in training, or by the model's cost]",
         ),
     ] = None,
-    control: Annotated[
-        bool,
-        typer.Option(
-            "--control", help="Train a random control first where there is none, on as many tokens as the run."
-        ),
-    ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the run folder holds already.")] = False,
+    control: Annotated[bool, Option("--control", help="Train a random control first if the run has none.")] = False,
+    fresh: Annotated[bool, Option("--fresh", help="Repeat evals that the run folder already has.")] = False,
     plugin: Plugin = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure a dictionary, beside its controls. Results of a run are kept in its folder's evals/; report.html there shows
-    them all.
+    """Evaluate a dictionary and its controls.
+
+    Results of a run are saved in evals/ in its folder, and report.html shows all of them.
 
     \b
-    core            explained variance, CE and KL recovered, L0, dead latents, overall and per position
-    sparse_probing  probes on the k latents that tell classes of text best
-    positions       what latents tell of position, what reconstruction keeps of it, what is told by word order alone
-    ground_truth    which known variables of the embedded language single latents name
-    unlearning      can one subject's answers be turned while all others are kept
-    scr, tpp        removing a spurious attribute, or one class, by ablating a few latents
-    clusters        latents grouped by where in a row they are active
-    absorption      first letters that a latent stands for, but for some words
+    core            explained variance, CE and KL recovered, L0 and dead latents, overall and per position
+    sparse_probing  accuracy of classifiers that see only the k best latents
+    positions       position information in latents and reconstructions, and sensitivity to word order
+    ground_truth    known variables of the embedded language that single latents represent
+    unlearning      answers about one subject removed while all others are kept
+    scr, tpp        a spurious attribute, or one class, removed by ablating a few latents
+    clusters        latents grouped by the positions at which they are active
+    absorption      first-letter latents that miss some of their words
 
-    Without labels, questions or texts of its own, an eval uses the embedded language's; on another text it says what to
-    give.
+    Labels, questions and texts default to the embedded language's. On another text, an eval that needs its own says so.
     """
     from ..engine.plugins import use
     from ..engine.process.signals import stop_advice
@@ -92,7 +92,7 @@ def evaluate(
     loaded = checkpoint.find(sae)
     stream = stream_of(loaded, model, layer, hook, data, tokens=100_000)
     is_run = loaded.of_run is not None and all(option is None for option in (model, layer, hook, data))
-    resume_note = "the evals that were finished are kept, and the same command goes on" if is_run else "nothing is kept"
+    resume_note = "finished evals are saved, and the same command continues" if is_run else "nothing is saved"
     with stop_advice(f"stopped; {resume_note}"):
         results = evaluate(
             loaded, stream, sae if is_run else None, names, seed=seed, sets=sets or (), files=by_name, fresh=fresh,
@@ -113,28 +113,27 @@ def evaluate(
 
 def features(
     sae: Dictionary,
-    out: Annotated[Path, typer.Option(help="Folder of the store, new or empty.")],
-    data: Annotated[str | None, typer.Option(help=f"Encode this text: {TEXTS}. [the one it was trained on]")] = None,
+    out: Annotated[Path, Option(help="Folder to write the store to, new or empty.")],
+    data: OtherData = None,
     tokens: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             max=10**15,
-            help="Encode so many tokens. [as many as the run was trained on; of another --data, the whole text]",
+            help="Number of tokens to encode. [default: as many as the run trained on; with --data, the whole text]",
         ),
     ] = None,
-    min_activation: Annotated[float, typer.Option(min=0, max=1e15, help="Leave out activations up to this one.")] = 0.0,
-    model: Annotated[
-        str | None, typer.Option(help="Encode activations of this model instead of the one it was trained on.")
-    ] = None,
-    layer: Annotated[int | None, typer.Option(help="Encode what is after this layer.")] = None,
-    hook: Annotated[str | None, typer.Option(help="Encode what is at this hook.")] = None,
+    min_activation: Annotated[float, Option(min=0, max=1e15, help="Store only activations above this value.")] = 0.0,
+    model: OtherModel = None,
+    layer: OtherLayer = None,
+    hook: OtherHook = None,
     plugin: Plugin = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Encode a text once, in order, into a store in Parquet: which latents are active where, and how strongly.
+    """Encode a text into a Parquet store of active latents.
 
-    `temposae.features.read`, pandas and DuckDB read it.
+    The store has one entry per token and active latent, in text order. Read it with `temposae.features.read`, pandas or
+    DuckDB.
     """
     from ..engine.plugins import use
     from ..engine.storage import checkpoint
@@ -149,8 +148,8 @@ def features(
     loaded = checkpoint.find(sae)
     if tokens is None and data is None and loaded.run is not None:
         tokens = loaded.run.train.tokens
-        explanation = "" if isinstance(loaded, checkpoint.Loaded) else ", as many as the run was trained on"
-        print(f"encoding {tokens:,} tokens{explanation}; --tokens gives another number", flush=True)
+        explanation = "" if isinstance(loaded, checkpoint.Loaded) else ", as many as the run trained on"
+        print(f"encoding {tokens:,} tokens{explanation}; --tokens sets another number", flush=True)
     stream = stream_of(loaded, model, layer, hook, data, tokens=1, repeat=False, **BUFFERLESS)
     totals = store.encode(loaded, stream, out, tokens=tokens, min_activation=min_activation)
     seconds = time.monotonic() - began
@@ -159,41 +158,35 @@ def features(
     speed = totals["speed"]
     print(
         f"{totals['tokens']:,} tokens in {totals['rows']:,} rows, {totals['entries']:,} entries, "
-        f"{totals['entries'] / totals['tokens']:.1f} a token: {out}"
+        f"{totals['entries'] / totals['tokens']:.1f} per token: {out}"
     )
     print(
-        f"tokens/s: {speed['tokens_per_s']:,.0f} in all, {command['tokens_per_s']:,.0f} with loading; encoding alone "
-        f"{speed['sparse_tokens_per_s']:,.0f}, {speed['sparse_over_dense']:.2f} times as many as by dense activations"
+        f"tokens/s: {speed['tokens_per_s']:,.0f} overall, {command['tokens_per_s']:,.0f} including loading, "
+        f"{speed['sparse_tokens_per_s']:,.0f} for encoding alone ({speed['sparse_over_dense']:.2f} x dense encoding)"
     )
 
 
 def dashboard(
     sae: Dictionary,
     latents: Annotated[
-        str | None,
-        typer.Option(help="Numbers of latents, as in 3,17. [--count of them, over the ranks of firing rate]"),
+        str | None, Option(help="Latents, as in 3,17. [default: --count of them, spread over firing rates]")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, max=10**6, help="How many latents, where none are named.")] = 100,
+    count: Annotated[int, Option(min=1, max=10**6, help="Number of latents, unless --latents names them.")] = 100,
     rows: Annotated[
-        int | None,
-        typer.Option(min=1, max=2**20, help="Rows of held-out text to look at. [1024; fewer after a short run]"),
+        int | None, Option(min=1, max=2**20, help="Rows of held-out text. [default: 1024, fewer after a short run]")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The page. [dashboard.html in the run folder]")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Look at activations of this model instead of the one it was trained on.")
-    ] = None,
-    layer: Annotated[int | None, typer.Option(help="Look after this layer.")] = None,
-    hook: Annotated[str | None, typer.Option(help="Look at this hook.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help=f"Look at this text: {TEXTS}. [what it was trained on, rows held out]")
-    ] = None,
+    out: Annotated[Path | None, Option(help="HTML file to write. [default: dashboard.html in the run folder]")] = None,
+    model: OtherModel = None,
+    layer: OtherLayer = None,
+    hook: OtherHook = None,
+    data: OtherData = None,
     plugin: Plugin = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Make a page to look at latents one by one, a single HTML file.
+    """Write an HTML page that shows latents one by one.
 
-    Of each: how often and where in a row it fires, the texts that it fires on most and some ordinary ones, and the tokens
-    that it raises and lowers.
+    For each latent: how often and at which positions it fires, the texts on which it fires most, some random ones, and the
+    tokens whose logits it raises and lowers.
     """
     from ..engine.errors import UserError
     from ..engine.plugins import use
@@ -206,7 +199,7 @@ def dashboard(
     loaded = checkpoint.find(sae)
     dictionary = loaded.dictionary()
     if out is None and loaded.of_run is None:
-        raise UserError(f"out: needed; {sae} is not a run folder, give the page to write, as in dashboard.html")
+        raise UserError(f"out: missing; {sae} is not a run folder, so give the HTML file to write")
     page = out or sae / "dashboard.html"
     check_writable(page, "out", board.is_page)
     check_writable(json_file)

@@ -1,11 +1,11 @@
-"""`temposae convert` and `temposae upload`: dictionaries in other libraries' layouts, and on the hub."""
+"""`temposae convert` and `temposae upload`: dictionaries in other libraries' formats and on the hub."""
 
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from .options import FOLDERS, Plugin
 
@@ -13,23 +13,22 @@ if TYPE_CHECKING:
     from ..engine.storage.checkpoint import Checkpoint
 
 LAYOUTS = "saelens, dictionary_learning, sparsify, gemma-scope or temposae"
-Source = Annotated[Path, typer.Argument(metavar="SRC", show_default=False, help=FOLDERS)]
-Layout = Annotated[str, typer.Option("--to", help=f"The layout to write: {LAYOUTS}.")]
-Which = Annotated[
-    str, typer.Option("--dictionary", help="Which dictionary of a run: sae, or random for the control beside it.")
-]
+Source = Annotated[Path, Argument(metavar="SRC", show_default=False, help=FOLDERS)]
+Layout = Annotated[str, Option("--to", help=f"Format to write: {LAYOUTS}.")]
+Which = Annotated[str, Option("--dictionary", help="Dictionary of the run: sae, or random for its random control.")]
 
 
 def convert(
     source: Source,
-    out: Annotated[Path, typer.Argument(metavar="DST", show_default=False, help="The folder to make.")],
+    out: Annotated[Path, Argument(metavar="DST", show_default=False, help="Folder to create.")],
     to: Layout,
     which: Which = "sae",
     plugin: Plugin = None,
 ) -> None:
-    """Write a dictionary in another library's layout. What comes back from there is the same, bit for bit.
+    """Write a dictionary in another library's format.
 
-    A dictionary that the library can't hold, such as one with a mask over positions, is refused with the reason.
+    Converting back gives the same weights, bit for bit. A dictionary that the library cannot represent, such as one with a
+    mask over positions, is refused with the reason.
     """
     from ..engine.plugins import use
     from ..engine.storage import checkpoint
@@ -38,23 +37,23 @@ def convert(
     loaded = checkpoint.find(source)
     _write(loaded, which, out, to)
     sae = loaded.dictionary(which).cfg
-    print(f"{out}: {sae.activation}, D = {sae.d_in}, F = {sae.d_sae}, as {to} has it")
+    print(f"{out}: {sae.activation}, D = {sae.d_in}, F = {sae.d_sae}, in the format of {to}")
     if loaded.where.get("hook") is None:
         print(f"note: {source} does not say where it was trained, so neither does {out}", file=sys.stderr)
 
 
 def upload(
     source: Source,
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", show_default=False, help="OWNER/REPOSITORY[/FOLDER] on the hub.")
-    ],
+    name: Annotated[str, Argument(metavar="NAME", show_default=False, help="OWNER/REPOSITORY[/FOLDER] on the hub.")],
     to: Layout = "temposae",
     which: Which = "sae",
-    private: Annotated[bool, typer.Option("--private", help="A new repository is seen by its owner alone.")] = False,
+    private: Annotated[bool, Option("--private", help="Create a private repository.")] = False,
     plugin: Plugin = None,
 ) -> None:
-    """Put a dictionary on the Hugging Face hub, with a model card: what it is, where it was trained, and how well it does if
-    `temposae eval core` has measured it."""
+    """Upload a dictionary to the Hugging Face hub with a model card.
+
+    The card describes the dictionary and its training, with scores if `temposae eval core` has measured them.
+    """
     from ..engine.interchange import hub
     from ..engine.plugins import use
     from ..engine.storage import checkpoint

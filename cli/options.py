@@ -1,49 +1,47 @@
-"""What several commands share: options, settings from a file and from options, the backend."""
+"""Options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 PLAIN: dict[str, Any] = {
     "no_args_is_help": True, "add_completion": False, "rich_markup_mode": None,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }  # fmt: skip
 
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+JsonFile = Annotated[Path | None, Option("--json", help="Also write the results to this JSON file.")]
 Model = Annotated[
     str | None,
-    typer.Option(help="testbed, smollm2, a hub name (google/gemma-2-2b) or a local Hugging Face folder. [testbed]"),
+    Option(help="testbed, smollm2, a hub name (google/gemma-2-2b) or a local Hugging Face folder. [default: testbed]"),
 ]
-Layer = Annotated[int | None, typer.Option(help="Train on the residual stream after this layer. [the middle one]")]
-Hook = Annotated[str | None, typer.Option(help="Train at this transformer_lens hook instead.")]
+Layer = Annotated[int | None, Option(help="Layer of the residual stream, from 0. [default: the middle layer]")]
+Hook = Annotated[str | None, Option(help="Train on the activations at this transformer_lens hook instead.")]
 TEXTS = "a .txt, .jsonl, .json, .csv, .tsv or .parquet file, an .npy file of token ids, or a dataset's name or folder"
 Data = Annotated[
-    str | None,
-    typer.Option(help=f"Text to train on: {TEXTS}. [the embedded language, for testbed]"),
+    str | None, Option(help=f"Text to train on: {TEXTS}. [default: the embedded language, for testbed only]")
 ]
 Field = Annotated[
-    str | None,
-    typer.Option(help="Field with the text; a path with dots leads into structs. [text, tokens or input_ids]"),
+    str | None, Option(help="Field with the text, nested as in a.b. [default: text, tokens or input_ids]")
 ]
-Split = Annotated[str | None, typer.Option(help="Split of the dataset in --data. [train]")]
-Subset = Annotated[str | None, typer.Option(help="Subset (configuration) of the dataset in --data. [the only one]")]
+Split = Annotated[str | None, Option(help="Split of the dataset in --data. [default: train]")]
+Subset = Annotated[str | None, Option(help="Subset (configuration) of that dataset. [default: the only one]")]
+Latents = Annotated[int | None, Option(help="F, the number of latents. [default: 2304]")]
+Resume = Annotated[bool, Option("--resume", help="Continue the stopped run in --out, with its own settings.")]
 Plugin = Annotated[
     list[str] | None,
-    typer.Option(
-        "--plugin",
-        metavar="FILE|MODULE",
-        help="Python file or module with parts of your own; its code runs. May be repeated.",
+    Option(
+        "--plugin", metavar="FILE|MODULE", help="Python file or module that defines parts. It is executed. Repeatable."
     ),
 ]
 FOLDERS = (
-    "A run folder, a checkpoint, a folder of SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium (or the "
-    "file of weights in it), or one on the hub: OWNER/REPOSITORY/FOLDER."
+    "A run folder, a checkpoint, a folder or weights file of SAELens, dictionary_learning, sparsify, Gemma Scope or "
+    "Llamascopium, or one on the hub: OWNER/REPOSITORY/FOLDER."
 )
 
 
 def merge(settings: dict[str, Any], options_by_section: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Settings of a file, with the options that were given on top."""
+    """Settings with the options that were given on top. Options that are None were not given."""
     from ..engine.config import section
 
     merged = dict(settings)
@@ -53,7 +51,7 @@ def merge(settings: dict[str, Any], options_by_section: dict[str, dict[str, Any]
 
 
 def check_backend() -> None:
-    """A wrong TEMPOSAE_BACKEND, or one that can't run here, is said before anything is loaded."""
+    """Raise UserError if TEMPOSAE_BACKEND names a backend that does not exist or cannot run here."""
     from ..engine.errors import UserError
     from ..kernels.backend import why
 

@@ -1,4 +1,4 @@
-"""What commands print."""
+"""Tables that commands print."""
 
 import os
 import sys
@@ -12,38 +12,31 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NO_CONTROL = "no random control ({})"
-#: score -> why there may be none, where something else was measured
+#: score -> why it may be undefined
 WHY_NONE = {
-    "explained_variance": "explained variance: the activations don't vary",
-    "ce_recovered": "CE recovered: no token has a next one, or zeros in the activation's place do not raise the loss",
-    "ce_recovered_over_mean": "over mean: as above, with the mean in the activation's place",
+    "explained_variance": "explained variance: the activations do not vary",
+    "ce_recovered": "CE recovered: no token has a next token, or zero ablation does not raise the loss",
+    "ce_recovered_over_mean": "over mean: the same with mean ablation",
 }
 
 
 def core_table(result: dict[str, Any], title: str) -> None:
-    """The scores of a dictionary, and of its controls; below, why some have none."""
+    """Print the core scores of a dictionary and its controls."""
     named = {"lm_neurons": "LM neurons"}
     controls = {named.get(name, f"{name} control"): scores for name, scores in result["controls"].items()}
     _table({"dictionary": result} | controls, title)
-    if (reason := result.get("no_random_control")) is not None:
-        _say(NO_CONTROL.format(reason))
-    for warning in result.get("warnings", []):
-        _say(f"warning: {warning}")
+    _print_notes(result)
 
 
 def scores_table(result: dict[str, Any], title: str) -> None:
-    """Every score of an eval, and of each of its sections, a line each, with a column for each control that has it, and for
-    the model's own activations (LLM) where they were measured; below, why some have none."""
-    from rich.table import Table
-
+    """Print every score of an eval and its sections, one line each, with a column for each control and for the model's own
+    activations (LLM), where measured."""
     sections = {"": result} | {
         k: v for k, v in result.items() if isinstance(v, dict) and isinstance(v.get("controls"), dict)
     }
     names = list(dict.fromkeys(name for section in sections.values() for name in section.get("controls", {})))
     llm = ["LLM"] if any(isinstance(section.get("llm"), dict) for section in sections.values()) else []
-    table = Table(title=printable(title), title_justify="left")
-    for heading in ("", "dictionary", *names, *llm):
-        table.add_column(printable(heading), justify="right" if heading else "left", no_wrap=True)
+    table = _new_table(title, ("", "dictionary", *names, *llm), no_wrap=True)
     missing: dict[str, list[str]] = {}
     for section, scores in sections.items():
         scores_by_control = {name: scores.get("controls", {}).get(name, {}) for name in names}
@@ -58,42 +51,44 @@ def scores_table(result: dict[str, Any], title: str) -> None:
                     missing.setdefault(name, []).append(label)
     _print(table)
     for name, labels in missing.items():
-        _say(f"- no figure of {name} for {', '.join(labels)}")
+        _say(f"- no value for {name}: {', '.join(labels)}")
     for section, scores in sections.items():
         if isinstance(scores.get("skipped"), str):
             _say(f"{section.replace('_', ' ')} was skipped: {scores['skipped']}")
+    _print_notes(result)
+    if reached := result.get("reached_by"):
+        _say(f"controls that score as well: {', '.join(reached)}")
+
+
+def _print_notes(result: dict[str, Any]) -> None:
     if (reason := result.get("no_random_control")) is not None:
         _say(NO_CONTROL.format(reason))
     for warning in result.get("warnings", []):
         _say(f"warning: {warning}")
-    if reached := result.get("reached_by"):
-        _say(f"a control does as well: {', '.join(reached)}")
 
 
 def _figures(scores: Iterable[dict[str, Any]]) -> list[str]:
-    """The names under which any of these has a figure, but times and what is told elsewhere."""
-    return list(
-        dict.fromkeys(
-            key for column in scores for key, value in column.items() if isinstance(value, float) and key != "seconds"
-        )
-    )
+    """The names of all scores in these columns."""
+    items = (item for column in scores for item in column.items())
+    return list(dict.fromkeys(key for key, value in items if isinstance(value, float) and key != "seconds"))
 
 
 def runs_table(summary: dict[str, Any]) -> None:
-    """What `train` leaves behind: a dictionary beside its controls, or several, each beside its random control."""
-    several = summary.get("dictionaries")
-    if several is None:
-        core_table(
-            summary, f"{summary['activation']}, F = {summary['d_sae']}, at {summary['hook']} of {summary['model']}"
-        )
+    """Print the results of `train`: one dictionary and its controls, or several with their random controls."""
+    dictionaries = summary.get("dictionaries")
+    if dictionaries is None:
+        title = f"{summary['activation']}, F = {summary['d_sae']}, at {summary['hook']} of {summary['model']}"
+        core_table(summary, title)
         return
-    whole = {name: scores for name, scores in several.items() if "failed" not in scores}
-    controls = {name: scores["controls"].get("random", {}).get("explained_variance") for name, scores in whole.items()}
-    beside = {"random EV": controls} if any("random" in scores["controls"] for scores in whole.values()) else {}
-    _table(whole, f"{len(several)} dictionaries of {summary['model']}", beside)
-    for reason in dict.fromkeys(s["no_random_control"] for s in whole.values() if s.get("no_random_control")):
+    trained = {name: scores for name, scores in dictionaries.items() if "failed" not in scores}
+    controls = {
+        name: scores["controls"].get("random", {}).get("explained_variance") for name, scores in trained.items()
+    }
+    control_column = {"random EV": controls} if any("random" in s["controls"] for s in trained.values()) else {}
+    _table(trained, f"{len(dictionaries)} dictionaries of {summary['model']}", control_column)
+    for reason in dict.fromkeys(s["no_random_control"] for s in trained.values() if s.get("no_random_control")):
         _say(NO_CONTROL.format(reason))
-    for name, scores in several.items():
+    for name, scores in dictionaries.items():
         if "failed" in scores:
             _say(f"{name} was stopped: {scores['failed']}")
         for warning in scores.get("warnings", []):
@@ -101,10 +96,9 @@ def runs_table(summary: dict[str, Any]) -> None:
 
 
 def campaign_table(results: dict[str, Any]) -> None:
-    """The main scores of a campaign's runs and baselines, means over seeds; below, what analyses find, and runs that failed
-    or are not above their random control."""
+    """Print the main scores of a campaign's runs and baselines (means over seeds), the results of analyses, and runs that
+    failed or do not beat their random control."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
 
     from ..campaign.results import against_random, analysis_figures
     from ..campaign.significance import mean
@@ -113,11 +107,8 @@ def campaign_table(results: dict[str, Any]) -> None:
         return "-" if value is None else f"{value:.{digits}f}"
 
     title = f"{results['model']}, {results['hook']}, {results['seeds']} seed(s)"
-    table = Table(
-        title=printable(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 0)
-    )  # 80 columns, with conditions' names
-    for heading in ("", "FVU first", "FVU last", "L0", "dead", "EV", "of random", "probing", "of random"):
-        table.add_column(printable(heading), justify="right" if heading else "left", no_wrap=not heading)
+    headings = ("", "FVU first", "FVU last", "L0", "dead", "EV", "of random", "probing", "of random")
+    table = _new_table(title, headings, box=SIMPLE_HEAD, padding=(0, 0))  # fits into 80 columns
     for name, run in (results["baselines"] | results["runs"]).items():
         if run["trained_as"] not in results["runs"]:
             keys = ("explained_variance", "probing")
@@ -138,8 +129,8 @@ def campaign_table(results: dict[str, Any]) -> None:
 def documented_list(
     activation: str | None = None, d_sae: int | None = None, k: int | None = None, tokens: int | None = None
 ) -> None:
-    """The documented runs, a line each: title, activation, F, tokens, how long training is expected to take, and the run's
-    mechanisms. The arguments are those of `temposae run`."""
+    """Print the documented runs, one line each, with their settings, mechanisms and estimated training time. The arguments
+    are options of `temposae run`."""
     from ..bench.documented_runs import expected_seconds
     from ..campaign.documented import BASELINES, RUNS, settings
 
@@ -157,44 +148,50 @@ def documented_list(
         time = f"{max(1.0, seconds / 60):.0f} min"
         print(f"{name:13}  {run.title:42}  {label:12}  {size:6,}  {n_tokens:9,}  {time:>7}  {mask_and_parts}")
     print(
-        "time: an estimate for training the run, the plain dictionary beside it, and a random control of each, on the "
-        f"embedded model and {where}.\nMeasuring them comes on top. temposae bench runs --preset testbed measures it anew."
+        "time: estimate for training the run, its plain dictionary and their random controls on the embedded model, on "
+        f"{where}.\nEvaluation takes extra time. temposae bench runs --preset testbed measures the times again."
     )
 
 
 def _table(
-    lines: dict[str, dict[str, Any]], title: str, more: dict[str, dict[str, float | None]] | None = None
+    scores_by_name: dict[str, dict[str, Any]], title: str, more: dict[str, dict[str, float | None]] | None = None
 ) -> None:
-    """Core scores, a line each, with their standard errors or with further columns `more`: heading -> line -> value. Below,
-    why some are missing."""
-    from rich.table import Table
+    """Print core scores, one line per name, with standard errors or with further columns `more` (heading -> name -> value),
+    and why some are missing."""
 
     def number(value: float | None, error: float | None = None) -> str:
         return "-" if value is None else f"{value:.4f}" if error is None else f"{value:.4f} ±{error:.4f}"
 
-    narrow = more is not None  # both don't fit in 80 columns
+    narrow = more is not None  # errors and further columns do not both fit into 80 columns
     names = ("EV", "CE", "over mean") if narrow else ("explained variance", "CE recovered", "over mean")
     more = more or {}
-    table = Table(title=printable(title), title_justify="left")
-    for heading in ("", *names, "L0", "dead", *more):
-        table.add_column(printable(heading), justify="right" if heading else "left", no_wrap=not heading)
-    for name, scores in lines.items():
+    table = _new_table(title, ("", *names, "L0", "dead", *more))
+    for name, scores in scores_by_name.items():
         figures = (number(scores.get(key), None if narrow else scores.get(f"{key}_error")) for key in WHY_NONE)
         l0, dead = scores.get("l0"), None if name == "mean control" else scores.get("dead_fraction")
         cells = ("-" if l0 is None else f"{l0:.1f}", "-" if dead is None else percent(dead))
         table.add_row(printable(name), *figures, *cells, *(number(column.get(name)) for column in more.values()))
     _print(table)
-    measured = [scores for scores in lines.values() if "measured_on" not in scores]  # with a model, that is
+    measured = [scores for scores in scores_by_name.values() if "measured_on" not in scores]  # with a model
     for key, why in WHY_NONE.items():
         if any(scores.get(key) is None for scores in measured):
             _say(f"- {why}")
 
 
+def _new_table(title: str, headings: Iterable[str], no_wrap: bool = False, **style: Any) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=printable(title), title_justify="left", **style)
+    for heading in headings:
+        table.add_column(printable(heading), justify="right" if heading else "left", no_wrap=no_wrap or not heading)
+    return table
+
+
 def _print(table: "Table") -> None:
-    """Names are shown as they are: brackets are no markup, colons no emoji."""
+    """Print a table without interpreting markup or emoji codes in names."""
     from rich.console import Console
 
-    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ  # else nothing says at which width to break lines
+    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
     width = None if has_width else 120
     Console(markup=False, emoji=False, highlight=False, width=width).print(table)
 

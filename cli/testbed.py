@@ -3,24 +3,27 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from ..engine.storage.files import check_can_make, check_writable, write_json
 from .arguments import App
 from .options import PLAIN, JsonFile
 from .output import figures
 
-testbed_app = App(help="The embedded language and the small language model that learned it.", **PLAIN)
+testbed_app = App(help="Train, measure and sample the embedded language model.", **PLAIN)
 
 
 @testbed_app.command("train")
 def train(
-    out: Annotated[Path | None, typer.Option(help="Folder for model and tokenizer. [the package's own]")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=10**7, help="Steps of 16 documents.")] = 3000,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    out: Annotated[Path | None, Option(help="Folder for model and tokenizer. [default: the package's]")] = None,
+    steps: Annotated[int, Option(min=1, max=10**7, help="Training steps, of 16 documents each.")] = 3000,
+    seed: Annotated[int, Option(min=0, max=2**63 - 1, help="Seed of the weights and the documents.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Train the embedded language model from nothing (about 12 minutes on 2 cores; a GPU is used if there is one)."""
+    """Train the embedded language model from random weights.
+
+    Takes about 12 minutes on 2 cores, and uses a GPU if there is one.
+    """
     from ..engine.errors import UserError
     from ..engine.stream.model import TESTBED
     from ..engine.testbed.training import train as train_model
@@ -37,7 +40,7 @@ def train(
 
 @testbed_app.command("quality")
 def quality(json_file: JsonFile = None) -> None:
-    """Measure what the embedded language model knows: loss against the language's entropy, facts, order, agreement."""
+    """Measure the model: loss against entropy, facts, order, agreement."""
     from ..engine.stream.model import LanguageModel
     from ..engine.testbed.language import HELD_OUT, Language
     from ..engine.testbed.quality import measure
@@ -50,14 +53,15 @@ def quality(json_file: JsonFile = None) -> None:
 
 @testbed_app.command("sample")
 def sample(
-    count: Annotated[int, typer.Option(min=1, max=10**6, help="How many documents.")] = 3,
-    start: Annotated[int, typer.Option(min=0, max=2**40, help="Number of the first one.")] = 0,
-    correlation: Annotated[
-        float, typer.Option(min=0, max=1, help="How strongly topic and tone go together, 0 to 1.")
-    ] = 0.5,
+    count: Annotated[int, Option(min=1, max=10**6, help="Number of documents.")] = 3,
+    start: Annotated[int, Option(min=0, max=2**40, help="Index of the first document.")] = 0,
+    correlation: Annotated[float, Option(min=0, max=1, help="Correlation of topic and tone, from 0 to 1.")] = 0.5,
     json_file: JsonFile = None,
 ) -> None:
-    """Print documents of the embedded language; --json adds every token's labels."""
+    """Print documents of the embedded language.
+
+    --json also writes the labels of every token.
+    """
     from ..engine.testbed.language import Language
 
     check_writable(json_file)

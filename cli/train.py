@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from ..engine.storage.files import check_writable, write_json
-from .options import Data, Field, Hook, JsonFile, Layer, Model, Plugin, Split, Subset, check_backend, merge
+from .options import Data, Field, Hook, JsonFile, Layer, Model, Plugin, Resume, Split, Subset, check_backend, merge
 from .output import figures, runs_table
 
 if TYPE_CHECKING:
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 def train(
     config: Annotated[
         Path | None,
-        typer.Argument(
+        Argument(
             show_default=False,
-            help="YAML with sections stream, sae, train, eval; with sweep or dictionaries for several on one stream. "
-            "Options win over it.",
+            help="YAML file with sections stream, sae, train and eval, and sweep or dictionaries for several dictionaries. "
+            "Options override it.",
         ),
     ] = None,
     model: Model = None,
@@ -32,39 +33,34 @@ def train(
     text_field: Field = None,
     split: Split = None,
     subset: Subset = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Read activations from this folder, which `temposae cache` made.")
-    ] = None,
+    cache: Annotated[Path | None, Option(help="Train on a cache: a folder made by `temposae cache`.")] = None,
     activations: Annotated[
-        Path | None,
-        typer.Option(help="Train on the activations in this .npy, .safetensors or .pt file, without a model."),
+        Path | None, Option(help="Train on activations in a .npy, .safetensors or .pt file.")
     ] = None,
-    activation: Annotated[str | None, typer.Option(help="topk, batchtopk, relu or jumprelu. [topk]")] = None,
-    d_sae: Annotated[int | None, typer.Option(help="F, the number of latents. [8 times the model's width]")] = None,
-    k: Annotated[int | None, typer.Option(help="Latents kept per token. [32]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [by D, F, batch and steps]")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [1000000]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, text order and mixing. [0]")] = None,
+    activation: Annotated[str | None, Option(help="topk, batchtopk, relu or jumprelu. [default: topk]")] = None,
+    d_sae: Annotated[int | None, Option(help="F, the number of latents. [default: 8 times the model's width]")] = None,
+    k: Annotated[int | None, Option(help="Latents kept per token. [default: 32]")] = None,
+    lr: Annotated[float | None, Option(help="Peak learning rate. [default: by D, F, batch and steps]")] = None,
+    tokens: Annotated[int | None, Option(help="Number of tokens to train on. [default: 1000000]")] = None,
+    seed: Annotated[int | None, Option(help="Seed of weights, text order and mixing. [default: 0]")] = None,
     eval_rows: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             max=2**20,
-            help="Measure on so many rows of held-out text. [as cost a fifth of the model's passes, 32 to 256]",
+            help="Rows of held-out text to evaluate on. [default: 32 to 256, by the model's cost]",
         ),
     ] = None,
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="Train only; `temposae eval` measures later.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Run folder to make. [runs/MODEL-DATE-TIME]")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")
-    ] = False,
+    no_eval: Annotated[bool, Option("--no-eval", help="Skip evaluation; `temposae eval` can do it later.")] = False,
+    out: Annotated[Path | None, Option(help="Run folder to create. [default: runs/MODEL-DATE-TIME]")] = None,
+    resume: Resume = False,
     plugin: Plugin = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Train a dictionary, with its random control beside it; measure both; draw the figures.
+    """Train a dictionary and its random control, and evaluate both.
 
-    With a section sweep (k: [16, 32]) or dictionaries in the file, train several on one stream and compare them.
-    With several GPUs: torchrun --nproc-per-node 8 -m temposae train ..., each with a share of the text and of the latents.
+    A section sweep (k: [16, 32]) or dictionaries in the file trains several dictionaries on one stream and compares them.
+    To use several GPUs: torchrun --nproc-per-node 8 -m temposae train ... Each takes a share of the text and the latents.
     """
     from ..engine.config import read_yaml
     from ..engine.errors import UserError
@@ -96,11 +92,11 @@ def train(
     }
     if resume:
         if out is None:
-            raise UserError("resume: give --out FOLDER, the folder of the run to go on with")
+            raise UserError("resume: give --out FOLDER, the folder of the run to continue")
         if not (out / CONFIG).is_file():
-            raise UserError(f"resume: --out must name a run folder; {out} holds no {CONFIG}")
+            raise UserError(f"resume: --out must name a run folder; {out} has no {CONFIG}")
         if config is not None or any(v is not None for section in options.values() for v in section.values()):
-            raise UserError("resume: a run goes on with its own settings; give --out and --resume alone (and --plugin)")
+            raise UserError("resume: a run keeps its own settings; give only --out, --resume and --plugin")
         settings = {name: run.model_dump() for name, run in read_settings(out).by_name().items()}
     else:
         settings = expand(merge(read_yaml(config) if config else {}, options))
@@ -118,7 +114,7 @@ def train(
 def _train(
     settings: dict[str, dict[str, Any]], folder: Path, resume: bool, ranks: "Ranks", json_file: Path | None
 ) -> None:
-    """Train the dictionaries of these settings into a folder, measure them, and say how they do."""
+    """Train dictionaries into a folder, evaluate them and print their scores."""
     from ..engine.process.cpu_memory import peak_gb
     from ..engine.process.signals import stop_advice
     from ..engine.stream import ActivationStream
@@ -130,25 +126,19 @@ def _train(
     lm, runs = resolve(settings)
     first = next(iter(runs.values()))
     max_tokens = max(run.train.tokens for run in runs.values())
-    hooks = (
-        [] if lm is not None else list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks))
-    )
+    hooks = list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks)) if lm is None else []
+    batch, seed = first.train.batch, first.train.seed
     stream = ActivationStream(
-        first.stream,
-        tokens=max_tokens,
-        batch=first.train.batch,
-        seed=first.train.seed,
-        model=lm,
-        hooks=hooks,
-        ranks=ranks,
+        first.stream, tokens=max_tokens, batch=batch, seed=seed, model=lm, hooks=hooks, ranks=ranks
     )
     trained = train_together(stream, runs, out=folder, resume=resume)
     ranks.end()
     if not ranks.is_first:
         return
     stream.alone()
-    measure = f"temposae eval core --sae {folder}"
-    with stop_advice(f"stopped while measuring; {folder} is trained, and {measure} measures it"):
+    with stop_advice(
+        f"stopped while evaluating; {folder} is trained, and temposae eval core --sae {folder} evaluates it"
+    ):
         summary = evaluate_runs(folder, trained, stream)
     summary |= {"run": str(folder), "model": stream.name, "massive": stream.norms.report()}
     summary |= {"seconds": round(time.monotonic() - began, 1), "peak_gb": peak_gb()}
@@ -156,60 +146,56 @@ def _train(
     write_json(json_file, summary)
     runs_table(summary)
     if stream.own is not None:
-        print("CE recovered needs a language model; the other figures are of the activations alone")
-    failed = _say_not_measured(summary, folder)
-    peak = "" if summary["peak_gb"] is None else f"   {summary['peak_gb']:.1f} GB of memory at most"
+        print("CE recovered was not measured: it needs a language model")
+    failed = _print_not_measured(summary, folder)
+    peak = "" if summary["peak_gb"] is None else f"   peak memory: {summary['peak_gb']:.1f} GB"
     print(f"run folder: {folder}   figures: {folder / 'figures'}   {summary['seconds']:.0f} s{peak}")
     if failed:
         raise typer.Exit(2)
 
 
-def _say_not_measured(summary: dict[str, Any], folder: Path) -> bool:
-    """A line for each dictionary that isn't measured, with the command that measures it; whether any failed to be."""
+def _print_not_measured(summary: dict[str, Any], folder: Path) -> bool:
+    """Name each dictionary that was not evaluated, and how to do it. Returns whether an evaluation failed."""
     failed = False
     for name, scores in (summary.get("dictionaries") or {"": summary}).items():
-        if (reason := scores.get("not_measured")) is None:
-            continue
-        command = f"temposae eval core --sae {folder / name}"
-        if "no-eval" in reason:
-            print(
-                f"{f'{name}: ' if name else ''}not measured (--no-eval), figures are training's; {command} measures it"
-            )
-        else:
+        reason, place = scores.get("not_measured"), folder / name
+        advice = f"temposae eval core --sae {place} evaluates it"
+        if reason is not None and "no-eval" in reason:
+            label = f"{name}: " if name else ""
+            print(f"{label}not evaluated (--no-eval), scores are those of the last training steps; {advice}")
+        elif reason is not None:
             failed = True
-            place = folder / name
-            print(f"error: {reason}; {place} is trained, and {command} measures it", file=sys.stderr)
+            print(f"error: {reason}; {place} is trained, and {advice}", file=sys.stderr)
     return failed
 
 
 def cache(
     config: Annotated[
-        Path | None, typer.Argument(show_default=False, help="YAML with a section stream. Options win over it.")
+        Path | None, Argument(show_default=False, help="YAML file with section stream. Options override it.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to make.")] = ...,  # pyright: ignore[reportArgumentType]
-    tokens: Annotated[
-        int, typer.Option(min=1, max=10**15, help="Tokens to train on later: special ones don't count.")
-    ] = 1_000_000,
+    out: Annotated[Path, Option(help="Folder to create.")] = ...,  # pyright: ignore[reportArgumentType]
+    tokens: Annotated[int, Option(min=1, max=10**15, help="Tokens to store, without special tokens.")] = 1_000_000,
     model: Model = None,
     layer: Annotated[
-        list[int] | None, typer.Option(help="The residual stream after this layer; may be repeated. [the middle one]")
+        list[int] | None, Option(help="Layer of the residual stream, from 0. Repeatable. [default: the middle layer]")
     ] = None,
-    hook: Annotated[list[str] | None, typer.Option(help="This transformer_lens hook; may be repeated.")] = None,
+    hook: Annotated[list[str] | None, Option(help="transformer_lens hook to store instead. Repeatable.")] = None,
     data: Data = None,
     text_field: Field = None,
     split: Split = None,
     subset: Subset = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    shard_mb: Annotated[float, typer.Option(min=1e-3, max=1e6, help="Size of a file, in 10^6 bytes.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the embedded language.")] = 0,
+    dtype: Annotated[str, Option(help="Stored type of activations: bfloat16 or float32.")] = "bfloat16",
+    shard_mb: Annotated[float, Option(min=1e-3, max=1e6, help="Size of one file, in MB (10^6 bytes).")] = 256,
+    seed: Annotated[int, Option(min=0, max=2**63 - 1, help="Seed of the embedded language's documents.")] = 0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on behind the last whole shard; give the same settings again.")
+        bool, Option("--resume", help="Continue after the last complete shard, with the same settings.")
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Write a model's activations, with their places, to disk once; `temposae train --cache` trains on them.
+    """Store a model's activations on disk for later training.
 
-    Several hooks or layers are read in one pass. A text is read once and not begun again.
+    `temposae train --cache` reads them. Each activation is stored with its position, token and document. Several hooks or
+    layers are read in one pass. The text is read once and not repeated.
     """
     from ..engine.config import Layer, StreamConfig, read_yaml
     from ..engine.errors import UserError
@@ -221,7 +207,7 @@ def cache(
     options = {"model": model, "data": data, "text_field": text_field, "split": split, "subset": subset}
     config_settings = merge(read_yaml(config) if config else {}, {"stream": options})
     for other in config_settings.keys() - {"stream", "sae", "train", "eval"}:
-        raise UserError(f"{other}: no such section; a cache takes its settings from stream")
+        raise UserError(f"{other}: no such section; a cache has the section stream")
     settings = config_settings["stream"]
     hooks, layers = list(hook or []), list(layer or [])
     layer_setting = Layer(layer=settings.get("layer")).layer
@@ -232,10 +218,10 @@ def cache(
     left_out = {"layer"} | ({"hook"} if hooks or layers else set())
     stream = StreamConfig(**{key: value for key, value in settings.items() if key not in left_out})
     if stream.cache is not None:
-        raise UserError(f"stream.cache: {stream.cache} is not allowed; a cache is made from a model")
+        raise UserError(f"stream.cache: {stream.cache} is not allowed; give a model, not another cache")
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype: {dtype} is not allowed; it must be bfloat16 or float32")
-    with stop_advice(f"stopped; the same command with --resume goes on behind the last whole shard of {out}"):
+    with stop_advice(f"stopped; the same command with --resume continues after the last complete shard of {out}"):
         manifest = write_cache(
             out, stream, tokens, hooks=hooks, layers=layers, seed=seed, dtype=dtype, shard_mb=shard_mb, resume=resume
         )

@@ -171,10 +171,10 @@ def test_small_batches_are_left_to_the_library(monkeypatch):
 
 def test_many_active_latents_are_looked_for_again_now_and_then(monkeypatch):
     """After 15 calls of the library's own code."""
-    from temposae.engine.accelerate import saelens as module
+    from temposae.engine.accelerate import common
 
-    looks, real = [], module.active_per_token
-    monkeypatch.setattr(module, "active_per_token", lambda *a: looks.append(1) or real(*a))
+    looks, real = [], common.active_per_token
+    monkeypatch.setattr(common, "active_per_token", lambda *a: looks.append(1) or real(*a))
     sae = accelerate(saelens("standard"))
     with torch.no_grad():
         sae.b_enc.add_(10)

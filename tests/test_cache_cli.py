@@ -90,7 +90,7 @@ MISTAKES = {
     "tokens": ("cache --out c --tokens 0", ("tokens: 0", "at least 1")),
     "hooks and layers": ("cache --out c --layer 1 --hook blocks.1.hook_resid_post", ("hooks or layers",)),
     "layer": ("cache --out c --layer 9", ("layer: 9", "0 to 3")),
-    "cache of a cache": ("cache cached.yaml --out c", ("stream.cache: cache", "from a model")),
+    "cache of a cache": ("cache cached.yaml --out c", ("stream.cache: cache", "give a model, not another cache")),
     "no cache": ("train --cache nowhere --out r", ("cache: nowhere", "cache.json")),
     "layer not cached": ("train --cache cache --layer 1 --out r", ("layer: 1", "cache", *HOOKS)),
     "another model": ("train --cache cache --model smollm2 --out r", ("stream.model: smollm2", "cache", "testbed")),
@@ -151,7 +151,7 @@ def test_train_on_activations_of_ones_own(place):
     np.save("mine.npy", np.random.default_rng(0).normal(size=(200, 16, 24)).astype(np.float32))
     code, out, err = run("train", "tiny.yaml", "--activations", "mine.npy", *FLAGS, "--out", "own")
     assert code == 0, err
-    assert "CE recovered needs a language model" in out
+    assert "CE recovered was not measured: it needs a language model" in out
     assert "random control" in out
     summary = json.loads((place / "own" / "summary.json").read_text())
     assert summary["measured_on"] == "held-out rows"
@@ -182,7 +182,7 @@ def test_a_run_whose_text_is_gone_is_trained_and_measured_later(place):
     assert code == 2
     last = err.splitlines()[-1]
     assert last.startswith(f"error: data: {text} does not exist")
-    assert last.endswith("; run is trained, and temposae eval core --sae run measures it")
+    assert last.endswith("; run is trained, and temposae eval core --sae run evaluates it")
     text.write_text(words)
     code, out, err = run("eval", "core", "--sae", "run")
     assert code == 0, err

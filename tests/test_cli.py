@@ -101,7 +101,7 @@ OPTIONS = {
     "out below a file": ("--out short.txt/run", ("out", "short.txt/run", "can't be written")),
     "json in a missing folder": ("--json nowhere/f.json", ("json", "nowhere/f.json", "folder that exists")),
     "json is a folder": ("--json folder", ("json", "folder", "give a file")),
-    "resume without out": ("--resume", ("resume: give --out FOLDER", "the run to go on with")),
+    "resume without out": ("--resume", ("resume: give --out FOLDER", "the run to continue")),
     "resume of what is no run": ("--resume --out full", ("resume", "full", "config.yaml")),
     "resume of nothing": ("--resume --out nowhere", ("resume", "nowhere", "config.yaml")),
 }  # fmt: skip
@@ -154,6 +154,15 @@ def test_every_command_has_a_short_help_and_the_version(command: str) -> None:
         code, out, err = run(*command.split(), option)
         assert (code, err) == (0, "")
         assert out.startswith(shows)
+
+
+@pytest.mark.parametrize("command", ["", "bench", "testbed"])
+def test_help_lists_every_command_with_its_whole_sentence(command: str) -> None:
+    listed = re.findall(r"^  (\w+) +(.+)$", run(*command.split(), "--help").out.partition("Options:")[2], re.M)
+    assert {"": {"train", "doctor", "bench"}, "bench": {"step", "lr"}, "testbed": {"sample"}}[command] <= dict(
+        listed
+    ).keys()
+    assert [name for name, summary in listed if not summary.endswith(".") or summary.endswith("...")] == []
 
 
 @pytest.mark.parametrize("command", ["train", "cache", "eval", "features", "dashboard", "run", "campaign"])
@@ -384,7 +393,7 @@ def test_train_refuses_to_overwrite_a_run(trained: Trained) -> None:
 
 def test_resume_takes_no_other_settings(trained: Trained) -> None:
     argv = ("train", "--resume", "--out", trained.folder, "--k", "5")
-    refused(trained.folder, argv, ("resume", "--out and --resume alone"))
+    refused(trained.folder, argv, ("resume", "give only --out, --resume and --plugin"))
 
 
 @pytest.mark.parametrize("path", ["nowhere", "folder", "short.txt"])

@@ -15,7 +15,7 @@ def test_there_and_back(tmp_path):
     assert (
         err == f"note: {tmp_path / 'mine'} does not say where it was trained, so neither does {tmp_path / 'theirs'}\n"
     )
-    assert out.strip() == f"{tmp_path / 'theirs'}: batchtopk, D = 6, F = 20, as saelens has it"
+    assert out.strip() == f"{tmp_path / 'theirs'}: batchtopk, D = 6, F = 20, in the format of saelens"
     assert {path.name for path in (tmp_path / "theirs").iterdir()} == {
         "cfg.json", "sae_weights.safetensors", "temposae.safetensors"
     }  # fmt: skip

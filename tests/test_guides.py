@@ -71,7 +71,7 @@ def test_every_block_of_a_librarys_guide_runs_and_learns(name, tmp_path, monkeyp
     monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
     names = run_page((FOLDER / f"{name}.md").read_text(), monkeypatch, tmp_path)
     assert names["losses"][-1] < 0.8 * names["losses"][0]
-    assert names["theirs"] is not None
+    assert names["exported"] is not None
 
 
 @pytest.mark.parametrize("name", [pytest.param("parts", marks=pytest.mark.slow), "gemma", "kernels"])

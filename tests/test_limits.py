@@ -12,9 +12,12 @@ CAMPAIGN_BYTES = 1_500_000  # of committed campaigns: reports, figures and numbe
 #: larger than they should be, each until it is split
 LONG_FILES = set[str]()
 LONG_FUNCTIONS = {
+<<<<<<< HEAD
     "bench/step.py:measure",
     "bench/streams.py:_measured",
 <<<<<<< HEAD
+=======
+>>>>>>> cli
     "campaign/figure_panels.py:bars",
 <<<<<<< HEAD
     "engine/stream/__init__.py:ActivationStream.__init__",

@@ -1,4 +1,4 @@
-"""dictionary_learning: train a TopK dictionary on made-up activations. Takes N D F K STEPS."""
+"""dictionary_learning: train a TopK dictionary on random activations. Arguments: N D F K STEPS."""
 
 import sys
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""SAELens: train a TopK dictionary on made-up activations. Takes N D F K STEPS."""
+"""SAELens: train a TopK dictionary on random activations. Arguments: N D F K STEPS."""
 
 import sys
 from time import perf_counter

@@ -1,4 +1,4 @@
-"""sparsify: train a dictionary on the output of a small model. Takes N D F K STEPS."""
+"""sparsify: train a dictionary on the output of a small model. Arguments: N D F K STEPS."""
 
 import os
 import sys

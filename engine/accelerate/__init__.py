@@ -1,16 +1,14 @@
-"""Dictionaries, trainers and optimisers of other libraries, made faster in place: the same object, parameters, results and
-state_dict.
+"""Make dictionaries, trainers and optimisers of other libraries faster in place.
 
-    accelerate(sae)                  from here on its encode, forward and training step go through our ops
-    accelerate(trainer)              its dictionaries, its loss, and its optimiser, which takes torch's fused step
-    with accelerated(sae): ...       only within
-    deaccelerate(sae)                as it was
+    accelerate(sae)                  encode, forward and training step use temposae's ops
+    accelerate(trainer)              also its dictionaries, its loss, and its optimiser, which uses torch's fused step
+    with accelerated(sae): ...       only within the block
+    deaccelerate(sae)                restores the object
 
-An accelerated object is of a class derived from its own, so that isinstance still holds; what is pickled or deep-copied of
-it is of its own class. Results and gradients are the same up to the order of sums, second derivatives of a dictionary too.
-The library's own code runs for a call in which anything is unusual (`eligibility.takes`: a hook of any kind, a replaced
-method or module, torch.compile and torch.func, a single vector, ...), and where so many latents are active that dense
-products are faster.
+The object, its parameters and its state_dict stay the same. Its class is replaced by a derived one, so isinstance still
+holds. Pickles and deep copies have the original class. Results and gradients are the same up to the order of sums, and so
+are second derivatives of a dictionary. The library's own code runs if anything about a call is unusual (see `eligibility`),
+and if so many latents are active that dense products are faster.
 """
 
 import functools
@@ -29,7 +27,7 @@ from . import optimizers
 from .eligibility import obstacle
 
 _SAELENS, _LEARNING = "sae_lens.saes.", "dictionary_learning."
-#: module and class of what can be accelerated -> ours, and its mixin there
+#: module and class of a library -> our module and the mixin in it
 KINDS: dict[tuple[str, str], tuple[str, str]] = {
     (_SAELENS + "topk_sae", "TopKSAE"): ("saelens", "TopK"),
     (_SAELENS + "jumprelu_sae", "JumpReLUSAE"): ("saelens", "JumpReLU"),
@@ -74,12 +72,11 @@ def is_accelerated(obj: object) -> bool:
 
 
 def accelerate(obj: T) -> T:
-    """Make a dictionary, trainer or optimiser faster in place; returns it. Nothing happens to one that is already.
+    """Make a dictionary, trainer or optimiser faster in place, and return it.
 
-    A trainer's dictionaries and optimisers come with it; an optimiser of another kind than torch's Adam and AdamW stays as
-    it is, with a warning that names it. Raises UserError, and leaves the object as it is, for a class that can't be
-    accelerated, and for parameters without values (meta), not contiguous, sharing memory, of several dtypes or on several
-    devices.
+    A trainer's dictionaries and optimisers are accelerated with it. Optimisers other than Adam and AdamW are left as they
+    are, with a warning. Raises UserError, without changing the object, for a class that cannot be accelerated, and for
+    parameters that are on the meta device, not contiguous, share memory, or differ in dtype or device.
 
         trainer = accelerate(trainer)
     """
@@ -90,20 +87,20 @@ def accelerate(obj: T) -> T:
         _check(component)
     for optimizer in unsupported:
         warnings.warn(
-            f"accelerate: {type(optimizer).__name__} stays as it is; only Adam and AdamW change", stacklevel=2
+            f"accelerate: {type(optimizer).__name__} is not accelerated; only Adam and AdamW are", stacklevel=2
         )
     for component in components:
         if not is_accelerated(component):
-            object.__setattr__(component, "__class__", _derived_once(type(component), _mixin(component)))
+            object.__setattr__(component, "__class__", _derived(type(component), _mixin(component)))
             if isinstance(component, torch.optim.Optimizer):
                 optimizers.fuse(component)
     return obj
 
 
 def deaccelerate(obj: T) -> T:
-    """Let an object be of its own class again; returns it.
+    """Undo `accelerate`, and return the object.
 
-    deaccelerate(accelerate(sae))  # as it was
+    deaccelerate(sae)
     """
     if is_accelerated(obj):
         for component in _components(obj, type(obj))[0]:
@@ -116,7 +113,7 @@ def deaccelerate(obj: T) -> T:
 
 @contextmanager
 def accelerated(obj: T) -> Iterator[T]:
-    """`accelerate` within a block; one that is accelerated already stays so.
+    """`accelerate` within a block. An object that was accelerated before stays accelerated.
 
     with accelerated(sae):
         sae(x)
@@ -143,7 +140,7 @@ def _mixin(obj: object) -> type:
 
 
 def _components(obj: Any, mixin: Any) -> tuple[list[Any], list[Any]]:
-    """The object, and if it is a trainer its dictionaries and its optimisers; and those that can't be faster."""
+    """The object with, for a trainer, its dictionaries and optimisers, and the optimisers that cannot be accelerated."""
     if not hasattr(mixin, "_components"):
         return [obj], []
     dictionaries, candidates = mixin._components(obj)
@@ -154,8 +151,12 @@ def _components(obj: Any, mixin: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _derived(cls: type, mixin: type) -> type:
-    """A class derived from a library's alone, since an object may change its class only to one that lays it out alike: with
-    the methods of ours, in which `library_class` is the library's."""
+    """A class derived from the library's with the mixin's methods. In these, `library_class` is the library's class.
+
+    The mixin is not a base, because an object's class can only be replaced by one with the same memory layout.
+    """
+    if cls in _DERIVED_CLASSES:
+        return _DERIVED_CLASSES[cls]
     methods: dict[str, Any] = {}
     for base in reversed(mixin.__mro__[:-1]):
         methods |= {name: _as_named(value, cls, name) for name, value in vars(base).items() if callable(value)}
@@ -165,11 +166,12 @@ def _derived(cls: type, mixin: type) -> type:
         return _new, (cls,), *state
 
     attributes = {"library_class": cls, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), methods | attributes)
+    _DERIVED_CLASSES[cls] = type(cls.__name__, (cls,), methods | attributes)
+    return _DERIVED_CLASSES[cls]
 
 
 def _as_named(method: Any, cls: type, name: str) -> Any:
-    """A method of ours with the signature and docstring of the library's."""
+    """A mixin's method with the signature and docstring of the library's method."""
     library_method = getattr(cls, name, None)
     if library_method is None or name[:2] == "__":
         return method
@@ -182,17 +184,11 @@ def _new(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
-def _derived_once(cls: type, mixin: type) -> type:
-    if cls not in _DERIVED_CLASSES:
-        _DERIVED_CLASSES[cls] = _derived(cls, mixin)
-    return _DERIVED_CLASSES[cls]
-
-
 def _check(component: Any) -> None:
     name = type(component).__name__
     if isinstance(component, torch.optim.Optimizer):
         if reason := optimizers.refusal(component):
-            raise UserError(f"accelerate: {name} with {reason} is not allowed; torch's fused step can't take it")
+            raise UserError(f"accelerate: {name} with {reason} is not allowed; torch's fused step does not support it")
         return
     if isinstance(component, nn.Module) and (reason := obstacle(component)) is not None:
         raise UserError(f"accelerate: {name}.{reason}")

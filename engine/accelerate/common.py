@@ -1,4 +1,4 @@
-"""What all libraries' dictionaries have in common: our ops under autocast, and the activations of dead latents for AuxK."""
+"""Functions that all libraries' dictionaries share: ops under autocast, and activations of dead latents for AuxK."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,31 +11,31 @@ from ...kernels import ops
 from ...kernels.code import SparseCode
 from ..fused import DENSE_FROM
 
-PROBED = 64  # tokens whose activations are counted, at most, and one of so many in a batch
-ONE_OF = 64
-REST = 15  # calls that go to the library after a look that found too many latents in use
-# Products over entries alone are faster on a CPU up to this share of the latents in use (on a GPU it is `DENSE_FROM`), and
-# from so many tokens and activations on: below, what surrounds them takes the time.
+# active latents are counted on one token in ONE_OF, but on at most PROBED tokens
+PROBED, ONE_OF = 64, 64
+REST = 15  # calls that use the library's code after a count that found too many active latents
+# On a CPU, sparse products are faster up to this share of active latents (on a GPU: `DENSE_FROM`), and from this many tokens
+# and activations on. Below, overhead dominates.
 SPARSE_TO = 1 / 32
 TOKENS, ACTIVATIONS = 512, 2**19
 _resting: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What x is cast to in a matrix product: autocast's dtype where that is on."""
+    """The dtype of x in a matrix product: autocast's, if it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """A block without autocast: our ops are told what their products run in."""
+    """Turn autocast off. Our ops get operands in the dtype of the product."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def sparse_code(
     encoder: Callable[..., Any], x: Tensor, W: Tensor, b: Tensor, *settings: Any, **options: Any
 ) -> SparseCode:
-    """The code of x [N, D] by one of the encoders of `ops`, its product as autocast has it."""
+    """The code of x [N, D] from one of the encoders of `ops`, with the product in autocast's dtype."""
     dtype = product_dtype(x)
     with without_autocast(x):
         values, indices, *offsets = encoder(x.to(dtype), W, b, *settings, **options)
@@ -43,8 +43,8 @@ def sparse_code(
 
 
 def decoded(code: SparseCode, values: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """b_dec + sum of values * W_dec [F, D] over each token's entries, its product as autocast has it."""
-    dtype, W_dec = product_dtype(W_dec), W_dec.contiguous()  # its rows are gathered many times over
+    """b_dec + sum of values * W_dec [F, D] over each token's entries, with the product in autocast's dtype."""
+    dtype, W_dec = product_dtype(W_dec), W_dec.contiguous()  # rows are gathered many times
     with without_autocast(W_dec):
         if dtype == W_dec.dtype:
             return ops.decode(values, code.indices, W_dec, b_dec, offsets=code.offsets)
@@ -53,18 +53,18 @@ def decoded(code: SparseCode, values: Tensor, W_dec: Tensor, b_dec: Tensor) -> T
 
 
 def at_entries(per_latent: Tensor, code: SparseCode) -> Tensor:
-    """per_latent [F] for each entry of the code; carries a gradient."""
+    """The value of per_latent [F] at each entry of the code. Differentiable."""
     return per_latent[code.live(code.indices).long()]
 
 
 def dense(code: SparseCode, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Activations [N, F] of these values."""
+    """Dense activations [N, F] with these values at the code's entries."""
     return code.with_values(values).to_dense().to(dtype)
 
 
 def bias_for_centred(b: Tensor, center: Tensor, W: Tensor) -> Tensor:
-    """b for an x - center that is given as a constant: the same number, through which center gets its gradient -W db of
-    (x - center) @ W + b. A gradient of x [N, D] alone for its sum would be far more work."""
+    """b with the same value, through which `center` gets its gradient -W db of (x - center) @ W + b although x - center is a
+    constant. This avoids the gradient of x [N, D], of which only the sum is needed."""
     if not (torch.is_grad_enabled() and center.requires_grad):
         return b
     with without_autocast(W):
@@ -81,13 +81,13 @@ def prefix_reconstructions(
 
 
 def pays(k: float, x: Tensor, W: Tensor) -> bool:
-    """Whether, for x [N, D], products over k latents a token are faster than over all of W [D, F]'s."""
+    """Whether products over k latents per token of x [N, D] are faster than dense ones over all of W [D, F]."""
     share = DENSE_FROM if W.is_cuda else SPARSE_TO
     return k <= share * W.shape[1] and len(x) >= TOKENS and len(x) * W.shape[1] >= ACTIVATIONS
 
 
 def may_pay(owner: Any, x: Tensor, W: Tensor) -> bool:
-    """Whether x [N, D] is large enough, and no recent look at the dictionary or trainer found too many latents in use."""
+    """Whether x [N, D] is large enough, and no recent count for this dictionary or trainer found too many active latents."""
     calls_to_rest = _resting.get(owner, 0)
     if calls_to_rest:
         _resting[owner] = calls_to_rest - 1
@@ -96,8 +96,11 @@ def may_pay(owner: Any, x: Tensor, W: Tensor) -> bool:
 
 @torch.no_grad()
 def active_per_token(owner: Any, x: Tensor, W: Tensor, b: Tensor, above: Tensor | float = 0.0) -> int | None:
-    """About how many of a token's pre-activations x @ W + b exceed `above`, from a few tokens of x [N, D]; None where they
-    are too many for products over entries to pay, and then the next calls rest. Waits for the device."""
+    """Estimate from a few tokens of x [N, D] how many pre-activations x @ W + b per token exceed `above`.
+
+    Returns None if they are too many for sparse products. The next REST calls then use the library's code. Waits for the
+    device.
+    """
     n_probed = min(PROBED, max(1, len(x) // ONE_OF))
     probed = x[:: len(x) // n_probed][:n_probed]
     n_active = float(((probed @ W + b) > above).sum()) / n_probed
@@ -107,12 +110,18 @@ def active_per_token(owner: Any, x: Tensor, W: Tensor, b: Tensor, above: Tensor 
     return None
 
 
+def code_above(owner: Any, x: Tensor, W: Tensor, b: Tensor, limit: Tensor | None = None) -> SparseCode | None:
+    """The code of pre-activations x @ W + b above a nonnegative limit [F] or above 0. None if dense products are faster."""
+    n_active = active_per_token(owner, x, W, b, 0.0 if limit is None else limit)
+    return None if n_active is None else sparse_code(ops.encode_threshold, x, W, b, limit, expected=n_active)
+
+
 def among_dead(x: Tensor, W: Tensor, b: Tensor, dead: Tensor) -> Tensor:
-    """Pre-activations [N, n_dead] of the dead latents alone: x [N, D], W [D, F], b and dead [F]."""
+    """Pre-activations [N, n_dead] of the dead latents, from x [N, D], W [D, F], b and dead [F]."""
     return x @ W[:, dead] + b[dead]
 
 
 def largest(acts: Tensor, k: int) -> Tensor:
-    """acts [N, M] with all but the k largest of each row 0, whatever their sign."""
+    """acts [N, M] with all but the k largest of each token set to 0."""
     top = acts.topk(k, sorted=False)
     return torch.zeros_like(acts).scatter(1, top.indices, top.values)

@@ -1,4 +1,4 @@
-"""dictionary_learning: its dictionaries."""
+"""Dictionaries of dictionary_learning."""
 
 from typing import Any
 
@@ -7,22 +7,12 @@ from torch import Tensor
 
 from ...kernels import ops
 from ...kernels.code import SparseCode
-from .common import (
-    active_per_token,
-    at_entries,
-    bias_for_centred,
-    decoded,
-    dense,
-    may_pay,
-    pays,
-    product_dtype,
-    sparse_code,
-)
+from .common import at_entries, bias_for_centred, code_above, decoded, dense, may_pay, pays, product_dtype, sparse_code
 from .eligibility import fits, takes, twice
 
 
 class Dictionary:
-    """Of `self`: how each kind names its parameters, in our terms; what is encoded is x - b_dec, or x where that is None."""
+    """Mixin of all kinds. `_encoder`, `_decoder` and `_center` return a kind's parameters under our names."""
 
     def _encoder(self: Any) -> tuple[Tensor, Tensor]:
         """W_enc [D, F] and b_enc."""
@@ -33,33 +23,32 @@ class Dictionary:
         return self.decoder.weight.T, self.b_dec
 
     def _center(self: Any) -> Tensor | None:
+        """The bias that is subtracted from x, if any."""
         return self.b_dec
 
     def _acts_dtype(self: Any) -> torch.dtype:
-        """Of activations: with nn.Linear, autocast's, else the parameters'."""
+        """The dtype of activations. nn.Linear uses autocast's."""
         return product_dtype(self._encoder()[0])
 
     def _is_plain(self: Any, x: Any) -> bool:
-        """Whether our ops compute what is asked for."""
+        """Whether our ops give the same results as the library for x."""
         if not takes(self, x):
             return False
         W, _ = self._encoder()
         return x.ndim == 2 and x.shape[1] == len(W) and fits(x, W, self._center() is not None)
 
     def _encoder_inputs(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the encoder multiplies with what, and adds."""
+        """The encoder's input, weights and bias."""
         (W, b), center = self._encoder(), self._center()
         if center is None:
             return x, W, b
         return x - center.detach(), W, bias_for_centred(b, center, W)
 
     def _encode_above(self: Any, x: Tensor, limit: Tensor | None) -> SparseCode | None:
-        """The code of activations above a limit [F] that isn't negative, or above 0; None if products are faster dense."""
+        """The code of activations above a nonnegative limit [F] or above 0. None if dense products are faster."""
         if not may_pay(self, x, self._encoder()[0]):
             return None
-        x, W, b = self._encoder_inputs(x)
-        n_active = active_per_token(self, x, W, b, 0.0 if limit is None else limit)
-        return None if n_active is None else sparse_code(ops.encode_threshold, x, W, b, limit, expected=n_active)
+        return code_above(self, *self._encoder_inputs(x), limit)
 
     def _decoded(self: Any, code: SparseCode) -> Tensor:
         return decoded(code, code.values, *self._decoder())
@@ -76,7 +65,7 @@ class Dictionary:
         return tuple(outputs) if output_features else outputs[0]
 
     def _encoded(self: Any, x: Tensor, code: SparseCode, *settings: Any) -> Tensor:
-        """Dense activations, as often differentiable as the library's, whose `encode` has these settings."""
+        """Dense activations, which can be differentiated twice. `settings` are further arguments of the library's encode."""
         return twice(self, [self._acts(x, code)], x, lambda x: [self.library_class.encode(self, x, *settings)])[0]
 
 
@@ -88,38 +77,35 @@ class TopK(Dictionary):
         return sparse_code(ops.encode_topk, *self._encoder_inputs(x), k) if pays(k, x, self._encoder()[0]) else None
 
     def encode(self: Any, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
-        use_ops = not (return_topk or use_threshold) and (
-            x.is_cuda or torch.is_grad_enabled()
-        )  # else theirs is as fast
-        code = self._encode_sparse(x) if use_ops and self._is_plain(x) else None
-        return (
-            self.library_class.encode(self, x, return_topk, use_threshold) if code is None else self._encoded(x, code)
-        )
+        is_faster = x.is_cuda or torch.is_grad_enabled()
+        use_ops = is_faster and not return_topk and not use_threshold and self._is_plain(x)
+        code = self._encode_sparse(x) if use_ops else None
+        if code is None:
+            return self.library_class.encode(self, x, return_topk, use_threshold)
+        return self._encoded(x, code)
 
 
 class BatchTopK(Dictionary):
-    """BatchTopKSAE: after training, what is above its threshold."""
+    """BatchTopKSAE. After training, activations above its threshold are kept."""
 
     def _encode_sparse(self: Any, x: Tensor) -> SparseCode | None:
-        """None as long as no threshold was followed: half of all latents are above a negative one."""
+        """None until the threshold has been updated: half of all latents are above a negative one."""
         return self._encode_above(x, self.threshold.expand(self.dict_size)) if self.threshold > 0 else None
 
     def _encode_batch(self: Any, x: Tensor) -> SparseCode | None:
-        k = int(self.k)
-        return (
-            sparse_code(ops.encode_batch_topk, *self._encoder_inputs(x), k) if pays(k, x, self._encoder()[0]) else None
-        )
+        k, W = int(self.k), self._encoder()[0]
+        return sparse_code(ops.encode_batch_topk, *self._encoder_inputs(x), k) if pays(k, x, W) else None
 
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
-        needs_library = return_active or use_threshold
-        code = self._encode_batch(x) if not needs_library and self._is_plain(x) else None
+        use_ops = not return_active and not use_threshold and self._is_plain(x)
+        code = self._encode_batch(x) if use_ops else None
         if code is None:
             return self.library_class.encode(self, x, return_active, use_threshold)
         return self._encoded(x, code, return_active, use_threshold)
 
 
 class _Matrices(Dictionary):
-    """Kinds with W_enc, W_dec and biases of our names."""
+    """Kinds whose parameters are named W_enc, b_enc, W_dec and b_dec."""
 
     def _encoder(self: Any) -> tuple[Tensor, Tensor]:
         return self.W_enc, self.b_enc
@@ -139,7 +125,7 @@ class Matryoshka(_Matrices, BatchTopK):
 
 
 class JumpReLU(_Matrices):
-    """JumpReluAutoEncoder: the threshold only decides, and has no gradient."""
+    """JumpReluAutoEncoder. The threshold gets no gradient."""
 
     def _center(self: Any) -> Tensor | None:
         return self.b_dec if self.apply_b_dec_to_input else None
@@ -162,7 +148,7 @@ class Standard(Dictionary):
 
 
 class Gated(Dictionary):
-    """GatedAutoEncoder. On entries with an open gate x W_enc is known, and with it their magnitude."""
+    """GatedAutoEncoder. Magnitudes are computed from the gates, at entries with an open gate only."""
 
     def _encoder(self: Any) -> tuple[Tensor, Tensor]:
         return self.encoder.weight.T, self.gate_bias.detach()
@@ -177,7 +163,7 @@ class Gated(Dictionary):
         return torch.promote_types(product_dtype(self.mag_bias), self.mag_bias.dtype)
 
     def _gates(self: Any, x: Tensor) -> SparseCode | None:
-        """Gate activations, with gate_bias as a constant."""
+        """Gate activations, without a gradient for gate_bias."""
         return self._encode_above(x, None)
 
     def _magnitudes(self: Any, gates: SparseCode) -> SparseCode:

@@ -1,4 +1,4 @@
-"""dictionary_learning: its trainers' losses."""
+"""Losses of dictionary_learning's trainers."""
 
 import functools
 import sys
@@ -9,23 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import ops
 from ...kernels.code import SparseCode
-from .common import (
-    active_per_token,
-    among_dead,
-    at_entries,
-    decoded,
-    largest,
-    may_pay,
-    prefix_reconstructions,
-    sparse_code,
-)
+from .common import among_dead, at_entries, code_above, decoded, largest, may_pay, prefix_reconstructions
 from .eligibility import is_as_made, trains
 
 
 class Training:
-    """Of `self`: ae and optimizer. Each kind has `_loss` of a batch, None where dense products are faster."""
+    """Mixin of all trainers. Each kind's `_loss` returns the loss of a batch, or None if dense products are faster."""
 
     def _components(self: Any) -> tuple[list[Any], list[Any]]:
         return [self.ae], [self.optimizer]
@@ -41,8 +31,7 @@ class Training:
 
 @functools.cache
 def _update_of(cls: Any) -> Callable[..., Any]:
-    """The library's own `update`, with our projection of the decoder's gradient in place of its own, which takes batched
-    products of matrices with themselves: on a CPU half of the step."""
+    """The library's `update` with our projection of the decoder's gradient. The library's takes half of a step on a CPU."""
     update = cls.update
     namespace = {**update.__globals__, "remove_gradient_parallel_to_decoder_directions": _without_parallel}
     return types.FunctionType(update.__code__, namespace, update.__name__, update.__defaults__, update.__closure__)
@@ -50,27 +39,27 @@ def _update_of(cls: Any) -> Callable[..., Any]:
 
 @torch.no_grad()
 def _without_parallel(W: Tensor, grad: Tensor, activation_dim: int, d_sae: int) -> Tensor:
-    """grad [D, F], in place without its part along each column w of W, <grad, u> u with u = w / (|w| + 1e-6)."""
+    """Subtract from grad [D, F] in place its part along each column w of W, <grad, u> u with u = w / (|w| + 1e-6)."""
     coefficients = torch.linalg.vecdot(grad, W, dim=0) / (torch.linalg.vector_norm(W, dim=0) + 1e-6).square()
     return grad.addcmul_(W, coefficients, value=-1)
 
 
 class TopK(Training):
-    """TopKTrainer, in which a zero among the k has fired."""
+    """TopKTrainer. A selected latent counts as fired even if it is 0."""
 
     def _code(self: Any, x: Tensor) -> SparseCode | None:
         return self.ae._encode_sparse(x)
 
     def _selected_values(self: Any, code: SparseCode) -> Tensor:
-        """What the threshold follows."""
+        """The values that the threshold follows."""
         return code.values
 
     def _fired_latents(self: Any, code: SparseCode) -> Tensor:
-        """The latents of entries that count as having fired."""
+        """The latents that count as fired."""
         return code.indices
 
     def _residual_and_loss(self: Any, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
-        """What is left of x, and the loss that this is."""
+        """The residual and its loss."""
         e = x - self.ae._decoded(code)
         return e, e.pow(2).sum(dim=-1).mean()
 
@@ -90,7 +79,7 @@ class TopK(Training):
         return self.auxk_alpha > 0
 
     def _dead_loss(self: Any, x: Tensor, residual: Tensor) -> Tensor:
-        """As the library's own, from the activations of the dead latents alone."""
+        """The library's AuxK loss, from the activations of the dead latents only."""
         dead = self.num_tokens_since_fired >= self.dead_feature_threshold
         self.dead_features = int(dead.sum())
         if self.dead_features == 0:
@@ -118,11 +107,11 @@ class BatchTopK(TopK):
         return code.indices[code.live(code.values) > 0]
 
     def _has_aux(self: Any) -> bool:
-        return True  # it also counts dead latents where AuxK has no weight
+        return True  # counts dead latents even if AuxK has no weight
 
 
 class Matryoshka(BatchTopK):
-    """MatryoshkaBatchTopKTrainer: the reconstructions of all prefixes from one pass over the entries."""
+    """MatryoshkaBatchTopKTrainer. One pass over the entries gives the reconstructions of all prefixes."""
 
     def _residual_and_loss(self: Any, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
         ends = [int(end) for end in self.ae.group_indices[1:]]
@@ -132,18 +121,17 @@ class Matryoshka(BatchTopK):
 
 
 class JumpReLU(Training):
-    """JumpReluTrainer, with the library's own straight-through functions on the entries that they reach. Where a threshold
-    is within half a bandwidth of 0 they reach every zero, and its own code runs."""
+    """JumpReluTrainer, with the library's straight-through functions on the entries within their reach. If a threshold is
+    within half a bandwidth of 0, they reach every zero, and the library's code runs."""
 
     def _loss(self: Any, x: Tensor, step: int) -> Tensor | None:
         ae, half_bandwidth = self.ae, self.bandwidth / 2
         if not may_pay(self, x, ae.W_enc) or bool((ae.threshold <= half_bandwidth).any()):
             return None
         x, limit = x.to(ae.W_enc.dtype), ae.threshold.detach() - half_bandwidth
-        n_active = active_per_token(self, x, ae.W_enc, ae.b_enc, limit)
-        if n_active is None:
+        code = code_above(self, x, ae.W_enc, ae.b_enc, limit)
+        if code is None:
             return None
-        code = sparse_code(ops.encode_threshold, x, ae.W_enc, ae.b_enc, limit, expected=n_active)
         values, active = self._jumprelu(code)
         code = code.with_values(values)
         self.num_tokens_since_fired += len(x)
@@ -154,7 +142,7 @@ class JumpReLU(Training):
         return squared_error + self.sparsity_coefficient * excess.pow(2) * self.sparsity_warmup_fn(step)
 
     def _jumprelu(self: Any, code: SparseCode) -> tuple[Tensor, Tensor]:
-        """Activations of the entries, and which of them are active."""
+        """Activations of the entries, and 1 for active ones."""
         library, threshold = sys.modules[self.library_class.__module__], at_entries(self.ae.threshold, code)
         acts = library.JumpReLUFunction.apply(code.values, threshold, self.bandwidth)
         return acts, library.StepFunction.apply(acts, threshold, self.bandwidth)
@@ -185,7 +173,7 @@ class April(Standard):
 
 
 class Gated(Training):
-    """GatedSAETrainer: the gate's own reconstruction has the same entries."""
+    """GatedSAETrainer. The gate's reconstruction has the same entries."""
 
     def _loss(self: Any, x: Tensor, step: int) -> Tensor | None:
         ae = self.ae

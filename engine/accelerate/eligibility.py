@@ -1,9 +1,8 @@
-"""When our ops run in place of a library's own code: only where everything is as they expect.
+"""Decide for each call whether our ops replace the library's code.
 
-`takes` is the one place that decides, anew for each call. Whatever it doesn't know, the library's own code computes: modes
-of torch that look into a computation or transform it, hooks, replaced methods and modules, unusual inputs and parameters.
-What can't be known beforehand is that somebody will differentiate the result twice: `TwiceDifferentiable` computes such
-gradients by the library's own code, too.
+`takes` decides. The library's code runs with torch modes that observe or transform a computation, with hooks, replaced
+methods or modules, and with unusual inputs or parameters. A second differentiation cannot be foreseen, so
+`TwiceDifferentiable` computes such gradients through the library's code.
 """
 
 import sys
@@ -20,20 +19,20 @@ from torch.nn.modules import module as modules
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._device import DeviceContext
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float64)  # in float16 a sum in another order selects other latents
-#: modules inside a dictionary whose part our ops take over, or that do nothing without a hook
+FLOATING = (torch.float32, torch.bfloat16, torch.float64)  # in float16 another order of sums selects other latents
+#: modules inside a dictionary that our ops replace, or that do nothing without a hook
 INSIDE = {
     ("torch.nn.modules.linear", "Linear"), ("torch.nn.modules.activation", "ReLU"),
     ("transformer_lens.hook_points", "HookPoint"), ("sae_lens.saes.topk_sae", "TopK"),
     ("sae_lens.saes.topk_sae", "SparseHookPoint"), ("sae_lens.saes.batchtopk_sae", "BatchTopK"),
 }  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GENERATED = "<string>"  # file of methods that a dataclass makes
-_checked: dict[type, dict[str, Any]] = {}  # classes with their contents when last found to be their library's own
+_GENERATED = "<string>"  # file name of methods that a dataclass generates
+_checked: dict[type, dict[str, Any]] = {}  # class -> its contents when they were last checked to be the library's
 
 
 def takes(owner: Any, x: Any) -> bool:
-    """Whether our ops give for `owner`, a dictionary of another library, and its input `x` what its own code gives."""
+    """Whether our ops give the same results as the library's code for its dictionary `owner` and input `x`."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return False
     is_usual = x.ndim > 1 and x.numel() > 0 and x.dtype in FLOATING and x.layout == torch.strided
@@ -42,13 +41,13 @@ def takes(owner: Any, x: Any) -> bool:
 
 
 def fits(x: Tensor, W: Tensor, centred: bool) -> bool:
-    """Whether the product of x, from which a parameter was taken if `centred`, with W is one that torch makes."""
+    """Whether torch multiplies x and W of these dtypes. `centred`: a parameter was subtracted from x, which may widen it."""
     wider = torch.promote_types(x.dtype, W.dtype) == W.dtype
     return x.dtype == W.dtype or (wider and (centred or torch.is_autocast_enabled(x.device.type)))
 
 
 def is_as_made(owner: Any) -> bool:
-    """Whether an accelerated object has its library's methods, and modules without hooks."""
+    """Whether an accelerated object still has its library's methods, and known modules without hooks."""
     cls = type(owner)
     if "library_class" not in vars(cls) or not all(map(_is_the_librarys, _classes(cls.library_class))):
         return False
@@ -58,14 +57,14 @@ def is_as_made(owner: Any) -> bool:
 
 
 def trains(trainer: Any, dictionary: Any, x: Any) -> bool:
-    """Whether our ops take a trainer's step on x: whether both are as made, and nobody watches calls of the dictionary."""
+    """Whether our ops can run a trainer's step on x: both objects are unchanged, and the dictionary has no hooks."""
     return is_as_made(trainer) and is_as_made(dictionary) and not _has_hooks(dictionary) and dictionary._is_plain(x)
 
 
 def obstacle(
     module: nn.Module, device: torch.device | None = None, dtypes: tuple[torch.dtype, ...] | None = None
 ) -> str | None:
-    """Why our ops can't take the parameters of a module, on `device` and in `dtypes` if given; None if they can."""
+    """Why our ops do not support a module's parameters, optionally on `device` and in `dtypes`. None if they do."""
     name_of_storage: dict[int, str] = {}
     first: tuple[str, Tensor] | None = None
     for name, tensor in module.named_parameters(remove_duplicate=False):
@@ -86,33 +85,25 @@ def obstacle(
             return f"{name} has dtype {tensor.dtype}, which is not allowed"
         for attribute, allowed in (("dtype", first[1].dtype), ("device", device or first[1].device)):
             value = getattr(tensor, attribute)
-            if value != allowed and not (attribute == "dtype" and name == "threshold"):  # SAELens holds that in float32
-                return (
-                    f"{name} has {attribute} {value}, {first[0]} {getattr(first[1], attribute)}; all must have the same"
-                )
+            if value != allowed and not (attribute == "dtype" and name == "threshold"):  # float32 in SAELens
+                expected = getattr(first[1], attribute)
+                return f"{name} has {attribute} {value}, {first[0]} {expected}; all must have the same"
     return "parameters are missing" if first is None else None
 
 
 def _modes_are_plain(x: Tensor) -> bool:
-    """Whether nothing looks at each operation (dispatch and function modes, tracing), transforms it (torch.func, forward
-    mode), counts on what it saves (checkpointing), or forbids orders of sums."""
-    looks = torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing() or any(map(_looks, _function_modes()))
+    """Whether no mode observes operations (dispatch and function modes, tracing), transforms them (torch.func, forward
+    mode), relies on saved tensors (checkpointing) or requires deterministic algorithms."""
+    modes = (torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack()))
+    has_modes = any(type(mode) is not DeviceContext for mode in modes)  # DeviceContext only sets a device
+    observes = torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing() or has_modes
     transforms = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     saves = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]
-    return not (looks or transforms or saves or torch.are_deterministic_algorithms_enabled())
-
-
-def _function_modes() -> Iterator[Any]:
-    return (torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack()))
-
-
-def _looks(mode: Any) -> bool:
-    """Whether a function mode is more than a default device."""
-    return type(mode) is not DeviceContext
+    return not (observes or transforms or saves or torch.are_deterministic_algorithms_enabled())
 
 
 def _inner(owner: Any) -> Iterator[nn.Module]:
-    """The modules inside a dictionary; of a trainer, whose dictionary is asked itself, none."""
+    """The modules inside a dictionary. A trainer has none, because its dictionary is checked separately."""
     return (module for module in owner.modules() if module is not owner) if hasattr(owner, "encode") else iter(())
 
 
@@ -121,7 +112,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _does_nothing_else(inner: nn.Module) -> bool:
-    """Whether a module inside a dictionary is one that our ops know, without hooks, and with its own `forward`."""
+    """Whether a module inside a dictionary is a known one, without hooks and with its original `forward`."""
     cls = type(inner)
     is_known = (cls.__module__, cls.__name__) in INSIDE and "forward" not in vars(inner)
     return is_known and not _has_hooks(inner) and all(map(_is_the_librarys, _classes(cls)))
@@ -129,7 +120,7 @@ def _does_nothing_else(inner: nn.Module) -> bool:
 
 @cache
 def _classes(cls: type) -> tuple[type, ...]:
-    """A class and those that it derives from, as far as they are more than any module is."""
+    """A class and its bases, without nn.Module and those of Python itself."""
     return tuple(base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("builtins", "typing", "abc")
                  and base is not nn.Module)  # fmt: skip
 
@@ -140,7 +131,7 @@ def _methods(cls: type) -> frozenset[str]:
 
 
 def _is_the_librarys(cls: type) -> bool:
-    """Whether all methods of a class come from its library: nobody has put others there."""
+    """Whether all methods of a class come from its library."""
     contents = vars(cls)
     if cls in _checked and _checked[cls] == contents:
         return True
@@ -155,7 +146,7 @@ def _is_the_librarys(cls: type) -> bool:
 
 @cache
 def _library_paths(cls: type) -> tuple[str, ...]:
-    """Where code of the library lies, and of what decorates its methods."""
+    """Folders with code of the library and of the decorators of its methods."""
     roots = (cls.__module__.partition(".")[0], "torch", "contextlib", "typing_extensions", "transformer_lens")
     libraries = [sys.modules[root] for root in roots if root in sys.modules]
     return tuple(
@@ -167,7 +158,7 @@ def _library_paths(cls: type) -> tuple[str, ...]:
 
 
 def _codes(value: Any) -> Iterator[CodeType]:
-    """Code of a method, a property, and of everything that decorates them."""
+    """Code objects of a method or property and of its decorators."""
     if isinstance(value, property):
         for function in (value.fget, value.fset, value.fdel):
             yield from _codes(function)
@@ -180,8 +171,8 @@ def _codes(value: Any) -> Iterator[CodeType]:
 
 
 def twice(owner: Any, outputs: Sequence[Any], x: Tensor, by_library: Callable[[Tensor], Sequence[Any]]) -> list[Any]:
-    """`outputs` that our ops made for `owner` and `x`, which may be differentiated any number of times. `by_library`
-    gives them by the library's own code."""
+    """Make our ops' outputs for `owner` and `x` differentiable any number of times. `by_library` computes the same outputs
+    with the library's code."""
     positions = [i for i, output in enumerate(outputs) if isinstance(output, Tensor) and output.requires_grad]
     results = list(outputs)
     if not positions:
@@ -196,18 +187,15 @@ def twice(owner: Any, outputs: Sequence[Any], x: Tensor, by_library: Callable[[T
             recomputed = by_library(x)
         return [recomputed[i] for i in positions]
 
-    for i, output in zip(
-        positions,
-        TwiceDifferentiable.apply(recompute, len(positions), *(outputs[i] for i in positions), x, *parameters.values()),
-        strict=True,
-    ):
+    tensors = (*(outputs[i] for i in positions), x, *parameters.values())
+    for i, output in zip(positions, TwiceDifferentiable.apply(recompute, len(positions), *tensors), strict=True):
         results[i] = output
     return results
 
 
 class TwiceDifferentiable(torch.autograd.Function):
-    """Passes outputs on, with their gradients; where a graph is made of these (`create_graph`), the inputs' gradients are
-    computed from `recompute`, which can be differentiated again, and the outputs get none."""
+    """Pass outputs and their gradients through. With `create_graph`, compute the inputs' gradients through `recompute`,
+    which can be differentiated again, and give the outputs none."""
 
     @staticmethod
     def forward(ctx: Any, recompute: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

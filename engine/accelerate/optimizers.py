@@ -1,5 +1,4 @@
-"""torch's Adam and AdamW, and what is derived from them: the fused kernel that torch itself has, which makes one pass over
-parameter, gradient and moments where the others make many, and comes to the same numbers."""
+"""Use torch's fused kernel in Adam, AdamW and classes derived from them. It computes the same values in one pass."""
 
 from typing import Any
 
@@ -8,11 +7,11 @@ from torch.optim import Optimizer
 
 
 class Fused:
-    """Adam or AdamW; ConstrainedAdam of dictionary_learning projects and renormalises around it as before."""
+    """Adam or AdamW. ConstrainedAdam of dictionary_learning projects and renormalises around it as before."""
 
 
 def refusal(optimizer: Optimizer) -> str | None:
-    """Why the fused kernel can't take this one's parameters; None if it can."""
+    """Why the fused kernel does not support this optimizer's parameters. None if it does."""
     for group in optimizer.param_groups:
         if group.get("differentiable"):
             return "differentiable"
@@ -23,7 +22,7 @@ def refusal(optimizer: Optimizer) -> str | None:
 
 
 def fuse(optimizer: Any) -> None:
-    """Before, `_unfused` keeps how each group was."""
+    """Turn on the fused kernel. `_unfused` keeps the former settings of each group."""
     optimizer._unfused = [(group.get("fused"), group.get("foreach")) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = True, False
@@ -38,7 +37,7 @@ def unfuse(optimizer: Any) -> None:
 
 
 def _move_steps(optimizer: Any, fused: bool) -> None:
-    """The fused kernel counts steps where the parameter is, the others on the CPU, unless a graph is to capture them."""
+    """Move step counts to the parameter's device for the fused kernel, else to the CPU, unless the group is capturable."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state.get(p)

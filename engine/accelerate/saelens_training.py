@@ -1,4 +1,4 @@
-"""SAELens: dictionaries in training, and SAETrainer."""
+"""Training dictionaries of SAELens, and SAETrainer."""
 
 import functools
 import sys
@@ -13,16 +13,7 @@ from torch import Tensor
 from ...kernels import ops
 from ...kernels.code import SparseCode
 from ..errors import UserError
-from .common import (
-    active_per_token,
-    among_dead,
-    at_entries,
-    decoded,
-    largest,
-    may_pay,
-    prefix_reconstructions,
-    sparse_code,
-)
+from .common import among_dead, at_entries, code_above, decoded, largest, may_pay, prefix_reconstructions, sparse_code
 from .saelens import Coded, Dictionary, Gated, Standard, TopK
 
 
@@ -34,7 +25,7 @@ class Trainer:
 
 
 class _Training(Dictionary):
-    """Each kind has `_coded` of x, None where dense products are faster, and `_losses` beside the squared error."""
+    """Mixin of all kinds. `_coded` returns None if dense products are faster. `_losses` has all but the squared error."""
 
     def training_forward_pass(self: Any, step_input: Any) -> Any:
         x = step_input.sae_in
@@ -50,14 +41,14 @@ class _Training(Dictionary):
         return output
 
     def _later(self: Any, x: Tensor) -> Callable[[], Tensor]:
-        """Pre-activations, worked out when somebody asks for them; which can't be done once the parameters have changed."""
+        """A function that computes the pre-activations, as long as the parameters are unchanged."""
         versions = [(parameter, parameter._version) for parameter in self.parameters()]
 
         def hidden_pre() -> Tensor:
             if any(parameter._version != version for parameter, version in versions):
                 raise UserError(
-                    "hidden_pre: the parameters have changed since this step; read it before the optimizer's step, or "
-                    "deaccelerate the dictionary"
+                    "hidden_pre: not available, because the parameters have changed since this step; read it before the "
+                    "optimizer's step, or deaccelerate the dictionary"
                 )
             return self.encode_with_hidden_pre(x)[1]
 
@@ -80,12 +71,12 @@ class TopKTraining(TopK, _Training):
         x, dead, aux_loss = step_input.sae_in, step_input.dead_neuron_mask, x_hat.new_tensor(0.0)
         if dead is not None and dead.any():
             if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
-                self.calculate_topk_aux_loss(x, x_hat, x, dead)  # which says that it can't
+                self.calculate_topk_aux_loss(x, x_hat, x, dead)  # raises the library's error
             aux_loss = self.cfg.aux_loss_coefficient * self._loss_of_dead(coded, (x - x_hat).detach(), dead)
         return {"auxiliary_reconstruction_loss": aux_loss}
 
     def _loss_of_dead(self: Any, coded: Coded, e: Tensor, dead: Tensor) -> Tensor:
-        """As SAELens' own AuxK, of some dead latents with e as what is left, from their pre-activations alone."""
+        """SAELens' AuxK loss of dead latents for the residual e, from their pre-activations only."""
         n_dead, max_latents = int(dead.sum()), e.shape[-1] // 2
         aux = largest(among_dead(coded.sae_in.flatten(0, -2), coded.W, coded.b, dead), min(max_latents, n_dead))
         aux = aux if coded.norm is None else aux / coded.norm[dead]
@@ -100,7 +91,7 @@ class BatchTopKTraining(TopKTraining):
         if not Dictionary._is_plain(self, x):
             return False
         k = self.activation_fn.k
-        return k == int(k)  # ours keeps a whole number a token
+        return k == int(k)  # our op needs a whole number per token
 
     def encode(self: Any, x: Tensor) -> Tensor:
         return Dictionary.encode(self, x)
@@ -114,7 +105,7 @@ class BatchTopKTraining(TopKTraining):
 
 
 class MatryoshkaTraining(BatchTopKTraining):
-    """MatryoshkaBatchTopKTrainingSAE: the reconstructions of all prefixes from one pass over the entries."""
+    """MatryoshkaBatchTopKTrainingSAE. One pass over the entries gives the reconstructions of all prefixes."""
 
     def _is_plain(self: Any, x: Any) -> bool:
         is_scaled = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
@@ -141,7 +132,7 @@ class MatryoshkaTraining(BatchTopKTraining):
         return losses
 
     def _losses_of_levels(self: Any, step_input: Any, coded: Coded) -> dict[str, Tensor]:
-        """AuxK of each level by itself, for what all up to it leave."""
+        """AuxK of each level, for the residual of the levels up to it."""
         x, dead, aux_loss = step_input.sae_in, step_input.dead_neuron_mask, coded.sae_in.new_tensor(0.0)
         for prefix, (begin, end) in zip(coded.beside, pairwise([0, *self.cfg.matryoshka_widths]), strict=True):
             level_dead = torch.zeros_like(dead)
@@ -163,7 +154,7 @@ class StandardTraining(Standard, _Training):
 
 
 class GatedTraining(Gated, _Training):
-    """GatedTrainingSAE: the gate's own reconstruction has the same entries."""
+    """GatedTrainingSAE. The gate's reconstruction has the same entries."""
 
     def _is_plain(self: Any, x: Any) -> bool:
         is_scaled = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
@@ -181,8 +172,8 @@ class GatedTraining(Gated, _Training):
 
 
 class JumpReLUTraining(Standard, _Training):
-    """JumpReLUTrainingSAE. Entries are those above their threshold and those that its straight-through gradient reaches
-    below it, where pre-activations may be negative: found among pre-activations that are half a bandwidth larger."""
+    """JumpReLUTrainingSAE. Entries are all activations above their threshold minus half a bandwidth, which is as far as its
+    straight-through gradient reaches. Pre-activations may be negative there, so half a bandwidth is added for encoding."""
 
     def training_forward_pass(self: Any, step_input: Any) -> Any:
         with torch.no_grad():
@@ -190,25 +181,23 @@ class JumpReLUTraining(Standard, _Training):
         return _Training.training_forward_pass(self, step_input)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        """Ours without gradients alone: SAELens' straight-through functions would bring ours into second derivatives."""
+        """Our ops run only without gradients, because the straight-through functions would differentiate them twice."""
         return self.library_class.forward(self, x) if torch.is_grad_enabled() else Standard.forward(self, x)
 
     def _coded(self: Any, x: Tensor) -> Coded | None:
-        """Beside it, the pre-activations of its entries."""
+        """`beside` holds the pre-activations of the entries."""
         if not may_pay(self, x.flatten(0, -2), self.W_enc):
             return None
         half_bandwidth, limit = self.bandwidth / 2, self.threshold.detach()
         sae_in, b = self._encoder_inputs(x, self.W_enc, self.b_enc)
-        flat = sae_in.flatten(0, -2)
-        n_active = active_per_token(self, flat, self.W_enc, b + half_bandwidth, limit)
-        if n_active is None:
+        code = code_above(self, sae_in.flatten(0, -2), self.W_enc, b + half_bandwidth, limit)
+        if code is None:
             return None
-        code = sparse_code(ops.encode_threshold, flat, self.W_enc, b + half_bandwidth, limit, expected=n_active)
         pre = code.values - half_bandwidth
         return Coded(sae_in, self.W_enc, b, code.with_values(self._by_entry("JumpReLU", pre, code)), beside=pre)
 
     def _by_entry(self: Any, name: str, pre: Tensor, code: SparseCode) -> Tensor:
-        """SAELens' own function, which sums a threshold's gradient over rows: here of one entry each."""
+        """Apply SAELens' straight-through function, with one entry per column."""
         function: Callable[..., Tensor] = getattr(sys.modules[self.library_class.__module__], name).apply
         threshold = at_entries(self.threshold, code).to(pre.dtype)
         return function(pre[None], threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input)[0]
@@ -236,7 +225,7 @@ class JumpReLUTraining(Standard, _Training):
 
 @functools.cache
 def _output_class() -> type:
-    """TrainStepOutput, which works out pre-activations only if somebody asks for them."""
+    """TrainStepOutput that computes pre-activations only when they are read."""
 
     class Output(sys.modules["sae_lens.saes.sae"].TrainStepOutput):
         @property

@@ -1,4 +1,4 @@
-"""sparsify: SparseCoder with topk, and its Trainer."""
+"""sparsify's SparseCoder and Trainer."""
 
 import sys
 from typing import Any
@@ -19,7 +19,7 @@ class Trainer:
 
 
 class Coder:
-    """SparseCoder. AuxK reaches the decoder alone, as there; its groupmax and multi_topk run through its own code."""
+    """SparseCoder with topk. AuxK trains only the decoder, as in sparsify. groupmax and multi_topk use sparsify's code."""
 
     def _is_plain(self: Any, x: Any) -> bool:
         topk = self.cfg.activation == "topk" and not self.cfg.multi_topk and self.W_dec is not None
@@ -35,7 +35,7 @@ class Coder:
         are_constant = all(tensor is None or not tensor.requires_grad for tensor in (y, total_variance))
         if not are_constant or not self._is_plain(x):
             return self.library_class.forward(self, x, y, dead_mask=dead_mask, total_variance=total_variance)
-        # as its own is decorated
+        # like the decorator of the library's forward
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=x.is_cuda and torch.cuda.is_bf16_supported()):
             output = self._forward(x, x if y is None else y, dead_mask, total_variance)
         by_library = lambda x: self.library_class.forward(
@@ -48,7 +48,7 @@ class Coder:
         if not self.cfg.transcode:
             encoder_in, b = x - self.b_dec.detach(), bias_for_centred(b, self.b_dec, W)
         code = sparse_code(ops.encode_topk, encoder_in, W, b, self.cfg.k)
-        with torch.autocast(x.device.type, enabled=False):  # its decoder is a kernel, in the weights' dtype
+        with torch.autocast(x.device.type, enabled=False):  # the library's decoder is a kernel in the weights' dtype
             x_hat = decoded(code, code.values, self.W_dec, self.b_dec)
         if self.W_skip is not None:
             x_hat = x_hat + x.to(self.dtype) @ self.W_skip.mT
@@ -64,7 +64,7 @@ class Coder:
         )
 
     def _dead_loss(self: Any, encoder_in: Tensor, e: Tensor, dead: Tensor, total_variance: Tensor) -> Tensor:
-        """As sparsify's own, from the activations of the dead latents alone, which get no gradient there."""
+        """sparsify's AuxK loss, from the activations of the dead latents only, which get no gradient."""
         if (n := int(dead.sum())) == 0:
             return e.new_tensor(0.0)
         with torch.no_grad():

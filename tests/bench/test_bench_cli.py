@@ -31,7 +31,7 @@ REFUSED = {
     "no repeats": ("bench ops --repeats 0", ("repeats: 0", "at least 1")),
     "unknown op": ("bench ops --op encoed", ("op: 'encoed'", "encode, encode_topk")),
     "unknown dtype": ("bench ops --dtype fp8", ("dtype: 'fp8'", "fp32, bf16, fp16")),
-    "step in fp16": ("bench step --dtype fp16", ("dtype: 'fp16'", "fp32 or bf16")),
+    "step in fp16": ("bench step --dtype fp16", ("dtype: 'fp16'", "fp32, bf16")),
     "unknown device": ("bench step --device tpu", ("device: 'tpu'", "cpu or cuda")),
     "step's json nowhere": ("bench step --json nowhere/f.json", ("json: nowhere/f.json", "folder that exists")),
     "unknown activation": ("bench step --activation topkk", ("activation: 'topkk'", "topk, batchtopk, jumprelu, relu")),

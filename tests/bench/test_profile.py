@@ -124,7 +124,7 @@ def test_a_step_that_names_its_own_stages_is_not_wrapped(
     ("change", "words"),
     [
         (dict(steps=0), ("steps: 0", "at least 1")),
-        (dict(dtype="fp16"), ("dtype: 'fp16'", "fp32 or bf16")),
+        (dict(dtype="fp16"), ("dtype: 'fp16'", "fp32, bf16")),
         (dict(shape=Shape(4, 4, 4, 5)), ("K: 5", "at most F (4)")),
     ],
 )

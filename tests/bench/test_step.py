@@ -374,10 +374,10 @@ def test_what_never_fits_is_left_out(stub: Callable[..., list[str]], monkeypatch
         (lambda: race("temposae", rounds=0), ("rounds: 0", "at least 1")),
         (lambda: race("temposae", activations=["topkk"]), ("activation: 'topkk'", "topk, batchtopk, jumprelu, relu")),
         (lambda: race("temposae", activations=["relu"], auxk=True), ("auxk", "activation relu", "topk and batchtopk")),
-        (lambda: measure([SHAPE], [], device="cpu", dtype="fp16"), ("dtype: 'fp16'", "fp32 or bf16")),
+        (lambda: measure([SHAPE], [], device="cpu", dtype="fp16"), ("dtype: 'fp16'", "fp32, bf16")),
         (lambda: measure([Shape(4, 4, 4, 5)], [], device="cpu", dtype="fp32"), ("K: 5", "at most F (4)")),
         (lambda: shapes("gpuu"), ("preset: 'gpuu'", "tiny, cpu, gpu, sweep")),
-        (lambda: shapes("cpu", N="12,many"), ("N: '12,many'", "numbers, parted by commas")),
+        (lambda: shapes("cpu", N="12,many"), ("N: '12,many'", "numbers, separated by commas")),
         (lambda: shapes("cpu", D="0"), ("D: 0", "at least 1")),
     ],
 )

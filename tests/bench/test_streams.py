@@ -90,7 +90,7 @@ def test_a_bare_loop_over_other_activations_is_refused(testbed: LanguageModel) -
         next(bare.model.parameters()).mul_(1.5)
     with pytest.raises(RuntimeError, match="differ from the stream's"):
         bare.check(testbed, rows)
-    with pytest.raises(UserError, match="transformers doesn't have blocks.1.hook_mlp_out by itself"):
+    with pytest.raises(UserError, match="transformers alone cannot read blocks.1.hook_mlp_out"):
         streams.BareModel("testbed", LanguageModel("testbed", hook="blocks.1.hook_mlp_out"))
 
 

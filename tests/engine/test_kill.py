@@ -237,5 +237,5 @@ def test_a_signal_while_measuring_says_that_the_run_is_trained(tmp_path, monkeyp
         main()
     assert left.value.code == 128 + number
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"stopped while measuring; {folder} is trained, and temposae eval core --sae {folder} measures it"
+    assert said == f"stopped while evaluating; {folder} is trained, and temposae eval core --sae {folder} evaluates it"
     assert checkpoint.find(folder).step == 2

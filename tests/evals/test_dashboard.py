@@ -333,7 +333,7 @@ def test_a_page_of_a_run(place: Path):
 REFUSED = {
     "no such latent": ("--sae mine --latents 3,32", "latents: '32' is not allowed; give numbers from 0 to 31"),
     "no number": ("--sae mine --latents three", "latents: 'three' is not allowed"),
-    "nowhere to write": ("--sae mine/checkpoints/step_00000007", "out: needed"),
+    "nowhere to write": ("--sae mine/checkpoints/step_00000007", "out: missing"),
     "a folder that does not exist": ("--sae mine --out nowhere/p.html", "out: nowhere/p.html can't be written"),
     "no such run": ("--sae yours", "sae: yours does not exist"),
     "unknown model": ("--sae alone --out p.html", "model: alone does not say what it was trained on"),

@@ -46,7 +46,7 @@ def test_an_error_in_measuring_leaves_summary_and_run(tmp_path, text, monkeypatc
     code, out, err = command("train", config, "--eval-rows", "4", "--out", tmp_path / "run")
     assert code == 2
     place = tmp_path / "run" / "k2"
-    said = f"{place} is trained, and temposae eval core --sae {place} measures it"
+    said = f"{place} is trained, and temposae eval core --sae {place} evaluates it"
     assert f"error: RuntimeError: something unforeseen; {said}\n" in err
     found = json.loads((tmp_path / "run" / "summary.json").read_text())["dictionaries"]
     assert found["k2"]["measured_on"] == "training"
@@ -60,7 +60,7 @@ def test_an_error_in_measuring_leaves_summary_and_run(tmp_path, text, monkeypatc
 def test_training_without_evaluation(tmp_path, text):
     code, out, _ = command("train", "--data", text, *SMALL, "--no-eval", "--out", tmp_path / "run")
     assert code == 0
-    assert f"temposae eval core --sae {tmp_path / 'run'} measures it" in out
+    assert f"temposae eval core --sae {tmp_path / 'run'} evaluates it" in out
     assert not (tmp_path / "run" / "evals").exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["measured_on"] == "training"
     assert "after_training: false" in (tmp_path / "run" / "config.yaml").read_text()
@@ -129,7 +129,7 @@ def test_a_missing_score_leaves_the_others_beside_it(tmp_path, capsys):
     core_table(missing | {"no_random_control": "train.control: false"}, "title")
     out = capsys.readouterr().out
     assert "0.2500" in out
-    assert "or zeros in the activation's place do not raise the loss" in out
+    assert "or zero ablation does not raise the loss" in out
     assert "no random control (train.control: false)" in out
     several = {"a": scores(explained_variance=None, l0=None, controls={"random": scores()}), "b": scores(controls={})}
     runs_table({"dictionaries": several, "model": "m"})
@@ -141,8 +141,8 @@ def test_a_missing_score_leaves_the_others_beside_it(tmp_path, capsys):
     scores_table(result, "probing")
     out = capsys.readouterr().out
     assert all(number in out for number in ("0.7500", "0.6250", "0.5000", "0.8750", "LLM"))
-    assert "- no figure of dictionary for top 1" in out
-    assert "- no figure of LLM for top 2" in out
+    assert "- no value for dictionary: top 1" in out
+    assert "- no value for LLM: top 2" in out
 
 
 @pytest.mark.parametrize(("l0", "warns"), [(32.0, False), (33.5, False), (30.5, False), (35.0, True), (12.0, True)])
