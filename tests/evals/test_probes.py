@@ -47,7 +47,7 @@ def test_rows_are_balanced_and_negatives_come_evenly_from_the_other_groups():
     assert len(split.train_X) == len(split.test_X) == 30
     assert split.train_y.sum() == split.test_y.sum() == 15
     assert not set(split.train_X[:, 0]) & set(split.test_X[:, 0])
-    with pytest.raises(UserError, match="^labels: 0 of 155 rows are of the class; a probe needs both sides$"):
+    with pytest.raises(UserError, match="^labels: 0 of 155 rows are in the class; a probe needs rows of both sides$"):
         balanced(groups == 9, np.random.default_rng(0))
     with pytest.raises(UserError, match="too few"):
         halves(np.zeros((2, 1)), np.array([True, False]), np.array([0, 1]), np.random.default_rng(0))

@@ -232,7 +232,7 @@ def test_an_answer_counts_with_a_space_or_without():
     assert _letters(whole) == [[1, 5], [2, 6], [3, 7], [4, 8]]
     parted = lambda text, add_special_tokens: {"input_ids": [ids[text]] if len(text) == 1 else [9, ids[text[1]]]}
     assert _letters(parted) == [[1], [2], [3], [4]]
-    with pytest.raises(UserError, match="no token for each of A to D"):
+    with pytest.raises(UserError, match="no single tokens for A to D"):
         _letters(lambda text, add_special_tokens: {"input_ids": [9, 9]})
     logits = torch.zeros(2, 1, 10)
     logits[0, 0, 6], logits[0, 0, 1] = 3, 2  # " B" is above "A"
@@ -488,7 +488,7 @@ def test_a_file_that_is_no_list_of_questions_is_refused(tmp_path, row, message):
 def test_files_that_are_not_there_or_of_another_kind_are_refused(tmp_path):
     with pytest.raises(UserError, match="questions: nowhere.parquet does not exist"):
         read_questions("nowhere.parquet", forget=True)
-    for name, message in {"a.csv": "must be a .parquet or a .jsonl file", "a.parquet": "is not a Parquet file"}.items():
+    for name, message in {"a.csv": "must be a .parquet or .jsonl file", "a.parquet": "is not a Parquet file"}.items():
         (tmp_path / name).write_text("question,choices,answer")
         with pytest.raises(UserError, match=message):
             read_questions(str(tmp_path / name), forget=True)
