@@ -35,7 +35,11 @@ ANSWER = "Answer: ("  # the beginning of the model's answer
 SHORTEST = 50  # characters; documents up to this length are left out
 READ = 8  # reading of a text stops at this multiple of the tokens needed
 
+# ends of error messages, after the name of the model or the text
 NO_CHAT_TEMPLATE = "has no chat template; multiple-choice questions need an instruction-tuned model"
+NOTHING_TO_FORGET = (
+    "does not define what to forget; give questions and texts to forget and to retain, such as WMDP-bio's and MMLU's"
+)
 
 #: numbers of B prompts, ascending, and T -> summand for their activations [B, T, D]
 Change = Callable[[Tensor, int], Tensor]

@@ -149,7 +149,8 @@ def _glance(measured: dict[str, dict[str, Any]]) -> str:
                 scores = result[part]
             score, more = lookup(scores, key), name in SCORES and path not in NOT_BETTER
             control_scores = {c: lookup(figures, key) for c, figures in scores.get("controls", {}).items()}
-            reached = [c for c, value in control_scores.items() if more and None not in (score, value) and value >= score]
+            known = {c: value for c, value in control_scores.items() if None not in (score, value)}
+            reached = [c for c, value in known.items() if more and value >= score]
             if i == 0:
                 reached = result.get("reached_by", reached)
             cells = {c: number(control_scores.get(c)) for c in controls}

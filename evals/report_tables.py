@@ -274,8 +274,8 @@ def _unlearning(result: dict[str, Any]) -> list[str]:
 def _scr(result: dict[str, Any]) -> list[str]:
     metrics = {f"scr_metric.{n}": f"n = {n}" for n in result["scr_metric"]}
     return [
-        f"Mean over pairs and {result['seeds']} seeds ± standard deviation over seeds. The score is the value at the largest "
-        "n up to 20.",
+        f"Mean over pairs and {result['seeds']} seeds ± standard deviation over seeds. The score is at the largest n up to "
+        "20.",
         _by_n(result, "scr_metric.{}"),
         PICTURES,
         "### By pair",
@@ -287,8 +287,8 @@ def _scr(result: dict[str, Any]) -> list[str]:
 
 def _tpp(result: dict[str, Any]) -> list[str]:
     return [
-        f"Probes on {len(result['classes'])} classes, with accuracy {number(result['clean_accuracy'])} before ablation. Mean "
-        f"over {result['seeds']} seeds ± standard deviation over seeds. The score is the value at the largest n up to 10.",
+        f"Probes on {len(result['classes'])} classes, with accuracy {number(result['clean_accuracy'])} before ablation. "
+        f"Mean over {result['seeds']} seeds ± standard deviation over seeds. The score is at the largest n up to 10.",
         _by_n(result, "tpp.{}.total_metric"),
         PICTURES,
         "### Parts of the dictionary's score",

@@ -146,7 +146,7 @@ def _probing(result: dict[str, Any]) -> dict[str, Any]:
     ks = sorted(int(key.removeprefix("top_")) for key in result if key.removeprefix("top_").isdecimal())
     autoencoders = _autoencoders(result) | {"llm": result["llm"]}
     lines = {name: [scores.get(f"top_{k}") for k in ks] for name, scores in autoencoders.items()}
-    labels = ("k (latents of the probe)", "test accuracy (0.5 is chance)", "Probes on the k best latents, mean over classes")
+    labels = ("k (latents of the probe)", "test accuracy (0.5 is chance)", "Probes on k latents, mean over classes")
     return _curves("sparse_probing", ks, lines, None, 0.5, labels)
 
 
@@ -158,7 +158,7 @@ def _removed(result: dict[str, Any]) -> dict[str, Any]:
 
 def _perturbed(result: dict[str, Any]) -> dict[str, Any]:
     lines = {name: [m["total_metric"] for m in d["tpp"].values()] for name, d in _autoencoders(result).items()}
-    labels = ("n (latents ablated)", "accuracy lost: class - others", "Accuracy lost by ablation of a class's n latents")
+    labels = ("n (latents ablated)", "accuracy lost: class - others", "Accuracy lost by ablation of n latents")
     return _curves("tpp", [int(n) for n in result["tpp"]], lines, result, 0, labels)
 
 

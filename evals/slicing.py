@@ -1,7 +1,7 @@
 """Static slicing: untrained baselines whose latents are assigned to positions by a fixed mask.
 
-    ranges    latent j is allowed in range floor(j R / F) of R equal ranges of positions; the largest possible specialization
-    random    each latent is allowed at a position with probability 1 / R, drawn once: as many latents per position, no ranges
+    ranges    latent j is allowed in range floor(j R / F) of R equal ranges of positions; the maximal specialization
+    random    each latent is allowed at a position with probability 1 / R, drawn once: as many latents per position
     none      every latent is allowed everywhere
 
 All have the same parameters and the same K. They reach maximal specialization trivially, so specialization means nothing
@@ -25,8 +25,8 @@ SHUFFLES = 5
 
 @torch.no_grad()
 def slicing(evaluation: Evaluation, *, rows: int = 1024, bins: int = 16) -> dict[str, dict[str, float | None]] | None:
-    """Specialization, explained variance and L0 of the dictionary's `slicings` on `rows` held-out rows; None for a dictionary
-    with a mask and for a transcoder."""
+    """Specialization, explained variance and L0 of the dictionary's `slicings` on `rows` held-out rows; None for a
+    transcoder and a dictionary with a mask."""
     cfg = evaluation.sae.cfg
     if cfg.mask.kind != "none" or cfg.d_out is not None:
         return None

@@ -21,14 +21,12 @@ LONG_FUNCTIONS = {
     "engine/fused.py:FusedStep._update",
     "engine/fused.py:FusedStep.run",
     "engine/stream/__init__.py:ActivationStream.__init__",
-    "evals/run_evals.py:evaluate",
 }
 MANY_PARAMETERS = {
     "engine/stream/cache_writer.py:_write_cache",
     "engine/stream/cache_writer.py:write_cache",
     "engine/stream/token_rows.py:open_text",
     "evals/api.py:evaluate",
-    "evals/run_evals.py:evaluate",
     "kernels/encode_sparse/__init__.py:encode_threshold",
     "kernels/encode_sparse/__init__.py:encode_topk",
 }

@@ -114,11 +114,14 @@ def test_files_are_given_by_name():
     files = suite.named_files(["blimp=a=b", "forget_text=c", "blimp=d"])
     assert files == {"blimp": ("a=b", "d"), "forget_text": ("c",)}
     for given, message in (
-        (["forget=x"], "^file: forget=x is not allowed; give NAME=PATH, of which NAME is forget_questions, retain_q"),
+        (
+            ["forget=x"],
+            "^file: forget=x is not allowed; give NAME=PATH with one of the names forget_questions, retain_q",
+        ),
         (["blimp"], "^file: blimp is not allowed; give NAME=PATH"),
         (
             ["forget_text=a", "forget_text=b"],
-            "^file: forget_text=b is not allowed; there is one forget_text already, a$",
+            "^file: forget_text=b is not allowed; forget_text is already a$",
         ),
     ):
         with pytest.raises(UserError, match=message):

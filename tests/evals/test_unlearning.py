@@ -450,7 +450,7 @@ def test_candidates_are_the_object_and_three_others_of_its_relation(by_relation)
 
 def test_what_is_missing_is_said_in_one_line(stub, stream_of, tmp_path):
     evaluation = stub
-    with pytest.raises(UserError, match="text.jsonl says nothing of what to forget; give files"):
+    with pytest.raises(UserError, match="text.jsonl does not define what to forget; give questions"):
         unlearning(Evaluation(evaluation.stream, evaluation.sae, None))
     with pytest.raises(UserError, match=r"text: gone.txt does not exist; WMDP's bio corpus is gated"):
         unlearning(with_files(evaluation, forget_text="gone.txt"))
@@ -462,7 +462,7 @@ def test_what_is_missing_is_said_in_one_line(stub, stream_of, tmp_path):
         unlearning(Evaluation(evaluation.stream, autoencoder, None, files=evaluation.files))
     unknown = tmp_path / "unknown.jsonl"
     unknown.write_text(json.dumps({"question": "guess", "choices": ["w", "right", "x", "y"], "answer": 1}))
-    with pytest.raises(UserError, match="the untouched model knows none of those to forget"):
+    with pytest.raises(UserError, match="the unmodified model answers none of those to forget right"):
         unlearning(with_files(evaluation, forget_questions=str(unknown)))
     some = Evaluation(evaluation.stream, evaluation.sae, None, files={"forget_text": ["a.txt"]})
     with pytest.raises(UserError, match="^file: forget_questions, retain_questions, retain_text not given; "):
