@@ -69,7 +69,7 @@ def test_an_eval_that_cannot_be_had_is_named_and_the_others_go_on(trained):
     assert 0 <= found["coin"]["draw"] < 1
     with pytest.raises(UserError, match="^data: there is none$"):
         evaluate(find(folder), stream, None, ["never"])
-    with pytest.raises(UserError, match="^eval: other is not allowed; there are coin, never and all$"):
+    with pytest.raises(UserError, match="^eval: other is not allowed; it must be coin, never or all$"):
         evaluate(find(folder), stream, None, ["other"])
 
 

@@ -465,7 +465,7 @@ def test_what_is_missing_is_said_in_one_line(stub, stream_of, tmp_path):
     with pytest.raises(UserError, match="the unmodified model answers none of those to forget right"):
         unlearning(with_files(evaluation, forget_questions=str(unknown)))
     some = Evaluation(evaluation.stream, evaluation.sae, None, files={"forget_text": ["a.txt"]})
-    with pytest.raises(UserError, match="^file: forget_questions, retain_questions, retain_text not given; "):
+    with pytest.raises(UserError, match="^file: forget_questions, retain_questions, retain_text missing; "):
         unlearning(some)
 
 
