@@ -8,12 +8,13 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from ..engine.errors import UserError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 #: options for writing Parquet
 SETTINGS: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
@@ -22,8 +23,6 @@ _TAIL = 8  # bytes: the footer's length and PAR1
 
 def checks(path: Path) -> dict[str, Any]:
     """Compute the checksums of a file: `bytes`, `footer`, `groups`."""
-    import pyarrow.parquet as pq
-
     with path.open("rb") as file:
         groups = [_crc32(file.fileno(), *span) for span in _spans(pq.ParquetFile(file).metadata)]
         size = os.fstat(file.fileno()).st_size
@@ -32,16 +31,12 @@ def checks(path: Path) -> dict[str, Any]:
 
 def read(
     path: Path, columns: Sequence[str], filters: Mapping[str, Sequence[int]], sums: Mapping[str, Any] | None
-) -> "pa.Table":
+) -> pa.Table:
     """Read the lines whose value is one of `filters[column]`, for each column in `filters`.
 
     `sums`: the file's `checks`, None to skip verification. Raises UserError for a damaged file, and OSError or
     ArrowException for one that can't be read.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     with path.open("rb") as source:
         number = source.fileno()
         if sums is not None:

@@ -197,10 +197,9 @@ def _concatenated(batches: list[tuple[Tensor, Tensor, Tensor]]) -> TextActivatio
 
 def padded(ids: Sequence[Sequence[int]], stream: ActivationStream) -> Iterator[TokenRows]:
     """Token ids of texts as rows padded at the end to the longest text, `rows_per_forward` at a time."""
-    length = torch.tensor([len(text_ids) for text_ids in ids])
-    tokens = torch.full((len(ids), int(length.max())), getattr(stream.model.tokenizer, "pad_token_id", None) or 0)
-    for row, text_ids in zip(tokens, ids, strict=True):
-        row[: len(text_ids)] = torch.tensor(text_ids, dtype=torch.long)
+    length, pad = torch.tensor(list(map(len, ids))), getattr(stream.model.tokenizer, "pad_token_id", None) or 0
+    texts = [torch.tensor(text_ids, dtype=torch.long) for text_ids in ids]
+    tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad)
     number, size = torch.arange(len(ids)), stream.config.rows_per_forward
     document = torch.where(torch.arange(tokens.shape[1]) < length[:, None], number[:, None], -1)
     return (

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..engine.storage.files import whole_file
 from . import checked_parquet
@@ -12,6 +14,7 @@ from . import checked_parquet
 COLUMNS = ("document", "row", "position", "token", "latent", "value")
 PART = 2**22  # entries per part, sorted in memory
 GROUP = 2**17  # lines per row group
+PLACE = [("document", pa.int64()), ("row", pa.int64()), ("position", pa.int32()), ("token", pa.int32())]
 
 
 class _ColumnWriter:
@@ -42,18 +45,13 @@ class TokenWriter(_ColumnWriter):
     """Writes tokens.parquet a row group at a time; the file gets its name when it is complete."""
 
     def __init__(self, path: Path):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         super().__init__(GROUP, self._write)
         sums = [("squared_error", pa.float32()), ("squared_norm", pa.float32())]
-        self.schema = pa.schema([*_places(), ("text", pa.string()), ("active", pa.int32()), *sums])
+        self.schema = pa.schema([*PLACE, ("text", pa.string()), ("active", pa.int32()), *sums])
         self.place = whole_file(path)
         self.file = pq.ParquetWriter(self.place.__enter__(), self.schema, **checked_parquet.SETTINGS)
 
     def _write(self, columns: dict[str, np.ndarray]) -> None:
-        import pyarrow as pa
-
         self.file.write_table(pa.table(columns, schema=self.schema))
 
     def __enter__(self) -> "TokenWriter":
@@ -70,17 +68,12 @@ class ActivationWriter(_ColumnWriter):
     """Writes features/part-*.parquet, each sorted by latent; a file gets its name when it is complete."""
 
     def __init__(self, folder: Path):
-        import pyarrow as pa
-
         super().__init__(PART, self._write)
-        self.schema = pa.schema([*_places(), ("latent", pa.int32()), ("value", pa.float32())])
+        self.schema = pa.schema([*PLACE, ("latent", pa.int32()), ("value", pa.float32())])
         self.folder, self.entries = folder, 0
         self.checks: dict[str, dict[str, Any]] = {}  # checksums of each part
 
     def _write(self, columns: dict[str, np.ndarray]) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         order = np.argsort(columns["latent"], kind="stable")  # lines come sorted by document, row and position
         table = pa.table({name: column[order] for name, column in columns.items()}, schema=self.schema)
         name = f"part-{len(self.checks):05d}.parquet"
@@ -94,9 +87,3 @@ class ActivationWriter(_ColumnWriter):
         self.flush()
         if not self.checks:
             self._write({name: np.empty(0, np.int32) for name in COLUMNS})
-
-
-def _places() -> list[Any]:
-    import pyarrow as pa
-
-    return [("document", pa.int64()), ("row", pa.int64()), ("position", pa.int32()), ("token", pa.int32())]

@@ -17,9 +17,10 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,9 +43,7 @@ from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.code import SparseCode
 from ..kernels.masks import weights_at
 from ..kernels.torch_modes import default_modes
-from . import checked_parquet
 from .evaluation import fitted
-from .feature_writer import COLUMNS, ActivationWriter, TokenWriter
 
 FORMAT = "temposae-features/1"
 MANIFEST, TOKENS, FEATURES = "store.json", "tokens.parquet", "features"
@@ -117,11 +116,12 @@ def _write_store(
             **written,
         }
         write_json(out / MANIFEST, store)
-    except OSError as error:
-        _remove(out)
-        raise UserError(f"out: {out} can't be written ({error.strerror or error})") from None
-    except BaseException:
-        _remove(out)
+    except BaseException as error:
+        shutil.rmtree(out / FEATURES, ignore_errors=True)
+        for name in (TOKENS, MANIFEST):
+            (out / name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"out: {out} can't be written ({error.strerror or error})") from None
         raise
     return store
 
@@ -142,6 +142,9 @@ def read(
     """
     _need_pyarrow()
     import pyarrow as pa
+
+    from . import checked_parquet
+    from .feature_writer import COLUMNS
 
     folder = expand_path(store, "store")
     about = info(folder)
@@ -203,16 +206,13 @@ def _need_pyarrow() -> None:
         raise UserError("features: pyarrow, which reads and writes Parquet, is missing; pip install pyarrow")
 
 
-def _remove(out: Path) -> None:
-    shutil.rmtree(out / FEATURES, ignore_errors=True)
-    for name in (TOKENS, MANIFEST):
-        (out / name).unlink(missing_ok=True)
-
-
 def _write_parquet(
     sae: UnitDecoder, stream: ActivationStream, out: Path, tokens: int | None, min_activation: float
 ) -> dict[str, Any]:
     """Write tokens and features; returns counts, names and checksums of the parts, and the speed of encoding."""
+    from . import checked_parquet
+    from .feature_writer import ActivationWriter, TokenWriter
+
     texts, timer = _TokenTexts(stream.model.tokenizer), _EncodeTimer(sae)
     features, lines = ActivationWriter(out / FEATURES), TokenWriter(out / TOKENS)
     counts = {"tokens": 0, "rows": 0, "documents": 0}
@@ -273,21 +273,12 @@ def _chunks(
 
 def _whole_text(text: RowSource, size: int) -> Iterator[TokenRows]:
     """All rows of a text in order, training and held-out rows, `size` at a time."""
-    fields = ("tokens", "length", "document", "row")
-
-    def training() -> Iterator[TokenRows]:
-        while len(rows := text.next(size)):
-            yield rows
-
-    def single_rows(batches: Iterable[TokenRows]) -> Iterator[TokenRows]:
-        for rows in batches:
-            for i in range(len(rows)):
-                yield TokenRows(*(getattr(rows, name)[i : i + 1] for name in fields))
-
-    held_out = text.held_out(sys.maxsize, size)
-    rows = heapq.merge(single_rows(training()), single_rows(held_out), key=lambda row: int(row.row))
-    while batch := list(islice(rows, size)):
-        yield TokenRows(*(torch.cat([getattr(row, name) for row in batch]) for name in fields))
+    training = takewhile(len, iter(partial(text.next, size), None))
+    sources = (training, text.held_out(sys.maxsize, size))
+    single_rows = ((rows.slice(i, i + 1) for rows in source for i in range(len(rows))) for source in sources)
+    in_order = heapq.merge(*single_rows, key=lambda row: int(row.row))
+    while batch := list(islice(in_order, size)):
+        yield TokenRows(*map(torch.cat, zip(*(vars(row).values() for row in batch), strict=True)))
 
 
 def _entries(code: SparseCode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

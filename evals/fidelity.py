@@ -111,20 +111,13 @@ def _ce(
     with progress_bar("fidelity: model behaviour", total=min(rows, len(collected)), unit="rows") as bar:
         for tokens, kept in batches:
             span, used = slice(used, used + int(kept.sum())), used + int(kept.sum())
-            x, kept_on_device = model.activations(tokens), kept.to(model.device)
-
-            def spliced(
-                value: Tensor, x: Tensor = x, kept_on_device: Tensor = kept_on_device, span: slice = span
-            ) -> Tensor:
-                fresh = x.clone()
-                fresh[kept_on_device] = value[span].to(x.dtype)
-                return fresh
+            x, mask = model.activations(tokens), kept.to(model.device)[..., None]
 
             scored = kept.clone()
             scored[:, :-1] &= kept[:, 1:]
             scored[:, -1] = False
             bins = bin_[scored.nonzero()[:, 1]]
-            values = {name: partial(spliced, value) for name, value in decoded.items()}
+            values = {name: partial(x.masked_scatter, mask, value[span].to(x.dtype)) for name, value in decoded.items()}
             for name, (loss, _) in losses_and_kl(model, tokens, x, scored, values).items():
                 summed[name].index_add_(0, bins, loss)
             counts += torch.bincount(bins, minlength=len(counts))

@@ -9,8 +9,8 @@ row's `subject`. WMDP's rows have none: their subject follows from the file name
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice, permutations
 from pathlib import Path
 from typing import Any
@@ -115,32 +115,6 @@ def fact_questions(language: Language, start: int, draw: np.random.Generator) ->
 def known(model: LanguageModel, questions: Questions, size: int) -> Questions:
     """The questions that the model answers right."""
     return questions.only(answers(model, questions, size) == questions.right)
-
-
-@dataclass(frozen=True)
-class QuestionFiles:
-    """Questions (.parquet or .jsonl) and texts (.txt, .jsonl or .parquet) on disk."""
-
-    forget_questions: str
-    retain_questions: tuple[str, ...]
-    forget_text: str
-    retain_text: str
-
-    @property
-    def questions(self) -> tuple[str, ...]:
-        """The question files, first the one to forget."""
-        return (self.forget_questions, *self.retain_questions)
-
-    @classmethod
-    def of(cls, files: Mapping[str, Sequence[str]]) -> "QuestionFiles | None":
-        """Select them from files by name; None if there are none. Raises UserError if some are missing."""
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in files]
-        if len(missing) == len(names):
-            return None
-        if missing:
-            raise UserError(f"file: {', '.join(missing)} missing; unlearning needs all of {', '.join(names)}")
-        return cls(files["forget_questions"][0], tuple(files["retain_questions"]), *(files[n][0] for n in names[2:]))
 
 
 @dataclass(frozen=True)

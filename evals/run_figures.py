@@ -111,16 +111,13 @@ def _loss(metrics: list[dict[str, Any]]) -> Any:
 
 def _positions(result: dict[str, Any]) -> Any:
     figure, axes = new_axes(3.7)
-    labels = {
-        "sae": "dictionary", "random": "random control", "lm_neurons": "K largest neurons", "mean": "mean control",
-    }  # fmt: skip
     lines = []
     for name, scores in _autoencoders(result).items():
         columns = (scores["per_position"][key] for key in ("position", "explained_variance"))
         points = [(position, value) for position, value in zip(*columns, strict=True) if value is not None]
         if points:
             positions, values = zip(*points, strict=True)
-            axes.plot(positions, values, color=COLOURS[name], label=labels[name], linewidth=1.2)
+            axes.plot(positions, values, color=COLOURS[name], label=LABELS.get(name, name), linewidth=1.2)
             lines.append((positions, values, COLOURS[name]))
     axes.set(xlabel="position in the context", ylabel="explained variance", title="Explained variance by position")
     axes.set_ylim(-0.05, 1.02)
@@ -140,6 +137,10 @@ def _firing(result: dict[str, Any]) -> Any:
 
 def _autoencoders(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"sae": result, **result["controls"]}
+
+
+def _style(autoencoder: str) -> dict[str, Any]:
+    return {"color": AUTOENCODER_COLOURS.get(autoencoder, "#777777"), "marker": SHAPES.get(autoencoder, ".")}
 
 
 def _probing(result: dict[str, Any]) -> dict[str, Any]:
@@ -183,13 +184,13 @@ def _curves(
     for autoencoder, line in lines.items():
         known = [(i, value) for i, value in enumerate(line) if value is not None]
         x, y = [xs[i] for i, _ in known], [value for _, value in known]
-        style = {"color": AUTOENCODER_COLOURS.get(autoencoder, "#777777"), "zorder": 3 if autoencoder == "sae" else 2}
-        marker, label = SHAPES.get(autoencoder, "."), LABELS.get(autoencoder, autoencoder)
-        axes.plot(x, y, marker=marker, markersize=4.5, label=label, **style)
-        drawn.append((x, y, style["color"]))
+        style = _style(autoencoder)
+        color, zorder = style["color"], 3 if autoencoder == "sae" else 2
+        axes.plot(x, y, markersize=4.5, label=LABELS.get(autoencoder, autoencoder), zorder=zorder, **style)
+        drawn.append((x, y, color))
         if spread:
             low, high = ([value + sign * (spread[autoencoder][i] or 0) for i, value in known] for sign in (-1, 1))
-            axes.fill_between(x, low, high, alpha=0.18, linewidth=0, **style)
+            axes.fill_between(x, low, high, alpha=0.18, linewidth=0, color=color, zorder=zorder)
     axes.set(xlabel=labels[0], ylabel=labels[1], title=labels[2], xscale="log")
     axes.xaxis.set_major_locator(FixedLocator(xs))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -211,15 +212,11 @@ def _unlearning(result: dict[str, Any]) -> dict[str, Any]:
         axes.plot(x, y, linewidth=1, label=f"{n} latents, threshold {threshold:g}", alpha=0.85, **style)
     for name, control in result["controls"].items():
         if (best := control["setting"]) is not None:
-            axes.plot(
-                best["retain_accuracy"], best["forget_accuracy"], linestyle="", marker=SHAPES.get(name, "."), mfc="none",
-                color=AUTOENCODER_COLOURS.get(name, "#777777"), label=f"{name}, best setting",
-            )  # fmt: skip
+            point, label = (best["retain_accuracy"], best["forget_accuracy"]), f"{name}, best setting"
+            axes.plot(*point, linestyle="", mfc="none", label=label, **_style(name))
     if (best := result["setting"]) is not None:
-        axes.plot(
-            best["retain_accuracy"], best["forget_accuracy"], linestyle="", marker="o", markersize=12,
-            markerfacecolor="none", markeredgecolor="black", label="best setting",
-        )  # fmt: skip
+        point = best["retain_accuracy"], best["forget_accuracy"]
+        axes.plot(*point, linestyle="", marker="o", markersize=12, mfc="none", mec="black", label="best setting")
     axes.set_xlim(right=1.005)
     axes.set(
         xlabel="retain accuracy (higher is better)", ylabel="forget accuracy (lower is better)",
@@ -238,11 +235,9 @@ def _truth(result: dict[str, Any]) -> dict[str, Any]:
     axes.plot(f1, lines, "o", color=COLOURS["sae"], markersize=4.5, label="F1 of the best latent")
     axes.plot(top, lines, "D", color=SEVERAL[1], markersize=3.5, label="accuracy of a probe on 5 latents")
     for key, linestyle, measure in (("mean_f1", "--", "F1"), ("mean_top_5", ":", "accuracy")):
-        if (control := result["controls"].get("random", {}).get(key)) is not None:
-            axes.axvline(
-                control, color=COLOURS["random"], linewidth=1, linestyle=linestyle,
-                zorder=0, label=f"random's mean {measure}",
-            )  # fmt: skip
+        if (mean := result["controls"].get("random", {}).get(key)) is not None:
+            style = {"color": COLOURS["random"], "linewidth": 1, "linestyle": linestyle, "zorder": 0}
+            axes.axvline(mean, label=f"random's mean {measure}", **style)
     axes.axvline(RECOVERED, color="#888888", linewidth=1, zorder=0, label=f"recovered (F1 of {RECOVERED})")
     axes.set_yticks(lines, [name for name, _ in variables], fontsize=6.5)
     axes.set(xlim=(0, 1.02), ylim=(-1, len(variables)), xlabel="F1, or accuracy (0.5 is chance)")
@@ -266,7 +261,7 @@ def _order(result: dict[str, Any]) -> dict[str, Any]:
     points("LM activations", [tasks[t]["lm"][r] for t, r in lines], marker="|", color="#000000", markersize=14, mew=2)
     for name, control in probing["controls"].items():
         means = [control[r] if t == "mean over tasks" else None for t, r in lines]
-        points(name, means, marker=SHAPES.get(name, "."), color=AUTOENCODER_COLOURS.get(name, "#777777"), markersize=5)
+        points(name, means, markersize=5, **_style(name))
     points("1 latent", [tasks[t]["top_1"][r] for t, r in lines], marker="o", color=COLOURS["sae"], mfc="white")
     points(f"{probing['k']} latents", [tasks[t][r] for t, r in lines], marker="o", color=COLOURS["sae"], markersize=6.5)
     names = [f"{task}, {reading.replace('_', ' ')}" for task, reading in lines]

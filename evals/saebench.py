@@ -7,6 +7,7 @@ import statistics
 import time
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,18 @@ from .held_out import SAEBENCH_ROWS
 
 ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "batch_topk", "jumprelu": "jumprelu"}
 TOPS = (1, 2, 5, 10, 20, 50, 100)  # k of sparse probing
+
+#: names of core's metrics by category
+CORE_METRICS = {
+    "model_behavior_preservation": "kl_div_score kl_div_with_ablation kl_div_with_sae",
+    "model_performance_preservation": "ce_loss_score ce_loss_with_ablation ce_loss_with_sae ce_loss_without_sae",
+    "reconstruction_quality": "explained_variance explained_variance_legacy mse cossim",
+    "shrinkage": "l2_norm_in l2_norm_out l2_ratio relative_reconstruction_bias",
+    "sparsity": "l0 l1",
+    "token_stats": "total_tokens_eval_reconstruction total_tokens_eval_sparsity_variance",
+    "misc_metrics": "freq_over_1_percent freq_over_10_percent normalized_freq_over_1_percent "
+    "normalized_freq_over_10_percent average_max_encoder_cosine_sim average_max_decoder_cosine_sim frac_alive",
+}
 
 #: metrics by category, details, settings, and figures that SAEBench defines differently
 Converted = tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any], dict[str, Any]]
@@ -96,40 +109,27 @@ def _settings(about: DictionaryInfo, **settings: Any) -> dict[str, Any]:
 
 
 def _core(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
-    saebench, latents = result["saebench"], result["latents"]
+    latents = result["latents"]
     rate = torch.tensor(latents["firing_rate"])
     W_enc, W_dec = (w.float().cpu() for w in (about.sae.W_enc.T, about.sae.W_dec))
     nearest = {"encoder": _nearest(W_enc), "decoder": _nearest(W_dec)}
-    metrics = {
-        "model_behavior_preservation": _pick(saebench, "kl_div_score kl_div_with_ablation kl_div_with_sae"),
-        "model_performance_preservation": {
-            **_pick(saebench, "ce_loss_score ce_loss_with_ablation"),
-            "ce_loss_with_sae": result["ce"]["sae"],
-            "ce_loss_without_sae": result["ce"]["clean"],
-        },
-        "reconstruction_quality": {
-            **_pick(saebench, "explained_variance explained_variance_legacy mse"),
-            "cossim": result["cosine"],
-        },
-        "shrinkage": {
-            **_pick(result, "l2_norm_in l2_norm_out l2_ratio"),
-            **_pick(saebench, "relative_reconstruction_bias"),
-        },
-        "sparsity": _pick(result, "l0 l1"),
-        "token_stats": {
-            "total_tokens_eval_reconstruction": result["ce_tokens"],
-            "total_tokens_eval_sparsity_variance": result["tokens"],
-        },
-        "misc_metrics": {
-            "freq_over_1_percent": float((rate > 0.01).float().mean()),
-            "freq_over_10_percent": float((rate > 0.1).float().mean()),
-            "normalized_freq_over_1_percent": _share(rate, 0.01),
-            "normalized_freq_over_10_percent": _share(rate, 0.1),
-            "average_max_encoder_cosine_sim": float(nearest["encoder"].mean()),
-            "average_max_decoder_cosine_sim": float(nearest["decoder"].mean()),
-            "frac_alive": float((rate > 0).float().mean()),
-        },
+    over_1, over_10 = rate > 0.01, rate > 0.1
+    figures = result | result["saebench"]
+    figures |= {
+        "ce_loss_with_sae": result["ce"]["sae"],
+        "ce_loss_without_sae": result["ce"]["clean"],
+        "cossim": result["cosine"],
+        "total_tokens_eval_reconstruction": result["ce_tokens"],
+        "total_tokens_eval_sparsity_variance": result["tokens"],
+        "freq_over_1_percent": float(over_1.float().mean()),
+        "freq_over_10_percent": float(over_10.float().mean()),
+        "normalized_freq_over_1_percent": _share(rate, over_1),
+        "normalized_freq_over_10_percent": _share(rate, over_10),
+        "average_max_encoder_cosine_sim": float(nearest["encoder"].mean()),
+        "average_max_decoder_cosine_sim": float(nearest["decoder"].mean()),
+        "frac_alive": float((rate > 0).float().mean()),
     }
+    metrics = {category: _pick(figures, names) for category, names in CORE_METRICS.items()}
     if any(value is None for category in metrics.values() for value in category.values()):
         return None  # a score that SAEBench requires is missing, as when zero ablation does no harm
     firing = zip(latents["tokens_per_row"], latents["firing_rate"], strict=True)
@@ -198,32 +198,22 @@ def _sparse_probing(result: dict[str, Any], about: DictionaryInfo) -> Converted 
 
 
 def _unlearning(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
-    names = {"retain_thresholds": "retain_threshold", "n_features_list": "latents", "multipliers": "multiplier"}
-    grid = {name: sorted({setting[key] for setting in result["settings"]}) for name, key in names.items()}
-    if any(multiplier != int(multiplier) for multiplier in grid["multipliers"]):
+    names = ("retain_threshold", "latents", "multiplier")
+    thresholds, counts, multipliers = (sorted({setting[name] for setting in result["settings"]}) for name in names)
+    if any(multiplier != int(multiplier) for multiplier in multipliers):
         return None  # SAEBench's multipliers are integers
     config = _settings(
         about,
         **result["protocol"],
         intervention_method="clamp_feature_activation",
-        retain_thresholds=grid["retain_thresholds"],
-        n_features_list=grid["n_features_list"],
-        multipliers=[int(multiplier) for multiplier in grid["multipliers"]],
+        retain_thresholds=thresholds,
+        n_features_list=counts,
+        multipliers=list(map(int, multipliers)),
         n_batch_loss_added=0,
         save_metrics=True,
     )
     keys = ("retained", "setting", "settings", "loss_increase", "answer_orders", "questions", "texts")
     return {"unlearning": {"unlearning_score": result["score"]}}, [], config, {key: result.get(key) for key in keys}
-
-
-def _scr(result: dict[str, Any], about: DictionaryInfo) -> Converted:
-    extras = _pick(result, "scr_metric scr_dir1 scr_dir2 spread sets")
-    return {"scr_metrics": {}}, [], _scr_and_tpp(result, about, is_scr=True), extras | {"about": PROBES}
-
-
-def _tpp(result: dict[str, Any], about: DictionaryInfo) -> Converted:
-    extras = _pick(result, "tpp spread clean_accuracy")
-    return {"tpp_metrics": {}}, [], _scr_and_tpp(result, about, is_scr=False), extras | {"about": PROBES}
 
 
 #: why SCR and TPP have no figures by SAEBench's names
@@ -234,19 +224,21 @@ PROBES = (
 )
 
 
-def _scr_and_tpp(result: dict[str, Any], about: DictionaryInfo, *, is_scr: bool) -> dict[str, Any]:
+def _ablation(result: dict[str, Any], about: DictionaryInfo, *, name: str, figures: str) -> Converted:
+    """Convert the result of `scr` or `tpp`."""
     used = result["protocol"]
     unused = {"early_stopping_patience": 0, "probe_epochs": 0, "probe_lr": 0.0, "probe_l1_penalty": 0.0}
-    return _settings(
+    config = _settings(
         about,
         **used,
         **unused,
-        perform_scr=is_scr,
+        perform_scr=name == "scr",
         probe_train_batch_size=used["train_set_size"],
         probe_test_batch_size=used["test_set_size"],
         sae_batch_size=_rows_encoded(used["context_length"]),
         lower_vram_usage=False,
     )
+    return {f"{name}_metrics": {}}, [], config, _pick(result, figures) | {"about": PROBES}
 
 
 def _absorption(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
@@ -282,9 +274,13 @@ def _absorption(result: dict[str, Any], about: DictionaryInfo) -> Converted | No
 
 
 MAKERS = {
-    "core": _core, "sparse_probing": _sparse_probing, "unlearning": _unlearning, "scr": _scr, "tpp": _tpp,
+    "core": _core,
+    "sparse_probing": _sparse_probing,
+    "unlearning": _unlearning,
+    "scr": partial(_ablation, name="scr", figures="scr_metric scr_dir1 scr_dir2 spread sets"),
+    "tpp": partial(_ablation, name="tpp", figures="tpp spread clean_accuracy"),
     "absorption": _absorption,
-}  # fmt: skip
+}
 
 
 def _rows_encoded(context: int) -> int:
@@ -292,10 +288,10 @@ def _rows_encoded(context: int) -> int:
     return max(1, CHUNK // context)
 
 
-def _share(rate: Tensor, limit: float) -> float:
-    """Share of all firings that belong to latents with a firing rate above `limit`."""
+def _share(rate: Tensor, chosen: Tensor) -> float:
+    """Share of all firings that belong to the `chosen` latents, bool [F]."""
     total = float(rate.sum())
-    return float(rate[rate > limit].sum()) / total if total else 0.0
+    return float(rate[chosen].sum()) / total if total else 0.0
 
 
 def _nearest(W: Tensor) -> Tensor:

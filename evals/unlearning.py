@@ -28,7 +28,7 @@ shows (docs/evals.md).
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -44,7 +44,6 @@ from ..kernels.numerics import sum_by
 from .evaluation import LABELLED, Autoencoder, Evaluation, TextActivations, collected_rows, fitted
 from .multiple_choice import (
     NOTHING_TO_FORGET,
-    QuestionFiles,
     Questions,
     answers,
     fact_questions,
@@ -55,6 +54,7 @@ from .multiple_choice import (
 )
 
 RETAINED = 0.99
+FILES = ("forget_questions", "retain_questions", "forget_text", "retain_text")
 FEW = 20  # questions needed for an accuracy without a warning
 MULTIPLIERS = (25, 50, 100, 200)
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # multipliers on the embedded language over the mean |x|, before rounding
@@ -145,9 +145,11 @@ def unlearning(
     fitted("sae", evaluation.sae, evaluation.stream)
     if evaluation.sae.cfg.d_out is not None:
         raise UserError("sae: a transcoder is not allowed; unlearning changes the activations that were encoded")
-    files = QuestionFiles.of(evaluation.files)
-    rows = evaluation.rows(rows) if files is None else max(1, rows // evaluation.share)
-    make = lambda: _of_language(evaluation, rows) if files is None else _of_files(evaluation, files, rows, length)
+    missing = [name for name in FILES if name not in evaluation.files]
+    if 0 < len(missing) < len(FILES):
+        raise UserError(f"file: {', '.join(missing)} missing; unlearning needs all of {', '.join(FILES)}")
+    rows = evaluation.rows(rows) if missing else max(1, rows // evaluation.share)
+    make = lambda: _of_language(evaluation, rows) if missing else _of_files(evaluation, rows, length)
     task = evaluation.once("unlearning", make)
     task.prompts.forget()
     autoencoders = evaluation.autoencoders(task.prompts, mean=False)
@@ -196,7 +198,7 @@ def _warnings(questions: Mapping[str, int], settings: list[dict[str, Any]]) -> l
 def _of_language(evaluation: Evaluation, rows: int) -> _Task:
     text = evaluation.stream.text
     if not evaluation.is_testbed:
-        options = " ".join(f"--file {field.name}=PATH" for field in fields(QuestionFiles))
+        options = " ".join(f"--file {name}=PATH" for name in FILES)
         raise UserError(f"unlearning: {text.name} {NOTHING_TO_FORGET}: {options}")
     collected = evaluation.labelled(rows * evaluation.share)
     fact, role = (torch.from_numpy(collected.labels[name]).long() for name in ("fact", "role"))
@@ -230,43 +232,40 @@ def _of_language(evaluation: Evaluation, rows: int) -> _Task:
     return _Task(questions, _prompts(evaluation, questions), batches, 1, multipliers, texts, protocol)
 
 
-def _of_files(evaluation: Evaluation, files: QuestionFiles, rows: int, length: int) -> _Task:
-    stream, cfg = evaluation.stream, evaluation.sae.cfg
+def _of_files(evaluation: Evaluation, rows: int, length: int) -> _Task:
+    stream, cfg, files = evaluation.stream, evaluation.sae.cfg, evaluation.files
+    question_files = [files["forget_questions"][0], *files["retain_questions"]]
+    forget_file, retain_file = files["forget_text"][0], files["retain_text"][0]
     length = min(length, stream.model.context)
     if cfg.parts or (cfg.mask.kind != "none" and cfg.mask.beyond == "error"):
         length = min(length, cfg.mask.positions)
-    written = read_questions(files.forget_questions, forget=True)
-    for path in files.retain_questions:
-        written += read_questions(path, forget=False)
+    written = [question for i, path in enumerate(question_files) for question in read_questions(path, forget=i == 0)]
     draw = evaluation.generator("unlearning texts")
-    forget = read_texts(stream, files.forget_text, rows, length, draw, sample=rows)
-    retain = read_texts(stream, files.retain_text, rows + LOSS_ROWS, length, draw)
+    forget = read_texts(stream, forget_file, rows, length, draw, sample=rows)
+    retain = read_texts(stream, retain_file, rows + LOSS_ROWS, length, draw)
     loss_from = max(0, min(rows, len(retain) - LOSS_ROWS))
     size = max(1, stream.config.rows_per_forward * stream.positions // length)  # the stream's tokens per pass
 
     def batches(loss: bool) -> Iterator[_TokenGroups]:
-        chosen_on = [(forget, torch.arange(len(forget))), (retain, torch.arange(min(rows, len(retain))))]
-        used = [(retain, torch.arange(loss_from, len(retain)))] if loss else chosen_on
-        with progress_bar("reading texts", total=sum(len(numbers) for _, numbers in used), unit="rows") as bar:
-            for text, numbers in used:
-                group = 2 if loss else 0 if text is forget else 1
-                for batch in numbers.split(size):
-                    columns = (tensor[batch] for tensor in (text.tokens, text.length, text.document, text.row))
-                    collected = collected_rows(stream, TokenRows(*columns))
-                    groups = [torch.full_like(collected.tokens, i == group, dtype=torch.bool) for i in range(3)]
-                    yield _TokenGroups(collected, *groups)
-                    bar.advance(len(batch))
+        texts = [retain.slice(loss_from, len(retain))] if loss else [forget, retain.slice(0, rows)]
+        with progress_bar("reading texts", total=sum(map(len, texts)), unit="rows") as bar:
+            for text in texts:
+                for start in range(0, len(text), size):
+                    collected = collected_rows(stream, text.slice(start, start + size))
+                    groups = (text is forget, text is not forget and not loss, loss)
+                    yield _TokenGroups(collected, *(torch.full_like(collected.kept, group) for group in groups))
+                    bar.advance(len(collected))
 
     questions = known_in_every_order(stream.model, written, stream.config.rows_per_forward)
     protocol = {
-        "dataset_names": list(files.questions),
+        "dataset_names": question_files,
         "dataset_size": rows,
         "seq_len": length,
         "target_metric": "correct",
         "llm_batch_size": size,
     }
     counts = {"forget_rows": len(forget), "retain_rows": min(rows, len(retain)), "loss_rows": len(retain) - loss_from}
-    texts = {"forget": files.forget_text, "retain": files.retain_text, **counts}
+    texts = {"forget": forget_file, "retain": retain_file, **counts}
     return _Task(questions, _prompts(evaluation, questions), batches, 24, MULTIPLIERS, texts, protocol)
 
 

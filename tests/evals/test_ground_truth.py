@@ -150,7 +150,7 @@ def test_a_rerun_gives_the_same_whatever_came_before(stream_of):
 
 
 def test_too_few_documents_are_refused(evaluation):
-    with pytest.raises(UserError, match="rows: 1 is not allowed; .* give 100 or more"):
+    with pytest.raises(UserError, match="rows: 1 is not allowed; .* give at least 100"):
         ground_truth(evaluation, rows=1)
 
 

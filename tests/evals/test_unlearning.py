@@ -19,7 +19,6 @@ from temposae.evals import unlearning as module
 from temposae.evals.evaluation import LABELLED, Evaluation, Neurons
 from temposae.evals.multiple_choice import (
     FileQuestion,
-    QuestionFiles,
     Questions,
     _letters,
     _prompt,
@@ -179,7 +178,7 @@ def test_the_loss_is_of_rows_that_latents_were_not_chosen_on(stub, tmp_path, mon
     assert found["loss_increase"] == pytest.approx(26 * float(hit / counted))
     share = float((tokens[:3, 1:] == toxin).sum() / (tokens[:3] > 1).sum())
     autoencoders = {"sae": evaluation.sae}
-    fractions, norm = _fractions(autoencoders, _of_files(evaluation, QuestionFiles.of(evaluation.files), 3, 32))
+    fractions, norm = _fractions(autoencoders, _of_files(evaluation, 3, 32))
     assert fractions["sae"][1, :2].tolist() == pytest.approx([share, 1])
     assert norm == pytest.approx(1, abs=0.1)
 
