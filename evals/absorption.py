@@ -273,20 +273,20 @@ def _main(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarr
 def _absorbed(x: np.ndarray, f: np.ndarray, W_dec: np.ndarray, w: np.ndarray, main: np.ndarray) -> dict[str, Any]:
     """Missed and absorbed words, and the fraction, from known words x [n, D], f [n, F] and the regression's w [D]."""
     p = w / max(np.linalg.norm(w), 1e-12)
-    along, whole = W_dec @ p, x @ p
-    cosine = along / np.maximum(np.linalg.norm(W_dec, axis=1), 1e-12)
-    added = f * along
+    gain, projection = W_dec @ p, x @ p
+    cosine = gain / np.maximum(np.linalg.norm(W_dec, axis=1), 1e-12)
+    added = f * gain
     missed = (f[:, main] == 0).all(1)
     strongest = added.argmax(1)
     most = added[np.arange(len(f)), strongest]
-    absorbed = missed & (cosine[strongest] >= COSINE) & (whole > 0) & (most >= SHARE * whole)
+    absorbed = missed & (cosine[strongest] >= COSINE) & (projection > 0) & (most >= SHARE * projection)
     m = added[:, main].sum(1)
     contributions = np.where(cosine >= FRACTION_COSINE, added, 0).clip(0)
     contributions[:, main] = 0
     r = np.sort(contributions, axis=1)[:, -MOST_ABSORBING:].sum(1)
-    s = np.minimum(r, whole - m)
-    shared = np.where(m <= 0, 1, s / np.where(s + m > 0, s + m, 1))
-    fraction = np.where((m >= whole) | (r < SHARE * whole) | (whole <= 0), 0, shared.clip(0, 1))
+    s = np.minimum(r, projection - m)
+    ratio = np.where(m <= 0, 1, s / np.where(s + m > 0, s + m, 1))
+    fraction = np.where((m >= projection) | (r < SHARE * projection) | (projection <= 0), 0, ratio.clip(0, 1))
     return {
         "missed": int(missed.sum()),
         "absorbed": int(absorbed.sum()),

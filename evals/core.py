@@ -239,13 +239,13 @@ def _mean(effect: Effect, index: int) -> float | None:
     return float(effect.by_position[index].sum() / tokens) if tokens > 0 else None
 
 
-def _error(above: Tensor, below: Tensor) -> float | None:
-    """Standard error of sum(above) / sum(below), both [R]; None for a single row."""
-    R, whole = len(above), float(below.sum())
-    if R < 2 or whole == 0:
+def _error(numerators: Tensor, denominators: Tensor) -> float | None:
+    """Standard error of sum(numerators) / sum(denominators), both [R]; None for a single row."""
+    R, total = len(numerators), float(denominators.sum())
+    if R < 2 or total == 0:
         return None
-    residuals = above - above.sum() / whole * below
-    return float((R / (R - 1) * residuals.square().sum()).sqrt() / abs(whole))
+    residuals = numerators - numerators.sum() / total * denominators
+    return float((R / (R - 1) * residuals.square().sum()).sqrt() / abs(total))
 
 
 def _numbers(values: Tensor) -> list[float | None]:

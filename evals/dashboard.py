@@ -223,8 +223,8 @@ class _TokenTexts:
         texts = [self.of(token) for token in tokens]
         for i in range(len(tokens)):
             for end in range(i + 2, min(i + 4, len(tokens)) + 1):
-                if PART in texts[i] and PART not in (whole := self._decode(tokens[i:end])):
-                    texts[i:end] = [""] * (end - i - 1) + [whole]
+                if PART in texts[i] and PART not in (character := self._decode(tokens[i:end])):
+                    texts[i:end] = [""] * (end - i - 1) + [character]
         return texts
 
     def _decode(self, tokens: list[int]) -> str:

@@ -95,7 +95,7 @@ class TextActivations:
         """One label of each kept token, int64 [n]."""
         return torch.from_numpy(self.labels[name]).long()[self.kept.cpu()]
 
-    def of_rows(self, name: str) -> Tensor:
+    def row_label(self, name: str) -> Tensor:
         """One label per row, int64 [R]: the maximum over its tokens."""
         return torch.from_numpy(self.labels[name]).long().amax(1)
 

@@ -33,12 +33,12 @@ class _ColumnWriter:
         """Write until fewer than `least` lines are left."""
         if not self.waiting:
             return
-        whole = {name: np.concatenate([block[name] for block in self.waiting]) for name in self.waiting[0]}
-        start, total = 0, len(whole["token"])
+        columns = {name: np.concatenate([block[name] for block in self.waiting]) for name in self.waiting[0]}
+        start, total = 0, len(columns["token"])
         while total - start >= least:
-            self.write({name: column[start : start + self.enough] for name, column in whole.items()})
+            self.write({name: column[start : start + self.enough] for name, column in columns.items()})
             start = min(total, start + self.enough)
-        self.waiting = [{name: column[start:] for name, column in whole.items()}] if start < total else []
+        self.waiting = [{name: column[start:] for name, column in columns.items()}] if start < total else []
 
 
 class TokenWriter(_ColumnWriter):

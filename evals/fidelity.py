@@ -58,7 +58,7 @@ def fidelity(
     decoded = {name: autoencoder.decode(collected.code(autoencoder)) for name, autoencoder in autoencoders.items()}
     spliced = {name: x_hat[:ce_tokens] for name, x_hat in decoded.items()}
     ce = _ce(evaluation, collected, drawn, ce_rows, {"zero": torch.zeros_like(collected.x[:ce_tokens]), **spliced})
-    bin_ = torch.from_numpy(drawn.of_position).to(collected.x.device)[collected.pos]
+    bin_ = torch.from_numpy(drawn.position_bin).to(collected.x.device)[collected.pos]
 
     def by_bin(squares: Tensor) -> Tensor:
         return sum_by(bin_ + 1, squares, bins + 1)[1:].cpu()
@@ -78,7 +78,7 @@ def fidelity(
             "ce_recovered": _over_bins(recovered),
             "shifts": {str(shift): _overlap(old, later.code(autoencoder)) for shift, later in shifted.items()},
         }
-    ends = [np.flatnonzero(drawn.of_position == b)[[0, -1]].tolist() for b in range(bins)]
+    ends = [np.flatnonzero(drawn.position_bin == b)[[0, -1]].tolist() for b in range(bins)]
     scores = figures.pop("sae")
     return {**scores, "controls": figures, "bins": ends, "seconds": round(time.monotonic() - began, 2)}
 
@@ -105,7 +105,7 @@ def _ce(
     model, T = evaluation.stream.model, collected.tokens.shape[1]
     summed = {name: torch.zeros(drawn.bins + 1, dtype=torch.float64) for name in ("clean", *decoded)}
     counts, used = torch.zeros(drawn.bins + 1, dtype=torch.float64), 0
-    bin_ = torch.from_numpy(drawn.of_position) + 1
+    bin_ = torch.from_numpy(drawn.position_bin) + 1
     size = min(ROWS, rows_at_once(model, T, collected.x.shape[1], len(decoded)))
     batches = zip(collected.tokens[:rows].split(size), collected.kept[:rows].split(size), strict=True)
     with progress_bar("fidelity: model behaviour", total=min(rows, len(collected)), unit="rows") as bar:

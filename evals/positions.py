@@ -78,13 +78,13 @@ def positions(
 @dataclass
 class BinnedTokens:
     """M of a collection's n tokens, equally many in each of B bins: `at` [M], their ascending indices; `bin`, `row` and
-    `pos` [M]. `of_position` [T] is the bin of each position, -1 for none."""
+    `pos` [M]. `position_bin` [T] is the bin of each position, -1 for none."""
 
     at: np.ndarray
     bin: np.ndarray
     row: np.ndarray
     pos: np.ndarray
-    of_position: np.ndarray
+    position_bin: np.ndarray
     bins: int
     n: int
 
@@ -100,14 +100,14 @@ class BinnedTokens:
             raise UserError(f"bins: {bins} is not allowed; give 2 to {most}, the number of positions with text")
         # a position's bin is that of its middle token, with all tokens sorted by position
         middle = np.cumsum(counts) - counts / 2
-        of_position = np.where(counts > 0, (middle * bins / counts.sum()).astype(np.int64), -1)
-        bin_ = np.where(special, -1, of_position[pos])
+        position_bin = np.where(counts > 0, (middle * bins / counts.sum()).astype(np.int64), -1)
+        bin_ = np.where(special, -1, position_bin[pos])
         sizes = np.bincount(bin_[bin_ >= 0], minlength=bins)
         if not sizes.all():
             raise UserError(f"bins: {bins} is not allowed; a bin is empty, because most tokens are at few positions")
         by_bin = [np.flatnonzero(bin_ == b) for b in range(bins)]
         tokens = np.sort(np.concatenate([draw.permutation(in_bin)[: sizes.min()] for in_bin in by_bin]))
-        return cls(tokens, bin_[tokens], row[tokens], pos[tokens], of_position, bins, len(pos))
+        return cls(tokens, bin_[tokens], row[tokens], pos[tokens], position_bin, bins, len(pos))
 
     def shuffled(self, draw: np.random.Generator) -> np.ndarray:
         """Bins [M] permuted within each row, as if every latent's activity were."""

@@ -175,6 +175,6 @@ def _time(results: dict[str, dict[str, Any]]) -> list[str]:
     lines.append(("all", f"{sum(result['seconds'] for result in results.values()):.1f}", "", ""))
     missing = [name for name in EVALS if name not in results]
     return [
-        table(("eval", "seconds", "seed", "given"), lines, (0, 3)),
+        table(("eval", "seconds", "seed", "inputs"), lines, (0, 3)),
         f"Not measured: {', '.join(missing)}." if missing else "",
     ]

@@ -49,8 +49,7 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     without labels, and too few rows or seeds.
     """
     collected = _labelled(evaluation, rows, seeds)
-    topic = collected.of_rows("topic").numpy()
-    classes = range(len(TOPICS))
+    topic, C = collected.row_label("topic").numpy(), len(TOPICS)
     x, autoencoders = _pooled(collected, None, pool_padding), _autoencoders(evaluation, collected, pool_padding)
     ns = _thresholds(evaluation)
     scores: dict[str, list[np.ndarray]] = {name: [] for name in autoencoders}  # [n, 3] per seed
@@ -58,28 +57,28 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     sizes: list[tuple[int, int]] = []  # rows for training and for testing each probe
     for seed in range(seeds):
         draw = evaluation.generator(f"tpp {seed}")
-        sides = map(np.concatenate, zip(*_halves(topic, classes, draw), strict=True))
-        train, test = ([side[balanced(topic[side] == c, draw, groups=topic[side])] for c in classes] for side in sides)
+        sides = map(np.concatenate, zip(*_halves(topic, range(C), draw), strict=True))
+        train, test = ([side[balanced(topic[side] == c, draw, groups=topic[side])] for c in range(C)] for side in sides)
         sizes += [(len(a), len(b)) for a, b in zip(train, test, strict=True)]
-        W, b = _probes([(x[r], topic[r] == c) for r, c in zip(train, classes, strict=True)])
+        W, b = _probes([(x[rows], topic[rows] == c) for c, rows in enumerate(train)])
         logits = x @ W.T + b
 
         def accuracy(logits: np.ndarray, test: list[np.ndarray] = test) -> np.ndarray:
-            return np.array([np.mean((logits[r, j] > 0) == (topic[r] == classes[j])) for j, r in enumerate(test)])
+            return np.array([np.mean((logits[rows, c] > 0) == (topic[rows] == c)) for c, rows in enumerate(test)])
 
         before = accuracy(logits)
         clean.append(float(before.mean()))
         for name, (f, W_dec) in autoencoders.items():
-            change, lost = _ablation(f, W_dec, W), np.empty((len(ns), len(classes), len(classes)))
-            for i, r in enumerate(train):
-                effects = _difference(f, r, topic[r] == classes[i]).clip(0) * (W_dec @ W[i])
+            change, lost = _ablation(f, W_dec, W), np.empty((len(ns), C, C))
+            for c, rows in enumerate(train):
+                effects = _difference(f, rows, topic[rows] == c).clip(0) * (W_dec @ W[c])
                 if name == "shuffled":
                     effects = draw.permutation(effects)
                 order = _strongest(effects)
                 for index, n in enumerate(ns):
-                    lost[index, i] = before - accuracy(logits - change(order[:n]))
-            intended = np.einsum("nii->n", lost) / len(classes)
-            unintended = (lost.sum((1, 2)) - intended * len(classes)) / (len(classes) * (len(classes) - 1))
+                    lost[index, c] = before - accuracy(logits - change(order[:n]))
+            intended = np.einsum("nii->n", lost) / C
+            unintended = (lost.sum((1, 2)) - intended * C) / (C * (C - 1))
             scores[name].append(np.stack([intended - unintended, intended, unintended], 1))
 
     def figures(by_seed: list[np.ndarray]) -> dict[str, Any]:
@@ -94,7 +93,7 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     settings = {
         "protocol": _protocol(collected, ns, sizes, {}),
         "clean_accuracy": float(np.mean(clean)),
-        "classes": [list(TOPICS)[c] for c in classes],
+        "classes": list(TOPICS),
         "seeds": seeds,
     }
     return settings | _beside(result, len(collected), pool_padding)
@@ -109,7 +108,7 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     scr_metric by n}, the same figures of `controls` without `sets`, and `reached_by`. `pool_padding` and errors: see `tpp`.
     """
     collected = _labelled(evaluation, rows, seeds)
-    topic, tone = collected.of_rows("topic").numpy(), collected.of_rows("tone").numpy()
+    topic, tone = collected.row_label("topic").numpy(), collected.row_label("tone").numpy()
     x, autoencoders = _pooled(collected, None, pool_padding), _autoencoders(evaluation, collected, pool_padding)
     ns, pairs = _thresholds(evaluation), [(a, a + 1) for a in range(0, len(TOPICS), 2)]
     scores = {name: np.full((seeds, len(pairs), 3, len(ns)), np.nan) for name in autoencoders}  # dir1, dir2, metric

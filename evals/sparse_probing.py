@@ -103,7 +103,7 @@ def _opened(evaluation: Evaluation, sets: Sequence[str | Path | Labelled]) -> It
             text = evaluation.stream.text
             assert isinstance(text, TestbedRows)
             names = np.array(text.language.topics if source == "topic" else TONES)
-            yield _Set(source, embedded, names[collected.of_rows(source).numpy()], 0.5)
+            yield _Set(source, embedded, names[collected.row_label(source).numpy()], 0.5)
         else:
             if not isinstance(source, Labelled):
                 file = Path(str(source).partition("?")[0])

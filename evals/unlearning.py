@@ -162,7 +162,7 @@ def unlearning(
         return order[: len(ranking["sae"](threshold, n))]
 
     grid = list(product(thresholds, latents, multipliers or task.multipliers))
-    result = _scores(evaluation, autoencoders["sae"], task, ranking["sae"], grid, whole=True)
+    result = _scores(evaluation, autoencoders["sae"], task, ranking["sae"], grid, full=True)
     controls = {name: (autoencoders[name], choice) for name, choice in ranking.items() if name != "sae"}
     controls["shuffled"] = autoencoders["sae"], shuffled
     counts = {"forget": int(task.questions.forget.sum()), "retain": int((~task.questions.forget).sum())}
@@ -177,7 +177,7 @@ def unlearning(
         "activation_norm": norm,
         "loss_increase": loss,
         "controls": {
-            name: _scores(evaluation, autoencoder, task, choice, grid, whole=False)
+            name: _scores(evaluation, autoencoder, task, choice, grid, full=False)
             for name, (autoencoder, choice) in controls.items()
         },
         "warnings": _warnings(counts, result["settings"]),
@@ -323,16 +323,16 @@ def _scores(
     choice: Choice,
     grid: list[tuple[float, int, float]],
     *,
-    whole: bool,
+    full: bool,
 ) -> dict[str, Any]:
-    """The best setting and its score; with `whole`, also the accuracies of all `settings`."""
+    """The best setting and its score; with `full`, also the accuracies of all `settings`."""
     accuracies: dict[tuple[bytes, float], tuple[float | None, float | None]] = {}  # by latents and multiplier
     settings = []
     for threshold, n, multiplier in grid:
         chosen = choice(threshold, n)
         key = np.sort(chosen).tobytes(), multiplier
         if key not in accuracies:
-            accuracies[key] = _accuracies(evaluation, autoencoder, task, chosen, multiplier, whole)
+            accuracies[key] = _accuracies(evaluation, autoencoder, task, chosen, multiplier, full)
         forget, retain = accuracies[key]
         settings.append(
             {
@@ -361,15 +361,15 @@ def _scores(
         "score": score,
         "retained": None if best is None else best["retain_accuracy"],
         "setting": best,
-        **({"settings": settings} if whole else {}),
+        **({"settings": settings} if full else {}),
         "reason": reason,
     }
 
 
 def _accuracies(
-    evaluation: Evaluation, autoencoder: Autoencoder, task: _Task, latents: np.ndarray, multiplier: float, whole: bool
+    evaluation: Evaluation, autoencoder: Autoencoder, task: _Task, latents: np.ndarray, multiplier: float, full: bool
 ) -> tuple[float | None, float | None]:
-    """Accuracy on the questions to forget and on those to retain. Unless `whole`, (None, None) as soon as the retain
+    """Accuracy on the questions to forget and on those to retain. Unless `full`, (None, None) as soon as the retain
     accuracy is too low for the setting to count."""
     clamped = clamp(autoencoder, task.prompts, latents, multiplier)
     touched = clamped.row.unique().cpu()  # other prompts don't change, so their answers stay right
@@ -380,7 +380,7 @@ def _accuracies(
             questions = task.questions.only(rows)
             change = lambda numbers, width, rows=rows: clamped.added(rows[numbers], width)
             wrong += int((answers(evaluation.stream.model, questions, size, change) != questions.right).sum())
-            if not whole and not shares and 1 - wrong / total < RETAINED:
+            if not full and not shares and 1 - wrong / total < RETAINED:
                 return None, None
         shares.append(1 - wrong / total)
     return shares[1], shares[0]

@@ -74,7 +74,7 @@ def test_collected_activations_are_the_model_s(stream_of):
     assert torch.equal(found.tokens[found.row, found.pos], found.tokens[found.kept])
     assert not found.kept[:, 0].any()  # <bos>
     words = [stream.text.language.document(1_000_000 + 10_000_000 + i) for i in range(12)]
-    assert found.of_rows("topic").tolist() == [document.topic for document in words]
+    assert found.row_label("topic").tolist() == [document.topic for document in words]
     role = found.label("role")
     assert role[found.row == 3].tolist() == words[3].labels["role"][1:-1]
 

@@ -183,7 +183,7 @@ def test_the_embedded_language_is_probed_for_its_topics(stream_of, monkeypatch):
     monkeypatch.setattr(module, "ROWS", 160)
     evaluation = Evaluation(stream_of(), small(), None)
     found = sparse_probing(evaluation, ks=(1, 5))
-    topics = evaluation.labelled(160).of_rows("topic").numpy()
+    topics = evaluation.labelled(160).row_label("topic").numpy()
     classes = found["sets"]["topic"]["classes"]
     for number, name in enumerate(evaluation.stream.text.language.topics):
         assert classes[name]["train_rows"] + classes[name]["test_rows"] == 2 * (topics == number).sum()
