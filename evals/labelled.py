@@ -195,30 +195,19 @@ def _drawn(examples: Iterable[_Example], draw: np.random.Generator) -> Iterator[
     yield from (buffer[index] for index in draw.permutation(len(buffer)))
 
 
-def _columns(
-    text: str, label: str, classes: dict[str, str], side: str | None = None
-) -> Callable[[dict[str, Any]], Iterable[_Example]]:
-    """Reader of a set whose column `label` has class ids."""
-
-    def examples(record: dict[str, Any]) -> Iterable[_Example]:
-        return [(record[text], classes.get(_key(record[label])), None if side is None else record[side])]
-
-    return examples
-
-
-def _by_ending(record: dict[str, Any]) -> Iterable[_Example]:
+def _by_suffix(record: dict[str, Any]) -> Iterable[_Example]:
     """A source file with the language by its suffix, without its beginning, which is often the licence."""
     code = record["content"]
     if len(code) <= _LICENCE + _LONG:
         return []
-    return [(code[_LICENCE:], _ENDINGS.get(PurePosixPath(record["path"]).suffix), None)]
+    return [(code[_LICENCE:], _SUFFIXES.get(PurePosixPath(record["path"]).suffix), None)]
 
 
 def _translations(record: dict[str, Any]) -> Iterable[_Example]:
     return [(text, language, None) for language, text in record["translation"].items()]
 
 
-_ENDINGS = {
+_SUFFIXES = {
     ".c": "C", ".h": "C", ".py": "Python", ".html": "HTML", ".java": "Java",
     ".php": "PHP", ".php3": "PHP", ".php4": "PHP", ".php5": "PHP", ".phps": "PHP", ".phpt": "PHP",
 }  # fmt: skip
@@ -236,37 +225,31 @@ _PROFESSIONS = (
     {"11": "journalist", "13": "nurse", "14": "painter", "18": "photographer", "19": "physician"},
     {"20": "poet", "21": "professor", "22": "psychologist", "25": "surgeon", "26": "teacher"},
 )
-_AMAZON = "canrager/amazon_reviews_mcauley_1and5"
+_LANGUAGES = {"en-fr": "en", "fr-it": "fr", "de-en": "de", "es-fr": "es", "nl-pt": "nl"}
+_AMAZON, _BIOS = "canrager/amazon_reviews_mcauley_1and5", "LabHC/bias_in_bios"
+_CODE, _EUROPARL = "codeparrot/github-code", "Helsinki-NLP/europarl"
 
 
 def _in_columns(repo: str, text: str, label: str, classes: dict[str, str], side: str | None = None) -> _Published:
-    classes_by_file = {_TRAIN: tuple(classes.values())}
-    return _Published(repo, _columns(text, label, classes, side), classes_by_file, 1 if side is None else 2)
+    """A set with class ids in the column `label`, balanced over the values of the column `side`."""
+
+    def examples(record: dict[str, Any]) -> Iterable[_Example]:
+        return [(record[text], classes.get(_key(record[label])), None if side is None else record[side])]
+
+    return _Published(repo, examples, {_TRAIN: tuple(classes.values())}, 1 if side is None else 2)
 
 
 #: name -> location, reader and classes
 PUBLISHED: dict[str, _Published] = {
     **{
-        f"LabHC/bias_in_bios_class_set{number}": _in_columns(
-            "LabHC/bias_in_bios", "hard_text", "profession", classes, "gender"
-        )
+        f"{_BIOS}_class_set{number}": _in_columns(_BIOS, "hard_text", "profession", classes, "gender")
         for number, classes in enumerate(_PROFESSIONS, 1)
     },
     _AMAZON: _in_columns(_AMAZON, "text", "category", _CATEGORIES, "rating"),
     f"{_AMAZON}_sentiment": _in_columns(_AMAZON, "text", "rating", _RATINGS),
-    "codeparrot/github-code": _Published(
-        "codeparrot/github-code", _by_ending, {_TRAIN: ("C", "Python", "HTML", "Java", "PHP")}
-    ),
+    _CODE: _Published(_CODE, _by_suffix, {_TRAIN: ("C", "Python", "HTML", "Java", "PHP")}),
     "fancyzhx/ag_news": _in_columns("fancyzhx/ag_news", "text", "label", _TOPICS),
-    "Helsinki-NLP/europarl": _Published(
-        "Helsinki-NLP/europarl",
-        _translations,
-        {
-            "en-fr/train-*.parquet": ("en",),
-            "fr-it/train-*.parquet": ("fr",),
-            "de-en/train-*.parquet": ("de",),
-            "es-fr/train-*.parquet": ("es",),
-            "nl-pt/train-*.parquet": ("nl",),
-        },
+    _EUROPARL: _Published(
+        _EUROPARL, _translations, {f"{pair}/train-*.parquet": (language,) for pair, language in _LANGUAGES.items()}
     ),
 }
