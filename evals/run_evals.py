@@ -4,8 +4,9 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from ..engine.config import EvalConfig, TrainConfig
 from ..engine.errors import UserError
@@ -114,15 +115,16 @@ def _without_model(run: Run, stream: ActivationStream) -> dict[str, Any]:
     return scores | {"controls": {**scores["controls"], "mean": mean}}
 
 
-class EvalOptions(TypedDict, total=False):
-    """Options of `evaluate`, as of `temposae eval`."""
+@dataclass(frozen=True)
+class EvalOptions:
+    """Keyword options of `evaluate`."""
 
-    seed: int  # of all random draws; 0
-    sets: Sequence[str]  # labelled texts for sparse probing
-    files: Mapping[str, Sequence[str]] | None  # by the names of `suite.FILES`
-    fresh: bool  # measure again what the run has results of
-    rows: int | None  # of text, instead of the run's `eval.rows` or what fits run and model (`row_budget.row_counts`)
-    control: bool  # train a random control if the checkpoint has none, on as many tokens
+    seed: int = 0  # of all random draws
+    sets: Sequence[str] = ()  # labelled texts for sparse probing
+    files: Mapping[str, Sequence[str]] | None = None  # by the names of `suite.FILES`
+    fresh: bool = False  # measure again what the run has results of
+    rows: int | None = None  # of text; default: the run's `eval.rows`, or what fits run and model (`row_budget`)
+    control: bool = False  # train a random control if the checkpoint has none, on as many tokens
 
 
 @default_modes()
@@ -134,7 +136,7 @@ def evaluate(
     *,
     like: Evaluation | None = None,
     reference: Checkpoint | None = None,
-    **options: Unpack[EvalOptions],
+    **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Run the evals `names` on a checkpoint; returns their results by name, with controls and the `seconds` they took.
 
@@ -145,20 +147,20 @@ def evaluate(
     the reason as `skipped`. If it is the only one, raises UserError instead.
 
     `like`: an evaluation whose texts and `share` are used for this dictionary too; no report is written. `reference`: the
-    dictionary that `positions` compares with.
+    dictionary that `positions` compares with. `options`: see `EvalOptions`.
     """
-    sae = checkpoint.dictionary()
+    chosen, sae = EvalOptions(**options), checkpoint.dictionary()
     fitted("sae", sae, stream)
     for name in names:
         load_eval(name)
-    sets, files = options.get("sets", ()), options.get("files") or {}
+    sets, files = chosen.sets, chosen.files or {}
     has_random = "random" in checkpoint.dictionaries
-    trains_control = options.get("control", False) and not has_random and sae.cfg.decoder == "learned"
-    sizes = _sizes(checkpoint, stream, sae, options.get("rows"), has_random or trains_control, like)
-    origin = _origin(checkpoint, options.get("seed", 0), like, reference, trains_control)
+    trains_control = chosen.control and not has_random and sae.cfg.decoder == "learned"
+    sizes = _sizes(checkpoint, stream, sae, chosen.rows, has_random or trains_control, like)
+    origin = _origin(checkpoint, chosen.seed, like, reference, trains_control)
     keys = {name: origin | {"given": input_digests(name, sets, files), "rows": sizes.of(name)} for name in names}
     results: dict[str, dict[str, Any]] = {}
-    if run is not None and not options.get("fresh"):
+    if run is not None and not chosen.fresh:
         results = {name: result for name in names if (result := _stored_result(run, name, keys[name])) is not None}
     lacking = {name: missing_inputs(name, stream, sae.cfg, sets, files) for name in names if name not in results}
     if len(names) == 1 and (why := lacking.get(names[0], {}).get("")):
@@ -171,8 +173,7 @@ def evaluate(
             random = _train_control(checkpoint, sae, stream)
         compared = None if reference is None else reference.dictionary()
         if like is None:
-            seed = origin["seed"]
-            evaluation = Evaluation(stream, sae, random, seed, sets, files, reference=compared, sizes=sizes)
+            evaluation = Evaluation(stream, sae, random, chosen.seed, sets, files, reference=compared, sizes=sizes)
         else:
             evaluation = like.of(sae, random, compared, sizes)
         results |= _measure(checkpoint, run, evaluation, lacking, keys, alone=len(names) == 1, quiet=like is not None)

@@ -146,7 +146,7 @@ def named_files(options: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if name not in FILES or not path:
             raise UserError(f"file: {option} is not allowed; give NAME=PATH with one of the names {', '.join(FILES)}")
         if name in files and not FILES[name][1]:
-            raise UserError(f"file: {option} is not allowed; {name} is already {files[name][0]}")
+            raise UserError(f"file: {option} is not allowed; give {name} once, it is {files[name][0]} already")
         files[name] = (*files.get(name, ()), path)
     return files
 

@@ -121,7 +121,7 @@ def test_files_are_given_by_name():
         (["blimp"], "^file: blimp is not allowed; give NAME=PATH"),
         (
             ["forget_text=a", "forget_text=b"],
-            "^file: forget_text=b is not allowed; forget_text is already a$",
+            "^file: forget_text=b is not allowed; give forget_text once, it is a already$",
         ),
     ):
         with pytest.raises(UserError, match=message):
