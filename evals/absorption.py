@@ -40,17 +40,17 @@ from .evaluation import CHUNK, Autoencoder, Evaluation, TextActivations, collect
 ROWS, TIMES = 1024, 12  # documents; uses per word at most, half for training and half for testing
 WORDS = 8  # letters with fewer words are left out
 PER_LETTER = 400  # words of a vocabulary at most, half for training and half for testing
-FEWEST = 20  # of those, if the run allows fewer
+FEWEST = 20  # at least, if the run allows fewer
 EXAMPLES = 10  # in a prompt, before the word in question
 ASKED = " has the first letter:"  # follows the word in question
-LETTERS = 20  # the model must know for the result to be comparable with SAEBench's
+LETTERS = 20  # letters that the model must know for a result in SAEBench's format
 KNOWN = 0.6  # F1 of the regression on x above which the model knows a letter; others are left out of means
 SPLIT, MOST = 0.03, 10  # for main latents: gain in F1, and how many at most
 COSINE, SHARE = 0.025, 0.4
 FRACTION_COSINE, MOST_ABSORBING = 0.1, 3
 L1_DECAY, EPOCHS, BATCH = 0.01, 50, 4096  # of the probe that selects main latents
 RATES = (1e-2, 1e-5)  # its first and last learning rate
-LITTLE = 0.5  # warn if the mean F1 of main latents is below: no latent of a letter is there to be absorbed
+LITTLE = 0.5  # warn below this mean F1 of main latents; a letter without latents can't be absorbed
 CONTENT = (
     "subject", "attractor", "agent", "patient", "action", "result", "entity", "object", "noun", "verb", "adjective",
     "adverb",
