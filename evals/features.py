@@ -17,8 +17,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import islice, takewhile
 from pathlib import Path
@@ -213,7 +213,10 @@ def _write_parquet(
     from . import checked_parquet
     from .feature_writer import ActivationWriter, TokenWriter
 
-    texts, timer = _TokenTexts(stream.model.tokenizer), _EncodeTimer(sae)
+    tokenizer, timer = stream.model.tokenizer, _EncodeTimer(sae)
+    decode = cache(
+        str if tokenizer is None else lambda token: tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    )
     features, lines = ActivationWriter(out / FEATURES), TokenWriter(out / TOKENS)
     counts = {"tokens": 0, "rows": 0, "documents": 0}
     last = {"row": -1, "document": -1}
@@ -226,7 +229,7 @@ def _write_parquet(
             owners, latents, values = _entries(code)
             active = np.bincount(owners, minlength=len(x)).astype(np.int32)
             per_token = {"active": active, "squared_error": sums[0], "squared_norm": sums[1]}
-            lines.add(place | {"text": texts(place["token"])} | per_token)
+            lines.add(place | {"text": _texts(place["token"], decode)} | per_token)
             stored = values > min_activation
             per_entry = {name: column[owners[stored]] for name, column in place.items()}
             features.add(per_entry | {"latent": latents[stored], "value": values[stored]})
@@ -290,23 +293,10 @@ def _entries(code: SparseCode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return owners, latents, values
 
 
-class _TokenTexts:
-    """The texts of tokens, each decoded once."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer, self.known = tokenizer, dict[int, str]()
-
-    def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        unique, inverse = np.unique(tokens, return_inverse=True)
-        for token in unique.tolist():
-            if token not in self.known:
-                self.known[token] = self._decode(token)
-        return np.array([self.known[token] for token in unique.tolist()], dtype=object)[inverse]
-
-    def _decode(self, token: int) -> str:
-        if self.tokenizer is None:
-            return str(token)
-        return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+def _texts(tokens: np.ndarray, decode: Callable[[int], str]) -> np.ndarray:
+    """The text of each token, object [n]."""
+    unique, inverse = np.unique(tokens, return_inverse=True)
+    return np.array([decode(token) for token in unique.tolist()], dtype=object)[inverse]
 
 
 class _EncodeTimer:
