@@ -1,1 +1,1 @@
-"""What a dictionary is worth: measured on held-out text, beside its controls."""
+"""Evals: metrics of a dictionary and its controls on held-out text."""

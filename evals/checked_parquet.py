@@ -1,29 +1,28 @@
-"""Parquet files that are checked as they are read: CRC-32 of the footer and of every row group, kept by who wrote the file.
+"""Parquet files with CRC-32 checksums of the footer and of every row group, verified on reading.
 
-Parquet's own checksums leave out the footer and the headers of pages, and few readers look at them. (They are written too,
-for those that do.) Only the row groups that are read are checked, so that looking up one latent stays quick.
+Parquet's own page checksums, which are written too, leave out the footer and page headers, and few readers verify them.
+Only the row groups that are read are verified, so looking up one latent stays fast.
 """
 
 import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from ..engine.errors import UserError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-#: how our files are written
+#: options for writing Parquet
 SETTINGS: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 _TAIL = 8  # bytes: the footer's length and PAR1
 
 
 def checks(path: Path) -> dict[str, Any]:
-    """Checksums of a whole file: `bytes`, `footer`, `groups`."""
-    import pyarrow.parquet as pq
-
+    """Compute the checksums of a file: `bytes`, `footer`, `groups`."""
     with path.open("rb") as file:
         groups = [_crc32(file.fileno(), *span) for span in _spans(pq.ParquetFile(file).metadata)]
         size = os.fstat(file.fileno()).st_size
@@ -32,21 +31,18 @@ def checks(path: Path) -> dict[str, Any]:
 
 def read(
     path: Path, columns: Sequence[str], filters: Mapping[str, Sequence[int]], sums: Mapping[str, Any] | None
-) -> "pa.Table":
-    """The lines of a file whose value of each column in `filters` is one of these. `sums`: what `checks` gave, if known.
+) -> pa.Table:
+    """Read the lines whose value is one of `filters[column]`, for each column in `filters`.
 
-    Raises UserError for a file that is damaged, and OSError or ArrowException for one that can't be read.
+    `sums`: the file's `checks`, None to skip verification. Raises UserError for a damaged file, and OSError or
+    ArrowException for one that can't be read.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     with path.open("rb") as source:
         number = source.fileno()
         if sums is not None:
             size = os.fstat(number).st_size
             if size != sums["bytes"]:
-                raise UserError(f"store: {path} is damaged; it has {size} bytes of {sums['bytes']}")
+                raise UserError(f"store: {path} is damaged; it has {size} bytes, not {sums['bytes']}")
             if _crc32(number, *_footer(number, size)) != sums["footer"]:
                 raise UserError(f"store: {path} is damaged in its footer; the store must be made again")
         file = pq.ParquetFile(source)
@@ -63,7 +59,7 @@ def read(
 
 
 def _spans(metadata: Any) -> list[tuple[int, int]]:
-    """Where each row group begins, and how many bytes it has."""
+    """Start and size in bytes of each row group."""
     spans = []
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
@@ -75,20 +71,17 @@ def _spans(metadata: Any) -> list[tuple[int, int]]:
 
 
 def _may_hold(group: Any, filters: Mapping[str, Sequence[int]]) -> bool:
-    """Whether some line of a row group may have these values, by its columns' least and largest."""
-    for j in range(group.num_columns):
-        column = group.column(j)
-        values = filters.get(column.path_in_schema)
-        limits = column.statistics
-        if values is None or limits is None or not limits.has_min_max:
-            continue
-        if not any(limits.min <= value <= limits.max for value in values):
+    """Whether a row group may have lines with these values, by the minimum and maximum of its columns."""
+    for column in map(group.column, range(group.num_columns)):
+        values, limits = filters.get(column.path_in_schema), column.statistics
+        known = values is not None and limits is not None and limits.has_min_max
+        if known and not any(limits.min <= value <= limits.max for value in values):
             return False
     return True
 
 
 def _footer(number: int, size: int) -> tuple[int, int]:
-    """Where the footer begins, and how many bytes it has with its length and PAR1."""
+    """Start and size in bytes of the footer, with its length and PAR1."""
     length = int.from_bytes(os.pread(number, 4, max(0, size - _TAIL)), "little") + _TAIL
     return max(0, size - length), min(size, length)
 

@@ -1,15 +1,15 @@
-"""Clusters of latents by where in a text they are active, and whether the same clusters are found again.
+"""Clusters of latents by the positions at which they are active, and the stability of these clusters.
 
-The profile of a latent is its activity by position: the mean of its activation over the tokens in each of `BINS` position
-bins, as shares that sum to 1 (a latent that is active alike everywhere has 1 / `BINS` in each, however many tokens a bin
-has). Latents that fired at least `FIRINGS` times are clustered by average linkage over the Jensen-Shannon distance
+A latent's profile is its activity by position: its mean activation over the tokens of each of `BINS` position bins, divided
+by the sum of these means. A latent that is equally active everywhere has 1 / `BINS` in each bin. Latents that fire at least
+`FIRINGS` times are clustered by average linkage over the Jensen-Shannon distance
 
-    d(p, q) = sqrt((KL(p | m) + KL(q | m)) / (2 ln 2)),  m = (p + q) / 2          0: the same; 1: never in the same bin
+    d(p, q) = sqrt((KL(p | m) + KL(q | m)) / (2 ln 2)),  m = (p + q) / 2          0: identical; 1: never in the same bin
 
-The tree is cut where the mean silhouette (Rousseeuw 1987) of the clusters is largest. Stability is the adjusted Rand index
-(Hubert and Arabie 1985) of the clusters found on one half of the rows and on the other: 1 is the same, 0 is chance. Position
-as an axis along which latents differ: Voita et al., arXiv 2309.04827. Specialization of a profile is 1 - H(p) / log `BINS`:
-0 for one that is the same everywhere, 1 for one in a single bin.
+The tree is cut where the mean silhouette (Rousseeuw 1987) is largest. Stability is the adjusted Rand index (Hubert and
+Arabie 1985) between the clusters of two halves of the rows: 1 is identical, 0 is chance. Position as an axis along which
+latents differ: Voita et al., arXiv 2309.04827. The specialization of a profile is 1 - H(p) / log `BINS`: 0 for a uniform
+profile, 1 for a single bin.
 """
 
 import math
@@ -30,30 +30,28 @@ from .evaluation import Autoencoder, Evaluation, TextActivations
 from .positions import held_out
 
 BINS = 16
-FIRINGS = 100  # of a latent, fewer than which make a profile of noise; in one half of the rows half as many
+FIRINGS = 100  # that a latent needs, or its profile is noise; half as many in one half of the rows
 ROWS, HALVES = 1024, 3
 COUNTS = range(2, 9)  # numbers of clusters to choose from
-SHOWN = 512  # latents whose own profiles are kept, for figures
-SAME = 0.7  # latents of two dictionaries whose decoder rows have this cosine are taken to be the same
+SHOWN = 512  # latents whose profiles are kept for figures
+SAME = 0.7  # decoder cosine from which latents of two dictionaries match
 
 
 @torch.no_grad()
 def clusters(evaluation: Evaluation, other: Dictionary | None = None, *, count: int | None = None) -> dict[str, Any]:
-    """Cluster the dictionary's latents by position into `count` clusters, or as many as have the largest silhouette.
+    """Cluster the dictionary's latents by position into `count` clusters (default: the count with the best silhouette).
 
-    Returns `count`, `latents` (how many were clustered), `silhouette` {number: value}, `clusters` (the earliest first: size,
-    mean profile [BINS], and of its latents' specialization the 5th, 25th, 50th, 75th and 95th percentile), the mean distance
-    `within` and `between` clusters, their `correlation` (mean Pearson r of a latent's profile of the one and one of the
-    other, or another of the same), `stability` (adjusted Rand index over random halves of the rows), `seeds` (the same
-    against an `other` dictionary, latents matched by decoder cosine), and `controls`: `random`, `lm_neurons` (their absolute
-    values), and `shuffled`, where positions are permuted within each row. With too few latents that fire these are None.
-    `sample`: of up to `SHOWN` latents, evenly among those clustered, profile and cluster. Raises UserError for a count
-    below 2.
+    Returns `count`, `latents` (how many were clustered), `silhouette` {count: value}, `clusters` (earliest first: size, mean
+    profile [BINS], and the 5th, 25th, 50th, 75th and 95th percentile of specialization), the mean distance `within` and
+    `between` clusters, `correlation` (mean Pearson r between profiles of two clusters' latents), `stability` (adjusted Rand
+    index over random halves of the rows), `seeds` (the same against an `other` dictionary, latents matched by decoder
+    cosine), `sample` (profile and cluster of up to `SHOWN` latents) and `controls`: `random`, `lm_neurons` (absolute values)
+    and `shuffled` (positions permuted within each row). If too few latents fire, these are None. Raises UserError for a
+    count below 2.
     """
     if count is not None and count < 2:
         raise UserError(f"count: {count} is not allowed; give at least 2 clusters, or none to choose by silhouette")
     collected = held_out(evaluation, ROWS)
-    of_latents = ("labels", "sample")
     autoencoders = evaluation.autoencoders(collected, mean=False)
     measured = {name: (autoencoder, collected.pos) for name, autoencoder in autoencoders.items()}
     measured["shuffled"] = evaluation.sae, _shuffled(collected, evaluation.generator("clusters shuffled"))
@@ -64,12 +62,12 @@ def clusters(evaluation: Evaluation, other: Dictionary | None = None, *, count: 
             bar.advance(1)
     result = results.pop("sae")
     labels = result.pop("labels")
+    for control in results.values():
+        del control["labels"], control["sample"]
     return {
         **result,
         "seeds": None if other is None else _matched(evaluation, unit_decoder(other), collected, labels),
-        "controls": {
-            name: {k: v for k, v in values.items() if k not in of_latents} for name, values in results.items()
-        },
+        "controls": results,
         "bins": BINS,
         "rows": len(collected),
     }
@@ -82,10 +80,8 @@ def _measure(
     used = np.flatnonzero(firings[0] >= FIRINGS)
     labels = np.full(firings.shape[1], -1)
     if len(used) < max(count or 0, COUNTS[0]) + 1:
-        empty = dict.fromkeys(
-            ("count", "silhouette", "clusters", "within", "between", "correlation", "stability", "sample")
-        )
-        return {**empty, "latents": len(used), "labels": labels}
+        names = ("count", "silhouette", "clusters", "within", "between", "correlation", "stability", "sample")
+        return {**dict.fromkeys(names), "latents": len(used), "labels": labels}
     profiles = _profiles(sums[0][used], tokens[0])
     distances = _distances(profiles)
     square, merges = squareform(distances), linkage(distances, "average")
@@ -121,7 +117,7 @@ def _measure(
 def _stability(
     evaluation: Evaluation, autoencoder: Autoencoder, collected: TextActivations, pos: torch.Tensor, count: int
 ) -> dict[str, Any] | None:
-    """Adjusted Rand index of the clusters of two random halves of the rows, `HALVES` times."""
+    """Adjusted Rand index between the clusters of two random halves of the rows, mean of `HALVES` draws."""
     draw, scores = evaluation.generator("clusters halves"), []
     for _ in range(HALVES):
         half = torch.from_numpy(draw.permutation(np.arange(len(collected)) % 2))
@@ -137,8 +133,8 @@ def _stability(
 def _matched(
     evaluation: Evaluation, other: UnitDecoder, collected: TextActivations, labels: np.ndarray
 ) -> dict[str, Any]:
-    """Adjusted Rand index of the two dictionaries' clusters, as many of each, over latents that are each other's nearest by
-    decoder cosine."""
+    """Adjusted Rand index between the clusters of two dictionaries, over latents that are mutually nearest by decoder
+    cosine; `other` gets as many clusters."""
     if other.cfg.d_in != evaluation.sae.cfg.d_in:
         raise UserError(f"other: d_in = {other.cfg.d_in} is not allowed; the dictionary has {evaluation.sae.cfg.d_in}")
     other = other.to(collected.x.device)
@@ -149,10 +145,9 @@ def _matched(
     other_latents = np.flatnonzero(other_labels >= 0)
     if not len(other_latents):
         return {"adjusted_rand": None, "matched": 0}
-    directions = [
-        torch.nn.functional.normalize(d.W_dec[u], dim=1) for d, u in ((evaluation.sae, latents), (other, other_latents))
-    ]
-    cosine = (directions[0] @ directions[1].T).cpu().numpy()
+    rows = (evaluation.sae.W_dec[latents], other.W_dec[other_latents])
+    directions, other_directions = (torch.nn.functional.normalize(W, dim=1) for W in rows)
+    cosine = (directions @ other_directions.T).cpu().numpy()
     best, back = cosine.argmax(1), cosine.argmax(0)
     pair = (back[best] == np.arange(len(latents))) & (cosine.max(1) >= SAME)
     agreed = None
@@ -164,8 +159,7 @@ def _matched(
 def _activity(
     autoencoder: Autoencoder, collected: TextActivations, pos: torch.Tensor, group: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each group of the rows, of which `group` [R] gives the number: summed activation [P, F, BINS], firings [P, F] and
-    tokens [P, BINS]."""
+    """Summed activation [P, F, BINS], firings [P, F] and tokens [P, BINS] of P groups of rows; `group` [R] numbers them."""
     code, T = collected.code(autoencoder), collected.kept.shape[1]
     token_group = group.to(pos.device)[collected.row]
     where, F, P = pos * BINS // T, code.n_latents, int(group.max()) + 1
@@ -177,7 +171,7 @@ def _activity(
 
 
 def _profiles(sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Shares of activity [F, BINS] from its sums, per token of a bin; a bin without tokens has none."""
+    """Profiles [F, BINS] from summed activation [F, BINS] and tokens [BINS]; 0 in a bin without tokens."""
     rate = sums / np.maximum(tokens, 1)
     return rate / rate.sum(1, keepdims=True)
 
@@ -187,16 +181,15 @@ def _specialization(profiles: np.ndarray) -> np.ndarray:
 
 
 def _correlation(groups: list[np.ndarray]) -> list[list[float | None]]:
-    """Mean r over pairs of latents, one of each of two clusters: of the sums of their standardised profiles, as there is no
-    room for all pairs. A profile that is the same everywhere has 0 with any other; a cluster of one latent, None with
-    itself."""
+    """Mean r over pairs of latents from two clusters, or from one; computed from sums, because all pairs don't fit memory.
+    A uniform profile has r = 0 with any other. A cluster of one latent has None with itself."""
     sums, sizes, self_products = [], np.array([len(group) for group in groups]), []
     for group in groups:
-        apart = group - group.mean(1, keepdims=True)
-        norm = np.linalg.norm(apart, axis=1, keepdims=True)
-        unit = np.divide(apart, norm, out=np.zeros_like(apart), where=norm > 1e-12)
+        centered = group - group.mean(1, keepdims=True)
+        norm = np.linalg.norm(centered, axis=1, keepdims=True)
+        unit = np.divide(centered, norm, out=np.zeros_like(centered), where=norm > 1e-12)
         sums.append(unit.sum(0))
-        self_products.append(np.square(unit).sum())  # each latent with itself, which does not count
+        self_products.append(np.square(unit).sum())  # pairs of a latent with itself are left out
     total = np.stack(sums) @ np.stack(sums).T - np.diag(self_products)
     pairs = np.outer(sizes, sizes) - np.diag(sizes)
     return [
@@ -210,14 +203,13 @@ def _sample(profiles: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
 
 
 def tree(profiles: np.ndarray) -> np.ndarray:
-    """The merges of average linkage (as `scipy.cluster.hierarchy.linkage` gives them) of latents with these profiles
-    [n, BINS]."""
+    """Average linkage of profiles [n, BINS], in the format of `scipy.cluster.hierarchy.linkage`."""
     return linkage(_distances(profiles), "average")
 
 
 def _distances(profiles: np.ndarray) -> np.ndarray:
     distances = pdist(profiles, "jensenshannon") / math.sqrt(math.log(2))
-    return np.where(np.isnan(distances), 0, distances)  # root of a rounding error below 0: two profiles are the same
+    return np.where(np.isnan(distances), 0, distances)  # NaN: root of a rounding error below 0, for identical profiles
 
 
 def _cut(merges: np.ndarray, count: int) -> np.ndarray:
@@ -225,8 +217,8 @@ def _cut(merges: np.ndarray, count: int) -> np.ndarray:
 
 
 def _silhouette(square: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over latents of (b - a) / max(a, b): a the mean distance to the others of its cluster, b to those of the nearest
-    other cluster. A latent alone in its cluster has 0."""
+    """Mean over latents of (b - a) / max(a, b), from distances [n, n]. a is the mean distance to the latent's own cluster,
+    b to the nearest other cluster. A latent alone in its cluster counts 0."""
     kinds, member = np.unique(labels, return_inverse=True)
     if len(kinds) < 2:
         return 0.0
@@ -240,7 +232,7 @@ def _silhouette(square: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _shuffled(collected: TextActivations, draw: np.random.Generator) -> torch.Tensor:
-    """Positions [n] permuted within each row."""
+    """Permute positions [n] within each row."""
     order = np.lexsort((draw.random(len(collected.row)), collected.row.cpu().numpy()))
     return collected.pos[torch.from_numpy(order).to(collected.pos.device)]
 

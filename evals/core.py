@@ -1,11 +1,11 @@
-"""Core metrics of a dictionary: L0, explained variance, CE recovered, dead latents; overall, per position, and of controls.
+"""Core metrics: L0, explained variance, CE recovered and dead latents of a dictionary and its controls, also per position.
 
-With x an activation, x_hat its reconstruction, mu the mean of x over the evaluated tokens, and CE the language model's
-mean next-token loss in nats when the hook's value is replaced:
+x is an activation, x_hat its reconstruction, mu the mean of x over the evaluated tokens, and CE the language model's mean
+next-token loss in nats with the value at the hook replaced:
 
-    explained variance = 1 - sum |x - x_hat|^2 / sum |x - mu|^2         a dictionary that predicts the mean scores 0
+    explained variance = 1 - sum |x - x_hat|^2 / sum |x - mu|^2         0: as good as predicting the mean
     CE recovered       = (CE_zero - CE_sae) / (CE_zero - CE_clean)      0: as bad as zeros; 1: as good as the model
-    CE recovered over mean ablation: the same with CE_mean, from mu in place of x
+    CE recovered over mean ablation: the same with CE_mean (mu in place of x) instead of CE_zero
     KL recovered       = (KL_zero - KL_sae) / KL_zero                   KL(p_clean || p) per token, in nats
     L0                 = latents above zero per token
     dead fraction      = share of latents that fire on no evaluated token
@@ -15,19 +15,19 @@ mean next-token loss in nats when the hook's value is replaced:
     l2_ratio           = E |x_hat| / |x|
     relative_reconstruction_bias = E |x_hat|^2 / E <x, x_hat>           (arXiv 2404.16014, equation 10)
 
-A figure's `_error` is its standard error, with rows of text as the units that vary: of a ratio sum a_r / sum b_r over R
-rows, sqrt(R / (R - 1) sum (a_r - ratio b_r)^2) / |sum b_r|.
+`NAME_error` is a standard error over rows. For a ratio sum a_r / sum b_r over R rows, it is
+sqrt(R / (R - 1) sum (a_r - ratio b_r)^2) / |sum b_r|.
 
-`saebench` holds figures as SAEBench 0.6.0 works them out. It calls two of them explained variance:
-1 - E |x - x_hat|^2 / (E |x|^2 - (E_d E x_d^2)^2), whose last term is not a mean but a mean square and so says nothing of
-variance; and (legacy) the mean over tokens of 1 - |x - x_hat|^2 / |x - mu_b|^2, which tokens near mu_b dominate. Its mse is
-the mean over tokens of |x - x_hat|^2 / n_b. mu_b and n_b are mean and number of tokens of a batch of 16 rows, SAEBench's
-default, whatever `rows_per_forward` is. Means in the first figure, and the bias, are means over batches of a batch's. Its
-ablation zeroes every position, `<bos>` included, and its KL counts the last token of a row, too.
+`saebench` has figures as SAEBench 0.6.0 computes them. It has two explained variances. The first is
+1 - E |x - x_hat|^2 / (E |x|^2 - (E_d E x_d^2)^2). Its last term is a mean square, not a mean, so the denominator is not a
+variance. The second (legacy) is the mean over tokens of 1 - |x - x_hat|^2 / |x - mu_b|^2, dominated by tokens near mu_b.
+Its mse is the mean over tokens of |x - x_hat|^2 / n_b. mu_b and n_b are the mean and the number of tokens of a batch of 16
+rows (SAEBench's default), whatever `rows_per_forward` is. The first explained variance and the bias average over batches.
+SAEBench's ablation zeroes every position, `<bos>` included, and its KL includes the last token of each row.
 
-Per position both sums run over the tokens at that position (mu stays the overall mean), and "dead" is at that position.
-Padding, special tokens and massive activations, which training leaves out, are neither reconstructed nor counted, and keep
-their own activation when the others are replaced.
+Per position, both sums run over the tokens at that position (mu stays the overall mean), and "dead" means never firing at
+that position. Padding, special tokens and massive activations are left out, as in training: they are neither reconstructed
+nor counted, and keep their activation when the others are replaced.
 """
 
 import math
@@ -57,13 +57,13 @@ def core(
     neurons: bool = True,
     held_out: HeldOut | None = None,
 ) -> dict[str, Any]:
-    """Core metrics of `sae` on `rows` held-out rows of the stream's text (CE on the first `ce_rows` of them).
+    """Measure core metrics of `sae` on `rows` held-out rows of the stream's text (CE on the first `ce_rows` of them).
 
-    `controls` are dictionaries to be measured in the same way (`random`); `mean` is always added, and `lm_neurons`, each
-    activation with its K largest parts alone, unless `sae` is a transcoder or `neurons` False. The result holds the metrics
-    of `sae`, `per_position` lists, a histogram of firing rates, of each of its `latents` the firing rate and on how
-    many tokens of a row it fires where it does, and under `controls` the metrics of each. `held_out`: those rows, read
-    already for another dictionary at the same hooks.
+    `controls` are dictionaries measured in the same way (`random`). `mean` is always added. `lm_neurons`, the K largest
+    neurons of each activation, is added unless `sae` is a transcoder or `neurons` is False. Returns the metrics of `sae`,
+    `per_position` lists, a histogram of firing rates, for each of its `latents` the firing rate and the mean number of
+    tokens it fires on in rows where it fires, and the metrics of each control under `controls`. `held_out`: these rows, if
+    they were already read for another dictionary at the same hooks.
     """
     autoencoders: dict[str, Autoencoder] = {
         name: fitted(name, d, stream) for name, d in {"sae": sae, **controls}.items()
@@ -78,6 +78,7 @@ def core(
     results = {name: _scores(name, tally, text, effects) for name, tally in {**tallies, "mean": None}.items()}
     sae_tally = tallies["sae"]
     rate = sae_tally.fired.double() / text.tokens
+    per_row = sae_tally.fired / sae_tally.rows_fired.clamp_min(1)
     losses = {name: effect for name, effect in effects.items() if name != EVERYWHERE}
     return {
         **results["sae"],
@@ -95,16 +96,14 @@ def core(
         **({"warnings": warnings} if (warnings := _warnings(text, effects)) else {}),
         "latents": {
             "firing_rate": [round(value, 8) for value in rate.tolist()],
-            "tokens_per_row": [
-                round(value, 4) for value in (sae_tally.fired / sae_tally.rows_fired.clamp_min(1)).tolist()
-            ],
+            "tokens_per_row": [round(value, 4) for value in per_row.tolist()],
         },
     }
 
 
 class _Tally:
-    """What a dictionary reconstructs: squared error float64 [T] by position and [R] by row, L0 [T] (sums), on how many
-    tokens and rows each latent fired [F] and whether at each position [T, F], and sums over tokens of further qualities."""
+    """Sums over tokens for one dictionary: squared error float64 [T] by position and [R] by row, L0 [T], tokens and rows on
+    which each latent fired [F], whether it fired at each position [T, F], and further measures of reconstruction."""
 
     def __init__(self, autoencoder: Autoencoder, text: HeldOut):
         T, F, device = len(text.count), len(autoencoder.W_dec), text.device
@@ -114,7 +113,7 @@ class _Tally:
         self.fired, self.rows_fired = (torch.zeros(F, dtype=torch.int64, device=device) for _ in range(2))
         self.fired_at = torch.zeros(T, F, dtype=torch.bool, device=device)
         self._n, self._sums = text.tokens, zeros(9)
-        self._batches: list[Tensor] = []  # of each batch of rows, as SAEBench has them of a batch
+        self._batches: list[Tensor] = []  # SAEBench's means, per batch of rows
 
     @torch.no_grad()
     def add(self, batch: RowBatch) -> None:
@@ -183,7 +182,7 @@ def _reconstruct(autoencoder: Autoencoder, x: Tensor, pos: Tensor) -> Tensor:
 
 
 def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str, Effect]) -> dict[str, Any]:
-    """Of a dictionary, or without a `tally` of the mean."""
+    """Metrics of a dictionary, or of the control `mean`, which has no tally."""
     errors, errors_of_rows = (
         (text.spread, text.spread_of_rows) if tally is None else (tally.errors, tally.errors_of_rows)
     )
@@ -215,7 +214,6 @@ def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str
 
 
 def _warnings(text: HeldOut, effects: Mapping[str, Effect]) -> list[str]:
-    """Why figures are missing."""
     messages = []
     if not text.varies:
         messages.append(
@@ -237,22 +235,22 @@ def _recovered(effects: Mapping[str, Effect], floor: str, name: str) -> float | 
 
 
 def _mean(effect: Effect, index: int) -> float | None:
-    """Loss (1) or KL (2) per token, by a sum over positions first, then over what they have; None where there are none."""
+    """Loss (index 1) or KL (2) per token, summed by position first; None without tokens."""
     tokens = effect.by_position[0].sum()
     return float(effect.by_position[index].sum() / tokens) if tokens > 0 else None
 
 
-def _error(above: Tensor, below: Tensor) -> float | None:
-    """The standard error of sum(above) / sum(below), both [R]; None of a single row."""
-    R, whole = len(above), float(below.sum())
-    if R < 2 or whole == 0:
+def _error(numerators: Tensor, denominators: Tensor) -> float | None:
+    """Standard error of sum(numerators) / sum(denominators), both [R]; None for a single row."""
+    R, total = len(numerators), float(denominators.sum())
+    if R < 2 or total == 0:
         return None
-    residuals = above - above.sum() / whole * below
-    return float((R / (R - 1) * residuals.square().sum()).sqrt() / abs(whole))
+    residuals = numerators - numerators.sum() / total * denominators
+    return float((R / (R - 1) * residuals.square().sum()).sqrt() / abs(total))
 
 
 def _numbers(values: Tensor) -> list[float | None]:
-    """For JSON: what isn't finite (a position without tokens) is null."""
+    """Values for JSON, None if not finite (a position without tokens)."""
     return [_finite(value) for value in values.tolist()]
 
 
@@ -261,7 +259,7 @@ def _finite(value: float) -> float | None:
 
 
 def _histogram(rate: Tensor, tokens: int) -> dict[str, Any]:
-    """Counts of latents by log10 of firing rate; those that never fired apart."""
+    """Count latents by log10 of their firing rate, and latents that never fired."""
     alive = rate[rate > 0].log10()
     low = math.floor(-math.log10(tokens))
     counts = torch.histc(alive, bins=10 * -low, min=low, max=0) if len(alive) else torch.zeros(10 * -low)

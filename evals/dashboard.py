@@ -1,15 +1,15 @@
-"""A page to look at latents one by one: how often, where in a row, on which tokens, and what each adds to the logits.
+"""Latent dashboard: how often, where in a row and on which tokens a latent fires, and its direct effect on the logits.
 
-`dashboard` measures on held-out text, `page` puts what it found into one HTML file that asks nothing of a network.
+`dashboard` measures on held-out text. `page` writes the figures into one HTML file that loads nothing from a network.
 
     firing rate    = share of tokens on which the latent is above zero
     mean           = mean activation over those tokens
     profile        = both by position in the row, in at most 32 bins of equal width
-    peak           = the bin with the largest activation per token, of those that have tokens enough to tell
+    peak           = the bin with the largest activation per token, among bins with enough tokens
     direct logits  = unembed(ln_final(W_dec_j)) - unembed(ln_final(0)), see `LanguageModel.direct_logits`
 
-The strongest contexts flatter a latent (Bolukbasi et al., arXiv 2104.07143), so a few stand beside them that are drawn
-from the middle of its activations.
+The strongest contexts alone make a latent look more specific than it is (Bolukbasi et al., arXiv 2104.07143), so a few
+contexts from the middle of its activations are shown too.
 """
 
 import json
@@ -32,26 +32,24 @@ from .evaluation import collect, fitted
 
 FORMAT = "temposae-dashboard/1"
 TEMPLATE = Path(__file__).with_name("dashboard.html")
-DATA = "{{data}}"  # what stands for the figures in the template
+DATA = "{{data}}"  # placeholder for the figures in the template
 
 BINS = 32
-SCARCE = 0.1  # bins with fewer than this share of the mean bin's tokens can't be a latent's peak
+SCARCE = 0.1  # a bin with a smaller share of the mean bin's tokens can't be a latent's peak
 BEFORE, AFTER = 24, 12  # tokens of a context on either side
 STRONGEST, ORDINARY = 12, 4  # contexts of each kind
 MIDDLE = (0.4, 0.6)  # quantiles of a latent's activations between which ordinary ones are drawn
-LOGITS = 10  # tokens at either end
-PART = "\ufffd"  # what decoding gives for a part of a character
-_AT_ONCE = 2**26  # logits that are held at once
+LOGITS = 10  # tokens raised most, and tokens lowered most
+PART = "\ufffd"  # decoded from a token that is part of a character
+_AT_ONCE = 2**26  # logits in memory at once
 
 
 def numbers(text: str, n_latents: int) -> list[int]:
-    """Latents as a user writes them, "3,17", each once. Raises UserError for what is not the number of a latent."""
+    """Parse numbers of latents, "3,17", without duplicates. Raises UserError for anything else."""
     latents = []
-    for word in text.split(","):
-        if not (word.strip().isdecimal() and int(word) < n_latents):
-            raise UserError(
-                f"latents: {word.strip()!r} is not allowed; give numbers from 0 to {n_latents - 1}, as in 3,17"
-            )
+    for word in map(str.strip, text.split(",")):
+        if not (word.isdecimal() and int(word) < n_latents):
+            raise UserError(f"latents: {word!r} is not allowed; give numbers from 0 to {n_latents - 1}, as in 3,17")
         latents.append(int(word))
     return list(dict.fromkeys(latents))
 
@@ -67,15 +65,14 @@ def dashboard(
     rows: int = 1024,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Figures and contexts of `latents`, or of `count` spread evenly over ranks of firing rate, on held-out `rows`.
+    """Measure `latents`, or `count` latents spread evenly over ranks of firing rate, on held-out `rows`.
 
-    Returns what the page shows, in plain numbers: `name`, `model`, `hook`, `tokens`, `dead_fraction` (of all F, on this
-    text) and the like; `bins`, each as first position, last position and tokens; and `latents`, each with
-    `firing_rate`, `mean`, `max`, `peak` (first and last position), `profile`, its contexts `strongest` (one of a row at
-    most) and `ordinary` (drawn by `seed`), and `logits`, [token, value] at both ends. Tokens are texts. Means are None
-    where a latent never fires, values in contexts where a token isn't counted, and `logits` where the decoder isn't as
-    wide as the residual stream. Raises UserError for a dictionary that doesn't fit the stream and for text
-    without tokens.
+    Returns the page's content as plain numbers and texts: `name`, `model`, `hook`, `tokens`, `dead_fraction` (of all F
+    latents, on this text) and similar; `bins`, each as first position, last position and tokens; and `latents`, each with
+    `firing_rate`, `mean`, `max`, `peak` (first and last position), `profile`, its contexts `strongest` (at most one per row)
+    and `ordinary` (drawn by `seed`), and `logits`, [token, value] of the tokens it raises and lowers most. Means are None
+    for a latent that never fires, values in contexts for tokens that are not counted, and `logits` if the decoder is not as
+    wide as the residual stream. Raises UserError for a dictionary that doesn't fit the stream, and text without tokens.
     """
     sae = fitted("sae", sae, stream)
     text, entries = _read(stream, sae, rows)
@@ -111,20 +108,20 @@ def dashboard(
 
 
 def page(shown: dict[str, Any]) -> str:
-    """One HTML file of what `dashboard` returned, with style, script and figures in it."""
-    # No token may end the element that holds the figures: there is no "<" in it, and JSON reads \u003c.
+    """One HTML file of `dashboard`'s result, with style, script and figures in it."""
+    # No token may close the element that holds the figures, so it has no "<". JSON reads \u003c as "<".
     figures = json.dumps(shown, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace(DATA, figures)
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page that `write` wrote."""
+    """Whether `write` made this file."""
     with path.open("rb") as file:
         return b"<title>Latents</title>" in file.read(2048)
 
 
 def write(path: Path, shown: dict[str, Any]) -> None:
-    """Write the page to `path`: all of it or nothing. Raises UserError if the disk refuses."""
+    """Write the page to `path`, completely or not at all. Raises UserError if it can't be written."""
     try:
         write_text(path, page(shown))
     except OSError as error:
@@ -133,7 +130,7 @@ def write(path: Path, shown: dict[str, Any]) -> None:
 
 @dataclass
 class _Text:
-    """R rows of text: `tokens`, `kept`, `document` [R, T], `number` [R] in the text; `row`, `pos` [n] of what is kept."""
+    """R rows of text: `tokens`, `kept`, `document` [R, T], row `number` [R]; `row` and `pos` [n] of the kept tokens."""
 
     tokens: np.ndarray
     kept: np.ndarray
@@ -152,7 +149,7 @@ class _Text:
 
 @dataclass
 class _Entries:
-    """A code by latent: the j-th owns `offsets[j]:offsets[j + 1]` of `token` (of the n, ascending) and `value`."""
+    """A code sorted by latent: latent j owns `offsets[j]:offsets[j + 1]` of `token` (ascending) and `value`."""
 
     token: np.ndarray
     value: np.ndarray
@@ -164,31 +161,31 @@ class _Entries:
 
 
 def _read(stream: ActivationStream, sae: UnitDecoder, rows: int) -> tuple[_Text, _Entries]:
-    numbers: list[tuple[Tensor, Tensor]] = []
+    sources: list[tuple[Tensor, Tensor]] = []
 
-    def noted() -> Iterator[TokenRows]:
+    def batches() -> Iterator[TokenRows]:
         for batch in stream.held_out(rows):
-            numbers.append((batch.document, batch.row))
+            sources.append((batch.document, batch.row))
             yield batch
 
-    collected = collect(stream, noted(), rows)
+    collected = collect(stream, batches(), rows)
     code = collected.code(sae)
     by_latent = code.transpose()
     arrays = (by_latent.tokens, code.values[by_latent.order], by_latent.latent_offsets)
-    document, number = (torch.cat(tensors) for tensors in zip(*numbers, strict=True))
+    document, number = (torch.cat(tensors) for tensors in zip(*sources, strict=True))
     places = (collected.tokens, collected.kept, document, number, collected.row, collected.pos)
     return _Text(*(array.cpu().numpy() for array in places)), _Entries(*(array.cpu().numpy() for array in arrays))
 
 
 def _spread(firings: np.ndarray, count: int) -> list[int]:
-    """`count` latents evenly over the ranks of how often they fire, the most frequent first; all if there are fewer."""
+    """`count` latents spread evenly over ranks of firing rate, most frequent first; all live ones if fewer."""
     ranked = np.argsort(-firings, kind="stable")[: (firings > 0).sum()]
     ranks = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
     return ranked[ranks].tolist()
 
 
 def _figures(text: _Text, bins: np.ndarray, token: np.ndarray, value: np.ndarray) -> dict[str, Any]:
-    """Of a latent that is on at these tokens, of the n, with these values."""
+    """Figures of a latent that fires at these tokens with these values."""
     B, T = len(bins), text.tokens.shape[1]
     tokens, where = bins[:, 2], text.pos[token] * B // T
     fired = np.bincount(where, minlength=B)
@@ -214,25 +211,24 @@ class _TokenTexts:
         self.tokenizer, self.known = tokenizer, dict[int, str]()
 
     def of(self, token: int) -> str:
-        """What a token adds to a text: some tokenizers drop the space before the first one, others put one between any
-        two."""
+        """What a token adds to a text. Some tokenizers drop the space before the first token, others put one between any
+        two tokens."""
         if token not in self.known:
             alone, twice = self._decode([token]), self._decode([token] * 2)
             self.known[token] = (twice.removeprefix(alone) if twice.startswith(alone) else "") or alone
         return self.known[token]
 
     def along(self, tokens: list[int]) -> list[str]:
-        """The texts of tokens that follow each other. A character of several tokens is the last one's, the others have
-        none."""
+        """The texts of consecutive tokens. A character of several tokens is the text of the last; the others have none."""
         texts = [self.of(token) for token in tokens]
         for i in range(len(tokens)):
             for end in range(i + 2, min(i + 4, len(tokens)) + 1):
-                if PART in texts[i] and PART not in (whole := self._decode(tokens[i:end])):
-                    texts[i:end] = [""] * (end - i - 1) + [whole]
+                if PART in texts[i] and PART not in (character := self._decode(tokens[i:end])):
+                    texts[i:end] = [""] * (end - i - 1) + [character]
         return texts
 
     def _decode(self, tokens: list[int]) -> str:
-        if self.tokenizer is None:  # of a model that is given ids
+        if self.tokenizer is None:  # the model is given ids
             return "".join(f" {token}" for token in tokens)
         return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
@@ -241,10 +237,10 @@ def _contexts(
     text: _Text, token: np.ndarray, value: np.ndarray, draw: np.random.Generator, words: _TokenTexts
 ) -> dict[str, Any]:
     rows = text.row[token]
-    strongest = _one_a_row(np.argsort(-value, kind="stable"), rows)[:STRONGEST]
+    strongest = _one_per_row(np.argsort(-value, kind="stable"), rows)[:STRONGEST]
     low, high = np.quantile(value, MIDDLE) if len(value) else (0, 0)
     ordinary = draw.permutation(np.flatnonzero((value >= low) & (value <= high)))
-    ordinary = _one_a_row(ordinary[~np.isin(rows[ordinary], rows[strongest])], rows)[:ORDINARY]
+    ordinary = _one_per_row(ordinary[~np.isin(rows[ordinary], rows[strongest])], rows)[:ORDINARY]
     acts = np.where(text.kept, 0, np.nan)
     acts[rows, text.pos[token]] = value
 
@@ -265,31 +261,29 @@ def _contexts(
     return {"strongest": [context(index) for index in strongest], "ordinary": [context(index) for index in ordinary]}
 
 
-def _one_a_row(order: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Of places in a certain order, the first of each row."""
+def _one_per_row(order: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Keep the first entry of each row, in the given order."""
     return order[np.sort(np.unique(rows[order], return_index=True)[1])]
 
 
 def _logits(model: LanguageModel, directions: Tensor, words: _TokenTexts) -> list[dict[str, Any]] | None:
-    """The tokens at both ends of each direction's logits [n, V], as [token, value], the furthest first."""
+    """The tokens with the largest and smallest logits of each direction, as [token, value], most extreme first."""
     results: list[dict[str, Any]] = []
     V = model.vocabulary if model.tokenizer is None else len(model.tokenizer)  # there may be more logits than tokens
+
+    def pairs(values: list[float], ids: list[int]) -> list[tuple[str, float]]:
+        return list(zip(map(words.of, ids), map(_short, values), strict=True))
+
     for chunk in directions.split(max(1, _AT_ONCE // V)):
         logits = model.direct_logits(chunk)
         if logits is None:
             return None
-        ends = [logits[:, :V].topk(min(LOGITS, V), largest=largest) for largest in (True, False)]
-        pairs = [
-            [
-                list(zip(map(words.of, ids), map(_short, values), strict=True))
-                for values, ids in zip(*map(Tensor.tolist, end), strict=True)
-            ]
-            for end in ends
-        ]
-        results += [{"top": top, "bottom": bottom} for top, bottom in zip(*pairs, strict=True)]
+        top, bottom = (logits[:, :V].topk(min(LOGITS, V), largest=largest) for largest in (True, False))
+        ends = zip(*(end.tolist() for end in (*top, *bottom)), strict=True)
+        results += [{"top": pairs(*end[:2]), "bottom": pairs(*end[2:])} for end in ends]
     return results
 
 
 def _short(value: float) -> float:
-    """As much of a number as a page needs."""
+    """Round to the five significant digits that a page needs."""
     return float(f"{value:.5g}")

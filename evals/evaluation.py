@@ -1,6 +1,6 @@
-"""What the evals share: texts run through the model once, their activations with rows and positions, and their codes.
+"""What the evals share: activations of texts with their rows and positions, and codes, each computed once.
 
-An autoencoder is a dictionary, or what stands beside one as a control: anything with `encode_sparse`, `decode` and `W_dec`.
+An autoencoder is a dictionary or a control: anything with `encode_sparse`, `decode` and `W_dec`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,16 +21,16 @@ from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
 from .row_budget import Sizes
 
-CHUNK = 4096  # tokens that are encoded at once
-CODES = 2**25  # dense activations of latents that are held at once while tokens are encoded
-LABELLED = HELD_OUT + 1_000_000  # evals with labels read documents from this one on; `core` reads those before
+CHUNK = 4096  # tokens encoded at once
+CODES = 2**25  # latent activations in memory at once during encoding
+LABELLED = HELD_OUT + 1_000_000  # first document of evals with labels; `core` reads earlier ones
 
 
 Shared = TypeVar("Shared")
 
 
 class Autoencoder(Protocol):
-    """Latents of activations x [n, D] at pos [n], and back. W_dec [F, D]: what each latent adds to the activation."""
+    """Encodes activations x [n, D] at pos [n] into latents, and decodes them. W_dec [F, D]: the latents' directions."""
 
     @property
     def W_dec(self) -> Tensor: ...
@@ -39,7 +39,7 @@ class Autoencoder(Protocol):
 
 
 class Neurons:
-    """Control `lm_neurons`: the model's own D activations as latents, of each token the k largest in absolute value."""
+    """Control `lm_neurons`: the model's own D activations as latents, the k largest by absolute value per token."""
 
     def __init__(self, d: int, k: int, device: torch.device | str = "cpu"):
         self.W_dec, self.k = torch.eye(d, device=device), min(k, d)
@@ -53,7 +53,7 @@ class Neurons:
 
 
 class Mean:
-    """Control `mean`: one latent, which is on at every token and stands for the mean activation [D]."""
+    """Control `mean`: one latent that is active at every token and decodes to the mean activation [D]."""
 
     def __init__(self, mean: Tensor):
         self.W_dec = mean[None]
@@ -67,11 +67,11 @@ class Mean:
 
 @dataclass
 class TextActivations:
-    """R rows of text, and what the model has at the hook on the n of their tokens that are kept, row after row.
+    """R rows of text, and the model's activations at the hook on the n kept tokens, row after row.
 
-    `tokens` and `kept` [R, T]; `x` float32 [n, D]; `pos` and `row` int64 [n]: place in the row, and which of the R it is.
-    `labels`: name -> int16 [R, T], -1 where it does not apply, of the embedded language. `source`: whole rows of which
-    these are some tokens, and which of theirs, bool.
+    `tokens` and `kept` [R, T]; `x` float32 [n, D]; `pos` and `row` int64 [n], position in the row and number of the row.
+    `labels`: labels of the embedded language by name, int16 [R, T], -1 where a label does not apply. `source`: the whole
+    rows that these tokens were taken from, and bool [n of the source] that selects them.
     """
 
     tokens: Tensor
@@ -88,23 +88,22 @@ class TextActivations:
 
     @property
     def mean(self) -> Tensor:
-        """[D], of all kept tokens."""
+        """Mean activation [D] of all kept tokens."""
         return self.x.double().mean(0).float()
 
     def label(self, name: str) -> Tensor:
-        """A label of each kept token, int64 [n]."""
+        """One label of each kept token, int64 [n]."""
         return torch.from_numpy(self.labels[name]).long()[self.kept.cpu()]
 
-    def of_rows(self, name: str) -> Tensor:
-        """A label that a row has one value of, int64 [R]: the largest of its tokens'."""
+    def row_label(self, name: str) -> Tensor:
+        """One label per row, int64 [R]: the maximum over its tokens."""
         return torch.from_numpy(self.labels[name]).long().amax(1)
 
     def code(self, autoencoder: Autoencoder) -> SparseCode:
-        """An autoencoder's code of all n tokens, ragged, worked out once."""
+        """The autoencoder's ragged code of all n tokens, computed once."""
         if id(autoencoder) not in self._codes:
-            if self.source is not None and getattr(autoencoder, "looks_along_rows", False):
-                whole, chosen = self.source
-                code = of_tokens(whole.code(autoencoder), chosen)
+            if (source := self._source_for(autoencoder)) is not None:
+                code = of_tokens(source[0].code(autoencoder), source[1])
             else:
                 chunks = in_rows(self.pos, self.x, self.pos, latents=len(autoencoder.W_dec))
                 code = joined([autoencoder.encode_sparse(x, pos) for x, pos in chunks])
@@ -112,20 +111,20 @@ class TextActivations:
         return self._codes[id(autoencoder)][1]
 
     def only(self, inside: Tensor) -> "TextActivations":
-        """Those of the tokens that are `inside`, bool [R, T]. A dictionary that looks along rows still sees the others."""
+        """Keep only the tokens `inside`, bool [R, T]. A dictionary that looks along rows still sees the others."""
         chosen = inside[self.kept].to(self.x.device)
         return TextActivations(
             self.tokens, inside & self.kept, self.x[chosen], self.pos[chosen], self.row[chosen], source=(self, chosen)
         )
 
     def forget(self) -> None:
-        """Let go of all codes."""
+        """Free all codes."""
         self._codes.clear()
 
     def pooled(self, autoencoder: Autoencoder | None) -> Tensor:
-        """Each latent's mean over the kept tokens of a row, float32 [R, F]; without an autoencoder, the activations' [R, D].
+        """Mean of each latent over the kept tokens of a row, float32 [R, F]; without an autoencoder, of activations [R, D].
 
-        Latents are summed some rows at a time, since the code of all tokens may be hundreds of times as large.
+        Latents are summed a few rows at a time, because the code of all tokens may be hundreds of times as large.
         """
         counts = torch.bincount(self.row, minlength=len(self)).clamp_min(1)[:, None]
         if autoencoder is None:
@@ -138,11 +137,12 @@ class TextActivations:
             sums[first : first + n] = sum_by(where, code.values, n * F).view(n, F)
         return sums / counts
 
+    def _source_for(self, autoencoder: Autoencoder) -> "tuple[TextActivations, Tensor] | None":
+        return self.source if getattr(autoencoder, "looks_along_rows", False) else None
+
     def _codes_by_rows(self, autoencoder: Autoencoder) -> Iterator[tuple[Tensor, SparseCode]]:
-        """The row of each token [n], and these tokens' code, ragged; of all tokens at once where that is at hand."""
-        if id(autoencoder) in self._codes or (
-            self.source is not None and getattr(autoencoder, "looks_along_rows", False)
-        ):
+        """Rows [n] and ragged code of tokens, a few rows at a time; all at once if the code is computed already."""
+        if id(autoencoder) in self._codes or self._source_for(autoencoder) is not None:
             yield self.row, self.code(autoencoder)
             return
         for x, pos, row in in_rows(self.pos, self.x, self.pos, self.row, latents=len(autoencoder.W_dec)):
@@ -151,8 +151,8 @@ class TextActivations:
 
 
 def in_rows(pos: Tensor, *tensors: Tensor, latents: int = 0) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of tokens [n, ...] at pos [n], rows one after the other, in chunks of whole rows, since a dictionary may look
-    along the row: of about `CHUNK` tokens, fewer where they have so many `latents` that their code needs room."""
+    """Split tensors of tokens [n, ...] at pos [n] into chunks of whole rows, because a dictionary may look along the row.
+    A chunk has about `CHUNK` tokens, fewer if the dictionary has many `latents`."""
     chunk = min(CHUNK, CODES // max(1, latents))
     begins = torch.cat([pos.new_ones(1, dtype=torch.bool), pos.diff() <= 0]).nonzero().flatten().cpu()
     ends = torch.cat([begins[1:], torch.tensor([len(pos)])])
@@ -167,24 +167,24 @@ def in_rows(pos: Tensor, *tensors: Tensor, latents: int = 0) -> Iterator[tuple[T
 
 @torch.no_grad()
 def collect(stream: ActivationStream, texts: Iterable[TokenRows], total: int | None = None) -> TextActivations:
-    """Run the model over rows of text and keep what is at the stream's hook, of the tokens that training takes."""
+    """Run the model over rows of text; keep the activations at the stream's hook of tokens that training would use."""
     batches = []
     with progress_bar("collecting activations", total=total, unit="rows") as bar:
         for rows in texts:
             batches.append(_read(stream, rows))
             bar.advance(len(rows))
     if not any(len(x) for _, _, x in batches):
-        raise UserError("data: no text holds a token to evaluate on")
+        raise UserError("data: no text has a token to evaluate on")
     return _concatenated(batches)
 
 
 def collected_rows(stream: ActivationStream, rows: TokenRows) -> TextActivations:
-    """The same of a few rows, which may hold no token that is kept."""
+    """Like `collect`, for a few rows, which may have no token that is kept."""
     return _concatenated([_read(stream, rows)])
 
 
 def _read(stream: ActivationStream, rows: TokenRows) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and kept [B, T], and x [n, D] of what is kept."""
+    """Tokens and kept [B, T], and x [n, D] of the kept tokens."""
     read, kept = stream.read(rows)
     return rows.tokens, kept.cpu(), next(iter(read.values()))[kept].float()
 
@@ -196,11 +196,10 @@ def _concatenated(batches: list[tuple[Tensor, Tensor, Tensor]]) -> TextActivatio
 
 
 def padded(ids: Sequence[Sequence[int]], stream: ActivationStream) -> Iterator[TokenRows]:
-    """Token ids of texts as rows, which are padded behind to the longest text, `rows_per_forward` at a time."""
-    length = torch.tensor([len(text_ids) for text_ids in ids])
-    tokens = torch.full((len(ids), int(length.max())), getattr(stream.model.tokenizer, "pad_token_id", None) or 0)
-    for row, text_ids in zip(tokens, ids, strict=True):
-        row[: len(text_ids)] = torch.tensor(text_ids, dtype=torch.long)
+    """Token ids of texts as rows padded at the end to the longest text, `rows_per_forward` at a time."""
+    length, pad = torch.tensor(list(map(len, ids))), getattr(stream.model.tokenizer, "pad_token_id", None) or 0
+    texts = [torch.tensor(text_ids, dtype=torch.long) for text_ids in ids]
+    tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad)
     number, size = torch.arange(len(ids)), stream.config.rows_per_forward
     document = torch.where(torch.arange(tokens.shape[1]) < length[:, None], number[:, None], -1)
     return (
@@ -209,7 +208,7 @@ def padded(ids: Sequence[Sequence[int]], stream: ActivationStream) -> Iterator[T
 
 
 def joined(codes: list[SparseCode]) -> SparseCode:
-    """Codes of one dictionary on tokens one after the other, as one ragged code of their entries above or below zero."""
+    """Concatenate codes of one dictionary along tokens, as one ragged code of their nonzero entries."""
     counts, values, indices = [], [], []
     for code in codes:
         used = (code.live(code.values) != 0).flatten()
@@ -221,7 +220,7 @@ def joined(codes: list[SparseCode]) -> SparseCode:
 
 
 def of_tokens(code: SparseCode, chosen: Tensor) -> SparseCode:
-    """A ragged code of the tokens that are `chosen`, bool [n]."""
+    """The part of a ragged code for the `chosen` tokens, bool [n]."""
     assert code.offsets is not None
     counts = code.offsets.diff()[chosen]
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -230,9 +229,9 @@ def of_tokens(code: SparseCode, chosen: Tensor) -> SparseCode:
 
 
 def fitted(name: str, dictionary: Dictionary, stream: ActivationStream) -> UnitDecoder:
-    """A dictionary as evals take it: on the model's device, with decoder rows of norm 1.
+    """Move a dictionary to the model's device and scale its decoder rows to norm 1, as the evals expect.
 
-    Raises UserError for one that is not for the stream's activations.
+    Raises UserError if it doesn't fit the stream's activations.
     """
     cfg, model = dictionary.cfg, stream.model
     dims = (cfg.d_in,) if cfg.d_out is None else (cfg.d_in, cfg.d_out)
@@ -244,15 +243,13 @@ def fitted(name: str, dictionary: Dictionary, stream: ActivationStream) -> UnitD
 
 
 class Evaluation:
-    """A dictionary, its controls, and the texts that they are measured on. Dictionaries are read with decoder rows of norm 1
-    (`UnitDecoder`).
+    """A dictionary, its controls, and the texts to measure them on. Decoder rows have norm 1 (`UnitDecoder`).
 
-    `controls` are `random` (the control trained beside the dictionary), `lm_neurons` and `mean`. Whatever is drawn at random
-    follows from `seed` and from what it is drawn for, never from what was evaluated before. `sets` are labelled texts for
-    sparse probing, `files` by name what unlearning and order probing read (`suite.FILES`). `share`: evals look at one in so
-    many of the rows that they look at otherwise, and `sizes` says how many those are at most. `reference`: a dictionary with
-    which `positions` compares. With `neurons` False, `lm_neurons` is left out, which says nothing of a dictionary that
-    another one has not said.
+    Controls are `random` (trained beside the dictionary), `lm_neurons` and `mean`. Random draws depend on `seed` and their
+    purpose alone, never on what was evaluated before. `sets` are labelled texts for sparse probing, `files` (by name, see
+    `suite.FILES`) the inputs of unlearning and order probing. Evals read at most the rows that `sizes` allows, divided by
+    `share`. `positions` compares with the dictionary `reference`. `neurons` False leaves out `lm_neurons`, which is the same
+    for all dictionaries at a hook.
     """
 
     def __init__(
@@ -285,7 +282,7 @@ class Evaluation:
         reference: Dictionary | None = None,
         sizes: Sizes | None = None,
     ) -> "Evaluation":
-        """The same texts, questions and seed for another dictionary; codes of this one are forgotten."""
+        """An evaluation of another dictionary with the same texts, questions and seed; frees this one's codes."""
         evaluation = Evaluation(
             self.stream, sae, random, self.seed, self.sets, self.files,
             share=self.share, reference=reference, neurons=self.neurons, sizes=sizes or self.sizes,
@@ -297,35 +294,33 @@ class Evaluation:
         return evaluation
 
     def once(self, name: str, make: Callable[[], Shared]) -> Shared:
-        """What `make` gives, made once for all dictionaries that are measured on these texts."""
+        """The result of `make`, computed once for all dictionaries measured on these texts."""
         if name not in self._shared:
             self._shared[name] = make()
         return self._shared[name]
 
     def rows(self, rows: int) -> int:
-        """How many rows to look at in place of `rows`: no more than `sizes` allows, and one in `share` of those."""
+        """`rows` limited by `sizes` and divided by `share`, at least 1."""
         most = rows if self.sizes.other_rows is None else min(rows, self.sizes.other_rows)
         return max(1, most // self.share)
 
     @property
     def is_testbed(self) -> bool:
-        """Whether the text is the embedded language, of which every token's labels are known."""
+        """Whether the text is the embedded language, whose tokens have known labels."""
         return isinstance(self.stream.text, TestbedRows)
 
     def generator(self, purpose: str) -> np.random.Generator:
-        """Random numbers for one purpose, the same whenever they are asked for."""
+        """Random generator for one purpose, always in the same initial state."""
         return np.random.default_rng([self.seed, *purpose.encode()])
 
     def labelled(self, rows: int) -> TextActivations:
-        """Held-out documents of the embedded language with their labels, always the first `rows`, or this evaluation's
-        `share` of them; collected once.
+        """The first `self.rows(rows)` held-out documents of the embedded language with their labels, collected once.
 
         Raises UserError for another text.
         """
-        rows = self.rows(rows)
-        if not isinstance(self.stream.text, TestbedRows):
-            raise UserError(f"data: {self.stream.text.name} has no labels; this is measured on the embedded language")
-        text, size = self.stream.text, self.stream.config.rows_per_forward
+        rows, text, size = self.rows(rows), self.stream.text, self.stream.config.rows_per_forward
+        if not isinstance(text, TestbedRows):
+            raise UserError(f"data: {text.name} has no labels; this eval needs the embedded language (model: testbed)")
 
         def make() -> TextActivations:
             texts = (text.documents(LABELLED + start, min(size, rows - start)) for start in range(0, rows, size))
@@ -337,8 +332,7 @@ class Evaluation:
         return self.once(f"labelled {rows}", make)
 
     def autoencoders(self, collected: TextActivations, *, mean: bool = True) -> dict[str, Autoencoder]:
-        """The dictionary, as `sae`, and its controls, by name; `mean`, which is on everywhere and tells nothing apart, only
-        where asked for."""
+        """The dictionary (`sae`) and its controls by name; `mean`, which can't separate anything, is optional."""
         autoencoders: dict[str, Autoencoder] = {"sae": self.sae}
         if self.random is not None:
             autoencoders["random"] = self.random

@@ -1,21 +1,24 @@
-"""The Parquet files of a feature store, written as their lines come: `tokens.parquet` and the parts of `features/`."""
+"""Writers of a feature store's Parquet files, `tokens.parquet` and the parts of `features/`."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..engine.storage.files import whole_file
 from . import checked_parquet
 
 COLUMNS = ("document", "row", "position", "token", "latent", "value")
-PART = 2**22  # entries of a part, which are sorted in memory
-GROUP = 2**17  # lines of a row group
+PART = 2**22  # entries per part, sorted in memory
+GROUP = 2**17  # lines per row group
+PLACE = [("document", pa.int64()), ("row", pa.int64()), ("position", pa.int32()), ("token", pa.int32())]
 
 
 class _ColumnWriter:
-    """Columns that wait until there are lines enough to be written."""
+    """Buffers lines and writes them `enough` at a time."""
 
     def __init__(self, enough: int, write: Callable[[dict[str, np.ndarray]], None]):
         self.enough, self.write = enough, write
@@ -27,33 +30,28 @@ class _ColumnWriter:
             self.flush(self.enough)
 
     def flush(self, least: int = 1) -> None:
-        """Write, `enough` lines at a time, until fewer than `least` are left."""
+        """Write until fewer than `least` lines are left."""
         if not self.waiting:
             return
-        whole = {name: np.concatenate([block[name] for block in self.waiting]) for name in self.waiting[0]}
-        start, total = 0, len(whole["token"])
+        columns = {name: np.concatenate([block[name] for block in self.waiting]) for name in self.waiting[0]}
+        start, total = 0, len(columns["token"])
         while total - start >= least:
-            self.write({name: column[start : start + self.enough] for name, column in whole.items()})
+            self.write({name: column[start : start + self.enough] for name, column in columns.items()})
             start = min(total, start + self.enough)
-        self.waiting = [{name: column[start:] for name, column in whole.items()}] if start < total else []
+        self.waiting = [{name: column[start:] for name, column in columns.items()}] if start < total else []
 
 
 class TokenWriter(_ColumnWriter):
-    """tokens.parquet, a row group at a time; it gets its name when all is well at the end."""
+    """Writes tokens.parquet a row group at a time; the file gets its name when it is complete."""
 
     def __init__(self, path: Path):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         super().__init__(GROUP, self._write)
         sums = [("squared_error", pa.float32()), ("squared_norm", pa.float32())]
-        self.schema = pa.schema([*_places(), ("text", pa.string()), ("active", pa.int32()), *sums])
+        self.schema = pa.schema([*PLACE, ("text", pa.string()), ("active", pa.int32()), *sums])
         self.place = whole_file(path)
         self.file = pq.ParquetWriter(self.place.__enter__(), self.schema, **checked_parquet.SETTINGS)
 
     def _write(self, columns: dict[str, np.ndarray]) -> None:
-        import pyarrow as pa
-
         self.file.write_table(pa.table(columns, schema=self.schema))
 
     def __enter__(self) -> "TokenWriter":
@@ -67,21 +65,16 @@ class TokenWriter(_ColumnWriter):
 
 
 class ActivationWriter(_ColumnWriter):
-    """features/part-*.parquet, each sorted by itself and under its name once it is whole."""
+    """Writes features/part-*.parquet, each sorted by latent; a file gets its name when it is complete."""
 
     def __init__(self, folder: Path):
-        import pyarrow as pa
-
         super().__init__(PART, self._write)
-        self.schema = pa.schema([*_places(), ("latent", pa.int32()), ("value", pa.float32())])
+        self.schema = pa.schema([*PLACE, ("latent", pa.int32()), ("value", pa.float32())])
         self.folder, self.entries = folder, 0
-        self.checks: dict[str, dict[str, Any]] = {}  # of each part
+        self.checks: dict[str, dict[str, Any]] = {}  # checksums of each part
 
     def _write(self, columns: dict[str, np.ndarray]) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        order = np.argsort(columns["latent"], kind="stable")  # the text's order is that of document, row and position
+        order = np.argsort(columns["latent"], kind="stable")  # lines come sorted by document, row and position
         table = pa.table({name: column[order] for name, column in columns.items()}, schema=self.schema)
         name = f"part-{len(self.checks):05d}.parquet"
         with whole_file(self.folder / name) as fresh:
@@ -90,13 +83,7 @@ class ActivationWriter(_ColumnWriter):
         self.entries += len(order)
 
     def end(self) -> None:
-        """Write what is left; of no entries at all, an empty part."""
+        """Write the remaining lines; an empty part if there were none at all."""
         self.flush()
         if not self.checks:
             self._write({name: np.empty(0, np.int32) for name in COLUMNS})
-
-
-def _places() -> list[Any]:
-    import pyarrow as pa
-
-    return [("document", pa.int64()), ("row", pa.int64()), ("position", pa.int32()), ("token", pa.int32())]

@@ -1,16 +1,16 @@
-"""Positional fidelity: whether a dictionary and what it gives back are as good late in a row as early.
+"""Positional fidelity: does a dictionary work as well late in a row as early?
 
     profile = sum_j w_j (1 - JSD_2(q_j, q'_j)) / sum_j w_j
 
-with q_j(bin) the share of latent j's activation (its absolute value) that lies in a position bin, q'_j the same when the
-model runs with the reconstruction in place of the activation, so that it is the reconstruction that is encoded, and w_j
-the firings of both; a latent that fires in only one of them counts 0. Bins are those of `positions`. Further:
+q_j(bin) is the share of latent j's absolute activation that lies in a position bin. q'_j is the same for the encoded
+reconstruction, and w_j the number of firings in both. A latent that fires in only one of them counts 0. Bins are those of
+`positions`. Further:
 
-    explained variance, CE recovered   as in `core`, in each bin; their mean and their worst bin
-    shift s   of the latents that are active at a token, those that are when its text stands s tokens later, behind another
-              row's text: share that stay |A & B| / |A|, and Jaccard |A & B| / |A | B|; means over tokens
+    explained variance, CE recovered   as in `core`, in each bin, with their mean and worst bin
+    shift s   A are the latents active at a token, B those active when its text is s tokens later, after another row's text:
+              share that stay |A & B| / |A|, and Jaccard |A & B| / |A | B|; means over tokens
 
-At shift 0 nothing but the text before changes; what is lost beyond that is lost to position.
+At shift 0 only the preceding text changes. What a larger shift loses beyond that is due to position.
 """
 
 import math
@@ -32,16 +32,16 @@ from .positions import BinnedTokens, held_out, xlogx
 from .replacement_loss import losses_and_kl, rows_at_once
 
 SHIFTS = (0, 16, 64)
-BEFORE = 16  # tokens of its own row that stand before text that is shifted
-ROWS = 32  # rows that the model reads at once
+BEFORE = 16  # tokens of its own row that precede the text to be shifted
+ROWS = 32  # rows per forward pass
 
 
 @torch.no_grad()
 def fidelity(
     evaluation: Evaluation, *, rows: int = 1024, bins: int = 16, ce_rows: int = 64, shift_rows: int = 64
 ) -> dict[str, Any]:
-    """Positional fidelity of the dictionary and its controls: activation profiles and explained variance on `rows`
-    held-out rows, CE (of text predicted from text) on the first `ce_rows`, shifts on `shift_rows`.
+    """Measure positional fidelity of the dictionary and its controls: activation profiles and explained variance on `rows`
+    held-out rows, CE on the first `ce_rows` (on kept tokens after kept tokens), shifts on `shift_rows`.
 
     Raises UserError for a transcoder, whose output can't be encoded again, and for rows too short for the shifts.
     """
@@ -55,11 +55,10 @@ def fidelity(
     before, shifted = _shifted(evaluation, collected, shift_rows)
     autoencoders = evaluation.autoencoders(collected, mean=False)
     ce_tokens = int(collected.kept[:ce_rows].sum())
-    decoded = {
-        name: autoencoder.decode(collected.code(autoencoder))[:ce_tokens] for name, autoencoder in autoencoders.items()
-    }
-    ce = _ce(evaluation, collected, drawn, ce_rows, {"zero": torch.zeros_like(collected.x[:ce_tokens]), **decoded})
-    bin_ = torch.from_numpy(drawn.of_position).to(collected.x.device)[collected.pos]
+    decoded = {name: autoencoder.decode(collected.code(autoencoder)) for name, autoencoder in autoencoders.items()}
+    spliced = {name: x_hat[:ce_tokens] for name, x_hat in decoded.items()}
+    ce = _ce(evaluation, collected, drawn, ce_rows, {"zero": torch.zeros_like(collected.x[:ce_tokens]), **spliced})
+    bin_ = torch.from_numpy(drawn.position_bin).to(collected.x.device)[collected.pos]
 
     def by_bin(squares: Tensor) -> Tensor:
         return sum_by(bin_ + 1, squares, bins + 1)[1:].cpu()
@@ -67,29 +66,25 @@ def fidelity(
     spread = by_bin((collected.x - collected.mean).double().square().sum(1))
     figures: dict[str, dict[str, Any]] = {}
     for name, autoencoder in autoencoders.items():
-        x_hat = autoencoder.decode(collected.code(autoencoder))
-        recoded = TextActivations(collected.tokens, collected.kept, x_hat, collected.pos, collected.row).code(
-            autoencoder
-        )
-        recovered = [
-            (z - o) / (z - c) if z > c else None for z, o, c in zip(ce["zero"], ce[name], ce["clean"], strict=True)
-        ]
+        x_hat = decoded.pop(name)
+        reconstructed = TextActivations(collected.tokens, collected.kept, x_hat, collected.pos, collected.row)
+        errors = by_bin((collected.x - x_hat).double().square().sum(1))
+        losses = zip(ce["zero"], ce[name], ce["clean"], strict=True)
+        recovered = [(zero - loss) / (zero - clean) if zero > clean else None for zero, loss, clean in losses]
         old = before.code(autoencoder)
         figures[name] = {
-            "profile": _alike(collected.code(autoencoder), recoded, drawn),
-            "explained_variance": _over_bins(
-                (1 - by_bin((collected.x - x_hat).double().square().sum(1)) / spread).tolist()
-            ),
+            "profile": _alike(collected.code(autoencoder), reconstructed.code(autoencoder), drawn),
+            "explained_variance": _over_bins((1 - errors / spread).tolist()),
             "ce_recovered": _over_bins(recovered),
             "shifts": {str(shift): _overlap(old, later.code(autoencoder)) for shift, later in shifted.items()},
         }
-    ends = [np.flatnonzero(drawn.of_position == b)[[0, -1]].tolist() for b in range(bins)]
+    ends = [np.flatnonzero(drawn.position_bin == b)[[0, -1]].tolist() for b in range(bins)]
     scores = figures.pop("sae")
     return {**scores, "controls": figures, "bins": ends, "seconds": round(time.monotonic() - began, 2)}
 
 
 def _alike(code: SparseCode, recoded: SparseCode, drawn: BinnedTokens) -> float | None:
-    """1 - JSD in bits of the two codes' profiles over bins, weighted by firings; None where nothing fires."""
+    """Mean over latents of 1 - JSD (bits) between the two codes' profiles, weighted by firings; None if none fires."""
     q, weights = [], 0
     for side in (code, recoded):
         latent, token, value = drawn.entries(side)
@@ -98,38 +93,31 @@ def _alike(code: SparseCode, recoded: SparseCode, drawn: BinnedTokens) -> float 
         q.append(sums / np.where(sums > 0, sums.sum(1, keepdims=True), 1))
         weights = weights + np.bincount(latent, minlength=side.n_latents)
     jsd = (xlogx(q[0]) / 2 + xlogx(q[1]) / 2 - xlogx((q[0] + q[1]) / 2)).sum(1) / math.log(2)
-    jsd = np.where((q[0].sum(1) > 0) & (q[1].sum(1) > 0), jsd, 1)  # a latent that is gone, or that is new
+    jsd = np.where((q[0].sum(1) > 0) & (q[1].sum(1) > 0), jsd, 1)  # 1 if a latent fires in only one code
     return float(np.average(1 - jsd, weights=weights)) if np.any(weights) else None
 
 
 def _ce(
     evaluation: Evaluation, collected: TextActivations, drawn: BinnedTokens, rows: int, decoded: dict[str, Tensor]
 ) -> dict[str, list[float]]:
-    """Mean loss in each bin, of text tokens after text tokens in the first rows: of the `clean` model, and with each of the
-    `decoded` x [n, D] at the hook."""
+    """Mean loss in each bin on the first rows, over kept tokens after kept tokens: of the `clean` model, and with each of
+    the `decoded` x [n, D] at the hook."""
     model, T = evaluation.stream.model, collected.tokens.shape[1]
     summed = {name: torch.zeros(drawn.bins + 1, dtype=torch.float64) for name in ("clean", *decoded)}
     counts, used = torch.zeros(drawn.bins + 1, dtype=torch.float64), 0
-    bin_ = torch.from_numpy(drawn.of_position) + 1
+    bin_ = torch.from_numpy(drawn.position_bin) + 1
     size = min(ROWS, rows_at_once(model, T, collected.x.shape[1], len(decoded)))
     batches = zip(collected.tokens[:rows].split(size), collected.kept[:rows].split(size), strict=True)
     with progress_bar("fidelity: model behaviour", total=min(rows, len(collected)), unit="rows") as bar:
         for tokens, kept in batches:
             span, used = slice(used, used + int(kept.sum())), used + int(kept.sum())
-            x, kept_on_device = model.activations(tokens), kept.to(model.device)
-
-            def spliced(
-                value: Tensor, x: Tensor = x, kept_on_device: Tensor = kept_on_device, span: slice = span
-            ) -> Tensor:
-                fresh = x.clone()
-                fresh[kept_on_device] = value[span].to(x.dtype)
-                return fresh
+            x, mask = model.activations(tokens), kept.to(model.device)[..., None]
 
             scored = kept.clone()
             scored[:, :-1] &= kept[:, 1:]
             scored[:, -1] = False
             bins = bin_[scored.nonzero()[:, 1]]
-            values = {name: partial(spliced, value) for name, value in decoded.items()}
+            values = {name: partial(x.masked_scatter, mask, value[span].to(x.dtype)) for name, value in decoded.items()}
             for name, (loss, _) in losses_and_kl(model, tokens, x, scored, values).items():
                 summed[name].index_add_(0, bins, loss)
             counts += torch.bincount(bins, minlength=len(counts))
@@ -146,32 +134,30 @@ def _over_bins(values: list[float | None]) -> dict[str, Any]:
 def _shifted(
     evaluation: Evaluation, collected: TextActivations, rows: int
 ) -> tuple[TextActivations, dict[int, TextActivations]]:
-    """Text of some rows where it stands, and behind other rows' text, later by each of `SHIFTS`."""
+    """Text of some rows at its place, and after other rows' text, later by each of `SHIFTS`."""
     T = collected.tokens.shape[1]
-    width = T - 1 - BEFORE - max(SHIFTS)  # tokens of text that are shifted
-    end = max(T - width, 1 + BEFORE + width)  # rows must reach so far
+    least = BEFORE + max(SHIFTS) + 2  # tokens of a row
+    width = T - least + 1  # tokens of text that are shifted
+    end = max(T - width, 1 + BEFORE + width)  # positions that a row must have
     full = collected.kept[:, end - 1 :].any(1).nonzero().flatten()[: rows + 1]
     if width < 1 or len(full) < 2:
-        raise UserError(
-            f"stream.context: {T} is not allowed; shifts need two rows of {BEFORE + max(SHIFTS) + 2} tokens"
-        )
+        raise UserError(f"stream.context: {T} is not allowed; shifts need two rows of {least} tokens")
     texts, other_texts = collected.tokens[full[:-1]], collected.tokens[full[1:]]
 
     def placed(before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of tokens, and what the model has at the shifted ones [R, width, D], with those that count [R, width]."""
+        """Rows of tokens, activations of the shifted ones [R, width, D], and which of them are kept [R, width]."""
         tokens = torch.cat([texts[:, :1], before, texts[:, 1 + BEFORE :][:, :width]], 1)
         length, row = torch.full((len(tokens),), tokens.shape[1]), torch.arange(len(tokens))
         x, kept = [], []
         for batch in row.split(ROWS):
-            read, counts = evaluation.stream.read(
-                TokenRows(tokens[batch], length[batch], torch.zeros_like(tokens[batch]), batch)
-            )
+            rows = TokenRows(tokens[batch], length[batch], torch.zeros_like(tokens[batch]), batch)
+            read, batch_kept = evaluation.stream.read(rows)
             x.append(next(iter(read.values()))[:, -width:].float())
-            kept.append(counts[:, -width:])
+            kept.append(batch_kept[:, -width:])
         return tokens, torch.cat(x), torch.cat(kept)
 
     placements = [placed(texts[:, 1 : 1 + BEFORE]), *(placed(other_texts[:, 1 : 1 + BEFORE + s]) for s in SHIFTS)]
-    common = torch.stack([kept for _, _, kept in placements]).all(0)  # that count wherever they stand
+    common = torch.stack([kept for _, _, kept in placements]).all(0)  # tokens kept at every shift
 
     def chosen(tokens: Tensor, x: Tensor) -> TextActivations:
         kept = torch.zeros_like(tokens, dtype=torch.bool)
@@ -179,12 +165,12 @@ def _shifted(
         row, pos = kept.nonzero(as_tuple=True)
         return TextActivations(tokens, kept, x[common], pos.to(x.device), row.to(x.device))
 
-    here, *later = (chosen(tokens, x) for tokens, x, _ in placements)
-    return here, dict(zip(SHIFTS, later, strict=True))
+    unshifted, *shifted = (chosen(tokens, x) for tokens, x, _ in placements)
+    return unshifted, dict(zip(SHIFTS, shifted, strict=True))
 
 
 def _overlap(old: SparseCode, new: SparseCode) -> dict[str, float | None]:
-    """Latents of the same tokens in two codes: the share of the old ones that stay, and that of both in either."""
+    """Overlap of the active latents in two codes of the same tokens: share of the old ones that stay, and Jaccard."""
     F, n = old.n_latents, old.n_tokens
     sets = [(code.rows * F + code.indices).cpu() for code in (old, new)]
     both = torch.bincount(sets[0][torch.isin(*sets)] // F, minlength=n).double()

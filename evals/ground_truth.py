@@ -1,17 +1,17 @@
-"""Ground truth: how well single latents, and small sets of them, name what is known about every token of the language.
+"""Ground truth: how well single latents and small sets of latents predict known variables of the embedded language.
 
-A variable is a yes or no that the embedded language knows of its tokens ("topic=sailing", "plural"). Over the tokens where
-it applies, with a latent's firing as the prediction:
+A variable is a binary label of tokens, such as "topic=sailing" or "plural". Over the tokens where it applies, with a
+latent's firing as the prediction:
 
     precision = fired and true / fired      recall = fired and true / true      F1 = 2 fired and true / (fired + true)
 
 The latent with the best F1 on one half of the documents is scored on the other half. `recovered` is the share of variables
-with F1 >= 0.8. `top_5` is the accuracy of the probe of `probes.py` on five latents, over as many true tokens as false ones
-of the same halves; 0.5 is chance. F1's own chance level is not 0 (always firing scores 2p / (1 + p) where p is the share of
-true tokens): the control `shuffled`, which learns from permuted labels, shows it.
+with F1 >= 0.8. `top_5` is the accuracy of a probe (`probes.py`) on five latents, with the same halves and as many true as
+false tokens; 0.5 is chance. The chance level of F1 is not 0 (always firing scores 2p / (1 + p), p the share of true tokens).
+The control `shuffled`, which selects latents by permuted labels, shows it.
 
-Scoring latents by F1 against known properties: Gao et al., arXiv 2406.04093, and Karvonen et al., arXiv 2408.00113, who
-had probes and board states where here every token's truth is known.
+Scoring latents by F1 against known properties follows Gao et al. (arXiv 2406.04093) and Karvonen et al. (arXiv 2408.00113),
+who used probes and board states.
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ from .evaluation import Autoencoder, Evaluation, TextActivations
 from .probes import Split, balanced, top_k
 
 RECOVERED = 0.8
-LEAST = 25  # tokens of either side, in either half, that a variable needs
-MOST = 500  # tokens of either side, in either half, that a probe sees
+LEAST = 25  # true and false tokens that a variable needs in each half
+MOST = 500  # true and false tokens that a probe sees in each half
 _VALUES = {
     "section": SECTIONS, "kind": KINDS, "role": ROLES, "topic": tuple(lex.TOPICS), "tone": lex.TONES,
     "item": lex.ORDINALS,
@@ -35,26 +35,22 @@ _VALUES = {
 
 
 def ground_truth(evaluation: Evaluation, *, rows: int = 1024) -> dict[str, Any]:
-    """Best single latent and top-5 probe for every known variable, on `rows` held-out documents.
+    """Find the best single latent and a top-5 probe for every known variable, on `rows` held-out documents.
 
-    `variables` holds of each variable the latent, its f1, precision and recall (None where it never fires) on the half it
-    was not chosen on, the probe's accuracy `top_5` and the number of tokens; `recovered_at` the share of variables at every
-    F1 from 0.5 to 0.95; `controls` the means of the random dictionary, of the model's own neurons and of shuffled labels.
+    Returns `variables`, each with its latent, f1, precision and recall (None if it never fires) on the half not used for
+    selection, the probe's accuracy `top_5` and the number of tokens; `recovered_at`, the share of variables at every F1 from
+    0.5 to 0.95; and `controls`, the means of the random dictionary, the model's neurons and shuffled labels.
 
-    Raises UserError for a text that is not the embedded language, and for too few rows.
+    Raises UserError for a text other than the embedded language, and for too few rows.
     """
     collected = evaluation.labelled(rows)
     half = evaluation.generator("ground truth halves").permutation(len(collected)) % 2 == 0
     choosing = half[collected.row.cpu().numpy()]
     truth = variables(collected, choosing)
     if not truth:
-        raise UserError(
-            f"rows: {rows} is not allowed; so few documents hold no variable often enough, give 100 or more"
-        )
+        raise UserError(f"rows: {rows} is not allowed; too few tokens for any variable, give at least 100")
     autoencoders = evaluation.autoencoders(collected, mean=False)
-    results = {
-        name: _scores(evaluation, collected, autoencoder, truth, choosing) for name, autoencoder in autoencoders.items()
-    }
+    results = {name: _scores(evaluation, collected, d, truth, choosing) for name, d in autoencoders.items()}
     results["shuffled"] = _scores(evaluation, collected, autoencoders["sae"], truth, choosing, shuffled=True)
     by_variable = results.pop("sae")
     f1 = np.array([variable["f1"] for variable in by_variable.values()])
@@ -70,8 +66,8 @@ def ground_truth(evaluation: Evaluation, *, rows: int = 1024) -> dict[str, Any]:
 
 
 def variables(collected: TextActivations, choosing: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Name -> (applies, true), bool [n] each, of the variables with at least `LEAST` true and `LEAST` false tokens of those
-    `choosing` [n], and of the others."""
+    """Name -> (applies, true), bool [n] each, of variables with at least `LEAST` true and `LEAST` false tokens both inside
+    and outside `choosing` [n]."""
     truth: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for label, names in _VALUES.items():
         values = collected.label(label).numpy()
@@ -96,10 +92,10 @@ def variables(collected: TextActivations, choosing: np.ndarray) -> dict[str, tup
 def best_latents(
     fired: csr_array, applies: np.ndarray, learned: np.ndarray, true: np.ndarray, choosing: np.ndarray
 ) -> list[dict[str, Any]]:
-    """For each of V variables the latent with the best F1 on the tokens `choosing` [n], scored on the others.
+    """For each of V variables, select the latent with the best F1 on the tokens `choosing` [n] and score it on the others.
 
-    `fired` is 1 where a latent fires [n, F]; `applies`, `learned` (the labels to choose by) and `true` bool [V, n]. Of
-    equal latents the first is taken. Returns latent, f1, precision and recall of each variable.
+    `fired` is 1 where a latent fires [n, F]; `applies`, `learned` (labels for the selection) and `true` are bool [V, n].
+    Among equal latents, takes the first. Returns latent, f1, precision and recall of each variable.
     """
     hits, counts = _counts(fired, learned & choosing), _counts(fired, applies & choosing)
     latents = (2 * hits / (counts + (learned & choosing).sum(1, keepdims=True)).clip(1)).argmax(1)
@@ -118,7 +114,7 @@ def best_latents(
 
 
 def _counts(fired: csr_array, where: np.ndarray) -> np.ndarray:
-    """How often each latent fires where [V, n] is true: [V, F]."""
+    """Firings of each latent where `where` [V, n] is true: [V, F]."""
     return (fired.T @ where.T.astype(np.float64)).T
 
 
@@ -131,20 +127,20 @@ def _scores(
     *,
     shuffled: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Of every variable, what the module's head says; with `shuffled`, learned from permuted labels."""
+    """`variables` as `ground_truth` returns them; with `shuffled`, latents and probes come from permuted labels."""
     code = collected.code(autoencoder)
     assert code.offsets is not None
     shape = len(collected.x), code.n_latents
-    arrays = [tensor.cpu().numpy() for tensor in (code.values, code.indices, code.offsets)]
-    acts = csr_array((arrays[0], arrays[1], arrays[2]), shape=shape)
-    # A latent fires above zero; neurons are also negative.
-    fired = csr_array(((arrays[0] > 0).astype(np.float64), arrays[1], arrays[2]), shape=shape)
+    values, indices, offsets = (tensor.cpu().numpy() for tensor in (code.values, code.indices, code.offsets))
+    acts = csr_array((values, indices, offsets), shape=shape)
+    # A latent fires above zero; neurons can be negative.
+    fired = csr_array(((values > 0).astype(np.float64), indices, offsets), shape=shape)
     applies, true = (np.stack(side) for side in zip(*truth.values(), strict=True))
     learned = true.copy()
     if shuffled:
         for index, name in enumerate(truth):
-            draw, here = evaluation.generator(f"ground truth shuffled {name}"), applies[index] & choosing
-            learned[index, here] = draw.permutation(learned[index, here])
+            draw, chosen = evaluation.generator(f"ground truth shuffled {name}"), applies[index] & choosing
+            learned[index, chosen] = draw.permutation(learned[index, chosen])
     scores = dict(zip(truth, best_latents(fired, applies, learned, true, choosing), strict=True))
     for name, (where, y) in truth.items():
         draw = evaluation.generator(f"ground truth probe {name}")
@@ -157,7 +153,7 @@ def _scores(
 
 
 def _drawn(y: np.ndarray, where: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Indices of equally many true and false tokens of those in `where` [n], at most `MOST` of each."""
+    """Indices of as many true as false tokens from `where` [n], at most `MOST` of each."""
     among = np.flatnonzero(where)
     tokens = among[balanced(y[among], draw)]
     return np.concatenate([tokens[y[tokens]][:MOST], tokens[~y[tokens]][:MOST]])

@@ -1,11 +1,10 @@
-"""Labelled texts for probing: a .csv or .jsonl file of one's own, or one of eight published data sets.
+"""Labelled texts for probing: your own .csv or .jsonl file, or one of eight published data sets.
 
-The eight are those that SAEBench probes on (https://github.com/adamkarvonen/SAEBench, v0.6.0), under the names used there.
-All lie on the Hugging Face hub as parquet files, and are read as such, whether their repository also has a loading script
-or not. The folder of a downloaded copy stands in for the hub: "fancyzhx/ag_news?path=FOLDER".
+The published sets are those of SAEBench (https://github.com/adamkarvonen/SAEBench, v0.6.0), by the names used there. They
+are read from the Parquet files on the Hugging Face hub, never through a loading script. A downloaded copy can be used
+instead: "fancyzhx/ag_news?path=FOLDER".
 
-Of each class at most `PER_CLASS` texts are taken, of as many women as men, or of as many good reviews as bad ones, where
-a set says which.
+At most `PER_CLASS` texts are taken per class, balanced by gender or rating in the sets that have these columns.
 """
 
 import csv
@@ -23,21 +22,19 @@ from ..engine.errors import UserError, near
 from ..engine.process import hub_access
 from ..engine.storage.path_names import expand_path
 
-PER_CLASS = (
-    2500  # half of the protocol's 4000 rows for training and 1000 for testing; the other half are other classes'
-)
-EMBEDDED = ("topic", "tone")  # labels of the embedded language's documents; nothing has to be loaded for these
-_SHUFFLED = 10_000  # rows of a published set among which the next is drawn
+PER_CLASS = 2500  # half of the protocol's 4000 rows for training and 1000 for testing; the rest are other classes
+EMBEDDED = ("topic", "tone")  # labels of the embedded language's documents; nothing is loaded for these
+_SHUFFLED = 10_000  # size of the shuffle buffer for a published set
 _TRAIN = "data/train-*.parquet"
-_LICENCE, _LONG = 150, 384  # characters of a source file that are left out, and that there must be besides
+_LICENCE, _LONG = 150, 384  # characters dropped at the start of a source file, and needed after these
 
-#: text, class (None: not one that is wanted), and the side of what is to be even within a class
+#: text, class (None: not used), and the value that is balanced within a class
 _Example = tuple[str, str | None, Any]
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts and the class of each, under a name for the results. Raises UserError where the two do not fit."""
+    """Texts, their classes, and a name for the results. Raises UserError if their numbers differ."""
 
     name: str
     texts: list[str]
@@ -45,15 +42,14 @@ class Labelled:
 
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.labels):
-            raise UserError(
-                f"sets: {self.name} has {len(self.texts)} texts and {len(self.labels)} labels; give one each"
-            )
+            counts = f"{len(self.texts)} texts and {len(self.labels)} labels"
+            raise UserError(f"sets: {self.name} has {counts}; give one label per text")
 
 
 @dataclass(frozen=True)
 class _Published:
-    """A data set on the hub. `classes_by_file`: parquet files, and the classes that are taken from them. `sides`: how many
-    sides there are of what is to be even within a class."""
+    """A data set on the hub. `classes_by_file`: parquet files, and the classes taken from them. `sides`: number of values
+    that are balanced within a class."""
 
     repo: str
     examples: Callable[[dict[str, Any]], Iterable[_Example]]
@@ -62,40 +58,37 @@ class _Published:
 
 
 def load_labelled(source: str, draw: np.random.Generator) -> Labelled:
-    """The texts of `source`, in an order that follows from `draw`; empty ones are left out.
+    """Load the texts of `source`, shuffled by `draw`, without empty ones.
 
-    Either a file, "reviews.csv" or "reviews.jsonl", with columns `text` and `label` or others, "FILE?text=body&label=stars".
-    Or a name of `PUBLISHED`, with "?path=FOLDER" for a copy of its repository. "per_class=200" takes fewer of each class.
-    Raises UserError for a source that is neither, or that cannot be read.
+    `source` is a file, "reviews.csv" or "reviews.jsonl", with columns `text` and `label`, or others:
+    "FILE?text=body&label=stars". Or it is a name of `PUBLISHED`, with "?path=FOLDER" for a copy of its repository.
+    "per_class=200" takes fewer texts per class. Raises UserError for anything else, and for a source that can't be read.
     """
     name, _, query = source.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     file, published = expand_path(name, "set"), PUBLISHED.get(name)
     if published is None and file.suffix.lower() not in (".csv", ".jsonl"):
-        raise UserError(
-            f"sets: {name} is not allowed; give a .csv or .jsonl file or a set's name; {near(name, (*EMBEDDED, *PUBLISHED))}"
-        )
+        names = near(name, (*EMBEDDED, *PUBLISHED))
+        raise UserError(f"sets: {name} is not allowed; give a .csv or .jsonl file or a set's name; {names}")
     allowed = ("per_class", "text", "label") if published is None else ("per_class", "path")
     for option in options:
         if option not in allowed:
-            raise UserError(f"sets: {source} has no option {option!r}; it can have {', '.join(allowed)}")
+            raise UserError(f"sets: {source} has no option {option!r}; allowed are {', '.join(allowed)}")
     count = options.get("per_class", str(PER_CLASS))
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"sets: {source} has per_class = {count!r}, which is not allowed; give a number of texts")
     if published is None:
         examples = list(_from_file(file, options.get("text", "text"), options.get("label", "label")))
         shuffled = (examples[index] for index in draw.permutation(len(examples)))
-        pairs, name = (
-            _first(shuffled, {label for _, label, _ in examples if label is not None}, int(count), 1),
-            file.name,
-        )
+        classes = {label for _, label, _ in examples if label is not None}
+        pairs, name = _first(shuffled, classes, int(count), 1), file.name
     else:
         pairs = _from_hub(name, published, options.get("path"), int(count), draw)
     return Labelled(name, [text for text, _ in pairs], [label for _, label in pairs])
 
 
 def stored_at(source: str) -> Path | None:
-    """The file or folder that a source is read from; None for one that is on the hub, or of the embedded language."""
+    """The file or folder that a source is read from; None for the hub and the embedded language."""
     name, _, query = source.partition("?")
     folder = dict(parse_qsl(query)).get("path")
     if folder is not None:
@@ -104,7 +97,7 @@ def stored_at(source: str) -> Path | None:
 
 
 def _first(examples: Iterable[_Example], classes: Iterable[str], per_class: int, sides: int) -> list[tuple[str, str]]:
-    """The first texts of each class, as many of each side. Reads no further than it must."""
+    """The first texts of each class, balanced over sides. Reads no more than needed."""
     pairs: list[tuple[str, str]] = []
     most = -(-per_class // sides)
     open_classes = set(classes)
@@ -149,23 +142,23 @@ def _jsonl(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError(f"line {number} is not a JSON object")
-            # halves of surrogate pairs, which no tokenizer takes
-            yield number, {key: _whole(value) if isinstance(value, str) else value for key, value in record.items()}
+            yield number, {key: _without_surrogates(value) for key, value in record.items()}
 
 
-def _whole(text: str) -> str:
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _without_surrogates(value: Any) -> Any:
+    """Replace halves of surrogate pairs, which no tokenizer accepts."""
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
 
 
 def _key(value: Any) -> str:
-    """A label as text: 1, 1.0 and "1" are the same."""
+    """A label as text; 1, 1.0 and "1" are equal."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _from_hub(
     name: str, published: _Published, folder: str | None, per_class: int, draw: np.random.Generator
 ) -> list[tuple[str, str]]:
-    why = hub_access.why_not() if folder is None else None  # asked before `datasets` reads whether it may ask the hub
+    why = hub_access.why_not() if folder is None else None  # before `datasets` reads the offline setting on import
     import datasets
 
     root = f"hf://datasets/{published.repo}" if folder is None else expand_path(folder, "set")
@@ -181,16 +174,16 @@ def _from_hub(
                 f"sets: {name} can't be read from {root} ({reason}); download {published.repo} with its folders, "
                 f"and give {name}?path=FOLDER"
             ) from error
-    for label in (label for classes in published.classes_by_file.values() for label in classes):
-        if not any(label == pair_label for _, pair_label in pairs):
-            raise UserError(
-                f"sets: {name} has no text of class {label} in {root}/{', '.join(published.classes_by_file)}"
-            )
+    labels = {label for _, label in pairs}
+    for files, classes in published.classes_by_file.items():
+        for label in classes:
+            if label not in labels:
+                raise UserError(f"sets: {name} has no text of class {label} in {root}/{files}")
     return pairs
 
 
 def _drawn(examples: Iterable[_Example], draw: np.random.Generator) -> Iterator[_Example]:
-    """All rows, the next one always drawn from `_SHUFFLED` of them: a set may lie there class by class."""
+    """All rows, shuffled in a buffer of `_SHUFFLED`, because a set may be sorted by class."""
     buffer: list[_Example] = []
     for example in examples:
         if len(buffer) < _SHUFFLED:
@@ -202,30 +195,19 @@ def _drawn(examples: Iterable[_Example], draw: np.random.Generator) -> Iterator[
     yield from (buffer[index] for index in draw.permutation(len(buffer)))
 
 
-def _columns(
-    text: str, label: str, classes: dict[str, str], side: str | None = None
-) -> Callable[[dict[str, Any]], Iterable[_Example]]:
-    """Rows of a set that has its classes in a column, by their ids there."""
-
-    def examples(record: dict[str, Any]) -> Iterable[_Example]:
-        return [(record[text], classes.get(_key(record[label])), None if side is None else record[side])]
-
-    return examples
-
-
-def _by_ending(record: dict[str, Any]) -> Iterable[_Example]:
-    """A source file, whose language shows in its name, without its beginning, which would be the licence."""
+def _by_suffix(record: dict[str, Any]) -> Iterable[_Example]:
+    """A source file with the language by its suffix, without its beginning, which is often the licence."""
     code = record["content"]
     if len(code) <= _LICENCE + _LONG:
         return []
-    return [(code[_LICENCE:], _ENDINGS.get(PurePosixPath(record["path"]).suffix), None)]
+    return [(code[_LICENCE:], _SUFFIXES.get(PurePosixPath(record["path"]).suffix), None)]
 
 
 def _translations(record: dict[str, Any]) -> Iterable[_Example]:
     return [(text, language, None) for language, text in record["translation"].items()]
 
 
-_ENDINGS = {
+_SUFFIXES = {
     ".c": "C", ".h": "C", ".py": "Python", ".html": "HTML", ".java": "Java",
     ".php": "PHP", ".php3": "PHP", ".php4": "PHP", ".php5": "PHP", ".phps": "PHP", ".phpt": "PHP",
 }  # fmt: skip
@@ -243,37 +225,31 @@ _PROFESSIONS = (
     {"11": "journalist", "13": "nurse", "14": "painter", "18": "photographer", "19": "physician"},
     {"20": "poet", "21": "professor", "22": "psychologist", "25": "surgeon", "26": "teacher"},
 )
-_AMAZON = "canrager/amazon_reviews_mcauley_1and5"
+_LANGUAGES = {"en-fr": "en", "fr-it": "fr", "de-en": "de", "es-fr": "es", "nl-pt": "nl"}
+_AMAZON, _BIOS = "canrager/amazon_reviews_mcauley_1and5", "LabHC/bias_in_bios"
+_CODE, _EUROPARL = "codeparrot/github-code", "Helsinki-NLP/europarl"
 
 
 def _in_columns(repo: str, text: str, label: str, classes: dict[str, str], side: str | None = None) -> _Published:
-    classes_by_file = {_TRAIN: tuple(classes.values())}
-    return _Published(repo, _columns(text, label, classes, side), classes_by_file, 1 if side is None else 2)
+    """A set with class ids in the column `label`, balanced over the values of the column `side`."""
+
+    def examples(record: dict[str, Any]) -> Iterable[_Example]:
+        return [(record[text], classes.get(_key(record[label])), None if side is None else record[side])]
+
+    return _Published(repo, examples, {_TRAIN: tuple(classes.values())}, 1 if side is None else 2)
 
 
-#: name -> where it is, how it is read, and its classes
+#: name -> location, reader and classes
 PUBLISHED: dict[str, _Published] = {
     **{
-        f"LabHC/bias_in_bios_class_set{number}": _in_columns(
-            "LabHC/bias_in_bios", "hard_text", "profession", classes, "gender"
-        )
+        f"{_BIOS}_class_set{number}": _in_columns(_BIOS, "hard_text", "profession", classes, "gender")
         for number, classes in enumerate(_PROFESSIONS, 1)
     },
     _AMAZON: _in_columns(_AMAZON, "text", "category", _CATEGORIES, "rating"),
     f"{_AMAZON}_sentiment": _in_columns(_AMAZON, "text", "rating", _RATINGS),
-    "codeparrot/github-code": _Published(
-        "codeparrot/github-code", _by_ending, {_TRAIN: ("C", "Python", "HTML", "Java", "PHP")}
-    ),
+    _CODE: _Published(_CODE, _by_suffix, {_TRAIN: ("C", "Python", "HTML", "Java", "PHP")}),
     "fancyzhx/ag_news": _in_columns("fancyzhx/ag_news", "text", "label", _TOPICS),
-    "Helsinki-NLP/europarl": _Published(
-        "Helsinki-NLP/europarl",
-        _translations,
-        {
-            "en-fr/train-*.parquet": ("en",),
-            "fr-it/train-*.parquet": ("fr",),
-            "de-en/train-*.parquet": ("de",),
-            "es-fr/train-*.parquet": ("es",),
-            "nl-pt/train-*.parquet": ("nl",),
-        },
+    _EUROPARL: _Published(
+        _EUROPARL, _translations, {f"{pair}/train-*.parquet": (language,) for pair, language in _LANGUAGES.items()}
     ),
 }

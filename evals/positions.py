@@ -1,17 +1,17 @@
-"""Position specialization: how much each latent tells of where in a row it is active, against a reference dictionary.
+"""Position specialization: mutual information between a latent's activity and its position in the row.
 
-Over position bins that hold equally many tokens (contiguous runs of positions, `<bos>` left out, surplus tokens dropped
-at random), for a latent with activation a, which is active where a != 0:
+Position bins are contiguous runs of positions with equally many tokens (`<bos>` left out, surplus tokens dropped at random).
+A latent with activation a is active where a != 0:
 
-    I_j = H(active) - E_bin H(active | bin)    in nats, less its mean over shuffles of activity within rows, at least 0
-    S_j = I_j / H(active)                      specialization; 1: position decides whether the latent is active
+    I_j = H(active) - E_bin H(active | bin)    in nats, minus its mean over shuffles of activity within rows, at least 0
+    S_j = I_j / H(active)                      specialization; 1: the position determines whether the latent is active
     nats per firing = sum_bin q log(q B)       with q(bin) = P(bin | active); log R for a latent confined to 1 of R ranges
     variance explained = 1 - E_bin Var(a | bin) / Var(a)
     retention = sum_j min(S_new(j), S_ref(j)) / sum_j S_ref(j)
 
-with j running over a reference dictionary's latents and new(j) the latent that has the largest decoder cosine with j, and
-j with it, of at least 0.7 (without one, S_new is 0). I > 0.05 makes a unit positional in Voita et al. (arXiv 2309.04827);
-the variance and the bound on Spearman's |rho|, 0.4, are those of arXiv 2506.15679. An active-or-not latent has I <= log 2.
+j runs over the latents of a reference dictionary. new(j) is the latent that is mutually nearest to j by decoder cosine, with
+a cosine of at least 0.7; without one, S_new is 0. Voita et al. (arXiv 2309.04827) call a unit positional if I > 0.05. The
+variance and the bound of 0.4 on Spearman's |rho| follow arXiv 2506.15679. I is at most log 2.
 """
 
 import math
@@ -28,17 +28,17 @@ from ..engine.unit_decoder import Dictionary
 from ..kernels.code import SparseCode
 from .evaluation import CHUNK, Evaluation, TextActivations, collect, fitted
 
-FIRST = 8  # positions at the beginning of a row, of which models make much: figures are given with and without them
+FIRST = 8  # positions at the start of a row, which models treat specially; figures are given with and without them
 POSITIONAL, CORRELATED, MATCHED = 0.05, 0.4, 0.7
 
 
 def positions(
     evaluation: Evaluation, reference: Dictionary | None = None, *, rows: int = 1024, bins: int = 16, shuffles: int = 20
 ) -> dict[str, Any]:
-    """What position tells of each latent's activity on `rows` held-out rows; of the dictionary and its controls.
+    """Measure position specialization of the dictionary and its controls on `rows` held-out rows.
 
-    Means and shares are over the latents that fire (`alive`); `after_first_8` is the same on positions from 8 on. With a
-    `reference`, its figures and the `retention`, else None. Raises UserError for bins that the text can't fill.
+    Means and shares are over latents that fire (`alive`). `after_first_8` has the same figures for positions from 8 on. A
+    `reference` adds its own figures and `retention`, else None. Raises UserError for bins that the text can't fill.
     """
     if shuffles < 1:
         raise UserError(f"shuffles: {shuffles} is not allowed; give at least 1")
@@ -77,14 +77,14 @@ def positions(
 
 @dataclass
 class BinnedTokens:
-    """M tokens of a collection, equally many in each of B bins: `at` [M], their ascending places among its n; `bin`, `row`
-    and `pos` [M]. `of_position` [T]: the bin of a position, -1 where it is in none."""
+    """M of a collection's n tokens, equally many in each of B bins: `at` [M], their ascending indices; `bin`, `row` and
+    `pos` [M]. `position_bin` [T] is the bin of each position, -1 for none."""
 
     at: np.ndarray
     bin: np.ndarray
     row: np.ndarray
     pos: np.ndarray
-    of_position: np.ndarray
+    position_bin: np.ndarray
     bins: int
     n: int
 
@@ -96,40 +96,39 @@ class BinnedTokens:
         special = torch.isin(collected.tokens[collected.kept], evaluation.stream.source.special).numpy()
         counts = np.bincount(pos[(pos >= first) & ~special], minlength=collected.tokens.shape[1])
         if not 2 <= bins <= (counts > 0).sum():
-            raise UserError(
-                f"bins: {bins} is not allowed; give 2 to {(counts > 0).sum()}, the positions that have text"
-            )
-        # bins by the middle of each position's tokens, all tokens in order of position
+            most = (counts > 0).sum()
+            raise UserError(f"bins: {bins} is not allowed; give 2 to {most}, the number of positions with text")
+        # a position's bin is that of its middle token, with all tokens sorted by position
         middle = np.cumsum(counts) - counts / 2
-        of_position = np.where(counts > 0, (middle * bins / counts.sum()).astype(np.int64), -1)
-        bin_ = np.where(special, -1, of_position[pos])
+        position_bin = np.where(counts > 0, (middle * bins / counts.sum()).astype(np.int64), -1)
+        bin_ = np.where(special, -1, position_bin[pos])
         sizes = np.bincount(bin_[bin_ >= 0], minlength=bins)
         if not sizes.all():
-            raise UserError(f"bins: {bins} is not allowed; too many for tokens that are this uneven over positions")
-        of_bins = [np.flatnonzero(bin_ == b) for b in range(bins)]
-        tokens = np.sort(np.concatenate([draw.permutation(in_bin)[: sizes.min()] for in_bin in of_bins]))
-        return cls(tokens, bin_[tokens], row[tokens], pos[tokens], of_position, bins, len(pos))
+            raise UserError(f"bins: {bins} is not allowed; a bin is empty, because most tokens are at few positions")
+        by_bin = [np.flatnonzero(bin_ == b) for b in range(bins)]
+        tokens = np.sort(np.concatenate([draw.permutation(in_bin)[: sizes.min()] for in_bin in by_bin]))
+        return cls(tokens, bin_[tokens], row[tokens], pos[tokens], position_bin, bins, len(pos))
 
     def shuffled(self, draw: np.random.Generator) -> np.ndarray:
-        """Bins [M] in a random order within each row: as if every latent's activity were shuffled there."""
+        """Bins [M] permuted within each row, as if every latent's activity were."""
         return self.bin[((self.row << 32) + draw.integers(2**32, size=len(self.row))).argsort()]
 
     def entries(self, code: SparseCode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Latent, token (of the M) and value of each of a code's entries on the drawn tokens."""
-        place = np.full(self.n, -1)
-        place[self.at] = np.arange(len(self.at))
-        token = place[code.rows.cpu().numpy()]
-        here = token >= 0
-        return code.indices.cpu().numpy()[here].astype(np.int64), token[here], code.values.cpu().numpy()[here]
+        """Latent, token (of the M) and value of a code's entries on these tokens."""
+        number = np.full(self.n, -1)
+        number[self.at] = np.arange(len(self.at))
+        token = number[code.rows.cpu().numpy()]
+        binned = token >= 0
+        return code.indices.cpu().numpy()[binned].astype(np.int64), token[binned], code.values.cpu().numpy()[binned]
 
 
 def information(code: SparseCode, drawn: BinnedTokens, shuffled: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Of each latent [F], by the names of the result: `firings`, and the quantities of the module's formulas."""
+    """`firings` and the quantities of the module's formulas for each latent [F], by the names of the result."""
     latent, token, value = drawn.entries(code)
     F, B, M = code.n_latents, drawn.bins, len(drawn.at)
 
     def nats(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """I_j, and nats per firing."""
+        """I_j and nats per firing."""
         rate = counts * B / M
         q = counts / counts.sum(1, keepdims=True).clip(1)
         return _entropy(rate.mean(1)) - _entropy(rate).mean(1), (xlogx(q).sum(1) + math.log(B)) * (counts.sum(1) > 0)
@@ -156,8 +155,8 @@ def information(code: SparseCode, drawn: BinnedTokens, shuffled: list[np.ndarray
 def firings_per_bin(
     latent: np.ndarray, token: np.ndarray, F: int, bins: list[np.ndarray], B: int, *, dense: bool | None = None
 ) -> list[np.ndarray]:
-    """How often each latent fires in each bin, [F, B], for each of several assignments of the M tokens to bins. `latent` and
-    `token` [n] say which fires where. A matrix product counts where more than one in 16 fires; unless `dense` says."""
+    """Firings of each latent in each bin, [F, B], for each of several assignments of the M tokens to bins. `latent` and
+    `token` [n] are the entries. If more than one in 16 fires, a matrix product is used; `dense` overrides this."""
     M = len(bins[0])
     if dense is None:
         dense = 16 * len(latent) > F * M
@@ -169,18 +168,18 @@ def firings_per_bin(
     counts = np.zeros((F, len(bins) * B))
     cells = np.stack(bins, 1) + B * np.arange(len(bins))  # [M, number of assignments]
     for begin in range(0, M, CHUNK):
-        here = slice(*np.searchsorted(token, (begin, begin + CHUNK)))
+        chunk = slice(*np.searchsorted(token, (begin, begin + CHUNK)))
         size = min(CHUNK, M - begin)
         fires, in_cell = np.zeros((size, F), np.float32), np.zeros((size, len(bins) * B), np.float32)
-        fires[token[here] - begin, latent[here]] = 1
+        fires[token[chunk] - begin, latent[chunk]] = 1
         np.put_along_axis(in_cell, cells[begin : begin + size], 1, 1)
-        counts += fires.T @ in_cell  # exact: sums of so many ones
+        counts += fires.T @ in_cell  # exact: sums of at most `CHUNK` ones
     return [block.astype(np.int64) for block in np.split(counts, len(bins), 1)]
 
 
 def matches(new: Tensor, reference: Tensor) -> np.ndarray:
-    """Of each row of reference [F_ref, D], the row of new [F, D] that is its best match by cosine, and the other way round;
-    int64 [F_ref], -1 where there is none of at least 0.7."""
+    """For each row of reference [F_ref, D], the mutually nearest row of new [F, D] by cosine: int64 [F_ref], -1 for none
+    with a cosine of at least 0.7."""
     new, reference = (torch.nn.functional.normalize(W.detach().float(), dim=1) for W in (new, reference))
     nearest = [(chunk @ new.T).max(1) for chunk in reference.split(CHUNK)]
     cosine, best = torch.cat([p.values for p in nearest]), torch.cat([p.indices for p in nearest])
@@ -190,17 +189,15 @@ def matches(new: Tensor, reference: Tensor) -> np.ndarray:
 
 
 def held_out(evaluation: Evaluation, rows: int) -> TextActivations:
-    """Held-out rows; of the embedded language those that the other evals have."""
+    """Activations of held-out rows; for the embedded language, of the labelled documents that other evals use."""
     if evaluation.is_testbed:
         return evaluation.labelled(rows)
-    rows = evaluation.rows(rows)
-    return evaluation.once(
-        f"held out {rows}", lambda: collect(evaluation.stream, evaluation.stream.held_out(rows), rows)
-    )
+    stream, rows = evaluation.stream, evaluation.rows(rows)
+    return evaluation.once(f"held out {rows}", lambda: collect(stream, stream.held_out(rows), rows))
 
 
 def summary(latents: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Of what `information` gives, over the latents that fire; nats per firing weighted by firings."""
+    """Means of `information`'s result over the latents that fire; nats per firing are weighted by firings."""
     alive = latents["firings"] > 0
     alive_values = {name: values[alive] for name, values in latents.items()}
 
@@ -223,14 +220,14 @@ def xlogx(p: np.ndarray) -> np.ndarray:
 
 
 def _entropy(p: np.ndarray) -> np.ndarray:
-    """Of a coin, in nats."""
+    """Entropy of a Bernoulli variable in nats."""
     return -xlogx(p) - xlogx(1 - p)
 
 
 def _spearman(latent: np.ndarray, pos: np.ndarray, value: np.ndarray, all_pos: np.ndarray, F: int) -> np.ndarray:
-    """Rank correlation [F] of activation with position over the M tokens at `all_pos`, from the entries that aren't zero;
-    ties share their mean rank."""
-    # one integer, ordered as (latent, float32 value) is, sorts ten times as fast as the pair
+    """Rank correlation [F] of activation with position over the M tokens at `all_pos`, from the nonzero entries; ties share
+    their mean rank."""
+    # sorting one integer with the order of (latent, float32 value) is ten times as fast as sorting pairs
     bits = value.view(np.int32).astype(np.int64)
     key = (latent << 33) + np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
     order = key.argsort()
@@ -241,11 +238,11 @@ def _spearman(latent: np.ndarray, pos: np.ndarray, value: np.ndarray, all_pos: n
     rank = np.repeat((first + 1 + last) / 2, last - first) - (np.cumsum(fired) - fired)[latent]
     zeros = M - fired
     below = np.bincount(latent[value < 0], minlength=F)
-    # counted from the rank of zero, tokens that the latent isn't active on contribute nothing to the sums
+    # relative to the rank of zero, so that inactive tokens contribute nothing to the sums
     rank += np.where(value > 0, zeros[latent], 0) - (below + (zeros + 1) / 2)[latent]
     tokens = np.bincount(all_pos)
-    of_pos = np.cumsum(tokens) - (tokens - 1) / 2 - (M + 1) / 2
-    of_latents = np.bincount(latent, rank**2, minlength=F) - np.bincount(latent, rank, minlength=F) ** 2 / M
-    spread = of_latents * (tokens * of_pos**2).sum()
-    covariance = np.bincount(latent, rank * of_pos[pos], minlength=F)
+    pos_rank = np.cumsum(tokens) - (tokens - 1) / 2 - (M + 1) / 2
+    variance = np.bincount(latent, rank**2, minlength=F) - np.bincount(latent, rank, minlength=F) ** 2 / M
+    spread = variance * (tokens * pos_rank**2).sum()
+    covariance = np.bincount(latent, rank * pos_rank[pos], minlength=F)
     return np.divide(covariance, np.sqrt(spread.clip(0)), out=np.zeros(F), where=spread > 0)

@@ -1,9 +1,8 @@
-"""What the language model makes of its text with the value at a hook replaced: next-token loss, and KL from the clean model.
+"""Next-token loss of the language model, and KL from the clean model, with the value at a hook replaced.
 
-Layers before the hook run once for all replacements, or not at all where the value there is known (`stream.reader.Tail`).
-Only tokens that are asked about go through the head, `LOGITS` numbers at a time, so that memory doesn't grow with the
-vocabulary, the number of replacements or the length of rows. A model that can't be cut at the hook runs whole, a
-replacement at a time.
+Layers before the hook run once for all replacements, or not at all if the value there is known (`stream.reader.Tail`). Only
+the selected tokens go through the head, `LOGITS` numbers at a time, so memory doesn't grow with the vocabulary, the number
+of replacements or the length of rows. A model that can't be cut at the hook runs whole, one replacement at a time.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,18 +13,18 @@ from torch import Tensor
 from ..engine.stream import LanguageModel
 from ..engine.stream.model import COPIES
 
-LOGITS = 2**23  # that are held at once, a few times over: 32 MiB in float32
-HIDDEN = 2**25  # numbers that go into the head, held at once over all replacements
+LOGITS = 2**23  # in memory at once, with a few copies: 32 MiB in float32
+HIDDEN = 2**25  # inputs of the head in memory at once, over all replacements
 
-#: the value at the hook, [B, T, D], worked out when it is needed
+#: computes the value at the hook, [B, T, D]
 Value = Callable[[], Tensor]
 
 
 def rows_at_once(model: LanguageModel, context: int, width: int, replacements: int) -> int:
-    """How many rows of `context` tokens are run at once: one where the model runs whole, with all of its logits."""
+    """Rows of `context` tokens per pass; one if the model runs whole, with all of its logits."""
     if model.tail(model.hooks[-1]) is None:
         return 1
-    most = min(HIDDEN, model.memory / 16)  # in float32, a quarter of what there is
+    most = min(HIDDEN, model.memory / 16)  # in float32, a quarter of the memory
     return max(1, int(most // (context * width * (1 + replacements))))
 
 
@@ -33,10 +32,10 @@ def rows_at_once(model: LanguageModel, context: int, width: int, replacements: i
 def losses_and_kl(
     model: LanguageModel, tokens: Tensor, x: Tensor, selected: Tensor, values: Mapping[str, Value]
 ) -> dict[str, Tensor]:
-    """[2, n] for `clean` and for each of `values`: next-token loss and KL(p_clean || p), in nats, float64 on the CPU.
+    """Next-token loss and KL(p_clean || p) in nats, float64 [2, n] on the CPU, for `clean` and for each of `values`.
 
-    `tokens` [B, T] int64; `x` [B, T, D] what they have at the last of the model's hooks, where a value takes its place;
-    `selected` bool [B, T]: the n tokens asked about. A token without a next one has the loss of an arbitrary token.
+    `tokens` int64 [B, T]; `x` [B, T, D], their activations at the last of the model's hooks, which the values replace;
+    `selected` bool [B, T], the n tokens to evaluate. The loss of a row's last token is that of an arbitrary next token.
     """
     tokens, selected = tokens.to(model.device), selected.to(model.device).flatten()
     targets = tokens.roll(-1, 1).flatten()[selected]
@@ -59,7 +58,7 @@ def losses_and_kl(
 def _compared(
     head: Callable[[Tensor], Tensor], clean: Tensor, replaced: Mapping[str, Tensor], targets: Tensor, size: int
 ) -> dict[str, Tensor]:
-    """Losses and KL of `replaced` from `clean`, each [n, ...], of which `head` makes logits [n, V], `size` at a time."""
+    """Losses and KL of `replaced` from `clean`, each [n, ...]; `head` maps them to logits [n, V], `size` at a time."""
     n = len(clean)
     results = {name: torch.zeros(2, n, dtype=torch.float64) for name in ("clean", *replaced)}
     for start in range(0, n, size):

@@ -1,9 +1,8 @@
-"""A run's report: every table and figure of its evals, as Markdown and as one page that needs no other file.
+"""A run's report: all tables and figures of its evals, as Markdown and as one self-contained page.
 
-It begins with what must be known before a score is believed: evals that were skipped or left out, and warnings. A control
-*reaches* a score if it is as good: by the eval's own `reached_by` where it has one (sparse probing allows for its standard
-error), else where the control's figure is the dictionary's or above. What a control reaches too says nothing about the
-dictionary. Figures of which neither more nor less is better (L0, absorption) are shown, and never marked.
+It starts with skipped evals, results left out and warnings. A control *reaches* a score if it is as good as the dictionary:
+by the eval's own `reached_by` if it has one (sparse probing allows for the standard error), otherwise if its figure is at
+least the dictionary's. Figures that are not better when larger (L0, absorption) are never marked.
 """
 
 import sys
@@ -24,16 +23,16 @@ from .suite import EVALS
 MARK, MORE = "†", "↑"
 KNOW, GLANCE, TIME = "What to know first", "Scores at a glance", "Time"
 SUMMARY = (
-    f"Controls are measured on the same text as the dictionary. {MARK} marks a score that a control reaches, which is in "
-    f"bold and named in the last column: such a score says nothing about the dictionary. Scores with {MORE}, of which more "
-    f"is better, are compared; an eval may also decide by a rule of its own. {NOTHING} stands for a missing figure."
+    f"Controls are measured on the same text as the dictionary. {MARK} marks a score that a control reaches, so it is no "
+    f"evidence for the dictionary. The control's score is in bold, and the last column names it. Scores with {MORE} are "
+    f"better when larger; only these are compared, unless an eval has its own rule. {NOTHING} is a missing figure."
 )
 
 
 def write_report(run: Path, checkpoint: Checkpoint, version: int) -> Path:
     """Write report.md, report.html and figures/ of a run from the results in its evals/; returns the path of report.md.
 
-    Only results of this checkpoint's dictionary and of this `version` of the evals are used; others are named as left out.
+    Uses only results of this checkpoint's dictionary and this `version` of the evals, and lists others as left out.
     """
     results, left_out = _stored_results(run, checkpoint.manifest["files"]["sae.safetensors"]["sha256"], version)
     measured = {name: result for name, result in results.items() if "skipped" not in result}
@@ -53,17 +52,17 @@ def compose(
     left_out: dict[str, str],
     figures: dict[str, dict[str, str]],
 ) -> tuple[str, str]:
-    """Compose the report: its title, and all of it as Markdown.
+    """Compose the report; returns its title, and all of it as Markdown.
 
-    `facts` of the run by name, results by eval, `left_out` the reason of each result that is not used, and of each eval its
-    `figures`, the titles by the names of the files in figures/.
+    `facts` of the run by name, `results` by eval, `left_out`: the reason for each unused result, `figures`: for each eval,
+    titles by the names of files in figures/.
     """
     title = f"Report: {facts['activation']} dictionary, F = {facts['F']}, at {facts['hook']} of {facts['model']}"
     notes = _notes(results, left_out)
     blocks = [
         f"# {plain(title)}",
         table([plain(name) for name in facts], [[plain(value) for value in facts.values()]], range(len(facts))),
-        " · ".join(f"[{plain(place)}](#{anchor(place)})" for place in (KNOW, GLANCE, *results, TIME)),
+        " · ".join(f"[{plain(heading)}](#{anchor(heading)})" for heading in (KNOW, GLANCE, *results, TIME)),
         f"## {KNOW}",
         SUMMARY,
         table(("eval", "note", "reason"), notes, (0, 1, 2)) if notes else "",
@@ -71,7 +70,7 @@ def compose(
         _glance({name: result for name, result in results.items() if "skipped" not in result}),
     ]
     for name, result in results.items():
-        pictures = "\n".join(f"![{plain(shows)}](figures/{file})" for file, shows in figures.get(name, {}).items())
+        pictures = "\n".join(f"![{plain(text)}](figures/{file})" for file, text in figures.get(name, {}).items())
         skipped = [f"Skipped: {plain(result['skipped'])}"] if "skipped" in result else None
         blocks += [f"## {plain(name)}", ASKS.get(name, "")]
         blocks += [pictures if block == PICTURES else block for block in skipped or section(name, result)]
@@ -79,23 +78,23 @@ def compose(
 
 
 def _stored_results(run: Path, dictionary: str, version: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Results in the run's evals/ by name, in the order of `EVALS`, and why others are left out."""
+    """Results in the run's evals/ in the order of `EVALS`, and the reasons why others are left out."""
     results: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     for name in result_files.names(run):
         try:
             origin = (result := result_files.read(run, name) or {})["of"]
             if origin["dictionary"] != dictionary:
-                left_out[name] = f"it is of another dictionary, {origin['dictionary'][:12]}"
+                left_out[name] = f"measured on another dictionary, {origin['dictionary'][:12]}"
             elif origin["version"] != version:
-                left_out[name] = f"it is of version {origin['version']} of the evals, not {version}"
+                left_out[name] = f"measured with version {origin['version']} of the evals, not {version}"
             else:
                 results[name] = result
         except UserError as error:
             left_out[name] = "its file is damaged"
             print(error, file=sys.stderr, flush=True)
         except (TypeError, KeyError):
-            left_out[name] = "it doesn't say what it was measured of"
+            left_out[name] = "it does not say what was measured"
     order = {name: i for i, name in enumerate(EVALS)}
     return dict(sorted(results.items(), key=lambda item: order.get(item[0], len(order)))), left_out
 
@@ -122,7 +121,7 @@ def _facts(run: Path, checkpoint: Checkpoint, results: dict[str, dict[str, Any]]
 
 
 def _notes(results: dict[str, dict[str, Any]], left_out: dict[str, str]) -> list[tuple[str, str, str]]:
-    """What a reader must know before the scores: eval, what happened, and why."""
+    """Notes to read before the scores: eval, note and reason."""
     notes = []
     for name, result in results.items():
         order = result.get("order_probing", {})
@@ -138,28 +137,29 @@ def _notes(results: dict[str, dict[str, Any]], left_out: dict[str, str]) -> list
 
 
 def _glance(measured: dict[str, dict[str, Any]]) -> str:
-    """The main scores of every eval beside those of its controls."""
+    """Table of every eval's main scores and those of its controls."""
     controls = dict.fromkeys([*CONTROLS, *(c for result in measured.values() for c in result.get("controls", ()))])
     lines = []
     for name, result in measured.items():
         for i, path in enumerate(main_scores(name, result)):
             part, _, key = path.partition(".")
-            if lookup(result, f"{part}.controls") is None:  # its controls are those of the whole result
+            if lookup(result, f"{part}.controls") is None:  # the whole result's controls
                 scores, key = result, path
             else:
                 scores = result[part]
             score, more = lookup(scores, key), name in SCORES and path not in NOT_BETTER
-            beside = {c: lookup(figures, key) for c, figures in scores.get("controls", {}).items()}
-            reached = [c for c, value in beside.items() if more and None not in (score, value) and value >= score]
+            control_scores = {c: lookup(figures, key) for c, figures in scores.get("controls", {}).items()}
+            known = {c: value for c, value in control_scores.items() if None not in (score, value)}
+            reached = [c for c, value in known.items() if more and value >= score]
             if i == 0:
                 reached = result.get("reached_by", reached)
-            cells = ((number(beside.get(c)), c in reached) for c in controls)
+            cells = {c: number(control_scores.get(c)) for c in controls}
             lines.append(
                 (
                     "" if i else f"[{plain(name)}](#{anchor(name)})",
                     plain(label(path)) + f" {MORE}" * more,
                     f"{MARK} " * bool(reached) + number(score),
-                    *(f"**{value}**" if reaches else value for value, reaches in cells),
+                    *(f"**{cell}**" if c in reached else cell for c, cell in cells.items()),
                     ", ".join(map(plain, reached)),
                 )
             )
@@ -175,6 +175,6 @@ def _time(results: dict[str, dict[str, Any]]) -> list[str]:
     lines.append(("all", f"{sum(result['seconds'] for result in results.values()):.1f}", "", ""))
     missing = [name for name in EVALS if name not in results]
     return [
-        table(("eval", "seconds", "seed", "given"), lines, (0, 3)),
+        table(("eval", "seconds", "seed", "inputs"), lines, (0, 3)),
         f"Not measured: {', '.join(missing)}." if missing else "",
     ]

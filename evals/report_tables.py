@@ -1,4 +1,4 @@
-"""The tables of a report: the main scores of every eval, and the section of each, as Markdown."""
+"""Tables of a report: the main scores of every eval, and its section, as Markdown."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from ..engine.stream.norm_filter import describe
 from ..reporting.markdown import number, plain, table
 
-CONTROLS = ("random", "lm_neurons", "mean", "shuffled")  # in the order in which they are shown
-PICTURES = "pictures"  # a block that stands for a section's figures
+CONTROLS = ("random", "lm_neurons", "mean", "shuffled")  # in the order of the columns
+PICTURES = "pictures"  # placeholder block for a section's figures
 
 #: eval -> the paths of its main scores
 SCORES = {
@@ -22,29 +22,29 @@ SCORES = {
     "clusters": "stability.adjusted_rand",
     "absorption": "mean_main_f1 mean_absorption",
 }
-NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption")  # scores of which neither more nor less is better
+NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption")  # scores that are not better when larger
 
-#: eval -> what it asks
+#: eval -> caption of its section
 ASKS = {
-    "core": "How much of the activation comes back, at which sparsity, and what the model loses by it.",
-    "sparse_probing": "Can a probe on k latents tell classes of text? Test accuracy, 0.5 is chance.",
-    "positions": "What latents tell of position, what reconstruction keeps of it, and what is told by word order alone.",
-    "ground_truth": "Which known variables of the embedded language does a single latent name?",
-    "unlearning": "Can one subject's answers be turned while 99% of the others are kept?",
-    "scr": "How much of a spurious correlation goes when n latents are ablated: 0 none, 1 all of it.",
-    "tpp": "What one class loses when its n latents are ablated, less what the others lose.",
-    "clusters": "Latents grouped by where in a row they are active, and whether the same groups are found again.",
-    "absorption": "First letters that a latent stands for, but for some words; few, too, where none stands for letters.",
+    "core": "Reconstruction quality, sparsity, and the effect of the reconstruction on the model's predictions.",
+    "sparse_probing": "Test accuracy of probes that separate classes of text by k latents; 0.5 is chance.",
+    "positions": "Specialization of latents for positions, reconstruction late in a row, and probes of word order.",
+    "ground_truth": "Known variables of the embedded language that a single latent predicts.",
+    "unlearning": "Answers about one subject that can be suppressed while 99% of the others stay right.",
+    "scr": "Share of a spurious correlation removed by ablating n latents: 0 none, 1 all of it.",
+    "tpp": "Accuracy that one class loses when its n latents are ablated, minus the mean loss of the others.",
+    "clusters": "Latents clustered by the positions at which they are active, and the stability of the clusters.",
+    "absorption": "Words missed by their first letter's latents. Also low if no latent represents a letter.",
 }
 
-#: path of a figure, or the last part of it -> its heading, where that is another one
+#: path of a figure, or its last part -> heading, if different
 LABELS = {
     "l0": "L0", "l1": "L1", "mse": "MSE", "f1": "F1", "ce": "CE (nats)", "kl": "KL (nats)",
     "ce_recovered": "CE recovered", "ce_recovered_over_mean": "CE recovered over mean ablation",
     "kl_recovered": "KL recovered", "cosine": "cosine of x and x_hat", "l2_ratio": "norm of x_hat / norm of x",
     "dead_fraction": "dead latents (share)",
-    "saebench.explained_variance": "explained variance, as SAEBench works it out",
-    "saebench.explained_variance_legacy": "explained variance, SAEBench's legacy one", "rows": "held-out rows",
+    "saebench.explained_variance": "explained variance, SAEBench's definition",
+    "saebench.explained_variance_legacy": "explained variance, SAEBench's legacy definition", "rows": "held-out rows",
     "ce_tokens": "tokens for CE and KL", "train_rows": "training rows", "test_accuracy": "all",
     "top_1_error": "error of top 1", "mutual_information": "mutual information (nats)",
     "positional_share": "share above 0.05 nats", "spearman_share": "share with rank correlation above 0.4",
@@ -69,32 +69,31 @@ LABELS = {
 
 
 def main_scores(name: str, result: dict[str, Any]) -> list[str]:
-    """The paths of an eval's main scores; of one that isn't known here, all plain figures."""
+    """Paths of an eval's main scores; all numbers at the top level for an eval not listed here."""
     figures = [key for key, value in result.items() if isinstance(value, float) and key != "seconds"]
     return SCORES[name].split() if name in SCORES else figures
 
 
 def section(name: str, result: dict[str, Any]) -> list[str]:
-    """Blocks of Markdown: the tables of a result, with `PICTURES` where its figures go."""
+    """Tables of a result as blocks of Markdown, with `PICTURES` in the place of its figures."""
     if name in SECTIONS:
         return SECTIONS[name](result)
     return [_beside(result, {path: label(path) for path in main_scores(name, result)})]
 
 
 def lookup(scores: Any, path: str) -> Any:
-    """The figure at a path such as "fidelity.profile"; None where there is none."""
+    """The figure at a path such as "fidelity.profile"; None if missing."""
     for key in path.split("."):
         scores = scores.get(key) if isinstance(scores, dict) else None
     return scores
 
 
 def label(path: str) -> str:
-    """The heading of a figure."""
     key = path.rpartition(".")[2]
     return LABELS.get(path, LABELS.get(key, key.replace("_", " ")))
 
 
-Figures = str | Mapping[str, str]  # paths with spaces between them, or headings by path
+Figures = str | Mapping[str, str]  # paths separated by spaces, or headings by path
 
 
 def _headings(figures: Figures) -> Mapping[str, str]:
@@ -102,13 +101,13 @@ def _headings(figures: Figures) -> Mapping[str, str]:
 
 
 def _autoencoders(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The figures of the dictionary and of each control, by name."""
+    """Figures of the dictionary and of each control, by name."""
     controls = result.get("controls", {})
     return {"dictionary": result} | {name: controls[name] for name in CONTROLS if name in controls} | controls
 
 
 def _beside(result: dict[str, Any], figures: Figures) -> str:
-    """A line for each figure: the dictionary's, and those of its controls."""
+    """Table with a line per figure and a column per dictionary or control."""
     autoencoders = _autoencoders(result)
     lines = [
         (plain(heading), *(number(lookup(scores, path)) for scores in autoencoders.values()))
@@ -118,7 +117,7 @@ def _beside(result: dict[str, Any], figures: Figures) -> str:
 
 
 def _items(names: str, items: Mapping[Any, Any], figures: Figures) -> str:
-    """A line for each item: what it is called, under the headings `names`, and its figures."""
+    """Table with a line per item: its name, under the headings `names`, and its figures."""
     headings, words = _headings(figures), names.split(", ") if names else []
     lines = [
         (*map(plain, key if isinstance(key, tuple) else (key,)), *(_cell(lookup(item, path)) for path in headings))
@@ -134,7 +133,7 @@ def _cell(value: Any) -> str:
 
 
 def _by_n(result: dict[str, Any], metric: str) -> str:
-    """A figure ± its spread over seeds, of each autoencoder, by the number of latents ablated."""
+    """Table of a figure ± its spread over seeds, by the number of ablated latents."""
     autoencoders = _autoencoders(result)
     lines = [
         (n, *(f"{number(lookup(s, metric.format(n)))} ± {number(s['spread'][n])}" for s in autoencoders.values()))
@@ -144,11 +143,8 @@ def _by_n(result: dict[str, Any], metric: str) -> str:
 
 
 def _core(result: dict[str, Any]) -> list[str]:
-    places = {
-        "clean": "nothing: the model as it is", "zero": "zeros", "mean": "the mean", "sae": "the dictionary's",
-        "random": "random's", "lm_neurons": "the K largest neurons",
-    }  # fmt: skip
-    losses = {places.get(name, name): {"ce": ce, "kl": result["kl"].get(name)} for name, ce in result["ce"].items()}
+    names = {"clean": "none (clean model)", "sae": "dictionary"}
+    losses = {names.get(name, name): {"ce": ce, "kl": result["kl"].get(name)} for name, ce in result["ce"].items()}
     scores = (
         "explained_variance saebench.explained_variance saebench.explained_variance_legacy ce_recovered "
         "ce_recovered_over_mean kl_recovered l0 dead_fraction mse cosine l2_ratio relative_reconstruction_bias l1"
@@ -158,8 +154,8 @@ def _core(result: dict[str, Any]) -> list[str]:
         plain(describe(result["massive"]) or ""),
         _beside(result, scores),
         PICTURES,
-        "### Loss with something else in the activation's place",
-        _items("in its place", losses, "ce kl"),
+        "### Loss with the activation replaced",
+        _items("replacement", losses, "ce kl"),
     ]
 
 
@@ -167,14 +163,14 @@ def _sparse_probing(result: dict[str, Any]) -> list[str]:
     ks = sorted(int(k) for key in result if (k := key.removeprefix("top_")).isdecimal())
     tops = " ".join(f"top_{k}" for k in ks)
     sets = result["sets"] if len(result["sets"]) == 1 else {"mean over sets": result, **result["sets"]}
-    read_from = {
-        (name, autoencoder): accuracies
+    accuracies = {
+        (name, autoencoder): accuracy
         for name, scores in sets.items()
-        for autoencoder, accuracies in (_autoencoders(scores) | {"LM activations": scores["llm"]}).items()
+        for autoencoder, accuracy in (_autoencoders(scores) | {"LM activations": scores["llm"]}).items()
     }
     classes = {(name, c): counts for name, scores in result["sets"].items() for c, counts in scores["classes"].items()}
     return [
-        _items("set, read from", read_from, f"{tops} test_accuracy top_1_error reached_by"),
+        _items("set, probed", accuracies, f"{tops} test_accuracy top_1_error reached_by"),
         PICTURES,
         "### By class",
         _items("set, class", classes, "top_1 train_rows test_rows"),
@@ -190,18 +186,18 @@ def _positions(result: dict[str, Any]) -> list[str]:
     blocks += ["### Specialization from position 8 on", _beside(result, later)]
     if (retention := result.get("retention")) is not None:
         headings = {"value": "share of the reference's specialization", "matched": "share of its latents with a match"}
-        blocks += ["### Retained of the reference", _items("", {(): retention}, headings)]
+        blocks += ["### Retained from the reference", _items("", {(): retention}, headings)]
     if (sliced := result.get("slicing")) is not None:
         blocks += [
             "### Slicing: specialization without training",
-            "The dictionary with each latent shut off but for one range of positions, but for positions drawn at random, "
-            "and as it is. Specialization that costs more explained variance than slicing is worth nothing.",
+            "The dictionary with each latent masked to one range of positions, to random positions, and unmasked. "
+            "Specialization that costs more explained variance than slicing has no value.",
             _items("slices", sliced, "specialization explained_variance l0"),
         ]
     if (fidelity := result.get("fidelity")) is not None:
-        blocks += ["### Fidelity: as good late in a row as early?", *_fidelity(fidelity)]
+        blocks += ["### Fidelity: quality late in a row and early", *_fidelity(fidelity)]
     if (order := result.get("order_probing")) is not None:
-        blocks.append("### Order probing: two texts, the same words")
+        blocks.append("### Order probing: texts with the same words")
         blocks += [f"Skipped: {plain(order['skipped'])}"] if "skipped" in order else _order(order)
     return blocks
 
@@ -224,7 +220,7 @@ def _fidelity(result: dict[str, Any]) -> list[str]:
     ]
     return [
         _beside(result, {**_headings(figures), **shifts}),
-        "By positions, EV is explained variance, and CE is CE recovered:",
+        "By position; EV is explained variance, CE is CE recovered:",
         table(("positions", *map(plain, columns)), lines),
     ]
 
@@ -239,7 +235,7 @@ def _order(result: dict[str, Any]) -> list[str]:
     headings = {**_headings("bow"), "top_1": "1 latent", k: k, **_headings("lm normalised test")}
     return [
         _items("", {(): result}, "k bow"),
-        "Accuracy in the mean over tasks:",
+        "Mean accuracy over tasks:",
         _beside(result, "mean_pooled last_token"),
         PICTURES,
         _items("task, read", lines, headings),
@@ -248,15 +244,15 @@ def _order(result: dict[str, Any]) -> list[str]:
 
 def _ground_truth(result: dict[str, Any]) -> list[str]:
     shares = {f"{level['f1']:.2f}": number(level["share"]) for level in result["recovered_at"]}
-    variables = sorted(result["variables"].items(), key=lambda item: -item[1]["f1"])
-    by_name = {(name, variable["latent"]): variable for name, variable in variables}
+    by_f1 = sorted(result["variables"].items(), key=lambda item: -item[1]["f1"])
+    variables = {(name, variable["latent"]): variable for name, variable in by_f1}
     return [
         _beside(result, "recovered mean_f1 mean_top_5"),
         PICTURES,
-        "### Share of variables recovered at an F1 of",
+        "### Share of variables with at least this F1",
         table(list(shares), [list(shares.values())], ()),
         "### By variable",
-        _items("variable, latent", by_name, "f1 precision recall top_5 tokens"),
+        _items("variable, latent", variables, "f1 precision recall top_5 tokens"),
     ]
 
 
@@ -265,7 +261,7 @@ def _unlearning(result: dict[str, Any]) -> list[str]:
     best = " ".join(f"setting.{path}" for path in setting.split())
     task = "questions.forget questions.retain answer_orders activation_norm loss_increase"
     return [
-        "Questions are those that the untouched model answers right.",
+        "All questions are ones that the unmodified model answers right.",
         _items("", {(): result}, task),
         "### Best settings",
         _items("dictionary or control", _autoencoders(result), f"score retained {best} reason"),
@@ -278,24 +274,24 @@ def _unlearning(result: dict[str, Any]) -> list[str]:
 def _scr(result: dict[str, Any]) -> list[str]:
     metrics = {f"scr_metric.{n}": f"n = {n}" for n in result["scr_metric"]}
     return [
-        f"Mean over pairs and {result['seeds']} seeds ± standard deviation over seeds; the score is that at the largest n "
-        "up to 20.",
+        f"Mean over pairs and {result['seeds']} seeds ± standard deviation over seeds. The score is at the largest n up to "
+        "20.",
         _by_n(result, "scr_metric.{}"),
         PICTURES,
         "### By pair",
-        "Accuracies where topic and tone are independent: clean, of a probe trained where they are, too; base, of one "
-        "trained where they are one. Then the metric.",
+        "Accuracies on documents in which topic and tone are independent, and the metric. Clean probes are trained on such "
+        "documents, base probes on documents in which topic and tone coincide.",
         _items("pair", result["sets"], {**_headings("clean_topic clean_tone base_topic base_tone"), **metrics}),
     ]
 
 
 def _tpp(result: dict[str, Any]) -> list[str]:
     return [
-        f"Probes on {len(result['classes'])} classes, right on {number(result['clean_accuracy'])} before; mean over "
-        f"{result['seeds']} seeds ± standard deviation over seeds; the score is that at the largest n up to 10.",
+        f"Probes on {len(result['classes'])} classes, with accuracy {number(result['clean_accuracy'])} before ablation. "
+        f"Mean over {result['seeds']} seeds ± standard deviation over seeds. The score is at the largest n up to 10.",
         _by_n(result, "tpp.{}.total_metric"),
         PICTURES,
-        "### The dictionary's in parts",
+        "### Parts of the dictionary's score",
         _items("n", result["tpp"], "total_metric intended_diff_only unintended_diff_only"),
     ]
 
@@ -306,7 +302,7 @@ def _clusters(result: dict[str, Any]) -> list[str]:
     if result.get("seeds") is not None:
         blocks.append(_items("", {(): result["seeds"]}, "adjusted_rand matched"))
     if not result["clusters"]:
-        return [*blocks, "Too few latents fire often enough to be clustered."]
+        return [*blocks, "Too few latents fire often enough for clustering."]
     clusters = {
         i: {"latents": cluster["size"], "bin": 1 + profile.index(max(profile)), "share there": max(profile)}
         for i, cluster in enumerate(result["clusters"], 1)
@@ -325,9 +321,9 @@ def _clusters(result: dict[str, Any]) -> list[str]:
 
 
 def _absorption(result: dict[str, Any]) -> list[str]:
-    of_letter = "words probe_f1 main main_f1 known missed absorbed absorption absorption_fraction"
+    figures = "words probe_f1 main main_f1 known missed absorbed absorption absorption_fraction"
     means = _beside(result, "mean_absorption mean_absorption_fraction mean_split mean_main_f1")
-    return [means, "### By letter", _items("letter", result["letters"], of_letter)]
+    return [means, "### By letter", _items("letter", result["letters"], figures)]
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {

@@ -1,8 +1,8 @@
-"""How many rows of text `core` looks at, and about how long that takes, from what a token costs in the model.
+"""Row counts of the evals and a time estimate for `core`, from the model's cost per token.
 
 Cost is counted in multiply-adds per token: the parameters of the layers that a token goes through, and of the head. A row
-for explained variance goes through the layers up to the hook and through the dictionaries' encoders; a row for CE through
-the layers behind the hook and the head once for each replacement.
+for explained variance goes through the layers up to the hook and the dictionaries' encoders. A row for CE goes through the
+layers after the hook and the head, once per replacement.
 """
 
 import re
@@ -13,15 +13,15 @@ from typing import Any
 from ..engine.config import EvalConfig
 from ..engine.stream import ActivationStream, LanguageModel
 
-ROWS, CE_ROWS = 256, 96  # where the rule doesn't ask for fewer, and always of the embedded model
-FEWEST, FEWEST_CE, FEWEST_OTHERS = 32, 8, 128  # with fewer, figures say little
-SHARE = 1 / 5  # of what the run's own passes through the model cost, half of it for each of the two kinds of rows
-FIXED = 4  # replacements in any case: none, zeros (where tokens count, and everywhere), the mean
+ROWS, CE_ROWS = 256, 96  # at most, and always with the embedded model
+FEWEST, FEWEST_CE, FEWEST_OTHERS = 32, 8, 128  # fewer rows give noise
+SHARE = 1 / 5  # of the cost of the run's own passes through the model, half of it for each of the two kinds of rows
+FIXED = 4  # replacements in any case: none, zeros (at counted tokens, and everywhere), the mean
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds per token: `before`, up to the hooks; `behind`, from the last hook to the logits."""
+    """Multiply-adds per token: `before` is up to the hooks, `behind` from the last hook to the logits."""
 
     before: int
     behind: int
@@ -40,24 +40,23 @@ class Cost:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of text: for `core`, of them for CE, and how many other evals read at most (None: as many as they want)."""
+    """Rows of text for `core`, for its CE, and the limit for other evals (None: no limit)."""
 
     rows: int = ROWS
     ce_rows: int = CE_ROWS
     other_rows: int | None = None
 
     def of(self, name: str) -> list[int] | int | None:
-        """What the eval `name` is bound by."""
+        """The limits of the eval `name`."""
         return [self.rows, self.ce_rows] if name == "core" else self.other_rows
 
 
 def row_counts(stream: ActivationStream, config: EvalConfig, tokens: int, latents: Iterable[int]) -> Sizes:
-    """Rows of text for dictionaries with so many `latents` each, whose run had so many `tokens`.
+    """Rows of text for dictionaries with these numbers of `latents`, trained on `tokens` tokens.
 
-    What `config` says; else for `core` 256, of them 96 for CE, with the embedded model. With another model at most as many:
-    rows for explained variance whose cost is a tenth of that of the model's passes over the run's tokens, up to the hook,
-    but not fewer than 32; and the same for CE, but not fewer than 8. Other evals then read at most as many rows as are a
-    quarter of the run, but 128 at least, each.
+    The rows of `config` have priority. With the embedded model, `core` reads 256 rows and 96 for CE. With another model, the
+    cost of each kind of rows is limited to a tenth of that of the model's passes over the run's tokens up to the hook, but
+    at least 32 and 8 rows. The other evals then read rows for a quarter of the run's tokens, at least 128.
     """
     rows, ce_rows, other_rows = ROWS, CE_ROWS, None
     if stream.model.name != "testbed":
@@ -72,7 +71,7 @@ def row_counts(stream: ActivationStream, config: EvalConfig, tokens: int, latent
 
 
 def row_costs(cost: Cost, stream: ActivationStream, latents: Iterable[int]) -> tuple[float, float]:
-    """Multiply-adds of a row for explained variance, and of one for CE on top of that."""
+    """Multiply-adds of a row for explained variance, and the additional ones of a row for CE."""
     latents = list(latents)
     encoders = stream.model.d_model * sum(latents)
     replaced = (FIXED + len(latents)) * cost.behind
@@ -80,7 +79,7 @@ def row_costs(cost: Cost, stream: ActivationStream, latents: Iterable[int]) -> t
 
 
 def forecast(stream: ActivationStream, rows: int, ce_rows: int, latents: Iterable[int], pace: float | None) -> str:
-    """What is about to be done and, at `pace` (seconds per multiply-add), how long it takes."""
+    """Progress line with the amount of work and, given `pace` (seconds per multiply-add), the time it takes."""
     latents = list(latents)
     row, ce_row = row_costs(Cost.of(stream.model), stream, latents)
     seconds = "" if pace is None else f", about {max(1, round(pace * (rows * row + ce_rows * ce_row)))} s"
@@ -88,6 +87,6 @@ def forecast(stream: ActivationStream, rows: int, ce_rows: int, latents: Iterabl
 
 
 def pace_of_training(stream: ActivationStream) -> float | None:
-    """Seconds per multiply-add that training's passes through the model took; None where there were none."""
+    """Seconds per multiply-add of the model's passes in training; None if there were none."""
     seconds, tokens = stream.watch.total.get("model", 0.0), stream.counts.get("tokens", 0)
     return seconds / (tokens * Cost.of(stream.model).before) if seconds and tokens else None

@@ -1,9 +1,10 @@
-"""Evaluate a checkpoint where it stands: its own stream, its own control, results and figures into its run folder."""
+"""Run evals on checkpoints and keep results, figures and a report in their run folders."""
 
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,23 @@ from .run_figures import draw_pareto
 from .saebench import file_name, output
 from .suite import input_digests, load_eval, missing_inputs
 
+<<<<<<< HEAD
 VERSION = 9  # of the evals: results of another one are not taken for today's
+=======
+VERSION = 8  # of the evals; results of another version are not used
+>>>>>>> evals
 SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
-L0_AGREES = 0.05  # by how much L0 on held-out text may differ from that at the end of training, without a warning
+L0_AGREES = 0.05  # relative difference of L0 on held-out text and at the end of training, up to which no warning is due
 ERRORS = ("explained_variance_error", "ce_recovered_error")
 
 
 @default_modes()
 def evaluate_runs(folder: Path, runs: dict[str, Run], stream: ActivationStream) -> dict[str, Any]:
-    """Core scores of the dictionaries trained in `folder`, by name; of a single one, named "", just its scores.
+    """Core scores of the dictionaries trained in `folder`, by name; of a single one, named "", only its scores.
 
-    Several are compared in figures/pareto.png. One that failed in training is there with the reason, and nothing else. Where
-    `eval.after_training` is false, and where measuring fails, the figures are those of training's last report:
-    `measured_on` says so, and `not_measured` why. A dictionary that is measured already isn't again.
+    Several are compared in figures/pareto.png. A run that failed in training has the reason as `failed`, and nothing else.
+    If `eval.after_training` is false or measuring fails, the figures are those of training's last report, `measured_on` says
+    so, and `not_measured` has the reason. Stored results are used again.
     """
     results: dict[str, dict[str, Any]] = {}
     texts: tuple[tuple[str, ...], Evaluation] | None = None
@@ -48,12 +53,8 @@ def evaluate_runs(folder: Path, runs: dict[str, Run], stream: ActivationStream) 
             continue
         last = checkpoint_files.find(folder / name)
         assert last.run is not None
-        settings = {
-            "hook": last.run.stream.hook,
-            "activation": last.run.sae.activation,
-            "d_sae": last.run.sae.d_sae,
-            "tokens": run.metrics[-1]["tokens"],
-        }
+        sae, tokens = last.run.sae, run.metrics[-1]["tokens"]
+        settings = {"hook": last.run.stream.hook, "activation": sae.activation, "d_sae": sae.d_sae, "tokens": tokens}
         if (reason := without_control(last)) is not None:
             settings["no_random_control"] = reason
         if not last.run.eval.after_training:
@@ -66,8 +67,9 @@ def evaluate_runs(folder: Path, runs: dict[str, Run], stream: ActivationStream) 
             stream.model.use(hooks=last.run.stream.hooks)
             if texts is None or texts[0] != stream.model.hooks:
                 texts = stream.model.hooks, Evaluation(stream, last.dictionary(), None)
-            result = evaluate(last, stream, folder / name, like=texts[1], report=True)["core"]
-        except Exception as error:  # training is done, and its run whole, whatever goes wrong here
+            result = evaluate(last, stream, folder / name, like=texts[1])["core"]
+            write_report(folder / name, last, VERSION)
+        except Exception as error:  # training is done and saved, so no error in measuring may end the command
             results[name] = _of_training(run) | settings | {"not_measured": _one_line(error)}
             continue
         keys = (*SCORES, *ERRORS, "rows", "ce_rows")
@@ -88,7 +90,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _of_training(run: Run) -> dict[str, Any]:
-    """Scores of training's last report. CE needs a pass through the model, and is None."""
+    """Scores of training's last report; CE is None, because it needs a pass through the model."""
 
     def scores(line: dict[str, Any]) -> dict[str, Any]:
         measured = {"explained_variance": 1 - line["fvu"], **line}
@@ -99,7 +101,7 @@ def _of_training(run: Run) -> dict[str, Any]:
 
 
 def _without_model(run: Run, stream: ActivationStream) -> dict[str, Any]:
-    """Scores on the activations held out, else those of training's last report; CE needs a model and is None."""
+    """Scores on held-out activations, or those of training's last report; CE is None, because it needs a model."""
 
     def held_out(sae: SparseAutoencoder) -> dict[str, Any] | None:
         measured = held_out_scores(sae, stream.held_out_activations())
@@ -117,6 +119,18 @@ def _without_model(run: Run, stream: ActivationStream) -> dict[str, Any]:
     return scores | {"controls": {**scores["controls"], "mean": mean}}
 
 
+@dataclass(frozen=True)
+class EvalOptions:
+    """Keyword options of `evaluate`."""
+
+    seed: int = 0  # of all random draws
+    sets: Sequence[str] = ()  # labelled texts for sparse probing
+    files: Mapping[str, Sequence[str]] | None = None  # by the names of `suite.FILES`
+    fresh: bool = False  # measure again what the run has results of
+    rows: int | None = None  # of text; default: the run's `eval.rows`, or what fits run and model (`row_budget`)
+    control: bool = False  # train a random control if the checkpoint has none, on as many tokens
+
+
 @default_modes()
 def evaluate(
     checkpoint: Checkpoint,
@@ -124,83 +138,100 @@ def evaluate(
     run: Path | None,
     names: Sequence[str] = ("core",),
     *,
-    seed: int = 0,
-    sets: Sequence[str] = (),
-    files: Mapping[str, Sequence[str]] | None = None,
-    fresh: bool = False,
-    rows: int | None = None,
-    control: bool = False,
     like: Evaluation | None = None,
-    report: bool | None = None,
     reference: Checkpoint | None = None,
+    **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """The evals of these `names` of a checkpoint, by name, each with its controls and the `seconds` that it took.
+    """Run the evals `names` on a checkpoint; returns their results by name, with controls and the `seconds` they took.
 
-    With `run`, each is kept there as evals/NAME.json (and in SAEBench's format in evals/saebench/), where a later call finds
-    it unless it asks for `fresh` ones or is of another dictionary, seed, version, number of rows, or of other sets or files
-    `given` to this eval; and report.md, report.html and figures/ show all that is kept there of this dictionary.
+    With `run`, writes each result to the run's evals/NAME.json and evals/saebench/, and a report of all results. A stored
+    result is used again if its dictionary, seed, version, rows, sets and files are the same and `fresh` is not set.
 
-    What can't be measured on this model and text is said before anything else is done, with the option that would supply
-    what is missing (`suite.missing_inputs`). Of several evals, such a one, and one that turns out not to be possible, has
-    `skipped` in its place: why. Of a single one, that is a UserError.
+    Reports inputs that are missing (`suite.missing_inputs`) before measuring anything. An eval that can't be measured has
+    the reason as `skipped`. If it is the only one, raises UserError instead.
 
-    The random control is the one trained beside the dictionary. Where there is none, as with `train.control: false`, results
-    have none, unless `control` asks for one to be trained now on as many tokens. `rows`: of text, in place of
-    `checkpoint.run.eval.rows` or, where that isn't given, of as many as fit the run and the model (`row_budget.row_counts`).
-
-    `like`: an evaluation whose texts (and share of them) serve for this dictionary, too; then there is no `report` unless
-    asked for. `reference`: the dictionary that `positions` compares with.
+    `like`: an evaluation whose texts and `share` are used for this dictionary too; no report is written. `reference`: the
+    dictionary that `positions` compares with. `options`: see `EvalOptions`.
     """
-    sae, files = checkpoint.dictionary(), files or {}
+    chosen, sae = EvalOptions(**options), checkpoint.dictionary()
     fitted("sae", sae, stream)
     for name in names:
         load_eval(name)
-    trained_now = control and "random" not in checkpoint.dictionaries and sae.cfg.decoder == "learned"
-    common: dict[str, Any] = {"dictionary": _digest(checkpoint), "seed": seed, "version": VERSION}
-    if like is not None and like.share > 1:
-        common["share"] = like.share
-    if reference is not None:
-        common["reference"] = _digest(reference)
-    if trained_now:
-        common["control"] = "trained for evaluation"
-    sizes = _sizes(checkpoint, stream, sae, rows, "random" in checkpoint.dictionaries or trained_now, like)
-    keys = {name: common | {"given": input_digests(name, sets, files), "rows": sizes.of(name)} for name in names}
-    known = {} if run is None or fresh else {name: _stored_result(run, name, keys[name]) for name in names}
-    results = {name: result for name, result in known.items() if result is not None}
+    sets, files = chosen.sets, chosen.files or {}
+    has_random = "random" in checkpoint.dictionaries
+    trains_control = chosen.control and not has_random and sae.cfg.decoder == "learned"
+    sizes = _sizes(checkpoint, stream, sae, chosen.rows, has_random or trains_control, like)
+    origin = _origin(checkpoint, chosen.seed, like, reference, trains_control)
+    keys = {name: origin | {"given": input_digests(name, sets, files), "rows": sizes.of(name)} for name in names}
+    results: dict[str, dict[str, Any]] = {}
+    if run is not None and not chosen.fresh:
+        results = {name: result for name in names if (result := _stored_result(run, name, keys[name])) is not None}
     lacking = {name: missing_inputs(name, stream, sae.cfg, sets, files) for name in names if name not in results}
     if len(names) == 1 and (why := lacking.get(names[0], {}).get("")):
         raise UserError(f"{names[0]}: {why}")
     if like is None:
         _announce(lacking)
-    todo = [name for name, reasons in lacking.items() if "" not in reasons]
     if lacking:
-        random = checkpoint.dictionary("random") if "random" in checkpoint.dictionaries else None
-        if trained_now and todo:
+        random = checkpoint.dictionary("random") if has_random else None
+        if trains_control and not all("" in reasons for reasons in lacking.values()):
             random = _train_control(checkpoint, sae, stream)
         compared = None if reference is None else reference.dictionary()
         if like is None:
-            evaluation = Evaluation(stream, sae, random, seed, sets, files, reference=compared, sizes=sizes)
+            evaluation = Evaluation(stream, sae, random, chosen.seed, sets, files, reference=compared, sizes=sizes)
         else:
             evaluation = like.of(sae, random, compared, sizes)
-        for name, reasons in lacking.items():
-            if len(todo) > 1 and like is None and name in todo:
-                has_limit = sizes.other_rows is not None and name != "core"
-                limit = f", on at most {sizes.other_rows} rows of text" if has_limit else ""
-                print(f"measuring {name}, {todo.index(name) + 1} of {len(todo)}{limit}", file=sys.stderr, flush=True)
-            began = time.monotonic()
-            result: dict[str, Any]
-            result = {"skipped": reasons[""]} if "" in reasons else _measured(name, evaluation, alone=len(names) == 1)
-            if "skipped" not in result and not trained_now and (reason := without_control(checkpoint)) is not None:
+        results |= _measure(checkpoint, run, evaluation, lacking, keys, alone=len(names) == 1, quiet=like is not None)
+    if run is not None and like is None:
+        write_report(run, checkpoint, VERSION)
+    return {name: results[name] for name in names}
+
+
+def _origin(
+    checkpoint: Checkpoint, seed: int, like: Evaluation | None, reference: Checkpoint | None, trains_control: bool
+) -> dict[str, Any]:
+    """What a result depends on, apart from its own inputs."""
+    origin: dict[str, Any] = {"dictionary": _digest(checkpoint), "seed": seed, "version": VERSION}
+    if like is not None and like.share > 1:
+        origin["share"] = like.share
+    if reference is not None:
+        origin["reference"] = _digest(reference)
+    if trains_control:
+        origin["control"] = "trained for evaluation"
+    return origin
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    run: Path | None,
+    evaluation: Evaluation,
+    lacking: Mapping[str, Mapping[str, str]],
+    keys: Mapping[str, dict[str, Any]],
+    *,
+    alone: bool,
+    quiet: bool,
+) -> dict[str, dict[str, Any]]:
+    """Measure the evals in `lacking` that have their inputs; write each result to `run` as soon as it is there."""
+    results: dict[str, dict[str, Any]] = {}
+    todo = [name for name, reasons in lacking.items() if "" not in reasons]
+    for name, reasons in lacking.items():
+        if len(todo) > 1 and name in todo and not quiet:
+            most = None if name == "core" else evaluation.sizes.other_rows
+            limit = "" if most is None else f", on at most {most} rows of text"
+            print(f"measuring {name}, {todo.index(name) + 1} of {len(todo)}{limit}", file=sys.stderr, flush=True)
+        began = time.monotonic()
+        result: dict[str, Any]
+        result = {"skipped": reasons[""]} if "" in reasons else _measured(name, evaluation, alone=alone)
+        if "skipped" not in result:
+            reason = without_control(checkpoint)
+            if evaluation.random is None and reason is not None:
                 result["no_random_control"] = reason
             if name == "core" and run is not None and (warning := l0_warning(run, checkpoint.step, result["l0"])):
                 result["warnings"] = [*result.get("warnings", []), warning]
-            result |= {"seconds": round(time.monotonic() - began, 2), "of": keys[name]}
-            results[name] = json.loads(json.dumps(result, allow_nan=False))  # as it is read again
-            if run is not None:
-                _keep(run, name, results[name], checkpoint, sae, stream)
-    if run is not None and (like is None if report is None else report):
-        write_report(run, checkpoint, VERSION)
-    return {name: results[name] for name in names}
+        result |= {"seconds": round(time.monotonic() - began, 2), "of": keys[name]}
+        results[name] = json.loads(json.dumps(result, allow_nan=False))  # as it will be read again
+        if run is not None:
+            _write_result(run, name, results[name], checkpoint, evaluation)
+    return results
 
 
 def _digest(checkpoint: Checkpoint) -> str:
@@ -208,15 +239,15 @@ def _digest(checkpoint: Checkpoint) -> str:
 
 
 def _announce(lacking: Mapping[str, Mapping[str, str]]) -> None:
-    """Say what won't be measured of each eval, and why."""
+    """Print which evals and parts of evals won't be measured, and why."""
     for name, reasons in lacking.items():
         for part, why in reasons.items():
-            place = f"{name}, {part}" if part else name
-            print(f"will not be measured: {place}: {why}", file=sys.stderr, flush=True)
+            title = f"{name}, {part}" if part else name
+            print(f"will not be measured: {title}: {why}", file=sys.stderr, flush=True)
 
 
 def _measured(name: str, evaluation: Evaluation, *, alone: bool) -> dict[str, Any]:
-    """The result of an eval, or why there is none. Raises UserError for that if the eval stands alone."""
+    """The result of an eval, or the reason why it is skipped; raises the UserError if the eval is the only one."""
     try:
         return load_eval(name)(evaluation)
     except UserError as error:
@@ -226,30 +257,24 @@ def _measured(name: str, evaluation: Evaluation, *, alone: bool) -> dict[str, An
         return {"skipped": str(error)}
 
 
-def _keep(
-    run: Path,
-    name: str,
-    result: dict[str, Any],
-    checkpoint: Checkpoint,
-    sae: SparseAutoencoder,
-    stream: ActivationStream,
-) -> None:
-    """Write a result into its run's folder, and in SAEBench's format where that has a place for it."""
+def _write_result(run: Path, name: str, result: dict[str, Any], checkpoint: Checkpoint, evaluation: Evaluation) -> None:
+    """Write a result to its run, and in SAEBench's format if that has this eval."""
     result_files.write(run, name, result)
+    stream = evaluation.stream
     exported = output(
-        name, result, sae, stream.config, sae_id=run.name, training_tokens=checkpoint.tokens,
+        name, result, evaluation.sae, stream.config, sae_id=run.name, training_tokens=checkpoint.tokens,
         seed=result["of"]["seed"], llm_dtype=str(stream.model.dtype).removeprefix("torch."),
     )  # fmt: skip
     path = run / "evals" / "saebench" / name / file_name("temposae", run.name)
-    path.unlink(missing_ok=True)  # of an earlier measurement
+    path.unlink(missing_ok=True)  # an earlier result may have been exportable
     if exported is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(exported, indent=1) + "\n")
 
 
 def l0_warning(run: Path, step: int, l0: float) -> str | None:
-    """What to say where a dictionary has another L0 on held-out text than it had at the end of training, by `step`: a
-    threshold that doesn't fit, or text of another kind. None within 5%, or where training left no metrics."""
+    """Warning if L0 on held-out text differs by more than 5% from L0 at the end of training (by `step`), because a threshold
+    doesn't fit or the text is different. None otherwise, and without training metrics."""
     trained = [line["l0"] for line in read_metrics(run, until=step) if "l0" in line][-1:]
     if not trained or not trained[0] or abs(l0 / trained[0] - 1) <= L0_AGREES:
         return None
@@ -274,7 +299,7 @@ def _sizes(
 
 
 def without_control(checkpoint: Checkpoint) -> str | None:
-    """Why a dictionary has no random control beside it; None where it has one, or is one."""
+    """Why a dictionary has no random control; None if it has one, or is one."""
     if "random" in checkpoint.dictionaries or checkpoint.manifest["dictionaries"]["sae"]["decoder"] == "random":
         return None
     if checkpoint.run is not None and not checkpoint.run.train.control:
@@ -293,6 +318,6 @@ def _stored_result(run: Path, name: str, key: dict[str, Any]) -> dict[str, Any] 
 
 def _train_control(checkpoint: Checkpoint, sae: SparseAutoencoder, stream: ActivationStream) -> SparseAutoencoder:
     config = TrainConfig() if checkpoint.run is None else checkpoint.run.train
-    print(f"control: a random one is trained first, on {config.tokens:,} tokens", file=sys.stderr, flush=True)
+    print(f"control: training a random control on {config.tokens:,} tokens", file=sys.stderr, flush=True)
     config = config.model_copy(update={"control": False, "init": None, "held_out_rows": 0, "log": ()})
     return train(stream, sae.cfg.model_copy(update={"decoder": "random"}), config).sae

@@ -1,4 +1,4 @@
-"""Figures of a run, from its kept results: training, each eval, and the dictionaries of a sweep together."""
+"""Figures of training, of each eval's result, and of the dictionaries of a sweep."""
 
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,16 @@ from ..reporting.plots import COLOURS, MARKERS, SEVERAL, WORST, frame, legend_be
 LABELS = {"sae": "dictionary", "llm": "LM activations"}
 AUTOENCODER_COLOURS = COLOURS | {"shuffled": "#CC79A7", "llm": "#000000"}
 SHAPES = {"sae": "o", "random": "s", "lm_neurons": "^", "mean": "x", "shuffled": "v", "llm": "D"}
-RETAINED = 0.99  # of the answers to retain: what a setting of unlearning must keep in order to count
-RECOVERED = 0.8  # the F1 from which on a variable is recovered
+RETAINED = 0.99  # retain accuracy that a setting of unlearning needs to count
+RECOVERED = 0.8  # F1 from which a variable counts as recovered
 
 
 def draw_evals(
     folder: Path, results: dict[str, dict[str, Any]], metrics: list[dict[str, Any]]
 ) -> dict[str, dict[str, str]]:
-    """Write the figures of these results, by eval, to `folder`; those of core show the `metrics` of training, too.
+    """Write the figures of these results to `folder`; core's include a plot of the training `metrics`.
 
-    Returns of each eval the titles of its figures by the names of their files. A figure that a result has nothing for is not
-    among them.
+    Returns, for each eval, its figures' titles by file name. Figures without data are left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     makers = {
@@ -35,12 +34,14 @@ def draw_evals(
 
 
 def draw_pareto(folder: Path, scores: dict[str, dict[str, Any]]) -> Path:
-    """Write pareto.png: L0 against FVU of several dictionaries and their random controls, a colour for each activation and
-    hook, a marker for each F, and a line through those that no other is better than in both."""
+    """Write pareto.png: FVU over L0 of several dictionaries and their random controls, with the Pareto front.
+
+    Colours stand for activation and hook, markers for F.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    def points(several: list[dict[str, Any]]) -> list[tuple[float, float]]:
-        known = [(score["l0"], score["explained_variance"]) for score in several]
+    def points(scores: list[dict[str, Any]]) -> list[tuple[float, float]]:
+        known = [(score["l0"], score["explained_variance"]) for score in scores]
         return sorted((l0, 1 - variance) for l0, variance in known if None not in (l0, variance))
 
     dictionaries = [score for score in scores.values() if points([score])]
@@ -66,21 +67,21 @@ def draw_pareto(folder: Path, scores: dict[str, dict[str, Any]]) -> Path:
         axes.plot(*zip(*front, strict=True), color="#bbbbbb", linewidth=1, zorder=0)
     axes.set(
         xlabel="L0 (latents per token)", ylabel="fraction of variance unexplained", xscale="log", yscale="log",
-        title="Sparsity against error, on held-out text",
+        title="Error and sparsity on held-out text",
     )  # fmt: skip
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
     shown = [(trained, COLOURS["sae"]), (controls, COLOURS["mean"])]
-    alone = [((l0,), (fvu,), colour) for curve, colour in shown for l0, fvu in curve]  # points, not a curve
-    frame(axes, alone, x=robust([l0 for (l0,), *_ in alone], log=True), y=(None, WORST))
+    single_points = [((l0,), (fvu,), colour) for curve, colour in shown for l0, fvu in curve]
+    frame(axes, single_points, x=robust([l0 for (l0,), *_ in single_points], log=True), y=(None, WORST))
     legend_below(figure, columns=2)
     return save_figure(figure, folder / "pareto.png")
 
 
 def core_figures(metrics: list[dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
-    """Figures of core's result, by name, and of training where there are its `metrics`."""
+    """Figures of core's result by name, with one of training if there are `metrics`."""
     figures = {"position_explained_variance": _positions(result), "firing_rates": _firing(result)}
     return figures | ({"loss_curve": _loss(metrics)} if metrics else {})
 
@@ -110,18 +111,15 @@ def _loss(metrics: list[dict[str, Any]]) -> Any:
 
 def _positions(result: dict[str, Any]) -> Any:
     figure, axes = new_axes(3.7)
-    labels = {
-        "sae": "dictionary", "random": "random control", "lm_neurons": "K largest neurons", "mean": "mean control",
-    }  # fmt: skip
     lines = []
     for name, scores in _autoencoders(result).items():
         columns = (scores["per_position"][key] for key in ("position", "explained_variance"))
         points = [(position, value) for position, value in zip(*columns, strict=True) if value is not None]
         if points:
             positions, values = zip(*points, strict=True)
-            axes.plot(positions, values, color=COLOURS[name], label=labels[name], linewidth=1.2)
+            axes.plot(positions, values, color=COLOURS[name], label=LABELS.get(name, name), linewidth=1.2)
             lines.append((positions, values, COLOURS[name]))
-    axes.set(xlabel="position in the context", ylabel="explained variance", title="Where it explains")
+    axes.set(xlabel="position in the context", ylabel="explained variance", title="Explained variance by position")
     axes.set_ylim(-0.05, 1.02)
     frame(axes, lines, y=(-0.05, None))
     legend_below(figure)
@@ -141,29 +139,27 @@ def _autoencoders(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"sae": result, **result["controls"]}
 
 
+def _style(autoencoder: str) -> dict[str, Any]:
+    return {"color": AUTOENCODER_COLOURS.get(autoencoder, "#777777"), "marker": SHAPES.get(autoencoder, ".")}
+
+
 def _probing(result: dict[str, Any]) -> dict[str, Any]:
     ks = sorted(int(key.removeprefix("top_")) for key in result if key.removeprefix("top_").isdecimal())
     autoencoders = _autoencoders(result) | {"llm": result["llm"]}
     lines = {name: [scores.get(f"top_{k}") for k in ks] for name, scores in autoencoders.items()}
-    labels = (
-        "k (latents that the probe sees)", "test accuracy (0.5 is chance)", "Probes on the k best latents, mean of classes"
-    )  # fmt: skip
+    labels = ("k (latents of the probe)", "test accuracy (0.5 is chance)", "Probes on k latents, mean over classes")
     return _curves("sparse_probing", ks, lines, None, 0.5, labels)
 
 
 def _removed(result: dict[str, Any]) -> dict[str, Any]:
     lines = {name: list(scores["scr_metric"].values()) for name, scores in _autoencoders(result).items()}
-    labels = ("n (latents ablated)", "share of the gap closed", "Spurious correlation removed by ablating n latents")
+    labels = ("n (latents ablated)", "share of the gap closed", "Spurious correlation removed by ablation of n latents")
     return _curves("scr", [int(n) for n in result["scr_metric"]], lines, result, 0, labels)
 
 
 def _perturbed(result: dict[str, Any]) -> dict[str, Any]:
-    lines = {
-        name: [e["total_metric"] for e in scores["tpp"].values()] for name, scores in _autoencoders(result).items()
-    }
-    labels = (
-        "n (latents ablated)", "accuracy lost: the class - others", "One class perturbed by ablating its n latents"
-    )  # fmt: skip
+    lines = {name: [m["total_metric"] for m in d["tpp"].values()] for name, d in _autoencoders(result).items()}
+    labels = ("n (latents ablated)", "accuracy lost: class - others", "Accuracy lost by ablation of n latents")
     return _curves("tpp", [int(n) for n in result["tpp"]], lines, result, 0, labels)
 
 
@@ -175,8 +171,8 @@ def _curves(
     base: float,
     labels: tuple[str, str, str],
 ) -> dict[str, Any]:
-    """A line for each autoencoder over numbers of latents, with a band where the result `spread_of` says how much it varies,
-    and one across at `base`; nothing where no autoencoder has a figure. `labels`: of x, of y, and the title."""
+    """A line per autoencoder over numbers of latents, with a band from the `spread` of the result `spread_of`, and a
+    horizontal line at `base`; empty if there is no figure. `labels`: x axis, y axis, title."""
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     if all(value is None for line in lines.values() for value in line):
@@ -188,13 +184,13 @@ def _curves(
     for autoencoder, line in lines.items():
         known = [(i, value) for i, value in enumerate(line) if value is not None]
         x, y = [xs[i] for i, _ in known], [value for _, value in known]
-        style = {"color": AUTOENCODER_COLOURS.get(autoencoder, "#777777"), "zorder": 3 if autoencoder == "sae" else 2}
-        marker, label = SHAPES.get(autoencoder, "."), LABELS.get(autoencoder, autoencoder)
-        axes.plot(x, y, marker=marker, markersize=4.5, label=label, **style)
-        drawn.append((x, y, style["color"]))
+        style = _style(autoencoder)
+        color, zorder = style["color"], 3 if autoencoder == "sae" else 2
+        axes.plot(x, y, markersize=4.5, label=LABELS.get(autoencoder, autoencoder), zorder=zorder, **style)
+        drawn.append((x, y, color))
         if spread:
             low, high = ([value + sign * (spread[autoencoder][i] or 0) for i, value in known] for sign in (-1, 1))
-            axes.fill_between(x, low, high, alpha=0.18, linewidth=0, **style)
+            axes.fill_between(x, low, high, alpha=0.18, linewidth=0, color=color, zorder=zorder)
     axes.set(xlabel=labels[0], ylabel=labels[1], title=labels[2], xscale="log")
     axes.xaxis.set_major_locator(FixedLocator(xs))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -207,7 +203,7 @@ def _curves(
 def _unlearning(result: dict[str, Any]) -> dict[str, Any]:
     figure, axes = new_axes(4.0)
     axes.axvspan(RETAINED, 1.005, color="#009E73", alpha=0.12, linewidth=0)
-    axes.axvline(RETAINED, color="#009E73", linewidth=1, linestyle="--", label=f"{RETAINED} retained: settings count")
+    axes.axvline(RETAINED, color="#009E73", linewidth=1, linestyle="--", label=f"settings count from {RETAINED}")
     kinds = list(dict.fromkeys((s["retain_threshold"], s["latents"]) for s in result["settings"]))
     for i, (threshold, n) in enumerate(kinds):
         settings = [s for s in result["settings"] if (s["retain_threshold"], s["latents"]) == (threshold, n)]
@@ -216,19 +212,15 @@ def _unlearning(result: dict[str, Any]) -> dict[str, Any]:
         axes.plot(x, y, linewidth=1, label=f"{n} latents, threshold {threshold:g}", alpha=0.85, **style)
     for name, control in result["controls"].items():
         if (best := control["setting"]) is not None:
-            axes.plot(
-                best["retain_accuracy"], best["forget_accuracy"], linestyle="", marker=SHAPES.get(name, "."), mfc="none",
-                color=AUTOENCODER_COLOURS.get(name, "#777777"), label=f"{name}, best setting",
-            )  # fmt: skip
+            point, label = (best["retain_accuracy"], best["forget_accuracy"]), f"{name}, best setting"
+            axes.plot(*point, linestyle="", mfc="none", label=label, **_style(name))
     if (best := result["setting"]) is not None:
-        axes.plot(
-            best["retain_accuracy"], best["forget_accuracy"], linestyle="", marker="o", markersize=12,
-            markerfacecolor="none", markeredgecolor="black", label="the setting that gives the score",
-        )  # fmt: skip
+        point = best["retain_accuracy"], best["forget_accuracy"]
+        axes.plot(*point, linestyle="", marker="o", markersize=12, mfc="none", mec="black", label="best setting")
     axes.set_xlim(right=1.005)
     axes.set(
-        xlabel="retain accuracy (other answers still right)", ylabel="forget accuracy (lower is better)",
-        title="Unlearning: every setting, multipliers along a line",
+        xlabel="retain accuracy (higher is better)", ylabel="forget accuracy (lower is better)",
+        title="Unlearning settings; lines connect multipliers",
     )  # fmt: skip
     legend_below(figure, columns=2)
     return {"unlearning": figure}
@@ -243,15 +235,13 @@ def _truth(result: dict[str, Any]) -> dict[str, Any]:
     axes.plot(f1, lines, "o", color=COLOURS["sae"], markersize=4.5, label="F1 of the best latent")
     axes.plot(top, lines, "D", color=SEVERAL[1], markersize=3.5, label="accuracy of a probe on 5 latents")
     for key, linestyle, measure in (("mean_f1", "--", "F1"), ("mean_top_5", ":", "accuracy")):
-        if (control := result["controls"].get("random", {}).get(key)) is not None:
-            axes.axvline(
-                control, color=COLOURS["random"], linewidth=1, linestyle=linestyle,
-                zorder=0, label=f"random's mean {measure}",
-            )  # fmt: skip
+        if (mean := result["controls"].get("random", {}).get(key)) is not None:
+            style = {"color": COLOURS["random"], "linewidth": 1, "linestyle": linestyle, "zorder": 0}
+            axes.axvline(mean, label=f"random's mean {measure}", **style)
     axes.axvline(RECOVERED, color="#888888", linewidth=1, zorder=0, label=f"recovered (F1 of {RECOVERED})")
     axes.set_yticks(lines, [name for name, _ in variables], fontsize=6.5)
     axes.set(xlim=(0, 1.02), ylim=(-1, len(variables)), xlabel="F1, or accuracy (0.5 is chance)")
-    axes.set_title("Which known variables latents name")
+    axes.set_title("Known variables predicted by latents")
     legend_below(figure, columns=2)
     return {"ground_truth": figure}
 
@@ -267,17 +257,16 @@ def _order(result: dict[str, Any]) -> dict[str, Any]:
     def points(label: str, values: list[float | None], **style: Any) -> None:
         axes.plot(values, range(len(lines)), linestyle="", label=label, **style)
 
-    points("bag of words", [tasks[p]["bow"] for p, _ in lines], marker="|", color="#999999", markersize=14, mew=2)
-    points("LM activations", [tasks[p]["lm"][r] for p, r in lines], marker="|", color="#000000", markersize=14, mew=2)
+    points("bag of words", [tasks[t]["bow"] for t, _ in lines], marker="|", color="#999999", markersize=14, mew=2)
+    points("LM activations", [tasks[t]["lm"][r] for t, r in lines], marker="|", color="#000000", markersize=14, mew=2)
     for name, control in probing["controls"].items():
-        means = [control[r] if p == "mean over tasks" else None for p, r in lines]
-        points(name, means, marker=SHAPES.get(name, "."), color=AUTOENCODER_COLOURS.get(name, "#777777"), markersize=5)
-    points("1 latent", [tasks[p]["top_1"][r] for p, r in lines], marker="o", color=COLOURS["sae"], mfc="white")
-    points(f"{probing['k']} latents", [tasks[p][r] for p, r in lines], marker="o", color=COLOURS["sae"], markersize=6.5)
-    axes.set_yticks(
-        range(len(lines)), [f"{task}, {reading.replace('_', ' ')}" for task, reading in lines], parse_math=False
-    )
-    axes.set(xlabel="test accuracy", ylim=(-0.6, len(lines) - 0.4), title="What is told by word order alone")
+        means = [control[r] if t == "mean over tasks" else None for t, r in lines]
+        points(name, means, markersize=5, **_style(name))
+    points("1 latent", [tasks[t]["top_1"][r] for t, r in lines], marker="o", color=COLOURS["sae"], mfc="white")
+    points(f"{probing['k']} latents", [tasks[t][r] for t, r in lines], marker="o", color=COLOURS["sae"], markersize=6.5)
+    names = [f"{task}, {reading.replace('_', ' ')}" for task, reading in lines]
+    axes.set_yticks(range(len(lines)), names, parse_math=False)
+    axes.set(xlabel="test accuracy", ylim=(-0.6, len(lines) - 0.4), title="Probes of word order")
     legend_below(figure, columns=3)
     return {"order_probing": figure}
 
@@ -292,6 +281,6 @@ def _clusters(result: dict[str, Any]) -> dict[str, Any]:
     sizes = [f"{i}: {cluster['size']:,} latents" for i, cluster in enumerate(result["clusters"], 1)]
     axes.set_yticks(range(len(sizes)), sizes)
     axes.set_xticks(range(0, len(profiles[0]), 2), [str(1 + i) for i in range(0, len(profiles[0]), 2)])
-    axes.set(xlabel="position bin (sixteenths of a row)", title="Where in a row each cluster's latents are active")
+    axes.set(xlabel="position bin (sixteenths of a row)", title="Position profiles of the clusters")
     figure.colorbar(image, label="share of activity", pad=0.02)
     return {"clusters": figure}

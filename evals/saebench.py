@@ -1,12 +1,13 @@
-"""Both ways to SAEBench 0.6.0 (https://github.com/adamkarvonen/SAEBench): our results in the form in which it writes its
-own, one file an eval, so that its tools read them beside theirs; and `ForSAEBench`, with which its runners take our
-dictionaries. What it has no place for, and what it works out in another way, is in `eval_result_unstructured`.
+"""SAEBench 0.6.0 (https://github.com/adamkarvonen/SAEBench): results in its file format, one file per eval, and
+`ForSAEBench`, an adapter for its runners. Figures that SAEBench doesn't have or defines differently are in
+`eval_result_unstructured`.
 """
 
 import statistics
 import time
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,15 +23,27 @@ from .evaluation import CHUNK
 from .held_out import SAEBENCH_ROWS
 
 ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "batch_topk", "jumprelu": "jumprelu"}
-TOPS = (1, 2, 5, 10, 20, 50, 100)  # numbers of latents of sparse probing
+TOPS = (1, 2, 5, 10, 20, 50, 100)  # k of sparse probing
 
-#: metrics by category, details, settings, and what is measured in another way than SAEBench does
+#: names of core's metrics by category
+CORE_METRICS = {
+    "model_behavior_preservation": "kl_div_score kl_div_with_ablation kl_div_with_sae",
+    "model_performance_preservation": "ce_loss_score ce_loss_with_ablation ce_loss_with_sae ce_loss_without_sae",
+    "reconstruction_quality": "explained_variance explained_variance_legacy mse cossim",
+    "shrinkage": "l2_norm_in l2_norm_out l2_ratio relative_reconstruction_bias",
+    "sparsity": "l0 l1",
+    "token_stats": "total_tokens_eval_reconstruction total_tokens_eval_sparsity_variance",
+    "misc_metrics": "freq_over_1_percent freq_over_10_percent normalized_freq_over_1_percent "
+    "normalized_freq_over_10_percent average_max_encoder_cosine_sim average_max_decoder_cosine_sim frac_alive",
+}
+
+#: metrics by category, details, settings, and figures that SAEBench defines differently
 Converted = tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class DictionaryInfo:
-    """A dictionary and how it was measured, as every file says it. `tokens` it was trained on, None where unknown."""
+    """A dictionary and how it was measured. `tokens`: number of training tokens, None if unknown."""
 
     sae: UnitDecoder
     stream: StreamConfig
@@ -40,7 +53,7 @@ class DictionaryInfo:
 
 
 def file_name(release: str, sae_id: str) -> str:
-    """What SAEBench calls the result of a dictionary."""
+    """SAEBench's name for the result file of a dictionary."""
     return f"{release}_{sae_id}_eval_results.json".replace("/", "_")
 
 
@@ -48,11 +61,11 @@ def output(
     name: str, result: dict[str, Any], sae: Dictionary, stream: StreamConfig, *, sae_id: str, llm_dtype: str,
     training_tokens: int | None, seed: int = 0,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """The result of the eval `name` of a dictionary as SAEBench would write it; None for one that it doesn't have, or that
-    found nothing that it would write: of a transcoder, of absorption on fewer than 20 letters or on other prompts.
+    """Convert the result of the eval `name` to SAEBench's format; None if it has no such eval or result, as for a
+    transcoder, and absorption on fewer than 20 letters or on other prompts.
 
-    Every setting of SAEBench's is there, as it was used. A figure stands under SAEBench's name if it is worked out as
-    SAEBench does; others are in `eval_result_unstructured["temposae"]`.
+    All of SAEBench's settings are given as they were used. A figure has SAEBench's name if it is computed as SAEBench does.
+    Others are in `eval_result_unstructured["temposae"]`.
     """
     if name not in MAKERS or "skipped" in result or sae.cfg.d_out is not None:
         return None
@@ -64,7 +77,7 @@ def output(
     return {
         "eval_type_id": "absorption_first_letter" if name == "absorption" else name,
         "eval_config": config,
-        # the same result has the same name, whenever it is written
+        # the same result always gets the same id
         "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {sorted(source.items())} {sae_id}")),
         "datetime_epoch_millis": int(1000 * time.time()),
         "eval_result_metrics": metrics,
@@ -82,63 +95,47 @@ def output(
 
 
 def _pick(source: dict[str, Any], names: str) -> dict[str, Any]:
-    """The values of these names, with spaces between them."""
+    """Select keys, given as one string separated by spaces."""
     return {name: source[name] for name in names.split()}
 
 
 def _settings(about: DictionaryInfo, **settings: Any) -> dict[str, Any]:
     """The settings of an eval by SAEBench's names.
 
-    SAEBench reads a setting that a file leaves out as its own default. So a file says all of them, as they were; where an
-    eval has nothing of the kind, a number is 0.
+    All are given, because SAEBench replaces missing ones by its defaults. Numbers that don't apply to an eval are 0.
     """
     common = {"model_name": about.stream.model, "llm_dtype": about.llm_dtype, "random_seed": about.seed}
     return common | {"llm_batch_size": about.stream.rows_per_forward} | settings
 
 
 def _core(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
-    saebench, latents = result["saebench"], result["latents"]
+    latents = result["latents"]
     rate = torch.tensor(latents["firing_rate"])
     W_enc, W_dec = (w.float().cpu() for w in (about.sae.W_enc.T, about.sae.W_dec))
     nearest = {"encoder": _nearest(W_enc), "decoder": _nearest(W_dec)}
-    metrics = {
-        "model_behavior_preservation": _pick(saebench, "kl_div_score kl_div_with_ablation kl_div_with_sae"),
-        "model_performance_preservation": {
-            **_pick(saebench, "ce_loss_score ce_loss_with_ablation"),
-            "ce_loss_with_sae": result["ce"]["sae"],
-            "ce_loss_without_sae": result["ce"]["clean"],
-        },
-        "reconstruction_quality": {
-            **_pick(saebench, "explained_variance explained_variance_legacy mse"),
-            "cossim": result["cosine"],
-        },
-        "shrinkage": {
-            **_pick(result, "l2_norm_in l2_norm_out l2_ratio"),
-            **_pick(saebench, "relative_reconstruction_bias"),
-        },
-        "sparsity": _pick(result, "l0 l1"),
-        "token_stats": {
-            "total_tokens_eval_reconstruction": result["ce_tokens"],
-            "total_tokens_eval_sparsity_variance": result["tokens"],
-        },
-        "misc_metrics": {
-            "freq_over_1_percent": float((rate > 0.01).float().mean()),
-            "freq_over_10_percent": float((rate > 0.1).float().mean()),
-            "normalized_freq_over_1_percent": _share(rate, 0.01),
-            "normalized_freq_over_10_percent": _share(rate, 0.1),
-            "average_max_encoder_cosine_sim": float(nearest["encoder"].mean()),
-            "average_max_decoder_cosine_sim": float(nearest["decoder"].mean()),
-            "frac_alive": float((rate > 0).float().mean()),
-        },
+    over_1, over_10 = rate > 0.01, rate > 0.1
+    figures = result | result["saebench"]
+    figures |= {
+        "ce_loss_with_sae": result["ce"]["sae"],
+        "ce_loss_without_sae": result["ce"]["clean"],
+        "cossim": result["cosine"],
+        "total_tokens_eval_reconstruction": result["ce_tokens"],
+        "total_tokens_eval_sparsity_variance": result["tokens"],
+        "freq_over_1_percent": float(over_1.float().mean()),
+        "freq_over_10_percent": float(over_10.float().mean()),
+        "normalized_freq_over_1_percent": _share(rate, over_1),
+        "normalized_freq_over_10_percent": _share(rate, over_10),
+        "average_max_encoder_cosine_sim": float(nearest["encoder"].mean()),
+        "average_max_decoder_cosine_sim": float(nearest["decoder"].mean()),
+        "frac_alive": float((rate > 0).float().mean()),
     }
+    metrics = {category: _pick(figures, names) for category, names in CORE_METRICS.items()}
     if any(value is None for category in metrics.values() for value in category.values()):
-        return None  # one that SAEBench needs and that there is none of, such as a score where zeros do no harm
+        return None  # a score that SAEBench requires is missing, as when zero ablation does no harm
+    firing = zip(latents["tokens_per_row"], latents["firing_rate"], strict=True)
     columns = {
         "feature_density": latents["firing_rate"],
-        "consistent_activation_heuristic": [
-            tokens if density else -1.0
-            for tokens, density in zip(latents["tokens_per_row"], latents["firing_rate"], strict=True)
-        ],
+        "consistent_activation_heuristic": [tokens if density else -1.0 for tokens, density in firing],
         "encoder_bias": about.sae.b_enc.tolist(),
         "encoder_norm": W_enc.norm(dim=1).tolist(),
         "encoder_decoder_cosine_sim": torch.cosine_similarity(W_enc, W_dec).tolist(),
@@ -148,7 +145,7 @@ def _core(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
     lines = zip(*columns.values(), strict=True)
     details = [{"index": index} | dict(zip(columns, line, strict=True)) for index, line in enumerate(lines)]
     ours = "explained_variance mse ce_recovered ce_recovered_over_mean kl_recovered relative_reconstruction_bias ce kl"
-    # activations above `max_norm` are left out of both reconstruction and the figures
+    # activations above `max_norm` are neither reconstructed nor counted
     extras = _pick(result, f"{ours} rows ce_rows") | {"max_norm": about.stream.max_norm}
     return metrics, details, _core_settings(result, about), extras
 
@@ -196,24 +193,22 @@ def _sparse_probing(result: dict[str, Any], about: DictionaryInfo) -> Converted 
         for name, scores in result["sets"].items()
     }
     note = "of a probe that ends on its training loss; set sizes above are the largest of a class"
-    return {"llm": named(result["llm"], "llm"), "sae": named(result, "sae")}, details, config, {
-        "full_width_probe": full_width | {"about": note},
-        "rows": sizes,
-    }  # fmt: skip
+    metrics = {"llm": named(result["llm"], "llm"), "sae": named(result, "sae")}
+    return metrics, details, config, {"full_width_probe": full_width | {"about": note}, "rows": sizes}
 
 
 def _unlearning(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
-    names = {"retain_thresholds": "retain_threshold", "n_features_list": "latents", "multipliers": "multiplier"}
-    grid = {name: sorted({setting[key] for setting in result["settings"]}) for name, key in names.items()}
-    if any(multiplier != int(multiplier) for multiplier in grid["multipliers"]):
-        return None  # SAEBench's are whole numbers
+    names = ("retain_threshold", "latents", "multiplier")
+    thresholds, counts, multipliers = (sorted({setting[name] for setting in result["settings"]}) for name in names)
+    if any(multiplier != int(multiplier) for multiplier in multipliers):
+        return None  # SAEBench's multipliers are integers
     config = _settings(
         about,
         **result["protocol"],
         intervention_method="clamp_feature_activation",
-        retain_thresholds=grid["retain_thresholds"],
-        n_features_list=grid["n_features_list"],
-        multipliers=[int(multiplier) for multiplier in grid["multipliers"]],
+        retain_thresholds=thresholds,
+        n_features_list=counts,
+        multipliers=list(map(int, multipliers)),
         n_batch_loss_added=0,
         save_metrics=True,
     )
@@ -221,17 +216,7 @@ def _unlearning(result: dict[str, Any], about: DictionaryInfo) -> Converted | No
     return {"unlearning": {"unlearning_score": result["score"]}}, [], config, {key: result.get(key) for key in keys}
 
 
-def _scr(result: dict[str, Any], about: DictionaryInfo) -> Converted:
-    extras = _pick(result, "scr_metric scr_dir1 scr_dir2 spread sets")
-    return {"scr_metrics": {}}, [], _scr_and_tpp(result, about, is_scr=True), extras | {"about": PROBES}
-
-
-def _tpp(result: dict[str, Any], about: DictionaryInfo) -> Converted:
-    extras = _pick(result, "tpp spread clean_accuracy")
-    return {"tpp_metrics": {}}, [], _scr_and_tpp(result, about, is_scr=False), extras | {"about": PROBES}
-
-
-#: why SCR and TPP have no figure under SAEBench's names
+#: why SCR and TPP have no figures by SAEBench's names
 PROBES = (
     "not SAEBench's figures: probes are logistic regressions (L2, C = 1, lbfgs) on all training rows, so that epochs, "
     "learning rate, L1 penalty and patience are 0; latents without an effect are not ablated; SCR is not given where the "
@@ -239,26 +224,28 @@ PROBES = (
 )
 
 
-def _scr_and_tpp(result: dict[str, Any], about: DictionaryInfo, *, is_scr: bool) -> dict[str, Any]:
+def _ablation(result: dict[str, Any], about: DictionaryInfo, *, name: str, figures: str) -> Converted:
+    """Convert the result of `scr` or `tpp`."""
     used = result["protocol"]
-    none = {"early_stopping_patience": 0, "probe_epochs": 0, "probe_lr": 0.0, "probe_l1_penalty": 0.0}
-    return _settings(
+    unused = {"early_stopping_patience": 0, "probe_epochs": 0, "probe_lr": 0.0, "probe_l1_penalty": 0.0}
+    config = _settings(
         about,
         **used,
-        **none,
-        perform_scr=is_scr,
+        **unused,
+        perform_scr=name == "scr",
         probe_train_batch_size=used["train_set_size"],
         probe_test_batch_size=used["test_set_size"],
         sae_batch_size=_rows_encoded(used["context_length"]),
         lower_vram_usage=False,
     )
+    return {f"{name}_metrics": {}}, [], config, _pick(result, figures) | {"about": PROBES}
 
 
 def _absorption(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
     used = result["protocol"]
-    of_probe = [scores for scores in result["letters"].values() if scores["probe_f1"] > used["min_GT_probe_f1"]]
-    counted = {a: scores for a, scores in result["letters"].items() if scores in of_probe and scores["known"]}
-    if used["prompt_template"] is None or len(of_probe) < used["min_feats_for_eval"] or not counted:
+    probed = {a: scores for a, scores in result["letters"].items() if scores["probe_f1"] > used["min_GT_probe_f1"]}
+    counted = {a: scores for a, scores in probed.items() if scores["known"]}
+    if used["prompt_template"] is None or len(probed) < used["min_feats_for_eval"] or not counted:
         return None
     details = [
         {
@@ -287,36 +274,39 @@ def _absorption(result: dict[str, Any], about: DictionaryInfo) -> Converted | No
 
 
 MAKERS = {
-    "core": _core, "sparse_probing": _sparse_probing, "unlearning": _unlearning, "scr": _scr, "tpp": _tpp,
+    "core": _core,
+    "sparse_probing": _sparse_probing,
+    "unlearning": _unlearning,
+    "scr": partial(_ablation, name="scr", figures="scr_metric scr_dir1 scr_dir2 spread sets"),
+    "tpp": partial(_ablation, name="tpp", figures="tpp spread clean_accuracy"),
     "absorption": _absorption,
-}  # fmt: skip
+}
 
 
 def _rows_encoded(context: int) -> int:
-    """Rows of `context` tokens that are encoded at once."""
+    """Rows of `context` tokens encoded at once."""
     return max(1, CHUNK // context)
 
 
-def _share(rate: Tensor, limit: float) -> float:
-    """Of all activations, the share that latents have which fire more often than that."""
+def _share(rate: Tensor, chosen: Tensor) -> float:
+    """Share of all firings that belong to the `chosen` latents, bool [F]."""
     total = float(rate.sum())
-    return float(rate[rate > limit].sum()) / total if total else 0.0
+    return float(rate[chosen].sum()) / total if total else 0.0
 
 
 def _nearest(W: Tensor) -> Tensor:
-    """The largest cosine of each row [F, D] with another row [F], a few thousand rows at a time."""
+    """The largest cosine of each row [F, D] with another row, [F]; in blocks, to limit memory."""
     unit = torch.nn.functional.normalize(W, dim=1)
     largest = []
     for start in range(0, len(unit), 2048):
         cosine = unit[start : start + 2048] @ unit.T
-        here = torch.arange(len(cosine))
-        cosine[here, start + here] = -1
+        cosine.diagonal(start).fill_(-1)
         largest.append(cosine.amax(1))
     return torch.cat(largest)
 
 
 def _config(sae: UnitDecoder, stream: StreamConfig, tokens: int | None) -> dict[str, Any]:
-    """What SAEBench wants to know of a dictionary, which was trained on so many `tokens`."""
+    """SAEBench's description of a dictionary trained on `tokens` tokens."""
     return {
         "model_name": stream.model, "hook_name": stream.hook, "hook_layer": _layer(stream.hook),
         "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae, "architecture": architecture(sae.cfg),
@@ -326,28 +316,28 @@ def _config(sae: UnitDecoder, stream: StreamConfig, tokens: int | None) -> dict[
 
 
 def architecture(cfg: SAEConfig) -> str:
-    """SAEBench's name for a kind of dictionary; with what it does not have besides, which makes it another kind."""
-    name = ARCHITECTURES[cfg.activation]
+    """SAEBench's name of an architecture, followed by the parts and the mask, which SAEBench doesn't have."""
+    names = [ARCHITECTURES[cfg.activation], *(part["kind"] for part in cfg.parts)]
     if cfg.prefixes is not None:
-        name = f"matryoshka_{name}"
-    mechanisms = [part["kind"] for part in cfg.parts] + ([f"{cfg.mask.kind}_mask"] if cfg.mask.kind != "none" else [])
-    return "_".join([name, *mechanisms])
+        names.insert(0, "matryoshka")
+    if cfg.mask.kind != "none":
+        names.append(f"{cfg.mask.kind}_mask")
+    return "_".join(names)
 
 
 class _Config(SimpleNamespace):
-    """Settings that SAEBench reads, and adds to."""
+    """Settings that SAEBench reads, and may add to."""
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "metadata"}
 
 
 class ForSAEBench(nn.Module):
-    """A dictionary for SAEBench's runners: `run_eval(config, [("mine", ForSAEBench.load("runs/demo"))], device, ...)`.
+    """Adapter of a dictionary for SAEBench's runners: `run_eval(config, [("mine", ForSAEBench.load("runs/demo"))], ...)`.
 
-    Rows of W_dec [F, D] have norm 1, as its evals expect (`UnitDecoder`); x_hat is the same.
-    Activations x come as whole rows [B, T, D], of which the places are the positions; a dictionary without a mask over
-    positions takes [n, D], too, which SAEBench's absorption gives. Weights stay in their own precision; `dtype` is that of
-    results. Raises UserError for a transcoder.
+    Rows of W_dec [F, D] have norm 1, as its evals expect (`UnitDecoder`); x_hat doesn't change. Activations x are whole rows
+    [B, T, D], so that positions are known. A dictionary without a mask also takes [n, D], which SAEBench's absorption uses.
+    Weights keep their precision; `dtype` is that of results. Raises UserError for a transcoder.
     """
 
     def __init__(self, sae: Dictionary, stream: StreamConfig, training_tokens: int | None = None):
@@ -361,10 +351,12 @@ class ForSAEBench(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "ForSAEBench":
-        """The dictionary of a run folder or of a checkpoint with its settings."""
+        """Load the dictionary of a run folder or of a checkpoint with its settings."""
         run_checkpoint = checkpoint.find(Path(path))
         if run_checkpoint.run is None:
-            raise UserError(f"{path} does not say what it was trained on; use ForSAEBench(sae, StreamConfig(...))")
+            raise UserError(
+                f"path: {path} does not say what it was trained on; use ForSAEBench(sae, StreamConfig(...))"
+            )
         return cls(run_checkpoint.dictionary(), run_checkpoint.run.stream, run_checkpoint.tokens)
 
     @property
@@ -378,7 +370,7 @@ class ForSAEBench(nn.Module):
 
     @property
     def W_dec(self) -> Tensor:
-        """[F, D], rows of norm 1; of norm 0 where a latent has no direction"""
+        """[F, D], rows of norm 1, or 0 for a latent without direction"""
         return self.sae.W_dec.to(self.dtype)
 
     @property

@@ -1,23 +1,23 @@
-"""Targeted probe perturbation and spurious correlation removal: what is lost where a few latents are ablated.
+"""Targeted probe perturbation (TPP) and spurious correlation removal (SCR): probe accuracy after ablation of a few latents.
 
-Both follow the public description of SAEBench (https://github.com/adamkarvonen/SAEBench) and of the paper behind it
-(Karvonen et al., arXiv 2411.18895). With x [R, D] a document's mean activation, f [R, F] its mean latents and (w, b) a
-logistic regression on x that tells a class from others:
+Both follow the description of SAEBench (https://github.com/adamkarvonen/SAEBench) and its paper (Karvonen et al., arXiv
+2411.18895). x [R, D] is a document's mean activation, f [R, F] its mean latents, and (w, b) a logistic regression on x that
+separates a class from others:
 
     effect_j = (mean of f_j over the class - mean of f_j over the others) * (w . W_dec_j)
-               0 for TPP where the class has less of latent j than the others; its absolute value for SCR
-    x'       = x - sum over the ablated j of f_j W_dec_j                     the reconstruction's error is kept
+               TPP: 0 if the class has a lower mean than the others; SCR: the absolute value
+    x'       = x - sum over the ablated j of f_j W_dec_j                     the reconstruction error is kept
     TPP      = accuracy lost by the class whose n strongest latents are ablated - mean accuracy lost by the other classes
     SCR      = (A_ablated - A_base) / (A_clean - A_base)
 
-Ablating in every token and then taking the mean is the same as taking the mean first, as x' is linear in x and f. Latents
-with the largest effects are taken first, and those with none never.
+x' is linear in x and f, so ablation in every token is the same as ablation in the mean. Latents with the largest effects are
+ablated first, and those without effect never.
 
-Of the embedded language TPP tells its topics apart. SCR trains a probe on documents of two topics, each in its preferred
-tone only, so that topic and tone are one; A_base is what it scores on documents where they are independent. A_clean is the
-score of a probe trained on such. dir1 ablates the latents of the tone and scores the topic, dir2 the other way round, and
-scr_metric is the one whose A_base is lower: the attribute that the probe missed. Where A_clean - A_base is below `GAP`
-there is nothing to remove, and SCR is None.
+On the embedded language, TPP uses topics as classes. SCR trains a probe on documents of two topics, each only in its
+preferred tone, so that topic and tone coincide. A_base is the accuracy of this probe on documents in which they are
+independent, A_clean that of a probe trained on such documents. dir1 ablates the tone's latents and scores the topic, dir2
+the other way round. scr_metric is the direction with the lower A_base: the attribute that the probe did not learn. If
+A_clean - A_base is below `GAP`, there is nothing to remove, and SCR is None.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,52 +34,51 @@ from .probes import balanced
 
 THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)  # numbers of latents to ablate
 ROWS, SEEDS = 1024, 3
-GAP = 0.05  # of two accuracies on some sixty documents; below that their difference is noise
-SCR_AT, TPP_AT = 20, 10  # the threshold whose figure is the score
+GAP = 0.05  # smaller differences of two accuracies on about sixty documents are noise
+SCR_AT, TPP_AT = 20, 10  # number of ablated latents for the score
 
 
 @torch.no_grad()
 def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_padding: bool = False) -> dict[str, Any]:
-    """Targeted probe perturbation by topic on `rows` labelled documents; each of the `seeds` splits them anew.
+    """Measure targeted probe perturbation by topic on `rows` labelled documents, split anew by each of `seeds` seeds.
 
     Returns `tpp` {n: {total_metric, intended_diff_only, unintended_diff_only}}, `spread` {n: standard deviation of the total
-    over seeds}, `score` (the total at n = 10 or the largest n below), `clean_accuracy` of the probes, `controls` with the
-    same of each, and `reached_by`, the controls that score as much. With `pool_padding` the mean is over all positions as
-    in SAEBench: those left out count as activations of zero, and what the dictionary makes of zeros counts too. Raises
-    UserError for a text without labels, too few rows or seeds.
+    over seeds}, `score` (the total at n = 10 or the largest n below), the probes' `clean_accuracy`, the same figures of
+    `controls`, and `reached_by`, the controls that score as high. With `pool_padding`, the mean is over all positions, as in
+    SAEBench: positions left out count as zero activations, with the latents that zeros give. Raises UserError for a text
+    without labels, and too few rows or seeds.
     """
     collected = _labelled(evaluation, rows, seeds)
-    topic = collected.of_rows("topic").numpy()
-    classes = range(len(TOPICS))
+    topic, C = collected.row_label("topic").numpy(), len(TOPICS)
     x, autoencoders = _pooled(collected, None, pool_padding), _autoencoders(evaluation, collected, pool_padding)
     ns = _thresholds(evaluation)
-    scores: dict[str, list[np.ndarray]] = {name: [] for name in autoencoders}  # of each seed [n, 3]
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in autoencoders}  # [n, 3] per seed
     clean: list[float] = []
     sizes: list[tuple[int, int]] = []  # rows for training and for testing each probe
     for seed in range(seeds):
         draw = evaluation.generator(f"tpp {seed}")
-        sides = map(np.concatenate, zip(*_halves(topic, classes, draw), strict=True))
-        train, test = ([side[balanced(topic[side] == c, draw, groups=topic[side])] for c in classes] for side in sides)
+        sides = map(np.concatenate, zip(*_halves(topic, range(C), draw), strict=True))
+        train, test = ([side[balanced(topic[side] == c, draw, groups=topic[side])] for c in range(C)] for side in sides)
         sizes += [(len(a), len(b)) for a, b in zip(train, test, strict=True)]
-        W, b = _probes([(x[r], topic[r] == c) for r, c in zip(train, classes, strict=True)])
+        W, b = _probes([(x[rows], topic[rows] == c) for c, rows in enumerate(train)])
         logits = x @ W.T + b
 
         def accuracy(logits: np.ndarray, test: list[np.ndarray] = test) -> np.ndarray:
-            return np.array([np.mean((logits[r, j] > 0) == (topic[r] == classes[j])) for j, r in enumerate(test)])
+            return np.array([np.mean((logits[rows, c] > 0) == (topic[rows] == c)) for c, rows in enumerate(test)])
 
-        whole = accuracy(logits)
-        clean.append(float(whole.mean()))
+        before = accuracy(logits)
+        clean.append(float(before.mean()))
         for name, (f, W_dec) in autoencoders.items():
-            change, lost = _ablation(f, W_dec, W), np.empty((len(ns), len(classes), len(classes)))
-            for i, r in enumerate(train):
-                effects = _difference(f, r, topic[r] == classes[i]).clip(0) * (W_dec @ W[i])
+            change, lost = _ablation(f, W_dec, W), np.empty((len(ns), C, C))
+            for c, rows in enumerate(train):
+                effects = _difference(f, rows, topic[rows] == c).clip(0) * (W_dec @ W[c])
                 if name == "shuffled":
                     effects = draw.permutation(effects)
                 order = _strongest(effects)
                 for index, n in enumerate(ns):
-                    lost[index, i] = whole - accuracy(logits - change(order[:n]))
-            intended = np.einsum("nii->n", lost) / len(classes)
-            unintended = (lost.sum((1, 2)) - intended * len(classes)) / (len(classes) * (len(classes) - 1))
+                    lost[index, c] = before - accuracy(logits - change(order[:n]))
+            intended = np.einsum("nii->n", lost) / C
+            unintended = (lost.sum((1, 2)) - intended * C) / (C * (C - 1))
             scores[name].append(np.stack([intended - unintended, intended, unintended], 1))
 
     def figures(by_seed: list[np.ndarray]) -> dict[str, Any]:
@@ -94,7 +93,7 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     settings = {
         "protocol": _protocol(collected, ns, sizes, {}),
         "clean_accuracy": float(np.mean(clean)),
-        "classes": [list(TOPICS)[c] for c in classes],
+        "classes": list(TOPICS),
         "seeds": seeds,
     }
     return settings | _beside(result, len(collected), pool_padding)
@@ -102,14 +101,14 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
 
 @torch.no_grad()
 def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_padding: bool = False) -> dict[str, Any]:
-    """Spurious correlation removal on pairs of topics, of `rows` labelled documents; each of the `seeds` splits them anew.
+    """Measure spurious correlation removal on pairs of topics in `rows` labelled documents, split anew by each seed.
 
     Returns `scr_metric`, `scr_dir1`, `scr_dir2` {n: mean over pairs and seeds, or None}, `spread` {n: standard deviation of
-    scr_metric over seeds}, `score` (scr_metric at n = 20 or the largest n below), `sets` {pair: the accuracies, and
-    scr_metric by n}, `controls` with the same of each but the sets, and `reached_by`. `pool_padding`, errors: as in `tpp`.
+    scr_metric over seeds}, `score` (scr_metric at n = 20 or the largest n below), `sets` {pair: accuracies, and
+    scr_metric by n}, the same figures of `controls` without `sets`, and `reached_by`. `pool_padding` and errors: see `tpp`.
     """
     collected = _labelled(evaluation, rows, seeds)
-    topic, tone = collected.of_rows("topic").numpy(), collected.of_rows("tone").numpy()
+    topic, tone = collected.row_label("topic").numpy(), collected.row_label("tone").numpy()
     x, autoencoders = _pooled(collected, None, pool_padding), _autoencoders(evaluation, collected, pool_padding)
     ns, pairs = _thresholds(evaluation), [(a, a + 1) for a in range(0, len(TOPICS), 2)]
     scores = {name: np.full((seeds, len(pairs), 3, len(ns)), np.nan) for name in autoencoders}  # dir1, dir2, metric
@@ -119,7 +118,7 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
         for index, pair in enumerate(pairs):
             draw = evaluation.generator(f"scr {seed} {index}")
             groups = _halves(2 * topic + tone, (2 * t + manner for t in pair for manner in (0, 1)), draw)
-            # the first topic of a pair prefers the first tone, the second the second
+            # the first topic of a pair prefers the first tone, the second topic the second
             biased = _evenly([groups[0][0], groups[3][0]])
             train, test = (_evenly([group[side] for group in groups]) for side in (0, 1))
             sizes.append((max(len(biased), len(train)), len(test)))
@@ -141,29 +140,28 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
                         effects = draw.permutation(effects)
                     order, gap = _strongest(effects), clean[scored] - base[scored]
                     if gap >= GAP:
-                        ablated_accuracies = [
-                            accuracy(logits[:, 0] - change(order[:n])[:, 0], labels[scored]) for n in ns
-                        ]
-                        pair_scores[scored] = (np.array(ablated_accuracies) - base[scored]) / gap
+                        changed = (logits[:, 0] - change(order[:n])[:, 0] for n in ns)
+                        after = np.array([accuracy(ablated_logits, labels[scored]) for ablated_logits in changed])
+                        pair_scores[scored] = (after - base[scored]) / gap
                 pair_scores[2] = pair_scores[0 if base[0] < base[1] else 1]
 
     names = ("clean_topic", "clean_tone", "base_topic", "base_tone")
+    topics = [tuple(list(TOPICS)[t] for t in pair) for pair in pairs]
     sets = {
-        "/".join(list(TOPICS)[t] for t in pair): {
+        "/".join(pair): {
             **dict(zip(names, map(float, accuracies[:, index].mean(0)), strict=True)),
             "scr_metric": _by_n(ns, scores["sae"][:, index : index + 1, 2]),
         }
-        for index, pair in enumerate(pairs)
+        for index, pair in enumerate(topics)
     }
     result = {name: _scr_figures(ns, all_scores) for name, all_scores in scores.items()}
-    names_of = {"the embedded language": [tuple(list(TOPICS)[t] for t in pair) for pair in pairs]}
-    protocol = _protocol(collected, ns, sizes, names_of)
+    protocol = _protocol(collected, ns, sizes, {"the embedded language": topics})
     return {"sets": sets, "seeds": seeds, "protocol": protocol} | _beside(result, len(collected), pool_padding)
 
 
 def _scr_figures(ns: list[int], scores: np.ndarray) -> dict[str, Any]:
-    """Means and spread, by n, of scores [seeds, pairs, 3, n]: in either direction, and the metric."""
-    by_seed = [[_mean(of_seed[:, 2, i]) for i in range(len(ns))] for of_seed in scores]
+    """Means and spread by n from scores [seeds, pairs, 3, n] of both directions and the metric."""
+    by_seed = [[_mean(seed_scores[:, 2, i]) for i in range(len(ns))] for seed_scores in scores]
     metric = _by_n(ns, scores[:, :, 2])
     return {
         "scr_metric": metric,
@@ -181,7 +179,7 @@ def _labelled(evaluation: Evaluation, rows: int, seeds: int) -> TextActivations:
 
 
 def _pooled(collected: TextActivations, autoencoder: Autoencoder | None, padding: bool) -> np.ndarray:
-    """Mean latents (or activations) of each row; with `padding` over all T positions, x being zero where not kept."""
+    """Mean latents (or activations) of each row; with `padding` over all T positions, with x = 0 where not kept."""
     pooled = collected.pooled(autoencoder)
     if padding:
         kept = collected.kept.to(pooled.device)
@@ -197,7 +195,7 @@ def _pooled(collected: TextActivations, autoencoder: Autoencoder | None, padding
 def _autoencoders(
     evaluation: Evaluation, collected: TextActivations, padding: bool
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Mean latents and W_dec by name. `shuffled` is the dictionary, whose effects are to be permuted over its latents."""
+    """Mean latents and W_dec by name. `shuffled` is the dictionary, whose effects the caller permutes over latents."""
     latents = {
         name: (_pooled(collected, autoencoder, padding), autoencoder.W_dec.detach().double().cpu().numpy())
         for name, autoencoder in evaluation.autoencoders(collected).items()
@@ -211,38 +209,38 @@ def _thresholds(evaluation: Evaluation) -> list[int]:
 
 
 def _halves(labels: np.ndarray, kinds: Iterable[int], draw: np.random.Generator) -> list[list[np.ndarray]]:
-    """The rows of each kind, half of them for training and half for testing."""
+    """The rows of each kind, half for training and half for testing."""
     rows_by_kind = [draw.permutation(np.flatnonzero(labels == kind)) for kind in kinds]
     if min(map(len, rows_by_kind)) < 4:
-        raise UserError(f"rows: {len(labels)} is not allowed; every topic (in every tone) needs 4 documents: give more")
+        raise UserError(f"rows: {len(labels)} is not allowed; give more, every topic (in every tone) needs 4 documents")
     return [np.array_split(rows, 2) for rows in rows_by_kind]
 
 
 def _evenly(groups: list[np.ndarray]) -> np.ndarray:
-    """As many rows of each group as there are of the smallest."""
+    """Equally many rows of each group, as many as the smallest has."""
     count = min(map(len, groups))
     return np.concatenate([group[:count] for group in groups])
 
 
 def _probes(tasks: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """W [C, D] and b [C] of a logistic regression for each of C tasks (X, y)."""
+    """W [C, D] and b [C] of logistic regressions for C tasks (X, y)."""
     fitted = [LogisticRegression(max_iter=1000).fit(X, y) for X, y in tasks]
     return np.concatenate([p.coef_ for p in fitted]), np.concatenate([p.intercept_ for p in fitted])
 
 
 def _difference(f: np.ndarray, rows: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Of each latent [F], by how much its mean over the class is above that over the others."""
+    """Mean of each latent over the class minus its mean over the others, [F]."""
     return f[rows[y]].mean(0) - f[rows[~y]].mean(0)
 
 
 def _strongest(effects: np.ndarray) -> np.ndarray:
-    """Latents with an effect that isn't rounding, the largest first and those below zero last."""
+    """Latents with an effect above rounding error, largest first, negative ones last."""
     order = np.argsort(-effects, kind="stable")
     return order[np.abs(effects[order]) > 1e-12 * max(np.abs(effects).max(), 1e-300)]
 
 
 def _ablation(f: np.ndarray, W_dec: np.ndarray, W: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Latents to ablate -> what the probes' logits [R, C] lose."""
+    """Function from ablated latents to the decrease of the probes' logits [R, C]."""
     written = W_dec @ W.T
     return lambda chosen: f[:, chosen] @ written[chosen]
 
@@ -250,7 +248,7 @@ def _ablation(f: np.ndarray, W_dec: np.ndarray, W: np.ndarray) -> Callable[[np.n
 def _protocol(
     collected: TextActivations, ns: list[int], sizes: list[tuple[int, int]], pairs: dict[str, list[Any]]
 ) -> dict[str, Any]:
-    """What was used, by the names that SAEBench has for it. Probes here have no epochs, learning rate or L1 penalty."""
+    """Settings by SAEBench's names. Probes here have no epochs, learning rate or L1 penalty."""
     train, test = (max(side) for side in zip(*sizes, strict=True))
     return {
         "dataset_names": ["the embedded language"],
@@ -263,14 +261,10 @@ def _protocol(
 
 
 def _beside(result: dict[str, dict[str, Any]], rows: int, pool_padding: bool) -> dict[str, Any]:
-    """The dictionary's figures, with those of the controls and which of them it does not surpass."""
+    """The dictionary's figures, those of the controls, and the controls that score as high."""
     scores, controls = result["sae"], {name: control for name, control in result.items() if name != "sae"}
-    score = scores["score"]
-    reached = [
-        name
-        for name, control in controls.items()
-        if score is not None and control["score"] is not None and control["score"] >= score
-    ]
+    score, known = scores["score"], {name: d["score"] for name, d in controls.items() if d["score"] is not None}
+    reached = [] if score is None else [name for name, control in known.items() if control >= score]
     return {**scores, "controls": controls, "reached_by": reached, "rows": rows, "pool_padding": pool_padding}
 
 
@@ -285,5 +279,5 @@ def _deviation(values: list[float | None]) -> float | None:
 
 
 def _by_n(ns: list[int], scores: np.ndarray) -> dict[int, float | None]:
-    """Means of [seeds, pairs, n] by n."""
+    """Means of scores [seeds, pairs, n] by n."""
     return {n: _mean(scores[..., i]) for i, n in enumerate(ns)}

@@ -1,13 +1,11 @@
-"""Static slicing: dictionaries whose latents are tied to positions beforehand, with nothing learned about it.
+"""Static slicing: untrained baselines whose latents are assigned to positions by a fixed mask.
 
-Whether a trained division of latents over positions is worth anything shows beside divisions that took no training:
+    ranges    latent j is allowed in range floor(j R / F) of R equal ranges of positions; the maximal specialization
+    random    each latent is allowed at a position with probability 1 / R, drawn once: as many latents per position
+    none      every latent is allowed everywhere
 
-    ranges    latent j is on in range floor(j R / F) of R equal ranges of positions; its specialization is the most there is
-    random    each latent is on at a position with probability 1 / R, drawn once: as many latents a position, no ranges
-    none      every latent is on everywhere
-
-All have the same parameters and the same K. Slicing has the most specialization there is, and trivially: the figure says
-nothing without order probing, fidelity, explained variance and CE beside it.
+All have the same parameters and the same K. They reach maximal specialization trivially, so specialization means nothing
+without order probing, fidelity, explained variance and CE.
 """
 
 from typing import Any
@@ -27,8 +25,8 @@ SHUFFLES = 5
 
 @torch.no_grad()
 def slicing(evaluation: Evaluation, *, rows: int = 1024, bins: int = 16) -> dict[str, dict[str, float | None]] | None:
-    """Specialization, explained variance and L0 of the dictionary's `slicings` on `rows` held-out rows, by their names; None
-    for one that has a mask or is a transcoder."""
+    """Specialization, explained variance and L0 of the dictionary's `slicings` on `rows` held-out rows; None for a
+    transcoder and a dictionary with a mask."""
     cfg = evaluation.sae.cfg
     if cfg.mask.kind != "none" or cfg.d_out is not None:
         return None
@@ -51,16 +49,14 @@ def slicing(evaluation: Evaluation, *, rows: int = 1024, bins: int = 16) -> dict
 
 
 def slicings(sae: SparseAutoencoder, positions: int, *, ranges: int = 4, seed: int = 0) -> dict[str, SparseAutoencoder]:
-    """Copies of a dictionary without a mask, for rows of `positions` tokens, by the names above.
+    """Masked copies of a dictionary for rows of `positions` tokens, by the names above; `seed` draws the random mask.
 
-    `seed` draws the random one. Raises UserError for a dictionary that has a mask and for more ranges than positions.
+    Raises UserError for a dictionary that has a mask, and for more ranges than positions.
     """
     if sae.cfg.mask.kind != "none":
-        raise UserError(
-            f"sae.mask.kind: {sae.cfg.mask.kind} is not allowed; only a dictionary without a mask is sliced"
-        )
+        raise UserError(f"sae.mask.kind: {sae.cfg.mask.kind} is not allowed; slicing needs a dictionary without a mask")
     if not 1 <= ranges <= positions:
-        raise UserError(f"ranges: {ranges} is not allowed; give 1 to {positions}, the positions of a row")
+        raise UserError(f"ranges: {ranges} is not allowed; give 1 to {positions}, the number of positions in a row")
     masks = {
         "ranges": MaskConfig(kind="ranges", positions=positions, ranges=ranges),
         "random": MaskConfig(kind="random", positions=positions, fraction=1 / ranges),

@@ -1,20 +1,20 @@
-"""Sparse probing: how well a class of texts can be told by a few latents, and by how few.
+"""Sparse probing: how well a few latents separate a class of texts from others.
 
 The protocol of SAEBench (arXiv 2503.09532), which follows Gao et al. (arXiv 2406.04093) and Gurnee et al. (arXiv
-2305.01610). Of every text the first 128 tokens are read, after `<bos>` where the model has one, and a latent j counts with
+2305.01610). The first 128 tokens of each text are read, including `<bos>` if the model has one. A latent's value is
 
-    z_j = mean of f_j over the text's tokens, padding and special tokens left out
+    z_j = mean of f_j over the text's tokens, without padding and special tokens
 
-For each class, its texts stand against as many of the other classes, drawn evenly from those. On the training rows the k
-latents with the largest |mean of the class - mean of the others| are chosen, a logistic regression is fitted to those, and
-`top_k` is its accuracy on the test rows: mean over classes, then over sets. `test_accuracy` is that of a linear probe on
-all latents, and `best_epoch_accuracy` the one that SAEBench 0.6.0 gives for that: of the epoch with the best test accuracy.
-`llm` is measured in the same way on the activations themselves.
+Each class is compared with equally many texts of other classes, drawn evenly from these. The k latents with the largest
+|mean of the class - mean of the others| on the training rows are selected, a logistic regression is fitted to them, and
+`top_k` is its accuracy on the test rows, averaged over classes, then over sets. `test_accuracy` is that of a linear probe
+on all latents. `best_epoch_accuracy` is SAEBench 0.6.0's figure for it, from the epoch with the best test accuracy. `llm`
+is the same for the model's activations.
 
-Controls, with the same rows and splits: `random` (the dictionary whose decoder was never trained), `lm_neurons` (each
-token's largest activations), `mean` (one latent that is always on) and `shuffled` (the dictionary's latents, the rows'
-labels permuted). `top_1_error` is the standard error of `top_1` from the number of test rows. `reached_by` names the
-controls that come as near as that, or above: what they reach too says nothing about the dictionary.
+Controls use the same rows and splits: `random` (a dictionary with an untrained decoder), `lm_neurons` (each token's largest
+activations), `mean` (one latent that is always active) and `shuffled` (the dictionary's latents with permuted labels).
+`top_1_error` is the standard error of `top_1` from the number of test rows. `reached_by` names controls whose `top_1` is
+at least the dictionary's minus this error.
 """
 
 import math
@@ -38,14 +38,14 @@ from .probes import Split, ailing, balanced, halves, top_k
 CONTEXT = 128
 KS = (1, 2, 5, 10, 20, 50, 100)
 ROWS = 1024  # documents of the embedded language
-LEAST = 10  # texts of a class: with fewer, one test row is worth more than the differences of interest
-_TEXTS_AT_ONCE = 1024  # texts whose activations are held at once
+LEAST = 10  # texts per class; with fewer, one test row outweighs the differences of interest
+_TEXTS_AT_ONCE = 1024  # texts whose activations are in memory at once
 
 
 @dataclass
 class _Set:
-    """Pooled latents [R, F] by autoencoder, `llm` among them, and the class of each row [R]. `train`: share of rows
-    that train."""
+    """Pooled latents [R, F] by autoencoder, including `llm`, and the class of each row [R]. `train`: share of training
+    rows."""
 
     name: str
     pooled: dict[str, np.ndarray]
@@ -56,27 +56,26 @@ class _Set:
 def sparse_probing(
     evaluation: Evaluation, sets: Sequence[str | Path | Labelled] | None = None, *, ks: tuple[int, ...] | None = None
 ) -> dict[str, Any]:
-    """Test accuracies of probes on the k best latents, for each of `ks` (1 is always measured) and on all. Without `ks`
-    those of `KS`, as far as there are latents.
+    """Measure test accuracies of probes on the k best latents, for each of `ks` (default: `KS` up to F), on 1 and on all.
 
-    `sets`: `topic` (the default there) and `tone` of the embedded language, files and published sets as `load_labelled`
-    takes them, or `Labelled` texts. Latents that are dead or too small for a probe are told in `warnings`, and have no
-    scores. Raises UserError where k is above F, or a set has one class, or too few texts of a class.
+    `sets`: `topic` (the default) and `tone` of the embedded language, files and published sets as for `load_labelled`, or
+    `Labelled` texts. Latents that are dead or too small for a probe are named in `warnings` and have no scores. Raises
+    UserError if k is above F, or a set has one class or too few texts of a class.
     """
     F = evaluation.sae.cfg.d_sae
     ks = tuple(sorted({1, *(ks or (k for k in KS if k <= F))}))
     if ks[0] < 1 or ks[-1] > F:
         raise UserError(f"ks: {ks[0] if ks[0] < 1 else ks[-1]} is not allowed; the dictionary has F = {F} latents")
     if sets is None and not evaluation.is_testbed:
-        raise UserError(f"sets: none given, and {evaluation.stream.text.name} has no labels; give labelled texts")
+        raise UserError(f"sets: needed, because {evaluation.stream.text.name} has no labels; give labelled texts")
     results: dict[str, dict[str, Any]] = {}
     warnings: list[str] = []
     for labelled in _opened(evaluation, EMBEDDED[:1] if sets is None else sets):
         if labelled.name in results:
-            raise UserError(f"sets: {labelled.name} is given twice; give each set a name of its own")
+            raise UserError(f"sets: {labelled.name} is given twice; give each set its own name")
         results[labelled.name] = _probe(evaluation, labelled, ks, warnings)
     if not results:
-        raise UserError("sets: none given; give at least one")
+        raise UserError("sets: empty; give at least one")
     sizes = [counts for result in results.values() for counts in result["classes"].values()]
     return {
         **_over([result["scores"] for result in results.values()]),
@@ -95,7 +94,7 @@ def sparse_probing(
 
 
 def _opened(evaluation: Evaluation, sets: Sequence[str | Path | Labelled]) -> Iterator[_Set]:
-    """The sets with their pooled latents, one after the other; those of the embedded language are pooled once."""
+    """Load the sets one by one and pool their latents; the embedded language's documents are pooled once."""
     embedded: dict[str, np.ndarray] | None = None
     for source in sets:
         if isinstance(source, str) and source in EMBEDDED:
@@ -104,7 +103,7 @@ def _opened(evaluation: Evaluation, sets: Sequence[str | Path | Labelled]) -> It
             text = evaluation.stream.text
             assert isinstance(text, TestbedRows)
             names = np.array(text.language.topics if source == "topic" else TONES)
-            yield _Set(source, embedded, names[collected.of_rows(source).numpy()], 0.5)
+            yield _Set(source, embedded, names[collected.row_label(source).numpy()], 0.5)
         else:
             if not isinstance(source, Labelled):
                 file = Path(str(source).partition("?")[0])
@@ -117,15 +116,12 @@ def _opened(evaluation: Evaluation, sets: Sequence[str | Path | Labelled]) -> It
 
 
 def token_rows(stream: ActivationStream, texts: Sequence[str]) -> Iterator[TokenRows]:
-    """The beginning of each text as a row of at most 128 tokens, `<bos>` first where the tokenizer has one."""
+    """The beginning of each text as a row of at most 128 tokens, including `<bos>` if the tokenizer has one."""
     tokenizer = stream.model.tokenizer
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     T = min(CONTEXT, stream.positions)
-    ids = [
-        (bos + text_ids)[:T]
-        for text_ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    ]
-    return padded(ids, stream)
+    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return padded([(bos + text_ids)[:T] for text_ids in ids], stream)
 
 
 def _pooled(evaluation: Evaluation, batches: Iterable[TextActivations]) -> dict[str, np.ndarray]:
@@ -139,22 +135,20 @@ def _pooled(evaluation: Evaluation, batches: Iterable[TextActivations]) -> dict[
 def _check(name: str, labels: np.ndarray) -> None:
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < 2:
-        raise UserError(
-            f"sets: {name} has {f'only the class {classes[0]}' if len(classes) else 'no texts'}; give at least two"
-        )
+        content = f"only the class {classes[0]}" if len(classes) else "no texts"
+        raise UserError(f"sets: {name} has {content}; give at least two classes")
     if counts.min() < LEAST:
-        raise UserError(
-            f"sets: {name} has {counts.min()} texts of class {classes[counts.argmin()]}; give at least {LEAST} of each"
-        )
+        rarest = f"{counts.min()} texts of class {classes[counts.argmin()]}"
+        raise UserError(f"sets: {name} has {rarest}; give at least {LEAST} of each class")
 
 
 def _probe(evaluation: Evaluation, text_set: _Set, ks: tuple[int, ...], warnings: list[str]) -> dict[str, Any]:
-    """`scores` of a set, its means over classes, and `classes`, what each class had."""
+    """`scores` of a set, averaged over classes, and top-1 accuracy and row counts of its `classes`."""
     _check(text_set.name, text_set.labels)
-    ill = {name: ailment for name, pooled in text_set.pooled.items() if (ailment := ailing(pooled)) is not None}
-    warnings += [f"{text_set.name}: {name}: {ailment}" for name, ailment in ill.items()]
+    unusable = {name: reason for name, pooled in text_set.pooled.items() if (reason := ailing(pooled)) is not None}
+    warnings += [f"{text_set.name}: {name}: {reason}" for name, reason in unusable.items()]
     names, codes = np.unique(text_set.labels, return_inverse=True)
-    nothing = {f"top_{k}": None for k in ks}
+    no_scores = {f"top_{k}": None for k in ks}
     scores: list[dict[str, Any]] = []
     classes: dict[str, dict[str, Any]] = {}
     with progress_bar(f"probing {text_set.name}", total=len(names), unit="classes") as bar:
@@ -166,8 +160,9 @@ def _probe(evaluation: Evaluation, text_set: _Set, ks: tuple[int, ...], warnings
             tested = trained = 0
             for name, pooled in text_set.pooled.items():
                 full = name in ("sae", "llm")
-                if name in ill:
-                    accuracies[name] = nothing | dict.fromkeys(("test_accuracy", "best_epoch_accuracy") if full else ())
+                if name in unusable:
+                    full_scores = ("test_accuracy", "best_epoch_accuracy") if full else ()
+                    accuracies[name] = no_scores | dict.fromkeys(full_scores)
                     continue
                 split = halves(pooled, y, rows, evaluation.generator(f"{purpose}/split"), train=text_set.train)
                 trained, tested = len(split.train_y), len(split.test_y)
@@ -175,12 +170,12 @@ def _probe(evaluation: Evaluation, text_set: _Set, ks: tuple[int, ...], warnings
                 if full:
                     accuracies[name]["test_accuracy"] = full_width(split, evaluation.generator(f"{purpose}/full"))
                     accuracies[name]["best_epoch_accuracy"] = best_epoch(split, evaluation.generator(f"{purpose}/full"))
-            accuracies["shuffled"] = nothing
-            if "sae" not in ill:
-                draw, any_y = evaluation.generator(f"{purpose}/shuffled"), y.copy()
-                # test labels too: a latent that is the class would else score 0 or 1, as the coin falls
-                any_y[rows] = draw.permutation(y[rows])
-                split = halves(text_set.pooled["sae"], any_y, rows, draw, train=text_set.train)
+            accuracies["shuffled"] = no_scores
+            if "sae" not in unusable:
+                draw, permuted = evaluation.generator(f"{purpose}/shuffled"), y.copy()
+                # test labels too, or else a latent that equals the class would score 0 or 1 at random
+                permuted[rows] = draw.permutation(y[rows])
+                split = halves(text_set.pooled["sae"], permuted, rows, draw, train=text_set.train)
                 accuracies["shuffled"] = _named(top_k(split, ks))
             sae, llm = accuracies.pop("sae"), accuracies.pop("llm")
             error = None if sae["top_1"] is None else _error(sae["top_1"], tested)
@@ -191,30 +186,29 @@ def _probe(evaluation: Evaluation, text_set: _Set, ks: tuple[int, ...], warnings
 
 
 def full_width(split: Split, draw: np.random.Generator) -> float:
-    """Test accuracy of a linear probe on all columns (`_epochs`), whose training ends with 10 epochs without a lower loss;
-    test rows decide nothing."""
-    best, since, last = math.inf, 0, 0.0
+    """Test accuracy of a linear probe on all columns (`_epochs`); training ends after 10 epochs without a lower loss."""
+    best, waited, last = math.inf, 0, 0.0
     for loss, accuracy in _epochs(split, draw):
-        best, since, last = (loss, 0, accuracy) if loss < best else (best, since + 1, accuracy)
-        if since == 10:
+        best, waited, last = (loss, 0, accuracy) if loss < best else (best, waited + 1, accuracy)
+        if waited == 10:
             break
     return last
 
 
 def best_epoch(split: Split, draw: np.random.Generator) -> float:
-    """The best test accuracy that the same probe has after any epoch, until 10 without a better one: SAEBench 0.6.0's
-    figure, too high by as much as choosing by test rows makes it."""
-    best, since = 0.0, 0
+    """Best test accuracy of the same probe after any epoch, until 10 epochs without a better one. SAEBench 0.6.0 reports
+    this figure; it is biased upwards, because the test rows select the epoch."""
+    best, waited = 0.0, 0
     for _, accuracy in _epochs(split, draw):
-        best, since = (accuracy, 0) if accuracy > best else (best, since + 1)
-        if since == 10:
+        best, waited = (accuracy, 0) if accuracy > best else (best, waited + 1)
+        if waited == 10:
             break
     return best
 
 
 def _epochs(split: Split, draw: np.random.Generator) -> Iterator[tuple[float, float]]:
-    """Training loss and test accuracy after each of 100 epochs of a linear probe on all columns: binary cross-entropy, AdamW
-    at 1e-2 from zero, batches of 250 rows."""
+    """Training loss and test accuracy after each of 100 epochs of a linear probe on all columns: binary cross-entropy,
+    AdamW at 1e-2 from zero, batches of 250 rows."""
     x, y = torch.from_numpy(split.train_X).float(), torch.from_numpy(split.train_y).float()
     test_x = torch.from_numpy(split.test_X).float()
     weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
@@ -237,21 +231,20 @@ def _named(accuracies: dict[int, float]) -> dict[str, float]:
 
 
 def _error(accuracy: float, rows: int) -> float:
-    """Standard error of an accuracy on so many rows; one more right and one more wrong, lest it be zero at 1."""
+    """Standard error of an accuracy on `rows` rows, with one right and one wrong answer added so that it is never 0."""
     p = (accuracy * rows + 1) / (rows + 2)
     return math.sqrt(p * (1 - p) / rows)
 
 
 def _over(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means of all figures, None where one is; the error of a mean for `top_1_error`; and which controls reach `top_1`."""
+    """Means of all figures, None if one is None; the error of the mean for `top_1_error`; and `reached_by`."""
     means = _mean([{key: value for key, value in score.items() if key != "reached_by"} for score in scores])
     errors = [score["top_1_error"] for score in scores]
     means["top_1_error"] = None if None in errors else math.hypot(*errors) / len(errors)
-    near = -math.inf if means["top_1"] is None else means["top_1"] - means["top_1_error"]
-    controls = {name: control["top_1"] for name, control in means["controls"].items()}
-    means["reached_by"] = [
-        name for name, top_1 in controls.items() if None not in (top_1, means["top_1"]) and top_1 >= near
-    ]
+    means["reached_by"] = []
+    if means["top_1"] is not None:
+        controls, bound = means["controls"].items(), means["top_1"] - means["top_1_error"]
+        means["reached_by"] = [name for name, d in controls if d["top_1"] is not None and d["top_1"] >= bound]
     return means
 
 

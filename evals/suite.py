@@ -1,4 +1,4 @@
-"""The evals by name, in the order in which `all` runs them."""
+"""The evals by name, in the order of `temposae eval all`, and the inputs that they need."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from ..engine.stream import ActivationStream
 from ..engine.stream.token_rows import TestbedRows
 from .evaluation import Evaluation
 from .labelled import stored_at
+from .multiple_choice import NO_CHAT_TEMPLATE, NOTHING_TO_FORGET
 
 Eval = Callable[[Evaluation], dict[str, Any]]
 
-#: name -> the module and the function in it; imported when they are needed
+#: name -> module and function, imported on demand
 EVALS = {
     "core": ("suite", "_core"),
     "sparse_probing": ("suite", "_sparse_probing"),
@@ -30,8 +31,7 @@ EVALS = {
     "absorption": ("absorption", "absorption"),
 }
 
-
-#: what is read from disk where the text isn't the embedded language's -> the eval that reads it, and whether several may be
+#: name of an input file (--file NAME=PATH) -> the eval that reads it, and whether several are allowed
 FILES = {
     "forget_questions": ("unlearning", False),
     "retain_questions": ("unlearning", True),
@@ -42,13 +42,9 @@ FILES = {
 }
 
 
-#: eval -> what it lacks
-Needs = Callable[["EvalRequest"], dict[str, str]]
-
-
 @dataclass(frozen=True)
 class EvalRequest:
-    """What an eval is asked to be measured on."""
+    """What an eval is to be measured on."""
 
     stream: ActivationStream
     sae: SAEConfig
@@ -57,106 +53,106 @@ class EvalRequest:
 
     @property
     def has_labels(self) -> bool:
-        """Whether the text is the embedded language, which knows the labels of every token."""
+        """Whether the text is the embedded language, whose tokens have known labels."""
         return isinstance(self.stream.text, TestbedRows)
 
 
-def _labels_of_tokens(request: EvalRequest) -> dict[str, str]:
+def _needs_labels(request: EvalRequest) -> str | None:
     if request.has_labels:
-        return {}
-    return {
-        "": f"{request.stream.text.name} has no labels; it is measured on the embedded language alone (model: testbed)"
-    }
+        return None
+    return f"{request.stream.text.name} has no labels; this eval needs the embedded language (model: testbed)"
 
 
-def _no_tokenizer(request: EvalRequest) -> dict[str, str]:
+def _needs_tokenizer(request: EvalRequest) -> str | None:
     if request.stream.model.tokenizer is not None:
-        return {}
-    return {"": f"{request.stream.model.name} has no tokenizer, and this eval reads text"}
+        return None
+    return f"{request.stream.model.name} has no tokenizer, and this eval reads text"
 
 
-def _labelled_texts(request: EvalRequest) -> dict[str, str]:
-    if lacking := _no_tokenizer(request):
-        return lacking
+def _needs_labelled_texts(request: EvalRequest) -> str | None:
+    if (reason := _needs_tokenizer(request)) is not None:
+        return reason
     if not request.has_labels and not request.sets:
-        return {
-            "": f"{request.stream.text.name} has no labels; give labelled texts, --set FILE?text=COLUMN&label=COLUMN (.csv "
-            "or .jsonl), or a published set, --set fancyzhx/ag_news?path=FOLDER"
-        }
-    return _absent({source: stored_at(source) for source in request.sets}, "set")
+        return (
+            f"{request.stream.text.name} has no labels; give labelled texts, --set FILE?text=COLUMN&label=COLUMN (.csv or "
+            ".jsonl), or a published set, --set fancyzhx/ag_news?path=FOLDER"
+        )
+    return _missing({source: stored_at(source) for source in request.sets}, "set")
 
 
-def _questions(request: EvalRequest) -> dict[str, str]:
-    if lacking := _no_tokenizer(request):
-        return lacking
+def _needs_questions(request: EvalRequest) -> str | None:
+    if (reason := _needs_tokenizer(request)) is not None:
+        return reason
     if request.sae.d_out is not None:
-        return {"": "a transcoder is not allowed; unlearning changes the activations that were encoded"}
+        return "a transcoder is not allowed; unlearning changes the activations that were encoded"
     names = [name for name, (reader, _) in FILES.items() if reader == "unlearning"]
     missing = [name for name in names if name not in request.files]
     if missing and (len(missing) < len(names) or not request.has_labels):
         options = " ".join(f"--file {name}=PATH" for name in missing)
-        return {
-            "": f"{request.stream.text.name} says nothing of what to forget; give questions and text to forget and to "
-            f"retain, such as WMDP-bio's and MMLU's: {options}"
-        }
+        return f"{request.stream.text.name} {NOTHING_TO_FORGET}: {options}"
     if not missing and not getattr(request.stream.model.tokenizer, "chat_template", None):
-        return {
-            "": f"{request.stream.model.name} has no chat template; multiple-choice questions need an instruction-tuned "
-            "model"
-        }
-    return _absent({path: expand_path(path, "file") for name in names for path in request.files.get(name, ())}, "file")
+        return f"{request.stream.model.name} {NO_CHAT_TEMPLATE}"
+    return _missing({path: expand_path(path, "file") for name in names for path in request.files.get(name, ())}, "file")
 
 
-def _tasks_of_order(request: EvalRequest) -> dict[str, str]:
-    paths = [path for name in ("blimp", "senteval") for path in request.files.get(name, ())]
-    if paths and (lacking := _no_tokenizer(request)):
-        return lacking
-    absent = _absent({path: expand_path(path, "file") for path in paths}, "file")
-    if not paths and not request.has_labels:
-        name = request.stream.text.name
-        absent["order probing"] = f"{name} has no tasks of its own; give --file blimp=PATH or --file senteval=PATH"
-    return absent
+def _order_files(request: EvalRequest) -> list[str]:
+    return [path for name in ("blimp", "senteval") for path in request.files.get(name, ())]
 
 
-def _absent(paths: Mapping[str, Path | None], option: str) -> dict[str, str]:
-    gone = [argument for argument, path in paths.items() if path is not None and not path.exists()]
-    return {"": f"--{option} {gone[0]} does not exist"} if gone else {}
+def _needs_order_files(request: EvalRequest) -> str | None:
+    paths = _order_files(request)
+    if paths and (reason := _needs_tokenizer(request)) is not None:
+        return reason
+    return _missing({path: expand_path(path, "file") for path in paths}, "file")
 
 
-#: what an eval needs of model, text and dictionary; evals that aren't here need a text, and nothing else
-NEEDS: dict[str, Needs] = {
-    "sparse_probing": _labelled_texts,
-    "positions": _tasks_of_order,
-    "ground_truth": _labels_of_tokens,
-    "unlearning": _questions,
-    "scr": _labels_of_tokens,
-    "tpp": _labels_of_tokens,
+def _needs_order_tasks(request: EvalRequest) -> str | None:
+    if request.has_labels or _order_files(request):
+        return None
+    return f"{request.stream.text.name} has no word order tasks; give --file blimp=PATH or --file senteval=PATH"
+
+
+def _missing(paths: Mapping[str, Path | None], option: str) -> str | None:
+    missing = (argument for argument, path in paths.items() if path is not None and not path.exists())
+    return next((f"--{option} {argument} does not exist" for argument in missing), None)
+
+
+#: eval -> parts that need more than a text ("": all of it) -> function that returns why it can't be measured, or None
+NEEDS: dict[str, dict[str, Callable[[EvalRequest], str | None]]] = {
+    "sparse_probing": {"": _needs_labelled_texts},
+    "positions": {"": _needs_order_files, "order probing": _needs_order_tasks},
+    "ground_truth": {"": _needs_labels},
+    "unlearning": {"": _needs_questions},
+    "scr": {"": _needs_labels},
+    "tpp": {"": _needs_labels},
 }
 
 
 def missing_inputs(
     name: str, stream: ActivationStream, sae: SAEConfig, sets: Sequence[str], files: Mapping[str, Sequence[str]]
 ) -> dict[str, str]:
-    """What keeps the eval `name` ("") or a part of it from being measured, with the option that would supply what is
-    missing; empty if nothing does. Looks at no activation, so that it can be said before anything is collected."""
-    return NEEDS[name](EvalRequest(stream, sae, sets, files)) if name in NEEDS else {}
+    """Parts of the eval `name` ("" for all of it) that can't be measured -> the reason, with the option that supplies what
+    is missing. Reads no activations, so it can be called before anything is collected."""
+    request = EvalRequest(stream, sae, sets, files)
+    reasons = {part: needs(request) for part, needs in NEEDS.get(name, {}).items()}
+    return {part: reason for part, reason in reasons.items() if reason is not None}
 
 
 def named_files(options: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """NAME=PATH, by name. Raises UserError for a name that is none of `FILES`, or that is given too often."""
+    """Parse NAME=PATH options. Raises UserError for a name not in `FILES`, or given too often."""
     files: dict[str, tuple[str, ...]] = {}
     for option in options:
         name, _, path = option.partition("=")
         if name not in FILES or not path:
-            raise UserError(f"file: {option} is not allowed; give NAME=PATH, of which NAME is {', '.join(FILES)}")
+            raise UserError(f"file: {option} is not allowed; give NAME=PATH with one of the names {', '.join(FILES)}")
         if name in files and not FILES[name][1]:
-            raise UserError(f"file: {option} is not allowed; there is one {name} already, {files[name][0]}")
+            raise UserError(f"file: {option} is not allowed; give {name} once, it is {files[name][0]} already")
         files[name] = (*files.get(name, ()), path)
     return files
 
 
 def check_there(sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> None:
-    """Raise UserError for labelled texts and files that aren't there."""
+    """Raise UserError for labelled texts and files that don't exist."""
     for name, path in ((name, path) for name, paths in files.items() for path in paths):
         if not expand_path(path, f"--file {name}").exists():
             raise UserError(f"--file {name}: {shown(path)} is not allowed; it does not exist")
@@ -166,7 +162,7 @@ def check_there(sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> None
 
 
 def input_digests(name: str, sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
-    """What the eval `name` reads of these labelled sets and files, as it was given -> the digest of what lies there."""
+    """Digests of the labelled sets and files that the eval `name` reads, by the argument that gave them."""
     if name == "sparse_probing":
         paths = {source: stored_at(source) for source in sets}
     else:
@@ -180,9 +176,9 @@ def _digest(path: Path) -> str:
 
 
 def load_eval(name: str) -> Eval:
-    """The eval of this name. Raises UserError if there is none."""
+    """Import the eval of this name. Raises UserError if there is none."""
     if name not in EVALS:
-        raise UserError(f"eval: {name} is not allowed; there are {', '.join(EVALS)} and all")
+        raise UserError(f"eval: {name} is not allowed; it must be {', '.join(EVALS)} or all")
     module, function = EVALS[name]
     try:
         return getattr(import_module(f".{module}", __package__), function)
@@ -218,10 +214,8 @@ def _positions(evaluation: Evaluation) -> dict[str, Any]:
     from .slicing import slicing
     from .word_order import order_probing
 
-    result = positions(evaluation, evaluation.reference) | {
-        "fidelity": fidelity(evaluation),
-        "slicing": slicing(evaluation),
-    }
+    result = positions(evaluation, evaluation.reference)
+    result |= {"fidelity": fidelity(evaluation), "slicing": slicing(evaluation)}
     request = EvalRequest(evaluation.stream, evaluation.sae.cfg, evaluation.sets, evaluation.files)
-    why = _tasks_of_order(request).get("order probing")
-    return result | {"order_probing": order_probing(evaluation) if why is None else {"skipped": why}}
+    reason = _needs_order_tasks(request)
+    return result | {"order_probing": order_probing(evaluation) if reason is None else {"skipped": reason}}

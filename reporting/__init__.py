@@ -1,1 +1,1 @@
-"""What reports are made of: Markdown and its page, and figures. Evals, campaign and bench use it."""
+"""Markdown, HTML pages and figures for the reports of evals, campaign and bench."""

@@ -1,7 +1,7 @@
-"""Markdown written from numbers and names, and the same Markdown as a page that needs nothing but itself.
+"""Markdown from numbers and names, and a self-contained HTML page from Markdown.
 
-Names of models, hooks and data sets come from users and files: `plain` makes them text wherever they stand, and the page
-is made with raw HTML off, under a Content-Security-Policy that allows its own style and pictures alone.
+Names of models, hooks and data sets come from users and files, so `plain` escapes them. The page is made without raw HTML,
+and its Content-Security-Policy allows its own style and pictures only.
 """
 
 import base64
@@ -15,19 +15,18 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-NOTHING = "–"  # a figure that there is not
+NOTHING = "–"  # a missing figure
 _SPECIAL = re.compile(r"[\\`*|<>&\[\]~#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def plain(name: object) -> str:
-    """A name as Markdown that shows it as it is, on one line, in a table's cell as elsewhere."""
+    """Escape a name as one line of Markdown text, also for table cells."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
-    return _SPECIAL.sub(lambda match: f"\\{match[0]}", line).replace("://", "\\://")  # an address is no link
+    return _SPECIAL.sub(lambda match: f"\\{match[0]}", line).replace("://", "\\://")  # no links from addresses
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """A figure for reading: 4 decimals (or `digits`) below 10, as many significant digits above; counts whole; None is a
-    dash."""
+    """Format a figure: `digits` decimals below 10, as many significant digits above, integers in full, None as a dash."""
     if value is None:
         return NOTHING
     if isinstance(value, bool):
@@ -35,25 +34,25 @@ def number(value: Any, digits: int = 4) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if abs(value) < 10:
-        return f"{round(value, digits) + 0.0:.{digits}f}"  # no minus before a zero
+        return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0 into 0
     decimals = max(0, digits - len(str(int(abs(value)))))
     return f"{value:,.{decimals}f}"
 
 
 def table(headings: Sequence[str], lines: Iterable[Sequence[str]], words: Collection[int] = (0,)) -> str:
-    """A Markdown table of cells that are Markdown; columns `words` are words, the others numbers and to the right."""
+    """A Markdown table of Markdown cells; the columns `words` are aligned left, the others right."""
     align = [":--" if i in words else "--:" for i in range(len(headings))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (headings, align, *lines))
 
 
 def html(markdown: str, folder: Path, title: str) -> str:
-    """The whole page. Pictures, given as paths of PNG files below `folder`, are within it."""
+    """Convert Markdown to an HTML page that includes its pictures, PNG files by their paths in `folder`."""
     md = MarkdownIt("commonmark", {"html": False}).enable("table")
     md.add_render_rule("table_open", lambda *_: '<div class="wide" tabindex="0"><table>\n')
     md.add_render_rule("table_close", lambda *_: "</table></div>\n")
     tokens = md.parse(markdown)
     for index, token in enumerate(tokens):
-        if token.attrGet("style") == "text-align:right":  # a style on an element is what the policy forbids
+        if token.attrGet("style") == "text-align:right":  # the policy forbids styles on elements
             token.attrs = {"class": "number"}
         elif "style" in token.attrs:
             token.attrs = {}
@@ -75,7 +74,7 @@ def html(markdown: str, folder: Path, title: str) -> str:
 
 
 def anchor(heading: str) -> str:
-    """What a link to a heading is called, here and where Markdown is shown on the web."""
+    """The anchor of a heading, here and on sites that render Markdown."""
     return re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-"))
 
 

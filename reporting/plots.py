@@ -1,4 +1,4 @@
-"""Shared by all figures: colours, axes, and how a figure is saved. Colours are Okabe and Ito's, for colour-blind readers."""
+"""Colours, axes and files of all figures. The colours are Okabe and Ito's, which colour-blind readers can distinguish."""
 
 import itertools
 import math
@@ -12,14 +12,14 @@ SEVERAL = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 COLOURS = {"sae": "#0072B2", "random": "#D55E00", "lm_neurons": "#E69F00", "mean": "#999999"}
 MARKERS = "os^Dv<>p*h"
 DPI = 300
-WORST = 1.2  # FVU of predicting the mean is 1: axes end here, and what is still worse is marked with its number
+WORST = 1.2  # FVU at which axes end (predicting the mean has 1); worse values are marked with their number
 
 Line = tuple[Sequence[float], Sequence[float], str]  # x, y and colour
 Ends = tuple[float | None, float | None]
 
 
 def new_axes(height: float = 3.4) -> tuple[Any, Any]:
-    """Make a figure, so many inches high, and its axes."""
+    """Make a figure `height` inches high, and its axes."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     figure = Figure(figsize=(5.2, height), layout="constrained")
@@ -30,37 +30,34 @@ def new_axes(height: float = 3.4) -> tuple[Any, Any]:
 
 
 def legend_below(figure: Any, note: str | None = None, columns: int = 3) -> None:
-    """Put the legend, and a note, below the axes, where they cover nothing."""
+    """Put the legend, with a note as its title, below the axes."""
     style = {"frameon": False, "fontsize": 7.5, "title_fontsize": 7.5}
     figure.legend(loc="outside lower center", ncols=columns, title=note, **style)
 
 
 def save_figure(figure: Any, path: Path) -> Path:
-    """Write a figure as a PNG at `path`, 300 pixels an inch, and as a PDF beside it; returns the path of the PNG.
-
-    The same figure gives the same bytes.
-    """
+    """Write a figure as PNG (300 dpi) at `path` and as PDF beside it, reproducible to the byte; returns `path`."""
     from matplotlib import rc_context
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as fresh:
         figure.savefig(fresh, format="png", dpi=DPI)
-    with whole_file(path.with_suffix(".pdf")) as fresh, rc_context({"pdf.fonttype": 42}):  # text stays text
+    with whole_file(path.with_suffix(".pdf")) as fresh, rc_context({"pdf.fonttype": 42}):  # fonttype 42 keeps text
         figure.savefig(fresh, format="pdf", dpi=DPI, metadata={"CreationDate": None})
     return path
 
 
 def remove_figure(path: Path) -> None:
-    """Remove what `save_figure` may have written."""
+    """Remove the files of `save_figure`, if they exist."""
     for file in (path, path.with_suffix(".pdf")):
         file.unlink(missing_ok=True)
 
 
 def robust(values: Iterable[float], *, log: bool = False, reach: float = 4.0) -> Ends:
-    """Find where an axis may end so that a few far values don't squash the others.
+    """Find limits of an axis such that a few outliers don't compress the other values.
 
-    The ends are the least and largest of the values within `reach` interquartile ranges of the quartiles (of their
-    logarithms, for a logarithmic axis). None where no value is farther, or where all others are the same.
+    The limits are the smallest and largest values within `reach` interquartile ranges of the quartiles (of the logarithms,
+    for a logarithmic axis). A limit is None without outliers on its side, or if all other values are equal.
     """
     known = sorted(math.log10(v) if log else v for v in values if math.isfinite(v) and (v > 0 or not log))
     if len(known) < 4:
@@ -74,16 +71,16 @@ def robust(values: Iterable[float], *, log: bool = False, reach: float = 4.0) ->
 
 
 def frame(axes: Any, lines: Iterable[Line], *, x: Ends = (None, None), y: Ends = (None, None)) -> None:
-    """End the axes at `x` and `y` (low, high; None: no limit) where `lines` go beyond, and mark what is beyond.
+    """Limit the axes to `x` and `y` (low, high; None: no limit) if `lines` go beyond, and mark the points outside.
 
-    The mark is a triangle at the edge in the line's colour, with the number. Among neighbouring points of a line only the
-    farthest is marked. An axis that nothing goes beyond stays as it is.
+    A mark is a triangle at the edge in the line's colour, with the value. Of neighbouring points outside, only the farthest
+    is marked. An axis without points outside doesn't change.
     """
     lines = list(lines)
     cut = [_cut(axes, lines, axis, ends) for axis, ends in enumerate((x, y))]
     if cut == [False, False]:
         return
-    sides = [tuple(sorted(side)) for side in (axes.get_xlim(), axes.get_ylim())]  # an axis may be turned round
+    sides = [tuple(sorted(side)) for side in (axes.get_xlim(), axes.get_ylim())]  # an axis may be inverted
     for line in lines:
         points = list(zip(line[0], line[1], strict=True))
         beyond = [i for i, point in enumerate(points) if _over(point, sides, cut) > 0]
@@ -93,7 +90,7 @@ def frame(axes: Any, lines: Iterable[Line], *, x: Ends = (None, None), y: Ends =
 
 
 def _cut(axes: Any, lines: Sequence[Line], axis: int, ends: Ends) -> bool:
-    """Set the limits of an axis (0: x, 1: y) to what lies within `ends`, if anything lies beyond; whether it does."""
+    """Limit an axis (0: x, 1: y) to the values within `ends` if some are outside; returns whether it did."""
     is_log = (axes.get_xscale, axes.get_yscale)[axis]() == "log"
     values = [v for line in lines for v in line[:2][axis] if v is not None and math.isfinite(v)]
     values = [v for v in values if v > 0 or not is_log]
@@ -108,13 +105,13 @@ def _cut(axes: Any, lines: Sequence[Line], axis: int, ends: Ends) -> bool:
 
 
 def _over(point: Sequence[float | None], sides: Sequence[tuple[float, float]], cut: Sequence[bool]) -> float:
-    """How far a point is beyond the axes that were cut."""
+    """Distance of a point beyond the axes that were cut; 0 if inside."""
     known = [(v, side) for v, side, is_cut in zip(point, sides, cut, strict=True) if is_cut and v is not None]
     return max((max(low - v, v - high) for v, (low, high) in known), default=0.0)
 
 
 def _mark(axes: Any, point: tuple[float, float], sides: Sequence[tuple[float, float]], colour: str) -> None:
-    """A triangle where the axes end on the way to a point, with the numbers that it has there."""
+    """Mark a point outside by a triangle at the edge, with the values that are cut off."""
     place = [min(max(v, low), high) for v, (low, high) in zip(point, sides, strict=True)]
     is_left, is_below = (v < low for v, (low, _) in zip(point, sides, strict=True))
     number = ", ".join(f"{v:.3g}" for v, edge in zip(point, place, strict=True) if v != edge)

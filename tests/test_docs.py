@@ -135,7 +135,7 @@ class TestStudy:
     def test_what_can_not_be_is_refused_before_any_work(self):
         sae = ts.SparseAutoencoder(ts.SAEConfig(d_in=8, d_sae=32, k=2))
         for ask in (ts.evaluate, ts.dashboard):
-            with pytest.raises(UserError, match="stream: needed for a dictionary in hand"):
+            with pytest.raises(UserError, match="stream: needed for a dictionary object"):
                 ask(sae)
             with pytest.raises(UserError, match="sae: nowhere does not exist"):
                 ask("nowhere")

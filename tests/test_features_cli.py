@@ -115,7 +115,7 @@ def test_killed_in_the_middle(place: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert process.returncode == -signal.SIGKILL
-    with pytest.raises(UserError, match=r"store: store holds no store\.json; it was not written to its end"):
+    with pytest.raises(UserError, match=r"store: store has no store\.json; the store is incomplete"):
         features.read("store")
     code, _, err = run("features", "--sae", "sae", "--tokens", "10", "--out", "store")
     assert code == 2

@@ -26,13 +26,16 @@ LONG_FUNCTIONS = {
 >>>>>>> campaign
     "engine/fused.py:FusedStep._update",
     "engine/fused.py:FusedStep.run",
+<<<<<<< HEAD
 >>>>>>> stream
     "evals/run_evals.py:evaluate",
+=======
+    "engine/stream/__init__.py:ActivationStream.__init__",
+>>>>>>> evals
 }
 MANY_PARAMETERS = {
     "engine/stream/cache_writer.py:write_cache",
     "evals/api.py:evaluate",
-    "evals/run_evals.py:evaluate",
     "kernels/encode_sparse/__init__.py:encode_threshold",
     "kernels/encode_sparse/__init__.py:encode_topk",
 }

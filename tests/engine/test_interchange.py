@@ -255,7 +255,7 @@ def test_commands_take_such_a_folder(tmp_path):
     assert "does not say what it was trained on; give --model, and --hook or --layer" in err
     code, _, err = run(*command, "--sae", folder)
     assert code == 2
-    assert f"{folder} says blocks.2.hook_resid_post, but not of which model; give --model\n" in err
+    assert f"{folder} names the hook blocks.2.hook_resid_post, but no model; give --model\n" in err
     for options, layer in (((), 2), (("--layer", "1"), 1), (("--hook", "blocks.0.hook_resid_post"), 0)):
         code, _, err = run(*command, "--sae", folder, "--model", "testbed", *options)
         assert code == 2

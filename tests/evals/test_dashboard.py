@@ -507,7 +507,7 @@ def test_the_page_in_a_browser_begins_with_the_most_frequent_latent(said: dict[s
     most = hostile()["latents"][2]["max"]
     assert said["shades"] == pytest.approx([v / most for v in own["values"] if v], rel=1e-3)
     assert [(label.split(", by")[0], named) for label, _, named in said["charts"]] == [
-        ("share of tokens it fires on", True), ("mean activation where it fires", True)
+        ("share of tokens on which it fires", True), ("mean activation where it fires", True)
     ]  # fmt: skip
     profile = hostile()["latents"][2]["profile"]
     assert [bars for _, bars, _ in said["charts"]] == [sum(map(bool, profile[k])) for k in ("firing_rate", "mean")]

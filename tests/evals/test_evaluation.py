@@ -32,12 +32,12 @@ def test_parts_are_whole_rows(rows, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
     parts = list(in_rows(rows.pos, rows.row, rows.pos))
     assert torch.equal(torch.cat([row for row, _ in parts]), rows.row)
-    of_rows = [set(row.tolist()) for row, _ in parts]
-    assert sum(map(len, of_rows)) == R  # none is in two
+    row_label = [set(row.tolist()) for row, _ in parts]
+    assert sum(map(len, row_label)) == R  # none is in two
     for row, _ in parts:
         assert len(row) <= max(chunk, 11)
     if chunk == 23:
-        assert [len(one) for one in of_rows] == [2, 2, 1]
+        assert [len(one) for one in row_label] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("chunk", [1, 20])

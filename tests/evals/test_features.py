@@ -283,9 +283,9 @@ def test_a_store_without_its_end_is_refused(over, tmp_path):
     with pytest.raises(UserError, match="store: .* is damaged"):
         features.read(store, latent=0)
     (store / "store.json").rename(store / ".store.json")
-    with pytest.raises(UserError, match=r"holds no store\.json; it was not written to its end"):
+    with pytest.raises(UserError, match=r"has no store\.json; the store is incomplete"):
         features.read(store)
-    with pytest.raises(UserError, match=r"holds no store\.json; `temposae features` makes one"):
+    with pytest.raises(UserError, match=r"has no store\.json; `temposae features` makes a store"):
         features.read(tmp_path / "nowhere")
     (store / "store.json").write_text('{"format": "other"}')
     with pytest.raises(UserError, match="format 'other'; this version reads temposae-features/1"):
@@ -320,7 +320,7 @@ def test_a_damaged_row_group_is_named_where_it_is_read_and_a_store_of_before_is_
 def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "find_spec", lambda name: None)
     for call in (lambda: features.check(tmp_path, None, 0.0), lambda: features.read(tmp_path)):
-        with pytest.raises(UserError, match="features: pyarrow is missing.*; pip install pyarrow"):
+        with pytest.raises(UserError, match="features: pyarrow, .*, is missing; pip install pyarrow"):
             call()
 
 
@@ -335,7 +335,7 @@ def test_a_text_without_tokens_that_count(testbed, tmp_path):
     bos = testbed.tokenizer.eos_token_id
     text = TextRows([np.array([bos, bos])] * 30, testbed.tokenizer, 8, repeat=False)
     config = StreamConfig(context=8, buffer_tokens=64, repeat=False)
-    with pytest.raises(UserError, match="data: the text holds no token to encode"):
+    with pytest.raises(UserError, match="data: the text has no token to encode"):
         features.encode(
             saved(SAES["topk"], tmp_path), ActivationStream(config, model=testbed, rows=text), tmp_path / "s"
         )

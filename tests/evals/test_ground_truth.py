@@ -150,7 +150,7 @@ def test_a_rerun_gives_the_same_whatever_came_before(stream_of):
 
 
 def test_too_few_documents_are_refused(evaluation):
-    with pytest.raises(UserError, match="rows: 1 is not allowed; .* give 100 or more"):
+    with pytest.raises(UserError, match="rows: 1 is not allowed; .* give at least 100"):
         ground_truth(evaluation, rows=1)
 
 
@@ -158,5 +158,5 @@ def test_other_text_is_refused(stream_of, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("\n\n".join(["the boat is old ."] * 40))
     evaluation = Evaluation(stream_of(data=str(file)), SparseAutoencoder(SAEConfig(d_in=D, d_sae=8, k=4)), None)
-    with pytest.raises(UserError, match="text.txt has no labels; this is measured on the embedded language"):
+    with pytest.raises(UserError, match="text.txt has no labels; this eval needs the embedded language"):
         ground_truth(evaluation)

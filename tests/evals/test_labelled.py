@@ -75,7 +75,7 @@ def test_the_order_follows_from_the_seed_and_a_class_has_no_more_than_asked_for(
         ("x.jsonl", "[1, 2]\n", "x.jsonl", "x.jsonl can't be read: line 1 is not a JSON object"),
         ("x.csv", b"text,label\n\xff,b\n", "x.csv", "x.csv can't be read: .*utf-8"),
         ("x.csv", "", "y.csv", "y.csv can't be read: .*No such file"),
-        ("x.csv", "", "x.csv?txt=body", "x.csv\\?txt=body has no option 'txt'; it can have per_class, text, label"),
+        ("x.csv", "", "x.csv?txt=body", "x.csv\\?txt=body has no option 'txt'; allowed are per_class, text, label"),
         ("x.csv", "", "x.csv?per_class=0", "per_class = '0', which is not allowed"),
     ],
 )  # fmt: skip

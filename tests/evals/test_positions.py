@@ -75,8 +75,8 @@ def test_what_chance_gives_is_taken_off(evaluation):
     assert np.mean(plainly) > 0.05
     assert found["specialization"].mean() < np.mean(plainly) / 4
     assert found["specialization"].min() == 0  # where chance gives more than there is
-    of_rows = (texts.row.numpy() % 3 == 0)[:, None] * 1.0
-    assert measured(evaluation, texts, of_rows)[0]["mutual_information"] == pytest.approx(0, abs=1e-12)
+    row_label = (texts.row.numpy() % 3 == 0)[:, None] * 1.0
+    assert measured(evaluation, texts, row_label)[0]["mutual_information"] == pytest.approx(0, abs=1e-12)
 
 
 def test_shuffles_stay_within_rows(evaluation):

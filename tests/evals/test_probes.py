@@ -47,7 +47,7 @@ def test_rows_are_balanced_and_negatives_come_evenly_from_the_other_groups():
     assert len(split.train_X) == len(split.test_X) == 30
     assert split.train_y.sum() == split.test_y.sum() == 15
     assert not set(split.train_X[:, 0]) & set(split.test_X[:, 0])
-    with pytest.raises(UserError, match="^labels: 0 of 155 rows are of the class; a probe needs both sides$"):
+    with pytest.raises(UserError, match="^labels: 0 of 155 rows are in the class; a probe needs rows of both sides$"):
         balanced(groups == 9, np.random.default_rng(0))
     with pytest.raises(UserError, match="too few"):
         halves(np.zeros((2, 1)), np.array([True, False]), np.array([0, 1]), np.random.default_rng(0))
@@ -74,7 +74,7 @@ def test_collected_activations_are_the_model_s(stream_of):
     assert torch.equal(found.tokens[found.row, found.pos], found.tokens[found.kept])
     assert not found.kept[:, 0].any()  # <bos>
     words = [stream.text.language.document(1_000_000 + 10_000_000 + i) for i in range(12)]
-    assert found.of_rows("topic").tolist() == [document.topic for document in words]
+    assert found.row_label("topic").tolist() == [document.topic for document in words]
     role = found.label("role")
     assert role[found.row == 3].tolist() == words[3].labels["role"][1:-1]
 

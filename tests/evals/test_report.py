@@ -393,8 +393,8 @@ def test_results_of_something_else_are_left_out_and_named(folder):
     )
     assert noted(markdown)[-3:] == [
         ("clusters", "left out", "its file is damaged"),
-        ("scr", "left out", f"it is of version {VERSION - 1} of the evals, not {VERSION}"),
-        ("tpp", "left out", "it is of another dictionary, ffffffffffff"),
+        ("scr", "left out", f"measured with version {VERSION - 1} of the evals, not {VERSION}"),
+        ("tpp", "left out", "measured on another dictionary, ffffffffffff"),
     ]
     assert ".writing" not in markdown
 

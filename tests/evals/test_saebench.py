@@ -93,8 +93,8 @@ def test_figures_of_the_weights_are_right(stream_of, sae):
     for index in (0, 17, 47, DEAD):
         detail = found["eval_result_details"][index]
         assert detail["feature_density"] == pytest.approx(float(active[:, index].sum()) / int(kept.sum()), abs=1e-6)
-        of_rows = float(active[:, index].sum()) / max(1, int((active[:, index] > 0).sum()))
-        assert detail["consistent_activation_heuristic"] == pytest.approx(of_rows or -1, rel=1e-3)
+        row_label = float(active[:, index].sum()) / max(1, int((active[:, index] > 0).sum()))
+        assert detail["consistent_activation_heuristic"] == pytest.approx(row_label or -1, rel=1e-3)
 
 
 def test_names_and_what_saebench_does_not_have(sae):
@@ -306,7 +306,7 @@ def test_settings_are_those_that_evals_used(stream_of, sae):
     """Of real runs: sizes as counted in what was probed."""
     stream = stream_of()
     evaluation = Evaluation(stream, sae, None, share=4, neurons=False)
-    topics = evaluation.labelled(1024).of_rows("topic")
+    topics = evaluation.labelled(1024).row_label("topic")
     size = int(topics.bincount().max())
     for name, function in {"sparse_probing": sparse_probing, "tpp": tpp, "scr": scr}.items():
         result = json.loads(json.dumps(function(evaluation)))

@@ -98,7 +98,7 @@ def test_ablating_in_every_token_gives_the_same():
     """Against a plain computation of one class: encode every token, zero two latents, decode, keep the error, pool."""
     collected, sae = documents(mixed=True), dictionary(torch.randn(24, D, generator=torch.Generator().manual_seed(3)))
     evaluation = Planted(sae, collected)
-    topic = collected.of_rows("topic").numpy()
+    topic = collected.row_label("topic").numpy()
     losses = []
     for seed in range(2):
         draw = evaluation.generator(f"tpp {seed}")

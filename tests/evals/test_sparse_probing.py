@@ -183,7 +183,7 @@ def test_the_embedded_language_is_probed_for_its_topics(stream_of, monkeypatch):
     monkeypatch.setattr(module, "ROWS", 160)
     evaluation = Evaluation(stream_of(), small(), None)
     found = sparse_probing(evaluation, ks=(1, 5))
-    topics = evaluation.labelled(160).of_rows("topic").numpy()
+    topics = evaluation.labelled(160).row_label("topic").numpy()
     classes = found["sets"]["topic"]["classes"]
     for number, name in enumerate(evaluation.stream.text.language.topics):
         assert classes[name]["train_rows"] + classes[name]["test_rows"] == 2 * (topics == number).sum()
@@ -223,7 +223,7 @@ def test_the_probe_on_all_columns_stops_once_it_no_longer_learns(monkeypatch):
         ([texts_of({"only": (30, 10)})], (1,), "sets: length has only the class only"),
         ([texts_of({"a": (30, 10), "b": (9, 10)})], (1,), "sets: length has 9 texts of class b; give at least 10"),
         ([FEW, FEW], (1,), "sets: few is given twice"),
-        ([], (1,), "sets: none given"),
+        ([], (1,), "sets: empty; give at least one"),
         (["topics"], (1,), "sets: topics is not allowed; .*topic"),
     ],
 )
@@ -235,6 +235,6 @@ def test_what_cannot_be_probed_is_refused(stream_of, sets, ks, message):
 def test_a_text_without_labels_needs_sets(stream_of, tmp_path):
     (tmp_path / "text.txt").write_text("the boat is old .\n\n" * 60)
     evaluation = Evaluation(stream_of(data=str(tmp_path / "text.txt")), ByPosition(), None)
-    with pytest.raises(UserError, match=r"sets: none given, and .*text.txt has no labels"):
+    with pytest.raises(UserError, match=r"sets: needed, because .*text.txt has no labels"):
         sparse_probing(evaluation, ks=(1,))
     assert sparse_probing(evaluation, [FEW], ks=(1,))["top_1"] == 1

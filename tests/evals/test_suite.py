@@ -69,7 +69,7 @@ def test_an_eval_that_cannot_be_had_is_named_and_the_others_go_on(trained):
     assert 0 <= found["coin"]["draw"] < 1
     with pytest.raises(UserError, match="^data: there is none$"):
         evaluate(find(folder), stream, None, ["never"])
-    with pytest.raises(UserError, match="^eval: other is not allowed; there are coin, never and all$"):
+    with pytest.raises(UserError, match="^eval: other is not allowed; it must be coin, never or all$"):
         evaluate(find(folder), stream, None, ["other"])
 
 
@@ -114,11 +114,14 @@ def test_files_are_given_by_name():
     files = suite.named_files(["blimp=a=b", "forget_text=c", "blimp=d"])
     assert files == {"blimp": ("a=b", "d"), "forget_text": ("c",)}
     for given, message in (
-        (["forget=x"], "^file: forget=x is not allowed; give NAME=PATH, of which NAME is forget_questions, retain_q"),
+        (
+            ["forget=x"],
+            "^file: forget=x is not allowed; give NAME=PATH with one of the names forget_questions, retain_q",
+        ),
         (["blimp"], "^file: blimp is not allowed; give NAME=PATH"),
         (
             ["forget_text=a", "forget_text=b"],
-            "^file: forget_text=b is not allowed; there is one forget_text already, a$",
+            "^file: forget_text=b is not allowed; give forget_text once, it is a already$",
         ),
     ):
         with pytest.raises(UserError, match=message):

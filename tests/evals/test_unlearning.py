@@ -19,7 +19,6 @@ from temposae.evals import unlearning as module
 from temposae.evals.evaluation import LABELLED, Evaluation, Neurons
 from temposae.evals.multiple_choice import (
     FileQuestion,
-    QuestionFiles,
     Questions,
     _letters,
     _prompt,
@@ -179,7 +178,7 @@ def test_the_loss_is_of_rows_that_latents_were_not_chosen_on(stub, tmp_path, mon
     assert found["loss_increase"] == pytest.approx(26 * float(hit / counted))
     share = float((tokens[:3, 1:] == toxin).sum() / (tokens[:3] > 1).sum())
     autoencoders = {"sae": evaluation.sae}
-    fractions, norm = _fractions(autoencoders, _of_files(evaluation, QuestionFiles.of(evaluation.files), 3, 32))
+    fractions, norm = _fractions(autoencoders, _of_files(evaluation, 3, 32))
     assert fractions["sae"][1, :2].tolist() == pytest.approx([share, 1])
     assert norm == pytest.approx(1, abs=0.1)
 
@@ -232,7 +231,7 @@ def test_an_answer_counts_with_a_space_or_without():
     assert _letters(whole) == [[1, 5], [2, 6], [3, 7], [4, 8]]
     parted = lambda text, add_special_tokens: {"input_ids": [ids[text]] if len(text) == 1 else [9, ids[text[1]]]}
     assert _letters(parted) == [[1], [2], [3], [4]]
-    with pytest.raises(UserError, match="no token for each of A to D"):
+    with pytest.raises(UserError, match="no single tokens for A to D"):
         _letters(lambda text, add_special_tokens: {"input_ids": [9, 9]})
     logits = torch.zeros(2, 1, 10)
     logits[0, 0, 6], logits[0, 0, 1] = 3, 2  # " B" is above "A"
@@ -456,7 +455,7 @@ def test_candidates_are_the_object_and_three_others_of_its_relation(by_relation)
 
 def test_what_is_missing_is_said_in_one_line(stub, stream_of, tmp_path):
     evaluation = stub
-    with pytest.raises(UserError, match="text.jsonl says nothing of what to forget; give files"):
+    with pytest.raises(UserError, match="text.jsonl does not define what to forget; give questions"):
         unlearning(Evaluation(evaluation.stream, evaluation.sae, None))
     with pytest.raises(UserError, match=r"text: gone.txt does not exist; WMDP's bio corpus is gated"):
         unlearning(with_files(evaluation, forget_text="gone.txt"))
@@ -468,10 +467,10 @@ def test_what_is_missing_is_said_in_one_line(stub, stream_of, tmp_path):
         unlearning(Evaluation(evaluation.stream, autoencoder, None, files=evaluation.files))
     unknown = tmp_path / "unknown.jsonl"
     unknown.write_text(json.dumps({"question": "guess", "choices": ["w", "right", "x", "y"], "answer": 1}))
-    with pytest.raises(UserError, match="the untouched model knows none of those to forget"):
+    with pytest.raises(UserError, match="the unmodified model answers none of those to forget right"):
         unlearning(with_files(evaluation, forget_questions=str(unknown)))
     some = Evaluation(evaluation.stream, evaluation.sae, None, files={"forget_text": ["a.txt"]})
-    with pytest.raises(UserError, match="^file: forget_questions, retain_questions, retain_text not given; "):
+    with pytest.raises(UserError, match="^file: forget_questions, retain_questions, retain_text missing; "):
         unlearning(some)
 
 
@@ -494,7 +493,7 @@ def test_a_file_that_is_no_list_of_questions_is_refused(tmp_path, row, message):
 def test_files_that_are_not_there_or_of_another_kind_are_refused(tmp_path):
     with pytest.raises(UserError, match="questions: nowhere.parquet does not exist"):
         read_questions("nowhere.parquet", forget=True)
-    for name, message in {"a.csv": "must be a .parquet or a .jsonl file", "a.parquet": "is not a Parquet file"}.items():
+    for name, message in {"a.csv": "must be a .parquet or .jsonl file", "a.parquet": "is not a Parquet file"}.items():
         (tmp_path / name).write_text("question,choices,answer")
         with pytest.raises(UserError, match=message):
             read_questions(str(tmp_path / name), forget=True)

@@ -155,7 +155,7 @@ def test_blimp_files(testbed, tmp_path):
     assert task.train[0] != task.train[1]
     for line in ('{"sentence_good": "so"}', "so", "[]", '{"sentence_good": "so", "sentence_bad": 3}'):
         path.write_text(blimp(2).strip() + "\n" + line)
-        with pytest.raises(UserError, match=r"order.jsonl:3 is not allowed; it must be JSON with sentence_good and"):
+        with pytest.raises(UserError, match=r"order.jsonl:3 must be a JSON object with sentence_good and"):
             read_blimp(path, testbed.tokenizer, 9, draw)
     path.write_text(blimp(3))
     with pytest.raises(UserError, match="has 3 pairs; at least 4"):
@@ -178,10 +178,10 @@ def test_senteval_files(testbed, tmp_path):
         read_senteval(path, testbed.tokenizer, 4, np.random.default_rng(1)).train.tolist() == [True] * 4 + [False] * 4
     )
     for text, message in (
-        (["tr\tO"], "bigram_shift.txt:1 is not allowed; it must be tr, va or te"),
-        (["xx\tO\tthe dog"], "bigram_shift.txt:1 is not allowed"),
-        (["tr\tO\t "], "bigram_shift.txt:1 is not allowed"),
-        ([*lines, "te\tU\tthe dog"], "has 3 labels; order probing takes 2"),
+        (["tr\tO"], "bigram_shift.txt:1 must be tr, va or te"),
+        (["xx\tO\tthe dog"], "bigram_shift.txt:1 must be tr, va or te"),
+        (["tr\tO\t "], "bigram_shift.txt:1 must be tr, va or te"),
+        ([*lines, "te\tU\tthe dog"], "has 3 labels; order probing needs 2"),
         (lines[:11], "must have both labels among the texts of tr, and of te"),
     ):
         path.write_text("\n".join(text))
@@ -193,7 +193,7 @@ def test_text_of_ones_own_takes_files(testbed, tmp_path):
     text = TextRows(["the dog hid . " * 9] * 30, testbed.tokenizer, 16)
     stream = ActivationStream(StreamConfig(context=16, buffer_tokens=64), model=testbed, rows=text)
     evaluation = Evaluation(stream, SparseAutoencoder(SAEConfig(d_in=D, d_sae=64, k=4)), None)
-    with pytest.raises(UserError, match="order: testbed has no tasks of its own; give --file blimp=PATH or"):
+    with pytest.raises(UserError, match="order: testbed has no word order tasks; give --file blimp=PATH or"):
         order_probing(evaluation)
     (tmp_path / "order.jsonl").write_text(blimp(8))
     lines = [f"{side}\t{n % 2}\t{'the dog hid' if n % 2 else 'hid the dog'}" for side in ("tr", "te") for n in range(8)]
@@ -205,5 +205,5 @@ def test_text_of_ones_own_takes_files(testbed, tmp_path):
     assert found["tasks"]["shift"]["bow"] == 0.5
     task = read_blimp(tmp_path / "order.jsonl", testbed.tokenizer, 8, np.random.default_rng(0))
     full = replace(task, context=[[9] * 15] * len(task.texts))
-    with pytest.raises(UserError, match="order: text 0 has no token to read in the 16 of stream.context"):
+    with pytest.raises(UserError, match="order: text 0 has no token to read among the 16 of stream.context"):
         word_order._readings(evaluation, full)
