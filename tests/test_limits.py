@@ -1,4 +1,4 @@
-"""How large files, functions and the top of `engine` may be. The lists of what is larger may only shrink: a test fails for
+"""How large files, functions, the README and the top of `engine` may be. The lists of what is larger may only shrink: a test fails for
 an entry that is no longer needed."""
 
 import ast
@@ -8,6 +8,7 @@ from typing import NamedTuple
 from .test_architecture import FILES, ROOT, named
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS, ENGINE_FILES = 450, 60, 10, 20
+README_WORDS = 1100  # as `wc -w` counts, code and tables included
 #: larger than they should be, each until it is split
 LONG_FILES = {
     "engine/fused.py",
@@ -105,6 +106,10 @@ def test_functions_are_short() -> None:
 
 def test_functions_have_few_parameters() -> None:
     assert {function.name for function in FUNCTIONS if function.parameters > PARAMETERS} == MANY_PARAMETERS
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= README_WORDS
 
 
 def test_the_top_of_engine_has_few_files() -> None:
