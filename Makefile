@@ -44,7 +44,7 @@ docs: $(VENV)/.docs
 # the pages that are made from settings, from parsers and from what commands print
 docs-reference: $(STAMP)
 	$(BIN)/temposae config --explain --markdown > docs/settings.md.new && mv docs/settings.md.new docs/settings.md
-	$(BIN)/python -m typer temposae.cli utils docs --name temposae --output docs/reference/cli.md
+	$(BIN)/python docs/command_line.py > docs/reference/cli.md
 	RENEW_DOCS=1 $(BIN)/python -m pytest -q tests/test_troubleshooting.py
 
 test-slow: $(VENV)/.smollm2 $(VENV)/.peers
