@@ -16,7 +16,7 @@ ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.m
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Copy the package's modules to a folder named `temposae`, where mkdocstrings finds them whatever the clone is called."""
+    """Copy the modules to a folder named `temposae`: mkdocstrings finds them there, whatever the clone is called."""
     shutil.rmtree(SOURCES, ignore_errors=True)
     for package in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]:
         folder = Path(*package.split(".")[1:])
@@ -34,9 +34,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links between docs/ and the root's pages, which are right in the repository, become links within the site."""
     for source, target in ROOT_PAGES.items():
-        markdown = re.sub(
-            rf"\]\(((?:\.\./)+){re.escape(source)}", lambda match: f"]({match[1][3:]}{target}", markdown
-        )
+        markdown = re.sub(rf"\]\(\.\./((?:\.\./)*){re.escape(source)}", rf"](\1{target}", markdown)
     if page.file.src_uri in ROOT_PAGES.values():
         markdown = markdown.replace("](docs/", "](")
     return markdown

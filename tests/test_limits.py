@@ -1,5 +1,5 @@
-"""How large files, functions, the README and the top of `engine` may be. The lists of what is larger may only shrink: a test fails for
-an entry that is no longer needed."""
+"""How large files, functions, the README and the top of `engine` may be. The lists of what is larger may only shrink: a
+test fails for an entry that is no longer needed."""
 
 import ast
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The documentation site as `make docs` built it: whole, and independent of the network. mkdocs itself refuses broken links."""
+"""The documentation site as `make docs` built it: complete, and independent of the network. mkdocs refuses broken links."""
 
 import re
 from html.parser import HTMLParser

@@ -277,9 +277,9 @@ def save(sae: SparseAutoencoder, folder: str | Path) -> None:
 @default_modes()
 def load(path: str | Path) -> SparseAutoencoder:
     """Load the dictionary in a checkpoint folder, in the last checkpoint of a run folder, or in a folder of SAELens,
-    dictionary_learning, sparsify, Gemma Scope or Llamascopium; here, or on the hub as `OWNER/REPOSITORY[/FOLDER][@REVISION]`.
-    The path of the weights stands for their folder. float32, on the CPU. docs/exchange.md says which kinds and releases of
-    other libraries are read.
+    dictionary_learning, sparsify, Gemma Scope or Llamascopium; here, or on the hub
+    as `OWNER/REPOSITORY[/FOLDER][@REVISION]`. The path of the weights stands for their folder. float32, on the CPU.
+    docs/exchange.md says which kinds and releases of other libraries are read.
 
         sae = load("runs/mine")
         sae = load("theirs/sae_weights.safetensors")
