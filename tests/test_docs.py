@@ -14,7 +14,7 @@ from temposae.engine.accelerate import is_accelerated
 from temposae.engine.errors import UserError
 
 from .commandline import run
-from .test_guides import SMALL, run_page
+from .test_guides import GUIDES, run_page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/concepts").glob("*.md"))]
@@ -25,7 +25,7 @@ BLOCKS = {
     page: [b for b in re.findall(r"^```python\n.*?^```", page.read_text(), re.M | re.S) if not PEERS.search(b)]
     for page in PAGES
 }
-WITH_CODE = [page for page in PAGES if BLOCKS[page] and page.stem not in SMALL]  # test_guides runs those
+WITH_CODE = [page for page in PAGES if BLOCKS[page] and page not in GUIDES.values()]  # which test_guides runs
 
 
 @pytest.fixture(scope="module")
