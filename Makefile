@@ -1,6 +1,11 @@
 # make demo       set up .venv, train a dictionary on the embedded language model, measure it
 # make test       set up .venv, lint, type-check, run the ordinary tests
+<<<<<<< HEAD
 # make guides     the pages of docs/guides, block by block, and examples/, with the libraries that they are about
+=======
+# make guides     the pages of docs/guides, block by block, with the libraries that they are about
+# make docs       the documentation site, in build/site, offline
+>>>>>>> docs
 # make test-slow  the longer tests (random sweeps, a pretrained model, kill and resume)
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +14,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test guides test-slow lint setup clean
+.PHONY: demo test guides docs docs-reference test-slow lint setup clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -29,12 +34,28 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
+<<<<<<< HEAD
 # two workers of one thread each; `make guides` runs the guides and examples
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder --ignore tests/test_guides.py --ignore tests/test_examples.py
+=======
+# two workers of one thread each; `make guides` runs the guides, `make docs` looks at the site
+test: $(STAMP) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder --ignore tests/test_guides.py --ignore tests/test_site.py
+>>>>>>> docs
 
 guides: $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_guides.py tests/test_examples.py
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 PATH=$(BIN):$$PATH $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python -m pytest -q tests/test_site.py
+
+# the pages that are made from settings, from parsers and from what commands print
+docs-reference: $(STAMP)
+	$(BIN)/temposae config --explain --markdown > docs/settings.md.new && mv docs/settings.md.new docs/settings.md
+	$(BIN)/python docs/command_line.py > docs/reference/cli.md
+	RENEW_DOCS=1 $(BIN)/python -m pytest -q tests/test_troubleshooting.py
 
 test-slow: $(VENV)/.smollm2 $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder
@@ -49,6 +70,10 @@ $(VENV)/.smollm2: $(STAMP)
 $(VENV)/.peers: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[peers]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps dictionary-learning
+	touch $@
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:

@@ -1,18 +1,23 @@
-"""The Python in README and docs runs as it stands, and what it calls is public."""
+"""The Python in README and docs runs as it stands, what it calls is public, and tables and links are right."""
 
 import inspect
+import json
 import re
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import temposae as ts
+from temposae.engine.accelerate import is_accelerated
 from temposae.engine.errors import UserError
 
 from .commandline import run
-from .test_guides import run_page
+from .test_guides import GUIDES, run_page
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/concepts").glob("*.md"))]
 PEERS = re.compile(
     r"^(?:from|import) (?:sae_lens|dictionary_learning|sparsify)\b", re.M
 )  # tests of their own run these
@@ -20,7 +25,7 @@ BLOCKS = {
     page: [b for b in re.findall(r"^```python\n.*?^```", page.read_text(), re.M | re.S) if not PEERS.search(b)]
     for page in PAGES
 }
-WITH_CODE = [page for page in PAGES if BLOCKS[page]]
+WITH_CODE = [page for page in PAGES if BLOCKS[page] and page not in GUIDES.values()]  # which test_guides runs
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where README's Python was run, with fewer tokens: it leaves runs/mine, from which pages go on."""
     place = tmp_path_factory.mktemp("reader")
     code = "\n".join(BLOCKS[ROOT / "README.md"])
-    for number in ("tokens=500_000", "count=20", "rows=8"):
+    for number in ("tokens=500_000", "count=20"):
         assert number in code
     with pytest.MonkeyPatch.context() as patch:
         run_page(code.replace("500_000", "8_192").replace("count=20", "count=2, rows=32"), patch, place)
@@ -36,8 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_readme_leaves_a_run_its_scores_and_its_page(folder: Path) -> None:
-    for file in ("config.yaml", "evals/core.json", "report.html", "dashboard.html"):
-        assert (folder / "runs/mine" / file).stat().st_size > 0
+    for file in ("runs/mine/config.yaml", "runs/mine/evals/core.json", "runs/mine/report.html", "dashboard.html"):
+        assert (folder / file).stat().st_size > 0
 
 
 @pytest.mark.parametrize("page", [page for page in WITH_CODE if page.name != "README.md"], ids=lambda page: page.name)
@@ -150,3 +155,66 @@ class TestStudy:
         assert "<html" in (tmp_path / "page.html").read_text()
         with pytest.raises(UserError, match="latents: '32' is not allowed"):
             ts.dashboard(sae, stream=stream, latents=[32])
+
+
+class TestReadme:
+    README = ROOT / "README.md"
+
+    def test_speeds_are_those_of_the_results(self) -> None:
+        (name, table, about), = re.findall(
+            r"<!-- (bench/results/\S+) -->\n((?:\|.*\n)+)\n(.*)$", self.README.read_text(), re.M
+        )  # fmt: skip
+        result = json.loads((ROOT / name).read_text())
+        ms = {(case["provider"], case["F"]): case["ms"] for case in result["cases"]}
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+        assert {row[0] for row in rows} == {provider for provider, _ in ms}
+        for provider, *cells in rows:
+            for F, shown, slower in zip((4096, 16384), cells[::2], cells[1::2], strict=True):
+                time = ms[provider, F]
+                assert shown == (f"{time:.0f}" if time >= 1000 else f"{time:.3g}")
+                assert slower == f"{time / ms['temposae', F]:.2f} x"
+        versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+        expected = f"{result['device']}, {result['threads']} threads; {versions}; commit {result['commit'][:12]}; "
+        assert about == f"{expected}`temposae bench step --preset cpu`"
+
+    def test_features_are_those_of_the_comparison(self) -> None:
+        section = self.README.read_text().partition("## Beside other libraries\n")[2].partition("\n## ")[0]
+        rows = re.findall(r"^\|.*\|$", section, re.M)
+        assert len(rows) > 10
+        assert set(rows) <= set((ROOT / "docs/comparison.md").read_text().splitlines())
+
+    def test_the_comparison_is_with_the_versions_at_hand(self) -> None:
+        text = (ROOT / "docs/comparison.md").read_text()
+        pinned = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+        names = ("sae-lens", "dictionary-learning", "eai-sparsify")
+        assert f"| {ts.__version__} | {' | '.join(pinned[name] for name in names)} |" in text
+
+    @pytest.mark.skipif(find_spec("sae_lens") is None, reason="sae_lens is not installed")
+    def test_what_it_accelerates_is_accelerated(self) -> None:
+        (block,) = re.findall(r"^```python\n(from sae_lens.*?)^```", self.README.read_text(), re.M | re.S)
+        names = {"ts": ts}
+        exec(block, names)
+        assert is_accelerated(names["sae"])
+
+
+def anchors(page: Path) -> set[str]:
+    """What links may name within a page: its headings, as GitHub and the site write them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
+def test_links_of_the_roots_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_the_page_of_commands_is_what_the_parsers_say(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "docs/command_line.py"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert (ROOT / "docs/reference/cli.md").read_text() == printed, "run: make docs-reference"

@@ -1,4 +1,4 @@
-"""The guides' code, block by block, as a reader would run it."""
+"""The code of the guides, the quick start and the page on masks, block by block, as a reader would run it."""
 
 import os
 import re
@@ -15,10 +15,13 @@ from temposae.bench.libraries import skip_init
 from .commandline import run
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "guides"
-GUIDES = sorted(FOLDER.glob("*.md"))
+OTHERS = ("quick-start.md", "concepts/masks.md")
+GUIDES = {path.stem: path for path in [*sorted(FOLDER.glob("*.md")), *(FOLDER.parent / name for name in OTHERS)]}
 NEEDS = {"saelens": "sae_lens", "dictionary_learning": "dictionary_learning", "sparsify": "sparsify"}
 
 
+#: pages without code of their own, or whose commands another test runs
+NOT_RUN = {"many-gpus", "troubleshooting"}
 #: in place of what takes a GPU, a hub or hours: all must occur
 SMALL = {
     "gemma": {
@@ -29,6 +32,14 @@ SMALL = {
         "[32, 64, 128]": "[4, 8]", "d_sae65536_k64": "d_sae128_k8",
     },
     "parts": {"d_sae: 1024": "d_sae: 64", "tokens: 500000": "tokens: 8192"},
+    "quick-start": {"tokens: 1000000": "tokens: 8192"},
+    "activations": {},
+    "masks": {},
+    "reports": {},
+    "sweeps-and-caches": {
+        "tokens: 1000000": "tokens: 2048", "k: [8, 16, 32], d_sae: [512, 2048]": "k: [4, 8], d_sae: [64]",
+        "--tokens 100000": "--tokens 8192", "--tokens 50000": "--tokens 4096",
+    },
     "kernels": {"--n 8192": "--n 64", "--d 2304": "--d 32", "--f 65536": "--f 128", "--k 64": "--k 4"},
 }  # fmt: skip
 
@@ -74,21 +85,27 @@ def test_every_block_of_a_librarys_guide_runs_and_learns(name, tmp_path, monkeyp
     assert names["exported"] is not None
 
 
-@pytest.mark.parametrize("name", [pytest.param("parts", marks=pytest.mark.slow), "gemma", "kernels"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "parts" else name for name in SMALL]
+)
 def test_every_block_of_a_guide_runs(name, tmp_path, monkeypatch):
     documents = run("testbed", "sample", "--count", "600").out
     (tmp_path / "text.txt").write_text(documents)
-    run_page(shortened(name, (FOLDER / f"{name}.md").read_text()), monkeypatch, tmp_path)
-    left = {"gemma": "for_saelens/cfg.json", "kernels": "trace.json", "parts": "copy/checkpoint.json"}[name]
-    assert (tmp_path / left).stat().st_size > 0
+    run_page(shortened(name, GUIDES[name].read_text()), monkeypatch, tmp_path)
+    left = {
+        "activations": "runs/own/summary.json", "gemma": "for_saelens/cfg.json", "kernels": "trace.json",
+        "masks": "runs/masked/config.yaml", "parts": "copy/checkpoint.json", "quick-start": "dashboard.html",
+        "reports": "runs/report/report.html", "sweeps-and-caches": "runs/cached/config.yaml",
+    }  # fmt: skip
+    assert (tmp_path / left[name]).stat().st_size > 0
 
 
 def test_every_guide_is_run():
-    assert {path.stem for path in GUIDES} == {*NEEDS, *SMALL}
+    assert GUIDES.keys() == {*NEEDS, *SMALL, *NOT_RUN}
 
 
 def test_guides_are_found_from_the_readme():
-    readme = (GUIDES[0].parents[2] / "README.md").read_text()
-    for guide in GUIDES:
-        assert f"docs/guides/{guide.name}" in readme
-        assert len(re.findall(r"^```(?:python|sh)$", guide.read_text(), re.M)) >= 2
+    readme = (FOLDER.parents[1] / "README.md").read_text()
+    for name, guide in GUIDES.items():
+        assert f"/{guide.name}" in readme
+        assert name in NOT_RUN or len(re.findall(r"^```(?:python|sh)$", guide.read_text(), re.M)) >= 1

@@ -110,5 +110,6 @@ class TestOutliers:
         assert (x, y, marker) == (low, 7, "<")
 
 
-def test_readme_says_in_which_files_figures_are():
-    assert re.search(r"figures/ .*\.png \(300 dpi\) and \.pdf", (ROOT / "README.md").read_text())
+def test_the_quick_start_says_in_which_files_figures_are():
+    page = (ROOT / "docs/quick-start.md").read_text()
+    assert re.search(r"figures/ .*\.png \(300 dpi\) and \.pdf", page)
