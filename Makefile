@@ -1,11 +1,7 @@
 # make demo       set up .venv, train a dictionary on the embedded language model, measure it
 # make test       set up .venv, lint, type-check, run the ordinary tests
-<<<<<<< HEAD
 # make guides     the pages of docs/guides, block by block, and examples/, with the libraries that they are about
-=======
-# make guides     the pages of docs/guides, block by block, with the libraries that they are about
 # make docs       the documentation site, in build/site, offline
->>>>>>> docs
 # make test-slow  the longer tests (random sweeps, a pretrained model, kill and resume)
 PYTHON ?= python3
 VENV := .venv
@@ -34,15 +30,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-<<<<<<< HEAD
-# two workers of one thread each; `make guides` runs the guides and examples
+# two workers of one thread each; `make guides` runs the guides and examples, `make docs` looks at the site
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder --ignore tests/test_guides.py --ignore tests/test_examples.py
-=======
-# two workers of one thread each; `make guides` runs the guides, `make docs` looks at the site
-test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder --ignore tests/test_guides.py --ignore tests/test_site.py
->>>>>>> docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder \
+		--ignore tests/test_guides.py --ignore tests/test_examples.py --ignore tests/test_site.py
 
 guides: $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_guides.py tests/test_examples.py

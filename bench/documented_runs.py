@@ -57,16 +57,11 @@ PRESETS = {
 def measure(sizes: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict[str, Any]:
     """Time a step of each run at each F, and a campaign.
 
-<<<<<<< HEAD
-    A step is `Cohort.step` with Adam, as `temposae run` takes it, on the same batches of made-up rows. In the campaign all
-    are trained on one stream of the language model, without controls; one by one, each on a stream of its own.
-=======
     `steps` holds by F and run the time `ms` of a step (with 20th and 80th percentile), `cpu_ms`, the median processor time
     of all threads, and `times_topk`, the median over rounds of its time divided by the plain TopK step's in the same round.
-    A step is `Learner.step` with Adam, as in `temposae run`, on synthetic rows. `campaign` holds the seconds for training
+    A step is `Cohort.step` with Adam, as in `temposae run`, on synthetic rows. `campaign` holds the seconds for training
     all runs on one stream of the language model, those for training each on its own stream, and their `ratio`, all without
     controls.
->>>>>>> cli
     """
     tune_host()
     names = [PLAIN, *(run for run in runs if run != PLAIN)]
@@ -79,18 +74,10 @@ def measure(sizes: Sizes, runs: Sequence[str] = TRAINED, *, device: str) -> dict
             times: dict[str, list[float]] = {name: [] for name in names}
             busy: dict[str, list[float]] = {name: [] for name in names}
             for round_index in range(sizes.rounds + 2):
-<<<<<<< HEAD
                 for name, cohort in cohorts.items():
-                    began = time.process_time()
-                    ms = sample(
-                        lambda cohort=cohort, round_index=round_index: cohort.step(batches[round_index % 4]), device
-                    )
-=======
-                for name, learner in learners.items():
                     batch = batches[round_index % 4]
                     began = time.process_time()
-                    ms = sample(lambda learner=learner, batch=batch: learner.step(batch), device)
->>>>>>> cli
+                    ms = sample(lambda cohort=cohort, batch=batch: cohort.step(batch), device)
                     if round_index >= 2:  # the first steps compile and allocate
                         times[name].append(ms)
                         busy[name].append(1e3 * (time.process_time() - began))

@@ -18,11 +18,7 @@ from unittest.mock import patch
 import torch
 from torch.profiler import record_function
 
-<<<<<<< HEAD
 from ..engine.cohort import Cohort
-from ..engine.errors import UserError
-=======
->>>>>>> cli
 from ..engine.learner import Learner
 from ..engine.process.cpu_memory import tune_host
 from ..engine.process.progress import progress_bar

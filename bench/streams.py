@@ -300,21 +300,6 @@ def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
     return median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-<<<<<<< HEAD
-def _dictionaries(count: int, bench_sizes: Sizes, stream: ActivationStream) -> list[Cohort]:
-    x = stream.sample().x
-    mean, norm = x.float().mean(0), float(x.float().norm(dim=1).mean())
-    config = SAEConfig(d_in=stream.d_in, d_sae=bench_sizes.F, k=bench_sizes.K)
-    learners = []
-    for seed in range(count):
-        settings = TrainConfig(tokens=10**9, batch=bench_sizes.batch, control=False, seed=seed)
-        sae = SparseAutoencoder(config, seed=seed).to(x.device)
-        learners.append(Learner(sae, settings, mean, norm, stream.positions))
-    return group_into_cohorts(learners)
-
-
-=======
->>>>>>> cli
 @contextmanager
 def folder_of(model: str, device: str) -> Iterator[str]:
     """The name under which a model can be loaded. A model of Gemma-2-2B's shape is written to a temporary folder first."""

@@ -54,13 +54,8 @@ def _campaign(config: CampaignConfig, out: Path, resume: bool) -> dict[str, Any]
     _open(config, out, resume)
     model, runs = resolve({campaign_run.name: campaign_run.sections for campaign_run in planned})
     stream = _stream(model, runs)
-<<<<<<< HEAD
-    check_runs(stream, runs)  # what is refused leaves no folder
-    _say_lacking(config, runs, stream)
-=======
-    check(stream, runs)  # before the folder is made
+    check_runs(stream, runs)  # before the folder is made
     _print_unmeasured(config, runs, stream)
->>>>>>> campaign
     begin(out, config, SETTINGS)
     trained = train_together(stream, runs, out=out / "runs", resume=resume)
     failed = {name: run.failed for name, run in trained.items() if run.failed is not None}

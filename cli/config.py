@@ -69,12 +69,8 @@ def config(
 
 
 def _resolved(path: Path) -> str:
-<<<<<<< HEAD
     """Return the settings in a file with their defaults, as YAML that `temposae train` or `campaign` reads. Raises UserError
     for wrong settings."""
-=======
-    """The settings in a file with their defaults, as YAML. Raises UserError for settings that are not allowed."""
->>>>>>> cli
     import yaml
 
     from ..campaign.config import CampaignConfig, entries
@@ -87,13 +83,8 @@ def _resolved(path: Path) -> str:
         campaign = CampaignConfig(**settings)
         resolve_without_model({run.name: run.sections for run in entries(campaign)})
         resolved = campaign.model_dump(mode="json")
-<<<<<<< HEAD
-    elif isinstance(settings.get("dictionaries"), dict):  # config.yaml of a sweep's folder
-        resolved = as_file(SweepConfig(**settings).model_dump(mode="json")["dictionaries"])
-=======
     elif isinstance(settings.get("dictionaries"), dict):  # the config.yaml of a sweep's folder
-        resolved = SweepConfig(**settings).model_dump(mode="json")
->>>>>>> cli
+        resolved = as_file(SweepConfig(**settings).model_dump(mode="json")["dictionaries"])
     else:
         runs = resolve_without_model(expand(settings))
         resolved = runs.get("") or as_file(runs)

@@ -22,16 +22,10 @@ With files, the inputs are those of SAEBench 0.6.0: `ROWS` rows of `LENGTH` toke
 dictionary has fewer positions), all used for the choice of latents. `multiple_choice` describes the questions. The loss is
 measured on further rows of the text to retain, or on its last rows if all are used.
 
-<<<<<<< HEAD
-Multipliers are in the unit of the latents. Those for files are the source's, 25 to 200. Offline they are shares of
-`activation_norm`, the mean |x|, and end at a half: further out a push drowns what was there in whatever direction it goes,
-which the random control shows (docs/evals.md). Several clamped latents add up, so offline the whole change x' - x of a token
-is shortened to |x| where it is longer, unless the caller chose the multipliers.
-=======
 Multipliers are in units of the latents. With files they are SAEBench's, 25 to 200. Without, they are shares of
 `activation_norm`, the mean |x|, up to a half: a larger push in any direction destroys the activation, as the random control
-shows (docs/evals.md).
->>>>>>> evals
+shows (docs/evals.md). Contributions of several clamped latents add up, so x' - x is then also shortened to |x| if it is
+longer. Neither limit applies to multipliers that the caller sets.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -121,7 +115,6 @@ class Clamp:
 
 
 @torch.no_grad()
-<<<<<<< HEAD
 def clamp(
     autoencoder: Autoencoder,
     collected: TextActivations,
@@ -130,12 +123,8 @@ def clamp(
     *,
     limited: bool = False,
 ) -> Clamp:
-    """x' - x = decode(f') - decode(f): decoding is affine, so only what the clamped latents add changes, and what others
-    add and the reconstruction's error stay. If `limited`, x' - x is shortened to |x| where it is longer."""
-=======
-def clamp(autoencoder: Autoencoder, collected: TextActivations, latents: np.ndarray, multiplier: float) -> Clamp:
-    """x' - x = decode(f') - decode(f). Decoding is affine, so this is the change of the clamped latents' contributions."""
->>>>>>> evals
+    """x' - x = decode(f') - decode(f). Decoding is affine, so this is the change of the clamped latents' contributions. If
+    `limited`, it is shortened to |x| where it is longer."""
     code = collected.code(autoencoder)
     chosen = torch.zeros(code.n_latents, dtype=torch.bool, device=code.values.device)
     chosen[torch.from_numpy(latents)] = True
@@ -187,13 +176,8 @@ def unlearning(
     def shuffled(threshold: float, n: int) -> np.ndarray:
         return order[: len(ranking["sae"](threshold, n))]
 
-<<<<<<< HEAD
     grid = list(product(thresholds, latents, task.multipliers))
-    result = _scores(evaluation, autoencoders["sae"], task, ranking["sae"], grid, whole=True)
-=======
-    grid = list(product(thresholds, latents, multipliers or task.multipliers))
     result = _scores(evaluation, autoencoders["sae"], task, ranking["sae"], grid, full=True)
->>>>>>> evals
     controls = {name: (autoencoders[name], choice) for name, choice in ranking.items() if name != "sae"}
     controls["shuffled"] = autoencoders["sae"], shuffled
     counts = {"forget": int(task.questions.forget.sum()), "retain": int((~task.questions.forget).sum())}
@@ -260,11 +244,7 @@ def _of_language(evaluation: Evaluation, rows: int) -> _Task:
 
     multipliers = tuple(max(1, round(share * norm)) for share in SHARES)
     texts = {"from": "words before an object of a fact, in documents of the embedded language", "rows": first}
-<<<<<<< HEAD
-    return _task(evaluation, questions, batches, 1, multipliers, texts, protocol, limited=True)
-=======
-    return _Task(questions, _prompts(evaluation, questions), batches, 1, multipliers, texts, protocol)
->>>>>>> evals
+    return _Task(questions, _prompts(evaluation, questions), batches, 1, multipliers, texts, protocol, limited=True)
 
 
 def _of_files(evaluation: Evaluation, rows: int, length: int) -> _Task:
@@ -300,35 +280,8 @@ def _of_files(evaluation: Evaluation, rows: int, length: int) -> _Task:
         "llm_batch_size": size,
     }
     counts = {"forget_rows": len(forget), "retain_rows": min(rows, len(retain)), "loss_rows": len(retain) - loss_from}
-<<<<<<< HEAD
-    texts = {"forget": files.forget_text, "retain": files.retain_text, **counts}
-    return _task(evaluation, questions, batches, 24, MULTIPLIERS, texts, protocol, limited=False)
-
-
-def _task(
-    evaluation: Evaluation,
-    questions: Questions,
-    batches: Batches,
-    answer_orders: int,
-    multipliers: tuple[float, ...],
-    texts: dict[str, Any],
-    protocol: dict[str, Any],
-    *,
-    limited: bool,
-) -> _Task:
-    for name, here in (("forget", questions.forget), ("retain", ~questions.forget)):
-        if not here.any():
-            raise UserError(
-                f"questions: the untouched model knows none of those to {name}; there is nothing to measure"
-            )
-    stream, number = evaluation.stream, torch.arange(len(questions.tokens))
-    places = torch.arange(questions.tokens.shape[1])
-    within = (places > 0) & (places < questions.length[:, None])
-    kept, x = torch.zeros_like(within), []
-    for batch in number.split(stream.config.rows_per_forward):
-=======
     texts = {"forget": forget_file, "retain": retain_file, **counts}
-    return _Task(questions, _prompts(evaluation, questions), batches, 24, MULTIPLIERS, texts, protocol)
+    return _Task(questions, _prompts(evaluation, questions), batches, 24, MULTIPLIERS, texts, protocol, limited=False)
 
 
 def _prompts(evaluation: Evaluation, questions: Questions) -> TextActivations:
@@ -340,19 +293,13 @@ def _prompts(evaluation: Evaluation, questions: Questions) -> TextActivations:
     inside = (positions > 0) & (positions < questions.length[:, None])
     kept, x = torch.zeros_like(inside), []
     for batch in torch.arange(len(questions)).split(stream.config.rows_per_forward):
->>>>>>> evals
         tokens = questions.tokens[batch]
         acts, _ = stream.read(TokenRows(tokens, questions.length[batch], torch.zeros_like(tokens), batch))
         batch_kept = inside[batch].to(stream.model.device) & stream.norms.ordinary(acts)
         kept[batch] = batch_kept.cpu()
         x.append(next(iter(acts.values()))[batch_kept].float())
     row, pos = kept.to(stream.model.device).nonzero(as_tuple=True)
-<<<<<<< HEAD
-    prompts = TextActivations(questions.tokens, kept, torch.cat(x), pos, row)
-    return _Task(questions, prompts, batches, answer_orders, multipliers, texts, protocol, limited)
-=======
     return TextActivations(questions.tokens, kept, torch.cat(x), pos, row)
->>>>>>> evals
 
 
 def _fractions(autoencoders: Mapping[str, Autoencoder], task: _Task) -> tuple[dict[str, np.ndarray], float]:
@@ -437,17 +384,10 @@ def _scores(
 def _accuracies(
     evaluation: Evaluation, autoencoder: Autoencoder, task: _Task, latents: np.ndarray, multiplier: float, full: bool
 ) -> tuple[float | None, float | None]:
-<<<<<<< HEAD
-    """Of the questions to forget, and of those to retain, the share still answered right; unless `whole`, neither once so
-    many of the latter are wrong that the setting can't count."""
-    clamped = clamp(autoencoder, task.prompts, latents, multiplier, limited=task.limited)
-    touched = clamped.row.unique().cpu()  # no latent taken fires on the other prompts: their answers stay right
-=======
     """Accuracy on the questions to forget and on those to retain. Unless `full`, (None, None) as soon as the retain
     accuracy is too low for the setting to count."""
-    clamped = clamp(autoencoder, task.prompts, latents, multiplier)
+    clamped = clamp(autoencoder, task.prompts, latents, multiplier, limited=task.limited)
     touched = clamped.row.unique().cpu()  # other prompts don't change, so their answers stay right
->>>>>>> evals
     size, shares = evaluation.stream.config.rows_per_forward, []
     for side in (~task.questions.forget, task.questions.forget):
         total, wrong = int(side.sum()), 0

@@ -1,10 +1,5 @@
-<<<<<<< HEAD
-"""Limits on the size of files, functions, the top of `engine` and committed campaigns. The lists of exceptions may only
-shrink: a test fails for an entry that is no longer needed."""
-=======
-"""How large files, functions, the README and the top of `engine` may be. The lists of what is larger may only shrink: a
-test fails for an entry that is no longer needed."""
->>>>>>> docs
+"""Limits on the size of files, functions, the README, the top of `engine` and committed campaigns. The lists of exceptions
+may only shrink: a test fails for an entry that is no longer needed."""
 
 import ast
 from collections.abc import Iterator
@@ -13,35 +8,11 @@ from typing import NamedTuple
 from .test_architecture import FILES, ROOT, named
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS, ENGINE_FILES = 450, 60, 10, 20
-<<<<<<< HEAD
 CAMPAIGN_BYTES = 1_500_000  # of committed campaigns: reports, figures and numbers
-=======
 README_WORDS = 1100  # as `wc -w` counts, code and tables included
->>>>>>> docs
 #: larger than they should be, each until it is split
 LONG_FILES = set[str]()
-LONG_FUNCTIONS = {
-<<<<<<< HEAD
-    "bench/step.py:measure",
-    "bench/streams.py:_measured",
-<<<<<<< HEAD
-=======
->>>>>>> cli
-    "campaign/figure_panels.py:bars",
-<<<<<<< HEAD
-    "engine/stream/__init__.py:ActivationStream.__init__",
-=======
-=======
->>>>>>> campaign
-    "engine/fused.py:FusedStep._update",
-    "engine/fused.py:FusedStep.run",
-<<<<<<< HEAD
->>>>>>> stream
-    "evals/run_evals.py:evaluate",
-=======
-    "engine/stream/__init__.py:ActivationStream.__init__",
->>>>>>> evals
-}
+LONG_FUNCTIONS = set[str]()
 MANY_PARAMETERS = {
     "engine/stream/cache_writer.py:write_cache",
     "evals/api.py:evaluate",
@@ -123,15 +94,14 @@ def test_functions_have_few_parameters() -> None:
     assert {function.name for function in FUNCTIONS if function.parameters > PARAMETERS} == MANY_PARAMETERS
 
 
-<<<<<<< HEAD
 def test_committed_campaigns_are_small() -> None:
     files = [path for path in (ROOT / "docs" / "campaign").rglob("*") if path.is_file()]
     assert files
     assert sum(path.stat().st_size for path in files) <= CAMPAIGN_BYTES
-=======
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= README_WORDS
->>>>>>> docs
 
 
 def test_the_top_of_engine_has_few_files() -> None:

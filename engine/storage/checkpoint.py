@@ -269,18 +269,11 @@ def save(sae: SparseAutoencoder, folder: str | Path) -> None:
 
 @default_modes()
 def load(path: str | Path) -> SparseAutoencoder:
-<<<<<<< HEAD
     """Load a dictionary in float32 on the CPU.
 
     `path` is a checkpoint folder, a run folder (its last checkpoint), a folder of SAELens, dictionary_learning,
     sparsify, Gemma Scope or Llamascopium, the path of the weights in one of these, or a name on the hub:
     OWNER/REPOSITORY[/FOLDER][@REVISION]. docs/exchange.md lists the kinds and releases of other libraries.
-=======
-    """Load the dictionary in a checkpoint folder, in the last checkpoint of a run folder, or in a folder of SAELens,
-    dictionary_learning, sparsify, Gemma Scope or Llamascopium; here, or on the hub
-    as `OWNER/REPOSITORY[/FOLDER][@REVISION]`. The path of the weights stands for their folder. float32, on the CPU.
-    docs/exchange.md says which kinds and releases of other libraries are read.
->>>>>>> docs
 
         sae = load("runs/mine")
         sae = load("saelens/sae_weights.safetensors")
