@@ -199,7 +199,7 @@ class StreamRace:
         self.bar.advance(1)
         return seconds, self.stream.counts["rows"] - rows
 
-    def _cohorts(self, count: int) -> list[Cohort | Learner]:
+    def _cohorts(self, count: int) -> list[Cohort]:
         x = self.stream.sample().x
         mean, norm = x.float().mean(0), float(x.float().norm(dim=1).mean())
         config = SAEConfig(d_in=self.stream.d_in, d_sae=self.sizes.F, k=self.sizes.K)

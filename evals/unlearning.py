@@ -158,12 +158,7 @@ def unlearning(
     fitted("sae", evaluation.sae, evaluation.stream)
     if evaluation.sae.cfg.d_out is not None:
         raise UserError("sae: a transcoder is not allowed; unlearning changes the activations that were encoded")
-    missing = [name for name in FILES if name not in evaluation.files]
-    if 0 < len(missing) < len(FILES):
-        raise UserError(f"file: {', '.join(missing)} missing; unlearning needs all of {', '.join(FILES)}")
-    rows = evaluation.rows(rows) if missing else max(1, rows // evaluation.share)
-    make = lambda: _of_language(evaluation, rows) if missing else _of_files(evaluation, rows, length)
-    task = evaluation.once("unlearning", make)
+    task = evaluation.once("unlearning", lambda: _open_task(evaluation, rows, length))
     if multipliers is not None:
         task = replace(task, multipliers=multipliers, limited=False)
     task.prompts.forget()
@@ -199,6 +194,15 @@ def unlearning(
         "texts": task.texts,
         "protocol": task.protocol,
     }
+
+
+def _open_task(evaluation: Evaluation, rows: int, length: int) -> _Task:
+    missing = [name for name in FILES if name not in evaluation.files]
+    if 0 < len(missing) < len(FILES):
+        raise UserError(f"file: {', '.join(missing)} missing; unlearning needs all of {', '.join(FILES)}")
+    if missing:
+        return _of_language(evaluation, evaluation.rows(rows))
+    return _of_files(evaluation, max(1, rows // evaluation.share), length)
 
 
 def _warnings(questions: Mapping[str, int], settings: list[dict[str, Any]]) -> list[str]:
