@@ -289,8 +289,9 @@ class SparseAutoencoder(nn.Module):
         """The objective of a batch: its loss with AuxK added, and which latents fired in its code or activations [N, F]."""
         sums = PositionSums(*(total.detach() for total in sums))
         fired = has_fired(code) if isinstance(code, SparseCode) else (code.detach() > 0).any(0)
-        is_followed = isinstance(code, SparseCode) and self.cfg.activation == "batchtopk"
-        objective = Objective(loss, sums, fired, least_kept=least_kept(code)[0] if is_followed else None)
+        objective = Objective(loss, sums, fired)
+        if isinstance(code, SparseCode) and self.cfg.activation == "batchtopk":
+            objective.least_kept = least_kept(code)[0]
         if aux is not None and dead is not None:
             residual = residual.detach()
             aux_error, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
