@@ -159,7 +159,7 @@ def summary(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The stages as Markdown, then the idle time and its longest gaps."""
-    table_lines = [("stage", "ms a step", "share", "calls", "GB/s", "GFLOP/s", "of floor")]
+    table_lines: list[tuple[str, ...]] = [("stage", "ms a step", "share", "calls", "GB/s", "GFLOP/s", "of floor")]
     for stage in result["stages"]:
         rates = ("-", "-", "-")
         if "floor_ms" in stage:

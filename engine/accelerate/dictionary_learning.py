@@ -48,7 +48,8 @@ class Dictionary:
         """The code of activations above a nonnegative limit [F] or above 0. None if dense products are faster."""
         if not may_pay(self, x, self._encoder()[0]):
             return None
-        return code_above(self, *self._encoder_inputs(x), limit)
+        x, W, b = self._encoder_inputs(x)
+        return code_above(self, x, W, b, limit)
 
     def _decoded(self: Any, code: SparseCode) -> Tensor:
         return decoded(code, code.values, *self._decoder())
