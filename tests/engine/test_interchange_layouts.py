@@ -179,7 +179,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "affine": (changed(GEMMA_SCOPE["2 transcoder"], affine_connection=True), "affine_connection: true is not allowed"),
     "gemma without a name": (GEMMA_SCOPE["2 res"].write, "it must contain one of resid_post, attn_out"),
     "gemma's factors": (npz(LOWER | {"scaling_factor": torch.full((F,), 2.0)}), "scaling_factor: not allowed"),
-    "crosscoder": (changed(LLAMASCOPIUM["topk"], sae_type="crosscoder"), "sae_type: crosscoder is not allowed; .* only in Llamascopium"),
+    "crosscoder": (changed(LLAMASCOPIUM["topk"], sae_type="crosscoder"), "sae_type: crosscoder .* only in Llamascop"),
     "glu": (changed(LLAMASCOPIUM["topk"], use_glu_encoder=True), "use_glu_encoder: true is not allowed"),
     "batchtopk": (changed(LLAMASCOPIUM["topk"], act_fn="batchtopk"), "act_fn: batchtopk is not allowed; it must be relu"),
     "token-wise": (changed(LLAMASCOPIUM["topk"], norm_activation="token-wise"), "norm_activation: token-wise"),
