@@ -226,8 +226,8 @@ class Other:
         (lambda f: saelens(f, "topk", k=99), "k: 99 is not allowed; it must be at most d_sae"),
         (lambda f: sparsify(f, activation="groupmax"), "activation: groupmax is not allowed; it must be topk"),
         (lambda f: dictionary_learning(f, "IdentityDict", linear()), "dict_class: IdentityDict is not allowed"),
-        (lambda f: dictionary_learning(f, "AutoEncoderTopK", {"b_dec": Other()}), "then it is not read$"),
-        (lambda f: dictionary_learning(f, "AutoEncoderTopK", {"k": 3}), "ae.pt is not allowed; it must hold tensors"),
+        (lambda f: dictionary_learning(f, "AutoEncoderTopK", {"b_dec": Other()}), "tensors, which are never loaded$"),
+        (lambda f: dictionary_learning(f, "AutoEncoderTopK", {"k": 3}), "ae.pt is not allowed; it must have tensors"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_said_in_one_line(tmp_path, write, message):

@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         changed(NESTED, metadata={"sae_lens_version": "6.0.0", "model_name": "x", "hook_name": "a", "hook_name_out": "a"}),
         "target: a is not allowed",
     ),
-    "no trainer": (changed(DICTIONARY_LEARNING["AutoEncoder"], trainer=MISSING), "trainer: missing; it must hold"),
+    "no trainer": (changed(DICTIONARY_LEARNING["AutoEncoder"], trainer=MISSING), "trainer: missing; it must have"),
     "no class": (changed(DICTIONARY_LEARNING["AutoEncoderNew"], **{"trainer.dict_class": None, "trainer.trainer_class": 3}),
                  "trainer.dict_class: missing"),
     "identity": (
@@ -177,9 +177,9 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "num_latents": (changed(SPARSIFY["later"], num_latents=7), "num_latents: 7 does not fit the weights"),
     "expansion_factor": (changed(SPARSIFY["first"], expansion_factor=32), "num_latents: 384 does not fit the weights"),
     "affine": (changed(GEMMA_SCOPE["2 transcoder"], affine_connection=True), "affine_connection: true is not allowed"),
-    "gemma without a name": (GEMMA_SCOPE["2 res"].write, "a folder must be named for resid_post, attn_out"),
+    "gemma without a name": (GEMMA_SCOPE["2 res"].write, "it must contain one of resid_post, attn_out"),
     "gemma's factors": (npz(LOWER | {"scaling_factor": torch.full((F,), 2.0)}), "scaling_factor: not allowed"),
-    "crosscoder": (changed(LLAMASCOPIUM["topk"], sae_type="crosscoder"), "sae_type: crosscoder is not allowed; .* alone"),
+    "crosscoder": (changed(LLAMASCOPIUM["topk"], sae_type="crosscoder"), "sae_type: crosscoder .* only in Llamascop"),
     "glu": (changed(LLAMASCOPIUM["topk"], use_glu_encoder=True), "use_glu_encoder: true is not allowed"),
     "batchtopk": (changed(LLAMASCOPIUM["topk"], act_fn="batchtopk"), "act_fn: batchtopk is not allowed; it must be relu"),
     "token-wise": (changed(LLAMASCOPIUM["topk"], norm_activation="token-wise"), "norm_activation: token-wise"),
@@ -325,7 +325,7 @@ def test_a_copy_is_one_by_the_name_that_is_left(tmp_path):
 
 def test_where_no_name_says_which_it_is_that_is_told(tmp_path):
     npz(JUMP)(tmp_path / "mine")
-    with pytest.warns(UserWarning, match="mine: read as an SAE; no name above it"):
+    with pytest.warns(UserWarning, match="mine: read as an SAE; no folder name above it"):
         assert checkpoint.load(tmp_path / "mine").cfg.d_out is None
 
 
@@ -372,7 +372,7 @@ def test_weights_without_their_settings_are_named(tmp_path, name):
     file = next((tmp_path / "folder").glob("*.json"))
     file.unlink()
     if name.startswith("Gemma"):  # which has none in some releases
-        assert "a folder must be named for resid_post" in refusal(tmp_path / "folder")
+        assert "it must contain one of resid_post" in refusal(tmp_path / "folder")
     else:
         assert re.search(rf"; it has \w+\.safetensors, and no .*{file.name}.* beside it$", refusal(tmp_path / "folder"))
 
