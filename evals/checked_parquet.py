@@ -74,8 +74,9 @@ def _may_hold(group: Any, filters: Mapping[str, Sequence[int]]) -> bool:
     """Whether a row group may have lines with these values, by the minimum and maximum of its columns."""
     for column in map(group.column, range(group.num_columns)):
         values, limits = filters.get(column.path_in_schema), column.statistics
-        known = values is not None and limits is not None and limits.has_min_max
-        if known and not any(limits.min <= value <= limits.max for value in values):
+        if values is None or limits is None or not limits.has_min_max:
+            continue
+        if not any(limits.min <= value <= limits.max for value in values):
             return False
     return True
 

@@ -70,8 +70,8 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
         clean.append(float(before.mean()))
         for name, (f, W_dec) in autoencoders.items():
             change, lost = _ablation(f, W_dec, W), np.empty((len(ns), C, C))
-            for c, rows in enumerate(train):
-                effects = _difference(f, rows, topic[rows] == c).clip(0) * (W_dec @ W[c])
+            for c, train_rows in enumerate(train):
+                effects = _difference(f, train_rows, topic[train_rows] == c).clip(0) * (W_dec @ W[c])
                 if name == "shuffled":
                     effects = draw.permutation(effects)
                 order = _strongest(effects)
