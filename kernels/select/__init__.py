@@ -77,7 +77,8 @@ def cost(n: int, f: int, k: float, *, itemsize: int = 2, backend: str = "triton"
 
 def _twin(op: str, acts: Tensor, k: float, backend: str | None) -> Any:
     """Return the module that runs `op`."""
-    cost_of = lambda backend: cost(*acts.shape, k, itemsize=acts.element_size(), backend=backend)
+    n, f = acts.shape
+    cost_of = lambda backend: cost(n, f, k, itemsize=acts.element_size(), backend=backend)
     if choose(op, acts, cost=cost_of, backend=backend) == "torch":
         return reference
     from . import triton
