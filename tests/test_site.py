@@ -27,7 +27,8 @@ class Loaded(HTMLParser):
         values = dict(attrs)
         self.ids |= {value for key in ("id", "name") if (value := values.get(key))}
         is_metadata = tag == "link" and values.get("rel") in ("canonical", "next", "prev", "edit")
-        if tag in LOADS and not is_metadata and (url := values.get(LOADS[tag])):
+        url = values.get(LOADS[tag]) if tag in LOADS and not is_metadata else None
+        if url and not url.startswith("data:"):
             self.urls.append(url)
 
 
@@ -57,6 +58,7 @@ def test_styles_load_only_files_of_the_site() -> None:
 
 def test_no_page_is_left_out() -> None:
     sources = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")}
+    sources |= {Path("examples", f"{path.stem}.html") for path in (ROOT / "examples").glob("*.ipynb")}
     assert {path.relative_to(SITE) for path in PAGES} >= sources | {Path("contributing.html"), Path("changelog.html")}
 
 
