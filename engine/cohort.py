@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .fused import DENSE_FROM, FusedStep, Outcome, fits
+from ..kernels.backend import dense_from
+from .fused import FusedStep, Outcome, fits
 from .learner import Counts, Learner
 from .stream import Batch
 from .training.autograd_step import autograd_step
@@ -89,7 +90,8 @@ class Cohort:
             return "autograd"
         learner = self.learners[0]
         active = learner.sae.k if learner.cfg.activation in ("topk", "batchtopk") else learner.l0
-        if active <= DENSE_FROM * learner.cfg.d_sae or learner.cfg.prefixes is not None or learner.ranks.size > 1:
+        share = dense_from(learner.mean.device)
+        if active <= share * learner.cfg.d_sae or learner.cfg.prefixes is not None or learner.ranks.size > 1:
             return "sparse"
         return "autograd" if learner.cfg.activation == "relu" else "dense"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..kernels.autograd import jumprelu_band, matryoshka_residuals
-from ..kernels.backend import choose
+from ..kernels.backend import choose, decided
 from ..kernels.code import SparseCode
 from ..kernels.decode import Reconstruction, decode, decode_values_grad, reconstruct
 from ..kernels.encode_sparse import encode_threshold, encode_topk
@@ -21,11 +21,6 @@ from .sae import SparseAutoencoder
 from .training.gradients import Contribution, DenseGradients, SparseGradients, dense_values
 from .training.objective import has_fired, least_kept
 from .training.stacked_weights import StackedWeights
-
-# The share of all latents in use on a token from which on dense products take less time than gathers: 5 products of 2 D F
-# FLOP at 660 TFLOP/s against 4 gathers of 2 D bytes for each latent in use at 5.5 TB/s (an H100; its rates as in
-# bench/floors.py).
-DENSE_FROM = 1 / 96
 
 
 def fits(sae: SparseAutoencoder) -> bool:
@@ -90,6 +85,7 @@ class FusedStep:
 
     def __init__(self, saes: Sequence[SparseAutoencoder], stacked: StackedWeights):
         self.sae, self.stacked, self.dense = saes[0], stacked, False
+        self._backend = choose("train_step", self.sae.W_enc)  # of every kernel in the step
         self.count, self.dtype, self.ranks = stacked.count, stacked.dtype, stacked.ranks
         self._masks = [sae.mask for sae in saes]
         self._fixed_mask = None
@@ -110,7 +106,8 @@ class FusedStep:
     ) -> Outcome:  # fmt: skip
         """Step number `step`, with a learning rate for each dictionary. For the rest see `run`."""
         self.stacked.set_rates(lrs, step)
-        return self.run(x, pos, n_positions, dead, expected, capacity, target)
+        with decided(self._backend):
+            return self.run(x, pos, n_positions, dead, expected, capacity, target)
 
     @torch.no_grad()
     def run(

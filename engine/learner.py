@@ -11,23 +11,19 @@ from ..kernels.adam import Moments
 from ..kernels.loss import PositionSums
 from .config import SAEConfig, TrainConfig
 from .errors import UserError
-from .fused import Outcome, fits
+from .fused import Outcome
 from .metrics import HeldOutSums, fvu, per_token
 from .ranks import ALONE, Ranks
 from .registry import reads
 from .run_sample import RunSample, needs_sample
 from .sae import BatchContext, SparseAutoencoder
 from .stream import Batch
+from .training.checks import check_fp8
 from .training.schedules import annealed, default_lr, schedule
 from .training.stacked_weights import LARGE
 
 # How far `target_l0` may move log(sparsity coefficient) in a run, and how far it looks ahead, as a share of the run.
 MATCHING_RANGE, MATCHING_LOOKAHEAD = 20.0, 0.1
-
-
-def has_fp8(device: torch.device) -> bool:
-    """Whether products in e4m3 run there. They also run in Triton's interpreter."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Counts(NamedTuple):
@@ -100,8 +96,8 @@ class Learner:
             (leaf,) = group["params"]
             moments = {key: torch.zeros_like(leaf) for key in ("exp_avg", "exp_avg_sq")}
             self.adam.state[leaf] = {"step": torch.zeros((), device=device), **moments}
-        if config.fp8 and not (fits(sae) and sae.cfg.activation == "topk" and has_fp8(device)):
-            raise UserError("train.fp8: true is not allowed; it needs sae.activation topk and a GPU from sm_89 on")
+        if config.fp8:
+            check_fp8(self.cfg, device)
         self.dead_after = config.dead_after_tokens or min(10_000_000, max(config.tokens // 10, 10 * config.batch))
         idle_tokens = torch.zeros(1, sae.cfg.d_sae, dtype=torch.int64, device=device)
         sums = torch.zeros(1, len(PositionSums._fields), n_positions, device=device)

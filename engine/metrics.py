@@ -1,9 +1,15 @@
 """Fraction of variance unexplained (FVU) and L0, from sums over tokens."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..kernels.code import SparseCode
+from .stream.buffer import Batch
+from .stream.norm_filter import has_variance
+from .unit_decoder import Dictionary, unit_decoder
 
 
 def fvu(squared_error: Tensor, spread: Tensor) -> float:
@@ -47,3 +53,28 @@ class HeldOutSums:
     @property
     def l0(self) -> float:
         return per_token(self.active, self.tokens)
+
+
+@torch.no_grad()
+def held_out_scores(sae: Dictionary, batches: Iterable[Batch]) -> dict[str, Any] | None:
+    """Measure `explained_variance`, `fvu`, `l0` and `dead_fraction` of a dictionary on `tokens` held-out activations.
+
+    `explained_variance` and `fvu` are None, with an entry in `warnings`, if the activations don't vary. Returns None if
+    there are no tokens."""
+    sae, sums = unit_decoder(sae), None
+    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+    for batch in batches:
+        x = batch.x.float()
+        if sums is None:
+            sae, fired, sums = sae.to(x.device), fired.to(x.device), HeldOutSums(x.shape[1], x.device)
+        code = sae.encode_sparse(x, batch.pos)
+        sums.add(x, sae.decode(code), code)
+        fired[code.indices[code.live(code.values) > 0].long()] = True
+    if sums is None or not sums.tokens:
+        return None
+    tokens = int(sums.tokens)
+    scores = {"l0": sums.l0, "dead_fraction": float((~fired).double().mean()), "tokens": tokens}
+    if not has_variance(float(sums.spread), float(sums.squares)):
+        warning = f"the {tokens} held-out tokens don't vary; there is no variance to explain"
+        return {"explained_variance": None, "fvu": None, **scores, "warnings": [warning]}
+    return {"explained_variance": 1 - sums.fvu, "fvu": sums.fvu, **scores}

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -15,8 +13,9 @@ from ..kernels.torch_modes import default_modes
 from .cohort import Cohort, group_into_cohorts
 from .config import RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig
 from .errors import Stopped, UserError
+from .metrics import held_out_scores
 from .process.progress import percent, progress_bar
-from .process.signals import SIGNALS, stop_advice
+from .process.signals import collect_signals, stop_advice
 from .run_sample import RunSample, needs_sample
 from .sae import SparseAutoencoder
 from .storage import checkpoint
@@ -36,7 +35,6 @@ from .storage.run_folder import (
     with_absolute_paths,
 )  # fmt: skip
 from .stream import ActivationStream, ArraySource, Batch
-from .stream.arrays import held_out_scores
 from .training.checks import check_runs
 from .training.trained_dictionary import TrainedDictionary
 
@@ -288,7 +286,7 @@ class _Training:
         patient = self.ranks.size > 1  # torchrun repeats the signal that the terminal has sent
         with (
             progress_bar("training", total_tokens, "tokens", tokens_done) as self._bar,
-            _stop_signals(self.folder, patient) as signals,
+            nullcontext([]) if self.folder is None else collect_signals(patient=patient) as signals,
         ):
             while active := [trainee for trainee in self.trainees if not trainee.has_ended]:
                 batch = self.stream.next(self.config.batch).flat()
@@ -373,7 +371,7 @@ class _Training:
         self._bar.advance(0, **figures)
         epoch = self.stream.counts.get("epoch", 0)
         if epoch > self.epoch:
-            self._bar.note(f"data: {self.stream.source.name} has ended and begins again (so often now: {epoch})")
+            self._bar.note(f"data: end of {self.stream.source.name} reached, repeating it (repetition {epoch})")
             self.epoch = epoch
 
     def _end_early(self, active: list[TrainedDictionary]) -> None:
@@ -421,28 +419,3 @@ def _check_settings(config_path: Path, last_checkpoint: checkpoint.Checkpoint, r
             f"resume: {changed[0]} is {changed[2]} in {config_path}, and {changed[1]} in "
             f"{last_checkpoint.folder / checkpoint.MANIFEST}; undo the change"
         )
-
-
-@contextmanager
-def _stop_signals(folder: Path | None, patient: bool) -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, if there is a folder to save to. A second signal stops at once, unless
-    `patient`."""
-    signals: list[int] = []
-    if folder is None or threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    previous_handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
-
-    def note(number: int, frame: object) -> None:
-        signals.append(number)
-        for stop_signal, handler in () if patient else previous_handlers.items():
-            signal.signal(stop_signal, handler)
-
-    for number in previous_handlers:
-        signal.signal(number, note)
-    try:
-        yield signals
-    finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)

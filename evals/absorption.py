@@ -92,9 +92,9 @@ def absorption(evaluation: Evaluation, *, rows: int = ROWS) -> dict[str, Any]:
     scores = means.pop("sae")
     f1, messages = scores["mean_main_f1"], []
     if f1 is None:
-        messages.append(f"no letter is told with an F1 above {KNOWN} by the model's own activations")
+        messages.append(f"a probe on the model's own activations finds no letter with an F1 above {KNOWN}")
     elif f1 < LITTLE:
-        messages.append(f"letters have hardly a latent (F1 {f1:.2f} in the mean), so that little can be absorbed")
+        messages.append(f"few letters have a latent of their own (mean F1 {f1:.2f}), so the score says little")
     return {
         **scores,
         "letters": results["sae"],

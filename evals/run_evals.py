@@ -10,13 +10,13 @@ from typing import Any
 
 from ..engine.config import EvalConfig, TrainConfig
 from ..engine.errors import UserError
+from ..engine.metrics import held_out_scores
 from ..engine.sae import SparseAutoencoder
 from ..engine.storage import checkpoint as checkpoint_files
 from ..engine.storage.checkpoint import Checkpoint
 from ..engine.storage.files import write_text
 from ..engine.storage.run_folder import read_metrics
 from ..engine.stream import ActivationStream
-from ..engine.stream.arrays import held_out_scores
 from ..engine.train import Run, train
 from ..kernels.torch_modes import default_modes
 from . import result_files
@@ -300,7 +300,7 @@ def without_control(checkpoint: Checkpoint) -> str | None:
         return None
     if checkpoint.run is not None and not checkpoint.run.train.control:
         return "train.control: false"
-    return f"{checkpoint.folder.name} holds none"
+    return f"{checkpoint.folder.name} has none"
 
 
 def _stored_result(run: Path, name: str, key: dict[str, Any]) -> dict[str, Any] | None:

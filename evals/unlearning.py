@@ -206,7 +206,11 @@ def _open_task(evaluation: Evaluation, rows: int, length: int) -> _Task:
 
 
 def _warnings(questions: Mapping[str, int], settings: list[dict[str, Any]]) -> list[str]:
-    warnings = [f"only {n} {side} questions are known: one is {1 / n:.3f}" for side, n in questions.items() if n < FEW]
+    warnings = [
+        f"the model knows only {n} {side} questions, so one is {1 / n:.3f} of the accuracy"
+        for side, n in questions.items()
+        if n < FEW
+    ]
     incomplete = [setting for setting in settings if setting["taken"] < setting["latents"]]
     if incomplete:
         least = min(incomplete, key=lambda setting: setting["taken"])
@@ -373,9 +377,9 @@ def _scores(
         if not any(setting["taken"] for setting in settings):
             reason = "no latent that fires on the text to forget is below a retain threshold"
         elif not any(setting["taken"] for setting in counting):
-            reason = f"every setting takes retain accuracy below {RETAINED}"
+            reason = f"every setting lowers retain accuracy below {RETAINED}"
         else:
-            reason = f"no setting that keeps {RETAINED} of the answers to retain turns an answer to forget"
+            reason = f"no setting with retain accuracy of at least {RETAINED} changes an answer to forget"
     return {
         "score": score,
         "retained": None if best is None else best["retain_accuracy"],

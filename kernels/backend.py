@@ -4,7 +4,9 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +18,18 @@ from .cost import Cost
 BACKENDS = ("torch", "triton")
 VARIABLE = "TEMPOSAE_BACKEND"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_decided: ContextVar[str | None] = ContextVar("decided", default=None)
+
+
+@contextmanager
+def decided(backend: str) -> Iterator[None]:
+    """Run every op within the context on `backend`, unless it is given another: a step decides once, and its ops don't ask
+    their cost models."""
+    token = _decided.set(backend)
+    try:
+        yield
+    finally:
+        _decided.reset(token)
 
 
 def choose(op: str, *tensors: Tensor, cost: Callable[[str], Cost] | None = None, backend: str | None = None) -> str:
@@ -28,14 +42,16 @@ def why(
 ) -> tuple[str, str]:
     """Return the backend for `op` on these tensors, and the reason in words.
 
-    The `backend` argument comes first, then the environment variable TEMPOSAE_BACKEND (torch, triton or auto), then the
-    device: CUDA tensors use triton if it is installed and supports their dtype, unless `cost(backend)`, at the rates in
-    configs.py, takes less time with torch. Without tensors, this machine's default device decides.
+    The `backend` argument comes first, then a surrounding `decided`, then the environment variable TEMPOSAE_BACKEND (torch,
+    triton or auto), then the device: CUDA tensors use triton if it is installed and supports their dtype, unless
+    `cost(backend)`, at the rates in configs.py, takes less time with torch. Without tensors, this machine's default device
+    decides.
 
     Raises ValueError for an unknown backend, and if triton is requested but cannot run.
     """
-    requested, source = (backend, "the backend argument") if backend else (os.environ.get(VARIABLE, ""), VARIABLE)
-    if requested not in ("", "auto", *BACKENDS):
+    sources = {"the backend argument": backend, "the step": _decided.get(), VARIABLE: os.environ.get(VARIABLE)}
+    source, requested = next(((source, name) for source, name in sources.items() if name), ("", "auto"))
+    if requested not in ("auto", *BACKENDS):
         raise ValueError(f"{source} is {requested!r}; allowed: {', '.join(BACKENDS)}, auto")
     if requested == "torch":
         return "torch", f"{source} says so"
@@ -102,6 +118,11 @@ def has_fp8(device: torch.device) -> bool:
 def dispatch_rates(arch: int) -> DispatchRates:
     """Return the rates for sm_`arch`: its own, or those of the nearest entry (the lower one of two)."""
     return DISPATCH_RATES[min(sorted(DISPATCH_RATES), key=lambda entry: abs(entry - arch))]
+
+
+def dense_from(device: torch.device) -> float:
+    """Return `DispatchRates.dense_from` of the device. Triton's interpreter on the CPU uses the first entry."""
+    return dispatch_rates(_arch(device) if device.type == "cuda" else min(DISPATCH_RATES)).dense_from
 
 
 @functools.cache  # so that the warning comes once per GPU generation

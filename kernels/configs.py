@@ -19,11 +19,15 @@ class DispatchRates(NamedTuple):
 
     flops_per_s: Mapping[str, Mapping[int, float]]  # by backend and by bytes per element
     bytes_per_s: float  # device memory, both backends
+    dense_from: float  # share of latents in use on a token, above which dense products are faster than gathers
 
 
 # Other GPUs use the nearest entry. sm_90: estimates for an H100, cuBLAS against a Triton GEMM with IEEE float32.
+# `dense_from` sets 5 products of 2 D F FLOP at 660 TFLOP/s against 4 gathers of 2 D bytes per latent in use at 5.5 TB/s.
 DISPATCH_RATES = {
-    90: DispatchRates({"torch": {2: 660e12, 4: 50e12}, "triton": {2: 520e12, 4: 30e12}}, bytes_per_s=3.0e12),
+    90: DispatchRates(
+        {"torch": {2: 660e12, 4: 50e12}, "triton": {2: 520e12, 4: 30e12}}, bytes_per_s=3.0e12, dense_from=1 / 96
+    ),
 }
 FP8_SINCE = 89  # the first sm with e4m3 products
 

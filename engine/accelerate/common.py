@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ...kernels import ops
+from ...kernels.backend import dense_from
 from ...kernels.code import SparseCode
-from ..fused import DENSE_FROM
 
 # active latents are counted on one token in ONE_OF, but on at most PROBED tokens
 PROBED, ONE_OF = 64, 64
 REST = 15  # calls that use the library's code after a count that found too many active latents
-# On a CPU, sparse products are faster up to this share of active latents (on a GPU: `DENSE_FROM`), and from this many tokens
-# and activations on. Below, overhead dominates.
+# On a CPU, sparse products are faster up to this share of active latents (on a GPU: `dense_from`), and from this many
+# tokens and activations on. Below, overhead dominates.
 SPARSE_TO = 1 / 32
 TOKENS, ACTIVATIONS = 512, 2**19
 _resting: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -82,7 +82,7 @@ def prefix_reconstructions(
 
 def pays(k: float, x: Tensor, W: Tensor) -> bool:
     """Whether products over k latents per token of x [N, D] are faster than dense ones over all of W [D, F]."""
-    share = DENSE_FROM if W.is_cuda else SPARSE_TO
+    share = dense_from(W.device) if W.is_cuda else SPARSE_TO
     return k <= share * W.shape[1] and len(x) >= TOKENS and len(x) * W.shape[1] >= ACTIVATIONS
 
 

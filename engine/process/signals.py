@@ -2,8 +2,9 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ..errors import Stopped
 
@@ -23,24 +24,46 @@ def stop_advice(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Raise `Stopped` with the innermost `stop_advice` on SIGINT and SIGTERM within the context. Ignored signals stay
-    ignored."""
+def _handling(handle: Callable[[int, dict[int, Any]], None]) -> Iterator[None]:
+    """Call `handle` on SIGINT and SIGTERM within the context, with the handlers from before. Ignored signals stay ignored,
+    and other threads than the main one can't handle any."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     previous_handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
-
-    def stop(number: int, frame: object) -> None:
-        for stop_signal in previous_handlers:  # a second signal ends the process
-            signal.signal(stop_signal, signal.SIG_DFL)
-        raise Stopped(number, _advice[-1])
-
     for number in previous_handlers:
-        signal.signal(number, stop)
+        signal.signal(number, lambda number, frame: handle(number, previous_handlers))
     try:
         yield
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Raise `Stopped` with the innermost `stop_advice` on SIGINT and SIGTERM within the context. A second signal ends the
+    process."""
+
+    def stop(number: int, previous_handlers: dict[int, Any]) -> None:
+        for stop_signal in previous_handlers:
+            signal.signal(stop_signal, signal.SIG_DFL)
+        raise Stopped(number, _advice[-1])
+
+    with _handling(stop):
+        yield
+
+
+@contextmanager
+def collect_signals(*, patient: bool) -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list within the context. A second signal stops at once, unless `patient`."""
+    signals: list[int] = []
+
+    def note(number: int, previous_handlers: dict[int, Any]) -> None:
+        signals.append(number)
+        for stop_signal, handler in () if patient else previous_handlers.items():
+            signal.signal(stop_signal, handler)
+
+    with _handling(note):
+        yield signals

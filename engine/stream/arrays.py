@@ -12,10 +12,8 @@ from torch import Tensor
 from ..config import StreamConfig
 from ..errors import UserError
 from ..storage.path_names import expand_path
-from ..unit_decoder import Dictionary, unit_decoder
 from .array_files import StoredArray, as_tensor, fingerprint
 from .buffer import PLACES, Batch
-from .norm_filter import has_variance
 
 CHUNK = 4096  # tokens per read
 HELD_OUT = 20  # one row in this many is held out, at the end of the array
@@ -290,36 +288,6 @@ def settle(config: StreamConfig, source: ArraySource) -> StreamConfig:
     if config.mode == "sequences":
         raise UserError("stream.mode: sequences is not allowed with activations; it must be tokens or grouped")
     return config.model_copy(update={"model": "none", "hook": HOOK, "context": max(2, source.positions)})
-
-
-@torch.no_grad()
-def held_out_scores(sae: Dictionary, batches: Iterable[Batch]) -> dict[str, Any] | None:
-    """Measure `explained_variance`, `fvu`, `l0` and `dead_fraction` of a dictionary on `tokens` held-out activations.
-
-    FVU = sum |x - x_hat|^2 / sum |x - mu|^2 with mu the mean of the same tokens, and explained_variance = 1 - FVU. Both
-    are None, with an entry in `warnings`, if the activations don't vary. Returns None if there are no tokens."""
-    sae = unit_decoder(sae)
-    error = squares = l0 = 0.0
-    x_sum, tokens = torch.zeros((), dtype=torch.float64), 0
-    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
-    for batch in batches:
-        sae, fired = sae.to(batch.x.device), fired.to(batch.x.device)
-        x = batch.x.float()
-        code = sae.encode_sparse(x, batch.pos)
-        error += float((x - sae.decode(code)).double().square().sum())
-        squares += float(x.double().square().sum())
-        x_sum = x_sum.to(x.device) + x.double().sum(0)
-        l0 += float(code.l0().double().sum())
-        fired[code.indices[code.live(code.values) > 0].long()] = True
-        tokens += len(x)
-    if not tokens:
-        return None
-    scores: dict[str, Any] = {"l0": l0 / tokens, "dead_fraction": float((~fired).double().mean()), "tokens": tokens}
-    spread = squares - float(x_sum.square().sum()) / tokens
-    if not has_variance(spread, squares):
-        warning = f"the {tokens} held-out tokens don't vary; there is no variance to explain"
-        return {"explained_variance": None, "fvu": None, **scores, "warnings": [warning]}
-    return {"explained_variance": 1 - error / spread, "fvu": error / spread, **scores}
 
 
 def _dtype_name(value: Any) -> str:

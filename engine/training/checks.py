@@ -1,6 +1,9 @@
 """Refuse runs whose settings do not go together, before any work."""
 
-from ..config import RunConfig
+import torch
+
+from ...kernels.backend import choose, has_fp8
+from ..config import RunConfig, SAEConfig
 from ..errors import UserError
 from ..registry import reads
 from ..stream import ActivationStream
@@ -38,6 +41,8 @@ def check_runs(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> 
                     f"{getattr(first_config, shared_field)} for all dictionaries of a stream"
                 )
         stream.check_mask(run.sae.mask)
+        if run.train.fp8:
+            check_fp8(run.sae, stream.source.device, prefix)
         _check_parts(prefix, run, stream, widths)
         if (size := stream.ranks.size) > 1:
             if run.sae.d_sae % size:
@@ -48,6 +53,13 @@ def check_runs(stream: ActivationStream, dictionaries: dict[str, RunConfig]) -> 
                     f"{prefix}train.{field_name}: {getattr(run.train, field_name)} is not allowed; "
                     f"there are {size} processes"
                 )
+
+
+def check_fp8(sae: SAEConfig, device: torch.device, prefix: str = "") -> None:
+    """Refuse `train.fp8` unless the fused step of a TopK dictionary runs on the device, in e4m3."""
+    is_fused = choose("train_step", torch.empty(0, device=device)) == "triton" and not sae.parts and not sae.mask.blend
+    if not (is_fused and sae.activation == "topk" and has_fp8(device)):
+        raise UserError(f"{prefix}train.fp8: true is not allowed; it needs sae.activation topk and a GPU from sm_89 on")
 
 
 def _check_parts(prefix: str, run: RunConfig, stream: ActivationStream, widths: dict[str, int]) -> None:

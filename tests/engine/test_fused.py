@@ -12,6 +12,7 @@ from temposae.engine.learner import Learner
 from temposae.engine.ranks import ALONE
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import Batch
+from temposae.kernels import backend
 from temposae.kernels.adam import Rates
 from temposae.kernels.encode_sparse import _encode_fp8
 
@@ -69,7 +70,7 @@ def sparse(monkeypatch):
 
 
 def take(monkeypatch, way):
-    monkeypatch.setattr("temposae.engine.cohort.DENSE_FROM", {"dense": 0.0, "sparse": 1.0}[way])
+    monkeypatch.setattr("temposae.engine.cohort.dense_from", lambda device: {"dense": 0.0, "sparse": 1.0}[way])
 
 
 def learner(changes, dtype="float32", seed=1, lr=0.01, d_sae=37, ranks=ALONE):
@@ -259,6 +260,19 @@ def test_copies_in_half_precision_follow_the_weights():
     cohort.step(next(batches()))
 
 
+def test_a_step_decides_once_where_its_kernels_run(monkeypatch):
+    """No op asks its own cost model: all see the choice that the step was made with."""
+    made, seen, why = learner(dict(activation="topk")), [], backend.why
+    cohort = Cohort([made], fused=True)
+    monkeypatch.setattr(
+        backend, "why", lambda *args, **options: seen.append(backend._decided.get()) or why(*args, **options)
+    )
+    cohort.step(next(batches()))
+    assert len(seen) > 4
+    assert set(seen) == {"torch"}
+    assert backend._decided.get() is None
+
+
 @pytest.mark.slow
 def test_fp8_trains_almost_the_same(monkeypatch, assert_close):
     """Where e4m3 finds the same latents, nothing differs; it finds nearly all."""
@@ -282,7 +296,7 @@ def test_fp8_trains_almost_the_same(monkeypatch, assert_close):
 def test_a_relu_dictionary_is_dense_until_few_latents_are_active(monkeypatch):
     """The two paths meet at a report, and what the sparse one trains in half precision has not fallen behind."""
     made = learner(dict(activation="relu"), dtype="bfloat16")
-    monkeypatch.setattr("temposae.engine.cohort.DENSE_FROM", 1 / 96)
+    monkeypatch.setattr("temposae.engine.cohort.dense_from", lambda device: 1 / 96)
     cohort = Cohort([made], fused=True)
     fused, taken = cohort.fused, []
 

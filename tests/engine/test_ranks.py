@@ -71,7 +71,7 @@ def test_what_processes_tell_each_other(size, tmp_path):
 
 
 def trained(ranks: Ranks, names: list[str]) -> None:
-    temposae.engine.cohort.DENSE_FROM = 1.0
+    temposae.engine.cohort.dense_from = lambda device: 1.0
     for name in names:
         changes = dict(CASES[name])
         if "prefixes" in changes:

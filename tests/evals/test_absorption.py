@@ -200,7 +200,7 @@ def test_a_letter_that_the_model_does_not_tell_counts_for_no_mean():
     found = absorption(Planted(dictionary(), collected))
     assert max(of["probe_f1"] for of in found["letters"].values()) < 0.6
     assert (found["mean_absorption"], found["mean_main_f1"]) == (None, None)
-    assert found["warnings"] == ["no letter is told with an F1 above 0.6 by the model's own activations"]
+    assert found["warnings"] == ["a probe on the model's own activations finds no letter with an F1 above 0.6"]
 
 
 def test_a_dictionary_without_latents_of_letters_is_told_so():
@@ -211,7 +211,7 @@ def test_a_dictionary_without_latents_of_letters_is_told_so():
     found = absorption(Planted(sae, documents(taken=1)))
     assert found["mean_main_f1"] < 0.5
     f1 = f"{found['mean_main_f1']:.2f}"
-    assert found["warnings"] == [f"letters have hardly a latent (F1 {f1} in the mean), so that little can be absorbed"]
+    assert found["warnings"] == [f"few letters have a latent of their own (mean F1 {f1}), so the score says little"]
 
 
 class Spelling:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from temposae.engine import interchange
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig
+from temposae.engine.metrics import held_out_scores
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.storage import checkpoint
 from temposae.engine.storage.checkpoint import find
 from temposae.engine.stream import ActivationStream, ArraySource
-from temposae.engine.stream.arrays import held_out_scores
 from temposae.evals import features
 from temposae.evals.core import core
 from temposae.evals.dashboard import dashboard

@@ -277,11 +277,11 @@ def test_why_a_score_is_zero_is_said(stub):
     evaluation = stub
     found = unlearning(evaluation, multipliers=(0.0,))
     assert (found["score"], found["retained"]) == (0, 1)
-    assert found["reason"] == "no setting that keeps 0.99 of the answers to retain turns an answer to forget"
+    assert found["reason"] == "no setting with retain accuracy of at least 0.99 changes an answer to forget"
 
     found = unlearning(with_files(evaluation, retain_questions=evaluation.files["forget_questions"][0]))
     assert (found["score"], found["retained"], found["setting"], found["loss_increase"]) == (0, None, None, None)
-    assert found["reason"] == "every setting takes retain accuracy below 0.99"
+    assert found["reason"] == "every setting lowers retain accuracy below 0.99"
     assert found["settings"][0]["retain_accuracy"] == 0
 
     dead = dictionary(torch.eye(2), torch.full((2,), 1e6))

@@ -19,7 +19,7 @@ KINDS = [kind for kind in DICTIONARIES if kind not in BATCHWISE]
 @pytest.fixture(autouse=True)
 def alike_every_time(monkeypatch):
     no_batch_is_too_small(monkeypatch)
-    monkeypatch.setattr(common, "DENSE_FROM", 1 / 32)
+    monkeypatch.setattr(common, "dense_from", lambda device: 1 / 32)
     torch.manual_seed(0)
 
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from temposae.kernels import adam, backend, decode, encode, encode_sparse, loss, select, weight_grad
-from temposae.kernels.backend import choose, config_row, dispatch_rates, has_fp8, why
+from temposae.kernels.backend import choose, config_row, decided, dispatch_rates, has_fp8, why
 from temposae.kernels.configs import CONFIGS, DISPATCH_RATES
 from temposae.kernels.cost import Cost
 
@@ -63,6 +63,10 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch, on_gpu):
 def test_cuda_tensors_go_where_the_cost_model_says(on_gpu):
     costs = dict(torch=Cost(0, 100), triton=Cost(0, 200))
     assert choose("encode", X) == "triton"
+    assert choose("encode", X, cost=lambda name: costs[name]) == "torch"
+    with decided("triton"):
+        assert choose("encode", X, cost=lambda name: costs[name]) == "triton"
+        assert choose("encode", X, backend="torch") == "torch"
     assert choose("encode", X, cost=lambda name: costs[name]) == "torch"
     costs["torch"] = Cost(0, 300)
     assert choose("encode", X, cost=lambda name: costs[name]) == "triton"
