@@ -12,7 +12,7 @@ from temposae.engine.learner import Learner
 from temposae.engine.ranks import ALONE
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import Batch
-from temposae.kernels import backend
+from temposae.kernels import backend as backends
 from temposae.kernels.adam import Rates
 from temposae.kernels.encode_sparse import _encode_fp8
 
@@ -262,15 +262,15 @@ def test_copies_in_half_precision_follow_the_weights():
 
 def test_a_step_decides_once_where_its_kernels_run(monkeypatch):
     """No op asks its own cost model: all see the choice that the step was made with."""
-    made, seen, why = learner(dict(activation="topk")), [], backend.why
+    made, seen, why = learner(dict(activation="topk")), [], backends.why
     cohort = Cohort([made], fused=True)
     monkeypatch.setattr(
-        backend, "why", lambda *args, **options: seen.append(backend._decided.get()) or why(*args, **options)
+        backends, "why", lambda *args, **options: seen.append(backends._decided.get()) or why(*args, **options)
     )
     cohort.step(next(batches()))
     assert len(seen) > 4
     assert set(seen) == {"torch"}
-    assert backend._decided.get() is None
+    assert backends._decided.get() is None
 
 
 @pytest.mark.slow
