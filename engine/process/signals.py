@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,14 +24,14 @@ def stop_advice(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def _handling(handle: Callable[[int, dict[int, Any]], None]) -> Iterator[None]:
+def _handling(handle: Callable[[int, Mapping[int, Any]], None]) -> Iterator[None]:
     """Call `handle` on SIGINT and SIGTERM within the context, with the handlers from before. Ignored signals stay ignored,
     and other threads than the main one can't handle any."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    previous_handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    previous_handlers: dict[int, Any] = {n: handler for n, handler in handlers.items() if handler is not signal.SIG_IGN}
     for number in previous_handlers:
         signal.signal(number, lambda number, frame: handle(number, previous_handlers))
     try:
@@ -46,7 +46,7 @@ def stop_on_signals() -> Iterator[None]:
     """Raise `Stopped` with the innermost `stop_advice` on SIGINT and SIGTERM within the context. A second signal ends the
     process."""
 
-    def stop(number: int, previous_handlers: dict[int, Any]) -> None:
+    def stop(number: int, previous_handlers: Mapping[int, Any]) -> None:
         for stop_signal in previous_handlers:
             signal.signal(stop_signal, signal.SIG_DFL)
         raise Stopped(number, _advice[-1])
@@ -60,7 +60,7 @@ def collect_signals(*, patient: bool) -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list within the context. A second signal stops at once, unless `patient`."""
     signals: list[int] = []
 
-    def note(number: int, previous_handlers: dict[int, Any]) -> None:
+    def note(number: int, previous_handlers: Mapping[int, Any]) -> None:
         signals.append(number)
         for stop_signal, handler in () if patient else previous_handlers.items():
             signal.signal(stop_signal, handler)

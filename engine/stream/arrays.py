@@ -187,7 +187,9 @@ class ArraySource:
             except OSError:  # the map of a removed file stays readable
                 continue
             if current_size < size:
-                raise UserError(f"activations: {path} has been cut from {size} to {current_size} bytes while mapped")
+                raise UserError(
+                    f"activations: {path} has been cut since it was mapped, from {size} to {current_size} bytes"
+                )
         return {name: value[start:stop] for name, value in self._arrays.items()}
 
     def _sample_fingerprint(self) -> int:
