@@ -223,7 +223,7 @@ def cache(
         raise UserError(f"dtype: {dtype} is not allowed; it must be bfloat16 or float32")
     with stop_advice(f"stopped; the same command with --resume continues after the last complete shard of {out}"):
         manifest = write_cache(
-            out, stream, tokens, hooks=hooks, layers=layers, seed=seed, dtype=dtype, shard_mb=shard_mb, resume=resume
+            out, stream, tokens, hooks=hooks or layers, seed=seed, dtype=dtype, shard_mb=shard_mb, resume=resume
         )
     summary = {
         "cache": str(out), "model": manifest.stream.model, "hooks": list(manifest.hooks), "tokens": manifest.tokens,

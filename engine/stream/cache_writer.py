@@ -37,8 +37,7 @@ def write_cache(
     config: StreamConfig,
     tokens: int,
     *,
-    hooks: Sequence[str] = (),
-    layers: Sequence[int] = (),
+    hooks: Sequence[str | int] = (),
     seed: int = 0,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     shard_mb: float = 256,
@@ -48,9 +47,10 @@ def write_cache(
 ) -> Manifest:
     """Run the model over the text once and write its activations until `tokens` kept tokens are stored.
 
-    Writing ends after the forward pass that reaches that number, or at the end of the text. `hooks` or `layers` name
-    the activations, by default `config.hook`. A shard ends with the forward pass that fills `shard_mb` * 10^6 bytes.
-    `resume` continues after the last complete shard and produces the same files as an uninterrupted run.
+    Writing ends after the forward pass that reaches that number, or at the end of the text. `hooks` are the names of
+    hooks, or numbers of layers for the residual stream after them; by default `config.hook`. A shard ends with the
+    forward pass that fills `shard_mb` * 10^6 bytes. `resume` continues after the last complete shard and produces the
+    same files as an uninterrupted run.
 
     Raises UserError for a folder with other files in it, for settings that differ from those it was begun with, and for
     a failed write. Shards that are already written stay valid.
@@ -62,7 +62,7 @@ def write_cache(
         raise UserError(f"shard_mb: {shard_mb} is not allowed; it must be greater than 0")
     with owned(folder):
         earlier = _resumed_manifest(folder, resume)
-        source, stream = _open_source(config, list(hooks), layers, seed, model, rows)
+        source, stream = _open_source(config, hooks, seed, model, rows)
         manifest = Manifest(
             format=FORMAT, stream=stream, seed=seed, hooks=source.widths, dtype=dtype, positions=config.context,
             special=tuple(source.special.tolist()), wanted=tokens, shard_mb=shard_mb,
@@ -83,21 +83,22 @@ def write_cache(
 
 
 def _open_source(
-    config: StreamConfig, hooks: list[str], layers: Sequence[int], seed: int, model: LanguageModel | None,
-    rows: RowSource | None,
-) -> tuple[ModelSource, StreamConfig]:  # fmt: skip
+    config: StreamConfig, hooks: Sequence[str | int], seed: int, model: LanguageModel | None, rows: RowSource | None
+) -> tuple[ModelSource, StreamConfig]:
     """The activations to store, and the settings that the manifest records."""
     if rows is None and config.data is not None:
         check_data(config.data)
     config = config.model_copy(update={"repeat": False})
-    if config.hook is not None and not hooks and not layers:
+    if config.hook is not None and not hooks:
         hooks = [config.hook]
+    layers = [hook for hook in hooks if isinstance(hook, int)]
+    names = [hook for hook in hooks if isinstance(hook, str)]
     if model is None:
         model = LanguageModel(
-            config.model, hooks=hooks, layers=layers, attention=config.attention, compile=config.compile
+            config.model, hooks=names, layers=layers, attention=config.attention, compile=config.compile
         )
-    elif hooks or layers:
-        model.use(hooks=hooks, layers=layers)
+    elif hooks:
+        model.use(hooks=names, layers=layers)
     config = bounded(config, model)
     text = rows or open_text(config, model.tokenizer, seed=seed, vocabulary=model.vocabulary)
     packing = packs(config, text)
