@@ -43,7 +43,7 @@ from ..engine.stream import ActivationStream
 from ..engine.unit_decoder import Dictionary
 from ..kernels.numerics import sum_by
 from .evaluation import Autoencoder, Neurons, fitted, in_rows
-from .held_out import EVERYWHERE, Effect, HeldOut, RowBatch
+from .held_out import EVERYWHERE, Effect, HeldOut, RowBatch, SavedEffects
 from .row_budget import CE_ROWS, ROWS
 
 
@@ -56,6 +56,7 @@ def core(
     ce_rows: int = CE_ROWS,
     neurons: bool = True,
     held_out: HeldOut | None = None,
+    saved: SavedEffects | None = None,
 ) -> dict[str, Any]:
     """Measure core metrics of `sae` on `rows` held-out rows of the stream's text (CE on the first `ce_rows` of them).
 
@@ -63,7 +64,7 @@ def core(
     neurons of each activation, is added unless `sae` is a transcoder or `neurons` is False. Returns the metrics of `sae`,
     `per_position` lists, a histogram of firing rates, for each of its `latents` the firing rate and the mean number of
     tokens it fires on in rows where it fires, and the metrics of each control under `controls`. `held_out`: these rows, if
-    they were already read for another dictionary at the same hooks.
+    they were already read for another dictionary at the same hooks. `saved`: where an interrupted measurement continues.
     """
     autoencoders: dict[str, Autoencoder] = {
         name: fitted(name, d, stream) for name, d in {"sae": sae, **controls}.items()
@@ -74,7 +75,8 @@ def core(
     text = held_out or HeldOut(stream, rows, ce_rows, [len(autoencoder.W_dec) for autoencoder in autoencoders.values()])
     tallies = {name: _Tally(autoencoder, text) for name, autoencoder in autoencoders.items()}
     text.visit([tally.add for tally in tallies.values()])
-    effects = text.replace({name: partial(_reconstruct, autoencoder) for name, autoencoder in autoencoders.items()})
+    replacements = {name: partial(_reconstruct, autoencoder) for name, autoencoder in autoencoders.items()}
+    effects = text.replace(replacements, saved)
     results = {name: _scores(name, tally, text, effects) for name, tally in {**tallies, "mean": None}.items()}
     sae_tally = tallies["sae"]
     rate = sae_tally.fired.double() / text.tokens

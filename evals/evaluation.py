@@ -19,6 +19,7 @@ from ..engine.testbed.language import HELD_OUT
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
+from .held_out import SavedEffects
 from .row_budget import Sizes
 
 CHUNK = 4096  # tokens encoded at once
@@ -274,6 +275,7 @@ class Evaluation:
         self.reference = None if reference is None else unit_decoder(reference).to(device)
         self.sizes = sizes or Sizes()
         self._shared: dict[str, Any] = {}
+        self.saved: SavedEffects | None = None  # where `core` continues
 
     def of(
         self,

@@ -4,17 +4,22 @@ The text goes through the model up to the hook once. Up to `HELD` bytes of activ
 when it is needed. The layers after the hook run once for each replacement (`HeldOut.replace`).
 """
 
+import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
 from ..engine.process.progress import progress_bar
+from ..engine.storage.sealed import read_json, write_json
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.norm_filter import has_variance
 from ..kernels.numerics import sum_by
@@ -26,6 +31,7 @@ Reconstruct = Callable[[Tensor, Tensor], Tensor]
 HELD = 2**29  # bytes of activations that are kept
 SAEBENCH_ROWS = 16  # in a batch, by SAEBench's default
 EVERYWHERE = "zero_everywhere"  # SAEBench's ablation
+PARTIAL, SAVE_SECONDS = "temposae-effects/1", 10  # format of `SavedEffects`, and the least time between two writes
 
 
 @dataclass
@@ -89,6 +95,50 @@ class Effect:
     by_row: Tensor
     tokens: int = 0
     kl_of_all: float = 0.0
+
+
+class SavedEffects:
+    """The effects measured so far, in a file beside the results of a run: an interrupted evaluation continues after the last
+    rows in it. `key` says what they depend on."""
+
+    def __init__(self, path: Path, key: Mapping[str, Any]):
+        self.path, self.key, self._saved_at = path, dict(key), time.monotonic()
+
+    def load(self, effects: dict[str, Effect], rows: int) -> int:
+        """Fill in the effects; returns how many rows they are of, 0 if the file is of something else or damaged."""
+        try:
+            saved = read_json(self.path, "core", "", form=PARTIAL)
+        except UserError:
+            return 0
+        if saved["key"] != self._key(effects, rows):
+            return 0
+        for name, effect in effects.items():
+            by_position, by_row, effect.tokens, effect.kl_of_all = saved["effects"][name]
+            effect.by_position.copy_(torch.tensor(by_position, dtype=torch.float64))
+            effect.by_row.copy_(torch.tensor(by_row, dtype=torch.float64))
+        return saved["rows"]
+
+    def save(self, effects: dict[str, Effect], rows: int, done: int) -> None:
+        """Write the effects of the first `done` rows, at most every `SAVE_SECONDS`. Raises OSError."""
+        if time.monotonic() - self._saved_at < SAVE_SECONDS:
+            return
+        values = {
+            name: (effect.by_position.tolist(), effect.by_row.tolist(), effect.tokens, effect.kl_of_all)
+            for name, effect in effects.items()
+        }
+        if all(effect.by_row.isfinite().all() and math.isfinite(effect.kl_of_all) for effect in effects.values()):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            saved = {"format": PARTIAL, "key": self._key(effects, rows), "rows": done, "effects": values}
+            write_json(self.path, saved)
+        self._saved_at = time.monotonic()
+
+    def discard(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
+
+    def _key(self, effects: dict[str, Effect], rows: int) -> dict[str, Any]:
+        """As it reads back from JSON."""
+        return json.loads(json.dumps({**self.key, "replacements": sorted(effects), "ce_rows": rows}))
 
 
 class HeldOut:
@@ -173,9 +223,9 @@ class HeldOut:
                 bar.advance(len(batch.rows))
         self._spread_is_known = True
 
-    def replace(self, by: Mapping[str, Reconstruct]) -> dict[str, Effect]:
+    def replace(self, by: Mapping[str, Reconstruct], saved: SavedEffects | None = None) -> dict[str, Effect]:
         """Run the model with the activations of tokens that count replaced by these functions of them. The effects of
-        `clean`, `zero`, `mean` and zero everywhere are always included, and measured once."""
+        `clean`, `zero`, `mean` and zero everywhere are always included, and measured once. Continues what is `saved`."""
         fixed: dict[str, Reconstruct] = {
             "zero": lambda x, pos: torch.zeros_like(self.mean, dtype=x.dtype).expand(len(x), -1),
             "mean": lambda x, pos: self.mean.to(x.dtype).expand(len(x), -1),
@@ -186,14 +236,21 @@ class HeldOut:
         T, R = len(self.count), self.ce_rows
         effects = {name: Effect(torch.zeros(3, T).double(), torch.zeros(3, R).double()) for name in ("clean", *names)}
         size = rows_at_once(self.stream.model, T, len(self.mean), len(names))
-        with progress_bar("evaluation: model behaviour", total=R * (1 + len(names)), unit="rows") as bar:
+        done = 0 if saved is None else saved.load(effects, R)
+        passes = 1 + len(names)
+        with progress_bar("evaluation: model behaviour", R * passes, "rows", done * passes) as bar:
             for batch in self.batches():
                 if batch.first >= R:
                     break
-                for start in range(0, min(len(batch.rows), R - batch.first), size):
-                    rows = slice(start, min(start + size, len(batch.rows), R - batch.first))
+                end = min(len(batch.rows), R - batch.first)
+                for start in range(max(0, done - batch.first), end, size):
+                    rows = slice(start, min(start + size, end))
                     self._effects_on(batch, rows, replacements, EVERYWHERE in names, effects)
-                    bar.advance((rows.stop - rows.start) * (1 + len(names)))
+                    bar.advance((rows.stop - rows.start) * passes)
+                    if saved is not None:
+                        saved.save(effects, R, batch.first + rows.stop)
+        if saved is not None:
+            saved.discard()
         if not known:
             self.effects = {name: effects[name] for name in ("clean", *fixed, EVERYWHERE)}
         return self.effects | effects

@@ -21,6 +21,7 @@ from ..engine.train import Run, train
 from ..kernels.torch_modes import default_modes
 from . import result_files
 from .evaluation import Evaluation, fitted
+from .held_out import SavedEffects
 from .report import write_report
 from .row_budget import Sizes, row_counts
 from .run_figures import draw_pareto
@@ -214,6 +215,8 @@ def _measure(
             most = None if name == "core" else evaluation.sizes.other_rows
             limit = "" if most is None else f", on at most {most} rows of text"
             print(f"measuring {name}, {todo.index(name) + 1} of {len(todo)}{limit}", file=sys.stderr, flush=True)
+        if name == "core" and run is not None:
+            evaluation.saved = SavedEffects(run / "evals" / "core.part", keys[name])
         began = time.monotonic()
         result: dict[str, Any]
         result = {"skipped": reasons[""]} if "" in reasons else _measured(name, evaluation, alone=alone)

@@ -199,7 +199,7 @@ def _core(evaluation: Evaluation) -> dict[str, Any]:
     held_out = evaluation.once(
         f"core {stream.model.hooks} {rows} {ce_rows}", lambda: HeldOut(stream, rows, ce_rows, latents)
     )
-    return core(stream, evaluation.sae, controls, neurons=neurons, held_out=held_out)
+    return core(stream, evaluation.sae, controls, neurons=neurons, held_out=held_out, saved=evaluation.saved)
 
 
 def _sparse_probing(evaluation: Evaluation) -> dict[str, Any]:
