@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 
 # Before torch loads OpenMP: with a test worker on every core, threads that spin while they wait cost milliseconds each time.
@@ -156,3 +157,14 @@ def texts() -> list[str]:
         " ".join(" ".join(language.document(3 * i + j).text for j in range(3)).split()[: 1 + 17 * i % 397])
         for i in range(300)
     ]
+
+
+@pytest.fixture(autouse=True)
+def no_parts_left():
+    """Parts that a test registers are gone after it: messages list all that are known."""
+    yield
+    if (registry := sys.modules.get("temposae.engine.registry")) is not None:
+        for kind in [kind for kind, cls in registry._PARTS.items() if not cls.__module__.startswith("temposae.")]:
+            del registry._PARTS[kind]
+    for name in [name for name in sys.modules if name.startswith("temposae_plugin_")]:
+        del sys.modules[name]

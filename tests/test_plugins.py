@@ -47,7 +47,7 @@ def own(tmp_path, monkeypatch):
 def forget() -> None:
     """As in a new process."""
     registry._PARTS.pop("half", None)
-    for name in [name for name in plugins.sys.modules if name.startswith("temposae_plugin_")]:
+    for name in [name for name in plugins.sys.modules if name.startswith(("temposae_plugin_", "lab_parts"))]:
         del plugins.sys.modules[name]
 
 
