@@ -166,5 +166,7 @@ def no_parts_left():
     if (registry := sys.modules.get("temposae.engine.registry")) is not None:
         for kind in [kind for kind, cls in registry._PARTS.items() if not cls.__module__.startswith("temposae.")]:
             del registry._PARTS[kind]
+        for module in [module for module in registry._ENTRY_POINTS if not module.startswith("temposae.")]:
+            del registry._ENTRY_POINTS[module]
     for name in [name for name in sys.modules if name.startswith("temposae_plugin_")]:
         del sys.modules[name]
