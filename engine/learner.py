@@ -32,7 +32,7 @@ class Counts(NamedTuple):
     idle_tokens: Tensor  # int64 [S, F]: since each latent was last active
     sums: Tensor  # [S, 4, T]: `PositionSums` since the last report
     spread: Tensor  # [S]: squared distance of activations from their mean since then
-    totals: Tensor  # [S, 4]: loss without AuxK, AuxK, gradient norm, and tokens at positions outside of [0, T) since then
+    totals: Tensor  # [S, 4]: loss without AuxK, AuxK, gradient norm, and positions outside of [0, T), since then
 
     def add(self, n: int, spread: Tensor, outcome: Outcome) -> None:
         """Count a batch of n tokens."""
@@ -244,10 +244,11 @@ class Learner:
         return bool(self.counts.totals.isfinite().all())
 
     def _check_positions(self) -> None:
-        """Raise UserError if a step since the last report had positions that are not allowed. A GPU is not asked before."""
+        """Raise UserError if tokens since the last report had positions that are not allowed. On a GPU, a step does not
+        check them, since that would wait for the device."""
         if outside := int(self.counts.totals[0, 3]):
             raise UserError(
-                f"pos: positions of {outside} tokens since the last report are not allowed; they must lie in [0, T) = "
+                f"pos: {outside} positions since the last report are not allowed; they must lie in [0, T) = "
                 f"[0, {self.n_positions})"
             )
         seen = self.counts.sums[0, 0].nonzero()

@@ -25,8 +25,8 @@ Mask = Tensor | GaussianMask
 
 
 def in_range(pos: Tensor, n_positions: int) -> Tensor:
-    """Return positions that may index [T, ...]. On a CPU they were checked. Elsewhere a check would wait for the device,
-    so those outside of [0, T) become the nearest one inside."""
+    """Return positions that can index [T, ...]. On a CPU, ops have checked them. On a GPU, checking would wait for the
+    device, so positions outside of [0, T) become the nearest one inside."""
     return pos if pos.device.type == "cpu" else pos.clamp(0, n_positions - 1)
 
 

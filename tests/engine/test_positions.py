@@ -1,4 +1,4 @@
-"""Positions that are not allowed: refused at once on a CPU, and at the next report where a check would wait for the GPU."""
+"""Positions that are not allowed: refused at once on a CPU, and by the next report where a check would wait for a GPU."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from temposae.engine.stream import Batch
 from temposae.kernels import checks, encoder_inputs, loss
 
 N, D, F, T = 16, 8, 32, 6
-MESSAGE = r"pos: positions of 2 tokens since the last report are not allowed; they must lie in \[0, T\) = \[0, 6\)"
+MESSAGE = r"pos: 2 positions since the last report are not allowed; they must lie in \[0, T\) = \[0, 6\)"
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_the_next_report_names_them(count, wrong, backend, monkeypatch, unchecke
         cohort.settle()
     for each in learners:
         for refuses in (each.report, each.state):
-            with pytest.raises(UserError, match=MESSAGE if count == 1 or backend == "torch" else "pos: positions of"):
+            with pytest.raises(UserError, match=MESSAGE if count == 1 or backend == "torch" else r"must lie in \[0, T\) = \[0, 6\)"):
                 refuses()
 
 

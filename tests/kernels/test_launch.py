@@ -1,6 +1,7 @@
 """Every kernel is launched on the device of its tensors, whichever is current."""
 
 import ast
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,19 +16,21 @@ BUILT_IN = {"dict", "list", "set", "tuple"}
 def direct_launches(source: str) -> list[int]:
     """Lines that call `kernel[grid](...)`, `kernel.run(...)` or `kernel.warmup(...)`."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    lines = [call.lineno for call in calls if isinstance(call.func, ast.Subscript) and ast.unparse(call.func.value) not in BUILT_IN]
-    return lines + [
-        call.lineno
-        for call in calls
-        if isinstance(call.func, ast.Attribute)
-        and call.func.attr in ("run", "warmup")
-        and ast.unparse(call.func.value).endswith("_kernel")
-    ]
+    lines = []
+    for call in calls:
+        function = call.func
+        if isinstance(function, ast.Subscript):
+            is_launch = ast.unparse(function.value) not in BUILT_IN
+        else:
+            is_launch = re.search(r"_kernel\.(run|warmup)$", ast.unparse(function)) is not None
+        lines += [call.lineno] * is_launch
+    return sorted(lines)
 
 
 def test_reader_sees_direct_launches() -> None:
-    source = "a_kernel[(n,)](x)\nkernels[0][grid](x, BLOCK=1)\nb_kernel.run(x)\ndict[str, int]()\nlaunch_kernel(a_kernel, (n,), x)"
+    source = "a_kernel[(n,)](x)\nkernels[0][grid](x, BLOCK=1)\nb_kernel.run(x)\n"
     assert direct_launches(source) == [1, 2, 3]
+    assert direct_launches("dict[str, int]()\nlaunch_kernel(a_kernel, (n,), x)\n") == []
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: str(path.relative_to(KERNELS)))

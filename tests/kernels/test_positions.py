@@ -54,12 +54,10 @@ def test_tokens_elsewhere_are_in_no_sum(ragged):
             return SparseCode(values[keep], indices[keep], F)
         return SparseCode(values[keep].flatten(), indices[keep].flatten(), F, 3 * torch.arange(int(keep.sum()) + 1))
 
-    modules = [reference]
-    if pytest.importorskip("triton"):
-        from temposae.kernels.loss import triton
+    pytest.importorskip("triton")
+    from temposae.kernels.loss import triton
 
-        modules.append(triton)
-    for module in modules:
+    for module in (reference, triton):
         found = module.position_loss(residual, code(torch.ones(N, dtype=torch.bool)), FAR, T)
         expected = module.position_loss(residual[inside], code(inside), FAR[inside], T)
         assert found[0].tolist() == [1] * T
@@ -70,13 +68,13 @@ def test_tokens_elsewhere_are_in_no_sum(ragged):
 class LargestTensor(TorchDispatchMode):
     """The bytes of the largest tensor that is made."""
 
-    bytes = 0
+    most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+                self.most = max(self.most, tensor.numel() * tensor.element_size())
         return result
 
 
@@ -105,4 +103,4 @@ def test_no_temporary_of_a_hard_mask_is_larger_than_the_mask():
     mask = torch.rand(16, 4096, generator=torch.Generator().manual_seed(0)) < 0.5
     with LargestTensor() as largest:
         hard(mask, 128)
-    assert 0 < largest.bytes <= mask.numel()
+    assert 0 < largest.most <= mask.numel()
