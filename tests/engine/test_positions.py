@@ -1,4 +1,4 @@
-"""Positions that are not allowed: refused at once on a CPU, and by the next report where a check would wait for a GPU."""
+"""Positions that are not allowed: refused at once on a CPU, and by the next report where checking would wait."""
 
 import pytest
 import torch
@@ -49,9 +49,10 @@ def test_the_next_report_names_them(count, wrong, backend, monkeypatch, unchecke
             cohort.step(given)
     for cohort in cohorts:
         cohort.settle()
+    message = MESSAGE if count == 1 or backend == "torch" else MESSAGE.replace("2", "[12]", 1)
     for each in learners:
         for refuses in (each.report, each.state):
-            with pytest.raises(UserError, match=MESSAGE if count == 1 or backend == "torch" else r"must lie in \[0, T\) = \[0, 6\)"):
+            with pytest.raises(UserError, match=message):
                 refuses()
 
 
@@ -72,9 +73,9 @@ def test_a_cpu_refuses_them_at_once():
 
 
 def test_positions_beyond_a_mask_are_named_by_the_report():
-    one = learner(mask=MaskConfig(kind="ranges", positions=4, ranges=2))
+    one = learner(mask=MaskConfig(kind="ranges", positions=4, ranges=2, beyond="error"))
     one.counts.sums[0, 0, 4] = 1  # a token there, that a GPU let through
     with pytest.raises(UserError, match="sae.mask.positions: 4 is not allowed; it must be at least 5"):
         one.report()
-    assert learner(mask=MaskConfig(kind="ranges", positions=4, ranges=2, beyond="clamp")).sae.mask.checked_later
+    assert one.sae.mask.checked_later
     assert not learner().end().mask.checked_later
