@@ -259,9 +259,7 @@ def test_ops_read_the_nearest_row_of_a_mask(kind, backend, monkeypatch):
     results = []
     for pos in (far, far.clamp(0, t - 1)):
         W = drawn(f, d, seed=1).requires_grad_()
-        code, _ = encode_topk_with_gradients(
-            drawn(n, d), W.T, torch.zeros(f, device="cuda"), mask=mask, pos=pos, k=16
-        )
+        code, _ = encode_topk_with_gradients(drawn(n, d), W.T, torch.zeros(f, device="cuda"), mask=mask, pos=pos, k=16)
         wanted = [W, mask] if kind == "soft" else [W]
         gradients = torch.autograd.grad(code.values.square().sum(), wanted)
         acts = encode(drawn(n, d), W.detach().T, torch.zeros(f, device="cuda"), mask=mask.detach(), pos=pos)
