@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,6 +83,11 @@ def check_settings(dtype: str, dtypes: Iterable[str] = ("fp32", "bf16"), **count
             raise UserError(f"{name}: {count} is not allowed; it must be at least 1")
 
 
+def seed_of(name: str, seed: int = 0) -> int:
+    """The seed of a named generator, so that "tokens" and "weights" share no random numbers."""
+    return zlib.crc32(f"{name} {seed}".encode())
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Batches that all providers train on in the same order, and held-out tokens.
@@ -109,7 +115,7 @@ def tokens(shape: Shape, device: str, dtype: torch.dtype, *, count: int = 8, see
     are common and most are rare, like features of language models. In white noise there would be nothing to learn, and all
     latents would fire equally often.
     """
-    draw = torch.Generator(device=device).manual_seed(seed)
+    draw = torch.Generator(device=device).manual_seed(seed_of("tokens", seed))
     n_directions, active = 2 * shape.D, 16
 
     def normal(*size: int) -> Tensor:

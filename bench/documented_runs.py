@@ -20,6 +20,7 @@ from ..engine.stream import ActivationStream, Batch
 from ..engine.sweep import resolve
 from ..engine.train import train_together
 from ..kernels.torch_modes import default_modes
+from .data import seed_of
 from .results import FOLDER, about, markdown
 from .streams import GEMMA, folder_of, text_of
 from .timing import quantiles, sample, synchronise
@@ -119,7 +120,7 @@ def _cohort(name: str, sizes: Sizes, F: int, device: str) -> Cohort:
 
 
 def _batch(sizes: Sizes, seed: int, device: str) -> Batch:
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed_of("tokens", seed))
     pos = torch.arange(sizes.context).repeat(sizes.rows)
     row = torch.arange(sizes.rows).repeat_interleave(sizes.context)
     x = torch.randn(len(pos), sizes.D, generator=draw)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine.accelerate import accelerate
+from .data import seed_of
 from .training_job import (
     DEAD,
     LONG_RUN,
@@ -39,7 +40,7 @@ def sparsify(job: TrainingJob) -> ProviderRun:
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # sparsify reads it when it is imported
     library = load("sparsify")
     n, d, f, k = job.shape
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of("weights"))
     autoencoder = library.SparseCoder(d, library.SparseCoderConfig(num_latents=f, k=k), job.device, torch.float32)
     autoencoder.b_dec.data = job.tokens.mean.clone()
     if job.accelerated:
@@ -100,7 +101,7 @@ def sae_lens(job: TrainingJob) -> ProviderRun:
         "relu": ("Standard", {}, dict(l1_coefficient=defaults.l1_coefficient)),
     }[job.activation]
     sizes |= {} if job.own else headline_sizes
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of("weights"))
     config = getattr(library, f"{name}TrainingSAEConfig")(d_in=d, d_sae=f, device=job.device, **sizes)
     sae = getattr(library, f"{name}TrainingSAE")(config)
     if job.auxk:
@@ -139,9 +140,9 @@ def dictionary_learning(job: TrainingJob) -> ProviderRun:
         ),
     }[job.activation]  # fmt: skip
     settings: dict[str, Any] = dict(activation_dim=job.shape.D, dict_size=job.shape.F, steps=LONG_RUN, **sizes)
-    settings |= dict(layer=0, lm_name="none", seed=0, device=job.device)
+    settings |= dict(layer=0, lm_name="none", seed=seed_of("weights"), device=job.device)
     settings |= {} if job.own else dict(lr=job.lr, warmup_steps=0, **headline_settings)
-    torch.manual_seed(0)  # not all trainers set the seed
+    torch.manual_seed(seed_of("weights"))  # not all trainers set the seed
     trainer = getattr(load(f"dictionary_learning.trainers.{module}"), name)(**settings)
     if job.accelerated:
         accelerate(trainer)

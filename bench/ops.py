@@ -18,7 +18,7 @@ from ..kernels import bench_types
 from ..kernels.backend import why
 from ..kernels.bench_types import Call, Op
 from ..kernels.torch_modes import default_modes
-from .data import DTYPES, POSITIONS, Shape, check_settings, tokens
+from .data import DTYPES, POSITIONS, Shape, check_settings, seed_of, tokens
 from .floors import Rates, op_floor, rates_of
 from .op_benches import BENCHES
 from .timing import free_bytes, inner_calls, memory, quantiles, samples
@@ -32,7 +32,8 @@ class Inputs(bench_types.Inputs):
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
         self.shape, self.dtype, self.device = shape, dtype, device
         made_up = tokens(shape, device, dtype, count=1)
-        sae = self.sae = SparseAutoencoder(SAEConfig(d_in=shape.D, d_sae=shape.F, k=shape.K)).to(device)
+        config = SAEConfig(d_in=shape.D, d_sae=shape.F, k=shape.K)
+        sae = self.sae = SparseAutoencoder(config, seed=seed_of("weights")).to(device)
         sae.initialise_bias(made_up.mean)
         weights = (weight.detach() for weight in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
         super().__init__(made_up.batches[0].x, made_up.batches[0].pos, *weights, k=shape.K)

@@ -21,7 +21,7 @@ from ..engine.learner import Learner
 from ..engine.sae import SparseAutoencoder
 from ..kernels.code import SparseCode
 from ..kernels.encode_sparse import encode_topk
-from .data import DTYPES, POSITIONS
+from .data import DTYPES, POSITIONS, seed_of
 from .libraries import dictionary_learning, faster, sae_lens, sparsify
 from .torch_baseline import compiled_torch, plain_torch
 from .training_job import ACTIVATIONS, DEAD, LONG_RUN, ProviderRun, TrainingJob, fixes_l0, let_die, sae_config
@@ -34,7 +34,7 @@ def make_learner(job: TrainingJob, seed: int = 0) -> Learner:
     if not job.own:
         dtype = str(DTYPES[job.dtype]).removeprefix("torch.")
         settings |= dict(lr=job.lr, warmup=0.0, decay=0.0, clip_norm=job.clip, dtype=dtype)
-    sae = SparseAutoencoder(sae_config(job), seed=seed).to(job.device)
+    sae = SparseAutoencoder(sae_config(job), seed=seed_of("weights", seed)).to(job.device)
     if job.auxk:
         let_die(sae.W_enc.T)
     return Learner(sae, TrainConfig(**settings), job.tokens.mean, job.tokens.mean_norm, POSITIONS)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.config import SAEConfig
+from .data import seed_of
 from .training_job import DEAD, ProviderRun, TrainingJob, autocast, fixes_l0, let_die, mean_l0, sae_config
 
 
@@ -99,7 +100,7 @@ class Dense(nn.Module):
 
 def plain_torch(job: TrainingJob, prepare: Callable[[Any], Any] = lambda function: function) -> ProviderRun:
     """`Dense` with autograd, autocast for bfloat16 products, and torch's fused Adam."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of("weights"))
     dead = torch.zeros(job.shape.F, dtype=torch.bool, device=job.device)
     dead[DEAD] = True
     sae = Dense(sae_config(job), job.device, dead if job.auxk else None)

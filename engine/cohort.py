@@ -115,7 +115,8 @@ class Cohort:
         if any(any_dead):
             dead = self.counts.idle_tokens >= first.dead_after
             if not all(any_dead):
-                dead &= torch.tensor(any_dead)[:, None].to(x.device, non_blocking=True)
+                pinned = torch.tensor(any_dead, device="cpu", pin_memory=x.is_cuda)
+                dead &= pinned[:, None].to(x.device, non_blocking=True)
         lrs = [learner.begin_step(x, batch.pos) for learner in self.learners]
         run = functools.partial(
             fused, x, batch.pos, first.n_positions, dead, first.expected,

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..kernels.autograd import encode_dense, position_loss, reconstruct
 from ..kernels.code import SparseCode
-from ..kernels.masks import weights_at
+from ..kernels.masks import in_range, weights_at
 from ..kernels.select import select_batch_topk, select_threshold, select_topk
 from ..kernels.torch_modes import default_modes, without_autocast
 from .config import SAEConfig
@@ -119,6 +119,7 @@ class ComposedAutoencoder(SparseAutoencoder):
         step, seed = self._step_and_seed
         batch = self._batch_view(x, pos)
         batch.n_positions, batch.training, batch.step, batch.seed = n_positions, True, step, seed
+        batch.pos = in_range(batch.pos, n_positions)
         batch.target = target = x if target is None else target
         if batch_context is not None:
             batch.row, batch.attribute, batch.second = batch_context

@@ -35,8 +35,7 @@ class Flag:
         self._value, self._event = value, None
         if value.is_cuda and not torch.cuda.is_current_stream_capturing():
             self._value = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(value, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            self._event = torch.cuda.current_stream(value.device).record_event()
 
     def __bool__(self) -> bool:
         if self._event is not None:

@@ -32,7 +32,7 @@ class Counts(NamedTuple):
     idle_tokens: Tensor  # int64 [S, F]: since each latent was last active
     sums: Tensor  # [S, 4, T]: `PositionSums` since the last report
     spread: Tensor  # [S]: squared distance of activations from their mean since then
-    losses: Tensor  # [S, 3]: loss without AuxK, AuxK and gradient norm since then
+    totals: Tensor  # [S, 4]: loss without AuxK, AuxK, gradient norm, and positions outside of [0, T), since then
 
     def add(self, n: int, spread: Tensor, outcome: Outcome) -> None:
         """Count a batch of n tokens."""
@@ -40,7 +40,8 @@ class Counts(NamedTuple):
         self.sums.add_(torch.stack(outcome.sums, 1))
         self.spread.add_(spread)
         aux = torch.zeros_like(outcome.loss) if outcome.aux_loss is None else outcome.aux_loss
-        self.losses.add_(torch.stack([outcome.loss - aux, aux, outcome.norm], 1))
+        outside = (n - outcome.sums.count.sum(1)).amax().expand_as(aux)
+        self.totals.add_(torch.stack([outcome.loss - aux, aux, outcome.norm, outside], 1))
 
 
 class Learner:
@@ -64,6 +65,7 @@ class Learner:
         self.reads, self.hook = reads(sae.cfg), hook
         sae = sae.shard(ranks).to(mean.device)
         self.sae, self.config, self.n_positions, self.ranks = sae, config, n_positions, ranks
+        sae.mask.checked_later = True
         self.scale = 2.0 ** round(math.log2(math.sqrt(sae.cfg.d_in) / max(mean_norm, 1e-30)))
         self.mean = mean * self.scale
         self._is_new = not trained
@@ -101,7 +103,7 @@ class Learner:
         self.dead_after = config.dead_after_tokens or min(10_000_000, max(config.tokens // 10, 10 * config.batch))
         idle_tokens = torch.zeros(1, sae.cfg.d_sae, dtype=torch.int64, device=device)
         sums = torch.zeros(1, len(PositionSums._fields), n_positions, device=device)
-        self.counts = Counts(idle_tokens, sums, torch.zeros(1, device=device), torch.zeros(1, 3, device=device))
+        self.counts = Counts(idle_tokens, sums, torch.zeros(1, device=device), torch.zeros(1, 4, device=device))
         self.steps_done = self.tokens_done = 0
         self._steps = 0  # since the last report
         # for `target_l0`: log of the factor on the sparsity coefficients, log(L0 / target), and how fast that moves
@@ -239,7 +241,18 @@ class Learner:
     def is_finite(self) -> bool:
         """Whether every loss since the last report is finite. Waits for the device."""
         self.check_settled()
-        return bool(self.counts.losses.isfinite().all())
+        return bool(self.counts.totals.isfinite().all())
+
+    def _check_positions(self) -> None:
+        """Raise UserError if tokens since the last report had positions that are not allowed. On a GPU, a step does not
+        check them, since that would wait for the device."""
+        if outside := int(self.counts.totals[0, 3]):
+            raise UserError(
+                f"pos: {outside} positions since the last report are not allowed; they must lie in [0, T) = "
+                f"[0, {self.n_positions})"
+            )
+        seen = self.counts.sums[0, 0].nonzero()
+        self.cfg.mask.check_context(int(seen[-1]) + 1 if len(seen) else 0)
 
     def report(self) -> dict[str, Any]:
         """Means since the last report. Waits for the device.
@@ -248,10 +261,13 @@ class Learner:
         `fvu`: squared error relative to predicting the mean; `dead`: latents idle for `dead_after` tokens; `sparsity`: with
         `target_l0`, the factor on the sparsity coefficient; `gradient_norm`: before clipping; `positions`: squared error and
         L0 per position, if `log_positions` is set; `parts`: figures of the parts.
+
+        Raises UserError for positions outside of [0, T), or beyond a mask that does not allow them.
         """
         self.check_settled()
+        self._check_positions()
         sums = PositionSums(*self.counts.sums[0])
-        loss, aux, norm = (self.counts.losses[0] / max(1, self._steps)).tolist()
+        loss, aux, norm, _ = (self.counts.totals[0] / max(1, self._steps)).tolist()
         dead = int(self.ranks.sum_((self.counts.idle_tokens >= self.dead_after).sum()))
         figures = {
             "loss": loss,
@@ -271,7 +287,7 @@ class Learner:
         if parts := self.sae.part_reports():
             figures["parts"] = parts
         self.any_dead, self.l0 = dead > 0, figures["l0"]
-        for count in (self.counts.sums, self.counts.spread, self.counts.losses):
+        for count in (self.counts.sums, self.counts.spread, self.counts.totals):
             count.zero_()
         self._steps = 0
         if self.config.target_l0 is not None:
@@ -299,6 +315,7 @@ class Learner:
         """The whole dictionary, in units of x. No step may follow."""
         self.check_settled()
         if self.ranks.size == 1:
+            self.sae.mask.checked_later = False
             self.sae.scale_(1 / self.scale)
             return self.sae
         sae = SparseAutoencoder(self.cfg)
@@ -306,8 +323,10 @@ class Learner:
         return sae.to(self.mean.device)
 
     def state(self) -> dict[str, Tensor]:
-        """Moments, counts and sums of the whole dictionary: with `weights`, all that a checkpoint needs."""
+        """Moments, counts and sums of the whole dictionary: with `weights`, all that a checkpoint needs. Errors as in
+        `report`."""
         self.check_settled()
+        self._check_positions()
         numbers = {
             "scale": self.scale,
             "steps_done": self.steps_done,
@@ -333,8 +352,8 @@ class Learner:
 
     def _named_counts(self) -> dict[str, Tensor]:
         """The counts and the mean, by their names in checkpoints."""
-        idle_tokens, sums, spread, losses = (count[0] for count in self.counts)
-        tensors = {"idle_tokens": idle_tokens, "mean": self.mean, "spread": spread, "losses": losses}
+        idle_tokens, sums, spread, totals = (count[0] for count in self.counts)
+        tensors = {"idle_tokens": idle_tokens, "mean": self.mean, "spread": spread, "losses": totals[:3]}
         if self.config.target_l0 is not None:
             tensors["matching"] = self.matching
         return tensors | {f"sums.{key}": value for key, value in zip(PositionSums._fields, sums, strict=True)}

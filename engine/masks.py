@@ -19,7 +19,8 @@ class PositionMask(nn.Module):
 
     `weights()` returns the mask: bool [T, F], a GaussianMask, float [T, F] in (0, 1), or None for no mask. `rows(pos)`
     maps positions to rows of the mask and applies `beyond` to positions from T on. Temperature and blending follow
-    `progress`, from 0 to 1, which training sets and checkpoints store.
+    `progress`, from 0 to 1, which training sets and checkpoints store. `checked_later`: a learner counts positions and
+    reports those beyond, so on a GPU `rows` need not wait for the device to refuse them.
     """
 
     fixed: Tensor | None
@@ -43,6 +44,7 @@ class PositionMask(nn.Module):
             logits = torch.where(_hard(config, config.start, F, generator), SURE, -SURE)
         elif config.kind != "none":
             fixed = _hard(config, config.kind, F, generator)
+        self.checked_later = False
         has_progress = config.blend or config.temperature_end is not None
         self.register_buffer("fixed", fixed)
         self.register_buffer("centre", centre)
@@ -82,7 +84,7 @@ class PositionMask(nn.Module):
         T = self.config.positions
         if self.config.beyond == "wrap":
             return pos % T
-        if self.config.beyond == "clamp":
+        if self.config.beyond == "clamp" or (self.checked_later and pos.is_cuda):
             return pos.clamp(max=T - 1)
         self.config.check_context(int(pos.max()) + 1 if pos.numel() else 0)
         return pos

@@ -145,3 +145,9 @@ def launch_options(op: str, tensor: Tensor) -> dict[str, Any]:
     configs = config_row(_arch(tensor.device)) if tensor.is_cuda else CONFIGS[min(CONFIGS)]
     # Triton's default for FP fusion is about to change. Contracting a*b+c only makes sums more accurate.
     return {**configs[op], "enable_fp_fusion": True}
+
+
+def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a Triton kernel on the device of its first argument, a tensor, whichever device is current."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **options)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .code import SparseCode
 from .decode import decode, decode_values_grad
-from .masks import Mask, weights_at, weights_of
+from .masks import Mask, in_range, weights_at, weights_of
 from .numerics import accumulation_dtype, sum_by
 from .weight_grad import weight_grad
 
@@ -31,7 +31,7 @@ def encode_dense(
     if mask is not None and pos is not None:
         gate = weights_at(mask, pos)
         if need_mask and isinstance(mask, Tensor):
-            dmask = sum_by(pos, _divide(dpre * acts, gate), mask.shape[0]).to(mask.dtype)
+            dmask = sum_by(in_range(pos, len(mask)), _divide(dpre * acts, gate), len(mask)).to(mask.dtype)
         dpre = (dpre * gate).to(x.dtype)
     if need_w:
         centered = x if center is None else (x - center).to(x.dtype)
@@ -140,7 +140,7 @@ def squared_error(
 
 def position_squared_error(residual: Tensor, pos: Tensor, dsquared_error: Tensor) -> Tensor:
     """Return the gradient of the residual [N, D], or of squared norms [N], from that of the sums per position [T]."""
-    dresidual = dsquared_error[pos.long()]
+    dresidual = dsquared_error[in_range(pos.long(), len(dsquared_error))]
     if residual.dim() == 2:
         dresidual = 2 * dresidual[:, None] * residual
     return dresidual.to(residual.dtype)
@@ -148,7 +148,7 @@ def position_squared_error(residual: Tensor, pos: Tensor, dsquared_error: Tensor
 
 def position_l1(values: Tensor, code: SparseCode | None, pos: Tensor, dl1: Tensor) -> Tensor:
     """Return the gradient of a code's values, or of dense activations [N, F], from that of the L1 per position [T]."""
-    per_token = dl1[pos.long()]
+    per_token = dl1[in_range(pos.long(), len(dl1))]
     if code is not None and code.ragged:
         return code.live(per_token[code.rows] * values.sign()).to(values.dtype)
     return (per_token[:, None] * values.sign()).to(values.dtype)
@@ -161,7 +161,7 @@ def gate_of(code: SparseCode, mask: Mask, pos: Tensor) -> Tensor:
 
 def mask_gradient(code: SparseCode, contributions: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
     """Return the gradient of a mask [T, F] from the contribution of each entry."""
-    elements = pos.long()[code.rows] * mask.shape[1] + code.live(code.indices)
+    elements = in_range(pos.long(), len(mask))[code.rows] * mask.shape[1] + code.live(code.indices)
     return sum_by(elements.flatten(), code.live(contributions).flatten(), mask.numel()).view(mask.shape).to(mask.dtype)
 
 

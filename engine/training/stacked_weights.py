@@ -78,7 +78,10 @@ class StackedWeights:
     def set_rates(self, lrs: Sequence[float], step: int) -> None:
         """Write what changes from step to step besides the data to where the kernels read it."""
         step_size, correction, _ = self._rates
-        step_size.copy_(torch.tensor([lr / (1 - self.config.beta1**step) for lr in lrs]), non_blocking=True)
+        step_sizes = [lr / (1 - self.config.beta1**step) for lr in lrs]
+        # A copy from pinned memory does not wait for the device. torch reuses the memory only when the copy is done.
+        pinned = torch.tensor(step_sizes, device="cpu", pin_memory=step_size.is_cuda)
+        step_size.copy_(pinned, non_blocking=True)
         correction.fill_((1 - self.config.beta2**step) ** 0.5)
         for name, seed in self._seeds.items():
             seed.fill_(rounding_seed(name, step, self._first_latent))

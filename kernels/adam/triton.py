@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import moments as formats
-from ..backend import launch_options
+from ..backend import launch_kernel, launch_options
 from ..code import LatentMajor
 from ..moments import Moments, Rates
 from ..weight_grad.triton import sum_latent, sum_windows
@@ -268,13 +268,15 @@ def adam(
     if unit_norm or flags["BITS"] < 32:
         f, d = parameter.shape
         high, low = pieces(d)
-        adam_matrix_kernel[(f,)](
+        launch_kernel(
+            adam_matrix_kernel, (f,),
             parameter, grad, *tensors[1:], d, f // n_dictionaries, *numbers,
             UNIT_NORM=unit_norm, **flags, HIGH=high, LOW=low, **launch_options("adam_matrix", parameter),
         )  # fmt: skip
     else:
         options, (w, m, v, _, shadow_or_w, *rates_of_dictionaries, _, skip) = launch_options("adam", parameter), tensors
-        adam_kernel[(triton.cdiv(size, options["BLOCK"]),)](
+        launch_kernel(
+            adam_kernel, (triton.cdiv(size, options["BLOCK"]),),
             w, grad, m, v, shadow_or_w, *rates_of_dictionaries, skip, size, size // n_dictionaries, *numbers,
             HAS_SHADOW=flags["HAS_SHADOW"], HAS_SKIP=flags["HAS_SKIP"], **options,
         )  # fmt: skip
@@ -323,7 +325,8 @@ def _launch(
     windows, split = sum_windows(entries, values, rows)
     high, low = pieces(d)
     options = launch_options("adam_rows_small" if rows.dtype == torch.float32 else "adam_rows", rows)
-    adam_rows_kernel[(f,)](
+    launch_kernel(
+        adam_rows_kernel, (f,),
         values, entries.order, entries.tokens, entries.latent_offsets, rows, windows,
         rows if center is None else center.contiguous(), sums,
         *tensors, m, d, rows.stride(0), f // (1 if center is None else center.numel() // d), *numbers,

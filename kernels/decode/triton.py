@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import launch_options
+from ..backend import launch_kernel, launch_options
 from ..code import SparseCode
 
 
@@ -136,7 +136,8 @@ def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None
     target = None if target is None else _with_unit_stride(target)
     out = torch.empty((n, d), dtype=(W_dec if target is None else target).dtype, device=W_dec.device)
     options = launch_options("decode", W_dec)
-    decode_kernel[(n, triton.cdiv(d, options["BLOCK_D"]))](
+    launch_kernel(
+        decode_kernel, (n, triton.cdiv(d, options["BLOCK_D"])),
         code.values.contiguous(), code.indices.contiguous(), code.indices if code.offsets is None else code.offsets,
         W_dec, b_dec.contiguous(), W_dec if target is None else target, out,
         n if target is None else len(target), n // (b_dec.numel() // d), d, 0 if code.ragged else code.values.shape[1],
@@ -160,7 +161,8 @@ def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) 
     errors = torch.empty((tiles, n), dtype=torch.float32, device=target.device)
     allocate = torch.zeros if code.ragged else torch.empty  # unused entries are not written
     projections = allocate((tiles, *code.values.shape), dtype=torch.float32, device=target.device)
-    reconstruct_kernel[(n, tiles)](
+    launch_kernel(
+        reconstruct_kernel, (n, tiles),
         code.values.contiguous(), code.indices.contiguous(), code.indices if code.offsets is None else code.offsets,
         W_dec, b_dec.contiguous(), target, residual, errors, projections,
         n, m, n // (b_dec.numel() // d), d, k, capacity, W_dec.stride(0), target.stride(0),
@@ -174,7 +176,8 @@ def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor) -> Tensor:
     W_dec, grad = _with_unit_stride(W_dec), _with_unit_stride(grad)
     allocate = torch.zeros if code.ragged else torch.empty  # unused entries are not written
     out = allocate(code.values.shape, dtype=code.values.dtype, device=W_dec.device)
-    values_grad_kernel[(code.n_tokens,)](
+    launch_kernel(
+        values_grad_kernel, (code.n_tokens,),
         code.indices.contiguous(), code.indices if code.offsets is None else code.offsets, W_dec, grad, out,
         W_dec.shape[1], 0 if code.ragged else code.values.shape[1], W_dec.stride(0), grad.stride(0),
         RAGGED=code.ragged,

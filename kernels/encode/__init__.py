@@ -20,7 +20,8 @@ def encode(
     center  [D], any floating dtype; or [S, D]: one for each of S equal runs of latents
     mask    [T, F]  bool or floating, factors by position and latent (needs pos); or a `GaussianMask`. Triton caches a
                     bool mask as bits until it is modified, and skips tiles of the product that it empties
-    pos     [N]     int32 or int64 in [0, T): the position of each token; only read with a mask
+    pos     [N]     int32 or int64 in [0, T): the position of each token; only read with a mask. On a GPU, where it is
+                    not checked, positions outside use the nearest row of the mask
 
     Returns acts [N, F] in x's dtype, accumulated in float32 (float64 for float64) and rounded once. Exception: torch on
     CUDA rounds half precision after centring and before the mask. `relu=False` omits the rectifier. NaN propagates.

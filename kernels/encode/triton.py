@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..backend import launch_options
+from ..backend import launch_kernel, launch_options
 from ..encoder_inputs import EncoderInputs
 from ..masks import GaussianMask
 
@@ -198,9 +198,11 @@ def operands(config: str, inputs: EncoderInputs) -> Operands:
     if center is not None:
         (d, f), bias = W_enc.shape, torch.empty_like(bias)
         latents_per_center, fold_options = f * d // center.numel(), launch_options("fold", x)
-        fold_kernel[(triton.cdiv(latents_per_center, fold_options["BLOCK_F"]), f // latents_per_center)](
-            W_enc, b_enc.contiguous(), center.contiguous(), bias, d, latents_per_center, *W_enc.stride(), **fold_options
-        )
+        launch_kernel(
+            fold_kernel, (triton.cdiv(latents_per_center, fold_options["BLOCK_F"]), f // latents_per_center),
+            W_enc, b_enc.contiguous(), center.contiguous(), bias, d, latents_per_center, *W_enc.stride(),
+            **fold_options,
+        )  # fmt: skip
     kind, mask_tensor, used, sharpness = NO_MASK, x, x, 0.0
     if isinstance(mask, GaussianMask):
         kind, mask_tensor, sharpness = GAUSSIAN, mask.centre.float().contiguous(), mask.sharpness
@@ -209,6 +211,8 @@ def operands(config: str, inputs: EncoderInputs) -> Operands:
     elif mask is not None:
         kind, mask_tensor = TABLE, mask.contiguous()
     pos = x if mask is None or pos is None else pos.contiguous()
+    if isinstance(mask, Tensor):
+        pos = pos.clamp(0, len(mask) - 1)  # so that kernels never read outside of the mask
     return Operands(x, W_enc, bias, mask_tensor, pos, used, sharpness, kind.value, options)
 
 
@@ -221,8 +225,9 @@ def hard(mask: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     cached = _hard_masks.get(mask)
     if cached is None or cached[0] != (version, tile) or version is None:
         t, f = mask.shape
-        bit_values = torch.tensor([1 << bit for bit in range(31)] + [-(1 << 31)], device=mask.device)
-        words = torch.nn.functional.pad(mask, (0, -f % 32)).view(t, -1, 32).mul(bit_values).sum(2).int()
+        bit_values = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+        octets = torch.nn.functional.pad(mask, (0, -f % 32)).view(torch.uint8).view(t, -1, 8)
+        words = octets.mul(bit_values).sum(2, dtype=torch.uint8).view(torch.int32)  # little-endian
         is_on = torch.nn.functional.pad(mask, (0, -f % tile)).view(t, -1, tile).any(2)
         used = torch.cat([is_on.new_zeros(1, is_on.shape[1]).int(), is_on.cumsum(0, dtype=torch.int32)])
         cached = _hard_masks[mask] = (version, tile), words, used
@@ -232,5 +237,5 @@ def hard(mask: Tensor, tile: int) -> tuple[Tensor, Tensor]:
 def encode(inputs: EncoderInputs, relu: bool = True) -> Tensor:
     launch, x = operands("encode", inputs), inputs.x
     acts = torch.empty((len(x), inputs.W_enc.shape[1]), dtype=x.dtype, device=x.device)
-    encode_kernel[launch.grid](*launch.tensors, acts, *launch.numbers, RELU=relu, **launch.settings)
+    launch_kernel(encode_kernel, launch.grid, *launch.tensors, acts, *launch.numbers, RELU=relu, **launch.settings)
     return acts

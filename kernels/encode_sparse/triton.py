@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import launch_options
+from ..backend import launch_kernel, launch_options
 from ..code import SparseCode
 from ..encode.triton import Operands, encode, masked, operands, preactivations
 from ..encoder_inputs import EncoderInputs
@@ -295,7 +295,8 @@ class Candidates:
             torch.empty((self.n_tokens, self.tiles * per_tile), dtype=torch.int32, device=x.device)
             for per_tile in (keep, aux_keep)
         )
-        candidates_kernel[launch.grid](
+        launch_kernel(
+            candidates_kernel, launch.grid,
             *launch.tensors, *(scales or (x, x)), x if threshold is None else threshold,
             x if self.aux_latents is None else self.aux_latents, self.packed, self.aux_packed,
             *launch.numbers, self.tiles,
@@ -310,12 +311,14 @@ class Candidates:
         aux_latents = self.aux_latents if aux else None
         values, indices = (torch.empty((n, k), dtype=dtype, device=x.device) for dtype in (torch.float32, torch.int32))
         unsure = torch.empty(n, dtype=torch.int8, device=x.device)
-        merge_kernel[(n,)](
+        launch_kernel(
+            merge_kernel, (n,),
             packed, values, indices, unsure, len(x), self.tiles, k,
             KEEP=keep, BLOCK_F=self.tile, **launch_options("merge", x),
         )  # fmt: skip
         if exact:
-            rescan_kernel[(n,)](
+            launch_kernel(
+                rescan_kernel, (n,),
                 *self.launch.tensors[:5], x if aux_latents is None else aux_latents, packed, unsure, values, indices,
                 *self.launch.numbers, self.tiles, k,
                 MASK=self.launch.MASK, HAS_AUX_LATENTS=aux_latents is not None, KEEP=keep,
@@ -369,7 +372,8 @@ class Candidates:
 
     def _launch_above_cut(self, cut: Tensor, least: Tensor | None, *tensors: Tensor, MODE: int, SHIFT: int = 0) -> None:
         launch, x = self.launch, self.launch.x
-        above_cut_kernel[(self.n_tokens,)](
+        launch_kernel(
+            above_cut_kernel, (self.n_tokens,),
             *launch.tensors[:5], x if self.threshold is None else self.threshold,
             self.packed, cut, cut if least is None else least, *tensors,
             *launch.numbers, self.tiles,

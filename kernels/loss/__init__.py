@@ -32,7 +32,7 @@ def position_loss(
 
     residual  [N, D]  any floating dtype; or its squared norms [N] if they are already known
     values    a SparseCode of N tokens, or dense activations [N, F]
-    pos       [N]     int32 or int64 in [0, T)
+    pos       [N]     int32 or int64 in [0, T). On a GPU, where it is not checked, tokens elsewhere are in no sum
 
     Sums run over each token first, then over a position's tokens in order: the same inputs give the same bits.
     Positions without tokens get zero. Raises ValueError for shapes, dtypes or devices that do not fit together.

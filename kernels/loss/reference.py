@@ -17,4 +17,6 @@ def position_loss(residual: Tensor, values: SparseCode | Tensor, pos: Tensor, n_
         l1 = dense.to(wide).abs().sum(-1)
         l0 = (dense != 0).sum(-1).to(wide)
     squared_error = residual.to(wide).square().sum(-1) if residual.dim() == 2 else residual.to(wide)
-    return [sum_by(pos, stat, n_positions) for stat in (torch.ones_like(squared_error), squared_error, l1, l0)]
+    rows = torch.where((pos >= 0) & (pos < n_positions), pos, n_positions)  # the last row is not returned
+    stats = (torch.ones_like(squared_error), squared_error, l1, l0)
+    return [sum_by(rows, stat, n_positions + 1)[:n_positions] for stat in stats]

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import launch_options
+from ..backend import launch_kernel, launch_options
 from ..code import SparseCode
 from ..decode.triton import entries_of
 
@@ -75,14 +75,16 @@ def position_loss(residual: Tensor, values: SparseCode | Tensor, pos: Tensor, n_
     offsets = values.offsets if isinstance(values, SparseCode) else None
     entries = values.values if isinstance(values, SparseCode) else values
     stats = torch.empty((3, n), dtype=torch.float32, device=residual.device)
-    token_loss_kernel[(n,)](
+    launch_kernel(
+        token_loss_kernel, (n,),
         residual, entries.contiguous(), pos if offsets is None else offsets, stats,
         n, 0 if squared else residual.shape[1], 0 if offsets is not None else entries.shape[1], residual.stride(0),
         RAGGED=offsets is not None, SQUARED=squared,
         **launch_options("token_loss", residual),
     )  # fmt: skip
     sums = torch.empty((4, n_positions), dtype=torch.float32, device=residual.device)
-    position_sum_kernel[(n_positions,)](
-        stats, pos.contiguous(), sums, n, n_positions, **launch_options("position_sum", residual)
-    )
+    launch_kernel(
+        position_sum_kernel, (n_positions,),
+        stats, pos.contiguous(), sums, n, n_positions, **launch_options("position_sum", residual),
+    )  # fmt: skip
     return list(sums.unbind())

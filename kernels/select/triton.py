@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import launch_options
+from ..backend import launch_kernel, launch_options
 from ..code import SparseCode
 
 VALUE_BITS = tl.constexpr(-128)  # mask of a candidate's value
@@ -289,7 +289,7 @@ def select_topk(acts: Tensor, k: int) -> SparseCode:
     n, f = acts.shape
     values = torch.empty((n, k), dtype=acts.dtype, device=acts.device)
     indices = torch.empty((n, k), dtype=torch.int32, device=acts.device)
-    topk_kernel[(n,)](acts, values, indices, f, k, *acts.stride(), **launch_options("topk", acts))
+    launch_kernel(topk_kernel, (n,), acts, values, indices, f, k, *acts.stride(), **launch_options("topk", acts))
     return SparseCode(values, indices, f)
 
 
@@ -300,18 +300,18 @@ def select_batch_topk(acts: Tensor, total: int) -> SparseCode:
     remaining = torch.full((), total, dtype=torch.int64, device=device)
     for shift in range(8 * acts.element_size() - 8, -8, -8):
         counts = torch.zeros(257, dtype=torch.int64, device=device)
-        batch_digits_kernel[(n,)](acts, kth, counts, f, *strides, SHIFT=shift, **options)
+        launch_kernel(batch_digits_kernel, (n,), acts, kth, counts, f, *strides, SHIFT=shift, **options)
         at_least = counts.flip(0).cumsum(0).flip(0)
         digit = ((at_least[:256] >= remaining).sum() - 1).clamp_min(0)
         remaining = remaining - at_least[digit + 1]
         kth = kth + (digit << shift)
     above, equal = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
-    batch_count_kernel[(n,)](acts, kth, above, equal, f, *strides, **options)
+    launch_kernel(batch_count_kernel, (n,), acts, kth, above, equal, f, *strides, **options)
     equal_quota = torch.minimum((remaining - equal.cumsum(0) + equal).clamp_min(0), equal)
     offsets = torch.cat([equal.new_zeros(1), (above + equal_quota).cumsum(0)])
     values = torch.zeros(total, dtype=acts.dtype, device=device)
     indices = torch.zeros(total, dtype=torch.int32, device=device)
-    batch_fill_kernel[(n,)](acts, kth, equal_quota, offsets, values, indices, f, *strides, **options)
+    launch_kernel(batch_fill_kernel, (n,), acts, kth, equal_quota, offsets, values, indices, f, *strides, **options)
     return SparseCode(values, indices, f, offsets)
 
 
@@ -321,14 +321,15 @@ def select_threshold(acts: Tensor, threshold: float | Tensor, capacity: int | No
     per_latent = isinstance(threshold, Tensor)
     limits, limit = (threshold.contiguous(), 0.0) if per_latent else (acts, float(threshold))
     counts = torch.empty(n, dtype=torch.int64, device=acts.device)
-    count_kernel[(n,)](acts, limits, counts, limit, f, *acts.stride(), PER_LATENT=per_latent, **options)
+    launch_kernel(count_kernel, (n,), acts, limits, counts, limit, f, *acts.stride(), PER_LATENT=per_latent, **options)
     running = torch.cat([counts.new_zeros(1), counts]).cumsum(0)
     size = int(running[-1]) if capacity is None else capacity
     values = torch.zeros(size, dtype=acts.dtype, device=acts.device)
     indices = torch.zeros(size, dtype=torch.int32, device=acts.device)
-    fill_kernel[(n,)](
-        acts, limits, running, values, indices, limit, f, size, *acts.stride(), PER_LATENT=per_latent, **options
-    )
+    launch_kernel(
+        fill_kernel, (n,),
+        acts, limits, running, values, indices, limit, f, size, *acts.stride(), PER_LATENT=per_latent, **options,
+    )  # fmt: skip
     if capacity is None:
         return SparseCode(values, indices, f, running)
     return SparseCode(values, indices, f, running.clamp(max=capacity), running[-1] > capacity)

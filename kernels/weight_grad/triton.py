@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import launch_options
+from ..backend import launch_kernel, launch_options
 from ..code import LatentMajor
 
 
@@ -106,7 +106,8 @@ def sum_windows(entries: LatentMajor, values: Tensor, rows: Tensor) -> tuple[Ten
     options = launch_options("windows", rows)
     windows = torch.empty((c // options["SPLIT"], d), dtype=torch.float32, device=rows.device)
     if len(windows):
-        windows_kernel[(len(windows), triton.cdiv(d, options["BLOCK_D"]))](
+        launch_kernel(
+            windows_kernel, (len(windows), triton.cdiv(d, options["BLOCK_D"])),
             values, entries.order, entries.latents, entries.tokens, rows, windows,
             m, d, entries.latent_offsets.numel() - 1, rows.stride(0), **options,
         )  # fmt: skip
@@ -121,7 +122,8 @@ def weight_grad(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tens
     out = torch.empty((f, d), dtype=torch.float32, device=rows.device)
     windows, split = sum_windows(entries, values, rows)
     options = launch_options("weight_grad", rows)
-    weight_grad_kernel[(f, triton.cdiv(d, options["BLOCK_D"]))](
+    launch_kernel(
+        weight_grad_kernel, (f, triton.cdiv(d, options["BLOCK_D"])),
         values, entries.order, entries.tokens, entries.latent_offsets, rows, windows,
         rows if center is None else center.contiguous(), rows if sums is None else sums, out,
         m, d, rows.stride(0), f // (1 if center is None else center.numel() // d),
