@@ -36,6 +36,7 @@ from .process_pool import stop
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 560.0  # seconds for all steps
+RESERVE = 20.0  # of those, for stopping the last step and for the table
 DRY_FACTOR = 4  # how much longer a dry run may take
 GRACE = 10.0  # seconds between SIGINT and SIGKILL, so that a step can still write what it has
 SHORTEST = 5.0  # a step is skipped if less time is left
@@ -320,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     configs = ROOT / "kernels/configs.py"
     settings = configs.read_bytes()
-    seconds = options.seconds * (DRY_FACTOR if options.dry_run else 1)
+    seconds = (options.seconds - RESERVE) * (DRY_FACTOR if options.dry_run else 1)
     try:
         with tempfile.TemporaryDirectory(dir=options.work) as folder:
             outcomes = run(plan(options.dry_run), out, Path(folder), seconds=seconds, environment=environment)
