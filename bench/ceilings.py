@@ -1,4 +1,7 @@
-"""Print versions, missing packages and the rates of large copies and products: `python -m temposae.bench.ceilings [FILE]`."""
+"""Print versions, missing packages and the rates of large copies and products: `python -m temposae.bench.ceilings`.
+
+Writes them to a JSON file if one is given.
+"""
 
 import sys
 from importlib.util import find_spec

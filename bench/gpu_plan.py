@@ -2,8 +2,8 @@
 
     python -m temposae.bench.gpu_plan [--dry-run] [--work FOLDER] [FOLDER]
 
-Each step runs in processes of its own, with a limit in seconds and a limit for all of them, so a crash or a hang costs one step.
-After every step FOLDER holds
+Each step runs in processes of its own, with a limit in seconds and a limit for all of them, so a crash or a hang costs
+one step. After every step FOLDER holds
 
     summary.txt   a line per step, per kernel of the smoke test and per failed test
     results.json  {seconds, compiled, steps: [{name, outcome, seconds, code, compiled, result}]}
@@ -11,8 +11,9 @@ After every step FOLDER holds
     log.txt       everything that the steps print, as it arrives
     trace.json    of the profile, and configs.py if tuning found better settings, which the steps after it use
 
-`compiled` counts kernels that were compiled, or that a GPU would compile in a dry run. A dry run goes through the whole plan at toy
-size on a CPU, with Triton's interpreter. This module needs the standard library only, so it also runs where torch is broken.
+`compiled` counts kernels that were compiled, or that a GPU would compile in a dry run. A dry run goes through the whole
+plan at toy size on a CPU, with Triton's interpreter. This module needs the standard library only, so it also runs where
+torch is broken.
 """
 
 import argparse
@@ -63,8 +64,8 @@ print(tune.summary(tune.tune(80, sys.argv[1:], data.Shape(32, 32, 512, 4), "cpu"
 class Step:
     """A command and the most seconds it may take.
 
-    In the command, {json} is the file for its results and {out} the plan's folder. `needs` names a program or Python package
-    without which the step is skipped.
+    In the command, {json} is the file for its results and {out} the plan's folder. `needs` names a program or Python
+    package without which the step is skipped.
     """
 
     name: str
@@ -114,6 +115,7 @@ def plan(dry: bool = False) -> list[Step]:
     rounds = ("--rounds", "1" if dry else "10")
     scripts = ("--n", "256", "--d", "16", "--f", "64", "--k", "4", "--steps", "5") if dry else ("--steps", "20")
     pool = ("--workers", "2" if dry else "8")
+    several = "2" if dry else "8"
     mode = ("--dry-run", "--launches", "{launches}") if dry else ()
 
     def step(name: str, seconds: float, module: str, *arguments: str, **settings: Any) -> Step:
@@ -162,7 +164,7 @@ def plan(dry: bool = False) -> list[Step]:
         *(race(f"peer {peer}", 25, peer, "--own") for peer in PEERS),
         *map(tuning, TUNED),
         bench("small", 40, "bench", "step", *small, *rounds),
-        bench("several", 25, "bench", "step", *narrow, *rounds, "--provider", "temposae", "--dictionaries", "2" if dry else "8"),
+        bench("several", 25, "bench", "step", *narrow, *rounds, "--provider", "temposae", "--dictionaries", several),
         bench("scripts", 60, "bench", "peers", *scripts, "--rounds", "1"),
         tests("other tests", 60, "gpu/test_train_gpu", "bench/test_bench_gpu", "gpu/test_accelerate_gpu",
               "gpu/test_variants_gpu"),
@@ -174,22 +176,29 @@ def with_prefix(step: Step, prefix: Iterable[str]) -> Step:
 
 
 def run(
-    steps: Iterable[Step], out: Path, work: Path, *, seconds: float = BUDGET, environment: Mapping[str, str] | None = None
+    steps: Iterable[Step],
+    out: Path,
+    work: Path,
+    *,
+    seconds: float = BUDGET,
+    environment: Mapping[str, str] = os.environ,
 ) -> list[Outcome]:
     """Run the steps in order and write the files of `out` after each one. `work` is a folder for temporary files.
 
-    A step may take its own seconds or what is left of `seconds`. After an interrupt (SIGINT, SIGTERM) the others are skipped.
+    A step may take its own seconds or what is left of `seconds`. After an interrupt (SIGINT, SIGTERM) the others are
+    skipped.
     """
     began, outcomes, interrupted = time.monotonic(), list[Outcome](), False
-    base = os.environ if environment is None else environment
+    base = {**environment, "TRITON_CACHE_DIR": str(work / "triton")}
     (out / "log.txt").touch()
     for index, step in enumerate(steps):
         left = seconds - (time.monotonic() - began)
-        if interrupted or (reason := _obstacle(step, left, seconds)):
-            outcome = Outcome(step.name, "skipped", detail="interrupted" if interrupted else reason)
+        reason = "interrupted" if interrupted else _obstacle(step, left, seconds)
+        if reason:
+            outcome = Outcome(step.name, "skipped", detail=reason)
         else:
             names = dict(json=str(work / f"{index}.json"), out=str(out), launches=str(work / "launches.jsonl"))
-            outcome = _run_step(step, min(step.seconds, left), names, out, base | {"TRITON_CACHE_DIR": str(work / "triton")})
+            outcome = _run_step(step, min(step.seconds, left), names, out, base)
             outcome.compiled = _compiled(work) - sum(other.compiled for other in outcomes)
             outcome.result = read_result(Path(names["json"]))
             interrupted = outcome.outcome == "interrupted"
@@ -304,7 +313,7 @@ def _write(path: Path, values: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench/gpu.sh", description="Run the GPU tests and comparisons of bench/gpu_plan.py.")
+    parser = argparse.ArgumentParser(prog="bench/gpu.sh", description="Run the plan of bench/gpu_plan.py.")
     parser.add_argument("folder", nargs="?", type=Path, help="results, default $OUT or bench-gpu")
     parser.add_argument("--dry-run", action="store_true", help="at toy size on a CPU, through Triton's interpreter")
     parser.add_argument("--work", type=Path, help="folder for temporary files")
@@ -314,7 +323,8 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("log.txt", "summary.txt", "results.json", "cases.json"):
         (out / name).unlink(missing_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "TEMPOSAE_BACKEND")}
+    chosen = ("TRITON_INTERPRET", "TEMPOSAE_BACKEND")
+    environment = {name: value for name, value in os.environ.items() if name not in chosen}
     environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     if options.dry_run:
         environment |= {"TRITON_INTERPRET": "1", "TEMPOSAE_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": ""}

@@ -2,9 +2,10 @@
 
     python -m temposae.bench.gpu_smoke [--dry-run] [--workers 8] [--json FILE] [--launches FILE] [NAME ...]
 
-The calls are those of kernels/<op>/bench.py: launches of every entry of the config table, and ops. Entries with one call are one
-test. The kernel gets operands of the call's dtype, and the reference the same numbers in float64. `--dry-run` uses a CPU, Triton's
-interpreter, toy shapes and float32, because the interpreter has no bfloat16 arithmetic. `--one` checks in this process.
+The calls are those of kernels/<op>/bench.py: launches of every entry of the config table, and ops. Entries with one call
+are one test. The kernel gets operands of the call's dtype, and the reference the same numbers in float64. `--dry-run` uses
+a CPU, Triton's interpreter, toy shapes and float32, because the interpreter has no bfloat16 arithmetic. `--one` checks in
+this process.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def smoke_tests() -> dict[str, tuple[str, CallOf]]:
 
 
 def operands(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Inputs, Inputs]:
-    """The same random operands in `dtype` and in float64. What precedes an op is worked out in float64, by the reference."""
+    """The same random operands in `dtype` and in float64. The reference works out what precedes an op, in float64."""
     n, d, f, k = shape
     draw = torch.Generator(device).manual_seed(0)
 
@@ -80,7 +81,8 @@ def result_of(call: Any) -> Any:
 def excess(found: Any, expected: Any, acts: Tensor, limit: float) -> float:
     """The largest error of a result, divided by its limit. NaN counts as infinite.
 
-    Codes are compared by their sorted values and by the activations at their latents, because near ties may fall either way.
+    Codes are compared by their sorted values and by the activations at their latents, because near ties may fall either
+    way.
     """
     if isinstance(found, SparseCode):
         dense = found.to_dense().double()
@@ -105,21 +107,23 @@ def tensors(result: Any) -> Iterator[Tensor]:
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, SparseCode):
-        yield from tensors((result.values, result.indices, result.offsets))
+        yield from tensors((result.live(result.values), result.live(result.indices), result.offsets))
     elif isinstance(result, tuple | list):
         for part in result:
             yield from tensors(part)
 
 
 def check(call_of: CallOf, shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> str:
-    """Run a call with Triton and compare. Returns the error as a share of the limit. Raises ValueError if it is too large,
-    and if one of `repeats` further calls gives other bits."""
+    """Run a call with Triton, compare it, and return its error as a share of the limit.
+
+    Raises ValueError if it is too large, and if one of `repeats` further calls gives other bits.
+    """
     narrow, exact = operands(shape, dtype, device)
     with decided("torch"):
         expected = result_of(call_of(exact))
     with decided("triton"):
         call = call_of(narrow)
-        torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN, so unwritten outputs show
+        torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN, which shows if unwritten
         found = result_of(call)
         torch.use_deterministic_algorithms(False)
         share = excess(found, expected, exact.acts, LIMITS[dtype])
@@ -155,7 +159,7 @@ def check_shapes(name: str, dry: bool) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m temposae.bench.gpu_smoke", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m temposae.bench.gpu_smoke", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default all")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--one", action="store_true", help="check the first NAME in this process")

@@ -2,8 +2,8 @@
 
     python -m temposae.bench.gpu_tests [--workers 8] [--json FILE] PATH ...
 
-Tests of one function and dtype compile the same kernels, so they stay in one process. A process whose CUDA context is dead leaves,
-and its other tests run in a new one. This module is also the pytest plugin of those processes.
+Tests of one function and dtype compile the same kernels, so they stay in one process. A process whose CUDA context is dead
+leaves, and its other tests run in a new one. This module is also the pytest plugin of those processes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BINS_PER_WORKER = 2  # lists of tests, so that a worker that is done early takes
 PLUGIN = "temposae.bench.gpu_tests"
 DEAD_CONTEXT = 3  # exit code of a process that leaves
 POISON = re.compile(
-    r"CUDA error|illegal memory access|device-side assert|unspecified launch failure|misaligned address|CUDA driver error"
+    r"CUDA error|CUDA driver error|illegal memory access|device-side assert|unspecified launch failure|misaligned address"
 )
 HARMLESS = re.compile(r"out of memory|out of resource|no kernel image|invalid argument|invalid configuration")
 
@@ -102,7 +102,7 @@ def packed(tests: Iterable[str], bins: int) -> list[list[str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m temposae.bench.gpu_tests", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m temposae.bench.gpu_tests", description=__doc__)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="files of tests")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--json", help="write the outcomes to this file, one JSON object per line")
@@ -123,8 +123,9 @@ def main() -> int:
         outcomes = {event["test"]: event for event in events if "test" in event}
         began = [event["began"] for event in events if "began" in event]
         if began and began[-1] not in outcomes:
-            outcome = "stopped" if ended.stopped else "crashed"
-            reason = f"it printed nothing for {SILENCE:.0f} s, or the time was up" if ended.stopped else f"code {ended.code}"
+            outcome, reason = "crashed", f"code {ended.code}"
+            if ended.stopped:
+                outcome, reason = "stopped", f"it printed nothing for {SILENCE:.0f} s, or the time was up"
             outcomes[began[-1]] = dict(test=began[-1], outcome=outcome, seconds=0.0, message=f"{outcome}: {reason}")
         for outcome in outcomes.values():
             record(outcome)

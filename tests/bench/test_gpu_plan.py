@@ -1,4 +1,4 @@
-"""The plan for a GPU: isolated steps, budgets, results on disk, smoke lines, tests in several processes, and a dry run."""
+"""The plan for a GPU: isolated steps, budgets, results on disk, smoke lines, several processes of tests, a dry run."""
 
 import json
 import os
