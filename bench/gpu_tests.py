@@ -2,8 +2,8 @@
 
     python -m temposae.bench.gpu_tests [--workers 8] [--json FILE] PATH ...
 
-Tests of one function and dtype compile the same kernels, so they stay in one process. A process whose CUDA context is dead
-leaves, and its other tests run in a new one. This module is also the pytest plugin of those processes.
+Tests of one function and dtype compile the same kernels, so they stay in one process. A process whose CUDA context is
+dead leaves, and its other tests run in a new one. This module is also the pytest plugin of those processes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BINS_PER_WORKER = 2  # lists of tests, so that a worker that is done early takes
 PLUGIN = "temposae.bench.gpu_tests"
 DEAD_CONTEXT = 3  # exit code of a process that leaves
 POISON = re.compile(
-    r"CUDA error|CUDA driver error|illegal memory access|device-side assert|unspecified launch failure|misaligned address"
+    r"CUDA (driver )?error|illegal memory access|device-side assert|unspecified launch failure|misaligned address"
 )
 HARMLESS = re.compile(r"out of memory|out of resource|no kernel image|invalid argument|invalid configuration")
 
