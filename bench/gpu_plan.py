@@ -230,7 +230,7 @@ def _obstacle(step: Step, left: float, seconds: float) -> str:
 def _run_step(step: Step, limit: float, names: dict[str, str], out: Path, base: Mapping[str, str]) -> Outcome:
     """Run a step in a session of its own, so that all its processes can be ended."""
     began = time.monotonic()
-    command = [argument.format(**names) for argument in step.command]
+    command = [re.sub(r"\{(json|out|launches)\}", lambda match: names[match[1]], part) for part in step.command]
     with (out / "log.txt").open("a") as log, (out / "log.txt").open(errors="replace") as tail:
         log.write(f"== {step.name}: {' '.join(command)}\n")
         log.flush()

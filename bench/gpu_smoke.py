@@ -3,9 +3,9 @@
     python -m temposae.bench.gpu_smoke [--dry-run] [--workers 8] [--json FILE] [--launches FILE] [NAME ...]
 
 The calls are those of kernels/<op>/bench.py: launches of every entry of the config table, and ops. Entries with one
-call are one test. The kernel gets operands of the call's dtype, and the reference the same numbers in float64. `--dry-run`
-uses a CPU, Triton's interpreter, toy shapes and float32, because the interpreter has no bfloat16 arithmetic. `--one` checks
-in this process.
+call are one test. The kernel gets operands of the call's dtype, and the reference the same numbers in float64.
+`--dry-run` uses a CPU, Triton's interpreter, toy shapes and float32, because the interpreter has no bfloat16 arithmetic.
+`--one` checks in this process.
 """
 
 import argparse

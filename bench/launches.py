@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 python -m temposae.bench.launches FILE MODULE [ARGUMENT...]
 
 runs `python -m MODULE ARGUMENT...` and adds a line to FILE for each kernel that the interpreter ran and that a GPU
-would compile on its own: the kernel, its constants, the dtypes of its tensors, and integers by what Triton specialises on.
+would compile on its own: kernel, constants, dtypes of tensors, and integers by what Triton specialises on.
 """
 
 import json
