@@ -47,10 +47,29 @@ def recorded(variants: set[str]) -> Iterator[None]:
         InterpretedFunction.run = run
 
 
+def patch_once() -> None:
+    """Patch triton.language once per module and not at every call of a device function, which takes ten times as long."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patch_and_call = InterpretedFunction.__call__
+    languages: dict[Any, list[Any]] = {}
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self not in languages:
+            languages[self] = [value for value in self.fn.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages[self]):
+            return patch_and_call(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+
+
 def main() -> None:
     file, module, *arguments = sys.argv[1:]
     variants: set[str] = set()
     sys.argv = [module, *arguments]
+    patch_once()
     try:
         with recorded(variants):
             runpy.run_module(module, run_name="__main__", alter_sys=True)
