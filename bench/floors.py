@@ -119,10 +119,10 @@ def rates_of(device: str, *itemsizes: int) -> Rates:
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
     known = known_card(name)
     known_flops = known.flops if known is not None else {}
-    flops = {size: known_flops.get(size) or _matmul_rate(device, size) for size in itemsizes}
+    flops = {size: known_flops.get(size) or matmul_rate(device, size) for size in itemsizes}
     if known is not None:
         return replace(known, flops=flops)
-    bandwidth = _copy_rate(device)
+    bandwidth = copy_rate(device)
     # caches are not measured, so all gathers count as memory traffic
     return Rates(name, flops, bandwidth, bandwidth, "measured here")
 
@@ -135,7 +135,7 @@ def known_card(name: str) -> Rates | None:
 
 
 @functools.cache
-def _copy_rate(device: str) -> float:
+def copy_rate(device: str) -> float:
     """Bytes per second, read plus written, of a copy larger than any cache: 1 GiB on a GPU, 128 MiB on a CPU."""
     import torch
 
@@ -145,7 +145,7 @@ def _copy_rate(device: str) -> float:
 
 
 @functools.cache
-def _matmul_rate(device: str, itemsize: int) -> float:
+def matmul_rate(device: str, itemsize: int) -> float:
     """FLOP/s of a large product of random matrices (zeros would be faster)."""
     import torch
 

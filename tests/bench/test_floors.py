@@ -79,13 +79,13 @@ def test_an_unknown_device_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of 128 MiB and a product of 2048-matrices that take 10 ms each."""
     monkeypatch.setattr(torch, "randn", torch.empty)  # nothing is computed here
     monkeypatch.setattr(floors, "samples", lambda call, device, repeats: [12.0, 10.0, 11.0])
-    floors._copy_rate.cache_clear()
-    floors._matmul_rate.cache_clear()
+    floors.copy_rate.cache_clear()
+    floors.matmul_rate.cache_clear()
     try:
         found = floors.rates_of("cpu", 4)
         assert found.source == "measured here"
         assert found.flops == {4: pytest.approx(2 * 2048**3 / 0.010)}
         assert found.bytes_per_s == pytest.approx(2 * 2**27 / 0.010)
     finally:
-        floors._copy_rate.cache_clear()
-        floors._matmul_rate.cache_clear()
+        floors.copy_rate.cache_clear()
+        floors.matmul_rate.cache_clear()

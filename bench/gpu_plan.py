@@ -1,0 +1,353 @@
+"""The plan of `bench/gpu.sh`: what to run in the first ten minutes on a GPU, most telling first.
+
+    python -m temposae.bench.gpu_plan [--dry-run] [--work FOLDER] [FOLDER]
+
+Each step runs in processes of its own, with a limit in seconds and a limit for all of them, so a crash or a hang costs
+one step. After every step FOLDER holds
+
+    summary.txt   a line per step, per kernel of the smoke test and per failed test
+    results.json  {seconds, compiled, steps: [{name, outcome, seconds, code, compiled, result}]}
+    cases.json    all timed steps and ops in one file, for `temposae bench table`
+    log.txt       everything that the steps print, as it arrives
+    trace.json    of the profile, and configs.py if tuning found better settings, which the steps after it use
+
+`compiled` counts kernels that were compiled, or that a GPU would compile in a dry run. A dry run goes through the whole
+plan at toy size on a CPU, with Triton's interpreter. This module needs the standard library only, so it also runs where
+torch is broken.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .process_pool import stop
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGET = 560.0  # seconds for all steps
+RESERVE = 20.0  # of those, for stopping the last step and for the table
+DRY_FACTOR = 4  # how much longer a dry run may take
+GRACE = 10.0  # seconds between SIGINT and SIGKILL, so that a step can still write what it has
+SHORTEST = 5.0  # a step is skipped if less time is left
+SHOWN = re.compile(r"(?:(?:PASS|FAIL|SKIP) |(?:smoke|tests|device|missing|copy|product): )")  # lines of steps
+PEERS = (
+    "eai-sparsify", "torch", "SAELens", "dictionary_learning", "torch.compile", "eai-sparsify, accelerated",
+    "SAELens, accelerated", "dictionary_learning, accelerated",
+)  # fmt: skip
+TUNED = ("encode_topk", "adam_rows", "reconstruct", "merge")  # entries of the config table
+HOT_KERNELS = {"candidates": "encode_topk", "adam_rows": "adam_rows"}  # the hottest two, and ops that launch them
+TOY_TUNING = """
+import sys
+from temposae.bench import data, tune
+launched = []
+def timer(call, kernels):
+    if not launched:
+        launched.append(call())
+    return 1.0
+print(tune.summary(tune.tune(80, sys.argv[1:], data.Shape(16, 16, 256, 2), "cpu", timer, lambda entry, arch: "")))
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command and the most seconds it may take.
+
+    In the command, {json} is the file for its results and {out} the plan's folder. `needs` names a program or Python
+    package without which the step is skipped.
+    """
+
+    name: str
+    seconds: float
+    command: tuple[str, ...]
+    needs: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What became of a step: done, failed, stopped, interrupted or skipped, and the result that it wrote, if any."""
+
+    name: str
+    outcome: str
+    seconds: float = 0.0
+    code: int | None = None
+    detail: str = ""
+    compiled: int = 0
+    result: Any = None
+
+    def __str__(self) -> str:
+        compiled = f", {self.compiled} kernels compiled" if self.compiled else ""
+        texts = {
+            "done": f"done in {self.seconds:.0f} s{compiled}",
+            "failed": f"failed with code {self.code} after {self.seconds:.0f} s{compiled}",
+            "stopped": f"stopped after {self.seconds:.0f} s{compiled}",
+            "interrupted": f"interrupted after {self.seconds:.0f} s",
+            "skipped": f"skipped, {self.detail}",
+        }
+        return f"{self.name}: {texts[self.outcome]}"
+
+
+def python(module: str, *arguments: str, launches: str | None = None) -> list[str]:
+    """Run a module. `launches` is a file to which kernels that the interpreter runs are added."""
+    recorder = ["temposae.bench.launches", launches] if launches else []
+    return [sys.executable, "-m", *recorder, module, *arguments]
+
+
+def plan(dry: bool = False) -> list[Step]:
+    """The steps in their order. In a dry run, sizes are small and the seconds more."""
+    toy = ("--device", "cpu", "--n", "16", "--d", "16", "--k", "2", "--f", "256")
+    large = ("--device", "cuda", "--n", "8192", "--d", "2304", "--k", "64", "--f", "65536")
+    size = toy if dry else large
+    small = (*size[:-1], "128" if dry else "16384")
+    narrow = (*size[:-1], "64" if dry else "2304")
+    rounds = ("--rounds", "1" if dry else "10")
+    scripts = ("--n", "256", "--d", "16", "--f", "64", "--k", "4", "--steps", "5") if dry else ("--steps", "20")
+    pool = ("--workers", "2" if dry else "8")
+    several = "2" if dry else "8"
+    mode = ("--dry-run", "--launches", "{launches}") if dry else ()
+
+    def step(name: str, seconds: float, module: str, *arguments: str, **settings: Any) -> Step:
+        command = python(module, *arguments, launches="{launches}" if dry and module == "temposae" else None)
+        return Step(name, DRY_FACTOR * seconds if dry else seconds, tuple(command), **settings)
+
+    def bench(name: str, seconds: float, *arguments: str) -> Step:
+        return step(name, seconds, "temposae", *arguments, "--json", "{json}")
+
+    def race(name: str, seconds: float, provider: str, *arguments: str) -> Step:
+        return bench(name, seconds, "bench", "step", *size, *rounds, "--provider", provider, *arguments)
+
+    def tuning(entry: str) -> Step:
+        if dry:
+            return Step(f"tune {entry}", DRY_FACTOR * 25, (sys.executable, "-c", TOY_TUNING, entry))
+        return bench(f"tune {entry}", 25, "bench", "tune", "--entry", entry)
+
+    def tests(name: str, seconds: float, *files: str) -> Step:
+        paths = [f"tests/{file}.py" for file in files]
+        return step(name, seconds, "temposae.bench.gpu_tests", *pool, "--json", "{json}", *paths, needs="pytest")
+
+    memcheck = step(
+        "memcheck", 45, "temposae", "bench", "step", *toy[2:], "--device", size[1], "--rounds", "1",
+        "--provider", "temposae", needs="compute-sanitizer",
+        environment=dict(TEMPOSAE_BACKEND="triton", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+    )  # fmt: skip
+    sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
+    counters = []
+    for kernel, op in HOT_KERNELS.items():
+        timed = step(f"ncu {kernel}", 30, "temposae", "bench", "ops", *size, "--op", op, "--repeats", "1", needs="ncu")
+        ncu = ("ncu", "--clock-control", "none", "--set", "full", "-c", "2", "-k", f"regex:^{kernel}_kernel")
+        counters.append(with_prefix(timed, ncu))
+
+    return [
+        step("ceilings", 25, "temposae.bench.ceilings", "{json}"),
+        step("smoke", 60, "temposae.bench.gpu_smoke", *mode, *pool, "--json", "{json}"),
+        with_prefix(memcheck, sanitizer),
+        tests("kernel tests", 90, "gpu/test_kernels_gpu"),
+        race("headline", 40, "temposae"),
+        race("headline, clipped", 30, "temposae", "--clip", "1"),
+        bench("profile", 30, "profile", *size, "--steps", "1" if dry else "3", "--trace", "{out}/trace.json"),
+        *counters,
+        bench("ops", 40, "bench", "ops", *size, "--repeats", "1" if dry else "20"),
+        race("activations", 40, "temposae", "--activation", "batchtopk", "--activation", "jumprelu"),
+        race("AuxK", 25, "temposae", "--auxk"),
+        *(race(f"peer {peer}", 25, peer, "--own") for peer in PEERS),
+        *map(tuning, TUNED),
+        bench("small", 40, "bench", "step", *small, *rounds),
+        bench("several", 25, "bench", "step", *narrow, *rounds, "--provider", "temposae", "--dictionaries", several),
+        bench("scripts", 60, "bench", "peers", *scripts, "--rounds", "1"),
+        tests("other tests", 60, "gpu/test_train_gpu", "bench/test_bench_gpu", "gpu/test_accelerate_gpu",
+              "gpu/test_variants_gpu"),
+    ]  # fmt: skip
+
+
+def with_prefix(step: Step, prefix: Iterable[str]) -> Step:
+    return Step(step.name, step.seconds, (*prefix, *step.command), step.needs, step.environment)
+
+
+def run(
+    steps: Iterable[Step],
+    out: Path,
+    work: Path,
+    *,
+    seconds: float = BUDGET,
+    environment: Mapping[str, str] = os.environ,
+) -> list[Outcome]:
+    """Run the steps in order and write the files of `out` after each one. `work` is a folder for temporary files.
+
+    A step may take its own seconds or what is left of `seconds`. After an interrupt (SIGINT, SIGTERM) the others are
+    skipped.
+    """
+    began, outcomes, interrupted = time.monotonic(), list[Outcome](), False
+    base = {**environment, "TRITON_CACHE_DIR": str(work / "triton")}
+    (out / "log.txt").touch()
+    for index, step in enumerate(steps):
+        left = seconds - (time.monotonic() - began)
+        reason = "interrupted" if interrupted else _obstacle(step, left, seconds)
+        if reason:
+            outcome = Outcome(step.name, "skipped", detail=reason)
+        else:
+            names = dict(json=str(work / f"{index}.json"), out=str(out), launches=str(work / "launches.jsonl"))
+            outcome = _run_step(step, min(step.seconds, left), names, out, base)
+            outcome.compiled = _compiled(work) - sum(other.compiled for other in outcomes)
+            outcome.result = read_result(Path(names["json"]))
+            interrupted = outcome.outcome == "interrupted"
+        outcomes.append(outcome)
+        say(out, str(outcome))
+        _write(out / "results.json", _results(outcomes, time.monotonic() - began))
+        if cases := merged(outcome.result for outcome in outcomes):
+            _write(out / "cases.json", cases)
+    return outcomes
+
+
+def say(out: Path, line: str) -> None:
+    """Print a line and add it to the summary."""
+    print(line, flush=True)
+    with (out / "summary.txt").open("a") as file:
+        file.write(line + "\n")
+
+
+def _obstacle(step: Step, left: float, seconds: float) -> str:
+    """Why a step cannot run, or ""."""
+    if left < SHORTEST:
+        return f"{max(0.0, left):.0f} of {seconds:.0f} s left"
+    importlib.invalidate_caches()
+    if step.needs and not (shutil.which(step.needs) or importlib.util.find_spec(step.needs)):
+        return f"{step.needs} is not installed"
+    return ""
+
+
+def _run_step(step: Step, limit: float, names: dict[str, str], out: Path, base: Mapping[str, str]) -> Outcome:
+    """Run a step in a session of its own, so that all its processes can be ended."""
+    began = time.monotonic()
+    command = [re.sub(r"\{(json|out|launches)\}", lambda match: names[match[1]], part) for part in step.command]
+    with (out / "log.txt").open("a") as log, (out / "log.txt").open(errors="replace") as tail:
+        log.write(f"== {step.name}: {' '.join(command)}\n")
+        log.flush()
+        tail.seek(0, os.SEEK_END)
+        try:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, start_new_session=True,
+                env={**base, **step.environment},
+            )  # fmt: skip
+        except OSError as error:
+            log.write(f"{error}\n")
+            return Outcome(step.name, "failed", code=127)
+        outcome = "stopped"
+        try:
+            while time.monotonic() - began < limit:
+                if process.poll() is not None:
+                    outcome = "failed" if process.returncode else "done"
+                    break
+                _show(tail, out)
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            outcome = "interrupted"
+        stop([process], GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # processes that the step left behind
+        _show(tail, out)
+    return Outcome(step.name, outcome, time.monotonic() - began, process.returncode)
+
+
+def _show(tail: Any, out: Path) -> None:
+    """Print the new lines of a log that the summary holds too."""
+    while True:
+        position = tail.tell()
+        line = tail.readline()
+        if not line.endswith("\n"):  # the rest is still to come
+            tail.seek(position)
+            return
+        if SHOWN.match(line):
+            say(out, line.rstrip())
+
+
+def _compiled(work: Path) -> int:
+    """Kernels in Triton's cache, and kernels that a GPU would compile."""
+    launches = work / "launches.jsonl"
+    variants = set(launches.read_text().splitlines()) if launches.exists() else set[str]()
+    return len(variants) + sum(1 for _ in (work / "triton").rglob("*.cubin"))
+
+
+def read_result(path: Path) -> Any:
+    """The JSON of a file, or its lines of JSON without one that was cut off. None without a file."""
+    if not path.exists():
+        return None
+    text = path.read_text()
+    try:
+        return json.loads(text)
+    except ValueError:
+        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def merged(results: Iterable[Any]) -> dict[str, Any] | None:
+    """All timed cases as one results file, or None if there are none."""
+    records = [result for result in results if isinstance(result, dict) and result.get("cases")]
+    if not records:
+        return None
+    cases = [case for record in records for case in record["cases"]]
+    left_out = {name: reason for record in records for name, reason in record["left_out"].items()}
+    return records[0] | {"left_out": left_out, "cases": cases}
+
+
+def _results(outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
+    compiled = sum(outcome.compiled for outcome in outcomes)
+    return {"seconds": seconds, "compiled": compiled, "steps": [asdict(outcome) for outcome in outcomes]}
+
+
+def _write(path: Path, values: Any) -> None:
+    """Write JSON atomically."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(values, indent=1) + "\n")
+    fresh.replace(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench/gpu.sh", description="Run the plan of bench/gpu_plan.py.")
+    parser.add_argument("folder", nargs="?", type=Path, help="results, default $OUT or bench-gpu")
+    parser.add_argument("--dry-run", action="store_true", help="at toy size on a CPU, through Triton's interpreter")
+    parser.add_argument("--work", type=Path, help="folder for temporary files")
+    parser.add_argument("--seconds", type=float, default=BUDGET, help="time for all steps, default %(default)s")
+    options = parser.parse_args(arguments)
+    out = (options.folder or Path(os.environ.get("OUT") or "bench-gpu")).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("log.txt", "summary.txt", "results.json", "cases.json"):
+        (out / name).unlink(missing_ok=True)
+    chosen = ("TRITON_INTERPRET", "TEMPOSAE_BACKEND")
+    environment = {name: value for name, value in os.environ.items() if name not in chosen}
+    environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    if options.dry_run:
+        environment |= {"TRITON_INTERPRET": "1", "TEMPOSAE_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": ""}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    configs = ROOT / "kernels/configs.py"
+    settings = configs.read_bytes()
+    seconds = (options.seconds - RESERVE) * (DRY_FACTOR if options.dry_run else 1)
+    try:
+        with tempfile.TemporaryDirectory(dir=options.work) as folder:
+            outcomes = run(plan(options.dry_run), out, Path(folder), seconds=seconds, environment=environment)
+    finally:
+        if configs.read_bytes() != settings:  # tuning changed them
+            shutil.copy(configs, out / "configs.py")
+            configs.write_bytes(settings)
+    if (out / "cases.json").exists():
+        command = python("temposae", "bench", "table", str(out / "cases.json"))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            table = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=20)
+            say(out, table.stdout)
+    say(out, f"compiled: {sum(outcome.compiled for outcome in outcomes)} distinct kernels")
+    say(out, f"all results: {out}")
+    return int(any(outcome.outcome in ("failed", "stopped", "interrupted") for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,159 @@
+"""Run GPU tests on several processes. A crash, a hang or a dead CUDA context costs one test, and the others go on.
+
+    python -m temposae.bench.gpu_tests [--workers 8] [--json FILE] PATH ...
+
+Tests of one function and dtype compile the same kernels, so they stay in one process. A process whose CUDA context is
+dead leaves, and its other tests run in a new one. This module is also the pytest plugin of those processes.
+"""
+
+import argparse
+import json
+import re
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .gpu_plan import python
+from .process_pool import Ended, Job, run_jobs
+
+SILENCE = 60.0  # seconds after which a test counts as hanging
+BINS_PER_WORKER = 2  # lists of tests, so that a worker that is done early takes another
+PLUGIN = "temposae.bench.gpu_tests"
+DEAD_CONTEXT = 3  # exit code of a process that leaves
+POISON = re.compile(
+    r"CUDA (driver )?error|illegal memory access|device-side assert|unspecified launch failure|misaligned address"
+)
+HARMLESS = re.compile(r"out of memory|out of resource|no kernel image|invalid argument|invalid configuration")
+
+# --- the plugin
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--events", help="append what happens to this file, one JSON object per line")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    _note(session.config, collected=[item.nodeid for item in session.items])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    _note(item.config, began=item.nodeid)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.when == "call" or not report.passed:
+        message = "" if report.passed or call.excinfo is None else call.excinfo.exconly().splitlines()[0][:300]
+        _note(item.config, test=item.nodeid, outcome=report.outcome, seconds=report.duration, message=message)
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed and poisons(report.longreprtext):
+        pytest.exit("the CUDA context is dead", returncode=DEAD_CONTEXT)
+
+
+def poisons(text: str) -> bool:
+    """Whether an error leaves the CUDA context unusable."""
+    return any(POISON.search(line) and not HARMLESS.search(line) for line in text.splitlines())
+
+
+def _note(config: pytest.Config, **event: Any) -> None:
+    if file := config.getoption("--events"):
+        with open(file, "a") as out:
+            out.write(json.dumps(event) + "\n")
+
+
+# --- the processes
+
+
+def command(events: Path, arguments: Iterable[str]) -> list[str]:
+    """Run pytest with this plugin on these files or tests."""
+    options = ["-v", "-m", "gpu", "-p", "no:cacheprovider", "-p", PLUGIN, "--events", str(events)]
+    if not find_spec("pytest_timeout"):  # pytest would reject the timeout in pyproject.toml
+        options += ["-o", "addopts=--import-mode=importlib -ra"]
+    return python("pytest", *options, *arguments)
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Events so far. A line that was being written when its process died is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def packed(tests: Iterable[str], bins: int) -> list[list[str]]:
+    """Distribute tests over at most `bins` lists of similar length. Tests of one function and dtype stay together."""
+    groups = defaultdict[tuple[str, str], list[str]](list)
+    for test in tests:
+        dtype = re.search(r"\b(bf16|bfloat16|fp16|fp32)\b", test.replace("_", " ").replace("-", " "))
+        groups[test.partition("[")[0], dtype[1] if dtype else ""].append(test)
+    lists: list[list[str]] = [[] for _ in range(bins)]
+    for group in sorted(groups.values(), key=len, reverse=True):
+        min(lists, key=len).extend(group)
+    return [tests for tests in lists if tests]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m temposae.bench.gpu_tests", description=__doc__)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="files of tests")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--json", help="write the outcomes to this file, one JSON object per line")
+    options = parser.parse_args()
+    counts = Counter[str]()
+
+    def record(outcome: dict[str, Any]) -> None:
+        counts[outcome["outcome"]] += 1
+        if outcome["outcome"] not in ("passed", "skipped"):
+            print(f"FAIL {outcome['test']}: {outcome['message'] or outcome['outcome']}", flush=True)
+        if options.json:
+            with open(options.json, "a") as out:
+                out.write(json.dumps(outcome) + "\n")
+
+    def on_end(ended: Ended) -> list[Job]:
+        events = read_events(Path(folder, ended.job.name))
+        collected = next((event["collected"] for event in events if "collected" in event), [])
+        outcomes = {event["test"]: event for event in events if "test" in event}
+        began = [event["began"] for event in events if "began" in event]
+        if began and began[-1] not in outcomes:
+            outcome, reason = "crashed", f"code {ended.code}"
+            if ended.stopped:
+                outcome, reason = "stopped", f"it printed nothing for {SILENCE:.0f} s, or the time was up"
+            outcomes[began[-1]] = dict(test=began[-1], outcome=outcome, seconds=0.0, message=f"{outcome}: {reason}")
+        for outcome in outcomes.values():
+            record(outcome)
+        print(f"-- {ended.job.name}\n{ended.output}", flush=True)
+        if not collected:
+            record(dict(test=ended.job.name, outcome="crashed", seconds=0.0, message=f"code {ended.code}, no tests"))
+        left = [test for test in collected if test not in outcomes]
+        return [job(f"{ended.job.name}+", left)] if left and began else []
+
+    def job(name: str, tests: list[str]) -> Job:
+        return Job(name, command(Path(folder, name), tests), SILENCE)
+
+    listed: list[str] = []
+
+    def on_listed(ended: Ended) -> list[Job]:
+        listed.extend(test for event in read_events(Path(folder, "list")) for test in event.get("collected", []))
+        if not listed:
+            print(ended.output)
+        return []
+
+    with tempfile.TemporaryDirectory() as folder:
+        run_jobs([job("list", ["--collect-only", "-q", *options.paths])], 1, on_listed)
+        lists = packed(listed, BINS_PER_WORKER * options.workers)
+        run_jobs([job(f"tests-{i}", tests) for i, tests in enumerate(lists, 1)], options.workers, on_end)
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+    print(f"tests: {len(listed)} collected, {outcomes or 'none ran'}")
+    return 0 if listed and counts.keys() <= {"passed", "skipped"} else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
