@@ -14,7 +14,7 @@ from ..engine.config import EvalConfig
 from ..engine.stream import ActivationStream, LanguageModel
 
 ROWS, CE_ROWS = 256, 96  # at most, and always with the embedded model
-FEWEST, FEWEST_CE, FEWEST_OTHERS = 32, 8, 128  # fewer rows give noise
+FEWEST, FEWEST_CE, FEWEST_OTHERS = 32, 6, 128  # fewer rows give noise
 SHARE = 1 / 5  # of the cost of the run's own passes through the model, half of it for each of the two kinds of rows
 FIXED = 4  # replacements in any case: none, zeros (at counted tokens, and everywhere), the mean
 
@@ -56,7 +56,7 @@ def row_counts(stream: ActivationStream, config: EvalConfig, tokens: int, latent
 
     The rows of `config` have priority. With the embedded model, `core` reads 256 rows and 96 for CE. With another model, the
     cost of each kind of rows is limited to a tenth of that of the model's passes over the run's tokens up to the hook, but
-    at least 32 and 8 rows. The other evals then read rows for a quarter of the run's tokens, at least 128.
+    at least 32 and 6 rows. The other evals then read rows for a quarter of the run's tokens, at least 128.
     """
     rows, ce_rows, other_rows = ROWS, CE_ROWS, None
     if stream.model.name != "testbed":

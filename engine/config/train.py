@@ -144,7 +144,7 @@ class EvalConfig(Config):
     ce_rows: Rows | None = Field(
         default=None,
         description="Number of these rows for CE and KL. Null: as many as take a tenth of the run's passes through the "
-        "model, between 8 and 96; 96 for testbed.",
+        "model, between 6 and 96; 96 for testbed.",
     )
     after_training: bool = Field(
         default=True, description="Evaluate at the end of training. If false, use `temposae eval` later."

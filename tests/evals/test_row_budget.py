@@ -30,7 +30,7 @@ def test_evaluation_costs_at_most_a_quarter_of_the_run(smollm2, tokens):
 
 def test_a_long_run_has_all_rows_and_a_short_one_the_fewest(smollm2):
     assert row_counts(smollm2, EvalConfig(), 10**8, LATENTS) == row_budget.Sizes(256, 96, 10**8 // 512)
-    assert row_counts(smollm2, EvalConfig(), 1000, LATENTS) == row_budget.Sizes(32, 8, 128)
+    assert row_counts(smollm2, EvalConfig(), 1000, LATENTS) == row_budget.Sizes(32, 6, 128)
 
 
 def test_what_is_set_wins(smollm2):
