@@ -1,6 +1,6 @@
 """The figures that logs A, B and E name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from functools import partial
 from typing import Any
 
@@ -8,8 +8,8 @@ from ..engine.process.progress import percent
 from ..engine.storage.run_folder import HELD_OUT
 from ..reporting.plots import COLOURS, SEVERAL, WORST
 from . import figure_panels as panels
-from .figure_panels import Draw, DrawnFigure, RunScores
-from .seed_results import CampaignResults, NotMeasured, SeedValues, final_fvu, score
+from .figure_panels import DrawnFigure, RunScores
+from .seed_results import CampaignResults, NotMeasured, SeedValues, score
 
 COMPARED = ("B9", "B10")  # the runs that log B's figures compare
 
@@ -37,42 +37,33 @@ def training_curves(saved: CampaignResults, log: str) -> DrawnFigure:
         curve_by_run = {name: saved.curve(run, "fvu") for name, run in alive.items()}
     if not curve_by_run.keys() - saved.baselines.keys():
         raise NotMeasured("every run failed")
-    title = f"Error over training, runs of log {log}"
-    panel = lambda: panels.curves(curve_by_run, runs, ylabel=f"FVU on {measured_on}", title=title)
-    drawing = panels.arranged({title: panel}, 1, (panels.WIDE, 4.2))
-    panels.legend_once(drawing.figure, panels.note(saved, "bands"))
-    return drawing
+    text = {"ylabel": f"FVU on {measured_on}", "title": f"Error over training, runs of log {log}"}
+    panel = partial(panels.curves, curve_by_run=curve_by_run, runs=runs, **text)
+    return panels.with_legend(panels.arranged({"curves": panel}, 1, (panels.WIDE, 4.2)), panels.note(saved, "bands"))
 
 
 def final_metrics(saved: CampaignResults, log: str) -> DrawnFigure:
     """Draw the final FVU of a log's runs as bars."""
     title = f"Error at the end, runs of log {log}"
-    return _bars(saved, panels.scores_of_log(saved, log, _fvu), panels.HELD_OUT_FVU, title, digits=3, most=WORST)
+    return _bars(saved, panels.final_errors(saved, log), panels.HELD_OUT_FVU, title, digits=3, most=WORST)
 
 
 def training_progression(saved: CampaignResults, log: str) -> DrawnFigure:
     """Draw how many steps each run of a log completed, and its final FVU."""
+    runs = saved.runs_of(log)
 
-    def completed() -> Draw:
-        draw = panels.bars(
-            panels.scores_of_log(saved, log, lambda run: (saved.steps(run),)),
-            "training steps", title="Steps completed", best=COMPARED,
-        )  # fmt: skip
-        runs = saved.runs_of(log)
+    def completed(axes: Any) -> None:
+        steps = panels.scores_of_log(saved, log, lambda run: (saved.steps(run),))
+        panels.bars(axes, steps, "training steps", title="Steps completed", best=COMPARED)
         trains = {name: saved.settings(run)["train"] for name, run in runs.items()}
         planned = {name: -(-train["tokens"] // train["batch"]) for name, train in trains.items()}
+        _marks(axes, runs, planned, "|", "steps planned")
 
-        def with_plan(axes: Any) -> None:
-            draw(axes)
-            _marks(axes, runs, planned, "|", "steps planned")
-
-        return with_plan
-
-    def errors() -> Draw:
+    def errors(axes: Any) -> None:
         style = {"title": "Error at the end", "best": COMPARED, "most": WORST, "digits": 3}
-        return panels.bars(panels.scores_of_log(saved, log, _fvu), panels.HELD_OUT_FVU, **style)
+        panels.bars(axes, panels.final_errors(saved, log), panels.HELD_OUT_FVU, **style)
 
-    drawing = panels.arranged({"steps": completed, "error": errors}, 2, (panels.WIDE, _height(saved, log)))
+    drawing = panels.arranged({"steps": completed, "error": errors}, 2, (panels.WIDE, _height(runs)))
     return _named_at_left(drawing, panels.note(saved), columns=4)
 
 
@@ -100,8 +91,7 @@ def hyperparameters(saved: CampaignResults, log: str) -> DrawnFigure:
         _marks(axes, runs, final_by_run, "^", "at the end, adjusted to the target L0")
         panels.plain_ticks(axes.xaxis, (1,))
 
-    size = panels.WIDE, _height(saved, log)
-    drawing = panels.arranged({"rates": lambda: rates, "penalties": lambda: penalties}, 2, size)
+    drawing = panels.arranged({"rates": rates, "penalties": penalties}, 2, (panels.WIDE, _height(runs)))
     return _named_at_left(drawing, None, columns=3)
 
 
@@ -130,13 +120,8 @@ def feature_statistics(saved: CampaignResults, log: str) -> DrawnFigure:
         axes.set(xlabel="latents", title=f"Dictionary sizes, runs of log {log}", xlim=(0, 1.08 * max(sizes)))
         panels.name_runs(axes, [panels.label_of(scores.run) for scores in all_scores], lying=True)
 
-    drawing = panels.arranged({"sizes": lambda: draw}, 1, (panels.NARROW, _height(saved, log)))
-    panels.legend_once(drawing.figure, panels.note(saved))
-    return drawing
-
-
-def _fvu(run: Mapping[str, Any]) -> tuple[SeedValues, ...]:
-    return (final_fvu(run),)
+    drawing = panels.arranged({"sizes": draw}, 1, (panels.NARROW, _height(all_scores)))
+    return panels.with_legend(drawing, panels.note(saved))
 
 
 def _alive(run: Mapping[str, Any]) -> SeedValues:
@@ -144,22 +129,20 @@ def _alive(run: Mapping[str, Any]) -> SeedValues:
 
 
 def _bars(saved: CampaignResults, all_scores: list[RunScores], label: str, title: str, **options: Any) -> DrawnFigure:
-    panel = lambda: panels.bars(all_scores, label, title=title, **options)
-    drawing = panels.arranged({title: panel}, 1, (panels.NARROW, 1.3 + 0.165 * len(all_scores)))
-    panels.legend_once(drawing.figure, panels.note(saved))
-    return drawing
+    panel = partial(panels.bars, all_scores=all_scores, label=label, title=title, **options)
+    drawing = panels.arranged({title: panel}, 1, (panels.NARROW, _height(all_scores)))
+    return panels.with_legend(drawing, panels.note(saved))
 
 
-def _height(saved: CampaignResults, log: str) -> float:
-    return 1.3 + 0.165 * len(saved.runs_of(log))
+def _height(runs: Sized) -> float:
+    return 1.3 + 0.165 * len(runs)
 
 
 def _named_at_left(drawing: DrawnFigure, text: str | None, columns: int) -> DrawnFigure:
     """Name the runs beside the first panel only, and put one legend below all."""
     for axes in drawing.figure.axes[1:]:
         axes.tick_params(axis="y", labelleft=False)
-    panels.legend_once(drawing.figure, text, columns=columns)
-    return drawing
+    return panels.with_legend(drawing, text, columns)
 
 
 def _levels(axes: Any, runs: Mapping[str, Any], value_by_run: Mapping[str, float], label: str, title: str) -> None:

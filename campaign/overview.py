@@ -89,9 +89,8 @@ def conditions(saved: CampaignResults) -> DrawnFigure:
             axes.set(xlabel=panels.L0, xscale="log", title="Sparsity against error, every run in every condition")
             panels.plain_ticks(axes.xaxis)
 
-    drawing = panels.arranged({"conditions": lambda: draw}, 1, (panels.WIDE, 4.2))
-    panels.legend_once(drawing.figure, panels.note(saved), columns=4)
-    return drawing
+    drawing = panels.arranged({"conditions": draw}, 1, (panels.WIDE, 4.2))
+    return panels.with_legend(drawing, panels.note(saved), columns=4)
 
 
 def _dumbbell(axes: Any, at: float, scores: RunScores) -> None:
