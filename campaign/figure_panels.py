@@ -81,24 +81,22 @@ def arranged(panels: Mapping[str, Panel], columns: int, size: tuple[float, float
 
     A panel without its numbers is left out, and the others move up. Raises NotMeasured if no panel is left.
     """
-    figure, drawn, lacks = new_figure(*size), list[Any](), dict[str, str]()
-    for name, draw in panels.items():
-        axes = figure.add_subplot()
+    figure, lacks = new_figure(*size), dict[str, str]()
+    down, across = -(-len(panels) // columns), min(columns, len(panels))
+    cells = figure.add_gridspec(down, across)
+    for index, (name, draw) in enumerate(panels.items()):
+        line, column = divmod(index, across)
+        axes = figure.add_subplot(cells[line, column:] if index == len(panels) - 1 else cells[line, column])
         axes.spines[["top", "right"]].set_visible(False)
         try:
             draw(axes)
-            drawn.append(axes)
         except NotMeasured as reason:
-            axes.remove()
             lacks[name] = str(reason)
-    if not drawn:
+    if len(lacks) == len(panels):
         raise NotMeasured("; ".join(dict.fromkeys(lacks.values())))
-    down, across = -(-len(drawn) // columns), min(columns, len(drawn))
-    figure.set_figheight(size[1] * down / -(-len(panels) // columns))
-    cells = figure.add_gridspec(down, across)
-    for index, axes in enumerate(drawn):
-        line, column = divmod(index, across)
-        axes.set_subplotspec(cells[line, column:] if index == len(drawn) - 1 else cells[line, column])
+    if lacks:
+        others = {name: draw for name, draw in panels.items() if name not in lacks}
+        figure = arranged(others, columns, (size[0], size[1] * -(-len(others) // columns) / down)).figure
     return DrawnFigure(polished(figure), tuple(f"{name}: {reason}" for name, reason in lacks.items()))
 
 

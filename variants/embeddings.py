@@ -72,7 +72,9 @@ class MultiScale(Part):
         scale: Weight = Field(
             default=0.1, description="Initial standard deviation of the embeddings. Entries of x are about 1."
         )
-        decay: Fraction = Field(default=0.99, description="Decay per step of each scale's mean share of the activation.")
+        decay: Fraction = Field(
+            default=0.99, description="Decay per step of each scale's mean share of the activation."
+        )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

@@ -36,7 +36,9 @@ class DynamicMargin(Averaging):
 
     class Settings(PartSettings):
         coefficient: Weight = Field(default=1.0, description="Weight of the penalty, in units of D.")
-        decay: Fraction = Field(default=0.95, description="Decay per step of the mean and standard deviation of cosines.")
+        decay: Fraction = Field(
+            default=0.95, description="Decay per step of the mean and standard deviation of cosines."
+        )
         deviations: Weight = Field(default=2.0, description="Margin above the mean cosine, in standard deviations.")
         sample: int = Field(
             default=512, ge=2, description="Largest number of decoder rows that a step compares, drawn at random."
