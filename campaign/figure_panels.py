@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..reporting.plots import COLOURS, SEVERAL, WORST, frame, legend_below
-from .seed_results import NOTHING, CampaignResults, Curve, NotMeasured, SeedValues, final_fvu
+from .seed_results import CampaignResults, Curve, NotMeasured, Seeds, final_fvu
 
 Panel = Callable[[Any], None]
 
@@ -35,8 +35,8 @@ class RunScores:
     """A score of a run of campaign.json: the values of its seeds and of their random controls."""
 
     run: Mapping[str, Any]
-    trained: SeedValues
-    random: SeedValues = NOTHING
+    trained: Seeds
+    random: Seeds = ()
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ class RunScores:
 
 
 def scores_of_log(
-    saved: CampaignResults, log: str, read: Callable[[Mapping[str, Any]], tuple[SeedValues, ...]]
+    saved: CampaignResults, log: str, read: Callable[[Mapping[str, Any]], tuple[Seeds, ...]]
 ) -> list[RunScores]:
     """The scores of the baselines and of a log's runs. `read` returns a run's values, and its control's if there are any."""
     return [RunScores(run, *read(run)) for run in saved.runs_of(log).values()]
@@ -144,13 +144,13 @@ def bars(
     """
     if not any(scores.trained for scores in all_scores):
         raise NotMeasured("no run has a figure")
-    ends = [max(scores.trained.values) for scores in all_scores if scores.trained and scores.trained.mean <= most]
+    ends = [max(scores.trained) for scores in all_scores if scores.trained and np.mean(scores.trained) <= most]
     for index, scores in enumerate(all_scores):
         style = {"fontsize": 6.5, "va": "center", "transform": axes.get_yaxis_transform()}
         if not scores.trained:
             axes.text(0.01, index, scores.absence, color=GREY, **style)
             continue
-        mean = scores.trained.mean
+        mean = float(np.mean(scores.trained))
         kind, colour = ("baseline", LIGHT) if scores.is_baseline else ("documented run", COLOURS["sae"])
         if scores.name in best:
             kind, colour = " and ".join(best), SEVERAL[1]
@@ -162,10 +162,10 @@ def bars(
         if scores.random:
             style = {"marker": "|", "markersize": 6, "mew": 1.8, "linestyle": "", "clip_on": False, "zorder": 4}
             style |= {"color": COLOURS["random"], "label": "random control", "gid": f"{scores.name} random"}
-            axes.plot(scores.random.mean, index + 0.17, **style)
+            axes.plot(np.mean(scores.random), index + 0.17, **style)
             whisker(axes, index + 0.17, scores.random, COLOURS["random"], across=True)
         if digits:
-            text, end = f"{mean:.{digits}f}".removeprefix("0"), (max(scores.trained.values), index)
+            text, end = f"{mean:.{digits}f}".removeprefix("0"), (max(scores.trained), index)
             axes.annotate(text, end, (3, 0), textcoords="offset points", va="center", fontsize=6.5, color="#333333")
     name_runs(axes, [scores.name if short else label_of(scores.run) for scores in all_scores], lying=True)
     axes.axvline(0, color=DARK, linewidth=0.8)
@@ -187,12 +187,13 @@ def name_runs(axes: Any, labels: Sequence[str], *, lying: bool = False) -> None:
     axes.tick_params(axis="y" if lying else "x", length=0, pad=3)
 
 
-def whisker(axes: Any, position: float, seeds: SeedValues, colour: str, *, across: bool = False) -> None:
+def whisker(axes: Any, position: float, seeds: Seeds, colour: str, *, across: bool = False) -> None:
     """Draw the range of two seeds or more around their mean, horizontally if `across`."""
-    if len(seeds.values) > 1:
-        sides = [[seeds.mean - min(seeds.values)], [max(seeds.values) - seeds.mean]]
+    if len(seeds) > 1:
+        mean = np.mean(seeds)
+        sides = [[mean - min(seeds)], [max(seeds) - mean]]
         style = {"color": colour, "linewidth": 0.9, "capsize": 2, "fmt": "none", "zorder": 3}
-        place = (seeds.mean, position) if across else (position, seeds.mean)
+        place = (mean, position) if across else (position, mean)
         axes.errorbar(*place, **{"xerr" if across else "yerr": sides}, **style)
 
 

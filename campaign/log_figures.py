@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sized
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from ..engine.process.progress import percent
 from ..engine.storage.run_folder import HELD_OUT
 from ..reporting.plots import COLOURS, SEVERAL, WORST
 from . import figure_panels as panels
 from .figure_panels import DrawnFigure, RunScores
-from .seed_results import CampaignResults, NotMeasured, SeedValues, score
+from .seed_results import CampaignResults, NotMeasured, Seeds, score
 
 COMPARED = ("B9", "B10")  # the runs that log B's figures compare
 
@@ -85,7 +87,7 @@ def hyperparameters(saved: CampaignResults, log: str) -> DrawnFigure:
         factors = {name: _last_factor(saved, runs[name]) for name in coefficient_by_run}
         firsts = {name: _part_setting(saved, runs[name], "l1_from") for name in coefficient_by_run}
         first_by_run = {name: coefficient_by_run[name] * factor for name, factor in firsts.items() if factor != 1}
-        final_by_run = {name: coefficient_by_run[name] * factor.mean for name, factor in factors.items() if factor}
+        final_by_run = {name: coefficient_by_run[name] * np.mean(last) for name, last in factors.items() if last}
         _levels(axes, runs, coefficient_by_run, "L1 coefficient", "Sparsity penalty")
         _marks(axes, runs, first_by_run, "D", "while its base is alone")
         _marks(axes, runs, final_by_run, "^", "at the end, adjusted to the target L0")
@@ -97,7 +99,9 @@ def hyperparameters(saved: CampaignResults, log: str) -> DrawnFigure:
 
 def feature_statistics(saved: CampaignResults, log: str) -> DrawnFigure:
     """Draw the size of each dictionary of a log, and how many of its latents are alive."""
-    all_scores = panels.scores_of_log(saved, log, lambda run: (_alive(run),))
+    all_scores = panels.scores_of_log(
+        saved, log, lambda run: (tuple(run["d_sae"] * (1 - dead) for dead in score(run, "dead_fraction")[0]),)
+    )
     if not any(scores.trained for scores in all_scores):
         raise NotMeasured("core was not measured of any run")
 
@@ -107,14 +111,14 @@ def feature_statistics(saved: CampaignResults, log: str) -> DrawnFigure:
         axes.plot(sizes, range(len(sizes)), marker="s", label="dictionary size F", **style)
         known = [(index, scores) for index, scores in enumerate(all_scores) if scores.trained]
         colours = [panels.GREY if scores.is_baseline else COLOURS["sae"] for _, scores in known]
-        alive = [scores.trained.mean for _, scores in known]
+        alive = [np.mean(scores.trained) for _, scores in known]
         axes.scatter(alive, [index for index, _ in known], s=22, color=colours, zorder=3, gid="alive")
         label = "latents alive on held-out text, and their share"
         axes.plot([], [], "o", color=COLOURS["sae"], markersize=4.5, label=label)
         for (index, scores), colour in zip(known, colours, strict=True):
             style = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 6.5}
-            share, low = percent(scores.trained.mean / sizes[index], 0), min(scores.trained.values)
-            axes.annotate(share, (low, index), (-6, 0), **style)
+            share = percent(float(np.mean(scores.trained)) / sizes[index], 0)
+            axes.annotate(share, (min(scores.trained), index), (-6, 0), **style)
             panels.whisker(axes, index, scores.trained, colour, across=True)
         axes.grid(axis="x", alpha=0.25)
         axes.set(xlabel="latents", title=f"Dictionary sizes, runs of log {log}", xlim=(0, 1.08 * max(sizes)))
@@ -122,10 +126,6 @@ def feature_statistics(saved: CampaignResults, log: str) -> DrawnFigure:
 
     drawing = panels.arranged({"sizes": draw}, 1, (panels.NARROW, _height(all_scores)))
     return panels.with_legend(drawing, panels.note(saved))
-
-
-def _alive(run: Mapping[str, Any]) -> SeedValues:
-    return SeedValues(tuple(run["d_sae"] * (1 - dead) for dead in score(run, "dead_fraction")[0].values))
 
 
 def _bars(saved: CampaignResults, all_scores: list[RunScores], label: str, title: str, **options: Any) -> DrawnFigure:
@@ -185,9 +185,9 @@ def _part_setting(saved: CampaignResults, run: Mapping[str, Any], setting: str) 
     return values[0] if values else 1.0
 
 
-def _last_factor(saved: CampaignResults, run: Mapping[str, Any]) -> SeedValues:
+def _last_factor(saved: CampaignResults, run: Mapping[str, Any]) -> Seeds:
     """The final factor on L1, which training adjusts to reach `target_l0`."""
     try:
-        return SeedValues(tuple(float(value) for value in saved.curve(run, "sparsity").of_seeds[:, -1]))
+        return tuple(saved.curve(run, "sparsity").of_seeds[:, -1].tolist())
     except NotMeasured:
-        return SeedValues(())
+        return ()

@@ -167,7 +167,7 @@ def evaluate(
     if len(names) == 1 and (why := lacking.get(names[0], {}).get("")):
         raise UserError(f"{names[0]}: {why}")
     if like is None:
-        _announce(lacking)
+        announce(lacking)
     if lacking:
         random = checkpoint.dictionary("random") if has_random else None
         if trains_control and not all("" in reasons for reasons in lacking.values()):
@@ -237,7 +237,7 @@ def _digest(checkpoint: Checkpoint) -> str:
     return checkpoint.manifest["files"]["sae.safetensors"]["sha256"]
 
 
-def _announce(lacking: Mapping[str, Mapping[str, str]]) -> None:
+def announce(lacking: Mapping[str, Mapping[str, str]]) -> None:
     """Print which evals and parts of evals won't be measured, and why."""
     for name, reasons in lacking.items():
         for part, why in reasons.items():

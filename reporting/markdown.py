@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
-from markdown_it.token import Token
 
 NOTHING = "–"  # a missing figure
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
@@ -61,7 +60,8 @@ def html(markdown: str, folder: Path, title: str) -> str:
             token.attrSet("id", anchor(tokens[index + 1].content))
         for child in token.children or ():
             if child.type == "image":
-                _inline(child, folder)
+                data = base64.b64encode((folder / str(child.attrs["src"])).read_bytes()).decode()
+                child.attrs["src"] = f"data:image/png;base64,{data}"
     style = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
     return (
@@ -77,8 +77,3 @@ def html(markdown: str, folder: Path, title: str) -> str:
 def anchor(heading: str) -> str:
     """The anchor of a heading, here and on sites that render Markdown."""
     return re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-"))
-
-
-def _inline(image: Token, folder: Path) -> None:
-    data = base64.b64encode((folder / str(image.attrs["src"])).read_bytes()).decode()
-    image.attrs["src"] = f"data:image/png;base64,{data}"
