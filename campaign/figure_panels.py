@@ -221,7 +221,8 @@ def curves(axes: Any, curve_by_run: Mapping[str, Curve], runs: Mapping[str, Any]
 
 def band(axes: Any, curve: Curve, colour: str) -> None:
     if len(curve.of_seeds) > 1:
-        axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0, zorder=1)
+        ends = curve.over("min"), curve.over("max")
+        axes.fill_between(curve.steps, *ends, color=colour, alpha=0.18, linewidth=0, zorder=1)
 
 
 def plain_ticks(axis: Any, subs: Sequence[float] = (1, 2, 5)) -> None:

@@ -173,7 +173,6 @@ def _marks(axes: Any, runs: Mapping[str, Any], value_by_run: Mapping[str, float]
 
 
 def _annotate(axes: Any, value: float, position: float, *, before: bool = False) -> None:
-    """Write a mark's number beside it."""
     offset, side = ((-5, 0), "right") if before else ((5, 0), "left")
     style = {"textcoords": "offset points", "fontsize": 6, "ha": side, "va": "center"}
     axes.annotate(f"{value:.2g}", (value, position), offset, **style)

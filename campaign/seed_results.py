@@ -35,22 +35,15 @@ class Curve:
 
     @property
     def mean(self) -> np.ndarray:
-        return self._over("mean")
-
-    @property
-    def low(self) -> np.ndarray:
-        return self._over("min")
-
-    @property
-    def high(self) -> np.ndarray:
-        return self._over("max")
+        return self.over("mean")
 
     def __getitem__(self, step_index: int) -> "Curve":
         """At one of the steps, with positions in place of steps: [seeds, T]."""
         values = self.of_seeds[:, step_index]
         return Curve(np.arange(values.shape[1]), values)
 
-    def _over(self, reduction: str) -> np.ndarray:
+    def over(self, reduction: str) -> np.ndarray:
+        """The "mean", "min" or "max" over seeds."""
         known = np.ma.masked_invalid(self.of_seeds)
         return np.ma.filled(getattr(known, reduction)(axis=0), np.nan)  # nanmean would warn where no seed has a value
 

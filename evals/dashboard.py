@@ -175,7 +175,6 @@ def _spread(firings: np.ndarray, count: int) -> list[int]:
 
 
 def _figures(text: _Text, bins: np.ndarray, token: np.ndarray, value: np.ndarray) -> dict[str, Any]:
-    """Figures of a latent that fires at these tokens with these values."""
     B, T = len(bins), text.tokens.shape[1]
     tokens, where = bins[:, 2], text.pos[token] * B // T
     fired = np.bincount(where, minlength=B)

@@ -139,8 +139,7 @@ def read(
     _need_pyarrow()
     import pyarrow as pa
 
-    from . import checked_parquet
-    from .feature_writer import COLUMNS
+    from . import feature_files as files
 
     folder = expand_path(store, "store")
     about = info(folder)
@@ -155,11 +154,11 @@ def read(
     filters = {name: values for name, values in selections.items() if values is not None}
     sums = about.get("checks", {})
     try:
-        tables = [checked_parquet.read(folder / name, COLUMNS, filters, sums.get(name)) for name in about["parts"]]
+        tables = [files.read(folder / name, files.COLUMNS, filters, sums.get(name)) for name in about["parts"]]
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"store: {folder} is damaged ({str(error).splitlines()[0]})") from None
     table = pa.concat_tables(tables)
-    columns = {name: table[name].to_numpy() for name in COLUMNS}
+    columns = {name: table[name].to_numpy() for name in files.COLUMNS}
     order = np.argsort(columns["latent"], kind="stable")  # parts are in text order
     return {name: values[order] for name, values in columns.items()}
 
@@ -206,14 +205,13 @@ def _write_parquet(
     sae: UnitDecoder, stream: ActivationStream, out: Path, tokens: int | None, min_activation: float
 ) -> dict[str, Any]:
     """Write tokens and features; returns counts, names and checksums of the parts, and the speed of encoding."""
-    from . import checked_parquet
-    from .feature_writer import ActivationWriter, TokenWriter
+    from . import feature_files as files
 
     tokenizer, timer = stream.model.tokenizer, _EncodeTimer(sae)
     decode = cache(
         str if tokenizer is None else lambda token: tokenizer.decode([token], clean_up_tokenization_spaces=False)
     )
-    features, lines = ActivationWriter(out / FEATURES), TokenWriter(out / TOKENS)
+    features, lines = files.ActivationWriter(out / FEATURES), files.TokenWriter(out / TOKENS)
     counts = {"tokens": 0, "rows": 0, "documents": 0}
     last = {"row": -1, "document": -1}
     with progress_bar("encoding", tokens, "tokens") as bar, lines:
@@ -240,7 +238,7 @@ def _write_parquet(
             raise UserError(f"data: {stream.text.name} has no token to encode (see stream.drop_special)")
         if tokens is not None and counts["tokens"] < tokens:
             bar.note(f"data: {stream.text.name} ended after {counts['tokens']:,} of {tokens:,} tokens")
-    sums = features.checks | {TOKENS: checked_parquet.checks(out / TOKENS)}
+    sums = features.checks | {TOKENS: files.checks(out / TOKENS)}
     return {
         **counts, "entries": features.entries, "parts": list(features.checks), "checks": sums, "speed": timer.speed()
     }  # fmt: skip

@@ -218,7 +218,6 @@ def _measure(
         if name == "core" and run is not None:
             evaluation.saved = SavedEffects(run / "evals" / "core.part", keys[name])
         began = time.monotonic()
-        result: dict[str, Any]
         result = {"skipped": reasons[""]} if "" in reasons else _measured(name, evaluation, alone=alone)
         if "skipped" not in result:
             reason = without_control(checkpoint)

@@ -302,8 +302,7 @@ def _prompts(stream: ActivationStream, questions: Questions) -> TextActivations:
         batch_kept = inside[batch].to(stream.model.device) & stream.norms.ordinary(acts)
         kept[batch] = batch_kept.cpu()
         x.append(next(iter(acts.values()))[batch_kept].float())
-    row, pos = kept.to(stream.model.device).nonzero(as_tuple=True)
-    return TextActivations(questions.tokens, kept, torch.cat(x), pos, row)
+    return TextActivations.of(questions.tokens, kept, torch.cat(x))
 
 
 def _fractions(autoencoders: Mapping[str, Autoencoder], task: _Task) -> tuple[dict[str, np.ndarray], float]:
