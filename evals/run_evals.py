@@ -218,7 +218,7 @@ def _measure(
         if name == "core" and run is not None:
             evaluation.saved = SavedEffects(run / "evals" / "core.part", keys[name])
         began = time.monotonic()
-        result = {"skipped": reasons[""]} if "" in reasons else _measured(name, evaluation, alone=alone)
+        result: dict[str, Any] = {"skipped": reasons[""]} if "" in reasons else _measured(name, evaluation, alone=alone)
         if "skipped" not in result:
             reason = without_control(checkpoint)
             if evaluation.random is None and reason is not None:

@@ -239,7 +239,7 @@ class TemporalContrast(_Projected):
 
     is_learned, figure = True, "loss"
 
-    class Settings(PartSettings):
+    class Settings(_Projected.Settings):
         weight: Weight = Field(default=0.01, description="Weight of the contrastive loss, in units of D.")
         width: Count = Field(default=64, description="Width of the learned projection of codes.")
         temperature: Factor = Field(default=0.1, description="Divisor of cosines between projections in the softmax.")
