@@ -56,14 +56,12 @@ def _extremes(by_position: np.ndarray) -> Figures:
 
 
 def _position_losses(metrics: Metrics, _: Clusters | None) -> Figures:
-    """C3: mean, max and min over positions in the last step, and their positions in the last report."""
     positions, tracked = _extremes(by_position(metrics, "squared_error")[-1]), _tracked(metrics)[-1]
     mean, most, least = (tracked[name][-1] for name in ("loss_mean", "loss_max", "loss_min"))
     return {**positions, "mean": mean, "most": most, "least": least, "ratio": most / least if least else None}
 
 
 def _error_over_training(metrics: Metrics, _: Clusters | None) -> Figures:
-    """C4: how far the error fell at each position, and how sharp the mask became."""
     error, tracked = by_position(metrics, "squared_error"), _tracked(metrics)
     return {
         "first": float(np.nanmean(error[0])), "last": float(np.nanmean(error[-1])), **_extremes(error[-1] / error[0]),
@@ -72,7 +70,6 @@ def _error_over_training(metrics: Metrics, _: Clusters | None) -> Figures:
 
 
 def _weight_evolution(metrics: Metrics, _: Clusters | None) -> Figures:
-    """C7: the final weights, when they had converged, and whether they correlate with the error."""
     steps = np.array([line["step"] for line in metrics])
     weights = _numbers([tracked["weights"] for tracked in _tracked(metrics)])
     final = weights[-1]
@@ -89,7 +86,6 @@ def _weight_evolution(metrics: Metrics, _: Clusters | None) -> Figures:
 
 
 def _sparsity(metrics: Metrics, clusters: Clusters | None) -> Figures:
-    """C8: final L0 by position, and the shares of latents that are mostly active early and late in a row."""
     l0 = by_position(metrics, "l0")
     if not np.nansum(l0[-1]):
         raise UserError("metrics: no latent is active in the last report")
@@ -108,7 +104,6 @@ def _sparsity(metrics: Metrics, clusters: Clusters | None) -> Figures:
 
 
 def _clustering(_: Metrics, clusters: Clusters | None) -> Figures:
-    """C9: the number of clusters, their separation, and their stability."""
     _sample(clusters)
     assert clusters is not None
     return {

@@ -1,6 +1,6 @@
 """Panels of a campaign's figures: bars, lines and heat maps of means over seeds, with the range of the seeds.
 
-A `Panel` reads saved numbers, raises `NotMeasured` where there are none, and returns a `Draw`, which draws on axes.
+A panel is a function that draws saved numbers on axes, and raises `NotMeasured` where there are none.
 """
 
 import math
@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..reporting.plots import COLOURS, SEVERAL, WORST, frame, legend_below
-from .seed_results import NOTHING, CampaignResults, Curve, NotMeasured, SeedValues
+from .seed_results import CampaignResults, Curve, NotMeasured, Seeds, final_fvu
 
-Draw = Callable[[Any], None]
-Panel = Callable[[], Draw]
+Panel = Callable[[Any], None]
 
 WIDE, NARROW = 7.0, 5.2  # inches: two columns of a paper, and one and a half
 GREY, LIGHT, DARK = "#888888", "#bbbbbb", "#222222"
@@ -36,8 +35,8 @@ class RunScores:
     """A score of a run of campaign.json: the values of its seeds and of their random controls."""
 
     run: Mapping[str, Any]
-    trained: SeedValues
-    random: SeedValues = NOTHING
+    trained: Seeds
+    random: Seeds = ()
 
     @property
     def name(self) -> str:
@@ -53,10 +52,14 @@ class RunScores:
 
 
 def scores_of_log(
-    saved: CampaignResults, log: str, read: Callable[[Mapping[str, Any]], tuple[SeedValues, ...]]
+    saved: CampaignResults, log: str, read: Callable[[Mapping[str, Any]], tuple[Seeds, ...]]
 ) -> list[RunScores]:
     """The scores of the baselines and of a log's runs. `read` returns a run's values, and its control's if there are any."""
     return [RunScores(run, *read(run)) for run in saved.runs_of(log).values()]
+
+
+def final_errors(saved: CampaignResults, log: str) -> list[RunScores]:
+    return scores_of_log(saved, log, lambda run: (final_fvu(run),))
 
 
 def label_of(run: Mapping[str, Any]) -> str:
@@ -78,24 +81,22 @@ def arranged(panels: Mapping[str, Panel], columns: int, size: tuple[float, float
 
     A panel without its numbers is left out, and the others move up. Raises NotMeasured if no panel is left.
     """
-    ready: list[Draw] = []
-    lacks: dict[str, str] = {}
-    for name, prepare in panels.items():
+    figure, lacks = new_figure(*size), dict[str, str]()
+    down, across = -(-len(panels) // columns), min(columns, len(panels))
+    cells = figure.add_gridspec(down, across)
+    for index, (name, draw) in enumerate(panels.items()):
+        line, column = divmod(index, across)
+        axes = figure.add_subplot(cells[line, column:] if index == len(panels) - 1 else cells[line, column])
+        axes.spines[["top", "right"]].set_visible(False)
         try:
-            ready.append(prepare())
+            draw(axes)
         except NotMeasured as reason:
             lacks[name] = str(reason)
-    if not ready:
+    if len(lacks) == len(panels):
         raise NotMeasured("; ".join(dict.fromkeys(lacks.values())))
-    down, down_of_all = -(-len(ready) // columns), -(-len(panels) // columns)
-    figure = new_figure(size[0], size[1] * down / down_of_all)
-    across = min(columns, len(ready))
-    cells = figure.add_gridspec(down, across)
-    for index, draw in enumerate(ready):
-        line, column = divmod(index, across)
-        axes = figure.add_subplot(cells[line, column:] if index == len(ready) - 1 else cells[line, column])
-        axes.spines[["top", "right"]].set_visible(False)
-        draw(axes)
+    if lacks:
+        others = {name: draw for name, draw in panels.items() if name not in lacks}
+        figure = arranged(others, columns, (size[0], size[1] * -(-len(others) // columns) / down)).figure
     return DrawnFigure(polished(figure), tuple(f"{name}: {reason}" for name, reason in lacks.items()))
 
 
@@ -127,10 +128,15 @@ def legend_once(figure: Any, text: str | None = None, columns: int = 3) -> None:
     legend_below(figure, text, columns=columns)
 
 
+def with_legend(drawing: DrawnFigure, text: str | None = None, columns: int = 3) -> DrawnFigure:
+    legend_once(drawing.figure, text, columns)
+    return drawing
+
+
 def bars(
-    all_scores: Sequence[RunScores], label: str, *, title: str = "", best: Sequence[str] = (), digits: int = 0,
-    most: float = math.inf, short: bool = False,
-) -> Draw:  # fmt: skip
+    axes: Any, all_scores: Sequence[RunScores], label: str, *, title: str = "", best: Sequence[str] = (),
+    digits: int = 0, most: float = math.inf, short: bool = False,
+) -> None:  # fmt: skip
     """Draw a horizontal bar per run, with whiskers and a mark for the random control.
 
     Runs in `best` have a colour of their own. The mean is written at the end with so many `digits`, if any. A bar longer
@@ -138,39 +144,35 @@ def bars(
     """
     if not any(scores.trained for scores in all_scores):
         raise NotMeasured("no run has a figure")
-
-    def draw(axes: Any) -> None:
-        ends = [max(scores.trained.values) for scores in all_scores if scores.trained and scores.trained.mean <= most]
-        for index, scores in enumerate(all_scores):
-            style = {"fontsize": 6.5, "va": "center", "transform": axes.get_yaxis_transform()}
-            if not scores.trained:
-                axes.text(0.01, index, scores.absence, color=GREY, **style)
-                continue
-            mean = scores.trained.mean
-            kind, colour = ("baseline", LIGHT) if scores.is_baseline else ("documented run", COLOURS["sae"])
-            if scores.name in best:
-                kind, colour = " and ".join(best), SEVERAL[1]
-            axes.barh(index, mean, 0.72, color=colour, label=kind, gid=scores.name)
-            if mean > most:
-                axes.text(0.985, index, f"{mean:.3g} →", color="white", ha="right", **style)
-                continue
-            whisker(axes, index - 0.17, scores.trained, DARK, across=True)
-            if scores.random:
-                style = {"marker": "|", "markersize": 6, "mew": 1.8, "linestyle": "", "clip_on": False, "zorder": 4}
-                style |= {"color": COLOURS["random"], "label": "random control", "gid": f"{scores.name} random"}
-                axes.plot(scores.random.mean, index + 0.17, **style)
-                whisker(axes, index + 0.17, scores.random, COLOURS["random"], across=True)
-            if digits:
-                text, end = f"{mean:.{digits}f}".removeprefix("0"), (max(scores.trained.values), index)
-                axes.annotate(text, end, (3, 0), textcoords="offset points", va="center", fontsize=6.5, color="#333333")
-        name_runs(axes, [scores.name if short else label_of(scores.run) for scores in all_scores], lying=True)
-        axes.axvline(0, color=DARK, linewidth=0.8)
-        if most < math.inf:
-            axes.set_xlim(0, 1.12 * max(ends, default=most))
-        axes.locator_params(axis="x", nbins=5)
-        axes.set(xlabel=label, title=title)
-
-    return draw
+    ends = [max(scores.trained) for scores in all_scores if scores.trained and np.mean(scores.trained) <= most]
+    for index, scores in enumerate(all_scores):
+        style = {"fontsize": 6.5, "va": "center", "transform": axes.get_yaxis_transform()}
+        if not scores.trained:
+            axes.text(0.01, index, scores.absence, color=GREY, **style)
+            continue
+        mean = float(np.mean(scores.trained))
+        kind, colour = ("baseline", LIGHT) if scores.is_baseline else ("documented run", COLOURS["sae"])
+        if scores.name in best:
+            kind, colour = " and ".join(best), SEVERAL[1]
+        axes.barh(index, mean, 0.72, color=colour, label=kind, gid=scores.name)
+        if mean > most:
+            axes.text(0.985, index, f"{mean:.3g} →", color="white", ha="right", **style)
+            continue
+        whisker(axes, index - 0.17, scores.trained, DARK, across=True)
+        if scores.random:
+            style = {"marker": "|", "markersize": 6, "mew": 1.8, "linestyle": "", "clip_on": False, "zorder": 4}
+            style |= {"color": COLOURS["random"], "label": "random control", "gid": f"{scores.name} random"}
+            axes.plot(np.mean(scores.random), index + 0.17, **style)
+            whisker(axes, index + 0.17, scores.random, COLOURS["random"], across=True)
+        if digits:
+            text, end = f"{mean:.{digits}f}".removeprefix("0"), (max(scores.trained), index)
+            axes.annotate(text, end, (3, 0), textcoords="offset points", va="center", fontsize=6.5, color="#333333")
+    name_runs(axes, [scores.name if short else label_of(scores.run) for scores in all_scores], lying=True)
+    axes.axvline(0, color=DARK, linewidth=0.8)
+    if most < math.inf:
+        axes.set_xlim(0, 1.12 * max(ends, default=most))
+    axes.locator_params(axis="x", nbins=5)
+    axes.set(xlabel=label, title=title)
 
 
 def name_runs(axes: Any, labels: Sequence[str], *, lying: bool = False) -> None:
@@ -185,46 +187,42 @@ def name_runs(axes: Any, labels: Sequence[str], *, lying: bool = False) -> None:
     axes.tick_params(axis="y" if lying else "x", length=0, pad=3)
 
 
-def whisker(axes: Any, position: float, seeds: SeedValues, colour: str, *, across: bool = False) -> None:
+def whisker(axes: Any, position: float, seeds: Seeds, colour: str, *, across: bool = False) -> None:
     """Draw the range of two seeds or more around their mean, horizontally if `across`."""
-    if len(seeds.values) > 1:
-        sides = [[seeds.mean - min(seeds.values)], [max(seeds.values) - seeds.mean]]
+    if len(seeds) > 1:
+        mean = np.mean(seeds)
+        sides = [[mean - min(seeds)], [max(seeds) - mean]]
         style = {"color": colour, "linewidth": 0.9, "capsize": 2, "fmt": "none", "zorder": 3}
-        if across:
-            axes.errorbar(seeds.mean, position, xerr=sides, **style)
-        else:
-            axes.errorbar(position, seeds.mean, yerr=sides, **style)
+        place = (mean, position) if across else (position, mean)
+        axes.errorbar(*place, **{"xerr" if across else "yerr": sides}, **style)
 
 
-def curves(curve_by_run: Mapping[str, Curve], runs: Mapping[str, Any], *, ylabel: str, title: str) -> Draw:
+def curves(axes: Any, curve_by_run: Mapping[str, Curve], runs: Mapping[str, Any], *, ylabel: str, title: str) -> None:
     """Draw a line per run, baselines in grey, with a band for the seeds. Lines are named at their end and in the legend."""
-
-    def draw(axes: Any) -> None:
-        numbers = {True: 0, False: 0}  # of baselines, and of other runs
-        lines: dict[str, tuple[list[float], list[float], str]] = {}
-        for name, curve in curve_by_run.items():
-            is_baseline = runs[name]["log"] is None
-            number, count = numbers[is_baseline], len(LINES)
-            numbers[is_baseline] += 1
-            colour = GREY if is_baseline else LINES[number % count]
-            stroke = STROKES[(number if is_baseline else number // count) % len(STROKES)]
-            style = {"linestyle": stroke, "linewidth": 1.0 if is_baseline else 1.3, "alpha": 0.9, "gid": name}
-            axes.plot(curve.steps, curve.mean, color=colour, label=label_of(runs[name]), **style)
-            band(axes, curve, colour)
-            lines[name] = curve.steps.tolist(), curve.mean.tolist(), colour
-        axes.grid(alpha=0.25)
-        axes.set(xlabel="training step", ylabel=ylabel, title=title, yscale="log")
-        axes.margins(x=0)
-        frame(axes, lines.values(), y=(None, WORST))
-        plain_ticks(axes.yaxis)
-        _name_ends(axes, {name: (y[-1], colour) for name, (_, y, colour) in lines.items()})
-
-    return draw
+    numbers = {True: 0, False: 0}  # of baselines, and of other runs
+    lines: dict[str, tuple[list[float], list[float], str]] = {}
+    for name, curve in curve_by_run.items():
+        is_baseline = runs[name]["log"] is None
+        number, count = numbers[is_baseline], len(LINES)
+        numbers[is_baseline] += 1
+        colour = GREY if is_baseline else LINES[number % count]
+        stroke = STROKES[(number if is_baseline else number // count) % len(STROKES)]
+        style = {"linestyle": stroke, "linewidth": 1.0 if is_baseline else 1.3, "alpha": 0.9, "gid": name}
+        axes.plot(curve.steps, curve.mean, color=colour, label=label_of(runs[name]), **style)
+        band(axes, curve, colour)
+        lines[name] = curve.steps.tolist(), curve.mean.tolist(), colour
+    axes.grid(alpha=0.25)
+    axes.set(xlabel="training step", ylabel=ylabel, title=title, yscale="log")
+    axes.margins(x=0)
+    frame(axes, lines.values(), y=(None, WORST))
+    plain_ticks(axes.yaxis)
+    _name_ends(axes, {name: (y[-1], colour) for name, (_, y, colour) in lines.items()})
 
 
 def band(axes: Any, curve: Curve, colour: str) -> None:
     if len(curve.of_seeds) > 1:
-        axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0, zorder=1)
+        ends = curve.over("min"), curve.over("max")
+        axes.fill_between(curve.steps, *ends, color=colour, alpha=0.18, linewidth=0, zorder=1)
 
 
 def plain_ticks(axis: Any, subs: Sequence[float] = (1, 2, 5)) -> None:
@@ -261,15 +259,11 @@ def _name_ends(axes: Any, ends: Mapping[str, tuple[float, str]]) -> None:
         )  # fmt: skip
 
 
-def over_steps(curve: Curve, label: str, title: str, *, scale: str = "") -> Draw:
+def over_steps(axes: Any, curve: Curve, label: str, title: str, *, scale: str = "") -> None:
     """Draw a heat map of steps [S] and positions [T]. A report is the mean since the one before."""
-
-    def draw(axes: Any) -> None:
-        edges = np.concatenate([[0], curve.steps])
-        heat(axes, edges, np.arange(curve.mean.shape[1] + 1) - 0.5, curve.mean.T, label, scale=scale)
-        axes.set(xlabel="training step", ylabel=POSITION, title=title)
-
-    return draw
+    edges = np.concatenate([[0], curve.steps])
+    heat(axes, edges, np.arange(curve.mean.shape[1] + 1) - 0.5, curve.mean.T, label, scale=scale)
+    axes.set(xlabel="training step", ylabel=POSITION, title=title)
 
 
 def heat(axes: Any, x: np.ndarray, y: np.ndarray, values: np.ndarray, label: str, *, scale: str = "") -> None:
@@ -287,22 +281,18 @@ def heat(axes: Any, x: np.ndarray, y: np.ndarray, values: np.ndarray, label: str
         plain_ticks(colour_bar.ax.yaxis)
 
 
-def by_position(lines: Mapping[str, Curve], ylabel: str, title: str, *, log: bool = False) -> Draw:
+def by_position(axes: Any, lines: Mapping[str, Curve], ylabel: str, title: str, *, log: bool = False) -> None:
     """Draw a line over positions for each run, with a band for the seeds."""
-
-    def draw(axes: Any) -> None:
-        for index, (name, curve) in enumerate(lines.items()):
-            colour = LINES[index % len(LINES)]
-            style = {"color": colour, "linestyle": STROKES[index % len(STROKES)], "linewidth": 1.2}
-            axes.plot(curve.steps, curve.mean, label=name, gid=name, **style)  # strokes tell apart lines that coincide
-            band(axes, curve, colour)
-        axes.grid(alpha=0.25)
-        axes.set(xlabel=POSITION, ylabel=ylabel, title=title)
-        if log:
-            axes.set_yscale("log")
-            plain_ticks(axes.yaxis)
-        if len(lines) > 1:
-            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.24), "ncols": min(6, len(lines))}
-            axes.legend(frameon=False, fontsize=7, handlelength=1.6, columnspacing=1.0, **below)
-
-    return draw
+    for index, (name, curve) in enumerate(lines.items()):
+        colour = LINES[index % len(LINES)]
+        style = {"color": colour, "linestyle": STROKES[index % len(STROKES)], "linewidth": 1.2}
+        axes.plot(curve.steps, curve.mean, label=name, gid=name, **style)  # strokes tell apart lines that coincide
+        band(axes, curve, colour)
+    axes.grid(alpha=0.25)
+    axes.set(xlabel=POSITION, ylabel=ylabel, title=title)
+    if log:
+        axes.set_yscale("log")
+        plain_ticks(axes.yaxis)
+    if len(lines) > 1:
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.24), "ncols": min(6, len(lines))}
+        axes.legend(frameon=False, fontsize=7, handlelength=1.6, columnspacing=1.0, **below)

@@ -1,15 +1,17 @@
 """The figures that logs A, B and E name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from ..engine.process.progress import percent
 from ..engine.storage.run_folder import HELD_OUT
 from ..reporting.plots import COLOURS, SEVERAL, WORST
 from . import figure_panels as panels
-from .figure_panels import Draw, DrawnFigure, RunScores
-from .seed_results import CampaignResults, NotMeasured, SeedValues, final_fvu, score
+from .figure_panels import DrawnFigure, RunScores
+from .seed_results import CampaignResults, NotMeasured, Seeds, score
 
 COMPARED = ("B9", "B10")  # the runs that log B's figures compare
 
@@ -37,42 +39,33 @@ def training_curves(saved: CampaignResults, log: str) -> DrawnFigure:
         curve_by_run = {name: saved.curve(run, "fvu") for name, run in alive.items()}
     if not curve_by_run.keys() - saved.baselines.keys():
         raise NotMeasured("every run failed")
-    title = f"Error over training, runs of log {log}"
-    panel = lambda: panels.curves(curve_by_run, runs, ylabel=f"FVU on {measured_on}", title=title)
-    drawing = panels.arranged({title: panel}, 1, (panels.WIDE, 4.2))
-    panels.legend_once(drawing.figure, panels.note(saved, "bands"))
-    return drawing
+    text = {"ylabel": f"FVU on {measured_on}", "title": f"Error over training, runs of log {log}"}
+    panel = partial(panels.curves, curve_by_run=curve_by_run, runs=runs, **text)
+    return panels.with_legend(panels.arranged({"curves": panel}, 1, (panels.WIDE, 4.2)), panels.note(saved, "bands"))
 
 
 def final_metrics(saved: CampaignResults, log: str) -> DrawnFigure:
     """Draw the final FVU of a log's runs as bars."""
     title = f"Error at the end, runs of log {log}"
-    return _bars(saved, panels.scores_of_log(saved, log, _fvu), panels.HELD_OUT_FVU, title, digits=3, most=WORST)
+    return _bars(saved, panels.final_errors(saved, log), panels.HELD_OUT_FVU, title, digits=3, most=WORST)
 
 
 def training_progression(saved: CampaignResults, log: str) -> DrawnFigure:
     """Draw how many steps each run of a log completed, and its final FVU."""
+    runs = saved.runs_of(log)
 
-    def completed() -> Draw:
-        draw = panels.bars(
-            panels.scores_of_log(saved, log, lambda run: (saved.steps(run),)),
-            "training steps", title="Steps completed", best=COMPARED,
-        )  # fmt: skip
-        runs = saved.runs_of(log)
+    def completed(axes: Any) -> None:
+        steps = panels.scores_of_log(saved, log, lambda run: (saved.steps(run),))
+        panels.bars(axes, steps, "training steps", title="Steps completed", best=COMPARED)
         trains = {name: saved.settings(run)["train"] for name, run in runs.items()}
         planned = {name: -(-train["tokens"] // train["batch"]) for name, train in trains.items()}
+        _marks(axes, runs, planned, "|", "steps planned")
 
-        def with_plan(axes: Any) -> None:
-            draw(axes)
-            _marks(axes, runs, planned, "|", "steps planned")
-
-        return with_plan
-
-    def errors() -> Draw:
+    def errors(axes: Any) -> None:
         style = {"title": "Error at the end", "best": COMPARED, "most": WORST, "digits": 3}
-        return panels.bars(panels.scores_of_log(saved, log, _fvu), panels.HELD_OUT_FVU, **style)
+        panels.bars(axes, panels.final_errors(saved, log), panels.HELD_OUT_FVU, **style)
 
-    drawing = panels.arranged({"steps": completed, "error": errors}, 2, (panels.WIDE, _height(saved, log)))
+    drawing = panels.arranged({"steps": completed, "error": errors}, 2, (panels.WIDE, _height(runs)))
     return _named_at_left(drawing, panels.note(saved), columns=4)
 
 
@@ -94,20 +87,21 @@ def hyperparameters(saved: CampaignResults, log: str) -> DrawnFigure:
         factors = {name: _last_factor(saved, runs[name]) for name in coefficient_by_run}
         firsts = {name: _part_setting(saved, runs[name], "l1_from") for name in coefficient_by_run}
         first_by_run = {name: coefficient_by_run[name] * factor for name, factor in firsts.items() if factor != 1}
-        final_by_run = {name: coefficient_by_run[name] * factor.mean for name, factor in factors.items() if factor}
+        final_by_run = {name: coefficient_by_run[name] * np.mean(last) for name, last in factors.items() if last}
         _levels(axes, runs, coefficient_by_run, "L1 coefficient", "Sparsity penalty")
         _marks(axes, runs, first_by_run, "D", "while its base is alone")
         _marks(axes, runs, final_by_run, "^", "at the end, adjusted to the target L0")
         panels.plain_ticks(axes.xaxis, (1,))
 
-    size = panels.WIDE, _height(saved, log)
-    drawing = panels.arranged({"rates": lambda: rates, "penalties": lambda: penalties}, 2, size)
+    drawing = panels.arranged({"rates": rates, "penalties": penalties}, 2, (panels.WIDE, _height(runs)))
     return _named_at_left(drawing, None, columns=3)
 
 
 def feature_statistics(saved: CampaignResults, log: str) -> DrawnFigure:
     """Draw the size of each dictionary of a log, and how many of its latents are alive."""
-    all_scores = panels.scores_of_log(saved, log, lambda run: (_alive(run),))
+    all_scores = panels.scores_of_log(
+        saved, log, lambda run: (tuple(run["d_sae"] * (1 - dead) for dead in score(run, "dead_fraction")[0]),)
+    )
     if not any(scores.trained for scores in all_scores):
         raise NotMeasured("core was not measured of any run")
 
@@ -117,49 +111,38 @@ def feature_statistics(saved: CampaignResults, log: str) -> DrawnFigure:
         axes.plot(sizes, range(len(sizes)), marker="s", label="dictionary size F", **style)
         known = [(index, scores) for index, scores in enumerate(all_scores) if scores.trained]
         colours = [panels.GREY if scores.is_baseline else COLOURS["sae"] for _, scores in known]
-        alive = [scores.trained.mean for _, scores in known]
+        alive = [np.mean(scores.trained) for _, scores in known]
         axes.scatter(alive, [index for index, _ in known], s=22, color=colours, zorder=3, gid="alive")
         label = "latents alive on held-out text, and their share"
         axes.plot([], [], "o", color=COLOURS["sae"], markersize=4.5, label=label)
         for (index, scores), colour in zip(known, colours, strict=True):
             style = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 6.5}
-            share, low = percent(scores.trained.mean / sizes[index], 0), min(scores.trained.values)
-            axes.annotate(share, (low, index), (-6, 0), **style)
+            share = percent(float(np.mean(scores.trained)) / sizes[index], 0)
+            axes.annotate(share, (min(scores.trained), index), (-6, 0), **style)
             panels.whisker(axes, index, scores.trained, colour, across=True)
         axes.grid(axis="x", alpha=0.25)
         axes.set(xlabel="latents", title=f"Dictionary sizes, runs of log {log}", xlim=(0, 1.08 * max(sizes)))
         panels.name_runs(axes, [panels.label_of(scores.run) for scores in all_scores], lying=True)
 
-    drawing = panels.arranged({"sizes": lambda: draw}, 1, (panels.NARROW, _height(saved, log)))
-    panels.legend_once(drawing.figure, panels.note(saved))
-    return drawing
-
-
-def _fvu(run: Mapping[str, Any]) -> tuple[SeedValues, ...]:
-    return (final_fvu(run),)
-
-
-def _alive(run: Mapping[str, Any]) -> SeedValues:
-    return SeedValues(tuple(run["d_sae"] * (1 - dead) for dead in score(run, "dead_fraction")[0].values))
+    drawing = panels.arranged({"sizes": draw}, 1, (panels.NARROW, _height(all_scores)))
+    return panels.with_legend(drawing, panels.note(saved))
 
 
 def _bars(saved: CampaignResults, all_scores: list[RunScores], label: str, title: str, **options: Any) -> DrawnFigure:
-    panel = lambda: panels.bars(all_scores, label, title=title, **options)
-    drawing = panels.arranged({title: panel}, 1, (panels.NARROW, 1.3 + 0.165 * len(all_scores)))
-    panels.legend_once(drawing.figure, panels.note(saved))
-    return drawing
+    panel = partial(panels.bars, all_scores=all_scores, label=label, title=title, **options)
+    drawing = panels.arranged({title: panel}, 1, (panels.NARROW, _height(all_scores)))
+    return panels.with_legend(drawing, panels.note(saved))
 
 
-def _height(saved: CampaignResults, log: str) -> float:
-    return 1.3 + 0.165 * len(saved.runs_of(log))
+def _height(runs: Sized) -> float:
+    return 1.3 + 0.165 * len(runs)
 
 
 def _named_at_left(drawing: DrawnFigure, text: str | None, columns: int) -> DrawnFigure:
     """Name the runs beside the first panel only, and put one legend below all."""
     for axes in drawing.figure.axes[1:]:
         axes.tick_params(axis="y", labelleft=False)
-    panels.legend_once(drawing.figure, text, columns=columns)
-    return drawing
+    return panels.with_legend(drawing, text, columns)
 
 
 def _levels(axes: Any, runs: Mapping[str, Any], value_by_run: Mapping[str, float], label: str, title: str) -> None:
@@ -190,7 +173,6 @@ def _marks(axes: Any, runs: Mapping[str, Any], value_by_run: Mapping[str, float]
 
 
 def _annotate(axes: Any, value: float, position: float, *, before: bool = False) -> None:
-    """Write a mark's number beside it."""
     offset, side = ((-5, 0), "right") if before else ((5, 0), "left")
     style = {"textcoords": "offset points", "fontsize": 6, "ha": side, "va": "center"}
     axes.annotate(f"{value:.2g}", (value, position), offset, **style)
@@ -202,9 +184,9 @@ def _part_setting(saved: CampaignResults, run: Mapping[str, Any], setting: str) 
     return values[0] if values else 1.0
 
 
-def _last_factor(saved: CampaignResults, run: Mapping[str, Any]) -> SeedValues:
+def _last_factor(saved: CampaignResults, run: Mapping[str, Any]) -> Seeds:
     """The final factor on L1, which training adjusts to reach `target_l0`."""
     try:
-        return SeedValues(tuple(float(value) for value in saved.curve(run, "sparsity").of_seeds[:, -1]))
+        return tuple(saved.curve(run, "sparsity").of_seeds[:, -1].tolist())
     except NotMeasured:
-        return SeedValues(())
+        return ()

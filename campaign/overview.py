@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from ..reporting.plots import COLOURS, MARKERS, SEVERAL, WORST, frame, legend_below
 from . import figure_panels as panels
 from .figure_panels import DrawnFigure, RunScores
@@ -58,7 +60,7 @@ def conditions(saved: CampaignResults) -> DrawnFigure:
     if not known:
         raise NotMeasured("core was not measured of any run")
     markers = {name: MARKERS[at % len(MARKERS)] for at, name in enumerate(saved.campaign["conditions"])}
-    sparsity = [score(run, "l0")[0].mean for run in known]
+    sparsity = [float(np.mean(score(run, "l0")[0])) for run in known]
     is_matched = 0 < max(sparsity) <= ALIKE * min(sparsity)
     names, order = list(dict.fromkeys(run["run"] for run in known)), list(markers)
 
@@ -69,9 +71,9 @@ def conditions(saved: CampaignResults) -> DrawnFigure:
             beside = 0.15 * (order.index(run["condition"]) - (len(order) - 1) / 2)  # conditions side by side
             x = names.index(run["run"]) + beside if is_matched else l0
             style = {"linestyle": "", "markersize": 5, "alpha": 0.85, "mew": 0.4, "mec": "white", "gid": run["run"]}
-            axes.plot(x, fvu.mean, marker=markers[run["condition"]], color=colour, **style)
+            axes.plot(x, np.mean(fvu), marker=markers[run["condition"]], color=colour, **style)
             panels.whisker(axes, x, fvu, colour)
-            points.append(((x,), (fvu.mean,), colour))
+            points.append(((x,), (float(np.mean(fvu)),), colour))
         for log in dict.fromkeys(run["log"] for run in known):
             label = "baselines" if log is None else f"log {log}"
             axes.plot([], [], "s", color=LOG_COLOURS.get(log or "", panels.DARK), markersize=6, label=label)
@@ -89,9 +91,8 @@ def conditions(saved: CampaignResults) -> DrawnFigure:
             axes.set(xlabel=panels.L0, xscale="log", title="Sparsity against error, every run in every condition")
             panels.plain_ticks(axes.xaxis)
 
-    drawing = panels.arranged({"conditions": lambda: draw}, 1, (panels.WIDE, 4.2))
-    panels.legend_once(drawing.figure, panels.note(saved), columns=4)
-    return drawing
+    drawing = panels.arranged({"conditions": draw}, 1, (panels.WIDE, 4.2))
+    return panels.with_legend(drawing, panels.note(saved), columns=4)
 
 
 def _dumbbell(axes: Any, at: float, scores: RunScores) -> None:
@@ -104,17 +105,18 @@ def _dumbbell(axes: Any, at: float, scores: RunScores) -> None:
     if scores.random:
         ends.append((scores.random, red, "white", f"{scores.name} random"))
         style = {"color": red if _is_worse(scores) else "#cccccc", "linewidth": 1.6, "zorder": 1}
-        axes.plot([max(LEAST, seeds.mean) for seeds, *_ in ends], [at, at], gid=f"{scores.name} gap", **style)
+        axes.plot([max(LEAST, np.mean(seeds)) for seeds, *_ in ends], [at, at], gid=f"{scores.name} gap", **style)
     for seeds, edge, face, gid in ends:
-        is_far = seeds.mean < LEAST
+        mean = float(np.mean(seeds))
+        is_far = mean < LEAST
         style = {"color": edge, "mfc": face, "markersize": 4.5, "zorder": 4, "gid": gid, "clip_on": not is_far}
-        axes.plot(max(LEAST, seeds.mean), at, "<" if is_far else "o", **style)
+        axes.plot(max(LEAST, mean), at, "<" if is_far else "o", **style)
         if is_far:
             style = {"fontsize": 6, "va": "center", "bbox": {"facecolor": "white", "linewidth": 0, "pad": 0.8}}
-            axes.annotate(f"{seeds.mean:.2g}", (LEAST, at), (6, 0), textcoords="offset points", **style)
+            axes.annotate(f"{mean:.2g}", (LEAST, at), (6, 0), textcoords="offset points", **style)
         else:
             panels.whisker(axes, at, seeds, edge, across=True)
 
 
 def _is_worse(scores: RunScores) -> bool:
-    return bool(scores.trained and scores.random and scores.trained.mean <= scores.random.mean)
+    return bool(scores.trained and scores.random and np.mean(scores.trained) <= np.mean(scores.random))

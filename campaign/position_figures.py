@@ -1,6 +1,7 @@
 """The figures that log C names: losses, weights and sparsity by position, and clusters of latents."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,14 +9,15 @@ import numpy as np
 from ..reporting.plots import WORST, legend_below
 from . import figure_panels as panels
 from .analyses import distance_to_last, early_to_late, rank_correlation
-from .figure_panels import Draw, DrawnFigure, Panel
-from .seed_results import CampaignResults, Curve, NotMeasured, final_fvu, score
+from .figure_panels import DrawnFigure, Panel, over_steps
+from .seed_results import CampaignResults, Curve, NotMeasured, score
 
 TRACKER = ("parts", "position_tracker")
 SQUARED_ERROR = "squared error per token (|x|² ≈ D)"
 CLUSTERS = [*panels.LINES, "#999999"]  # colours of the largest number of clusters
 TOLERANCE = 1e-4  # a weight this close to 1 counts as 1
-BINS = "position (sixteenths of a row)"
+BINS, MASK_WEIGHT = "position (sixteenths of a row)", "mean mask weight of latents"
+AT_END = "At the end of training"
 
 
 def position_analysis(saved: CampaignResults) -> DrawnFigure:
@@ -24,9 +26,9 @@ def position_analysis(saved: CampaignResults) -> DrawnFigure:
     loss: Callable[[], Curve] = lambda: saved.curve(run, "positions", "squared_error")
     title = "Mask weights: C2's loss has no weights by position"
     return _with_note(saved, panels.arranged({
-        "loss over steps": lambda: panels.over_steps(loss(), SQUARED_ERROR, "Loss by position, C2", scale="log"),
-        "loss at the end": lambda: panels.by_position({"C2": loss()[-1]}, SQUARED_ERROR, "At the end of training", log=True),
-        "mask weights": lambda: panels.over_steps(saved.curve(run, *TRACKER, "mask"), "mean mask weight of latents", title),
+        "loss over steps": lambda axes: over_steps(axes, loss(), SQUARED_ERROR, "Loss by position, C2", scale="log"),
+        "loss at the end": lambda axes: panels.by_position(axes, {"C2": loss()[-1]}, SQUARED_ERROR, AT_END, log=True),
+        "mask weights": lambda axes: over_steps(axes, saved.curve(run, *TRACKER, "mask"), MASK_WEIGHT, title),
     }, 2, (panels.WIDE, 5.0)))  # fmt: skip
 
 
@@ -34,10 +36,12 @@ def position_weights(saved: CampaignResults) -> DrawnFigure:
     """Draw C7: how the loss weights of C6 develop, and what they follow."""
     run = saved.weights_of("C6")
     weights: Callable[[], Curve] = lambda: saved.curve(run, *TRACKER, "weights")
+    loss: Callable[[], Curve] = lambda: saved.curve(run, "positions", "squared_error")
+    title = "Weights over time, C6"
     return _with_note(saved, panels.arranged({
-        "weights over steps": lambda: panels.over_steps(weights(), "loss weight", "Weights over time, C6", scale="log"),
-        "convergence": lambda: _convergence(weights()),
-        "weight and difficulty": lambda: _difficulty(weights(), saved.curve(run, "positions", "squared_error")),
+        "weights over steps": lambda axes: over_steps(axes, weights(), "loss weight", title, scale="log"),
+        "convergence": lambda axes: _convergence(axes, weights()),
+        "weight and difficulty": lambda axes: _difficulty(axes, weights(), loss()),
     }, 2, (panels.WIDE, 5.0)))  # fmt: skip
 
 
@@ -46,9 +50,9 @@ def sparsity_analysis(saved: CampaignResults) -> DrawnFigure:
     run = saved.weights_of("C6")
     l0: Callable[[], Curve] = lambda: saved.curve(run, "positions", "l0")
     return _with_note(saved, panels.arranged({
-        "L0 over steps": lambda: panels.over_steps(l0(), panels.L0, "Sparsity by position, C6"),
-        "L0 at the end": lambda: panels.by_position({"C6": l0()[-1]}, panels.L0, "At the end of training"),
-        "latents by position": lambda: _activity(_clustered(saved, run), _which(saved)),
+        "L0 over steps": lambda axes: over_steps(axes, l0(), panels.L0, "Sparsity by position, C6"),
+        "L0 at the end": lambda axes: panels.by_position(axes, {"C6": l0()[-1]}, panels.L0, AT_END),
+        "latents by position": lambda axes: _activity(axes, _clustered(saved, run), _which(saved)),
     }, 2, (panels.WIDE, 5.0)))  # fmt: skip
 
 
@@ -96,9 +100,9 @@ def cluster_patterns(saved: CampaignResults) -> DrawnFigure:
     """Draw C9: mean profile, correlation and specialization of the clusters of C6's latents."""
     result = _clustered(saved, saved.weights_of("C6"))
     drawing = panels.arranged({
-        "profiles": lambda: lambda axes: _mean_profiles(axes, result),
-        "correlation": lambda: lambda axes: _correlations(axes, result),
-        "specialization": lambda: lambda axes: _specialized(axes, result),
+        "profiles": partial(_mean_profiles, result=result),
+        "correlation": partial(_correlations, result=result),
+        "specialization": partial(_specialized, result=result),
     }, 3, (panels.WIDE, 3.1))  # fmt: skip
     legend_below(drawing.figure, f"clusters of C6's latents{_which(saved)}", columns=4)
     return drawing
@@ -106,13 +110,13 @@ def cluster_patterns(saved: CampaignResults) -> DrawnFigure:
 
 def comparative_analysis(saved: CampaignResults) -> DrawnFigure:
     """Draw error, sparsity, error by position and loss weights of the runs of log C that have weights of their own."""
-    errors = panels.scores_of_log(saved, "C", lambda run: (final_fvu(run),))
+    errors = panels.final_errors(saved, "C")
     active = panels.scores_of_log(saved, "C", lambda run: score(run, "l0")[:1])
     panel_by_name: dict[str, Panel] = {
-        "error": lambda: panels.bars(errors, panels.HELD_OUT_FVU, title="Error", most=WORST, short=True),
-        "sparsity": lambda: panels.bars(active, panels.L0, title="Sparsity", short=True),
-        "error by position": lambda: _errors(saved),
-        "weights by position": lambda: _weights(saved),
+        "error": lambda axes: panels.bars(axes, errors, panels.HELD_OUT_FVU, title="Error", most=WORST, short=True),
+        "sparsity": lambda axes: panels.bars(axes, active, panels.L0, title="Sparsity", short=True),
+        "error by position": partial(_errors, saved=saved),
+        "weights by position": partial(_weights, saved=saved),
     }
     names = ", ".join(map(panels.label_of, saved.trained("C").values()))
     return _with_note(saved, panels.arranged(panel_by_name, 2, (panels.WIDE, 5.0)), "whiskers and bands", names)
@@ -125,38 +129,30 @@ def _with_note(saved: CampaignResults, drawing: DrawnFigure, shown: str = "band"
     return drawing
 
 
-def _convergence(weights: Curve) -> Draw:
+def _convergence(axes: Any, weights: Curve) -> None:
     """Draw the mean distance of the weights from the final ones."""
     if len(weights.steps) < 3:
         raise NotMeasured("there are fewer than three reports")
     apart = Curve(weights.steps[:-1], distance_to_last(weights.of_seeds)[:, :-1])
-
-    def draw(axes: Any) -> None:
-        axes.plot(apart.steps, apart.mean, color=panels.LINES[0], linewidth=1.3, gid="distance")
-        panels.band(axes, apart, panels.LINES[0])
-        axes.grid(alpha=0.25)
-        axes.set(xlabel="training step", ylabel="mean |w - w at the end|", ylim=(0, None))
-        axes.set_title("Distance to the final weights")
-
-    return draw
+    axes.plot(apart.steps, apart.mean, color=panels.LINES[0], linewidth=1.3, gid="distance")
+    panels.band(axes, apart, panels.LINES[0])
+    axes.grid(alpha=0.25)
+    axes.set(xlabel="training step", ylabel="mean |w - w at the end|", ylim=(0, None))
+    axes.set_title("Distance to the final weights")
 
 
-def _difficulty(weights: Curve, error: Curve) -> Draw:
+def _difficulty(axes: Any, weights: Curve, error: Curve) -> None:
     """Draw final weights against squared errors, a point per position, with the rank correlation."""
     w, e = weights.mean[-1], error.mean[-1]
     known, rho = np.isfinite(w) & np.isfinite(e), rank_correlation(w, e)
     if rho is None:
         raise NotMeasured("weights or errors are the same at all positions, or fewer than three positions have tokens")
-
-    def draw(axes: Any) -> None:
-        points = axes.scatter(e[known], w[known], c=np.flatnonzero(known), cmap="viridis", s=11, linewidth=0)
-        axes.figure.colorbar(points, ax=axes, pad=0.02, aspect=30).set_label(panels.POSITION, fontsize=7.5)
-        axes.grid(alpha=0.25)
-        axes.set(xlabel=f"{SQUARED_ERROR} at the end", ylabel="weight at the end", xscale="log")
-        panels.plain_ticks(axes.xaxis)
-        axes.set_title(f"Weight and difficulty, Spearman's ρ = {rho:.2f}")
-
-    return draw
+    points = axes.scatter(e[known], w[known], c=np.flatnonzero(known), cmap="viridis", s=11, linewidth=0)
+    axes.figure.colorbar(points, ax=axes, pad=0.02, aspect=30).set_label(panels.POSITION, fontsize=7.5)
+    axes.grid(alpha=0.25)
+    axes.set(xlabel=f"{SQUARED_ERROR} at the end", ylabel="weight at the end", xscale="log")
+    panels.plain_ticks(axes.xaxis)
+    axes.set_title(f"Weight and difficulty, Spearman's ρ = {rho:.2f}")
 
 
 def _clustered(saved: CampaignResults, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,16 +169,12 @@ def _which(saved: CampaignResults) -> str:
     return ", seed 0" if saved.campaign["seeds"] > 1 else ""
 
 
-def _activity(result: dict[str, Any], which: str) -> Draw:
+def _activity(axes: Any, result: dict[str, Any], which: str) -> None:
     """Draw the activity of latents by position, sorted from early to late."""
     profiles = early_to_late(np.array(result["sample"]["profiles"]))
-
-    def draw(axes: Any) -> None:
-        edges = np.arange(profiles.shape[1] + 1) + 0.5
-        panels.heat(axes, edges, np.arange(len(profiles) + 1), profiles, "share of a latent's activity", scale="root")
-        axes.set(xlabel=BINS, ylabel="latents, early to late", title=f"Where latents are active{which}")
-
-    return draw
+    edges = np.arange(profiles.shape[1] + 1) + 0.5
+    panels.heat(axes, edges, np.arange(len(profiles) + 1), profiles, "share of a latent's activity", scale="root")
+    axes.set(xlabel=BINS, ylabel="latents, early to late", title=f"Where latents are active{which}")
 
 
 def _mean_profiles(axes: Any, result: dict[str, Any]) -> None:
@@ -222,23 +214,19 @@ def _specialized(axes: Any, result: dict[str, Any]) -> None:
     axes.set(xlabel="cluster", ylabel="1 - entropy / log 16", title="Specialization", ylim=(0, 1.02))
 
 
-def _errors(saved: CampaignResults) -> Draw:
+def _errors(axes: Any, saved: CampaignResults) -> None:
     """Draw the FVU of every run at every position of held-out text."""
     runs = {name: run for name, run in saved.runs_of("C").items() if saved.folders(run)}
     values = np.stack([1 - saved.per_position(run, "explained_variance").mean for run in runs.values()])
-
-    def draw(axes: Any) -> None:
-        edges = np.arange(values.shape[1] + 1) - 0.5
-        panels.heat(axes, edges, np.arange(len(values) + 1) - 0.5, values, panels.HELD_OUT_FVU, scale="log")
-        axes.set_yticks(range(len(values)), list(runs))
-        axes.tick_params(axis="y", length=0)
-        axes.set(xlabel=panels.POSITION, title="Error by position")
-        axes.invert_yaxis()
-
-    return draw
+    edges = np.arange(values.shape[1] + 1) - 0.5
+    panels.heat(axes, edges, np.arange(len(values) + 1) - 0.5, values, panels.HELD_OUT_FVU, scale="log")
+    axes.set_yticks(range(len(values)), list(runs))
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlabel=panels.POSITION, title="Error by position")
+    axes.invert_yaxis()
 
 
-def _weights(saved: CampaignResults) -> Draw:
+def _weights(axes: Any, saved: CampaignResults) -> None:
     """Draw the final weights by position of the runs that have weights other than 1."""
     weights_by_run: dict[str, Curve] = {}
     for name, run in saved.trained("C").items():
@@ -250,10 +238,5 @@ def _weights(saved: CampaignResults) -> Draw:
             weights_by_run[name] = final
     if not weights_by_run:
         raise NotMeasured("no run of this campaign recorded weights other than 1")
-    draw_lines = panels.by_position(weights_by_run, "weight in the loss", "Weights at the end (other runs: 1)")
-
-    def draw(axes: Any) -> None:
-        axes.axhline(1, color=panels.GREY, linewidth=0.9, linestyle="--", zorder=0)
-        draw_lines(axes)
-
-    return draw
+    axes.axhline(1, color=panels.GREY, linewidth=0.9, linestyle="--", zorder=0)
+    panels.by_position(axes, weights_by_run, "weight in the loss", "Weights at the end (other runs: 1)")

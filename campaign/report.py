@@ -186,7 +186,9 @@ class _Report:
             if difference.sign and half:
                 edges = difference.mean - half, difference.mean + half
                 interval = " to ".join(_signed(edge, digits) for edge in edges)
-                run, seeds, verdict = self.every[name], len(difference.values), _verdict(difference)
+                run, seeds, p = self.every[name], len(difference.values), difference.p_holm or 0.0
+                shown_p = f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
+                verdict = _Markdown(f"**{difference.verdict}**, significant ({shown_p})")
                 control = f"{MARK} " * _is_reached(run, score) + number(mean(run, score, control=True), 3)
                 cell = _Markdown(plain(name) + (f" *{plain(question)}*" if question else ""))
                 lines.append([cell, other, change, interval, seeds, difference.tested, control, verdict])
@@ -279,7 +281,6 @@ class _Report:
         return f"{_table('score | eval | meaning', scores, 3)}\n\n{_table('eval or stage | extent', lines, 2)}"
 
     def _results(self, name: str, run: Run) -> list[dict[str, Any]]:
-        """An eval's results of the seeds of a run that did not fail."""
         folders = [self.out / folder for folder in run["folders"] if Path(folder).name not in self.failed]
         return [result for folder in folders if (result := result_files.read(folder, name)) is not None]
 
@@ -293,7 +294,6 @@ def _table(headings: str, lines: Iterable[Iterable[Any]], words: int = 1) -> str
 
 
 def _overview(heading: str, groups: Mapping[str, Sequence[Difference]]) -> str:
-    """A table of verdicts per group of comparisons."""
     lines = []
     for group, differences in groups.items():
         runs = (len({d.run for d in differences if verdict in ("", d.verdict)}) for verdict in ("", *VERDICTS[:2]))
@@ -326,11 +326,6 @@ def _total(value: Any, path: str) -> int:
     name, _, rest = path.partition(".")
     inner = value if isinstance(value, Mapping) else {}
     return sum(_total(inner[key], rest) for key in (inner if name == "*" else {name} & inner.keys()))
-
-
-def _verdict(difference: Difference) -> _Markdown:
-    p = difference.p_holm or 0.0
-    return _Markdown(f"**{difference.verdict}**, significant ({f'p = {p:.2g}' if p >= 1e-4 else 'p < 0.0001'})")
 
 
 def _digits(difference: Difference) -> int:

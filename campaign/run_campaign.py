@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engine.config import RunConfig
 from ..engine.errors import UserError
 from ..engine.storage import checkpoint
 from ..engine.storage.checkpoint import Checkpoint
@@ -15,13 +14,13 @@ from ..engine.storage.files import absolute
 from ..engine.storage.lock import owned
 from ..engine.storage.run_folder import begin, check_free, read_sealed_yaml
 from ..engine.storage.sealed import write_json
-from ..engine.stream import ActivationStream, LanguageModel
+from ..engine.stream import ActivationStream
 from ..engine.stream.model_loading import BUILT_IN
 from ..engine.sweep import resolve
 from ..engine.train import Run, train_together
 from ..engine.training.checks import check_runs
 from ..evals.evaluation import Evaluation
-from ..evals.run_evals import evaluate
+from ..evals.run_evals import announce, evaluate
 from ..evals.suite import missing_inputs
 from ..kernels.torch_modes import default_modes
 from .config import CampaignConfig, CampaignRun, entries
@@ -53,9 +52,15 @@ def _campaign(config: CampaignConfig, out: Path, resume: bool) -> dict[str, Any]
     planned = entries(config)
     _open(config, out, resume)
     model, runs = resolve({campaign_run.name: campaign_run.sections for campaign_run in planned})
-    stream = _stream(model, runs)
+    tokens = max(run.train.tokens for run in runs.values())
+    hooks = (
+        list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks)) if model is None else []
+    )
+    stream = ActivationStream(next(iter(runs.values())).stream, tokens=tokens, seed=0, model=model, hooks=hooks)
     check_runs(stream, runs)  # before the folder is made
-    _print_unmeasured(config, runs, stream)
+    if stream.own is None and stream.config.cache is None:  # a cache's text is loaded when it is needed
+        sae = next(iter(runs.values())).sae
+        announce({name: missing_inputs(name, stream, sae, (), {}) for name in config.evals})
     begin(out, config, SETTINGS)
     trained = train_together(stream, runs, out=out / "runs", resume=resume)
     failed = {name: run.failed for name, run in trained.items() if run.failed is not None}
@@ -67,7 +72,10 @@ def _campaign(config: CampaignConfig, out: Path, resume: bool) -> dict[str, Any]
         before = read_results(out)["seconds"]
         seconds = {stage: round(duration + before.get(stage, 0), 1) for stage, duration in seconds.items()}
     results = gather(config, planned, out, failed) | {"seconds": seconds}
-    _write_results(out, results)
+    try:
+        write_json(out / RESULTS, json.loads(json.dumps(results, default=str)))
+    except OSError as error:
+        raise UserError(f"out: {out / RESULTS} can't be written ({error.strerror})") from None
     draw(out)
     write(out)
     return results
@@ -81,16 +89,6 @@ def _open(config: CampaignConfig, out: Path, resume: bool) -> None:
         raise UserError(f"resume: {out} has no {SETTINGS}; it is not a campaign's folder")
     elif _with_absolute_paths(read_config(out)) != config:
         raise UserError(f"resume: the settings differ from {path}; resume with the same settings")
-
-
-def _print_unmeasured(config: CampaignConfig, runs: Mapping[str, RunConfig], stream: ActivationStream) -> None:
-    """Name the scores that can't be measured, before any training."""
-    if stream.own is not None or stream.config.cache is not None:  # a cache's text is loaded when it is needed
-        return
-    for name in config.evals:
-        for section, reason in missing_inputs(name, stream, next(iter(runs.values())).sae, (), {}).items():
-            scores = f"{name}, {section}" if section else name
-            print(f"will not be measured: {scores}: {reason}", file=sys.stderr, flush=True)
 
 
 def read_config(out: Path) -> CampaignConfig:
@@ -113,20 +111,6 @@ def _with_absolute_paths(config: CampaignConfig) -> CampaignConfig:
 
     stream = resolved(config.stream, "model", "data", "cache", "activations")
     return config.model_copy(update={"stream": stream, "train": resolved(config.train, "init")})
-
-
-def _write_results(out: Path, results: dict[str, Any]) -> None:
-    try:
-        write_json(out / RESULTS, json.loads(json.dumps(results, default=str)))
-    except OSError as error:
-        raise UserError(f"out: {out / RESULTS} can't be written ({error.strerror})") from None
-
-
-def _stream(model: LanguageModel | None, runs: Mapping[str, RunConfig]) -> ActivationStream:
-    first = next(iter(runs.values()))
-    tokens = max(run.train.tokens for run in runs.values())
-    hooks = dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks) if model is None else ()
-    return ActivationStream(first.stream, tokens=tokens, seed=0, model=model, hooks=list(hooks))
 
 
 def _measure(

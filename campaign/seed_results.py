@@ -1,6 +1,6 @@
 """The saved numbers of a campaign's folder, per run and seed, as figures need them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,7 @@ class NotMeasured(Exception):
     """The numbers of a figure or panel were not measured. The text is the reason."""
 
 
-@dataclass(frozen=True)
-class SeedValues:
-    """The values of the seeds that have one."""
-
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Sequence[float | None]) -> "SeedValues":
-        return cls(tuple(value for value in values if value is not None))
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.values))
-
-    def __bool__(self) -> bool:
-        return bool(self.values)
-
-
-NOTHING = SeedValues(())
+Seeds = tuple[float, ...]  # the values of the seeds that have one
 
 
 @dataclass(frozen=True)
@@ -53,22 +35,15 @@ class Curve:
 
     @property
     def mean(self) -> np.ndarray:
-        return self._over("mean")
-
-    @property
-    def low(self) -> np.ndarray:
-        return self._over("min")
-
-    @property
-    def high(self) -> np.ndarray:
-        return self._over("max")
+        return self.over("mean")
 
     def __getitem__(self, step_index: int) -> "Curve":
         """At one of the steps, with positions in place of steps: [seeds, T]."""
         values = self.of_seeds[:, step_index]
         return Curve(np.arange(values.shape[1]), values)
 
-    def _over(self, reduction: str) -> np.ndarray:
+    def over(self, reduction: str) -> np.ndarray:
+        """The "mean", "min" or "max" over seeds."""
         known = np.ma.masked_invalid(self.of_seeds)
         return np.ma.filled(getattr(known, reduction)(axis=0), np.nan)  # nanmean would warn where no seed has a value
 
@@ -134,10 +109,10 @@ class CampaignResults:
             raise NotMeasured(f"{run['run']}: {WHY_NOT.get(path[0], f'{file} has no {path[0]}')}")
         return Curve(np.array(steps), np.array([[seed[step] for step in steps] for seed in seeds], dtype=float))
 
-    def steps(self, run: Mapping[str, Any]) -> SeedValues:
+    def steps(self, run: Mapping[str, Any]) -> Seeds:
         """The last step of every seed, failed ones included."""
         metrics = [read_metrics(self.out / folder) for folder in run["folders"]]
-        return SeedValues(tuple(float(lines[-1]["step"]) for lines in metrics if lines))
+        return tuple(float(lines[-1]["step"]) for lines in metrics if lines)
 
     def results(self, run: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
         """An eval's results of every seed."""
@@ -154,18 +129,16 @@ class CampaignResults:
         return Curve(np.array(results[0]["per_position"]["position"]), values)
 
 
-def score(run: Mapping[str, Any], name: str) -> tuple[SeedValues, SeedValues]:
+def score(run: Mapping[str, Any], name: str) -> tuple[Seeds, Seeds]:
     """A score of a run's seeds, and of their random controls."""
-    summary = run["scores"].get(name)
-    if summary is None:
-        return NOTHING, NOTHING
-    return SeedValues.of(summary["values"]), SeedValues.of((summary["random"] or {"values": ()})["values"])
+    values, random = (value_at(run["scores"], path) or () for path in ((name, "values"), (name, "random", "values")))
+    return tuple(v for v in values if v is not None), tuple(v for v in random if v is not None)
 
 
-def final_fvu(run: Mapping[str, Any]) -> SeedValues:
+def final_fvu(run: Mapping[str, Any]) -> Seeds:
     """Final FVU on held-out text: from core, else the last value in training."""
     explained, _ = score(run, "explained_variance")
-    return SeedValues(tuple(1 - value for value in explained.values)) if explained else score(run, "fvu_last")[0]
+    return tuple(1 - value for value in explained) or score(run, "fvu_last")[0]
 
 
 def _first(runs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

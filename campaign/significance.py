@@ -14,7 +14,7 @@ over seeds on the same text. They say nothing about other text.
 """
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,14 @@ def against_baselines(campaign: Mapping[str, Any]) -> dict[str, list[Difference]
 
 def compare(campaign: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> dict[str, list[Difference]]:
     """The differences of these pairs of runs or baselines, by score, corrected for the number of pairs that have it."""
-    all_runs = campaign["baselines"] | campaign["runs"]
-    differences = {score: [_difference(score, *pair, all_runs) for pair in pairs] for score in COMPARED}
-    measured = {score: [d for d in several if d is not None] for score, several in differences.items()}
-    return {score: _with_verdicts(several, all_runs) for score, several in measured.items() if several}
+    all_runs, compared = campaign["baselines"] | campaign["runs"], dict[str, list[Difference]]()
+    for score in COMPARED:
+        differences = [d for pair in pairs if (d := _difference(score, *pair, all_runs)) is not None]
+        p_holm = holm([d.p for d in differences if d.p is not None])
+        remaining = iter(p_holm)
+        judged = [d if d.p is None else _judged(d, next(remaining), len(p_holm), all_runs) for d in differences]
+        compared |= {score: judged} if judged else {}
+    return compared
 
 
 def baseline_of(run: Run, campaign: Mapping[str, Any]) -> str | None:
@@ -142,9 +146,7 @@ def mean(run: Run, score: str, *, control: bool = False) -> float | None:
 def l0_apart(run: Run, other: Run) -> int:
     """1 if clearly more latents are active in `run` than in `other`, -1 if clearly fewer, else 0."""
     l0, other_l0 = mean(run, "l0"), mean(other, "l0")
-    if l0 is None or other_l0 is None or (l0 <= other_l0 * ALIKE and other_l0 <= l0 * ALIKE):
-        return 0
-    return 1 if l0 > other_l0 else -1
+    return 0 if l0 is None or other_l0 is None else (l0 > other_l0 * ALIKE) - (other_l0 > l0 * ALIKE)
 
 
 def _difference(score: str, run: str, other: str, all_runs: Mapping[str, Run]) -> Difference | None:
@@ -184,16 +186,6 @@ def holm(ps: Sequence[float]) -> list[float]:
     factors = len(ps) - np.arange(len(ps))
     corrected[order] = np.maximum.accumulate(np.minimum(1.0, factors * np.array(ps)[order]))
     return corrected.tolist()
-
-
-def _with_verdicts(differences: Iterable[Difference], all_runs: Mapping[str, Run]) -> list[Difference]:
-    all_differences = list(differences)
-    corrected = holm([difference.p for difference in all_differences if difference.p is not None])
-    remaining = iter(corrected)
-    return [
-        difference if difference.p is None else _judged(difference, next(remaining), len(corrected), all_runs)
-        for difference in all_differences
-    ]
 
 
 def _judged(difference: Difference, p_holm: float, tested: int, all_runs: Mapping[str, Run]) -> Difference:

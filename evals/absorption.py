@@ -153,7 +153,6 @@ def _by_letter(words: _Words, autoencoders: Mapping[str, Autoencoder]) -> dict[s
 
 
 def _shuffled(words: _Words, draw: np.random.Generator) -> _Words:
-    """Assign each word another word's letter."""
     _, first, word = np.unique(words.word, return_index=True, return_inverse=True)
     return replace(words, letter=draw.permutation(words.letter[first])[word])
 

@@ -27,14 +27,13 @@ from ..engine.process.progress import progress_bar
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.numerics import sum_by
 from .evaluation import Autoencoder, Evaluation, TextActivations
-from .positions import held_out
+from .positions import held_out, matches
 
 BINS = 16
 FIRINGS = 100  # that a latent needs, or its profile is noise; half as many in one half of the rows
 ROWS, HALVES = 1024, 3
 COUNTS = range(2, 9)  # numbers of clusters to choose from
 SHOWN = 512  # latents whose profiles are kept for figures
-SAME = 0.7  # decoder cosine from which latents of two dictionaries match
 
 
 @torch.no_grad()
@@ -85,14 +84,15 @@ def _measure(
     profiles = _profiles(sums[0][used], tokens[0])
     distances = _distances(profiles)
     square, merges = squareform(distances), linkage(distances, "average")
-    by_count = {n: _silhouette(square, _cut(merges, n)) for n in ([count] if count else COUNTS) if n < len(used)}
+    cuts = {n: fcluster(merges, n, "maxclust") for n in ([count] if count else COUNTS) if n < len(used)}
+    by_count = {n: _silhouette(square, cut) for n, cut in cuts.items()}
     count = max(by_count, key=lambda n: by_count[n])
-    labels[used] = _cut(merges, count)
-    used_labels = labels[used]
+    labels[used] = used_labels = cuts[count]
     order = sorted(np.unique(used_labels), key=lambda c: float(profiles[used_labels == c].mean(0) @ np.arange(BINS)))
     groups = [profiles[used_labels == c] for c in order]
     pairs = used_labels[:, None] == used_labels[None]
     upper = np.triu(np.ones_like(pairs), 1)
+    shown = np.linspace(0, len(used) - 1, min(len(used), SHOWN)).astype(np.int64)
     return {
         "count": len(groups),
         "latents": len(used),
@@ -101,7 +101,7 @@ def _measure(
             {
                 "size": len(group),
                 "profile": group.mean(0).tolist(),
-                "specialization": np.percentile(_specialization(group), (5, 25, 50, 75, 95)).tolist(),
+                "specialization": np.percentile(1 - entr(group).sum(1) / math.log(BINS), (5, 25, 50, 75, 95)).tolist(),
             }
             for group in groups
         ],
@@ -109,7 +109,10 @@ def _measure(
         "between": _mean(square[~pairs & upper]),
         "correlation": _correlation(groups),
         "stability": _stability(evaluation, autoencoder, collected, pos, count),
-        "sample": _sample(profiles, np.array([order.index(c) for c in used_labels])),
+        "sample": {
+            "profiles": profiles[shown].round(4).tolist(),
+            "cluster": [order.index(c) for c in used_labels[shown]],
+        },
         "labels": labels,
     }
 
@@ -125,8 +128,8 @@ def _stability(
         used = (firings >= FIRINGS / 2).all(0)
         if used.sum() <= count:
             return None
-        sides = (_cut(tree(_profiles(sums[side][used], tokens[side])), count) for side in (0, 1))
-        scores.append(float(adjusted_rand_score(*sides)))
+        trees = (tree(_profiles(sums[side][used], tokens[side])) for side in (0, 1))
+        scores.append(float(adjusted_rand_score(*(fcluster(merges, count, "maxclust") for merges in trees))))
     return {"adjusted_rand": float(np.mean(scores)), "spread": float(np.std(scores, ddof=1)), "halves": HALVES}
 
 
@@ -145,14 +148,10 @@ def _matched(
     other_latents = np.flatnonzero(other_labels >= 0)
     if not len(other_latents):
         return {"adjusted_rand": None, "matched": 0}
-    rows = (evaluation.sae.W_dec[latents], other.W_dec[other_latents])
-    directions, other_directions = (torch.nn.functional.normalize(W, dim=1) for W in rows)
-    cosine = (directions @ other_directions.T).cpu().numpy()
-    best, back = cosine.argmax(1), cosine.argmax(0)
-    pair = (back[best] == np.arange(len(latents))) & (cosine.max(1) >= SAME)
-    agreed = None
+    match = matches(other.W_dec[other_latents], evaluation.sae.W_dec[latents])
+    pair, agreed = match >= 0, None
     if pair.sum() > count:
-        agreed = float(adjusted_rand_score(labels[latents[pair]], other_labels[other_latents[best[pair]]]))
+        agreed = float(adjusted_rand_score(labels[latents[pair]], other_labels[other_latents[match[pair]]]))
     return {"adjusted_rand": agreed, "matched": int(pair.sum())}
 
 
@@ -176,10 +175,6 @@ def _profiles(sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return rate / rate.sum(1, keepdims=True)
 
 
-def _specialization(profiles: np.ndarray) -> np.ndarray:
-    return 1 - entr(profiles).sum(1) / math.log(profiles.shape[1])
-
-
 def _correlation(groups: list[np.ndarray]) -> list[list[float | None]]:
     """Mean r over pairs of latents from two clusters, or from one; computed from sums, because all pairs don't fit memory.
     A uniform profile has r = 0 with any other. A cluster of one latent has None with itself."""
@@ -197,11 +192,6 @@ def _correlation(groups: list[np.ndarray]) -> list[list[float | None]]:
     ]
 
 
-def _sample(profiles: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
-    indices = np.linspace(0, len(profiles) - 1, min(len(profiles), SHOWN)).astype(np.int64)
-    return {"profiles": profiles[indices].round(4).tolist(), "cluster": cluster[indices].tolist()}
-
-
 def tree(profiles: np.ndarray) -> np.ndarray:
     """Average linkage of profiles [n, BINS], in the format of `scipy.cluster.hierarchy.linkage`."""
     return linkage(_distances(profiles), "average")
@@ -210,10 +200,6 @@ def tree(profiles: np.ndarray) -> np.ndarray:
 def _distances(profiles: np.ndarray) -> np.ndarray:
     distances = pdist(profiles, "jensenshannon") / math.sqrt(math.log(2))
     return np.where(np.isnan(distances), 0, distances)  # NaN: root of a rounding error below 0, for identical profiles
-
-
-def _cut(merges: np.ndarray, count: int) -> np.ndarray:
-    return fcluster(merges, count, "maxclust")
 
 
 def _silhouette(square: np.ndarray, labels: np.ndarray) -> float:

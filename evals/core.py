@@ -149,10 +149,6 @@ class _Tally:
             sums = (self._sums - before) / n
             self._batches.append(torch.stack([sums[0], squares.sum() / n, squares.mean() / n, sums[6] / sums[5]]))
 
-    @property
-    def dead_fraction(self) -> float:
-        return float((self.fired == 0).double().mean())
-
     def quality(self) -> dict[str, Any]:
         errors, size, size_hat, ratio, cosine, dot, square_hat, _, l1 = (self._sums / self._n).tolist()
         return {
@@ -203,7 +199,7 @@ def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str
         "kl_recovered": (kl_zero - kl) / kl_zero if kl_zero > 0 else None,
         **({} if tally is None else tally.quality() | {"saebench": tally.saebench(effects, name)}),
         "l0": per_token(l0, count),
-        "dead_fraction": 1.0 if tally is None else tally.dead_fraction,
+        "dead_fraction": 1.0 if tally is None else float((tally.fired == 0).double().mean()),
         "per_position": {
             "position": list(range(len(count))),
             "tokens": count.tolist(),

@@ -75,15 +75,16 @@ def dashboard(
     wide as the residual stream. Raises UserError for a dictionary that doesn't fit the stream, and text without tokens.
     """
     sae = fitted("sae", sae, stream)
-    text, entries = _read(stream, sae, rows)
-    firings = np.diff(entries.offsets)
+    text, tokens, values, offsets = _read(stream, sae, rows)
+    firings = np.diff(offsets)
     chosen = _spread(firings, count) if latents is None else list(latents)
     words, bins = _TokenTexts(stream.model.tokenizer), text.bins()
     logits = _logits(stream.model, sae.W_dec[chosen], words)
     shown: list[dict[str, Any]] = []
     with progress_bar("gathering contexts", len(chosen), "latents") as bar:
         for index, latent in enumerate(chosen):
-            token, value = entries.of(latent)
+            entries = slice(offsets[latent], offsets[latent + 1])
+            token, value = tokens[entries], values[entries]
             figures = _figures(text, bins, token, value)
             contexts = _contexts(text, token, value, np.random.default_rng([seed, latent]), words)
             shown.append({"latent": latent, **figures, **contexts, "logits": logits and logits[index]})
@@ -97,7 +98,7 @@ def dashboard(
         "d_sae": sae.cfg.d_sae,
         "activation": sae.cfg.activation,
         "k": sae.cfg.k if sae.cfg.activation in ("topk", "batchtopk") else None,
-        "l0": _short(len(entries.value) / len(text.pos)),
+        "l0": _short(len(values) / len(text.pos)),
         "dead_fraction": float((firings == 0).mean()),
         "tokens": len(text.pos),
         "rows": len(text.tokens),
@@ -147,20 +148,8 @@ class _Text:
         return np.stack([first[:-1], first[1:] - 1, np.bincount(self.pos * B // T, minlength=B)], 1)
 
 
-@dataclass
-class _Entries:
-    """A code sorted by latent: latent j owns `offsets[j]:offsets[j + 1]` of `token` (ascending) and `value`."""
-
-    token: np.ndarray
-    value: np.ndarray
-    offsets: np.ndarray
-
-    def of(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
-        span = slice(self.offsets[latent], self.offsets[latent + 1])
-        return self.token[span], self.value[span]
-
-
-def _read(stream: ActivationStream, sae: UnitDecoder, rows: int) -> tuple[_Text, _Entries]:
+def _read(stream: ActivationStream, sae: UnitDecoder, rows: int) -> tuple[_Text, np.ndarray, np.ndarray, np.ndarray]:
+    """A text, and its code sorted by latent: tokens (ascending), values, and the offsets of the latents in these."""
     sources: list[tuple[Tensor, Tensor]] = []
 
     def batches() -> Iterator[TokenRows]:
@@ -171,10 +160,11 @@ def _read(stream: ActivationStream, sae: UnitDecoder, rows: int) -> tuple[_Text,
     collected = collect(stream, batches(), rows)
     code = collected.code(sae)
     by_latent = code.transpose()
-    arrays = (by_latent.tokens, code.values[by_latent.order], by_latent.latent_offsets)
+    entries = (by_latent.tokens, code.values[by_latent.order], by_latent.latent_offsets)
     document, number = (torch.cat(tensors) for tensors in zip(*sources, strict=True))
     places = (collected.tokens, collected.kept, document, number, collected.row, collected.pos)
-    return _Text(*(array.cpu().numpy() for array in places)), _Entries(*(array.cpu().numpy() for array in arrays))
+    tokens, values, offsets = (tensor.cpu().numpy() for tensor in entries)
+    return _Text(*(tensor.cpu().numpy() for tensor in places)), tokens, values, offsets
 
 
 def _spread(firings: np.ndarray, count: int) -> list[int]:
@@ -185,7 +175,6 @@ def _spread(firings: np.ndarray, count: int) -> list[int]:
 
 
 def _figures(text: _Text, bins: np.ndarray, token: np.ndarray, value: np.ndarray) -> dict[str, Any]:
-    """Figures of a latent that fires at these tokens with these values."""
     B, T = len(bins), text.tokens.shape[1]
     tokens, where = bins[:, 2], text.pos[token] * B // T
     fired = np.bincount(where, minlength=B)

@@ -84,6 +84,12 @@ class TextActivations:
     source: "tuple[TextActivations, Tensor] | None" = None
     _codes: dict[int, tuple[Autoencoder, SparseCode]] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def of(cls, tokens: Tensor, kept: Tensor, x: Tensor) -> "TextActivations":
+        """From tokens and kept [R, T], and the activations x [n, D] of the kept tokens."""
+        row, pos = kept.nonzero(as_tuple=True)
+        return cls(tokens, kept, x, pos.to(x.device), row.to(x.device))
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -172,28 +178,18 @@ def collect(stream: ActivationStream, texts: Iterable[TokenRows], total: int | N
     batches = []
     with progress_bar("collecting activations", total=total, unit="rows") as bar:
         for rows in texts:
-            batches.append(_read(stream, rows))
+            batches.append(collected_rows(stream, rows))
             bar.advance(len(rows))
-    if not any(len(x) for _, _, x in batches):
+    if not any(len(batch.x) for batch in batches):
         raise UserError("data: no text has a token to evaluate on")
-    return _concatenated(batches)
+    columns = ((batch.tokens, batch.kept, batch.x) for batch in batches)
+    return TextActivations.of(*(torch.cat(tensors) for tensors in zip(*columns, strict=True)))
 
 
 def collected_rows(stream: ActivationStream, rows: TokenRows) -> TextActivations:
     """Like `collect`, for a few rows, which may have no token that is kept."""
-    return _concatenated([_read(stream, rows)])
-
-
-def _read(stream: ActivationStream, rows: TokenRows) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and kept [B, T], and x [n, D] of the kept tokens."""
     read, kept = stream.read(rows)
-    return rows.tokens, kept.cpu(), next(iter(read.values()))[kept].float()
-
-
-def _concatenated(batches: list[tuple[Tensor, Tensor, Tensor]]) -> TextActivations:
-    tokens, kept, x = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
-    row, pos = kept.nonzero(as_tuple=True)
-    return TextActivations(tokens, kept, x, pos.to(x.device), row.to(x.device))
+    return TextActivations.of(rows.tokens, kept.cpu(), next(iter(read.values()))[kept].float())
 
 
 def padded(ids: Sequence[Sequence[int]], stream: ActivationStream) -> Iterator[TokenRows]:
@@ -278,12 +274,8 @@ class Evaluation:
         self.saved: SavedEffects | None = None  # where `core` continues
 
     def of(
-        self,
-        sae: Dictionary,
-        random: Dictionary | None,
-        reference: Dictionary | None = None,
-        sizes: Sizes | None = None,
-    ) -> "Evaluation":
+        self, sae: Dictionary, random: Dictionary | None, reference: Dictionary | None = None, sizes: Sizes | None = None
+    ) -> "Evaluation":  # fmt: skip
         """An evaluation of another dictionary with the same texts, questions and seed; frees this one's codes."""
         evaluation = Evaluation(
             self.stream, sae, random, self.seed, self.sets, self.files,

@@ -17,7 +17,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import islice, takewhile
@@ -87,13 +87,9 @@ def encode(
 
 
 def _write_store(
-    checkpoint: Checkpoint,
-    sae: UnitDecoder,
-    stream: ActivationStream,
-    out: Path,
-    tokens: int | None,
+    checkpoint: Checkpoint, sae: UnitDecoder, stream: ActivationStream, out: Path, tokens: int | None,
     min_activation: float,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     began = time.monotonic()
     try:
         (out / FEATURES).mkdir(parents=True)
@@ -143,8 +139,7 @@ def read(
     _need_pyarrow()
     import pyarrow as pa
 
-    from . import checked_parquet
-    from .feature_writer import COLUMNS
+    from . import feature_files as files
 
     folder = expand_path(store, "store")
     about = info(folder)
@@ -159,11 +154,11 @@ def read(
     filters = {name: values for name, values in selections.items() if values is not None}
     sums = about.get("checks", {})
     try:
-        tables = [checked_parquet.read(folder / name, COLUMNS, filters, sums.get(name)) for name in about["parts"]]
+        tables = [files.read(folder / name, files.COLUMNS, filters, sums.get(name)) for name in about["parts"]]
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"store: {folder} is damaged ({str(error).splitlines()[0]})") from None
     table = pa.concat_tables(tables)
-    columns = {name: table[name].to_numpy() for name in COLUMNS}
+    columns = {name: table[name].to_numpy() for name in files.COLUMNS}
     order = np.argsort(columns["latent"], kind="stable")  # parts are in text order
     return {name: values[order] for name, values in columns.items()}
 
@@ -210,14 +205,13 @@ def _write_parquet(
     sae: UnitDecoder, stream: ActivationStream, out: Path, tokens: int | None, min_activation: float
 ) -> dict[str, Any]:
     """Write tokens and features; returns counts, names and checksums of the parts, and the speed of encoding."""
-    from . import checked_parquet
-    from .feature_writer import ActivationWriter, TokenWriter
+    from . import feature_files as files
 
     tokenizer, timer = stream.model.tokenizer, _EncodeTimer(sae)
     decode = cache(
         str if tokenizer is None else lambda token: tokenizer.decode([token], clean_up_tokenization_spaces=False)
     )
-    features, lines = ActivationWriter(out / FEATURES), TokenWriter(out / TOKENS)
+    features, lines = files.ActivationWriter(out / FEATURES), files.TokenWriter(out / TOKENS)
     counts = {"tokens": 0, "rows": 0, "documents": 0}
     last = {"row": -1, "document": -1}
     with progress_bar("encoding", tokens, "tokens") as bar, lines:
@@ -229,7 +223,8 @@ def _write_parquet(
             owners, latents, values = _entries(code)
             active = np.bincount(owners, minlength=len(x)).astype(np.int32)
             per_token = {"active": active, "squared_error": sums[0], "squared_norm": sums[1]}
-            lines.add(place | {"text": _texts(place["token"], decode)} | per_token)
+            texts = np.array([decode(token) for token in place["token"].tolist()], dtype=object)
+            lines.add(place | {"text": texts} | per_token)
             stored = values > min_activation
             per_entry = {name: column[owners[stored]] for name, column in place.items()}
             features.add(per_entry | {"latent": latents[stored], "value": values[stored]})
@@ -243,9 +238,10 @@ def _write_parquet(
             raise UserError(f"data: {stream.text.name} has no token to encode (see stream.drop_special)")
         if tokens is not None and counts["tokens"] < tokens:
             bar.note(f"data: {stream.text.name} ended after {counts['tokens']:,} of {tokens:,} tokens")
-    sums = features.checks | {TOKENS: checked_parquet.checks(out / TOKENS)}
-    part_names = list(features.checks)
-    return {**counts, "entries": features.entries, "parts": part_names, "checks": sums, "speed": timer.speed()}
+    sums = features.checks | {TOKENS: files.checks(out / TOKENS)}
+    return {
+        **counts, "entries": features.entries, "parts": list(features.checks), "checks": sums, "speed": timer.speed()
+    }  # fmt: skip
 
 
 def _chunks(
@@ -284,19 +280,11 @@ def _whole_text(text: RowSource, size: int) -> Iterator[TokenRows]:
         yield TokenRows(*map(torch.cat, zip(*(vars(row).values() for row in batch), strict=True)))
 
 
-def _entries(code: SparseCode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _entries(code: SparseCode) -> tuple[np.ndarray, ...]:
     """Token int64, latent int32 and value float32 of the entries above 0, [n] each, in the order of tokens."""
     values = code.live(code.values).flatten()
     active = (values > 0).nonzero().flatten()
-    entries = (code.rows.flatten()[active], code.indices.flatten()[active], values[active])
-    owners, latents, values = (tensor.cpu().numpy() for tensor in entries)
-    return owners, latents, values
-
-
-def _texts(tokens: np.ndarray, decode: Callable[[int], str]) -> np.ndarray:
-    """The text of each token, object [n]."""
-    unique, inverse = np.unique(tokens, return_inverse=True)
-    return np.array([decode(token) for token in unique.tolist()], dtype=object)[inverse]
+    return tuple(entries.flatten()[active].cpu().numpy() for entries in (code.rows, code.indices, values))
 
 
 class _EncodeTimer:
@@ -336,11 +324,8 @@ class _EncodeTimer:
     def speed(self) -> dict[str, float]:
         """Median tokens/s of both."""
         sparse, dense = (1 / median(times[1:] or times) for times in (self.sparse, self.dense) if times)
-        return {
-            "sparse_tokens_per_s": round(sparse, 1),
-            "dense_tokens_per_s": round(dense, 1),
-            "sparse_over_dense": round(sparse / dense, 3),
-        }
+        per_s = {"sparse_tokens_per_s": round(sparse, 1), "dense_tokens_per_s": round(dense, 1)}
+        return per_s | {"sparse_over_dense": round(sparse / dense, 3)}
 
 
 def _wait(device: torch.device) -> None:

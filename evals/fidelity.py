@@ -162,8 +162,7 @@ def _shifted(
     def chosen(tokens: Tensor, x: Tensor) -> TextActivations:
         kept = torch.zeros_like(tokens, dtype=torch.bool)
         kept[:, -width:] = common.to(kept.device)
-        row, pos = kept.nonzero(as_tuple=True)
-        return TextActivations(tokens, kept, x[common], pos.to(x.device), row.to(x.device))
+        return TextActivations.of(tokens, kept, x[common])
 
     unshifted, *shifted = (chosen(tokens, x) for tokens, x, _ in placements)
     return unshifted, dict(zip(SHIFTS, shifted, strict=True))
@@ -175,7 +174,5 @@ def _overlap(old: SparseCode, new: SparseCode) -> dict[str, float | None]:
     sets = [(code.rows * F + code.indices).cpu() for code in (old, new)]
     both = torch.bincount(sets[0][torch.isin(*sets)] // F, minlength=n).double()
     first, second = (torch.bincount(entries // F, minlength=n) for entries in sets)
-    stay, jaccard = (both / first)[first > 0], (both / (first + second - both))[first + second > 0]
-    return {
-        name: float(values.mean()) if len(values) else None for name, values in (("stay", stay), ("jaccard", jaccard))
-    }
+    shares = {"stay": (both / first)[first > 0], "jaccard": (both / (first + second - both))[first + second > 0]}
+    return {name: float(values.mean()) if len(values) else None for name, values in shares.items()}

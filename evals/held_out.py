@@ -132,10 +132,6 @@ class SavedEffects:
             write_json(self.path, saved)
         self._saved_at = time.monotonic()
 
-    def discard(self) -> None:
-        """Remove the file."""
-        self.path.unlink(missing_ok=True)
-
     def _key(self, effects: dict[str, Effect], rows: int) -> dict[str, Any]:
         """As it reads back from JSON."""
         return json.loads(json.dumps({**self.key, "replacements": sorted(effects), "ce_rows": rows}))
@@ -250,7 +246,7 @@ class HeldOut:
                     if saved is not None:
                         saved.save(effects, R, batch.first + rows.stop)
         if saved is not None:
-            saved.discard()
+            saved.path.unlink(missing_ok=True)
         if not known:
             self.effects = {name: effects[name] for name in ("clean", *fixed, EVERYWHERE)}
         return self.effects | effects

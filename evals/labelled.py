@@ -203,10 +203,6 @@ def _by_suffix(record: dict[str, Any]) -> Iterable[_Example]:
     return [(code[_LICENCE:], _SUFFIXES.get(PurePosixPath(record["path"]).suffix), None)]
 
 
-def _translations(record: dict[str, Any]) -> Iterable[_Example]:
-    return [(text, language, None) for language, text in record["translation"].items()]
-
-
 _SUFFIXES = {
     ".c": "C", ".h": "C", ".py": "Python", ".html": "HTML", ".java": "Java",
     ".php": "PHP", ".php3": "PHP", ".php4": "PHP", ".php5": "PHP", ".phps": "PHP", ".phpt": "PHP",
@@ -250,6 +246,8 @@ PUBLISHED: dict[str, _Published] = {
     _CODE: _Published(_CODE, _by_suffix, {_TRAIN: ("C", "Python", "HTML", "Java", "PHP")}),
     "fancyzhx/ag_news": _in_columns("fancyzhx/ag_news", "text", "label", _TOPICS),
     _EUROPARL: _Published(
-        _EUROPARL, _translations, {f"{pair}/train-*.parquet": (language,) for pair, language in _LANGUAGES.items()}
+        _EUROPARL,
+        lambda record: [(text, language, None) for language, text in record["translation"].items()],
+        {f"{pair}/train-*.parquet": (language,) for pair, language in _LANGUAGES.items()},
     ),
 }

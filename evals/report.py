@@ -137,7 +137,6 @@ def _notes(results: dict[str, dict[str, Any]], left_out: dict[str, str]) -> list
 
 
 def _glance(measured: dict[str, dict[str, Any]]) -> str:
-    """Table of every eval's main scores and those of its controls."""
     controls = dict.fromkeys([*CONTROLS, *(c for result in measured.values() for c in result.get("controls", ()))])
     lines = []
     for name, result in measured.items():

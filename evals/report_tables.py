@@ -101,7 +101,6 @@ def _headings(figures: Figures) -> Mapping[str, str]:
 
 
 def _autoencoders(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Figures of the dictionary and of each control, by name."""
     controls = result.get("controls", {})
     return {"dictionary": result} | {name: controls[name] for name in CONTROLS if name in controls} | controls
 

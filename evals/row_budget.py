@@ -6,7 +6,7 @@ layers after the hook and the head, once per replacement.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Sizes:
         return [self.rows, self.ce_rows] if name == "core" else self.other_rows
 
 
-def row_counts(stream: ActivationStream, config: EvalConfig, tokens: int, latents: Iterable[int]) -> Sizes:
+def row_counts(stream: ActivationStream, config: EvalConfig, tokens: int, latents: Sequence[int]) -> Sizes:
     """Rows of text for dictionaries with these numbers of `latents`, trained on `tokens` tokens.
 
     The rows of `config` have priority. With the embedded model, `core` reads 256 rows and 96 for CE. With another model, the
@@ -60,7 +60,7 @@ def row_counts(stream: ActivationStream, config: EvalConfig, tokens: int, latent
     """
     rows, ce_rows, other_rows = ROWS, CE_ROWS, None
     if stream.model.name != "testbed":
-        cost, latents = Cost.of(stream.model), list(latents)
+        cost = Cost.of(stream.model)
         budget = SHARE / 2 * tokens * cost.before
         row, ce_row = row_costs(cost, stream, latents)
         rows = min(ROWS, max(FEWEST, round(budget / row)))
@@ -70,17 +70,15 @@ def row_counts(stream: ActivationStream, config: EvalConfig, tokens: int, latent
     return Sizes(rows, min(rows, config.ce_rows or ce_rows), other_rows)
 
 
-def row_costs(cost: Cost, stream: ActivationStream, latents: Iterable[int]) -> tuple[float, float]:
+def row_costs(cost: Cost, stream: ActivationStream, latents: Sequence[int]) -> tuple[float, float]:
     """Multiply-adds of a row for explained variance, and the additional ones of a row for CE."""
-    latents = list(latents)
     encoders = stream.model.d_model * sum(latents)
     replaced = (FIXED + len(latents)) * cost.behind
     return stream.positions * (cost.before + encoders), stream.positions * (replaced + encoders)
 
 
-def forecast(stream: ActivationStream, rows: int, ce_rows: int, latents: Iterable[int], pace: float | None) -> str:
+def forecast(stream: ActivationStream, rows: int, ce_rows: int, latents: Sequence[int], pace: float | None) -> str:
     """Progress line with the amount of work and, given `pace` (seconds per multiply-add), the time it takes."""
-    latents = list(latents)
     row, ce_row = row_costs(Cost.of(stream.model), stream, latents)
     seconds = "" if pace is None else f", about {max(1, round(pace * (rows * row + ce_rows * ce_row)))} s"
     return f"evaluation: {rows} rows x {len(latents)} dictionaries, CE on {ce_rows} of them{seconds}"

@@ -167,7 +167,7 @@ def evaluate(
     if len(names) == 1 and (why := lacking.get(names[0], {}).get("")):
         raise UserError(f"{names[0]}: {why}")
     if like is None:
-        _announce(lacking)
+        announce(lacking)
     if lacking:
         random = checkpoint.dictionary("random") if has_random else None
         if trains_control and not all("" in reasons for reasons in lacking.values()):
@@ -218,8 +218,7 @@ def _measure(
         if name == "core" and run is not None:
             evaluation.saved = SavedEffects(run / "evals" / "core.part", keys[name])
         began = time.monotonic()
-        result: dict[str, Any]
-        result = {"skipped": reasons[""]} if "" in reasons else _measured(name, evaluation, alone=alone)
+        result: dict[str, Any] = {"skipped": reasons[""]} if "" in reasons else _measured(name, evaluation, alone=alone)
         if "skipped" not in result:
             reason = without_control(checkpoint)
             if evaluation.random is None and reason is not None:
@@ -237,7 +236,7 @@ def _digest(checkpoint: Checkpoint) -> str:
     return checkpoint.manifest["files"]["sae.safetensors"]["sha256"]
 
 
-def _announce(lacking: Mapping[str, Mapping[str, str]]) -> None:
+def announce(lacking: Mapping[str, Mapping[str, str]]) -> None:
     """Print which evals and parts of evals won't be measured, and why."""
     for name, reasons in lacking.items():
         for part, why in reasons.items():

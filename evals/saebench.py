@@ -225,7 +225,6 @@ PROBES = (
 
 
 def _ablation(result: dict[str, Any], about: DictionaryInfo, *, name: str, figures: str) -> Converted:
-    """Convert the result of `scr` or `tpp`."""
     used = result["protocol"]
     unused = {"early_stopping_patience": 0, "probe_epochs": 0, "probe_lr": 0.0, "probe_l1_penalty": 0.0}
     config = _settings(
@@ -284,7 +283,6 @@ MAKERS = {
 
 
 def _rows_encoded(context: int) -> int:
-    """Rows of `context` tokens encoded at once."""
     return max(1, CHUNK // context)
 
 

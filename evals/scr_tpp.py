@@ -161,13 +161,15 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
 
 def _scr_figures(ns: list[int], scores: np.ndarray) -> dict[str, Any]:
     """Means and spread by n from scores [seeds, pairs, 3, n] of both directions and the metric."""
-    by_seed = [[_mean(seed_scores[:, 2, i]) for i in range(len(ns))] for seed_scores in scores]
-    metric = _by_n(ns, scores[:, :, 2])
+    metric, spread = _by_n(ns, scores[:, :, 2]), dict[int, float | None]()
+    for i, n in enumerate(ns):
+        means = [mean for seed_scores in scores if (mean := _mean(seed_scores[:, 2, i])) is not None]
+        spread[n] = float(np.std(means, ddof=1)) if len(means) > 1 else None
     return {
         "scr_metric": metric,
         "scr_dir1": _by_n(ns, scores[:, :, 0]),
         "scr_dir2": _by_n(ns, scores[:, :, 1]),
-        "spread": {n: _deviation([values[i] for values in by_seed]) for i, n in enumerate(ns)},
+        "spread": spread,
         "score": metric[max([ns[0], *(n for n in ns if n <= SCR_AT)])],
     }
 
@@ -209,7 +211,6 @@ def _thresholds(evaluation: Evaluation) -> list[int]:
 
 
 def _halves(labels: np.ndarray, kinds: Iterable[int], draw: np.random.Generator) -> list[list[np.ndarray]]:
-    """The rows of each kind, half for training and half for testing."""
     rows_by_kind = [draw.permutation(np.flatnonzero(labels == kind)) for kind in kinds]
     if min(map(len, rows_by_kind)) < 4:
         raise UserError(f"rows: {len(labels)} is not allowed; give more, every topic (in every tone) needs 4 documents")
@@ -271,11 +272,6 @@ def _beside(result: dict[str, dict[str, Any]], rows: int, pool_padding: bool) ->
 def _mean(values: np.ndarray) -> float | None:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else None
-
-
-def _deviation(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.std(known, ddof=1)) if len(known) > 1 else None
 
 
 def _by_n(ns: list[int], scores: np.ndarray) -> dict[int, float | None]:

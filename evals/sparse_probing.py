@@ -58,11 +58,11 @@ def sparse_probing(
 ) -> dict[str, Any]:
     """Measure test accuracies of probes on the k best latents, for each of `ks` (default: `KS` up to F), on 1 and on all.
 
-    `sets`: `topic` (the default) and `tone` of the embedded language, files and published sets as for `load_labelled`, or
-    `Labelled` texts. Latents that are dead or too small for a probe are named in `warnings` and have no scores. Raises
-    UserError if k is above F, or a set has one class or too few texts of a class.
+    `sets`: `topic` and `tone` of the embedded language, files and published sets as for `load_labelled`, or `Labelled`
+    texts; default: the evaluation's, or `topic`. Latents that are dead or too small for a probe are named in `warnings` and
+    have no scores. Raises UserError if k is above F, or a set has one class or too few texts of a class.
     """
-    F = evaluation.sae.cfg.d_sae
+    F, sets = evaluation.sae.cfg.d_sae, evaluation.sets or None if sets is None else sets
     ks = tuple(sorted({1, *(ks or (k for k in KS if k <= F))}))
     if ks[0] < 1 or ks[-1] > F:
         raise UserError(f"ks: {ks[0] if ks[0] < 1 else ks[-1]} is not allowed; the dictionary has F = {F} latents")

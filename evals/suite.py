@@ -21,7 +21,7 @@ Eval = Callable[[Evaluation], dict[str, Any]]
 #: name -> module and function, imported on demand
 EVALS = {
     "core": ("suite", "_core"),
-    "sparse_probing": ("suite", "_sparse_probing"),
+    "sparse_probing": ("sparse_probing", "sparse_probing"),
     "positions": ("suite", "_positions"),
     "ground_truth": ("ground_truth", "ground_truth"),
     "unlearning": ("unlearning", "unlearning"),
@@ -168,11 +168,11 @@ def input_digests(name: str, sets: Sequence[str], files: Mapping[str, Sequence[s
     else:
         kinds = [kind for kind, (reader, _) in FILES.items() if reader == name]
         paths = {f"{kind}={path}": expand_path(path, "file") for kind in kinds for path in files.get(kind, ())}
-    return {argument: None if path is None or not path.exists() else _digest(path) for argument, path in paths.items()}
-
-
-def _digest(path: Path) -> str:
-    return digest_of_folder(path) if path.is_dir() else digest(path)
+    digests: dict[str, str | None] = dict.fromkeys(paths)
+    for argument, path in paths.items():
+        if path is not None and path.exists():
+            digests[argument] = digest_of_folder(path) if path.is_dir() else digest(path)
+    return digests
 
 
 def load_eval(name: str) -> Eval:
@@ -200,12 +200,6 @@ def _core(evaluation: Evaluation) -> dict[str, Any]:
         f"core {stream.model.hooks} {rows} {ce_rows}", lambda: HeldOut(stream, rows, ce_rows, latents)
     )
     return core(stream, evaluation.sae, controls, neurons=neurons, held_out=held_out, saved=evaluation.saved)
-
-
-def _sparse_probing(evaluation: Evaluation) -> dict[str, Any]:
-    from .sparse_probing import sparse_probing
-
-    return sparse_probing(evaluation, list(evaluation.sets) or None)
 
 
 def _positions(evaluation: Evaluation) -> dict[str, Any]:

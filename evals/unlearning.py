@@ -30,6 +30,7 @@ longer. Neither limit applies to multipliers that the caller sets.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -39,7 +40,7 @@ from torch import Tensor
 
 from ..engine.errors import UserError
 from ..engine.process.progress import progress_bar
-from ..engine.stream import TokenRows
+from ..engine.stream import ActivationStream, TokenRows
 from ..engine.testbed.language import ROLES, facts
 from ..kernels.numerics import sum_by
 from .evaluation import LABELLED, Autoencoder, Evaluation, TextActivations, collected_rows, fitted
@@ -88,6 +89,7 @@ class _Task:
     anew at every call, because the activations of all tokens don't fit memory.
     """
 
+    stream: ActivationStream
     questions: Questions
     prompts: TextActivations
     batches: Batches
@@ -116,13 +118,8 @@ class Clamp:
 
 @torch.no_grad()
 def clamp(
-    autoencoder: Autoencoder,
-    collected: TextActivations,
-    latents: np.ndarray,
-    multiplier: float,
-    *,
-    limited: bool = False,
-) -> Clamp:
+    autoencoder: Autoencoder, collected: TextActivations, latents: np.ndarray, multiplier: float, *, limited: bool = False
+) -> Clamp:  # fmt: skip
     """x' - x = decode(f') - decode(f). Decoding is affine, so this is the change of the clamped latents' contributions. If
     `limited`, it is shortened to |x| where it is longer."""
     code = collected.code(autoencoder)
@@ -165,31 +162,28 @@ def unlearning(
     autoencoders = evaluation.autoencoders(task.prompts, mean=False)
     draw = evaluation.generator("unlearning shuffled")
     fractions, norm = _fractions(autoencoders, task)
-    ranking = {name: _ranking(*shares) for name, shares in fractions.items()}
+    ranking: dict[str, Choice] = {name: partial(_choice, *shares) for name, shares in fractions.items()}
     order = draw.permutation(np.flatnonzero(fractions["sae"].any(0)))
 
     def shuffled(threshold: float, n: int) -> np.ndarray:
         return order[: len(ranking["sae"](threshold, n))]
 
     grid = list(product(thresholds, latents, task.multipliers))
-    result = _scores(evaluation, autoencoders["sae"], task, ranking["sae"], grid, full=True)
+    result = _scores(task, autoencoders["sae"], ranking["sae"], grid, full=True)
     controls = {name: (autoencoders[name], choice) for name, choice in ranking.items() if name != "sae"}
     controls["shuffled"] = autoencoders["sae"], shuffled
     counts = {"forget": int(task.questions.forget.sum()), "retain": int((~task.questions.forget).sum())}
     best, loss = result["setting"], None
     if best is not None:
         chosen = ranking["sae"](best["retain_threshold"], best["latents"])
-        loss = _loss_increase(evaluation, autoencoders["sae"], task, chosen, best["multiplier"])
+        loss = _loss_increase(task, autoencoders["sae"], chosen, best["multiplier"])
     return {
         **result,
         "answer_orders": task.answer_orders,
         "questions": counts,
         "activation_norm": norm,
         "loss_increase": loss,
-        "controls": {
-            name: _scores(evaluation, autoencoder, task, choice, grid, full=False)
-            for name, (autoencoder, choice) in controls.items()
-        },
+        "controls": {name: _scores(task, *control, grid, full=False) for name, control in controls.items()},
         "warnings": _warnings(counts, result["settings"]),
         "texts": task.texts,
         "protocol": task.protocol,
@@ -252,7 +246,8 @@ def _of_language(evaluation: Evaluation, rows: int) -> _Task:
 
     multipliers = tuple(max(1, round(share * norm)) for share in SHARES)
     texts = {"from": "words before an object of a fact, in documents of the embedded language", "rows": first}
-    return _Task(questions, _prompts(evaluation, questions), batches, 1, multipliers, texts, protocol, limited=True)
+    stream = evaluation.stream
+    return _Task(stream, questions, _prompts(stream, questions), batches, 1, multipliers, texts, protocol, limited=True)
 
 
 def _of_files(evaluation: Evaluation, rows: int, length: int) -> _Task:
@@ -289,15 +284,16 @@ def _of_files(evaluation: Evaluation, rows: int, length: int) -> _Task:
     }
     counts = {"forget_rows": len(forget), "retain_rows": min(rows, len(retain)), "loss_rows": len(retain) - loss_from}
     texts = {"forget": forget_file, "retain": retain_file, **counts}
-    return _Task(questions, _prompts(evaluation, questions), batches, 24, MULTIPLIERS, texts, protocol, limited=False)
+    prompts = _prompts(stream, questions)
+    return _Task(stream, questions, prompts, batches, 24, MULTIPLIERS, texts, protocol, limited=False)
 
 
-def _prompts(evaluation: Evaluation, questions: Questions) -> TextActivations:
+def _prompts(stream: ActivationStream, questions: Questions) -> TextActivations:
     """Activations of the prompts at every position but the first, special tokens of the chat template included."""
     for name, side in (("forget", questions.forget), ("retain", ~questions.forget)):
         if not side.any():
             raise UserError(f"questions: the unmodified model answers none of those to {name} right")
-    stream, positions = evaluation.stream, torch.arange(questions.tokens.shape[1])
+    positions = torch.arange(questions.tokens.shape[1])
     inside = (positions > 0) & (positions < questions.length[:, None])
     kept, x = torch.zeros_like(inside), []
     for batch in torch.arange(len(questions)).split(stream.config.rows_per_forward):
@@ -306,8 +302,7 @@ def _prompts(evaluation: Evaluation, questions: Questions) -> TextActivations:
         batch_kept = inside[batch].to(stream.model.device) & stream.norms.ordinary(acts)
         kept[batch] = batch_kept.cpu()
         x.append(next(iter(acts.values()))[batch_kept].float())
-    row, pos = kept.to(stream.model.device).nonzero(as_tuple=True)
-    return TextActivations(questions.tokens, kept, torch.cat(x), pos, row)
+    return TextActivations.of(questions.tokens, kept, torch.cat(x))
 
 
 def _fractions(autoencoders: Mapping[str, Autoencoder], task: _Task) -> tuple[dict[str, np.ndarray], float]:
@@ -330,23 +325,13 @@ def _fractions(autoencoders: Mapping[str, Autoencoder], task: _Task) -> tuple[di
     return shares, norms / max(n, 1)
 
 
-def _ranking(forget: np.ndarray, retain: np.ndarray) -> Choice:
+def _choice(forget: np.ndarray, retain: np.ndarray, threshold: float, n: int) -> np.ndarray:
     order = np.argsort(-forget, kind="stable")
-
-    def choice(threshold: float, n: int) -> np.ndarray:
-        return order[(retain[order] < threshold) & (forget[order] > 0)][:n]
-
-    return choice
+    return order[(retain[order] < threshold) & (forget[order] > 0)][:n]
 
 
 def _scores(
-    evaluation: Evaluation,
-    autoencoder: Autoencoder,
-    task: _Task,
-    choice: Choice,
-    grid: list[tuple[float, int, float]],
-    *,
-    full: bool,
+    task: _Task, autoencoder: Autoencoder, choice: Choice, grid: list[tuple[float, int, float]], *, full: bool
 ) -> dict[str, Any]:
     """The best setting and its score; with `full`, also the accuracies of all `settings`."""
     accuracies: dict[tuple[bytes, float], tuple[float | None, float | None]] = {}  # by latents and multiplier
@@ -355,19 +340,11 @@ def _scores(
         chosen = choice(threshold, n)
         key = np.sort(chosen).tobytes(), multiplier
         if key not in accuracies:
-            accuracies[key] = _accuracies(evaluation, autoencoder, task, chosen, multiplier, full)
+            accuracies[key] = _accuracies(task, autoencoder, chosen, multiplier, full)
         forget, retain = accuracies[key]
-        settings.append(
-            {
-                "retain_threshold": threshold,
-                "latents": n,
-                "multiplier": multiplier,
-                "taken": len(chosen),
-                "forget_accuracy": forget,
-                "retain_accuracy": retain,
-                "counts": retain is not None and retain >= RETAINED,
-            }
-        )
+        setting = {"retain_threshold": threshold, "latents": n, "multiplier": multiplier, "taken": len(chosen)}
+        counts = retain is not None and retain >= RETAINED
+        settings.append(setting | {"forget_accuracy": forget, "retain_accuracy": retain, "counts": counts})
     # among equal settings, the one with the highest retain accuracy, then the first
     counting = [setting for setting in settings if setting["counts"]]
     best = min(counting, key=lambda s: (s["forget_accuracy"], -s["retain_accuracy"])) if counting else None
@@ -390,30 +367,28 @@ def _scores(
 
 
 def _accuracies(
-    evaluation: Evaluation, autoencoder: Autoencoder, task: _Task, latents: np.ndarray, multiplier: float, full: bool
+    task: _Task, autoencoder: Autoencoder, latents: np.ndarray, multiplier: float, full: bool
 ) -> tuple[float | None, float | None]:
     """Accuracy on the questions to forget and on those to retain. Unless `full`, (None, None) as soon as the retain
     accuracy is too low for the setting to count."""
     clamped = clamp(autoencoder, task.prompts, latents, multiplier, limited=task.limited)
     touched = clamped.row.unique().cpu()  # other prompts don't change, so their answers stay right
-    size, shares = evaluation.stream.config.rows_per_forward, []
+    size, shares = task.stream.config.rows_per_forward, []
     for side in (~task.questions.forget, task.questions.forget):
         total, wrong = int(side.sum()), 0
         for rows in touched[side[touched]].split(size):
             questions = task.questions.only(rows)
             change = lambda numbers, width, rows=rows: clamped.added(rows[numbers], width)
-            wrong += int((answers(evaluation.stream.model, questions, size, change) != questions.right).sum())
+            wrong += int((answers(task.stream.model, questions, size, change) != questions.right).sum())
             if not full and not shares and 1 - wrong / total < RETAINED:
                 return None, None
         shares.append(1 - wrong / total)
     return shares[1], shares[0]
 
 
-def _loss_increase(
-    evaluation: Evaluation, autoencoder: Autoencoder, task: _Task, latents: np.ndarray, multiplier: float
-) -> float | None:
+def _loss_increase(task: _Task, autoencoder: Autoencoder, latents: np.ndarray, multiplier: float) -> float | None:
     """Increase of the loss on tokens outside the text to forget, in nats per token; None without such tokens."""
-    model, summed, count = evaluation.stream.model, 0.0, 0
+    model, summed, count = task.stream.model, 0.0, 0
     for batch in task.batches(True):
         text, counted = batch.text, batch.for_loss & batch.text.kept.cpu()
         used = counted.any(1).nonzero().flatten()
@@ -421,7 +396,7 @@ def _loss_increase(
             continue
         clamped = clamp(autoencoder, text, latents, multiplier, limited=task.limited)
         most = model.rows_with_logits(text.tokens.shape[1])
-        for rows in used.split(min(evaluation.stream.config.rows_per_forward, most)):
+        for rows in used.split(min(task.stream.config.rows_per_forward, most)):
             added = clamped.added(rows, text.tokens.shape[1])
             scored = counted[rows, 1:].to(model.device)
             before = model.losses(text.tokens[rows], None)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
-from markdown_it.token import Token
 
 NOTHING = "–"  # a missing figure
+STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 _SPECIAL = re.compile(r"[\\`*|<>&\[\]~#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
@@ -60,7 +60,8 @@ def html(markdown: str, folder: Path, title: str) -> str:
             token.attrSet("id", anchor(tokens[index + 1].content))
         for child in token.children or ():
             if child.type == "image":
-                _inline(child, folder)
+                data = base64.b64encode((folder / str(child.attrs["src"])).read_bytes()).decode()
+                child.attrs["src"] = f"data:image/png;base64,{data}"
     style = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
     return (
@@ -76,67 +77,3 @@ def html(markdown: str, folder: Path, title: str) -> str:
 def anchor(heading: str) -> str:
     """The anchor of a heading, here and on sites that render Markdown."""
     return re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-"))
-
-
-def _inline(image: Token, folder: Path) -> None:
-    data = base64.b64encode((folder / str(image.attrs["src"])).read_bytes()).decode()
-    image.attrs["src"] = f"data:image/png;base64,{data}"
-
-
-STYLE = """
-:root { --ink: #1b1f24; --soft: #5b6470; --line: #dfe3e8; --paper: #fff; --tint: #f6f8fa; --accent: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7eb; --soft: #9aa4b0; --line: #333a43; --paper: #15181c; --tint: #1d2126; --accent: #6cb8e6; }
-  img { filter: brightness(.92); }
-}
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .75rem; font-weight: 650; overflow-wrap: anywhere; }
-h2 { font-size: 1.3rem; margin: 3rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line); font-weight: 650; }
-h3 { font-size: 1rem; margin: 1.75rem 0 .5rem; font-weight: 650; color: var(--soft); }
-p, li { max-width: 46rem; overflow-wrap: anywhere; }
-ul { padding-left: 1.2rem; }
-li { margin: .3rem 0; }
-li::marker { color: var(--accent); }
-a { color: var(--accent); text-decoration: none; }
-a:hover, a:focus-visible { text-decoration: underline; }
-code { font: .9em ui-monospace, monospace; }
-#what-to-know-first { border-top: 2px solid var(--accent); }
-#what-to-know-first + p, #what-to-know-first + ul {
-  background: var(--tint); border-radius: .5rem; margin: 0; max-width: none;
-}
-#what-to-know-first + p { padding: .8rem 1.1rem; }
-#what-to-know-first + ul { padding: .7rem 1.1rem .7rem 2.2rem; }
-.wide { overflow-x: auto; margin: .75rem 0 1.25rem; }
-.wide:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-table { border-collapse: collapse; font-size: .875rem; line-height: 1.35; }
-th, td { padding: .32rem .65rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; border-bottom-color: var(--soft); vertical-align: bottom; }
-td:first-child, th:first-child { padding-left: 0; position: sticky; left: 0; background: var(--paper); }
-tbody tr:hover, tbody tr:hover td:first-child { background: var(--tint); }
-td em { display: block; font-size: .8em; font-style: normal; color: var(--soft); }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-img { display: block; width: 100%; max-width: 36rem; height: auto; padding: .4rem; background: #fff; border-radius: .5rem; }
-p:has(> img + img) { display: grid; gap: 1rem; max-width: none; }
-p:has(> img + img) { grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); }
-@media (max-width: 40rem) {
-  main { padding: 1.25rem 1rem 3rem; }
-  h1 { font-size: 1.35rem; }
-  td:first-child { min-width: 5.5rem; max-width: 40vw; white-space: normal; overflow-wrap: break-word; }
-}
-@media print {
-  :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --tint: #fff; --accent: #004d7a; }
-  body { font-size: 10pt; }
-  main { max-width: none; padding: 0; }
-  h2, h3 { break-after: avoid; }
-  h2 { margin-top: 1.5rem; }
-  tr, img { break-inside: avoid; }
-  thead { display: table-header-group; }
-  .wide { overflow: visible; }
-  table { font-size: 7.5pt; }
-  th, td { padding: .15rem .4rem; }
-  img { filter: none; max-width: 30rem; }
-}
-"""

@@ -58,7 +58,7 @@ def test_wheel_holds_every_module_the_embedded_model_the_page_and_measured_resul
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in model}
     results = [path.relative_to(ROOT) for path in (ROOT / "bench/results").rglob("*.json")]
     scripts = [path.relative_to(ROOT) for path in SCRIPTS.iterdir() if path.is_file()]
-    others = [*model, *results, *scripts, "evals/dashboard.html", "py.typed"]
+    others = [*model, *results, *scripts, "evals/dashboard.html", "reporting/page.css", "py.typed"]
     assert shipped == {f"temposae/{path}" for path in [*source_files("*.py"), *others]}
 
 

@@ -2,13 +2,10 @@
 
 from . import (  # noqa: F401 (each module registers its parts)
     adversary,
-    competition,
     contrast,
     cross_layer,
-    decoder_penalties,
     dynamics,
     embeddings,
-    gating,
     hierarchy,
     loss_weights,
     norms,
@@ -17,7 +14,5 @@ from . import (  # noqa: F401 (each module registers its parts)
     routing,
     similarity,
     sparsity,
-    specialised_weights,
-    temporal,
     tracking,
 )

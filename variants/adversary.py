@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ..engine.config import SAEConfig
-from ..engine.parts import BatchView, Part, PartSettings, part
+from ..engine.parts import BatchView, PartSettings, part
 from ..kernels.numerics import sum_by
-from .running_mean import RunningMean
+from .number_types import Factor, Fraction, Weight
+from .running_mean import Averaging, RunningMean
 from .similarity import sample_indices
 
 TINY = torch.finfo(torch.float32).tiny
@@ -26,7 +27,7 @@ def class_shares(attribute: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 @part("adversary")
-class Adversary(Part):
+class Adversary(Averaging):
     """A probe learns to predict the attribute y from codes, and the dictionary makes codes orthogonal to its direction
     (E2, E3).
 
@@ -42,13 +43,9 @@ class Adversary(Part):
     """
 
     class Settings(PartSettings):
-        strength: float = Field(default=0.1, ge=0, description="Weight of the dictionary's term, in units of D.")
-        decay: float = Field(
-            default=0.95, ge=0, lt=1, description="Decay per step of the mean of the probe's accuracy."
-        )
-        pace: float = Field(
-            default=10.0, gt=0, description="Learning rate of the probe as a multiple of the dictionary's."
-        )
+        strength: Weight = Field(default=0.1, description="Weight of the dictionary's term, in units of D.")
+        decay: Fraction = Field(default=0.95, description="Decay per step of the mean of the probe's accuracy.")
+        pace: Factor = Field(default=10.0, description="Learning rate of the probe as a multiple of the dictionary's.")
 
     reads = frozenset({"attribute", "f"})
 
@@ -58,7 +55,6 @@ class Adversary(Part):
         self.paces = {"direction": settings.pace, "bias": settings.pace}
         self.accuracy = RunningMean(settings.decay, start=0.5)
         self.cosine = RunningMean(settings.decay)
-        self._batch_scores: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def pressure(self) -> Tensor:
@@ -78,15 +74,9 @@ class Adversary(Part):
             accuracy = (share @ right).mean()
             w = self.direction / self.direction.norm().clamp_min(TINY)
         cosine = ((f @ w).abs() / f.square().sum(1).clamp_min(TINY).sqrt()).mean()
-        self._batch_scores = accuracy, has_class.all(), cosine.detach()
+        self.accuracy.later(accuracy, has_class.all())
+        self.cosine.later(cosine)
         return self.pressure * batch.x.shape[1] * cosine + entropy
-
-    def after(self, batch: BatchView) -> None:
-        if self._batch_scores is not None:
-            accuracy, has_both, cosine = self._batch_scores
-            self.accuracy.add(accuracy, has_both)
-            self.cosine.add(cosine)
-            self._batch_scores = None
 
     def report(self) -> dict[str, Any]:
         """`cosine` is the mean of its magnitude."""
@@ -95,7 +85,7 @@ class Adversary(Part):
 
 
 @part("selective_orthogonality")
-class SelectiveOrthogonality(Part):
+class SelectiveOrthogonality(Averaging):
     """Decoder rows of the latents that the loss depends on most are made orthogonal (E2, E3).
 
     The attribution of latent j is the moving average of sum_n |f_nj dL/df_nj|, L being the whole loss. At most `sample`
@@ -108,11 +98,11 @@ class SelectiveOrthogonality(Part):
     """
 
     class Settings(PartSettings):
-        coefficient: float = Field(default=0.1, ge=0, description="Weight of the penalty, in units of D.")
+        coefficient: Weight = Field(default=0.1, description="Weight of the penalty, in units of D.")
         percentile: float = Field(
             default=85.0, ge=0, lt=100, description="Latents above this percentile of attribution are penalised."
         )
-        decay: float = Field(default=0.95, ge=0, lt=1, description="Decay per step of the mean of the attribution.")
+        decay: Fraction = Field(default=0.95, description="Decay per step of the mean of the attribution.")
         sample: int = Field(
             default=512, ge=2, description="Largest number of these latents that a step compares, drawn at random."
         )
@@ -121,8 +111,6 @@ class SelectiveOrthogonality(Part):
         super().__init__(settings, sae, positions, generator)
         self.attribution = RunningMean(settings.decay, sae.d_sae)
         self.cosine = RunningMean(settings.decay)  # mean square among the latents drawn
-        self._batch_attribution: Tensor | None = None
-        self._cosine: Tensor | None = None
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -139,7 +127,7 @@ class SelectiveOrthogonality(Part):
         rows, counts = batch.sae.W_dec[chosen], (self.attribution.value[chosen] > 0).float()
         pair_weights = counts[:, None] * counts - torch.diag(counts)
         squares = ((rows @ rows.T).square() * pair_weights).sum()
-        self._cosine = squares.detach() / pair_weights.sum().clamp_min(1)
+        self.cosine.later(squares / pair_weights.sum().clamp_min(1))
         return self.settings.coefficient * D / len(chosen) * squares
 
     def _watch(self, batch: BatchView) -> None:
@@ -154,22 +142,13 @@ class SelectiveOrthogonality(Part):
 
         def keep_attribution(gradient: Tensor) -> None:
             attribution = (value.float() * gradient.detach().float()).abs()
-            if code is not None:
-                self._batch_attribution = sum_by(
-                    code.live(code.indices).flatten().long(), code.live(attribution).flatten(), F
-                )
+            if code is None:
+                self.attribution.later(attribution.sum(0))
             else:
-                self._batch_attribution = attribution.sum(0)
+                latents = code.live(code.indices).flatten().long()
+                self.attribution.later(sum_by(latents, code.live(attribution).flatten(), F))
 
         activations.register_hook(keep_attribution)
-
-    def after(self, batch: BatchView) -> None:
-        if self._batch_attribution is not None:
-            self.attribution.add(self._batch_attribution)
-            self._batch_attribution = None
-        if self._cosine is not None:
-            self.cosine.add(self._cosine)
-            self._cosine = None
 
     def report(self) -> dict[str, Any]:
         """`share`: share of all attribution above the percentile. `cosine`: mean square among these latents."""
@@ -179,7 +158,7 @@ class SelectiveOrthogonality(Part):
 
 
 @part("spurious_contrast")
-class SpuriousContrast(Part):
+class SpuriousContrast(Averaging):
     """Decoder rows of latents that correlate with the attribute are pushed away from the others' (E3).
 
         score_j = |E[f_j | y = 1] - E[f_j | y = 0]| / std f_j
@@ -195,13 +174,11 @@ class SpuriousContrast(Part):
     """
 
     class Settings(PartSettings):
-        coefficient: float = Field(default=0.3, ge=0, description="Weight of the penalty, in units of D.")
+        coefficient: Weight = Field(default=0.3, description="Weight of the penalty, in units of D.")
         share: float = Field(
             default=0.1, gt=0, lt=1, description="Share of latents that count as spurious, by largest score."
         )
-        decay: float = Field(
-            default=0.99, ge=0, lt=1, description="Decay per step of the mean activations and squares."
-        )
+        decay: Fraction = Field(default=0.99, description="Decay per step of the mean activations and squares.")
         sample: int = Field(
             default=512, ge=1, description="Largest number of latents per group that a step compares, drawn at random."
         )
@@ -213,7 +190,6 @@ class SpuriousContrast(Part):
         self.spurious = max(1, int(settings.share * sae.d_sae))
         self.mean, self.square = (RunningMean(settings.decay, 2, sae.d_sae) for _ in range(2))  # of f and f^2, by class
         self.alike = RunningMean(settings.decay)  # mean square of the cosines
-        self._batch_cosine: Tensor | None = None
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -238,7 +214,7 @@ class SpuriousContrast(Part):
         )
         cosine = batch.sae.W_dec[inside] @ batch.sae.W_dec[outside].T
         counts = (score[inside] > 0).float()[:, None]
-        self._batch_cosine = (cosine.detach().square() * counts).sum() / (counts.sum() * len(outside)).clamp_min(1)
+        self.alike.later((cosine.square() * counts).sum() / (counts.sum() * len(outside)).clamp_min(1))
         excess = (cosine.abs() - 2 / D**0.5).clamp_min(0).square() * counts
         return self.settings.coefficient * D * n_others * excess.mean()
 
@@ -249,9 +225,7 @@ class SpuriousContrast(Part):
         share, has_class = class_shares(batch.attribute, f.dtype)
         self.mean.add(share @ f, has_class[:, None])
         self.square.add(share @ f.square(), has_class[:, None])
-        if self._batch_cosine is not None:
-            self.alike.add(self._batch_cosine)
-            self._batch_cosine = None
+        super().after(batch)
 
     def report(self) -> dict[str, Any]:
         """`score`: mean over the spurious latents. `cosine`: mean square between them and the others."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
+from .number_types import Factor, Weight
 
 
 def pairs_by_position(pos: Tensor, size: int, n_positions: int, generator: torch.Generator) -> Tensor:
@@ -54,10 +55,10 @@ class PositionContrast(Part):
     reads = frozenset({"f"})
 
     class Settings(PartSettings):
-        coefficient: float = Field(
-            default=0.01, ge=0, description="Weight of the contrastive loss (in nats), in units of D."
+        coefficient: Weight = Field(
+            default=0.01, description="Weight of the contrastive loss (in nats), in units of D."
         )
-        temperature: float = Field(default=0.1, gt=0, description="Divisor of cosines between codes in the softmax.")
+        temperature: Factor = Field(default=0.1, description="Divisor of cosines between codes in the softmax.")
         sample: int = Field(default=256, ge=4, description="Largest number of tokens that a step compares.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..engine.config import Count, SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
 from ..engine.registry import find
+from .number_types import Weight
 from .similarity import sample_indices
 
 TINY = 1e-12
@@ -42,11 +43,11 @@ class CrossLayer(Part):
     reads = frozenset({"f", "second"})
 
     class Settings(PartSettings):
-        consistency: float = Field(
-            default=0.1, ge=0, description="Weight of the penalty on codes that differ between layers, in units of D."
+        consistency: Weight = Field(
+            default=0.1, description="Weight of the penalty on codes that differ between layers, in units of D."
         )
-        alignment: float = Field(
-            default=0.01, ge=0, description="Weight of the penalty on differing directions of decoder gradients."
+        alignment: Weight = Field(
+            default=0.01, description="Weight of the penalty on differing directions of decoder gradients."
         )
         tokens: Count = Field(default=256, description="Tokens drawn from each batch for both penalties.")
 

@@ -1,4 +1,4 @@
-"""How codes develop along a row: attention before the encoder, and penalties on changes from token to token."""
+"""Along a row of text: convolutions and attention before the encoder, and penalties on changes from token to token."""
 
 import math
 from typing import Any
@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, RowLayout, part
+from .number_types import Factor, Weight
 from .similarity import sample_indices
 
+SMALL = 0.02  # initial taps of convolutions; the token itself has weight 1
 TINY = 1e-6  # variances of codes are 0 or of the order of 1
 
 
@@ -34,6 +36,44 @@ def follows(rows: RowLayout) -> Tensor:
 def mean_of(values: Tensor, counted: Tensor) -> Tensor:
     """Mean of values where `counted` is 1; 0 if it is 0 everywhere."""
     return (values * counted).sum() / counted.sum().clamp_min(1)
+
+
+@part("dilated_conv")
+class DilatedConv(Part):
+    """The encoder sees x after causal depth-wise convolutions along the row, one per dilation d, each a residual (D1,
+    D2).
+
+        y_t <- y_t + sum_{k < kernel} w_dk * y_{t - k d}              w_d [kernel, D], N(0, 0.02^2) at the start; y = x first
+
+    Tokens before the row's first, and columns without a token, are 0 at every layer. Decided here: causal, so that a
+    code doesn't depend on later tokens; in sequence, so that three layers of kernel 3 and dilations 1, 2, 4 look back
+    14 tokens; linear, because the logs name no nonlinearity. The reconstruction target is x itself.
+    """
+
+    reads = frozenset({"rows"})
+
+    class Settings(PartSettings):
+        dilations: tuple[Count, ...] = Field(
+            default=(1, 2, 4), min_length=1, description="Dilation of each convolution in positions, in order."
+        )
+        kernel: int = Field(default=3, ge=2, description="Taps of each convolution, its own token included.")
+
+    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
+        super().__init__(settings, sae, positions, generator)
+        taps = len(settings.dilations), settings.kernel, sae.d_in
+        self.taps = nn.Parameter(SMALL * torch.randn(taps, generator=generator))
+
+    def input(self, x: Tensor, batch: BatchView) -> Tensor:
+        y, kept = batch.rows.spread(x), batch.rows.kept[:, :, None]
+        length = y.shape[1]
+        for dilation, taps in zip(self.settings.dilations, self.taps, strict=True):
+            padding = dilation * (self.settings.kernel - 1)
+            padded = nn.functional.pad(y, (0, 0, padding, 0))
+            for k, tap in enumerate(taps):
+                first = padding - k * dilation
+                y = torch.addcmul(y, padded[:, first : first + length], tap)
+            y = y * kept
+        return batch.rows.gather(y)
 
 
 @part("self_attention")
@@ -78,19 +118,21 @@ class SelfAttention(Part):
 
 
 class _Projected(Part):
-    """A part that works on u = f P, with P [F, h] fixed, random, N(0, 1 / h): |u| is about |f|."""
+    """A penalty weight * D * `term` on u = f P, with P [F, h] random, N(0, 1 / h): |u| is about |f|. P is fixed, unless
+    `is_learned`. `figure` names the term in reports."""
 
     reads = frozenset({"rows", "f"})
+    is_learned, figure = False, "error"
 
     class Settings(PartSettings):
-        weight: float = Field(default=0.01, ge=0, description="Weight of the penalty, in units of D.")
+        weight: Weight = Field(default=0.01, description="Weight of the penalty, in units of D.")
         width: Count = Field(default=64, description="Width of the random projection of codes.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
-        gaussian = torch.randn(sae.d_sae, settings.width, generator=generator)
-        self.projection = nn.Buffer(gaussian / math.sqrt(settings.width))
-        self._reported: Tensor | None = None
+        gaussian = torch.randn(sae.d_sae, settings.width, generator=generator) / math.sqrt(settings.width)
+        self.projection = nn.Parameter(gaussian) if self.is_learned else nn.Buffer(gaussian)
+        self._term: Tensor | None = None
 
     def projected(self, batch: BatchView) -> Tensor:
         """u [N, h], scaled to mean |u - mean u|^2 = 1, so that small codes don't make terms small."""
@@ -98,8 +140,16 @@ class _Projected(Part):
         u = batch.f @ self.projection
         return u / (u - u.mean(0)).square().sum(1).mean().clamp_min(TINY).sqrt()
 
+    def term(self, batch: BatchView) -> Tensor:
+        raise NotImplementedError
+
+    def penalty(self, batch: BatchView) -> Tensor:
+        term = self.term(batch)
+        self._term = term.detach()
+        return self.settings.weight * self.cfg.d_in * term
+
     def report(self) -> dict[str, Any]:
-        return {} if self._reported is None else {"error": round(float(self._reported), 6)}
+        return {} if self._term is None else {self.figure: round(float(self._term), 6)}
 
 
 def _initialised(module: nn.Module, width: int, generator: torch.Generator) -> Any:
@@ -130,15 +180,12 @@ class VelocityGRU(_Projected):
         self.gru = _initialised(nn.GRU(h, h, num_layers=2, batch_first=True, device="meta"), h, generator)
         self.head = _initialised(nn.Linear(h, h, device="meta"), h, generator)
 
-    def penalty(self, batch: BatchView) -> Tensor:
+    def term(self, batch: BatchView) -> Tensor:
         u, counted, rows = self.projected(batch), follows(batch.rows), packed(batch.rows)
         velocity = u[1:] - u[:-1]
         states, _ = self.gru(rows.spread(u))
         error = (velocity - self.head(rows.gather(states))[:-1]).square().sum(1)
-        size = mean_of(velocity.square().sum(1), counted).clamp_min(TINY)
-        relative_error = mean_of(error, counted) / size
-        self._reported = relative_error.detach()
-        return self.settings.weight * self.cfg.d_in * relative_error
+        return mean_of(error, counted) / mean_of(velocity.square().sum(1), counted).clamp_min(TINY)
 
 
 @part("temporal_consistency")
@@ -151,11 +198,9 @@ class TemporalConsistency(_Projected):
     don't make it small. Decided here: the scale, and P as in `velocity_gru`.
     """
 
-    def penalty(self, batch: BatchView) -> Tensor:
+    def term(self, batch: BatchView) -> Tensor:
         u = self.projected(batch)
-        relative_change = mean_of((u[1:] - u[:-1]).square().sum(1), follows(batch.rows)) / 2
-        self._reported = relative_change.detach()
-        return self.settings.weight * self.cfg.d_in * relative_change
+        return mean_of((u[1:] - u[:-1]).square().sum(1), follows(batch.rows)) / 2
 
 
 @part("next_step")
@@ -175,16 +220,14 @@ class NextStep(_Projected):
         self.hidden = _initialised(nn.Linear(h, 2 * h, device="meta"), h, generator)
         self.head = _initialised(nn.Linear(2 * h, h, device="meta"), 2 * h, generator)
 
-    def penalty(self, batch: BatchView) -> Tensor:
+    def term(self, batch: BatchView) -> Tensor:
         u = self.projected(batch)
         error = (u[1:] - self.head(torch.relu(self.hidden(u[:-1])))).square().sum(1)
-        relative_error = mean_of(error, follows(batch.rows))
-        self._reported = relative_error.detach()
-        return self.settings.weight * self.cfg.d_in * relative_error
+        return mean_of(error, follows(batch.rows))
 
 
 @part("temporal_contrast")
-class TemporalContrast(Part):
+class TemporalContrast(_Projected):
     """Codes of neighbouring tokens are distinguished from those of other rows (E6).
 
         z = f Q / |f Q|,   penalty = weight D mean_a -log(exp(z_a . z_{a+1} / tau) / sum_b exp(z_a . z_{b+1} / tau)) / log A
@@ -194,23 +237,15 @@ class TemporalContrast(Part):
     which makes the penalty about weight D by chance.
     """
 
-    reads = frozenset({"rows", "f"})
+    is_learned, figure = True, "loss"
 
-    class Settings(PartSettings):
-        weight: float = Field(default=0.01, ge=0, description="Weight of the contrastive loss, in units of D.")
+    class Settings(_Projected.Settings):
+        weight: Weight = Field(default=0.01, description="Weight of the contrastive loss, in units of D.")
         width: Count = Field(default=64, description="Width of the learned projection of codes.")
-        temperature: float = Field(
-            default=0.1, gt=0, description="Divisor of cosines between projections in the softmax."
-        )
+        temperature: Factor = Field(default=0.1, description="Divisor of cosines between projections in the softmax.")
         anchors: int = Field(default=256, ge=2, description="Tokens drawn from each batch as anchors.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        gaussian = torch.randn(sae.d_sae, settings.width, generator=generator)
-        self.projection = nn.Parameter(gaussian / math.sqrt(settings.width))
-        self._reported: Tensor | None = None
-
-    def penalty(self, batch: BatchView) -> Tensor:
+    def term(self, batch: BatchView) -> Tensor:
         assert batch.f is not None
         z = nn.functional.normalize(batch.f @ self.projection, dim=1)
         anchors = sample_indices(len(z) - 1, self.settings.anchors, batch)
@@ -219,9 +254,4 @@ class TemporalContrast(Part):
         is_compared = (row_number[:, None] != row_number) & (counted > 0)  # only next tokens that exist
         is_compared.fill_diagonal_(True)
         scores = scores.masked_fill(~is_compared, -torch.inf)
-        loss = mean_of(scores.logsumexp(1) - scores.diagonal(), counted) / math.log(self.settings.anchors)
-        self._reported = loss.detach()
-        return self.settings.weight * self.cfg.d_in * loss
-
-    def report(self) -> dict[str, Any]:
-        return {} if self._reported is None else {"loss": round(float(self._reported), 6)}
+        return mean_of(scores.logsumexp(1) - scores.diagonal(), counted) / math.log(self.settings.anchors)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..engine.config import Count, SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, RowLayout, part
 from ..kernels.numerics import sum_by
-from .running_mean import RunningMean
+from .number_types import Fraction, Weight
+from .running_mean import Averaging, RunningMean, means
 
 
 @part("position_embedding")
@@ -21,8 +22,8 @@ class PositionEmbedding(Part):
     """
 
     class Settings(PartSettings):
-        scale: float = Field(
-            default=0.1, ge=0, description="Initial standard deviation of the embedding. Entries of x are about 1."
+        scale: Weight = Field(
+            default=0.1, description="Initial standard deviation of the embedding. Entries of x are about 1."
         )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
@@ -68,11 +69,11 @@ class MultiScale(Part):
     reads = frozenset({"f"})
 
     class Settings(PartSettings):
-        scale: float = Field(
-            default=0.1, ge=0, description="Initial standard deviation of the embeddings. Entries of x are about 1."
+        scale: Weight = Field(
+            default=0.1, description="Initial standard deviation of the embeddings. Entries of x are about 1."
         )
-        decay: float = Field(
-            default=0.99, ge=0, lt=1, description="Decay per step of each scale's mean share of the activation."
+        decay: Fraction = Field(
+            default=0.99, description="Decay per step of each scale's mean share of the activation."
         )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
@@ -136,9 +137,7 @@ class ScaleTargets(Part):
     reads = frozenset({"f", "rows"})
 
     class Settings(PartSettings):
-        coefficient: float = Field(
-            default=0.1, ge=0, description="Weight of the squared error of each scale's latents."
-        )
+        coefficient: Weight = Field(default=0.1, description="Weight of the squared error of each scale's latents.")
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -160,7 +159,7 @@ class ScaleTargets(Part):
 
 
 @part("residual_position")
-class ResidualPosition(Part):
+class ResidualPosition(Averaging):
     """Pre-activations are normalised by position, and a gated prediction from the position is added (A10).
 
         pre_n  <- c_p pre_n + sigmoid(a * s_n + c) * r_p     p = pos_n,  r = P R,  P [T, d_p], R [d_p, F],  a, c [F]
@@ -181,10 +180,8 @@ class ResidualPosition(Part):
 
     class Settings(PartSettings):
         width: Count = Field(default=32, description="d_p, the width of the position embedding.")
-        regulariser: float = Field(default=0.01, ge=0, description="Weight of |r_p|^2 in the pathway's own loss.")
-        decay: float = Field(
-            default=0.99, ge=0, lt=1, description="Decay per step of the mean variance at each position."
-        )
+        regulariser: Weight = Field(default=0.01, description="Weight of |r_p|^2 in the pathway's own loss.")
+        decay: Fraction = Field(default=0.99, description="Decay per step of the mean variance at each position.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -195,7 +192,6 @@ class ResidualPosition(Part):
         self.offset = nn.Parameter(torch.full((sae.d_sae,), -2.0))
         self.variance = RunningMean(settings.decay, positions)
         self._term: Tensor | None = None
-        self._variances: tuple[Tensor, Tensor] | None = None
 
     def pre(self, pre: Tensor, batch: BatchView) -> Tensor:
         mask_position = batch.sae.mask.rows(batch.pos)
@@ -210,9 +206,9 @@ class ResidualPosition(Part):
         )
 
     def _set_term(self, pre: Tensor, normal: Tensor, r: Tensor, mask_position: Tensor) -> None:
-        """Set the pathway's term, and the variances for `after`. pre and normal [N, F] are constants."""
+        """Set the pathway's term, and the running variances. pre and normal [N, F] are constants."""
         count = sum_by(mask_position, pre.new_ones(len(pre)), self.positions)
-        self._variances = sum_by(mask_position, pre.var(1, correction=0), self.positions), count
+        self.variance.later(*means(sum_by(mask_position, pre.var(1, correction=0), self.positions), count))
         deviation = sum_by(mask_position, normal, self.positions) / count.clamp_min(1)[:, None] - normal.mean(0)
         of_position = (r - deviation).square().sum(1) + self.settings.regulariser * r.square().sum(1)
         self._term = self.cfg.d_in / self.cfg.d_sae * (count * of_position).sum() / len(pre)
@@ -220,7 +216,3 @@ class ResidualPosition(Part):
     def penalty(self, batch: BatchView) -> Tensor | None:
         term, self._term = self._term, None
         return term
-
-    def after(self, batch: BatchView) -> None:
-        if self._variances is not None:
-            self.variance.add_mean(*self._variances)

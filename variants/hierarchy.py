@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
+from .number_types import Fraction, Weight
 from .similarity import sample_indices
 
 
@@ -67,18 +68,16 @@ class CausalLevels(Part):
 
     class Settings(PartSettings):
         levels: int = Field(default=3, ge=2, description="Number of levels, contiguous blocks of latents, at most F.")
-        entropy: float = Field(
-            default=0.01, ge=0, description="Weight of the penalty on unequal use of the levels, in units of D."
+        entropy: Weight = Field(
+            default=0.01, description="Weight of the penalty on unequal use of the levels, in units of D."
         )
-        consistency: float = Field(
-            default=0.1, ge=0, description="Weight of the squared error of each level on what earlier levels left."
+        consistency: Weight = Field(
+            default=0.1, description="Weight of the squared error of each level on what earlier levels left."
         )
-        separation: float = Field(
-            default=0.1, ge=0, description="Weight of positive cosines between causal and other latents, in units of D."
+        separation: Weight = Field(
+            default=0.1, description="Weight of positive cosines between causal and other latents, in units of D."
         )
-        decay: float = Field(
-            default=0.95, ge=0, lt=1, description="Decay per step of the mean of each latent's causality."
-        )
+        decay: Fraction = Field(default=0.95, description="Decay per step of the mean of each latent's causality.")
         sampled: int = Field(
             default=256, ge=2, description="Tokens, and latents of both halves together, that a step draws."
         )
@@ -180,13 +179,13 @@ class LevelAttention(Part):
         )
         heads: Count = Field(default=8, description="Number of attention heads.")
         width: Count = Field(default=16, description="Width of each head.")
-        adjacency: float = Field(
-            default=0.1, ge=0, description="Weight of the routing bias towards groups that occur with active ones."
+        adjacency: Weight = Field(
+            default=0.1, description="Weight of the routing bias towards groups that occur with active ones."
         )
-        weight: float = Field(
-            default=0.1, ge=0, description="Weight of the squared error of reconstructions by the first levels alone."
+        weight: Weight = Field(
+            default=0.1, description="Weight of the squared error of reconstructions by the first levels alone."
         )
-        decay: float = Field(default=0.95, ge=0, lt=1, description="Decay per step of the mean adjacency of groups.")
+        decay: Fraction = Field(default=0.95, description="Decay per step of the mean adjacency of groups.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
+from .number_types import Factor, Fraction, Weight
 from .similarity import sample_indices
 
 COMPRESSED_BY = 0.8  # share of the run
@@ -31,11 +32,9 @@ class Pruning(Part):
     reads = frozenset({"f"})
 
     class Settings(PartSettings):
-        fraction: float = Field(
-            default=0.5, ge=0, lt=1, description="Share of the latents that is off from 0.8 of the run on."
-        )
+        fraction: Fraction = Field(default=0.5, description="Share of the latents that is off from 0.8 of the run on.")
         every: Count = Field(default=10, description="Steps between two decisions about which latents are off.")
-        decay: float = Field(default=0.95, ge=0, lt=1, description="Decay per step of the mean importance of latents.")
+        decay: Fraction = Field(default=0.95, description="Decay per step of the mean importance of latents.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -102,11 +101,9 @@ class Distillation(Part):
     """
 
     class Settings(PartSettings):
-        temperature: float = Field(default=2.0, gt=0, description="tau, the divisor of activations in both softmaxes.")
-        weight: float = Field(default=0.1, ge=0, description="Weight of the divergence, in units of D tau^2.")
-        decay: float = Field(
-            default=0.999, ge=0, lt=1, description="Decay per step of the teacher, the mean of past encoders."
-        )
+        temperature: Factor = Field(default=2.0, description="tau, the divisor of activations in both softmaxes.")
+        weight: Weight = Field(default=0.1, description="Weight of the divergence, in units of D tau^2.")
+        decay: Fraction = Field(default=0.999, description="Decay per step of the teacher, the mean of past encoders.")
         tokens: Count = Field(default=256, description="Tokens that a step compares, drawn at random.")
         latents: int = Field(default=4096, ge=2, description="Latents that a step compares, drawn at random.")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..engine.config import Count, SAEConfig, Share
 from ..engine.parts import BatchView, Part, PartSettings, part
 from ..engine.sae import SparseAutoencoder
+from .number_types import Factor, Fraction, Weight
 
 
 def range_of(batch: BatchView, ranges: int, positions: int) -> Tensor:
@@ -28,8 +29,8 @@ class RangeEncoders(Part):
     """
 
     class Settings(PartSettings):
-        scale: float = Field(
-            default=0.0, ge=0, description="Initial standard deviation of the input biases. Entries of x are about 1."
+        scale: Weight = Field(
+            default=0.0, description="Initial standard deviation of the input biases. Entries of x are about 1."
         )
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
@@ -80,15 +81,13 @@ class RangeAdapters(Part):
     class Settings(PartSettings):
         ranges: Count = Field(default=4, description="Number of equal ranges of positions, each with an adapter.")
         hidden: Count = Field(default=32, description="Hidden units of an adapter.")
-        scale: float = Field(
-            default=0.1, gt=0, description="Initial size of the adapters' second layer: N(0, scale^2 / hidden)."
+        scale: Factor = Field(
+            default=0.1, description="Initial size of the adapters' second layer: N(0, scale^2 / hidden)."
         )
-        start: float = Field(
-            default=0.0, ge=0, lt=1, description="Share of the run in which the base encoder is trained alone."
-        )
+        start: Fraction = Field(default=0.0, description="Share of the run in which the base encoder is trained alone.")
         ramp: Share = Field(default=0.0, description="Share of the run over which the adapters are then added.")
-        pace: float = Field(
-            default=1.0, gt=0, description="Learning rate of the adapters as a multiple of the dictionary's."
+        pace: Factor = Field(
+            default=1.0, description="Learning rate of the adapters as a multiple of the dictionary's."
         )
         l1_from: Share = Field(
             default=1.0, description="Factor on L1 while the base is trained alone. It rises to 1 with the adapters."

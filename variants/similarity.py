@@ -1,4 +1,4 @@
-"""Penalties on decoder rows that are too similar."""
+"""Penalties on decoder rows that are similar or overlap."""
 
 from typing import Any
 
@@ -8,18 +8,19 @@ from torch import Tensor
 
 from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
-from .running_mean import RunningMean
+from .number_types import Fraction, Weight
+from .running_mean import Averaging, RunningMean
 
 
 def sample_indices(n: int, most: int, batch: BatchView) -> Tensor:
     """0..n-1, or `most` of them drawn at random."""
     if n <= most:
         return torch.arange(n, device=batch.x.device)
-    return torch.randperm(n, generator=batch.generator())[:most].to(batch.x.device)
+    return torch.randperm(n, generator=batch.generator())[:most].to(batch.x.device, non_blocking=True)
 
 
 @part("dynamic_margin")
-class DynamicMargin(Part):
+class DynamicMargin(Averaging):
     """Decoder rows are pushed apart where they are more similar than usual (E1 to E3, E5).
 
     At each step, over the pairs i != j of min(F, `sample`) rows drawn at random, with c_ij the cosine:
@@ -34,13 +35,11 @@ class DynamicMargin(Part):
     """
 
     class Settings(PartSettings):
-        coefficient: float = Field(default=1.0, ge=0, description="Weight of the penalty, in units of D.")
-        decay: float = Field(
-            default=0.95, ge=0, lt=1, description="Decay per step of the mean and standard deviation of cosines."
+        coefficient: Weight = Field(default=1.0, description="Weight of the penalty, in units of D.")
+        decay: Fraction = Field(
+            default=0.95, description="Decay per step of the mean and standard deviation of cosines."
         )
-        deviations: float = Field(
-            default=2.0, ge=0, description="Margin above the mean cosine, in standard deviations."
-        )
+        deviations: Weight = Field(default=2.0, description="Margin above the mean cosine, in standard deviations.")
         sample: int = Field(
             default=512, ge=2, description="Largest number of decoder rows that a step compares, drawn at random."
         )
@@ -48,7 +47,6 @@ class DynamicMargin(Part):
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         self.usual = RunningMean(settings.decay, 3)  # mean, std, share of pairs above the margin
-        self._batch_statistics: Tensor | None = None
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -69,15 +67,55 @@ class DynamicMargin(Part):
             statistics = torch.stack([mean, std, torch.zeros_like(mean)])
             margin = self.margin(torch.where(self.usual.known, self.usual.value, statistics))
             statistics[2] = ((cosine > margin) * off_diagonal).sum() / pairs
-        self._batch_statistics = statistics
+        self.usual.later(statistics)
         excess = (cosine - margin).clamp_min(0) * off_diagonal
         return self.settings.coefficient * D * (F - 1) / pairs * excess.square().sum()
-
-    def after(self, batch: BatchView) -> None:
-        if self._batch_statistics is not None:
-            self.usual.add(self._batch_statistics)
-            self._batch_statistics = None
 
     def report(self) -> dict[str, Any]:
         mean, std, above = self.usual.value.tolist()
         return {"margin": float(self.margin(self.usual.value)), "mean": mean, "std": std, "above": above}
+
+
+class OverlapSettings(PartSettings):
+    strength: Weight = Field(
+        default=0.1, description="Weight of the penalty, as the share of |x|^2 that random decoder rows cost."
+    )
+    rows: int = Field(
+        default=1024, ge=2, description="Largest number of decoder rows that a step compares, drawn at random."
+    )
+
+
+class _Overlap(Part):
+    """A penalty on the overlap of decoder rows, on a sample of M rows W [M, D] at every step.
+
+        penalty = strength D (D mean_{i != j} c_ij^2)        c = W W^T, cosines, because decoder rows have norm 1
+
+    The mean over pairs of the sample estimates that over all F rows. Decided here: c^2 of random directions is 1 / D on
+    average, so the bracket is about 1 before training for any F and M, and `strength` is a share of |x|^2. A frozen
+    random decoder, the control, has no penalty. `positive_only`: only positive cosines count.
+    """
+
+    Settings = OverlapSettings
+    positive_only = False
+
+    def penalty(self, batch: BatchView) -> Tensor | None:
+        W, settings = batch.sae.W_dec, self.settings
+        if not W.requires_grad:
+            return None
+        W = W.index_select(0, sample_indices(len(W), settings.rows, batch))
+        c = (W @ W.T).fill_diagonal_(0)
+        c = c.clamp_min(0) if self.positive_only else c
+        pairs = max(1, len(c) * (len(c) - 1))
+        return settings.strength * batch.sae.cfg.d_in**2 / pairs * c.square().sum()
+
+
+@part("decoder_separation")
+class DecoderSeparation(_Overlap):
+    """Decoder rows are pushed apart: only positive c count (D2). Opposite directions may stay."""
+
+    positive_only = True
+
+
+@part("decoder_orthogonality")
+class DecoderOrthogonality(_Overlap):
+    """Decoder rows are pulled towards orthogonality, |W W^T - I|^2: c of both signs count (D4)."""

@@ -1,5 +1,6 @@
 """Record how losses, masks and weights differ by position."""
 
+import math
 from typing import Any
 
 import torch
@@ -64,7 +65,4 @@ class PositionTracker(Part):
 
 def _numbers(values: Tensor) -> list[float | None]:
     """Numbers with six digits. None if not finite, which JSON cannot hold."""
-    finite = values.isfinite().tolist()
-    return [
-        float(f"{value:.6g}") if is_finite else None for value, is_finite in zip(values.tolist(), finite, strict=True)
-    ]
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]

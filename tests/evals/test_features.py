@@ -17,7 +17,7 @@ from temposae.engine.storage.sealed import write_json
 from temposae.engine.stream import ActivationStream
 from temposae.engine.stream.token_rows import TextRows, TokenRows
 from temposae.engine.testbed.language import Language
-from temposae.evals import feature_writer, features
+from temposae.evals import feature_files, features
 
 D, F, T = 128, 96, 64
 PLACE = ["document", "row", "position", "token"]
@@ -97,8 +97,8 @@ def by_hand(stream: ActivationStream, rows: TokenRows, sae: SparseAutoencoder) -
     ],
 )
 def test_a_store_is_the_dense_code(over, tmp_path, monkeypatch, name, packing):
-    monkeypatch.setattr(feature_writer, "PART", most := 6000 if SAES[name].activation == "relu" else 1000)
-    monkeypatch.setattr(feature_writer, "GROUP", 500)
+    monkeypatch.setattr(feature_files, "PART", most := 6000 if SAES[name].activation == "relu" else 1000)
+    monkeypatch.setattr(feature_files, "GROUP", 500)
     stream, rows = over(packing)
     found = saved(SAES[name], tmp_path)
     about = features.encode(found, stream, tmp_path / "store")
@@ -141,7 +141,7 @@ def test_reading_is_what_pandas_reads(over, tmp_path_factory, latent, document, 
     store = tmp_path_factory.getbasetemp() / "read"
     if not (store / "store.json").exists():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(feature_writer, "PART", 20_000)
+            patch.setattr(feature_files, "PART", 20_000)
             place = tmp_path_factory.mktemp("read_sae")
             features.encode(saved(SAES["relu"], place), over()[0], store)
     given = [
@@ -158,8 +158,8 @@ def test_reading_is_what_pandas_reads(over, tmp_path_factory, latent, document, 
 
 
 def test_parts_are_sorted_so_that_row_groups_can_be_passed_over(over, tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_writer, "PART", 20_000)
-    monkeypatch.setattr(feature_writer, "GROUP", 1000)
+    monkeypatch.setattr(feature_files, "PART", 20_000)
+    monkeypatch.setattr(feature_files, "GROUP", 1000)
     about = features.encode(saved(SAES["relu"], tmp_path), over()[0], tmp_path / "store")
     for name in about["parts"]:
         file = pq.ParquetFile(tmp_path / "store" / name)
@@ -296,7 +296,7 @@ def test_a_store_without_its_end_is_refused(over, tmp_path):
 
 
 def test_a_damaged_row_group_is_named_where_it_is_read_and_a_store_of_before_is_read(over, tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_writer, "GROUP", 64)
+    monkeypatch.setattr(feature_files, "GROUP", 64)
     about = features.encode(saved(SAES["topk"], tmp_path), over()[0], store := tmp_path / "store", tokens=300)
     part = store / about["parts"][0]
     latents = features.read(store)["latent"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from temposae.engine.errors import UserError
 from temposae.engine.parts import BatchView
-from temposae.variants.specialised_weights import specialization
+from temposae.variants.loss_weights import specialization
 
 from ..stepping import advance
 
