@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from ..engine.errors import UserError
 from ..engine.storage.files import check_writable, write_json
 from .arguments import App
-from .options import PLAIN, JsonFile
+from .options import PLAIN, JsonFile, check_backend
 
 bench_app = App(help="Time training steps, ops and streams, next to other libraries.", **PLAIN)
 
@@ -52,7 +53,7 @@ def step(
     medians are compared, and the table says whether each one learns. Libraries that are not installed or lack the
     activation are left out.
     """
-    device_type, dtype_name, shapes = _start(json_file, device, dtype, preset, (n, d, f, k))
+    device_type, dtype_name, shapes = _start(device, dtype, preset, (n, d, f, k))
     from ..bench import step as steps
     from ..bench.providers import PROVIDERS
     from ..bench.results import record, table
@@ -88,7 +89,7 @@ def ops(
 
     The floor is the least time that FLOPs and bytes allow on this device.
     """
-    device_type, dtype_name, shapes = _start(json_file, device, dtype, preset, (n, d, f, k))
+    device_type, dtype_name, shapes = _start(device, dtype, preset, (n, d, f, k))
     from ..bench import ops as suite
     from ..bench.results import record, table
 
@@ -110,7 +111,7 @@ def streams(
     Results are ratios of times taken in turns: harvesting, the ring buffer, and training 1, 8 and 32 dictionaries. On a GPU
     the language model has Gemma-2-2B's shape and random weights.
     """
-    device_type = _check(json_file, device)
+    device_type = _check(device)
     from ..bench import streams as suite
 
     sizes = suite.sizes(preset or _default_preset(device_type), model)
@@ -130,10 +131,9 @@ def runs(
 
     Also times training all of them on one stream against training them one by one.
     """
-    device_type = _check(json_file, device)
+    device_type = _check(device)
     from ..bench import documented_runs as suite
     from ..campaign.documented import documented
-    from ..engine.errors import UserError
 
     preset_name = preset or _default_preset(device_type)
     if preset_name not in suite.PRESETS:
@@ -173,7 +173,8 @@ def learning_rate(
     Trains a dictionary at each rate and compares FVU on held-out tokens. Runs on the CPU and takes minutes to hours,
     depending on the preset.
     """
-    _check(json_file, "cpu")
+    _check("cpu")
+    check_writable(json_file)
     from ..bench import learning_rate as suite
     from ..engine.stream.documents import check_data
 
@@ -210,7 +211,7 @@ def peers(
     The scripts are minimal training scripts in bench/peers, with diffs that add two lines. The preset is N = 1024, D = 512,
     F = 4096,16384, K = 32. On a GPU it is N = 4096, D = 2304, F = 65536, K = 64, under bfloat16 autocast.
     """
-    device_type = _check(json_file)
+    device_type = _check()
     from ..bench import before_after as suite
 
     default_sizes = {"cpu": ("1024", "512", "4096,16384", "32"), "cuda": ("4096", "2304", "65536", "64")}[device_type]
@@ -247,7 +248,6 @@ def report(
     _set_log_levels()
     from ..bench.report import write as write_report
 
-    check_writable(json_file)
     figures, paths = write_report(out, results=results, archs=arch, kernels=kernel)
     write_json(json_file, figures)
     print((out / "report.md").read_text(), end="")
@@ -265,7 +265,6 @@ def tune(
     GPU's row of kernels/configs.py. Takes minutes. Run the GPU tests afterwards.
     """
     _set_log_levels()
-    check_writable(json_file)
     from ..bench import tune as tuning
 
     choices = tuning.run(entry)
@@ -290,11 +289,10 @@ def profile(
 
     Prints the stages of a step and writes a trace of it. Profiles one shape: the first of the preset, or the given one.
     """
-    device_type, dtype_name, shapes = _start(json_file, device, dtype, preset, (n, d, f, k))
+    device_type, dtype_name, shapes = _start(device, dtype, preset, (n, d, f, k))
     from ..bench.profile import run
     from ..bench.profile import table as stages
     from ..bench.results import commit, device_name
-    from ..engine.errors import UserError
 
     if len(shapes) > 1 and (n, d, f, k) != (None,) * 4:
         raise UserError(f"--n, --d, --f, --k: {len(shapes)} shapes are not allowed; give one number each")
@@ -306,10 +304,10 @@ def profile(
 
 
 def _start(
-    json_file: Path | None, device: str | None, dtype: str | None, preset: str | None, sizes: tuple[str | None, ...]
+    device: str | None, dtype: str | None, preset: str | None, sizes: tuple[str | None, ...]
 ) -> tuple[str, str, Any]:
     """Check the options and return device, dtype and shapes. `sizes` are N, D, F and K."""
-    device_type = _check(json_file, device)
+    device_type = _check(device)
     from ..bench.data import DTYPES, check_settings
 
     default_dtype = "bf16" if device_type == "cuda" else "fp32"
@@ -318,14 +316,10 @@ def _start(
     return device_type, dtype_name, _shapes(preset or _default_preset(device_type), *sizes)
 
 
-def _check(json_file: Path | None, device: str | None = None) -> str:
-    """Check that the file can be written and that a backend runs on the device. Returns "cpu" or "cuda"."""
+def _check(device: str | None = None) -> str:
+    """Check that a backend runs on the device. Returns "cpu" or "cuda"."""
     _set_log_levels()
-    check_writable(json_file)
     import torch
-
-    from ..engine.errors import UserError
-    from .options import check_backend
 
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"device: {device!r} is not allowed; it must be cpu or cuda")
@@ -342,7 +336,6 @@ def _default_preset(device_type: str) -> str:
 def _shapes(preset: str, n: str | None, d: str | None, f: str | None, k: str | None) -> Any:
     """The shapes that the options ask for. An error names the option."""
     from ..bench.data import shapes
-    from ..engine.errors import UserError
 
     try:
         return shapes(preset, N=n, D=d, F=f, K=k)

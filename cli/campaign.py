@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from ..engine.storage.files import check_writable, write_json
+from ..engine.errors import UserError
+from ..engine.process.signals import stop_advice
+from ..engine.storage.files import write_json
 from .options import Data, Hook, JsonFile, Latents, Layer, Model, Plugin, Resume, check_backend, merge
 from .output import campaign_table
 
@@ -47,7 +49,6 @@ def run(
     """
     from ..campaign.config import PLAIN, fitting_share, ratio
     from ..campaign.documented import RUNS, documented, settings
-    from ..engine.errors import UserError
     from .output import documented_list
 
     if listed:
@@ -109,9 +110,7 @@ def campaign(
     """
     from ..campaign.config import QUICK, fitting_share
     from ..engine.config import read_yaml
-    from ..engine.plugins import use
 
-    use(plugin)
     section_options = {
         "stream": {"model": model, "layer": layer, "data": data},
         "sae": {"d_sae": d_sae},
@@ -150,11 +149,8 @@ def plot(
 def _campaign(settings: dict[str, Any], folder: Path, resume: bool, json_file: Path | None, out: Path | None) -> None:
     from ..campaign.config import CampaignConfig
     from ..campaign.run_campaign import campaign, read_config
-    from ..engine.errors import UserError
-    from ..engine.process.signals import stop_advice
 
     began = time.monotonic()
-    check_writable(json_file)
     check_backend()
     if resume:
         if out is None:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from ..engine.storage.files import check_writable, write_json
+from ..engine.errors import UserError
+from ..engine.process.signals import stop_advice
+from ..engine.storage.files import write_json
+from ..engine.storage.lock import owned
 from .options import Data, Field, Hook, JsonFile, Layer, Model, Plugin, Resume, Split, Subset, check_backend, merge
 from .output import figures, runs_table
 
@@ -63,16 +66,11 @@ def train(
     To use several GPUs: torchrun --nproc-per-node 8 -m temposae train ... Each takes a share of the text and the latents.
     """
     from ..engine.config import read_yaml
-    from ..engine.errors import UserError
-    from ..engine.plugins import use
     from ..engine.ranks import Ranks
-    from ..engine.storage.lock import owned
     from ..engine.storage.run_folder import CONFIG, check_free, read_settings
     from ..engine.sweep import expand, read_streams
 
-    check_writable(json_file)
     check_backend()
-    use(plugin)
     ranks = Ranks.start()
     options = {
         "stream": {
@@ -114,9 +112,7 @@ def train(
 def _train(
     settings: dict[str, dict[str, Any]], folder: Path, resume: bool, ranks: "Ranks", json_file: Path | None
 ) -> None:
-    """Train dictionaries into a folder, evaluate them and print their scores."""
     from ..engine.process.cpu_memory import peak_gb
-    from ..engine.process.signals import stop_advice
     from ..engine.stream import ActivationStream
     from ..engine.sweep import resolve
     from ..engine.train import train_together
@@ -198,12 +194,9 @@ def cache(
     layers are read in one pass. The text is read once and not repeated.
     """
     from ..engine.config import Layer, StreamConfig, read_yaml
-    from ..engine.errors import UserError
-    from ..engine.process.signals import stop_advice
     from ..engine.stream.cache_writer import write_cache
 
     began = time.monotonic()
-    check_writable(json_file)
     options = {"model": model, "data": data, "text_field": text_field, "split": split, "subset": subset}
     config_settings = merge(read_yaml(config) if config else {}, {"stream": options})
     for other in config_settings.keys() - {"stream", "sae", "train", "eval"}:

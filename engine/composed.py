@@ -226,7 +226,6 @@ class ComposedAutoencoder(SparseAutoencoder):
         return code.with_values(code.live(f.reshape(-1)[flat_indices]))
 
     def _weighted_sum(self, batch: BatchView) -> Tensor:
-        """Weighted sum of squared error and of the L1 term over the batch."""
         assert batch.squared_error is not None
         assert batch.l1 is not None
         error_weights, l1_weights = None, None

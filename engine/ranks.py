@@ -52,8 +52,7 @@ class Ranks:
         return cls.here()
 
     def apart(self) -> "Ranks":
-        """Return the same processes with a communication group of their own, whose calls may overlap with this
-        one's."""
+        """Return the same processes with their own communication group, whose calls may overlap with this one's."""
         return self if self.size == 1 else replace(self, group=dist.new_group())
 
     @property

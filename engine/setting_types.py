@@ -121,8 +121,7 @@ def _kinds_of(settings: type[BaseModel], name: str) -> frozenset[Any]:
 
 
 def kinds(annotation: Any) -> frozenset[Any]:
-    """Return the types in an annotation: for `tuple[int, ...] | None` int, tuple and None. Literal choices give
-    Literal."""
+    """Return the types in an annotation: for `tuple[int, ...] | None` int, tuple and None. Choices give Literal."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return kinds(get_args(annotation)[0])

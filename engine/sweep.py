@@ -257,7 +257,6 @@ def _run_configs(
 
 
 def _run_config(settings: Mapping[str, Any], stream: StreamConfig, d_in: int, d_out: int | None = None) -> RunConfig:
-    """Build a run's settings. d_sae defaults to 8 d_in."""
     sections = {key: value for key, value in settings.items() if key not in ("stream", "sae")}
     sae_settings = dict(section(settings, "sae"))
     if isinstance(mask := sae_settings.get("mask", {}), dict):
@@ -278,7 +277,6 @@ def _neighbour_hook(hook: str) -> str:
 
 @contextmanager
 def _name_in_errors(name: str) -> Iterator[None]:
-    """Put the dictionary's name in front of a UserError raised inside."""
     try:
         yield
     except UserError as error:

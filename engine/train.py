@@ -381,8 +381,7 @@ class _Training:
         self._report([trainee for trainee in active if trainee.main.has_news])
 
     def _save(self, must_save: bool) -> None:
-        """Write a checkpoint of all dictionaries if it `must_save` or is time. The stream's part is written last and
-        makes it valid."""
+        """Write a checkpoint if it `must_save` or is time. The stream's part is written last and makes it valid."""
         if self.folder is None or self.saved_step == self.step:
             return
         interval = self.config.checkpoint_every_steps
@@ -413,7 +412,6 @@ class _Training:
 
 
 def _check_settings(config_path: Path, last_checkpoint: checkpoint.Checkpoint, run: RunConfig) -> None:
-    """Refuse to continue from a checkpoint of other settings."""
     if last_checkpoint.run is not None and (changed := difference({"": last_checkpoint.run}, {"": run})):
         raise UserError(
             f"resume: {changed[0]} is {changed[2]} in {config_path}, and {changed[1]} in "

@@ -116,6 +116,12 @@ def code_above(owner: Any, x: Tensor, W: Tensor, b: Tensor, limit: Tensor | None
     return None if n_active is None else sparse_code(ops.encode_threshold, x, W, b, limit, expected=n_active)
 
 
+def magnitudes(gates: SparseCode, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> SparseCode:
+    """Activations of a gated dictionary at the entries with an open gate, from the gates' values."""
+    product = gates.values - at_entries(b_gate.detach(), gates)
+    return gates.with_values((product * at_entries(r_mag.exp(), gates) + at_entries(b_mag, gates)).relu())
+
+
 def among_dead(x: Tensor, W: Tensor, b: Tensor, dead: Tensor) -> Tensor:
     """Pre-activations [N, n_dead] of the dead latents, from x [N, D], W [D, F], b and dead [F]."""
     return x @ W[:, dead] + b[dead]

@@ -131,7 +131,6 @@ def _methods(cls: type) -> frozenset[str]:
 
 
 def _is_the_librarys(cls: type) -> bool:
-    """Whether all methods of a class come from its library."""
     contents = vars(cls)
     if cls in _checked and _checked[cls] == contents:
         return True
@@ -158,7 +157,6 @@ def _library_paths(cls: type) -> tuple[str, ...]:
 
 
 def _codes(value: Any) -> Iterator[CodeType]:
-    """Code objects of a method or property and of its decorators."""
     if isinstance(value, property):
         for function in (value.fget, value.fset, value.fdel):
             yield from _codes(function)
@@ -171,8 +169,7 @@ def _codes(value: Any) -> Iterator[CodeType]:
 
 
 def twice(owner: Any, outputs: Sequence[Any], x: Tensor, by_library: Callable[[Tensor], Sequence[Any]]) -> list[Any]:
-    """Make our ops' outputs for `owner` and `x` differentiable any number of times. `by_library` computes the same outputs
-    with the library's code."""
+    """Make our ops' outputs differentiable any number of times. `by_library` computes them with the library's code."""
     positions = [i for i, output in enumerate(outputs) if isinstance(output, Tensor) and output.requires_grad]
     results = list(outputs)
     if not positions:

@@ -94,8 +94,7 @@ def _run(sae: SparseAutoencoder, where: Where) -> RunConfig | None:
 
 
 def unreadable_reason(folder: Path) -> str:
-    """Explain why `read` finds no dictionary in a folder, or suggest its subfolders. Empty if there is nothing to
-    say."""
+    """Explain why `read` finds no dictionary in a folder, or suggest its subfolders."""
     if not folder.is_dir():
         return ""
     files = sorted(path.name for path in folder.iterdir() if path.is_file())

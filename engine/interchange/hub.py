@@ -72,7 +72,6 @@ def upload(folder: Path, name: str, card: str, *, private: bool = False) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return in one line why the hub refused."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled) and (obstacle := hub_access.why_not()) is not None:
@@ -81,7 +80,6 @@ def _reason(error: Exception) -> str:
 
 
 def _target(name: str) -> tuple[str, str | None]:
-    """Split a name into the repository and the folder in it."""
     match = NAME.fullmatch(name)
     if match is None or match["revision"]:
         raise UserError(f"to: {name!r} is not allowed; it must be OWNER/REPOSITORY or OWNER/REPOSITORY/FOLDER")

@@ -84,8 +84,7 @@ def _check_sizes(cfg: Settings, t: State) -> None:
 
 
 def _threshold(tensors: TrackedTensors, fixed_threshold: float, b_enc: Tensor) -> Tensor:
-    """Return the threshold per latent [F], stored as a logarithm. Before February 2025 it was one setting for all
-    latents."""
+    """Return the threshold per latent [F]. Before February 2025 it was one setting for all latents."""
     learned = tensors.take("activation_function.log_jumprelu_threshold", "log_jumprelu_threshold")
     if learned is not None:
         return learned.exp()

@@ -132,8 +132,7 @@ def _latents_factor(cfg: Settings, tensors: TrackedTensors) -> Tensor | None:
 
 
 def _activations_factor(cfg: Settings, folder: Path) -> float | None:
-    """Return the factor on activations. SAELens folds it into the weights when training ends; until then it is in a
-    file."""
+    """Return the factor on activations, which SAELens folds into the weights only when training ends."""
     normalised = cfg["normalize_activations"]
     if normalised == "none":
         return None

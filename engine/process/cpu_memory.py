@@ -1,5 +1,4 @@
-"""Tune the memory allocator, without which training on a CPU can become several times slower or use more and more
-memory."""
+"""Tune the memory allocator. Without it, training on a CPU may be several times slower or take ever more memory."""
 
 import ctypes
 import platform

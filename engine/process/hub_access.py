@@ -37,8 +37,7 @@ def is_cached(repository: str, file: str = "config.json") -> bool:
 
 
 def unreachable(field: str, name: str, instead: str) -> str:
-    """Return the error message for a name that is neither local nor can be fetched. `instead` says what may be
-    given."""
+    """Word the error for a name that is neither local nor reachable. `instead` says what may be given."""
     return (
         f"{field}: {name!r} can't be loaded: it is not in the Hugging Face cache, and the hub can't be reached "
         f"({why_not()}); give {instead}"

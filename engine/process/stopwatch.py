@@ -33,8 +33,7 @@ class Stopwatch:
             self._seconds[section] += time.perf_counter() - start_time
 
     def shares(self) -> dict[str, float]:
-        """Return each section's share of the time since the last call, and `wait` for the rest. Synchronises with a
-        GPU."""
+        """Return each section's share of the time since the last call, and `wait` for the rest. Synchronises."""
         for section, start_event, end_event in self._events:
             end_event.synchronize()
             self._seconds[section] += start_event.elapsed_time(end_event) / 1000

@@ -226,7 +226,6 @@ def find(path: Path) -> Checkpoint:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Read checkpoint.json and check it, including its names, which become paths."""
     path = folder / MANIFEST
     remedy = f"remove {folder} to continue from an earlier checkpoint, if the run has one"
     manifest = read_json(path, "checkpoint", remedy, form=FORMAT, keys=KEYS)

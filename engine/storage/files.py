@@ -90,7 +90,6 @@ def _descriptor(path: Path) -> int | None:
 
 
 def _is_being_written(unfinished: Path) -> bool:
-    """Whether another process on this host is still writing an unfinished file."""
     process = unfinished.name.rpartition("-")[2]
     if not process.isdecimal() or int(process) == os.getpid():
         return False
@@ -118,8 +117,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def absolute(name: str) -> str:
-    """Return the absolute path of an existing file or folder. Other names, such as a model's on the hub, stay
-    unchanged."""
+    """Return the absolute path of an existing file or folder, and other names, such as a model's, unchanged."""
     path = Path(name).expanduser()
     try:
         return os.path.abspath(path) if path.exists() else name
@@ -135,8 +133,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Create a folder atomically: yield a temporary folder that then becomes `folder`. Parents are created. The mode of
-    the files follows the umask."""
+    """Create a folder, and its parents, atomically: yield a temporary folder that then becomes `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.with_name(f"{UNFINISHED}{folder.name}-{secrets.token_hex(4)}")
     fresh.mkdir()
@@ -169,8 +166,7 @@ def digest(path: Path) -> str:
 
 
 def digest_of_folder(path: Path) -> str:
-    """Return the SHA-256 of the names, sizes and modification times of a folder's files, which is fast for large
-    files."""
+    """Return the SHA-256 of the names, sizes and modification times of a folder's files."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     lines = [f"{file.relative_to(path)} {(stat := file.stat()).st_size} {stat.st_mtime_ns}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -27,8 +27,6 @@ from .token_rows import RowSource, TestbedRows, TextRows, TokenRows, open_text
 
 GIVE_UP = 2**20  # consecutive tokens that the filters may leave out before a text is refused
 
-__all__ = ["ActivationStream", "ArraySource", "Batch", "LanguageModel", "TokenRows"]
-
 
 class ActivationStream:
     """Activations of a language model at one or more hooks, mixed over documents, each with its position.
@@ -89,7 +87,6 @@ class ActivationStream:
         self._buffer = self._make_buffer(tokens, batch)
 
     def _open_source(self, hooks: Sequence[str], documents: Any, seed: int) -> ActivationSource:
-        """Open the source of activations and adapt the settings to it."""
         config = self.config
         if self.own is not None:
             self.config = settle(config, self.own)
@@ -296,7 +293,6 @@ class ActivationStream:
         return self.source.counts | self.dropped
 
     def _begin(self) -> None:
-        """Fill the buffer for the first time."""
         if not self._buffer.begun:
             with progress_bar("filling the buffer", total=self.buffer_tokens, unit="tokens") as self._fill_bar:
                 contents = self._buffer.contents()

@@ -101,7 +101,6 @@ class ArraySource:
             self._identity = self._sample_fingerprint()
 
     def _restart(self) -> None:
-        """Start the iterable again from its first chunk."""
         self._iterator = iter(self._chunks)
         self._next_chunk = next(self._iterator, None)
 
@@ -193,7 +192,6 @@ class ArraySource:
         return {name: value[start:stop] for name, value in self._arrays.items()}
 
     def _sample_fingerprint(self) -> int:
-        """A hash of the shapes and of rows spread evenly over the arrays."""
         assert self._arrays is not None
         texts = [str([(name, tuple(value.shape)) for name, value in self._arrays.items()])]
         for row in sorted({row * (self._row_count - 1) // (SAMPLED - 1) for row in range(SAMPLED)}):
@@ -223,7 +221,6 @@ class ArraySource:
         return Batch({HOOK: x.reshape(-1, x.shape[-1])}, **flat_places)
 
     def _checked_shape(self, arrays: Mapping[str, Any], width: int | None = None) -> tuple[int, ...]:
-        """The shape of x, after checking all shapes and dtypes."""
         if "x" not in arrays:
             raise UserError(f"activations: {self.name} has {', '.join(map(str, arrays)) or 'nothing'}; it must have x")
         shape = tuple(int(n) for n in arrays["x"].shape)
@@ -302,7 +299,6 @@ def _is_array(x: Any) -> bool:
 
 
 def _as_dict(chunk: Any) -> dict[str, Any]:
-    """A chunk of an iterable as a dict of arrays."""
     if isinstance(chunk, Mapping):
         return dict(chunk)
     if isinstance(chunk, tuple | list) and len(chunk) == 2 and all(map(_is_array, chunk)):

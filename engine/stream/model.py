@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from ...kernels.torch_modes import default_modes
 from ..errors import UserError, near, shown
-from .model_loading import BUILT_IN, TESTBED, load
+from .model_loading import load
 from .partial_model import AllHooksRead, HookValues, Reader, Tail, close, module_sites
-
-__all__ = ["BUILT_IN", "TESTBED", "LanguageModel"]
 
 #: implementations of attention by device, in the order in which they are tried
 FASTEST = {"cuda": ("sdpa", "flex_attention", "eager"), "cpu": ("sdpa", "eager")}

@@ -80,7 +80,6 @@ class ModelSource:
         )
 
     def _rows(self) -> TokenRows:
-        """The next rows of the text, for one forward pass."""
         count = self.rows_per_forward * self.ranks.size
         rows = self.text.next(count)
         if not self.packing or len(rows) < count:

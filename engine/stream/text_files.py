@@ -284,7 +284,6 @@ class Array(TextFile):
 
 
 def _json(path: Path, field: TextField) -> JsonLines | JsonList:
-    """Open a .json file, which holds a list, or objects and strings on lines of their own."""
     with _opened(path) as file:
         beginning = file.read(2**12).removeprefix(codecs.BOM_UTF8).lstrip()
     return JsonList(path, field) if beginning.startswith(b"[") else JsonLines(path, field)

@@ -197,7 +197,6 @@ class TextRows:
         return None if is_unknown and not is_same_token else token_id
 
     def _refuse_unknown(self, tokens: np.ndarray) -> None:
-        """Raise UserError if every token is the tokenizer's unknown token."""
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         tokens = tokens if self.bos in (None, unknown) else tokens[tokens != self.bos]
         if unknown is not None and len(tokens) and bool((tokens == unknown).all()):

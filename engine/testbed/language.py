@@ -193,8 +193,7 @@ class Language:
         return pairs
 
     def agreement_prompts(self, count: int, index: int = 0) -> list[tuple[list[str], bool]]:
-        """Return prompts that end before the copula, and whether the subject is plural. A noun in between disagrees
-        with it."""
+        """Return prompts that end before the copula, after a noun of the other number, and whether it is plural."""
         prompts = []
         while len(prompts) < count:
             writer = _Writer(self, random.Random(f"{self.seed}/agreement/{index}"))
