@@ -30,9 +30,7 @@ def step(
     d: D = None,
     f: F = None,
     k: K = None,
-    provider: Annotated[
-        list[str] | None, Option(help="temposae, SAELens, torch, ... Repeatable. [default: all]")
-    ] = None,
+    provider: Annotated[list[str] | None, Option(help="temposae, SAELens, ... Repeatable. [default: all]")] = None,
     activation: Annotated[
         list[str] | None, Option(help="topk, batchtopk, jumprelu, relu. Repeatable. [default: topk]")
     ] = None,
@@ -100,9 +98,7 @@ def ops(
 @bench_app.command()
 def streams(
     preset: Annotated[str | None, Option(help="Sizes: tiny, cpu or gpu. [default: gpu or cpu, by device]")] = None,
-    model: Annotated[
-        str | None, Option(help="Language model, read at its middle layer. [default: the preset's]")
-    ] = None,
+    model: Annotated[str | None, Option(help="Language model, at its middle layer. [default: the preset's]")] = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -121,9 +117,7 @@ def streams(
 @bench_app.command()
 def runs(
     preset: Annotated[str | None, Option(help="Sizes: tiny, cpu, testbed or gpu. [default: gpu or cpu]")] = None,
-    only: Annotated[
-        str | None, Option("--runs", help="Runs separated by commas, as in A1,C2,E4. [default: all]")
-    ] = None,
+    only: Annotated[str | None, Option("--runs", help="Runs by commas, as in A1,C2,E4. [default: all]")] = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -163,9 +157,7 @@ def learning_rate(
     seeds: Annotated[int, Option(min=1, max=1000, help="Number of seeds to average over.")] = 1,
     json_file: Annotated[
         Path | None,
-        Option(
-            "--json", help="Write the results to this JSON file after each cell, and skip cells that it already holds."
-        ),
+        Option("--json", help="Write results to this JSON file after each cell, and skip cells that it already holds."),
     ] = None,
 ) -> None:
     """Compare the default learning rate with a grid of others.
@@ -200,9 +192,7 @@ def peers(
     library: Annotated[
         list[str] | None, Option(help="saelens, dictionary_learning, sparsify. Repeatable. [default: all]")
     ] = None,
-    steps: Annotated[
-        int, Option(min=5, max=10_000, help="Training steps per run of a script. Their median counts.")
-    ] = 30,
+    steps: Annotated[int, Option(min=5, max=10_000, help="Training steps per run. Their median counts.")] = 30,
     rounds: Annotated[int, Option(min=1, max=1000, help="Runs of each script.")] = 3,
     json_file: JsonFile = None,
 ) -> None:
@@ -222,7 +212,7 @@ def peers(
 
 @bench_app.command()
 def table(
-    files: Annotated[list[Path], Argument(help="JSON files of `bench step --json` or `bench ops --json`.")],
+    files: Annotated[list[Path], Argument(help="JSON files of `bench step --json` or `ops --json`.")],
 ) -> None:
     """Print saved results as Markdown."""
     from ..bench.results import read

@@ -94,9 +94,7 @@ def campaign(
     evals: Evals = None,
     quick: Annotated[
         bool,
-        Option(
-            "--quick", help="Small campaign: F = 512, K = 16 instead of L1, 100,000 tokens, main scores. Takes minutes."
-        ),
+        Option("--quick", help="Small: F = 512, K = 16 instead of L1, 100,000 tokens, main scores. Takes minutes."),
     ] = False,
     out: Out = None,
     resume: Resume = False,
@@ -128,7 +126,7 @@ def campaign(
 
 
 def plot(
-    folder: Annotated[Path, Argument(metavar="RUN|CAMPAIGN", help="A folder made by temposae run or campaign.")],
+    folder: Annotated[Path, Argument(metavar="RUN|CAMPAIGN", help="Folder of temposae run or campaign.")],
 ) -> None:
     """Redraw the figures and the report of a run or campaign.
 

@@ -194,12 +194,10 @@ def dashboard(
         raise UserError(f"out: missing; {sae} is not a run folder, so give the HTML file to write")
     page = out or sae / "dashboard.html"
     check_writable(page, "out", board.is_page)
-    latent_numbers = None if latents is None else board.numbers(latents, dictionary.cfg.d_sae)
+    numbers = None if latents is None else board.numbers(latents, dictionary.cfg.d_sae)
     stream = stream_of(loaded, model, layer, hook, data, tokens=1, **BUFFERLESS)
     rows = rows or dashboard_rows(loaded, stream)
-    content = board.dashboard(
-        stream, dictionary, name=sae.resolve().name, latents=latent_numbers, count=count, rows=rows
-    )
+    content = board.dashboard(stream, dictionary, name=sae.resolve().name, latents=numbers, count=count, rows=rows)
     write_json(json_file, content)
     board.write(page, content)
     print(f"{len(content['latents'])} of {content['d_sae']:,} latents on {content['tokens']:,} tokens: {page}")

@@ -27,9 +27,7 @@ def _imported(names: list[str] | None) -> list[str] | None:
     return names
 
 
-JsonFile = Annotated[
-    Path | None, Option("--json", callback=_writable, help="Also write the results to this JSON file.")
-]
+JsonFile = Annotated[Path | None, Option("--json", callback=_writable, help="Also write results to this JSON file.")]
 Model = Annotated[
     str | None,
     Option(help="testbed, smollm2, a hub name (google/gemma-2-2b) or a local Hugging Face folder. [default: testbed]"),
@@ -40,9 +38,7 @@ TEXTS = "a .txt, .jsonl, .json, .csv, .tsv or .parquet file, an .npy file of tok
 Data = Annotated[
     str | None, Option(help=f"Text to train on: {TEXTS}. [default: the embedded language, for testbed only]")
 ]
-Field = Annotated[
-    str | None, Option(help="Field with the text, nested as in a.b. [default: text, tokens or input_ids]")
-]
+Field = Annotated[str | None, Option(help="Field with the text, nested as in a.b. [default: text, tokens, input_ids]")]
 Split = Annotated[str | None, Option(help="Split of the dataset in --data. [default: train]")]
 Subset = Annotated[str | None, Option(help="Subset (configuration) of that dataset. [default: the only one]")]
 Latents = Annotated[int | None, Option(help="F, the number of latents. [default: 2304]")]

@@ -79,9 +79,7 @@ def runs_table(summary: dict[str, Any]) -> None:
         core_table(summary, title)
         return
     trained = {name: scores for name, scores in dictionaries.items() if "failed" not in scores}
-    controls = {
-        name: scores["controls"].get("random", {}).get("explained_variance") for name, scores in trained.items()
-    }
+    controls = {name: s["controls"].get("random", {}).get("explained_variance") for name, s in trained.items()}
     control_column = {"random EV": controls} if any("random" in s["controls"] for s in trained.values()) else {}
     _table(trained, f"{len(dictionaries)} dictionaries of {summary['model']}", control_column)
     for reason in dict.fromkeys(s["no_random_control"] for s in trained.values() if s.get("no_random_control")):

@@ -38,7 +38,7 @@ def train(
     subset: Subset = None,
     cache: Annotated[Path | None, Option(help="Train on a cache: a folder made by `temposae cache`.")] = None,
     activations: Annotated[
-        Path | None, Option(help="Train on activations in a .npy, .safetensors or .pt file.")
+        Path | None, Option(help="Train on a .npy, .safetensors or .pt file of activations.")
     ] = None,
     activation: Annotated[str | None, Option(help="topk, batchtopk, relu or jumprelu. [default: topk]")] = None,
     d_sae: Annotated[int | None, Option(help="F, the number of latents. [default: 8 times the model's width]")] = None,
@@ -109,9 +109,7 @@ def train(
         _train(settings, folder, resume, ranks, json_file)
 
 
-def _train(
-    settings: dict[str, dict[str, Any]], folder: Path, resume: bool, ranks: "Ranks", json_file: Path | None
-) -> None:
+def _train(settings: dict[str, Any], folder: Path, resume: bool, ranks: "Ranks", json_file: Path | None) -> None:
     from ..engine.process.cpu_memory import peak_gb
     from ..engine.stream import ActivationStream
     from ..engine.sweep import resolve
@@ -121,12 +119,10 @@ def _train(
     began = time.monotonic()
     lm, runs = resolve(settings)
     first = next(iter(runs.values()))
-    max_tokens = max(run.train.tokens for run in runs.values())
+    tokens = max(run.train.tokens for run in runs.values())
     hooks = list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks)) if lm is None else []
     batch, seed = first.train.batch, first.train.seed
-    stream = ActivationStream(
-        first.stream, tokens=max_tokens, batch=batch, seed=seed, model=lm, hooks=hooks, ranks=ranks
-    )
+    stream = ActivationStream(first.stream, tokens=tokens, batch=batch, seed=seed, model=lm, hooks=hooks, ranks=ranks)
     trained = train_together(stream, runs, out=folder, resume=resume)
     ranks.end()
     if not ranks.is_first:

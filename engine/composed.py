@@ -190,9 +190,8 @@ class ComposedAutoencoder(SparseAutoencoder):
                 pre = part.pre(pre, batch)
             f = torch.relu(pre)
         else:
-            encoder_mask = (
-                (None, None) if self.parts_in("acts") else (mask, mask_rows)
-            )  # those parts come before the mask
+            # those parts come before the mask
+            encoder_mask = (None, None) if self.parts_in("acts") else (mask, mask_rows)
             f = encode_dense(x, self.W_enc, self.b_enc, self.center, *encoder_mask).float() * self.unit
             mask = mask if encoder_mask[0] is None else None
         for part in self.parts_in("acts"):

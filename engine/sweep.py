@@ -79,9 +79,7 @@ def as_file(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     Raises UserError if settings differ that all dictionaries of a stream must share.
     """
     plugins = list(dict.fromkeys(plugin for run in runs.values() for plugin in run.get("plugins", ())))
-    remainders: dict[str, dict[str, Any]] = {
-        name: deepcopy(dict(run)) | {"plugins": plugins} for name, run in runs.items()
-    }
+    remainders = {name: deepcopy(dict(run)) | {"plugins": plugins} for name, run in runs.items()}
     entries: dict[str, dict[str, Any]] = {name: {"name": name} for name in runs}
     for key, (*sections, setting) in _PLACES.items():
         holders = dict(remainders)
@@ -126,9 +124,7 @@ def _setting_path(section: str, key: str) -> tuple[str, ...]:
     if key not in _PLACES:
         if key in _COMMON:
             raise UserError(f"{section}.{key}: not allowed; all dictionaries of a stream must share it")
-        raise UserError(
-            f"{section}.{key}: not a setting that may differ between dictionaries; {near(str(key), _PLACES)}"
-        )
+        raise UserError(f"{section}.{key}: no setting that may differ between dictionaries; {near(str(key), _PLACES)}")
     return _PLACES[key]
 
 
@@ -251,19 +247,19 @@ def _run_configs(
         with _name_in_errors(name):
             stream = streams[name]
             hooks = [str(stream.hook)] if stream.target is None else [str(stream.hook), stream.target]
-            hook_widths = [_UNKNOWN if widths is None else widths[hook] for hook in hooks]
-            configs[name] = _run_config(dictionary_settings, stream, *hook_widths)
+            d_in, *d_out = [_UNKNOWN if widths is None else widths[hook] for hook in hooks]
+            sections = {key: value for key, value in dictionary_settings.items() if key not in ("stream", "sae")}
+            sae_settings = dict(section(dictionary_settings, "sae"))
+            if isinstance(mask := sae_settings.get("mask", {}), dict):
+                sae_settings["mask"] = {"positions": stream.context, **mask}
+            # without a width, d_sae is large enough for every k
+            defaults = {
+                "d_in": d_in,
+                "d_sae": 2**30 if widths is None else 8 * d_in,
+                "d_out": d_out[0] if d_out else None,
+            }
+            configs[name] = RunConfig(stream=stream, sae=SAEConfig(**(defaults | sae_settings)), **sections)
     return configs
-
-
-def _run_config(settings: Mapping[str, Any], stream: StreamConfig, d_in: int, d_out: int | None = None) -> RunConfig:
-    sections = {key: value for key, value in settings.items() if key not in ("stream", "sae")}
-    sae_settings = dict(section(settings, "sae"))
-    if isinstance(mask := sae_settings.get("mask", {}), dict):
-        sae_settings["mask"] = {"positions": stream.context, **mask}
-    # without a width, d_sae is large enough for every k
-    defaults: dict[str, Any] = {"d_in": d_in, "d_sae": 2**30 if d_in == _UNKNOWN else 8 * d_in, "d_out": d_out}
-    return RunConfig(stream=stream, sae=SAEConfig(**(defaults | sae_settings)), **sections)
 
 
 def _neighbour_hook(hook: str) -> str:

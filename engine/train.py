@@ -301,7 +301,10 @@ class _Training:
                     self._bar.advance(len(batch))
                     self._report([trainee for trainee in active if trainee.is_due])
                 else:
-                    self._end_early(active)
+                    tokens_done = active[0].main.tokens_done
+                    name = self.stream.source.name
+                    self._bar.note(f"data: {name} ended after {tokens_done:,} of {self.config.tokens:,} tokens")
+                    self._report([trainee for trainee in active if trainee.main.has_news])
                 signal_number = self.ranks.largest(signals[0] if signals else 0)
                 self._save(len(batch) == 0 or bool(signal_number) or any(trainee.has_ended for trainee in active))
                 if signal_number:
@@ -363,9 +366,7 @@ class _Training:
         best = min(lines, key=lambda line: line["fvu"] if math.isfinite(line["fvu"]) else math.inf)
         figures = {"loss": f"{best['loss']:.3g}", "L0": f"{best['l0']:.1f}", "EV": f"{1 - best['fvu']:.3f}"}
         figures |= {"dead": percent(best["dead_fraction"])}
-        figures |= {self.stream.source.label: "0%"} | {
-            section: f"{share:.0%}" for section, share in times["time"].items()
-        }
+        figures |= {self.stream.source.label: "0%"} | {name: f"{share:.0%}" for name, share in times["time"].items()}
         if len(self.trainees) > 1:
             figures = {"in training": str(sum(not trainee.has_ended for trainee in self.trainees)), **figures}
         self._bar.advance(0, **figures)
@@ -373,12 +374,6 @@ class _Training:
         if epoch > self.epoch:
             self._bar.note(f"data: end of {self.stream.source.name} reached, repeating it (repetition {epoch})")
             self.epoch = epoch
-
-    def _end_early(self, active: list[TrainedDictionary]) -> None:
-        """Report the last steps, if the text ended before the run."""
-        tokens_done = active[0].main.tokens_done
-        self._bar.note(f"data: {self.stream.source.name} ended after {tokens_done:,} of {self.config.tokens:,} tokens")
-        self._report([trainee for trainee in active if trainee.main.has_news])
 
     def _save(self, must_save: bool) -> None:
         """Write a checkpoint if it `must_save` or is time. The stream's part is written last and makes it valid."""

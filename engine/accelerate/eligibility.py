@@ -53,7 +53,9 @@ def is_as_made(owner: Any) -> bool:
         return False
     if any(name in _methods(cls.library_class) for name in vars(owner)):  # replaced on the object
         return False
-    return not modules._has_any_global_hook() and all(map(_does_nothing_else, _inner(owner)))
+    # a trainer's dictionary is checked separately
+    inner = [module for module in owner.modules() if module is not owner] if hasattr(owner, "encode") else []
+    return not modules._has_any_global_hook() and all(map(_does_nothing_else, inner))
 
 
 def trains(trainer: Any, dictionary: Any, x: Any) -> bool:
@@ -100,11 +102,6 @@ def _modes_are_plain(x: Tensor) -> bool:
     transforms = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     saves = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]
     return not (observes or transforms or saves or torch.are_deterministic_algorithms_enabled())
-
-
-def _inner(owner: Any) -> Iterator[nn.Module]:
-    """The modules inside a dictionary. A trainer has none, because its dictionary is checked separately."""
-    return (module for module in owner.modules() if module is not owner) if hasattr(owner, "encode") else iter(())
 
 
 def _has_hooks(module: nn.Module) -> bool:

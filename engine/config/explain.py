@@ -6,7 +6,6 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from . import EvalConfig, Layer, MaskConfig, RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig
 
@@ -50,12 +49,11 @@ def explain(name: str, documented: type, *classes: type[BaseModel]) -> Section:
     """
     summary = " ".join((documented.__doc__ or "").partition("\n\n")[0].split()).partition(". ")[0].rstrip(".") + "."
     fields = {key: field for cls in classes for key, field in cls.model_fields.items()}
-    return Section(name, summary, tuple(_setting(key, field) for key, field in fields.items()))
-
-
-def _setting(name: str, field: FieldInfo) -> Setting:
-    default = None if field.is_required() else _value(field.get_default(call_default_factory=True))
-    return Setting(name, _allowed(field.annotation, field.metadata), default, field.description or "")
+    settings = []
+    for key, field in fields.items():
+        default = None if field.is_required() else _value(field.get_default(call_default_factory=True))
+        settings.append(Setting(key, _allowed(field.annotation, field.metadata), default, field.description or ""))
+    return Section(name, summary, tuple(settings))
 
 
 def _allowed(annotation: Any, constraints: Iterable[Any] = ()) -> str:
@@ -64,9 +62,7 @@ def _allowed(annotation: Any, constraints: Iterable[Any] = ()) -> str:
     if origin is Annotated:
         return _allowed(arguments[0], [inner for extra in arguments[1:] for inner in getattr(extra, "metadata", ())])
     if origin in (Union, UnionType):
-        words = [
-            get_args(argument) if get_origin(argument) is Literal else [_allowed(argument)] for argument in arguments
-        ]
+        words = [get_args(inner) if get_origin(inner) is Literal else [_allowed(inner)] for inner in arguments]
         return _alternatives([word for choices in words for word in choices])
     if origin is Literal:
         return _alternatives(arguments)

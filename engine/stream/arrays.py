@@ -182,13 +182,11 @@ class ArraySource:
         assert self._arrays is not None
         for path, size in self._mapped_sizes.items():
             try:
-                current_size = path.stat().st_size
+                length = path.stat().st_size
             except OSError:  # the map of a removed file stays readable
                 continue
-            if current_size < size:
-                raise UserError(
-                    f"activations: {path} has been cut since it was mapped, from {size} to {current_size} bytes"
-                )
+            if length < size:
+                raise UserError(f"activations: {path} has been cut since it was mapped, from {size} to {length} bytes")
         return {name: value[start:stop] for name, value in self._arrays.items()}
 
     def _sample_fingerprint(self) -> int:

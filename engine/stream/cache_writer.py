@@ -23,7 +23,6 @@ from ..storage.lock import owned
 from ..storage.path_names import expand_path
 from ..storage.sealed import sealed_json
 from .array_files import safetensors_header
-from .buffer import Batch
 from .cache import BLOCK, FORMAT, MANIFEST, Manifest, Shard, as_bytes, open_shard, read_manifest, shard_name
 from .documents import check_data
 from .model import LanguageModel
@@ -108,11 +107,12 @@ def _open_source(
 
 def _add_shard(folder: Path, manifest: Manifest, source: ModelSource, bar: ProgressBar) -> Manifest:
     batches: list[dict[str, Tensor]] = []
-    shard_bytes, kept_tokens = 0, manifest.tokens
+    shard_bytes, kept_tokens, dtype = 0, manifest.tokens, getattr(torch, manifest.dtype)
     while shard_bytes < manifest.shard_mb * 1e6 and kept_tokens < manifest.wanted:
         if (batch := source.next()) is None:
             break
-        batches.append(_as_stored(batch, getattr(torch, manifest.dtype)))
+        batch.acts = {hook: x.to(dtype) for hook, x in batch.acts.items()}
+        batches.append({name: value.cpu().contiguous() for name, value in batch.tensors().items()})
         shard_bytes += sum(value.nbytes for value in batches[-1].values())
         fresh_tokens = int(batches[-1]["kept"].sum())
         kept_tokens += fresh_tokens
@@ -165,13 +165,6 @@ def _fixed_settings(manifest: Manifest) -> dict[str, Any]:
     settings |= {"tokens": manifest.wanted, "special": manifest.special}
     # earlier versions stored relative paths
     return settings | {f"stream.{name}": value for name, value in with_absolute_paths(manifest.stream)}
-
-
-def _as_stored(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {
-        name: (value.to(dtype) if name.startswith("acts.") else value).cpu().contiguous()
-        for name, value in batch.tensors().items()
-    }
 
 
 def _write_shard(folder: Path, number: int, batches: list[dict[str, Tensor]], place: dict[str, Tensor]) -> Shard:

@@ -254,7 +254,12 @@ class _RowReader:
                 self.document += 1
             for start in range(self.used, len(ids), piece_length):
                 piece = ids[start : start + piece_length]
-                self._check_ids(piece)
+                wrong_ids = piece[(piece < 0) | (piece >= self.text.vocabulary)]
+                if len(wrong_ids):
+                    raise UserError(
+                        f"data: {self.text.name} document {self.document} holds token {wrong_ids[0]}, which is not "
+                        f"allowed; the model has tokens 0 to {self.text.vocabulary - 1}"
+                    )
                 row = _TokenRow(np.concatenate([first, piece.astype(np.int64)]), self.document, self.row)
                 self.row, self.used = self.row + 1, start + len(piece)
                 if self.used == len(ids):
@@ -264,14 +269,6 @@ class _RowReader:
         if self.used:  # only after loading a state
             number, name = self.document, self.text.name
             raise UserError(f"data: {name} has changed: document {number} had more than {self.used} tokens")
-
-    def _check_ids(self, piece: np.ndarray) -> None:
-        wrong_ids = piece[(piece < 0) | (piece >= self.text.vocabulary)]
-        if len(wrong_ids):
-            raise UserError(
-                f"data: {self.text.name} document {self.document} holds token {wrong_ids[0]}, which is not allowed; "
-                f"the model has tokens 0 to {self.text.vocabulary - 1}"
-            )
 
     def _tokenised_documents(self) -> Iterator[np.ndarray | StoredArray]:
         """Token ids [n] of each document from number `document` on, without an initial `<bos>`."""
