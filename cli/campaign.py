@@ -73,7 +73,7 @@ def run(
     }
     config |= {"evals": evals.split(",")} if evals is not None else {}
     config |= {"share": fitting_share(tokens)} if tokens is not None else {}
-    _campaign(config, out or _new_folder(name), resume, json_file, out)
+    _campaign(name, config, out, resume, json_file)
 
 
 def campaign(
@@ -122,7 +122,7 @@ def campaign(
     options |= {"seeds": seeds} if seeds is not None else {}
     options |= {"evals": evals.split(",")} if evals is not None else {}
     options = {"share": fitting_share(tokens)} | options if tokens is not None else options
-    _campaign(options, out or _new_folder("campaign"), resume, json_file, out)
+    _campaign("campaign", options, out, resume, json_file)
 
 
 def plot(
@@ -144,11 +144,12 @@ def plot(
     print(write(folder))
 
 
-def _campaign(settings: dict[str, Any], folder: Path, resume: bool, json_file: Path | None, out: Path | None) -> None:
+def _campaign(name: str, settings: dict[str, Any], out: Path | None, resume: bool, json_file: Path | None) -> None:
     from ..campaign.config import CampaignConfig
     from ..campaign.run_campaign import campaign, read_config
 
     began = time.monotonic()
+    folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_backend()
     if resume:
         if out is None:
@@ -161,7 +162,3 @@ def _campaign(settings: dict[str, Any], folder: Path, resume: bool, json_file: P
     write_json(json_file, results)
     campaign_table(results)
     print(f"report: {folder / 'report.html'}   figures: {folder / 'figures'}   {time.monotonic() - began:.0f} s")
-
-
-def _new_folder(name: str) -> Path:
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

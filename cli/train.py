@@ -72,18 +72,10 @@ def train(
 
     check_backend()
     ranks = Ranks.start()
+    stream = {"model": model, "hook": hook, "layer": layer, "data": data, "text_field": text_field, "split": split}
+    stream |= {"subset": subset, "cache": cache and str(cache), "activations": activations and str(activations)}
     options = {
-        "stream": {
-            "model": model,
-            "hook": hook,
-            "layer": layer,
-            "data": data,
-            "text_field": text_field,
-            "split": split,
-            "subset": subset,
-            "cache": None if cache is None else str(cache),
-            "activations": None if activations is None else str(activations),
-        },
+        "stream": stream,
         "sae": {"activation": activation, "d_sae": d_sae, "k": k},
         "train": {"lr": lr, "tokens": tokens, "seed": seed},
         "eval": {"rows": eval_rows, "after_training": False if no_eval else None},
@@ -140,8 +132,8 @@ def _train(settings: dict[str, Any], folder: Path, resume: bool, ranks: "Ranks",
     if stream.own is not None:
         print("CE recovered was not measured: it needs a language model")
     failed = _print_not_measured(summary, folder)
-    peak = "" if summary["peak_gb"] is None else f"   peak memory: {summary['peak_gb']:.1f} GB"
-    print(f"run folder: {folder}   figures: {folder / 'figures'}   {summary['seconds']:.0f} s{peak}")
+    times = f"{summary['seconds']:.0f} s   peak memory: {summary['peak_gb']:.1f} GB"
+    print(f"run folder: {folder}   figures: {folder / 'figures'}   {times}")
     if failed:
         raise typer.Exit(2)
 

@@ -43,10 +43,7 @@ class Section(NamedTuple):
 
 
 def explain(name: str, documented: type, *classes: type[BaseModel]) -> Section:
-    """Describe the fields of `classes`, with the first sentence of the docstring of `documented` as summary.
-
-    explain("train", TrainConfig, TrainConfig).settings[0].default  # "1000000"
-    """
+    """Describe the fields of `classes`, with the first sentence of the docstring of `documented` as summary."""
     summary = " ".join((documented.__doc__ or "").partition("\n\n")[0].split()).partition(". ")[0].rstrip(".") + "."
     fields = {key: field for cls in classes for key, field in cls.model_fields.items()}
     settings = []

@@ -172,32 +172,29 @@ def digest_of_folder(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def check_writable(path: Path | None, option: str = "json", kind: Callable[[Path], bool] | None = None) -> None:
-    """Check before a long command that a file can be written at `path`, the value of `option`.
-
-    An existing file may be replaced only if it is empty or `kind` (by default: is JSON) accepts it. Raises UserError.
-    """
-    if path is None or _descriptor(path) is not None:
-        return
-    is_kind = _is_json if kind is None else kind
-    with os_errors_named(f"{option}: {path}", "give a file in a folder that exists"):
-        if path.exists() and not path.is_file():  # opening a pipe would wait for its reader
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            if not os.access(path, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            return
-        if path.is_file() and path.stat().st_size and not is_kind(path):
-            raise UserError(f"{option}: {path} exists and is a file of another kind; give the name of a new file")
-        is_new = not path.exists()
-        path.open("a").close()
-        if is_new:
-            path.resolve().unlink()
-
-
 def _is_json(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(256).lstrip()[:1] in (b"{", b"[")
+
+
+def check_writable(path: Path | None, option: str = "json", is_kind: Callable[[Path], bool] = _is_json) -> None:
+    """Check before a long command that a file can be written at `path`, the value of `option`.
+
+    An existing file may be replaced only if it is empty or `is_kind` accepts it. Raises UserError.
+    """
+    if path is None or _descriptor(path) is not None:
+        return
+    with os_errors_named(f"{option}: {path}", "give a file in a folder that exists"):
+        is_file, is_new = path.is_file(), not path.exists()
+        if not (is_file or is_new or path.is_dir()):  # opening a pipe would wait for its reader
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        if is_file and path.stat().st_size and not is_kind(path):
+            raise UserError(f"{option}: {path} exists and is a file of another kind; give the name of a new file")
+        path.open("a").close()
+        if is_new:
+            path.resolve().unlink()
 
 
 def check_can_make(folder: Path) -> None:

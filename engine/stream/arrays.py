@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +21,6 @@ SAMPLED = 64  # rows that go into the fingerprint of arrays in memory
 HOOK = "x"  # name of the only hook
 _TOKEN_FIELDS = ("pos", "token", "document")
 _FIELDS = ("x", *_TOKEN_FIELDS)
-
-
-class _ArrayLike(Protocol):
-    """A tensor, numpy array, memory map or StoredArray: anything that slices along its first dimension."""
-
-    @property
-    def shape(self) -> Any: ...
-    def __getitem__(self, index: slice) -> Any: ...
 
 
 class ArraySource:
@@ -63,7 +55,7 @@ class ArraySource:
         self._identity, self._mapped_sizes = identity, dict[Path, int]()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.special = torch.zeros(0, dtype=torch.int64)
-        self._arrays: dict[str, _ArrayLike] | None = None
+        self._arrays: dict[str, Any] | None = None
         self._chunks: Iterable[Any] = ()
         self._chunks_served = self._epoch = self._rows = self._tokens = 0
         self._first_row = 0  # row number of the next chunk of an iterable
@@ -87,7 +79,7 @@ class ArraySource:
                 positions = int(as_tensor(first_chunk["pos"][0 : shape[0]]).max()) + 1
         self.positions, self.widths = positions, {HOOK: shape[-1]}
 
-    def _open_arrays(self, arrays: Mapping[str, _ArrayLike], shape: tuple[int, ...]) -> None:
+    def _open_arrays(self, arrays: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         self._row_count = shape[0]
         if self._row_count < 2:
             raise UserError(f"activations: {self.name} holds {self._row_count} rows; at least 2 are needed")
@@ -119,7 +111,7 @@ class ArraySource:
         """The rows that training never sees, one chunk at a time; nothing for an iterable."""
         if self._arrays is not None:
             for start in range(self._row_count - self._held_out_rows, self._row_count, self._rows_per_chunk):
-                batch = self._rows_as_batch(start, min(start + self._rows_per_chunk, self._row_count))
+                batch = self._as_batch(self._array_rows(start, start + self._rows_per_chunk), start)
                 yield batch.each(lambda value: value.to(self.device))
 
     def state(self) -> dict[str, Tensor]:
@@ -151,7 +143,7 @@ class ArraySource:
         stop = min(start + self._rows_per_chunk, self._row_count - self._held_out_rows)
         self._chunks_served += 1
         self._rows += stop - start
-        return self._rows_as_batch(start, stop)
+        return self._as_batch(self._array_rows(start, stop), start)
 
     def _from_chunks(self) -> Batch | None:
         if self._next_chunk is None:
@@ -173,9 +165,6 @@ class ArraySource:
     def _permuted_chunks(self) -> list[int]:
         count = -(-(self._row_count - self._held_out_rows) // self._rows_per_chunk)
         return np.random.default_rng((self.seed, self._epoch)).permutation(count).tolist()
-
-    def _rows_as_batch(self, start: int, stop: int) -> Batch:
-        return self._as_batch(self._array_rows(start, stop), start)
 
     def _array_rows(self, start: int, stop: int) -> dict[str, Any]:
         """Rows of the arrays. Checks first that no mapped file was truncated, since reading it kills the process."""

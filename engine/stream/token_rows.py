@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,32 +43,6 @@ class TokenRows:
     def joined(self, other: "TokenRows") -> "TokenRows":
         """These rows followed by the others."""
         return TokenRows(*map(torch.cat, zip(vars(self).values(), vars(other).values(), strict=True)))
-
-
-class RowSource(Protocol):
-    """Rows of a text in order, with a state to resume from.
-
-    Rows begin with the token `bos`, if there is one. `held_out_rows` is the number of held-out rows, None if unknown or
-    unlimited. `epoch` counts how often the text was started again. `counts` covers everything that `next` has read,
-    over all epochs: finished `documents` and `empty_documents`, `rows`, and `tokens` (with `<bos>`, without padding).
-    """
-
-    name: str
-    bos: int | None
-    held_out_rows: int | None
-    epoch: int
-    counts: dict[str, int]
-
-    def next(self, count: int) -> TokenRows:
-        """The next `count` training rows. The text starts again at its end, or fewer rows are returned."""
-        ...
-
-    def held_out(self, count: int, size: int) -> Iterator[TokenRows]:
-        """The first `count` rows that training never sees, `size` at a time. Has no effect on `next`."""
-        ...
-
-    def state(self) -> dict[str, Tensor]: ...
-    def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
 class TestbedRows:
@@ -225,6 +199,13 @@ class TextRows:
         document, used, row, self.epoch = state["place"].tolist()
         self.counts.update(zip(COUNTS, state["counts"].tolist(), strict=True))
         self._start_reading(document, used, row)
+
+
+#: `next(count)` gives the next training rows; at its end the text starts again, or fewer rows are returned. `held_out(count,
+#: size)` gives the first rows that training never sees, `size` at a time. Rows begin with the token `bos`, if there is one.
+#: `held_out_rows` is their number, None if unknown or unlimited. `epoch` counts how often the text was started again.
+#: `counts` covers all that `next` has read: finished `documents`, `empty_documents`, `rows`, and `tokens` without padding.
+RowSource = TestbedRows | TextRows
 
 
 class _TokenRow(NamedTuple):

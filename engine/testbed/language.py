@@ -198,7 +198,7 @@ class Language:
         while len(prompts) < count:
             writer = _Writer(self, random.Random(f"{self.seed}/agreement/{index}"))
             index += 1
-            words = writer.prefix()
+            writer.prefix()
             writer.agreement()
             roles = writer.labels["role"]
             stop = len(roles) - 1 - roles[::-1].index(ROLES.index("copula"))
@@ -206,7 +206,6 @@ class Language:
             numbers = zip(roles, writer.labels["plural"], strict=True)
             if any(role == ROLES.index("attractor") and bool(number) != plural for role, number in numbers):
                 prompts.append((writer.words[:stop], plural))
-            assert writer.words[: len(words)] == words
         return prompts
 
 
