@@ -109,11 +109,11 @@ def train(
     run = RunConfig(stream=stream.config, sae=sae, train=config)
     trained = train_together(stream, {"": run}, out=out, resume=resume)[""]
     if stream.own is not None:
-        saes = {"sae": trained.sae} | ({"random": trained.random} if trained.random is not None else {})
-        scores = {
-            role: held_out_scores(trained_sae, stream.held_out_activations()) for role, trained_sae in saes.items()
-        }
-        trained.held_out = {role: score for role, score in scores.items() if score is not None} or None
+        scores = {}
+        for role, dictionary in {"sae": trained.sae, "random": trained.random}.items():
+            if dictionary is not None and (score := held_out_scores(dictionary, stream.held_out_activations())):
+                scores[role] = score
+        trained.held_out = scores or None
     return trained
 
 
@@ -141,9 +141,8 @@ class _Training:
     """Dictionaries by name on one stream. A single one has the name "" and the whole folder."""
 
     def __init__(self, stream: ActivationStream, dictionaries: dict[str, RunConfig], folder: Path | None, resume: bool):
-        streams = {name: stream.config_for(run.stream) for name, run in dictionaries.items()}
         dictionaries = {
-            name: with_absolute_paths(run.model_copy(update={"stream": streams[name]}))
+            name: with_absolute_paths(run.model_copy(update={"stream": stream.config_for(run.stream)}))
             for name, run in dictionaries.items()
         }
         self.stream, self.runs, self.ranks = stream, dictionaries, stream.ranks
@@ -220,21 +219,17 @@ class _Training:
             trainee.load(last_checkpoint)
             return
         assert trainee.folder is not None
+        assert self.folder is not None
         status = (last_checkpoint.manifest["status"] or {}).get(trainee.name)
         if not isinstance(status, dict) or not isinstance(status.get("step"), int):
             raise UserError(
                 f"checkpoint: {last_checkpoint.folder / checkpoint.MANIFEST} is damaged: no status of {trainee.name}"
             )
         trainee.failed, trainee.failed_step = status.get("failed"), status.get("failed_step")
-        checkpoint_folder = checkpoint.place(trainee.folder, status["step"])
         self._discard(trainee, status["step"])
         if status["step"]:
-            dictionary_checkpoint = checkpoint.find(checkpoint_folder)
-            _check_settings(
-                self.folder / CONFIG if self.folder is not None else checkpoint_folder,
-                dictionary_checkpoint,
-                trainee.run,
-            )
+            dictionary_checkpoint = checkpoint.find(checkpoint.place(trainee.folder, status["step"]))
+            _check_settings(self.folder / CONFIG, dictionary_checkpoint, trainee.run)
             trainee.load(dictionary_checkpoint)
 
     def _discard(self, trainee: TrainedDictionary, step: int) -> None:
@@ -317,11 +312,7 @@ class _Training:
         try:
             cohort.step(batch)
         except (RuntimeError, ValueError) as error:
-            failed_trainees = [
-                trainee
-                for trainee in active
-                if any(learner in cohort.learners for learner in trainee.learners.values())
-            ]
+            failed_trainees = [trainee for trainee in active if {*trainee.learners.values()} & {*cohort.learners}]
             if len(failed_trainees) == len(self.trainees):
                 raise
             for trainee in failed_trainees:
