@@ -124,7 +124,9 @@ def _setting_path(section: str, key: str) -> tuple[str, ...]:
     if key not in _PLACES:
         if key in _COMMON:
             raise UserError(f"{section}.{key}: not allowed; all dictionaries of a stream must share it")
-        raise UserError(f"{section}.{key}: no setting that may differ between dictionaries; {near(str(key), _PLACES)}")
+        raise UserError(
+            f"{section}.{key}: not a setting that may differ between dictionaries; {near(str(key), _PLACES)}"
+        )
     return _PLACES[key]
 
 
