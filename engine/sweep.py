@@ -79,7 +79,9 @@ def as_file(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     Raises UserError if settings differ that all dictionaries of a stream must share.
     """
     plugins = list(dict.fromkeys(plugin for run in runs.values() for plugin in run.get("plugins", ())))
-    remainders = {name: deepcopy(dict(run)) | {"plugins": plugins} for name, run in runs.items()}
+    remainders: dict[str, dict[str, Any]] = {
+        name: deepcopy(dict(run)) | {"plugins": plugins} for name, run in runs.items()
+    }
     entries: dict[str, dict[str, Any]] = {name: {"name": name} for name in runs}
     for key, (*sections, setting) in _PLACES.items():
         holders = dict(remainders)

@@ -81,7 +81,8 @@ class _Builder(Composer, SafeConstructor, BaseResolver):
         Composer.__init__(self)
         SafeConstructor.__init__(self)
         BaseResolver.__init__(self)
-        self.path, self.events, self.current = path, events, next(events, None)
+        self.path, self.events = path, events
+        self.current: Any = next(events, None)
         self.depth = self.count = 0  # open collections, and nodes so far
         self.sizes: dict[yaml.Node, tuple[int, int]] = {}  # nodes and levels of each complete node
 
@@ -112,7 +113,7 @@ class _Builder(Composer, SafeConstructor, BaseResolver):
         if self.depth + levels > DEPTH + 1:
             raise self._refused(f"it is nested too deeply; settings have at most {DEPTH} levels")
         self.depth += is_collection
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         self.depth -= is_collection
         if not is_alias:
             inner = node.value if is_collection else ()
