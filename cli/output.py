@@ -150,7 +150,7 @@ def documented_list(
 def _table(
     scores_by_name: dict[str, dict[str, Any]], title: str, more: dict[str, dict[str, float | None]] | None = None
 ) -> None:
-    """Print core scores, one line per name, with standard errors or further columns `more` (heading -> name -> value)."""
+    """Print core scores, a line per name, with standard errors or further columns `more` (heading -> name -> value)."""
 
     def number(value: float | None, error: float | None = None) -> str:
         return "-" if value is None else f"{value:.4f}" if error is None else f"{value:.4f} ±{error:.4f}"

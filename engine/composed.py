@@ -102,8 +102,7 @@ class ComposedAutoencoder(SparseAutoencoder):
 
     @without_autocast()
     def latents_of(self, x: Tensor, pos: Tensor) -> Tensor:
-        """f [N, F] of further activations, in the units of training. Differentiable. Selection is as in training: batchtopk
-        keeps the N k largest of these."""
+        """f [N, F] of further activations, in units of training. Differentiable. batchtopk keeps the N k largest."""
         f = self._latents(self._batch_view(x / self.unit.to(x.dtype), pos))
         return f if self.cfg.activation == "relu" else self._select(f).to_dense()
 

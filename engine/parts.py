@@ -195,8 +195,7 @@ class Part(nn.Module):
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
-        """Raise ValueError("field: ...") if the part's settings conflict with the dictionary's; `field` is of
-        either."""
+        """Raise ValueError("field: ...") if the part's settings conflict with the dictionary's."""
 
     def initialise(self, sae: SparseAutoencoder, generator: torch.Generator) -> None:
         """Change the dictionary's initial weights."""

@@ -2,8 +2,7 @@
 
 Booleans and numbers are not converted into each other. Text is not a number, except for numbers such as 1e-4 that YAML
 1.1 reads as text. Numbers are finite, at most 1e15 in size unless the field allows less, and either 0 or at least
-1e-12. Text is not empty and has no control characters. It has at most 300 characters unless it is a path in an existing
-folder.
+1e-12. Text is not empty, has no control characters and at most 300 characters, paths in existing folders excepted.
 """
 
 import math

@@ -178,11 +178,9 @@ def read_streams(settings: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, S
 
 
 def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | None, dict[str, RunConfig]]:
-    """Complete the settings from `expand` with the model's width and layers. Returns the model and the settings by
-    name.
+    """Complete the settings from `expand` with the model's width and layers. Returns the model, and settings by name.
 
-    Mistakes that show without the model are refused before it is loaded. With a cache or a file of activations no model
-    is needed, and None is returned.
+    Mistakes that show without the model are refused before it is loaded. A cache or a file of activations needs none.
     """
     streams, layers = read_streams(settings)
     _run_configs(settings, streams)
@@ -219,8 +217,7 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | 
 
 
 def resolve_without_model(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the sections of each dictionary with the defaults that need no model: those that follow from the settings,
-    or from the cache or array that they name.
+    """Return the sections of each dictionary with the defaults that follow from the settings, a cache or an array.
 
     Settings that the model decides are left out unless given: sae.d_in, d_sae and d_out, and stream.rows_per_forward.
     Raises UserError for whatever `resolve` refuses before it loads the model.

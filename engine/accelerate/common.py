@@ -98,8 +98,7 @@ def may_pay(owner: Any, x: Tensor, W: Tensor) -> bool:
 def active_per_token(owner: Any, x: Tensor, W: Tensor, b: Tensor, above: Tensor | float = 0.0) -> int | None:
     """Estimate from a few tokens of x [N, D] how many pre-activations x @ W + b per token exceed `above`.
 
-    Returns None if they are too many for sparse products. The next REST calls then use the library's code. Waits for the
-    device.
+    Returns None if they are too many for sparse products. The next REST calls use the library's code. Synchronises.
     """
     n_probed = min(PROBED, max(1, len(x) // ONE_OF))
     probed = x[:: len(x) // n_probed][:n_probed]

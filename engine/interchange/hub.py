@@ -25,8 +25,7 @@ def is_name(path: str) -> bool:
 def fetch(name: str) -> Path:
     """Download the folder of a dictionary (or find it in the cache) and the config.json above it, without other files.
 
-    Raises UserError if there is no dictionary, naming folders of the repository that have one, or if the download
-    fails.
+    Raises UserError if there is no dictionary, naming folders that have one, or if the download fails.
     """
     from huggingface_hub import HfApi, snapshot_download
 

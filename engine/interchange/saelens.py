@@ -1,8 +1,7 @@
 """SAELens: cfg.json and sae_weights.safetensors, from its first release to 6.54.
 
 Settings of older files are converted in the same order as in SAELens' loader (`handle_config_defaulting`). A learned
-scaling factor of latents (versions 3 to 5) is multiplied into W_dec. Gated dictionaries become jumprelu of the same
-function.
+scaling factor of latents (versions 3 to 5) is multiplied into W_dec. Gated dictionaries become jumprelu.
 """
 
 import re

@@ -11,8 +11,7 @@ TIMEOUT = 5.0  # seconds to wait for the hub's answer
 def why_not() -> str | None:
     """Return why the Hugging Face hub can't be reached, or None if it answers.
 
-    Makes one request, without retrying. If it fails, the libraries are set to offline mode: they use their cache and
-    don't wait for the network.
+    Makes one request, without retrying. If it fails, the libraries are set to offline mode and use their cache.
     """
     from huggingface_hub import constants, get_session
 

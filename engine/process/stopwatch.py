@@ -9,8 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Times named sections. On a GPU it records events on the section's stream, so the host doesn't wait, and sections
-    on two streams may overlap."""
+    """Times named sections, on a GPU by events on the section's stream, so sections on two streams may overlap."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"

@@ -43,8 +43,7 @@ def flush(path: Path) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path that then replaces `path`. The file's mode follows the umask.
 
-    Links are followed. Anything but a regular file, such as /dev/stdout or a named pipe, is written to and never
-    replaced. An OSError names `path`.
+    Links are followed. Anything but a regular file, such as /dev/stdout, is written in place. An OSError names `path`.
 
         with whole_file(folder / "report.md") as fresh:
             fresh.write_text(text)
@@ -82,8 +81,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def _descriptor(path: Path) -> int | None:
-    """Return the file descriptor that a path such as /dev/stdout stands for. It may be a regular file, which must not
-    be replaced while the process prints to it."""
+    """Return the file descriptor of a path such as /dev/stdout. It may be a file that the process prints to."""
     streams = {"/dev/stdout": 1, "/dev/stderr": 2}
     match = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", str(path))
     return int(match[1]) if match else streams.get(str(path))

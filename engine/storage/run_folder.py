@@ -56,8 +56,7 @@ def read_settings(folder: Path) -> RunConfig | SweepConfig:
 def as_begun(run: RunConfig) -> RunConfig:
     """Return stored settings with the defaults of the version that wrote them.
 
-    Version 0.1.0 had no `stream.memory_gb`. Its learning rate followed the power law of Gao et al., and it ignored a
-    `text_field` that the data lacked.
+    Version 0.1.0 had no `stream.memory_gb`. Its learning rate was Gao et al.'s, and it ignored a missing `text_field`.
     """
     if "memory_gb" in run.stream.model_fields_set:
         return run

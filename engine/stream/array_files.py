@@ -29,7 +29,7 @@ DTYPES = {
 
 
 def safetensors_header(path: Path) -> bytes:
-    """The header of a .safetensors file, after its length in 8 bytes. Shorter if the file is cut or the length wrong."""
+    """The header of a .safetensors file, after its length in 8 bytes. Shorter if the file is cut or that wrong."""
     with path.open("rb") as file:
         length = file.read(8)
         return length + file.read(min(int.from_bytes(length, "little"), LONGEST_HEADER))

@@ -31,8 +31,7 @@ class ArraySource:
     - a floating-point tensor, numpy array, memory map or StoredArray, [M, D], or [R, T, D] for R rows at positions 0 to
       T - 1. Chunks of rows are read in an order set by `seed` and the epoch. The last twentieth of rows is held out.
     - a dict of such an array `x` and integer arrays `pos`, `token` and `document`, [M] or [R, T].
-    - an iterable of chunks: arrays, pairs (x, pos) or dicts. Chunks are read in order, and again from the start if the
-      iterable allows it. Nothing is held out.
+    - an iterable of chunks: arrays, (x, pos) or dicts. They are read in order, again if possible; none is held out.
 
     Without positions every activation has position 0. `positions` sets the number of positions where the first chunk
     does not show it. Raises UserError for non-finite values, naming the row, and for a wrong shape, width or dtype.

@@ -175,8 +175,7 @@ class LanguageModel:
     def rows_of_activations(self, T: int) -> int:
         """Estimated number of rows of T tokens that fit in `memory` in one pass, at least one.
 
-        Counts three times the MLP's width, six times the residual stream, the hooks' values, and float32 attention
-        weights if attention is eager."""
+        Counts 3 times the MLP's width, 6 times the residual stream, the hooks' values, and eager attention."""
         cfg = self._bridge.cfg
         wide = 3 * int(getattr(cfg, "d_mlp", None) or 4 * cfg.d_model) + 6 * cfg.d_model + sum(self.widths.values())
         attention = 0 if self.attention != "eager" else 2 * 4 * T * cfg.n_heads

@@ -1,7 +1,6 @@
 """Documents of one file: plain text, JSON, tables, or arrays of token ids. The file's name determines how it is read.
 
-A file is read from its beginning or from a given document on. It is neither loaded whole nor memory-mapped, since
-truncating a mapped file kills the process.
+A file is neither loaded whole nor memory-mapped, since truncating a mapped file kills the process.
 """
 
 import bz2

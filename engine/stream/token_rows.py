@@ -46,8 +46,7 @@ class TokenRows:
 
 
 class TestbedRows:
-    """Documents of the embedded language, generated when needed. Row n is document n; held-out rows have numbers that
-    training never reaches."""
+    """Documents of the embedded language. Row n is document n, and training never reaches held-out rows."""
 
     bos: int | None = lang.BOS
     held_out_rows: int | None = None
@@ -201,10 +200,10 @@ class TextRows:
         self._start_reading(document, used, row)
 
 
-#: `next(count)` gives the next training rows; at its end the text starts again, or fewer rows are returned. `held_out(count,
-#: size)` gives the first rows that training never sees, `size` at a time. Rows begin with the token `bos`, if there is one.
-#: `held_out_rows` is their number, None if unknown or unlimited. `epoch` counts how often the text was started again.
-#: `counts` covers all that `next` has read: finished `documents`, `empty_documents`, `rows`, and `tokens` without padding.
+#: `next(count)` gives the next training rows. At its end the text starts again, or fewer rows are returned.
+#: `held_out(count, size)` gives the first rows that training never sees, `size` at a time, of `held_out_rows` (None if
+#: unknown or unlimited). Rows begin with the token `bos`, if there is one. `epoch` counts how often the text began again.
+#: `counts` covers what `next` has read: finished `documents`, `empty_documents`, `rows`, `tokens` without padding.
 RowSource = TestbedRows | TextRows
 
 

@@ -11,8 +11,7 @@ positions: the list starts near position 10, and the body ends at the first sent
     to conclude , thanks a bunch . see ya , drabel <eos>                                     closing
 
 Each choice is visible in the text and each text has one derivation. So log p(document) is the sum of the log
-probabilities of the choices made. The entropy of the language is the mean of -log p, which is the loss of a perfect
-model.
+probabilities of the choices made. The language's entropy, the loss of a perfect model, is the mean of -log p.
 """
 
 import math
