@@ -197,7 +197,7 @@ class _Training:
 
     @contextmanager
     def _folder_with_settings(self, settings: RunConfig | SweepConfig) -> Iterator[None]:
-        """Write the settings before the buffer fills, so that a stopped run can be resumed. A refused one leaves none."""
+        """Write the settings before the buffer fills, so that a stopped run can be resumed; a refused one has none."""
         self.ranks.wait()  # until all processes have looked at the folder
         if self.folder is None or not self.ranks.is_first:
             yield

@@ -27,7 +27,7 @@ from .token_rows import RowSource, TestbedRows, TextRows, TokenRows, open_text
 
 GIVE_UP = 2**20  # consecutive tokens that the filters may leave out before a text is refused
 #: `next` returns the activations of some whole rows in the order of the text, without padding, [M, D] per hook, or None
-#: at the end. `kept` [M] is false for the `special` tokens. `name` is the text's name in messages, and `label` names the
+#: at the end. `kept` [M] is false for the `special` tokens. `name` is the text's name in messages, `label` names the
 #: time spent in `next`. `counts` counts what was read so far. `state` and `load_state` resume exactly.
 ActivationSource = ArraySource | CacheSource | ModelSource
 

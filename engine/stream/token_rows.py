@@ -202,7 +202,7 @@ class TextRows:
 
 #: `next(count)` gives the next training rows. At its end the text starts again, or fewer rows are returned.
 #: `held_out(count, size)` gives the first rows that training never sees, `size` at a time, of `held_out_rows` (None if
-#: unknown or unlimited). Rows begin with the token `bos`, if there is one. `epoch` counts how often the text began again.
+#: unknown or unlimited). Rows begin with the token `bos`, if any. `epoch` counts how often the text began again.
 #: `counts` covers what `next` has read: finished `documents`, `empty_documents`, `rows`, `tokens` without padding.
 RowSource = TestbedRows | TextRows
 
