@@ -101,8 +101,9 @@ def card(name: str, to: str, sae: SAEConfig, where: Where, tokens: int | None, s
         "model": model, "hook": where.get("hook"), "target": where.get("target"),
         "text": where.get("data"), "tokens": tokens and f"{tokens:,}",
     }  # fmt: skip
-    labels = {"explained_variance": "explained variance", "ce_recovered": "CE recovered", "l0": "L0"}
-    labels = (labels | {"dead_fraction": "dead"}).items()
+    labels = {
+        "explained_variance": "explained variance", "ce_recovered": "CE recovered", "l0": "L0", "dead_fraction": "dead",
+    }.items()  # fmt: skip
     scores = scores or {}
     controls = scores.get("controls", {}).get("random", {})
     score_lines = [
