@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from ..engine.storage.files import check_writable, write_json
+from ..engine.errors import Stopped, UserError
+from ..engine.process.signals import stop_on_signals
+from ..engine.storage.files import write_json
 from .arguments import App
 from .bench import bench_app, profile
 from .campaign import campaign, plot, run
@@ -47,8 +49,6 @@ app.command(rich_help_panel="Speed")(profile)
 
 def main() -> None:
     """Run a command. A user's mistake is printed as one line, with exit code 2."""
-    from ..engine.errors import Stopped, UserError
-    from ..engine.process.signals import stop_on_signals
 
     # OpenMP threads that spin while they wait make a step ten times slower when another program needs a core. torch reads
     # this when it is imported. Not for benchmarks: waking threads would dominate other libraries' many small products.
@@ -95,7 +95,6 @@ def doctor(json_file: JsonFile = None) -> None:
 
     from ..kernels.backend import why
 
-    check_writable(json_file)
     facts: dict[str, Any] = {"temposae": version("temposae"), "python": platform.python_version()}
     for package in ("torch", "triton", "transformer-lens", "transformers", "datasets", "safetensors"):
         try:

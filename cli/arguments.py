@@ -12,6 +12,10 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from ..engine.errors import UserError, near, shown
+from ..engine.setting_types import check_text, kinds
+from ..engine.storage.path_names import expand_path
+
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _WHOLE = re.compile(r"[-+]?[0-9]{1,4000}", re.ASCII)
 _NUMBER = re.compile(r"[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|inf|nan)", re.ASCII)
@@ -48,8 +52,6 @@ class Group(TyperGroup):
             return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        from ..engine.errors import UserError, near, shown
-
         if args and self.get_command(ctx, args[0]) is None:
             names = self.list_commands(ctx)
             suggestion = near(args[0], names, len(names))
@@ -67,8 +69,6 @@ class Command(TyperCommand):
         return {name: parameter.annotation for name, parameter in parameters.items()}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        from ..engine.storage.path_names import expand_path
-
         with _one_line(self, ctx):
             typed, _, _ = self.make_parser(ctx).parse_args(args=list(args))
             if not {"--help", "-h"} & set(args):
@@ -86,10 +86,6 @@ class Command(TyperCommand):
 
 
 def _check(label: str, text: str, annotation: Any) -> None:
-    """Raise UserError unless `text` is valid for an option of this annotation."""
-    from ..engine.errors import UserError, shown
-    from ..engine.setting_types import check_text, kinds
-
     types = kinds(annotation)
     try:
         if not types & {int, float}:
@@ -118,8 +114,6 @@ def _label(param: Any) -> str:
 @contextmanager
 def _one_line(command: Any, ctx: Any) -> Iterator[None]:
     """Turn Typer's usage errors, which take several lines, into a UserError."""
-    from ..engine.errors import UserError, near, shown
-
     try:
         yield
     except UsageError as raised:

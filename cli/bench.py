@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from ..engine.errors import UserError
 from ..engine.storage.files import check_writable, write_json
 from .arguments import App
-from .options import PLAIN, JsonFile
+from .options import PLAIN, JsonFile, check_backend
 
 bench_app = App(help="Time training steps, ops and streams, next to other libraries.", **PLAIN)
 
@@ -29,9 +30,7 @@ def step(
     d: D = None,
     f: F = None,
     k: K = None,
-    provider: Annotated[
-        list[str] | None, Option(help="temposae, SAELens, torch, ... Repeatable. [default: all]")
-    ] = None,
+    provider: Annotated[list[str] | None, Option(help="temposae, SAELens, ... Repeatable. [default: all]")] = None,
     activation: Annotated[
         list[str] | None, Option(help="topk, batchtopk, jumprelu, relu. Repeatable. [default: topk]")
     ] = None,
@@ -52,7 +51,7 @@ def step(
     medians are compared, and the table says whether each one learns. Libraries that are not installed or lack the
     activation are left out.
     """
-    device_type, dtype_name, shapes = _start(json_file, device, dtype, preset, (n, d, f, k))
+    device_type, dtype_name, shapes = _start(device, dtype, preset, (n, d, f, k))
     from ..bench import step as steps
     from ..bench.providers import PROVIDERS
     from ..bench.results import record, table
@@ -88,7 +87,7 @@ def ops(
 
     The floor is the least time that FLOPs and bytes allow on this device.
     """
-    device_type, dtype_name, shapes = _start(json_file, device, dtype, preset, (n, d, f, k))
+    device_type, dtype_name, shapes = _start(device, dtype, preset, (n, d, f, k))
     from ..bench import ops as suite
     from ..bench.results import record, table
 
@@ -99,9 +98,7 @@ def ops(
 @bench_app.command()
 def streams(
     preset: Annotated[str | None, Option(help="Sizes: tiny, cpu or gpu. [default: gpu or cpu, by device]")] = None,
-    model: Annotated[
-        str | None, Option(help="Language model, read at its middle layer. [default: the preset's]")
-    ] = None,
+    model: Annotated[str | None, Option(help="Language model, at its middle layer. [default: the preset's]")] = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -110,7 +107,7 @@ def streams(
     Results are ratios of times taken in turns: harvesting, the ring buffer, and training 1, 8 and 32 dictionaries. On a GPU
     the language model has Gemma-2-2B's shape and random weights.
     """
-    device_type = _check(json_file, device)
+    device_type = _check(device)
     from ..bench import streams as suite
 
     sizes = suite.sizes(preset or _default_preset(device_type), model)
@@ -120,9 +117,7 @@ def streams(
 @bench_app.command()
 def runs(
     preset: Annotated[str | None, Option(help="Sizes: tiny, cpu, testbed or gpu. [default: gpu or cpu]")] = None,
-    only: Annotated[
-        str | None, Option("--runs", help="Runs separated by commas, as in A1,C2,E4. [default: all]")
-    ] = None,
+    only: Annotated[str | None, Option("--runs", help="Runs by commas, as in A1,C2,E4. [default: all]")] = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -130,10 +125,9 @@ def runs(
 
     Also times training all of them on one stream against training them one by one.
     """
-    device_type = _check(json_file, device)
+    device_type = _check(device)
     from ..bench import documented_runs as suite
     from ..campaign.documented import documented
-    from ..engine.errors import UserError
 
     preset_name = preset or _default_preset(device_type)
     if preset_name not in suite.PRESETS:
@@ -163,9 +157,7 @@ def learning_rate(
     seeds: Annotated[int, Option(min=1, max=1000, help="Number of seeds to average over.")] = 1,
     json_file: Annotated[
         Path | None,
-        Option(
-            "--json", help="Write the results to this JSON file after each cell, and skip cells that it already holds."
-        ),
+        Option("--json", help="Write results to this JSON file after each cell, and skip cells that it already holds."),
     ] = None,
 ) -> None:
     """Compare the default learning rate with a grid of others.
@@ -173,7 +165,8 @@ def learning_rate(
     Trains a dictionary at each rate and compares FVU on held-out tokens. Runs on the CPU and takes minutes to hours,
     depending on the preset.
     """
-    _check(json_file, "cpu")
+    _check("cpu")
+    check_writable(json_file)
     from ..bench import learning_rate as suite
     from ..engine.stream.documents import check_data
 
@@ -199,9 +192,7 @@ def peers(
     library: Annotated[
         list[str] | None, Option(help="saelens, dictionary_learning, sparsify. Repeatable. [default: all]")
     ] = None,
-    steps: Annotated[
-        int, Option(min=5, max=10_000, help="Training steps per run of a script. Their median counts.")
-    ] = 30,
+    steps: Annotated[int, Option(min=5, max=10_000, help="Training steps per run. Their median counts.")] = 30,
     rounds: Annotated[int, Option(min=1, max=1000, help="Runs of each script.")] = 3,
     json_file: JsonFile = None,
 ) -> None:
@@ -210,7 +201,7 @@ def peers(
     The scripts are minimal training scripts in bench/peers, with diffs that add two lines. The preset is N = 1024, D = 512,
     F = 4096,16384, K = 32. On a GPU it is N = 4096, D = 2304, F = 65536, K = 64, under bfloat16 autocast.
     """
-    device_type = _check(json_file)
+    device_type = _check()
     from ..bench import before_after as suite
 
     default_sizes = {"cpu": ("1024", "512", "4096,16384", "32"), "cuda": ("4096", "2304", "65536", "64")}[device_type]
@@ -221,7 +212,7 @@ def peers(
 
 @bench_app.command()
 def table(
-    files: Annotated[list[Path], Argument(help="JSON files of `bench step --json` or `bench ops --json`.")],
+    files: Annotated[list[Path], Argument(help="JSON files of `bench step --json` or `ops --json`.")],
 ) -> None:
     """Print saved results as Markdown."""
     from ..bench.results import read
@@ -247,7 +238,6 @@ def report(
     _set_log_levels()
     from ..bench.report import write as write_report
 
-    check_writable(json_file)
     figures, paths = write_report(out, results=results, archs=arch, kernels=kernel)
     write_json(json_file, figures)
     print((out / "report.md").read_text(), end="")
@@ -265,7 +255,6 @@ def tune(
     GPU's row of kernels/configs.py. Takes minutes. Run the GPU tests afterwards.
     """
     _set_log_levels()
-    check_writable(json_file)
     from ..bench import tune as tuning
 
     choices = tuning.run(entry)
@@ -290,11 +279,10 @@ def profile(
 
     Prints the stages of a step and writes a trace of it. Profiles one shape: the first of the preset, or the given one.
     """
-    device_type, dtype_name, shapes = _start(json_file, device, dtype, preset, (n, d, f, k))
+    device_type, dtype_name, shapes = _start(device, dtype, preset, (n, d, f, k))
     from ..bench.profile import run
     from ..bench.profile import table as stages
     from ..bench.results import commit, device_name
-    from ..engine.errors import UserError
 
     if len(shapes) > 1 and (n, d, f, k) != (None,) * 4:
         raise UserError(f"--n, --d, --f, --k: {len(shapes)} shapes are not allowed; give one number each")
@@ -306,10 +294,10 @@ def profile(
 
 
 def _start(
-    json_file: Path | None, device: str | None, dtype: str | None, preset: str | None, sizes: tuple[str | None, ...]
+    device: str | None, dtype: str | None, preset: str | None, sizes: tuple[str | None, ...]
 ) -> tuple[str, str, Any]:
     """Check the options and return device, dtype and shapes. `sizes` are N, D, F and K."""
-    device_type = _check(json_file, device)
+    device_type = _check(device)
     from ..bench.data import DTYPES, check_settings
 
     default_dtype = "bf16" if device_type == "cuda" else "fp32"
@@ -318,14 +306,10 @@ def _start(
     return device_type, dtype_name, _shapes(preset or _default_preset(device_type), *sizes)
 
 
-def _check(json_file: Path | None, device: str | None = None) -> str:
-    """Check that the file can be written and that a backend runs on the device. Returns "cpu" or "cuda"."""
+def _check(device: str | None = None) -> str:
+    """Check that a backend runs on the device. Returns "cpu" or "cuda"."""
     _set_log_levels()
-    check_writable(json_file)
     import torch
-
-    from ..engine.errors import UserError
-    from .options import check_backend
 
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"device: {device!r} is not allowed; it must be cpu or cuda")
@@ -342,7 +326,6 @@ def _default_preset(device_type: str) -> str:
 def _shapes(preset: str, n: str | None, d: str | None, f: str | None, k: str | None) -> Any:
     """The shapes that the options ask for. An error names the option."""
     from ..bench.data import shapes
-    from ..engine.errors import UserError
 
     try:
         return shapes(preset, N=n, D=d, F=f, K=k)

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from ..engine.storage.files import check_writable, write_json
+from ..engine.errors import UserError
+from ..engine.process.signals import stop_advice
+from ..engine.storage.files import write_json
 from .options import Data, Hook, JsonFile, Latents, Layer, Model, Plugin, Resume, check_backend, merge
 from .output import campaign_table
 
@@ -47,7 +49,6 @@ def run(
     """
     from ..campaign.config import PLAIN, fitting_share, ratio
     from ..campaign.documented import RUNS, documented, settings
-    from ..engine.errors import UserError
     from .output import documented_list
 
     if listed:
@@ -72,7 +73,7 @@ def run(
     }
     config |= {"evals": evals.split(",")} if evals is not None else {}
     config |= {"share": fitting_share(tokens)} if tokens is not None else {}
-    _campaign(config, out or _new_folder(name), resume, json_file, out)
+    _campaign(name, config, out, resume, json_file)
 
 
 def campaign(
@@ -93,9 +94,7 @@ def campaign(
     evals: Evals = None,
     quick: Annotated[
         bool,
-        Option(
-            "--quick", help="Small campaign: F = 512, K = 16 instead of L1, 100,000 tokens, main scores. Takes minutes."
-        ),
+        Option("--quick", help="Small: F = 512, K = 16 instead of L1, 100,000 tokens, main scores. Takes minutes."),
     ] = False,
     out: Out = None,
     resume: Resume = False,
@@ -109,9 +108,7 @@ def campaign(
     """
     from ..campaign.config import QUICK, fitting_share
     from ..engine.config import read_yaml
-    from ..engine.plugins import use
 
-    use(plugin)
     section_options = {
         "stream": {"model": model, "layer": layer, "data": data},
         "sae": {"d_sae": d_sae},
@@ -125,11 +122,11 @@ def campaign(
     options |= {"seeds": seeds} if seeds is not None else {}
     options |= {"evals": evals.split(",")} if evals is not None else {}
     options = {"share": fitting_share(tokens)} | options if tokens is not None else options
-    _campaign(options, out or _new_folder("campaign"), resume, json_file, out)
+    _campaign("campaign", options, out, resume, json_file)
 
 
 def plot(
-    folder: Annotated[Path, Argument(metavar="RUN|CAMPAIGN", help="A folder made by temposae run or campaign.")],
+    folder: Annotated[Path, Argument(metavar="RUN|CAMPAIGN", help="Folder of temposae run or campaign.")],
 ) -> None:
     """Redraw the figures and the report of a run or campaign.
 
@@ -147,14 +144,12 @@ def plot(
     print(write(folder))
 
 
-def _campaign(settings: dict[str, Any], folder: Path, resume: bool, json_file: Path | None, out: Path | None) -> None:
+def _campaign(name: str, settings: dict[str, Any], out: Path | None, resume: bool, json_file: Path | None) -> None:
     from ..campaign.config import CampaignConfig
     from ..campaign.run_campaign import campaign, read_config
-    from ..engine.errors import UserError
-    from ..engine.process.signals import stop_advice
 
     began = time.monotonic()
-    check_writable(json_file)
+    folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_backend()
     if resume:
         if out is None:
@@ -167,7 +162,3 @@ def _campaign(settings: dict[str, Any], folder: Path, resume: bool, json_file: P
     write_json(json_file, results)
     campaign_table(results)
     print(f"report: {folder / 'report.html'}   figures: {folder / 'figures'}   {time.monotonic() - began:.0f} s")
-
-
-def _new_folder(name: str) -> Path:
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

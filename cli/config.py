@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from ..engine.errors import UserError, near, shown
+from ..engine.storage.path_names import expand_path
 from .options import Plugin
 
 if TYPE_CHECKING:
@@ -51,11 +53,6 @@ def config(
     Settings that the file leaves out are printed with their defaults. No model is loaded, so settings that depend on it
     (sae.d_in, and sae.d_sae by default) are left out.
     """
-    from ..engine.errors import UserError
-    from ..engine.plugins import use
-    from ..engine.storage.path_names import expand_path
-
-    use(plugin)
     if markdown and (not explain or source is not None):
         raise UserError("--markdown: not allowed here; give it with --explain and without NAME")
     if not explain and source is None:
@@ -69,8 +66,7 @@ def config(
 
 
 def _resolved(path: Path) -> str:
-    """Return the settings in a file with their defaults, as YAML that `temposae train` or `campaign` reads. Raises UserError
-    for wrong settings."""
+    """Return the settings in a file with their defaults, as YAML for `temposae train` or `campaign`."""
     import yaml
 
     from ..campaign.config import CampaignConfig, entries
@@ -113,9 +109,7 @@ def _part_sections(own: bool) -> "Iterator[Section]":
 
 
 def _explanation(name: str | None) -> str:
-    """The explanation of a setting, section or part, or of all of them."""
     from ..engine.config.explain import SECTIONS
-    from ..engine.errors import UserError, near, shown
 
     sections = chain(_config_sections(), _part_sections(own=False))
     if name is None:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from ..engine.errors import UserError
+from ..engine.process.signals import stop_advice
 from ..engine.storage.files import check_writable, write_json
 from .options import FOLDERS, TEXTS, JsonFile, Plugin, check_backend
 from .output import core_table, scores_table
@@ -75,16 +77,12 @@ def evaluate(
 
     Labels, questions and texts default to the embedded language's. On another text, an eval that needs its own says so.
     """
-    from ..engine.plugins import use
-    from ..engine.process.signals import stop_advice
     from ..engine.storage import checkpoint
     from ..evals.api import stream_of
     from ..evals.run_evals import evaluate
     from ..evals.suite import EVALS, check_there, load_eval, named_files
 
-    check_writable(json_file)
     check_backend()
-    use(plugin)
     by_name = named_files(files or ())
     check_there(sets or (), by_name)
     names = list(EVALS) if name == "all" else [name]
@@ -135,15 +133,12 @@ def features(
     The store has one entry per token and active latent, in text order. Read it with `temposae.features.read`, pandas or
     DuckDB.
     """
-    from ..engine.plugins import use
     from ..engine.storage import checkpoint
     from ..evals import features as store
     from ..evals.api import BUFFERLESS, stream_of
 
     began = time.monotonic()
-    check_writable(json_file)
     check_backend()
-    use(plugin)
     store.check(out, tokens, min_activation)
     loaded = checkpoint.find(sae)
     if tokens is None and data is None and loaded.run is not None:
@@ -188,27 +183,21 @@ def dashboard(
     For each latent: how often and at which positions it fires, the texts on which it fires most, some random ones, and the
     tokens whose logits it raises and lowers.
     """
-    from ..engine.errors import UserError
-    from ..engine.plugins import use
     from ..engine.storage import checkpoint
     from ..evals import dashboard as board
     from ..evals.api import BUFFERLESS, dashboard_rows, stream_of
 
     check_backend()
-    use(plugin)
     loaded = checkpoint.find(sae)
     dictionary = loaded.dictionary()
     if out is None and loaded.of_run is None:
         raise UserError(f"out: missing; {sae} is not a run folder, so give the HTML file to write")
     page = out or sae / "dashboard.html"
     check_writable(page, "out", board.is_page)
-    check_writable(json_file)
-    latent_numbers = None if latents is None else board.numbers(latents, dictionary.cfg.d_sae)
+    numbers = None if latents is None else board.numbers(latents, dictionary.cfg.d_sae)
     stream = stream_of(loaded, model, layer, hook, data, tokens=1, **BUFFERLESS)
     rows = rows or dashboard_rows(loaded, stream)
-    content = board.dashboard(
-        stream, dictionary, name=sae.resolve().name, latents=latent_numbers, count=count, rows=rows
-    )
+    content = board.dashboard(stream, dictionary, name=sae.resolve().name, latents=numbers, count=count, rows=rows)
     write_json(json_file, content)
     board.write(page, content)
     print(f"{len(content['latents'])} of {content['d_sae']:,} latents on {content['tokens']:,} tokens: {page}")

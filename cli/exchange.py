@@ -30,10 +30,8 @@ def convert(
     Converting back gives the same weights, bit for bit. A dictionary that the library cannot represent, such as one with a
     mask over positions, is refused with the reason.
     """
-    from ..engine.plugins import use
     from ..engine.storage import checkpoint
 
-    use(plugin)
     loaded = checkpoint.find(source)
     _write(loaded, which, out, to)
     sae = loaded.dictionary(which).cfg
@@ -55,11 +53,9 @@ def upload(
     The card describes the dictionary and its training, with scores if `temposae eval core` has measured them.
     """
     from ..engine.interchange import hub
-    from ..engine.plugins import use
     from ..engine.storage import checkpoint
     from ..evals import result_files
 
-    use(plugin)
     loaded = checkpoint.find(source)
     sae = loaded.dictionary(which).cfg
     scores = result_files.read(source, "core") if which == "sae" else None

@@ -5,12 +5,29 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from ..engine import plugins
+from ..engine.errors import UserError
+from ..engine.storage.files import check_writable
+from ..engine.storage.path_names import expand_path
+
 PLAIN: dict[str, Any] = {
     "no_args_is_help": True, "add_completion": False, "rich_markup_mode": None,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }  # fmt: skip
 
-JsonFile = Annotated[Path | None, Option("--json", help="Also write the results to this JSON file.")]
+
+def _writable(path: Path | None) -> Path | None:
+    path = None if path is None else expand_path(path, "--json")
+    check_writable(path)
+    return path
+
+
+def _imported(names: list[str] | None) -> list[str] | None:
+    plugins.use(names)
+    return names
+
+
+JsonFile = Annotated[Path | None, Option("--json", callback=_writable, help="Also write results to this JSON file.")]
 Model = Annotated[
     str | None,
     Option(help="testbed, smollm2, a hub name (google/gemma-2-2b) or a local Hugging Face folder. [default: testbed]"),
@@ -21,9 +38,7 @@ TEXTS = "a .txt, .jsonl, .json, .csv, .tsv or .parquet file, an .npy file of tok
 Data = Annotated[
     str | None, Option(help=f"Text to train on: {TEXTS}. [default: the embedded language, for testbed only]")
 ]
-Field = Annotated[
-    str | None, Option(help="Field with the text, nested as in a.b. [default: text, tokens or input_ids]")
-]
+Field = Annotated[str | None, Option(help="Field with the text, nested as in a.b. [default: text, tokens, input_ids]")]
 Split = Annotated[str | None, Option(help="Split of the dataset in --data. [default: train]")]
 Subset = Annotated[str | None, Option(help="Subset (configuration) of that dataset. [default: the only one]")]
 Latents = Annotated[int | None, Option(help="F, the number of latents. [default: 2304]")]
@@ -31,7 +46,10 @@ Resume = Annotated[bool, Option("--resume", help="Continue the stopped run in --
 Plugin = Annotated[
     list[str] | None,
     Option(
-        "--plugin", metavar="FILE|MODULE", help="Python file or module that defines parts. It is executed. Repeatable."
+        "--plugin",
+        metavar="FILE|MODULE",
+        callback=_imported,
+        help="Python file or module that defines parts. It is executed. Repeatable.",
     ),
 ]
 FOLDERS = (
@@ -52,7 +70,6 @@ def merge(settings: dict[str, Any], options_by_section: dict[str, dict[str, Any]
 
 def check_backend() -> None:
     """Raise UserError if TEMPOSAE_BACKEND names a backend that does not exist or cannot run here."""
-    from ..engine.errors import UserError
     from ..kernels.backend import why
 
     try:

@@ -29,8 +29,7 @@ def core_table(result: dict[str, Any], title: str) -> None:
 
 
 def scores_table(result: dict[str, Any], title: str) -> None:
-    """Print every score of an eval and its sections, one line each, with a column for each control and for the model's own
-    activations (LLM), where measured."""
+    """Print every score of an eval and its sections, with columns for the controls and the model (LLM)."""
     sections = {"": result} | {
         k: v for k, v in result.items() if isinstance(v, dict) and isinstance(v.get("controls"), dict)
     }
@@ -68,7 +67,6 @@ def _print_notes(result: dict[str, Any]) -> None:
 
 
 def _figures(scores: Iterable[dict[str, Any]]) -> list[str]:
-    """The names of all scores in these columns."""
     items = (item for column in scores for item in column.items())
     return list(dict.fromkeys(key for key, value in items if isinstance(value, float) and key != "seconds"))
 
@@ -81,9 +79,7 @@ def runs_table(summary: dict[str, Any]) -> None:
         core_table(summary, title)
         return
     trained = {name: scores for name, scores in dictionaries.items() if "failed" not in scores}
-    controls = {
-        name: scores["controls"].get("random", {}).get("explained_variance") for name, scores in trained.items()
-    }
+    controls = {name: s["controls"].get("random", {}).get("explained_variance") for name, s in trained.items()}
     control_column = {"random EV": controls} if any("random" in s["controls"] for s in trained.values()) else {}
     _table(trained, f"{len(dictionaries)} dictionaries of {summary['model']}", control_column)
     for reason in dict.fromkeys(s["no_random_control"] for s in trained.values() if s.get("no_random_control")):
@@ -96,8 +92,7 @@ def runs_table(summary: dict[str, Any]) -> None:
 
 
 def campaign_table(results: dict[str, Any]) -> None:
-    """Print the main scores of a campaign's runs and baselines (means over seeds), the results of analyses, and runs that
-    failed or do not beat their random control."""
+    """Print a campaign's main scores (means over seeds), results of analyses, and runs that failed."""
     from rich.box import SIMPLE_HEAD
 
     from ..campaign.results import against_random, analysis_figures
@@ -129,8 +124,7 @@ def campaign_table(results: dict[str, Any]) -> None:
 def documented_list(
     activation: str | None = None, d_sae: int | None = None, k: int | None = None, tokens: int | None = None
 ) -> None:
-    """Print the documented runs, one line each, with their settings, mechanisms and estimated training time. The arguments
-    are options of `temposae run`."""
+    """Print the documented runs, one line each. The arguments are options of `temposae run`."""
     from ..bench.documented_runs import expected_seconds
     from ..campaign.documented import BASELINES, RUNS, settings
 
@@ -156,8 +150,7 @@ def documented_list(
 def _table(
     scores_by_name: dict[str, dict[str, Any]], title: str, more: dict[str, dict[str, float | None]] | None = None
 ) -> None:
-    """Print core scores, one line per name, with standard errors or with further columns `more` (heading -> name -> value),
-    and why some are missing."""
+    """Print core scores, a line per name, with standard errors or further columns `more` (heading -> name -> value)."""
 
     def number(value: float | None, error: float | None = None) -> str:
         return "-" if value is None else f"{value:.4f}" if error is None else f"{value:.4f} ±{error:.4f}"

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from ..engine.storage.files import check_writable, write_json
+from ..engine.errors import UserError
+from ..engine.process.signals import stop_advice
+from ..engine.storage.files import write_json
+from ..engine.storage.lock import owned
 from .options import Data, Field, Hook, JsonFile, Layer, Model, Plugin, Resume, Split, Subset, check_backend, merge
 from .output import figures, runs_table
 
@@ -35,7 +38,7 @@ def train(
     subset: Subset = None,
     cache: Annotated[Path | None, Option(help="Train on a cache: a folder made by `temposae cache`.")] = None,
     activations: Annotated[
-        Path | None, Option(help="Train on activations in a .npy, .safetensors or .pt file.")
+        Path | None, Option(help="Train on a .npy, .safetensors or .pt file of activations.")
     ] = None,
     activation: Annotated[str | None, Option(help="topk, batchtopk, relu or jumprelu. [default: topk]")] = None,
     d_sae: Annotated[int | None, Option(help="F, the number of latents. [default: 8 times the model's width]")] = None,
@@ -63,29 +66,16 @@ def train(
     To use several GPUs: torchrun --nproc-per-node 8 -m temposae train ... Each takes a share of the text and the latents.
     """
     from ..engine.config import read_yaml
-    from ..engine.errors import UserError
-    from ..engine.plugins import use
     from ..engine.ranks import Ranks
-    from ..engine.storage.lock import owned
     from ..engine.storage.run_folder import CONFIG, check_free, read_settings
     from ..engine.sweep import expand, read_streams
 
-    check_writable(json_file)
     check_backend()
-    use(plugin)
     ranks = Ranks.start()
+    stream = {"model": model, "hook": hook, "layer": layer, "data": data, "text_field": text_field, "split": split}
+    stream |= {"subset": subset, "cache": cache and str(cache), "activations": activations and str(activations)}
     options = {
-        "stream": {
-            "model": model,
-            "hook": hook,
-            "layer": layer,
-            "data": data,
-            "text_field": text_field,
-            "split": split,
-            "subset": subset,
-            "cache": None if cache is None else str(cache),
-            "activations": None if activations is None else str(activations),
-        },
+        "stream": stream,
         "sae": {"activation": activation, "d_sae": d_sae, "k": k},
         "train": {"lr": lr, "tokens": tokens, "seed": seed},
         "eval": {"rows": eval_rows, "after_training": False if no_eval else None},
@@ -111,12 +101,8 @@ def train(
         _train(settings, folder, resume, ranks, json_file)
 
 
-def _train(
-    settings: dict[str, dict[str, Any]], folder: Path, resume: bool, ranks: "Ranks", json_file: Path | None
-) -> None:
-    """Train dictionaries into a folder, evaluate them and print their scores."""
+def _train(settings: dict[str, Any], folder: Path, resume: bool, ranks: "Ranks", json_file: Path | None) -> None:
     from ..engine.process.cpu_memory import peak_gb
-    from ..engine.process.signals import stop_advice
     from ..engine.stream import ActivationStream
     from ..engine.sweep import resolve
     from ..engine.train import train_together
@@ -125,12 +111,10 @@ def _train(
     began = time.monotonic()
     lm, runs = resolve(settings)
     first = next(iter(runs.values()))
-    max_tokens = max(run.train.tokens for run in runs.values())
+    tokens = max(run.train.tokens for run in runs.values())
     hooks = list(dict.fromkeys(hook for run in runs.values() for hook in run.stream.read_hooks)) if lm is None else []
     batch, seed = first.train.batch, first.train.seed
-    stream = ActivationStream(
-        first.stream, tokens=max_tokens, batch=batch, seed=seed, model=lm, hooks=hooks, ranks=ranks
-    )
+    stream = ActivationStream(first.stream, tokens=tokens, batch=batch, seed=seed, model=lm, hooks=hooks, ranks=ranks)
     trained = train_together(stream, runs, out=folder, resume=resume)
     ranks.end()
     if not ranks.is_first:
@@ -148,8 +132,8 @@ def _train(
     if stream.own is not None:
         print("CE recovered was not measured: it needs a language model")
     failed = _print_not_measured(summary, folder)
-    peak = "" if summary["peak_gb"] is None else f"   peak memory: {summary['peak_gb']:.1f} GB"
-    print(f"run folder: {folder}   figures: {folder / 'figures'}   {summary['seconds']:.0f} s{peak}")
+    times = f"{summary['seconds']:.0f} s   peak memory: {summary['peak_gb']:.1f} GB"
+    print(f"run folder: {folder}   figures: {folder / 'figures'}   {times}")
     if failed:
         raise typer.Exit(2)
 
@@ -198,12 +182,9 @@ def cache(
     layers are read in one pass. The text is read once and not repeated.
     """
     from ..engine.config import Layer, StreamConfig, read_yaml
-    from ..engine.errors import UserError
-    from ..engine.process.signals import stop_advice
     from ..engine.stream.cache_writer import write_cache
 
     began = time.monotonic()
-    check_writable(json_file)
     options = {"model": model, "data": data, "text_field": text_field, "split": split, "subset": subset}
     config_settings = merge(read_yaml(config) if config else {}, {"stream": options})
     for other in config_settings.keys() - {"stream", "sae", "train", "eval"}:

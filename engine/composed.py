@@ -102,8 +102,7 @@ class ComposedAutoencoder(SparseAutoencoder):
 
     @without_autocast()
     def latents_of(self, x: Tensor, pos: Tensor) -> Tensor:
-        """f [N, F] of further activations, in the units of training. Differentiable. Selection is as in training: batchtopk
-        keeps the N k largest of these."""
+        """f [N, F] of further activations, in units of training. Differentiable. batchtopk keeps the N k largest."""
         f = self._latents(self._batch_view(x / self.unit.to(x.dtype), pos))
         return f if self.cfg.activation == "relu" else self._select(f).to_dense()
 
@@ -190,9 +189,8 @@ class ComposedAutoencoder(SparseAutoencoder):
                 pre = part.pre(pre, batch)
             f = torch.relu(pre)
         else:
-            encoder_mask = (
-                (None, None) if self.parts_in("acts") else (mask, mask_rows)
-            )  # those parts come before the mask
+            # those parts come before the mask
+            encoder_mask = (None, None) if self.parts_in("acts") else (mask, mask_rows)
             f = encode_dense(x, self.W_enc, self.b_enc, self.center, *encoder_mask).float() * self.unit
             mask = mask if encoder_mask[0] is None else None
         for part in self.parts_in("acts"):
@@ -226,7 +224,6 @@ class ComposedAutoencoder(SparseAutoencoder):
         return code.with_values(code.live(f.reshape(-1)[flat_indices]))
 
     def _weighted_sum(self, batch: BatchView) -> Tensor:
-        """Weighted sum of squared error and of the L1 term over the batch."""
         assert batch.squared_error is not None
         assert batch.l1 is not None
         error_weights, l1_weights = None, None

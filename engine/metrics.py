@@ -59,8 +59,7 @@ class HeldOutSums:
 def held_out_scores(sae: Dictionary, batches: Iterable[Batch]) -> dict[str, Any] | None:
     """Measure `explained_variance`, `fvu`, `l0` and `dead_fraction` of a dictionary on `tokens` held-out activations.
 
-    `explained_variance` and `fvu` are None, with an entry in `warnings`, if the activations don't vary. Returns None if
-    there are no tokens."""
+    `explained_variance` and `fvu` are None, with an entry in `warnings`, if activations are equal. None without tokens."""
     sae, sums = unit_decoder(sae), None
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
     for batch in batches:

@@ -11,7 +11,7 @@ Parts at the same place act in the order of the settings. The decorator `part("n
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -195,8 +195,7 @@ class Part(nn.Module):
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
-        """Raise ValueError("field: ...") if the part's settings conflict with the dictionary's; `field` is of
-        either."""
+        """Raise ValueError("field: ...") if the part's settings conflict with the dictionary's."""
 
     def initialise(self, sae: SparseAutoencoder, generator: torch.Generator) -> None:
         """Change the dictionary's initial weights."""
@@ -260,6 +259,6 @@ def build(sae: SAEConfig, generator: torch.Generator) -> list[Part]:
     """Build the parts of a dictionary. Their number of positions is `sae.mask.positions`."""
     parts = []
     for part_settings in sae.parts:
-        cls = cast(type[Part], find(part_settings["kind"]))
+        cls = find(part_settings["kind"])
         parts.append(cls(cls.Settings(**part_settings), sae, sae.mask.positions, generator))
     return parts

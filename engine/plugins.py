@@ -1,8 +1,7 @@
 """Plugins: Python files or modules that define the user's own parts.
 
 A plugin is code, so it is imported only if the user names it with --plugin or imports it in Python. A run's config
-records its plugins so that an error can name them, but a plugin is never imported because a config names it: the config
-may have come from someone else.
+records its plugins only so that an error can name them: the config may have come from someone else.
 """
 
 import hashlib

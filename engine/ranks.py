@@ -1,5 +1,4 @@
-"""Training in several processes, started by torchrun. Each process runs the model on its share of the text and holds
-its share of every dictionary's latents."""
+"""Training in several processes, run by torchrun. Each has a share of the text and of every dictionary's latents."""
 
 import os
 from dataclasses import dataclass, replace
@@ -52,8 +51,7 @@ class Ranks:
         return cls.here()
 
     def apart(self) -> "Ranks":
-        """Return the same processes with a communication group of their own, whose calls may overlap with this
-        one's."""
+        """Return the same processes with their own communication group, whose calls may overlap with this one's."""
         return self if self.size == 1 else replace(self, group=dist.new_group())
 
     @property
@@ -129,8 +127,7 @@ class Ranks:
 
     def keep_largest(self, code: SparseCode, k: int) -> SparseCode:
         """Keep the entries of a code that are among the k largest of their token over the latents of all processes. In
-        a ragged code, keep those among the k largest of the batch. All codes must have the same shape. Ties go to the
-        lower rank."""
+        a ragged code, keep those among the k largest of the batch. Codes have one shape. Ties go to lower ranks."""
         if self.size == 1:
             return code
         values = self.gather(code.live(code.values))

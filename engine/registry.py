@@ -9,40 +9,19 @@ parts are registered in the same way:
 These modules are imported when an unknown kind is first looked up. All other parts come from plugins (see `plugins`).
 """
 
-from collections.abc import Mapping
 from importlib.metadata import EntryPoints, entry_points
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from .errors import UserError, near, shown
 from .plugins import UnknownPart, source
 
 OWN, GROUP = "temposae", "temposae.parts"  # entry point of temposae's own parts, and the group of all entry points
-
-
-class RegisteredPart(Protocol):
-    """The interface of a part's class that this module uses; see `parts.Part`."""
-
-    kind: ClassVar[str]
-    reads: ClassVar[frozenset[str]]
-    is_alone: ClassVar[bool]
-    Settings: ClassVar[Any]
-
-    @classmethod
-    def check(cls, settings: Any, sae: Any) -> None: ...
-
-
-class HasParts(Protocol):
-    """Settings of a dictionary with parts; see `config.SAEConfig`."""
-
-    @property
-    def parts(self) -> tuple[dict[str, Any], ...]: ...
-
-
-_PARTS: dict[str, type[RegisteredPart]] = {}
+PartClass = type[Any]  # of parts.Part, whose module imports this one
+_PARTS: dict[str, PartClass] = {}
 _ENTRY_POINTS: dict[str, str] = {}  # module -> the entry point that it belongs to
 
 
-def register(kind: str, cls: type[RegisteredPart]) -> None:
+def register(kind: str, cls: PartClass) -> None:
     """Register a part under its kind. Raises UserError for the kind of one of temposae's own parts."""
     previous = _PARTS.get(kind, cls)
     if previous.__module__ != cls.__module__ and (is_own(previous) or is_own(cls)):
@@ -53,7 +32,7 @@ def register(kind: str, cls: type[RegisteredPart]) -> None:
     _PARTS[kind] = cls
 
 
-def find(kind: str) -> type[RegisteredPart]:
+def find(kind: str) -> PartClass:
     """Return the part of this kind. Raises UserError, with similar names, if there is none."""
     if not isinstance(kind, str):
         raise UserError(f"sae.parts.kind: {shown(kind)} is not allowed; it must be the name of a part")
@@ -69,7 +48,7 @@ def find(kind: str) -> type[RegisteredPart]:
     raise UnknownPart(kind, near(kind, sorted(_PARTS)))
 
 
-def installed() -> dict[str, type[RegisteredPart]]:
+def installed() -> dict[str, PartClass]:
     """Import the parts of all installed packages and return all registered parts by kind."""
     for entry_point in _read_entry_points():
         known_kinds = set(_PARTS)
@@ -80,7 +59,7 @@ def installed() -> dict[str, type[RegisteredPart]]:
     return dict(_PARTS)
 
 
-def is_own(cls: type[RegisteredPart]) -> bool:
+def is_own(cls: PartClass) -> bool:
     """Whether temposae's own entry point defines this part."""
     return _entry_point(cls) == OWN
 
@@ -91,7 +70,7 @@ def _read_entry_points() -> EntryPoints:
     return points
 
 
-def _entry_point(cls: type[RegisteredPart]) -> str | None:
+def _entry_point(cls: PartClass) -> str | None:
     """Return the name of the entry point whose module or package defines a part. None for a plugin."""
     if not _ENTRY_POINTS:
         _read_entry_points()
@@ -100,8 +79,8 @@ def _entry_point(cls: type[RegisteredPart]) -> str | None:
     return next((_ENTRY_POINTS[module] for module in modules if module in _ENTRY_POINTS), None)
 
 
-def plugins_of(sae: HasParts) -> tuple[str, ...]:
-    """Return the plugins that define a dictionary's parts. Parts of installed packages need none."""
+def plugins_of(sae: Any) -> tuple[str, ...]:
+    """Return the plugins that define the parts of a dictionary's settings. Parts of installed packages need none."""
     plugin_parts = [cls for settings in sae.parts if _entry_point(cls := find(settings["kind"])) is None]
     return tuple(dict.fromkeys(plugin for cls in plugin_parts if (plugin := source(cls)) is not None))
 
@@ -120,7 +99,7 @@ def complete_settings(parts: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any]
     return tuple(completed)
 
 
-def check(sae: HasParts) -> None:
+def check(sae: Any) -> None:
     """Raise ValueError for parts that conflict with the dictionary's other settings."""
     for part_settings in sae.parts:
         cls = find(part_settings["kind"])
@@ -131,10 +110,10 @@ def check(sae: HasParts) -> None:
             raise ValueError(f"parts.{cls.kind}.{error}" if is_part_setting else str(error)) from None
 
 
-def reads(sae: HasParts | Mapping[str, Any]) -> dict[str, str]:
+def reads(sae: Any) -> dict[str, str]:
     """Map each thing that the parts need besides x and pos (`Part.reads`) to the first part that needs it."""
     kind_by_need: dict[str, str] = {}
-    parts = sae.get("parts") if isinstance(sae, Mapping) else sae.parts
+    parts = sae.get("parts") if isinstance(sae, dict) else sae.parts
     for part_settings in parts if isinstance(parts, list | tuple) else ():  # `complete_settings` refuses other types
         if isinstance(part_settings, dict) and isinstance(kind := part_settings.get("kind"), str):
             for need in find(kind).reads:

@@ -18,8 +18,7 @@ def needs_sample(sae: SAEConfig) -> bool:
 
 
 class RunSample:
-    """Up to `SIZE` tokens from a run of `steps` batches, equally many per batch, with positions and activations at
-    `hooks`.
+    """Up to `SIZE` tokens from a run of `steps` batches, equally many per batch, with positions and acts at `hooks`.
 
     Inference thresholds are fitted to the sample. The last batches alone would cover too few documents.
     """

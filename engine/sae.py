@@ -393,8 +393,7 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def follow(self, least_activation: Tensor | None, pace: float = 0.01) -> None:
-        """After an update, move batchtopk's threshold towards the least activation kept: a mean over about 1 / `pace`
-        batches."""
+        """After an update, move batchtopk's threshold towards the least activation kept, by a share `pace`."""
         if least_activation is not None:
             paces = torch.where(self.threshold > 0, pace, 1.0)
             self.threshold.lerp_(torch.where(least_activation.isfinite(), least_activation, self.threshold), paces)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +15,6 @@ _BEHIND_ATTENTION = re.compile(
 )
 Start = int | Callable[[], int]
 Hooks = list[tuple[str | Callable[[str], bool], Callable[..., Any]]]
-
-
-class SplicedDictionary(Protocol):
-    """The dictionary: x [B, T, D] at pos [B, T] -> f [B, T, F] -> x_hat [B, T, D]; see `sae.SparseAutoencoder`."""
-
-    @property
-    def looks_at_positions(self) -> str | None: ...
-    @property
-    def looks_along_rows(self) -> bool: ...
-    def __call__(self, x: Tensor, pos: Tensor | None = None, /) -> Tensor: ...
-    def encode(self, x: Tensor, pos: Tensor | None = None, /) -> Tensor: ...
-    def decode(self, f: Tensor, /) -> Tensor: ...
 
 
 class Positions:
@@ -81,7 +69,7 @@ class Positions:
 
 
 def hooks(
-    sae: SplicedDictionary, hook: str, target: str | None, edit: Callable[[Tensor], Tensor] | None, error_term: bool,
+    sae: Any, hook: str, target: str | None, edit: Callable[[Tensor], Tensor] | None, error_term: bool,
     start: Start | None,
 ) -> Hooks:  # fmt: skip
     """See `SparseAutoencoder.fwd_hooks`."""

@@ -178,11 +178,9 @@ def read_streams(settings: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, S
 
 
 def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | None, dict[str, RunConfig]]:
-    """Complete the settings from `expand` with the model's width and layers. Returns the model and the settings by
-    name.
+    """Complete the settings from `expand` with the model's width and layers. Returns the model, and settings by name.
 
-    Mistakes that show without the model are refused before it is loaded. With a cache or a file of activations no model
-    is needed, and None is returned.
+    Mistakes that show without the model are refused before it is loaded. A cache or a file of activations needs none.
     """
     streams, layers = read_streams(settings)
     _run_configs(settings, streams)
@@ -219,8 +217,7 @@ def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | 
 
 
 def resolve_without_model(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the sections of each dictionary with the defaults that need no model: those that follow from the settings,
-    or from the cache or array that they name.
+    """Return the sections of each dictionary with the defaults that follow from the settings, a cache or an array.
 
     Settings that the model decides are left out unless given: sae.d_in, d_sae and d_out, and stream.rows_per_forward.
     Raises UserError for whatever `resolve` refuses before it loads the model.
@@ -251,20 +248,19 @@ def _run_configs(
         with _name_in_errors(name):
             stream = streams[name]
             hooks = [str(stream.hook)] if stream.target is None else [str(stream.hook), stream.target]
-            hook_widths = [_UNKNOWN if widths is None else widths[hook] for hook in hooks]
-            configs[name] = _run_config(dictionary_settings, stream, *hook_widths)
+            d_in, *d_out = [_UNKNOWN if widths is None else widths[hook] for hook in hooks]
+            sections = {key: value for key, value in dictionary_settings.items() if key not in ("stream", "sae")}
+            sae_settings = dict(section(dictionary_settings, "sae"))
+            if isinstance(mask := sae_settings.get("mask", {}), dict):
+                sae_settings["mask"] = {"positions": stream.context, **mask}
+            # without a width, d_sae is large enough for every k
+            defaults = {
+                "d_in": d_in,
+                "d_sae": 2**30 if widths is None else 8 * d_in,
+                "d_out": d_out[0] if d_out else None,
+            }
+            configs[name] = RunConfig(stream=stream, sae=SAEConfig(**(defaults | sae_settings)), **sections)
     return configs
-
-
-def _run_config(settings: Mapping[str, Any], stream: StreamConfig, d_in: int, d_out: int | None = None) -> RunConfig:
-    """Build a run's settings. d_sae defaults to 8 d_in."""
-    sections = {key: value for key, value in settings.items() if key not in ("stream", "sae")}
-    sae_settings = dict(section(settings, "sae"))
-    if isinstance(mask := sae_settings.get("mask", {}), dict):
-        sae_settings["mask"] = {"positions": stream.context, **mask}
-    # without a width, d_sae is large enough for every k
-    defaults: dict[str, Any] = {"d_in": d_in, "d_sae": 2**30 if d_in == _UNKNOWN else 8 * d_in, "d_out": d_out}
-    return RunConfig(stream=stream, sae=SAEConfig(**(defaults | sae_settings)), **sections)
 
 
 def _neighbour_hook(hook: str) -> str:
@@ -278,7 +274,6 @@ def _neighbour_hook(hook: str) -> str:
 
 @contextmanager
 def _name_in_errors(name: str) -> Iterator[None]:
-    """Put the dictionary's name in front of a UserError raised inside."""
     try:
         yield
     except UserError as error:

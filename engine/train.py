@@ -109,11 +109,11 @@ def train(
     run = RunConfig(stream=stream.config, sae=sae, train=config)
     trained = train_together(stream, {"": run}, out=out, resume=resume)[""]
     if stream.own is not None:
-        saes = {"sae": trained.sae} | ({"random": trained.random} if trained.random is not None else {})
-        scores = {
-            role: held_out_scores(trained_sae, stream.held_out_activations()) for role, trained_sae in saes.items()
-        }
-        trained.held_out = {role: score for role, score in scores.items() if score is not None} or None
+        scores = {}
+        for role, dictionary in {"sae": trained.sae, "random": trained.random}.items():
+            if dictionary is not None and (score := held_out_scores(dictionary, stream.held_out_activations())):
+                scores[role] = score
+        trained.held_out = scores or None
     return trained
 
 
@@ -141,9 +141,8 @@ class _Training:
     """Dictionaries by name on one stream. A single one has the name "" and the whole folder."""
 
     def __init__(self, stream: ActivationStream, dictionaries: dict[str, RunConfig], folder: Path | None, resume: bool):
-        streams = {name: stream.config_for(run.stream) for name, run in dictionaries.items()}
         dictionaries = {
-            name: with_absolute_paths(run.model_copy(update={"stream": streams[name]}))
+            name: with_absolute_paths(run.model_copy(update={"stream": stream.config_for(run.stream)}))
             for name, run in dictionaries.items()
         }
         self.stream, self.runs, self.ranks = stream, dictionaries, stream.ranks
@@ -198,8 +197,7 @@ class _Training:
 
     @contextmanager
     def _folder_with_settings(self, settings: RunConfig | SweepConfig) -> Iterator[None]:
-        """Write the settings before the buffer fills, so that a run that is stopped meanwhile can be resumed. A run that is
-        refused leaves nothing behind."""
+        """Write the settings before the buffer fills, so that a stopped run can be resumed; a refused one has none."""
         self.ranks.wait()  # until all processes have looked at the folder
         if self.folder is None or not self.ranks.is_first:
             yield
@@ -220,21 +218,17 @@ class _Training:
             trainee.load(last_checkpoint)
             return
         assert trainee.folder is not None
+        assert self.folder is not None
         status = (last_checkpoint.manifest["status"] or {}).get(trainee.name)
         if not isinstance(status, dict) or not isinstance(status.get("step"), int):
             raise UserError(
                 f"checkpoint: {last_checkpoint.folder / checkpoint.MANIFEST} is damaged: no status of {trainee.name}"
             )
         trainee.failed, trainee.failed_step = status.get("failed"), status.get("failed_step")
-        checkpoint_folder = checkpoint.place(trainee.folder, status["step"])
         self._discard(trainee, status["step"])
         if status["step"]:
-            dictionary_checkpoint = checkpoint.find(checkpoint_folder)
-            _check_settings(
-                self.folder / CONFIG if self.folder is not None else checkpoint_folder,
-                dictionary_checkpoint,
-                trainee.run,
-            )
+            dictionary_checkpoint = checkpoint.find(checkpoint.place(trainee.folder, status["step"]))
+            _check_settings(self.folder / CONFIG, dictionary_checkpoint, trainee.run)
             trainee.load(dictionary_checkpoint)
 
     def _discard(self, trainee: TrainedDictionary, step: int) -> None:
@@ -301,7 +295,10 @@ class _Training:
                     self._bar.advance(len(batch))
                     self._report([trainee for trainee in active if trainee.is_due])
                 else:
-                    self._end_early(active)
+                    tokens_done = active[0].main.tokens_done
+                    name = self.stream.source.name
+                    self._bar.note(f"data: {name} ended after {tokens_done:,} of {self.config.tokens:,} tokens")
+                    self._report([trainee for trainee in active if trainee.main.has_news])
                 signal_number = self.ranks.largest(signals[0] if signals else 0)
                 self._save(len(batch) == 0 or bool(signal_number) or any(trainee.has_ended for trainee in active))
                 if signal_number:
@@ -314,11 +311,7 @@ class _Training:
         try:
             cohort.step(batch)
         except (RuntimeError, ValueError) as error:
-            failed_trainees = [
-                trainee
-                for trainee in active
-                if any(learner in cohort.learners for learner in trainee.learners.values())
-            ]
+            failed_trainees = [trainee for trainee in active if {*trainee.learners.values()} & {*cohort.learners}]
             if len(failed_trainees) == len(self.trainees):
                 raise
             for trainee in failed_trainees:
@@ -363,9 +356,7 @@ class _Training:
         best = min(lines, key=lambda line: line["fvu"] if math.isfinite(line["fvu"]) else math.inf)
         figures = {"loss": f"{best['loss']:.3g}", "L0": f"{best['l0']:.1f}", "EV": f"{1 - best['fvu']:.3f}"}
         figures |= {"dead": percent(best["dead_fraction"])}
-        figures |= {self.stream.source.label: "0%"} | {
-            section: f"{share:.0%}" for section, share in times["time"].items()
-        }
+        figures |= {self.stream.source.label: "0%"} | {name: f"{share:.0%}" for name, share in times["time"].items()}
         if len(self.trainees) > 1:
             figures = {"in training": str(sum(not trainee.has_ended for trainee in self.trainees)), **figures}
         self._bar.advance(0, **figures)
@@ -374,15 +365,8 @@ class _Training:
             self._bar.note(f"data: end of {self.stream.source.name} reached, repeating it (repetition {epoch})")
             self.epoch = epoch
 
-    def _end_early(self, active: list[TrainedDictionary]) -> None:
-        """Report the last steps, if the text ended before the run."""
-        tokens_done = active[0].main.tokens_done
-        self._bar.note(f"data: {self.stream.source.name} ended after {tokens_done:,} of {self.config.tokens:,} tokens")
-        self._report([trainee for trainee in active if trainee.main.has_news])
-
     def _save(self, must_save: bool) -> None:
-        """Write a checkpoint of all dictionaries if it `must_save` or is time. The stream's part is written last and
-        makes it valid."""
+        """Write a checkpoint if it `must_save` or is time. The stream's part is written last and makes it valid."""
         if self.folder is None or self.saved_step == self.step:
             return
         interval = self.config.checkpoint_every_steps
@@ -413,7 +397,6 @@ class _Training:
 
 
 def _check_settings(config_path: Path, last_checkpoint: checkpoint.Checkpoint, run: RunConfig) -> None:
-    """Refuse to continue from a checkpoint of other settings."""
     if last_checkpoint.run is not None and (changed := difference({"": last_checkpoint.run}, {"": run})):
         raise UserError(
             f"resume: {changed[0]} is {changed[2]} in {config_path}, and {changed[1]} in "

@@ -97,7 +97,6 @@ class UnitDecoder(nn.Module):
         return self.decode(self.encode(x, pos))
 
     def _scale_of(self, code: SparseCode) -> Tensor:
-        """The factor of each entry, in the dtype of its value."""
         assert self.scale is not None
         return self.scale[code.live(code.indices).long()].to(code.values.dtype)
 

@@ -183,7 +183,7 @@ def test_a_campaign_is_checked_with_its_runs(tmp_path: Path) -> None:
         (["config", "--markdown"], "error: --markdown: not allowed here"),
         (["config", "--explain", "train.lrr"], "error: 'train.lrr': no such setting, section or part; did you mean train.l"),
         (["config", "nowhere.yaml"], "error: config: nowhere.yaml can't be read"),
-        (["config", {"train": {"lr": -1}}], "error: train.lr: -1 is not allowed; it must be greater than 0"),
+        (["config", {"train": {"lr": -1}}], "error: train.lr: -1 is not allowed; it must be a number above 0"),
         (["config", {"train": {"lrr": 1}}], "error: train.lrr: no such setting; did you mean lr"),
         (["config", {"sae": {"parts": [{"kind": "layer_nrm"}]}}], "error: sae.parts: 'layer_nrm' is not known; did you"),
         (["config", {"trian": {}}], "error: trian: no such setting; did you mean train"),

@@ -98,8 +98,7 @@ def may_pay(owner: Any, x: Tensor, W: Tensor) -> bool:
 def active_per_token(owner: Any, x: Tensor, W: Tensor, b: Tensor, above: Tensor | float = 0.0) -> int | None:
     """Estimate from a few tokens of x [N, D] how many pre-activations x @ W + b per token exceed `above`.
 
-    Returns None if they are too many for sparse products. The next REST calls then use the library's code. Waits for the
-    device.
+    Returns None if they are too many for sparse products. The next REST calls use the library's code. Synchronises.
     """
     n_probed = min(PROBED, max(1, len(x) // ONE_OF))
     probed = x[:: len(x) // n_probed][:n_probed]
@@ -114,6 +113,12 @@ def code_above(owner: Any, x: Tensor, W: Tensor, b: Tensor, limit: Tensor | None
     """The code of pre-activations x @ W + b above a nonnegative limit [F] or above 0. None if dense products are faster."""
     n_active = active_per_token(owner, x, W, b, 0.0 if limit is None else limit)
     return None if n_active is None else sparse_code(ops.encode_threshold, x, W, b, limit, expected=n_active)
+
+
+def magnitudes(gates: SparseCode, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> SparseCode:
+    """Activations of a gated dictionary at the entries with an open gate, from the gates' values."""
+    product = gates.values - at_entries(b_gate.detach(), gates)
+    return gates.with_values((product * at_entries(r_mag.exp(), gates) + at_entries(b_mag, gates)).relu())
 
 
 def among_dead(x: Tensor, W: Tensor, b: Tensor, dead: Tensor) -> Tensor:

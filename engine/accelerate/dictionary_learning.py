@@ -1,5 +1,6 @@
 """Dictionaries of dictionary_learning."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from ...kernels import ops
 from ...kernels.code import SparseCode
-from .common import at_entries, bias_for_centred, code_above, decoded, dense, may_pay, pays, product_dtype, sparse_code
+from .common import bias_for_centred, code_above, decoded, dense, magnitudes, may_pay, pays, product_dtype, sparse_code
 from .eligibility import fits, takes, twice
 
 
@@ -38,11 +39,15 @@ class Dictionary:
         return x.ndim == 2 and x.shape[1] == len(W) and fits(x, W, self._center() is not None)
 
     def _encoder_inputs(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The encoder's input, weights and bias."""
         (W, b), center = self._encoder(), self._center()
         if center is None:
             return x, W, b
         return x - center.detach(), W, bias_for_centred(b, center, W)
+
+    def _encode_k(self: Any, encoder: Callable[..., Any], x: Tensor) -> SparseCode | None:
+        """The code of the k largest activations per token. None if dense products are faster."""
+        k = int(self.k)
+        return sparse_code(encoder, *self._encoder_inputs(x), k) if pays(k, x, self._encoder()[0]) else None
 
     def _encode_above(self: Any, x: Tensor, limit: Tensor | None) -> SparseCode | None:
         """The code of activations above a nonnegative limit [F] or above 0. None if dense products are faster."""
@@ -74,8 +79,9 @@ class TopK(Dictionary):
     """AutoEncoderTopK"""
 
     def _encode_sparse(self: Any, x: Tensor) -> SparseCode | None:
-        k = int(self.k)
-        return sparse_code(ops.encode_topk, *self._encoder_inputs(x), k) if pays(k, x, self._encoder()[0]) else None
+        return self._encode_k(ops.encode_topk, x)
+
+    _encode_in_training = _encode_sparse
 
     def encode(self: Any, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
         is_faster = x.is_cuda or torch.is_grad_enabled()
@@ -93,13 +99,12 @@ class BatchTopK(Dictionary):
         """None until the threshold has been updated: half of all latents are above a negative one."""
         return self._encode_above(x, self.threshold.expand(self.dict_size)) if self.threshold > 0 else None
 
-    def _encode_batch(self: Any, x: Tensor) -> SparseCode | None:
-        k, W = int(self.k), self._encoder()[0]
-        return sparse_code(ops.encode_batch_topk, *self._encoder_inputs(x), k) if pays(k, x, W) else None
+    def _encode_in_training(self: Any, x: Tensor) -> SparseCode | None:
+        return self._encode_k(ops.encode_batch_topk, x)
 
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         use_ops = not return_active and not use_threshold and self._is_plain(x)
-        code = self._encode_batch(x) if use_ops else None
+        code = self._encode_in_training(x) if use_ops else None
         if code is None:
             return self.library_class.encode(self, x, return_active, use_threshold)
         return self._encoded(x, code, return_active, use_threshold)
@@ -168,9 +173,7 @@ class Gated(Dictionary):
         return self._encode_above(x, None)
 
     def _magnitudes(self: Any, gates: SparseCode) -> SparseCode:
-        product = gates.values - at_entries(self.gate_bias.detach(), gates)
-        values = product * at_entries(self.r_mag.exp(), gates) + at_entries(self.mag_bias, gates)
-        return gates.with_values(values.relu())
+        return magnitudes(gates, self.gate_bias, self.r_mag, self.mag_bias)
 
     def _encode_sparse(self: Any, x: Tensor) -> SparseCode | None:
         gates = self._gates(x)

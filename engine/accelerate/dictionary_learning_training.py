@@ -47,28 +47,19 @@ def _without_parallel(W: Tensor, grad: Tensor, activation_dim: int, d_sae: int) 
 class TopK(Training):
     """TopKTrainer. A selected latent counts as fired even if it is 0."""
 
-    def _code(self: Any, x: Tensor) -> SparseCode | None:
-        return self.ae._encode_sparse(x)
-
-    def _selected_values(self: Any, code: SparseCode) -> Tensor:
-        """The values that the threshold follows."""
-        return code.values
-
     def _fired_latents(self: Any, code: SparseCode) -> Tensor:
-        """The latents that count as fired."""
         return code.indices
 
     def _residual_and_loss(self: Any, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
-        """The residual and its loss."""
         e = x - self.ae._decoded(code)
         return e, e.pow(2).sum(dim=-1).mean()
 
     def _loss(self: Any, x: Tensor, step: int) -> Tensor | None:
-        code = self._code(x)
+        code = self.ae._encode_in_training(x)
         if code is None:
             return None
         if step > self.threshold_start_step:
-            self.update_threshold(self._selected_values(code))
+            self.update_threshold(code.live(code.values))
         e, loss = self._residual_and_loss(x, code)
         self.effective_l0 = self.k
         self.num_tokens_since_fired += len(x)
@@ -96,12 +87,6 @@ class TopK(Training):
 
 class BatchTopK(TopK):
     """BatchTopKTrainer"""
-
-    def _code(self: Any, x: Tensor) -> SparseCode | None:
-        return self.ae._encode_batch(x)
-
-    def _selected_values(self: Any, code: SparseCode) -> Tensor:
-        return code.live(code.values)
 
     def _fired_latents(self: Any, code: SparseCode) -> Tensor:
         return code.indices[code.live(code.values) > 0]
@@ -132,7 +117,9 @@ class JumpReLU(Training):
         code = code_above(self, x, ae.W_enc, ae.b_enc, limit)
         if code is None:
             return None
-        values, active = self._jumprelu(code)
+        library, threshold = sys.modules[self.library_class.__module__], at_entries(ae.threshold, code)
+        values = library.JumpReLUFunction.apply(code.values, threshold, self.bandwidth)
+        active = library.StepFunction.apply(values, threshold, self.bandwidth)  # 1 for active entries
         code = code.with_values(values)
         self.num_tokens_since_fired += len(x)
         self.num_tokens_since_fired[code.indices[values > 0].long()] = 0
@@ -140,12 +127,6 @@ class JumpReLU(Training):
         squared_error = (x - ae._decoded(code)).pow(2).sum(dim=-1).mean()
         excess = active.sum() / len(x) / self.target_l0 - 1
         return squared_error + self.sparsity_coefficient * excess.pow(2) * self.sparsity_warmup_fn(step)
-
-    def _jumprelu(self: Any, code: SparseCode) -> tuple[Tensor, Tensor]:
-        """Activations of the entries, and 1 for active ones."""
-        library, threshold = sys.modules[self.library_class.__module__], at_entries(self.ae.threshold, code)
-        acts = library.JumpReLUFunction.apply(code.values, threshold, self.bandwidth)
-        return acts, library.StepFunction.apply(acts, threshold, self.bandwidth)
 
 
 class Standard(Training):

@@ -53,7 +53,9 @@ def is_as_made(owner: Any) -> bool:
         return False
     if any(name in _methods(cls.library_class) for name in vars(owner)):  # replaced on the object
         return False
-    return not modules._has_any_global_hook() and all(map(_does_nothing_else, _inner(owner)))
+    # a trainer's dictionary is checked separately
+    inner = [module for module in owner.modules() if module is not owner] if hasattr(owner, "encode") else []
+    return not modules._has_any_global_hook() and all(map(_does_nothing_else, inner))
 
 
 def trains(trainer: Any, dictionary: Any, x: Any) -> bool:
@@ -102,11 +104,6 @@ def _modes_are_plain(x: Tensor) -> bool:
     return not (observes or transforms or saves or torch.are_deterministic_algorithms_enabled())
 
 
-def _inner(owner: Any) -> Iterator[nn.Module]:
-    """The modules inside a dictionary. A trainer has none, because its dictionary is checked separately."""
-    return (module for module in owner.modules() if module is not owner) if hasattr(owner, "encode") else iter(())
-
-
 def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS)
 
@@ -131,7 +128,6 @@ def _methods(cls: type) -> frozenset[str]:
 
 
 def _is_the_librarys(cls: type) -> bool:
-    """Whether all methods of a class come from its library."""
     contents = vars(cls)
     if cls in _checked and _checked[cls] == contents:
         return True
@@ -158,7 +154,6 @@ def _library_paths(cls: type) -> tuple[str, ...]:
 
 
 def _codes(value: Any) -> Iterator[CodeType]:
-    """Code objects of a method or property and of its decorators."""
     if isinstance(value, property):
         for function in (value.fget, value.fset, value.fdel):
             yield from _codes(function)
@@ -171,8 +166,7 @@ def _codes(value: Any) -> Iterator[CodeType]:
 
 
 def twice(owner: Any, outputs: Sequence[Any], x: Tensor, by_library: Callable[[Tensor], Sequence[Any]]) -> list[Any]:
-    """Make our ops' outputs for `owner` and `x` differentiable any number of times. `by_library` computes the same outputs
-    with the library's code."""
+    """Make our ops' outputs differentiable any number of times. `by_library` computes them with the library's code."""
     positions = [i for i, output in enumerate(outputs) if isinstance(output, Tensor) and output.requires_grad]
     results = list(outputs)
     if not positions:

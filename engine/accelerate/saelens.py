@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ...kernels.code import SparseCode
-from .common import at_entries, bias_for_centred, code_above, decoded, dense, may_pay, pays, sparse_code
+from .common import at_entries, bias_for_centred, code_above, decoded, dense, magnitudes, may_pay, pays, sparse_code
 from .eligibility import takes, twice
 
 
@@ -38,11 +38,18 @@ class Dictionary:
         return is_known and x.shape[-1] == len(self.W_enc) and not getattr(self.cfg, "use_sparse_activations", False)
 
     def _encoder_inputs(self: Any, x: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoder's input and bias."""
         sae_in = self.process_sae_in(x)
         if x.requires_grad or not self.cfg.apply_b_dec_to_input:
             return sae_in, b
         return sae_in.detach(), bias_for_centred(b, self.b_dec, W)
+
+    def _coded_above(self: Any, x: Tensor, b: Tensor, limit: Tensor | None = None, shift: float = 0.0) -> Coded | None:
+        """x coded by its pre-activations + shift above a limit [F] or above 0. None if dense products are faster."""
+        if not may_pay(self, x.flatten(0, -2), self.W_enc):
+            return None
+        sae_in, b = self._encoder_inputs(x, self.W_enc, b)
+        code = code_above(self, sae_in.flatten(0, -2), self.W_enc, b + shift if shift else b, limit)
+        return None if code is None else Coded(sae_in, self.W_enc, b, code)
 
     def _acts(self: Any, coded: Coded) -> Tensor:
         return in_rows(dense(coded.code, coded.code.values, coded.sae_in.dtype), coded.sae_in)
@@ -65,12 +72,13 @@ class Dictionary:
         return twice(self, [self._acts(coded)], x, lambda x: [self.library_class.encode(self, x)])[0]
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        coded = self._coded(x) if self._is_plain(x) and not self.use_error_term else None
-        return self.library_class.forward(self, x) if coded is None else self._finally(coded, x)
+        coded = self._coded(x) if self._is_plain(x) and not getattr(self, "use_error_term", False) else None
+        if coded is None:
+            return self.library_class.forward(self, x)
+        return twice(self, [self._output(coded, x)], x, lambda x: [self.library_class.forward(self, x)])[0]
 
-    def _finally(self: Any, coded: Coded, x: Tensor) -> Tensor:
-        """x_hat, which can be differentiated twice."""
-        return twice(self, [self._x_hat(coded)], x, lambda x: [self.library_class.forward(self, x)])[0]
+    def _output(self: Any, coded: Coded, x: Tensor) -> Tensor:
+        return self._x_hat(coded)
 
 
 class TopK(Dictionary):
@@ -109,11 +117,7 @@ class Standard(Dictionary):
         return None
 
     def _coded(self: Any, x: Tensor) -> Coded | None:
-        if not may_pay(self, x.flatten(0, -2), self.W_enc):
-            return None
-        sae_in, b = self._encoder_inputs(x, self.W_enc, self.b_enc)
-        code = code_above(self, sae_in.flatten(0, -2), self.W_enc, b, self._limit())
-        return None if code is None else Coded(sae_in, self.W_enc, b, code)
+        return self._coded_above(x, self.b_enc, self._limit())
 
 
 class JumpReLU(Standard):
@@ -128,15 +132,11 @@ class Gated(Dictionary):
 
     def _coded(self: Any, x: Tensor) -> Coded | None:
         """`beside` holds the gates, x @ W_enc + b_gate above 0, without a gradient for b_gate."""
-        if not may_pay(self, x.flatten(0, -2), self.W_enc):
-            return None
-        sae_in, b = self._encoder_inputs(x, self.W_enc, self.b_gate.detach())
-        gates = code_above(self, sae_in.flatten(0, -2), self.W_enc, b)
+        gates = self._coded_above(x, self.b_gate.detach())
         if gates is None:
             return None
-        product = gates.values - at_entries(self.b_gate.detach(), gates)
-        magnitudes = (product * at_entries(self.r_mag.exp(), gates) + at_entries(self.b_mag, gates)).relu()
-        return Coded(sae_in, self.W_enc, b, gates.with_values(magnitudes), beside=gates)
+        code = magnitudes(gates.code, self.b_gate, self.r_mag, self.b_mag)
+        return gates._replace(code=code, beside=gates.code)
 
 
 class Transcoder(Standard):
@@ -145,14 +145,9 @@ class Transcoder(Standard):
     def _finished(self: Any, x_hat: Tensor, coded: Coded) -> Tensor:
         return in_rows(x_hat, coded.sae_in)
 
-    def _finally(self: Any, coded: Coded, x: Tensor) -> Tensor:
+    def _output(self: Any, coded: Coded, x: Tensor) -> Tensor:
         y_hat = self._x_hat(coded)
-        y_hat = y_hat + x @ self.W_skip.T if hasattr(self, "W_skip") else y_hat
-        return twice(self, [y_hat], x, lambda x: [self.library_class.forward(self, x)])[0]
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        coded = self._coded(x) if self._is_plain(x) else None
-        return self.library_class.forward(self, x) if coded is None else self._finally(coded, x)
+        return y_hat + x @ self.W_skip.T if hasattr(self, "W_skip") else y_hat
 
 
 class JumpReLUTranscoder(Transcoder):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kernels import ops
 from ...kernels.code import SparseCode
 from ..errors import UserError
-from .common import among_dead, at_entries, code_above, decoded, largest, may_pay, prefix_reconstructions, sparse_code
+from .common import among_dead, at_entries, decoded, largest, prefix_reconstructions, sparse_code
 from .saelens import Coded, Dictionary, Gated, Standard, TopK
 
 
@@ -186,15 +186,12 @@ class JumpReLUTraining(Standard, _Training):
 
     def _coded(self: Any, x: Tensor) -> Coded | None:
         """`beside` holds the pre-activations of the entries."""
-        if not may_pay(self, x.flatten(0, -2), self.W_enc):
+        half_bandwidth = self.bandwidth / 2
+        coded = self._coded_above(x, self.b_enc, self.threshold.detach(), half_bandwidth)
+        if coded is None:
             return None
-        half_bandwidth, limit = self.bandwidth / 2, self.threshold.detach()
-        sae_in, b = self._encoder_inputs(x, self.W_enc, self.b_enc)
-        code = code_above(self, sae_in.flatten(0, -2), self.W_enc, b + half_bandwidth, limit)
-        if code is None:
-            return None
-        pre = code.values - half_bandwidth
-        return Coded(sae_in, self.W_enc, b, code.with_values(self._by_entry("JumpReLU", pre, code)), beside=pre)
+        pre = coded.code.values - half_bandwidth
+        return coded._replace(code=coded.code.with_values(self._by_entry("JumpReLU", pre, coded.code)), beside=pre)
 
     def _by_entry(self: Any, name: str, pre: Tensor, code: SparseCode) -> Tensor:
         """Apply SAELens' straight-through function, with one entry per column."""

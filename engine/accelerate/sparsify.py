@@ -32,16 +32,14 @@ class Coder:
         self: Any, x: Tensor, y: Tensor | None = None, *, dead_mask: Tensor | None = None,
         total_variance: Tensor | None = None,
     ) -> Any:  # fmt: skip
+        library = lambda x: self.library_class.forward(self, x, y, dead_mask=dead_mask, total_variance=total_variance)
         are_constant = all(tensor is None or not tensor.requires_grad for tensor in (y, total_variance))
         if not are_constant or not self._is_plain(x):
-            return self.library_class.forward(self, x, y, dead_mask=dead_mask, total_variance=total_variance)
+            return library(x)
         # like the decorator of the library's forward
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=x.is_cuda and torch.cuda.is_bf16_supported()):
             output = self._forward(x, x if y is None else y, dead_mask, total_variance)
-        by_library = lambda x: self.library_class.forward(
-            self, x, y, dead_mask=dead_mask, total_variance=total_variance
-        )
-        return type(output)(*twice(self, output, x, by_library))
+        return type(output)(*twice(self, output, x, library))
 
     def _forward(self: Any, x: Tensor, target: Tensor, dead: Tensor | None, total_variance: Tensor | None) -> Any:
         W, b, encoder_in = self.encoder.weight.T, self.encoder.bias, x

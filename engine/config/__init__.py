@@ -7,24 +7,3 @@ from .run import RunConfig, SweepConfig
 from .sae import MaskConfig, SAEConfig
 from .stream import Layer, StreamConfig
 from .train import EvalConfig, TrainConfig
-
-__all__ = [
-    "Coefficient",
-    "Config",
-    "Count",
-    "EvalConfig",
-    "Latents",
-    "Layer",
-    "MaskConfig",
-    "Positions",
-    "Rows",
-    "RunConfig",
-    "SAEConfig",
-    "Share",
-    "StreamConfig",
-    "SweepConfig",
-    "Temperature",
-    "TrainConfig",
-    "read_yaml",
-    "section",
-]

@@ -72,10 +72,7 @@ class RunConfig(Config):
 
 class SweepConfig(Config):
     """Settings of several runs on one stream, as in the `config.yaml` above their folders. Every run reads the same
-    batches [N, D].
-
-        SweepConfig(dictionaries={"small": RunConfig(...), "large": RunConfig(...)})
-    """
+    batches [N, D]."""
 
     dictionaries: dict[FolderName, RunConfig] = Field(
         description="Settings of each run by the name of its folder. In a file for `temposae train` this is a list of "

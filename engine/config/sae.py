@@ -12,10 +12,7 @@ from .base import Coefficient, Count, Latents, Positions, Temperature
 
 
 class MaskConfig(Config):
-    """Weights over positions: f = acts * mask[pos], with mask [T, F].
-
-    MaskConfig(kind="windows", positions=128, width=32)
-    """
+    """Weights over positions: f = acts * mask[pos], with mask [T, F]."""
 
     SECTION = "sae.mask"
 

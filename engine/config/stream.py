@@ -158,10 +158,7 @@ class StreamConfig(Config):
 
 
 class Layer(Config):
-    """Selects the residual stream after a layer, instead of `stream.hook`.
-
-    Layer(layer=12)
-    """
+    """Selects the residual stream after a layer, instead of `stream.hook`."""
 
     SECTION = "stream"
 

@@ -129,10 +129,7 @@ class TrainConfig(Config):
 
 class EvalConfig(Config):
     """Settings of the eval `core`: explained variance, L0 and dead latents on `rows` rows of held-out text [rows,
-    context], CE and KL on the first `ce_rows` of them.
-
-        EvalConfig(rows=64, ce_rows=16)
-    """
+    context], CE and KL on the first `ce_rows` of them."""
 
     SECTION = "eval"
 

@@ -34,21 +34,6 @@ _WITHOUT = "without it the weights are read as they are"
 WRITTEN = tuple(name for name, library in LIBRARIES.items() if library.write is not None)
 
 
-@dataclass
-class ForeignDictionary:
-    """A dictionary read from another library's folder, with the file of its weights.
-
-    `where` is what the folder says about its training place and text (`hook_metadata.SETTINGS`). `run` has the same as
-    settings of a run, or is None if the model or a hook is unknown. Its settings of training are only defaults.
-    """
-
-    sae: SparseAutoencoder
-    folder: Path
-    weights: Path
-    where: Where
-    run: RunConfig | None
-
-
 @dataclass(frozen=True)
 class ForeignFiles:
     """A folder in a library's layout, and the files to read."""
@@ -64,10 +49,14 @@ class ForeignFiles:
         return " or ".join(str(file.relative_to(self.folder)) for file in files)
 
 
-def read(path: Path) -> ForeignDictionary | None:
+def read(path: Path) -> tuple[ForeignFiles, SparseAutoencoder, Where, RunConfig | None] | None:
     """Read the dictionary in a folder of another library, given by the path of the folder or of a file in it.
 
-    Returns None if the folder has no known layout. Raises UserError for kinds that can't be read and for damaged files.
+    Returns its files, the dictionary, what the folder says about its training place and text
+    (`hook_metadata.SETTINGS`), and the same as settings of a run, or None if the model or a hook is unknown. The run's
+    settings of training are only defaults. Returns None if the folder has no known layout.
+
+    Raises UserError for kinds that can't be read and for damaged files.
     """
     files = next(_layouts(path), None)
     if files is None:
@@ -75,7 +64,10 @@ def read(path: Path) -> ForeignDictionary | None:
     try:
         spec = _read_spec(files)
         sae, where = _restored(spec, files)
-        run = _run(sae, where)
+        needed = ("model", "hook", *(("target",) if sae.cfg.d_out is not None else ()))
+        run = None
+        if all(where.get(name) is not None for name in needed):
+            run = RunConfig(stream=StreamConfig(**stream_settings(where)), sae=sae.cfg)
     except UserError as error:
         raise UserError(f"sae: {path}: {error}") from None
     except KeyError as error:
@@ -83,19 +75,11 @@ def read(path: Path) -> ForeignDictionary | None:
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
         first_line = str(error).partition("\n")[0]
         raise UserError(f"sae: {path} can't be read ({type(error).__name__}: {first_line})") from None
-    return ForeignDictionary(sae, files.folder, files.weights, where, run)
-
-
-def _run(sae: SparseAutoencoder, where: Where) -> RunConfig | None:
-    needed = ("model", "hook", *(("target",) if sae.cfg.d_out is not None else ()))
-    if any(where.get(name) is None for name in needed):
-        return None
-    return RunConfig(stream=StreamConfig(**stream_settings(where)), sae=sae.cfg)
+    return files, sae, where, run
 
 
 def unreadable_reason(folder: Path) -> str:
-    """Explain why `read` finds no dictionary in a folder, or suggest its subfolders. Empty if there is nothing to
-    say."""
+    """Explain why `read` finds no dictionary in a folder, or suggest its subfolders."""
     if not folder.is_dir():
         return ""
     files = sorted(path.name for path in folder.iterdir() if path.is_file())

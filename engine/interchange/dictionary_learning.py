@@ -1,8 +1,7 @@
 """dictionary_learning: config.json and ae.pt, from its first trainers (April 2024) to 0.1.
 
 As its `encode` does by default, TopK keeps k latents per token and BatchTopK keeps those above its threshold. As in its
-`from_pretrained`, decoder rows of an AutoEncoder are scaled to norm 1. Gated dictionaries become jumprelu of the same
-function.
+`from_pretrained`, decoder rows of an AutoEncoder are scaled to norm 1. Gated dictionaries become jumprelu.
 """
 
 from pathlib import Path

@@ -29,12 +29,6 @@ def stream_settings(where: Where) -> Where:
     return {name: value for name, value in where.items() if name in StreamConfig.model_fields}
 
 
-def begins_with_bos(where: Where) -> bool | None:
-    """Whether rows began with a BOS token, or None if unknown. They do unless a setting forbids it: under
-    transformer_lens every tokenizer has a BOS token, if necessary its EOS."""
-    return where["bos"] is not False if "bos" in where else None
-
-
 def known(**where: Any) -> Where:
     """Drop entries that are None or empty."""
     return {name: value for name, value in where.items() if value is not None and value != ""}

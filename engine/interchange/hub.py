@@ -25,8 +25,7 @@ def is_name(path: str) -> bool:
 def fetch(name: str) -> Path:
     """Download the folder of a dictionary (or find it in the cache) and the config.json above it, without other files.
 
-    Raises UserError if there is no dictionary, naming folders of the repository that have one, or if the download
-    fails.
+    Raises UserError if there is no dictionary, naming folders that have one, or if the download fails.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -72,7 +71,6 @@ def upload(folder: Path, name: str, card: str, *, private: bool = False) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return in one line why the hub refused."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled) and (obstacle := hub_access.why_not()) is not None:
@@ -81,7 +79,6 @@ def _reason(error: Exception) -> str:
 
 
 def _target(name: str) -> tuple[str, str | None]:
-    """Split a name into the repository and the folder in it."""
     match = NAME.fullmatch(name)
     if match is None or match["revision"]:
         raise UserError(f"to: {name!r} is not allowed; it must be OWNER/REPOSITORY or OWNER/REPOSITORY/FOLDER")
@@ -104,10 +101,9 @@ def card(name: str, to: str, sae: SAEConfig, where: Where, tokens: int | None, s
         "model": model, "hook": where.get("hook"), "target": where.get("target"),
         "text": where.get("data"), "tokens": tokens and f"{tokens:,}",
     }  # fmt: skip
-    labels = (
-        ("explained_variance", "explained variance"), ("ce_recovered", "CE recovered"), ("l0", "L0"),
-        ("dead_fraction", "dead"),
-    )  # fmt: skip
+    labels = {
+        "explained_variance": "explained variance", "ce_recovered": "CE recovered", "l0": "L0", "dead_fraction": "dead",
+    }.items()  # fmt: skip
     scores = scores or {}
     controls = scores.get("controls", {}).get("random", {})
     score_lines = [

@@ -43,8 +43,7 @@ class DictionarySpec:
         return D, F, d_out
 
     def checked(self) -> "DictionarySpec":
-        """Return the dictionary in contiguous float32. Raises UserError for wrong shapes and numbers that aren't
-        finite."""
+        """Return it in contiguous float32. Raises UserError for wrong shapes and numbers that aren't finite."""
         tensors = {name: tensor.real.float() for name, tensor in self.tensors.items()}
         check_matrices(tensors)
         D, F = tensors["W_enc"].shape
@@ -71,8 +70,7 @@ class DictionarySpec:
         return replace(self, subtracts=subtracts, tensors={**t, "b_enc": b_enc})
 
     def jumping(self) -> "DictionarySpec":
-        """Return the same function as jumprelu: thresholds are 0 for relu and all equal for batchtopk. Raises UserError
-        for topk."""
+        """Return the same function as jumprelu, with thresholds 0 for relu. Raises UserError for topk."""
         if self.activation == "topk":
             raise UserError("activation: topk is not allowed here; it keeps k latents per token, whatever their size")
         if self.activation == "jumprelu":

@@ -2,8 +2,7 @@
 
 2024: hyperparams.json, weights of nn.Linear, settings with one threshold and the dataset's mean norms, and a loader
 that folds the norms into the weights before it applies the threshold. 2025: config.json, and tensors with thresholds
-and mean norms. From June 2025: tensors W_E and W_D. If activations were scaled by the mean norms, these go into biases
-and decoder here.
+and mean norms. From June 2025: tensors W_E and W_D. Mean norms that scaled activations go into biases and decoder.
 """
 
 import math
@@ -84,8 +83,7 @@ def _check_sizes(cfg: Settings, t: State) -> None:
 
 
 def _threshold(tensors: TrackedTensors, fixed_threshold: float, b_enc: Tensor) -> Tensor:
-    """Return the threshold per latent [F], stored as a logarithm. Before February 2025 it was one setting for all
-    latents."""
+    """Return the threshold per latent [F]. Before February 2025 it was one setting for all latents."""
     learned = tensors.take("activation_function.log_jumprelu_threshold", "log_jumprelu_threshold")
     if learned is not None:
         return learned.exp()

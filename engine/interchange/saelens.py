@@ -1,8 +1,7 @@
 """SAELens: cfg.json and sae_weights.safetensors, from its first release to 6.54.
 
 Settings of older files are converted in the same order as in SAELens' loader (`handle_config_defaulting`). A learned
-scaling factor of latents (versions 3 to 5) is multiplied into W_dec. Gated dictionaries become jumprelu of the same
-function.
+scaling factor of latents (versions 3 to 5) is multiplied into W_dec. Gated dictionaries become jumprelu.
 """
 
 import re
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .hook_metadata import Where, begins_with_bos, in_hooked_transformer, known
+from .hook_metadata import Where, in_hooked_transformer, known
 from .intermediate import DictionarySpec, State, check_matrices, gated, unit_rows
 from .json_settings import Settings, as_json, check_size, read_settings
 from .tensor_files import TrackedTensors
@@ -132,8 +131,7 @@ def _latents_factor(cfg: Settings, tensors: TrackedTensors) -> Tensor | None:
 
 
 def _activations_factor(cfg: Settings, folder: Path) -> float | None:
-    """Return the factor on activations. SAELens folds it into the weights when training ends; until then it is in a
-    file."""
+    """Return the factor on activations, which SAELens folds into the weights only when training ends."""
     normalised = cfg["normalize_activations"]
     if normalised == "none":
         return None
@@ -202,7 +200,9 @@ def _metadata(spec: DictionarySpec) -> dict[str, object]:
     metadata |= {
         "model_name": where.get("model"), "model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {},
         "hook_name": in_hooked_transformer(where.get("hook")), "hook_head_index": None, "seqpos_slice": [None],
-        "context_size": where.get("context"), "prepend_bos": begins_with_bos(where), "dataset_path": where.get("data"),
+        # under transformer_lens every tokenizer has a BOS token, if necessary its EOS
+        "prepend_bos": where["bos"] is not False if "bos" in where else None,
+        "context_size": where.get("context"), "dataset_path": where.get("data"),
         "exclude_special_tokens": where.get("drop_special"), "training_tokens": spec.tokens,
         # temposae's rows never join documents
         "disable_concat_sequences": None if spec.tokens is None else True, "sequence_separator_token": None,

@@ -33,8 +33,7 @@ def read(cfg: Settings, tensors: TrackedTensors, folder: Path) -> DictionarySpec
 
 
 def _place(folder: Path, is_transcoder: bool) -> Where:
-    """Return the place from the folder's name, which is that of a module, and from the run's settings in the folder
-    above."""
+    """Return the place from the folder's name, which is a module's, and from the settings in the folder above."""
     folder = folder.absolute()
     module = folder.parent if folder.name.startswith("seed") else folder
     file = module.parent / "config.json"

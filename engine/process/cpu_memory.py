@@ -1,9 +1,9 @@
-"""Tune the memory allocator, without which training on a CPU can become several times slower or use more and more
-memory."""
+"""Tune the memory allocator. Without it, training on a CPU may be several times slower or take ever more memory."""
 
 import ctypes
 import platform
 import re
+import resource
 import time
 from contextlib import suppress
 from functools import cache
@@ -28,16 +28,12 @@ def tune_host() -> None:
             libc.mallopt(option, 1 << 30)
 
 
-def peak_gb() -> float | None:
-    """Return the process's peak memory in 10^9 bytes, or None if the system doesn't report it."""
+def peak_gb() -> float:
+    """Return the process's peak memory in 10^9 bytes."""
     with suppress(OSError):  # on Linux, getrusage also counts the memory of the parent process
         match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         if match is not None:
             return round(int(match[1]) * 1024 / 1e9, 2)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
     unit = 1 if platform.system() == "Darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 

@@ -11,8 +11,7 @@ TIMEOUT = 5.0  # seconds to wait for the hub's answer
 def why_not() -> str | None:
     """Return why the Hugging Face hub can't be reached, or None if it answers.
 
-    Makes one request, without retrying. If it fails, the libraries are set to offline mode: they use their cache and
-    don't wait for the network.
+    Makes one request, without retrying. If it fails, the libraries are set to offline mode and use their cache.
     """
     from huggingface_hub import constants, get_session
 
@@ -37,8 +36,7 @@ def is_cached(repository: str, file: str = "config.json") -> bool:
 
 
 def unreachable(field: str, name: str, instead: str) -> str:
-    """Return the error message for a name that is neither local nor can be fetched. `instead` says what may be
-    given."""
+    """Word the error for a name that is neither local nor reachable. `instead` says what may be given."""
     return (
         f"{field}: {name!r} can't be loaded: it is not in the Hugging Face cache, and the hub can't be reached "
         f"({why_not()}); give {instead}"

@@ -43,8 +43,7 @@ def _handling(handle: Callable[[int, Mapping[int, Any]], None]) -> Iterator[None
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Raise `Stopped` with the innermost `stop_advice` on SIGINT and SIGTERM within the context. A second signal ends the
-    process."""
+    """Raise `Stopped` with the innermost `stop_advice` on SIGINT and SIGTERM. A second signal ends the process."""
 
     def stop(number: int, previous_handlers: Mapping[int, Any]) -> None:
         for stop_signal in previous_handlers:

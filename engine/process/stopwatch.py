@@ -9,8 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Times named sections. On a GPU it records events on the section's stream, so the host doesn't wait, and sections
-    on two streams may overlap."""
+    """Times named sections, on a GPU by events on the section's stream, so sections on two streams may overlap."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
@@ -33,8 +32,7 @@ class Stopwatch:
             self._seconds[section] += time.perf_counter() - start_time
 
     def shares(self) -> dict[str, float]:
-        """Return each section's share of the time since the last call, and `wait` for the rest. Synchronises with a
-        GPU."""
+        """Return each section's share of the time since the last call, and `wait` for the rest. Synchronises."""
         for section, start_event, end_event in self._events:
             end_event.synchronize()
             self._seconds[section] += start_event.elapsed_time(end_event) / 1000

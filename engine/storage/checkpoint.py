@@ -25,7 +25,7 @@ from .. import interchange
 from ..composed import dictionary
 from ..config import RunConfig, SAEConfig
 from ..errors import UserError
-from ..interchange import hub
+from ..interchange import ForeignFiles, hub
 from ..interchange.hook_metadata import Where, metadata_of_stream
 from ..plugins import UnknownPart
 from ..sae import SparseAutoencoder
@@ -140,11 +140,11 @@ class Loaded(Checkpoint):
     stored_where: Where
 
     @classmethod
-    def of(cls, foreign: interchange.ForeignDictionary) -> "Loaded":
-        file = {"bytes": foreign.weights.stat().st_size, "sha256": digest(foreign.weights)}
-        run = None if foreign.run is None else foreign.run.model_dump()
-        values = (foreign.weights.name, 0, {"sae": foreign.sae.cfg.model_dump()}, run, None, {"sae.safetensors": file})
-        return cls(foreign.folder, dict(zip(KEYS, values, strict=True)), foreign.sae, foreign.where)
+    def of(cls, files: ForeignFiles, sae: SparseAutoencoder, where: Where, run: RunConfig | None) -> "Loaded":
+        file = {"bytes": files.weights.stat().st_size, "sha256": digest(files.weights)}
+        settings = None if run is None else run.model_dump()
+        values = (files.weights.name, 0, {"sae": sae.cfg.model_dump()}, settings, None, {"sae.safetensors": file})
+        return cls(files.folder, dict(zip(KEYS, values, strict=True)), sae, where)
 
     @property
     def where(self) -> Where:
@@ -215,7 +215,7 @@ def find(path: Path) -> Checkpoint:
         steps = all_in(path)
         if not steps:
             if (foreign := interchange.read(path)) is not None:
-                return Loaded.of(foreign)
+                return Loaded.of(*foreign)
             why_not = interchange.unreadable_reason(path if path.is_dir() else path.parent)
             raise UserError(
                 f"sae: {path} is neither a checkpoint (no {MANIFEST}), a run (no checkpoints/step_*), nor a folder of "
@@ -226,7 +226,6 @@ def find(path: Path) -> Checkpoint:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Read checkpoint.json and check it, including its names, which become paths."""
     path = folder / MANIFEST
     remedy = f"remove {folder} to continue from an earlier checkpoint, if the run has one"
     manifest = read_json(path, "checkpoint", remedy, form=FORMAT, keys=KEYS)

@@ -43,8 +43,7 @@ def flush(path: Path) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path that then replaces `path`. The file's mode follows the umask.
 
-    Links are followed. Anything but a regular file, such as /dev/stdout or a named pipe, is written to and never
-    replaced. An OSError names `path`.
+    Links are followed. Anything but a regular file, such as /dev/stdout, is written in place. An OSError names `path`.
 
         with whole_file(folder / "report.md") as fresh:
             fresh.write_text(text)
@@ -82,15 +81,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def _descriptor(path: Path) -> int | None:
-    """Return the file descriptor that a path such as /dev/stdout stands for. It may be a regular file, which must not
-    be replaced while the process prints to it."""
+    """Return the file descriptor of a path such as /dev/stdout. It may be a file that the process prints to."""
     streams = {"/dev/stdout": 1, "/dev/stderr": 2}
     match = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", str(path))
     return int(match[1]) if match else streams.get(str(path))
 
 
 def _is_being_written(unfinished: Path) -> bool:
-    """Whether another process on this host is still writing an unfinished file."""
     process = unfinished.name.rpartition("-")[2]
     if not process.isdecimal() or int(process) == os.getpid():
         return False
@@ -118,8 +115,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def absolute(name: str) -> str:
-    """Return the absolute path of an existing file or folder. Other names, such as a model's on the hub, stay
-    unchanged."""
+    """Return the absolute path of an existing file or folder, and other names, such as a model's, unchanged."""
     path = Path(name).expanduser()
     try:
         return os.path.abspath(path) if path.exists() else name
@@ -135,8 +131,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Create a folder atomically: yield a temporary folder that then becomes `folder`. Parents are created. The mode of
-    the files follows the umask."""
+    """Create a folder, and its parents, atomically: yield a temporary folder that then becomes `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.with_name(f"{UNFINISHED}{folder.name}-{secrets.token_hex(4)}")
     fresh.mkdir()
@@ -169,39 +164,35 @@ def digest(path: Path) -> str:
 
 
 def digest_of_folder(path: Path) -> str:
-    """Return the SHA-256 of the names, sizes and modification times of a folder's files, which is fast for large
-    files."""
+    """Return the SHA-256 of the names, sizes and modification times of a folder's files."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     lines = [f"{file.relative_to(path)} {(stat := file.stat()).st_size} {stat.st_mtime_ns}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def check_writable(path: Path | None, option: str = "json", kind: Callable[[Path], bool] | None = None) -> None:
-    """Check before a long command that a file can be written at `path`, the value of `option`.
-
-    An existing file may be replaced only if it is empty or `kind` (by default: is JSON) accepts it. Raises UserError.
-    """
-    if path is None or _descriptor(path) is not None:
-        return
-    is_kind = _is_json if kind is None else kind
-    with os_errors_named(f"{option}: {path}", "give a file in a folder that exists"):
-        if path.exists() and not path.is_file():  # opening a pipe would wait for its reader
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            if not os.access(path, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            return
-        if path.is_file() and path.stat().st_size and not is_kind(path):
-            raise UserError(f"{option}: {path} exists and is a file of another kind; give the name of a new file")
-        is_new = not path.exists()
-        path.open("a").close()
-        if is_new:
-            path.resolve().unlink()
-
-
 def _is_json(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(256).lstrip()[:1] in (b"{", b"[")
+
+
+def check_writable(path: Path | None, option: str = "json", is_kind: Callable[[Path], bool] = _is_json) -> None:
+    """Check before a long command that a file can be written at `path`, the value of `option`.
+
+    An existing file may be replaced only if it is empty or `is_kind` accepts it. Raises UserError.
+    """
+    if path is None or _descriptor(path) is not None:
+        return
+    with os_errors_named(f"{option}: {path}", "give a file in a folder that exists"):
+        is_file, is_new = path.is_file(), not path.exists()
+        if not (is_file or is_new or path.is_dir()):  # opening a pipe would wait for its reader
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        if is_file and path.stat().st_size and not is_kind(path):
+            raise UserError(f"{option}: {path} exists and is a file of another kind; give the name of a new file")
+        path.open("a").close()
+        if is_new:
+            path.resolve().unlink()
 
 
 def check_can_make(folder: Path) -> None:

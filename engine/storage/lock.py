@@ -49,7 +49,6 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> int:
-    """Acquire the folder's lock and return its file descriptor."""
     path = folder / LOCK
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # a link may lead out of the folder

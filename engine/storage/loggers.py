@@ -5,33 +5,12 @@ import secrets
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import UserError
 from .files import write_text
 
-#: values of `train.log`: the module to import, and the package that provides it
-LOGGERS = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
 WANDB_ID = "wandb_id"  # in the run folder
-
-
-class Logger(Protocol):
-    def log(self, prefix: str, line: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
-
-
-def open_loggers(names: tuple[str, ...], folder: Path | None, settings: Mapping[str, Any]) -> list[Logger]:
-    """Open the named loggers, which write below `folder`. Raises UserError if a package isn't installed."""
-    makers = {"tensorboard": _TensorBoard, "wandb": _Wandb}
-    loggers: list[Logger] = []
-    for name in names:
-        module, package = LOGGERS[name]
-        try:
-            library = import_module(module)
-        except ImportError:
-            raise UserError(f"train.log: {name} is not allowed; it needs pip install {package}") from None
-        loggers.append(makers[name](library, folder, settings))
-    return loggers
 
 
 def scalars(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -82,3 +61,20 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+Logger = _TensorBoard | _Wandb
+#: values of `train.log`: the module to import, the package that provides it, and our class
+LOGGERS = {"tensorboard": ("torch.utils.tensorboard", "tensorboard", _TensorBoard), "wandb": ("wandb", "wandb", _Wandb)}
+
+
+def open_loggers(names: tuple[str, ...], folder: Path | None, settings: Mapping[str, Any]) -> list[Logger]:
+    """Open the named loggers, which write below `folder`. Raises UserError if a package isn't installed."""
+    loggers: list[Logger] = []
+    for name in names:
+        module, package, logger = LOGGERS[name]
+        try:
+            loggers.append(logger(import_module(module), folder, settings))
+        except ImportError:
+            raise UserError(f"train.log: {name} is not allowed; it needs pip install {package}") from None
+    return loggers

@@ -66,8 +66,7 @@ def expand_path(path: str | Path, field: str) -> Path:
 
 
 def check_links(folder: Path) -> None:
-    """Raise UserError if a folder contains a link that leads out of it, because files in it are overwritten and
-    deleted."""
+    """Raise UserError if a folder, whose files are overwritten and deleted, has a link that leads out of it."""
     top = folder.resolve()
     for directory, folders, files in os.walk(top):
         for name in (*folders, *files):

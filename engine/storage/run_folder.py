@@ -56,8 +56,7 @@ def read_settings(folder: Path) -> RunConfig | SweepConfig:
 def as_begun(run: RunConfig) -> RunConfig:
     """Return stored settings with the defaults of the version that wrote them.
 
-    Version 0.1.0 had no `stream.memory_gb`. Its learning rate followed the power law of Gao et al., and it ignored a
-    `text_field` that the data lacked.
+    Version 0.1.0 had no `stream.memory_gb`. Its learning rate was Gao et al.'s, and it ignored a missing `text_field`.
     """
     if "memory_gb" in run.stream.model_fields_set:
         return run
@@ -85,8 +84,7 @@ def with_absolute_paths(run: RunConfig) -> RunConfig:
 
 
 def difference(old: Mapping[str, RunConfig], new: Mapping[str, RunConfig]) -> tuple[str, Any, Any] | None:
-    """Return the first setting that differs, with both values, or None. Relative paths start from the current
-    folder."""
+    """Return the first setting that differs, with both values, or None."""
     if old.keys() != new.keys():
         return "dictionaries", ", ".join(old), ", ".join(new)
 
@@ -106,8 +104,7 @@ def difference(old: Mapping[str, RunConfig], new: Mapping[str, RunConfig]) -> tu
 
 
 def read_metrics(folder: Path, until: int | None = None, name: str = METRICS) -> list[dict[str, Any]]:
-    """Read the reports in a run's metrics.jsonl up to step `until`. Damaged lines, such as the last one after a kill,
-    are reported on stderr and skipped."""
+    """Read the reports in a run's log up to step `until`. Damaged lines are reported on stderr and skipped."""
     path = folder / name
     reports = []
     *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
@@ -122,7 +119,6 @@ def read_metrics(folder: Path, until: int | None = None, name: str = METRICS) ->
 
 
 def _report(raw: bytes, numbers: tuple[str, ...]) -> dict[str, Any] | None:
-    """Parse a line of a log. None if it is not valid."""
     try:
         line = json.loads(raw.decode())
     except (ValueError, RecursionError):

@@ -5,8 +5,7 @@
      "format": "temposae/1",          model: testbed
     ...
 
-The checksum covers all bytes after it. Files without one, from earlier versions or written by hand, are read without a
-check.
+The checksum covers all bytes after it. Files without one, from earlier versions or written by hand, are not checked.
 """
 
 import hashlib

@@ -20,14 +20,16 @@ from .buffer import Batch, RingBuffer, with_prefix
 from .cache import CacheSource, read_manifest
 from .documents import IN_HAND, DocumentList, check_data
 from .model import LanguageModel
-from .model_source import ActivationSource, ModelSource, bounded, is_text, packs
+from .model_source import ModelSource, bounded, is_text, packs
 from .norm_filter import SAMPLE, NormFilter
 from .quantize import LARGEST
 from .token_rows import RowSource, TestbedRows, TextRows, TokenRows, open_text
 
 GIVE_UP = 2**20  # consecutive tokens that the filters may leave out before a text is refused
-
-__all__ = ["ActivationStream", "ArraySource", "Batch", "LanguageModel", "TokenRows"]
+#: `next` returns the activations of some whole rows in the order of the text, without padding, [M, D] per hook, or None
+#: at the end. `kept` [M] is false for the `special` tokens. `name` is the text's name in messages, `label` names the
+#: time spent in `next`. `counts` counts what was read so far. `state` and `load_state` resume exactly.
+ActivationSource = ArraySource | CacheSource | ModelSource
 
 
 class ActivationStream:
@@ -89,7 +91,6 @@ class ActivationStream:
         self._buffer = self._make_buffer(tokens, batch)
 
     def _open_source(self, hooks: Sequence[str], documents: Any, seed: int) -> ActivationSource:
-        """Open the source of activations and adapt the settings to it."""
         config = self.config
         if self.own is not None:
             self.config = settle(config, self.own)
@@ -296,7 +297,6 @@ class ActivationStream:
         return self.source.counts | self.dropped
 
     def _begin(self) -> None:
-        """Fill the buffer for the first time."""
         if not self._buffer.begun:
             with progress_bar("filling the buffer", total=self.buffer_tokens, unit="tokens") as self._fill_bar:
                 contents = self._buffer.contents()

@@ -28,11 +28,11 @@ DTYPES = {
 }  # fmt: skip
 
 
-def read_at(path: Path, buffer: memoryview, offset: int) -> int:
-    """Fill `buffer` from byte `offset` of a file. Returns the number of bytes read, smaller only at the file's end."""
+def safetensors_header(path: Path) -> bytes:
+    """The header of a .safetensors file, after its length in 8 bytes. Shorter if the file is cut or that wrong."""
     with path.open("rb") as file:
-        file.seek(offset)
-        return file.readinto(buffer)
+        length = file.read(8)
+        return length + file.read(min(int.from_bytes(length, "little"), LONGEST_HEADER))
 
 
 class StoredArray:
@@ -69,15 +69,14 @@ class StoredArray:
             return cls(path, file.tell(), shape, dtype, setting, is_fortran)
 
     @classmethod
-    def of_safetensors(cls, path: Path, setting: str, names: Sequence[str]) -> "dict[str, StoredArray]":
-        """Open those of the named tensors that a .safetensors file has. Raises ValueError for any other file."""
-        with path.open("rb") as file:
-            header_length = int.from_bytes(file.read(8), "little")
-            if header_length > min(path.stat().st_size - 8, LONGEST_HEADER):
-                raise ValueError(f"its header says that it is {header_length} bytes long")
-            header = json.loads(file.read(header_length))
+    def of_safetensors(cls, path: Path, setting: str, names: Sequence[str] | None = None) -> "dict[str, StoredArray]":
+        """Open the named tensors, by default all, of a .safetensors file. Raises ValueError for any other file."""
+        raw = safetensors_header(path)
+        if (header_length := int.from_bytes(raw[:8], "little")) != len(raw) - 8:
+            raise ValueError(f"its header says that it is {header_length} bytes long")
+        header = json.loads(raw[8:])
         arrays = {}
-        for name in filter(header.__contains__, names):
+        for name in header if names is None else filter(header.__contains__, names):
             entry = header[name]
             dtype, shape = DTYPES.get(entry["dtype"]), tuple(int(n) for n in entry["shape"])
             start, stop = entry["data_offsets"]
@@ -85,7 +84,7 @@ class StoredArray:
                 raise ValueError(f"{name} has dtype {entry['dtype']}, which is not supported")
             if start < 0 or any(n < 0 for n in shape) or stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"its header says {list(shape)} {entry['dtype']} in {stop - start} bytes of {name}")
-            arrays[name] = cls(path, 8 + header_length + start, shape, dtype, setting)
+            arrays[name] = cls(path, len(raw) + start, shape, dtype, setting)
         return arrays
 
     def __len__(self) -> int:
@@ -121,9 +120,11 @@ class StoredArray:
 
     def _read(self, buffer: memoryview, start: int) -> None:
         try:
-            bytes_read = read_at(self.path, buffer, self.offset + start)
+            with self.path.open("rb") as file:
+                file.seek(self.offset + start)
+                bytes_read = file.readinto(buffer)
         except OSError as error:
-            raise UserError(f"{self.setting}: {self.path} can't be read: {error.strerror}") from None
+            raise UserError(f"{self.setting}: {self.path} can't be read ({error.strerror})") from None
         if bytes_read < len(buffer):
             raise UserError(
                 f"{self.setting}: {self.path} has been cut since it was opened; it ends at byte "

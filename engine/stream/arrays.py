@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +23,6 @@ _TOKEN_FIELDS = ("pos", "token", "document")
 _FIELDS = ("x", *_TOKEN_FIELDS)
 
 
-class _ArrayLike(Protocol):
-    """A tensor, numpy array, memory map or StoredArray: anything that slices along its first dimension."""
-
-    @property
-    def shape(self) -> Any: ...
-    def __getitem__(self, index: slice) -> Any: ...
-
-
 class ArraySource:
     """An `ActivationSource` over the user's own activations, all at one hook named `x`.
 
@@ -39,8 +31,7 @@ class ArraySource:
     - a floating-point tensor, numpy array, memory map or StoredArray, [M, D], or [R, T, D] for R rows at positions 0 to
       T - 1. Chunks of rows are read in an order set by `seed` and the epoch. The last twentieth of rows is held out.
     - a dict of such an array `x` and integer arrays `pos`, `token` and `document`, [M] or [R, T].
-    - an iterable of chunks: arrays, pairs (x, pos) or dicts. Chunks are read in order, and again from the start if the
-      iterable allows it. Nothing is held out.
+    - an iterable of chunks: arrays, (x, pos) or dicts. They are read in order, again if possible; none is held out.
 
     Without positions every activation has position 0. `positions` sets the number of positions where the first chunk
     does not show it. Raises UserError for non-finite values, naming the row, and for a wrong shape, width or dtype.
@@ -63,7 +54,7 @@ class ArraySource:
         self._identity, self._mapped_sizes = identity, dict[Path, int]()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.special = torch.zeros(0, dtype=torch.int64)
-        self._arrays: dict[str, _ArrayLike] | None = None
+        self._arrays: dict[str, Any] | None = None
         self._chunks: Iterable[Any] = ()
         self._chunks_served = self._epoch = self._rows = self._tokens = 0
         self._first_row = 0  # row number of the next chunk of an iterable
@@ -87,7 +78,7 @@ class ArraySource:
                 positions = int(as_tensor(first_chunk["pos"][0 : shape[0]]).max()) + 1
         self.positions, self.widths = positions, {HOOK: shape[-1]}
 
-    def _open_arrays(self, arrays: Mapping[str, _ArrayLike], shape: tuple[int, ...]) -> None:
+    def _open_arrays(self, arrays: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         self._row_count = shape[0]
         if self._row_count < 2:
             raise UserError(f"activations: {self.name} holds {self._row_count} rows; at least 2 are needed")
@@ -101,7 +92,6 @@ class ArraySource:
             self._identity = self._sample_fingerprint()
 
     def _restart(self) -> None:
-        """Start the iterable again from its first chunk."""
         self._iterator = iter(self._chunks)
         self._next_chunk = next(self._iterator, None)
 
@@ -120,7 +110,7 @@ class ArraySource:
         """The rows that training never sees, one chunk at a time; nothing for an iterable."""
         if self._arrays is not None:
             for start in range(self._row_count - self._held_out_rows, self._row_count, self._rows_per_chunk):
-                batch = self._rows_as_batch(start, min(start + self._rows_per_chunk, self._row_count))
+                batch = self._as_batch(self._array_rows(start, start + self._rows_per_chunk), start)
                 yield batch.each(lambda value: value.to(self.device))
 
     def state(self) -> dict[str, Tensor]:
@@ -152,7 +142,7 @@ class ArraySource:
         stop = min(start + self._rows_per_chunk, self._row_count - self._held_out_rows)
         self._chunks_served += 1
         self._rows += stop - start
-        return self._rows_as_batch(start, stop)
+        return self._as_batch(self._array_rows(start, stop), start)
 
     def _from_chunks(self) -> Batch | None:
         if self._next_chunk is None:
@@ -175,25 +165,19 @@ class ArraySource:
         count = -(-(self._row_count - self._held_out_rows) // self._rows_per_chunk)
         return np.random.default_rng((self.seed, self._epoch)).permutation(count).tolist()
 
-    def _rows_as_batch(self, start: int, stop: int) -> Batch:
-        return self._as_batch(self._array_rows(start, stop), start)
-
     def _array_rows(self, start: int, stop: int) -> dict[str, Any]:
         """Rows of the arrays. Checks first that no mapped file was truncated, since reading it kills the process."""
         assert self._arrays is not None
         for path, size in self._mapped_sizes.items():
             try:
-                current_size = path.stat().st_size
+                length = path.stat().st_size
             except OSError:  # the map of a removed file stays readable
                 continue
-            if current_size < size:
-                raise UserError(
-                    f"activations: {path} has been cut since it was mapped, from {size} to {current_size} bytes"
-                )
+            if length < size:
+                raise UserError(f"activations: {path} has been cut since it was mapped, from {size} to {length} bytes")
         return {name: value[start:stop] for name, value in self._arrays.items()}
 
     def _sample_fingerprint(self) -> int:
-        """A hash of the shapes and of rows spread evenly over the arrays."""
         assert self._arrays is not None
         texts = [str([(name, tuple(value.shape)) for name, value in self._arrays.items()])]
         for row in sorted({row * (self._row_count - 1) // (SAMPLED - 1) for row in range(SAMPLED)}):
@@ -223,7 +207,6 @@ class ArraySource:
         return Batch({HOOK: x.reshape(-1, x.shape[-1])}, **flat_places)
 
     def _checked_shape(self, arrays: Mapping[str, Any], width: int | None = None) -> tuple[int, ...]:
-        """The shape of x, after checking all shapes and dtypes."""
         if "x" not in arrays:
             raise UserError(f"activations: {self.name} has {', '.join(map(str, arrays)) or 'nothing'}; it must have x")
         shape = tuple(int(n) for n in arrays["x"].shape)
@@ -302,7 +285,6 @@ def _is_array(x: Any) -> bool:
 
 
 def _as_dict(chunk: Any) -> dict[str, Any]:
-    """A chunk of an iterable as a dict of arrays."""
     if isinstance(chunk, Mapping):
         return dict(chunk)
     if isinstance(chunk, tuple | list) and len(chunk) == 2 and all(map(_is_array, chunk)):

@@ -237,11 +237,9 @@ class RingBuffer:
 
     @property
     def _items_missing(self) -> int:
-        """Items still to be put in before `item_limit`."""
         return self.capacity if self._item_limit is None else self._item_limit - self._items_put
 
     def _permute(self) -> None:
-        """Fill all served slots, and draw a new order of all items."""
         self._refill(self._served)
         self._final = self._ended or not self._items_missing
         if self._side_stream is not None:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from ..config import Config, Count, StreamConfig
 from ..errors import UserError
 from ..storage.path_names import FileName, expand_path
 from ..storage.sealed import read_json
-from .array_files import DTYPES, read_at
+from .array_files import StoredArray, safetensors_header
 from .buffer import PLACES, Batch
 
 FORMAT = "temposae-cache/2"
@@ -145,7 +145,7 @@ class CacheSource:
         self.seed, self.repeat = seed, repeat
         if not self.manifest.shards:
             raise UserError(f"cache: {folder} holds no activations yet; continue it with `temposae cache --resume`")
-        self._headers = [read_header(self.folder / shard.file, shard) for shard in self.manifest.shards]
+        self._arrays = [open_shard(self.folder / shard.file, shard) for shard in self.manifest.shards]
         self._blocks = [(s, b) for s, shard in enumerate(self.manifest.shards) for b in range(len(shard.ends))]
         checksums = json.dumps([shard.crc32 for shard in self.manifest.shards])
         self._identity = zlib.crc32(checksums.encode())
@@ -197,53 +197,30 @@ class CacheSource:
         return batch
 
     def _read(self, number: int, block: int) -> Batch:
-        """Read one block to the CPU. Not mapped: truncating a mapped file kills the process."""
-        shard, header = self.manifest.shards[number], self._headers[number]
-        path = self.folder / shard.file
-        start, end = shard.ends[block - 1] if block else 0, shard.ends[block]
+        shard = self.manifest.shards[number]
+        span = slice(shard.ends[block - 1] if block else 0, shard.ends[block])
         tensors: dict[str, Tensor] = {}
         for name in (*(f"acts.{hook}" for hook in self.widths), *PLACES, "kept"):
-            offset, dtype, shape = header[name]
-            value = torch.empty(end - start, *shape, dtype=dtype, pin_memory=self.device.type == "cuda")
-            raw = as_bytes(value)
-            try:
-                bytes_read = read_at(path, raw, offset + start * (len(raw) // (end - start)))
-            except OSError as error:
-                raise UserError(f"cache: {path} can't be read ({error.strerror})") from None
-            if bytes_read < len(raw) or zlib.crc32(raw) != shard.crc32[name][block]:
+            tensors[name] = self._arrays[number][name][span]
+            if zlib.crc32(as_bytes(tensors[name])) != shard.crc32[name][block]:
+                path = self.folder / shard.file
                 raise UserError(f"cache: {path} is damaged in block {block} ({name}); the cache must be made again")
-            tensors[name] = value
-        return Batch.from_tensors(tensors)
+        batch = Batch.from_tensors(tensors)
+        return batch.each(Tensor.pin_memory) if self.device.type == "cuda" else batch
 
 
-class _TensorPlace(NamedTuple):
-    """Byte offset of a tensor in its file, its dtype, and its shape without the first dimension."""
-
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def read_header(path: Path, shard: Shard) -> dict[str, _TensorPlace]:
-    """The places of a shard's tensors, after checking its size and header."""
+def open_shard(path: Path, shard: Shard) -> dict[str, StoredArray]:
+    """The tensors of a shard, after checking its size and header."""
     try:
-        size = path.stat().st_size
-        if size != shard.bytes:
+        if (size := path.stat().st_size) != shard.bytes:
             raise UserError(f"cache: {path} is damaged; it has {size} bytes, not {shard.bytes}")
-        with path.open("rb") as file:
-            length = file.read(8)
-            header = file.read(min(int.from_bytes(length, "little"), size))
+        if zlib.crc32(safetensors_header(path)) != shard.header:
+            raise UserError(f"cache: {path} is damaged in its header; the cache must be made again")
+        return StoredArray.of_safetensors(path, "cache")
     except FileNotFoundError:
         raise UserError(f"cache: {path} is missing; it should have {shard.bytes} bytes") from None
     except OSError as error:
         raise UserError(f"cache: {path} can't be read ({error.strerror})") from None
-    if zlib.crc32(length + header) != shard.header:
-        raise UserError(f"cache: {path} is damaged in its header; the cache must be made again")
-    tensors_start = 8 + len(header)
-    return {
-        name: _TensorPlace(tensors_start + value["data_offsets"][0], DTYPES[value["dtype"]], tuple(value["shape"][1:]))
-        for name, value in json.loads(header).items()
-    }
 
 
 def shard_name(number: int) -> str:

@@ -3,14 +3,16 @@
 import json
 import math
 import os
-import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import StreamConfig
@@ -20,16 +22,13 @@ from ..storage.files import LOCK, UNFINISHED, whole_file
 from ..storage.lock import owned
 from ..storage.path_names import expand_path
 from ..storage.sealed import sealed_json
-from .array_files import DTYPES
-from .buffer import Batch
-from .cache import BLOCK, FORMAT, MANIFEST, Manifest, Shard, as_bytes, read_header, read_manifest, shard_name
+from .array_files import safetensors_header
+from .cache import BLOCK, FORMAT, MANIFEST, Manifest, Shard, as_bytes, open_shard, read_manifest, shard_name
 from .documents import check_data
 from .model import LanguageModel
 from .model_loading import with_absolute_paths
 from .model_source import ModelSource, bounded, packs
 from .token_rows import RowSource, open_text
-
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_cache(
@@ -85,7 +84,6 @@ def write_cache(
 def _open_source(
     config: StreamConfig, hooks: Sequence[str | int], seed: int, model: LanguageModel | None, rows: RowSource | None
 ) -> tuple[ModelSource, StreamConfig]:
-    """The activations to store, and the settings that the manifest records."""
     if rows is None and config.data is not None:
         check_data(config.data)
     config = config.model_copy(update={"repeat": False})
@@ -108,13 +106,13 @@ def _open_source(
 
 
 def _add_shard(folder: Path, manifest: Manifest, source: ModelSource, bar: ProgressBar) -> Manifest:
-    """Write the next shard, if there is text for one, and the manifest that lists it."""
     batches: list[dict[str, Tensor]] = []
-    shard_bytes, kept_tokens = 0, manifest.tokens
+    shard_bytes, kept_tokens, dtype = 0, manifest.tokens, getattr(torch, manifest.dtype)
     while shard_bytes < manifest.shard_mb * 1e6 and kept_tokens < manifest.wanted:
         if (batch := source.next()) is None:
             break
-        batches.append(_as_stored(batch, getattr(torch, manifest.dtype)))
+        batch.acts = {hook: x.to(dtype) for hook, x in batch.acts.items()}
+        batches.append({name: value.cpu().contiguous() for name, value in batch.tensors().items()})
         shard_bytes += sum(value.nbytes for value in batches[-1].values())
         fresh_tokens = int(batches[-1]["kept"].sum())
         kept_tokens += fresh_tokens
@@ -142,7 +140,7 @@ def _resumed_manifest(folder: Path, resume: bool) -> Manifest | None:
     manifest = read_manifest(folder) if MANIFEST in names else None
     shards = manifest.shards if manifest is not None else ()
     for shard in shards:
-        read_header(folder / shard.file, shard)
+        open_shard(folder / shard.file, shard)
     # the next shard may have been written before cache.json listed it
     unfinished = [name for name in names if name.startswith(UNFINISHED) or name == shard_name(len(shards))]
     known_names = {MANIFEST, *(shard.file for shard in shards), *unfinished}
@@ -154,7 +152,6 @@ def _resumed_manifest(folder: Path, resume: bool) -> Manifest | None:
 
 
 def _check_same_settings(folder: Path, earlier: Manifest, requested: Manifest) -> None:
-    """Raise UserError, naming the first setting that differs from those that a cache was begun with."""
     requested_settings = _fixed_settings(requested)
     for name, value in _fixed_settings(earlier).items():
         if requested_settings[name] != value:
@@ -170,46 +167,18 @@ def _fixed_settings(manifest: Manifest) -> dict[str, Any]:
     return settings | {f"stream.{name}": value for name, value in with_absolute_paths(manifest.stream)}
 
 
-def _as_stored(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a batch by name, on the CPU, with the activations as `dtype`."""
-    return {
-        name: (value.to(dtype) if name.startswith("acts.") else value).cpu().contiguous()
-        for name, value in batch.tensors().items()
-    }
-
-
 def _write_shard(folder: Path, number: int, batches: list[dict[str, Tensor]], place: dict[str, Tensor]) -> Shard:
     """Write batches as a shard. Removes tensors from `batches` once they are joined, so that memory holds them once."""
-    file = shard_name(number)
-    row, kept = (torch.cat([batch[name] for batch in batches]) for name in ("row", "kept"))
+    tensors = {name: torch.cat([batch.pop(name) for batch in batches]) for name in list(batches[0])}
+    path, row = folder / shard_name(number), tensors["row"]
     ends = _block_ends(row)
-    header: dict[str, Any] = {}
-    offset = 0
-    # widest elements first, as safetensors writes them, so that every tensor is aligned
-    for name in sorted(batches[0], key=lambda name: (-batches[0][name].itemsize, name)):
-        first_tensor = batches[0][name]
-        end = offset + sum(batch[name].nbytes for batch in batches)
-        shape = [len(row), *first_tensor.shape[1:]]
-        header[name] = {"dtype": _DTYPE_NAMES[first_tensor.dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
-    crc32: dict[str, tuple[int, ...]] = {}
-
-    def chunks() -> Iterable[bytes | memoryview]:
-        yield head
-        for name in header:
-            raw = as_bytes(torch.cat([batch.pop(name) for batch in batches]))
-            token_bytes = len(raw) // len(row)
-            spans = pairwise((0, *ends))
-            crc32[name] = tuple(zlib.crc32(raw[start * token_bytes : stop * token_bytes]) for start, stop in spans)
-            yield raw
-
-    size = _write(folder, file, chunks())
+    blocks = [slice(*span) for span in pairwise((0, *ends))]
+    with _writing(path) as temporary:
+        save_file(tensors, temporary)
     return Shard(
-        file=file, tokens=len(row), kept=int(kept.sum()), rows=1 + int(row.diff().count_nonzero()), bytes=size,
-        header=zlib.crc32(head), ends=ends, crc32=crc32,
+        file=path.name, tokens=len(row), kept=int(tensors["kept"].sum()), rows=1 + int(row.diff().count_nonzero()),
+        bytes=path.stat().st_size, header=zlib.crc32(safetensors_header(path)), ends=ends,
+        crc32={name: tuple(zlib.crc32(as_bytes(x[block])) for block in blocks) for name, x in tensors.items()},
         place={key: tuple(value.tolist()) for key, value in place.items()},
     )  # fmt: skip
 
@@ -218,20 +187,19 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     content = manifest.model_dump(mode="json")
     shards = ",".join("\n  " + json.dumps(shard, separators=(",", ":")) for shard in content.pop("shards"))
     text = json.dumps(content, indent=1).removesuffix("\n}") + f',\n "shards": [{shards}\n ]\n}}\n'
-    _write(folder, MANIFEST, [sealed_json(text).encode()])
+    with _writing(folder / MANIFEST) as temporary:
+        temporary.write_text(sealed_json(text))
 
 
-def _write(folder: Path, file: str, chunks: Iterable[bytes | memoryview]) -> int:
-    """Write a file under a temporary name and rename it once it is on the disk. Returns its size."""
-    path = folder / file
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """A temporary path for a file, which is renamed once it is on the disk."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary, temporary.open("wb") as out:
-            for chunk in chunks:
-                out.write(chunk)
-            return out.tell()
-    except OSError as error:
-        raise UserError(f"out: {path} can't be written ({error.strerror}); continue with --resume") from None
+        with whole_file(path) as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"out: {path} can't be written ({reason}); continue with --resume") from None
 
 
 def _block_ends(row: Tensor) -> tuple[int, ...]:

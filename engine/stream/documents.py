@@ -182,7 +182,6 @@ def _files_by_split(builder: Any) -> dict[str, list[str]]:
 
 
 def _saved(data: str, path: Path, field: TextField, split: str | None) -> DocumentFiles:
-    """Open a dataset that `save_to_disk` wrote, with or without splits."""
     splits: list[str] = []
     if (path / "dataset_dict.json").is_file():
         splits = [str(name) for name in _json(path / "dataset_dict.json", "splits")]
@@ -238,7 +237,6 @@ def _builder(path: str, data: str, subset: str | None) -> Any:
 
 
 def _split(data: str, split: str | None, split_names: list[str]) -> str:
-    """The split to read, by default `train`."""
     name = split or "train"
     if name not in split_names:
         reason = f"{split} is not allowed" if split is not None else "needed, since there is no train"

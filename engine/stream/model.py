@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from ...kernels.torch_modes import default_modes
 from ..errors import UserError, near, shown
-from .model_loading import BUILT_IN, TESTBED, load
+from .model_loading import load
 from .partial_model import AllHooksRead, HookValues, Reader, Tail, close, module_sites
-
-__all__ = ["BUILT_IN", "TESTBED", "LanguageModel"]
 
 #: implementations of attention by device, in the order in which they are tried
 FASTEST = {"cuda": ("sdpa", "flex_attention", "eager"), "cpu": ("sdpa", "eager")}
@@ -24,6 +22,7 @@ MEMORY = 2e9  # bytes that a pass may take besides the weights
 COPIES = 4  # of all logits at once: the model's, in float32, log-probabilities, and the result
 PROBED = 16  # of a probe's logits at once: two references, two results, and float64 copies
 MOST_PADDING = 0.1  # share of padding in a group of rows that run together
+Change = Callable[[Tensor], Tensor]
 
 
 class LanguageModel:
@@ -69,7 +68,11 @@ class LanguageModel:
             self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             self._bridge, self._plain = load(self.name, self.dtype)
         else:
-            self._bridge = _checked_bridge(model)
+            # by attributes, since not every transformer_lens version has both classes
+            if not all(hasattr(model, name) for name in ("run_with_hooks", "hook_dict", "cfg")):
+                allowed = "give a name, a folder, a TransformerBridge or a HookedTransformer"
+                raise UserError(f"model: a {type(model).__name__} is not allowed; {allowed}")
+            self._bridge = model
             self.name = str(getattr(model.cfg, "model_name", None) or type(model).__name__)
             self.device, self.dtype = _device_of(model), next(model.parameters()).dtype
             if device is not None and torch.device(device).type != self.device.type:
@@ -152,20 +155,16 @@ class LanguageModel:
 
     @default_modes()
     @torch.no_grad()
-    def logits(
-        self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None, hook: str | None = None
-    ) -> Tensor:
+    def logits(self, tokens: Tensor, replace: Change | None = None, hook: str | None = None) -> Tensor:
         """Next-token logits [B, T, V], with activations x at `hook` (default: the first) replaced by replace(x)."""
         tokens, bridge = tokens.to(self.device), self.bridge
         if replace is None:
             return bridge(tokens)
-        (place,) = self._names([hook or self.hook], ())
-        return bridge.run_with_hooks(tokens, fwd_hooks=[(place, lambda x, hook: _replaced(x, replace))])
+        edit = lambda x, hook: replace(x.flatten(2)).reshape(x.shape)
+        return bridge.run_with_hooks(tokens, fwd_hooks=[(self.place(hook or self.hook), edit)])
 
     @default_modes()
-    def losses(
-        self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None, hook: str | None = None
-    ) -> Tensor:
+    def losses(self, tokens: Tensor, replace: Change | None = None, hook: str | None = None) -> Tensor:
         """Next-token losses [B, T - 1] in nats; arguments as in `logits`. `rows_with_logits` says how many rows fit."""
         return next_token_losses(self.logits(tokens, replace, hook), tokens)
 
@@ -176,8 +175,7 @@ class LanguageModel:
     def rows_of_activations(self, T: int) -> int:
         """Estimated number of rows of T tokens that fit in `memory` in one pass, at least one.
 
-        Counts three times the MLP's width, six times the residual stream, the hooks' values, and float32 attention
-        weights if attention is eager."""
+        Counts 3 times the MLP's width, 6 times the residual stream, the hooks' values, and eager attention."""
         cfg = self._bridge.cfg
         wide = 3 * int(getattr(cfg, "d_mlp", None) or 4 * cfg.d_model) + 6 * cfg.d_model + sum(self.widths.values())
         attention = 0 if self.attention != "eager" else 2 * 4 * T * cfg.n_heads
@@ -248,7 +246,11 @@ class LanguageModel:
         catch = HookValues(hooks)
 
         def watch(name: str) -> tuple[str, Callable[..., None]]:
-            return name, lambda x, hook: catch.put(name, x.flatten(2) if _has_heads(x, tokens) else x)
+            def put(x: Tensor, hook: Any) -> None:
+                has_heads = x.ndim == 4 and x.shape[:2] == tokens.shape  # unlike attention patterns [B, H, T, T]
+                catch.put(name, x.flatten(2) if has_heads else x)
+
+            return name, put
 
         with suppress(AllHooksRead):
             bridge.run_with_hooks(tokens.to(_device_of(bridge)), fwd_hooks=[watch(name) for name in hooks])
@@ -343,16 +345,6 @@ def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(predictions, targets, reduction="none").view(tokens.shape[0], -1)
 
 
-def _has_heads(x: Tensor, tokens: Tensor) -> bool:
-    """Whether x is [B, T, H, d_head] for tokens [B, T]. Attention patterns [B, H, T, T] are not."""
-    return x.ndim == 4 and x.shape[:2] == tokens.shape
-
-
-def _replaced(x: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
-    """replace(x), with x [B, T, H, d_head] flattened to [B, T, D]."""
-    return replace(x) if x.ndim <= 3 else replace(x.flatten(2)).reshape(x.shape)
-
-
 def _device(name: str) -> torch.device:
     """A torch device with its index: cuda becomes cuda:0."""
     try:
@@ -360,16 +352,6 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
         reason = str(error).splitlines()[0]
         raise UserError(f"device: {name!r} is not allowed; torch can't use it ({reason})") from error
-
-
-def _checked_bridge(model: Any) -> Any:
-    # by attributes, since not every transformer_lens version has both classes
-    if not all(hasattr(model, name) for name in ("run_with_hooks", "hook_dict", "cfg")):
-        raise UserError(
-            f"model: a {type(model).__name__} is not allowed; "
-            "give a name, a folder, a TransformerBridge or a HookedTransformer"
-        )
-    return model
 
 
 def _device_of(model: Any) -> torch.device:

@@ -173,7 +173,6 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _stand_in_tokenizer(name: str) -> Any:
-    """A placeholder, since transformer_lens requires a tokenizer."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

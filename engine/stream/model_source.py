@@ -1,6 +1,6 @@
 """The source of activations: a language model that reads a text."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,29 +13,6 @@ from .model import LanguageModel
 from .token_rows import RowSource, TextRows, TokenRows
 
 MOST_ROWS = 8  # times rows_per_forward: the limit on packed rows per pass, however short they are
-
-
-class ActivationSource(Protocol):
-    """Activations in the order of the text.
-
-    `next` returns the activations of some whole rows without padding, [M, D] per hook, or None at the end. `kept` [M]
-    is false for the tokenizer's `special` tokens, such as `<bos>`. `counts` counts what was read so far. `state` and
-    `load_state` resume exactly. `name` is the text's name in messages, and `label` names the time spent in `next`.
-    """
-
-    label: str
-    special: Tensor
-    widths: dict[str, int]
-    positions: int
-    device: torch.device
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def counts(self) -> dict[str, int]: ...
-    def next(self) -> Batch | None: ...
-    def state(self) -> dict[str, Tensor]: ...
-    def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
 class ModelSource:
@@ -80,7 +57,6 @@ class ModelSource:
         )
 
     def _rows(self) -> TokenRows:
-        """The next rows of the text, for one forward pass."""
         count = self.rows_per_forward * self.ranks.size
         rows = self.text.next(count)
         if not self.packing or len(rows) < count:

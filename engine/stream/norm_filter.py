@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..process.progress import percent
 from .buffer import with_prefix
 
 MULTIPLE, SIGMAS = 4.0, 6.0  # of the automatic limit
@@ -186,13 +187,9 @@ def describe(report: Mapping[str, Any] | None) -> str | None:
     variance_share = max(report["variance_share"].values(), default=0.0)
     variance = f", which hold {variance_share:.1%} of the variance," if variance_share > 0.005 else ""
     return (
-        f"massive activations: {report['massive']:,} of {report['tokens']:,} tokens ({_percent(report['share'])})"
+        f"massive activations: {report['massive']:,} of {report['tokens']:,} tokens ({percent(report['share'])})"
         f"{variance} are left out: norm above {limits}; at positions {named_positions}{more} (stream.max_norm)"
     )
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
 
 
 def _norms(x: Tensor) -> Tensor:

@@ -81,8 +81,7 @@ class TextField:
 
 
 def document(content: Any, place: str) -> Document:
-    """A document from `content`: text, a list of token ids, or None for an empty document. Raises UserError, naming
-    `place`, for anything else."""
+    """A document from text, a list of token ids, or None (empty). Raises UserError, naming `place`, for all else."""
     if content is None or isinstance(content, str):
         return content or ""
     try:

@@ -1,7 +1,6 @@
 """Documents of one file: plain text, JSON, tables, or arrays of token ids. The file's name determines how it is read.
 
-A file is read from its beginning or from a given document on. It is neither loaded whole nor memory-mapped, since
-truncating a mapped file kills the process.
+A file is neither loaded whole nor memory-mapped, since truncating a mapped file kills the process.
 """
 
 import bz2
@@ -284,7 +283,6 @@ class Array(TextFile):
 
 
 def _json(path: Path, field: TextField) -> JsonLines | JsonList:
-    """Open a .json file, which holds a list, or objects and strings on lines of their own."""
     with _opened(path) as file:
         beginning = file.read(2**12).removeprefix(codecs.BOM_UTF8).lstrip()
     return JsonList(path, field) if beginning.startswith(b"[") else JsonLines(path, field)

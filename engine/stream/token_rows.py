@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,35 +45,8 @@ class TokenRows:
         return TokenRows(*map(torch.cat, zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-class RowSource(Protocol):
-    """Rows of a text in order, with a state to resume from.
-
-    Rows begin with the token `bos`, if there is one. `held_out_rows` is the number of held-out rows, None if unknown or
-    unlimited. `epoch` counts how often the text was started again. `counts` covers everything that `next` has read,
-    over all epochs: finished `documents` and `empty_documents`, `rows`, and `tokens` (with `<bos>`, without padding).
-    """
-
-    name: str
-    bos: int | None
-    held_out_rows: int | None
-    epoch: int
-    counts: dict[str, int]
-
-    def next(self, count: int) -> TokenRows:
-        """The next `count` training rows. The text starts again at its end, or fewer rows are returned."""
-        ...
-
-    def held_out(self, count: int, size: int) -> Iterator[TokenRows]:
-        """The first `count` rows that training never sees, `size` at a time. Has no effect on `next`."""
-        ...
-
-    def state(self) -> dict[str, Tensor]: ...
-    def load_state(self, state: dict[str, Tensor]) -> None: ...
-
-
 class TestbedRows:
-    """Documents of the embedded language, generated when needed. Row n is document n; held-out rows have numbers that
-    training never reaches."""
+    """Documents of the embedded language. Row n is document n, and training never reaches held-out rows."""
 
     bos: int | None = lang.BOS
     held_out_rows: int | None = None
@@ -197,7 +170,6 @@ class TextRows:
         return None if is_unknown and not is_same_token else token_id
 
     def _refuse_unknown(self, tokens: np.ndarray) -> None:
-        """Raise UserError if every token is the tokenizer's unknown token."""
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         tokens = tokens if self.bos in (None, unknown) else tokens[tokens != self.bos]
         if unknown is not None and len(tokens) and bool((tokens == unknown).all()):
@@ -228,6 +200,13 @@ class TextRows:
         self._start_reading(document, used, row)
 
 
+#: `next(count)` gives the next training rows. At its end the text starts again, or fewer rows are returned.
+#: `held_out(count, size)` gives the first rows that training never sees, `size` at a time, of `held_out_rows` (None if
+#: unknown or unlimited). Rows begin with the token `bos`, if any. `epoch` counts how often the text began again.
+#: `counts` covers what `next` has read: finished `documents`, `empty_documents`, `rows`, `tokens` without padding.
+RowSource = TestbedRows | TextRows
+
+
 class _TokenRow(NamedTuple):
     """Row `number` of a text: `tokens` [length] int64, with `<bos>`, of document number `document`."""
 
@@ -255,7 +234,12 @@ class _RowReader:
                 self.document += 1
             for start in range(self.used, len(ids), piece_length):
                 piece = ids[start : start + piece_length]
-                self._check_ids(piece)
+                wrong_ids = piece[(piece < 0) | (piece >= self.text.vocabulary)]
+                if len(wrong_ids):
+                    raise UserError(
+                        f"data: {self.text.name} document {self.document} holds token {wrong_ids[0]}, which is not "
+                        f"allowed; the model has tokens 0 to {self.text.vocabulary - 1}"
+                    )
                 row = _TokenRow(np.concatenate([first, piece.astype(np.int64)]), self.document, self.row)
                 self.row, self.used = self.row + 1, start + len(piece)
                 if self.used == len(ids):
@@ -265,14 +249,6 @@ class _RowReader:
         if self.used:  # only after loading a state
             number, name = self.document, self.text.name
             raise UserError(f"data: {name} has changed: document {number} had more than {self.used} tokens")
-
-    def _check_ids(self, piece: np.ndarray) -> None:
-        wrong_ids = piece[(piece < 0) | (piece >= self.text.vocabulary)]
-        if len(wrong_ids):
-            raise UserError(
-                f"data: {self.text.name} document {self.document} holds token {wrong_ids[0]}, which is not allowed; "
-                f"the model has tokens 0 to {self.text.vocabulary - 1}"
-            )
 
     def _tokenised_documents(self) -> Iterator[np.ndarray | StoredArray]:
         """Token ids [n] of each document from number `document` on, without an initial `<bos>`."""

@@ -11,8 +11,7 @@ positions: the list starts near position 10, and the body ends at the first sent
     to conclude , thanks a bunch . see ya , drabel <eos>                                     closing
 
 Each choice is visible in the text and each text has one derivation. So log p(document) is the sum of the log
-probabilities of the choices made. The entropy of the language is the mean of -log p, which is the loss of a perfect
-model.
+probabilities of the choices made. The language's entropy, the loss of a perfect model, is the mean of -log p.
 """
 
 import math
@@ -193,13 +192,12 @@ class Language:
         return pairs
 
     def agreement_prompts(self, count: int, index: int = 0) -> list[tuple[list[str], bool]]:
-        """Return prompts that end before the copula, and whether the subject is plural. A noun in between disagrees
-        with it."""
+        """Return prompts that end before the copula, after a noun of the other number, and whether it is plural."""
         prompts = []
         while len(prompts) < count:
             writer = _Writer(self, random.Random(f"{self.seed}/agreement/{index}"))
             index += 1
-            words = writer.prefix()
+            writer.prefix()
             writer.agreement()
             roles = writer.labels["role"]
             stop = len(roles) - 1 - roles[::-1].index(ROLES.index("copula"))
@@ -207,7 +205,6 @@ class Language:
             numbers = zip(roles, writer.labels["plural"], strict=True)
             if any(role == ROLES.index("attractor") and bool(number) != plural for role, number in numbers):
                 prompts.append((writer.words[:stop], plural))
-            assert writer.words[: len(words)] == words
         return prompts
 
 

@@ -60,8 +60,7 @@ def measure(logits_of: LogitsOf, language: Language, start: int, documents: int 
 
 
 def _next_token_logits(logits_of: LogitsOf, language: Language, prompts: Sequence[list[str]]) -> torch.Tensor:
-    """Return logits [len(prompts), V] of the token after each prompt. Prompts are padded on the right, where causal
-    attention does not see the padding."""
+    """Return logits [len(prompts), V] of the token after each prompt."""
     rows = [[language.token_id[w] for w in words] for words in prompts]
     last_logits = []
     for begin in range(0, len(rows), 128):

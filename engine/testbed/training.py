@@ -32,8 +32,7 @@ def tokenizer(language: lang.Language) -> PreTrainedTokenizerFast:
 
 
 def config(vocabulary: int) -> Gemma2Config:
-    """Return a small Gemma-2: 4 layers (alternating sliding window and global), D = 128, 4 query and 2 key/value
-    heads."""
+    """Return a small Gemma-2 with 4 layers, D = 128, and 4 query and 2 key/value heads."""
     return Gemma2Config(
         vocab_size=vocabulary, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=32,

@@ -221,7 +221,7 @@ def test_a_small_disk_that_fills_up(write, made, tmp_path):
     ):
         pytest.skip("needs the right to mount")
     try:
-        with pytest.raises(UserError, match=r"out: .*shard_\d+.* can't be written \(No space left on device\)"):
+        with pytest.raises(UserError, match=r"out: .*shard_\d+.* can't be written \(.*No space left on device.*\)"):
             write(disk / "cache")
         names = [shard.file for shard in read_manifest(disk / "cache").shards]
         assert names
@@ -346,7 +346,7 @@ def test_a_shard_of_another_size_or_header_or_none_is_named_at_opening(copy):
 def test_a_shard_cut_or_removed_while_it_is_in_use_is_named(copy):
     first, second = CacheSource(copy, repeat=False), CacheSource(copy, repeat=False)
     os.truncate(copy / "shard_00000.safetensors", 1000)
-    with pytest.raises(UserError, match=r"cache: .*shard_00000.safetensors is damaged in block"):
+    with pytest.raises(UserError, match=r"cache: .*shard_00000.safetensors has been cut since it was opened"):
         everything(first)
     (copy / "shard_00000.safetensors").unlink()
     with pytest.raises(UserError, match=r"cache: .*shard_00000.safetensors can't be read \(No such file"):

@@ -12,7 +12,7 @@ from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, LanguageModel
 from temposae.engine.stream import model as model_module
-from temposae.engine.stream.model import TESTBED
+from temposae.engine.stream.model_loading import TESTBED
 from temposae.engine.stream.partial_model import Reader, close
 from temposae.engine.testbed import training
 from temposae.engine.testbed.language import HELD_OUT, Language

@@ -315,7 +315,7 @@ def test_schedule_rises_holds_and_falls():
         ({"aux_coefficient": float("inf")}, "sae.aux_coefficient: inf is not allowed"),
         (
             {"activation": "gelu"},
-            "sae.activation: 'gelu' is not allowed; it must be 'topk', 'batchtopk', 'relu' or 'jumprelu'",
+            "sae.activation: 'gelu' is not allowed; it must be topk, batchtopk, relu, or jumprelu",
         ),
         ({"activation": "jumprelu", "bandwidth": 0}, "sae.bandwidth: 0 is not allowed"),
         ({"activation": "jumprelu", "initial_threshold": -1}, "sae.initial_threshold: -1 is not allowed"),
@@ -335,6 +335,6 @@ def test_wrong_settings_name_field_value_and_what_is_allowed(settings, message):
 
 @pytest.mark.parametrize("value", ["fp8", 8, None])
 def test_moments_of_no_known_kind_are_named(value):
-    allowed = "it must be 'float32', 'bfloat16' or '8bit'"
+    allowed = "it must be float32, bfloat16, or 8bit"
     with pytest.raises(UserError, match=f"^train.moments: {value!r} is not allowed; {allowed}$"):
         TrainConfig(moments=value)

@@ -29,7 +29,7 @@ class HalfSettings(PartSettings):
         (lambda: TrainConfig(**{"tokens": "4"}), "train.tokens: '4' is not allowed; it must be an integer"),
         (lambda: TrainConfig(**{"lr": "4 "}), "train.lr: '4 ' is not allowed; it must be a number"),
         (lambda: TrainConfig(**{"fp8": 1}), "train.fp8: 1 is not allowed; it must be true or false"),
-        (lambda: TrainConfig(lr=-1), "train.lr: -1 is not allowed; it must be greater than 0 and less than or equal to 10"),
+        (lambda: TrainConfig(lr=-1), "train.lr: -1 is not allowed; it must be a number above 0 and at most 10 or null"),
         (lambda: TrainConfig(**{"self": 3}), "train.self: no such setting"),
         (lambda: MaskConfig(sigma=1e-300), "sae.mask.sigma: 1e-300 is not allowed; it must be 0, or at least 1e-12 in size"),
         (lambda: MaskConfig(sigma=1e19), "sae.mask.sigma: 1e+19 is not allowed; it must be at most 1e+15 in size"),

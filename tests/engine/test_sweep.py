@@ -67,7 +67,7 @@ def test_a_sweep_that_makes_no_sense_is_named(settings, words):
     ("settings", "words"),
     [
         ({"sweep": {"k": [2, 65]}}, ("k65: sae.k: 65", "at most d_sae (64)")),
-        ({"sweep": {"lr": [0.1, -1]}}, ("lr-1: train.lr: -1", "greater than 0")),
+        ({"sweep": {"lr": [0.1, -1]}}, ("lr-1: train.lr: -1", "a number above 0")),
         ({"sweep": {"layer": [1, 9]}}, ("layer9: layer: 9", "0 to 3")),
         ({"sweep": {"hook": ["blocks.1.hook_out_of_this_world"]}}, ("hook", "out_of_this_world", "did you mean")),
     ],

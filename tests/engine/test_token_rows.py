@@ -513,7 +513,7 @@ def test_a_field_of_text_may_have_any_name(tmp_path):
 
 
 def test_a_real_tokenizer_meets_special_tokens_in_text_and_long_texts(recwarn, capfd):
-    from temposae.engine.stream.model import TESTBED
+    from temposae.engine.stream.model_loading import TESTBED
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(TESTBED)

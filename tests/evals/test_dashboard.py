@@ -18,7 +18,7 @@ from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.storage import checkpoint
 from temposae.engine.stream import ActivationStream, LanguageModel, TokenRows
-from temposae.engine.stream.model import TESTBED
+from temposae.engine.stream.model_loading import TESTBED
 from temposae.engine.testbed.language import HELD_OUT
 from temposae.evals.dashboard import _TokenTexts, dashboard, numbers, page
 
