@@ -8,10 +8,9 @@ from torch import Tensor
 from ..bench_types import Call, Inputs, Op, OpBench, Spec, Trial
 from ..cost import Cost
 from ..weight_grad import cost as weight_grad_cost
-from ..weight_grad.bench import SPLIT, entry_pointers
+from ..weight_grad.bench import SPLIT, WIDTHS, gather_pointers, pieces
 from . import Moments, Rates, adam, adam_rows, cost, row_norms
 
-WIDTHS = {"bf16": (768, 2304, 3584, 4096), "fp32": (768, 2304)}  # float32 training at full width is unusual
 MOMENTS = {32: ("fp32", "fp32"), 16: ("bf16", "bf16"), 8: ("i8", "u8")}
 ROWS = {
     "decoder": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True),
@@ -28,15 +27,13 @@ def _pointers(bits: int, dtype: str) -> dict[str, str]:
 
 
 def _specs(dtype: str) -> dict[str, Spec]:
-    config, specs = "adam_rows" if dtype == "bf16" else "adam_rows_small", {}
+    specs = {}
     for width in WIDTHS[dtype]:
-        high = 1 << (width - 1).bit_length() - 1
-        pieces = dict(HIGH=high, LOW=1 << (width - high - 1).bit_length(), SPLIT=SPLIT)
         for name, flags in ROWS.items():
             for bits in MOMENTS if dtype == "bf16" and name != "norms" else (32,):
                 specs[f"adam_rows, {name}, D = {width}" + (f", {bits}-bit moments" if bits < 32 else "")] = Spec(
-                    "adam.adam_rows_kernel", config, entry_pointers(dtype) | _pointers(bits, dtype),
-                    flags | pieces | dict(BITS=bits),
+                    "adam.adam_rows_kernel", "adam_rows", gather_pointers(dtype) | _pointers(bits, dtype),
+                    flags | pieces(width) | dict(BITS=bits, SPLIT=SPLIT),
                 )  # fmt: skip
     return specs
 
@@ -86,8 +83,7 @@ BENCH = OpBench(
         "adam_rows": Op("backward", _adam_rows, [_adam_rows_cost]),
     },
     trials={
-        "adam_rows": Trial("bf16", _adam_rows, dict(BLOCK_E=(1, 2, 4), STAGES=(2, 3), num_warps=(4, 8, 16))),
-        "adam_rows_small": Trial("fp32", _adam_rows, dict(BLOCK_E=(1, 2), STAGES=(2, 3), num_warps=(4, 8, 16))),
+        "adam_rows": Trial("bf16", _adam_rows, dict(num_warps=(4, 8, 16))),
         "adam": Trial("bf16", _adam, dict(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4, 8))),
         "adam_matrix": Trial("bf16", _adam_matrix, dict(num_warps=(4, 8, 16))),
     },
