@@ -12,17 +12,24 @@ from ..weight_grad.bench import SPLIT, WIDTHS, gather_pointers, pieces
 from . import Moments, Rates, adam, adam_rows, cost, row_norms
 
 MOMENTS = {32: ("fp32", "fp32"), 16: ("bf16", "bf16"), 8: ("i8", "u8")}
+_UPDATE = dict(UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True)
+_NORMS = dict(UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False)
+_DECODER = dict(HAS_CENTER=False, UNIT_NORM=True, BIASES=False, LATENTS=1)
+_ENCODER = dict(HAS_CENTER=True, UNIT_NORM=False, BIASES=False, LATENTS=1)
+_BIASES = dict(BIASES=True, LATENTS=8)
 ROWS = {
-    "decoder": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True),
-    "encoder": dict(HAS_CENTER=True, UNIT_NORM=False, UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True),
-    "norms": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False),
+    "decoder": _DECODER | _UPDATE,
+    "encoder": _ENCODER | _UPDATE,
+    "encoder with biases": _ENCODER | _UPDATE | _BIASES,  # without clipping
+    "norms": _DECODER | _NORMS,
+    "encoder norms": _ENCODER | _NORMS | _BIASES,
 }
 
 
 def _pointers(bits: int, dtype: str) -> dict[str, str]:
     """Return the pointers for a parameter with moments of `bits` bits and a shadow of this dtype."""
     m, v = MOMENTS[bits]
-    single = ("w", "grad", "scales", "step_size", "correction", "factor", "norms")
+    single = ("w", "grad", "scales", "step_size", "correction", "factor", "norms", "ones", "products")
     return dict.fromkeys(single, "fp32") | dict(m=m, v=v, shadow=dtype, seed="i32", skip="i1")
 
 
@@ -30,7 +37,7 @@ def _specs(dtype: str) -> dict[str, Spec]:
     specs = {}
     for width in WIDTHS[dtype]:
         for name, flags in ROWS.items():
-            for bits in MOMENTS if dtype == "bf16" and name != "norms" else (32,):
+            for bits in MOMENTS if dtype == "bf16" and name in ("decoder", "encoder") else (32,):
                 specs[f"adam_rows, {name}, D = {width}" + (f", {bits}-bit moments" if bits < 32 else "")] = Spec(
                     "adam.adam_rows_kernel", "adam_rows", gather_pointers(dtype) | _pointers(bits, dtype),
                     flags | pieces(width) | dict(BITS=bits, SPLIT=SPLIT),

@@ -11,9 +11,10 @@ from torch import Tensor
 from .. import moments as formats
 from ..backend import launch_kernel, launch_options
 from ..code import LatentMajor
-from ..moments import Moments, Rates
+from ..moments import BiasGradients, Moments, Rates
 from ..weight_grad.triton import gather_arguments, pieces, sum_latent
 
+LATENTS = 8  # latents whose products are added in one program; results depend on it
 # Constants of 8-bit codes, explained in moments.py.
 MEAN_ZERO, MEAN_LARGEST = tl.constexpr(formats.MEAN_ZERO), tl.constexpr(formats.MEAN_LARGEST)
 SQUARE_ZERO, SQUARE_LARGEST = tl.constexpr(formats.SQUARE_ZERO), tl.constexpr(formats.SQUARE_LARGEST)
@@ -96,14 +97,11 @@ def update_row(
     UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Do Adam's step on one row of weights [F, D]. Each run of RUN rows has its own rates."""
-    # scalars: the rates of the row's dictionary, its hash and its scales
+    # scalars: the rates of the row's dictionary and its scales
     dictionary = row.to(tl.int32) // RUN
     step_size = tl.load(step_size_ptr + dictionary)
     correction = tl.load(correction_ptr + dictionary)
     factor = tl.load(factor_ptr + dictionary)
-    row_hash = 0
-    if BITS < 32:
-        row_hash = mix(tl.load(seed_ptr + dictionary) + row.to(tl.int32) % RUN)
     m_ptr += row * D
     v_ptr += row * D
     m_scale = 1.0
@@ -118,6 +116,9 @@ def update_row(
         w_high, grad_high, m_high, v_high, inside,
         step_size, correction, factor, beta1, beta2, new1, new2, eps,
     )  # fmt: skip
+    row_hash = 0
+    if BITS < 32:
+        row_hash = mix(tl.load(seed_ptr + dictionary) + row.to(tl.int32) % RUN)
     if BITS > 8:  # no scale is needed, so store now to free registers
         store_moments(m_high, v_high, m_ptr + high, v_ptr + high, 1.0, 1.0, row_hash, high, inside, BITS)
     # [LOW] moments and weights
@@ -212,38 +213,56 @@ def adam_matrix_kernel(
 def adam_rows_kernel(
     packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
     w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr,
-    norms_ptr, D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
+    norms_ptr, ones_ptr, products_ptr, D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
     UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_SKIP: tl.constexpr,
-    BITS: tl.constexpr, HAS_CENTER: tl.constexpr, SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    BITS: tl.constexpr, BIASES: tl.constexpr, LATENTS: tl.constexpr,
+    HAS_CENTER: tl.constexpr, SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Sum a latent's gradient from its entries; then do Adam's step on its row (UPDATE) or store the squared norm of
-    the gradient. One program per latent."""
+    """Sum a latent's gradient from its entries. Then do Adam's step on its row (UPDATE) or store the squared norm of the
+    gradient. BIASES also stores the sum of the latent's values, and this sum times the row before the step, added over
+    the latents of the program. One program per LATENTS latents of a run of LATENTS_PER_CENTER."""
     if HAS_SKIP:  # noqa: SIM102 - known when compiling
         if tl.load(skip_ptr) != 0:
             return
-    # [HIGH] and [LOW] gradient of the latent
-    latent = tl.program_id(0).to(tl.int64)
     high = tl.arange(0, HIGH)
     low = HIGH + tl.arange(0, LOW)
-    grad_high, grad_low, _ = sum_latent(
-        latent, packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
-        D, stride_row, LATENTS_PER_CENTER, HAS_CENTER, SPLIT, HIGH, LOW,
-    )  # fmt: skip
-    if UPDATE | UNIT_NORM:  # [HIGH] and [LOW] weights of the latent
-        w_high = tl.load(w_ptr + latent * D + high)
-        w_low = tl.load(w_ptr + latent * D + low, mask=low < D, other=0.0)
-    if UNIT_NORM:  # remove the part of the gradient along the row
-        along = tl.sum(grad_high * w_high, 0) + tl.sum(grad_low * w_low, 0)
-        grad_high -= along * w_high
-        grad_low -= along * w_low
-    if not UPDATE:
-        tl.store(norms_ptr + latent, tl.sum(grad_high * grad_high, 0) + tl.sum(grad_low * grad_low, 0))
-    else:
-        update_row(
-            latent, w_high, w_low, grad_high, grad_low, high, low,
-            w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
-            D, RUN, beta1, beta2, new1, new2, eps, UNIT_NORM, HAS_SHADOW, BITS,
+    program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    first = tl.program_id(0) * LATENTS
+    count = LATENTS
+    if LATENTS > 1:
+        count = tl.minimum(LATENTS, LATENTS_PER_CENTER - first)
+    if BIASES:  # [HIGH] and [LOW] sum of products
+        product_high = tl.zeros((HIGH,), dtype=tl.float32)
+        product_low = tl.zeros((LOW,), dtype=tl.float32)
+    for index in tl.range(0, count, num_stages=1, disable_licm=True):  # hoisted addresses would spill
+        # [HIGH] and [LOW] gradient of the latent
+        latent = (tl.program_id(1) * LATENTS_PER_CENTER + first + index).to(tl.int64)
+        grad_high, grad_low, ones = sum_latent(
+            latent, packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
+            D, stride_row, LATENTS_PER_CENTER, HAS_CENTER, SPLIT, HIGH, LOW,
         )  # fmt: skip
+        if UPDATE | UNIT_NORM | BIASES:  # [HIGH] and [LOW] weights of the latent
+            w_high = tl.load(w_ptr + latent * D + high)
+            w_low = tl.load(w_ptr + latent * D + low, mask=low < D, other=0.0)
+        if BIASES:
+            tl.store(ones_ptr + latent, ones)
+            product_high += ones * w_high
+            product_low += ones * w_low
+        if UNIT_NORM:  # remove the part of the gradient along the row
+            along = tl.sum(grad_high * w_high, 0) + tl.sum(grad_low * w_low, 0)
+            grad_high -= along * w_high
+            grad_low -= along * w_low
+        if not UPDATE:
+            tl.store(norms_ptr + latent, tl.sum(grad_high * grad_high, 0) + tl.sum(grad_low * grad_low, 0))
+        else:
+            update_row(
+                latent, w_high, w_low, grad_high, grad_low, high, low,
+                w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
+                D, RUN, beta1, beta2, new1, new2, eps, UNIT_NORM, HAS_SHADOW, BITS,
+            )  # fmt: skip
+    if BIASES:
+        tl.store(products_ptr + program * D + high, product_high)
+        tl.store(products_ptr + program * D + low, product_low, mask=low < D)
 
 
 def adam(
@@ -272,18 +291,21 @@ def adam(
 
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates,
-    center: Tensor | None, unit_norm: bool, shadow: Tensor | None,
+    center: Tensor | None, unit_norm: bool, shadow: Tensor | None, biases: BiasGradients | None,
 ) -> None:  # fmt: skip
     tensors, numbers, flags = _arguments(W, moments, rates, shadow)
     numbers = (len(W) // rates.step_size.numel(), *numbers)
-    _launch(entries, values, rows, center, (*tensors, W), numbers, UNIT_NORM=unit_norm, UPDATE=True, **flags)
+    _launch(entries, values, rows, center, biases, (*tensors, W), numbers, UNIT_NORM=unit_norm, UPDATE=True, **flags)
 
 
-def row_norms(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None) -> Tensor:
+def row_norms(
+    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None, unit_norm: bool,
+    biases: BiasGradients | None,
+) -> Tensor:  # fmt: skip
     norms = torch.empty(entries.latent_offsets.numel() - 1, dtype=torch.float32, device=rows.device)
     _launch(
-        entries, values, rows, center, (rows if W is None else W, *[rows] * 9, norms), (1, *[0.0] * 5),
-        UNIT_NORM=W is not None, UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False, BITS=32,
+        entries, values, rows, center, biases, (rows if W is None else W, *[rows] * 9, norms), (1, *[0.0] * 5),
+        UNIT_NORM=unit_norm, UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False, BITS=32,
     )  # fmt: skip
     return norms
 
@@ -302,12 +324,20 @@ def _arguments(
 
 
 def _launch(
-    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, tensors: tuple, numbers: tuple,
-    **flags: int,
+    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, biases: BiasGradients | None,
+    tensors: tuple, numbers: tuple, **flags: int,
 ) -> None:  # fmt: skip
     """Launch adam_rows_kernel."""
     pointers, integers, constants = gather_arguments(entries, values, rows, center)
+    d, _, latents_per_center = integers
+    latents = 1 if biases is None else LATENTS
+    n_centers = (entries.latent_offsets.numel() - 1) // latents_per_center
+    grid = (triton.cdiv(latents_per_center, latents), n_centers)
+    products = torch.empty((n_centers, 0 if biases is None else grid[0], d), dtype=torch.float32, device=rows.device)
     launch_kernel(
-        adam_rows_kernel, (entries.latent_offsets.numel() - 1,),
-        *pointers, *tensors, *integers, *numbers, **constants, **flags, **launch_options("adam_rows", rows),
+        adam_rows_kernel, grid,
+        *pointers, *tensors, products if biases is None else biases.encoder, products, *integers, *numbers,
+        BIASES=biases is not None, LATENTS=latents, **constants, **flags, **launch_options("adam_rows", rows),
     )  # fmt: skip
+    if biases is not None:
+        torch.sum(products, 1, out=biases.center)

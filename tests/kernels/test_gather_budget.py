@@ -12,7 +12,9 @@ import pytest
 BUDGETS = {
     "adam_rows, decoder, D = 2304 bf16": dict(registers=64, loop_instructions=100),
     "adam_rows, encoder, D = 2304 bf16": dict(registers=64, loop_instructions=100),
+    "adam_rows, encoder with biases, D = 2304 bf16": dict(registers=80, loop_instructions=100),
     "adam_rows, norms, D = 2304 bf16": dict(registers=64, loop_instructions=100),
+    "adam_rows, encoder norms, D = 2304 bf16": dict(registers=64, loop_instructions=100),
     "weight_grad, D = 2304 bf16": dict(registers=64, loop_instructions=100),
     "windows, D = 2304 bf16": dict(registers=64, loop_instructions=100),
 }
