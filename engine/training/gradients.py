@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,19 +31,23 @@ class EntryGradient(NamedTuple):
     vectors: Tensor
     W: Tensor
     unit_norm: bool
+    shared: dict[str, Any]  # of the passes
     center: Tensor | None = None
     biases: BiasGradients | None = None
 
     def squared_norms(self) -> Tensor:
         """[S F]"""
         W = self.W if self.unit_norm or self.biases is not None else None
-        return row_norms(self.entries, self.values, self.vectors, center=self.center, W=W, biases=self.biases)
+        return row_norms(
+            self.entries, self.values, self.vectors, center=self.center, W=W, biases=self.biases, shared=self.shared
+        )
 
     def update(self, moments: Moments, rates: Rates, shadow: Tensor | None, *, is_first_pass: bool) -> None:
         """Take a step of Adam."""
         adam_rows(
             self.W, self.entries, self.values, self.vectors, moments, rates, center=self.center,
             unit_norm=self.unit_norm, shadow=shadow, biases=self.biases if is_first_pass else None,
+            shared=self.shared,
         )  # fmt: skip
 
 
@@ -82,12 +86,12 @@ class SparseGradients:
     def encoder(self, x: Tensor, center: Tensor | None, W_enc: Tensor) -> EntryGradient:
         values = torch.cat([contribution.encoder_weights.flatten() for contribution in self.contributions])
         biases = None if center is None else BiasGradients.empty(len(W_enc), center)
-        return EntryGradient(self.entries, values, x, W_enc, False, center, biases)
+        return EntryGradient(self.entries, values, x, W_enc, False, {}, center, biases)
 
     def decoder(self, W_dec: Tensor) -> EntryGradient:
         values = torch.cat([contribution.decoder_weights.flatten() for contribution in self.contributions])
         first, *others = (contribution.residual for contribution in self.contributions)
-        return EntryGradient(self.entries, values, torch.cat([first, *others]) if others else first, W_dec, True)
+        return EntryGradient(self.entries, values, torch.cat([first, *others]) if others else first, W_dec, True, {})
 
 
 class DenseGradients:

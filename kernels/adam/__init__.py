@@ -44,13 +44,14 @@ def adam(
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates, *,
     center: Tensor | None = None, unit_norm: bool = False, shadow: Tensor | None = None,
-    biases: BiasGradients | None = None, backend: str | None = None,
+    biases: BiasGradients | None = None, shared: dict[str, Any] | None = None, backend: str | None = None,
 ) -> None:  # fmt: skip
     """Do the step of `adam` on W [F, D] with the gradient weight_grad(entries, values, rows, center=center).
 
     The gradient is not stored. Latents without entries have a zero gradient, and their rows follow plain Adam. `biases`,
-    which needs a center, receives the gradients of biases; they are undefined if the step is skipped. Other arguments
-    and errors as in `adam` and `weight_grad`.
+    which needs a center, receives the gradients of biases; they are undefined if the step is skipped. `shared`, an
+    empty dict at first, keeps what the passes over the same operands have in common. Other arguments and errors as in
+    `adam` and `weight_grad`.
     """
     _check(W, moments, rates, shadow)
     check_entries(entries, values, rows, center)
@@ -58,12 +59,12 @@ def adam_rows(
     check_one_device(W=W, rows=rows)
     _check_biases(biases, W, center)
     twin = _twin(choose("adam_rows", W, values, rows, backend=backend))
-    twin.adam_rows(W, entries, values, rows, moments, rates, center, unit_norm, shadow, biases)
+    twin.adam_rows(W, entries, values, rows, moments, rates, center, unit_norm, shadow, biases, shared)
 
 
 def row_norms(
     entries: LatentMajor, values: Tensor, rows: Tensor, *, center: Tensor | None = None, W: Tensor | None = None,
-    biases: BiasGradients | None = None, backend: str | None = None,
+    biases: BiasGradients | None = None, shared: dict[str, Any] | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Return |g_j|^2 [F], float32 (float64 for float64), for the gradient of `adam_rows`, which clipping needs before
     the update. With W [F, D] of unit rows, the part of the gradient along them is removed first. With `biases`, W is an
@@ -73,7 +74,7 @@ def row_norms(
         check_shape("W", W, F=entries.latent_offsets.numel() - 1, D=rows.shape[1])
     _check_biases(biases, W, center)
     twin = _twin(choose("row_norms", rows, values, backend=backend))
-    return twin.row_norms(entries, values, rows, center, W, W is not None and biases is None, biases)
+    return twin.row_norms(entries, values, rows, center, W, W is not None and biases is None, biases, shared)
 
 
 def cost(

@@ -1,5 +1,7 @@
 """adam in plain torch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ def adam(
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates,
     center: Tensor | None, unit_norm: bool, shadow: Tensor | None, biases: BiasGradients | None,
+    shared: dict[str, Any] | None,
 ) -> None:  # fmt: skip
     _sum_biases(biases, entries, values, W)
     adam(W, weight_grad(entries, values, rows, center), moments, rates, unit_norm, shadow)
@@ -37,7 +40,7 @@ def adam_rows(
 
 def row_norms(
     entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None, unit_norm: bool,
-    biases: BiasGradients | None,
+    biases: BiasGradients | None, shared: dict[str, Any] | None,
 ) -> Tensor:  # fmt: skip
     grad = weight_grad(entries, values, rows, center)
     if W is not None:

@@ -3,6 +3,8 @@
 A row is held in two pieces of HIGH and LOW columns, as in weight_grad. m and v are exp_avg and exp_avg_sq.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -292,20 +294,22 @@ def adam(
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates,
     center: Tensor | None, unit_norm: bool, shadow: Tensor | None, biases: BiasGradients | None,
+    shared: dict[str, Any] | None,
 ) -> None:  # fmt: skip
     tensors, numbers, flags = _arguments(W, moments, rates, shadow)
     numbers = (len(W) // rates.step_size.numel(), *numbers)
-    _launch(entries, values, rows, center, biases, (*tensors, W), numbers, UNIT_NORM=unit_norm, UPDATE=True, **flags)
+    operands = entries, values, rows, center
+    _launch(operands, biases, shared, (*tensors, W), numbers, UNIT_NORM=unit_norm, UPDATE=True, **flags)
 
 
 def row_norms(
     entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None, unit_norm: bool,
-    biases: BiasGradients | None,
+    biases: BiasGradients | None, shared: dict[str, Any] | None,
 ) -> Tensor:  # fmt: skip
     norms = torch.empty(entries.latent_offsets.numel() - 1, dtype=torch.float32, device=rows.device)
     _launch(
-        entries, values, rows, center, biases, (rows if W is None else W, *[rows] * 9, norms), (1, *[0.0] * 5),
-        UNIT_NORM=unit_norm, UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False, BITS=32,
+        (entries, values, rows, center), biases, shared, (rows if W is None else W, *[rows] * 9, norms),
+        (1, *[0.0] * 5), UNIT_NORM=unit_norm, UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False, BITS=32,
     )  # fmt: skip
     return norms
 
@@ -324,11 +328,14 @@ def _arguments(
 
 
 def _launch(
-    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, biases: BiasGradients | None,
-    tensors: tuple, numbers: tuple, **flags: int,
+    operands: tuple[LatentMajor, Tensor, Tensor, Tensor | None], biases: BiasGradients | None,
+    shared: dict[str, Any] | None, tensors: tuple, numbers: tuple, **flags: int,
 ) -> None:  # fmt: skip
-    """Launch adam_rows_kernel."""
-    pointers, integers, constants = gather_arguments(entries, values, rows, center)
+    """Launch adam_rows_kernel. `operands` are those of `weight_grad`, packed once per `shared`."""
+    shared, (entries, _, rows, _) = {} if shared is None else shared, operands
+    if "gather" not in shared:
+        shared["gather"] = gather_arguments(*operands)
+    pointers, integers, constants = shared["gather"]
     d, _, latents_per_center = integers
     latents = 1 if biases is None else LATENTS
     n_centers = (entries.latent_offsets.numel() - 1) // latents_per_center

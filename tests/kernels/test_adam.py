@@ -115,6 +115,22 @@ def test_biases_that_do_not_fit_are_named():
         adam_rows(W, entries, code.values, rows, Moments.zeros(W), rates(), center=center, biases=biases)
 
 
+def test_the_update_uses_what_the_norms_packed(shape, backend, make_code, monkeypatch):
+    code, (W, rows, center, state) = make_code(shape), drawn(shape, False)
+    entries, shared, before, results = code.transpose(), {}, W.clone(), []
+    norms = [
+        row_norms(entries, code.values, rows, center=center, shared=each, backend=backend) for each in (shared, None)
+    ]
+    assert torch.equal(*norms)
+    for each in (None, shared):
+        W, moments = before.clone(), Moments(*(moment.clone() for moment in state[:2]))
+        if each is shared and backend == "triton":  # a second gather would raise
+            monkeypatch.delattr("temposae.kernels.adam.triton.gather_arguments")
+        adam_rows(W, entries, code.values, rows, moments, rates(), center=center, shared=each, backend=backend)
+        results.append(W)
+    assert torch.equal(*results)
+
+
 def test_entries_of_several_codes_over_stacked_rows(backend_name, assert_close):
     """Tokens beyond the rows begin again at the first, so two codes of N tokens share x [N, D]."""
     generator = torch.Generator().manual_seed(0)
