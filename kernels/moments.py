@@ -9,6 +9,7 @@ from torch import Tensor
 MEAN_ZERO, MEAN_LARGEST = -15, 127
 SQUARE_ZERO, SQUARE_LARGEST = -31, 255
 LEAST = 1e-30
+LATENTS = 8  # latents whose part of `BiasGradients.center` one program adds; results depend on it
 
 
 class Moments(NamedTuple):

@@ -13,10 +13,9 @@ from torch import Tensor
 from .. import moments as formats
 from ..backend import launch_kernel, launch_options
 from ..code import LatentMajor
-from ..moments import BiasGradients, Moments, Rates
+from ..moments import LATENTS, BiasGradients, Moments, Rates
 from ..weight_grad.triton import gather_arguments, pieces, sum_latent
 
-LATENTS = 8  # latents whose products are added in one program; results depend on it
 # Constants of 8-bit codes, explained in moments.py.
 MEAN_ZERO, MEAN_LARGEST = tl.constexpr(formats.MEAN_ZERO), tl.constexpr(formats.MEAN_LARGEST)
 SQUARE_ZERO, SQUARE_LARGEST = tl.constexpr(formats.SQUARE_ZERO), tl.constexpr(formats.SQUARE_LARGEST)
