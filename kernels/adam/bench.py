@@ -8,8 +8,9 @@ from torch import Tensor
 from ..bench_types import Call, Inputs, Op, OpBench, Spec, Trial
 from ..cost import Cost
 from ..moments import LATENTS
+from ..numerics import pieces
 from ..weight_grad import cost as weight_grad_cost
-from ..weight_grad.bench import SPLIT, WIDTHS, gather_pointers, pieces
+from ..weight_grad.bench import SPLIT, WIDTHS, gather_pointers
 from . import Moments, Rates, adam, adam_rows, cost, row_norms
 
 MOMENTS = {32: ("fp32", "fp32"), 16: ("bf16", "bf16"), 8: ("i8", "u8")}

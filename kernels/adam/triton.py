@@ -14,7 +14,8 @@ from .. import moments as formats
 from ..backend import launch_kernel, launch_options
 from ..code import LatentMajor
 from ..moments import LATENTS, BiasGradients, Moments, Rates
-from ..weight_grad.triton import gather_arguments, pieces, sum_latent
+from ..numerics import pieces
+from ..weight_grad.triton import gather_arguments, sum_latent
 
 # Constants of 8-bit codes, explained in moments.py.
 MEAN_ZERO, MEAN_LARGEST = tl.constexpr(formats.MEAN_ZERO), tl.constexpr(formats.MEAN_LARGEST)
@@ -275,11 +276,10 @@ def adam(
     size, n_dictionaries, grad = parameter.numel(), rates.step_size.numel(), grad.contiguous()
     if unit_norm or flags["BITS"] < 32:
         f, d = parameter.shape
-        high, low = pieces(d)
         launch_kernel(
             adam_matrix_kernel, (f,),
             parameter, grad, *tensors[1:], d, f // n_dictionaries, *numbers,
-            UNIT_NORM=unit_norm, **flags, HIGH=high, LOW=low, **launch_options("adam_matrix", parameter),
+            UNIT_NORM=unit_norm, **flags, **pieces(d), **launch_options("adam_matrix", parameter),
         )  # fmt: skip
     else:
         options, (w, m, v, _, shadow_or_w, *rates_of_dictionaries, _, skip) = launch_options("adam", parameter), tensors

@@ -6,6 +6,7 @@ from ..bench_types import Grid, Op, OpBench, Spec, Trial
 from ..code import SparseCode
 from ..configs import CONFIGS
 from ..cost import Cost
+from ..numerics import pieces
 from . import cost, latent_sums, weight_grad
 
 SPLIT = CONFIGS[min(CONFIGS)]["windows"]["SPLIT"]
@@ -16,12 +17,6 @@ WIDTHS = {"bf16": (768, 2304, 3584, 4096), "fp32": (768, 2304)}  # float32 train
 def gather_pointers(dtype: str) -> dict[str, str]:
     """Return the pointers of kernels that gather rows by latent."""
     return dict(packed="i64", offsets="i64", rows=dtype, windows="fp32", window_ones="fp32", center="fp32")
-
-
-def pieces(width: int) -> dict[str, int]:
-    """Return HIGH and LOW for a width, as `triton.pieces`, which needs Triton, does."""
-    high = 1 << (width - 1).bit_length() - 1
-    return dict(HIGH=high, LOW=1 << (width - high - 1).bit_length())
 
 
 def _specs(dtype: str) -> dict[str, Spec]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..backend import launch_kernel, launch_options
 from ..code import LatentMajor
+from ..numerics import pieces
 
 
 @triton.jit
@@ -162,7 +163,7 @@ def gather_arguments(
     """Return what `sum_latent` takes: pointers, integers and constants. Packs the entries and sums the windows."""
     (m, d), f, c = rows.shape, entries.latent_offsets.numel() - 1, values.numel()
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    high, low = pieces(d)
+    columns = pieces(d)
     packed = torch.empty(c, dtype=torch.int64, device=rows.device)
     options = launch_options("pack", rows)
     if c:
@@ -177,13 +178,13 @@ def gather_arguments(
     if len(windows):
         launch_kernel(
             windows_kernel, (len(windows),),
-            packed, entries.latents, rows, windows, window_ones, d, f, rows.stride(0), HIGH=high, LOW=low, **options,
+            packed, entries.latents, rows, windows, window_ones, d, f, rows.stride(0), **columns, **options,
         )  # fmt: skip
     pointers = (packed, entries.latent_offsets, rows, windows, window_ones)
     latents_per_center = f // (1 if center is None else center.numel() // d)
     return (
         (*pointers, rows if center is None else center.contiguous()), (d, rows.stride(0), latents_per_center),
-        dict(HAS_CENTER=center is not None, SPLIT=split, HIGH=high, LOW=low),
+        dict(HAS_CENTER=center is not None, SPLIT=split, **columns),
     )  # fmt: skip
 
 
@@ -203,9 +204,3 @@ def latent_sums(entries: LatentMajor, values: Tensor) -> Tensor:
         **launch_options("latent_sums", values),
     )  # fmt: skip
     return out
-
-
-def pieces(d: int) -> tuple[int, int]:
-    """Return the two powers of two that cover d with the least padding. The first is at most d."""
-    high = 1 << (d.bit_length() - 1)
-    return (high // 2, high // 2) if d == high > 1 else (high, triton.next_power_of_2(max(1, d - high)))
