@@ -1,4 +1,4 @@
-"""Adam's moments and rates, the arguments of `kernels.adam`."""
+"""Adam's moments and rates, and gradients of biases: the arguments of `kernels.adam`."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from torch import Tensor
 MEAN_ZERO, MEAN_LARGEST = -15, 127
 SQUARE_ZERO, SQUARE_LARGEST = -31, 255
 LEAST = 1e-30
+LATENTS = 8  # latents whose part of `BiasGradients.center` one program adds; results depend on it
 
 
 class Moments(NamedTuple):
@@ -75,6 +76,24 @@ class Rates(NamedTuple):
     eps: float = 1e-8
     seed: Tensor | None = None
     skip: Tensor | None = None
+
+
+class BiasGradients(NamedTuple):
+    """Receives what the pass over an encoder's gradient also gives: sums over latents and their entries.
+
+    encoder  float32 [F]     sum of the values of each latent, the gradient of the encoder's bias
+    center   float32 [S, D]  sum of encoder[j] * W[j], with W from before the step, over each of S equal runs of latents
+                             that share a centre: minus the gradient of the centre
+    """
+
+    encoder: Tensor
+    center: Tensor
+
+    @classmethod
+    def empty(cls, n_latents: int, center: Tensor) -> "BiasGradients":
+        """Return room for the gradients of F latents and of `center` [D] or [S, D]."""
+        encoder = torch.empty(n_latents, dtype=torch.float32, device=center.device)
+        return cls(encoder, encoder.new_empty(center.numel() // center.shape[-1], center.shape[-1]))
 
 
 def _size(code: Tensor, zero: int) -> Tensor:

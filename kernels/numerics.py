@@ -1,4 +1,4 @@
-"""Accumulation dtype and sums in a fixed order, shared by the references."""
+"""Accumulation dtype and sums in a fixed order, shared by the references, and the columns that kernels hold."""
 
 import torch
 import torch.nn.functional as F
@@ -25,3 +25,9 @@ def weighted_bags(table: Tensor, index: Tensor, weights: Tensor, starts: Tensor)
     the time of a dense product at F = 1024, of `index_add_`, or of gather and reduce, for D from 128 to 768.
     """
     return F.embedding_bag(index, table, starts.to(index.dtype), mode="sum", per_sample_weights=weights)
+
+
+def pieces(d: int) -> dict[str, int]:
+    """Return the powers of two HIGH <= D and LOW that cover D columns with the least padding."""
+    high = 1 << max(0, (d - 1).bit_length() - 1)
+    return dict(HIGH=high, LOW=1 << max(0, d - high - 1).bit_length())

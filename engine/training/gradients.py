@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...kernels.adam import Moments, Rates, adam, adam_rows, row_norms
+from ...kernels.adam import BiasGradients, Moments, Rates, adam, adam_rows, row_norms
 from ...kernels.code import LatentMajor, SparseCode
-from ...kernels.weight_grad import weight_grad
+from ...kernels.weight_grad import latent_sums
 
 
 class Contribution(NamedTuple):
@@ -23,24 +23,31 @@ class Contribution(NamedTuple):
 
 
 class EntryGradient(NamedTuple):
-    """The gradient of a large weight [S F, D] as entries, never in memory. With W, of unit rows, only the part across them
-    counts."""
+    """The gradient of a large weight W [S F, D] as entries, never in memory. With unit rows, only the part across them
+    counts. The first pass over the entries of a centred encoder fills `biases`."""
 
     entries: LatentMajor
     values: Tensor
     vectors: Tensor
-    center: Tensor | None
-    W: Tensor | None
+    W: Tensor
+    unit_norm: bool
+    shared: dict[str, Any]  # of the passes
+    center: Tensor | None = None
+    biases: BiasGradients | None = None
 
     def squared_norms(self) -> Tensor:
         """[S F]"""
-        return row_norms(self.entries, self.values, self.vectors, center=self.center, W=self.W)
+        W = self.W if self.unit_norm or self.biases is not None else None
+        return row_norms(
+            self.entries, self.values, self.vectors, center=self.center, W=W, biases=self.biases, shared=self.shared
+        )
 
-    def update(self, weight: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None) -> None:
+    def update(self, moments: Moments, rates: Rates, shadow: Tensor | None, *, is_first_pass: bool) -> None:
         """Take a step of Adam."""
         adam_rows(
-            weight, self.entries, self.values, self.vectors, moments, rates,
-            center=self.center, unit_norm=self.W is not None, shadow=shadow,
+            self.W, self.entries, self.values, self.vectors, moments, rates, center=self.center,
+            unit_norm=self.unit_norm, shadow=shadow, biases=self.biases if is_first_pass else None,
+            shared=self.shared,
         )  # fmt: skip
 
 
@@ -48,16 +55,18 @@ class DenseGradient(NamedTuple):
     """The same in memory, in the products' dtype."""
 
     grad: Tensor
-    W: Tensor | None
+    W: Tensor
+    unit_norm: bool
+    biases: BiasGradients | None = None
 
     def squared_norms(self) -> Tensor:
         """[S F]"""
         squares = torch.linalg.vector_norm(self.grad, dim=1, dtype=torch.float32).square()
-        return squares if self.W is None else (squares - (self.grad * self.W).sum(1).square()).clamp_min(0)
+        return squares if not self.unit_norm else (squares - (self.grad * self.W).sum(1).square()).clamp_min(0)
 
-    def update(self, weight: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None) -> None:
+    def update(self, moments: Moments, rates: Rates, shadow: Tensor | None, *, is_first_pass: bool) -> None:
         """Take a step of Adam."""
-        adam(weight, self.grad, moments, rates, unit_norm=self.W is not None, shadow=shadow)
+        adam(self.W, self.grad, moments, rates, unit_norm=self.unit_norm, shadow=shadow)
 
 
 class SparseGradients:
@@ -72,17 +81,17 @@ class SparseGradients:
 
     def by_latent(self, values: Sequence[Tensor]) -> Tensor:
         """Sum values of the entries of each contribution by latent: float32 [S F]."""
-        flat_values = torch.cat([entry_values.flatten() for entry_values in values])
-        return weight_grad(self.entries, flat_values, flat_values.new_ones(1, 1))[:, 0]
+        return latent_sums(self.entries, torch.cat([entry_values.flatten() for entry_values in values]))
 
-    def encoder(self, x: Tensor, center: Tensor | None) -> EntryGradient:
+    def encoder(self, x: Tensor, center: Tensor | None, W_enc: Tensor) -> EntryGradient:
         values = torch.cat([contribution.encoder_weights.flatten() for contribution in self.contributions])
-        return EntryGradient(self.entries, values, x, center, None)
+        biases = None if center is None else BiasGradients.empty(len(W_enc), center)
+        return EntryGradient(self.entries, values, x, W_enc, False, {}, center, biases)
 
     def decoder(self, W_dec: Tensor) -> EntryGradient:
         values = torch.cat([contribution.decoder_weights.flatten() for contribution in self.contributions])
         first, *others = (contribution.residual for contribution in self.contributions)
-        return EntryGradient(self.entries, values, torch.cat([first, *others]) if others else first, None, W_dec)
+        return EntryGradient(self.entries, values, torch.cat([first, *others]) if others else first, W_dec, True, {})
 
 
 class DenseGradients:
@@ -100,11 +109,15 @@ class DenseGradients:
         sums = [self._spread(*pair).sum(1, dtype=torch.float32) for pair in pairs]
         return torch.stack(sums).sum(0).flatten()
 
-    def encoder(self, x: Tensor, center: Tensor | None) -> DenseGradient:
-        s = self._dictionaries
+    def encoder(self, x: Tensor, center: Tensor | None, W_enc: Tensor) -> DenseGradient:
+        s, biases = self._dictionaries, None
+        if center is not None:
+            db_enc = self.by_latent([contribution.encoder_weights for contribution in self.contributions])
+            products = torch.bmm(db_enc.view(s, 1, -1), W_enc.view(s, -1, x.shape[1]))
+            biases = BiasGradients(db_enc, products[:, 0])
         centred = x.expand(s, -1, -1) if center is None else (x - center[:, None]).to(x.dtype)
         grad = _sum_of_products([(self._spread(c, c.encoder_weights), centred) for c in self.contributions])
-        return DenseGradient(grad, None)
+        return DenseGradient(grad, W_enc, False, biases)
 
     def decoder(self, W_dec: Tensor) -> DenseGradient:
         s = self._dictionaries
@@ -112,7 +125,7 @@ class DenseGradients:
             (self._spread(c, c.decoder_weights), c.residual.view(s, len(c.residual) // s, -1))
             for c in self.contributions
         ]
-        return DenseGradient(_sum_of_products(products), W_dec)
+        return DenseGradient(_sum_of_products(products), W_dec, True)
 
 
 def dense_values(code: SparseCode, values: Tensor, dictionaries: int, dtype: torch.dtype) -> Tensor:

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ...kernels.adam import Moments, Rates, adam
+from ...kernels.adam import BiasGradients, Moments, Rates, adam
 from ..config import TrainConfig
 from ..ranks import Ranks
 from ..sae import SparseAutoencoder
-from .gradients import DenseGradients, SparseGradients
+from .gradients import DenseGradient, DenseGradients, EntryGradient, SparseGradients
 
 LARGE = ("W_dec", "W_enc")  # the weights whose moments `TrainConfig.moments` narrows
 
@@ -94,37 +94,51 @@ class StackedWeights:
 
         `small_gradients` has those of the parameters that only some dictionaries have. Those of biases are added.
         """
-        s, contributions = self.count, gradients.contributions
-        small_gradients["b_enc"] = gradients.by_latent([each.encoder_weights for each in contributions])
-        # b_dec is the decoder's bias and, except in transcoders, what is taken from the encoder's input.
-        residual_sum = contributions[0].residual[: s * len(x)].view(s, len(x), -1).sum(1, dtype=torch.float32)
-        small_gradients["b_dec"] = residual_sum.mul_(-2 / len(x))
-        if center is not None:
-            W_enc = self.weights["W_enc"].view(s, -1, x.shape[1])
-            dcenter = torch.bmm(small_gradients["b_enc"].view(s, 1, -1), W_enc)[:, 0]
-            small_gradients["b_dec"] -= self.ranks.sum_(dcenter)
-        large_gradients = {"W_enc": gradients.encoder(x, center)}
+        large_gradients = {"W_enc": gradients.encoder(x, center, self.weights["W_enc"])}
         if "W_dec" in self.moments:
             large_gradients["W_dec"] = gradients.decoder(self.weights["W_dec"])
-
         step_size, correction, factor = self._rates
-        norm = factor.fill_(1).new_zeros(s)
-        if self.config.clip_norm is not None:
+        rates = Rates(step_size, correction, factor, self.config.beta1, self.config.beta2, skip=overflow)
+        norm = factor.fill_(1).new_zeros(self.count)
+        # The first pass over the entries, for the norms or the update, also gives the gradients of biases.
+        if self.config.clip_norm is None:
+            self._update_large(large_gradients, rates, is_first_pass=True)
+            self._add_bias_gradients(small_gradients, gradients, large_gradients["W_enc"].biases, len(x))
+        else:
             squared_norms = [grad.squared_norms() for grad in large_gradients.values()]
+            self._add_bias_gradients(small_gradients, gradients, large_gradients["W_enc"].biases, len(x))
             squared_norms += [grad.square() for name, grad in small_gradients.items() if name != "b_dec"]
-            latent_norms = torch.stack([squares.view(s, -1).sum(1) for squares in squared_norms]).sum(0)
+            latent_norms = torch.stack([squares.view(self.count, -1).sum(1) for squares in squared_norms]).sum(0)
             norm = (self.ranks.sum_(latent_norms) + small_gradients["b_dec"].square().sum(1)).sqrt()
             torch.clamp(self.config.clip_norm / (norm + 1e-6), max=1, out=factor)  # as clip_grad_norm_ does
-        rates = Rates(step_size, correction, factor, self.config.beta1, self.config.beta2, skip=overflow)
-        for name, grad in large_gradients.items():
-            rounded_rates = rates._replace(seed=self._seeds.get(name))
-            grad.update(self.weights[name], self.moments[name], rounded_rates, self.shadows.get(name))
+            self._update_large(large_gradients, rates, is_first_pass=False)
         for name, grad in small_gradients.items():
             paced_rates = rates if self.paces[name] == 1 else rates._replace(step_size=self.paces[name] * step_size)
             adam(self.weights[name], grad, self.moments[name], paced_rates)
         if "threshold" in small_gradients:
             self.weights["threshold"].clamp_min_(0)
         return norm
+
+    def _update_large(
+        self, gradients: Mapping[str, EntryGradient | DenseGradient], rates: Rates, *, is_first_pass: bool
+    ) -> None:
+        for name, grad in gradients.items():
+            rounded_rates = rates._replace(seed=self._seeds.get(name))
+            grad.update(self.moments[name], rounded_rates, self.shadows.get(name), is_first_pass=is_first_pass)
+
+    def _add_bias_gradients(
+        self, small_gradients: dict[str, Tensor], gradients: SparseGradients | DenseGradients,
+        biases: BiasGradients | None, n_tokens: int,
+    ) -> None:  # fmt: skip
+        s, contributions = self.count, gradients.contributions
+        # b_dec is the decoder's bias and, except in transcoders, what is taken from the encoder's input.
+        residual = contributions[0].residual[: s * n_tokens].view(s, n_tokens, -1)
+        small_gradients["b_dec"] = residual.sum(1, dtype=torch.float32).mul_(-2 / n_tokens)
+        if biases is None:
+            small_gradients["b_enc"] = gradients.by_latent([each.encoder_weights for each in contributions])
+        else:
+            small_gradients["b_enc"] = biases.encoder
+            small_gradients["b_dec"] -= self.ranks.sum_(biases.center)
 
 
 def _stacked_moments(moments: Sequence[Moments]) -> Moments:

@@ -10,7 +10,7 @@ from ..backend import choose
 from ..checks import check_one_device, check_shape
 from ..code import LatentMajor
 from ..cost import Cost
-from ..moments import Moments, Rates
+from ..moments import BiasGradients, Moments, Rates
 from ..weight_grad import check_entries
 from . import reference
 
@@ -43,32 +43,38 @@ def adam(
 
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates, *,
-    center: Tensor | None = None, unit_norm: bool = False, shadow: Tensor | None = None, backend: str | None = None,
+    center: Tensor | None = None, unit_norm: bool = False, shadow: Tensor | None = None,
+    biases: BiasGradients | None = None, shared: dict[str, Any] | None = None, backend: str | None = None,
 ) -> None:  # fmt: skip
     """Do the step of `adam` on W [F, D] with the gradient weight_grad(entries, values, rows, center=center).
 
-    The gradient is not stored. Latents without entries have a zero gradient, and their rows follow plain Adam. Other
-    arguments and errors as in `adam` and `weight_grad`.
+    The gradient is not stored. Latents without entries have a zero gradient, and their rows follow plain Adam. `biases`,
+    which needs a center, receives the gradients of biases; they are undefined if the step is skipped. `shared`, an
+    empty dict at first, keeps what the passes over the same operands have in common. Other arguments and errors as in
+    `adam` and `weight_grad`.
     """
     _check(W, moments, rates, shadow)
     check_entries(entries, values, rows, center)
     check_shape("W", W, F=entries.latent_offsets.numel() - 1, D=rows.shape[1])
     check_one_device(W=W, rows=rows)
+    _check_biases(biases, W, center)
     twin = _twin(choose("adam_rows", W, values, rows, backend=backend))
-    twin.adam_rows(W, entries, values, rows, moments, rates, center, unit_norm, shadow)
+    twin.adam_rows(W, entries, values, rows, moments, rates, center, unit_norm, shadow, biases, shared)
 
 
 def row_norms(
     entries: LatentMajor, values: Tensor, rows: Tensor, *, center: Tensor | None = None, W: Tensor | None = None,
-    backend: str | None = None,
+    biases: BiasGradients | None = None, shared: dict[str, Any] | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Return |g_j|^2 [F], float32 (float64 for float64), for the gradient of `adam_rows`, which clipping needs before
-    the update. With W [F, D] of unit rows, the part of the gradient along them is removed first. Errors as in
-    `adam_rows`."""
+    the update. With W [F, D] of unit rows, the part of the gradient along them is removed first. With `biases`, W is an
+    encoder, which only their sums need. Errors as in `adam_rows`."""
     check_entries(entries, values, rows, center)
     if W is not None:
         check_shape("W", W, F=entries.latent_offsets.numel() - 1, D=rows.shape[1])
-    return _twin(choose("row_norms", rows, values, backend=backend)).row_norms(entries, values, rows, center, W)
+    _check_biases(biases, W, center)
+    twin = _twin(choose("row_norms", rows, values, backend=backend))
+    return twin.row_norms(entries, values, rows, center, W, W is not None and biases is None, biases, shared)
 
 
 def cost(
@@ -121,6 +127,16 @@ def _check(parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | N
         )
     tensors |= dict(scales=moments.scales, step_size=rates.step_size, seed=rates.seed, skip=rates.skip)
     check_one_device(parameter=parameter, **tensors)
+
+
+def _check_biases(biases: BiasGradients | None, W: Tensor | None, center: Tensor | None) -> None:
+    if biases is None:
+        return
+    if W is None or center is None:
+        raise ValueError("biases need W and a center")
+    check_shape("biases.encoder", biases.encoder, F=len(W))
+    check_shape("biases.center", biases.center, S=center.numel() // W.shape[1], D=W.shape[1])
+    check_one_device(W=W, encoder=biases.encoder, center=biases.center)
 
 
 def _check_narrow(parameter: Tensor, moments: Moments, rates: Rates) -> None:

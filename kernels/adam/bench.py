@@ -7,36 +7,43 @@ from torch import Tensor
 
 from ..bench_types import Call, Inputs, Op, OpBench, Spec, Trial
 from ..cost import Cost
+from ..moments import LATENTS
+from ..numerics import pieces
 from ..weight_grad import cost as weight_grad_cost
-from ..weight_grad.bench import SPLIT, entry_pointers
+from ..weight_grad.bench import SPLIT, WIDTHS, gather_pointers
 from . import Moments, Rates, adam, adam_rows, cost, row_norms
 
-WIDTHS = {"bf16": (768, 2304, 3584, 4096), "fp32": (768, 2304)}  # float32 training at full width is unusual
 MOMENTS = {32: ("fp32", "fp32"), 16: ("bf16", "bf16"), 8: ("i8", "u8")}
+_UPDATE = dict(UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True)
+_NORMS = dict(UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False)
+_DECODER = dict(HAS_CENTER=False, UNIT_NORM=True, BIASES=False, LATENTS=1)
+_ENCODER = dict(HAS_CENTER=True, UNIT_NORM=False, BIASES=False, LATENTS=1)
+_BIASES = dict(BIASES=True, LATENTS=LATENTS)
 ROWS = {
-    "decoder": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True),
-    "encoder": dict(HAS_CENTER=True, UNIT_NORM=False, UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True),
-    "norms": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False),
+    "decoder": _DECODER | _UPDATE,
+    "encoder": _ENCODER | _UPDATE,
+    "encoder with biases": _ENCODER | _UPDATE | _BIASES,  # without clipping
+    "norms": _DECODER | _NORMS,
+    "encoder norms": _ENCODER | _NORMS | _BIASES,
 }
 
 
 def _pointers(bits: int, dtype: str) -> dict[str, str]:
     """Return the pointers for a parameter with moments of `bits` bits and a shadow of this dtype."""
     m, v = MOMENTS[bits]
-    single = ("w", "grad", "scales", "step_size", "correction", "factor", "norms")
+    single = ("w", "grad", "scales", "step_size", "correction", "factor", "norms", "ones", "products")
     return dict.fromkeys(single, "fp32") | dict(m=m, v=v, shadow=dtype, seed="i32", skip="i1")
 
 
 def _specs(dtype: str) -> dict[str, Spec]:
-    config, specs = "adam_rows" if dtype == "bf16" else "adam_rows_small", {}
+    specs = {}
     for width in WIDTHS[dtype]:
-        high = 1 << (width - 1).bit_length() - 1
-        pieces = dict(HIGH=high, LOW=1 << (width - high - 1).bit_length(), SPLIT=SPLIT)
         for name, flags in ROWS.items():
-            for bits in MOMENTS if dtype == "bf16" and name != "norms" else (32,):
+            for bits in MOMENTS if dtype == "bf16" and name in ("decoder", "encoder") else (32,):
                 specs[f"adam_rows, {name}, D = {width}" + (f", {bits}-bit moments" if bits < 32 else "")] = Spec(
-                    "adam.adam_rows_kernel", config, entry_pointers(dtype) | _pointers(bits, dtype),
-                    flags | pieces | dict(BITS=bits),
+                    "adam.adam_rows_kernel", "adam_rows", gather_pointers(dtype) | _pointers(bits, dtype),
+                    flags | pieces(width) | dict(BITS=bits, SPLIT=SPLIT),
+                    hot=name != "encoder with biases" or width <= 2304,  # wider, it spills 24 bytes on sm_80
                 )  # fmt: skip
     return specs
 
@@ -86,8 +93,7 @@ BENCH = OpBench(
         "adam_rows": Op("backward", _adam_rows, [_adam_rows_cost]),
     },
     trials={
-        "adam_rows": Trial("bf16", _adam_rows, dict(BLOCK_E=(1, 2, 4), STAGES=(2, 3), num_warps=(4, 8, 16))),
-        "adam_rows_small": Trial("fp32", _adam_rows, dict(BLOCK_E=(1, 2), STAGES=(2, 3), num_warps=(4, 8, 16))),
+        "adam_rows": Trial("bf16", _adam_rows, dict(num_warps=(4, 8, 16))),
         "adam": Trial("bf16", _adam, dict(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4, 8))),
         "adam_matrix": Trial("bf16", _adam_matrix, dict(num_warps=(4, 8, 16))),
     },

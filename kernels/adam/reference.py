@@ -1,11 +1,13 @@
 """adam in plain torch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..code import LatentMajor
-from ..moments import LEAST, MEAN_LARGEST, MEAN_ZERO, SQUARE_LARGEST, SQUARE_ZERO, Moments, Rates
-from ..weight_grad.reference import weight_grad
+from ..moments import LEAST, MEAN_LARGEST, MEAN_ZERO, SQUARE_LARGEST, SQUARE_ZERO, BiasGradients, Moments, Rates
+from ..weight_grad.reference import latent_sums, weight_grad
 
 
 def adam(
@@ -29,14 +31,29 @@ def adam(
 
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates,
-    center: Tensor | None, unit_norm: bool, shadow: Tensor | None,
+    center: Tensor | None, unit_norm: bool, shadow: Tensor | None, biases: BiasGradients | None,
+    shared: dict[str, Any] | None,
 ) -> None:  # fmt: skip
+    _sum_biases(biases, entries, values, W)
     adam(W, weight_grad(entries, values, rows, center), moments, rates, unit_norm, shadow)
 
 
-def row_norms(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None) -> Tensor:
+def row_norms(
+    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None, unit_norm: bool,
+    biases: BiasGradients | None, shared: dict[str, Any] | None,
+) -> Tensor:  # fmt: skip
     grad = weight_grad(entries, values, rows, center)
-    return (grad if W is None else _across(grad, W)).square().sum(1)
+    if W is not None:
+        _sum_biases(biases, entries, values, W)
+        grad = _across(grad, W) if unit_norm else grad
+    return grad.square().sum(1)
+
+
+def _sum_biases(biases: BiasGradients | None, entries: LatentMajor, values: Tensor, W: Tensor) -> None:
+    if biases is not None:
+        biases.encoder.copy_(latent_sums(entries, values))
+        s = len(biases.center)
+        biases.center.copy_(torch.bmm(biases.encoder.view(s, 1, -1).to(W.dtype), W.view(s, -1, W.shape[1]))[:, 0])
 
 
 def _store(moments: Moments, mean: Tensor, square: Tensor, seed: Tensor | None) -> None:

@@ -1,8 +1,9 @@
 """adam as Triton kernels: one program per latent sums its row of the gradient and updates the row from it.
 
-A row is held in two pieces of HIGH and LOW columns, both powers of two: 2304 = 2048 + 256 wastes nothing. `high` [HIGH]
-and `low` [LOW] are their columns. m and v are exp_avg and exp_avg_sq.
+A row is held in two pieces of HIGH and LOW columns, as in weight_grad. m and v are exp_avg and exp_avg_sq.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -12,9 +13,9 @@ from torch import Tensor
 from .. import moments as formats
 from ..backend import launch_kernel, launch_options
 from ..code import LatentMajor
-from ..moments import Moments, Rates
-from ..weight_grad.triton import sum_latent, sum_windows
-from ..weight_grad.triton import weight_grad as weight_grad_of
+from ..moments import LATENTS, BiasGradients, Moments, Rates
+from ..numerics import pieces
+from ..weight_grad.triton import gather_arguments, sum_latent
 
 # Constants of 8-bit codes, explained in moments.py.
 MEAN_ZERO, MEAN_LARGEST = tl.constexpr(formats.MEAN_ZERO), tl.constexpr(formats.MEAN_LARGEST)
@@ -98,14 +99,11 @@ def update_row(
     UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Do Adam's step on one row of weights [F, D]. Each run of RUN rows has its own rates."""
-    # scalars: the rates of the row's dictionary, its hash and its scales
+    # scalars: the rates of the row's dictionary and its scales
     dictionary = row.to(tl.int32) // RUN
     step_size = tl.load(step_size_ptr + dictionary)
     correction = tl.load(correction_ptr + dictionary)
     factor = tl.load(factor_ptr + dictionary)
-    row_hash = 0
-    if BITS < 32:
-        row_hash = mix(tl.load(seed_ptr + dictionary) + row.to(tl.int32) % RUN)
     m_ptr += row * D
     v_ptr += row * D
     m_scale = 1.0
@@ -114,13 +112,17 @@ def update_row(
         m_scale = tl.load(scales_ptr + 2 * row)
         v_scale = tl.load(scales_ptr + 2 * row + 1)
     # [HIGH] moments and weights
-    m_high, v_high = load_moments(m_ptr + high, v_ptr + high, m_scale, v_scale, high < D, BITS)
+    inside = tl.full(high.shape, True, tl.int1)
+    m_high, v_high = load_moments(m_ptr + high, v_ptr + high, m_scale, v_scale, inside, BITS)
     w_high, m_high, v_high = step(
-        w_high, grad_high, m_high, v_high, high < D,
+        w_high, grad_high, m_high, v_high, inside,
         step_size, correction, factor, beta1, beta2, new1, new2, eps,
     )  # fmt: skip
+    row_hash = 0
+    if BITS < 32:
+        row_hash = mix(tl.load(seed_ptr + dictionary) + row.to(tl.int32) % RUN)
     if BITS > 8:  # no scale is needed, so store now to free registers
-        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, 1.0, 1.0, row_hash, high, high < D, BITS)
+        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, 1.0, 1.0, row_hash, high, inside, BITS)
     # [LOW] moments and weights
     m_low, v_low = load_moments(m_ptr + low, v_ptr + low, m_scale, v_scale, low < D, BITS)
     w_low, m_low, v_low = step(
@@ -138,17 +140,17 @@ def update_row(
         tl.store(scales_ptr + 2 * row + 1, v_scale)
         m_inverse = 1 / m_scale
         v_inverse = 1 / v_scale
-        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, m_inverse, v_inverse, row_hash, high, high < D, BITS)
+        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, m_inverse, v_inverse, row_hash, high, inside, BITS)
         store_moments(m_low, v_low, m_ptr + low, v_ptr + low, m_inverse, v_inverse, row_hash, low, low < D, BITS)
     if UNIT_NORM:  # normalise the row
         norm = tl.sqrt(tl.sum(w_high * w_high, 0) + tl.sum(w_low * w_low, 0))
         w_high = w_high / norm
         w_low = w_low / norm
-    tl.store(w_ptr + row * D + high, w_high, mask=high < D)
+    tl.store(w_ptr + row * D + high, w_high)
     tl.store(w_ptr + row * D + low, w_low, mask=low < D)
     if HAS_SHADOW:
         shadow_ptr += row * D
-        tl.store(shadow_ptr + high, w_high.to(shadow_ptr.dtype.element_ty), mask=high < D)
+        tl.store(shadow_ptr + high, w_high.to(shadow_ptr.dtype.element_ty))
         tl.store(shadow_ptr + low, w_low.to(shadow_ptr.dtype.element_ty), mask=low < D)
 
 
@@ -194,9 +196,9 @@ def adam_matrix_kernel(
     row = tl.program_id(0).to(tl.int64)
     high = tl.arange(0, HIGH)
     low = HIGH + tl.arange(0, LOW)
-    w_high = tl.load(w_ptr + row * D + high, mask=high < D, other=0.0)
+    w_high = tl.load(w_ptr + row * D + high)
     w_low = tl.load(w_ptr + row * D + low, mask=low < D, other=0.0)
-    grad_high = tl.load(grad_ptr + row * D + high, mask=high < D, other=0.0).to(tl.float32)
+    grad_high = tl.load(grad_ptr + row * D + high).to(tl.float32)
     grad_low = tl.load(grad_ptr + row * D + low, mask=low < D, other=0.0).to(tl.float32)
     if UNIT_NORM:  # remove the part of the gradient along the row
         along = tl.sum(grad_high * w_high, 0) + tl.sum(grad_low * w_low, 0)
@@ -211,51 +213,58 @@ def adam_matrix_kernel(
 
 @triton.jit
 def adam_rows_kernel(
-    values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, center_ptr, ones_ptr,
+    packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
     w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr,
-    norms_ptr, M, D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
-    HAS_CENTER: tl.constexpr, UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_SHADOW: tl.constexpr,
-    HAS_SKIP: tl.constexpr, BITS: tl.constexpr,
-    HIGH: tl.constexpr, LOW: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
+    norms_ptr, ones_ptr, products_ptr, D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
+    UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_SKIP: tl.constexpr,
+    BITS: tl.constexpr, BIASES: tl.constexpr, LATENTS: tl.constexpr,
+    HAS_CENTER: tl.constexpr, SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Sum a latent's gradient from its entries; then do Adam's step on its row (UPDATE) or store the squared norm of
-    the gradient. One program per latent."""
+    """Sum a latent's gradient from its entries. Then do Adam's step on its row (UPDATE) or store the squared norm of the
+    gradient. BIASES also stores the sum of the latent's values, and this sum times the row before the step, added over
+    the latents of the program. One program per LATENTS latents of a run of LATENTS_PER_CENTER."""
     if HAS_SKIP:  # noqa: SIM102 - known when compiling
         if tl.load(skip_ptr) != 0:
             return
-    # [HIGH] and [LOW] gradient of the latent
-    latent = tl.program_id(0).to(tl.int64)
     high = tl.arange(0, HIGH)
     low = HIGH + tl.arange(0, LOW)
-    grad_high = sum_latent(
-        latent, values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, M, high, D, stride_row,
-        SPLIT, BLOCK_E, HIGH, STAGES,
-    )  # fmt: skip
-    grad_low = sum_latent(
-        latent, values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, M, low, D, stride_row,
-        SPLIT, BLOCK_E, LOW, STAGES,
-    )  # fmt: skip
-    if HAS_CENTER:
-        ones = tl.load(ones_ptr + latent)
-        center_ptr += tl.program_id(0) // LATENTS_PER_CENTER * D
-        grad_high -= ones * tl.load(center_ptr + high, mask=high < D, other=0.0).to(tl.float32)
-        grad_low -= ones * tl.load(center_ptr + low, mask=low < D, other=0.0).to(tl.float32)
-    if UPDATE | UNIT_NORM:  # [HIGH] and [LOW] weights of the latent
-        w_high = tl.load(w_ptr + latent * D + high, mask=high < D, other=0.0)
-        w_low = tl.load(w_ptr + latent * D + low, mask=low < D, other=0.0)
-    if UNIT_NORM:  # remove the part of the gradient along the row
-        along = tl.sum(grad_high * w_high, 0) + tl.sum(grad_low * w_low, 0)
-        grad_high -= along * w_high
-        grad_low -= along * w_low
-    if not UPDATE:
-        tl.store(norms_ptr + latent, tl.sum(grad_high * grad_high, 0) + tl.sum(grad_low * grad_low, 0))
-    else:
-        update_row(
-            latent, w_high, w_low, grad_high, grad_low, high, low,
-            w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
-            D, RUN, beta1, beta2, new1, new2, eps, UNIT_NORM, HAS_SHADOW, BITS,
+    program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    first = tl.program_id(0) * LATENTS
+    count = LATENTS
+    if LATENTS > 1:
+        count = tl.minimum(LATENTS, LATENTS_PER_CENTER - first)
+    if BIASES:  # [HIGH] and [LOW] sum of products
+        product_high = tl.zeros((HIGH,), dtype=tl.float32)
+        product_low = tl.zeros((LOW,), dtype=tl.float32)
+    for index in tl.range(0, count, num_stages=1, disable_licm=True):  # hoisted addresses would spill
+        # [HIGH] and [LOW] gradient of the latent
+        latent = (tl.program_id(1) * LATENTS_PER_CENTER + first + index).to(tl.int64)
+        grad_high, grad_low, ones = sum_latent(
+            latent, packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
+            D, stride_row, LATENTS_PER_CENTER, HAS_CENTER, SPLIT, HIGH, LOW,
         )  # fmt: skip
+        if UPDATE | UNIT_NORM | BIASES:  # [HIGH] and [LOW] weights of the latent
+            w_high = tl.load(w_ptr + latent * D + high)
+            w_low = tl.load(w_ptr + latent * D + low, mask=low < D, other=0.0)
+        if BIASES:
+            tl.store(ones_ptr + latent, ones)
+            product_high += ones * w_high
+            product_low += ones * w_low
+        if UNIT_NORM:  # remove the part of the gradient along the row
+            along = tl.sum(grad_high * w_high, 0) + tl.sum(grad_low * w_low, 0)
+            grad_high -= along * w_high
+            grad_low -= along * w_low
+        if not UPDATE:
+            tl.store(norms_ptr + latent, tl.sum(grad_high * grad_high, 0) + tl.sum(grad_low * grad_low, 0))
+        else:
+            update_row(
+                latent, w_high, w_low, grad_high, grad_low, high, low,
+                w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
+                D, RUN, beta1, beta2, new1, new2, eps, UNIT_NORM, HAS_SHADOW, BITS,
+            )  # fmt: skip
+    if BIASES:
+        tl.store(products_ptr + program * D + high, product_high)
+        tl.store(products_ptr + program * D + low, product_low, mask=low < D)
 
 
 def adam(
@@ -267,11 +276,10 @@ def adam(
     size, n_dictionaries, grad = parameter.numel(), rates.step_size.numel(), grad.contiguous()
     if unit_norm or flags["BITS"] < 32:
         f, d = parameter.shape
-        high, low = pieces(d)
         launch_kernel(
             adam_matrix_kernel, (f,),
             parameter, grad, *tensors[1:], d, f // n_dictionaries, *numbers,
-            UNIT_NORM=unit_norm, **flags, HIGH=high, LOW=low, **launch_options("adam_matrix", parameter),
+            UNIT_NORM=unit_norm, **flags, **pieces(d), **launch_options("adam_matrix", parameter),
         )  # fmt: skip
     else:
         options, (w, m, v, _, shadow_or_w, *rates_of_dictionaries, _, skip) = launch_options("adam", parameter), tensors
@@ -284,18 +292,23 @@ def adam(
 
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates,
-    center: Tensor | None, unit_norm: bool, shadow: Tensor | None,
+    center: Tensor | None, unit_norm: bool, shadow: Tensor | None, biases: BiasGradients | None,
+    shared: dict[str, Any] | None,
 ) -> None:  # fmt: skip
     tensors, numbers, flags = _arguments(W, moments, rates, shadow)
     numbers = (len(W) // rates.step_size.numel(), *numbers)
-    _launch(entries, values, rows, center, (*tensors, W), numbers, UNIT_NORM=unit_norm, UPDATE=True, **flags)
+    operands = entries, values, rows, center
+    _launch(operands, biases, shared, (*tensors, W), numbers, UNIT_NORM=unit_norm, UPDATE=True, **flags)
 
 
-def row_norms(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None) -> Tensor:
+def row_norms(
+    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None, unit_norm: bool,
+    biases: BiasGradients | None, shared: dict[str, Any] | None,
+) -> Tensor:  # fmt: skip
     norms = torch.empty(entries.latent_offsets.numel() - 1, dtype=torch.float32, device=rows.device)
     _launch(
-        entries, values, rows, center, (rows if W is None else W, *[rows] * 9, norms), (1, *[0.0] * 5),
-        UNIT_NORM=W is not None, UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False, BITS=32,
+        (entries, values, rows, center), biases, shared, (rows if W is None else W, *[rows] * 9, norms),
+        (1, *[0.0] * 5), UNIT_NORM=unit_norm, UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False, BITS=32,
     )  # fmt: skip
     return norms
 
@@ -314,27 +327,23 @@ def _arguments(
 
 
 def _launch(
-    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, tensors: tuple, numbers: tuple,
-    **flags: int,
+    operands: tuple[LatentMajor, Tensor, Tensor, Tensor | None], biases: BiasGradients | None,
+    shared: dict[str, Any] | None, tensors: tuple, numbers: tuple, **flags: int,
 ) -> None:  # fmt: skip
-    """Launch adam_rows_kernel."""
-    (m, d), f = rows.shape, entries.latent_offsets.numel() - 1
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    values = values.contiguous()
-    sums = rows if center is None else weight_grad_of(entries, values, rows.new_ones(1, 1), None)
-    windows, split = sum_windows(entries, values, rows)
-    high, low = pieces(d)
-    options = launch_options("adam_rows_small" if rows.dtype == torch.float32 else "adam_rows", rows)
+    """Launch adam_rows_kernel. `operands` are those of `weight_grad`, packed once per `shared`."""
+    shared, (entries, _, rows, _) = {} if shared is None else shared, operands
+    if "gather" not in shared:
+        shared["gather"] = gather_arguments(*operands)
+    pointers, integers, constants = shared["gather"]
+    d, _, latents_per_center = integers
+    latents = 1 if biases is None else LATENTS
+    n_centers = (entries.latent_offsets.numel() - 1) // latents_per_center
+    grid = (triton.cdiv(latents_per_center, latents), n_centers)
+    products = torch.empty((n_centers, 0 if biases is None else grid[0], d), dtype=torch.float32, device=rows.device)
     launch_kernel(
-        adam_rows_kernel, (f,),
-        values, entries.order, entries.tokens, entries.latent_offsets, rows, windows,
-        rows if center is None else center.contiguous(), sums,
-        *tensors, m, d, rows.stride(0), f // (1 if center is None else center.numel() // d), *numbers,
-        HAS_CENTER=center is not None, HIGH=high, LOW=low, SPLIT=split, **flags, **options,
+        adam_rows_kernel, grid,
+        *pointers, *tensors, products if biases is None else biases.encoder, products, *integers, *numbers,
+        BIASES=biases is not None, LATENTS=latents, **constants, **flags, **launch_options("adam_rows", rows),
     )  # fmt: skip
-
-
-def pieces(d: int) -> tuple[int, int]:
-    """Return the two powers of two that cover d with the least padding."""
-    high = 1 << (d.bit_length() - 1)
-    return (high // 2, high // 2) if d == high > 1 else (high, triton.next_power_of_2(max(1, d - high)))
+    if biases is not None:
+        torch.sum(products, 1, out=biases.center)

@@ -273,6 +273,20 @@ def test_a_step_decides_once_where_its_kernels_run(monkeypatch):
     assert backends._decided.get() is None
 
 
+@pytest.mark.parametrize("changes", [CASES["plain"], CASES["unclipped"]], ids=["clipped", "unclipped"])
+def test_biases_need_no_pass_of_their_own(changes, monkeypatch):
+    """Their gradients come with the pass over the entries that the norms or the update need."""
+
+    def no_pass(*arguments):
+        raise AssertionError("a pass over the entries for the gradient of biases")
+
+    monkeypatch.setattr("temposae.engine.training.gradients.latent_sums", no_pass)
+    made = learner(changes)
+    before = made.sae.b_enc.clone()
+    after_training(made, fused=True)
+    assert not torch.equal(made.sae.b_enc, before)
+
+
 @pytest.mark.slow
 def test_fp8_trains_almost_the_same(monkeypatch, assert_close):
     """Where e4m3 finds the same latents, nothing differs; it finds nearly all."""

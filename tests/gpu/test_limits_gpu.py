@@ -11,7 +11,7 @@ from temposae.engine.errors import UserError
 from temposae.engine.learner import Learner
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import Batch
-from temposae.kernels.adam import Moments, Rates, adam, adam_rows, row_norms
+from temposae.kernels.adam import BiasGradients, Moments, Rates, adam, adam_rows, row_norms
 from temposae.kernels.autograd import encode_topk as encode_topk_with_gradients
 from temposae.kernels.code import SparseCode
 from temposae.kernels.configs import CONFIGS
@@ -209,12 +209,18 @@ def test_hot_latents_at_the_real_split(dtype, assert_close):
     assert_close(found, grad)
     assert torch.equal(found, weight_grad(entries, code.values, x, center=center))
     assert_close(row_norms(entries, code.values, x, center=center), grad.square().sum(1))
-    results = []
+    results, sums = [], []
     for _ in range(2):
         W = drawn(f, d, seed=3)
-        adam_rows(W, entries, code.values, x, Moments.zeros(W), rates(), center=center)
+        biases = BiasGradients.empty(f, center)
+        adam_rows(W, entries, code.values, x, Moments.zeros(W), rates(), center=center, biases=biases)
         results.append(W)
+        sums.append(biases)
     assert torch.equal(*results)
+    for first, second in zip(*sums, strict=True):
+        assert torch.equal(first, second)
+    assert_close(biases.encoder, code.to_dense().double().sum(0))
+    assert_close(biases.center[0], code.to_dense().double().sum(0) @ drawn(f, d, seed=3).double())
     mean, square = 0.05 * grad, 0.001 * (0.5 * grad).square()
     assert_close(results[0], drawn(f, d, seed=3).double() - 0.01 * mean / (square.sqrt() / 0.3 + 1e-8))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from temposae.kernels.adam import Moments, Rates, adam, adam_rows, cost, row_norms
+from temposae.kernels.adam import BiasGradients, Moments, Rates, adam, adam_rows, cost, row_norms
 from temposae.kernels.code import SparseCode
 from temposae.kernels.configs import CONFIGS
 from temposae.kernels.weight_grad import weight_grad
@@ -79,6 +79,56 @@ def test_norms_are_those_of_the_gradient(shape, backend, make_code, dense, unit_
     code, (W, rows, center, _) = make_code(shape), drawn(shape, unit_norm)
     norms = row_norms(code.transpose(), code.values, rows, center=center, W=W if unit_norm else None, backend=backend)
     assert_close(norms, expected_gradient(dense(code), W, rows, center, unit_norm).square().sum(1))
+
+
+@pytest.mark.parametrize("pass_name", ["update", "norms"])
+def test_a_pass_also_gives_gradients_of_biases(shape, backend, make_code, dense, assert_close, pass_name):
+    """Two runs of latents, each with a center. The update and the norms are the same bits as without biases."""
+    code = make_code(shape._replace(F=2 * shape.F))
+    W, rows, _, state = drawn(shape._replace(F=2 * shape.F), False)
+    center, entries, before = torch.randn(2, W.shape[1], generator=shape.generator), code.transpose(), W.clone()
+    biases, results = BiasGradients.empty(len(W), center), []
+    for wanted in (biases, None):
+        if pass_name == "update":
+            W, moments = before.clone(), Moments(*(moment.clone() for moment in state[:2]))
+            adam_rows(W, entries, code.values, rows, moments, rates(), center=center, biases=wanted, backend=backend)
+            results.append(W)
+        else:
+            encoder = None if wanted is None else W
+            settings = dict(center=center, W=encoder, biases=wanted, backend=backend)
+            results.append(row_norms(entries, code.values, rows, **settings))
+    assert torch.equal(*results)
+    sums = dense(code).sum(0)
+    assert_close(biases.encoder, sums)
+    assert_close(biases.center, torch.einsum("sf,sfd->sd", sums.view(2, -1), before.double().view(2, shape.F, -1)))
+
+
+def test_biases_that_do_not_fit_are_named():
+    code, W = SparseCode(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32), 4), torch.ones(4, 5)
+    entries, rows, center = code.transpose(), torch.ones(2, 5), torch.ones(5)
+    with pytest.raises(ValueError, match="biases need W and a center"):
+        row_norms(entries, code.values, rows, W=W, biases=BiasGradients.empty(4, center))
+    with pytest.raises(ValueError, match=r"biases.encoder must have shape \[F\] = \[4\], got \[3\]"):
+        row_norms(entries, code.values, rows, W=W, center=center, biases=BiasGradients.empty(3, center))
+    biases = BiasGradients.empty(4, torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"biases.center must have shape \[S, D\] = \[1, 5\], got \[2, 5\]"):
+        adam_rows(W, entries, code.values, rows, Moments.zeros(W), rates(), center=center, biases=biases)
+
+
+def test_the_update_uses_what_the_norms_packed(shape, backend, make_code, monkeypatch):
+    code, (W, rows, center, state) = make_code(shape), drawn(shape, False)
+    entries, shared, before, results = code.transpose(), {}, W.clone(), []
+    norms = [
+        row_norms(entries, code.values, rows, center=center, shared=each, backend=backend) for each in (shared, None)
+    ]
+    assert torch.equal(*norms)
+    for each in (None, shared):
+        W, moments = before.clone(), Moments(*(moment.clone() for moment in state[:2]))
+        if each is shared and backend == "triton":  # a second gather would raise
+            monkeypatch.delattr("temposae.kernels.adam.triton.gather_arguments")
+        adam_rows(W, entries, code.values, rows, moments, rates(), center=center, shared=each, backend=backend)
+        results.append(W)
+    assert torch.equal(*results)
 
 
 def test_entries_of_several_codes_over_stacked_rows(backend_name, assert_close):
