@@ -48,10 +48,13 @@ def recorded(variants: set[str]) -> Iterator[None]:
 
 
 def patch_once() -> None:
-    """Patch triton.language once per module and not at every call of a device function, which takes ten times as long."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
-
+    """Let the interpreter patch triton.language once per module and launch. It does so at every call of a device
+    function, which takes ten times as long as the call."""
+    try:
+        import triton.language as tl
+        from triton.runtime.interpreter import InterpretedFunction
+    except ImportError:
+        return
     patch_and_call = InterpretedFunction.__call__
     languages: dict[Any, list[Any]] = {}
 

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from temposae.bench.launches import patch_once
 from torch import Tensor
 
 from .closeness import assert_close
@@ -27,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Triton reads this when it is first imported. Without a GPU its interpreter runs the kernels; `-m gpu` compiles them.
     if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         os.environ["TRITON_INTERPRET"] = "1"
-        _patch_once()
+        patch_once()
         _name_types_once()
 
 
@@ -73,27 +74,6 @@ def _name_types_once() -> None:
     tl.block_type.__init__ = init
     tl.tensor.__init__ = init_tensor
     interpreter._get_np_dtype = get_np_dtype
-
-
-def _patch_once() -> None:
-    """Triton's interpreter patches triton.language at every call of a device function, which takes ten times as long as the
-    call. Once for each module and kernel launch is enough."""
-    try:
-        import triton.language as tl
-        from triton.runtime.interpreter import InterpretedFunction
-    except ImportError:
-        return
-    patch_and_call = InterpretedFunction.__call__
-    languages: dict[InterpretedFunction, list] = {}
-
-    def call(self, *args, **kwargs):
-        if self not in languages:
-            languages[self] = [v for v in self.fn.__globals__.values() if v is tl or v is tl.core]
-        if any(tl.core.is_builtin(language.load) for language in languages[self]):
-            return patch_and_call(self, *args, **kwargs)
-        return self.rewrite()(*args, **kwargs)
-
-    InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(scope="session", name="assert_close")
