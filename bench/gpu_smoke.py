@@ -165,7 +165,8 @@ def main() -> int:
     options = parser.parse_args()
     names, dry = options.names or list(smoke_tests(options.dry_run)), options.dry_run
     if options.here:
-        return 0 if all([check_shapes(name, dry) for name in names]) else 1
+        passed = [check_shapes(name, dry) for name in names]
+        return 0 if all(passed) else 1
 
     failed = 0
 
