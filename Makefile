@@ -1,5 +1,6 @@
 # make demo       set up .venv, train a dictionary on the embedded language model, measure it
 # make test       set up .venv, lint, type-check, run the ordinary tests
+# make gpu-plan   the plan of bench/gpu.sh, at toy size on a CPU
 # make guides     the pages of docs/guides, block by block, and examples/, with the libraries that they are about
 # make docs       the documentation site, in build/site, offline
 # make test-slow  the longer tests (random sweeps, a pretrained model, kill and resume)
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test guides docs docs-reference test-slow lint setup clean
+.PHONY: demo test gpu-plan guides docs docs-reference test-slow lint setup clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -34,6 +35,10 @@ lint: $(STAMP)
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder \
 		--ignore tests/test_guides.py --ignore tests/test_examples.py --ignore tests/test_site.py
+
+# the plan of bench/gpu.sh at toy size on a CPU
+gpu-plan: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/bench/test_gpu_plan.py
 
 guides: $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_guides.py tests/test_examples.py

@@ -85,10 +85,9 @@ def excess(result: Any, expected: Any, acts: Tensor, limit: float) -> float:
     """
     if isinstance(result, SparseCode):
         dense = result.to_dense().double()
-        ranked = [code.flatten().sort().values if result.ragged else code.sort(1).values
-                  for code in (dense, expected.to_dense())]  # fmt: skip
-        active = dense != 0
-        return max(excess(*ranked, acts, limit), excess(dense[active], acts[active], acts, limit))
+        active, shape = dense != 0, (1, -1) if result.ragged else dense.shape
+        ranked, expected_ranked = (code.reshape(shape).sort(1).values for code in (dense, expected.to_dense()))
+        return max(excess(ranked, expected_ranked, acts, limit), excess(dense[active], acts[active], acts, limit))
     if isinstance(result, tuple | list):
         return max((excess(a, b, acts, limit) for a, b in zip(result, expected, strict=True)), default=0.0)
     if not isinstance(result, Tensor):

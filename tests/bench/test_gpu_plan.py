@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,36 @@ def test_results_are_json_or_lines_of_it(tmp_path: Path) -> None:
 
 
 # --- the whole plan
+
+
+def test_the_script_stands_in_for_an_installation(tmp_path: Path) -> None:
+    """Parts are found by entry points, and bench/gpu.sh runs in a clone that nobody installed."""
+    look = "import importlib.metadata as m, os, pathlib, sys; site = os.environ['PYTHONPATH'].split(':')[0]\n"
+    look += "distribution, = m.Distribution.discover(name='temposae', path=[site])\n"
+    look += (
+        "print(distribution.version, *distribution.entry_points, pathlib.Path(site, 'temposae').resolve(), sys.argv)"
+    )
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{look}" "$@"\n')
+    interpreter.chmod(0o755)
+    result = subprocess.run(
+        ["bash", ROOT / "bench/gpu.sh", "x"],
+        env=os.environ | {"PYTHON": str(interpreter)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    points = [point for point in entry_points(group="temposae.parts") if point.name == "temposae"]
+    assert result.stdout.startswith(f"{version('temposae')} {points[0]} {ROOT} ")
+
+
+@pytest.mark.parametrize("name", ["ceilings", "limits", "peer torch", "tune merge"])
+def test_a_dry_step(name: str, run: Any) -> None:
+    """One of each kind that no other test runs. `test_dry_run` runs all."""
+    pytest.importorskip("triton")
+    (outcome,) = run(*(step for step in plan(dry=True) if step.name == name), seconds=500)
+    assert outcome.outcome == "done"
+    assert outcome.result or name == "tune merge"
 
 
 @pytest.mark.slow
