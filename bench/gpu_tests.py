@@ -11,7 +11,6 @@ import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +73,6 @@ def _note(config: pytest.Config, **event: Any) -> None:
 def command(events: Path, arguments: Iterable[str]) -> list[str]:
     """Run pytest with this plugin on these files or tests."""
     options = ["-v", "-m", "gpu", "-p", "no:cacheprovider", "-p", PLUGIN, "--events", str(events)]
-    if not find_spec("pytest_timeout"):  # pytest would reject the timeout in pyproject.toml
-        options += ["-o", "addopts=--import-mode=importlib -ra"]
     return python("pytest", *options, *arguments)
 
 
