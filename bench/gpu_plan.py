@@ -47,6 +47,14 @@ PEERS = (
 )  # fmt: skip
 TUNED = ("encode_topk", "adam_rows", "reconstruct", "merge")  # entries of the config table
 HOT_KERNELS = {"candidates": "encode_topk", "adam_rows": "adam_rows"}  # the hottest two, and ops that launch them
+# arguments of a step, up to the number of latents
+TOY = ("--device", "cpu", "--n", "16", "--d", "16", "--k", "1", "--f")
+LARGE = ("--device", "cuda", "--n", "8192", "--d", "2304", "--k", "64", "--f")
+SANITIZER = (
+    "env", "TEMPOSAE_BACKEND=triton", "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
+    "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
+)  # fmt: skip
+NCU = ("ncu", "--clock-control", "none", "--set", "full", "-c", "2", "-k")
 TOY_TUNING = """
 import sys
 from temposae.bench import data, tune
@@ -101,11 +109,9 @@ def python(module: str, *arguments: str, launches: str | None = None) -> list[st
 
 def plan(dry: bool = False) -> list[Step]:
     """The steps in their order. In a dry run, sizes are small and the seconds more."""
-    toy = ("--device", "cpu", "--n", "16", "--d", "16", "--k", "1", "--f", "128")
-    large = ("--device", "cuda", "--n", "8192", "--d", "2304", "--k", "64", "--f", "65536")
-    size = toy if dry else large
-    small = (*size[:-1], "64", "--provider", "temposae") if dry else (*size[:-1], "16384")
-    narrow = (*size[:-1], "64" if dry else "2304")
+    shape = TOY if dry else LARGE
+    size, narrow = (*shape, "128" if dry else "65536"), (*shape, "64" if dry else "2304")
+    small = (*narrow, "--provider", "temposae") if dry else (*shape, "16384")
     rounds = ("--rounds", "1" if dry else "10")
     script = ("--library", "sparsify", "--n", "256", "--d", "16", "--f", "64", "--k", "4", "--steps", "5")
     scripts = script if dry else ("--steps", "20")
@@ -129,24 +135,19 @@ def plan(dry: bool = False) -> list[Step]:
         return step(name, seconds, python("temposae.bench.gpu_tests", "--workers", count, "--json", "{json}", *paths))
 
     def counters(kernel: str, op: str) -> Step:
-        ncu = ("ncu", "--clock-control", "none", "--set", "full", "-c", "2", "-k", f"regex:^{kernel}_kernel")
         timed = temposae("bench", "ops", *size, "--op", op, "--repeats", "1")
-        return step(f"ncu {kernel}", 30, (*ncu, *timed), needs="ncu")
+        return step(f"ncu {kernel}", 30, (*NCU, f"regex:^{kernel}_kernel", *timed), needs="ncu")
 
     def tuning(entry: str) -> Step:
         if dry:
             return step(f"tune {entry}", 25, (sys.executable, "-c", TOY_TUNING, entry))
         return bench(f"tune {entry}", 25, "bench", "tune", "--entry", entry)
 
-    sanitizer = (
-        "env", "TEMPOSAE_BACKEND=triton", "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
-        "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
-    )  # fmt: skip
-    checked = temposae("bench", "step", *size[:2], *toy[2:], "--rounds", "1", "--provider", "temposae")
+    checked = temposae("bench", "step", *shape[:2], *TOY[2:], "128", "--rounds", "1", "--provider", "temposae")
     return [
         step("ceilings", 25, python("temposae.bench.ceilings", "{json}")),
         step("smoke", 60, python("temposae.bench.gpu_smoke", *mode, "--workers", "2" if dry else "8", "--json", "{json}")),
-        step("memcheck", 45, (*sanitizer, *checked), needs="compute-sanitizer"),
+        step("memcheck", 45, (*SANITIZER, *checked), needs="compute-sanitizer"),
         tests("kernel tests", 90, 8, "gpu/test_kernels_gpu"),
         race("headline", 40, "temposae"),
         race("headline, clipped", 30, "temposae", "--clip", "1"),
