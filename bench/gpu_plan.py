@@ -153,7 +153,7 @@ def plan(dry: bool = False) -> list[Step]:
         race("headline, clipped", 30, "temposae", "--clip", "1"),
         bench("profile", 30, "profile", *size, "--steps", "1" if dry else "3", "--trace", "{out}/trace.json"),
         *(counters(kernel, op) for kernel, op in HOT_KERNELS.items()),
-        bench("ops", 40, "bench", "ops", *(narrow if dry else size), "--repeats", "1" if dry else "20"),
+        bench("ops", 40, "bench", "ops", *((*narrow, "--op", "decode") if dry else size), "--repeats", "1" if dry else "20"),
         race("BatchTopK", 25, "temposae", "--activation", "batchtopk"),
         race("JumpReLU", 25, "temposae", "--activation", "jumprelu"),
         race("AuxK", 25, "temposae", "--auxk"),
