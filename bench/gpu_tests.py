@@ -7,22 +7,19 @@ dead leaves, and its other tests run in a new one. This module is also the pytes
 """
 
 import argparse
-import json
 import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .gpu_plan import python
+from .gpu_plan import add_line, python, read_lines
 from .process_pool import Ended, Job, run_jobs
 
 SILENCE = 60.0  # seconds after which a test counts as hanging
-BINS_PER_WORKER = 2  # lists of tests, so that a worker that is done early takes another
 PLUGIN = "temposae.bench.gpu_tests"
 DEAD_CONTEXT = 3  # exit code of a process that leaves
 POISON = re.compile(
@@ -67,9 +64,7 @@ def poisons(text: str) -> bool:
 
 
 def _note(config: pytest.Config, **event: Any) -> None:
-    if file := config.getoption("--events"):
-        with open(file, "a") as out:
-            out.write(json.dumps(event) + "\n")
+    add_line(config.getoption("--events"), event)
 
 
 # --- the processes
@@ -78,15 +73,19 @@ def _note(config: pytest.Config, **event: Any) -> None:
 def command(events: Path, arguments: Iterable[str]) -> list[str]:
     """Run pytest with this plugin on these files or tests."""
     options = ["-v", "-m", "gpu", "-p", "no:cacheprovider", "-p", PLUGIN, "--events", str(events)]
-    if not find_spec("pytest_timeout"):  # pytest would reject the timeout in pyproject.toml
-        options += ["-o", "addopts=--import-mode=importlib -ra"]
     return python("pytest", *options, *arguments)
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """Events so far. A line that was being written when its process died is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def outcomes_of(events: list[dict[str, Any]], ended: Ended) -> dict[str, dict[str, Any]]:
+    """What became of each test that began in a process. The last one may have killed it."""
+    outcomes = {event["test"]: event for event in events if "test" in event}
+    began = [event["began"] for event in events if "began" in event]
+    if began and began[-1] not in outcomes:
+        outcome, reason = "crashed", f"code {ended.code}"
+        if ended.stopped:
+            outcome, reason = "stopped", f"it printed nothing for {SILENCE:.0f} s, or the time was up"
+        outcomes[began[-1]] = dict(test=began[-1], outcome=outcome, seconds=0.0, message=f"{outcome}: {reason}")
+    return outcomes
 
 
 def packed(tests: Iterable[str], bins: int) -> list[list[str]]:
@@ -107,52 +106,44 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--json", help="write the outcomes to this file, one JSON object per line")
     options = parser.parse_args()
-    counts = Counter[str]()
+    counts, listed = Counter[str](), list[str]()
 
     def record(outcome: dict[str, Any]) -> None:
         counts[outcome["outcome"]] += 1
         if outcome["outcome"] not in ("passed", "skipped"):
             print(f"FAIL {outcome['test']}: {outcome['message'] or outcome['outcome']}", flush=True)
-        if options.json:
-            with open(options.json, "a") as out:
-                out.write(json.dumps(outcome) + "\n")
-
-    def on_end(ended: Ended) -> list[Job]:
-        events = read_events(Path(folder, ended.job.name))
-        collected = next((event["collected"] for event in events if "collected" in event), [])
-        outcomes = {event["test"]: event for event in events if "test" in event}
-        began = [event["began"] for event in events if "began" in event]
-        if began and began[-1] not in outcomes:
-            outcome, reason = "crashed", f"code {ended.code}"
-            if ended.stopped:
-                outcome, reason = "stopped", f"it printed nothing for {SILENCE:.0f} s, or the time was up"
-            outcomes[began[-1]] = dict(test=began[-1], outcome=outcome, seconds=0.0, message=f"{outcome}: {reason}")
-        for outcome in outcomes.values():
-            record(outcome)
-        print(f"-- {ended.job.name}\n{ended.output}", flush=True)
-        if not collected:
-            record(dict(test=ended.job.name, outcome="crashed", seconds=0.0, message=f"code {ended.code}, no tests"))
-        left = [test for test in collected if test not in outcomes]
-        return [job(f"{ended.job.name}+", left)] if left and began else []
+        add_line(options.json, outcome)
 
     def job(name: str, tests: list[str]) -> Job:
         return Job(name, command(Path(folder, name), tests), SILENCE)
 
-    listed: list[str] = []
-
     def on_listed(ended: Ended) -> list[Job]:
-        listed.extend(test for event in read_events(Path(folder, "list")) for test in event.get("collected", []))
+        listed.extend(test for event in read_lines(Path(folder, "list")) for test in event.get("collected", []))
         if not listed:
             print(ended.output)
-        return []
+        lists = packed(listed, 2 * options.workers - 1)  # so that a worker that is done early takes another
+        return [job(f"tests-{i}", tests) for i, tests in enumerate(lists, 1)]
+
+    def on_end(ended: Ended) -> list[Job]:
+        if ended.job.name == "list":
+            return on_listed(ended)
+        events = read_lines(Path(folder, ended.job.name))
+        collected = next((event["collected"] for event in events if "collected" in event), [])
+        outcomes = outcomes_of(events, ended)
+        for outcome in outcomes.values():
+            record(outcome)
+        print(f"-- {ended.job.name}\n{ended.output}", flush=True)
+        if not outcomes:
+            record(dict(test=ended.job.name, outcome="crashed", seconds=0.0, message=f"code {ended.code}, no tests"))
+            return []
+        left = [test for test in collected if test not in outcomes]
+        return [job(f"{ended.job.name}+", left)] if left else []
 
     with tempfile.TemporaryDirectory() as folder:
-        run_jobs([job("list", ["--collect-only", "-q", *options.paths])], 1, on_listed)
-        lists = packed(listed, BINS_PER_WORKER * options.workers)
-        run_jobs([job(f"tests-{i}", tests) for i, tests in enumerate(lists, 1)], options.workers, on_end)
+        finished = run_jobs([job("list", ["--collect-only", "-q", *options.paths])], options.workers, on_end)
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
     print(f"tests: {len(listed)} collected, {outcomes or 'none ran'}")
-    return 0 if listed and counts.keys() <= {"passed", "skipped"} else 1
+    return 0 if finished and listed and counts.keys() <= {"passed", "skipped"} else 1
 
 
 if __name__ == "__main__":

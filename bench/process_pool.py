@@ -33,7 +33,7 @@ class Ended(NamedTuple):
     stopped: bool
 
 
-def stop(processes: Iterable[Process], grace: float = GRACE) -> None:
+def stop(processes: Iterable[Process], grace: float) -> None:
     """Interrupt processes, and kill those that still run after `grace` seconds."""
     processes, deadline = list(processes), time.monotonic() + grace
     for process in processes:
@@ -45,24 +45,24 @@ def stop(processes: Iterable[Process], grace: float = GRACE) -> None:
         process.wait()
 
 
-def run_jobs(jobs: Iterable[Job], workers: int, on_end: Callable[[Ended], Iterable[Job]]) -> None:
+def run_jobs(jobs: Iterable[Job], workers: int, on_end: Callable[[Ended], Iterable[Job]]) -> bool:
     """Run jobs in order, `workers` at a time. `on_end` returns further jobs, which come first.
 
-    If interrupted, stops the running jobs and calls `on_end` for each before KeyboardInterrupt is raised.
+    If interrupted, stops the running jobs, calls `on_end` for each, starts no others and returns False.
     """
     waiting, running = deque(jobs), dict[Process, tuple[Job, Path]]()
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryDirectory() as folder:
 
         def start(job: Job) -> None:
             descriptor, log = tempfile.mkstemp(dir=folder)
             with open(descriptor, "wb") as file:
-                environment = os.environ | {"PYTHONUNBUFFERED": "1"}
                 process = subprocess.Popen(job.command, stdout=file, stderr=file, env=environment)
             running[process] = job, Path(log)
 
-        def end(process: Process, stopped: bool) -> list[Job]:
+        def end(process: Process, stopped: bool) -> Iterable[Job]:
             job, log = running.pop(process)
-            return list(on_end(Ended(job, process.returncode, log.read_text(errors="replace"), stopped)))
+            return on_end(Ended(job, process.returncode, log.read_text(errors="replace"), stopped))
 
         try:
             while waiting or running:
@@ -72,11 +72,12 @@ def run_jobs(jobs: Iterable[Job], workers: int, on_end: Callable[[Ended], Iterab
                 for process, (job, log) in list(running.items()):
                     silent = process.poll() is None and time.time() - log.stat().st_mtime > job.silence
                     if silent:
-                        stop([process])
+                        stop([process], GRACE)
                     if process.poll() is not None:
-                        waiting.extendleft(reversed(end(process, silent)))
+                        waiting.extendleft(reversed([*end(process, silent)]))
         except KeyboardInterrupt:
-            stop(running)
+            stop(running, GRACE)
             for process in list(running):
                 end(process, stopped=True)
-            raise
+            return False
+    return True

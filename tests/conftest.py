@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from temposae.bench.launches import speed_up_interpreter
 from torch import Tensor
 
 from .closeness import assert_close
@@ -27,73 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # Triton reads this when it is first imported. Without a GPU its interpreter runs the kernels; `-m gpu` compiles them.
     if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         os.environ["TRITON_INTERPRET"] = "1"
-        _patch_once()
-        _name_types_once()
+        speed_up_interpreter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
-
-
-def _name_types_once() -> None:
-    """Triton's interpreter works out shape and name of a block's type, its numpy type and the shape of every value at each
-    operation, which takes 40% of its time. Each depends on what is its key here alone."""
-    try:
-        import triton.language as tl
-        import triton.runtime.interpreter as interpreter
-    except ImportError:
-        return
-    make, make_tensor, numpy_type = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
-    made: dict[tuple, tuple] = {}
-    shapes: dict[tuple, tuple] = {}
-    numpy_types: dict[str, object] = {}
-
-    def init(self, element_ty, shape):
-        sizes = tuple([getattr(size, "value", size) for size in shape])
-        key = (element_ty.name, sizes)
-        if key not in made:
-            make(self, element_ty, shape)
-            made[key] = (self.shape, self.numel, self.name)
-        self.element_ty, self.sizes = element_ty, sizes
-        self.shape, self.numel, self.name = made[key]
-
-    def get_np_dtype(kind):
-        if kind.name not in numpy_types:
-            numpy_types[kind.name] = numpy_type(kind)
-        return numpy_types[kind.name]
-
-    def init_tensor(self, handle, type):
-        sizes = type.sizes if type.is_block() else ()
-        if sizes not in shapes:
-            make_tensor(self, handle, type)
-            shapes[sizes] = (self.shape, self.numel)
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = shapes[sizes]
-
-    tl.block_type.__init__ = init
-    tl.tensor.__init__ = init_tensor
-    interpreter._get_np_dtype = get_np_dtype
-
-
-def _patch_once() -> None:
-    """Triton's interpreter patches triton.language at every call of a device function, which takes ten times as long as the
-    call. Once for each module and kernel launch is enough."""
-    try:
-        import triton.language as tl
-        from triton.runtime.interpreter import InterpretedFunction
-    except ImportError:
-        return
-    patch_and_call = InterpretedFunction.__call__
-    languages: dict[InterpretedFunction, list] = {}
-
-    def call(self, *args, **kwargs):
-        if self not in languages:
-            languages[self] = [v for v in self.fn.__globals__.values() if v is tl or v is tl.core]
-        if any(tl.core.is_builtin(language.load) for language in languages[self]):
-            return patch_and_call(self, *args, **kwargs)
-        return self.rewrite()(*args, **kwargs)
-
-    InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(scope="session", name="assert_close")

@@ -51,7 +51,8 @@ def _specs(dtype: str) -> dict[str, Spec]:
 def _resting(w: Tensor) -> tuple[Moments, Rates]:
     """Return arguments for an update of w with step size zero and beta1 = 0: the usual work, and w stays the same."""
     zero, unit = torch.zeros((), device=w.device), torch.ones((), device=w.device)
-    return Moments.zeros(w), Rates(zero, unit, unit.clone(), beta1=0.0)
+    moments = Moments(torch.zeros_like(w), torch.zeros_like(w))  # the reference's are float64
+    return moments, Rates(zero, unit, unit.clone(), beta1=0.0)
 
 
 def _adam_rows(i: Inputs) -> Call:

@@ -1,4 +1,4 @@
-"""The plan for a GPU: isolated steps, budgets, results on disk, smoke lines, several processes of tests, a dry run."""
+"""The plan for a GPU: isolated steps, budgets, results on disk, a dry run."""
 
 import json
 import os
@@ -6,16 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from temposae.bench import gpu_plan, gpu_smoke, gpu_tests, process_pool
+import typer
+from temposae import cli
+from temposae.bench import gpu_plan, gpu_smoke
 from temposae.bench.gpu_plan import Outcome, Step, merged, plan, read_result
-from temposae.bench.process_pool import Ended, Job, run_jobs
 from temposae.bench.tune import TRIALS
-from temposae.kernels.configs import CONFIGS
+from typer.core import TyperGroup
 
 ROOT = Path(__file__).resolve().parents[2]
 OK = "import sys; open(sys.argv[1], 'w').write('{\"value\": 1}')"
@@ -103,10 +104,9 @@ def test_when_the_time_is_spent_later_steps_are_skipped(run: Any, monkeypatch: p
 
 
 def test_a_step_whose_program_is_missing_is_skipped(run: Any) -> None:
-    outcomes = run(code("profiler", OK, needs="no-such-program"), code("package", OK, needs="json"))
-    assert [str(o).partition(" in ")[0] for o in outcomes] == [
-        "profiler: skipped, no-such-program is not installed", "package: done",
-    ]  # fmt: skip
+    outcomes = run(code("profiler", OK, needs="no-such-program"), code("shell", OK, needs="sh"))
+    assert str(outcomes[0]) == "profiler: skipped, no-such-program is not installed"
+    assert outcomes[1].outcome == "done"
 
 
 def test_lines_of_a_step_are_shown_and_its_output_is_logged(run: Any, tmp_path: Path) -> None:
@@ -148,9 +148,41 @@ def test_the_most_telling_steps_come_first() -> None:
     assert len(set(names)) == len(names)
     assert names[:4] == ["ceilings", "smoke", "memcheck", "kernel tests"]
     order = ["headline", "headline, clipped", "profile", "ncu candidates", "ncu adam_rows", "ops"]
-    order += ["activations", "AuxK", "peer eai-sparsify", "peer SAELens", "tune encode_topk", "small", "other tests"]
+    order += [
+        "BatchTopK",
+        "JumpReLU",
+        "AuxK",
+        "limits",
+        "peer eai-sparsify",
+        "peer SAELens",
+        "tune encode_topk",
+        "small",
+    ]
+    order += ["other tests"]
     assert [name for name in names if name in order] == order
     assert sum(step.seconds for step in plan()[:5]) < gpu_plan.BUDGET / 2
+
+
+def test_what_explains_a_miss_runs_even_if_every_step_takes_its_limit() -> None:
+    steps = plan()
+    last = next(index for index, step in enumerate(steps) if step.name == "limits")
+    assert sum(step.seconds for step in steps[: last + 1]) <= gpu_plan.BUDGET - gpu_plan.RESERVE
+
+
+def test_all_gpu_tests_are_in_the_plan() -> None:
+    paths = {argument for step in plan() for argument in step.command if argument.startswith("tests/")}
+    assert paths >= {f"tests/gpu/{file.name}" for file in (ROOT / "tests/gpu").glob("test_*.py")}
+
+
+def test_every_command_of_the_plan_is_understood() -> None:
+    """Those for a GPU run nowhere else."""
+    app = typer.main.get_command(cli.app)
+    for step in plan():
+        if "temposae" in step.command:
+            command, arguments = app, list(step.command[step.command.index("temposae") + 1 :])
+            while isinstance(command, TyperGroup):
+                command = command.commands[arguments.pop(0)]
+            command.make_context(step.name, arguments)
 
 
 def test_each_peer_has_a_process_of_its_own() -> None:
@@ -191,208 +223,37 @@ def test_results_are_json_or_lines_of_it(tmp_path: Path) -> None:
         assert read_result(path) == expected
 
 
-# --- the pool
-
-
-def test_a_silent_job_is_stopped_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_pool, "GRACE", 0.5)
-    ends: list[Ended] = []
-
-    def on_end(ended: Ended) -> list[Job]:
-        ends.append(ended)
-        return [python_job("again", "print(2)")] if ended.job.name == "crashes" else []
-
-    def python_job(name: str, text: str, silence: float = 60) -> Job:
-        return Job(name, [sys.executable, "-c", text], silence)
-
-    jobs = [
-        python_job("hangs", "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)", silence=2),
-        python_job("crashes", "import os; print(1, flush=True); os.abort()"),
-        python_job("is fine", "print(3)"),
-    ]
-    run_jobs(jobs, 2, on_end)
-    ended = {end.job.name: (end.code, end.stopped, end.output[:1]) for end in ends}
-    assert ended == {
-        "hangs": (-signal.SIGKILL, True, ""), "crashes": (-signal.SIGABRT, False, "1"),
-        "again": (0, False, "2"), "is fine": (0, False, "3"),
-    }  # fmt: skip
-
-
-# --- the smoke test
-
-NAME = "token_loss+position_sum+position_loss"
-
-
-@pytest.fixture
-def smoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """smoke(NAME) -> lines of the check in this process."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-
-    def check(name: str) -> list[tuple[str, ...]]:
-        gpu_smoke.check_shapes(name, dry=True)
-        text = capsys.readouterr().out
-        lines = gpu_smoke.LINE.findall(text)
-        assert len(lines) == len(text.splitlines())
-        return lines
-
-    return check
-
-
-def test_every_entry_and_op_has_a_smoke_test() -> None:
-    names = [name for test in gpu_smoke.smoke_tests() for name in test.split("+")]
-    assert len(names) == len(set(names))
-    assert set(names) >= CONFIGS[80].keys() | {"encode_threshold", "row_norms", "select_batch_topk"}
-    assert all(" " not in test for test in gpu_smoke.smoke_tests())
-    assert "encode_topk+merge+rescan" in gpu_smoke.smoke_tests()  # the same call is made once
-
-
-def test_a_right_kernel_passes_at_both_shapes(smoke: Any) -> None:
-    lines = smoke(NAME)
-    assert [line[:4] for line in lines] == [
-        ("PASS", NAME, "fp32", "N16-D16-F256-K2"), ("PASS", NAME, "fp32", "N19-D27-F150-K1"),
-    ]  # fmt: skip
-    assert all("of the limit" in line[4] for line in lines)
-
-
-def test_a_wrong_kernel_fails(smoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from temposae.kernels.loss import reference
-
-    right = reference.position_loss
-    monkeypatch.setattr(reference, "position_loss", lambda *args: tuple(1.001 * t for t in right(*args)))
-    assert [line[0] for line in smoke(NAME)] == ["FAIL", "FAIL"]
-    monkeypatch.setattr(reference, "position_loss", lambda *args: tuple(t * torch.nan for t in right(*args)))
-    lines = smoke(NAME)
-    assert [line[0] for line in lines] == ["FAIL", "FAIL"]
-    assert "the error is inf of its limit" in lines[0][4]
-    monkeypatch.setattr(reference, "position_loss", lambda *args: tuple(t[1:] for t in right(*args)))
-    assert "shape" in smoke(NAME)[0][4]
-
-
-def test_a_wrong_code_fails(smoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from temposae.kernels.select import reference
-
-    name = next(test for test in gpu_smoke.smoke_tests(dry=True) if "topk" in test.split("+"))
-    right = reference.select_topk
-    monkeypatch.setattr(reference, "select_topk", lambda acts, k: right(acts.roll(1, 0), k))
-    assert [line[0] for line in smoke(name)] == ["FAIL", "FAIL"]
-    monkeypatch.undo()
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert [line[0] for line in smoke(name)] == ["PASS", "PASS"]
-
-
-def test_other_bits_at_a_second_call_fail() -> None:
-    values = iter((1.0, 1.0, 1.000001))  # the reference, the first and the second call
-    with pytest.raises(ValueError, match="call 2 gave other bits"):
-        gpu_smoke.check(
-            lambda inputs: lambda: torch.tensor([next(values)]), gpu_smoke.TOY_RAGGED, torch.float32, "cpu", repeats=1
-        )
-
-
-@pytest.mark.parametrize("ending", ["crashes", "hangs"])
-def test_a_kernel_whose_process_dies_fails(
-    ending: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(gpu_smoke, "SILENCE", 2.0 if ending == "hangs" else 60.0)
-    body = "import os, time; print('PASS one fp32 N1: fine', flush=True); "
-    body += "time.sleep(60)" if ending == "hangs" else "os.abort()"
-    monkeypatch.setattr(gpu_smoke, "python", lambda *args, launches: [sys.executable, "-c", body])
-    monkeypatch.setattr(sys, "argv", ["gpu_smoke", "one", "--json", str(tmp_path / "smoke.json")])
-    assert gpu_smoke.main() == 1
-    reason = "hung for 2 s" if ending == "hangs" else "ended with code -6: PASS one fp32 N1: fine"
-    assert capsys.readouterr().out.splitlines() == [
-        "PASS one fp32 N1: fine", f"FAIL one - -: {reason}", "smoke: 1 kernels, 1 failures",
-    ]  # fmt: skip
-    assert [line["verdict"] for line in read_result(tmp_path / "smoke.json")] == ["PASS", "FAIL"]
-
-
-# --- kernels that are compiled
-
-
-def test_launches_are_counted_by_kernel_constants_and_dtypes() -> None:
-    pytest.importorskip("triton")
-    from temposae.bench.launches import recorded
-    from temposae.kernels.loss import position_loss
-
-    def loss(n: int, dtype: torch.dtype) -> None:
-        position_loss(torch.ones(n, 16), torch.ones(n, 16, dtype=dtype), torch.zeros(n).long(), 4, backend="triton")
-
-    variants: set[str] = set()
-    with recorded(variants):
-        loss(8, torch.float32)
-        first = set(variants)
-        loss(8, torch.float32)
-        assert variants == first
-        loss(8, torch.float16)
-    assert {json.loads(variant)["kernel"] for variant in first} == {"token_loss_kernel", "position_sum_kernel"}
-    assert [json.loads(variant)["kernel"] for variant in variants - first] == ["token_loss_kernel"]
-    loss(1, torch.float32)  # no longer recorded
-    assert len(variants) == 3
-
-
-# --- tests in several processes
-
-MADE_UP = """
-import os
-import pytest
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["good", "crash", "dead", "bad", "last"])
-def test_one(kind):
-    if kind == "crash":
-        os._exit(9)
-    if kind == "dead":
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-    assert kind != "bad"
-
-@pytest.mark.gpu
-def test_two():
-    pytest.skip("no reason")
-
-def test_without_the_mark():
-    pass
-"""
-
-
-def test_a_test_that_kills_its_process_costs_only_itself(tmp_path: Path) -> None:
-    (tmp_path / "test_made_up.py").write_text(MADE_UP)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu: needs a GPU\n")
-    command = gpu_plan.python("temposae.bench.gpu_tests", "--workers", "2", "--json", "tests.json", "test_made_up.py")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 1, result.stderr
-    lines = read_result(tmp_path / "tests.json")
-    outcomes = {line["test"].partition("::test_")[2]: line["outcome"] for line in lines}
-    assert outcomes == {
-        "one[good]": "passed", "one[crash]": "crashed", "one[dead]": "failed", "one[bad]": "failed",
-        "one[last]": "passed", "two": "skipped",
-    }  # fmt: skip
-    assert len(lines) == 6
-    text = result.stdout.splitlines()
-    assert "FAIL test_made_up.py::test_one[crash]: crashed: code 9" in text
-    assert text[-1] == "tests: 6 collected, 1 crashed, 2 failed, 2 passed, 1 skipped"
-    assert "the CUDA context is dead" in result.stdout
-
-
-def test_tests_of_a_function_and_dtype_stay_together() -> None:
-    tests = [f"a.py::test_{name}[{n}-{dtype}]" for name in "xyz" for n in range(3) for dtype in ("fp32", "bf16")]
-    lists = gpu_tests.packed(tests, 4)
-    assert sorted(test for tests in lists for test in tests) == sorted(tests)
-    assert [len(tests) for tests in lists] == [6, 6, 3, 3]
-    for name in "xyz":
-        for dtype in ("fp32", "bf16"):
-            assert sum(any(f"_{name}[" in test and dtype in test for test in tests) for tests in lists) == 1
-    assert gpu_tests.packed(["a.py::test_x"], 4) == [["a.py::test_x"]]
-
-
-def test_errors_that_leave_a_dead_context() -> None:
-    assert gpu_tests.poisons("E  RuntimeError: CUDA error: an illegal memory access was encountered")
-    assert gpu_tests.poisons("RuntimeError: Triton Error [CUDA]: misaligned address")
-    assert not gpu_tests.poisons("AssertionError: output: error 3e-2")
-    assert not gpu_tests.poisons("RuntimeError: CUDA error: out of memory")
-
-
 # --- the whole plan
+
+
+def test_the_script_stands_in_for_an_installation(tmp_path: Path) -> None:
+    """Parts are found by entry points, and bench/gpu.sh runs in a clone that nobody installed."""
+    look = "import importlib.metadata as m, os, pathlib, sys; site = os.environ['PYTHONPATH'].split(':')[0]\n"
+    look += "distribution, = m.Distribution.discover(name='temposae', path=[site])\n"
+    look += (
+        "print(distribution.version, *distribution.entry_points, pathlib.Path(site, 'temposae').resolve(), sys.argv)"
+    )
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{look}" "$@"\n')
+    interpreter.chmod(0o755)
+    result = subprocess.run(
+        ["bash", ROOT / "bench/gpu.sh", "x"],
+        env=os.environ | {"PYTHON": str(interpreter)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    points = [point for point in entry_points(group="temposae.parts") if point.name == "temposae"]
+    assert result.stdout.startswith(f"{version('temposae')} {points[0]} {ROOT} ")
+
+
+@pytest.mark.parametrize("name", ["ceilings", "limits", "peer torch", "tune merge"])
+def test_a_dry_step(name: str, run: Any) -> None:
+    """One of each kind that no other test runs. `test_dry_run` runs all."""
+    pytest.importorskip("triton")
+    (outcome,) = run(*(step for step in plan(dry=True) if step.name == name), seconds=500)
+    assert outcome.outcome == "done"
+    assert outcome.result or name == "tune merge"
 
 
 @pytest.mark.slow

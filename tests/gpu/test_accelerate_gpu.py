@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..peers import DICTIONARIES, data, no_batch_is_too_small
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 BATCHWISE = ("saelens batchtopk training", "saelens matryoshka training", "saelens topk, layer norm")
 KINDS = [kind for kind in DICTIONARIES if kind not in BATCHWISE]
 
