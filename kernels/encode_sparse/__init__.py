@@ -59,9 +59,9 @@ def encode_topk(
     if fp8:
         return _encode_fp8(inputs, selection, chosen_backend)
     if chosen_backend == "triton":
-        from . import triton
+        from . import merge
 
-        return triton.encode_topk(inputs, selection)
+        return merge.encode_topk(inputs, selection)
     return reference.encode_topk(inputs, selection)
 
 
@@ -91,9 +91,9 @@ def _encode_fp8(inputs: EncoderInputs, selection: Selection, backend: str) -> tu
     arguments = Fp8Rows.of(x), Fp8Rows.of(W_enc.T), b_enc, mask, pos, with_margins
     codes = None
     if backend == "triton":
-        from . import triton
+        from . import merge
 
-        codes = triton.preselect(*arguments)
+        codes = merge.preselect(*arguments)
     code, aux = codes or reference.preselect(*arguments)
     return rescored(code, selection.k), None if aux is None else rescored(aux, selection.aux_k)
 
@@ -129,9 +129,9 @@ def encode_threshold(
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
     if inputs.choose_backend("encode_threshold", cost=cost, backend=backend) == "triton":
-        from . import triton
+        from . import merge
 
-        return triton.encode_threshold(inputs, threshold, expected, capacity, dictionaries)
+        return merge.encode_threshold(inputs, threshold, expected, capacity, dictionaries)
     return reference.encode_threshold(inputs, threshold, capacity, dictionaries)
 
 

@@ -26,7 +26,7 @@ def _second_pass(dtype: str, config: str, **flags: int) -> Spec:
     pointers |= dict(candidates="i32", values="fp32", indices="i32", unsure="i8")
     pointers |= dict.fromkeys(("cut", "least", "above", "equal"), "i64")
     flags |= dict(MASK=1, KEEP=4, BLOCK_F=TILE)
-    return Spec(f"encode_sparse.{config}_kernel", config, pointers, flags, hot=False, unit=("stride_wd",))
+    return Spec(f"encode_sparse.merge.{config}_kernel", config, pointers, flags, hot=False, unit=("stride_wd",))
 
 
 def _specs(dtype: str) -> dict[str, Spec]:
@@ -81,7 +81,7 @@ BENCH = OpBench(
     fixed_specs={
         "candidates fp8": _candidates("fp8e4nv", 4)._replace(since=FP8_SINCE),
         "merge": Spec(
-            "encode_sparse.merge_kernel", "merge", dict(candidates="i32", values="fp32", indices="i32", unsure="i8"),
+            "encode_sparse.merge.merge_kernel", "merge", dict(candidates="i32", values="fp32", indices="i32", unsure="i8"),
             dict(KEEP=4, BLOCK_F=128),
         ),
     },
