@@ -1,6 +1,6 @@
-"""Select among the candidates of `triton.py`, and compute again the tiles that may have dropped an entry of the result.
+"""Select the k largest among the candidates of `triton.py`, and compute again the tiles that may have dropped one.
 
-Kernels here have one program per token of S dictionaries side by side.
+Kernels have one program for each of the S N tokens of S dictionaries side by side. `ragged.py` makes ragged codes.
 """
 
 import torch
@@ -15,29 +15,88 @@ from ..encoder_inputs import EncoderInputs
 from ..fp8 import Fp8Rows
 from ..masks import Mask
 from ..select.triton import (
-    COUNT,
-    DIGITS,
-    FILL,
     VALUE_BITS,
-    kth_largest,
     latents_of,
     may_have_more,
     ranked,
     select_batch_topk,
     select_threshold,
     select_topk,
-    tally,
 )
 from ..selection import Selection, candidates_per_tile, select_above, select_both
-from .triton import Candidates, above_threshold, only_aux, pack
+from .ragged import all_positive, largest_of_batch
+from .triton import Candidates, only_aux, pack
+
+
+@triton.jit
+def cut_among(keys, K, low):
+    """Bisect for a cut of `low` or more, so that K keys are at the cut or above, or more if several equal it. At least
+    K keys must be `low` or more."""
+    high = tl.max(keys, 0) + 1
+    reached = tl.zeros((), dtype=tl.int32)
+    while (high - low > 1) & (reached != K):
+        middle = (low + high) // 2
+        reached = tl.sum((keys >= middle).to(tl.int32), 0)
+        low = tl.where(reached >= K, middle, low)
+        high = tl.where(reached >= K, high, middle)
+    return low
+
+
+@triton.jit
+def first_above(keys, cut, K):
+    """Return which K keys are the largest, the first ones of those equal to the cut, and the slot of each."""
+    above = keys > cut
+    equal = (keys == cut).to(tl.int32)
+    keep = above | ((equal != 0) & (tl.cumsum(equal, 0) <= K - tl.sum(above.to(tl.int32), 0)))
+    return keep, tl.cumsum(keep.to(tl.int32), 0) - 1
+
+
+@triton.jit
+def merge_kernel(
+    candidates_ptr, values_ptr, indices_ptr, unsure_ptr,
+    N, TILES, K,
+    ALL: tl.constexpr, KEEP: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write a token's K largest candidates, and whether a tile may have dropped one of the K largest latents. ALL: the
+    token has no more than K tiles. Otherwise only the K tiles with the largest maxima matter, the lower ones first
+    among equals, because their maxima alone are K candidates that no other tile exceeds."""
+    token = tl.program_id(0).to(tl.int64)
+    candidates_ptr += token * TILES * KEEP
+    values_ptr += token * K
+    indices_ptr += token * K
+    low = tl.zeros((), dtype=tl.int32)
+    n_tiles = TILES
+    if not ALL:
+        # [BLOCK_T] keys of the tiles' maxima. `indices` holds the chosen tiles, until they are read.
+        tiles = tl.arange(0, BLOCK_T)
+        maxima = tl.load(candidates_ptr + tiles * KEEP, mask=tiles < TILES, other=-1) >> 7
+        low = cut_among(maxima, K, tl.min(tl.where(tiles < TILES, maxima, 0x7FFFFFFF), 0))
+        chosen, slot = first_above(maxima, low, K)
+        tl.store(indices_ptr + slot, tiles, mask=chosen)
+        tl.debug_barrier()
+        n_tiles = K
+    # [BLOCK] candidates of these tiles, their keys, which to keep, and their slots in the code
+    entries = tl.arange(0, BLOCK)
+    inside = entries < n_tiles * KEEP
+    if not ALL:
+        tile = tl.load(indices_ptr + entries // KEEP, mask=inside, other=0)
+        entries = tile * KEEP + entries % KEEP
+    packed = tl.load(candidates_ptr + entries, mask=inside, other=-1)
+    key = packed >> 7
+    cut = cut_among(key, K, low)
+    keep, slot = first_above(key, cut, K)
+    tl.store(values_ptr + slot, (packed & VALUE_BITS).to(tl.float32, bitcast=True), mask=keep)
+    latents = latents_of(entries, packed, tl.program_id(0) // N * TILES, KEEP, BLOCK_F)
+    tl.store(indices_ptr + slot, latents, mask=keep)
+    more = inside & (entries % KEEP == KEEP - 1) & may_have_more(packed, cut)  # dropped zeros do not matter
+    tl.store(unsure_ptr + token, tl.max(more.to(tl.int32), 0).to(tl.int8))
 
 
 @triton.jit
 def dropped_by(
-    tile, first_tile, token, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, threshold_ptr, aux_latents_ptr,
-    candidates_ptr, D, F, stride_x, stride_wd, stride_wf,
-    MASK: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr,
-    KEEP: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    tile, first_tile, token, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, aux_latents_ptr, candidates_ptr,
+    D, F, stride_x, stride_wd, stride_wf,
+    MASK: tl.constexpr, HAS_AUX_LATENTS: tl.constexpr, KEEP: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile again for one token. Returns its candidates [BLOCK_F], with -1 for those that were kept before,
     and its latents [BLOCK_F]. `candidates_ptr` points to the token's candidates, `tile` counts from `first_tile`."""
@@ -56,8 +115,6 @@ def dropped_by(
     acts = (acts + tl.load(b_ptr + cols, mask=cols < F, other=0.0))[None, :]
     tokens = token + tl.arange(0, 1)
     acts = masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile, token + 1, F, MASK, BLOCK_F)
-    if HAS_THRESHOLD:
-        acts = above_threshold(acts, threshold_ptr, cols, F)
     packed = pack(acts, cols, F, BLOCK_F)
     if HAS_AUX_LATENTS:
         packed = only_aux(packed, aux_latents_ptr, cols, F)
@@ -67,41 +124,6 @@ def dropped_by(
         column = BLOCK_F - 1 - tl.load(candidates_ptr + local_tile * KEEP + rank) % BLOCK_F
         packed = tl.where(cols == tile * BLOCK_F + column, -1, packed)
     return packed, cols
-
-
-@triton.jit
-def merge_kernel(
-    candidates_ptr, values_ptr, indices_ptr, unsure_ptr,
-    N, TILES, K,
-    KEEP: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write a token's K largest candidates, and whether a tile may have dropped one of the K largest latents. One
-    program per token."""
-    token = tl.program_id(0).to(tl.int64)
-    first_tile = tl.program_id(0) // N * TILES
-    LENGTH = TILES * KEEP
-    candidates_ptr += token * LENGTH
-    kth, remaining = kth_largest(candidates_ptr, LENGTH, K, 1, True, 32 - 8, BLOCK)
-    kth = kth.to(tl.int32)
-
-    n_kept = 0
-    unsure = 0
-    for start in range(0, LENGTH, BLOCK):
-        # [BLOCK] candidates, their keys, which to keep, and their slots in the code
-        entries = start + tl.arange(0, BLOCK)
-        packed = tl.load(candidates_ptr + entries, mask=entries < LENGTH, other=-1)
-        key = packed >> 7
-        equal = (key == kth).to(tl.int32)
-        keep = (key > kth) | ((equal != 0) & (tl.cumsum(equal, 0) <= remaining))
-        ones = keep.to(tl.int32)
-        slot = token * K + n_kept + tl.cumsum(ones, 0) - 1
-        tl.store(values_ptr + slot, (packed & VALUE_BITS).to(tl.float32, bitcast=True), mask=keep)
-        tl.store(indices_ptr + slot, latents_of(entries, packed, first_tile, KEEP, BLOCK_F), mask=keep)
-        remaining -= tl.sum(equal, 0)
-        n_kept += tl.sum(ones, 0)
-        more = (entries % KEEP == KEEP - 1) & may_have_more(packed, kth)  # dropped zeros do not matter
-        unsure |= tl.max(more.to(tl.int32), 0)
-    tl.store(unsure_ptr + token, unsure.to(tl.int8))
 
 
 @triton.jit
@@ -134,9 +156,9 @@ def rescan_kernel(
         tile = tl.max(pending, 0)
         while tile >= 0:
             packed, cols = dropped_by(
-                tile, first_tile, tl.program_id(0) % N, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr, x_ptr,
+                tile, first_tile, tl.program_id(0) % N, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr,
                 aux_latents_ptr, candidates_ptr, D, F, stride_x, stride_wd, stride_wf,
-                MASK, False, HAS_AUX_LATENTS, KEEP, BLOCK_F, BLOCK_D,
+                MASK, HAS_AUX_LATENTS, KEEP, BLOCK_F, BLOCK_D,
             )  # fmt: skip
             # [BLOCK_F] keys of the dropped: the largest replaces the smallest entry as long as it is larger
             dropped = ranked(packed, cols)
@@ -157,142 +179,31 @@ def rescan_kernel(
     tl.store(indices_ptr + token * K + slots, latent, mask=slots < K)
 
 
-@triton.jit
-def above_cut_kernel(
-    x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, threshold_ptr, candidates_ptr, cut_ptr, least_ptr,
-    above_ptr, equal_ptr, values_ptr, indices_ptr,
-    N, D, F, sharpness, stride_x, stride_wd, stride_wf, TILES,
-    MASK: tl.constexpr, HAS_THRESHOLD: tl.constexpr, KEEP: tl.constexpr, MODE: tl.constexpr, SHIFT: tl.constexpr,
-    RESCAN: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Apply `tally` to a token's candidates and, with RESCAN, to those dropped by tiles that may have dropped keys of
-    `least` or more. One program per token. Each dictionary has its own cut."""
-    token = tl.program_id(0).to(tl.int64)
-    dictionary = tl.program_id(0) // N
-    first_tile = dictionary * TILES
-    candidates_ptr += token * TILES * KEEP
-    # `first` and `second` of tally, by MODE
-    cut = tl.load(cut_ptr + dictionary).to(tl.int32)
-    second = 0
-    end = 0
-    if MODE == DIGITS:
-        first = tl.zeros((256,), dtype=tl.int32)
-    elif MODE == COUNT:
-        first = 0
-    else:
-        first = tl.load(above_ptr + token)
-        second = tl.load(equal_ptr + token).to(tl.int32)
-        end = tl.load(above_ptr + token + 1)
-    for start in range(0, TILES * KEEP, BLOCK):
-        # [BLOCK] candidates and their latents
-        entries = start + tl.arange(0, BLOCK)
-        packed = tl.load(candidates_ptr + entries, mask=entries < TILES * KEEP, other=-1)
-        latents = latents_of(entries, packed, first_tile, KEEP, BLOCK_F)
-        first, second = tally(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT)
-    if RESCAN:
-        least = tl.load(least_ptr + dictionary).to(tl.int32)
-        for start in range(0, TILES, BLOCK_T):
-            # [BLOCK_T] tiles of the token, and which of them are to be computed again (-1: not)
-            tiles = start + tl.arange(0, BLOCK_T)
-            last = tl.load(candidates_ptr + tiles * KEEP + KEEP - 1, mask=tiles < TILES, other=-1)
-            pending = tl.where(may_have_more(last, least), tiles, -1)
-            tile = tl.max(pending, 0)
-            while tile >= 0:
-                packed, latents = dropped_by(
-                    tile, first_tile, tl.program_id(0) % N, x_ptr, w_ptr, b_ptr, mask_ptr, sharpness, pos_ptr,
-                    threshold_ptr, x_ptr, candidates_ptr, D, F, stride_x, stride_wd, stride_wf,
-                    MASK, HAS_THRESHOLD, False, KEEP, BLOCK_F, BLOCK_D,
-                )  # fmt: skip
-                first, second = tally(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT)
-                pending = tl.where(tiles == tile, -1, pending)
-                tile = tl.max(pending, 0)
-    if MODE == DIGITS:
-        tl.atomic_add(above_ptr + dictionary * 257 + tl.arange(0, 256), first.to(tl.int64))
-    elif MODE == COUNT:
-        tl.store(above_ptr + token, first.to(tl.int64))
-        tl.store(equal_ptr + token, second.to(tl.int64))
-
-
-class Selector(Candidates):
-    """The candidates of all tokens, and the ways to select among them."""
-
-    def largest(self, k: int, exact: bool, aux: bool = False) -> SparseCode:
-        """Return the k largest of each token. With `aux`, among the latents for AuxK."""
-        x, n = self.launch.x, self.n_tokens
-        packed, keep = (self.aux_packed, self.aux_keep) if aux else (self.packed, self.keep)
-        aux_latents = self.aux_latents if aux else None
-        values, indices = (torch.empty((n, k), dtype=dtype, device=x.device) for dtype in (torch.float32, torch.int32))
-        unsure = torch.empty(n, dtype=torch.int8, device=x.device)
+def largest(candidates: Candidates, k: int, exact: bool, aux: bool = False) -> SparseCode:
+    """Return the k largest of each token. With `aux`, among the latents for AuxK."""
+    launch, x, n = candidates.launch, candidates.launch.x, candidates.n_tokens
+    packed, keep, aux_latents = candidates.packed, candidates.keep, None
+    if aux:
+        packed, keep, aux_latents = candidates.aux_packed, candidates.aux_keep, candidates.aux_latents
+    values, indices = (torch.empty((n, k), dtype=dtype, device=x.device) for dtype in (torch.float32, torch.int32))
+    unsure = torch.empty(n, dtype=torch.int8, device=x.device)
+    sizes = [triton.next_power_of_2(size) for size in (candidates.tiles, min(k, candidates.tiles) * keep)]
+    options = launch_options("merge", x)
+    options["num_warps"] = min(16, options["num_warps"] * max(1, max(sizes) // 1024))
+    launch_kernel(
+        merge_kernel, (n,),
+        packed, values, indices, unsure, len(x), candidates.tiles, k,
+        ALL=candidates.tiles <= k, KEEP=keep, BLOCK_F=candidates.tile, BLOCK_T=sizes[0], BLOCK=sizes[1], **options,
+    )  # fmt: skip
+    if exact:
         launch_kernel(
-            merge_kernel, (n,),
-            packed, values, indices, unsure, len(x), self.tiles, k,
-            KEEP=keep, BLOCK_F=self.tile, **launch_options("merge", x),
+            rescan_kernel, (n,),
+            *launch.tensors[:5], x if aux_latents is None else aux_latents, packed, unsure, values, indices,
+            *launch.numbers, candidates.tiles, k,
+            MASK=launch.MASK, HAS_AUX_LATENTS=aux_latents is not None, KEEP=keep,
+            BLOCK_F=candidates.tile, BLOCK_K=triton.next_power_of_2(k), **launch_options("rescan", x),
         )  # fmt: skip
-        if exact:
-            launch_kernel(
-                rescan_kernel, (n,),
-                *self.launch.tensors[:5], x if aux_latents is None else aux_latents, packed, unsure, values, indices,
-                *self.launch.numbers, self.tiles, k,
-                MASK=self.launch.MASK, HAS_AUX_LATENTS=aux_latents is not None, KEEP=keep,
-                BLOCK_F=self.tile, BLOCK_K=triton.next_power_of_2(k), **launch_options("rescan", x),
-            )  # fmt: skip
-        return SparseCode(values, indices, self.n_latents)
-
-    def largest_of_batch(self, total: int, exact: bool) -> SparseCode:
-        """Return the `total` largest of the batch, per dictionary. The cut among candidates is a lower bound of the
-        true cut, so finding the true one only needs tiles that may have dropped something above that bound."""
-        cut = self._cut(total, None)
-        if exact:
-            cut = self._cut(total, cut[0])
-        return self._above(*cut, exact, capacity=self.dictionaries * total)
-
-    def above_threshold(self, capacity: int | None) -> SparseCode:
-        """Return all nonzero candidates. Without a capacity, waits for the device to know their number."""
-        zeros = torch.zeros(self.dictionaries, dtype=torch.int64, device=self.packed.device)
-        return self._above(zeros, zeros, True, capacity, may_overflow=capacity is not None)
-
-    def _cut(self, total: int, least: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the total-th largest key [S] (0 if fewer are positive), and the number [S] of equal keys to keep."""
-        s, device = self.dictionaries, self.packed.device
-        cut = torch.zeros(s, dtype=torch.int64, device=device)
-        remaining = torch.full((s,), total, dtype=torch.int64, device=device)
-        for shift in (16, 8, 0):
-            counts = torch.zeros(s, 257, dtype=torch.int64, device=device)
-            self._launch_above_cut(cut, least, counts, counts, counts, counts, MODE=DIGITS.value, SHIFT=shift)
-            at_least = counts.flip(1).cumsum(1).flip(1)
-            digit = ((at_least[:, :256] >= remaining[:, None]).sum(1) - 1).clamp_min(0)
-            remaining = remaining - at_least.gather(1, digit[:, None] + 1)[:, 0]
-            cut = cut + (digit << shift)
-        return cut, remaining
-
-    def _above(
-        self, cut: Tensor, remaining: Tensor, exact: bool, capacity: int | None, may_overflow: bool = False
-    ) -> SparseCode:
-        """Return all entries above the cut and the first `remaining` equal to it."""
-        x, s, least = self.launch.x, self.dictionaries, cut if exact else None
-        above, equal = (torch.empty(s, len(x), dtype=torch.int64, device=x.device) for _ in range(2))
-        self._launch_above_cut(cut, least, above, equal, above, above, MODE=COUNT.value)
-        equal_quota = torch.minimum((remaining[:, None] - equal.cumsum(1) + equal).clamp_min(0), equal)
-        offsets = torch.cat([equal.new_zeros(1), (above + equal_quota).flatten().cumsum(0)])
-        size = int(offsets[-1]) if capacity is None else capacity
-        overflow = offsets[-1] > size if may_overflow else None
-        # Values next to the cut may round differently when computed again in another kernel. Clamp, so none overflows.
-        offsets.clamp_(max=size)
-        values, indices = (torch.zeros(size, dtype=dtype, device=x.device) for dtype in (torch.float32, torch.int32))
-        self._launch_above_cut(cut, least, offsets, equal_quota, values, indices, MODE=FILL.value)
-        return SparseCode(values, indices, self.n_latents, offsets, overflow)
-
-    def _launch_above_cut(self, cut: Tensor, least: Tensor | None, *tensors: Tensor, MODE: int, SHIFT: int = 0) -> None:
-        launch, x = self.launch, self.launch.x
-        launch_kernel(
-            above_cut_kernel, (self.n_tokens,),
-            *launch.tensors[:5], x if self.threshold is None else self.threshold,
-            self.packed, cut, cut if least is None else least, *tensors,
-            *launch.numbers, self.tiles,
-            MASK=launch.MASK, HAS_THRESHOLD=self.threshold is not None, KEEP=self.keep, MODE=MODE, SHIFT=SHIFT,
-            RESCAN=least is not None, BLOCK_F=self.tile, **launch_options("above_cut", x),
-        )  # fmt: skip
+    return SparseCode(values, indices, candidates.n_latents)
 
 
 def encode_topk(inputs: EncoderInputs, selection: Selection) -> tuple[SparseCode, SparseCode | None]:
@@ -304,9 +215,12 @@ def encode_topk(inputs: EncoderInputs, selection: Selection) -> tuple[SparseCode
     aux_keep = candidates_per_tile(f, aux_k, tile) if aux_k else 0
     if keep is None or aux_keep is None or (dictionaries > 1 and f % tile):  # a tile must not span dictionaries
         return select_both(encode(inputs), selection, select_topk, select_batch_topk)
-    candidates = Selector(launch, keep, aux_keep, aux_latents, dictionaries=dictionaries)
-    code = candidates.largest_of_batch(len(inputs.x) * k, exact) if across_batch else candidates.largest(k, exact)
-    return code, candidates.largest(aux_k, exact, aux=True) if aux_k else None
+    candidates = Candidates(launch, keep, aux_keep, aux_latents, dictionaries=dictionaries)
+    if across_batch:
+        code = largest_of_batch(candidates, len(inputs.x) * k, exact)
+    else:
+        code = largest(candidates, k, exact)
+    return code, largest(candidates, aux_k, exact, aux=True) if aux_k else None
 
 
 def preselect(
@@ -319,8 +233,8 @@ def preselect(
     keep, aux_keep = (candidates_per_tile(f, n_kept, tile) if n_kept else 0 for n_kept in (k, aux_k))
     if keep is None or aux_keep is None:
         return None
-    candidates = Selector(launch, keep, aux_keep, aux_latents, scales=(x.scale, W_enc.scale))
-    return candidates.largest(k, False), candidates.largest(aux_k, False, aux=True) if aux_k else None
+    candidates = Candidates(launch, keep, aux_keep, aux_latents, scales=(x.scale, W_enc.scale))
+    return largest(candidates, k, False), largest(candidates, aux_k, False, aux=True) if aux_k else None
 
 
 def encode_threshold(
@@ -331,4 +245,4 @@ def encode_threshold(
     keep = candidates_per_tile(f, min(expected, f), tile)
     if keep is None or (dictionaries > 1 and f % tile):
         return select_above(encode(inputs), threshold, capacity, dictionaries, select_threshold)
-    return Selector(launch, keep, threshold=threshold, dictionaries=dictionaries).above_threshold(capacity)
+    return all_positive(Candidates(launch, keep, threshold=threshold, dictionaries=dictionaries), capacity)
