@@ -26,8 +26,9 @@ def _second_pass(kernel: str, pointers: dict[str, str], **flags: int) -> Spec:
     pointers |= dict(candidates="i32", values="fp32", indices="i32", unsure="i8", cut="i64", above="i64", equal="i64")
     pointers |= dict.fromkeys(("starts", "least", "block_tiles", "block_ends", "offsets"), "i64")
     pointers |= dict.fromkeys(("tiles", "tokens", "packed"), "i32")
-    flags |= dict(KEEP=4, BLOCK_F=TILE)
-    return Spec(f"encode_sparse.{kernel}_kernel", config, pointers, flags, hot=config == "merge", unit=("stride_wd",))
+    flags |= dict(KEEP=4) if config == "unsure" else dict(KEEP=4, BLOCK_F=TILE)
+    unit = ("stride_wd",) if "w" in pointers else ()
+    return Spec(f"encode_sparse.{kernel}_kernel", config, pointers, flags, hot=config == "merge", unit=unit)
 
 
 def _products(dtype: str) -> dict[str, Spec]:
@@ -83,7 +84,7 @@ BENCH = OpBench(
         "recompute": Trial(
             "bf16", _batch_topk, dict(BLOCK_N=(32, 64, 128), BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(3, 4))
         ),
-        "above_cut": Trial("bf16", _batch_topk, dict(BLOCK=(1024, 2048, 4096), num_warps=(4, 8))),
+        "above_cut": Trial("bf16", _batch_topk, dict(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8))),
         "rescan": Trial("bf16", _topk(), dict(BLOCK_D=(32, 64, 128), BLOCK_T=(512, 1024, 2048), num_warps=(4, 8))),
     },
     specs=_specs,
