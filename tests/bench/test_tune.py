@@ -215,7 +215,7 @@ def test_settings_reach_the_kernels_where_torch_would_run(monkeypatch: pytest.Mo
             launched.append(original(op, tensor))
         return original(op, tensor)
 
-    monkeypatch.setattr("temposae.kernels.encode_sparse.triton.launch_options", watched)
+    monkeypatch.setattr("temposae.kernels.encode_sparse.ragged.launch_options", watched)
 
     def timer(call: Any, kernels: set[str]) -> float:
         assert kernels == {"above_cut_kernel"}
