@@ -188,7 +188,7 @@ def largest(candidates: Candidates, k: int, exact: bool, aux: bool = False) -> S
     values, indices = (torch.empty((n, k), dtype=dtype, device=x.device) for dtype in (torch.float32, torch.int32))
     unsure = torch.empty(n, dtype=torch.int8, device=x.device)
     sizes = [triton.next_power_of_2(size) for size in (candidates.tiles, min(k, candidates.tiles) * keep)]
-    options = launch_options("merge", x)
+    options = launch_options("merge", x)  # with the warps for up to 1024 tiles or candidates
     options["num_warps"] = min(16, options["num_warps"] * max(1, max(sizes) // 1024))
     launch_kernel(
         merge_kernel, (n,),

@@ -16,7 +16,7 @@ from .test_encode_sparse import MASKS, WIDE, activations, check, inputs, largest
 
 pytest.importorskip("triton")
 
-SHAPES = (WIDE, Shape(N=18, D=40, F=150, K=6, T=3), Shape(N=2, D=33, F=515, K=9, T=2))
+SHAPES = (WIDE, Shape(N=18, D=40, F=150, K=6, T=3), Shape(N=12, D=33, F=515, K=5, T=2))
 each_shape = pytest.mark.parametrize("small", SHAPES, ids=str)
 
 
