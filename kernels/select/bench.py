@@ -6,6 +6,8 @@ from ..bench_types import Op, OpBench, Spec, Trial
 from ..cost import Cost
 from . import cost, select_batch_topk, select_threshold, select_topk
 
+MODES = ("digits", "count", "fill")
+
 
 def _specs(dtype: str) -> dict[str, Spec]:
     pointers = dict(acts=dtype, values=dtype, indices="i32", threshold="fp32")
@@ -16,9 +18,11 @@ def _specs(dtype: str) -> dict[str, Spec]:
 
     return {
         "topk": spec("topk", "topk"),
-        **{f"batch {name}": spec("batch", MODE=mode, SHIFT=0) for mode, name in enumerate(("digits", "count", "fill"))},
-        "threshold count": spec("count", PER_LATENT=True),
-        "threshold fill": spec("fill", PER_LATENT=True),
+        **{f"batch {name}": spec("threshold", PER_LATENT=False, MODE=mode, SHIFT=0) for mode, name in enumerate(MODES)},
+        **{
+            f"threshold {name}": spec("threshold", PER_LATENT=True, MODE=MODES.index(name), SHIFT=0)
+            for name in MODES[1:]
+        },
     }
 
 

@@ -184,78 +184,29 @@ def topk_kernel(
 
 
 @triton.jit
-def batch_kernel(
-    acts_ptr, cut_ptr, above_ptr, equal_ptr, values_ptr, indices_ptr,
-    F, stride_n, stride_f,
-    MODE: tl.constexpr, SHIFT: tl.constexpr, BLOCK_F: tl.constexpr,
+def threshold_kernel(
+    acts_ptr, threshold_ptr, cut_ptr, above_ptr, equal_ptr, values_ptr, indices_ptr,
+    threshold, F, stride_n, stride_f,
+    PER_LATENT: tl.constexpr, MODE: tl.constexpr, SHIFT: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Apply `tally` to the positive activations of a token. One program per token."""
+    """Apply `tally` to a token's activations above their thresholds. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     acts_ptr += token * stride_n
-    bits: tl.constexpr = acts_ptr.dtype.element_ty.primitive_bitwidth
     cut = tl.load(cut_ptr).to(tl.uint32)
     first, second, end = begin_tally(above_ptr, equal_ptr, token, MODE)
     for start in range(0, F, BLOCK_F):
-        # [BLOCK_F] latents, their values and keys, and which are positive or NaN
+        # [BLOCK_F] latents, their values, and which are above their thresholds or NaN
         latents = start + tl.arange(0, BLOCK_F)
         value = tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=latents < F, other=0.0)
-        key = sortable_key(value)
-        positive = key > (1 << (bits - 1))  # the key of zero
-        first, second = tally(
-            key, positive, value, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT
-        )
-    end_tally(first, second, above_ptr, equal_ptr, token, 0, MODE)
-
-
-@triton.jit
-def above(acts_ptr, threshold_ptr, threshold, latents, F, stride_f, PER_LATENT: tl.constexpr):
-    """Return activations [BLOCK_F] of these latents, and which are above their threshold or NaN."""
-    value = tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=latents < F, other=0.0)
-    if PER_LATENT:
-        limit = tl.load(threshold_ptr + latents, mask=latents < F, other=0.0).to(tl.float32)
-    else:
         limit = threshold
-    at_or_below = value.to(tl.float32) <= limit
-    return value, (latents < F) & (at_or_below == 0)
-
-
-@triton.jit
-def count_kernel(
-    acts_ptr, threshold_ptr, counts_ptr,
-    threshold, F, stride_n, stride_f,
-    PER_LATENT: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Count a token's activations above their thresholds. One program per token."""
-    token = tl.program_id(0).to(tl.int64)
-    acts_ptr += token * stride_n
-    # [BLOCK_F] partial counts
-    count = tl.zeros((BLOCK_F,), dtype=tl.int32)
-    for start in range(0, F, BLOCK_F):
-        _, is_active = above(acts_ptr, threshold_ptr, threshold, start + tl.arange(0, BLOCK_F), F, stride_f, PER_LATENT)
-        count += is_active.to(tl.int32)
-    tl.store(counts_ptr + token, tl.sum(count, 0).to(tl.int64))
-
-
-@triton.jit
-def fill_kernel(
-    acts_ptr, threshold_ptr, offsets_ptr, values_ptr, indices_ptr,
-    threshold, F, capacity, stride_n, stride_f,
-    PER_LATENT: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Write a token's activations above their thresholds, up to the capacity. One program per token."""
-    token = tl.program_id(0).to(tl.int64)
-    acts_ptr += token * stride_n
-    slot = tl.load(offsets_ptr + token)
-    for start in range(0, F, BLOCK_F):
-        # [BLOCK_F] latents, their values, which to keep, and their slots in the code
-        latents = start + tl.arange(0, BLOCK_F)
-        value, is_active = above(acts_ptr, threshold_ptr, threshold, latents, F, stride_f, PER_LATENT)
-        ones = is_active.to(tl.int32)
-        slots = slot + tl.cumsum(ones, 0) - 1
-        keep = is_active & (slots < capacity)
-        tl.store(values_ptr + slots, value, mask=keep)
-        tl.store(indices_ptr + slots, latents, mask=keep)
-        slot += tl.sum(ones, 0)
+        if PER_LATENT:
+            limit = tl.load(threshold_ptr + latents, mask=latents < F, other=0.0).to(tl.float32)
+        at_or_below = value.to(tl.float32) <= limit
+        first, second = tally(
+            sortable_key(value), (latents < F) & (at_or_below == 0), value, latents, cut, first, second, end,
+            values_ptr, indices_ptr, MODE, SHIFT,
+        )  # fmt: skip
+    end_tally(first, second, above_ptr, equal_ptr, token, 0, MODE)
 
 
 def select_topk(acts: Tensor, k: int) -> SparseCode:
@@ -302,32 +253,33 @@ def take_above(
     return values, indices, offsets, n_entries
 
 
-def select_batch_topk(acts: Tensor, total: int) -> SparseCode:
+def passes_above(acts: Tensor, threshold: float | Tensor) -> Callable[..., None]:
+    """Return `run` of `find_cut` and `take_above` over activations above a threshold, or above one for each latent."""
     (n, f), options = acts.shape, launch_options("threshold", acts)
+    per_latent = isinstance(threshold, Tensor)
+    limits, limit = (threshold.contiguous(), 0.0) if per_latent else (acts, float(threshold))
 
     def run(*tensors: Tensor, MODE: int, SHIFT: int = 0) -> None:
-        launch_kernel(batch_kernel, (n,), acts, *tensors, f, *acts.stride(), MODE=MODE, SHIFT=SHIFT, **options)
+        launch_kernel(
+            threshold_kernel, (n,),
+            acts, limits, *tensors, limit, f, *acts.stride(),
+            PER_LATENT=per_latent, MODE=MODE, SHIFT=SHIFT, **options,
+        )  # fmt: skip
 
+    return run
+
+
+def select_batch_topk(acts: Tensor, total: int) -> SparseCode:
+    run = passes_above(acts, 0.0)
     cut, remaining = find_cut(run, total, 8 * acts.element_size(), 1, acts.device)
-    values, indices, offsets, _ = take_above(run, cut, remaining, n, total, acts.dtype)
-    return SparseCode(values, indices, f, offsets)
+    values, indices, offsets, _ = take_above(run, cut, remaining, len(acts), total, acts.dtype)
+    return SparseCode(values, indices, acts.shape[1], offsets)
 
 
 def select_threshold(acts: Tensor, threshold: float | Tensor, capacity: int | None) -> SparseCode:
-    n, f = acts.shape
-    options = launch_options("threshold", acts)
-    per_latent = isinstance(threshold, Tensor)
-    limits, limit = (threshold.contiguous(), 0.0) if per_latent else (acts, float(threshold))
-    counts = torch.empty(n, dtype=torch.int64, device=acts.device)
-    launch_kernel(count_kernel, (n,), acts, limits, counts, limit, f, *acts.stride(), PER_LATENT=per_latent, **options)
-    running = torch.cat([counts.new_zeros(1), counts]).cumsum(0)
-    size = int(running[-1]) if capacity is None else capacity
-    values = torch.zeros(size, dtype=acts.dtype, device=acts.device)
-    indices = torch.zeros(size, dtype=torch.int32, device=acts.device)
-    launch_kernel(
-        fill_kernel, (n,),
-        acts, limits, running, values, indices, limit, f, size, *acts.stride(), PER_LATENT=per_latent, **options,
-    )  # fmt: skip
-    if capacity is None:
-        return SparseCode(values, indices, f, running)
-    return SparseCode(values, indices, f, running.clamp(max=capacity), running[-1] > capacity)
+    zeros = torch.zeros(1, dtype=torch.int64, device=acts.device)  # the keys of all activations are positive
+    values, indices, offsets, n_entries = take_above(
+        passes_above(acts, threshold), zeros, zeros, len(acts), capacity, acts.dtype
+    )
+    overflow = None if capacity is None else n_entries > capacity
+    return SparseCode(values, indices, acts.shape[1], offsets, overflow)
