@@ -63,8 +63,8 @@ def _measure(spec: Spec, arch: int) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    op, function = spec.kernel.split(".")
-    kernel = getattr(import_module(f"..kernels.{op}.triton", __package__), function)
+    op, *file, function = spec.kernel.split(".")
+    kernel = getattr(import_module(f"..kernels.{op}.{file[0] if file else 'triton'}", __package__), function)
     if not isinstance(kernel, triton.JITFunction):
         raise UserError("TRITON_INTERPRET is set, so there are no kernels to compile; unset it")
     config = config_row(arch)[spec.config]

@@ -21,12 +21,23 @@ def _candidates(dtype: str, keep: int, aux_keep: int = 0, *, threshold: bool = F
     return spec._replace(pointers=spec.pointers | pointers | dict.fromkeys(("x_scale", "w_scale", "threshold"), "fp32"))
 
 
-def _second_pass(dtype: str, config: str, **flags: int) -> Spec:
-    pointers = dict(x=dtype, w=dtype, b="fp32", mask="i32", pos="i64", aux_latents="u8", threshold="fp32")
-    pointers |= dict(candidates="i32", values="fp32", indices="i32", unsure="i8")
-    pointers |= dict.fromkeys(("cut", "least", "above", "equal"), "i64")
-    flags |= dict(MASK=1, KEEP=4, BLOCK_F=TILE)
-    return Spec(f"encode_sparse.{config}_kernel", config, pointers, flags, hot=False, unit=("stride_wd",))
+def _second_pass(kernel: str, pointers: dict[str, str], **flags: int) -> Spec:
+    config = kernel.partition(".")[2]
+    pointers |= dict(candidates="i32", values="fp32", indices="i32", unsure="i8", cut="i64", above="i64", equal="i64")
+    pointers |= dict.fromkeys(("starts", "least", "block_tiles", "block_ends", "offsets"), "i64")
+    pointers |= dict.fromkeys(("tiles", "tokens", "packed"), "i32")
+    flags |= dict(KEEP=4) if config == "unsure" else dict(KEEP=4, BLOCK_F=TILE)
+    unit = ("stride_wd",) if "w" in pointers else ()
+    return Spec(f"encode_sparse.{kernel}_kernel", config, pointers, flags, hot=config == "merge", unit=unit)
+
+
+def _products(dtype: str) -> dict[str, Spec]:
+    pointers = dict(x=dtype, w=dtype, b="fp32", mask="i32", pos="i64", aux_latents="u8", threshold="fp32", rows="i64")
+    return {
+        "rescan": _second_pass("merge.rescan", pointers, MASK=1, HAS_AUX_LATENTS=False, BLOCK_K=64),
+        "recompute": _second_pass("ragged.recompute", pointers, MASK=1, HAS_THRESHOLD=False, EVEN_D=True),
+        "recompute, thresholds": _second_pass("ragged.recompute", pointers, MASK=2, HAS_THRESHOLD=True, EVEN_D=False),
+    }
 
 
 def _specs(dtype: str) -> dict[str, Spec]:
@@ -39,11 +50,7 @@ def _specs(dtype: str) -> dict[str, Spec]:
         "candidates, Gaussians": _candidates(dtype, 4, mask=3),
         "candidates, two codes": _candidates(dtype, 4, 4),
         "candidates, unaligned": _candidates(dtype, 4, 4, mask=2, ragged=True),
-        "rescan": _second_pass(dtype, "rescan", HAS_AUX_LATENTS=False, BLOCK_K=64),
-    } | {
-        f"above_cut, {name}": _second_pass(dtype, "above_cut", HAS_THRESHOLD=False, MODE=mode, SHIFT=8, RESCAN=True)
-        for mode, name in enumerate(("digits", "count", "fill"))
-    }
+    } | _products(dtype)
 
 
 @cache  # so that equal calls are the same object
@@ -55,6 +62,7 @@ def _topk(**settings: bool) -> CallOf:
     return call_of
 
 
+_batch_topk = _topk(across_batch=True)
 _threshold = lambda i: partial(
     encode_threshold, i.x, i.W_enc, i.b_enc, i.threshold.expand(len(i.W_dec)), center=i.b_dec, expected=i.k
 )
@@ -64,25 +72,28 @@ BENCH = OpBench(
     "encode",
     ops={
         "encode_topk": Op("forward", _topk(), [_cost], _cost),
-        "encode_batch_topk": Op("forward", _topk(across_batch=True), [_cost], _cost),
+        "encode_batch_topk": Op("forward", _batch_topk, [_cost], _cost),
         "encode_threshold": Op("forward", _threshold, [_cost], _cost),
     },
     trials={
         "encode_topk": Trial("bf16", _topk(), TILES),
         "encode_topk_small": Trial("fp32", _topk(), SMALL_TILES),
         "encode_fp8": Trial("bf16", _topk(fp8=True), {**TILES, "BLOCK_D": (64, 128)}),
-        "merge": Trial("bf16", _topk(), dict(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8))),
-        "above_cut": Trial(
-            "bf16", _topk(across_batch=True), dict(BLOCK_D=(32, 64, 128), BLOCK=(1024, 2048, 4096), num_warps=(4, 8))
+        "merge": Trial("bf16", _topk(), dict(num_warps=(1, 2, 4))),
+        "unsure": Trial("bf16", _batch_topk, dict(BLOCK_T=(512, 1024, 2048), num_warps=(2, 4, 8))),
+        "recompute": Trial(
+            "bf16", _batch_topk, dict(BLOCK_N=(32, 64, 128), BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(3, 4))
         ),
+        "above_cut": Trial("bf16", _batch_topk, dict(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8))),
         "rescan": Trial("bf16", _topk(), dict(BLOCK_D=(32, 64, 128), BLOCK_T=(512, 1024, 2048), num_warps=(4, 8))),
     },
     specs=_specs,
     fixed_specs={
         "candidates fp8": _candidates("fp8e4nv", 4)._replace(since=FP8_SINCE),
-        "merge": Spec(
-            "encode_sparse.merge_kernel", "merge", dict(candidates="i32", values="fp32", indices="i32", unsure="i8"),
-            dict(KEEP=4, BLOCK_F=128),
-        ),
+        "merge": _second_pass("merge.merge", {}, ALL=False, BLOCK_T=512, BLOCK=256),
+        "unsure": _second_pass("ragged.unsure", {}, FILL=True),
+    } | {
+        f"above_cut, {name}": _second_pass("ragged.above_cut", dict(rows="i32"), MODE=mode, SHIFT=8, HAS_ROWS=True)
+        for mode, name in enumerate(("digits", "count", "fill"))
     },
 )  # fmt: skip
