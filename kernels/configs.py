@@ -33,11 +33,11 @@ FP8_SINCE = 89  # the first sm with e4m3 products
 
 CONFIGS: dict[int, dict[str, dict[str, int]]] = {}
 CONFIGS[80] = {
-    "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=32, GROUP_N=8, num_warps=8, num_stages=3),
-    "encode_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, num_warps=8, num_stages=3),
-    "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=32, GROUP_N=8, num_warps=8, num_stages=3),
-    "encode_topk_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, num_warps=8, num_stages=3),
-    "encode_fp8": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, num_warps=8, num_stages=3),
+    "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=32, GROUP_N=8, TMA=0, num_warps=8, num_stages=3, maxnreg=255),
+    "encode_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, TMA=0, num_warps=8, num_stages=3),
+    "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=32, GROUP_N=8, TMA=0, num_warps=8, num_stages=3, maxnreg=255),
+    "encode_topk_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, TMA=0, num_warps=8, num_stages=3),
+    "encode_fp8": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, TMA=0, num_warps=8, num_stages=3, maxnreg=255),
     "merge": dict(BLOCK=2048, num_warps=4),
     "above_cut": dict(BLOCK_D=64, BLOCK_T=1024, BLOCK=2048, num_warps=4),
     "rescan": dict(BLOCK_D=64, BLOCK_T=1024, num_warps=4),
@@ -58,8 +58,8 @@ CONFIGS[80] = {
     "position_sum": dict(BLOCK_N=1024, num_warps=4),
 }
 CONFIGS[90] = CONFIGS[80] | {
-    "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, num_warps=8, num_stages=3),
-    "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, num_warps=8, num_stages=3),
-    "encode_fp8": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=128, GROUP_N=8, num_warps=8, num_stages=3),
+    "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=128),
+    "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=128),
+    "encode_fp8": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=128, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=128),
 }
 CONFIGS[100] = CONFIGS[90] | {}
