@@ -6,7 +6,7 @@ from typing import Any
 from ..bench_types import Grid, Op, OpBench, Spec, Trial
 from . import cost, encode
 
-TILES: Grid = dict(BLOCK_N=(64, 128), BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(3, 4))
+TILES: Grid = dict(BLOCK_D=(32, 64), GROUP_N=(8, 16), num_warps=(4, 8), num_stages=(3, 4), maxnreg=(128, 255))
 SMALL_TILES: Grid = dict(BLOCK_N=(64, 128), BLOCK_D=(16, 32), num_warps=(4, 8))
 
 

@@ -45,16 +45,14 @@ def is_empty(used_ptr, pos_ptr, tokens, tile_f, N, F, BLOCK_F: tl.constexpr):
 
 
 @triton.jit
-def preactivations(
-    x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, x_scale_ptr, w_scale_ptr,
+def product(
+    x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr,
     N, D, F, stride_x, stride_wd, stride_wf,
-    MASK: tl.constexpr, SCALED: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
+    MASK: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
-    """Return x @ W_enc + b of this program's tile in float32, its tokens [BLOCK_N], its latents [BLOCK_F], and the
-    index of its latent tile. TMA: x_ptr and w_ptr are descriptors of x and of W_enc [F, D]. SCALED: x and W_enc have a
-    scale per token and per latent. Tiles that a hard mask empties skip the product."""
-    # tokens [BLOCK_N] and latents [BLOCK_F] of this tile
+    """Return b + x @ W_enc of this program's tile in float32, its tokens [BLOCK_N], and the index of its latent tile.
+    TMA: x_ptr and w_ptr are descriptors of x and W_enc as [F, D]. Tiles that a hard mask empties skip the product."""
     tile_n, tile_f = tile_of(tl.program_id(0), N, F, BLOCK_N, BLOCK_F, GROUP_N)
     tokens = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -69,8 +67,10 @@ def preactivations(
         cols_in = (cols % F).to(tl.int64)
         x_ptrs = x_ptr + tokens_in[:, None] * stride_x + depth[None, :]
         w_ptrs = w_ptr + depth[:, None].to(tl.int64) * stride_wd + cols_in[None, :] * stride_wf
-    # [BLOCK_N, BLOCK_F] x @ W_enc, over D in steps of BLOCK_D
+    # [BLOCK_N, BLOCK_F] b + x @ W_enc, over D in steps of BLOCK_D. Starting with b saves registers after the loop.
     acc = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + cols, mask=cols < F, other=0.0)[None, :]
     for start in range(0, length, BLOCK_D):
         if TMA:
             x = x_ptr.load([tile_n * BLOCK_N, start])
@@ -85,36 +85,40 @@ def preactivations(
         if not TMA:
             x_ptrs += BLOCK_D
             w_ptrs += BLOCK_D * stride_wd
-    if SCALED:  # scales [BLOCK_N] of tokens and [BLOCK_F] of latents
-        x_scale = tl.load(x_scale_ptr + tokens, mask=tokens < N, other=0.0)
-        acc *= x_scale[:, None] * tl.load(w_scale_ptr + cols, mask=cols < F, other=0.0)[None, :]
-    # [BLOCK_N, BLOCK_F] pre-activations of this tile
-    bias = tl.load(b_ptr + cols, mask=cols < F, other=0.0)
-    return acc + bias[None, :], tokens, cols, tile_f
+    return acc, tokens, tile_f
 
 
 @triton.jit
-def masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Return acts * mask[pos] of a tile [BLOCK_N, BLOCK_F]."""
+def halves(tile):
+    """Return the two halves [BLOCK_N, BLOCK_F / 2] of a tile's columns. What follows the product then needs half of the
+    registers at a time."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def masked(
+    acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F,
+    MASK: tl.constexpr, BLOCK_F: tl.constexpr, FIRST: tl.constexpr = 0,
+):  # fmt: skip
+    """Return acts * mask[pos] of columns of a tile, from its column FIRST."""
     if MASK != NO_MASK:
         # [BLOCK_N] positions of the tile's tokens
         positions = tl.load(pos_ptr + tokens, mask=tokens < N, other=0).to(tl.int64)
         if MASK == BITS:
-            WORDS: tl.constexpr = BLOCK_F // 32
             words_per_position = tl.cdiv(F, 32)
-            columns = tl.arange(0, BLOCK_F)
-            for nth in tl.static_range(WORDS):
-                # [BLOCK_N] bits of 32 latents, and [BLOCK_N, BLOCK_F] those of them that are off
-                word = tile_f * WORDS + nth
+            columns = FIRST + tl.arange(0, acts.shape[1])
+            for nth in tl.static_range(FIRST // 32, (FIRST + acts.shape[1] + 31) // 32):
+                # [BLOCK_N] bits of 32 latents, and [BLOCK_N, columns] those of them that are off
+                word = tile_f * (BLOCK_F // 32) + nth
                 word_ptrs = mask_ptr + positions * words_per_position + word
                 bits = tl.load(word_ptrs, mask=(tokens < N) & (word < words_per_position), other=0)
                 is_off = (bits[:, None] & (1 << columns % 32)[None, :]) == 0
                 acts = tl.where(is_off & (columns // 32 == nth)[None, :], acts * 0.0, acts)
         elif MASK == TABLE:
-            # [BLOCK_N, BLOCK_F] mask weights
+            # [BLOCK_N, columns] mask weights
             mask_ptrs = mask_ptr + positions[:, None] * F + cols[None, :]
             acts *= tl.load(mask_ptrs, mask=(tokens < N)[:, None] & (cols < F)[None, :], other=0).to(tl.float32)
-        else:  # GAUSSIAN: [BLOCK_N, BLOCK_F] distances of positions from centres
+        else:  # GAUSSIAN: [BLOCK_N, columns] distances of positions from centres
             centre = tl.load(mask_ptr + cols, mask=cols < F, other=0.0)
             distance = positions.to(tl.float32)[:, None] - centre[None, :]
             acts *= tl.exp(-sharpness * distance * distance)
@@ -129,11 +133,11 @@ def encode_kernel(
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
     """One program per [BLOCK_N, BLOCK_F] tile of acts."""
-    # [BLOCK_N, BLOCK_F] pre-activations, then activations of this tile
-    acts, tokens, cols, tile_f = preactivations(
-        x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, b_ptr, b_ptr, N, D, F, stride_x, stride_wd, stride_wf,
-        MASK, False, EVEN_D, TMA, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
+    acts, tokens, tile_f = product(
+        x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, N, D, F, stride_x, stride_wd, stride_wf,
+        MASK, True, EVEN_D, TMA, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
     )  # fmt: skip
+    cols = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
     if RELU:
         acts = tl.where(acts < 0, 0.0, acts)  # unlike maximum, lets NaN through
     acts = masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK, BLOCK_F)
@@ -210,8 +214,8 @@ class Operands(NamedTuple):
 
 
 def may_use_tma(rows: Tensor) -> bool:
-    """Return whether a descriptor of `rows` is possible. The hardware only needs aligned rows, but drivers for Blackwell
-    have had errors with small tensors that are not dense."""
+    """Return whether tiles of `rows` can be loaded through a descriptor. Rows with gaps would do for the hardware, but
+    drivers for Blackwell have had errors with small tensors that are not dense."""
     is_aligned = rows.data_ptr() % 16 == 0 and rows.shape[1] * rows.element_size() % 16 == 0
     return TensorDescriptor is not None and rows.is_contiguous() and is_aligned and rows.numel() > 0
 

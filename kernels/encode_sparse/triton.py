@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backend import launch_kernel, launch_options
 from ..code import SparseCode
-from ..encode.triton import Operands, encode, masked, operands, preactivations
+from ..encode.triton import Operands, encode, halves, masked, operands, product
 from ..encoder_inputs import EncoderInputs
 from ..fp8 import Fp8Rows
 from ..masks import Mask
@@ -36,18 +36,18 @@ from ..select.triton import (
 from ..selection import Selection, candidates_per_tile, select_above, select_both
 
 
-# A candidate has 17 of an activation's 24 significant bits. The others are cut off, after the mean of what they are worth
-# is added. Activations of 17 bits, such as small whole numbers, stay exact.
-MEAN_REST = tl.constexpr(1 + 46 * 2**-23)
+# A candidate has 17 of the 24 significant bits of an activation. The others are cut off, after their mean is added.
+# Activations of 17 bits, such as small whole numbers, stay exact.
+MEAN_CUT = tl.constexpr(1 + 46 * 2**-23)
 
 
 @triton.jit
-def rank_keys(acts, cols, F, BLOCK_F: tl.constexpr, EVEN_F: tl.constexpr):
+def rank_keys(acts, cols, F, BLOCK_F: tl.constexpr, EVEN_F: tl.constexpr, FIRST: tl.constexpr = 0):
     """Return int32 [BLOCK_N, BLOCK_F], different within a row, that order a tile's activations like candidates. NaN,
     which is positive on a GPU, comes first. With EVEN_F, activations below zero have negative keys in any order.
     Otherwise their keys have value zero, and only those of columns past the end are negative."""
-    bits = (acts * MEAN_REST).to(tl.int32, bitcast=True)
-    column = (BLOCK_F - 1 - tl.arange(0, BLOCK_F))[None, :]
+    bits = (acts * MEAN_CUT).to(tl.int32, bitcast=True)
+    column = (BLOCK_F - 1 - FIRST - tl.arange(0, acts.shape[1]))[None, :]
     if EVEN_F:
         return (bits & VALUE_BITS) | column
     return tl.where((cols < F)[None, :], (tl.maximum(bits, 0) & VALUE_BITS) | column, ~column)
@@ -94,6 +94,24 @@ def above_threshold(acts, threshold_ptr, cols, F):
 
 
 @triton.jit
+def keys_of(
+    acts, tokens, tile_f, b_ptr, x_scale_ptr, w_scale_ptr, mask_ptr, sharpness, pos_ptr, threshold_ptr, N, F,
+    MASK: tl.constexpr, SCALED: tl.constexpr, HAS_THRESHOLD: tl.constexpr, EVEN_F: tl.constexpr,
+    BLOCK_F: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """Return the keys of columns of a tile, from its column FIRST, given their product."""
+    cols = tile_f * BLOCK_F + FIRST + tl.arange(0, acts.shape[1])
+    if SCALED:  # x and W_enc have a scale per token and per latent
+        x_scale = tl.load(x_scale_ptr + tokens, mask=tokens < N, other=0.0)
+        acts *= x_scale[:, None] * tl.load(w_scale_ptr + cols, mask=cols < F, other=0.0)[None, :]
+        acts += tl.load(b_ptr + cols, mask=cols < F, other=0.0)[None, :]
+    acts = masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK, BLOCK_F, FIRST)
+    if HAS_THRESHOLD:
+        acts = above_threshold(acts, threshold_ptr, cols, F)
+    return rank_keys(acts, cols, F, BLOCK_F, EVEN_F, FIRST)
+
+
+@triton.jit
 def candidates_kernel(
     candidates_ptr, aux_candidates_ptr, x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, used_ptr, x_scale_ptr, w_scale_ptr,
     threshold_ptr, aux_latents_ptr,
@@ -103,21 +121,29 @@ def candidates_kernel(
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
     """Candidates [S N, TILES, KEEP] and, for AuxK, [S N, TILES, AUX_KEEP]. One program per [BLOCK_N, BLOCK_F] tile."""
-    # [BLOCK_N, BLOCK_F] pre-activations, then activations of this tile; candidates rectify
-    acts, tokens, cols, tile_f = preactivations(
-        x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, x_scale_ptr, w_scale_ptr, N, D, F, stride_x, stride_wd, stride_wf,
-        MASK, SCALED, EVEN_D, TMA, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
+    acts, tokens, tile_f = product(
+        x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, N, D, F, stride_x, stride_wd, stride_wf,
+        MASK, not SCALED, EVEN_D, TMA, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
     )  # fmt: skip
-    acts = masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK, BLOCK_F)
-    if HAS_THRESHOLD:
-        acts = above_threshold(acts, threshold_ptr, cols, F)
-    # [BLOCK_N, BLOCK_F] keys of candidates, and [BLOCK_N] index of each token's slot for this tile
-    keys = rank_keys(acts, cols, F, BLOCK_F, EVEN_F)
+    # 2 x [BLOCK_N, BLOCK_F / 2] keys, then [BLOCK_N, BLOCK_F] with columns of the halves in turn
+    left, right = halves(acts)
+    left = keys_of(
+        left, tokens, tile_f, b_ptr, x_scale_ptr, w_scale_ptr, mask_ptr, sharpness, pos_ptr, threshold_ptr, N, F,
+        MASK, SCALED, HAS_THRESHOLD, EVEN_F, BLOCK_F, 0,
+    )  # fmt: skip
+    right = keys_of(
+        right, tokens, tile_f, b_ptr, x_scale_ptr, w_scale_ptr, mask_ptr, sharpness, pos_ptr, threshold_ptr, N, F,
+        MASK, SCALED, HAS_THRESHOLD, EVEN_F, BLOCK_F, BLOCK_F // 2,
+    )  # fmt: skip
+    keys = tl.reshape(tl.join(left, right), (BLOCK_N, BLOCK_F))
+    # [BLOCK_N] index of each token's slot for this tile
     first = (tokens.to(tl.int64) + tile_f // TILES * N) * TILES + tile_f % TILES
     store_largest(keys, candidates_ptr + first * KEEP, tokens < N, KEEP, EVEN_F)
     if AUX_KEEP > 0:
         if HAS_AUX_LATENTS:
-            keys = only_aux(keys, aux_latents_ptr, cols, F)
+            columns = tl.arange(0, BLOCK_F)
+            columns = columns // 2 + columns % 2 * (BLOCK_F // 2)
+            keys = only_aux(keys, aux_latents_ptr, tile_f * BLOCK_F + columns, F)
         store_largest(keys, aux_candidates_ptr + first * AUX_KEEP, tokens < N, AUX_KEEP, EVEN_F)
 
 
