@@ -22,7 +22,6 @@ from ..select.triton import (
     COUNT,
     DIGITS,
     FILL,
-    LEAST_POSITIVE,
     VALUE_BITS,
     kth_largest,
     latents_of,
@@ -34,7 +33,6 @@ from ..select.triton import (
     tally,
 )
 from ..selection import Selection, candidates_per_tile, select_above, select_both
-
 
 # A candidate has 17 of the 24 significant bits of an activation. The others are cut off, after their mean is added.
 # Activations of 17 bits, such as small whole numbers, stay exact.
