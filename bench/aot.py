@@ -75,8 +75,8 @@ def _measure(spec: Spec, arch: int) -> dict[str, int]:
             signature[name] = "constexpr"
             continue
         pointer = name.endswith("_ptr")
-        signature[name] = f"*{spec.pointers[name[:-4]]}" if pointer else "fp32" if name in FLOATS else "i32"
-        if spec.aligned and signature[name] != "fp32":
+        signature[name] = _pointer(spec.pointers[name[:-4]], config) if pointer else "fp32" if name in FLOATS else "i32"
+        if spec.aligned and signature[name] != "fp32" and "<" not in signature[name]:
             attributes[(position,)] = [["tt.divisibility", 16]]
     options = {k: v for k, v in config.items() if not k.isupper()} | {"enable_fp_fusion": True}
     compiled = triton.compile(
@@ -89,6 +89,14 @@ def _measure(spec: Spec, arch: int) -> dict[str, int]:
         "shared_bytes": compiled.metadata.shared,
         "tensor_core_instructions": len(re.findall(TENSOR_CORE.get(arch, TENSOR_CORE[80]), assembly)),
     }
+
+
+def _pointer(dtype: str, config: dict[str, int]) -> str:
+    """The type of a pointer. "bf16[BLOCK_N, BLOCK_D]" is a descriptor of such blocks if the entry says TMA."""
+    if "[" in dtype and config.get("TMA"):
+        sized = re.sub("[A-Z_]{2,}", lambda size: str(config[size[0]]), dtype)
+        return f"tensordesc<{sized}>"
+    return "*" + dtype.partition("[")[0]
 
 
 def _disassemble(cubin: bytes) -> tuple[dict[str, str], str]:

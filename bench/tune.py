@@ -126,10 +126,15 @@ def tune(
 
 
 def settings(entry: str, current: Setting) -> list[Setting]:
-    """The current setting and then all others of the entry's grid."""
+    """The current setting and then all others of the entry's grid, unless a product's tile needs all registers."""
     grid = TRIALS[entry].grid
     combinations = [current | dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    return [current, *(setting for setting in combinations if setting != current)]
+    return [current, *(setting for setting in combinations if setting != current and _tile_fits(setting))]
+
+
+def _tile_fits(setting: Setting) -> bool:
+    limit = setting.get("maxnreg")
+    return limit is None or setting["BLOCK_N"] * setting["BLOCK_F"] < 32 * setting["num_warps"] * limit
 
 
 def tuned_row(arch: int, choices: Iterable[Choice]) -> dict[str, Setting]:

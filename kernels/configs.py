@@ -6,8 +6,9 @@ sm_80's, sm_120 uses sm_100's). Those have 99 KB of shared memory per block, so 
 reports registers, spills and shared memory.
 
 Entries named *_small are for float32 and, for encode, also for a D that is not a multiple of BLOCK_D. Loads are then
-element by element, and larger tiles would spill registers. reconstruct keeps up to BLOCK_K rows of a token in
-registers, while reconstruct_loop reads them BLOCK_K at a time.
+element by element, and larger tiles would spill registers. With TMA=1, tiles of dense, aligned tensors are
+loaded through descriptors. maxnreg limits the registers of a thread: at 128, two blocks of 8 warps share an SM.
+reconstruct keeps up to BLOCK_K rows of a token in registers, while reconstruct_loop reads them BLOCK_K at a time.
 """
 
 from collections.abc import Mapping
@@ -33,11 +34,11 @@ FP8_SINCE = 89  # the first sm with e4m3 products
 
 CONFIGS: dict[int, dict[str, dict[str, int]]] = {}
 CONFIGS[80] = {
-    "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=32, GROUP_N=8, num_warps=8, num_stages=3),
-    "encode_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, num_warps=8, num_stages=3),
-    "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=32, GROUP_N=8, num_warps=8, num_stages=3),
-    "encode_topk_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, num_warps=8, num_stages=3),
-    "encode_fp8": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, num_warps=8, num_stages=3),
+    "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=32, GROUP_N=8, TMA=0, num_warps=8, num_stages=3, maxnreg=255),
+    "encode_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, TMA=0, num_warps=8, num_stages=3),
+    "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=32, GROUP_N=8, TMA=0, num_warps=8, num_stages=3, maxnreg=255),
+    "encode_topk_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, TMA=0, num_warps=8, num_stages=3),
+    "encode_fp8": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, TMA=0, num_warps=8, num_stages=3, maxnreg=255),
     "merge": dict(num_warps=1),
     "unsure": dict(BLOCK_T=1024, num_warps=4),
     "recompute": dict(BLOCK_N=64, BLOCK_D=32, num_warps=4, num_stages=4),
@@ -61,8 +62,8 @@ CONFIGS[80] = {
     "position_sum": dict(BLOCK_N=1024, num_warps=4),
 }
 CONFIGS[90] = CONFIGS[80] | {
-    "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, num_warps=8, num_stages=3),
-    "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, num_warps=8, num_stages=3),
-    "encode_fp8": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=128, GROUP_N=8, num_warps=8, num_stages=3),
+    "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=128),
+    "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=128),
+    "encode_fp8": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=128, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=255),
 }
 CONFIGS[100] = CONFIGS[90] | {}

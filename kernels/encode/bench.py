@@ -6,13 +6,14 @@ from typing import Any
 from ..bench_types import Grid, Op, OpBench, Spec, Trial
 from . import cost, encode
 
-TILES: Grid = dict(BLOCK_N=(64, 128), BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(3, 4))
+TILES: Grid = dict(BLOCK_D=(32, 64), GROUP_N=(8, 16), num_warps=(4, 8), num_stages=(3, 4), maxnreg=(128, 255))
 SMALL_TILES: Grid = dict(BLOCK_N=(64, 128), BLOCK_D=(16, 32), num_warps=(4, 8))
 
 
 def product_spec(kernel: str, config: str, dtype: str, *, mask: int = 0, ragged: bool = False, **flags: int) -> Spec:
     """Describe a kernel around x @ W_enc. `mask` is a kind of mask as numbered in triton.py."""
-    pointers = dict(x=dtype, w=dtype, b="fp32", mask="i32" if mask == 1 else "fp32", pos="i64", used="i32", acts=dtype)
+    pointers = dict(x=f"{dtype}[BLOCK_N, BLOCK_D]", w=f"{dtype}[BLOCK_F, BLOCK_D]", b="fp32", acts=dtype)
+    pointers |= dict(mask="i32" if mask == 1 else "fp32", pos="i64", used="i32")
     if dtype == "fp32" or ragged:
         config += "_small"
     flags |= dict(MASK=mask, EVEN_D=not ragged)

@@ -15,6 +15,11 @@ from ..masks import GaussianMask
 # Kinds of masks: none, bits [T, F / 32] with 32 latents per word, weights [T, F], Gaussian centres [F].
 NO_MASK, BITS, TABLE, GAUSSIAN = (tl.constexpr(kind) for kind in range(4))
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4
+    TensorDescriptor = None
+
 
 @triton.jit
 def tile_of(program, N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GROUP_N: tl.constexpr):
@@ -40,69 +45,80 @@ def is_empty(used_ptr, pos_ptr, tokens, tile_f, N, F, BLOCK_F: tl.constexpr):
 
 
 @triton.jit
-def preactivations(
-    x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, x_scale_ptr, w_scale_ptr,
+def product(
+    x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr,
     N, D, F, stride_x, stride_wd, stride_wf,
-    MASK: tl.constexpr, SCALED: tl.constexpr, EVEN_D: tl.constexpr,
+    MASK: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
-    """Return x @ W_enc + b of this program's tile in float32, its tokens [BLOCK_N], its latents [BLOCK_F], and the
-    index of its latent tile. SCALED: x and W_enc have a scale per token and per latent. Tiles that a hard mask empties
-    skip the product."""
-    # tokens [BLOCK_N] and latents [BLOCK_F] of this tile
+    """Return b + x @ W_enc of this program's tile in float32, its tokens [BLOCK_N], and the index of its latent tile.
+    TMA: x_ptr and w_ptr are descriptors of x and W_enc as [F, D]. Tiles that a hard mask empties skip the product."""
     tile_n, tile_f = tile_of(tl.program_id(0), N, F, BLOCK_N, BLOCK_F, GROUP_N)
     tokens = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
     length = D
     if MASK == BITS:
         length = tl.where(is_empty(used_ptr, pos_ptr, tokens, tile_f, N, F, BLOCK_F), 0, D)  # 0: skip the main loop
-    # Pointers to x [BLOCK_N, BLOCK_D] and W_enc [BLOCK_D, BLOCK_F]. Rows and columns past the end wrap around, because
-    # that is cheaper than masking every load of the main loop. They are never stored.
-    depth = tl.arange(0, BLOCK_D)
-    tokens_in = (tokens % N).to(tl.int64)
-    cols_in = (cols % F).to(tl.int64)
-    x_ptrs = x_ptr + tokens_in[:, None] * stride_x + depth[None, :]
-    w_ptrs = w_ptr + depth[:, None].to(tl.int64) * stride_wd + cols_in[None, :] * stride_wf
-    # [BLOCK_N, BLOCK_F] x @ W_enc, over D in steps of BLOCK_D
+    if not TMA:
+        # Pointers to x [BLOCK_N, BLOCK_D] and W_enc [BLOCK_D, BLOCK_F]. Rows and columns past the end wrap around,
+        # because that is cheaper than masking every load of the main loop. They are never stored.
+        depth = tl.arange(0, BLOCK_D)
+        tokens_in = (tokens % N).to(tl.int64)
+        cols_in = (cols % F).to(tl.int64)
+        x_ptrs = x_ptr + tokens_in[:, None] * stride_x + depth[None, :]
+        w_ptrs = w_ptr + depth[:, None].to(tl.int64) * stride_wd + cols_in[None, :] * stride_wf
+    # [BLOCK_N, BLOCK_F] b + x @ W_enc, over D in steps of BLOCK_D. Starting with b saves registers after the loop.
     acc = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + cols, mask=cols < F, other=0.0)[None, :]
     for start in range(0, length, BLOCK_D):
-        if EVEN_D:
+        if TMA:
+            x = x_ptr.load([tile_n * BLOCK_N, start])
+            w = w_ptr.load([tile_f * BLOCK_F, start]).T
+        elif EVEN_D:
             x = tl.load(x_ptrs)
             w = tl.load(w_ptrs)
         else:
             x = tl.load(x_ptrs, mask=depth[None, :] < length - start, other=0.0)
             w = tl.load(w_ptrs, mask=depth[:, None] < length - start, other=0.0)
         acc = tl.dot(x, w, acc, input_precision="ieee")
-        x_ptrs += BLOCK_D
-        w_ptrs += BLOCK_D * stride_wd
-    if SCALED:  # scales [BLOCK_N] of tokens and [BLOCK_F] of latents
-        x_scale = tl.load(x_scale_ptr + tokens, mask=tokens < N, other=0.0)
-        acc *= x_scale[:, None] * tl.load(w_scale_ptr + cols, mask=cols < F, other=0.0)[None, :]
-    # [BLOCK_N, BLOCK_F] pre-activations of this tile
-    bias = tl.load(b_ptr + cols, mask=cols < F, other=0.0)
-    return acc + bias[None, :], tokens, cols, tile_f
+        if not TMA:
+            x_ptrs += BLOCK_D
+            w_ptrs += BLOCK_D * stride_wd
+    return acc, tokens, tile_f
 
 
 @triton.jit
-def masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Return acts * mask[pos] of a tile [BLOCK_N, BLOCK_F]."""
+def halves(tile):
+    """Return the two halves [BLOCK_N, BLOCK_F / 2] of a tile's columns. What follows the product then needs half of the
+    registers at a time."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def masked(
+    acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F,
+    MASK: tl.constexpr, BLOCK_F: tl.constexpr, FIRST: tl.constexpr = 0,
+):  # fmt: skip
+    """Return acts * mask[pos] of columns of a tile, from its column FIRST."""
     if MASK != NO_MASK:
         # [BLOCK_N] positions of the tile's tokens
         positions = tl.load(pos_ptr + tokens, mask=tokens < N, other=0).to(tl.int64)
         if MASK == BITS:
-            # [BLOCK_N, WORDS] words of mask bits, expanded to [BLOCK_N, WORDS, 32] bits
-            WORDS: tl.constexpr = BLOCK_F // 32
             words_per_position = tl.cdiv(F, 32)
-            word = tile_f * WORDS + tl.arange(0, WORDS)
-            word_ptrs = mask_ptr + positions[:, None] * words_per_position + word[None, :]
-            words = tl.load(word_ptrs, mask=(tokens < N)[:, None] & (word < words_per_position)[None, :], other=0)
-            bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-            acts *= tl.reshape(bits, acts.shape).to(tl.float32)
+            columns = FIRST + tl.arange(0, acts.shape[1])
+            for nth in tl.static_range(FIRST // 32, (FIRST + acts.shape[1] + 31) // 32):
+                # [BLOCK_N] bits of 32 latents, and [BLOCK_N, columns] those of them that are off
+                word = tile_f * (BLOCK_F // 32) + nth
+                word_ptrs = mask_ptr + positions * words_per_position + word
+                bits = tl.load(word_ptrs, mask=(tokens < N) & (word < words_per_position), other=0)
+                is_off = (bits[:, None] & (1 << columns % 32)[None, :]) == 0
+                acts = tl.where(is_off & (columns // 32 == nth)[None, :], acts * 0.0, acts)
         elif MASK == TABLE:
-            # [BLOCK_N, BLOCK_F] mask weights
+            # [BLOCK_N, columns] mask weights
             mask_ptrs = mask_ptr + positions[:, None] * F + cols[None, :]
             acts *= tl.load(mask_ptrs, mask=(tokens < N)[:, None] & (cols < F)[None, :], other=0).to(tl.float32)
-        else:  # GAUSSIAN: [BLOCK_N, BLOCK_F] distances of positions from centres
+        else:  # GAUSSIAN: [BLOCK_N, columns] distances of positions from centres
             centre = tl.load(mask_ptr + cols, mask=cols < F, other=0.0)
             distance = positions.to(tl.float32)[:, None] - centre[None, :]
             acts *= tl.exp(-sharpness * distance * distance)
@@ -111,17 +127,17 @@ def masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK:
 
 @triton.jit
 def encode_kernel(
-    x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, used_ptr, acts_ptr,
+    acts_ptr, x_ptr, w_ptr, b_ptr, mask_ptr, pos_ptr, used_ptr,
     N, D, F, sharpness, stride_x, stride_wd, stride_wf,
-    RELU: tl.constexpr, MASK: tl.constexpr, EVEN_D: tl.constexpr,
+    RELU: tl.constexpr, MASK: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
     """One program per [BLOCK_N, BLOCK_F] tile of acts."""
-    # [BLOCK_N, BLOCK_F] pre-activations, then activations of this tile
-    acts, tokens, cols, tile_f = preactivations(
-        x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, x_ptr, w_ptr, N, D, F, stride_x, stride_wd, stride_wf,
-        MASK, False, EVEN_D, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
+    acts, tokens, tile_f = product(
+        x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr, N, D, F, stride_x, stride_wd, stride_wf,
+        MASK, True, EVEN_D, TMA, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N,
     )  # fmt: skip
+    cols = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
     if RELU:
         acts = tl.where(acts < 0, 0.0, acts)  # unlike maximum, lets NaN through
     acts = masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK, BLOCK_F)
@@ -171,6 +187,18 @@ class Operands(NamedTuple):
         return self.x, self.W_enc, self.bias, self.mask, self.pos, self.used
 
     @property
+    def tiled(self) -> tuple[Any, ...]:
+        """`tensors` for kernels over tiles, with descriptors of x and W_enc if they are loaded through TMA."""
+        if not self.options["TMA"]:
+            return self.tensors
+        blocks = ((self.x, "BLOCK_N"), (self.W_enc.T, "BLOCK_F"))
+        descriptors = (
+            TensorDescriptor(rows, rows.shape, [rows.shape[1], 1], [self.options[block], self.options["BLOCK_D"]])
+            for rows, block in blocks
+        )
+        return *descriptors, *self.tensors[2:]
+
+    @property
     def numbers(self) -> tuple[float, ...]:
         (n, d), f = self.x.shape, self.W_enc.shape[1]
         return n, d, f, self.sharpness, self.x.stride(0), *self.W_enc.stride()
@@ -185,15 +213,24 @@ class Operands(NamedTuple):
         return dict(MASK=self.MASK, EVEN_D=self.x.shape[1] % self.options["BLOCK_D"] == 0, **self.options)
 
 
+def may_use_tma(rows: Tensor) -> bool:
+    """Return whether tiles of `rows` can be loaded through a descriptor. Rows with gaps would do for the hardware, but
+    drivers for Blackwell have had errors with small tensors that are not dense."""
+    is_aligned = rows.data_ptr() % 16 == 0 and rows.shape[1] * rows.element_size() % 16 == 0
+    return TensorDescriptor is not None and rows.is_contiguous() and is_aligned and rows.numel() > 0
+
+
 def operands(config: str, inputs: EncoderInputs) -> Operands:
     """Prepare the arguments: unit strides, `center` folded into the bias, a hard mask as bits. Options are those of
     `config`, or of its small tiles where loads are element by element (not for fp8, which is padded)."""
     x, W_enc, b_enc, center, mask, pos = inputs
-    options = launch_options(config, x)
-    if x.dtype == torch.float32 or (x.element_size() > 1 and x.shape[1] % options["BLOCK_D"]):
-        options = launch_options(f"{config}_small", x)
     x = x if x.stride(1) == 1 else x.contiguous()
     W_enc = W_enc if 1 in W_enc.stride() else W_enc.contiguous()
+    options, tma = launch_options(config, x), may_use_tma(x) and may_use_tma(W_enc.T)
+    in_vectors = x.shape[1] % options["BLOCK_D"] == 0 or x.element_size() == 1 or (tma and options["TMA"])
+    if x.dtype == torch.float32 or not in_vectors:
+        options = launch_options(f"{config}_small", x)
+    options["TMA"] = int(tma and options["TMA"])
     bias = b_enc.float().contiguous()
     if center is not None:
         (d, f), bias = W_enc.shape, torch.empty_like(bias)
@@ -237,5 +274,5 @@ def hard(mask: Tensor, tile: int) -> tuple[Tensor, Tensor]:
 def encode(inputs: EncoderInputs, relu: bool = True) -> Tensor:
     launch, x = operands("encode", inputs), inputs.x
     acts = torch.empty((len(x), inputs.W_enc.shape[1]), dtype=x.dtype, device=x.device)
-    launch_kernel(encode_kernel, launch.grid, *launch.tensors, acts, *launch.numbers, RELU=relu, **launch.settings)
+    launch_kernel(encode_kernel, launch.grid, acts, *launch.tiled, *launch.numbers, RELU=relu, **launch.settings)
     return acts

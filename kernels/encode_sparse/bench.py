@@ -15,7 +15,7 @@ def _candidates(dtype: str, keep: int, aux_keep: int = 0, *, threshold: bool = F
     config = "encode_topk" if dtype in ("bf16", "fp32") else "encode_fp8"
     spec = product_spec(
         "encode_sparse.candidates_kernel", config, dtype, SCALED=config == "encode_fp8", HAS_THRESHOLD=threshold,
-        HAS_AUX_LATENTS=aux_keep > 0, KEEP=keep, AUX_KEEP=aux_keep, **variant,
+        HAS_AUX_LATENTS=aux_keep > 0, EVEN_F=not variant.get("ragged", False), KEEP=keep, AUX_KEEP=aux_keep, **variant,
     )  # fmt: skip
     pointers = dict(aux_latents="u8", candidates="i32", aux_candidates="i32")
     return spec._replace(pointers=spec.pointers | pointers | dict.fromkeys(("x_scale", "w_scale", "threshold"), "fp32"))
