@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..bench_types import Call, Inputs, Op, OpBench, Spec, Trial
+from ..bench_types import Call, Inputs, Launch, Op, OpBench, Spec, Step, Trial
 from ..cost import Cost
 from ..weight_grad import cost as weight_grad_cost
-from ..weight_grad.bench import SPLIT, entry_pointers
+from ..weight_grad.bench import SPLIT, entry_blocks, entry_pointers, latent_sums
 from . import Moments, Rates, adam, adam_rows, cost, row_norms
 
 WIDTHS = {"bf16": (768, 2304, 3584, 4096), "fp32": (768, 2304)}  # float32 training at full width is unusual
@@ -39,6 +39,36 @@ def _specs(dtype: str) -> dict[str, Spec]:
                     flags | pieces | dict(BITS=bits),
                 )  # fmt: skip
     return specs
+
+
+def _rows_launches(step: Step, name: str, matrix: float, ones: bool) -> list[Launch]:
+    """Describe a pass over the entries of all latents that moves `matrix` bytes per parameter."""
+    n, d, f, *_ = step
+    blocks, windows = entry_blocks(step, "adam_rows"), step.entries // SPLIT
+    # HIGH and LOW columns are summed one after the other, each from its own offsets, tokens and rows.
+    trips = {"sum_entries.start": 2 * blocks, "sum_latent.index": 0}
+    rows = n * (2 if step.aux_k and name.startswith(("decoder", "norms")) else 1)
+    return [
+        *(latent_sums(step) if ones else []),
+        Launch("update", "windows bf16", windows * step.blocks(d, "windows", "BLOCK_D"), {"sum_entries.start": 0}, waits=1),
+        Launch(
+            "update", f"adam_rows, {name}, D = {d} bf16", f, trips, gathered=2 * step.entries * d,
+            dram=matrix * d * f + 2 * rows * d + 16 * step.entries + 8 * f, waits=4 + 2 * trips["sum_entries.start"],
+        ),
+    ]  # fmt: skip
+
+
+def _launches(step: Step) -> list[Launch]:
+    launches = []
+    if step.clip:  # the decoder's norms need its weights
+        launches += _rows_launches(step, "norms", 0, True) + _rows_launches(step, "norms", 4, False)
+    # read and written: fp32 weights and two moments; written: the shadow
+    launches += _rows_launches(step, "encoder", 26, True) + _rows_launches(step, "decoder", 26, False)
+    vectors = 2 + (step.activation == "jumprelu")
+    return [
+        *launches,
+        Launch("update", "adam", step.blocks(step.f, "adam", "BLOCK"), dram=28 * step.f, launches=vectors),
+    ]
 
 
 def _resting(w: Tensor) -> tuple[Moments, Rates]:
@@ -92,6 +122,7 @@ BENCH = OpBench(
         "adam_matrix": Trial("bf16", _adam_matrix, dict(num_warps=(4, 8, 16))),
     },
     specs=_specs,
+    launches=_launches,
     fixed_specs={
         "adam": Spec("adam.adam_kernel", "adam", _pointers(32, "fp32"), dict(HAS_SHADOW=True, HAS_SKIP=True))
     } | {

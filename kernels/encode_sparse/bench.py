@@ -3,9 +3,10 @@
 from functools import cache, partial
 from typing import Any
 
-from ..bench_types import CallOf, Op, OpBench, Spec, Trial
+from ..bench_types import CallOf, Launch, Op, OpBench, Spec, Step, Trial
 from ..configs import CONFIGS, FP8_SINCE
-from ..encode.bench import SMALL_TILES, TILES, product_spec
+from ..encode.bench import SMALL_TILES, TILES, product, product_spec
+from ..selection import candidates_per_tile
 from . import cost, encode_threshold, encode_topk
 
 TILE = CONFIGS[min(CONFIGS)]["encode_topk"]["BLOCK_F"]
@@ -32,6 +33,7 @@ def _second_pass(dtype: str, config: str, **flags: int) -> Spec:
 def _specs(dtype: str) -> dict[str, Spec]:
     return {
         "candidates": _candidates(dtype, 4),
+        "candidates, 5 of a tile": _candidates(dtype, 5),
         "candidates, 8 of a tile": _candidates(dtype, 8),
         "candidates, thresholds": _candidates(dtype, 4, threshold=True),
         "candidates, hard mask": _candidates(dtype, 4, mask=1),
@@ -44,6 +46,63 @@ def _specs(dtype: str) -> dict[str, Spec]:
         f"above_cut, {name}": _second_pass(dtype, "above_cut", HAS_THRESHOLD=False, MODE=mode, SHIFT=8, RESCAN=True)
         for mode, name in enumerate(("digits", "count", "fill"))
     }
+
+
+UNSURE = (
+    0.9,
+    43,
+)  # tiles of a token in the mean and at most that may drop an entry of a ragged code: simulated, L0 = K
+RESCANNED = 0.005  # share of tokens with such a tile in a TopK step, by `candidates_per_tile`
+
+
+def _launches(step: Step) -> list[Launch]:
+    n, _, f, k = step[:4]
+    tile, is_batch = step.config["encode_topk"]["BLOCK_F"], step.activation == "batchtopk"
+    keep = candidates_per_tile(f, 2 * k if is_batch else k, tile) or 0
+    aux_keep = candidates_per_tile(f, step.aux_k, tile) or 0 if step.aux_k else 0
+    variant = ", 5 of a tile" if is_batch else ", thresholds" if step.ragged else ", two codes" if aux_keep else ""
+    stored = 4 * n * -(-f // tile)  # bytes of one candidate of each tile
+    selection = _ragged_launches(step, keep) if step.ragged else _merge_launches(step, keep, k, "encode")
+    if aux_keep:
+        selection += _merge_launches(step, aux_keep, step.aux_k, "encode")
+    return [product(step, f"candidates{variant} bf16", "encode_topk", stored * (keep + aux_keep)), *selection]
+
+
+def _merge_launches(step: Step, keep: int, k: int, stage: str) -> list[Launch]:
+    n, d, f, *_ = step
+    tiles = -(-f // TILE)
+    blocks, depth = step.blocks(tiles * keep, "merge", "BLOCK"), step.blocks(d, "rescan", "BLOCK_D")
+    kept = 8 * n * k
+    return [
+        Launch(
+            stage, "merge", n, {"kth_largest.start": 3 * blocks, "merge_kernel.start": blocks},
+            dram=4 * n * tiles * keep + kept, waits=1 + 4 * blocks,
+        ),
+        Launch(
+            stage, "rescan bf16", RESCANNED * n,
+            {"rescan_kernel.first": 1, "rescan_kernel.tile": 1, "rescan_kernel.largest": 1, "dropped_by.start": depth},
+            l2=RESCANNED * n * 2 * d * TILE, waits=6 + depth, longest=6 + depth,
+        ),
+    ]  # fmt: skip
+
+
+def _ragged_launches(step: Step, keep: int) -> list[Launch]:
+    """Describe the passes that find the cut of a batch, count, and fill the code."""
+    n, d, f, *_ = step
+    tiles, depth = -(-f // TILE), step.blocks(d, "above_cut", "BLOCK_D")
+    blocks = step.blocks(tiles * keep, "above_cut", "BLOCK") + step.blocks(tiles, "above_cut", "BLOCK_T")
+
+    def passes(name: str, count: int, unsure: float, most: int) -> Launch:
+        trips = {"above_cut_kernel.start": blocks, "above_cut_kernel.tile": unsure, "dropped_by.start": unsure * depth}
+        return Launch(
+            "encode", f"above_cut, {name} bf16", n, trips, dram=count * 4 * n * tiles * keep,
+            l2=count * n * unsure * 2 * d * TILE, waits=2 + blocks + unsure * (depth + 2),
+            longest=most * (depth + 2), launches=count,
+        )  # fmt: skip
+
+    cuts = [passes("digits", 3, 0, 0), passes("digits", 3, *UNSURE)] if step.activation == "batchtopk" else []
+    tail = [passes(name, 1, *UNSURE) for name in ("count", "fill")]
+    return [*cuts, *tail, Launch("encode", "torch: cut", dram=100 * n, launches=12 + 13 * 3 * len(cuts))]
 
 
 @cache  # so that equal calls are the same object
@@ -78,6 +137,7 @@ BENCH = OpBench(
         "rescan": Trial("bf16", _topk(), dict(BLOCK_D=(32, 64, 128), BLOCK_T=(512, 1024, 2048), num_warps=(4, 8))),
     },
     specs=_specs,
+    launches=_launches,
     fixed_specs={
         "candidates fp8": _candidates("fp8e4nv", 4)._replace(since=FP8_SINCE),
         "merge": Spec(

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from ..bench_types import Grid, Op, OpBench, Spec, Trial
+from ..bench_types import Grid, Launch, Op, OpBench, Spec, Step, Trial
 from ..code import SparseCode
 from ..configs import CONFIGS
 from ..cost import Cost
@@ -27,6 +27,32 @@ def _specs(dtype: str) -> dict[str, Spec]:
     }
 
 
+def entry_blocks(step: Step, config: str) -> float:
+    """Return the mean number of blocks of entries of a latent: the last one is half empty."""
+    return step.per_latent / step.config[config]["BLOCK_E"] + 0.5
+
+
+def latent_sums(step: Step) -> list[Launch]:
+    """Describe sums of values by latent, D = 1. Hardly any window lies within one latent."""
+    windows, trips = (
+        step.entries // SPLIT,
+        {"sum_entries.start": entry_blocks(step, "weight_grad"), "sum_latent.index": 0},
+    )
+    return [
+        Launch("update", "windows bf16", windows, {"sum_entries.start": 0}, gathered=8 * windows, waits=1),
+        Launch(
+            "update", "weight_grad, D = 1 (biases) bf16", step.f, trips,
+            dram=16 * step.entries + 12 * step.f, waits=2 + 2 * trips["sum_entries.start"],
+        ),
+    ]  # fmt: skip
+
+
+def _launches(step: Step) -> list[Launch]:
+    # torch sorts 12 bytes per entry in 4 passes, then gathers latents and tokens and searches the bounds of latents.
+    sort = Launch("sort", "torch: sort by latent", dram=150 * step.entries + 16 * step.f, launches=14)
+    return [sort, *latent_sums(step)]
+
+
 _transpose = lambda i: lambda: SparseCode(i.code.values, i.code.indices, len(i.W_dec)).transpose()
 _weight_grad = lambda i: partial(weight_grad, i.entries, i.code.values, i.reconstruction.residual)
 # Reads the keys. Writes order (8 bytes), latent and token (4 each) per entry, and F + 1 offsets.
@@ -44,4 +70,5 @@ BENCH = OpBench(
     },
     trials={"weight_grad": Trial("bf16", _weight_grad, _GATHERS), "windows": Trial("bf16", _weight_grad, _GATHERS)},
     specs=_specs,
+    launches=_launches,
 )
