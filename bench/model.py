@@ -67,6 +67,7 @@ def time_launch(launch: Launch, gpu: Gpu, settings: Mapping[str, int] | None = N
     }
     kernel = aot.compiled(launch.name, gpu.arch, settings) if launch.programs else None
     cycles, ctas, serial, tail, unknown = 0.0, None, 0.0, 1.0, []
+    overlapped: dict[str, float] = {}
     if kernel is not None:
         ctas = kernel.ctas_per_sm(gpu.arch)
         unknown = sorted({loop.name for loop in kernel.code.loops} - set(launch.trips))
@@ -78,17 +79,23 @@ def time_launch(launch: Launch, gpu: Gpu, settings: Mapping[str, int] | None = N
         cycles = max(executed.values()) * warps * per_sm * launch.launches
         clock = gpu.tensor_clock if launch.tensor_flops else gpu.clock
         seconds = cycles / clock * max(1.0, ISSUE_GAP / (warps * min(ctas, math.ceil(per_sm))))
-        if launch.tensor_flops and ctas == 1:  # what is outside of the loops has nothing to overlap with
-            outside = kernel.code.executed({loop.name: 0.0 for loop in kernel.code.loops}, gpu.sm.float_cycles)
-            serial = seconds * max(outside.values()) / max(executed.values())
         chain = (launch.waits * gpu.latency + barriers * BARRIER_S) * max(1.0, rounds)
         times |= {
-            "instructions": seconds - serial,
+            "instructions": seconds,
             "latency": max(chain, launch.longest * gpu.latency) * launch.launches,
         }
+        if launch.tensor_flops and ctas == 1:  # what comes before and after the loop has nothing to overlap with
+            outside = kernel.code.executed({loop.name: 0.0 for loop in kernel.code.loops}, gpu.sm.float_cycles)
+            ends = {
+                "DRAM": launch.output / gpu.rates.bytes_per_s,
+                "instructions": seconds * max(outside.values()) / max(executed.values()),
+                "latency": launch.waits * gpu.latency * max(1.0, rounds),
+            }
+            serial = sum(ends.values())
+            overlapped |= {resource: times[resource] - seconds for resource, seconds in ends.items()}
         if rounds > 1 and not launch.longest:  # the last programs leave multiprocessors idle
             tail = math.ceil(rounds) / rounds
-    combined = sum(time**OVERLAP for time in times.values()) ** (1 / OVERLAP)
+    combined = sum(time**OVERLAP for time in (times | overlapped).values()) ** (1 / OVERLAP)
     return {
         "stage": launch.stage,
         "name": launch.name,
@@ -98,7 +105,7 @@ def time_launch(launch: Launch, gpu: Gpu, settings: Mapping[str, int] | None = N
         "tensor_flops": launch.tensor_flops,
         "issue_cycles": cycles,
         "ctas_per_sm": ctas,
-        "bound": max(times, key=lambda resource: times[resource] + serial * (resource == "instructions")),
+        "bound": max(times, key=lambda resource: times[resource]),
         "ms": 1e3 * (tail * (combined + serial) + LAUNCH_S * launch.launches),
         "unknown_loops": unknown,
     }

@@ -18,10 +18,14 @@ TARGET = re.compile(r"`\((\.L\w+)\)")
 UNITS = (
     ("float", re.compile(r"IMAD"), 2),
     ("float", re.compile(r"F(ADD|MUL|FMA)|H(ADD|MUL|FMA)"), 0),
-    ("integer", re.compile(r"U?(LOP|I?SETP|ISET|SEL|SHF|PRMT|LEA|PLOP|SGXT|BMSK)|[IFV]\w*MNMX|F(SEL|SET)|I(ADD|ABS)|[PR]2[RP]"), 2),
+    ("integer", re.compile(r"U?(LOP|I?SETP|ISET|SEL|SHF|PRMT|LEA|PLOP|SGXT|BMSK)"), 2),
+    ("integer", re.compile(r"[IFV]\w*MNMX|F(SEL|SET)|I(ADD|ABS)|[PR]2[RP]"), 2),
     ("special", re.compile(r"MUFU|POPC|FLO|BREV|I2F|F2I|F2F|I2I"), 8),
     ("memory", re.compile(r"LD|ST|ATOM|RED|SHFL|CCTL"), 4),
-)  # fmt: skip
+)
+
+
+SPIN = 8 * 16  # bytes: a loop with a test of a barrier this near to its branch only waits for it
 
 
 class Loop(NamedTuple):
@@ -89,31 +93,33 @@ def parse(assembly: str) -> Code:
     loops: dict[int, Loop] = {}
     for address, label, place in branches:
         first = addresses.get(label, address)
-        if first < address:  # several branches back to one place are one loop
-            loops[first] = Loop(statement(*place), first, address)
-        elif first == address:  # the trap behind the last instruction
+        if first == address:  # the trap behind the last instruction
             opcodes.pop(address, None)
+        elif first < address and "SYNCS" not in (
+            opcodes.get(a) for a in range(max(first, address - SPIN), address, 16)
+        ):
+            loops[first] = Loop(statement(*place), first, address)  # several branches back to one place are one loop
     return Code(opcodes, sorted(loops.values(), key=lambda loop: loop.last - loop.first))
 
 
 def statement(file: str, line: int) -> str:
-    """Return function and variable of the loop statement at a line, such as "sum_entries.start"."""
+    """Return function and variable of the innermost loop statement around a line, such as "sum_entries.start"."""
     parts = Path(file).parts[-3:]  # a cached kernel names the file of another clone
-    names = _statements(ROOT.joinpath(*parts))
-    return names.get(line, f"{'/'.join(parts)}:{line}")
+    around = [(last - first, name) for first, last, name in _statements(ROOT.joinpath(*parts)) if first <= line <= last]
+    return min(around)[1] if around else f"{'/'.join(parts)}:{line}"
 
 
 @functools.cache
-def _statements(path: Path) -> dict[int, str]:
-    """The loop statements of a file by line."""
-    names: dict[int, str] = {}
-    if path.is_file():
-        for function in ast.walk(ast.parse(path.read_text())):
-            if isinstance(function, ast.FunctionDef):
-                for node in ast.walk(function):
-                    if isinstance(node, ast.For):
-                        names[node.lineno] = f"{function.name}.{ast.unparse(node.target)}"
-                    elif isinstance(node, ast.While):
-                        variable = next(name.id for name in ast.walk(node.test) if isinstance(name, ast.Name))
-                        names[node.lineno] = f"{function.name}.{variable}"
-    return names
+def _statements(path: Path) -> list[tuple[int, int, str]]:
+    """The first and last line of the loop statements of a file, and their names; not those that are unrolled."""
+    statements = []
+    for function in ast.walk(ast.parse(path.read_text() if path.is_file() else "")):
+        for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+            if isinstance(node, ast.For) and "static_range" not in ast.unparse(node.iter):
+                variable = ast.unparse(node.target)
+            elif isinstance(node, ast.While):
+                variable = next(name.id for name in ast.walk(node.test) if isinstance(name, ast.Name))
+            else:
+                continue
+            statements.append((node.lineno, node.end_lineno or node.lineno, f"{function.name}.{variable}"))
+    return statements

@@ -88,7 +88,8 @@ class Launch(NamedTuple):
 
     `trips` names the loops of the compiled kernel by the function and the variable of their statement, and says how often
     a program runs each, over all copies of the loop that the compiler made. Bytes of `l2` are tiles that many programs
-    read, and `gathered` are rows that are read again from L2. Reads that miss L2 also count as `dram`.
+    read, and `gathered` are rows that are read again from L2. Reads that miss L2 also count as `dram`. `waits` counts loads
+    of a program that wait for one another; one that hits L2 is half a wait.
     """
 
     stage: str  # as in the profile of a step: encode, decode, loss, aux, sort, update, or step for the rest
@@ -96,11 +97,12 @@ class Launch(NamedTuple):
     programs: float = 0.0  # that do the work, of one launch; 0 for kernels of torch
     trips: Mapping[str, float] = {}
     dram: float = 0.0
+    output: float = 0.0  # of dram: written when a program ends
     l2: float = 0.0
     gathered: float = 0.0
     tensor_flops: float = 0.0
-    waits: float = 0.0  # loads of a program that wait for one another
-    longest: float = 0.0  # the same of the slowest program, if it has more work than others
+    waits: float = 0.0
+    longest: float = 0.0  # waits of the slowest program, if it has more work than others
     launches: int = 1
 
 

@@ -53,7 +53,7 @@ def _rows_launches(step: Step, name: str, matrix: float, ones: bool) -> list[Lau
         Launch("update", "windows bf16", windows * step.blocks(d, "windows", "BLOCK_D"), {"sum_entries.start": 0}, waits=1),
         Launch(
             "update", f"adam_rows, {name}, D = {d} bf16", f, trips, gathered=2 * step.entries * d,
-            dram=matrix * d * f + 2 * rows * d + 16 * step.entries + 8 * f, waits=4 + 2 * trips["sum_entries.start"],
+            dram=matrix * d * f + 2 * rows * d + 16 * step.entries + 8 * f, waits=5 + trips["sum_entries.start"] / 2,
         ),
     ]  # fmt: skip
 

@@ -38,7 +38,7 @@ def _reconstruct_launches(step: Step, stage: str, k: int, ragged: bool) -> list[
             stage, f"reconstruct, {'fixed K' if once else 'ragged'} bf16", n * tiles,
             {} if once else {"reconstruct_kernel.start": 2 * blocks},
             dram=2 * d * (f + 2 * n) + tiles * parts + 8 * n * k, gathered=gathers * 2 * n * k * d,
-            waits=3 if once else 1 + 4 * blocks,
+            waits=1.5 if once else 0.5 + 2 * blocks,
         ),
         Launch(stage, "torch: sums over columns", dram=(tiles + 1) * parts, launches=2),
     ]  # fmt: skip

@@ -41,8 +41,9 @@ def product(step: Step, name: str, config: str, output: float) -> Launch:
     passes = -(-tiles_n // block["GROUP_N"])  # over W_enc, each for GROUP_N token tiles that L2 holds
     return Launch(
         "encode", name, tiles_n * tiles_f, {"preactivations.start": step.blocks(d, config, "BLOCK_D")},
-        dram=2 * d * (passes * f + n) + output, l2=2 * d * tiles_n * tiles_f * (block["BLOCK_N"] + block["BLOCK_F"]),
-        tensor_flops=2 * n * d * f, waits=2,
+        dram=2 * d * (passes * f + n) + output, output=output,
+        l2=2 * d * tiles_n * tiles_f * (block["BLOCK_N"] + block["BLOCK_F"]),
+        tensor_flops=2 * n * d * f, waits=1,
     )  # fmt: skip
 
 

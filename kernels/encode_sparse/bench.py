@@ -76,7 +76,7 @@ def _merge_launches(step: Step, keep: int, k: int, stage: str) -> list[Launch]:
     return [
         Launch(
             stage, "merge", n, {"kth_largest.start": 3 * blocks, "merge_kernel.start": blocks},
-            dram=4 * n * tiles * keep + kept, waits=1 + 4 * blocks,
+            dram=4 * n * tiles * keep + kept, waits=1 + 2 * blocks,
         ),
         Launch(
             stage, "rescan bf16", RESCANNED * n,

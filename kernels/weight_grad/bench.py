@@ -42,7 +42,7 @@ def latent_sums(step: Step) -> list[Launch]:
         Launch("update", "windows bf16", windows, {"sum_entries.start": 0}, gathered=8 * windows, waits=1),
         Launch(
             "update", "weight_grad, D = 1 (biases) bf16", step.f, trips,
-            dram=16 * step.entries + 12 * step.f, waits=2 + 2 * trips["sum_entries.start"],
+            dram=16 * step.entries + 12 * step.f, waits=1 + trips["sum_entries.start"],
         ),
     ]  # fmt: skip
 
