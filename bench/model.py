@@ -6,8 +6,8 @@ the model leaves out.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ..kernels.backend import config_row
 from ..kernels.bench_types import Launch, Step
@@ -65,37 +65,10 @@ def time_launch(launch: Launch, gpu: Gpu, settings: Mapping[str, int] | None = N
         "L2": launch.l2 / gpu.tile_bytes_per_s + launch.gathered / gpu.rates.l2_bytes_per_s,
         "tensor cores": launch.tensor_flops / gpu.rates.flops[2],
     }
-    kernel = aot.compiled(launch.name, gpu.arch, settings) if launch.programs else None
-    cycles, ctas, serial, tail, unknown = 0.0, None, 0.0, 1.0, []
-    overlapped: dict[str, float] = {}
-    if kernel is not None:
-        ctas = kernel.ctas_per_sm(gpu.arch)
-        unknown = sorted({loop.name for loop in kernel.code.loops} - set(launch.trips))
-        rounds = launch.programs / (gpu.sms * ctas)
-        per_sm = max(1.0, launch.programs / gpu.sms)  # programs of the busiest multiprocessor
-        executed = kernel.code.executed(launch.trips, gpu.sm.float_cycles)
-        barriers = executed.pop("barrier", 0.0)
-        warps = kernel.warps / 4  # of a scheduler
-        cycles = max(executed.values()) * warps * per_sm * launch.launches
-        clock = gpu.tensor_clock if launch.tensor_flops else gpu.clock
-        seconds = cycles / clock * max(1.0, ISSUE_GAP / (warps * min(ctas, math.ceil(per_sm))))
-        chain = (launch.waits * gpu.latency + barriers * BARRIER_S) * max(1.0, rounds)
-        times |= {
-            "instructions": seconds,
-            "latency": max(chain, launch.longest * gpu.latency) * launch.launches,
-        }
-        if launch.tensor_flops and ctas == 1:  # what comes before and after the loop has nothing to overlap with
-            outside = kernel.code.executed({loop.name: 0.0 for loop in kernel.code.loops}, gpu.sm.float_cycles)
-            ends = {
-                "DRAM": launch.output / gpu.rates.bytes_per_s,
-                "instructions": seconds * max(outside.values()) / max(executed.values()),
-                "latency": launch.waits * gpu.latency * max(1.0, rounds),
-            }
-            serial = sum(ends.values())
-            overlapped |= {resource: times[resource] - seconds for resource, seconds in ends.items()}
-        if rounds > 1 and not launch.longest:  # the last programs leave multiprocessors idle
-            tail = math.ceil(rounds) / rounds
-    combined = sum(time**OVERLAP for time in (times | overlapped).values()) ** (1 / OVERLAP)
+    use = _use(launch, gpu, aot.compiled(launch.name, gpu.arch, settings)) if launch.programs else Use()
+    times |= use.times
+    overlapped = [time - use.ends.get(resource, 0.0) for resource, time in times.items()]
+    seconds = sum(time**OVERLAP for time in overlapped) ** (1 / OVERLAP) + sum(use.ends.values())
     return {
         "stage": launch.stage,
         "name": launch.name,
@@ -103,12 +76,49 @@ def time_launch(launch: Launch, gpu: Gpu, settings: Mapping[str, int] | None = N
         "dram_bytes": launch.dram,
         "l2_bytes": launch.l2 + launch.gathered,
         "tensor_flops": launch.tensor_flops,
-        "issue_cycles": cycles,
-        "ctas_per_sm": ctas,
+        "issue_cycles": use.cycles,
+        "ctas_per_sm": use.ctas,
         "bound": max(times, key=lambda resource: times[resource]),
-        "ms": 1e3 * (tail * (combined + serial) + LAUNCH_S * launch.launches),
-        "unknown_loops": unknown,
+        "ms": 1e3 * (use.tail * seconds + LAUNCH_S * launch.launches),
+        "unknown_loops": list(use.unknown_loops),
     }
+
+
+class Use(NamedTuple):
+    """How the programs of a launch use the multiprocessors."""
+
+    cycles: float = 0.0  # as issue_cycles
+    ctas: int | None = None  # on a multiprocessor
+    times: Mapping[str, float] = {}  # seconds of instructions and of latency
+    ends: Mapping[str, float] = {}  # seconds of each resource before and after the loop, if they overlap with nothing
+    tail: float = 1.0  # a factor on the time: the last programs leave multiprocessors idle
+    unknown_loops: Sequence[str] = ()
+
+
+def _use(launch: Launch, gpu: Gpu, kernel: aot.Compiled) -> Use:
+    ctas, warps = kernel.ctas_per_sm(gpu.arch), kernel.warps / 4  # warps of a scheduler
+    rounds = launch.programs / (gpu.sms * ctas)
+    per_sm = max(1.0, launch.programs / gpu.sms)  # programs of the busiest multiprocessor
+    executed = kernel.code.executed(launch.trips, gpu.sm.float_cycles)
+    barriers = executed.pop("barrier")
+    cycles = max(executed.values()) * warps * per_sm * launch.launches
+    clock = gpu.tensor_clock if launch.tensor_flops else gpu.clock
+    seconds = cycles / clock * max(1.0, ISSUE_GAP / (warps * min(ctas, math.ceil(per_sm))))
+    waiting = launch.waits * gpu.latency * max(1.0, rounds)
+    chain = max(waiting + barriers * BARRIER_S * max(1.0, rounds), launch.longest * gpu.latency)
+    ends = {}
+    if launch.tensor_flops and ctas == 1:
+        outside = kernel.code.executed({loop.name: 0.0 for loop in kernel.code.loops}, gpu.sm.float_cycles)
+        ends = {
+            "DRAM": launch.output / gpu.rates.bytes_per_s,
+            "instructions": seconds * max(outside.values()) / max(executed.values()),
+            "latency": waiting,
+        }
+    return Use(
+        cycles, ctas, {"instructions": seconds, "latency": chain * launch.launches}, ends,
+        math.ceil(rounds) / rounds if rounds > 1 and not launch.longest else 1.0,
+        sorted({loop.name for loop in kernel.code.loops} - set(launch.trips)),
+    )  # fmt: skip
 
 
 def _torch_launches(step: Step) -> list[Launch]:
@@ -178,12 +188,13 @@ def gpu_named(device: str) -> str | None:
 
 def text(predictions: Mapping[str, Mapping[str, Any]]) -> str:
     """The predictions as Markdown: a table of all settings, and one of the headline's kernels per GPU."""
-    lines = [("GPU", "step", "ms", "floor ms", "of floor", "x topk", "measured ms", "measured / predicted")]
+    lines = [("GPU", "step", "launches", "ms", "floor ms", "of floor", "x topk", "measured ms", "measured / predicted")]
     for name, prediction in predictions.items():
         for mode, row in prediction["modes"].items():
             ratios = f"{row['floor_ms'] / row['ms']:.0%}", f"{row['ms'] / prediction['ms']:.2f}"
             measured = [f"{row[key]:.2f}" if key in row else "-" for key in ("measured_ms", "measured_ratio")]
-            lines.append((name, mode, f"{row['ms']:.2f}", f"{row['floor_ms']:.2f}", *ratios, *measured))
+            launches = str(sum(stage["launches"] for stage in row["stages"]))
+            lines.append((name, mode, launches, f"{row['ms']:.2f}", f"{row['floor_ms']:.2f}", *ratios, *measured))
     sections = ["\n".join(markdown(lines))]
     for name, prediction in predictions.items():
         sections += [f"### {name}", "\n".join(_kernels(prediction["stages"]))]

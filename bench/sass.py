@@ -25,7 +25,8 @@ UNITS = (
 )
 
 
-SPIN = 8 * 16  # bytes: a loop with a test of a barrier this near to its branch only waits for it
+# A branch back this many bytes after one of these only waits for a barrier or for memory of tensor cores.
+SPIN, WAITING = 8 * 16, {"SYNCS", "NANOSLEEP"}
 
 
 class Loop(NamedTuple):
@@ -58,7 +59,7 @@ class Code(NamedTuple):
         """Return the cycles of a scheduler for which a warp occupies each unit, those of issuing ("issue"), and the number
         of barriers ("barrier"). Trips of a loop are shared equally by its copies; a loop without trips runs once."""
         copies = Counter(loop.name for loop in self.loops)
-        totals = defaultdict[str, float](float)
+        totals = defaultdict[str, float](float, barrier=0.0)
         for address, opcode in self.opcodes.items():
             loop = next((loop for loop in self.loops if loop.first <= address <= loop.last), None)
             times = 1.0 if loop is None else trips.get(loop.name, 1.0) / copies[loop.name]
