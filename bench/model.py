@@ -5,7 +5,6 @@ the model leaves out.
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from ..kernels.backend import config_row
 from ..kernels.bench_types import Launch, Step
 from . import aot
 from .data import HEADLINE, Shape
-from .floors import step_floors
+from .floors import card_named, step_floors
 from .gpus import GPUS, Gpu
 from .op_benches import BENCHES
 from .results import activation, markdown
@@ -153,37 +152,30 @@ def add_measured(predictions: dict[str, dict[str, Any]], results: Iterable[dict[
     Stages are measured as ops, one after another, so their sum is not the step.
     """
     for result in results:
-        name = gpu_named(str(result.get("device")))
-        for case in result["cases"] if name in predictions else ():
-            if (
-                case["provider"] != "temposae"
-                or case["dtype"] != "bf16"
-                or [case[size] for size in "NDFK"] != [*HEADLINE]
-            ):
-                continue
-            modes = predictions[str(name)]["modes"]
-            if case["op"] == "train_step" and case.get("settings", "headline") == "headline":
-                clipped = ", clipped" if case.get("clip") else ""
-                mode = activation(case).replace(" with", ",") + clipped
-                if mode in modes and case.get("auxk", 0) == MODES[mode].get("aux_k", 0):
-                    _add(modes[mode], case["ms"], modes[mode]["ms"])
-            for stage, op in STAGE_OPS.items():
-                if case["op"] == op:
-                    predicted = sum(row["ms"] for row in modes["topk"]["stages"] if row["stage"] == stage)
-                    _add(modes["topk"].setdefault("measured_stages", {}).setdefault(stage, {}), case["ms"], predicted)
-        if name in predictions:
-            predictions[name] |= predictions[name]["modes"]["topk"]
+        name = card_named(str(result.get("device")), predictions)
+        if name is not None:
+            modes = predictions[name]["modes"]
+            for case in result["cases"]:
+                shape = [case[size] for size in "NDFK"]
+                if case["provider"] == "temposae" and case["dtype"] == "bf16" and shape == [*HEADLINE]:
+                    _add_case(modes, case)
+            predictions[name] |= modes["topk"]
+
+
+def _add_case(modes: dict[str, dict[str, Any]], case: dict[str, Any]) -> None:
+    if case["op"] == "train_step" and case.get("settings", "headline") == "headline":
+        mode = activation(case).replace(" with", ",") + (", clipped" if case.get("clip") else "")
+        if mode in modes and case.get("auxk", 0) == MODES[mode].get("aux_k", 0):
+            _add(modes[mode], case["ms"], modes[mode]["ms"])
+    for stage, op in STAGE_OPS.items():
+        if case["op"] == op:
+            measured_stages = modes["topk"].setdefault("measured_stages", {})
+            predicted = sum(row["ms"] for row in modes["topk"]["stages"] if row["stage"] == stage)
+            _add(measured_stages.setdefault(stage, {}), case["ms"], predicted)
 
 
 def _add(row: dict[str, Any], measured: float, predicted: float) -> None:
     row |= {"measured_ms": measured, "measured_ratio": measured / predicted}
-
-
-def gpu_named(device: str) -> str | None:
-    """The name in GPUS of a device. Slower versions of a chip (PCIe, NVL, MIG slices) have none."""
-    if re.search(r"PCIe|NVL|MIG", device):
-        return None
-    return next((name for name in GPUS if re.search(rf"\b{name}\b", device)), None)
 
 
 def text(predictions: Mapping[str, Mapping[str, Any]]) -> str:
@@ -199,9 +191,8 @@ def text(predictions: Mapping[str, Mapping[str, Any]]) -> str:
     for name, prediction in predictions.items():
         sections += [f"### {name}", "\n".join(_kernels(prediction["stages"]))]
         for stage, row in prediction.get("measured_stages", {}).items():
-            sections.append(
-                f"{stage}: measured {row['measured_ms']:.3f} ms, {row['measured_ratio']:.2f} x the prediction"
-            )
+            times = f"measured {row['measured_ms']:.3f} ms, {row['measured_ratio']:.2f} x the prediction"
+            sections.append(f"{stage}: {times}")
         if unknown := {loop for row in prediction["stages"] for loop in row["unknown_loops"]}:
             sections.append(f"Loops without a number of trips, counted once: {', '.join(sorted(unknown))}.")
     return "\n\n".join(sections)
@@ -209,19 +200,8 @@ def text(predictions: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _kernels(stages: Iterable[Mapping[str, Any]]) -> list[str]:
     lines = [
-        (
-            "stage",
-            "kernel",
-            "launches",
-            "DRAM MB",
-            "L2 MB",
-            "tensor GFLOP",
-            "issue kcycles",
-            "CTAs/SM",
-            "bound by",
-            "ms",
-        )
-    ]
+        ("stage", "kernel", "launches", "DRAM MB", "L2 MB", "tensor GFLOP", "issue kcycles", "CTAs/SM", "bound by", "ms")
+    ]  # fmt: skip
     for row in stages:
         work = row["dram_bytes"] / 1e6, row["l2_bytes"] / 1e6, row["tensor_flops"] / 1e9, row["issue_cycles"] / 1e3
         ctas = "-" if row["ctas_per_sm"] is None else str(row["ctas_per_sm"])

@@ -243,9 +243,10 @@ def report(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Compile all kernels, predict the step's time, and report results against their floors.
+    """Predict the step's time, and report results against floors.
 
-    Needs no GPU. On a machine with a GPU, the ops and temposae's step are measured first, unless --results is given.
+    Compiles all kernels. Needs no GPU. On a machine with a GPU, the ops and temposae's step are measured first, unless
+    --results is given.
     """
     _set_log_levels()
     from ..bench.report import write as write_report

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from temposae.bench import aot, model, sass
 from temposae.bench.data import HEADLINE
-from temposae.bench.floors import Rates, step_floors
+from temposae.bench.floors import Rates, card_named, step_floors
 from temposae.bench.gpus import GPUS, SMS, Gpu
 from temposae.bench.op_benches import BENCHES
 from temposae.kernels.backend import config_row
@@ -162,7 +162,7 @@ def test_measured_results_stand_beside_the_prediction() -> None:
     ],
 )
 def test_names_of_devices(device: str, name: str | None) -> None:
-    assert model.gpu_named(device) == name
+    assert card_named(device, GPUS) == name
 
 
 def run(*command: str) -> str:
