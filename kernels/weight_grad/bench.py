@@ -34,10 +34,8 @@ def entry_blocks(step: Step, config: str) -> float:
 
 def latent_sums(step: Step) -> list[Launch]:
     """Describe sums of values by latent, D = 1. Hardly any window lies within one latent."""
-    windows, trips = (
-        step.entries // SPLIT,
-        {"sum_entries.start": entry_blocks(step, "weight_grad"), "sum_latent.index": 0},
-    )
+    windows = step.entries // SPLIT
+    trips = {"sum_entries.start": entry_blocks(step, "weight_grad"), "sum_latent.index": 0}
     return [
         Launch("update", "windows bf16", windows, {"sum_entries.start": 0}, gathered=8 * windows, waits=1),
         Launch(
@@ -50,7 +48,8 @@ def latent_sums(step: Step) -> list[Launch]:
 def _launches(step: Step) -> list[Launch]:
     # torch sorts 12 bytes per entry in 4 passes, then gathers latents and tokens and searches the bounds of latents.
     sort = Launch("sort", "torch: sort by latent", dram=150 * step.entries + 16 * step.f, launches=14)
-    return [sort, *latent_sums(step)]
+    gradients = 1 + (step.activation == "jumprelu")  # of b_enc and of thresholds
+    return [sort, *gradients * latent_sums(step)]
 
 
 _transpose = lambda i: lambda: SparseCode(i.code.values, i.code.indices, len(i.W_dec)).transpose()

@@ -1,5 +1,7 @@
 """Loops and instructions of machine code, from a listing as the disassembler prints it."""
 
+from pathlib import Path
+
 import pytest
 from temposae.bench import sass
 
@@ -78,8 +80,16 @@ def test_statements(line: int, name: str) -> None:
     assert sass.statement(ROOT, line) == name
 
 
-def test_a_while_loop_is_named_by_its_first_variable() -> None:
-    path = sass.ROOT / "kernels/encode_sparse/triton.py"
-    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "while largest > least" in text)
-    assert sass.statement(str(path), line) == "rescan_kernel.largest"
-    assert sass.statement(str(path), line - 4) == "rescan_kernel.tile"
+def test_the_innermost_statement_names_a_loop(tmp_path: Path) -> None:
+    source = """def kernel(n):
+    for start in tl.range(0, n):
+        while tile >= 0 and start:
+            tile -= 1
+        start += 1
+    for rank in tl.static_range(4):
+        rank += 1
+"""
+    file = tmp_path / "kernels/op/triton.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(source)
+    assert sass._statements(file) == [(2, 5, "kernel.start"), (3, 4, "kernel.tile")]
