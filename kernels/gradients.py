@@ -15,7 +15,7 @@ from .code import SparseCode
 from .decode import decode, decode_values_grad
 from .masks import Mask, in_range, weights_at, weights_of
 from .numerics import accumulation_dtype, sum_by
-from .weight_grad import weight_grad
+from .weight_grad import latent_sums, weight_grad
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -98,7 +98,7 @@ def encode_jumprelu(
     if need_mask and isinstance(mask, Tensor) and pos is not None:
         dmask = mask_gradient(band.code, dvalues * band.pre * band.is_open, mask, pos)
     if need_threshold:
-        dthreshold = _sum_by_latent(band.code, dlimit)
+        dthreshold = latent_sums(band.code.transpose(), dlimit)
     encoder_needs = need_x, need_w, need_b, need_center
     dx, dw, db, dcenter = _encoder_gradients(encoder_needs, x, W_enc, center, [band.code.with_values(dpre)])
     return dx, dw, db, dthreshold, dcenter, dmask
@@ -172,7 +172,7 @@ def _encoder_gradients(
     need_x, need_w, _, need_center, *_ = needs
     dx = dw = db = dcenter = None
     for code in contributions:
-        db = _add(db, _sum_by_latent(code, code.values))
+        db = _add(db, latent_sums(code.transpose(), code.values))
         if need_w:
             dw = _add(dw, weight_grad(code.transpose(), code.values, x, center=center))
         if need_x:
@@ -184,11 +184,6 @@ def _encoder_gradients(
 
 def _center_gradient(W_enc: Tensor, db: Tensor, center: Tensor) -> Tensor:
     return -(W_enc @ db.to(W_enc.dtype)).to(center.dtype)
-
-
-def _sum_by_latent(code: SparseCode, values: Tensor) -> Tensor:
-    """Return sums over the entries of each latent, [F]."""
-    return weight_grad(code.transpose(), values, values.new_ones(1, 1))[:, 0]
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:

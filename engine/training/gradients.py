@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.adam import Moments, Rates, adam, adam_rows, row_norms
 from ...kernels.code import LatentMajor, SparseCode
-from ...kernels.weight_grad import weight_grad
+from ...kernels.weight_grad import latent_sums
 
 
 class Contribution(NamedTuple):
@@ -72,8 +72,7 @@ class SparseGradients:
 
     def by_latent(self, values: Sequence[Tensor]) -> Tensor:
         """Sum values of the entries of each contribution by latent: float32 [S F]."""
-        flat_values = torch.cat([entry_values.flatten() for entry_values in values])
-        return weight_grad(self.entries, flat_values, flat_values.new_ones(1, 1))[:, 0]
+        return latent_sums(self.entries, torch.cat([entry_values.flatten() for entry_values in values]))
 
     def encoder(self, x: Tensor, center: Tensor | None) -> EntryGradient:
         values = torch.cat([contribution.encoder_weights.flatten() for contribution in self.contributions])

@@ -8,10 +8,9 @@ from torch import Tensor
 from ..bench_types import Call, Inputs, Launch, Op, OpBench, Spec, Step, Trial
 from ..cost import Cost
 from ..weight_grad import cost as weight_grad_cost
-from ..weight_grad.bench import SPLIT, entry_blocks, entry_pointers, latent_sums
+from ..weight_grad.bench import SPLIT, WIDTHS, gather_launches, gather_pointers, pieces
 from . import Moments, Rates, adam, adam_rows, cost, row_norms
 
-WIDTHS = {"bf16": (768, 2304, 3584, 4096), "fp32": (768, 2304)}  # float32 training at full width is unusual
 MOMENTS = {32: ("fp32", "fp32"), 16: ("bf16", "bf16"), 8: ("i8", "u8")}
 ROWS = {
     "decoder": dict(HAS_CENTER=False, UNIT_NORM=True, UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True),
@@ -28,32 +27,28 @@ def _pointers(bits: int, dtype: str) -> dict[str, str]:
 
 
 def _specs(dtype: str) -> dict[str, Spec]:
-    config, specs = "adam_rows" if dtype == "bf16" else "adam_rows_small", {}
+    specs = {}
     for width in WIDTHS[dtype]:
-        high = 1 << (width - 1).bit_length() - 1
-        pieces = dict(HIGH=high, LOW=1 << (width - high - 1).bit_length(), SPLIT=SPLIT)
         for name, flags in ROWS.items():
             for bits in MOMENTS if dtype == "bf16" and name != "norms" else (32,):
                 specs[f"adam_rows, {name}, D = {width}" + (f", {bits}-bit moments" if bits < 32 else "")] = Spec(
-                    "adam.adam_rows_kernel", config, entry_pointers(dtype) | _pointers(bits, dtype),
-                    flags | pieces | dict(BITS=bits),
+                    "adam.adam_rows_kernel", "adam_rows", gather_pointers(dtype) | _pointers(bits, dtype),
+                    flags | pieces(width) | dict(BITS=bits, SPLIT=SPLIT),
                 )  # fmt: skip
     return specs
 
 
-def _rows_launches(step: Step, name: str, matrix: float, ones: bool) -> list[Launch]:
+def _rows_launches(step: Step, name: str, matrix: float) -> list[Launch]:
     """Describe a pass over the entries of all latents that moves `matrix` bytes per parameter."""
     n, d, f, *_ = step
-    blocks, windows = entry_blocks(step, "adam_rows"), step.entries // SPLIT
-    # HIGH and LOW columns are summed one after the other, each from its own offsets, tokens and rows.
-    trips = {"sum_entries.start": 2 * blocks, "sum_latent.index": 0}
+    # Two entries per iteration; the last may be half empty. Each iteration loads the rows of the next.
+    trips = {"add_entries.index": step.per_latent / 2 + 0.25, "sum_latent.index": 0, "sum_latent._": 1}
     rows = n * (2 if step.aux_k and name.startswith(("decoder", "norms")) else 1)
     return [
-        *(latent_sums(step) if ones else []),
-        Launch("update", "windows bf16", windows * step.blocks(d, "windows", "BLOCK_D"), {"sum_entries.start": 0}, waits=1),
+        *gather_launches(step),
         Launch(
             "update", f"adam_rows, {name}, D = {d} bf16", f, trips, gathered=2 * step.entries * d,
-            dram=matrix * d * f + 2 * rows * d + 16 * step.entries + 8 * f, waits=5 + trips["sum_entries.start"] / 2,
+            dram=matrix * d * f + 2 * rows * d + 8 * step.entries + 8 * f, waits=4 + trips["add_entries.index"] / 2,
         ),
     ]  # fmt: skip
 
@@ -61,9 +56,9 @@ def _rows_launches(step: Step, name: str, matrix: float, ones: bool) -> list[Lau
 def _launches(step: Step) -> list[Launch]:
     launches = []
     if step.clip:  # the decoder's norms need its weights
-        launches += _rows_launches(step, "norms", 0, True) + _rows_launches(step, "norms", 4, False)
+        launches += _rows_launches(step, "norms", 0) + _rows_launches(step, "norms", 4)
     # read and written: fp32 weights and two moments; written: the shadow
-    launches += _rows_launches(step, "encoder", 26, True) + _rows_launches(step, "decoder", 26, False)
+    launches += _rows_launches(step, "encoder", 26) + _rows_launches(step, "decoder", 26)
     vectors = 2 + (step.activation == "jumprelu")
     return [
         *launches,
@@ -116,8 +111,7 @@ BENCH = OpBench(
         "adam_rows": Op("backward", _adam_rows, [_adam_rows_cost]),
     },
     trials={
-        "adam_rows": Trial("bf16", _adam_rows, dict(BLOCK_E=(1, 2, 4), STAGES=(2, 3), num_warps=(4, 8, 16))),
-        "adam_rows_small": Trial("fp32", _adam_rows, dict(BLOCK_E=(1, 2), STAGES=(2, 3), num_warps=(4, 8, 16))),
+        "adam_rows": Trial("bf16", _adam_rows, dict(num_warps=(4, 8, 16))),
         "adam": Trial("bf16", _adam, dict(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4, 8))),
         "adam_matrix": Trial("bf16", _adam_matrix, dict(num_warps=(4, 8, 16))),
     },

@@ -1,7 +1,6 @@
 """adam as Triton kernels: one program per latent sums its row of the gradient and updates the row from it.
 
-A row is held in two pieces of HIGH and LOW columns, both powers of two: 2304 = 2048 + 256 wastes nothing. `high` [HIGH]
-and `low` [LOW] are their columns. m and v are exp_avg and exp_avg_sq.
+A row is held in two pieces of HIGH and LOW columns, as in weight_grad. m and v are exp_avg and exp_avg_sq.
 """
 
 import torch
@@ -13,8 +12,7 @@ from .. import moments as formats
 from ..backend import launch_kernel, launch_options
 from ..code import LatentMajor
 from ..moments import Moments, Rates
-from ..weight_grad.triton import sum_latent, sum_windows
-from ..weight_grad.triton import weight_grad as weight_grad_of
+from ..weight_grad.triton import gather_arguments, pieces, sum_latent
 
 # Constants of 8-bit codes, explained in moments.py.
 MEAN_ZERO, MEAN_LARGEST = tl.constexpr(formats.MEAN_ZERO), tl.constexpr(formats.MEAN_LARGEST)
@@ -114,13 +112,14 @@ def update_row(
         m_scale = tl.load(scales_ptr + 2 * row)
         v_scale = tl.load(scales_ptr + 2 * row + 1)
     # [HIGH] moments and weights
-    m_high, v_high = load_moments(m_ptr + high, v_ptr + high, m_scale, v_scale, high < D, BITS)
+    inside = tl.full(high.shape, True, tl.int1)
+    m_high, v_high = load_moments(m_ptr + high, v_ptr + high, m_scale, v_scale, inside, BITS)
     w_high, m_high, v_high = step(
-        w_high, grad_high, m_high, v_high, high < D,
+        w_high, grad_high, m_high, v_high, inside,
         step_size, correction, factor, beta1, beta2, new1, new2, eps,
     )  # fmt: skip
     if BITS > 8:  # no scale is needed, so store now to free registers
-        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, 1.0, 1.0, row_hash, high, high < D, BITS)
+        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, 1.0, 1.0, row_hash, high, inside, BITS)
     # [LOW] moments and weights
     m_low, v_low = load_moments(m_ptr + low, v_ptr + low, m_scale, v_scale, low < D, BITS)
     w_low, m_low, v_low = step(
@@ -138,17 +137,17 @@ def update_row(
         tl.store(scales_ptr + 2 * row + 1, v_scale)
         m_inverse = 1 / m_scale
         v_inverse = 1 / v_scale
-        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, m_inverse, v_inverse, row_hash, high, high < D, BITS)
+        store_moments(m_high, v_high, m_ptr + high, v_ptr + high, m_inverse, v_inverse, row_hash, high, inside, BITS)
         store_moments(m_low, v_low, m_ptr + low, v_ptr + low, m_inverse, v_inverse, row_hash, low, low < D, BITS)
     if UNIT_NORM:  # normalise the row
         norm = tl.sqrt(tl.sum(w_high * w_high, 0) + tl.sum(w_low * w_low, 0))
         w_high = w_high / norm
         w_low = w_low / norm
-    tl.store(w_ptr + row * D + high, w_high, mask=high < D)
+    tl.store(w_ptr + row * D + high, w_high)
     tl.store(w_ptr + row * D + low, w_low, mask=low < D)
     if HAS_SHADOW:
         shadow_ptr += row * D
-        tl.store(shadow_ptr + high, w_high.to(shadow_ptr.dtype.element_ty), mask=high < D)
+        tl.store(shadow_ptr + high, w_high.to(shadow_ptr.dtype.element_ty))
         tl.store(shadow_ptr + low, w_low.to(shadow_ptr.dtype.element_ty), mask=low < D)
 
 
@@ -194,9 +193,9 @@ def adam_matrix_kernel(
     row = tl.program_id(0).to(tl.int64)
     high = tl.arange(0, HIGH)
     low = HIGH + tl.arange(0, LOW)
-    w_high = tl.load(w_ptr + row * D + high, mask=high < D, other=0.0)
+    w_high = tl.load(w_ptr + row * D + high)
     w_low = tl.load(w_ptr + row * D + low, mask=low < D, other=0.0)
-    grad_high = tl.load(grad_ptr + row * D + high, mask=high < D, other=0.0).to(tl.float32)
+    grad_high = tl.load(grad_ptr + row * D + high).to(tl.float32)
     grad_low = tl.load(grad_ptr + row * D + low, mask=low < D, other=0.0).to(tl.float32)
     if UNIT_NORM:  # remove the part of the gradient along the row
         along = tl.sum(grad_high * w_high, 0) + tl.sum(grad_low * w_low, 0)
@@ -211,13 +210,11 @@ def adam_matrix_kernel(
 
 @triton.jit
 def adam_rows_kernel(
-    values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, center_ptr, ones_ptr,
+    packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
     w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr,
-    norms_ptr, M, D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
-    HAS_CENTER: tl.constexpr, UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_SHADOW: tl.constexpr,
-    HAS_SKIP: tl.constexpr, BITS: tl.constexpr,
-    HIGH: tl.constexpr, LOW: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
+    norms_ptr, D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
+    UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_SKIP: tl.constexpr,
+    BITS: tl.constexpr, HAS_CENTER: tl.constexpr, SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Sum a latent's gradient from its entries; then do Adam's step on its row (UPDATE) or store the squared norm of
     the gradient. One program per latent."""
@@ -228,21 +225,12 @@ def adam_rows_kernel(
     latent = tl.program_id(0).to(tl.int64)
     high = tl.arange(0, HIGH)
     low = HIGH + tl.arange(0, LOW)
-    grad_high = sum_latent(
-        latent, values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, M, high, D, stride_row,
-        SPLIT, BLOCK_E, HIGH, STAGES,
+    grad_high, grad_low, _ = sum_latent(
+        latent, packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
+        D, stride_row, LATENTS_PER_CENTER, HAS_CENTER, SPLIT, HIGH, LOW,
     )  # fmt: skip
-    grad_low = sum_latent(
-        latent, values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, M, low, D, stride_row,
-        SPLIT, BLOCK_E, LOW, STAGES,
-    )  # fmt: skip
-    if HAS_CENTER:
-        ones = tl.load(ones_ptr + latent)
-        center_ptr += tl.program_id(0) // LATENTS_PER_CENTER * D
-        grad_high -= ones * tl.load(center_ptr + high, mask=high < D, other=0.0).to(tl.float32)
-        grad_low -= ones * tl.load(center_ptr + low, mask=low < D, other=0.0).to(tl.float32)
     if UPDATE | UNIT_NORM:  # [HIGH] and [LOW] weights of the latent
-        w_high = tl.load(w_ptr + latent * D + high, mask=high < D, other=0.0)
+        w_high = tl.load(w_ptr + latent * D + high)
         w_low = tl.load(w_ptr + latent * D + low, mask=low < D, other=0.0)
     if UNIT_NORM:  # remove the part of the gradient along the row
         along = tl.sum(grad_high * w_high, 0) + tl.sum(grad_low * w_low, 0)
@@ -318,23 +306,8 @@ def _launch(
     **flags: int,
 ) -> None:  # fmt: skip
     """Launch adam_rows_kernel."""
-    (m, d), f = rows.shape, entries.latent_offsets.numel() - 1
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    values = values.contiguous()
-    sums = rows if center is None else weight_grad_of(entries, values, rows.new_ones(1, 1), None)
-    windows, split = sum_windows(entries, values, rows)
-    high, low = pieces(d)
-    options = launch_options("adam_rows_small" if rows.dtype == torch.float32 else "adam_rows", rows)
+    pointers, integers, constants = gather_arguments(entries, values, rows, center)
     launch_kernel(
-        adam_rows_kernel, (f,),
-        values, entries.order, entries.tokens, entries.latent_offsets, rows, windows,
-        rows if center is None else center.contiguous(), sums,
-        *tensors, m, d, rows.stride(0), f // (1 if center is None else center.numel() // d), *numbers,
-        HAS_CENTER=center is not None, HIGH=high, LOW=low, SPLIT=split, **flags, **options,
+        adam_rows_kernel, (entries.latent_offsets.numel() - 1,),
+        *pointers, *tensors, *integers, *numbers, **constants, **flags, **launch_options("adam_rows", rows),
     )  # fmt: skip
-
-
-def pieces(d: int) -> tuple[int, int]:
-    """Return the two powers of two that cover d with the least padding."""
-    high = 1 << (d.bit_length() - 1)
-    return (high // 2, high // 2) if d == high > 1 else (high, triton.next_power_of_2(max(1, d - high)))

@@ -33,6 +33,15 @@ def weight_grad(
     return reference.weight_grad(entries, values, rows, center)
 
 
+def latent_sums(entries: LatentMajor, values: Tensor, *, backend: str | None = None) -> Tensor:
+    """Return the sum of the values of each latent's entries, [F] in float32 (float64 for float64). See `weight_grad`."""
+    if choose("latent_sums", values, backend=backend) == "triton":
+        from . import triton
+
+        return triton.latent_sums(entries, values)
+    return reference.weight_grad(entries, values, values.new_ones(1, 1), None)[:, 0]
+
+
 def cost(m: int, d: int, f: int, nnz: int, *, itemsize: int = 2, backend: str = "triton") -> Cost:
     """One multiply-add and one element of rows per entry and column, and dW written. Torch first widens the rows."""
     widened = 0 if backend == "triton" or itemsize >= 4 else m * d * (itemsize + 4)

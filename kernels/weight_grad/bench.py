@@ -6,50 +6,60 @@ from ..bench_types import Grid, Launch, Op, OpBench, Spec, Step, Trial
 from ..code import SparseCode
 from ..configs import CONFIGS
 from ..cost import Cost
-from . import cost, weight_grad
+from . import cost, latent_sums, weight_grad
 
 SPLIT = CONFIGS[min(CONFIGS)]["windows"]["SPLIT"]
+_ENTRIES = dict(values="fp32", order="i64")
+WIDTHS = {"bf16": (768, 2304, 3584, 4096), "fp32": (768, 2304)}  # float32 training at full width is unusual
 
 
-def entry_pointers(dtype: str) -> dict[str, str]:
-    """Return the pointers of kernels that sum by latent."""
-    pointers = dict(values="fp32", order="i64", latents="i32", tokens="i32", offsets="i64", rows=dtype, windows="fp32")
-    return pointers | dict(center="fp32", ones="fp32", out="fp32")
+def gather_pointers(dtype: str) -> dict[str, str]:
+    """Return the pointers of kernels that gather rows by latent."""
+    return dict(packed="i64", offsets="i64", rows=dtype, windows="fp32", window_ones="fp32", center="fp32")
+
+
+def pieces(width: int) -> dict[str, int]:
+    """Return HIGH and LOW for a width, as `triton.pieces`, which needs Triton, does."""
+    high = 1 << (width - 1).bit_length() - 1
+    return dict(HIGH=high, LOW=1 << (width - high - 1).bit_length())
 
 
 def _specs(dtype: str) -> dict[str, Spec]:
-    kernel, pointers = "weight_grad.weight_grad_kernel", entry_pointers(dtype)
-    flags, bias_flags = dict(HAS_CENTER=True, SPLIT=SPLIT), dict(HAS_CENTER=False, SPLIT=SPLIT)
-    return {
-        "weight_grad": Spec(kernel, "weight_grad", pointers, flags),
-        "weight_grad, D = 1 (biases)": Spec(kernel, "weight_grad", pointers, bias_flags, unit=("M", "D", "stride_row")),
-        "windows": Spec("weight_grad.windows_kernel", "windows", pointers),
-    }
+    specs, pointers = {}, gather_pointers(dtype) | dict(latents="i32", out="fp32")
+    for width in WIDTHS[dtype]:
+        flags = dict(SPLIT=SPLIT, **pieces(width))
+        specs |= {
+            f"weight_grad, D = {width}": Spec(
+                "weight_grad.weight_grad_kernel", "weight_grad", pointers, flags | dict(HAS_CENTER=True)
+            ),
+            f"windows, D = {width}": Spec("weight_grad.windows_kernel", "windows", pointers, flags),
+        }
+    return specs
 
 
-def entry_blocks(step: Step, config: str) -> float:
-    """Return the mean number of blocks of entries of a latent: the last one is half empty."""
-    return step.per_latent / step.config[config]["BLOCK_E"] + 0.5
+def latent_sums_launch(step: Step) -> Launch:
+    """Describe sums of values by latent."""
+    trips = {"latent_sums_kernel.start": step.per_latent / step.config["latent_sums"]["BLOCK"] + 0.5}
+    waits = 1 + trips["latent_sums_kernel.start"]
+    return Launch("update", "latent_sums", step.f, trips, dram=12 * step.entries + 12 * step.f, waits=waits)
 
 
-def latent_sums(step: Step) -> list[Launch]:
-    """Describe sums of values by latent, D = 1. Hardly any window lies within one latent."""
-    windows = step.entries // SPLIT
-    trips = {"sum_entries.start": entry_blocks(step, "weight_grad"), "sum_latent.index": 0}
+def gather_launches(step: Step) -> list[Launch]:
+    """Describe the packing of entries and the sums of windows. Hardly any window lies within one latent."""
+    blocks, windows = step.blocks(step.entries, "pack", "BLOCK"), step.entries // SPLIT
     return [
-        Launch("update", "windows bf16", windows, {"sum_entries.start": 0}, gathered=8 * windows, waits=1),
+        Launch("update", "pack", blocks, dram=24 * step.entries, waits=1),
         Launch(
-            "update", "weight_grad, D = 1 (biases) bf16", step.f, trips,
-            dram=16 * step.entries + 12 * step.f, waits=1 + trips["sum_entries.start"],
+            "update", f"windows, D = {step.d} bf16", windows, {"add_entries.index": 0}, gathered=8 * windows, waits=1
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _launches(step: Step) -> list[Launch]:
     # torch sorts 12 bytes per entry in 4 passes, then gathers latents and tokens and searches the bounds of latents.
     sort = Launch("sort", "torch: sort by latent", dram=150 * step.entries + 16 * step.f, launches=14)
     gradients = 1 + (step.activation == "jumprelu")  # of b_enc and of thresholds
-    return [sort, *gradients * latent_sums(step)]
+    return [sort, *gradients * [latent_sums_launch(step)]]
 
 
 _transpose = lambda i: lambda: SparseCode(i.code.values, i.code.indices, len(i.W_dec)).transpose()
@@ -59,7 +69,8 @@ _transpose_cost = lambda n, d, f, k, **settings: Cost(0.0, 20 * n * k + 8 * (f +
 # The sort always runs in torch.
 _torch_only = lambda n, d, f, k, itemsize, backend: Cost(0.0, float(backend != "torch"))
 _cost = lambda n, d, f, k, **settings: cost(n, d, f, n * k, **settings)
-_GATHERS: Grid = dict(BLOCK_D=(256, 512), STAGES=(2, 3), num_warps=(4, 8), BLOCK_E=(4, 8, 16))
+_latent_sums = lambda i: partial(latent_sums, i.entries, i.code.values)
+_WARPS: Grid = dict(num_warps=(4, 8, 16))
 # windows' SPLIT is not tuned: results depend on where windows end.
 BENCH = OpBench(
     "gradient",
@@ -67,7 +78,18 @@ BENCH = OpBench(
         "transpose": Op("backward", _transpose, [_transpose_cost], _torch_only),
         "weight_grad": Op("backward", _weight_grad, [_cost], _cost),
     },
-    trials={"weight_grad": Trial("bf16", _weight_grad, _GATHERS), "windows": Trial("bf16", _weight_grad, _GATHERS)},
+    trials={
+        "pack": Trial("bf16", _weight_grad, dict(BLOCK=(512, 1024, 2048), num_warps=(2, 4, 8))),
+        "windows": Trial("bf16", _weight_grad, _WARPS),
+        "weight_grad": Trial("bf16", _weight_grad, _WARPS),
+        "latent_sums": Trial("bf16", _latent_sums, dict(BLOCK=(32, 64, 128), num_warps=(1, 2))),
+    },
     specs=_specs,
     launches=_launches,
+    fixed_specs={
+        "pack": Spec("weight_grad.pack_kernel", "pack", _ENTRIES | dict(tokens="i32", packed="i64")),
+        "latent_sums": Spec(
+            "weight_grad.latent_sums_kernel", "latent_sums", _ENTRIES | dict(offsets="i64", out="fp32")
+        ),
+    },
 )

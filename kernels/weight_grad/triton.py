@@ -1,8 +1,14 @@
-"""weight_grad as Triton kernels: one program per latent and tile of D adds the latent's entries in order.
+"""weight_grad as Triton kernels: one program per latent adds the latent's entries in order.
+
+The sorted entries are first packed into int64 words of a row and a value, so the gather reads one word per entry. Two
+rows are in flight while two others are added.
+
+A row of D columns is held in two pieces of HIGH and LOW columns, both powers of two: 2304 = 2048 + 256 wastes nothing.
+`high` [HIGH] and `low` [LOW] are their columns. HIGH is at most D, so only `low` needs a mask.
 
 A latent with very many entries would keep one program busy long after all others. So the sorted entries are split into
 windows of SPLIT, and each window that lies within one latent is summed by its own program first. The latent's program
-then adds the entries before its first whole window, the windows, and the entries after the last one, in this order.
+then adds its whole windows, the entries before them, and the entries after them, in this order.
 """
 
 import torch
@@ -15,118 +21,191 @@ from ..code import LatentMajor
 
 
 @triton.jit
-def sum_entries(
-    acc, first, last, values_ptr, order_ptr, tokens_ptr, rows_ptr, M, dims, D, stride_row,
-    BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Add values[e] * rows[token of e] over the sorted entries first:last to acc, for columns `dims`."""
-    for start in tl.range(first, last, BLOCK_E, num_stages=STAGES):
-        # [BLOCK_E] sorted entries: tokens, indices in the code and values
-        positions = start + tl.arange(0, BLOCK_E)
-        tokens = tl.load(tokens_ptr + positions, mask=positions < last, other=0) % M
-        entries = tl.load(order_ptr + positions, mask=positions < last, other=0)
-        values = tl.load(values_ptr + entries, mask=positions < last, other=0.0).to(tl.float32)
-        # [BLOCK_E, BLOCK_D] rows of their tokens
-        row_ptrs = rows_ptr + tokens[:, None].to(tl.int64) * stride_row + dims[None, :]
-        rows = tl.load(row_ptrs, mask=(positions < last)[:, None] & (dims < D)[None, :], other=0.0)
-        acc += tl.sum(values[:, None] * rows.to(tl.float32), 0)
-    return acc
+def pack_kernel(values_ptr, order_ptr, tokens_ptr, packed_ptr, C, M, BLOCK: tl.constexpr):
+    """Pack each sorted entry into an int64: its value as float32 above its row, the token modulo M."""
+    positions = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = positions < C
+    entries = tl.load(order_ptr + positions, mask=inside, other=0)
+    values = tl.load(values_ptr + entries, mask=inside, other=0.0).to(tl.float32)
+    rows = tl.load(tokens_ptr + positions, mask=inside, other=0) % M
+    tl.store(packed_ptr + positions, (values.to(tl.int32, bitcast=True).to(tl.int64) << 32) | rows, mask=inside)
+
+
+@triton.jit
+def load_row(packed, rows_ptr, high, low, D, stride_row):
+    """Return the value of a packed entry, and its row as [HIGH] and [LOW] in the dtype of the rows."""
+    rows_ptr += (packed & 0xFFFFFFFF) * stride_row
+    value = (packed >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return value, tl.load(rows_ptr + high), tl.load(rows_ptr + low, mask=low < D, other=0.0)
+
+
+@triton.jit
+def add_entries(sum_high, sum_low, ones, first, last, packed_ptr, rows_ptr, high, low, D, stride_row):
+    """Add value * row over the packed entries first:last to the sums, and their values to `ones`."""
+    packed_ptr += first
+    count = (last - first).to(tl.int32)
+    if count > 0:
+        end = count - 1
+        # rows of entries a and b, and the two packed entries after them. Past the end, the last one is read again.
+        value_a, high_a, low_a = load_row(tl.load(packed_ptr), rows_ptr, high, low, D, stride_row)
+        packed_b = tl.load(packed_ptr + tl.minimum(1, end))
+        value_b, high_b, low_b = load_row(packed_b, rows_ptr, high, low, D, stride_row)
+        next_a = tl.load(packed_ptr + tl.minimum(2, end))
+        next_b = tl.load(packed_ptr + tl.minimum(3, end))
+        for index in tl.range(0, count, 2, num_stages=1):
+            sum_high += value_a * high_a.to(tl.float32)
+            sum_low += value_a * low_a.to(tl.float32)
+            ones += value_a
+            value_a, high_a, low_a = load_row(next_a, rows_ptr, high, low, D, stride_row)
+            next_a = tl.load(packed_ptr + tl.minimum(index + 4, end))
+            value_b = tl.where(index < end, value_b, 0.0)
+            sum_high += value_b * high_b.to(tl.float32)
+            sum_low += value_b * low_b.to(tl.float32)
+            ones += value_b
+            value_b, high_b, low_b = load_row(next_b, rows_ptr, high, low, D, stride_row)
+            next_b = tl.load(packed_ptr + tl.minimum(index + 5, end))
+    return sum_high, sum_low, ones
 
 
 @triton.jit
 def sum_latent(
-    latent, values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, M, dims, D, stride_row,
-    SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    latent, packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
+    D, stride_row, LATENTS_PER_CENTER, HAS_CENTER: tl.constexpr,
+    SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Return the sum [BLOCK_D] over all entries of a latent, with whole windows read from `windows` [C / SPLIT, D]."""
+    """Return the latent's gradient as [HIGH] and [LOW], and the sum of its values."""
+    high = tl.arange(0, HIGH)
+    low = HIGH + tl.arange(0, LOW)
+    sum_high = tl.zeros((HIGH,), dtype=tl.float32)
+    sum_low = tl.zeros((LOW,), dtype=tl.float32)
+    ones = tl.full((), 0.0, tl.float32)
     # the latent's entries first:last and its whole windows window:end
     first = tl.load(offsets_ptr + latent)
     last = tl.load(offsets_ptr + latent + 1)
     window = (first + SPLIT - 1) // SPLIT
-    end = tl.maximum(last // SPLIT, window)
-    # [BLOCK_D] sum of the entries before the windows, the windows, and the entries after them
-    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    head = tl.minimum(window * SPLIT, last)
-    acc = sum_entries(
-        acc, first, head, values_ptr, order_ptr, tokens_ptr, rows_ptr, M, dims, D, stride_row, BLOCK_E, STAGES
-    )
-    for index in range(window, end):
-        acc += tl.load(windows_ptr + index * D + dims, mask=dims < D, other=0.0)
-    tail = tl.maximum(end * SPLIT, head)
-    return sum_entries(
-        acc, tail, last, values_ptr, order_ptr, tokens_ptr, rows_ptr, M, dims, D, stride_row, BLOCK_E, STAGES
-    )
+    end = last // SPLIT
+    for index in tl.range(window, end, num_stages=1):
+        sum_high += tl.load(windows_ptr + index * D + high)
+        sum_low += tl.load(windows_ptr + index * D + low, mask=low < D, other=0.0)
+        ones += tl.load(window_ones_ptr + index)
+    # the entries before and after the windows: one run of entries if there are none
+    has_windows = window < end
+    stop = tl.where(has_windows, window * SPLIT, last)
+    for _ in tl.range(0, 1 + has_windows.to(tl.int32), num_stages=1):
+        sum_high, sum_low, ones = add_entries(
+            sum_high, sum_low, ones, first, stop, packed_ptr, rows_ptr, high, low, D, stride_row
+        )
+        first = end * SPLIT
+        stop = last
+    if HAS_CENTER:  # sum of values * (rows - center) = sum of values * rows - (sum of values) * center
+        center_ptr += latent.to(tl.int32) // LATENTS_PER_CENTER * D
+        sum_high -= ones * tl.load(center_ptr + high).to(tl.float32)
+        sum_low -= ones * tl.load(center_ptr + low, mask=low < D, other=0.0).to(tl.float32)
+    return sum_high, sum_low, ones
 
 
 @triton.jit
 def windows_kernel(
-    values_ptr, order_ptr, latents_ptr, tokens_ptr, rows_ptr, windows_ptr,
-    M, D, F, stride_row,
-    SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    packed_ptr, latents_ptr, rows_ptr, windows_ptr, window_ones_ptr, D, F, stride_row,
+    SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Sum the windows that lie within one latent, and no others. One program per window and BLOCK_D columns."""
+    """Sum the windows that lie within one latent, and no others. One program per window."""
     window = tl.program_id(0).to(tl.int64)
     first = window * SPLIT
     latent = tl.load(latents_ptr + first)
     if (latent == tl.load(latents_ptr + first + SPLIT - 1)) & (latent < F):
-        # [BLOCK_D] columns and their sum over the window's SPLIT entries
-        dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        acc = sum_entries(
-            acc, first, first + SPLIT, values_ptr, order_ptr, tokens_ptr, rows_ptr, M, dims, D, stride_row,
-            BLOCK_E, STAGES,
+        high = tl.arange(0, HIGH)
+        low = HIGH + tl.arange(0, LOW)
+        sum_high, sum_low, ones = add_entries(
+            tl.zeros((HIGH,), dtype=tl.float32), tl.zeros((LOW,), dtype=tl.float32), tl.full((), 0.0, tl.float32),
+            first, first + SPLIT, packed_ptr, rows_ptr, high, low, D, stride_row,
         )  # fmt: skip
-        tl.store(windows_ptr + window * D + dims, acc, mask=dims < D)
+        tl.store(windows_ptr + window * D + high, sum_high)
+        tl.store(windows_ptr + window * D + low, sum_low, mask=low < D)
+        tl.store(window_ones_ptr + window, ones)
 
 
 @triton.jit
 def weight_grad_kernel(
-    values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, center_ptr, ones_ptr, out_ptr,
-    M, D, stride_row, LATENTS_PER_CENTER,
-    HAS_CENTER: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr, out_ptr,
+    D, stride_row, LATENTS_PER_CENTER, HAS_CENTER: tl.constexpr,
+    SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """dW, in one program per latent and BLOCK_D columns. `ones` [F] holds the sum of each latent's values."""
-    # [BLOCK_D] columns and their sum over the latent's entries
+    """dW, in one program per latent."""
     latent = tl.program_id(0).to(tl.int64)
-    dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = sum_latent(
-        latent, values_ptr, order_ptr, tokens_ptr, offsets_ptr, rows_ptr, windows_ptr, M, dims, D, stride_row,
-        SPLIT, BLOCK_E, BLOCK_D, STAGES,
+    grad_high, grad_low, _ = sum_latent(
+        latent, packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
+        D, stride_row, LATENTS_PER_CENTER, HAS_CENTER, SPLIT, HIGH, LOW,
     )  # fmt: skip
-    if HAS_CENTER:  # sum of values * (rows - center) = sum of values * rows - (sum of values) * center
-        center = tl.load(center_ptr + latent // LATENTS_PER_CENTER * D + dims, mask=dims < D, other=0.0).to(tl.float32)
-        acc -= tl.load(ones_ptr + latent) * center
-    tl.store(out_ptr + latent * D + dims, acc, mask=dims < D)
+    low = HIGH + tl.arange(0, LOW)
+    tl.store(out_ptr + latent * D + tl.arange(0, HIGH), grad_high)
+    tl.store(out_ptr + latent * D + low, grad_low, mask=low < D)
 
 
-def sum_windows(entries: LatentMajor, values: Tensor, rows: Tensor) -> tuple[Tensor, int]:
-    """Return sums [C / SPLIT, D] of the windows that lie within one latent (others are undefined), and SPLIT."""
-    (m, d), c = rows.shape, values.numel()
+@triton.jit
+def latent_sums_kernel(values_ptr, order_ptr, offsets_ptr, out_ptr, BLOCK: tl.constexpr):
+    """Sum the values of each latent, in one program per latent."""
+    latent = tl.program_id(0)
+    last = tl.load(offsets_ptr + latent + 1)
+    # [BLOCK] sums over every BLOCK-th entry
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in tl.range(tl.load(offsets_ptr + latent), last, BLOCK, num_stages=1):
+        positions = start + tl.arange(0, BLOCK)
+        entries = tl.load(order_ptr + positions, mask=positions < last, other=0)
+        sums += tl.load(values_ptr + entries, mask=positions < last, other=0.0).to(tl.float32)
+    tl.store(out_ptr + latent, tl.sum(sums, 0))
+
+
+def gather_arguments(
+    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, int]]:
+    """Return what `sum_latent` takes: pointers, integers and constants. Packs the entries and sums the windows."""
+    (m, d), f, c = rows.shape, entries.latent_offsets.numel() - 1, values.numel()
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    high, low = pieces(d)
+    packed = torch.empty(c, dtype=torch.int64, device=rows.device)
+    options = launch_options("pack", rows)
+    if c:
+        launch_kernel(
+            pack_kernel, (triton.cdiv(c, options["BLOCK"]),),
+            values.contiguous(), entries.order, entries.tokens, packed, c, m, **options,
+        )  # fmt: skip
     options = launch_options("windows", rows)
-    windows = torch.empty((c // options["SPLIT"], d), dtype=torch.float32, device=rows.device)
+    split = options["SPLIT"]
+    windows = torch.empty((c // split, d), dtype=torch.float32, device=rows.device)
+    window_ones = windows.new_empty(len(windows))
     if len(windows):
         launch_kernel(
-            windows_kernel, (len(windows), triton.cdiv(d, options["BLOCK_D"])),
-            values, entries.order, entries.latents, entries.tokens, rows, windows,
-            m, d, entries.latent_offsets.numel() - 1, rows.stride(0), **options,
+            windows_kernel, (len(windows),),
+            packed, entries.latents, rows, windows, window_ones, d, f, rows.stride(0), HIGH=high, LOW=low, **options,
         )  # fmt: skip
-    return windows, options["SPLIT"]
+    pointers = (packed, entries.latent_offsets, rows, windows, window_ones)
+    latents_per_center = f // (1 if center is None else center.numel() // d)
+    return (
+        (*pointers, rows if center is None else center.contiguous()), (d, rows.stride(0), latents_per_center),
+        dict(HAS_CENTER=center is not None, SPLIT=split, HIGH=high, LOW=low),
+    )  # fmt: skip
 
 
 def weight_grad(entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None) -> Tensor:
-    (m, d), f = rows.shape, entries.latent_offsets.numel() - 1
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    values = values.contiguous()
-    sums = None if center is None else weight_grad(entries, values, rows.new_ones(1, 1), None)
-    out = torch.empty((f, d), dtype=torch.float32, device=rows.device)
-    windows, split = sum_windows(entries, values, rows)
-    options = launch_options("weight_grad", rows)
+    pointers, integers, constants = gather_arguments(entries, values, rows, center)
+    out = torch.empty((entries.latent_offsets.numel() - 1, rows.shape[1]), dtype=torch.float32, device=rows.device)
     launch_kernel(
-        weight_grad_kernel, (f, triton.cdiv(d, options["BLOCK_D"])),
-        values, entries.order, entries.tokens, entries.latent_offsets, rows, windows,
-        rows if center is None else center.contiguous(), rows if sums is None else sums, out,
-        m, d, rows.stride(0), f // (1 if center is None else center.numel() // d),
-        HAS_CENTER=center is not None, SPLIT=split, **options,
+        weight_grad_kernel, (len(out),), *pointers, out, *integers, **constants, **launch_options("weight_grad", rows)
+    )
+    return out
+
+
+def latent_sums(entries: LatentMajor, values: Tensor) -> Tensor:
+    out = torch.empty(entries.latent_offsets.numel() - 1, dtype=torch.float32, device=values.device)
+    launch_kernel(
+        latent_sums_kernel, (len(out),), values.contiguous(), entries.order, entries.latent_offsets, out,
+        **launch_options("latent_sums", values),
     )  # fmt: skip
     return out
+
+
+def pieces(d: int) -> tuple[int, int]:
+    """Return the two powers of two that cover d with the least padding. The first is at most d."""
+    high = 1 << (d.bit_length() - 1)
+    return (high // 2, high // 2) if d == high > 1 else (high, triton.next_power_of_2(max(1, d - high)))
