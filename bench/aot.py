@@ -115,8 +115,8 @@ def _compile(spec: Spec, arch: int, config: Mapping[str, int]) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    op, function = spec.kernel.split(".")
-    kernel = getattr(import_module(f"..kernels.{op}.triton", __package__), function)
+    op, *file, function = spec.kernel.split(".")
+    kernel = getattr(import_module(f"..kernels.{op}.{file[0] if file else 'triton'}", __package__), function)
     if not isinstance(kernel, triton.JITFunction):
         raise UserError("TRITON_INTERPRET is set, so there are no kernels to compile; unset it")
     constants = {**spec.flags, **dict.fromkeys(spec.unit, 1)} | {k: v for k, v in config.items() if k.isupper()}

@@ -149,7 +149,7 @@ def in_effect(arch: int, arch_configs: dict[str, Setting]) -> Iterator[None]:
 
 def _kernels(entry: str) -> set[str]:
     """The names of the kernels that the entry launches."""
-    return {spec.kernel.partition(".")[2] for spec in aot.SPECS.values() if spec.config == entry}
+    return {spec.kernel.rpartition(".")[2] for spec in aot.SPECS.values() if spec.config == entry}
 
 
 def kernel_ms(call: Call, kernels: set[str]) -> float:

@@ -54,6 +54,7 @@ class Outcome(NamedTuple):
     least_kept: Tensor | None = None  # [S]; see `SparseAutoencoder.follow`
     entries: Tensor | None = None  # scalar: the size of the code, if it is ragged
     overflow: Flag | None = None  # whether the code had more entries than room, so that nothing was updated
+    recomputed: Tensor | None = None  # [S]; see `SparseCode`
 
 
 class Decoded(NamedTuple):
@@ -161,7 +162,9 @@ class FusedStep:
             norm = self.stacked.update(gradients, small_gradients, x, self._center, code.overflow)
         least_activation = self.ranks.least_(least_kept(code, s)) if sae.cfg.activation == "batchtopk" else None
         entries = None if code.offsets is None else code.offsets[-1]
-        return Outcome(loss, aux_loss, norm, sums, has_fired(code).view(s, -1), least_activation, entries, overflow)
+        return Outcome(
+            loss, aux_loss, norm, sums, has_fired(code).view(s, -1), least_activation, entries, overflow, code.recomputed
+        )  # fmt: skip
 
     def _joint_mask(self, mask: Mask | None) -> Mask | None:
         """The mask of all dictionaries, given the first one's."""

@@ -32,16 +32,18 @@ class Counts(NamedTuple):
     idle_tokens: Tensor  # int64 [S, F]: since each latent was last active
     sums: Tensor  # [S, 4, T]: `PositionSums` since the last report
     spread: Tensor  # [S]: squared distance of activations from their mean since then
-    totals: Tensor  # [S, 4]: loss without AuxK, AuxK, gradient norm, and positions outside of [0, T), since then
+    totals: Tensor  # [S, 5]: loss without AuxK, AuxK, gradient norm, positions outside of [0, T), tiles computed twice
 
     def add(self, n: int, spread: Tensor, outcome: Outcome) -> None:
         """Count a batch of n tokens."""
         self.idle_tokens.add_(n).masked_fill_(outcome.fired, 0)
         self.sums.add_(torch.stack(outcome.sums, 1))
         self.spread.add_(spread)
-        aux = torch.zeros_like(outcome.loss) if outcome.aux_loss is None else outcome.aux_loss
+        zeros = torch.zeros_like(outcome.loss)
+        aux = zeros if outcome.aux_loss is None else outcome.aux_loss
         outside = (n - outcome.sums.count.sum(1)).amax().expand_as(aux)
-        self.totals.add_(torch.stack([outcome.loss - aux, aux, outcome.norm, outside], 1))
+        recomputed = zeros if outcome.recomputed is None else outcome.recomputed
+        self.totals.add_(torch.stack([outcome.loss - aux, aux, outcome.norm, outside, recomputed], 1))
 
 
 class Learner:
@@ -103,7 +105,7 @@ class Learner:
         self.dead_after = config.dead_after_tokens or min(10_000_000, max(config.tokens // 10, 10 * config.batch))
         idle_tokens = torch.zeros(1, sae.cfg.d_sae, dtype=torch.int64, device=device)
         sums = torch.zeros(1, len(PositionSums._fields), n_positions, device=device)
-        self.counts = Counts(idle_tokens, sums, torch.zeros(1, device=device), torch.zeros(1, 4, device=device))
+        self.counts = Counts(idle_tokens, sums, torch.zeros(1, device=device), torch.zeros(1, 5, device=device))
         self.steps_done = self.tokens_done = 0
         self._steps = 0  # since the last report
         # for `target_l0`: log of the factor on the sparsity coefficients, log(L0 / target), and how fast that moves
@@ -259,15 +261,16 @@ class Learner:
 
         `loss`: squared error per token, in scaled activations, plus the sparsity penalty; `aux_loss`: what AuxK adds to it;
         `fvu`: squared error relative to predicting the mean; `dead`: latents idle for `dead_after` tokens; `sparsity`: with
-        `target_l0`, the factor on the sparsity coefficient; `gradient_norm`: before clipping; `positions`: squared error and
-        L0 per position, if `log_positions` is set; `parts`: figures of the parts.
+        `target_l0`, the factor on the sparsity coefficient; `gradient_norm`: before clipping; `recomputed_tiles`: tiles of
+        latents per token that the kernels of ragged codes computed twice, if any; `positions`: squared error and L0 per
+        position, if `log_positions` is set; `parts`: figures of the parts.
 
         Raises UserError for positions outside of [0, T), or beyond a mask that does not allow them.
         """
         self.check_settled()
         self._check_positions()
         sums = PositionSums(*self.counts.sums[0])
-        loss, aux, norm, _ = (self.counts.totals[0] / max(1, self._steps)).tolist()
+        loss, aux, norm, _, recomputed = (self.counts.totals[0] / max(1, self._steps)).tolist()
         dead = int(self.ranks.sum_((self.counts.idle_tokens >= self.dead_after).sum()))
         figures = {
             "loss": loss,
@@ -281,6 +284,8 @@ class Learner:
         }
         if self.config.clip_norm is not None:
             figures["gradient_norm"] = norm
+        if recomputed:
+            figures["recomputed_tiles"] = per_token(self.counts.totals[0, 4], sums.count)
         if self.config.log_positions:
             position_means = (sums.squared_error / sums.count, sums.l0 / sums.count)
             figures["positions"] = dict(zip(("squared_error", "l0"), map(_rounded, position_means), strict=True))

@@ -26,7 +26,7 @@ Grid = Mapping[str, tuple[int, ...]]
 class Spec(NamedTuple):
     """One kernel as training launches it."""
 
-    kernel: str  # op.function
+    kernel: str  # op.function in triton.py, or op.file.function
     config: str  # entry of the config table
     pointers: dict[str, str]  # dtype of each pointer
     flags: Mapping[str, int] = {}

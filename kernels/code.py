@@ -39,6 +39,7 @@ class SparseCode:
     indices   int32, the shape of `values`: the latent of each entry
     offsets   int64 [N+1] when ragged: token n owns entries offsets[n]:offsets[n+1]. None for fixed K
     overflow  bool scalar tensor when ragged with a given capacity: true if entries did not fit and were dropped
+    recomputed  int64 [S] from the ragged kernels of S dictionaries: how many tiles of latents they computed twice
 
     Entries from `offsets[N]` on are unused and never read as activations, whatever they hold. Raises ValueError for
     shapes and dtypes that do not fit together.
@@ -49,6 +50,7 @@ class SparseCode:
     n_latents: int
     offsets: Tensor | None = None
     overflow: Tensor | None = None
+    recomputed: Tensor | None = None
     # Layouts depend on indices and offsets alone, so codes that differ only in values share them.
     layouts: dict[str, Any] = field(default_factory=dict, repr=False)
 

@@ -37,7 +37,7 @@ def encode_topk(
     Returns (code, aux code or None), with values in float32 (float64 for float64). A token's entries have no particular
     order. Codes have a fixed K, but with `across_batch` the first is ragged, as in `select_batch_topk`. A token with
     fewer than k positive activations is padded with zeros at arbitrary other latents. Ties are resolved by the inputs
-    alone (within a token, the lower latent wins). NaN counts as the largest value.
+    alone (among the k largest of a token, the lower latent wins). NaN counts as the largest value.
 
     Triton does not wait for the device, and does not store [N, F] if F is large relative to k. Each tile of latents
     keeps a few candidates, rounded to 17 significant bits. The k largest candidates are the k largest activations,
@@ -59,9 +59,9 @@ def encode_topk(
     if fp8:
         return _encode_fp8(inputs, selection, chosen_backend)
     if chosen_backend == "triton":
-        from . import triton
+        from . import merge
 
-        return triton.encode_topk(inputs, selection)
+        return merge.encode_topk(inputs, selection)
     return reference.encode_topk(inputs, selection)
 
 
@@ -91,9 +91,9 @@ def _encode_fp8(inputs: EncoderInputs, selection: Selection, backend: str) -> tu
     arguments = Fp8Rows.of(x), Fp8Rows.of(W_enc.T), b_enc, mask, pos, with_margins
     codes = None
     if backend == "triton":
-        from . import triton
+        from . import merge
 
-        codes = triton.preselect(*arguments)
+        codes = merge.preselect(*arguments)
     code, aux = codes or reference.preselect(*arguments)
     return rescored(code, selection.k), None if aux is None else rescored(aux, selection.aux_k)
 
@@ -114,8 +114,8 @@ def encode_threshold(
 
     Returns a ragged code with values in float32 (float64 for float64), a token's entries in no particular order. NaN is
     kept, so that it gets noticed. Triton rounds values to 17 significant bits after the comparison and does not store
-    [N, F] unless `expected` is a large part of F: see `encode_topk`. Waits for the device once without a capacity, to
-    know the number of entries. Raises ValueError for shapes, dtypes or devices that do not fit together.
+    [N, F] unless `expected` is a large part of F: see `encode_topk`. Waits for the device twice without a capacity, to
+    know the numbers of full tiles and of entries. Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     inputs = EncoderInputs(x, W_enc, b_enc, center, mask, pos)
     f = inputs.check()
@@ -129,9 +129,9 @@ def encode_threshold(
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
     if inputs.choose_backend("encode_threshold", cost=cost, backend=backend) == "triton":
-        from . import triton
+        from . import merge
 
-        return triton.encode_threshold(inputs, threshold, expected, capacity, dictionaries)
+        return merge.encode_threshold(inputs, threshold, expected, capacity, dictionaries)
     return reference.encode_threshold(inputs, threshold, capacity, dictionaries)
 
 

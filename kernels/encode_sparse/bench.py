@@ -22,12 +22,23 @@ def _candidates(dtype: str, keep: int, aux_keep: int = 0, *, threshold: bool = F
     return spec._replace(pointers=spec.pointers | pointers | dict.fromkeys(("x_scale", "w_scale", "threshold"), "fp32"))
 
 
-def _second_pass(dtype: str, config: str, **flags: int) -> Spec:
-    pointers = dict(x=dtype, w=dtype, b="fp32", mask="i32", pos="i64", aux_latents="u8", threshold="fp32")
-    pointers |= dict(candidates="i32", values="fp32", indices="i32", unsure="i8")
-    pointers |= dict.fromkeys(("cut", "least", "above", "equal"), "i64")
-    flags |= dict(MASK=1, KEEP=4, BLOCK_F=TILE)
-    return Spec(f"encode_sparse.{config}_kernel", config, pointers, flags, hot=False, unit=("stride_wd",))
+def _second_pass(kernel: str, pointers: dict[str, str], **flags: int) -> Spec:
+    config = kernel.partition(".")[2]
+    pointers |= dict(candidates="i32", values="fp32", indices="i32", unsure="i8", cut="i64", above="i64", equal="i64")
+    pointers |= dict.fromkeys(("starts", "least", "block_tiles", "block_ends", "offsets"), "i64")
+    pointers |= dict.fromkeys(("tiles", "tokens", "packed"), "i32")
+    flags |= dict(KEEP=4) if config == "unsure" else dict(KEEP=4, BLOCK_F=TILE)
+    unit = ("stride_wd",) if "w" in pointers else ()
+    return Spec(f"encode_sparse.{kernel}_kernel", config, pointers, flags, hot=config == "merge", unit=unit)
+
+
+def _products(dtype: str) -> dict[str, Spec]:
+    pointers = dict(x=dtype, w=dtype, b="fp32", mask="i32", pos="i64", aux_latents="u8", threshold="fp32", rows="i64")
+    return {
+        "rescan": _second_pass("merge.rescan", pointers, MASK=1, HAS_AUX_LATENTS=False, BLOCK_K=64),
+        "recompute": _second_pass("ragged.recompute", pointers, MASK=1, HAS_THRESHOLD=False, EVEN_D=True),
+        "recompute, thresholds": _second_pass("ragged.recompute", pointers, MASK=2, HAS_THRESHOLD=True, EVEN_D=False),
+    }
 
 
 def _specs(dtype: str) -> dict[str, Spec]:
@@ -41,14 +52,10 @@ def _specs(dtype: str) -> dict[str, Spec]:
         "candidates, Gaussians": _candidates(dtype, 4, mask=3),
         "candidates, two codes": _candidates(dtype, 4, 4),
         "candidates, unaligned": _candidates(dtype, 4, 4, mask=2, ragged=True),
-        "rescan": _second_pass(dtype, "rescan", HAS_AUX_LATENTS=False, BLOCK_K=64),
-    } | {
-        f"above_cut, {name}": _second_pass(dtype, "above_cut", HAS_THRESHOLD=False, MODE=mode, SHIFT=8, RESCAN=True)
-        for mode, name in enumerate(("digits", "count", "fill"))
-    }
+    } | _products(dtype)
 
 
-UNSURE = (
+UNSURE = 0.9  # tiles of a token that may drop an entry of a ragged code: simulated, L0 = K
     0.9,
     43,
 )  # tiles of a token in the mean and at most that may drop an entry of a ragged code: simulated, L0 = K
@@ -70,14 +77,10 @@ def _launches(step: Step) -> list[Launch]:
 
 def _merge_launches(step: Step, keep: int, k: int, stage: str) -> list[Launch]:
     n, d, f, *_ = step
-    tiles = -(-f // TILE)
-    blocks, depth = step.blocks(tiles * keep, "merge", "BLOCK"), step.blocks(d, "rescan", "BLOCK_D")
-    kept = 8 * n * k
+    tiles, depth = -(-f // TILE), step.blocks(d, "rescan", "BLOCK_D")
     return [
-        Launch(
-            stage, "merge", n, {"kth_largest.start": 3 * blocks, "merge_kernel.start": blocks},
-            dram=4 * n * tiles * keep + kept, waits=1 + 2 * blocks,
-        ),
+        # two bisections of keys of 24 bits, which usually end early
+        Launch(stage, "merge", n, {"cut_among.reached": 2 * 16}, dram=4 * n * tiles * keep + 8 * n * k, waits=2.5),
         Launch(
             stage, "rescan bf16", RESCANNED * n,
             {"rescan_kernel.first": 1, "rescan_kernel.tile": 1, "rescan_kernel.largest": 1, "dropped_by.start": depth},
@@ -87,22 +90,34 @@ def _merge_launches(step: Step, keep: int, k: int, stage: str) -> list[Launch]:
 
 
 def _ragged_launches(step: Step, keep: int) -> list[Launch]:
-    """Describe the passes that find the cut of a batch, count, and fill the code."""
-    n, d, f, *_ = step
-    tiles, depth = -(-f // TILE), step.blocks(d, "above_cut", "BLOCK_D")
-    blocks = step.blocks(tiles * keep, "above_cut", "BLOCK") + step.blocks(tiles, "above_cut", "BLOCK_T")
+    """Describe the passes that find the cut of a batch, count, and fill the code, and the tiles computed again."""
+    n, d, f, k, *_ = step
+    tiles, candidates = -(-f // TILE), 4 * n * -(-f // TILE) * keep
+    pairs, block = UNSURE * n, step.config["recompute"]["BLOCK_N"]
+    programs = pairs / block + tiles / 2  # the last block of a tile is half empty
+    blocks = step.blocks(tiles * keep, "above_cut", "BLOCK")
 
-    def passes(name: str, count: int, unsure: float, most: int) -> Launch:
-        trips = {"above_cut_kernel.start": blocks, "above_cut_kernel.tile": unsure, "dropped_by.start": unsure * depth}
-        return Launch(
-            "encode", f"above_cut, {name} bf16", n, trips, dram=count * 4 * n * tiles * keep,
-            l2=count * n * unsure * 2 * d * TILE, waits=2 + blocks + unsure * (depth + 2),
-            longest=most * (depth + 2), launches=count,
-        )  # fmt: skip
+    def passes(name: str, count: int, rows: float) -> Launch:
+        trips = {"above_cut_kernel.start": blocks + (rows > 0)}
+        dram = count * (candidates + 4 * rows * TILE)
+        return Launch("encode", f"above_cut, {name}", n, trips, dram=dram, waits=2 + blocks + (rows > 0), launches=count)
 
-    cuts = [passes("digits", 3, 0, 0), passes("digits", 3, *UNSURE)] if step.activation == "batchtopk" else []
-    tail = [passes(name, 1, *UNSURE) for name in ("count", "fill")]
-    return [*cuts, *tail, Launch("encode", "torch: cut", dram=100 * n, launches=12 + 13 * 3 * len(cuts))]
+    is_batch = step.activation == "batchtopk"
+    return [
+        *([passes("digits", 3, 0), passes("digits", 3, pairs)] if is_batch else []),
+        Launch(
+            "encode", "unsure", n, {"unsure_kernel.start": step.blocks(tiles, "unsure", "BLOCK_T")},
+            dram=2 * candidates, waits=1, launches=2,
+        ),
+        Launch("encode", "torch: sort by tile", dram=150 * n * k / keep, launches=24),
+        Launch(
+            "encode", "recompute bf16", programs, {"recompute_kernel.start": step.blocks(d, "recompute", "BLOCK_D")},
+            dram=2 * d * f + 4 * pairs * TILE, output=4 * pairs * TILE, l2=2 * d * programs * (block + TILE),
+            tensor_flops=2 * programs * block * TILE * d, waits=3,
+        ),
+        passes("count", 1, pairs), passes("fill", 1, pairs),
+        Launch("encode", "torch: cut", dram=100 * n, launches=12 + 13 * 6 * is_batch),
+    ]  # fmt: skip
 
 
 @cache  # so that equal calls are the same object
@@ -114,6 +129,7 @@ def _topk(**settings: bool) -> CallOf:
     return call_of
 
 
+_batch_topk = _topk(across_batch=True)
 _threshold = lambda i: partial(
     encode_threshold, i.x, i.W_enc, i.b_enc, i.threshold.expand(len(i.W_dec)), center=i.b_dec, expected=i.k
 )
@@ -123,26 +139,29 @@ BENCH = OpBench(
     "encode",
     ops={
         "encode_topk": Op("forward", _topk(), [_cost], _cost),
-        "encode_batch_topk": Op("forward", _topk(across_batch=True), [_cost], _cost),
+        "encode_batch_topk": Op("forward", _batch_topk, [_cost], _cost),
         "encode_threshold": Op("forward", _threshold, [_cost], _cost),
     },
     trials={
         "encode_topk": Trial("bf16", _topk(), TILES),
         "encode_topk_small": Trial("fp32", _topk(), SMALL_TILES),
         "encode_fp8": Trial("bf16", _topk(fp8=True), {**TILES, "BLOCK_D": (64, 128)}),
-        "merge": Trial("bf16", _topk(), dict(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8))),
-        "above_cut": Trial(
-            "bf16", _topk(across_batch=True), dict(BLOCK_D=(32, 64, 128), BLOCK=(1024, 2048, 4096), num_warps=(4, 8))
+        "merge": Trial("bf16", _topk(), dict(num_warps=(1, 2, 4))),
+        "unsure": Trial("bf16", _batch_topk, dict(BLOCK_T=(512, 1024, 2048), num_warps=(2, 4, 8))),
+        "recompute": Trial(
+            "bf16", _batch_topk, dict(BLOCK_N=(32, 64, 128), BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(3, 4))
         ),
+        "above_cut": Trial("bf16", _batch_topk, dict(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8))),
         "rescan": Trial("bf16", _topk(), dict(BLOCK_D=(32, 64, 128), BLOCK_T=(512, 1024, 2048), num_warps=(4, 8))),
     },
     specs=_specs,
     launches=_launches,
     fixed_specs={
         "candidates fp8": _candidates("fp8e4nv", 4)._replace(since=FP8_SINCE),
-        "merge": Spec(
-            "encode_sparse.merge_kernel", "merge", dict(candidates="i32", values="fp32", indices="i32", unsure="i8"),
-            dict(KEEP=4, BLOCK_F=128),
-        ),
+        "merge": _second_pass("merge.merge", {}, ALL=False, BLOCK_T=512, BLOCK=256),
+        "unsure": _second_pass("ragged.unsure", {}, FILL=True),
+    } | {
+        f"above_cut, {name}": _second_pass("ragged.above_cut", dict(rows="i32"), MODE=mode, SHIFT=8, HAS_ROWS=True)
+        for mode, name in enumerate(("digits", "count", "fill"))
     },
 )  # fmt: skip

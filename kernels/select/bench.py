@@ -9,16 +9,14 @@ from . import cost, select_batch_topk, select_threshold, select_topk
 
 def _specs(dtype: str) -> dict[str, Spec]:
     pointers = dict(acts=dtype, values=dtype, indices="i32", threshold="fp32")
-    pointers |= dict.fromkeys(("kth", "counts", "above", "equal", "wanted", "offsets"), "i64")
+    pointers |= dict.fromkeys(("cut", "counts", "above", "equal", "offsets"), "i64")
 
     def spec(kernel: str, config: str = "threshold", **flags: int) -> Spec:
         return Spec(f"select.{kernel}_kernel", config, pointers, flags, unit=("stride_f",))
 
     return {
         "topk": spec("topk", "topk"),
-        "batch digits": spec("batch_digits", SHIFT=0),
-        "batch count": spec("batch_count"),
-        "batch fill": spec("batch_fill"),
+        **{f"batch {name}": spec("batch", MODE=mode, SHIFT=0) for mode, name in enumerate(("digits", "count", "fill"))},
         "threshold count": spec("count", PER_LATENT=True),
         "threshold fill": spec("fill", PER_LATENT=True),
     }

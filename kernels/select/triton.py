@@ -5,6 +5,8 @@
 means that a tile has no more latents.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -34,36 +36,35 @@ def sortable_key(value):
 
 
 @triton.jit
-def load_key(ptr, entries, inside, stride, PACKED: tl.constexpr):
-    """Return keys in the order of the values at `entries`, and which of them exist. PACKED values are candidates."""
-    if PACKED:
-        packed = tl.load(ptr + entries, mask=inside, other=-1)
-        return (packed >> 7).to(tl.uint32), packed >= 0
-    return sortable_key(tl.load(ptr + entries.to(tl.int64) * stride, mask=inside, other=0.0)), inside
+def digits_of(key, counted, SHIFT: tl.constexpr):
+    """Return the histogram [256] of the 8-bit digit at SHIFT, over the keys that count."""
+    # Other keys go to bin 0 and are subtracted again, because histograms have no mask before Triton 3.4.
+    counts = tl.histogram(tl.where(counted, (key >> SHIFT) & 255, 0).to(tl.int32), 256)
+    return counts - tl.where(tl.arange(0, 256) == 0, tl.sum((counted == 0).to(tl.int32), 0), 0)
 
 
 @triton.jit
-def kth_largest(ptr, LENGTH, K, stride, PACKED: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def kth_largest(ptr, LENGTH, K, stride, BLOCK: tl.constexpr):
     """Return the K-th largest key of a row, and how many keys equal to it are among the K largest.
 
     Proceeds by 8-bit digits: among the keys that agree with `kth` so far, count each value of the next digit, and take
     the largest value that at least `remaining` keys reach.
     """
+    bits: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
     digits = tl.arange(0, 256)
     kth = tl.zeros((), dtype=tl.uint32)
     remaining = K
-    for shift in tl.static_range(BITS - 8, -8, -8):
+    for shift in tl.static_range(bits - 8, -8, -8):
         # [256] histogram of this digit
         counts = tl.zeros((256,), dtype=tl.int32)
         for start in range(0, LENGTH, BLOCK):
             # [BLOCK] keys, and which of them count
             entries = start + tl.arange(0, BLOCK)
-            key, counted = load_key(ptr, entries, entries < LENGTH, stride, PACKED)
-            if shift < BITS - 8:
+            counted = entries < LENGTH
+            key = sortable_key(tl.load(ptr + entries.to(tl.int64) * stride, mask=counted, other=0.0))
+            if shift < bits - 8:
                 counted = counted & ((key >> (shift + 8)) == (kth >> (shift + 8)))
-            # Other keys go to bin 0 and are subtracted again, because histograms have no mask before Triton 3.4.
-            counts += tl.histogram(tl.where(counted, (key >> shift) & 255, 0).to(tl.int32), 256)
-            counts -= tl.where(digits == 0, BLOCK - tl.sum(counted.to(tl.int32), 0), 0)
+            counts += digits_of(key, counted, shift)
         # [256] number of keys that reach each digit
         at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
         digit = tl.max(tl.where(at_least >= remaining, digits, 0), 0)
@@ -92,22 +93,38 @@ def ranked(packed, latents):
     return tl.where(packed >= LEAST_POSITIVE, key, -1)
 
 
-# Passes of `encode_sparse` over the positive candidates whose key is `cut` or more.
+# Passes over the positive keys of a batch that are `cut` or more.
 DIGITS, COUNT, FILL = (tl.constexpr(mode) for mode in range(3))
 
 
 @triton.jit
-def tally(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MODE: tl.constexpr, SHIFT: tl.constexpr):
-    """Process some candidates and return the updated `first` and `second`. DIGITS: `first` [256] is the histogram of
-    the digit at SHIFT, over keys that agree with `cut` above it. COUNT: `first` counts keys above the cut, `second`
-    those equal to it. FILL: writes both to slots from `first` to `end`, but only `second` of the equal ones."""
-    key = packed >> 7
-    positive = packed >= LEAST_POSITIVE
+def begin_tally(above_ptr, equal_ptr, token, MODE: tl.constexpr):
+    """Return `first`, `second` and `end` of `tally` before the first keys of a token."""
+    second = 0
+    end = 0
     if MODE == DIGITS:
-        counted = positive & (key >> (SHIFT + 8) == cut >> (SHIFT + 8))
-        # As in kth_largest: other keys go to bin 0 and are subtracted again.
-        first += tl.histogram(tl.where(counted, (key >> SHIFT) & 255, 0), 256)
-        first -= tl.where(tl.arange(0, 256) == 0, tl.sum((counted == 0).to(tl.int32), 0), 0)
+        first = tl.zeros((256,), dtype=tl.int32)
+    elif MODE == COUNT:
+        first = 0
+    else:
+        first = tl.load(above_ptr + token)
+        second = tl.load(equal_ptr + token).to(tl.int32)
+        end = tl.load(above_ptr + token + 1)
+    return first, second, end
+
+
+@triton.jit
+def tally(
+    key, positive, value, latents, cut, first, second, end, values_ptr, indices_ptr,
+    MODE: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Process some keys of a token and return the updated `first` and `second`. DIGITS: `first` [256] is the histogram
+    of the digit at SHIFT, over keys that agree with `cut` above it. COUNT: `first` counts keys above the cut, `second`
+    those equal to it. FILL: writes both to slots from `first` to `end`, but only `second` of the equal ones."""
+    if MODE == DIGITS:
+        if SHIFT < 24:
+            positive = positive & (key >> (SHIFT + 8) == cut >> (SHIFT + 8))
+        first += digits_of(key, positive, SHIFT)
     else:
         above = (positive & (key > cut)).to(tl.int32)
         equal = (positive & (key == cut)).to(tl.int32)
@@ -119,11 +136,22 @@ def tally(packed, latents, cut, first, second, end, values_ptr, indices_ptr, MOD
             ones = keep.to(tl.int32)
             slots = first + tl.cumsum(ones, 0) - 1
             inside = keep & (slots < end)
-            tl.store(values_ptr + slots, (packed & VALUE_BITS).to(tl.float32, bitcast=True), mask=inside)
+            tl.store(values_ptr + slots, value, mask=inside)
             tl.store(indices_ptr + slots, latents, mask=inside)
             first += tl.sum(ones, 0)
             second -= tl.sum(equal, 0)
     return first, second
+
+
+@triton.jit
+def end_tally(first, second, above_ptr, equal_ptr, token, dictionary, MODE: tl.constexpr):
+    """Add a token's histogram to the dictionary's, or write its counts."""
+    if MODE == DIGITS:
+        counts_ptr = above_ptr + dictionary * 257 + tl.arange(0, 256)
+        tl.atomic_add(counts_ptr, first.to(tl.int64), mask=first != 0)
+    elif MODE == COUNT:
+        tl.store(above_ptr + token, first.to(tl.int64))
+        tl.store(equal_ptr + token, second.to(tl.int64))
 
 
 @triton.jit
@@ -135,8 +163,7 @@ def topk_kernel(
     """The K largest activations of a token. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     acts_ptr += token * stride_n
-    bits: tl.constexpr = acts_ptr.dtype.element_ty.primitive_bitwidth
-    kth, remaining = kth_largest(acts_ptr, F, K, stride_f, False, bits, BLOCK_F)
+    kth, remaining = kth_largest(acts_ptr, F, K, stride_f, BLOCK_F)
 
     # Collect, by ascending latent, everything above the K-th key and the first `remaining` entries equal to it.
     n_kept = 0
@@ -157,81 +184,27 @@ def topk_kernel(
 
 
 @triton.jit
-def batch_digits_kernel(
-    acts_ptr, kth_ptr, counts_ptr,
+def batch_kernel(
+    acts_ptr, cut_ptr, above_ptr, equal_ptr, values_ptr, indices_ptr,
     F, stride_n, stride_f,
-    SHIFT: tl.constexpr, BLOCK_F: tl.constexpr,
+    MODE: tl.constexpr, SHIFT: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Add a token's histogram of the digit at SHIFT to `counts` [257]. Only positive keys that agree with kth count."""
-    # [256] histogram, as in kth_largest
-    acts_ptr += tl.program_id(0).to(tl.int64) * stride_n
-    bits: tl.constexpr = acts_ptr.dtype.element_ty.primitive_bitwidth
-    digits = tl.arange(0, 256)
-    kth = tl.load(kth_ptr).to(tl.uint32)
-    counts = tl.zeros((256,), dtype=tl.int32)
-    for start in range(0, F, BLOCK_F):
-        latents = start + tl.arange(0, BLOCK_F)
-        key, counted = positive_key(acts_ptr, latents, F, stride_f)
-        if bits - 8 > SHIFT:
-            counted = counted & ((key >> (SHIFT + 8)) == (kth >> (SHIFT + 8)))
-        counts += tl.histogram(tl.where(counted, (key >> SHIFT) & 255, 0).to(tl.int32), 256)
-        counts -= tl.where(digits == 0, BLOCK_F - tl.sum(counted.to(tl.int32), 0), 0)
-    tl.atomic_add(counts_ptr + digits, counts.to(tl.int64))
-
-
-@triton.jit
-def positive_key(acts_ptr, latents, F, stride_f):
-    """Return sortable keys [BLOCK_F] of these latents, and which are positive or NaN."""
-    bits: tl.constexpr = acts_ptr.dtype.element_ty.primitive_bitwidth
-    key = sortable_key(tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=latents < F, other=0.0))
-    return key, key > (1 << (bits - 1))  # the key of zero
-
-
-@triton.jit
-def batch_count_kernel(
-    acts_ptr, kth_ptr, above_ptr, equal_ptr,
-    F, stride_n, stride_f,
-    BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Count a token's positive keys above kth and equal to it. One program per token."""
-    token = tl.program_id(0).to(tl.int64)
-    kth = tl.load(kth_ptr).to(tl.uint32)
-    # [BLOCK_F] partial counts
-    above = tl.zeros((BLOCK_F,), dtype=tl.int32)
-    equal = tl.zeros((BLOCK_F,), dtype=tl.int32)
-    for start in range(0, F, BLOCK_F):
-        key, positive = positive_key(acts_ptr + token * stride_n, start + tl.arange(0, BLOCK_F), F, stride_f)
-        above += (positive & (key > kth)).to(tl.int32)
-        equal += (positive & (key == kth)).to(tl.int32)
-    tl.store(above_ptr + token, tl.sum(above, 0).to(tl.int64))
-    tl.store(equal_ptr + token, tl.sum(equal, 0).to(tl.int64))
-
-
-@triton.jit
-def batch_fill_kernel(
-    acts_ptr, kth_ptr, wanted_ptr, offsets_ptr, values_ptr, indices_ptr,
-    F, stride_n, stride_f,
-    BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Write a token's positive activations above kth and its first `wanted` equal to it. One program per token."""
+    """Apply `tally` to the positive activations of a token. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     acts_ptr += token * stride_n
-    kth = tl.load(kth_ptr).to(tl.uint32)
-    remaining = tl.load(wanted_ptr + token)
-    slot = tl.load(offsets_ptr + token)
+    bits: tl.constexpr = acts_ptr.dtype.element_ty.primitive_bitwidth
+    cut = tl.load(cut_ptr).to(tl.uint32)
+    first, second, end = begin_tally(above_ptr, equal_ptr, token, MODE)
     for start in range(0, F, BLOCK_F):
-        # [BLOCK_F] latents, their keys, which to keep, and their slots in the code
+        # [BLOCK_F] latents, their values and keys, and which are positive or NaN
         latents = start + tl.arange(0, BLOCK_F)
-        key, positive = positive_key(acts_ptr, latents, F, stride_f)
-        equal = (positive & (key == kth)).to(tl.int32)
-        keep = (positive & (key > kth)) | ((equal != 0) & (tl.cumsum(equal, 0) <= remaining))
-        ones = keep.to(tl.int32)
-        slots = slot + tl.cumsum(ones, 0) - 1
-        value = tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=keep, other=0.0)
-        tl.store(values_ptr + slots, value, mask=keep)
-        tl.store(indices_ptr + slots, latents, mask=keep)
-        remaining -= tl.sum(equal, 0)
-        slot += tl.sum(ones, 0)
+        value = tl.load(acts_ptr + latents.to(tl.int64) * stride_f, mask=latents < F, other=0.0)
+        key = sortable_key(value)
+        positive = key > (1 << (bits - 1))  # the key of zero
+        first, second = tally(
+            key, positive, value, latents, cut, first, second, end, values_ptr, indices_ptr, MODE, SHIFT
+        )
+    end_tally(first, second, above_ptr, equal_ptr, token, 0, MODE)
 
 
 @triton.jit
@@ -293,25 +266,50 @@ def select_topk(acts: Tensor, k: int) -> SparseCode:
     return SparseCode(values, indices, f)
 
 
+def find_cut(
+    run: Callable[..., None], total: int, bits: int, dictionaries: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the total-th largest key [S] (0 if fewer are positive), and the number [S] of equal keys to keep.
+
+    `run(cut, above, equal, values, indices, MODE=..., SHIFT=...)` launches a pass of `tally` over keys of `bits` bits.
+    """
+    cut = torch.zeros(dictionaries, dtype=torch.int64, device=device)
+    remaining = torch.full_like(cut, total)
+    for shift in range(bits - 8, -8, -8):
+        counts = torch.zeros(dictionaries, 257, dtype=torch.int64, device=device)
+        run(cut, counts, counts, counts, counts, MODE=DIGITS.value, SHIFT=shift)
+        at_least = counts.flip(1).cumsum(1).flip(1)
+        digit = ((at_least[:, :256] >= remaining[:, None]).sum(1) - 1).clamp_min(0)
+        remaining = remaining - at_least.gather(1, digit[:, None] + 1)[:, 0]
+        cut = cut + (digit << shift)
+    return cut, remaining
+
+
+def take_above(
+    run: Callable[..., None], cut: Tensor, remaining: Tensor, n_tokens: int, capacity: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return values, indices and offsets of all entries above the cut and the first `remaining` equal to it, and how
+    many there are. Without a capacity, waits for the device to know that. `run` as in `find_cut`."""
+    above, equal = (torch.empty(len(cut), n_tokens, dtype=torch.int64, device=cut.device) for _ in range(2))
+    run(cut, above, equal, above, above, MODE=COUNT.value)
+    equal_quota = torch.minimum((remaining[:, None] - equal.cumsum(1) + equal).clamp_min(0), equal)
+    offsets = torch.cat([equal.new_zeros(1), (above + equal_quota).flatten().cumsum(0)])
+    n_entries = offsets[-1].clone()
+    size = int(n_entries) if capacity is None else capacity
+    offsets.clamp_(max=size)
+    values, indices = (torch.zeros(size, dtype=kind, device=cut.device) for kind in (dtype, torch.int32))
+    run(cut, offsets, equal_quota, values, indices, MODE=FILL.value)
+    return values, indices, offsets, n_entries
+
+
 def select_batch_topk(acts: Tensor, total: int) -> SparseCode:
-    (n, f), device = acts.shape, acts.device
-    options, strides = launch_options("threshold", acts), acts.stride()
-    kth = torch.zeros((), dtype=torch.int64, device=device)
-    remaining = torch.full((), total, dtype=torch.int64, device=device)
-    for shift in range(8 * acts.element_size() - 8, -8, -8):
-        counts = torch.zeros(257, dtype=torch.int64, device=device)
-        launch_kernel(batch_digits_kernel, (n,), acts, kth, counts, f, *strides, SHIFT=shift, **options)
-        at_least = counts.flip(0).cumsum(0).flip(0)
-        digit = ((at_least[:256] >= remaining).sum() - 1).clamp_min(0)
-        remaining = remaining - at_least[digit + 1]
-        kth = kth + (digit << shift)
-    above, equal = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
-    launch_kernel(batch_count_kernel, (n,), acts, kth, above, equal, f, *strides, **options)
-    equal_quota = torch.minimum((remaining - equal.cumsum(0) + equal).clamp_min(0), equal)
-    offsets = torch.cat([equal.new_zeros(1), (above + equal_quota).cumsum(0)])
-    values = torch.zeros(total, dtype=acts.dtype, device=device)
-    indices = torch.zeros(total, dtype=torch.int32, device=device)
-    launch_kernel(batch_fill_kernel, (n,), acts, kth, equal_quota, offsets, values, indices, f, *strides, **options)
+    (n, f), options = acts.shape, launch_options("threshold", acts)
+
+    def run(*tensors: Tensor, MODE: int, SHIFT: int = 0) -> None:
+        launch_kernel(batch_kernel, (n,), acts, *tensors, f, *acts.stride(), MODE=MODE, SHIFT=SHIFT, **options)
+
+    cut, remaining = find_cut(run, total, 8 * acts.element_size(), 1, acts.device)
+    values, indices, offsets, _ = take_above(run, cut, remaining, n, total, acts.dtype)
     return SparseCode(values, indices, f, offsets)
 
 

@@ -125,7 +125,7 @@ def test_launches_name_kernels_that_are_compiled(arch: int, mode: str) -> None:
     assert {launch.stage for launch in launches} - {"aux"} == {"encode", "decode", "loss", "sort", "update"}
     # the product and the state of Adam, which are most of the step
     n, d, f, _ = HEADLINE
-    assert sum(launch.tensor_flops for launch in launches) == 2 * n * d * f
+    assert 1 <= sum(launch.tensor_flops for launch in launches) / (2 * n * d * f) < 1.1
     assert sum(launch.dram for launch in launches) > 26 * 2 * d * f
 
 

@@ -36,10 +36,10 @@ def test_the_file_is_as_it_is_written() -> None:
 
 
 def test_only_a_changed_setting_changes_the_file() -> None:
-    entry, setting = "merge", dict(BLOCK=512, num_warps=2)
+    entry, setting = "above_cut", dict(BLOCK=512, num_warps=2)
     text = tune.render(TEXT, CONFIGS | {100: CONFIGS[100] | {entry: setting}})
     changed = [line for line in text.splitlines() if line not in TEXT.splitlines()]
-    assert changed == ["CONFIGS[100] = CONFIGS[90] | {", '    "merge": dict(BLOCK=512, num_warps=2),']
+    assert changed == ["CONFIGS[100] = CONFIGS[90] | {", '    "above_cut": dict(BLOCK=512, num_warps=2),']
     assert load(text) == CONFIGS | {100: CONFIGS[100] | {entry: setting}}
     assert tune.render(text, CONFIGS) == TEXT
 
@@ -85,15 +85,15 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tune.Choice]]:
 
 def test_a_better_setting_is_picked_and_written(tuned: Callable[..., list[tune.Choice]]) -> None:
     table = {arch: dict(row) for arch, row in CONFIGS.items()}
-    (choice,) = tuned(["merge"], lambda s: 1.0 if s == dict(BLOCK=1024, num_warps=8) else 2.0, arch=90)
-    assert choice == tune.Choice("merge", CONFIGS[90]["merge"], 2.0, dict(BLOCK=1024, num_warps=8), 1.0, 8, {})
+    (choice,) = tuned(["above_cut"], lambda s: 1.0 if s == dict(BLOCK=1024, num_warps=8) else 2.0, arch=90)
+    assert choice == tune.Choice("above_cut", CONFIGS[90]["above_cut"], 2.0, dict(BLOCK=1024, num_warps=8), 1.0, 8, {})
     assert table == CONFIGS  # nothing is in effect any more
     text = tune.render(TEXT, CONFIGS | {90: tune.tuned_row(90, [choice])})
-    assert '    "merge": dict(BLOCK=1024, num_warps=8),' in text.partition("CONFIGS[90] =")[2]
-    assert load(text) == table | {90: table[90] | {"merge": dict(BLOCK=1024, num_warps=8)}}
+    assert '    "above_cut": dict(BLOCK=1024, num_warps=8),' in text.partition("CONFIGS[90] =")[2]
+    assert load(text) == table | {90: table[90] | {"above_cut": dict(BLOCK=1024, num_warps=8)}}
     shown = tune.summary([choice]).splitlines()[2]
     assert [cell.strip() for cell in shown.strip("|").split("|")] == [
-        "merge",
+        "above_cut",
         "2",
         "1",
         "8",
@@ -103,8 +103,8 @@ def test_a_better_setting_is_picked_and_written(tuned: Callable[..., list[tune.C
 
 
 def test_what_is_hardly_faster_is_not_picked(tuned: Callable[..., list[tune.Choice]]) -> None:
-    (choice,) = tuned(["merge"], lambda s: 2.0 if s == CONFIGS[80]["merge"] else 1.97)
-    assert choice.after == choice.before == CONFIGS[80]["merge"]
+    (choice,) = tuned(["above_cut"], lambda s: 2.0 if s == CONFIGS[80]["above_cut"] else 1.97)
+    assert choice.after == choice.before == CONFIGS[80]["above_cut"]
     assert choice.after_ms == 2.0
     assert tune.render(TEXT, CONFIGS | {80: tune.tuned_row(80, [choice])}) == TEXT
 
@@ -115,7 +115,7 @@ def test_settings_that_fail_are_passed_over(tuned: Callable[..., list[tune.Choic
             raise RuntimeError("out of resource: shared memory\nReducing block sizes may help")
         return setting["BLOCK"] / 1024
 
-    (choice,) = tuned(["merge"], ms)
+    (choice,) = tuned(["above_cut"], ms)
     assert choice.after == dict(BLOCK=1024, num_warps=4)
     reason = "RuntimeError: out of resource: shared memory"
     assert choice.refused == {"BLOCK=512, num_warps=4": reason, "BLOCK=512, num_warps=8": reason}
@@ -126,7 +126,7 @@ def test_a_broken_setting_in_the_table_is_an_error(tuned: Callable[..., list[tun
         raise RuntimeError("no such kernel")
 
     with pytest.raises(RuntimeError, match="no such kernel"):
-        tuned(["merge"], broken)
+        tuned(["above_cut"], broken)
 
 
 def test_the_next_best_is_picked_where_the_best_may_not_be(tuned: Callable[..., list[tune.Choice]]) -> None:
@@ -134,13 +134,13 @@ def test_the_next_best_is_picked_where_the_best_may_not_be(tuned: Callable[..., 
 
     def obstacle(entry: str, arch: int) -> str:
         asked.append(config_row(arch)[entry])
-        return "merge spills 8 bytes" if config_row(arch)[entry]["BLOCK"] == 512 else ""
+        return "above_cut spills 8 bytes" if config_row(arch)[entry]["BLOCK"] == 512 else ""
 
-    (choice,) = tuned(["merge"], lambda s: s["BLOCK"] + s["num_warps"], obstacle)
+    (choice,) = tuned(["above_cut"], lambda s: s["BLOCK"] + s["num_warps"], obstacle)
     refused = [dict(BLOCK=512, num_warps=warps) for warps in (4, 8)]
     assert asked == [*refused, dict(BLOCK=1024, num_warps=4)]
     assert choice.after == dict(BLOCK=1024, num_warps=4)
-    assert set(choice.refused.values()) == {"merge spills 8 bytes"}
+    assert set(choice.refused.values()) == {"above_cut spills 8 bytes"}
     assert len(choice.refused) == 2
 
 
@@ -149,21 +149,21 @@ def test_entries_are_tuned_with_those_before_in_effect(tuned: Callable[..., list
 
     def ms(setting: dict[str, int]) -> float:
         if "BLOCK_T" in setting:
-            seen.add(config_row(80)["merge"]["BLOCK"])
+            seen.add(config_row(80)["above_cut"]["BLOCK"])
         return setting.get("BLOCK", 1)
 
-    choices = tuned(["rescan", "merge"], ms)  # whatever the order asked for
-    assert [choice.entry for choice in choices] == ["merge", "rescan"]
+    choices = tuned(["rescan", "above_cut"], ms)  # whatever the order asked for
+    assert [choice.entry for choice in choices] == ["above_cut", "rescan"]
     assert seen == {512}
 
 
 def test_an_architecture_without_a_row_gets_one(tuned: Callable[..., list[tune.Choice]]) -> None:
     config_row.cache_clear()
     with pytest.warns(UserWarning, match="no launch configurations for sm_86"):
-        (choice,) = tuned(["merge"], lambda s: s["BLOCK"], arch=86)
+        (choice,) = tuned(["above_cut"], lambda s: s["BLOCK"], arch=86)
     assert 86 not in CONFIGS
     text = tune.render(TEXT, CONFIGS | {86: tune.tuned_row(86, [choice])})
-    assert load(text)[86] == CONFIGS[80] | {"merge": dict(BLOCK=512, num_warps=4)}
+    assert load(text)[86] == CONFIGS[80] | {"above_cut": dict(BLOCK=512, num_warps=4)}
 
 
 # --- the grid
@@ -206,23 +206,23 @@ def test_every_call_launches_its_entry_and_leaves_the_weights(dtype: str, monkey
 def test_settings_reach_the_kernels_where_torch_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a real run of one entry, in the interpreter: what is timed is launched by the setting that is tried."""
     monkeypatch.setenv("TEMPOSAE_BACKEND", "torch")
-    monkeypatch.setitem(tune.TRIALS, "merge", tune.TRIALS["merge"]._replace(grid=dict(BLOCK=(512, 1024))))
+    monkeypatch.setitem(tune.TRIALS, "above_cut", tune.TRIALS["above_cut"]._replace(grid=dict(BLOCK=(512, 1024))))
     launched: list[dict[str, Any]] = []
     original = backend.launch_options
 
     def watched(op: str, tensor: torch.Tensor) -> dict[str, Any]:
-        if op == "merge":
+        if op == "above_cut":
             launched.append(original(op, tensor))
         return original(op, tensor)
 
-    monkeypatch.setattr("temposae.kernels.encode_sparse.triton.launch_options", watched)
+    monkeypatch.setattr("temposae.kernels.encode_sparse.ragged.launch_options", watched)
 
     def timer(call: Any, kernels: set[str]) -> float:
-        assert kernels == {"merge_kernel"}
+        assert kernels == {"above_cut_kernel"}
         call()
         return launched[-1]["BLOCK"]
 
-    (choice,) = tune.tune(80, ["merge"], SHAPE, "cpu", timer, lambda entry, arch: "")
+    (choice,) = tune.tune(80, ["above_cut"], SHAPE, "cpu", timer, lambda entry, arch: "")
     assert len(launched) >= choice.tried == 3
     assert choice.after == dict(BLOCK=512, num_warps=4)
     assert os.environ["TEMPOSAE_BACKEND"] == "torch"
@@ -240,7 +240,7 @@ row = CONFIGS[80]
 def says(entry, **changes):
     with tune.in_effect(80, row | {entry: row[entry] | changes}):
         print(tune.obstacle(entry, 80))
-says("merge")
+says("above_cut")
 says("encode", BLOCK_D=128, num_stages=4)
 says("encode", num_warps=1)
 """
@@ -256,7 +256,7 @@ says("encode", num_warps=1)
 def test_run_writes_the_row_of_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "configs.py"
     path.write_text(TEXT)
-    better = CONFIGS[90]["merge"] | dict(num_warps=8)
+    better = CONFIGS[90]["above_cut"] | dict(num_warps=8)
     monkeypatch.setattr(tune, "FILE", path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
@@ -265,8 +265,8 @@ def test_run_writes_the_row_of_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch, 
         lambda arch, names, *_: [tune.Choice(name, CONFIGS[arch][name], 2.0, better, 1.0, 8, {}) for name in names],
     )  # fmt: skip
     with pytest.raises(UserError, match="TRITON_INTERPRET is set"):
-        tune.run(["merge"])
+        tune.run(["above_cut"])
     assert path.read_text() == TEXT
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert [choice.entry for choice in tune.run(["merge", "merge"])] == ["merge"]
-    assert load(path.read_text()) == CONFIGS | {90: CONFIGS[90] | {"merge": better}}
+    assert [choice.entry for choice in tune.run(["above_cut", "above_cut"])] == ["above_cut"]
+    assert load(path.read_text()) == CONFIGS | {90: CONFIGS[90] | {"above_cut": better}}

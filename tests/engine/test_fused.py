@@ -424,6 +424,21 @@ def test_a_code_that_has_no_room_is_made_again(changes, backend, monkeypatch, po
     assert grown > 3
 
 
+def test_tiles_computed_twice_are_reported_per_token():
+    made = learner(dict(activation="batchtopk"))
+    cohort, batch = Cohort([made], fused=True), next(batches())
+    fused = cohort.fused
+    fused.run = lambda *args: FusedStep.run(fused, *args)._replace(recomputed=torch.tensor([6]))
+    for _ in range(2):
+        cohort.step(batch)
+    cohort.settle()
+    assert made.report()["recomputed_tiles"] == pytest.approx(6 / len(batch.x))
+    del fused.run
+    cohort.step(batch)
+    cohort.settle()
+    assert "recomputed_tiles" not in made.report()
+
+
 def test_a_learner_is_not_read_before_its_last_step_is_counted():
     made = learner(dict(activation="jumprelu"))
     cohort = Cohort([made], fused=True)

@@ -63,10 +63,9 @@ def test_kernels_compile_without_spills_and_with_tensor_cores(arch, dtype, width
     rows = compile_report(arch, dtype, names)
     kernels = {row["name"].split(",")[0].removesuffix(f" {dtype}") for row in rows}
     assert kernels == {
-        "encode", "candidates", "merge", "rescan", "above_cut", "fold", "topk", "batch digits", "batch count",
-        "batch fill", "threshold count", "threshold fill", "decode",
-        "reconstruct", "values_grad", "token_loss", "position_sum", "weight_grad", "windows", "pack", "latent_sums",
-        "adam", "adam_rows",
+        "encode", "candidates", "merge", "rescan", "unsure", "recompute", "above_cut", "fold", "topk", "batch digits",
+        "batch count", "batch fill", "threshold count", "threshold fill", "decode", "reconstruct", "values_grad",
+        "token_loss", "position_sum", "weight_grad", "windows", "pack", "latent_sums", "adam", "adam_rows",
     } | ({"candidates fp8"} if arch >= 90 else set())  # fmt: skip
     assert [row["name"] for row in rows if row["hot"] and row["spill_bytes"]] == []
     assert over_budget(rows) == []

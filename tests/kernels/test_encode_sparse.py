@@ -293,14 +293,14 @@ def test_fp8_finds_almost_all_and_gives_exact_values(wide_backend, mask_kind, as
 @pytest.mark.parametrize("wide_backend", ["triton in small blocks"], indirect=True)
 def test_the_product_is_in_fp8(wide_backend, assert_close):
     """What is preselected are the largest by the product of what e4m3 makes of x and W_enc, and no others."""
-    from temposae.kernels.encode_sparse import triton
+    from temposae.kernels.encode_sparse import merge
 
     x, W_enc, b_enc, _ = inputs(WIDE)
     rows = Fp8Rows.of(x), Fp8Rows.of(W_enc.T)
     assert rows[0].rows.float().abs().amax(1).tolist() == [448.0] * WIDE.N
     x8, w8 = (operand.widened()[:, : WIDE.D] for operand in rows)
     assert_close(x8, x, 0.04)
-    code, _ = triton.preselect(*rows, b_enc, None, None, Selection(WIDE.K, 0, None, False, False, 1))
+    code, _ = merge.preselect(*rows, b_enc, None, None, Selection(WIDE.K, 0, None, False, False, 1))
     check(code, largest(activations(x8, w8.T, b_enc, torch.zeros(WIDE.D)), WIDE.K), assert_close)
 
 

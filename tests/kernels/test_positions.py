@@ -31,7 +31,7 @@ def inputs():
 def test_kernels_read_the_nearest_row_of_a_mask(kind, dtype, inputs):
     pytest.importorskip("triton")
     from temposae.kernels.encode import triton as dense
-    from temposae.kernels.encode_sparse import triton as sparse
+    from temposae.kernels.encode_sparse import merge as sparse
 
     pos = FAR.to(dtype)
     far, near = inputs(kind, pos), inputs(kind, pos.clamp(0, T - 1))
