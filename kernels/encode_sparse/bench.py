@@ -56,9 +56,6 @@ def _specs(dtype: str) -> dict[str, Spec]:
 
 
 UNSURE = 0.9  # tiles of a token that may drop an entry of a ragged code: simulated, L0 = K
-    0.9,
-    43,
-)  # tiles of a token in the mean and at most that may drop an entry of a ragged code: simulated, L0 = K
 RESCANNED = 0.005  # share of tokens with such a tile in a TopK step, by `candidates_per_tile`
 
 
@@ -100,7 +97,9 @@ def _ragged_launches(step: Step, keep: int) -> list[Launch]:
     def passes(name: str, count: int, rows: float) -> Launch:
         trips = {"above_cut_kernel.start": blocks + (rows > 0)}
         dram = count * (candidates + 4 * rows * TILE)
-        return Launch("encode", f"above_cut, {name}", n, trips, dram=dram, waits=2 + blocks + (rows > 0), launches=count)
+        return Launch(
+            "encode", f"above_cut, {name}", n, trips, dram=dram, waits=2 + blocks + (rows > 0), launches=count
+        )
 
     is_batch = step.activation == "batchtopk"
     return [
