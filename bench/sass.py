@@ -119,7 +119,7 @@ def _statements(path: Path) -> list[tuple[int, int, str]]:
             if isinstance(node, ast.For) and "static_range" not in ast.unparse(node.iter):
                 variable = ast.unparse(node.target)
             elif isinstance(node, ast.While):
-                variable = next(name.id for name in ast.walk(node.test) if isinstance(name, ast.Name))
+                variable = re.findall(r"[a-z]\w*", ast.unparse(node.test))[0]
             else:
                 continue
             statements.append((node.lineno, node.end_lineno or node.lineno, f"{function.name}.{variable}"))

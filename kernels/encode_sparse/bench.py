@@ -77,7 +77,7 @@ def _merge_launches(step: Step, keep: int, k: int, stage: str) -> list[Launch]:
     tiles, depth = -(-f // TILE), step.blocks(d, "rescan", "BLOCK_D")
     return [
         # two bisections of keys of 24 bits, which usually end early
-        Launch(stage, "merge", n, {"cut_among.reached": 2 * 16}, dram=4 * n * tiles * keep + 8 * n * k, waits=2.5),
+        Launch(stage, "merge", n, {"cut_among.high": 2 * 16}, dram=4 * n * tiles * keep + 8 * n * k, waits=2.5),
         Launch(
             stage, "rescan bf16", RESCANNED * n,
             {"rescan_kernel.first": 1, "rescan_kernel.tile": 1, "rescan_kernel.largest": 1, "dropped_by.start": depth},
