@@ -103,7 +103,7 @@ _compiled: dict[Any, Compiled] = {}
 
 def compiled(name: str, arch: int, settings: Mapping[str, int] | None = None) -> Compiled:
     """Compile a kernel of SPECS for an architecture, once per process, with the table's launch settings unless given."""
-    config = config_row(arch)[SPECS[name].config] | (settings or {})
+    config = {**config_row(arch)[SPECS[name].config], **(settings or {})}
     key = name, arch, tuple(config.items())
     if key not in _compiled:
         _compiled[key] = _compile(SPECS[name], arch, config)

@@ -180,7 +180,9 @@ def _add(row: dict[str, Any], measured: float, predicted: float) -> None:
 
 def text(predictions: Mapping[str, Mapping[str, Any]]) -> str:
     """The predictions as Markdown: a table of all settings, and one of the headline's kernels per GPU."""
-    lines = [("GPU", "step", "launches", "ms", "floor ms", "of floor", "x topk", "measured ms", "measured / predicted")]
+    lines: list[tuple[str, ...]] = [
+        ("GPU", "step", "launches", "ms", "floor ms", "of floor", "x topk", "measured ms", "measured / predicted")
+    ]
     for name, prediction in predictions.items():
         for mode, row in prediction["modes"].items():
             ratios = f"{row['floor_ms'] / row['ms']:.0%}", f"{row['ms'] / prediction['ms']:.2f}"
@@ -199,7 +201,7 @@ def text(predictions: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _kernels(stages: Iterable[Mapping[str, Any]]) -> list[str]:
-    lines = [
+    lines: list[tuple[str, ...]] = [
         ("stage", "kernel", "launches", "DRAM MB", "L2 MB", "tensor GFLOP", "issue kcycles", "CTAs/SM", "bound by", "ms")
     ]  # fmt: skip
     for row in stages:

@@ -66,7 +66,7 @@ PUBLISHED = (
 
 def table() -> str:
     """The measurements and the model's side as Markdown."""
-    lines = [("GPU", "measured", "published", "model", "model / published", "source")]
+    lines: list[tuple[str, ...]] = [("GPU", "measured", "published", "model", "model / published", "source")]
     for row in PUBLISHED:
         predicted = row.model(row.gpu)
         values = [f"{value:.0f} {row.unit}" for value in (row.value, predicted)]

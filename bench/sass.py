@@ -114,8 +114,9 @@ def statement(file: str, line: int) -> str:
 def _statements(path: Path) -> list[tuple[int, int, str]]:
     """The first and last line of the loop statements of a file, and their names; not those that are unrolled."""
     statements = []
-    for function in ast.walk(ast.parse(path.read_text() if path.is_file() else "")):
-        for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+    tree = ast.parse(path.read_text() if path.is_file() else "")
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        for node in ast.walk(function):
             if isinstance(node, ast.For) and "static_range" not in ast.unparse(node.iter):
                 variable = ast.unparse(node.target)
             elif isinstance(node, ast.While):
