@@ -96,10 +96,10 @@ def parse(assembly: str) -> Code:
         first = addresses.get(label, address)
         if first == address:  # the trap behind the last instruction
             opcodes.pop(address, None)
-        elif first < address and "SYNCS" not in (
-            opcodes.get(a) for a in range(max(first, address - SPIN), address, 16)
-        ):
-            loops[first] = Loop(statement(*place), first, address)  # several branches back to one place are one loop
+        elif first < address:
+            before = {opcodes.get(at) for at in range(max(first, address - SPIN), address, 16)}
+            if not WAITING & before:  # several branches back to one place are one loop
+                loops[first] = Loop(statement(*place), first, address)
     return Code(opcodes, sorted(loops.values(), key=lambda loop: loop.last - loop.first))
 
 
