@@ -5,6 +5,7 @@ A floor is arithmetic, not a measurement. Times are in milliseconds, rates per s
 
 import functools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -128,10 +129,15 @@ def rates_of(device: str, *itemsizes: int) -> Rates:
 
 
 def known_card(name: str) -> Rates | None:
-    """The table's row for a card of this name. Slower versions of a chip (PCIe, NVL, MIG slices) have none."""
-    if re.search(r"PCIe|NVL|MIG", name):
+    """The table's row for a card of this name."""
+    return KNOWN.get(card_named(name, KNOWN) or "")
+
+
+def card_named(device: str, cards: Iterable[str]) -> str | None:
+    """The one of these cards that a device's name says it is. Slower versions of a chip (PCIe, NVL, MIG slices) are none."""
+    if re.search(r"PCIe|NVL|MIG", device):
         return None
-    return next((rates for chip, rates in KNOWN.items() if re.search(rf"\b{chip}\b", name)), None)
+    return next((card for card in cards if re.search(rf"\b{card}\b", device)), None)
 
 
 @functools.cache

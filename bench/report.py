@@ -1,4 +1,4 @@
-"""`temposae bench report`: compiled kernels, floors and measured results. Needs no GPU."""
+"""`temposae bench report`: compiled kernels, predicted times, floors and measured results. Needs no GPU."""
 
 import json
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ from ..engine.errors import UserError, near
 from ..engine.process.progress import progress_bar
 from ..engine.storage.files import write_text
 from ..reporting.plots import save_figure
-from . import aot
+from . import aot, model
 from .data import HEADLINE, PRESETS
 from .figures import bars, roofline, scaling
 from .floors import FLOOR_NAMES, KNOWN, step_floors
+from .gpus import GPUS
 from .results import kept, markdown, read, record, table
 
 
@@ -22,18 +23,24 @@ def write(
     results: Sequence[Path] | None = None,
     archs: Sequence[int] | None = None,
     kernels: Sequence[str] | None = None,
+    gpus: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], list[Path]]:
     """Write report.md, report.json, roofline.png, steps.png and scaling.png to the folder `out`.
 
     `results` are files of measured results. By default they are the package's, plus a short run on a machine with a GPU.
-    `archs` and `kernels` limit what is compiled. Returns the contents of report.json (`kernels` as from `aot.report`,
-    `floors` in ms, and `results`) and the paths of the files.
+    `archs` and `kernels` limit what is compiled, and `gpus` for which the step is predicted. By default these are the GPUs
+    of the architectures, or none if `kernels` are given, and the architectures are those of the GPUs. Returns the contents
+    of report.json (`kernels` as from `aot.report`, `prediction` as from `model.headline`, `floors` in ms, and `results`)
+    and the paths of the files.
 
-    Raises UserError for unknown kernels and architectures, unreadable results, and under Triton's interpreter.
+    Raises UserError for unknown kernels, architectures and GPUs, unreadable results, and under Triton's interpreter.
     """
     for arch in archs or ():
         if arch not in aot.ARCHS:
             raise UserError(f"arch: {arch} is not allowed; there are {', '.join(map(str, aot.ARCHS))}")
+    for name in gpus or ():
+        if name not in GPUS:
+            raise UserError(f"gpu: {name!r} is not allowed; there are {', '.join(GPUS)}")
     for name in kernels or ():
         if name not in aot.SPECS:
             raise UserError(f"kernel: {name!r} is not allowed; {near(name, aot.SPECS)}")
@@ -42,10 +49,15 @@ def write(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out: {out} is not allowed; give a folder that can be created ({error.strerror})") from None
-    compiled, obstacle = _compile(archs or aot.ARCHS, kernels or tuple(aot.SPECS))
+    archs = archs or sorted({GPUS[name].arch for name in gpus or GPUS})
+    if gpus is None:
+        gpus = [name for name, gpu in GPUS.items() if gpu.arch in archs and not kernels]
+    compiled, obstacle = _compile(archs, kernels or tuple(aot.SPECS))
+    prediction = {} if obstacle else model.headline(gpus)
     if results is None:
         measured += _measure_here()
-    contents = {"kernels": compiled, "floors": _floors(), "results": measured}
+    model.add_measured(prediction, measured)
+    contents = {"kernels": compiled, "prediction": prediction, "floors": _floors(), "results": measured}
     write_text(out / "report.json", json.dumps(contents, indent=1) + "\n")
     write_text(out / "report.md", _text(contents, obstacle))
     figures = {"roofline": roofline(measured), "steps": bars(measured), "scaling": scaling(measured)}
@@ -106,6 +118,8 @@ def _text(contents: dict[str, Any], obstacle: str) -> str:
         "## Compiled ahead of time",
         obstacle or "\n".join(aot.table(kernels)),
         f"Hot kernels that spill: {', '.join(spilled) or 'none'}." if kernels else "",
+        "## Predicted time of a step (a model, not measured: docs/bench.md)" if contents["prediction"] else "",
+        model.text(contents["prediction"]) if contents["prediction"] else "",
         "## Floors of a training step, ms (arithmetic, not measured)",
         "\n".join(markdown(floors)),
         "![roofline](roofline.png) ![steps](steps.png) ![scaling](scaling.png)",

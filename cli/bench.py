@@ -226,19 +226,23 @@ def report(
     out: Annotated[Path, Option(help="Folder for report.md, report.json and the figures.")] = Path("bench-report"),
     results: Annotated[list[Path] | None, Option(help="Saved results. Repeatable. [default: the package's]")] = None,
     arch: Annotated[
-        list[int] | None, Option(min=70, max=200, help="GPU architecture. Repeatable. [default: 80, 90, 100]")
+        list[int] | None, Option(min=70, max=200, help="GPU architecture. Repeatable. [default: the GPUs']")
     ] = None,
     kernel: Annotated[list[str] | None, Option(help="Kernel to compile. Repeatable. [default: all]")] = None,
+    gpu: Annotated[
+        list[str] | None, Option(help="GPU to predict the step for: A100, H100, H200, B200. Repeatable. [default: all]")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Compile all kernels and report results against their floors.
+    """Predict the step's time, and report results against floors.
 
-    Needs no GPU. On a machine with a GPU, the ops and temposae's step are measured first, unless --results is given.
+    Compiles all kernels. Needs no GPU. On a machine with a GPU, the ops and temposae's step are measured first, unless
+    --results is given.
     """
     _set_log_levels()
     from ..bench.report import write as write_report
 
-    figures, paths = write_report(out, results=results, archs=arch, kernels=kernel)
+    figures, paths = write_report(out, results=results, archs=arch, kernels=kernel, gpus=gpu)
     write_json(json_file, figures)
     print((out / "report.md").read_text(), end="")
     print("\nwritten: " + "  ".join(map(str, paths)))

@@ -53,6 +53,59 @@ class Trial(NamedTuple):
     grid: Grid  # values to try in all combinations; other settings keep their values
 
 
+class Step(NamedTuple):
+    """A training step in bfloat16 whose time is predicted: its sizes and settings, and the launch settings of a GPU."""
+
+    n: int
+    d: int
+    f: int
+    k: int
+    config: Mapping[str, Mapping[str, int]]  # a row of `CONFIGS`
+    activation: str = "topk"
+    aux_k: int = 0
+    clip: bool = False
+
+    @property
+    def ragged(self) -> bool:
+        return self.activation != "topk"
+
+    @property
+    def entries(self) -> int:
+        """Entries of all codes, with L0 = K where the activation does not fix it."""
+        return self.n * (self.k + self.aux_k)
+
+    @property
+    def per_latent(self) -> float:
+        return self.entries / self.f
+
+    def blocks(self, size: int, config: str, block: str) -> int:
+        """Return how many blocks cover `size`."""
+        return -(-size // self.config[config][block])
+
+
+class Launch(NamedTuple):
+    """One or several launches of a kernel in a training step, and their work, all together.
+
+    `trips` names the loops of the compiled kernel by the function and the variable of their statement, and says how often
+    a program runs each, over all copies of the loop that the compiler made. Bytes of `l2` are tiles that many programs
+    read, and `gathered` are rows that are read again from L2. Reads that miss L2 also count as `dram`. `waits` counts loads
+    of a program that wait for one another; one that hits L2 is half a wait.
+    """
+
+    stage: str  # as in the profile of a step: encode, decode, loss, aux, sort, update, or step for the rest
+    name: str  # of the `Spec`, or what kernels of torch do
+    programs: float = 0.0  # that do the work, of one launch; 0 for kernels of torch
+    trips: Mapping[str, float] = {}
+    dram: float = 0.0
+    output: float = 0.0  # of dram: written when a program ends
+    l2: float = 0.0
+    gathered: float = 0.0
+    tensor_flops: float = 0.0
+    waits: float = 0.0
+    longest: float = 0.0  # waits of the slowest program, if it has more work than others
+    launches: int = 1
+
+
 class OpBench(NamedTuple):
     """`BENCH` of an op's `bench.py`."""
 
@@ -61,6 +114,7 @@ class OpBench(NamedTuple):
     trials: Mapping[str, Trial]  # by entry of the config table
     specs: Callable[[str], dict[str, Spec]]  # by name, for operands of a dtype ("bf16" or "fp32")
     fixed_specs: Mapping[str, Spec] = {}  # by name, for kernels whose operands have fixed dtypes
+    launches: Callable[[Step], list[Launch]] = lambda step: []  # in a training step
 
 
 class Inputs:

@@ -5,12 +5,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..bench_types import Call, Inputs, Op, OpBench, Spec, Trial
+from ..bench_types import Call, Inputs, Launch, Op, OpBench, Spec, Step, Trial
 from ..cost import Cost
 from ..moments import LATENTS
 from ..numerics import pieces
 from ..weight_grad import cost as weight_grad_cost
-from ..weight_grad.bench import SPLIT, WIDTHS, gather_pointers
+from ..weight_grad.bench import SPLIT, WIDTHS, gather_launches, gather_pointers
 from . import Moments, Rates, adam, adam_rows, cost, row_norms
 
 MOMENTS = {32: ("fp32", "fp32"), 16: ("bf16", "bf16"), 8: ("i8", "u8")}
@@ -46,6 +46,41 @@ def _specs(dtype: str) -> dict[str, Spec]:
                     hot=name != "encoder with biases" or width <= 2304,  # wider, it spills 24 bytes on sm_80
                 )  # fmt: skip
     return specs
+
+
+def _rows_launches(step: Step, name: str, matrix: float, *, shared: bool = False) -> list[Launch]:
+    """Describe a pass over the entries of all latents that moves `matrix` bytes per parameter. `shared`: the entries are
+    packed already."""
+    n, d, f, *_ = step
+    latents = ROWS[name]["LATENTS"]
+    # Two entries per iteration; the last may be half empty. Each iteration loads the rows of the next.
+    iterations = step.per_latent / 2 + 0.25
+    trips = {"sum_latent.index": 0, "sum_latent._": 1, "add_entries.index": iterations, "adam_rows_kernel.index": 1}
+    rows = n * (2 if step.aux_k and name in ("decoder", "norms") else 1)
+    products = 8 * d * f / latents if ROWS[name]["BIASES"] else 0  # written, and added by torch
+    return [
+        *([] if shared else gather_launches(step)),
+        Launch(
+            "update", f"adam_rows, {name}, D = {d} bf16", f / latents,
+            {loop: latents * count for loop, count in trips.items()}, gathered=2 * step.entries * d,
+            dram=matrix * d * f + 2 * rows * d + 8 * step.entries + 8 * f + products,
+            waits=latents * (4 + iterations / 2),
+        ),
+    ]  # fmt: skip
+
+
+def _launches(step: Step) -> list[Launch]:
+    # read and written: fp32 weights and two moments; written: the shadow. Norms and the biases' gradients read weights.
+    if step.clip:
+        launches = _rows_launches(step, "encoder norms", 4) + _rows_launches(step, "norms", 4)
+        launches += _rows_launches(step, "encoder", 26, shared=True) + _rows_launches(step, "decoder", 26, shared=True)
+    else:
+        launches = _rows_launches(step, "encoder with biases", 26) + _rows_launches(step, "decoder", 26)
+    vectors = 2 + (step.activation == "jumprelu")
+    return [
+        *launches,
+        Launch("update", "adam", step.blocks(step.f, "adam", "BLOCK"), dram=28 * step.f, launches=vectors),
+    ]
 
 
 def _resting(w: Tensor) -> tuple[Moments, Rates]:
@@ -99,6 +134,7 @@ BENCH = OpBench(
         "adam_matrix": Trial("bf16", _adam_matrix, dict(num_warps=(4, 8, 16))),
     },
     specs=_specs,
+    launches=_launches,
     fixed_specs={
         "adam": Spec("adam.adam_kernel", "adam", _pointers(32, "fp32"), dict(HAS_SHADOW=True, HAS_SKIP=True))
     } | {

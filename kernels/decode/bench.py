@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from ..bench_types import Grid, Op, OpBench, Spec, Trial
+from ..bench_types import Grid, Launch, Op, OpBench, Spec, Step, Trial
 from ..cost import Cost
 from ..select import select_batch_topk
 from . import cost, decode, decode_values_grad, reconstruct
@@ -22,6 +22,31 @@ def _specs(dtype: str) -> dict[str, Spec]:
             f"values_grad, {kind}": Spec("decode.values_grad_kernel", "values_grad", pointers, flags),
         }
     return specs
+
+
+def _reconstruct_launches(step: Step, stage: str, k: int, ragged: bool) -> list[Launch]:
+    """Describe `reconstruct` of k entries per token, and torch's sums over the tiles of columns."""
+    n, d, f, *_ = step
+    once = not ragged and k <= step.config["reconstruct"]["BLOCK_K"]
+    config = "reconstruct" if once else "reconstruct_loop"
+    tiles, blocks = step.blocks(d, config, "BLOCK_D"), step.blocks(k, config, "BLOCK_K")
+    gathers = 1 if once else 2
+    parts = 4 * n * (k + 1)
+    # Programs that run together read the same columns of W_dec, which fit in L2.
+    return [
+        Launch(
+            stage, f"reconstruct, {'fixed K' if once else 'ragged'} bf16", n * tiles,
+            {} if once else {"reconstruct_kernel.start": 2 * blocks},
+            dram=2 * d * (f + 2 * n) + tiles * parts + 8 * n * k, gathered=gathers * 2 * n * k * d,
+            waits=1.5 if once else 0.5 + 2 * blocks,
+        ),
+        Launch(stage, "torch: sums over columns", dram=(tiles + 1) * parts, launches=2),
+    ]  # fmt: skip
+
+
+def _launches(step: Step) -> list[Launch]:
+    aux = _reconstruct_launches(step, "aux", step.aux_k, False) if step.aux_k else []
+    return _reconstruct_launches(step, "decode", step.k, step.ragged) + aux
 
 
 _decode = lambda i: partial(decode, i.code, i.W_dec, i.b_dec, target=i.x)
@@ -54,4 +79,5 @@ BENCH = OpBench(
         "values_grad": Trial("bf16", _values_grad, _GATHERS),
     },
     specs=_specs,
+    launches=_launches,
 )

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from ..bench_types import Grid, Op, OpBench, Spec, Trial
+from ..bench_types import Grid, Launch, Op, OpBench, Spec, Step, Trial
 from . import cost, encode
 
 TILES: Grid = dict(BLOCK_D=(32, 64), GROUP_N=(8, 16), num_warps=(4, 8), num_stages=(3, 4), maxnreg=(128, 255))
@@ -34,6 +34,26 @@ def _specs(dtype: str) -> dict[str, Spec]:
     }
 
 
+def product(step: Step, name: str, config: str, output: float) -> Launch:
+    """Describe a launch of a kernel around x @ W_enc that writes `output` bytes."""
+    n, d, f, *_ = step
+    tiles_n, tiles_f = step.blocks(n, config, "BLOCK_N"), step.blocks(f, config, "BLOCK_F")
+    block = step.config[config]
+    passes = -(-tiles_n // block["GROUP_N"])  # over W_enc, each for GROUP_N token tiles that L2 holds
+    return Launch(
+        "encode", name, tiles_n * tiles_f, {"product.start": step.blocks(d, config, "BLOCK_D")},
+        dram=2 * d * (passes * f + n) + output, output=output,
+        l2=2 * d * tiles_n * tiles_f * (block["BLOCK_N"] + block["BLOCK_F"]),
+        tensor_flops=2 * n * d * f, waits=1,
+    )  # fmt: skip
+
+
+def _launches(step: Step) -> list[Launch]:
+    trips = {"fold_kernel.start": step.blocks(step.d, "fold", "BLOCK_D")}
+    programs, waits = step.blocks(step.f, "fold", "BLOCK_F"), 1 + trips["fold_kernel.start"]
+    return [Launch("encode", "fold bf16", programs, trips, dram=2 * step.d * step.f + 8 * step.f, waits=waits)]
+
+
 _cost = lambda n, d, f, k, **settings: cost(n, d, f, **settings)
 _encode = lambda i: partial(encode, i.x, i.W_enc, i.b_enc, center=i.b_dec)
 BENCH = OpBench(
@@ -45,4 +65,5 @@ BENCH = OpBench(
         "fold": Trial("bf16", _encode, dict(BLOCK_F=(4, 8, 16), BLOCK_D=(256, 512), num_warps=(4, 8))),
     },
     specs=_specs,
+    launches=_launches,
 )

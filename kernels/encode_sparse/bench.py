@@ -3,9 +3,10 @@
 from functools import cache, partial
 from typing import Any
 
-from ..bench_types import CallOf, Op, OpBench, Spec, Trial
+from ..bench_types import CallOf, Launch, Op, OpBench, Spec, Step, Trial
 from ..configs import CONFIGS, FP8_SINCE
-from ..encode.bench import SMALL_TILES, TILES, product_spec
+from ..encode.bench import SMALL_TILES, TILES, product, product_spec
+from ..selection import candidates_per_tile
 from . import cost, encode_threshold, encode_topk
 
 TILE = CONFIGS[min(CONFIGS)]["encode_topk"]["BLOCK_F"]
@@ -43,6 +44,7 @@ def _products(dtype: str) -> dict[str, Spec]:
 def _specs(dtype: str) -> dict[str, Spec]:
     return {
         "candidates": _candidates(dtype, 4),
+        "candidates, 5 of a tile": _candidates(dtype, 5),
         "candidates, 8 of a tile": _candidates(dtype, 8),
         "candidates, thresholds": _candidates(dtype, 4, threshold=True),
         "candidates, hard mask": _candidates(dtype, 4, mask=1),
@@ -51,6 +53,70 @@ def _specs(dtype: str) -> dict[str, Spec]:
         "candidates, two codes": _candidates(dtype, 4, 4),
         "candidates, unaligned": _candidates(dtype, 4, 4, mask=2, ragged=True),
     } | _products(dtype)
+
+
+UNSURE = 0.9  # tiles of a token that may drop an entry of a ragged code: simulated, L0 = K
+RESCANNED = 0.005  # share of tokens with such a tile in a TopK step, by `candidates_per_tile`
+
+
+def _launches(step: Step) -> list[Launch]:
+    n, _, f, k = step[:4]
+    tile, is_batch = step.config["encode_topk"]["BLOCK_F"], step.activation == "batchtopk"
+    keep = candidates_per_tile(f, 2 * k if is_batch else k, tile) or 0
+    aux_keep = candidates_per_tile(f, step.aux_k, tile) or 0 if step.aux_k else 0
+    variant = ", 5 of a tile" if is_batch else ", thresholds" if step.ragged else ", two codes" if aux_keep else ""
+    stored = 4 * n * -(-f // tile)  # bytes of one candidate of each tile
+    selection = _ragged_launches(step, keep) if step.ragged else _merge_launches(step, keep, k, "encode")
+    if aux_keep:
+        selection += _merge_launches(step, aux_keep, step.aux_k, "encode")
+    return [product(step, f"candidates{variant} bf16", "encode_topk", stored * (keep + aux_keep)), *selection]
+
+
+def _merge_launches(step: Step, keep: int, k: int, stage: str) -> list[Launch]:
+    n, d, f, *_ = step
+    tiles, depth = -(-f // TILE), step.blocks(d, "rescan", "BLOCK_D")
+    return [
+        # two bisections of keys of 24 bits, which usually end early
+        Launch(stage, "merge", n, {"cut_among.high": 2 * 16}, dram=4 * n * tiles * keep + 8 * n * k, waits=2.5),
+        Launch(
+            stage, "rescan bf16", RESCANNED * n,
+            {"rescan_kernel.first": 1, "rescan_kernel.tile": 1, "rescan_kernel.largest": 1, "dropped_by.start": depth},
+            l2=RESCANNED * n * 2 * d * TILE, waits=6 + depth, longest=6 + depth,
+        ),
+    ]  # fmt: skip
+
+
+def _ragged_launches(step: Step, keep: int) -> list[Launch]:
+    """Describe the passes that find the cut of a batch, count, and fill the code, and the tiles computed again."""
+    n, d, f, k, *_ = step
+    tiles, candidates = -(-f // TILE), 4 * n * -(-f // TILE) * keep
+    pairs, block = UNSURE * n, step.config["recompute"]["BLOCK_N"]
+    programs = pairs / block + tiles / 2  # the last block of a tile is half empty
+    blocks = step.blocks(tiles * keep, "above_cut", "BLOCK")
+
+    def passes(name: str, count: int, rows: float) -> Launch:
+        trips = {"above_cut_kernel.start": blocks + (rows > 0)}
+        dram = count * (candidates + 4 * rows * TILE)
+        return Launch(
+            "encode", f"above_cut, {name}", n, trips, dram=dram, waits=2 + blocks + (rows > 0), launches=count
+        )
+
+    is_batch = step.activation == "batchtopk"
+    return [
+        *([passes("digits", 3, 0), passes("digits", 3, pairs)] if is_batch else []),
+        Launch(
+            "encode", "unsure", n, {"unsure_kernel.start": step.blocks(tiles, "unsure", "BLOCK_T")},
+            dram=2 * candidates, waits=1, launches=2,
+        ),
+        Launch("encode", "torch: sort by tile", dram=150 * n * k / keep, launches=24),
+        Launch(
+            "encode", "recompute bf16", programs, {"recompute_kernel.start": step.blocks(d, "recompute", "BLOCK_D")},
+            dram=2 * d * f + 4 * pairs * TILE, output=4 * pairs * TILE, l2=2 * d * programs * (block + TILE),
+            tensor_flops=2 * programs * block * TILE * d, waits=3,
+        ),
+        passes("count", 1, pairs), passes("fill", 1, pairs),
+        Launch("encode", "torch: cut", dram=100 * n, launches=12 + 13 * 6 * is_batch),
+    ]  # fmt: skip
 
 
 @cache  # so that equal calls are the same object
@@ -88,6 +154,7 @@ BENCH = OpBench(
         "rescan": Trial("bf16", _topk(), dict(BLOCK_D=(32, 64, 128), BLOCK_T=(512, 1024, 2048), num_warps=(4, 8))),
     },
     specs=_specs,
+    launches=_launches,
     fixed_specs={
         "candidates fp8": _candidates("fp8e4nv", 4)._replace(since=FP8_SINCE),
         "merge": _second_pass("merge.merge", {}, ALL=False, BLOCK_T=512, BLOCK=256),

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from ..bench_types import Grid, Op, OpBench, Spec, Trial
+from ..bench_types import Grid, Launch, Op, OpBench, Spec, Step, Trial
 from ..code import SparseCode
 from ..configs import CONFIGS
 from ..cost import Cost
@@ -32,6 +32,30 @@ def _specs(dtype: str) -> dict[str, Spec]:
     return specs
 
 
+def latent_sums_launch(step: Step) -> Launch:
+    """Describe sums of values by latent."""
+    trips = {"latent_sums_kernel.start": step.per_latent / step.config["latent_sums"]["BLOCK"] + 0.5}
+    waits = 1 + trips["latent_sums_kernel.start"]
+    return Launch("update", "latent_sums", step.f, trips, dram=12 * step.entries + 12 * step.f, waits=waits)
+
+
+def gather_launches(step: Step) -> list[Launch]:
+    """Describe the packing of entries and the sums of windows. Hardly any window lies within one latent."""
+    blocks, windows = step.blocks(step.entries, "pack", "BLOCK"), step.entries // SPLIT
+    return [
+        Launch("update", "pack", blocks, dram=24 * step.entries, waits=1),
+        Launch(
+            "update", f"windows, D = {step.d} bf16", windows, {"add_entries.index": 0}, gathered=8 * windows, waits=1
+        ),
+    ]
+
+
+def _launches(step: Step) -> list[Launch]:
+    # torch sorts 12 bytes per entry in 4 passes, then gathers latents and tokens and searches the bounds of latents.
+    sort = Launch("sort", "torch: sort by latent", dram=150 * step.entries + 16 * step.f, launches=14)
+    return [sort, latent_sums_launch(step)] if step.activation == "jumprelu" else [sort]  # gradients of thresholds
+
+
 _transpose = lambda i: lambda: SparseCode(i.code.values, i.code.indices, len(i.W_dec)).transpose()
 _weight_grad = lambda i: partial(weight_grad, i.entries, i.code.values, i.reconstruction.residual)
 # Reads the keys. Writes order (8 bytes), latent and token (4 each) per entry, and F + 1 offsets.
@@ -55,6 +79,7 @@ BENCH = OpBench(
         "latent_sums": Trial("bf16", _latent_sums, dict(BLOCK=(32, 64, 128), num_warps=(1, 2))),
     },
     specs=_specs,
+    launches=_launches,
     fixed_specs={
         "pack": Spec("weight_grad.pack_kernel", "pack", _ENTRIES | dict(tokens="i32", packed="i64")),
         "latent_sums": Spec(
