@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .. import certified_topk
 from ..code import SparseCode
 from ..encode.reference import encode
 from ..encoder_inputs import EncoderInputs
@@ -12,6 +13,8 @@ from ..selection import Selection, select_above, select_both
 
 
 def encode_topk(inputs: EncoderInputs, selection: Selection) -> tuple[SparseCode, SparseCode | None]:
+    if certified_topk.applies(inputs, selection):
+        return certified_topk.encode_topk(inputs, selection)
     return select_both(encode(inputs), selection, select_topk, select_batch_topk)
 
 
