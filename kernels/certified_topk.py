@@ -1,25 +1,26 @@
 """encode_topk on a CPU that multiplies bfloat16 in hardware: candidates from a bfloat16 product, values in float32.
 
-With x^ and w^ for a centred token x and a latent's encoder row w rounded to bfloat16,
+With x^ and w^ for a centred token x and a latent's encoder row w rounded to bfloat16, Cauchy-Schwarz says
 
     |x w - x^ w^| = |(x - x^) w + x^ (w - w^)|  <=  |x - x^| |w| + |x^| |w - w^|
 
-by Cauchy-Schwarz. A float32 sum of D products, of the bfloat16 product as of the exact value, differs from the real sum by
-about D 2^-24 (|x| |w| + |b|) at most; `ALLOWANCE` covers both. Five more columns add all this to the product:
+Float32 sums of D products, both the bfloat16 product and the exact value, differ from the real sum by at most about
+D 2^-24 (|x| |w| + |b|). `ALLOWANCE` covers both. Five more columns add all this to the product:
 
     x^:  1, 1, 1                  |x - x^| + allowance |x|    |x| + |x - x^|
     w^:  b + allowance |b|        |w|                         |w - w^|
 
-where b's three columns are bfloat16 numbers that sum to it, and norms are rounded up. So an element of the product times
-`OUTPUT`, for its own rounding to bfloat16, is no less than the float32 activation, or both are at most zero.
+where b's three columns are bfloat16 numbers that sum to it, and norms are rounded up. So an element of the product
+times `OUTPUT`, for its own rounding to bfloat16, is no less than the float32 activation, or both are at most zero.
 
-The 2 K latents of largest bounds are a token's candidates, whose activations are computed in float32. If the K-th largest of
-these exceeds the bounds of all other latents, the token is certain: none of the others is among the K largest. Other tokens,
-those with NaN among them, take the float32 path. BatchTopK does the same for the batch.
+The candidates of a token are the 2 K latents with the largest bounds. Their activations are computed in float32. If
+the K-th largest of these exceeds the bounds of all other latents, none of those is among the K largest, and the token
+is certain. Other tokens take the float32 path, and so do all if a number is not finite. BatchTopK does the same for the
+batch.
 
-The selection is that of a float32 encoder. Against the float32 path, it may differ where two activations differ by less than
-the rounding of float32 sums, and values in their last bits, because sums have another order. The value of an entry depends
-on its token and latent alone.
+The selection is that of a float32 encoder. It may differ from that of the float32 path where two activations differ by
+less than the rounding of float32 sums, and values may differ in their last bits, because sums have another order. The
+value of an entry depends on its token and latent alone.
 """
 
 import functools
@@ -42,6 +43,7 @@ from .selection import Selection, select_among
 ALLOWANCE = 3 * 2.0**-24  # per column of the product, relative to |x| |w| + |b|
 OUTPUT = 1.008  # (1 + 2^-8)^2 and a little: a rounding to bfloat16 of the product, and one of its product with a mask
 UP = 1 + 2.0**-7  # a positive number times this, rounded to bfloat16, is no less than the number
+LARGEST = 1e37  # of |x| |w| + |b|
 LEAST = 1e-15  # smaller norms may have lost squares to underflow
 ROWS = 256  # rounded at a time, so that they stay in cache
 
@@ -50,7 +52,7 @@ _forced: ContextVar[bool | None] = ContextVar("forced", default=None)
 
 @contextmanager
 def bfloat16_candidates(enabled: bool) -> Iterator[None]:
-    """Choose candidates by bfloat16 products within the context, or never, whichever is faster."""
+    """Within the context, choose candidates by bfloat16 products, or never, whichever is faster."""
     token = _forced.set(enabled)
     try:
         yield
@@ -59,8 +61,8 @@ def bfloat16_candidates(enabled: bool) -> Iterator[None]:
 
 
 def applies(inputs: EncoderInputs, selection: Selection) -> bool:
-    """Whether candidates come from a bfloat16 product: a float32 encoder of one dictionary on a CPU, with W_enc.T contiguous,
-    for which that is faster.
+    """Return whether candidates come from a bfloat16 product: for one dictionary on a CPU, with sums in float32 and
+    W_enc.T contiguous, if that is faster.
 
     What is faster depends on the processor and on sizes alone, so a resumed run has the same bits on the same machine.
     """
@@ -80,27 +82,33 @@ def applies(inputs: EncoderInputs, selection: Selection) -> bool:
 
 
 def _is_faster(n: int, d: int, f: int, k: int) -> bool:
-    """Compare costs per column of x, in float32 multiply-adds. To round an element of W_enc and add it to norms takes about as
-    long as 50 of them, and an element of a candidate's row, which is gathered, as 20. Half of the gain is kept as margin."""
+    """Compare costs per column of x, in float32 multiply-adds. Rounding an element of W_enc and adding it to norms costs
+    about 50 of them, and an element of a candidate's row, which is gathered, about 20. The product must save 1.5 times
+    as much."""
     speedup = bfloat16_speedup() if d >= 64 else 0.0
     return speedup > 0 and n * f * (1 - 1 / speedup) > 1.5 * (50 * f + 20 * n * min(2 * k, f))
 
 
 @functools.cache
 def bfloat16_speedup() -> float:
-    """How much faster than float32 this processor multiplies bfloat16: 3 (or more), 1.5 (or more), or 0 for less and without
-    instructions for it. Measured once per process, and coarse, so that noise does not change it."""
-    if not any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16")):
-        return 0.0
+    """Return how much faster than float32 this processor multiplies bfloat16, at least: 3 with AMX, 1.5 with
+    AVX512-BF16. 0 with neither, or if a product timed once per process is less than 1.2 times faster.
+
+    1.2 is far below what these instructions give, so that noise does not change a decision."""
+    features = {"amx_tile": 3.0, "avx512_bf16": 1.5}
+    speedup = next((s for name, s in features.items() if getattr(torch.cpu, f"_is_{name}_supported", bool)()), 0.0)
+    return speedup if speedup and _measured_speedup() >= 1.2 else 0.0
+
+
+def _measured_speedup() -> float:
     seconds = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
     for _ in range(6):
         for dtype in seconds:
-            x, w = torch.ones(512, 768, dtype=dtype), torch.ones(2048, 768, dtype=dtype)
+            x, w = (torch.ones(rows, 768, dtype=dtype, device="cpu") for rows in (512, 2048))
             start = time.perf_counter()
             torch.mm(x, w.T)
             seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    return next((step for step in (3.0, 1.5) if ratio >= step), 0.0)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def encode_topk(inputs: EncoderInputs, selection: Selection) -> tuple[SparseCode, SparseCode | None]:
@@ -108,10 +116,7 @@ def encode_topk(inputs: EncoderInputs, selection: Selection) -> tuple[SparseCode
     x, W_enc, b_enc, center, mask, pos = inputs
     x = x.float() if center is None else x.float() - center
     inputs = EncoderInputs(x, W_enc.float(), b_enc.float(), None, mask, pos)
-    bounds = upper_bounds(*inputs[:3])
-    if mask is not None and pos is not None:
-        bounds = bounds.relu_().mul_(weights_at(mask, pos))
-    code = (_topk_of_batch if selection.across_batch else _topk_of_tokens)(inputs, bounds, selection.k)
+    code = (_topk_of_batch if selection.across_batch else _topk_of_tokens)(inputs, selection.k)
     latents = selection.aux_latents
     if not selection.aux_k or latents is None:
         return code, None
@@ -119,12 +124,23 @@ def encode_topk(inputs: EncoderInputs, selection: Selection) -> tuple[SparseCode
     return code, select_among(acts, latents, selection.aux_k, select_topk)
 
 
-def upper_bounds(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
-    """Return bfloat16 [N, F] that, times `OUTPUT`, is no less than relu(x @ W_enc + b_enc), or not positive where that is
-    zero. Arguments are float32."""
+def _keys(inputs: EncoderInputs) -> Tensor | None:
+    """Return `upper_bounds`, masked, as int16 [N, F], the bits of bfloat16 numbers. They have the order of the numbers,
+    except among negative ones."""
+    bounds = upper_bounds(*inputs[:3])
+    if bounds is not None and inputs.mask is not None and inputs.pos is not None:
+        bounds = bounds.relu_().mul_(weights_at(inputs.mask, inputs.pos))
+    return None if bounds is None else bounds.view(torch.int16)
+
+
+def upper_bounds(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor | None:
+    """Return bfloat16 [N, F] that, times `OUTPUT`, is no less than relu(x @ W_enc + b_enc), or not positive where that
+    is zero. Arguments are float32. Return None if some are not finite, or so large that sums may overflow."""
     d = x.shape[1]
     rows, x_norm, x_error = _rounded(x)
     latents, w_norm, w_error = _rounded(W_enc.T)
+    if not x_norm.amax() * w_norm.amax() + b_enc.abs().amax() < LARGEST:
+        return None
     allowance = ALLOWANCE * latents.shape[1]
     rows[:, d : d + 3] = 1
     rows[:, d + 3] = (x_error + allowance * x_norm) * UP
@@ -139,8 +155,8 @@ def upper_bounds(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
 
 
 def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows [M, D] in bfloat16, with five more columns and zeros up to a multiple of 32; their norms; and those of their
-    rounding errors [M]."""
+    """Return rows [M, D] in bfloat16, with five more columns and zeros up to a multiple of 32, and the norms of the rows
+    and of their rounding errors [M]."""
     m, d = rows.shape
     narrow = rows.new_empty(m, -(-(d + 5) // 32) * 32, dtype=torch.bfloat16)
     narrow[:, d:] = 0
@@ -154,13 +170,15 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return narrow, *norms.clamp_(min=LEAST)
 
 
-def _topk_of_tokens(inputs: EncoderInputs, bounds: Tensor, k: int) -> SparseCode:
-    f = bounds.shape[1]
-    candidates = select_topk(bounds, min(2 * k, f))
+def _topk_of_tokens(inputs: EncoderInputs, k: int) -> SparseCode:
+    keys, f = _keys(inputs), inputs.W_enc.shape[1]
+    if keys is None:
+        return select_topk(encode(inputs), k)
+    candidates = select_topk(keys, min(2 * k, f))
     best = select_topk(_activations(inputs, candidates), k)
     values, indices = best.values, candidates.indices.gather(1, best.indices.long())
     if 2 * k < f:
-        cut = candidates.values.float().amin(1)
+        cut = candidates.values.amin(1).view(torch.bfloat16).float()
         is_certain = (cut <= 0) | (cut * OUTPUT < values.amin(1))
         tokens = (~is_certain).nonzero()[:, 0]
         if len(tokens):
@@ -169,14 +187,16 @@ def _topk_of_tokens(inputs: EncoderInputs, bounds: Tensor, k: int) -> SparseCode
     return SparseCode(values, indices, f)
 
 
-def _topk_of_batch(inputs: EncoderInputs, bounds: Tensor, k: int) -> SparseCode:
-    n, f = bounds.shape
-    candidates = select_batch_topk(bounds, min(2 * n * k, n * f))
+def _topk_of_batch(inputs: EncoderInputs, k: int) -> SparseCode:
+    keys, (n, f) = _keys(inputs), (len(inputs.x), inputs.W_enc.shape[1])
+    if keys is None:
+        return select_batch_topk(encode(inputs), n * k)
+    candidates = select_batch_topk(keys, min(2 * n * k, n * f))
     best = select_batch_topk(_activations(inputs, candidates)[None], n * k)
     assert candidates.offsets is not None
     assert best.offsets is not None
     used, is_full = int(best.offsets[-1]), int(candidates.offsets[-1]) == len(candidates.values)
-    cut = float(candidates.values.amin()) if is_full and 2 * k < f else 0.0
+    cut = float(candidates.values.amin().view(torch.bfloat16)) if is_full and 2 * k < f else 0.0
     least = float(best.values.amin()) if used == n * k else 0.0
     if not (cut <= 0 or cut * OUTPUT < least):
         return select_batch_topk(encode(inputs), n * k)

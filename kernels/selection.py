@@ -64,11 +64,9 @@ def select_both(
     return code, _side_by_side([select_topk(block, aux_k) for block in blocks])
 
 
-def select_among(
-    acts: Tensor, latents: Tensor, k: int, select_topk: Callable[[Tensor, int], SparseCode]
-) -> SparseCode:
-    """Return the k largest of the activations [N, C] of C `latents`, bool [F], padded with zeros at other latents. On a GPU
-    it would wait for the device, to know C."""
+def select_among(acts: Tensor, latents: Tensor, k: int, select_topk: Callable[[Tensor, int], SparseCode]) -> SparseCode:
+    """Return the k largest of the activations [N, C] of C `latents`, bool [F], padded with zeros at other latents.
+    Waits for the device, to know C."""
     columns = latents.nonzero()[:, 0]
     if len(columns) > k:
         code = select_topk(acts, k)
