@@ -82,8 +82,8 @@ def applies(inputs: EncoderInputs, selection: Selection) -> bool:
 
 
 def _is_faster(n: int, d: int, f: int, k: int) -> bool:
-    """Compare costs per column of x, in float32 multiply-adds. Rounding an element of W_enc and adding it to norms costs
-    about 50 of them, and an element of a candidate's row, which is gathered, about 20. The product must save 1.5 times
+    """Compare costs per column of x, in float32 multiply-adds. Rounding an element of W_enc and taking its norms costs
+    about 50 of them, and a gathered element of a candidate's row about 20. The product must save 1.5 times
     as much."""
     speedup = bfloat16_speedup() if d >= 64 else 0.0
     return speedup > 0 and n * f * (1 - 1 / speedup) > 1.5 * (50 * f + 20 * n * min(2 * k, f))
