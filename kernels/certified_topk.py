@@ -78,7 +78,7 @@ def applies(inputs: EncoderInputs, selection: Selection) -> bool:
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, W_enc, b_enc)))
     )
     forced = _forced.get()
-    return can_apply and (_is_faster(*x.shape, W_enc.shape[1], selection.k) if forced is None else forced)
+    return can_apply and (_is_faster(len(x), W_enc.shape[0], W_enc.shape[1], selection.k) if forced is None else forced)
 
 
 def _is_faster(n: int, d: int, f: int, k: int) -> bool:
@@ -167,7 +167,8 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rounded.copy_(block)
         torch.linalg.vector_norm(block, dim=1, out=norm)
         torch.linalg.vector_norm(block - rounded, dim=1, out=error)
-    return narrow, *norms.clamp_(min=LEAST)
+    norms.clamp_(min=LEAST)
+    return narrow, norms[0], norms[1]
 
 
 def _topk_of_tokens(inputs: EncoderInputs, k: int) -> SparseCode:
