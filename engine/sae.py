@@ -380,8 +380,10 @@ class SparseAutoencoder(nn.Module):
     def project_decoder_gradient(self) -> None:
         """Remove the part of each decoder row's gradient along the row, which would only change its norm."""
         if self.W_dec.grad is not None:
-            coefficients = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
-            self.W_dec.grad.addcmul_(coefficients, self.W_dec, value=-1)
+            for grad, rows in zip(
+                self.W_dec.grad.split(256), self.W_dec.split(256), strict=True
+            ):  # these stay in cache
+                grad.addcmul_((grad * rows).sum(1, keepdim=True), rows, value=-1)
 
     @torch.no_grad()
     def constrain(self) -> None:

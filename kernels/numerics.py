@@ -24,6 +24,8 @@ def weighted_bags(table: Tensor, index: Tensor, weights: Tensor, starts: Tensor)
     `embedding_bag` never stores the gathered rows. On two CPU cores at N = 1024, K = 32 it takes at most a seventh of
     the time of a dense product at F = 1024, of `index_add_`, or of gather and reduce, for D from 128 to 768.
     """
+    if not torch.is_grad_enabled():
+        table = table.detach()  # otherwise torch also computes what only its own backward needs
     return F.embedding_bag(index, table, starts.to(index.dtype), mode="sum", per_sample_weights=weights)
 
 

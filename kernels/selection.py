@@ -58,23 +58,21 @@ def select_both(
         return code, None
     if aux_latents is not None and not acts.is_cuda:
         pairs = zip(blocks, aux_latents.chunk(dictionaries), strict=True)
-        return code, _side_by_side([_select_among(block, latents, aux_k, select_topk) for block, latents in pairs])
+        return code, _side_by_side([select_among(block[:, among], among, aux_k, select_topk) for block, among in pairs])
     if aux_latents is not None:
         acts.masked_fill_(~aux_latents, 0)
     return code, _side_by_side([select_topk(block, aux_k) for block in blocks])
 
 
-def _select_among(
-    acts: Tensor, latents: Tensor, k: int, select_topk: Callable[[Tensor, int], SparseCode]
-) -> SparseCode:
-    """Return the k largest of activations [N, F] among `latents` bool [F], padded with zeros at other latents. Only
-    those columns are read, which requires knowing them on the host: on a GPU it would wait for the device."""
+def select_among(acts: Tensor, latents: Tensor, k: int, select_topk: Callable[[Tensor, int], SparseCode]) -> SparseCode:
+    """Return the k largest of the activations [N, C] of C `latents`, bool [F], padded with zeros at other latents.
+    Waits for the device, to know C."""
     columns = latents.nonzero()[:, 0]
     if len(columns) > k:
-        code = select_topk(acts[:, columns], k)
+        code = select_topk(acts, k)
         return SparseCode(code.values, columns[code.indices].int(), len(latents))
     fillers = (~latents).nonzero()[: k - len(columns), 0]
-    values = torch.cat([acts[:, columns], acts.new_zeros(len(acts), len(fillers))], 1)
+    values = torch.cat([acts, acts.new_zeros(len(acts), len(fillers))], 1)
     return SparseCode(values, torch.cat([columns, fillers]).int().expand(len(acts), -1).contiguous(), len(latents))
 
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .. import certified_topk
 from ..code import SparseCode
 from ..encode.reference import encode
 from ..encoder_inputs import EncoderInputs
@@ -12,13 +13,21 @@ from ..selection import Selection, select_above, select_both
 
 
 def encode_topk(inputs: EncoderInputs, selection: Selection) -> tuple[SparseCode, SparseCode | None]:
-    return select_both(encode(inputs), selection, select_topk, select_batch_topk)
+    if certified_topk.applies(inputs, selection):
+        return certified_topk.encode_topk(inputs, selection)
+    # Negative activations are rectified after selection: the k largest are the same, and a pass over [N, F] is saved.
+    code, aux = select_both(encode(inputs, relu=False), selection, select_topk, select_batch_topk)
+    return _rectified(code), None if aux is None else _rectified(aux)
+
+
+def _rectified(code: SparseCode) -> SparseCode:
+    return code.with_values(code.values.relu())
 
 
 def encode_threshold(
     inputs: EncoderInputs, threshold: Tensor | None, capacity: int | None, dictionaries: int
 ) -> SparseCode:
-    return select_above(encode(inputs), threshold, capacity, dictionaries, select_threshold)
+    return select_above(encode(inputs, relu=False), threshold, capacity, dictionaries, select_threshold)
 
 
 def preselect(

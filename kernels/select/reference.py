@@ -1,5 +1,9 @@
 """select in plain torch."""
 
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,8 +33,8 @@ def _topk(acts: Tensor, k: int) -> Tensor:
     if maxima.isnan().any():  # a stable sort handles ties and NaN as defined, but is slow
         return acts.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
 
-    flat = _nonzero(acts >= _kth_largest(maxima, k))  # sorted by token, then latent
-    starts = torch.searchsorted(flat, f * torch.arange(n + 1, device=acts.device))
+    flat = _nonzero(_flags(operator.ge, acts, _kth_largest(maxima, k)))  # sorted by token, then latent
+    starts = _offsets(flat, n, f)
     most = int(starts.diff().max())
     if 2 * most > f:  # many values, mostly zeros, equal the bound
         return (_nonzero(_keep(acts, k)) % f).view(n, k)
@@ -63,12 +67,25 @@ def _nonzero(flags: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(flags.numpy()))
 
 
+def _flags(compare: Callable[[Any, Any], Any], x: Tensor, limit: Tensor | float) -> Tensor:
+    """Return compare(x, limit), bool. numpy takes a third of torch's time on one thread, but has no bfloat16."""
+    if x.is_cuda or x.dtype == torch.bfloat16 or torch.get_num_threads() > 2:
+        return compare(x, limit)
+    return torch.from_numpy(compare(x.detach().numpy(), limit.numpy() if isinstance(limit, Tensor) else limit))
+
+
+def _offsets(flat: Tensor, n: int, f: int) -> Tensor:
+    """Return where each token's entries begin among ascending row-major indices of [N, F], and their number [N + 1]."""
+    return torch.searchsorted(flat, f * torch.arange(n + 1, device=flat.device))
+
+
 def select_batch_topk(acts: Tensor, total: int) -> SparseCode:
     n, f = acts.shape
     with torch.no_grad():
         flat = acts.flatten()
         bound = _bound(flat, total)
-        where = _nonzero(flat >= bound if bound > 0 else ~(flat <= 0))  # unlike > 0, keeps NaN
+        # unlike > 0, what is not <= 0 keeps NaN
+        where = _nonzero(_flags(operator.ge, flat, bound) if bound > 0 else ~_flags(operator.le, flat, 0))
         if len(where) > total:
             candidates = flat[where]
             is_nan = candidates.isnan()
@@ -76,32 +93,32 @@ def select_batch_topk(acts: Tensor, total: int) -> SparseCode:
                 candidates = candidates.nan_to_num(nan=0).unique(return_inverse=True)[1]
                 candidates = torch.where(is_nan, len(flat), candidates).double()
             where = where[_keep(candidates[None], total)[0]]
-        offsets = torch.searchsorted(where, f * torch.arange(n + 1, device=acts.device))
+        offsets = _offsets(where, n, f)
         unused = total - len(where)
         indices = torch.cat([(where % f).int(), where.new_zeros(unused, dtype=torch.int32)])
     return SparseCode(torch.cat([flat[where], flat.new_zeros(unused)]), indices, f, offsets)
 
 
-def _bound(flat: Tensor, total: int) -> float:
+def _bound(flat: Tensor, total: int) -> Tensor:
     """Return a lower bound for the `total` largest values, as in `_topk`. Zero with NaN or too few positive values."""
     size = max(1, len(flat) // (4 * total))
     groups = len(flat) // size
-    if groups < total:
-        return 0.0
     maxima = flat[: size * groups].view(size, groups).amax(0)
-    return (
-        0.0 if maxima.isnan().any() or flat[size * groups :].isnan().any() else float(_kth_largest(maxima[None], total))
-    )
+    if groups < total or maxima.isnan().any() or flat[size * groups :].isnan().any():
+        return flat.new_zeros(())
+    return _kth_largest(maxima[None], total)[0]
 
 
 def select_threshold(acts: Tensor, threshold: float | Tensor, capacity: int | None) -> SparseCode:
     n, f = acts.shape
+    if isinstance(threshold, Tensor):
+        threshold = threshold.detach().to(accumulation_dtype(threshold))
     wide = acts.detach().to(accumulation_dtype(acts))  # a threshold is not rounded to acts' dtype
-    is_active = ~(wide <= threshold)  # unlike >, keeps NaN
-    running = torch.cat([is_active.new_zeros(1, dtype=torch.int64), is_active.sum(1, dtype=torch.int32)]).cumsum(0)
+    is_active = _flags(operator.le, wide, threshold).logical_not_()  # unlike >, keeps NaN
     if capacity is None:
         where = _nonzero(is_active)
-        return SparseCode(acts.flatten()[where], (where % f).int(), f, running)
+        return SparseCode(acts.flatten()[where], (where % f).int(), f, _offsets(where, n, f))
+    running = torch.cat([is_active.new_zeros(1, dtype=torch.int64), is_active.sum(1, dtype=torch.int32)]).cumsum(0)
     ranks = torch.arange(1, capacity + 1, device=acts.device)
     where = torch.searchsorted(is_active.flatten().cumsum(0), ranks)  # N * F beyond the last active one
     is_used = where < n * f

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from temposae.kernels import certified_topk
 from temposae.kernels.configs import CONFIGS
 from temposae.kernels.encode import encode
 from temposae.kernels.encode_sparse import encode_threshold, encode_topk
@@ -14,9 +15,13 @@ from .conftest import SMALL_BLOCKS, Shape
 WIDE = Shape(N=9, D=24, F=301, K=12, T=5)  # ten small tiles, fewer candidates in each than K
 
 
-@pytest.fixture(params=["torch", "triton in small blocks"], ids=["torch", "triton"])
+@pytest.fixture(
+    params=["torch", "torch by bfloat16", "triton in small blocks"], ids=["torch", "torch-bfloat16", "triton"]
+)
 def wide_backend(request, monkeypatch, poisoned):
-    if request.param == "torch":
+    if request.param == "torch by bfloat16":
+        monkeypatch.setattr(certified_topk, "_is_faster", lambda *sizes: True)
+    if request.param.startswith("torch"):
         return "torch"
     pytest.importorskip("triton")
     for op, config in CONFIGS[80].items():

@@ -1,0 +1,230 @@
+"""encode_topk on a CPU that multiplies bfloat16 in hardware: candidates from a bfloat16 product, values in float32.
+
+With x^ and w^ for a centred token x and a latent's encoder row w rounded to bfloat16, Cauchy-Schwarz says
+
+    |x w - x^ w^| = |(x - x^) w + x^ (w - w^)|  <=  |x - x^| |w| + |x^| |w - w^|
+
+Float32 sums of D products, both the bfloat16 product and the exact value, differ from the real sum by at most about
+D 2^-24 (|x| |w| + |b|). `ALLOWANCE` covers both. Five more columns add all this to the product:
+
+    x^:  1, 1, 1                  |x - x^| + allowance |x|    |x| + |x - x^|
+    w^:  b + allowance |b|        |w|                         |w - w^|
+
+where b's three columns are bfloat16 numbers that sum to it, and norms are rounded up. So an element of the product
+times `OUTPUT`, for its own rounding to bfloat16, is no less than the float32 activation, or both are at most zero.
+
+The candidates of a token are the 2 K latents with the largest bounds. Their activations are computed in float32. If
+the K-th largest of these exceeds the bounds of all other latents, none of those is among the K largest, and the token
+is certain. Other tokens take the float32 path, and so do all if a number is not finite. BatchTopK does the same for the
+batch.
+
+The selection is that of a float32 encoder. It may differ from that of the float32 path where two activations differ by
+less than the rounding of float32 sums, and values may differ in their last bits, because sums have another order. The
+value of an entry depends on its token and latent alone.
+"""
+
+import functools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from .code import SparseCode
+from .decode.reference import decode_values_grad
+from .encode.reference import encode
+from .encoder_inputs import EncoderInputs
+from .masks import GaussianMask, weights_at, weights_of
+from .select.reference import select_batch_topk, select_topk
+from .selection import Selection, select_among
+
+ALLOWANCE = 3 * 2.0**-24  # per column of the product, relative to |x| |w| + |b|
+OUTPUT = 1.008  # (1 + 2^-8)^2 and a little: a rounding to bfloat16 of the product, and one of its product with a mask
+UP = 1 + 2.0**-7  # a positive number times this, rounded to bfloat16, is no less than the number
+LARGEST = 1e37  # of |x| |w| + |b|
+LEAST = 1e-15  # smaller norms may have lost squares to underflow
+ROWS = 256  # rounded at a time, so that they stay in cache
+
+_forced: ContextVar[bool | None] = ContextVar("forced", default=None)
+
+
+@contextmanager
+def bfloat16_candidates(enabled: bool) -> Iterator[None]:
+    """Within the context, choose candidates by bfloat16 products, or never, whichever is faster."""
+    token = _forced.set(enabled)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def applies(inputs: EncoderInputs, selection: Selection) -> bool:
+    """Return whether candidates come from a bfloat16 product: for one dictionary on a CPU, with sums in float32 and
+    W_enc.T contiguous, if that is faster.
+
+    What is faster depends on the processor and on sizes alone, so a resumed run has the same bits on the same machine.
+    """
+    x, W_enc, b_enc, center, _, _ = inputs
+    can_apply = (
+        x.device.type == "cpu"
+        and x.dtype != torch.float64
+        and x.numel() > 0
+        and W_enc.T.is_contiguous()
+        and (center is None or center.dim() == 1)
+        and selection.dictionaries == 1
+        and (not selection.aux_k or selection.aux_latents is not None)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, W_enc, b_enc)))
+    )
+    forced = _forced.get()
+    return can_apply and (_is_faster(len(x), W_enc.shape[0], W_enc.shape[1], selection.k) if forced is None else forced)
+
+
+def _is_faster(n: int, d: int, f: int, k: int) -> bool:
+    """Compare costs per column of x, in float32 multiply-adds. Rounding an element of W_enc and taking its norms costs
+    about 50 of them, and a gathered element of a candidate's row about 20. The product must save 1.5 times
+    as much."""
+    speedup = bfloat16_speedup() if d >= 64 else 0.0
+    return speedup > 0 and n * f * (1 - 1 / speedup) > 1.5 * (50 * f + 20 * n * min(2 * k, f))
+
+
+@functools.cache
+def bfloat16_speedup() -> float:
+    """Return how much faster than float32 this processor multiplies bfloat16, at least: 3 with AMX, 1.5 with
+    AVX512-BF16. 0 with neither, or if a product timed once per process is less than 1.2 times faster.
+
+    1.2 is far below what these instructions give, so that noise does not change a decision."""
+    features = {"amx_tile": 3.0, "avx512_bf16": 1.5}
+    speedup = next((s for name, s in features.items() if getattr(torch.cpu, f"_is_{name}_supported", bool)()), 0.0)
+    return speedup if speedup and _measured_speedup() >= 1.2 else 0.0
+
+
+def _measured_speedup() -> float:
+    seconds = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+    for _ in range(6):
+        for dtype in seconds:
+            x, w = (torch.ones(rows, 768, dtype=dtype, device="cpu") for rows in (512, 2048))
+            start = time.perf_counter()
+            torch.mm(x, w.T)
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def encode_topk(inputs: EncoderInputs, selection: Selection) -> tuple[SparseCode, SparseCode | None]:
+    """Return the codes of `encode_topk`."""
+    x, W_enc, b_enc, center, mask, pos = inputs
+    x = x.float() if center is None else x.float() - center
+    inputs = EncoderInputs(x, W_enc.float(), b_enc.float(), None, mask, pos)
+    code = (_topk_of_batch if selection.across_batch else _topk_of_tokens)(inputs, selection.k)
+    latents = selection.aux_latents
+    if not selection.aux_k or latents is None:
+        return code, None
+    acts = encode(_of_latents(inputs, latents.nonzero()[:, 0]))
+    return code, select_among(acts, latents, selection.aux_k, select_topk)
+
+
+def _keys(inputs: EncoderInputs) -> Tensor | None:
+    """Return `upper_bounds`, masked, as int16 [N, F], the bits of bfloat16 numbers. They have the order of the numbers,
+    except among negative ones."""
+    bounds = upper_bounds(*inputs[:3])
+    if bounds is not None and inputs.mask is not None and inputs.pos is not None:
+        bounds = bounds.relu_().mul_(weights_at(inputs.mask, inputs.pos))
+    return None if bounds is None else bounds.view(torch.int16)
+
+
+def upper_bounds(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor | None:
+    """Return bfloat16 [N, F] that, times `OUTPUT`, is no less than relu(x @ W_enc + b_enc), or not positive where that
+    is zero. Arguments are float32. Return None if some are not finite, or so large that sums may overflow."""
+    d = x.shape[1]
+    rows, x_norm, x_error = _rounded(x)
+    latents, w_norm, w_error = _rounded(W_enc.T)
+    if not x_norm.amax() * w_norm.amax() + b_enc.abs().amax() < LARGEST:
+        return None
+    allowance = ALLOWANCE * latents.shape[1]
+    rows[:, d : d + 3] = 1
+    rows[:, d + 3] = (x_error + allowance * x_norm) * UP
+    rows[:, d + 4] = (x_norm + x_error) * UP
+    bias = b_enc + allowance * b_enc.abs()
+    for column in latents[:, d : d + 3].T:
+        column.copy_(bias)
+        bias = bias - column
+    latents[:, d + 3] = w_norm * UP
+    latents[:, d + 4] = w_error * UP
+    return rows @ latents.T
+
+
+def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows [M, D] in bfloat16, with five more columns and zeros up to a multiple of 32, and the norms of the rows
+    and of their rounding errors [M]."""
+    m, d = rows.shape
+    narrow = rows.new_empty(m, -(-(d + 5) // 32) * 32, dtype=torch.bfloat16)
+    narrow[:, d:] = 0
+    norms = rows.new_empty(2, m)
+    for block, rounded, (norm, error) in zip(
+        rows.split(ROWS), narrow[:, :d].split(ROWS), norms.split(ROWS, 1), strict=True
+    ):
+        rounded.copy_(block)
+        torch.linalg.vector_norm(block, dim=1, out=norm)
+        torch.linalg.vector_norm(block - rounded, dim=1, out=error)
+    norms.clamp_(min=LEAST)
+    return narrow, norms[0], norms[1]
+
+
+def _topk_of_tokens(inputs: EncoderInputs, k: int) -> SparseCode:
+    keys, f = _keys(inputs), inputs.W_enc.shape[1]
+    if keys is None:
+        return select_topk(encode(inputs), k)
+    candidates = select_topk(keys, min(2 * k, f))
+    best = select_topk(_activations(inputs, candidates), k)
+    values, indices = best.values, candidates.indices.gather(1, best.indices.long())
+    if 2 * k < f:
+        cut = candidates.values.amin(1).view(torch.bfloat16).float()
+        is_certain = (cut <= 0) | (cut * OUTPUT < values.amin(1))
+        tokens = (~is_certain).nonzero()[:, 0]
+        if len(tokens):
+            again = select_topk(encode(_of_tokens(inputs, tokens)), k)
+            values[tokens], indices[tokens] = again.values, again.indices
+    return SparseCode(values, indices, f)
+
+
+def _topk_of_batch(inputs: EncoderInputs, k: int) -> SparseCode:
+    keys, (n, f) = _keys(inputs), (len(inputs.x), inputs.W_enc.shape[1])
+    if keys is None:
+        return select_batch_topk(encode(inputs), n * k)
+    candidates = select_batch_topk(keys, min(2 * n * k, n * f))
+    best = select_batch_topk(_activations(inputs, candidates)[None], n * k)
+    assert candidates.offsets is not None
+    assert best.offsets is not None
+    used, is_full = int(best.offsets[-1]), int(candidates.offsets[-1]) == len(candidates.values)
+    cut = float(candidates.values.amin().view(torch.bfloat16)) if is_full and 2 * k < f else 0.0
+    least = float(best.values.amin()) if used == n * k else 0.0
+    if not (cut <= 0 or cut * OUTPUT < least):
+        return select_batch_topk(encode(inputs), n * k)
+    entries = best.indices.long()
+    offsets = torch.searchsorted(candidates.rows[entries[:used]], torch.arange(n + 1))
+    return SparseCode(best.values, candidates.indices[entries], f, offsets)
+
+
+def _activations(inputs: EncoderInputs, code: SparseCode) -> Tensor:
+    """Return the float32 activation of each entry of a code, zero for unused entries."""
+    x, W_enc, b_enc, _, mask, pos = inputs
+    latents = code.live(code.indices)
+    acts = decode_values_grad(code.with_values(code.values.float()), W_enc.T, x)
+    acts = acts.add_(b_enc[latents]).relu_()
+    if mask is not None and pos is not None:
+        acts = acts * weights_of(mask, pos[code.rows], latents)
+    return code.live(acts)
+
+
+def _of_tokens(inputs: EncoderInputs, tokens: Tensor) -> EncoderInputs:
+    return inputs._replace(x=inputs.x[tokens], pos=None if inputs.pos is None else inputs.pos[tokens])
+
+
+def _of_latents(inputs: EncoderInputs, latents: Tensor) -> EncoderInputs:
+    mask = inputs.mask
+    if isinstance(mask, GaussianMask):
+        mask = mask._replace(centre=mask.centre[latents])
+    elif mask is not None:
+        mask = mask[:, latents]
+    return inputs._replace(W_enc=inputs.W_enc.T[latents].T, b_enc=inputs.b_enc[latents], mask=mask)
