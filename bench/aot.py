@@ -142,7 +142,7 @@ def _compile(spec: Spec, arch: int, config: Mapping[str, int]) -> Compiled:
     )  # fmt: skip
 
 
-def _pointer(dtype: str, config: dict[str, int]) -> str:
+def _pointer(dtype: str, config: Mapping[str, int]) -> str:
     """The type of a pointer. "bf16[BLOCK_N, BLOCK_D]" is a descriptor of such blocks if the entry says TMA."""
     if "[" in dtype and config.get("TMA"):
         sized = re.sub("[A-Z_]{2,}", lambda size: str(config[size[0]]), dtype)

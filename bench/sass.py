@@ -25,7 +25,8 @@ UNITS = (
 )
 
 
-# A branch back this many bytes after one of these only waits for a barrier or for memory of tensor cores.
+# A branch back over at most this many bytes, one of these among them, only waits for a barrier or for memory of tensor
+# cores. So does one from behind the kernel's exit, where the compiler puts what is rarely executed.
 SPIN, WAITING = 8 * 16, {"SYNCS", "NANOSLEEP"}
 
 
@@ -97,8 +98,9 @@ def parse(assembly: str) -> Code:
         if first == address:  # the trap behind the last instruction
             opcodes.pop(address, None)
         elif first < address:
-            before = {opcodes.get(at) for at in range(max(first, address - SPIN), address, 16)}
-            if not WAITING & before:  # several branches back to one place are one loop
+            body = {opcodes.get(at) for at in range(first, address, 16)}
+            only_waits = "EXIT" in body or (address - first <= SPIN and WAITING & body)
+            if not only_waits:  # several branches back to one place are one loop
                 loops[first] = Loop(statement(*place), first, address)
     return Code(opcodes, sorted(loops.values(), key=lambda loop: loop.last - loop.first))
 

@@ -62,7 +62,7 @@ CONFIGS[80] = {
     "position_sum": dict(BLOCK_N=1024, num_warps=4),
 }
 CONFIGS[90] = CONFIGS[80] | {
-    "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=128),
+    "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=255),
     "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=128),
     "encode_fp8": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=128, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=255),
 }

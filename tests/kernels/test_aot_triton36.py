@@ -1,4 +1,4 @@
-"""Hot kernels compile without spills on an older Triton too. `make test-slow` installs it in .venv/triton36."""
+"""Hot kernels compile without spills and within their budgets on an older Triton too. `make test-slow` installs it in .venv/triton36."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from temposae.bench.aot import SPECS
+from temposae.bench.budgets import over_budget
 
 from .test_aot import SHARED_BYTES, compile_report
 
@@ -23,4 +24,5 @@ def test_hot_kernels_compile_without_spills(arch: int, monkeypatch: pytest.Monke
     rows = compile_report(arch, "bf16", [name for name, spec in SPECS.items() if spec.hot])
     assert len(rows) > 20
     assert [row["name"] for row in rows if row["spill_bytes"]] == []
+    assert over_budget(rows) == []
     assert [row["name"] for row in rows if row["shared_bytes"] > SHARED_BYTES] == []
