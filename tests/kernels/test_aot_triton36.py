@@ -1,4 +1,4 @@
-"""Hot kernels compile without spills and within their budgets on an older Triton too. `make test-slow` installs it in .venv/triton36."""
+"""Hot kernels compile without spills and within their budgets on an older Triton, too (`make .venv/.triton36`)."""
 
 import os
 import subprocess
