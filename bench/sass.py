@@ -4,7 +4,7 @@ import ast
 import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +75,8 @@ class Code(NamedTuple):
 def parse(assembly: str) -> Code:
     """Read the output of `nvdisasm -c -g`: code with labels and source lines."""
     opcodes: dict[int, str] = {}
-    branches: list[tuple[int, str, tuple[str, int]]] = []
+    places: dict[int, tuple[str, int]] = {}
+    branches: list[tuple[int, str]] = []
     addresses: dict[str, int] = {}
     labels: list[str] = []
     source = ("", 0)
@@ -88,28 +89,39 @@ def parse(assembly: str) -> Code:
             address, opcode = int(match[1], 16), match[2]
             addresses |= dict.fromkeys(labels, address)
             labels.clear()
+            places[address] = source
             if opcode != "NOP":
                 opcodes[address] = opcode
             if opcode == "BRA" and (target := TARGET.search(match[3])):
-                branches.append((address, target[1], source))
+                branches.append((address, target[1]))
     loops: dict[int, Loop] = {}
-    for address, label, place in branches:
+    for address, label in branches:
         first = addresses.get(label, address)
         if first == address:  # the trap behind the last instruction
             opcodes.pop(address, None)
         elif first < address:
-            body = {opcodes.get(at) for at in range(first, address, 16)}
-            only_waits = "EXIT" in body or (address - first <= SPIN and WAITING & body)
+            executed = {opcodes.get(at) for at in range(first, address, 16)}
+            only_waits = "EXIT" in executed or (address - first <= SPIN and WAITING & executed)
             if not only_waits:  # several branches back to one place are one loop
-                loops[first] = Loop(statement(*place), first, address)
+                inner = {loop.name for loop in loops.values() if first <= loop.first and loop.last <= address}
+                body = [places[at] for at in range(address, first - 1, -16) if at in places]
+                loops[first] = Loop(name_of(body, inner), first, address)
     return Code(opcodes, sorted(loops.values(), key=lambda loop: loop.last - loop.first))
 
 
-def statement(file: str, line: int) -> str:
-    """Return function and variable of the innermost loop statement around a line, such as "sum_entries.start"."""
-    parts = Path(file).parts[-3:]  # a cached kernel names the file of another clone
-    around = [(last - first, name) for first, last, name in _statements(ROOT.joinpath(*parts)) if first <= line <= last]
-    return min(around)[1] if around else f"{'/'.join(parts)}:{line}"
+def name_of(places: Sequence[tuple[str, int]], inner: Collection[str]) -> str:
+    """Return function and variable of a loop statement, such as "sum_entries.start": the innermost one around the branch
+    back or, if the compiler moved a line of another function there, around a line before it, but none of the loops in it.
+    `places` are file and line of the loop's instructions, the last first."""
+    for nth, (file, line) in enumerate(places):
+        parts = Path(file).parts[-3:]  # a cached kernel names the file of another clone
+        around = [
+            (last - first, name) for first, last, name in _statements(ROOT.joinpath(*parts)) if first <= line <= last
+        ]
+        if around and ((name := min(around)[1]) not in inner or nth == 0):
+            return name
+    file, line = places[0]
+    return f"{'/'.join(Path(file).parts[-3:])}:{line}"
 
 
 @functools.cache

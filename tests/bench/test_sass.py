@@ -77,7 +77,7 @@ def test_copies_of_a_loop_share_its_trips() -> None:
     [(COLUMNS, "token_loss_kernel.start"), (COLUMNS + 1, "token_loss_kernel.start"), (1, "kernels/loss/triton.py:1")],
 )
 def test_statements(line: int, name: str) -> None:
-    assert sass.statement(ROOT, line) == name
+    assert sass.name_of([(ROOT, line)], ()) == name
 
 
 def test_the_innermost_statement_names_a_loop(tmp_path: Path) -> None:
