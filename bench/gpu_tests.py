@@ -8,6 +8,7 @@ dead leaves, and its other tests run in a new one. This module is also the pytes
 
 import argparse
 import re
+import signal
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -106,6 +107,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--json", help="write the outcomes to this file, one JSON object per line")
     options = parser.parse_args()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored in the background of a shell, and by children then
     counts, listed = Counter[str](), list[str]()
 
     def record(outcome: dict[str, Any]) -> None:

@@ -66,4 +66,6 @@ CONFIGS[90] = CONFIGS[80] | {
     "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=128),
     "encode_fp8": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=128, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=255),
 }
-CONFIGS[100] = CONFIGS[90] | {"encode_topk": CONFIGS[90]["encode_topk"] | dict(maxnreg=255)}  # 128 would spill there
+CONFIGS[100] = CONFIGS[90] | {
+    "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=255),
+}

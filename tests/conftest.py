@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,11 @@ LONGEST = {
     "test_quick", "test_kill", "test_accelerate_twins", "test_aot", "test_run_campaign", "test_run_evals", "test_runs",
     "test_documented_runs", "test_adam", "test_encode_sparse", "test_cli", "test_train",
 }  # fmt: skip
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in the background of a shell; processes of tests would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
 

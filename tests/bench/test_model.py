@@ -179,9 +179,17 @@ def run(*command: str) -> str:
 def test_prediction_of_the_headline_step() -> None:
     script = "import json; from temposae.bench import model; print(json.dumps(model.headline(['H200'])))"
     found = json.loads(run("-c", script))["H200"]
+    rates = GPUS["H200"].rates
+    assert (
+        found["ms"] > found["floor_ms"]
+    )  # with AuxK, floors count gathers as cache misses, and predictions may be below
     for row in found["modes"].values():
         assert row["ms"] == pytest.approx(sum(stage["ms"] for stage in row["stages"]))
-        assert row["floor_ms"] < row["ms"] < 4 * row["floor_ms"]
+        assert row["ms"] < 4 * row["floor_ms"]
+        assert row["ms"] > 1e3 * sum(
+            max(stage["dram_bytes"] / rates.bytes_per_s, stage["tensor_flops"] / rates.flops[2])
+            for stage in row["stages"]
+        )
         assert [loop for stage in row["stages"] for loop in stage["unknown_loops"]] == []  # a formula lacks its trips
     assert found["floor_ms"] == pytest.approx(step_floors(*HEADLINE, rates=GPUS["H200"].rates).fused)
     keys = {"name", "dram_bytes", "l2_bytes", "tensor_flops", "issue_cycles", "ctas_per_sm", "ms"}

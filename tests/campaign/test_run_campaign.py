@@ -189,7 +189,7 @@ def test_conditions_have_names_of_their_own():
 def test_a_run_stands_beside_the_plain_dictionary_of_its_activation(arguments, baselines, monkeypatch):
     cli = import_module("temposae.cli.campaign")  # temposae.cli has the command under that name
     given = []
-    monkeypatch.setattr(cli, "_campaign", lambda settings, *others: given.append(settings))
+    monkeypatch.setattr(cli, "_campaign", lambda name, settings, *others: given.append(settings))
     assert run("run", *arguments).code == 0
     assert given[0]["baselines"] == baselines
 
