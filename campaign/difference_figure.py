@@ -46,6 +46,7 @@ def differences_figure(title: str, from_baseline: Sequence[Difference], between:
     axes.set(xlim=(min(points) - margin, max(points) + margin), ylim=(len(differences) - 0.4, -0.6))
     axes.set(yticks=range(len(differences)), title=title, xlabel="difference")
     axes.set_yticklabels(names, fontsize=7)
+    axes.locator_params(axis="x", nbins=5)  # labels such as -0.075 must not touch
     axes.grid(axis="y", visible=False)
     low, high = robust(points)
     ends = None if low is None else min(low, 0.0), None if high is None else max(high, 0.0)  # 0 is always shown

@@ -121,6 +121,6 @@ def _mark(axes: Any, point: tuple[float, float], sides: Sequence[tuple[float, fl
     low, high = sides[0]
     to_left = place[0] > ((low * high) ** 0.5 if axes.get_xscale() == "log" else (low + high) / 2)
     away = (-7 if to_left else 7, 0 if across else 3 if is_below else -8)
-    white = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.4}
+    white = {"facecolor": "white", "linewidth": 0, "pad": 0.4}
     style = {"fontsize": 6.5, "color": colour, "va": "center" if across else "bottom", "zorder": 6, "bbox": white}
     axes.annotate(number, place, away, textcoords="offset points", ha="right" if to_left else "left", **style)

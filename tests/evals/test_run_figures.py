@@ -1,5 +1,6 @@
 """Figures of a run: legends cover no curve, and a few far values squash none."""
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -108,6 +109,18 @@ class TestOutliers:
         assert -0.2 < low < 0 < 0.084 < high < 0.2
         ((x, y, marker),) = beyond(axes)
         assert (x, y, marker) == (low, 7, "<")
+
+    def test_numbers_below_differences_do_not_touch(self):
+        from temposae.campaign.difference_figure import differences_figure
+        from temposae.campaign.significance import Difference
+
+        ones = [Difference("tpp", "B10 minus B9", "relu", (0.01 * i,), half=0.01) for i in range(-9, 7)]
+        figure = differences_figure("TPP", ones)
+        figure.draw_without_rendering()
+        shown = [label for label in figure.axes[0].get_xticklabels() if label.get_text()]
+        ends = [(box.x0, box.x1) for box in (label.get_window_extent() for label in shown)]
+        assert len(ends) > 2
+        assert all(first[1] + 5 < second[0] for first, second in itertools.pairwise(ends))
 
 
 def test_the_quick_start_says_in_which_files_figures_are():
