@@ -107,7 +107,7 @@ class Reader:
                 self.placed[id(p)] = nn.Parameter(p.detach().to(device), False) if copied is None else copied
         memo |= self.placed
         memo[id(layer_list)] = nn.ModuleList([copy.deepcopy(layer, memo) for layer in layer_list[:depth]])
-        self.model = copy.deepcopy(plain, memo)
+        self.model: Any = copy.deepcopy(plain, memo)
         self._stack = self.model.get_submodule(parent)
         for module in self.model.modules():
             config: Any = getattr(module, "config", None)
