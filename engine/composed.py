@@ -1,5 +1,7 @@
 """A dictionary with parts: further mechanisms at places of a `SparseAutoencoder` (`parts.Part`)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -10,8 +12,9 @@ from ..kernels.select import select_batch_topk, select_threshold, select_topk
 from ..kernels.torch_modes import default_modes, without_autocast
 from .config import SAEConfig
 from .errors import UserError
-from .parts import BatchView, Part, build
+from .parts import BatchView, Part
 from .ranks import Ranks
+from .registry import find
 from .sae import BatchContext, Mask, SparseAutoencoder
 from .training.objective import Objective
 
@@ -39,7 +42,10 @@ class ComposedAutoencoder(SparseAutoencoder):
     def __init__(self, config: SAEConfig, *, seed: int = 0):
         super().__init__(config, seed=seed)
         generator = torch.Generator().manual_seed((seed + 0x7E3705AE) % 2**63)
-        self.parts = nn.ModuleList(build(config, generator))
+        self.parts = nn.ModuleList()
+        for section in config.parts:
+            cls = find(section["kind"])
+            self.parts.append(cls(cls.Settings(**section), config, config.mask.positions, generator))
         self.register_buffer("unit", torch.ones(()))
         self.register_buffer("progress", torch.ones(()))
         self._step_and_seed = 0, seed
@@ -135,14 +141,16 @@ class ComposedAutoencoder(SparseAutoencoder):
             else:
                 code, aux = self._encode_topk(x_in, mask, mask_rows, dead)
         if isinstance(code, SparseCode):
-            batch.code, batch.f = code, code.to_dense() if self.is_dense else None
+            batch.code = code
+            if self.is_dense:
+                batch.f = code.to_dense()
             error, batch.residual = reconstruct(code, self.W_dec, self.b_dec, target)
         else:
             batch.f = code
             error = target - torch.addmm(self.b_dec.to(x.dtype), code.to(x.dtype), self.W_dec.to(x.dtype))
             batch.residual = error
         sums = position_loss(error, code, pos, n_positions)
-        batch.count, batch.squared_error, batch.l1, batch.l0 = sums
+        batch.count, batch.squared_error, batch.l1, _ = sums
         loss = self._weighted_sum(batch) / len(x)
         for part in self.parts_in("penalty"):
             term = part.penalty(batch)
@@ -159,18 +167,13 @@ class ComposedAutoencoder(SparseAutoencoder):
                 part.after(batch)
 
     def part_reports(self) -> dict[str, dict[str, object]]:
-        reports = {part.kind: part.report() for part in self.parts_in("report")}
-        return {kind: report for kind, report in reports.items() if report}
+        return {part.kind: report for part in self.parts_in("report") if (report := part.report())}
 
     def _batch_view(self, x: Tensor, pos: Tensor | None) -> BatchView:
         if pos is None:
-            raise UserError(
-                f"pos: needed, because this dictionary has parts ({', '.join(part.kind for part in self.parts_in())})"
-            )
-        x = x.reshape(-1, x.shape[-1])
-        return BatchView(
-            self, x * self.unit.to(x.dtype), pos.reshape(-1).long(), self.cfg.mask.positions, float(self.progress)
-        )
+            raise UserError(f"pos: needed, because this dictionary has {self.looks_at_positions}")
+        x = x.reshape(-1, x.shape[-1]) * self.unit.to(x.dtype)
+        return BatchView(self, x, pos.reshape(-1).long(), self.cfg.mask.positions, float(self.progress))
 
     def _inputs(self, batch: BatchView) -> tuple[Tensor, Tensor | None, Mask | None]:
         x = batch.x
@@ -203,7 +206,6 @@ class ComposedAutoencoder(SparseAutoencoder):
         return f
 
     def _select(self, f: Tensor) -> SparseCode:
-        """The code of the kept activations of f [N, F]. Differentiable."""
         with torch.no_grad():
             if self.cfg.activation == "topk":
                 code = select_topk(f, min(self.k, self.cfg.d_sae))
@@ -224,24 +226,14 @@ class ComposedAutoencoder(SparseAutoencoder):
         return code.with_values(code.live(f.reshape(-1)[flat_indices]))
 
     def _weighted_sum(self, batch: BatchView) -> Tensor:
-        assert batch.squared_error is not None
-        assert batch.l1 is not None
-        error_weights, l1_weights = None, None
-        for part in self.parts_in("weigh"):
-            error_factor, l1_factor = part.weigh(batch)
-            error_weights, l1_weights = _product(error_weights, error_factor), _product(l1_weights, l1_factor)
-        batch.weights = error_weights
-        error = batch.squared_error if error_weights is None else batch.squared_error * error_weights
+        weights = [part.weigh(batch) for part in self.parts_in("weigh")]
+        error_weights = math.prod(factor for factor, _ in weights if factor is not None)  # 1 without weights
+        l1_weights = math.prod(factor for _, factor in weights if factor is not None)
+        batch.weights = error_weights if isinstance(error_weights, Tensor) else None
+        error, l1 = (batch.squared_error * error_weights).sum(), batch.l1
         if self.cfg.activation != "relu":
-            return error.sum()
-        if batch.penalised is None:
-            l1 = (batch.l1 if l1_weights is None else batch.l1 * l1_weights).sum()
-        else:
-            token_l1 = batch.penalised.sum(1)
-            l1 = (token_l1 if l1_weights is None else token_l1 * l1_weights[batch.pos]).sum()
-        return error.sum() + self.sparsity_coefficient * l1
-
-
-def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The product of two factors, where None stands for 1."""
-    return a if b is None else b if a is None else a * b
+            return error
+        if batch.penalised is not None:
+            l1 = batch.penalised.sum(1)
+            l1_weights = l1_weights[batch.pos] if isinstance(l1_weights, Tensor) else 1
+        return error + self.sparsity_coefficient * (l1 * l1_weights).sum()

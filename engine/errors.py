@@ -55,8 +55,6 @@ def shown(value: Any) -> str:
 
 def printable(text: str) -> str:
     """Escape control characters, such as terminal escape sequences."""
-    if text.isprintable():
-        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 

@@ -64,21 +64,18 @@ class PositionMask(nn.Module):
         return start if end is None or self.progress is None else start * (end / start) ** self.progress
 
     def weights(self) -> Mask | None:
-        mask = self._unblended()
+        mask: Mask | None = self.fixed
+        if self.logits is not None:
+            mask = torch.sigmoid(self.logits / self.temperature)
+        elif self.centre is not None:
+            sigma = self.config.sigma
+            mask = GaussianMask(self.centre, self.config.positions / 8 if sigma is None else sigma)
         if mask is None or self.blend is None or self.progress is None:
             return mask
         if isinstance(mask, GaussianMask):
             mask = weights_at(mask, torch.arange(self.config.positions, device=mask.centre.device))
         share = torch.sigmoid(self.blend + BLENDED * (2 * self.progress - 1))
         return 1 - share + share * mask
-
-    def _unblended(self) -> Mask | None:
-        if self.logits is not None:
-            return torch.sigmoid(self.logits / self.temperature)
-        if self.centre is not None:
-            sigma = self.config.sigma
-            return GaussianMask(self.centre, self.config.positions / 8 if sigma is None else sigma)
-        return self.fixed
 
     def rows(self, pos: Tensor) -> Tensor:
         T = self.config.positions

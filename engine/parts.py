@@ -8,10 +8,10 @@ A part has a name, settings, and some of the methods below. Each method acts at 
 Parts at the same place act in the order of the settings. The decorator `part("name")` registers a part under a name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -21,9 +21,10 @@ from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
 from .config import Config, SAEConfig
 from .errors import UserError
-from .masks import PositionMask
-from .registry import find, register
+from .registry import part as part
 from .sae import SparseAutoencoder
+
+UNSET: Any = None  # a tensor that a step sets before it is read
 
 
 class PartSettings(Config):
@@ -78,9 +79,7 @@ class RowLayout:
     @cached_property
     def kept(self) -> Tensor:
         """bool [R, L]: cells with a token."""
-        has_token = torch.zeros(self.shape, dtype=torch.bool, device=self.pos.device)
-        has_token.view(-1)[self.at] = True
-        return has_token
+        return self.spread(torch.ones_like(self.pos, dtype=torch.bool))
 
     def spread(self, value: Tensor) -> Tensor:
         """[N, ...] -> [R, L, ...]. Differentiable."""
@@ -91,22 +90,6 @@ class RowLayout:
     def gather(self, value: Tensor) -> Tensor:
         """[R, L, ...] -> [N, ...]"""
         return value.flatten(0, 1).index_select(0, self.at)
-
-
-class ComposedDictionary(Protocol):
-    """The interface of a dictionary for its parts; see `composed.ComposedAutoencoder`. W_enc [D, F], W_dec [F, d_out],
-    b_enc [F], b_dec [d_out]. x * unit is in training units."""
-
-    cfg: SAEConfig
-    k: int
-    W_enc: nn.Parameter
-    W_dec: nn.Parameter
-    b_enc: nn.Parameter
-    b_dec: nn.Parameter
-    mask: PositionMask
-    unit: Tensor
-
-    def latents_of(self, x: Tensor, pos: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -124,7 +107,7 @@ class BatchView:
     then replaces that of f.
     """
 
-    sae: ComposedDictionary
+    sae: Any  # composed.ComposedAutoencoder, whose module imports this one
     x: Tensor
     pos: Tensor
     n_positions: int
@@ -132,19 +115,18 @@ class BatchView:
     training: bool = False
     step: int = 0
     seed: int = 0
-    target: Tensor | None = None
+    target: Tensor = UNSET
     row: Tensor | None = None
     attribute: Tensor | None = None
     second: Tensor | None = None
-    acts: Tensor | None = None
-    f: Tensor | None = None
+    acts: Tensor = UNSET
+    f: Tensor = UNSET
     code: SparseCode | None = None
     penalised: Tensor | None = None
-    residual: Tensor | None = None
-    squared_error: Tensor | None = None
-    l1: Tensor | None = None
-    l0: Tensor | None = None
-    count: Tensor | None = None
+    residual: Tensor = UNSET
+    squared_error: Tensor = UNSET
+    l1: Tensor = UNSET
+    count: Tensor = UNSET
     weights: Tensor | None = None
     drawn: int = field(default=0, repr=False)
 
@@ -176,7 +158,7 @@ class Part(nn.Module):
     Shapes and units are those of `BatchView`. `acts` and `latents` must return float32 values that are not negative.
     `reads` names what the part needs besides x and pos: "rows" (whole rows, stream.mode sequences, also outside
     training), "attribute", "second", or "f" (`batch.acts` and `batch.f`). `paces` maps the part's parameters to factors
-    on their learning rate. `is_alone`: a dictionary may have only one such part. docs/guides/parts.md is a full guide.
+    on their learning rate. `least_latents` is the least d_sae that it allows. docs/guides/parts.md is a full guide.
 
         @part("half")
         class Half(Part): ...
@@ -184,7 +166,7 @@ class Part(nn.Module):
 
     kind: ClassVar[str]
     reads: ClassVar[frozenset[str]] = frozenset()
-    is_alone: ClassVar[bool] = True
+    least_latents: ClassVar[int] = 1
 
     Settings: ClassVar[type[PartSettings]] = PartSettings
 
@@ -234,31 +216,3 @@ class Part(nn.Module):
     def does(self, hook: str) -> bool:
         """Whether the part overrides the method `hook`."""
         return getattr(type(self), hook) is not getattr(Part, hook)
-
-
-P = TypeVar("P", bound=type[Part])
-
-
-def part(kind: str) -> Callable[[P], P]:
-    """Register a class of parts under a name, as a decorator. Raises UserError for the name of a part of temposae.
-
-    @part("half")
-    class Half(Part):
-        def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
-            return acts / 2
-    """
-
-    def named(cls: P) -> P:
-        register(kind, cls)
-        return cls
-
-    return named
-
-
-def build(sae: SAEConfig, generator: torch.Generator) -> list[Part]:
-    """Build the parts of a dictionary. Their number of positions is `sae.mask.positions`."""
-    parts = []
-    for part_settings in sae.parts:
-        cls = find(part_settings["kind"])
-        parts.append(cls(cls.Settings(**part_settings), sae, sae.mask.positions, generator))
-    return parts

@@ -51,12 +51,13 @@ def use(plugins: Iterable[str] | None) -> None:
             _import_file(expand_path(plugin, "plugin")) if is_file else importlib.import_module(plugin)
         except UserError:
             raise
-        except ModuleNotFoundError as error:
-            if is_file or error.name not in (plugin, plugin.partition(".")[0]):
-                raise _failed(plugin, error) from error
-            raise UserError(f"plugin: {plugin} is not a module; {_ALLOWED}") from None
         except Exception as error:  # a plugin may raise anything
-            raise _failed(plugin, error) from error
+            is_missing = isinstance(error, ModuleNotFoundError) and error.name in (plugin, plugin.partition(".")[0])
+            if is_missing and not is_file:
+                raise UserError(f"plugin: {plugin} is not a module; {_ALLOWED}") from None
+            place = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
+            message = f"{type(error).__name__}: {' '.join(str(error).split())}; {place.filename}, line {place.lineno}"
+            raise UserError(f"plugin: {plugin} can't be imported ({message})") from error
 
 
 def source(cls: type) -> str | None:
@@ -87,11 +88,3 @@ def _import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _failed(name: str, error: Exception) -> UserError:
-    last_frame = traceback.extract_tb(error.__traceback__)[-1]
-    line = error.lineno if isinstance(error, SyntaxError) else last_frame.lineno
-    path = error.filename if isinstance(error, SyntaxError) else last_frame.filename
-    message = " ".join(str(error).split())
-    return UserError(f"plugin: {name} can't be imported ({type(error).__name__}: {message}; {path}, line {line})")

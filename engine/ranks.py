@@ -112,7 +112,6 @@ class Ranks:
             dist.destroy_process_group()
 
     def wait(self) -> None:
-        """Wait until all processes get here."""
         self.largest(0)
 
     def own_state(self, state: dict[str, Tensor], dims: dict[str, int]) -> dict[str, Tensor]:

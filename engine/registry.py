@@ -9,27 +9,40 @@ parts are registered in the same way:
 These modules are imported when an unknown kind is first looked up. All other parts come from plugins (see `plugins`).
 """
 
+from collections.abc import Callable
 from importlib.metadata import EntryPoints, entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import UserError, near, shown
 from .plugins import UnknownPart, source
 
 OWN, GROUP = "temposae", "temposae.parts"  # entry point of temposae's own parts, and the group of all entry points
 PartClass = type[Any]  # of parts.Part, whose module imports this one
+P = TypeVar("P", bound=PartClass)
 _PARTS: dict[str, PartClass] = {}
 _ENTRY_POINTS: dict[str, str] = {}  # module -> the entry point that it belongs to
 
 
-def register(kind: str, cls: PartClass) -> None:
-    """Register a part under its kind. Raises UserError for the kind of one of temposae's own parts."""
-    previous = _PARTS.get(kind, cls)
-    if previous.__module__ != cls.__module__ and (is_own(previous) or is_own(cls)):
-        external = cls if is_own(previous) else previous
-        name = f"{external.__module__}.{external.__name__}"
-        raise UserError(f"sae.parts: {kind} is temposae's own; {name} needs another name")
-    cls.kind = kind
-    _PARTS[kind] = cls
+def part(kind: str) -> Callable[[P], P]:
+    """Register a class of parts under a name, as a decorator. Raises UserError for the name of a part of temposae.
+
+    @part("half")
+    class Half(Part):
+        def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
+            return acts / 2
+    """
+
+    def registered(cls: P) -> P:
+        previous = _PARTS.get(kind, cls)
+        if previous.__module__ != cls.__module__ and (is_own(previous) or is_own(cls)):
+            external = cls if is_own(previous) else previous
+            name = f"{external.__module__}.{external.__name__}"
+            raise UserError(f"sae.parts: {kind} is temposae's own; {name} needs another name")
+        cls.kind = kind
+        _PARTS[kind] = cls
+        return cls
+
+    return registered
 
 
 def find(kind: str) -> PartClass:
@@ -53,9 +66,8 @@ def installed() -> dict[str, PartClass]:
     for entry_point in _read_entry_points():
         known_kinds = set(_PARTS)
         entry_point.load()
-        for kind in _PARTS.keys() - known_kinds:
-            if _entry_point(cls := _PARTS[kind]) is None:  # defined elsewhere in the package
-                _ENTRY_POINTS[cls.__module__] = entry_point.name
+        for kind in _PARTS.keys() - known_kinds:  # some are defined elsewhere in the package
+            _ENTRY_POINTS.setdefault(_PARTS[kind].__module__, entry_point.name)
     return dict(_PARTS)
 
 
@@ -74,9 +86,8 @@ def _entry_point(cls: PartClass) -> str | None:
     """Return the name of the entry point whose module or package defines a part. None for a plugin."""
     if not _ENTRY_POINTS:
         _read_entry_points()
-    packages = cls.__module__.split(".")
-    modules = (".".join(packages[:length]) for length in range(len(packages), 0, -1))
-    return next((_ENTRY_POINTS[module] for module in modules if module in _ENTRY_POINTS), None)
+    module = f"{cls.__module__}."
+    return next((name for package, name in _ENTRY_POINTS.items() if module.startswith(f"{package}.")), None)
 
 
 def plugins_of(sae: Any) -> tuple[str, ...]:
@@ -92,7 +103,7 @@ def complete_settings(parts: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any]
         if "kind" not in part_settings or not all(isinstance(key, str) for key in part_settings):
             raise UserError(f"sae.parts: {shown(part_settings)} is not allowed; it must be a section with a kind")
         cls = find(part_settings["kind"])
-        if cls.is_alone and cls.kind in kinds:
+        if cls.kind in kinds:
             raise UserError(f"sae.parts: {cls.kind} is not allowed twice")
         kinds.add(cls.kind)
         completed.append(cls.Settings(**part_settings).model_dump())
@@ -104,6 +115,9 @@ def check(sae: Any) -> None:
     for part_settings in sae.parts:
         cls = find(part_settings["kind"])
         try:
+            if sae.d_sae < cls.least_latents:
+                allowed = f"it must be at least {cls.least_latents}"
+                raise ValueError(f"d_sae: {sae.d_sae} is not allowed with {cls.kind}; {allowed}")
             cls.check(cls.Settings(**part_settings), sae)
         except ValueError as error:
             is_part_setting = str(error).partition(":")[0] in cls.Settings.model_fields

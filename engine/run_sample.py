@@ -27,7 +27,7 @@ class RunSample:
         self._tokens_per_batch, self._steps_between = max(1, SIZE // steps), max(1, -(-steps // SIZE))
         self._capacity = self._tokens_per_batch * -(-steps // self._steps_between)
         self._hooks, self._count = tuple(dict.fromkeys(hooks)), 0
-        self._tensors: dict[str, Tensor] = {}  # [capacity, ...], allocated by the first batch
+        self._tensors: dict[str, Tensor] = {}  # by name in a checkpoint, [capacity, ...], allocated by the first batch
 
     def add(self, step: int, batch: Batch) -> None:
         """Keep tokens from this step's batch. They are spread over the batch, which may be in order of position."""
@@ -35,10 +35,11 @@ class RunSample:
             return
         size = min(self._tokens_per_batch, len(batch))
         indices = torch.arange(size, device=batch.pos.device) * len(batch) // size
-        self._put({f"acts.{hook}": batch.acts[hook][indices] for hook in self._hooks} | {"pos": batch.pos[indices]})
+        acts = {f"sample.acts.{hook}": batch.acts[hook][indices] for hook in self._hooks}
+        self._put(acts | {"sample.pos": batch.pos[indices]})
 
     def _put(self, tensors: dict[str, Tensor]) -> None:
-        end = self._count + len(tensors["pos"])
+        end = self._count + len(tensors["sample.pos"])
         for key, values in tensors.items():
             if key not in self._tensors:
                 self._tensors[key] = values.new_empty(max(self._capacity, end), *values.shape[1:])
@@ -49,16 +50,13 @@ class RunSample:
         """Return x [N, D] at a hook and pos [N]. None before the first batch."""
         if not self._count:
             return None
-        return self._tensors[f"acts.{hook}"][: self._count], self._tensors["pos"][: self._count]
+        return self._tensors[f"sample.acts.{hook}"][: self._count], self._tensors["sample.pos"][: self._count]
 
     def state(self) -> dict[str, Tensor]:
-        """Return the sample's tensors, for a checkpoint of the stream."""
-        return {f"sample.{key}": values[: self._count] for key, values in self._tensors.items()}
+        return {key: values[: self._count] for key, values in self._tensors.items()}
 
     def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
         """Restore `state`, which is empty if the run had not taken a step."""
-        keys = ["pos", *(f"acts.{hook}" for hook in self._hooks)] if self._hooks else []
-        tensors = {key: state[f"sample.{key}"].to(device) for key in keys if f"sample.{key}" in state}
         self._tensors, self._count = {}, 0
-        if tensors:
+        if tensors := {key: value.to(device) for key, value in state.items() if key.startswith("sample.")}:
             self._put(tensors)

@@ -7,20 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels.autograd import (
-    decode_sparse,
-    differentiable,
-    encode_dense,
-    encode_jumprelu,
-    encode_topk,
-    jumprelu_band,
-    matryoshka,
-    position_loss,
-    reconstruct,
-)
+from ..kernels import autograd
 from ..kernels.code import SparseCode
-from ..kernels.encode_sparse import encode_threshold
-from ..kernels.encode_sparse import encode_topk as encode_topk_op
+from ..kernels.encode_sparse import encode_threshold, encode_topk
 from ..kernels.encoder_inputs import EncoderInputs
 from ..kernels.loss import PositionSums
 from ..kernels.masks import Mask
@@ -151,7 +140,7 @@ class SparseAutoencoder(nn.Module):
         code = self._encoded(x, mask_rows, mask)
         if not torch.is_grad_enabled():
             return code
-        return differentiable([code], x, self.W_enc, self.b_enc, self.center, mask, mask_rows)[0]
+        return autograd.differentiable([code], x, self.W_enc, self.b_enc, self.center, mask, mask_rows)[0]
 
     @without_autocast()
     @torch.no_grad()
@@ -163,10 +152,10 @@ class SparseAutoencoder(nn.Module):
     def _encoded(self, x: Tensor, mask_rows: Tensor | None, mask: Mask | None) -> SparseCode:
         W_enc = self.W_enc.to(x.dtype)
         if self.cfg.activation == "topk":
-            return encode_topk_op(x, W_enc, self.b_enc, self.k, center=self.center, mask=mask, pos=mask_rows)[0]
+            return encode_topk(x, W_enc, self.b_enc, self.k, center=self.center, mask=mask, pos=mask_rows)[0]
         if self.cfg.activation == "jumprelu":
             inputs = EncoderInputs(x, W_enc, self.b_enc, self.center, mask, mask_rows)
-            return jumprelu_band(inputs, self.threshold, bandwidth=self.bandwidth, expected=self.expected).code
+            return autograd.jumprelu_band(inputs, self.threshold, bandwidth=self.bandwidth, expected=self.expected).code
         threshold = self.threshold.expand(self.cfg.d_sae) if self.cfg.activation == "batchtopk" else None
         return encode_threshold(
             x, W_enc, self.b_enc, threshold, center=self.center, mask=mask, pos=mask_rows, expected=self.expected
@@ -176,7 +165,7 @@ class SparseAutoencoder(nn.Module):
     def decode(self, f: Tensor | SparseCode) -> Tensor:
         """x_hat: [..., D] from dense f, [N, D] from a SparseCode. Differentiable."""
         if isinstance(f, SparseCode):
-            return decode_sparse(f, self.W_dec.to(f.values.dtype), self.b_dec.to(f.values.dtype))
+            return autograd.decode_sparse(f, self.W_dec.to(f.values.dtype), self.b_dec.to(f.values.dtype))
         return f @ self.W_dec.to(f.dtype) + self.b_dec.to(f.dtype)
 
     @without_autocast()
@@ -187,11 +176,8 @@ class SparseAutoencoder(nn.Module):
     def __repr__(self) -> str:
         """Sizes in a line: SparseAutoencoder(topk, D = 768, F = 16384, K = 32, 25.2M parameters, float32 on cpu)."""
         cfg = self.cfg
-        fields = [
-            cfg.activation,
-            f"D = {cfg.d_in}{'' if cfg.d_out is None else f' to {cfg.d_out}'}",
-            f"F = {cfg.d_sae}",
-        ]
+        d_out = "" if cfg.d_out is None else f" to {cfg.d_out}"
+        fields = [cfg.activation, f"D = {cfg.d_in}{d_out}", f"F = {cfg.d_sae}"]
         fields += [f"K = {cfg.k}"] if cfg.activation in ("topk", "batchtopk") else []
         fields += ["random decoder"] if cfg.decoder == "random" else []
         fields += [f"mask {cfg.mask.kind}"] if cfg.mask.kind != "none" else []
@@ -248,27 +234,27 @@ class SparseAutoencoder(nn.Module):
         x, mask_rows, mask = self.inputs(x, pos)
         target = x if target is None else target
         if self.cfg.activation == "relu":
-            acts = encode_dense(x, self.W_enc, self.b_enc, self.center, mask, mask_rows)
+            acts = autograd.encode_dense(x, self.W_enc, self.b_enc, self.center, mask, mask_rows)
             residual = target - torch.addmm(self.b_dec.to(x.dtype), acts, self.W_dec.to(x.dtype))
-            sums = position_loss(residual, acts, pos, n_positions)
+            sums = autograd.position_loss(residual, acts, pos, n_positions)
             loss = (sums.squared_error.sum() + self.sparsity_coefficient * sums.l1.sum()) / len(x)
             return self._with_aux(loss, sums, acts, residual, target)
         l0, aux = None, None
         if self.cfg.activation == "jumprelu":
-            code, l0 = encode_jumprelu(
+            code, l0 = autograd.encode_jumprelu(
                 x, self.W_enc, self.b_enc, self.threshold, self.center, mask, mask_rows,
                 bandwidth=self.bandwidth, expected=self.expected,
             )  # fmt: skip
         else:
             code, aux = self._encode_topk(x, mask, mask_rows, dead)
         if self.cfg.prefixes is None:
-            squared_error, residual = reconstruct(code, self.W_dec, self.b_dec, target)
+            squared_error, residual = autograd.reconstruct(code, self.W_dec, self.b_dec, target)
             loss = squared_error.sum() / len(x)
         else:
             ends = torch.tensor(self.cfg.prefixes, device=x.device)
-            loss, squared_error, residual = matryoshka(code, self.W_dec, self.b_dec, target, ends)
+            loss, squared_error, residual = autograd.matryoshka(code, self.W_dec, self.b_dec, target, ends)
         with torch.no_grad():
-            sums = position_loss(squared_error, code, pos, n_positions)
+            sums = autograd.position_loss(squared_error, code, pos, n_positions)
         if l0 is not None:
             loss = loss + self.sparsity_coefficient * l0 / len(x)
         return self._with_aux(loss, sums, code, residual, target, aux, dead)
@@ -277,7 +263,7 @@ class SparseAutoencoder(nn.Module):
         self, x: Tensor, mask: Mask | None, mask_rows: Tensor | None, dead: Tensor | None
     ) -> tuple[SparseCode, SparseCode | None]:
         """The code of topk or batchtopk in training, and the code of AuxK. Differentiable."""
-        return encode_topk(
+        return autograd.encode_topk(
             x, self.W_enc, self.b_enc, self.center, mask, mask_rows,
             k=self.k, aux_k=self.aux_k(dead), aux_latents=dead, across_batch=self.cfg.activation == "batchtopk",
         )  # fmt: skip
@@ -294,7 +280,7 @@ class SparseAutoencoder(nn.Module):
             objective.least_kept = least_kept(code)[0]
         if aux is not None and dead is not None:
             residual = residual.detach()
-            aux_error, _ = reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
+            aux_error, _ = autograd.reconstruct(aux, self.W_dec, torch.zeros_like(self.b_dec), residual)
             aux_loss = self.aux_weight(target, residual, dead) * aux_error.sum()
             objective.loss, objective.aux_loss = loss + aux_loss, aux_loss.detach()
         return objective
@@ -355,7 +341,7 @@ class SparseAutoencoder(nn.Module):
         """The threshold [1] that the N k largest activations of x [N, D] over all `ranks` exceed, infinite if none is
         positive. It lies halfway to the next smaller activation, so that rounding doesn't decide what is kept."""
         x, mask_rows, mask = self.inputs(x, pos)
-        code, _ = encode_topk_op(
+        code, _ = encode_topk(
             x, self.W_enc.to(x.dtype), self.b_enc, min(k + 1, self.cfg.d_sae),
             center=self.center, mask=mask, pos=mask_rows, across_batch=True,
         )  # fmt: skip
@@ -380,9 +366,8 @@ class SparseAutoencoder(nn.Module):
     def project_decoder_gradient(self) -> None:
         """Remove the part of each decoder row's gradient along the row, which would only change its norm."""
         if self.W_dec.grad is not None:
-            for grad, rows in zip(
-                self.W_dec.grad.split(256), self.W_dec.split(256), strict=True
-            ):  # these stay in cache
+            # 256 rows stay in cache
+            for grad, rows in zip(self.W_dec.grad.split(256), self.W_dec.split(256), strict=True):
                 grad.addcmul_((grad * rows).sum(1, keepdim=True), rows, value=-1)
 
     @torch.no_grad()

@@ -140,8 +140,6 @@ def _strict(name: str, value: Any, allowed_kinds: frozenset[Any], requirement: s
             return [_strict(name, inner, allowed_kinds - {tuple, list}, requirement) for inner in value]
         case set() | frozenset() if allowed_kinds & {tuple, list}:
             raise refuse()
-        case _:
-            pass
     return value
 
 

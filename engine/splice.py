@@ -18,12 +18,11 @@ Hooks = list[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 
 class Positions:
-    """Positions of the tokens at a hook.
+    """Positions of the tokens at a hook; see `SparseAutoencoder.fwd_hooks`.
 
-    The first position is `start`, a number or a function that returns it. By default it is the number of earlier tokens
-    in the last attention before the hook, which has T queries and earlier + T keys. A HookedTransformer shows its
-    key-value cache in this way, but a TransformerBridge may not, so a single token without earlier keys is refused. At
-    a hook before the first attention, positions begin at 0, and earlier keys in that attention are an error.
+    Without `start`, they continue after the earlier tokens in the last attention before the hook, which has T queries and
+    earlier + T keys. A TransformerBridge may not show its cache in this way, so a single token without earlier keys is
+    refused, as are earlier keys at a hook before the first attention.
     """
 
     def __init__(self, hook: str, start: Start | None, feature: str):
@@ -32,13 +31,9 @@ class Positions:
         hook_match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
         block = int(hook_match[1]) - (not _BEHIND_ATTENTION.search(hook_match[2])) if hook_match else -1
         self._is_late = block < 0
-        self._scores = f"blocks.{max(block, 0)}.attn.hook_attn_scores"
-
-    def hooks(self) -> Hooks:
-        """Return hooks that count earlier tokens in the attention. None are needed if `start` is given."""
-        if self.start is not None:
-            return []
-        return [(lambda name: name == self._scores, self._count_earlier)]
+        scores = f"blocks.{max(block, 0)}.attn.hook_attn_scores"
+        #: count earlier tokens in the attention
+        self.hooks: Hooks = [] if start is not None else [(lambda name: name == scores, self._count_earlier)]
 
     def _count_earlier(self, scores: Tensor, hook: Any = None) -> None:
         earlier = scores.shape[-1] - scores.shape[-2]
@@ -94,5 +89,5 @@ def hooks(
             error = x - (x_hat if edit is None else sae(sae_input, *pos)).to(x.dtype)
         return x_hat.to(x.dtype) + error
 
-    position_hooks = [] if positions is None else positions.hooks()
+    position_hooks = [] if positions is None else positions.hooks
     return [*position_hooks, *([(hook, replace)] if target is None else [(hook, keep_input), (target, replace)])]

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -68,7 +68,12 @@ def expand(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             if name in expanded:
                 raise UserError(f"dictionaries: {shown(name)} comes twice; give different names")
             expanded[name] = _merged(common, entry_settings | combination)
-    _check_names(expanded)
+    try:
+        for name in expanded if list(expanded) != [""] else ():  # a single unnamed dictionary uses the run's folder
+            folder_name(name)
+        check_distinct(expanded)
+    except ValueError as error:
+        raise UserError(f"dictionaries.{error}") from None
     return expanded
 
 
@@ -102,18 +107,6 @@ def as_file(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 f"dictionaries: {section_name} differs in settings that all dictionaries of a stream must share"
             )
     return shared | {"dictionaries": list(entries.values())}
-
-
-def _check_names(names: Iterable[str]) -> None:
-    """Names of dictionaries become folder names. A single unnamed dictionary uses the run's folder."""
-    if list(names) == [""]:
-        return
-    try:
-        for name in names:
-            folder_name(name)
-        check_distinct(names)
-    except ValueError as error:
-        raise UserError(f"dictionaries.{error}") from None
 
 
 def _entry_name(name: Any) -> str:
@@ -253,12 +246,8 @@ def _run_configs(
             sae_settings = dict(section(dictionary_settings, "sae"))
             if isinstance(mask := sae_settings.get("mask", {}), dict):
                 sae_settings["mask"] = {"positions": stream.context, **mask}
-            # without a width, d_sae is large enough for every k
-            defaults = {
-                "d_in": d_in,
-                "d_sae": 2**30 if widths is None else 8 * d_in,
-                "d_out": d_out[0] if d_out else None,
-            }
+            d_sae = 2**30 if widths is None else 8 * d_in  # without a width, large enough for every k
+            defaults = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out[0] if d_out else None}
             configs[name] = RunConfig(stream=stream, sae=SAEConfig(**(defaults | sae_settings)), **sections)
     return configs
 

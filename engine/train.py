@@ -18,22 +18,11 @@ from .process.progress import percent, progress_bar
 from .process.signals import collect_signals, stop_advice
 from .run_sample import RunSample, needs_sample
 from .sae import SparseAutoencoder
-from .storage import checkpoint
+from .storage import checkpoint, run_folder
 from .storage.files import remove_folder
 from .storage.lock import owned
 from .storage.loggers import Logger, open_loggers
 from .storage.path_names import check_links, expand_path
-from .storage.run_folder import (
-    CONFIG,
-    HELD_OUT,
-    begin,
-    check_free,
-    difference,
-    read_metrics,
-    read_settings,
-    rewind,
-    with_absolute_paths,
-)  # fmt: skip
 from .stream import ActivationStream, ArraySource, Batch
 from .training.checks import check_runs
 from .training.trained_dictionary import TrainedDictionary
@@ -109,11 +98,9 @@ def train(
     run = RunConfig(stream=stream.config, sae=sae, train=config)
     trained = train_together(stream, {"": run}, out=out, resume=resume)[""]
     if stream.own is not None:
-        scores = {}
-        for role, dictionary in {"sae": trained.sae, "random": trained.random}.items():
-            if dictionary is not None and (score := held_out_scores(dictionary, stream.held_out_activations())):
-                scores[role] = score
-        trained.held_out = scores or None
+        dictionaries = {"sae": trained.sae} | ({} if trained.random is None else {"random": trained.random})
+        scores = {role: held_out_scores(sae, stream.held_out_activations()) for role, sae in dictionaries.items()}
+        trained.held_out = {role: score for role, score in scores.items() if score} or None
     return trained
 
 
@@ -142,7 +129,7 @@ class _Training:
 
     def __init__(self, stream: ActivationStream, dictionaries: dict[str, RunConfig], folder: Path | None, resume: bool):
         dictionaries = {
-            name: with_absolute_paths(run.model_copy(update={"stream": stream.config_for(run.stream)}))
+            name: run_folder.with_absolute_paths(run.model_copy(update={"stream": stream.config_for(run.stream)}))
             for name, run in dictionaries.items()
         }
         self.stream, self.runs, self.ranks = stream, dictionaries, stream.ranks
@@ -181,12 +168,12 @@ class _Training:
         """Check that a new run may be written, or open the one to resume. Returns the checkpoint to continue from."""
         if self.folder is None:
             return None
-        config_path = self.folder / CONFIG
+        config_path = self.folder / run_folder.CONFIG
         if not resume or not config_path.is_file():
-            check_free(self.folder)
+            run_folder.check_free(self.folder)
             return None
         check_links(self.folder)
-        if changed := difference(read_settings(self.folder).by_name(), settings.by_name()):
+        if changed := run_folder.difference(run_folder.read_settings(self.folder).by_name(), settings.by_name()):
             raise UserError(
                 f"resume: {changed[0]} is {changed[2]}, and {changed[1]} in {config_path}; resume with the run's settings"
             )
@@ -202,14 +189,14 @@ class _Training:
         if self.folder is None or not self.ranks.is_first:
             yield
             return
-        had_settings = (self.folder / CONFIG).is_file()
-        begin(self.folder, settings)
+        had_settings = (self.folder / run_folder.CONFIG).is_file()
+        run_folder.begin(self.folder, settings)
         try:
             with stop_advice("stopped before the first step; --resume starts from there"):
                 yield
         except Exception:
             if not had_settings:
-                (self.folder / CONFIG).unlink(missing_ok=True)
+                (self.folder / run_folder.CONFIG).unlink(missing_ok=True)
             raise
 
     def _restore(self, trainee: TrainedDictionary, last_checkpoint: checkpoint.Checkpoint) -> None:
@@ -228,7 +215,7 @@ class _Training:
         self._discard(trainee, status["step"])
         if status["step"]:
             dictionary_checkpoint = checkpoint.find(checkpoint.place(trainee.folder, status["step"]))
-            _check_settings(self.folder / CONFIG, dictionary_checkpoint, trainee.run)
+            _check_settings(self.folder / run_folder.CONFIG, dictionary_checkpoint, trainee.run)
             trainee.load(dictionary_checkpoint)
 
     def _discard(self, trainee: TrainedDictionary, step: int) -> None:
@@ -247,15 +234,16 @@ class _Training:
         for trainee in self.trainees:
             assert trainee.folder is not None
             if self.ranks.is_first:
-                begin(trainee.folder, trainee.run)
+                run_folder.begin(trainee.folder, trainee.run)
                 checkpoint.keep_last(trainee.folder)
             if resume:
                 until = trainee.main.steps_done if trainee.failed_step is None else trainee.failed_step
-                trainee.metrics = read_metrics(trainee.folder, until)
+                trainee.metrics = run_folder.read_metrics(trainee.folder, until)
                 if self.ranks.is_first:
-                    rewind(trainee.folder, trainee.metrics)
-                    if (trainee.folder / HELD_OUT).is_file():
-                        rewind(trainee.folder, read_metrics(trainee.folder, until, HELD_OUT), HELD_OUT)
+                    run_folder.rewind(trainee.folder, trainee.metrics)
+                    if (trainee.folder / run_folder.HELD_OUT).is_file():
+                        scores = run_folder.read_metrics(trainee.folder, until, run_folder.HELD_OUT)
+                        run_folder.rewind(trainee.folder, scores, run_folder.HELD_OUT)
             if trainee.main.steps_done == 0:
                 trainee.measure_held_out()
 
@@ -397,7 +385,7 @@ class _Training:
 
 
 def _check_settings(config_path: Path, last_checkpoint: checkpoint.Checkpoint, run: RunConfig) -> None:
-    if last_checkpoint.run is not None and (changed := difference({"": last_checkpoint.run}, {"": run})):
+    if last_checkpoint.run is not None and (changed := run_folder.difference({"": last_checkpoint.run}, {"": run})):
         raise UserError(
             f"resume: {changed[0]} is {changed[2]} in {config_path}, and {changed[1]} in "
             f"{last_checkpoint.folder / checkpoint.MANIFEST}; undo the change"

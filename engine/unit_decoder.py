@@ -1,13 +1,4 @@
-"""Read a dictionary with decoder rows of norm 1, so that measurements do not depend on the scale of its latents.
-
-With s_j = |W_dec_j| (1 for a row of zeros), the same function has latents f_j s_j and decoder rows W_dec_j / s_j:
-
-    x_hat = sum_j f_j W_dec_j + b_dec = sum_j (f_j s_j) (W_dec_j / s_j) + b_dec
-
-The factors are applied to the latents after selection, which is exact for every activation. relu and jumprelu would
-also allow scaling W_enc, b_enc and the thresholds. Top-k and parts do not, because they compare latents with each
-other. SAEBench 0.6.0 uses the same form.
-"""
+"""Read a dictionary with decoder rows of norm 1, so that measurements do not depend on the scale of its latents."""
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +11,13 @@ ROUNDING = 1e-5  # norms this close to 1 count as 1
 
 
 class UnitDecoder(nn.Module):
-    """The dictionary `sae` with rows of W_dec [F, d_out] of norm 1 and latents f_j |W_dec_j|, without gradients.
+    """The function of `sae`, with rows of W_dec [F, d_out] of norm 1 and without gradients.
 
-    The selection of latents is that of `sae`. If its rows already have norm 1 (within `ROUNDING`), results have the
-    same bits and W_dec is not copied. W_enc and b_enc are scaled by the norms, for statistics of weights.
+        x_hat = sum_j f_j W_dec_j + b_dec = sum_j (f_j s_j) (W_dec_j / s_j) + b_dec     s_j = |W_dec_j|, 1 for zeros
+
+    Latents are scaled after selection, because top-k and parts compare them with each other. W_enc and b_enc are scaled
+    by s, for statistics of weights. If rows already have norm 1 (within `ROUNDING`), results have the same bits and
+    W_dec is not copied. SAEBench 0.6.0 uses the same form.
     """
 
     scale: Tensor | None
@@ -93,7 +87,6 @@ class UnitDecoder(nn.Module):
         return self.sae.decode(f / self.scale.to(f.dtype))
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        """Return x_hat [..., d_out], the same as that of `sae`."""
         return self.decode(self.encode(x, pos))
 
     def _scale_of(self, code: SparseCode) -> Tensor:

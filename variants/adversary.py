@@ -18,9 +18,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def class_shares(attribute: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each token's share of its class [2, N], for attribute 0 and 1, and whether the class occurs [2]. Shares of an
-    absent class are 0.
-    """
+    """Each token's share of its class [2, N], by attribute, and whether the class occurs [2]. Absent: shares are 0."""
     member = torch.stack([attribute == 0, attribute == 1]).to(dtype)
     count = member.sum(1, keepdim=True)
     return member / count.clamp_min(1), count.flatten() > 0
@@ -63,7 +61,6 @@ class Adversary(Averaging):
 
     def penalty(self, batch: BatchView) -> Tensor:
         assert batch.attribute is not None
-        assert batch.f is not None
         f = batch.f.to(self.direction.dtype)
         share, has_class = class_shares(batch.attribute, f.dtype)
         logit = f.detach() @ self.direction + self.bias
@@ -99,13 +96,9 @@ class SelectiveOrthogonality(Averaging):
 
     class Settings(PartSettings):
         coefficient: Weight = Field(default=0.1, description="Weight of the penalty, in units of D.")
-        percentile: float = Field(
-            default=85.0, ge=0, lt=100, description="Latents above this percentile of attribution are penalised."
-        )
+        percentile: float = Field(default=85.0, ge=0, lt=100, description="Latents above this percentile are chosen.")
         decay: Fraction = Field(default=0.95, description="Decay per step of the mean of the attribution.")
-        sample: int = Field(
-            default=512, ge=2, description="Largest number of these latents that a step compares, drawn at random."
-        )
+        sample: int = Field(default=512, ge=2, description="Latents that a step draws and compares, at most.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -134,7 +127,6 @@ class SelectiveOrthogonality(Averaging):
         """Record the attribution when the gradient of the codes is computed."""
         code, F = batch.code, batch.sae.cfg.d_sae
         activations = batch.f if code is None else code.values
-        assert activations is not None
         if not activations.requires_grad:
             return
         value = activations.detach()  # the graph holds the hook, so the hook must not hold the graph
@@ -175,26 +167,18 @@ class SpuriousContrast(Averaging):
 
     class Settings(PartSettings):
         coefficient: Weight = Field(default=0.3, description="Weight of the penalty, in units of D.")
-        share: float = Field(
-            default=0.1, gt=0, lt=1, description="Share of latents that count as spurious, by largest score."
-        )
+        share: float = Field(default=0.1, gt=0, lt=1, description="Share of spurious latents, by largest score.")
         decay: Fraction = Field(default=0.99, description="Decay per step of the mean activations and squares.")
-        sample: int = Field(
-            default=512, ge=1, description="Largest number of latents per group that a step compares, drawn at random."
-        )
+        sample: int = Field(default=512, ge=1, description="Latents per group that a step draws and compares, at most.")
 
     reads = frozenset({"attribute", "f"})
+    least_latents = 2
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         self.spurious = max(1, int(settings.share * sae.d_sae))
         self.mean, self.square = (RunningMean(settings.decay, 2, sae.d_sae) for _ in range(2))  # of f and f^2, by class
         self.alike = RunningMean(settings.decay)  # mean square of the cosines
-
-    @classmethod
-    def check(cls, settings: Any, sae: SAEConfig) -> None:
-        if sae.d_sae < 2:
-            raise ValueError(f"d_sae: {sae.d_sae} is not allowed with spurious_contrast; it must be at least 2")
 
     @property
     def score(self) -> Tensor:
@@ -207,20 +191,16 @@ class SpuriousContrast(Averaging):
     def penalty(self, batch: BatchView) -> Tensor:
         D, score = batch.sae.W_dec.shape[1], self.score
         order = score.argsort(descending=True, stable=True)
-        inside, outside = order[: self.spurious], order[self.spurious :]
-        n_others = len(outside)
-        inside, outside = (
-            group[sample_indices(len(group), self.settings.sample, batch)] for group in (inside, outside)
-        )
+        groups = order[: self.spurious], order[self.spurious :]
+        inside, outside = (group[sample_indices(len(group), self.settings.sample, batch)] for group in groups)
         cosine = batch.sae.W_dec[inside] @ batch.sae.W_dec[outside].T
         counts = (score[inside] > 0).float()[:, None]
         self.alike.later((cosine.square() * counts).sum() / (counts.sum() * len(outside)).clamp_min(1))
         excess = (cosine.abs() - 2 / D**0.5).clamp_min(0).square() * counts
-        return self.settings.coefficient * D * n_others * excess.mean()
+        return self.settings.coefficient * D * len(groups[1]) * excess.mean()
 
     def after(self, batch: BatchView) -> None:
         assert batch.attribute is not None
-        assert batch.f is not None
         f = batch.f.detach().to(self.mean.value.dtype)
         share, has_class = class_shares(batch.attribute, f.dtype)
         self.mean.add(share @ f, has_class[:, None])

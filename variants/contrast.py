@@ -13,9 +13,7 @@ from .number_types import Factor, Weight
 
 
 def pairs_by_position(pos: Tensor, size: int, n_positions: int, generator: torch.Generator) -> Tensor:
-    """Draw indices of at most `size` tokens of pos [N]: two at each of as many positions as possible, then two more at
-    each, and so on. Does not wait for the device.
-    """
+    """Draw at most `size` tokens of pos [N]: two at each position, then two more, and so on. Returns their indices."""
     N = len(pos)
     mixed = torch.randperm(N, generator=generator).to(pos.device)
     turn = torch.randperm(n_positions, generator=generator).to(pos.device)
@@ -55,9 +53,7 @@ class PositionContrast(Part):
     reads = frozenset({"f"})
 
     class Settings(PartSettings):
-        coefficient: Weight = Field(
-            default=0.01, description="Weight of the contrastive loss (in nats), in units of D."
-        )
+        coefficient: Weight = Field(default=0.01, description="Weight of the contrastive loss (nats), in units of D.")
         temperature: Factor = Field(default=0.1, description="Divisor of cosines between codes in the softmax.")
         sample: int = Field(default=256, ge=4, description="Largest number of tokens that a step compares.")
 
@@ -66,7 +62,6 @@ class PositionContrast(Part):
         self.contrast = nn.Buffer(torch.zeros(()))
 
     def penalty(self, batch: BatchView) -> Tensor | None:
-        assert batch.f is not None
         chosen = pairs_by_position(batch.pos, self.settings.sample, batch.n_positions, batch.generator())
         loss = info_nce(batch.f[chosen], batch.pos[chosen], self.settings.temperature)
         self.contrast.copy_(loss.detach())

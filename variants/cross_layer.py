@@ -17,9 +17,7 @@ ENCODING = ("input", "pre", "acts", "latents")  # methods that change codes
 
 
 def to_units_of(x: Tensor, second: Tensor) -> Tensor:
-    """Shift and scale `second` [N, D] to the mean of x, and to x's mean squared distance from it. Layers differ in
-    both.
-    """
+    """Shift and scale `second` [N, D] to the mean of x, and to x's mean squared distance from it."""
     mean, second_mean = x.mean(0), second.mean(0)
     spread, second_spread = ((values - center).square().sum() for values, center in ((x, mean), (second, second_mean)))
     return mean + (second - second_mean) * (spread / second_spread.clamp_min(TINY)).sqrt()
@@ -43,12 +41,8 @@ class CrossLayer(Part):
     reads = frozenset({"f", "second"})
 
     class Settings(PartSettings):
-        consistency: Weight = Field(
-            default=0.1, description="Weight of the penalty on codes that differ between layers, in units of D."
-        )
-        alignment: Weight = Field(
-            default=0.01, description="Weight of the penalty on differing directions of decoder gradients."
-        )
+        consistency: Weight = Field(default=0.1, description="Weight of the difference between codes, in units of D.")
+        alignment: Weight = Field(default=0.01, description="Weight of 1 - cosine of decoder gradients, in units of D.")
         tokens: Count = Field(default=256, description="Tokens drawn from each batch for both penalties.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
@@ -66,7 +60,6 @@ class CrossLayer(Part):
                 )
 
     def penalty(self, batch: BatchView) -> Tensor:
-        assert batch.f is not None
         assert batch.second is not None
         sae, x = batch.sae, batch.x.to(batch.f.dtype)
         tokens = sample_indices(len(x), self.settings.tokens, batch)

@@ -22,9 +22,7 @@ class PositionEmbedding(Part):
     """
 
     class Settings(PartSettings):
-        scale: Weight = Field(
-            default=0.1, description="Initial standard deviation of the embedding. Entries of x are about 1."
-        )
+        scale: Weight = Field(default=0.1, description="Initial standard deviation. Entries of x are about 1.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -43,9 +41,7 @@ def widths(positions: int) -> tuple[int, ...]:
 
 
 def joined(progress: float) -> list[float]:
-    """How far each scale has been added: local from the start, medium over a run's second quarter, global over its
-    third.
-    """
+    """How far each scale has been added: medium over a run's second quarter, global over its third."""
     return [1.0, *(min(1.0, max(0.0, 4 * progress - s)) for s in range(1, SCALES))]
 
 
@@ -69,12 +65,8 @@ class MultiScale(Part):
     reads = frozenset({"f"})
 
     class Settings(PartSettings):
-        scale: Weight = Field(
-            default=0.1, description="Initial standard deviation of the embeddings. Entries of x are about 1."
-        )
-        decay: Fraction = Field(
-            default=0.99, description="Decay per step of each scale's mean share of the activation."
-        )
+        scale: Weight = Field(default=0.1, description="Initial standard deviation. Entries of x are about 1.")
+        decay: Fraction = Field(default=0.99, description="Decay per step of each scale's mean share of activation.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -100,7 +92,6 @@ class MultiScale(Part):
         return x + embedded[batch.sae.mask.rows(batch.pos)]
 
     def after(self, batch: BatchView) -> None:
-        assert batch.f is not None
         activity = torch.stack([of_scale.sum() for of_scale in thirds(batch.f.detach())])
         total = activity.sum()
         share = torch.where(total > 0, activity / total, self.share)
@@ -111,9 +102,7 @@ class MultiScale(Part):
 
 
 def window_means(x: Tensor, rows: RowLayout, width: int) -> Tensor:
-    """The mean of x over the tokens of each token's row and window [N, D]. Windows start at multiples of `width`
-    positions.
-    """
+    """Mean of x over the tokens of each token's row and window [N, D]. Windows start at multiples of `width`."""
     if width == 1:
         return x
     window = rows.pos // width
@@ -135,17 +124,12 @@ class ScaleTargets(Part):
     """
 
     reads = frozenset({"f", "rows"})
+    least_latents = SCALES
 
     class Settings(PartSettings):
         coefficient: Weight = Field(default=0.1, description="Weight of the squared error of each scale's latents.")
 
-    @classmethod
-    def check(cls, settings: Any, sae: SAEConfig) -> None:
-        if sae.d_sae < SCALES:
-            raise ValueError(f"d_sae: {sae.d_sae} is not allowed with scale_targets; it must be at least {SCALES}")
-
     def penalty(self, batch: BatchView) -> Tensor | None:
-        assert batch.f is not None
         sae, x = batch.sae, batch.x
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         decoders = [W.T for W in thirds(sae.W_dec.T)]

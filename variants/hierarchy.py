@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig
-from ..engine.parts import BatchView, Part, PartSettings, part
-from .number_types import Fraction, Weight
+from ..engine.parts import UNSET, BatchView, Part, PartSettings, part
+from .number_types import Fraction, Weight, plain
 from .similarity import sample_indices
 
 
@@ -27,14 +27,12 @@ def gated(f: Tensor, gates: Tensor, sizes: list[int]) -> Tensor:
 
 def outputs(batch: BatchView, sizes: list[int]) -> list[Tensor]:
     """The reconstruction f W_dec [N, D] of each block of latents alone."""
-    assert batch.f is not None
     blocks = zip(batch.f.split(sizes, 1), batch.sae.W_dec.split(sizes, 0), strict=True)
     return [f @ W_dec for f, W_dec in blocks]
 
 
 def centred_target(batch: BatchView) -> Tensor:
     """target - b_dec [N, D], a constant: what the latents reconstruct together."""
-    assert batch.target is not None
     return (batch.target.to(batch.sae.b_dec.dtype) - batch.sae.b_dec).detach()
 
 
@@ -68,19 +66,11 @@ class CausalLevels(Part):
 
     class Settings(PartSettings):
         levels: int = Field(default=3, ge=2, description="Number of levels, contiguous blocks of latents, at most F.")
-        entropy: Weight = Field(
-            default=0.01, description="Weight of the penalty on unequal use of the levels, in units of D."
-        )
-        consistency: Weight = Field(
-            default=0.1, description="Weight of the squared error of each level on what earlier levels left."
-        )
-        separation: Weight = Field(
-            default=0.1, description="Weight of positive cosines between causal and other latents, in units of D."
-        )
+        entropy: Weight = Field(default=0.01, description="Weight of the unequal use of levels, in units of D.")
+        consistency: Weight = Field(default=0.1, description="Weight of each level's error on what earlier ones left.")
+        separation: Weight = Field(default=0.1, description="Weight of cosines between the halves, in units of D.")
         decay: Fraction = Field(default=0.95, description="Decay per step of the mean of each latent's causality.")
-        sampled: int = Field(
-            default=256, ge=2, description="Tokens, and latents of both halves together, that a step draws."
-        )
+        sampled: int = Field(default=256, ge=2, description="Tokens, and latents of both halves, that a step draws.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -88,7 +78,7 @@ class CausalLevels(Part):
         self.router = nn.Parameter(torch.zeros(sae.d_in, settings.levels))
         self.router_bias = nn.Parameter(torch.zeros(settings.levels))
         self.causality = nn.Buffer(torch.zeros(sae.d_sae))
-        self._log_routing: Tensor | None = None  # log r of the batch in training, from `latents` to `penalty`
+        self._log_routing: Tensor = UNSET  # log r of the batch in training, from `latents` to `penalty`
         self._reported: dict[str, Tensor] = {}
 
     @classmethod
@@ -103,8 +93,7 @@ class CausalLevels(Part):
         return gated(f, self.settings.levels * log_routing.exp(), self.sizes)
 
     def penalty(self, batch: BatchView) -> Tensor:
-        log_routing, self._log_routing = self._log_routing, None
-        assert log_routing is not None
+        log_routing, self._log_routing = self._log_routing, UNSET
         routing, most = log_routing.exp(), math.log(self.settings.levels)
         mean = routing.mean(0)
         entropy_of_mean = -torch.xlogy(mean, mean).sum()
@@ -132,14 +121,12 @@ class CausalLevels(Part):
         return torch.relu(rows[0] @ rows[1].T).mean()
 
     def after(self, batch: BatchView) -> None:
-        assert batch.f is not None
-        assert batch.residual is not None
         tokens = sample_indices(len(batch.f), self.settings.sampled, batch)
         gradient = -2 * batch.residual[tokens].to(batch.f.dtype) @ batch.sae.W_dec.T
         self.causality.lerp_((batch.f[tokens] * gradient).abs().mean(0), 1 - self.settings.decay)
 
     def report(self) -> dict[str, Any]:
-        return {name: _plain(value) for name, value in self._reported.items()}
+        return {name: plain(value) for name, value in self._reported.items()}
 
 
 @part("level_attention")
@@ -174,17 +161,11 @@ class LevelAttention(Part):
 
     class Settings(PartSettings):
         levels: int = Field(default=3, ge=2, description="Number of levels, contiguous blocks of latents.")
-        groups: int = Field(
-            default=8, ge=2, description="Number of groups in each level. levels * groups is at most F."
-        )
+        groups: int = Field(default=8, ge=2, description="Groups in each level. levels * groups is at most F.")
         heads: Count = Field(default=8, description="Number of attention heads.")
         width: Count = Field(default=16, description="Width of each head.")
-        adjacency: Weight = Field(
-            default=0.1, description="Weight of the routing bias towards groups that occur with active ones."
-        )
-        weight: Weight = Field(
-            default=0.1, description="Weight of the squared error of reconstructions by the first levels alone."
-        )
+        adjacency: Weight = Field(default=0.1, description="Weight of the bias to groups that occur with active ones.")
+        weight: Weight = Field(default=0.1, description="Weight of the squared error of the first levels alone.")
         decay: Fraction = Field(default=0.95, description="Decay per step of the mean adjacency of groups.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
@@ -204,7 +185,7 @@ class LevelAttention(Part):
         self.across_key = normal(H * d, H * d, scale=(H * d) ** -0.5)
         self.across_gate = nn.Parameter(torch.zeros(L - 1, H * d, G))
         self.together = nn.Buffer(torch.full((L * G, L * G), (L * G) ** -2.0))
-        self._shares: Tensor | None = None  # s of the batch in training, from `latents` to `after`
+        self._shares: Tensor = UNSET  # s of the batch in training, from `latents` to `after`
         self._reported: Tensor | None = None
 
     @classmethod
@@ -248,16 +229,9 @@ class LevelAttention(Part):
         return self.settings.weight * torch.stack(squared_errors).mean()
 
     def after(self, batch: BatchView) -> None:
-        shares, self._shares = self._shares, None
-        assert shares is not None
+        shares, self._shares = self._shares, UNSET
         self.together.lerp_(shares.T @ shares / len(shares), 1 - self.settings.decay)
 
     def report(self) -> dict[str, Any]:
-        figures: dict[str, Any] = {"masks": _plain(torch.sigmoid(self.mask_logits).mean(1))}
-        return figures if self._reported is None else {**figures, "squared_error_of_levels": _plain(self._reported)}
-
-
-def _plain(value: Tensor) -> Any:
-    """Convert to numbers with six digits."""
-    numbers = [float(f"{number:.6g}") for number in value.detach().double().flatten().tolist()]
-    return numbers if value.ndim else numbers[0]
+        figures: dict[str, Any] = {"masks": plain(torch.sigmoid(self.mask_logits).mean(1))}
+        return figures if self._reported is None else {**figures, "squared_error_of_levels": plain(self._reported)}

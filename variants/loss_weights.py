@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import SAEConfig, Share
-from ..engine.parts import BatchView, ComposedDictionary, Part, PartSettings, part
+from ..engine.parts import BatchView, Part, PartSettings, part
 from ..engine.sae import SparseAutoencoder
 from ..kernels.masks import weights_at
 from ..kernels.numerics import sum_by
@@ -62,7 +62,6 @@ class AdaptiveWeights(Part):
         self.error = RunningMean(settings.decay, positions)
 
     def weigh(self, batch: BatchView) -> tuple[Tensor | None, Tensor | None]:
-        assert batch.count is not None
         mask_position = mask_positions(batch)
         known, error = self.error.known[mask_position], self.error.value[mask_position]  # 0 if not known
         mean = error.sum() / known.sum().clamp_min(1)
@@ -73,8 +72,6 @@ class AdaptiveWeights(Part):
         return weights, weights * (batch.count.sum() / (batch.count * weights).sum())
 
     def after(self, batch: BatchView) -> None:
-        assert batch.squared_error is not None
-        assert batch.count is not None
         mask_position = mask_positions(batch)
         error, count = (
             sum_by(mask_position, sums.detach(), self.positions) for sums in (batch.squared_error, batch.count)
@@ -82,9 +79,8 @@ class AdaptiveWeights(Part):
         self.error.add_mean(error, count)
 
 
-def specialization(sae: SparseAutoencoder | ComposedDictionary) -> Tensor:
-    """Specialization s [F] in [0, 1]: 1 for a latent whose mask is on at one position only, 0 for an equal mask at all
-    T.
+def specialization(sae: SparseAutoencoder) -> Tensor:
+    """Specialization s [F] in [0, 1]: 1 for a mask that is on at one position only, 0 for an equal mask at all T.
 
     s_j = 1 - H(m_j) / ln T, H the entropy of the mask's column over its sum. A latent that is off everywhere has 0.
     """
@@ -109,9 +105,7 @@ class SpecialisedWeights(Part):
     """
 
     class Settings(PartSettings):
-        beta: Share = Field(
-            default=0.5, description="Share of a position's weight that follows the specialised latents."
-        )
+        beta: Share = Field(default=0.5, description="Share of a position's weight that follows specialised latents.")
         decay: Fraction = Field(default=0.99, description="Decay per step of the mean share of specialised latents.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
@@ -135,10 +129,8 @@ class SpecialisedWeights(Part):
         is_active = total > 0
         share = torch.where(is_active, batch.summed(specializations) / total, 0)
         mask_position = batch.sae.mask.rows(batch.pos)
-        self.share.add_mean(
-            sum_by(mask_position, share, self.positions),
-            sum_by(mask_position, is_active.to(share.dtype), self.positions),
-        )
+        sums, counts = (sum_by(mask_position, x, self.positions) for x in (share, is_active.to(share.dtype)))
+        self.share.add_mean(sums, counts)
 
     def report(self) -> dict[str, Any]:
         return {"share": float((self.share.value * self.share.known).sum() / self.share.known.sum().clamp_min(1))}

@@ -33,9 +33,7 @@ class LayerNorm(Part):
     """
 
     class Settings(PartSettings):
-        place: Literal["acts", "pre"] = Field(
-            default="acts", description="Where the norm acts: acts is after the ReLU, pre before it."
-        )
+        place: Literal["acts", "pre"] = Field(default="acts", description="acts: after the ReLU. pre: before it.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

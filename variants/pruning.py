@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig
-from ..engine.parts import BatchView, Part, PartSettings, part
-from .number_types import Factor, Fraction, Weight
+from ..engine.parts import UNSET, BatchView, Part, PartSettings, part
+from .number_types import Factor, Fraction, Weight, plain
 from .similarity import sample_indices
 
 COMPRESSED_BY = 0.8  # share of the run
@@ -41,7 +41,7 @@ class Pruning(Part):
         self.importance = nn.Buffer(torch.zeros(sae.d_sae))
         self.alive = nn.Buffer(torch.ones(sae.d_sae, dtype=torch.bool))
         self.returned = nn.Buffer(torch.zeros((), dtype=torch.int64))
-        self._unpruned: Tensor | None = None  # activations [N, F], from `latents` to `after`
+        self._unpruned: Tensor = UNSET  # activations [N, F], from `latents` to `after`
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -58,9 +58,7 @@ class Pruning(Part):
         return f * self.alive
 
     def after(self, batch: BatchView) -> None:
-        unpruned, self._unpruned = self._unpruned, None
-        assert unpruned is not None
-        assert batch.f is not None
+        unpruned, self._unpruned = self._unpruned, UNSET
         if self.cfg.activation != "relu":
             groups = batch.f if self.cfg.activation == "topk" else batch.f.view(1, -1)
             least = torch.where(groups > 0, groups, torch.inf).amin(1)
@@ -76,14 +74,12 @@ class Pruning(Part):
             self.alive.copy_(alive)
 
     def report(self) -> dict[str, Any]:
-        """`pruned`: share of latents that are off. `returned`: number of returns. `threshold`: least importance that is
-        on.
-        """
+        """`pruned`: share of latents off. `returned`: number of returns. `threshold`: least importance of those on."""
         threshold = torch.where(self.alive, self.importance, torch.inf).min()
         return {
             "pruned": round(1 - float(self.alive.float().mean()), 6),
             "returned": int(self.returned),
-            "threshold": float(f"{float(threshold):.6g}"),
+            "threshold": plain(threshold),
         }
 
 
@@ -112,7 +108,7 @@ class Distillation(Part):
         self.W_teacher = nn.Buffer(torch.zeros(sae.d_sae, sae.d_in))  # latent-major, as W_enc lies in memory
         self.b_teacher = nn.Buffer(torch.zeros(sae.d_sae))
         self.steps = nn.Buffer(torch.zeros(()))
-        self._x: Tensor | None = None  # the encoder's input, from `input` to `penalty`
+        self._x: Tensor = UNSET  # the encoder's input, from `input` to `penalty`
         self._reported: Tensor | None = None
 
     def input(self, x: Tensor, batch: BatchView) -> Tensor:
@@ -121,8 +117,7 @@ class Distillation(Part):
         return x
 
     def penalty(self, batch: BatchView) -> Tensor:
-        x, self._x = self._x, None
-        assert x is not None
+        x, self._x = self._x, UNSET
         sae, token = batch.sae, sample_indices(len(x), self.settings.tokens, batch)
         latent = sample_indices(self.cfg.d_sae, self.settings.latents, batch)
         x, tau = x[token] - sae.b_dec.detach(), self.settings.temperature
@@ -140,4 +135,4 @@ class Distillation(Part):
         self.b_teacher.lerp_(batch.sae.b_enc, pace)
 
     def report(self) -> dict[str, Any]:
-        return {} if self._reported is None else {"divergence": float(f"{float(self._reported):.6g}")}
+        return {} if self._reported is None else {"divergence": plain(self._reported)}

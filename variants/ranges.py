@@ -29,9 +29,7 @@ class RangeEncoders(Part):
     """
 
     class Settings(PartSettings):
-        scale: Weight = Field(
-            default=0.0, description="Initial standard deviation of the input biases. Entries of x are about 1."
-        )
+        scale: Weight = Field(default=0.0, description="Initial standard deviation. Entries of x are about 1.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -81,17 +79,11 @@ class RangeAdapters(Part):
     class Settings(PartSettings):
         ranges: Count = Field(default=4, description="Number of equal ranges of positions, each with an adapter.")
         hidden: Count = Field(default=32, description="Hidden units of an adapter.")
-        scale: Factor = Field(
-            default=0.1, description="Initial size of the adapters' second layer: N(0, scale^2 / hidden)."
-        )
+        scale: Factor = Field(default=0.1, description="Initial size of the second layer: N(0, scale^2 / hidden).")
         start: Fraction = Field(default=0.0, description="Share of the run in which the base encoder is trained alone.")
         ramp: Share = Field(default=0.0, description="Share of the run over which the adapters are then added.")
-        pace: Factor = Field(
-            default=1.0, description="Learning rate of the adapters as a multiple of the dictionary's."
-        )
-        l1_from: Share = Field(
-            default=1.0, description="Factor on L1 while the base is trained alone. It rises to 1 with the adapters."
-        )
+        pace: Factor = Field(default=1.0, description="Adapters' learning rate as a multiple of the dictionary's.")
+        l1_from: Share = Field(default=1.0, description="Factor on L1 at first. It rises to 1 with the adapters.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig, Share
-from ..engine.parts import BatchView, Part, PartSettings, part
+from ..engine.parts import UNSET, BatchView, Part, PartSettings, part
 from ..kernels.numerics import sum_by
 from .number_types import Fraction, Weight
 from .running_mean import Averaging, RunningMean, means
@@ -38,12 +38,8 @@ class AttentionRouter(Averaging):
     class Settings(PartSettings):
         groups: Count = Field(default=8, description="G, the number of groups of latents; it must divide F.")
         width: Count = Field(default=64, description="d_k, the width of queries and keys.")
-        guidance: Fraction = Field(
-            default=0.5, description="Weight of the log of each group's gradient share in the routing."
-        )
-        prior: Weight = Field(
-            default=0.0, description="Weight of the preference for near groups. 1: a Gaussian of sigma T / 4."
-        )
+        guidance: Fraction = Field(default=0.5, description="Weight of the log of groups' gradient shares in routing.")
+        prior: Weight = Field(default=0.0, description="Preference for near groups. 1: a Gaussian of sigma T / 4.")
         free: Share = Field(default=0.0, description="Share of the groups, the first ones, without this preference.")
         decay: Fraction = Field(default=0.99, description="Decay per step of the mean gradient shares.")
 
@@ -104,11 +100,11 @@ class GlobalPosition(Part):
     Decided here: a quarter of the run without position latents, and all of them from half of the run on.
     """
 
+    least_latents = 2
+
     class Settings(PartSettings):
         start: Share = Field(default=0.25, description="Share of the run in which position latents are off.")
-        full: Share = Field(
-            default=0.5, description="Share of the run after which position latents are fully on, above start."
-        )
+        full: Share = Field(default=0.5, description="Share after which position latents are fully on, above start.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -118,8 +114,6 @@ class GlobalPosition(Part):
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         if settings.full <= settings.start:
             raise ValueError(f"full: {settings.full} is not allowed; it must be above start ({settings.start})")
-        if sae.d_sae < 2:
-            raise ValueError("d_sae: 1 is not allowed with global_position; it must be at least 2")
 
     def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
         start, full = self.settings.start, self.settings.full
@@ -152,9 +146,7 @@ class ResidualGate(Part):
 
     class Settings(PartSettings):
         decay: Fraction = Field(default=0.99, description="Decay per step of each latent's mean and variance.")
-        offset: float = Field(
-            default=-0.5, description="Gate threshold above the latent's mean activation, in standard deviations."
-        )
+        offset: float = Field(default=-0.5, description="Gate threshold above the mean, in standard deviations.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
@@ -163,7 +155,7 @@ class ResidualGate(Part):
         self.mean = nn.Buffer(torch.zeros(sae.d_sae))
         self.variance = nn.Buffer(torch.ones(sae.d_sae))
         self.batches = nn.Buffer(torch.zeros(()))
-        self._batch: tuple[Tensor, Tensor] | None = None  # mean and variance, from `acts` to `after`
+        self._batch: tuple[Tensor, Tensor] = UNSET  # mean and variance, from `acts` to `after`
         self._open: Tensor | None = None
 
     def acts(self, acts: Tensor, batch: BatchView) -> Tensor:
@@ -176,8 +168,7 @@ class ResidualGate(Part):
         return acts * (is_open * (torch.sigmoid(self.gate) / deviation) + self.log_skip.exp())
 
     def after(self, batch: BatchView) -> None:
-        assert self._batch is not None
-        (mean, variance), self._batch = self._batch, None
+        (mean, variance), self._batch = self._batch, UNSET
         self.batches += 1
         pace = (1 / self.batches).clamp_min(1 - self.settings.decay)
         self.mean.lerp_(mean, pace)

@@ -34,24 +34,17 @@ class DynamicMargin(Averaging):
     coefficient * 0.006 F. The logs give decay and deviations, but neither the penalty's form nor its weight.
     """
 
+    least_latents = 2
+
     class Settings(PartSettings):
         coefficient: Weight = Field(default=1.0, description="Weight of the penalty, in units of D.")
-        decay: Fraction = Field(
-            default=0.95, description="Decay per step of the mean and standard deviation of cosines."
-        )
+        decay: Fraction = Field(default=0.95, description="Decay per step of cosines' mean and standard deviation.")
         deviations: Weight = Field(default=2.0, description="Margin above the mean cosine, in standard deviations.")
-        sample: int = Field(
-            default=512, ge=2, description="Largest number of decoder rows that a step compares, drawn at random."
-        )
+        sample: int = Field(default=512, ge=2, description="Decoder rows that a step draws and compares, at most.")
 
     def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
         super().__init__(settings, sae, positions, generator)
         self.usual = RunningMean(settings.decay, 3)  # mean, std, share of pairs above the margin
-
-    @classmethod
-    def check(cls, settings: Any, sae: SAEConfig) -> None:
-        if sae.d_sae < 2:
-            raise ValueError(f"d_sae: {sae.d_sae} is not allowed with dynamic_margin; it must be at least 2")
 
     def margin(self, statistics: Tensor) -> Tensor:
         return statistics[0] + self.settings.deviations * statistics[1]
@@ -76,15 +69,6 @@ class DynamicMargin(Averaging):
         return {"margin": float(self.margin(self.usual.value)), "mean": mean, "std": std, "above": above}
 
 
-class OverlapSettings(PartSettings):
-    strength: Weight = Field(
-        default=0.1, description="Weight of the penalty, as the share of |x|^2 that random decoder rows cost."
-    )
-    rows: int = Field(
-        default=1024, ge=2, description="Largest number of decoder rows that a step compares, drawn at random."
-    )
-
-
 class _Overlap(Part):
     """A penalty on the overlap of decoder rows, on a sample of M rows W [M, D] at every step.
 
@@ -95,8 +79,11 @@ class _Overlap(Part):
     random decoder, the control, has no penalty. `positive_only`: only positive cosines count.
     """
 
-    Settings = OverlapSettings
     positive_only = False
+
+    class Settings(PartSettings):
+        strength: Weight = Field(default=0.1, description="Cost of random decoder rows, as a share of |x|^2.")
+        rows: int = Field(default=1024, ge=2, description="Decoder rows that a step draws and compares, at most.")
 
     def penalty(self, batch: BatchView) -> Tensor | None:
         W, settings = batch.sae.W_dec, self.settings

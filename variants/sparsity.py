@@ -65,15 +65,13 @@ class FeatureDropout(Part):
         return f * survives / (1 - self.settings.p)
 
     def after(self, batch: BatchView) -> None:
-        assert batch.f is not None
         self.importance.lerp_(batch.f.mean(0), step_weight(batch.step))
 
     def report(self) -> dict[str, Any]:
         shares = torch.tensor([0.1, 0.5, 0.9, 1.0], device=self.importance.device)
         quantiles = torch.quantile(self.importance, shares).tolist()
-        figures = {
-            f"importance_{share}": value for share, value in zip(("10", "50", "90", "max"), quantiles, strict=True)
-        }
+        names = ("importance_10", "importance_50", "importance_90", "importance_max")
+        figures = dict(zip(names, quantiles, strict=True))
         return figures | {"weak": float((self.importance < WEAK * self.importance.mean()).float().mean())}
 
 
@@ -85,9 +83,7 @@ class WinnerTakesAll(Part):
     """
 
     class Settings(PartSettings):
-        group: int = Field(
-            default=4, ge=2, le=10**15, description="Number of neighbouring latents of which the largest stays."
-        )
+        group: int = Field(default=4, ge=2, le=10**15, description="Neighbouring latents of which the largest stays.")
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:

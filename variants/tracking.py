@@ -1,6 +1,5 @@
 """Record how losses, masks and weights differ by position."""
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, part
 from ..engine.sae import SparseAutoencoder
 from ..kernels.masks import weights_at
+from .number_types import plain
 
 
 @part("position_tracker")
@@ -31,8 +31,6 @@ class PositionTracker(Part):
         self._mask = (sae.mask,)  # in a tuple, so that it is not a submodule of this part
 
     def after(self, batch: BatchView) -> None:
-        assert batch.squared_error is not None
-        assert batch.count is not None
         error = batch.squared_error.detach() / batch.count
         has_tokens, zeros = batch.count > 0, torch.zeros_like(error)
         mean = torch.where(has_tokens, error, zeros).sum() / has_tokens.sum()
@@ -44,7 +42,7 @@ class PositionTracker(Part):
 
     @torch.no_grad()
     def report(self) -> dict[str, Any]:
-        mean, most, least = (_numbers(column) for column in self.lines.T)
+        mean, most, least = (plain(column) for column in self.lines.T)
         figures: dict[str, Any] = {"loss_mean": mean, "loss_max": most, "loss_min": least}
         self.lines = self.lines[:0].clone()
         (mask,) = self._mask
@@ -52,17 +50,12 @@ class PositionTracker(Part):
         if m is not None:
             everywhere = torch.arange(len(self.weights), device=self.weights.device)
             m = weights_at(m, mask.rows(everywhere)).float()
-            figures["mask"] = _numbers(m.mean(1))
+            figures["mask"] = plain(m.mean(1))
             figures["mask_sharpness"] = float((2 * m - 1).abs().mean())
-        return {**figures, "weights": _numbers(self.weights)}
+        return {**figures, "weights": plain(self.weights)}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
         for name in ("lines", "weights"):  # their lengths change during a run
             if prefix + name in state_dict:
                 setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-
-def _numbers(values: Tensor) -> list[float | None]:
-    """Numbers with six digits. None if not finite, which JSON cannot hold."""
-    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]

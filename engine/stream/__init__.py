@@ -1,5 +1,6 @@
 """Tokens -> language model -> ring buffer -> batches. Every activation keeps its position."""
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -20,8 +21,8 @@ from .buffer import Batch, RingBuffer, with_prefix
 from .cache import CacheSource, read_manifest
 from .documents import IN_HAND, DocumentList, check_data
 from .model import LanguageModel
-from .model_source import ModelSource, bounded, is_text, packs
-from .norm_filter import SAMPLE, NormFilter
+from .model_source import ModelSource, is_text, open_source, packs
+from .norm_filter import SAMPLE, NormFilter, describe
 from .quantize import LARGEST
 from .token_rows import RowSource, TestbedRows, TextRows, TokenRows, open_text
 
@@ -75,7 +76,7 @@ class ActivationStream:
         tune_host()
         self.ranks = Ranks.here() if ranks is None else ranks
         self._model, self._text, self._text_seed = model, rows, seed
-        self._tones: dict[int, int] = {}  # by document
+        self._tone = functools.cache(lambda language, number: language.document(number).tone)
         self.config, self.own = config, own
         if own is None and config.activations is not None:
             self.own = open_file(config.activations, seed=seed, repeat=config.repeat)
@@ -109,10 +110,8 @@ class ActivationStream:
             check_data(config.data)
         if hooks:
             self.model.use(hooks=hooks)
-        packing = packs(config, self.text)
-        self.config = config = bounded(self.config, self.model)
-        self.config = config.model_copy(update={"hook": self.model.hook, "packing": packing})
-        return ModelSource(self.model, self.text, config.context, config.rows_per_forward, self.ranks, packing=packing)
+        source, self.config = open_source(self.config, self.model, self.text, self.ranks)
+        return source
 
     def _use_documents(self, documents: Any) -> None:
         config = self.config
@@ -204,10 +203,7 @@ class ActivationStream:
         if self.own is not None or not isinstance(self.text, TestbedRows):
             return (batch.pos >= self.positions // 2).long()
         documents, inverse = batch.document.cpu().unique(return_inverse=True)
-        for number in documents.tolist():
-            if number not in self._tones:
-                self._tones[number] = self.text.language.document(number).tone
-        tones = torch.tensor([self._tones[number] for number in documents.tolist()])
+        tones = torch.tensor([self._tone(self.text.language, number) for number in documents.tolist()])
         return tones[inverse].to(batch.pos.device)
 
     @default_modes()
@@ -300,7 +296,7 @@ class ActivationStream:
         if not self._buffer.begun:
             with progress_bar("filling the buffer", total=self.buffer_tokens, unit="tokens") as self._fill_bar:
                 contents = self._buffer.contents()
-                if sentence := self.norms.sentence():
+                if sentence := describe(self.norms.report()):
                     self._fill_bar.note(sentence)
             self._fill_bar = None
             if not len(contents):

@@ -27,6 +27,8 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
 
 def safetensors_header(path: Path) -> bytes:
     """The header of a .safetensors file, after its length in 8 bytes. Shorter if the file is cut or that wrong."""
@@ -56,12 +58,9 @@ class StoredArray:
         """Open a .npy file. Raises ValueError if it is not one or holds pickled objects."""
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
-            if version == (1, 0):
-                shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            elif version == (2, 0):
-                shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
-            else:
+            if version not in _READ_HEADER:
                 raise ValueError(f"unknown format version {version}")
+            shape, is_fortran, dtype = _READ_HEADER[version](file)
             if dtype.hasobject:
                 raise ValueError("it holds pickled objects")
             if any(n < 0 for n in shape):

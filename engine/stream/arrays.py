@@ -47,21 +47,20 @@ class ArraySource:
         seed: int = 0,
         repeat: bool = True,
         positions: int | None = None,
-        device: str | torch.device | None = None,
         identity: int | None = None,
     ):
         self.name, self.seed, self.repeat = name, seed, repeat
         self._identity, self._mapped_sizes = identity, dict[Path, int]()
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.special = torch.zeros(0, dtype=torch.int64)
-        self._arrays: dict[str, Any] | None = None
+        self._arrays: dict[str, Any] = {}  # empty for an iterable of chunks
         self._chunks: Iterable[Any] = ()
         self._chunks_served = self._epoch = self._rows = self._tokens = 0
         self._first_row = 0  # row number of the next chunk of an iterable
         if _is_array(x) or isinstance(x, Mapping):
             first_chunk = self._arrays = dict(x) if isinstance(x, Mapping) else {"x": x}
             shape = self._checked_shape(first_chunk)
-            self._open_arrays(first_chunk, shape)
+            self._open_arrays(shape)
         elif isinstance(x, Iterable) and not isinstance(x, str | bytes):
             self._chunks, self._is_one_pass = x, iter(x) is x
             self._restart()
@@ -74,18 +73,18 @@ class ArraySource:
         self.has_positions = len(shape) == 3 or "pos" in first_chunk
         if positions is None:
             positions = shape[1] if len(shape) == 3 else 1
-            if "pos" in first_chunk and (self._arrays is not None or len(shape) == 2):
+            if "pos" in first_chunk and (self._arrays or len(shape) == 2):
                 positions = int(as_tensor(first_chunk["pos"][0 : shape[0]]).max()) + 1
         self.positions, self.widths = positions, {HOOK: shape[-1]}
 
-    def _open_arrays(self, arrays: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    def _open_arrays(self, shape: tuple[int, ...]) -> None:
         self._row_count = shape[0]
         if self._row_count < 2:
             raise UserError(f"activations: {self.name} holds {self._row_count} rows; at least 2 are needed")
         self._held_out_rows = max(1, self._row_count // HELD_OUT)
         self._rows_per_chunk = max(1, CHUNK // math.prod(shape[1:-1]))
         self._order = self._permuted_chunks()
-        for value in arrays.values():
+        for value in self._arrays.values():
             if isinstance(value, np.memmap) and value.filename is not None:
                 self._mapped_sizes[Path(value.filename)] = Path(value.filename).stat().st_size
         if self._identity is None:
@@ -100,7 +99,7 @@ class ArraySource:
         return {"rows": self._rows, "tokens": self._tokens, "epoch": self._epoch}
 
     def next(self) -> Batch | None:
-        batch = self._from_array() if self._arrays is not None else self._from_chunks()
+        batch = self._from_array() if self._arrays else self._from_chunks()
         if batch is not None:
             self._tokens += len(batch)
             batch = batch.each(lambda value: value.to(self.device, non_blocking=True))
@@ -108,7 +107,7 @@ class ArraySource:
 
     def held_out(self) -> Iterator[Batch]:
         """The rows that training never sees, one chunk at a time; nothing for an iterable."""
-        if self._arrays is not None:
+        if self._arrays:
             for start in range(self._row_count - self._held_out_rows, self._row_count, self._rows_per_chunk):
                 batch = self._as_batch(self._array_rows(start, start + self._rows_per_chunk), start)
                 yield batch.each(lambda value: value.to(self.device))
@@ -122,7 +121,7 @@ class ArraySource:
         if self._identity is not None and int(state.get("identity", [self._identity])[0]) != self._identity:
             raise UserError(f"activations: {self.name} has changed; it is not what was read before the stop")
         self._chunks_served, self._epoch, self._rows, self._tokens, self._first_row = state["own"].tolist()
-        if self._arrays is not None:
+        if self._arrays:
             self._order = self._permuted_chunks()
             return
         if not self._is_one_pass:
@@ -167,7 +166,6 @@ class ArraySource:
 
     def _array_rows(self, start: int, stop: int) -> dict[str, Any]:
         """Rows of the arrays. Checks first that no mapped file was truncated, since reading it kills the process."""
-        assert self._arrays is not None
         for path, size in self._mapped_sizes.items():
             try:
                 length = path.stat().st_size
@@ -178,7 +176,6 @@ class ArraySource:
         return {name: value[start:stop] for name, value in self._arrays.items()}
 
     def _sample_fingerprint(self) -> int:
-        assert self._arrays is not None
         texts = [str([(name, tuple(value.shape)) for name, value in self._arrays.items()])]
         for row in sorted({row * (self._row_count - 1) // (SAMPLED - 1) for row in range(SAMPLED)}):
             texts += [str(as_tensor(value).double().sum().item()) for value in self._array_rows(row, row + 1).values()]

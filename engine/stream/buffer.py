@@ -266,7 +266,6 @@ class RingBuffer:
                 )
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors to resume from exactly."""
         if self._side_stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._side_stream)
         state = {f"slots.{key}": value for key, value in self._slots.tensors().items()}

@@ -14,6 +14,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,29 +127,20 @@ class CacheSource:
 
     label = "cache"
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        hooks: Sequence[str] = (),
-        seed: int = 0,
-        repeat: bool = True,
-        device: str | torch.device | None = None,
-    ):
+    def __init__(self, folder: str | Path, *, hooks: Sequence[str] = (), seed: int = 0, repeat: bool = True):
         self.folder = expand_path(folder, "cache")
         self.manifest = read_manifest(folder)
         names = tuple(dict.fromkeys(self.manifest.place(folder, hook) for hook in hooks)) or tuple(self.manifest.hooks)
         self.widths = {name: self.manifest.hooks[name] for name in names}
         self.name, self.positions = f"the cache {folder}", self.manifest.positions
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.special = torch.tensor(self.manifest.special, dtype=torch.int64)
         self.seed, self.repeat = seed, repeat
         if not self.manifest.shards:
             raise UserError(f"cache: {folder} holds no activations yet; continue it with `temposae cache --resume`")
         self._arrays = [open_shard(self.folder / shard.file, shard) for shard in self.manifest.shards]
         self._blocks = [(s, b) for s, shard in enumerate(self.manifest.shards) for b in range(len(shard.ends))]
-        checksums = json.dumps([shard.crc32 for shard in self.manifest.shards])
-        self._identity = zlib.crc32(checksums.encode())
+        self._identity = zlib.crc32(json.dumps([shard.crc32 for shard in self.manifest.shards]).encode())
         self._epoch = self._blocks_served = 0  # blocks served in this epoch
         self._rows = self._tokens = 0
         self._order = self._permuted_blocks()
@@ -169,10 +161,7 @@ class CacheSource:
         self._blocks_served += 1
         self._rows += 1 + int(batch.row.diff().count_nonzero())
         self._tokens += len(batch)
-        kept, batch.kept = batch.kept, None
-        batch = batch.each(lambda value: value.to(self.device, non_blocking=True))
-        batch.kept = kept
-        return batch
+        return replace(batch.each(lambda value: value.to(self.device, non_blocking=True)), kept=batch.kept)
 
     def state(self) -> dict[str, Tensor]:
         return {"cache": torch.tensor((self._identity, self._epoch, self._blocks_served, self._rows, self._tokens))}

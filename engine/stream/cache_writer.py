@@ -27,7 +27,7 @@ from .cache import BLOCK, FORMAT, MANIFEST, Manifest, Shard, as_bytes, open_shar
 from .documents import check_data
 from .model import LanguageModel
 from .model_loading import with_absolute_paths
-from .model_source import ModelSource, bounded, packs
+from .model_source import ModelSource, open_source
 from .token_rows import RowSource, open_text
 
 
@@ -61,7 +61,7 @@ def write_cache(
         raise UserError(f"shard_mb: {shard_mb} is not allowed; it must be greater than 0")
     with owned(folder):
         earlier = _resumed_manifest(folder, resume)
-        source, stream = _open_source(config, hooks, seed, model, rows)
+        source, stream = _model_source(config, hooks, seed, model, rows)
         manifest = Manifest(
             format=FORMAT, stream=stream, seed=seed, hooks=source.widths, dtype=dtype, positions=config.context,
             special=tuple(source.special.tolist()), wanted=tokens, shard_mb=shard_mb,
@@ -69,7 +69,10 @@ def write_cache(
         if earlier is None:
             _write_manifest(folder, manifest)
         else:
-            _check_same_settings(folder, earlier, manifest)
+            requested = _fixed_settings(manifest)
+            for name, value in _fixed_settings(earlier).items():
+                if requested[name] != value:
+                    raise UserError(f"resume: {name} {requested[name]} is not allowed; {folder} began with {value}")
             manifest = earlier
             if manifest.shards:
                 source.load_state({key: torch.tensor(value) for key, value in manifest.shards[-1].place.items()})
@@ -81,12 +84,12 @@ def write_cache(
     return manifest
 
 
-def _open_source(
+def _model_source(
     config: StreamConfig, hooks: Sequence[str | int], seed: int, model: LanguageModel | None, rows: RowSource | None
 ) -> tuple[ModelSource, StreamConfig]:
     if rows is None and config.data is not None:
         check_data(config.data)
-    config = config.model_copy(update={"repeat": False})
+    config = config.model_copy(update={"repeat": False, "cache": None})
     if config.hook is not None and not hooks:
         hooks = [config.hook]
     layers = [hook for hook in hooks if isinstance(hook, int)]
@@ -97,12 +100,9 @@ def _open_source(
         )
     elif hooks:
         model.use(hooks=names, layers=layers)
-    config = bounded(config, model)
     text = rows or open_text(config, model.tokenizer, seed=seed, vocabulary=model.vocabulary)
-    packing = packs(config, text)
-    update = {"hook": model.hook, "cache": None, "packing": packing}
-    source = ModelSource(model, text, config.context, config.rows_per_forward, packing=packing)
-    return source, with_absolute_paths(config.model_copy(update=update))
+    source, config = open_source(config, model, text)
+    return source, with_absolute_paths(config)
 
 
 def _add_shard(folder: Path, manifest: Manifest, source: ModelSource, bar: ProgressBar) -> Manifest:
@@ -149,13 +149,6 @@ def _resumed_manifest(folder: Path, resume: bool) -> Manifest | None:
     for name in unfinished:
         (folder / name).unlink()
     return manifest
-
-
-def _check_same_settings(folder: Path, earlier: Manifest, requested: Manifest) -> None:
-    requested_settings = _fixed_settings(requested)
-    for name, value in _fixed_settings(earlier).items():
-        if requested_settings[name] != value:
-            raise UserError(f"resume: {name} {requested_settings[name]} is not allowed; {folder} began with {value}")
 
 
 def _fixed_settings(manifest: Manifest) -> dict[str, Any]:
@@ -211,4 +204,4 @@ def _block_ends(row: Tensor) -> tuple[int, ...]:
             start = row_end
     if ends and len(row) - start < BLOCK // 2:
         ends.pop()
-    return (*ends, len(row)) if not ends or ends[-1] != len(row) else tuple(ends)
+    return (*ends, len(row))

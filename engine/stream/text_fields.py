@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, near
+from ..errors import UserError, cut, near
 from .array_files import StoredArray
 
 TEXT = "text"  # default field
@@ -93,9 +93,8 @@ def document(content: Any, place: str) -> Document:
     items = content if isinstance(content, list) else [content]
     record = next((item for item in items if isinstance(item, Mapping)), None)
     hint = f" (its fields are {_listed(record)}; stream.text_field takes a path with dots to one)" if record else ""
-    raise UserError(
-        f"data: {place} holds {type(content).__name__} {_short(content)}; it must hold text or token ids{hint}"
-    )
+    value = cut(" ".join(str(content)[:1000].split()), 40)
+    raise UserError(f"data: {place} holds {type(content).__name__} {value}; it must hold text or token ids{hint}")
 
 
 def _beginnings(name: str) -> list[str]:
@@ -107,8 +106,3 @@ def _beginnings(name: str) -> list[str]:
 def _listed(names: Iterable[Any]) -> str:
     names = [str(name)[:LONGEST_NAME] for name in names]
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") if names else "none"
-
-
-def _short(content: Any) -> str:
-    text = " ".join(str(content)[:1000].split())
-    return text if len(text) < 40 else text[:37] + "..."

@@ -49,7 +49,6 @@ class TestbedRows:
     """Documents of the embedded language. Row n is document n, and training never reaches held-out rows."""
 
     bos: int | None = lang.BOS
-    held_out_rows: int | None = None
 
     def __init__(self, context: int, seed: int = 0, language: lang.Language | None = None):
         if context > lang.CONTEXT:
@@ -118,8 +117,7 @@ class TextRows:
         self.epoch = 0
         self.counts = dict.fromkeys(COUNTS, 0)
         document_counts = Counter[str]()
-        compute_fingerprint = getattr(self.documents, "fingerprint", None)
-        self._fingerprint: int | None = None if compute_fingerprint is None else compute_fingerprint()
+        self._fingerprint: int | None = getattr(self.documents, "fingerprint", lambda: None)()
         first_rows = list(islice(_RowReader(self, document_counts), HELD_OUT_EVERY))
         if len(first_rows) < 2:
             if not document_counts.total():
@@ -129,7 +127,6 @@ class TextRows:
             raise UserError(f"data: {self.name} gives {size}; at least 2 rows of text are needed")
         self._refuse_unknown(np.concatenate([row.tokens for row in first_rows]))
         self._first_held_out = len(first_rows) - 1  # row number
-        self.held_out_rows: int | None = 1 if len(first_rows) < HELD_OUT_EVERY else None
         self._start_reading()
 
     def _start_reading(self, document: int = 0, used: int = 0, row: int = 0) -> None:
@@ -201,8 +198,8 @@ class TextRows:
 
 
 #: `next(count)` gives the next training rows. At its end the text starts again, or fewer rows are returned.
-#: `held_out(count, size)` gives the first rows that training never sees, `size` at a time, of `held_out_rows` (None if
-#: unknown or unlimited). Rows begin with the token `bos`, if any. `epoch` counts how often the text began again.
+#: `held_out(count, size)` gives the first rows that training never sees, `size` at a time. Rows begin with the token
+#: `bos`, if any. `epoch` counts how often the text began again.
 #: `counts` covers what `next` has read: finished `documents`, `empty_documents`, `rows`, `tokens` without padding.
 RowSource = TestbedRows | TextRows
 
@@ -254,7 +251,9 @@ class _RowReader:
         """Token ids [n] of each document from number `document` on, without an initial `<bos>`."""
         documents = self.text.documents.read(self.document)
         while batch := _next_documents(documents):
-            texts = [_without_surrogates(document) for document in batch if isinstance(document, str)]
+            texts = [document for document in batch if isinstance(document, str)]
+            # JSON allows unpaired surrogates, and tokenizers reject them
+            texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
             if any(texts) and self.text.tokenizer is None:
                 raise UserError(
                     f"data: {self.text.name} holds text, and the model has no tokenizer; give token ids "
@@ -298,12 +297,3 @@ def _next_documents(documents: Iterator[Document]) -> list[Document]:
         batch.append(document)
         length += len(document)
     return batch
-
-
-def _without_surrogates(text: str) -> str:
-    """Replace unpaired surrogates, which JSON allows and tokenizers reject."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

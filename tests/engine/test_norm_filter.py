@@ -73,7 +73,7 @@ def test_what_is_not_finite_comes_through_to_be_named():
 
 def test_the_report_names_share_positions_and_variance():
     norms, x = NormFilter("auto"), acts(planted=40, ratio=150)
-    assert norms.sentence() is None
+    assert describe(norms.report()) is None
     massive = ~norms.calibrate({"hook": x})
     norms.count(4000, (torch.arange(4000) % 8)[massive])
     report = norms.report()
@@ -83,7 +83,7 @@ def test_the_report_names_share_positions_and_variance():
     assert report["variance_share"]["hook"] == pytest.approx(0.995, abs=0.003)
     median = float(x.norm(dim=1).median())
     held = f"{report['variance_share']['hook']:.1%}"
-    assert norms.sentence() == (
+    assert describe(norms.report()) == (
         f"massive activations: 40 of 4,000 tokens (1.0%), which hold {held} of the variance, are left out: norm above "
         f"{4 * median:.4g} (4 x the median); at positions 0 (12%), 1 (12%), 2 (12%), 3 (12%), 4 (12%) and 3 more "
         "(stream.max_norm)"

@@ -242,7 +242,6 @@ def test_a_short_text_keeps_its_last_row(rows):
     source = TextRows(["abc"] * rows, Letters(), T, repeat=False)
     held_out = list(listed(*source.held_out(100, 8)))
     assert held_out == {2: [1], 3: [2], 19: [18], 40: [19, 39]}.get(rows, [19])
-    assert source.held_out_rows == (1 if rows < 20 else None)
     assert list(listed(source.next(100))) == [row for row in range(rows) if row not in held_out]
 
 
@@ -555,7 +554,7 @@ def test_documents_of_the_embedded_language_are_rows():
     fresh = EmbeddedRows(128, seed=3)
     fresh.load_state(source.state())
     assert same(fresh.next(4), source.next(4))
-    assert (fresh.counts, fresh.epoch, fresh.held_out_rows) == (source.counts, 0, None)
+    assert (fresh.counts, fresh.epoch) == (source.counts, 0)
     short = EmbeddedRows(20).next(2)
     assert short.tokens.shape == (2, 20)
     assert short.length.tolist() == [20, 20]
