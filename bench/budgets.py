@@ -18,6 +18,13 @@ class Budget(NamedTuple):
     instructions: int
     loop_instructions: int
     spill_bytes: int = 0
+    registers_36: int | None = None  # on Triton 3.6, where it needs many more
+
+    def limits(self, triton: str) -> dict[str, int]:
+        """The limits of the figures in `aot.report` for a version of Triton."""
+        limits = self._asdict()
+        registers_36 = limits.pop("registers_36")
+        return limits | {"registers": registers_36} if registers_36 and triton.startswith("3.6.") else limits
 
 
 #: by the names of `aot.SPECS`
@@ -76,7 +83,7 @@ BUDGETS: dict[str, Budget] = {
     "adam_rows, encoder, D = 2304 bf16": Budget(64, 880, 310),
     "adam_rows, encoder, D = 2304, 16-bit moments bf16": Budget(56, 1000, 290),
     "adam_rows, encoder, D = 2304, 8-bit moments bf16": Budget(72, 1420, 290),
-    "adam_rows, encoder with biases, D = 2304 bf16": Budget(104, 930, 840),
+    "adam_rows, encoder with biases, D = 2304 bf16": Budget(80, 930, 840, registers_36=104),
     "adam_rows, norms, D = 2304 bf16": Budget(48, 610, 290),
     "adam_rows, encoder norms, D = 2304 bf16": Budget(64, 730, 660),
     "adam_rows, decoder, D = 3584 bf16": Budget(80, 1290, 340),
@@ -131,7 +138,7 @@ def over_budget(kernels: Iterable[dict[str, Any]]) -> list[str]:
     faults = []
     for kernel in kernels:
         if kernel["arch"] == ARCH and kernel["name"] in BUDGETS:
-            for figure, most in BUDGETS[kernel["name"]]._asdict().items():
+            for figure, most in BUDGETS[kernel["name"]].limits(kernel["triton"]).items():
                 if kernel[figure] > most:
                     words, version = figure.replace("_", " "), kernel["triton"]
                     faults.append(
