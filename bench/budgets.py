@@ -84,6 +84,8 @@ BUDGETS: dict[str, Budget] = {
     "adam_rows, encoder, D = 2304, 16-bit moments bf16": Budget(56, 1000, 290),
     "adam_rows, encoder, D = 2304, 8-bit moments bf16": Budget(72, 1420, 290),
     "adam_rows, encoder with biases, D = 2304 bf16": Budget(80, 930, 840, registers_36=104),
+    "adam_rows, encoder in fp8, D = 2304 bf16": Budget(64, 1130, 300),
+    "adam_rows, encoder in fp8 with biases, D = 2304 bf16": Budget(112, 1160, 980),
     "adam_rows, norms, D = 2304 bf16": Budget(48, 610, 290),
     "adam_rows, encoder norms, D = 2304 bf16": Budget(64, 730, 660),
     "adam_rows, decoder, D = 3584 bf16": Budget(80, 1290, 340),

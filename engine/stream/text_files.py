@@ -190,7 +190,7 @@ Table = tuple[list[str], Callable[[str], Iterable[tuple[int, Iterable[Any]]]]]
 
 
 class ColumnFile:
-    """One column of a table that is stored in chunks of rows; a row is a document. `opened` opens the table of a path."""
+    """One column of a table that is stored in chunks of rows. A row is a document. `opened` opens the table."""
 
     def __init__(self, path: Path, field: TextField, opened: Callable[[Path], AbstractContextManager[Table]]):
         self.path, self.name, self.field, self.opened = path, str(path), field, opened
@@ -234,10 +234,9 @@ def _parquet_table(path: Path) -> Iterator[Table]:
 
     # with a buffer, a column of a row group is read piece by piece instead of whole
     with parquet.ParquetFile(path, buffer_size=2**20) as file:
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        yield file.schema_arrow.names, lambda column: (
-            (size, values(group, column)) for group, size in enumerate(sizes)
-        )
+        groups = range(file.metadata.num_row_groups)
+        sizes = [file.metadata.row_group(group).num_rows for group in groups]
+        yield file.schema_arrow.names, lambda column: zip(sizes, (values(n, column) for n in groups), strict=True)
 
 
 @contextmanager

@@ -123,12 +123,10 @@ def _check(
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     if (matrix or fp8 is not None) and parameter.ndim != 2:
-        raise ValueError(
-            f"parameter must be [F, D] for unit_norm, narrow moments and fp8, got {list(parameter.shape)}"
-        )
+        raise ValueError(f"parameter must be [F, D] for unit_norm, narrow moments and fp8, got {list(parameter.shape)}")
     if fp8 is not None:
         fp8.check("fp8", *parameter.shape)
-        tensors |= dict(rows=fp8.rows, scale=fp8.scale)
+        tensors |= {"fp8.rows": fp8.rows, "fp8.scale": fp8.scale}
     shapes = {rate.shape for rate in (*rates[:3], rates.seed) if rate is not None}
     n_rows = len(parameter) if parameter.ndim else 1
     if len(shapes) > 1 or any(len(shape) > 1 or (shape and (not shape[0] or n_rows % shape[0])) for shape in shapes):

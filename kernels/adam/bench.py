@@ -56,6 +56,11 @@ def _specs(dtype: str) -> dict[str, Spec]:
     return specs
 
 
+def _matrix_spec(bits: int, **flags: int) -> Spec:
+    flags |= dict(HAS_SHADOW=True, HAS_SKIP=True, BITS=bits, HIGH=2048, LOW=2048)
+    return Spec("adam.adam_matrix_kernel", "adam_matrix", _pointers(bits, "bf16", flags), flags)
+
+
 def _rows_launches(step: Step, name: str, matrix: float, *, shared: bool = False) -> list[Launch]:
     """Describe a pass over the entries of all latents that moves `matrix` bytes per parameter. `shared`: the entries are
     packed already."""
@@ -144,12 +149,8 @@ BENCH = OpBench(
     specs=_specs,
     launches=_launches,
     fixed_specs={
-        "adam": Spec("adam.adam_kernel", "adam", _pointers(32, "fp32"), dict(HAS_SHADOW=True, HAS_SKIP=True))
-    } | {
-        f"adam, matrix, {bits}-bit moments": Spec(
-            "adam.adam_matrix_kernel", "adam_matrix", _pointers(bits, "bf16"),
-            dict(UNIT_NORM=True, HAS_SHADOW=True, HAS_FP8=False, HAS_SKIP=True, BITS=bits, HIGH=2048, LOW=2048),
-        )
-        for bits in MOMENTS
+        "adam": Spec("adam.adam_kernel", "adam", _pointers(32, "fp32"), dict(HAS_SHADOW=True, HAS_SKIP=True)),
+        **{f"adam, matrix, {bits}-bit moments": _matrix_spec(bits, UNIT_NORM=True, HAS_FP8=False) for bits in MOMENTS},
+        "adam, matrix in fp8": _matrix_spec(32, UNIT_NORM=False, HAS_FP8=True)._replace(since=FP8_SINCE),
     },
 )  # fmt: skip

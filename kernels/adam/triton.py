@@ -306,7 +306,8 @@ def adam(
             UNIT_NORM=unit_norm, **flags, **pieces(d), **launch_options("adam_matrix", parameter),
         )  # fmt: skip
     else:
-        options, (w, m, v, _, shadow_or_w, _, _, *rates_of_dictionaries, _, skip) = launch_options("adam", parameter), tensors
+        w, m, v, _, shadow_or_w, _, _, *rates_of_dictionaries, _, skip = tensors
+        options = launch_options("adam", parameter)
         launch_kernel(
             adam_kernel, (triton.cdiv(size, options["BLOCK"]),),
             w, grad, m, v, shadow_or_w, *rates_of_dictionaries, skip, size, size // n_dictionaries, *numbers,

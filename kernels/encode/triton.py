@@ -49,8 +49,8 @@ def add_product(
     acc, x_ptr, w_ptr, tokens, cols, first_token, first_col, N, F, D, stride_x, stride_wd, stride_wf,
     EVEN_D: tl.constexpr, TMA: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return acc + x @ W_enc of tokens [BLOCK_N] and latents `cols` [BLOCK_F], over D in steps of BLOCK_D. TMA: x_ptr and
-    w_ptr are descriptors of x and W_enc as [F, D], and tokens and latents are those from `first_token` and `first_col` on."""
+    """Return acc + x @ W_enc of tokens [BLOCK_N] and latents `cols` [BLOCK_F], over D in steps of BLOCK_D. TMA: x_ptr
+    and w_ptr are descriptors of x and W_enc as [F, D], and tokens and latents follow `first_token` and `first_col`."""
     if not TMA:
         # Pointers to x [BLOCK_N, BLOCK_D] and W_enc [BLOCK_D, BLOCK_F]. Rows and columns past the end wrap around,
         # because that is cheaper than masking every load of the main loop. They are never stored.
@@ -81,8 +81,8 @@ def product(
     MASK: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
-    """Return b + x @ W_enc of this program's tile in float32, its tokens [BLOCK_N], and the index of its latent tile. TMA
-    as in `add_product`. Tiles that a hard mask empties skip the product."""
+    """Return b + x @ W_enc of this program's tile in float32, its tokens [BLOCK_N], and the index of its latent tile.
+    TMA as in `add_product`. Tiles that a hard mask empties skip the product."""
     tile_n, tile_f = tile_of(tl.program_id(0), N, F, BLOCK_N, BLOCK_F, GROUP_N)
     tokens = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)

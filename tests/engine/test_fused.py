@@ -266,7 +266,7 @@ def test_copies_in_half_precision_follow_the_weights():
 @pytest.mark.parametrize("way", ["sparse", "dense"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_copy_in_fp8_follows_the_weights(dtype, way, monkeypatch):
-    """The update writes it. After changes from outside of the step it is made anew, so that the code is that of the weights."""
+    """The update writes it. After changes from outside of the step it is made anew, and the code is that of the weights."""
     pytest.importorskip("triton")
     with monkeypatch.context() as patch:
         patch.setenv("TEMPOSAE_BACKEND", "triton")

@@ -472,8 +472,14 @@ def test_narrow_moments_that_do_not_fit_are_named(parameter, state, seed, messag
         (dict(rows=torch.ones(2)), r"rows must have shape \[M, D\], got \[2\]"),
         (dict(center=torch.ones(4)), r"center must have shape \[D\] = \[5\], got \[4\]"),
         (dict(shadow=torch.ones(3, 5)), r"shadow must have the parameter's shape \[4, 5\], got \[3, 5\]"),
-        (dict(fp8=Fp8Rows.of(torch.ones(3, 5))), r"fp8.rows must have shape \[F, columns\] = \[4, 128\], got \[3, 128\]"),
-        (dict(fp8=Fp8Rows(torch.ones(4, 128), torch.ones(4))), "fp8 must be e4m3 with float32 scales, got torch.float32"),
+        (
+            dict(fp8=Fp8Rows.of(torch.ones(3, 5))),
+            r"fp8.rows must have shape \[F, columns\] = \[4, 128\], got \[3, 128\]",
+        ),
+        (
+            dict(fp8=Fp8Rows(torch.ones(4, 128), torch.ones(4))),
+            "fp8 must be e4m3 with float32 scales, got torch.float32",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):

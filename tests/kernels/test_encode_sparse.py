@@ -386,7 +386,10 @@ def test_candidates_suffice_for_all_but_one_row_in_a_hundred():
         (dict(k=7), "got 7"),
         (dict(aux_k=7), r"aux_k must lie in \[0, F\] = \[0, 6\], got 7"),
         (dict(fp8=Fp8Rows.of(torch.ones(6, 4)), across_batch=True), "fp8 is for the k largest of each token"),
-        (dict(fp8=Fp8Rows.of(torch.ones(5, 4))), r"fp8.rows must have shape \[F, columns\] = \[6, 128\], got \[5, 128\]"),
+        (
+            dict(fp8=Fp8Rows.of(torch.ones(5, 4))),
+            r"fp8.rows must have shape \[F, columns\] = \[6, 128\], got \[5, 128\]",
+        ),
         (dict(aux_latents=torch.ones(5).bool()), r"aux_latents must have shape \[F\] = \[6\]"),
         (dict(aux_latents=torch.ones(6)), "aux_latents must be bool, got torch.float32"),
         (dict(b_enc=torch.ones(5)), r"b_enc must have shape \[F\]"),
