@@ -108,6 +108,7 @@ BUDGETS: dict[str, Budget] = {
     "adam, matrix, 32-bit moments": Budget(80, 750, 0),
     "adam, matrix, 16-bit moments": Budget(80, 1000, 0),
     "adam, matrix, 8-bit moments": Budget(112, 1580, 0),
+    "adam, matrix in fp8": Budget(80, 780, 0),
 }
 #: instructions of the loop that adds two entries to a gradient
 GATHER_LOOPS: dict[str, int] = dict.fromkeys(
