@@ -97,7 +97,7 @@ def ops(
         device=device_type,
         dtype=dtype_name,
         repeats=repeats,
-        keep=lambda *measured: write_json(json_file, record(*measured, device_type)),
+        keep=lambda cases, left_out: write_json(json_file, record(cases, left_out, device_type)),
     )
     print(table(record(*measured, device_type)), end="")
 
