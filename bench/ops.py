@@ -3,7 +3,7 @@
 The ops come from kernels/<op>/bench.py, forward ops first. The whole objective is added here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -99,8 +99,10 @@ def measure(
     dtype: str,
     repeats: int = 20,
     seconds: float = 5.0,
+    keep: Callable[[list[dict[str, Any]], dict[str, str]], None] = lambda cases, left_out: None,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Time ops at each shape. Returns the cases and, by op and shape, why it was left out.
+    """Time ops at each shape. Returns the cases and, by op and shape, why it was left out. `keep` is called with both after
+    each op.
 
     A case holds shape, dtype, backend, time quantiles, peak memory (results included), FLOP, bytes and floor. At most
     `seconds` are spent on an op at a shape. The backend is chosen as in training (TEMPOSAE_BACKEND forces one). Raises
@@ -129,6 +131,7 @@ def measure(
                         cases.append(case | work(name, shape, dtype, device, rates)._asdict())
                     except torch.OutOfMemoryError:
                         left_out[f"{name} at {shape}"] = "out of memory"
+                keep(cases, left_out)
                 bar.advance(1)
     return cases, left_out
 

@@ -91,8 +91,15 @@ def ops(
     from ..bench import ops as suite
     from ..bench.results import record, table
 
-    measured = suite.measure(shapes, op or suite.OPS, device=device_type, dtype=dtype_name, repeats=repeats)
-    _finish(record(*measured, device_type), table, json_file)
+    measured = suite.measure(
+        shapes,
+        op or suite.OPS,
+        device=device_type,
+        dtype=dtype_name,
+        repeats=repeats,
+        keep=lambda cases, left_out: write_json(json_file, record(cases, left_out, device_type)),
+    )
+    print(table(record(*measured, device_type)), end="")
 
 
 @bench_app.command()

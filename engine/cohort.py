@@ -53,7 +53,7 @@ class Cohort:
             counts = zip(*(learner.counts for learner in learners), strict=True)
             self.counts = Counts(*map(side_by_side, counts))
         self.capacity: int | None = None  # of codes whose size isn't known beforehand; None: the next one is measured
-        self._versions = self._learner_versions()
+        self._versions = self._weight_versions()
         self._pending: Callable[[], None] | None = None
 
     def step(self, batch: Batch) -> None:
@@ -95,8 +95,10 @@ class Cohort:
             return "sparse"
         return "autograd" if learner.cfg.activation == "relu" else "dense"
 
-    def _learner_versions(self) -> list[int]:
-        return [learner.version for learner in self.learners]
+    def _weight_versions(self) -> list[int]:
+        """Counts of changes of the weights, by the learners and by torch's in-place ops."""
+        parameters = (parameter for learner in self.learners for parameter in learner.sae.parameters())
+        return [learner.version for learner in self.learners] + [parameter._version for parameter in parameters]
 
     def _autograd_step(self, learner: Learner, batch: Batch) -> None:
         x = learner.scaled(batch.x)
@@ -107,9 +109,8 @@ class Cohort:
 
     def _fused_step(self, fused: FusedStep, batch: Batch) -> None:
         first = self.learners[0]
-        if (versions := self._learner_versions()) != self._versions:
+        if self._weight_versions() != self._versions:
             fused.stacked.refresh()
-            self._versions = versions
         x, target = first.scaled(batch.x), first.scaled(batch.target)
         dead, any_dead = None, [learner.any_dead for learner in self.learners]
         if any(any_dead):
@@ -143,6 +144,7 @@ class Cohort:
         if outcome.overflow:
             outcome = run(capacity=None)
             self.capacity = None
+        self._versions = self._weight_versions()
         if self.capacity is None and outcome.entries is not None and outcome.least_kept is None:
             self.capacity = math.ceil(ROOM * int(outcome.entries)) + n
         _count(self.learners, self.counts, outcome, n, spread)

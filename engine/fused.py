@@ -196,7 +196,7 @@ class FusedStep:
         code, aux = encode_topk(
             x, W_enc, b_enc, min(sae.k, sae.cfg.d_sae), center=center, mask=mask, pos=mask_rows,
             aux_k=aux_k, aux_latents=None if dead is None else dead.flatten(),
-            across_batch=across_batch, fp8=self.stacked.config.fp8, dictionaries=self.count,
+            across_batch=across_batch, fp8=self.stacked.fp8, dictionaries=self.count,
         )  # fmt: skip
         code = self.ranks.keep_largest(code, sae.k * (len(x) if across_batch else 1))
         return code, None if aux is None else self.ranks.keep_largest(aux, sae.cfg.aux_k), None

@@ -7,7 +7,7 @@ are verified, so looking up one latent stays fast.
 
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +22,23 @@ from ..engine.storage.files import whole_file
 COLUMNS = ("document", "row", "position", "token", "latent", "value")
 PART = 2**22  # entries per part, sorted in memory
 GROUP = 2**17  # lines per row group
-PLACE = [("document", pa.int64()), ("row", pa.int64()), ("position", pa.int32()), ("token", pa.int32())]
-TOKEN = [("text", pa.string()), ("active", pa.int32()), ("squared_error", pa.float32()), ("squared_norm", pa.float32())]
+_PLACE = [("document", pa.int64()), ("row", pa.int64()), ("position", pa.int32()), ("token", pa.int32())]
+_ERRORS = [("squared_error", pa.float32()), ("squared_norm", pa.float32())]
+TOKEN = pa.schema([*_PLACE, ("text", pa.string()), ("active", pa.int32()), *_ERRORS])
+ENTRY = pa.schema([*_PLACE, ("latent", pa.int32()), ("value", pa.float32())])
 #: options for writing Parquet
 SETTINGS: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 _TAIL = 8  # bytes: the footer's length and PAR1
 
 
 class _Writer:
-    """Buffers lines and writes them `enough` at a time."""
+    """Buffers lines and passes them to `write`, `enough` at a time."""
 
-    def __init__(self, enough: int, columns: list[tuple[str, pa.DataType]]):
-        self.enough, self.schema = enough, pa.schema([*PLACE, *columns])
-        self.waiting = self.schema.empty_table()
-
-    def write(self, lines: pa.Table) -> None:
-        raise NotImplementedError
+    def __init__(self, enough: int, schema: pa.Schema, write: Callable[[pa.Table], None]):
+        self.enough, self.write, self.waiting = enough, write, schema.empty_table()
 
     def add(self, columns: dict[str, np.ndarray]) -> None:
-        self.waiting = pa.concat_tables([self.waiting, pa.table(columns, schema=self.schema)])
+        self.waiting = pa.concat_tables([self.waiting, pa.table(columns, schema=self.waiting.schema)])
         self.flush(self.enough)
 
     def flush(self, least: int = 1) -> None:
@@ -54,12 +52,9 @@ class TokenWriter(_Writer):
     """Writes tokens.parquet a row group at a time; the file gets its name when it is complete."""
 
     def __init__(self, path: Path):
-        super().__init__(GROUP, TOKEN)
         self.place = whole_file(path)
-        self.file = pq.ParquetWriter(self.place.__enter__(), self.schema, **SETTINGS)
-
-    def write(self, lines: pa.Table) -> None:
-        self.file.write_table(lines)
+        self.file = pq.ParquetWriter(self.place.__enter__(), TOKEN, **SETTINGS)
+        super().__init__(GROUP, TOKEN, self.file.write_table)
 
     def __enter__(self) -> "TokenWriter":
         return self
@@ -75,11 +70,11 @@ class ActivationWriter(_Writer):
     """Writes features/part-*.parquet, each sorted by latent; a file gets its name when it is complete."""
 
     def __init__(self, folder: Path):
-        super().__init__(PART, [("latent", pa.int32()), ("value", pa.float32())])
+        super().__init__(PART, ENTRY, self._write_part)
         self.folder, self.entries = folder, 0
         self.checks: dict[str, dict[str, Any]] = {}  # checksums of each part
 
-    def write(self, lines: pa.Table) -> None:
+    def _write_part(self, lines: pa.Table) -> None:
         order = np.argsort(lines["latent"].to_numpy(), kind="stable")  # lines come sorted by document, row and position
         name = f"part-{len(self.checks):05d}.parquet"
         with whole_file(self.folder / name) as fresh:

@@ -35,6 +35,24 @@ def pytest_configure(config: pytest.Config) -> None:
     if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         os.environ["TRITON_INTERPRET"] = "1"
         speed_up_interpreter()
+        round_to_fp8_in_interpreter()
+
+
+def round_to_fp8_in_interpreter() -> None:
+    """Round float32 to e4m3 as GPUs do, to the nearest, ties to even. Triton's interpreter rounds ties up and loses carries
+    into the exponent."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    convert = interpreter._convert_float
+
+    def convert_float(data, source, target, rounding_mode):
+        if source.is_fp32() and target.is_fp8e4nv():
+            return torch.tensor(data).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return convert(data, source, target, rounding_mode)
+
+    interpreter._convert_float = convert_float
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -118,7 +118,7 @@ class SelfAttention(Part):
 
 
 class _Projected(Part):
-    """A penalty weight * D * `term` on u = f P, with P [F, h] random, N(0, 1 / h): |u| is about |f|. P is fixed, unless
+    """A penalty weight * D * term on u = f P, with P [F, h] random, N(0, 1 / h): |u| is about |f|. P is fixed, unless
     `is_learned`. `figure` names the term in reports."""
 
     reads = frozenset({"rows", "f"})
@@ -140,11 +140,8 @@ class _Projected(Part):
         u = batch.f @ self.projection
         return u / (u - u.mean(0)).square().sum(1).mean().clamp_min(TINY).sqrt()
 
-    def term(self, batch: BatchView) -> Tensor:
-        raise NotImplementedError
-
-    def penalty(self, batch: BatchView) -> Tensor:
-        term = self.term(batch)
+    def weighted(self, term: Tensor) -> Tensor:
+        """The penalty of a term, which the next report gives."""
         self._term = term.detach()
         return self.settings.weight * self.cfg.d_in * term
 
@@ -180,12 +177,12 @@ class VelocityGRU(_Projected):
         self.gru = _initialised(nn.GRU(h, h, num_layers=2, batch_first=True, device="meta"), h, generator)
         self.head = _initialised(nn.Linear(h, h, device="meta"), h, generator)
 
-    def term(self, batch: BatchView) -> Tensor:
+    def penalty(self, batch: BatchView) -> Tensor:
         u, counted, rows = self.projected(batch), follows(batch.rows), packed(batch.rows)
         velocity = u[1:] - u[:-1]
         states, _ = self.gru(rows.spread(u))
         error = (velocity - self.head(rows.gather(states))[:-1]).square().sum(1)
-        return mean_of(error, counted) / mean_of(velocity.square().sum(1), counted).clamp_min(TINY)
+        return self.weighted(mean_of(error, counted) / mean_of(velocity.square().sum(1), counted).clamp_min(TINY))
 
 
 @part("temporal_consistency")
@@ -198,9 +195,9 @@ class TemporalConsistency(_Projected):
     don't make it small. Decided here: the scale, and P as in `velocity_gru`.
     """
 
-    def term(self, batch: BatchView) -> Tensor:
+    def penalty(self, batch: BatchView) -> Tensor:
         u = self.projected(batch)
-        return mean_of((u[1:] - u[:-1]).square().sum(1), follows(batch.rows)) / 2
+        return self.weighted(mean_of((u[1:] - u[:-1]).square().sum(1), follows(batch.rows)) / 2)
 
 
 @part("next_step")
@@ -220,10 +217,10 @@ class NextStep(_Projected):
         self.hidden = _initialised(nn.Linear(h, 2 * h, device="meta"), h, generator)
         self.head = _initialised(nn.Linear(2 * h, h, device="meta"), 2 * h, generator)
 
-    def term(self, batch: BatchView) -> Tensor:
+    def penalty(self, batch: BatchView) -> Tensor:
         u = self.projected(batch)
         error = (u[1:] - self.head(torch.relu(self.hidden(u[:-1])))).square().sum(1)
-        return mean_of(error, follows(batch.rows))
+        return self.weighted(mean_of(error, follows(batch.rows)))
 
 
 @part("temporal_contrast")
@@ -245,7 +242,7 @@ class TemporalContrast(_Projected):
         temperature: Factor = Field(default=0.1, description="Divisor of cosines between projections in the softmax.")
         anchors: int = Field(default=256, ge=2, description="Tokens drawn from each batch as anchors.")
 
-    def term(self, batch: BatchView) -> Tensor:
+    def penalty(self, batch: BatchView) -> Tensor:
         assert batch.f is not None
         z = nn.functional.normalize(batch.f @ self.projection, dim=1)
         anchors = sample_indices(len(z) - 1, self.settings.anchors, batch)
@@ -254,4 +251,5 @@ class TemporalContrast(_Projected):
         is_compared = (row_number[:, None] != row_number) & (counted > 0)  # only next tokens that exist
         is_compared.fill_diagonal_(True)
         scores = scores.masked_fill(~is_compared, -torch.inf)
-        return mean_of(scores.logsumexp(1) - scores.diagonal(), counted) / math.log(self.settings.anchors)
+        loss = mean_of(scores.logsumexp(1) - scores.diagonal(), counted)
+        return self.weighted(loss / math.log(self.settings.anchors))

@@ -11,7 +11,7 @@ from ..process import hub_access
 from ..storage.path_names import expand_path
 from .array_files import fingerprint
 from .text_fields import Document, TextField, document
-from .text_files import READERS, Arrow, Delimited, TextFile, TextTooShort, kind_of, open_file, reading
+from .text_files import READERS, Delimited, TextFile, TextTooShort, kind_of, open_file, reading
 
 IN_HAND = "documents given in Python"  # value of `stream.data` for documents in memory
 LOOKED_AT = 20  # documents in memory that go into their fingerprint
@@ -189,7 +189,7 @@ def _saved(data: str, path: Path, field: TextField, split: str | None) -> Docume
     elif split is not None:
         raise UserError(f"stream.split: {split} is not allowed; {data} is a saved dataset without splits")
     files = [path / _file_name(str(file["filename"]), data) for file in _json(path / "state.json", "_data_files")]
-    return DocumentFiles(data, [Arrow(file, field) for file in files], files)
+    return DocumentFiles(data, [READERS[".arrow"](file, field) for file in files], files)
 
 
 def _json(path: Path, key: str) -> list[Any]:

@@ -12,6 +12,7 @@ import json
 import lzma
 import re
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -44,17 +45,17 @@ class TextTooShort(UserError):
         self.document_count = document_count
 
 
-class TextFile:
+class ItemFile(ABC):
     """A file that yields items in order, each of which holds one document."""
 
     def __init__(self, path: Path, field: TextField):
         self.path, self.name, self.field = path, str(path), field
 
-    def _items(self) -> Iterator[Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _items(self) -> Iterator[Any]: ...
 
-    def _document(self, item: Any, number: int) -> Document:
-        raise NotImplementedError
+    @abstractmethod
+    def _document(self, item: Any, number: int) -> Document: ...
 
     def read(self, start: int = 0) -> Iterator[Document]:
         """The documents from number `start` on. Raises TextTooShort if there are fewer than `start`."""
@@ -66,7 +67,7 @@ class TextFile:
             raise TextTooShort(self.name, start, count)
 
 
-class PlainText(TextFile):
+class PlainText(ItemFile):
     """Documents separated by blank lines. Raises UserError for a file that is clearly binary, JSON or markup."""
 
     def __init__(self, path: Path, field: TextField):
@@ -99,7 +100,7 @@ class PlainText(TextFile):
         return "\n".join(line.rstrip("\r\n") for line in lines)
 
 
-class JsonLines(TextFile):
+class JsonLines(ItemFile):
     """A JSON object or string per line; blank lines are skipped."""
 
     def _items(self) -> Iterator[tuple[int, bytes]]:
@@ -115,7 +116,7 @@ class JsonLines(TextFile):
         return _document_of_json(value, self.field, place)
 
 
-class JsonList(TextFile):
+class JsonList(ItemFile):
     """The items of one JSON list: objects or strings."""
 
     def _document(self, item: Any, number: int) -> Document:
@@ -149,7 +150,7 @@ class JsonList(TextFile):
                     number, position, size = number + 1, item_end, READ_AHEAD
 
 
-class Delimited(TextFile):
+class Delimited(ItemFile):
     """The rows of a .csv or .tsv file, whose first line names the columns."""
 
     def __init__(self, path: Path, field: TextField, delimiter: str = ","):
@@ -184,22 +185,22 @@ class Delimited(TextFile):
         return item
 
 
-class ColumnFile(TextFile):
-    """One column of a table that is stored in chunks of rows; a row is a document."""
+#: column names, and for a column each chunk's number of rows and an iterable of their Arrow scalars
+Table = tuple[list[str], Callable[[str], Iterable[tuple[int, Iterable[Any]]]]]
 
-    def __init__(self, path: Path, field: TextField):
-        super().__init__(path, field)
-        with reading(self.name), self._table() as (names, _):
+
+class ColumnFile:
+    """One column of a table that is stored in chunks of rows. A row is a document. `opened` opens the table."""
+
+    def __init__(self, path: Path, field: TextField, opened: Callable[[Path], AbstractContextManager[Table]]):
+        self.path, self.name, self.field, self.opened = path, str(path), field, opened
+        with reading(self.name), opened(path) as (names, _):
             self.column = field.column(names, self.name)
-
-    def _table(self) -> AbstractContextManager[tuple[list[str], Iterator[tuple[int, Iterable[Any]]]]]:
-        """The column names, and for each chunk its number of rows and an iterable of their Arrow scalars."""
-        raise NotImplementedError
 
     def read(self, start: int = 0) -> Iterator[Document]:
         count = 0
-        with reading(self.name), self._table() as (_, chunks):
-            for size, values in chunks:
+        with reading(self.name), self.opened(self.path) as (_, chunks_of):
+            for size, values in chunks_of(self.column):
                 if count + size > start:
                     skipped = max(0, start - count)
                     for number, value in enumerate(islice(values, skipped, None), count + skipped):
@@ -222,47 +223,43 @@ class ColumnFile(TextFile):
         return document(content, f"{place}, column {self.column},")
 
 
-class Parquet(ColumnFile):
-    """The rows of a Parquet file, whose chunks are row groups."""
+@contextmanager
+def _parquet_table(path: Path) -> Iterator[Table]:
+    """A Parquet file, whose chunks are row groups."""
+    import pyarrow.parquet as parquet
 
-    @contextmanager
-    def _table(self) -> Iterator[tuple[list[str], Iterator[tuple[int, Iterable[Any]]]]]:
-        import pyarrow.parquet as parquet
-
-        # with a buffer, a column of a row group is read piece by piece instead of whole
-        with parquet.ParquetFile(self.path, buffer_size=2**20) as file:
-            groups = range(file.metadata.num_row_groups)
-            sizes = (file.metadata.row_group(group).num_rows for group in groups)
-            yield file.schema_arrow.names, zip(sizes, (self._values(file, group) for group in groups), strict=True)
-
-    def _values(self, file: Any, group: int) -> Iterator[Any]:
-        for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[self.column]):
+    def values(group: int, column: str) -> Iterator[Any]:
+        for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[column]):
             yield from batch.column(0)
 
-
-class Arrow(ColumnFile):
-    """The rows of an Arrow file or stream, such as `datasets` saves, whose chunks are record batches."""
-
-    @contextmanager
-    def _table(self) -> Iterator[tuple[list[str], Iterator[tuple[int, Iterable[Any]]]]]:
-        import pyarrow as pa
-
-        with pa.OSFile(str(self.path)) as file:
-            if file.read(6) == b"ARROW1":
-                reader = pa.ipc.open_file(file)
-                batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
-            else:
-                file.seek(0)
-                reader = batches = pa.ipc.open_stream(file)
-            names = reader.schema.names
-            yield names, ((len(batch), batch.column(names.index(self.column))) for batch in batches)
+    # with a buffer, a column of a row group is read piece by piece instead of whole
+    with parquet.ParquetFile(path, buffer_size=2**20) as file:
+        groups = range(file.metadata.num_row_groups)
+        sizes = [file.metadata.row_group(group).num_rows for group in groups]
+        yield file.schema_arrow.names, lambda column: zip(sizes, (values(n, column) for n in groups), strict=True)
 
 
-class Array(TextFile):
+@contextmanager
+def _arrow_table(path: Path) -> Iterator[Table]:
+    """An Arrow file or stream, such as `datasets` saves, whose chunks are record batches."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(path)) as file:
+        if file.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(file)
+            batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
+        else:
+            file.seek(0)
+            reader = batches = pa.ipc.open_stream(file)
+        names = reader.schema.names
+        yield names, lambda column: ((len(batch), batch.column(names.index(column))) for batch in batches)
+
+
+class Array:
     """Token ids in a .npy file: each row of [documents, tokens] is a document, or all of [tokens] is one."""
 
     def __init__(self, path: Path, field: TextField):
-        super().__init__(path, field)
+        self.path, self.name = path, str(path)
         _refuse_fields(path, field)
         with reading(self.name):
             ids = StoredArray.of_npy(path, "data")
@@ -288,9 +285,11 @@ def _json(path: Path, field: TextField) -> JsonLines | JsonList:
     return JsonList(path, field) if beginning.startswith(b"[") else JsonLines(path, field)
 
 
+TextFile = ItemFile | ColumnFile | Array
 READERS: dict[str, Callable[[Path, TextField], TextFile]] = {
     ".txt": PlainText, ".jsonl": JsonLines, ".ndjson": JsonLines, ".json": _json, ".csv": Delimited,
-    ".tsv": partial(Delimited, delimiter="\t"), ".parquet": Parquet, ".arrow": Arrow, ".npy": Array,
+    ".tsv": partial(Delimited, delimiter="\t"), ".npy": Array,
+    ".parquet": partial(ColumnFile, opened=_parquet_table), ".arrow": partial(ColumnFile, opened=_arrow_table),
 }  # fmt: skip
 
 

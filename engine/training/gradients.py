@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...kernels.adam import BiasGradients, Moments, Rates, adam, adam_rows, row_norms
 from ...kernels.code import LatentMajor, SparseCode
+from ...kernels.fp8 import Fp8Rows
 from ...kernels.weight_grad import latent_sums
 
 
@@ -42,11 +43,13 @@ class EntryGradient(NamedTuple):
             self.entries, self.values, self.vectors, center=self.center, W=W, biases=self.biases, shared=self.shared
         )
 
-    def update(self, moments: Moments, rates: Rates, shadow: Tensor | None, *, is_first_pass: bool) -> None:
+    def update(
+        self, moments: Moments, rates: Rates, shadow: Tensor | None, fp8: Fp8Rows | None, *, is_first_pass: bool
+    ) -> None:
         """Take a step of Adam."""
         adam_rows(
             self.W, self.entries, self.values, self.vectors, moments, rates, center=self.center,
-            unit_norm=self.unit_norm, shadow=shadow, biases=self.biases if is_first_pass else None,
+            unit_norm=self.unit_norm, shadow=shadow, fp8=fp8, biases=self.biases if is_first_pass else None,
             shared=self.shared,
         )  # fmt: skip
 
@@ -64,9 +67,11 @@ class DenseGradient(NamedTuple):
         squares = torch.linalg.vector_norm(self.grad, dim=1, dtype=torch.float32).square()
         return squares if not self.unit_norm else (squares - (self.grad * self.W).sum(1).square()).clamp_min(0)
 
-    def update(self, moments: Moments, rates: Rates, shadow: Tensor | None, *, is_first_pass: bool) -> None:
+    def update(
+        self, moments: Moments, rates: Rates, shadow: Tensor | None, fp8: Fp8Rows | None, *, is_first_pass: bool
+    ) -> None:
         """Take a step of Adam."""
-        adam(self.W, self.grad, moments, rates, unit_norm=self.unit_norm, shadow=shadow)
+        adam(self.W, self.grad, moments, rates, unit_norm=self.unit_norm, shadow=shadow, fp8=fp8)
 
 
 class SparseGradients:

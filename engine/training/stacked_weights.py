@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.adam import BiasGradients, Moments, Rates, adam
+from ...kernels.fp8 import Fp8Rows
 from ..config import TrainConfig
 from ..ranks import Ranks
 from ..sae import SparseAutoencoder
@@ -33,7 +34,8 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class StackedWeights:
-    """The weights of S dictionaries, Adam's moments, and a copy of each large weight in the products' dtype.
+    """The weights of S dictionaries, Adam's moments, and copies of large weights: in the products' dtype, and of W_enc in
+    e4m3 with `TrainConfig.fp8`.
 
     Latents s F to (s + 1) F are those of the s-th. `leaves` are each dictionary's learned parameters and `moments` Adam's,
     by name; W_enc is [F, D]. Those of several dictionaries become views. `paces` are factors on the learning rate.
@@ -58,6 +60,7 @@ class StackedWeights:
         self.shadows = {}
         if dtype != torch.float32:
             self.shadows = {name: torch.empty_like(self.weights[name], dtype=dtype) for name in LARGE}
+        self.fp8 = Fp8Rows.of(self.weights["W_enc"]) if config.fp8 else None
         self._rates = [torch.zeros(self.count, device=device) for _ in range(3)]
         rounded_names = LARGE if config.moments != "float32" else ()
         self._seeds = {name: torch.zeros(self.count, dtype=torch.int32, device=device) for name in rounded_names}
@@ -74,6 +77,8 @@ class StackedWeights:
         """Copy the large weights anew, after they were changed from outside."""
         for name, shadow in self.shadows.items():
             shadow.copy_(self.weights[name])
+        if self.fp8 is not None:
+            self.fp8.copy_(self.for_products("W_enc"))
 
     def set_rates(self, lrs: Sequence[float], step: int) -> None:
         """Write what changes from step to step besides the data to where the kernels read it."""
@@ -124,7 +129,8 @@ class StackedWeights:
     ) -> None:
         for name, grad in gradients.items():
             rounded_rates = rates._replace(seed=self._seeds.get(name))
-            grad.update(self.moments[name], rounded_rates, self.shadows.get(name), is_first_pass=is_first_pass)
+            fp8 = self.fp8 if name == "W_enc" else None
+            grad.update(self.moments[name], rounded_rates, self.shadows.get(name), fp8, is_first_pass=is_first_pass)
 
     def _add_bias_gradients(
         self, small_gradients: dict[str, Tensor], gradients: SparseGradients | DenseGradients,

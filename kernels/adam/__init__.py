@@ -10,6 +10,7 @@ from ..backend import choose
 from ..checks import check_one_device, check_shape
 from ..code import LatentMajor
 from ..cost import Cost
+from ..fp8 import Fp8Rows
 from ..moments import BiasGradients, Moments, Rates
 from ..weight_grad import check_entries
 from . import reference
@@ -17,7 +18,7 @@ from . import reference
 
 def adam(
     parameter: Tensor, grad: Tensor, moments: Moments, rates: Rates, *, unit_norm: bool = False,
-    shadow: Tensor | None = None, backend: str | None = None,
+    shadow: Tensor | None = None, fp8: Fp8Rows | None = None, backend: str | None = None,
 ) -> None:  # fmt: skip
     """Do one Adam step in place (Kingma & Ba, arXiv 1412.6980):
 
@@ -32,18 +33,20 @@ def adam(
     unit_norm  the rows w of a parameter [F, D] have norm 1 and keep it: their gradient g loses its part along the row,
                <g, w> w, before the step, and the row is normalised afterwards
     shadow     the parameter's shape, any floating dtype: receives the new values
+    fp8        for a parameter [F, D]: receives `Fp8Rows.of` the shadow or, without one, of the parameter
 
     Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
-    _check(parameter, moments, rates, shadow, matrix=unit_norm)
+    _check(parameter, moments, rates, shadow, fp8, matrix=unit_norm)
     if grad.shape != parameter.shape:
         raise ValueError(f"grad must have the parameter's shape {list(parameter.shape)}, got {list(grad.shape)}")
-    _twin(choose("adam", parameter, grad, backend=backend)).adam(parameter, grad, moments, rates, unit_norm, shadow)
+    twin = _twin(choose("adam", parameter, grad, backend=backend))
+    twin.adam(parameter, grad, moments, rates, unit_norm, shadow, fp8)
 
 
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates, *,
-    center: Tensor | None = None, unit_norm: bool = False, shadow: Tensor | None = None,
+    center: Tensor | None = None, unit_norm: bool = False, shadow: Tensor | None = None, fp8: Fp8Rows | None = None,
     biases: BiasGradients | None = None, shared: dict[str, Any] | None = None, backend: str | None = None,
 ) -> None:  # fmt: skip
     """Do the step of `adam` on W [F, D] with the gradient weight_grad(entries, values, rows, center=center).
@@ -53,13 +56,13 @@ def adam_rows(
     empty dict at first, keeps what the passes over the same operands have in common. Other arguments and errors as in
     `adam` and `weight_grad`.
     """
-    _check(W, moments, rates, shadow)
+    _check(W, moments, rates, shadow, fp8)
     check_entries(entries, values, rows, center)
     check_shape("W", W, F=entries.latent_offsets.numel() - 1, D=rows.shape[1])
     check_one_device(W=W, rows=rows)
     _check_biases(biases, W, center)
     twin = _twin(choose("adam_rows", W, values, rows, backend=backend))
-    twin.adam_rows(W, entries, values, rows, moments, rates, center, unit_norm, shadow, biases, shared)
+    twin.adam_rows(W, entries, values, rows, moments, rates, center, unit_norm, shadow, fp8, biases, shared)
 
 
 def row_norms(
@@ -97,7 +100,9 @@ def _twin(backend: str) -> Any:
     return triton
 
 
-def _check(parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None, matrix: bool = False) -> None:
+def _check(
+    parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None, fp8: Fp8Rows | None, matrix: bool = False
+) -> None:
     tensors = {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq, "shadow": shadow}
     dtypes = moments.exp_avg.dtype, moments.exp_avg_sq.dtype
     if dtypes in ((torch.bfloat16, torch.bfloat16), (torch.int8, torch.uint8)):
@@ -117,8 +122,11 @@ def _check(parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | N
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    if matrix and parameter.ndim != 2:
-        raise ValueError(f"parameter must be [F, D] for unit_norm and for narrow moments, got {list(parameter.shape)}")
+    if (matrix or fp8 is not None) and parameter.ndim != 2:
+        raise ValueError(f"parameter must be [F, D] for unit_norm, narrow moments and fp8, got {list(parameter.shape)}")
+    if fp8 is not None:
+        fp8.check("fp8", *parameter.shape)
+        tensors |= {"fp8.rows": fp8.rows, "fp8.scale": fp8.scale}
     shapes = {rate.shape for rate in (*rates[:3], rates.seed) if rate is not None}
     n_rows = len(parameter) if parameter.ndim else 1
     if len(shapes) > 1 or any(len(shape) > 1 or (shape and (not shape[0] or n_rows % shape[0])) for shape in shapes):

@@ -1,11 +1,13 @@
 """Kernels of adam to compile, launch settings to tune, and calls to time."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..bench_types import Call, Inputs, Launch, Op, OpBench, Spec, Step, Trial
+from ..configs import FP8_SINCE
 from ..cost import Cost
 from ..moments import LATENTS
 from ..numerics import pieces
@@ -14,8 +16,8 @@ from ..weight_grad.bench import SPLIT, WIDTHS, gather_launches, gather_pointers
 from . import Moments, Rates, adam, adam_rows, cost, row_norms
 
 MOMENTS = {32: ("fp32", "fp32"), 16: ("bf16", "bf16"), 8: ("i8", "u8")}
-_UPDATE = dict(UPDATE=True, HAS_SHADOW=True, HAS_SKIP=True)
-_NORMS = dict(UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False)
+_UPDATE = dict(UPDATE=True, HAS_SHADOW=True, HAS_FP8=False, HAS_SKIP=True)
+_NORMS = dict(UPDATE=False, HAS_SHADOW=False, HAS_FP8=False, HAS_SKIP=False)
 _DECODER = dict(HAS_CENTER=False, UNIT_NORM=True, BIASES=False, LATENTS=1)
 _ENCODER = dict(HAS_CENTER=True, UNIT_NORM=False, BIASES=False, LATENTS=1)
 _BIASES = dict(BIASES=True, LATENTS=LATENTS)
@@ -23,29 +25,40 @@ ROWS = {
     "decoder": _DECODER | _UPDATE,
     "encoder": _ENCODER | _UPDATE,
     "encoder with biases": _ENCODER | _UPDATE | _BIASES,  # without clipping
+    "encoder in fp8": _ENCODER | _UPDATE | dict(HAS_FP8=True),
+    "encoder in fp8 with biases": _ENCODER | _UPDATE | _BIASES | dict(HAS_FP8=True),
     "norms": _DECODER | _NORMS,
     "encoder norms": _ENCODER | _NORMS | _BIASES,
 }
 
 
-def _pointers(bits: int, dtype: str) -> dict[str, str]:
+def _pointers(bits: int, dtype: str, flags: Mapping[str, int] = {}) -> dict[str, str]:
     """Return the pointers for a parameter with moments of `bits` bits and a shadow of this dtype."""
     m, v = MOMENTS[bits]
-    single = ("w", "grad", "scales", "step_size", "correction", "factor", "norms", "ones", "products")
-    return dict.fromkeys(single, "fp32") | dict(m=m, v=v, shadow=dtype, seed="i32", skip="i1")
+    fp8 = "fp8e4nv" if flags.get("HAS_FP8") else "fp32"
+    single = ("w", "grad", "scales", "fp8_scale", "step_size", "correction", "factor", "norms", "ones", "products")
+    return dict.fromkeys(single, "fp32") | dict(m=m, v=v, shadow=dtype, fp8=fp8, seed="i32", skip="i1")
 
 
 def _specs(dtype: str) -> dict[str, Spec]:
     specs = {}
     for width in WIDTHS[dtype]:
         for name, flags in ROWS.items():
+            if flags["HAS_FP8"] and (dtype, width) != ("bf16", 2304):
+                continue  # where it spills least
             for bits in MOMENTS if dtype == "bf16" and name in ("decoder", "encoder") else (32,):
                 specs[f"adam_rows, {name}, D = {width}" + (f", {bits}-bit moments" if bits < 32 else "")] = Spec(
-                    "adam.adam_rows_kernel", "adam_rows", gather_pointers(dtype) | _pointers(bits, dtype),
+                    "adam.adam_rows_kernel", "adam_rows", gather_pointers(dtype) | _pointers(bits, dtype, flags),
                     flags | pieces(width) | dict(BITS=bits, SPLIT=SPLIT),
                     hot=name != "encoder with biases" or width <= 2304,  # wider, it spills 24 bytes on sm_80
+                    since=FP8_SINCE if flags["HAS_FP8"] else 80,
                 )  # fmt: skip
     return specs
+
+
+def _matrix_spec(bits: int, **flags: int) -> Spec:
+    flags |= dict(HAS_SHADOW=True, HAS_SKIP=True, BITS=bits, HIGH=2048, LOW=2048)
+    return Spec("adam.adam_matrix_kernel", "adam_matrix", _pointers(bits, "bf16", flags), flags)
 
 
 def _rows_launches(step: Step, name: str, matrix: float, *, shared: bool = False) -> list[Launch]:
@@ -136,12 +149,8 @@ BENCH = OpBench(
     specs=_specs,
     launches=_launches,
     fixed_specs={
-        "adam": Spec("adam.adam_kernel", "adam", _pointers(32, "fp32"), dict(HAS_SHADOW=True, HAS_SKIP=True))
-    } | {
-        f"adam, matrix, {bits}-bit moments": Spec(
-            "adam.adam_matrix_kernel", "adam_matrix", _pointers(bits, "bf16"),
-            dict(UNIT_NORM=True, HAS_SHADOW=True, HAS_SKIP=True, BITS=bits, HIGH=2048, LOW=2048),
-        )
-        for bits in MOMENTS
+        "adam": Spec("adam.adam_kernel", "adam", _pointers(32, "fp32"), dict(HAS_SHADOW=True, HAS_SKIP=True)),
+        **{f"adam, matrix, {bits}-bit moments": _matrix_spec(bits, UNIT_NORM=True, HAS_FP8=False) for bits in MOMENTS},
+        "adam, matrix in fp8": _matrix_spec(32, UNIT_NORM=False, HAS_FP8=True)._replace(since=FP8_SINCE),
     },
 )  # fmt: skip

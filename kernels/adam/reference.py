@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from ..code import LatentMajor
+from ..fp8 import Fp8Rows
 from ..moments import LEAST, MEAN_LARGEST, MEAN_ZERO, SQUARE_LARGEST, SQUARE_ZERO, BiasGradients, Moments, Rates
 from ..weight_grad.reference import latent_sums, weight_grad
 
 
 def adam(
-    parameter: Tensor, grad: Tensor, moments: Moments, rates: Rates, unit_norm: bool, shadow: Tensor | None
-) -> None:
+    parameter: Tensor, grad: Tensor, moments: Moments, rates: Rates, unit_norm: bool, shadow: Tensor | None,
+    fp8: Fp8Rows | None,
+) -> None:  # fmt: skip
     if rates.skip is not None and rates.skip:
         return
     grad = _across(grad.to(parameter.dtype), parameter) if unit_norm else grad.to(parameter.dtype)
@@ -27,15 +29,17 @@ def adam(
         parameter /= parameter.norm(dim=1, keepdim=True)
     if shadow is not None:
         shadow.copy_(parameter)
+    if fp8 is not None:
+        fp8.copy_(parameter if shadow is None else shadow)
 
 
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates,
-    center: Tensor | None, unit_norm: bool, shadow: Tensor | None, biases: BiasGradients | None,
+    center: Tensor | None, unit_norm: bool, shadow: Tensor | None, fp8: Fp8Rows | None, biases: BiasGradients | None,
     shared: dict[str, Any] | None,
 ) -> None:  # fmt: skip
     _sum_biases(biases, entries, values, W)
-    adam(W, weight_grad(entries, values, rows, center), moments, rates, unit_norm, shadow)
+    adam(W, weight_grad(entries, values, rows, center), moments, rates, unit_norm, shadow, fp8)
 
 
 def row_norms(

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import fp8 as e4m3
 from .. import moments as formats
 from ..backend import launch_kernel, launch_options
 from ..code import LatentMajor
+from ..fp8 import Fp8Rows
 from ..moments import LATENTS, BiasGradients, Moments, Rates
 from ..numerics import pieces
 from ..weight_grad.triton import gather_arguments, sum_latent
@@ -21,6 +23,8 @@ from ..weight_grad.triton import gather_arguments, sum_latent
 MEAN_ZERO, MEAN_LARGEST = tl.constexpr(formats.MEAN_ZERO), tl.constexpr(formats.MEAN_LARGEST)
 SQUARE_ZERO, SQUARE_LARGEST = tl.constexpr(formats.SQUARE_ZERO), tl.constexpr(formats.SQUARE_LARGEST)
 LEAST = tl.constexpr(formats.LEAST)
+# Constants of e4m3 rows, explained in fp8.py.
+FP8_UNIT, FP8_TINY, FP8_COLUMNS = tl.constexpr(1 / e4m3.LARGEST), tl.constexpr(e4m3.TINY), tl.constexpr(e4m3.COLUMNS)
 
 
 @triton.jit
@@ -92,11 +96,23 @@ def store_moments(m, v, m_ptrs, v_ptrs, m_inverse, v_inverse, row_hash, columns,
 
 
 @triton.jit
+def store_fp8(w_high, w_low, row, high, low, fp8_ptr, fp8_scale_ptr, D):
+    """Store a row of weights as `Fp8Rows.of` does."""
+    largest = tl.maximum(tl.max(tl.abs(w_high), 0), tl.max(tl.abs(w_low), 0))
+    scale = tl.maximum(largest * FP8_UNIT, FP8_TINY)
+    tl.store(fp8_scale_ptr + row, scale)
+    inverse = tl.div_rn(1.0, scale)
+    fp8_ptr += row * ((D + FP8_COLUMNS - 1) // FP8_COLUMNS * FP8_COLUMNS)
+    tl.store(fp8_ptr + high, (w_high * inverse).to(fp8_ptr.dtype.element_ty))
+    tl.store(fp8_ptr + low, (w_low * inverse).to(fp8_ptr.dtype.element_ty), mask=low < D)
+
+
+@triton.jit
 def update_row(
     row, w_high, w_low, grad_high, grad_low, high, low,
-    w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
-    D, RUN, beta1, beta2, new1, new2, eps,
-    UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, BITS: tl.constexpr,
+    w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, fp8_ptr, fp8_scale_ptr,
+    step_size_ptr, correction_ptr, factor_ptr, seed_ptr, D, RUN, beta1, beta2, new1, new2, eps,
+    UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_FP8: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Do Adam's step on one row of weights [F, D]. Each run of RUN rows has its own rates."""
     # scalars: the rates of the row's dictionary and its scales
@@ -150,8 +166,12 @@ def update_row(
     tl.store(w_ptr + row * D + low, w_low, mask=low < D)
     if HAS_SHADOW:
         shadow_ptr += row * D
-        tl.store(shadow_ptr + high, w_high.to(shadow_ptr.dtype.element_ty))
-        tl.store(shadow_ptr + low, w_low.to(shadow_ptr.dtype.element_ty), mask=low < D)
+        w_high = w_high.to(shadow_ptr.dtype.element_ty)
+        w_low = w_low.to(shadow_ptr.dtype.element_ty)
+        tl.store(shadow_ptr + high, w_high)
+        tl.store(shadow_ptr + low, w_low, mask=low < D)
+    if HAS_FP8:
+        store_fp8(w_high.to(tl.float32), w_low.to(tl.float32), row, high, low, fp8_ptr, fp8_scale_ptr, D)
 
 
 @triton.jit
@@ -183,10 +203,10 @@ def adam_kernel(
 
 @triton.jit
 def adam_matrix_kernel(
-    w_ptr, grad_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
-    skip_ptr, D, RUN, beta1, beta2, new1, new2, eps,
-    UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_SKIP: tl.constexpr, BITS: tl.constexpr,
-    HIGH: tl.constexpr, LOW: tl.constexpr,
+    w_ptr, grad_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, fp8_ptr, fp8_scale_ptr,
+    step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr, D, RUN, beta1, beta2, new1, new2, eps,
+    UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_FP8: tl.constexpr, HAS_SKIP: tl.constexpr,
+    BITS: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Adam on a matrix [F, D] from its gradient, with any moments. One program per row."""
     if HAS_SKIP:  # noqa: SIM102 - known when compiling
@@ -206,18 +226,20 @@ def adam_matrix_kernel(
         grad_low -= along * w_low
     update_row(
         row, w_high, w_low, grad_high, grad_low, high, low,
-        w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
-        D, RUN, beta1, beta2, new1, new2, eps, UNIT_NORM, HAS_SHADOW, BITS,
+        w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, fp8_ptr, fp8_scale_ptr,
+        step_size_ptr, correction_ptr, factor_ptr, seed_ptr, D, RUN, beta1, beta2, new1, new2, eps,
+        UNIT_NORM, HAS_SHADOW, HAS_FP8, BITS,
     )  # fmt: skip
 
 
 @triton.jit
 def adam_rows_kernel(
     packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
-    w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr,
-    norms_ptr, ones_ptr, products_ptr, D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
-    UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_SKIP: tl.constexpr,
-    BITS: tl.constexpr, BIASES: tl.constexpr, LATENTS: tl.constexpr,
+    w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, fp8_ptr, fp8_scale_ptr,
+    step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr, norms_ptr, ones_ptr, products_ptr,
+    D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
+    UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_FP8: tl.constexpr,
+    HAS_SKIP: tl.constexpr, BITS: tl.constexpr, BIASES: tl.constexpr, LATENTS: tl.constexpr,
     HAS_CENTER: tl.constexpr, SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Sum a latent's gradient from its entries. Then do Adam's step on its row (UPDATE) or store the squared norm of the
@@ -259,8 +281,9 @@ def adam_rows_kernel(
         else:
             update_row(
                 latent, w_high, w_low, grad_high, grad_low, high, low,
-                w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, seed_ptr,
-                D, RUN, beta1, beta2, new1, new2, eps, UNIT_NORM, HAS_SHADOW, BITS,
+                w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, fp8_ptr, fp8_scale_ptr,
+                step_size_ptr, correction_ptr, factor_ptr, seed_ptr, D, RUN, beta1, beta2, new1, new2, eps,
+                UNIT_NORM, HAS_SHADOW, HAS_FP8, BITS,
             )  # fmt: skip
     if BIASES:
         tl.store(products_ptr + program * D + high, product_high)
@@ -268,13 +291,14 @@ def adam_rows_kernel(
 
 
 def adam(
-    parameter: Tensor, grad: Tensor, moments: Moments, rates: Rates, unit_norm: bool, shadow: Tensor | None
-) -> None:
+    parameter: Tensor, grad: Tensor, moments: Moments, rates: Rates, unit_norm: bool, shadow: Tensor | None,
+    fp8: Fp8Rows | None,
+) -> None:  # fmt: skip
     if not parameter.numel():
         return
-    tensors, numbers, flags = _arguments(parameter, moments, rates, shadow)
+    tensors, numbers, flags = _arguments(parameter, moments, rates, shadow, fp8)
     size, n_dictionaries, grad = parameter.numel(), rates.step_size.numel(), grad.contiguous()
-    if unit_norm or flags["BITS"] < 32:
+    if unit_norm or fp8 is not None or flags["BITS"] < 32:
         f, d = parameter.shape
         launch_kernel(
             adam_matrix_kernel, (f,),
@@ -282,7 +306,8 @@ def adam(
             UNIT_NORM=unit_norm, **flags, **pieces(d), **launch_options("adam_matrix", parameter),
         )  # fmt: skip
     else:
-        options, (w, m, v, _, shadow_or_w, *rates_of_dictionaries, _, skip) = launch_options("adam", parameter), tensors
+        w, m, v, _, shadow_or_w, _, _, *rates_of_dictionaries, _, skip = tensors
+        options = launch_options("adam", parameter)
         launch_kernel(
             adam_kernel, (triton.cdiv(size, options["BLOCK"]),),
             w, grad, m, v, shadow_or_w, *rates_of_dictionaries, skip, size, size // n_dictionaries, *numbers,
@@ -292,10 +317,10 @@ def adam(
 
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates,
-    center: Tensor | None, unit_norm: bool, shadow: Tensor | None, biases: BiasGradients | None,
+    center: Tensor | None, unit_norm: bool, shadow: Tensor | None, fp8: Fp8Rows | None, biases: BiasGradients | None,
     shared: dict[str, Any] | None,
 ) -> None:  # fmt: skip
-    tensors, numbers, flags = _arguments(W, moments, rates, shadow)
+    tensors, numbers, flags = _arguments(W, moments, rates, shadow, fp8)
     numbers = (len(W) // rates.step_size.numel(), *numbers)
     operands = entries, values, rows, center
     _launch(operands, biases, shared, (*tensors, W), numbers, UNIT_NORM=unit_norm, UPDATE=True, **flags)
@@ -307,22 +332,24 @@ def row_norms(
 ) -> Tensor:  # fmt: skip
     norms = torch.empty(entries.latent_offsets.numel() - 1, dtype=torch.float32, device=rows.device)
     _launch(
-        (entries, values, rows, center), biases, shared, (rows if W is None else W, *[rows] * 9, norms),
-        (1, *[0.0] * 5), UNIT_NORM=unit_norm, UPDATE=False, HAS_SHADOW=False, HAS_SKIP=False, BITS=32,
+        (entries, values, rows, center), biases, shared, (rows if W is None else W, *[rows] * 11, norms),
+        (1, *[0.0] * 5),
+        UNIT_NORM=unit_norm, UPDATE=False, HAS_SHADOW=False, HAS_FP8=False, HAS_SKIP=False, BITS=32,
     )  # fmt: skip
     return norms
 
 
 def _arguments(
-    W: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None
+    W: Tensor, moments: Moments, rates: Rates, shadow: Tensor | None, fp8: Fp8Rows | None
 ) -> tuple[tuple[Tensor, ...], tuple[float, ...], dict[str, int]]:
     """Return the kernels' arguments in their order: pointers, numbers and flags. W stands in for absent tensors."""
-    exp_avg, exp_avg_sq, scales, shadow_or_w, seed, skip = (
-        W if tensor is None else tensor for tensor in (*moments, shadow, rates.seed, rates.skip)
-    )
-    tensors = (W, exp_avg, exp_avg_sq, scales, shadow_or_w, rates.step_size, rates.correction, rates.factor, seed, skip)
+    optional = W, *moments, shadow, *(fp8 or (None, None)), *rates[:3], rates.seed, rates.skip
+    tensors = tuple(W if tensor is None else tensor for tensor in optional)
     numbers = (rates.beta1, rates.beta2, 1 - rates.beta1, 1 - rates.beta2, rates.eps)
-    flags = dict(HAS_SHADOW=shadow is not None, HAS_SKIP=rates.skip is not None, BITS=8 * exp_avg.element_size())
+    flags = dict(
+        HAS_SHADOW=shadow is not None, HAS_FP8=fp8 is not None, HAS_SKIP=rates.skip is not None,
+        BITS=8 * moments.exp_avg.element_size(),
+    )  # fmt: skip
     return tensors, numbers, flags
 
 

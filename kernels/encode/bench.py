@@ -41,7 +41,7 @@ def product(step: Step, name: str, config: str, output: float) -> Launch:
     block = step.config[config]
     passes = -(-tiles_n // block["GROUP_N"])  # over W_enc, each for GROUP_N token tiles that L2 holds
     return Launch(
-        "encode", name, tiles_n * tiles_f, {"product.start": step.blocks(d, config, "BLOCK_D")},
+        "encode", name, tiles_n * tiles_f, {"add_product.start": step.blocks(d, config, "BLOCK_D")},
         dram=2 * d * (passes * f + n) + output, output=output,
         l2=2 * d * tiles_n * tiles_f * (block["BLOCK_N"] + block["BLOCK_F"]),
         tensor_flops=2 * n * d * f, waits=1,

@@ -45,6 +45,36 @@ def is_empty(used_ptr, pos_ptr, tokens, tile_f, N, F, BLOCK_F: tl.constexpr):
 
 
 @triton.jit
+def add_product(
+    acc, x_ptr, w_ptr, tokens, cols, first_token, first_col, N, F, D, stride_x, stride_wd, stride_wf,
+    EVEN_D: tl.constexpr, TMA: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return acc + x @ W_enc of tokens [BLOCK_N] and latents `cols` [BLOCK_F], over D in steps of BLOCK_D. TMA: x_ptr
+    and w_ptr are descriptors of x and W_enc as [F, D], and tokens and latents follow `first_token` and `first_col`."""
+    if not TMA:
+        # Pointers to x [BLOCK_N, BLOCK_D] and W_enc [BLOCK_D, BLOCK_F]. Rows and columns past the end wrap around,
+        # because that is cheaper than masking every load of the main loop. They are never stored.
+        depth = tl.arange(0, BLOCK_D)
+        x_ptrs = x_ptr + (tokens % N).to(tl.int64)[:, None] * stride_x + depth[None, :]
+        w_ptrs = w_ptr + depth[:, None].to(tl.int64) * stride_wd + (cols % F).to(tl.int64)[None, :] * stride_wf
+    for start in range(0, D, BLOCK_D):
+        if TMA:
+            x = x_ptr.load([first_token, start])
+            w = w_ptr.load([first_col, start]).T
+        elif EVEN_D:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=depth[None, :] < D - start, other=0.0)
+            w = tl.load(w_ptrs, mask=depth[:, None] < D - start, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        if not TMA:
+            x_ptrs += BLOCK_D
+            w_ptrs += BLOCK_D * stride_wd
+    return acc
+
+
+@triton.jit
 def product(
     x_ptr, w_ptr, b_ptr, pos_ptr, used_ptr,
     N, D, F, stride_x, stride_wd, stride_wf,
@@ -52,39 +82,21 @@ def product(
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
     """Return b + x @ W_enc of this program's tile in float32, its tokens [BLOCK_N], and the index of its latent tile.
-    TMA: x_ptr and w_ptr are descriptors of x and W_enc as [F, D]. Tiles that a hard mask empties skip the product."""
+    TMA as in `add_product`. Tiles that a hard mask empties skip the product."""
     tile_n, tile_f = tile_of(tl.program_id(0), N, F, BLOCK_N, BLOCK_F, GROUP_N)
     tokens = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
     length = D
     if MASK == BITS:
         length = tl.where(is_empty(used_ptr, pos_ptr, tokens, tile_f, N, F, BLOCK_F), 0, D)  # 0: skip the main loop
-    if not TMA:
-        # Pointers to x [BLOCK_N, BLOCK_D] and W_enc [BLOCK_D, BLOCK_F]. Rows and columns past the end wrap around,
-        # because that is cheaper than masking every load of the main loop. They are never stored.
-        depth = tl.arange(0, BLOCK_D)
-        tokens_in = (tokens % N).to(tl.int64)
-        cols_in = (cols % F).to(tl.int64)
-        x_ptrs = x_ptr + tokens_in[:, None] * stride_x + depth[None, :]
-        w_ptrs = w_ptr + depth[:, None].to(tl.int64) * stride_wd + cols_in[None, :] * stride_wf
-    # [BLOCK_N, BLOCK_F] b + x @ W_enc, over D in steps of BLOCK_D. Starting with b saves registers after the loop.
+    # [BLOCK_N, BLOCK_F] b + x @ W_enc. Starting with b saves registers after the loop.
     acc = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
     if HAS_BIAS:
         acc += tl.load(b_ptr + cols, mask=cols < F, other=0.0)[None, :]
-    for start in range(0, length, BLOCK_D):
-        if TMA:
-            x = x_ptr.load([tile_n * BLOCK_N, start])
-            w = w_ptr.load([tile_f * BLOCK_F, start]).T
-        elif EVEN_D:
-            x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=depth[None, :] < length - start, other=0.0)
-            w = tl.load(w_ptrs, mask=depth[:, None] < length - start, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-        if not TMA:
-            x_ptrs += BLOCK_D
-            w_ptrs += BLOCK_D * stride_wd
+    acc = add_product(
+        acc, x_ptr, w_ptr, tokens, cols, tile_n * BLOCK_N, tile_f * BLOCK_F, N, F, length,
+        stride_x, stride_wd, stride_wf, EVEN_D, TMA, BLOCK_D,
+    )  # fmt: skip
     return acc, tokens, tile_f
 
 

@@ -21,7 +21,7 @@ from . import reference
 def encode_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, center: Tensor | None = None, mask: Mask | None = None,
     pos: Tensor | None = None, aux_k: int = 0, aux_latents: Tensor | None = None, across_batch: bool = False,
-    exact: bool = True, fp8: bool = False, dictionaries: int = 1, backend: str | None = None,
+    exact: bool = True, fp8: Fp8Rows | None = None, dictionaries: int = 1, backend: str | None = None,
 ) -> tuple[SparseCode, SparseCode | None]:  # fmt: skip
     """Return the k largest of acts = relu((x - center) @ W_enc + b_enc) * mask[pos] per token and, from the same
     product, the aux_k largest among `aux_latents`.
@@ -45,9 +45,9 @@ def encode_topk(
     concerned. `exact=False` may miss entries: with latents in random order, F = 65536 and K = 64, one token in ten
     thousand misses one (recall 0.999998 in a simulation).
 
-    `fp8` multiplies in e4m3 with a scale per row of x - center and per latent, keeps k + max(k / 2, 8) latents per
-    token, computes those again in x's dtype, and returns the k largest. Values are as exact as without fp8, but an
-    activation that e4m3 underestimates may be missed. On a GPU it needs sm_89.
+    `fp8`, which must be `Fp8Rows.of(W_enc.T)`, multiplies in e4m3 with a scale per row of x - center and per latent,
+    keeps k + max(k / 2, 8) latents per token, computes those again in x's dtype, and returns the k largest. Values are
+    as exact as without fp8, but an activation that e4m3 underestimates may be missed. On a GPU it needs sm_89.
 
     Raises ValueError for shapes, dtypes or devices that do not fit together, for k or aux_k out of range, and for `fp8`
     with `across_batch`, several dictionaries or an older GPU.
@@ -56,8 +56,8 @@ def encode_topk(
     selection = Selection(k, aux_k, aux_latents, across_batch, exact, dictionaries)
     selection.check(x, inputs.check())
     chosen_backend = inputs.choose_backend("encode_topk", cost=cost, backend=backend)
-    if fp8:
-        return _encode_fp8(inputs, selection, chosen_backend)
+    if fp8 is not None:
+        return _encode_fp8(inputs, selection, fp8, chosen_backend)
     if chosen_backend == "triton":
         from . import merge
 
@@ -65,7 +65,9 @@ def encode_topk(
     return reference.encode_topk(inputs, selection)
 
 
-def _encode_fp8(inputs: EncoderInputs, selection: Selection, backend: str) -> tuple[SparseCode, SparseCode | None]:
+def _encode_fp8(
+    inputs: EncoderInputs, selection: Selection, encoder: Fp8Rows, backend: str
+) -> tuple[SparseCode, SparseCode | None]:
     x, W_enc, b_enc, center, mask, pos = inputs
     if selection.across_batch:
         raise ValueError("fp8 is for the k largest of each token, not for across_batch=True")
@@ -73,6 +75,7 @@ def _encode_fp8(inputs: EncoderInputs, selection: Selection, backend: str) -> tu
         raise ValueError(f"fp8 is for one dictionary, got {selection.dictionaries}")
     if not has_fp8(x.device):
         raise ValueError(f"fp8 needs a GPU of sm_{FP8_SINCE} or later")
+    encoder.check("fp8", *W_enc.T.shape)
     if center is not None:
         x = (x.to(accumulation_dtype(x)) - center).to(x.dtype)
 
@@ -88,7 +91,7 @@ def _encode_fp8(inputs: EncoderInputs, selection: Selection, backend: str) -> tu
         return SparseCode(best.values, code.indices.gather(1, best.indices.long()), code.n_latents)
 
     with_margins = selection._replace(k=with_margin(selection.k), aux_k=with_margin(selection.aux_k))
-    arguments = Fp8Rows.of(x), Fp8Rows.of(W_enc.T), b_enc, mask, pos, with_margins
+    arguments = Fp8Rows.of(x), encoder, b_enc, mask, pos, with_margins
     codes = None
     if backend == "triton":
         from . import merge

@@ -6,6 +6,7 @@ from typing import Any
 from ..bench_types import CallOf, Launch, Op, OpBench, Spec, Step, Trial
 from ..configs import CONFIGS, FP8_SINCE
 from ..encode.bench import SMALL_TILES, TILES, product, product_spec
+from ..fp8 import Fp8Rows
 from ..selection import candidates_per_tile
 from . import cost, encode_threshold, encode_topk
 
@@ -110,7 +111,7 @@ def _ragged_launches(step: Step, keep: int) -> list[Launch]:
         ),
         Launch("encode", "torch: sort by tile", dram=150 * n * k / keep, launches=24),
         Launch(
-            "encode", "recompute bf16", programs, {"recompute_kernel.start": step.blocks(d, "recompute", "BLOCK_D")},
+            "encode", "recompute bf16", programs, {"add_product.start": step.blocks(d, "recompute", "BLOCK_D")},
             dram=2 * d * f + 4 * pairs * TILE, output=4 * pairs * TILE, l2=2 * d * programs * (block + TILE),
             tensor_flops=2 * programs * block * TILE * d, waits=3,
         ),
@@ -120,9 +121,10 @@ def _ragged_launches(step: Step, keep: int) -> list[Launch]:
 
 
 @cache  # so that equal calls are the same object
-def _topk(**settings: bool) -> CallOf:
+def _topk(fp8: bool = False, **settings: bool) -> CallOf:
     def call_of(i: Any) -> Any:
-        call = partial(encode_topk, i.x, i.W_enc, i.b_enc, i.k, center=i.b_dec, **settings)
+        encoder = Fp8Rows.of(i.W_enc.T) if fp8 else None
+        call = partial(encode_topk, i.x, i.W_enc, i.b_enc, i.k, center=i.b_dec, fp8=encoder, **settings)
         return lambda: call()[0]
 
     return call_of

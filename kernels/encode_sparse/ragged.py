@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backend import launch_kernel, launch_options
 from ..code import LatentMajor, SparseCode
-from ..encode.triton import masked
+from ..encode.triton import add_product, masked
 from ..select.triton import (
     LEAST_POSITIVE,
     VALUE_BITS,
@@ -83,22 +83,11 @@ def recompute_kernel(
     rows = tl.load(rows_ptr + pairs, mask=inside, other=0)
     tokens = tl.load(tokens_ptr + pairs, mask=inside, other=0)
     cols = tile * BLOCK_F + tl.arange(0, BLOCK_F)
-    # Pointers to x [BLOCK_N, BLOCK_D] and W_enc [BLOCK_D, BLOCK_F]; columns past the end wrap around
-    depth = tl.arange(0, BLOCK_D)
-    x_ptrs = x_ptr + (tokens % N).to(tl.int64)[:, None] * stride_x + depth[None, :]
-    w_ptrs = w_ptr + depth[:, None].to(tl.int64) * stride_wd + (cols % F).to(tl.int64)[None, :] * stride_wf
-    # [BLOCK_N, BLOCK_F] x @ W_enc, over D in steps of BLOCK_D
-    acts = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        if EVEN_D:
-            x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=depth[None, :] < D - start, other=0.0)
-            w = tl.load(w_ptrs, mask=depth[:, None] < D - start, other=0.0)
-        acts = tl.dot(x, w, acts, input_precision="ieee")
-        x_ptrs += BLOCK_D
-        w_ptrs += BLOCK_D * stride_wd
+    # [BLOCK_N, BLOCK_F] x @ W_enc
+    acts = add_product(
+        tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32), x_ptr, w_ptr, tokens, cols, 0, 0, N, F, D,
+        stride_x, stride_wd, stride_wf, EVEN_D, False, BLOCK_D,
+    )  # fmt: skip
     # [BLOCK_N, BLOCK_F] activations and candidates, without those kept before. These are found by column, because their
     # values may differ in the last bit.
     acts += tl.load(b_ptr + cols, mask=cols < F, other=0.0)[None, :]

@@ -137,6 +137,24 @@ def test_missing_peers_are_named_and_harm_nothing(monkeypatch: pytest.MonkeyPatc
     assert [case["provider"] for case in read(tmp_path / "r.json")["cases"]] == ["temposae"]
 
 
+def test_each_op_is_written_as_it_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from temposae.bench import ops
+
+    case = ops._case
+
+    def interrupted(name: str, *arguments: Any) -> dict[str, Any]:
+        if name == "decode":
+            assert [kept["op"] for kept in read(tmp_path / "r.json")["cases"]] == ["encode", "encode_topk"]
+            raise RuntimeError
+        return case(name, *arguments)
+
+    monkeypatch.setattr(ops, "_case", interrupted)
+    chosen = [word for name in ("encode", "encode_topk", "decode") for word in ("--op", name)]
+    with pytest.raises(RuntimeError):
+        run("bench", "ops", *TINY, *chosen, "--repeats", "2", "--json", "r.json")
+    assert len(read(tmp_path / "r.json")["cases"]) == 2
+
+
 def test_ops(tmp_path: Path) -> None:
     code, out, err = run(
         "bench", "ops", *TINY, "--op", "encode", "--op", "decode", "--repeats", "2", "--json", "r.json"

@@ -9,12 +9,14 @@ import pytest
 import torch
 from temposae.kernels.adam import Moments, Rates, adam, adam_rows, row_norms
 from temposae.kernels.autograd import encode_topk, position_loss, reconstruct
+from temposae.kernels.backend import has_fp8
 from temposae.kernels.code import SparseCode
 from temposae.kernels.decode import decode, decode_values_grad
 from temposae.kernels.decode import reconstruct as reconstruct_op
 from temposae.kernels.encode import encode
 from temposae.kernels.encode_sparse import encode_threshold
 from temposae.kernels.encode_sparse import encode_topk as encode_topk_op
+from temposae.kernels.fp8 import Fp8Rows
 from temposae.kernels.select import select_batch_topk, select_threshold, select_topk
 from temposae.kernels.weight_grad import weight_grad
 
@@ -202,9 +204,11 @@ def test_reconstruction_and_update(n, d, f, k, dtype, ragged, assert_close):
             updated, shadow = W.clone(), torch.empty_like(W, dtype=torch.bfloat16)
             moments = Moments(*(0.1 * torch.ones_like(W) for _ in range(2)))
             rates = Rates(*(torch.tensor(v, device="cuda") for v in (0.01, 0.3, 0.5)))
+            fp8 = Fp8Rows.of(W) if has_fp8(W.device) else None
             adam_rows(
-                updated, entries, code.values, x, moments, rates, center=center, unit_norm=unit_norm, shadow=shadow
-            )
+                updated, entries, code.values, x, moments, rates, center=center, unit_norm=unit_norm, shadow=shadow,
+                fp8=fp8,
+            )  # fmt: skip
             results.append((updated, *moments[:2], shadow))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         mean, square = 0.09 + 0.1 * 0.5 * grad, 0.0999 + 0.001 * (0.5 * grad).square()
@@ -216,6 +220,10 @@ def test_reconstruction_and_update(n, d, f, k, dtype, ragged, assert_close):
         assert_close(exp_avg_sq, square)
         assert_close(updated, expected)
         assert torch.equal(shadow, updated.bfloat16())
+        if fp8 is not None:  # the last pass, which was the same bits
+            requantised = Fp8Rows.of(shadow)
+            assert torch.equal(fp8.rows.view(torch.uint8), requantised.rows.view(torch.uint8))
+            assert torch.equal(fp8.scale, requantised.scale)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "8bit"])

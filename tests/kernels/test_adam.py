@@ -5,6 +5,7 @@ import torch
 from temposae.kernels.adam import BiasGradients, Moments, Rates, adam, adam_rows, cost, row_norms
 from temposae.kernels.code import SparseCode
 from temposae.kernels.configs import CONFIGS
+from temposae.kernels.fp8 import Fp8Rows
 from temposae.kernels.weight_grad import weight_grad
 
 
@@ -200,6 +201,38 @@ def test_entries_and_a_gradient_say_the_same(backend_name, kind, unit_norm, asse
         results.append(W - start)
     assert_close(*results, 1e-4)
     assert (results[0].norm(dim=1) > 0).all()
+
+
+def same(found, expected):
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("d", [33, 300])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_copy_in_fp8_is_what_quantising_again_gives(backend_name, kind, d, unit_norm):
+    """The same bits, also for rows of zeros, of tiny and of very different numbers. A skipped step leaves it as it was."""
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, 8, (16, 2), generator=generator, dtype=torch.int32)
+    code = SparseCode(torch.rand(16, 2, generator=generator), indices, 12)  # the last 4 latents never fire
+    start, rows = spread(12, d), spread(16, d, seed=1)
+    if unit_norm:
+        start = torch.nn.functional.normalize(start, dim=1)
+    else:
+        start[9], start[10], start[11, 0] = 0, start[10] * 1e-38, 1e4
+    grad = weight_grad(code.transpose(), code.values, rows, backend="torch")
+    for shadow_dtype, skip, by_entries in ((torch.float16, None, True), (torch.float16, None, False), (None, None, True),
+                                           (None, None, False), (None, torch.tensor(True), True)):  # fmt: skip
+        W, state, copy = start.clone(), Moments.zeros(start, kind), Fp8Rows.of(rows[:12])
+        shadow = None if shadow_dtype is None else torch.empty_like(W, dtype=shadow_dtype)
+        before = Fp8Rows(*(tensor.clone() for tensor in copy))
+        settings = dict(unit_norm=unit_norm, shadow=shadow, fp8=copy, backend=backend_name)
+        rates_now = rates(seed=None if kind == "float32" else 5)._replace(skip=skip)
+        if by_entries:
+            adam_rows(W, code.transpose(), code.values, rows, state, rates_now, **settings)
+        else:
+            adam(W, grad, state, rates_now, **settings)
+        assert same(copy, before if skip is not None else Fp8Rows.of(W if shadow is None else shadow))
+        assert not same(copy, Fp8Rows.of(start))
 
 
 @pytest.mark.random_shapes(200)
@@ -412,7 +445,7 @@ def test_narrow_moments_are_smaller():
             (20,),
             ("bfloat16", "bfloat16"),
             1,
-            r"parameter must be \[F, D\] for unit_norm and for narrow moments, got \[20\]",
+            r"parameter must be \[F, D\] for unit_norm, narrow moments and fp8, got \[20\]",
         ),
         ((4, 5), ("float32", "bfloat16"), 1, "moments must be .* got torch.float32 and torch.bfloat16"),
         ((4, 5), ("float16", "float16"), 1, "moments must be .* got torch.float16 and torch.float16"),
@@ -439,6 +472,14 @@ def test_narrow_moments_that_do_not_fit_are_named(parameter, state, seed, messag
         (dict(rows=torch.ones(2)), r"rows must have shape \[M, D\], got \[2\]"),
         (dict(center=torch.ones(4)), r"center must have shape \[D\] = \[5\], got \[4\]"),
         (dict(shadow=torch.ones(3, 5)), r"shadow must have the parameter's shape \[4, 5\], got \[3, 5\]"),
+        (
+            dict(fp8=Fp8Rows.of(torch.ones(3, 5))),
+            r"fp8.rows must have shape \[F, columns\] = \[4, 128\], got \[3, 128\]",
+        ),
+        (
+            dict(fp8=Fp8Rows(torch.ones(4, 128), torch.ones(4))),
+            "fp8 must be e4m3 with float32 scales, got torch.float32",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):

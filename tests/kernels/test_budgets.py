@@ -21,4 +21,8 @@ def test_what_is_over_its_budget_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     )
     (fault,) = over_budget([within | dict(instructions=1001)])
     assert fault == "merge: 1001 instructions, over its budget of 1000 (Triton 9.9)"
+    monkeypatch.setitem(BUDGETS, "merge", Budget(128, 1000, 900, registers_36=160))
+    assert [over_budget([within | dict(registers=160, triton=version)]) for version in ("3.6.0", "3.7.1")] == [
+        [], ["merge: 160 registers, over its budget of 128 (Triton 3.7.1)"],
+    ]  # fmt: skip
     assert len(over_budget([within | dict(registers=129, loop_instructions=901, spill_bytes=8)])) == 3

@@ -6,19 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from temposae.bench.budgets import BUDGETS, EPILOGUES, PRODUCT_LOOP
 
-# Most registers of a thread: two blocks of 256 threads share an SM.
-REGISTERS = 128
-# Most instructions after the main loop, by variant of `candidates`.
-EPILOGUE = {
-    "candidates bf16": 720,
-    "candidates, 8 of a tile bf16": 1230,
-    "candidates, thresholds bf16": 920,
-    "candidates, hard mask bf16": 985,
-    "candidates, soft mask bf16": 1370,
-    "candidates, Gaussians bf16": 1390,
-    "candidates, two codes bf16": 1420,
-}
 COUNT = """
 import json, re, sys
 from temposae.bench import aot
@@ -46,21 +35,21 @@ def counted() -> dict[str, dict[str, int]]:
     """In a process of its own, because this one interprets kernels instead of compiling them."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COUNT, json.dumps(list(EPILOGUE))]
+    command = [sys.executable, "-c", COUNT, json.dumps(list(EPILOGUES))]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return {row["name"]: row for row in json.loads(run.stdout)}
 
 
-@pytest.mark.parametrize("name", EPILOGUE)
+@pytest.mark.parametrize("name", EPILOGUES)
 def test_two_blocks_share_an_sm(counted, name):
-    assert counted[name]["registers"] <= REGISTERS
+    assert counted[name]["registers"] <= BUDGETS[name].registers <= 128  # two blocks of 256 threads share an SM
     assert counted[name]["spill_bytes"] == 0
     assert 2 * counted[name]["shared_bytes"] <= 227 * 1024 - 2048  # of which each block reserves 1 KiB
 
 
-@pytest.mark.parametrize("name", EPILOGUE)
+@pytest.mark.parametrize("name", EPILOGUES)
 def test_instructions(counted, name):
     assert counted[name]["tensor_core_instructions"] == 4
-    assert counted[name]["loop"] <= 86
-    assert 100 < counted[name]["epilogue"] <= EPILOGUE[name]
+    assert counted[name]["loop"] <= PRODUCT_LOOP
+    assert 100 < counted[name]["epilogue"] <= EPILOGUES[name]

@@ -282,8 +282,8 @@ def test_fp8_finds_almost_all_and_gives_exact_values(wide_backend, mask_kind, as
     x, W_enc, b_enc, center = arguments
     aux_latents = torch.arange(shape.F) % 2 == 0
     codes = encode_topk(
-        x, W_enc, b_enc, shape.K, center=center, mask=mask, pos=pos, aux_k=6, aux_latents=aux_latents, fp8=True,
-        backend=wide_backend,
+        x, W_enc, b_enc, shape.K, center=center, mask=mask, pos=pos, aux_k=6, aux_latents=aux_latents,
+        fp8=Fp8Rows.of(W_enc.T), backend=wide_backend,
     )  # fmt: skip
     acts = activations(*arguments, mask, pos)
     for code, k, of in ((codes[0], shape.K, acts), (codes[1], 6, acts * aux_latents)):
@@ -385,7 +385,11 @@ def test_candidates_suffice_for_all_but_one_row_in_a_hundred():
         (dict(k=0), r"k must lie in \[1, F\] = \[1, 6\], got 0"),
         (dict(k=7), "got 7"),
         (dict(aux_k=7), r"aux_k must lie in \[0, F\] = \[0, 6\], got 7"),
-        (dict(fp8=True, across_batch=True), "fp8 is for the k largest of each token"),
+        (dict(fp8=Fp8Rows.of(torch.ones(6, 4)), across_batch=True), "fp8 is for the k largest of each token"),
+        (
+            dict(fp8=Fp8Rows.of(torch.ones(5, 4))),
+            r"fp8.rows must have shape \[F, columns\] = \[6, 128\], got \[5, 128\]",
+        ),
         (dict(aux_latents=torch.ones(5).bool()), r"aux_latents must have shape \[F\] = \[6\]"),
         (dict(aux_latents=torch.ones(6)), "aux_latents must be bool, got torch.float32"),
         (dict(b_enc=torch.ones(5)), r"b_enc must have shape \[F\]"),

@@ -5,6 +5,7 @@ import torch
 from temposae.kernels.configs import CONFIGS
 from temposae.kernels.encode import encode
 from temposae.kernels.encode_sparse import encode_threshold, encode_topk
+from temposae.kernels.fp8 import Fp8Rows
 
 from .conftest import SMALL_BLOCKS, Shape
 from .test_encode_sparse import MASK_KINDS, inputs, mask_of
@@ -92,7 +93,8 @@ def test_ragged_codes(both_paths):
 
 def test_products_in_fp8(both_paths):
     x, W_enc, b_enc, _ = inputs(SHAPE)
-    pointers, descriptors, shapes = both_paths(lambda: encode_topk(x, W_enc, b_enc, SHAPE.K, fp8=True)[0])
+    encoder = Fp8Rows.of(W_enc.T)
+    pointers, descriptors, shapes = both_paths(lambda: encode_topk(x, W_enc, b_enc, SHAPE.K, fp8=encoder)[0])
     assert same(pointers, descriptors)
     assert len(shapes) == 2
 

@@ -6,18 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from temposae.bench.budgets import GATHER_LOOPS, over_budget
 
-# Largest counts per kernel on Triton 3.7.1: registers per thread, and instructions in the hot loop, which adds two
-# entries. Nothing may spill.
-BUDGETS = {
-    "adam_rows, decoder, D = 2304 bf16": dict(registers=64, loop_instructions=100),
-    "adam_rows, encoder, D = 2304 bf16": dict(registers=64, loop_instructions=100),
-    "adam_rows, encoder with biases, D = 2304 bf16": dict(registers=80, loop_instructions=100),
-    "adam_rows, norms, D = 2304 bf16": dict(registers=64, loop_instructions=100),
-    "adam_rows, encoder norms, D = 2304 bf16": dict(registers=64, loop_instructions=100),
-    "weight_grad, D = 2304 bf16": dict(registers=64, loop_instructions=100),
-    "windows, D = 2304 bf16": dict(registers=64, loop_instructions=100),
-}
 FORBIDDEN = ("BAR", "LDS", "STS", "LDGSTS", "MUFU", "I2F", "LDL", "STL")  # shared memory, integer division, spills
 
 MEASURE = r"""
@@ -63,18 +53,18 @@ def compiled() -> dict[str, dict]:
     """Compile in a process of its own, because this one interprets kernels."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", MEASURE, *BUDGETS]
+    command = [sys.executable, "-c", MEASURE, *GATHER_LOOPS]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return {row["name"]: row for row in json.loads(run.stdout)}
 
 
-@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize("name", GATHER_LOOPS)
 def test_gather_stays_within_its_budget(name: str, compiled: dict[str, dict]) -> None:
-    row, budget = compiled[name], BUDGETS[name]
+    row = compiled[name]
     operations = [instruction.split()[instruction.startswith("@")].split(".")[0] for instruction in row["loop"]]
     assert operations.count("FFMA") >= 2 * 9  # two entries, 2048 / 256 + 256 / 256 columns per thread
-    assert len(operations) <= budget["loop_instructions"]
-    assert row["registers"] <= budget["registers"]
+    assert len(operations) <= GATHER_LOOPS[name]
+    assert over_budget([row]) == []
     assert row["spill_bytes"] == 0
     assert not set(operations) & set(FORBIDDEN)

@@ -12,7 +12,7 @@ from temposae.kernels.encode_sparse import encode_threshold, encode_topk
 from temposae.kernels.selection import candidates_per_tile
 
 from .conftest import SMALL_BLOCKS, Shape
-from .test_encode_sparse import MASKS, WIDE, activations, check, inputs, largest, largest_of_batch, mask_of
+from .test_encode_sparse import MASKS, WIDE, activations, check, inputs, largest, largest_of_batch, mask_of, several
 
 pytest.importorskip("triton")
 
@@ -119,6 +119,24 @@ def test_nothing_is_computed_again_where_no_tile_is_full(assert_close):
         code = encode_threshold(x, W_enc, b_enc + shift, center=center, expected=60)
         check(code, acts, assert_close)
         assert code.recomputed.item() == 0
+
+
+def test_each_dictionary_counts_its_own_tiles():
+    """Side by side as many as alone."""
+    shape = WIDE._replace(N=6, F=128)
+    x, W_enc, b_enc, settings, _ = several(shape)
+    x[-1] *= 10  # has most entries, in full tiles
+    b_enc[:24] += 3
+    for encode in (
+        lambda *operands, **how: encode_topk(*operands, shape.K, across_batch=True, **how)[0],
+        lambda *operands, **how: encode_threshold(*operands, expected=4, **how),
+    ):
+        alone = [
+            int(encode(x, W, b, center=center, mask=None, pos=settings["pos"]).recomputed)
+            for W, b, center in zip(W_enc.chunk(2, 1), b_enc.chunk(2), settings["center"], strict=True)
+        ]
+        assert encode(x, W_enc, b_enc, **settings).recomputed.tolist() == alone
+        assert all(alone)
 
 
 # --- the model of the cost, by counts
