@@ -127,6 +127,7 @@ class Cohort:
         has_unknown_size = first.cfg.activation not in ("topk", "batchtopk") and first.ranks.size == 1
         capacity = self.capacity if has_unknown_size else None
         self._pending = functools.partial(self._complete, run, run(capacity=capacity), len(x), spread)
+        self._versions = self._weight_versions()
         for learner in self.learners:
             learner.pending = True
         if capacity is None:
@@ -144,7 +145,7 @@ class Cohort:
         if outcome.overflow:
             outcome = run(capacity=None)
             self.capacity = None
-        self._versions = self._weight_versions()
+            self._versions = self._weight_versions()
         if self.capacity is None and outcome.entries is not None and outcome.least_kept is None:
             self.capacity = math.ceil(ROOM * int(outcome.entries)) + n
         _count(self.learners, self.counts, outcome, n, spread)
