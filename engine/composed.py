@@ -10,7 +10,7 @@ from ..kernels.select import select_batch_topk, select_threshold, select_topk
 from ..kernels.torch_modes import default_modes, without_autocast
 from .config import SAEConfig
 from .errors import UserError
-from .parts import BatchView, Part, build
+from .parts import UNSET, BatchView, Part, build
 from .ranks import Ranks
 from .sae import BatchContext, Mask, SparseAutoencoder
 from .training.objective import Objective
@@ -135,7 +135,7 @@ class ComposedAutoencoder(SparseAutoencoder):
             else:
                 code, aux = self._encode_topk(x_in, mask, mask_rows, dead)
         if isinstance(code, SparseCode):
-            batch.code, batch.f = code, code.to_dense() if self.is_dense else None
+            batch.code, batch.f = code, code.to_dense() if self.is_dense else UNSET
             error, batch.residual = reconstruct(code, self.W_dec, self.b_dec, target)
         else:
             batch.f = code
@@ -224,8 +224,6 @@ class ComposedAutoencoder(SparseAutoencoder):
         return code.with_values(code.live(f.reshape(-1)[flat_indices]))
 
     def _weighted_sum(self, batch: BatchView) -> Tensor:
-        assert batch.squared_error is not None
-        assert batch.l1 is not None
         error_weights, l1_weights = None, None
         for part in self.parts_in("weigh"):
             error_factor, l1_factor = part.weigh(batch)

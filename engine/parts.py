@@ -25,6 +25,8 @@ from .masks import PositionMask
 from .registry import find, register
 from .sae import SparseAutoencoder
 
+UNSET: Any = None  # in fields of `BatchView` that are filled in later, or only for the parts that read them
+
 
 class PartSettings(Config):
     """Settings of a part. `config.yaml` stores the values, and `temposae config --explain` prints the descriptions.
@@ -132,19 +134,19 @@ class BatchView:
     training: bool = False
     step: int = 0
     seed: int = 0
-    target: Tensor | None = None
+    target: Tensor = UNSET
     row: Tensor | None = None
-    attribute: Tensor | None = None
-    second: Tensor | None = None
-    acts: Tensor | None = None
-    f: Tensor | None = None
+    attribute: Tensor = UNSET
+    second: Tensor = UNSET
+    acts: Tensor = UNSET
+    f: Tensor = UNSET
     code: SparseCode | None = None
     penalised: Tensor | None = None
-    residual: Tensor | None = None
-    squared_error: Tensor | None = None
-    l1: Tensor | None = None
-    l0: Tensor | None = None
-    count: Tensor | None = None
+    residual: Tensor = UNSET
+    squared_error: Tensor = UNSET
+    l1: Tensor = UNSET
+    l0: Tensor = UNSET
+    count: Tensor = UNSET
     weights: Tensor | None = None
     drawn: int = field(default=0, repr=False)
 
@@ -192,6 +194,10 @@ class Part(nn.Module):
         super().__init__()
         self.settings, self.cfg, self.positions = settings, sae, positions
         self.paces: Mapping[str, float] = {}
+        self.build(generator)
+
+    def build(self, generator: torch.Generator) -> None:
+        """Make parameters and buffers, from `settings`, `cfg` (the dictionary's) and `positions`."""
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:

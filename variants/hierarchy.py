@@ -27,14 +27,12 @@ def gated(f: Tensor, gates: Tensor, sizes: list[int]) -> Tensor:
 
 def outputs(batch: BatchView, sizes: list[int]) -> list[Tensor]:
     """The reconstruction f W_dec [N, D] of each block of latents alone."""
-    assert batch.f is not None
     blocks = zip(batch.f.split(sizes, 1), batch.sae.W_dec.split(sizes, 0), strict=True)
     return [f @ W_dec for f, W_dec in blocks]
 
 
 def centred_target(batch: BatchView) -> Tensor:
     """target - b_dec [N, D], a constant: what the latents reconstruct together."""
-    assert batch.target is not None
     return (batch.target.to(batch.sae.b_dec.dtype) - batch.sae.b_dec).detach()
 
 
@@ -82,12 +80,11 @@ class CausalLevels(Part):
             default=256, ge=2, description="Tokens, and latents of both halves together, that a step draws."
         )
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.sizes = widths(sae.d_sae, settings.levels)
-        self.router = nn.Parameter(torch.zeros(sae.d_in, settings.levels))
-        self.router_bias = nn.Parameter(torch.zeros(settings.levels))
-        self.causality = nn.Buffer(torch.zeros(sae.d_sae))
+    def build(self, generator: torch.Generator) -> None:
+        self.sizes = widths(self.cfg.d_sae, self.settings.levels)
+        self.router = nn.Parameter(torch.zeros(self.cfg.d_in, self.settings.levels))
+        self.router_bias = nn.Parameter(torch.zeros(self.settings.levels))
+        self.causality = nn.Buffer(torch.zeros(self.cfg.d_sae))
         self._log_routing: Tensor | None = None  # log r of the batch in training, from `latents` to `penalty`
         self._reported: dict[str, Tensor] = {}
 
@@ -132,8 +129,6 @@ class CausalLevels(Part):
         return torch.relu(rows[0] @ rows[1].T).mean()
 
     def after(self, batch: BatchView) -> None:
-        assert batch.f is not None
-        assert batch.residual is not None
         tokens = sample_indices(len(batch.f), self.settings.sampled, batch)
         gradient = -2 * batch.residual[tokens].to(batch.f.dtype) @ batch.sae.W_dec.T
         self.causality.lerp_((batch.f[tokens] * gradient).abs().mean(0), 1 - self.settings.decay)
@@ -187,16 +182,15 @@ class LevelAttention(Part):
         )
         decay: Fraction = Field(default=0.95, description="Decay per step of the mean adjacency of groups.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        L, G, H, d = settings.levels, settings.groups, settings.heads, settings.width
+    def build(self, generator: torch.Generator) -> None:
+        L, G, H, d = self.settings.levels, self.settings.groups, self.settings.heads, self.settings.width
 
         def normal(*shape: int, scale: float) -> nn.Parameter:
             return nn.Parameter(scale * torch.randn(shape, generator=generator))
 
-        self.sizes = widths(sae.d_sae, L * G)
+        self.sizes = widths(self.cfg.d_sae, L * G)
         self.level_sizes = [sum(self.sizes[G * level : G * (level + 1)]) for level in range(L)]
-        self.query = normal(sae.d_in, H * d, scale=sae.d_in**-0.5)
+        self.query = normal(self.cfg.d_in, H * d, scale=self.cfg.d_in**-0.5)
         self.keys = normal(L, G, H, d, scale=0.1)
         self.mask_logits = nn.Parameter(torch.zeros(L, G))
         self.summary = normal(L, G, H * d, scale=1.0)

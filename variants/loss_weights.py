@@ -29,9 +29,8 @@ class LinearWeights(Part):
         first: Factor = Field(default=1.0, description="Weight of the squared error at the first position.")
         last: Factor = Field(default=2.0, description="Weight of the squared error at the last position.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.weights = nn.Buffer(torch.linspace(settings.first, settings.last, positions))
+    def build(self, generator: torch.Generator) -> None:
+        self.weights = nn.Buffer(torch.linspace(self.settings.first, self.settings.last, self.positions))
 
     def weigh(self, batch: BatchView) -> tuple[Tensor | None, Tensor | None]:
         return self.weights[mask_positions(batch)], None
@@ -57,12 +56,10 @@ class AdaptiveWeights(Part):
         floor: Share = Field(default=0.1, description="Least weight of a position.")
         l1: bool = Field(default=False, description="Weight the L1 term by position as well (relu).")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.error = RunningMean(settings.decay, positions)
+    def build(self, generator: torch.Generator) -> None:
+        self.error = RunningMean(self.settings.decay, self.positions)
 
     def weigh(self, batch: BatchView) -> tuple[Tensor | None, Tensor | None]:
-        assert batch.count is not None
         mask_position = mask_positions(batch)
         known, error = self.error.known[mask_position], self.error.value[mask_position]  # 0 if not known
         mean = error.sum() / known.sum().clamp_min(1)
@@ -73,8 +70,6 @@ class AdaptiveWeights(Part):
         return weights, weights * (batch.count.sum() / (batch.count * weights).sum())
 
     def after(self, batch: BatchView) -> None:
-        assert batch.squared_error is not None
-        assert batch.count is not None
         mask_position = mask_positions(batch)
         error, count = (
             sum_by(mask_position, sums.detach(), self.positions) for sums in (batch.squared_error, batch.count)
@@ -114,9 +109,8 @@ class SpecialisedWeights(Part):
         )
         decay: Fraction = Field(default=0.99, description="Decay per step of the mean share of specialised latents.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.share = RunningMean(settings.decay, positions)
+    def build(self, generator: torch.Generator) -> None:
+        self.share = RunningMean(self.settings.decay, self.positions)
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:

@@ -44,9 +44,8 @@ class DynamicMargin(Averaging):
             default=512, ge=2, description="Largest number of decoder rows that a step compares, drawn at random."
         )
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.usual = RunningMean(settings.decay, 3)  # mean, std, share of pairs above the margin
+    def build(self, generator: torch.Generator) -> None:
+        self.usual = RunningMean(self.settings.decay, 3)  # mean, std, share of pairs above the margin
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:

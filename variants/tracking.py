@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, part
 from ..engine.sae import SparseAutoencoder
 from ..kernels.masks import weights_at
@@ -22,17 +21,14 @@ class PositionTracker(Part):
     the squared error by position already (`train.log_positions`).
     """
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
+    def build(self, generator: torch.Generator) -> None:
         self.lines = nn.Buffer(torch.zeros(0, 3))  # one line per step since the last report
-        self.weights = nn.Buffer(torch.ones(positions))  # [n_positions] from the first step on
+        self.weights = nn.Buffer(torch.ones(self.positions))  # [n_positions] from the first step on
 
     def initialise(self, sae: SparseAutoencoder, generator: torch.Generator) -> None:
         self._mask = (sae.mask,)  # in a tuple, so that it is not a submodule of this part
 
     def after(self, batch: BatchView) -> None:
-        assert batch.squared_error is not None
-        assert batch.count is not None
         error = batch.squared_error.detach() / batch.count
         has_tokens, zeros = batch.count > 0, torch.zeros_like(error)
         mean = torch.where(has_tokens, error, zeros).sum() / has_tokens.sum()
