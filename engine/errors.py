@@ -34,6 +34,13 @@ class Stopped(BaseException):
         self.signal = signal
 
 
+def check_known(field: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise UserError, with similar or the first names, unless a value is one of those allowed."""
+    names = list(map(str, allowed))
+    if str(value) not in names:
+        raise UserError(f"{field}: {shown(value)} is not allowed; {near(str(value), names, 9)}")
+
+
 def in_one_line(text: str) -> str:
     """Escape control characters, and cut long words and long texts."""
     text = printable(text)
@@ -72,4 +79,5 @@ def near(value: str, allowed: Iterable[str], max_names: int = 5) -> str:
     """Suggest allowed names for a message: "did you mean a, b?", or the first few names if none is similar."""
     names = list(allowed)
     matches = difflib.get_close_matches(value[:SHOWN], names, n=max_names, cutoff=0.5)
-    return f"did you mean {', '.join(matches)}?" if matches else f"there are {', '.join(names[:max_names])}, ..."
+    ellipsis = ", ..." if len(names) > max_names else ""
+    return f"did you mean {', '.join(matches)}?" if matches else f"there are {', '.join(names[:max_names])}{ellipsis}"

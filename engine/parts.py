@@ -263,8 +263,5 @@ def part(kind: str) -> Callable[[P], P]:
 
 def build(sae: SAEConfig, generator: torch.Generator) -> list[Part]:
     """Build the parts of a dictionary. Their number of positions is `sae.mask.positions`."""
-    parts = []
-    for part_settings in sae.parts:
-        cls = find(part_settings["kind"])
-        parts.append(cls(cls.Settings(**part_settings), sae, sae.mask.positions, generator))
-    return parts
+    classes = ((find(settings["kind"]), settings) for settings in sae.parts)
+    return [cls(cls.Settings(**settings), sae, sae.mask.positions, generator) for cls, settings in classes]

@@ -28,7 +28,7 @@ def test_five_lines_at_most_change(name):
 def test_a_diff_of_another_source_is_refused():
     diff = "--- a\n+++ b\n@@ -1,2 +1,2 @@\n one\n-two\n+2\n"
     assert patched("one\ntwo\nthree\n", diff) == "one\n2\nthree\n"
-    with pytest.raises(ValueError, match="line 2 is not 'two'"):
+    with pytest.raises(ValueError, match="not there once: 'one.ntwo.n'"):
         patched("one\nthree\n", diff)
 
 
