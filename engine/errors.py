@@ -35,10 +35,11 @@ class Stopped(BaseException):
 
 
 def check_known(field: str, value: object, allowed: Iterable[object]) -> None:
-    """Raise UserError, with similar or the first names, unless a value is one of those allowed."""
+    """Raise UserError unless a value is one of those allowed. The message has all names, or of many the similar ones."""
     names = list(map(str, allowed))
     if str(value) not in names:
-        raise UserError(f"{field}: {shown(value)} is not allowed; {near(str(value), names, 9)}")
+        hint = f"there are {', '.join(names)}" if len(names) < 10 else near(str(value), names)
+        raise UserError(f"{field}: {shown(value)} is not allowed; {hint}")
 
 
 def in_one_line(text: str) -> str:
@@ -79,5 +80,4 @@ def near(value: str, allowed: Iterable[str], max_names: int = 5) -> str:
     """Suggest allowed names for a message: "did you mean a, b?", or the first few names if none is similar."""
     names = list(allowed)
     matches = difflib.get_close_matches(value[:SHOWN], names, n=max_names, cutoff=0.5)
-    ellipsis = ", ..." if len(names) > max_names else ""
-    return f"did you mean {', '.join(matches)}?" if matches else f"there are {', '.join(names[:max_names])}{ellipsis}"
+    return f"did you mean {', '.join(matches)}?" if matches else f"there are {', '.join(names[:max_names])}, ..."

@@ -33,7 +33,7 @@ def test_a_diff_of_another_source_is_refused():
 
 
 def test_unknown_libraries_are_named():
-    with pytest.raises(UserError, match="library: 'saelense' is not allowed; did you mean saelens"):
+    with pytest.raises(UserError, match="library: 'saelense' is not allowed; there are saelens, "):
         before_after.measure([Shape(64, 8, 32, 2)], ["saelense"], device="cpu", steps=5, rounds=1)
 
 
