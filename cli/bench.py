@@ -314,8 +314,8 @@ def _check(device: str | None = None) -> str:
     _set_log_levels()
     import torch
 
-    if device is not None:
-        check_known("device", device, ("cpu", "cuda"))
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"device: {device!r} is not allowed; it must be cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' is not allowed; torch finds no GPU here")
     check_backend()
