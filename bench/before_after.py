@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..engine.errors import UserError, near
+from ..engine.errors import UserError, check_known
 from ..engine.process.progress import progress_bar
 from .data import Shape
 from .results import about, markdown
@@ -26,24 +26,14 @@ exec(compile(sys.stdin.read(), sys.argv[0], "exec"), {"__name__": "__main__"})
 
 
 def patched(source: str, diff: str) -> str:
-    """Apply a unified diff to the source. Raises ValueError if it does not fit."""
-    lines, patched_lines, position = source.splitlines(), [], 0
-    for hunk in re.split(r"^(?=@@ )", diff, flags=re.MULTILINE)[1:]:
-        head, *changes = hunk.splitlines()
-        match = re.match(r"@@ -(\d+)", head)
-        begin = int(match[1]) - 1 if match else position
-        patched_lines += lines[position:begin]
-        position = begin
-        for change in changes:
-            if change[:1] == "+":
-                patched_lines.append(change[1:])
-                continue
-            if position >= len(lines) or lines[position] != change[1:]:
-                raise ValueError(f"line {position + 1} is not {change[1:]!r}")
-            if change[:1] != "-":
-                patched_lines.append(lines[position])
-            position += 1
-    return "\n".join([*patched_lines, *lines[position:]]) + "\n"
+    """Apply a unified diff to the source. Raises ValueError unless the old lines of each hunk are there once."""
+    for hunk in re.split(r"^@@ .*\n", diff, flags=re.MULTILINE)[1:]:
+        lines = hunk.splitlines(keepends=True)
+        old, new = ("".join(line[1:] for line in lines if line[0] != sign) for sign in "+-")
+        if source.count(old) != 1:
+            raise ValueError(f"these lines are not there once: {old!r}")
+        source = source.replace(old, new)
+    return source
 
 
 def scripts(library: str) -> tuple[str, str]:
@@ -60,8 +50,7 @@ def measure(
     `before_ms` and `after_ms` are medians over `rounds` of a run's median step, and `times_faster` is their ratio.
     """
     for library in libraries:
-        if library not in LIBRARIES:
-            raise UserError(f"library: {library!r} is not allowed; {near(library, LIBRARIES)}")
+        check_known("library", library, LIBRARIES)
     installed = [library for library in libraries if find_spec(LIBRARIES[library])]
     left_out = {library: f"{LIBRARIES[library]} is not installed" for library in libraries if library not in installed}
     cases = []

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.errors import UserError, shown
+from ..engine.errors import UserError, check_known, shown
 from ..engine.stream import Batch
 from ..kernels.bench_types import POSITIONS
 
@@ -59,8 +59,7 @@ PRESETS = {
 def shapes(preset: str, **sizes: str | None) -> list[Shape]:
     """The shapes of a preset or, with `sizes` (N="1024,8192" and so on), all combinations of those sizes and the other sizes
     of the preset's first shape. Raises UserError for an unknown preset and for sizes that are not allowed."""
-    if preset not in PRESETS:
-        raise UserError(f"preset: {shown(preset)} is not allowed; there are {', '.join(PRESETS)}")
+    check_known("preset", preset, PRESETS)
     if all(size is None for size in sizes.values()):
         return PRESETS[preset]
     choices = []
@@ -76,8 +75,7 @@ def shapes(preset: str, **sizes: str | None) -> list[Shape]:
 
 def check_settings(dtype: str, dtypes: Iterable[str] = ("fp32", "bf16"), **counts: int) -> None:
     """Raise UserError unless `dtype` is one of `dtypes` and every count is at least 1."""
-    if dtype not in dtypes:
-        raise UserError(f"dtype: {dtype!r} is not allowed; it must be one of {', '.join(dtypes)}")
+    check_known("dtype", dtype, dtypes)
     for name, count in counts.items():
         if count < 1:
             raise UserError(f"{name}: {count} is not allowed; it must be at least 1")

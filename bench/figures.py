@@ -3,16 +3,14 @@
 from typing import Any
 
 from ..campaign.figure_panels import plain_ticks
-from ..reporting.plots import legend_below
+from ..reporting.plots import SEVERAL, legend_below
 from .data import HEADLINE, Shape
 from .floors import FLOOR_NAMES, KNOWN, Rates, step_floors
 from .results import activation
 
-# Okabe and Ito's palette, readable with colour blindness
-COLOURS = {
-    "temposae": "#0072B2", "eai-sparsify": "#D55E00", "SAELens": "#009E73", "dictionary_learning": "#CC79A7",
-    "torch": "#E69F00", "torch.compile": "#56B4E9",
-}  # fmt: skip
+COLOURS = dict(
+    zip(("temposae", "torch", "SAELens", "dictionary_learning", "torch.compile", "eai-sparsify"), SEVERAL, strict=False)
+)
 
 
 def _axes(n: int = 1) -> tuple[Any, list[Any]]:

@@ -324,11 +324,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         environment |= {"TRITON_INTERPRET": "1", "TEMPOSAE_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": ""}
         environment |= {"TORCHDYNAMO_DISABLE": "1"}  # compiling for a CPU takes longer than all other steps of peers
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # the first is ignored in the background of a shell, and by children then
-        signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # a shell's background and its children ignore SIGINT
     configs = ROOT / "kernels/configs.py"
     settings = configs.read_bytes()
     seconds = (options.seconds - RESERVE) * (DRY_FACTOR if options.dry_run else 1)

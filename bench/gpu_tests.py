@@ -107,9 +107,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--json", help="write the outcomes to this file, one JSON object per line")
     options = parser.parse_args()
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored in the background of a shell, and by children then
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background and its children ignore it
     counts, listed = Counter[str](), list[str]()
 
     def record(outcome: dict[str, Any]) -> None:

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from ..engine.config import SAEConfig, StreamConfig, TrainConfig
-from ..engine.errors import UserError, shown
+from ..engine.errors import UserError, check_known, shown
+from ..engine.metrics import held_out_scores
 from ..engine.sae import SparseAutoencoder
 from ..engine.storage.path_names import expand_path
-from ..engine.stream import ActivationStream
+from ..engine.stream import ActivationStream, Batch
 from ..engine.train import train
 from ..engine.training.schedules import default_lr
 from .data import Shape
 from .data import tokens as made_up
-from .results import about
+from .results import about, markdown
 
 TOKENS = 100_000  # tokens of a source
 HELD_OUT = 4096  # the last tokens, for evaluation
@@ -64,8 +65,7 @@ def plan(
     preset: str, sources: Sequence[str] | None = None, cells: Sequence[str] | None = None
 ) -> dict[str, Sequence[Cell]]:
     """The cells of each source: those of a preset, or the given ones. Raises UserError for invalid ones."""
-    if preset not in PRESETS:
-        raise UserError(f"preset: {preset!r} is not allowed; there are {', '.join(PRESETS)}")
+    check_known("preset", preset, PRESETS)
     preset_cells = PRESETS[preset]
     parsed_cells = [_parse(text) for text in cells or ()]
     for source in sources or ():
@@ -130,13 +130,10 @@ def evaluate(sae: SparseAutoencoder, x: Tensor) -> dict[str, float]:
     if sae.cfg.activation == "batchtopk":
         sae.threshold.zero_()
         sae.threshold.fill_(float(sae.encode(x).flatten().topk(len(x) * sae.cfg.k).values[-1]))
-    f = sae.encode(x)
-    error = (x - sae.decode(f)).double().square().sum()
-    return {
-        "fvu": float(error / (x - x.mean(0)).double().square().sum()),
-        "l0": float((f > 0).sum() / len(x)),
-        "dead": float((~(f > 0).any(0)).double().mean()),
-    }
+    scores = held_out_scores(sae, [Batch.of(x, torch.zeros(len(x), dtype=torch.int64))])
+    assert scores is not None
+    fvu = math.nan if scores["fvu"] is None else scores["fvu"]
+    return {"fvu": fvu, "l0": scores["l0"], "dead": scores["dead_fraction"]}
 
 
 def grid(measure: Callable[[float], dict[str, float]], start: float) -> dict[float, dict[str, float]]:
@@ -211,17 +208,13 @@ def excess(cell_result: dict[str, Any]) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """The measurement as Markdown, one line per cell."""
-    lines = [
-        f"{result['device']}, torch {result['versions']['torch']}, commit {(result['commit'] or 'unknown')[:8]}",
-        "",
-        "| source | D | activation | F | K | batch | steps | best lr | FVU | default lr | FVU | above the best |",
-        "| ------ | -: | ---------- | -: | -: | ----: | ----: | ------: | --: | ---------: | --: | -------------: |",
-    ]
+    sizes = ("source", "D", "activation", "F", "K", "batch", "steps")
+    lines = [(*sizes, "best lr", "FVU", "default lr", "FVU", "above the best")]
     for line in result["cells"]:
         best = min(line["grid"], key=lambda point: point["fvu"])
-        lines.append(
-            f"| {line['source']} | {line['D']} | {line['activation']} | {line['F']} | {line['K']} | {line['batch']} "
-            f"| {line['steps']} | {best['lr']:.2g} | {best['fvu']:.4f} | {line['default_lr']:.2g} "
-            f"| {line['default']['fvu']:.4f} | {excess(line):+.1%} |"
-        )
-    return "\n".join(lines) + "\n"
+        rates = ((best["lr"], best["fvu"]), (line["default_lr"], line["default"]["fvu"]))
+        cells = [cell for lr, fvu in rates for cell in (f"{lr:.2g}", f"{fvu:.4f}")]
+        lines.append((*(str(line[name]) for name in sizes), *cells, f"{excess(line):+.1%}"))
+    commit = (result["commit"] or "unknown")[:8]
+    heading = f"{result['device']}, torch {result['versions']['torch']}, commit {commit}"
+    return "\n".join([heading, "", *markdown(lines), ""])

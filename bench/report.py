@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine.errors import UserError, near
+from ..engine.errors import UserError, check_known
 from ..engine.process.progress import progress_bar
 from ..engine.storage.files import write_text
 from ..reporting.plots import save_figure
@@ -35,15 +35,9 @@ def write(
 
     Raises UserError for unknown kernels, architectures and GPUs, unreadable results, and under Triton's interpreter.
     """
-    for arch in archs or ():
-        if arch not in aot.ARCHS:
-            raise UserError(f"arch: {arch} is not allowed; there are {', '.join(map(str, aot.ARCHS))}")
-    for name in gpus or ():
-        if name not in GPUS:
-            raise UserError(f"gpu: {name!r} is not allowed; there are {', '.join(GPUS)}")
-    for name in kernels or ():
-        if name not in aot.SPECS:
-            raise UserError(f"kernel: {name!r} is not allowed; {near(name, aot.SPECS)}")
+    for field, values, allowed in (("arch", archs, aot.ARCHS), ("gpu", gpus, GPUS), ("kernel", kernels, aot.SPECS)):
+        for value in values or ():
+            check_known(field, value, allowed)
     measured = [read(path) for path in (kept() if results is None else results)]
     try:
         out.mkdir(parents=True, exist_ok=True)

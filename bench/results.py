@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import UserError
+from ..engine.process.cpu_memory import from_proc
 
 FOLDER = Path(__file__).parent / "results"  # one file per run
 NEEDED = ("provider", "op", "dtype", "N", "D", "F", "K", "ms", "floor_ms", "peak_bytes")
@@ -57,11 +58,7 @@ def device_name(device: str) -> str:
 
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        match = None
-    return match[1] if match else platform.processor() or platform.machine()
+    return from_proc("cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine()
 
 
 def commit() -> str | None:

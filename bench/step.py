@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..engine.errors import UserError
+from ..engine.errors import UserError, check_known
 from ..engine.process.cpu_memory import tune_host
 from ..engine.process.progress import ProgressBar, progress_bar
 from ..kernels.torch_modes import default_modes
@@ -35,8 +35,7 @@ def contenders(providers: Iterable[str], own: bool) -> list[Contender]:
     """All providers with the headline's settings and then, with `own`, with their own. Raises UserError for unknown ones."""
     names = list(dict.fromkeys(providers))
     for name in names:
-        if name not in PROVIDERS:
-            raise UserError(f"provider: {name!r} is not allowed; there are {', '.join(PROVIDERS)}")
+        check_known("provider", name, PROVIDERS)
     entrants = [Contender(name, False) for name in names]
     return entrants + [Contender(name, True) for name in names if own and PROVIDERS[name].own]
 
@@ -87,8 +86,7 @@ def measure(
     shapes, activations = [shape.check() for shape in shapes], list(dict.fromkeys(activations))
     check_settings(dtype, rounds=rounds, dictionaries=dictionaries)
     for activation in activations:
-        if activation not in ACTIVATIONS:
-            raise UserError(f"activation: {activation!r} is not allowed; there are {', '.join(ACTIVATIONS)}")
+        check_known("activation", activation, ACTIVATIONS)
         if auxk and not fixes_l0(activation):
             raise UserError(f"auxk: not allowed with activation {activation}; only topk and batchtopk have AuxK")
     tune_host()

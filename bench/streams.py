@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..engine.cohort import Cohort, group_into_cohorts
 from ..engine.config import SAEConfig, StreamConfig, TrainConfig
-from ..engine.errors import UserError
+from ..engine.errors import UserError, check_known
 from ..engine.learner import Learner
 from ..engine.process.cpu_memory import tune_host
 from ..engine.process.progress import ProgressBar, progress_bar
@@ -57,8 +57,7 @@ PRESETS = {
 
 def sizes(preset: str, model: str | None = None) -> Sizes:
     """The sizes of a preset, optionally with another model at its middle layer."""
-    if preset not in PRESETS:
-        raise UserError(f"preset: {preset!r} is not allowed; there are {', '.join(PRESETS)}")
+    check_known("preset", preset, PRESETS)
     preset_sizes = PRESETS[preset]
     return preset_sizes if model is None else preset_sizes._replace(model=model, layer=None)
 

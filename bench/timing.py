@@ -3,7 +3,6 @@
 import gc
 import json
 import math
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from ..engine.process.cpu_memory import from_proc
 
 
 class Quantiles(NamedTuple):
@@ -122,8 +123,4 @@ def free_bytes(device: str) -> float:
     if torch.device(device).type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    try:
-        match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        match = None
-    return 1024 * int(match[1]) if match else math.inf
+    return 1024 * float(from_proc("meminfo", r"MemAvailable:\s*(\d+) kB") or math.inf)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from ..engine.config import Config
-from ..engine.errors import UserError, near, shown
+from ..engine.errors import UserError, check_known
 from ..engine.registry import reads
 from ..engine.sweep import expand
 from ..evals.suite import EVALS
@@ -69,26 +69,21 @@ class CampaignConfig(Config):
         if runs == "all":
             return tuple(known)
         for name in runs if isinstance(runs, list | tuple) else ():
-            if name not in known:
-                raise UserError(f"{info.field_name}: {shown(name)} is not allowed; {near(str(name), known)}")
+            check_known(info.field_name, name, known)
         return runs
 
     @field_validator("evals")
     @classmethod
     def _known(cls, evals: tuple[str, ...]) -> tuple[str, ...]:
         for name in evals:
-            if name not in EVALS:
-                raise UserError(f"evals: {shown(name)} is not allowed; {near(name, EVALS)}")
+            check_known("evals", name, EVALS)
         return evals if "core" in evals else ("core", *evals)
 
     @field_validator("axes")
     @classmethod
     def _strictness(cls, axes: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for strictness in axes.get("strictness", ()):
-            if strictness not in STRICTNESS:
-                raise UserError(
-                    f"axes.strictness: {shown(strictness)} is not allowed; it must be {', '.join(STRICTNESS)}"
-                )
+            check_known("axes.strictness", strictness, STRICTNESS)
         return axes
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..engine.errors import UserError
+from ..engine.storage.files import os_errors_named
 from ..engine.storage.sealed import read_json, write_json
 from ..reporting.plots import remove_figure, save_figure
 from . import log_figures, overview, position_figures
@@ -80,11 +80,9 @@ def draw(out: Path) -> list[Path]:
             reasons[name] = f"drawn without {'; without '.join(drawing.lacks)}"
         save_figure(drawing.figure, path)
         paths.append(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with os_errors_named(f"out: {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / MISSING, reasons)
-    except OSError as error:
-        raise UserError(f"out: {folder} can't be written ({error.strerror})") from None
     return paths
 
 

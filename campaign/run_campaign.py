@@ -10,7 +10,7 @@ from typing import Any
 from ..engine.errors import UserError
 from ..engine.storage import checkpoint
 from ..engine.storage.checkpoint import Checkpoint
-from ..engine.storage.files import absolute
+from ..engine.storage.files import absolute, os_errors_named
 from ..engine.storage.lock import owned
 from ..engine.storage.run_folder import begin, check_free, read_sealed_yaml
 from ..engine.storage.sealed import write_json
@@ -72,10 +72,8 @@ def _campaign(config: CampaignConfig, out: Path, resume: bool) -> dict[str, Any]
         before = read_results(out)["seconds"]
         seconds = {stage: round(duration + before.get(stage, 0), 1) for stage, duration in seconds.items()}
     results = gather(config, planned, out, failed) | {"seconds": seconds}
-    try:
+    with os_errors_named(f"out: {out / RESULTS}"):
         write_json(out / RESULTS, json.loads(json.dumps(results, default=str)))
-    except OSError as error:
-        raise UserError(f"out: {out / RESULTS} can't be written ({error.strerror})") from None
     draw(out)
     write(out)
     return results

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from ..engine.errors import UserError
+from ..engine.errors import UserError, check_known
 from ..engine.storage.files import check_writable, write_json
 from .arguments import App
 from .options import PLAIN, JsonFile, check_backend
@@ -137,8 +137,7 @@ def runs(
     from ..campaign.documented import documented
 
     preset_name = preset or _default_preset(device_type)
-    if preset_name not in suite.PRESETS:
-        raise UserError(f"preset: {preset_name!r} is not allowed; there are {', '.join(suite.PRESETS)}")
+    check_known("preset", preset_name, suite.PRESETS)
     chosen = suite.TRAINED if only is None else [documented(name).trained_as or name for name in only.split(",")]
     results = suite.measure(suite.PRESETS[preset_name], tuple(dict.fromkeys(chosen)), device=device_type)
     _finish(results, suite.table, json_file)

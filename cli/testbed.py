@@ -5,8 +5,7 @@ from typing import Annotated
 
 from typer import Option
 
-from ..engine.errors import UserError
-from ..engine.storage.files import check_can_make, write_json
+from ..engine.storage.files import check_can_make, os_errors_named, write_json
 from .arguments import App
 from .options import PLAIN, JsonFile
 from .output import figures
@@ -28,10 +27,8 @@ def train(
     from ..engine.stream.model_loading import TESTBED
     from ..engine.testbed.training import train as train_model
 
-    try:
+    with os_errors_named(f"--out: {out}", "give a folder to make"):
         check_can_make(out or TESTBED)
-    except OSError as error:
-        raise UserError(f"--out: {out} can't be written ({error.strerror}); give a folder to make") from None
     quality = train_model(out or TESTBED, steps=steps, seed=seed)
     write_json(json_file, quality)
     figures(quality)

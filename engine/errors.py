@@ -34,6 +34,14 @@ class Stopped(BaseException):
         self.signal = signal
 
 
+def check_known(field: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise UserError unless a value is one of those allowed. The message has all names, or of many the similar ones."""
+    names = list(map(str, allowed))
+    if str(value) not in names:
+        hint = f"there are {', '.join(names)}" if len(names) < 10 else near(str(value), names)
+        raise UserError(f"{field}: {shown(value)} is not allowed; {hint}")
+
+
 def in_one_line(text: str) -> str:
     """Escape control characters, and cut long words and long texts."""
     text = printable(text)

@@ -24,7 +24,7 @@ from .errors import UserError
 from .registry import part as part
 from .sae import SparseAutoencoder
 
-UNSET: Any = None  # a tensor that a step sets before it is read
+UNSET: Any = None  # in fields of `BatchView` that a step sets before they are read
 
 
 class PartSettings(Config):
@@ -117,8 +117,8 @@ class BatchView:
     seed: int = 0
     target: Tensor = UNSET
     row: Tensor | None = None
-    attribute: Tensor | None = None
-    second: Tensor | None = None
+    attribute: Tensor = UNSET
+    second: Tensor = UNSET
     acts: Tensor = UNSET
     f: Tensor = UNSET
     code: SparseCode | None = None
@@ -174,6 +174,10 @@ class Part(nn.Module):
         super().__init__()
         self.settings, self.cfg, self.positions = settings, sae, positions
         self.paces: Mapping[str, float] = {}
+        self.build(generator)
+
+    def build(self, generator: torch.Generator) -> None:
+        """Make parameters and buffers, from `settings`, `cfg` (the dictionary's) and `positions`."""
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:

@@ -18,9 +18,9 @@ the K-th largest of these exceeds the bounds of all other latents, none of those
 is certain. Other tokens take the float32 path, and so do all if a number is not finite. BatchTopK does the same for the
 batch.
 
-The selection is that of a float32 encoder. It may differ from that of the float32 path where two activations differ by
-less than the rounding of float32 sums, and values may differ in their last bits, because sums have another order. The
-value of an entry depends on its token and latent alone.
+The selection is that of a float32 encoder, except that subnormal activations may count as zero. It may differ from that
+of the float32 path where two activations differ by less than the rounding of float32 sums, and values may differ in their
+last bits, because sums have another order. The same inputs give the same bits.
 """
 
 import functools
@@ -129,13 +129,20 @@ def _keys(inputs: EncoderInputs) -> Tensor | None:
     except among negative ones."""
     bounds = upper_bounds(*inputs[:3])
     if bounds is not None and inputs.mask is not None and inputs.pos is not None:
-        bounds = bounds.relu_().mul_(weights_at(inputs.mask, inputs.pos))
+        bounds.mul_(weights_at(inputs.mask, inputs.pos))
     return None if bounds is None else bounds.view(torch.int16)
 
 
 def upper_bounds(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor | None:
     """Return bfloat16 [N, F] that, times `OUTPUT`, is no less than relu(x @ W_enc + b_enc), or not positive where that
     is zero. Arguments are float32. Return None if some are not finite, or so large that sums may overflow."""
+    operands = bound_operands(x, W_enc, b_enc)
+    return None if operands is None else operands[0] @ operands[1].T
+
+
+def bound_operands(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return x^ [N, C] and w^ [F, C] with their further columns, in bfloat16, or None as `upper_bounds` does. C is a
+    multiple of 32, for the instructions that multiply them."""
     d = x.shape[1]
     rows, x_norm, x_error = _rounded(x)
     latents, w_norm, w_error = _rounded(W_enc.T)
@@ -151,7 +158,7 @@ def upper_bounds(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor | None:
         bias = bias - column
     latents[:, d + 3] = w_norm * UP
     latents[:, d + 4] = w_error * UP
-    return rows @ latents.T
+    return rows, latents
 
 
 def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

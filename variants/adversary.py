@@ -47,12 +47,11 @@ class Adversary(Averaging):
 
     reads = frozenset({"attribute", "f"})
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.direction, self.bias = nn.Parameter(torch.zeros(sae.d_sae)), nn.Parameter(torch.zeros(()))
-        self.paces = {"direction": settings.pace, "bias": settings.pace}
-        self.accuracy = RunningMean(settings.decay, start=0.5)
-        self.cosine = RunningMean(settings.decay)
+    def build(self, generator: torch.Generator) -> None:
+        self.direction, self.bias = nn.Parameter(torch.zeros(self.cfg.d_sae)), nn.Parameter(torch.zeros(()))
+        self.paces = {"direction": self.settings.pace, "bias": self.settings.pace}
+        self.accuracy = RunningMean(self.settings.decay, start=0.5)
+        self.cosine = RunningMean(self.settings.decay)
 
     @property
     def pressure(self) -> Tensor:
@@ -60,7 +59,6 @@ class Adversary(Averaging):
         return self.settings.strength * (self.accuracy.value - 0.5).clamp_min(0.1)
 
     def penalty(self, batch: BatchView) -> Tensor:
-        assert batch.attribute is not None
         f = batch.f.to(self.direction.dtype)
         share, has_class = class_shares(batch.attribute, f.dtype)
         logit = f.detach() @ self.direction + self.bias
@@ -100,10 +98,9 @@ class SelectiveOrthogonality(Averaging):
         decay: Fraction = Field(default=0.95, description="Decay per step of the mean of the attribution.")
         sample: int = Field(default=512, ge=2, description="Latents that a step draws and compares, at most.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.attribution = RunningMean(settings.decay, sae.d_sae)
-        self.cosine = RunningMean(settings.decay)  # mean square among the latents drawn
+    def build(self, generator: torch.Generator) -> None:
+        self.attribution = RunningMean(self.settings.decay, self.cfg.d_sae)
+        self.cosine = RunningMean(self.settings.decay)  # mean square among the latents drawn
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -174,11 +171,11 @@ class SpuriousContrast(Averaging):
     reads = frozenset({"attribute", "f"})
     least_latents = 2
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.spurious = max(1, int(settings.share * sae.d_sae))
-        self.mean, self.square = (RunningMean(settings.decay, 2, sae.d_sae) for _ in range(2))  # of f and f^2, by class
-        self.alike = RunningMean(settings.decay)  # mean square of the cosines
+    def build(self, generator: torch.Generator) -> None:
+        self.spurious = max(1, int(self.settings.share * self.cfg.d_sae))
+        shape = 2, self.cfg.d_sae  # by class
+        self.mean, self.square = (RunningMean(self.settings.decay, *shape) for _ in range(2))  # of f and f^2
+        self.alike = RunningMean(self.settings.decay)  # mean square of the cosines
 
     @property
     def score(self) -> Tensor:
@@ -200,7 +197,6 @@ class SpuriousContrast(Averaging):
         return self.settings.coefficient * D * len(groups[1]) * excess.mean()
 
     def after(self, batch: BatchView) -> None:
-        assert batch.attribute is not None
         f = batch.f.detach().to(self.mean.value.dtype)
         share, has_class = class_shares(batch.attribute, f.dtype)
         self.mean.add(share @ f, has_class[:, None])

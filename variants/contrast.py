@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
 from .number_types import Factor, Weight
 
@@ -57,8 +56,7 @@ class PositionContrast(Part):
         temperature: Factor = Field(default=0.1, description="Divisor of cosines between codes in the softmax.")
         sample: int = Field(default=256, ge=4, description="Largest number of tokens that a step compares.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
+    def build(self, generator: torch.Generator) -> None:
         self.contrast = nn.Buffer(torch.zeros(()))
 
     def penalty(self, batch: BatchView) -> Tensor | None:

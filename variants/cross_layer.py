@@ -45,8 +45,7 @@ class CrossLayer(Part):
         alignment: Weight = Field(default=0.01, description="Weight of 1 - cosine of decoder gradients, in units of D.")
         tokens: Count = Field(default=256, description="Tokens drawn from each batch for both penalties.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
+    def build(self, generator: torch.Generator) -> None:
         self._reported: dict[str, Tensor] = {}
 
     @classmethod
@@ -60,7 +59,6 @@ class CrossLayer(Part):
                 )
 
     def penalty(self, batch: BatchView) -> Tensor:
-        assert batch.second is not None
         sae, x = batch.sae, batch.x.to(batch.f.dtype)
         tokens = sample_indices(len(x), self.settings.tokens, batch)
         x, second = x[tokens], to_units_of(x, batch.second.to(x.dtype))[tokens]

@@ -24,9 +24,10 @@ class PositionEmbedding(Part):
     class Settings(PartSettings):
         scale: Weight = Field(default=0.1, description="Initial standard deviation. Entries of x are about 1.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.embedding = nn.Parameter(settings.scale * torch.randn(positions, sae.d_in, generator=generator))
+    def build(self, generator: torch.Generator) -> None:
+        self.embedding = nn.Parameter(
+            self.settings.scale * torch.randn(self.positions, self.cfg.d_in, generator=generator)
+        )
 
     def input(self, x: Tensor, batch: BatchView) -> Tensor:
         return x + self.embedding[batch.sae.mask.rows(batch.pos)]
@@ -68,13 +69,13 @@ class MultiScale(Part):
         scale: Weight = Field(default=0.1, description="Initial standard deviation. Entries of x are about 1.")
         decay: Fraction = Field(default=0.99, description="Decay per step of each scale's mean share of activation.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.widths = widths(positions)
+    def build(self, generator: torch.Generator) -> None:
+        self.widths = widths(self.positions)
         self.embeddings = nn.ParameterList(
-            settings.scale * torch.randn(-(-positions // width), sae.d_in, generator=generator) for width in self.widths
+            self.settings.scale * torch.randn(-(-self.positions // width), self.cfg.d_in, generator=generator)
+            for width in self.widths
         )
-        self.logits = nn.Parameter(torch.zeros(positions, SCALES))
+        self.logits = nn.Parameter(torch.zeros(self.positions, SCALES))
         self.share = nn.Buffer(torch.full((SCALES,), 1 / SCALES))
 
     def mix(self, progress: float) -> Tensor:
@@ -167,14 +168,13 @@ class ResidualPosition(Averaging):
         regulariser: Weight = Field(default=0.01, description="Weight of |r_p|^2 in the pathway's own loss.")
         decay: Fraction = Field(default=0.99, description="Decay per step of the mean variance at each position.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.embedding = nn.Parameter(torch.randn(positions, settings.width, generator=generator))
-        self.map = nn.Parameter(torch.zeros(settings.width, sae.d_sae))
-        self.log_gain = nn.Parameter(torch.zeros(positions))
-        self.slope = nn.Parameter(torch.zeros(sae.d_sae))
-        self.offset = nn.Parameter(torch.full((sae.d_sae,), -2.0))
-        self.variance = RunningMean(settings.decay, positions)
+    def build(self, generator: torch.Generator) -> None:
+        self.embedding = nn.Parameter(torch.randn(self.positions, self.settings.width, generator=generator))
+        self.map = nn.Parameter(torch.zeros(self.settings.width, self.cfg.d_sae))
+        self.log_gain = nn.Parameter(torch.zeros(self.positions))
+        self.slope = nn.Parameter(torch.zeros(self.cfg.d_sae))
+        self.offset = nn.Parameter(torch.full((self.cfg.d_sae,), -2.0))
+        self.variance = RunningMean(self.settings.decay, self.positions)
         self._term: Tensor | None = None
 
     def pre(self, pre: Tensor, batch: BatchView) -> Tensor:

@@ -72,12 +72,11 @@ class CausalLevels(Part):
         decay: Fraction = Field(default=0.95, description="Decay per step of the mean of each latent's causality.")
         sampled: int = Field(default=256, ge=2, description="Tokens, and latents of both halves, that a step draws.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.sizes = widths(sae.d_sae, settings.levels)
-        self.router = nn.Parameter(torch.zeros(sae.d_in, settings.levels))
-        self.router_bias = nn.Parameter(torch.zeros(settings.levels))
-        self.causality = nn.Buffer(torch.zeros(sae.d_sae))
+    def build(self, generator: torch.Generator) -> None:
+        self.sizes = widths(self.cfg.d_sae, self.settings.levels)
+        self.router = nn.Parameter(torch.zeros(self.cfg.d_in, self.settings.levels))
+        self.router_bias = nn.Parameter(torch.zeros(self.settings.levels))
+        self.causality = nn.Buffer(torch.zeros(self.cfg.d_sae))
         self._log_routing: Tensor = UNSET  # log r of the batch in training, from `latents` to `penalty`
         self._reported: dict[str, Tensor] = {}
 
@@ -168,16 +167,15 @@ class LevelAttention(Part):
         weight: Weight = Field(default=0.1, description="Weight of the squared error of the first levels alone.")
         decay: Fraction = Field(default=0.95, description="Decay per step of the mean adjacency of groups.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        L, G, H, d = settings.levels, settings.groups, settings.heads, settings.width
+    def build(self, generator: torch.Generator) -> None:
+        L, G, H, d = self.settings.levels, self.settings.groups, self.settings.heads, self.settings.width
 
         def normal(*shape: int, scale: float) -> nn.Parameter:
             return nn.Parameter(scale * torch.randn(shape, generator=generator))
 
-        self.sizes = widths(sae.d_sae, L * G)
+        self.sizes = widths(self.cfg.d_sae, L * G)
         self.level_sizes = [sum(self.sizes[G * level : G * (level + 1)]) for level in range(L)]
-        self.query = normal(sae.d_in, H * d, scale=sae.d_in**-0.5)
+        self.query = normal(self.cfg.d_in, H * d, scale=self.cfg.d_in**-0.5)
         self.keys = normal(L, G, H, d, scale=0.1)
         self.mask_logits = nn.Parameter(torch.zeros(L, G))
         self.summary = normal(L, G, H * d, scale=1.0)

@@ -29,9 +29,8 @@ class LinearWeights(Part):
         first: Factor = Field(default=1.0, description="Weight of the squared error at the first position.")
         last: Factor = Field(default=2.0, description="Weight of the squared error at the last position.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.weights = nn.Buffer(torch.linspace(settings.first, settings.last, positions))
+    def build(self, generator: torch.Generator) -> None:
+        self.weights = nn.Buffer(torch.linspace(self.settings.first, self.settings.last, self.positions))
 
     def weigh(self, batch: BatchView) -> tuple[Tensor | None, Tensor | None]:
         return self.weights[mask_positions(batch)], None
@@ -57,9 +56,8 @@ class AdaptiveWeights(Part):
         floor: Share = Field(default=0.1, description="Least weight of a position.")
         l1: bool = Field(default=False, description="Weight the L1 term by position as well (relu).")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.error = RunningMean(settings.decay, positions)
+    def build(self, generator: torch.Generator) -> None:
+        self.error = RunningMean(self.settings.decay, self.positions)
 
     def weigh(self, batch: BatchView) -> tuple[Tensor | None, Tensor | None]:
         mask_position = mask_positions(batch)
@@ -108,9 +106,8 @@ class SpecialisedWeights(Part):
         beta: Share = Field(default=0.5, description="Share of a position's weight that follows specialised latents.")
         decay: Fraction = Field(default=0.99, description="Decay per step of the mean share of specialised latents.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.share = RunningMean(settings.decay, positions)
+    def build(self, generator: torch.Generator) -> None:
+        self.share = RunningMean(self.settings.decay, self.positions)
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:

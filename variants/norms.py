@@ -1,13 +1,12 @@
 """Normalisations of a token's latents, of each latent, and of each dimension of x."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
 
 EPS = 1e-5
@@ -35,10 +34,9 @@ class LayerNorm(Part):
     class Settings(PartSettings):
         place: Literal["acts", "pre"] = Field(default="acts", description="acts: after the ReLU. pre: before it.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.scale = nn.Parameter(torch.full((sae.d_sae,), math.sqrt(sae.d_in / sae.d_sae)))
-        self.shift = nn.Parameter(torch.zeros(sae.d_sae))
+    def build(self, generator: torch.Generator) -> None:
+        self.scale = nn.Parameter(torch.full((self.cfg.d_sae,), math.sqrt(self.cfg.d_in / self.cfg.d_sae)))
+        self.shift = nn.Parameter(torch.zeros(self.cfg.d_sae))
 
     def does(self, hook: str) -> bool:
         return hook == self.settings.place or (hook not in ("pre", "acts") and super().does(hook))
@@ -72,11 +70,10 @@ class FeatureNorm(Part):
     counts normalised activations.
     """
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.log_scale = nn.Parameter(torch.zeros(sae.d_sae))
-        self.squares = nn.Buffer(torch.zeros(sae.d_sae))
-        self.active = nn.Buffer(torch.zeros(sae.d_sae))
+    def build(self, generator: torch.Generator) -> None:
+        self.log_scale = nn.Parameter(torch.zeros(self.cfg.d_sae))
+        self.squares = nn.Buffer(torch.zeros(self.cfg.d_sae))
+        self.active = nn.Buffer(torch.zeros(self.cfg.d_sae))
 
     @property
     def size(self) -> Tensor:
@@ -101,10 +98,9 @@ class BatchNorm(Part):
     from its input. The decoder still reconstructs x itself.
     """
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.mean = nn.Buffer(torch.zeros(sae.d_in))
-        self.variance = nn.Buffer(torch.ones(sae.d_in))
+    def build(self, generator: torch.Generator) -> None:
+        self.mean = nn.Buffer(torch.zeros(self.cfg.d_in))
+        self.variance = nn.Buffer(torch.ones(self.cfg.d_in))
 
     def input(self, x: Tensor, batch: BatchView) -> Tensor:
         mean, variance = self.mean, self.variance

@@ -36,10 +36,9 @@ class Pruning(Part):
         every: Count = Field(default=10, description="Steps between two decisions about which latents are off.")
         decay: Fraction = Field(default=0.95, description="Decay per step of the mean importance of latents.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.importance = nn.Buffer(torch.zeros(sae.d_sae))
-        self.alive = nn.Buffer(torch.ones(sae.d_sae, dtype=torch.bool))
+    def build(self, generator: torch.Generator) -> None:
+        self.importance = nn.Buffer(torch.zeros(self.cfg.d_sae))
+        self.alive = nn.Buffer(torch.ones(self.cfg.d_sae, dtype=torch.bool))
         self.returned = nn.Buffer(torch.zeros((), dtype=torch.int64))
         self._unpruned: Tensor = UNSET  # activations [N, F], from `latents` to `after`
 
@@ -103,10 +102,9 @@ class Distillation(Part):
         tokens: Count = Field(default=256, description="Tokens that a step compares, drawn at random.")
         latents: int = Field(default=4096, ge=2, description="Latents that a step compares, drawn at random.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.W_teacher = nn.Buffer(torch.zeros(sae.d_sae, sae.d_in))  # latent-major, as W_enc lies in memory
-        self.b_teacher = nn.Buffer(torch.zeros(sae.d_sae))
+    def build(self, generator: torch.Generator) -> None:
+        self.W_teacher = nn.Buffer(torch.zeros(self.cfg.d_sae, self.cfg.d_in))  # latent-major, as W_enc lies in memory
+        self.b_teacher = nn.Buffer(torch.zeros(self.cfg.d_sae))
         self.steps = nn.Buffer(torch.zeros(()))
         self._x: Tensor = UNSET  # the encoder's input, from `input` to `penalty`
         self._reported: Tensor | None = None

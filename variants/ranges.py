@@ -31,9 +31,10 @@ class RangeEncoders(Part):
     class Settings(PartSettings):
         scale: Weight = Field(default=0.0, description="Initial standard deviation. Entries of x are about 1.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.bias = nn.Parameter(settings.scale * torch.randn(sae.mask.ranges, sae.d_in, generator=generator))
+    def build(self, generator: torch.Generator) -> None:
+        self.bias = nn.Parameter(
+            self.settings.scale * torch.randn(self.cfg.mask.ranges, self.cfg.d_in, generator=generator)
+        )
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -85,15 +86,14 @@ class RangeAdapters(Part):
         pace: Factor = Field(default=1.0, description="Adapters' learning rate as a multiple of the dictionary's.")
         l1_from: Share = Field(default=1.0, description="Factor on L1 at first. It rises to 1 with the adapters.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        R, h, D, F = settings.ranges, settings.hidden, sae.d_in, sae.d_sae
+    def build(self, generator: torch.Generator) -> None:
+        R, h, D, F = self.settings.ranges, self.settings.hidden, self.cfg.d_in, self.cfg.d_sae
         self.W1 = nn.Parameter(torch.randn(R, D, h, generator=generator) / math.sqrt(D))
         self.b1 = nn.Parameter(torch.zeros(R, h))
-        self.W2 = nn.Parameter(torch.randn(R, h, F, generator=generator) * (settings.scale / math.sqrt(h)))
+        self.W2 = nn.Parameter(torch.randn(R, h, F, generator=generator) * (self.settings.scale / math.sqrt(h)))
         self.b2 = nn.Parameter(torch.zeros(R, F))
         self.gate = nn.Parameter(torch.zeros(R))
-        self.paces = {name: settings.pace for name, _ in self.named_parameters()}
+        self.paces = {name: self.settings.pace for name, _ in self.named_parameters()}
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:

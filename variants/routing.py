@@ -43,17 +43,16 @@ class AttentionRouter(Averaging):
         free: Share = Field(default=0.0, description="Share of the groups, the first ones, without this preference.")
         decay: Fraction = Field(default=0.99, description="Decay per step of the mean gradient shares.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        G, d_k = settings.groups, settings.width
-        self.W_q = nn.Parameter(torch.randn(sae.d_in, d_k, generator=generator) / math.sqrt(sae.d_in))
-        self.embedding = nn.Parameter(torch.randn(positions, d_k, generator=generator))
+    def build(self, generator: torch.Generator) -> None:
+        G, d_k = self.settings.groups, self.settings.width
+        self.W_q = nn.Parameter(torch.randn(self.cfg.d_in, d_k, generator=generator) / math.sqrt(self.cfg.d_in))
+        self.embedding = nn.Parameter(torch.randn(self.positions, d_k, generator=generator))
         self.keys = nn.Parameter(0.1 * torch.randn(G, d_k, generator=generator))
-        self.share = RunningMean(settings.decay, positions, G, start=1 / G)
-        n_free = round(settings.free * G)
-        place = (torch.arange(positions) + 0.5) / positions
+        self.share = RunningMean(self.settings.decay, self.positions, G, start=1 / G)
+        n_free = round(self.settings.free * G)
+        place = (torch.arange(self.positions) + 0.5) / self.positions
         centre = (torch.arange(G - n_free) + 0.5) / max(1, G - n_free)
-        self.distance = nn.Buffer(torch.cat([torch.zeros(positions, n_free), place[:, None] - centre], 1))
+        self.distance = nn.Buffer(torch.cat([torch.zeros(self.positions, n_free), place[:, None] - centre], 1))
         self.entropy = nn.Buffer(torch.zeros(()))
 
     @classmethod
@@ -106,9 +105,8 @@ class GlobalPosition(Part):
         start: Share = Field(default=0.25, description="Share of the run in which position latents are off.")
         full: Share = Field(default=0.5, description="Share after which position latents are fully on, above start.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.logits = nn.Parameter(torch.zeros(positions))
+    def build(self, generator: torch.Generator) -> None:
+        self.logits = nn.Parameter(torch.zeros(self.positions))
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -148,12 +146,11 @@ class ResidualGate(Part):
         decay: Fraction = Field(default=0.99, description="Decay per step of each latent's mean and variance.")
         offset: float = Field(default=-0.5, description="Gate threshold above the mean, in standard deviations.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.gate = nn.Parameter(torch.zeros(sae.d_sae))
+    def build(self, generator: torch.Generator) -> None:
+        self.gate = nn.Parameter(torch.zeros(self.cfg.d_sae))
         self.log_skip = nn.Parameter(torch.tensor(math.log(0.5)))
-        self.mean = nn.Buffer(torch.zeros(sae.d_sae))
-        self.variance = nn.Buffer(torch.ones(sae.d_sae))
+        self.mean = nn.Buffer(torch.zeros(self.cfg.d_sae))
+        self.variance = nn.Buffer(torch.ones(self.cfg.d_sae))
         self.batches = nn.Buffer(torch.zeros(()))
         self._batch: tuple[Tensor, Tensor] = UNSET  # mean and variance, from `acts` to `after`
         self._open: Tensor | None = None

@@ -42,9 +42,8 @@ class DynamicMargin(Averaging):
         deviations: Weight = Field(default=2.0, description="Margin above the mean cosine, in standard deviations.")
         sample: int = Field(default=512, ge=2, description="Decoder rows that a step draws and compares, at most.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.usual = RunningMean(settings.decay, 3)  # mean, std, share of pairs above the margin
+    def build(self, generator: torch.Generator) -> None:
+        self.usual = RunningMean(self.settings.decay, 3)  # mean, std, share of pairs above the margin
 
     def margin(self, statistics: Tensor) -> Tensor:
         return statistics[0] + self.settings.deviations * statistics[1]

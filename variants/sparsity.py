@@ -52,9 +52,8 @@ class FeatureDropout(Part):
     class Settings(PartSettings):
         p: Fraction = Field(default=0.2, description="Probability of dropping a latent of a token in training.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        self.importance = nn.Buffer(torch.zeros(sae.d_sae))
+    def build(self, generator: torch.Generator) -> None:
+        self.importance = nn.Buffer(torch.zeros(self.cfg.d_sae))
 
     def latents(self, f: Tensor, batch: BatchView) -> Tensor:
         if not batch.training or self.settings.p == 0:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, part
 from ..engine.sae import SparseAutoencoder
 from ..kernels.masks import weights_at
@@ -22,10 +21,9 @@ class PositionTracker(Part):
     the squared error by position already (`train.log_positions`).
     """
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
+    def build(self, generator: torch.Generator) -> None:
         self.lines = nn.Buffer(torch.zeros(0, 3))  # one line per step since the last report
-        self.weights = nn.Buffer(torch.ones(positions))  # [n_positions] from the first step on
+        self.weights = nn.Buffer(torch.ones(self.positions))  # [n_positions] from the first step on
 
     def initialise(self, sae: SparseAutoencoder, generator: torch.Generator) -> None:
         self._mask = (sae.mask,)  # in a tuple, so that it is not a submodule of this part

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ... import variants as variants  # registers the parts
-from ...engine.errors import UserError, near
+from ...engine.errors import check_known
 from . import baselines, log_a, log_b, log_c, log_d, log_e
 from .documented_run import EACH, Documented
 
@@ -27,8 +27,7 @@ BASELINES = baselines.RUNS
 def documented(run: str) -> Documented:
     """A run of the logs, or a baseline. Raises UserError, with close matches, for an unknown name."""
     known = RUNS | BASELINES
-    if run not in known:
-        raise UserError(f"run: {run!r} is not allowed; {near(run, known)}")
+    check_known("run", run, known)
     return known[run]
 
 

@@ -17,10 +17,12 @@ EACH = "each"  # as the number of ranges: one per position
 class Documented:
     """A run: its title in the logs, and its settings, which replace those of `COMMON`.
 
-    An analysis has `trained_as`, the run whose weights it analyses.
+    `parts` are those of the dictionary: names, or pairs (name, settings). An analysis has `trained_as`, the run whose
+    weights it analyses.
     """
 
     title: str
+    parts: tuple[str | tuple[str, dict[str, Any]], ...] = ()
     sae: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     stream: Mapping[str, Any] = field(default_factory=dict)
@@ -28,12 +30,8 @@ class Documented:
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """The sections stream, sae and train of a config."""
-        return {name: {**common, **getattr(self, name)} for name, common in COMMON.items()}
-
-
-def parts(*mechanisms: str | tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Make the setting `parts` from names or pairs (name, settings)."""
-    return [
-        {"kind": mechanism} if isinstance(mechanism, str) else {"kind": mechanism[0], **mechanism[1]}
-        for mechanism in mechanisms
-    ]
+        sections = {name: {**common, **getattr(self, name)} for name, common in COMMON.items()}
+        if self.parts:
+            pairs = [(part, {}) if isinstance(part, str) else part for part in self.parts]
+            sections["sae"]["parts"] = [{"kind": kind, **settings} for kind, settings in pairs]
+        return sections

@@ -26,42 +26,22 @@ from ..errors import UserError, near
 from . import optimizers
 from .eligibility import obstacle
 
-_SAELENS, _LEARNING = "sae_lens.saes.", "dictionary_learning."
-#: module and class of a library -> our module and the mixin in it
-KINDS: dict[tuple[str, str], tuple[str, str]] = {
-    (_SAELENS + "topk_sae", "TopKSAE"): ("saelens", "TopK"),
-    (_SAELENS + "jumprelu_sae", "JumpReLUSAE"): ("saelens", "JumpReLU"),
-    (_SAELENS + "standard_sae", "StandardSAE"): ("saelens", "Standard"),
-    (_SAELENS + "gated_sae", "GatedSAE"): ("saelens", "Gated"),
-    (_SAELENS + "transcoder", "Transcoder"): ("saelens", "Transcoder"),
-    (_SAELENS + "transcoder", "SkipTranscoder"): ("saelens", "Transcoder"),
-    (_SAELENS + "transcoder", "JumpReLUTranscoder"): ("saelens", "JumpReLUTranscoder"),
-    (_SAELENS + "transcoder", "JumpReLUSkipTranscoder"): ("saelens", "JumpReLUTranscoder"),
-    (_SAELENS + "topk_sae", "TopKTrainingSAE"): ("saelens_training", "TopKTraining"),
-    (_SAELENS + "batchtopk_sae", "BatchTopKTrainingSAE"): ("saelens_training", "BatchTopKTraining"),
-    (_SAELENS + "matryoshka_batchtopk_sae", "MatryoshkaBatchTopKTrainingSAE"): ("saelens_training", "MatryoshkaTraining"),
-    (_SAELENS + "jumprelu_sae", "JumpReLUTrainingSAE"): ("saelens_training", "JumpReLUTraining"),
-    (_SAELENS + "standard_sae", "StandardTrainingSAE"): ("saelens_training", "StandardTraining"),
-    (_SAELENS + "gated_sae", "GatedTrainingSAE"): ("saelens_training", "GatedTraining"),
-    ("sae_lens.training.sae_trainer", "SAETrainer"): ("saelens_training", "Trainer"),
-    (_LEARNING + "trainers.top_k", "AutoEncoderTopK"): ("dictionary_learning", "TopK"),
-    (_LEARNING + "trainers.batch_top_k", "BatchTopKSAE"): ("dictionary_learning", "BatchTopK"),
-    (_LEARNING + "trainers.matryoshka_batch_top_k", "MatryoshkaBatchTopKSAE"): ("dictionary_learning", "Matryoshka"),
-    (_LEARNING + "dictionary", "JumpReluAutoEncoder"): ("dictionary_learning", "JumpReLU"),
-    (_LEARNING + "dictionary", "AutoEncoder"): ("dictionary_learning", "Standard"),
-    (_LEARNING + "dictionary", "GatedAutoEncoder"): ("dictionary_learning", "Gated"),
-    (_LEARNING + "trainers.top_k", "TopKTrainer"): ("dictionary_learning_training", "TopK"),
-    (_LEARNING + "trainers.batch_top_k", "BatchTopKTrainer"): ("dictionary_learning_training", "BatchTopK"),
-    (_LEARNING + "trainers.matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer"): (
-        "dictionary_learning_training", "Matryoshka",
-    ),
-    (_LEARNING + "trainers.jumprelu", "JumpReluTrainer"): ("dictionary_learning_training", "JumpReLU"),
-    (_LEARNING + "trainers.standard", "StandardTrainer"): ("dictionary_learning_training", "Standard"),
-    (_LEARNING + "trainers.standard", "StandardTrainerAprilUpdate"): ("dictionary_learning_training", "April"),
-    (_LEARNING + "trainers.gdm", "GatedSAETrainer"): ("dictionary_learning_training", "Gated"),
-    ("sparsify.sparse_coder", "SparseCoder"): ("sparsify", "Coder"),
-    ("sparsify.trainer", "Trainer"): ("sparsify", "Trainer"),
+#: (package, our module) -> classes of the package, for each of which our module has a mixin of the same name
+_CLASSES = {
+    ("sae_lens", "saelens"):
+        "TopKSAE JumpReLUSAE StandardSAE GatedSAE Transcoder SkipTranscoder JumpReLUTranscoder JumpReLUSkipTranscoder",
+    ("sae_lens", "saelens_training"):
+        "TopKTrainingSAE BatchTopKTrainingSAE MatryoshkaBatchTopKTrainingSAE JumpReLUTrainingSAE StandardTrainingSAE "
+        "GatedTrainingSAE SAETrainer",
+    ("dictionary_learning", "dictionary_learning"):
+        "AutoEncoderTopK BatchTopKSAE MatryoshkaBatchTopKSAE JumpReluAutoEncoder AutoEncoder GatedAutoEncoder",
+    ("dictionary_learning", "dictionary_learning_training"):
+        "TopKTrainer BatchTopKTrainer MatryoshkaBatchTopKTrainer JumpReluTrainer StandardTrainer "
+        "StandardTrainerAprilUpdate GatedSAETrainer",
+    ("sparsify", "sparsify"): "SparseCoder Trainer",
 }  # fmt: skip
+#: package and class -> our module
+KINDS = {(package, name): module for (package, module), names in _CLASSES.items() for name in names.split()}
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 T = TypeVar("T")
 _DERIVED_CLASSES: dict[type, type] = {}
@@ -128,15 +108,13 @@ def accelerated(obj: T) -> Iterator[T]:
 
 def _mixin(obj: object) -> type:
     cls = type(obj).library_class if is_accelerated(obj) else type(obj)  # pyright: ignore[reportAttributeAccessIssue]
-    module_and_mixin = KINDS.get((cls.__module__, cls.__name__))
-    if module_and_mixin is not None:
-        return getattr(import_module(f".{module_and_mixin[0]}", __name__), module_and_mixin[1])
+    package = cls.__module__.partition(".")[0]
+    if (module := KINDS.get((package, cls.__name__))) is not None:
+        return getattr(import_module(f".{module}", __name__), cls.__name__)
     if isinstance(obj, _ADAMS):
         return optimizers.Fused
     known = sorted({name for _, name in KINDS} | {"Adam", "AdamW"})
-    raise UserError(
-        f"accelerate: {cls.__module__.partition('.')[0]}'s {cls.__name__} is not allowed; {near(cls.__name__, known)}"
-    )
+    raise UserError(f"accelerate: {package}'s {cls.__name__} is not allowed; {near(cls.__name__, known)}")
 
 
 def _components(obj: Any, mixin: Any) -> tuple[list[Any], list[Any]]:

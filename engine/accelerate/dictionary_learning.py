@@ -75,9 +75,7 @@ class Dictionary:
         return twice(self, [self._acts(x, code)], x, lambda x: [self.library_class.encode(self, x, *settings)])[0]
 
 
-class TopK(Dictionary):
-    """AutoEncoderTopK"""
-
+class AutoEncoderTopK(Dictionary):
     def _encode_sparse(self: Any, x: Tensor) -> SparseCode | None:
         return self._encode_k(ops.encode_topk, x)
 
@@ -92,8 +90,8 @@ class TopK(Dictionary):
         return self._encoded(x, code)
 
 
-class BatchTopK(Dictionary):
-    """BatchTopKSAE. After training, activations above its threshold are kept."""
+class BatchTopKSAE(Dictionary):
+    """After training, activations above the threshold are kept."""
 
     def _encode_sparse(self: Any, x: Tensor) -> SparseCode | None:
         """None until the threshold has been updated: half of all latents are above a negative one."""
@@ -123,15 +121,15 @@ class _Matrices(Dictionary):
         return torch.promote_types(product_dtype(self.b_enc), self.b_enc.dtype)
 
 
-class Matryoshka(_Matrices, BatchTopK):
-    """MatryoshkaBatchTopKSAE with all groups active"""
+class MatryoshkaBatchTopKSAE(_Matrices, BatchTopKSAE):
+    """All groups must be active."""
 
     def _is_plain(self: Any, x: Any) -> bool:
         return Dictionary._is_plain(self, x) and self.active_groups == len(self.group_sizes)
 
 
-class JumpReLU(_Matrices):
-    """JumpReluAutoEncoder. The threshold gets no gradient."""
+class JumpReluAutoEncoder(_Matrices):
+    """The threshold gets no gradient."""
 
     def _center(self: Any) -> Tensor | None:
         return self.b_dec if self.apply_b_dec_to_input else None
@@ -140,9 +138,7 @@ class JumpReLU(_Matrices):
         return self._encode_above(x, self.threshold.detach().clamp_min(0))
 
 
-class Standard(Dictionary):
-    """AutoEncoder"""
-
+class AutoEncoder(Dictionary):
     def _decoder(self: Any) -> tuple[Tensor, Tensor]:
         return self.decoder.weight.T, self.bias
 
@@ -153,8 +149,8 @@ class Standard(Dictionary):
         return self._encode_above(x, None)
 
 
-class Gated(Dictionary):
-    """GatedAutoEncoder. Magnitudes are computed from the gates, at entries with an open gate only."""
+class GatedAutoEncoder(Dictionary):
+    """Magnitudes are computed from the gates, at entries with an open gate only."""
 
     def _encoder(self: Any) -> tuple[Tensor, Tensor]:
         return self.encoder.weight.T, self.gate_bias.detach()

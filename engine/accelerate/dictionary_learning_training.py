@@ -44,8 +44,8 @@ def _without_parallel(W: Tensor, grad: Tensor, activation_dim: int, d_sae: int) 
     return grad.addcmul_(W, coefficients, value=-1)
 
 
-class TopK(Training):
-    """TopKTrainer. A selected latent counts as fired even if it is 0."""
+class TopKTrainer(Training):
+    """A selected latent counts as fired even if it is 0."""
 
     def _fired_latents(self: Any, code: SparseCode) -> Tensor:
         return code.indices
@@ -85,9 +85,7 @@ class TopK(Training):
         return (self.pre_norm_auxk_loss / variance).nan_to_num(0.0)
 
 
-class BatchTopK(TopK):
-    """BatchTopKTrainer"""
-
+class BatchTopKTrainer(TopKTrainer):
     def _fired_latents(self: Any, code: SparseCode) -> Tensor:
         return code.indices[code.live(code.values) > 0]
 
@@ -95,8 +93,8 @@ class BatchTopK(TopK):
         return True  # counts dead latents even if AuxK has no weight
 
 
-class Matryoshka(BatchTopK):
-    """MatryoshkaBatchTopKTrainer. One pass over the entries gives the reconstructions of all prefixes."""
+class MatryoshkaBatchTopKTrainer(BatchTopKTrainer):
+    """One pass over the entries gives the reconstructions of all prefixes."""
 
     def _residual_and_loss(self: Any, x: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
         ends = [int(end) for end in self.ae.group_indices[1:]]
@@ -105,9 +103,9 @@ class Matryoshka(BatchTopK):
         return residuals[-1], (group_losses * group_losses.new_tensor(self.group_weights)).mean()
 
 
-class JumpReLU(Training):
-    """JumpReluTrainer, with the library's straight-through functions on the entries within their reach. If a threshold is
-    within half a bandwidth of 0, they reach every zero, and the library's code runs."""
+class JumpReluTrainer(Training):
+    """Applies the library's straight-through functions to the entries within their reach. If a threshold is within half a
+    bandwidth of 0, they reach every zero, and the library's code runs."""
 
     def _loss(self: Any, x: Tensor, step: int) -> Tensor | None:
         ae, half_bandwidth = self.ae, self.bandwidth / 2
@@ -129,9 +127,7 @@ class JumpReLU(Training):
         return squared_error + self.sparsity_coefficient * excess.pow(2) * self.sparsity_warmup_fn(step)
 
 
-class Standard(Training):
-    """StandardTrainer"""
-
+class StandardTrainer(Training):
     def _penalty(self: Any, code: SparseCode) -> Tensor:
         return code.values.sum()
 
@@ -146,15 +142,13 @@ class Standard(Training):
         return squared_error + self.l1_penalty * self.sparsity_warmup_fn(step) * self._penalty(code) / len(x)
 
 
-class April(Standard):
-    """StandardTrainerAprilUpdate"""
-
+class StandardTrainerAprilUpdate(StandardTrainer):
     def _penalty(self: Any, code: SparseCode) -> Tensor:
         return (code.values * at_entries(self.ae.decoder.weight.norm(p=2, dim=0), code)).sum()
 
 
-class Gated(Training):
-    """GatedSAETrainer. The gate's reconstruction has the same entries."""
+class GatedSAETrainer(Training):
+    """The gate's reconstruction has the same entries."""
 
     def _loss(self: Any, x: Tensor, step: int) -> Tensor | None:
         ae = self.ae

@@ -81,9 +81,7 @@ class Dictionary:
         return self._x_hat(coded)
 
 
-class TopK(Dictionary):
-    """TopKSAE"""
-
+class TopKSAE(Dictionary):
     def _encoder(self: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """W_enc, b_enc and None or, if activations are rescaled by decoder norms, both times the norms, and the norms."""
         if not self.cfg.rescale_acts_by_decoder_norm:
@@ -107,8 +105,8 @@ class TopK(Dictionary):
         return Dictionary.encode(self, x) if use_ops else self.library_class.encode(self, x)
 
 
-class Standard(Dictionary):
-    """StandardSAE. `encode` is left to the library, because it returns all activations."""
+class StandardSAE(Dictionary):
+    """`encode` is left to the library, because it returns all activations."""
 
     def encode(self: Any, x: Tensor) -> Tensor:
         return self.library_class.encode(self, x)
@@ -120,15 +118,15 @@ class Standard(Dictionary):
         return self._coded_above(x, self.b_enc, self._limit())
 
 
-class JumpReLU(Standard):
-    """JumpReLUSAE. The threshold gets no gradient."""
+class JumpReLUSAE(StandardSAE):
+    """The threshold gets no gradient."""
 
     def _limit(self: Any) -> Tensor | None:
         return self.threshold.detach().clamp_min(0)
 
 
-class Gated(Dictionary):
-    """GatedSAE. Magnitudes are computed from the gates at entries with an open gate: one product instead of two."""
+class GatedSAE(Dictionary):
+    """Magnitudes are computed from the gates at entries with an open gate: one product instead of two."""
 
     def _coded(self: Any, x: Tensor) -> Coded | None:
         """`beside` holds the gates, x @ W_enc + b_gate above 0, without a gradient for b_gate."""
@@ -139,8 +137,8 @@ class Gated(Dictionary):
         return gates._replace(code=code, beside=gates.code)
 
 
-class Transcoder(Standard):
-    """Transcoder and SkipTranscoder, which has W_skip."""
+class Transcoder(StandardSAE):
+    """A skip transcoder has W_skip."""
 
     def _finished(self: Any, x_hat: Tensor, coded: Coded) -> Tensor:
         return in_rows(x_hat, coded.sae_in)
@@ -151,6 +149,7 @@ class Transcoder(Standard):
 
 
 class JumpReLUTranscoder(Transcoder):
-    """JumpReLUTranscoder and JumpReLUSkipTranscoder, which has W_skip."""
+    _limit = JumpReLUSAE._limit
 
-    _limit = JumpReLU._limit
+
+SkipTranscoder, JumpReLUSkipTranscoder = Transcoder, JumpReLUTranscoder

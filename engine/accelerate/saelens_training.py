@@ -14,12 +14,10 @@ from ...kernels import ops
 from ...kernels.code import SparseCode
 from ..errors import UserError
 from .common import among_dead, at_entries, decoded, largest, prefix_reconstructions, sparse_code
-from .saelens import Coded, Dictionary, Gated, Standard, TopK
+from .saelens import Coded, Dictionary, GatedSAE, StandardSAE, TopKSAE
 
 
-class Trainer:
-    """SAETrainer"""
-
+class SAETrainer:
     def _components(self: Any) -> tuple[list[Any], list[Any]]:
         return [self.sae], [self.optimizer]
 
@@ -64,9 +62,7 @@ class _Training(Dictionary):
         return self.mse_loss_fn(x_hat, x).sum(dim=-1).mean()
 
 
-class TopKTraining(TopK, _Training):
-    """TopKTrainingSAE"""
-
+class TopKTrainingSAE(TopKSAE, _Training):
     def _losses(self: Any, step_input: Any, coded: Coded, x_hat: Tensor) -> dict[str, Tensor]:
         x, dead, aux_loss = step_input.sae_in, step_input.dead_neuron_mask, x_hat.new_tensor(0.0)
         if dead is not None and dead.any():
@@ -84,9 +80,7 @@ class TopKTraining(TopK, _Training):
         return min(n_dead / max_latents, 1.0) * (e_hat - e).pow(2).sum(dim=-1).mean()
 
 
-class BatchTopKTraining(TopKTraining):
-    """BatchTopKTrainingSAE"""
-
+class BatchTopKTrainingSAE(TopKTrainingSAE):
     def _is_plain(self: Any, x: Any) -> bool:
         if not Dictionary._is_plain(self, x):
             return False
@@ -104,12 +98,12 @@ class BatchTopKTraining(TopKTraining):
         output.metrics["topk_threshold"] = self.topk_threshold
 
 
-class MatryoshkaTraining(BatchTopKTraining):
-    """MatryoshkaBatchTopKTrainingSAE. One pass over the entries gives the reconstructions of all prefixes."""
+class MatryoshkaBatchTopKTrainingSAE(BatchTopKTrainingSAE):
+    """One pass over the entries gives the reconstructions of all prefixes."""
 
     def _is_plain(self: Any, x: Any) -> bool:
         is_scaled = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
-        return BatchTopKTraining._is_plain(self, x) and not is_scaled
+        return BatchTopKTrainingSAE._is_plain(self, x) and not is_scaled
 
     def _coded_in_training(self: Any, x: Tensor) -> Coded | None:
         coded, widths = self._coded(x), self.cfg.matryoshka_widths
@@ -119,14 +113,14 @@ class MatryoshkaTraining(BatchTopKTraining):
         return coded._replace(beside=prefixes.view(-1, *x.shape))
 
     def _x_hat(self: Any, coded: Coded) -> Tensor:
-        return TopK._x_hat(self, coded) if coded.beside is None else self._finished(coded.beside[-1], coded)
+        return TopKSAE._x_hat(self, coded) if coded.beside is None else self._finished(coded.beside[-1], coded)
 
     def _losses(self: Any, step_input: Any, coded: Coded, x_hat: Tensor) -> dict[str, Tensor]:
         x, widths = step_input.sae_in, self.cfg.matryoshka_widths
         if self.cfg.use_matryoshka_aux_loss and step_input.dead_neuron_mask is not None:
             losses = self._losses_of_levels(step_input, coded)
         else:
-            losses = TopKTraining._losses(self, step_input, coded, x_hat)
+            losses = TopKTrainingSAE._losses(self, step_input, coded, x_hat)
         for width, prefix in zip(widths[:-1], coded.beside, strict=False):
             losses[f"inner_mse_loss_{width}"] = self._squared_error(prefix, x)
         return losses
@@ -142,9 +136,7 @@ class MatryoshkaTraining(BatchTopKTraining):
         return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * aux_loss}
 
 
-class StandardTraining(Standard, _Training):
-    """StandardTrainingSAE"""
-
+class StandardTrainingSAE(StandardSAE, _Training):
     def _is_plain(self: Any, x: Any) -> bool:
         return Dictionary._is_plain(self, x) and self.cfg.lp_norm == 1
 
@@ -153,8 +145,8 @@ class StandardTraining(Standard, _Training):
         return {"l1_loss": step_input.coefficients["l1"] * weighted.sum() / coded.code.n_tokens}
 
 
-class GatedTraining(Gated, _Training):
-    """GatedTrainingSAE. The gate's reconstruction has the same entries."""
+class GatedTrainingSAE(GatedSAE, _Training):
+    """The gate's reconstruction has the same entries."""
 
     def _is_plain(self: Any, x: Any) -> bool:
         is_scaled = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
@@ -171,9 +163,9 @@ class GatedTraining(Gated, _Training):
         }
 
 
-class JumpReLUTraining(Standard, _Training):
-    """JumpReLUTrainingSAE. Entries are all activations above their threshold minus half a bandwidth, which is as far as its
-    straight-through gradient reaches. Pre-activations may be negative there, so half a bandwidth is added for encoding."""
+class JumpReLUTrainingSAE(StandardSAE, _Training):
+    """Entries are all activations above their threshold minus half a bandwidth, which is as far as its straight-through
+    gradient reaches. Pre-activations may be negative there, so half a bandwidth is added for encoding."""
 
     def training_forward_pass(self: Any, step_input: Any) -> Any:
         with torch.no_grad():
@@ -182,7 +174,7 @@ class JumpReLUTraining(Standard, _Training):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Our ops run only without gradients, because the straight-through functions would differentiate them twice."""
-        return self.library_class.forward(self, x) if torch.is_grad_enabled() else Standard.forward(self, x)
+        return self.library_class.forward(self, x) if torch.is_grad_enabled() else StandardSAE.forward(self, x)
 
     def _coded(self: Any, x: Tensor) -> Coded | None:
         """`beside` holds the pre-activations of the entries."""

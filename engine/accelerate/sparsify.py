@@ -12,14 +12,12 @@ from .eligibility import fits, takes, twice
 
 
 class Trainer:
-    """Trainer"""
-
     def _components(self: Any) -> tuple[list[Any], list[Any]]:
         return list(self.saes.values()), list(self.optimizers)
 
 
-class Coder:
-    """SparseCoder with topk. AuxK trains only the decoder, as in sparsify. groupmax and multi_topk use sparsify's code."""
+class SparseCoder:
+    """Only topk. AuxK trains only the decoder, as in sparsify. groupmax and multi_topk use sparsify's code."""
 
     def _is_plain(self: Any, x: Any) -> bool:
         topk = self.cfg.activation == "topk" and not self.cfg.multi_topk and self.W_dec is not None

@@ -84,13 +84,14 @@ def unreadable_reason(folder: Path) -> str:
         return ""
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     for library in LIBRARIES.values():
-        if library.weights in files:
-            same_weights = [other for other in LIBRARIES.values() if other.weights == library.weights]
-            settings_names = sorted({name for other in same_weights for name in other.all_settings})
-            return f"; it has {library.weights}, and no {' or '.join(settings_names)} beside it"
+        weights = library.weights[0]
+        if weights in files:
+            same_weights = [other for other in LIBRARIES.values() if other.weights[0] == weights]
+            settings_names = sorted({name for other in same_weights for name in other.settings})
+            return f"; it has {weights}, and no {' or '.join(settings_names)} beside it"
     unread = [name for name in files if name.endswith(_OTHER_WEIGHTS)]
     for settings in ("cfg.json", "config.json"):
-        weights = sorted({other.weights for other in LIBRARIES.values() if settings in other.all_settings})
+        weights = sorted({other.weights[0] for other in LIBRARIES.values() if settings in other.settings})
         if settings in files and unread:
             return f"; it has {settings} and {', '.join(unread[:3])}, where {' or '.join(weights)} is read"
     subfolders = sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -103,23 +104,23 @@ def _layouts(path: Path) -> Iterator[ForeignFiles]:
     """Yield the layouts of the folder at `path`, or of the folder that a file at `path` belongs to."""
     if path.is_file():
         for library in LIBRARIES.values():
-            if path.name in library.all_settings:
+            if path.name in library.settings:
                 yield from _layouts(path.parent)
                 return
-            for pattern in library.all_weights:
+            for pattern in library.weights:
                 if path.absolute().match(pattern):
                     deep = pattern.count("/")
                     yield from _in_folder(library, (path.absolute() if deep else path).parents[deep], path)
         return
     for library in LIBRARIES.values():
-        candidates = (path / name for name in library.all_weights if "*" not in name)
+        candidates = (path / name for name in library.weights if "*" not in name)
         if (weights := next(filter(Path.is_file, candidates), None)) is not None:
             yield from _in_folder(library, path, weights)
 
 
 def _in_folder(library: Library, folder: Path, weights: Path) -> Iterator[ForeignFiles]:
-    settings = next((folder / name for name in library.all_settings if (folder / name).is_file()), None)
-    if settings is not None or not library.all_settings or library.optional:
+    settings = next((folder / name for name in library.settings if (folder / name).is_file()), None)
+    if settings is not None or not library.settings or library.optional:
         yield ForeignFiles(library, folder, settings, folder / weights.absolute().relative_to(folder.absolute()))
 
 
@@ -153,9 +154,9 @@ def write(
         raise UserError(f"out: {folder} already exists; nothing is overwritten")
     try:
         with whole_folder(folder) as new_folder:
-            if library.settings is not None:
-                (new_folder / library.settings).write_text(json.dumps(settings, indent=1) + "\n")
-            _save({name: tensor.contiguous() for name, tensor in tensors.items()}, new_folder / library.weights)
+            if library.settings:
+                (new_folder / library.settings[0]).write_text(json.dumps(settings, indent=1) + "\n")
+            _save({name: tensor.contiguous() for name, tensor in tensors.items()}, new_folder / library.weights[0])
             _remember(sae, spec, next(_layouts(new_folder)))
     except (OSError, SafetensorError) as error:
         raise UserError(f"out: {folder} can't be written ({error})") from None

@@ -12,8 +12,8 @@ from .hook_metadata import Where
 from .libraries import LIBRARIES
 
 NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<folder>[^@]+?))?/?(?:@(?P<revision>[\w./-]+))?")
-SETTINGS = {name for library in LIBRARIES.values() for name in library.all_settings}
-FILES = {*SETTINGS, "checkpoint.json", *(name for library in LIBRARIES.values() for name in library.all_weights)}
+SETTINGS = {name for library in LIBRARIES.values() for name in library.settings}
+FILES = {*SETTINGS, "checkpoint.json", *(name for library in LIBRARIES.values() for name in library.weights)}
 MARKS = ("checkpoint.json", *SETTINGS, "params.npz", "params.safetensors")  # a dictionary's folder has one of these
 
 

@@ -28,12 +28,18 @@ def tune_host() -> None:
             libc.mallopt(option, 1 << 30)
 
 
+def from_proc(file: str, pattern: str) -> str | None:
+    """Return the first group of a pattern in a file of Linux's /proc, or None."""
+    with suppress(OSError):
+        match = re.search(pattern, Path("/proc", file).read_text())
+        return match and match[1]
+    return None
+
+
 def peak_gb() -> float:
     """Return the process's peak memory in 10^9 bytes."""
-    with suppress(OSError):  # on Linux, getrusage also counts the memory of the parent process
-        match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        if match is not None:
-            return round(int(match[1]) * 1024 / 1e9, 2)
+    if kb := from_proc("self/status", r"VmHWM:\s*(\d+) kB"):  # getrusage also counts the memory of the parent process
+        return round(int(kb) * 1024 / 1e9, 2)
     unit = 1 if platform.system() == "Darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 

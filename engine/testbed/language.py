@@ -85,7 +85,6 @@ class OrderPair:
     sentences: tuple[list[str], list[str]]
     subject: tuple[str, str]
     agent_is_human: tuple[bool, bool]
-    subject_is_human: tuple[bool, bool]
 
 
 @dataclass
@@ -185,10 +184,7 @@ class Language:
             orders = ((human, animal), (animal, human))
             first, second = (["the", agent, verb, "the", patient, "."] for agent, patient in orders)
             subject = (animal, human) if verb in lex.PATIENT_VERBS else (human, animal)
-            subject_is_human = (subject[0] == human, subject[1] == human)
-            pairs.append(
-                OrderPair(self.prefix(index + number), (first, second), subject, (True, False), subject_is_human)
-            )
+            pairs.append(OrderPair(self.prefix(index + number), (first, second), subject, (True, False)))
         return pairs
 
     def agreement_prompts(self, count: int, index: int = 0) -> list[tuple[list[str], bool]]:

@@ -81,7 +81,7 @@ def test_without_what_lies_beside_it_the_function_is_the_same(tmp_path, to, kind
     if to == "dictionary_learning" and kind.startswith("matryoshka"):
         assert found.cfg.prefixes == (sae.cfg.prefixes if kind == "matryoshka" else None)
     interchange.write(found, second, to)  # what was read is written as it was
-    weights = interchange.LIBRARIES[to].weights
+    weights = interchange.LIBRARIES[to].weights[0]
     first, again = (interchange.tensors_in(place / weights) for place in (out, second))
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -20,6 +20,8 @@ from temposae.engine.storage.run_folder import read_metrics
 from temposae.engine.stream import ActivationStream
 from temposae.engine.stream.cache_writer import write_cache
 from temposae.engine.train import train, train_together
+from temposae.kernels import certified_topk
+from temposae.kernels.certified_topk import bfloat16_candidates
 
 PROCESSES = multiprocessing.get_context("forkserver")  # with everything imported, so that a run begins at once
 PROCESSES.set_forkserver_preload(["temposae.engine.train", "transformer_lens.model_bridge", "transformers"])
@@ -122,6 +124,47 @@ def test_a_run_killed_many_times_ends_with_the_same_bits(tmp_path, mode, several
 def test_a_killed_run_over_a_cache_ends_with_the_same_bits(tmp_path, mode, kills):
     write_cache(tmp_path / "cache", StreamConfig(rows_per_forward=8), 6000, shard_mb=0.5)  # one and a half epochs
     killed_and_resumed(mode, False, kills, tmp_path, tmp_path / "cache")
+
+
+def train_by_bfloat16(folder: Path, killed_at: int | None) -> int:
+    """Train with AuxK and candidates from bfloat16 products, and kill the process after a step. Returns how many times
+    candidates were chosen so."""
+    torch.set_num_threads(1)
+    step, bounds, chosen = Cohort.step, certified_topk.upper_bounds, []
+
+    def last_step(self: Cohort, batch) -> None:
+        step(self, batch)
+        if self.learners[0].steps_done == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sae = SAEConfig(d_in=16, d_sae=64, k=4, aux_k=8)
+    config = TrainConfig(
+        tokens=2048,
+        batch=128,
+        checkpoint_every_steps=3,
+        log_every_steps=2,
+        dead_after_tokens=256,
+        control=False,
+    )
+    x = torch.randn(1024, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch, bfloat16_candidates(True):
+        patch.setattr(Cohort, "step", last_step)
+        patch.setattr(certified_topk, "upper_bounds", lambda *args: chosen.append(1) or bounds(*args))
+        train(x, sae, config, out=folder, resume=True)
+    return len(chosen)
+
+
+def test_a_killed_run_with_bfloat16_candidates_ends_with_the_same_bits(tmp_path):
+    threads = torch.get_num_threads()
+    assert train_by_bfloat16(tmp_path / "whole", None) >= 16
+    killed = PROCESSES.Process(target=train_by_bfloat16, args=(tmp_path / "killed", 11))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert checkpoint.find(tmp_path / "killed").step == 9
+    assert 7 <= train_by_bfloat16(tmp_path / "killed", None) < 16
+    torch.set_num_threads(threads)
+    same(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.fixture

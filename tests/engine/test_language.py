@@ -74,7 +74,6 @@ def test_order_pairs_have_one_bag_of_words_and_two_meanings(language):
         assert first != second
         assert first[-1] == second[-1]
         assert pair.subject[0] != pair.subject[1]
-        assert pair.subject_is_human == tuple(subject in lex.HUMANS for subject in pair.subject)
         assert pair.agent_is_human == tuple(sentence[1] in lex.HUMANS for sentence in pair.sentences)
 
 

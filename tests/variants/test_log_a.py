@@ -3,7 +3,6 @@
 import pytest
 import torch
 from temposae.campaign.documented import documented, settings
-from temposae.campaign.documented.documented_run import parts
 from temposae.engine.config import MaskConfig, SAEConfig
 from temposae.engine.masks import PositionMask
 from temposae.engine.registry import find
@@ -12,7 +11,7 @@ from ..stepping import advance
 
 F, T = 24, 12
 GROUPS = {"mask": {"kind": "ranges", "ranges": T}, "k": 4}
-EMBEDDED = parts("position_embedding", "linear_weights")
+EMBEDDED = [{"kind": "position_embedding"}, {"kind": "linear_weights"}]
 
 
 def mask_of(d_sae: int, ranges: int, positions: int) -> torch.Tensor:
