@@ -121,7 +121,7 @@ class ComposedAutoencoder(SparseAutoencoder):
         batch.pos = in_range(batch.pos, n_positions)
         batch.target = target = x if target is None else target
         if batch_context is not None:
-            batch.row, batch.attribute, batch.second = batch_context
+            batch.row, batch.attribute, batch.second = batch_context  # pyright: ignore[reportAttributeAccessIssue]
         aux: SparseCode | None = None
         code: SparseCode | Tensor
         if self.is_dense:
