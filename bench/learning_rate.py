@@ -209,7 +209,7 @@ def excess(cell_result: dict[str, Any]) -> float:
 def table(result: dict[str, Any]) -> str:
     """The measurement as Markdown, one line per cell."""
     sizes = ("source", "D", "activation", "F", "K", "batch", "steps")
-    lines = [(*sizes, "best lr", "FVU", "default lr", "FVU", "above the best")]
+    lines: list[tuple[str, ...]] = [(*sizes, "best lr", "FVU", "default lr", "FVU", "above the best")]
     for line in result["cells"]:
         best = min(line["grid"], key=lambda point: point["fvu"])
         rates = ((best["lr"], best["fvu"]), (line["default_lr"], line["default"]["fvu"]))
