@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..engine.config import Count, SAEConfig
+from ..engine.config import Count
 from ..engine.parts import BatchView, Part, PartSettings, RowLayout, part
 from ..kernels.numerics import sum_by
 from .number_types import Fraction, Weight

@@ -6,7 +6,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..engine.config import SAEConfig
 from ..engine.parts import BatchView, Part, PartSettings, part
 from .number_types import Fraction, Weight
 from .running_mean import Averaging, RunningMean
