@@ -1,11 +1,18 @@
 """candidates as a persistent, warp-specialised kernel for sm_90, in Gluon. The results have the bits of `triton.py`'s.
 
 One program per multiprocessor goes through many tiles. A producer warp keeps a ring of STAGES buffers full through TMA.
-Two groups of 4 warps take the tiles in turn: while one selects candidates, the other has the tensor cores. The ring holds
-the tiles in order, so the groups need no other barrier. Triton's interpreter cannot run Gluon.
+Two groups of 4 warps take the tiles in turn: while one selects candidates, the other has the tensor cores. Triton's
+interpreter cannot run Gluon.
+
+Barriers have two phases, so a group must not wait for a step of the ring before the step before it was loaded: it would take
+an older phase for its own. So a group waits for its turn, which the other one passes on after the last step of a tile.
 """
 
-import triton.language as tl
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -15,8 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..encode.triton import tile_of
+from ..backend import launch_kernel, launch_options
+from ..encode.triton import Operands, tile_of
 from .triton import above_threshold, only_aux, rank_keys, store_largest
 
 ROWS: gl.constexpr = gl.constexpr(64)  # of x that one matrix instruction multiplies; a tile has BLOCK_N / ROWS such blocks
@@ -73,7 +82,7 @@ def store_block(
 
 @gluon.jit
 def select_tiles(
-    group, candidates_ptr, aux_candidates_ptr, b_ptr, threshold_ptr, aux_latents_ptr, x_ring, w_ring, filled, released,
+    group, candidates_ptr, aux_candidates_ptr, b_ptr, threshold_ptr, aux_latents_ptr, x_ring, w_ring, filled, released, turns,
     N, D, F, TILES,
     HAS_THRESHOLD: gl.constexpr, HAS_AUX_LATENTS: gl.constexpr, EVEN_F: gl.constexpr, KEEP: gl.constexpr,
     AUX_KEEP: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
@@ -87,6 +96,7 @@ def select_tiles(
     steps = gl.cdiv(D, BLOCK_D)
     first = gl.program_id(0) + group * gl.num_programs(0)
     position = group * steps  # in the sequence of all steps of this program
+    turn = 1 - group  # phase; the first turn of group 0 needs no other
     for tile in range(first, gl.cdiv(N, BLOCK_N) * gl.cdiv(F, BLOCK_F), 2 * gl.num_programs(0)):
         tile_n, tile_f = tile_of(tile, N, F, BLOCK_N, BLOCK_F, GROUP_N)
         cols = tile_f * BLOCK_F + gl.arange(0, BLOCK_F, gl.SliceLayout(0, layout))
@@ -96,6 +106,7 @@ def select_tiles(
         top, middle, bottom = zeros + bias, zeros + bias, zeros + bias
         stage, phase = position % STAGES, position // STAGES % 2
         before = stage
+        mbarrier.wait(turns.index(group), turn)
         for step in range(0, steps):
             mbarrier.wait(filled.index(stage), phase)
             w = w_ring.index(stage).permute((1, 0))
@@ -107,6 +118,8 @@ def select_tiles(
             mbarrier.arrive(released.index(before), count=1, pred=step > 0)
             before = stage
             stage, phase = following(stage, phase, STAGES)
+        mbarrier.arrive(turns.index(1 - group), count=1)
+        turn ^= 1
         top, middle, bottom = warpgroup_mma_wait(0, deps=(top, middle, bottom))
         mbarrier.arrive(released.index(before), count=1)
         position += 2 * steps
@@ -134,6 +147,9 @@ def persistent_candidates_kernel(
     w_ring = gl.allocate_shared_memory(w_ptr.dtype, [STAGES, BLOCK_F, BLOCK_D], w_ptr.layout)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     released = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for group in gl.static_range(2):
+        mbarrier.init(turns.index(group), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(filled.index(stage), count=1)
         mbarrier.init(released.index(stage), count=1)
@@ -142,13 +158,13 @@ def persistent_candidates_kernel(
         [
             (select_tiles, (
                 0, candidates_ptr, aux_candidates_ptr, b_ptr, threshold_ptr, aux_latents_ptr,
-                x_ring, w_ring, filled, released, N, D, F, TILES, HAS_THRESHOLD, HAS_AUX_LATENTS, EVEN_F, KEEP, AUX_KEEP,
-                BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N, STAGES,
+                x_ring, w_ring, filled, released, turns, N, D, F, TILES,
+                HAS_THRESHOLD, HAS_AUX_LATENTS, EVEN_F, KEEP, AUX_KEEP, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N, STAGES,
             )),
             (select_tiles, (
                 1, candidates_ptr, aux_candidates_ptr, b_ptr, threshold_ptr, aux_latents_ptr,
-                x_ring, w_ring, filled, released, N, D, F, TILES, HAS_THRESHOLD, HAS_AUX_LATENTS, EVEN_F, KEEP, AUX_KEEP,
-                BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N, STAGES,
+                x_ring, w_ring, filled, released, turns, N, D, F, TILES,
+                HAS_THRESHOLD, HAS_AUX_LATENTS, EVEN_F, KEEP, AUX_KEEP, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N, STAGES,
             )),
             (load_tiles, (
                 x_ptr, w_ptr, x_ring, w_ring, filled, released, N, D, F, BLOCK_N, BLOCK_F, BLOCK_D, GROUP_N, STAGES,
@@ -156,3 +172,26 @@ def persistent_candidates_kernel(
         ],
         [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
+
+
+def store_candidates(
+    launch: Operands, packed: Tensor, aux_packed: Tensor, threshold: Tensor, aux_latents: Tensor, tiles: int, **flags: int
+) -> None:
+    """Launch the kernel with one program per multiprocessor."""
+    x, rows_of_w, options = launch.x, launch.W_enc.T, launch_options("encode_topk_persistent", launch.x)
+    del options["USE"]
+    (n, d), f, block_f = x.shape, len(rows_of_w), launch.options["BLOCK_F"]
+    all_tiles = triton.cdiv(n, options["BLOCK_N"]) * triton.cdiv(f, block_f)
+    programs = min(all_tiles, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    blocks = (x, [ROWS.value, options["BLOCK_D"]]), (rows_of_w, [block_f, options["BLOCK_D"]])
+    descriptors = (TensorDescriptor.from_tensor(rows, block, layout_of(block)) for rows, block in blocks)
+    launch_kernel(
+        persistent_candidates_kernel, (programs,),
+        packed, aux_packed, *descriptors, launch.bias, threshold, aux_latents, n, d, f, tiles,
+        BLOCK_F=block_f, **flags, **options,
+    )  # fmt: skip
+
+
+def layout_of(block: list[int]) -> Any:
+    """Return the layout in shared memory of a block in 16 bits."""
+    return gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)

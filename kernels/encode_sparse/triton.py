@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import launch_kernel
-from ..encode.triton import Operands, halves, masked, product
+from ..backend import has_wgmma, launch_kernel, launch_options
+from ..encode.triton import NO_MASK, Operands, halves, masked, product
 from ..select.triton import VALUE_BITS
 
 # A candidate has 17 of the 24 significant bits of an activation. The others are cut off, after their mean is added.
@@ -127,6 +127,13 @@ def candidates_kernel(
         store_largest(keys, aux_candidates_ptr + first * AUX_KEEP, tokens < N, AUX_KEEP, EVEN_F)
 
 
+def is_persistent(launch: Operands) -> bool:
+    """Return whether `persistent.py` computes the candidates: if the table says so, on sm_90, without a mask, for operands
+    in 16 bits and in TMA's layouts."""
+    may_be = launch.options["TMA"] and launch.MASK == NO_MASK.value and launch.x.element_size() == 2
+    return bool(may_be and has_wgmma(launch.x.device) and launch_options("encode_topk_persistent", launch.x)["USE"])
+
+
 class Candidates:
     """The candidates of all tokens."""
 
@@ -144,11 +151,18 @@ class Candidates:
             torch.empty((self.n_tokens, self.tiles * per_tile), dtype=torch.int32, device=x.device)
             for per_tile in (keep, aux_keep)
         )
+        conditions = x if threshold is None else threshold, x if self.aux_latents is None else self.aux_latents
+        flags = dict(
+            HAS_THRESHOLD=threshold is not None, HAS_AUX_LATENTS=aux_latents is not None, EVEN_F=f % self.tile == 0,
+            KEEP=keep, AUX_KEEP=aux_keep,
+        )  # fmt: skip
+        if is_persistent(launch):
+            from .persistent import store_candidates
+
+            store_candidates(launch, self.packed, self.aux_packed, *conditions, self.tiles, **flags)
+            return
         launch_kernel(
             candidates_kernel, launch.grid,
-            self.packed, self.aux_packed, *launch.tiled, *(scales or (x, x)), x if threshold is None else threshold,
-            x if self.aux_latents is None else self.aux_latents,
-            *launch.numbers, self.tiles,
-            SCALED=scales is not None, HAS_THRESHOLD=threshold is not None, HAS_AUX_LATENTS=aux_latents is not None,
-            EVEN_F=f % self.tile == 0, KEEP=keep, AUX_KEEP=aux_keep, **launch.settings,
+            self.packed, self.aux_packed, *launch.tiled, *(scales or (x, x)), *conditions, *launch.numbers, self.tiles,
+            SCALED=scales is not None, **flags, **launch.settings,
         )  # fmt: skip
