@@ -76,7 +76,7 @@ def report(archs: Sequence[int] = ARCHS, names: Sequence[str] = tuple(SPECS)) ->
     rows = []
     for name in SPECS:
         for arch in sorted(archs):
-            if name in names and arch >= SPECS[name].since:
+            if name in names and arch >= SPECS[name].since and SPECS[name].only in (0, arch):
                 kernel = compiled(name, arch)
                 row = {"name": name, "arch": arch, "hot": SPECS[name].hot} | kernel._asdict()
                 del row["code"], row["warps"]
@@ -114,25 +114,29 @@ def _compile(spec: Spec, arch: int, config: Mapping[str, int]) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     op, *file, function = spec.kernel.split(".")
     kernel = getattr(import_module(f"..kernels.{op}.{file[0] if file else 'triton'}", __package__), function)
     if not isinstance(kernel, triton.JITFunction):
         raise UserError("TRITON_INTERPRET is set, so there are no kernels to compile; unset it")
-    constants = {**spec.flags, **dict.fromkeys(spec.unit, 1)} | {k: v for k, v in config.items() if k.isupper()}
+    constants = {**spec.flags, **dict.fromkeys(spec.unit, 1)} | {
+        k: v for k, v in config.items() if k in kernel.arg_names
+    }
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
         pointer = name.endswith("_ptr")
-        signature[name] = _pointer(spec.pointers[name[:-4]], config) if pointer else "fp32" if name in FLOATS else "i32"
+        signature[name] = "fp32" if name in FLOATS else "i32"
+        if pointer:
+            signature[name] = _pointer(spec.pointers[name[:-4]], config, kernel.is_gluon())
         if spec.aligned and signature[name] != "fp32" and "<" not in signature[name]:
             attributes[(position,)] = [["tt.divisibility", 16]]
     options = {k: v for k, v in config.items() if not k.isupper()} | {"enable_fp_fusion": True}
-    binary = triton.compile(
-        ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", arch, 32), options=options
-    )
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, assembly = _disassemble(binary.asm["cubin"])
     tensor_core = TENSOR_CORE.get(arch, TENSOR_CORE[80])
     return Compiled(
@@ -142,10 +146,15 @@ def _compile(spec: Spec, arch: int, config: Mapping[str, int]) -> Compiled:
     )  # fmt: skip
 
 
-def _pointer(dtype: str, config: Mapping[str, int]) -> str:
-    """The type of a pointer. "bf16[BLOCK_N, BLOCK_D]" is a descriptor of such blocks if the entry says TMA."""
-    if "[" in dtype and config.get("TMA"):
+def _pointer(dtype: str, config: Mapping[str, int], is_gluon: bool) -> str:
+    """The type of a pointer. "bf16[BLOCK_N, BLOCK_D]" is a descriptor of such blocks if the entry says TMA, or in Gluon,
+    where its type has a layout."""
+    if "[" in dtype and (is_gluon or config.get("TMA")):
         sized = re.sub("[A-Z_]{2,}", lambda size: str(config[size[0]]), dtype)
+        if is_gluon:
+            from ..kernels.encode_sparse.persistent import layout_of
+
+            sized += f",{layout_of([int(size) for size in re.findall(r'[0-9]+(?=[],])', sized)])!r}"
         return f"tensordesc<{sized}>"
     return "*" + dtype.partition("[")[0]
 

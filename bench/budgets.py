@@ -42,6 +42,8 @@ BUDGETS: dict[str, Budget] = {
     "candidates, Gaussians bf16": Budget(128, 1860, 90),
     "candidates, two codes bf16": Budget(128, 1880, 90),
     "candidates fp8": Budget(168, 1370, 90),
+    "candidates, persistent": Budget(168, 5650, 5650),
+    "candidates, persistent, two codes": Budget(168, 9700, 9700),
     "merge": Budget(64, 1600, 110),
     "topk bf16": Budget(104, 2200, 1840),
     "batch digits bf16": Budget(56, 810, 740),

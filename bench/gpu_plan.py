@@ -45,7 +45,7 @@ PEERS = (
     "eai-sparsify", "torch", "SAELens", "dictionary_learning", "torch.compile", "eai-sparsify, accelerated",
     "SAELens, accelerated", "dictionary_learning, accelerated",
 )  # fmt: skip
-TUNED = ("encode_topk", "adam_rows", "reconstruct", "merge")  # entries of the config table
+TUNED = ("encode_topk", "encode_topk_persistent", "adam_rows", "reconstruct", "merge")  # entries of the config table
 HOT_KERNELS = {"candidates": "encode_topk", "adam_rows": "adam_rows"}  # the hottest two, and ops that launch them
 # arguments of a step, up to the number of latents
 TOY = ("--device", "cpu", "--n", "16", "--d", "16", "--k", "1", "--f")

@@ -96,6 +96,8 @@ class Use(NamedTuple):
 
 def _use(launch: Launch, gpu: Gpu, kernel: aot.Compiled) -> Use:
     ctas, warps = kernel.ctas_per_sm(gpu.arch), kernel.warps / 4  # warps of a scheduler
+    if launch.groups > 1:
+        ctas, warps = ctas * launch.groups, 1.0
     rounds = launch.programs / (gpu.sms * ctas)
     per_sm = max(1.0, launch.programs / gpu.sms)  # programs of the busiest multiprocessor
     executed = kernel.code.executed(launch.trips, gpu.sm.float_cycles)

@@ -22,6 +22,7 @@ from ..kernels.backend import VARIABLE, config_row
 from ..kernels.bench_types import Call
 from . import aot
 from .data import DTYPES, HEADLINE, Shape
+from .gpus import SMS
 from .op_benches import BENCHES
 from .ops import Inputs
 from .results import markdown
@@ -154,7 +155,8 @@ def in_effect(arch: int, arch_configs: dict[str, Setting]) -> Iterator[None]:
 
 def _kernels(entry: str) -> set[str]:
     """The names of the kernels that the entry launches."""
-    return {spec.kernel.rpartition(".")[2] for spec in aot.SPECS.values() if spec.config == entry}
+    own = {spec.kernel.rpartition(".")[2] for spec in aot.SPECS.values() if spec.config == entry}
+    return own | {*TRIALS[entry].others}
 
 
 def kernel_ms(call: Call, kernels: set[str]) -> float:
@@ -174,8 +176,9 @@ def kernel_ms(call: Call, kernels: set[str]) -> float:
 def obstacle(entry: str, arch: int) -> str:
     """Why the entry's active setting cannot be used: some variant spills or needs too much shared memory. "" if it can."""
     for kernel in aot.report([arch], [name for name, spec in aot.SPECS.items() if spec.config == entry]):
-        if kernel["shared_bytes"] > SHARED_BYTES:
-            return f"{kernel['name']} needs {kernel['shared_bytes']} bytes of shared memory, more than {SHARED_BYTES}"
+        limit = SMS[arch].shared_bytes - 1024 if aot.SPECS[kernel["name"]].only else SHARED_BYTES
+        if kernel["shared_bytes"] > limit:
+            return f"{kernel['name']} needs {kernel['shared_bytes']} bytes of shared memory, more than {limit}"
         if kernel["hot"] and kernel["spill_bytes"]:
             return f"{kernel['name']} spills {kernel['spill_bytes']} bytes"
     return ""

@@ -115,6 +115,11 @@ def has_fp8(device: torch.device) -> bool:
     return device.type != "cuda" or _arch(device) >= FP8_SINCE
 
 
+def has_wgmma(device: torch.device) -> bool:
+    """Return whether the device has the matrix instructions of sm_90, which later GPUs lack."""
+    return device.type == "cuda" and _arch(device) == 90
+
+
 def dispatch_rates(arch: int) -> DispatchRates:
     """Return the rates for sm_`arch`: its own, or those of the nearest entry (the lower one of two)."""
     return DISPATCH_RATES[min(sorted(DISPATCH_RATES), key=lambda entry: abs(entry - arch))]

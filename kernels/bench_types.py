@@ -34,6 +34,7 @@ class Spec(NamedTuple):
     unit: tuple[str, ...] = ()  # integer arguments that are 1, which Triton specialises on
     aligned: bool = True  # all pointers and sizes are multiples of 16
     since: int = 80  # the first sm that supports it
+    only: int = 0  # the only one
 
 
 class Op(NamedTuple):
@@ -51,6 +52,7 @@ class Trial(NamedTuple):
     dtype: str
     call: CallOf  # returns a launch of the entry's kernels that can be repeated: in-place updates go to a copy
     grid: Grid  # values to try in all combinations; other settings keep their values
+    others: tuple[str, ...] = ()  # kernels that may run instead of the entry's own
 
 
 class Step(NamedTuple):
@@ -104,6 +106,7 @@ class Launch(NamedTuple):
     waits: float = 0.0
     longest: float = 0.0  # waits of the slowest program, if it has more work than others
     launches: int = 1
+    groups: int = 1  # of 4 warps in a CTA, each of which does the work of a program while the others do theirs
 
 
 class OpBench(NamedTuple):

@@ -8,6 +8,7 @@ reports registers, spills and shared memory.
 Entries named *_small are for float32 and, for encode, also for a D that is not a multiple of BLOCK_D. Loads are then
 element by element, and larger tiles would spill registers. With TMA=1, tiles of dense, aligned tensors are
 loaded through descriptors. maxnreg limits the registers of a thread: at 128, two blocks of 8 warps share an SM.
+encode_topk_persistent is for sm_90; USE=1 replaces encode_topk's kernel where encode_sparse/persistent.py can.
 reconstruct keeps up to BLOCK_K rows of a token in registers, while reconstruct_loop reads them BLOCK_K at a time.
 """
 
@@ -38,6 +39,7 @@ CONFIGS[80] = {
     "encode_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, TMA=0, num_warps=8, num_stages=3),
     "encode_topk": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=32, GROUP_N=8, TMA=0, num_warps=8, num_stages=3, maxnreg=255),
     "encode_topk_small": dict(BLOCK_N=128, BLOCK_F=64, BLOCK_D=16, GROUP_N=8, TMA=0, num_warps=8, num_stages=3),
+    "encode_topk_persistent": dict(USE=0, BLOCK_N=192, BLOCK_D=64, GROUP_N=8, STAGES=5, num_warps=4),
     "encode_fp8": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, TMA=0, num_warps=8, num_stages=3, maxnreg=255),
     "merge": dict(num_warps=1),
     "unsure": dict(BLOCK_T=1024, num_warps=4),

@@ -23,6 +23,14 @@ def _candidates(dtype: str, keep: int, aux_keep: int = 0, *, threshold: bool = F
     return spec._replace(pointers=spec.pointers | pointers | dict.fromkeys(("x_scale", "w_scale", "threshold"), "fp32"))
 
 
+def _persistent(keep: int, aux_keep: int = 0, *, threshold: bool = False) -> Spec:
+    pointers = dict(x="bf16[64, BLOCK_D]", w=f"bf16[{TILE}, BLOCK_D]", b="fp32", threshold="fp32", aux_latents="u8")
+    pointers |= dict(candidates="i32", aux_candidates="i32")
+    flags = dict(HAS_THRESHOLD=threshold, HAS_AUX_LATENTS=aux_keep > 0, EVEN_F=True, KEEP=keep, AUX_KEEP=aux_keep)
+    kernel = "encode_sparse.persistent.persistent_candidates_kernel"
+    return Spec(kernel, "encode_topk_persistent", pointers, flags | {"BLOCK_F": TILE}, only=90)
+
+
 def _second_pass(kernel: str, pointers: dict[str, str], **flags: int) -> Spec:
     config = kernel.partition(".")[2]
     pointers |= dict(candidates="i32", values="fp32", indices="i32", unsure="i8", cut="i64", above="i64", equal="i64")
@@ -70,7 +78,18 @@ def _launches(step: Step) -> list[Launch]:
     selection = _ragged_launches(step, keep) if step.ragged else _merge_launches(step, keep, k, "encode")
     if aux_keep:
         selection += _merge_launches(step, aux_keep, step.aux_k, "encode")
-    return [product(step, f"candidates{variant} bf16", "encode_topk", stored * (keep + aux_keep)), *selection]
+    return [_candidates_launch(step, variant, stored * (keep + aux_keep)), *selection]
+
+
+def _candidates_launch(step: Step, variant: str, output: float) -> Launch:
+    plain, persistent = step.config["encode_topk"], step.config["encode_topk_persistent"]
+    if not persistent["USE"]:
+        return product(step, f"candidates{variant} bf16", "encode_topk", output)
+    step = step._replace(config={**step.config, "encode_topk": {**plain, **persistent}})
+    launch = product(step, f"candidates, persistent{variant}", "encode_topk", output)
+    depth = launch.trips["product.start"]
+    trips = {"select_tiles.tile": 1, "select_tiles.step": depth, "load_tiles.tile": 1, "load_tiles.start": depth}
+    return launch._replace(trips=trips, groups=2)
 
 
 def _merge_launches(step: Step, keep: int, k: int, stage: str) -> list[Launch]:
@@ -145,6 +164,9 @@ BENCH = OpBench(
     },
     trials={
         "encode_topk": Trial("bf16", _topk(), TILES),
+        "encode_topk_persistent": Trial(
+            "bf16", _topk(), dict(USE=(1,), GROUP_N=(8, 16), STAGES=(4, 5)), ("candidates_kernel",)
+        ),
         "encode_topk_small": Trial("fp32", _topk(), SMALL_TILES),
         "encode_fp8": Trial("bf16", _topk(fp8=True), {**TILES, "BLOCK_D": (64, 128)}),
         "merge": Trial("bf16", _topk(), dict(num_warps=(1, 2, 4))),
@@ -159,6 +181,10 @@ BENCH = OpBench(
     launches=_launches,
     fixed_specs={
         "candidates fp8": _candidates("fp8e4nv", 4)._replace(since=FP8_SINCE),
+        "candidates, persistent": _persistent(4),
+        "candidates, persistent, 5 of a tile": _persistent(5),
+        "candidates, persistent, thresholds": _persistent(4, threshold=True),
+        "candidates, persistent, two codes": _persistent(4, 4),
         "merge": _second_pass("merge.merge", {}, ALL=False, BLOCK_T=512, BLOCK=256),
         "unsure": _second_pass("ragged.unsure", {}, FILL=True),
     } | {

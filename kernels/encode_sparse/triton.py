@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import launch_kernel
-from ..encode.triton import Operands, halves, masked, product
+from ..backend import has_wgmma, launch_kernel, launch_options
+from ..encode.triton import NO_MASK, Operands, halves, masked, product
 from ..select.triton import VALUE_BITS
 
 # A candidate has 17 of the 24 significant bits of an activation. The others are cut off, after their mean is added.
@@ -20,12 +20,13 @@ MEAN_CUT = tl.constexpr(1 + 46 * 2**-23)
 
 
 @triton.jit
-def rank_keys(acts, cols, F, BLOCK_F: tl.constexpr, EVEN_F: tl.constexpr, FIRST: tl.constexpr = 0):
-    """Return int32 [BLOCK_N, BLOCK_F], different within a row, that order a tile's activations like candidates. NaN,
-    which is positive on a GPU, comes first. With EVEN_F, activations below zero have negative keys in any order.
-    Otherwise their keys have value zero, and only those of columns past the end are negative."""
+def rank_keys(acts, columns, cols, F, BLOCK_F: tl.constexpr, EVEN_F: tl.constexpr):
+    """Return int32 of the shape of acts, different within a row, that order a tile's activations like candidates. `columns`
+    are theirs in the tile and `cols` their latents. NaN, which is positive on a GPU, comes first. With EVEN_F, activations
+    below zero have negative keys in any order. Otherwise their keys have value zero, and only those of columns past the end
+    are negative."""
     bits = (acts * MEAN_CUT).to(tl.int32, bitcast=True)
-    column = (BLOCK_F - 1 - FIRST - tl.arange(0, acts.shape[1]))[None, :]
+    column = (BLOCK_F - 1 - columns)[None, :]
     if EVEN_F:
         return (bits & VALUE_BITS) | column
     return tl.where((cols < F)[None, :], (tl.maximum(bits, 0) & VALUE_BITS) | column, ~column)
@@ -40,7 +41,7 @@ def candidate_of(key, EVEN_F: tl.constexpr):
 @triton.jit
 def pack(acts, cols, F, BLOCK_F: tl.constexpr):
     """Return candidates [BLOCK_N, BLOCK_F] of a tile. Values that are not positive become zero."""
-    return candidate_of(rank_keys(acts, cols, F, BLOCK_F, False), False)
+    return candidate_of(rank_keys(acts, tl.arange(0, BLOCK_F), cols, F, BLOCK_F, False), False)
 
 
 @triton.jit
@@ -78,7 +79,8 @@ def keys_of(
     BLOCK_F: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Return the keys of columns of a tile, from its column FIRST, given their product."""
-    cols = tile_f * BLOCK_F + FIRST + tl.arange(0, acts.shape[1])
+    columns = FIRST + tl.arange(0, acts.shape[1])
+    cols = tile_f * BLOCK_F + columns
     if SCALED:  # x and W_enc have a scale per token and per latent
         x_scale = tl.load(x_scale_ptr + tokens, mask=tokens < N, other=0.0)
         acts *= x_scale[:, None] * tl.load(w_scale_ptr + cols, mask=cols < F, other=0.0)[None, :]
@@ -86,7 +88,7 @@ def keys_of(
     acts = masked(acts, mask_ptr, sharpness, pos_ptr, tokens, cols, tile_f, N, F, MASK, BLOCK_F, FIRST)
     if HAS_THRESHOLD:
         acts = above_threshold(acts, threshold_ptr, cols, F)
-    return rank_keys(acts, cols, F, BLOCK_F, EVEN_F, FIRST)
+    return rank_keys(acts, columns, cols, F, BLOCK_F, EVEN_F)
 
 
 @triton.jit
@@ -125,6 +127,13 @@ def candidates_kernel(
         store_largest(keys, aux_candidates_ptr + first * AUX_KEEP, tokens < N, AUX_KEEP, EVEN_F)
 
 
+def is_persistent(launch: Operands) -> bool:
+    """Return whether `persistent.py` computes the candidates: if the table says so, on sm_90, without a mask, for operands
+    in 16 bits and in TMA's layouts."""
+    may_be = launch.options["TMA"] and launch.MASK == NO_MASK.value and launch.x.element_size() == 2
+    return bool(may_be and has_wgmma(launch.x.device) and launch_options("encode_topk_persistent", launch.x)["USE"])
+
+
 class Candidates:
     """The candidates of all tokens."""
 
@@ -142,11 +151,18 @@ class Candidates:
             torch.empty((self.n_tokens, self.tiles * per_tile), dtype=torch.int32, device=x.device)
             for per_tile in (keep, aux_keep)
         )
+        conditions = x if threshold is None else threshold, x if self.aux_latents is None else self.aux_latents
+        flags = dict(
+            HAS_THRESHOLD=threshold is not None, HAS_AUX_LATENTS=aux_latents is not None, EVEN_F=f % self.tile == 0,
+            KEEP=keep, AUX_KEEP=aux_keep,
+        )  # fmt: skip
+        if is_persistent(launch):
+            from .persistent import store_candidates
+
+            store_candidates(launch, self.packed, self.aux_packed, *conditions, self.tiles, **flags)
+            return
         launch_kernel(
             candidates_kernel, launch.grid,
-            self.packed, self.aux_packed, *launch.tiled, *(scales or (x, x)), x if threshold is None else threshold,
-            x if self.aux_latents is None else self.aux_latents,
-            *launch.numbers, self.tiles,
-            SCALED=scales is not None, HAS_THRESHOLD=threshold is not None, HAS_AUX_LATENTS=aux_latents is not None,
-            EVEN_F=f % self.tile == 0, KEEP=keep, AUX_KEEP=aux_keep, **launch.settings,
+            self.packed, self.aux_packed, *launch.tiled, *(scales or (x, x)), *conditions, *launch.numbers, self.tiles,
+            SCALED=scales is not None, **flags, **launch.settings,
         )  # fmt: skip

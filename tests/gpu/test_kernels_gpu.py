@@ -9,13 +9,15 @@ import pytest
 import torch
 from temposae.kernels.adam import Moments, Rates, adam, adam_rows, row_norms
 from temposae.kernels.autograd import encode_topk, position_loss, reconstruct
-from temposae.kernels.backend import has_fp8
+from temposae.kernels.backend import has_fp8, has_wgmma
 from temposae.kernels.code import SparseCode
+from temposae.kernels.configs import CONFIGS
 from temposae.kernels.decode import decode, decode_values_grad
 from temposae.kernels.decode import reconstruct as reconstruct_op
 from temposae.kernels.encode import encode
 from temposae.kernels.encode_sparse import encode_threshold
 from temposae.kernels.encode_sparse import encode_topk as encode_topk_op
+from temposae.kernels.encoder_inputs import EncoderInputs
 from temposae.kernels.fp8 import Fp8Rows
 from temposae.kernels.select import select_batch_topk, select_threshold, select_topk
 from temposae.kernels.weight_grad import weight_grad
@@ -38,6 +40,25 @@ POSITIONS = 127
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch, poisoned):
     monkeypatch.setenv("TEMPOSAE_BACKEND", "triton")
+
+
+@pytest.fixture(params=["plain", "persistent"])
+def candidates_kernel(request, use_persistent):
+    use_persistent(request.param == "persistent")
+
+
+@pytest.fixture
+def use_persistent(monkeypatch):
+    """use_persistent(bool) chooses the kernel for candidates, and skips where there is only the plain one."""
+
+    def choose(use):
+        if use and not has_wgmma(torch.device("cuda")):
+            pytest.skip("the persistent kernel is for sm_90")
+        for row in CONFIGS.values():
+            entry = row["encode_topk_persistent"]
+            monkeypatch.setitem(row, "encode_topk_persistent", entry | dict(USE=int(use)))
+
+    return choose
 
 
 def normal(*size, dtype=torch.float32, seed=0):
@@ -107,6 +128,7 @@ def largest(acts, k):
 @pytest.mark.parametrize(("n", "d", "f", "k"), [(700, 770, 5003, 33), (513, 96, 70_000, 50), (1000, 2304, 16384, 64)])
 @pytest.mark.parametrize("kind", ["whole numbers", "random", "all in one tile"])
 @DTYPES
+@pytest.mark.usefixtures("candidates_kernel")
 def test_encoded_topk_is_exact(n, d, f, k, kind, dtype, assert_close):
     """Small whole numbers: every product and sum is exact, and there are ties; the set must be the one of the definition."""
     x, W_enc, b_enc = normal(n, d, dtype=dtype), normal(f, d, dtype=dtype, seed=1).T / 4, normal(f, seed=2)
@@ -131,9 +153,31 @@ def test_encoded_topk_is_exact(n, d, f, k, kind, dtype, assert_close):
     assert torch.equal(again.indices, code.indices)
 
 
+@pytest.mark.parametrize(("n", "d", "f"), [(1, 8, 7), (700, 776, 5003), (193, 64, 70_016), (8192, 2304, 65536)])
+@pytest.mark.parametrize("thresholded", [False, True], ids=["two codes", "thresholds"])
+def test_both_kernels_give_the_same_candidates(n, d, f, thresholded, use_persistent):
+    """Bit for bit, in every one of 20 calls."""
+    operands = pytest.importorskip("temposae.kernels.encode.triton").operands
+    sparse = pytest.importorskip("temposae.kernels.encode_sparse.triton")
+    x, W_enc = normal(n, d, dtype=torch.bfloat16), normal(f, d, dtype=torch.bfloat16, seed=1).T / 4
+    inputs = EncoderInputs(x, W_enc, normal(f, seed=2), None, None, None)
+    aux_latents = torch.arange(f, device="cuda") % 5 == 0
+    settings = (0, None, normal(f, seed=3).abs()) if thresholded else (4, aux_latents, None)
+    expected = None
+    for use in (False, *[True] * 20):
+        use_persistent(use)
+        launch = operands("encode_topk", inputs)
+        assert sparse.is_persistent(launch) == use
+        candidates = sparse.Candidates(launch, 4, *settings)
+        expected = expected or candidates
+        assert torch.equal(candidates.packed, expected.packed)
+        assert torch.equal(candidates.aux_packed, expected.aux_packed)
+
+
 @pytest.mark.parametrize(("n", "d", "f", "k"), [(700, 770, 5003, 33), (1000, 2304, 16384, 64)])
 @pytest.mark.parametrize("kind", ["whole numbers", "random", "all in one tile"])
 @DTYPES
+@pytest.mark.usefixtures("candidates_kernel")
 def test_encoded_ragged_codes_are_exact(n, d, f, k, kind, dtype, assert_close):
     x, W_enc, b_enc = normal(n, d, dtype=dtype), normal(f, d, dtype=dtype, seed=1).T / 4, normal(f, seed=2)
     if kind == "whole numbers":

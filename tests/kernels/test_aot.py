@@ -69,7 +69,8 @@ def test_kernels_compile_without_spills_and_with_tensor_cores(arch, dtype, width
     } | ({"candidates fp8"} if arch >= 90 else set())  # fmt: skip
     assert [row["name"] for row in rows if row["hot"] and row["spill_bytes"]] == []
     assert over_budget(rows) == []
-    assert [row["name"] for row in rows if row["shared_bytes"] > SHARED_BYTES] == []
+    large = [row["name"] for row in rows if row["shared_bytes"] > SHARED_BYTES]
+    assert [name for name in large if not SPECS[name].only] == []
     if dtype == "bf16":
         assert all(
             row["tensor_core_instructions"] > 0 for row in rows if row["name"].startswith(("encode", "candidates"))
