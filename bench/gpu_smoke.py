@@ -11,20 +11,22 @@ one process per worker, because importing torch takes longest. `--here` checks i
 import argparse
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.backend import decided, has_fp8
+from ..kernels.backend import decided, has_fp8, has_wgmma
 from ..kernels.bench_types import POSITIONS, CallOf, Inputs
 from ..kernels.code import SparseCode
+from ..kernels.configs import CONFIGS
 from .data import DTYPES, Shape
 from .gpu_plan import add_line, python
 from .op_benches import BENCHES
 from .process_pool import Ended, Job, run_jobs
 from .step import in_one_line
+from .tune import in_effect
 
 ALIGNED, RAGGED = Shape(N=256, D=2304, F=16384, K=16), Shape(N=251, D=1037, F=5003, K=5)
 TOY_ALIGNED, TOY_RAGGED = Shape(N=16, D=16, F=128, K=2), Shape(N=19, D=27, F=90, K=1)
@@ -39,10 +41,26 @@ def smoke_tests(dry: bool = False) -> dict[str, tuple[str, CallOf]]:
     names: dict[tuple[str, CallOf], list[str]] = {}
     for bench in BENCHES:
         for entry, trial in bench.trials.items():
-            names.setdefault(("fp32" if dry else trial.dtype, trial.call), []).append(entry)
+            call = turned_on(entry, trial.call) if "USE" in CONFIGS[90][entry] else trial.call
+            names.setdefault(("fp32" if dry else trial.dtype, call), []).append(entry)
         for name, op in bench.ops.items():
             names.setdefault(("fp32" if dry else "bf16", op.call), []).append(name)
     return {"+".join(dict.fromkeys(entries)): test for test, entries in names.items()}
+
+
+def turned_on(entry: str, call_of: CallOf) -> CallOf:
+    """The call with a kernel for sm_90 that the config table leaves off."""
+
+    def forced(inputs: Inputs) -> Callable[[], Any]:
+        call, row = call_of(inputs), CONFIGS[90]
+
+        def run() -> Any:
+            with in_effect(90, row | {entry: row[entry] | {"USE": 1}}):
+                return call()
+
+        return run
+
+    return forced
 
 
 def operands(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Inputs, Inputs]:
@@ -144,6 +162,8 @@ def check_shapes(name: str, dry: bool) -> bool:
         try:
             if "fp8" in name and not has_fp8(torch.device(device)):
                 detail = "this GPU has no fp8"
+            elif "persistent" in name and not dry and not has_wgmma(torch.device(device)):
+                detail = "for sm_90"
             else:
                 detail = check(call_of, shape, DTYPES[dtype_name], device, 1 if dry else REPEATS)
                 verdict = "PASS"

@@ -28,9 +28,7 @@ from ..backend import launch_kernel, launch_options
 from ..encode.triton import Operands, tile_of
 from .triton import above_threshold, only_aux, rank_keys, store_largest
 
-ROWS: gl.constexpr = gl.constexpr(
-    64
-)  # of x that one matrix instruction multiplies; a tile has BLOCK_N / ROWS such blocks
+ROWS: gl.constexpr = gl.constexpr(64)  # of x in a matrix instruction; a tile has BLOCK_N / ROWS such blocks
 CONSUMER_REGISTERS: gl.constexpr = gl.constexpr(240)  # per thread; also those of the kernel's own warps
 PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 
@@ -84,8 +82,8 @@ def store_block(
 
 @gluon.jit
 def select_tiles(
-    group, candidates_ptr, aux_candidates_ptr, b_ptr, threshold_ptr, aux_latents_ptr, x_ring, w_ring, filled, released, turns,
-    N, D, F, TILES,
+    group, candidates_ptr, aux_candidates_ptr, b_ptr, threshold_ptr, aux_latents_ptr,
+    x_ring, w_ring, filled, released, turns, N, D, F, TILES,
     HAS_THRESHOLD: gl.constexpr, HAS_AUX_LATENTS: gl.constexpr, EVEN_F: gl.constexpr, KEEP: gl.constexpr,
     AUX_KEEP: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
     STAGES: gl.constexpr,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import has_wgmma, launch_kernel, launch_options
-from ..encode.triton import NO_MASK, Operands, halves, masked, product
+from ..encode.triton import Operands, halves, masked, product
 from ..select.triton import VALUE_BITS
 
 # A candidate has 17 of the 24 significant bits of an activation. The others are cut off, after their mean is added.
@@ -130,7 +130,7 @@ def candidates_kernel(
 def is_persistent(launch: Operands) -> bool:
     """Return whether `persistent.py` computes the candidates: if the table says so, on sm_90, without a mask, for operands
     in 16 bits and in TMA's layouts."""
-    may_be = launch.options["TMA"] and launch.MASK == NO_MASK.value and launch.x.element_size() == 2
+    may_be = launch.options["TMA"] and not launch.MASK and launch.x.element_size() == 2
     return bool(may_be and has_wgmma(launch.x.device) and launch_options("encode_topk_persistent", launch.x)["USE"])
 
 

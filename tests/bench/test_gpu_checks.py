@@ -8,13 +8,14 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from temposae.bench import gpu_smoke, gpu_tests, process_pool
 from temposae.bench.gpu_plan import python, read_lines
 from temposae.bench.process_pool import Ended, Job, run_jobs
+from temposae.kernels.backend import config_row
 from temposae.kernels.configs import CONFIGS
 
 # --- the pool
@@ -71,6 +72,13 @@ def test_every_entry_and_op_has_a_smoke_test() -> None:
     assert set(names) >= CONFIGS[80].keys() | {"encode_threshold", "row_norms", "select_batch_topk"}
     assert all(" " not in test for test in gpu_smoke.smoke_tests())
     assert "encode_topk+merge+rescan" in gpu_smoke.smoke_tests()  # the same call is made once
+
+
+def test_a_kernel_that_the_table_leaves_off_is_turned_on() -> None:
+    used = lambda: config_row(90)["encode_topk_persistent"]["USE"]
+    call = gpu_smoke.turned_on("encode_topk_persistent", lambda inputs: used)(cast(Any, None))
+    assert (used(), call(), used()) == (0, 1, 0)
+    assert "encode_topk_persistent" in gpu_smoke.smoke_tests()
 
 
 def test_a_right_kernel_passes_at_both_shapes(smoke: Any) -> None:
