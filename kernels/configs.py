@@ -52,14 +52,18 @@ CONFIGS[80] = {
     "reconstruct_loop": dict(BLOCK_K=8, BLOCK_D=256, num_warps=4),
     "values_grad": dict(BLOCK_K=8, BLOCK_D=256, STAGES=3, num_warps=4),
     "pack": dict(BLOCK=1024, num_warps=4),
+    "sorted": dict(BLOCK=512, num_warps=4),
     "windows": dict(SPLIT=256, num_warps=8),
     "weight_grad": dict(num_warps=8),
     "latent_sums": dict(BLOCK=64, num_warps=1),
     "adam_rows": dict(num_warps=8),
     "adam": dict(BLOCK=1024, num_warps=4),
     "adam_matrix": dict(num_warps=8),
+    "clip": dict(BLOCK=4096, num_warps=16),
     "token_loss": dict(BLOCK=1024, num_warps=4),
+    "entry_loss": dict(BLOCK=64, num_warps=1),
     "position_sum": dict(BLOCK_N=1024, num_warps=4),
+    "count": dict(BLOCK=1024, num_warps=4),
 }
 CONFIGS[90] = CONFIGS[80] | {
     "encode": dict(BLOCK_N=128, BLOCK_F=128, BLOCK_D=64, GROUP_N=8, TMA=1, num_warps=8, num_stages=3, maxnreg=255),

@@ -1,6 +1,7 @@
 """adam: Adam's update of any parameter from its gradient, and of a weight [F, D] from the entries of a SparseCode,
 without storing the gradient."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,9 +37,20 @@ def adam(
     Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     _check(parameter, moments, rates, shadow, matrix=unit_norm)
-    if grad.shape != parameter.shape:
-        raise ValueError(f"grad must have the parameter's shape {list(parameter.shape)}, got {list(grad.shape)}")
+    _check_grad(parameter, grad)
     _twin(choose("adam", parameter, grad, backend=backend)).adam(parameter, grad, moments, rates, unit_norm, shadow)
+
+
+def adam_each(
+    parameters: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], rates: Rates, *,
+    backend: str | None = None,
+) -> None:  # fmt: skip
+    """Do the step of `adam` on each of several small parameters, two in one launch. Moments are float32 (or the parameter's
+    dtype). Errors as in `adam`."""
+    for parameter, grad, each in zip(parameters, grads, moments, strict=True):
+        _check(parameter, each, rates, None)
+        _check_grad(parameter, grad)
+    _twin(choose("adam", *parameters, *grads, backend=backend)).adam_each(parameters, grads, moments, rates)
 
 
 def adam_rows(
@@ -64,17 +76,43 @@ def adam_rows(
 
 def row_norms(
     entries: LatentMajor, values: Tensor, rows: Tensor, *, center: Tensor | None = None, W: Tensor | None = None,
-    biases: BiasGradients | None = None, shared: dict[str, Any] | None = None, backend: str | None = None,
+    along: Tensor | None = None, biases: BiasGradients | None = None, shared: dict[str, Any] | None = None,
+    backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Return |g_j|^2 [F], float32 (float64 for float64), for the gradient of `adam_rows`, which clipping needs before
-    the update. With W [F, D] of unit rows, the part of the gradient along them is removed first. With `biases`, W is an
-    encoder, which only their sums need. Errors as in `adam_rows`."""
+    the update. With W [F, D] of unit rows, the part of the gradient along them is removed first. `along` does the same
+    without reading W: it has, in the order of `values`, values[e] <rows[token of e], W_j> of each entry e of latent j. Its
+    sum over the entries is <g_j, W_j>, and the result |g_j|^2 - <g_j, W_j>^2. With `biases`, W is an encoder in any
+    floating dtype, which only their sums need. Errors as in `adam_rows`."""
     check_entries(entries, values, rows, center)
+    if along is not None and (W is not None or along.numel() != values.numel()):
+        raise ValueError(f"along must have {values.numel()} elements, and W must not be given, got {list(along.shape)}")
     if W is not None:
         check_shape("W", W, F=entries.latent_offsets.numel() - 1, D=rows.shape[1])
     _check_biases(biases, W, center)
     twin = _twin(choose("row_norms", rows, values, backend=backend))
-    return twin.row_norms(entries, values, rows, center, W, W is not None and biases is None, biases, shared)
+    return twin.row_norms(entries, values, rows, center, W, along, biases, shared)
+
+
+def clip(
+    squared_norms: Sequence[Tensor], gradients: Sequence[Tensor], clip_norm: float, factor: Tensor, *,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the norm [S] of the gradients of S dictionaries, and write factor[s] = min(1, clip_norm / (norm[s] + 1e-6)), as
+    torch's clip_grad_norm_ does.
+
+    squared_norms  up to two tensors of S equal runs, such as those of `row_norms`
+    gradients      one or more tensors of S equal runs, whose squares are added to the first
+    factor         float32 (float64 for float64) [S]
+
+    Raises ValueError for other numbers of tensors, for sizes that S does not divide, and for tensors on several devices.
+    """
+    tensors = [*squared_norms, *gradients]
+    if len(squared_norms) > 2 or not gradients or any(tensor.numel() % factor.numel() for tensor in tensors):
+        sizes = [tensor.numel() for tensor in tensors]
+        raise ValueError(f"needs up to two squared norms, and gradients, of {factor.numel()} equal runs, got sizes {sizes}")
+    check_one_device(factor=factor, **{f"tensor {i}": tensor for i, tensor in enumerate(tensors)})
+    return _twin(choose("clip", factor, *tensors, backend=backend)).clip(squared_norms, gradients, clip_norm, factor)
 
 
 def cost(
@@ -127,6 +165,11 @@ def _check(parameter: Tensor, moments: Moments, rates: Rates, shadow: Tensor | N
         )
     tensors |= dict(scales=moments.scales, step_size=rates.step_size, seed=rates.seed, skip=rates.skip)
     check_one_device(parameter=parameter, **tensors)
+
+
+def _check_grad(parameter: Tensor, grad: Tensor) -> None:
+    if grad.shape != parameter.shape:
+        raise ValueError(f"grad must have the parameter's shape {list(parameter.shape)}, got {list(grad.shape)}")
 
 
 def _check_biases(biases: BiasGradients | None, W: Tensor | None, center: Tensor | None) -> None:

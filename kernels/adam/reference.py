@@ -1,5 +1,6 @@
 """adam in plain torch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,24 @@ def adam(
         shadow.copy_(parameter)
 
 
+def adam_each(
+    parameters: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], rates: Rates
+) -> None:
+    for parameter, grad, each in zip(parameters, grads, moments, strict=True):
+        adam(parameter, grad, each, rates, False, None)
+
+
+def clip(
+    squared_norms: Sequence[Tensor], gradients: Sequence[Tensor], clip_norm: float, factor: Tensor
+) -> Tensor:
+    *others, last = gradients
+    squares = [*squared_norms, *(grad.square() for grad in others)]
+    runs = [run.view(len(factor), -1).sum(1) for run in squares]
+    norm = ((torch.stack(runs).sum(0) if runs else 0) + last.view(len(factor), -1).square().sum(1)).sqrt()
+    torch.clamp(clip_norm / (norm + 1e-6), max=1, out=factor)
+    return norm
+
+
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates,
     center: Tensor | None, unit_norm: bool, shadow: Tensor | None, biases: BiasGradients | None,
@@ -39,13 +58,16 @@ def adam_rows(
 
 
 def row_norms(
-    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None, unit_norm: bool,
+    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None, along: Tensor | None,
     biases: BiasGradients | None, shared: dict[str, Any] | None,
 ) -> Tensor:  # fmt: skip
     grad = weight_grad(entries, values, rows, center)
-    if W is not None:
+    if along is not None:
+        return (grad.square().sum(1) - latent_sums(entries, along).square()).clamp_min(0)
+    if biases is not None and W is not None:
         _sum_biases(biases, entries, values, W)
-        grad = _across(grad, W) if unit_norm else grad
+    elif W is not None:
+        grad = _across(grad, W)
     return grad.square().sum(1)
 
 
@@ -53,7 +75,7 @@ def _sum_biases(biases: BiasGradients | None, entries: LatentMajor, values: Tens
     if biases is not None:
         biases.encoder.copy_(latent_sums(entries, values))
         s = len(biases.center)
-        biases.center.copy_(torch.bmm(biases.encoder.view(s, 1, -1).to(W.dtype), W.view(s, -1, W.shape[1]))[:, 0])
+        biases.center.copy_(torch.bmm(biases.encoder.view(s, 1, -1), W.to(biases.encoder.dtype).view(s, -1, W.shape[1]))[:, 0])
 
 
 def _store(moments: Moments, mean: Tensor, square: Tensor, seed: Tensor | None) -> None:
