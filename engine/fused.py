@@ -148,9 +148,7 @@ class FusedStep:
         ], None  # fmt: skip
         if aux is not None and dead is not None:
             with record_function("temposae::aux"):
-                aux_loss, contribution = self._aux(
-                    aux, dead, W_dec, decoded.residual, target, mask, token_mask_rows
-                )
+                aux_loss, contribution = self._aux(aux, dead, W_dec, decoded.residual, target, mask, token_mask_rows)
                 contributions.append(contribution)
                 loss = loss + aux_loss
         with record_function("temposae::sort"):

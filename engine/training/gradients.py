@@ -90,7 +90,8 @@ class SparseGradients:
         tokens = codes[0].owners
         if len(codes) > 1:
             tokens = _joined([code.rows + first for code, first in zip(codes, (0, codes[0].n_tokens), strict=True)])
-        self._residual = torch.cat([each.residual for each in contributions]) if len(codes) > 1 else contributions[0].residual
+        residuals = [contribution.residual for contribution in contributions]
+        self._residual = torch.cat(residuals) if len(codes) > 1 else residuals[0]
         self._encoder_weights, self._decoder_weights, self._along = (
             _joined([getattr(each, name) for each in contributions])
             for name in ("encoder_weights", "decoder_weights", "along")

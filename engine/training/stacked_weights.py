@@ -84,7 +84,9 @@ class StackedWeights:
         step_sizes = [lr / (1 - self.config.beta1**step) for lr in lrs]
         floats = np.array([step_sizes, self.count * [(1 - self.config.beta2**step) ** 0.5]], dtype=np.float32)
         seeds = [self.count * [rounding_seed(name, step, self._first_latent)] for name in self._seeds]
-        bits = torch.from_numpy(np.concatenate([floats.view(np.int32), np.array(seeds, np.int32).reshape(-1, self.count)]))
+        bits = torch.from_numpy(
+            np.concatenate([floats.view(np.int32), np.array(seeds, np.int32).reshape(-1, self.count)])
+        )
         # A copy from pinned memory does not wait for the device. torch reuses the memory only when the copy is done.
         self._numbers.copy_(bits.pin_memory() if self._numbers.is_cuda else bits, non_blocking=True)
 
@@ -115,7 +117,9 @@ class StackedWeights:
         for pace in dict.fromkeys(self.paces[name] for name in small_gradients):
             paced_rates = rates if pace == 1 else rates._replace(step_size=pace * self._step_size)
             names = [name for name in small_gradients if self.paces[name] == pace]
-            adam_each(*([of[name] for name in names] for of in (self.weights, small_gradients, self.moments)), paced_rates)
+            adam_each(
+                *([of[name] for name in names] for of in (self.weights, small_gradients, self.moments)), paced_rates
+            )
         if "threshold" in small_gradients:
             self.weights["threshold"].clamp_min_(0)
         return norm

@@ -110,7 +110,9 @@ def clip(
     tensors = [*squared_norms, *gradients]
     if len(squared_norms) > 2 or not gradients or any(tensor.numel() % factor.numel() for tensor in tensors):
         sizes = [tensor.numel() for tensor in tensors]
-        raise ValueError(f"needs up to two squared norms, and gradients, of {factor.numel()} equal runs, got sizes {sizes}")
+        raise ValueError(
+            f"needs up to two squared norms, and gradients, of {factor.numel()} equal runs, got sizes {sizes}"
+        )
     check_one_device(factor=factor, **{f"tensor {i}": tensor for i, tensor in enumerate(tensors)})
     return _twin(choose("clip", factor, *tensors, backend=backend)).clip(squared_norms, gradients, clip_norm, factor)
 

@@ -30,16 +30,12 @@ def adam(
         shadow.copy_(parameter)
 
 
-def adam_each(
-    parameters: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], rates: Rates
-) -> None:
+def adam_each(parameters: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], rates: Rates) -> None:
     for parameter, grad, each in zip(parameters, grads, moments, strict=True):
         adam(parameter, grad, each, rates, False, None)
 
 
-def clip(
-    squared_norms: Sequence[Tensor], gradients: Sequence[Tensor], clip_norm: float, factor: Tensor
-) -> Tensor:
+def clip(squared_norms: Sequence[Tensor], gradients: Sequence[Tensor], clip_norm: float, factor: Tensor) -> Tensor:
     *others, last = gradients
     squares = [*squared_norms, *(grad.square() for grad in others)]
     runs = [run.view(len(factor), -1).sum(1) for run in squares]
@@ -74,8 +70,8 @@ def row_norms(
 def _sum_biases(biases: BiasGradients | None, entries: LatentMajor, values: Tensor, W: Tensor) -> None:
     if biases is not None:
         biases.encoder.copy_(latent_sums(entries, values))
-        s = len(biases.center)
-        biases.center.copy_(torch.bmm(biases.encoder.view(s, 1, -1), W.to(biases.encoder.dtype).view(s, -1, W.shape[1]))[:, 0])
+        s, W = len(biases.center), W.to(biases.encoder.dtype)
+        biases.center.copy_(torch.bmm(biases.encoder.view(s, 1, -1), W.view(s, -1, W.shape[1]))[:, 0])
 
 
 def _store(moments: Moments, mean: Tensor, square: Tensor, seed: Tensor | None) -> None:

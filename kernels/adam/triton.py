@@ -292,8 +292,9 @@ def adam_rows_kernel(
     HAS_CENTER: tl.constexpr, SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Sum a latent's gradient from its entries. Then do Adam's step on its row (UPDATE) or store the squared norm of the
-    gradient. HAS_ALONG gives the part of this gradient along the row, as a sum over entries. BIASES also stores the sum of the latent's values, and this sum times the row before the step, added over
-    the latents of the program. One program per LATENTS latents of a run of LATENTS_PER_CENTER."""
+    gradient, with HAS_ALONG of its part across the row. BIASES also stores the sum of the latent's values, and this sum
+    times the row before the step, added over the latents of the program. One program per LATENTS latents of a run of
+    LATENTS_PER_CENTER."""
     if HAS_SKIP:  # noqa: SIM102 - known when compiling
         if tl.load(skip_ptr) != 0:
             return
@@ -360,9 +361,7 @@ def adam(
         _adam([parameter], [grad], [moments], rates, shadow)
 
 
-def adam_each(
-    parameters: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], rates: Rates
-) -> None:
+def adam_each(parameters: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], rates: Rates) -> None:
     for i in range(0, len(parameters), 2):
         _adam(parameters[i : i + 2], grads[i : i + 2], moments[i : i + 2], rates, None)
 
@@ -372,7 +371,8 @@ def _adam(
     shadow: Tensor | None,
 ) -> None:  # fmt: skip
     """Launch adam_kernel on one or two parameters. The first one stands in for an absent second one."""
-    options, (_, numbers, flags) = launch_options("adam", parameters[0]), _arguments(parameters[0], moments[0], rates, shadow)
+    options = launch_options("adam", parameters[0])
+    _, numbers, flags = _arguments(parameters[0], moments[0], rates, shadow)
     pointers = [(w, grad.contiguous(), *each[:2]) for w, grad, each in zip(parameters, grads, moments, strict=True)]
     sizes = [(w.numel(), w.numel() // rates.step_size.numel()) for w in parameters]
     launch_kernel(
@@ -383,9 +383,7 @@ def _adam(
     )  # fmt: skip
 
 
-def clip(
-    squared_norms: Sequence[Tensor], gradients: Sequence[Tensor], clip_norm: float, factor: Tensor
-) -> Tensor:
+def clip(squared_norms: Sequence[Tensor], gradients: Sequence[Tensor], clip_norm: float, factor: Tensor) -> Tensor:
     norm, s = torch.empty_like(factor), factor.numel()
     small = [grad for grad in gradients if grad.numel() <= s * LARGEST][-3:]
     others = [grad for grad in gradients if all(grad is not each for each in small)]
@@ -410,7 +408,9 @@ def adam_rows(
     tensors, numbers, flags = _arguments(W, moments, rates, shadow)
     numbers = (len(W) // rates.step_size.numel(), *numbers)
     operands = entries, values, rows, center
-    _launch(operands, biases, shared, (*tensors, W, W), numbers, UNIT_NORM=unit_norm, UPDATE=True, HAS_ALONG=False, **flags)
+    _launch(
+        operands, biases, shared, (*tensors, W, W), numbers, UNIT_NORM=unit_norm, UPDATE=True, HAS_ALONG=False, **flags
+    )
 
 
 def row_norms(

@@ -48,7 +48,9 @@ def position_loss(
         raise ValueError(f"n_positions must be at least 1, got {n_positions}")
     check_positions(pos, n_tokens, n_positions)
     check_one_device(residual=residual, values=entries, pos=pos)
-    return PositionSums(*_twin("position_loss", residual, entries, backend).position_loss(residual, values, pos, n_positions))
+    return PositionSums(
+        *_twin("position_loss", residual, entries, backend).position_loss(residual, values, pos, n_positions)
+    )
 
 
 class EntryLoss(NamedTuple):

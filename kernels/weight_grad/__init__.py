@@ -61,7 +61,9 @@ def sort_entries(
     """
     for name, tensor in dict(encoder_weights=encoder_weights, decoder_weights=decoder_weights, along=along).items():
         if tensor.numel() != latents.numel():
-            raise ValueError(f"{name} must have one element for each of {latents.numel()} entries, got {tensor.numel()}")
+            raise ValueError(
+                f"{name} must have one element for each of {latents.numel()} entries, got {tensor.numel()}"
+            )
     check_one_device(latents=latents, encoder_weights=encoder_weights, decoder_weights=decoder_weights, along=along)
     if choose("sort_entries", encoder_weights, decoder_weights, along, backend=backend) == "triton":
         from . import triton

@@ -51,7 +51,9 @@ def sorted_kernel(
     positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = positions < C
     entries = tl.load(order_ptr + positions, mask=inside, other=0)
-    tokens = (tl.load(tokens_ptr + entries, mask=inside, other=0) if HAS_TOKENS else entries.to(tl.int32) // K).to(tl.int32)
+    tokens = entries.to(tl.int32) // K
+    if HAS_TOKENS:
+        tokens = tl.load(tokens_ptr + entries, mask=inside, other=0).to(tl.int32)
     tl.store(sorted_tokens_ptr + positions, tokens, mask=inside)
     weights = tl.load(encoder_ptr + entries, mask=inside, other=0.0)
     tl.store(packed_encoder_ptr + positions, pack(weights, tokens % ENCODER_ROWS), mask=inside)
