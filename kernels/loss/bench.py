@@ -83,8 +83,9 @@ def _count_step(i: Any) -> Call:
 
 _position_loss = lambda i: partial(position_loss, i.reconstruction.squared_error, i.code, i.pos, POSITIONS)
 _entry_loss = lambda i: partial(
-    entry_loss, i.code, i.reconstruction.squared_error[None], i.reconstruction.projection[None], -2 / len(i.x)
-)
+    entry_loss, i.code, i.reconstruction.squared_error[None], i.reconstruction.projection[None], -2 / len(i.x),
+    spread=i.reconstruction.squared_error[None],
+)  # fmt: skip
 _cost = lambda n, d, f, k, itemsize, backend: cost(n, 1, n * k, POSITIONS, itemsize=4, backend=backend)
 # Reads values, latents and projections, writes three results per entry and four per token. Torch reads most of it again.
 _entry_cost = lambda n, d, f, k, itemsize, backend: Cost(

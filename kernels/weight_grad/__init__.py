@@ -56,8 +56,8 @@ def sort_entries(
     decoder_weights  those for W_dec, with n_rows[1] rows
     along            C elements, of `loss.entry_loss`
 
-    Returns the sorted entries, and for each weight the start of `shared` in `adam_rows` and `row_norms`. Raises ValueError if
-    there are not C of each.
+    Returns the sorted entries, and for each weight the start of `shared` in `adam_rows` and `row_norms`. Raises ValueError
+    if there are not C of each.
     """
     for name, tensor in dict(encoder_weights=encoder_weights, decoder_weights=decoder_weights, along=along).items():
         if tensor.numel() != latents.numel():

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from ..bench_types import Grid, Launch, Op, OpBench, Spec, Step, Trial
+from ..bench_types import Call, Grid, Inputs, Launch, Op, OpBench, Spec, Step, Trial
 from ..code import SparseCode
 from ..configs import CONFIGS
 from ..cost import Cost
@@ -62,20 +62,17 @@ def _launches(step: Step) -> list[Launch]:
     ]  # fmt: skip
 
 
+def _sort_entries(i: Inputs) -> Call:
+    weights, f, n = (i.reconstruction.projection, i.code.values, i.reconstruction.projection), len(i.W_dec), len(i.x)
+    return lambda: sort_entries(i.code.indices.flatten(), i.k, f, *weights, (n, n))[0]
+
+
 _transpose = lambda i: lambda: SparseCode(i.code.values, i.code.indices, len(i.W_dec)).transpose()
-_sort_entries = lambda i: partial(
-    sort_entries,
-    i.code.indices.flatten(),
-    i.k,
-    len(i.W_dec),
-    i.reconstruction.projection,
-    i.code.values,
-    i.reconstruction.projection,
-    (len(i.x), len(i.x)),
-)
 _weight_grad = lambda i: partial(weight_grad, i.entries, i.code.values, i.reconstruction.residual)
 # Reads the keys. Writes order (8 bytes), latent and token (4 each) per entry, and F + 1 offsets.
 _transpose_cost = lambda n, d, f, k, **settings: Cost(0.0, 20 * n * k + 8 * (f + 1))
+# The sort with weights reads three and writes two packed ones and the last.
+_sort_cost = lambda n, d, f, k, **settings: Cost(0.0, 52 * n * k + 8 * (f + 1))
 # The sort always runs in torch.
 _torch_only = lambda n, d, f, k, itemsize, backend: Cost(0.0, float(backend != "torch"))
 _cost = lambda n, d, f, k, **settings: cost(n, d, f, n * k, **settings)
@@ -86,6 +83,7 @@ BENCH = OpBench(
     "gradient",
     ops={
         "transpose": Op("backward", _transpose, [_transpose_cost], _torch_only),
+        "sort_entries": Op("backward", _sort_entries, [_sort_cost]),
         "weight_grad": Op("backward", _weight_grad, [_cost], _cost),
     },
     trials={
