@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.adam import BiasGradients, Moments, Rates, adam_each, clip
+from ...kernels.adam import BiasGradients, Moments, Rates, adam_each
+from ...kernels.clip import clip
 from ..config import TrainConfig
 from ..ranks import Ranks
 from ..sae import SparseAutoencoder

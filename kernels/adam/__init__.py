@@ -94,29 +94,6 @@ def row_norms(
     return twin.row_norms(entries, values, rows, center, W, along, biases, shared)
 
 
-def clip(
-    squared_norms: Sequence[Tensor], gradients: Sequence[Tensor], clip_norm: float, factor: Tensor, *,
-    backend: str | None = None,
-) -> Tensor:  # fmt: skip
-    """Return the norm [S] of the gradients of S dictionaries, and write factor[s] = min(1, clip_norm / (norm[s] + 1e-6)), as
-    torch's clip_grad_norm_ does.
-
-    squared_norms  up to two tensors of S equal runs, such as those of `row_norms`
-    gradients      one or more tensors of S equal runs, whose squares are added to the first
-    factor         float32 (float64 for float64) [S]
-
-    Raises ValueError for other numbers of tensors, for sizes that S does not divide, and for tensors on several devices.
-    """
-    tensors = [*squared_norms, *gradients]
-    if len(squared_norms) > 2 or not gradients or any(tensor.numel() % factor.numel() for tensor in tensors):
-        sizes = [tensor.numel() for tensor in tensors]
-        raise ValueError(
-            f"needs up to two squared norms, and gradients, of {factor.numel()} equal runs, got sizes {sizes}"
-        )
-    check_one_device(factor=factor, **{f"tensor {i}": tensor for i, tensor in enumerate(tensors)})
-    return _twin(choose("clip", factor, *tensors, backend=backend)).clip(squared_norms, gradients, clip_norm, factor)
-
-
 def cost(
     m: int, d: int, f: int, nnz: int, *, itemsize: int = 2, moment_itemsize: int = 4, backend: str = "triton"
 ) -> Cost:

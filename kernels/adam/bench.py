@@ -11,7 +11,7 @@ from ..moments import LATENTS
 from ..numerics import pieces
 from ..weight_grad import cost as weight_grad_cost
 from ..weight_grad.bench import SPLIT, WIDTHS, gather_pointers, windows_launch
-from . import Moments, Rates, adam, adam_each, adam_rows, clip, cost, row_norms
+from . import Moments, Rates, adam, adam_each, adam_rows, cost, row_norms
 
 MOMENTS = {32: ("fp32", "fp32"), 16: ("bf16", "bf16"), 8: ("i8", "u8")}
 _UPDATE = dict(UPDATE=True, HAS_ALONG=False, HAS_SHADOW=True, HAS_SKIP=True)
@@ -41,8 +41,9 @@ def _specs(dtype: str) -> dict[str, Spec]:
     for width in WIDTHS[dtype]:
         for name, flags in ROWS.items():
             for bits in MOMENTS if dtype == "bf16" and name in ("decoder", "encoder") else (32,):
+                config = "adam_rows" if flags["UPDATE"] else "row_norms"
                 specs[f"adam_rows, {name}, D = {width}" + (f", {bits}-bit moments" if bits < 32 else "")] = Spec(
-                    "adam.adam_rows_kernel", "adam_rows", gather_pointers(dtype) | _pointers(bits, dtype),
+                    "adam.adam_rows_kernel", config, gather_pointers(dtype) | _pointers(bits, dtype),
                     flags | pieces(width) | dict(BITS=bits, SPLIT=SPLIT),
                     hot=name != "encoder with biases" or width <= 2304,  # wider, it spills 24 bytes on sm_80
                 )  # fmt: skip
@@ -76,18 +77,15 @@ def _rows_launches(step: Step, name: str, matrix: float, *, shared: bool = False
 def _launches(step: Step) -> list[Launch]:
     # read and written: fp32 weights and two moments; written: the shadow. The norms also give the biases' gradients, from
     # the weights.
-    blocks, clip = step.blocks(step.f, "adam", "BLOCK") + step.blocks(step.d, "adam", "BLOCK"), []
+    blocks = step.blocks(step.f, "adam", "BLOCK") + step.blocks(step.d, "adam", "BLOCK")
     if step.clip:
         launches = _rows_launches(step, "encoder norms", 4) + _rows_launches(step, "norms", 0)
-        sums = step.blocks(step.f, "clip", "BLOCK")
-        clip = [Launch("update", "clip", 1, {"clip_kernel.start": sums}, dram=12 * step.f, waits=1 + sums)]
-        clip += _rows_launches(step, "encoder", 26, shared=True) + _rows_launches(step, "decoder", 26, shared=True)
+        launches += _rows_launches(step, "encoder", 26, shared=True) + _rows_launches(step, "decoder", 26, shared=True)
     else:
         launches = _rows_launches(step, "encoder with biases", 26) + _rows_launches(step, "decoder", 26)
     return [
         *launches,
         Launch("update", "torch: gradient of b_dec", dram=2 * step.n * step.d, launches=3),
-        *clip,
         Launch("update", "adam", blocks, dram=28 * (step.f + step.d), waits=2),
         *([Launch("update", "adam", step.blocks(step.f, "adam", "BLOCK"), dram=28 * step.f, waits=2),
            Launch("update", "torch: pace and limit of thresholds", dram=8 * step.f, launches=2)]
@@ -140,11 +138,6 @@ def _adam_each(i: Inputs) -> Call:
     return call
 
 
-def _clip(i: Inputs) -> Call:
-    norms, factor = i.W_dec.float().square().sum(1), torch.ones(1, device=i.x.device)
-    return partial(clip, [norms, norms], [i.b_enc.float(), i.b_dec.float()], 1.0, factor)
-
-
 _row_norms = lambda i: partial(row_norms, i.entries, i.code.values, i.reconstruction.residual, W=i.W_dec)
 _adam_rows_cost = lambda n, d, f, k, **settings: cost(n, d, f, n * k, **settings)
 BENCH = OpBench(
@@ -155,7 +148,7 @@ BENCH = OpBench(
     },
     trials={
         "adam_rows": Trial("bf16", _adam_rows, dict(num_warps=(4, 8, 16))),
-        "clip": Trial("bf16", _clip, dict(BLOCK=(2048, 4096, 8192), num_warps=(8, 16, 32))),
+        "row_norms": Trial("bf16", _row_norms, dict(num_warps=(2, 4, 8))),
         "adam": Trial("bf16", _adam_each, dict(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4, 8))),
         "adam_matrix": Trial("bf16", _adam_matrix, dict(num_warps=(4, 8, 16))),
     },
@@ -164,10 +157,6 @@ BENCH = OpBench(
     fixed_specs={
         "adam": Spec(
             "adam.adam_kernel", "adam", _pointers(32, "fp32"), dict(HAS_SHADOW=False, HAS_SKIP=True, HAS_SECOND=True)
-        ),
-        "clip": Spec(
-            "adam.clip_kernel", "clip",
-            dict.fromkeys(("norms", "norms2", "norms3", "grads", "grads2", "grads3", "norm", "factor"), "fp32"),
         ),
     } | {
         f"adam, matrix, {bits}-bit moments": Spec(
