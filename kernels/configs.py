@@ -57,7 +57,7 @@ CONFIGS[80] = {
     "weight_grad": dict(num_warps=8),
     "latent_sums": dict(BLOCK=64, num_warps=1),
     "adam_rows": dict(num_warps=8),
-    "row_norms": dict(num_warps=4),
+    "row_norms": dict(num_warps=8),
     "adam": dict(BLOCK=1024, num_warps=4),
     "adam_matrix": dict(num_warps=8),
     "clip": dict(BLOCK=4096, num_warps=16),
