@@ -25,7 +25,7 @@ from .results import markdown
 
 ARCHS = (80, 90, 100)
 # float arguments of kernels; other scalars are integers
-FLOATS = ("threshold", "sharpness", "beta1", "beta2", "new1", "new2", "eps")
+FLOATS = ("threshold", "sharpness", "beta1", "beta2", "new1", "new2", "eps", "scale", "limit")
 # names in the disassembly of mma.sync (sm_80 and all others), wgmma (half precision and fp8) and tcgen05
 TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\b[HQ]GMMA\.", 100: r"\bUTC\w*MMA\b"}
 #: variants of all kernels by name, in the order of the ops

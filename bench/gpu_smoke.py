@@ -83,9 +83,9 @@ def operands(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Inputs, Inp
         exact.code = narrow.code.with_values(narrow.code.values.double())
         exact.threshold = narrow.threshold.double()
         reconstruction = exact.reconstruction
-        narrow.reconstruction = reconstruction._make(t.float() for t in reconstruction)
+        narrow.reconstruction = reconstruction._make(t if t is None else t.float() for t in reconstruction)
         narrow.reconstruction = narrow.reconstruction._replace(residual=reconstruction.residual.to(dtype))
-        exact.reconstruction = reconstruction._make(t.double() for t in narrow.reconstruction)
+        exact.reconstruction = reconstruction._make(t if t is None else t.double() for t in narrow.reconstruction)
     return narrow, exact
 
 

@@ -30,7 +30,7 @@ MODES: dict[str, dict[str, Any]] = {
     "jumprelu": {"activation": "jumprelu"},
 }
 # the op that is a stage of the step
-STAGE_OPS = {"encode": "encode_topk", "decode": "reconstruct", "loss": "position_loss", "sort": "transpose"}
+STAGE_OPS = {"encode": "encode_topk", "decode": "reconstruct", "loss": "entry_loss", "sort": "sort_entries"}
 
 
 def predict(name: str, settings: Mapping[str, Any] = MODES["topk"], shape: Shape = HEADLINE) -> dict[str, Any]:
@@ -124,17 +124,17 @@ def _use(launch: Launch, gpu: Gpu, kernel: aot.Compiled) -> Use:
 
 def _torch_launches(step: Step) -> list[Launch]:
     """The kernels of torch that the step launches around the ops (engine/cohort.py, fused.py and stacked_weights.py)."""
-    n, d, f, *_ = step
+    n, d, _, *_ = step
     wide, entries = n * d, step.entries
+    # the least entry of a batch and the move of the threshold; tokens and weights of the entries of ragged codes
+    batch = [Launch("step", "torch: least entry of the batch", dram=30 * entries, launches=12)]
+    ragged = [Launch("step", "torch: tokens and weights of entries", dram=100 * entries, launches=12)]
     return [
-        Launch("step", "torch: scale x and target", dram=8 * wide, launches=2),
-        Launch("step", "torch: spread of the target", dram=18 * wide, launches=4),
-        Launch("loss", "torch: loss", dram=40 * n, launches=10),
-        Launch("step", "torch: weights of entries", dram=120 * entries, launches=12),
-        Launch("update", "torch: gradient of b_dec", dram=2 * wide, launches=5),
-        Launch("step", "torch: counts of latents and positions", dram=30 * entries + 24 * f, launches=18),
+        Launch("step", "torch: scale x", dram=4 * wide),
+        Launch("step", "torch: rates", dram=8),
+        *(batch if step.activation == "batchtopk" else []),
+        *(ragged if step.ragged else []),
         *([Launch("aux", "torch: weight of AuxK", dram=20 * wide, launches=10)] if step.aux_k else []),
-        *([Launch("update", "torch: norm and factor", dram=16 * f, launches=14)] if step.clip else []),
         *([Launch("encode", "torch: band", dram=60 * entries, launches=10)] if step.activation == "jumprelu" else []),
     ]
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..kernels.backend import dense_from
+from ..kernels.backend import decided, dense_from
 from .fused import FusedStep, Outcome, fits
 from .learner import Counts, Learner
 from .stream import Batch
@@ -111,7 +111,9 @@ class Cohort:
         first = self.learners[0]
         if self._weight_versions() != self._versions:
             fused.stacked.refresh()
-        x, target = first.scaled(batch.x), first.scaled(batch.target)
+        x = target = first.scaled(batch.x)
+        if batch.target is not batch.x:
+            target = first.scaled(batch.target)
         dead, any_dead = None, [learner.any_dead for learner in self.learners]
         if any(any_dead):
             dead = self.counts.idle_tokens >= first.dead_after
@@ -121,12 +123,13 @@ class Cohort:
         lrs = [learner.begin_step(x, batch.pos) for learner in self.learners]
         run = functools.partial(
             fused, x, batch.pos, first.n_positions, dead, first.expected,
-            lrs=lrs, step=first.steps_done, target=target,
+            lrs=lrs, step=first.steps_done, target=target, mean=first.mean,
         )  # fmt: skip
-        spread = (target - first.mean).square().sum()
         has_unknown_size = first.cfg.activation not in ("topk", "batchtopk") and first.ranks.size == 1
         capacity = self.capacity if has_unknown_size else None
-        self._pending = functools.partial(self._complete, run, run(capacity=capacity), len(x), spread)
+        outcome = run(capacity=capacity)
+        spread = (target - first.mean).square().sum() if outcome.spread is None else outcome.spread
+        self._pending = functools.partial(self._complete, run, outcome, len(x), spread)
         self._versions = self._weight_versions()
         for learner in self.learners:
             learner.pending = True
@@ -148,7 +151,9 @@ class Cohort:
             self._versions = self._weight_versions()
         if self.capacity is None and outcome.entries is not None and outcome.least_kept is None:
             self.capacity = math.ceil(ROOM * int(outcome.entries)) + n
-        _count(self.learners, self.counts, outcome, n, spread)
+        assert self.fused is not None
+        with decided(self.fused.backend):
+            _count(self.learners, self.counts, outcome, n, spread)
 
 
 def _count(learners: Sequence[Learner], counts: Counts, outcome: Outcome, n: int, spread: Tensor) -> None:

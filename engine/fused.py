@@ -15,11 +15,11 @@ from ..kernels.decode import Reconstruction, decode, decode_values_grad, reconst
 from ..kernels.encode_sparse import encode_threshold, encode_topk
 from ..kernels.encoder_inputs import EncoderInputs
 from ..kernels.gradients import Band, gate_of, mask_gradient
-from ..kernels.loss import PositionSums, position_loss
+from ..kernels.loss import EntryLoss, PositionSums, batch_sums, entry_loss
 from ..kernels.masks import GaussianMask, Mask
 from .sae import SparseAutoencoder
-from .training.gradients import Contribution, DenseGradients, SparseGradients, dense_values
-from .training.objective import has_fired, least_kept
+from .training.gradients import Contribution, DenseGradients, EntryWeights, SparseGradients, dense_values
+from .training.objective import least_kept
 from .training.stacked_weights import StackedWeights
 
 
@@ -55,6 +55,7 @@ class Outcome(NamedTuple):
     entries: Tensor | None = None  # scalar: the size of the code, if it is ragged
     overflow: Flag | None = None  # whether the code had more entries than room, so that nothing was updated
     recomputed: Tensor | None = None  # [S]; see `SparseCode`
+    spread: Tensor | None = None  # [S]: squared distance of the targets from a mean, if it came for free
 
 
 class Decoded(NamedTuple):
@@ -63,9 +64,9 @@ class Decoded(NamedTuple):
 
     code: SparseCode
     mask_rows: Tensor | None  # the mask's row of each of the code's tokens
-    squared_error: Tensor  # [S N], as in the loss
-    reconstruction: Reconstruction  # from all latents; its projection is of the code's entries on what they see
+    residual: Tensor  # [S N, D], from all latents
     entry_residuals: Tensor  # [S N, D] or [G N, D]: the residual that the entries of each of the code's tokens see
+    parts: Reconstruction  # of these, in parts: squared error, the entries' projections, and spread
 
 
 class FusedStep:
@@ -85,7 +86,7 @@ class FusedStep:
 
     def __init__(self, saes: Sequence[SparseAutoencoder], stacked: StackedWeights):
         self.sae, self.stacked, self.dense = saes[0], stacked, False
-        self._backend = choose("train_step", self.sae.W_enc)  # of every kernel in the step
+        self.backend = choose("train_step", self.sae.W_enc)  # of every kernel in the step
         self.count, self.dtype, self.ranks = stacked.count, stacked.dtype, stacked.ranks
         self._masks = [sae.mask for sae in saes]
         self._fixed_mask = None
@@ -102,19 +103,19 @@ class FusedStep:
     @torch.no_grad()
     def __call__(
         self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None, expected: int, capacity: int | None = None,
-        *, lrs: Sequence[float], step: int, target: Tensor | None = None,
+        *, lrs: Sequence[float], step: int, target: Tensor | None = None, mean: Tensor | None = None,
     ) -> Outcome:  # fmt: skip
         """Step number `step`, with a learning rate for each dictionary. For the rest see `run`."""
         self.stacked.set_rates(lrs, step)
-        with decided(self._backend):
-            return self.run(x, pos, n_positions, dead, expected, capacity, target)
+        with decided(self.backend):
+            return self.run(x, pos, n_positions, dead, expected, capacity, target, mean)
 
     @torch.no_grad()
     def run(
         self, x: Tensor, pos: Tensor, n_positions: int, dead: Tensor | None, expected: int = 64,
-        capacity: int | None = None, target: Tensor | None = None,
+        capacity: int | None = None, target: Tensor | None = None, mean: Tensor | None = None,
     ) -> Outcome:  # fmt: skip
-        """The step itself, on x [N, D] at pos [N], and for transcoders `target` [N, d_out].
+        """The step itself, on x [N, D] at pos [N], and for transcoders `target` [N, d_out]. `mean` [D] is for the spread.
 
         `dead` bool [S, F]: the latents for AuxK, or None for no AuxK; a dictionary without dead latents has no AuxK.
         `expected` and `capacity` (of all dictionaries together) as in `encode_threshold`. If some entries don't fit, the
@@ -134,36 +135,39 @@ class FusedStep:
         overflow = None if code.overflow is None else Flag(code.overflow)
         token_mask_rows = None if mask_rows is None else mask_rows.repeat(s)
         with record_function("temposae::decode"):
-            decoded = self._decode(code, W_dec, target, token_mask_rows)
+            decoded = self._decode(code, W_dec, target, token_mask_rows, mean if self.backend == "triton" else None)
+        scale = -2 / len(x)
         with record_function("temposae::loss"):
-            loss, sums, penalty = self._loss(code, decoded, pos, n_positions)
-        scale, projection = -2 / len(x), decoded.reconstruction.projection
-        contribution = self._contribution(
-            decoded.code, decoded.entry_residuals, scale, projection, mask, decoded.mask_rows,
-            0.0 if band else penalty, band,
-        )  # fmt: skip
-        contributions, aux_loss = [contribution], None
+            entries = entry_loss(
+                decoded.code, decoded.parts.squared_error, decoded.parts.projection, scale,
+                spread=decoded.parts.spread, active_only=band is None,
+            )  # fmt: skip
+            loss, sums, spread, penalty = self._loss(entries, pos, n_positions)
+        contributions, aux_loss = [
+            self._contribution(decoded.code, decoded.entry_residuals, entries, mask, decoded.mask_rows, penalty, band)
+        ], None  # fmt: skip
         if aux is not None and dead is not None:
             with record_function("temposae::aux"):
-                residual = decoded.reconstruction.residual
-                aux_loss, contribution = self._aux(aux, dead, W_dec, residual, target, mask, token_mask_rows)
+                aux_loss, contribution = self._aux(aux, dead, W_dec, decoded.residual, target, mask, token_mask_rows)
                 contributions.append(contribution)
                 loss = loss + aux_loss
         with record_function("temposae::sort"):
-            gradients = DenseGradients(contributions, s, self.dtype) if self.dense else SparseGradients(contributions)
+            gradients = (
+                DenseGradients(contributions, s, self.dtype) if self.dense else SparseGradients(contributions, len(x))
+            )
         with record_function("temposae::update"):
             small_gradients = {}
             if band is not None:
-                _, dthreshold = band.gradients(scale * projection, penalty)
+                _, dthreshold = band.gradients(entries.dvalues, penalty)
                 small_gradients["threshold"] = gradients.by_latent([dthreshold])
             if sae.mask.logits is not None and isinstance(mask, Tensor):
                 dmask = sum(contribution.dmask for contribution in contributions if contribution.dmask is not None)
                 small_gradients["mask.logits"] = dmask * mask * (1 - mask) / sae.mask.temperature
             norm = self.stacked.update(gradients, small_gradients, x, self._center, code.overflow)
         least_activation = self.ranks.least_(least_kept(code, s)) if sae.cfg.activation == "batchtopk" else None
-        entries = None if code.offsets is None else code.offsets[-1]
         return Outcome(
-            loss, aux_loss, norm, sums, has_fired(code).view(s, -1), least_activation, entries, overflow, code.recomputed
+            loss, aux_loss, norm, sums, entries.fired.view(s, -1), least_activation,
+            None if code.offsets is None else code.offsets[-1], overflow, code.recomputed, spread,
         )  # fmt: skip
 
     def _joint_mask(self, mask: Mask | None) -> Mask | None:
@@ -201,39 +205,43 @@ class FusedStep:
         code = self.ranks.keep_largest(code, sae.k * (len(x) if across_batch else 1))
         return code, None if aux is None else self.ranks.keep_largest(aux, sae.cfg.aux_k), None
 
-    def _decode(self, code: SparseCode, W_dec: Tensor, target: Tensor, mask_rows: Tensor | None) -> Decoded:
-        """Loss and residual, and what gradients need of them.
+    def _decode(
+        self, code: SparseCode, W_dec: Tensor, target: Tensor, mask_rows: Tensor | None, mean: Tensor | None
+    ) -> Decoded:
+        """Residual, and what loss and gradients need of it.
 
         With g the groups between the ends of a Matryoshka dictionary's prefixes and r_g the residual of the g-th prefix, the
         loss is mean_g |r_g|^2 / N. An entry of group g sees sum_{h >= g} r_h / G in place of the residual."""
         b_dec = self.stacked["b_dec"]
         if self.ends is None:
-            reconstruction = self._reconstruct(code, W_dec, b_dec, target)
-            return Decoded(code, mask_rows, reconstruction.squared_error, reconstruction, reconstruction.residual)
+            parts = self._reconstruct(code, W_dec, b_dec, target, mean, in_parts=True)
+            return Decoded(code, mask_rows, parts.residual, parts.residual, parts)
         grouped_code, _ = code.grouped(self.ends)
         residuals = matryoshka_residuals(self._decode_all_ranks, grouped_code, W_dec, b_dec[0], target)
         squared_errors = residuals.square().sum(-1)
         entry_residuals = (residuals.flip(0).cumsum(0).flip(0) / len(self.ends)).flatten(0, 1).to(target.dtype)
-        reconstruction = Reconstruction(
-            residuals[-1].to(target.dtype), squared_errors[-1], decode_values_grad(grouped_code, W_dec, entry_residuals)
-        )
+        projection = decode_values_grad(grouped_code, W_dec, entry_residuals)
+        parts = Reconstruction(entry_residuals, squared_errors.view(1, -1), projection[None])
         mask_rows = None if mask_rows is None else mask_rows.repeat(len(self.ends))
-        return Decoded(grouped_code, mask_rows, squared_errors.mean(0), reconstruction, entry_residuals)
+        return Decoded(grouped_code, mask_rows, residuals[-1].to(target.dtype), entry_residuals, parts)
 
     def _loss(
-        self, code: SparseCode, decoded: Decoded, pos: Tensor, n_positions: int
-    ) -> tuple[Tensor, PositionSums, float | Tensor]:
-        """The loss without AuxK [S], sums per position [S, T], and the factor of L1 or L0 in the loss."""
-        s, n = self.count, len(pos)
-        offsets = torch.arange(s, device=pos.device)[:, None] * n_positions
-        sums = position_loss(decoded.reconstruction.squared_error, code, (pos + offsets).flatten(), s * n_positions)
+        self, entries: EntryLoss, pos: Tensor, n_positions: int
+    ) -> tuple[Tensor, PositionSums, Tensor | None, float | Tensor]:
+        """The loss without AuxK [S], sums per position [S, T], the spread [S] if it is known, and the factor of L1 or L0 in
+        the loss."""
+        s, n, loss = self.count, len(pos), None
+        if self.ends is not None:
+            squared_errors, l1, l0 = (sums.view(len(self.ends), n) for sums in entries[:3])
+            loss = squared_errors.mean(0).view(s, n).sum(1) / n
+            entries = entries._replace(squared_error=squared_errors[-1], l1=l1.sum(0), l0=l0.sum(0))
+        sums, squared_error, spread = batch_sums(entries, pos, n_positions, s)
         for position_sums in (sums.l1, sums.l0):
             self.ranks.sum_(position_sums)
-        sums = PositionSums(*(total.view(s, n_positions) for total in sums))
-        loss, penalty = decoded.squared_error.view(s, n).sum(1) / n, self.sae.sparsity_coefficient / n
+        loss, penalty = squared_error / n if loss is None else loss, self.sae.sparsity_coefficient / n
         if self.sae.cfg.activation in ("relu", "jumprelu"):
             loss = loss + penalty * (sums.l1 if self.sae.cfg.activation == "relu" else sums.l0).sum(1)
-        return loss, sums, penalty
+        return loss, sums, spread, penalty
 
     def _aux(
         self, aux: SparseCode, dead: Tensor, W_dec: Tensor, residual: Tensor, target: Tensor, mask: Mask | None,
@@ -246,21 +254,33 @@ class FusedStep:
         weight = self.sae.aux_weight(target, residual.view(s, n, -1), any_dead)
         scale = -2 * weight.repeat_interleave(n)
         scale = scale[aux.rows] if aux.ragged else scale[:, None]
-        contribution = self._contribution(
-            aux, reconstruction.residual, scale, reconstruction.projection, mask, mask_rows
+        active, decoder_weights = aux.values > 0, scale * aux.values
+        weights = EntryWeights(
+            scale * reconstruction.projection * active, decoder_weights, decoder_weights * reconstruction.projection
         )
+        contribution = self._contribution(aux, reconstruction.residual, weights, mask, mask_rows)
         return weight * reconstruction.squared_error.view(s, n).sum(1), contribution
 
-    def _reconstruct(self, code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Reconstruction:
-        """`reconstruct`, from the latents of all ranks, and by dense products if `dense`."""
-        if self.ranks.size > 1:
+    def _reconstruct(
+        self, code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor, mean: Tensor | None = None, *,
+        in_parts: bool = False,
+    ) -> Reconstruction:  # fmt: skip
+        """`reconstruct`, from the latents of all ranks, and by dense products if `dense`; then without the spread."""
+        if self.ranks.size == 1 and not self.dense:
+            return reconstruct(code, W_dec, b_dec, target, mean=mean, in_parts=in_parts)
+        if self.dense:
+            whole = self._reconstruct_densely(code, W_dec, b_dec, target)
+        else:
             zeros = target.new_zeros((1, target.shape[1]), dtype=torch.float32).expand(len(target), -1)
             residual = target - b_dec + self._decode_all_ranks(code, W_dec, torch.zeros_like(b_dec), target=zeros)
             squared_error = residual.square().sum(1)
             residual = residual.to(target.dtype)
-            return Reconstruction(residual, squared_error, decode_values_grad(code, W_dec, residual))
-        if not self.dense:
-            return reconstruct(code, W_dec, b_dec, target)
+            whole = Reconstruction(residual, squared_error, decode_values_grad(code, W_dec, residual))
+        if not in_parts:
+            return whole
+        return Reconstruction(whole.residual, whole.squared_error[None], whole.projection[None])
+
+    def _reconstruct_densely(self, code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Reconstruction:
         s, (f, d) = self.count, (self.sae.cfg.d_sae, target.shape[1])
         centred_target, W_dec = target.view(-1, code.n_tokens // s, d) - b_dec.view(s, 1, d), W_dec.view(s, f, d)
         residual = torch.baddbmm(
@@ -275,22 +295,23 @@ class FusedStep:
         return self.ranks.sum_(decode(code, W_dec, b_dec, target=target))
 
     def _contribution(
-        self, code: SparseCode, residual: Tensor, scale: float | Tensor, projection: Tensor, mask: Mask | None,
+        self, code: SparseCode, residual: Tensor, entries: EntryLoss | EntryWeights, mask: Mask | None,
         mask_rows: Tensor | None, l1: float | Tensor = 0.0, band: Band | None = None,
     ) -> Contribution:  # fmt: skip
-        """What a code contributes to the gradients. With respect to its values, the gradient of the squared error is
-        `scale` * projection, and that of the penalty on their sum `l1`."""
-        dvalues, is_active = scale * projection + l1, code.values > 0
-        dmask, has_learned_mask = None, self.sae.mask.logits is not None
+        """What a code contributes to the gradients. `entries` has the gradient of the squared error with respect to its
+        values, `l1` is that of the penalty on the values of a relu dictionary."""
+        dmask, has_learned_mask, dpre = None, self.sae.mask.logits is not None, entries.dvalues
+        dmask_entries = None
         if band is not None:
-            dpre, _ = band.gradients(dvalues, None)
-            dmask_entries = dvalues * band.pre * band.is_open if has_learned_mask else None
+            dpre, _ = band.gradients(entries.dvalues, None)
+            dmask_entries = entries.dvalues * band.pre * band.is_open if has_learned_mask else None
         else:
-            dpre, dmask_entries = dvalues * is_active, None
+            if self.sae.cfg.activation == "relu":
+                dpre = dpre + l1 * (code.values > 0)
             if mask is not None and mask_rows is not None:
                 gate = gate_of(code, mask, mask_rows)
-                dmask_entries = torch.where(is_active, dvalues * code.values / gate, 0) if has_learned_mask else None
+                dmask_entries = torch.where(code.values > 0, dpre * code.values / gate, 0) if has_learned_mask else None
                 dpre = dpre * gate
         if dmask_entries is not None and isinstance(mask, Tensor) and mask_rows is not None:
             dmask = mask_gradient(code, dmask_entries, mask, mask_rows)
-        return Contribution(code, residual, scale * code.values, dpre, dmask)
+        return Contribution(code, residual, entries.decoder_weights, dpre, entries.along, dmask)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.adam import Moments
-from ..kernels.loss import PositionSums
+from ..kernels.loss import PositionSums, count_step
 from .config import SAEConfig, TrainConfig
 from .errors import UserError
 from .fused import Outcome
@@ -36,14 +36,10 @@ class Counts(NamedTuple):
 
     def add(self, n: int, spread: Tensor, outcome: Outcome) -> None:
         """Count a batch of n tokens."""
-        self.idle_tokens.add_(n).masked_fill_(outcome.fired, 0)
-        self.sums.add_(torch.stack(outcome.sums, 1))
-        self.spread.add_(spread)
-        zeros = torch.zeros_like(outcome.loss)
-        aux = zeros if outcome.aux_loss is None else outcome.aux_loss
-        outside = (n - outcome.sums.count.sum(1)).amax().expand_as(aux)
-        recomputed = zeros if outcome.recomputed is None else outcome.recomputed
-        self.totals.add_(torch.stack([outcome.loss - aux, aux, outcome.norm, outside, recomputed], 1))
+        count_step(
+            *self, n=n, fired=outcome.fired, batch=outcome.sums, batch_spread=spread, loss=outcome.loss,
+            aux_loss=outcome.aux_loss, norm=outcome.norm, recomputed=outcome.recomputed,
+        )  # fmt: skip
 
 
 class Learner:

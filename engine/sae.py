@@ -19,7 +19,7 @@ from .config import SAEConfig
 from .errors import UserError
 from .masks import PositionMask
 from .ranks import ALONE, Ranks
-from .training.objective import Objective, has_fired, least_kept
+from .training.objective import Objective, least_kept
 
 
 class BatchContext(NamedTuple):
@@ -274,7 +274,7 @@ class SparseAutoencoder(nn.Module):
     ) -> Objective:  # fmt: skip
         """The objective of a batch: its loss with AuxK added, and which latents fired in its code or activations [N, F]."""
         sums = PositionSums(*(total.detach() for total in sums))
-        fired = has_fired(code) if isinstance(code, SparseCode) else (code.detach() > 0).any(0)
+        fired = code.fired() if isinstance(code, SparseCode) else (code.detach() > 0).any(0)
         objective = Objective(loss, sums, fired)
         if isinstance(code, SparseCode) and self.cfg.activation == "batchtopk":
             objective.least_kept = least_kept(code)[0]

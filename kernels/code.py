@@ -23,12 +23,14 @@ class LatentMajor(NamedTuple):
     latent_offsets: Tensor
 
     @classmethod
-    def of(cls, latents: Tensor, tokens: Tensor, n_latents: int) -> "LatentMajor":
-        """Sort entries given as latents int32 [C] in [0, F], with F for unused entries, and tokens [C]."""
+    def of(cls, latents: Tensor, tokens: Tensor | int, n_latents: int) -> "LatentMajor":
+        """Sort entries given as latents int32 [C] in [0, F], with F for unused entries, and tokens [C], or K if each token
+        has K entries."""
         order = _stable_argsort(latents, n_latents)
         latents = latents[order]
+        tokens = order // tokens if isinstance(tokens, int) else tokens[order]
         bounds = torch.arange(n_latents + 1, device=latents.device, dtype=latents.dtype)
-        return cls(order, latents, tokens[order].int(), torch.searchsorted(latents, bounds))
+        return cls(order, latents, tokens.int(), torch.searchsorted(latents, bounds))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +107,11 @@ class SparseCode:
                 self.layouts["rows"] = torch.searchsorted(self.offsets[1:-1].contiguous(), entries, right=True)
         return self.layouts["rows"]
 
+    @property
+    def owners(self) -> Tensor | int:
+        """`tokens` for `LatentMajor.of`."""
+        return self.rows if self.offsets is not None else self.values.shape[1]
+
     def live(self, entries: Tensor, unused: int = 0) -> Tensor:
         """Return per-entry data with `unused` in place of the unused entries of a ragged code."""
         if self.offsets is None:
@@ -124,6 +131,12 @@ class SparseCode:
             return (self.values != 0).sum(-1)
         running = (self.values != 0).cumsum(0)
         return torch.cat([running.new_zeros(1), running])[self.offsets].diff()
+
+    def fired(self) -> Tensor:
+        """Return which latents are positive on some token, bool [F]. Doesn't wait for the device."""
+        active = (self.live(self.values.detach()) > 0).flatten().int()
+        counts = torch.zeros(self.n_latents, dtype=torch.int32, device=active.device)
+        return counts.scatter_add_(0, self.live(self.indices).flatten().long(), active) > 0
 
     def with_values(self, values: Tensor) -> "SparseCode":
         """Return the same entries with other values. Both codes share the layouts computed for either."""
@@ -156,7 +169,7 @@ class SparseCode:
         """Return the latent-major view, computed once per set of indices."""
         if "latent_major" not in self.layouts:
             latents = self.live(self.indices, unused=self.n_latents).flatten()
-            self.layouts["latent_major"] = LatentMajor.of(latents, self.rows.flatten(), self.n_latents)
+            self.layouts["latent_major"] = LatentMajor.of(latents, self.owners, self.n_latents)
         return self.layouts["latent_major"]
 
 

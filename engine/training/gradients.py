@@ -10,7 +10,15 @@ from torch import Tensor
 from ...kernels.adam import BiasGradients, Moments, Rates, adam, adam_rows, row_norms
 from ...kernels.code import LatentMajor, SparseCode
 from ...kernels.fp8 import Fp8Rows
-from ...kernels.weight_grad import latent_sums
+from ...kernels.weight_grad import latent_sums, sort_entries
+
+
+class EntryWeights(NamedTuple):
+    """Fields of `EntryLoss` of the same names."""
+
+    dvalues: Tensor
+    decoder_weights: Tensor
+    along: Tensor
 
 
 class Contribution(NamedTuple):
@@ -20,6 +28,7 @@ class Contribution(NamedTuple):
     residual: Tensor  # [S N, D] or [G N, D], that the entries of each token see
     decoder_weights: Tensor  # of the entry's residual in the gradient of W_dec
     encoder_weights: Tensor  # of its x in the gradient of W_enc
+    along: Tensor  # its part of the gradient of W_dec along the latent's row; see `EntryLoss`
     dmask: Tensor | None  # [T, F]
 
 
@@ -32,16 +41,17 @@ class EntryGradient(NamedTuple):
     vectors: Tensor
     W: Tensor
     unit_norm: bool
-    shared: dict[str, Any]  # of the passes
+    shared: dict[str, Any]  # of the passes; see `adam_rows`
     center: Tensor | None = None
     biases: BiasGradients | None = None
+    along: Tensor | None = None
 
     def squared_norms(self) -> Tensor:
         """[S F]"""
-        W = self.W if self.unit_norm or self.biases is not None else None
         return row_norms(
-            self.entries, self.values, self.vectors, center=self.center, W=W, biases=self.biases, shared=self.shared
-        )
+            self.entries, self.values, self.vectors, center=self.center, W=None if self.biases is None else self.W,
+            along=self.along, biases=self.biases, shared=self.shared,
+        )  # fmt: skip
 
     def update(
         self, moments: Moments, rates: Rates, shadow: Tensor | None, fp8: Fp8Rows | None, *, is_first_pass: bool
@@ -78,25 +88,36 @@ class SparseGradients:
     """Gradients from the entries of all contributions, sorted by latent. The second's tokens are numbered on from the
     first's, as their residuals are."""
 
-    def __init__(self, contributions: Sequence[Contribution]):
+    def __init__(self, contributions: Sequence[Contribution], n_tokens: int):
+        """`n_tokens` is N."""
         self.contributions, codes = contributions, [contribution.code for contribution in contributions]
-        latents = [code.live(code.indices, unused=code.n_latents).flatten() for code in codes]
-        tokens = [code.rows.flatten() + first for code, first in zip(codes, (0, codes[0].n_tokens), strict=False)]
-        self.entries = LatentMajor.of(torch.cat(latents), torch.cat(tokens), codes[0].n_latents)
+        latents = _joined([code.live(code.indices, unused=code.n_latents) for code in codes])
+        tokens = codes[0].owners
+        if len(codes) > 1:
+            tokens = _joined([code.rows + first for code, first in zip(codes, (0, codes[0].n_tokens), strict=True)])
+        residuals = [contribution.residual for contribution in contributions]
+        self._residual = torch.cat(residuals) if len(codes) > 1 else residuals[0]
+        self._encoder_weights, self._decoder_weights, self._along = (
+            _joined([getattr(each, name) for each in contributions])
+            for name in ("encoder_weights", "decoder_weights", "along")
+        )
+        self.entries, *self._shared = sort_entries(
+            latents, tokens, codes[0].n_latents, self._encoder_weights, self._decoder_weights, self._along,
+            (n_tokens, len(self._residual)),
+        )  # fmt: skip
 
     def by_latent(self, values: Sequence[Tensor]) -> Tensor:
         """Sum values of the entries of each contribution by latent: float32 [S F]."""
-        return latent_sums(self.entries, torch.cat([entry_values.flatten() for entry_values in values]))
+        return latent_sums(self.entries, _joined(values))
 
     def encoder(self, x: Tensor, center: Tensor | None, W_enc: Tensor) -> EntryGradient:
-        values = torch.cat([contribution.encoder_weights.flatten() for contribution in self.contributions])
         biases = None if center is None else BiasGradients.empty(len(W_enc), center)
-        return EntryGradient(self.entries, values, x, W_enc, False, {}, center, biases)
+        return EntryGradient(self.entries, self._encoder_weights, x, W_enc, False, self._shared[0], center, biases)
 
     def decoder(self, W_dec: Tensor) -> EntryGradient:
-        values = torch.cat([contribution.decoder_weights.flatten() for contribution in self.contributions])
-        first, *others = (contribution.residual for contribution in self.contributions)
-        return EntryGradient(self.entries, values, torch.cat([first, *others]) if others else first, W_dec, True, {})
+        return EntryGradient(
+            self.entries, self._decoder_weights, self._residual, W_dec, True, self._shared[1], along=self._along
+        )
 
 
 class DenseGradients:
@@ -131,6 +152,11 @@ class DenseGradients:
             for c in self.contributions
         ]
         return DenseGradient(_sum_of_products(products), W_dec, True)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate the elements."""
+    return tensors[0].flatten() if len(tensors) == 1 else torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def dense_values(code: SparseCode, values: Tensor, dictionaries: int, dtype: torch.dtype) -> Tensor:

@@ -41,10 +41,3 @@ def least_kept(code: SparseCode, dictionaries: int = 1) -> Tensor:
         return positive.amin().expand(1)
     firsts = code.offsets[:: code.n_tokens // dictionaries].contiguous()
     return torch.segment_reduce(positive, "min", offsets=firsts, unsafe=True)
-
-
-def has_fired(code: SparseCode) -> Tensor:
-    """Which latents [F] are positive somewhere in the code. Doesn't wait for the device."""
-    counts = torch.zeros(code.n_latents, dtype=torch.int32, device=code.values.device)
-    active = (code.live(code.values.detach()) > 0).flatten().int()
-    return counts.scatter_add_(0, code.live(code.indices).flatten().long(), active) > 0

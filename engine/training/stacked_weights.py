@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.adam import BiasGradients, Moments, Rates, adam
+from ...kernels.adam import BiasGradients, Moments, Rates, adam_each
+from ...kernels.clip import clip
 from ...kernels.fp8 import Fp8Rows
 from ..config import TrainConfig
 from ..ranks import Ranks
@@ -61,9 +63,12 @@ class StackedWeights:
         if dtype != torch.float32:
             self.shadows = {name: torch.empty_like(self.weights[name], dtype=dtype) for name in LARGE}
         self.fp8 = Fp8Rows.of(self.weights["W_enc"]) if config.fp8 else None
-        self._rates = [torch.zeros(self.count, device=device) for _ in range(3)]
         rounded_names = LARGE if config.moments != "float32" else ()
-        self._seeds = {name: torch.zeros(self.count, dtype=torch.int32, device=device) for name in rounded_names}
+        # step sizes and corrections as the bits of float32, and seeds: int32 [2 or 4, S]
+        self._numbers = torch.zeros(2 + len(rounded_names), self.count, dtype=torch.int32, device=device)
+        self._step_size, self._correction = self._numbers[:2].view(torch.float32)
+        self._seeds = dict(zip(rounded_names, self._numbers[2:], strict=True))
+        self._factor, self._no_norm = torch.ones(self.count, device=device), torch.zeros(self.count, device=device)
         self.refresh()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -82,14 +87,14 @@ class StackedWeights:
 
     def set_rates(self, lrs: Sequence[float], step: int) -> None:
         """Write what changes from step to step besides the data to where the kernels read it."""
-        step_size, correction, _ = self._rates
         step_sizes = [lr / (1 - self.config.beta1**step) for lr in lrs]
+        floats = np.array([step_sizes, self.count * [(1 - self.config.beta2**step) ** 0.5]], dtype=np.float32)
+        seeds = [self.count * [rounding_seed(name, step, self._first_latent)] for name in self._seeds]
+        bits = torch.from_numpy(
+            np.concatenate([floats.view(np.int32), np.array(seeds, np.int32).reshape(-1, self.count)])
+        )
         # A copy from pinned memory does not wait for the device. torch reuses the memory only when the copy is done.
-        pinned = torch.tensor(step_sizes, device="cpu", pin_memory=step_size.is_cuda)
-        step_size.copy_(pinned, non_blocking=True)
-        correction.fill_((1 - self.config.beta2**step) ** 0.5)
-        for name, seed in self._seeds.items():
-            seed.fill_(rounding_seed(name, step, self._first_latent))
+        self._numbers.copy_(bits.pin_memory() if self._numbers.is_cuda else bits, non_blocking=True)
 
     def update(
         self, gradients: SparseGradients | DenseGradients, small_gradients: dict[str, Tensor], x: Tensor,
@@ -102,9 +107,10 @@ class StackedWeights:
         large_gradients = {"W_enc": gradients.encoder(x, center, self.weights["W_enc"])}
         if "W_dec" in self.moments:
             large_gradients["W_dec"] = gradients.decoder(self.weights["W_dec"])
-        step_size, correction, factor = self._rates
-        rates = Rates(step_size, correction, factor, self.config.beta1, self.config.beta2, skip=overflow)
-        norm = factor.fill_(1).new_zeros(self.count)
+        rates = Rates(
+            self._step_size, self._correction, self._factor, self.config.beta1, self.config.beta2, skip=overflow
+        )
+        norm = self._no_norm
         # The first pass over the entries, for the norms or the update, also gives the gradients of biases.
         if self.config.clip_norm is None:
             self._update_large(large_gradients, rates, is_first_pass=True)
@@ -112,17 +118,26 @@ class StackedWeights:
         else:
             squared_norms = [grad.squared_norms() for grad in large_gradients.values()]
             self._add_bias_gradients(small_gradients, gradients, large_gradients["W_enc"].biases, len(x))
-            squared_norms += [grad.square() for name, grad in small_gradients.items() if name != "b_dec"]
-            latent_norms = torch.stack([squares.view(self.count, -1).sum(1) for squares in squared_norms]).sum(0)
-            norm = (self.ranks.sum_(latent_norms) + small_gradients["b_dec"].square().sum(1)).sqrt()
-            torch.clamp(self.config.clip_norm / (norm + 1e-6), max=1, out=factor)  # as clip_grad_norm_ does
+            norm = self._clip(squared_norms, dict(small_gradients))
             self._update_large(large_gradients, rates, is_first_pass=False)
-        for name, grad in small_gradients.items():
-            paced_rates = rates if self.paces[name] == 1 else rates._replace(step_size=self.paces[name] * step_size)
-            adam(self.weights[name], grad, self.moments[name], paced_rates)
+        for pace in dict.fromkeys(self.paces[name] for name in small_gradients):
+            paced_rates = rates if pace == 1 else rates._replace(step_size=pace * self._step_size)
+            names = [name for name in small_gradients if self.paces[name] == pace]
+            adam_each(
+                *([of[name] for name in names] for of in (self.weights, small_gradients, self.moments)), paced_rates
+            )
         if "threshold" in small_gradients:
             self.weights["threshold"].clamp_min_(0)
         return norm
+
+    def _clip(self, squared_norms: list[Tensor], small_gradients: dict[str, Tensor]) -> Tensor:
+        """Set the factor that clips the gradients, and return their norm [S]. All ranks have the whole b_dec."""
+        b_dec, latent_gradients = small_gradients.pop("b_dec"), list(small_gradients.values())
+        if self.ranks.size > 1:
+            squares = [*squared_norms, *(grad.square() for grad in latent_gradients)]
+            latent_norms = torch.stack([each.view(self.count, -1).sum(1) for each in squares]).sum(0)
+            squared_norms, latent_gradients = [self.ranks.sum_(latent_norms)], []
+        return clip(squared_norms, [*latent_gradients, b_dec], self.config.clip_norm, self._factor)
 
     def _update_large(
         self, gradients: Mapping[str, EntryGradient | DenseGradient], rates: Rates, *, is_first_pass: bool

@@ -1,6 +1,7 @@
 """adam: Adam's update of any parameter from its gradient, and of a weight [F, D] from the entries of a SparseCode,
 without storing the gradient."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,10 +39,21 @@ def adam(
     Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     _check(parameter, moments, rates, shadow, fp8, matrix=unit_norm)
-    if grad.shape != parameter.shape:
-        raise ValueError(f"grad must have the parameter's shape {list(parameter.shape)}, got {list(grad.shape)}")
+    _check_grad(parameter, grad)
     twin = _twin(choose("adam", parameter, grad, backend=backend))
     twin.adam(parameter, grad, moments, rates, unit_norm, shadow, fp8)
+
+
+def adam_each(
+    parameters: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], rates: Rates, *,
+    backend: str | None = None,
+) -> None:  # fmt: skip
+    """Do the step of `adam` on each of several small parameters, two in one launch. Moments are float32 (or the parameter's
+    dtype). Errors as in `adam`."""
+    for parameter, grad, each in zip(parameters, grads, moments, strict=True):
+        _check(parameter, each, rates, None)
+        _check_grad(parameter, grad)
+    _twin(choose("adam", *parameters, *grads, backend=backend)).adam_each(parameters, grads, moments, rates)
 
 
 def adam_rows(
@@ -67,17 +79,22 @@ def adam_rows(
 
 def row_norms(
     entries: LatentMajor, values: Tensor, rows: Tensor, *, center: Tensor | None = None, W: Tensor | None = None,
-    biases: BiasGradients | None = None, shared: dict[str, Any] | None = None, backend: str | None = None,
+    along: Tensor | None = None, biases: BiasGradients | None = None, shared: dict[str, Any] | None = None,
+    backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Return |g_j|^2 [F], float32 (float64 for float64), for the gradient of `adam_rows`, which clipping needs before
-    the update. With W [F, D] of unit rows, the part of the gradient along them is removed first. With `biases`, W is an
-    encoder, which only their sums need. Errors as in `adam_rows`."""
+    the update. With W [F, D] of unit rows, the part of the gradient along them is removed first. `along` does the same
+    without reading W: it has, in the order of `values`, values[e] <rows[token of e], W_j> of each entry e of latent j. Its
+    sum over the entries is <g_j, W_j>, and the result |g_j|^2 - <g_j, W_j>^2. With `biases`, W is an encoder in any
+    floating dtype, which only their sums need. Errors as in `adam_rows`."""
     check_entries(entries, values, rows, center)
+    if along is not None and (W is not None or along.numel() != values.numel()):
+        raise ValueError(f"along must have {values.numel()} elements, and W must not be given, got {list(along.shape)}")
     if W is not None:
         check_shape("W", W, F=entries.latent_offsets.numel() - 1, D=rows.shape[1])
     _check_biases(biases, W, center)
     twin = _twin(choose("row_norms", rows, values, backend=backend))
-    return twin.row_norms(entries, values, rows, center, W, W is not None and biases is None, biases, shared)
+    return twin.row_norms(entries, values, rows, center, W, along, biases, shared)
 
 
 def cost(
@@ -135,6 +152,11 @@ def _check(
         )
     tensors |= dict(scales=moments.scales, step_size=rates.step_size, seed=rates.seed, skip=rates.skip)
     check_one_device(parameter=parameter, **tensors)
+
+
+def _check_grad(parameter: Tensor, grad: Tensor) -> None:
+    if grad.shape != parameter.shape:
+        raise ValueError(f"grad must have the parameter's shape {list(parameter.shape)}, got {list(grad.shape)}")
 
 
 def _check_biases(biases: BiasGradients | None, W: Tensor | None, center: Tensor | None) -> None:

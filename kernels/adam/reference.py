@@ -1,5 +1,6 @@
 """adam in plain torch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ def adam(
         fp8.copy_(parameter if shadow is None else shadow)
 
 
+def adam_each(parameters: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], rates: Rates) -> None:
+    for parameter, grad, each in zip(parameters, grads, moments, strict=True):
+        adam(parameter, grad, each, rates, False, None)
+
+
 def adam_rows(
     W: Tensor, entries: LatentMajor, values: Tensor, rows: Tensor, moments: Moments, rates: Rates,
     center: Tensor | None, unit_norm: bool, shadow: Tensor | None, fp8: Fp8Rows | None, biases: BiasGradients | None,
@@ -43,21 +49,24 @@ def adam_rows(
 
 
 def row_norms(
-    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None, unit_norm: bool,
+    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None, along: Tensor | None,
     biases: BiasGradients | None, shared: dict[str, Any] | None,
 ) -> Tensor:  # fmt: skip
     grad = weight_grad(entries, values, rows, center)
-    if W is not None:
+    if along is not None:
+        return (grad.square().sum(1) - latent_sums(entries, along).square()).clamp_min(0)
+    if biases is not None and W is not None:
         _sum_biases(biases, entries, values, W)
-        grad = _across(grad, W) if unit_norm else grad
+    elif W is not None:
+        grad = _across(grad, W)
     return grad.square().sum(1)
 
 
 def _sum_biases(biases: BiasGradients | None, entries: LatentMajor, values: Tensor, W: Tensor) -> None:
     if biases is not None:
         biases.encoder.copy_(latent_sums(entries, values))
-        s = len(biases.center)
-        biases.center.copy_(torch.bmm(biases.encoder.view(s, 1, -1).to(W.dtype), W.view(s, -1, W.shape[1]))[:, 0])
+        s, W = len(biases.center), W.to(biases.encoder.dtype)
+        biases.center.copy_(torch.bmm(biases.encoder.view(s, 1, -1), W.view(s, -1, W.shape[1]))[:, 0])
 
 
 def _store(moments: Moments, mean: Tensor, square: Tensor, seed: Tensor | None) -> None:

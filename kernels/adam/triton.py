@@ -3,6 +3,7 @@
 A row is held in two pieces of HIGH and LOW columns, as in weight_grad. m and v are exp_avg and exp_avg_sq.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -175,17 +176,13 @@ def update_row(
 
 
 @triton.jit
-def adam_kernel(
-    w_ptr, grad_ptr, m_ptr, v_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, skip_ptr,
-    SIZE, RUN, beta1, beta2, new1, new2, eps,
-    HAS_SHADOW: tl.constexpr, HAS_SKIP: tl.constexpr, BLOCK: tl.constexpr,
+def update_block(
+    block, w_ptr, grad_ptr, m_ptr, v_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr,
+    SIZE, RUN, beta1, beta2, new1, new2, eps, HAS_SHADOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adam on a parameter of any shape with float32 moments. One program per BLOCK elements."""
-    if HAS_SKIP:  # noqa: SIM102 - known when compiling
-        if tl.load(skip_ptr) != 0:
-            return
+    """Do Adam's step on BLOCK elements of a parameter with float32 moments."""
     # [BLOCK] elements: weights, gradients, moments and the rates of their dictionary
-    elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dictionary = (elements // RUN).to(tl.int32)
     inside = elements < SIZE
     w = tl.load(w_ptr + elements, mask=inside, other=0.0)
@@ -199,6 +196,32 @@ def adam_kernel(
     tl.store(w_ptr + elements, w, mask=inside)
     if HAS_SHADOW:
         tl.store(shadow_ptr + elements, w.to(shadow_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def adam_kernel(
+    w_ptr, grad_ptr, m_ptr, v_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr, skip_ptr,
+    w2_ptr, grad2_ptr, m2_ptr, v2_ptr,
+    SIZE, RUN, SIZE2, RUN2, beta1, beta2, new1, new2, eps,
+    HAS_SHADOW: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_SECOND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adam on a parameter of any shape with float32 moments, and on a second one without a shadow. One program per BLOCK
+    elements of either."""
+    if HAS_SKIP:  # noqa: SIM102 - known when compiling
+        if tl.load(skip_ptr) != 0:
+            return
+    block = tl.program_id(0)
+    first_blocks = tl.cdiv(SIZE, BLOCK)
+    if block < first_blocks:
+        update_block(
+            block, w_ptr, grad_ptr, m_ptr, v_ptr, shadow_ptr, step_size_ptr, correction_ptr, factor_ptr,
+            SIZE, RUN, beta1, beta2, new1, new2, eps, HAS_SHADOW, BLOCK,
+        )  # fmt: skip
+    elif HAS_SECOND:
+        update_block(
+            block - first_blocks, w2_ptr, grad2_ptr, m2_ptr, v2_ptr, w2_ptr, step_size_ptr, correction_ptr, factor_ptr,
+            SIZE2, RUN2, beta1, beta2, new1, new2, eps, False, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -233,18 +256,30 @@ def adam_matrix_kernel(
 
 
 @triton.jit
+def sum_along(along_ptr, first, last):
+    """Sum `along` over the sorted entries first:last."""
+    # [32] sums over every 32nd entry
+    sums = tl.zeros((32,), dtype=tl.float32)
+    for start in tl.range(first, last, 32, num_stages=1):
+        positions = start + tl.arange(0, 32)
+        sums += tl.load(along_ptr + positions, mask=positions < last, other=0.0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
 def adam_rows_kernel(
     packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
     w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, fp8_ptr, fp8_scale_ptr,
-    step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr, norms_ptr, ones_ptr, products_ptr,
+    step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr, norms_ptr, along_ptr, ones_ptr, products_ptr,
     D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
-    UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_FP8: tl.constexpr,
+    UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_ALONG: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_FP8: tl.constexpr,
     HAS_SKIP: tl.constexpr, BITS: tl.constexpr, BIASES: tl.constexpr, LATENTS: tl.constexpr,
     HAS_CENTER: tl.constexpr, SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Sum a latent's gradient from its entries. Then do Adam's step on its row (UPDATE) or store the squared norm of the
-    gradient. BIASES also stores the sum of the latent's values, and this sum times the row before the step, added over
-    the latents of the program. One program per LATENTS latents of a run of LATENTS_PER_CENTER."""
+    gradient, with HAS_ALONG of its part across the row. BIASES also stores the sum of the latent's values, and this sum
+    times the row before the step, added over the latents of the program. One program per LATENTS latents of a run of
+    LATENTS_PER_CENTER."""
     if HAS_SKIP:  # noqa: SIM102 - known when compiling
         if tl.load(skip_ptr) != 0:
             return
@@ -266,8 +301,8 @@ def adam_rows_kernel(
             D, stride_row, LATENTS_PER_CENTER, HAS_CENTER, SPLIT, HIGH, LOW,
         )  # fmt: skip
         if UPDATE | UNIT_NORM | BIASES:  # [HIGH] and [LOW] weights of the latent
-            w_high = tl.load(w_ptr + latent * D + high)
-            w_low = tl.load(w_ptr + latent * D + low, mask=low < D, other=0.0)
+            w_high = tl.load(w_ptr + latent * D + high).to(tl.float32)
+            w_low = tl.load(w_ptr + latent * D + low, mask=low < D, other=0.0).to(tl.float32)
         if BIASES:
             tl.store(ones_ptr + latent, ones)
             product_high += ones * w_high
@@ -277,7 +312,12 @@ def adam_rows_kernel(
             grad_high -= along * w_high
             grad_low -= along * w_low
         if not UPDATE:
-            tl.store(norms_ptr + latent, tl.sum(grad_high * grad_high, 0) + tl.sum(grad_low * grad_low, 0))
+            squared_norm = tl.sum(grad_high * grad_high, 0) + tl.sum(grad_low * grad_low, 0)
+            if HAS_ALONG:
+                along = sum_along(along_ptr, tl.load(offsets_ptr + latent), tl.load(offsets_ptr + latent + 1))
+                squared_norm -= along * along
+                squared_norm = tl.where(squared_norm < 0, 0.0, squared_norm)  # NaN stays
+            tl.store(norms_ptr + latent, squared_norm)
         else:
             update_row(
                 latent, w_high, w_low, grad_high, grad_low, high, low,
@@ -297,22 +337,37 @@ def adam(
     if not parameter.numel():
         return
     tensors, numbers, flags = _arguments(parameter, moments, rates, shadow, fp8)
-    size, n_dictionaries, grad = parameter.numel(), rates.step_size.numel(), grad.contiguous()
     if unit_norm or fp8 is not None or flags["BITS"] < 32:
         f, d = parameter.shape
         launch_kernel(
             adam_matrix_kernel, (f,),
-            parameter, grad, *tensors[1:], d, f // n_dictionaries, *numbers,
+            parameter, grad.contiguous(), *tensors[1:], d, f // rates.step_size.numel(), *numbers,
             UNIT_NORM=unit_norm, **flags, **pieces(d), **launch_options("adam_matrix", parameter),
         )  # fmt: skip
     else:
-        w, m, v, _, shadow_or_w, _, _, *rates_of_dictionaries, _, skip = tensors
-        options = launch_options("adam", parameter)
-        launch_kernel(
-            adam_kernel, (triton.cdiv(size, options["BLOCK"]),),
-            w, grad, m, v, shadow_or_w, *rates_of_dictionaries, skip, size, size // n_dictionaries, *numbers,
-            HAS_SHADOW=flags["HAS_SHADOW"], HAS_SKIP=flags["HAS_SKIP"], **options,
-        )  # fmt: skip
+        _adam([parameter], [grad], [moments], rates, shadow)
+
+
+def adam_each(parameters: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], rates: Rates) -> None:
+    for i in range(0, len(parameters), 2):
+        _adam(parameters[i : i + 2], grads[i : i + 2], moments[i : i + 2], rates, None)
+
+
+def _adam(
+    parameters: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], rates: Rates,
+    shadow: Tensor | None,
+) -> None:  # fmt: skip
+    """Launch adam_kernel on one or two parameters. The first one stands in for an absent second one."""
+    options = launch_options("adam", parameters[0])
+    _, numbers, flags = _arguments(parameters[0], moments[0], rates, shadow, None)
+    pointers = [(w, grad.contiguous(), *each[:2]) for w, grad, each in zip(parameters, grads, moments, strict=True)]
+    sizes = [(w.numel(), w.numel() // rates.step_size.numel()) for w in parameters]
+    launch_kernel(
+        adam_kernel, (sum(triton.cdiv(size, options["BLOCK"]) for size, _ in sizes),),
+        *pointers[0], parameters[0] if shadow is None else shadow, *rates[:3],
+        parameters[0] if rates.skip is None else rates.skip, *pointers[-1], *sizes[0], *sizes[-1], *numbers,
+        HAS_SHADOW=shadow is not None, HAS_SKIP=flags["HAS_SKIP"], HAS_SECOND=len(parameters) > 1, **options,
+    )  # fmt: skip
 
 
 def adam_rows(
@@ -323,18 +378,23 @@ def adam_rows(
     tensors, numbers, flags = _arguments(W, moments, rates, shadow, fp8)
     numbers = (len(W) // rates.step_size.numel(), *numbers)
     operands = entries, values, rows, center
-    _launch(operands, biases, shared, (*tensors, W), numbers, UNIT_NORM=unit_norm, UPDATE=True, **flags)
+    _launch(
+        operands, biases, shared, (*tensors, W, W), numbers, UNIT_NORM=unit_norm, UPDATE=True, HAS_ALONG=False, **flags
+    )
 
 
 def row_norms(
-    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None, unit_norm: bool,
+    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, W: Tensor | None, along: Tensor | None,
     biases: BiasGradients | None, shared: dict[str, Any] | None,
 ) -> Tensor:  # fmt: skip
+    if along is not None:  # in the order of the sorted entries
+        along = shared["along"] if shared and "along" in shared else along.flatten()[entries.order]
     norms = torch.empty(entries.latent_offsets.numel() - 1, dtype=torch.float32, device=rows.device)
     _launch(
-        (entries, values, rows, center), biases, shared, (rows if W is None else W, *[rows] * 11, norms),
-        (1, *[0.0] * 5),
-        UNIT_NORM=unit_norm, UPDATE=False, HAS_SHADOW=False, HAS_FP8=False, HAS_SKIP=False, BITS=32,
+        (entries, values, rows, center), biases, shared,
+        (rows if W is None else W, *[rows] * 11, norms, norms if along is None else along), (1, *[0.0] * 5),
+        UNIT_NORM=W is not None and biases is None, UPDATE=False, HAS_ALONG=along is not None, HAS_SHADOW=False,
+        HAS_FP8=False, HAS_SKIP=False, BITS=32,
     )  # fmt: skip
     return norms
 
@@ -360,7 +420,7 @@ def _launch(
     """Launch adam_rows_kernel. `operands` are those of `weight_grad`, packed once per `shared`."""
     shared, (entries, _, rows, _) = {} if shared is None else shared, operands
     if "gather" not in shared:
-        shared["gather"] = gather_arguments(*operands)
+        shared["gather"] = gather_arguments(*operands, shared.get("packed"))
     pointers, integers, constants = shared["gather"]
     d, _, latents_per_center = integers
     latents = 1 if biases is None else LATENTS
@@ -370,7 +430,8 @@ def _launch(
     launch_kernel(
         adam_rows_kernel, grid,
         *pointers, *tensors, products if biases is None else biases.encoder, products, *integers, *numbers,
-        BIASES=biases is not None, LATENTS=latents, **constants, **flags, **launch_options("adam_rows", rows),
+        BIASES=biases is not None, LATENTS=latents, **constants, **flags,
+        **launch_options("adam_rows" if flags["UPDATE"] else "row_norms", rows),
     )  # fmt: skip
     if biases is not None:
         torch.sum(products, 1, out=biases.center)

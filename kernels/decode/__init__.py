@@ -32,28 +32,39 @@ def decode(
 
 
 class Reconstruction(NamedTuple):
-    """Residual [N, D], squared error [N] and projection (shape of the code's values). See `reconstruct`."""
+    """Residual [N, D], squared error [N] and projection (shape of the code's values), and with a mean, spread [N]. See
+    `reconstruct`."""
 
     residual: Tensor
     squared_error: Tensor
     projection: Tensor
+    spread: Tensor | None = None
 
 
 def reconstruct(
-    code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor, *, backend: str | None = None
-) -> Reconstruction:
+    code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor, *, mean: Tensor | None = None, in_parts: bool = False,
+    backend: str | None = None,
+) -> Reconstruction:  # fmt: skip
     """Decode for training. Each row of W_dec is gathered only once if tokens have few entries.
 
     residual[n]       target[n] - b_dec - sum of values[n, k] * W_dec[indices[n, k]]
     squared_error[n]  |residual[n]|^2
     projection[n, k]  <residual[n], W_dec[indices[n, k]]>, -1/2 of the squared error's gradient in values[n, k]
+    spread[n]         |target[n] - mean|^2, with a mean [D]
 
-    Arguments and errors as in `decode`. The residual has the target's dtype. The others are float32 (float64 for
+    With `in_parts`, all but the residual have a further dimension in front, of P parts to add up, as `loss.entry_loss` does.
+    Other arguments and errors as in `decode`. The residual has the target's dtype. The others are float32 (float64 for
     float64), computed from the residual before rounding. Unused entries of a ragged code get zero.
     """
     _check(code, W_dec, b_dec, target)
+    if mean is not None:
+        check_shape("mean", mean, D=W_dec.shape[1])
+        check_one_device(W_dec=W_dec, mean=mean)
     twin = _twin("reconstruct", code, W_dec, [W_dec, code.values, b_dec, target], backend)
-    return Reconstruction(*twin.reconstruct(code, W_dec, b_dec, target))
+    residual, *parts = twin.reconstruct(code, W_dec, b_dec, target, mean)
+    if not in_parts:
+        parts = [part if part is None else part[0] if len(part) == 1 else part.sum(0) for part in parts]
+    return Reconstruction(residual, *parts)
 
 
 def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor, *, backend: str | None = None) -> Tensor:

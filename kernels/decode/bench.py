@@ -11,13 +11,13 @@ from . import cost, decode, decode_values_grad, reconstruct
 def _specs(dtype: str) -> dict[str, Spec]:
     specs = {}
     pointers = dict(offsets="i64", indices="i32", values=dtype, w=dtype, b="fp32", target=dtype, grad=dtype, out=dtype)
-    sums = dict(values="fp32", residual=dtype, error="fp32", projection="fp32")
+    sums = dict(values="fp32", residual=dtype, error="fp32", projection="fp32", mean="fp32", spread="fp32")
     for ragged, kind in ((False, "fixed K"), (True, "ragged")):
         flags, config = dict(RAGGED=ragged), "reconstruct_loop" if ragged else "reconstruct"
         specs |= {
             f"decode, {kind}": Spec("decode.decode_kernel", "decode", pointers, flags | dict(RESIDUAL=True)),
             f"reconstruct, {kind}": Spec(
-                "decode.reconstruct_kernel", config, pointers | sums, flags | dict(ONCE=not ragged)
+                "decode.reconstruct_kernel", config, pointers | sums, flags | dict(HAS_MEAN=True, ONCE=not ragged)
             ),
             f"values_grad, {kind}": Spec("decode.values_grad_kernel", "values_grad", pointers, flags),
         }
@@ -25,7 +25,7 @@ def _specs(dtype: str) -> dict[str, Spec]:
 
 
 def _reconstruct_launches(step: Step, stage: str, k: int, ragged: bool) -> list[Launch]:
-    """Describe `reconstruct` of k entries per token, and torch's sums over the tiles of columns."""
+    """Describe `reconstruct` of k entries per token. AuxK's tiles of columns are added by torch."""
     n, d, f, *_ = step
     once = not ragged and k <= step.config["reconstruct"]["BLOCK_K"]
     config = "reconstruct" if once else "reconstruct_loop"
@@ -37,10 +37,10 @@ def _reconstruct_launches(step: Step, stage: str, k: int, ragged: bool) -> list[
         Launch(
             stage, f"reconstruct, {'fixed K' if once else 'ragged'} bf16", n * tiles,
             {} if once else {"reconstruct_kernel.start": 2 * blocks},
-            dram=2 * d * (f + 2 * n) + tiles * parts + 8 * n * k, gathered=gathers * 2 * n * k * d,
+            dram=2 * d * (f + 2 * n) + tiles * (parts + 4 * n) + 8 * n * k, gathered=gathers * 2 * n * k * d,
             waits=1.5 if once else 0.5 + 2 * blocks,
         ),
-        Launch(stage, "torch: sums over columns", dram=(tiles + 1) * parts, launches=2),
+        *([Launch(stage, "torch: sums over columns", dram=(tiles + 1) * parts, launches=2)] if stage == "aux" else []),
     ]  # fmt: skip
 
 

@@ -28,10 +28,14 @@ def _target_per_token(x_hat: Tensor, target: Tensor) -> Tensor:
     return target.to(x_hat.dtype).repeat(len(x_hat) // len(target), 1)
 
 
-def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reconstruct(
+    code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor, mean: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     x_hat = _decode(code, W_dec, b_dec)
-    residual = _target_per_token(x_hat, target) - x_hat
-    return residual.to(target.dtype), residual.square().sum(1), _dots(code, W_dec, residual)
+    target_per_token = _target_per_token(x_hat, target)
+    residual = target_per_token - x_hat
+    spread = None if mean is None else (target_per_token - mean).square().sum(1)[None]
+    return residual.to(target.dtype), residual.square().sum(1)[None], _dots(code, W_dec, residual)[None], spread
 
 
 def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor) -> Tensor:

@@ -65,12 +65,14 @@ def decode_kernel(
 
 @triton.jit
 def reconstruct_kernel(
-    values_ptr, indices_ptr, offsets_ptr, w_ptr, b_ptr, target_ptr, residual_ptr, error_ptr, projection_ptr,
+    values_ptr, indices_ptr, offsets_ptr, w_ptr, b_ptr, target_ptr, mean_ptr,
+    residual_ptr, error_ptr, projection_ptr, spread_ptr,
     N, M, RUN, D, K, CAPACITY, stride_w, stride_target,
-    RAGGED: tl.constexpr, ONCE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_MEAN: tl.constexpr, ONCE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Residual, its squared norm and its products with the token's rows, over BLOCK_D columns. One program per token
-    and tile of columns; error [tiles, N] and projection [tiles, CAPACITY] hold the parts of each tile."""
+    """Residual, its squared norm and its products with the token's rows, over BLOCK_D columns, and with HAS_MEAN the
+    squared distance of the target from the mean. One program per token and tile of columns; error and spread [tiles, N]
+    and projection [tiles, CAPACITY] hold the parts of each tile."""
     # [BLOCK_D] columns and [BLOCK_K] slots of this program; `count` entries of the token
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1).to(tl.int64)
@@ -94,6 +96,9 @@ def reconstruct_kernel(
     residual = tl.where(dims < D, target - x_hat, 0.0)
     tl.store(residual_ptr + token * D + dims, residual.to(residual_ptr.dtype.element_ty), mask=dims < D)
     tl.store(error_ptr + tile * N + token, tl.sum(residual * residual, 0))
+    if HAS_MEAN:
+        mean = tl.load(mean_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)  # past D, the target is zero, too
+        tl.store(spread_ptr + tile * N + token, tl.sum((target - mean) * (target - mean), 0))
 
     # [BLOCK_K] products of the residual with the token's rows
     projection_ptr += tile * CAPACITY + first
@@ -148,7 +153,9 @@ def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None
     return out
 
 
-def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reconstruct(
+    code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor, mean: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     n, (m, d) = code.n_tokens, target.shape
     W_dec, target = _with_unit_stride(W_dec), _with_unit_stride(target)
     k = 0 if code.ragged else code.values.shape[1]
@@ -158,18 +165,19 @@ def reconstruct(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor) 
         options = launch_options("reconstruct_loop", W_dec)
     tiles, capacity = triton.cdiv(d, options["BLOCK_D"]), code.values.numel()
     residual = torch.empty((n, d), dtype=target.dtype, device=target.device)
-    errors = torch.empty((tiles, n), dtype=torch.float32, device=target.device)
+    errors, spreads = (torch.empty((tiles, n), dtype=torch.float32, device=target.device) for _ in range(2))
     allocate = torch.zeros if code.ragged else torch.empty  # unused entries are not written
     projections = allocate((tiles, *code.values.shape), dtype=torch.float32, device=target.device)
     launch_kernel(
         reconstruct_kernel, (n, tiles),
         code.values.contiguous(), code.indices.contiguous(), code.indices if code.offsets is None else code.offsets,
-        W_dec, b_dec.contiguous(), target, residual, errors, projections,
+        W_dec, b_dec.contiguous(), target, b_dec if mean is None else mean.contiguous(),
+        residual, errors, projections, spreads,
         n, m, n // (b_dec.numel() // d), d, k, capacity, W_dec.stride(0), target.stride(0),
-        RAGGED=code.ragged, ONCE=once,
+        RAGGED=code.ragged, HAS_MEAN=mean is not None, ONCE=once,
         **options,
     )  # fmt: skip
-    return residual, errors.sum(0), projections.sum(0)
+    return residual, errors, projections, None if mean is None else spreads
 
 
 def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor) -> Tensor:

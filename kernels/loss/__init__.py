@@ -1,11 +1,11 @@
-"""loss: squared error, L1 and L0, summed over the tokens at each position."""
+"""loss: squared error, L1 and L0, summed over the tokens at each position, and gradients in a code's entries."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import check_floating, check_one_device, check_positions
+from ..checks import check_floating, check_one_device, check_positions, check_shape
 from ..code import SparseCode
 from ..cost import Cost
 from . import reference
@@ -48,14 +48,114 @@ def position_loss(
         raise ValueError(f"n_positions must be at least 1, got {n_positions}")
     check_positions(pos, n_tokens, n_positions)
     check_one_device(residual=residual, values=entries, pos=pos)
-    if choose("position_loss", residual, entries, backend=backend) == "triton":
-        from . import triton
+    return PositionSums(
+        *_twin("position_loss", residual, entries, backend).position_loss(residual, values, pos, n_positions)
+    )
 
-        return PositionSums(*triton.position_loss(residual, values, pos, n_positions))
-    return PositionSums(*reference.position_loss(residual, values, pos, n_positions))
+
+class EntryLoss(NamedTuple):
+    """What `entry_loss` returns."""
+
+    squared_error: Tensor  # [N]
+    l1: Tensor  # [N]
+    l0: Tensor  # [N]
+    spread: Tensor | None  # [N]
+    dvalues: Tensor
+    decoder_weights: Tensor
+    along: Tensor
+    fired: Tensor
+
+
+def entry_loss(
+    code: SparseCode, squared_error: Tensor, projection: Tensor, scale: float, *, spread: Tensor | None = None,
+    active_only: bool = True, backend: str | None = None,
+) -> EntryLoss:  # fmt: skip
+    """Add up the parts of `reconstruct`, and return what gradients and statistics need of each entry and token:
+
+    squared_error[n]       sum over the parts; `spread` likewise
+    l1[n], l0[n]           sum of |values[n, k]|, and number of values[n, k] other than 0
+    dvalues[n, k]          scale * projection[n, k], the gradient of the loss in the value. With `active_only`, zero for
+                           values that are not positive
+    decoder_weights[n, k]  scale * values[n, k], the weight of residual[n] in the gradient of W_dec
+    along[n, k]            decoder_weights * projection. Its sum over a latent's entries is the component of the gradient
+                           along the latent's row of W_dec, if that has norm 1
+    fired[j]               bool [F]: whether a value of latent j is positive
+
+    code           N tokens, F latents
+    squared_error  [P, N], of the P parts of `reconstruct`
+    projection     P parts of the shape of the code's values
+    spread         [P, N] or None
+
+    Returns float32 (float64 for float64). Per-entry results have the shape of the code's values and are undefined for unused
+    entries. Raises ValueError for shapes or devices that do not fit together.
+    """
+    parts = len(squared_error)
+    for name, sums in {"squared_error": squared_error, "spread": spread}.items():
+        if sums is not None:
+            check_shape(name, sums, P=parts, N=code.n_tokens)
+    if projection.shape != (parts, *code.values.shape):
+        raise ValueError(f"projection must have shape {[parts, *code.values.shape]}, got {list(projection.shape)}")
+    check_one_device(code=code.values, squared_error=squared_error, projection=projection, spread=spread)
+    twin = _twin("entry_loss", squared_error, code.values, backend)
+    return EntryLoss(*twin.entry_loss(code, squared_error, projection, scale, spread, active_only))
+
+
+def batch_sums(
+    tokens: EntryLoss, pos: Tensor, n_positions: int, dictionaries: int = 1, *, backend: str | None = None
+) -> tuple[PositionSums, Tensor, Tensor | None]:
+    """Return the sums of `position_loss` for S dictionaries, each [S, T], the squared error [S] and the spread [S].
+
+    `tokens` has S N tokens: token s N + n is that at pos[n] as the s-th dictionary sees it. Tokens at positions outside of
+    [0, T) are in the last two sums. The spread is None if the tokens have none. Raises ValueError as `position_loss` does.
+    """
+    check_positions(pos, len(tokens.squared_error) // dictionaries, n_positions)
+    twin = _twin("batch_sums", tokens.squared_error, tokens.l1, backend)
+    sums, squared_error, spread = twin.batch_sums(tokens[:4], pos, n_positions, dictionaries)
+    return PositionSums(*sums), squared_error, spread
+
+
+def count_step(
+    idle_tokens: Tensor, sums: Tensor, spread: Tensor, totals: Tensor, *, n: int, fired: Tensor, batch: PositionSums,
+    batch_spread: Tensor, loss: Tensor, aux_loss: Tensor | None, norm: Tensor, recomputed: Tensor | None,
+    backend: str | None = None,
+) -> None:  # fmt: skip
+    """Count a batch of n tokens for S dictionaries, in place.
+
+    idle_tokens  int64 [S, F]  zero for latents that `fired` (bool [S, F]), n more for the others
+    sums         [S, 4, T]     `batch` is added, each [S, T]
+    spread       [S]           `batch_spread`, a scalar or [S], is added
+    totals       [S, 5]        added: loss - aux_loss, aux_loss, norm, n - sum of batch.count, recomputed (each [S] or None)
+
+    Raises ValueError for shapes or devices that do not fit together.
+    """
+    (s, f), t = idle_tokens.shape, sums.shape[-1]
+    check_shape("sums", sums, S=s, rows=4, T=t)
+    check_shape("spread", spread, S=s)
+    check_shape("totals", totals, S=s, totals=5)
+    check_shape("fired", fired, S=s, F=f)
+    tensors = dict(loss=loss, aux_loss=aux_loss, norm=norm, recomputed=recomputed)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_shape(name, tensor, S=s)
+    for name, tensor in batch._asdict().items():
+        check_shape(name, tensor, S=s, T=t)
+    check_one_device(idle_tokens=idle_tokens, fired=fired, count=batch.count, batch_spread=batch_spread, **tensors)
+    twin = _twin("count_step", totals, loss, backend)
+    twin.count_step(
+        idle_tokens, sums, spread, totals, n, fired, batch, batch_spread, loss, aux_loss, norm, recomputed
+    )  # fmt: skip
 
 
 def cost(n: int, d: int, nnz: int, n_positions: int, *, itemsize: int = 2, backend: str = "triton") -> Cost:
     """Read the residual and the values once. Torch also writes and reads their squares and magnitudes."""
     passes = 1 if backend == "triton" else 3
     return Cost(2.0 * n * d + 2.0 * nnz, passes * itemsize * (n * d + nnz) + 24 * n + 16 * n_positions)
+
+
+def _twin(op: str, residual: Tensor, entries: Tensor, backend: str | None) -> Any:
+    """Return the module that runs `op`."""
+    if choose(op, residual, entries, backend=backend) == "torch":
+        return reference
+    from . import triton
+
+    return triton

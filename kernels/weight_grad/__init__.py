@@ -1,5 +1,7 @@
 """weight_grad: the gradient of a weight [F, D] from the entries of a SparseCode."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ..backend import choose
@@ -40,6 +42,34 @@ def latent_sums(entries: LatentMajor, values: Tensor, *, backend: str | None = N
 
         return triton.latent_sums(entries, values)
     return reference.latent_sums(entries, values)
+
+
+def sort_entries(
+    latents: Tensor, tokens: Tensor | int, n_latents: int, encoder_weights: Tensor, decoder_weights: Tensor,
+    along: Tensor, n_rows: tuple[int, int], *, backend: str | None = None,
+) -> tuple[LatentMajor, dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Sort entries by latent, as `LatentMajor.of` does, together with what the passes over them read.
+
+    latents          int32 [C] in [0, F], F for unused entries
+    tokens           [C]; or K if entry e is of token e // K
+    encoder_weights  float32, C elements: the values of `weight_grad` for W_enc, with n_rows[0] rows
+    decoder_weights  those for W_dec, with n_rows[1] rows
+    along            C elements, of `loss.entry_loss`
+
+    Returns the sorted entries, and for each weight the start of `shared` in `adam_rows` and `row_norms`. Raises ValueError
+    if there are not C of each.
+    """
+    for name, tensor in dict(encoder_weights=encoder_weights, decoder_weights=decoder_weights, along=along).items():
+        if tensor.numel() != latents.numel():
+            raise ValueError(
+                f"{name} must have one element for each of {latents.numel()} entries, got {tensor.numel()}"
+            )
+    check_one_device(latents=latents, encoder_weights=encoder_weights, decoder_weights=decoder_weights, along=along)
+    if choose("sort_entries", encoder_weights, decoder_weights, along, backend=backend) == "triton":
+        from . import triton
+
+        return triton.sort_entries(latents, tokens, n_latents, encoder_weights, decoder_weights, along, n_rows)
+    return LatentMajor.of(latents, tokens, n_latents), {}, {}
 
 
 def cost(m: int, d: int, f: int, nnz: int, *, itemsize: int = 2, backend: str = "triton") -> Cost:

@@ -22,14 +22,54 @@ from ..numerics import pieces
 
 
 @triton.jit
+def pack(values, rows):
+    """Pack values and rows into int64: the value as float32 above the row."""
+    return (values.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) << 32) | rows
+
+
+@triton.jit
 def pack_kernel(values_ptr, order_ptr, tokens_ptr, packed_ptr, C, M, BLOCK: tl.constexpr):
-    """Pack each sorted entry into an int64: its value as float32 above its row, the token modulo M."""
+    """Pack the value of each sorted entry and its row, the token modulo M."""
     positions = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = positions < C
     entries = tl.load(order_ptr + positions, mask=inside, other=0)
-    values = tl.load(values_ptr + entries, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(values_ptr + entries, mask=inside, other=0.0)
     rows = tl.load(tokens_ptr + positions, mask=inside, other=0) % M
-    tl.store(packed_ptr + positions, (values.to(tl.int32, bitcast=True).to(tl.int64) << 32) | rows, mask=inside)
+    tl.store(packed_ptr + positions, pack(values, rows), mask=inside)
+
+
+@triton.jit
+def sorted_kernel(
+    latents_ptr, order_ptr, tokens_ptr, encoder_ptr, decoder_ptr, along_ptr,
+    sorted_tokens_ptr, packed_encoder_ptr, packed_decoder_ptr, sorted_along_ptr, offsets_ptr,
+    C, F, K, ENCODER_ROWS, DECODER_ROWS, STEPS,
+    HAS_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From entries sorted by latent: token, packed weights of both matrices, `along`, and the latents' offsets. One program
+    per BLOCK entries and latents."""
+    # [BLOCK] positions among the sorted entries, entries and tokens
+    positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = positions < C
+    entries = tl.load(order_ptr + positions, mask=inside, other=0)
+    tokens = entries.to(tl.int32) // K
+    if HAS_TOKENS:
+        tokens = tl.load(tokens_ptr + entries, mask=inside, other=0).to(tl.int32)
+    tl.store(sorted_tokens_ptr + positions, tokens, mask=inside)
+    weights = tl.load(encoder_ptr + entries, mask=inside, other=0.0)
+    tl.store(packed_encoder_ptr + positions, pack(weights, tokens % ENCODER_ROWS), mask=inside)
+    weights = tl.load(decoder_ptr + entries, mask=inside, other=0.0)
+    tl.store(packed_decoder_ptr + positions, pack(weights, tokens % DECODER_ROWS), mask=inside)
+    tl.store(sorted_along_ptr + positions, tl.load(along_ptr + entries, mask=inside, other=0.0), mask=inside)
+    # [BLOCK] bounds: bisect for the first entry of latent `positions` or a later one
+    low = tl.zeros((BLOCK,), dtype=tl.int32)
+    high = low + C
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        is_open = low < high
+        is_below = tl.load(latents_ptr + middle, mask=is_open, other=0) < positions
+        low = tl.where(is_open & is_below, middle + 1, low)
+        high = tl.where(is_open & ~is_below, middle, high)
+    tl.store(offsets_ptr + positions, low.to(tl.int64), mask=positions <= F)
 
 
 @triton.jit
@@ -157,20 +197,43 @@ def latent_sums_kernel(values_ptr, order_ptr, offsets_ptr, out_ptr, BLOCK: tl.co
     tl.store(out_ptr + latent, tl.sum(sums, 0))
 
 
+def sort_entries(
+    latents: Tensor, tokens: Tensor | int, n_latents: int, encoder_weights: Tensor, decoder_weights: Tensor,
+    along: Tensor, n_rows: tuple[int, int],
+) -> tuple[LatentMajor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    c, device, options = latents.numel(), latents.device, launch_options("sorted", latents)
+    latents, order = latents.sort(stable=True)
+    sorted_tokens = torch.empty(c, dtype=torch.int32, device=device)
+    packed = [torch.empty(c, dtype=torch.int64, device=device) for _ in range(2)]
+    sorted_along = torch.empty(c, dtype=torch.float32, device=device)
+    offsets = torch.empty(n_latents + 1, dtype=torch.int64, device=device)
+    has_tokens = isinstance(tokens, Tensor)
+    launch_kernel(
+        sorted_kernel, (triton.cdiv(max(c, n_latents + 1), options["BLOCK"]),),
+        latents, order, tokens if has_tokens else order,
+        encoder_weights.contiguous(), decoder_weights.contiguous(), along.contiguous(),
+        sorted_tokens, *packed, sorted_along, offsets,
+        c, n_latents, 1 if has_tokens else tokens, *n_rows, c.bit_length(), HAS_TOKENS=has_tokens, **options,
+    )  # fmt: skip
+    entries = LatentMajor(order, latents, sorted_tokens, offsets)
+    return entries, dict(packed=packed[0]), dict(packed=packed[1], along=sorted_along)
+
+
 def gather_arguments(
-    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None
+    entries: LatentMajor, values: Tensor, rows: Tensor, center: Tensor | None, packed: Tensor | None = None
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, int]]:
-    """Return what `sum_latent` takes: pointers, integers and constants. Packs the entries and sums the windows."""
+    """Return what `sum_latent` takes: pointers, integers and constants. Packs the entries, unless that is done, and sums
+    the windows."""
     (m, d), f, c = rows.shape, entries.latent_offsets.numel() - 1, values.numel()
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     columns = pieces(d)
-    packed = torch.empty(c, dtype=torch.int64, device=rows.device)
-    options = launch_options("pack", rows)
-    if c:
-        launch_kernel(
-            pack_kernel, (triton.cdiv(c, options["BLOCK"]),),
-            values.contiguous(), entries.order, entries.tokens, packed, c, m, **options,
-        )  # fmt: skip
+    if packed is None:
+        packed, options = torch.empty(c, dtype=torch.int64, device=rows.device), launch_options("pack", rows)
+        if c:
+            launch_kernel(
+                pack_kernel, (triton.cdiv(c, options["BLOCK"]),),
+                values.contiguous(), entries.order, entries.tokens, packed, c, m, **options,
+            )  # fmt: skip
     options = launch_options("windows", rows)
     split = options["SPLIT"]
     windows = torch.empty((c // split, d), dtype=torch.float32, device=rows.device)

@@ -60,7 +60,11 @@ def test_ops_do_what_they_are_named_after(inputs: Inputs, assert_close: Any) -> 
     assert_close(results["adam_rows"], tangent)
     assert_close(inputs.sae.W_dec, W_dec)
     counts = (f > 0).sum(0).cumsum(0)
-    assert results["transpose"].latent_offsets[1:].tolist() == counts.tolist()
+    for name in ("transpose", "sort_entries"):
+        assert results[name].latent_offsets[1:].tolist() == counts.tolist()
+    entries = results["entry_loss"]
+    assert_close(entries.squared_error, residual.square().sum(1))
+    assert_close(entries.dvalues, -2 / SHAPE.N * (residual @ W_dec.T).gather(1, inputs.code.indices.long()))
 
 
 def test_objective_forward_and_backward_make_up_the_full_one(inputs: Inputs, assert_close: Any) -> None:
@@ -79,7 +83,7 @@ def test_calls_can_be_repeated(name: str, inputs: Inputs, assert_close: Any) -> 
 
     def tensors(result: Any) -> list[torch.Tensor]:
         found = [result.values, result.indices] if isinstance(result, SparseCode) else result
-        return [found] if isinstance(found, torch.Tensor) else list(found)
+        return [found] if isinstance(found, torch.Tensor) else [tensor for tensor in found if tensor is not None]
 
     first = [t.clone() for t in tensors(call())]
     for a, b in zip(first, tensors(call()), strict=True):
@@ -92,6 +96,7 @@ def test_every_op_is_forward_or_backward_and_the_objective_is_both() -> None:
     for part in ("forward", "backward", "full"):
         assert directions[f"objective_{part}"] == part
     backward = {"decode_values_grad", "transpose", "weight_grad", "row_norms", "adam_rows", "objective_backward"}
+    backward |= {"entry_loss", "sort_entries", "clip"}
     assert {name for name, direction in directions.items() if direction == "backward"} == backward
 
 

@@ -65,7 +65,8 @@ def test_kernels_compile_without_spills_and_with_tensor_cores(arch, dtype, width
     assert kernels == {
         "encode", "candidates", "merge", "rescan", "unsure", "recompute", "above_cut", "fold", "topk", "batch digits",
         "batch count", "batch fill", "threshold count", "threshold fill", "decode", "reconstruct", "values_grad",
-        "token_loss", "position_sum", "weight_grad", "windows", "pack", "latent_sums", "adam", "adam_rows",
+        "token_loss", "entry_loss", "position_sum", "count", "weight_grad", "windows", "pack", "sorted", "latent_sums",
+        "adam", "clip", "adam_rows",
     } | ({"candidates fp8"} if arch >= 90 else set())  # fmt: skip
     assert [row["name"] for row in rows if row["hot"] and row["spill_bytes"]] == []
     assert over_budget(rows) == []

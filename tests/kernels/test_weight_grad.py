@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from temposae.kernels.adam import row_norms
 from temposae.kernels.code import SparseCode
-from temposae.kernels.weight_grad import weight_grad
+from temposae.kernels.weight_grad import sort_entries, weight_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -54,3 +55,25 @@ def test_what_does_not_fit_is_named(values, rows, message):
     code = SparseCode(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32), 4)
     with pytest.raises(ValueError, match=message):
         weight_grad(code.transpose(), values, rows)
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
+def test_entries_are_sorted_with_their_weights(shape, backend, make_code, has_tokens):
+    """As `transpose` sorts them. What the passes over them read has the same bits as if each pass packed it."""
+    code = make_code(shape)
+    latents = code.live(code.indices, unused=code.n_latents).flatten()
+    tokens = code.rows.flatten() if has_tokens or code.ragged else code.values.shape[1]
+    encoder, decoder, along = torch.randn(3, *code.values.shape, generator=shape.generator)
+    rows = torch.randn(shape.N, shape.D, generator=shape.generator)
+    entries, *shared = sort_entries(
+        latents, tokens, code.n_latents, encoder, decoder, along, (shape.N, shape.N), backend=backend
+    )
+    for name, found in entries._asdict().items():
+        assert torch.equal(found, getattr(code.transpose(), name)), name
+    for weights, each in zip((encoder, decoder), shared, strict=True):
+        packed = row_norms(entries, weights, rows, shared=each, backend=backend)
+        assert torch.equal(packed, row_norms(code.transpose(), weights, rows, backend=backend))
+    if "triton" in backend:
+        assert torch.equal(shared[1]["along"], along.flatten()[entries.order])
+    with pytest.raises(ValueError, match="along must have one element for each"):
+        sort_entries(latents, tokens, code.n_latents, encoder, decoder, along.flatten()[1:], (1, 1), backend=backend)
