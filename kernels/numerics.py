@@ -18,6 +18,11 @@ def sum_by(index: Tensor, rows: Tensor, size: int) -> Tensor:
     return out.index_add_(0, index, rows)
 
 
+def added(parts: Tensor) -> Tensor:
+    """Return the sum of `parts` [P, ...] over the first dimension, without a pass over a single one."""
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
 def weighted_bags(table: Tensor, index: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
     """out[b] = sum of weights[e] * table[index[e]] over e in starts[b]:starts[b + 1] (to the end for the last b).
 

@@ -59,7 +59,7 @@ class StackedWeights:
         self.weights["b_dec"] = self.weights["b_dec"].view(self.count, -1)
         self.moments = {name: _stacked_moments([each[name] for each in moments]) for name in moments[0]}
         self.moments["b_dec"] = Moments(*(m.view(self.count, -1) for m in self.moments["b_dec"][:2]))
-        self.shadows = {}
+        self.shadows: dict[str, Tensor] = {}
         if dtype != torch.float32:
             self.shadows = {name: torch.empty_like(self.weights[name], dtype=dtype) for name in LARGE}
         self.fp8 = Fp8Rows.of(self.weights["W_enc"]) if config.fp8 else None
@@ -67,7 +67,7 @@ class StackedWeights:
         # step sizes and corrections as the bits of float32, and seeds: int32 [2 or 4, S]
         self._numbers = torch.zeros(2 + len(rounded_names), self.count, dtype=torch.int32, device=device)
         self._step_size, self._correction = self._numbers[:2].view(torch.float32)
-        self._seeds = dict(zip(rounded_names, self._numbers[2:], strict=True))
+        self._seeds: dict[str, Tensor] = dict(zip(rounded_names, self._numbers[2:], strict=True))
         self._factor, self._no_norm = torch.ones(self.count, device=device), torch.zeros(self.count, device=device)
         self.refresh()
 
@@ -118,26 +118,25 @@ class StackedWeights:
         else:
             squared_norms = [grad.squared_norms() for grad in large_gradients.values()]
             self._add_bias_gradients(small_gradients, gradients, large_gradients["W_enc"].biases, len(x))
-            norm = self._clip(squared_norms, dict(small_gradients))
+            norm = self._clip(self.config.clip_norm, squared_norms, dict(small_gradients))
             self._update_large(large_gradients, rates, is_first_pass=False)
         for pace in dict.fromkeys(self.paces[name] for name in small_gradients):
             paced_rates = rates if pace == 1 else rates._replace(step_size=pace * self._step_size)
             names = [name for name in small_gradients if self.paces[name] == pace]
-            adam_each(
-                *([of[name] for name in names] for of in (self.weights, small_gradients, self.moments)), paced_rates
-            )
+            weights, grads = ([of[name] for name in names] for of in (self.weights, small_gradients))
+            adam_each(weights, grads, [self.moments[name] for name in names], paced_rates)
         if "threshold" in small_gradients:
             self.weights["threshold"].clamp_min_(0)
         return norm
 
-    def _clip(self, squared_norms: list[Tensor], small_gradients: dict[str, Tensor]) -> Tensor:
+    def _clip(self, clip_norm: float, squared_norms: list[Tensor], small_gradients: dict[str, Tensor]) -> Tensor:
         """Set the factor that clips the gradients, and return their norm [S]. All ranks have the whole b_dec."""
         b_dec, latent_gradients = small_gradients.pop("b_dec"), list(small_gradients.values())
         if self.ranks.size > 1:
             squares = [*squared_norms, *(grad.square() for grad in latent_gradients)]
             latent_norms = torch.stack([each.view(self.count, -1).sum(1) for each in squares]).sum(0)
             squared_norms, latent_gradients = [self.ranks.sum_(latent_norms)], []
-        return clip(squared_norms, [*latent_gradients, b_dec], self.config.clip_norm, self._factor)
+        return clip(squared_norms, [*latent_gradients, b_dec], clip_norm, self._factor)
 
     def _update_large(
         self, gradients: Mapping[str, EntryGradient | DenseGradient], rates: Rates, *, is_first_pass: bool

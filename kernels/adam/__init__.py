@@ -51,7 +51,7 @@ def adam_each(
     """Do the step of `adam` on each of several small parameters, two in one launch. Moments are float32 (or the parameter's
     dtype). Errors as in `adam`."""
     for parameter, grad, each in zip(parameters, grads, moments, strict=True):
-        _check(parameter, each, rates, None)
+        _check(parameter, each, rates, None, None)
         _check_grad(parameter, grad)
     _twin(choose("adam", *parameters, *grads, backend=backend)).adam_each(parameters, grads, moments, rates)
 

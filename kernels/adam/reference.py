@@ -36,7 +36,7 @@ def adam(
 
 def adam_each(parameters: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], rates: Rates) -> None:
     for parameter, grad, each in zip(parameters, grads, moments, strict=True):
-        adam(parameter, grad, each, rates, False, None)
+        adam(parameter, grad, each, rates, False, None, None)
 
 
 def adam_rows(

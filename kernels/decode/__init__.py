@@ -9,6 +9,7 @@ from ..backend import choose
 from ..checks import check_centers, check_floating, check_one_device, check_shape
 from ..code import SparseCode
 from ..cost import Cost
+from ..numerics import added
 from . import reference
 
 
@@ -61,10 +62,12 @@ def reconstruct(
         check_shape("mean", mean, D=W_dec.shape[1])
         check_one_device(W_dec=W_dec, mean=mean)
     twin = _twin("reconstruct", code, W_dec, [W_dec, code.values, b_dec, target], backend)
-    residual, *parts = twin.reconstruct(code, W_dec, b_dec, target, mean)
-    if not in_parts:
-        parts = [part if part is None else part[0] if len(part) == 1 else part.sum(0) for part in parts]
-    return Reconstruction(residual, *parts)
+    reconstruction = Reconstruction(*twin.reconstruct(code, W_dec, b_dec, target, mean))
+    if in_parts:
+        return reconstruction
+    residual, squared_error, projection, spread = reconstruction
+    spread = None if spread is None else added(spread)
+    return Reconstruction(residual, added(squared_error), added(projection), spread)
 
 
 def decode_values_grad(code: SparseCode, W_dec: Tensor, grad: Tensor, *, backend: str | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..code import SparseCode
-from ..numerics import accumulation_dtype, sum_by
+from ..numerics import accumulation_dtype, added, sum_by
 
 
 def position_loss(residual: Tensor, values: SparseCode | Tensor, pos: Tensor, n_positions: int) -> list[Tensor]:
@@ -19,14 +19,11 @@ def position_loss(residual: Tensor, values: SparseCode | Tensor, pos: Tensor, n_
 def entry_loss(
     code: SparseCode, squared_error: Tensor, projection: Tensor, scale: float, spread: Tensor | None, active_only: bool
 ) -> tuple[Tensor | None, ...]:
-    squared_error, projection, spread = (
-        parts if parts is None else parts[0] if len(parts) == 1 else parts.sum(0)
-        for parts in (squared_error, projection, spread)
-    )
+    squared_error, projection = added(squared_error), added(projection)
     active = code.live(code.values) > 0
     dvalues, decoder_weights = scale * projection, scale * code.values
     return (
-        squared_error, *_sizes(code, accumulation_dtype(code.values)), spread,
+        squared_error, *_sizes(code, accumulation_dtype(code.values)), None if spread is None else added(spread),
         dvalues * active if active_only else dvalues, decoder_weights, decoder_weights * projection, code.fired(),
     )  # fmt: skip
 
@@ -36,8 +33,8 @@ def batch_sums(
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     squared_error, _, _, spread = tokens
     sums = _by_position([stat for stat in tokens[:3] if stat is not None], pos, n_positions, dictionaries)
-    totals = (total if total is None else total.view(dictionaries, -1).sum(1) for total in (squared_error, spread))
-    return sums, *totals
+    loss, spread = (None if t is None else t.view(dictionaries, -1).sum(1) for t in (squared_error, spread))
+    return sums, loss, spread
 
 
 def count_step(
