@@ -43,6 +43,8 @@ BUDGETS: dict[str, Budget] = {
     "candidates, two codes bf16": Budget(128, 1880, 90),
     "candidates fp8": Budget(168, 1370, 90),
     "candidates, persistent": Budget(168, 5650, 5650),
+    "candidates, persistent, 5 of a tile": Budget(168, 6400, 6250),
+    "candidates, persistent, thresholds": Budget(168, 6700, 6500),
     "candidates, persistent, two codes": Budget(168, 9700, 9700),
     "merge": Budget(64, 1600, 110),
     "topk bf16": Budget(104, 2200, 1840),

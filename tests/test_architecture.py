@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("bench", "campaign", "cli", "engine", "evals", "kernels", "reporting", "variants")
 FILES = sorted([*ROOT.glob("*.py"), *(path for part in PARTS for path in (ROOT / part).rglob("*.py"))])
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
-KERNEL_FILES = {"triton.py", "merge.py", "ragged.py"}  # the last two in encode_sparse
+KERNEL_FILES = {
+    "triton.py",
+    "candidates.py",
+    "persistent.py",
+    "merge.py",
+    "ragged.py",
+}  # all but the first in encode_sparse
 
 #: what each part may import of ours, itself apart; `cli` may import everything, and only `__main__` imports `cli`
 ALLOWED = {

@@ -24,8 +24,9 @@ from ..select.triton import (
     select_topk,
 )
 from ..selection import Selection, candidates_per_tile, select_above, select_both
+from .candidates import Candidates
 from .ragged import all_positive, largest_of_batch
-from .triton import Candidates, only_aux, pack
+from .triton import only_aux, pack
 
 
 @triton.jit

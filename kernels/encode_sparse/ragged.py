@@ -26,7 +26,8 @@ from ..select.triton import (
     take_above,
     tally,
 )
-from .triton import Candidates, above_threshold, pack
+from .candidates import Candidates
+from .triton import above_threshold, pack
 
 KEY_BITS = 24  # of a candidate, without its column
 

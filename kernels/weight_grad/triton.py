@@ -210,7 +210,7 @@ def sort_entries(
     has_tokens = isinstance(tokens, Tensor)
     launch_kernel(
         sorted_kernel, (triton.cdiv(max(c, n_latents + 1), options["BLOCK"]),),
-        latents, order, tokens if has_tokens else order,
+        latents, order, tokens.contiguous() if has_tokens else order,
         encoder_weights.contiguous(), decoder_weights.contiguous(), along.contiguous(),
         sorted_tokens, *packed, sorted_along, offsets,
         c, n_latents, 1 if has_tokens else tokens, *n_rows, c.bit_length(), HAS_TOKENS=has_tokens, **options,

@@ -158,7 +158,7 @@ def test_encoded_topk_is_exact(n, d, f, k, kind, dtype, assert_close):
 def test_both_kernels_give_the_same_candidates(n, d, f, thresholded, use_persistent):
     """Bit for bit, in every one of 20 calls."""
     operands = pytest.importorskip("temposae.kernels.encode.triton").operands
-    sparse = pytest.importorskip("temposae.kernels.encode_sparse.triton")
+    sparse = pytest.importorskip("temposae.kernels.encode_sparse.candidates")
     x, W_enc = normal(n, d, dtype=torch.bfloat16), normal(f, d, dtype=torch.bfloat16, seed=1).T / 4
     inputs = EncoderInputs(x, W_enc, normal(f, seed=2), None, None, None)
     aux_latents = torch.arange(f, device="cuda") % 5 == 0

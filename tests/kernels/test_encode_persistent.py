@@ -5,7 +5,7 @@ import torch
 from temposae.kernels.configs import CONFIGS
 from temposae.kernels.encoder_inputs import EncoderInputs
 
-candidates = pytest.importorskip("temposae.kernels.encode_sparse.triton")
+candidates = pytest.importorskip("temposae.kernels.encode_sparse.candidates")
 tiles = pytest.importorskip("temposae.kernels.encode.triton")
 
 
