@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
+from ..engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig, WorldConfig
 from ..engine.errors import UserError
 from ..engine.stream import ActivationStream, WorldSource
-from ..engine.synthetic.presets import preset
+from ..engine.synthetic.presets import PRESETS, preset
 from ..engine.train import train, train_together
 from ..engine.unit_decoder import unit_decoder
 from ..evals.recovery import Encoder, recovery
@@ -44,50 +44,54 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A dictionary to train: its kind, L0 and seed, on a stream with these settings."""
+    """A dictionary to train: its kind, target L0 and seed, on `tokens` samples of a preset's world."""
 
+    preset: str
     kind: str
     l0: int
     seed: int
-    stream: StreamConfig
-    d_sae: int
     tokens: int
-    batch: int
-    lr: float | None
 
     @property
     def label(self) -> tuple[str, int, int]:
         return self.kind, self.l0, self.seed
 
+    @property
+    def world(self) -> WorldConfig:
+        return WorldConfig(**PRESETS[self.preset]["stream"]["world"])
+
+    @property
+    def d_sae(self) -> int:
+        return PRESETS[self.preset]["sae"]["d_sae"]
+
+    @property
+    def batch(self) -> int:
+        return PRESETS[self.preset]["train"]["batch"]
+
     def open(self) -> ActivationStream:
-        # SAELens estimates the activations' norm from a few batches first
-        return ActivationStream(self.stream, tokens=self.tokens + 16 * self.batch, batch=self.batch, seed=self.seed)
+        """The cell's stream, with some batches more for SAELens, which estimates the activations' norm first."""
+        tokens = self.tokens + 16 * self.batch
+        stream = StreamConfig(**PRESETS[self.preset]["stream"])
+        return ActivationStream(stream, tokens=tokens, batch=self.batch, seed=self.seed)
 
     def configs(self) -> tuple[SAEConfig, TrainConfig]:
-        assert self.stream.world is not None
         target = float(self.l0) if self.kind in ("relu", "jumprelu") else None
         prefixes = tuple(self.d_sae // share for share in PREFIXES) if self.kind == "matryoshka" else None
         sae = SAEConfig(
-            d_in=self.stream.world.width, d_sae=self.d_sae, k=self.l0, prefixes=prefixes,
+            d_in=self.world.width, d_sae=self.d_sae, k=self.l0, prefixes=prefixes,
             activation="batchtopk" if self.kind == "matryoshka" else self.kind,  # type: ignore[arg-type]
         )  # fmt: skip
-        train = TrainConfig(
-            tokens=self.tokens, batch=self.batch, lr=self.lr, target_l0=target, seed=self.seed, control=False
-        )
-        return sae, train
+        recipe = PRESETS[self.preset]["train"] | {"tokens": self.tokens, "target_l0": target, "seed": self.seed}
+        return sae, TrainConfig(**recipe, control=False)
 
 
 def cells(name: str, seeds: int, kinds: Sequence[str] | None = None, tokens: int | None = None) -> list[Cell]:
-    """The cells of a preset, seeds outermost. Raises UserError for unknown names and sizes that don't fit."""
-    settings = preset(name)
+    """The cells of a preset, seeds outermost. Raises UserError for unknown names."""
+    tokens = tokens or preset(name)["train"]["tokens"]
     for kind in kinds or ():
         if kind not in KINDS:
             raise UserError(f"kind: {kind!r} is not allowed; it must be {', '.join(KINDS)}")
-    stream, recipe = StreamConfig(**settings["stream"]), settings["train"]
-    sizes = settings["sae"]["d_sae"], tokens or recipe["tokens"], recipe["batch"], recipe.get("lr")
-    return [
-        Cell(kind, l0, seed, stream, *sizes) for seed, l0, kind in product(range(seeds), L0S[name], kinds or KINDS)
-    ]
+    return [Cell(name, kind, l0, seed, tokens) for seed, l0, kind in product(range(seeds), L0S[name], kinds or KINDS)]
 
 
 def measure(
@@ -99,7 +103,11 @@ def measure(
     `done`: earlier results, whose rows are not measured again. `keep` is called with the results after each row. `seconds`
     are those of training, samples included, and `stream_share` is the share of that time that our samples took.
     """
-    result = done or about("cuda" if torch.cuda.is_available() else "cpu") | {"preset": name, "rows": [], "left_out": {}}
+    result = done or about("cuda" if torch.cuda.is_available() else "cpu") | {
+        "preset": name,
+        "rows": [],
+        "left_out": {},
+    }
     for library in libraries:
         if library == "sae_lens" and find_spec(library) is None:
             result["left_out"][library] = "sae_lens is not installed; pip install 'temposae[peers]'"
@@ -132,23 +140,19 @@ def _label(row: dict[str, Any]) -> tuple[str, int, int]:
 
 def _controls(group: list[Cell]) -> dict[tuple[str, int, int], dict[str, float]]:
     """F1 and MCC of the random controls of cells of one seed, trained together on one stream."""
-    runs = {}
+    stream, runs = group[0].open(), {}
     for cell in group:
         sae, config = cell.configs()
-        runs[cell.kind] = RunConfig(stream=cell.stream, sae=sae.model_copy(update={"decoder": "random"}), train=config)
-    stream = group[0].open()
-    if len(runs) == 1:
-        (kind, run), *_ = runs.items()
-        trained = {kind: train(stream, run.sae, run.train)}
-    else:
-        trained = train_together(stream, runs)
+        runs[cell.kind] = RunConfig(
+            stream=stream.config, sae=sae.model_copy(update={"decoder": "random"}), train=config
+        )
+    trained = train_together(stream, runs)
     scores = _scores(group[0], {kind: unit_decoder(run.sae) for kind, run in trained.items()})
     return {cell.label: {key: scores[cell.kind][key] for key in ("f1", "mcc")} for cell in group}
 
 
 def _scores(cell: Cell, dictionaries: dict[str, Encoder]) -> dict[str, dict[str, Any]]:
-    assert cell.stream.world is not None
-    return recovery(WorldSource(cell.stream.world, seed=cell.seed), dictionaries)
+    return recovery(WorldSource(cell.world, seed=cell.seed), dictionaries)
 
 
 def _ours(cell: Cell) -> tuple[Encoder, dict[str, Any]]:
@@ -194,13 +198,12 @@ def _sae_lens(cell: Cell) -> tuple[Encoder, dict[str, Any]]:
         }),
     }[cell.kind]  # fmt: skip
     device = stream.source.device.type
-    assert cell.stream.world is not None
     torch.manual_seed(cell.seed)
     config = getattr(library, f"{name}TrainingSAEConfig")(
-        d_in=cell.stream.world.width, d_sae=cell.d_sae, device=device, **settings
+        d_in=cell.world.width, d_sae=cell.d_sae, device=device, **settings
     )
     sae = getattr(library, f"{name}TrainingSAE")(config)
-    rate, decay = next((PEER_RATES[name] for name in PEER_RATES if cell.stream == _stream(name)), (3e-4, 0.0))
+    rate, decay = PEER_RATES[cell.preset]
     trainer_config = load("sae_lens.config").SAETrainerConfig(
         total_training_samples=steps * cell.batch, train_batch_size_samples=cell.batch, device=device, lr=rate,
         lr_end=rate / 10 if decay else rate, lr_decay_steps=int(decay * steps), n_batches_for_norm_estimate=10,
@@ -211,10 +214,6 @@ def _sae_lens(cell: Cell) -> tuple[Encoder, dict[str, Any]]:
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         trainer.fit()
     return _PeerEncoder(sae), {"lr": rate}
-
-
-def _stream(name: str) -> StreamConfig:
-    return StreamConfig(**preset(name)["stream"])
 
 
 def _batches(stream: ActivationStream, trainer: Any, cell: Cell) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from ..setting_types import Config
-from .base import Latents, Positions, Share
+from .base import Positions, Share
 
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -19,8 +19,8 @@ class WorldConfig(Config):
 
     SECTION = "stream.world"
 
-    features: Latents = Field(default=16384, ge=2, le=2**20, description="Number of features.")
-    width: Latents = Field(default=768, le=2**16, description="D, the width of the activations.")
+    features: int = Field(default=16384, ge=2, le=2**20, description="Number of features.")
+    width: int = Field(default=768, ge=1, le=2**16, description="D, the width of the activations.")
     firing_exponent: float = Field(
         default=0.5, ge=1e-3, le=10, description="Feature i fires at a rate that falls like i^-firing_exponent."
     )

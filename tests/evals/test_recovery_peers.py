@@ -1,4 +1,4 @@
-"""SAELens' synthetic module as the oracle: the same world from the same settings, and the same scores on the same samples."""
+"""SAELens' synthetic module as the oracle: the same world and samples, and the same scores of a dictionary."""
 
 from typing import Any
 
