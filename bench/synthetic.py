@@ -29,7 +29,7 @@ from .results import about
 KINDS = ("batchtopk", "matryoshka", "jumprelu", "relu", "topk")
 LIBRARIES = ("temposae", "sae_lens")
 SCORES = ("f1", "mcc", "uniqueness", "r2", "shrinkage")
-L0S = {"small": (8, 12), "synthsaebench": (20, 25)}
+L0S = {"small": (5, 7), "synthsaebench": (20, 25)}
 PREFIXES = (32, 8, 2, 1)  # F over the prefixes of a Matryoshka dictionary, as published: 128, 512, 2048 of 4096
 #: (peak learning rate, share of the run over which it falls to 0) of SAELens: the best of a grid, and the published ones
 PEER_RATES = {"small": (3e-3, 0.3), "synthsaebench": (3e-4, 0.0)}
@@ -156,8 +156,10 @@ def _scores(cell: Cell, dictionaries: dict[str, Encoder]) -> dict[str, dict[str,
 
 
 def _ours(cell: Cell) -> tuple[Encoder, dict[str, Any]]:
-    run = train(cell.open(), *cell.configs())
-    return unit_decoder(run.sae), {"stream_share": run.metrics[-1]["time"].get("world")}
+    stream = cell.open()
+    run = train(stream, *cell.configs())
+    seconds = stream.watch.total
+    return unit_decoder(run.sae), {"stream_share": round(seconds[stream.source.label] / sum(seconds.values()), 4)}
 
 
 class _PeerEncoder:

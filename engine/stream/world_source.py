@@ -13,7 +13,7 @@ from ..synthetic.world import World
 from .arrays import HOOK
 from .buffer import Batch
 
-CHUNK = 2048  # tokens that are drawn at a time, about
+CHUNK, GPU_CHUNK = 1024, 16384  # tokens that are drawn at a time, about: few for a CPU's caches, many for few launches
 HELD_OUT = 16384  # tokens that stand for held-out rows
 _TRAINING, _HELD_OUT = 0, 1
 
@@ -37,7 +37,7 @@ class WorldSource:
         self.special = torch.zeros(0, dtype=torch.int64)
         self.positions, self.widths = config.positions, {HOOK: config.width}
         self.has_positions = self.has_rows = config.positions > 1
-        self._rows_per_chunk = max(1, CHUNK // config.positions)
+        self._rows_per_chunk = max(1, (GPU_CHUNK if self.device.type == "cuda" else CHUNK) // config.positions)
         self._chunks = 0
 
     @cached_property

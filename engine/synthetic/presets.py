@@ -8,11 +8,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # same shape as the next: twice as many features as latents, and a few of them active
     "small": {
         "stream": {
-            "world": {"features": 1024, "width": 96, "roots": 16, "depth": 2, "firing_min": 2e-3},
+            "world": {"features": 1024, "width": 96, "roots": 8, "firing_min": 2e-3},
             "buffer_dtype": "float32",
         },
-        "sae": {"activation": "batchtopk", "d_sae": 512, "k": 12},
-        "train": {"tokens": 1_000_000, "batch": 1024},
+        "sae": {"activation": "batchtopk", "d_sae": 512, "k": 7},
+        "train": {"tokens": 600_000, "batch": 1024},
     },
     # the world and the recipe of arXiv 2602.14687
     "synthsaebench": {

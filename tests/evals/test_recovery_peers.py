@@ -129,7 +129,7 @@ def test_scores_are_equal_on_the_same_samples(kind, world):
 
     features = synthetic.FeatureDictionary(300, 40, bias=True, initializer=None)
     features.feature_vectors.data, features.bias.data = world.directions, world.bias
-    theirs = synthetic.eval_sae_on_synthetic_data(sae, features, Replay(), num_samples=16_384, batch_size=2048)
+    theirs = synthetic.eval_sae_on_synthetic_data(sae, features, Replay(), num_samples=16_384, batch_size=1024)
     expected = {
         "f1": theirs.classification.f1_score, "precision": theirs.classification.precision,
         "recall": theirs.classification.recall, "mcc": theirs.mcc, "uniqueness": theirs.uniqueness,
