@@ -36,7 +36,7 @@ def synth(
     plugin: Plugin = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Train on a synthetic world with known features, and score against them.
+    """Train on a world of known features and score against them.
 
     Trains a dictionary and its random control and prints how well both recover the world's features: F1, MCC, uniqueness
     and R2 as SynthSAEBench defines them, and the share of recovered features of each kind.
@@ -77,7 +77,7 @@ def bench(
         Option("--json", help="Write results to this JSON file after each row, and skip rows that it already holds."),
     ] = None,
 ) -> None:
-    """Train every kind of dictionary, next to SAELens, and score all of them.
+    """Train every kind of dictionary beside SAELens and score them.
 
     Prints F1, MCC, uniqueness, R2, dead latents and seconds, beside the random control and the published table. The preset
     small takes about 20 minutes on 2 cores with SAELens, synthsaebench about a day of a GPU.

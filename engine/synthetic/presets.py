@@ -12,7 +12,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "buffer_dtype": "float32",
         },
         "sae": {"activation": "batchtopk", "d_sae": 512, "k": 7},
-        "train": {"tokens": 600_000, "batch": 1024},
+        "train": {"tokens": 400_000, "batch": 1024},
     },
     # the world and the recipe of arXiv 2602.14687
     "synthsaebench": {
