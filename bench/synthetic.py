@@ -87,11 +87,11 @@ class Cell:
 
 def cells(name: str, seeds: int, kinds: Sequence[str] | None = None, tokens: int | None = None) -> list[Cell]:
     """The cells of a preset, seeds outermost. Raises UserError for unknown names."""
-    tokens = tokens or preset(name)["train"]["tokens"]
+    samples = preset(name)["train"]["tokens"] if tokens is None else tokens
     for kind in kinds or ():
         if kind not in KINDS:
             raise UserError(f"kind: {kind!r} is not allowed; it must be {', '.join(KINDS)}")
-    return [Cell(name, kind, l0, seed, tokens) for seed, l0, kind in product(range(seeds), L0S[name], kinds or KINDS)]
+    return [Cell(name, kind, l0, seed, samples) for seed, l0, kind in product(range(seeds), L0S[name], kinds or KINDS)]
 
 
 def measure(

@@ -101,10 +101,11 @@ RECOVERY = {
 def recovery_table(summary: dict[str, Any]) -> None:
     """Print how well each dictionary and its random control recover the features of a world, if there is one."""
     for name, scores in (summary.get("dictionaries") or {"": summary}).items():
-        control = scores.get("controls", {}).get("random", {}).get("recovery")
-        columns = {"dictionary": scores.get("recovery")} | ({"random control": control} if control else {})
-        if columns["dictionary"] is None:
+        if "recovery" not in scores:
             continue
+        columns = {"dictionary": scores["recovery"]}
+        if control := scores["controls"].get("random", {}).get("recovery"):
+            columns["random control"] = control
         table = _new_table(f"Recovery of the world's features{name and f': {name}'}", ("", *columns))
         lines = {column: _recovery_lines(values) for column, values in columns.items()}
         for key in dict.fromkeys(key for values in lines.values() for key in values):
