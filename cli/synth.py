@@ -80,7 +80,7 @@ def bench(
     """Train every kind of dictionary beside SAELens and score them.
 
     Prints F1, MCC, uniqueness, R2, dead latents and seconds, beside the random control and the published table. The preset
-    small takes about 20 minutes on 2 cores with SAELens, synthsaebench about a day of a GPU.
+    small takes about 20 minutes on 2 cores with SAELens and synthsaebench about a day of a GPU, by estimate.
     """
     check_backend()
     check_writable(json_file)
