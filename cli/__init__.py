@@ -20,6 +20,7 @@ from .evaluate import dashboard, evaluate, features
 from .exchange import convert, upload
 from .options import PLAIN, JsonFile
 from .output import figures
+from .synth import synth_app
 from .testbed import testbed_app
 from .train import cache, train
 
@@ -42,6 +43,7 @@ app.command(rich_help_panel="Documented runs")(plot)
 app.command(rich_help_panel="Other libraries")(convert)
 app.command(rich_help_panel="Other libraries")(upload)
 app.command(rich_help_panel="Settings and machine")(config)
+app.add_typer(synth_app, name="synth", rich_help_panel="Evaluation")
 app.add_typer(testbed_app, name="testbed", rich_help_panel="Settings and machine")
 app.add_typer(bench_app, name="bench", rich_help_panel="Speed")
 app.command(rich_help_panel="Speed")(profile)

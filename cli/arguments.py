@@ -31,7 +31,39 @@ class App(typer.Typer):
         return super().command(name, cls=Command, **options)
 
 
-class Group(TyperGroup):
+class Checked:
+    """Checks text and numbers as typed, and expands `~` in paths."""
+
+    callback: Callable[..., Any] | None
+
+    @cached_property
+    def annotations(self) -> dict[str, Any]:
+        parameters = inspect.signature(self.callback or id).parameters
+        return {name: parameter.annotation for name, parameter in parameters.items()}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        command: Any = self
+        with _one_line(command, ctx):
+            typed, _, _ = command.make_parser(ctx).parse_args(args=list(args))
+            if not {"--help", "-h"} & set(args):
+                for param in command.get_params(ctx):
+                    typed_value = typed.get(param.name)
+                    for text in typed_value if isinstance(typed_value, list | tuple) else [typed_value]:
+                        if isinstance(text, str):
+                            _check(_label(param), text, self.annotations.get(str(param.name)))
+            rest = super().parse_args(ctx, args)  # type: ignore[misc]
+        for param in command.get_params(ctx):
+            name, value = str(param.name), ctx.params.get(str(param.name))
+            if "Path" in str(self.annotations.get(name)) and isinstance(value, str | Path):
+                ctx.params[name] = type(value)(expand_path(value, _label(param)))
+        return rest
+
+
+class Command(Checked, TyperCommand):
+    """A command."""
+
+
+class Group(Checked, TyperGroup):
     """Commands, listed in `--help` under the heading of their `rich_help_panel`."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -47,10 +79,6 @@ class Group(TyperGroup):
             with formatter.section(heading):
                 formatter.write_dl(rows)
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        with _one_line(self, ctx):
-            return super().parse_args(ctx, args)
-
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and self.get_command(ctx, args[0]) is None:
             names = self.list_commands(ctx)
@@ -58,31 +86,6 @@ class Group(TyperGroup):
             raise UserError(f"{shown(args[0])}: no such command in {ctx.command_path}; {suggestion}")
         with _one_line(self, ctx):
             return super().resolve_command(ctx, args)
-
-
-class Command(TyperCommand):
-    """A command that checks text and numbers as typed, and expands `~` in paths."""
-
-    @cached_property
-    def annotations(self) -> dict[str, Any]:
-        parameters = inspect.signature(self.callback or id).parameters
-        return {name: parameter.annotation for name, parameter in parameters.items()}
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        with _one_line(self, ctx):
-            typed, _, _ = self.make_parser(ctx).parse_args(args=list(args))
-            if not {"--help", "-h"} & set(args):
-                for param in self.get_params(ctx):
-                    typed_value = typed.get(param.name)
-                    for text in typed_value if isinstance(typed_value, list | tuple) else [typed_value]:
-                        if isinstance(text, str):
-                            _check(_label(param), text, self.annotations.get(str(param.name)))
-            rest = super().parse_args(ctx, args)
-        for param in self.get_params(ctx):
-            name, value = str(param.name), ctx.params.get(str(param.name))
-            if "Path" in str(self.annotations.get(name)) and isinstance(value, str | Path):
-                ctx.params[name] = type(value)(expand_path(value, _label(param)))
-        return rest
 
 
 def _check(label: str, text: str, annotation: Any) -> None:

@@ -91,6 +91,41 @@ def runs_table(summary: dict[str, Any]) -> None:
             _say(f"warning: {name}: {warning}")
 
 
+#: scores of `recovery` and their names in tables
+RECOVERY = {
+    "f1": "F1", "precision": "precision", "recall": "recall", "mcc": "MCC", "uniqueness": "uniqueness", "r2": "R2",
+    "shrinkage": "shrinkage", "l0": "L0", "true_l0": "L0 of the world", "dead": "dead latents",
+}  # fmt: skip
+
+
+def recovery_table(summary: dict[str, Any]) -> None:
+    """Print how well each dictionary and its random control recover the features of a world, if there is one."""
+    for name, scores in (summary.get("dictionaries") or {"": summary}).items():
+        if "recovery" not in scores:
+            continue
+        columns = {"dictionary": scores["recovery"]}
+        if control := scores["controls"].get("random", {}).get("recovery"):
+            columns["random control"] = control
+        table = _new_table(f"Recovery of the world's features{name and f': {name}'}", ("", *columns))
+        lines = {column: _recovery_lines(values) for column, values in columns.items()}
+        for key in dict.fromkeys(key for values in lines.values() for key in values):
+            table.add_row(key, *(values.get(key, "-") for values in lines.values()))
+        _print(table)
+
+
+def _recovery_lines(scores: dict[str, Any]) -> dict[str, str]:
+    lines = {label: format(scores[key], "" if key == "dead" else ".4f") for key, label in RECOVERY.items()}
+    for kind, values in scores["kinds"].items():
+        lines[f"{kind}: recovered of {values['features']}"] = percent(values["recovered"])
+        lines[f"{kind}: F1"] = f"{values['f1']:.4f}"
+    durations = scores["durations"] or {}
+    if (r := durations.get("r")) is not None:
+        lines["durations: correlation"] = f"{r:.4f}"
+    if (error := durations.get("log2_error")) is not None:
+        lines["durations: log2 error"] = f"{error:.4f}"
+    return lines
+
+
 def campaign_table(results: dict[str, Any]) -> None:
     """Print a campaign's main scores (means over seeds), results of analyses, and runs that failed."""
     from rich.box import SIMPLE_HEAD

@@ -14,7 +14,7 @@ from ..engine.process.signals import stop_advice
 from ..engine.storage.files import write_json
 from ..engine.storage.lock import owned
 from .options import Data, Field, Hook, JsonFile, Layer, Model, Plugin, Resume, Split, Subset, check_backend, merge
-from .output import figures, runs_table
+from .output import figures, recovery_table, runs_table
 
 if TYPE_CHECKING:
     from ..engine.ranks import Ranks
@@ -67,8 +67,7 @@ def train(
     """
     from ..engine.config import read_yaml
     from ..engine.ranks import Ranks
-    from ..engine.storage.run_folder import CONFIG, check_free, read_settings
-    from ..engine.sweep import expand, read_streams
+    from ..engine.sweep import expand
 
     check_backend()
     ranks = Ranks.start()
@@ -81,18 +80,33 @@ def train(
         "eval": {"rows": eval_rows, "after_training": False if no_eval else None},
     }
     if resume:
-        if out is None:
-            raise UserError("resume: give --out FOLDER, the folder of the run to continue")
-        if not (out / CONFIG).is_file():
-            raise UserError(f"resume: --out must name a run folder; {out} has no {CONFIG}")
-        if config is not None or any(v is not None for section in options.values() for v in section.values()):
-            raise UserError("resume: a run keeps its own settings; give only --out, --resume and --plugin")
-        settings = {name: run.model_dump() for name, run in read_settings(out).by_name().items()}
+        settings = settings_to_resume(out, config, options)
     else:
         settings = expand(merge(read_yaml(config) if config else {}, options))
+    start(settings, out, resume, ranks, json_file)
+
+
+def settings_to_resume(out: Path | None, config: Path | None, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The settings of the run in `out`. Raises UserError if there is none, or if other settings are given."""
+    from ..engine.storage.run_folder import CONFIG, read_settings
+
+    if out is None:
+        raise UserError("resume: give --out FOLDER, the folder of the run to continue")
+    if not (out / CONFIG).is_file():
+        raise UserError(f"resume: --out must name a run folder; {out} has no {CONFIG}")
+    if config is not None or any(v is not None for section in options.values() for v in section.values()):
+        raise UserError("resume: a run keeps its own settings; give only --out, --resume and --plugin")
+    return {name: run.model_dump() for name, run in read_settings(out).by_name().items()}
+
+
+def start(settings: dict[str, Any], out: Path | None, resume: bool, ranks: "Ranks", json_file: Path | None) -> None:
+    """Train and evaluate the dictionaries of `settings`, as from `expand`, in the folder `out` or a new one."""
+    from ..engine.storage.run_folder import check_free
+    from ..engine.sweep import read_streams
+
     streams, _ = read_streams(settings)
     first = next(iter(streams.values()))
-    origin = Path(first.cache or first.activations or first.model)
+    origin = Path("world" if first.world else first.cache or first.activations or first.model)
     now = time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.largest(int(time.time()))))
     folder = out or Path("runs") / f"{origin.name}-{now}"
     with owned(folder) if ranks.is_first else nullcontext():
@@ -129,6 +143,7 @@ def _train(settings: dict[str, Any], folder: Path, resume: bool, ranks: "Ranks",
     write_json(folder / "summary.json", summary)
     write_json(json_file, summary)
     runs_table(summary)
+    recovery_table(summary)
     if stream.own is not None:
         print("CE recovered was not measured: it needs a language model")
     failed = _print_not_measured(summary, folder)

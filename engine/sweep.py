@@ -13,9 +13,9 @@ from .errors import UserError, near, shown
 from .registry import reads
 from .storage.path_names import ALLOWED, check_distinct, folder_name
 from .stream import LanguageModel
-from .stream.arrays import open_file, settle
 from .stream.cache import read_manifest
 from .stream.documents import check_data
+from .stream.without_model import open_own, settle
 
 #: settings of `train` that all dictionaries of a stream share
 _COMMON = ("batch", "checkpoint_every_steps", "log")
@@ -173,17 +173,17 @@ def read_streams(settings: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, S
 def resolve(settings: Mapping[str, Mapping[str, Any]]) -> tuple[LanguageModel | None, dict[str, RunConfig]]:
     """Complete the settings from `expand` with the model's width and layers. Returns the model, and settings by name.
 
-    Mistakes that show without the model are refused before it is loaded. A cache or a file of activations needs none.
+    Mistakes that show without the model are refused before it is loaded. A cache, activations and a world need none.
     """
     streams, layers = read_streams(settings)
     _run_configs(settings, streams)
     first_stream = next(iter(streams.values()))
-    if first_stream.activations is not None:
-        source = open_file(first_stream.activations)
+    source = open_own(first_stream)
+    if source is not None:
         for name, stream in streams.items():
             with _name_in_errors(name):
                 if layers[name] is not None:
-                    raise UserError(f"layer: {layers[name]} is not allowed with activations, which have no model")
+                    raise UserError(f"layer: {layers[name]} is not allowed with {source.modelless}")
                 streams[name] = settle(stream, source)
         return None, _run_configs(settings, streams, source.widths)
     if first_stream.cache is not None:
@@ -217,7 +217,7 @@ def resolve_without_model(settings: Mapping[str, Mapping[str, Any]]) -> dict[str
     """
     streams, layers = read_streams(settings)
     first_stream = next(iter(streams.values()))
-    if first_stream.activations is not None or first_stream.cache is not None:
+    if first_stream.world or first_stream.activations is not None or first_stream.cache is not None:
         return {name: run.model_dump(mode="json") for name, run in resolve(settings)[1].items()}
     resolved: dict[str, dict[str, Any]] = {}
     for name, run in _run_configs(settings, streams).items():

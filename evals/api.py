@@ -138,6 +138,8 @@ def stream_of(
         reason, place = None, ", and --hook or --layer"
         if run is not None and run.stream.activations is not None:
             reason = f"was trained on {run.stream.activations}, without a model"
+        elif run is not None and run.stream.world is not None:
+            reason = "was trained on a synthetic world, without a model"
         elif saved.get("model") is None and saved.get("hook"):
             reason, place = f"names the hook {saved['hook']}, but no model", ""
         elif saved.get("model") is None:
@@ -145,7 +147,7 @@ def stream_of(
         if reason is not None:
             raise UserError(f"model: {checkpoint.folder} {reason}; give --model{place}")
     trained_on = run.stream if run is not None else StreamConfig(**saved)
-    drop = {"activations"} | ({"hook"} if layer is not None or not saved else set())
+    drop = {"activations", "world"} | ({"hook"} if layer is not None or not saved else set())
     overrides: dict[str, Any] = {k: v for k, v in {"model": model, "hook": hook, "data": data}.items() if v is not None}
     config = StreamConfig(**(trained_on.model_dump(exclude=drop) | overrides | settings))
     if any(option is not None for option in (model, layer, hook, data)):

@@ -16,12 +16,14 @@ from ..engine.storage import checkpoint as checkpoint_files
 from ..engine.storage.checkpoint import Checkpoint
 from ..engine.storage.files import write_text
 from ..engine.storage.run_folder import read_metrics
-from ..engine.stream import ActivationStream
+from ..engine.stream import ActivationStream, WorldSource
 from ..engine.train import Run, train
+from ..engine.unit_decoder import unit_decoder
 from ..kernels.torch_modes import default_modes
 from . import result_files
 from .evaluation import Evaluation, fitted
 from .held_out import SavedEffects
+from .recovery import recovery
 from .report import write_report
 from .row_budget import Sizes, row_counts
 from .run_figures import draw_pareto
@@ -107,11 +109,21 @@ def _without_model(run: Run, stream: ActivationStream) -> dict[str, Any]:
         warnings = {"warnings": measured["warnings"]} if "warnings" in measured else {}
         return {key: measured.get(key) for key in SCORES} | {"measured_on": "held-out rows"} | warnings
 
-    scores = _of_training(run)
+    scores: dict[str, Any] = _of_training(run)
     if (sae_scores := held_out(run.sae)) is not None:
         scores |= sae_scores
         if run.random is not None and (control := held_out(run.random)) is not None:
             scores["controls"]["random"] = control
+    if isinstance(stream.own, WorldSource):
+        dictionaries = {"sae": run.sae} | ({} if run.random is None else {"random": run.random})
+        try:
+            recovered = recovery(stream.own, {name: unit_decoder(sae) for name, sae in dictionaries.items()})
+        except UserError as error:
+            scores["warnings"] = [*scores.get("warnings", []), str(error)]
+        else:
+            scores["recovery"] = recovered["sae"]
+            if run.random is not None:
+                scores["controls"]["random"]["recovery"] = recovered["random"]
     mean = dict.fromkeys(SCORES) | {"explained_variance": 0.0, "l0": 0.0, "dead_fraction": 1.0}
     return scores | {"controls": {**scores["controls"], "mean": mean}}
 

@@ -7,3 +7,4 @@ from .run import RunConfig, SweepConfig
 from .sae import MaskConfig, SAEConfig
 from .stream import Layer, StreamConfig
 from .train import EvalConfig, TrainConfig
+from .world import WorldConfig

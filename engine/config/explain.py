@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from ..setting_types import allowed
-from . import EvalConfig, Layer, MaskConfig, RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig
+from . import EvalConfig, Layer, MaskConfig, RunConfig, SAEConfig, StreamConfig, SweepConfig, TrainConfig, WorldConfig
 
 #: sections of a config file and the classes of their fields; `run` and `sweep` are whole files
 SECTIONS: dict[str, tuple[type[BaseModel], ...]] = {
     "run": (RunConfig,),
     "sweep": (SweepConfig,),
     "stream": (StreamConfig, Layer),
+    "stream.world": (WorldConfig,),
     "sae": (SAEConfig,),
     "sae.mask": (MaskConfig,),
     "train": (TrainConfig,),

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from ..errors import shown
 from ..setting_types import Config
 from .base import Count
+from .world import WorldConfig
 
 
 class StreamConfig(Config):
@@ -50,6 +51,10 @@ class StreamConfig(Config):
         default=None,
         description="A .npy, .safetensors or .pt file of activations [M, D] or [R, T, D], used instead of a model. Null: "
         "no file.",
+    )
+    world: WorldConfig | None = Field(
+        default=None,
+        description="A synthetic world to draw activations from, instead of a model. Null: none.",
     )
     text_field: str | None = Field(
         default=None,
@@ -152,6 +157,8 @@ class StreamConfig(Config):
             raise ValueError(f"target: {self.target} is not allowed; it must differ from hook")
         if self.second is not None and (self.second == self.hook or self.target is not None):
             raise ValueError(f"second: {self.second} is not allowed; it must differ from hook, and target must be null")
+        if self.world is not None and self.activations is not None:
+            raise ValueError(f"activations: {self.activations} is not allowed with a world; give one of the two")
         if self.buffer_tokens is not None and self.buffer_gb is not None:
             raise ValueError(f"buffer_gb: {self.buffer_gb} is not allowed with buffer_tokens; give one of the two")
         return self

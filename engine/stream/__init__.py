@@ -16,7 +16,7 @@ from ..process.cpu_memory import trim_host, tune_host
 from ..process.progress import ProgressBar, progress_bar
 from ..process.stopwatch import Stopwatch
 from ..ranks import ALONE, Ranks
-from .arrays import ArraySource, open_file, settle
+from .arrays import ArraySource
 from .buffer import Batch, RingBuffer, with_prefix
 from .cache import CacheSource, read_manifest
 from .documents import IN_HAND, DocumentList, check_data
@@ -25,12 +25,14 @@ from .model_source import ModelSource, is_text, open_source, packs
 from .norm_filter import SAMPLE, NormFilter, describe
 from .quantize import LARGEST
 from .token_rows import RowSource, TestbedRows, TextRows, TokenRows, open_text
+from .without_model import OwnSource, open_own, settle
+from .world_source import WorldSource
 
 GIVE_UP = 2**20  # consecutive tokens that the filters may leave out before a text is refused
 #: `next` returns the activations of some whole rows in the order of the text, without padding, [M, D] per hook, or None
 #: at the end. `kept` [M] is false for the `special` tokens. `name` is the text's name in messages, `label` names the
 #: time spent in `next`. `counts` counts what was read so far. `state` and `load_state` resume exactly.
-ActivationSource = ArraySource | CacheSource | ModelSource
+ActivationSource = ArraySource | WorldSource | CacheSource | ModelSource
 
 
 class ActivationStream:
@@ -46,7 +48,8 @@ class ActivationStream:
     `tokens` is how many will be requested, in batches of about `batch`. It sets the size of the buffer and how much
     text is read; more can still be requested. `model` and `rows` replace those that the config names. With
     `config.cache`, activations at `hooks` (default `config.hook`) come from a cache, and `model` and `text` are loaded
-    on first use. With `config.activations`, or activations in memory as `own`, there is no model and no text.
+    on first use. With `config.activations`, `config.world`, or activations in memory as `own`, there is no model and no
+    text.
 
     `documents` replaces `config.data`: an iterable of strings, token ids, or dicts with the field `config.text_field`,
     or a function that returns one, such as a generator function. It is read again for held-out rows, for each epoch and
@@ -70,18 +73,16 @@ class ActivationStream:
         rows: RowSource | None = None,
         documents: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
         hooks: Sequence[str] = (),
-        own: ArraySource | None = None,
+        own: OwnSource | None = None,
         ranks: Ranks | None = None,
     ):
         tune_host()
         self.ranks = Ranks.here() if ranks is None else ranks
         self._model, self._text, self._text_seed = model, rows, seed
         self._tone = functools.cache(lambda language, number: language.document(number).tone)
-        self.config, self.own = config, own
-        if own is None and config.activations is not None:
-            self.own = open_file(config.activations, seed=seed, repeat=config.repeat)
+        self.config, self.own = config, open_own(config, seed) if own is None else own
         self.source = self._open_source(hooks, documents, seed)
-        self.norms = NormFilter(config.max_norm)
+        self.norms = NormFilter(self.config.max_norm)
         self._batches_ahead: deque[Batch] = deque()  # read to find the norm limits, not yet in the buffer
         self.d_in, self.positions = self.source.widths[str(self.config.hook)], self.source.positions
         self.watch = Stopwatch(self.source.device)

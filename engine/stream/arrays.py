@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import StreamConfig
 from ..errors import UserError
 from ..storage.path_names import expand_path
 from .array_files import StoredArray, as_tensor, fingerprint
@@ -38,6 +37,8 @@ class ArraySource:
     """
 
     label = "activations"
+    modelless = "activations, which have no model"
+    has_rows = False
 
     def __init__(
         self,
@@ -258,18 +259,6 @@ def open_file(path: str, **options: Any) -> ArraySource:
     elif not _is_array(content):
         raise UserError(f"activations: {path} is not allowed; it holds a {type(content).__name__}, not a tensor")
     return ArraySource(content, name=path, identity=fingerprint(file), **options)
-
-
-def settle(config: StreamConfig, source: ArraySource) -> StreamConfig:
-    """`config` for the user's own activations. Raises UserError for settings that need a model."""
-    allowed = {"model": "none", "hook": HOOK, "data": None, "split": None, "subset": None, "cache": None}
-    for name, default in allowed.items():
-        value = getattr(config, name)
-        if name in config.model_fields_set and value not in (default, None):
-            raise UserError(f"stream.{name}: {value} is not allowed with activations, which have no model")
-    if config.mode == "sequences":
-        raise UserError("stream.mode: sequences is not allowed with activations; it must be tokens or grouped")
-    return config.model_copy(update={"model": "none", "hook": HOOK, "context": max(2, source.positions)})
 
 
 def _dtype_name(value: Any) -> str:

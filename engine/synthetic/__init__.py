@@ -1,0 +1,1 @@
+"""Synthetic worlds: activations made of known features, so that dictionaries can be scored against the truth."""
