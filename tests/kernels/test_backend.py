@@ -126,7 +126,10 @@ def test_every_row_has_every_op_with_powers_of_two():
         assert row.keys() == CONFIGS[80].keys()
         for op, config in row.items():
             assert config.keys() == CONFIGS[80][op].keys()
-            assert all(v & (v - 1) == 0 for k, v in config.items() if k.startswith("BLOCK"))
+            blocks = [v for k, v in config.items() if k.startswith("BLOCK")]
+            if op == "encode_topk_persistent":  # its tile is three blocks of rows, each with an accumulator of its own
+                blocks[0] //= 3
+            assert all(v & (v - 1) == 0 for v in blocks)
 
 
 def test_the_package_works_without_triton():

@@ -40,7 +40,7 @@ def test_no_launcher_bypasses_the_guard(path: Path) -> None:
         assert len(direct_launches(source)) == 1  # launch_kernel's
         return
     assert direct_launches(source) == []
-    if path.name == "triton.py":
+    if path.name in ("triton.py", "candidates.py") and path != KERNELS / "encode_sparse/triton.py":
         assert "launch_kernel(" in source
 
 
