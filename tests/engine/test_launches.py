@@ -12,7 +12,7 @@ from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import Batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-N, D, F, K, T = 16, 24, 256, 4, 8
+N, D, F, K, T = 8, 24, 64, 4, 8
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view")
 
 
