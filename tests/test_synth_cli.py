@@ -51,6 +51,7 @@ def test_a_sweep_trains_on_a_world_and_train_takes_a_world(place):
     assert out.count("Recovery of the world's features") == 2
 
 
+@pytest.mark.slow
 def test_the_bench_writes_rows_and_goes_on_where_it_stopped(place, monkeypatch):
     monkeypatch.setitem(__import__("temposae.bench.synthetic", fromlist=["L0S"]).L0S, "small", (4,))
     kinds = ("--kind", "batchtopk", "--kind", "jumprelu")

@@ -58,9 +58,8 @@ class DilatedConv(Part):
         )
         kernel: int = Field(default=3, ge=2, description="Taps of each convolution, its own token included.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        taps = len(settings.dilations), settings.kernel, sae.d_in
+    def build(self, generator: torch.Generator) -> None:
+        taps = len(self.settings.dilations), self.settings.kernel, self.cfg.d_in
         self.taps = nn.Parameter(SMALL * torch.randn(taps, generator=generator))
 
     def input(self, x: Tensor, batch: BatchView) -> Tensor:
@@ -96,11 +95,11 @@ class SelfAttention(Part):
             default=256, description="Width of all heads together, at most D, rounded down to a multiple of heads."
         )
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        width = settings.heads * (min(settings.width, sae.d_in) // settings.heads)
-        self.W_qkv = nn.Parameter(torch.randn(sae.d_in, 3 * width, generator=generator) / math.sqrt(sae.d_in))
-        self.W_o = nn.Parameter(0.01 * torch.randn(width, sae.d_in, generator=generator) / math.sqrt(width))
+    def build(self, generator: torch.Generator) -> None:
+        heads, D = self.settings.heads, self.cfg.d_in
+        width = heads * (min(self.settings.width, D) // heads)
+        self.W_qkv = nn.Parameter(torch.randn(D, 3 * width, generator=generator) / math.sqrt(D))
+        self.W_o = nn.Parameter(0.01 * torch.randn(width, D, generator=generator) / math.sqrt(width))
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -128,15 +127,14 @@ class _Projected(Part):
         weight: Weight = Field(default=0.01, description="Weight of the penalty, in units of D.")
         width: Count = Field(default=64, description="Width of the random projection of codes.")
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        gaussian = torch.randn(sae.d_sae, settings.width, generator=generator) / math.sqrt(settings.width)
+    def build(self, generator: torch.Generator) -> None:
+        h = self.settings.width
+        gaussian = torch.randn(self.cfg.d_sae, h, generator=generator) / math.sqrt(h)
         self.projection = nn.Parameter(gaussian) if self.is_learned else nn.Buffer(gaussian)
         self._term: Tensor | None = None
 
     def projected(self, batch: BatchView) -> Tensor:
         """u [N, h], scaled to mean |u - mean u|^2 = 1, so that small codes don't make terms small."""
-        assert batch.f is not None
         u = batch.f @ self.projection
         return u / (u - u.mean(0)).square().sum(1).mean().clamp_min(TINY).sqrt()
 
@@ -171,9 +169,9 @@ class VelocityGRU(_Projected):
     token is not a step of the GRU. "error" is the quotient: 1 for predicting no change.
     """
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        h = settings.width
+    def build(self, generator: torch.Generator) -> None:
+        super().build(generator)
+        h = self.settings.width
         self.gru = _initialised(nn.GRU(h, h, num_layers=2, batch_first=True, device="meta"), h, generator)
         self.head = _initialised(nn.Linear(h, h, device="meta"), h, generator)
 
@@ -211,9 +209,9 @@ class NextStep(_Projected):
     predicting the mean.
     """
 
-    def __init__(self, settings: Any, sae: SAEConfig, positions: int, generator: torch.Generator):
-        super().__init__(settings, sae, positions, generator)
-        h = settings.width
+    def build(self, generator: torch.Generator) -> None:
+        super().build(generator)
+        h = self.settings.width
         self.hidden = _initialised(nn.Linear(h, 2 * h, device="meta"), h, generator)
         self.head = _initialised(nn.Linear(2 * h, h, device="meta"), 2 * h, generator)
 
@@ -243,7 +241,6 @@ class TemporalContrast(_Projected):
         anchors: int = Field(default=256, ge=2, description="Tokens drawn from each batch as anchors.")
 
     def penalty(self, batch: BatchView) -> Tensor:
-        assert batch.f is not None
         z = nn.functional.normalize(batch.f @ self.projection, dim=1)
         anchors = sample_indices(len(z) - 1, self.settings.anchors, batch)
         row_number, counted = batch.rows.number[anchors], follows(batch.rows)[anchors]

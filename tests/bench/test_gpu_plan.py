@@ -247,6 +247,7 @@ def test_the_script_stands_in_for_an_installation(tmp_path: Path) -> None:
     assert result.stdout.startswith(f"{version('temposae')} {points[0]} {ROOT} ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ceilings", "limits", "peer torch", "tune merge"])
 def test_a_dry_step(name: str, run: Any) -> None:
     """One of each kind that no other test runs. `test_dry_run` runs all."""

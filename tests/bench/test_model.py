@@ -176,6 +176,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_prediction_of_the_headline_step() -> None:
     script = "import json; from temposae.bench import model; print(json.dumps(model.headline(['H200'])))"
     found = json.loads(run("-c", script))["H200"]

@@ -34,6 +34,7 @@ def slower(monkeypatch: pytest.MonkeyPatch, kind: type, name: str, seconds: floa
     monkeypatch.setattr(kind, name, sleeps)
 
 
+@pytest.mark.slow
 def test_a_slow_source_harvests_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass takes some 30 ms; with 0.2 s on top the bare loop is several times as fast."""
     monkeypatch.setattr(streams, "DICTIONARIES", ())

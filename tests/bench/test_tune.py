@@ -231,6 +231,7 @@ def test_settings_reach_the_kernels_where_torch_would_run(monkeypatch: pytest.Mo
 # --- what may not be in the table
 
 
+@pytest.mark.slow
 def test_shared_memory_and_spills_are_obstacles() -> None:
     """In a process of its own, because this one interprets kernels instead of compiling them."""
     code = """

@@ -243,7 +243,8 @@ def test_a_transcoder_s_loss_and_gradients_are_those_of_its_formula(activation, 
             assert_close(sae.get_parameter(name).grad, p.grad, 1e-5, name)
 
 
-@pytest.mark.parametrize("activation", ["topk", pytest.param("relu", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["topk", "relu"])
 def test_a_transcoder_learns_what_an_mlp_does(testbed, tmp_path, activation):
     """From what enters the MLP of a layer to what leaves it; saved, loaded, resumed and measured like a dictionary."""
     hook, target = "blocks.1.ln2.hook_in", "blocks.1.hook_mlp_out"

@@ -79,6 +79,7 @@ def test_both_codes(both_paths, mask_kind):
     assert len(shapes) == 2
 
 
+@pytest.mark.slow
 def test_ragged_codes(both_paths):
     x, W_enc, b_enc, center = inputs(SHAPE)
     threshold = torch.rand(SHAPE.F, generator=SHAPE.generator)

@@ -17,7 +17,8 @@ from .test_encode_sparse import MASKS, WIDE, activations, check, inputs, largest
 pytest.importorskip("triton")
 
 SHAPES = (WIDE, Shape(N=18, D=40, F=150, K=6, T=3), Shape(N=12, D=33, F=515, K=5, T=2))
-each_shape = pytest.mark.parametrize("small", SHAPES, ids=str)
+SHAPES_OR_SLOW = (SHAPES[0], *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[1:]))
+each_shape = pytest.mark.parametrize("small", SHAPES_OR_SLOW, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +99,7 @@ def test_each_unsure_tile_is_multiplied_once(monkeypatch, assert_close):
     assert launched.count(ragged.above_cut_kernel) == 2 * 8
 
 
-@pytest.mark.parametrize("mask_kind", ["no mask", "soft mask"])
+@pytest.mark.parametrize("mask_kind", ["no mask", pytest.param("soft mask", marks=pytest.mark.slow)])
 def test_same_bits_twice_with_an_outlier(mask_kind):
     (x, W_enc, b_enc, _), settings, _ = with_outlier(WIDE, mask_kind)
     for encode in (
