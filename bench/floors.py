@@ -24,6 +24,7 @@ class Rates:
     bytes_per_s     of device memory, read plus written
     l2_bytes_per_s  of the cache that gathers hit
     source          "table", "measured here" or another source
+    candidate_flops the rate of bfloat16 products where they choose candidates for float32 operands, else None
     """
 
     device: str
@@ -31,6 +32,7 @@ class Rates:
     bytes_per_s: float
     l2_bytes_per_s: float
     source: str
+    candidate_flops: float | None = None
 
 
 # rates reached by bfloat16 products and large copies; the L2 rate is an assumption; float32 is not listed
@@ -55,7 +57,7 @@ FLOOR_NAMES = dict(zip(StepFloors._fields, ("dense", "materialised", "fused", "f
 def step_floors(n: int, d: int, f: int, k: float, rates: Rates, itemsize: int = 2) -> StepFloors:
     """Floors of one step on N tokens, with B bytes per operand (`itemsize`), P = 2DF parameters and G = BNKD:
 
-        E = 2NDF / FLOPs                         one matrix product
+        E = 2NDF / FLOPs                         one matrix product; of (ii) and (iii), at `candidate_flops` if known
         S = G / BW + 3G / L2                     four gathers of K rows per token, one of which misses the cache
         (i)   dense          6E + (aP + 4BNF) / BW        activations and their gradient written and read
         (ii)  materialised   E + BNF / BW + S + (a + 4)P / BW
@@ -66,7 +68,8 @@ def step_floors(n: int, d: int, f: int, k: float, rates: Rates, itemsize: int = 
     that is written and read. (ii) adds 4 to fill it with zeros. NF / 4: 4 candidates of 4 bytes per 128 latents are written
     and read.
     """
-    e, g, p = 1e3 * 2 * n * d * f / rates.flops[itemsize], itemsize * n * k * d, 2 * d * f
+    products, g, p = 6e3 * 2 * n * d * f / rates.flops[itemsize], itemsize * n * k * d, 2 * d * f
+    e = 1e3 * 2 * n * d * f / (rates.candidate_flops or rates.flops[itemsize])
     per_ms = rates.bytes_per_s / 1e3
     s = g / per_ms + 3 * g / (rates.l2_bytes_per_s / 1e3)
     shadow = itemsize if itemsize < 4 else 0
@@ -74,7 +77,7 @@ def step_floors(n: int, d: int, f: int, k: float, rates: Rates, itemsize: int = 
     candidates = n * f * CANDIDATES * 4 * 2 / TILE
     unfused = fused + 8
     return StepFloors(
-        dense=6 * e + (unfused * p + 4 * itemsize * n * f) / per_ms,
+        dense=products + (unfused * p + 4 * itemsize * n * f) / per_ms,
         materialised=e + itemsize * n * f / per_ms + s + (unfused + 4) * p / per_ms,
         fused=e + candidates / per_ms + s + SORT_MS + fused * p / per_ms,
         fused_bf16_moments=e + candidates / per_ms + s + SORT_MS + narrow * p / per_ms,
@@ -117,6 +120,8 @@ def rates_of(device: str, *itemsizes: int) -> Rates:
     """
     import torch
 
+    from ..kernels.certified_topk import bfloat16_speedup
+
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
     known = known_card(name)
     known_flops = known.flops if known is not None else {}
@@ -124,8 +129,9 @@ def rates_of(device: str, *itemsizes: int) -> Rates:
     if known is not None:
         return replace(known, flops=flops)
     bandwidth = copy_rate(device)
+    candidates = matmul_rate(device, 2) if torch.device(device).type == "cpu" and bfloat16_speedup() else None
     # caches are not measured, so all gathers count as memory traffic
-    return Rates(name, flops, bandwidth, bandwidth, "measured here")
+    return Rates(name, flops, bandwidth, bandwidth, "measured here", candidates)
 
 
 def known_card(name: str) -> Rates | None:

@@ -15,8 +15,8 @@ times `OUTPUT`, for its own rounding to bfloat16, is no less than the float32 ac
 
 The candidates of a token are the 2 K latents with the largest bounds. Their activations are computed in float32. If
 the K-th largest of these exceeds the bounds of all other latents, none of those is among the K largest, and the token
-is certain. Other tokens take the float32 path, and so do all if a number is not finite. BatchTopK does the same for the
-batch.
+is certain. For other tokens, all latents whose bounds reach that value are computed. Tokens with many of those take the
+float32 path, and so do all if a number is not finite. BatchTopK does the same for the batch.
 
 The selection is that of a float32 encoder, except that subnormal activations may count as zero. It may differ from that
 of the float32 path where two activations differ by less than the rounding of float32 sums, and values may differ in their
@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +46,7 @@ OUTPUT = 1.008  # (1 + 2^-8)^2 and a little: a rounding to bfloat16 of the produ
 UP = 1 + 2.0**-7  # a positive number times this, rounded to bfloat16, is no less than the number
 LARGEST = 1e37  # of |x| |w| + |b|
 LEAST = 1e-15  # smaller norms may have lost squares to underflow
+CACHED = 16 * 2**20  # bytes of W_enc that stay in cache
 ROWS = 256  # rounded at a time, so that they stay in cache
 
 _forced: ContextVar[bool | None] = ContextVar("forced", default=None)
@@ -61,8 +63,8 @@ def bfloat16_candidates(enabled: bool) -> Iterator[None]:
 
 
 def applies(inputs: EncoderInputs, selection: Selection) -> bool:
-    """Return whether candidates come from a bfloat16 product: for one dictionary on a CPU, with sums in float32 and
-    W_enc.T contiguous, if that is faster.
+    """Return whether candidates come from a bfloat16 product: for one dictionary on a CPU, with sums in float32, if that
+    is faster.
 
     What is faster depends on the processor and on sizes alone, so a resumed run has the same bits on the same machine.
     """
@@ -71,31 +73,36 @@ def applies(inputs: EncoderInputs, selection: Selection) -> bool:
         x.device.type == "cpu"
         and x.dtype != torch.float64
         and x.numel() > 0
-        and W_enc.T.is_contiguous()
         and (center is None or center.dim() == 1)
         and selection.dictionaries == 1
         and (not selection.aux_k or selection.aux_latents is not None)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, W_enc, b_enc)))
     )
     forced = _forced.get()
-    return can_apply and (_is_faster(len(x), W_enc.shape[0], W_enc.shape[1], selection.k) if forced is None else forced)
+    return can_apply and (_is_faster(len(x), W_enc, selection.k) if forced is None else forced)
 
 
-def _is_faster(n: int, d: int, f: int, k: int) -> bool:
-    """Compare costs per column of x, in float32 multiply-adds. Rounding an element of W_enc and taking its norms costs
-    about 50 of them, and a gathered element of a candidate's row about 20. The product must save 1.5 times
-    as much."""
+def _is_faster(n: int, W_enc: Tensor, k: int) -> bool:
+    """Compare costs in float32 multiply-adds, fitted to one and two threads of a Zen 5. To round W_enc and take its norms
+    costs about 50 per element, and to transpose it 200. The product must save 1.2 times as much."""
+    d, f = W_enc.shape
     speedup = bfloat16_speedup() if d >= 64 else 0.0
-    return speedup > 0 and n * f * (1 - 1 / speedup) > 1.5 * (50 * f + 20 * n * min(2 * k, f))
+    rounding = (50 if W_enc.T.is_contiguous() else 250) * f * d
+    return speedup > 0 and n * f * d * (1 - 1 / speedup) > 1.2 * (rounding + n * min(2 * k, f) * _candidate_cost(d, f))
+
+
+def _candidate_cost(d: int, f: int) -> int:
+    """Multiply-adds that take as long as to select a candidate and to work it out. Its row of W_enc comes from a cache or
+    from memory."""
+    return 2500 + (5 if 4 * f * d <= CACHED else 40) * d
 
 
 @functools.cache
 def bfloat16_speedup() -> float:
-    """Return how much faster than float32 this processor multiplies bfloat16, at least: 3 with AMX, 1.5 with
-    AVX512-BF16. 0 with neither, or if a product timed once per process is less than 1.2 times faster.
-
-    1.2 is far below what these instructions give, so that noise does not change a decision."""
-    features = {"amx_tile": 3.0, "avx512_bf16": 1.5}
+    """Return how much faster than float32 this processor multiplies bfloat16: 3 with AMX, at least, and 2 with
+    AVX512-BF16, by the width of its instructions. 0 with neither, or if a product timed once per process is less than 1.2
+    times faster, which is far below what these instructions give, so that noise does not change a decision."""
+    features = {"amx_tile": 3.0, "avx512_bf16": 2.0}
     speedup = next((s for name, s in features.items() if getattr(torch.cpu, f"_is_{name}_supported", bool)()), 0.0)
     return speedup if speedup and _measured_speedup() >= 1.2 else 0.0
 
@@ -115,7 +122,8 @@ def encode_topk(inputs: EncoderInputs, selection: Selection) -> tuple[SparseCode
     """Return the codes of `encode_topk`."""
     x, W_enc, b_enc, center, mask, pos = inputs
     x = x.float() if center is None else x.float() - center
-    inputs = EncoderInputs(x, W_enc.float(), b_enc.float(), None, mask, pos)
+    rows_of_w = W_enc.T.float().contiguous()  # candidates' rows are gathered
+    inputs = EncoderInputs(x, rows_of_w.T, b_enc.float(), None, mask, pos)
     code = (_topk_of_batch if selection.across_batch else _topk_of_tokens)(inputs, selection.k)
     latents = selection.aux_latents
     if not selection.aux_k or latents is None:
@@ -179,38 +187,78 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _topk_of_tokens(inputs: EncoderInputs, k: int) -> SparseCode:
-    keys, f = _keys(inputs), inputs.W_enc.shape[1]
+    keys, (d, f) = _keys(inputs), inputs.W_enc.shape
     if keys is None:
         return select_topk(encode(inputs), k)
     candidates = select_topk(keys, min(2 * k, f))
     best = select_topk(_activations(inputs, candidates), k)
-    values, indices = best.values, candidates.indices.gather(1, best.indices.long())
+    code = SparseCode(best.values, candidates.indices.gather(1, best.indices.long()), f)
     if 2 * k < f:
-        cut = candidates.values.amin(1).view(torch.bfloat16).float()
-        is_certain = (cut <= 0) | (cut * OUTPUT < values.amin(1))
-        tokens = (~is_certain).nonzero()[:, 0]
-        if len(tokens):
-            again = select_topk(encode(_of_tokens(inputs, tokens)), k)
-            values[tokens], indices[tokens] = again.values, again.indices
-    return SparseCode(values, indices, f)
+        cut, least = candidates.values.amin(1).view(torch.bfloat16).float(), code.values.amin(1)
+        uncertain = ~((cut <= 0) | (cut * OUTPUT < least))
+        tokens = uncertain.nonzero()[:, 0]
+        reaching = _reaching(keys[tokens], least[tokens, None])
+        has_few = reaching.sum(1, dtype=torch.int32) * _candidate_cost(d, f) <= f * d
+        for again, among in ((tokens[has_few], reaching[has_few]), (tokens[~has_few], None)):
+            if len(again):
+                exact = _topk_among(_of_tokens(inputs, again), among, k)
+                code.values[again], code.indices[again] = exact.values, exact.indices
+    return code
+
+
+def _topk_among(inputs: EncoderInputs, latents: Tensor | None, k: int) -> SparseCode:
+    """Return the code computed in float32 for `latents`, bool [N, F] with at least k per token, or for all."""
+    if latents is None:
+        return select_topk(encode(inputs), k)
+    candidates = _ragged(latents)
+    assert candidates.offsets is not None
+    acts, starts = _activations(inputs, candidates), candidates.offsets[:-1, None]
+    entries = starts + torch.arange(int(candidates.offsets.diff().max()))
+    is_own = entries < candidates.offsets[1:, None]
+    best = select_topk(torch.where(is_own, acts[entries.clamp(max=len(acts) - 1)], 0), k)
+    return SparseCode(best.values, candidates.indices[starts + best.indices], candidates.n_latents)
 
 
 def _topk_of_batch(inputs: EncoderInputs, k: int) -> SparseCode:
-    keys, (n, f) = _keys(inputs), (len(inputs.x), inputs.W_enc.shape[1])
+    keys, (n, d), f = _keys(inputs), inputs.x.shape, inputs.W_enc.shape[1]
     if keys is None:
         return select_batch_topk(encode(inputs), n * k)
     candidates = select_batch_topk(keys, min(2 * n * k, n * f))
-    best = select_batch_topk(_activations(inputs, candidates)[None], n * k)
     assert candidates.offsets is not None
-    assert best.offsets is not None
-    used, is_full = int(best.offsets[-1]), int(candidates.offsets[-1]) == len(candidates.values)
+    code = _best_of_batch(inputs, candidates, n * k)
+    assert code.offsets is not None
+    is_full = int(candidates.offsets[-1]) == len(candidates.values)
     cut = float(candidates.values.amin().view(torch.bfloat16)) if is_full and 2 * k < f else 0.0
-    least = float(best.values.amin()) if used == n * k else 0.0
-    if not (cut <= 0 or cut * OUTPUT < least):
-        return select_batch_topk(encode(inputs), n * k)
+    least = code.values.amin()  # zero with unused entries
+    if cut <= 0 or cut * OUTPUT < least:
+        return code
+    reaching = _reaching(keys, least)
+    if int(reaching.count_nonzero()) * _candidate_cost(d, f) <= n * f * d:
+        return _best_of_batch(inputs, _ragged(reaching), n * k)
+    return select_batch_topk(encode(inputs), n * k)
+
+
+def _best_of_batch(inputs: EncoderInputs, candidates: SparseCode, total: int) -> SparseCode:
+    """Return the `total` largest of the activations of candidates."""
+    best = select_batch_topk(_activations(inputs, candidates)[None], total)
+    assert best.offsets is not None
     entries = best.indices.long()
-    offsets = torch.searchsorted(candidates.rows[entries[:used]], torch.arange(n + 1))
-    return SparseCode(best.values, candidates.indices[entries], f, offsets)
+    owners = candidates.rows[entries[: int(best.offsets[-1])]]
+    offsets = torch.searchsorted(owners, torch.arange(candidates.n_tokens + 1))
+    return SparseCode(best.values, candidates.indices[entries], candidates.n_latents, offsets)
+
+
+def _reaching(keys: Tensor, least: Tensor) -> Tensor:
+    """Return whether the bound of `_keys` is no less than a number >= 0, and positive."""
+    limit = (least / OUTPUT).view(torch.int32).bitwise_right_shift(16).to(torch.int16)  # rounded down to bfloat16
+    return keys >= limit.clamp(min=1)
+
+
+def _ragged(chosen: Tensor) -> SparseCode:
+    """Return a code of zeros at the true elements of bool [N, F]."""
+    (n, f), where = chosen.shape, torch.from_numpy(np.flatnonzero(chosen.numpy()))
+    offsets = torch.searchsorted(where, f * torch.arange(n + 1))
+    return SparseCode(torch.zeros(len(where)), (where % f).int(), f, offsets)
 
 
 def _activations(inputs: EncoderInputs, code: SparseCode) -> Tensor:

@@ -1,9 +1,12 @@
 """Floors are arithmetic: they must be the published table's, and must move with every term."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from temposae.bench import floors
 from temposae.bench.floors import KNOWN, Rates, known_card, op_floor, step_floors, step_work
+from temposae.kernels import certified_topk
 from temposae.kernels.cost import Cost
 
 # ms of a step at N = 8192, D = 2304, K = 64, to the printed digit: dense, materialised, fused, fused with bf16 moments
@@ -34,6 +37,11 @@ def test_floor_of_a_step_small_enough_to_work_out_by_hand() -> None:
     assert found.fused_bf16_moments == pytest.approx(found.fused - 8 * 40e-6)
     # in float32 operands are twice as wide, products half as fast, and there is no shadow to write
     wide = step_floors(20, 2, 10, 2, rates, itemsize=4)
+    narrow = step_floors(20, 2, 10, 2, replace(rates, candidate_flops=2 * rates.flops[4]), itemsize=4)
+    assert narrow.dense == wide.dense
+    saved = 1e3 * 20 * 2 * 10 / rates.flops[4]
+    assert wide.fused - narrow.fused == pytest.approx(saved)
+    assert wide.materialised - narrow.materialised == pytest.approx(saved)
     assert wide.fused == pytest.approx(2 * e + 200e-6 / 4 + 2 * s + 0.05 + 24 * 40e-6)
     assert wide.dense == pytest.approx(12 * e + (32 * 40 + 16 * 200) * 1e-6)
 
@@ -82,10 +90,13 @@ def test_an_unknown_device_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     floors.copy_rate.cache_clear()
     floors.matmul_rate.cache_clear()
     try:
-        found = floors.rates_of("cpu", 4)
-        assert found.source == "measured here"
-        assert found.flops == {4: pytest.approx(2 * 2048**3 / 0.010)}
-        assert found.bytes_per_s == pytest.approx(2 * 2**27 / 0.010)
+        for speedup in (0.0, 2.0):
+            monkeypatch.setattr(certified_topk, "bfloat16_speedup", lambda speedup=speedup: speedup)
+            found = floors.rates_of("cpu", 4)
+            assert found.source == "measured here"
+            assert found.flops == {4: pytest.approx(2 * 2048**3 / 0.010)}
+            assert found.candidate_flops == (found.flops[4] if speedup else None)
+            assert found.bytes_per_s == pytest.approx(2 * 2**27 / 0.010)
     finally:
         floors.copy_rate.cache_clear()
         floors.matmul_rate.cache_clear()
