@@ -70,8 +70,14 @@ def tiny_norms(n, d, f):
     return 1e-25 * x, W, 0 * b
 
 
-@pytest.mark.parametrize("make", [drawn, aligned, one_large, representable, tiny_norms])
-@pytest.mark.parametrize("size", [(7, 5, 9), (40, 300, 70), (9, 2304, 130)], ids=str)
+def grown(n, d, f):
+    """Every element is rounded away from zero, all errors add up, and at D = 14 all norms are rounded down."""
+    above_half_step = 1 + 2.0**-8 + 2.0**-20
+    return torch.full((n, d), above_half_step), torch.full((f, d), -above_half_step).T, torch.zeros(f)
+
+
+@pytest.mark.parametrize("make", [drawn, aligned, one_large, representable, tiny_norms, grown])
+@pytest.mark.parametrize("size", [(7, 5, 9), (3, 14, 9), (40, 300, 70), (9, 2304, 130)], ids=str)
 def test_the_operands_allow_for_the_rounding_of_both_sums(make, size):
     x, W_enc, b_enc = make(*size)
     torch.use_deterministic_algorithms(True)  # unwritten memory holds NaN
