@@ -71,7 +71,7 @@ def tiny_norms(n, d, f):
 
 
 def grown(n, d, f):
-    """Every element is rounded away from zero, all errors add up, and at D = 14 all norms are rounded down."""
+    """Every element is rounded away from zero, and all errors add up: |x^| = |x| + |x - x^|."""
     above_half_step = 1 + 2.0**-8 + 2.0**-20
     return torch.full((n, d), above_half_step), torch.full((f, d), -above_half_step).T, torch.zeros(f)
 
