@@ -23,7 +23,7 @@ from ..engine.synthetic.presets import PRESETS, preset
 from ..engine.train import train, train_together
 from ..engine.unit_decoder import unit_decoder
 from ..evals.recovery import Encoder, recovery
-from .libraries import load
+from .libraries import load, sae_lens_dictionary
 from .results import about
 
 KINDS = ("batchtopk", "matryoshka", "jumprelu", "relu", "topk")
@@ -161,26 +161,6 @@ def _ours(cell: Cell) -> tuple[Encoder, dict[str, Any]]:
     return unit_decoder(run.sae), {"stream_share": round(seconds[stream.source.label] / sum(seconds.values()), 4)}
 
 
-class _PeerEncoder:
-    """SAELens' training dictionary in the form of `recovery.Encoder`, as its own benchmark evaluates it."""
-
-    looks_along_rows = False
-
-    def __init__(self, sae: Any):
-        self.sae = sae.eval()
-
-    @property
-    def W_dec(self) -> Tensor:
-        return self.sae.W_dec
-
-    def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        f = self.sae.encode(x)
-        return f.to_dense() if f.is_sparse else f
-
-    def decode(self, f: Tensor) -> Tensor:
-        return self.sae.decode(f)
-
-
 def _sae_lens(cell: Cell) -> tuple[Encoder, dict[str, Any]]:
     """Train with SAELens' SAETrainer on the samples that ours see. ReLU and JumpReLU follow the target L0."""
     library, stream = load("sae_lens"), cell.open()
@@ -214,7 +194,7 @@ def _sae_lens(cell: Cell) -> tuple[Encoder, dict[str, Any]]:
     trainer.data_provider = _batches(stream, trainer, cell)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         trainer.fit()
-    return _PeerEncoder(sae), {"lr": rate}
+    return sae_lens_dictionary(sae.eval()), {"lr": rate}
 
 
 def _batches(stream: ActivationStream, trainer: Any, cell: Cell) -> Iterator[Tensor]:
