@@ -178,12 +178,11 @@ def learning_rate(
 
     if data is not None:
         check_data(data)
-    measured_before = suite.read(json_file) if json_file is not None and json_file.is_file() else None
     results = suite.measure(
         suite.plan(preset, source, cell),
         data=data,
         seeds=seeds,
-        done=measured_before,
+        done=suite.read(json_file),
         keep=lambda results: write_json(json_file, results),
     )
     print(suite.table(results), end="")
@@ -321,8 +320,8 @@ def _check(device: str | None = None) -> str:
     _set_log_levels()
     import torch
 
-    if device not in (None, "cpu", "cuda"):
-        raise UserError(f"device: {device!r} is not allowed; it must be cpu or cuda")
+    if device is not None:
+        check_known("device", device, ("cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' is not allowed; torch finds no GPU here")
     check_backend()
