@@ -1,6 +1,5 @@
 """Compare the default learning rate with a grid of others, over sources of activations, sizes, batches and run lengths."""
 
-import json
 import math
 import re
 import sys
@@ -23,7 +22,7 @@ from ..engine.train import train
 from ..engine.training.schedules import default_lr
 from .data import Shape
 from .data import tokens as made_up
-from .results import about, markdown
+from .results import about, heading, markdown, read_unfinished
 
 TOKENS = 100_000  # tokens of a source
 HELD_OUT = 4096  # the last tokens, for evaluation
@@ -114,7 +113,9 @@ def activations(source: str, data: str | None = None) -> Tensor:
     if kind == "synthetic":
         return made_up(Shape(TOKENS, int(number), 1, 1), "cpu", torch.float32, count=1).batches[0].x
     if kind == "world":
-        stream = ActivationStream(StreamConfig(**WORLDS["small"]["stream"]), tokens=TOKENS, batch=1024, seed=int(number))
+        stream = ActivationStream(
+            StreamConfig(**WORLDS["small"]["stream"]), tokens=TOKENS, batch=1024, seed=int(number)
+        )
     else:
         hook = f"blocks.{number}.hook_resid_post"
         stream = ActivationStream(StreamConfig(model=kind, hook=hook, data=data, buffer_dtype="float32"), tokens=TOKENS)
@@ -198,14 +199,9 @@ def _cell(cell_result: dict[str, Any]) -> Cell:
     return Cell(**{name: cell_result[name] for name in Cell._fields})
 
 
-def read(file: Path) -> dict[str, Any]:
-    """Read a results file of this suite. Raises UserError for other files."""
-    try:
-        result = json.loads(file.read_text())
-        [_cell(cell_result) for cell_result in result["cells"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"json: {file} is not allowed; it must hold learning rates from `temposae bench lr`") from None
-    return result
+def read(file: Path | None) -> dict[str, Any] | None:
+    """Read a results file of this suite, if there is one. Raises UserError for other files."""
+    return read_unfinished(file, "bench lr", lambda result: [_cell(cell_result) for cell_result in result["cells"]])
 
 
 def excess(cell_result: dict[str, Any]) -> float:
@@ -222,6 +218,4 @@ def table(result: dict[str, Any]) -> str:
         rates = ((best["lr"], best["fvu"]), (line["default_lr"], line["default"]["fvu"]))
         cells = [cell for lr, fvu in rates for cell in (f"{lr:.2g}", f"{fvu:.4f}")]
         lines.append((*(str(line[name]) for name in sizes), *cells, f"{excess(line):+.1%}"))
-    commit = (result["commit"] or "unknown")[:8]
-    heading = f"{result['device']}, torch {result['versions']['torch']}, commit {commit}"
-    return "\n".join([heading, "", *markdown(lines), ""])
+    return "\n".join([heading(result), "", *markdown(lines), ""])

@@ -19,8 +19,8 @@ from ..engine.accelerate import accelerate
 from .data import seed_of
 from .training_job import (
     DEAD,
-    AnyDictionary,
     LONG_RUN,
+    AnyDictionary,
     ProviderRun,
     ProviderUnavailable,
     TrainingJob,

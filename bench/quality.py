@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..evals.recovery import recovery
 from .data import Shape, Tokens
 from .learning_rate import HELD_OUT, Cell, activations
 from .providers import PROVIDERS
-from .results import about, markdown
+from .results import about, heading, markdown, read_unfinished
 from .training_job import AnyDictionary, ProviderUnavailable, TrainingJob, fixes_l0
 
 LIBRARIES = ("temposae", "SAELens", "dictionary_learning", "eai-sparsify")
@@ -85,11 +86,18 @@ def _label(row: dict[str, Any]) -> tuple[str, Cell, str, float, int]:
     return row["source"], cell, row["library"], row["lr"], row["seed"]
 
 
+def read(file: Path | None) -> dict[str, Any] | None:
+    """Read a results file of this suite, if there is one. Raises UserError for other files."""
+    return read_unfinished(file, "bench quality", lambda result: [_label(row) for row in result["rows"]])
+
+
 def _train(source: str, cell: Cell, library: str, rate: float, seed: int, x: Tensor) -> dict[str, float | None]:
     shape = Shape(cell.batch, x.shape[1], cell.F, cell.K).check()
     batches = list(x[:-HELD_OUT].split(cell.batch))[: len(x[:-HELD_OUT]) // cell.batch]
     if not batches:
-        raise UserError(f"cell: batch {cell.batch} is not allowed; {source} has {max(0, len(x) - HELD_OUT)} to train on")
+        raise UserError(
+            f"cell: batch {cell.batch} is not allowed; {source} has {max(0, len(x) - HELD_OUT)} to train on"
+        )
     mean_norm = float(batches[0].norm(dim=1).mean())
     pos = torch.zeros(cell.batch, dtype=torch.int64)
     tokens = Tokens([Batch.of(batch, pos) for batch in batches], batches, x[-HELD_OUT:], batches[0].mean(0), mean_norm)
@@ -141,9 +149,8 @@ def table(result: dict[str, Any]) -> str:
                 _difference(rows, best.get("temposae", [])) if library != "temposae" else "",
                 f"{means['dead']:.1%}", *shown, f"{means['seconds']:.1f}",
             ))  # fmt: skip
-    heading = f"{result['device']}, torch {result['versions']['torch']}, commit {(result['commit'] or 'unknown')[:8]}"
     left_out = [f"{library} was left out: {reason}" for library, reason in result["left_out"].items()]
-    return "\n".join([heading, "", *markdown(lines), "", *left_out])
+    return "\n".join([heading(result), "", *markdown(lines), "", *left_out])
 
 
 def _mean(values: Any) -> float | None:

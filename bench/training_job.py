@@ -60,7 +60,7 @@ class AnyDictionary:
     """Another library's dictionary as `evals.recovery.Encoder`: x [N, D] to f [N, F], and back; `rows` returns W_dec."""
 
     to_code: Callable[[Tensor], Tensor]
-    decode: Callable[[Tensor], Tensor]
+    to_x: Callable[[Tensor], Tensor]
     rows: Callable[[], Tensor]
     looks_along_rows: bool = False
 
@@ -70,6 +70,9 @@ class AnyDictionary:
 
     def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         return self.to_code(x)
+
+    def decode(self, f: Tensor) -> Tensor:
+        return self.to_x(f)
 
 
 @dataclass

@@ -178,12 +178,11 @@ def learning_rate(
 
     if data is not None:
         check_data(data)
-    measured_before = suite.read(json_file) if json_file is not None and json_file.is_file() else None
     results = suite.measure(
         suite.plan(preset, source, cell),
         data=data,
         seeds=seeds,
-        done=measured_before,
+        done=suite.read(json_file),
         keep=lambda results: write_json(json_file, results),
     )
     print(suite.table(results), end="")
@@ -221,12 +220,13 @@ def quality(
 ) -> None:
     """Compare what libraries' own training code reaches on the same batches.
 
-    Each library has its best of a few constant learning rates. Prints FVU on held-out activations, dead latents, seconds and,
-    on a synthetic world, F1 and MCC. Runs on the CPU and takes minutes to hours, depending on the preset.
+    Each library has its best of a few constant learning rates. Prints FVU on held-out activations, dead latents, seconds
+    and, on a synthetic world, F1 and MCC. Runs on the CPU and takes minutes to hours, depending on the preset.
     """
     _check("cpu")
     check_writable(json_file)
-    from ..bench import learning_rate, quality as suite
+    from ..bench import learning_rate
+    from ..bench import quality as suite
     from ..engine.stream.documents import check_data
 
     if data is not None:
@@ -237,7 +237,7 @@ def quality(
         rates=sorted(set(lr)) if lr else suite.RATES,
         seeds=seeds,
         data=data,
-        done=suite.read(json_file) if json_file is not None and json_file.is_file() else None,
+        done=suite.read(json_file),
         keep=lambda results: write_json(json_file, results),
     )
     print(suite.table(results), end="")
@@ -375,8 +375,8 @@ def _check(device: str | None = None) -> str:
     _set_log_levels()
     import torch
 
-    if device not in (None, "cpu", "cuda"):
-        raise UserError(f"device: {device!r} is not allowed; it must be cpu or cuda")
+    if device is not None:
+        check_known("device", device, ("cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' is not allowed; torch finds no GPU here")
     check_backend()

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from typer import Context, Option
 
-from ..engine.errors import UserError
+from ..engine.errors import check_known
 from ..engine.storage.files import check_writable, write_json
 from .arguments import App
 from .options import PLAIN, JsonFile, Plugin, Resume, check_backend, merge
@@ -87,15 +87,12 @@ def bench(
     from ..bench import synthetic as suite
 
     for name in library or ():
-        if name not in suite.LIBRARIES:
-            raise UserError(f"library: {name!r} is not allowed; it must be {' or '.join(suite.LIBRARIES)}")
-    planned = suite.cells(preset, seeds, kind, tokens)
-    measured_before = suite.read(json_file, preset) if json_file is not None and json_file.is_file() else None
+        check_known("library", name, suite.LIBRARIES)
     results = suite.measure(
         preset,
-        planned,
+        suite.cells(preset, seeds, kind, tokens),
         libraries=library or suite.LIBRARIES,
-        done=measured_before,
+        done=suite.read(json_file, preset),
         keep=lambda results: write_json(json_file, results),
     )
     write_json(json_file, results)
