@@ -10,7 +10,7 @@ from typer import Argument, Option
 from ..engine.errors import UserError, check_known
 from ..engine.storage.files import check_writable, write_json
 from .arguments import App
-from .options import PLAIN, JsonFile, check_backend
+from .options import PLAIN, GrowingJsonFile, JsonFile, check_backend
 
 bench_app = App(help="Time training steps, ops and streams, next to other libraries.", **PLAIN)
 
@@ -161,10 +161,7 @@ def learning_rate(
     ] = None,
     data: Annotated[str | None, Option(help="Text for MODEL:LAYER, as in `train --data`.")] = None,
     seeds: Annotated[int, Option(min=1, max=1000, help="Number of seeds to average over.")] = 1,
-    json_file: Annotated[
-        Path | None,
-        Option("--json", help="Write results to this JSON file after each cell, and skip cells that it already holds."),
-    ] = None,
+    json_file: GrowingJsonFile = None,
 ) -> None:
     """Compare the default learning rate with a grid of others.
 
@@ -172,7 +169,6 @@ def learning_rate(
     depending on the preset.
     """
     _check("cpu")
-    check_writable(json_file)
     from ..bench import learning_rate as suite
     from ..engine.stream.documents import check_data
 
