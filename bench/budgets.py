@@ -119,6 +119,30 @@ BUDGETS: dict[str, Budget] = {
     "adam, matrix, 8-bit moments": Budget(112, 1580, 0),
     "adam, matrix in fp8": Budget(80, 780, 0),
 }
+#: instructions of the loop that adds two entries to a gradient
+GATHER_LOOPS: dict[str, int] = dict.fromkeys(
+    (
+        "adam_rows, decoder, D = 2304 bf16",
+        "adam_rows, encoder, D = 2304 bf16",
+        "adam_rows, encoder with biases, D = 2304 bf16",
+        "adam_rows, norms, D = 2304 bf16",
+        "adam_rows, encoder norms, D = 2304 bf16",
+        "weight_grad, D = 2304 bf16",
+        "windows, D = 2304 bf16",
+    ),
+    100,
+)
+#: instructions of the loop over D of `candidates`, and those after it by variant
+PRODUCT_LOOP = 86
+EPILOGUES: dict[str, int] = {
+    "candidates bf16": 720,
+    "candidates, 8 of a tile bf16": 1230,
+    "candidates, thresholds bf16": 920,
+    "candidates, hard mask bf16": 985,
+    "candidates, soft mask bf16": 1370,
+    "candidates, Gaussians bf16": 1390,
+    "candidates, two codes bf16": 1420,
+}
 
 
 def over_budget(kernels: Iterable[dict[str, Any]]) -> list[str]:

@@ -209,10 +209,7 @@ def quality(
     ] = None,
     data: Annotated[str | None, Option(help="Text for MODEL:LAYER, as in `train --data`.")] = None,
     seeds: Annotated[int, Option(min=1, max=1000, help="Number of seeds, from 0.")] = 3,
-    json_file: Annotated[
-        Path | None,
-        Option("--json", help="Write results to this JSON file after each run, and skip runs that it already holds."),
-    ] = None,
+    json_file: GrowingJsonFile = None,
 ) -> None:
     """Compare what libraries' own training code reaches on the same batches.
 
@@ -220,7 +217,6 @@ def quality(
     and, on a synthetic world, F1 and MCC. Runs on the CPU and takes minutes to hours, depending on the preset.
     """
     _check("cpu")
-    check_writable(json_file)
     from ..bench import learning_rate
     from ..bench import quality as suite
     from ..engine.stream.documents import check_data

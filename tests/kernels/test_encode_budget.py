@@ -6,19 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from temposae.bench.budgets import BUDGETS
+from temposae.bench.budgets import BUDGETS, EPILOGUES, PRODUCT_LOOP
 
-#: instructions of the loop over D of `candidates`, and those after it by variant
-PRODUCT_LOOP = 86
-EPILOGUES: dict[str, int] = {
-    "candidates bf16": 720,
-    "candidates, 8 of a tile bf16": 1230,
-    "candidates, thresholds bf16": 920,
-    "candidates, hard mask bf16": 985,
-    "candidates, soft mask bf16": 1370,
-    "candidates, Gaussians bf16": 1390,
-    "candidates, two codes bf16": 1420,
-}
 COUNT = """
 import json, re, sys
 from temposae.bench import aot

@@ -6,23 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from temposae.bench.budgets import over_budget
+from temposae.bench.budgets import GATHER_LOOPS, over_budget
 
 FORBIDDEN = ("BAR", "LDS", "STS", "LDGSTS", "MUFU", "I2F", "LDL", "STL")  # shared memory, integer division, spills
 
-#: instructions of the loop that adds two entries to a gradient
-GATHER_LOOPS: dict[str, int] = dict.fromkeys(
-    (
-        "adam_rows, decoder, D = 2304 bf16",
-        "adam_rows, encoder, D = 2304 bf16",
-        "adam_rows, encoder with biases, D = 2304 bf16",
-        "adam_rows, norms, D = 2304 bf16",
-        "adam_rows, encoder norms, D = 2304 bf16",
-        "weight_grad, D = 2304 bf16",
-        "windows, D = 2304 bf16",
-    ),
-    100,
-)
 MEASURE = r"""
 import json, re, sys
 from temposae.bench import aot
