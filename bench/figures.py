@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..campaign.figure_panels import plain_ticks
-from ..reporting.plots import SEVERAL, legend_below
+from ..reporting.plots import SEVERAL, legend_below, new_figure
 from .data import HEADLINE, Shape
 from .floors import FLOOR_NAMES, KNOWN, Rates, step_floors
 from .results import activation
@@ -14,9 +14,7 @@ COLOURS = dict(
 
 
 def _axes(n: int = 1) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-    figure = Figure(figsize=(max(5.6, 4.6 * n), 3.8), layout="constrained")
+    figure = new_figure(max(5.6, 4.6 * n), 3.8)
     axes = figure.subplots(1, n, squeeze=False)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

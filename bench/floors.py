@@ -123,7 +123,7 @@ def rates_of(device: str, *itemsizes: int) -> Rates:
     from ..kernels.certified_topk import bfloat16_speedup
 
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
-    known = known_card(name)
+    known = KNOWN.get(card_named(name, KNOWN) or "")
     known_flops = known.flops if known is not None else {}
     flops = {size: known_flops.get(size) or matmul_rate(device, size) for size in itemsizes}
     if known is not None:
@@ -132,11 +132,6 @@ def rates_of(device: str, *itemsizes: int) -> Rates:
     candidates = matmul_rate(device, 2) if torch.device(device).type == "cpu" and bfloat16_speedup() else None
     # caches are not measured, so all gathers count as memory traffic
     return Rates(name, flops, bandwidth, bandwidth, "measured here", candidates)
-
-
-def known_card(name: str) -> Rates | None:
-    """The table's row for a card of this name."""
-    return KNOWN.get(card_named(name, KNOWN) or "")
 
 
 def card_named(device: str, cards: Iterable[str]) -> str | None:

@@ -1,6 +1,5 @@
 """Compare the default learning rate with a grid of others, over sources of activations, sizes, batches and run lengths."""
 
-import json
 import math
 import re
 import sys
@@ -18,11 +17,12 @@ from ..engine.metrics import held_out_scores
 from ..engine.sae import SparseAutoencoder
 from ..engine.storage.path_names import expand_path
 from ..engine.stream import ActivationStream, Batch
+from ..engine.synthetic.presets import PRESETS as WORLDS
 from ..engine.train import train
 from ..engine.training.schedules import default_lr
 from .data import Shape
 from .data import tokens as made_up
-from .results import about, markdown
+from .results import about, heading, markdown, read_unfinished
 
 TOKENS = 100_000  # tokens of a source
 HELD_OUT = 4096  # the last tokens, for evaluation
@@ -62,11 +62,12 @@ PRESETS: dict[str, dict[str, Sequence[Cell]]] = {
 
 
 def plan(
-    preset: str, sources: Sequence[str] | None = None, cells: Sequence[str] | None = None
-) -> dict[str, Sequence[Cell]]:
+    preset: str, sources: Sequence[str] | None = None, cells: Sequence[str] | None = None,
+    presets: dict[str, dict[str, Sequence[Cell]]] = PRESETS,
+) -> dict[str, Sequence[Cell]]:  # fmt: skip
     """The cells of each source: those of a preset, or the given ones. Raises UserError for invalid ones."""
-    check_known("preset", preset, PRESETS)
-    preset_cells = PRESETS[preset]
+    check_known("preset", preset, presets)
+    preset_cells = presets[preset]
     parsed_cells = [_parse(text) for text in cells or ()]
     for source in sources or ():
         _check_source(source)
@@ -92,13 +93,15 @@ def _check_source(source: str) -> None:
             raise UserError(f"source: {shown(source)} is not allowed; {file} does not exist")
     elif not re.fullmatch(r".+:[0-9]{1,5}", name) or name == "synthetic:0":
         raise UserError(
-            f"source: {shown(source)} is not allowed; it must be synthetic:WIDTH, MODEL:LAYER or NAME=FILE.npy"
+            f"source: {shown(source)} is not allowed; it must be synthetic:WIDTH, world:SEED, MODEL:LAYER or "
+            "NAME=FILE.npy"
         )
 
 
 def activations(source: str, data: str | None = None) -> Tensor:
-    """Activations x [TOKENS, D] float32 of a source: `synthetic:WIDTH` (`data.tokens`), `MODEL:LAYER` (the residual stream
-    after that layer, on the text `data`), or `NAME=FILE.npy`. Raises UserError for other sources and unreadable files."""
+    """Activations x [TOKENS, D] float32 of a source: `synthetic:WIDTH` (`data.tokens`), `world:SEED` (samples of the preset
+    `small` of `temposae synth`), `MODEL:LAYER` (the residual stream after that layer, on the text `data`), or
+    `NAME=FILE.npy`. Raises UserError for other sources and unreadable files."""
     _check_source(source)
     name, is_file, file = source.partition("=")
     kind, _, number = name.rpartition(":")
@@ -109,8 +112,13 @@ def activations(source: str, data: str | None = None) -> Tensor:
             raise UserError(f"source: {source} can't be read ({error})") from None
     if kind == "synthetic":
         return made_up(Shape(TOKENS, int(number), 1, 1), "cpu", torch.float32, count=1).batches[0].x
-    hook = f"blocks.{number}.hook_resid_post"
-    stream = ActivationStream(StreamConfig(model=kind, hook=hook, data=data, buffer_dtype="float32"), tokens=TOKENS)
+    if kind == "world":
+        stream = ActivationStream(
+            StreamConfig(**WORLDS["small"]["stream"]), tokens=TOKENS, batch=1024, seed=int(number)
+        )
+    else:
+        hook = f"blocks.{number}.hook_resid_post"
+        stream = ActivationStream(StreamConfig(model=kind, hook=hook, data=data, buffer_dtype="float32"), tokens=TOKENS)
     batches = [stream.next(1024).flat().x.float().cpu().clone() for _ in range(-(-TOKENS // 1024))]
     return torch.cat(batches)[:TOKENS]
 
@@ -191,14 +199,9 @@ def _cell(cell_result: dict[str, Any]) -> Cell:
     return Cell(**{name: cell_result[name] for name in Cell._fields})
 
 
-def read(file: Path) -> dict[str, Any]:
-    """Read a results file of this suite. Raises UserError for other files."""
-    try:
-        result = json.loads(file.read_text())
-        [_cell(cell_result) for cell_result in result["cells"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"json: {file} is not allowed; it must hold learning rates from `temposae bench lr`") from None
-    return result
+def read(file: Path | None) -> dict[str, Any] | None:
+    """Read a results file of this suite, if there is one. Raises UserError for other files."""
+    return read_unfinished(file, "bench lr", lambda result: [_cell(cell_result) for cell_result in result["cells"]])
 
 
 def excess(cell_result: dict[str, Any]) -> float:
@@ -215,6 +218,4 @@ def table(result: dict[str, Any]) -> str:
         rates = ((best["lr"], best["fvu"]), (line["default_lr"], line["default"]["fvu"]))
         cells = [cell for lr, fvu in rates for cell in (f"{lr:.2g}", f"{fvu:.4f}")]
         lines.append((*(str(line[name]) for name in sizes), *cells, f"{excess(line):+.1%}"))
-    commit = (result["commit"] or "unknown")[:8]
-    heading = f"{result['device']}, torch {result['versions']['torch']}, commit {commit}"
-    return "\n".join([heading, "", *markdown(lines), ""])
+    return "\n".join([heading(result), "", *markdown(lines), ""])

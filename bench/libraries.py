@@ -20,6 +20,7 @@ from .data import seed_of
 from .training_job import (
     DEAD,
     LONG_RUN,
+    AnyDictionary,
     ProviderRun,
     ProviderUnavailable,
     TrainingJob,
@@ -40,7 +41,7 @@ def sparsify(job: TrainingJob) -> ProviderRun:
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # sparsify reads it when it is imported
     library = load("sparsify")
     n, d, f, k = job.shape
-    torch.manual_seed(seed_of("weights"))
+    torch.manual_seed(seed_of("weights", job.seed))
     autoencoder = library.SparseCoder(d, library.SparseCoderConfig(num_latents=f, k=k), job.device, torch.float32)
     autoencoder.b_dec.data = job.tokens.mean.clone()
     if job.accelerated:
@@ -85,8 +86,16 @@ def sparsify(job: TrainingJob) -> ProviderRun:
             optimizer.train()
         return x_hat
 
+    def encode(x: Tensor) -> Tensor:
+        code = autoencoder.encode(x)
+        return x.new_zeros(len(x), f).scatter(1, code.top_indices, code.top_acts)
+
     dtype = "bf16" if torch.device(job.device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return ProviderRun(step, reconstruct, "signum" if job.own else "Adam", dtype, None, job.aux_k)
+    dictionary = AnyDictionary(
+        encode, lambda code: code @ autoencoder.W_dec + autoencoder.b_dec, lambda: autoencoder.W_dec
+    )
+    optimizer_used = "signum" if job.own else "Adam"
+    return ProviderRun(step, reconstruct, optimizer_used, dtype, None, job.aux_k, dictionary=dictionary)
 
 
 def sae_lens(job: TrainingJob) -> ProviderRun:
@@ -101,7 +110,7 @@ def sae_lens(job: TrainingJob) -> ProviderRun:
         "relu": ("Standard", {}, dict(l1_coefficient=defaults.l1_coefficient)),
     }[job.activation]
     sizes |= {} if job.own else headline_sizes
-    torch.manual_seed(seed_of("weights"))
+    torch.manual_seed(seed_of("weights", job.seed))
     config = getattr(library, f"{name}TrainingSAEConfig")(d_in=d, d_sae=f, device=job.device, **sizes)
     sae = getattr(library, f"{name}TrainingSAE")(config)
     if job.auxk:
@@ -124,7 +133,18 @@ def sae_lens(job: TrainingJob) -> ProviderRun:
 
     dtype = "fp32" if job.own else job.dtype
     l0 = None if fixes_l0(job.activation) else lambda x: mean_l0(sae.encode(x))
-    return ProviderRun(step, sae, optimizer_name(trainer.optimizer), dtype, 1.0, job.aux_k, l0)
+    dictionary = sae_lens_dictionary(sae)
+    return ProviderRun(step, sae, optimizer_name(trainer.optimizer), dtype, 1.0, job.aux_k, l0, dictionary)
+
+
+def sae_lens_dictionary(sae: Any) -> AnyDictionary:
+    """SAELens' training dictionary, as its own benchmark evaluates it."""
+
+    def encode(x: Tensor) -> Tensor:
+        f = sae.encode(x)
+        return f.to_dense() if f.is_sparse else f
+
+    return AnyDictionary(encode, sae.decode, lambda: sae.W_dec)
 
 
 def dictionary_learning(job: TrainingJob) -> ProviderRun:
@@ -140,9 +160,9 @@ def dictionary_learning(job: TrainingJob) -> ProviderRun:
         ),
     }[job.activation]  # fmt: skip
     settings: dict[str, Any] = dict(activation_dim=job.shape.D, dict_size=job.shape.F, steps=LONG_RUN, **sizes)
-    settings |= dict(layer=0, lm_name="none", seed=seed_of("weights"), device=job.device)
+    settings |= dict(layer=0, lm_name="none", seed=seed_of("weights", job.seed), device=job.device)
     settings |= {} if job.own else dict(lr=job.lr, warmup_steps=0, **headline_settings)
-    torch.manual_seed(seed_of("weights"))  # not all trainers set the seed
+    torch.manual_seed(seed_of("weights", job.seed))  # not all trainers set the seed
     trainer = getattr(load(f"dictionary_learning.trainers.{module}"), name)(**settings)
     if job.accelerated:
         accelerate(trainer)
@@ -160,14 +180,17 @@ def dictionary_learning(job: TrainingJob) -> ProviderRun:
         with autocast(job, narrow):
             trainer.update(next(count), xs[i % len(xs)])
 
-    def reconstruct(x: Tensor) -> Tensor:
-        if job.activation == "batchtopk":  # as in training; the inference threshold follows slowly
-            return trainer.ae.decode(trainer.ae.encode(x, use_threshold=False))
-        return trainer.ae(x)
+    def encode(x: Tensor) -> Tensor:
+        # as in training; the inference threshold follows slowly
+        return trainer.ae.encode(x, **({"use_threshold": False} if job.activation == "batchtopk" else {}))
 
+    def reconstruct(x: Tensor) -> Tensor:
+        return trainer.ae.decode(encode(x)) if job.activation == "batchtopk" else trainer.ae(x)
+
+    dictionary = AnyDictionary(encode, trainer.ae.decode, lambda: trainer.ae.decoder.weight.T)
     dtype, clip = "bf16" if narrow else "fp32", None if job.activation == "relu" else 1.0
     l0 = None if fixes_l0(job.activation) else lambda x: mean_l0(trainer.ae.encode(x))
-    return ProviderRun(step, reconstruct, optimizer_name(trainer.optimizer), dtype, clip, job.aux_k, l0)
+    return ProviderRun(step, reconstruct, optimizer_name(trainer.optimizer), dtype, clip, job.aux_k, l0, dictionary)
 
 
 def faster(build: Callable[[TrainingJob], ProviderRun]) -> Callable[[TrainingJob], ProviderRun]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engine.config import SAEConfig
-from ..engine.errors import UserError
+from ..engine.errors import check_known
 from ..engine.process.cpu_memory import tune_host
 from ..engine.process.progress import progress_bar
 from ..engine.sae import SparseAutoencoder
@@ -110,8 +110,7 @@ def measure(
     """
     shapes, names = [shape.check() for shape in shapes], list(names)
     for name in names:
-        if name not in OPS:
-            raise UserError(f"op: {name!r} is not allowed; there are {', '.join(OPS)}")
+        check_known("op", name, OPS)
     check_settings(dtype, DTYPES, repeats=repeats)
     tune_host()
     rates = rates_of(device, DTYPES[dtype].itemsize)

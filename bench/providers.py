@@ -24,7 +24,17 @@ from ..kernels.encode_sparse import encode_topk
 from .data import DTYPES, POSITIONS, seed_of
 from .libraries import dictionary_learning, faster, sae_lens, sparsify
 from .torch_baseline import compiled_torch, plain_torch
-from .training_job import ACTIVATIONS, DEAD, LONG_RUN, ProviderRun, TrainingJob, fixes_l0, let_die, sae_config
+from .training_job import (
+    ACTIVATIONS,
+    DEAD,
+    LONG_RUN,
+    AnyDictionary,
+    ProviderRun,
+    TrainingJob,
+    fixes_l0,
+    let_die,
+    sae_config,
+)
 
 
 def make_learner(job: TrainingJob, seed: int = 0) -> Learner:
@@ -42,7 +52,8 @@ def make_learner(job: TrainingJob, seed: int = 0) -> Learner:
 
 def temposae(job: TrainingJob) -> ProviderRun:
     """The training step of `temposae train`. With `own`, it has the defaults, which clip gradients."""
-    learners, batches = [make_learner(job, seed) for seed in range(job.dictionaries)], job.tokens.batches
+    learners = [make_learner(job, job.seed + number) for number in range(job.dictionaries)]
+    batches = job.tokens.batches
     learner, cohorts = learners[0], group_into_cohorts(learners)
     sae, scale = learner.sae, learner.scale
     # before the first step, so that FVU before and after training can be compared
@@ -74,6 +85,9 @@ def temposae(job: TrainingJob) -> ProviderRun:
         clip=learner.config.clip_norm,
         aux_k=min(sae.cfg.aux_k, job.n_dead),
         l0=None if fixes_l0(job.activation) else l0,
+        dictionary=AnyDictionary(
+            lambda x: encode(x).to_dense(), lambda f: sae.decode(f) / scale, lambda: sae.W_dec.detach()
+        ),
     )
 
 

@@ -73,6 +73,25 @@ def commit() -> str | None:
     return os.environ.get("TEMPOSAE_COMMIT")
 
 
+def heading(result: dict[str, Any]) -> str:
+    """Device, torch's version and commit of a measurement, in a line."""
+    commit = (result["commit"] or "unknown")[:8]
+    return f"{result['device']}, torch {result['versions']['torch']}, commit {commit}"
+
+
+def read_unfinished(file: Path | None, command: str, check: Callable[[dict[str, Any]], Any]) -> dict[str, Any] | None:
+    """Read the results that a command has written so far, None if there are none. Raises UserError for a file in which
+    `check` finds that something is missing."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        result = json.loads(file.read_text())
+        check(result)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"json: {file} is not allowed; it must hold results of `temposae {command}`") from None
+    return result
+
+
 def read(path: Path) -> dict[str, Any]:
     """Read a results file. Raises UserError if it is not one."""
     try:
@@ -157,7 +176,7 @@ def _columns(columns: dict[str, Column], cases: list[dict[str, Any]]) -> list[st
 
 def markdown(lines: list[tuple[str, ...]]) -> list[str]:
     """A table with aligned columns. The first line is the heading. Columns of numbers are aligned to the right."""
-    widths = [max(len(texts[i]) for texts in lines) for i in range(len(lines[0]))]
+    widths = [max(2, *(len(texts[i]) for texts in lines)) for i in range(len(lines[0]))]  # 2 for the rule, -:
     right = [all(not texts[i] or texts[i][0] in "0123456789-?" for texts in lines[1:]) for i in range(len(widths))]
 
     def line(cells: Iterable[str]) -> str:

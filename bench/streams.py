@@ -23,6 +23,7 @@ from ..engine.sae import SparseAutoencoder
 from ..engine.stream import ActivationStream, Batch, LanguageModel, TokenRows
 from ..engine.stream.model_loading import load
 from ..engine.stream.model_source import ModelSource, is_text
+from ..engine.stream.partial_model import AllHooksRead, HookValues
 from ..engine.stream.token_rows import RowSource, TestbedRows, TextRows
 from ..kernels.torch_modes import default_modes
 from .results import about, markdown
@@ -233,9 +234,6 @@ def table(result: dict[str, Any]) -> str:
 class BareModel:
     """A plain transformers model whose hook at one layer ends the pass: the least work that harvesting can take."""
 
-    class _Stop(Exception):
-        pass
-
     def __init__(self, name: str, like: LanguageModel):
         plain: Any = load(name, like.dtype)[1]
         layer = like.hook.removeprefix("blocks.").removesuffix(".hook_resid_post")
@@ -244,19 +242,17 @@ class BareModel:
         self.device, self.model = like.device, plain.to(like.device)
         self.model.set_attn_implementation(like.attention)
         stacks = (m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == like.n_layers)
-        next(stacks)[int(layer)].register_forward_hook(self._catch)
-        self.value = torch.empty(0)
-
-    def _catch(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.value = output[0] if isinstance(output, tuple) else output
-        raise self._Stop
+        self.output = HookValues([like.hook])
+        catch = lambda _, args, output: self.output.put(like.hook, output[0] if isinstance(output, tuple) else output)
+        next(stacks)[int(layer)].register_forward_hook(catch)
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
         """The residual stream [B, T, D] after the layer."""
-        with suppress(self._Stop):
+        with suppress(AllHooksRead):
             self.model(input_ids=tokens.to(self.device), use_cache=False)
-        return self.value
+        (value,) = self.output.values.values()
+        return value
 
     def check(self, model: LanguageModel, rows: TokenRows) -> None:
         """Raise RuntimeError unless this model and the stream's give the same activations."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ..engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig, WorldConfig
-from ..engine.errors import UserError
+from ..engine.errors import UserError, check_known
 from ..engine.stream import ActivationStream, WorldSource
 from ..engine.synthetic.presets import PRESETS, preset
 from ..engine.train import train, train_together
 from ..engine.unit_decoder import unit_decoder
 from ..evals.recovery import Encoder, recovery
-from .libraries import load
-from .results import about
+from .libraries import load, sae_lens_dictionary
+from .results import about, heading, markdown, read_unfinished
 
 KINDS = ("batchtopk", "matryoshka", "jumprelu", "relu", "topk")
 LIBRARIES = ("temposae", "sae_lens")
@@ -88,8 +87,7 @@ def cells(name: str, seeds: int, kinds: Sequence[str] | None = None, tokens: int
     """The cells of a preset, seeds outermost. Raises UserError for unknown names."""
     samples = preset(name)["train"]["tokens"] if tokens is None else tokens
     for kind in kinds or ():
-        if kind not in KINDS:
-            raise UserError(f"kind: {kind!r} is not allowed; it must be {', '.join(KINDS)}")
+        check_known("kind", kind, KINDS)
     return [Cell(name, kind, l0, seed, samples) for seed, l0, kind in product(range(seeds), L0S[name], kinds or KINDS)]
 
 
@@ -161,26 +159,6 @@ def _ours(cell: Cell) -> tuple[Encoder, dict[str, Any]]:
     return unit_decoder(run.sae), {"stream_share": round(seconds[stream.source.label] / sum(seconds.values()), 4)}
 
 
-class _PeerEncoder:
-    """SAELens' training dictionary in the form of `recovery.Encoder`, as its own benchmark evaluates it."""
-
-    looks_along_rows = False
-
-    def __init__(self, sae: Any):
-        self.sae = sae.eval()
-
-    @property
-    def W_dec(self) -> Tensor:
-        return self.sae.W_dec
-
-    def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        f = self.sae.encode(x)
-        return f.to_dense() if f.is_sparse else f
-
-    def decode(self, f: Tensor) -> Tensor:
-        return self.sae.decode(f)
-
-
 def _sae_lens(cell: Cell) -> tuple[Encoder, dict[str, Any]]:
     """Train with SAELens' SAETrainer on the samples that ours see. ReLU and JumpReLU follow the target L0."""
     library, stream = load("sae_lens"), cell.open()
@@ -214,7 +192,7 @@ def _sae_lens(cell: Cell) -> tuple[Encoder, dict[str, Any]]:
     trainer.data_provider = _batches(stream, trainer, cell)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         trainer.fit()
-    return _PeerEncoder(sae), {"lr": rate}
+    return sae_lens_dictionary(sae.eval()), {"lr": rate}
 
 
 def _batches(stream: ActivationStream, trainer: Any, cell: Cell) -> Iterator[Tensor]:
@@ -230,43 +208,34 @@ def _batches(stream: ActivationStream, trainer: Any, cell: Cell) -> Iterator[Ten
         yield stream.next(cell.batch).flat().x.float().clone()
 
 
-def read(file: Path, name: str) -> dict[str, Any]:
-    """Read a results file of this suite. Raises UserError for other files and other presets."""
-    try:
-        result = json.loads(file.read_text())
-        [(_label(row), row["library"], row["random"]) for row in result["rows"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"json: {file} is not allowed; it must hold rows from `temposae synth bench`") from None
-    if result.get("preset") != name:
+def read(file: Path | None, name: str) -> dict[str, Any] | None:
+    """Read a results file of this suite, if there is one. Raises UserError for other files and other presets."""
+    parts = lambda result: [(_label(row), row["library"], row["random"]) for row in result["rows"]]
+    result = read_unfinished(file, "synth bench", parts)
+    if result is not None and result.get("preset") != name:
         raise UserError(f"json: {file} is not allowed; its preset is {result.get('preset')}, not {name}")
     return result
 
 
 def table(result: dict[str, Any]) -> str:
     """The results as Markdown: means over seeds, and the published table."""
-    lines = [
-        f"preset {result['preset']}, {result['device']}, torch {result['versions']['torch']}, "
-        f"commit {(result['commit'] or 'unknown')[:8]}",
-        "",
-        "| kind | L0 | library | seeds | L0 is | F1 | MCC | uniqueness | R2 | dead | seconds | random F1 | random MCC |",
-        "| ---- | -: | ------- | ----: | ----: | -: | --: | ---------: | -: | ---: | ------: | --------: | ---------: |",
+    scores = ("F1", "MCC", "uniqueness", "R2")
+    lines: list[tuple[str, ...]] = [
+        ("kind", "L0", "library", "seeds", "L0 is", *scores, "dead", "seconds", "random F1", "random MCC")
     ]
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["kind"], row["target_l0"], row["library"]), []).append(row)
     for (kind, l0, library), rows in groups.items():
         mean = {key: fmean(row[key] for row in rows) for key in ("l0", *SCORES, "dead", "seconds")}
-        random = {key: fmean(row["random"][key] for row in rows) for key in ("f1", "mcc")}
-        lines.append(
-            f"| {kind} | {l0} | {library} | {len(rows)} | {mean['l0']:.1f} | {mean['f1']:.4f} | {mean['mcc']:.4f} "
-            f"| {mean['uniqueness']:.4f} | {mean['r2']:.4f} | {mean['dead']:.0f} | {mean['seconds']:.1f} "
-            f"| {random['f1']:.4f} | {random['mcc']:.4f} |"
-        )
-    lines += [f"\n{library} was left out: {reason}" for library, reason in result["left_out"].items()]
-    lines += [
+        figures = [f"{mean[key]:.4f}" for key in SCORES[: len(scores)]]
+        random = [f"{fmean(row['random'][key] for row in rows):.4f}" for key in ("f1", "mcc")]
+        counts = f"{mean['dead']:.0f}", f"{mean['seconds']:.1f}"
+        lines.append((kind, str(l0), library, str(len(rows)), f"{mean['l0']:.1f}", *figures, *counts, *random))
+    published = [(kind, str(l0), *(f"{value:.4f}" for value in values)) for (kind, l0), values in PUBLISHED.items()]
+    return "\n".join([
+        f"preset {result['preset']}, {heading(result)}", "", *markdown(lines),
+        *(f"\n{library} was left out: {reason}" for library, reason in result["left_out"].items()),
         "", "Published (arXiv 2602.14687; the world of preset synthsaebench, F = 4096, 200M samples):", "",
-        "| kind | L0 | F1 | MCC | uniqueness | R2 |", "| ---- | -: | -: | --: | ---------: | -: |",
-    ]  # fmt: skip
-    for (kind, l0), scores in PUBLISHED.items():
-        lines.append(f"| {kind} | {l0} | {' | '.join(f'{score:.4f}' for score in scores)} |")
-    return "\n".join(lines) + "\n"
+        *markdown([("kind", "L0", *scores), *published]), "",
+    ])  # fmt: skip

@@ -100,7 +100,7 @@ class Dense(nn.Module):
 
 def plain_torch(job: TrainingJob, prepare: Callable[[Any], Any] = lambda function: function) -> ProviderRun:
     """`Dense` with autograd, autocast for bfloat16 products, and torch's fused Adam."""
-    torch.manual_seed(seed_of("weights"))
+    torch.manual_seed(seed_of("weights", job.seed))
     dead = torch.zeros(job.shape.F, dtype=torch.bool, device=job.device)
     dead[DEAD] = True
     sae = Dense(sae_config(job), job.device, dead if job.auxk else None)

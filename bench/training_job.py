@@ -24,7 +24,7 @@ class TrainingJob(NamedTuple):
 
     `own`: with the provider's own defaults. `clip`: largest gradient norm or None, where a provider has the choice. `auxk`:
     with dead latents and AuxK. `dictionaries`: number of dictionaries that temposae steps together. `accelerated`: another
-    library's step after `temposae.accelerate`.
+    library's step after `temposae.accelerate`. `seed`: of the weights.
     """
 
     shape: Shape
@@ -38,6 +38,7 @@ class TrainingJob(NamedTuple):
     auxk: bool = False
     dictionaries: int = 1
     accelerated: bool = False
+    seed: int = 0
 
     @property
     def n_dead(self) -> int:
@@ -55,11 +56,31 @@ class TrainingJob(NamedTuple):
 
 
 @dataclass
+class AnyDictionary:
+    """Another library's dictionary as `evals.recovery.Encoder`: x [N, D] to f [N, F], and back; `rows` returns W_dec."""
+
+    to_code: Callable[[Tensor], Tensor]
+    to_x: Callable[[Tensor], Tensor]
+    rows: Callable[[], Tensor]
+    looks_along_rows: bool = False
+
+    @property
+    def W_dec(self) -> Tensor:
+        return self.rows()
+
+    def encode(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        return self.to_code(x)
+
+    def decode(self, f: Tensor) -> Tensor:
+        return self.to_x(f)
+
+
+@dataclass
 class ProviderRun:
     """`step(i)` trains on batch i. `reconstruct(x)` returns x_hat [N, D] for x [N, D] float32.
 
     `aux_k`: dead latents that AuxK gives to a token. `l0(x)`: mean number of active latents per token, if the activation
-    does not fix it.
+    does not fix it. `dictionary`: what is trained, for scores of its latents.
     """
 
     step: Callable[[int], Any]
@@ -69,6 +90,7 @@ class ProviderRun:
     clip: float | None
     aux_k: int = 0
     l0: Callable[[Tensor], float] | None = None
+    dictionary: AnyDictionary | None = None
 
 
 def sae_config(job: TrainingJob) -> SAEConfig:

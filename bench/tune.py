@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from ..engine.errors import UserError, near
+from ..engine.errors import UserError, check_known
 from ..engine.process.progress import progress_bar
 from ..engine.storage.files import check_writable
 from ..kernels import configs
@@ -67,8 +67,7 @@ def run(entries: Iterable[str] | None = None) -> list[Choice]:
     """
     names = list(TRIALS if entries is None else dict.fromkeys(entries))
     for name in names:
-        if name not in TRIALS:
-            raise UserError(f"entry: {name!r} is not allowed; {near(name, TRIALS)}")
+        check_known("entry", name, TRIALS)
     if not torch.cuda.is_available():
         raise UserError("device: 'cpu' is not allowed; `bench tune` times kernels on a GPU, and torch finds none here")
     if os.environ.get("TRITON_INTERPRET"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..reporting.plots import COLOURS, SEVERAL, WORST, frame, legend_below
+from ..reporting.plots import COLOURS, SEVERAL, WORST, frame, legend_below, new_figure
 from .seed_results import CampaignResults, Curve, NotMeasured, Seeds, final_fvu
 
 Panel = Callable[[Any], None]
@@ -98,12 +98,6 @@ def arranged(panels: Mapping[str, Panel], columns: int, size: tuple[float, float
         others = {name: draw for name, draw in panels.items() if name not in lacks}
         figure = arranged(others, columns, (size[0], size[1] * -(-len(others) // columns) / down)).figure
     return DrawnFigure(polished(figure), tuple(f"{name}: {reason}" for name, reason in lacks.items()))
-
-
-def new_figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def polished(figure: Any) -> Any:

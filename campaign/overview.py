@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ..reporting.plots import COLOURS, MARKERS, SEVERAL, WORST, frame, legend_below
+from ..reporting.plots import COLOURS, MARKERS, SEVERAL, WORST, frame, legend_below, new_figure
 from . import figure_panels as panels
 from .figure_panels import DrawnFigure, RunScores
 from .seed_results import CampaignResults, NotMeasured, final_fvu, score
@@ -24,7 +24,7 @@ def overview(saved: CampaignResults) -> DrawnFigure:
     all_scores = [scores for group in groups.values() for scores in group]
     if not any(scores.trained for scores in all_scores):
         raise NotMeasured("core was not measured of any run")
-    figure = panels.new_figure(panels.NARROW, 1.1 + 0.155 * (len(all_scores) + len(groups)))
+    figure = new_figure(panels.NARROW, 1.1 + 0.155 * (len(all_scores) + len(groups)))
     axes = figure.add_subplot()
     axes.spines[["top", "right", "left"]].set_visible(False)
     at, ticks, labels = 0.0, [], []

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..reporting.plots import WORST, legend_below
+from ..reporting.plots import WORST, legend_below, new_figure
 from . import figure_panels as panels
 from .analyses import distance_to_last, early_to_late, rank_correlation
 from .figure_panels import DrawnFigure, Panel, over_steps
@@ -68,7 +68,7 @@ def temporal_clustering(saved: CampaignResults) -> DrawnFigure:
     profiles, cluster = (np.array(result["sample"][key]) for key in ("profiles", "cluster"))
     tree_layout = dendrogram(tree(profiles), no_plot=True)
     order, n = tree_layout["leaves"], len(profiles)
-    figure = panels.new_figure(panels.WIDE, 4.4)
+    figure = new_figure(panels.WIDE, 4.4)
     above, strip, below = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 0.09, 1.6))
     corners = zip(tree_layout["icoord"], tree_layout["dcoord"], strict=True)
     links = [np.column_stack([np.array(x) / 10, y]) for x, y in corners]

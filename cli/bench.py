@@ -10,7 +10,7 @@ from typer import Argument, Option
 from ..engine.errors import UserError, check_known
 from ..engine.storage.files import check_writable, write_json
 from .arguments import App
-from .options import PLAIN, JsonFile, check_backend
+from .options import PLAIN, GrowingJsonFile, JsonFile, check_backend
 
 bench_app = App(help="Time training steps, ops and streams, next to other libraries.", **PLAIN)
 
@@ -151,7 +151,7 @@ def learning_rate(
     source: Annotated[
         list[str] | None,
         Option(
-            help="Activations to train on: synthetic:WIDTH, MODEL:LAYER or NAME=FILE.npy. Repeatable. "
+            help="Activations to train on: synthetic:WIDTH, world:SEED, MODEL:LAYER or NAME=FILE.npy. Repeatable. "
             "[default: the preset's]"
         ),
     ] = None,
@@ -161,10 +161,7 @@ def learning_rate(
     ] = None,
     data: Annotated[str | None, Option(help="Text for MODEL:LAYER, as in `train --data`.")] = None,
     seeds: Annotated[int, Option(min=1, max=1000, help="Number of seeds to average over.")] = 1,
-    json_file: Annotated[
-        Path | None,
-        Option("--json", help="Write results to this JSON file after each cell, and skip cells that it already holds."),
-    ] = None,
+    json_file: GrowingJsonFile = None,
 ) -> None:
     """Compare the default learning rate with a grid of others.
 
@@ -172,18 +169,67 @@ def learning_rate(
     depending on the preset.
     """
     _check("cpu")
-    check_writable(json_file)
     from ..bench import learning_rate as suite
     from ..engine.stream.documents import check_data
 
     if data is not None:
         check_data(data)
-    measured_before = suite.read(json_file) if json_file is not None and json_file.is_file() else None
     results = suite.measure(
         suite.plan(preset, source, cell),
         data=data,
         seeds=seeds,
-        done=measured_before,
+        done=suite.read(json_file),
+        keep=lambda results: write_json(json_file, results),
+    )
+    print(suite.table(results), end="")
+
+
+@bench_app.command()
+def quality(
+    preset: Annotated[
+        str, Option(help="Sources and cells: tiny, cpu (a synthetic world) or pretrained (smollm2, with --data).")
+    ] = "cpu",
+    source: Annotated[
+        list[str] | None,
+        Option(
+            help="Activations to train on: world:SEED, synthetic:WIDTH, MODEL:LAYER or NAME=FILE.npy. Repeatable. "
+            "[default: the preset's]"
+        ),
+    ] = None,
+    cell: Annotated[
+        list[str] | None,
+        Option(help="ACTIVATION,F,K,BATCH,STEPS, as in topk,512,16,256,100. Repeatable. [default: the preset's]"),
+    ] = None,
+    library: Annotated[
+        list[str] | None,
+        Option(help="temposae, SAELens, dictionary_learning, eai-sparsify. Repeatable. [default: all]"),
+    ] = None,
+    lr: Annotated[
+        list[float] | None, Option(min=1e-8, max=1.0, help="Learning rate. Repeatable. [default: 5e-4, 1e-3, 2e-3]")
+    ] = None,
+    data: Annotated[str | None, Option(help="Text for MODEL:LAYER, as in `train --data`.")] = None,
+    seeds: Annotated[int, Option(min=1, max=1000, help="Number of seeds, from 0.")] = 3,
+    json_file: GrowingJsonFile = None,
+) -> None:
+    """Compare what libraries' own training code reaches on the same batches.
+
+    Each library has its best of a few constant learning rates. Prints FVU on held-out activations, dead latents, seconds
+    and, on a synthetic world, F1 and MCC. Runs on the CPU and takes minutes to hours, depending on the preset.
+    """
+    _check("cpu")
+    from ..bench import learning_rate
+    from ..bench import quality as suite
+    from ..engine.stream.documents import check_data
+
+    if data is not None:
+        check_data(data)
+    results = suite.measure(
+        learning_rate.plan(preset, source, cell, suite.PRESETS),
+        libraries=library or suite.LIBRARIES,
+        rates=sorted(set(lr)) if lr else suite.RATES,
+        seeds=seeds,
+        data=data,
+        done=suite.read(json_file),
         keep=lambda results: write_json(json_file, results),
     )
     print(suite.table(results), end="")
@@ -321,8 +367,8 @@ def _check(device: str | None = None) -> str:
     _set_log_levels()
     import torch
 
-    if device not in (None, "cpu", "cuda"):
-        raise UserError(f"device: {device!r} is not allowed; it must be cpu or cuda")
+    if device is not None:
+        check_known("device", device, ("cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' is not allowed; torch finds no GPU here")
     check_backend()

@@ -28,6 +28,8 @@ def _imported(names: list[str] | None) -> list[str] | None:
 
 
 JsonFile = Annotated[Path | None, Option("--json", callback=_writable, help="Also write results to this JSON file.")]
+GROWING = "Write results to this JSON file one by one, and skip those that it already holds."
+GrowingJsonFile = Annotated[Path | None, Option("--json", callback=_writable, help=GROWING)]
 Model = Annotated[
     str | None,
     Option(help="testbed, smollm2, a hub name (google/gemma-2-2b) or a local Hugging Face folder. [default: testbed]"),

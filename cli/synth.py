@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 from typer import Context, Option
 
-from ..engine.errors import UserError
-from ..engine.storage.files import check_writable, write_json
+from ..engine.errors import check_known
+from ..engine.storage.files import write_json
 from .arguments import App
-from .options import PLAIN, JsonFile, Plugin, Resume, check_backend, merge
+from .options import PLAIN, GrowingJsonFile, JsonFile, Plugin, Resume, check_backend, merge
 from .train import settings_to_resume, start
 
 synth_app = App(**(PLAIN | {"no_args_is_help": False}), invoke_without_command=True)
@@ -72,10 +72,7 @@ def bench(
     tokens: Annotated[
         int | None, Option(min=1, max=10**12, help="Samples per dictionary. [default: the preset's]")
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        Option("--json", help="Write results to this JSON file after each row, and skip rows that it already holds."),
-    ] = None,
+    json_file: GrowingJsonFile = None,
 ) -> None:
     """Train every kind of dictionary beside SAELens and score them.
 
@@ -83,19 +80,15 @@ def bench(
     small takes about 20 minutes on 2 cores with SAELens and synthsaebench about a day of a GPU, by estimate.
     """
     check_backend()
-    check_writable(json_file)
     from ..bench import synthetic as suite
 
     for name in library or ():
-        if name not in suite.LIBRARIES:
-            raise UserError(f"library: {name!r} is not allowed; it must be {' or '.join(suite.LIBRARIES)}")
-    planned = suite.cells(preset, seeds, kind, tokens)
-    measured_before = suite.read(json_file, preset) if json_file is not None and json_file.is_file() else None
+        check_known("library", name, suite.LIBRARIES)
     results = suite.measure(
         preset,
-        planned,
+        suite.cells(preset, seeds, kind, tokens),
         libraries=library or suite.LIBRARIES,
-        done=measured_before,
+        done=suite.read(json_file, preset),
         keep=lambda results: write_json(json_file, results),
     )
     write_json(json_file, results)

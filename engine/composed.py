@@ -167,7 +167,7 @@ class ComposedAutoencoder(SparseAutoencoder):
                 part.after(batch)
 
     def part_reports(self) -> dict[str, dict[str, object]]:
-        return {part.kind: report for part in self.parts_in("report") if (report := part.report())}
+        return {part.kind: report for part in self.parts_in() if (report := part.report())}
 
     def _batch_view(self, x: Tensor, pos: Tensor | None) -> BatchView:
         if pos is None:

@@ -12,7 +12,7 @@ from ..kernels.loss import PositionSums, count_step
 from .config import SAEConfig, TrainConfig
 from .errors import UserError
 from .fused import Outcome
-from .metrics import HeldOutSums, fvu, per_token
+from .metrics import HeldOutSums, fvu, per_token, plain
 from .ranks import ALONE, Ranks
 from .registry import reads
 from .run_sample import RunSample, needs_sample
@@ -284,7 +284,7 @@ class Learner:
             figures["recomputed_tiles"] = per_token(self.counts.totals[0, 4], sums.count)
         if self.config.log_positions:
             position_means = (sums.squared_error / sums.count, sums.l0 / sums.count)
-            figures["positions"] = dict(zip(("squared_error", "l0"), map(_rounded, position_means), strict=True))
+            figures["positions"] = dict(zip(("squared_error", "l0"), map(plain, position_means), strict=True))
         if parts := self.sae.part_reports():
             figures["parts"] = parts
         self.any_dead, self.l0 = dead > 0, figures["l0"]
@@ -382,8 +382,3 @@ class Learner:
         for key, value in self.ranks.own_state({key: state[key] for key in tensors}, self._latent_dims).items():
             tensors[key].copy_(value)
         self.version += 1
-
-
-def _rounded(values: Tensor) -> list[float | None]:
-    """Values to six digits, and None for those that are not finite."""
-    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -1,5 +1,6 @@
 """Fraction of variance unexplained (FVU) and L0, from sums over tokens."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,13 @@ def fvu(squared_error: Tensor, spread: Tensor) -> float:
 def per_token(total: Tensor, tokens: Tensor) -> float:
     """Mean over tokens, from sums and counts of tokens: L0 from latents above zero, L1 from activations; 0 of no tokens."""
     return float(total.sum()) / max(1.0, float(tokens.sum()))
+
+
+def plain(value: Tensor) -> Any:
+    """A number, or a list of numbers, with six digits. None if not finite, which JSON cannot hold."""
+    numbers = value.detach().double().flatten().tolist()
+    rounded = [float(f"{number:.6g}") if math.isfinite(number) else None for number in numbers]
+    return rounded if value.ndim else rounded[0]
 
 
 class HeldOutSums:

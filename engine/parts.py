@@ -21,6 +21,7 @@ from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
 from .config import Config, SAEConfig
 from .errors import UserError
+from .metrics import plain
 from .registry import part as part
 from .sae import SparseAutoencoder
 
@@ -174,6 +175,7 @@ class Part(nn.Module):
         super().__init__()
         self.settings, self.cfg, self.positions = settings, sae, positions
         self.paces: Mapping[str, float] = {}
+        self.figures: dict[str, Tensor] = {}
         self.build(generator)
 
     def build(self, generator: torch.Generator) -> None:
@@ -214,8 +216,8 @@ class Part(nn.Module):
         """Observe a finished step. Called without gradients."""
 
     def report(self) -> dict[str, Any]:
-        """Return figures for a line of metrics."""
-        return {}
+        """Return figures for a line of metrics. By default these are the tensors that the part has put into `figures`."""
+        return {name: plain(value) for name, value in self.figures.items()}
 
     def does(self, hook: str) -> bool:
         """Whether the part overrides the method `hook`."""

@@ -108,9 +108,9 @@ class Tally:
         true = self.true[self.feature_of]
         variance = self.squares - self.total.square().sum() / self.tokens
         return {
-            "f1": _mean(_ratio(2 * self.both_of_latent, self.fires + true)),
-            "precision": _mean(_ratio(self.both_of_latent, self.fires)),
-            "recall": _mean(_ratio(self.both_of_latent, true)),
+            "f1": float(_ratio(2 * self.both_of_latent, self.fires + true).mean()),
+            "precision": float(_ratio(self.both_of_latent, self.fires).mean()),
+            "recall": float(_ratio(self.both_of_latent, true).mean()),
             "mcc": matched_cosine(self.cosine),
             "uniqueness": len(self.feature_of.unique()) / len(self.feature_of),
             "r2": float(1 - self.squared_error / variance),
@@ -129,8 +129,8 @@ class Tally:
         for number, kind in enumerate(KINDS):
             of_kind = f1[(self.world.kind == number) & (self.true > 0)]
             if len(of_kind):
-                recovered = _mean((of_kind >= RECOVERED).double())
-                kinds[kind] = {"features": len(of_kind), "f1": _mean(of_kind), "recovered": recovered}
+                recovered = float((of_kind >= RECOVERED).double().mean())
+                kinds[kind] = {"features": len(of_kind), "f1": float(of_kind.mean()), "recovered": recovered}
         return kinds
 
     def _durations(self) -> dict[str, Any] | None:
@@ -160,7 +160,3 @@ def matched_cosine(cosine: Tensor) -> float:
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole, 0 where whole is 0."""
     return torch.where(whole > 0, part / whole, 0)
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.mean())

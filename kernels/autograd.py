@@ -142,6 +142,11 @@ def position_loss(residual: Tensor, values: SparseCode | Tensor, pos: Tensor, n_
     return PositionSums(*_PositionLoss.apply(residual, values, pos, n_positions, None))
 
 
+def _derivative(backward: Callable[..., Any]) -> Any:
+    """A function's `backward`, without autocast and without a derivative of its own."""
+    return staticmethod(once_differentiable(without_autocast()(backward)))
+
+
 class _EncodeDense(Function):
     @staticmethod
     def forward(ctx: Any, x, W_enc, b_enc, center, mask, pos):
@@ -150,9 +155,7 @@ class _EncodeDense(Function):
         ctx.save_for_backward(x, W_enc, center, pos, acts)
         return acts
 
-    @staticmethod
-    @once_differentiable
-    @without_autocast()
+    @_derivative
     def backward(ctx: Any, dacts):
         x, W_enc, center, pos, acts = ctx.saved_tensors
         dx, dw, db, dcenter, dmask = gradients.encode_dense(
@@ -171,9 +174,7 @@ class _Encoded(Function):
         ctx.save_for_backward(x, W_enc, center, pos)
         return tuple(code.values for code in codes)
 
-    @staticmethod
-    @once_differentiable
-    @without_autocast()
+    @_derivative
     def backward(ctx: Any, *grads):
         x, W_enc, center, pos = ctx.saved_tensors
         dx, dw, db, dcenter, dmask = gradients.encode_codes(
@@ -194,9 +195,7 @@ class _EncodeJumpReLU(Function):
         ctx.save_for_backward(x, W_enc, center, pos)
         return band.code.values, band.is_open.sum().float()
 
-    @staticmethod
-    @once_differentiable
-    @without_autocast()
+    @_derivative
     def backward(ctx: Any, dvalues, dl0):
         x, W_enc, center, pos = ctx.saved_tensors
         dx, dw, db, dthreshold, dcenter, dmask = gradients.encode_jumprelu(
@@ -236,9 +235,7 @@ class _DecodeSparse(Function):
         ctx.save_for_backward(operand)
         return decode(code, operand, b_dec, target=target)
 
-    @staticmethod
-    @once_differentiable
-    @without_autocast()
+    @_derivative
     def backward(ctx: Any, dout):
         (W_dec,), needs = ctx.saved_tensors, ctx.needs_input_grad
         dvalues, dw = gradients.decode_code(needs, ctx.code, W_dec, dout, ctx.sign)
@@ -256,9 +253,7 @@ class _Reconstruct(Function):
         ctx.save_for_backward(reconstruction.residual, reconstruction.projection)
         return reconstruction.squared_error, reconstruction.residual
 
-    @staticmethod
-    @once_differentiable
-    @without_autocast()
+    @_derivative
     def backward(ctx: Any, derror, _):
         residual, projection = ctx.saved_tensors
         dvalues, dw, db = gradients.squared_error(ctx.needs_input_grad, ctx.code, residual, projection, derror)
@@ -275,9 +270,7 @@ class _PositionLoss(Function):
         ctx.save_for_backward(residual, values, pos)
         return tuple(sums)
 
-    @staticmethod
-    @once_differentiable
-    @without_autocast()
+    @_derivative
     def backward(ctx: Any, _, dsquared_error, dl1, __):
         residual, values, pos = ctx.saved_tensors
         dresidual = dvalues = None

@@ -1,6 +1,7 @@
 """Choose the backend of an op and its launch configuration."""
 
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
@@ -73,6 +74,15 @@ def why(
     return ("torch" if torch_s < triton_s else "triton"), verdict
 
 
+def twin(
+    package: str, op: str, *tensors: Tensor, cost: Callable[[str], Cost] | None = None, backend: str | None
+) -> Any:
+    """Return the module of a `package` that runs `op` on these tensors, `reference` or `triton`. The latter is imported
+    only here, because it needs triton."""
+    chosen = choose(op, *tensors, cost=cost, backend=backend)
+    return importlib.import_module(f"{package}.{'reference' if chosen == 'torch' else 'triton'}")
+
+
 def _device(tensors: tuple[Tensor, ...]) -> torch.device:
     return tensors[0].device if tensors else torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -90,7 +100,7 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
             return "this torch build is not for NVIDIA GPUs"
         if _arch(device) < min(CONFIGS):
             return f"sm_{_arch(device)} is older than sm_{min(CONFIGS)}"
-    elif not _interpreting():
+    elif os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "on", "yes", "y"):
         return f"on {device.type} triton runs only through its interpreter (TRITON_INTERPRET=1)"
     return None
 
@@ -98,10 +108,6 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
 @functools.cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache

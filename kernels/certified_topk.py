@@ -201,7 +201,8 @@ def _topk_of_tokens(inputs: EncoderInputs, k: int) -> SparseCode:
         has_few = reaching.sum(1, dtype=torch.int32) * _candidate_cost(d, f) <= f * d
         for again, among in ((tokens[has_few], reaching[has_few]), (tokens[~has_few], None)):
             if len(again):
-                exact = _topk_among(_of_tokens(inputs, again), among, k)
+                pos = None if inputs.pos is None else inputs.pos[again]
+                exact = _topk_among(inputs._replace(x=inputs.x[again], pos=pos), among, k)
                 code.values[again], code.indices[again] = exact.values, exact.indices
     return code
 
@@ -270,10 +271,6 @@ def _activations(inputs: EncoderInputs, code: SparseCode) -> Tensor:
     if mask is not None and pos is not None:
         acts = acts * weights_of(mask, pos[code.rows], latents)
     return code.live(acts)
-
-
-def _of_tokens(inputs: EncoderInputs, tokens: Tensor) -> EncoderInputs:
-    return inputs._replace(x=inputs.x[tokens], pos=None if inputs.pos is None else inputs.pos[tokens])
 
 
 def _of_latents(inputs: EncoderInputs, latents: Tensor) -> EncoderInputs:

@@ -18,11 +18,15 @@ Line = tuple[Sequence[float], Sequence[float], str]  # x, y and colour
 Ends = tuple[float | None, float | None]
 
 
-def new_axes(height: float = 3.4) -> tuple[Any, Any]:
-    """Make a figure `height` inches high, and its axes."""
+def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    figure = Figure(figsize=(5.2, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def new_axes(height: float = 3.4) -> tuple[Any, Any]:
+    """Make a figure `height` inches high, and its axes."""
+    figure = new_figure(5.2, height)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

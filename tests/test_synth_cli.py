@@ -90,7 +90,7 @@ def test_the_bench_writes_rows_and_goes_on_where_it_stopped(place, monkeypatch):
         (("synth", "bench", "--kind", "gated"), ("kind", "gated", "batchtopk")),
         (("synth", "bench", "--library", "sparsify"), ("library", "sparsify", "sae_lens")),
         (("synth", "bench", "--seeds", "0"), ("--seeds", "at least 1")),
-        (("synth", "bench", "--json", "other.json"), ("other.json", "rows")),
+        (("synth", "bench", "--json", "other.json"), ("other.json", "results of `temposae synth bench`")),
         (("synth", "bench", "--json", "published.json"), ("published.json", "synthsaebench", "small")),
     ],
 )

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -45,9 +44,6 @@ class CrossLayer(Part):
         alignment: Weight = Field(default=0.01, description="Weight of 1 - cosine of decoder gradients, in units of D.")
         tokens: Count = Field(default=256, description="Tokens drawn from each batch for both penalties.")
 
-    def build(self, generator: torch.Generator) -> None:
-        self._reported: dict[str, Tensor] = {}
-
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
         for part_class in (find(section["kind"]) for section in sae.parts):
@@ -70,8 +66,5 @@ class CrossLayer(Part):
             (a @ b.T * (c @ d.T)).sum() for a, b, c, d in ((f, f2, r, r2), (f, f, r, r), (f2, f2, r2, r2))
         )
         cosine = product / (first_square.clamp_min(TINY) * second_square.clamp_min(TINY)).sqrt()
-        self._reported = {"consistency": consistency.detach(), "cosine": cosine.detach()}
+        self.figures = {"consistency": consistency.detach(), "cosine": cosine.detach()}
         return self.cfg.d_in * (self.settings.consistency * consistency + self.settings.alignment * (1 - cosine))
-
-    def report(self) -> dict[str, Any]:
-        return {name: round(float(value), 6) for name, value in self._reported.items()}

@@ -131,7 +131,6 @@ class _Projected(Part):
         h = self.settings.width
         gaussian = torch.randn(self.cfg.d_sae, h, generator=generator) / math.sqrt(h)
         self.projection = nn.Parameter(gaussian) if self.is_learned else nn.Buffer(gaussian)
-        self._term: Tensor | None = None
 
     def projected(self, batch: BatchView) -> Tensor:
         """u [N, h], scaled to mean |u - mean u|^2 = 1, so that small codes don't make terms small."""
@@ -140,11 +139,8 @@ class _Projected(Part):
 
     def weighted(self, term: Tensor) -> Tensor:
         """The penalty of a term, which the next report gives."""
-        self._term = term.detach()
+        self.figures = {self.figure: term.detach()}
         return self.settings.weight * self.cfg.d_in * term
-
-    def report(self) -> dict[str, Any]:
-        return {} if self._term is None else {self.figure: round(float(self._term), 6)}
 
 
 def _initialised(module: nn.Module, width: int, generator: torch.Generator) -> Any:

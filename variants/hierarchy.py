@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig
+from ..engine.metrics import plain
 from ..engine.parts import UNSET, BatchView, Part, PartSettings, part
-from .number_types import Fraction, Weight, plain
+from .number_types import Fraction, Weight
 from .similarity import sample_indices
 
 
@@ -78,7 +79,6 @@ class CausalLevels(Part):
         self.router_bias = nn.Parameter(torch.zeros(self.settings.levels))
         self.causality = nn.Buffer(torch.zeros(self.cfg.d_sae))
         self._log_routing: Tensor = UNSET  # log r of the batch in training, from `latents` to `penalty`
-        self._reported: dict[str, Tensor] = {}
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -98,7 +98,7 @@ class CausalLevels(Part):
         entropy_of_mean = -torch.xlogy(mean, mean).sum()
         entropy_of_token = -(routing * log_routing).sum(1).mean()
         reported = {"entropy": entropy_of_token, "entropy_of_mean": entropy_of_mean, "routing": mean}
-        self._reported = {name: value.detach() for name, value in reported.items()}
+        self.figures = {name: value.detach() for name, value in reported.items()}
         remainder, consistency = centred_target(batch), mean.new_zeros(())
         for x_hat in outputs(batch, self.sizes):
             consistency = consistency + (remainder - x_hat).square().sum(1).mean()
@@ -123,9 +123,6 @@ class CausalLevels(Part):
         tokens = sample_indices(len(batch.f), self.settings.sampled, batch)
         gradient = -2 * batch.residual[tokens].to(batch.f.dtype) @ batch.sae.W_dec.T
         self.causality.lerp_((batch.f[tokens] * gradient).abs().mean(0), 1 - self.settings.decay)
-
-    def report(self) -> dict[str, Any]:
-        return {name: plain(value) for name, value in self._reported.items()}
 
 
 @part("level_attention")
@@ -184,7 +181,6 @@ class LevelAttention(Part):
         self.across_gate = nn.Parameter(torch.zeros(L - 1, H * d, G))
         self.together = nn.Buffer(torch.full((L * G, L * G), (L * G) ** -2.0))
         self._shares: Tensor = UNSET  # s of the batch in training, from `latents` to `after`
-        self._reported: Tensor | None = None
 
     @classmethod
     def check(cls, settings: Any, sae: SAEConfig) -> None:
@@ -223,7 +219,7 @@ class LevelAttention(Part):
         for x_hat in outputs(batch, self.level_sizes)[:-1]:
             remainder = remainder - x_hat
             squared_errors.append(remainder.square().sum(1).mean())
-        self._reported = torch.stack(squared_errors).detach()
+        self.figures = {"squared_error_of_levels": torch.stack(squared_errors).detach()}
         return self.settings.weight * torch.stack(squared_errors).mean()
 
     def after(self, batch: BatchView) -> None:
@@ -231,5 +227,4 @@ class LevelAttention(Part):
         self.together.lerp_(shares.T @ shares / len(shares), 1 - self.settings.decay)
 
     def report(self) -> dict[str, Any]:
-        figures: dict[str, Any] = {"masks": plain(torch.sigmoid(self.mask_logits).mean(1))}
-        return figures if self._reported is None else {**figures, "squared_error_of_levels": plain(self._reported)}
+        return {"masks": plain(torch.sigmoid(self.mask_logits).mean(1))} | super().report()

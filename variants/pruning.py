@@ -7,8 +7,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..engine.config import Count, SAEConfig
+from ..engine.metrics import plain
 from ..engine.parts import UNSET, BatchView, Part, PartSettings, part
-from .number_types import Factor, Fraction, Weight, plain
+from .number_types import Factor, Fraction, Weight
 from .similarity import sample_indices
 
 COMPRESSED_BY = 0.8  # share of the run
@@ -107,7 +108,6 @@ class Distillation(Part):
         self.b_teacher = nn.Buffer(torch.zeros(self.cfg.d_sae))
         self.steps = nn.Buffer(torch.zeros(()))
         self._x: Tensor = UNSET  # the encoder's input, from `input` to `penalty`
-        self._reported: Tensor | None = None
 
     def input(self, x: Tensor, batch: BatchView) -> Tensor:
         if batch.training:
@@ -123,7 +123,7 @@ class Distillation(Part):
         teacher = torch.relu(x.detach() @ self.W_teacher[latent].T + self.b_teacher[latent])
         teacher_log, student_log = torch.log_softmax(teacher / tau, 1), torch.log_softmax(acts / tau, 1)
         divergence = (teacher_log.exp() * (teacher_log - student_log)).sum(1).mean() * (self.steps > 0)
-        self._reported = divergence.detach()
+        self.figures = {"divergence": divergence.detach()}
         return self.settings.weight * self.cfg.d_in * tau**2 * divergence
 
     def after(self, batch: BatchView) -> None:
@@ -131,6 +131,3 @@ class Distillation(Part):
         pace = (1 / self.steps).clamp_min(1 - self.settings.decay)
         self.W_teacher.lerp_(batch.sae.W_enc.T, pace)
         self.b_teacher.lerp_(batch.sae.b_enc, pace)
-
-    def report(self) -> dict[str, Any]:
-        return {} if self._reported is None else {"divergence": plain(self._reported)}

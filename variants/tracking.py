@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.metrics import plain
 from ..engine.parts import BatchView, Part, part
 from ..engine.sae import SparseAutoencoder
 from ..kernels.masks import weights_at
-from .number_types import plain
 
 
 @part("position_tracker")

@@ -27,17 +27,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def without_autocast(x: Tensor) -> torch.autocast:
-    """Turn autocast off. Our ops get operands in the dtype of the product."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def sparse_code(
     encoder: Callable[..., Any], x: Tensor, W: Tensor, b: Tensor, *settings: Any, **options: Any
 ) -> SparseCode:
     """The code of x [N, D] from one of the encoders of `ops`, with the product in autocast's dtype."""
     dtype = product_dtype(x)
-    with without_autocast(x):
+    with torch.autocast(x.device.type, enabled=False):  # operands have the dtype of the product
         values, indices, *offsets = encoder(x.to(dtype), W, b, *settings, **options)
     return SparseCode(values, indices, W.shape[1], offsets[0] if offsets else None)
 
@@ -45,7 +40,7 @@ def sparse_code(
 def decoded(code: SparseCode, values: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """b_dec + sum of values * W_dec [F, D] over each token's entries, with the product in autocast's dtype."""
     dtype, W_dec = product_dtype(W_dec), W_dec.contiguous()  # rows are gathered many times
-    with without_autocast(W_dec):
+    with torch.autocast(W_dec.device.type, enabled=False):
         if dtype == W_dec.dtype:
             return ops.decode(values, code.indices, W_dec, b_dec, offsets=code.offsets)
         zero_bias = b_dec.new_zeros(b_dec.shape, dtype=dtype)
@@ -67,7 +62,7 @@ def bias_for_centred(b: Tensor, center: Tensor, W: Tensor) -> Tensor:
     constant. This avoids the gradient of x [N, D], of which only the sum is needed."""
     if not (torch.is_grad_enabled() and center.requires_grad):
         return b
-    with without_autocast(W):
+    with torch.autocast(W.device.type, enabled=False):
         return b - (center - center.detach()) @ W.detach()
 
 

@@ -25,7 +25,7 @@ class Dictionary:
 
     def _center(self: Any) -> Tensor | None:
         """The bias that is subtracted from x, if any."""
-        return self.b_dec
+        return self._decoder()[1]
 
     def _acts_dtype(self: Any) -> torch.dtype:
         """The dtype of activations. nn.Linear uses autocast's."""
@@ -142,15 +142,12 @@ class AutoEncoder(Dictionary):
     def _decoder(self: Any) -> tuple[Tensor, Tensor]:
         return self.decoder.weight.T, self.bias
 
-    def _center(self: Any) -> Tensor | None:
-        return self.bias
-
     def _encode_sparse(self: Any, x: Tensor) -> SparseCode | None:
         return self._encode_above(x, None)
 
 
 class GatedAutoEncoder(Dictionary):
-    """Magnitudes are computed from the gates, at entries with an open gate only."""
+    """Magnitudes are computed from the gates, at entries with an open gate only. Gates have no gradient for gate_bias."""
 
     def _encoder(self: Any) -> tuple[Tensor, Tensor]:
         return self.encoder.weight.T, self.gate_bias.detach()
@@ -158,19 +155,12 @@ class GatedAutoEncoder(Dictionary):
     def _decoder(self: Any) -> tuple[Tensor, Tensor]:
         return self.decoder.weight.T, self.decoder_bias
 
-    def _center(self: Any) -> Tensor | None:
-        return self.decoder_bias
-
     def _acts_dtype(self: Any) -> torch.dtype:
         return torch.promote_types(product_dtype(self.mag_bias), self.mag_bias.dtype)
-
-    def _gates(self: Any, x: Tensor) -> SparseCode | None:
-        """Gate activations, without a gradient for gate_bias."""
-        return self._encode_above(x, None)
 
     def _magnitudes(self: Any, gates: SparseCode) -> SparseCode:
         return magnitudes(gates, self.gate_bias, self.r_mag, self.mag_bias)
 
     def _encode_sparse(self: Any, x: Tensor) -> SparseCode | None:
-        gates = self._gates(x)
+        gates = self._encode_above(x, None)
         return None if gates is None else self._magnitudes(gates)

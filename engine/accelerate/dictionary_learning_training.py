@@ -152,7 +152,7 @@ class GatedSAETrainer(Training):
 
     def _loss(self: Any, x: Tensor, step: int) -> Tensor | None:
         ae = self.ae
-        code = ae._gates(x)
+        code = ae._encode_above(x, None)  # the gates
         if code is None:
             return None
         gates = code.values + at_entries(ae.gate_bias - ae.gate_bias.detach(), code)

@@ -106,23 +106,14 @@ class TopKSAE(Dictionary):
 
 
 class StandardSAE(Dictionary):
-    """`encode` is left to the library, because it returns all activations."""
+    """`encode` is left to the library, because it returns all activations. JumpReLU's threshold gets no gradient."""
 
     def encode(self: Any, x: Tensor) -> Tensor:
         return self.library_class.encode(self, x)
 
-    def _limit(self: Any) -> Tensor | None:
-        return None
-
     def _coded(self: Any, x: Tensor) -> Coded | None:
-        return self._coded_above(x, self.b_enc, self._limit())
-
-
-class JumpReLUSAE(StandardSAE):
-    """The threshold gets no gradient."""
-
-    def _limit(self: Any) -> Tensor | None:
-        return self.threshold.detach().clamp_min(0)
+        limit = self.threshold.detach().clamp_min(0) if hasattr(self, "threshold") else None
+        return self._coded_above(x, self.b_enc, limit)
 
 
 class GatedSAE(Dictionary):
@@ -148,8 +139,5 @@ class Transcoder(StandardSAE):
         return y_hat + x @ self.W_skip.T if hasattr(self, "W_skip") else y_hat
 
 
-class JumpReLUTranscoder(Transcoder):
-    _limit = JumpReLUSAE._limit
-
-
-SkipTranscoder, JumpReLUSkipTranscoder = Transcoder, JumpReLUTranscoder
+JumpReLUSAE = StandardSAE
+SkipTranscoder = JumpReLUTranscoder = JumpReLUSkipTranscoder = Transcoder

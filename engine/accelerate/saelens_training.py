@@ -27,9 +27,7 @@ class _Training(Dictionary):
 
     def training_forward_pass(self: Any, step_input: Any) -> Any:
         x = step_input.sae_in
-        if not self._is_plain(x):
-            return self.library_class.training_forward_pass(self, step_input)
-        coded = self._coded_in_training(x)
+        coded = self._coded_in_training(x) if self._is_plain(x) else None
         if coded is None:
             return self.library_class.training_forward_pass(self, step_input)
         x_hat = self._x_hat(coded)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..errors import UserError, near
+from ..errors import check_known
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # same shape as the next: twice as many features as latents, and a few of them active
@@ -25,6 +25,5 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 def preset(name: str) -> dict[str, dict[str, Any]]:
     """The settings of a preset. Raises UserError for an unknown name."""
-    if name not in PRESETS:
-        raise UserError(f"preset: {name!r} is not allowed; {near(name, PRESETS)}")
+    check_known("preset", name, PRESETS)
     return PRESETS[name]

@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..backend import choose
+from ..backend import twin
 from ..checks import check_centers, check_floating, check_one_device, check_shape
 from ..code import SparseCode
 from ..cost import Cost
 from ..numerics import added
-from . import reference
 
 
 def decode(
@@ -96,11 +95,7 @@ def _twin(op: str, code: SparseCode, W_dec: Tensor, tensors: Sequence[Tensor], b
     """Return the module that runs `op`."""
     (f, d), nnz, itemsize = W_dec.shape, code.values.numel(), W_dec.element_size()
     cost_of = lambda backend: cost(code.n_tokens, d, f, nnz, itemsize=itemsize, backend=backend)
-    if choose(op, *tensors, cost=cost_of, backend=backend) == "torch":
-        return reference
-    from . import triton
-
-    return triton
+    return twin(__name__, op, *tensors, cost=cost_of, backend=backend)
 
 
 def _check(code: SparseCode, W_dec: Tensor, b_dec: Tensor, target: Tensor | None) -> None:

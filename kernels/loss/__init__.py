@@ -1,14 +1,13 @@
 """loss: squared error, L1 and L0, summed over the tokens at each position, and gradients in a code's entries."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from ..backend import choose
+from ..backend import twin
 from ..checks import check_floating, check_one_device, check_positions, check_shape
 from ..code import SparseCode
 from ..cost import Cost
-from . import reference
 
 
 class PositionSums(NamedTuple):
@@ -49,7 +48,9 @@ def position_loss(
     check_positions(pos, n_tokens, n_positions)
     check_one_device(residual=residual, values=entries, pos=pos)
     return PositionSums(
-        *_twin("position_loss", residual, entries, backend).position_loss(residual, values, pos, n_positions)
+        *twin(__name__, "position_loss", residual, entries, backend=backend).position_loss(
+            residual, values, pos, n_positions
+        )
     )
 
 
@@ -96,8 +97,8 @@ def entry_loss(
     if projection.shape != (parts, *code.values.shape):
         raise ValueError(f"projection must have shape {[parts, *code.values.shape]}, got {list(projection.shape)}")
     check_one_device(code=code.values, squared_error=squared_error, projection=projection, spread=spread)
-    twin = _twin("entry_loss", squared_error, code.values, backend)
-    return EntryLoss(*twin.entry_loss(code, squared_error, projection, scale, spread, active_only))
+    module = twin(__name__, "entry_loss", squared_error, code.values, backend=backend)
+    return EntryLoss(*module.entry_loss(code, squared_error, projection, scale, spread, active_only))
 
 
 def batch_sums(
@@ -109,8 +110,8 @@ def batch_sums(
     [0, T) are in the last two sums. The spread is None if the tokens have none. Raises ValueError as `position_loss` does.
     """
     check_positions(pos, len(tokens.squared_error) // dictionaries, n_positions)
-    twin = _twin("batch_sums", tokens.squared_error, tokens.l1, backend)
-    sums, squared_error, spread = twin.batch_sums(tokens[:4], pos, n_positions, dictionaries)
+    module = twin(__name__, "batch_sums", tokens.squared_error, tokens.l1, backend=backend)
+    sums, squared_error, spread = module.batch_sums(tokens[:4], pos, n_positions, dictionaries)
     return PositionSums(*sums), squared_error, spread
 
 
@@ -140,8 +141,8 @@ def count_step(
     for name, tensor in batch._asdict().items():
         check_shape(name, tensor, S=s, T=t)
     check_one_device(idle_tokens=idle_tokens, fired=fired, count=batch.count, batch_spread=batch_spread, **tensors)
-    twin = _twin("count_step", totals, loss, backend)
-    twin.count_step(
+    module = twin(__name__, "count_step", totals, loss, backend=backend)
+    module.count_step(
         idle_tokens, sums, spread, totals, n, fired, batch, batch_spread, loss, aux_loss, norm, recomputed
     )  # fmt: skip
 
@@ -150,12 +151,3 @@ def cost(n: int, d: int, nnz: int, n_positions: int, *, itemsize: int = 2, backe
     """Read the residual and the values once. Torch also writes and reads their squares and magnitudes."""
     passes = 1 if backend == "triton" else 3
     return Cost(2.0 * n * d + 2.0 * nnz, passes * itemsize * (n * d + nnz) + 24 * n + 16 * n_positions)
-
-
-def _twin(op: str, residual: Tensor, entries: Tensor, backend: str | None) -> Any:
-    """Return the module that runs `op`."""
-    if choose(op, residual, entries, backend=backend) == "torch":
-        return reference
-    from . import triton
-
-    return triton

@@ -4,11 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backend import choose
+from ..backend import twin
 from ..checks import check_floating, check_one_device, check_shape
 from ..code import SparseCode
 from ..cost import Cost
-from . import reference
 
 
 def select_topk(acts: Tensor, k: int, *, backend: str | None = None) -> SparseCode:
@@ -62,11 +61,8 @@ def select_threshold(
     if capacity is not None and capacity < 0:
         raise ValueError(f"capacity must be at least 0, got {capacity}")
     tensors = (acts, threshold) if isinstance(threshold, Tensor) else (acts,)
-    if choose("select_threshold", *tensors, backend=backend) == "triton":
-        from . import triton
-
-        return triton.select_threshold(acts, threshold, capacity)
-    return reference.select_threshold(acts, threshold, capacity)
+    module = twin(__name__, "select_threshold", *tensors, backend=backend)
+    return module.select_threshold(acts, threshold, capacity)
 
 
 def cost(n: int, f: int, k: float, *, itemsize: int = 2, backend: str = "triton") -> Cost:
@@ -79,11 +75,7 @@ def _twin(op: str, acts: Tensor, k: float, backend: str | None) -> Any:
     """Return the module that runs `op`."""
     n, f = acts.shape
     cost_of = lambda backend: cost(n, f, k, itemsize=acts.element_size(), backend=backend)
-    if choose(op, acts, cost=cost_of, backend=backend) == "torch":
-        return reference
-    from . import triton
-
-    return triton
+    return twin(__name__, op, acts, cost=cost_of, backend=backend)
 
 
 def _check(acts: Tensor) -> None:

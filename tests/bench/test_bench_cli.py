@@ -29,10 +29,10 @@ REFUSED = {
     "size zero": ("bench step --n 0", ("--n: 0", "at least 1")),
     "no rounds": ("bench step --rounds 0", ("rounds: 0", "at least 1")),
     "no repeats": ("bench ops --repeats 0", ("repeats: 0", "at least 1")),
-    "unknown op": ("bench ops --op encoed", ("op: 'encoed'", "encode, encode_topk")),
+    "unknown op": ("bench ops --op encoed", ("op: 'encoed'", "did you mean encode")),
     "unknown dtype": ("bench ops --dtype fp8", ("dtype: 'fp8'", "fp32, bf16, fp16")),
     "step in fp16": ("bench step --dtype fp16", ("dtype: 'fp16'", "fp32, bf16")),
-    "unknown device": ("bench step --device tpu", ("device: 'tpu'", "cpu or cuda")),
+    "unknown device": ("bench step --device tpu", ("device: 'tpu'", "cpu, cuda")),
     "step's json nowhere": ("bench step --json nowhere/f.json", ("json: nowhere/f.json", "folder that exists")),
     "unknown activation": ("bench step --activation topkk", ("activation: 'topkk'", "topk, batchtopk, jumprelu, relu")),
     "AuxK where there is none": (

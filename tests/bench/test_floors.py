@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from temposae.bench import floors
-from temposae.bench.floors import KNOWN, Rates, known_card, op_floor, step_floors, step_work
+from temposae.bench.floors import KNOWN, Rates, card_named, op_floor, step_floors, step_work
 from temposae.kernels import certified_topk
 from temposae.kernels.cost import Cost
 
@@ -80,7 +80,7 @@ def test_op_floor_is_the_slower_of_arithmetic_and_traffic() -> None:
     ],
 )
 def test_only_the_cards_of_the_table_take_its_rates(name: str, card: str | None) -> None:
-    assert known_card(name) == (KNOWN[card] if card else None)
+    assert card_named(name, KNOWN) == card
 
 
 def test_an_unknown_device_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_another_file_is_not_gone_on_in(tmp_path: Path) -> None:
     file.write_text("{}")
     code, _, err = run("bench", "lr", "--preset", "tiny", "--json", file)
     assert code == 2
-    assert "learning rates" in err
+    assert "must hold results of `temposae bench lr`" in err
     assert file.read_text() == "{}"
 
 

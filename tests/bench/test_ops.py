@@ -167,7 +167,7 @@ def test_a_shape_beyond_memory_is_left_out(made_up_rates: Any, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(names=["encoed"]), ("op: 'encoed'", "encode, encode_topk")),
+        (dict(names=["encoed"]), ("op: 'encoed'", "did you mean encode")),
         (dict(dtype="fp8"), ("dtype: 'fp8'", "fp32, bf16, fp16")),
         (dict(repeats=0), ("repeats: 0", "at least 1")),
         (dict(shapes=[Shape(4, 4, 4, 5)]), ("K: 5", "at most F (4)")),

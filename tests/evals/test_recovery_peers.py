@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from temposae.bench.synthetic import _PeerEncoder
+from temposae.bench.libraries import sae_lens_dictionary
 from temposae.engine.config import WorldConfig
 from temposae.engine.stream import WorldSource
 from temposae.engine.synthetic.world import World
@@ -114,7 +114,7 @@ def test_scores_are_equal_on_the_same_samples(kind, world):
         sae.b_enc[:3] = -100.0  # dead
         sae.b_dec.copy_(world.bias)
     source = WorldSource(CONFIG, device="cpu")
-    ours = recovery(source, {"sae": _PeerEncoder(sae)}, tokens=16_384)["sae"]
+    ours = recovery(source, {"sae": sae_lens_dictionary(sae)}, tokens=16_384)["sae"]
 
     class Replay:
         """Our samples, in the form of SAELens' generator."""
