@@ -86,16 +86,19 @@ def sparsify(job: TrainingJob) -> ProviderRun:
             optimizer.train()
         return x_hat
 
+    dtype = "bf16" if torch.device(job.device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    name, dictionary = "signum" if job.own else "Adam", sparsify_dictionary(autoencoder)
+    return ProviderRun(step, reconstruct, name, dtype, None, job.aux_k, dictionary=dictionary)
+
+
+def sparsify_dictionary(autoencoder: Any) -> AnyDictionary:
+    """sparsify's coder, whose own code is a list of latents and activations."""
+
     def encode(x: Tensor) -> Tensor:
         code = autoencoder.encode(x)
-        return x.new_zeros(len(x), f).scatter(1, code.top_indices, code.top_acts)
+        return x.new_zeros(len(x), autoencoder.num_latents).scatter(1, code.top_indices, code.top_acts)
 
-    dtype = "bf16" if torch.device(job.device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    dictionary = AnyDictionary(
-        encode, lambda code: code @ autoencoder.W_dec + autoencoder.b_dec, lambda: autoencoder.W_dec
-    )
-    optimizer_used = "signum" if job.own else "Adam"
-    return ProviderRun(step, reconstruct, optimizer_used, dtype, None, job.aux_k, dictionary=dictionary)
+    return AnyDictionary(encode, lambda f: f @ autoencoder.W_dec + autoencoder.b_dec, lambda: autoencoder.W_dec)
 
 
 def sae_lens(job: TrainingJob) -> ProviderRun:
