@@ -10,9 +10,8 @@ from ..bench_types import Call, Inputs, Launch, Op, OpBench, Spec, Step, Trial
 from ..configs import FP8_SINCE
 from ..cost import Cost
 from ..moments import LATENTS
-from ..numerics import pieces
 from ..weight_grad import cost as weight_grad_cost
-from ..weight_grad.bench import SPLIT, WIDTHS, gather_pointers, windows_launch
+from ..weight_grad.bench import WIDTHS, gather_flags, gather_pointers, windows_launch
 from . import Moments, Rates, adam, adam_each, adam_rows, cost, row_norms
 
 MOMENTS = {32: ("fp32", "fp32"), 16: ("bf16", "bf16"), 8: ("i8", "u8")}
@@ -63,7 +62,7 @@ def _specs(dtype: str) -> dict[str, Spec]:
                 config = "adam_rows" if flags["UPDATE"] else "row_norms"
                 specs[f"adam_rows, {name}, D = {width}" + (f", {bits}-bit moments" if bits < 32 else "")] = Spec(
                     "adam.adam_rows_kernel", config, gather_pointers(dtype) | _pointers(bits, dtype, flags),
-                    flags | pieces(width) | dict(BITS=bits, SPLIT=SPLIT),
+                    flags | gather_flags(dtype, width) | dict(BITS=bits),
                     hot=name != "encoder with biases" or width <= 2304,  # wider, it spills 24 bytes on sm_80
                     since=FP8_SINCE if flags["HAS_FP8"] else 80,
                 )  # fmt: skip
@@ -83,17 +82,21 @@ def _rows_launches(step: Step, name: str, matrix: float, *, shared: bool = False
     # Two entries per iteration; the last may be half empty. Each iteration loads the rows of the next.
     iterations = step.per_latent / 2 + 0.25
     trips = {"sum_latent.index": 0, "sum_latent._": 1, "add_entries.index": iterations, "adam_rows_kernel.index": 1}
+    # Packed entries and, from L2, rows; then weights, with moments and centre. Norms load the next latent's bounds ahead.
+    flags = ROWS[name]
+    waits = 1.5 + iterations / 2 + (flags["UPDATE"] | flags["BIASES"] | flags["UNIT_NORM"])
+    waits = latents * (1 + waits) if flags["UPDATE"] else 1 + latents * waits
     rows = n * (2 if step.aux_k and name in ("decoder", "norms") else 1)
     products = 4 * d * f / latents if ROWS[name]["BIASES"] else 0
-    if ROWS[name]["HAS_ALONG"]:  # a loop over 32 entries at a time
-        trips["sum_along.start"] = step.per_latent / 32 + 0.5
+    if ROWS[name]["HAS_ALONG"]:  # a loop over 32 entries at a time, behind the first 32
+        trips["adam_rows_kernel.following"] = max(0.0, step.per_latent / 32 - 0.5)
     return [
         *([] if shared else [windows_launch(step)]),
         Launch(
             "update", f"adam_rows, {name}, D = {d} bf16", f / latents,
             {loop: latents * count for loop, count in trips.items()}, gathered=2 * step.entries * d,
             dram=matrix * d * f + 2 * rows * d + (12 if ROWS[name]["HAS_ALONG"] else 8) * step.entries + 8 * f + products,
-            waits=latents * (4 + iterations / 2 + ROWS[name]["HAS_ALONG"]),
+            waits=waits,
         ),
         *([Launch("update", "torch: gradient of the centre", dram=products)] if products else []),
     ]  # fmt: skip

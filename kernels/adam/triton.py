@@ -18,7 +18,7 @@ from ..code import LatentMajor
 from ..fp8 import Fp8Rows
 from ..moments import LATENTS, BiasGradients, Moments, Rates
 from ..numerics import pieces
-from ..weight_grad.triton import gather_arguments, sum_latent
+from ..weight_grad.triton import gather_arguments, less_center, load_along, sum_latent, sum_row
 
 # Constants of 8-bit codes, explained in moments.py.
 MEAN_ZERO, MEAN_LARGEST = tl.constexpr(formats.MEAN_ZERO), tl.constexpr(formats.MEAN_LARGEST)
@@ -256,25 +256,14 @@ def adam_matrix_kernel(
 
 
 @triton.jit
-def sum_along(along_ptr, first, last):
-    """Sum `along` over the sorted entries first:last."""
-    # [32] sums over every 32nd entry
-    sums = tl.zeros((32,), dtype=tl.float32)
-    for start in tl.range(first, last, 32, num_stages=1):
-        positions = start + tl.arange(0, 32)
-        sums += tl.load(along_ptr + positions, mask=positions < last, other=0.0)
-    return tl.sum(sums, 0)
-
-
-@triton.jit
 def adam_rows_kernel(
     packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
     w_ptr, m_ptr, v_ptr, scales_ptr, shadow_ptr, fp8_ptr, fp8_scale_ptr,
     step_size_ptr, correction_ptr, factor_ptr, seed_ptr, skip_ptr, norms_ptr, along_ptr, ones_ptr, products_ptr,
-    D, stride_row, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
+    D: tl.constexpr, stride_row: tl.constexpr, LATENTS_PER_CENTER, RUN, beta1, beta2, new1, new2, eps,
     UNIT_NORM: tl.constexpr, UPDATE: tl.constexpr, HAS_ALONG: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_FP8: tl.constexpr,
     HAS_SKIP: tl.constexpr, BITS: tl.constexpr, BIASES: tl.constexpr, LATENTS: tl.constexpr,
-    HAS_CENTER: tl.constexpr, SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    HAS_CENTER: tl.constexpr, SPLIT: tl.constexpr, PAIRED: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Sum a latent's gradient from its entries. Then do Adam's step on its row (UPDATE) or store the squared norm of the
     gradient, with HAS_ALONG of its part across the row. BIASES also stores the sum of the latent's values, and this sum
@@ -285,7 +274,6 @@ def adam_rows_kernel(
             return
     high = tl.arange(0, HIGH)
     low = HIGH + tl.arange(0, LOW)
-    program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     first = tl.program_id(0) * LATENTS
     count = LATENTS
     if LATENTS > 1:
@@ -293,18 +281,33 @@ def adam_rows_kernel(
     if BIASES:  # [HIGH] and [LOW] sum of products
         product_high = tl.zeros((HIGH,), dtype=tl.float32)
         product_low = tl.zeros((LOW,), dtype=tl.float32)
+    start = (tl.program_id(1) * LATENTS_PER_CENTER + first).to(tl.int64)
+    end = tl.num_programs(1) * LATENTS_PER_CENTER
+    entry = tl.load(offsets_ptr + start)
+    last = tl.load(offsets_ptr + start + 1)
     for index in tl.range(0, count, num_stages=1, disable_licm=True):  # hoisted addresses would spill
-        # [HIGH] and [LOW] gradient of the latent
-        latent = (tl.program_id(1) * LATENTS_PER_CENTER + first + index).to(tl.int64)
+        # the latent's entries entry:last; the end of the next one's is loaded ahead, for which an update lacks registers
+        latent = start + index
+        if UPDATE:
+            entry = tl.load(offsets_ptr + latent)
+            last = tl.load(offsets_ptr + latent + 1)
+        else:
+            next_last = tl.load(offsets_ptr + tl.minimum(latent + 2, end))
+        if HAS_ALONG:  # [32] sums over every 32nd entry; the first load overlaps the gather
+            alongs = load_along(along_ptr, entry, last)
+        # [HIGH] and [LOW] gradient of the latent. An update with biases has no registers for pairs.
         grad_high, grad_low, ones = sum_latent(
-            latent, packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
-            D, stride_row, LATENTS_PER_CENTER, HAS_CENTER, SPLIT, HIGH, LOW,
+            entry, last, packed_ptr, rows_ptr, windows_ptr, window_ones_ptr,
+            D, stride_row, SPLIT, PAIRED and not (UPDATE and BIASES), HIGH, LOW,
         )  # fmt: skip
+        if HAS_CENTER:
+            grad_high, grad_low = less_center(grad_high, grad_low, ones, center_ptr + tl.program_id(1) * D, D)
+        if BIASES:
+            tl.store(ones_ptr + latent, ones)
         if UPDATE | UNIT_NORM | BIASES:  # [HIGH] and [LOW] weights of the latent
             w_high = tl.load(w_ptr + latent * D + high).to(tl.float32)
             w_low = tl.load(w_ptr + latent * D + low, mask=low < D, other=0.0).to(tl.float32)
         if BIASES:
-            tl.store(ones_ptr + latent, ones)
             product_high += ones * w_high
             product_low += ones * w_low
         if UNIT_NORM:  # remove the part of the gradient along the row
@@ -312,9 +315,12 @@ def adam_rows_kernel(
             grad_high -= along * w_high
             grad_low -= along * w_low
         if not UPDATE:
-            squared_norm = tl.sum(grad_high * grad_high, 0) + tl.sum(grad_low * grad_low, 0)
+            squared_norm = sum_row(grad_high * grad_high, grad_low * grad_low)
             if HAS_ALONG:
-                along = sum_along(along_ptr, tl.load(offsets_ptr + latent), tl.load(offsets_ptr + latent + 1))
+                stride = 32 * tl.num_programs(2)  # 32; see sum_latent
+                for following in tl.range(entry + 32, last, stride, num_stages=1):
+                    alongs += load_along(along_ptr, following, last)
+                along = tl.sum(alongs, 0)
                 squared_norm -= along * along
                 squared_norm = tl.where(squared_norm < 0, 0.0, squared_norm)  # NaN stays
             tl.store(norms_ptr + latent, squared_norm)
@@ -325,7 +331,11 @@ def adam_rows_kernel(
                 step_size_ptr, correction_ptr, factor_ptr, seed_ptr, D, RUN, beta1, beta2, new1, new2, eps,
                 UNIT_NORM, HAS_SHADOW, HAS_FP8, BITS,
             )  # fmt: skip
+        if not UPDATE:
+            entry = last
+            last = next_last
     if BIASES:
+        program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
         tl.store(products_ptr + program * D + high, product_high)
         tl.store(products_ptr + program * D + low, product_low, mask=low < D)
 

@@ -19,10 +19,15 @@ def gather_pointers(dtype: str) -> dict[str, str]:
     return dict(packed="i64", offsets="i64", rows=dtype, windows="fp32", window_ones="fp32", center="fp32")
 
 
+def gather_flags(dtype: str, width: int) -> dict[str, int]:
+    """Return their constants for aligned rows."""
+    return pieces(width) | dict(SPLIT=SPLIT, PAIRED=dtype == "bf16" and width > 2048, D=width, stride_row=width)
+
+
 def _specs(dtype: str) -> dict[str, Spec]:
     specs, pointers = {}, gather_pointers(dtype) | dict(latents="i32", out="fp32")
     for width in WIDTHS[dtype]:
-        flags = dict(SPLIT=SPLIT, **pieces(width))
+        flags = gather_flags(dtype, width)
         specs |= {
             f"weight_grad, D = {width}": Spec(
                 "weight_grad.weight_grad_kernel", "weight_grad", pointers, flags | dict(HAS_CENTER=True)

@@ -3,6 +3,9 @@
 The sorted entries are first packed into int64 words of a row and a value, so the gather reads one word per entry. Two
 rows are in flight while two others are added.
 
+Two bfloat16 columns of a wide row are one word, and each takes one instruction to widen. With D and the stride known when
+compiling, a row's address takes one, too.
+
 A row of D columns is held in two pieces of HIGH and LOW columns, both powers of two: 2304 = 2048 + 256 wastes nothing.
 `high` [HIGH] and `low` [LOW] are their columns. HIGH is at most D, so only `low` needs a mask.
 
@@ -19,6 +22,8 @@ from torch import Tensor
 from ..backend import launch_kernel, launch_options
 from ..code import LatentMajor
 from ..numerics import pieces
+
+PAIRED_FROM = 2048  # HIGH from which bfloat16 columns are loaded in pairs: a thread then has several
 
 
 @triton.jit
@@ -73,82 +78,141 @@ def sorted_kernel(
 
 
 @triton.jit
-def load_row(packed, rows_ptr, high, low, D, stride_row):
-    """Return the value of a packed entry, and its row as [HIGH] and [LOW] in the dtype of the rows."""
+def load_row(packed, rows_ptr, high, low, D: tl.constexpr, stride_row: tl.constexpr):
+    """Return the value of a packed entry, and its row as [HIGH] and [LOW] in the dtype of the pointer."""
     rows_ptr += (packed & 0xFFFFFFFF) * stride_row
     value = (packed >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return value, tl.load(rows_ptr + high), tl.load(rows_ptr + low, mask=low < D, other=0.0)
+    return value, tl.load(rows_ptr + high), tl.load(rows_ptr + low, mask=low < D, other=0)
 
 
 @triton.jit
-def add_entries(sum_high, sum_low, ones, first, last, packed_ptr, rows_ptr, high, low, D, stride_row):
-    """Add value * row over the packed entries first:last to the sums, and their values to `ones`."""
+def halves(sums, PAIRED: tl.constexpr):
+    """Return sums of even and of odd columns if PAIRED, else the sums and nothing."""
+    if PAIRED:
+        return tl.split(tl.reshape(sums, (sums.shape[0] // 2, 2)))
+    else:
+        return sums, 0.0
+
+
+@triton.jit
+def add_row(first, second, value, row, PAIRED: tl.constexpr):
+    """Add value * row to the sums of `halves`. A bfloat16 is the upper half of the float32 of the same value."""
+    if PAIRED:
+        first += value * (row << 16).to(tl.float32, bitcast=True)
+        second += value * (row & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        first += value * row.to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def add_entries(
+    sum_high, sum_low, ones, first, last, packed_ptr, rows_ptr,
+    D: tl.constexpr, stride_row: tl.constexpr, PAIRED: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """Add value * row over the packed entries first:last to the sums, and their values to `ones`. With PAIRED, two bfloat16
+    columns are a word."""
+    WIDTH: tl.constexpr = 2 if PAIRED else 1
+    if PAIRED:
+        rows_ptr = rows_ptr.to(tl.pointer_type(tl.int32))
+    high = tl.arange(0, HIGH // WIDTH)
+    low = HIGH // WIDTH + tl.arange(0, LOW // WIDTH)
+    COLUMNS: tl.constexpr = D // WIDTH
+    STRIDE: tl.constexpr = stride_row // WIDTH
     packed_ptr += first
     count = (last - first).to(tl.int32)
     if count > 0:
+        even_high, odd_high = halves(sum_high, PAIRED)
+        even_low, odd_low = halves(sum_low, PAIRED)
         end = count - 1
         # rows of entries a and b, and the two packed entries after them. Past the end, the last one is read again.
-        value_a, high_a, low_a = load_row(tl.load(packed_ptr), rows_ptr, high, low, D, stride_row)
+        value_a, high_a, low_a = load_row(tl.load(packed_ptr), rows_ptr, high, low, COLUMNS, STRIDE)
         packed_b = tl.load(packed_ptr + tl.minimum(1, end))
-        value_b, high_b, low_b = load_row(packed_b, rows_ptr, high, low, D, stride_row)
+        value_b, high_b, low_b = load_row(packed_b, rows_ptr, high, low, COLUMNS, STRIDE)
         next_a = tl.load(packed_ptr + tl.minimum(2, end))
         next_b = tl.load(packed_ptr + tl.minimum(3, end))
         for index in tl.range(0, count, 2, num_stages=1):
-            sum_high += value_a * high_a.to(tl.float32)
-            sum_low += value_a * low_a.to(tl.float32)
+            even_high, odd_high = add_row(even_high, odd_high, value_a, high_a, PAIRED)
+            even_low, odd_low = add_row(even_low, odd_low, value_a, low_a, PAIRED)
             ones += value_a
-            value_a, high_a, low_a = load_row(next_a, rows_ptr, high, low, D, stride_row)
+            value_a, high_a, low_a = load_row(next_a, rows_ptr, high, low, COLUMNS, STRIDE)
             next_a = tl.load(packed_ptr + tl.minimum(index + 4, end))
             value_b = tl.where(index < end, value_b, 0.0)
-            sum_high += value_b * high_b.to(tl.float32)
-            sum_low += value_b * low_b.to(tl.float32)
+            even_high, odd_high = add_row(even_high, odd_high, value_b, high_b, PAIRED)
+            even_low, odd_low = add_row(even_low, odd_low, value_b, low_b, PAIRED)
             ones += value_b
-            value_b, high_b, low_b = load_row(next_b, rows_ptr, high, low, D, stride_row)
+            value_b, high_b, low_b = load_row(next_b, rows_ptr, high, low, COLUMNS, STRIDE)
             next_b = tl.load(packed_ptr + tl.minimum(index + 5, end))
+        if PAIRED:
+            sum_high = tl.interleave(even_high, odd_high)
+            sum_low = tl.interleave(even_low, odd_low)
+        else:
+            sum_high = even_high
+            sum_low = even_low
     return sum_high, sum_low, ones
 
 
 @triton.jit
 def sum_latent(
-    latent, packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
-    D, stride_row, LATENTS_PER_CENTER, HAS_CENTER: tl.constexpr,
-    SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    first, last, packed_ptr, rows_ptr, windows_ptr, window_ones_ptr, D: tl.constexpr, stride_row: tl.constexpr,
+    SPLIT: tl.constexpr, PAIRED: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Return the latent's gradient as [HIGH] and [LOW], and the sum of its values."""
+    """Return the sum of values * rows over a latent's entries first:last as [HIGH] and [LOW], and the sum of its values."""
     high = tl.arange(0, HIGH)
     low = HIGH + tl.arange(0, LOW)
     sum_high = tl.zeros((HIGH,), dtype=tl.float32)
     sum_low = tl.zeros((LOW,), dtype=tl.float32)
     ones = tl.full((), 0.0, tl.float32)
-    # the latent's entries first:last and its whole windows window:end
-    first = tl.load(offsets_ptr + latent)
-    last = tl.load(offsets_ptr + latent + 1)
+    # its whole windows window:end
     window = (first + SPLIT - 1) // SPLIT
     end = last // SPLIT
-    for index in tl.range(window, end, num_stages=1):
+    # few latents have windows: with a step that the compiler does not know (1), it leaves the loop small
+    windows_ptr += window * D
+    for index in tl.range(0, (end - window).to(tl.int32), tl.num_programs(2), num_stages=1):
         sum_high += tl.load(windows_ptr + index * D + high)
         sum_low += tl.load(windows_ptr + index * D + low, mask=low < D, other=0.0)
-        ones += tl.load(window_ones_ptr + index)
+        ones += tl.load(window_ones_ptr + window + index)
     # the entries before and after the windows: one run of entries if there are none
     has_windows = window < end
     stop = tl.where(has_windows, window * SPLIT, last)
     for _ in tl.range(0, 1 + has_windows.to(tl.int32), num_stages=1):
         sum_high, sum_low, ones = add_entries(
-            sum_high, sum_low, ones, first, stop, packed_ptr, rows_ptr, high, low, D, stride_row
+            sum_high, sum_low, ones, first, stop, packed_ptr, rows_ptr, D, stride_row, PAIRED, HIGH, LOW
         )
         first = end * SPLIT
         stop = last
-    if HAS_CENTER:  # sum of values * (rows - center) = sum of values * rows - (sum of values) * center
-        center_ptr += latent.to(tl.int32) // LATENTS_PER_CENTER * D
-        sum_high -= ones * tl.load(center_ptr + high).to(tl.float32)
-        sum_low -= ones * tl.load(center_ptr + low, mask=low < D, other=0.0).to(tl.float32)
     return sum_high, sum_low, ones
 
 
 @triton.jit
+def less_center(sum_high, sum_low, ones, center_ptr, D: tl.constexpr):
+    """Return the sum of values * (rows - center) = sum of values * rows - (sum of values) * center."""
+    high = tl.arange(0, sum_high.shape[0])
+    low = sum_high.shape[0] + tl.arange(0, sum_low.shape[0])
+    sum_high -= ones * tl.load(center_ptr + high).to(tl.float32)
+    sum_low -= ones * tl.load(center_ptr + low, mask=low < D, other=0.0).to(tl.float32)
+    return sum_high, sum_low
+
+
+@triton.jit
+def sum_row(high, low):
+    """Sum the two pieces of a row in one reduction."""
+    parts = tl.reshape(high, (low.shape[0], high.shape[0] // low.shape[0]))
+    return tl.sum(tl.sum(parts, 1) + low, 0)
+
+
+@triton.jit
+def load_along(along_ptr, start, last):
+    """Load `along` of the first 32 of the sorted entries start:last."""
+    positions = start + tl.arange(0, 32)
+    return tl.load(along_ptr + positions, mask=positions < last, other=0.0)
+
+
+@triton.jit
 def windows_kernel(
-    packed_ptr, latents_ptr, rows_ptr, windows_ptr, window_ones_ptr, D, F, stride_row,
-    SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    packed_ptr, latents_ptr, rows_ptr, windows_ptr, window_ones_ptr,
+    D: tl.constexpr, F, stride_row: tl.constexpr,
+    SPLIT: tl.constexpr, PAIRED: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Sum the windows that lie within one latent, and no others. One program per window."""
     window = tl.program_id(0).to(tl.int64)
@@ -157,9 +221,12 @@ def windows_kernel(
     if (latent == tl.load(latents_ptr + first + SPLIT - 1)) & (latent < F):
         high = tl.arange(0, HIGH)
         low = HIGH + tl.arange(0, LOW)
+        last = first + SPLIT
+        if not PAIRED:
+            last = first + SPLIT * tl.num_programs(2)  # the same: the compiler would unroll a loop of known length
         sum_high, sum_low, ones = add_entries(
             tl.zeros((HIGH,), dtype=tl.float32), tl.zeros((LOW,), dtype=tl.float32), tl.full((), 0.0, tl.float32),
-            first, first + SPLIT, packed_ptr, rows_ptr, high, low, D, stride_row,
+            first, last, packed_ptr, rows_ptr, D, stride_row, PAIRED, HIGH, LOW,
         )  # fmt: skip
         tl.store(windows_ptr + window * D + high, sum_high)
         tl.store(windows_ptr + window * D + low, sum_low, mask=low < D)
@@ -169,15 +236,18 @@ def windows_kernel(
 @triton.jit
 def weight_grad_kernel(
     packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr, out_ptr,
-    D, stride_row, LATENTS_PER_CENTER, HAS_CENTER: tl.constexpr,
-    SPLIT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    D: tl.constexpr, stride_row: tl.constexpr, LATENTS_PER_CENTER, HAS_CENTER: tl.constexpr,
+    SPLIT: tl.constexpr, PAIRED: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """dW, in one program per latent."""
     latent = tl.program_id(0).to(tl.int64)
-    grad_high, grad_low, _ = sum_latent(
-        latent, packed_ptr, offsets_ptr, rows_ptr, windows_ptr, window_ones_ptr, center_ptr,
-        D, stride_row, LATENTS_PER_CENTER, HAS_CENTER, SPLIT, HIGH, LOW,
+    grad_high, grad_low, ones = sum_latent(
+        tl.load(offsets_ptr + latent), tl.load(offsets_ptr + latent + 1), packed_ptr, rows_ptr, windows_ptr, window_ones_ptr,
+        D, stride_row, SPLIT, PAIRED, HIGH, LOW,
     )  # fmt: skip
+    if HAS_CENTER:
+        center_ptr += latent.to(tl.int32) // LATENTS_PER_CENTER * D
+        grad_high, grad_low = less_center(grad_high, grad_low, ones, center_ptr, D)
     low = HIGH + tl.arange(0, LOW)
     tl.store(out_ptr + latent * D + tl.arange(0, HIGH), grad_high)
     tl.store(out_ptr + latent * D + low, grad_low, mask=low < D)
@@ -227,6 +297,8 @@ def gather_arguments(
     (m, d), f, c = rows.shape, entries.latent_offsets.numel() - 1, values.numel()
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     columns = pieces(d)
+    is_even = d % 2 == rows.stride(0) % 2 == rows.data_ptr() % 4 == 0
+    columns["PAIRED"] = rows.dtype == torch.bfloat16 and is_even and columns["HIGH"] >= PAIRED_FROM
     if packed is None:
         packed, options = torch.empty(c, dtype=torch.int64, device=rows.device), launch_options("pack", rows)
         if c:

@@ -136,10 +136,10 @@ def test_the_next_best_is_picked_where_the_best_may_not_be(tuned: Callable[..., 
         asked.append(config_row(arch)[entry])
         return "above_cut spills 8 bytes" if config_row(arch)[entry]["BLOCK"] == 512 else ""
 
-    (choice,) = tuned(["above_cut"], lambda s: s["BLOCK"] + s["num_warps"], obstacle)
-    refused = [dict(BLOCK=512, num_warps=warps) for warps in (4, 8)]
-    assert asked == [*refused, dict(BLOCK=1024, num_warps=4)]
-    assert choice.after == dict(BLOCK=1024, num_warps=4)
+    (choice,) = tuned(["above_cut"], lambda s: s["BLOCK"] - 20 * s["num_warps"], obstacle)
+    refused = [dict(BLOCK=512, num_warps=warps) for warps in (8, 4)]
+    assert asked == [*refused, dict(BLOCK=1024, num_warps=8)]
+    assert choice.after == dict(BLOCK=1024, num_warps=8)
     assert set(choice.refused.values()) == {"above_cut spills 8 bytes"}
     assert len(choice.refused) == 2
 
@@ -206,7 +206,7 @@ def test_every_call_launches_its_entry_and_leaves_the_weights(dtype: str, monkey
 def test_settings_reach_the_kernels_where_torch_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a real run of one entry, in the interpreter: what is timed is launched by the setting that is tried."""
     monkeypatch.setenv("TEMPOSAE_BACKEND", "torch")
-    monkeypatch.setitem(tune.TRIALS, "above_cut", tune.TRIALS["above_cut"]._replace(grid=dict(BLOCK=(512, 1024))))
+    monkeypatch.setitem(tune.TRIALS, "above_cut", tune.TRIALS["above_cut"]._replace(grid=dict(BLOCK=(512, 2048))))
     launched: list[dict[str, Any]] = []
     original = backend.launch_options
 

@@ -77,3 +77,36 @@ def test_entries_are_sorted_with_their_weights(shape, backend, make_code, has_to
         assert torch.equal(shared[1]["along"], along.flatten()[entries.order])
     with pytest.raises(ValueError, match="along must have one element for each"):
         sort_entries(latents, tokens, code.n_latents, encoder, decoder, along.flatten()[1:], (1, 1), backend=backend)
+
+
+@pytest.mark.parametrize("d", [8, 22])
+def test_columns_in_pairs_give_the_same_bits(monkeypatch, assert_close, d):
+    """With windows: the first latent has most entries."""
+    pytest.importorskip("triton")
+    from temposae.kernels.weight_grad import triton as kernels
+
+    monkeypatch.setattr(kernels, "PAIRED_FROM", 2)
+    draw, n, f = torch.Generator().manual_seed(0), 600, 5
+    indices = torch.stack([torch.zeros(n), torch.randint(1, f, (n,), generator=draw)], 1).int()
+    code = SparseCode(torch.randn(n, 2, generator=draw), indices, f)
+    rows = torch.randn(n, d + 1, generator=draw).bfloat16()
+    layouts = {"paired": rows[:, :d].contiguous(), "odd stride": rows[:, :d], "odd address": rows.flatten()[1:]}
+    layouts["odd address"] = layouts["odd address"][: d * (n - 1)].view(-1, d)
+    for name, each in layouts.items():
+        entries, values = code.transpose(), code.values
+        _, _, constants = kernels.gather_arguments(entries, values, each, None)
+        assert constants["PAIRED"] == (name == "paired"), name
+    center, W = torch.randn(d, generator=draw), torch.nn.functional.normalize(torch.randn(f, d, generator=draw))
+    for settings in (dict(), dict(center=center)):
+        paired, single = (
+            weight_grad(code.transpose(), code.values, layouts[name], backend="triton", **settings)
+            for name in ("paired", "odd stride")
+        )
+        assert torch.equal(paired, single)
+        exact = layouts["paired"].double() - settings.get("center", torch.zeros(d)).double()
+        assert_close(paired, code.to_dense().double().T @ exact)
+    paired, single = (
+        row_norms(code.transpose(), code.values, layouts[name], W=W, backend="triton")
+        for name in ("paired", "odd stride")
+    )
+    assert torch.equal(paired, single)
