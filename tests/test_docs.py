@@ -157,6 +157,13 @@ class TestStudy:
             ts.dashboard(sae, stream=stream, latents=[32])
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+def test_lists_go_on_as_the_site_reads_them(page: Path) -> None:
+    """Behind an empty line, mkdocs takes text that is indented by fewer than four spaces out of its list."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S)
+    assert re.findall(r"^\n {1,3}\S.*", text, re.M) == []
+
+
 class TestReadme:
     README = ROOT / "README.md"
 

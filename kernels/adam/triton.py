@@ -300,13 +300,15 @@ def adam_rows_kernel(
             entry, last, packed_ptr, rows_ptr, windows_ptr, window_ones_ptr,
             D, stride_row, SPLIT, PAIRED and not (UPDATE and BIASES), HIGH, LOW,
         )  # fmt: skip
-        if HAS_CENTER:
+        if HAS_CENTER and not HAS_FP8:
             grad_high, grad_low = less_center(grad_high, grad_low, ones, center_ptr + tl.program_id(1) * D, D)
         if BIASES:
             tl.store(ones_ptr + latent, ones)
         if UPDATE | UNIT_NORM | BIASES:  # [HIGH] and [LOW] weights of the latent
             w_high = tl.load(w_ptr + latent * D + high).to(tl.float32)
             w_low = tl.load(w_ptr + latent * D + low, mask=low < D, other=0.0).to(tl.float32)
+        if HAS_CENTER and HAS_FP8:  # behind the weights; with more values to hold, it would spill on sm_100 before them
+            grad_high, grad_low = less_center(grad_high, grad_low, ones, center_ptr + tl.program_id(1) * D, D)
         if BIASES:
             product_high += ones * w_high
             product_low += ones * w_low
