@@ -1,10 +1,16 @@
 """Intervals of scores whose distribution is known."""
 
+import json
 import math
 
 import numpy as np
 import pytest
+from temposae.engine.config import SAEConfig
+from temposae.engine.sae import SparseAutoencoder
+from temposae.evals.evaluation import Evaluation
 from temposae.evals.intervals import DRAWS, POWER, Outcomes, interval, joined
+from temposae.evals.suite import load_eval
+from temposae.evals.word_order import order_probing
 
 
 def draw(seed: int = 0) -> np.random.Generator:
@@ -94,3 +100,39 @@ def test_many_items_are_resampled_in_parts(monkeypatch):
         {key: whole[key] for key in ("low", "high")}, rel=1e-12
     )
     assert DRAWS % 7
+
+
+#: eval -> paths of the scores that have intervals
+MEASURED = {
+    "core": ("explained_variance", "ce_recovered", "kl_recovered"),
+    "sparse_probing": ("top_1", "top_5"),
+    "order_probing": ("mean_pooled", "last_token"),
+    "ground_truth": ("recovered", "mean_f1", "mean_top_5"),
+    "unlearning": ("score",),
+    "scr": ("score",),
+    "tpp": ("score",),
+    "absorption": ("mean_absorption",),
+}
+
+
+@pytest.fixture
+def evaluation(stream_of) -> Evaluation:
+    sae, random = (SparseAutoencoder(SAEConfig(d_in=128, d_sae=160, k=8), seed=seed) for seed in (1, 2))
+    return Evaluation(stream_of(), sae, random, share=4)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_outcomes_of_an_eval_are_those_of_its_scores(name, evaluation):
+    """Resampling without a change gives the reported figure, and the difference is that of the reported figures."""
+    measure = order_probing if name == "order_probing" else load_eval(name)
+    result = measure(evaluation)
+    for key in MEASURED[name]:
+        found, value, control = result["intervals"][key], result[key], result["controls"]["random"][key]
+        assert found["above_random"]["difference"] == pytest.approx(value - control, abs=1e-9), key
+        assert found["low"] - 1e-9 <= value <= found["high"] + 1e-9, key
+        edges = found["controls"]["random"]
+        assert edges["low"] - 1e-9 <= control <= edges["high"] + 1e-9, key
+        assert found["above_random"]["least"] > 0
+        assert 10 < found["items"] < 2000
+    if name != "unlearning":  # which takes longest
+        assert json.dumps(measure(evaluation)["intervals"], allow_nan=False) == json.dumps(result["intervals"])
