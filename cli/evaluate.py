@@ -34,8 +34,9 @@ def evaluate(
         list[str] | None,
         Option(
             "--set",
-            help="For sparse_probing: a .csv or .jsonl file with columns text and label, or a published set "
-            "(fancyzhx/ag_news?path=FOLDER). Repeatable. [default: the embedded language's topics]",
+            help="For sparse_probing: a .csv or .jsonl file with columns text and label, a published set "
+            "(fancyzhx/ag_news?path=FOLDER), or one of topic, tone, items, poison, number and agent, labels of the embedded "
+            "language. Repeatable. [default: the embedded language's topics]",
         ),
     ] = None,
     files: Annotated[

@@ -30,6 +30,7 @@ from ..engine.errors import UserError
 from ..engine.process.progress import progress_bar
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.token_rows import TestbedRows
+from ..engine.testbed.language import facts
 from ..engine.testbed.lexicon import TONES
 from .evaluation import Evaluation, TextActivations, collect, padded
 from .intervals import Outcomes, interval, joined
@@ -59,7 +60,7 @@ def sparse_probing(
 ) -> dict[str, Any]:
     """Measure test accuracies of probes on the k best latents, for each of `ks` (default: `KS` up to F), on 1 and on all.
 
-    `sets`: `topic` and `tone` of the embedded language, files and published sets as for `load_labelled`, or `Labelled`
+    `sets`: labels of the embedded language (`EMBEDDED`), files and published sets as for `load_labelled`, or `Labelled`
     texts; default: the evaluation's, or `topic`. Latents that are dead or too small for a probe are named in `warnings` and
     have no scores. Raises UserError if k is above F, or a set has one class or too few texts of a class.
     """
@@ -104,10 +105,10 @@ def _opened(evaluation: Evaluation, sets: Sequence[str | Path | Labelled]) -> It
         if isinstance(source, str) and source in EMBEDDED:
             collected = evaluation.labelled(ROWS)
             embedded = embedded or _pooled(evaluation, [collected])
-            text = evaluation.stream.text
-            assert isinstance(text, TestbedRows)
-            names = np.array(text.language.topics if source == "topic" else TONES)
-            yield _Set(source, embedded, names[collected.row_label(source).numpy()], 0.5)
+            labels = _embedded_labels(evaluation, collected, source)
+            known = labels != ""
+            pooled = embedded if known.all() else {name: latents[known] for name, latents in embedded.items()}
+            yield _Set(source, pooled, labels[known], 0.5)
         else:
             if not isinstance(source, Labelled):
                 file = Path(str(source).partition("?")[0])
@@ -117,6 +118,28 @@ def _opened(evaluation: Evaluation, sets: Sequence[str | Path | Labelled]) -> It
             texts = (source.texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(labels), _TEXTS_AT_ONCE))
             batches = (collect(evaluation.stream, token_rows(evaluation.stream, batch), len(batch)) for batch in texts)
             yield _Set(source.name, _pooled(evaluation, batches), labels, 0.8)
+
+
+def _embedded_labels(evaluation: Evaluation, collected: TextActivations, name: str) -> np.ndarray:
+    """A label of every document of the embedded language, by the names of `EMBEDDED`; "" where it does not apply.
+
+    `items`: length of the list. `poison`: whether a fact about a poison is stated, of documents with facts. `number`: of the
+    first subject of an agreement. `agent`: of the first action, human or animal. Documents have other nouns and actions, so
+    the last two are hard to tell from the mean of a document.
+    """
+    text = evaluation.stream.text
+    assert isinstance(text, TestbedRows)
+    if name in ("topic", "tone"):
+        return np.array(text.language.topics if name == "topic" else TONES)[collected.row_label(name).numpy()]
+    if name == "items":
+        return np.array(["three", "four"])[(collected.row_label("item").numpy() == 3).astype(int)]
+    if name == "poison":
+        fact = collected.labels["fact"]
+        poison = np.array([known.forget for known in facts()])[fact] & (fact >= 0)
+        return np.where((fact >= 0).any(1), np.where(poison.any(1), "poison", "other"), "")
+    values = collected.labels["plural" if name == "number" else "agent_is_human"]
+    first = values[np.arange(len(values)), (values >= 0).argmax(1)]
+    return np.array(["singular", "plural", ""] if name == "number" else ["animal", "human", ""])[first]
 
 
 def token_rows(stream: ActivationStream, texts: Sequence[str]) -> Iterator[TokenRows]:

@@ -62,7 +62,7 @@ class Task:
         return cls(context * 2, true + false, y, np.tile(train, 2), np.tile(bag, 2))
 
 
-def order_probing(evaluation: Evaluation, *, pairs: int = 512, k: int = 5) -> dict[str, Any]:
+def order_probing(evaluation: Evaluation, *, pairs: int = 1024, k: int = 5) -> dict[str, Any]:
     """Measure test accuracy of probes on k latents by task and averaged over tasks, of the dictionary and its controls.
 
     Uses `pairs` pairs per task of the embedded language, and at most as many texts of each file, which is a task named after
