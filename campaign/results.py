@@ -16,7 +16,7 @@ from .analyses import LABELS, analysis
 from .config import CampaignConfig, CampaignRun
 from .documented import LOGS, documented
 
-FORMAT = "temposae-campaign/1"
+FORMAT = "temposae-campaign/2"
 RESULTS = "campaign.json"
 
 
@@ -60,9 +60,18 @@ SCORES = {
     "specialization": Score(
         "Specialization", "positions", "specialization", "how far position determines whether a latent is active", 0
     ),
-    "retention": Score(
-        "Retention", "positions", "retention.value",
-        "share of the plain baseline's specialization that matching latents keep (not compared: 1 for the baseline)",
+    "agreement": Score(
+        "Agreement", "positions", "agreement.value",
+        "correlation of latents with their matches in the plain baseline of the same seed, by mass (not compared: 1 for the "
+        "baseline)", 0,
+    ),
+    "agreement_same_recipe": Score(
+        "Agreement, same recipe", "positions", "agreement.same_recipe.value",
+        "the same between two seeds of the plain baseline: as much as can be expected", 0,
+    ),
+    "agreement_shuffled": Score(
+        "Agreement, shuffled", "positions", "agreement.shuffled.value",
+        "the same with the run's activations permuted over tokens: what unrelated latents reach", 0,
     ),
     "fidelity": Score(
         "Fidelity", "positions", "fidelity.profile", "share of the activations' positional profile that is reconstructed"
@@ -260,12 +269,12 @@ def against_random(scores: Mapping[str, Any]) -> AgainstRandom:
 
 
 def read_results(out: Path) -> dict[str, Any]:
-    """Read campaign.json of a folder. Raises UserError if it is missing or damaged."""
+    """Read campaign.json of a folder. Raises UserError if it is missing or damaged, or of another version."""
     path = out / RESULTS
     if not path.is_file():
         raise UserError(f"{out} has no {RESULTS}; the campaign is not finished, continue it with --resume --out {out}")
     remedy = f"remove it, and temposae campaign --resume --out {out} makes it again"
-    return read_json(path, "campaign", remedy, keys=dict.fromkeys(("runs", "baselines"), dict))
+    return read_json(path, "campaign", remedy, form=FORMAT, keys=dict.fromkeys(("runs", "baselines"), dict))
 
 
 def logs_of(campaign: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

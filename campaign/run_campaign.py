@@ -51,6 +51,8 @@ def _campaign(config: CampaignConfig, out: Path, resume: bool) -> dict[str, Any]
     config = _with_absolute_paths(config)
     planned = entries(config)
     _open(config, out, resume)
+    # the time that a finished campaign took, read first: results of another version stop the command before any work
+    before = read_results(out)["seconds"] if resume and (out / RESULTS).is_file() else {}
     model, runs = resolve({campaign_run.name: campaign_run.sections for campaign_run in planned})
     tokens = max(run.train.tokens for run in runs.values())
     hooks = (
@@ -68,9 +70,7 @@ def _campaign(config: CampaignConfig, out: Path, resume: bool) -> dict[str, Any]
     if stream.own is None:
         failed |= _measure(config, planned, trained, stream, out / "runs")
     seconds["measuring"] = round(time.monotonic() - began - seconds["training"], 1)
-    if resume and (out / RESULTS).is_file():  # add the time that the finished campaign took
-        before = read_results(out)["seconds"]
-        seconds = {stage: round(duration + before.get(stage, 0), 1) for stage, duration in seconds.items()}
+    seconds = {stage: round(duration + before.get(stage, 0), 1) for stage, duration in seconds.items()}
     results = gather(config, planned, out, failed) | {"seconds": seconds}
     with os_errors_named(f"out: {out / RESULTS}"):
         write_json(out / RESULTS, json.loads(json.dumps(results, default=str)))
@@ -127,19 +127,28 @@ def _measure(
             texts[hook] = Evaluation(stream, saved.dictionary(), None, share=config.share, neurons=False)
         print(f"measuring {campaign_run.name}, {index + 1} of {len(whole)}", file=sys.stderr, flush=True)
         try:
-            reference = _reference(campaign_run, planned, runs)
-            evaluate(saved, stream, runs / campaign_run.name, config.evals, like=texts[hook], reference=reference)
+            reference, same_recipe = _references(campaign_run, planned, runs)
+            evaluate(
+                saved, stream, runs / campaign_run.name, config.evals,
+                like=texts[hook], reference=reference, same_recipe=same_recipe,
+            )  # fmt: skip
         except (UserError, RuntimeError, ValueError) as error:
             failed[campaign_run.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             print(f"{campaign_run.name} can't be measured: {failed[campaign_run.name]}", file=sys.stderr, flush=True)
     return failed
 
 
-def _reference(entry: CampaignRun, planned: list[CampaignRun], runs: Path) -> Checkpoint | None:
-    """The plain dictionary of an entry's activation, condition and seed, the reference for `retention`. Strictness of masks
-    does not count."""
+def _references(
+    entry: CampaignRun, planned: list[CampaignRun], runs: Path
+) -> tuple[Checkpoint | None, Checkpoint | None]:
+    """The plain dictionary of an entry's activation, condition and seed, the reference for `agreement`, and that of the next
+    seed, the same recipe; None for one that is missing. Strictness of masks does not count."""
     activation, condition = entry.sections["sae"]["activation"], strictness(entry.condition)[1]
-    for candidate in planned:
-        if candidate.run == activation and (candidate.condition, candidate.seed) == (condition, entry.seed):
-            return checkpoint.find(runs / candidate.name) if checkpoint.all_in(runs / candidate.name) else None
-    return None
+    plain = [other for other in planned if (other.run, other.condition) == (activation, condition)]
+    at = next((i for i, other in enumerate(plain) if other.seed == entry.seed), None)
+    if at is None:
+        return None, None
+    following = [*plain[at + 1 :], *plain[:at]]
+    candidates = (runs / other.name for other in (plain[at], *following[:1]))
+    found = [checkpoint.find(folder) if checkpoint.all_in(folder) else None for folder in candidates]
+    return found[0], None if found[0] is None or len(found) == 1 else found[1]

@@ -28,8 +28,8 @@ from .results import SCORES
 LEVEL = 0.05
 ALIKE = 1.1  # two dictionaries whose L0 differ by at most this factor count as equally sparse
 RISE_WITH_L0 = ("explained_variance", "ce_recovered")
-#: the scores that are compared: not L0, which is set, nor retention, which is 1 for the baseline by definition
-COMPARED = tuple(name for name in SCORES if name not in ("l0", "retention"))
+#: the scores that are compared: not L0, which is set, nor agreement with the baseline, which is 1 for the baseline
+COMPARED = tuple(name for name in SCORES if name != "l0" and not name.startswith("agreement"))
 
 NO_DIFFERENCE = "no detectable difference"
 VERDICTS = ("better", "worse", "more", "less", NO_DIFFERENCE)

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -34,8 +34,9 @@ def evaluate(
         list[str] | None,
         Option(
             "--set",
-            help="For sparse_probing: a .csv or .jsonl file with columns text and label, or a published set "
-            "(fancyzhx/ag_news?path=FOLDER). Repeatable. [default: the embedded language's topics]",
+            help="For sparse_probing: a .csv or .jsonl file with columns text and label, a published set "
+            "(fancyzhx/ag_news?path=FOLDER), or one of topic, tone, items, poison, number and agent, labels of the embedded "
+            "language. Repeatable. [default: the embedded language's topics]",
         ),
     ] = None,
     files: Annotated[
@@ -57,6 +58,15 @@ def evaluate(
         ),
     ] = None,
     control: Annotated[bool, Option("--control", help="Train a random control first if the run has none.")] = False,
+    reference: Annotated[
+        Path | None,
+        Option(
+            help="For positions: another run, whose latents are matched with the dictionary's by their activations."
+        ),
+    ] = None,
+    same_recipe: Annotated[
+        Path | None, Option(help="For positions: another seed of the reference's recipe, as a yardstick of agreement.")
+    ] = None,
     fresh: Annotated[bool, Option("--fresh", help="Repeat evals that the run folder already has.")] = False,
     plugin: Plugin = None,
     json_file: JsonFile = None,
@@ -87,6 +97,11 @@ def evaluate(
     check_there(sets or (), by_name)
     names = list(EVALS) if name == "all" else [name]
     load_eval(names[0])
+    others: dict[str, Any] = {
+        name: checkpoint.find(folder)
+        for name, folder in (("reference", reference), ("same_recipe", same_recipe))
+        if folder is not None
+    }
     loaded = checkpoint.find(sae)
     stream = stream_of(loaded, model, layer, hook, data, tokens=100_000)
     is_run = loaded.of_run is not None and all(option is None for option in (model, layer, hook, data))
@@ -94,7 +109,7 @@ def evaluate(
     with stop_advice(f"stopped; {resume_note}"):
         results = evaluate(
             loaded, stream, sae if is_run else None, names, seed=seed, sets=sets or (), files=by_name, fresh=fresh,
-            rows=rows, control=control,
+            rows=rows, control=control, **others,
         )  # fmt: skip
     write_json(json_file, results if name == "all" else results[name])
     for eval_name, result in results.items():

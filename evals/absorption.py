@@ -36,6 +36,7 @@ from sklearn.linear_model import LogisticRegression
 from ..engine.errors import UserError
 from ..engine.testbed.language import ROLES, Language
 from .evaluation import CHUNK, Autoencoder, Evaluation, TextActivations, collect, joined, padded
+from .intervals import Outcomes, interval
 
 ROWS, TIMES = 1024, 12  # documents; uses per word at most, half for training and half for testing
 WORDS = 8  # letters with fewer words are left out
@@ -87,7 +88,8 @@ def absorption(evaluation: Evaluation, *, rows: int = ROWS) -> dict[str, Any]:
     activations = TextActivations(torch.zeros(0, 0), torch.zeros(0, 0), words.x, words.pos, words.pos)
     autoencoders = evaluation.autoencoders(activations)
     any_letter = _shuffled(words, evaluation.generator("absorption shuffled"))
-    results = _by_letter(words, autoencoders) | _by_letter(any_letter, {"shuffled": autoencoders["sae"]})
+    outcomes: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    results = _by_letter(words, autoencoders, outcomes) | _by_letter(any_letter, {"shuffled": autoencoders["sae"]}, {})
     means = {name: _means(letters) for name, letters in results.items()}
     scores = means.pop("sae")
     f1, messages = scores["mean_main_f1"], []
@@ -99,6 +101,9 @@ def absorption(evaluation: Evaluation, *, rows: int = ROWS) -> dict[str, Any]:
         **scores,
         "letters": results["sae"],
         "controls": means,
+        "intervals": {
+            "mean_absorption": _interval(words, results["sae"], outcomes, evaluation.generator("absorption intervals"))
+        },
         "warnings": messages,
         "protocol": {
             "min_GT_probe_f1": KNOWN,
@@ -124,8 +129,34 @@ def _letters(words: _Words) -> dict[str, int]:
     return {a: count for a, count in size.items() if count >= WORDS and a in test_letters}
 
 
-def _by_letter(words: _Words, autoencoders: Mapping[str, Autoencoder]) -> dict[str, dict[str, dict[str, Any]]]:
-    """`letters` as `absorption` returns them, for each autoencoder."""
+def _interval(
+    words: _Words, letters: Mapping[str, Mapping[str, Any]], outcomes: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]],
+    draw: np.random.Generator,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Interval of mean absorption over the test words, all uses of a word together."""
+    counted_letters = [a for a, scores in letters.items() if _counts(scores)]
+    if not counted_letters:
+        return None
+    names, word = np.unique(words.word[words.test], return_inverse=True)
+    number = dict(zip(words.test.tolist(), word.tolist(), strict=True))
+    parts = {}
+    for name, by_letter in outcomes.items():
+        gained, counted = np.zeros((2, len(names), len(counted_letters)))
+        for column, a in enumerate(counted_letters):
+            tokens, absorbed = by_letter[a]
+            at = [number[token] for token in tokens.tolist()]
+            np.add.at(gained[:, column], at, absorbed)
+            np.add.at(counted[:, column], at, 1)
+        parts[name] = Outcomes(gained, counted)
+    return interval(parts, draw)
+
+
+def _by_letter(
+    words: _Words, autoencoders: Mapping[str, Autoencoder],
+    outcomes: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]],
+) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
+    """`letters` as `absorption` returns them, for each autoencoder. `outcomes` gets the known words' tokens of each letter
+    and which of them are absorbed."""
     train, test, letter, letters = words.train, words.test, words.letter, _letters(words)
     x = words.x.cpu().numpy()
     probes = {a: _fit(x[train], letter[train] == a) for a in letters}
@@ -141,13 +172,15 @@ def _by_letter(words: _Words, autoencoders: Mapping[str, Autoencoder]) -> dict[s
             count, main_f1 = _main(*sides)
             main = ranked[:count]
             chosen = test[predicted[a] & (letter[test] == a)]
+            scores, absorbed = _absorbed(x[chosen], f[chosen], W_dec, probe.coef_[0], main)
+            outcomes.setdefault(name, {})[a] = chosen, absorbed
             results[name][a] = {
                 "words": letters[a],
                 "probe_f1": _f1(letter[test] == a, predicted[a]),
                 "main": main.tolist(),
                 "main_f1": main_f1,
                 "known": len(chosen),
-                **_absorbed(x[chosen], f[chosen], W_dec, probe.coef_[0], main),
+                **scores,
             }
     return results
 
@@ -269,8 +302,11 @@ def _main(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarr
     return k, best
 
 
-def _absorbed(x: np.ndarray, f: np.ndarray, W_dec: np.ndarray, w: np.ndarray, main: np.ndarray) -> dict[str, Any]:
-    """Missed and absorbed words, and the fraction, from known words x [n, D], f [n, F] and the regression's w [D]."""
+def _absorbed(
+    x: np.ndarray, f: np.ndarray, W_dec: np.ndarray, w: np.ndarray, main: np.ndarray
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Missed and absorbed words, and the fraction, from known words x [n, D], f [n, F] and the regression's w [D]; and
+    whether each word is absorbed, bool [n]."""
     p = w / max(np.linalg.norm(w), 1e-12)
     gain, projection = W_dec @ p, x @ p
     cosine = gain / np.maximum(np.linalg.norm(W_dec, axis=1), 1e-12)
@@ -291,7 +327,7 @@ def _absorbed(x: np.ndarray, f: np.ndarray, W_dec: np.ndarray, w: np.ndarray, ma
         "absorbed": int(absorbed.sum()),
         "absorption": float(absorbed.mean()) if len(f) else None,
         "absorption_fraction": float(fraction.mean()) if len(f) else None,
-    }
+    }, absorbed
 
 
 def _fit(X: np.ndarray, y: np.ndarray) -> LogisticRegression:
@@ -305,8 +341,13 @@ def _f1(y: np.ndarray, predicted: np.ndarray) -> float:
     return float(2 * (y & predicted).sum() / max(y.sum() + predicted.sum(), 1))
 
 
+def _counts(scores: Mapping[str, Any]) -> bool:
+    """Whether a letter counts for the means."""
+    return bool(scores["probe_f1"] > KNOWN and scores["known"])
+
+
 def _means(letters: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-    counted = [scores for scores in letters.values() if scores["probe_f1"] > KNOWN and scores["known"]]
+    counted = [scores for scores in letters.values() if _counts(scores)]
     figures = {
         "mean_absorption": [scores["absorption"] for scores in counted],
         "mean_absorption_fraction": [scores["absorption_fraction"] for scores in counted],

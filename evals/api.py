@@ -41,6 +41,8 @@ def evaluate(
     fresh: bool = False,
     rows: int | None = None,
     control: bool = False,
+    reference: Dictionary | None = None,
+    same_recipe: Dictionary | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure a dictionary and its controls, as `temposae eval` does; returns the results by eval.
 
@@ -64,9 +66,14 @@ def evaluate(
         elsewhere = stream is not None or any(option is not None for option in (model, layer, hook, data))
         measured_stream = stream or stream_of(checkpoint, model, layer, hook, data, tokens=100_000)
         run_folder = None if elsewhere else checkpoint.of_run
+        others: dict[str, Any] = {}
+        for name, other in (("reference", reference), ("same_recipe", same_recipe)):
+            if other is not None:
+                (folder := Path(work) / name).mkdir()
+                others[name] = _checkpoint_of(other, stream, folder)
         return measure(
             checkpoint, measured_stream, run_folder, names,
-            seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, control=control,
+            seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, control=control, **others,
         )  # fmt: skip
 
 

@@ -21,18 +21,20 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import pdist, squareform
 from scipy.special import entr
 from sklearn.metrics import adjusted_rand_score
+from torch import Tensor
 
 from ..engine.errors import UserError
 from ..engine.process.progress import progress_bar
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.numerics import sum_by
-from .evaluation import Autoencoder, Evaluation, TextActivations
-from .positions import held_out, matches
+from .evaluation import CHUNK, Autoencoder, Evaluation, TextActivations
+from .positions import held_out
 
 BINS = 16
 FIRINGS = 100  # that a latent needs, or its profile is noise; half as many in one half of the rows
 ROWS, HALVES = 1024, 3
 COUNTS = range(2, 9)  # numbers of clusters to choose from
+MATCHED = 0.7  # decoder cosine above which latents of two dictionaries match
 SHOWN = 512  # latents whose profiles are kept for figures
 
 
@@ -153,6 +155,17 @@ def _matched(
     if pair.sum() > count:
         agreed = float(adjusted_rand_score(labels[latents[pair]], other_labels[other_latents[match[pair]]]))
     return {"adjusted_rand": agreed, "matched": int(pair.sum())}
+
+
+def matches(new: Tensor, reference: Tensor) -> np.ndarray:
+    """For each row of reference [F_ref, D], the mutually nearest row of new [F, D] by cosine: int64 [F_ref], -1 for none
+    with a cosine of at least 0.7."""
+    new, reference = (torch.nn.functional.normalize(W.detach().float(), dim=1) for W in (new, reference))
+    nearest = [(chunk @ new.T).max(1) for chunk in reference.split(CHUNK)]
+    cosine, best = torch.cat([p.values for p in nearest]), torch.cat([p.indices for p in nearest])
+    back = torch.cat([(chunk @ reference.T).argmax(1) for chunk in new.split(CHUNK)])
+    mutual = (back[best] == torch.arange(len(best), device=best.device)) & (cosine >= MATCHED)
+    return torch.where(mutual, best, -1).cpu().numpy()
 
 
 def _activity(

@@ -35,6 +35,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,7 @@ from ..engine.unit_decoder import Dictionary
 from ..kernels.numerics import sum_by
 from .evaluation import Autoencoder, Neurons, fitted, in_rows
 from .held_out import EVERYWHERE, Effect, HeldOut, RowBatch, SavedEffects
+from .intervals import Outcomes, interval
 from .row_budget import CE_ROWS, ROWS
 
 
@@ -94,6 +96,7 @@ def core(
         "hook": stream.model.hook,
         "massive": stream.norms.report(),
         "controls": {name: scores for name, scores in results.items() if name != "sae"},
+        "intervals": _intervals(tallies, text, effects),
         "firing_rates": _histogram(rate.cpu(), text.tokens),
         **({"warnings": warnings} if (warnings := _warnings(text, effects)) else {}),
         "latents": {
@@ -208,6 +211,26 @@ def _scores(name: str, tally: _Tally | None, text: HeldOut, effects: Mapping[str
             "l0": _numbers(l0 / count),
             "dead_fraction": _numbers(torch.where(count > 0, dead, torch.nan)),
         },
+    }
+
+
+def _intervals(tallies: Mapping[str, _Tally], text: HeldOut, effects: Mapping[str, Effect]) -> dict[str, Any]:
+    """Intervals over rows of text; None for a score that can't be measured."""
+
+    def of(gained: Mapping[str, Tensor], counted: Tensor) -> dict[str, Any] | None:
+        if not counted.sum() > 0:
+            return None
+        outcomes = {
+            name: Outcomes(rows.cpu().numpy()[:, None], counted.cpu().numpy()[:, None], bounded=False)
+            for name, rows in gained.items()
+        }
+        return interval(outcomes, np.random.default_rng([*b"core intervals"]))
+
+    zero, clean, spread = effects["zero"].by_row, effects["clean"].by_row, text.spread_of_rows
+    return {
+        "explained_variance": of({name: spread - t.errors_of_rows for name, t in tallies.items()}, spread),
+        "ce_recovered": of({name: zero[1] - effects[name].by_row[1] for name in tallies}, zero[1] - clean[1]),
+        "kl_recovered": of({name: zero[2] - effects[name].by_row[2] for name in tallies}, zero[2]),
     }
 
 

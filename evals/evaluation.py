@@ -239,13 +239,28 @@ def fitted(name: str, dictionary: Dictionary, stream: ActivationStream) -> UnitD
     return unit_decoder(dictionary).to(model.device)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A dictionary to compare with, and one trained by the same recipe with another seed, if there is one."""
+
+    dictionary: Dictionary
+    same_recipe: Dictionary | None = None
+
+    def fitted(self, stream: ActivationStream) -> tuple[UnitDecoder, UnitDecoder | None]:
+        """Both as `fitted` returns them."""
+        other = self.same_recipe
+        return fitted("reference", self.dictionary, stream), None if other is None else fitted(
+            "same_recipe", other, stream
+        )
+
+
 class Evaluation:
     """A dictionary, its controls, and the texts to measure them on. Decoder rows have norm 1 (`UnitDecoder`).
 
     Controls are `random` (trained beside the dictionary), `lm_neurons` and `mean`. Random draws depend on `seed` and their
     purpose alone, never on what was evaluated before. `sets` are labelled texts for sparse probing, `files` (by name, see
     `suite.FILES`) the inputs of unlearning and order probing. Evals read at most the rows that `sizes` allows, divided by
-    `share`. `positions` compares with the dictionary `reference`. `neurons` False leaves out `lm_neurons`, which is the same
+    `share`. `positions` compares with `reference`. `neurons` False leaves out `lm_neurons`, which is the same
     for all dictionaries at a hook.
     """
 
@@ -259,7 +274,7 @@ class Evaluation:
         files: Mapping[str, Sequence[str]] | None = None,
         *,
         share: int = 1,
-        reference: Dictionary | None = None,
+        reference: Reference | None = None,
         neurons: bool = True,
         sizes: Sizes | None = None,
     ):
@@ -268,13 +283,13 @@ class Evaluation:
         device = stream.model.device
         self.sae = unit_decoder(sae).to(device)
         self.random = None if random is None else unit_decoder(random).to(device)
-        self.reference = None if reference is None else unit_decoder(reference).to(device)
+        self.reference = reference
         self.sizes = sizes or Sizes()
         self._shared: dict[str, Any] = {}
         self.saved: SavedEffects | None = None  # where `core` continues
 
     def of(
-        self, sae: Dictionary, random: Dictionary | None, reference: Dictionary | None = None, sizes: Sizes | None = None
+        self, sae: Dictionary, random: Dictionary | None, reference: Reference | None = None, sizes: Sizes | None = None
     ) -> "Evaluation":  # fmt: skip
         """An evaluation of another dictionary with the same texts, questions and seed; frees this one's codes."""
         evaluation = Evaluation(

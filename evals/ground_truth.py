@@ -14,6 +14,7 @@ Scoring latents by F1 against known properties follows Gao et al. (arXiv 2406.04
 who used probes and board states.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from ..engine.errors import UserError
 from ..engine.testbed import lexicon as lex
 from ..engine.testbed.language import KINDS, ROLES, SECTIONS, facts
 from .evaluation import Autoencoder, Evaluation, TextActivations
+from .intervals import Outcomes, interval
 from .probes import Split, balanced, top_k
 
 RECOVERED = 0.8
@@ -52,6 +54,7 @@ def ground_truth(evaluation: Evaluation, *, rows: int = 1024) -> dict[str, Any]:
     autoencoders = evaluation.autoencoders(collected, mean=False)
     results = {name: _scores(evaluation, collected, d, truth, choosing) for name, d in autoencoders.items()}
     results["shuffled"] = _scores(evaluation, collected, autoencoders["sae"], truth, choosing, shuffled=True)
+    intervals = _intervals(evaluation, results)
     by_variable = results.pop("sae")
     f1 = np.array([variable["f1"] for variable in by_variable.values()])
     levels = [round(0.5 + 0.05 * step, 2) for step in range(10)]
@@ -60,6 +63,7 @@ def ground_truth(evaluation: Evaluation, *, rows: int = 1024) -> dict[str, Any]:
         "recovered_at": [{"f1": level, "share": float((f1 >= level).mean())} for level in levels],
         "variables": by_variable,
         "controls": {name: _summary(control) for name, control in results.items()},
+        "intervals": intervals,
         "tokens": len(collected.x),
         "rows": len(collected),
     }
@@ -157,6 +161,23 @@ def _drawn(y: np.ndarray, where: np.ndarray, draw: np.random.Generator) -> np.nd
     among = np.flatnonzero(where)
     tokens = among[balanced(y[among], draw)]
     return np.concatenate([tokens[y[tokens]][:MOST], tokens[~y[tokens]][:MOST]])
+
+
+def _intervals(evaluation: Evaluation, results: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Intervals of `_summary`'s figures over variables."""
+
+    def of(value: Callable[[dict[str, Any]], float]) -> dict[str, Any] | None:
+        outcomes = {
+            name: Outcomes.of(np.array([value(variable) for variable in by_variable.values()]))
+            for name, by_variable in results.items()
+        }
+        return interval(outcomes, evaluation.generator("ground truth intervals"))
+
+    return {
+        "recovered": of(lambda variable: float(variable["f1"] >= RECOVERED)),
+        "mean_f1": of(lambda variable: variable["f1"]),
+        "mean_top_5": of(lambda variable: variable["top_5"]),
+    }
 
 
 def _summary(scores: dict[str, dict[str, Any]]) -> dict[str, float]:

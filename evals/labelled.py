@@ -23,7 +23,8 @@ from ..engine.process import hub_access
 from ..engine.storage.path_names import expand_path
 
 PER_CLASS = 2500  # half of the protocol's 4000 rows for training and 1000 for testing; the rest are other classes
-EMBEDDED = ("topic", "tone")  # labels of the embedded language's documents; nothing is loaded for these
+#: labels of the embedded language's documents, from easy to hard; nothing is loaded for these
+EMBEDDED = ("topic", "tone", "items", "poison", "number", "agent")
 _SHUFFLED = 10_000  # size of the shuffle buffer for a published set
 _TRAIN = "data/train-*.parquet"
 _LICENCE, _LONG = 150, 384  # characters dropped at the start of a source file, and needed after these

@@ -7,10 +7,8 @@ A latent with activation a is active where a != 0:
     S_j = I_j / H(active)                      specialization; 1: the position determines whether the latent is active
     nats per firing = sum_bin q log(q B)       with q(bin) = P(bin | active); log R for a latent confined to 1 of R ranges
     variance explained = 1 - E_bin Var(a | bin) / Var(a)
-    retention = sum_j min(S_new(j), S_ref(j)) / sum_j S_ref(j)
 
-j runs over the latents of a reference dictionary. new(j) is the latent that is mutually nearest to j by decoder cosine, with
-a cosine of at least 0.7; without one, S_new is 0. Voita et al. (arXiv 2309.04827) call a unit positional if I > 0.05. The
+Voita et al. (arXiv 2309.04827) call a unit positional if I > 0.05. The
 variance and the bound of 0.4 on Spearman's |rho| follow arXiv 2506.15679. I is at most log 2.
 """
 
@@ -20,34 +18,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..engine.errors import UserError
 from ..engine.process.progress import progress_bar
-from ..engine.unit_decoder import Dictionary
 from ..kernels.code import SparseCode
-from .evaluation import CHUNK, Evaluation, TextActivations, collect, fitted
+from .agreement import compared
+from .evaluation import CHUNK, Evaluation, Reference, TextActivations, collect
 
 FIRST = 8  # positions at the start of a row, which models treat specially; figures are given with and without them
-POSITIONAL, CORRELATED, MATCHED = 0.05, 0.4, 0.7
+POSITIONAL, CORRELATED = 0.05, 0.4
 
 
 def positions(
-    evaluation: Evaluation, reference: Dictionary | None = None, *, rows: int = 1024, bins: int = 16, shuffles: int = 20
+    evaluation: Evaluation, reference: Reference | None = None, *, rows: int = 1024, bins: int = 16, shuffles: int = 20
 ) -> dict[str, Any]:
     """Measure position specialization of the dictionary and its controls on `rows` held-out rows.
 
     Means and shares are over latents that fire (`alive`). `after_first_8` has the same figures for positions from 8 on. A
-    `reference` adds its own figures and `retention`, else None. Raises UserError for bins that the text can't fill.
+    `reference` adds its own figures and the `agreement` with it (see `agreement.compared`), else None. Raises UserError for
+    bins that the text can't fill.
     """
     if shuffles < 1:
         raise UserError(f"shuffles: {shuffles} is not allowed; give at least 1")
     collected = held_out(evaluation, rows)
-    autoencoders = evaluation.autoencoders(collected, mean=False)
+    autoencoders, agreement = evaluation.autoencoders(collected, mean=False), None
     if reference is not None:
-        autoencoders["reference"] = fitted("reference", reference, evaluation.stream)
+        compared_with = reference.fitted(evaluation.stream)
+        agreement = compared(evaluation, collected, autoencoders, *compared_with)
+        autoencoders["reference"] = compared_with[0]
     figures: dict[str, dict[str, Any]] = {name: {} for name in autoencoders}
-    score: dict[str, np.ndarray] = {}
     with progress_bar("positions: information", total=2 * len(autoencoders), unit="dictionaries") as bar:
         for first in (0, FIRST):
             draw = evaluation.generator(f"positions from {first}")
@@ -57,18 +56,10 @@ def positions(
                 latents = information(collected.code(autoencoder), drawn, shuffled)
                 result = summary(latents)
                 figures[name] |= {"after_first_8": result} if first else result | {"tokens": len(drawn.at)}
-                if not first:
-                    score[name] = latents["specialization"]
                 bar.advance(1)
-    retention = None
-    if reference is not None:
-        match = matches(autoencoders["sae"].W_dec, autoencoders["reference"].W_dec)
-        retained = np.minimum(np.where(match < 0, 0, score["sae"][match]), score["reference"]).sum()
-        total = score["reference"].sum()
-        retention = {"value": float(retained / total) if total > 0 else None, "matched": float((match >= 0).mean())}
     return {
         **figures.pop("sae"),
-        "retention": retention,
+        "agreement": agreement,
         "reference": figures.pop("reference", None),
         "controls": figures,
         "bins": bins,
@@ -175,17 +166,6 @@ def firings_per_bin(
         np.put_along_axis(in_cell, cells[begin : begin + size], 1, 1)
         counts += fires.T @ in_cell  # exact: sums of at most `CHUNK` ones
     return [block.astype(np.int64) for block in np.split(counts, len(bins), 1)]
-
-
-def matches(new: Tensor, reference: Tensor) -> np.ndarray:
-    """For each row of reference [F_ref, D], the mutually nearest row of new [F, D] by cosine: int64 [F_ref], -1 for none
-    with a cosine of at least 0.7."""
-    new, reference = (torch.nn.functional.normalize(W.detach().float(), dim=1) for W in (new, reference))
-    nearest = [(chunk @ new.T).max(1) for chunk in reference.split(CHUNK)]
-    cosine, best = torch.cat([p.values for p in nearest]), torch.cat([p.indices for p in nearest])
-    back = torch.cat([(chunk @ reference.T).argmax(1) for chunk in new.split(CHUNK)])
-    mutual = (back[best] == torch.arange(len(best), device=best.device)) & (cosine >= MATCHED)
-    return torch.where(mutual, best, -1).cpu().numpy()
 
 
 def held_out(evaluation: Evaluation, rows: int) -> TextActivations:

@@ -26,10 +26,11 @@ class Split:
     train_y: np.ndarray
     test_X: np.ndarray
     test_y: np.ndarray
+    test_rows: np.ndarray | None = None  # numbers of the test rows, if they were drawn from more
 
     def shuffled(self, draw: np.random.Generator) -> "Split":
         """The same with permuted labels of the training rows: the chance level."""
-        return Split(self.train_X, draw.permutation(self.train_y), self.test_X, self.test_y)
+        return Split(self.train_X, draw.permutation(self.train_y), self.test_X, self.test_y, self.test_rows)
 
 
 def balanced(y: np.ndarray, draw: np.random.Generator, *, groups: np.ndarray | None = None) -> np.ndarray:
@@ -54,7 +55,7 @@ def halves(X: np.ndarray, y: np.ndarray, rows: np.ndarray, draw: np.random.Gener
     for_train, for_test = (np.concatenate(pieces) for pieces in zip(*sides, strict=True))
     if min(len(for_train), len(for_test)) < 2:
         raise UserError(f"labels: {len(rows)} rows are too few to train and test a probe; each needs at least 2")
-    return Split(X[for_train], y[for_train], X[for_test], y[for_test])
+    return Split(X[for_train], y[for_train], X[for_test], y[for_test], for_test)
 
 
 def columns(split: Split, k: int) -> np.ndarray:
@@ -67,17 +68,27 @@ def columns(split: Split, k: int) -> np.ndarray:
 
 def accuracy(split: Split, chosen: np.ndarray | None = None) -> float:
     """Test accuracy of a logistic regression on the chosen columns, or on all."""
+    return float(right(split, chosen).mean())
+
+
+def right(split: Split, chosen: np.ndarray | None = None) -> np.ndarray:
+    """Whether a logistic regression on the chosen columns, or on all, is right on each test row."""
     train, test = (X if chosen is None else X[:, chosen] for X in (split.train_X, split.test_X))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe = LogisticRegression(max_iter=1000).fit(train, split.train_y)
-    return float(probe.score(test, split.test_y))
+    return np.asarray(probe.predict(test)) == split.test_y
 
 
 def top_k(split: Split, ks: tuple[int, ...]) -> dict[int, float]:
     """Test accuracy by k, of all columns if there are fewer than k."""
+    return {k: float(correct.mean()) for k, correct in top_k_right(split, ks).items()}
+
+
+def top_k_right(split: Split, ks: tuple[int, ...]) -> dict[int, np.ndarray]:
+    """Whether the probe is right on each test row, by k, of all columns if there are fewer than k."""
     order = columns(split, min(max(ks), split.train_X.shape[1]))
-    return {k: accuracy(split, order[:k]) for k in ks}
+    return {k: right(split, order[:k]) for k in ks}
 
 
 def ailing(X: np.ndarray) -> str | None:

@@ -24,8 +24,10 @@ MARK, MORE = "†", "↑"
 KNOW, GLANCE, TIME = "What to know first", "Scores at a glance", "Time"
 SUMMARY = (
     f"Controls are measured on the same text as the dictionary. {MARK} marks a score that a control reaches, so it is no "
-    f"evidence for the dictionary. The control's score is in bold, and the last column names it. Scores with {MORE} are "
-    f"better when larger; only these are compared, unless an eval has its own rule. {NOTHING} is a missing figure."
+    f"evidence for the dictionary. The last column names the control. Scores with {MORE} are better when larger; only these "
+    "are compared with all controls, unless an eval has its own rule. Intervals are 95% intervals over test items. The "
+    "difference from the random control is paired by item, and in bold if its interval excludes zero. "
+    f"{NOTHING} is a missing figure."
 )
 
 
@@ -158,12 +160,26 @@ def _glance(measured: dict[str, dict[str, Any]]) -> str:
                     "" if i else f"[{plain(name)}](#{anchor(name)})",
                     plain(label(path)) + f" {MORE}" * more,
                     f"{MARK} " * bool(reached) + number(score),
-                    *(f"**{cell}**" if c in reached else cell for c, cell in cells.items()),
+                    *cells.values(),
+                    *_uncertainty(lookup(scores.get("intervals"), key)),
                     ", ".join(map(plain, reached)),
                 )
             )
-    headings = ("eval", "score", "dictionary", *map(plain, controls), "reached by")
-    return table(headings, lines, (0, 1, len(headings) - 1)) if lines else "Nothing was measured."
+    headings = ("eval", "score", "dictionary", *map(plain, controls), "interval", "minus random", "reached by")
+    return table(headings, lines, (0, 1, len(headings) - 2, len(headings) - 1)) if lines else "Nothing was measured."
+
+
+def _uncertainty(interval: dict[str, Any] | None) -> tuple[str, str]:
+    """Cells of a score's interval, and of its paired difference from the random control."""
+    if interval is None:
+        return NOTHING, NOTHING
+    edges, above = f"{interval['low']:.3f} to {interval['high']:.3f}", interval["above_random"]
+    if above is None:
+        return edges, NOTHING
+    value, between = f"{above['difference']:+.3f}", f"({above['low']:+.3f} to {above['high']:+.3f})"
+    if above["low"] > 0 or above["high"] < 0:
+        return edges, f"**{value}** {between}"
+    return edges, f"{value} {between}: too few items to show less than {above['least']:.3f}"
 
 
 def _time(results: dict[str, dict[str, Any]]) -> list[str]:

@@ -183,9 +183,8 @@ def _positions(result: dict[str, Any]) -> list[str]:
     later = " ".join(f"after_first_8.{path}" for path in figures.split())
     blocks = ["### Specialization", _beside(result, figures)]
     blocks += ["### Specialization from position 8 on", _beside(result, later)]
-    if (retention := result.get("retention")) is not None:
-        headings = {"value": "share of the reference's specialization", "matched": "share of its latents with a match"}
-        blocks += ["### Retained from the reference", _items("", {(): retention}, headings)]
+    if (agreement := result.get("agreement")) is not None:
+        blocks += ["### Agreement with the reference", *_agreement(agreement)]
     if (sliced := result.get("slicing")) is not None:
         blocks += [
             "### Slicing: specialization without training",
@@ -199,6 +198,18 @@ def _positions(result: dict[str, Any]) -> list[str]:
         blocks.append("### Order probing: texts with the same words")
         blocks += [f"Skipped: {plain(order['skipped'])}"] if "skipped" in order else _order(order)
     return blocks
+
+
+def _agreement(result: dict[str, Any]) -> list[str]:
+    seeds = result["same_recipe"]
+    lines = {"dictionary": result} | ({} if seeds is None else {"reference, another seed": seeds})
+    lines |= {"shuffled": result["shuffled"]} | result["controls"]
+    headings = {"value": "agreement", "per_latent": "per latent", "matched": "mass matched (r above 0.5)"}
+    return [
+        "Correlation of latents with their partners in the reference on the same text, weighted by mass. Another seed of "
+        "the reference's recipe shows what can be expected, shuffled what unrelated latents reach.",
+        _items("compared with the reference", lines, headings),
+    ]
 
 
 def _fidelity(result: dict[str, Any]) -> list[str]:

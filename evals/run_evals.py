@@ -21,7 +21,7 @@ from ..engine.train import Run, train
 from ..engine.unit_decoder import unit_decoder
 from ..kernels.torch_modes import default_modes
 from . import result_files
-from .evaluation import Evaluation, fitted
+from .evaluation import Evaluation, Reference, fitted
 from .held_out import SavedEffects
 from .recovery import recovery
 from .report import write_report
@@ -30,7 +30,7 @@ from .run_figures import draw_pareto
 from .saebench import file_name, output
 from .suite import input_digests, load_eval, missing_inputs
 
-VERSION = 9  # of the evals; results of another version are not used
+VERSION = 12  # of the evals; results of another version are not used
 SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
 L0_AGREES = 0.05  # relative difference of L0 on held-out text and at the end of training, up to which no warning is due
 ERRORS = ("explained_variance_error", "ce_recovered_error")
@@ -149,6 +149,7 @@ def evaluate(
     *,
     like: Evaluation | None = None,
     reference: Checkpoint | None = None,
+    same_recipe: Checkpoint | None = None,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Run the evals `names` on a checkpoint; returns their results by name, with controls and the `seconds` they took.
@@ -160,7 +161,8 @@ def evaluate(
     the reason as `skipped`. If it is the only one, raises UserError instead.
 
     `like`: an evaluation whose texts and `share` are used for this dictionary too; no report is written. `reference`: the
-    dictionary that `positions` compares with. `options`: see `EvalOptions`.
+    dictionary that `positions` compares with, and `same_recipe` another seed of the reference's recipe.
+    `options`: see `EvalOptions`.
     """
     chosen, sae = EvalOptions(**options), checkpoint.dictionary()
     fitted("sae", sae, stream)
@@ -170,8 +172,13 @@ def evaluate(
     has_random = "random" in checkpoint.dictionaries
     trains_control = chosen.control and not has_random and sae.cfg.decoder == "learned"
     sizes = _sizes(checkpoint, stream, sae, chosen.rows, has_random or trains_control, like)
-    origin = _origin(checkpoint, chosen.seed, like, reference, trains_control)
+    if same_recipe is not None and reference is None:
+        raise UserError("same_recipe: needs a reference, the dictionary that it is another seed of")
+    origin = _origin(checkpoint, chosen.seed, like, trains_control)
     keys = {name: origin | {"given": input_digests(name, sets, files), "rows": sizes.of(name)} for name in names}
+    if "positions" in keys:
+        others = {"reference": reference, "same_recipe": same_recipe}
+        keys["positions"] |= {other: _digest(given) for other, given in others.items() if given is not None}
     results: dict[str, dict[str, Any]] = {}
     if run is not None and not chosen.fresh:
         results = {name: result for name in names if (result := _stored_result(run, name, keys[name])) is not None}
@@ -184,7 +191,8 @@ def evaluate(
         random = checkpoint.dictionary("random") if has_random else None
         if trains_control and not all("" in reasons for reasons in lacking.values()):
             random = _train_control(checkpoint, sae, stream)
-        compared = None if reference is None else reference.dictionary()
+        second = None if same_recipe is None else same_recipe.dictionary()
+        compared = None if reference is None else Reference(reference.dictionary(), second)
         if like is None:
             evaluation = Evaluation(stream, sae, random, chosen.seed, sets, files, reference=compared, sizes=sizes)
         else:
@@ -195,15 +203,11 @@ def evaluate(
     return {name: results[name] for name in names}
 
 
-def _origin(
-    checkpoint: Checkpoint, seed: int, like: Evaluation | None, reference: Checkpoint | None, trains_control: bool
-) -> dict[str, Any]:
+def _origin(checkpoint: Checkpoint, seed: int, like: Evaluation | None, trains_control: bool) -> dict[str, Any]:
     """What a result depends on, apart from its own inputs."""
     origin: dict[str, Any] = {"dictionary": _digest(checkpoint), "seed": seed, "version": VERSION}
     if like is not None and like.share > 1:
         origin["share"] = like.share
-    if reference is not None:
-        origin["reference"] = _digest(reference)
     if trains_control:
         origin["control"] = "trained for evaluation"
     return origin

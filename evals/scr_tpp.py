@@ -30,6 +30,7 @@ from sklearn.linear_model import LogisticRegression
 from ..engine.errors import UserError
 from ..engine.testbed.lexicon import TOPICS
 from .evaluation import Autoencoder, Evaluation, TextActivations
+from .intervals import Outcomes, interval
 from .probes import balanced
 
 THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)  # numbers of latents to ablate
@@ -55,6 +56,7 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     scores: dict[str, list[np.ndarray]] = {name: [] for name in autoencoders}  # [n, 3] per seed
     clean: list[float] = []
     sizes: list[tuple[int, int]] = []  # rows for training and for testing each probe
+    at, outcomes = _at(ns, TPP_AT), _Ablated(len(x), seeds * C, list(autoencoders))
     for seed in range(seeds):
         draw = evaluation.generator(f"tpp {seed}")
         sides = map(np.concatenate, zip(*_halves(topic, range(C), draw), strict=True))
@@ -63,10 +65,11 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
         W, b = _probes([(x[rows], topic[rows] == c) for c, rows in enumerate(train)])
         logits = x @ W.T + b
 
-        def accuracy(logits: np.ndarray, test: list[np.ndarray] = test) -> np.ndarray:
-            return np.array([np.mean((logits[rows, c] > 0) == (topic[rows] == c)) for c, rows in enumerate(test)])
+        def right(logits: np.ndarray, test: list[np.ndarray] = test) -> list[np.ndarray]:
+            return [(logits[rows, c] > 0) == (topic[rows] == c) for c, rows in enumerate(test)]
 
-        before = accuracy(logits)
+        right_before = right(logits)
+        before = np.array([answers.mean() for answers in right_before])
         clean.append(float(before.mean()))
         for name, (f, W_dec) in autoencoders.items():
             change, lost = _ablation(f, W_dec, W), np.empty((len(ns), C, C))
@@ -76,25 +79,24 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
                     effects = draw.permutation(effects)
                 order = _strongest(effects)
                 for index, n in enumerate(ns):
-                    lost[index, c] = before - accuracy(logits - change(order[:n]))
+                    right_after = right(logits - change(order[:n]))
+                    lost[index, c] = before - np.array([answers.mean() for answers in right_after])
+                    if index == at:
+                        for other, answers in enumerate(right_after):
+                            gain = right_before[other] * 1.0 - answers
+                            share = 1 if other == c else -1 / (C - 1)
+                            outcomes.add(name, seed * C + other, test[other], share * gain)
             intended = np.einsum("nii->n", lost) / C
             unintended = (lost.sum((1, 2)) - intended * C) / (C * (C - 1))
             scores[name].append(np.stack([intended - unintended, intended, unintended], 1))
 
-    def figures(by_seed: list[np.ndarray]) -> dict[str, Any]:
-        mean = np.mean(by_seed, 0)
-        names = ("total_metric", "intended_diff_only", "unintended_diff_only")
-        by_n = {n: dict(zip(names, map(float, mean[index]), strict=True)) for index, n in enumerate(ns)}
-        spread = np.std(by_seed, 0, ddof=1)[:, 0]
-        score = by_n[max([ns[0], *(n for n in ns if n <= TPP_AT)])]["total_metric"]
-        return {"tpp": by_n, "spread": dict(zip(ns, map(float, spread), strict=True)), "score": score}
-
-    result = {name: figures(by_seed) for name, by_seed in scores.items()}
+    result = {name: _tpp_figures(ns, by_seed) for name, by_seed in scores.items()}
     settings = {
         "protocol": _protocol(collected, ns, sizes, {}),
         "clean_accuracy": float(np.mean(clean)),
         "classes": list(TOPICS),
         "seeds": seeds,
+        "intervals": {"score": outcomes.interval(evaluation.generator("tpp intervals"))},
     }
     return settings | _beside(result, len(collected), pool_padding)
 
@@ -113,6 +115,7 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
     ns, pairs = _thresholds(evaluation), [(a, a + 1) for a in range(0, len(TOPICS), 2)]
     scores = {name: np.full((seeds, len(pairs), 3, len(ns)), np.nan) for name in autoencoders}  # dir1, dir2, metric
     accuracies = np.empty((seeds, len(pairs), 4))
+    at, outcomes = _at(ns, SCR_AT), _Ablated(len(x), seeds * len(pairs), list(autoencoders))
     sizes: list[tuple[int, int]] = []
     for seed in range(seeds):
         for index, pair in enumerate(pairs):
@@ -126,11 +129,12 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
             W, b = _probes([(x[biased], labels[0][biased]), *((x[train], y[train]) for y in labels)])
             logits = x @ W.T + b
 
-            def accuracy(logits: np.ndarray, y: np.ndarray, test: np.ndarray = test) -> float:
-                return float(np.mean((logits[test] > 0) == y[test]))
+            def right(logits: np.ndarray, y: np.ndarray, test: np.ndarray = test) -> np.ndarray:
+                return (logits[test] > 0) == y[test]
 
-            clean = [accuracy(logits[:, 1 + i], y) for i, y in enumerate(labels)]
-            base = [accuracy(logits[:, 0], y) for y in labels]
+            clean = [float(right(logits[:, 1 + i], y).mean()) for i, y in enumerate(labels)]
+            base = [float(right(logits[:, 0], y).mean()) for y in labels]
+            learned_less = 0 if base[0] < base[1] else 1
             accuracies[seed, index] = [*clean, *base]
             for name, (f, W_dec) in autoencoders.items():
                 change, pair_scores = _ablation(f, W_dec, W[:1]), scores[name][seed, index]
@@ -141,22 +145,67 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
                     order, gap = _strongest(effects), clean[scored] - base[scored]
                     if gap >= GAP:
                         changed = (logits[:, 0] - change(order[:n])[:, 0] for n in ns)
-                        after = np.array([accuracy(ablated_logits, labels[scored]) for ablated_logits in changed])
+                        right_after = [right(ablated_logits, labels[scored]) for ablated_logits in changed]
+                        after = np.array([answers.mean() for answers in right_after])
                         pair_scores[scored] = (after - base[scored]) / gap
-                pair_scores[2] = pair_scores[0 if base[0] < base[1] else 1]
+                        if scored == learned_less:
+                            gain = right_after[at] * 1.0 - right(logits[:, 0], labels[scored])
+                            outcomes.add(name, seed * len(pairs) + index, test, gain / gap)
+                pair_scores[2] = pair_scores[learned_less]
 
-    names = ("clean_topic", "clean_tone", "base_topic", "base_tone")
     topics = [tuple(list(TOPICS)[t] for t in pair) for pair in pairs]
-    sets = {
+    sets = _by_pair(ns, topics, accuracies, scores["sae"])
+    result = {name: _scr_figures(ns, all_scores) for name, all_scores in scores.items()}
+    protocol = _protocol(collected, ns, sizes, {"the embedded language": topics})
+    intervals = {"score": outcomes.interval(evaluation.generator("scr intervals"))}
+    return {"sets": sets, "seeds": seeds, "protocol": protocol, "intervals": intervals} | _beside(
+        result, len(collected), pool_padding
+    )
+
+
+def _tpp_figures(ns: list[int], by_seed: list[np.ndarray]) -> dict[str, Any]:
+    """Means and spread by n from scores [n, 3] of each seed."""
+    mean = np.mean(by_seed, 0)
+    names = ("total_metric", "intended_diff_only", "unintended_diff_only")
+    by_n = {n: dict(zip(names, map(float, mean[index]), strict=True)) for index, n in enumerate(ns)}
+    spread = np.std(by_seed, 0, ddof=1)[:, 0]
+    score = by_n[ns[_at(ns, TPP_AT)]]["total_metric"]
+    return {"tpp": by_n, "spread": dict(zip(ns, map(float, spread), strict=True)), "score": score}
+
+
+def _by_pair(
+    ns: list[int], topics: list[tuple[str, ...]], accuracies: np.ndarray, scores: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Mean accuracies, from [seeds, pairs, 4], and metric by n, from scores [seeds, pairs, 3, n], of each pair of topics."""
+    names = ("clean_topic", "clean_tone", "base_topic", "base_tone")
+    return {
         "/".join(pair): {
             **dict(zip(names, map(float, accuracies[:, index].mean(0)), strict=True)),
-            "scr_metric": _by_n(ns, scores["sae"][:, index : index + 1, 2]),
+            "scr_metric": _by_n(ns, scores[:, index : index + 1, 2]),
         }
         for index, pair in enumerate(topics)
     }
-    result = {name: _scr_figures(ns, all_scores) for name, all_scores in scores.items()}
-    protocol = _protocol(collected, ns, sizes, {"the embedded language": topics})
-    return {"sets": sets, "seeds": seeds, "protocol": protocol} | _beside(result, len(collected), pool_padding)
+
+
+class _Ablated:
+    """Outcomes of documents at the score's number of latents, [documents, groups] by autoencoder. A group is one probe's
+    test set of one seed; a document counts in every group that tests it."""
+
+    def __init__(self, documents: int, groups: int, names: list[str]):
+        self.counted = np.zeros((documents, groups))
+        self.gained = {name: np.zeros((documents, groups)) for name in names}
+
+    def add(self, name: str, group: int, rows: np.ndarray, gained: np.ndarray) -> None:
+        self.counted[rows, group] = 1
+        self.gained[name][rows, group] += gained
+
+    def interval(self, draw: np.random.Generator) -> dict[str, Any] | None:
+        return interval({name: Outcomes(gained, self.counted) for name, gained in self.gained.items()}, draw)
+
+
+def _at(ns: list[int], n: int) -> int:
+    """Index of the largest number of latents up to `n`, or of the smallest."""
+    return max((index for index, other in enumerate(ns) if other <= n), default=0)
 
 
 def _scr_figures(ns: list[int], scores: np.ndarray) -> dict[str, Any]:
@@ -170,7 +219,7 @@ def _scr_figures(ns: list[int], scores: np.ndarray) -> dict[str, Any]:
         "scr_dir1": _by_n(ns, scores[:, :, 0]),
         "scr_dir2": _by_n(ns, scores[:, :, 1]),
         "spread": spread,
-        "score": metric[max([ns[0], *(n for n in ns if n <= SCR_AT)])],
+        "score": metric[ns[_at(ns, SCR_AT)]],
     }
 
 

@@ -30,10 +30,12 @@ from ..engine.errors import UserError
 from ..engine.process.progress import progress_bar
 from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.token_rows import TestbedRows
+from ..engine.testbed.language import facts
 from ..engine.testbed.lexicon import TONES
 from .evaluation import Evaluation, TextActivations, collect, padded
+from .intervals import Outcomes, interval, joined
 from .labelled import EMBEDDED, Labelled, load_labelled
-from .probes import Split, ailing, balanced, halves, top_k
+from .probes import Split, ailing, balanced, halves, top_k, top_k_right
 
 CONTEXT = 128
 KS = (1, 2, 5, 10, 20, 50, 100)
@@ -58,7 +60,7 @@ def sparse_probing(
 ) -> dict[str, Any]:
     """Measure test accuracies of probes on the k best latents, for each of `ks` (default: `KS` up to F), on 1 and on all.
 
-    `sets`: `topic` and `tone` of the embedded language, files and published sets as for `load_labelled`, or `Labelled`
+    `sets`: labels of the embedded language (`EMBEDDED`), files and published sets as for `load_labelled`, or `Labelled`
     texts; default: the evaluation's, or `topic`. Latents that are dead or too small for a probe are named in `warnings` and
     have no scores. Raises UserError if k is above F, or a set has one class or too few texts of a class.
     """
@@ -70,15 +72,18 @@ def sparse_probing(
         raise UserError(f"sets: needed, because {evaluation.stream.text.name} has no labels; give labelled texts")
     results: dict[str, dict[str, Any]] = {}
     warnings: list[str] = []
+    answers: dict[str, _Answers] = {}
     for labelled in _opened(evaluation, EMBEDDED[:1] if sets is None else sets):
         if labelled.name in results:
             raise UserError(f"sets: {labelled.name} is given twice; give each set its own name")
-        results[labelled.name] = _probe(evaluation, labelled, ks, warnings)
+        answers[labelled.name] = _Answers(len(labelled.labels), len(np.unique(labelled.labels)))
+        results[labelled.name] = _probe(evaluation, labelled, ks, warnings, answers[labelled.name])
     if not results:
         raise UserError("sets: empty; give at least one")
     sizes = [counts for result in results.values() for counts in result["classes"].values()]
     return {
         **_over([result["scores"] for result in results.values()]),
+        "intervals": _intervals(evaluation, list(answers.values()), ks),
         "protocol": {
             "dataset_names": list(results),
             "probe_train_set_size": max(counts["train_rows"] for counts in sizes),
@@ -100,10 +105,10 @@ def _opened(evaluation: Evaluation, sets: Sequence[str | Path | Labelled]) -> It
         if isinstance(source, str) and source in EMBEDDED:
             collected = evaluation.labelled(ROWS)
             embedded = embedded or _pooled(evaluation, [collected])
-            text = evaluation.stream.text
-            assert isinstance(text, TestbedRows)
-            names = np.array(text.language.topics if source == "topic" else TONES)
-            yield _Set(source, embedded, names[collected.row_label(source).numpy()], 0.5)
+            labels = _embedded_labels(evaluation, collected, source)
+            known = labels != ""
+            pooled = embedded if known.all() else {name: latents[known] for name, latents in embedded.items()}
+            yield _Set(source, pooled, labels[known], 0.5)
         else:
             if not isinstance(source, Labelled):
                 file = Path(str(source).partition("?")[0])
@@ -113,6 +118,28 @@ def _opened(evaluation: Evaluation, sets: Sequence[str | Path | Labelled]) -> It
             texts = (source.texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(labels), _TEXTS_AT_ONCE))
             batches = (collect(evaluation.stream, token_rows(evaluation.stream, batch), len(batch)) for batch in texts)
             yield _Set(source.name, _pooled(evaluation, batches), labels, 0.8)
+
+
+def _embedded_labels(evaluation: Evaluation, collected: TextActivations, name: str) -> np.ndarray:
+    """A label of every document of the embedded language, by the names of `EMBEDDED`; "" where it does not apply.
+
+    `items`: length of the list. `poison`: whether a fact about a poison is stated, of documents with facts. `number`: of the
+    first subject of an agreement. `agent`: of the first action, human or animal. Documents have other nouns and actions, so
+    the last two are hard to tell from the mean of a document.
+    """
+    text = evaluation.stream.text
+    assert isinstance(text, TestbedRows)
+    if name in ("topic", "tone"):
+        return np.array(text.language.topics if name == "topic" else TONES)[collected.row_label(name).numpy()]
+    if name == "items":
+        return np.array(["three", "four"])[(collected.row_label("item").numpy() == 3).astype(int)]
+    if name == "poison":
+        fact = collected.labels["fact"]
+        poison = np.array([known.forget for known in facts()])[fact] & (fact >= 0)
+        return np.where((fact >= 0).any(1), np.where(poison.any(1), "poison", "other"), "")
+    values = collected.labels["plural" if name == "number" else "agent_is_human"]
+    first = values[np.arange(len(values)), (values >= 0).argmax(1)]
+    return np.array(["singular", "plural", ""] if name == "number" else ["animal", "human", ""])[first]
 
 
 def token_rows(stream: ActivationStream, texts: Sequence[str]) -> Iterator[TokenRows]:
@@ -142,8 +169,37 @@ def _check(name: str, labels: np.ndarray) -> None:
         raise UserError(f"sets: {name} has {rarest}; give at least {LEAST} of each class")
 
 
-def _probe(evaluation: Evaluation, text_set: _Set, ks: tuple[int, ...], warnings: list[str]) -> dict[str, Any]:
-    """`scores` of a set, averaged over classes, and top-1 accuracy and row counts of its `classes`."""
+class _Answers:
+    """Which test rows the probes of a set get right: float [R, C] by autoencoder and k, and `tested` [R, C]."""
+
+    def __init__(self, rows: int, classes: int):
+        self.tested = np.zeros((rows, classes))
+        self.right: dict[str, dict[int, np.ndarray]] = {}
+
+    def add(self, name: str, code: int, rows: np.ndarray, right: dict[int, np.ndarray]) -> None:
+        self.tested[rows, code] = 1
+        for k, correct in right.items():
+            by_k = self.right.setdefault(name, {})
+            by_k.setdefault(k, np.zeros_like(self.tested))[rows, code] = correct
+
+
+def _intervals(evaluation: Evaluation, answers: list[_Answers], ks: tuple[int, ...]) -> dict[str, Any]:
+    """Intervals of the accuracies over documents, by score."""
+    names = [name for name in answers[0].right if all(name in of_set.right for of_set in answers)]
+    if "sae" not in names:
+        return {}
+    found = {}
+    for k in ks:
+        parts = {name: [Outcomes(of_set.right[name][k], of_set.tested) for of_set in answers] for name in names}
+        outcomes = {name: joined(of_sets) for name, of_sets in parts.items()}
+        found[f"top_{k}"] = interval(outcomes, evaluation.generator("sparse_probing/intervals"))
+    return found
+
+
+def _probe(
+    evaluation: Evaluation, text_set: _Set, ks: tuple[int, ...], warnings: list[str], answers: _Answers
+) -> dict[str, Any]:
+    """`scores` of a set, averaged over classes, and top-1 accuracy and row counts of its `classes`. Fills in `answers`."""
     _check(text_set.name, text_set.labels)
     unusable = {name: reason for name, pooled in text_set.pooled.items() if (reason := ailing(pooled)) is not None}
     warnings += [f"{text_set.name}: {name}: {reason}" for name, reason in unusable.items()]
@@ -166,7 +222,10 @@ def _probe(evaluation: Evaluation, text_set: _Set, ks: tuple[int, ...], warnings
                     continue
                 split = halves(pooled, y, rows, evaluation.generator(f"{purpose}/split"), train=text_set.train)
                 trained, tested = len(split.train_y), len(split.test_y)
-                accuracies[name] = _named(top_k(split, ks))
+                correct = top_k_right(split, ks)
+                if name != "llm" and split.test_rows is not None:
+                    answers.add(name, code, split.test_rows, correct)
+                accuracies[name] = _named({k: float(of_k.mean()) for k, of_k in correct.items()})
                 if full:
                     accuracies[name]["test_accuracy"] = full_width(split, evaluation.generator(f"{purpose}/full"))
                     accuracies[name]["best_epoch_accuracy"] = best_epoch(split, evaluation.generator(f"{purpose}/full"))

@@ -44,6 +44,7 @@ from ..engine.stream import ActivationStream, TokenRows
 from ..engine.testbed.language import ROLES, facts
 from ..kernels.numerics import sum_by
 from .evaluation import LABELLED, Autoencoder, Evaluation, TextActivations, collected_rows, fitted
+from .intervals import Outcomes, interval
 from .multiple_choice import (
     NOTHING_TO_FORGET,
     Questions,
@@ -169,7 +170,7 @@ def unlearning(
         return order[: len(ranking["sae"](threshold, n))]
 
     grid = list(product(thresholds, latents, task.multipliers))
-    result = _scores(task, autoencoders["sae"], ranking["sae"], grid, full=True)
+    result, changed = _scores(task, autoencoders["sae"], ranking["sae"], grid, full=True)
     controls = {name: (autoencoders[name], choice) for name, choice in ranking.items() if name != "sae"}
     controls["shuffled"] = autoencoders["sae"], shuffled
     counts = {"forget": int(task.questions.forget.sum()), "retain": int((~task.questions.forget).sum())}
@@ -177,13 +178,19 @@ def unlearning(
     if best is not None:
         chosen = ranking["sae"](best["retain_threshold"], best["latents"])
         loss = _loss_increase(task, autoencoders["sae"], chosen, best["multiplier"])
+    by_control = {name: _scores(task, *control, grid, full=False) for name, control in controls.items()}
+    outcomes = {"sae": changed} | {name: of_control for name, (_, of_control) in by_control.items()}
+    intervals = interval(
+        {name: Outcomes.of(gained) for name, gained in outcomes.items()}, evaluation.generator("unlearning intervals")
+    )
     return {
         **result,
+        "intervals": {"score": intervals},
         "answer_orders": task.answer_orders,
         "questions": counts,
         "activation_norm": norm,
         "loss_increase": loss,
-        "controls": {name: _scores(task, *control, grid, full=False) for name, control in controls.items()},
+        "controls": {name: scores for name, (scores, _) in by_control.items()},
         "warnings": _warnings(counts, result["settings"]),
         "texts": task.texts,
         "protocol": task.protocol,
@@ -332,16 +339,20 @@ def _choice(forget: np.ndarray, retain: np.ndarray, threshold: float, n: int) ->
 
 def _scores(
     task: _Task, autoencoder: Autoencoder, choice: Choice, grid: list[tuple[float, int, float]], *, full: bool
-) -> dict[str, Any]:
-    """The best setting and its score; with `full`, also the accuracies of all `settings`."""
-    accuracies: dict[tuple[bytes, float], tuple[float | None, float | None]] = {}  # by latents and multiplier
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The best setting and its score, with `full` also the accuracies of all `settings`, and whether the best setting
+    changes the answer to each question to forget."""
+    accuracies: dict[
+        tuple[bytes, float], tuple[float | None, float | None, np.ndarray]
+    ] = {}  # by latents and multiplier
+    changed: dict[int, np.ndarray] = {}  # by the number of the setting
     settings = []
     for threshold, n, multiplier in grid:
         chosen = choice(threshold, n)
         key = np.sort(chosen).tobytes(), multiplier
         if key not in accuracies:
             accuracies[key] = _accuracies(task, autoencoder, chosen, multiplier, full)
-        forget, retain = accuracies[key]
+        forget, retain, changed[len(settings)] = accuracies[key]
         setting = {"retain_threshold": threshold, "latents": n, "multiplier": multiplier, "taken": len(chosen)}
         counts = retain is not None and retain >= RETAINED
         settings.append(setting | {"forget_accuracy": forget, "retain_accuracy": retain, "counts": counts})
@@ -363,27 +374,27 @@ def _scores(
         "setting": best,
         **({"settings": settings} if full else {}),
         "reason": reason,
-    }
+    }, changed[settings.index(best)] if best is not None else np.zeros(int(task.questions.forget.sum()))
 
 
 def _accuracies(
     task: _Task, autoencoder: Autoencoder, latents: np.ndarray, multiplier: float, full: bool
-) -> tuple[float | None, float | None]:
-    """Accuracy on the questions to forget and on those to retain. Unless `full`, (None, None) as soon as the retain
-    accuracy is too low for the setting to count."""
+) -> tuple[float | None, float | None, np.ndarray]:
+    """Accuracy on the questions to forget and on those to retain, and whether the answer to each question to forget is
+    wrong. Unless `full`, the accuracies are None as soon as that to retain is too low for the setting to count."""
     clamped = clamp(autoencoder, task.prompts, latents, multiplier, limited=task.limited)
     touched = clamped.row.unique().cpu()  # other prompts don't change, so their answers stay right
-    size, shares = task.stream.config.rows_per_forward, []
+    size, shares, wrong = task.stream.config.rows_per_forward, [], torch.zeros(len(task.questions), dtype=torch.bool)
     for side in (~task.questions.forget, task.questions.forget):
-        total, wrong = int(side.sum()), 0
+        total = int(side.sum())
         for rows in touched[side[touched]].split(size):
             questions = task.questions.only(rows)
             change = lambda numbers, width, rows=rows: clamped.added(rows[numbers], width)
-            wrong += int((answers(task.stream.model, questions, size, change) != questions.right).sum())
-            if not full and not shares and 1 - wrong / total < RETAINED:
-                return None, None
-        shares.append(1 - wrong / total)
-    return shares[1], shares[0]
+            wrong[rows] = (answers(task.stream.model, questions, size, change) != questions.right).cpu()
+            if not full and not shares and 1 - int(wrong[side].sum()) / total < RETAINED:
+                return None, None, np.zeros(0)
+        shares.append(1 - int(wrong[side].sum()) / total)
+    return shares[1], shares[0], wrong[task.questions.forget].double().numpy()
 
 
 def _loss_increase(task: _Task, autoencoder: Autoencoder, latents: np.ndarray, multiplier: float) -> float | None:

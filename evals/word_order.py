@@ -33,7 +33,8 @@ from ..engine.errors import UserError
 from ..engine.storage.path_names import expand_path
 from ..engine.testbed.language import Language
 from .evaluation import Evaluation, TextActivations, collect, padded
-from .probes import Split, accuracy, ailing, top_k
+from .intervals import Outcomes, interval, joined
+from .probes import Split, accuracy, ailing, top_k_right
 
 READINGS = ("mean_pooled", "last_token")
 
@@ -47,6 +48,7 @@ class Task:
     texts: list[list[int]]
     y: np.ndarray
     train: np.ndarray
+    bag: np.ndarray  # number of the bag of words [R]; texts with one are resampled together
 
     @classmethod
     def of_pairs(cls, pairs: Iterable[tuple[list[int], list[int], list[int]]], draw: np.random.Generator) -> "Task":
@@ -54,12 +56,13 @@ class Task:
         context, true, false = (list(column) for column in zip(*pairs, strict=True))
         bags = [tuple(sorted(first + second)) for first, second in zip(true, false, strict=True)]
         number = {bag: i for i, bag in enumerate(dict.fromkeys(bags))}
-        train = draw.permutation(len(number))[[number[bag] for bag in bags]] < len(number) / 2
+        bag = np.array([number[words] for words in bags])
+        train = draw.permutation(len(number))[bag] < len(number) / 2
         y = np.repeat([True, False], len(true))
-        return cls(context * 2, true + false, y, np.tile(train, 2))
+        return cls(context * 2, true + false, y, np.tile(train, 2), np.tile(bag, 2))
 
 
-def order_probing(evaluation: Evaluation, *, pairs: int = 512, k: int = 5) -> dict[str, Any]:
+def order_probing(evaluation: Evaluation, *, pairs: int = 1024, k: int = 5) -> dict[str, Any]:
     """Measure test accuracy of probes on k latents by task and averaged over tasks, of the dictionary and its controls.
 
     Uses `pairs` pairs per task of the embedded language, and at most as many texts of each file, which is a task named after
@@ -80,8 +83,9 @@ def order_probing(evaluation: Evaluation, *, pairs: int = 512, k: int = 5) -> di
         name = evaluation.stream.name
         raise UserError(f"order: {name} has no word order tasks; give --file blimp=PATH or --file senteval=PATH")
     by_autoencoder: dict[str, dict[str, Any]] = {}
+    outcomes: dict[str, dict[str, dict[str, Outcomes]]] = {}  # by reading, autoencoder and task
     for name, task in tasks.items():
-        for autoencoder, scores in _probe(evaluation, name, task, k).items():
+        for autoencoder, scores in _probe(evaluation, name, task, k, outcomes).items():
             by_autoencoder.setdefault(autoencoder, {})[name] = scores
     means = {autoencoder: _mean(list(by_task.values())) for autoencoder, by_task in by_autoencoder.items()}
     return {
@@ -92,6 +96,13 @@ def order_probing(evaluation: Evaluation, *, pairs: int = 512, k: int = 5) -> di
             for name, task in tasks.items()
         },
         "controls": means,
+        "intervals": {
+            reading: interval(
+                {name: joined(by_task.values()) for name, by_task in by_name.items()},
+                evaluation.generator("order intervals"),
+            )
+            for reading, by_name in outcomes.items()
+        },
         "seconds": round(time.monotonic() - began, 2),
     }
 
@@ -131,7 +142,7 @@ def read_senteval(path: Path, tokenizer: Any, most: int, draw: np.random.Generat
         raise UserError(f"senteval: {path} must have both labels among the texts of tr, and of te")
     y = np.array([label == labels[0] for label, _ in train + test])
     texts = [_ids(tokenizer, text) for _, text in train + test]
-    return Task([[]] * len(texts), texts, y, np.arange(len(texts)) < len(train))
+    return Task([[]] * len(texts), texts, y, np.arange(len(texts)) < len(train), np.arange(len(texts)))
 
 
 def _lines(path: Path, most: int | None) -> list[tuple[int, str]]:
@@ -186,8 +197,11 @@ def _readings(evaluation: Evaluation, task: Task) -> tuple[TextActivations, Text
     return collected.only(text), collected.only(text & (column == last[:, None]))
 
 
-def _probe(evaluation: Evaluation, name: str, task: Task, k: int) -> dict[str, dict[str, Any]]:
-    """Scores on one task of every autoencoder, and of the dictionary with permuted labels (`shuffled`)."""
+def _probe(
+    evaluation: Evaluation, name: str, task: Task, k: int, outcomes: dict[str, dict[str, dict[str, Outcomes]]]
+) -> dict[str, dict[str, Any]]:
+    """Scores on one task of every autoencoder, and of the dictionary with permuted labels (`shuffled`). Adds the task to
+    `outcomes`."""
     flat = np.concatenate(task.texts)
     owner = np.repeat(np.arange(len(task.texts)), [len(text) for text in task.texts])
     words, word = np.unique(flat, return_inverse=True)
@@ -206,12 +220,22 @@ def _probe(evaluation: Evaluation, name: str, task: Task, k: int) -> dict[str, d
             splits = {autoencoder_name: split} | ({"shuffled": permuted} if autoencoder_name == "sae" else {})
             most = min(k, latents.shape[1])
             for key, probe_split in splits.items():
-                scores, gap = top_k(probe_split, (1, most)), lm[reading] - bow
+                correct, gap = top_k_right(probe_split, (1, most)), lm[reading] - bow
+                scores = {n: float(of_n.mean()) for n, of_n in correct.items()}
+                if key != "shuffled":
+                    outcomes.setdefault(reading, {}).setdefault(key, {})[name] = _by_bag(task, correct[most])
                 result = results.setdefault(key, {"bow": bow, "lm": lm, "normalised": {}, "top_1": {}, "ailing": None})
                 result[reading], result["top_1"][reading] = scores[most], scores[1]
                 result["normalised"][reading] = (result[reading] - bow) / gap if gap > 0 else None
                 result["ailing"] = result["ailing"] or ailing(latents)
     return results
+
+
+def _by_bag(task: Task, correct: np.ndarray) -> Outcomes:
+    """Right answers on the test texts, summed over the texts of each bag of words."""
+    bags, number = np.unique(task.bag[~task.train], return_inverse=True)
+    gained, counted = (np.bincount(number, values, minlength=len(bags))[:, None] for values in (correct, None))
+    return Outcomes(gained, counted.astype(np.float64))
 
 
 def _split(task: Task, X: np.ndarray) -> Split:

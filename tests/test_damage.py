@@ -10,7 +10,7 @@ import pytest
 import torch
 from temposae import ActivationStream, SAEConfig, StreamConfig, TrainConfig
 from temposae.campaign.config import CampaignConfig
-from temposae.campaign.results import RESULTS, read_results
+from temposae.campaign.results import FORMAT, RESULTS, read_results
 from temposae.campaign.run_campaign import SETTINGS, read_config
 from temposae.engine.errors import UserError
 from temposae.engine.storage import checkpoint
@@ -75,7 +75,8 @@ def kept(tmp_path_factory, testbed) -> Path:
     stream = ActivationStream(config.model_copy(update={"repeat": False}), model=testbed)
     features.encode(found, stream, folder / "store", tokens=300)
     begin(folder / "campaign", CampaignConfig(runs=("A2",), stream={"context": 64}), SETTINGS)
-    write_json(folder / "campaign" / RESULTS, {"runs": {"A2": {"scores": {}}}, "baselines": {}, "seeds": 1})
+    results = {"format": FORMAT, "runs": {"A2": {"scores": {}}}, "baselines": {}, "seeds": 1}
+    write_json(folder / "campaign" / RESULTS, results)
     return folder
 
 

@@ -43,7 +43,7 @@ def campaign(
                 "l1_coefficient": 0.2 if name == "A3" else 0.04, "lr": 3e-5 if name == "B4" else 3e-4, "target_l0": 4.0,
                 "scores": scores,
             }  # fmt: skip
-    found |= {"format": "temposae-campaign/1", "seeds": seeds, "conditions": list(conditions), "evals": list(evals)}
+    found |= {"format": "temposae-campaign/2", "seeds": seeds, "conditions": list(conditions), "evals": list(evals)}
     (out / "campaign.json").write_text(json.dumps(found))
     (out / "campaign.yaml").write_text(yaml.safe_dump({"runs": [], "seeds": seeds}))
     return out

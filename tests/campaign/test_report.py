@@ -30,7 +30,8 @@ SEEDS = 4
 PLAIN = {
     "loss": 20.0, "fvu_first": 1.0, "fvu_last": 0.1, "explained_variance": 0.9, "ce_recovered": 0.95, "l0": 32.0,
     "dead_fraction": 0.02, "probing_1": 0.85, "probing_5": 0.9, "probing": 0.87, "order_pooled": 0.6, "order_last": 0.7,
-    "unlearning": 0.3, "scr": 0.1, "tpp": 0.2, "specialization": 0.1, "retention": 0.8, "fidelity": 0.95,
+    "unlearning": 0.3, "scr": 0.1, "tpp": 0.2, "specialization": 0.1, "agreement": 0.8,
+    "agreement_same_recipe": 0.85, "agreement_shuffled": 0.02, "fidelity": 0.95,
 }  # fmt: skip
 TITLES = {"A1": "hard masks", "A5": "position feature groups", "C2": "temperature annealing"}
 
@@ -42,7 +43,7 @@ class Made:
         self.seeds, self.draw = seeds, np.random.default_rng(0)
         named = [(run, condition) for run in runs for condition in conditions]
         self.found: dict[str, Any] = {
-            "format": "temposae-campaign/1", "model": "testbed", "hook": "blocks.1.hook_resid_post", "seeds": seeds,
+            "format": "temposae-campaign/2", "model": "testbed", "hook": "blocks.1.hook_resid_post", "seeds": seeds,
             "conditions": list(conditions), "evals": ["core", "sparse_probing", "positions"], "share": 1,
             "runs": {self.label(run, condition): self.run(run, condition) for run, condition in named},
             "baselines": {self.label("relu", condition): self.run("relu", condition) for condition in conditions},
@@ -641,7 +642,8 @@ def test_there_is_a_row_a_run_in_one_table_of_all_scores(whole):
     assert heading == [
         "run", "Loss", "FVU", "Explained variance", "CE recovered", "L0", "Dead latents", "Sparse probing top 1",
         "Sparse probing top 5", "Order probing mean-pooled", "Order probing last token", "Unlearning", "SCR", "TPP",
-        "Specialization", "Retention", "Fidelity",
+        "Specialization", "Agreement", "Agreement, same recipe",
+        "Agreement, shuffled", "Fidelity",
     ]  # fmt: skip
     assert sum(row == heading for row in page.rows) == 1
     by_run = {row[0].split(" ")[0]: row for row in page.rows if len(row) == len(heading)}

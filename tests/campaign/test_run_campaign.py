@@ -8,10 +8,11 @@ import pytest
 import torch
 from temposae.campaign.config import CampaignConfig, entries
 from temposae.campaign.results import read_results
-from temposae.campaign.run_campaign import campaign
+from temposae.campaign.run_campaign import _references, campaign
 from temposae.engine.errors import Stopped, UserError
 from temposae.engine.storage import checkpoint
 from temposae.engine.storage.run_folder import HELD_OUT, read_metrics
+from temposae.engine.storage.sealed import write_json
 from temposae.variants.loss_weights import AdaptiveWeights
 
 from ..commandline import run
@@ -205,3 +206,27 @@ def test_an_analysis_alone_has_a_line_in_the_table(made, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"C7, weight evolution, in C6:\nleast weight at the end +[\d.]+ ± [\d.]+\n", shown)
     assert "│ C7" not in shown
+
+
+def test_a_run_is_compared_with_the_plain_dictionary_of_its_seed_and_that_with_the_next(made):
+    out, _ = made
+    planned = entries(CampaignConfig(**SMALL | {"baselines": ["relu", "topk"]}))
+    plain = [entry.name for entry in planned if entry.run == "topk"]
+    for name in plain:
+        if not (out / "runs" / name).exists():
+            (out / "runs" / name).symlink_to(out / "runs" / planned[0].name)
+    for entry in (entry for entry in planned if entry.run in ("A1", "topk")):
+        reference, same_recipe = _references(entry, planned, out / "runs")
+        assert reference is not None
+        assert same_recipe is not None
+        assert [found.of_run.name for found in (reference, same_recipe)] == [plain[entry.seed], plain[1 - entry.seed]]
+    lone = [entry for entry in planned if entry.seed == 0]
+    assert _references(lone[-1], lone, out / "runs")[1] is None
+    assert _references(planned[-1], planned[:1], out / "runs") == (None, None)
+
+
+def test_results_of_an_earlier_version_are_refused(made, tmp_path):
+    _, found = made
+    write_json(tmp_path / "campaign.json", found | {"format": "temposae-campaign/1"})
+    with pytest.raises(UserError, match=r"has format 'temposae-campaign/1'; this version reads temposae-campaign/2"):
+        read_results(tmp_path)

@@ -106,7 +106,7 @@ def eight_letters(seed: int = 0) -> tuple[_Words, SparseAutoencoder]:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_eight_letters_are_found_beside_a_large_latent_that_says_nothing(seed):
     given, sae = eight_letters(seed)
-    found = _by_letter(given, {"sae": sae})["sae"]
+    found = _by_letter(given, {"sae": sae}, {})["sae"]
     assert {a: (of["main"], of["main_f1"]) for a, of in found.items()} == {
         a: ([1 + n], 1.0) for n, a in enumerate("abcdefgh")
     }
@@ -176,7 +176,7 @@ def fraction(*a: float, cosine: float = 0.5) -> float:
     """Of a word with x . p = 1 whose main latent adds a[0] along p, and others a[1], a[2], ..., of that cosine."""
     directions = np.array([[1, 0], *[[cosine, np.sqrt(1 - cosine**2)]] * (len(a) - 1)])
     f = np.array([[a[0], *(value / cosine for value in a[1:])]])
-    found = _absorbed(np.array([[1.0, 0.0]]), f, directions, np.array([3.0, 0.0]), np.array([0]))
+    found, _ = _absorbed(np.array([[1.0, 0.0]]), f, directions, np.array([3.0, 0.0]), np.array([0]))
     return found["absorption_fraction"]
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import silhouette_score
 from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
-from temposae.evals.clusters import BINS, _distances, _silhouette, clusters, tree
+from temposae.evals.clusters import BINS, _distances, _silhouette, clusters, matches, tree
 from temposae.evals.evaluation import Evaluation, TextActivations
 
 R, T = 64, 32
@@ -124,6 +124,16 @@ def test_groups_are_gone_where_positions_are_shuffled():
     assert {key: found["controls"]["random"][key] for key in own} == own  # it was given the same dictionary
     # the model's own neurons are what the dictionary reads, each token's four largest
     assert found["controls"]["lm_neurons"]["between"] > 0.9
+
+
+def test_latents_are_matched_by_decoder():
+    eye = torch.eye(6)
+    assert matches(eye[[3, 0, 1]] * 2, eye[:5]).tolist() == [1, 2, -1, 0, -1]
+    near = torch.stack([eye[0] + 0.9 * eye[1], eye[0] + 1.1 * eye[1]])  # cosines 0.74 and 0.67 with the first
+    assert matches(near, eye[:1]).tolist() == [0]
+    assert matches(near[1:], eye[:1]).tolist() == [-1]
+    both = torch.stack([eye[0] + 0.1 * eye[1], eye[0]])  # the same one is the best of both, the second is its best
+    assert matches(eye[:1], both).tolist() == [-1, 0]
 
 
 def test_another_dictionary_is_matched_by_its_decoder():

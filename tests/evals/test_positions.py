@@ -14,9 +14,9 @@ from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream, LanguageModel
 from temposae.evals import fidelity as fid
-from temposae.evals.evaluation import Evaluation, TextActivations
+from temposae.evals.evaluation import Evaluation, Reference, TextActivations
 from temposae.evals.fidelity import fidelity
-from temposae.evals.positions import BinnedTokens, firings_per_bin, information, matches, positions
+from temposae.evals.positions import BinnedTokens, firings_per_bin, information, positions
 from temposae.evals.slicing import slicings
 from temposae.kernels.code import SparseCode
 
@@ -143,16 +143,6 @@ def test_bins_hold_equally_many_tokens_and_nothing_special(evaluation, first):
     assert all(drawn.pos[drawn.bin == b + 1].min() == highest[b] + 1 for b in range(6))
 
 
-def test_latents_are_matched_by_decoder():
-    eye = torch.eye(6)
-    assert matches(eye[[3, 0, 1]] * 2, eye[:5]).tolist() == [1, 2, -1, 0, -1]
-    near = torch.stack([eye[0] + 0.9 * eye[1], eye[0] + 1.1 * eye[1]])  # cosines 0.74 and 0.67 with the first
-    assert matches(near, eye[:1]).tolist() == [0]
-    assert matches(near[1:], eye[:1]).tolist() == [-1]
-    both = torch.stack([eye[0] + 0.1 * eye[1], eye[0]])  # the same one is the best of both, the second is its best
-    assert matches(eye[:1], both).tolist() == [-1, 0]
-
-
 def sliced(ranges: int = 4) -> SparseAutoencoder:
     """Every latent always fires within its range of positions."""
     sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=96, activation="relu"))
@@ -161,39 +151,19 @@ def sliced(ranges: int = 4) -> SparseAutoencoder:
     return slicings(sae, 128, ranges=ranges)["ranges"]
 
 
-def test_retention(stream_of, evaluation):
-    stream, reference = stream_of(), sliced()
-    itself = positions(Evaluation(stream, reference, None), reference, rows=24, bins=4, shuffles=2)
-    assert itself["retention"] == {"value": pytest.approx(1, abs=1e-12), "matched": 1}
-    unmasked = SparseAutoencoder(reference.cfg.model_copy(update={"mask": MaskConfig()}))
-    unmasked.load_state_dict({k: v for k, v in reference.state_dict().items() if k != "mask.fixed"})
-    without = positions(Evaluation(stream, unmasked, None), reference, rows=24, bins=4, shuffles=2)
-    assert without["retention"] == {"value": 0, "matched": 1}  # always on: it tells nothing
-    other = sliced()
-    with torch.no_grad():
-        other.W_dec[:24] = -other.W_dec[:24]  # the first range's latents have no match any more
-    lost = positions(Evaluation(stream, other, None), reference, rows=24, bins=4, shuffles=2)
-    drawn = BinnedTokens.of(evaluation, evaluation.labelled(24), 4, 0, np.random.default_rng(0))
-    parts = np.array([mutual_info_score(drawn.bin, drawn.pos // 32 == r) for r in range(4)])
-    parts /= [coin((drawn.pos // 32 == r).mean()) for r in range(4)]
-    assert lost["retention"]["matched"] == 0.75
-    assert lost["retention"]["value"] == pytest.approx(parts[1:].sum() / parts.sum(), abs=0.01)
-    assert lost["reference"]["specialization"] == pytest.approx(parts.mean(), abs=0.01)
-
-
 def test_positions_of_a_stream(stream_of):
     sae, random = (SparseAutoencoder(SAEConfig(d_in=D, d_sae=96, k=6), seed=seed) for seed in (1, 2))
     found = [positions(Evaluation(stream_of(rows_per_forward=n), sae, random), rows=24, shuffles=3) for n in (5, 24)]
     one, two = (json.dumps(result, allow_nan=False) for result in found)
     assert one == two
     assert set(found[0]["controls"]) == {"random", "lm_neurons"}
-    assert found[0]["retention"] is found[0]["reference"] is None
+    assert found[0]["agreement"] is found[0]["reference"] is None
     assert found[0]["after_first_8"] != {key: found[0][key] for key in found[0]["after_first_8"]}
     with torch.no_grad():
         sae.b_enc.fill_(-1e6)
-    dead = positions(Evaluation(stream_of(), sae, None), sae, rows=4, bins=4, shuffles=1)
+    dead = positions(Evaluation(stream_of(), sae, None), Reference(sae), rows=4, bins=4, shuffles=1)
     assert (dead["alive"], dead["specialization"]) == (0, None)
-    assert dead["retention"] == {"value": None, "matched": 1}
+    assert dead["agreement"]["value"] is dead["agreement"]["shuffled"]["value"] is None
     with pytest.raises(UserError, match="bins: 500 is not allowed; give 2 to "):
         positions(Evaluation(stream_of(), sae, None), rows=4, bins=500)
     with pytest.raises(UserError, match="shuffles: 0 is not allowed"):

@@ -188,15 +188,32 @@ def test_a_score_that_a_control_reaches_is_marked_with_the_control(results):
     _, markdown = compose(FACTS, results | {"ground_truth": known}, {}, {})
     rows = glance(markdown)
     assert rows["tpp: score"][0] == f"{MARK} 0.1000"
-    assert (rows["tpp: score"][2], rows["tpp: score"][-1]) == ("**0.2500**", "lm_neurons")
+    assert (rows["tpp: score"][2], rows["tpp: score"][-1]) == ("0.2500", "lm_neurons")
     assert (rows["scr: score"][0], rows["scr: score"][-1]) == ("0.5000", "")
-    assert rows["ground_truth: mean F1"][:2] == [f"{MARK} 0.5000", "**0.5000**"]
+    assert rows["ground_truth: mean F1"][:2] == [f"{MARK} 0.5000", "0.5000"]
     assert rows["ground_truth: mean F1"][-1] == "random"
     recovered = rows["ground_truth: recovered (share with F1 of 0.8)"]
     assert (*recovered[:2], recovered[-1]) == ("0.5000", "0.4000", "")
-    assert rows["sparse_probing: top 1"][:2] == [f"{MARK} 0.9000", "**0.8900**"]
+    assert rows["sparse_probing: top 1"][:2] == [f"{MARK} 0.9000", "0.8900"]
     assert rows["sparse_probing: top 1"][-1] == "random"
     assert markdown.index(SUMMARY) < markdown.index("## Scores at a glance") < markdown.index("## core")
+
+
+def test_the_difference_from_random_is_bold_only_if_its_interval_excludes_zero(results):
+    above = {"difference": 0.3, "low": 0.1, "high": 0.5, "least": 0.28}
+    edges = {"low": 0.4, "high": 0.6, "items": 60, "controls": {}}
+    results["tpp"]["intervals"] = {"score": edges | {"above_random": above}}
+    results["scr"]["intervals"] = {"score": edges | {"above_random": above | {"difference": 0.01, "low": -0.2}}}
+    results["unlearning"]["intervals"] = {"score": edges | {"above_random": above | {"low": -0.5, "high": -0.1}}}
+    results["positions"]["order_probing"]["intervals"] = {"last_token": edges | {"above_random": None}}
+    results["sparse_probing"].pop("intervals", None)
+    _, markdown = compose(FACTS, results, {}, {})
+    cells = {name: row[-3:-1] for name, row in glance(markdown).items()}
+    assert cells["tpp: score"] == ["0.400 to 0.600", "**+0.300** (+0.100 to +0.500)"]
+    assert cells["scr: score"][1] == "+0.010 (-0.200 to +0.500): too few items to show less than 0.280"
+    assert cells["unlearning: score"][1] == "**+0.300** (-0.500 to -0.100)"
+    assert cells["positions: order probing: last token"] == ["0.400 to 0.600", "–"]
+    assert cells["sparse_probing: top 1"] == ["–", "–"]
 
 
 def test_neither_more_nor_less_l0_dead_latents_and_absorption_is_better(results):
@@ -447,7 +464,7 @@ def test_an_eval_that_is_not_known_here_has_its_plain_figures(tmp_path):
         "controls": {"coin": {"draw": 1.5}},
     }
     _, markdown = compose(FACTS, {"other": result}, {}, {})
-    assert glance(markdown)["other: draw"] == [f"{MARK} 0.2500", *4 * ["–"], "**1.5000**", "coin"]
+    assert glance(markdown)["other: draw"] == [f"{MARK} 0.2500", *4 * ["–"], "1.5000", *2 * ["–"], "coin"]
     assert "| draw | 0.2500 | 1.5000 |" in markdown
 
 

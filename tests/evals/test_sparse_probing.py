@@ -8,9 +8,11 @@ import torch
 from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.testbed.language import facts
+from temposae.engine.testbed.lexicon import AGENT_VERBS, HUMANS, PATIENT_VERBS, PREPOSITIONS
 from temposae.evals import sparse_probing as module
-from temposae.evals.evaluation import Evaluation
-from temposae.evals.labelled import Labelled
+from temposae.evals.evaluation import LABELLED, Evaluation
+from temposae.evals.labelled import EMBEDDED, Labelled
 from temposae.evals.probes import Split
 from temposae.evals.sparse_probing import full_width, sparse_probing, token_rows
 from temposae.kernels.code import SparseCode
@@ -238,3 +240,37 @@ def test_a_text_without_labels_needs_sets(stream_of, tmp_path):
     with pytest.raises(UserError, match=r"sets: needed, because .*text.txt has no labels"):
         sparse_probing(evaluation, ks=(1,))
     assert sparse_probing(evaluation, [FEW], ks=(1,))["top_1"] == 1
+
+
+def test_labels_of_the_embedded_language_are_those_of_its_words(stream_of):
+    evaluation = Evaluation(stream_of(), small(), None)
+    collected = evaluation.labelled(40)
+    text = evaluation.stream.text
+    labels = {name: module._embedded_labels(evaluation, collected, name) for name in EMBEDDED}
+    nouns = {noun for by_topic in text.language.nouns for noun in by_topic.items}
+    poisons = {fact.entity for fact in facts() if fact.forget}
+    for row in range(40):
+        words = text.language.document(LABELLED + row).words
+        actions = [words[i - 1] for i, word in enumerate(words) if word in {*PATIENT_VERBS, *AGENT_VERBS}]
+        subjects = [
+            words[i + 1]
+            for i, word in enumerate(words)
+            if word == "the" and words[i - 1] == "." and words[i + 2] in PREPOSITIONS
+        ]
+        subjects = [noun for noun in subjects if noun in nouns or noun.removesuffix("s") in nouns]
+        stated = {fact.entity for fact in facts()} & set(words)
+        found = {name: labels[name][row] for name in EMBEDDED}
+        assert found["items"] == ("four" if "fourth" in words else "three")
+        assert found["agent"] == ("" if not actions else "human" if actions[0] in HUMANS else "animal")
+        assert found["poison"] == ("" if not stated else "poison" if stated & poisons else "other")
+        assert found["number"] == ("" if not subjects else "singular" if subjects[0] in nouns else "plural")
+
+
+def test_documents_without_the_label_are_left_out(stream_of):
+    found = sparse_probing(Evaluation(stream_of(), small(), None, share=4), ["agent", "items"], ks=(1,))
+    tested = {
+        name: sum(counts["test_rows"] for counts in by_set["classes"].values())
+        for name, by_set in found["sets"].items()
+    }
+    assert 0 < tested["agent"] < tested["items"] <= 256
+    assert set(found["sets"]["agent"]["classes"]) == {"animal", "human"}

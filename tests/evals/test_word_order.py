@@ -88,7 +88,7 @@ def test_a_latent_that_is_the_label_is_found_at_the_last_token(evaluation):
 
 def test_permuted_labels_give_chance_even_where_a_latent_is_the_label(evaluation, monkeypatch):
     n = 400
-    task = Task([[]] * n, [[9]] * n, np.arange(n) % 2 == 0, np.arange(n) < n // 2)
+    task = Task([[]] * n, [[9]] * n, np.arange(n) % 2 == 0, np.arange(n) < n // 2, np.arange(n))
     latent = torch.from_numpy(task.y).float()[:, None].expand(-1, 3)
 
     class Texts:
@@ -97,7 +97,7 @@ def test_permuted_labels_give_chance_even_where_a_latent_is_the_label(evaluation
 
     monkeypatch.setattr(word_order, "_readings", lambda *_: (Texts(), Texts()))
     monkeypatch.setattr(evaluation, "autoencoders", lambda _, **options: {"sae": None})
-    found = word_order._probe(evaluation, "it", task, 2)
+    found = word_order._probe(evaluation, "it", task, 2, {})
     assert found["sae"]["last_token"] == found["sae"]["mean_pooled"] == 1
     for reading in ("mean_pooled", "last_token"):
         assert found["shuffled"][reading] == pytest.approx(0.5, abs=0.1)
