@@ -66,11 +66,11 @@ SCORES = {
         "baseline)", 0,
     ),
     "agreement_same_recipe": Score(
-        "Agreement, same recipe", "positions", "agreement.same_recipe.value",
+        "Agreement (same recipe)", "positions", "agreement.same_recipe.value",
         "the same between two seeds of the plain baseline: as much as can be expected", 0,
     ),
     "agreement_shuffled": Score(
-        "Agreement, shuffled", "positions", "agreement.shuffled.value",
+        "Agreement (shuffled)", "positions", "agreement.shuffled.value",
         "the same with the run's activations permuted over tokens: what unrelated latents reach", 0,
     ),
     "fidelity": Score(

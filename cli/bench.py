@@ -211,10 +211,11 @@ def quality(
     seeds: Annotated[int, Option(min=1, max=1000, help="Number of seeds, from 0.")] = 3,
     json_file: GrowingJsonFile = None,
 ) -> None:
-    """Compare what libraries' own training code reaches on the same batches.
+    """Compare what libraries' training reaches.
 
-    Each library has its best of a few constant learning rates. Prints FVU on held-out activations, dead latents, seconds
-    and, on a synthetic world, F1 and MCC. Runs on the CPU and takes minutes to hours, depending on the preset.
+    All use their own training code, on the same batches, at their best of a few constant learning rates. Prints FVU on
+    held-out activations, dead latents, seconds and, on a synthetic world, F1 and MCC. Runs on the CPU and takes minutes to
+    hours, depending on the preset.
     """
     _check("cpu")
     from ..bench import learning_rate

@@ -642,8 +642,8 @@ def test_there_is_a_row_a_run_in_one_table_of_all_scores(whole):
     assert heading == [
         "run", "Loss", "FVU", "Explained variance", "CE recovered", "L0", "Dead latents", "Sparse probing top 1",
         "Sparse probing top 5", "Order probing mean-pooled", "Order probing last token", "Unlearning", "SCR", "TPP",
-        "Specialization", "Agreement", "Agreement, same recipe",
-        "Agreement, shuffled", "Fidelity",
+        "Specialization", "Agreement", "Agreement (same recipe)",
+        "Agreement (shuffled)", "Fidelity",
     ]  # fmt: skip
     assert sum(row == heading for row in page.rows) == 1
     by_run = {row[0].split(" ")[0]: row for row in page.rows if len(row) == len(heading)}
