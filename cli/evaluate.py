@@ -98,7 +98,7 @@ def evaluate(
     names = list(EVALS) if name == "all" else [name]
     load_eval(names[0])
     others: dict[str, Any] = {
-        name: checkpoint.find(folder)
+        name: checkpoint.find(folder, name)
         for name, folder in (("reference", reference), ("same_recipe", same_recipe))
         if folder is not None
     }

@@ -195,20 +195,20 @@ def write(
 
 
 @default_modes()
-def find(path: Path) -> Checkpoint:
+def find(path: Path, field: str = "sae") -> Checkpoint:
     """Find the checkpoint at `path`, the last checkpoint of the run folder at `path`, or the dictionary in another
     library's folder, each also by its name on the hub (`interchange.hub`). The path of the weights or settings file
-    stands for its folder."""
+    stands for its folder. Errors name the `field` that gave the path."""
     is_name = not path.exists() and hub.is_name(str(path)) and not path.parent.exists()  # else a misspelt path
     if is_name:
         path = hub.fetch(str(path))
     if not path.exists():
-        raise UserError(f"sae: {path} does not exist; give a run folder or a checkpoint folder")
+        raise UserError(f"{field}: {path} does not exist; give a run folder or a checkpoint folder")
     run_folder = None
     if path.is_file() and (path.parent / MANIFEST).is_file():
         if path.name not in (MANIFEST, "sae.safetensors"):
             advice = f"give its folder {path.parent}, or sae.safetensors in it"
-            raise UserError(f"sae: {path} is not a dictionary's file; {advice}")
+            raise UserError(f"{field}: {path} is not a dictionary's file; {advice}")
         path = path.parent
     folder = path
     if not (path / MANIFEST).is_file():
@@ -218,7 +218,7 @@ def find(path: Path) -> Checkpoint:
                 return Loaded.of(*foreign)
             why_not = interchange.unreadable_reason(path if path.is_dir() else path.parent)
             raise UserError(
-                f"sae: {path} is neither a checkpoint (no {MANIFEST}), a run (no checkpoints/step_*), nor a folder of "
+                f"{field}: {path} is neither a checkpoint (no {MANIFEST}), a run (no checkpoints/step_*), nor a folder of "
                 f"SAELens, dictionary_learning, sparsify, Gemma Scope or Llamascopium{why_not}"
             )
         folder, run_folder = steps[-1], None if is_name else path

@@ -17,6 +17,8 @@ from temposae.evals.evaluation import Evaluation, Reference
 from temposae.evals.positions import positions
 from temposae.kernels.code import SparseCode
 
+from ..commandline import run
+
 N, F = 600, 40
 
 
@@ -112,3 +114,12 @@ def test_a_second_seed_needs_a_reference(stream_of):
     sae = SparseAutoencoder(SAEConfig(d_in=128, d_sae=96, k=6))
     with pytest.raises(UserError, match="same_recipe: needs a reference"):
         evaluate(sae, "positions", stream=stream_of(), same_recipe=sae)
+
+
+@pytest.mark.parametrize("field", ["reference", "same_recipe"])
+def test_a_folder_that_is_not_there_is_named_by_its_option(field, tmp_path):
+    status, _, err = run(
+        "eval", "positions", "--sae", tmp_path / "a", f"--{field.replace('_', '-')}", tmp_path / "none"
+    )
+    assert status == 2
+    assert err.startswith(f"error: {field}: {tmp_path / 'none'} does not exist")
