@@ -242,6 +242,6 @@ def count_step(
         idle_tokens, fired.contiguous(), sums, spread, totals, *batch, batch_spread, loss.contiguous(),
         loss if aux_loss is None else aux_loss.contiguous(), norm.contiguous(),
         loss if recomputed is None else recomputed.contiguous(),
-        n, f, t, batch[0].stride(0), int(batch_spread.numel() > 1),
+        n, f, t, batch[0].stride(0), batch_spread.stride(0) if batch_spread.dim() else 0,
         HAS_AUX=aux_loss is not None, HAS_RECOMPUTED=recomputed is not None, **options,
     )  # fmt: skip

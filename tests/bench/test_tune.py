@@ -195,7 +195,7 @@ def test_every_call_launches_its_entry_and_leaves_the_weights(dtype: str, monkey
     inputs = tune.Inputs(SHAPE, DTYPES[dtype], "cpu")
     weights = {name: value.detach().clone() for name, value in inputs.sae.state_dict().items()}
     for entry, trial in tune.TRIALS.items():
-        if trial.dtype == dtype:
+        if trial.dtype == dtype and entry != "encode_topk_persistent":  # only a GPU runs that: tests/gpu
             call = trial.call(inputs)
             asked.clear()
             call()

@@ -17,7 +17,7 @@ from temposae.engine.stream import ActivationStream, ArraySource
 from temposae.evals import features
 from temposae.evals.core import core
 from temposae.evals.dashboard import dashboard
-from temposae.evals.evaluation import Evaluation, collect
+from temposae.evals.evaluation import Evaluation, Reference, collect
 from temposae.evals.suite import EVALS, load_eval
 from temposae.evals.unlearning import clamp
 
@@ -73,7 +73,7 @@ def test_every_eval_gives_the_same_figures(evaluation, name):
     found = []
     for norms in ("one", "many"):
         sae = made("relu", norms)
-        found.append(load_eval(name)(evaluation.of(sae, sae, sae)))
+        found.append(load_eval(name)(evaluation.of(sae, sae, Reference(sae))))
     same(*found)
 
 

@@ -25,4 +25,5 @@ def test_hot_kernels_compile_without_spills(arch: int, monkeypatch: pytest.Monke
     assert len(rows) > 20
     assert [row["name"] for row in rows if row["spill_bytes"]] == []
     assert over_budget(rows) == []
-    assert [row["name"] for row in rows if row["shared_bytes"] > SHARED_BYTES] == []
+    large = [row["name"] for row in rows if row["shared_bytes"] > SHARED_BYTES]
+    assert [name for name in large if not SPECS[name].only] == []

@@ -70,9 +70,10 @@ def test_counts_of_a_step(shape, backend, assert_close, optional):
     (n, _, f, _, t), draw, s = shape, shape.generator, 2
     idle, fired = torch.randint(0, 9, (s, f), generator=draw), torch.rand(s, f, generator=draw) < 0.5
     sums, spread, totals = (torch.rand(*size, generator=draw) for size in ((s, 4, t), (s,), (s, 5)))
-    # as of `batch_sums`: rows of a wider tensor
-    batch = PositionSums(*torch.rand(s, 5, t + 1, generator=draw)[:, :4, :t].unbind(1))
-    loss, norm, aux_loss, added = (torch.rand(s, generator=draw) for _ in range(4))
+    # as of `batch_sums`: rows and a column of a wider tensor
+    wide = torch.rand(s, 5, t + 1, generator=draw)
+    batch, added = PositionSums(*wide[:, :4, :t].unbind(1)), wide[:, 4, t]
+    loss, norm, aux_loss = (torch.rand(s, generator=draw) for _ in range(3))
     recomputed = torch.tensor([3, 5])
     before = [count.double() for count in (sums, spread, totals)]
     expected_idle = torch.where(fired, 0, idle + n)
