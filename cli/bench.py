@@ -15,6 +15,18 @@ from .options import PLAIN, GrowingJsonFile, JsonFile, check_backend
 bench_app = App(help="Time training steps, ops and streams, next to other libraries.", **PLAIN)
 
 Preset = Annotated[str | None, Option(help="Shapes: tiny, cpu, gpu or sweep. [default: gpu or cpu, by device]")]
+Sources = Annotated[
+    list[str] | None,
+    Option(
+        help="Activations to train on: synthetic:WIDTH, world:SEED, MODEL:LAYER or NAME=FILE.npy. Repeatable. "
+        "[default: the preset's]"
+    ),
+]
+Cells = Annotated[
+    list[str] | None,
+    Option(help="ACTIVATION,F,K,BATCH,STEPS, as in topk,512,16,256,100. Repeatable. [default: the preset's]"),
+]
+SourceText = Annotated[str | None, Option(help="Text for MODEL:LAYER, as in `train --data`.")]
 N = Annotated[str | None, Option("--n", help="Tokens per batch, as in 8192 or 1024,8192. [default: the preset's]")]
 D = Annotated[str | None, Option("--d", help="Width of the activations, as --n. [default: the preset's]")]
 F = Annotated[str | None, Option("--f", help="Number of latents, as --n. [default: the preset's]")]
@@ -148,18 +160,9 @@ def learning_rate(
     preset: Annotated[
         str, Option(help="Sources and cells: tiny, cpu (synthetic and testbed) or pretrained (smollm2, with --data).")
     ] = "cpu",
-    source: Annotated[
-        list[str] | None,
-        Option(
-            help="Activations to train on: synthetic:WIDTH, world:SEED, MODEL:LAYER or NAME=FILE.npy. Repeatable. "
-            "[default: the preset's]"
-        ),
-    ] = None,
-    cell: Annotated[
-        list[str] | None,
-        Option(help="ACTIVATION,F,K,BATCH,STEPS, as in topk,512,16,256,100. Repeatable. [default: the preset's]"),
-    ] = None,
-    data: Annotated[str | None, Option(help="Text for MODEL:LAYER, as in `train --data`.")] = None,
+    source: Sources = None,
+    cell: Cells = None,
+    data: SourceText = None,
     seeds: Annotated[int, Option(min=1, max=1000, help="Number of seeds to average over.")] = 1,
     json_file: GrowingJsonFile = None,
 ) -> None:
@@ -189,17 +192,8 @@ def quality(
     preset: Annotated[
         str, Option(help="Sources and cells: tiny, cpu (a synthetic world) or pretrained (smollm2, with --data).")
     ] = "cpu",
-    source: Annotated[
-        list[str] | None,
-        Option(
-            help="Activations to train on: world:SEED, synthetic:WIDTH, MODEL:LAYER or NAME=FILE.npy. Repeatable. "
-            "[default: the preset's]"
-        ),
-    ] = None,
-    cell: Annotated[
-        list[str] | None,
-        Option(help="ACTIVATION,F,K,BATCH,STEPS, as in topk,512,16,256,100. Repeatable. [default: the preset's]"),
-    ] = None,
+    source: Sources = None,
+    cell: Cells = None,
     library: Annotated[
         list[str] | None,
         Option(help="temposae, SAELens, dictionary_learning, eai-sparsify. Repeatable. [default: all]"),
@@ -207,7 +201,7 @@ def quality(
     lr: Annotated[
         list[float] | None, Option(min=1e-8, max=1.0, help="Learning rate. Repeatable. [default: 5e-4, 1e-3, 2e-3]")
     ] = None,
-    data: Annotated[str | None, Option(help="Text for MODEL:LAYER, as in `train --data`.")] = None,
+    data: SourceText = None,
     seeds: Annotated[int, Option(min=1, max=1000, help="Number of seeds, from 0.")] = 3,
     json_file: GrowingJsonFile = None,
 ) -> None:
