@@ -69,7 +69,7 @@ def main() -> None:
             app()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # rank 0 prints the error that all ranks meet, and torchrun then stops the others
+            time.sleep(60)  # rank 0 prints the error that all ranks meet; once it has ended, torchrun stops the others
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
