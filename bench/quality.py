@@ -1,7 +1,8 @@
 """What each library's own training code reaches on the same batches, at the best of a few learning rates.
 
-All start from a seed's own weights, use Adam at a constant rate and their own losses, and step through the same batches in
-the same order. So a difference is one of method: initialisation, scaling, auxiliary loss, clipping.
+All start from a seed's own weights, use Adam at a constant rate and their own losses, clip gradients where they do so by
+default, and step through the same batches in the same order. So a difference is one of method: initialisation, scaling,
+auxiliary loss, clipping.
 """
 
 import math
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.config import StreamConfig
+from ..engine.config import StreamConfig, TrainConfig
 from ..engine.errors import UserError, check_known
 from ..engine.stream import Batch, WorldSource
 from ..engine.synthetic.presets import PRESETS as WORLDS
@@ -27,7 +28,8 @@ from .results import about, heading, markdown, read_unfinished
 from .training_job import AnyDictionary, ProviderUnavailable, TrainingJob, fixes_l0
 
 LIBRARIES = ("temposae", "SAELens", "dictionary_learning", "eai-sparsify")
-RATES = (5e-4, 1e-3, 2e-3)
+#: rates on both sides of the best one
+RATES = {"tiny": (1e-3, 2e-3), "cpu": (2e-3, 4e-3, 8e-3), "pretrained": (5e-4, 1e-3, 2e-3)}
 PRESETS: dict[str, dict[str, Sequence[Cell]]] = {
     "tiny": {"world:0": [Cell("topk", 64, 4, 256, 8)]},
     "cpu": {"world:0": [Cell("topk", 512, 7, 1024, 400), Cell("batchtopk", 512, 7, 1024, 400)]},
@@ -37,7 +39,7 @@ SCORES = ("fvu", "dead", "f1", "mcc", "seconds")
 
 
 def measure(
-    sources: dict[str, Sequence[Cell]], *, libraries: Sequence[str] = LIBRARIES, rates: Sequence[float] = RATES,
+    sources: dict[str, Sequence[Cell]], *, libraries: Sequence[str] = LIBRARIES, rates: Sequence[float] = RATES["cpu"],
     seeds: int = 3, data: str | None = None, done: dict[str, Any] | None = None,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -101,7 +103,8 @@ def _train(source: str, cell: Cell, library: str, rate: float, seed: int, x: Ten
     mean_norm = float(batches[0].norm(dim=1).mean())
     pos = torch.zeros(cell.batch, dtype=torch.int64)
     tokens = Tokens([Batch.of(batch, pos) for batch in batches], batches, x[-HELD_OUT:], batches[0].mean(0), mean_norm)
-    job = TrainingJob(shape, "cpu", "fp32", rate, tokens, activation=cell.activation, seed=seed)
+    clip = TrainConfig().clip_norm
+    job = TrainingJob(shape, "cpu", "fp32", rate, tokens, clip=clip, activation=cell.activation, seed=seed)
     run = PROVIDERS[library].build(job)
     began = time.perf_counter()
     for i in range(cell.steps):

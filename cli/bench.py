@@ -199,7 +199,7 @@ def quality(
         Option(help="temposae, SAELens, dictionary_learning, eai-sparsify. Repeatable. [default: all]"),
     ] = None,
     lr: Annotated[
-        list[float] | None, Option(min=1e-8, max=1.0, help="Learning rate. Repeatable. [default: 5e-4, 1e-3, 2e-3]")
+        list[float] | None, Option(min=1e-8, max=1.0, help="Learning rate. Repeatable. [default: the preset's]")
     ] = None,
     data: SourceText = None,
     seeds: Annotated[int, Option(min=1, max=1000, help="Number of seeds, from 0.")] = 3,
@@ -218,10 +218,11 @@ def quality(
 
     if data is not None:
         check_data(data)
+    sources = learning_rate.plan(preset, source, cell, suite.PRESETS)
     results = suite.measure(
-        learning_rate.plan(preset, source, cell, suite.PRESETS),
+        sources,
         libraries=library or suite.LIBRARIES,
-        rates=sorted(set(lr)) if lr else suite.RATES,
+        rates=sorted(set(lr)) if lr else suite.RATES[preset],
         seeds=seeds,
         data=data,
         done=suite.read(json_file),

@@ -12,6 +12,7 @@ from temposae.bench.data import tokens as made_up
 from temposae.bench.learning_rate import Cell
 from temposae.bench.providers import PROVIDERS
 from temposae.bench.training_job import TrainingJob
+from temposae.engine.config import TrainConfig
 
 from ..commandline import run
 
@@ -73,6 +74,17 @@ def test_each_run_is_a_row_and_is_measured_once(source):
     again = quality.measure(sources, libraries=["temposae"], rates=[1e-3], seeds=1)["rows"][0]
     assert {key: again[key] for key in ("fvu", "dead")} == {key: first["rows"][0][key] for key in ("fvu", "dead")}
     assert first["rows"][0]["f1"] is None
+
+
+def test_ours_clips_as_in_temposae_train(source, monkeypatch):
+    """SAELens and dictionary_learning always clip. Without it, the error was a tenth higher at small rates."""
+    clips, build = [], PROVIDERS["temposae"].build
+    monkeypatch.setitem(
+        PROVIDERS, "temposae", PROVIDERS["temposae"]._replace(build=lambda job: clips.append(job.clip) or build(job))
+    )
+    quality.measure({"some=x.npy": [CELL]}, libraries=["temposae"], rates=[1e-3], seeds=1)
+    assert clips == [TrainConfig().clip_norm]
+    assert clips[0] is not None
 
 
 def test_a_world_gives_f1_and_mcc():
