@@ -36,7 +36,8 @@ def slicing(evaluation: Evaluation, *, rows: int = 1024, bins: int = 16) -> dict
     spread = float(squared_distance(collected.x, collected.mean).sum())
     results: dict[str, dict[str, float | None]] = {}
     for name, sliced in slicings(evaluation.sae.sae, collected.tokens.shape[1], seed=evaluation.seed).items():
-        sliced = unit_decoder(sliced)
+        # the unmasked copy is the dictionary, whose code of these rows is known
+        sliced = evaluation.sae if name == "none" else unit_decoder(sliced)
         code = collected.code(sliced)
         figures: dict[str, Any] = summary(information(code, drawn, shuffled))
         error = float(squared_distance(collected.x, sliced.decode(code)).sum())

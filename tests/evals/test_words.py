@@ -8,8 +8,8 @@ from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.stream import ActivationStream
 from temposae.engine.stream.token_rows import TextRows
-from temposae.evals import word_order
-from temposae.evals.evaluation import Evaluation
+from temposae.evals import positions, word_order
+from temposae.evals.evaluation import Evaluation, squared_distance
 from temposae.evals.word_order import order_probing
 from temposae.evals.words import AFTER, CONTEXT, spelled, swapped_pairs
 from tokenizers import Tokenizer, decoders, models
@@ -66,6 +66,22 @@ def test_pairs_have_no_more_tokens_than_the_rows(documents, testbed):
     tokens = sum(len(context) + len(text) for context, text, _ in swapped_pairs(evaluation, 32, 10**6))
     held_out = next(iter(evaluation._shared.values())).kept.numel()
     assert held_out - 2 * SIZE < 2 * tokens <= held_out
+
+
+def test_held_out_rows_fit_the_memory_they_may_take(documents, testbed, monkeypatch):
+    """With longer rows or wider activations, fewer rows are kept."""
+    assert len(positions.held_out(evaluation_of(documents, testbed), 32)) == 32
+    monkeypatch.setattr(positions, "HELD", 8 * 4 * 64 * D)
+    assert len(positions.held_out(evaluation_of(documents, testbed), 32)) == 8
+    monkeypatch.setattr(positions, "HELD", 1)
+    assert len(positions.held_out(evaluation_of(documents, testbed), 32)) == 1
+
+
+def test_squared_distances_are_those_of_all_tokens_at_once(monkeypatch):
+    x, y = torch.randn(2, 10, 3, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("temposae.evals.evaluation.CHUNK", 4)
+    torch.testing.assert_close(squared_distance(x, y), (x - y).double().square().sum(1))
+    torch.testing.assert_close(squared_distance(x, y[0]), (x - y[0]).double().square().sum(1))
 
 
 def test_words_left_out_are_in_no_pair(documents, testbed):
