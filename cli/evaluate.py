@@ -46,7 +46,7 @@ def evaluate(
             metavar="NAME=PATH",
             help="For unlearning, all four of forget_questions, retain_questions (.jsonl or .parquet, in the formats of "
             "WMDP and MMLU), forget_text and retain_text (.txt, .jsonl or .parquet). For positions, blimp (.jsonl) and "
-            "senteval. Repeatable. [default: the embedded language's]",
+            "senteval. Repeatable. [default: the embedded language's; for positions, words of the text exchanged]",
         ),
     ] = None,
     rows: Annotated[
@@ -85,10 +85,13 @@ def evaluate(
     clusters        latents grouped by the positions at which they are active
     absorption      first-letter latents that miss some of their words
 
-    Labels, questions and texts default to the embedded language's. On another text, an eval that needs its own says so.
+    Labels, questions and texts default to the embedded language's. On another text, core, positions, clusters and absorption
+    need nothing else. The others say which option supplies their labels or questions, and all ends with a list of them.
     """
     from ..engine.storage import checkpoint
     from ..evals.api import stream_of
+    from ..evals.coverage import summary
+    from ..evals.report_tables import main_scores
     from ..evals.run_evals import evaluate
     from ..evals.suite import EVALS, check_there, load_eval, named_files
 
@@ -114,12 +117,14 @@ def evaluate(
     write_json(json_file, results if name == "all" else results[name])
     for eval_name, result in results.items():
         title = f"{eval_name}: {loaded.folder} at {stream.model.hook} of {stream.model.name}"
-        if "skipped" in result:
-            print(f"{eval_name}: skipped; {result['skipped']}")
-        elif eval_name == "core":
+        if "skipped" in result:  # `summary` has it
+            continue
+        if eval_name == "core":
             core_table(result, title)
         else:
-            scores_table(result, title)
+            scores_table(result, title, main_scores(eval_name, result))
+    if name == "all":
+        print(*summary(results), sep="\n")
     if is_run:
         print(f"report: {sae / 'report.html'}   {sae / 'report.md'}")
 

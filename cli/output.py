@@ -28,8 +28,9 @@ def core_table(result: dict[str, Any], title: str) -> None:
     _print_notes(result)
 
 
-def scores_table(result: dict[str, Any], title: str) -> None:
-    """Print every score of an eval and its sections, with columns for the controls and the model (LLM)."""
+def scores_table(result: dict[str, Any], title: str, main: Iterable[str] = ()) -> None:
+    """Print every score of an eval and its sections, with columns for the controls and the model (LLM). `main`: paths of its
+    main scores, of which nested ones ("stability.adjusted_rand") are printed too."""
     sections = {"": result} | {
         k: v for k, v in result.items() if isinstance(v, dict) and isinstance(v.get("controls"), dict)
     }
@@ -48,6 +49,13 @@ def scores_table(result: dict[str, Any], title: str) -> None:
             for name, value in values.items():
                 if not isinstance(value, float):
                     missing.setdefault(name, []).append(label)
+    for path in main:
+        part, _, key = path.partition(".")
+        if key and part not in sections and isinstance(result.get(part), dict):
+            columns = [result, *(result.get("controls", {}).get(name, {}) for name in names)]
+            values = [(column.get(part) or {}).get(key) for column in columns]
+            cells = [f"{x:.4f}" if isinstance(x, float) else "-" for x in values]
+            table.add_row(printable(path.replace("_", " ").replace(".", " ")), *cells, *("-" for _ in llm))
     _print(table)
     for name, labels in missing.items():
         _say(f"- no value for {name}: {', '.join(labels)}")

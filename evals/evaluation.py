@@ -96,7 +96,7 @@ class TextActivations:
     @property
     def mean(self) -> Tensor:
         """Mean activation [D] of all kept tokens."""
-        return self.x.double().mean(0).float()
+        return (torch.stack([part.double().sum(0) for part in self.x.split(CHUNK)]).sum(0) / len(self.x)).float()
 
     def label(self, name: str) -> Tensor:
         """One label of each kept token, int64 [n]."""
@@ -155,6 +155,13 @@ class TextActivations:
         for x, pos, row in in_rows(self.pos, self.x, self.pos, self.row, latents=len(autoencoder.W_dec)):
             if len(row):
                 yield row, joined([autoencoder.encode_sparse(x, pos)])
+
+
+def squared_distance(x: Tensor, y: Tensor) -> Tensor:
+    """|x - y|^2 per token, float64 [n], of x [n, D] and y [n, D] or [D], without a float64 copy of either."""
+    starts = range(0, len(x), CHUNK)
+    parts = [(x[i : i + CHUNK] - (y if y.ndim == 1 else y[i : i + CHUNK])).double().square().sum(1) for i in starts]
+    return torch.cat(parts)
 
 
 def in_rows(pos: Tensor, *tensors: Tensor, latents: int = 0) -> Iterator[tuple[Tensor, ...]]:

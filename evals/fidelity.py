@@ -27,7 +27,7 @@ from ..engine.process.progress import progress_bar
 from ..engine.stream import TokenRows
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
-from .evaluation import Evaluation, TextActivations
+from .evaluation import Evaluation, TextActivations, of_tokens, squared_distance
 from .positions import BinnedTokens, held_out, xlogx
 from .replacement_loss import losses_and_kl, rows_at_once
 
@@ -55,20 +55,20 @@ def fidelity(
     before, shifted = _shifted(evaluation, collected, shift_rows)
     autoencoders = evaluation.autoencoders(collected, mean=False)
     ce_tokens = int(collected.kept[:ce_rows].sum())
-    decoded = {name: autoencoder.decode(collected.code(autoencoder)) for name, autoencoder in autoencoders.items()}
-    spliced = {name: x_hat[:ce_tokens] for name, x_hat in decoded.items()}
+    first = torch.arange(len(collected.x), device=collected.x.device) < ce_tokens
+    spliced = {name: a.decode(of_tokens(collected.code(a), first)) for name, a in autoencoders.items()}
     ce = _ce(evaluation, collected, drawn, ce_rows, {"zero": torch.zeros_like(collected.x[:ce_tokens]), **spliced})
     bin_ = torch.from_numpy(drawn.position_bin).to(collected.x.device)[collected.pos]
 
     def by_bin(squares: Tensor) -> Tensor:
         return sum_by(bin_ + 1, squares, bins + 1)[1:].cpu()
 
-    spread = by_bin((collected.x - collected.mean).double().square().sum(1))
+    spread = by_bin(squared_distance(collected.x, collected.mean))
     figures: dict[str, dict[str, Any]] = {}
     for name, autoencoder in autoencoders.items():
-        x_hat = decoded.pop(name)
+        x_hat = autoencoder.decode(collected.code(autoencoder))
         reconstructed = TextActivations(collected.tokens, collected.kept, x_hat, collected.pos, collected.row)
-        errors = by_bin((collected.x - x_hat).double().square().sum(1))
+        errors = by_bin(squared_distance(collected.x, x_hat))
         losses = zip(ce["zero"], ce[name], ce["clean"], strict=True)
         recovered = [(zero - loss) / (zero - clean) if zero > clean else None for zero, loss, clean in losses]
         old = before.code(autoencoder)

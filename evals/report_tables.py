@@ -61,7 +61,6 @@ LABELS = {
     "intended_diff_only": "lost by the class", "unintended_diff_only": "lost by the others",
     "within": "mean distance within", "between": "mean distance between",
     "stability.adjusted_rand": "stability (adjusted Rand index)", "stability.spread": "its standard deviation",
-    "adjusted_rand": "adjusted Rand index against the other dictionary", "matched": "latents that match",
     "mean_absorption_fraction": "mean fraction", "mean_split": "main latents of a letter",
     "mean_main_f1": "mean F1 of main latents", "probe_f1": "probe's F1", "main": "main latents", "main_f1": "their F1",
     "absorption_fraction": "fraction",
@@ -308,9 +307,8 @@ def _tpp(result: dict[str, Any]) -> list[str]:
 
 def _clusters(result: dict[str, Any]) -> list[str]:
     measures = _headings("within between stability.adjusted_rand stability.spread")
-    blocks = [_beside(result, {"count": "clusters", "latents": "latents clustered", **measures})]
-    if result.get("seeds") is not None:
-        blocks.append(_items("", {(): result["seeds"]}, "adjusted_rand matched"))
+    counts = {"count": "clusters", "latents": "latents clustered", "frequent": "latents that fire often enough"}
+    blocks = [_beside(result, {**counts, **measures})]
     if not result["clusters"]:
         return [*blocks, "Too few latents fire often enough for clustering."]
     clusters = {

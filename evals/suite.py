@@ -60,7 +60,9 @@ class EvalRequest:
 def _needs_labels(request: EvalRequest) -> str | None:
     if request.has_labels:
         return None
-    return f"{request.stream.text.name} has no labels; this eval needs the embedded language (model: testbed)"
+    return (
+        f"{request.stream.text.name} has no labels; this eval needs the embedded language (train with --model testbed)"
+    )
 
 
 def _needs_tokenizer(request: EvalRequest) -> str | None:
@@ -107,9 +109,7 @@ def _needs_order_files(request: EvalRequest) -> str | None:
 
 
 def _needs_order_tasks(request: EvalRequest) -> str | None:
-    if request.has_labels or _order_files(request):
-        return None
-    return f"{request.stream.text.name} has no word order tasks; give --file blimp=PATH or --file senteval=PATH"
+    return None if request.has_labels or _order_files(request) else _needs_tokenizer(request)
 
 
 def _missing(paths: Mapping[str, Path | None], option: str) -> str | None:
@@ -211,5 +211,11 @@ def _positions(evaluation: Evaluation) -> dict[str, Any]:
     result = positions(evaluation, evaluation.reference)
     result |= {"fidelity": fidelity(evaluation), "slicing": slicing(evaluation)}
     request = EvalRequest(evaluation.stream, evaluation.sae.cfg, evaluation.sets, evaluation.files)
-    reason = _needs_order_tasks(request)
-    return result | {"order_probing": order_probing(evaluation) if reason is None else {"skipped": reason}}
+    if (reason := _needs_order_tasks(request)) is not None:
+        return result | {"order_probing": {"skipped": reason}}
+    try:
+        return result | {"order_probing": order_probing(evaluation)}
+    except UserError as error:
+        if _order_files(request):
+            raise
+        return result | {"order_probing": {"skipped": str(error)}}  # the text has too few words to exchange

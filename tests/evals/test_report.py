@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
@@ -22,6 +23,7 @@ from temposae.evals import ground_truth as truth
 from temposae.evals.core import core
 from temposae.evals.evaluation import Evaluation
 from temposae.evals.fidelity import fidelity
+from temposae.evals.intervals import Outcomes, interval
 from temposae.evals.multiple_choice import fact_questions
 from temposae.evals.positions import positions
 from temposae.evals.report import MARK, MORE, SUMMARY, compose, write_report
@@ -214,6 +216,39 @@ def test_the_difference_from_random_is_bold_only_if_its_interval_excludes_zero(r
     assert cells["unlearning: score"][1] == "**+0.300** (-0.500 to -0.100)"
     assert cells["positions: order probing: last token"] == ["0.400 to 0.600", "–"]
     assert cells["sparse_probing: top 1"] == ["–", "–"]
+
+
+@pytest.mark.parametrize(("items", "bounded"), [(2, False), (5, False), (5, True)])
+def test_few_items_that_agree_are_not_bold_and_say_so(results, items, bounded):
+    """All resamples of a few items that favour the dictionary are above zero, which five of them are by chance in 6%."""
+    draw = np.random.default_rng(0)
+    gained = np.ones(items) if bounded else draw.uniform(0.5, 1, items)
+    parts = {"sae": Outcomes.of(gained, bounded=bounded), "random": Outcomes.of(np.zeros(items), bounded=bounded)}
+    found = interval(parts, draw)
+    assert found is not None
+    assert found["above_random"]["low"] > 0
+    results["core"]["intervals"] = {"explained_variance": found}
+    cell = glance(compose(FACTS, results, {}, {})[1])["core: explained variance"][-2]
+    assert "**" not in cell
+    assert cell.endswith(f": {items} items are too few for any conclusion")
+
+
+def test_items_without_spread_are_not_bold_and_say_so(results):
+    """Rows of one text give one difference, and an interval of no width."""
+    same = {name: Outcomes.of(np.full(40, value), bounded=False) for name, value in (("sae", 0.75), ("random", 0.5))}
+    results["core"]["intervals"] = {"explained_variance": interval(same, np.random.default_rng(0))}
+    row = glance(compose(FACTS, results, {}, {})[1])["core: explained variance"]
+    assert row[-2] == "+0.250: all items agree, so there is no interval"
+
+
+def test_scores_without_an_interval_are_never_bold(results):
+    for name in ("positions", "clusters"):
+        assert "specialization" not in results[name].get("intervals", {})
+    rows = glance(compose(FACTS, results, {}, {})[1])
+    without = [name for name, row in rows.items() if row[-3] == "–"]
+    expected = ("specialization", "fidelity: profile", "fidelity: EV", "stability", "L0", "dead latents")
+    assert all(any(part in name for name in without) for part in expected)
+    assert not any("**" in cell for name in without for cell in rows[name])
 
 
 def test_neither_more_nor_less_l0_dead_latents_and_absorption_is_better(results):
