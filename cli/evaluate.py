@@ -58,6 +58,12 @@ def evaluate(
         ),
     ] = None,
     control: Annotated[bool, Option("--control", help="Train a random control first if the run has none.")] = False,
+    controls: Annotated[
+        str | None,
+        Option(
+            help="Train these controls first if the run lacks them: random, soft_frozen, frozen_encoder, as in a,b."
+        ),
+    ] = None,
     reference: Annotated[
         Path | None,
         Option(
@@ -112,7 +118,7 @@ def evaluate(
     with stop_advice(f"stopped; {resume_note}"):
         results = evaluate(
             loaded, stream, sae if is_run else None, names, seed=seed, sets=sets or (), files=by_name, fresh=fresh,
-            rows=rows, control=control, **others,
+            rows=rows, control=control, controls=controls.split(",") if controls else (), **others,
         )  # fmt: skip
     write_json(json_file, results if name == "all" else results[name])
     for eval_name, result in results.items():

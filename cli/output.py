@@ -23,7 +23,9 @@ WHY_NONE = {
 def core_table(result: dict[str, Any], title: str) -> None:
     """Print the core scores of a dictionary and its controls."""
     named = {"lm_neurons": "LM neurons"}
-    controls = {named.get(name, f"{name} control"): scores for name, scores in result["controls"].items()}
+    controls = {
+        named.get(name, f"{name.replace('_', ' ')} control"): scores for name, scores in result["controls"].items()
+    }
     _table({"dictionary": result} | controls, title)
     _print_notes(result)
 
@@ -80,16 +82,22 @@ def _figures(scores: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def runs_table(summary: dict[str, Any]) -> None:
-    """Print the results of `train`: one dictionary and its controls, or several with their random controls."""
+    """Print the results of `train`: one dictionary and its controls, or several with their controls' explained variance."""
     dictionaries = summary.get("dictionaries")
     if dictionaries is None:
         title = f"{summary['activation']}, F = {summary['d_sae']}, at {summary['hook']} of {summary['model']}"
         core_table(summary, title)
         return
     trained = {name: scores for name, scores in dictionaries.items() if "failed" not in scores}
-    controls = {name: s["controls"].get("random", {}).get("explained_variance") for name, s in trained.items()}
-    control_column = {"random EV": controls} if any("random" in s["controls"] for s in trained.values()) else {}
-    _table(trained, f"{len(dictionaries)} dictionaries of {summary['model']}", control_column)
+    names = dict.fromkeys(name for scores in trained.values() for name in scores["controls"])
+    control_columns = {
+        f"{control.replace('_', ' ')} EV": {
+            name: scores["controls"].get(control, {}).get("explained_variance") for name, scores in trained.items()
+        }
+        for control in names
+        if control not in ("lm_neurons", "mean")
+    }
+    _table(trained, f"{len(dictionaries)} dictionaries of {summary['model']}", control_columns)
     for reason in dict.fromkeys(s["no_random_control"] for s in trained.values() if s.get("no_random_control")):
         _say(NO_CONTROL.format(reason))
     for name, scores in dictionaries.items():
@@ -112,8 +120,11 @@ def recovery_table(summary: dict[str, Any]) -> None:
         if "recovery" not in scores:
             continue
         columns = {"dictionary": scores["recovery"]}
-        if control := scores["controls"].get("random", {}).get("recovery"):
-            columns["random control"] = control
+        columns |= {
+            f"{name.replace('_', ' ')} control": control["recovery"]
+            for name, control in scores["controls"].items()
+            if "recovery" in control
+        }
         table = _new_table(f"Recovery of the world's features{name and f': {name}'}", ("", *columns))
         lines = {column: _recovery_lines(values) for column, values in columns.items()}
         for key in dict.fromkeys(key for values in lines.values() for key in values):

@@ -41,6 +41,7 @@ def evaluate(
     fresh: bool = False,
     rows: int | None = None,
     control: bool = False,
+    controls: Sequence[str] = (),
     reference: Dictionary | None = None,
     same_recipe: Dictionary | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -73,7 +74,8 @@ def evaluate(
                 others[name] = _checkpoint_of(other, stream, folder)
         return measure(
             checkpoint, measured_stream, run_folder, names,
-            seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, control=control, **others,
+            seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, control=control, controls=controls,
+            **others,
         )  # fmt: skip
 
 
@@ -127,8 +129,8 @@ def _checkpoint_of(sae: Dictionary, stream: ActivationStream | None, work: Path)
         return checkpoint_files.find(expand_path(sae, "sae"))
     if stream is None:
         raise UserError("stream: needed for a dictionary object; give an ActivationStream, or a run folder as `sae`")
-    dictionaries = {"sae": sae.sae, "random": sae.random} if isinstance(sae, Run) else {"sae": sae}
-    states = {name: (d.cfg, d.state_dict()) for name, d in dictionaries.items() if d is not None}
+    dictionaries = sae.dictionaries if isinstance(sae, Run) else {"sae": sae}
+    states = {name: (d.cfg, d.state_dict()) for name, d in dictionaries.items()}
     checkpoint_files.write(work / "sae", 0, states)
     return checkpoint_files.find(work / "sae")
 

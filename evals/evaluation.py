@@ -261,21 +261,24 @@ class Reference:
         )
 
 
+Controls = Dictionary | Mapping[str, Dictionary] | None
+
+
 class Evaluation:
     """A dictionary, its controls, and the texts to measure them on. Decoder rows have norm 1 (`UnitDecoder`).
 
-    Controls are `random` (trained beside the dictionary), `lm_neurons` and `mean`. Random draws depend on `seed` and their
-    purpose alone, never on what was evaluated before. `sets` are labelled texts for sparse probing, `files` (by name, see
-    `suite.FILES`) the inputs of unlearning and order probing. Evals read at most the rows that `sizes` allows, divided by
-    `share`. `positions` compares with `reference`. `neurons` False leaves out `lm_neurons`, which is the same
-    for all dictionaries at a hook.
+    Controls are those trained beside the dictionary, `lm_neurons` and `mean`. `controls` has the former by name, or is the
+    random one alone. Random draws depend on `seed` and their purpose alone, never on what was evaluated before. `sets` are
+    labelled texts for sparse probing, `files` (by name, see `suite.FILES`) the inputs of unlearning and order probing. Evals
+    read at most the rows that `sizes` allows, divided by `share`. `positions` compares with `reference`. `neurons` False
+    leaves out `lm_neurons`, which is the same for all dictionaries at a hook.
     """
 
     def __init__(
         self,
         stream: ActivationStream,
         sae: Dictionary,
-        random: Dictionary | None,
+        controls: Controls,
         seed: int = 0,
         sets: Sequence[str] = (),
         files: Mapping[str, Sequence[str]] | None = None,
@@ -289,18 +292,25 @@ class Evaluation:
         self.files, self.share, self.neurons = files or {}, share, neurons
         device = stream.model.device
         self.sae = unit_decoder(sae).to(device)
-        self.random = None if random is None else unit_decoder(random).to(device)
+        if not isinstance(controls, Mapping):
+            controls = {} if controls is None else {"random": controls}
+        self.controls = {name: unit_decoder(control).to(device) for name, control in controls.items()}
         self.reference = reference
         self.sizes = sizes or Sizes()
         self._shared: dict[str, Any] = {}
         self.saved: SavedEffects | None = None  # where `core` continues
 
+    @property
+    def random(self) -> UnitDecoder | None:
+        """The random control, if there is one."""
+        return self.controls.get("random")
+
     def of(
-        self, sae: Dictionary, random: Dictionary | None, reference: Reference | None = None, sizes: Sizes | None = None
+        self, sae: Dictionary, controls: Controls, reference: Reference | None = None, sizes: Sizes | None = None
     ) -> "Evaluation":  # fmt: skip
         """An evaluation of another dictionary with the same texts, questions and seed; frees this one's codes."""
         evaluation = Evaluation(
-            self.stream, sae, random, self.seed, self.sets, self.files,
+            self.stream, sae, controls, self.seed, self.sets, self.files,
             share=self.share, reference=reference, neurons=self.neurons, sizes=sizes or self.sizes,
         )  # fmt: skip
         evaluation._shared = self._shared
@@ -349,9 +359,7 @@ class Evaluation:
 
     def autoencoders(self, collected: TextActivations, *, mean: bool = True) -> dict[str, Autoencoder]:
         """The dictionary (`sae`) and its controls by name; `mean`, which can't separate anything, is optional."""
-        autoencoders: dict[str, Autoencoder] = {"sae": self.sae}
-        if self.random is not None:
-            autoencoders["random"] = self.random
+        autoencoders: dict[str, Autoencoder] = {"sae": self.sae, **self.controls}
         if self.neurons:
             autoencoders["lm_neurons"] = Neurons(collected.x.shape[1], self.sae.cfg.k, collected.x.device)
         return autoencoders | ({"mean": Mean(collected.mean)} if mean else {})

@@ -16,7 +16,7 @@ from ..engine.storage.files import write_text
 from ..engine.storage.run_folder import read_metrics
 from ..reporting.markdown import NOTHING, anchor, html, number, plain, table
 from . import result_files
-from .report_tables import ASKS, CONTROLS, NOT_BETTER, PICTURES, SCORES, label, lookup, main_scores, section
+from .report_tables import ASKS, NOT_BETTER, PICTURES, SCORES, label, lookup, main_scores, section, with_requested
 from .run_figures import draw_evals
 from .suite import EVALS
 
@@ -142,7 +142,7 @@ def _notes(results: dict[str, dict[str, Any]], left_out: dict[str, str]) -> list
 
 
 def _glance(measured: dict[str, dict[str, Any]]) -> str:
-    controls = dict.fromkeys([*CONTROLS, *(c for result in measured.values() for c in result.get("controls", ()))])
+    controls = with_requested(control for result in measured.values() for control in result.get("controls", ()))
     lines = []
     for name, result in measured.items():
         for i, path in enumerate(main_scores(name, result)):

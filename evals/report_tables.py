@@ -1,12 +1,13 @@
 """Tables of a report: the main scores of every eval, and its section, as Markdown."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..engine.stream.norm_filter import describe
 from ..reporting.markdown import number, plain, table
 
 CONTROLS = ("random", "lm_neurons", "mean", "shuffled")  # in the order of the columns
+ON_REQUEST = ("soft_frozen", "frozen_encoder")  # controls with a column after that of random, if there are any
 PICTURES = "pictures"  # placeholder block for a section's figures
 
 #: eval -> the paths of its main scores
@@ -99,9 +100,16 @@ def _headings(figures: Figures) -> Mapping[str, str]:
     return {path: label(path) for path in figures.split()} if isinstance(figures, str) else figures
 
 
+def with_requested(controls: Iterable[str]) -> list[str]:
+    """`CONTROLS`, and those of `controls` that are not among them, in the order of the columns."""
+    names = list(controls)
+    requested = [name for name in ON_REQUEST if name in names]
+    return list(dict.fromkeys([CONTROLS[0], *requested, *CONTROLS[1:], *names]))
+
+
 def _autoencoders(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     controls = result.get("controls", {})
-    return {"dictionary": result} | {name: controls[name] for name in CONTROLS if name in controls} | controls
+    return {"dictionary": result} | {name: controls[name] for name in with_requested(controls) if name in controls}
 
 
 def _beside(result: dict[str, Any], figures: Figures) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.config import EvalConfig, TrainConfig
+from ..engine.config.controls import CONTROLS
 from ..engine.errors import UserError
 from ..engine.metrics import held_out_scores
 from ..engine.sae import SparseAutoencoder
@@ -17,7 +18,7 @@ from ..engine.storage.checkpoint import Checkpoint
 from ..engine.storage.files import write_text
 from ..engine.storage.run_folder import read_metrics
 from ..engine.stream import ActivationStream, WorldSource
-from ..engine.train import Run, train
+from ..engine.train import Run
 from ..engine.unit_decoder import unit_decoder
 from ..kernels.torch_modes import default_modes
 from . import result_files
@@ -29,6 +30,7 @@ from .row_budget import Sizes, row_counts
 from .run_figures import draw_pareto
 from .saebench import file_name, output
 from .suite import input_digests, load_eval, missing_inputs
+from .trained_controls import TrainedControls, without_control
 
 VERSION = 12  # of the evals; results of another version are not used
 SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
@@ -96,7 +98,7 @@ def _of_training(run: Run) -> dict[str, Any]:
         return {key: measured.get(key) for key in SCORES} | {"measured_on": "training"}
 
     last = run.metrics[-1]
-    return scores(last) | {"controls": {"random": scores(last["random"])} if "random" in last else {}}
+    return scores(last) | {"controls": {control: scores(last[control]) for control in CONTROLS if control in last}}
 
 
 def _without_model(run: Run, stream: ActivationStream) -> dict[str, Any]:
@@ -112,18 +114,17 @@ def _without_model(run: Run, stream: ActivationStream) -> dict[str, Any]:
     scores: dict[str, Any] = _of_training(run)
     if (sae_scores := held_out(run.sae)) is not None:
         scores |= sae_scores
-        if run.random is not None and (control := held_out(run.random)) is not None:
-            scores["controls"]["random"] = control
+        measured = {name: held_out(sae) for name, sae in run.dictionaries.items() if name != "sae"}
+        scores["controls"] |= {name: control for name, control in measured.items() if control is not None}
     if isinstance(stream.own, WorldSource):
-        dictionaries = {"sae": run.sae} | ({} if run.random is None else {"random": run.random})
         try:
-            recovered = recovery(stream.own, {name: unit_decoder(sae) for name, sae in dictionaries.items()})
+            recovered = recovery(stream.own, {name: unit_decoder(sae) for name, sae in run.dictionaries.items()})
         except UserError as error:
             scores["warnings"] = [*scores.get("warnings", []), str(error)]
         else:
-            scores["recovery"] = recovered["sae"]
-            if run.random is not None:
-                scores["controls"]["random"]["recovery"] = recovered["random"]
+            scores["recovery"] = recovered.pop("sae")
+            for name, control in recovered.items():
+                scores["controls"][name]["recovery"] = control
     mean = dict.fromkeys(SCORES) | {"explained_variance": 0.0, "l0": 0.0, "dead_fraction": 1.0}
     return scores | {"controls": {**scores["controls"], "mean": mean}}
 
@@ -138,6 +139,7 @@ class EvalOptions:
     fresh: bool = False  # measure again what the run has results of
     rows: int | None = None  # of text; default: the run's `eval.rows`, or what fits run and model (`row_budget`)
     control: bool = False  # train a random control if the checkpoint has none, on as many tokens
+    controls: Sequence[str] = ()  # other controls to train in the same way, by the names of `config.controls`
 
 
 @default_modes()
@@ -169,12 +171,11 @@ def evaluate(
     for name in names:
         load_eval(name)
     sets, files = chosen.sets, chosen.files or {}
-    has_random = "random" in checkpoint.dictionaries
-    trains_control = chosen.control and not has_random and sae.cfg.decoder == "learned"
-    sizes = _sizes(checkpoint, stream, sae, chosen.rows, has_random or trains_control, like)
+    controls = TrainedControls(checkpoint, sae, ("random",) * chosen.control + tuple(chosen.controls))
+    sizes = _sizes(checkpoint, stream, sae, chosen.rows, len(controls), like)
     if same_recipe is not None and reference is None:
         raise UserError("same_recipe: needs a reference, the dictionary that it is another seed of")
-    origin = _origin(checkpoint, chosen.seed, like, trains_control)
+    origin = _origin(checkpoint, chosen.seed, like) | controls.origin
     keys = {name: origin | {"given": input_digests(name, sets, files), "rows": sizes.of(name)} for name in names}
     if "positions" in keys:
         others = {"reference": reference, "same_recipe": same_recipe}
@@ -188,28 +189,24 @@ def evaluate(
     if like is None:
         announce(lacking)
     if lacking:
-        random = checkpoint.dictionary("random") if has_random else None
-        if trains_control and not all("" in reasons for reasons in lacking.values()):
-            random = _train_control(checkpoint, sae, stream)
+        trained = controls.get(stream, train=not all("" in reasons for reasons in lacking.values()))
         second = None if same_recipe is None else same_recipe.dictionary()
         compared = None if reference is None else Reference(reference.dictionary(), second)
         if like is None:
-            evaluation = Evaluation(stream, sae, random, chosen.seed, sets, files, reference=compared, sizes=sizes)
+            evaluation = Evaluation(stream, sae, trained, chosen.seed, sets, files, reference=compared, sizes=sizes)
         else:
-            evaluation = like.of(sae, random, compared, sizes)
+            evaluation = like.of(sae, trained, compared, sizes)
         results |= _measure(checkpoint, run, evaluation, lacking, keys, alone=len(names) == 1, quiet=like is not None)
     if run is not None and like is None:
         write_report(run, checkpoint, VERSION)
     return {name: results[name] for name in names}
 
 
-def _origin(checkpoint: Checkpoint, seed: int, like: Evaluation | None, trains_control: bool) -> dict[str, Any]:
+def _origin(checkpoint: Checkpoint, seed: int, like: Evaluation | None) -> dict[str, Any]:
     """What a result depends on, apart from its own inputs."""
     origin: dict[str, Any] = {"dictionary": _digest(checkpoint), "seed": seed, "version": VERSION}
     if like is not None and like.share > 1:
         origin["share"] = like.share
-    if trains_control:
-        origin["control"] = "trained for evaluation"
     return origin
 
 
@@ -299,26 +296,17 @@ def l0_warning(run: Path, step: int, l0: float) -> str | None:
 
 
 def _sizes(
-    checkpoint: Checkpoint, stream: ActivationStream, sae: SparseAutoencoder, rows: int | None, has_random: bool,
+    checkpoint: Checkpoint, stream: ActivationStream, sae: SparseAutoencoder, rows: int | None, controls: int,
     like: Evaluation | None,
 ) -> Sizes:  # fmt: skip
     config = EvalConfig() if checkpoint.run is None else checkpoint.run.eval
     if rows is not None:
         config = config.model_copy(update={"rows": rows})
     tokens = (TrainConfig() if checkpoint.run is None else checkpoint.run.train).tokens
-    latents = [sae.cfg.d_sae] * (1 + has_random)
+    latents = [sae.cfg.d_sae] * (1 + controls)
     if sae.cfg.d_out is None and (like is None or like.neurons):
         latents.append(sae.cfg.d_in)
     return row_counts(stream, config, tokens, latents)
-
-
-def without_control(checkpoint: Checkpoint) -> str | None:
-    """Why a dictionary has no random control; None if it has one, or is one."""
-    if "random" in checkpoint.dictionaries or checkpoint.manifest["dictionaries"]["sae"]["decoder"] == "random":
-        return None
-    if checkpoint.run is not None and not checkpoint.run.train.control:
-        return "train.control: false"
-    return f"{checkpoint.folder.name} has none"
 
 
 def _stored_result(run: Path, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
@@ -328,10 +316,3 @@ def _stored_result(run: Path, name: str, key: dict[str, Any]) -> dict[str, Any] 
         print(f"measured again: {error}", file=sys.stderr, flush=True)
         return None
     return result if result is not None and result.get("of") == key and "skipped" not in result else None
-
-
-def _train_control(checkpoint: Checkpoint, sae: SparseAutoencoder, stream: ActivationStream) -> SparseAutoencoder:
-    config = TrainConfig() if checkpoint.run is None else checkpoint.run.train
-    print(f"control: training a random control on {config.tokens:,} tokens", file=sys.stderr, flush=True)
-    config = config.model_copy(update={"control": False, "init": None, "held_out_rows": 0, "log": ()})
-    return train(stream, sae.cfg.model_copy(update={"decoder": "random"}), config).sae

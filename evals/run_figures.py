@@ -3,11 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from ..engine.config.controls import CONTROLS
 from ..reporting.plots import COLOURS, MARKERS, SEVERAL, WORST, frame, legend_below, new_axes, robust, save_figure
 
 LABELS = {"sae": "dictionary", "llm": "LM activations"}
 AUTOENCODER_COLOURS = COLOURS | {"shuffled": "#CC79A7", "llm": "#000000"}
-SHAPES = {"sae": "o", "random": "s", "lm_neurons": "^", "mean": "x", "shuffled": "v", "llm": "D"}
+SHAPES = {
+    "sae": "o", "random": "s", "soft_frozen": "p", "frozen_encoder": "h", "lm_neurons": "^", "mean": "x", "shuffled": "v",
+    "llm": "D",
+}  # fmt: skip
 RETAINED = 0.99  # retain accuracy that a setting of unlearning needs to count
 RECOVERED = 0.8  # F1 from which a variable counts as recovered
 
@@ -92,9 +96,12 @@ def _loss(metrics: list[dict[str, Any]]) -> Any:
     figure, axes = new_axes(3.6)
     curves = {
         ("dictionary", COLOURS["sae"]): [(line["tokens"], line["fvu"]) for line in metrics],
-        ("random control", COLOURS["random"]): [
-            (line["tokens"], line["random"]["fvu"]) for line in metrics if "random" in line
-        ],
+    }
+    curves |= {
+        (f"{control.replace('_', ' ')} control", COLOURS[control]): [
+            (line["tokens"], line[control]["fvu"]) for line in metrics if control in line
+        ]
+        for control in CONTROLS
     }
     lines = []
     for (label, colour), points in curves.items():

@@ -192,7 +192,7 @@ def _core(evaluation: Evaluation) -> dict[str, Any]:
     from .core import core
     from .held_out import HeldOut
 
-    controls = {} if evaluation.random is None else {"random": evaluation.random}
+    controls = evaluation.controls
     stream, neurons = evaluation.stream, evaluation.neurons
     rows, ce_rows = (max(1, most // evaluation.share) for most in (evaluation.sizes.rows, evaluation.sizes.ce_rows))
     latents = [evaluation.sae.cfg.d_sae] * (1 + len(controls)) + [evaluation.sae.cfg.d_in] * neurons
