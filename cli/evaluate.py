@@ -85,7 +85,7 @@ def evaluate(
     core            explained variance, CE and KL recovered, L0 and dead latents, overall and per position
     sparse_probing  accuracy of classifiers that see only the k best latents
     positions       position information in latents and reconstructions, and sensitivity to word order
-    ground_truth    known variables of the embedded language that single latents represent
+    ground_truth    known variables of the embedded language that a few latents reconstruct
     unlearning      answers about one subject removed while all others are kept
     scr, tpp        a spurious attribute, or one class, removed by ablating a few latents
     clusters        latents grouped by the positions at which they are active

@@ -30,7 +30,7 @@ ASKS = {
     "core": "Reconstruction quality, sparsity, and the effect of the reconstruction on the model's predictions.",
     "sparse_probing": "Test accuracy of probes that separate classes of text by k latents; 0.5 is chance.",
     "positions": "Specialization of latents for positions, reconstruction late in a row, and probes of word order.",
-    "ground_truth": "Known variables of the embedded language that a single latent predicts.",
+    "ground_truth": "Known variables of the embedded language: what a few latents write of them, and how one detects them.",
     "unlearning": "Answers about one subject that can be suppressed while 99% of the others stay right.",
     "scr": "Share of a spurious correlation removed by ablating n latents: 0 none, 1 all of it.",
     "tpp": "Accuracy that one class loses when its n latents are ablated, minus the mean loss of the others.",
@@ -55,7 +55,7 @@ LABELS = {
     "fidelity.explained_variance.worst": "fidelity: EV, worst bin",
     "order_probing.mean_pooled": "order probing: mean pooled", "order_probing.last_token": "order probing: last token",
     "bow": "bag of words", "lm": "LM activations", "test": "test texts",
-    "recovered": "recovered (share with F1 of 0.8)", "mean_f1": "mean F1",
+    "recovered": "recovered by 5 latents", "detected": "detected (share with F1 of 0.8)", "mean_f1": "mean F1",
     "mean_top_5": "mean accuracy of a probe on 5", "questions.forget": "questions to forget",
     "questions.retain": "questions to retain", "activation_norm": "mean norm of the activations",
     "loss_increase": "loss added (nats per token to retain)", "reason": "why it scores 0", "total_metric": "total",
@@ -260,16 +260,18 @@ def _order(result: dict[str, Any]) -> list[str]:
 
 
 def _ground_truth(result: dict[str, Any]) -> list[str]:
-    shares = {f"{level['f1']:.2f}": number(level["share"]) for level in result["recovered_at"]}
-    by_f1 = sorted(result["variables"].items(), key=lambda item: -item[1]["f1"])
-    variables = {(name, variable["latent"]): variable for name, variable in by_f1}
+    shares = {f"{level['f1']:.2f}": number(level["share"]) for level in result["detected_at"]}
+    by_share = sorted(result["variables"].items(), key=lambda item: -(item[1]["recovered"] or 0))
+    variables = {(name, variable["latent"]): variable for name, variable in by_share}
     return [
-        _beside(result, "recovered mean_f1 mean_top_5"),
+        _beside(result, "recovered detected mean_f1 mean_top_5"),
         PICTURES,
+        "### Share of a variable's effect that k latents reconstruct, mean over variables",
+        _beside(result, {f"recovered_by.{k}": f"k = {k}" for k in result["recovered_by"]}),
         "### Share of variables with at least this F1",
         table(list(shares), [list(shares.values())], ()),
         "### By variable",
-        _items("variable, latent", variables, "f1 precision recall top_5 tokens"),
+        _items("variable, latent", variables, "recovered f1 precision recall top_5 tokens"),
     ]
 
 

@@ -194,7 +194,7 @@ def test_a_score_that_a_control_reaches_is_marked_with_the_control(results):
     assert (rows["scr: score"][0], rows["scr: score"][-1]) == ("0.5000", "")
     assert rows["ground_truth: mean F1"][:2] == [f"{MARK} 0.5000", "0.5000"]
     assert rows["ground_truth: mean F1"][-1] == "random"
-    recovered = rows["ground_truth: recovered (share with F1 of 0.8)"]
+    recovered = rows["ground_truth: recovered by 5 latents"]
     assert (*recovered[:2], recovered[-1]) == ("0.5000", "0.4000", "")
     assert rows["sparse_probing: top 1"][:2] == [f"{MARK} 0.9000", "0.8900"]
     assert rows["sparse_probing: top 1"][-1] == "random"
@@ -533,8 +533,9 @@ def test_figures_show_the_numbers_and_their_legends_cover_none(results):
     assert points(perturbed.axes[0])["dictionary"][1] == totals
     known = run_figures._truth(results["ground_truth"])["ground_truth"]
     names = [text.get_text() for text in known.axes[0].get_yticklabels()]
-    named = dict(zip(names, points(known.axes[0])["F1 of the best latent"][0], strict=True))
-    assert named == {name: of["f1"] for name, of in results["ground_truth"]["variables"].items()}
+    for label, key in (("F1 of the best latent", "f1"), ("share recovered by 5 latents", "recovered")):
+        named = dict(zip(names, points(known.axes[0])[label][0], strict=True))
+        assert named == {name: of[key] for name, of in results["ground_truth"]["variables"].items()}
     order = run_figures._order(results["positions"])["order_probing"]
     for drawn in (figure, unlearned, perturbed, known, order):
         drawn.savefig("/dev/null", format="png")
