@@ -43,6 +43,7 @@ def evaluate(
     control: bool = False,
     reference: Dictionary | None = None,
     same_recipe: Dictionary | None = None,
+    protocol: str = "temposae",
 ) -> dict[str, dict[str, Any]]:
     """Measure a dictionary and its controls, as `temposae eval` does; returns the results by eval.
 
@@ -73,7 +74,7 @@ def evaluate(
                 others[name] = _checkpoint_of(other, stream, folder)
         return measure(
             checkpoint, measured_stream, run_folder, names,
-            seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, control=control, **others,
+            seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, control=control, protocol=protocol, **others,
         )  # fmt: skip
 
 
