@@ -34,9 +34,10 @@ def evaluate(
         list[str] | None,
         Option(
             "--set",
-            help="For sparse_probing: a .csv or .jsonl file with columns text and label, a published set "
-            "(fancyzhx/ag_news?path=FOLDER), or one of topic, tone, items, poison, number and agent, labels of the embedded "
-            "language. Repeatable. [default: the embedded language's topics]",
+            help="For sparse_probing, tpp and scr: a .csv or .jsonl file with columns text and label "
+            "(FILE?text=COLUMN&label=COLUMN; scr also needs &attribute=COLUMN), or a published set "
+            "(fancyzhx/ag_news?path=FOLDER). For sparse_probing also topic, tone, items, poison, number or agent, labels of "
+            "the embedded language. Repeatable. [default: the embedded language's topics]",
         ),
     ] = None,
     files: Annotated[
@@ -73,6 +74,13 @@ def evaluate(
     same_recipe: Annotated[
         Path | None, Option(help="For positions: another seed of the reference's recipe, as a yardstick of agreement.")
     ] = None,
+    protocol: Annotated[
+        str,
+        Option(
+            metavar="temposae|saebench",
+            help="For tpp and scr: saebench uses SAEBench's probes and its choice of latents, and writes its result files.",
+        ),
+    ] = "temposae",
     fresh: Annotated[bool, Option("--fresh", help="Repeat evals that the run folder already has.")] = False,
     plugin: Plugin = None,
     json_file: JsonFile = None,
@@ -87,9 +95,9 @@ def evaluate(
     positions       position information in latents and reconstructions, and sensitivity to word order
     ground_truth    known variables of the embedded language that a few latents reconstruct
     unlearning      answers about one subject removed while all others are kept
-    scr, tpp        a spurious attribute, or one class, removed by ablating a few latents
     clusters        latents grouped by the positions at which they are active
     absorption      first-letter latents that miss some of their words
+    tpp, scr        one class, or a spurious attribute, removed by ablating a few latents (docs/evals.md: unreliable)
 
     Labels, questions and texts default to the embedded language's. On another text, core, positions, clusters and absorption
     need nothing else. The others say which option supplies their labels or questions, and all ends with a list of them.
@@ -98,10 +106,12 @@ def evaluate(
     from ..evals.api import stream_of
     from ..evals.coverage import summary
     from ..evals.report_tables import main_scores
+    from ..evals.evaluation import check_protocol
     from ..evals.run_evals import evaluate
     from ..evals.suite import EVALS, check_there, load_eval, named_files
 
     check_backend()
+    check_protocol(protocol)
     by_name = named_files(files or ())
     check_there(sets or (), by_name)
     names = list(EVALS) if name == "all" else [name]
@@ -118,7 +128,7 @@ def evaluate(
     with stop_advice(f"stopped; {resume_note}"):
         results = evaluate(
             loaded, stream, sae if is_run else None, names, seed=seed, sets=sets or (), files=by_name, fresh=fresh,
-            rows=rows, control=control, controls=controls.split(",") if controls else (), **others,
+            rows=rows, control=control, controls=controls.split(",") if controls else (), protocol=protocol, **others,
         )  # fmt: skip
     write_json(json_file, results if name == "all" else results[name])
     for eval_name, result in results.items():

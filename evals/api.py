@@ -44,6 +44,7 @@ def evaluate(
     controls: Sequence[str] = (),
     reference: Dictionary | None = None,
     same_recipe: Dictionary | None = None,
+    protocol: str = "temposae",
 ) -> dict[str, dict[str, Any]]:
     """Measure a dictionary and its controls, as `temposae eval` does; returns the results by eval.
 
@@ -75,7 +76,7 @@ def evaluate(
         return measure(
             checkpoint, measured_stream, run_folder, names,
             seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, control=control, controls=controls,
-            **others,
+            protocol=protocol, **others,
         )  # fmt: skip
 
 

@@ -24,10 +24,17 @@ from .row_budget import Sizes
 
 CHUNK = 4096  # tokens encoded at once
 CODES = 2**25  # latent activations in memory at once during encoding
+PROTOCOLS = OWN, SAEBENCH = "temposae", "saebench"  # of SCR and TPP (`ablation_recipes.py`)
 LABELLED = HELD_OUT + 1_000_000  # first document of evals with labels; `core` reads earlier ones
 
 
 Shared = TypeVar("Shared")
+
+
+def check_protocol(name: str) -> None:
+    """Raise UserError for a name that is not in `PROTOCOLS`."""
+    if name not in PROTOCOLS:
+        raise UserError(f"protocol: {name} is not allowed; it must be {' or '.join(PROTOCOLS)}")
 
 
 class Autoencoder(Protocol):
@@ -269,9 +276,9 @@ class Evaluation:
 
     Controls are those trained beside the dictionary, `lm_neurons` and `mean`. `controls` has the former by name, or is the
     random one alone. Random draws depend on `seed` and their purpose alone, never on what was evaluated before. `sets` are
-    labelled texts for sparse probing, `files` (by name, see `suite.FILES`) the inputs of unlearning and order probing. Evals
-    read at most the rows that `sizes` allows, divided by `share`. `positions` compares with `reference`. `neurons` False
-    leaves out `lm_neurons`, which is the same for all dictionaries at a hook.
+    labelled texts for sparse probing, SCR and TPP, `files` (by name, see `suite.FILES`) the inputs of unlearning and order
+    probing. Evals read at most the rows that `sizes` allows, divided by `share`. `positions` compares with `reference`.
+    `neurons` False leaves out `lm_neurons`, which is the same for all dictionaries at a hook.
     """
 
     def __init__(
@@ -299,6 +306,7 @@ class Evaluation:
         self.sizes = sizes or Sizes()
         self._shared: dict[str, Any] = {}
         self.saved: SavedEffects | None = None  # where `core` continues
+        self.protocol = OWN  # one of `PROTOCOLS`
 
     @property
     def random(self) -> UnitDecoder | None:
@@ -313,7 +321,7 @@ class Evaluation:
             self.stream, sae, controls, self.seed, self.sets, self.files,
             share=self.share, reference=reference, neurons=self.neurons, sizes=sizes or self.sizes,
         )  # fmt: skip
-        evaluation._shared = self._shared
+        evaluation._shared, evaluation.protocol = self._shared, self.protocol
         for shared in evaluation._shared.values():
             if isinstance(shared, TextActivations):
                 shared.forget()

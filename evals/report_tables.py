@@ -18,12 +18,15 @@ SCORES = {
     "order_probing.last_token",
     "ground_truth": "recovered mean_f1 mean_top_5",
     "unlearning": "score retained",
-    "scr": "score",
-    "tpp": "score",
     "clusters": "stability.adjusted_rand",
     "absorption": "mean_main_f1 mean_absorption",
+    "tpp": "score",
+    "scr": "score",
 }
+ACCURACIES = ("clean_class", "clean_attribute", "base_class", "base_attribute")  # of SCR's probes
 NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption")  # scores that are not better when larger
+
+UNRELIABLE = "Don't choose between dictionaries by this score: an audit found it unreliable (arXiv 2605.18229)."
 
 #: eval -> caption of its section
 ASKS = {
@@ -32,8 +35,9 @@ ASKS = {
     "positions": "Specialization of latents for positions, reconstruction late in a row, and probes of word order.",
     "ground_truth": "Known variables of the embedded language: what a few latents write of them, and how one detects them.",
     "unlearning": "Answers about one subject that can be suppressed while 99% of the others stay right.",
-    "scr": "Share of a spurious correlation removed by ablating n latents: 0 none, 1 all of it.",
-    "tpp": "Accuracy that one class loses when its n latents are ablated, minus the mean loss of the others.",
+    "tpp": "Accuracy that one class loses when its n latents are ablated, minus the mean loss of the others. "
+    + UNRELIABLE,
+    "scr": "Share of a spurious correlation removed by ablating n latents: 0 none, 1 all of it. " + UNRELIABLE,
     "clusters": "Latents clustered by the positions at which they are active, and the stability of the clusters.",
     "absorption": "Words missed by their first letter's latents. Also low if no latent represents a letter.",
 }
@@ -293,25 +297,28 @@ def _unlearning(result: dict[str, Any]) -> list[str]:
 def _scr(result: dict[str, Any]) -> list[str]:
     metrics = {f"scr_metric.{n}": f"n = {n}" for n in result["scr_metric"]}
     return [
-        f"Mean over pairs and {result['seeds']} seeds ± standard deviation over seeds. The score is at the largest n up to "
-        "20.",
+        f"Protocol {result['protocol_name']}. Mean over pairs and {result['seeds']} seeds ± standard deviation over seeds. "
+        "The score is at the largest n up to 20.",
         _by_n(result, "scr_metric.{}"),
         PICTURES,
         "### By pair",
-        "Accuracies on documents in which topic and tone are independent, and the metric. Clean probes are trained on such "
-        "documents, base probes on documents in which topic and tone coincide.",
-        _items("pair", result["sets"], {**_headings("clean_topic clean_tone base_topic base_tone"), **metrics}),
+        "Accuracies on texts in which class and attribute are independent, and the metric. Clean probes are trained on such "
+        "texts, base probes on texts in which class and attribute coincide.",
+        _items("pair", result["sets"], {**_headings(" ".join(ACCURACIES)), **metrics}),
     ]
 
 
 def _tpp(result: dict[str, Any]) -> list[str]:
+    totals = {f"tpp.{n}.total_metric": f"n = {n}" for n in result["tpp"]}
     return [
-        f"Probes on {len(result['classes'])} classes, with accuracy {number(result['clean_accuracy'])} before ablation. "
+        f"Protocol {result['protocol_name']}. The probes' accuracy before ablation is {number(result['clean_accuracy'])}. "
         f"Mean over {result['seeds']} seeds ± standard deviation over seeds. The score is at the largest n up to 10.",
         _by_n(result, "tpp.{}.total_metric"),
         PICTURES,
         "### Parts of the dictionary's score",
         _items("n", result["tpp"], "total_metric intended_diff_only unintended_diff_only"),
+        "### By set",
+        _items("set", result["sets"], {"classes": "classes", "rows": "texts", "clean_accuracy": "accuracy", **totals}),
     ]
 
 

@@ -22,7 +22,7 @@ from ..engine.train import Run
 from ..engine.unit_decoder import unit_decoder
 from ..kernels.torch_modes import default_modes
 from . import result_files
-from .evaluation import Evaluation, Reference, fitted
+from .evaluation import OWN, Evaluation, Reference, check_protocol, fitted
 from .held_out import SavedEffects
 from .recovery import recovery
 from .report import write_report
@@ -134,12 +134,16 @@ class EvalOptions:
     """Keyword options of `evaluate`."""
 
     seed: int = 0  # of all random draws
-    sets: Sequence[str] = ()  # labelled texts for sparse probing
+    sets: Sequence[str] = ()  # labelled texts for sparse probing, TPP and SCR
     files: Mapping[str, Sequence[str]] | None = None  # by the names of `suite.FILES`
     fresh: bool = False  # measure again what the run has results of
     rows: int | None = None  # of text; default: the run's `eval.rows`, or what fits run and model (`row_budget`)
     control: bool = False  # train a random control if the checkpoint has none, on as many tokens
     controls: Sequence[str] = ()  # other controls to train in the same way, by the names of `config.controls`
+    protocol: str = OWN  # of SCR and TPP, one of `evaluation.PROTOCOLS`
+
+    def __post_init__(self) -> None:
+        check_protocol(self.protocol)
 
 
 @default_modes()
@@ -176,7 +180,7 @@ def evaluate(
     if same_recipe is not None and reference is None:
         raise UserError("same_recipe: needs a reference, the dictionary that it is another seed of")
     origin = _origin(checkpoint, chosen.seed, like) | controls.origin
-    keys = {name: origin | {"given": input_digests(name, sets, files), "rows": sizes.of(name)} for name in names}
+    keys = {name: origin | _inputs(name, chosen, sizes) for name in names}
     if "positions" in keys:
         others = {"reference": reference, "same_recipe": same_recipe}
         keys["positions"] |= {other: _digest(given) for other, given in others.items() if given is not None}
@@ -190,16 +194,28 @@ def evaluate(
         announce(lacking)
     if lacking:
         trained = controls.get(stream, train=not all("" in reasons for reasons in lacking.values()))
-        second = None if same_recipe is None else same_recipe.dictionary()
-        compared = None if reference is None else Reference(reference.dictionary(), second)
+        compared = _reference(reference, same_recipe)
         if like is None:
             evaluation = Evaluation(stream, sae, trained, chosen.seed, sets, files, reference=compared, sizes=sizes)
         else:
             evaluation = like.of(sae, trained, compared, sizes)
+        evaluation.protocol = chosen.protocol
         results |= _measure(checkpoint, run, evaluation, lacking, keys, alone=len(names) == 1, quiet=like is not None)
     if run is not None and like is None:
         write_report(run, checkpoint, VERSION)
     return {name: results[name] for name in names}
+
+
+def _reference(reference: Checkpoint | None, same_recipe: Checkpoint | None) -> Reference | None:
+    second = None if same_recipe is None else same_recipe.dictionary()
+    return None if reference is None else Reference(reference.dictionary(), second)
+
+
+def _inputs(name: str, chosen: EvalOptions, sizes: Sizes) -> dict[str, Any]:
+    """What the result of one eval depends on."""
+    digests = input_digests(name, chosen.sets, chosen.files or {})
+    protocol = {"protocol": chosen.protocol} if name in ("tpp", "scr") and chosen.protocol != OWN else {}
+    return {"given": digests, "rows": sizes.of(name)} | protocol
 
 
 def _origin(checkpoint: Checkpoint, seed: int, like: Evaluation | None) -> dict[str, Any]:

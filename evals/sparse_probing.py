@@ -41,7 +41,7 @@ CONTEXT = 128
 KS = (1, 2, 5, 10, 20, 50, 100)
 ROWS = 1024  # documents of the embedded language
 LEAST = 10  # texts per class; with fewer, one test row outweighs the differences of interest
-_TEXTS_AT_ONCE = 1024  # texts whose activations are in memory at once
+TEXTS_AT_ONCE = 1024  # texts whose activations are in memory at once
 
 
 @dataclass
@@ -114,8 +114,8 @@ def _opened(evaluation: Evaluation, sets: Sequence[str | Path | Labelled]) -> It
                 file = Path(str(source).partition("?")[0])
                 source = load_labelled(str(source), evaluation.generator(f"sparse_probing/{file.name}/texts"))
             labels = np.array(source.labels)
-            _check(source.name, labels)
-            texts = (source.texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(labels), _TEXTS_AT_ONCE))
+            check_classes(source.name, labels)
+            texts = (source.texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(labels), TEXTS_AT_ONCE))
             batches = (collect(evaluation.stream, token_rows(evaluation.stream, batch), len(batch)) for batch in texts)
             yield _Set(source.name, _pooled(evaluation, batches), labels, 0.8)
 
@@ -159,7 +159,7 @@ def _pooled(evaluation: Evaluation, batches: Iterable[TextActivations]) -> dict[
     return {name: np.concatenate(pooled) for name, pooled in latents.items()}
 
 
-def _check(name: str, labels: np.ndarray) -> None:
+def check_classes(name: str, labels: np.ndarray) -> None:
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < 2:
         content = f"only the class {classes[0]}" if len(classes) else "no texts"
@@ -200,7 +200,7 @@ def _probe(
     evaluation: Evaluation, text_set: _Set, ks: tuple[int, ...], warnings: list[str], answers: _Answers
 ) -> dict[str, Any]:
     """`scores` of a set, averaged over classes, and top-1 accuracy and row counts of its `classes`. Fills in `answers`."""
-    _check(text_set.name, text_set.labels)
+    check_classes(text_set.name, text_set.labels)
     unusable = {name: reason for name, pooled in text_set.pooled.items() if (reason := ailing(pooled)) is not None}
     warnings += [f"{text_set.name}: {name}: {reason}" for name, reason in unusable.items()]
     names, codes = np.unique(text_set.labels, return_inverse=True)

@@ -13,8 +13,9 @@ from ..engine.storage.path_names import expand_path
 from ..engine.stream import ActivationStream
 from ..engine.stream.token_rows import TestbedRows
 from .evaluation import Evaluation
-from .labelled import stored_at
+from .labelled import BIOS, EMBEDDED, stored_at
 from .multiple_choice import NO_CHAT_TEMPLATE, NOTHING_TO_FORGET
+from .paired_sets import has_pairs
 
 Eval = Callable[[Evaluation], dict[str, Any]]
 
@@ -25,10 +26,10 @@ EVALS = {
     "positions": ("suite", "_positions"),
     "ground_truth": ("ground_truth", "ground_truth"),
     "unlearning": ("unlearning", "unlearning"),
-    "scr": ("scr_tpp", "scr"),
-    "tpp": ("scr_tpp", "tpp"),
     "clusters": ("clusters", "clusters"),
     "absorption": ("absorption", "absorption"),
+    "tpp": ("scr_tpp", "tpp"),
+    "scr": ("scr_tpp", "scr"),
 }
 
 #: name of an input file (--file NAME=PATH) -> the eval that reads it, and whether several are allowed
@@ -82,6 +83,31 @@ def _needs_labelled_texts(request: EvalRequest) -> str | None:
     return _missing({source: stored_at(source) for source in request.sets}, "set")
 
 
+def sets_read(name: str, sets: Sequence[str]) -> list[str]:
+    """The labelled sets that the eval `name` reads. SCR and TPP leave out labels of the embedded language, and SCR also sets
+    without an attribute."""
+    if name == "sparse_probing":
+        return list(sets)
+    texts = [source for source in sets if source not in EMBEDDED] if name in ("tpp", "scr") else []
+    return [source for source in texts if has_pairs(source)] if name == "scr" else texts
+
+
+def _needs_classes(request: EvalRequest, name: str) -> str | None:
+    if not (sources := sets_read(name, request.sets)):
+        if request.has_labels:
+            return None
+        text = request.stream.text.name
+        if name == "tpp":
+            return f"{text} has no labels; give labelled texts, --set FILE?text=COLUMN&label=COLUMN, or a published set"
+        lack = "no set has a second label" if request.sets else f"{text} has no labels"
+        return (
+            f"{lack}; give --set FILE?text=COLUMN&label=COLUMN&attribute=COLUMN or --set {BIOS}_class_set1?path=FOLDER"
+        )
+    if (reason := _needs_tokenizer(request)) is not None:
+        return reason
+    return _missing({source: stored_at(source) for source in sources}, "set")
+
+
 def _needs_questions(request: EvalRequest) -> str | None:
     if (reason := _needs_tokenizer(request)) is not None:
         return reason
@@ -123,8 +149,8 @@ NEEDS: dict[str, dict[str, Callable[[EvalRequest], str | None]]] = {
     "positions": {"": _needs_order_files, "order probing": _needs_order_tasks},
     "ground_truth": {"": _needs_labels},
     "unlearning": {"": _needs_questions},
-    "scr": {"": _needs_labels},
-    "tpp": {"": _needs_labels},
+    "tpp": {"": lambda request: _needs_classes(request, "tpp")},
+    "scr": {"": lambda request: _needs_classes(request, "scr")},
 }
 
 
@@ -163,8 +189,8 @@ def check_there(sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> None
 
 def input_digests(name: str, sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
     """Digests of the labelled sets and files that the eval `name` reads, by the argument that gave them."""
-    if name == "sparse_probing":
-        paths = {source: stored_at(source) for source in sets}
+    if name in ("sparse_probing", "tpp", "scr"):
+        paths = {source: stored_at(source) for source in sets_read(name, sets)}
     else:
         kinds = [kind for kind, (reader, _) in FILES.items() if reader == name]
         paths = {f"{kind}={path}": expand_path(path, "file") for kind in kinds for path in files.get(kind, ())}

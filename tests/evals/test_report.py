@@ -70,10 +70,10 @@ def measured(testbed) -> dict[str, dict[str, Any]]:
             "unlearning": unlearning.unlearning(
                 evaluation, rows=ROWS, thresholds=(0.01, 1.0), latents=(2,), multipliers=(1, 25)
             ),
-            "scr": scr(evaluation, rows=ROWS, seeds=2),
-            "tpp": tpp(evaluation, rows=ROWS, seeds=2),
             "clusters": clusters.clusters(evaluation),
             "absorption": absorption.absorption(evaluation, rows=ROWS),
+            "tpp": tpp(evaluation, rows=ROWS, seeds=2),
+            "scr": scr(evaluation, rows=ROWS, seeds=2),
         }  # fmt: skip
     assert list(found) == list(EVALS)
     return json.loads(json.dumps(found))
@@ -441,7 +441,7 @@ def test_results_of_something_else_are_left_out_and_named(folder):
         assert f"## {name}" not in markdown
         assert f"figures/{name}.png" not in markdown
     assert markdown.endswith(
-        "\nNot measured: core, sparse_probing, positions, ground_truth, unlearning, scr, tpp, clusters.\n"
+        "\nNot measured: core, sparse_probing, positions, ground_truth, unlearning, clusters, tpp, scr.\n"
     )
     assert noted(markdown)[-3:] == [
         ("clusters", "left out", "its file is damaged"),
