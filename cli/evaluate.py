@@ -105,8 +105,8 @@ def evaluate(
     from ..engine.storage import checkpoint
     from ..evals.api import stream_of
     from ..evals.coverage import summary
-    from ..evals.report_tables import main_scores
     from ..evals.evaluation import check_protocol
+    from ..evals.report_tables import main_scores
     from ..evals.run_evals import evaluate
     from ..evals.suite import EVALS, check_there, load_eval, named_files
 
