@@ -10,7 +10,7 @@ from ..engine.errors import UserError
 from ..engine.process.signals import stop_advice
 from ..engine.storage.files import check_writable, write_json
 from .options import FOLDERS, TEXTS, JsonFile, Plugin, check_backend
-from .output import core_table, scores_table
+from .output import core_table, probes_table, scores_table
 
 Dictionary = Annotated[Path, Option(help=FOLDERS)]
 OtherModel = Annotated[
@@ -36,7 +36,8 @@ def evaluate(
             "--set",
             help="For sparse_probing: a .csv or .jsonl file with columns text and label, a published set "
             "(fancyzhx/ag_news?path=FOLDER), or one of topic, tone, items, poison, number and agent, labels of the embedded "
-            "language. Repeatable. [default: the embedded language's topics]",
+            "language. For sae_probes: quick (nine data sets), all (113) or a name such as 24_headline_isiran, with "
+            "?texts=N for fewer texts of each. Repeatable. [default: the embedded language's topics; quick]",
         ),
     ] = None,
     files: Annotated[
@@ -78,6 +79,7 @@ def evaluate(
     \b
     core            explained variance, CE and KL recovered, L0 and dead latents, overall and per position
     sparse_probing  accuracy of classifiers that see only the k best latents
+    sae_probes      the data sets of sae-probes: AUC of classifiers on k latents of the last token
     positions       position information in latents and reconstructions, and sensitivity to word order
     ground_truth    known variables of the embedded language that single latents represent
     unlearning      answers about one subject removed while all others are kept
@@ -94,8 +96,8 @@ def evaluate(
 
     check_backend()
     by_name = named_files(files or ())
-    check_there(sets or (), by_name)
     names = list(EVALS) if name == "all" else [name]
+    check_there(sets or (), by_name, names)
     load_eval(names[0])
     others: dict[str, Any] = {
         name: checkpoint.find(folder, name)
@@ -118,6 +120,8 @@ def evaluate(
             print(f"{eval_name}: skipped; {result['skipped']}")
         elif eval_name == "core":
             core_table(result, title)
+        elif eval_name == "sae_probes":
+            probes_table(result, title)
         else:
             scores_table(result, title)
     if is_run:

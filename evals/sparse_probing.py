@@ -35,6 +35,7 @@ from ..engine.testbed.lexicon import TONES
 from .evaluation import Evaluation, TextActivations, collect, padded
 from .intervals import Outcomes, interval, joined
 from .labelled import EMBEDDED, Labelled, load_labelled
+from .probe_sets import is_probe_set
 from .probes import Split, ailing, balanced, halves, top_k, top_k_right
 
 CONTEXT = 128
@@ -64,7 +65,8 @@ def sparse_probing(
     texts; default: the evaluation's, or `topic`. Latents that are dead or too small for a probe are named in `warnings` and
     have no scores. Raises UserError if k is above F, or a set has one class or too few texts of a class.
     """
-    F, sets = evaluation.sae.cfg.d_sae, evaluation.sets or None if sets is None else sets
+    F = evaluation.sae.cfg.d_sae
+    sets = [source for source in evaluation.sets if not is_probe_set(source)] or None if sets is None else sets
     ks = tuple(sorted({1, *(ks or (k for k in KS if k <= F))}))
     if ks[0] < 1 or ks[-1] > F:
         raise UserError(f"ks: {ks[0] if ks[0] < 1 else ks[-1]} is not allowed; the dictionary has F = {F} latents")
