@@ -10,7 +10,7 @@ from ..engine.errors import UserError
 from ..engine.process.signals import stop_advice
 from ..engine.storage.files import check_writable, write_json
 from .options import FOLDERS, TEXTS, JsonFile, Plugin, check_backend
-from .output import core_table, scores_table
+from .output import core_table, probes_table, scores_table
 
 Dictionary = Annotated[Path, Option(help=FOLDERS)]
 OtherModel = Annotated[
@@ -37,7 +37,8 @@ def evaluate(
             help="For sparse_probing, tpp and scr: a .csv or .jsonl file with columns text and label "
             "(FILE?text=COLUMN&label=COLUMN; scr also needs &attribute=COLUMN), or a published set "
             "(fancyzhx/ag_news?path=FOLDER). For sparse_probing also topic, tone, items, poison, number or agent, labels of "
-            "the embedded language. Repeatable. [default: the embedded language's topics]",
+            "the embedded language. For sae_probes: quick (nine data sets), all (113) or a name such as 24_headline_isiran, "
+            "with ?texts=N for fewer texts of each. Repeatable. [default: the embedded language's topics; quick]",
         ),
     ] = None,
     files: Annotated[
@@ -92,6 +93,7 @@ def evaluate(
     \b
     core            explained variance, CE and KL recovered, L0 and dead latents, overall and per position
     sparse_probing  accuracy of classifiers that see only the k best latents
+    sae_probes      the data sets of sae-probes: AUC of classifiers on k latents of the last token
     positions       position information in latents and reconstructions, and sensitivity to word order
     ground_truth    known variables of the embedded language that a few latents reconstruct
     unlearning      answers about one subject removed while all others are kept
@@ -113,8 +115,8 @@ def evaluate(
     check_backend()
     check_protocol(protocol)
     by_name = named_files(files or ())
-    check_there(sets or (), by_name)
     names = list(EVALS) if name == "all" else [name]
+    check_there(sets or (), by_name, names)
     load_eval(names[0])
     others: dict[str, Any] = {
         name: checkpoint.find(folder, name)
@@ -137,6 +139,8 @@ def evaluate(
             continue
         if eval_name == "core":
             core_table(result, title)
+        elif eval_name == "sae_probes":
+            probes_table(result, title)
         else:
             scores_table(result, title, main_scores(eval_name, result))
     if name == "all":

@@ -69,6 +69,30 @@ def scores_table(result: dict[str, Any], title: str, main: Iterable[str] = ()) -
         _say(f"controls that score as well: {', '.join(reached)}")
 
 
+def probes_table(result: dict[str, Any], title: str) -> None:
+    """Print the AUC and accuracy of sae_probes by k, and the AUC of each data set."""
+    number = lambda x: "-" if x is None else f"{x:.4f}"
+    columns = {"dictionary": result, **result["controls"]}
+    table = _new_table(title, ("", *columns, "LLM, all"), no_wrap=True)
+    for figure in ("auc", "accuracy"):
+        for k in result[figure]:
+            values = [*(scores[figure][k] for scores in columns.values()), result["llm"][figure]]
+            table.add_row(f"{figure}, k = {k}", *map(number, values))
+    _print(table)
+    first, main = str(result["protocol"]["k_values"][0]), str(result["protocol"]["main_k"])
+    controls = [name for name in result["controls"] if name != "shuffled"]
+    headings = (f"AUC, k = {first}", f"k = {main}", *(f"{name}, k = {main}" for name in controls), "LLM, all")
+    table = _new_table("By data set", ("", *headings), no_wrap=True)
+    for name, scores in result["sets"].items():
+        values = [scores["auc"][first], scores["auc"][main]]
+        values += [*(scores["controls"][control]["auc"][main] for control in controls), scores["llm"]["auc"]]
+        table.add_row(printable(name), *map(number, values))
+    _print(table)
+    _print_notes(result)
+    if reached := result["reached_by"]:
+        _say(f"controls that score as well: {', '.join(reached)}")
+
+
 def _print_notes(result: dict[str, Any]) -> None:
     if (reason := result.get("no_random_control")) is not None:
         _say(NO_CONTROL.format(reason))

@@ -12,9 +12,10 @@ import torch
 
 from ..engine.errors import UserError
 from ..engine.testbed.lexicon import TONES, TOPICS
+from .chosen_sets import sets_read
 from .evaluation import Autoencoder, Evaluation, TextActivations, collect
-from .labelled import EMBEDDED, Labelled, load_labelled
-from .paired_sets import Paired, has_pairs, load_paired
+from .labelled import Labelled, load_labelled
+from .paired_sets import Paired, load_paired
 from .sparse_probing import CONTEXT, TEXTS_AT_ONCE, check_classes, token_rows
 
 LANGUAGE = "the embedded language"
@@ -63,9 +64,7 @@ def class_sets(evaluation: Evaluation, rows: int, *, paired: bool, padding: bool
 
     Raises UserError for another text without sets, for a set that is given twice, and for too few texts.
     """
-    sources = [source for source in evaluation.sets if source not in EMBEDDED]
-    if paired:
-        sources = [source for source in sources if has_pairs(source)]
+    sources = sets_read("scr" if paired else "tpp", evaluation.sets)
     if not sources:
         yield _embedded(evaluation, rows, paired, padding)
         return

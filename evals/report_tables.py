@@ -14,6 +14,7 @@ PICTURES = "pictures"  # placeholder block for a section's figures
 SCORES = {
     "core": "explained_variance ce_recovered kl_recovered l0 dead_fraction",
     "sparse_probing": "top_1 top_5",
+    "sae_probes": "auc.16 auc.1",
     "positions": "specialization fidelity.profile fidelity.explained_variance.worst order_probing.mean_pooled "
     "order_probing.last_token",
     "ground_truth": "recovered mean_f1 mean_top_5",
@@ -32,6 +33,7 @@ UNRELIABLE = "Don't choose between dictionaries by this score: an audit found it
 ASKS = {
     "core": "Reconstruction quality, sparsity, and the effect of the reconstruction on the model's predictions.",
     "sparse_probing": "Test accuracy of probes that separate classes of text by k latents; 0.5 is chance.",
+    "sae_probes": "Test AUC of probes on k latents of a text's last token, on the data sets of sae-probes; 0.5 is chance.",
     "positions": "Specialization of latents for positions, reconstruction late in a row, and probes of word order.",
     "ground_truth": "Known variables of the embedded language: what a few latents write of them, and how one detects them.",
     "unlearning": "Answers about one subject that can be suppressed while 99% of the others stay right.",
@@ -68,7 +70,7 @@ LABELS = {
     "stability.adjusted_rand": "stability (adjusted Rand index)", "stability.spread": "its standard deviation",
     "mean_absorption_fraction": "mean fraction", "mean_split": "main latents of a letter",
     "mean_main_f1": "mean F1 of main latents", "probe_f1": "probe's F1", "main": "main latents", "main_f1": "their F1",
-    "absorption_fraction": "fraction",
+    "absorption_fraction": "fraction", "auc.1": "AUC, 1 latent", "auc.16": "AUC, 16 latents",
 }  # fmt: skip
 
 
@@ -351,7 +353,52 @@ def _absorption(result: dict[str, Any]) -> list[str]:
     return [means, "### By letter", _items("letter", result["letters"], figures)]
 
 
+def _sae_probes(result: dict[str, Any]) -> list[str]:
+    ks, autoencoders = result["protocol"]["k_values"], _autoencoders(result)
+    first, main = f"auc.{ks[0]}", f"auc.{result['protocol']['main_k']}"
+    lines = [
+        (
+            heading,
+            str(k),
+            *(number(lookup(s, f"{figure}.{k}")) for s in autoencoders.values()),
+            number(result["llm"][figure]),
+        )
+        for figure, heading in (("auc", "AUC"), ("accuracy", "accuracy"), ("f1", "F1"))
+        for k in ks
+    ]
+    controls = [control for control in result["controls"] if control != "shuffled"]
+    headings = {first: f"k = {ks[0]}", main: f"k = {result['protocol']['main_k']}"}
+    headings |= {f"controls.{control}.{main}": f"{control}, {headings[main]}" for control in controls}
+    headings |= {"llm.auc": "LM activations", "versus_random": "minus random", "versus_llm": "minus LM activations"}
+    sets = {name: scores | _versus(scores, main) for name, scores in {"mean": result, **result["sets"]}.items()}
+    sizes = "train_rows test_rows tokens latents reached_by"
+    return [
+        "LM activations: the paper's baseline, a probe on all of the model's activations. Means over data sets:",
+        table(("", "k", *map(plain, autoencoders), "LM activations"), lines, (0,)),
+        PICTURES,
+        "### AUC by data set",
+        f"Differences are those of {headings[main]}, paired by test text, with 95% intervals.",
+        _items("set", sets, headings),
+        "### Texts and latents",
+        _items("set", {name: _first_latents(scores) for name, scores in result["sets"].items()}, sizes),
+    ]
+
+
+def _versus(scores: dict[str, Any], path: str) -> dict[str, str]:
+    """Differences from random and from the baseline as text."""
+    found = {}
+    for other in ("random", "llm"):
+        if (above := lookup(scores["intervals"], f"{path}.above_{other}")) is not None:
+            found[f"versus_{other}"] = f"{above['difference']:+.3f} ({above['low']:+.3f} to {above['high']:+.3f})"
+    return found
+
+
+def _first_latents(scores: dict[str, Any]) -> dict[str, Any]:
+    return scores | {"latents": scores["latents"][:5]}
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "core": _core, "sparse_probing": _sparse_probing, "positions": _positions, "ground_truth": _ground_truth,
+    "core": _core, "sparse_probing": _sparse_probing, "sae_probes": _sae_probes,
+    "positions": _positions, "ground_truth": _ground_truth,
     "unlearning": _unlearning, "scr": _scr, "tpp": _tpp, "clusters": _clusters, "absorption": _absorption,
 }  # fmt: skip

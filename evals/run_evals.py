@@ -24,6 +24,7 @@ from ..kernels.torch_modes import default_modes
 from . import result_files
 from .evaluation import OWN, Evaluation, Reference, check_protocol, fitted
 from .held_out import SavedEffects
+from .kept_sets import KeptSets
 from .recovery import recovery
 from .report import write_report
 from .row_budget import Sizes, row_counts
@@ -200,6 +201,8 @@ def evaluate(
         else:
             evaluation = like.of(sae, trained, compared, sizes)
         evaluation.protocol = chosen.protocol
+        if run is not None:
+            evaluation.kept_sets = KeptSets(run / "evals" / "sae_probes", origin, fresh=chosen.fresh)
         results |= _measure(checkpoint, run, evaluation, lacking, keys, alone=len(names) == 1, quiet=like is not None)
     if run is not None and like is None:
         write_report(run, checkpoint, VERSION)

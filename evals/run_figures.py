@@ -25,7 +25,8 @@ def draw_evals(
     folder.mkdir(parents=True, exist_ok=True)
     makers = {
         "core": lambda result: core_figures(metrics, result),
-        "sparse_probing": _probing, "positions": _order, "ground_truth": _truth, "unlearning": _unlearning,
+        "sparse_probing": _probing, "sae_probes": _sae_probes,
+        "positions": _order, "ground_truth": _truth, "unlearning": _unlearning,
         "scr": _removed, "tpp": _perturbed, "clusters": _clusters,
     }  # fmt: skip
     drawn: dict[str, dict[str, str]] = {}
@@ -155,6 +156,18 @@ def _probing(result: dict[str, Any]) -> dict[str, Any]:
     lines = {name: [scores.get(f"top_{k}") for k in ks] for name, scores in autoencoders.items()}
     labels = ("k (latents of the probe)", "test accuracy (0.5 is chance)", "Probes on k latents, mean over classes")
     return _curves("sparse_probing", ks, lines, None, 0.5, labels)
+
+
+def _sae_probes(result: dict[str, Any]) -> dict[str, Any]:
+    ks = result["protocol"]["k_values"]
+    lines = {name: list(scores["auc"].values()) for name, scores in _autoencoders(result).items()}
+    lines["llm"] = [result["llm"]["auc"]] * len(ks)  # a probe on all activations, whatever k
+    labels = (
+        "k (latents of the probe)",
+        "test AUC (0.5 is chance)",
+        "sae-probes: AUC on k latents, mean over data sets",
+    )
+    return _curves("sae_probes", ks, lines, None, 0.5, labels)
 
 
 def _removed(result: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.token_rows import TestbedRows
 from ..engine.testbed.language import facts
 from ..engine.testbed.lexicon import TONES
+from .chosen_sets import sets_read
 from .evaluation import Evaluation, TextActivations, collect, padded
 from .intervals import Outcomes, interval, joined
 from .labelled import EMBEDDED, Labelled, load_labelled
@@ -64,7 +65,8 @@ def sparse_probing(
     texts; default: the evaluation's, or `topic`. Latents that are dead or too small for a probe are named in `warnings` and
     have no scores. Raises UserError if k is above F, or a set has one class or too few texts of a class.
     """
-    F, sets = evaluation.sae.cfg.d_sae, evaluation.sets or None if sets is None else sets
+    F = evaluation.sae.cfg.d_sae
+    sets = sets_read("sparse_probing", evaluation.sets) or None if sets is None else sets
     ks = tuple(sorted({1, *(ks or (k for k in KS if k <= F))}))
     if ks[0] < 1 or ks[-1] > F:
         raise UserError(f"ks: {ks[0] if ks[0] < 1 else ks[-1]} is not allowed; the dictionary has F = {F} latents")

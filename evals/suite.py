@@ -12,10 +12,11 @@ from ..engine.storage.files import digest, digest_of_folder
 from ..engine.storage.path_names import expand_path
 from ..engine.stream import ActivationStream
 from ..engine.stream.token_rows import TestbedRows
+from .chosen_sets import sets_read
 from .evaluation import Evaluation
-from .labelled import BIOS, EMBEDDED, stored_at
+from .labelled import BIOS, stored_at
 from .multiple_choice import NO_CHAT_TEMPLATE, NOTHING_TO_FORGET
-from .paired_sets import has_pairs
+from .probe_sets import is_probe_set, probe_sets, source_digests, why_not_there
 
 Eval = Callable[[Evaluation], dict[str, Any]]
 
@@ -23,6 +24,7 @@ Eval = Callable[[Evaluation], dict[str, Any]]
 EVALS = {
     "core": ("suite", "_core"),
     "sparse_probing": ("sparse_probing", "sparse_probing"),
+    "sae_probes": ("sae_probes", "sae_probes"),
     "positions": ("suite", "_positions"),
     "ground_truth": ("ground_truth", "ground_truth"),
     "unlearning": ("unlearning", "unlearning"),
@@ -75,21 +77,21 @@ def _needs_tokenizer(request: EvalRequest) -> str | None:
 def _needs_labelled_texts(request: EvalRequest) -> str | None:
     if (reason := _needs_tokenizer(request)) is not None:
         return reason
-    if not request.has_labels and not request.sets:
+    sets = sets_read("sparse_probing", request.sets)
+    if not request.has_labels and not sets:
         return (
             f"{request.stream.text.name} has no labels; give labelled texts, --set FILE?text=COLUMN&label=COLUMN (.csv or "
             ".jsonl), or a published set, --set fancyzhx/ag_news?path=FOLDER"
         )
-    return _missing({source: stored_at(source) for source in request.sets}, "set")
+    return _missing({source: stored_at(source) for source in sets}, "set")
 
 
-def sets_read(name: str, sets: Sequence[str]) -> list[str]:
-    """The labelled sets that the eval `name` reads. SCR and TPP leave out labels of the embedded language, and SCR also sets
-    without an attribute."""
-    if name == "sparse_probing":
-        return list(sets)
-    texts = [source for source in sets if source not in EMBEDDED] if name in ("tpp", "scr") else []
-    return [source for source in texts if has_pairs(source)] if name == "scr" else texts
+def _needs_probe_sets(request: EvalRequest) -> str | None:
+    if (reason := _needs_tokenizer(request)) is not None:
+        return reason
+    if request.stream.model.name == "testbed":
+        return "the embedded model reads only its own language; this eval needs a model of English (--model)"
+    return why_not_there(sets_read("sae_probes", request.sets))
 
 
 def _needs_classes(request: EvalRequest, name: str) -> str | None:
@@ -146,6 +148,7 @@ def _missing(paths: Mapping[str, Path | None], option: str) -> str | None:
 #: eval -> parts that need more than a text ("": all of it) -> function that returns why it can't be measured, or None
 NEEDS: dict[str, dict[str, Callable[[EvalRequest], str | None]]] = {
     "sparse_probing": {"": _needs_labelled_texts},
+    "sae_probes": {"": _needs_probe_sets},
     "positions": {"": _needs_order_files, "order probing": _needs_order_tasks},
     "ground_truth": {"": _needs_labels},
     "unlearning": {"": _needs_questions},
@@ -177,18 +180,28 @@ def named_files(options: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return files
 
 
-def check_there(sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> None:
-    """Raise UserError for labelled texts and files that don't exist."""
+def check_there(sets: Sequence[str], files: Mapping[str, Sequence[str]], names: Sequence[str] = ()) -> None:
+    """Raise UserError for labelled texts and files that don't exist, and for data sets that none of the evals `names`
+    reads."""
     for name, path in ((name, path) for name, paths in files.items() for path in paths):
         if not expand_path(path, f"--file {name}").exists():
             raise UserError(f"--file {name}: {shown(path)} is not allowed; it does not exist")
     for source in sets:
-        if (path := stored_at(source)) is not None and not path.exists():
+        if is_probe_set(source):
+            if names and "sae_probes" not in names:
+                raise UserError(f"--set: {shown(source)} is not allowed with eval {names[0]}; only sae_probes reads it")
+            probe_sets([source])
+        elif list(names) == ["sae_probes"]:
+            allowed = "quick, all, or a name such as 24_headline_isiran"
+            raise UserError(f"--set: {shown(source)} is not allowed with eval sae_probes; it must be {allowed}")
+        elif (path := stored_at(source)) is not None and not path.exists():
             raise UserError(f"--set: {shown(source)} is not allowed; {path} does not exist")
 
 
 def input_digests(name: str, sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
     """Digests of the labelled sets and files that the eval `name` reads, by the argument that gave them."""
+    if name == "sae_probes":
+        return source_digests(sets_read(name, sets))
     if name in ("sparse_probing", "tpp", "scr"):
         paths = {source: stored_at(source) for source in sets_read(name, sets)}
     else:

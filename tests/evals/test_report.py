@@ -18,7 +18,7 @@ from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConf
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.storage import checkpoint
 from temposae.engine.storage.checkpoint import find, place
-from temposae.evals import absorption, clusters, run_figures, sparse_probing, suite, unlearning
+from temposae.evals import absorption, clusters, run_figures, sae_probes, sparse_probing, suite, unlearning
 from temposae.evals import ground_truth as truth
 from temposae.evals.core import core
 from temposae.evals.evaluation import Evaluation
@@ -34,6 +34,7 @@ from temposae.evals.word_order import order_probing
 from temposae.reporting.markdown import html, number
 
 from ..commandline import run as command
+from .probe_data import by_length, write_set
 from .test_saebench import RESULTS
 
 FACTS = {"model": "testbed", "hook": "blocks.1.hook_resid_post", "activation": "topk", "F": "64"}
@@ -43,7 +44,7 @@ RUN = RunConfig(stream=StreamConfig(hook="blocks.1.hook_resid_post"), sae=CFG, t
 
 
 @pytest.fixture(scope="module")
-def measured(testbed) -> dict[str, dict[str, Any]]:
+def measured(testbed, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """Every eval's own result on few rows of a dictionary that isn't trained."""
     from temposae.engine.stream import ActivationStream
 
@@ -53,6 +54,7 @@ def measured(testbed) -> dict[str, dict[str, Any]]:
 
     stream = ActivationStream(StreamConfig(buffer_tokens=4096, rows_per_forward=32), model=testbed)
     evaluation = Evaluation(stream, SparseAutoencoder(CFG), SparseAutoencoder(CFG))
+    write_set(texts := tmp_path_factory.mktemp("texts"), "7_length", by_length(240))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_probing, "ROWS", ROWS)
         patch.setattr(sparse_probing, "full_width", lambda split, draw: 0.5)  # the slow parts
@@ -65,6 +67,7 @@ def measured(testbed) -> dict[str, dict[str, Any]]:
         found = {
             "core": core(stream, evaluation.sae, {"random": SparseAutoencoder(CFG)}, rows=16, ce_rows=4),
             "sparse_probing": sparse_probing.sparse_probing(evaluation, ["topic", "tone"], ks=(1, 5)),
+            "sae_probes": sae_probes.sae_probes(evaluation, [f"all?path={texts}"], ks=(1, 16), penalty="l2"),
             "positions": position | {"order_probing": order_probing(evaluation, pairs=16)},
             "ground_truth": truth.ground_truth(evaluation, rows=ROWS),
             "unlearning": unlearning.unlearning(
@@ -289,6 +292,7 @@ def test_an_eval_says_which_settings_it_used(results):
 WORDS = {
     "core": ("dead", "KL recovered"), "unlearning": ("retained", "unlearning"),
     "absorption": ("absorption",), "sparse_probing": ("top 1", "sparse_probing"), "positions": ("specialization",),
+    "sae_probes": ("sae_probes", "AUC"),
     "clusters": ("cluster",), "ground_truth": ("ground_truth",), "scr": ("scr",), "tpp": ("tpp",),
 }  # fmt: skip
 
@@ -441,7 +445,7 @@ def test_results_of_something_else_are_left_out_and_named(folder):
         assert f"## {name}" not in markdown
         assert f"figures/{name}.png" not in markdown
     assert markdown.endswith(
-        "\nNot measured: core, sparse_probing, positions, ground_truth, unlearning, clusters, tpp, scr.\n"
+        "\nNot measured: core, sparse_probing, sae_probes, positions, ground_truth, unlearning, clusters, tpp, scr.\n"
     )
     assert noted(markdown)[-3:] == [
         ("clusters", "left out", "its file is damaged"),
