@@ -67,6 +67,25 @@ def evaluate(
     same_recipe: Annotated[
         Path | None, Option(help="For positions: another seed of the reference's recipe, as a yardstick of agreement.")
     ] = None,
+    judge_command: Annotated[
+        str | None,
+        Option(
+            metavar="'PROGRAM ARGUMENTS'",
+            help="For autointerp: a program that reads a prompt on standard input and writes the answer. No shell runs it.",
+        ),
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        Option(
+            help="For autointerp: the address of an OpenAI-compatible model, as in http://HOST/v1. Its key is read from the "
+            "environment variable TEMPOSAE_JUDGE_KEY."
+        ),
+    ] = None,
+    judge_model: Annotated[str | None, Option(help="The model's name at --judge-url.")] = None,
+    judge_timeout: Annotated[float, Option(help="Seconds to wait for an answer of the judge.")] = 120.0,
+    judge_latents: Annotated[
+        int, Option(min=2, max=10**6, help="Latents per dictionary that the judge explains.")
+    ] = 20,
     fresh: Annotated[bool, Option("--fresh", help="Repeat evals that the run folder already has.")] = False,
     plugin: Plugin = None,
     json_file: JsonFile = None,
@@ -84,18 +103,23 @@ def evaluate(
     scr, tpp        a spurious attribute, or one class, removed by ablating a few latents
     clusters        latents grouped by the positions at which they are active
     absorption      first-letter latents that miss some of their words
+    autointerp      how well a judge's explanations of latents predict where they fire; all includes it if a judge is given
 
     Labels, questions and texts default to the embedded language's. On another text, an eval that needs its own says so.
     """
     from ..engine.storage import checkpoint
     from ..evals.api import stream_of
+    from ..evals.judge import Judge
     from ..evals.run_evals import evaluate
-    from ..evals.suite import EVALS, check_there, load_eval, named_files
+    from ..evals.suite import check_there, every_eval, load_eval, named_files
 
     check_backend()
     by_name = named_files(files or ())
     check_there(sets or (), by_name)
-    names = list(EVALS) if name == "all" else [name]
+    judge = None
+    if any(option is not None for option in (judge_command, judge_url, judge_model)):
+        judge = Judge.of(judge_command, judge_url, judge_model, timeout=judge_timeout, latents=judge_latents)
+    names = every_eval(judge) if name == "all" else [name]
     load_eval(names[0])
     others: dict[str, Any] = {
         name: checkpoint.find(folder, name)
@@ -109,7 +133,7 @@ def evaluate(
     with stop_advice(f"stopped; {resume_note}"):
         results = evaluate(
             loaded, stream, sae if is_run else None, names, seed=seed, sets=sets or (), files=by_name, fresh=fresh,
-            rows=rows, control=control, **others,
+            rows=rows, control=control, judge=judge, **others,
         )  # fmt: skip
     write_json(json_file, results if name == "all" else results[name])
     for eval_name, result in results.items():

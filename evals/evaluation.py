@@ -20,6 +20,7 @@ from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
 from .held_out import SavedEffects
+from .judge import Answers
 from .row_budget import Sizes
 
 CHUNK = 4096  # tokens encoded at once
@@ -287,6 +288,7 @@ class Evaluation:
         self.sizes = sizes or Sizes()
         self._shared: dict[str, Any] = {}
         self.saved: SavedEffects | None = None  # where `core` continues
+        self.answers: Answers | None = None  # of the judge that `autointerp` asks
 
     def of(
         self, sae: Dictionary, random: Dictionary | None, reference: Reference | None = None, sizes: Sizes | None = None

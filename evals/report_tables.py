@@ -21,6 +21,7 @@ SCORES = {
     "tpp": "score",
     "clusters": "stability.adjusted_rand",
     "absorption": "mean_main_f1 mean_absorption",
+    "autointerp": "score balanced",
 }
 NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption")  # scores that are not better when larger
 
@@ -35,6 +36,7 @@ ASKS = {
     "tpp": "Accuracy that one class loses when its n latents are ablated, minus the mean loss of the others.",
     "clusters": "Latents clustered by the positions at which they are active, and the stability of the clusters.",
     "absorption": "Words missed by their first letter's latents. Also low if no latent represents a letter.",
+    "autointerp": "Share of examples for which a judge tells from its own explanation whether the latent fires.",
 }
 
 #: path of a figure, or its last part -> heading, if different
@@ -64,7 +66,8 @@ LABELS = {
     "adjusted_rand": "adjusted Rand index against the other dictionary", "matched": "latents that match",
     "mean_absorption_fraction": "mean fraction", "mean_split": "main latents of a letter",
     "mean_main_f1": "mean F1 of main latents", "probe_f1": "probe's F1", "main": "main latents", "main_f1": "their F1",
-    "absorption_fraction": "fraction",
+    "absorption_fraction": "fraction", "balanced": "score, active and inactive examples equally weighted",
+    "none": "score of always answering None", "named": "named as active", "unparsable": "answers that can't be read",
 }  # fmt: skip
 
 
@@ -336,7 +339,16 @@ def _absorption(result: dict[str, Any]) -> list[str]:
     return [means, "### By letter", _items("letter", result["letters"], figures)]
 
 
+def _autointerp(result: dict[str, Any]) -> list[str]:
+    judge = ", ".join(result["judge"].values())
+    blocks = [f"Judge: {plain(judge)}", _beside(result, "score balanced none scored answers unparsable")]
+    for name, scores in _autoencoders(result).items():
+        blocks += [f"### Explanations: {name}", _items("latent", scores["latents"], "explanation score named active")]
+    return blocks
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "core": _core, "sparse_probing": _sparse_probing, "positions": _positions, "ground_truth": _ground_truth,
     "unlearning": _unlearning, "scr": _scr, "tpp": _tpp, "clusters": _clusters, "absorption": _absorption,
+    "autointerp": _autointerp,
 }  # fmt: skip

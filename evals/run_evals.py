@@ -23,6 +23,7 @@ from ..kernels.torch_modes import default_modes
 from . import result_files
 from .evaluation import Evaluation, Reference, fitted
 from .held_out import SavedEffects
+from .judge import Answers, Judge
 from .recovery import recovery
 from .report import write_report
 from .row_budget import Sizes, row_counts
@@ -138,6 +139,7 @@ class EvalOptions:
     fresh: bool = False  # measure again what the run has results of
     rows: int | None = None  # of text; default: the run's `eval.rows`, or what fits run and model (`row_budget`)
     control: bool = False  # train a random control if the checkpoint has none, on as many tokens
+    judge: Judge | None = None  # for autointerp
 
 
 @default_modes()
@@ -176,13 +178,12 @@ def evaluate(
         raise UserError("same_recipe: needs a reference, the dictionary that it is another seed of")
     origin = _origin(checkpoint, chosen.seed, like, trains_control)
     keys = {name: origin | {"given": input_digests(name, sets, files), "rows": sizes.of(name)} for name in names}
-    if "positions" in keys:
-        others = {"reference": reference, "same_recipe": same_recipe}
-        keys["positions"] |= {other: _digest(given) for other, given in others.items() if given is not None}
+    _add_keys(keys, {"reference": reference, "same_recipe": same_recipe}, chosen.judge)
     results: dict[str, dict[str, Any]] = {}
     if run is not None and not chosen.fresh:
         results = {name: result for name in names if (result := _stored_result(run, name, keys[name])) is not None}
-    lacking = {name: missing_inputs(name, stream, sae.cfg, sets, files) for name in names if name not in results}
+    request = stream, sae.cfg, sets, files, chosen.judge
+    lacking = {name: missing_inputs(name, *request) for name in names if name not in results}
     if len(names) == 1 and (why := lacking.get(names[0], {}).get("")):
         raise UserError(f"{names[0]}: {why}")
     if like is None:
@@ -197,6 +198,7 @@ def evaluate(
             evaluation = Evaluation(stream, sae, random, chosen.seed, sets, files, reference=compared, sizes=sizes)
         else:
             evaluation = like.of(sae, random, compared, sizes)
+        evaluation.answers = _answers(run, chosen)
         results |= _measure(checkpoint, run, evaluation, lacking, keys, alone=len(names) == 1, quiet=like is not None)
     if run is not None and like is None:
         write_report(run, checkpoint, VERSION)
@@ -211,6 +213,22 @@ def _origin(checkpoint: Checkpoint, seed: int, like: Evaluation | None, trains_c
     if trains_control:
         origin["control"] = "trained for evaluation"
     return origin
+
+
+def _add_keys(
+    keys: dict[str, dict[str, Any]], others: Mapping[str, Checkpoint | None], judge: Judge | None
+) -> None:  # fmt: skip
+    """Add what single evals depend on: other dictionaries, by option, and the judge."""
+    if "positions" in keys:
+        keys["positions"] |= {option: _digest(given) for option, given in others.items() if given is not None}
+    if "autointerp" in keys and judge is not None:
+        keys["autointerp"] |= {"judge": judge.identity, "latents": judge.latents}
+
+
+def _answers(run: Path | None, options: EvalOptions) -> Answers | None:
+    if options.judge is None:
+        return None
+    return Answers(options.judge, None if run is None else run / "evals" / "judge.jsonl", fresh=options.fresh)
 
 
 def _measure(

@@ -13,6 +13,7 @@ from ..engine.storage.path_names import expand_path
 from ..engine.stream import ActivationStream
 from ..engine.stream.token_rows import TestbedRows
 from .evaluation import Evaluation
+from .judge import NO_JUDGE, Judge
 from .labelled import stored_at
 from .multiple_choice import NO_CHAT_TEMPLATE, NOTHING_TO_FORGET
 
@@ -30,6 +31,9 @@ EVALS = {
     "clusters": ("clusters", "clusters"),
     "absorption": ("absorption", "absorption"),
 }
+
+#: evals that ask a judge; `all` includes them if one is given
+JUDGED = {"autointerp": ("autointerp", "autointerp")}
 
 #: name of an input file (--file NAME=PATH) -> the eval that reads it, and whether several are allowed
 FILES = {
@@ -50,6 +54,7 @@ class EvalRequest:
     sae: SAEConfig
     sets: Sequence[str]
     files: Mapping[str, Sequence[str]]
+    judge: Judge | None = None
 
     @property
     def has_labels(self) -> bool:
@@ -112,6 +117,10 @@ def _needs_order_tasks(request: EvalRequest) -> str | None:
     return f"{request.stream.text.name} has no word order tasks; give --file blimp=PATH or --file senteval=PATH"
 
 
+def _needs_judge(request: EvalRequest) -> str | None:
+    return _needs_tokenizer(request) if request.judge is not None else NO_JUDGE
+
+
 def _missing(paths: Mapping[str, Path | None], option: str) -> str | None:
     missing = (argument for argument, path in paths.items() if path is not None and not path.exists())
     return next((f"--{option} {argument} does not exist" for argument in missing), None)
@@ -125,15 +134,17 @@ NEEDS: dict[str, dict[str, Callable[[EvalRequest], str | None]]] = {
     "unlearning": {"": _needs_questions},
     "scr": {"": _needs_labels},
     "tpp": {"": _needs_labels},
+    "autointerp": {"": _needs_judge},
 }
 
 
 def missing_inputs(
-    name: str, stream: ActivationStream, sae: SAEConfig, sets: Sequence[str], files: Mapping[str, Sequence[str]]
-) -> dict[str, str]:
+    name: str, stream: ActivationStream, sae: SAEConfig, sets: Sequence[str], files: Mapping[str, Sequence[str]],
+    judge: Judge | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Parts of the eval `name` ("" for all of it) that can't be measured -> the reason, with the option that supplies what
     is missing. Reads no activations, so it can be called before anything is collected."""
-    request = EvalRequest(stream, sae, sets, files)
+    request = EvalRequest(stream, sae, sets, files, judge)
     reasons = {part: needs(request) for part, needs in NEEDS.get(name, {}).items()}
     return {part: reason for part, reason in reasons.items() if reason is not None}
 
@@ -175,11 +186,17 @@ def input_digests(name: str, sets: Sequence[str], files: Mapping[str, Sequence[s
     return digests
 
 
+def every_eval(judge: Judge | None) -> list[str]:
+    """The names that `all` stands for."""
+    return list(EVALS if judge is None else EVALS | JUDGED)
+
+
 def load_eval(name: str) -> Eval:
     """Import the eval of this name. Raises UserError if there is none."""
-    if name not in EVALS:
-        raise UserError(f"eval: {name} is not allowed; it must be {', '.join(EVALS)} or all")
-    module, function = EVALS[name]
+    known = EVALS | JUDGED
+    if name not in known:
+        raise UserError(f"eval: {name} is not allowed; it must be {', '.join(known)} or all")
+    module, function = known[name]
     try:
         return getattr(import_module(f".{module}", __package__), function)
     except ModuleNotFoundError as error:
