@@ -82,6 +82,25 @@ def evaluate(
             help="For tpp and scr: saebench uses SAEBench's probes and its choice of latents, and writes its result files.",
         ),
     ] = "temposae",
+    judge_command: Annotated[
+        str | None,
+        Option(
+            metavar="'PROGRAM ARGUMENTS'",
+            help="For autointerp: a program that reads a prompt on standard input and writes the answer. No shell runs it.",
+        ),
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        Option(
+            help="For autointerp: the address of an OpenAI-compatible model, as in http://HOST/v1. Its key is read from the "
+            "environment variable TEMPOSAE_JUDGE_KEY."
+        ),
+    ] = None,
+    judge_model: Annotated[str | None, Option(help="The model's name at --judge-url.")] = None,
+    judge_timeout: Annotated[float, Option(help="Seconds to wait for an answer of the judge.")] = 120.0,
+    judge_latents: Annotated[
+        int, Option(min=2, max=10**6, help="Latents per dictionary that the judge explains.")
+    ] = 20,
     fresh: Annotated[bool, Option("--fresh", help="Repeat evals that the run folder already has.")] = False,
     plugin: Plugin = None,
     json_file: JsonFile = None,
@@ -100,6 +119,7 @@ def evaluate(
     clusters        latents grouped by the positions at which they are active
     absorption      first-letter latents that miss some of their words
     tpp, scr        one class, or a spurious attribute, removed by ablating a few latents (docs/evals.md: unreliable)
+    autointerp      how well a judge's explanations of latents predict where they fire; all includes it if a judge is given
 
     Labels, questions and texts default to the embedded language's. On another text, core, positions, clusters and absorption
     need nothing else. The others say which option supplies their labels or questions, and all ends with a list of them.
@@ -108,14 +128,18 @@ def evaluate(
     from ..evals.api import stream_of
     from ..evals.coverage import summary
     from ..evals.evaluation import check_protocol
+    from ..evals.judge import Judge
     from ..evals.report_tables import main_scores
     from ..evals.run_evals import evaluate
-    from ..evals.suite import EVALS, check_there, load_eval, named_files
+    from ..evals.suite import check_there, every_eval, load_eval, named_files
 
     check_backend()
     check_protocol(protocol)
     by_name = named_files(files or ())
-    names = list(EVALS) if name == "all" else [name]
+    judge = None
+    if any(option is not None for option in (judge_command, judge_url, judge_model)):
+        judge = Judge.of(judge_command, judge_url, judge_model, timeout=judge_timeout, latents=judge_latents)
+    names = every_eval(judge) if name == "all" else [name]
     check_there(sets or (), by_name, names)
     load_eval(names[0])
     others: dict[str, Any] = {
@@ -130,7 +154,8 @@ def evaluate(
     with stop_advice(f"stopped; {resume_note}"):
         results = evaluate(
             loaded, stream, sae if is_run else None, names, seed=seed, sets=sets or (), files=by_name, fresh=fresh,
-            rows=rows, control=control, controls=controls.split(",") if controls else (), protocol=protocol, **others,
+            rows=rows, control=control, controls=controls.split(",") if controls else (), protocol=protocol, judge=judge,
+            **others,
         )  # fmt: skip
     write_json(json_file, results if name == "all" else results[name])
     for eval_name, result in results.items():

@@ -20,6 +20,7 @@ from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
 from .held_out import SavedEffects
+from .judge import Answers
 from .kept_sets import KeptSets
 from .row_budget import Sizes
 
@@ -308,6 +309,7 @@ class Evaluation:
         self._shared: dict[str, Any] = {}
         self.saved: SavedEffects | None = None  # where `core` continues
         self.kept_sets: KeptSets | None = None  # where `sae_probes` does
+        self.answers: Answers | None = None  # of the judge that `autointerp` asks
         self.protocol = OWN  # one of `PROTOCOLS`
 
     @property

@@ -23,6 +23,7 @@ SCORES = {
     "absorption": "mean_main_f1 mean_absorption",
     "tpp": "score",
     "scr": "score",
+    "autointerp": "score balanced",
 }
 ACCURACIES = ("clean_class", "clean_attribute", "base_class", "base_attribute")  # of SCR's probes
 NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption")  # scores that are not better when larger
@@ -42,6 +43,7 @@ ASKS = {
     "scr": "Share of a spurious correlation removed by ablating n latents: 0 none, 1 all of it. " + UNRELIABLE,
     "clusters": "Latents clustered by the positions at which they are active, and the stability of the clusters.",
     "absorption": "Words missed by their first letter's latents. Also low if no latent represents a letter.",
+    "autointerp": "Share of examples for which a judge tells from its own explanation whether the latent fires.",
 }
 
 #: path of a figure, or its last part -> heading, if different
@@ -71,6 +73,8 @@ LABELS = {
     "mean_absorption_fraction": "mean fraction", "mean_split": "main latents of a letter",
     "mean_main_f1": "mean F1 of main latents", "probe_f1": "probe's F1", "main": "main latents", "main_f1": "their F1",
     "absorption_fraction": "fraction", "auc.1": "AUC, 1 latent", "auc.16": "AUC, 16 latents",
+    "balanced": "score, active and inactive examples equally weighted",
+    "none": "score of always answering None", "named": "named as active", "unparsable": "answers that can't be read",
 }  # fmt: skip
 
 
@@ -397,8 +401,17 @@ def _first_latents(scores: dict[str, Any]) -> dict[str, Any]:
     return scores | {"latents": scores["latents"][:5]}
 
 
+def _autointerp(result: dict[str, Any]) -> list[str]:
+    judge = ", ".join(result["judge"].values())
+    blocks = [f"Judge: {plain(judge)}", _beside(result, "score balanced none scored answers unparsable")]
+    for name, scores in _autoencoders(result).items():
+        blocks += [f"### Explanations: {name}", _items("latent", scores["latents"], "explanation score named active")]
+    return blocks
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "core": _core, "sparse_probing": _sparse_probing, "sae_probes": _sae_probes,
     "positions": _positions, "ground_truth": _ground_truth,
     "unlearning": _unlearning, "scr": _scr, "tpp": _tpp, "clusters": _clusters, "absorption": _absorption,
+    "autointerp": _autointerp,
 }  # fmt: skip

@@ -24,6 +24,7 @@ from ..kernels.torch_modes import default_modes
 from . import result_files
 from .evaluation import OWN, Evaluation, Reference, check_protocol, fitted
 from .held_out import SavedEffects
+from .judge import Answers, Judge
 from .kept_sets import KeptSets
 from .recovery import recovery
 from .report import write_report
@@ -142,6 +143,7 @@ class EvalOptions:
     control: bool = False  # train a random control if the checkpoint has none, on as many tokens
     controls: Sequence[str] = ()  # other controls to train in the same way, by the names of `config.controls`
     protocol: str = OWN  # of SCR and TPP, one of `evaluation.PROTOCOLS`
+    judge: Judge | None = None  # for autointerp
 
     def __post_init__(self) -> None:
         check_protocol(self.protocol)
@@ -181,14 +183,13 @@ def evaluate(
     if same_recipe is not None and reference is None:
         raise UserError("same_recipe: needs a reference, the dictionary that it is another seed of")
     origin = _origin(checkpoint, chosen.seed, like) | controls.origin
-    keys = {name: origin | _inputs(name, chosen, sizes) for name in names}
-    if "positions" in keys:
-        others = {"reference": reference, "same_recipe": same_recipe}
-        keys["positions"] |= {other: _digest(given) for other, given in others.items() if given is not None}
+    others = {"reference": reference, "same_recipe": same_recipe}
+    keys = {name: origin | _inputs(name, chosen, sizes, others) for name in names}
     results: dict[str, dict[str, Any]] = {}
     if run is not None and not chosen.fresh:
         results = {name: result for name in names if (result := _stored_result(run, name, keys[name])) is not None}
-    lacking = {name: missing_inputs(name, stream, sae.cfg, sets, files) for name in names if name not in results}
+    request = stream, sae.cfg, sets, files, chosen.judge
+    lacking = {name: missing_inputs(name, *request) for name in names if name not in results}
     if len(names) == 1 and (why := lacking.get(names[0], {}).get("")):
         raise UserError(f"{names[0]}: {why}")
     if like is None:
@@ -201,6 +202,7 @@ def evaluate(
         else:
             evaluation = like.of(sae, trained, compared, sizes)
         evaluation.protocol = chosen.protocol
+        evaluation.answers = _answers(run, chosen)
         if run is not None:
             evaluation.kept_sets = KeptSets(run / "evals" / "sae_probes", origin, fresh=chosen.fresh)
         results |= _measure(checkpoint, run, evaluation, lacking, keys, alone=len(names) == 1, quiet=like is not None)
@@ -214,11 +216,18 @@ def _reference(reference: Checkpoint | None, same_recipe: Checkpoint | None) -> 
     return None if reference is None else Reference(reference.dictionary(), second)
 
 
-def _inputs(name: str, chosen: EvalOptions, sizes: Sizes) -> dict[str, Any]:
-    """What the result of one eval depends on."""
-    digests = input_digests(name, chosen.sets, chosen.files or {})
-    protocol = {"protocol": chosen.protocol} if name in ("tpp", "scr") and chosen.protocol != OWN else {}
-    return {"given": digests, "rows": sizes.of(name)} | protocol
+def _inputs(
+    name: str, chosen: EvalOptions, sizes: Sizes, others: Mapping[str, Checkpoint | None]
+) -> dict[str, Any]:  # fmt: skip
+    """What the result of one eval depends on. `others`: dictionaries to compare with, by option."""
+    inputs: dict[str, Any] = {"given": input_digests(name, chosen.sets, chosen.files or {}), "rows": sizes.of(name)}
+    if name == "positions":
+        inputs |= {option: _digest(given) for option, given in others.items() if given is not None}
+    if name in ("tpp", "scr") and chosen.protocol != OWN:
+        inputs["protocol"] = chosen.protocol
+    if name == "autointerp" and chosen.judge is not None:
+        inputs |= {"judge": chosen.judge.identity, "latents": chosen.judge.latents}
+    return inputs
 
 
 def _origin(checkpoint: Checkpoint, seed: int, like: Evaluation | None) -> dict[str, Any]:
@@ -227,6 +236,12 @@ def _origin(checkpoint: Checkpoint, seed: int, like: Evaluation | None) -> dict[
     if like is not None and like.share > 1:
         origin["share"] = like.share
     return origin
+
+
+def _answers(run: Path | None, options: EvalOptions) -> Answers | None:
+    if options.judge is None:
+        return None
+    return Answers(options.judge, None if run is None else run / "evals" / "judge.jsonl", fresh=options.fresh)
 
 
 def _measure(

@@ -14,6 +14,7 @@ from ..engine.stream import ActivationStream
 from ..engine.stream.token_rows import TestbedRows
 from .chosen_sets import sets_read
 from .evaluation import Evaluation
+from .judge import NO_JUDGE, Judge
 from .labelled import BIOS, stored_at
 from .multiple_choice import NO_CHAT_TEMPLATE, NOTHING_TO_FORGET
 from .probe_sets import is_probe_set, probe_sets, source_digests, why_not_there
@@ -34,6 +35,9 @@ EVALS = {
     "scr": ("scr_tpp", "scr"),
 }
 
+#: evals that ask a judge; `all` includes them if one is given
+JUDGED = {"autointerp": ("autointerp", "autointerp")}
+
 #: name of an input file (--file NAME=PATH) -> the eval that reads it, and whether several are allowed
 FILES = {
     "forget_questions": ("unlearning", False),
@@ -53,6 +57,7 @@ class EvalRequest:
     sae: SAEConfig
     sets: Sequence[str]
     files: Mapping[str, Sequence[str]]
+    judge: Judge | None = None
 
     @property
     def has_labels(self) -> bool:
@@ -140,6 +145,10 @@ def _needs_order_tasks(request: EvalRequest) -> str | None:
     return None if request.has_labels or _order_files(request) else _needs_tokenizer(request)
 
 
+def _needs_judge(request: EvalRequest) -> str | None:
+    return _needs_tokenizer(request) if request.judge is not None else NO_JUDGE
+
+
 def _missing(paths: Mapping[str, Path | None], option: str) -> str | None:
     missing = (argument for argument, path in paths.items() if path is not None and not path.exists())
     return next((f"--{option} {argument} does not exist" for argument in missing), None)
@@ -154,15 +163,17 @@ NEEDS: dict[str, dict[str, Callable[[EvalRequest], str | None]]] = {
     "unlearning": {"": _needs_questions},
     "tpp": {"": lambda request: _needs_classes(request, "tpp")},
     "scr": {"": lambda request: _needs_classes(request, "scr")},
+    "autointerp": {"": _needs_judge},
 }
 
 
 def missing_inputs(
-    name: str, stream: ActivationStream, sae: SAEConfig, sets: Sequence[str], files: Mapping[str, Sequence[str]]
-) -> dict[str, str]:
+    name: str, stream: ActivationStream, sae: SAEConfig, sets: Sequence[str], files: Mapping[str, Sequence[str]],
+    judge: Judge | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Parts of the eval `name` ("" for all of it) that can't be measured -> the reason, with the option that supplies what
     is missing. Reads no activations, so it can be called before anything is collected."""
-    request = EvalRequest(stream, sae, sets, files)
+    request = EvalRequest(stream, sae, sets, files, judge)
     reasons = {part: needs(request) for part, needs in NEEDS.get(name, {}).items()}
     return {part: reason for part, reason in reasons.items() if reason is not None}
 
@@ -214,11 +225,17 @@ def input_digests(name: str, sets: Sequence[str], files: Mapping[str, Sequence[s
     return digests
 
 
+def every_eval(judge: Judge | None) -> list[str]:
+    """The names that `all` stands for."""
+    return list(EVALS if judge is None else EVALS | JUDGED)
+
+
 def load_eval(name: str) -> Eval:
     """Import the eval of this name. Raises UserError if there is none."""
-    if name not in EVALS:
-        raise UserError(f"eval: {name} is not allowed; it must be {', '.join(EVALS)} or all")
-    module, function = EVALS[name]
+    known = EVALS | JUDGED
+    if name not in known:
+        raise UserError(f"eval: {name} is not allowed; it must be {', '.join(known)} or all")
+    module, function = known[name]
     try:
         return getattr(import_module(f".{module}", __package__), function)
     except ModuleNotFoundError as error:

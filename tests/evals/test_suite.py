@@ -28,6 +28,7 @@ def trained(stream_of, tmp_path, monkeypatch):
         raise UserError("data: there is none")
 
     monkeypatch.setattr(suite, "EVALS", {"coin": ("suite", "coin"), "never": ("suite", "never")})
+    monkeypatch.setattr(suite, "JUDGED", {})
     monkeypatch.setattr(suite, "coin", coin, raising=False)
     monkeypatch.setattr(suite, "never", never, raising=False)
     return tmp_path / "run", stream, calls
@@ -187,6 +188,6 @@ def test_every_eval_loads_and_is_in_the_help():
 
     code, out, _ = command("eval", "--help")
     assert code == 0
-    for name in suite.EVALS:
+    for name in suite.EVALS | suite.JUDGED:
         assert callable(suite.load_eval(name))
         assert f" {name} " in out or f" {name}," in out or f", {name} " in out
