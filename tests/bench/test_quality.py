@@ -1,6 +1,7 @@
 """What libraries' training codes reach: the same batches, seeds, the choice of a rate, the table, what is refused."""
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -120,6 +121,20 @@ def test_the_table_has_the_best_rate_of_each_library():
     assert [line["minus temposae"] for line in table] == ["", "+0.0800 ± 0.0300"]
     assert (table[0]["dead"], table[0]["F1"], table[0]["MCC"]) == ("25.0%", "0.500", "-")
     assert "eai-sparsify was left out: it is not there" in text
+
+
+def test_the_document_shows_what_was_measured():
+    files = sorted(Path(quality.__file__).parent.glob("results/quality/*.json"))
+    assert files
+    document = (Path(quality.__file__).parents[1] / "docs" / "bench.md").read_text()
+    blocks = dict(
+        re.findall(
+            r"<!-- temposae bench quality bench/results/quality/(\S+) -->\n(.*?)<!-- end of table", document, re.S
+        )
+    )
+    assert blocks.keys() == {file.name for file in files}
+    for file in files:
+        assert blocks[file.name].strip() in quality.table(json.loads(file.read_text())), file.name
 
 
 @pytest.mark.parametrize(
