@@ -55,9 +55,10 @@ def test_figures_of_the_others_do_not_depend_on_them(runs):
         assert found["all"]["controls"][name] == found["plain"]["controls"][name]
 
 
-@pytest.mark.parametrize(
-    "name", ["sparse_probing", "positions", "ground_truth", "scr", "tpp", "clusters", "absorption"]
-)
+LATER = ("positions", "ground_truth", "unlearning", "scr", "tpp", "clusters", "absorption")
+
+
+@pytest.mark.parametrize("name", ["sparse_probing", *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
 def test_every_eval_has_them_beside_random(runs, streams, name):
     folder, _ = runs
     result = evaluate(find(folder / "all"), streams(), None, (name,), rows=32)[name]
