@@ -36,7 +36,7 @@ def evaluate(
             "--set",
             help="For sparse_probing: a .csv or .jsonl file with columns text and label, a published set "
             "(fancyzhx/ag_news?path=FOLDER), or one of topic, tone, items, poison, number and agent, labels of the embedded "
-            "language. Repeatable. [default: the embedded language's topics]",
+            "language. Repeatable. [default: all six of the embedded language's]",
         ),
     ] = None,
     files: Annotated[
