@@ -38,7 +38,7 @@ def evaluate(
             "(FILE?text=COLUMN&label=COLUMN; scr also needs &attribute=COLUMN), or a published set "
             "(fancyzhx/ag_news?path=FOLDER). For sparse_probing also topic, tone, items, poison, number or agent, labels of "
             "the embedded language. For sae_probes: quick (nine data sets), all (113) or a name such as 24_headline_isiran, "
-            "with ?texts=N for fewer texts of each. Repeatable. [default: the embedded language's topics; quick]",
+            "with ?texts=N for fewer texts of each. Repeatable. [default: all six of the embedded language; quick]",
         ),
     ] = None,
     files: Annotated[

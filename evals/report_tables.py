@@ -15,8 +15,7 @@ SCORES = {
     "core": "explained_variance ce_recovered kl_recovered l0 dead_fraction",
     "sparse_probing": "top_1 top_5",
     "sae_probes": "auc.16 auc.1",
-    "positions": "specialization fidelity.profile fidelity.explained_variance.worst order_probing.mean_pooled "
-    "order_probing.last_token",
+    "positions": "specialization fidelity.snr.worst order_probing.mean_pooled order_probing.last_token",
     "ground_truth": "recovered mean_f1 mean_top_5",
     "unlearning": "score retained",
     "clusters": "stability.adjusted_rand",
@@ -57,10 +56,9 @@ LABELS = {
     "ce_tokens": "tokens for CE and KL", "train_rows": "training rows", "test_accuracy": "all",
     "top_1_error": "error of top 1", "mutual_information": "mutual information (nats)",
     "positional_share": "share above 0.05 nats", "spearman_share": "share with rank correlation above 0.4",
-    "alive": "latents that fire", "profile": "positional profile kept", "fidelity.profile": "fidelity: profile",
-    "explained_variance.mean": "explained variance, mean of bins", "ce_recovered.mean": "CE recovered, mean of bins",
-    "explained_variance.worst": "explained variance, worst bin", "ce_recovered.worst": "CE recovered, worst bin",
-    "fidelity.explained_variance.worst": "fidelity: EV, worst bin",
+    "alive": "latents that fire", "snr.mean": "SNR (dB), mean of bins", "snr.worst": "SNR (dB), worst bin",
+    "ce_recovered.mean": "CE recovered, mean of bins",
+    "ce_recovered.worst": "CE recovered, worst bin", "fidelity.snr.worst": "fidelity: SNR (dB), worst bin",
     "order_probing.mean_pooled": "order probing: mean pooled", "order_probing.last_token": "order probing: last token",
     "bow": "bag of words", "lm": "LM activations", "test": "test texts",
     "recovered": "recovered by 5 latents", "detected": "detected (share with F1 of 0.8)", "mean_f1": "mean F1",
@@ -92,7 +90,7 @@ def section(name: str, result: dict[str, Any]) -> list[str]:
 
 
 def lookup(scores: Any, path: str) -> Any:
-    """The figure at a path such as "fidelity.profile"; None if missing."""
+    """The figure at a path such as "fidelity.snr.worst"; None if missing."""
     for key in path.split("."):
         scores = scores.get(key) if isinstance(scores, dict) else None
     return scores
@@ -230,7 +228,7 @@ def _agreement(result: dict[str, Any]) -> list[str]:
 
 
 def _fidelity(result: dict[str, Any]) -> list[str]:
-    figures = "profile explained_variance.mean explained_variance.worst ce_recovered.mean ce_recovered.worst"
+    figures = "snr.mean snr.worst ce_recovered.mean ce_recovered.worst"
     shifts = {
         f"shifts.{shift}.{key}": f"{name}, text {shift} positions later"
         for shift in result["shifts"]
@@ -238,7 +236,7 @@ def _fidelity(result: dict[str, Any]) -> list[str]:
     }
     columns = {
         f"{name}, {autoencoder}": scores[key]["by_bin"]
-        for key, name in (("explained_variance", "EV"), ("ce_recovered", "CE"))
+        for key, name in (("snr", "SNR"), ("ce_recovered", "CE"))
         for autoencoder, scores in _autoencoders(result).items()
     }
     lines = [
@@ -247,7 +245,7 @@ def _fidelity(result: dict[str, Any]) -> list[str]:
     ]
     return [
         _beside(result, {**_headings(figures), **shifts}),
-        "By position; EV is explained variance, CE is CE recovered:",
+        "By position; SNR is the reconstruction's in dB, CE is CE recovered:",
         table(("positions", *map(plain, columns)), lines),
     ]
 

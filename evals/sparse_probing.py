@@ -13,6 +13,10 @@ is the same for the model's activations.
 
 Controls use the same rows and splits: `random` (a dictionary with an untrained decoder), `lm_neurons` (each token's largest
 activations), `mean` (one latent that is always active) and `shuffled` (the dictionary's latents with permuted labels).
+On the embedded language six label sets of graded difficulty are measured, and the main figures are means over them. The
+selection prefers latents with large activations, whose means vary most. On the hard sets the best latent by this rule is
+often near chance although another separates the classes (docs/evals.md).
+
 `top_1_error` is the standard error of `top_1` from the number of test rows. `reached_by` names controls whose `top_1` is
 at least the dictionary's minus this error.
 """
@@ -62,8 +66,8 @@ def sparse_probing(
     """Measure test accuracies of probes on the k best latents, for each of `ks` (default: `KS` up to F), on 1 and on all.
 
     `sets`: labels of the embedded language (`EMBEDDED`), files and published sets as for `load_labelled`, or `Labelled`
-    texts; default: the evaluation's, or `topic`. Latents that are dead or too small for a probe are named in `warnings` and
-    have no scores. Raises UserError if k is above F, or a set has one class or too few texts of a class.
+    texts; default: the evaluation's, or all of `EMBEDDED`. Latents that are dead or too small for a probe are named in
+    `warnings` and have no scores. Raises UserError if k is above F, or a set has one class or too few texts of a class.
     """
     F = evaluation.sae.cfg.d_sae
     sets = sets_read("sparse_probing", evaluation.sets) or None if sets is None else sets
@@ -75,7 +79,7 @@ def sparse_probing(
     results: dict[str, dict[str, Any]] = {}
     warnings: list[str] = []
     answers: dict[str, _Answers] = {}
-    for labelled in _opened(evaluation, EMBEDDED[:1] if sets is None else sets):
+    for labelled in _opened(evaluation, EMBEDDED if sets is None else sets):
         if labelled.name in results:
             raise UserError(f"sets: {labelled.name} is given twice; give each set its own name")
         answers[labelled.name] = _Answers(len(labelled.labels), len(np.unique(labelled.labels)))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from temposae.engine.storage import checkpoint
 from temposae.engine.stream import ActivationStream
+from temposae.evals.labelled import EMBEDDED
 from temposae.evals.run_evals import evaluate
 from temposae.evals.suite import EVALS
 
@@ -45,8 +46,16 @@ def test_the_demo_dictionary_scores_above_its_controls(found):
     assert {"explained_variance", "ce_recovered", "l0", "controls"} <= set(found["core"])
     probing = found["sparse_probing"]
     assert set(probing["controls"]) == CONTROLS
-    assert probing["top_1"] >= 0.85
-    assert probing["top_1"] > probing["controls"]["random"]["top_1"] + 2 * probing["top_1_error"]
+    assert list(probing["sets"]) == list(EMBEDDED)
+    topic, random = probing["sets"]["topic"], probing["controls"]["random"]["top_1"]
+    assert topic["top_1"] >= 0.85
+    assert topic["top_1"] > topic["controls"]["random"]["top_1"] + 2 * topic["top_1_error"]
+    assert topic["reached_by"] == []
+    # over all sets the random control is as good, which the figures have to say
+    assert ("random" in probing["reached_by"]) == (random >= probing["top_1"] - probing["top_1_error"])
+    above = probing["intervals"]["top_1"]["above_random"]
+    assert above["difference"] == pytest.approx(probing["top_1"] - random)
+    assert probing["top_100"] > probing["controls"]["lm_neurons"]["top_100"]
     assert probing["controls"]["mean"]["top_1"] == 0.5
     assert abs(probing["controls"]["shuffled"]["top_1"] - 0.5) < 0.06
     unlearning = found["unlearning"]

@@ -333,7 +333,7 @@ def test_every_eval_has_its_section_tables_and_figures(report, results):
         assert shown == figures.get(name, {name}), name
         assert parts[name].count("\n| :--") + parts[name].count("\n| --:") >= 2 - (name in "core"), name
     expected = {
-        "core": ("saebench.explained_variance",), "unlearning": ("activation_norm",), "positions": ("fidelity.profile",)
+        "core": ("saebench.explained_variance",), "unlearning": ("activation_norm",), "positions": ("fidelity.snr.worst",)
     }  # fmt: skip
     for name, paths in expected.items():
         for path in paths:
