@@ -51,6 +51,7 @@ def measured(testbed) -> dict[str, dict[str, Any]]:
 
     stream = ActivationStream(StreamConfig(buffer_tokens=4096, rows_per_forward=32), model=testbed)
     evaluation = Evaluation(stream, SparseAutoencoder(CFG), SparseAutoencoder(CFG))
+    evaluation.protocol = "saebench"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_probing, "ROWS", ROWS)
         patch.setattr(sparse_probing, "full_width", lambda split, draw: 0.5)  # the slow parts
