@@ -124,7 +124,7 @@ def read_file(source: Source) -> list[Example]:
     if source.columns[2] is not None:
         values = sorted({side for _, _, side in examples})
         if len(values) != 2:
-            shown = ", ".join(values[:5]) + (", ..." if len(values) > 5 else "")
+            shown = ", ".join(value[:20] for value in values[:5]) + (", ..." if len(values) > 5 else "")
             raise UserError(
                 f"sets: {source.file} has {len(values)} values of {source.columns[2]!r} ({shown}); an attribute needs two"
             )

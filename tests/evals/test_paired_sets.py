@@ -85,6 +85,8 @@ THREE = {(job, sex): 12 for job in "abc" for sex in "fm"}
     [
         (EVEN, "?text=bio&label=job&attribute=gender", "a.csv line 2 has no 'gender'; it has bio, job, sex$"),
         (EVEN | {("poet", "x"): 1}, COLUMNS, r"a.csv has 3 values of 'sex' \(f, m, x\); an attribute needs two$"),
+        (EVEN, "?text=sex&label=job&attribute=bio", r"has 120 values of 'bio' \(nurse f 0, nurse f 1, .*\.\.\.\); an a"),
+        ({("poet", "m" * 30): 9}, COLUMNS, rf"1 values of 'sex' \({'m' * 20}\); an attribute needs two$"),
         ({("poet", "m"): 9}, COLUMNS, r"a.csv has 1 values of 'sex' \(m\); an attribute needs two$"),
         (EVEN | {("poet", "m"): 9}, COLUMNS, "a.csv has 9 texts of class poet with m; SCR needs 10 of each$"),
         ({k: v for k, v in EVEN.items() if k != ("nurse", "m")}, COLUMNS, "has 0 texts of class nurse with m; SCR needs 10"),

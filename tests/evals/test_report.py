@@ -55,6 +55,7 @@ def measured(testbed, tmp_path_factory) -> dict[str, dict[str, Any]]:
     stream = ActivationStream(StreamConfig(buffer_tokens=4096, rows_per_forward=32), model=testbed)
     evaluation = Evaluation(stream, SparseAutoencoder(CFG), SparseAutoencoder(CFG))
     write_set(texts := tmp_path_factory.mktemp("texts"), "7_length", by_length(240))
+    evaluation.protocol = "saebench"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_probing, "ROWS", ROWS)
         patch.setattr(sparse_probing, "full_width", lambda split, draw: 0.5)  # the slow parts
