@@ -192,14 +192,12 @@ def evaluate(
         random = checkpoint.dictionary("random") if has_random else None
         if trains_control and not all("" in reasons for reasons in lacking.values()):
             random = _train_control(checkpoint, sae, stream)
-        second = None if same_recipe is None else same_recipe.dictionary()
-        compared = None if reference is None else Reference(reference.dictionary(), second)
+        compared = reference and Reference(reference.dictionary(), same_recipe and same_recipe.dictionary())
         if like is None:
             evaluation = Evaluation(stream, sae, random, chosen.seed, sets, files, reference=compared, sizes=sizes)
         else:
             evaluation = like.of(sae, random, compared, sizes)
-        if run is not None:
-            evaluation.kept_sets = KeptSets(run / "evals" / "sae_probes", origin, fresh=chosen.fresh)
+        evaluation.kept_sets = None if run is None else KeptSets(run / "evals/sae_probes", origin, fresh=chosen.fresh)
         results |= _measure(checkpoint, run, evaluation, lacking, keys, alone=len(names) == 1, quiet=like is not None)
     if run is not None and like is None:
         write_report(run, checkpoint, VERSION)
