@@ -196,24 +196,18 @@ def evaluate(
         announce(lacking)
     if lacking:
         trained = controls.get(stream, train=not all("" in reasons for reasons in lacking.values()))
-        compared = _reference(reference, same_recipe)
+        compared = reference and Reference(reference.dictionary(), same_recipe and same_recipe.dictionary())
         if like is None:
             evaluation = Evaluation(stream, sae, trained, chosen.seed, sets, files, reference=compared, sizes=sizes)
         else:
             evaluation = like.of(sae, trained, compared, sizes)
         evaluation.protocol = chosen.protocol
         evaluation.answers = _answers(run, chosen)
-        if run is not None:
-            evaluation.kept_sets = KeptSets(run / "evals" / "sae_probes", origin, fresh=chosen.fresh)
+        evaluation.kept_sets = None if run is None else KeptSets(run / "evals/sae_probes", origin, fresh=chosen.fresh)
         results |= _measure(checkpoint, run, evaluation, lacking, keys, alone=len(names) == 1, quiet=like is not None)
     if run is not None and like is None:
         write_report(run, checkpoint, VERSION)
     return {name: results[name] for name in names}
-
-
-def _reference(reference: Checkpoint | None, same_recipe: Checkpoint | None) -> Reference | None:
-    second = None if same_recipe is None else same_recipe.dictionary()
-    return None if reference is None else Reference(reference.dictionary(), second)
 
 
 def _inputs(

@@ -359,7 +359,7 @@ def test_the_page_needs_nothing_but_itself(report):
     tags = [tag for tag, _ in page.tags]
     assert not {"script", "link", "iframe", "object", "base", "form"} & set(tags)
     images = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == markdown.count("](figures/") == 10
+    assert len(images) == markdown.count("](figures/") == 11
     for attrs, file in zip(images, re.findall(r"\]\((figures/\w+\.png)\)", markdown), strict=True):
         assert base64.b64decode(attrs["src"].removeprefix("data:image/png;base64,")) == (report / file).read_bytes()
         assert len(attrs["alt"]) > 5

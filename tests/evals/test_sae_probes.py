@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from temposae.engine.config import SAEConfig
+from temposae.engine.config import SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.storage.checkpoint import find
+from temposae.engine.train import train
 from temposae.evals import run_figures, suite
 from temposae.evals.evaluation import Evaluation
 from temposae.evals.kept_sets import KeptSets, SetResult
 from temposae.evals.probe_sets import QUICK, is_probe_set, load, probe_sets, why_not_there
 from temposae.evals.report_tables import section
+from temposae.evals.run_evals import evaluate
 from temposae.evals.sae_probes import CONTEXT, last_tokens, sae_probes
 from temposae.evals.tuned_probes import split_rows
 from temposae.kernels.code import SparseCode
@@ -165,6 +168,24 @@ def test_a_measurement_goes_on_after_the_sets_that_it_has(stream_of, data, tmp_p
     (tmp_path / "7_length.json").write_text("{")  # cut short
     run(**changed)
     assert measured == ["7_length (1 of 2)"]
+
+
+def test_a_run_keeps_the_result_of_each_set(stream_of, data, tmp_path, monkeypatch):
+    """After an interruption, `--fresh` alone measures them again."""
+    monkeypatch.setattr(suite, "NEEDS", {})  # the embedded model will do
+    stream, sets = stream_of(), [f"7_length?path={data}"]
+    run = tmp_path / "run"
+    train(stream, SAEConfig(d_in=128, d_sae=32, k=2), TrainConfig(tokens=1024, batch=256), out=run)
+    first = evaluate(find(run), stream, run, ["sae_probes"], sets=sets)["sae_probes"]
+    assert [path.name for path in (run / "evals" / "sae_probes").iterdir()] == ["7_length.json"]
+    assert "7_length" in (run / "report.md").read_text()
+    (run / "evals" / "sae_probes.json").unlink()
+    monkeypatch.setattr("temposae.evals.sae_probes._measured", lambda *_: pytest.fail("measured again"))
+    again = evaluate(find(run), stream, run, ["sae_probes"], sets=sets)["sae_probes"]
+    assert again["auc"] == first["auc"]
+    assert again["intervals"] == first["intervals"]
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        evaluate(find(run), stream, run, ["sae_probes"], sets=sets, fresh=True)
 
 
 def test_kept_scores_are_the_same_bits(tmp_path):

@@ -41,7 +41,7 @@ def package() -> Iterator[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         root = ModuleType("sae_probes")
-        root.__path__ = [folder]
+        root.__path__, root.__spec__ = [folder], spec
         patch.setitem(sys.modules, "sae_probes", root)
         for name in EMPTY:
             empty = ModuleType(name)
@@ -53,7 +53,7 @@ def package() -> Iterator[Any]:
 def latents(n: int, F: int, y: np.ndarray) -> np.ndarray:
     """Sparse latents float32 [n, F], of which the first ten are more often active in the class."""
     draw = np.random.default_rng(0)
-    rate = np.where(np.arange(F) < 10, 0.1 + 0.15 * y[:, None], 0.1)
+    rate = np.where(np.arange(F) < 10, 0.1 + 0.35 * y[:, None], 0.1)
     return (5 * draw.random((n, F)) * (draw.random((n, F)) < rate)).astype(np.float32)
 
 
