@@ -46,7 +46,7 @@ def evaluate(
             metavar="NAME=PATH",
             help="For unlearning, all four of forget_questions, retain_questions (.jsonl or .parquet, in the formats of "
             "WMDP and MMLU), forget_text and retain_text (.txt, .jsonl or .parquet). For positions, blimp (.jsonl) and "
-            "senteval. Repeatable. [default: the embedded language's]",
+            "senteval. For ravel, ravel (.json, entities and templates). Repeatable. [default: the embedded language's]",
         ),
     ] = None,
     rows: Annotated[
@@ -103,6 +103,7 @@ def evaluate(
     scr, tpp        a spurious attribute, or one class, removed by ablating a few latents
     clusters        latents grouped by the positions at which they are active
     absorption      first-letter latents that miss some of their words
+    ravel           an attribute of an entity changed by exchanging latents, while its other attributes stay
     autointerp      how well a judge's explanations of latents predict where they fire; all includes it if a judge is given
 
     Labels, questions and texts default to the embedded language's. On another text, an eval that needs its own says so.

@@ -21,9 +21,17 @@ SCORES = {
     "tpp": "score",
     "clusters": "stability.adjusted_rand",
     "absorption": "mean_main_f1 mean_absorption",
+    "ravel": "score cause isolation",
     "autointerp": "score balanced",
 }
-NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption")  # scores that are not better when larger
+NOT_BETTER = (
+    "l0",
+    "dead_fraction",
+    "retained",
+    "mean_absorption",
+    "cause",
+    "isolation",
+)  # scores that are not better when larger
 
 #: eval -> caption of its section
 ASKS = {
@@ -36,6 +44,7 @@ ASKS = {
     "tpp": "Accuracy that one class loses when its n latents are ablated, minus the mean loss of the others.",
     "clusters": "Latents clustered by the positions at which they are active, and the stability of the clusters.",
     "absorption": "Words missed by their first letter's latents. Also low if no latent represents a letter.",
+    "ravel": "Attributes of entities changed by exchanging latents, while other attributes stay; 0.5 without a change.",
     "autointerp": "Share of examples for which a judge tells from its own explanation whether the latent fires.",
 }
 
@@ -67,6 +76,7 @@ LABELS = {
     "mean_absorption_fraction": "mean fraction", "mean_split": "main latents of a letter",
     "mean_main_f1": "mean F1 of main latents", "probe_f1": "probe's F1", "main": "main latents", "main_f1": "their F1",
     "absorption_fraction": "fraction", "balanced": "score, active and inactive examples equally weighted",
+    "cause": "cause: answers that become the source's", "isolation": "isolation: answers about others that stay",
     "none": "score of always answering None", "named": "named as active", "unparsable": "answers that can't be read",
 }  # fmt: skip
 
@@ -339,6 +349,18 @@ def _absorption(result: dict[str, Any]) -> list[str]:
     return [means, "### By letter", _items("letter", result["letters"], figures)]
 
 
+def _ravel(result: dict[str, Any]) -> list[str]:
+    lines = _autoencoders(result) | {"all of the activation": result["whole"]}
+    figures = {"score": "score", "cause": "cause", "isolation": "isolation", "latents": "latents exchanged, mean"}
+    by_attribute = figures | {"latents": "latents exchanged"}
+    return [
+        _items("", {(): result}, "prompts known pairs"),
+        _items("exchanged", lines, figures),
+        "### By attribute",
+        _items("attribute", result["attributes"], by_attribute),
+    ]
+
+
 def _autointerp(result: dict[str, Any]) -> list[str]:
     judge = ", ".join(result["judge"].values())
     blocks = [f"Judge: {plain(judge)}", _beside(result, "score balanced none scored answers unparsable")]
@@ -350,5 +372,5 @@ def _autointerp(result: dict[str, Any]) -> list[str]:
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "core": _core, "sparse_probing": _sparse_probing, "positions": _positions, "ground_truth": _ground_truth,
     "unlearning": _unlearning, "scr": _scr, "tpp": _tpp, "clusters": _clusters, "absorption": _absorption,
-    "autointerp": _autointerp,
+    "ravel": _ravel, "autointerp": _autointerp,
 }  # fmt: skip

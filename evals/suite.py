@@ -12,6 +12,7 @@ from ..engine.storage.files import digest, digest_of_folder
 from ..engine.storage.path_names import expand_path
 from ..engine.stream import ActivationStream
 from ..engine.stream.token_rows import TestbedRows
+from .entity_facts import NO_FACTS
 from .evaluation import Evaluation
 from .judge import NO_JUDGE, Judge
 from .labelled import stored_at
@@ -30,6 +31,7 @@ EVALS = {
     "tpp": ("scr_tpp", "tpp"),
     "clusters": ("clusters", "clusters"),
     "absorption": ("absorption", "absorption"),
+    "ravel": ("ravel", "ravel"),
 }
 
 #: evals that ask a judge; `all` includes them if one is given
@@ -43,6 +45,7 @@ FILES = {
     "retain_text": ("unlearning", False),
     "blimp": ("positions", True),
     "senteval": ("positions", True),
+    "ravel": ("ravel", True),
 }
 
 
@@ -117,6 +120,15 @@ def _needs_order_tasks(request: EvalRequest) -> str | None:
     return f"{request.stream.text.name} has no word order tasks; give --file blimp=PATH or --file senteval=PATH"
 
 
+def _needs_facts(request: EvalRequest) -> str | None:
+    if request.sae.d_out is not None:
+        return "a transcoder is not allowed; RAVEL changes the activations that were encoded"
+    paths = request.files.get("ravel", ())
+    if not paths:
+        return None if request.has_labels else f"{request.stream.text.name} {NO_FACTS}"
+    return _needs_tokenizer(request) or _missing({path: expand_path(path, "file") for path in paths}, "file")
+
+
 def _needs_judge(request: EvalRequest) -> str | None:
     return _needs_tokenizer(request) if request.judge is not None else NO_JUDGE
 
@@ -134,6 +146,7 @@ NEEDS: dict[str, dict[str, Callable[[EvalRequest], str | None]]] = {
     "unlearning": {"": _needs_questions},
     "scr": {"": _needs_labels},
     "tpp": {"": _needs_labels},
+    "ravel": {"": _needs_facts},
     "autointerp": {"": _needs_judge},
 }
 
