@@ -48,7 +48,8 @@ def evaluate(
             metavar="NAME=PATH",
             help="For unlearning, all four of forget_questions, retain_questions (.jsonl or .parquet, in the formats of "
             "WMDP and MMLU), forget_text and retain_text (.txt, .jsonl or .parquet). For positions, blimp (.jsonl) and "
-            "senteval. Repeatable. [default: the embedded language's; for positions, words of the text exchanged]",
+            "senteval. For ravel, ravel (.json, entities and templates). Repeatable. [default: the embedded language's; for "
+            "positions, words of the text exchanged]",
         ),
     ] = None,
     rows: Annotated[
@@ -118,6 +119,7 @@ def evaluate(
     unlearning      answers about one subject removed while all others are kept
     clusters        latents grouped by the positions at which they are active
     absorption      first-letter latents that miss some of their words
+    ravel           an attribute of an entity changed by exchanging latents, while its other attributes stay
     tpp, scr        one class, or a spurious attribute, removed by ablating a few latents (docs/evals.md: unreliable)
     autointerp      how well a judge's explanations of latents predict where they fire; all includes it if a judge is given
 

@@ -20,12 +20,14 @@ SCORES = {
     "unlearning": "score retained",
     "clusters": "stability.adjusted_rand",
     "absorption": "mean_main_f1 mean_absorption",
+    "ravel": "score cause isolation",
     "tpp": "score",
     "scr": "score",
     "autointerp": "score balanced",
 }
 ACCURACIES = ("clean_class", "clean_attribute", "base_class", "base_attribute")  # of SCR's probes
-NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption")  # scores that are not better when larger
+# scores that are not better when larger
+NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption", "cause", "isolation")
 
 UNRELIABLE = "Don't choose between dictionaries by this score: an audit found it unreliable (arXiv 2605.18229)."
 
@@ -42,6 +44,7 @@ ASKS = {
     "scr": "Share of a spurious correlation removed by ablating n latents: 0 none, 1 all of it. " + UNRELIABLE,
     "clusters": "Latents clustered by the positions at which they are active, and the stability of the clusters.",
     "absorption": "Words missed by their first letter's latents. Also low if no latent represents a letter.",
+    "ravel": "Attributes of entities changed by exchanging latents, while other attributes stay; 0.5 without a change.",
     "autointerp": "Share of examples for which a judge tells from its own explanation whether the latent fires.",
 }
 
@@ -72,6 +75,7 @@ LABELS = {
     "mean_main_f1": "mean F1 of main latents", "probe_f1": "probe's F1", "main": "main latents", "main_f1": "their F1",
     "absorption_fraction": "fraction", "auc.1": "AUC, 1 latent", "auc.16": "AUC, 16 latents",
     "balanced": "score, active and inactive examples equally weighted",
+    "cause": "cause: answers that become the source's", "isolation": "isolation: answers about others that stay",
     "none": "score of always answering None", "named": "named as active", "unparsable": "answers that can't be read",
 }  # fmt: skip
 
@@ -399,6 +403,18 @@ def _first_latents(scores: dict[str, Any]) -> dict[str, Any]:
     return scores | {"latents": scores["latents"][:5]}
 
 
+def _ravel(result: dict[str, Any]) -> list[str]:
+    lines = _autoencoders(result) | {"all of the activation": result["whole"]}
+    figures = {"score": "score", "cause": "cause", "isolation": "isolation", "latents": "latents exchanged, mean"}
+    by_attribute = figures | {"latents": "latents exchanged"}
+    return [
+        _items("", {(): result}, "prompts known pairs"),
+        _items("exchanged", lines, figures),
+        "### By attribute",
+        _items("attribute", result["attributes"], by_attribute),
+    ]
+
+
 def _autointerp(result: dict[str, Any]) -> list[str]:
     judge = ", ".join(result["judge"].values())
     blocks = [f"Judge: {plain(judge)}", _beside(result, "score balanced none scored answers unparsable")]
@@ -411,5 +427,5 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "core": _core, "sparse_probing": _sparse_probing, "sae_probes": _sae_probes,
     "positions": _positions, "ground_truth": _ground_truth,
     "unlearning": _unlearning, "scr": _scr, "tpp": _tpp, "clusters": _clusters, "absorption": _absorption,
-    "autointerp": _autointerp,
+    "ravel": _ravel, "autointerp": _autointerp,
 }  # fmt: skip

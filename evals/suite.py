@@ -13,6 +13,7 @@ from ..engine.storage.path_names import expand_path
 from ..engine.stream import ActivationStream
 from ..engine.stream.token_rows import TestbedRows
 from .chosen_sets import sets_read
+from .entity_facts import NO_FACTS
 from .evaluation import Evaluation
 from .judge import NO_JUDGE, Judge
 from .labelled import BIOS, stored_at
@@ -31,6 +32,7 @@ EVALS = {
     "unlearning": ("unlearning", "unlearning"),
     "clusters": ("clusters", "clusters"),
     "absorption": ("absorption", "absorption"),
+    "ravel": ("ravel", "ravel"),
     "tpp": ("scr_tpp", "tpp"),
     "scr": ("scr_tpp", "scr"),
 }
@@ -46,6 +48,7 @@ FILES = {
     "retain_text": ("unlearning", False),
     "blimp": ("positions", True),
     "senteval": ("positions", True),
+    "ravel": ("ravel", True),
 }
 
 
@@ -145,6 +148,15 @@ def _needs_order_tasks(request: EvalRequest) -> str | None:
     return None if request.has_labels or _order_files(request) else _needs_tokenizer(request)
 
 
+def _needs_facts(request: EvalRequest) -> str | None:
+    if request.sae.d_out is not None:
+        return "a transcoder is not allowed; RAVEL changes the activations that were encoded"
+    paths = request.files.get("ravel", ())
+    if not paths:
+        return None if request.has_labels else f"{request.stream.text.name} {NO_FACTS}"
+    return _needs_tokenizer(request) or _missing({path: expand_path(path, "file") for path in paths}, "file")
+
+
 def _needs_judge(request: EvalRequest) -> str | None:
     return _needs_tokenizer(request) if request.judge is not None else NO_JUDGE
 
@@ -161,6 +173,7 @@ NEEDS: dict[str, dict[str, Callable[[EvalRequest], str | None]]] = {
     "positions": {"": _needs_order_files, "order probing": _needs_order_tasks},
     "ground_truth": {"": _needs_labels},
     "unlearning": {"": _needs_questions},
+    "ravel": {"": _needs_facts},
     "tpp": {"": lambda request: _needs_classes(request, "tpp")},
     "scr": {"": lambda request: _needs_classes(request, "scr")},
     "autointerp": {"": _needs_judge},
