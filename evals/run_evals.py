@@ -34,7 +34,7 @@ from .saebench import file_name, output
 from .suite import input_digests, load_eval, missing_inputs
 from .trained_controls import TrainedControls, without_control
 
-VERSION = 12  # of the evals; results of another version are not used
+VERSION = 13  # of the evals; results of another version are not used
 SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
 L0_AGREES = 0.05  # relative difference of L0 on held-out text and at the end of training, up to which no warning is due
 ERRORS = ("explained_variance_error", "ce_recovered_error")

@@ -42,7 +42,7 @@ class Planted:
         draw = np.random.default_rng(0)
         self.tokens = torch.from_numpy(draw.integers(0, D, (R, T)))
         self.size = torch.from_numpy(draw.uniform(1, 2, (R, T))).float()
-        self.text = SimpleNamespace(name="planted text")
+        self.text, self.positions = SimpleNamespace(name="planted text"), T
         self.model = SimpleNamespace(device="cpu", tokenizer=Words())
 
     def held_out(self, rows: int) -> Any:
