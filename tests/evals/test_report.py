@@ -254,7 +254,7 @@ def test_scores_without_an_interval_are_never_bold(results):
         assert "specialization" not in results[name].get("intervals", {})
     rows = glance(compose(FACTS, results, {}, {})[1])
     without = [name for name, row in rows.items() if row[-3] == "–"]
-    expected = ("specialization", "fidelity: profile", "fidelity: EV", "stability", "L0", "dead latents")
+    expected = ("specialization", "fidelity: SNR", "stability", "L0", "dead latents")
     assert all(any(part in name for name in without) for part in expected)
     assert not any("**" in cell for name in without for cell in rows[name])
 

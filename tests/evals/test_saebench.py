@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 from dataclasses import asdict, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +337,8 @@ def test_settings_are_those_that_evals_used(stream_of, sae):
         cells = [-(-int(((topics == t) & (tones == tone)).sum()) // 2) for t in (topic, topic + 1) for tone in (0, 1)]
         return min(*cells, cells[0] // 2, cells[3] // 2)
 
-    for name, function in {"sparse_probing": sparse_probing, "tpp": tpp, "scr": scr}.items():
+    on_topics = partial(sparse_probing, sets=["topic"])
+    for name, function in {"sparse_probing": on_topics, "tpp": tpp, "scr": scr}.items():
         result = json.loads(json.dumps(function(evaluation)))
         found = output(name, result, sae, stream.config, sae_id="run", seed=5, **ABOUT)
         assert found is not None
