@@ -66,6 +66,7 @@ $(VENV)/.smollm2: $(STAMP)
 $(VENV)/.peers: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[peers]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps dictionary-learning
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps sae-probes zstandard
 	touch $@
 
 # an older Triton, with which the kernels are compiled, too

@@ -74,7 +74,7 @@ SCORES = {
         "the same with the run's activations permuted over tokens: what unrelated latents reach", 0,
     ),
     "fidelity": Score(
-        "Fidelity", "positions", "fidelity.profile", "share of the activations' positional profile that is reconstructed"
+        "Fidelity", "positions", "fidelity.snr.worst", "SNR of the reconstruction (dB) in the worst bin of positions"
     ),
 }  # fmt: skip
 #: the scores in which a run is compared with its random control

@@ -10,7 +10,7 @@ from ..engine.errors import UserError
 from ..engine.process.signals import stop_advice
 from ..engine.storage.files import check_writable, write_json
 from .options import FOLDERS, TEXTS, JsonFile, Plugin, check_backend
-from .output import core_table, scores_table
+from .output import core_table, probes_table, scores_table
 
 Dictionary = Annotated[Path, Option(help=FOLDERS)]
 OtherModel = Annotated[
@@ -34,9 +34,11 @@ def evaluate(
         list[str] | None,
         Option(
             "--set",
-            help="For sparse_probing: a .csv or .jsonl file with columns text and label, a published set "
-            "(fancyzhx/ag_news?path=FOLDER), or one of topic, tone, items, poison, number and agent, labels of the embedded "
-            "language. Repeatable. [default: the embedded language's topics]",
+            help="For sparse_probing, tpp and scr: a .csv or .jsonl file with columns text and label "
+            "(FILE?text=COLUMN&label=COLUMN; scr also needs &attribute=COLUMN), or a published set "
+            "(fancyzhx/ag_news?path=FOLDER). For sparse_probing also topic, tone, items, poison, number or agent, labels of "
+            "the embedded language. For sae_probes: quick (nine data sets), all (113) or a name such as 24_headline_isiran, "
+            "with ?texts=N for fewer texts of each. Repeatable. [default: all six of the embedded language; quick]",
         ),
     ] = None,
     files: Annotated[
@@ -46,7 +48,8 @@ def evaluate(
             metavar="NAME=PATH",
             help="For unlearning, all four of forget_questions, retain_questions (.jsonl or .parquet, in the formats of "
             "WMDP and MMLU), forget_text and retain_text (.txt, .jsonl or .parquet). For positions, blimp (.jsonl) and "
-            "senteval. Repeatable. [default: the embedded language's]",
+            "senteval. For ravel, ravel (.json, entities and templates). Repeatable. [default: the embedded language's; for "
+            "positions, words of the text exchanged]",
         ),
     ] = None,
     rows: Annotated[
@@ -58,6 +61,12 @@ def evaluate(
         ),
     ] = None,
     control: Annotated[bool, Option("--control", help="Train a random control first if the run has none.")] = False,
+    controls: Annotated[
+        str | None,
+        Option(
+            help="Train these controls first if the run lacks them: random, soft_frozen, frozen_encoder, as in a,b."
+        ),
+    ] = None,
     reference: Annotated[
         Path | None,
         Option(
@@ -67,6 +76,32 @@ def evaluate(
     same_recipe: Annotated[
         Path | None, Option(help="For positions: another seed of the reference's recipe, as a yardstick of agreement.")
     ] = None,
+    protocol: Annotated[
+        str,
+        Option(
+            metavar="temposae|saebench",
+            help="For tpp and scr: saebench uses SAEBench's probes and its choice of latents, and writes its result files.",
+        ),
+    ] = "temposae",
+    judge_command: Annotated[
+        str | None,
+        Option(
+            metavar="'PROGRAM ARGUMENTS'",
+            help="For autointerp: a program that reads a prompt on standard input and writes the answer. No shell runs it.",
+        ),
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        Option(
+            help="For autointerp: the address of an OpenAI-compatible model, as in http://HOST/v1. Its key is read from the "
+            "environment variable TEMPOSAE_JUDGE_KEY."
+        ),
+    ] = None,
+    judge_model: Annotated[str | None, Option(help="The model's name at --judge-url.")] = None,
+    judge_timeout: Annotated[float, Option(help="Seconds to wait for an answer of the judge.")] = 120.0,
+    judge_latents: Annotated[
+        int, Option(min=2, max=10**6, help="Latents per dictionary that the judge explains.")
+    ] = 20,
     fresh: Annotated[bool, Option("--fresh", help="Repeat evals that the run folder already has.")] = False,
     plugin: Plugin = None,
     json_file: JsonFile = None,
@@ -78,24 +113,36 @@ def evaluate(
     \b
     core            explained variance, CE and KL recovered, L0 and dead latents, overall and per position
     sparse_probing  accuracy of classifiers that see only the k best latents
+    sae_probes      the data sets of sae-probes: AUC of classifiers on k latents of the last token
     positions       position information in latents and reconstructions, and sensitivity to word order
-    ground_truth    known variables of the embedded language that single latents represent
+    ground_truth    known variables of the embedded language that a few latents reconstruct
     unlearning      answers about one subject removed while all others are kept
-    scr, tpp        a spurious attribute, or one class, removed by ablating a few latents
     clusters        latents grouped by the positions at which they are active
     absorption      first-letter latents that miss some of their words
+    ravel           an attribute of an entity changed by exchanging latents, while its other attributes stay
+    tpp, scr        one class, or a spurious attribute, removed by ablating a few latents (docs/evals.md: unreliable)
+    autointerp      how well a judge's explanations of latents predict where they fire; all includes it if a judge is given
 
-    Labels, questions and texts default to the embedded language's. On another text, an eval that needs its own says so.
+    Labels, questions and texts default to the embedded language's. On another text, core, positions, clusters and absorption
+    need nothing else. The others say which option supplies their labels or questions, and all ends with a list of them.
     """
     from ..engine.storage import checkpoint
     from ..evals.api import stream_of
+    from ..evals.coverage import summary
+    from ..evals.evaluation import check_protocol
+    from ..evals.judge import Judge
+    from ..evals.report_tables import main_scores
     from ..evals.run_evals import evaluate
-    from ..evals.suite import EVALS, check_there, load_eval, named_files
+    from ..evals.suite import check_there, every_eval, load_eval, named_files
 
     check_backend()
+    check_protocol(protocol)
     by_name = named_files(files or ())
-    check_there(sets or (), by_name)
-    names = list(EVALS) if name == "all" else [name]
+    judge = None
+    if any(option is not None for option in (judge_command, judge_url, judge_model)):
+        judge = Judge.of(judge_command, judge_url, judge_model, timeout=judge_timeout, latents=judge_latents)
+    names = every_eval(judge) if name == "all" else [name]
+    check_there(sets or (), by_name, names)
     load_eval(names[0])
     others: dict[str, Any] = {
         name: checkpoint.find(folder, name)
@@ -109,17 +156,22 @@ def evaluate(
     with stop_advice(f"stopped; {resume_note}"):
         results = evaluate(
             loaded, stream, sae if is_run else None, names, seed=seed, sets=sets or (), files=by_name, fresh=fresh,
-            rows=rows, control=control, **others,
+            rows=rows, control=control, controls=controls.split(",") if controls else (), protocol=protocol, judge=judge,
+            **others,
         )  # fmt: skip
     write_json(json_file, results if name == "all" else results[name])
     for eval_name, result in results.items():
         title = f"{eval_name}: {loaded.folder} at {stream.model.hook} of {stream.model.name}"
-        if "skipped" in result:
-            print(f"{eval_name}: skipped; {result['skipped']}")
-        elif eval_name == "core":
+        if "skipped" in result:  # `summary` has it
+            continue
+        if eval_name == "core":
             core_table(result, title)
+        elif eval_name == "sae_probes":
+            probes_table(result, title)
         else:
-            scores_table(result, title)
+            scores_table(result, title, main_scores(eval_name, result))
+    if name == "all":
+        print(*summary(results), sep="\n")
     if is_run:
         print(f"report: {sae / 'report.html'}   {sae / 'report.md'}")
 

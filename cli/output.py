@@ -23,13 +23,16 @@ WHY_NONE = {
 def core_table(result: dict[str, Any], title: str) -> None:
     """Print the core scores of a dictionary and its controls."""
     named = {"lm_neurons": "LM neurons"}
-    controls = {named.get(name, f"{name} control"): scores for name, scores in result["controls"].items()}
+    controls = {
+        named.get(name, f"{name.replace('_', ' ')} control"): scores for name, scores in result["controls"].items()
+    }
     _table({"dictionary": result} | controls, title)
     _print_notes(result)
 
 
-def scores_table(result: dict[str, Any], title: str) -> None:
-    """Print every score of an eval and its sections, with columns for the controls and the model (LLM)."""
+def scores_table(result: dict[str, Any], title: str, main: Iterable[str] = ()) -> None:
+    """Print every score of an eval and its sections, with columns for the controls and the model (LLM). `main`: paths of its
+    main scores, of which nested ones ("stability.adjusted_rand") are printed too."""
     sections = {"": result} | {
         k: v for k, v in result.items() if isinstance(v, dict) and isinstance(v.get("controls"), dict)
     }
@@ -48,6 +51,13 @@ def scores_table(result: dict[str, Any], title: str) -> None:
             for name, value in values.items():
                 if not isinstance(value, float):
                     missing.setdefault(name, []).append(label)
+    for path in main:
+        part, _, key = path.partition(".")
+        if key and part not in sections and isinstance(result.get(part), dict):
+            columns = [result, *(result.get("controls", {}).get(name, {}) for name in names)]
+            values = [(column.get(part) or {}).get(key) for column in columns]
+            cells = [f"{x:.4f}" if isinstance(x, float) else "-" for x in values]
+            table.add_row(printable(path.replace("_", " ").replace(".", " ")), *cells, *("-" for _ in llm))
     _print(table)
     for name, labels in missing.items():
         _say(f"- no value for {name}: {', '.join(labels)}")
@@ -56,6 +66,30 @@ def scores_table(result: dict[str, Any], title: str) -> None:
             _say(f"{section.replace('_', ' ')} was skipped: {scores['skipped']}")
     _print_notes(result)
     if reached := result.get("reached_by"):
+        _say(f"controls that score as well: {', '.join(reached)}")
+
+
+def probes_table(result: dict[str, Any], title: str) -> None:
+    """Print the AUC and accuracy of sae_probes by k, and the AUC of each data set."""
+    number = lambda x: "-" if x is None else f"{x:.4f}"
+    columns = {"dictionary": result, **result["controls"]}
+    table = _new_table(title, ("", *columns, "LLM, all"), no_wrap=True)
+    for figure in ("auc", "accuracy"):
+        for k in result[figure]:
+            values = [*(scores[figure][k] for scores in columns.values()), result["llm"][figure]]
+            table.add_row(f"{figure}, k = {k}", *map(number, values))
+    _print(table)
+    first, main = str(result["protocol"]["k_values"][0]), str(result["protocol"]["main_k"])
+    controls = [name for name in result["controls"] if name != "shuffled"]
+    headings = (f"AUC, k = {first}", f"k = {main}", *(f"{name}, k = {main}" for name in controls), "LLM, all")
+    table = _new_table("By data set", ("", *headings), no_wrap=True)
+    for name, scores in result["sets"].items():
+        values = [scores["auc"][first], scores["auc"][main]]
+        values += [*(scores["controls"][control]["auc"][main] for control in controls), scores["llm"]["auc"]]
+        table.add_row(printable(name), *map(number, values))
+    _print(table)
+    _print_notes(result)
+    if reached := result["reached_by"]:
         _say(f"controls that score as well: {', '.join(reached)}")
 
 
@@ -72,16 +106,22 @@ def _figures(scores: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def runs_table(summary: dict[str, Any]) -> None:
-    """Print the results of `train`: one dictionary and its controls, or several with their random controls."""
+    """Print the results of `train`: one dictionary and its controls, or several with their controls' explained variance."""
     dictionaries = summary.get("dictionaries")
     if dictionaries is None:
         title = f"{summary['activation']}, F = {summary['d_sae']}, at {summary['hook']} of {summary['model']}"
         core_table(summary, title)
         return
     trained = {name: scores for name, scores in dictionaries.items() if "failed" not in scores}
-    controls = {name: s["controls"].get("random", {}).get("explained_variance") for name, s in trained.items()}
-    control_column = {"random EV": controls} if any("random" in s["controls"] for s in trained.values()) else {}
-    _table(trained, f"{len(dictionaries)} dictionaries of {summary['model']}", control_column)
+    names = dict.fromkeys(name for scores in trained.values() for name in scores["controls"])
+    control_columns = {
+        f"{control.replace('_', ' ')} EV": {
+            name: scores["controls"].get(control, {}).get("explained_variance") for name, scores in trained.items()
+        }
+        for control in names
+        if control not in ("lm_neurons", "mean")
+    }
+    _table(trained, f"{len(dictionaries)} dictionaries of {summary['model']}", control_columns)
     for reason in dict.fromkeys(s["no_random_control"] for s in trained.values() if s.get("no_random_control")):
         _say(NO_CONTROL.format(reason))
     for name, scores in dictionaries.items():
@@ -104,8 +144,11 @@ def recovery_table(summary: dict[str, Any]) -> None:
         if "recovery" not in scores:
             continue
         columns = {"dictionary": scores["recovery"]}
-        if control := scores["controls"].get("random", {}).get("recovery"):
-            columns["random control"] = control
+        columns |= {
+            f"{name.replace('_', ' ')} control": control["recovery"]
+            for name, control in scores["controls"].items()
+            if "recovery" in control
+        }
         table = _new_table(f"Recovery of the world's features{name and f': {name}'}", ("", *columns))
         lines = {column: _recovery_lines(values) for column, values in columns.items()}
         for key in dict.fromkeys(key for values in lines.values() for key in values):

@@ -61,7 +61,7 @@ def notebook_page(notebook: Path) -> str:
 
 def scripts_page() -> str:
     """The example scripts on one page."""
-    sections = ["# Example scripts", "Four short scripts in the folder `examples/` of the repository. Tests run them."]
+    sections = ["# Example scripts", "Five short scripts in the folder `examples/` of the repository. Tests run them."]
     for script in sorted(EXAMPLES.glob("*.py")):
         sections.append(f"## {script.name}\n\n```python\n{script.read_text().rstrip()}\n```")
     return "\n\n".join(sections)

@@ -47,7 +47,7 @@ class Cohort:
             saes = [learner.sae for learner in learners]
             stacked = StackedWeights(
                 saes, [learner.leaves for learner in learners], [learner.moments() for learner in learners],
-                first.paces, first.config, first.dtype, first.ranks,
+                first.paces, first.config, first.dtype, first.ranks, [learner.start for learner in learners],
             )  # fmt: skip
             self.fused = FusedStep(saes, stacked)
             counts = zip(*(learner.counts for learner in learners), strict=True)

@@ -19,6 +19,7 @@ from .run_sample import RunSample, needs_sample
 from .sae import BatchContext, SparseAutoencoder
 from .stream import Batch
 from .training.checks import check_fp8
+from .training.directions import hold_directions
 from .training.schedules import annealed, default_lr, schedule
 from .training.stacked_weights import LARGE
 
@@ -84,6 +85,7 @@ class Learner:
             self.narrow = {
                 name: Moments.zeros(self.leaves[name], config.moments) for name in LARGE if name in self.leaves
             }
+        self.start = sae.W_dec.detach().clone() if sae.cfg.decoder == "soft_frozen" else None  # of decoder rows
         self.paces = {name: sae.paces.get(name, 1.0) for name in self.leaves}
         groups = [
             {"params": [leaf], "pace": self.paces[name]}
@@ -188,8 +190,13 @@ class Learner:
     @property
     def resamples_now(self) -> bool:
         """Whether dead latents are resampled after the step just done."""
-        interval = self.config.resample_every_steps
+        interval = self.config.resample_every_steps if self.cfg.encoder == "learned" else None
         return interval is not None and self.steps_done % interval == 0
+
+    def hold_directions(self) -> None:
+        """After an update by autograd, move rows of a soft-frozen decoder back to within reach of their start."""
+        if self.start is not None:
+            hold_directions(self.leaves["W_dec"], self.start)
 
     @torch.no_grad()
     def resample(self, batch: Batch) -> None:
@@ -210,6 +217,7 @@ class Learner:
         if "W_dec" in self.leaves:
             target_directions = target[chosen].float() - self.sae.b_dec
             self.leaves["W_dec"].data[dead] = torch.nn.functional.normalize(target_directions, dim=1)
+            self.hold_directions()
         self.leaves["b_enc"].data[dead] = 0
         for name, moments in self.moments().items():
             if name in ("W_enc", "W_dec", "b_enc"):
@@ -349,7 +357,9 @@ class Learner:
             for name in self._optimizer_state()
             if not name.startswith("adam.b_dec") and name.split(".")[-1] != "step"
         ]
-        return {"idle_tokens": 0} | {name: int(name.startswith("adam.mask.logits")) for name in latent_moments}
+        return {"idle_tokens": 0, "start": 0} | {
+            name: int(name.startswith("adam.mask.logits")) for name in latent_moments
+        }
 
     def _named_counts(self) -> dict[str, Tensor]:
         """The counts and the mean, by their names in checkpoints."""
@@ -357,6 +367,8 @@ class Learner:
         tensors = {"idle_tokens": idle_tokens, "mean": self.mean, "spread": spread, "losses": totals[:3]}
         if self.config.target_l0 is not None:
             tensors["matching"] = self.matching
+        if self.start is not None:
+            tensors["start"] = self.start
         return tensors | {f"sums.{key}": value for key, value in zip(PositionSums._fields, sums, strict=True)}
 
     def load_state(self, state: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
@@ -367,7 +379,8 @@ class Learner:
         self.check_settled()
         tensors = self._optimizer_state() | self._named_counts()
         kinds = {torch.bfloat16: "bfloat16", torch.int8: "8bit"}
-        saved_kind = kinds.get(state["adam.W_enc.exp_avg"].dtype, "float32")
+        large = next(name for name in LARGE if name in self.leaves)
+        saved_kind = kinds.get(state[f"adam.{large}.exp_avg"].dtype, "float32")
         if saved_kind != self.config.moments:
             raise UserError(
                 f"train.moments: {self.config.moments} is not allowed; the checkpoint's are {saved_kind}, and are not "

@@ -62,9 +62,11 @@ class SparseAutoencoder(nn.Module):
             return vectors.div_(vectors.norm(dim=1, keepdim=True))
 
         W_dec = directions(config.d_out or config.d_in)
-        self.W_dec = nn.Parameter(W_dec, requires_grad=config.decoder == "learned")
-        self.W_enc = nn.Parameter((W_dec.clone() if config.d_out is None else directions(config.d_in)).T)
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+        self.W_dec = nn.Parameter(W_dec, requires_grad=config.decoder != "random")
+        W_enc = W_dec.clone() if config.d_out is None else directions(config.d_in)
+        self.W_enc = nn.Parameter(W_enc.T, requires_grad=config.encoder == "learned")
+        learns_bias = config.encoder == "learned" or config.activation == "relu"
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae), requires_grad=learns_bias)
         self.b_dec = nn.Parameter(torch.zeros(config.d_out or config.d_in))
         if config.activation == "jumprelu":
             self.threshold = nn.Parameter(
@@ -179,7 +181,8 @@ class SparseAutoencoder(nn.Module):
         d_out = "" if cfg.d_out is None else f" to {cfg.d_out}"
         fields = [cfg.activation, f"D = {cfg.d_in}{d_out}", f"F = {cfg.d_sae}"]
         fields += [f"K = {cfg.k}"] if cfg.activation in ("topk", "batchtopk") else []
-        fields += ["random decoder"] if cfg.decoder == "random" else []
+        fields += [f"{cfg.decoder.replace('_', '-')} decoder"] if cfg.decoder != "learned" else []
+        fields += ["random encoder"] if cfg.encoder == "random" else []
         fields += [f"mask {cfg.mask.kind}"] if cfg.mask.kind != "none" else []
         fields += [f"parts {', '.join(part_settings['kind'] for part_settings in cfg.parts)}"] if cfg.parts else []
         count = sum(parameter.numel() for parameter in self.parameters())
@@ -314,8 +317,10 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def initialise_bias(self, mean: Tensor) -> None:
-        """Start b_dec at a mean activation [D]."""
+        """Start b_dec at a mean activation [D]. A frozen encoder subtracts the mean for good: b_enc = -mean W_enc."""
         self.b_dec.copy_(mean)
+        if self.cfg.encoder == "random" and self.cfg.d_out is None:
+            self.b_enc.copy_(-(mean @ self.W_enc))
 
     @torch.no_grad()
     def initialise_threshold(self, x: Tensor, pos: Tensor, ranks: Ranks = ALONE) -> None:

@@ -33,8 +33,9 @@ CHECKPOINT_SECONDS = 600  # between checkpoints, if `train.checkpoint_every_step
 @dataclass
 class Run:
     """A trained dictionary, returned by `train`. `metrics`: one dict per report, as in metrics.jsonl. `random`: the control,
-    if trained. `failed`: why it was stopped before its end, if it was. `held_out`: scores of both on held-out rows, if it
-    was trained on arrays. `massive`: the massive activations that were left out (`NormFilter.report`).
+    if trained. `failed`: why it was stopped before its end, if it was. `held_out`: scores of all on held-out rows, if it
+    was trained on arrays. `massive`: the massive activations that were left out (`NormFilter.report`). `controls`: all
+    controls by name, `random` among them.
 
         run = ts.train(stream, sae_config, out="runs/mine")
         run.sae, run.random, run.metrics[-1]["fvu"]
@@ -46,6 +47,13 @@ class Run:
     failed: str | None = None
     held_out: dict[str, dict[str, Any]] | None = None
     massive: dict[str, Any] | None = None
+    controls: dict[str, SparseAutoencoder] = field(default_factory=dict)
+
+    @property
+    def dictionaries(self) -> dict[str, SparseAutoencoder]:
+        """The dictionary, `sae`, and its controls by name."""
+        random = {} if self.random is None else {"random": self.random}
+        return {"sae": self.sae, **random, **self.controls}
 
     def __repr__(self) -> str:
         """Sizes and the last report's figures, in a line."""
@@ -72,7 +80,7 @@ def train(
     resume: bool = False,
 ) -> Run:
     """Train a dictionary on `config.tokens` activations of `stream`, and its `random` control on the same batches: a frozen
-    random decoder with a trained encoder. `config.control=False` leaves the control out.
+    random decoder with a trained encoder. `config.control=False` leaves the control out, `config.controls` adds others.
 
         run = train(ActivationStream(StreamConfig(model="testbed")), SAEConfig(d_in=128, d_sae=1024))
 
@@ -98,8 +106,8 @@ def train(
     run = RunConfig(stream=stream.config, sae=sae, train=config)
     trained = train_together(stream, {"": run}, out=out, resume=resume)[""]
     if stream.own is not None:
-        dictionaries = {"sae": trained.sae} | ({} if trained.random is None else {"random": trained.random})
-        scores = {role: held_out_scores(sae, stream.held_out_activations()) for role, sae in dictionaries.items()}
+        held_out = stream.held_out_activations
+        scores = {role: held_out_scores(sae, held_out()) for role, sae in trained.dictionaries.items()}
         trained.held_out = {role: score for role, score in scores.items() if score} or None
     return trained
 
@@ -108,7 +116,7 @@ def train(
 def train_together(
     stream: ActivationStream, dictionaries: dict[str, RunConfig], *, out: str | Path | None = None, resume: bool = False
 ) -> dict[str, Run]:
-    """Train several dictionaries, each with a control as `train` does, on the same batches of one stream.
+    """Train several dictionaries, each with its controls as `train` does, on the same batches of one stream.
 
     Each has its own shape, hook of the stream (`stream.hook`), learning rate, schedules, seed and number of tokens.
     `train.batch`, `train.checkpoint_every_steps` and `train.log` are common to all. Dictionaries of one configuration take
@@ -257,7 +265,12 @@ class _Training:
         ends = [(trainee, trainee.end()) for trainee in self.trainees]
         return {
             trainee.name: Run(
-                saes["sae"], saes.get("random"), trainee.metrics, trainee.failed, massive=self.stream.norms.report()
+                saes["sae"],
+                saes.get("random"),
+                trainee.metrics,
+                trainee.failed,
+                massive=self.stream.norms.report(),
+                controls={role: sae for role, sae in saes.items() if role != "sae"},
             )
             for trainee, saes in ends
         }

@@ -16,6 +16,8 @@ a_j = f_j (W_dec_j . p) the contribution of latent j along p. For each letter:
     absorption     absorbed words / known words;  absorption_fraction: mean fraction over known words
 
 The model is prompted with words of its vocabulary, as in "tartan has the first letter: T". Training and test words differ.
+If the run allows fewer prompts than words, each prompt supplies its last `EACH` words: with a tenth of the words, the
+regression on x knows few letters, and nothing is measured. SAEBench reads the last word only.
 The tokens of the embedded language are whole words, so its model knows a letter only as a set of words. There the words
 come from held-out documents, and training and testing use the same words. A dictionary with one latent per word and none
 per letter scores high, so compare the score only with the controls and between dictionaries.
@@ -30,19 +32,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.linalg import LinAlgWarning
+from scipy.sparse import csr_array
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from ..engine.errors import UserError
+from ..engine.process.progress import progress_bar
+from ..engine.stream import ActivationStream
 from ..engine.testbed.language import ROLES, Language
-from .evaluation import CHUNK, Autoencoder, Evaluation, TextActivations, collect, joined, padded
+from .evaluation import CHUNK, Autoencoder, Evaluation, TextActivations, collected_rows, joined, padded
 from .intervals import Outcomes, interval
+from .words import spelled
 
 ROWS, TIMES = 1024, 12  # documents; uses per word at most, half for training and half for testing
 WORDS = 8  # letters with fewer words are left out
 PER_LETTER = 400  # words of a vocabulary at most, half for training and half for testing
-FEWEST = 20  # at least, if the run allows fewer
+FEWEST = 60  # at least, if the run allows fewer
 EXAMPLES = 10  # in a prompt, before the word in question
+EACH = 8  # words of a prompt that are read, if the run allows fewer prompts than words
 ASKED = " has the first letter:"  # follows the word in question
 LETTERS = 20  # letters that the model must know for a result in SAEBench's format
 KNOWN = 0.6  # F1 of the regression on x above which the model knows a letter; others are left out of means
@@ -68,7 +75,8 @@ class _Words:
     letter: np.ndarray
     train: np.ndarray
     test: np.ndarray
-    place: int | None = None  # of the word in its prompt, counted from the end
+    place: int | None = None  # of the word in its prompt, counted from the end; None if there is no one place
+    each: int = 1  # words read of a prompt
 
 
 @torch.no_grad()
@@ -79,7 +87,8 @@ def absorption(evaluation: Evaluation, *, rows: int = ROWS) -> dict[str, Any]:
     over letters whose regression on x has an F1 above `KNOWN`, None without such a letter. `letters` {letter: words,
     probe_f1, main (latents), main_f1, known, missed, absorbed, absorption, absorption_fraction} counts test tokens.
     `controls` has the means of each control. `shuffled` assigns each word another word's letter. `protocol` has the settings
-    by SAEBench's names. Raises UserError if fewer than two letters have `WORDS` words.
+    by SAEBench's names. Raises UserError if fewer than two letters have `WORDS` words, and for a context too short for the
+    prompts.
     """
     words = _of_language(evaluation, rows) if evaluation.is_testbed else _of_vocabulary(evaluation)
     if len(_letters(words)) < 2:
@@ -118,6 +127,7 @@ def absorption(evaluation: Evaluation, *, rows: int = ROWS) -> dict[str, Any]:
             "prompt_template": None if words.place is None else "{word}" + ASKED,
             "prompt_token_pos": words.place,
         },
+        "words_per_prompt": words.each,
         "tokens": len(words.train) + len(words.test),
     }
 
@@ -168,11 +178,12 @@ def _by_letter(
         results[name] = {}
         for (a, probe), weight in zip(probes.items(), weights, strict=True):
             ranked = np.argsort(-weight, kind="stable")[:MOST]
-            sides = ((f[np.ix_(rows, ranked)], letter[rows] == a) for rows in (train, test))
+            best = f[:, ranked].toarray()
+            sides = ((best[rows], letter[rows] == a) for rows in (train, test))
             count, main_f1 = _main(*sides)
             main = ranked[:count]
             chosen = test[predicted[a] & (letter[test] == a)]
-            scores, absorbed = _absorbed(x[chosen], f[chosen], W_dec, probe.coef_[0], main)
+            scores, absorbed = _absorbed(x[chosen], f[chosen].toarray(), W_dec, probe.coef_[0], main)
             outcomes.setdefault(name, {})[a] = chosen, absorbed
             results[name][a] = {
                 "words": letters[a],
@@ -211,57 +222,94 @@ def _of_vocabulary(evaluation: Evaluation) -> _Words:
     """Single-token words, each in a prompt that asks for its first letter; different words for training and testing."""
     stream, draw = evaluation.stream, evaluation.generator("absorption")
     by_letter: dict[str, list[tuple[int, str]]] = {}
-    for token in range(len(stream.model.tokenizer)):
-        word = stream.model.tokenizer.decode([token])
+    for token, word in enumerate(spelled(stream.model.tokenizer, range(len(stream.model.tokenizer)))):
         bare = word.removeprefix(" ")
         if len(bare) > 1 and bare != word and bare.isascii() and bare.isalpha():
             by_letter.setdefault(bare[0].lower(), []).append((token, bare))
     words, of_test = [], []
-    per_letter = max(FEWEST, evaluation.rows(len(by_letter) * PER_LETTER) // max(1, len(by_letter)))
+    allowed = evaluation.rows(len(by_letter) * PER_LETTER)
+    each = 1 if allowed == len(by_letter) * PER_LETTER else EACH
+    per_letter = min(PER_LETTER, max(FEWEST, each * allowed // max(1, len(by_letter))))
     for candidates in (by_letter[a] for a in sorted(by_letter)):
         chosen = [candidates[i] for i in draw.permutation(len(candidates))[:per_letter]]
         words += chosen
         of_test += [i % 2 for i in range(len(chosen))]
     if not words:
         raise UserError(f"model: {stream.model.name} is not allowed; its tokenizer has no single-token words")
-    prompts = [_prompt(evaluation, words, number, draw) for number in range(len(words))]
-    word_position = torch.tensor([start for _, start in prompts])
-    ids = [prompt[: stream.positions] for prompt, _ in prompts]
-    collected = collect(stream, padded(ids, stream), len(words))
-    chosen = (collected.pos == word_position.to(collected.pos.device)[collected.row]).nonzero()[:, 0]
+    order = np.arange(len(words)) if each == 1 else draw.permutation(len(words))
+    prompts = [
+        _prompt(evaluation, words, order[start : start + each].tolist(), draw) for start in range(0, len(words), each)
+    ]
+    x, pos, number = _at_words(stream, prompts)
     letter, side = np.array([word[0].lower() for _, word in words]), np.array(of_test)
-    number = collected.row[chosen].cpu().numpy()  # prompts longer than the context have lost their word
+    after = stream.model.tokenizer(ASKED, add_special_tokens=False)["input_ids"]
     return _Words(
-        collected.x[chosen], collected.pos[chosen], number, letter[number],
-        np.flatnonzero(side[number] == 0), np.flatnonzero(side[number] == 1),
-        -1 - len(stream.model.tokenizer(ASKED, add_special_tokens=False)["input_ids"]),
+        x, pos, number, letter[number], np.flatnonzero(side[number] == 0), np.flatnonzero(side[number] == 1),
+        -1 - len(after) if each == 1 else None, each,
     )  # fmt: skip
 
 
+#: token ids, and the number of each word that is read, by its position
+_Prompt = tuple[list[int], dict[int, int]]
+
+
 def _prompt(
-    evaluation: Evaluation, words: list[tuple[int, str]], number: int, draw: np.random.Generator
-) -> tuple[list[int], int]:
-    """Token ids of the prompt, and the position of the word in it; no example is the word itself."""
+    evaluation: Evaluation, words: list[tuple[int, str]], numbers: list[int], draw: np.random.Generator
+) -> _Prompt:  # fmt: skip
+    """A prompt that ends in these words, after other words as examples."""
     tokenizer = evaluation.stream.model.tokenizer
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     drawn = draw.choice(len(words), min(len(words), EXAMPLES + 1), replace=False)
-    example_words = [words[index][1] for index in drawn if index != number][:EXAMPLES]
+    example_words = [words[index][1] for index in drawn if index not in numbers][: EXAMPLES + 1 - len(numbers)]
     examples = (f" {word}{ASKED} {word[0].upper()}\n" for word in example_words)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    before = bos + tokenizer("".join(examples), add_special_tokens=False)["input_ids"]
-    after = tokenizer(ASKED, add_special_tokens=False)["input_ids"]
-    return [*before, words[number][0], *after], len(before)
+    prompt = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompt += ids("".join(examples))
+    places = {}
+    for place, number in enumerate(numbers, 1):
+        token, word = words[number]
+        places[len(prompt)] = number
+        prompt += [token, *ids(ASKED)] + (ids(f" {word[0].upper()}\n") if place < len(numbers) else [])
+    return prompt, places
 
 
-def _latents(autoencoder: Autoencoder, words: _Words) -> np.ndarray:
-    """Latents [n, F] of the tokens used for training or testing; zero for others."""
+def _at_words(stream: ActivationStream, prompts: list[_Prompt]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Activations [n, D] at the words that the prompts read, their positions [n] and numbers [n]. Only these are kept,
+    because a prompt has many times as many tokens. Words that massive activations leave out are missing, and so are prompts
+    longer than the context."""
+    lengths = [len(ids) for ids, _ in prompts]
+    prompts = [prompt for prompt in prompts if len(prompt[0]) <= stream.positions]
+    if 2 * len(prompts) < len(lengths):
+        raise UserError(
+            f"stream.context: {stream.positions} is not allowed; absorption's prompts have up to {max(lengths)} tokens"
+        )
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    with progress_bar("collecting activations", total=len(prompts), unit="prompts") as bar:
+        for rows in padded([ids for ids, _ in prompts], stream):
+            collected, first = collected_rows(stream, rows), bar.done
+            numbers = torch.full(rows.tokens.shape, -1)
+            for row, (_, places) in enumerate(prompts[first : first + len(rows)]):
+                numbers[row, list(places)] = torch.tensor(list(places.values()))
+            number = numbers[collected.row.cpu(), collected.pos.cpu()]
+            chosen = (number >= 0).to(collected.x.device)
+            parts.append((collected.x[chosen], collected.pos[chosen], number[number >= 0]))
+            bar.advance(len(rows))
+    x, pos, number = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return x, pos, number.numpy()
+
+
+def _latents(autoencoder: Autoencoder, words: _Words) -> csr_array:
+    """Latents [n, F] of the tokens used for training or testing; zero for others. Sparse, because F may be large."""
     used = torch.from_numpy(np.concatenate([words.train, words.test])).to(words.x.device)
-    code = joined([autoencoder.encode_sparse(words.x[i], words.pos[i]) for i in used.split(CHUNK)]).to_dense()
-    latents = code.new_zeros(len(words.x), code.shape[1])
-    return latents.index_copy_(0, used, code).cpu().numpy()
+    code = joined([autoencoder.encode_sparse(words.x[i], words.pos[i]) for i in used.split(CHUNK)])
+    token, latent, value = (t.cpu().numpy() for t in (used[code.rows], code.indices, code.values))
+    return csr_array((value, (token, latent)), shape=(len(words.x), code.n_latents))
 
 
 @torch.enable_grad()
-def l1_probe(f: np.ndarray, y: np.ndarray) -> np.ndarray:
+def l1_probe(f: csr_array | np.ndarray, y: np.ndarray) -> np.ndarray:
     """Train L linear probes on latents f [n, F] for labels y bool [n, L]; returns their weights W [L, F].
 
         loss = mean_{n,l} BCE(f W^T + b, y), positives of a letter weighted by its negatives / its positives
@@ -270,21 +318,26 @@ def l1_probe(f: np.ndarray, y: np.ndarray) -> np.ndarray:
     The settings are SAEBench 0.6.0's: Adam from zero, L2 decay 1e-6, `EPOCHS` epochs in batches of `BATCH`, and a learning
     rate that falls exponentially from the first to the last of `RATES`. Latents that never fire have weight 0.
     """
-    used = np.flatnonzero(f.any(0))
-    X, Y = torch.from_numpy(np.ascontiguousarray(f[:, used])).float(), torch.from_numpy(y).float()
+    f = csr_array(f, dtype=np.float32)
+    used = np.unique(f.indices[f.data != 0])
+    X, Y = csr_array(f[:, used]), torch.from_numpy(y).float()
     W, b = torch.zeros(Y.shape[1], len(used), requires_grad=True), torch.zeros(Y.shape[1], requires_grad=True)
     pos_weight = (len(Y) - Y.sum(0)) / Y.sum(0)
     adam = torch.optim.Adam([W, b], lr=RATES[0], weight_decay=1e-6)
     schedule = torch.optim.lr_scheduler.ExponentialLR(adam, (RATES[1] / RATES[0]) ** (1 / EPOCHS))
     draw = torch.Generator().manual_seed(0)
     for _ in range(EPOCHS):
-        for rows in torch.randperm(len(X), generator=draw).split(BATCH):
-            loss = F.binary_cross_entropy_with_logits(X[rows] @ W.T + b, Y[rows], pos_weight=pos_weight)
+        for rows in torch.randperm(len(Y), generator=draw).split(BATCH):
+            batch = X[rows.numpy()].tocoo()
+            at = torch.from_numpy(np.stack([batch.row, batch.col]).astype(np.int64))
+            latents = torch.sparse_coo_tensor(at, torch.from_numpy(batch.data), batch.shape, check_invariants=False)
+            logits = torch.sparse.mm(latents, W.T) + b
+            loss = F.binary_cross_entropy_with_logits(logits, Y[rows], pos_weight=pos_weight)
             adam.zero_grad()
             (loss + L1_DECAY * W.abs().sum(1).mean()).backward()
             adam.step()
         schedule.step()
-    weights = np.zeros((Y.shape[1], f.shape[1]), np.float32)
+    weights = np.zeros((Y.shape[1], f.shape[1]), np.float32)  # pyright: ignore[reportOptionalSubscript]
     weights[:, used] = W.detach().numpy()
     return weights
 

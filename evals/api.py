@@ -18,6 +18,7 @@ from ..engine.train import Run
 from ..kernels.torch_modes import default_modes
 from . import dashboard as board
 from . import suite
+from .judge import Judge
 from .row_budget import row_counts
 from .run_evals import evaluate as measure
 
@@ -41,8 +42,11 @@ def evaluate(
     fresh: bool = False,
     rows: int | None = None,
     control: bool = False,
+    controls: Sequence[str] = (),
     reference: Dictionary | None = None,
     same_recipe: Dictionary | None = None,
+    protocol: str = "temposae",
+    judge: Judge | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure a dictionary and its controls, as `temposae eval` does; returns the results by eval.
 
@@ -53,12 +57,13 @@ def evaluate(
 
     `sae`: a run folder, a checkpoint, another library's folder or a name on the hub (as for `load`), or a dictionary or
     `Run` object, which needs a `stream`. `evals`: a name, several names, or "all" (docs/evals.md lists them). `model`,
-    `layer`, `hook`, `data` or `stream` measure elsewhere than where the dictionary was trained. The other arguments are
-    options of `temposae eval`. If a run folder is measured where it was trained, it keeps the results and a report.
+    `layer`, `hook`, `data` or `stream` measure elsewhere than where the dictionary was trained. `judge`: for autointerp, a
+    `temposae.evals.judge.Judge.of(command)`. The other arguments are options of `temposae eval`. If a run folder is
+    measured where it was trained, it keeps the results and a report.
 
     Raises UserError for an unknown eval or a dictionary that doesn't fit the stream.
     """
-    names = list(suite.EVALS) if evals == "all" else [evals] if isinstance(evals, str) else list(evals)
+    names = suite.every_eval(judge) if evals == "all" else [evals] if isinstance(evals, str) else list(evals)
     for name in names:
         suite.load_eval(name)
     with tempfile.TemporaryDirectory() as work:
@@ -73,7 +78,8 @@ def evaluate(
                 others[name] = _checkpoint_of(other, stream, folder)
         return measure(
             checkpoint, measured_stream, run_folder, names,
-            seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, control=control, **others,
+            seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, control=control, controls=controls,
+            protocol=protocol, judge=judge, **others,
         )  # fmt: skip
 
 
@@ -127,8 +133,8 @@ def _checkpoint_of(sae: Dictionary, stream: ActivationStream | None, work: Path)
         return checkpoint_files.find(expand_path(sae, "sae"))
     if stream is None:
         raise UserError("stream: needed for a dictionary object; give an ActivationStream, or a run folder as `sae`")
-    dictionaries = {"sae": sae.sae, "random": sae.random} if isinstance(sae, Run) else {"sae": sae}
-    states = {name: (d.cfg, d.state_dict()) for name, d in dictionaries.items() if d is not None}
+    dictionaries = sae.dictionaries if isinstance(sae, Run) else {"sae": sae}
+    states = {name: (d.cfg, d.state_dict()) for name, d in dictionaries.items()}
     checkpoint_files.write(work / "sae", 0, states)
     return checkpoint_files.find(work / "sae")
 

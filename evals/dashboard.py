@@ -29,6 +29,7 @@ from ..engine.stream import ActivationStream, TokenRows
 from ..engine.stream.model import LanguageModel
 from ..engine.unit_decoder import Dictionary, UnitDecoder
 from .evaluation import collect, fitted
+from .token_texts import TokenTexts
 
 FORMAT = "temposae-dashboard/1"
 TEMPLATE = Path(__file__).with_name("dashboard.html")
@@ -40,7 +41,6 @@ BEFORE, AFTER = 24, 12  # tokens of a context on either side
 STRONGEST, ORDINARY = 12, 4  # contexts of each kind
 MIDDLE = (0.4, 0.6)  # quantiles of a latent's activations between which ordinary ones are drawn
 LOGITS = 10  # tokens raised most, and tokens lowered most
-PART = "\ufffd"  # decoded from a token that is part of a character
 _AT_ONCE = 2**26  # logits in memory at once
 
 
@@ -78,7 +78,7 @@ def dashboard(
     text, tokens, values, offsets = _read(stream, sae, rows)
     firings = np.diff(offsets)
     chosen = _spread(firings, count) if latents is None else list(latents)
-    words, bins = _TokenTexts(stream.model.tokenizer), text.bins()
+    words, bins = TokenTexts(stream.model.tokenizer), text.bins()
     logits = _logits(stream.model, sae.W_dec[chosen], words)
     shown: list[dict[str, Any]] = []
     with progress_bar("gathering contexts", len(chosen), "latents") as bar:
@@ -193,37 +193,8 @@ def _figures(text: _Text, bins: np.ndarray, token: np.ndarray, value: np.ndarray
     }
 
 
-class _TokenTexts:
-    """The texts of tokens, each decoded once."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer, self.known = tokenizer, dict[int, str]()
-
-    def of(self, token: int) -> str:
-        """What a token adds to a text. Some tokenizers drop the space before the first token, others put one between any
-        two tokens."""
-        if token not in self.known:
-            alone, twice = self._decode([token]), self._decode([token] * 2)
-            self.known[token] = (twice.removeprefix(alone) if twice.startswith(alone) else "") or alone
-        return self.known[token]
-
-    def along(self, tokens: list[int]) -> list[str]:
-        """The texts of consecutive tokens. A character of several tokens is the text of the last; the others have none."""
-        texts = [self.of(token) for token in tokens]
-        for i in range(len(tokens)):
-            for end in range(i + 2, min(i + 4, len(tokens)) + 1):
-                if PART in texts[i] and PART not in (character := self._decode(tokens[i:end])):
-                    texts[i:end] = [""] * (end - i - 1) + [character]
-        return texts
-
-    def _decode(self, tokens: list[int]) -> str:
-        if self.tokenizer is None:  # the model is given ids
-            return "".join(f" {token}" for token in tokens)
-        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-
-
 def _contexts(
-    text: _Text, token: np.ndarray, value: np.ndarray, draw: np.random.Generator, words: _TokenTexts
+    text: _Text, token: np.ndarray, value: np.ndarray, draw: np.random.Generator, words: TokenTexts
 ) -> dict[str, Any]:
     rows = text.row[token]
     strongest = _one_per_row(np.argsort(-value, kind="stable"), rows)[:STRONGEST]
@@ -255,7 +226,7 @@ def _one_per_row(order: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return order[np.sort(np.unique(rows[order], return_index=True)[1])]
 
 
-def _logits(model: LanguageModel, directions: Tensor, words: _TokenTexts) -> list[dict[str, Any]] | None:
+def _logits(model: LanguageModel, directions: Tensor, words: TokenTexts) -> list[dict[str, Any]] | None:
     """The tokens with the largest and smallest logits of each direction, as [token, value], most extreme first."""
     results: list[dict[str, Any]] = []
     V = model.vocabulary if model.tokenizer is None else len(model.tokenizer)  # there may be more logits than tokens

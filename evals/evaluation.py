@@ -20,14 +20,23 @@ from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
 from .held_out import SavedEffects
+from .judge import Answers
+from .kept_sets import KeptSets
 from .row_budget import Sizes
 
 CHUNK = 4096  # tokens encoded at once
 CODES = 2**25  # latent activations in memory at once during encoding
+PROTOCOLS = OWN, SAEBENCH = "temposae", "saebench"  # of SCR and TPP (`ablation_recipes.py`)
 LABELLED = HELD_OUT + 1_000_000  # first document of evals with labels; `core` reads earlier ones
 
 
 Shared = TypeVar("Shared")
+
+
+def check_protocol(name: str) -> None:
+    """Raise UserError for a name that is not in `PROTOCOLS`."""
+    if name not in PROTOCOLS:
+        raise UserError(f"protocol: {name} is not allowed; it must be {' or '.join(PROTOCOLS)}")
 
 
 class Autoencoder(Protocol):
@@ -96,7 +105,7 @@ class TextActivations:
     @property
     def mean(self) -> Tensor:
         """Mean activation [D] of all kept tokens."""
-        return self.x.double().mean(0).float()
+        return (torch.stack([part.double().sum(0) for part in self.x.split(CHUNK)]).sum(0) / len(self.x)).float()
 
     def label(self, name: str) -> Tensor:
         """One label of each kept token, int64 [n]."""
@@ -155,6 +164,13 @@ class TextActivations:
         for x, pos, row in in_rows(self.pos, self.x, self.pos, self.row, latents=len(autoencoder.W_dec)):
             if len(row):
                 yield row, joined([autoencoder.encode_sparse(x, pos)])
+
+
+def squared_distance(x: Tensor, y: Tensor) -> Tensor:
+    """|x - y|^2 per token, float64 [n], of x [n, D] and y [n, D] or [D], without a float64 copy of either."""
+    starts = range(0, len(x), CHUNK)
+    parts = [(x[i : i + CHUNK] - (y if y.ndim == 1 else y[i : i + CHUNK])).double().square().sum(1) for i in starts]
+    return torch.cat(parts)
 
 
 def in_rows(pos: Tensor, *tensors: Tensor, latents: int = 0) -> Iterator[tuple[Tensor, ...]]:
@@ -254,21 +270,24 @@ class Reference:
         )
 
 
+Controls = Dictionary | Mapping[str, Dictionary] | None
+
+
 class Evaluation:
     """A dictionary, its controls, and the texts to measure them on. Decoder rows have norm 1 (`UnitDecoder`).
 
-    Controls are `random` (trained beside the dictionary), `lm_neurons` and `mean`. Random draws depend on `seed` and their
-    purpose alone, never on what was evaluated before. `sets` are labelled texts for sparse probing, `files` (by name, see
-    `suite.FILES`) the inputs of unlearning and order probing. Evals read at most the rows that `sizes` allows, divided by
-    `share`. `positions` compares with `reference`. `neurons` False leaves out `lm_neurons`, which is the same
-    for all dictionaries at a hook.
+    Controls are those trained beside the dictionary, `lm_neurons` and `mean`. `controls` has the former by name, or is the
+    random one alone. Random draws depend on `seed` and their purpose alone, never on what was evaluated before. `sets` are
+    labelled texts for sparse probing, SCR and TPP, `files` (by name, see `suite.FILES`) the inputs of unlearning and order
+    probing. Evals read at most the rows that `sizes` allows, divided by `share`. `positions` compares with `reference`.
+    `neurons` False leaves out `lm_neurons`, which is the same for all dictionaries at a hook.
     """
 
     def __init__(
         self,
         stream: ActivationStream,
         sae: Dictionary,
-        random: Dictionary | None,
+        controls: Controls,
         seed: int = 0,
         sets: Sequence[str] = (),
         files: Mapping[str, Sequence[str]] | None = None,
@@ -282,21 +301,31 @@ class Evaluation:
         self.files, self.share, self.neurons = files or {}, share, neurons
         device = stream.model.device
         self.sae = unit_decoder(sae).to(device)
-        self.random = None if random is None else unit_decoder(random).to(device)
+        if not isinstance(controls, Mapping):
+            controls = {} if controls is None else {"random": controls}
+        self.controls = {name: unit_decoder(control).to(device) for name, control in controls.items()}
         self.reference = reference
         self.sizes = sizes or Sizes()
         self._shared: dict[str, Any] = {}
         self.saved: SavedEffects | None = None  # where `core` continues
+        self.kept_sets: KeptSets | None = None  # where `sae_probes` does
+        self.answers: Answers | None = None  # of the judge that `autointerp` asks
+        self.protocol = OWN  # one of `PROTOCOLS`
+
+    @property
+    def random(self) -> UnitDecoder | None:
+        """The random control, if there is one."""
+        return self.controls.get("random")
 
     def of(
-        self, sae: Dictionary, random: Dictionary | None, reference: Reference | None = None, sizes: Sizes | None = None
+        self, sae: Dictionary, controls: Controls, reference: Reference | None = None, sizes: Sizes | None = None
     ) -> "Evaluation":  # fmt: skip
         """An evaluation of another dictionary with the same texts, questions and seed; frees this one's codes."""
         evaluation = Evaluation(
-            self.stream, sae, random, self.seed, self.sets, self.files,
+            self.stream, sae, controls, self.seed, self.sets, self.files,
             share=self.share, reference=reference, neurons=self.neurons, sizes=sizes or self.sizes,
         )  # fmt: skip
-        evaluation._shared = self._shared
+        evaluation._shared, evaluation.protocol = self._shared, self.protocol
         for shared in evaluation._shared.values():
             if isinstance(shared, TextActivations):
                 shared.forget()
@@ -342,9 +371,7 @@ class Evaluation:
 
     def autoencoders(self, collected: TextActivations, *, mean: bool = True) -> dict[str, Autoencoder]:
         """The dictionary (`sae`) and its controls by name; `mean`, which can't separate anything, is optional."""
-        autoencoders: dict[str, Autoencoder] = {"sae": self.sae}
-        if self.random is not None:
-            autoencoders["random"] = self.random
+        autoencoders: dict[str, Autoencoder] = {"sae": self.sae, **self.controls}
         if self.neurons:
             autoencoders["lm_neurons"] = Neurons(collected.x.shape[1], self.sae.cfg.k, collected.x.device)
         return autoencoders | ({"mean": Mean(collected.mean)} if mean else {})

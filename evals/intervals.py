@@ -14,7 +14,7 @@ latents. They say nothing about another training seed. If all items have the sam
 the rule of three applies: with no exception in n items, the rate of exceptions is below 3 / n at 95%.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,28 +81,49 @@ def interval(outcomes: Mapping[str, Outcomes], draw: np.random.Generator) -> dic
     Returns `low`, `high`, `items`, `controls` {name: low, high}, and `above_random` {difference, low, high, least}, None
     without a random control. None with fewer than two items.
     """
-    sae, n = outcomes["sae"], outcomes["sae"].items
+    n = outcomes["sae"].items
     if n < 2:
         return None
     by_name = _resampled(outcomes, draw)
-    edges = {name: _edges(by_name[name], outcomes[name].score, n, outcomes[name].bounded) for name in outcomes}
-    above = None
-    if "random" in outcomes:
-        difference = by_name["sae"] - by_name["random"]
-        value, bounded = sae.score - outcomes["random"].score, sae.bounded
-        spread = POWER * float(np.nanstd(difference, ddof=1))
-        least = max(spread, 3 / n) if bounded else spread
-        above = {"difference": value, **_edges(difference, value, n, bounded, lowest=-1), "least": least}
+    values = {name: of_name.score for name, of_name in outcomes.items()}
+    bounded = {name: of_name.bounded for name, of_name in outcomes.items()}
+    return described(by_name, values, n, bounded)
+
+
+def described(
+    by_name: Mapping[str, np.ndarray], values: Mapping[str, float], n: int, bounded: Mapping[str, bool] | None = None
+) -> dict[str, Any]:
+    """The interval of `interval` from resampled scores [draws] and scores `values` by name, for n items.
+
+    `bounded` (default: all): whether an item's outcome is between 0 and 1.
+    """
+    of_sae = bounded is None or bounded["sae"]
+    edges = {name: _edges(by_name[name], values[name], n, bounded is None or bounded[name]) for name in values}
+    above = difference(by_name, values, n, "random", bounded=of_sae) if "random" in values else None
     return {**edges.pop("sae"), "items": n, "controls": edges, "above_random": above}
+
+
+def difference(
+    by_name: Mapping[str, np.ndarray], values: Mapping[str, float], n: int, other: str, *, bounded: bool = True
+) -> dict[str, float]:
+    """The score of `sae` minus that of `other`, paired by item: `difference`, `low`, `high` and `least`."""
+    resampled, value = by_name["sae"] - by_name[other], values["sae"] - values[other]
+    spread = POWER * float(np.nanstd(resampled, ddof=1))
+    least = max(spread, 3 / n) if bounded else spread
+    return {"difference": value, **_edges(resampled, value, n, bounded, lowest=-1), "least": least}
+
+
+def resamples(n: int, draw: np.random.Generator) -> Iterator[np.ndarray]:
+    """How often each of n items is drawn in `DRAWS` resamples, in parts [draws, n]."""
+    size = max(1, min(DRAWS, _AT_ONCE // n))
+    for start in range(0, DRAWS, size):
+        yield draw.multinomial(n, np.full(n, 1 / n), min(size, DRAWS - start)).astype(np.float64)
 
 
 def _resampled(outcomes: Mapping[str, Outcomes], draw: np.random.Generator) -> dict[str, np.ndarray]:
     """Scores over `DRAWS` resamples of the items, the same for every name."""
-    n = len(outcomes["sae"].gained)
-    size = max(1, min(DRAWS, _AT_ONCE // n))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in outcomes}
-    for start in range(0, DRAWS, size):
-        counts = draw.multinomial(n, np.full(n, 1 / n), min(size, DRAWS - start)).astype(np.float64)
+    for counts in resamples(len(outcomes["sae"].gained), draw):
         for name, part in outcomes.items():
             parts[name].append(part.scores(counts))
     return {name: np.concatenate(scores) for name, scores in parts.items()}

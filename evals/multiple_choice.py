@@ -78,21 +78,31 @@ class Questions:
 
 
 @torch.no_grad()
-def answers(model: LanguageModel, questions: Questions, size: int, change: Change | None = None) -> Tensor:
-    """The candidate with the largest logit, int64 [Q], `size` questions at a time; `change` is added at the hook."""
+def answers(
+    model: LanguageModel, questions: Questions, size: int, change: Change | None = None, hooked: Tensor | None = None
+) -> Tensor:
+    """The candidate with the largest logit, int64 [Q], `size` questions at a time; `change` is added at the hook.
+
+    With the unchanged activations `hooked` [Q, T, D] at the hook, only the layers after it run, if it is the output of a
+    layer at which the model can be cut, and the head reads the last token only.
+    """
     choices = []
     size = min(size, model.rows_with_logits(max(1, questions.tokens.shape[1])))
+    tail = model.tail() if hooked is not None and change is not None and model.hook.endswith("resid_post") else None
     for start in range(0, len(questions), size):
         numbers = torch.arange(start, min(start + size, len(questions)))
         batch = questions.only(numbers)
         tokens = batch.tokens.to(model.device)
         replace = None
+        at_end = torch.arange(len(batch)), batch.length - 1
         if change is not None:
             added = change(numbers, tokens.shape[1])
             replace = lambda x, added=added: x + added.to(x)
-        logits = model.logits(tokens, replace)
-        last = logits[torch.arange(len(batch)), batch.length - 1].float().cpu()
-        scores = last.gather(1, batch.candidates.flatten(1)).view(len(batch), 4, -1)
+        if tail is not None and hooked is not None and replace is not None:
+            last = tail.logits(tail.replaced(tokens, replace(hooked[numbers, : tokens.shape[1]]))[at_end])
+        else:
+            last = model.logits(tokens, replace)[at_end]
+        scores = last.float().cpu().gather(1, batch.candidates.flatten(1)).view(len(batch), 4, -1)
         choices.append(scores.amax(2).argmax(1))
     return torch.cat(choices) if choices else torch.zeros(0, dtype=torch.int64)
 

@@ -23,7 +23,8 @@ from ..engine.errors import UserError
 from ..engine.process.progress import progress_bar
 from ..kernels.code import SparseCode
 from .agreement import compared
-from .evaluation import CHUNK, Evaluation, Reference, TextActivations, collect
+from .evaluation import CHUNK, CODES, Evaluation, Reference, TextActivations, collect
+from .held_out import HELD
 
 FIRST = 8  # positions at the start of a row, which models treat specially; figures are given with and without them
 POSITIONAL, CORRELATED = 0.05, 0.4
@@ -158,9 +159,10 @@ def firings_per_bin(
     latent, token = latent[order], token[order]
     counts = np.zeros((F, len(bins) * B))
     cells = np.stack(bins, 1) + B * np.arange(len(bins))  # [M, number of assignments]
-    for begin in range(0, M, CHUNK):
-        chunk = slice(*np.searchsorted(token, (begin, begin + CHUNK)))
-        size = min(CHUNK, M - begin)
+    step = max(1, min(CHUNK, CODES // F))  # tokens whose latents are dense in memory at once
+    for begin in range(0, M, step):
+        chunk = slice(*np.searchsorted(token, (begin, begin + step)))
+        size = min(step, M - begin)
         fires, in_cell = np.zeros((size, F), np.float32), np.zeros((size, len(bins) * B), np.float32)
         fires[token[chunk] - begin, latent[chunk]] = 1
         np.put_along_axis(in_cell, cells[begin : begin + size], 1, 1)
@@ -169,10 +171,12 @@ def firings_per_bin(
 
 
 def held_out(evaluation: Evaluation, rows: int) -> TextActivations:
-    """Activations of held-out rows; for the embedded language, of the labelled documents that other evals use."""
+    """Activations of held-out rows, as many as fit `HELD` bytes; for the embedded language, of the labelled documents that
+    other evals use."""
     if evaluation.is_testbed:
         return evaluation.labelled(rows)
     stream, rows = evaluation.stream, evaluation.rows(rows)
+    rows = min(rows, max(1, HELD // (4 * stream.positions * evaluation.sae.cfg.d_in)))
     return evaluation.once(f"held out {rows}", lambda: collect(stream, stream.held_out(rows), rows))
 
 

@@ -16,17 +16,20 @@ from ..engine.storage.files import write_text
 from ..engine.storage.run_folder import read_metrics
 from ..reporting.markdown import NOTHING, anchor, html, number, plain, table
 from . import result_files
-from .report_tables import ASKS, CONTROLS, NOT_BETTER, PICTURES, SCORES, label, lookup, main_scores, section
+from .report_tables import ASKS, NOT_BETTER, PICTURES, SCORES, label, lookup, main_scores, section, with_requested
 from .run_figures import draw_evals
 from .suite import EVALS
 
 MARK, MORE = "†", "↑"
+SPREAD = 1e-9  # width of an interval below which the items show no spread
+FEWEST = 6  # items for a difference in bold: five that all favour one side do so by chance in 6% of cases
 KNOW, GLANCE, TIME = "What to know first", "Scores at a glance", "Time"
 SUMMARY = (
     f"Controls are measured on the same text as the dictionary. {MARK} marks a score that a control reaches, so it is no "
     f"evidence for the dictionary. The last column names the control. Scores with {MORE} are better when larger; only these "
     "are compared with all controls, unless an eval has its own rule. Intervals are 95% intervals over test items. The "
-    "difference from the random control is paired by item, and in bold if its interval excludes zero. "
+    f"difference from the random control is paired by item, and in bold if its interval excludes zero and rests on at least "
+    f"{FEWEST} items. A score without an interval is never bold. "
     f"{NOTHING} is a missing figure."
 )
 
@@ -139,7 +142,7 @@ def _notes(results: dict[str, dict[str, Any]], left_out: dict[str, str]) -> list
 
 
 def _glance(measured: dict[str, dict[str, Any]]) -> str:
-    controls = dict.fromkeys([*CONTROLS, *(c for result in measured.values() for c in result.get("controls", ()))])
+    controls = with_requested(control for result in measured.values() for control in result.get("controls", ()))
     lines = []
     for name, result in measured.items():
         for i, path in enumerate(main_scores(name, result)):
@@ -177,6 +180,10 @@ def _uncertainty(interval: dict[str, Any] | None) -> tuple[str, str]:
     if above is None:
         return edges, NOTHING
     value, between = f"{above['difference']:+.3f}", f"({above['low']:+.3f} to {above['high']:+.3f})"
+    if interval["items"] < FEWEST:
+        return edges, f"{value} {between}: {interval['items']} items are too few for any conclusion"
+    if above["high"] - above["low"] < SPREAD:
+        return edges, f"{value}: all items agree, so there is no interval"
     if above["low"] > 0 or above["high"] < 0:
         return edges, f"**{value}** {between}"
     return edges, f"{value} {between}: too few items to show less than {above['least']:.3f}"

@@ -1,40 +1,51 @@
 """Tables of a report: the main scores of every eval, and its section, as Markdown."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..engine.stream.norm_filter import describe
 from ..reporting.markdown import number, plain, table
 
 CONTROLS = ("random", "lm_neurons", "mean", "shuffled")  # in the order of the columns
+ON_REQUEST = ("soft_frozen", "frozen_encoder")  # controls with a column after that of random, if there are any
 PICTURES = "pictures"  # placeholder block for a section's figures
 
 #: eval -> the paths of its main scores
 SCORES = {
     "core": "explained_variance ce_recovered kl_recovered l0 dead_fraction",
     "sparse_probing": "top_1 top_5",
-    "positions": "specialization fidelity.profile fidelity.explained_variance.worst order_probing.mean_pooled "
-    "order_probing.last_token",
+    "sae_probes": "auc.16 auc.1",
+    "positions": "specialization fidelity.snr.worst order_probing.mean_pooled order_probing.last_token",
     "ground_truth": "recovered mean_f1 mean_top_5",
     "unlearning": "score retained",
-    "scr": "score",
-    "tpp": "score",
     "clusters": "stability.adjusted_rand",
     "absorption": "mean_main_f1 mean_absorption",
+    "ravel": "score cause isolation",
+    "tpp": "score",
+    "scr": "score",
+    "autointerp": "score balanced",
 }
-NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption")  # scores that are not better when larger
+ACCURACIES = ("clean_class", "clean_attribute", "base_class", "base_attribute")  # of SCR's probes
+# scores that are not better when larger
+NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption", "cause", "isolation")
+
+UNRELIABLE = "Don't choose between dictionaries by this score: an audit found it unreliable (arXiv 2605.18229)."
 
 #: eval -> caption of its section
 ASKS = {
     "core": "Reconstruction quality, sparsity, and the effect of the reconstruction on the model's predictions.",
     "sparse_probing": "Test accuracy of probes that separate classes of text by k latents; 0.5 is chance.",
+    "sae_probes": "Test AUC of probes on k latents of a text's last token, on the data sets of sae-probes; 0.5 is chance.",
     "positions": "Specialization of latents for positions, reconstruction late in a row, and probes of word order.",
-    "ground_truth": "Known variables of the embedded language that a single latent predicts.",
+    "ground_truth": "Known variables of the embedded language: what a few latents write of them, and how one detects them.",
     "unlearning": "Answers about one subject that can be suppressed while 99% of the others stay right.",
-    "scr": "Share of a spurious correlation removed by ablating n latents: 0 none, 1 all of it.",
-    "tpp": "Accuracy that one class loses when its n latents are ablated, minus the mean loss of the others.",
+    "tpp": "Accuracy that one class loses when its n latents are ablated, minus the mean loss of the others. "
+    + UNRELIABLE,
+    "scr": "Share of a spurious correlation removed by ablating n latents: 0 none, 1 all of it. " + UNRELIABLE,
     "clusters": "Latents clustered by the positions at which they are active, and the stability of the clusters.",
     "absorption": "Words missed by their first letter's latents. Also low if no latent represents a letter.",
+    "ravel": "Attributes of entities changed by exchanging latents, while other attributes stay; 0.5 without a change.",
+    "autointerp": "Share of examples for which a judge tells from its own explanation whether the latent fires.",
 }
 
 #: path of a figure, or its last part -> heading, if different
@@ -48,23 +59,24 @@ LABELS = {
     "ce_tokens": "tokens for CE and KL", "train_rows": "training rows", "test_accuracy": "all",
     "top_1_error": "error of top 1", "mutual_information": "mutual information (nats)",
     "positional_share": "share above 0.05 nats", "spearman_share": "share with rank correlation above 0.4",
-    "alive": "latents that fire", "profile": "positional profile kept", "fidelity.profile": "fidelity: profile",
-    "explained_variance.mean": "explained variance, mean of bins", "ce_recovered.mean": "CE recovered, mean of bins",
-    "explained_variance.worst": "explained variance, worst bin", "ce_recovered.worst": "CE recovered, worst bin",
-    "fidelity.explained_variance.worst": "fidelity: EV, worst bin",
+    "alive": "latents that fire", "snr.mean": "SNR (dB), mean of bins", "snr.worst": "SNR (dB), worst bin",
+    "ce_recovered.mean": "CE recovered, mean of bins",
+    "ce_recovered.worst": "CE recovered, worst bin", "fidelity.snr.worst": "fidelity: SNR (dB), worst bin",
     "order_probing.mean_pooled": "order probing: mean pooled", "order_probing.last_token": "order probing: last token",
     "bow": "bag of words", "lm": "LM activations", "test": "test texts",
-    "recovered": "recovered (share with F1 of 0.8)", "mean_f1": "mean F1",
+    "recovered": "recovered by 5 latents", "detected": "detected (share with F1 of 0.8)", "mean_f1": "mean F1",
     "mean_top_5": "mean accuracy of a probe on 5", "questions.forget": "questions to forget",
     "questions.retain": "questions to retain", "activation_norm": "mean norm of the activations",
     "loss_increase": "loss added (nats per token to retain)", "reason": "why it scores 0", "total_metric": "total",
     "intended_diff_only": "lost by the class", "unintended_diff_only": "lost by the others",
     "within": "mean distance within", "between": "mean distance between",
     "stability.adjusted_rand": "stability (adjusted Rand index)", "stability.spread": "its standard deviation",
-    "adjusted_rand": "adjusted Rand index against the other dictionary", "matched": "latents that match",
     "mean_absorption_fraction": "mean fraction", "mean_split": "main latents of a letter",
     "mean_main_f1": "mean F1 of main latents", "probe_f1": "probe's F1", "main": "main latents", "main_f1": "their F1",
-    "absorption_fraction": "fraction",
+    "absorption_fraction": "fraction", "auc.1": "AUC, 1 latent", "auc.16": "AUC, 16 latents",
+    "balanced": "score, active and inactive examples equally weighted",
+    "cause": "cause: answers that become the source's", "isolation": "isolation: answers about others that stay",
+    "none": "score of always answering None", "named": "named as active", "unparsable": "answers that can't be read",
 }  # fmt: skip
 
 
@@ -82,7 +94,7 @@ def section(name: str, result: dict[str, Any]) -> list[str]:
 
 
 def lookup(scores: Any, path: str) -> Any:
-    """The figure at a path such as "fidelity.profile"; None if missing."""
+    """The figure at a path such as "fidelity.snr.worst"; None if missing."""
     for key in path.split("."):
         scores = scores.get(key) if isinstance(scores, dict) else None
     return scores
@@ -100,9 +112,16 @@ def _headings(figures: Figures) -> Mapping[str, str]:
     return {path: label(path) for path in figures.split()} if isinstance(figures, str) else figures
 
 
+def with_requested(controls: Iterable[str]) -> list[str]:
+    """`CONTROLS`, and those of `controls` that are not among them, in the order of the columns."""
+    names = list(controls)
+    requested = [name for name in ON_REQUEST if name in names]
+    return list(dict.fromkeys([CONTROLS[0], *requested, *CONTROLS[1:], *names]))
+
+
 def _autoencoders(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     controls = result.get("controls", {})
-    return {"dictionary": result} | {name: controls[name] for name in CONTROLS if name in controls} | controls
+    return {"dictionary": result} | {name: controls[name] for name in with_requested(controls) if name in controls}
 
 
 def _beside(result: dict[str, Any], figures: Figures) -> str:
@@ -213,7 +232,7 @@ def _agreement(result: dict[str, Any]) -> list[str]:
 
 
 def _fidelity(result: dict[str, Any]) -> list[str]:
-    figures = "profile explained_variance.mean explained_variance.worst ce_recovered.mean ce_recovered.worst"
+    figures = "snr.mean snr.worst ce_recovered.mean ce_recovered.worst"
     shifts = {
         f"shifts.{shift}.{key}": f"{name}, text {shift} positions later"
         for shift in result["shifts"]
@@ -221,7 +240,7 @@ def _fidelity(result: dict[str, Any]) -> list[str]:
     }
     columns = {
         f"{name}, {autoencoder}": scores[key]["by_bin"]
-        for key, name in (("explained_variance", "EV"), ("ce_recovered", "CE"))
+        for key, name in (("snr", "SNR"), ("ce_recovered", "CE"))
         for autoencoder, scores in _autoencoders(result).items()
     }
     lines = [
@@ -230,7 +249,7 @@ def _fidelity(result: dict[str, Any]) -> list[str]:
     ]
     return [
         _beside(result, {**_headings(figures), **shifts}),
-        "By position; EV is explained variance, CE is CE recovered:",
+        "By position; SNR is the reconstruction's in dB, CE is CE recovered:",
         table(("positions", *map(plain, columns)), lines),
     ]
 
@@ -253,16 +272,18 @@ def _order(result: dict[str, Any]) -> list[str]:
 
 
 def _ground_truth(result: dict[str, Any]) -> list[str]:
-    shares = {f"{level['f1']:.2f}": number(level["share"]) for level in result["recovered_at"]}
-    by_f1 = sorted(result["variables"].items(), key=lambda item: -item[1]["f1"])
-    variables = {(name, variable["latent"]): variable for name, variable in by_f1}
+    shares = {f"{level['f1']:.2f}": number(level["share"]) for level in result["detected_at"]}
+    by_share = sorted(result["variables"].items(), key=lambda item: -(item[1]["recovered"] or 0))
+    variables = {(name, variable["latent"]): variable for name, variable in by_share}
     return [
-        _beside(result, "recovered mean_f1 mean_top_5"),
+        _beside(result, "recovered detected mean_f1 mean_top_5"),
         PICTURES,
+        "### Share of a variable's effect that k latents reconstruct, mean over variables",
+        _beside(result, {f"recovered_by.{k}": f"k = {k}" for k in result["recovered_by"]}),
         "### Share of variables with at least this F1",
         table(list(shares), [list(shares.values())], ()),
         "### By variable",
-        _items("variable, latent", variables, "f1 precision recall top_5 tokens"),
+        _items("variable, latent", variables, "recovered f1 precision recall top_5 tokens"),
     ]
 
 
@@ -284,33 +305,35 @@ def _unlearning(result: dict[str, Any]) -> list[str]:
 def _scr(result: dict[str, Any]) -> list[str]:
     metrics = {f"scr_metric.{n}": f"n = {n}" for n in result["scr_metric"]}
     return [
-        f"Mean over pairs and {result['seeds']} seeds ± standard deviation over seeds. The score is at the largest n up to "
-        "20.",
+        f"Protocol {result['protocol_name']}. Mean over pairs and {result['seeds']} seeds ± standard deviation over seeds. "
+        "The score is at the largest n up to 20.",
         _by_n(result, "scr_metric.{}"),
         PICTURES,
         "### By pair",
-        "Accuracies on documents in which topic and tone are independent, and the metric. Clean probes are trained on such "
-        "documents, base probes on documents in which topic and tone coincide.",
-        _items("pair", result["sets"], {**_headings("clean_topic clean_tone base_topic base_tone"), **metrics}),
+        "Accuracies on texts in which class and attribute are independent, and the metric. Clean probes are trained on such "
+        "texts, base probes on texts in which class and attribute coincide.",
+        _items("pair", result["sets"], {**_headings(" ".join(ACCURACIES)), **metrics}),
     ]
 
 
 def _tpp(result: dict[str, Any]) -> list[str]:
+    totals = {f"tpp.{n}.total_metric": f"n = {n}" for n in result["tpp"]}
     return [
-        f"Probes on {len(result['classes'])} classes, with accuracy {number(result['clean_accuracy'])} before ablation. "
+        f"Protocol {result['protocol_name']}. The probes' accuracy before ablation is {number(result['clean_accuracy'])}. "
         f"Mean over {result['seeds']} seeds ± standard deviation over seeds. The score is at the largest n up to 10.",
         _by_n(result, "tpp.{}.total_metric"),
         PICTURES,
         "### Parts of the dictionary's score",
         _items("n", result["tpp"], "total_metric intended_diff_only unintended_diff_only"),
+        "### By set",
+        _items("set", result["sets"], {"classes": "classes", "rows": "texts", "clean_accuracy": "accuracy", **totals}),
     ]
 
 
 def _clusters(result: dict[str, Any]) -> list[str]:
     measures = _headings("within between stability.adjusted_rand stability.spread")
-    blocks = [_beside(result, {"count": "clusters", "latents": "latents clustered", **measures})]
-    if result.get("seeds") is not None:
-        blocks.append(_items("", {(): result["seeds"]}, "adjusted_rand matched"))
+    counts = {"count": "clusters", "latents": "latents clustered", "frequent": "latents that fire often enough"}
+    blocks = [_beside(result, {**counts, **measures})]
     if not result["clusters"]:
         return [*blocks, "Too few latents fire often enough for clustering."]
     clusters = {
@@ -336,7 +359,73 @@ def _absorption(result: dict[str, Any]) -> list[str]:
     return [means, "### By letter", _items("letter", result["letters"], figures)]
 
 
+def _sae_probes(result: dict[str, Any]) -> list[str]:
+    ks, autoencoders = result["protocol"]["k_values"], _autoencoders(result)
+    first, main = f"auc.{ks[0]}", f"auc.{result['protocol']['main_k']}"
+    lines = [
+        (
+            heading,
+            str(k),
+            *(number(lookup(s, f"{figure}.{k}")) for s in autoencoders.values()),
+            number(result["llm"][figure]),
+        )
+        for figure, heading in (("auc", "AUC"), ("accuracy", "accuracy"), ("f1", "F1"))
+        for k in ks
+    ]
+    controls = [control for control in result["controls"] if control != "shuffled"]
+    headings = {first: f"k = {ks[0]}", main: f"k = {result['protocol']['main_k']}"}
+    headings |= {f"controls.{control}.{main}": f"{control}, {headings[main]}" for control in controls}
+    headings |= {"llm.auc": "LM activations", "versus_random": "minus random", "versus_llm": "minus LM activations"}
+    sets = {name: scores | _versus(scores, main) for name, scores in {"mean": result, **result["sets"]}.items()}
+    sizes = "train_rows test_rows tokens latents reached_by"
+    return [
+        "LM activations: the paper's baseline, a probe on all of the model's activations. Means over data sets:",
+        table(("", "k", *map(plain, autoencoders), "LM activations"), lines, (0,)),
+        PICTURES,
+        "### AUC by data set",
+        f"Differences are those of {headings[main]}, paired by test text, with 95% intervals.",
+        _items("set", sets, headings),
+        "### Texts and latents",
+        _items("set", {name: _first_latents(scores) for name, scores in result["sets"].items()}, sizes),
+    ]
+
+
+def _versus(scores: dict[str, Any], path: str) -> dict[str, str]:
+    """Differences from random and from the baseline as text."""
+    found = {}
+    for other in ("random", "llm"):
+        if (above := lookup(scores["intervals"], f"{path}.above_{other}")) is not None:
+            found[f"versus_{other}"] = f"{above['difference']:+.3f} ({above['low']:+.3f} to {above['high']:+.3f})"
+    return found
+
+
+def _first_latents(scores: dict[str, Any]) -> dict[str, Any]:
+    return scores | {"latents": scores["latents"][:5]}
+
+
+def _ravel(result: dict[str, Any]) -> list[str]:
+    lines = _autoencoders(result) | {"all of the activation": result["whole"]}
+    figures = {"score": "score", "cause": "cause", "isolation": "isolation", "latents": "latents exchanged, mean"}
+    by_attribute = figures | {"latents": "latents exchanged"}
+    return [
+        _items("", {(): result}, "prompts known pairs"),
+        _items("exchanged", lines, figures),
+        "### By attribute",
+        _items("attribute", result["attributes"], by_attribute),
+    ]
+
+
+def _autointerp(result: dict[str, Any]) -> list[str]:
+    judge = ", ".join(result["judge"].values())
+    blocks = [f"Judge: {plain(judge)}", _beside(result, "score balanced none scored answers unparsable")]
+    for name, scores in _autoencoders(result).items():
+        blocks += [f"### Explanations: {name}", _items("latent", scores["latents"], "explanation score named active")]
+    return blocks
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "core": _core, "sparse_probing": _sparse_probing, "positions": _positions, "ground_truth": _ground_truth,
+    "core": _core, "sparse_probing": _sparse_probing, "sae_probes": _sae_probes,
+    "positions": _positions, "ground_truth": _ground_truth,
     "unlearning": _unlearning, "scr": _scr, "tpp": _tpp, "clusters": _clusters, "absorption": _absorption,
+    "ravel": _ravel, "autointerp": _autointerp,
 }  # fmt: skip

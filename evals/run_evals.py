@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.config import EvalConfig, TrainConfig
+from ..engine.config.controls import CONTROLS
 from ..engine.errors import UserError
 from ..engine.metrics import held_out_scores
 from ..engine.sae import SparseAutoencoder
@@ -17,20 +18,23 @@ from ..engine.storage.checkpoint import Checkpoint
 from ..engine.storage.files import write_text
 from ..engine.storage.run_folder import read_metrics
 from ..engine.stream import ActivationStream, WorldSource
-from ..engine.train import Run, train
+from ..engine.train import Run
 from ..engine.unit_decoder import unit_decoder
 from ..kernels.torch_modes import default_modes
 from . import result_files
-from .evaluation import Evaluation, Reference, fitted
+from .evaluation import OWN, Evaluation, Reference, check_protocol, fitted
 from .held_out import SavedEffects
+from .judge import Answers, Judge
+from .kept_sets import KeptSets
 from .recovery import recovery
 from .report import write_report
 from .row_budget import Sizes, row_counts
 from .run_figures import draw_pareto
 from .saebench import file_name, output
 from .suite import input_digests, load_eval, missing_inputs
+from .trained_controls import TrainedControls, without_control
 
-VERSION = 12  # of the evals; results of another version are not used
+VERSION = 13  # of the evals; results of another version are not used
 SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
 L0_AGREES = 0.05  # relative difference of L0 on held-out text and at the end of training, up to which no warning is due
 ERRORS = ("explained_variance_error", "ce_recovered_error")
@@ -96,7 +100,7 @@ def _of_training(run: Run) -> dict[str, Any]:
         return {key: measured.get(key) for key in SCORES} | {"measured_on": "training"}
 
     last = run.metrics[-1]
-    return scores(last) | {"controls": {"random": scores(last["random"])} if "random" in last else {}}
+    return scores(last) | {"controls": {control: scores(last[control]) for control in CONTROLS if control in last}}
 
 
 def _without_model(run: Run, stream: ActivationStream) -> dict[str, Any]:
@@ -112,18 +116,17 @@ def _without_model(run: Run, stream: ActivationStream) -> dict[str, Any]:
     scores: dict[str, Any] = _of_training(run)
     if (sae_scores := held_out(run.sae)) is not None:
         scores |= sae_scores
-        if run.random is not None and (control := held_out(run.random)) is not None:
-            scores["controls"]["random"] = control
+        measured = {name: held_out(sae) for name, sae in run.dictionaries.items() if name != "sae"}
+        scores["controls"] |= {name: control for name, control in measured.items() if control is not None}
     if isinstance(stream.own, WorldSource):
-        dictionaries = {"sae": run.sae} | ({} if run.random is None else {"random": run.random})
         try:
-            recovered = recovery(stream.own, {name: unit_decoder(sae) for name, sae in dictionaries.items()})
+            recovered = recovery(stream.own, {name: unit_decoder(sae) for name, sae in run.dictionaries.items()})
         except UserError as error:
             scores["warnings"] = [*scores.get("warnings", []), str(error)]
         else:
-            scores["recovery"] = recovered["sae"]
-            if run.random is not None:
-                scores["controls"]["random"]["recovery"] = recovered["random"]
+            scores["recovery"] = recovered.pop("sae")
+            for name, control in recovered.items():
+                scores["controls"][name]["recovery"] = control
     mean = dict.fromkeys(SCORES) | {"explained_variance": 0.0, "l0": 0.0, "dead_fraction": 1.0}
     return scores | {"controls": {**scores["controls"], "mean": mean}}
 
@@ -133,11 +136,17 @@ class EvalOptions:
     """Keyword options of `evaluate`."""
 
     seed: int = 0  # of all random draws
-    sets: Sequence[str] = ()  # labelled texts for sparse probing
+    sets: Sequence[str] = ()  # labelled texts for sparse probing, TPP and SCR
     files: Mapping[str, Sequence[str]] | None = None  # by the names of `suite.FILES`
     fresh: bool = False  # measure again what the run has results of
     rows: int | None = None  # of text; default: the run's `eval.rows`, or what fits run and model (`row_budget`)
     control: bool = False  # train a random control if the checkpoint has none, on as many tokens
+    controls: Sequence[str] = ()  # other controls to train in the same way, by the names of `config.controls`
+    protocol: str = OWN  # of SCR and TPP, one of `evaluation.PROTOCOLS`
+    judge: Judge | None = None  # for autointerp
+
+    def __post_init__(self) -> None:
+        check_protocol(self.protocol)
 
 
 @default_modes()
@@ -169,48 +178,64 @@ def evaluate(
     for name in names:
         load_eval(name)
     sets, files = chosen.sets, chosen.files or {}
-    has_random = "random" in checkpoint.dictionaries
-    trains_control = chosen.control and not has_random and sae.cfg.decoder == "learned"
-    sizes = _sizes(checkpoint, stream, sae, chosen.rows, has_random or trains_control, like)
+    controls = TrainedControls(checkpoint, sae, ("random",) * chosen.control + tuple(chosen.controls))
+    sizes = _sizes(checkpoint, stream, sae, chosen.rows, len(controls), like)
     if same_recipe is not None and reference is None:
         raise UserError("same_recipe: needs a reference, the dictionary that it is another seed of")
-    origin = _origin(checkpoint, chosen.seed, like, trains_control)
-    keys = {name: origin | {"given": input_digests(name, sets, files), "rows": sizes.of(name)} for name in names}
-    if "positions" in keys:
-        others = {"reference": reference, "same_recipe": same_recipe}
-        keys["positions"] |= {other: _digest(given) for other, given in others.items() if given is not None}
+    origin = _origin(checkpoint, chosen.seed, like) | controls.origin
+    others = {"reference": reference, "same_recipe": same_recipe}
+    keys = {name: origin | _inputs(name, chosen, sizes, others) for name in names}
     results: dict[str, dict[str, Any]] = {}
     if run is not None and not chosen.fresh:
         results = {name: result for name in names if (result := _stored_result(run, name, keys[name])) is not None}
-    lacking = {name: missing_inputs(name, stream, sae.cfg, sets, files) for name in names if name not in results}
+    request = stream, sae.cfg, sets, files, chosen.judge
+    lacking = {name: missing_inputs(name, *request) for name in names if name not in results}
     if len(names) == 1 and (why := lacking.get(names[0], {}).get("")):
         raise UserError(f"{names[0]}: {why}")
     if like is None:
         announce(lacking)
     if lacking:
-        random = checkpoint.dictionary("random") if has_random else None
-        if trains_control and not all("" in reasons for reasons in lacking.values()):
-            random = _train_control(checkpoint, sae, stream)
-        second = None if same_recipe is None else same_recipe.dictionary()
-        compared = None if reference is None else Reference(reference.dictionary(), second)
+        trained = controls.get(stream, train=not all("" in reasons for reasons in lacking.values()))
+        compared = reference and Reference(reference.dictionary(), same_recipe and same_recipe.dictionary())
         if like is None:
-            evaluation = Evaluation(stream, sae, random, chosen.seed, sets, files, reference=compared, sizes=sizes)
+            evaluation = Evaluation(stream, sae, trained, chosen.seed, sets, files, reference=compared, sizes=sizes)
         else:
-            evaluation = like.of(sae, random, compared, sizes)
+            evaluation = like.of(sae, trained, compared, sizes)
+        evaluation.protocol = chosen.protocol
+        evaluation.answers = _answers(run, chosen)
+        evaluation.kept_sets = None if run is None else KeptSets(run / "evals/sae_probes", origin, fresh=chosen.fresh)
         results |= _measure(checkpoint, run, evaluation, lacking, keys, alone=len(names) == 1, quiet=like is not None)
     if run is not None and like is None:
         write_report(run, checkpoint, VERSION)
     return {name: results[name] for name in names}
 
 
-def _origin(checkpoint: Checkpoint, seed: int, like: Evaluation | None, trains_control: bool) -> dict[str, Any]:
+def _inputs(
+    name: str, chosen: EvalOptions, sizes: Sizes, others: Mapping[str, Checkpoint | None]
+) -> dict[str, Any]:  # fmt: skip
+    """What the result of one eval depends on. `others`: dictionaries to compare with, by option."""
+    inputs: dict[str, Any] = {"given": input_digests(name, chosen.sets, chosen.files or {}), "rows": sizes.of(name)}
+    if name == "positions":
+        inputs |= {option: _digest(given) for option, given in others.items() if given is not None}
+    if name in ("tpp", "scr") and chosen.protocol != OWN:
+        inputs["protocol"] = chosen.protocol
+    if name == "autointerp" and chosen.judge is not None:
+        inputs |= {"judge": chosen.judge.identity, "latents": chosen.judge.latents}
+    return inputs
+
+
+def _origin(checkpoint: Checkpoint, seed: int, like: Evaluation | None) -> dict[str, Any]:
     """What a result depends on, apart from its own inputs."""
     origin: dict[str, Any] = {"dictionary": _digest(checkpoint), "seed": seed, "version": VERSION}
     if like is not None and like.share > 1:
         origin["share"] = like.share
-    if trains_control:
-        origin["control"] = "trained for evaluation"
     return origin
+
+
+def _answers(run: Path | None, options: EvalOptions) -> Answers | None:
+    if options.judge is None:
+        return None
+    return Answers(options.judge, None if run is None else run / "evals" / "judge.jsonl", fresh=options.fresh)
 
 
 def _measure(
@@ -299,26 +324,17 @@ def l0_warning(run: Path, step: int, l0: float) -> str | None:
 
 
 def _sizes(
-    checkpoint: Checkpoint, stream: ActivationStream, sae: SparseAutoencoder, rows: int | None, has_random: bool,
+    checkpoint: Checkpoint, stream: ActivationStream, sae: SparseAutoencoder, rows: int | None, controls: int,
     like: Evaluation | None,
 ) -> Sizes:  # fmt: skip
     config = EvalConfig() if checkpoint.run is None else checkpoint.run.eval
     if rows is not None:
         config = config.model_copy(update={"rows": rows})
     tokens = (TrainConfig() if checkpoint.run is None else checkpoint.run.train).tokens
-    latents = [sae.cfg.d_sae] * (1 + has_random)
+    latents = [sae.cfg.d_sae] * (1 + controls)
     if sae.cfg.d_out is None and (like is None or like.neurons):
         latents.append(sae.cfg.d_in)
     return row_counts(stream, config, tokens, latents)
-
-
-def without_control(checkpoint: Checkpoint) -> str | None:
-    """Why a dictionary has no random control; None if it has one, or is one."""
-    if "random" in checkpoint.dictionaries or checkpoint.manifest["dictionaries"]["sae"]["decoder"] == "random":
-        return None
-    if checkpoint.run is not None and not checkpoint.run.train.control:
-        return "train.control: false"
-    return f"{checkpoint.folder.name} has none"
 
 
 def _stored_result(run: Path, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
@@ -328,10 +344,3 @@ def _stored_result(run: Path, name: str, key: dict[str, Any]) -> dict[str, Any] 
         print(f"measured again: {error}", file=sys.stderr, flush=True)
         return None
     return result if result is not None and result.get("of") == key and "skipped" not in result else None
-
-
-def _train_control(checkpoint: Checkpoint, sae: SparseAutoencoder, stream: ActivationStream) -> SparseAutoencoder:
-    config = TrainConfig() if checkpoint.run is None else checkpoint.run.train
-    print(f"control: training a random control on {config.tokens:,} tokens", file=sys.stderr, flush=True)
-    config = config.model_copy(update={"control": False, "init": None, "held_out_rows": 0, "log": ()})
-    return train(stream, sae.cfg.model_copy(update={"decoder": "random"}), config).sae

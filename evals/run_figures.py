@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from ..engine.config.controls import CONTROLS
 from ..reporting.plots import COLOURS, MARKERS, SEVERAL, WORST, frame, legend_below, new_axes, robust, save_figure
 
 LABELS = {"sae": "dictionary", "llm": "LM activations"}
 AUTOENCODER_COLOURS = COLOURS | {"shuffled": "#CC79A7", "llm": "#000000"}
-SHAPES = {"sae": "o", "random": "s", "lm_neurons": "^", "mean": "x", "shuffled": "v", "llm": "D"}
+SHAPES = {
+    "sae": "o", "random": "s", "soft_frozen": "p", "frozen_encoder": "h", "lm_neurons": "^", "mean": "x", "shuffled": "v",
+    "llm": "D",
+}  # fmt: skip
 RETAINED = 0.99  # retain accuracy that a setting of unlearning needs to count
-RECOVERED = 0.8  # F1 from which a variable counts as recovered
 
 
 def draw_evals(
@@ -22,7 +25,8 @@ def draw_evals(
     folder.mkdir(parents=True, exist_ok=True)
     makers = {
         "core": lambda result: core_figures(metrics, result),
-        "sparse_probing": _probing, "positions": _order, "ground_truth": _truth, "unlearning": _unlearning,
+        "sparse_probing": _probing, "sae_probes": _sae_probes,
+        "positions": _order, "ground_truth": _truth, "unlearning": _unlearning,
         "scr": _removed, "tpp": _perturbed, "clusters": _clusters,
     }  # fmt: skip
     drawn: dict[str, dict[str, str]] = {}
@@ -92,9 +96,12 @@ def _loss(metrics: list[dict[str, Any]]) -> Any:
     figure, axes = new_axes(3.6)
     curves = {
         ("dictionary", COLOURS["sae"]): [(line["tokens"], line["fvu"]) for line in metrics],
-        ("random control", COLOURS["random"]): [
-            (line["tokens"], line["random"]["fvu"]) for line in metrics if "random" in line
-        ],
+    }
+    curves |= {
+        (f"{control.replace('_', ' ')} control", COLOURS[control]): [
+            (line["tokens"], line[control]["fvu"]) for line in metrics if control in line
+        ]
+        for control in CONTROLS
     }
     lines = []
     for (label, colour), points in curves.items():
@@ -149,6 +156,18 @@ def _probing(result: dict[str, Any]) -> dict[str, Any]:
     lines = {name: [scores.get(f"top_{k}") for k in ks] for name, scores in autoencoders.items()}
     labels = ("k (latents of the probe)", "test accuracy (0.5 is chance)", "Probes on k latents, mean over classes")
     return _curves("sparse_probing", ks, lines, None, 0.5, labels)
+
+
+def _sae_probes(result: dict[str, Any]) -> dict[str, Any]:
+    ks = result["protocol"]["k_values"]
+    lines = {name: list(scores["auc"].values()) for name, scores in _autoencoders(result).items()}
+    lines["llm"] = [result["llm"]["auc"]] * len(ks)  # a probe on all activations, whatever k
+    labels = (
+        "k (latents of the probe)",
+        "test AUC (0.5 is chance)",
+        "sae-probes: AUC on k latents, mean over data sets",
+    )
+    return _curves("sae_probes", ks, lines, None, 0.5, labels)
 
 
 def _removed(result: dict[str, Any]) -> dict[str, Any]:
@@ -227,21 +246,21 @@ def _unlearning(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _truth(result: dict[str, Any]) -> dict[str, Any]:
-    variables = sorted(result["variables"].items(), key=lambda item: item[1]["f1"])
+    variables = sorted(result["variables"].items(), key=lambda item: (item[1]["recovered"] or 0, item[1]["f1"]))
     figure, axes = new_axes(1.3 + 0.15 * len(variables))
     lines = range(len(variables))
-    f1, top = ([variable[key] for _, variable in variables] for key in ("f1", "top_5"))
-    axes.hlines(lines, f1, top, color="#dddddd", linewidth=1.2, zorder=1)
-    axes.plot(f1, lines, "o", color=COLOURS["sae"], markersize=4.5, label="F1 of the best latent")
-    axes.plot(top, lines, "D", color=SEVERAL[1], markersize=3.5, label="accuracy of a probe on 5 latents")
-    for key, linestyle, measure in (("mean_f1", "--", "F1"), ("mean_top_5", ":", "accuracy")):
+    shares, f1 = ([variable[key] for _, variable in variables] for key in ("recovered", "f1"))
+    if None not in shares:  # as for a transcoder
+        axes.hlines(lines, shares, f1, color="#dddddd", linewidth=1.2, zorder=1)
+        axes.plot(shares, lines, "o", color=COLOURS["sae"], markersize=4.5, label="share recovered by 5 latents")
+    axes.plot(f1, lines, "D", color=SEVERAL[1], markersize=3.5, label="F1 of the best latent")
+    for key, linestyle, measure in (("recovered", "--", "share"), ("mean_f1", ":", "F1")):
         if (mean := result["controls"].get("random", {}).get(key)) is not None:
             style = {"color": COLOURS["random"], "linewidth": 1, "linestyle": linestyle, "zorder": 0}
             axes.axvline(mean, label=f"random's mean {measure}", **style)
-    axes.axvline(RECOVERED, color="#888888", linewidth=1, zorder=0, label=f"recovered (F1 of {RECOVERED})")
     axes.set_yticks(lines, [name for name, _ in variables], fontsize=6.5)
-    axes.set(xlim=(0, 1.02), ylim=(-1, len(variables)), xlabel="F1, or accuracy (0.5 is chance)")
-    axes.set_title("Known variables predicted by latents")
+    axes.set(xlim=(min(0, *(share or 0 for share in shares)) - 0.02, 1.02), ylim=(-1, len(variables)))
+    axes.set(xlabel="share of the variable's effect, or F1", title="Known variables in the dictionary")
     legend_below(figure, columns=2)
     return {"ground_truth": figure}
 

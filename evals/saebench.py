@@ -19,11 +19,13 @@ from ..engine.config import SAEConfig, StreamConfig
 from ..engine.errors import UserError
 from ..engine.storage import checkpoint
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
-from .evaluation import CHUNK
+from .evaluation import CHUNK, SAEBENCH
 from .held_out import SAEBENCH_ROWS
 
 ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "batch_topk", "jumprelu": "jumprelu"}
 TOPS = (1, 2, 5, 10, 20, 50, 100)  # k of sparse probing
+ABLATED = (2, 5, 10, 20, 50, 100, 500)  # n of SCR and TPP
+SCR_FIGURES = ("scr_dir1", "scr_metric", "scr_dir2")
 
 #: names of core's metrics by category
 CORE_METRICS = {
@@ -62,7 +64,7 @@ def output(
     training_tokens: int | None, seed: int = 0,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Convert the result of the eval `name` to SAEBench's format; None if it has no such eval or result, as for a
-    transcoder, and absorption on fewer than 20 letters or on other prompts.
+    transcoder, absorption on fewer than 20 letters or on other prompts, and SCR and TPP with another protocol.
 
     All of SAEBench's settings are given as they were used. A figure has SAEBench's name if it is computed as SAEBench does.
     Others are in `eval_result_unstructured["temposae"]`.
@@ -216,28 +218,38 @@ def _unlearning(result: dict[str, Any], about: DictionaryInfo) -> Converted | No
     return {"unlearning": {"unlearning_score": result["score"]}}, [], config, {key: result.get(key) for key in keys}
 
 
-#: why SCR and TPP have no figures by SAEBench's names
-PROBES = (
-    "not SAEBench's figures: probes are logistic regressions (L2, C = 1, lbfgs) on all training rows, so that epochs, "
-    "learning rate, L1 penalty and patience are 0; latents without an effect are not ablated; SCR is not given where the "
-    "clean probe is less than 0.05 above the biased one. Set sizes are the largest of a probe"
-)
+SEEDS = "means over seeds, each with its own split and probes; set sizes are the largest of a probe"
 
 
-def _ablation(result: dict[str, Any], about: DictionaryInfo, *, name: str, figures: str) -> Converted:
-    used = result["protocol"]
-    unused = {"early_stopping_patience": 0, "probe_epochs": 0, "probe_lr": 0.0, "probe_l1_penalty": 0.0}
+def _ablation(result: dict[str, Any], about: DictionaryInfo, *, name: str, figures: str) -> Converted | None:
+    if result.get("protocol_name") != SAEBENCH:
+        return None  # other probes and other latents than SAEBench's
+    used, is_scr = result["protocol"], name == "scr"
     config = _settings(
         about,
         **used,
-        **unused,
-        perform_scr=name == "scr",
-        probe_train_batch_size=used["train_set_size"],
-        probe_test_batch_size=used["test_set_size"],
+        perform_scr=is_scr,
         sae_batch_size=_rows_encoded(used["context_length"]),
         lower_vram_usage=False,
     )
-    return {f"{name}_metrics": {}}, [], config, _pick(result, figures) | {"about": PROBES}
+
+    def named(scores: dict[str, Any]) -> dict[str, Any]:
+        if is_scr:
+            by_n = ((f"{key}_threshold_{n}", v) for key in SCR_FIGURES for n, v in scores[key].items())
+        else:
+            by_n = ((f"tpp_threshold_{n}_{key}", v) for n, of_n in scores["tpp"].items() for key, v in of_n.items())
+        return {key: value for key, value in by_n if int(key.split("_threshold_")[1].split("_")[0]) in ABLATED}
+
+    details = [
+        {"dataset_name": f"{_run_name(set_name, scores, is_scr)}_results"} | named(scores)
+        for set_name, scores in result["sets"].items()
+    ]
+    return {f"{name}_metrics": named(result)}, details, config, _pick(result, figures) | {"about": SEEDS}
+
+
+def _run_name(set_name: str, scores: dict[str, Any], is_scr: bool) -> str:
+    """SAEBench's name of a set, or of a pair of its classes."""
+    return f"{scores['of']}_scr_{'_'.join(scores['pair'])}" if is_scr else f"{set_name}_tpp"
 
 
 def _absorption(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
@@ -276,8 +288,8 @@ MAKERS = {
     "core": _core,
     "sparse_probing": _sparse_probing,
     "unlearning": _unlearning,
-    "scr": partial(_ablation, name="scr", figures="scr_metric scr_dir1 scr_dir2 spread sets"),
-    "tpp": partial(_ablation, name="tpp", figures="tpp spread clean_accuracy"),
+    "scr": partial(_ablation, name="scr", figures="seeds spread sets"),
+    "tpp": partial(_ablation, name="tpp", figures="seeds spread clean_accuracy"),
     "absorption": _absorption,
 }
 

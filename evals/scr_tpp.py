@@ -1,8 +1,8 @@
 """Targeted probe perturbation (TPP) and spurious correlation removal (SCR): probe accuracy after ablation of a few latents.
 
 Both follow the description of SAEBench (https://github.com/adamkarvonen/SAEBench) and its paper (Karvonen et al., arXiv
-2411.18895). x [R, D] is a document's mean activation, f [R, F] its mean latents, and (w, b) a logistic regression on x that
-separates a class from others:
+2411.18895). x [R, D] is a text's mean activation, f [R, F] its mean latents, and (w, b) a linear probe on x that separates
+a class from others:
 
     effect_j = (mean of f_j over the class - mean of f_j over the others) * (w . W_dec_j)
                TPP: 0 if the class has a lower mean than the others; SCR: the absolute value
@@ -11,73 +11,113 @@ separates a class from others:
     SCR      = (A_ablated - A_base) / (A_clean - A_base)
 
 x' is linear in x and f, so ablation in every token is the same as ablation in the mean. Latents with the largest effects are
-ablated first, and those without effect never.
+ablated first. `ablation_recipes.py` has the probes, the latents that are ablated and the smallest gap A_clean - A_base for
+which SCR is given, by the evaluation's `protocol`.
 
-On the embedded language, TPP uses topics as classes. SCR trains a probe on documents of two topics, each only in its
-preferred tone, so that topic and tone coincide. A_base is the accuracy of this probe on documents in which they are
-independent, A_clean that of a probe trained on such documents. dir1 ablates the tone's latents and scores the topic, dir2
-the other way round. scr_metric is the direction with the lower A_base: the attribute that the probe did not learn. If
-A_clean - A_base is below `GAP`, there is nothing to remove, and SCR is None.
+The classes are those of labelled sets (`class_sets.py`), or of the embedded language, whose TPP uses topics as classes. SCR
+trains a probe on texts of two classes, each with one value only of a binary attribute (the tone of the embedded language),
+so that class and attribute coincide. A_base is the accuracy of this probe on texts in which they are independent, A_clean
+that of a probe trained on such texts. dir1 ablates the attribute's latents and scores the class, dir2 the other way round.
+scr_metric is the direction with the lower A_base: what the probe did not learn.
 """
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 
 from ..engine.errors import UserError
-from ..engine.testbed.lexicon import TOPICS
-from .evaluation import Autoencoder, Evaluation, TextActivations
-from .intervals import Outcomes, interval
+from .ablation_recipes import Recipe, Task, recipe
+from .class_sets import LANGUAGE, ClassSet, Latents, class_sets
+from .evaluation import Evaluation
+from .intervals import Outcomes, interval, joined
 from .probes import balanced
 
 THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)  # numbers of latents to ablate
 ROWS, SEEDS = 1024, 3
-GAP = 0.05  # smaller differences of two accuracies on about sixty documents are noise
 SCR_AT, TPP_AT = 20, 10  # number of ablated latents for the score
+ACCURACIES = ("clean_class", "clean_attribute", "base_class", "base_attribute")
+
+
+@dataclass
+class _Scores:
+    """What one set gives. `scores` [seeds, 1, n, 3] (TPP) or [seeds, pairs, n, 3] (SCR) by autoencoder; `accuracies`
+    [seeds, 1] (TPP) or [seeds, pairs, 4]; `sizes`: rows for training and testing each probe."""
+
+    scores: dict[str, np.ndarray]
+    accuracies: np.ndarray
+    sizes: list[tuple[int, int]]
+    outcomes: dict[str, Outcomes]
 
 
 @torch.no_grad()
-def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_padding: bool = False) -> dict[str, Any]:
-    """Measure targeted probe perturbation by topic on `rows` labelled documents, split anew by each of `seeds` seeds.
+def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS) -> dict[str, Any]:
+    """Measure targeted probe perturbation on labelled sets, or on `rows` documents of the embedded language.
 
-    Returns `tpp` {n: {total_metric, intended_diff_only, unintended_diff_only}}, `spread` {n: standard deviation of the total
-    over seeds}, `score` (the total at n = 10 or the largest n below), the probes' `clean_accuracy`, the same figures of
-    `controls`, and `reached_by`, the controls that score as high. With `pool_padding`, the mean is over all positions, as in
-    SAEBench: positions left out count as zero activations, with the latents that zeros give. Raises UserError for a text
-    without labels, and too few rows or seeds.
+    Each set is split anew by each of `seeds` seeds. Returns `tpp` {n: {total_metric, intended_diff_only,
+    unintended_diff_only}}, means over sets and seeds, `spread` {n: standard deviation of the total over seeds}, `score` (the
+    total at n = 10 or the largest n below), the probes' `clean_accuracy`, the same by set in `sets`, the figures of
+    `controls`, and `reached_by`, the controls that score as high. Raises UserError for a text without labels, and too few
+    texts or seeds.
     """
-    collected = _labelled(evaluation, rows, seeds)
-    topic, C = collected.row_label("topic").numpy(), len(TOPICS)
-    x, autoencoders = _pooled(collected, None, pool_padding), _autoencoders(evaluation, collected, pool_padding)
-    ns = _thresholds(evaluation)
-    scores: dict[str, list[np.ndarray]] = {name: [] for name in autoencoders}  # [n, 3] per seed
-    clean: list[float] = []
-    sizes: list[tuple[int, int]] = []  # rows for training and for testing each probe
-    at, outcomes = _at(ns, TPP_AT), _Ablated(len(x), seeds * C, list(autoencoders))
+    chosen = _recipe(evaluation, seeds)
+    ns, measured, sets = _thresholds(evaluation), list[_Scores](), dict[str, dict[str, Any]]()
+    protocol = _Protocol(chosen, ns)
+    for texts in class_sets(evaluation, rows, paired=False, padding=chosen.padding):
+        scores = _perturbed(evaluation, texts, chosen, ns, seeds)
+        measured.append(scores)
+        protocol.add(texts, scores.sizes)
+        sets[texts.name] = {
+            "classes": texts.classes,
+            "rows": len(texts.x),
+            "clean_accuracy": float(scores.accuracies.mean()),
+            "tpp": _tpp_figures(ns, scores.scores["sae"])["tpp"],
+        }
+    scores = _over(measured)
+    result = {name: _tpp_figures(ns, of_sets) for name, of_sets in scores.scores.items()}
+    return {
+        "protocol": protocol.settings(),
+        "protocol_name": chosen.name,
+        "clean_accuracy": float(scores.accuracies.mean()),
+        "sets": sets,
+        "seeds": seeds,
+        "intervals": {"score": interval(scores.outcomes, evaluation.generator("tpp intervals"))},
+    } | _beside(result, protocol.rows)
+
+
+def _perturbed(evaluation: Evaluation, texts: ClassSet, chosen: Recipe, ns: list[int], seeds: int) -> _Scores:
+    """TPP of one set."""
+    codes, C, x = texts.codes, len(texts.classes), texts.x
+    latents = texts.latents | {"shuffled": texts.latents["sae"]}
+    scores = {name: np.empty((seeds, 1, len(ns), 3)) for name in latents}
+    clean = np.empty((seeds, 1))
+    sizes: list[tuple[int, int]] = []
+    at, outcomes = _at(ns, TPP_AT), _Ablated(len(x), seeds * C, list(latents))
     for seed in range(seeds):
         draw = evaluation.generator(f"tpp {seed}")
-        sides = map(np.concatenate, zip(*_halves(topic, range(C), draw), strict=True))
-        train, test = ([side[balanced(topic[side] == c, draw, groups=topic[side])] for c in range(C)] for side in sides)
+        sides = map(np.concatenate, zip(*_halves(codes, range(C), draw, texts.train), strict=True))
+        train, test = ([side[balanced(codes[side] == c, draw, groups=codes[side])] for c in range(C)] for side in sides)
         sizes += [(len(a), len(b)) for a, b in zip(train, test, strict=True)]
-        W, b = _probes([(x[rows], topic[rows] == c) for c, rows in enumerate(train)])
+        tasks = [_task(x, codes == c, a, b) for c, (a, b) in enumerate(zip(train, test, strict=True))]
+        W, b = chosen.fit(tasks, evaluation.generator(f"tpp {seed} probes"))
         logits = x @ W.T + b
 
         def right(logits: np.ndarray, test: list[np.ndarray] = test) -> list[np.ndarray]:
-            return [(logits[rows, c] > 0) == (topic[rows] == c) for c, rows in enumerate(test)]
+            return [(logits[rows, c] > 0) == (codes[rows] == c) for c, rows in enumerate(test)]
 
         right_before = right(logits)
         before = np.array([answers.mean() for answers in right_before])
-        clean.append(float(before.mean()))
-        for name, (f, W_dec) in autoencoders.items():
-            change, lost = _ablation(f, W_dec, W), np.empty((len(ns), C, C))
+        clean[seed] = before.mean()
+        for name, coded in latents.items():
+            change, lost = _ablation(coded, W), np.empty((len(ns), C, C))
             for c, train_rows in enumerate(train):
-                effects = _difference(f, train_rows, topic[train_rows] == c).clip(0) * (W_dec @ W[c])
+                effects = _difference(coded.f, train_rows, codes[train_rows] == c).clip(0) * (coded.W_dec @ W[c])
                 if name == "shuffled":
                     effects = draw.permutation(effects)
-                order = _strongest(effects)
+                order = chosen.order(effects)
                 for index, n in enumerate(ns):
                     right_after = right(logits - change(order[:n]))
                     lost[index, c] = before - np.array([answers.mean() for answers in right_after])
@@ -88,84 +128,132 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_pa
                             outcomes.add(name, seed * C + other, test[other], share * gain)
             intended = np.einsum("nii->n", lost) / C
             unintended = (lost.sum((1, 2)) - intended * C) / (C * (C - 1))
-            scores[name].append(np.stack([intended - unintended, intended, unintended], 1))
-
-    result = {name: _tpp_figures(ns, by_seed) for name, by_seed in scores.items()}
-    settings = {
-        "protocol": _protocol(collected, ns, sizes, {}),
-        "clean_accuracy": float(np.mean(clean)),
-        "classes": list(TOPICS),
-        "seeds": seeds,
-        "intervals": {"score": outcomes.interval(evaluation.generator("tpp intervals"))},
-    }
-    return settings | _beside(result, len(collected), pool_padding)
+            scores[name][seed, 0] = np.stack([intended - unintended, intended, unintended], 1)
+    return _Scores(scores, clean, sizes, outcomes.by_name())
 
 
 @torch.no_grad()
-def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS, pool_padding: bool = False) -> dict[str, Any]:
-    """Measure spurious correlation removal on pairs of topics in `rows` labelled documents, split anew by each seed.
+def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS) -> dict[str, Any]:
+    """Measure spurious correlation removal on pairs of classes of sets with an attribute, split anew by each seed.
 
     Returns `scr_metric`, `scr_dir1`, `scr_dir2` {n: mean over pairs and seeds, or None}, `spread` {n: standard deviation of
-    scr_metric over seeds}, `score` (scr_metric at n = 20 or the largest n below), `sets` {pair: accuracies, and
-    scr_metric by n}, the same figures of `controls` without `sets`, and `reached_by`. `pool_padding` and errors: see `tpp`.
+    scr_metric over seeds}, `score` (scr_metric at n = 20 or the largest n below), `sets` {pair: accuracies and the three
+    figures by n}, the same figures of `controls` without `sets`, and `reached_by`. `rows` and errors: see `tpp`.
     """
-    collected = _labelled(evaluation, rows, seeds)
-    topic, tone = collected.row_label("topic").numpy(), collected.row_label("tone").numpy()
-    x, autoencoders = _pooled(collected, None, pool_padding), _autoencoders(evaluation, collected, pool_padding)
-    ns, pairs = _thresholds(evaluation), [(a, a + 1) for a in range(0, len(TOPICS), 2)]
-    scores = {name: np.full((seeds, len(pairs), 3, len(ns)), np.nan) for name in autoencoders}  # dir1, dir2, metric
-    accuracies = np.empty((seeds, len(pairs), 4))
-    at, outcomes = _at(ns, SCR_AT), _Ablated(len(x), seeds * len(pairs), list(autoencoders))
+    chosen = _recipe(evaluation, seeds)
+    ns, measured, sets = _thresholds(evaluation), list[_Scores](), dict[str, dict[str, Any]]()
+    protocol = _Protocol(chosen, ns)
+    for texts in class_sets(evaluation, rows, paired=True, padding=chosen.padding):
+        scores = _removed(evaluation, texts, chosen, ns, seeds)
+        measured.append(scores)
+        protocol.add(texts, scores.sizes)
+        for index, pair in enumerate(texts.pairs):
+            name = "/".join(texts.classes[c] for c in pair)
+            sets[name if texts.name == LANGUAGE else f"{texts.name}: {name}"] = {
+                "of": texts.name,
+                "pair": [texts.classes[c] for c in pair],
+                **dict(zip(ACCURACIES, map(float, scores.accuracies[:, index].mean(0)), strict=True)),
+                **_metrics(ns, scores.scores["sae"][:, index : index + 1]),
+            }
+    scores = _over(measured)
+    result = {name: _scr_figures(ns, of_pairs) for name, of_pairs in scores.scores.items()}
+    intervals = {"score": interval(scores.outcomes, evaluation.generator("scr intervals"))}
+    settings = {"protocol": protocol.settings(), "protocol_name": chosen.name, "seeds": seeds, "intervals": intervals}
+    return {"sets": sets, **settings} | _beside(result, protocol.rows)
+
+
+def _removed(evaluation: Evaluation, texts: ClassSet, chosen: Recipe, ns: list[int], seeds: int) -> _Scores:
+    """SCR of the pairs of one set."""
+    assert texts.attribute is not None
+    latents = texts.latents | {"shuffled": texts.latents["sae"]}
+    scores = {name: np.full((seeds, len(texts.pairs), len(ns), 3), np.nan) for name in latents}  # metric, dir1, dir2
+    accuracies = np.empty((seeds, len(texts.pairs), 4))
+    outcomes = _Ablated(len(texts.x), seeds * len(texts.pairs), list(latents))
     sizes: list[tuple[int, int]] = []
     for seed in range(seeds):
-        for index, pair in enumerate(pairs):
+        for index, pair in enumerate(texts.pairs):
             draw = evaluation.generator(f"scr {seed} {index}")
-            groups = _halves(2 * topic + tone, (2 * t + manner for t in pair for manner in (0, 1)), draw)
-            # the first topic of a pair prefers the first tone, the second topic the second
-            biased = _evenly([groups[0][0], groups[3][0]])
-            train, test = (_evenly([group[side] for group in groups]) for side in (0, 1))
+            cells = [2 * c + value for c in pair for value in (0, 1)]
+            groups = _halves(2 * texts.codes + texts.attribute, cells, draw, texts.train)
+            sides = [_biased_and_even([group[side] for group in groups], chosen.even_sizes) for side in (0, 1)]
+            (biased, train), (biased_test, test) = sides
             sizes.append((max(len(biased), len(train)), len(test)))
-            labels = [topic == pair[1], tone == 1]
-            W, b = _probes([(x[biased], labels[0][biased]), *((x[train], y[train]) for y in labels)])
-            logits = x @ W.T + b
-
-            def right(logits: np.ndarray, y: np.ndarray, test: np.ndarray = test) -> np.ndarray:
-                return (logits[test] > 0) == y[test]
-
-            clean = [float(right(logits[:, 1 + i], y).mean()) for i, y in enumerate(labels)]
-            base = [float(right(logits[:, 0], y).mean()) for y in labels]
-            learned_less = 0 if base[0] < base[1] else 1
+            labels = [texts.codes == pair[1], texts.attribute]
+            tasks = [_task(texts.x, labels[0], biased, biased_test)]
+            tasks += [_task(texts.x, y, train, test) for y in labels]
+            W, b = chosen.fit(tasks, evaluation.generator(f"scr {seed} {index} probes"))
+            logits = texts.x @ W.T + b
+            clean = [float(_right(logits[:, 1 + i], y, test).mean()) for i, y in enumerate(labels)]
+            base = [float(_right(logits[:, 0], y, test).mean()) for y in labels]
             accuracies[seed, index] = [*clean, *base]
-            for name, (f, W_dec) in autoencoders.items():
-                change, pair_scores = _ablation(f, W_dec, W[:1]), scores[name][seed, index]
-                for scored, ablated in ((0, 1), (1, 0)):
-                    effects = np.abs(_difference(f, train, labels[ablated][train]) * (W_dec @ W[1 + ablated]))
-                    if name == "shuffled":
-                        effects = draw.permutation(effects)
-                    order, gap = _strongest(effects), clean[scored] - base[scored]
-                    if gap >= GAP:
-                        changed = (logits[:, 0] - change(order[:n])[:, 0] for n in ns)
-                        right_after = [right(ablated_logits, labels[scored]) for ablated_logits in changed]
-                        after = np.array([answers.mean() for answers in right_after])
-                        pair_scores[scored] = (after - base[scored]) / gap
-                        if scored == learned_less:
-                            gain = right_after[at] * 1.0 - right(logits[:, 0], labels[scored])
-                            outcomes.add(name, seed * len(pairs) + index, test, gain / gap)
-                pair_scores[2] = pair_scores[learned_less]
+            task = _Removal(chosen, ns, labels, train, test, W, logits[:, 0], clean, base)
+            for name, coded in latents.items():
+                scores[name][seed, index], gain = task.scores(coded, draw if name == "shuffled" else None)
+                if gain is not None:
+                    outcomes.add(name, seed * len(texts.pairs) + index, test, gain)
+    return _Scores(scores, accuracies, sizes, outcomes.by_name())
 
-    topics = [tuple(list(TOPICS)[t] for t in pair) for pair in pairs]
-    sets = _by_pair(ns, topics, accuracies, scores["sae"])
-    result = {name: _scr_figures(ns, all_scores) for name, all_scores in scores.items()}
-    protocol = _protocol(collected, ns, sizes, {"the embedded language": topics})
-    intervals = {"score": outcomes.interval(evaluation.generator("scr intervals"))}
-    return {"sets": sets, "seeds": seeds, "protocol": protocol, "intervals": intervals} | _beside(
-        result, len(collected), pool_padding
+
+@dataclass
+class _Removal:
+    """One pair of classes in one split: training and test rows, the probes' W [3, D] (biased, class, attribute), the biased
+    probe's `logits` [R], and the accuracies of class and attribute."""
+
+    chosen: Recipe
+    ns: list[int]
+    labels: list[np.ndarray]
+    train: np.ndarray
+    test: np.ndarray
+    W: np.ndarray
+    logits: np.ndarray
+    clean: list[float]
+    base: list[float]
+
+    def scores(self, coded: Latents, draw: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """metric, dir1 and dir2 by n, [n, 3], and what each test text adds to the score's metric, None without one. With
+        `draw`, effects are permuted."""
+        gained: np.ndarray | None = None
+        tie = self.base[0] == self.base[1] and not self.chosen.scores_ties
+        scores, change = np.full((len(self.ns), 3), np.nan), _ablation(coded, self.W[:1])
+        at, learned_less = _at(self.ns, SCR_AT), 0 if self.base[0] < self.base[1] else 1
+        for scored, ablated in ((0, 1), (1, 0)):
+            difference = _difference(coded.f, self.train, self.labels[ablated][self.train])
+            effects = np.abs(difference * (coded.W_dec @ self.W[1 + ablated]))
+            if draw is not None:
+                effects = draw.permutation(effects)
+            order, gap = self.chosen.order(effects), self.clean[scored] - self.base[scored]
+            if gap < self.chosen.gap:
+                scores[:, 1 + scored] = self.chosen.no_gap
+                gain = np.zeros(len(self.test))
+            else:
+                right = [_right(self.logits - change(order[:n])[:, 0], self.labels[scored], self.test) for n in self.ns]
+                after = np.array([answers.mean() for answers in right])
+                scores[:, 1 + scored] = (after - self.base[scored]) / gap
+                gain = (right[at] * 1.0 - _right(self.logits, self.labels[scored], self.test)) / gap
+            if scored == learned_less and not tie and not np.isnan(scores[at, 1 + scored]):
+                gained = gain
+        if not tie:
+            scores[:, 0] = scores[:, 1 + learned_less]
+        return scores, gained
+
+
+def _over(measured: list[_Scores]) -> _Scores:
+    """All sets beside each other, each set or pair with equal weight."""
+    if len(measured) == 1:
+        return measured[0]
+    names = measured[0].scores
+    return _Scores(
+        {name: np.concatenate([scores.scores[name] for scores in measured], 1) for name in names},
+        np.concatenate([scores.accuracies for scores in measured], 1),
+        [size for scores in measured for size in scores.sizes],
+        {name: joined(scores.outcomes[name] for scores in measured) for name in measured[0].outcomes},
     )
 
 
-def _tpp_figures(ns: list[int], by_seed: list[np.ndarray]) -> dict[str, Any]:
-    """Means and spread by n from scores [n, 3] of each seed."""
-    mean = np.mean(by_seed, 0)
+def _tpp_figures(ns: list[int], scores: np.ndarray) -> dict[str, Any]:
+    """Means and spread by n from scores [seeds, sets, n, 3]."""
+    by_seed = scores.mean(1)
+    mean = by_seed.mean(0)
     names = ("total_metric", "intended_diff_only", "unintended_diff_only")
     by_n = {n: dict(zip(names, map(float, mean[index]), strict=True)) for index, n in enumerate(ns)}
     spread = np.std(by_seed, 0, ddof=1)[:, 0]
@@ -173,34 +261,20 @@ def _tpp_figures(ns: list[int], by_seed: list[np.ndarray]) -> dict[str, Any]:
     return {"tpp": by_n, "spread": dict(zip(ns, map(float, spread), strict=True)), "score": score}
 
 
-def _by_pair(
-    ns: list[int], topics: list[tuple[str, ...]], accuracies: np.ndarray, scores: np.ndarray
-) -> dict[str, dict[str, Any]]:
-    """Mean accuracies, from [seeds, pairs, 4], and metric by n, from scores [seeds, pairs, 3, n], of each pair of topics."""
-    names = ("clean_topic", "clean_tone", "base_topic", "base_tone")
-    return {
-        "/".join(pair): {
-            **dict(zip(names, map(float, accuracies[:, index].mean(0)), strict=True)),
-            "scr_metric": _by_n(ns, scores[:, index : index + 1, 2]),
-        }
-        for index, pair in enumerate(topics)
-    }
-
-
 class _Ablated:
-    """Outcomes of documents at the score's number of latents, [documents, groups] by autoencoder. A group is one probe's
-    test set of one seed; a document counts in every group that tests it."""
+    """Outcomes of texts at the score's number of latents, [texts, groups] by autoencoder. A group is one probe's test set of
+    one seed; a text counts in every group that tests it."""
 
-    def __init__(self, documents: int, groups: int, names: list[str]):
-        self.counted = np.zeros((documents, groups))
-        self.gained = {name: np.zeros((documents, groups)) for name in names}
+    def __init__(self, texts: int, groups: int, names: list[str]):
+        self.counted = np.zeros((texts, groups))
+        self.gained = {name: np.zeros((texts, groups)) for name in names}
 
     def add(self, name: str, group: int, rows: np.ndarray, gained: np.ndarray) -> None:
         self.counted[rows, group] = 1
         self.gained[name][rows, group] += gained
 
-    def interval(self, draw: np.random.Generator) -> dict[str, Any] | None:
-        return interval({name: Outcomes(gained, self.counted) for name, gained in self.gained.items()}, draw)
+    def by_name(self) -> dict[str, Outcomes]:
+        return {name: Outcomes(gained, self.counted) for name, gained in self.gained.items()}
 
 
 def _at(ns: list[int], n: int) -> int:
@@ -208,50 +282,25 @@ def _at(ns: list[int], n: int) -> int:
     return max((index for index, other in enumerate(ns) if other <= n), default=0)
 
 
+def _metrics(ns: list[int], scores: np.ndarray) -> dict[str, Any]:
+    """Means by n from scores [seeds, pairs, n, 3] of the metric and both directions."""
+    names = ("scr_metric", "scr_dir1", "scr_dir2")
+    return {name: {n: _mean(scores[:, :, i, kind]) for i, n in enumerate(ns)} for kind, name in enumerate(names)}
+
+
 def _scr_figures(ns: list[int], scores: np.ndarray) -> dict[str, Any]:
-    """Means and spread by n from scores [seeds, pairs, 3, n] of both directions and the metric."""
-    metric, spread = _by_n(ns, scores[:, :, 2]), dict[int, float | None]()
+    """Means and spread by n from scores [seeds, pairs, n, 3]."""
+    metrics, spread = _metrics(ns, scores), dict[int, float | None]()
     for i, n in enumerate(ns):
-        means = [mean for seed_scores in scores if (mean := _mean(seed_scores[:, 2, i])) is not None]
+        means = [mean for seed_scores in scores if (mean := _mean(seed_scores[:, i, 0])) is not None]
         spread[n] = float(np.std(means, ddof=1)) if len(means) > 1 else None
-    return {
-        "scr_metric": metric,
-        "scr_dir1": _by_n(ns, scores[:, :, 0]),
-        "scr_dir2": _by_n(ns, scores[:, :, 1]),
-        "spread": spread,
-        "score": metric[ns[_at(ns, SCR_AT)]],
-    }
+    return {**metrics, "spread": spread, "score": metrics["scr_metric"][ns[_at(ns, SCR_AT)]]}
 
 
-def _labelled(evaluation: Evaluation, rows: int, seeds: int) -> TextActivations:
+def _recipe(evaluation: Evaluation, seeds: int) -> Recipe:
     if seeds < 2:
         raise UserError(f"seeds: {seeds} is not allowed; the spread needs at least 2")
-    return evaluation.labelled(rows)
-
-
-def _pooled(collected: TextActivations, autoencoder: Autoencoder | None, padding: bool) -> np.ndarray:
-    """Mean latents (or activations) of each row; with `padding` over all T positions, with x = 0 where not kept."""
-    pooled = collected.pooled(autoencoder)
-    if padding:
-        kept = collected.kept.to(pooled.device)
-        T = kept.shape[1]
-        pooled = pooled * (kept.sum(1, keepdim=True) / T)
-        if autoencoder is not None:
-            pos = torch.arange(T, device=pooled.device)
-            zeros = autoencoder.encode_sparse(collected.x.new_zeros(T, collected.x.shape[1]), pos).to_dense()
-            pooled = pooled + (~kept).to(zeros.dtype) @ zeros / T
-    return pooled.double().cpu().numpy()
-
-
-def _autoencoders(
-    evaluation: Evaluation, collected: TextActivations, padding: bool
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Mean latents and W_dec by name. `shuffled` is the dictionary, whose effects the caller permutes over latents."""
-    latents = {
-        name: (_pooled(collected, autoencoder, padding), autoencoder.W_dec.detach().double().cpu().numpy())
-        for name, autoencoder in evaluation.autoencoders(collected).items()
-    }
-    return latents | {"shuffled": latents["sae"]}
+    return recipe(evaluation.protocol)
 
 
 def _thresholds(evaluation: Evaluation) -> list[int]:
@@ -259,70 +308,84 @@ def _thresholds(evaluation: Evaluation) -> list[int]:
     return [n for n in THRESHOLDS if n <= f] or [f]
 
 
-def _halves(labels: np.ndarray, kinds: Iterable[int], draw: np.random.Generator) -> list[list[np.ndarray]]:
+def _halves(
+    labels: np.ndarray, kinds: Iterable[int], draw: np.random.Generator, train: float = 0.5
+) -> list[list[np.ndarray]]:
+    """Rows of each kind for training and for testing."""
     rows_by_kind = [draw.permutation(np.flatnonzero(labels == kind)) for kind in kinds]
     if min(map(len, rows_by_kind)) < 4:
-        raise UserError(f"rows: {len(labels)} is not allowed; give more, every topic (in every tone) needs 4 documents")
-    return [np.array_split(rows, 2) for rows in rows_by_kind]
+        raise UserError(
+            f"rows: {len(labels)} is not allowed; give more, every class (with every attribute) needs 4 texts"
+        )
+    return [np.split(rows, [math.ceil(train * len(rows))]) for rows in rows_by_kind]
 
 
-def _evenly(groups: list[np.ndarray]) -> np.ndarray:
-    """Equally many rows of each group, as many as the smallest has."""
-    count = min(map(len, groups))
-    return np.concatenate([group[:count] for group in groups])
+def _biased_and_even(groups: list[np.ndarray], even_sizes: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in which class and attribute coincide (the first and the last group), and equally many rows of all four groups.
+    With `even_sizes`, both are of one size."""
+    biased, fewest = [groups[0], groups[3]], min(map(len, groups))
+    count = min(map(len, biased))
+    if even_sizes:
+        fewest = min(fewest, count // 2)
+        count = 2 * fewest
+    return np.concatenate([g[:count] for g in biased]), np.concatenate([g[:fewest] for g in groups])
 
 
-def _probes(tasks: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """W [C, D] and b [C] of logistic regressions for C tasks (X, y)."""
-    fitted = [LogisticRegression(max_iter=1000).fit(X, y) for X, y in tasks]
-    return np.concatenate([p.coef_ for p in fitted]), np.concatenate([p.intercept_ for p in fitted])
+def _task(x: np.ndarray, y: np.ndarray, train: np.ndarray, test: np.ndarray) -> Task:
+    return Task(x[train], y[train], x[test], y[test])
+
+
+def _right(logits: np.ndarray, y: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return (logits[rows] > 0) == y[rows]
 
 
 def _difference(f: np.ndarray, rows: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Mean of each latent over the class minus its mean over the others, [F]."""
-    return f[rows[y]].mean(0) - f[rows[~y]].mean(0)
+    return f[rows[y]].mean(0, dtype=np.float64) - f[rows[~y]].mean(0, dtype=np.float64)
 
 
-def _strongest(effects: np.ndarray) -> np.ndarray:
-    """Latents with an effect above rounding error, largest first, negative ones last."""
-    order = np.argsort(-effects, kind="stable")
-    return order[np.abs(effects[order]) > 1e-12 * max(np.abs(effects).max(), 1e-300)]
-
-
-def _ablation(f: np.ndarray, W_dec: np.ndarray, W: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def _ablation(coded: Latents, W: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Function from ablated latents to the decrease of the probes' logits [R, C]."""
-    written = W_dec @ W.T
-    return lambda chosen: f[:, chosen] @ written[chosen]
+    written = coded.W_dec @ W.T
+    return lambda chosen: coded.ablated(chosen) @ written[chosen]
 
 
-def _protocol(
-    collected: TextActivations, ns: list[int], sizes: list[tuple[int, int]], pairs: dict[str, list[Any]]
-) -> dict[str, Any]:
-    """Settings by SAEBench's names. Probes here have no epochs, learning rate or L1 penalty."""
-    train, test = (max(side) for side in zip(*sizes, strict=True))
-    return {
-        "dataset_names": ["the embedded language"],
-        "train_set_size": train,
-        "test_set_size": test,
-        "context_length": collected.tokens.shape[1],
-        "n_values": ns,
-        "column1_vals_lookup": pairs,
-    }
+class _Protocol:
+    """Settings by SAEBench's names, from the recipe and the sets measured."""
+
+    def __init__(self, chosen: Recipe, ns: list[int]):
+        self.given, self.rows = chosen.settings | {"n_values": ns}, 0
+        self.names, self.sizes, self.context = list[str](), list[tuple[int, int]](), 0
+        self.pairs: dict[str, list[tuple[str, ...]]] = {}
+
+    def add(self, texts: ClassSet, sizes: list[tuple[int, int]]) -> None:
+        if texts.name not in self.names:
+            self.names.append(texts.name)
+        self.sizes += sizes
+        self.context, self.rows = max(self.context, texts.context), self.rows + len(texts.x)
+        if texts.pairs:
+            pairs = [tuple(texts.classes[c] for c in pair) for pair in texts.pairs]
+            self.pairs[texts.name] = [*self.pairs.get(texts.name, []), *pairs]
+
+    def settings(self) -> dict[str, Any]:
+        train, test = (max(side) for side in zip(*self.sizes, strict=True))
+        return self.given | {
+            "dataset_names": self.names,
+            "train_set_size": train,
+            "test_set_size": test,
+            "context_length": self.context,
+            "column1_vals_lookup": self.pairs,
+        }
 
 
-def _beside(result: dict[str, dict[str, Any]], rows: int, pool_padding: bool) -> dict[str, Any]:
+def _beside(result: dict[str, dict[str, Any]], rows: int) -> dict[str, Any]:
     """The dictionary's figures, those of the controls, and the controls that score as high."""
     scores, controls = result["sae"], {name: control for name, control in result.items() if name != "sae"}
     score, known = scores["score"], {name: d["score"] for name, d in controls.items() if d["score"] is not None}
     reached = [] if score is None else [name for name, control in known.items() if control >= score]
-    return {**scores, "controls": controls, "reached_by": reached, "rows": rows, "pool_padding": pool_padding}
+    return {**scores, "controls": controls, "reached_by": reached, "rows": rows}
 
 
 def _mean(values: np.ndarray) -> float | None:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else None
-
-
-def _by_n(ns: list[int], scores: np.ndarray) -> dict[int, float | None]:
-    """Means of scores [seeds, pairs, n] by n."""
-    return {n: _mean(scores[..., i]) for i, n in enumerate(ns)}

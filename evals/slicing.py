@@ -17,7 +17,7 @@ from ..engine.config import MaskConfig
 from ..engine.errors import UserError
 from ..engine.sae import SparseAutoencoder
 from ..engine.unit_decoder import unit_decoder
-from .evaluation import Evaluation
+from .evaluation import Evaluation, squared_distance
 from .positions import BinnedTokens, held_out, information, summary
 
 SHUFFLES = 5
@@ -33,13 +33,14 @@ def slicing(evaluation: Evaluation, *, rows: int = 1024, bins: int = 16) -> dict
     collected, draw = held_out(evaluation, rows), evaluation.generator("slicing")
     drawn = BinnedTokens.of(evaluation, collected, bins, 0, draw)
     shuffled = [drawn.shuffled(draw) for _ in range(SHUFFLES)]
-    spread = float((collected.x - collected.mean).double().square().sum())
+    spread = float(squared_distance(collected.x, collected.mean).sum())
     results: dict[str, dict[str, float | None]] = {}
     for name, sliced in slicings(evaluation.sae.sae, collected.tokens.shape[1], seed=evaluation.seed).items():
-        sliced = unit_decoder(sliced)
+        # the unmasked copy is the dictionary, whose code of these rows is known
+        sliced = evaluation.sae if name == "none" else unit_decoder(sliced)
         code = collected.code(sliced)
         figures: dict[str, Any] = summary(information(code, drawn, shuffled))
-        error = float((collected.x - sliced.decode(code)).double().square().sum())
+        error = float(squared_distance(collected.x, sliced.decode(code)).sum())
         results[name] = {
             "specialization": figures["specialization"],
             "explained_variance": 1 - error / spread if spread else None,

@@ -12,9 +12,13 @@ from ..engine.storage.files import digest, digest_of_folder
 from ..engine.storage.path_names import expand_path
 from ..engine.stream import ActivationStream
 from ..engine.stream.token_rows import TestbedRows
+from .chosen_sets import sets_read
+from .entity_facts import NO_FACTS
 from .evaluation import Evaluation
-from .labelled import stored_at
+from .judge import NO_JUDGE, Judge
+from .labelled import BIOS, stored_at
 from .multiple_choice import NO_CHAT_TEMPLATE, NOTHING_TO_FORGET
+from .probe_sets import is_probe_set, probe_sets, source_digests, why_not_there
 
 Eval = Callable[[Evaluation], dict[str, Any]]
 
@@ -22,14 +26,19 @@ Eval = Callable[[Evaluation], dict[str, Any]]
 EVALS = {
     "core": ("suite", "_core"),
     "sparse_probing": ("sparse_probing", "sparse_probing"),
+    "sae_probes": ("sae_probes", "sae_probes"),
     "positions": ("suite", "_positions"),
     "ground_truth": ("ground_truth", "ground_truth"),
     "unlearning": ("unlearning", "unlearning"),
-    "scr": ("scr_tpp", "scr"),
-    "tpp": ("scr_tpp", "tpp"),
     "clusters": ("clusters", "clusters"),
     "absorption": ("absorption", "absorption"),
+    "ravel": ("ravel", "ravel"),
+    "tpp": ("scr_tpp", "tpp"),
+    "scr": ("scr_tpp", "scr"),
 }
+
+#: evals that ask a judge; `all` includes them if one is given
+JUDGED = {"autointerp": ("autointerp", "autointerp")}
 
 #: name of an input file (--file NAME=PATH) -> the eval that reads it, and whether several are allowed
 FILES = {
@@ -39,6 +48,7 @@ FILES = {
     "retain_text": ("unlearning", False),
     "blimp": ("positions", True),
     "senteval": ("positions", True),
+    "ravel": ("ravel", True),
 }
 
 
@@ -50,6 +60,7 @@ class EvalRequest:
     sae: SAEConfig
     sets: Sequence[str]
     files: Mapping[str, Sequence[str]]
+    judge: Judge | None = None
 
     @property
     def has_labels(self) -> bool:
@@ -60,7 +71,9 @@ class EvalRequest:
 def _needs_labels(request: EvalRequest) -> str | None:
     if request.has_labels:
         return None
-    return f"{request.stream.text.name} has no labels; this eval needs the embedded language (model: testbed)"
+    return (
+        f"{request.stream.text.name} has no labels; this eval needs the embedded language (train with --model testbed)"
+    )
 
 
 def _needs_tokenizer(request: EvalRequest) -> str | None:
@@ -72,12 +85,37 @@ def _needs_tokenizer(request: EvalRequest) -> str | None:
 def _needs_labelled_texts(request: EvalRequest) -> str | None:
     if (reason := _needs_tokenizer(request)) is not None:
         return reason
-    if not request.has_labels and not request.sets:
+    sets = sets_read("sparse_probing", request.sets)
+    if not request.has_labels and not sets:
         return (
             f"{request.stream.text.name} has no labels; give labelled texts, --set FILE?text=COLUMN&label=COLUMN (.csv or "
             ".jsonl), or a published set, --set fancyzhx/ag_news?path=FOLDER"
         )
-    return _missing({source: stored_at(source) for source in request.sets}, "set")
+    return _missing({source: stored_at(source) for source in sets}, "set")
+
+
+def _needs_probe_sets(request: EvalRequest) -> str | None:
+    if (reason := _needs_tokenizer(request)) is not None:
+        return reason
+    if request.stream.model.name == "testbed":
+        return "the embedded model reads only its own language; this eval needs a model of English (--model)"
+    return why_not_there(sets_read("sae_probes", request.sets))
+
+
+def _needs_classes(request: EvalRequest, name: str) -> str | None:
+    if not (sources := sets_read(name, request.sets)):
+        if request.has_labels:
+            return None
+        text = request.stream.text.name
+        if name == "tpp":
+            return f"{text} has no labels; give labelled texts, --set FILE?text=COLUMN&label=COLUMN, or a published set"
+        lack = "no set has a second label" if request.sets else f"{text} has no labels"
+        return (
+            f"{lack}; give --set FILE?text=COLUMN&label=COLUMN&attribute=COLUMN or --set {BIOS}_class_set1?path=FOLDER"
+        )
+    if (reason := _needs_tokenizer(request)) is not None:
+        return reason
+    return _missing({source: stored_at(source) for source in sources}, "set")
 
 
 def _needs_questions(request: EvalRequest) -> str | None:
@@ -107,9 +145,20 @@ def _needs_order_files(request: EvalRequest) -> str | None:
 
 
 def _needs_order_tasks(request: EvalRequest) -> str | None:
-    if request.has_labels or _order_files(request):
-        return None
-    return f"{request.stream.text.name} has no word order tasks; give --file blimp=PATH or --file senteval=PATH"
+    return None if request.has_labels or _order_files(request) else _needs_tokenizer(request)
+
+
+def _needs_facts(request: EvalRequest) -> str | None:
+    if request.sae.d_out is not None:
+        return "a transcoder is not allowed; RAVEL changes the activations that were encoded"
+    paths = request.files.get("ravel", ())
+    if not paths:
+        return None if request.has_labels else f"{request.stream.text.name} {NO_FACTS}"
+    return _needs_tokenizer(request) or _missing({path: expand_path(path, "file") for path in paths}, "file")
+
+
+def _needs_judge(request: EvalRequest) -> str | None:
+    return _needs_tokenizer(request) if request.judge is not None else NO_JUDGE
 
 
 def _missing(paths: Mapping[str, Path | None], option: str) -> str | None:
@@ -120,20 +169,24 @@ def _missing(paths: Mapping[str, Path | None], option: str) -> str | None:
 #: eval -> parts that need more than a text ("": all of it) -> function that returns why it can't be measured, or None
 NEEDS: dict[str, dict[str, Callable[[EvalRequest], str | None]]] = {
     "sparse_probing": {"": _needs_labelled_texts},
+    "sae_probes": {"": _needs_probe_sets},
     "positions": {"": _needs_order_files, "order probing": _needs_order_tasks},
     "ground_truth": {"": _needs_labels},
     "unlearning": {"": _needs_questions},
-    "scr": {"": _needs_labels},
-    "tpp": {"": _needs_labels},
+    "ravel": {"": _needs_facts},
+    "tpp": {"": lambda request: _needs_classes(request, "tpp")},
+    "scr": {"": lambda request: _needs_classes(request, "scr")},
+    "autointerp": {"": _needs_judge},
 }
 
 
 def missing_inputs(
-    name: str, stream: ActivationStream, sae: SAEConfig, sets: Sequence[str], files: Mapping[str, Sequence[str]]
-) -> dict[str, str]:
+    name: str, stream: ActivationStream, sae: SAEConfig, sets: Sequence[str], files: Mapping[str, Sequence[str]],
+    judge: Judge | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Parts of the eval `name` ("" for all of it) that can't be measured -> the reason, with the option that supplies what
     is missing. Reads no activations, so it can be called before anything is collected."""
-    request = EvalRequest(stream, sae, sets, files)
+    request = EvalRequest(stream, sae, sets, files, judge)
     reasons = {part: needs(request) for part, needs in NEEDS.get(name, {}).items()}
     return {part: reason for part, reason in reasons.items() if reason is not None}
 
@@ -151,20 +204,30 @@ def named_files(options: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return files
 
 
-def check_there(sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> None:
-    """Raise UserError for labelled texts and files that don't exist."""
+def check_there(sets: Sequence[str], files: Mapping[str, Sequence[str]], names: Sequence[str] = ()) -> None:
+    """Raise UserError for labelled texts and files that don't exist, and for data sets that none of the evals `names`
+    reads."""
     for name, path in ((name, path) for name, paths in files.items() for path in paths):
         if not expand_path(path, f"--file {name}").exists():
             raise UserError(f"--file {name}: {shown(path)} is not allowed; it does not exist")
     for source in sets:
-        if (path := stored_at(source)) is not None and not path.exists():
+        if is_probe_set(source):
+            if names and "sae_probes" not in names:
+                raise UserError(f"--set: {shown(source)} is not allowed with eval {names[0]}; only sae_probes reads it")
+            probe_sets([source])
+        elif list(names) == ["sae_probes"]:
+            allowed = "quick, all, or a name such as 24_headline_isiran"
+            raise UserError(f"--set: {shown(source)} is not allowed with eval sae_probes; it must be {allowed}")
+        elif (path := stored_at(source)) is not None and not path.exists():
             raise UserError(f"--set: {shown(source)} is not allowed; {path} does not exist")
 
 
 def input_digests(name: str, sets: Sequence[str], files: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
     """Digests of the labelled sets and files that the eval `name` reads, by the argument that gave them."""
-    if name == "sparse_probing":
-        paths = {source: stored_at(source) for source in sets}
+    if name == "sae_probes":
+        return source_digests(sets_read(name, sets))
+    if name in ("sparse_probing", "tpp", "scr"):
+        paths = {source: stored_at(source) for source in sets_read(name, sets)}
     else:
         kinds = [kind for kind, (reader, _) in FILES.items() if reader == name]
         paths = {f"{kind}={path}": expand_path(path, "file") for kind in kinds for path in files.get(kind, ())}
@@ -175,11 +238,17 @@ def input_digests(name: str, sets: Sequence[str], files: Mapping[str, Sequence[s
     return digests
 
 
+def every_eval(judge: Judge | None) -> list[str]:
+    """The names that `all` stands for."""
+    return list(EVALS if judge is None else EVALS | JUDGED)
+
+
 def load_eval(name: str) -> Eval:
     """Import the eval of this name. Raises UserError if there is none."""
-    if name not in EVALS:
-        raise UserError(f"eval: {name} is not allowed; it must be {', '.join(EVALS)} or all")
-    module, function = EVALS[name]
+    known = EVALS | JUDGED
+    if name not in known:
+        raise UserError(f"eval: {name} is not allowed; it must be {', '.join(known)} or all")
+    module, function = known[name]
     try:
         return getattr(import_module(f".{module}", __package__), function)
     except ModuleNotFoundError as error:
@@ -192,7 +261,7 @@ def _core(evaluation: Evaluation) -> dict[str, Any]:
     from .core import core
     from .held_out import HeldOut
 
-    controls = {} if evaluation.random is None else {"random": evaluation.random}
+    controls = evaluation.controls
     stream, neurons = evaluation.stream, evaluation.neurons
     rows, ce_rows = (max(1, most // evaluation.share) for most in (evaluation.sizes.rows, evaluation.sizes.ce_rows))
     latents = [evaluation.sae.cfg.d_sae] * (1 + len(controls)) + [evaluation.sae.cfg.d_in] * neurons
@@ -211,5 +280,11 @@ def _positions(evaluation: Evaluation) -> dict[str, Any]:
     result = positions(evaluation, evaluation.reference)
     result |= {"fidelity": fidelity(evaluation), "slicing": slicing(evaluation)}
     request = EvalRequest(evaluation.stream, evaluation.sae.cfg, evaluation.sets, evaluation.files)
-    reason = _needs_order_tasks(request)
-    return result | {"order_probing": order_probing(evaluation) if reason is None else {"skipped": reason}}
+    if (reason := _needs_order_tasks(request)) is not None:
+        return result | {"order_probing": {"skipped": reason}}
+    try:
+        return result | {"order_probing": order_probing(evaluation)}
+    except UserError as error:
+        if _order_files(request):
+            raise
+        return result | {"order_probing": {"skipped": str(error)}}  # the text has too few words to exchange

@@ -44,6 +44,7 @@ from ..engine.stream import ActivationStream, TokenRows
 from ..engine.testbed.language import ROLES, facts
 from ..kernels.numerics import sum_by
 from .evaluation import LABELLED, Autoencoder, Evaluation, TextActivations, collected_rows, fitted
+from .held_out import HELD
 from .intervals import Outcomes, interval
 from .multiple_choice import (
     NOTHING_TO_FORGET,
@@ -93,6 +94,7 @@ class _Task:
     stream: ActivationStream
     questions: Questions
     prompts: TextActivations
+    hooked: Tensor | None  # [Q, T, D], activations of the prompts at every position; None if above `HELD` bytes
     batches: Batches
     answer_orders: int
     multipliers: tuple[float, ...]
@@ -254,7 +256,9 @@ def _of_language(evaluation: Evaluation, rows: int) -> _Task:
     multipliers = tuple(max(1, round(share * norm)) for share in SHARES)
     texts = {"from": "words before an object of a fact, in documents of the embedded language", "rows": first}
     stream = evaluation.stream
-    return _Task(stream, questions, _prompts(stream, questions), batches, 1, multipliers, texts, protocol, limited=True)
+    return _Task(
+        stream, questions, *_prompts(stream, questions), batches, 1, multipliers, texts, protocol, limited=True
+    )
 
 
 def _of_files(evaluation: Evaluation, rows: int, length: int) -> _Task:
@@ -291,25 +295,31 @@ def _of_files(evaluation: Evaluation, rows: int, length: int) -> _Task:
     }
     counts = {"forget_rows": len(forget), "retain_rows": min(rows, len(retain)), "loss_rows": len(retain) - loss_from}
     texts = {"forget": forget_file, "retain": retain_file, **counts}
-    prompts = _prompts(stream, questions)
-    return _Task(stream, questions, prompts, batches, 24, MULTIPLIERS, texts, protocol, limited=False)
+    return _Task(
+        stream, questions, *_prompts(stream, questions), batches, 24, MULTIPLIERS, texts, protocol, limited=False
+    )
 
 
-def _prompts(stream: ActivationStream, questions: Questions) -> TextActivations:
-    """Activations of the prompts at every position but the first, special tokens of the chat template included."""
+def _prompts(stream: ActivationStream, questions: Questions) -> tuple[TextActivations, Tensor | None]:
+    """Activations of the prompts at every position but the first, special tokens of the chat template included; and at
+    every position, [Q, T, D], if these fit `HELD` bytes."""
     for name, side in (("forget", questions.forget), ("retain", ~questions.forget)):
         if not side.any():
             raise UserError(f"questions: the unmodified model answers none of those to {name} right")
     positions = torch.arange(questions.tokens.shape[1])
     inside = (positions > 0) & (positions < questions.length[:, None])
     kept, x = torch.zeros_like(inside), []
+    hooked: list[Tensor] = []
     for batch in torch.arange(len(questions)).split(stream.config.rows_per_forward):
         tokens = questions.tokens[batch]
         acts, _ = stream.read(TokenRows(tokens, questions.length[batch], torch.zeros_like(tokens), batch))
         batch_kept = inside[batch].to(stream.model.device) & stream.norms.ordinary(acts)
         kept[batch] = batch_kept.cpu()
-        x.append(next(iter(acts.values()))[batch_kept].float())
-    return TextActivations.of(questions.tokens, kept, torch.cat(x))
+        at_hook = next(iter(acts.values()))
+        x.append(at_hook[batch_kept].float())
+        if inside.numel() * at_hook[0, 0].nbytes <= HELD:
+            hooked.append(at_hook)
+    return TextActivations.of(questions.tokens, kept, torch.cat(x)), torch.cat(hooked) if hooked else None
 
 
 def _fractions(autoencoders: Mapping[str, Autoencoder], task: _Task) -> tuple[dict[str, np.ndarray], float]:
@@ -390,7 +400,8 @@ def _accuracies(
         for rows in touched[side[touched]].split(size):
             questions = task.questions.only(rows)
             change = lambda numbers, width, rows=rows: clamped.added(rows[numbers], width)
-            wrong[rows] = (answers(task.stream.model, questions, size, change) != questions.right).cpu()
+            hooked = None if task.hooked is None else task.hooked[rows]
+            wrong[rows] = (answers(task.stream.model, questions, size, change, hooked) != questions.right).cpu()
             if not full and not shares and 1 - int(wrong[side].sum()) / total < RETAINED:
                 return None, None, np.zeros(0)
         shares.append(1 - int(wrong[side].sum()) / total)

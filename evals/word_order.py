@@ -13,7 +13,8 @@ The embedded language has two tasks: `agent` (the agent is human: "the wolf chas
 `agreement` (the subject is plural, before the copula: "the boats near the mast" or "the mast near the boats"). Both texts
 follow the opening of a document, which is not read. Files add tasks, in BLiMP's layout (Warstadt et al., arXiv 1912.00582;
 each line a JSON object with `sentence_good` and `sentence_bad`) or SentEval's (Conneau and Kiela, arXiv 1803.05449; each
-line tr, va or te, the label and the text, separated by tabs).
+line tr, va or te, the label and the text, separated by tabs). Without files, another text has one task: whether two adjacent
+words of its held-out rows are exchanged (`words`).
 
 Both texts of a pair, and all pairs with the same words, are on the same side of the train/test split. Otherwise a test text
 would have its bag of words in training with the other label, and the bag-of-words probe would score below chance.
@@ -35,6 +36,7 @@ from ..engine.testbed.language import Language
 from .evaluation import Evaluation, TextActivations, collect, padded
 from .intervals import Outcomes, interval, joined
 from .probes import Split, accuracy, ailing, top_k_right
+from .words import swapped_pairs
 
 READINGS = ("mean_pooled", "last_token")
 
@@ -66,11 +68,12 @@ def order_probing(evaluation: Evaluation, *, pairs: int = 1024, k: int = 5) -> d
     """Measure test accuracy of probes on k latents by task and averaged over tasks, of the dictionary and its controls.
 
     Uses `pairs` pairs per task of the embedded language, and at most as many texts of each file, which is a task named after
-    the file. `top_1` has probes on one latent. Raises UserError without a task, and for a file that can't be read.
+    the file. `top_1` has probes on one latent. Raises UserError for a file that can't be read, and without files for a text
+    with too few words to exchange.
     """
     began = time.monotonic()
     tasks: dict[str, Task] = {}
-    pairs = evaluation.rows(pairs)
+    rows, most, pairs = pairs, max(1, pairs // evaluation.share), evaluation.rows(pairs)
     if evaluation.is_testbed:
         language = evaluation.stream.text.language  # pyright: ignore[reportAttributeAccessIssue]
         tasks["agent"] = Task.of_pairs(_agents(language, pairs), evaluation.generator("order agent"))
@@ -80,8 +83,8 @@ def order_probing(evaluation: Evaluation, *, pairs: int = 1024, k: int = 5) -> d
         for path in (expand_path(file, "file") for file in evaluation.files.get(kind, ())):
             tasks[path.stem] = read(path, tokenizer, pairs, evaluation.generator(f"order {path.stem}"))
     if not tasks:
-        name = evaluation.stream.name
-        raise UserError(f"order: {name} has no word order tasks; give --file blimp=PATH or --file senteval=PATH")
+        task_pairs = swapped_pairs(evaluation, rows, most)
+        tasks["swapped words"] = Task.of_pairs(task_pairs, evaluation.generator("order swapped words"))
     by_autoencoder: dict[str, dict[str, Any]] = {}
     outcomes: dict[str, dict[str, dict[str, Outcomes]]] = {}  # by reading, autoencoder and task
     for name, task in tasks.items():

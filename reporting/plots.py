@@ -9,7 +9,10 @@ from typing import Any
 from ..engine.storage.files import whole_file
 
 SEVERAL = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-COLOURS = {"sae": "#0072B2", "random": "#D55E00", "lm_neurons": "#E69F00", "mean": "#999999"}
+COLOURS = {
+    "sae": "#0072B2", "random": "#D55E00", "soft_frozen": "#009E73", "frozen_encoder": "#56B4E9", "lm_neurons": "#E69F00",
+    "mean": "#999999",
+}  # fmt: skip
 MARKERS = "os^Dv<>p*h"
 DPI = 300
 WORST = 1.2  # FVU at which axes end (predicting the mean has 1); worse values are marked with their number

@@ -77,8 +77,8 @@ def printed(cell: Any) -> str:
     return "".join(output.get("text", "") for output in cell.get("outputs", []) if output.get("name") == "stdout")
 
 
-def test_there_are_four_short_scripts_and_three_executed_notebooks():
-    assert len(SCRIPTS) == 4
+def test_there_are_five_short_scripts_and_three_executed_notebooks():
+    assert len(SCRIPTS) == 5
     assert all(len(path.read_text().splitlines()) < 60 for path in SCRIPTS)
     assert len(NOTEBOOKS) == 3
     for path in NOTEBOOKS:

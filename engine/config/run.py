@@ -60,6 +60,9 @@ class RunConfig(Config):
             raise UserError(
                 f"train.target_l0: {train.target_l0} is not allowed; it must be at most d_sae ({sae.d_sae})"
             )
+        if "frozen_encoder" in train.controls and sae.parts:
+            kinds = ", ".join(part_settings["kind"] for part_settings in sae.parts)
+            raise UserError(f"train.controls: frozen_encoder is not allowed with sae.parts ({kinds})")
         if train.batch % train.accumulate:
             allowed = f"it must divide batch ({train.batch})"
             raise UserError(f"train.accumulate: {train.accumulate} is not allowed; {allowed}")

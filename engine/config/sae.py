@@ -161,8 +161,15 @@ class SAEConfig(Config):
     apply_b_dec_to_input: bool = Field(
         default=True, description="Subtract b_dec from x before the encoder. A transcoder never subtracts it."
     )
-    decoder: Literal["learned", "random"] = Field(
-        default="learned", description="random freezes W_dec with random rows of unit norm, as in the control."
+    decoder: Literal["learned", "random", "soft_frozen"] = Field(
+        default="learned",
+        description="random freezes W_dec with random rows of unit norm, as in the control. soft_frozen lets each row move "
+        "within cosine 0.8 of its random start (arXiv 2602.14111).",
+    )
+    encoder: Literal["learned", "random"] = Field(
+        default="learned",
+        description="random freezes W_enc with random columns of unit norm, and b_enc (relu: only W_enc, since b_enc sets "
+        "L0). Needs apply_b_dec_to_input: false, or d_out. Not allowed with parts.",
     )
     mask: MaskConfig = Field(default=MaskConfig(), description="Weights of latents over positions.")
     parts: tuple[dict[str, Any], ...] = Field(
@@ -186,7 +193,15 @@ class SAEConfig(Config):
                 raise ValueError(f"{name}: {getattr(self, name)} is not allowed with parts ({kinds})")
         if self.activation == "jumprelu":
             raise ValueError(f"activation: jumprelu is not allowed with parts ({kinds}); give relu, topk or batchtopk")
+        if self.encoder != "learned":
+            raise ValueError(f"encoder: {self.encoder} is not allowed with parts ({kinds}); it must be learned")
         check(self)
+        return self
+
+    @model_validator(mode="after")
+    def _check_encoder(self) -> "SAEConfig":
+        if self.encoder == "random" and self.d_out is None and self.apply_b_dec_to_input:
+            raise ValueError("encoder: random is not allowed with apply_b_dec_to_input: true, since b_dec is learned")
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..setting_types import Config
 from .base import Count, Rows, Share
@@ -116,7 +116,19 @@ class TrainConfig(Config):
         default=True,
         description="Also train a random control on the same batches: same settings, frozen random decoder.",
     )
+    controls: tuple[Literal["soft_frozen", "frozen_encoder"], ...] = Field(
+        default=(),
+        description="Further controls on the same batches (arXiv 2602.14111). soft_frozen: decoder rows stay within cosine "
+        "0.8 of their random start. frozen_encoder: frozen random encoder, trained decoder.",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of weights, text order and mixing.")
+
+    @field_validator("controls")
+    @classmethod
+    def _check_controls(cls, controls: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(controls)) < len(controls):
+            raise ValueError(f"controls: {list(controls)} is not allowed; each must be named once")
+        return controls
 
     @property
     def steps(self) -> int:

@@ -3,7 +3,7 @@
 step_00000500/
   checkpoint.json        format, step, settings, norm limits, and the size and SHA-256 of every other file
   sae.safetensors        W_enc [D, F], W_dec [F, D], b_enc, b_dec, mask.*; fp32, for unscaled activations of the model
-  random.safetensors     the random control trained beside it, if any
+  random.safetensors     the random control trained beside it, if any; other controls likewise (`config.controls`)
   state.safetensors      the learner's state for resuming: moments (in the dtype of `train.moments`), counters
   stream.safetensors     the stream's state: buffer, random state, position in the text
 
@@ -94,7 +94,7 @@ class Checkpoint:
 
     @default_modes()
     def dictionary(self, name: str = "sae") -> SparseAutoencoder:
-        """Load the dictionary `name`: `sae`, or `random` for the control trained beside it."""
+        """Load the dictionary `name`: `sae`, or that of a control trained beside it."""
         self.expect(name)
         try:
             cfg = SAEConfig(**self.manifest["dictionaries"][name])

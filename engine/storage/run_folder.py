@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..config import Config, RunConfig, SweepConfig, read_yaml
+from ..config.controls import CONTROLS
 from ..errors import UserError
 from ..stream import model_loading
 from .files import absolute, check_can_make, contents, os_errors_named, write_text
@@ -127,7 +128,7 @@ def _report(raw: bytes, numbers: tuple[str, ...]) -> dict[str, Any] | None:
     def has_numbers(values: Any) -> bool:
         return isinstance(values, dict) and all(isinstance(values.get(key, ""), int | float | None) for key in numbers)
 
-    if not has_numbers(line) or ("random" in line and not has_numbers(line["random"])):
+    if not has_numbers(line) or not all(has_numbers(line[control]) for control in CONTROLS if control in line):
         return None
     return line if all(type(line.get(key)) is int for key in ("step", "tokens")) else None
 

@@ -38,6 +38,7 @@ def autograd_step(
         leaf.grad = None
     sae.zero_grad()
     sae.constrain()
+    learner.hold_directions()
     sae.after()
     learner.version += 1
     aux_loss, least_kept = (

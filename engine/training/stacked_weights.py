@@ -12,6 +12,7 @@ from ...kernels.fp8 import Fp8Rows
 from ..config import TrainConfig
 from ..ranks import Ranks
 from ..sae import SparseAutoencoder
+from .directions import hold_directions
 from .gradients import DenseGradient, DenseGradients, EntryGradient, SparseGradients
 
 LARGE = ("W_dec", "W_enc")  # the weights whose moments `TrainConfig.moments` narrows
@@ -40,22 +41,24 @@ class StackedWeights:
     e4m3 with `TrainConfig.fp8`.
 
     Latents s F to (s + 1) F are those of the s-th. `leaves` are each dictionary's learned parameters and `moments` Adam's,
-    by name; W_enc is [F, D]. Those of several dictionaries become views. `paces` are factors on the learning rate.
+    by name; W_enc is [F, D]. Those of several dictionaries become views. `paces` are factors on the learning rate, `starts`
+    the decoder rows that soft-frozen ones stay near.
     """
 
     def __init__(
         self, saes: Sequence[SparseAutoencoder], leaves: Sequence[Mapping[str, Tensor]],
         moments: Sequence[Mapping[str, Moments]], paces: Mapping[str, float], config: TrainConfig, dtype: torch.dtype,
-        ranks: Ranks,
+        ranks: Ranks, starts: Sequence[Tensor | None],
     ):  # fmt: skip
         self.count, self.paces, self.config, self.dtype, self.ranks = len(saes), paces, config, dtype, ranks
         device, self._first_latent = saes[0].b_dec.device, ranks.rank * saes[0].cfg.d_sae
-        self.weights = {name: side_by_side([parameters[name] for parameters in leaves]) for name in leaves[0]}
-        if "W_dec" not in self.weights:  # a random one
-            self.weights["W_dec"] = side_by_side([sae.W_dec for sae in saes])
+        wholes = [_with_frozen(sae, parameters) for sae, parameters in zip(saes, leaves, strict=True)]
+        self.weights = {name: side_by_side([whole[name] for whole in wholes]) for name in wholes[0]}
         if self.count > 1:
-            for sae, parameters in zip(saes, leaves, strict=True):
-                sae.W_enc.data = parameters["W_enc"].detach().T
+            for sae, whole in zip(saes, wholes, strict=True):
+                sae.W_enc.data = whole["W_enc"].detach().T
+        # rows of a soft-frozen decoder start here, and stay near it
+        self._start = None if starts[0] is None else torch.cat([start for start in starts if start is not None])
         self.weights["b_dec"] = self.weights["b_dec"].view(self.count, -1)
         self.moments = {name: _stacked_moments([each[name] for each in moments]) for name in moments[0]}
         self.moments["b_dec"] = Moments(*(m.view(self.count, -1) for m in self.moments["b_dec"][:2]))
@@ -104,9 +107,12 @@ class StackedWeights:
 
         `small_gradients` has those of the parameters that only some dictionaries have. Those of biases are added.
         """
-        large_gradients = {"W_enc": gradients.encoder(x, center, self.weights["W_enc"])}
+        large_gradients: dict[str, EntryGradient | DenseGradient] = {}
+        if "W_enc" in self.moments:
+            large_gradients["W_enc"] = gradients.encoder(x, center, self.weights["W_enc"])
         if "W_dec" in self.moments:
             large_gradients["W_dec"] = gradients.decoder(self.weights["W_dec"])
+        biases = large_gradients["W_enc"].biases if "W_enc" in large_gradients else None
         rates = Rates(
             self._step_size, self._correction, self._factor, self.config.beta1, self.config.beta2, skip=overflow
         )
@@ -114,10 +120,10 @@ class StackedWeights:
         # The first pass over the entries, for the norms or the update, also gives the gradients of biases.
         if self.config.clip_norm is None:
             self._update_large(large_gradients, rates, is_first_pass=True)
-            self._add_bias_gradients(small_gradients, gradients, large_gradients["W_enc"].biases, len(x))
+            self._add_bias_gradients(small_gradients, gradients, biases, len(x))
         else:
             squared_norms = [grad.squared_norms() for grad in large_gradients.values()]
-            self._add_bias_gradients(small_gradients, gradients, large_gradients["W_enc"].biases, len(x))
+            self._add_bias_gradients(small_gradients, gradients, biases, len(x))
             norm = self._clip(self.config.clip_norm, squared_norms, dict(small_gradients))
             self._update_large(large_gradients, rates, is_first_pass=False)
         for pace in dict.fromkeys(self.paces[name] for name in small_gradients):
@@ -127,6 +133,8 @@ class StackedWeights:
             adam_each(weights, grads, [self.moments[name] for name in names], paced_rates)
         if "threshold" in small_gradients:
             self.weights["threshold"].clamp_min_(0)
+        if self._start is not None:
+            hold_directions(self.weights["W_dec"], self._start, self.shadows.get("W_dec"), skip=overflow)
         return norm
 
     def _clip(self, clip_norm: float, squared_norms: list[Tensor], small_gradients: dict[str, Tensor]) -> Tensor:
@@ -154,11 +162,19 @@ class StackedWeights:
         # b_dec is the decoder's bias and, except in transcoders, what is taken from the encoder's input.
         residual = contributions[0].residual[: s * n_tokens].view(s, n_tokens, -1)
         small_gradients["b_dec"] = residual.sum(1, dtype=torch.float32).mul_(-2 / n_tokens)
+        if "b_enc" not in self.moments:
+            return
         if biases is None:
             small_gradients["b_enc"] = gradients.by_latent([each.encoder_weights for each in contributions])
         else:
             small_gradients["b_enc"] = biases.encoder
             small_gradients["b_dec"] -= self.ranks.sum_(biases.center)
+
+
+def _with_frozen(sae: SparseAutoencoder, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The learned parameters by name, and the frozen weights among W_enc [F, D], b_enc and W_dec."""
+    frozen = {"W_enc": sae.W_enc.detach().T, "b_enc": sae.b_enc, "W_dec": sae.W_dec}
+    return {**parameters, **{name: tensor for name, tensor in frozen.items() if name not in parameters}}
 
 
 def _stacked_moments(moments: Sequence[Moments]) -> Moments:

@@ -1,4 +1,4 @@
-"""One of a run's dictionaries, with its control: what it reports and saves."""
+"""One of a run's dictionaries, with its controls: what it reports and saves."""
 
 import math
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..composed import dictionary
 from ..config import RunConfig
+from ..config.controls import control_names, control_of, is_learned
 from ..errors import UserError
 from ..interchange.intermediate import bias_where
 from ..learner import Learner
@@ -24,7 +25,7 @@ from ..stream.norm_filter import check_scale, check_variance
 
 
 class TrainedDictionary:
-    """A dictionary in training and its random control, with the folder that they are saved to."""
+    """A dictionary in training and its controls, with the folder that they are saved to."""
 
     def __init__(
         self, name: str, run: RunConfig, stream: ActivationStream, folder: Path | None,
@@ -35,8 +36,8 @@ class TrainedDictionary:
         self.name, self.run, self.folder, self.is_writer = name, run, folder, stream.ranks.is_first
         self.hooks, self.reads = run.stream.read_hooks, reads(run.sae)
         configs = {"sae": run.sae}
-        if run.train.control and run.sae.decoder == "learned":
-            configs["random"] = run.sae.model_copy(update={"decoder": "random"})
+        if is_learned(run.sae):
+            configs |= {control: control_of(run.sae, control) for control in control_names(run.train)}
         stream_sample = stream.sample().at(*run.stream.hooks)
         x, target = stream_sample.x, stream_sample.target
         for hook, acts in zip(run.stream.hooks, (x, target), strict=False):
@@ -81,7 +82,7 @@ class TrainedDictionary:
         """Add a line of metrics since the last one, and write it. Sets `failed` if a loss is not finite."""
         line: dict[str, Any] = {"step": self.main.steps_done, "tokens": self.main.tokens_done} | self.main.report()
         line |= {role: learner.report() for role, learner in self.learners.items() if role != "sae"} | extra_figures
-        for figures in (line, line.get("random", {})):
+        for figures in (line, *(line[role] for role in self.learners if role != "sae")):
             for key in ("loss", "gradient_norm"):
                 if self.failed is None and not math.isfinite(figures.get(key, 0)):
                     self.failed = line["failed"] = (
@@ -130,7 +131,7 @@ class TrainedDictionary:
             learner.fit_threshold(self.sample)
 
     def end(self) -> dict[str, SparseAutoencoder]:
-        """The trained dictionary and its control by role, in units of x. No step may follow."""
+        """The trained dictionary and its controls by role, in units of x. No step may follow."""
         self.fit_thresholds()
         return {role: learner.end() for role, learner in self.learners.items()}
 

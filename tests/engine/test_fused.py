@@ -29,6 +29,15 @@ CASES = {
     "batchtopk and AuxK": dict(activation="batchtopk", aux_k=5),
     "gaussian": dict(mask=MaskConfig(kind="gaussian", positions=T)),
     "random decoder": dict(decoder="random"),
+    "soft-frozen decoder and AuxK": dict(decoder="soft_frozen", aux_k=5),
+    "random encoder": dict(encoder="random", apply_b_dec_to_input=False),
+    "random encoder, batchtopk and AuxK": dict(
+        encoder="random", apply_b_dec_to_input=False, activation="batchtopk", aux_k=5
+    ),
+    "random encoder, jumprelu": dict(encoder="random", apply_b_dec_to_input=False, activation="jumprelu"),
+    "random encoder, relu": dict(encoder="random", apply_b_dec_to_input=False, activation="relu"),
+    "8-bit moments, random encoder": dict(moments="8bit", encoder="random", apply_b_dec_to_input=False),
+    "transcoder, random encoder": dict(d_out=7, encoder="random"),
     "soft mask and AuxK": dict(mask=MaskConfig(kind="soft", positions=T, temperature=0.5), aux_k=5),
     "jumprelu": dict(activation="jumprelu", l0_coefficient=0.01),
     "jumprelu, soft mask": dict(activation="jumprelu", l0_coefficient=0.01, mask=MaskConfig(kind="soft", positions=T)),

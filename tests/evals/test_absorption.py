@@ -13,8 +13,9 @@ from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.testbed.language import ROLES, Language
-from temposae.evals.absorption import _absorbed, _by_letter, _of_vocabulary, _Words, absorption, l1_probe
+from temposae.evals.absorption import EACH, _absorbed, _by_letter, _of_vocabulary, _Words, absorption, l1_probe
 from temposae.evals.evaluation import Evaluation, TextActivations
+from temposae.evals.row_budget import Sizes
 
 from .planted import Planted
 
@@ -274,7 +275,35 @@ def test_a_model_is_asked_for_the_words_of_its_vocabulary():
         assert not any(example.startswith(f"{spelling.decode([x])} ") for example in examples)
 
 
+def test_a_short_run_reads_several_words_of_each_prompt():
+    """With as many prompts as the run allows, more words are asked for, each once and where it stands."""
+    evaluation, rows = asked()
+    evaluation.sizes = Sizes(other_rows=10)
+    given = _of_vocabulary(evaluation)
+    assert (len(rows), given.each, given.place) == (6, EACH, None)
+    assert sorted(given.x[:, 0].tolist()) == list(range(1, 44))
+    first = [int(row.tolist().index(int(x))) for row, x in zip((rows[0],), given.x[:1, 0], strict=True)]
+    assert first == given.pos[:1].tolist()
+    spelling = Spelling()
+    for x, letter in zip(given.x[:, 0].int().tolist(), given.letter, strict=True):
+        assert spelling.decode([x])[1] == letter
+    for row in rows[:-1]:
+        *examples, last = spelling.decode(row.tolist()).removeprefix("<bos>").split("\n")
+        assert (len(examples), len(set(examples))) == (10, 10)
+        assert all(re.fullmatch(r" .+ has the first letter: (.)", e)[1] == e[1].upper() for e in examples)
+        assert last.endswith("has the first letter:")
+
+
+def test_activations_of_words_are_all_that_is_kept(monkeypatch):
+    """Prompts have ten times as many tokens as words, and a batch of them is in memory at a time."""
+    evaluation, rows = asked()
+    kept = [len(part) for part in _of_vocabulary(evaluation).x.split(1)]
+    assert sum(kept) == 43 < sum(map(len, rows)) / 10
+
+
 def test_a_context_too_short_for_the_prompts_is_refused():
     evaluation, _ = asked(context=40)
-    with pytest.raises(UserError, match="model: speller is not allowed; at least 2 letters need 8 words each"):
+    with pytest.raises(
+        UserError, match=r"^stream.context: 40 is not allowed; absorption's prompts have up to \d\d tokens"
+    ):
         absorption(evaluation)

@@ -12,7 +12,8 @@ from sklearn.metrics import silhouette_score
 from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
-from temposae.evals.clusters import BINS, _distances, _silhouette, clusters, matches, tree
+from temposae.evals import clusters as clusters_module
+from temposae.evals.clusters import BINS, _distances, _silhouette, clusters, tree
 from temposae.evals.evaluation import Evaluation, TextActivations
 
 R, T = 64, 32
@@ -107,6 +108,25 @@ def test_a_sample_is_of_latents_evenly_and_a_cluster_of_one_has_no_likeness_with
     assert some["cluster"] == [whole["sample"]["cluster"][at] for at in (0, 3, 7, 11)]
 
 
+def test_a_sample_of_many_latents_is_clustered(monkeypatch):
+    """No tree has more than `MOST` latents, neither that of the whole text nor those of its halves."""
+    whole, sizes, draw_tree = clusters(Planted(documents(), dictionary())), [], clusters_module.linkage
+    assert (whole["latents"], whole["frequent"]) == (EARLY + LATE, EARLY + LATE)
+
+    def linkage(distances, method):
+        sizes.append(int(1 + np.sqrt(1 + 8 * len(distances))) // 2)
+        return draw_tree(distances, method)
+
+    monkeypatch.setattr(clusters_module, "linkage", linkage)
+    monkeypatch.setattr(clusters_module, "MOST", 8)
+    found = clusters(Planted(documents(), dictionary()))
+    assert (found["latents"], found["frequent"], max(sizes)) == (8, EARLY + LATE, 8)
+    assert len(sizes) == 4 * (1 + 2 * 3)  # the dictionary and three controls; three pairs of halves
+    assert (found["count"], sum(of["size"] for of in found["clusters"])) == (2, 8)
+    assert found["stability"]["adjusted_rand"] == 1
+    assert clusters(Planted(documents(), dictionary())) == found
+
+
 def test_the_tree_merges_the_nearest_first():
     profiles = np.zeros((3, BINS))
     profiles[0, 0], profiles[1, :2], profiles[2, [1, 9]] = 1, 0.5, 0.5
@@ -124,36 +144,6 @@ def test_groups_are_gone_where_positions_are_shuffled():
     assert {key: found["controls"]["random"][key] for key in own} == own  # it was given the same dictionary
     # the model's own neurons are what the dictionary reads, each token's four largest
     assert found["controls"]["lm_neurons"]["between"] > 0.9
-
-
-def test_latents_are_matched_by_decoder():
-    eye = torch.eye(6)
-    assert matches(eye[[3, 0, 1]] * 2, eye[:5]).tolist() == [1, 2, -1, 0, -1]
-    near = torch.stack([eye[0] + 0.9 * eye[1], eye[0] + 1.1 * eye[1]])  # cosines 0.74 and 0.67 with the first
-    assert matches(near, eye[:1]).tolist() == [0]
-    assert matches(near[1:], eye[:1]).tolist() == [-1]
-    both = torch.stack([eye[0] + 0.1 * eye[1], eye[0]])  # the same one is the best of both, the second is its best
-    assert matches(eye[:1], both).tolist() == [-1, 0]
-
-
-def test_another_dictionary_is_matched_by_its_decoder():
-    evaluation = Planted(documents())
-    order = torch.randperm(D, generator=torch.Generator().manual_seed(1))
-    assert clusters(evaluation, dictionary(order))["seeds"] == {"adjusted_rand": 1, "matched": EARLY + LATE}
-    # one early latent and one late one read what the other does, so that each sits in the wrong cluster
-    swapped = dictionary()
-    with torch.no_grad():
-        swapped.W_enc[:, [0, EARLY]] = swapped.W_enc[:, [EARLY, 0]]
-    found = clusters(evaluation, swapped)["seeds"]
-    # pairs: 10 + 21 in the same cluster; 6 + 15 of them are left together, 4 early and 6 late latents having stayed
-    together, total, same = 6 + 15, 66, 10 + 21
-    by_chance = same * same / total
-    assert found["matched"] == EARLY + LATE
-    assert found["adjusted_rand"] == pytest.approx((together - by_chance) / (same - by_chance))
-    unlike = dictionary()
-    with torch.no_grad():
-        unlike.W_dec.copy_(-torch.eye(D))
-    assert clusters(evaluation, unlike)["seeds"] == {"adjusted_rand": None, "matched": 0}
 
 
 def test_distance_and_silhouette_are_those_of_their_formulas():
@@ -190,11 +180,8 @@ def test_a_dictionary_that_never_fires_has_no_clusters():
     evaluation = Planted(documents())
     with torch.no_grad():
         evaluation.sae.b_enc.fill_(-1e6)
-    found = clusters(evaluation, dictionary())
+    found = clusters(evaluation)
     assert (found["latents"], found["count"], found["clusters"], found["stability"]) == (0, None, None, None)
-    assert found["seeds"] == {"adjusted_rand": None, "matched": 0}
-    with pytest.raises(UserError, match="other: d_in = 8 is not allowed"):
-        clusters(evaluation, SparseAutoencoder(SAEConfig(d_in=8, d_sae=8, k=2)))
 
 
 def test_another_text_is_read_where_there_are_no_labels(stream_of, texts):

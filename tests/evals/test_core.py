@@ -178,11 +178,12 @@ def short_training(monkeypatch) -> list[str]:
     """From now on evaluation trains controls on few tokens; the decoders of those that it trains."""
     asked = []
 
-    def short(stream, config, settings):
-        asked.append((config.decoder, settings.tokens))
-        return train(stream, config, TrainConfig(tokens=2048, batch=256, control=False))
+    def short(stream, runs):
+        asked.extend((run.sae.decoder, run.train.tokens) for run in runs.values())
+        settings = TrainConfig(tokens=2048, batch=256, control=False)
+        return {name: train(stream, run.sae, settings) for name, run in runs.items()}
 
-    monkeypatch.setattr("temposae.evals.run_evals.train", short)
+    monkeypatch.setattr("temposae.evals.trained_controls.train_together", short)
     return asked
 
 

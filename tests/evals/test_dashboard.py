@@ -20,7 +20,8 @@ from temposae.engine.storage import checkpoint
 from temposae.engine.stream import ActivationStream, LanguageModel, TokenRows
 from temposae.engine.stream.model_loading import TESTBED
 from temposae.engine.testbed.language import HELD_OUT
-from temposae.evals.dashboard import _TokenTexts, dashboard, numbers, page
+from temposae.evals.dashboard import dashboard, numbers, page
+from temposae.evals.token_texts import TokenTexts
 
 from ..commandline import run
 
@@ -218,9 +219,9 @@ class Bytes:
 
 def test_a_character_of_several_tokens_is_the_last_one_s():
     tokens = list("aé日🎉b".encode())
-    assert _TokenTexts(Bytes()).along(tokens) == ["a", "", "é", "", "", "日", "", "", "", "🎉", "b"]
+    assert TokenTexts(Bytes()).along(tokens) == ["a", "", "é", "", "", "日", "", "", "", "🎉", "b"]
     broken = [*tokens[4:6], *tokens[6:10]]  # a character without its first byte, then a whole one
-    assert _TokenTexts(Bytes()).along(broken) == ["\ufffd", "\ufffd", "", "", "", "🎉"]
+    assert TokenTexts(Bytes()).along(broken) == ["\ufffd", "\ufffd", "", "", "", "🎉"]
 
 
 @pytest.mark.parametrize("given", ["3,x", "6", "-1", "1.5", "", "3,,4", "²"])

@@ -107,7 +107,7 @@ MEASURED = {
     "core": ("explained_variance", "ce_recovered", "kl_recovered"),
     "sparse_probing": ("top_1", "top_5"),
     "order_probing": ("mean_pooled", "last_token"),
-    "ground_truth": ("recovered", "mean_f1", "mean_top_5"),
+    "ground_truth": ("recovered", "detected", "mean_f1", "mean_top_5"),
     "unlearning": ("score",),
     "scr": ("score",),
     "tpp": ("score",),

@@ -11,17 +11,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.storage import checkpoint
 from temposae.engine.storage.checkpoint import find, place
-from temposae.evals import absorption, clusters, run_figures, sparse_probing, suite, unlearning
+from temposae.evals import absorption, clusters, ravel, run_figures, sae_probes, sparse_probing, suite, unlearning
 from temposae.evals import ground_truth as truth
 from temposae.evals.core import core
 from temposae.evals.evaluation import Evaluation
 from temposae.evals.fidelity import fidelity
+from temposae.evals.intervals import Outcomes, interval
 from temposae.evals.multiple_choice import fact_questions
 from temposae.evals.positions import positions
 from temposae.evals.report import MARK, MORE, SUMMARY, compose, write_report
@@ -32,6 +34,7 @@ from temposae.evals.word_order import order_probing
 from temposae.reporting.markdown import html, number
 
 from ..commandline import run as command
+from .probe_data import by_length, write_set
 from .test_saebench import RESULTS
 
 FACTS = {"model": "testbed", "hook": "blocks.1.hook_resid_post", "activation": "topk", "F": "64"}
@@ -41,7 +44,7 @@ RUN = RunConfig(stream=StreamConfig(hook="blocks.1.hook_resid_post"), sae=CFG, t
 
 
 @pytest.fixture(scope="module")
-def measured(testbed) -> dict[str, dict[str, Any]]:
+def measured(testbed, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """Every eval's own result on few rows of a dictionary that isn't trained."""
     from temposae.engine.stream import ActivationStream
 
@@ -51,6 +54,8 @@ def measured(testbed) -> dict[str, dict[str, Any]]:
 
     stream = ActivationStream(StreamConfig(buffer_tokens=4096, rows_per_forward=32), model=testbed)
     evaluation = Evaluation(stream, SparseAutoencoder(CFG), SparseAutoencoder(CFG))
+    write_set(texts := tmp_path_factory.mktemp("texts"), "7_length", by_length(240))
+    evaluation.protocol = "saebench"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_probing, "ROWS", ROWS)
         patch.setattr(sparse_probing, "full_width", lambda split, draw: 0.5)  # the slow parts
@@ -58,20 +63,25 @@ def measured(testbed) -> dict[str, dict[str, Any]]:
         patch.setattr(absorption, "TIMES", 4)
         patch.setattr(clusters, "ROWS", ROWS)
         patch.setattr(unlearning, "fact_questions", few)
+        patch.setattr(ravel, "TRAIN", 8)
+        patch.setattr(ravel, "TEST", 8)
+        patch.setattr(ravel, "EPOCHS", 1)
         position = positions(evaluation, rows=ROWS, bins=4, shuffles=1)
         position["fidelity"] = fidelity(evaluation, rows=ROWS, bins=4, ce_rows=4, shift_rows=4)
         found = {
             "core": core(stream, evaluation.sae, {"random": SparseAutoencoder(CFG)}, rows=16, ce_rows=4),
             "sparse_probing": sparse_probing.sparse_probing(evaluation, ["topic", "tone"], ks=(1, 5)),
+            "sae_probes": sae_probes.sae_probes(evaluation, [f"all?path={texts}"], ks=(1, 16), penalty="l2"),
             "positions": position | {"order_probing": order_probing(evaluation, pairs=16)},
             "ground_truth": truth.ground_truth(evaluation, rows=ROWS),
             "unlearning": unlearning.unlearning(
                 evaluation, rows=ROWS, thresholds=(0.01, 1.0), latents=(2,), multipliers=(1, 25)
             ),
-            "scr": scr(evaluation, rows=ROWS, seeds=2),
-            "tpp": tpp(evaluation, rows=ROWS, seeds=2),
             "clusters": clusters.clusters(evaluation),
             "absorption": absorption.absorption(evaluation, rows=ROWS),
+            "ravel": ravel.ravel(evaluation),
+            "tpp": tpp(evaluation, rows=ROWS, seeds=2),
+            "scr": scr(evaluation, rows=ROWS, seeds=2),
         }  # fmt: skip
     assert list(found) == list(EVALS)
     return json.loads(json.dumps(found))
@@ -192,7 +202,7 @@ def test_a_score_that_a_control_reaches_is_marked_with_the_control(results):
     assert (rows["scr: score"][0], rows["scr: score"][-1]) == ("0.5000", "")
     assert rows["ground_truth: mean F1"][:2] == [f"{MARK} 0.5000", "0.5000"]
     assert rows["ground_truth: mean F1"][-1] == "random"
-    recovered = rows["ground_truth: recovered (share with F1 of 0.8)"]
+    recovered = rows["ground_truth: recovered by 5 latents"]
     assert (*recovered[:2], recovered[-1]) == ("0.5000", "0.4000", "")
     assert rows["sparse_probing: top 1"][:2] == [f"{MARK} 0.9000", "0.8900"]
     assert rows["sparse_probing: top 1"][-1] == "random"
@@ -216,6 +226,39 @@ def test_the_difference_from_random_is_bold_only_if_its_interval_excludes_zero(r
     assert cells["sparse_probing: top 1"] == ["–", "–"]
 
 
+@pytest.mark.parametrize(("items", "bounded"), [(2, False), (5, False), (5, True)])
+def test_few_items_that_agree_are_not_bold_and_say_so(results, items, bounded):
+    """All resamples of a few items that favour the dictionary are above zero, which five of them are by chance in 6%."""
+    draw = np.random.default_rng(0)
+    gained = np.ones(items) if bounded else draw.uniform(0.5, 1, items)
+    parts = {"sae": Outcomes.of(gained, bounded=bounded), "random": Outcomes.of(np.zeros(items), bounded=bounded)}
+    found = interval(parts, draw)
+    assert found is not None
+    assert found["above_random"]["low"] > 0
+    results["core"]["intervals"] = {"explained_variance": found}
+    cell = glance(compose(FACTS, results, {}, {})[1])["core: explained variance"][-2]
+    assert "**" not in cell
+    assert cell.endswith(f": {items} items are too few for any conclusion")
+
+
+def test_items_without_spread_are_not_bold_and_say_so(results):
+    """Rows of one text give one difference, and an interval of no width."""
+    same = {name: Outcomes.of(np.full(40, value), bounded=False) for name, value in (("sae", 0.75), ("random", 0.5))}
+    results["core"]["intervals"] = {"explained_variance": interval(same, np.random.default_rng(0))}
+    row = glance(compose(FACTS, results, {}, {})[1])["core: explained variance"]
+    assert row[-2] == "+0.250: all items agree, so there is no interval"
+
+
+def test_scores_without_an_interval_are_never_bold(results):
+    for name in ("positions", "clusters"):
+        assert "specialization" not in results[name].get("intervals", {})
+    rows = glance(compose(FACTS, results, {}, {})[1])
+    without = [name for name, row in rows.items() if row[-3] == "–"]
+    expected = ("specialization", "fidelity: SNR", "stability", "L0", "dead latents")
+    assert all(any(part in name for name in without) for part in expected)
+    assert not any("**" in cell for name in without for cell in rows[name])
+
+
 def test_neither_more_nor_less_l0_dead_latents_and_absorption_is_better(results):
     results["core"] |= {"l0": 1.0, "dead_fraction": 0.125}
     results["core"]["controls"]["random"]["dead_fraction"] = 0.5
@@ -226,7 +269,8 @@ def test_neither_more_nor_less_l0_dead_latents_and_absorption_is_better(results)
     assert rows["core: dead latents (share)"][:2] == ["0.1250", "0.5000"]
     assert rows["absorption: mean absorption"][:2] == ["0.2000", "0.2000"]
     unmarked = [label for _, label, *_ in table_under(markdown, "Scores at a glance") if MORE not in label]
-    assert unmarked == ["L0", "dead latents (share)", "retained", "mean absorption"]
+    ravel_parts = ["cause: answers that become the source's", "isolation: answers about others that stay"]
+    assert unmarked == ["L0", "dead latents (share)", "retained", "mean absorption", *ravel_parts]
 
 
 def test_each_of_several_sets_and_every_warning_is_told(results):
@@ -254,7 +298,9 @@ def test_an_eval_says_which_settings_it_used(results):
 WORDS = {
     "core": ("dead", "KL recovered"), "unlearning": ("retained", "unlearning"),
     "absorption": ("absorption",), "sparse_probing": ("top 1", "sparse_probing"), "positions": ("specialization",),
+    "sae_probes": ("sae_probes", "AUC"),
     "clusters": ("cluster",), "ground_truth": ("ground_truth",), "scr": ("scr",), "tpp": ("tpp",),
+    "ravel": ("isolation", "ravel"),
 }  # fmt: skip
 
 
@@ -287,14 +333,14 @@ def test_every_eval_has_its_section_tables_and_figures(report, results):
     parts = {part.partition("\n")[0]: part for part in markdown.split("\n## ")}
     figures = {
         "core": {"position_explained_variance", "firing_rates", "loss_curve"}, "positions": {"order_probing"},
-        "absorption": set(),
+        "absorption": set(), "ravel": set(),
     }  # fmt: skip
     for name in EVALS:
         shown = set(re.findall(r"\]\(figures/(\w+)\.png\)", parts[name]))
         assert shown == figures.get(name, {name}), name
         assert parts[name].count("\n| :--") + parts[name].count("\n| --:") >= 2 - (name in "core"), name
     expected = {
-        "core": ("saebench.explained_variance",), "unlearning": ("activation_norm",), "positions": ("fidelity.profile",)
+        "core": ("saebench.explained_variance",), "unlearning": ("activation_norm",), "positions": ("fidelity.snr.worst",)
     }  # fmt: skip
     for name, paths in expected.items():
         for path in paths:
@@ -319,7 +365,7 @@ def test_the_page_needs_nothing_but_itself(report):
     tags = [tag for tag, _ in page.tags]
     assert not {"script", "link", "iframe", "object", "base", "form"} & set(tags)
     images = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == markdown.count("](figures/") == 10
+    assert len(images) == markdown.count("](figures/") == 11
     for attrs, file in zip(images, re.findall(r"\]\((figures/\w+\.png)\)", markdown), strict=True):
         assert base64.b64decode(attrs["src"].removeprefix("data:image/png;base64,")) == (report / file).read_bytes()
         assert len(attrs["alt"]) > 5
@@ -406,7 +452,7 @@ def test_results_of_something_else_are_left_out_and_named(folder):
         assert f"## {name}" not in markdown
         assert f"figures/{name}.png" not in markdown
     assert markdown.endswith(
-        "\nNot measured: core, sparse_probing, positions, ground_truth, unlearning, scr, tpp, clusters.\n"
+        "\nNot measured: core, sparse_probing, sae_probes, positions, ground_truth, unlearning, clusters, ravel, tpp, scr.\n"
     )
     assert noted(markdown)[-3:] == [
         ("clusters", "left out", "its file is damaged"),
@@ -498,8 +544,9 @@ def test_figures_show_the_numbers_and_their_legends_cover_none(results):
     assert points(perturbed.axes[0])["dictionary"][1] == totals
     known = run_figures._truth(results["ground_truth"])["ground_truth"]
     names = [text.get_text() for text in known.axes[0].get_yticklabels()]
-    named = dict(zip(names, points(known.axes[0])["F1 of the best latent"][0], strict=True))
-    assert named == {name: of["f1"] for name, of in results["ground_truth"]["variables"].items()}
+    for label, key in (("F1 of the best latent", "f1"), ("share recovered by 5 latents", "recovered")):
+        named = dict(zip(names, points(known.axes[0])[label][0], strict=True))
+        assert named == {name: of[key] for name, of in results["ground_truth"]["variables"].items()}
     order = run_figures._order(results["positions"])["order_probing"]
     for drawn in (figure, unlearned, perturbed, known, order):
         drawn.savefig("/dev/null", format="png")

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 from dataclasses import asdict, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,11 @@ ABSORPTION = {
     "prompt_template": "{word} has the first letter:", "prompt_token_pos": -7,
 }  # fmt: skip
 TOLD = {letter: LETTER | {"probe_f1": 0.9, "absorption": 0.1} for letter in "abcdefghijklmnopqrs"}
+PROBED = {
+    "early_stopping_patience": 20, "probe_epochs": 20, "probe_lr": 1e-3, "probe_l1_penalty": 1e-3,
+    "probe_train_batch_size": 16, "probe_test_batch_size": 500,
+}  # fmt: skip
+TPP_AT_2 = {"total_metric": 0.2, "intended_diff_only": 0.3, "unintended_diff_only": 0.1}
 RESULTS = {
     "sparse_probing": {
         **TOPS, "test_accuracy": 0.95, "best_epoch_accuracy": 0.96, "top_1_error": 0.01, "llm": TOPS | FULL,
@@ -160,18 +166,24 @@ RESULTS = {
     },
     "scr": {
         "scr_metric": {"2": 0.1, "20": 0.3}, "scr_dir1": {"2": None, "20": None}, "scr_dir2": {"2": 0.1, "20": 0.3},
-        "spread": {"2": 0.1, "20": None},
-        "sets": {"sailing/cooking": {"clean_topic": 1.0, "scr_metric": {"2": 0.1, "20": None}}},
+        "spread": {"2": 0.1, "20": None}, "seeds": 3, "protocol_name": "saebench",
+        "sets": {
+            "bios: nurse/poet": {
+                "of": "bios", "pair": ["nurse", "poet"], "clean_class": 1.0, "scr_metric": {"2": 0.1, "20": None},
+                "scr_dir1": {"2": 0.1, "20": 0.2}, "scr_dir2": {"2": 0.0, "20": 0.0},
+            }
+        },
         "protocol": {
-            "dataset_names": ["the embedded language"], "train_set_size": 70, "test_set_size": 68, "context_length": 128,
-            "n_values": [2, 20], "column1_vals_lookup": {"the embedded language": [["sailing", "cooking"]]},
+            **PROBED, "dataset_names": ["bios"], "train_set_size": 70, "test_set_size": 68, "context_length": 128,
+            "n_values": [2, 20], "column1_vals_lookup": {"bios": [["nurse", "poet"]]},
         },
     },
     "tpp": {
-        "tpp": {"2": {"total_metric": 0.2, "intended_diff_only": 0.3, "unintended_diff_only": 0.1}},
-        "spread": {"2": 0.01}, "clean_accuracy": 0.99,
+        "tpp": {"2": TPP_AT_2},
+        "spread": {"2": 0.01}, "clean_accuracy": 0.99, "seeds": 3, "protocol_name": "saebench",
+        "sets": {"bios": {"classes": ["nurse", "poet"], "tpp": {"2": TPP_AT_2}}},
         "protocol": {
-            "dataset_names": ["the embedded language"], "train_set_size": 128, "test_set_size": 120, "context_length": 128,
+            **PROBED, "dataset_names": ["bios"], "train_set_size": 128, "test_set_size": 120, "context_length": 128,
             "n_values": [2], "column1_vals_lookup": {},
         },
     },
@@ -194,13 +206,12 @@ WHERE = {
         "llm.llm_top_100_test_accuracy": None,
     },
     "unlearning": {"unlearning.unlearning_score": 0.4},
-    "scr": {"scr_metrics.scr_metric_threshold_20": None},  # worked out in another way
-    "tpp": {"tpp_metrics.tpp_threshold_2_total_metric": None},
+    "scr": {"scr_metrics.scr_metric_threshold_20": 0.3, "scr_metrics.scr_dir1_threshold_2": None},
+    "tpp": {"tpp_metrics.tpp_threshold_2_total_metric": 0.2, "tpp_metrics.tpp_threshold_5_total_metric": None},
     "absorption": {"mean.mean_full_absorption_score": 0.11},  # "u" is not told by the model
 }  # fmt: skip
 MODEL = {"model_name": "smollm2", "llm_dtype": "bfloat16", "random_seed": 3}
 SIZES = {"llm_batch_size": 9, "lower_vram_usage": False}
-NO_PROBE = {"early_stopping_patience": 0, "probe_epochs": 0, "probe_lr": 0.0, "probe_l1_penalty": 0.0}
 PROBES = {"scr": {"train_set_size": 70, "test_set_size": 68}, "tpp": {"train_set_size": 128, "test_set_size": 120}}
 USED = {
     "sparse_probing": {
@@ -213,14 +224,13 @@ USED = {
         "multipliers": [25], "n_batch_loss_added": 0, "target_metric": "correct", "save_metrics": True,
     },
     "scr": {
-        **SIZES, **NO_PROBE, **PROBES["scr"], "perform_scr": True, "dataset_names": ["the embedded language"],
-        "context_length": 128, "probe_train_batch_size": 70, "probe_test_batch_size": 68, "sae_batch_size": 32,
-        "n_values": [2, 20], "column1_vals_lookup": {"the embedded language": [("sailing", "cooking")]},
+        **SIZES, **PROBED, **PROBES["scr"], "perform_scr": True, "dataset_names": ["bios"],
+        "context_length": 128, "sae_batch_size": 32, "n_values": [2, 20],
+        "column1_vals_lookup": {"bios": [("nurse", "poet")]},
     },
     "tpp": {
-        **SIZES, **NO_PROBE, **PROBES["tpp"], "perform_scr": False, "dataset_names": ["the embedded language"],
-        "context_length": 128, "probe_train_batch_size": 128, "probe_test_batch_size": 120, "sae_batch_size": 32,
-        "n_values": [2], "column1_vals_lookup": {},
+        **SIZES, **PROBED, **PROBES["tpp"], "perform_scr": False, "dataset_names": ["bios"],
+        "context_length": 128, "sae_batch_size": 32, "n_values": [2], "column1_vals_lookup": {},
     },
     "absorption": {"llm_batch_size": 9, **ABSORPTION},
 }  # fmt: skip
@@ -277,10 +287,22 @@ def test_figures_worked_out_in_another_way_stand_under_our_own_names(sae):
         ]
         for name in RESULTS
     }
-    assert own["tpp"]["tpp"]["2"]["total_metric"] == 0.2
-    assert own["scr"]["scr_metric"]["20"] == 0.3
+    assert (own["tpp"]["seeds"], own["scr"]["spread"]["2"]) == (3, 0.1)
     assert own["sparse_probing"]["full_width_probe"]["mean over sets"]["sae_test_accuracy"] == 0.95
-    assert all("logistic" in own[name]["about"] for name in ("scr", "tpp", "absorption"))
+    assert "logistic" in own["absorption"]["about"]
+
+
+@pytest.mark.parametrize(("name", "detail"), [("tpp", "bios_tpp_results"), ("scr", "bios_scr_nurse_poet_results")])
+def test_ablations_are_written_from_saebench_s_protocol_only(sae, name, detail):
+    def written(protocol: str) -> dict[str, Any] | None:
+        result = RESULTS[name] | {"protocol_name": protocol}
+        return output(name, result, sae, StreamConfig(), sae_id="run", **ABOUT)
+
+    assert written("temposae") is None
+    details = written("saebench")["eval_result_details"]
+    assert [of_set["dataset_name"] for of_set in details] == [detail]
+    key = {"tpp": "tpp_threshold_2_total_metric", "scr": "scr_dir1_threshold_20"}[name]
+    assert details[0][key] == 0.2
 
 
 def test_absorption_on_too_few_letters_or_without_prompts_is_not_written(sae):
@@ -306,9 +328,17 @@ def test_settings_are_those_that_evals_used(stream_of, sae):
     """Of real runs: sizes as counted in what was probed."""
     stream = stream_of()
     evaluation = Evaluation(stream, sae, None, share=4, neurons=False)
+    evaluation.protocol = "saebench"
     topics = evaluation.labelled(1024).row_label("topic")
     size = int(topics.bincount().max())
-    for name, function in {"sparse_probing": sparse_probing, "tpp": tpp, "scr": scr}.items():
+    tones = evaluation.labelled(1024).row_label("tone")
+
+    def even_rows(topic: int) -> int:
+        cells = [-(-int(((topics == t) & (tones == tone)).sum()) // 2) for t in (topic, topic + 1) for tone in (0, 1)]
+        return min(*cells, cells[0] // 2, cells[3] // 2)
+
+    on_topics = partial(sparse_probing, sets=["topic"])
+    for name, function in {"sparse_probing": on_topics, "tpp": tpp, "scr": scr}.items():
         result = json.loads(json.dumps(function(evaluation)))
         found = output(name, result, sae, stream.config, sae_id="run", seed=5, **ABOUT)
         assert found is not None
@@ -322,7 +352,10 @@ def test_settings_are_those_that_evals_used(stream_of, sae):
             assert config["dataset_names"] == ["topic"]
             assert config["k_values"] == [1, 2, 5, 10, 20]  # F = 48
         else:
-            assert size // 2 <= config["train_set_size"] <= 2 * -(-size // 2)
+            if name == "tpp":
+                assert size // 2 <= config["train_set_size"] <= 2 * -(-size // 2)
+            else:  # the biased set is as large, and half of it is one topic in one tone
+                assert config["train_set_size"] == 4 * max(map(even_rows, range(0, 8, 2)))
             assert config["n_values"] == [2, 5, 10, 20]
             pairs = [] if name == "tpp" else [tuple(pair.split("/")) for pair in result["sets"]]
             assert [tuple(p) for one in config["column1_vals_lookup"].values() for p in one] == pairs

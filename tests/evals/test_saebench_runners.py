@@ -1,10 +1,7 @@
 """SAEBench's own functions on our dictionaries: they take them as they are, and find what our evals find."""
 
-import importlib
-import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,36 +18,6 @@ from temposae.evals.saebench import ForSAEBench
 from temposae.evals.scr_tpp import _difference
 from temposae.evals.sparse_probing import best_epoch
 from temposae.evals.unlearning import clamp
-
-NAMES = {
-    "sae_lens": ("SAE",),
-    "sae_lens.loading": (),
-    "sae_lens.loading.pretrained_saes_directory": ("get_pretrained_saes_directory",),
-    "sae_lens.saes": (),
-    "sae_lens.saes.sae": ("SAEMetadata",),
-    "sae_lens.training": (),
-    "sae_lens.training.activations_store": ("ActivationsStore",),
-    "tabulate": ("tabulate",),
-}
-
-
-@pytest.fixture(scope="module")
-def saebench():
-    """saebench("evals.core.main"): a module of SAEBench, which is installed without what it needs besides; of SAELens it
-    needs names only."""
-    pytest.importorskip("sae_bench", reason="pip install --no-deps sae-bench")
-    before = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, members in NAMES.items():
-            module = ModuleType(name)
-            module.__path__, module.__spec__ = [], ModuleSpec(name, None)
-            for member in members:
-                setattr(module, member, type(member, (dict,), {}))
-            patch.setitem(sys.modules, name, module)
-        yield lambda name: importlib.import_module(f"sae_bench.{name}")
-    for name in set(sys.modules) - before:
-        if name.startswith("sae_bench."):
-            del sys.modules[name]  # it holds our stand-ins
 
 
 def dictionary(**settings) -> SparseAutoencoder:

@@ -9,9 +9,10 @@ from sklearn.linear_model import LogisticRegression
 from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
+from temposae.evals.class_sets import _pooled
 from temposae.evals.evaluation import Evaluation, TextActivations
 from temposae.evals.probes import balanced
-from temposae.evals.scr_tpp import _halves, _pooled, scr, tpp
+from temposae.evals.scr_tpp import _halves, scr, tpp
 
 from .planted import Planted
 
@@ -130,7 +131,7 @@ def test_ablating_in_every_token_gives_the_same():
 def test_without_latents_of_the_spurious_attribute_the_probe_is_as_good_as_a_clean_one():
     found = scr(Planted(dictionary(torch.eye(D)), documents(tone_scale=4)), seeds=2)
     pair = found["sets"]["sailing/cooking"]
-    assert (pair["clean_topic"], pair["clean_tone"], pair["base_topic"], pair["base_tone"]) == (1, 1, 0.5, 1)
+    assert (pair["clean_class"], pair["clean_attribute"], pair["base_class"], pair["base_attribute"]) == (1, 1, 0.5, 1)
     # dir1 takes the latents of the tone away; what the probe knows of the topic is enough then
     assert found["scr_dir1"] == {2: 1, 5: 1, 10: 1}
     assert found["scr_dir2"] == {2: None, 5: None, 10: None}
@@ -149,7 +150,7 @@ def test_the_attribute_is_not_removed_by_other_latents():
 
 def test_the_other_direction_is_taken_where_the_topic_hides_the_tone():
     found = scr(Planted(dictionary(torch.eye(D)), documents(tone_scale=0.25)), seeds=2)
-    assert found["sets"]["music/gardening"]["base_tone"] == 0.5
+    assert found["sets"]["music/gardening"]["base_attribute"] == 0.5
     # two topics have two latents each: with two of them gone the other topic still hides the tone
     assert found["scr_dir2"][5] == found["scr_dir2"][10] == 1
     assert found["scr_dir1"] == {2: None, 5: None, 10: None}
@@ -162,26 +163,20 @@ def test_a_dictionary_without_the_attribute_removes_nothing():
     assert found["scr_metric"] == {2: 0, 5: 0, 10: 0}
 
 
-def test_places_left_out_count_as_zeros_where_asked_for():
-    collected = documents()
+def test_ablation_takes_what_latents_write_at_padding_too():
+    """With SAEBench's protocol: against zeroing the latent at every position, and a mean over the kept ones."""
+    collected = documents(short=True)
     sae = dictionary(torch.cat([torch.eye(D), -torch.ones(1, D)]))
     with torch.no_grad():
         sae.b_enc[-1] = 1.0  # the last latent fires on zeros, and nowhere else
-    x = torch.zeros(R, T, D)
+    x = torch.zeros(R, T + 3, D)  # rows are padded further than the longest text
     x[collected.row, collected.pos] = collected.x
-    assert _pooled(collected, sae, True) == pytest.approx(sae.encode(x).mean(1).double().detach().numpy(), abs=1e-6)
-    assert _pooled(collected, None, True) == pytest.approx(x.mean(1).numpy(), abs=1e-6)
-    assert _pooled(collected, sae, False)[:, -1].max() == 0
-    alone = dictionary(-torch.ones(1, D))
-    with torch.no_grad():
-        alone.b_enc[0] = 1.0
-        alone.W_dec[0] = 9 * torch.eye(D)[:2].sum(0)
-    # documents of the first topic have more padding, so that what fires there tells them from others
-    evaluation = Planted(alone, documents(tone_scale=0.25, short=True))
-    assert tpp(evaluation)["tpp"][1]["intended_diff_only"] == 0
-    assert tpp(evaluation, pool_padding=True)["tpp"][1]["intended_diff_only"] > 0.05
-    evaluation = Planted(dictionary(turn() - 0.1), documents(mixed=True, short=True))
-    assert scr(evaluation)["scr_dir2"] != scr(evaluation, pool_padding=True)["scr_dir2"]
+    kept = collected.kept.sum(1, keepdim=True)
+    latents, own = _pooled(collected, sae, True, T + 3), _pooled(collected, sae, False)
+    chosen = np.array([0, D])
+    np.testing.assert_allclose(latents.ablated(chosen), (sae.encode(x).sum(1) / kept)[:, chosen].detach(), atol=1e-6)
+    assert latents.f[:, -1].max() == own.ablated(chosen)[:, 1].max() == 0
+    np.testing.assert_array_equal(latents.f, own.f)
 
 
 def test_the_same_figures_again_and_whatever_the_other_dictionaries_are():

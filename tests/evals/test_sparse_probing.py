@@ -189,8 +189,25 @@ def test_the_embedded_language_is_probed_for_its_topics(stream_of, monkeypatch):
     classes = found["sets"]["topic"]["classes"]
     for number, name in enumerate(evaluation.stream.text.language.topics):
         assert classes[name]["train_rows"] + classes[name]["test_rows"] == 2 * (topics == number).sum()
-    assert found["llm"]["top_5"] > 0.9  # every text names its topic
+    assert found["sets"]["topic"]["llm"]["top_5"] > 0.9  # every text names its topic
     assert (found["model"], found["hook"]) == ("testbed", evaluation.stream.model.hook)
+
+
+def test_all_labels_of_the_embedded_language_are_the_default(stream_of, monkeypatch):
+    """The main figures are means over the six sets, each as if it were measured alone."""
+    monkeypatch.setattr(module, "ROWS", 160)
+    monkeypatch.setattr(module, "full_width", lambda split, draw: 0.5)  # the slow parts
+    monkeypatch.setattr(module, "best_epoch", lambda split, draw: 0.5)
+    evaluation = Evaluation(stream_of(), small(), small(1))
+    found = sparse_probing(evaluation, ks=(1, 5))
+    assert list(found["sets"]) == list(found["protocol"]["dataset_names"]) == list(EMBEDDED)
+    for key in ("top_1", "top_5"):
+        assert found[key] == pytest.approx(np.mean([scores[key] for scores in found["sets"].values()]))
+        random = [scores["controls"]["random"][key] for scores in found["sets"].values()]
+        assert found["controls"]["random"][key] == pytest.approx(np.mean(random))
+    bound = found["top_1"] - found["top_1_error"]
+    assert found["reached_by"] == [name for name, scores in found["controls"].items() if scores["top_1"] >= bound]
+    assert sparse_probing(evaluation, ["tone"], ks=(1, 5))["sets"]["tone"] == found["sets"]["tone"]
 
 
 def test_the_probe_on_all_columns_adds_up_many_weak_ones():

@@ -1,6 +1,8 @@
 """Several evals of a run: kept in its folder, found again there, and one that can't be had doesn't stop the others."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 from temposae.engine.config import SAEConfig, TrainConfig
@@ -26,6 +28,7 @@ def trained(stream_of, tmp_path, monkeypatch):
         raise UserError("data: there is none")
 
     monkeypatch.setattr(suite, "EVALS", {"coin": ("suite", "coin"), "never": ("suite", "never")})
+    monkeypatch.setattr(suite, "JUDGED", {})
     monkeypatch.setattr(suite, "coin", coin, raising=False)
     monkeypatch.setattr(suite, "never", never, raising=False)
     return tmp_path / "run", stream, calls
@@ -110,6 +113,51 @@ def test_what_sparse_probing_reads(tmp_path):
     assert suite.input_digests("core", sources, {"blimp": ("a",)}) == {}
 
 
+def test_what_tpp_and_scr_read(tmp_path):
+    """Labels of the embedded language are read by neither, a set without an attribute not by SCR."""
+    (tmp_path / "a.csv").write_text("text,label\n")
+    one, two = f"{tmp_path}/a.csv", f"{tmp_path}/a.csv?attribute=sex"
+    bios = f"LabHC/bias_in_bios_class_set1?path={tmp_path}"
+    sources = ("topic", one, two, bios, f"fancyzhx/ag_news?path={tmp_path}")
+    assert list(suite.input_digests("tpp", sources, {})) == list(sources[1:])
+    assert list(suite.input_digests("scr", sources, {})) == [two, bios]
+    assert suite.input_digests("scr", ("topic",), {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("sets", "tpp", "scr"),
+    [
+        ((), "x.txt has no labels; give labelled texts, --set FILE", "x.txt has no labels; give --set FILE.*&attribute="),
+        (("HERE",), None, "no set has a second label; give --set FILE.*&attribute=COLUMN or --set LabHC"),
+        (("HERE?attribute=sex",), None, None),
+        (("HERE", "HERE?attribute=sex"), None, None),
+        (("absent.csv?attribute=sex",), "--set absent.csv.* does not exist", "--set absent.csv.* does not exist"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_for_tpp_and_scr_on_another_text(stream_of, tmp_path, sets, tpp, scr):
+    (tmp_path / "a.csv").write_text("text,label,sex\n")
+    sets = [source.replace("HERE", f"{tmp_path}/a.csv") for source in sets]
+    stream = SimpleNamespace(text=SimpleNamespace(name="x.txt"), model=stream_of().model)
+    for name, expected in (("tpp", tpp), ("scr", scr)):
+        reasons = suite.missing_inputs(name, stream, SAEConfig(d_in=128, d_sae=8, k=2), sets, {})
+        assert (reasons == {}) == (expected is None)
+        assert expected is None or re.match(expected.replace("?", r"\?"), reasons[""])
+        if "absent" not in "".join(sets):  # the embedded language has labels of its own
+            assert suite.missing_inputs(name, stream_of(), SAEConfig(d_in=128, d_sae=8, k=2), sets, {}) == {}
+
+
+def test_a_result_of_another_protocol_is_not_taken(trained, monkeypatch):
+    folder, stream, calls = trained
+    monkeypatch.setattr(suite, "EVALS", {"tpp": ("suite", "coin"), "coin": ("suite", "coin")})
+    for name in ("write_report", "output"):  # of figures that a coin doesn't have
+        monkeypatch.setattr(run_evals, name, lambda *given, **settings: None)
+    for protocol, count in (("temposae", 2), ("temposae", 2), ("saebench", 3), ("saebench", 3), ("temposae", 4)):
+        evaluate(find(folder), stream, folder, ["tpp", "coin"], protocol=protocol)  # coin has no protocol
+        assert len(calls) == count
+    with pytest.raises(UserError, match="^protocol: mine is not allowed; it must be temposae or saebench$"):
+        evaluate(find(folder), stream, folder, ["coin"], protocol="mine")
+
+
 def test_files_are_given_by_name():
     files = suite.named_files(["blimp=a=b", "forget_text=c", "blimp=d"])
     assert files == {"blimp": ("a=b", "d"), "forget_text": ("c",)}
@@ -140,6 +188,6 @@ def test_every_eval_loads_and_is_in_the_help():
 
     code, out, _ = command("eval", "--help")
     assert code == 0
-    for name in suite.EVALS:
+    for name in suite.EVALS | suite.JUDGED:
         assert callable(suite.load_eval(name))
         assert f" {name} " in out or f" {name}," in out or f", {name} " in out

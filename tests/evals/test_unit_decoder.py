@@ -21,8 +21,10 @@ from temposae.evals.evaluation import Evaluation, Reference, collect
 from temposae.evals.suite import EVALS, load_eval
 from temposae.evals.unlearning import clamp
 
+from .probe_data import by_length, write_set
+
 D, F, HOOK = 128, 48, "blocks.1.hook_resid_post"
-SLOW = ("sparse_probing", "positions", "ground_truth", "unlearning", "scr")
+SLOW = ("sparse_probing", "positions", "ground_truth", "unlearning", "scr", "ravel")
 FORMATS = {"saelens": "relu", "dictionary_learning": "jumprelu", "gemma-scope": "jumprelu", "sparsify": "topk"}
 
 
@@ -63,9 +65,11 @@ def same(a: Any, b: Any, place: str = "") -> None:
 
 
 @pytest.fixture(scope="module")
-def evaluation(testbed) -> Evaluation:
+def evaluation(testbed, tmp_path_factory) -> Evaluation:
     stream = ActivationStream(StreamConfig(buffer_tokens=4096, rows_per_forward=32), model=testbed, seed=0)
-    return Evaluation(stream, made("relu", "one"), None, share=4, neurons=False)
+    write_set(texts := tmp_path_factory.mktemp("texts"), "7_length", by_length(240))
+    sets = [f"7_length?path={texts}"]  # for sae_probes
+    return Evaluation(stream, made("relu", "one"), None, sets=sets, share=4, neurons=False)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in EVALS])

@@ -241,6 +241,22 @@ def test_an_answer_counts_with_a_space_or_without():
     assert answers(model, asked, 2).tolist() == [1, 2]  # type: ignore[arg-type]
 
 
+def test_pushed_answers_are_those_of_the_whole_model(stream_of, monkeypatch):
+    """Only the layers after the hook run, on the activations that are known there."""
+    stream = stream_of()
+    model = stream.model
+    asked = fact_questions(stream.text.language, LABELLED, np.random.default_rng(0))
+    asked = asked.only(torch.arange(0, len(asked), 7))
+    hooked = model.activations(asked.tokens)
+    push = 5 * torch.randn(hooked.shape, generator=torch.Generator().manual_seed(0))
+    change = lambda numbers, width: push[numbers, :width]
+    whole = answers(model, asked, 16, change)
+    assert 0.1 < (whole != answers(model, asked, 16)).float().mean() < 1
+    assert model.tail() is not None
+    monkeypatch.setattr(model, "logits", None)
+    assert answers(model, asked, 16, change, hooked).tolist() == whole.tolist()
+
+
 def test_texts_are_packed_rows_without_order(stub, tmp_path):
     """Documents of over 50 characters, one after the other; `<bos>` in the place of each row's first token."""
     words = [f"w{n}" for n in range(600)]

@@ -193,7 +193,7 @@ def test_text_of_ones_own_takes_files(testbed, tmp_path):
     text = TextRows(["the dog hid . " * 9] * 30, testbed.tokenizer, 16)
     stream = ActivationStream(StreamConfig(context=16, buffer_tokens=64), model=testbed, rows=text)
     evaluation = Evaluation(stream, SparseAutoencoder(SAEConfig(d_in=D, d_sae=64, k=4)), None)
-    with pytest.raises(UserError, match="order: testbed has no word order tasks; give --file blimp=PATH or"):
+    with pytest.raises(UserError, match=r"has \d places in \d+ held-out rows to exchange two words, and 32 are needed"):
         order_probing(evaluation)
     (tmp_path / "order.jsonl").write_text(blimp(8))
     lines = [f"{side}\t{n % 2}\t{'the dog hid' if n % 2 else 'hid the dog'}" for side in ("tr", "te") for n in range(8)]
