@@ -113,7 +113,7 @@ def test_what_a_mask_becomes(mask, how, expected):
     [
         ({"runs": ["A1", "B11"]}, "runs: 'B11' is not allowed; did you mean B1"),
         ({"baselines": ["A1"]}, "baselines: 'A1' is not allowed"),
-        ({"evals": ["sparse"]}, "evals: 'sparse' is not allowed; there are core, sparse_probing, "),
+        ({"evals": ["sparse"]}, "evals: 'sparse' is not allowed; did you mean sparse_probing"),
         ({"axes": {"strictness": ["firm"]}}, "axes.strictness: 'firm' is not allowed; there are hard, soft, annealed"),
         ({"axes": {"kk": [1]}}, "sweep.kk: not a setting that may differ"),
         ({"seeds": 0}, "seeds: 0 is not allowed"),
