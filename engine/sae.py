@@ -320,7 +320,7 @@ class SparseAutoencoder(nn.Module):
         """Start b_dec at a mean activation [D]. A frozen encoder subtracts the mean for good: b_enc = -mean W_enc."""
         self.b_dec.copy_(mean)
         if self.cfg.encoder == "random" and self.cfg.d_out is None:
-            self.b_enc.copy_(-(mean @ self.W_enc))
+            self.b_enc.copy_(-(mean.double() @ self.W_enc.double()))  # the same for any share of the latents
 
     @torch.no_grad()
     def initialise_threshold(self, x: Tensor, pos: Tensor, ranks: Ranks = ALONE) -> None:

@@ -200,9 +200,8 @@ def _joined(parts: list[tuple[np.ndarray, int, bool]]) -> _Pairs:
 
 
 def _batches(stream: ActivationStream, n: int, T: int) -> tuple[Tensor, ...]:
-    return torch.arange(n).split(
-        min(BATCH, stream.config.rows_per_forward * 4, stream.model.rows_with_logits(max(1, T)))
-    )
+    """Numbers of rows to run at once. The training of masks depends on it, so it doesn't depend on `rows_per_forward`."""
+    return torch.arange(n).split(min(BATCH, stream.model.rows_with_logits(max(1, T))))
 
 
 def _activations(stream: ActivationStream, prompts: Prompts) -> Tensor:

@@ -198,7 +198,10 @@ def check_writable(path: Path | None, option: str = "json", is_kind: Callable[[P
 def check_can_make(folder: Path) -> None:
     """Raise OSError if `folder` can't be created or written to. Leaves nothing behind."""
     parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}probe-", dir=parent)).rmdir()
+    tempfile.mkdtemp(prefix=f"{UNFINISHED}probe-", dir=parent)
+    for probe in parent.glob(f"{UNFINISHED}probe-*"):  # also those that a kill left behind
+        with suppress(OSError):  # another process was faster
+            probe.rmdir()
 
 
 def write_json(path: Path | None, values: Any) -> None:

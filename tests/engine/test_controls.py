@@ -163,7 +163,8 @@ def test_a_frozen_encoder_gives_the_same_activations_to_the_end(fused, activatio
     now = made.sae.state_dict()
     assert torch.equal(now["W_enc"], start["W_enc"])
     assert torch.equal(now["b_enc"], start["b_enc"]) == (activation != "relu")
-    assert torch.equal(start["b_enc"], -(start["b_dec"] @ start["W_enc"]))  # what b_dec would have subtracted
+    subtracted = start["b_dec"].double() @ start["W_enc"].double()  # what b_dec would have subtracted
+    assert torch.equal(start["b_enc"], -subtracted.float())
     assert not torch.equal(now["W_dec"], start["W_dec"])
     assert not torch.equal(now["b_dec"], start["b_dec"])
     if activation == "topk":

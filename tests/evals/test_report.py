@@ -520,7 +520,7 @@ def test_the_same_results_make_the_same_bytes(folder):
         return {str(p): p.read_bytes() for p in folder.rglob("*") if p.suffix in (".md", ".html", ".png")}
 
     first = bytes_of()
-    assert len(first) == 12
+    assert len(first) == 13
     write_report(folder, find(folder), VERSION)
     assert bytes_of() == first
 
