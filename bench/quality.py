@@ -29,11 +29,11 @@ from .training_job import AnyDictionary, ProviderUnavailable, TrainingJob, fixes
 
 LIBRARIES = ("temposae", "SAELens", "dictionary_learning", "eai-sparsify")
 #: rates on both sides of the best one
-RATES = {"tiny": (1e-3, 2e-3), "cpu": (2e-3, 4e-3, 8e-3), "pretrained": (5e-4, 1e-3, 2e-3)}
+RATES = {"tiny": (1e-3, 2e-3), "cpu": (2e-3, 4e-3, 8e-3), "pretrained": (1e-3, 2e-3, 4e-3)}
 PRESETS: dict[str, dict[str, Sequence[Cell]]] = {
     "tiny": {"world:0": [Cell("topk", 64, 4, 256, 8)]},
     "cpu": {"world:0": [Cell("topk", 512, 7, 1024, 400), Cell("batchtopk", 512, 7, 1024, 400)]},
-    "pretrained": {"smollm2:9": [Cell("topk", 4608, 32, 512, 580), Cell("batchtopk", 4608, 32, 512, 580)]},
+    "pretrained": {"smollm2:9": [Cell("topk", 4608, 32, 512, 290), Cell("batchtopk", 4608, 32, 512, 290)]},
 }
 SCORES = ("fvu", "dead", "f1", "mcc", "seconds")
 
