@@ -32,7 +32,7 @@ def file(stream_of, tmp_path) -> Path:
         writer = csv.writer(out)
         writer.writerow(["body", "topic", "tone"])
         for row in np.flatnonzero(topic < 2):
-            text = " ".join(words[collected.tokens[row, : 4 + row % 30][collected.kept[row, : 4 + row % 30]].numpy()])
+            text = " ".join(words[collected.tokens[row, : 24 + row % 30][collected.kept[row, : 24 + row % 30]].numpy()])
             writer.writerow([text, ["sailing", "cooking"][topic[row]], ["formal", "casual"][tone[row]]])
     return tmp_path / "texts.csv"
 
