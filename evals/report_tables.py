@@ -20,6 +20,7 @@ SCORES = {
     "unlearning": "score retained",
     "clusters": "stability.adjusted_rand",
     "absorption": "mean_main_f1 mean_absorption",
+    "mdl": "bits_per_token fvu",
     "ravel": "score cause isolation",
     "tpp": "score",
     "scr": "score",
@@ -27,7 +28,7 @@ SCORES = {
 }
 ACCURACIES = ("clean_class", "clean_attribute", "base_class", "base_attribute")  # of SCR's probes
 # scores that are not better when larger
-NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption", "cause", "isolation")
+NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption", "bits_per_token", "fvu", "cause", "isolation")
 
 UNRELIABLE = "Don't choose between dictionaries by this score: an audit found it unreliable (arXiv 2605.18229)."
 
@@ -44,6 +45,7 @@ ASKS = {
     "scr": "Share of a spurious correlation removed by ablating n latents: 0 none, 1 all of it. " + UNRELIABLE,
     "clusters": "Latents clustered by the positions at which they are active, and the stability of the clusters.",
     "absorption": "Words missed by their first letter's latents. Also low if no latent represents a letter.",
+    "mdl": "Bits per token of the codes, rounded as coarsely as the error allows. Compare at equal FVU only.",
     "ravel": "Attributes of entities changed by exchanging latents, while other attributes stay; 0.5 without a change.",
     "autointerp": "Share of examples for which a judge tells from its own explanation whether the latent fires.",
 }
@@ -76,6 +78,9 @@ LABELS = {
     "absorption_fraction": "fraction", "auc.1": "AUC, 1 latent", "auc.16": "AUC, 16 latents",
     "balanced": "score, active and inactive examples equally weighted",
     "cause": "cause: answers that become the source's", "isolation": "isolation: answers about others that stay",
+    "fvu": "FVU", "fvu_rounded": "FVU, rounded", "active_bits": "bits: which latents", "value_bits": "bits: how strong",
+    "uniform_bits": "bits per token, values in uniform code", "bits_per_dimension": "bits per token and dimension",
+    "width": "width of a bin", "bins": "bins, most of a latent",
     "none": "score of always answering None", "named": "named as active", "unparsable": "answers that can't be read",
 }  # fmt: skip
 
@@ -359,6 +364,13 @@ def _absorption(result: dict[str, Any]) -> list[str]:
     return [means, "### By letter", _items("letter", result["letters"], figures)]
 
 
+def _mdl(result: dict[str, Any]) -> list[str]:
+    parts = "bits_per_token active_bits value_bits uniform_bits bits_per_dimension fvu fvu_rounded width bins l0"
+    equal = {name: scores or {} for name, scores in result["at_fvu_of"].items()}
+    equal = _items("dictionary at the FVU of", equal, "bits_per_token width")
+    return [_items("", {(): result}, "rows tokens"), _beside(result, parts), equal]
+
+
 def _sae_probes(result: dict[str, Any]) -> list[str]:
     ks, autoencoders = result["protocol"]["k_values"], _autoencoders(result)
     first, main = f"auc.{ks[0]}", f"auc.{result['protocol']['main_k']}"
@@ -427,5 +439,5 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "core": _core, "sparse_probing": _sparse_probing, "sae_probes": _sae_probes,
     "positions": _positions, "ground_truth": _ground_truth,
     "unlearning": _unlearning, "scr": _scr, "tpp": _tpp, "clusters": _clusters, "absorption": _absorption,
-    "ravel": _ravel, "autointerp": _autointerp,
+    "mdl": _mdl, "ravel": _ravel, "autointerp": _autointerp,
 }  # fmt: skip

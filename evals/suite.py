@@ -32,6 +32,7 @@ EVALS = {
     "unlearning": ("unlearning", "unlearning"),
     "clusters": ("clusters", "clusters"),
     "absorption": ("absorption", "absorption"),
+    "mdl": ("mdl", "mdl"),
     "ravel": ("ravel", "ravel"),
     "tpp": ("scr_tpp", "tpp"),
     "scr": ("scr_tpp", "scr"),
@@ -148,6 +149,12 @@ def _needs_order_tasks(request: EvalRequest) -> str | None:
     return None if request.has_labels or _order_files(request) else _needs_tokenizer(request)
 
 
+def _needs_autoencoder(request: EvalRequest) -> str | None:
+    if request.sae.d_out is not None:
+        return "a transcoder is not allowed; mdl compares the reconstruction with the activations that were encoded"
+    return None
+
+
 def _needs_facts(request: EvalRequest) -> str | None:
     if request.sae.d_out is not None:
         return "a transcoder is not allowed; RAVEL changes the activations that were encoded"
@@ -173,6 +180,7 @@ NEEDS: dict[str, dict[str, Callable[[EvalRequest], str | None]]] = {
     "positions": {"": _needs_order_files, "order probing": _needs_order_tasks},
     "ground_truth": {"": _needs_labels},
     "unlearning": {"": _needs_questions},
+    "mdl": {"": _needs_autoencoder},
     "ravel": {"": _needs_facts},
     "tpp": {"": lambda request: _needs_classes(request, "tpp")},
     "scr": {"": lambda request: _needs_classes(request, "scr")},

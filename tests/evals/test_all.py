@@ -72,6 +72,9 @@ def test_the_demo_dictionary_scores_above_its_controls(found):
         score = found[name]["score"]
         assert all(score > control["score"] + 0.02 for control in found[name]["controls"].values()), name
     assert found["clusters"]["count"] >= 2
+    length = found["mdl"]
+    assert length["fvu_rounded"] <= 1.1 * length["fvu"]
+    assert all(length["fvu"] < control["fvu"] / 10 for control in length["controls"].values())
 
 
 def test_a_second_call_finds_the_first_one_s_results(demo, found):

@@ -112,6 +112,7 @@ MEASURED = {
     "scr": ("score",),
     "tpp": ("score",),
     "absorption": ("mean_absorption",),
+    "mdl": ("bits_per_token", "fvu"),
 }
 
 
