@@ -20,6 +20,7 @@ SCORES = {
     "unlearning": "score retained",
     "clusters": "stability.adjusted_rand",
     "absorption": "mean_main_f1 mean_absorption",
+    "meta_structure": "meta_explained_variance",
     "ravel": "score cause isolation",
     "tpp": "score",
     "scr": "score",
@@ -27,7 +28,7 @@ SCORES = {
 }
 ACCURACIES = ("clean_class", "clean_attribute", "base_class", "base_attribute")  # of SCR's probes
 # scores that are not better when larger
-NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption", "cause", "isolation")
+NOT_BETTER = ("l0", "dead_fraction", "retained", "mean_absorption", "meta_explained_variance", "cause", "isolation")
 
 UNRELIABLE = "Don't choose between dictionaries by this score: an audit found it unreliable (arXiv 2605.18229)."
 
@@ -44,6 +45,7 @@ ASKS = {
     "scr": "Share of a spurious correlation removed by ablating n latents: 0 none, 1 all of it. " + UNRELIABLE,
     "clusters": "Latents clustered by the positions at which they are active, and the stability of the clusters.",
     "absorption": "Words missed by their first letter's latents. Also low if no latent represents a letter.",
+    "meta_structure": "Share of the decoder rows' variance that a small dictionary trained on them explains.",
     "ravel": "Attributes of entities changed by exchanging latents, while other attributes stay; 0.5 without a change.",
     "autointerp": "Share of examples for which a judge tells from its own explanation whether the latent fires.",
 }
@@ -77,6 +79,8 @@ LABELS = {
     "balanced": "score, active and inactive examples equally weighted",
     "cause": "cause: answers that become the source's", "isolation": "isolation: answers about others that stay",
     "none": "score of always answering None", "named": "named as active", "unparsable": "answers that can't be read",
+    "meta_explained_variance": "explained variance of decoder rows", "meta_latents": "meta-latents",
+    "train_explained_variance": "the same on training rows", "held_out": "held-out rows",
 }  # fmt: skip
 
 
@@ -359,6 +363,17 @@ def _absorption(result: dict[str, Any]) -> list[str]:
     return [means, "### By letter", _items("letter", result["letters"], figures)]
 
 
+def _meta_structure(result: dict[str, Any]) -> list[str]:
+    figures = "meta_explained_variance train_explained_variance l0 latents meta_latents held_out"
+    headings = {**_headings(figures), "l0": "meta-latents per row", "latents": "live latents"}
+    blocks = [f"{number(result['dead'])} latents that don't fire are left out.", _beside(result, headings)]
+    if not result["largest"]:
+        return blocks
+    columns = {"count": "latents that use it", "members": "that use it most", "cosines": "cosine with them"}
+    largest = {meta["meta_latent"]: meta for meta in result["largest"]}
+    return [*blocks, "### Most used meta-latents of the dictionary", _items("meta-latent", largest, columns)]
+
+
 def _sae_probes(result: dict[str, Any]) -> list[str]:
     ks, autoencoders = result["protocol"]["k_values"], _autoencoders(result)
     first, main = f"auc.{ks[0]}", f"auc.{result['protocol']['main_k']}"
@@ -427,5 +442,5 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "core": _core, "sparse_probing": _sparse_probing, "sae_probes": _sae_probes,
     "positions": _positions, "ground_truth": _ground_truth,
     "unlearning": _unlearning, "scr": _scr, "tpp": _tpp, "clusters": _clusters, "absorption": _absorption,
-    "ravel": _ravel, "autointerp": _autointerp,
+    "meta_structure": _meta_structure, "ravel": _ravel, "autointerp": _autointerp,
 }  # fmt: skip

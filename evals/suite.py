@@ -32,6 +32,7 @@ EVALS = {
     "unlearning": ("unlearning", "unlearning"),
     "clusters": ("clusters", "clusters"),
     "absorption": ("absorption", "absorption"),
+    "meta_structure": ("meta_structure", "meta_structure"),
     "ravel": ("ravel", "ravel"),
     "tpp": ("scr_tpp", "tpp"),
     "scr": ("scr_tpp", "scr"),

@@ -22,7 +22,7 @@ from temposae.evals.suite import EVALS, load_eval
 from temposae.evals.unlearning import clamp
 
 D, F, HOOK = 128, 48, "blocks.1.hook_resid_post"
-SLOW = ("sparse_probing", "positions", "ground_truth", "unlearning", "scr", "ravel")
+SLOW = ("sparse_probing", "positions", "ground_truth", "unlearning", "scr", "ravel", "meta_structure")
 FORMATS = {"saelens": "relu", "dictionary_learning": "jumprelu", "gemma-scope": "jumprelu", "sparsify": "topk"}
 
 
