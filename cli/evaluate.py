@@ -120,13 +120,14 @@ def evaluate(
     clusters        latents grouped by the positions at which they are active
     absorption      first-letter latents that miss some of their words
     mdl             bits per token that the codes need, beside their reconstruction error
+    meta_structure  how far decoder rows are sums of a few shared directions (neither more nor less is better)
     ravel           an attribute of an entity changed by exchanging latents, while its other attributes stay
     tpp, scr        one class, or a spurious attribute, removed by ablating a few latents (docs/evals.md: unreliable)
     autointerp      how well a judge's explanations of latents predict where they fire; all includes it if a judge is given
 
-    Labels, questions and texts default to the embedded language's. On another text, core, positions, clusters, absorption
-    and mdl need nothing else. The others say which option supplies their labels or questions, and all ends with a list of
-    them.
+    Labels, questions and texts default to the embedded language's. On another text, core, positions, clusters, absorption,
+    mdl and meta_structure need nothing else. The others say which option supplies their labels or questions, and all ends
+    with a list of them.
     """
     from ..engine.storage import checkpoint
     from ..evals.api import stream_of

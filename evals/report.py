@@ -16,7 +16,8 @@ from ..engine.storage.files import write_text
 from ..engine.storage.run_folder import read_metrics
 from ..reporting.markdown import NOTHING, anchor, html, number, plain, table
 from . import result_files
-from .report_tables import ASKS, NOT_BETTER, PICTURES, SCORES, label, lookup, main_scores, section, with_requested
+from .report_tables import PICTURES, lookup, main_scores, section, with_requested
+from .report_words import ASKS, NOT_BETTER, SCORES, label
 from .run_figures import draw_evals
 from .suite import EVALS
 

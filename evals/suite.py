@@ -33,6 +33,7 @@ EVALS = {
     "clusters": ("clusters", "clusters"),
     "absorption": ("absorption", "absorption"),
     "mdl": ("mdl", "mdl"),
+    "meta_structure": ("meta_structure", "meta_structure"),
     "ravel": ("ravel", "ravel"),
     "tpp": ("scr_tpp", "tpp"),
     "scr": ("scr_tpp", "scr"),

@@ -28,7 +28,7 @@ def test_the_list_names_what_was_measured_and_the_option_for_the_rest():
 
 
 def test_eval_all_on_a_text_without_labels_ends_with_the_list(texts, tmp_path: Path):
-    """Core, positions with its word order, clusters, absorption and mdl need nothing; each other eval names an option."""
+    """Core, positions with word order, clusters, absorption, mdl and meta structure need nothing; others name an option."""
     (tmp_path / "own.txt").write_text("\n\n".join(texts * 8))
     folder = tmp_path / "run"
     small = ("--d-sae", 32, "--k", 4, "--tokens", 4096, "--data", tmp_path / "own.txt", "--no-eval", "--out", folder)
@@ -36,7 +36,7 @@ def test_eval_all_on_a_text_without_labels_ends_with_the_list(texts, tmp_path: P
     code, out, _ = run("eval", "all", "--sae", folder)
     assert code == 0
     measured, *rest = out.split("\nmeasured: ")[1].splitlines()
-    assert {"core", "positions", "clusters", "mdl"} <= set(measured.split(", "))
+    assert {"core", "positions", "clusters", "mdl", "meta_structure"} <= set(measured.split(", "))
     lines = rest[1 : next(i for i, line in enumerate(rest) if line.startswith("report: "))]
     named = {line.strip().partition("  ")[0]: line for line in lines}
     for name, option in (("sparse_probing", "--set "), ("unlearning", "--file "), ("ground_truth", "--model testbed")):

@@ -18,7 +18,18 @@ from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConf
 from temposae.engine.sae import SparseAutoencoder
 from temposae.engine.storage import checkpoint
 from temposae.engine.storage.checkpoint import find, place
-from temposae.evals import absorption, clusters, mdl, ravel, run_figures, sae_probes, sparse_probing, suite, unlearning
+from temposae.evals import (
+    absorption,
+    clusters,
+    mdl,
+    meta_structure,
+    ravel,
+    run_figures,
+    sae_probes,
+    sparse_probing,
+    suite,
+    unlearning,
+)
 from temposae.evals import ground_truth as truth
 from temposae.evals.core import core
 from temposae.evals.evaluation import Evaluation
@@ -62,6 +73,8 @@ def measured(testbed, tmp_path_factory) -> dict[str, dict[str, Any]]:
         patch.setattr(truth, "MOST", 25)
         patch.setattr(absorption, "TIMES", 4)
         patch.setattr(clusters, "ROWS", ROWS)
+        patch.setattr(meta_structure, "STEPS", 8)
+        patch.setattr(meta_structure, "ROWS", ROWS)
         patch.setattr(unlearning, "fact_questions", few)
         patch.setattr(ravel, "TRAIN", 8)
         patch.setattr(ravel, "TEST", 8)
@@ -80,6 +93,7 @@ def measured(testbed, tmp_path_factory) -> dict[str, dict[str, Any]]:
             "clusters": clusters.clusters(evaluation),
             "absorption": absorption.absorption(evaluation, rows=ROWS),
             "mdl": mdl.mdl(evaluation, rows=ROWS),
+            "meta_structure": meta_structure.meta_structure(evaluation),
             "ravel": ravel.ravel(evaluation),
             "tpp": tpp(evaluation, rows=ROWS, seeds=2),
             "scr": scr(evaluation, rows=ROWS, seeds=2),
@@ -270,16 +284,10 @@ def test_neither_more_nor_less_l0_dead_latents_and_absorption_is_better(results)
     assert rows["core: dead latents (share)"][:2] == ["0.1250", "0.5000"]
     assert rows["absorption: mean absorption"][:2] == ["0.2000", "0.2000"]
     unmarked = [label for _, label, *_ in table_under(markdown, "Scores at a glance") if MORE not in label]
+    decoder_rows = "explained variance of decoder rows"
     ravel_parts = ["cause: answers that become the source's", "isolation: answers about others that stay"]
-    assert unmarked == [
-        "L0",
-        "dead latents (share)",
-        "retained",
-        "mean absorption",
-        "bits per token",
-        "FVU",
-        *ravel_parts,
-    ]
+    always = ["L0", "dead latents (share)", "retained", "mean absorption", "bits per token", "FVU", decoder_rows]
+    assert unmarked == [*always, *ravel_parts]
 
 
 def test_each_of_several_sets_and_every_warning_is_told(results):
@@ -309,7 +317,7 @@ WORDS = {
     "absorption": ("absorption",), "sparse_probing": ("top 1", "sparse_probing"), "positions": ("specialization",),
     "sae_probes": ("sae_probes", "AUC"),
     "clusters": ("cluster",), "ground_truth": ("ground_truth",), "scr": ("scr",), "tpp": ("tpp",),
-    "ravel": ("isolation", "ravel"), "mdl": ("bits", "mdl"),
+    "ravel": ("isolation", "ravel"), "mdl": ("bits", "mdl"), "meta_structure": ("meta_structure", "decoder rows"),
 }  # fmt: skip
 
 
@@ -342,7 +350,7 @@ def test_every_eval_has_its_section_tables_and_figures(report, results):
     parts = {part.partition("\n")[0]: part for part in markdown.split("\n## ")}
     figures = {
         "core": {"position_explained_variance", "firing_rates", "loss_curve"}, "positions": {"order_probing"},
-        "absorption": set(), "mdl": set(), "ravel": set(),
+        "absorption": set(), "mdl": set(), "meta_structure": set(), "ravel": set(),
     }  # fmt: skip
     for name in EVALS:
         shown = set(re.findall(r"\]\(figures/(\w+)\.png\)", parts[name]))
@@ -460,18 +468,10 @@ def test_results_of_something_else_are_left_out_and_named(folder):
     for name in ("tpp", "scr", "clusters"):
         assert f"## {name}" not in markdown
         assert f"figures/{name}.png" not in markdown
-    missing = [
-        "core",
-        "sparse_probing",
-        "sae_probes",
-        "positions",
-        "ground_truth",
-        "unlearning",
-        "clusters",
-        "mdl",
-        "ravel",
-    ]
-    assert markdown.endswith(f"\nNot measured: {', '.join([*missing, 'tpp', 'scr'])}.\n")
+    assert markdown.endswith(
+        "\nNot measured: core, sparse_probing, sae_probes, positions, ground_truth, unlearning, clusters, "
+        "mdl, meta_structure, ravel, tpp, scr.\n"
+    )
     assert noted(markdown)[-3:] == [
         ("clusters", "left out", "its file is damaged"),
         ("scr", "left out", f"measured with version {VERSION - 1} of the evals, not {VERSION}"),

@@ -55,7 +55,7 @@ def test_figures_of_the_others_do_not_depend_on_them(runs):
         assert found["all"]["controls"][name] == found["plain"]["controls"][name]
 
 
-LATER = ("positions", "ground_truth", "unlearning", "scr", "tpp", "clusters", "absorption", "mdl")
+LATER = ("positions", "ground_truth", "unlearning", "scr", "tpp", "clusters", "absorption", "mdl", "meta_structure")
 
 
 @pytest.mark.parametrize("name", ["sparse_probing", *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])

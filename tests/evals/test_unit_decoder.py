@@ -24,7 +24,7 @@ from temposae.evals.unlearning import clamp
 from .probe_data import by_length, write_set
 
 D, F, HOOK = 128, 48, "blocks.1.hook_resid_post"
-SLOW = ("sparse_probing", "positions", "ground_truth", "unlearning", "scr", "ravel")
+SLOW = ("sparse_probing", "positions", "ground_truth", "unlearning", "scr", "ravel", "meta_structure")
 FORMATS = {"saelens": "relu", "dictionary_learning": "jumprelu", "gemma-scope": "jumprelu", "sparsify": "topk"}
 
 
