@@ -45,12 +45,14 @@ ACCURACIES = ("clean_class", "clean_attribute", "base_class", "base_attribute")
 @dataclass
 class _Scores:
     """What one set gives. `scores` [seeds, 1, n, 3] (TPP) or [seeds, pairs, n, 3] (SCR) by autoencoder; `accuracies`
-    [seeds, 1] (TPP) or [seeds, pairs, 4]; `sizes`: rows for training and testing each probe."""
+    [seeds, 1] (TPP) or [seeds, pairs, 4]; `sizes`: rows for training and testing each probe; `sets`: what a result says
+    about the set, or about each of its pairs."""
 
     scores: dict[str, np.ndarray]
     accuracies: np.ndarray
     sizes: list[tuple[int, int]]
     outcomes: dict[str, Outcomes]
+    sets: dict[str, dict[str, Any]]
 
 
 @torch.no_grad()
@@ -63,29 +65,8 @@ def tpp(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS) -> dict
     `controls`, and `reached_by`, the controls that score as high. Raises UserError for a text without labels, and too few
     texts or seeds.
     """
-    chosen = _recipe(evaluation, seeds)
-    ns, measured, sets = _thresholds(evaluation), list[_Scores](), dict[str, dict[str, Any]]()
-    protocol = _Protocol(chosen, ns)
-    for texts in class_sets(evaluation, rows, paired=False, padding=chosen.padding):
-        scores = _perturbed(evaluation, texts, chosen, ns, seeds)
-        measured.append(scores)
-        protocol.add(texts, scores.sizes)
-        sets[texts.name] = {
-            "classes": texts.classes,
-            "rows": len(texts.x),
-            "clean_accuracy": float(scores.accuracies.mean()),
-            "tpp": _tpp_figures(ns, scores.scores["sae"])["tpp"],
-        }
-    scores = _over(measured)
-    result = {name: _tpp_figures(ns, of_sets) for name, of_sets in scores.scores.items()}
-    return {
-        "protocol": protocol.settings(),
-        "protocol_name": chosen.name,
-        "clean_accuracy": float(scores.accuracies.mean()),
-        "sets": sets,
-        "seeds": seeds,
-        "intervals": {"score": interval(scores.outcomes, evaluation.generator("tpp intervals"))},
-    } | _beside(result, protocol.rows)
+    result = _measured(evaluation, rows, seeds, "tpp", _perturbed, _tpp_figures)
+    return result | {"clean_accuracy": float(np.mean([texts["clean_accuracy"] for texts in result["sets"].values()]))}
 
 
 def _perturbed(evaluation: Evaluation, texts: ClassSet, chosen: Recipe, ns: list[int], seeds: int) -> _Scores:
@@ -129,7 +110,9 @@ def _perturbed(evaluation: Evaluation, texts: ClassSet, chosen: Recipe, ns: list
             intended = np.einsum("nii->n", lost) / C
             unintended = (lost.sum((1, 2)) - intended * C) / (C * (C - 1))
             scores[name][seed, 0] = np.stack([intended - unintended, intended, unintended], 1)
-    return _Scores(scores, clean, sizes, outcomes.by_name())
+    about = {"classes": texts.classes, "rows": len(x), "clean_accuracy": float(clean.mean())}
+    of_set = {texts.name: about | {"tpp": _tpp_figures(ns, scores["sae"])["tpp"]}}
+    return _Scores(scores, clean, sizes, outcomes.by_name(), of_set)
 
 
 @torch.no_grad()
@@ -140,26 +123,7 @@ def scr(evaluation: Evaluation, *, rows: int = ROWS, seeds: int = SEEDS) -> dict
     scr_metric over seeds}, `score` (scr_metric at n = 20 or the largest n below), `sets` {pair: accuracies and the three
     figures by n}, the same figures of `controls` without `sets`, and `reached_by`. `rows` and errors: see `tpp`.
     """
-    chosen = _recipe(evaluation, seeds)
-    ns, measured, sets = _thresholds(evaluation), list[_Scores](), dict[str, dict[str, Any]]()
-    protocol = _Protocol(chosen, ns)
-    for texts in class_sets(evaluation, rows, paired=True, padding=chosen.padding):
-        scores = _removed(evaluation, texts, chosen, ns, seeds)
-        measured.append(scores)
-        protocol.add(texts, scores.sizes)
-        for index, pair in enumerate(texts.pairs):
-            name = "/".join(texts.classes[c] for c in pair)
-            sets[name if texts.name == LANGUAGE else f"{texts.name}: {name}"] = {
-                "of": texts.name,
-                "pair": [texts.classes[c] for c in pair],
-                **dict(zip(ACCURACIES, map(float, scores.accuracies[:, index].mean(0)), strict=True)),
-                **_metrics(ns, scores.scores["sae"][:, index : index + 1]),
-            }
-    scores = _over(measured)
-    result = {name: _scr_figures(ns, of_pairs) for name, of_pairs in scores.scores.items()}
-    intervals = {"score": interval(scores.outcomes, evaluation.generator("scr intervals"))}
-    settings = {"protocol": protocol.settings(), "protocol_name": chosen.name, "seeds": seeds, "intervals": intervals}
-    return {"sets": sets, **settings} | _beside(result, protocol.rows)
+    return _measured(evaluation, rows, seeds, "scr", _removed, _scr_figures)
 
 
 def _removed(evaluation: Evaluation, texts: ClassSet, chosen: Recipe, ns: list[int], seeds: int) -> _Scores:
@@ -191,7 +155,16 @@ def _removed(evaluation: Evaluation, texts: ClassSet, chosen: Recipe, ns: list[i
                 scores[name][seed, index], gain = task.scores(coded, draw if name == "shuffled" else None)
                 if gain is not None:
                     outcomes.add(name, seed * len(texts.pairs) + index, test, gain)
-    return _Scores(scores, accuracies, sizes, outcomes.by_name())
+    of_pairs: dict[str, dict[str, Any]] = {}
+    for index, pair in enumerate(texts.pairs):
+        name = "/".join(texts.classes[c] for c in pair)
+        of_pairs[name if texts.name == LANGUAGE else f"{texts.name}: {name}"] = {
+            "of": texts.name,
+            "pair": [texts.classes[c] for c in pair],
+            **dict(zip(ACCURACIES, map(float, accuracies[:, index].mean(0)), strict=True)),
+            **_metrics(ns, scores["sae"][:, index : index + 1]),
+        }
+    return _Scores(scores, accuracies, sizes, outcomes.by_name(), of_pairs)
 
 
 @dataclass
@@ -237,6 +210,27 @@ class _Removal:
         return scores, gained
 
 
+def _measured(
+    evaluation: Evaluation, rows: int, seeds: int, name: str,
+    of_set: Callable[[Evaluation, ClassSet, Recipe, list[int], int], _Scores],
+    figures: Callable[[list[int], np.ndarray], dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """The result of `tpp` or `scr`: figures over all sets, by set, of the controls, and the settings."""
+    chosen, ns = _recipe(evaluation, seeds), _thresholds(evaluation)
+    measured, protocol = list[_Scores](), _Protocol(chosen, ns)
+    for texts in class_sets(evaluation, rows, paired=name == "scr", padding=chosen.padding):
+        measured.append(of_set(evaluation, texts, chosen, ns, seeds))
+        protocol.add(texts, measured[-1].sizes)
+    scores = _over(measured)
+    return {
+        "sets": scores.sets,
+        "protocol": protocol.settings(),
+        "protocol_name": chosen.name,
+        "seeds": seeds,
+        "intervals": {"score": interval(scores.outcomes, evaluation.generator(f"{name} intervals"))},
+    } | _beside({autoencoder: figures(ns, of_all) for autoencoder, of_all in scores.scores.items()}, protocol.rows)
+
+
 def _over(measured: list[_Scores]) -> _Scores:
     """All sets beside each other, each set or pair with equal weight."""
     if len(measured) == 1:
@@ -247,6 +241,7 @@ def _over(measured: list[_Scores]) -> _Scores:
         np.concatenate([scores.accuracies for scores in measured], 1),
         [size for scores in measured for size in scores.sizes],
         {name: joined(scores.outcomes[name] for scores in measured) for name in measured[0].outcomes},
+        {name: of_set for scores in measured for name, of_set in scores.sets.items()},
     )
 
 
