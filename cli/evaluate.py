@@ -60,7 +60,6 @@ def evaluate(
             help="For core: rows of held-out text to evaluate on. [default: as in training, or by the model's cost]",
         ),
     ] = None,
-    control: Annotated[bool, Option("--control", help="Train a random control first if the run has none.")] = False,
     controls: Annotated[
         str | None,
         Option(
@@ -159,7 +158,7 @@ def evaluate(
     with stop_advice(f"stopped; {resume_note}"):
         results = evaluate(
             loaded, stream, sae if is_run else None, names, seed=seed, sets=sets or (), files=by_name, fresh=fresh,
-            rows=rows, control=control, controls=controls.split(",") if controls else (), protocol=protocol, judge=judge,
+            rows=rows, controls=controls.split(",") if controls else (), protocol=protocol, judge=judge,
             **others,
         )  # fmt: skip
     write_json(json_file, results if name == "all" else results[name])

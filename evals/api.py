@@ -41,7 +41,6 @@ def evaluate(
     files: Mapping[str, Sequence[str]] | None = None,
     fresh: bool = False,
     rows: int | None = None,
-    control: bool = False,
     controls: Sequence[str] = (),
     reference: Dictionary | None = None,
     same_recipe: Dictionary | None = None,
@@ -78,7 +77,7 @@ def evaluate(
                 others[name] = _checkpoint_of(other, stream, folder)
         return measure(
             checkpoint, measured_stream, run_folder, names,
-            seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, control=control, controls=controls,
+            seed=seed, sets=sets, files=files, fresh=fresh, rows=rows, controls=controls,
             protocol=protocol, judge=judge, **others,
         )  # fmt: skip
 

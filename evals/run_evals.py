@@ -140,8 +140,7 @@ class EvalOptions:
     files: Mapping[str, Sequence[str]] | None = None  # by the names of `suite.FILES`
     fresh: bool = False  # measure again what the run has results of
     rows: int | None = None  # of text; default: the run's `eval.rows`, or what fits run and model (`row_budget`)
-    control: bool = False  # train a random control if the checkpoint has none, on as many tokens
-    controls: Sequence[str] = ()  # other controls to train in the same way, by the names of `config.controls`
+    controls: Sequence[str] = ()  # to train if the checkpoint lacks them, on as many tokens; names: `config.controls`
     protocol: str = OWN  # of SCR and TPP, one of `evaluation.PROTOCOLS`
     judge: Judge | None = None  # for autointerp
 
@@ -178,7 +177,7 @@ def evaluate(
     for name in names:
         load_eval(name)
     sets, files = chosen.sets, chosen.files or {}
-    controls = TrainedControls(checkpoint, sae, ("random",) * chosen.control + tuple(chosen.controls))
+    controls = TrainedControls(checkpoint, sae, chosen.controls)
     sizes = _sizes(checkpoint, stream, sae, chosen.rows, len(controls), like)
     if same_recipe is not None and reference is None:
         raise UserError("same_recipe: needs a reference, the dictionary that it is another seed of")

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from temposae.engine.cohort import Cohort
 from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.stream import ActivationStream, ArraySource
 from temposae.engine.stream.arrays import open_file
 from temposae.engine.train import train
+
+from ..stepping import stopped_after
 
 M, R, T, D = 9000, 300, 24, 16
 SAE = SAEConfig(d_in=D, d_sae=64, k=4)
@@ -94,22 +95,13 @@ FORMS = {
     "form",
     [pytest.param(form, id=name, marks=() if name == "array" else pytest.mark.slow) for name, form in FORMS.items()],
 )
-def test_a_stopped_run_resumes_to_the_same_weights(x, tmp_path, monkeypatch, form):
+def test_a_stopped_run_resumes_to_the_same_weights(x, tmp_path, form):
     whole = train(form(x), SAE, SETTINGS, out=tmp_path / "whole")
     assert whole.metrics[-1]["fvu"] < 0.7 * whole.metrics[0]["fvu"]
     settings = SETTINGS.model_copy(update={"checkpoint_every_steps": 8})
     expected = train(form(x), SAE, settings)
-    real = Cohort.step
-
-    def stop(self, batch):
-        if self.learners[0].steps_done == 20:
-            raise KeyboardInterrupt
-        real(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Cohort, "step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(form(x), SAE, settings, out=tmp_path / "half")
+    with stopped_after(20):
+        train(form(x), SAE, settings, out=tmp_path / "half")
     found = train(form(x), SAE, settings, out=tmp_path / "half", resume=True)
     for key, value in expected.sae.state_dict().items():
         assert torch.equal(value, found.sae.state_dict()[key]), key

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from temposae.engine.cohort import Cohort
 from temposae.engine.config import RunConfig, SAEConfig, StreamConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.storage import checkpoint
 from temposae.engine.storage.run_folder import read_metrics
 from temposae.engine.stream import ActivationStream
 from temposae.engine.train import Run, train, train_together
+
+from ..stepping import stopped_after
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_mlp_out")
 COMMON = dict(batch=256, log_every_steps=5, checkpoint_every_steps=8, dead_after_tokens=2000)
@@ -87,20 +88,10 @@ def test_each_has_a_folder_that_can_be_used_by_itself(together):
     [3, 13, 31, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (8, 12, 14))],
     ids="stopped_at_{}".format,
 )
-def test_all_go_on_from_a_stop(together, stream, tmp_path, monkeypatch, steps):
+def test_all_go_on_from_a_stop(together, stream, tmp_path, steps):
     """Before the first checkpoint, at one, and on both sides of the end (at 13) of the shortest."""
-    real = Cohort.step
-    steps = min(steps, 31)
-
-    def stop(self, batch):
-        if self.learners[0].steps_done == steps and self.learners[0].sae.cfg.activation == "batchtopk":
-            raise KeyboardInterrupt
-        real(self, batch)
-
-    monkeypatch.setattr(Cohort, "step", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(steps, "batchtopk"):
         train_together(stream(), SEVERAL, out=tmp_path / "run")
-    monkeypatch.setattr(Cohort, "step", real)
     resumed = train_together(stream(), SEVERAL, out=tmp_path / "run", resume=True)
     for name, run in together[0].items():
         assert same(run, resumed[name]), name

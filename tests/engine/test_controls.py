@@ -15,7 +15,7 @@ from temposae.engine.train import train, train_together
 from temposae.engine.training import directions
 from temposae.engine.training.directions import LEAST_COSINE, hold_directions
 
-from ..stepping import advance
+from ..stepping import advance, stopped_after
 
 SAE = SAEConfig(d_in=128, d_sae=96, k=4, aux_k=8)
 OTHERS = ("soft_frozen", "frozen_encoder")
@@ -226,19 +226,10 @@ def test_the_dictionary_and_random_are_as_without_other_controls(whole, testbed_
 
 
 @pytest.mark.parametrize("steps", [3, 8, 20])
-def test_a_stopped_run_resumes_exactly(whole, testbed_stream, tmp_path, monkeypatch, steps):
+def test_a_stopped_run_resumes_exactly(whole, testbed_stream, tmp_path, steps):
     run, folder = whole
-    real = Cohort.step
-
-    def stop(self, batch):
-        if self.learners[0].steps_done == steps:
-            raise KeyboardInterrupt
-        real(self, batch)
-
-    monkeypatch.setattr(Cohort, "step", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(steps):
         train(testbed_stream(), SAE, SETTINGS, out=tmp_path / "half")
-    monkeypatch.setattr(Cohort, "step", real)
     resumed = train(testbed_stream(), SAE, SETTINGS, out=tmp_path / "half", resume=True)
     for name, sae in run.dictionaries.items():
         for key, value in sae.state_dict().items():

@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from temposae.engine.cohort import Cohort
 from temposae.engine.config import MaskConfig, SAEConfig, TrainConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
@@ -21,6 +20,8 @@ from temposae.engine.storage.checkpoint import load, save
 from temposae.engine.storage.files import UNFINISHED
 from temposae.engine.storage.run_folder import read_metrics
 from temposae.engine.train import train
+
+from ..stepping import stopped_after
 
 SAE = SAEConfig(d_in=128, d_sae=96, k=4, aux_k=8)
 SETTINGS = TrainConfig(tokens=12_000, batch=256, log_every_steps=5, checkpoint_every_steps=12, dead_after_tokens=2000)
@@ -80,26 +81,17 @@ def test_the_same_seed_gives_the_same_run(whole, stream_of):
     assert timeless(other.metrics) != timeless(run.metrics)
 
 
-def stop_and_resume(stream_of, sae, settings, folder, steps, monkeypatch):
+def stop_and_resume(stream_of, sae, settings, folder, steps):
     """A run that was interrupted after so many steps, and went on."""
-    real = Cohort.step
-
-    def stop(self, batch):
-        if self.learners[0].steps_done == steps:
-            raise KeyboardInterrupt
-        real(self, batch)
-
-    monkeypatch.setattr(Cohort, "step", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(steps):
         train(stream_of(), sae, settings, out=folder)
-    monkeypatch.setattr(Cohort, "step", real)
     return train(stream_of(), sae, settings, out=folder, resume=True)
 
 
 @pytest.mark.parametrize("steps", [3, 12, 24, 40], ids="stopped_at_{}".format)
 def test_a_stopped_run_resumes_to_the_same_weights_and_metrics(whole, stream_of, tmp_path, monkeypatch, steps):
     run, folder = whole
-    resumed = stop_and_resume(stream_of, SAE, SETTINGS, tmp_path / "half", steps, monkeypatch)
+    resumed = stop_and_resume(stream_of, SAE, SETTINGS, tmp_path / "half", steps)
     for name, value in run.sae.state_dict().items():
         assert torch.equal(value, resumed.sae.state_dict()[name]), name
     for name in ("sae", "random", "state"):
@@ -123,7 +115,7 @@ def test_a_resumed_run_tidies_what_a_kill_left(whole, stream_of, tmp_path):
 def test_thresholds_survive_a_stop(stream_of, tmp_path, monkeypatch, activation):
     sae, settings = SAE.model_copy(update={"activation": activation}), SETTINGS.model_copy(update={"control": False})
     expected = train(stream_of(), sae, settings).sae
-    stop_and_resume(stream_of, sae, settings, tmp_path / "half", 30, monkeypatch)
+    stop_and_resume(stream_of, sae, settings, tmp_path / "half", 30)
     found = load(tmp_path / "half")
     assert (expected.threshold > 0).all()
     for name, value in expected.state_dict().items():
@@ -134,7 +126,7 @@ def test_thresholds_survive_a_stop(stream_of, tmp_path, monkeypatch, activation)
 def test_narrow_moments_survive_a_stop(stream_of, tmp_path, monkeypatch, moments, dtypes):
     settings = SETTINGS.model_copy(update={"moments": moments, "tokens": 8000})
     train(stream_of(), SAE, settings, out=tmp_path / "whole")
-    stop_and_resume(stream_of, SAE, settings, tmp_path / "half", 17, monkeypatch)
+    stop_and_resume(stream_of, SAE, settings, tmp_path / "half", 17)
     for name in ("sae", "random", "state"):
         expected, found = (checkpoint.find(tmp_path / folder).tensors(name) for folder in ("whole", "half"))
         assert expected.keys() == found.keys()

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from temposae.engine.cohort import Cohort
 from temposae.engine.config import MaskConfig, SAEConfig, StreamConfig, TrainConfig, WorldConfig
 from temposae.engine.errors import UserError
 from temposae.engine.stream import ActivationStream, WorldSource
@@ -14,6 +13,8 @@ from temposae.engine.synthetic.world import KINDS, World
 from temposae.engine.train import train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ..stepping import stopped_after
 
 SMALL = {
     "features": 120,
@@ -231,7 +232,7 @@ def test_a_stream_of_a_world_resumes_and_mixes():
     assert stream.counts["tokens"] > 5000
 
 
-def test_a_stopped_run_resumes_exactly(tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_exactly(tmp_path):
     config = StreamConfig(world=WorldConfig(**SMALL | TIME), buffer_tokens=2048)
     sae = SAEConfig(d_in=24, d_sae=64, k=4)
     settings = TrainConfig(tokens=8192, batch=256, log_every_steps=8, checkpoint_every_steps=8)
@@ -239,17 +240,9 @@ def test_a_stopped_run_resumes_exactly(tmp_path, monkeypatch):
     def stream() -> ActivationStream:
         return ActivationStream(config, tokens=8192, batch=256)
 
-    expected, step = train(stream(), sae, settings), Cohort.step
-
-    def stop(self, batch):
-        if self.learners[0].steps_done == 20:
-            raise KeyboardInterrupt
-        step(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Cohort, "step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(stream(), sae, settings, out=tmp_path / "half")
+    expected = train(stream(), sae, settings)
+    with stopped_after(20):
+        train(stream(), sae, settings, out=tmp_path / "half")
     resumed = train(stream(), sae, settings, out=tmp_path / "half", resume=True)
     for key, value in expected.sae.state_dict().items():
         assert torch.equal(value, resumed.sae.state_dict()[key]), key

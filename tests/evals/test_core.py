@@ -193,7 +193,7 @@ def test_a_dictionary_without_a_control_has_none_unless_it_is_asked_for(stream_o
     found = evaluate(find(tmp_path / "saved"), stream_of(), None, rows=8)["core"]
     assert (asked, set(found["controls"])) == ([], {"lm_neurons", "mean"})
     assert found["no_random_control"] == "saved has none"
-    found = evaluate(find(tmp_path / "saved"), stream_of(), None, rows=8, control=True)["core"]
+    found = evaluate(find(tmp_path / "saved"), stream_of(), None, rows=8, controls=["random"])["core"]
     assert asked == [("random", 1_000_000)]
     assert set(found["controls"]) == {"random", "lm_neurons", "mean"}
     assert "no_random_control" not in found

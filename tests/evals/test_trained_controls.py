@@ -74,7 +74,7 @@ def test_controls_that_a_run_lacks_are_trained_on_request(runs, streams, capsys)
         value = found["all"]["controls"][name]["explained_variance"]
         assert result["controls"][name]["explained_variance"] == pytest.approx(value, abs=1e-6)
     assert result["of"]["soft_frozen"] == result["of"]["frozen_encoder"] == "trained for evaluation"
-    result = evaluate(find(folder / "plain"), streams(), None, control=True)["core"]
+    result = evaluate(find(folder / "plain"), streams(), None, controls=["random"])["core"]
     assert not set(OTHERS) & set(result["controls"])
     assert not {"control", *OTHERS} & set(result["of"])  # the run has `random` itself
     with pytest.raises(
