@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.sparse import csc_array, vstack
 
 from ..engine.errors import UserError
 from ..engine.testbed.lexicon import TONES, TOPICS
@@ -23,20 +24,20 @@ LANGUAGE = "the embedded language"
 
 @dataclass
 class Latents:
-    """Mean latents f float32 [R, F] over the kept tokens of each text, and W_dec float64 [F, D].
+    """Mean latents f float32 [R, F] over the kept tokens of each text, sparse by columns, and W_dec float64 [F, D].
 
     If padding counts, `unread` [R, T] is 1 / kept tokens where a position is not kept, and `zeros` [T, F] has the latents of
     a zero activation at each position.
     """
 
-    f: np.ndarray
+    f: csc_array
     W_dec: np.ndarray
     unread: np.ndarray | None = None
     zeros: np.ndarray | None = None
 
     def ablated(self, chosen: np.ndarray) -> np.ndarray:
         """What ablation of the `chosen` latents takes from the mean, in units of their rows of W_dec: [R, n]."""
-        f = self.f[:, chosen].astype(np.float64)
+        f = self.f[:, chosen].toarray().astype(np.float64)
         return f if self.unread is None or self.zeros is None else f + self.unread @ self.zeros[:, chosen]
 
 
@@ -96,7 +97,7 @@ def _embedded(evaluation: Evaluation, rows: int, paired: bool, padding: bool) ->
     topic, tone = (collected.row_label(name).numpy() for name in ("topic", "tone"))
     pairs = [(a, a + 1) for a in range(0, len(TOPICS), 2)] if paired else []
     return ClassSet(
-        LANGUAGE, collected.pooled(None).double().cpu().numpy(), pooled, topic, list(TOPICS), 0.5,
+        LANGUAGE, collected.pooled().double().cpu().numpy(), pooled, topic, list(TOPICS), 0.5,
         collected.tokens.shape[1], tone == len(TONES) - 1, pairs,
     )  # fmt: skip
 
@@ -119,14 +120,14 @@ def _of_texts(
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         part = texts[start : start + TEXTS_AT_ONCE]
         collected = collect(evaluation.stream, token_rows(evaluation.stream, part), len(part))
-        x.append(collected.pooled(None).double().cpu().numpy())
+        x.append(collected.pooled().double().cpu().numpy())
         for name, autoencoder in evaluation.autoencoders(collected).items():
             parts.setdefault(name, []).append(_pooled(collected, autoencoder, padding, context))
     return np.concatenate(x), {name: _joined(latents) for name, latents in parts.items()}, context
 
 
 def _pooled(collected: TextActivations, autoencoder: Autoencoder, padding: bool, context: int | None = None) -> Latents:
-    f = collected.pooled(autoencoder).cpu().numpy()
+    f = collected.pooled_latents(autoencoder).tocsc()
     W_dec = autoencoder.W_dec.detach().double().cpu().numpy()
     if not padding:
         return Latents(f, W_dec)
@@ -142,5 +143,5 @@ def _pooled(collected: TextActivations, autoencoder: Autoencoder, padding: bool,
 
 def _joined(parts: Sequence[Latents]) -> Latents:
     first, unread = parts[0], [part.unread for part in parts if part.unread is not None]
-    f = np.concatenate([part.f for part in parts])
-    return Latents(f, first.W_dec, np.concatenate(unread) if unread else None, first.zeros)
+    f = vstack([part.f for part in parts], format="csc")
+    return Latents(csc_array(f), first.W_dec, np.concatenate(unread) if unread else None, first.zeros)

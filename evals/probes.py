@@ -7,24 +7,27 @@ X [n, F] with the largest |mean of class 1 - mean of class 0| on the training ro
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from scipy.sparse import issparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from ..engine.errors import UserError
 
+Matrix = Any  # np.ndarray or csr_array, float [n, F]
 TINY = 3e-4  # with columns no larger than this, coefficients stay near zero and accuracy at chance
 
 
 @dataclass
 class Split:
-    """Rows X [n, F] float and y [n] bool for training a probe, and for testing it."""
+    """Rows X [n, F] float, dense or sparse, and y [n] bool for training a probe, and for testing it."""
 
-    train_X: np.ndarray
+    train_X: Matrix
     train_y: np.ndarray
-    test_X: np.ndarray
+    test_X: Matrix
     test_y: np.ndarray
     test_rows: np.ndarray | None = None  # numbers of the test rows, if they were drawn from more
 
@@ -48,7 +51,7 @@ def balanced(y: np.ndarray, draw: np.random.Generator, *, groups: np.ndarray | N
     return draw.permutation(np.concatenate([draw.permutation(positive)[:count], evenly[:count]]))
 
 
-def halves(X: np.ndarray, y: np.ndarray, rows: np.ndarray, draw: np.random.Generator, *, train: float = 0.5) -> Split:
+def halves(X: Matrix, y: np.ndarray, rows: np.ndarray, draw: np.random.Generator, *, train: float = 0.5) -> Split:
     """Split the balanced `rows`: the share `train` of each class for training, the others for testing."""
     by_class = [draw.permutation(rows[y[rows] == side]) for side in (True, False)]
     sides = [np.split(class_rows, [math.ceil(train * len(class_rows))]) for class_rows in by_class]
@@ -62,7 +65,7 @@ def columns(split: Split, k: int) -> np.ndarray:
     """The k columns with the largest difference of the classes' means on the training rows, largest first."""
     if not 1 <= k <= split.train_X.shape[1]:
         raise UserError(f"k: {k} is not allowed; there are {split.train_X.shape[1]} latents")
-    means = [split.train_X[split.train_y == side].mean(0, dtype=np.float64) for side in (True, False)]
+    means = [np.asarray(split.train_X[split.train_y == side].mean(0, dtype=np.float64)) for side in (True, False)]
     return np.argsort(-np.abs(means[0] - means[1]), kind="stable")[:k]
 
 
@@ -73,7 +76,7 @@ def accuracy(split: Split, chosen: np.ndarray | None = None) -> float:
 
 def right(split: Split, chosen: np.ndarray | None = None) -> np.ndarray:
     """Whether a logistic regression on the chosen columns, or on all, is right on each test row."""
-    train, test = (X if chosen is None else X[:, chosen] for X in (split.train_X, split.test_X))
+    train, test = (dense(X if chosen is None else X[:, chosen]) for X in (split.train_X, split.test_X))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe = LogisticRegression(max_iter=1000).fit(train, split.train_y)
@@ -88,14 +91,19 @@ def top_k(split: Split, ks: tuple[int, ...]) -> dict[int, float]:
 def top_k_right(split: Split, ks: tuple[int, ...]) -> dict[int, np.ndarray]:
     """Whether the probe is right on each test row, by k, of all columns if there are fewer than k."""
     order = columns(split, min(max(ks), split.train_X.shape[1]))
-    return {k: right(split, order[:k]) for k in ks}
+    best = replace(split, train_X=dense(split.train_X[:, order]), test_X=dense(split.test_X[:, order]))
+    return {k: right(best, np.arange(min(k, len(order)))) for k in ks}
 
 
-def ailing(X: np.ndarray) -> str | None:
+def dense(X: Matrix) -> np.ndarray:
+    return X.toarray() if issparse(X) else np.asarray(X)
+
+
+def ailing(X: Matrix) -> str | None:
     """Why a probe on pooled latents [n, F] would score chance: none is active, or all are tiny; None if neither."""
-    if not np.any(X):
+    largest = float(abs(X).max())
+    if not largest:
         return "no latent is active on any text"
-    largest = float(np.abs(X).max())
     if largest > TINY:
         return None
     return f"the largest pooled activation is {largest:.1e}, too small for a probe: was the input's scale folded back?"

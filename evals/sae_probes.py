@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 
 from ..engine.errors import UserError
 from ..engine.process.progress import progress_bar
@@ -29,7 +28,7 @@ from ..engine.stream import ActivationStream
 from ..kernels.code import SparseCode
 from .auc import Ranked
 from .chosen_sets import sets_read
-from .evaluation import Evaluation, TextActivations, joined, padded
+from .evaluation import Evaluation, TextActivations, as_csr, joined, padded
 from .intervals import described, difference, resamples
 from .kept_sets import SetResult
 from .probe_sets import ProbeSet, load, probe_sets
@@ -107,7 +106,7 @@ def _measured(
         bar.advance(1)
         for name, of_name in answers.items():
             codes = latents["sae" if name == "shuffled" else name]
-            if (reason := ailing(codes.data)) is not None:
+            if (reason := ailing(codes)) is not None:
                 if name != "shuffled":
                     warnings.append(f"{name}: {reason}")
                 continue
@@ -159,7 +158,7 @@ def last_tokens(evaluation: Evaluation, texts: Sequence[str], title: str) -> tup
                 codes.setdefault(name, []).append(code)
             bar.advance(sum(len(ids[text]) for text in batch))
     back = np.argsort(order)
-    latents = {name: _sparse(joined(parts))[back] for name, parts in codes.items()}
+    latents = {name: as_csr(joined(parts))[back] for name, parts in codes.items()}
     return torch.cat(activations).numpy()[back], latents, sum(map(len, ids))
 
 
@@ -195,14 +194,6 @@ def _at_last_token(stream: ActivationStream, ids: list[list[int]]) -> TextActiva
     kept = kept.cpu() | last
     x = next(iter(read.values()))
     return TextActivations.of(rows.tokens, kept, x[kept.to(x.device)].float()).only(last)
-
-
-def _sparse(code: SparseCode) -> Latents:
-    assert code.offsets is not None
-    parts = (code.values.float(), code.indices.long(), code.offsets)
-    matrix = csr_array(tuple(part.cpu().numpy() for part in parts), shape=(code.n_tokens, code.n_latents))
-    matrix.sum_duplicates()
-    return matrix
 
 
 def _context(evaluation: Evaluation) -> int:

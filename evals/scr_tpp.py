@@ -34,7 +34,7 @@ from .ablation_recipes import Recipe, Task, recipe
 from .class_sets import LANGUAGE, ClassSet, Latents, class_sets
 from .evaluation import Evaluation
 from .intervals import Outcomes, interval, joined
-from .probes import balanced
+from .probes import Matrix, balanced
 
 THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)  # numbers of latents to ablate
 ROWS, SEEDS = 1024, 3
@@ -334,9 +334,11 @@ def _right(logits: np.ndarray, y: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return (logits[rows] > 0) == y[rows]
 
 
-def _difference(f: np.ndarray, rows: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _difference(f: Matrix, rows: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Mean of each latent over the class minus its mean over the others, [F]."""
-    return f[rows[y]].mean(0, dtype=np.float64) - f[rows[~y]].mean(0, dtype=np.float64)
+    weight = np.zeros(f.shape[0])
+    weight[rows[y]], weight[rows[~y]] = 1 / y.sum(), -1 / (~y).sum()
+    return f.T @ weight
 
 
 def _ablation(coded: Latents, W: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

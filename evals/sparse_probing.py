@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array, vstack
 
 from ..engine.errors import UserError
 from ..engine.process.progress import progress_bar
@@ -40,7 +41,7 @@ from .chosen_sets import sets_read
 from .evaluation import Evaluation, TextActivations, collect, padded
 from .intervals import Outcomes, interval, joined
 from .labelled import EMBEDDED, Labelled, load_labelled
-from .probes import Split, ailing, balanced, halves, top_k, top_k_right
+from .probes import Matrix, Split, ailing, balanced, dense, halves, top_k, top_k_right
 
 CONTEXT = 128
 KS = (1, 2, 5, 10, 20, 50, 100)
@@ -51,11 +52,11 @@ TEXTS_AT_ONCE = 1024  # texts whose activations are in memory at once
 
 @dataclass
 class _Set:
-    """Pooled latents [R, F] by autoencoder, including `llm`, and the class of each row [R]. `train`: share of training
-    rows."""
+    """Pooled latents [R, F] by autoencoder, sparse, and activations [R, D] as `llm`; the class of each row [R]. `train`:
+    share of training rows."""
 
     name: str
-    pooled: dict[str, np.ndarray]
+    pooled: dict[str, Matrix]
     labels: np.ndarray
     train: float
 
@@ -106,7 +107,7 @@ def sparse_probing(
 
 def _opened(evaluation: Evaluation, sets: Sequence[str | Path | Labelled]) -> Iterator[_Set]:
     """Load the sets one by one and pool their latents; the embedded language's documents are pooled once."""
-    embedded: dict[str, np.ndarray] | None = None
+    embedded: dict[str, Matrix] | None = None
     for source in sets:
         if isinstance(source, str) and source in EMBEDDED:
             collected = evaluation.labelled(ROWS)
@@ -157,12 +158,14 @@ def token_rows(stream: ActivationStream, texts: Sequence[str]) -> Iterator[Token
     return padded([(bos + text_ids)[:T] for text_ids in ids], stream)
 
 
-def _pooled(evaluation: Evaluation, batches: Iterable[TextActivations]) -> dict[str, np.ndarray]:
-    latents: dict[str, list[np.ndarray]] = {}
+def _pooled(evaluation: Evaluation, batches: Iterable[TextActivations]) -> dict[str, Matrix]:
+    latents: dict[str, list[csr_array]] = {}
+    llm: list[np.ndarray] = []
     for batch in batches:
-        for name, autoencoder in {**evaluation.autoencoders(batch), "llm": None}.items():
-            latents.setdefault(name, []).append(batch.pooled(autoencoder).cpu().numpy())
-    return {name: np.concatenate(pooled) for name, pooled in latents.items()}
+        for name, autoencoder in evaluation.autoencoders(batch).items():
+            latents.setdefault(name, []).append(batch.pooled_latents(autoencoder))
+        llm.append(batch.pooled().cpu().numpy())
+    return {name: csr_array(vstack(parts)) for name, parts in latents.items()} | {"llm": np.concatenate(llm)}
 
 
 def check_classes(name: str, labels: np.ndarray) -> None:
@@ -274,21 +277,20 @@ def best_epoch(split: Split, draw: np.random.Generator) -> float:
 def _epochs(split: Split, draw: np.random.Generator) -> Iterator[tuple[float, float]]:
     """Training loss and test accuracy after each of 100 epochs of a linear probe on all columns: binary cross-entropy,
     AdamW at 1e-2 from zero, batches of 250 rows."""
-    x, y = torch.from_numpy(split.train_X).float(), torch.from_numpy(split.train_y).float()
-    test_x = torch.from_numpy(split.test_X).float()
-    weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
+    X, y = split.train_X, torch.from_numpy(split.train_y).float()
+    weight, bias = torch.zeros(X.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
     optimizer = torch.optim.AdamW([weight, bias], lr=1e-2)
     for _ in range(100):
         summed = 0.0
-        for rows in torch.from_numpy(draw.permutation(len(y))).split(250):
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(x[rows] @ weight + bias, y[rows])
+        for rows in np.split(order := draw.permutation(len(y)), range(250, len(order), 250)):
+            logits = torch.from_numpy(dense(X[rows])).float() @ weight + bias
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             summed += loss.item() * len(rows)
-        with torch.no_grad():
-            predicted = test_x @ weight + bias > 0
-        yield summed, float((predicted.numpy() == split.test_y).mean())
+        predicted = split.test_X @ weight.detach().numpy() + bias.item() > 0
+        yield summed, float((predicted == split.test_y).mean())
 
 
 def _named(accuracies: dict[int, float]) -> dict[str, float]:

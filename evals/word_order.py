@@ -35,7 +35,7 @@ from ..engine.storage.path_names import expand_path
 from ..engine.testbed.language import Language
 from .evaluation import Evaluation, TextActivations, collect, padded
 from .intervals import Outcomes, interval, joined
-from .probes import Split, accuracy, ailing, top_k_right
+from .probes import Matrix, Split, accuracy, ailing, top_k_right
 from .words import swapped_pairs
 
 READINGS = ("mean_pooled", "last_token")
@@ -214,14 +214,14 @@ def _probe(
     results: dict[str, dict[str, Any]] = {}
     readings = dict(zip(READINGS, _readings(evaluation, task), strict=True))
     autoencoders = evaluation.autoencoders(readings["mean_pooled"], mean=False)
-    lm = {reading: accuracy(_split(task, texts.pooled(None).cpu().numpy())) for reading, texts in readings.items()}
+    lm = {reading: accuracy(_split(task, texts.pooled().cpu().numpy())) for reading, texts in readings.items()}
     for reading, texts in readings.items():
         for autoencoder_name, autoencoder in autoencoders.items():
-            latents = texts.pooled(autoencoder).cpu().numpy()
+            latents = texts.pooled_latents(autoencoder)
             split, draw = _split(task, latents), evaluation.generator(f"order {name} {reading} shuffled")
             permuted = replace(split.shuffled(draw), test_y=draw.permutation(split.test_y))
             splits = {autoencoder_name: split} | ({"shuffled": permuted} if autoencoder_name == "sae" else {})
-            most = min(k, latents.shape[1])
+            most = min(k, split.train_X.shape[1])
             for key, probe_split in splits.items():
                 correct, gap = top_k_right(probe_split, (1, most)), lm[reading] - bow
                 scores = {n: float(of_n.mean()) for n, of_n in correct.items()}
@@ -241,7 +241,7 @@ def _by_bag(task: Task, correct: np.ndarray) -> Outcomes:
     return Outcomes(gained, counted.astype(np.float64))
 
 
-def _split(task: Task, X: np.ndarray) -> Split:
+def _split(task: Task, X: Matrix) -> Split:
     return Split(X[task.train], task.y[task.train], X[~task.train], task.y[~task.train])
 
 

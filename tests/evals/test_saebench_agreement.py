@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csc_array
 from temposae.evals import absorption, scr_tpp, unlearning
 from temposae.evals.ablation_recipes import RECIPES, Task, saebench_probe
 from temposae.evals.class_sets import Latents
@@ -263,7 +264,7 @@ def test_gaps_are_scored_by_their_rule(saebench, base, clean, after):
     with pytest.MonkeyPatch.context() as patch:  # one latent, whose ablation leaves this share right
         patch.setattr(scr_tpp, "_difference", lambda *_: np.ones(1))
         patch.setattr(scr_tpp, "_ablation", lambda *_: lambda chosen: (1 - logits(next(left)))[:, None])
-        ours, _ = removal.scores(Latents(np.ones((1000, 1)), np.ones((1, 1))), None)
+        ours, _ = removal.scores(Latents(csc_array(np.ones((1000, 1))), np.ones((1, 1))), None)
     for column, key in enumerate(("scr_metric", "scr_dir1", "scr_dir2")):
         expected = theirs.get(f"{key}_threshold_2")
         assert np.isnan(ours[0, column]) if expected is None else ours[0, column] == pytest.approx(expected)

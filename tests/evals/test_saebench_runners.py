@@ -106,7 +106,7 @@ def test_mean_latents_are_those_that_ours_are_probed_on(saebench, rows):
     found = saebench("sae_bench_utils.activation_collection").get_sae_meaned_activations(
         {"class": x}, ForSAEBench(sae, stream.config), 3
     )["class"]
-    pooled = collect(stream, [texts]).pooled(sae) * sae.W_dec.detach().norm(dim=1)
+    pooled = torch.from_numpy(collect(stream, [texts]).pooled_latents(sae).toarray()) * sae.W_dec.detach().norm(dim=1)
     torch.testing.assert_close(found, pooled, rtol=1e-4, atol=1e-5)
 
 
@@ -120,7 +120,7 @@ def test_latents_have_the_effects_that_ours_have(is_scr, saebench, rows):
     probe = SimpleNamespace(net=SimpleNamespace(weight=w))
     names = ("male_professor / female_nurse", "female_nurse_data_only") if is_scr else ("0", "1")
     collected = collect(stream, [texts])
-    f, y = collected.pooled(sae).double().numpy(), np.arange(12) < 6
+    f, y = collected.pooled_latents(sae).toarray().astype(float), np.arange(12) < 6
     with pytest.MonkeyPatch.context() as patch:
         data = lambda acts, class_idx, perform_scr: (x, torch.from_numpy(y).long())
         patch.setattr(saebench("evals.sparse_probing.probe_training"), "prepare_probe_data", data)
@@ -137,7 +137,7 @@ def test_latents_have_the_effects_that_ours_have(is_scr, saebench, rows):
     # theirs also takes from the mean what the ablated latents make of the places that are left out, which are zeros there
     kept = stream.read(texts)[1].sum(1, keepdim=True).numpy()
     f += (x.shape[1] - kept) / kept * sae.encode(torch.zeros(1, 128)).detach().double().numpy()
-    means = collected.pooled(None).double().numpy() - f[:, ablated] @ sae.W_dec.detach().double().numpy()[ablated]
+    means = collected.pooled().double().numpy() - f[:, ablated] @ sae.W_dec.detach().double().numpy()[ablated]
     np.testing.assert_allclose(left.numpy(), means, rtol=1e-3, atol=1e-4)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 from sklearn.linear_model import LogisticRegression
 from temposae.engine.config import SAEConfig, StreamConfig
 from temposae.engine.errors import UserError
@@ -92,8 +93,11 @@ def test_permuted_labels_give_chance_even_where_a_latent_is_the_label(evaluation
     latent = torch.from_numpy(task.y).float()[:, None].expand(-1, 3)
 
     class Texts:
-        def pooled(self, autoencoder):
+        def pooled(self):
             return latent
+
+        def pooled_latents(self, autoencoder):
+            return csr_array(latent.numpy())
 
     monkeypatch.setattr(word_order, "_readings", lambda *_: (Texts(), Texts()))
     monkeypatch.setattr(evaluation, "autoencoders", lambda _, **options: {"sae": None})
@@ -122,8 +126,8 @@ def test_what_is_read_is_the_text_and_its_last_token(evaluation):
     for row, (context, text) in enumerate(zip(task.context, task.texts, strict=True)):
         tokens = torch.tensor([[evaluation.stream.text.bos, *context, *text]])
         x = evaluation.stream.model.activations(tokens)[0]
-        torch.testing.assert_close(whole.pooled(None)[row], x[-len(text) :].mean(0), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(last.pooled(None)[row], x[-1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole.pooled()[row], x[-len(text) :].mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(last.pooled()[row], x[-1], rtol=1e-4, atol=1e-5)
         assert whole.pos[whole.row == row].tolist() == list(range(1 + len(context), 1 + len(context) + len(text)))
 
 
