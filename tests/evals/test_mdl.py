@@ -9,6 +9,7 @@ import torch
 from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
+from temposae.evals import evaluation as shared
 from temposae.evals import mdl as module
 from temposae.evals.evaluation import Evaluation, TextActivations, joined
 from temposae.evals.intervals import Outcomes
@@ -110,7 +111,7 @@ def test_latents_at_random_and_more_latents_cost_more():
 
 
 def test_the_width_is_the_coarsest_within_the_limit(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 700)  # several chunks, the last one shorter
+    monkeypatch.setattr(shared, "CHUNK", 700)  # several chunks, the last one shorter
     f, directions = made(), Directions(12)
     code, limit = sparse(f), 40.0
 
