@@ -192,20 +192,20 @@ def rounded(code: SparseCode, width: float) -> SparseCode:
 
 
 def code_length(code: SparseCode, width: float) -> CodeLength:
-    """Length of a ragged code without zeros, rounded to bins of this width. Memory: a few integers per entry and bin."""
+    """Length of a ragged code without zeros, rounded to bins of this width. Memory: a few integers per entry."""
     F, n, latent = code.n_latents, code.n_tokens, code.indices.long()
     bins = _bins(code.values, width).long()
     ends = {how: bins.new_zeros(F).scatter_reduce(0, latent, bins, how, include_self=False) for how in ("amin", "amax")}
     firings = torch.bincount(latent, minlength=F)
     spans = torch.where(firings > 0, ends["amax"] - ends["amin"] + 1, 0)
-    starts = spans.cumsum(0) - spans
-    symbol = starts[latent] + bins - ends["amin"][latent]  # the bins of all latents, one latent's after another's
-    counts = torch.bincount(symbol, minlength=int(spans.sum())).double()
-    owner = torch.arange(F, device=latent.device).repeat_interleave(spans)
+    symbols, symbol, counts = torch.unique(  # only bins in use: an outlier may be millions of bins away
+        latent * spans.max() + bins - ends["amin"][latent], return_inverse=True, return_counts=True
+    )
+    owner, shares = symbols // spans.max().clamp_min(1), counts.double() / n
     active, inactive = firings.double() / n, 1 - firings.double() / n
-    code_of_symbol = -(counts / n).clamp_min(torch.finfo(torch.float64).tiny).log2()  # bits of "active, in this bin"
+    code_of_symbol = -shares.log2()  # bits of "active, in this bin"
     code_of_zero = -torch.where(firings < n, inactive, 1.0).log2()
-    totals = sum_by(owner, counts / n * code_of_symbol, F) + inactive * code_of_zero
+    totals = sum_by(owner, shares * code_of_symbol, F) + inactive * code_of_zero
     which = torch.special.entr(active) / math.log(2) + inactive * code_of_zero
     by_token = sum_by(code.rows, code_of_symbol[symbol] - code_of_zero[latent], n) + code_of_zero.sum()
     return CodeLength(which, (totals - which).clamp_min(0), spans, by_token, active)
