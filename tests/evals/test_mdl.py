@@ -134,6 +134,8 @@ def test_the_width_is_the_coarsest_within_the_limit(monkeypatch):
     assert math.log2(width) * 4 == pytest.approx(round(math.log2(width) * 4), abs=1e-9)
     assert found == pytest.approx(error(width), rel=1e-6)
     assert found <= limit
+    assert coarsest_width(directions, f, code, 1.001 * found)[0] == width
+    assert coarsest_width(directions, f, code, 0.999 * found)[0] < width
     coarser = [2 ** (i / 4) for i in range(round(4 * math.log2(width)) + 1, 24)]
     assert min(map(error, coarser)) > limit
     assert coarser[-1] > f.abs().max()

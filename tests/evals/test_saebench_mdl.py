@@ -192,7 +192,10 @@ def test_the_eval_has_the_figures_of_the_protocol(stream_of):
     low, high = (result["intervals"]["fvu"][edge] for edge in ("low", "high"))
     assert low < result["fvu"] < high
     assert result["intervals"].keys() == {"fvu"}
-    assert result["protocol"]["num_bins_values"] == [4, 6, 8, 12, 16, 32]
+    assert result["protocol"] == {
+        "num_bins_values": [4, 6, 8, 12, 16, 32], "k_values": [16, 24, 32], "mse_epsilon_threshold": 0.01,
+        "least_maximum": 100,
+    }  # fmt: skip
     markdown = "\n".join(section("mdl", json.loads(json.dumps(result))))
     for start in range(0, len(result["settings"]), len(K_VALUES)):
         settings = result["settings"][start : start + len(K_VALUES)]
