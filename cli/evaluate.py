@@ -79,7 +79,8 @@ def evaluate(
         str,
         Option(
             metavar="temposae|saebench",
-            help="For tpp and scr: saebench uses SAEBench's probes and its choice of latents, and writes its result files.",
+            help="For tpp and scr: saebench uses SAEBench's probes and its choice of latents, and writes its result files. "
+            "For mdl: its bins, its error and its sum of entropies.",
         ),
     ] = "temposae",
     judge_command: Annotated[

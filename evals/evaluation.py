@@ -27,7 +27,7 @@ from .row_budget import Sizes
 
 CHUNK = 4096  # tokens encoded at once
 CODES = 2**25  # latent activations in memory at once during encoding
-PROTOCOLS = OWN, SAEBENCH = "temposae", "saebench"  # of SCR and TPP (`ablation_recipes.py`)
+PROTOCOLS = OWN, SAEBENCH = "temposae", "saebench"  # of SCR and TPP (`ablation_recipes.py`), and MDL
 LABELLED = HELD_OUT + 1_000_000  # first document of evals with labels; `core` reads earlier ones
 
 
@@ -177,6 +177,16 @@ def squared_distance(x: Tensor, y: Tensor) -> Tensor:
     starts = range(0, len(x), CHUNK)
     parts = [(x[i : i + CHUNK] - (y if y.ndim == 1 else y[i : i + CHUNK])).double().square().sum(1) for i in starts]
     return torch.cat(parts)
+
+
+def chunks(x: Tensor, code: SparseCode) -> Iterator[tuple[Tensor, SparseCode]]:
+    """Split activations [n, D] and their ragged code into parts of `CHUNK` tokens."""
+    assert code.offsets is not None
+    for start in range(0, len(x), CHUNK):
+        offsets = code.offsets[start : start + CHUNK + 1]
+        entries = slice(int(offsets[0]), int(offsets[-1]))
+        part = SparseCode(code.values[entries], code.indices[entries], code.n_latents, offsets - offsets[0])
+        yield x[start : start + CHUNK], part
 
 
 def in_rows(pos: Tensor, *tensors: Tensor, latents: int = 0) -> Iterator[tuple[Tensor, ...]]:

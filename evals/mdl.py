@@ -13,9 +13,14 @@ with H in bits, from the frequencies over all tokens. Each latent has its own op
 The dictionary's weights and the tables of frequencies are not counted. Estimated entropies are too small, by about
 (symbols - 1) / (2 ln 2 tokens) bits for each latent (Miller 1955).
 
-SAEBench 0.6.0 has the same sum with four differences: bins from 0 to the largest activation (at least 100) of each latent,
-numbers of bins from its settings, a fixed limit of root mean square error / D, and H(bin) over all tokens, inactive ones
-included.
+SAEBench 0.6.0 measures something else (`saebench_mdl.py`, the protocol `saebench`):
+
+- Its bins go from 0 to the largest activation of a latent, or to 100 if that is more, so each latent has a width of its own.
+- The numbers of bins are settings, and the shortest length within a limit of sqrt(mean squared error) / D is chosen. That
+  limit depends on the scale of the activations and on D, not on the dictionary's error before rounding.
+- Inactive latents are rounded, too, to the middle of the first bin. The error thus grows with F.
+- The error is measured with the 16, 24 or 32 largest activations of each token, the length with all.
+- H(bin_j) is over all tokens, inactive ones included. The length then counts them twice.
 
 The bits of a row of text are the length of its code, -sum log2 p(q_j). Their mean over tokens is `bits_per_token`, so that
 intervals come from resampled rows, with the code of all rows.
@@ -23,7 +28,6 @@ intervals come from resampled rows, with the code of all rows.
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +37,8 @@ from torch import Tensor
 from ..engine.errors import UserError
 from ..kernels.code import SparseCode
 from ..kernels.numerics import sum_by
-from .evaluation import CHUNK, Autoencoder, Evaluation, TextActivations, squared_distance
+from . import saebench_mdl
+from .evaluation import SAEBENCH, Autoencoder, Evaluation, TextActivations, chunks, squared_distance
 from .intervals import Outcomes, interval
 from .positions import held_out
 
@@ -73,12 +78,27 @@ def mdl(evaluation: Evaluation, *, rows: int = ROWS) -> dict[str, Any]:
     equal FVU only: `at_fvu_of` {control: bits_per_token, width} has the dictionary rounded further, until its FVU is the
     rounded control's limit; None if that can't be reached. Raises UserError for a transcoder, whose output is at another
     hook.
+
+    With the protocol `saebench`, lengths and rounding are SAEBench's (`saebench_mdl`). Then `num_bins`, `k`, `mse_loss` and
+    `within_threshold` describe the chosen setting, and `settings` has all of them. There is no `width`, `bins`,
+    `uniform_bits` and `at_fvu_of`, and no interval of `bits_per_token`, which isn't a mean over tokens.
     """
     began = time.monotonic()
     if (d_out := evaluation.sae.cfg.d_out) is not None:
         raise UserError(f"sae.d_out: {d_out} is not allowed; a transcoder's output is at another hook")
     collected = held_out(evaluation, rows)
-    spread = squared_distance(collected.x, collected.mean)
+    of_protocol = _by_saebench if evaluation.protocol == SAEBENCH else _by_code
+    return {
+        **of_protocol(evaluation, collected, squared_distance(collected.x, collected.mean)),
+        "protocol_name": evaluation.protocol,
+        "rows": len(collected),
+        "tokens": len(collected.x),
+        "seconds": round(time.monotonic() - began, 2),
+    }
+
+
+def _by_code(evaluation: Evaluation, collected: TextActivations, spread: Tensor) -> dict[str, Any]:
+    """Lengths of codes, by our own protocol. `spread` [n]: squared distances from the mean."""
     results, bits, errors, limits = {}, {}, {}, {}
     for name, autoencoder in evaluation.autoencoders(collected, mean=False).items():
         results[name], by_token, error, limits[name] = _measure(autoencoder, collected, float(spread.sum()))
@@ -91,11 +111,22 @@ def mdl(evaluation: Evaluation, *, rows: int = ROWS) -> dict[str, Any]:
         "at_fvu_of": _at_limits(evaluation.sae, collected, {name: limits[name] for name in results}),
         "controls": results,
         "protocol": {"tolerance": TOLERANCE, "least": LEAST, "steps": STEPS},
-        "rows": len(collected),
-        "tokens": len(collected.x),
         "intervals": {"bits_per_token": interval(bits, draw), "fvu": interval(errors, draw)},
-        "seconds": round(time.monotonic() - began, 2),
     }
+
+
+def _by_saebench(evaluation: Evaluation, collected: TextActivations, spread: Tensor) -> dict[str, Any]:
+    """Lengths by SAEBench's protocol."""
+    results, errors = {}, {}
+    for name, autoencoder in evaluation.autoencoders(collected, mean=False).items():
+        code = collected.code(autoencoder)
+        error, total = _errors(autoencoder, collected.x, code), float(spread.sum())
+        shared = {"fvu": float(error.sum()) / total if total else None, "l0": code.values.numel() / len(error)}
+        results[name] = saebench_mdl.figures(autoencoder, collected) | shared
+        errors[name] = _by_row(collected, error, spread)
+    scores = results.pop("sae")
+    fvu = interval(errors, evaluation.generator("mdl"))
+    return {**scores, "controls": results, "protocol": saebench_mdl.PROTOCOL, "intervals": {"fvu": fvu}}
 
 
 def _measure(
@@ -103,7 +134,7 @@ def _measure(
 ) -> tuple[dict[str, float | int | None], Tensor, Tensor, float]:
     """Figures of one dictionary; bits [n] and squared error [n] per token; the limit of the rounded error, summed."""
     code, (n, D) = collected.code(autoencoder), collected.x.shape
-    error = torch.cat([squared_distance(x, autoencoder.decode(part)) for x, part in _chunks(collected.x, code)])
+    error = _errors(autoencoder, collected.x, code)
     total = float(error.sum())
     limit = max(TOLERANCE * total, LEAST * spread)
     width, rounded_total = coarsest_width(autoencoder, collected.x, code, limit)
@@ -121,6 +152,11 @@ def _measure(
         "l0": code.values.numel() / n,
     }
     return figures, length.by_token, error, limit
+
+
+def _errors(autoencoder: Autoencoder, x: Tensor, code: SparseCode) -> Tensor:
+    """Squared error per token, [n]."""
+    return torch.cat([squared_distance(part_x, autoencoder.decode(part)) for part_x, part in chunks(x, code)])
 
 
 def _at_limits(
@@ -142,7 +178,7 @@ def coarsest_width(autoencoder: Autoencoder, x: Tensor, code: SparseCode, limit:
     while True:
         width = 2 ** (step / STEPS)
         step, total, finest = step - 1, 0.0, width <= FINEST * largest
-        for part_x, part in _chunks(x, code):
+        for part_x, part in chunks(x, code):
             total += float(squared_distance(part_x, autoencoder.decode(rounded(part, width))).sum())
             if total > limit and not finest:  # errors only add up, so most coarse widths end after a few chunks
                 break
@@ -156,37 +192,27 @@ def rounded(code: SparseCode, width: float) -> SparseCode:
 
 
 def code_length(code: SparseCode, width: float) -> CodeLength:
-    """Length of a ragged code without zeros, rounded to bins of this width. Memory: a few integers per entry and bin."""
+    """Length of a ragged code without zeros, rounded to bins of this width. Memory: a few integers per entry."""
     F, n, latent = code.n_latents, code.n_tokens, code.indices.long()
     bins = _bins(code.values, width).long()
     ends = {how: bins.new_zeros(F).scatter_reduce(0, latent, bins, how, include_self=False) for how in ("amin", "amax")}
     firings = torch.bincount(latent, minlength=F)
     spans = torch.where(firings > 0, ends["amax"] - ends["amin"] + 1, 0)
-    starts = spans.cumsum(0) - spans
-    symbol = starts[latent] + bins - ends["amin"][latent]  # the bins of all latents, one latent's after another's
-    counts = torch.bincount(symbol, minlength=int(spans.sum())).double()
-    owner = torch.arange(F, device=latent.device).repeat_interleave(spans)
+    symbols, symbol, counts = torch.unique(  # only bins in use: an outlier may be millions of bins away
+        latent * spans.max() + bins - ends["amin"][latent], return_inverse=True, return_counts=True
+    )
+    owner, shares = symbols // spans.max().clamp_min(1), counts.double() / n
     active, inactive = firings.double() / n, 1 - firings.double() / n
-    code_of_symbol = -(counts / n).clamp_min(torch.finfo(torch.float64).tiny).log2()  # bits of "active, in this bin"
+    code_of_symbol = -shares.log2()  # bits of "active, in this bin"
     code_of_zero = -torch.where(firings < n, inactive, 1.0).log2()
-    totals = sum_by(owner, counts / n * code_of_symbol, F) + inactive * code_of_zero
+    totals = sum_by(owner, shares * code_of_symbol, F) + inactive * code_of_zero
     which = torch.special.entr(active) / math.log(2) + inactive * code_of_zero
     by_token = sum_by(code.rows, code_of_symbol[symbol] - code_of_zero[latent], n) + code_of_zero.sum()
-    return CodeLength(which, totals - which, spans, by_token, active)
+    return CodeLength(which, (totals - which).clamp_min(0), spans, by_token, active)
 
 
 def _bins(values: Tensor, width: float) -> Tensor:
     return torch.floor(values / width)
-
-
-def _chunks(x: Tensor, code: SparseCode) -> Iterator[tuple[Tensor, SparseCode]]:
-    """Activations and ragged code, `CHUNK` tokens at a time."""
-    assert code.offsets is not None
-    for start in range(0, len(x), CHUNK):
-        offsets = code.offsets[start : start + CHUNK + 1]
-        entries = slice(int(offsets[0]), int(offsets[-1]))
-        part = SparseCode(code.values[entries], code.indices[entries], code.n_latents, offsets - offsets[0])
-        yield x[start : start + CHUNK], part
 
 
 def _by_row(collected: TextActivations, gained: Tensor, counted: Tensor) -> Outcomes:

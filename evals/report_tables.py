@@ -289,10 +289,31 @@ def _absorption(result: dict[str, Any]) -> list[str]:
 
 
 def _mdl(result: dict[str, Any]) -> list[str]:
+    if "settings" in result:
+        return _mdl_by_saebench(result)
     parts = "bits_per_token active_bits value_bits uniform_bits bits_per_dimension fvu fvu_rounded width bins l0"
     equal = {name: scores or {} for name, scores in result["at_fvu_of"].items()}
     equal = _items("dictionary at the FVU of", equal, "bits_per_token width")
     return [_items("", {(): result}, "rows tokens"), _beside(result, parts), equal]
+
+
+def _mdl_by_saebench(result: dict[str, Any]) -> list[str]:
+    parts = _headings("bits_per_token active_bits value_bits bits_per_dimension fvu fvu_rounded num_bins k mse_loss l0")
+    settings: dict[tuple[str, str], dict[str, float]] = {}
+    for name, scores in _autoencoders(result).items():
+        for setting in scores["settings"]:
+            line = settings.setdefault((name, str(setting["num_bins"])), {"length": setting["description_length"]})
+            line[f"k_{setting['k']}"] = setting["mse_loss"]
+    errors = {f"k_{k}": f"error, k = {k}" for k in result["protocol"]["k_values"]}
+    threshold = number(result["protocol"]["mse_epsilon_threshold"])
+    return [
+        "Protocol saebench, with SAEBench's bins, error and sum of entropies. The figures are those of the shortest length "
+        f"with an error (root mean square / D) below {threshold}, or of the shortest of all if none has one.",
+        _items("", {(): result}, "rows tokens"),
+        _beside(result, {**parts, "value_bits": "bits: P(active) x entropy of bins, zeros included"}),
+        "### Settings",
+        _items("dictionary or control, bins", settings, {"length": "bits per token", **errors}),
+    ]
 
 
 def _meta_structure(result: dict[str, Any]) -> list[str]:

@@ -34,7 +34,7 @@ from .saebench import file_name, output
 from .suite import input_digests, load_eval, missing_inputs
 from .trained_controls import TrainedControls, without_control
 
-VERSION = 13  # of the evals; results of another version are not used
+VERSION = 14  # of the evals; results of another version are not used
 SCORES = ("explained_variance", "ce_recovered", "ce_recovered_over_mean", "l0", "dead_fraction")
 L0_AGREES = 0.05  # relative difference of L0 on held-out text and at the end of training, up to which no warning is due
 ERRORS = ("explained_variance_error", "ce_recovered_error")
@@ -141,7 +141,7 @@ class EvalOptions:
     fresh: bool = False  # measure again what the run has results of
     rows: int | None = None  # of text; default: the run's `eval.rows`, or what fits run and model (`row_budget`)
     controls: Sequence[str] = ()  # to train if the checkpoint lacks them, on as many tokens; names: `config.controls`
-    protocol: str = OWN  # of SCR and TPP, one of `evaluation.PROTOCOLS`
+    protocol: str = OWN  # of MDL, SCR and TPP, one of `evaluation.PROTOCOLS`
     judge: Judge | None = None  # for autointerp
 
     def __post_init__(self) -> None:
@@ -216,7 +216,7 @@ def _inputs(
     inputs: dict[str, Any] = {"given": input_digests(name, chosen.sets, chosen.files or {}), "rows": sizes.of(name)}
     if name == "positions":
         inputs |= {option: _digest(given) for option, given in others.items() if given is not None}
-    if name in ("tpp", "scr") and chosen.protocol != OWN:
+    if name in ("mdl", "tpp", "scr") and chosen.protocol != OWN:
         inputs["protocol"] = chosen.protocol
     if name == "autointerp" and chosen.judge is not None:
         inputs |= {"judge": chosen.judge.identity, "latents": chosen.judge.latents}

@@ -9,6 +9,7 @@ import torch
 from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
+from temposae.evals import evaluation as shared
 from temposae.evals import mdl as module
 from temposae.evals.evaluation import Evaluation, TextActivations, joined
 from temposae.evals.intervals import Outcomes
@@ -99,6 +100,17 @@ def test_bits_are_those_counted_in_float64(width):
     torch.testing.assert_close(length.by_token, -shares.log2().sum(1), rtol=1e-12, atol=1e-12)
 
 
+def test_an_outlier_costs_as_much_as_any_other_value():
+    """Four million bins between two values of a latent; 512 latents, so that a count per bin would take 16 GiB."""
+    f = torch.zeros(8, 512)
+    f[0], f[1] = 1.0, 2.0**22
+    code = sparse(f)
+    length, nearby = code_length(code, 1.0), code_length(code.with_values(code.values.clamp_max(2)), 1.0)
+    assert length.bits == nearby.bits
+    assert int(length.bins.max()) == 2**22
+    assert length.uniform > nearby.uniform
+
+
 def test_latents_at_random_and_more_latents_cost_more():
     f = made()
     shuffled = torch.stack([row[torch.randperm(len(row), generator=torch.Generator().manual_seed(i))]
@@ -110,7 +122,7 @@ def test_latents_at_random_and_more_latents_cost_more():
 
 
 def test_the_width_is_the_coarsest_within_the_limit(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 700)  # several chunks, the last one shorter
+    monkeypatch.setattr(shared, "CHUNK", 700)  # several chunks, the last one shorter
     f, directions = made(), Directions(12)
     code, limit = sparse(f), 40.0
 
@@ -122,6 +134,8 @@ def test_the_width_is_the_coarsest_within_the_limit(monkeypatch):
     assert math.log2(width) * 4 == pytest.approx(round(math.log2(width) * 4), abs=1e-9)
     assert found == pytest.approx(error(width), rel=1e-6)
     assert found <= limit
+    assert coarsest_width(directions, f, code, 1.001 * found)[0] == width
+    assert coarsest_width(directions, f, code, 0.999 * found)[0] < width
     coarser = [2 ** (i / 4) for i in range(round(4 * math.log2(width)) + 1, 24)]
     assert min(map(error, coarser)) > limit
     assert coarser[-1] > f.abs().max()
@@ -138,8 +152,16 @@ def evaluation(stream_of) -> Evaluation:
     return Evaluation(stream_of(), sae, random)
 
 
-def test_a_dictionary_is_measured_beside_its_controls(evaluation):
+def test_a_dictionary_is_measured_beside_its_controls(evaluation, monkeypatch):
+    limits = []
+
+    def limited(autoencoder, x, code, limit):
+        limits.append(limit)
+        return coarsest_width(autoencoder, x, code, limit)
+
+    monkeypatch.setattr(module, "coarsest_width", limited)
     result = mdl(evaluation, rows=48)
+    assert result["protocol"] == {"tolerance": 1.1, "least": 1e-3, "steps": 4}
     collected = evaluation.labelled(48)
     assert list(result["controls"]) == ["random", "lm_neurons"]
     spread = (collected.x.double() - collected.x.double().mean(0)).square().sum()
@@ -147,6 +169,7 @@ def test_a_dictionary_is_measured_beside_its_controls(evaluation):
         scores = result if name == "sae" else result["controls"][name]
         code = autoencoder.encode_sparse(collected.x, collected.pos)
         f, error = code.to_dense(), float((collected.x - autoencoder.decode(code)).double().square().sum())
+        assert limits.pop(0) == pytest.approx(max(1.1 * error, 1e-3 * float(spread)), rel=1e-5)
         which, value, uniform = reference(f.numpy().astype(np.float64), scores["width"])
         assert scores["fvu"] == pytest.approx(float(error / spread), rel=1e-5)
         assert scores["fvu"] <= scores["fvu_rounded"] <= 1.1 * scores["fvu"] + 1e-9

@@ -66,6 +66,7 @@ def measured(testbed, tmp_path_factory) -> dict[str, dict[str, Any]]:
     stream = ActivationStream(StreamConfig(buffer_tokens=4096, rows_per_forward=32), model=testbed)
     evaluation = Evaluation(stream, SparseAutoencoder(CFG), SparseAutoencoder(CFG))
     write_set(texts := tmp_path_factory.mktemp("texts"), "7_length", by_length(240))
+    lengths = mdl.mdl(evaluation, rows=ROWS)
     evaluation.protocol = "saebench"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_probing, "ROWS", ROWS)
@@ -92,7 +93,7 @@ def measured(testbed, tmp_path_factory) -> dict[str, dict[str, Any]]:
             ),
             "clusters": clusters.clusters(evaluation),
             "absorption": absorption.absorption(evaluation, rows=ROWS),
-            "mdl": mdl.mdl(evaluation, rows=ROWS),
+            "mdl": lengths,
             "meta_structure": meta_structure.meta_structure(evaluation),
             "ravel": ravel.ravel(evaluation),
             "tpp": tpp(evaluation, rows=ROWS, seeds=2),

@@ -146,13 +146,14 @@ def test_what_is_missing_for_tpp_and_scr_on_another_text(stream_of, tmp_path, se
             assert suite.missing_inputs(name, stream_of(), SAEConfig(d_in=128, d_sae=8, k=2), sets, {}) == {}
 
 
-def test_a_result_of_another_protocol_is_not_taken(trained, monkeypatch):
+@pytest.mark.parametrize("name", ["mdl", "scr", "tpp"])
+def test_a_result_of_another_protocol_is_not_taken(trained, monkeypatch, name):
     folder, stream, calls = trained
-    monkeypatch.setattr(suite, "EVALS", {"tpp": ("suite", "coin"), "coin": ("suite", "coin")})
-    for name in ("write_report", "output"):  # of figures that a coin doesn't have
-        monkeypatch.setattr(run_evals, name, lambda *given, **settings: None)
+    monkeypatch.setattr(suite, "EVALS", {name: ("suite", "coin"), "coin": ("suite", "coin")})
+    for function in ("write_report", "output"):  # of figures that a coin doesn't have
+        monkeypatch.setattr(run_evals, function, lambda *given, **settings: None)
     for protocol, count in (("temposae", 2), ("temposae", 2), ("saebench", 3), ("saebench", 3), ("temposae", 4)):
-        evaluate(find(folder), stream, folder, ["tpp", "coin"], protocol=protocol)  # coin has no protocol
+        evaluate(find(folder), stream, folder, [name, "coin"], protocol=protocol)  # coin has no protocol
         assert len(calls) == count
     with pytest.raises(UserError, match="^protocol: mine is not allowed; it must be temposae or saebench$"):
         evaluate(find(folder), stream, folder, ["coin"], protocol="mine")
