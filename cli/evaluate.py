@@ -80,7 +80,8 @@ def evaluate(
         str,
         Option(
             metavar="temposae|saebench",
-            help="For tpp and scr: saebench uses SAEBench's probes and its choice of latents, and writes its result files.",
+            help="For tpp, scr and meta_structure: saebench measures as SAEBench does (docs/evals.md lists the differences) "
+            "and writes its result files.",
         ),
     ] = "temposae",
     judge_command: Annotated[

@@ -26,7 +26,7 @@ from .row_budget import Sizes
 
 CHUNK = 4096  # tokens encoded at once
 CODES = 2**25  # latent activations in memory at once during encoding
-PROTOCOLS = OWN, SAEBENCH = "temposae", "saebench"  # of SCR and TPP (`ablation_recipes.py`)
+PROTOCOLS = OWN, SAEBENCH = "temposae", "saebench"  # `ablation_recipes.py` and `meta_recipes.py`
 LABELLED = HELD_OUT + 1_000_000  # first document of evals with labels; `core` reads earlier ones
 
 

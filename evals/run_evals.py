@@ -142,7 +142,7 @@ class EvalOptions:
     rows: int | None = None  # of text; default: the run's `eval.rows`, or what fits run and model (`row_budget`)
     control: bool = False  # train a random control if the checkpoint has none, on as many tokens
     controls: Sequence[str] = ()  # other controls to train in the same way, by the names of `config.controls`
-    protocol: str = OWN  # of SCR and TPP, one of `evaluation.PROTOCOLS`
+    protocol: str = OWN  # of SCR, TPP and meta structure, one of `evaluation.PROTOCOLS`
     judge: Judge | None = None  # for autointerp
 
     def __post_init__(self) -> None:
@@ -217,7 +217,7 @@ def _inputs(
     inputs: dict[str, Any] = {"given": input_digests(name, chosen.sets, chosen.files or {}), "rows": sizes.of(name)}
     if name == "positions":
         inputs |= {option: _digest(given) for option, given in others.items() if given is not None}
-    if name in ("tpp", "scr") and chosen.protocol != OWN:
+    if name in ("tpp", "scr", "meta_structure") and chosen.protocol != OWN:
         inputs["protocol"] = chosen.protocol
     if name == "autointerp" and chosen.judge is not None:
         inputs |= {"judge": chosen.judge.identity, "latents": chosen.judge.latents}
