@@ -258,6 +258,15 @@ def test_rerunning_saebench_s_recipe_gives_the_same_bits():
     assert figures() == first
 
 
+def test_every_pass_has_all_rows_in_another_order():
+    rows = torch.arange(12.0)[:, None]
+    batches = meta_recipes._batches(rows, 4, np.random.default_rng(0))
+    first, second = (torch.cat([next(batches).x for _ in range(3)]).flatten().tolist() for _ in range(2))
+    assert sorted(first) == sorted(second) == rows.flatten().tolist()
+    assert first != second
+    assert first != sorted(first)
+
+
 def test_a_result_depends_on_its_protocol():
     others = (Sizes(), {})
     inputs = [_inputs("meta_structure", EvalOptions(protocol=name), *others) for name in (OWN, SAEBENCH)]
