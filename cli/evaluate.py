@@ -79,8 +79,8 @@ def evaluate(
         str,
         Option(
             metavar="temposae|saebench",
-            help="For tpp and scr: saebench uses SAEBench's probes and its choice of latents, and writes its result files. "
-            "For mdl: its bins, its error and its sum of entropies.",
+            help="For mdl, meta_structure, tpp and scr: saebench measures as SAEBench does (docs/evals.md lists the "
+            "differences) and, except for mdl, writes its result files.",
         ),
     ] = "temposae",
     judge_command: Annotated[

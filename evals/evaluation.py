@@ -27,7 +27,8 @@ from .row_budget import Sizes
 
 CHUNK = 4096  # tokens encoded at once
 CODES = 2**25  # latent activations in memory at once during encoding
-PROTOCOLS = OWN, SAEBENCH = "temposae", "saebench"  # of SCR and TPP (`ablation_recipes.py`), and MDL
+PROTOCOLS = OWN, SAEBENCH = "temposae", "saebench"  # of the evals in `BY_PROTOCOL`
+BY_PROTOCOL = ("mdl", "meta_structure", "tpp", "scr")
 LABELLED = HELD_OUT + 1_000_000  # first document of evals with labels; `core` reads earlier ones
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..engine.stream.norm_filter import describe
 from ..reporting.markdown import number, plain, table
+from .evaluation import SAEBENCH
 from .report_words import SCORES, label
 
 CONTROLS = ("random", "lm_neurons", "mean", "shuffled")  # in the order of the columns
@@ -318,8 +319,16 @@ def _mdl_by_saebench(result: dict[str, Any]) -> list[str]:
 
 def _meta_structure(result: dict[str, Any]) -> list[str]:
     figures = "meta_explained_variance train_explained_variance l0 latents meta_latents held_out"
-    headings = {**_headings(figures), "l0": "meta-latents per row", "latents": "live latents"}
-    blocks = [f"{number(result['dead'])} latents that don't fire are left out.", _beside(result, headings)]
+    if not result["held_out"]:
+        figures = "meta_explained_variance l0 latents meta_latents"
+    headings = {**_headings(figures), "l0": "meta-latents per row", "latents": "decoder rows"}
+    left_out = f"{number(result['dead'])} latents that don't fire are left out."
+    about = [
+        f"Protocol {result['protocol_name']}.",
+        "All latents are used, also those that don't fire." if result["protocol_name"] == SAEBENCH else left_out,
+        *([] if result["held_out"] else ["The score is of the rows that were trained on."]),
+    ]
+    blocks = [" ".join(about), _beside(result, headings)]
     if not result["largest"]:
         return blocks
     columns = {"count": "latents that use it", "members": "that use it most", "cosines": "cosine with them"}

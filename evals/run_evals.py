@@ -22,7 +22,7 @@ from ..engine.train import Run
 from ..engine.unit_decoder import unit_decoder
 from ..kernels.torch_modes import default_modes
 from . import result_files
-from .evaluation import OWN, Evaluation, Reference, check_protocol, fitted
+from .evaluation import BY_PROTOCOL, OWN, Evaluation, Reference, check_protocol, fitted
 from .held_out import SavedEffects
 from .judge import Answers, Judge
 from .kept_sets import KeptSets
@@ -141,7 +141,7 @@ class EvalOptions:
     fresh: bool = False  # measure again what the run has results of
     rows: int | None = None  # of text; default: the run's `eval.rows`, or what fits run and model (`row_budget`)
     controls: Sequence[str] = ()  # to train if the checkpoint lacks them, on as many tokens; names: `config.controls`
-    protocol: str = OWN  # of MDL, SCR and TPP, one of `evaluation.PROTOCOLS`
+    protocol: str = OWN  # of the evals in `BY_PROTOCOL`, one of `evaluation.PROTOCOLS`
     judge: Judge | None = None  # for autointerp
 
     def __post_init__(self) -> None:
@@ -216,7 +216,7 @@ def _inputs(
     inputs: dict[str, Any] = {"given": input_digests(name, chosen.sets, chosen.files or {}), "rows": sizes.of(name)}
     if name == "positions":
         inputs |= {option: _digest(given) for option, given in others.items() if given is not None}
-    if name in ("mdl", "tpp", "scr") and chosen.protocol != OWN:
+    if name in BY_PROTOCOL and chosen.protocol != OWN:
         inputs["protocol"] = chosen.protocol
     if name == "autointerp" and chosen.judge is not None:
         inputs |= {"judge": chosen.judge.identity, "latents": chosen.judge.latents}

@@ -21,6 +21,7 @@ from ..engine.storage import checkpoint
 from ..engine.unit_decoder import Dictionary, UnitDecoder, unit_decoder
 from .evaluation import CHUNK, SAEBENCH
 from .held_out import SAEBENCH_ROWS
+from .meta_recipes import saebench_form
 
 ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "batch_topk", "jumprelu": "jumprelu"}
 TOPS = (1, 2, 5, 10, 20, 50, 100)  # k of sparse probing
@@ -64,7 +65,8 @@ def output(
     training_tokens: int | None, seed: int = 0,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Convert the result of the eval `name` to SAEBench's format; None if it has no such eval or result, as for a
-    transcoder, absorption on fewer than 20 letters or on other prompts, and SCR and TPP with another protocol.
+    transcoder, absorption on fewer than 20 letters or on other prompts, and SCR, TPP and meta structure with another
+    protocol.
 
     All of SAEBench's settings are given as they were used. A figure has SAEBench's name if it is computed as SAEBench does.
     Others are in `eval_result_unstructured["temposae"]`.
@@ -77,7 +79,7 @@ def output(
     metrics, details, config, extras = converted
     source = result.get("of", {})
     return {
-        "eval_type_id": "absorption_first_letter" if name == "absorption" else name,
+        "eval_type_id": TYPE_IDS.get(name, name),
         "eval_config": config,
         # the same result always gets the same id
         "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {sorted(source.items())} {sae_id}")),
@@ -284,6 +286,15 @@ def _absorption(result: dict[str, Any], about: DictionaryInfo) -> Converted | No
     return {"mean": means | spreads}, details, _settings(about, **used), extras
 
 
+def _meta_structure(result: dict[str, Any], about: DictionaryInfo) -> Converted | None:
+    if (converted := saebench_form(result, about.seed)) is None:
+        return None
+    metrics, config, extras = converted
+    return metrics, [], config, extras
+
+
+#: SAEBench's names of evals that it calls otherwise
+TYPE_IDS = {"absorption": "absorption_first_letter", "meta_structure": "meta_structure_decoder_variance"}
 MAKERS = {
     "core": _core,
     "sparse_probing": _sparse_probing,
@@ -291,6 +302,7 @@ MAKERS = {
     "scr": partial(_ablation, name="scr", figures="seeds spread sets"),
     "tpp": partial(_ablation, name="tpp", figures="seeds spread clean_accuracy"),
     "absorption": _absorption,
+    "meta_structure": _meta_structure,
 }
 
 

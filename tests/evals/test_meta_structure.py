@@ -1,25 +1,37 @@
 """Dictionaries whose decoder rows share directions by construction, and some whose rows share nothing."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from temposae.engine.config import SAEConfig
+from temposae.engine.config import SAEConfig, StreamConfig
+from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
+from temposae.engine.stream import ActivationStream
+from temposae.evals import meta_recipes
 from temposae.evals import meta_structure as module
 from temposae.evals.evaluation import Evaluation, TextActivations
-from temposae.evals.meta_structure import FEWEST, RATIO, SPLIT, K, meta_structure
+from temposae.evals.meta_recipes import LEAST, OWN, RATIO, RECIPES, SAEBENCH, K
+from temposae.evals.meta_structure import meta_structure
+from temposae.evals.row_budget import Sizes
+from temposae.evals.run_evals import EvalOptions, _inputs
 
 D, SHARED, F = 32, 16, 1050
+FEWEST, SPLIT, STEPS, BATCH = (getattr(RECIPES[OWN], name) for name in ("fewest", "split", "steps", "batch"))
+
+
+def changed(patch: pytest.MonkeyPatch, name: str = OWN, **changes: Any) -> None:
+    patch.setitem(RECIPES, name, replace(RECIPES[name], **changes))
 
 
 @pytest.fixture(autouse=True)
 def _fewer_steps(monkeypatch):
-    monkeypatch.setattr(module, "STEPS", 60)
-    monkeypatch.setattr(module, "BATCH", 512)
+    changed(monkeypatch, steps=60, batch=512)
+    changed(monkeypatch, SAEBENCH, steps=300, batch=256)
 
 
 def unit(rows: torch.Tensor) -> torch.Tensor:
@@ -54,8 +66,11 @@ class Planted(Evaluation):
 
     is_testbed = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
-    def __init__(self, sae: SparseAutoencoder, random: SparseAutoencoder | None = None, seed: int = 0):
+    def __init__(
+        self, sae: SparseAutoencoder, random: SparseAutoencoder | None = None, seed: int = 0, protocol: str = OWN
+    ):
         super().__init__(cast(Any, SimpleNamespace(model=SimpleNamespace(device="cpu"))), sae, random, seed)
+        self.protocol = protocol
 
     def labelled(self, rows: int) -> TextActivations:
         x = torch.cat([sae.W_dec for sae in (self.sae, *self.controls.values())])
@@ -66,8 +81,7 @@ class Planted(Evaluation):
 @pytest.fixture(scope="module")
 def planted() -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "STEPS", 60)
-        patch.setattr(module, "BATCH", 512)
+        changed(patch, steps=60, batch=512)
         return meta_structure(Planted(dictionary(sums_of_two()[0]), dictionary(unrelated(2))))
 
 
@@ -89,6 +103,7 @@ def test_sizes_and_sparsity_are_the_documented_ones(planted):
     assert all(control["l0"] == pytest.approx(K, abs=0.1) for control in planted["controls"].values())
     assert planted["dead"] == 0
     assert planted["protocol"] == {"k": K, "ratio": RATIO, "steps": 60, "batch": 512}
+    assert (K, RATIO, LEAST, FEWEST, SPLIT, STEPS, BATCH) == (4, 21, 8, 32, 1000, 500, 256)  # as documented
 
 
 def test_the_listed_members_share_a_direction(planted):
@@ -107,7 +122,7 @@ def test_held_out_rows_are_not_trained_on(monkeypatch):
     """Rows of one direction each: the held-out ones are badly explained, the others well."""
     found = meta_structure(Planted(dictionary(unrelated(3))))
     assert found["meta_explained_variance"] < found["train_explained_variance"] - 0.01
-    monkeypatch.setattr(module, "SPLIT", F + 1)
+    changed(monkeypatch, split=F + 1)
     whole = meta_structure(Planted(dictionary(unrelated(3))))
     assert whole["held_out"] == 0
     assert whole["meta_explained_variance"] == whole["train_explained_variance"]
@@ -117,7 +132,7 @@ def test_a_small_dictionary_is_scored_on_its_training_rows():
     count = 60
     found = meta_structure(Planted(dictionary(sums_of_two(count)[0])))
     assert count < SPLIT
-    assert (found["held_out"], found["meta_latents"], found["latents"]) == (0, module.LEAST, count)
+    assert (found["held_out"], found["meta_latents"], found["latents"]) == (0, LEAST, count)
     assert found["meta_explained_variance"] > found["controls"]["shuffled"]["meta_explained_variance"] + 0.1
 
 
@@ -158,8 +173,8 @@ def test_rows_at_their_initial_directions_are_no_structure(monkeypatch):
             first_rows.append(self.W_dec.detach().clone())
 
     sae = SparseAutoencoder(SAEConfig(d_in=D, d_sae=200, activation="relu", k=4), seed=0)
-    monkeypatch.setattr(module, "SparseAutoencoder", Started)
-    monkeypatch.setattr(module, "STEPS", 1)
+    monkeypatch.setattr(meta_recipes, "SparseAutoencoder", Started)
+    changed(monkeypatch, steps=1)
     meta_structure(Planted(sae, seed=0))
     (of_sae, _) = first_rows
     assert float((of_sae @ sae.W_dec.detach().T).max()) < 0.9
@@ -170,7 +185,7 @@ def test_too_few_live_latents_have_no_score_but_a_warning():
     assert found["meta_explained_variance"] is None
     assert found["largest"] == []
     assert found["dead"] == 40 - FEWEST + 1
-    assert found["warnings"][0] == "sae: 31 latents fire; at least 32 are needed for a meta-dictionary"
+    assert found["warnings"][0] == "sae: 31 decoder rows can be used; a meta-dictionary needs at least 32"
     json.dumps(found, allow_nan=False)
 
 
@@ -181,3 +196,102 @@ def test_shuffled_rows_have_the_same_coordinates_in_another_order():
     assert float((shuffled - rows).abs().max()) > 0.1
     ratio = shuffled[:, :1] / shuffled[:, 1:2]
     assert not torch.allclose(ratio, rows[:, :1] / rows[:, 1:2])
+
+
+@torch.no_grad()
+def test_scores_follow_their_formulas(monkeypatch):
+    """The figures of a meta-dictionary, from its reconstructions in dense float64 products."""
+    fits = []
+    inner = module._fit
+    monkeypatch.setattr(module, "_fit", lambda *given: fits.append((given[0], inner(*given))) or fits[-1][1])
+    for protocol in (OWN, SAEBENCH):
+        meta_structure(Planted(dictionary(unrelated(3, 200)), protocol=protocol))
+        rows, fit = fits[0]
+        fits.clear()
+        sae = fit.sae
+        acts = torch.relu((rows - sae.b_dec) @ sae.W_enc + sae.b_enc).double()
+        kept = acts * (acts >= acts.flatten().topk(K * len(rows)).values[-1])
+        error = (rows.double() - kept @ sae.W_dec.double() - sae.b_dec).square().sum()
+        spread = (rows - rows.mean(0)).double().square().sum()
+        figures = fit.figures
+        assert figures["meta_explained_variance"] == pytest.approx(1 - float(error / spread), abs=1e-5)
+        assert figures["mse"] == pytest.approx(float(error) / (200 * D), rel=1e-4)
+        assert figures["l0"] == pytest.approx(K)
+
+
+def test_a_threshold_that_is_already_there_is_not_used(monkeypatch):
+    """Held-out rows are scored with 4 meta-latents each, however many the training's threshold would keep."""
+    changed(monkeypatch, train=lambda *given: _with_threshold(meta_recipes.own_trained(*given), 0.0))
+    found = meta_structure(Planted(dictionary(unrelated(3))))
+    assert found["held_out"] == F // 10
+    assert found["l0"] == pytest.approx(K, abs=0.1)
+
+
+def _with_threshold(sae: SparseAutoencoder, value: float) -> SparseAutoencoder:
+    with torch.no_grad():
+        sae.threshold.fill_(value)
+    return sae
+
+
+def test_saebench_s_recipe_uses_all_rows_and_a_quarter_as_many_meta_latents():
+    rows, dead = sums_of_two(102)[0], 50
+    found = meta_structure(Planted(dictionary(rows, dead), dictionary(unrelated(2, 102), 90), protocol=SAEBENCH))
+    sizes = {"latents": 102, "held_out": 0, "meta_latents": 26}
+    for scores in (found, *found["controls"].values()):
+        assert {key: scores[key] for key in sizes} == sizes
+        assert scores["l0"] == pytest.approx(K)
+        assert scores["meta_explained_variance"] == scores["train_explained_variance"]
+    assert (found["dead"], found["rows"], found["protocol_name"]) == (0, 0, "saebench")
+    assert found["meta_explained_variance"] > found["controls"]["shuffled"]["meta_explained_variance"] + 0.1
+    assert found["training"]["seconds"] > 0
+    assert RECIPES[SAEBENCH].width(3) == K
+    json.dumps(found, allow_nan=False)
+
+
+def test_rerunning_saebench_s_recipe_gives_the_same_bits():
+    def figures() -> dict[str, Any]:
+        found = meta_structure(Planted(dictionary(sums_of_two(100)[0]), protocol=SAEBENCH))
+        return {name: value for name, value in found.items() if name != "training"}
+
+    first = figures()
+    torch.rand(3)
+    assert figures() == first
+
+
+def test_every_pass_has_all_rows_in_another_order():
+    rows = torch.arange(12.0)[:, None]
+    batches = meta_recipes._batches(rows, 4, np.random.default_rng(0))
+    first, second = (torch.cat([next(batches).x for _ in range(3)]).flatten().tolist() for _ in range(2))
+    assert sorted(first) == sorted(second) == rows.flatten().tolist()
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_a_result_depends_on_its_protocol():
+    others = (Sizes(), {})
+    inputs = [_inputs("meta_structure", EvalOptions(protocol=name), *others) for name in (OWN, SAEBENCH)]
+    assert [given.get("protocol") for given in inputs] == [None, SAEBENCH]
+
+
+def test_rows_without_variance_have_no_score():
+    found = meta_structure(Planted(dictionary(unrelated(1, 1).expand(40, D)), protocol=SAEBENCH))
+    assert found["meta_explained_variance"] is None
+    assert found["mse"] < 1e-3
+
+
+def test_an_unknown_protocol_is_refused():
+    with pytest.raises(UserError, match="^protocol: lens is not allowed; it must be temposae or saebench$"):
+        meta_structure(Planted(dictionary(unrelated(1, 40)), protocol="lens"))
+
+
+def test_figures_do_not_depend_on_how_many_rows_the_model_reads_at_once(testbed):
+    """With the embedded model's activations: the same latents fire, so the same rows are trained on."""
+    sae = SparseAutoencoder(SAEConfig(d_in=128, d_sae=48, activation="relu", k=6), seed=3)
+    with torch.no_grad():
+        sae.b_enc[:5] = -1e6
+    found = []
+    for rows in (4, 9):
+        stream = ActivationStream(StreamConfig(buffer_tokens=4096, rows_per_forward=rows), model=testbed, seed=0)
+        found.append(meta_structure(Evaluation(stream, sae, sae, share=64, neurons=False)))
+    assert found[0] == found[1]
+    assert found[0]["dead"] == 5

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from temposae.evals.core import core
 from temposae.evals.evaluation import Evaluation
 from temposae.evals.fidelity import fidelity
 from temposae.evals.intervals import Outcomes, interval
+from temposae.evals.meta_recipes import RECIPES
 from temposae.evals.multiple_choice import fact_questions
 from temposae.evals.positions import positions
 from temposae.evals.report import MARK, MORE, SUMMARY, compose, write_report
@@ -74,7 +76,7 @@ def measured(testbed, tmp_path_factory) -> dict[str, dict[str, Any]]:
         patch.setattr(truth, "MOST", 25)
         patch.setattr(absorption, "TIMES", 4)
         patch.setattr(clusters, "ROWS", ROWS)
-        patch.setattr(meta_structure, "STEPS", 8)
+        patch.setitem(RECIPES, "saebench", replace(RECIPES["saebench"], steps=8))
         patch.setattr(meta_structure, "ROWS", ROWS)
         patch.setattr(unlearning, "fact_questions", few)
         patch.setattr(ravel, "TRAIN", 8)

@@ -141,6 +141,11 @@ PROBED = {
     "early_stopping_patience": 20, "probe_epochs": 20, "probe_lr": 1e-3, "probe_l1_penalty": 1e-3,
     "probe_train_batch_size": 16, "probe_test_batch_size": 500,
 }  # fmt: skip
+META = {
+    "width_ratio": 0.25, "k": 4, "train_steps": 1500, "train_batch_size": 1024, "learning_rate": 5e-4,
+    "weight_decay": 0.0, "autocast": False, "eval_batch_size": 4096, "dead_feature_window": 2000,
+    "feature_sampling_window": 200, "dtype": "float32",
+}  # fmt: skip
 TPP_AT_2 = {"total_metric": 0.2, "intended_diff_only": 0.3, "unintended_diff_only": 0.1}
 RESULTS = {
     "sparse_probing": {
@@ -192,6 +197,10 @@ RESULTS = {
         "letters": TOLD
         | {"t": LETTER | {"probe_f1": 0.8, "absorption": 0.3}, "u": LETTER | {"probe_f1": 0.5, "absorption": 0.9}},
     },
+    "meta_structure": {
+        "meta_explained_variance": 0.4, "mse": 0.002, "l0": 4.0, "latents": 64, "meta_latents": 16,
+        "training": {"seconds": 7.5}, "protocol_name": "saebench", "protocol": META,
+    },
 }  # fmt: skip
 TYPES = {
     "sparse_probing": ("sparse_probing.eval_output", "SparseProbingEvalOutput"),
@@ -199,6 +208,7 @@ TYPES = {
     "scr": ("scr_and_tpp.eval_output", "ScrEvalOutput"),
     "tpp": ("scr_and_tpp.eval_output", "TppEvalOutput"),
     "absorption": ("absorption.eval_output", "AbsorptionEvalOutput"),
+    "meta_structure": ("meta_structure.eval_output", "MetaStructureEvalOutput"),
 }
 WHERE = {
     "sparse_probing": {
@@ -209,6 +219,10 @@ WHERE = {
     "scr": {"scr_metrics.scr_metric_threshold_20": 0.3, "scr_metrics.scr_dir1_threshold_2": None},
     "tpp": {"tpp_metrics.tpp_threshold_2_total_metric": 0.2, "tpp_metrics.tpp_threshold_5_total_metric": None},
     "absorption": {"mean.mean_full_absorption_score": 0.11},  # "u" is not told by the model
+    "meta_structure": {
+        "meta_structure.decoder_fraction_variance_explained": 0.4, "meta_structure.final_reconstruction_mse": 0.002,
+        "meta_structure.train_time_seconds": 7.5,
+    },
 }  # fmt: skip
 MODEL = {"model_name": "smollm2", "llm_dtype": "bfloat16", "random_seed": 3}
 SIZES = {"llm_batch_size": 9, "lower_vram_usage": False}
@@ -233,6 +247,7 @@ USED = {
         "context_length": 128, "sae_batch_size": 32, "n_values": [2], "column1_vals_lookup": {},
     },
     "absorption": {"llm_batch_size": 9, **ABSORPTION},
+    "meta_structure": META,
 }  # fmt: skip
 
 
@@ -243,6 +258,7 @@ CONFIGS = {
     "scr": ("scr_and_tpp.eval_config", "ScrAndTppEvalConfig"),
     "tpp": ("scr_and_tpp.eval_config", "ScrAndTppEvalConfig"),
     "absorption": ("absorption.eval_config", "AbsorptionEvalConfig"),
+    "meta_structure": ("meta_structure.eval_config", "MetaStructureEvalConfig"),
 }
 
 
@@ -270,7 +286,8 @@ def test_the_others_are_what_saebench_reads(sae, name):
     json.dumps(found, allow_nan=False)
     read = check(getattr(types, cls), found)
     assert read.eval_type_id == type(read).eval_type_id
-    assert asdict(read.eval_config) == MODEL | USED[name]
+    model = {"random_seed": 3} if name == "meta_structure" else MODEL  # it reads no text
+    assert asdict(read.eval_config) == model | USED[name]
     assert found["sae_cfg_dict"]["training_tokens"] == 12_000
     assert found["sae_cfg_dict"]["architecture"] == "topk"
     for where, expected in WHERE[name].items():
@@ -303,6 +320,16 @@ def test_ablations_are_written_from_saebench_s_protocol_only(sae, name, detail):
     assert [of_set["dataset_name"] for of_set in details] == [detail]
     key = {"tpp": "tpp_threshold_2_total_metric", "scr": "scr_dir1_threshold_20"}[name]
     assert details[0][key] == 0.2
+
+
+def test_meta_structure_is_written_from_saebench_s_protocol_only(sae):
+    def written(**changes: Any) -> bool:
+        result = RESULTS["meta_structure"] | changes
+        return output("meta_structure", result, sae, StreamConfig(), sae_id="run", **ABOUT) is not None
+
+    assert written()
+    assert not written(protocol_name="temposae")
+    assert not written(meta_explained_variance=None)
 
 
 def test_absorption_on_too_few_letters_or_without_prompts_is_not_written(sae):
