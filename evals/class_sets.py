@@ -17,6 +17,7 @@ from .chosen_sets import sets_read
 from .evaluation import Autoencoder, Evaluation, TextActivations, collect
 from .labelled import Labelled, load_labelled
 from .paired_sets import Paired, load_paired
+from .pooling import pooled_latents
 from .sparse_probing import CONTEXT, TEXTS_AT_ONCE, check_classes, token_rows
 
 LANGUAGE = "the embedded language"
@@ -127,7 +128,7 @@ def _of_texts(
 
 
 def _pooled(collected: TextActivations, autoencoder: Autoencoder, padding: bool, context: int | None = None) -> Latents:
-    f = collected.pooled_latents(autoencoder).tocsc()
+    f = pooled_latents(collected, autoencoder).tocsc()
     W_dec = autoencoder.W_dec.detach().double().cpu().numpy()
     if not padding:
         return Latents(f, W_dec)

@@ -9,7 +9,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from ..engine.errors import UserError
@@ -143,27 +142,10 @@ class TextActivations:
         """Mean activation over the kept tokens of each row, float32 [R, D]."""
         return sum_by(self.row, self.x, len(self)) / torch.bincount(self.row, minlength=len(self)).clamp_min(1)[:, None]
 
-    def pooled_latents(self, autoencoder: Autoencoder) -> csr_array:
-        """Mean of each latent over the kept tokens of each row, float32 [R, F], sparse.
-
-        A few rows are encoded at a time, because the code of all tokens may be hundreds of times as large.
-        """
-        means, done = list[csr_array](), 0
-        for rows, code in self._codes_by_rows(autoencoder):
-            row = rows.cpu().numpy()
-            R, share = int(row[-1]) + 1 - done, 1 / np.bincount(row)[row]
-            of_row = csr_array((share, (row - done, np.arange(len(row)))), shape=(R, len(row)))
-            means.append(csr_array(of_row @ as_csr(code), dtype=np.float32))
-            done += R
-        means.append(csr_array((len(self) - done, len(autoencoder.W_dec)), dtype=np.float32))
-        pooled = csr_array(vstack(means, format="csr"))
-        pooled.sort_indices()
-        return pooled
-
     def _source_for(self, autoencoder: Autoencoder) -> "tuple[TextActivations, Tensor] | None":
         return self.source if getattr(autoencoder, "looks_along_rows", False) else None
 
-    def _codes_by_rows(self, autoencoder: Autoencoder) -> Iterator[tuple[Tensor, SparseCode]]:
+    def codes_by_rows(self, autoencoder: Autoencoder) -> Iterator[tuple[Tensor, SparseCode]]:
         """Rows [n] and ragged code of tokens, a few rows at a time; all at once if the code is computed already."""
         if id(autoencoder) in self._codes or self._source_for(autoencoder) is not None:
             yield self.row, self.code(autoencoder)
@@ -247,15 +229,6 @@ def joined(codes: list[SparseCode]) -> SparseCode:
         indices.append(code.indices.flatten()[used])
     offsets = torch.cat([counts[0].new_zeros(1), torch.cat(counts).cumsum(0)])
     return SparseCode(torch.cat(values), torch.cat(indices), codes[0].n_latents, offsets)
-
-
-def as_csr(code: SparseCode) -> csr_array:
-    """A ragged code as a matrix, float32 [n, F]."""
-    assert code.offsets is not None
-    parts = (code.values.float(), code.indices.long(), code.offsets)
-    matrix = csr_array(tuple(part.cpu().numpy() for part in parts), shape=(code.n_tokens, code.n_latents))
-    matrix.sum_duplicates()
-    return matrix
 
 
 def of_tokens(code: SparseCode, chosen: Tensor) -> SparseCode:

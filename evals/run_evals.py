@@ -4,7 +4,10 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -287,12 +290,21 @@ def announce(lacking: Mapping[str, Mapping[str, str]]) -> None:
 def _measured(name: str, evaluation: Evaluation, *, alone: bool) -> dict[str, Any]:
     """The result of an eval, or the reason why it is skipped; raises the UserError if the eval is the only one."""
     try:
-        return load_eval(name)(evaluation)
+        with _one_blas_thread():
+            return load_eval(name)(evaluation)
     except UserError as error:
         if alone:
             raise
         print(f"not measured: {name}: {error}", file=sys.stderr, flush=True)
         return {"skipped": str(error)}
+
+
+def _one_blas_thread() -> AbstractContextManager[Any]:
+    """Probes solve many small problems. With several threads they mostly wait for each other, on a busy machine for minutes.
+    torch's threads are others."""
+    if find_spec("threadpoolctl") is None:  # it comes with scikit-learn
+        return nullcontext()
+    return import_module("threadpoolctl").threadpool_limits(1, user_api="blas")
 
 
 def _write_result(run: Path, name: str, result: dict[str, Any], checkpoint: Checkpoint, evaluation: Evaluation) -> None:

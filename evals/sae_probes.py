@@ -28,9 +28,10 @@ from ..engine.stream import ActivationStream
 from ..kernels.code import SparseCode
 from .auc import Ranked
 from .chosen_sets import sets_read
-from .evaluation import Evaluation, TextActivations, as_csr, joined, padded
+from .evaluation import Evaluation, TextActivations, joined, padded
 from .intervals import described, difference, resamples
 from .kept_sets import SetResult
+from .pooling import as_csr
 from .probe_sets import ProbeSet, load, probe_sets
 from .probes import ailing
 from .tuned_probes import Fitted, Latents, Penalty, Scores, by_difference, fit, scores_of, split_rows

@@ -41,6 +41,7 @@ from .chosen_sets import sets_read
 from .evaluation import Evaluation, TextActivations, collect, padded
 from .intervals import Outcomes, interval, joined
 from .labelled import EMBEDDED, Labelled, load_labelled
+from .pooling import pooled_latents
 from .probes import Matrix, Split, ailing, balanced, dense, halves, top_k, top_k_right
 
 CONTEXT = 128
@@ -163,7 +164,7 @@ def _pooled(evaluation: Evaluation, batches: Iterable[TextActivations]) -> dict[
     llm: list[np.ndarray] = []
     for batch in batches:
         for name, autoencoder in evaluation.autoencoders(batch).items():
-            latents.setdefault(name, []).append(batch.pooled_latents(autoencoder))
+            latents.setdefault(name, []).append(pooled_latents(batch, autoencoder))
         llm.append(batch.pooled().cpu().numpy())
     return {name: csr_array(vstack(parts)) for name, parts in latents.items()} | {"llm": np.concatenate(llm)}
 

@@ -35,6 +35,7 @@ from ..engine.storage.path_names import expand_path
 from ..engine.testbed.language import Language
 from .evaluation import Evaluation, TextActivations, collect, padded
 from .intervals import Outcomes, interval, joined
+from .pooling import pooled_latents
 from .probes import Matrix, Split, accuracy, ailing, top_k_right
 from .words import swapped_pairs
 
@@ -217,7 +218,7 @@ def _probe(
     lm = {reading: accuracy(_split(task, texts.pooled().cpu().numpy())) for reading, texts in readings.items()}
     for reading, texts in readings.items():
         for autoencoder_name, autoencoder in autoencoders.items():
-            latents = texts.pooled_latents(autoencoder)
+            latents = pooled_latents(texts, autoencoder)
             split, draw = _split(task, latents), evaluation.generator(f"order {name} {reading} shuffled")
             permuted = replace(split.shuffled(draw), test_y=draw.permutation(split.test_y))
             splits = {autoencoder_name: split} | ({"shuffled": permuted} if autoencoder_name == "sae" else {})

@@ -7,6 +7,7 @@ from temposae.engine.composed import dictionary
 from temposae.engine.config import SAEConfig
 from temposae.evals import evaluation as module
 from temposae.evals.evaluation import Evaluation, TextActivations, in_rows, of_tokens
+from temposae.evals.pooling import pooled_latents
 
 D, F, R, T = 128, 64, 5, 12
 
@@ -54,10 +55,10 @@ def test_means_over_rows_need_no_code_of_all_tokens(rows, chunk, monkeypatch):
     """The same bits as from the whole code, which a dictionary of dense latents has no room for."""
     whole = made()
     rows.code(whole)
-    expected = rows.pooled_latents(whole).toarray()
+    expected = pooled_latents(rows, whole).toarray()
     rows.forget()
     monkeypatch.setattr(module, "CHUNK", chunk)
-    np.testing.assert_array_equal(rows.pooled_latents(whole).toarray(), expected)
+    np.testing.assert_array_equal(pooled_latents(rows, whole).toarray(), expected)
     assert rows._codes == {}
     dense = whole.encode(rows.x, rows.pos)
     by_row = torch.stack([dense[rows.row == r].mean(0) for r in range(R)])

@@ -7,6 +7,7 @@ from temposae.engine.config import SAEConfig
 from temposae.engine.errors import UserError
 from temposae.engine.sae import SparseAutoencoder
 from temposae.evals.evaluation import Evaluation, Mean, Neurons, joined
+from temposae.evals.pooling import pooled_latents
 from temposae.evals.probes import Split, accuracy, ailing, balanced, columns, halves, top_k
 from temposae.kernels.code import SparseCode
 
@@ -82,7 +83,7 @@ def test_collected_activations_are_the_model_s(stream_of):
     assert torch.equal(code.to_dense(), evaluation.sae.encode(found.x, found.pos))
     f = evaluation.sae.encode(found.x, found.pos)
     pooled = torch.stack([f[found.row == row].mean(0) for row in range(12)])
-    assert np.allclose(found.pooled_latents(evaluation.sae).toarray(), pooled, atol=1e-5)
+    assert np.allclose(pooled_latents(found, evaluation.sae).toarray(), pooled, atol=1e-5)
     raw = torch.stack([found.x[found.row == row].mean(0) for row in range(12)])
     assert torch.allclose(found.pooled(), raw, atol=1e-4)
     autoencoders = evaluation.autoencoders(found)

@@ -13,6 +13,7 @@ from temposae.engine.sae import SparseAutoencoder
 from temposae.evals import absorption
 from temposae.evals.core import core
 from temposae.evals.evaluation import collect
+from temposae.evals.pooling import pooled_latents
 from temposae.evals.probes import Split
 from temposae.evals.saebench import ForSAEBench
 from temposae.evals.scr_tpp import _difference
@@ -106,7 +107,7 @@ def test_mean_latents_are_those_that_ours_are_probed_on(saebench, rows):
     found = saebench("sae_bench_utils.activation_collection").get_sae_meaned_activations(
         {"class": x}, ForSAEBench(sae, stream.config), 3
     )["class"]
-    pooled = torch.from_numpy(collect(stream, [texts]).pooled_latents(sae).toarray()) * sae.W_dec.detach().norm(dim=1)
+    pooled = torch.from_numpy(pooled_latents(collect(stream, [texts]), sae).toarray()) * sae.W_dec.detach().norm(dim=1)
     torch.testing.assert_close(found, pooled, rtol=1e-4, atol=1e-5)
 
 
@@ -120,7 +121,7 @@ def test_latents_have_the_effects_that_ours_have(is_scr, saebench, rows):
     probe = SimpleNamespace(net=SimpleNamespace(weight=w))
     names = ("male_professor / female_nurse", "female_nurse_data_only") if is_scr else ("0", "1")
     collected = collect(stream, [texts])
-    f, y = collected.pooled_latents(sae).toarray().astype(float), np.arange(12) < 6
+    f, y = pooled_latents(collected, sae).toarray().astype(float), np.arange(12) < 6
     with pytest.MonkeyPatch.context() as patch:
         data = lambda acts, class_idx, perform_scr: (x, torch.from_numpy(y).long())
         patch.setattr(saebench("evals.sparse_probing.probe_training"), "prepare_probe_data", data)

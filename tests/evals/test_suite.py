@@ -11,6 +11,7 @@ from temposae.engine.storage.checkpoint import find
 from temposae.engine.train import train
 from temposae.evals import result_files, run_evals, suite
 from temposae.evals.run_evals import evaluate
+from threadpoolctl import threadpool_info, threadpool_limits
 
 
 @pytest.fixture
@@ -192,3 +193,12 @@ def test_every_eval_loads_and_is_in_the_help():
     for name in suite.EVALS | suite.JUDGED:
         assert callable(suite.load_eval(name))
         assert f" {name} " in out or f" {name}," in out or f", {name} " in out
+
+
+def test_probes_of_an_eval_use_one_thread_of_blas(trained, monkeypatch):
+    folder, stream, _ = trained
+    threads = lambda: {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+    monkeypatch.setattr(suite, "coin", lambda evaluation: {"threads": sorted(threads()), "controls": {}})
+    with threadpool_limits(2, user_api="blas"):
+        assert evaluate(find(folder), stream, None, ["coin"])["coin"]["threads"] == [1]
+        assert threads() == {2}

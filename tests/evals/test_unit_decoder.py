@@ -18,6 +18,7 @@ from temposae.evals import features
 from temposae.evals.core import core
 from temposae.evals.dashboard import dashboard
 from temposae.evals.evaluation import Evaluation, Reference, collect
+from temposae.evals.pooling import pooled_latents
 from temposae.evals.suite import EVALS, load_eval
 from temposae.evals.unlearning import clamp
 
@@ -101,7 +102,7 @@ def test_other_activations_give_the_same_figures(evaluation, activation, norms):
     same(*found)
     collected = collect(stream, stream.held_out(24))
     pooled = [
-        collected.pooled_latents(Evaluation(stream, made(activation, one), None).sae).toarray()
+        pooled_latents(collected, Evaluation(stream, made(activation, one), None).sae).toarray()
         for one in ("one", norms)
     ]
     np.testing.assert_allclose(*pooled, rtol=1e-4, atol=1e-5)

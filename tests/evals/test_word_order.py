@@ -96,9 +96,7 @@ def test_permuted_labels_give_chance_even_where_a_latent_is_the_label(evaluation
         def pooled(self):
             return latent
 
-        def pooled_latents(self, autoencoder):
-            return csr_array(latent.numpy())
-
+    monkeypatch.setattr(word_order, "pooled_latents", lambda *_: csr_array(latent.numpy()))
     monkeypatch.setattr(word_order, "_readings", lambda *_: (Texts(), Texts()))
     monkeypatch.setattr(evaluation, "autoencoders", lambda _, **options: {"sae": None})
     found = word_order._probe(evaluation, "it", task, 2, {})
