@@ -261,9 +261,10 @@ def load_eval(name: str) -> Eval:
     try:
         return getattr(import_module(f".{module}", __package__), function)
     except ModuleNotFoundError as error:
-        if error.name not in ("sklearn", "scipy"):
+        package = str(error.name).partition(".")[0]
+        if package not in ("sklearn", "scipy"):
             raise
-        raise UserError(f"eval: {name} needs {error.name}; pip install 'temposae[evals]'") from None
+        raise UserError(f"eval: {name} needs {package}; pip install 'temposae[evals]'") from None
 
 
 def _core(evaluation: Evaluation) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -202,3 +203,12 @@ def test_probes_of_an_eval_use_one_thread_of_blas(trained, monkeypatch):
     with threadpool_limits(2, user_api="blas"):
         assert evaluate(find(folder), stream, None, ["coin"])["coin"]["threads"] == [1]
         assert threads() == {2}
+
+
+@pytest.mark.parametrize(("name", "missing"), [("sparse_probing", "scipy.sparse"), ("clusters", "sklearn.metrics")])
+def test_a_package_that_is_missing_is_named(monkeypatch, name, missing):
+    monkeypatch.delitem(sys.modules, f"temposae.evals.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    package = missing.partition(".")[0]
+    with pytest.raises(UserError, match=rf"^eval: {name} needs {package}; pip install 'temposae\[evals\]'$"):
+        suite.load_eval(name)
